@@ -1,0 +1,48 @@
+"""Single-cell and spatial transcriptomics encoders on stock Hugging Face objects.
+
+Importing the package registers its classes with `AutoConfig`, `AutoTokenizer` and the `AutoModel` family. The public
+names are imported at their first use.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+
+from . import models as _models  # noqa: F401  (registers the Auto classes)
+
+__version__ = version("stformer_hf")
+
+_MODULES = {
+    "data.cell_store": ["CellBatch", "CellStore"],
+    "genes.gene_table": ["GeneTable"],
+    "inference.annotate": ["annotate"],
+    "inference.embed": ["embed"],
+    "models.gene_bert.configuration_gene_bert": ["GeneBertConfig"],
+    "models.gene_bert.modeling_gene_bert": [
+        "GeneBertForClassification",
+        "GeneBertForPhenotypicMLM",
+        "GeneBertModel",
+        "PositionlessEmbeddings",
+    ],
+    "models.gene_bert.tokenization_gene_bert": ["GeneTokenizer"],
+    "training.collators": [
+        "DataCollatorForCellClassification",
+        "DataCollatorForPhenotypicMLM",
+        "collate_fn_wrapper",
+    ],
+    "training.pretrainer": ["STFormerPretrainer"],
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted([*_MODULE_OF, "__version__"])
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

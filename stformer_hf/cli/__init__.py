@@ -1,0 +1,61 @@
+"""`stformer-hf VERB …`: one thin command a verb. Heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+VERBS = {
+    "demo": "cells in, a pretrained and fine-tuned model, embeddings, plots and a report out",
+    "build": "make a CellStore from h5ad files",
+    "pretrain": "train a GeneBert to predict masked genes and phenotypes",
+    "finetune": "train a classifier of cells",
+    "annotate": "label the cells of a file with a classifier",
+    "embed": "write an embedding of every cell of a file",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        The command line without the program's name.
+
+    Returns
+    -------
+    int
+        Exit status: 0, 1 for an error, 2 for a wrong command line, 130 if interrupted.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, VERBS))
+        print("usage: stformer-hf VERB [options]      (stformer-hf VERB --help tells the options)\n")
+        print("\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items()))
+        print("\nEach verb takes --config FILE.yaml, which any flag overrides, and --debug for tracebacks.")
+        return 0
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("stformer_hf"))
+        return 0
+    verb, *rest = argv
+    if verb not in VERBS:
+        from .arguments import closest
+
+        print(f"stformer-hf: error: no verb {verb!r}{closest(verb, VERBS)}", file=sys.stderr)
+        return 2
+    try:
+        import_module(f".{verb}", __name__).main(rest)
+    except KeyboardInterrupt:
+        print(f"stformer-hf {verb}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if "--debug" in rest:
+            raise
+        kind = "" if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: "
+        print(f"stformer-hf {verb}: error: {kind}{error}", file=sys.stderr)
+        print("(--debug shows the traceback)", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,133 @@
+"""Command lines: a dataclass gives the flags, a YAML file gives their values, flags override the file."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import textwrap
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+_OWN_KEYS = ("config", "debug")
+
+
+def parse(
+    argv: list[str], arguments: type, *, verb: str, description: str, training: dict[str, Any] | None = None
+) -> tuple:
+    """Read a command line.
+
+    Parameters
+    ----------
+    argv : list of str
+        The command line after the verb.
+    arguments : dataclass
+        The verb's own flags.
+    verb, description : str
+        For the help.
+    training : dict, optional
+        The verb's defaults for `transformers.TrainingArguments`; given, its fields are flags as well.
+
+    Returns
+    -------
+    tuple
+        The dataclass, and a dict of training arguments that the command line or the file set over the defaults
+        (empty without `training`).
+
+    Raises
+    ------
+    ValueError
+        A key of the file that is no flag; a file that is not a mapping.
+    SystemExit
+        A wrong command line, or `--help`.
+    """
+    parser = _parser(arguments, verb, description, training)
+    if any(flag in argv for flag in ("-h", "--help")):
+        parser.parse_args(["--help"])
+    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument("--config")
+    file = config_parser.parse_known_args(argv)[0].config
+    config = _read_config(file) if file else {}
+
+    own = [field.name for field in fields(arguments)]
+    training_names: list[str] = []
+    training_parser = None
+    if training is not None:
+        from transformers import TrainingArguments
+
+        training_parser = HfArgumentParser(TrainingArguments, add_help=False, allow_abbrev=False)
+        training_parser.error = parser.error
+        for action in training_parser._actions:  # so that only what was given comes out
+            action.default = argparse.SUPPRESS
+        training_names = [field.name for field in fields(TrainingArguments) if field.name not in (*own, "output_dir")]
+    for key in config:
+        if key not in own and key not in training_names:
+            raise ValueError(f"{file}: unknown key {key!r}{closest(key, [*own, *training_names])}.")
+
+    # The file comes first: a required flag may stand in it, and of a flag given twice the last counts.
+    given, rest = parser.parse_known_args([*_flags(config, own), *argv])
+    set_training: dict[str, Any] = dict(training or {})
+    if training_parser is not None:
+        parsed, rest = training_parser.parse_known_args([*_flags(config, training_names), *rest])
+        set_training.update(vars(parsed))
+    if rest:
+        known = [*own, *training_names, *_OWN_KEYS]
+        parser.error(f"unknown argument {rest[0]}{closest(rest[0].lstrip('-').replace('-', '_'), known, '--')}")
+    values = {name: getattr(given, name) for name in own}
+    return arguments(**values), set_training
+
+
+def closest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Words that name the known name closest to a wrong one, or nothing if none is close."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; the closest known one is {prefix}{found[0]}" if found else ""
+
+
+def _parser(arguments: type, verb: str, description: str, training: dict[str, Any] | None) -> HfArgumentParser:
+    epilog = None
+    if training is not None:
+        defaults = ", ".join(f"{key} {value}" for key, value in training.items())
+        epilog = textwrap.fill(
+            "Every field of transformers.TrainingArguments is a flag and a key as well, such as --learning_rate or "
+            f"--max_steps; the output folder is --output. Defaults here: {defaults}."
+        )
+    parser = HfArgumentParser(
+        arguments,
+        prog=f"stformer-hf {verb}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="YAML file of flags and their values; a flag given overrides it")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _read_config(file: str) -> dict[str, Any]:
+    path = Path(file)
+    if not path.exists():
+        raise FileNotFoundError(f"No such file: {path}")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a mapping of keys to values.")
+    return config
+
+
+def _flags(config: dict[str, Any], names: list[str]) -> list[str]:
+    """Write the file's keys as a command line, so that argparse checks their types."""
+    flags = []
+    for key, value in config.items():
+        if key not in names or value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        flags += [f"--{key}", *(json.dumps(v) if isinstance(v, (dict, bool)) else str(v) for v in values)]
+    return flags

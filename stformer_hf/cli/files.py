@@ -1,0 +1,39 @@
+"""h5ad files in and out of the verbs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from anndata import AnnData, read_h5ad
+
+
+def read(data: str, output: str, overwrite: bool) -> AnnData:
+    """Read the input, after a look at where the output shall go.
+
+    Raises
+    ------
+    FileExistsError
+        The output exists, and not `overwrite`.
+    ValueError
+        The input is no h5ad file; output and input are one file.
+    """
+    if not Path(data).exists():
+        raise FileNotFoundError(f"No such file: {data}")
+    if Path(output).exists():
+        if Path(output).samefile(data):
+            raise ValueError(f"--output is the input itself, {data}; choose another file.")
+        if not overwrite:
+            raise FileExistsError(f"{output} exists. Choose another --output, or pass --overwrite.")
+    try:
+        return read_h5ad(data)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{data} is not a readable h5ad file: {error}") from error
+
+
+def write(adata: AnnData, output: str) -> None:
+    """Write the file whole or not at all."""
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    adata.write_h5ad(part, compression="gzip")
+    part.replace(path)

@@ -1,0 +1,116 @@
+"""Fine-tune a classifier of cells.
+
+stformer-hf finetune --data labelled.h5ad --label cell_type --output classifier --model pretrained
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .arguments import parse
+
+TRAINING_DEFAULTS = {
+    "learning_rate": 5e-4,
+    "weight_decay": 0.05,
+    "warmup_steps": 0.1,
+    "num_train_epochs": 10,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "logging_steps": 10,
+    "eval_strategy": "epoch",
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+
+
+@dataclass
+class FinetuneArguments:
+    """Flags of `finetune`."""
+
+    data: list[str] = field(metadata={"help": "a store, or h5ad files (a store of them is made in OUTPUT/store)"})
+    label: str = field(metadata={"help": "column of obs that holds the classes"})
+    output: str = field(metadata={"help": "folder for the checkpoint"})
+    model: str | None = field(default=None, metadata={"help": "pretrained checkpoint; a new model by default"})
+    size: str = field(default="tiny", metadata={"help": "of a new model: tiny, small, base or large"})
+    bin_edges: list[float] = field(default_factory=lambda: [0.1], metadata={"help": "of a new model's tokenizer"})
+    max_length: int = field(default=2048, metadata={"help": "of a new model's tokenizer: most tokens a cell"})
+    layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
+    held_out: float = field(default=0.1, metadata={"help": "share of the cells kept for evaluation"})
+    overwrite: bool = field(default=False, metadata={"help": "replace a model that is in OUTPUT"})
+
+
+def main(argv: list[str]) -> None:
+    """Parse and run."""
+    args, training = parse(argv, FinetuneArguments, verb="finetune", description=__doc__, training=TRAINING_DEFAULTS)
+    result = run(args, training)
+    print(f"{args.output}: " + ", ".join(f"{name} {value:.4g}" for name, value in result.items()))
+
+
+def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
+    """Fine-tune and save; returns the figures of the run."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
+
+    from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
+    from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification
+    from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+    from ..training.collators import DataCollatorForCellClassification
+    from ..training.metrics import compute_classification_metrics
+    from ..training.model_card import write_model_card
+    from ..training.pretrainer import check_tokenizer_fits
+    from .build import open_cells
+    from .runs import check_output, finish, split
+
+    output = Path(args.output)
+    # The collator reads the columns of a store itself.
+    arguments = TrainingArguments(output_dir=str(output), remove_unused_columns=False, **training)
+    check_output(output, args.overwrite, arguments.resume_from_checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(args.model) if args.model else None
+    phenotypes = [] if tokenizer is None else [name for name in tokenizer.included_phenotypes if name != args.label]
+    store = open_cells(args.data, output, list(dict.fromkeys([args.label, *phenotypes])), args.layer)
+    if args.label not in store.categories:
+        raise ValueError(f"No categorical column {args.label!r}; there are {', '.join(store.categories) or 'none'}.")
+    classes = store.categories[args.label]
+    labels = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    set_seed(arguments.seed)
+    if tokenizer is None:
+        tokenizer = GeneTokenizer.from_store(store, bin_edges=args.bin_edges, max_length=args.max_length)
+        model = GeneBertForClassification(GeneBertConfig.from_tokenizer(tokenizer, size=args.size, **labels))
+    else:
+        tokenizer.included_phenotypes = phenotypes
+        model = AutoModelForSequenceClassification.from_pretrained(
+            args.model, ignore_mismatched_sizes=True, problem_type="single_label_classification", **labels
+        )
+    check_tokenizer_fits(model, tokenizer)
+    train_cells, held_out_cells = split(store, args.held_out, arguments.seed, args.label)
+    if held_out_cells is None:
+        arguments.eval_strategy = "no"
+
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        data_collator=DataCollatorForCellClassification(tokenizer, args.label),
+        train_dataset=train_cells,
+        eval_dataset=held_out_cells,
+        processing_class=tokenizer,
+        compute_metrics=compute_classification_metrics,
+    )
+    metrics = finish(trainer)
+    write_model_card(
+        output,
+        model=model,
+        tokenizer=tokenizer,
+        store=store,
+        settings={
+            "label": args.label,
+            "cells in training": len(train_cells),
+            "cells held out": 0 if held_out_cells is None else len(held_out_cells),
+            "steps": trainer.state.global_step,
+            "batch": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+            "learning rate": arguments.learning_rate,
+            "seed": arguments.seed,
+        },
+        metrics=metrics,
+        base_model=args.model,
+    )
+    return metrics

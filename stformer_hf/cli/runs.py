@@ -1,0 +1,71 @@
+"""What the training verbs share: the output folder, the split, the run itself."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Subset
+from transformers import Trainer
+
+from ..data.cell_store import CellStore
+
+
+def check_output(output: Path, overwrite: bool, resume: str | bool | None) -> None:
+    """Refuse to replace a model that is there, unless asked to or resuming."""
+    if (output / "config.json").exists() and not overwrite and not resume:
+        raise FileExistsError(f"{output} holds a model. Choose another --output, or pass --overwrite.")
+
+
+def split(store: CellStore, held_out: float, seed: int, label: str | None = None) -> tuple[Subset, Subset | None]:
+    """Split cells with counts (and a label) at random; by the seed, and with like shares of each class.
+
+    Raises
+    ------
+    ValueError
+        A share outside [0, 1); no cells left to train on.
+    """
+    from sklearn.model_selection import train_test_split
+
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out is a share of the cells, at least 0 and below 1; got {held_out}.")
+    usable = store.lengths > 0
+    codes = None
+    if label is not None:
+        codes = store.obs[label].cat.codes.to_numpy()
+        usable &= codes >= 0
+    cells = np.flatnonzero(usable)
+    n_test = math.ceil(held_out * len(cells))
+    if len(cells) - n_test < 1:
+        raise ValueError(f"{len(cells)} usable cells: none is left to train on.")
+    if not n_test:
+        return Subset(store, cells.tolist()), None
+    strata = None if codes is None else codes[cells]
+    if strata is not None and (n_test < len(np.unique(strata)) or np.bincount(strata)[np.unique(strata)].min() < 2):
+        strata = None  # too few cells of a class to have some on both sides
+    train, test = train_test_split(cells, test_size=n_test, random_state=seed, stratify=strata)
+    return Subset(store, np.sort(train).tolist()), Subset(store, np.sort(test).tolist())
+
+
+def finish(trainer: Trainer) -> dict[str, float]:
+    """Train, save model, tokenizer and state, and gather the figures of the run."""
+    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    metrics = {
+        "train_loss": result.training_loss,
+        "steps_per_second": result.metrics["train_steps_per_second"],
+        "cells_per_second": result.metrics["train_samples_per_second"],
+        # ru_maxrss is in KiB, on macOS in bytes.
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
+    }
+    if trainer.eval_dataset is not None:
+        evaluated = trainer.evaluate()
+        metrics.update({name: evaluated[name] for name in evaluated if name in _EVALUATION})
+    return metrics
+
+
+_EVALUATION = ("eval_loss", "eval_accuracy", "eval_macro_f1")

@@ -1,0 +1,1 @@
+"""Cells at rest, rows out."""

@@ -1,0 +1,1 @@
+"""Which gene is which."""

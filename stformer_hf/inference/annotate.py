@@ -1,0 +1,74 @@
+"""Labels of cells into `obs`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from .batches import load, run
+
+
+def annotate(
+    adata: AnnData,
+    model: str | PreTrainedModel,
+    *,
+    tokenizer: GeneTokenizer | None = None,
+    key_added: str = "stformer",
+    layer: str | None = None,
+    batch_size: int = 64,
+    device: str | None = None,
+) -> None:
+    """Write the most probable class of every cell into `adata.obs`.
+
+    Parameters
+    ----------
+    adata : AnnData
+        Cells with raw counts in X, raw or a layer.
+    model : str or PreTrainedModel
+        A checkpoint of a classifier, or a classifier.
+    tokenizer : GeneTokenizer, optional
+        The checkpoint's own by default.
+    key_added : str, default: "stformer"
+        `obs[key_added + "_label"]` is the class (categorical; missing for a cell without a known gene), and
+        `obs[key_added + "_score"]` its probability (float32; NaN there).
+    layer, batch_size, device
+        As for `embed`.
+
+    Raises
+    ------
+    ValueError
+        The checkpoint is no classifier; no counts; too few known genes; a tokenizer that does not fit.
+    """
+    if not isinstance(model, PreTrainedModel):
+        _check_is_classifier(str(model))
+    classifier, tokenizer = load(model, tokenizer, AutoModelForSequenceClassification, device)
+
+    def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return classifier(**batch).logits.softmax(-1)
+
+    probabilities, n_genes, _ = run(
+        adata, tokenizer, forward, layer=layer, batch_size=batch_size, device=classifier.device, desc="annotate"
+    )
+    names = [classifier.config.id2label[i] for i in range(classifier.config.num_labels)]
+    codes = np.where(n_genes > 0, probabilities.argmax(1), -1)
+    scores = np.where(n_genes > 0, probabilities.max(1), np.nan).astype(np.float32)
+    adata.obs[f"{key_added}_label"] = pd.Categorical.from_codes(codes, names)
+    adata.obs[f"{key_added}_score"] = scores
+
+
+def _check_is_classifier(model: str) -> None:
+    from transformers import AutoConfig
+
+    architectures = AutoConfig.from_pretrained(model).architectures or []
+    if not any("Classification" in name for name in architectures):
+        raise ValueError(
+            f"{model} holds {', '.join(architectures) or 'no model'}, not a classifier; make one with "
+            "stformer-hf finetune, or embed the cells with stformer-hf embed."
+        )
+
+
+__all__ = ["annotate"]

@@ -1,0 +1,127 @@
+"""Runs a model over the cells of an AnnData, in batches of like length."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from anndata import AnnData
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedModel
+
+from ..data.sources import Source, open_source
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, pad_ragged
+from ..training.pretrainer import check_tokenizer_fits
+
+logger = logging.getLogger(__name__)
+
+_ROWS_PER_BLOCK = 4096
+
+
+def load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_class, device: str | None):
+    """Load a checkpoint, or take a model as it is; returns model (in evaluation mode) and tokenizer.
+
+    Raises
+    ------
+    ValueError
+        A model object without a tokenizer; a tokenizer that does not fit.
+    """
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None:
+            raise ValueError("A model object needs its tokenizer: pass tokenizer=…, or the checkpoint's path as model.")
+    else:
+        model = str(model)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+        model = auto_class.from_pretrained(model)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_tokenizer_fits(model, tokenizer)
+    return model.to(device).eval(), tokenizer
+
+
+def run(
+    adata: AnnData,
+    tokenizer: GeneTokenizer,
+    forward: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    *,
+    layer: str | None,
+    batch_size: int,
+    device: torch.device,
+    desc: str,
+) -> tuple[np.ndarray, np.ndarray, Source]:
+    """Apply a function to every cell.
+
+    Parameters
+    ----------
+    adata : AnnData
+        Cells.
+    tokenizer : GeneTokenizer
+        Makes their tokens.
+    forward : callable
+        Batch of tensors (n, length) -> Tensor (n, d).
+    layer : str, optional
+        Where the counts are.
+    batch_size : int
+        Cells a batch.
+    device : torch.device
+        Where the batches go.
+    desc : str
+        Of the progress bar.
+
+    Returns
+    -------
+    results : float32 array (n_cells, d)
+        In the order of the cells.
+    n_tokens : int64 array (n_cells,)
+        Number of genes that each cell gave to the model.
+    source : Source
+        What was read.
+    """
+    source = open_source(adata, layer)
+    names = max((source.genes.gene_ids, source.genes.symbols), key=lambda names: _n_known(tokenizer, names))
+    results, n_genes = [], []
+    start = 0
+    with torch.inference_mode(), tqdm(total=source.shape[0], desc=desc, unit="cell", disable=None) as bar:
+        for block in source.blocks(_ROWS_PER_BLOCK):
+            obs = source.obs.iloc[start : start + block.shape[0]]
+            tokens = tokenizer.encode_cells(block, genes=names, obs=obs)
+            start += block.shape[0]
+            lengths = np.diff(tokens.indptr)
+            order = np.argsort(-lengths, kind="stable")
+            done = []
+            for first in range(0, len(order), batch_size):
+                cells = order[first : first + batch_size]
+                done.append(forward(_batch(tokens, cells, tokenizer, device)).float().cpu().numpy())
+                bar.update(len(cells))
+            block_results = np.concatenate(done)
+            results.append(np.empty_like(block_results))
+            results[-1][order] = block_results
+            is_gene = np.concatenate([[0], np.cumsum(tokenizer.get_gene_tokens_mask(tokens.input_ids))])
+            n_genes.append(is_gene[tokens.indptr[1:]] - is_gene[tokens.indptr[:-1]])
+    if not results:
+        raise ValueError("The AnnData has no cells.")
+    n_genes = np.concatenate(n_genes)
+    if (n_genes == 0).any():
+        logger.warning(f"{(n_genes == 0).sum()} cells have no counts in genes that the model knows.")
+    return np.concatenate(results), n_genes, source
+
+
+def _n_known(tokenizer: GeneTokenizer, names: np.ndarray) -> int:
+    return len(set(tokenizer.genes) & set(names))
+
+
+def _batch(tokens, cells: np.ndarray, tokenizer: GeneTokenizer, device: torch.device) -> dict[str, torch.Tensor]:
+    lengths = np.diff(tokens.indptr)[cells]
+    indptr = np.concatenate([[0], np.cumsum(lengths)])
+    flat = np.arange(indptr[-1]) + np.repeat(tokens.indptr[cells] - indptr[:-1], lengths)
+    columns = {
+        "input_ids": (tokens.input_ids[flat], tokenizer.pad_token_id),
+        "token_type_ids": (tokens.token_type_ids[flat], 0),
+        "attention_mask": (np.ones(len(flat), np.int64), 0),
+    }
+    return {
+        name: torch.from_numpy(pad_ragged(values, indptr, int(lengths.max()), pad)).to(device)
+        for name, (values, pad) in columns.items()
+    }

@@ -1,0 +1,86 @@
+"""Embeddings of cells into `obsm`."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import torch
+from anndata import AnnData
+from transformers import AutoModel, PreTrainedModel
+
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from .batches import load, run
+
+
+def embed(
+    adata: AnnData,
+    model: str | PreTrainedModel,
+    *,
+    tokenizer: GeneTokenizer | None = None,
+    key_added: str = "X_stformer",
+    hidden_layer: int = -1,
+    pooling: str = "cls",
+    layer: str | None = None,
+    batch_size: int = 64,
+    device: str | None = None,
+) -> None:
+    """Write an embedding of every cell into `adata.obsm[key_added]`.
+
+    Parameters
+    ----------
+    adata : AnnData
+        Cells with raw counts in X, raw or a layer.
+    model : str or PreTrainedModel
+        A checkpoint (its head, if any, is not used), or an encoder.
+    tokenizer : GeneTokenizer, optional
+        The checkpoint's own by default.
+    key_added : str, default: "X_stformer"
+        Where in `obsm` the embedding goes, float32 (n_obs, hidden size); the settings go to `uns["stformer"]`.
+    hidden_layer : int, default: -1
+        Which hidden state: 0 is the embedding layer, -1 the last layer.
+    pooling : {"cls", "mean"}, default: "cls"
+        The hidden state of `[CLS]`, or the mean over all tokens but the special ones.
+    layer : str, optional
+        Where the counts are: X, raw or a layer. Found by itself by default.
+    batch_size : int, default: 64
+        Cells a batch.
+    device : str, optional
+        cuda where there is one, else cpu.
+
+    Raises
+    ------
+    ValueError
+        No counts; too few known genes; a tokenizer that does not fit; a wrong setting.
+    """
+    if pooling not in ("cls", "mean"):
+        raise ValueError(f'pooling is "cls" or "mean", got {pooling!r}.')
+    name = model if not isinstance(model, PreTrainedModel) else (model.config._name_or_path or type(model).__name__)
+    encoder, tokenizer = load(model, tokenizer, AutoModel, device)
+    encoder = getattr(encoder, encoder.base_model_prefix, encoder)
+    n_layers = encoder.config.num_hidden_layers
+    if not -n_layers - 1 <= hidden_layer <= n_layers:
+        raise ValueError(f"hidden_layer {hidden_layer} of a model with {n_layers} layers: give 0 to {n_layers}, or -1.")
+
+    def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        hidden = encoder(**batch, output_hidden_states=True).hidden_states[hidden_layer]
+        if pooling == "cls":
+            return hidden[:, 0]
+        # A cell without a gene is the mean of nothing: 0.
+        content = (batch["token_type_ids"] > 0).unsqueeze(-1)
+        return (hidden * content).sum(1) / content.sum(1).clamp(min=1)
+
+    embedding, _, source = run(
+        adata, tokenizer, forward, layer=layer, batch_size=batch_size, device=encoder.device, desc="embed"
+    )
+    adata.obsm[key_added] = embedding
+    adata.uns["stformer"] = {
+        "model": str(name),
+        "layer": hidden_layer,
+        "pooling": pooling,
+        "version": version("stformer_hf"),
+        "counts_in": source.counts_in,
+        "vocabulary_fingerprint": tokenizer.fingerprint,
+    }
+
+
+__all__ = ["embed"]

@@ -1,0 +1,145 @@
+"""GeneBert configuration."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+# layers, heads, hidden size, feed-forward size, attention dropout. base and large are PerturbGene's; tiny and small are
+# for a laptop: on a CPU attention dropout keeps sdpa from its fast kernel, and a step takes three times as long.
+SIZES = {
+    "tiny": (2, 4, 128, 512, 0.0),
+    "small": (6, 4, 256, 1024, 0.0),
+    "base": (12, 12, 768, 3072, 0.1),
+    "large": (24, 16, 1024, 4096, 0.1),
+}
+
+# Every Auto class that a checkpoint answers to, so that it loads with `trust_remote_code=True` and no plugin.
+AUTO_MAP = {
+    "AutoConfig": "configuration_gene_bert.GeneBertConfig",
+    "AutoModel": "modeling_gene_bert.GeneBertModel",
+    "AutoModelForMaskedLM": "modeling_gene_bert.GeneBertForPhenotypicMLM",
+    "AutoModelForSequenceClassification": "modeling_gene_bert.GeneBertForClassification",
+}
+
+
+@strict
+class GeneBertConfig(PreTrainedConfig):
+    r"""Configuration of the GeneBert models: a DistilBERT encoder without positions, over gene tokens.
+
+    A token is the sum of two embeddings: its id (an expression bin, a phenotype value or a special token) and its
+    type (which gene, or which phenotype category). The defaults are PerturbGene's base model.
+
+    Parameters
+    ----------
+    vocab_size : int, default: 6
+        Number of token ids: special tokens, phenotype tokens and expression bins.
+    type_vocab_size : int, default: 1
+        Number of token types: one for the special tokens, one a phenotype category, one a gene.
+    hidden_size, num_hidden_layers, num_attention_heads, intermediate_size : int
+        Shape of the encoder; `from_tokenizer` sets them by name.
+    hidden_act : str, default: "gelu"
+        Activation of the feed-forward blocks and of the MLM head.
+    hidden_dropout_prob, attention_probs_dropout_prob : float, default: 0.1
+        Dropout on embeddings and feed-forward outputs, and on attention weights.
+    classifier_dropout : float, default: 0.2
+        Dropout before the last layer of the classification head (DistilBERT's value).
+    initializer_range : float, default: 0.02
+        Standard deviation of the normal initialisation.
+    layer_norm_eps : float, default: 1e-12
+        Epsilon of every LayerNorm.
+    label_smoothing : float, default: 0.0
+        Label smoothing of the MLM loss. PerturbGene trains with 0.5.
+    sparse_prediction : bool, default: True
+        With labels, compute MLM logits at the labelled positions only; the output's `logits` are then
+        (n_labelled, vocab_size), in row-major order of the positions. Without labels logits are always whole.
+    vocabulary_fingerprint : str, optional
+        `GeneTokenizer.fingerprint` of the tokenizer that the model was made for.
+    pad_token_id : int, default: 3
+        Id of `[PAD]`.
+    tie_word_embeddings : bool, default: True
+        Whether the last layer of the MLM head shares its weight with the embedding of the token ids.
+
+    Notes
+    -----
+    PerturbGene: `model.py` and the documents named in its "Code Organization"; DistilBERT: Sanh et al. 2019.
+    """
+
+    model_type = "gene_bert"
+    _auto_class = "AutoConfig"
+    # Called after a configuration is made. The plugin registers the model classes here, so that `import stformer_hf`
+    # need not import them; a checkpoint loaded from the Hub without the plugin leaves it unset.
+    on_init: ClassVar[Callable[[], None] | None] = None
+
+    vocab_size: int = 6
+    type_vocab_size: int = 1
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    classifier_dropout: float | int = 0.2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    label_smoothing: float | int = 0.0
+    sparse_prediction: bool = True
+    vocabulary_fingerprint: str | None = None
+    pad_token_id: int | None = 3
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}."
+            )
+        if self.on_init is not None:
+            type(self).on_init()
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer, size: str = "base", **kwargs) -> "GeneBertConfig":
+        """Make the configuration of a model that fits a tokenizer.
+
+        Parameters
+        ----------
+        tokenizer : GeneTokenizer
+            Gives the vocabulary sizes, the padding id and the fingerprint of the vocabulary.
+        size : {"tiny", "small", "base", "large"}, default: "base"
+            (layers, hidden size): (2, 128), (6, 256), (12, 768), (24, 1024); tiny and small without attention
+            dropout, and with weights initialised at hidden size ** -0.5 instead of 0.02.
+        **kwargs
+            Any other field; overrides what size and tokenizer give.
+
+        Returns
+        -------
+        GeneBertConfig
+
+        Raises
+        ------
+        ValueError
+            Unknown size.
+        """
+        if size not in SIZES:
+            raise ValueError(f"size is one of {', '.join(SIZES)}, got {size!r}.")
+        layers, heads, hidden, intermediate, attention_dropout = SIZES[size]
+        fields = {
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "attention_probs_dropout_prob": attention_dropout,
+            # DistilBERT's 0.02 suits its 768 dimensions; narrower layers need more to tell genes apart.
+            "initializer_range": 0.02 if hidden >= 768 else hidden**-0.5,
+            "vocab_size": len(tokenizer),
+            "type_vocab_size": tokenizer.type_vocab_size,
+            "pad_token_id": tokenizer.pad_token_id,
+            "vocabulary_fingerprint": tokenizer.fingerprint,
+        }
+        return cls(**{**fields, **kwargs})
+
+
+__all__ = ["GeneBertConfig"]

@@ -1,0 +1,349 @@
+"""Collators: cells or tokens in, padded batches out; masking without a Python loop over tokens."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells, is_cell_batch, pad_ragged
+from .randomness import uniforms
+
+# Streams of `uniforms`, one a decision.
+_MASK_GENE, _SWAP_SEQUENCE, _SWAP_GENE, _NEW_GENE, _MASK_PHENOTYPE, _DROP_PHENOTYPE = range(6)
+_SEQUENCE_SWAP_PROB = 0.9
+_PHENOTYPE_DROP_PROB = 0.1
+_IGNORE = -100
+
+
+def collate_fn_wrapper(
+    tokenizer: GeneTokenizer, pad_to_multiple_of: int | None = None
+) -> Callable[[Any], dict[str, torch.Tensor]]:
+    """Make a collate function that pads examples to the longest (PerturbGene's name).
+
+    Parameters
+    ----------
+    tokenizer : GeneTokenizer
+        Gives the padding, and tokenizes cells of a store.
+    pad_to_multiple_of : int, optional
+        Round the length up to a multiple of this.
+
+    Returns
+    -------
+    callable
+        Takes a `CellBatch`, or a list of examples with `input_ids`, `token_type_ids` and perhaps `labels` (a label a
+        cell or a label a token). Gives int64 tensors `input_ids` (`[PAD]`), `token_type_ids` (0), `attention_mask`
+        (0) of shape (n, length), and `labels` (-100) if the examples have them.
+    """
+
+    def collate(examples: Any) -> dict[str, torch.Tensor]:
+        tokens = _tokens(examples, tokenizer)
+        batch = _pad(tokens, tokenizer, pad_to_multiple_of)
+        if not is_cell_batch(examples) and "labels" in examples[0]:
+            labels = [np.asarray(example["labels"]) for example in examples]
+            if labels[0].ndim:
+                length = batch["input_ids"].shape[1]
+                flat = np.concatenate(labels)
+                if len(flat) != tokens.indptr[-1]:
+                    raise ValueError(f"{len(flat)} labels for {tokens.indptr[-1]} tokens.")
+                padded = pad_ragged(flat, tokens.indptr, length, _IGNORE, tokenizer.padding_side)
+                batch["labels"] = torch.from_numpy(padded)
+            else:
+                batch["labels"] = torch.from_numpy(np.stack(labels))
+        return batch
+
+    return collate
+
+
+class DataCollatorForPhenotypicMLM:
+    """Masks expression bins and phenotypes for `GeneBertForPhenotypicMLM`.
+
+    Genes: each is masked with `mlm_probability`; a masked one becomes `[MASK]` and its bin is its label. In 9 of 10
+    cells each masked gene is, with probability 1 / n_bins / 0.9, swapped for a gene that the cell does not express
+    and labelled `bin_0`: over a batch `bin_0` is 1 / n_bins of the gene labels (`n_bins` counts `bin_0`). Phenotypes:
+    each is chosen with `phenotype_mask_prob` and becomes `[MASK]`, labelled with itself; one in ten of the chosen is
+    dropped instead: `[PAD]`, type 0, no label, not attended to.
+
+    All of it is a function of (seed, epoch, `cell_id`), whatever the batch, the worker or the rank.
+
+    Parameters
+    ----------
+    tokenizer : GeneTokenizer
+        Tokenizes a `CellBatch`; gives ids and padding.
+    mlm : bool, default: True
+        Whether to mask; without, `labels` are all -100.
+    mlm_probability : float, default: 0.15
+        Share of the genes to mask.
+    phenotype_mask_prob : float, default: 0.5
+        Share of the phenotypes to mask.
+    pad_to_multiple_of : int, optional
+        Round the padded length up to a multiple of this.
+    seed : int, default: 0
+        Of the masks.
+
+    Raises
+    ------
+    ValueError
+        A probability outside [0, 1].
+
+    Notes
+    -----
+    PerturbGene's masking ("DataCollatorForPhenotypicMLM" of its Code Organization). Differences: the swap takes
+    distinct genes that are certainly not expressed (genes lost to truncation are known to be, and an example of full
+    length whose cut genes are not known swaps none), at most half of those that the cell does not express; dropped
+    phenotypes are not attended to; masks do not depend on the global generator.
+
+    Examples without `cell_id` are known by a checksum of their tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: GeneTokenizer,
+        mlm: bool = True,
+        mlm_probability: float = 0.15,
+        phenotype_mask_prob: float = 0.5,
+        pad_to_multiple_of: int | None = None,
+        seed: int = 0,
+    ):
+        for name, value in (("mlm_probability", mlm_probability), ("phenotype_mask_prob", phenotype_mask_prob)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is a probability, got {value}.")
+        self.tokenizer = tokenizer
+        self.mlm = mlm
+        self.mlm_probability = mlm_probability
+        self.phenotype_mask_prob = phenotype_mask_prob
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.seed = seed
+        # In shared memory: workers that outlive an epoch see the next one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the masks are drawn for."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the masks of another epoch; call it before the epoch's first batch."""
+        self._epoch.fill_(epoch)
+
+    def __call__(self, examples: Any) -> dict[str, torch.Tensor]:
+        """Make a batch.
+
+        Parameters
+        ----------
+        examples : CellBatch, or list of dict
+            Cells of a store, or examples with `input_ids` and `token_type_ids` (and `cell_id`).
+
+        Returns
+        -------
+        dict of Tensor int64 (n, length)
+            `input_ids`, `token_type_ids`, `attention_mask`, `labels`.
+        """
+        tokens = _tokens(examples, self.tokenizer)
+        ids, types = tokens.input_ids.copy(), tokens.token_type_ids.copy()
+        labels = np.full(len(ids), _IGNORE, np.int64)
+        attended = np.ones(len(ids), np.int64)
+        if self.mlm:
+            self._mask_phenotypes(tokens, ids, types, labels, attended, _cell_ids(examples, tokens))
+            self._mask_genes(examples, tokens, ids, types, labels, _cell_ids(examples, tokens))
+        masked = tokens._replace(input_ids=ids, token_type_ids=types)
+        batch = _pad(masked, self.tokenizer, self.pad_to_multiple_of, attended)
+        length, side = batch["input_ids"].shape[1], self.tokenizer.padding_side
+        batch["labels"] = torch.from_numpy(pad_ragged(labels, tokens.indptr, length, _IGNORE, side))
+        return batch
+
+    def _uniforms(self, stream: int, cell_ids: np.ndarray, counters: np.ndarray | int = 0) -> np.ndarray:
+        return uniforms(self.seed, self.epoch, stream, cell_ids, counters)
+
+    def _mask_phenotypes(self, tokens, ids, types, labels, attended, cell_ids) -> None:
+        at = np.flatnonzero(self.tokenizer.get_phenotypic_tokens_mask(tokens.input_ids))
+        cells = np.searchsorted(tokens.indptr, at, side="right") - 1
+        position = at - tokens.indptr[cells]
+        hit = self._uniforms(_MASK_PHENOTYPE, cell_ids[cells], position) < self.phenotype_mask_prob
+        drop = hit & (self._uniforms(_DROP_PHENOTYPE, cell_ids[cells], position) < _PHENOTYPE_DROP_PROB)
+        mask = hit & ~drop
+        labels[at[mask]] = ids[at[mask]]
+        ids[at[mask]] = self.tokenizer.mask_token_id
+        ids[at[drop]] = self.tokenizer.pad_token_id
+        types[at[drop]] = 0
+        attended[at[drop]] = 0
+
+    def _mask_genes(self, examples, tokens, ids, types, labels, cell_ids) -> None:
+        tokenizer = self.tokenizer
+        n_bins = tokenizer.n_bins
+        genes = np.flatnonzero(tokenizer.get_gene_tokens_mask(tokens.input_ids))
+        cells = np.searchsorted(tokens.indptr, genes, side="right") - 1
+        # A gene is known by its type, so that its fate does not depend on the tokens around it.
+        hit = self._uniforms(_MASK_GENE, cell_ids[cells], types[genes]) < self.mlm_probability
+        at, cells = genes[hit], cells[hit]
+        labels[at] = ids[at]
+        ids[at] = tokenizer.mask_token_id
+
+        swapping = self._uniforms(_SWAP_SEQUENCE, cell_ids) < _SEQUENCE_SWAP_PROB
+        if not is_cell_batch(examples):
+            swapping &= np.diff(tokens.indptr) < tokenizer.max_length
+        swap = swapping[cells] & (
+            self._uniforms(_SWAP_GENE, cell_ids[cells], types[at]) < 1 / n_bins / _SEQUENCE_SWAP_PROB
+        )
+        at, cells = at[swap], cells[swap]
+        new_types, given = self._unexpressed_genes(tokens, at, cells, cell_ids)
+        types[at[given]] = new_types[given]
+        labels[at[given]] = tokenizer.first_bin_id
+
+    def _unexpressed_genes(self, tokens, at, cells, cell_ids) -> tuple[np.ndarray, np.ndarray]:
+        """Draw, for each token to swap, the type of a gene that its cell does not express; distinct in a cell.
+
+        Returns the types (k,), and which of them were given: a cell gives at most half of its unexpressed genes.
+        """
+        offset, n_genes = self.tokenizer.gene_token_type_offset, len(self.tokenizer.genes)
+        n_cells = len(cell_ids)
+        # Expressed genes of all cells as sorted keys; those that truncation dropped are expressed too.
+        is_gene = tokens.token_type_ids >= offset
+        owner = np.repeat(np.arange(n_cells), np.diff(tokens.indptr))[is_gene]
+        owner = np.concatenate([owner, tokens.dropped_cells])
+        expressed = np.concatenate([tokens.token_type_ids[is_gene], tokens.dropped_type_ids]) - offset
+        keys = np.sort(owner * n_genes + expressed)
+        owner, expressed = keys // n_genes, keys % n_genes
+        first = np.searchsorted(owner, np.arange(n_cells + 1))
+        n_unexpressed = n_genes - np.diff(first)
+        # The r-th unexpressed gene of a cell is r + the number of its expressed genes g with g - rank(g) <= r.
+        gaps = owner * (n_genes + 1) + expressed - (np.arange(len(keys)) - first[owner])
+
+        order = np.argsort(cells, kind="stable")
+        place = np.empty(len(cells), np.int64)
+        place[order] = np.arange(len(cells)) - np.searchsorted(cells[order], cells[order])
+        given = place < n_unexpressed[cells] // 2
+
+        rank = np.zeros(len(cells), np.int64)
+        pending = np.flatnonzero(given)
+        attempt = 0
+        while len(pending):  # each round settles at least half of the tokens in expectation
+            counters = tokens.token_type_ids[at[pending]] + attempt * (offset + n_genes)
+            draw = self._uniforms(_NEW_GENE, cell_ids[cells[pending]], counters)
+            rank[pending] = (draw * n_unexpressed[cells[pending]]).astype(np.int64)
+            pending = pending[_repeats(cells, rank, given, pending)]
+            attempt += 1
+        genes = rank + np.searchsorted(gaps, cells * (n_genes + 1) + rank, side="right") - first[cells]
+        return genes + offset, given
+
+
+class DataCollatorForCellClassification:
+    """Pads cells and gives the class of each, for `GeneBertForClassification`.
+
+    Parameters
+    ----------
+    tokenizer : GeneTokenizer
+        Tokenizes a `CellBatch`; gives the padding. It must not put the label into the cell's own tokens.
+    label : str, default: "labels"
+        Categorical obs column of the store, or column of the examples, that holds the class.
+    label2id : dict of str to int, optional
+        Class of each name of a store's column; its own order of names by default.
+    pad_to_multiple_of : int, optional
+        Round the padded length up to a multiple of this.
+
+    Raises
+    ------
+    ValueError
+        The label is one of the tokenizer's included phenotypes; a batch has cells without a label.
+    """
+
+    def __init__(
+        self,
+        tokenizer: GeneTokenizer,
+        label: str = "labels",
+        label2id: dict[str, int] | None = None,
+        pad_to_multiple_of: int | None = None,
+    ):
+        if label in tokenizer.included_phenotypes:
+            raise ValueError(
+                f"The tokenizer puts {label!r} into the tokens, and the model would read the answer: take it out of "
+                "tokenizer.included_phenotypes."
+            )
+        self.tokenizer = tokenizer
+        self.label = label
+        self.label2id = label2id
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, examples: Any) -> dict[str, torch.Tensor]:
+        """Make a batch of a `CellBatch` or of examples.
+
+        Returns
+        -------
+        dict of Tensor int64
+            `input_ids`, `token_type_ids`, `attention_mask` (n, length), and `labels` (n,).
+        """
+        batch = _pad(_tokens(examples, self.tokenizer), self.tokenizer, self.pad_to_multiple_of)
+        if is_cell_batch(examples):
+            if self.label not in examples.categories:
+                raise ValueError(
+                    f"The store has no categorical column {self.label!r}; it has {', '.join(examples.categories)}."
+                )
+            labels = examples.obs[self.label]
+            if self.label2id is not None:
+                names = examples.categories[self.label]
+                labels = np.array([*(self.label2id.get(name, -1) for name in names), -1])[labels]
+        else:
+            labels = np.array([example[self.label] for example in examples], np.int64)
+        if (labels < 0).any():
+            raise ValueError(f"{(labels < 0).sum()} cells of the batch have no known {self.label!r}; leave them out.")
+        batch["labels"] = torch.from_numpy(labels)
+        return batch
+
+
+def _tokens(examples: Any, tokenizer: GeneTokenizer) -> TokenizedCells:
+    """Flat tokens of a CellBatch or of a list of examples."""
+    if is_cell_batch(examples):
+        return tokenizer.encode_cells(examples)
+    ids = [np.asarray(example["input_ids"], np.int64) for example in examples]
+    indptr = np.zeros(len(ids) + 1, np.int64)
+    np.cumsum([len(row) for row in ids], out=indptr[1:])
+    types = np.concatenate([np.asarray(example["token_type_ids"], np.int64) for example in examples])
+    nothing = np.empty(0, np.int64)
+    return TokenizedCells(np.concatenate(ids), types, indptr, nothing, nothing)
+
+
+def _cell_ids(examples: Any, tokens: TokenizedCells) -> np.ndarray:
+    if is_cell_batch(examples):
+        return examples.cell_id
+    if "cell_id" in examples[0]:
+        return np.array([example["cell_id"] for example in examples], np.int64)
+    both = np.stack([tokens.input_ids, tokens.token_type_ids], axis=1)
+    cuts = tokens.indptr.tolist()
+    return np.array([zlib.crc32(both[a:b].tobytes()) for a, b in zip(cuts, cuts[1:], strict=False)], np.int64)
+
+
+def _pad(
+    tokens: TokenizedCells, tokenizer: GeneTokenizer, multiple: int | None, attended: np.ndarray | None = None
+) -> dict[str, torch.Tensor]:
+    length = int(np.diff(tokens.indptr).max(initial=0))
+    if multiple:
+        length = -(-length // multiple) * multiple
+    if attended is None:
+        attended = np.ones(len(tokens.input_ids), np.int64)
+    columns = {
+        "input_ids": (tokens.input_ids, tokenizer.pad_token_id),
+        "token_type_ids": (tokens.token_type_ids, 0),
+        "attention_mask": (attended, 0),
+    }
+    return {
+        name: torch.from_numpy(pad_ragged(flat, tokens.indptr, length, value, tokenizer.padding_side))
+        for name, (flat, value) in columns.items()
+    }
+
+
+def _repeats(cells: np.ndarray, ranks: np.ndarray, settled: np.ndarray, pending: np.ndarray) -> np.ndarray:
+    """Which of the pending draws repeat one of their cell that is settled, or that came before."""
+    mine = np.flatnonzero(settled)
+    waiting = np.zeros(len(cells), bool)
+    waiting[pending] = True
+    # Settled draws sort before waiting ones of the same key, so the first of each key stays.
+    order = mine[np.lexsort((mine, waiting[mine], ranks[mine], cells[mine]))]
+    repeat = np.zeros(len(cells), bool)
+    repeat[order[1:]] = (cells[order][1:] == cells[order][:-1]) & (ranks[order][1:] == ranks[order][:-1])
+    return repeat[pending]
+
+
+__all__ = ["DataCollatorForCellClassification", "DataCollatorForPhenotypicMLM", "collate_fn_wrapper"]

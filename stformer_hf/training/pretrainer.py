@@ -1,0 +1,171 @@
+"""STFormerPretrainer: `transformers.Trainer` for masked pretraining on cells."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Subset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from ..data.cell_store import CellStore
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from .collators import DataCollatorForPhenotypicMLM
+
+
+class STFormerPretrainer(Trainer):
+    """Trainer that masks cells of a `CellStore`, or of a tokenized dataset, while it trains.
+
+    Masks are a function of (args.seed, epoch, cell); evaluation always masks as in epoch 0, so that its losses can
+    be compared. Cells without counts are left out of training. All columns of a dataset reach the collator.
+
+    Parameters
+    ----------
+    args : TrainingArguments
+        As for Trainer.
+    train_dataset : CellStore, datasets.Dataset or torch Dataset
+        Cells; or rows with `input_ids` and `token_type_ids` (and, better, `cell_id`).
+    model : PreTrainedModel, optional
+        What to train.
+    model_init : callable, optional
+        Makes the model, for hyperparameter search.
+    mlm_probability, phenotype_mask_prob : float, default: 0.15, 0.5
+        Shares to mask (see `DataCollatorForPhenotypicMLM`).
+    processing_class : GeneTokenizer
+        Tokenizes the cells; saved beside the model.
+    data_collator : callable, optional
+        In place of a `DataCollatorForPhenotypicMLM` of the above.
+    **kwargs
+        All other arguments of Trainer.
+
+    Raises
+    ------
+    ValueError
+        Neither `model` nor `model_init`; no tokenizer and no collator; a tokenizer that does not fit the model.
+    """
+
+    def __init__(
+        self,
+        args: TrainingArguments | None = None,
+        train_dataset: Any = None,
+        *,
+        model: PreTrainedModel | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        mlm_probability: float = 0.15,
+        phenotype_mask_prob: float = 0.5,
+        processing_class: GeneTokenizer | None = None,
+        data_collator: Callable | None = None,
+        eval_dataset: Any = None,
+        **kwargs,
+    ):
+        if model is None and model_init is None:
+            raise ValueError("STFormerPretrainer needs a model, or a model_init that makes one.")
+        if data_collator is None:
+            if processing_class is None:
+                raise ValueError("STFormerPretrainer needs processing_class=tokenizer (or a data_collator).")
+            data_collator = DataCollatorForPhenotypicMLM(
+                processing_class,
+                mlm_probability=mlm_probability,
+                phenotype_mask_prob=phenotype_mask_prob,
+                seed=0 if args is None else args.seed,
+            )
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=without_empty_cells(train_dataset),
+            eval_dataset=(
+                {name: without_empty_cells(dataset) for name, dataset in eval_dataset.items()}
+                if isinstance(eval_dataset, dict)
+                else without_empty_cells(eval_dataset)
+            ),
+            processing_class=processing_class,
+            model_init=model_init,
+            **kwargs,
+        )
+        if processing_class is not None:
+            check_tokenizer_fits(self.model, processing_class)
+        self._eval_collator = data_collator
+        if hasattr(data_collator, "set_epoch"):
+            self._eval_collator = copy.copy(data_collator)
+            self._eval_collator._epoch = torch.zeros_like(data_collator._epoch)
+            self.add_callback(_SetEpoch(data_collator))
+
+    def _remove_unused_columns(self, dataset, description=None):
+        return dataset  # the collator takes what it needs, such as cell_id
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        return data_collator
+
+    def _get_dataloader(self, *args, is_training: bool = False, **kwargs):
+        training_collator = self.data_collator
+        if not is_training:
+            self.data_collator = self._eval_collator
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.data_collator = training_collator
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the collator which epoch begins, before the epoch's batches are read."""
+
+    def __init__(self, collator):
+        self.collator = collator
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Set the epoch; after a resumption `state.epoch` is a fraction into the epoch that goes on."""
+        self.collator.set_epoch(math.floor(state.epoch + 1e-9))
+
+
+def without_empty_cells(dataset: Any) -> Any:
+    """Leave the cells without counts out of a store, or of a subset of one; other datasets are returned as they are.
+
+    Parameters
+    ----------
+    dataset : CellStore, torch.utils.data.Subset of one, or anything else
+        What to train on.
+
+    Returns
+    -------
+    The dataset itself, if it has no empty cell or is no store, else a `Subset` of the store.
+    """
+    subset = isinstance(dataset, Subset) and isinstance(dataset.dataset, CellStore)
+    if not (subset or isinstance(dataset, CellStore)):
+        return dataset
+    store = dataset.dataset if subset else dataset
+    rows = np.asarray(dataset.indices) if subset else np.arange(len(store))
+    full = store.lengths[rows] > 0
+    return dataset if full.all() else Subset(store, rows[full].tolist())
+
+
+def check_tokenizer_fits(model: PreTrainedModel, tokenizer: GeneTokenizer) -> None:
+    """Compare a model's vocabulary with a tokenizer's.
+
+    Raises
+    ------
+    ValueError
+        The sizes, or the genes, bins or phenotypes themselves, differ.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) != "gene_bert" or not isinstance(tokenizer, GeneTokenizer):
+        return
+    sizes = (config.vocab_size, config.type_vocab_size)
+    if sizes != (len(tokenizer), tokenizer.type_vocab_size):
+        raise ValueError(
+            f"The tokenizer does not fit the model: {len(tokenizer)} ids and {tokenizer.type_vocab_size} types, where "
+            f"the model has {sizes[0]} and {sizes[1]}. Load both from one checkpoint, or make the model with "
+            "GeneBertConfig.from_tokenizer(tokenizer)."
+        )
+    if config.vocabulary_fingerprint not in (None, tokenizer.fingerprint):
+        raise ValueError(
+            "The tokenizer does not fit the model: as many ids and types, but other genes, bins or phenotypes, or "
+            "another order. Load both from one checkpoint."
+        )
+
+
+__all__ = ["STFormerPretrainer", "check_tokenizer_fits", "without_empty_cells"]
