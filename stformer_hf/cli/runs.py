@@ -60,7 +60,8 @@ def finish(trainer: Trainer) -> dict[str, float]:
         "steps_per_second": result.metrics["train_steps_per_second"],
         "cells_per_second": result.metrics["train_samples_per_second"],
         # ru_maxrss is in KiB, on macOS in bytes.
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        / (2**20 if sys.platform == "darwin" else 2**10),
     }
     if trainer.eval_dataset is not None:
         evaluated = trainer.evaluate()

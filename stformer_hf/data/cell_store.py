@@ -582,7 +582,9 @@ def _is_label(values: pd.Series) -> bool:
 def _features(columns: list[dict[str, np.ndarray]], categories: dict[str, list[str]], gene_type: np.dtype):
     from datasets import ClassLabel, Features, List, Value
 
-    features = Features({"genes": List(Value(gene_type.name)), "counts": List(Value("uint8")), "obs_name": Value("string")})
+    features = Features(
+        {"genes": List(Value(gene_type.name)), "counts": List(Value("uint8")), "obs_name": Value("string")}
+    )
     for name in columns[0]:
         if name in categories:
             features[name] = ClassLabel(names=categories[name])

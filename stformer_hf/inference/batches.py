@@ -30,7 +30,9 @@ def load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_cla
     """
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
-            raise ValueError("A model object needs its tokenizer: pass tokenizer=…, or the checkpoint's path as model.")
+            raise ValueError(
+                "A model object needs its tokenizer: pass tokenizer=…, or the checkpoint's path as model."
+            )
     else:
         model = str(model)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)

@@ -59,7 +59,9 @@ def embed(
     encoder = getattr(encoder, encoder.base_model_prefix, encoder)
     n_layers = encoder.config.num_hidden_layers
     if not -n_layers - 1 <= hidden_layer <= n_layers:
-        raise ValueError(f"hidden_layer {hidden_layer} of a model with {n_layers} layers: give 0 to {n_layers}, or -1.")
+        raise ValueError(
+            f"hidden_layer {hidden_layer} of a model with {n_layers} layers: give 0 to {n_layers}, or -1."
+        )
 
     def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         hidden = encoder(**batch, output_hidden_states=True).hidden_states[hidden_layer]

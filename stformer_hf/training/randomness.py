@@ -8,9 +8,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
 
-def uniforms(
-    seed: int, epoch: int, stream: int, sample_ids: np.ndarray, counters: np.ndarray | int = 0
-) -> np.ndarray:
+def uniforms(seed: int, epoch: int, stream: int, sample_ids: np.ndarray, counters: np.ndarray | int = 0) -> np.ndarray:
     """Uniform numbers in [0, 1), one an element, with no state.
 
     Parameters

@@ -526,7 +526,9 @@ class GeneTokenizer(PreTrainedTokenizer):
         at = starts[cell] + has_phenotype.cumsum(axis=1)[cell, which]
         ids[at] = phenotypes[cell, which]
         sorted_categories = list(self.phenotypes)
-        types[at] = np.array([1 + sorted_categories.index(name) for name in self._included_phenotypes], np.int64)[which]
+        types[at] = np.array([1 + sorted_categories.index(name) for name in self._included_phenotypes], np.int64)[
+            which
+        ]
 
         at = np.arange(len(genes)) + np.repeat(starts + 1 + n_phenotypes - indptr[:-1], n_genes)
         ids[at] = bins + self._first_bin_id

@@ -1,0 +1,207 @@
+"""The commands, as a user types them."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from anndata import read_h5ad
+from conftest import make_adata
+
+from stformer_hf import CellStore, GeneBertConfig, GeneTokenizer
+from stformer_hf.cli import VERBS, main
+
+SHORT = ["--max_steps", "2", "--use_cpu", "true", "--disable_tqdm", "true"]
+
+
+@pytest.fixture
+def file(adata, tmp_path):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    return str(tmp_path / "cells.h5ad")
+
+
+def test_from_files_to_labels_and_embeddings(file, tmp_path, capsys):
+    def run(*argv):
+        assert main([str(word) for word in argv]) == 0
+        return capsys.readouterr().out
+
+    store, pretrained, classifier = tmp_path / "store", tmp_path / "pretrained", tmp_path / "classifier"
+    out = run("build", "--data", file, "--output", store, "--obs", "cell_type", "age")
+    assert "60 cells, 40 genes, obs: cell_type, age" in out
+    out = run("pretrain", "--data", store, "--output", pretrained, "--phenotypes", "cell_type", *SHORT)
+    assert "steps_per_second" in out and "peak_memory_mb" in out and "eval_loss" in out
+    config = GeneBertConfig.from_pretrained(pretrained)
+    assert (config.hidden_size, config.num_hidden_layers) == (128, 2)
+    assert GeneTokenizer.from_pretrained(pretrained).included_phenotypes == ["cell_type"]
+    out = run(
+        "finetune", "--data", file, "--label", "cell_type", "--model", pretrained, "--output", classifier, *SHORT
+    )
+    assert "eval_macro_f1" in out
+    # The label was a phenotype of the pretraining; the classifier does not read it.
+    assert GeneTokenizer.from_pretrained(classifier).included_phenotypes == []
+    assert GeneBertConfig.from_pretrained(classifier).id2label == {0: "B cell", 1: "T cell"}
+    out = run("annotate", "--data", file, "--model", classifier, "--output", tmp_path / "labelled.h5ad")
+    assert "B cell" in out and "T cell" in out
+    labelled = read_h5ad(tmp_path / "labelled.h5ad")
+    assert labelled.obs["stformer_label"].notna().sum() == 59
+    assert labelled.obs_names.tolist() == make_adata().obs_names.tolist()
+    run("embed", "--data", file, "--model", pretrained, "--output", tmp_path / "embedded.h5ad", "--pooling", "mean")
+    embedded = read_h5ad(tmp_path / "embedded.h5ad")
+    assert embedded.obsm["X_stformer"].shape == (60, 128)
+    assert embedded.uns["stformer"]["model"] == str(pretrained)
+    assert np.array_equal(embedded.X.toarray(), make_adata().X.toarray())
+    card = (pretrained / "README.md").read_text()
+    assert "GeneBertForPhenotypicMLM" in card and "library_name: transformers" in card and "| steps | 2 |" in card
+    assert "2 classes: B cell, T cell" in (classifier / "README.md").read_text()
+    assert json.loads((pretrained / "trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_a_new_classifier_needs_no_pretrained_model(file, tmp_path):
+    assert main(["finetune", "--data", file, "--label", "cell_type", "--output", str(tmp_path / "m"), *SHORT]) == 0
+    assert (tmp_path / "m" / "store" / "manifest.json").exists()
+    assert (tmp_path / "m" / "model.safetensors").exists()
+
+
+def test_the_config_gives_values_and_flags_override_it(file, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"data: [{file}]\noutput: {tmp_path / 'a'}\nbin_edges: [0.5, 2]\nmax_steps: 1\nlearning_rate: 1e-4\n"
+        "use_cpu: true\ndisable_tqdm: true\nsize: tiny\nheld_out: 0\n"
+    )
+    assert main(["pretrain", "--config", str(config), "--output", str(tmp_path / "b"), "--max_steps", "2"]) == 0
+    assert not (tmp_path / "a").exists()
+    assert json.loads((tmp_path / "b" / "trainer_state.json").read_text())["global_step"] == 2
+    assert GeneTokenizer.from_pretrained(tmp_path / "b").bin_edges == [0.5, 2]
+    assert "| learning rate | 0.0001 |" in (tmp_path / "b" / "README.md").read_text()
+
+
+def test_every_recipe_names_known_keys():
+    from pathlib import Path
+
+    from stformer_hf.cli import finetune, pretrain
+    from stformer_hf.cli.arguments import parse
+
+    recipes = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        verb = {"pretrain": pretrain, "finetune": finetune}[recipe.name.split("_")[0]]
+        arguments = verb.PretrainArguments if verb is pretrain else verb.FinetuneArguments
+        needed = ["--data", "x", "--output", "y", *([] if verb is pretrain else ["--label", "z"])]
+        parse(["--config", str(recipe), *needed], arguments, verb="x", description="", training=verb.TRAINING_DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (
+            ["pretrain", "--data", "x", "--output", "y", "--max_lenght", "5"],
+            "--max_lenght; the closest known one is --max_length",
+        ),
+        (
+            ["pretrain", "--data", "x", "--output", "y", "--learning_rat", "5"],
+            "the closest known one is --learning_rate",
+        ),
+        (["pretrain", "--data", "x", "--output", "y", "--max_steps", "many"], "invalid int value: 'many'"),
+        (["build", "--output", "y"], "required: --data"),
+        (["pretrian"], "no verb 'pretrian'; the closest known one is pretrain"),
+    ],
+)
+def test_a_wrong_command_line_exits_with_2_and_names_the_closest(argv, words, capsys):
+    try:
+        status = main(argv)
+    except SystemExit as exit_:
+        status = exit_.code
+    assert status == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("max_lenght: 5", "unknown key 'max_lenght'; the closest known one is max_length"),
+        ("learning_rates: 5", "unknown key 'learning_rates'; the closest known one is learning_rate"),
+        ("- a\n- b", "not a mapping"),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_a_wrong_config_is_told(text, words, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(text)
+    assert main(["pretrain", "--config", str(tmp_path / "c.yaml"), "--data", "x", "--output", "y"]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_bad_input_gives_an_error_and_debug_a_traceback(file, tmp_path, capsys):
+    argv = ["build", "--data", str(tmp_path / "none.h5ad"), "--output", str(tmp_path / "s")]
+    assert main(argv) == 1
+    err = capsys.readouterr().err
+    assert "stformer-hf build: error: No such file" in err and "Traceback" not in err
+    with pytest.raises(FileNotFoundError):
+        main([*argv, "--debug"])
+    bad = make_adata()
+    bad.X = bad.X * 0.5
+    bad.write_h5ad(tmp_path / "bad.h5ad")
+    assert main(["build", "--data", str(tmp_path / "bad.h5ad"), "--output", str(tmp_path / "s")]) == 1
+    assert "fractional values" in capsys.readouterr().err
+    assert main(["finetune", "--data", file, "--label", "fate", "--output", str(tmp_path / "m")]) == 1
+    assert "no obs column 'fate'; it has cell_type, age" in capsys.readouterr().err
+    assert main(["finetune", "--data", file, "--label", "age", "--output", str(tmp_path / "m")]) == 1
+    assert "No categorical column 'age'" in capsys.readouterr().err
+    assert main(["pretrain", "--data", file, "--output", str(tmp_path / "m"), "--held_out", "1"]) == 1
+    assert "held_out is a share" in capsys.readouterr().err
+
+
+def test_what_is_there_is_not_replaced_unless_asked(file, tmp_path, capsys):
+    model = tmp_path / "m"
+    argv = ["pretrain", "--data", file, "--output", str(model), *SHORT, "--held_out", "0"]
+    assert main(argv) == 0
+    weights = (model / "model.safetensors").read_bytes()
+    assert main(argv) == 1
+    assert "holds a model" in capsys.readouterr().err
+    assert (model / "model.safetensors").read_bytes() == weights
+    assert main([*argv, "--overwrite"]) == 0
+    output = tmp_path / "out.h5ad"
+    output.write_text("mine")
+    assert main(["embed", "--data", file, "--model", str(model), "--output", str(output)]) == 1
+    assert output.read_text() == "mine"
+    assert main(["embed", "--data", file, "--model", str(model), "--output", file, "--overwrite"]) == 1
+    assert "is the input itself" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb(verb):
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys; from stformer_hf.cli import main; import atexit; "
+            f"atexit.register(lambda: print('HEAVY', 'datasets' in sys.modules or 'scanpy' in sys.modules)); main(['{verb}', '--help'])",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0
+    assert "--output" in process.stdout and "--config" in process.stdout and "--debug" in process.stdout
+    assert "HEAVY False" in process.stdout
+
+
+def test_help_and_version(capsys):
+    assert main([]) == main(["--help"]) == main(["--version"]) == 0
+    out = capsys.readouterr().out
+    assert all(verb in out for verb in VERBS)
+
+
+def test_the_split_keeps_shares_of_classes_and_leaves_out_empty_cells(adata, tmp_path):
+    from stformer_hf.cli.runs import split
+
+    adata.obs.loc["cell7", "cell_type"] = None
+    store = CellStore.build(tmp_path / "s", adata, obs=["cell_type"])
+    train, held_out = split(store, 0.25, seed=1, label="cell_type")
+    both = set(train.indices) | set(held_out.indices)
+    assert both == set(range(60)) - {3, 7}
+    assert not set(train.indices) & set(held_out.indices)
+    is_t = (store.obs["cell_type"] == "T cell").to_numpy()
+    assert abs(is_t[held_out.indices].mean() - is_t[sorted(both)].mean()) < 0.05
+    assert split(store, 0.25, seed=1, label="cell_type")[0].indices == train.indices
+    assert split(store, 0.25, seed=2, label="cell_type")[0].indices != train.indices
+    assert split(store, 0, seed=1)[1] is None

@@ -1,0 +1,61 @@
+"""Fixtures: real data where it is, small random cells, stores and models of them."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+from scipy import sparse
+
+from stformer_hf import CellStore, GeneBertConfig, GeneTokenizer
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data for development and CI; users do not have it."""
+    if not SHARED.is_dir():
+        pytest.skip(f"the shared data are not at {SHARED}")
+    return SHARED
+
+
+def make_adata(n_cells: int = 60, n_genes: int = 40, seed: int = 0, density: float = 0.4) -> AnnData:
+    """Random counts; two types of cells that differ in half of the genes; one cell without counts."""
+    rng = np.random.default_rng(seed)
+    types = rng.integers(0, 2, n_cells)
+    shape = 1 + 2 * (types[:, None] == (np.arange(n_genes) % 2))
+    counts = rng.poisson(shape * rng.random((n_cells, n_genes)) * 2) * (rng.random((n_cells, n_genes)) < density)
+    counts[3] = 0
+    obs = pd.DataFrame(
+        {
+            "cell_type": pd.Categorical.from_codes(types, ["B cell", "T cell"]),
+            "age": rng.integers(20, 80, n_cells),
+        },
+        index=[f"cell{i}" for i in range(n_cells)],
+    )
+    var = pd.DataFrame(index=[f"ENSG{i:011d}" for i in range(n_genes)])
+    return AnnData(sparse.csr_matrix(counts.astype(np.float32)), obs=obs, var=var)
+
+
+@pytest.fixture
+def adata() -> AnnData:
+    return make_adata()
+
+
+@pytest.fixture
+def store(adata, tmp_path) -> CellStore:
+    return CellStore.build(tmp_path / "store", adata, obs=["cell_type", "age"])
+
+
+@pytest.fixture
+def tokenizer(store) -> GeneTokenizer:
+    return GeneTokenizer.from_store(store, phenotypes=["cell_type"], bin_edges=[0.5, 1.5, 3.5])
+
+
+@pytest.fixture
+def config(tokenizer) -> GeneBertConfig:
+    return GeneBertConfig.from_tokenizer(
+        tokenizer, num_hidden_layers=2, num_attention_heads=2, hidden_size=16, intermediate_size=32
+    )

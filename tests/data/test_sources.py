@@ -1,0 +1,143 @@
+"""Sources: where counts are found, and what is said where there are none."""
+
+import numpy as np
+import pytest
+from anndata import AnnData, read_h5ad
+
+from stformer_hf.data.sources import open_source
+
+
+def read(source) -> np.ndarray:
+    return np.concatenate([block.toarray() for block in source.blocks(7)])
+
+
+@pytest.fixture
+def counts(adata):
+    return adata.X.toarray()
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("where", ["X", "raw", "counts"])
+def test_counts_are_found_in_x_raw_or_the_layer_counts(adata, counts, where, on_disk, tmp_path):
+    normalised = adata.X.copy()
+    normalised.data = np.log1p(normalised.data)
+    if where == "raw":
+        adata.raw = adata.copy()
+    if where == "counts":
+        adata.layers["counts"] = adata.X.copy()
+    if where != "X":
+        adata.X = normalised
+    if on_disk:
+        adata.write_h5ad(tmp_path / "a.h5ad")
+    source = open_source(tmp_path / "a.h5ad" if on_disk else adata)
+    assert source.counts_in == where
+    assert source.shape == counts.shape
+    np.testing.assert_array_equal(read(source), counts)
+    assert source.obs["cell_type"].tolist() == adata.obs["cell_type"].tolist()
+
+
+def test_raw_brings_its_own_genes(adata):
+    adata.raw = adata.copy()
+    small = adata[:, :5].copy()
+    small.X = small.X * 0.5
+    assert len(open_source(small).genes) == 40
+
+
+def test_a_layer_that_holds_counts_is_named(adata):
+    adata.layers["umi"] = adata.X.copy()
+    adata.X = adata.X * 0.5
+    with pytest.raises(ValueError, match=r"X holds fractional values \(such as 0.5\).*pass layer='umi'"):
+        open_source(adata)
+    assert open_source(adata, layer="umi").counts_in == "umi"
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(-1, "negative values"), (np.nan, "NaN or infinite"), (np.inf, "NaN or infinite")]
+)
+def test_values_that_are_no_counts_are_told(adata, value, words):
+    adata.X.data[4] = value
+    with pytest.raises(ValueError, match=f"X holds .*{words}"):
+        open_source(adata)
+
+
+def test_a_bad_value_beyond_the_probe_is_found_while_reading(tmp_path):
+    values = np.ones((2000, 2), np.float32)
+    values[700, 1] = 0.5
+    source = open_source(AnnData(values))
+    with pytest.raises(ValueError, match="X holds fractional values .* in the cells 700 to 706"):
+        read(source)
+
+
+def test_unknown_layer_missing_file_and_other_files(adata, tmp_path):
+    with pytest.raises(ValueError, match="no layer 'umi'; it has X"):
+        open_source(adata, layer="umi")
+    with pytest.raises(FileNotFoundError, match="No such file"):
+        open_source(tmp_path / "none.h5ad")
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match="only .h5ad files and AnnData"):
+        open_source(tmp_path / "a.txt")
+    (tmp_path / "a.h5ad").write_text("x")
+    with pytest.raises(ValueError, match="not a readable HDF5 file"):
+        open_source(tmp_path / "a.h5ad")
+
+
+def test_a_truncated_file_raises(adata, tmp_path):
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    whole = (tmp_path / "a.h5ad").read_bytes()
+    (tmp_path / "a.h5ad").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cut short"):
+        open_source(tmp_path / "a.h5ad")
+
+
+def test_csc_on_disk_says_what_to_do(adata, tmp_path):
+    adata.X = adata.X.tocsc()
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(ValueError, match="tocsr"):
+        open_source(tmp_path / "a.h5ad")
+
+
+def test_views_and_backed_files(adata, counts, tmp_path):
+    view = adata[::-2, 5:30]
+    np.testing.assert_array_equal(read(open_source(view)), counts[::-2, 5:30])
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    backed = read_h5ad(tmp_path / "a.h5ad", backed="r")
+    np.testing.assert_array_equal(read(open_source(backed)), counts)
+    with pytest.raises(ValueError, match="view of a backed AnnData"):
+        open_source(backed[:5])
+
+
+def test_no_x(adata):
+    with pytest.raises(ValueError, match="it has no X"):
+        open_source(AnnData(obs=adata.obs, var=adata.var))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("krumsiek11.h5ad", "negative values"),
+        ("cellxgene_nan.h5ad", "older than anndata 0.7"),
+        ("anndata_archive_v0.5.0.h5ad", "older than anndata 0.7"),
+        ("pbmc-small-x-csr.h5ad", "negative values"),
+        ("squidpy_test_data.h5ad", "fractional values"),
+    ],
+)
+def test_odd_files_are_refused_with_a_reason(shared_data, name, words):
+    with pytest.raises(ValueError, match=words):
+        open_source(shared_data / "odd" / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("zellkonverter_example_anndata.h5ad", "counts"),
+        ("scvi_pbmc_5k_protein_v3.h5ad", "X"),
+        ("example_invalid_CL.h5ad", "X"),
+    ],
+)
+def test_odd_files_with_counts_are_read(shared_data, name, where):
+    source = open_source(shared_data / "odd" / name)
+    assert source.counts_in == where
+    adata = read_h5ad(shared_data / "odd" / name)
+    matrix = adata.X if where == "X" else adata.layers[where]
+    matrix = matrix.toarray() if hasattr(matrix, "toarray") else matrix
+    np.testing.assert_array_equal(read(source), matrix)

@@ -1,0 +1,130 @@
+"""embed and annotate against the model on one cell at a time."""
+
+import numpy as np
+import pytest
+import torch
+from anndata import AnnData, read_h5ad
+
+from stformer_hf import (
+    GeneBertForClassification,
+    GeneBertForPhenotypicMLM,
+    GeneBertModel,
+    GeneTokenizer,
+    annotate,
+    embed,
+)
+
+
+@pytest.fixture
+def checkpoints(config, tokenizer, tmp_path):
+    """A pretrained model, a classifier; tokenizers beside them."""
+    paths = {name: tmp_path / name for name in ("mlm", "cls")}
+    GeneBertForPhenotypicMLM(config).save_pretrained(paths["mlm"])
+    config.id2label = {0: "B cell", 1: "T cell", 2: "other"}
+    GeneBertForClassification(config).save_pretrained(paths["cls"])
+    for path in paths.values():
+        tokenizer.save_pretrained(path)
+    return {name: str(path) for name, path in paths.items()}
+
+
+def one_by_one(path, model_class, adata):
+    """Outputs and tokens of each cell alone."""
+    model, tokenizer = model_class.from_pretrained(path).eval(), GeneTokenizer.from_pretrained(path)
+    with torch.no_grad():
+        for i in range(len(adata)):
+            tokens = tokenizer(adata[i], return_tensors="pt")
+            yield model(**tokens, output_hidden_states=True), tokens
+
+
+@pytest.mark.parametrize("hidden_layer", [-1, 1, 0])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_embeddings_are_those_of_each_cell_alone(checkpoints, adata, hidden_layer, pooling, batch_size):
+    embed(adata, checkpoints["mlm"], hidden_layer=hidden_layer, pooling=pooling, batch_size=batch_size)
+    embedding = adata.obsm["X_stformer"]
+    assert embedding.shape == (60, 16) and embedding.dtype == np.float32
+    for i, (outputs, tokens) in enumerate(one_by_one(checkpoints["mlm"], GeneBertModel, adata)):
+        hidden = outputs.hidden_states[hidden_layer][0]
+        if pooling == "cls":
+            expected = hidden[0]
+        else:
+            expected = hidden[tokens["token_type_ids"][0] > 0].mean(0)
+        np.testing.assert_allclose(embedding[i], expected, atol=1e-5)
+    assert adata.uns["stformer"]["layer"] == hidden_layer
+    assert adata.uns["stformer"]["pooling"] == pooling
+    assert adata.uns["stformer"]["model"] == checkpoints["mlm"]
+    assert adata.uns["stformer"]["version"]
+
+
+def test_blocks_keep_the_order_of_the_cells(checkpoints, adata, monkeypatch):
+    embed(adata, checkpoints["mlm"])
+    whole = adata.obsm["X_stformer"]
+    monkeypatch.setattr("stformer_hf.inference.batches._ROWS_PER_BLOCK", 11)
+    embed(adata, checkpoints["mlm"], key_added="X_blocks")
+    np.testing.assert_allclose(adata.obsm["X_blocks"], whole, atol=1e-6)
+
+
+def test_a_file_with_embeddings_is_written_and_read(checkpoints, adata, tmp_path):
+    embed(adata, checkpoints["mlm"])
+    adata.write_h5ad(tmp_path / "out.h5ad")
+    back = read_h5ad(tmp_path / "out.h5ad")
+    np.testing.assert_array_equal(back.obsm["X_stformer"], adata.obsm["X_stformer"])
+    assert back.uns["stformer"]["pooling"] == "cls"
+
+
+def test_labels_are_the_most_probable_classes(checkpoints, adata):
+    annotate(adata, checkpoints["cls"], batch_size=9)
+    labels, scores = adata.obs["stformer_label"], adata.obs["stformer_score"]
+    assert labels.cat.categories.tolist() == ["B cell", "T cell", "other"]
+    for i, (outputs, tokens) in enumerate(one_by_one(checkpoints["cls"], GeneBertForClassification, adata)):
+        if (tokens["token_type_ids"] > 1).any():
+            probabilities = outputs.logits[0].softmax(-1)
+            assert labels.iloc[i] == labels.cat.categories[int(probabilities.argmax())]
+            assert scores.iloc[i] == pytest.approx(float(probabilities.max()), abs=1e-5)
+
+
+def test_a_cell_without_counts_gets_an_embedding_and_no_label(checkpoints, adata, caplog):
+    embed(adata, checkpoints["mlm"], pooling="mean")
+    assert np.isfinite(adata.obsm["X_stformer"]).all()
+    annotate(adata, checkpoints["cls"])
+    assert adata.obs["stformer_label"].isna().tolist() == [i == 3 for i in range(60)]
+    assert adata.obs["stformer_score"].isna().tolist() == [i == 3 for i in range(60)]
+    assert "1 cells have no counts in genes that the model knows" in caplog.text
+
+
+def test_genes_in_another_order_or_in_another_column_are_the_same_genes(checkpoints, adata):
+    embed(adata, checkpoints["mlm"])
+    order = np.random.default_rng(0).permutation(adata.n_vars)
+    shuffled = adata[:, order].copy()
+    shuffled.var["ensembl_id"] = shuffled.var_names
+    shuffled.var_names = [f"symbol{i}" for i in range(adata.n_vars)]
+    embed(shuffled, checkpoints["mlm"])
+    np.testing.assert_allclose(shuffled.obsm["X_stformer"], adata.obsm["X_stformer"], atol=1e-6)
+
+
+def test_symbols_serve_where_the_model_knows_symbols(config, adata, tmp_path):
+    adata.var["gene_symbol"] = [f"S{i}" for i in range(adata.n_vars)]
+    tokenizer = GeneTokenizer(adata.var["gene_symbol"].tolist())
+    config.vocab_size, config.type_vocab_size, config.vocabulary_fingerprint = 6, 41, None
+    embed(adata, GeneBertModel(config), tokenizer=tokenizer)
+    assert adata.obsm["X_stformer"].shape == (60, 16)
+
+
+def test_bad_input_is_refused_and_nothing_is_written(checkpoints, adata, config):
+    before = set(adata.obs), set(adata.obsm), set(adata.uns)
+    with pytest.raises(ValueError, match="not a classifier"):
+        annotate(adata, checkpoints["mlm"])
+    with pytest.raises(ValueError, match='"cls" or "mean"'):
+        embed(adata, checkpoints["mlm"], pooling="max")
+    with pytest.raises(ValueError, match="hidden_layer 3 of a model with 2 layers"):
+        embed(adata, checkpoints["mlm"], hidden_layer=3)
+    with pytest.raises(ValueError, match="needs its tokenizer"):
+        embed(adata, GeneBertModel(config))
+    with pytest.raises(ValueError, match="does not fit the model"):
+        embed(adata, checkpoints["mlm"], tokenizer=GeneTokenizer(["a"]))
+    strange = AnnData(np.ones((2, 3), np.float32))
+    with pytest.raises(ValueError, match="Only 0.0% of the counts"):
+        embed(strange, checkpoints["mlm"])
+    with pytest.raises(ValueError, match="no cells"):
+        embed(adata[:0].copy(), checkpoints["mlm"])
+    assert (set(adata.obs), set(adata.obsm), set(adata.uns)) == before

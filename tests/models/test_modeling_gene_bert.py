@@ -1,0 +1,225 @@
+"""GeneBert: against the same model written from torch parts, on each backend, saved and loaded."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+from stformer_hf import (
+    GeneBertConfig,
+    GeneBertForClassification,
+    GeneBertForPhenotypicMLM,
+    GeneBertModel,
+    GeneTokenizer,
+    PositionlessEmbeddings,
+)
+
+
+@pytest.fixture
+def batch(tokenizer, adata):
+    return dict(tokenizer(adata[:8], padding=True, return_tensors="pt"))
+
+
+def plain_encoder(model: GeneBertModel, input_ids, token_type_ids) -> torch.Tensor:
+    """One cell without padding through the weights of a model, in double precision and without its code."""
+    weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    config = model.config
+
+    def linear(name, x):
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(name, x):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + config.layer_norm_eps).sqrt()
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    x = weights["embeddings.word_embeddings.weight"][input_ids]
+    x = norm("embeddings.LayerNorm", x + weights["embeddings.token_type_embeddings.weight"][token_type_ids])
+    size = config.hidden_size // config.num_attention_heads
+    for i in range(config.num_hidden_layers):
+        layer = f"layers.{i}"
+        query, key, value = (linear(f"{layer}.attention.{part}_lin", x) for part in "qkv")
+        heads = []
+        for h in range(config.num_attention_heads):
+            cut = slice(h * size, (h + 1) * size)
+            attention = torch.softmax(query[:, cut] @ key[:, cut].T / size**0.5, dim=-1)
+            heads.append(attention @ value[:, cut])
+        x = norm(f"{layer}.sa_layer_norm", x + linear(f"{layer}.attention.out_lin", torch.cat(heads, -1)))
+        x = norm(f"{layer}.output_layer_norm", x + linear(f"{layer}.ffn.lin2", F.gelu(linear(f"{layer}.ffn.lin1", x))))
+    return x
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_padded_cells_equal_the_plain_model_on_each_cell_alone(config, tokenizer, adata, batch, backend):
+    model = GeneBertModel._from_config(config, attn_implementation=backend).eval()
+    assert model.config._attn_implementation == backend
+    with torch.no_grad():
+        hidden = model(**batch).last_hidden_state
+    tokens = tokenizer(adata[:8])
+    assert len({len(ids) for ids in tokens["input_ids"]}) > 1
+    for i, (ids, types) in enumerate(zip(tokens["input_ids"], tokens["token_type_ids"], strict=True)):
+        plain = plain_encoder(model, ids, types)
+        torch.testing.assert_close(hidden[i, : len(ids)].double(), plain, atol=1e-5, rtol=0)
+
+
+def test_the_order_of_genes_carries_no_meaning(config, batch):
+    model = GeneBertModel(config).eval()
+    one = {name: tensor[:1, : int(batch["attention_mask"][0].sum())] for name, tensor in batch.items()}
+    order = torch.randperm(one["input_ids"].shape[1])
+    shuffled = {name: tensor[:, order] for name, tensor in one.items()}
+    with torch.no_grad():
+        a, b = model(**one).last_hidden_state[:, order], model(**shuffled).last_hidden_state
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("smoothing", [0.0, 0.5])
+def test_mlm_loss_is_the_cross_entropy_of_the_masked_positions(config, batch, sparse, smoothing):
+    config.sparse_prediction, config.label_smoothing = sparse, smoothing
+    model = GeneBertForPhenotypicMLM(config).eval()
+    labels = torch.where(torch.rand(batch["input_ids"].shape) < 0.3, batch["input_ids"], -100)
+    labels[batch["attention_mask"] == 0] = -100
+    with torch.no_grad():
+        logits = model(**batch).logits
+        outputs = model(**batch, labels=labels)
+    assert logits.shape == (*labels.shape, config.vocab_size)
+    losses = []
+    for row, column in (labels != -100).nonzero():
+        log_probability = logits[row, column].double().log_softmax(-1)
+        own, mean = log_probability[labels[row, column]], log_probability.mean()
+        losses.append(-(1 - smoothing) * own - smoothing * mean)
+    assert outputs.loss.item() == pytest.approx(torch.stack(losses).mean().item(), abs=1e-6)
+    expected = logits[labels != -100] if sparse else logits
+    torch.testing.assert_close(outputs.logits, expected)
+    # Trainer divides by the labels of all accumulated batches.
+    with torch.no_grad():
+        halved = model(**batch, labels=labels, num_items_in_batch=torch.tensor(2 * len(losses))).loss
+    assert halved.item() == pytest.approx(outputs.loss.item() / 2, rel=1e-6)
+    assert model.loss_type == "ForMaskedLM"
+
+
+def test_a_batch_without_labels_has_loss_zero_and_a_gradient(config, batch):
+    model = GeneBertForPhenotypicMLM(config)
+    loss = model(**batch, labels=torch.full_like(batch["input_ids"], -100)).loss
+    loss.backward()
+    assert loss.item() == 0
+
+
+def test_classification_loss_and_head(config, batch):
+    config.num_labels = 3
+    model = GeneBertForClassification(config).eval()
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+    with torch.no_grad():
+        outputs = model(**batch, labels=labels)
+        cls = model.gene_bert(**batch).last_hidden_state[:, 0]
+    logits = model.classifier(F.relu(model.pre_classifier(cls)))
+    torch.testing.assert_close(outputs.logits, logits)
+    log_probabilities = logits.double().log_softmax(-1)
+    expected = -sum(log_probabilities[i, label] for i, label in enumerate(labels)) / len(labels)
+    assert outputs.loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert model.loss_type == "ForSequenceClassification"
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_head_is_tied_or_not_also_after_training_and_loading(config, batch, tmp_path, tie):
+    config.tie_word_embeddings = tie
+    model = GeneBertForPhenotypicMLM(config)
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    model.save_pretrained(tmp_path)
+    for one in (model, GeneBertForPhenotypicMLM.from_pretrained(tmp_path)):
+        head, embedding = one.mlm_head.decoder.weight, one.gene_bert.embeddings.word_embeddings.weight
+        assert (head is embedding) == tie
+        assert torch.equal(head, embedding) == tie
+
+
+def test_auto_classes_load_what_was_saved(config, tokenizer, batch, tmp_path):
+    mlm = GeneBertForPhenotypicMLM(config).eval()
+    mlm.save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is GeneBertConfig
+    assert AutoConfig.from_pretrained(tmp_path).vocabulary_fingerprint == tokenizer.fingerprint
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+    assert type(loaded) is GeneBertForPhenotypicMLM
+    encoder = AutoModel.from_pretrained(tmp_path).eval()
+    assert type(encoder) is GeneBertModel
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=4).eval()
+    assert type(classifier) is GeneBertForClassification
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, mlm(**batch).logits, atol=1e-6, rtol=0)
+        hidden = mlm.gene_bert(**batch).last_hidden_state
+        for model in (encoder, classifier.gene_bert):  # pretrained weights are really loaded
+            torch.testing.assert_close(model(**batch).last_hidden_state, hidden, atol=1e-6, rtol=0)
+
+
+def test_every_parameter_gets_a_gradient(config, batch):
+    for model, labels in (
+        (GeneBertForPhenotypicMLM(config), batch["input_ids"]),
+        (GeneBertForClassification(config), torch.zeros(8, dtype=torch.long)),
+    ):
+        model(**batch, labels=labels).loss.backward()
+        assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_hidden_states_and_attentions_on_request(config, batch):
+    model = GeneBertModel._from_config(config, attn_implementation="eager").eval()
+    outputs = model(**batch, output_hidden_states=True, output_attentions=True)
+    assert len(outputs.hidden_states) == config.num_hidden_layers + 1
+    assert torch.equal(outputs.hidden_states[-1], outputs.last_hidden_state)
+    torch.testing.assert_close(outputs.hidden_states[0], model.embeddings(batch["input_ids"], batch["token_type_ids"]))
+    attention = outputs.attentions[0]
+    assert attention.shape == (8, 2, *[batch["input_ids"].shape[1]] * 2)
+    padding = batch["attention_mask"][:, None, None] == 0
+    assert attention.masked_select(padding.expand_as(attention)).max() == 0
+
+
+def test_activation_checkpointing_changes_nothing(config, batch):
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    model = GeneBertForPhenotypicMLM(config).train()
+    loss = model(**batch, labels=batch["input_ids"]).loss
+    model.activation_checkpointing_enable()
+    again = model(**batch, labels=batch["input_ids"]).loss
+    again.backward()
+    assert again.item() == pytest.approx(loss.item(), abs=1e-6)
+
+
+def test_resizing_the_vocabulary_keeps_old_embeddings(config):
+    model = GeneBertForPhenotypicMLM(config)
+    old = model.get_input_embeddings().weight.detach().clone()
+    model.resize_token_embeddings(config.vocab_size + 2)
+    assert torch.equal(model.get_input_embeddings().weight[:-2], old)
+    assert model.mlm_head.decoder.weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize(
+    ("size", "layers", "hidden"), [("tiny", 2, 128), ("small", 6, 256), ("base", 12, 768), ("large", 24, 1024)]
+)
+def test_sizes(tokenizer, size, layers, hidden):
+    config = GeneBertConfig.from_tokenizer(tokenizer, size=size)
+    assert (config.num_hidden_layers, config.hidden_size) == (layers, hidden)
+    assert (config.vocab_size, config.type_vocab_size) == (len(tokenizer), tokenizer.type_vocab_size)
+    assert config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_bad_settings_and_input_raise(tokenizer, config, batch):
+    with pytest.raises(ValueError, match="tiny, small, base, large, got 'huge'"):
+        GeneBertConfig.from_tokenizer(tokenizer, size="huge")
+    with pytest.raises(ValueError, match="not a multiple"):
+        GeneBertConfig(hidden_size=10, num_attention_heads=3)
+    with pytest.raises(Exception, match="vocab_size"):
+        GeneBertConfig(vocab_size="many")
+    model = GeneBertModel(config)
+    with pytest.raises(ValueError, match="token_type_ids"):
+        model(input_ids=batch["input_ids"])
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model(token_type_ids=batch["token_type_ids"])
+
+
+def test_embeddings_have_no_positions(config):
+    names = {name for name, _ in PositionlessEmbeddings(config).named_parameters()}
+    assert names == {"word_embeddings.weight", "token_type_embeddings.weight", "LayerNorm.weight", "LayerNorm.bias"}
+    assert isinstance(PositionlessEmbeddings(config), nn.Module)
+
+
+def test_a_config_without_tokenizer_can_be_made():
+    assert GeneBertConfig().hidden_size == 768
+    assert GeneTokenizer(["a"]).fingerprint

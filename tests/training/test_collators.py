@@ -1,0 +1,266 @@
+"""Collators: rates, what may be swapped, and masks that depend on nothing but seed, epoch and cell."""
+
+import numpy as np
+import pytest
+import torch
+from anndata import AnnData
+from conftest import make_adata
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse, stats
+from torch.utils.data import DataLoader
+
+from stformer_hf import (
+    CellStore,
+    DataCollatorForCellClassification,
+    DataCollatorForPhenotypicMLM,
+    GeneTokenizer,
+    collate_fn_wrapper,
+)
+
+
+def examples_of(tokenizer, cells, **columns) -> list[dict]:
+    tokens = tokenizer(cells)
+    n = len(tokens["input_ids"])
+    return [
+        {
+            "input_ids": tokens["input_ids"][i],
+            "token_type_ids": tokens["token_type_ids"][i],
+            "cell_id": i,
+            **{name: values[i] for name, values in columns.items()},
+        }
+        for i in range(n)
+    ]
+
+
+def within(hits: int, trials: int, rate: float) -> bool:
+    """Whether a count fits a rate, at a level that one test in ten thousand misses."""
+    return stats.binomtest(hits, trials, rate).pvalue > 1e-4
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """2,000 cells of 200 genes, about 50 of them expressed; a store and its tokenizer."""
+    adata = make_adata(2000, 200, seed=1, density=0.5)
+    store = CellStore.build(tmp_path_factory.mktemp("many") / "store", adata, obs=["cell_type"])
+    return store, GeneTokenizer.from_store(store, phenotypes=["cell_type"], bin_edges=[0.5, 1.5, 3.5])
+
+
+def test_rates_of_masking_swapping_and_dropping(many):
+    store, tokenizer = many
+    cells = store.__getitems__(range(len(store)))
+    plain = collate_fn_wrapper(tokenizer)(cells)
+    batch = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.2, seed=3)(cells)
+    labels, types = batch["labels"], batch["token_type_ids"]
+
+    gene = tokenizer.get_gene_tokens_mask(plain["input_ids"])
+    labelled = gene & (labels != -100)
+    assert gene.sum() > 80_000
+    assert within(int(labelled.sum()), int(gene.sum()), 0.2)
+    assert (batch["input_ids"][labelled] == tokenizer.mask_token_id).all()
+    swapped = labelled & (labels == tokenizer.first_bin_id)
+    # Swaps come by cell, nine cells in ten, so their share varies more than a binomial one.
+    assert abs(swapped.sum() / labelled.sum() - 1 / tokenizer.n_bins) < 0.02
+    cells_with_swap = (swapped.any(1) & (labelled.sum(1) > 15)).sum() / (labelled.sum(1) > 15).sum()
+    assert 0.85 < cells_with_swap < 0.92
+    kept = labelled & ~swapped
+    assert torch.equal(labels[kept], plain["input_ids"][kept])
+    assert torch.equal(types[kept], plain["token_type_ids"][kept])
+
+    phenotype = tokenizer.get_phenotypic_tokens_mask(plain["input_ids"])
+    masked = phenotype & (labels != -100)
+    dropped = phenotype & (batch["input_ids"] == tokenizer.pad_token_id)
+    n = int(phenotype.sum())
+    assert within(int(masked.sum() + dropped.sum()), n, 0.5)
+    assert within(int(dropped.sum()), n, 0.05)
+    assert torch.equal(labels[masked], plain["input_ids"][masked])
+    assert torch.equal(types[masked], plain["token_type_ids"][masked])
+    assert (types[dropped] == 0).all() and (batch["attention_mask"][dropped] == 0).all()
+
+    untouched = ~labelled & ~masked & ~dropped
+    assert (labels[untouched] == -100).all()
+    assert torch.equal(batch["input_ids"][untouched], plain["input_ids"][untouched])
+    assert torch.equal(batch["attention_mask"][~dropped], plain["attention_mask"][~dropped])
+
+
+@pytest.mark.parametrize("max_length", [2048, 20])
+def test_a_swap_never_takes_an_expressed_gene_nor_one_twice(many, max_length):
+    store, full = many
+    tokenizer = GeneTokenizer(full.genes, bin_edges=full.bin_edges, max_length=max_length)
+    collator = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=1.0)
+    expressed = store.rows(slice(None)).toarray() >= 0.5
+    n_swapped = 0
+    for epoch in range(3):
+        collator.set_epoch(epoch)
+        batch = collator(store.__getitems__(range(len(store))))
+        swapped = batch["labels"] == tokenizer.first_bin_id
+        rows, columns = swapped.nonzero(as_tuple=True)
+        genes = batch["token_type_ids"][rows, columns] - tokenizer.gene_token_type_offset
+        assert (genes >= 0).all()
+        assert not expressed[rows, genes].any()
+        assert len(set(zip(rows.tolist(), genes.tolist(), strict=True))) == len(rows)
+        n_swapped += len(rows)
+    assert n_swapped > 1000
+
+
+def test_swapped_genes_are_uniform_over_the_unexpressed(many):
+    # One cell, expressing the even genes, many epochs.
+    tokenizer = GeneTokenizer([f"g{i}" for i in range(40)])
+    store_like = examples_of(tokenizer, np.arange(40)[None] % 2 == 0)
+    collator = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.3)
+    drawn = np.zeros(40, int)
+    for epoch in range(3000):
+        collator.set_epoch(epoch)
+        batch = collator(store_like)
+        types = batch["token_type_ids"][batch["labels"] == tokenizer.first_bin_id]
+        drawn += np.bincount(types - 1, minlength=40)
+    assert drawn[::2].sum() == 0
+    assert drawn.sum() > 3000
+    assert stats.chisquare(drawn[1::2]).pvalue > 1e-4
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), n_genes=st.integers(1, 12), n_cells=st.integers(1, 6), seed=st.integers(0, 5))
+def test_nearly_full_cells_run_out_of_genes_without_taking_expressed_ones(data, n_genes, n_cells, seed):
+    expressed = np.array(
+        data.draw(
+            st.lists(st.lists(st.booleans(), min_size=n_genes, max_size=n_genes), min_size=n_cells, max_size=n_cells)
+        )
+    )
+    tokenizer = GeneTokenizer([f"g{i}" for i in range(n_genes)])
+    collator = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=1.0, seed=seed)
+    batch = collator(examples_of(tokenizer, expressed))
+    rows, columns = (batch["labels"] == tokenizer.first_bin_id).nonzero(as_tuple=True)
+    genes = batch["token_type_ids"][rows, columns] - 1
+    assert not expressed[rows, genes].any()
+    for row in range(n_cells):
+        mine = genes[rows == row].tolist()
+        assert len(set(mine)) == len(mine) <= (n_genes - expressed[row].sum()) // 2
+
+
+def test_an_example_of_full_length_swaps_nothing():
+    tokenizer = GeneTokenizer([f"g{i}" for i in range(40)], max_length=12)
+    collator = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=1.0)
+    batch = collator(examples_of(tokenizer, np.ones((20, 40))))
+    assert (batch["labels"] != tokenizer.first_bin_id).all()
+    assert (batch["labels"] != -100).sum() == 200
+
+
+def by_cell(collator, store, order, batch_size, n_workers=0) -> dict[int, tuple]:
+    """What each cell becomes, without its padding."""
+    seen = {}
+
+    def collate(cells):
+        batch = collator(cells)
+        return cells.cell_id, {name: tensor.numpy() for name, tensor in batch.items()}
+
+    loader = DataLoader(store, batch_size=batch_size, sampler=order, collate_fn=collate, num_workers=n_workers)
+    for cell_ids, batch in loader:
+        for i, cell in enumerate(cell_ids.tolist()):
+            length = int(np.flatnonzero(batch["input_ids"][i] == 1)[0]) + 1
+            seen[cell] = tuple(batch[name][i, :length].tolist() for name in sorted(batch))
+    return seen
+
+
+@pytest.mark.parametrize("n_workers", [0, 1, 3])
+def test_masks_are_a_function_of_seed_epoch_and_cell(store, tokenizer, n_workers):
+    collator = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4, seed=7)
+    collator.set_epoch(2)
+    reference = by_cell(collator, store, range(60), 60)
+    torch.manual_seed(n_workers)
+    np.random.seed(n_workers)
+    order = np.random.permutation(60).tolist()
+    assert by_cell(collator, store, order, 7, n_workers) == reference
+    collator.set_epoch(3)
+    assert by_cell(collator, store, range(60), 60) != reference
+    other_seed = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4, seed=8)
+    other_seed.set_epoch(2)
+    assert by_cell(other_seed, store, range(60), 60) != reference
+
+
+def test_workers_that_outlive_an_epoch_see_the_next(store, tokenizer):
+    collator = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4)
+    loader = DataLoader(store, batch_size=20, collate_fn=collator, num_workers=1, persistent_workers=True)
+    for epoch in range(3):
+        collator.set_epoch(epoch)
+        for batch, start in zip(loader, (0, 20, 40), strict=True):
+            assert torch.equal(batch["labels"], collator(store.__getitems__(range(start, start + 20)))["labels"])
+
+
+def test_a_tokenized_example_is_masked_as_its_cell_in_the_store(store, adata, tokenizer):
+    collator = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4)
+    from_store = collator(store.__getitems__(range(60)))
+    from_examples = collator(examples_of(tokenizer, adata))
+    for name, tensor in from_store.items():
+        assert torch.equal(tensor, from_examples[name])
+
+
+def test_examples_without_cell_id_are_masked_the_same_in_any_batch(adata, tokenizer):
+    examples = [{k: v for k, v in example.items() if k != "cell_id"} for example in examples_of(tokenizer, adata)]
+    collator = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4)
+    together, alone = collator(examples), collator(examples[4:5])
+    length = alone["labels"].shape[1]
+    assert torch.equal(together["labels"][4, :length], alone["labels"][0])
+    assert not torch.equal(together["labels"][4, :10], together["labels"][5, :10])
+
+
+def test_without_mlm_nothing_is_masked(store, tokenizer):
+    cells = store.__getitems__(range(5))
+    batch = DataCollatorForPhenotypicMLM(tokenizer, mlm=False)(cells)
+    assert (batch["labels"] == -100).all()
+    assert torch.equal(batch["input_ids"], collate_fn_wrapper(tokenizer)(cells)["input_ids"])
+
+
+def test_cells_without_counts_give_no_labels_and_no_error(tokenizer):
+    empty = AnnData(sparse.csr_matrix((2, 40), dtype=np.float32))
+    empty.var_names = tokenizer.genes
+    batch = DataCollatorForPhenotypicMLM(tokenizer)(examples_of(tokenizer, empty))
+    assert batch["input_ids"].tolist() == [[0, 1], [0, 1]]
+    assert (batch["labels"] == -100).all()
+
+
+def test_padding_to_a_multiple_and_labels_of_tokens_and_cells(tokenizer, adata):
+    examples = examples_of(tokenizer, adata[:5])
+    lengths = [len(example["input_ids"]) for example in examples]
+    for example in examples:
+        example["labels"] = list(range(len(example["input_ids"])))
+    batch = collate_fn_wrapper(tokenizer, pad_to_multiple_of=16)(examples)
+    assert batch["labels"].shape == batch["input_ids"].shape == (5, -(-max(lengths) // 16) * 16)
+    for i, length in enumerate(lengths):
+        assert batch["labels"][i].tolist() == [*range(length), *[-100] * (batch["labels"].shape[1] - length)]
+        assert (batch["input_ids"][i, length:] == tokenizer.pad_token_id).all()
+        assert (batch["token_type_ids"][i, length:] == 0).all()
+        assert batch["attention_mask"][i].sum() == length
+    for i, example in enumerate(examples):
+        example["labels"] = i % 2
+    assert collate_fn_wrapper(tokenizer)(examples)["labels"].tolist() == [0, 1, 0, 1, 0]
+    assert DataCollatorForPhenotypicMLM(tokenizer, pad_to_multiple_of=16)(examples)["labels"].shape[1] % 16 == 0
+
+
+def test_classification_gives_the_classes(store, adata, tokenizer):
+    tokenizer.included_phenotypes = []
+    collator = DataCollatorForCellClassification(tokenizer, "cell_type")
+    batch = collator(store.__getitems__([4, 2, 9]))
+    names = [["B cell", "T cell"][i] for i in batch["labels"]]
+    assert names == adata.obs["cell_type"].iloc[[4, 2, 9]].tolist()
+    swapped = DataCollatorForCellClassification(tokenizer, "cell_type", label2id={"T cell": 0, "B cell": 1})
+    assert swapped(store.__getitems__([4, 2, 9]))["labels"].tolist() == (1 - batch["labels"]).tolist()
+    examples = examples_of(tokenizer, adata, labels=[i % 3 for i in range(60)])
+    assert DataCollatorForCellClassification(tokenizer)(examples[:4])["labels"].tolist() == [0, 1, 2, 0]
+
+
+def test_classification_refuses_leaks_and_missing_labels(store, tokenizer):
+    with pytest.raises(ValueError, match="would read the answer"):
+        DataCollatorForCellClassification(tokenizer, "cell_type")
+    tokenizer.included_phenotypes = []
+    with pytest.raises(ValueError, match="no categorical column 'type'; it has cell_type"):
+        DataCollatorForCellClassification(tokenizer, "type")(store.__getitems__([0]))
+    collator = DataCollatorForCellClassification(tokenizer, "cell_type", label2id={"B cell": 0})
+    with pytest.raises(ValueError, match="have no known 'cell_type'"):
+        collator(store.__getitems__(range(10)))
+
+
+@pytest.mark.parametrize("name", ["mlm_probability", "phenotype_mask_prob"])
+def test_probabilities_are_checked(tokenizer, name):
+    with pytest.raises(ValueError, match=f"{name} is a probability, got 15"):
+        DataCollatorForPhenotypicMLM(tokenizer, **{name: 15})

@@ -1,0 +1,157 @@
+"""STFormerPretrainer: what it trains on, what it masks, what it refuses."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils.data import Subset
+from transformers import TrainerCallback, TrainingArguments
+
+from stformer_hf import (
+    DataCollatorForPhenotypicMLM,
+    GeneBertConfig,
+    GeneBertForPhenotypicMLM,
+    GeneTokenizer,
+    STFormerPretrainer,
+)
+
+
+def arguments(folder, **changes) -> TrainingArguments:
+    settings = {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return TrainingArguments(str(folder), **{**settings, **changes})
+
+
+def new_model(config) -> GeneBertForPhenotypicMLM:
+    torch.manual_seed(0)
+    return GeneBertForPhenotypicMLM(config)
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class WatchEpochs(TrainerCallback):
+    """Writes down the epoch that the collator is in, at each step."""
+
+    def __init__(self, collator):
+        self.collator, self.epochs = collator, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.epochs.append(self.collator.epoch)
+
+
+def test_it_learns_from_a_store(store, tokenizer, config, tmp_path):
+    trainer = STFormerPretrainer(
+        arguments(tmp_path, num_train_epochs=15), store, model=new_model(config), processing_class=tokenizer
+    )
+    trainer.train()
+    curve = losses(trainer)
+    assert np.mean(curve[-4:]) < np.mean(curve[:4]) - 0.5
+    trainer.save_model()
+    loaded = GeneTokenizer.from_pretrained(tmp_path)
+    assert loaded.fingerprint == GeneBertConfig.from_pretrained(tmp_path).vocabulary_fingerprint
+
+
+def test_a_tokenized_dataset_trains_as_its_store(store, adata, tokenizer, config, tmp_path):
+    filled = np.flatnonzero(store.lengths > 0)
+    tokens = tokenizer(adata[filled])
+    columns = {name: tokens[name] for name in ("input_ids", "token_type_ids")}
+    dataset = Dataset.from_dict({**columns, "cell_id": filled, "length": store.lengths[filled]})
+    curves = []
+    for cells in (store, dataset, Subset(store, filled.tolist())):
+        trainer = STFormerPretrainer(
+            arguments(tmp_path), cells, model=new_model(config), processing_class=tokenizer, mlm_probability=0.3
+        )
+        trainer.train()
+        curves.append(losses(trainer))
+    assert curves[0] == curves[1] == curves[2]
+
+
+def test_empty_cells_are_left_out(store, tokenizer, config, tmp_path):
+    trainer = STFormerPretrainer(arguments(tmp_path), store, model=new_model(config), processing_class=tokenizer)
+    assert len(store) == 60
+    assert len(trainer.train_dataset) == 59
+    assert 3 not in trainer.train_dataset.indices
+
+
+def test_masks_follow_the_epoch_in_training_and_stay_in_evaluation(store, tokenizer, config, tmp_path):
+    trainer = STFormerPretrainer(
+        arguments(tmp_path, num_train_epochs=3),
+        store,
+        model=new_model(config),
+        processing_class=tokenizer,
+        eval_dataset=store,
+    )
+    watch = WatchEpochs(trainer.data_collator)
+    trainer.add_callback(watch)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert watch.epochs == [0] * 4 + [1] * 4 + [2] * 4
+    trainer.model.load_state_dict(new_model(config).state_dict())
+    assert trainer.data_collator.epoch == 2
+    assert trainer.evaluate()["eval_loss"] == before
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(store, tokenizer, config, tmp_path):
+    runs = []
+    for name, n_workers in (("a", 0), ("b", 2)):
+        settings = {"save_strategy": "steps", "save_steps": 6, "dataloader_num_workers": n_workers}
+        trainer = STFormerPretrainer(
+            arguments(tmp_path / name, **settings), store, model=new_model(config), processing_class=tokenizer
+        )
+        if name == "a":
+            trainer.train()
+        else:
+            trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
+        runs.append((losses(trainer)[-2:], trainer.model.state_dict()))
+    assert runs[0][0] == runs[1][0]
+    for name, tensor in runs[0][1].items():
+        assert torch.equal(tensor, runs[1][1][name]), name
+
+
+def test_model_init_serves_as_model(store, tokenizer, config, tmp_path):
+    trainer = STFormerPretrainer(
+        arguments(tmp_path, max_steps=2), store, model_init=lambda: new_model(config), processing_class=tokenizer
+    )
+    trainer.train()
+    assert len(losses(trainer)) == 2
+
+
+def test_the_seed_of_the_masks_is_the_seed_of_the_run(store, tokenizer, config, tmp_path):
+    trainer = STFormerPretrainer(
+        arguments(tmp_path, seed=11),
+        store,
+        model=new_model(config),
+        processing_class=tokenizer,
+        phenotype_mask_prob=0.25,
+    )
+    collator = trainer.data_collator
+    assert isinstance(collator, DataCollatorForPhenotypicMLM)
+    assert (collator.seed, collator.mlm_probability, collator.phenotype_mask_prob) == (11, 0.15, 0.25)
+
+
+def test_what_is_missing_is_said(store, tokenizer, config, tmp_path):
+    with pytest.raises(ValueError, match="needs a model, or a model_init"):
+        STFormerPretrainer(arguments(tmp_path), store, processing_class=tokenizer)
+    with pytest.raises(ValueError, match="processing_class=tokenizer"):
+        STFormerPretrainer(arguments(tmp_path), store, model=new_model(config))
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(store, tokenizer, config, tmp_path):
+    more_bins = GeneTokenizer(tokenizer.genes, phenotypes=tokenizer.phenotypes, bin_edges=[1, 2, 3, 4])
+    other_order = GeneTokenizer(tokenizer.genes[::-1], phenotypes=tokenizer.phenotypes, bin_edges=tokenizer.bin_edges)
+    for other, words in (
+        (more_bins, "11 ids and 42 types, where the model has 10 and 42"),
+        (other_order, "another order"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            STFormerPretrainer(arguments(tmp_path), store, model=new_model(config), processing_class=other)
