@@ -221,7 +221,6 @@ def _score(held_out, predictions: dict[str, Any]) -> dict[str, dict[str, float]]
 
 def _draw(folder: Path, cells, held_out, predicted, seed: int) -> dict[str, Path]:
     """Draw losses, confusion matrix, and UMAPs of the embeddings before and after fine-tuning."""
-
     from ..inference import plots
     from . import embed
 

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 
 
 def predict_majority(train_labels: Sequence, n_test: int) -> np.ndarray:
-    """The most frequent training class, for every cell.
+    """Predict the most frequent training class for every cell.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ def predict_majority(train_labels: Sequence, n_test: int) -> np.ndarray:
 def predict_logistic_regression(
     train_counts: sparse.sparray | np.ndarray, train_labels: Sequence, test_counts: sparse.sparray | np.ndarray
 ) -> np.ndarray:
-    """Logistic regression on log-normalised counts, ln(1 + 10,000 count / total), C = 1.
+    """Predict by logistic regression on log-normalised counts, ln(1 + 10,000 count / total), C = 1.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ def predict_logistic_regression(
 
 
 def log_normalise(counts: sparse.sparray | np.ndarray) -> sparse.csr_array:
-    """ln(1 + 10,000 count / total of the cell), float64 (n, n_genes); a cell without counts stays 0."""
+    """Compute ln(1 + 10,000 count / total of the cell), float64 (n, n_genes); a cell without counts stays 0."""
     counts = sparse.csr_array(counts).astype(np.float64)
     totals = counts.sum(axis=1)
     scaled = sparse.diags_array(1e4 / np.where(totals > 0, totals, 1)) @ counts

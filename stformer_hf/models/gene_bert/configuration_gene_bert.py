@@ -6,8 +6,8 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-# layers, heads, hidden size, feed-forward size, attention dropout. base and large are PerturbGene's; tiny and small are
-# for a laptop: on a CPU attention dropout keeps sdpa from its fast kernel, and a step takes three times as long.
+# layers, heads, hidden size, feed-forward size, attention dropout. base and large are PerturbGene's; tiny and small
+# are for a laptop: on a CPU attention dropout keeps sdpa from its fast kernel, and a step takes three times as long.
 SIZES = {
     "tiny": (2, 4, 128, 512, 0.0),
     "small": (6, 4, 256, 1024, 0.0),
