@@ -29,7 +29,7 @@ _MODULES = {
         "DataCollatorForPhenotypicMLM",
         "collate_fn_wrapper",
     ],
-    "training.pretrainer": ["STFormerPretrainer"],
+    "training.pretrainer": ["CellTrainer", "STFormerPretrainer"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -35,6 +35,9 @@ class FinetuneArguments:
     size: str = field(default="tiny", metadata={"help": "of a new model: tiny, small, base or large"})
     bin_edges: list[float] = field(default_factory=lambda: [0.1], metadata={"help": "of a new model's tokenizer"})
     max_length: int = field(default=2048, metadata={"help": "of a new model's tokenizer: most tokens a cell"})
+    gene_dropout: float = field(
+        default=0.0, metadata={"help": "share of a cell's genes to leave out, anew each epoch"}
+    )
     layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
     held_out: float = field(default=0.1, metadata={"help": "share of the cells kept for evaluation"})
     overwrite: bool = field(default=False, metadata={"help": "replace a model that is in OUTPUT"})
@@ -49,7 +52,7 @@ def main(argv: list[str]) -> None:
 
 def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     """Fine-tune and save; returns the figures of the run."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments, set_seed
 
     from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
     from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification
@@ -57,13 +60,12 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     from ..training.collators import DataCollatorForCellClassification
     from ..training.metrics import compute_classification_metrics
     from ..training.model_card import write_model_card
-    from ..training.pretrainer import check_tokenizer_fits
+    from ..training.pretrainer import CellTrainer
     from .build import open_cells
     from .runs import check_output, finish, split
 
     output = Path(args.output)
-    # The collator reads the columns of a store itself.
-    arguments = TrainingArguments(output_dir=str(output), remove_unused_columns=False, **training)
+    arguments = TrainingArguments(output_dir=str(output), **training)
     check_output(output, args.overwrite, arguments.resume_from_checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(args.model) if args.model else None
     phenotypes = [] if tokenizer is None else [name for name in tokenizer.included_phenotypes if name != args.label]
@@ -81,15 +83,16 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         model = AutoModelForSequenceClassification.from_pretrained(
             args.model, ignore_mismatched_sizes=True, problem_type="single_label_classification", **labels
         )
-    check_tokenizer_fits(model, tokenizer)
     train_cells, held_out_cells = split(store, args.held_out, arguments.seed, args.label)
     if held_out_cells is None:
         arguments.eval_strategy = "no"
 
-    trainer = Trainer(
+    trainer = CellTrainer(
         model=model,
         args=arguments,
-        data_collator=DataCollatorForCellClassification(tokenizer, args.label),
+        data_collator=DataCollatorForCellClassification(
+            tokenizer, args.label, seed=arguments.seed, gene_dropout=args.gene_dropout
+        ),
         train_dataset=train_cells,
         eval_dataset=held_out_cells,
         processing_class=tokenizer,
@@ -103,6 +106,7 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         store=store,
         settings={
             "label": args.label,
+            "gene dropout": args.gene_dropout,
             "cells in training": len(train_cells),
             "cells held out": 0 if held_out_cells is None else len(held_out_cells),
             "steps": trainer.state.global_step,

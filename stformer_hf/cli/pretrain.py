@@ -38,6 +38,9 @@ class PretrainArguments:
     max_length: int = field(default=2048, metadata={"help": "most tokens a cell"})
     mlm_probability: float = field(default=0.15, metadata={"help": "share of the genes to mask"})
     phenotype_mask_prob: float = field(default=0.5, metadata={"help": "share of the phenotypes to mask"})
+    gene_dropout: float = field(
+        default=0.0, metadata={"help": "share of a cell's genes to leave out, anew each epoch"}
+    )
     label_smoothing: float = field(default=0.0, metadata={"help": "of the MLM loss (PerturbGene: 0.5)"})
     layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
     held_out: float = field(default=0.05, metadata={"help": "share of the cells kept for evaluation"})
@@ -88,6 +91,7 @@ def run(args: PretrainArguments, training: dict) -> dict[str, float]:
         processing_class=tokenizer,
         mlm_probability=args.mlm_probability,
         phenotype_mask_prob=args.phenotype_mask_prob,
+        gene_dropout=args.gene_dropout,
         eval_dataset=held_out_cells,
     )
     metrics = finish(trainer)
@@ -99,6 +103,7 @@ def run(args: PretrainArguments, training: dict) -> dict[str, float]:
         settings={
             "masked genes": args.mlm_probability,
             "masked phenotypes": args.phenotype_mask_prob,
+            "gene dropout": args.gene_dropout,
             "cells in training": len(train_cells),
             "cells held out": 0 if held_out_cells is None else len(held_out_cells),
             "steps": trainer.state.global_step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCe
 from .randomness import uniforms
 
 # Streams of `uniforms`, one a decision.
-_MASK_GENE, _SWAP_SEQUENCE, _SWAP_GENE, _NEW_GENE, _MASK_PHENOTYPE, _DROP_PHENOTYPE = range(6)
+_MASK_GENE, _SWAP_SEQUENCE, _SWAP_GENE, _NEW_GENE, _MASK_PHENOTYPE, _DROP_PHENOTYPE, _DROP_GENE = range(7)
 _SEQUENCE_SWAP_PROB = 0.9
 _PHENOTYPE_DROP_PROB = 0.1
 _IGNORE = -100
@@ -58,7 +59,58 @@ def collate_fn_wrapper(
     return collate
 
 
-class DataCollatorForPhenotypicMLM:
+class _CellCollator:
+    """What the collators share: a seed, an epoch, and genes left out anew in each epoch."""
+
+    def __init__(self, tokenizer: GeneTokenizer, gene_dropout: float, pad_to_multiple_of: int | None, seed: int):
+        _check_probability("gene_dropout", gene_dropout)
+        self.tokenizer = tokenizer
+        self.gene_dropout = gene_dropout
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.seed = seed
+        # In shared memory: workers that outlive an epoch see the next one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that random numbers are drawn for."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw for another epoch; call it before the epoch's first batch."""
+        self._epoch.fill_(epoch)
+
+    def for_evaluation(self) -> _CellCollator:
+        """Make a collator that draws the same masks at every evaluation, those of epoch 0, and drops no genes."""
+        other = copy.copy(self)
+        other.gene_dropout = 0.0
+        other._epoch = torch.zeros_like(self._epoch)
+        return other
+
+    def _uniforms(self, stream: int, cell_ids: np.ndarray, counters=0, cells: np.ndarray | None = None) -> np.ndarray:
+        return uniforms(self.seed, self.epoch, stream, cell_ids, counters, cells)
+
+    def _tokens(self, examples: Any) -> tuple[TokenizedCells, np.ndarray]:
+        """Tokens and ids of the cells, after gene dropout."""
+        tokens = _tokens(examples, self.tokenizer)
+        cell_ids = _cell_ids(examples, tokens)
+        if not self.gene_dropout:
+            return tokens, cell_ids
+        ids, types, indptr = tokens.input_ids, tokens.token_type_ids, tokens.indptr
+        cells = np.repeat(np.arange(len(cell_ids)), np.diff(indptr))
+        draw = self._uniforms(_DROP_GENE, cell_ids, types, cells)
+        drop = (draw < self.gene_dropout) & self.tokenizer.get_gene_tokens_mask(ids)
+        kept = np.concatenate([[0], np.cumsum(~drop)])
+        return TokenizedCells(
+            ids[~drop],
+            types[~drop],
+            kept[indptr],
+            np.concatenate([tokens.dropped_type_ids, types[drop]]),
+            np.concatenate([tokens.dropped_cells, cells[drop]]),
+        ), cell_ids
+
+
+class DataCollatorForPhenotypicMLM(_CellCollator):
     """Masks expression bins and phenotypes for `GeneBertForPhenotypicMLM`.
 
     Genes: each is masked with `mlm_probability`; a masked one becomes `[MASK]` and its bin is its label. In 9 of 10
@@ -83,6 +135,9 @@ class DataCollatorForPhenotypicMLM:
         Round the padded length up to a multiple of this.
     seed : int, default: 0
         Of the masks.
+    gene_dropout : float, default: 0.0
+        Share of a cell's genes to leave out, chosen anew in each epoch: it regularises where cells are few, and makes
+        steps cheaper.
 
     Raises
     ------
@@ -107,27 +162,14 @@ class DataCollatorForPhenotypicMLM:
         phenotype_mask_prob: float = 0.5,
         pad_to_multiple_of: int | None = None,
         seed: int = 0,
+        gene_dropout: float = 0.0,
     ):
-        for name, value in (("mlm_probability", mlm_probability), ("phenotype_mask_prob", phenotype_mask_prob)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} is a probability, got {value}.")
-        self.tokenizer = tokenizer
+        super().__init__(tokenizer, gene_dropout, pad_to_multiple_of, seed)
+        _check_probability("mlm_probability", mlm_probability)
+        _check_probability("phenotype_mask_prob", phenotype_mask_prob)
         self.mlm = mlm
         self.mlm_probability = mlm_probability
         self.phenotype_mask_prob = phenotype_mask_prob
-        self.pad_to_multiple_of = pad_to_multiple_of
-        self.seed = seed
-        # In shared memory: workers that outlive an epoch see the next one.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that the masks are drawn for."""
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw the masks of another epoch; call it before the epoch's first batch."""
-        self._epoch.fill_(epoch)
 
     def __call__(self, examples: Any) -> dict[str, torch.Tensor]:
         """Make a batch.
@@ -142,28 +184,25 @@ class DataCollatorForPhenotypicMLM:
         dict of Tensor int64 (n, length)
             `input_ids`, `token_type_ids`, `attention_mask`, `labels`.
         """
-        tokens = _tokens(examples, self.tokenizer)
+        tokens, cell_ids = self._tokens(examples)
         ids, types = tokens.input_ids.copy(), tokens.token_type_ids.copy()
         labels = np.full(len(ids), _IGNORE, np.int64)
         attended = np.ones(len(ids), np.int64)
         if self.mlm:
-            self._mask_phenotypes(tokens, ids, types, labels, attended, _cell_ids(examples, tokens))
-            self._mask_genes(examples, tokens, ids, types, labels, _cell_ids(examples, tokens))
+            self._mask_phenotypes(tokens, ids, types, labels, attended, cell_ids)
+            self._mask_genes(examples, tokens, ids, types, labels, cell_ids)
         masked = tokens._replace(input_ids=ids, token_type_ids=types)
         batch = _pad(masked, self.tokenizer, self.pad_to_multiple_of, attended)
         length, side = batch["input_ids"].shape[1], self.tokenizer.padding_side
         batch["labels"] = torch.from_numpy(pad_ragged(labels, tokens.indptr, length, _IGNORE, side))
         return batch
 
-    def _uniforms(self, stream: int, cell_ids: np.ndarray, counters: np.ndarray | int = 0) -> np.ndarray:
-        return uniforms(self.seed, self.epoch, stream, cell_ids, counters)
-
     def _mask_phenotypes(self, tokens, ids, types, labels, attended, cell_ids) -> None:
         at = np.flatnonzero(self.tokenizer.get_phenotypic_tokens_mask(tokens.input_ids))
         cells = np.searchsorted(tokens.indptr, at, side="right") - 1
         position = at - tokens.indptr[cells]
-        hit = self._uniforms(_MASK_PHENOTYPE, cell_ids[cells], position) < self.phenotype_mask_prob
-        drop = hit & (self._uniforms(_DROP_PHENOTYPE, cell_ids[cells], position) < _PHENOTYPE_DROP_PROB)
+        hit = self._uniforms(_MASK_PHENOTYPE, cell_ids, position, cells) < self.phenotype_mask_prob
+        drop = hit & (self._uniforms(_DROP_PHENOTYPE, cell_ids, position, cells) < _PHENOTYPE_DROP_PROB)
         mask = hit & ~drop
         labels[at[mask]] = ids[at[mask]]
         ids[at[mask]] = self.tokenizer.mask_token_id
@@ -175,18 +214,19 @@ class DataCollatorForPhenotypicMLM:
         tokenizer = self.tokenizer
         n_bins = tokenizer.n_bins
         genes = np.flatnonzero(tokenizer.get_gene_tokens_mask(tokens.input_ids))
-        cells = np.searchsorted(tokens.indptr, genes, side="right") - 1
+        cells = np.repeat(np.arange(len(cell_ids)), np.diff(tokens.indptr))[genes]
         # A gene is known by its type, so that its fate does not depend on the tokens around it.
-        hit = self._uniforms(_MASK_GENE, cell_ids[cells], types[genes]) < self.mlm_probability
+        hit = self._uniforms(_MASK_GENE, cell_ids, types[genes], cells) < self.mlm_probability
         at, cells = genes[hit], cells[hit]
         labels[at] = ids[at]
         ids[at] = tokenizer.mask_token_id
 
         swapping = self._uniforms(_SWAP_SEQUENCE, cell_ids) < _SEQUENCE_SWAP_PROB
         if not is_cell_batch(examples):
-            swapping &= np.diff(tokens.indptr) < tokenizer.max_length
+            dropped = np.bincount(tokens.dropped_cells, minlength=len(cell_ids))
+            swapping &= np.diff(tokens.indptr) + dropped < tokenizer.max_length
         swap = swapping[cells] & (
-            self._uniforms(_SWAP_GENE, cell_ids[cells], types[at]) < 1 / n_bins / _SEQUENCE_SWAP_PROB
+            self._uniforms(_SWAP_GENE, cell_ids, types[at], cells) < 1 / n_bins / _SEQUENCE_SWAP_PROB
         )
         at, cells = at[swap], cells[swap]
         new_types, given = self._unexpressed_genes(tokens, at, cells, cell_ids)
@@ -200,13 +240,17 @@ class DataCollatorForPhenotypicMLM:
         """
         offset, n_genes = self.tokenizer.gene_token_type_offset, len(self.tokenizer.genes)
         n_cells = len(cell_ids)
-        # Expressed genes of all cells as sorted keys; those that truncation dropped are expressed too.
+        # Expressed genes of all cells, ascending in each; those that were dropped are expressed too.
         is_gene = tokens.token_type_ids >= offset
         owner = np.repeat(np.arange(n_cells), np.diff(tokens.indptr))[is_gene]
-        owner = np.concatenate([owner, tokens.dropped_cells])
-        expressed = np.concatenate([tokens.token_type_ids[is_gene], tokens.dropped_type_ids]) - offset
-        keys = np.sort(owner * n_genes + expressed)
-        owner, expressed = keys // n_genes, keys % n_genes
+        expressed = tokens.token_type_ids[is_gene] - offset
+        if len(tokens.dropped_cells):
+            owner = np.concatenate([owner, tokens.dropped_cells])
+            expressed = np.concatenate([expressed, tokens.dropped_type_ids - offset])
+        keys = owner * n_genes + expressed
+        if (np.diff(keys) <= 0).any():
+            keys = np.unique(keys)
+            owner, expressed = keys // n_genes, keys % n_genes
         first = np.searchsorted(owner, np.arange(n_cells + 1))
         n_unexpressed = n_genes - np.diff(first)
         # The r-th unexpressed gene of a cell is r + the number of its expressed genes g with g - rank(g) <= r.
@@ -222,7 +266,7 @@ class DataCollatorForPhenotypicMLM:
         attempt = 0
         while len(pending):  # each round settles at least half of the tokens in expectation
             counters = tokens.token_type_ids[at[pending]] + attempt * (offset + n_genes)
-            draw = self._uniforms(_NEW_GENE, cell_ids[cells[pending]], counters)
+            draw = self._uniforms(_NEW_GENE, cell_ids, counters, cells[pending])
             rank[pending] = (draw * n_unexpressed[cells[pending]]).astype(np.int64)
             pending = pending[_repeats(cells, rank, given, pending)]
             attempt += 1
@@ -230,7 +274,7 @@ class DataCollatorForPhenotypicMLM:
         return genes + offset, given
 
 
-class DataCollatorForCellClassification:
+class DataCollatorForCellClassification(_CellCollator):
     """Pads cells and gives the class of each, for `GeneBertForClassification`.
 
     Parameters
@@ -243,6 +287,11 @@ class DataCollatorForCellClassification:
         Class of each name of a store's column; its own order of names by default.
     pad_to_multiple_of : int, optional
         Round the padded length up to a multiple of this.
+    seed : int, default: 0
+        Of the gene dropout.
+    gene_dropout : float, default: 0.0
+        Share of a cell's genes to leave out, chosen anew in each epoch: it regularises where cells are few, and makes
+        steps cheaper.
 
     Raises
     ------
@@ -256,16 +305,17 @@ class DataCollatorForCellClassification:
         label: str = "labels",
         label2id: dict[str, int] | None = None,
         pad_to_multiple_of: int | None = None,
+        seed: int = 0,
+        gene_dropout: float = 0.0,
     ):
+        super().__init__(tokenizer, gene_dropout, pad_to_multiple_of, seed)
         if label in tokenizer.included_phenotypes:
             raise ValueError(
                 f"The tokenizer puts {label!r} into the tokens, and the model would read the answer: take it out of "
                 "tokenizer.included_phenotypes."
             )
-        self.tokenizer = tokenizer
         self.label = label
         self.label2id = label2id
-        self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, examples: Any) -> dict[str, torch.Tensor]:
         """Make a batch of a `CellBatch` or of examples.
@@ -275,7 +325,7 @@ class DataCollatorForCellClassification:
         dict of Tensor int64
             `input_ids`, `token_type_ids`, `attention_mask` (n, length), and `labels` (n,).
         """
-        batch = _pad(_tokens(examples, self.tokenizer), self.tokenizer, self.pad_to_multiple_of)
+        batch = _pad(self._tokens(examples)[0], self.tokenizer, self.pad_to_multiple_of)
         if is_cell_batch(examples):
             if self.label not in examples.categories:
                 raise ValueError(
@@ -291,6 +341,11 @@ class DataCollatorForCellClassification:
             raise ValueError(f"{(labels < 0).sum()} cells of the batch have no known {self.label!r}; leave them out.")
         batch["labels"] = torch.from_numpy(labels)
         return batch
+
+
+def _check_probability(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is a probability, got {value}.")
 
 
 def _tokens(examples: Any, tokenizer: GeneTokenizer) -> TokenizedCells:

@@ -1,14 +1,12 @@
-"""STFormerPretrainer: `transformers.Trainer` for masked pretraining on cells."""
+"""`transformers.Trainer` on cells: CellTrainer for any task, STFormerPretrainer for masked pretraining."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -17,11 +15,57 @@ from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from .collators import DataCollatorForPhenotypicMLM
 
 
-class STFormerPretrainer(Trainer):
+class CellTrainer(Trainer):
+    """Trainer for stores of cells and the collators of this package.
+
+    Every column reaches the collator; the collator is told the epoch; evaluation and prediction use the collator's
+    `for_evaluation()`, so that their losses can be compared; cells without counts are left out of training.
+
+    Parameters
+    ----------
+    **kwargs
+        As for Trainer; datasets may be a `CellStore` or a `torch.utils.data.Subset` of one.
+
+    Raises
+    ------
+    ValueError
+        A tokenizer (`processing_class`) that does not fit the model.
+    """
+
+    def __init__(self, *, train_dataset: Any = None, eval_dataset: Any = None, **kwargs):
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: without_empty_cells(dataset) for name, dataset in eval_dataset.items()}
+        else:
+            eval_dataset = without_empty_cells(eval_dataset)
+        super().__init__(train_dataset=without_empty_cells(train_dataset), eval_dataset=eval_dataset, **kwargs)
+        if self.processing_class is not None:
+            check_tokenizer_fits(self.model, self.processing_class)
+        self._eval_collator = self.data_collator
+        if hasattr(self.data_collator, "set_epoch"):
+            self._eval_collator = self.data_collator.for_evaluation()
+            self.add_callback(_SetEpoch(self.data_collator))
+
+    def _remove_unused_columns(self, dataset, description=None):
+        return dataset  # the collator takes what it needs, such as cell_id
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        return data_collator
+
+    def _get_dataloader(self, *args, is_training: bool = False, **kwargs):
+        training_collator = self.data_collator
+        if not is_training:
+            self.data_collator = self._eval_collator
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.data_collator = training_collator
+
+
+class STFormerPretrainer(CellTrainer):
     """Trainer that masks cells of a `CellStore`, or of a tokenized dataset, while it trains.
 
     Masks are a function of (args.seed, epoch, cell); evaluation always masks as in epoch 0, so that its losses can
-    be compared. Cells without counts are left out of training. All columns of a dataset reach the collator.
+    be compared. Cells without counts are left out.
 
     Parameters
     ----------
@@ -33,8 +77,8 @@ class STFormerPretrainer(Trainer):
         What to train.
     model_init : callable, optional
         Makes the model, for hyperparameter search.
-    mlm_probability, phenotype_mask_prob : float, default: 0.15, 0.5
-        Shares to mask (see `DataCollatorForPhenotypicMLM`).
+    mlm_probability, phenotype_mask_prob, gene_dropout : float, default: 0.15, 0.5, 0.0
+        Shares to mask, and of genes to leave out (see `DataCollatorForPhenotypicMLM`).
     processing_class : GeneTokenizer
         Tokenizes the cells; saved beside the model.
     data_collator : callable, optional
@@ -57,6 +101,7 @@ class STFormerPretrainer(Trainer):
         model_init: Callable[..., PreTrainedModel] | None = None,
         mlm_probability: float = 0.15,
         phenotype_mask_prob: float = 0.5,
+        gene_dropout: float = 0.0,
         processing_class: GeneTokenizer | None = None,
         data_collator: Callable | None = None,
         eval_dataset: Any = None,
@@ -71,44 +116,19 @@ class STFormerPretrainer(Trainer):
                 processing_class,
                 mlm_probability=mlm_probability,
                 phenotype_mask_prob=phenotype_mask_prob,
+                gene_dropout=gene_dropout,
                 seed=0 if args is None else args.seed,
             )
         super().__init__(
             model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=without_empty_cells(train_dataset),
-            eval_dataset=(
-                {name: without_empty_cells(dataset) for name, dataset in eval_dataset.items()}
-                if isinstance(eval_dataset, dict)
-                else without_empty_cells(eval_dataset)
-            ),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             model_init=model_init,
             **kwargs,
         )
-        if processing_class is not None:
-            check_tokenizer_fits(self.model, processing_class)
-        self._eval_collator = data_collator
-        if hasattr(data_collator, "set_epoch"):
-            self._eval_collator = copy.copy(data_collator)
-            self._eval_collator._epoch = torch.zeros_like(data_collator._epoch)
-            self.add_callback(_SetEpoch(data_collator))
-
-    def _remove_unused_columns(self, dataset, description=None):
-        return dataset  # the collator takes what it needs, such as cell_id
-
-    def _get_collator_with_removed_columns(self, data_collator, description=None):
-        return data_collator
-
-    def _get_dataloader(self, *args, is_training: bool = False, **kwargs):
-        training_collator = self.data_collator
-        if not is_training:
-            self.data_collator = self._eval_collator
-        try:
-            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
-        finally:
-            self.data_collator = training_collator
 
 
 class _SetEpoch(TrainerCallback):
@@ -168,4 +188,4 @@ def check_tokenizer_fits(model: PreTrainedModel, tokenizer: GeneTokenizer) -> No
         )
 
 
-__all__ = ["STFormerPretrainer", "check_tokenizer_fits", "without_empty_cells"]
+__all__ = ["CellTrainer", "STFormerPretrainer", "check_tokenizer_fits", "without_empty_cells"]

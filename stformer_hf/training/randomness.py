@@ -8,7 +8,14 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
 
-def uniforms(seed: int, epoch: int, stream: int, sample_ids: np.ndarray, counters: np.ndarray | int = 0) -> np.ndarray:
+def uniforms(
+    seed: int,
+    epoch: int,
+    stream: int,
+    sample_ids: np.ndarray,
+    counters: np.ndarray | int = 0,
+    samples: np.ndarray | None = None,
+) -> np.ndarray:
     """Uniform numbers in [0, 1), one an element, with no state.
 
     Parameters
@@ -17,10 +24,12 @@ def uniforms(seed: int, epoch: int, stream: int, sample_ids: np.ndarray, counter
         Of the run.
     stream : int
         Tells independent uses of the same sample apart.
-    sample_ids : int array (n,)
-        Which cell each number belongs to.
+    sample_ids : int array (n_samples,)
+        Ids of the samples (cells).
     counters : int array (n,) or int, default: 0
-        Which number of that cell.
+        Which number of its sample each element is.
+    samples : int array (n,), optional
+        Position in `sample_ids` of each element's sample; element i belongs to sample i by default.
 
     Returns
     -------
@@ -35,6 +44,8 @@ def uniforms(seed: int, epoch: int, stream: int, sample_ids: np.ndarray, counter
     for part in (seed, epoch, stream):
         key = _mix(key ^ np.uint64(part & _MASK))
     key = _mix(key ^ np.asarray(sample_ids).astype(np.uint64))
+    if samples is not None:
+        key = key[samples]
     key = _mix(key ^ np.asarray(counters).astype(np.uint64))
     return (key >> np.uint64(11)) * 2.0**-53
 

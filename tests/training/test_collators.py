@@ -264,3 +264,36 @@ def test_classification_refuses_leaks_and_missing_labels(store, tokenizer):
 def test_probabilities_are_checked(tokenizer, name):
     with pytest.raises(ValueError, match=f"{name} is a probability, got 15"):
         DataCollatorForPhenotypicMLM(tokenizer, **{name: 15})
+
+
+def test_gene_dropout_leaves_out_its_share_anew_each_epoch_and_never_swaps_it_in(many):
+    store, full = many
+    tokenizer = GeneTokenizer(full.genes, bin_edges=full.bin_edges)
+    cells = store.__getitems__(range(len(store)))
+    expressed = store.rows(slice(None)).toarray() >= 0.5
+    collator = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.5, gene_dropout=0.3)
+    kept = []
+    for epoch in range(2):
+        collator.set_epoch(epoch)
+        batch = collator(cells)
+        assert (batch["input_ids"][:, 0] == tokenizer.cls_token_id).all()
+        assert ((batch["input_ids"] == tokenizer.eos_token_id).sum(1) == 1).all()
+        rows, columns = (batch["token_type_ids"] > 0).nonzero(as_tuple=True)
+        genes = batch["token_type_ids"][rows, columns] - 1
+        swapped = batch["labels"][rows, columns] == tokenizer.first_bin_id
+        assert expressed[rows, genes].tolist() == (~swapped).tolist()
+        assert within(len(rows), int(expressed.sum()), 0.7)
+        kept.append(set(zip(rows.tolist(), genes.tolist(), strict=True)))
+    assert len(kept[0] & kept[1]) < 0.8 * len(kept[0])
+    evaluation = collator.for_evaluation()
+    assert (evaluation(cells)["attention_mask"].sum(1) == torch.from_numpy(expressed.sum(1) + 2)).all()
+    assert (evaluation.epoch, collator.epoch) == (0, 1)
+
+
+def test_gene_dropout_for_classification(store, tokenizer):
+    tokenizer.included_phenotypes = []
+    cells = store.__getitems__(range(60))
+    whole = DataCollatorForCellClassification(tokenizer, "cell_type")(cells)
+    less = DataCollatorForCellClassification(tokenizer, "cell_type", gene_dropout=0.5)(cells)
+    assert torch.equal(whole["labels"], less["labels"])
+    assert 0.4 < (less["attention_mask"].sum() - 120) / (whole["attention_mask"].sum() - 120) < 0.6
