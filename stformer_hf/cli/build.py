@@ -6,7 +6,6 @@ stformer-hf build --data a.h5ad b.h5ad --output atlas --obs cell_type donor
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from .arguments import parse
 
@@ -41,12 +40,3 @@ def run(args: BuildArguments):
         fractional=args.fractional,
         overwrite=args.overwrite,
     )
-
-
-def open_cells(data: list[str], folder: Path, obs: list[str] | None, layer: str | None = None):
-    """Open the store that `data` names, or build one of its files in `folder/store`."""
-    from ..data.cell_store import CellStore
-
-    if len(data) == 1 and (Path(data[0]) / "manifest.json").exists():
-        return CellStore(data[0])
-    return CellStore.build(folder / "store", data, obs=obs, layer=layer, overwrite=True)

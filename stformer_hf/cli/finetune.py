@@ -46,13 +46,14 @@ class FinetuneArguments:
 def main(argv: list[str]) -> None:
     """Parse and run."""
     args, training = parse(argv, FinetuneArguments, verb="finetune", description=__doc__, training=TRAINING_DEFAULTS)
-    result = run(args, training)
-    print(f"{args.output}: " + ", ".join(f"{name} {value:.4g}" for name, value in result.items()))
+    from .runs import print_figures
+
+    print_figures(args.output, run(args, training))
 
 
 def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     """Fine-tune and save; returns the figures of the run."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments, set_seed
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
     from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
     from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification
@@ -61,15 +62,13 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     from ..training.metrics import compute_classification_metrics
     from ..training.model_card import write_model_card
     from ..training.pretrainer import CellTrainer
-    from .build import open_cells
-    from .runs import check_output, finish, split
+    from .runs import finish, open_cells, split, training_arguments
 
     output = Path(args.output)
-    arguments = TrainingArguments(output_dir=str(output), **training)
-    check_output(output, args.overwrite, arguments.resume_from_checkpoint)
+    arguments = training_arguments(output, training, args.overwrite)
     tokenizer = AutoTokenizer.from_pretrained(args.model) if args.model else None
     phenotypes = [] if tokenizer is None else [name for name in tokenizer.included_phenotypes if name != args.label]
-    store = open_cells(args.data, output, list(dict.fromkeys([args.label, *phenotypes])), args.layer)
+    store = open_cells(args.data, arguments, list(dict.fromkeys([args.label, *phenotypes])), args.layer)
     if args.label not in store.categories:
         raise ValueError(f"No categorical column {args.label!r}; there are {', '.join(store.categories) or 'none'}.")
     classes = store.categories[args.label]
@@ -99,6 +98,8 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         compute_metrics=compute_classification_metrics,
     )
     metrics = finish(trainer)
+    if not trainer.is_world_process_zero():
+        return metrics
     write_model_card(
         output,
         model=model,

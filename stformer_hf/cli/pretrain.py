@@ -50,26 +50,25 @@ class PretrainArguments:
 def main(argv: list[str]) -> None:
     """Parse and run."""
     args, training = parse(argv, PretrainArguments, verb="pretrain", description=__doc__, training=TRAINING_DEFAULTS)
-    result = run(args, training)
-    print(f"{args.output}: " + ", ".join(f"{name} {value:.4g}" for name, value in result.items()))
+    from .runs import print_figures
+
+    print_figures(args.output, run(args, training))
 
 
 def run(args: PretrainArguments, training: dict) -> dict[str, float]:
     """Pretrain and save; returns the figures of the run."""
-    from transformers import AutoModelForMaskedLM, AutoTokenizer, TrainingArguments, set_seed
+    from transformers import AutoModelForMaskedLM, AutoTokenizer, set_seed
 
     from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
     from ..models.gene_bert.modeling_gene_bert import GeneBertForPhenotypicMLM
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
     from ..training.model_card import write_model_card
     from ..training.pretrainer import STFormerPretrainer
-    from .build import open_cells
-    from .runs import check_output, finish, split
+    from .runs import finish, open_cells, split, training_arguments
 
     output = Path(args.output)
-    arguments = TrainingArguments(output_dir=str(output), **training)
-    check_output(output, args.overwrite, arguments.resume_from_checkpoint)
-    store = open_cells(args.data, output, args.phenotypes, args.layer)
+    arguments = training_arguments(output, training, args.overwrite)
+    store = open_cells(args.data, arguments, args.phenotypes, args.layer)
     set_seed(arguments.seed)
     if args.model:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -95,6 +94,8 @@ def run(args: PretrainArguments, training: dict) -> dict[str, float]:
         eval_dataset=held_out_cells,
     )
     metrics = finish(trainer)
+    if not trainer.is_world_process_zero():
+        return metrics
     write_model_card(
         output,
         model=model,

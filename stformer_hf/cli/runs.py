@@ -1,4 +1,4 @@
-"""What the training verbs share: the output folder, the split, the run itself."""
+"""What the training verbs share: the arguments, the cells, the split, the run itself."""
 
 from __future__ import annotations
 
@@ -8,16 +8,38 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
+from accelerate import PartialState
 from torch.utils.data import Subset
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from ..data.cell_store import CellStore
 
 
-def check_output(output: Path, overwrite: bool, resume: str | bool | None) -> None:
-    """Refuse to replace a model that is there, unless asked to or resuming."""
-    if (output / "config.json").exists() and not overwrite and not resume:
+def training_arguments(output: Path, settings: dict, overwrite: bool) -> TrainingArguments:
+    """Make the arguments of a run, and refuse to replace a model that is there, unless asked to or resuming.
+
+    Raises
+    ------
+    FileExistsError
+        The output folder holds a model.
+    """
+    settings = {"dataloader_pin_memory": torch.cuda.is_available(), **settings}
+    arguments = TrainingArguments(output_dir=str(output), **settings)
+    if (output / "config.json").exists() and not overwrite and not arguments.resume_from_checkpoint:
         raise FileExistsError(f"{output} holds a model. Choose another --output, or pass --overwrite.")
+    return arguments
+
+
+def open_cells(data: list[str], arguments: TrainingArguments, obs: list[str] | None, layer: str | None) -> CellStore:
+    """Open the store that `data` names, or build one of its files in the output folder (in one process of many)."""
+    if len(data) == 1 and (Path(data[0]) / "manifest.json").exists():
+        return CellStore(data[0])
+    path = Path(arguments.output_dir) / "store"
+    with arguments.main_process_first(local=False, desc="build"):
+        if arguments.process_index == 0:
+            return CellStore.build(path, data, obs=obs, layer=layer, overwrite=True)
+        return CellStore(path)
 
 
 def split(store: CellStore, held_out: float, seed: int, label: str | None = None) -> tuple[Subset, Subset | None]:
@@ -70,3 +92,9 @@ def finish(trainer: Trainer) -> dict[str, float]:
 
 
 _EVALUATION = ("eval_loss", "eval_accuracy", "eval_macro_f1")
+
+
+def print_figures(output: str, figures: dict[str, float]) -> None:
+    """Print the figures of a run, in one process of many."""
+    if PartialState().is_main_process:
+        print(f"{output}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
