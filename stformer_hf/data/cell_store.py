@@ -553,7 +553,7 @@ def _unite_obs(sources: list[Source], names: list[str]) -> tuple[list[dict[str, 
                     f"{source.name} has no obs column {name!r}; it has {', '.join(map(str, source.obs.columns))}."
                 )
             series.append(source.obs[name])
-        if all(_is_label(values) for values in series):
+        if _are_labels(series):
             labels = [values.astype("category").cat.rename_categories(str) for values in series]
             union = list(dict.fromkeys(value for label in labels for value in label.cat.categories))
             categories[name] = union
@@ -561,8 +561,8 @@ def _unite_obs(sources: list[Source], names: list[str]) -> tuple[list[dict[str, 
                 codes = pd.Index(union, dtype=object).get_indexer(label.astype(object))
                 column[name] = np.where(codes < 0, np.nan, codes)  # a missing label is null in the store
             continue
-        types = {values.dtype.kind if hasattr(values.dtype, "kind") else "O" for values in series}
-        if len(types) > 1 or any(_is_label(values) for values in series):
+        types = {getattr(values.dtype, "kind", "O") for values in series}
+        if len(types) > 1:
             raise ValueError(
                 f"obs column {name!r} has other types in other sources: "
                 f"{', '.join(sorted({str(values.dtype) for values in series}))}. Convert them to one."
@@ -572,11 +572,13 @@ def _unite_obs(sources: list[Source], names: list[str]) -> tuple[list[dict[str, 
     return columns, categories
 
 
-def _is_label(values: pd.Series) -> bool:
-    """Categorical, or strings that repeat (as anndata decides when it writes them)."""
-    if isinstance(values.dtype, pd.CategoricalDtype):
-        return True
-    return values.dtype.kind == "O" and pd.api.types.infer_dtype(values, skipna=True) in ("string", "empty")
+def _are_labels(series: list[pd.Series]) -> bool:
+    """Whether a column is of labels: categorical, or strings that repeat (as anndata decides when it writes)."""
+    categorical = [isinstance(values.dtype, pd.CategoricalDtype) for values in series]
+    strings = [pd.api.types.infer_dtype(values, skipna=True) in ("string", "empty") for values in series]
+    if not all(c or s for c, s in zip(categorical, strings, strict=True)):
+        return False
+    return any(categorical) or pd.concat(series).nunique() < sum(map(len, series))
 
 
 def _features(columns: list[dict[str, np.ndarray]], categories: dict[str, list[str]], gene_type: np.dtype):
@@ -590,7 +592,7 @@ def _features(columns: list[dict[str, np.ndarray]], categories: dict[str, list[s
             features[name] = ClassLabel(names=categories[name])
         else:
             values = np.concatenate([column[name] for column in columns])
-            features[name] = Value(str(pa.array(values[:1], from_pandas=True).type).replace("double", "float64"))
+            features[name] = Value(str(pa.array(values, from_pandas=True).type).replace("double", "float64"))
     return features
 
 

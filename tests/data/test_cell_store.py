@@ -380,3 +380,27 @@ def test_pbmc_ifnb_equals_anndata(shared_data, tmp_path):
     assert store.genes.symbols.tolist() == adata.var_names.tolist()
     assert (store.rows(slice(None)) != sparse.csr_array(adata.X)).nnz == 0
     assert store.obs["condition"].astype(str).tolist() == adata.obs["condition"].astype(str).tolist()
+
+
+def test_obs_columns_of_other_types_come_back(tmp_path, adata):
+    n = len(adata)
+    adata.obs["barcode"] = [f"AAC{i}" for i in range(n)]
+    adata.obs["doublet"] = adata.obs["age"] > 50
+    adata.obs["score"] = np.where(np.arange(n) % 5, np.linspace(0, 1, n), np.nan)
+    adata.obs["passage"] = pd.array([None if (i + 1) % 4 else i for i in range(n)], dtype="Int64")
+    adata.obs["cluster"] = pd.Categorical(np.arange(n) % 3)
+    names = ["barcode", "doublet", "score", "passage", "cluster"]
+    for source in (adata, tmp_path / "a.h5ad"):
+        if source is not adata:
+            adata.write_h5ad(source)
+        store = CellStore.build(tmp_path / "s", source, obs=names, overwrite=True)
+        assert "barcode" not in store.categories and store.categories["cluster"] == ["0", "1", "2"]
+        assert store.obs["barcode"].tolist() == adata.obs["barcode"].tolist()
+        assert store.obs["doublet"].tolist() == adata.obs["doublet"].tolist()
+        np.testing.assert_array_equal(store.obs["score"], adata.obs["score"])
+        passage = store.obs["passage"].astype("Int64")
+        assert passage.equals(adata.obs["passage"].astype("Int64"))
+        assert store.obs["cluster"].astype(int).tolist() == adata.obs["cluster"].tolist()
+        dataset = load_from_disk(str(store.path))
+        assert dataset[3]["passage"] == 3 and dataset[4]["passage"] is None
+        assert dataset[1]["doublet"] == bool(adata.obs["doublet"].iloc[1])

@@ -56,8 +56,8 @@ class GeneBertConfig(PreTrainedConfig):
         (n_labelled, vocab_size), in row-major order of the positions. Without labels logits are always whole.
     vocabulary_fingerprint : str, optional
         `GeneTokenizer.fingerprint` of the tokenizer that the model was made for.
-    pad_token_id : int, default: 3
-        Id of `[PAD]`.
+    pad_token_id, eos_token_id : int, default: 3, 1
+        Ids of `[PAD]` and `[EOS]`.
     tie_word_embeddings : bool, default: True
         Whether the last layer of the MLM head shares its weight with the embedding of the token ids.
 
@@ -88,6 +88,7 @@ class GeneBertConfig(PreTrainedConfig):
     sparse_prediction: bool = True
     vocabulary_fingerprint: str | None = None
     pad_token_id: int | None = 3
+    eos_token_id: int | None = 1
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
@@ -137,6 +138,7 @@ class GeneBertConfig(PreTrainedConfig):
             "vocab_size": len(tokenizer),
             "type_vocab_size": tokenizer.type_vocab_size,
             "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
             "vocabulary_fingerprint": tokenizer.fingerprint,
         }
         return cls(**{**fields, **kwargs})
