@@ -10,11 +10,12 @@ BIN := .venv/bin
 help:
 	@sed -n '1,3s/^# //p' Makefile
 
-# The stamp says which extras are installed; a change of the dependencies installs anew.
+# The stamp says which extras are installed; a change of the dependencies installs anew. Byte code is made at the first
+# import of a module, not here for all of them: that is two thirds of the time of an installation.
 .venv/.%: pyproject.toml constraints.txt
 	@echo "== making .venv and installing stformer_hf[$*]"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
 demo: .venv/.demo

@@ -35,6 +35,7 @@ class FinetuneArguments:
     size: str = field(default="tiny", metadata={"help": "of a new model: tiny, small, base or large"})
     bin_edges: list[float] = field(default_factory=lambda: [0.1], metadata={"help": "of a new model's tokenizer"})
     max_length: int = field(default=2048, metadata={"help": "of a new model's tokenizer: most tokens a cell"})
+    pooling: str = field(default="cls", metadata={"help": "what the classifier reads: cls, or mean over the genes"})
     gene_dropout: float = field(
         default=0.0, metadata={"help": "share of a cell's genes to leave out, anew each epoch"}
     )
@@ -72,15 +73,19 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     if args.label not in store.categories:
         raise ValueError(f"No categorical column {args.label!r}; there are {', '.join(store.categories) or 'none'}.")
     classes = store.categories[args.label]
-    labels = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    head = {
+        "id2label": dict(enumerate(classes)),
+        "label2id": {name: i for i, name in enumerate(classes)},
+        "classifier_pooling": args.pooling,
+    }
     set_seed(arguments.seed)
     if tokenizer is None:
         tokenizer = GeneTokenizer.from_store(store, bin_edges=args.bin_edges, max_length=args.max_length)
-        model = GeneBertForClassification(GeneBertConfig.from_tokenizer(tokenizer, size=args.size, **labels))
+        model = GeneBertForClassification(GeneBertConfig.from_tokenizer(tokenizer, size=args.size, **head))
     else:
         tokenizer.included_phenotypes = phenotypes
         model = AutoModelForSequenceClassification.from_pretrained(
-            args.model, ignore_mismatched_sizes=True, problem_type="single_label_classification", **labels
+            args.model, ignore_mismatched_sizes=True, problem_type="single_label_classification", **head
         )
     train_cells, held_out_cells = split(store, args.held_out, arguments.seed, args.label)
     if held_out_cells is None:
@@ -107,6 +112,7 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         store=store,
         settings={
             "label": args.label,
+            "pooling": args.pooling,
             "gene dropout": args.gene_dropout,
             "cells in training": len(train_cells),
             "cells held out": 0 if held_out_cells is None else len(held_out_cells),

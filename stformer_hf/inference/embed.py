@@ -8,6 +8,7 @@ import torch
 from anndata import AnnData
 from transformers import AutoModel, PreTrainedModel
 
+from ..models.gene_bert.modeling_gene_bert import pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from .batches import load, run
 
@@ -65,11 +66,7 @@ def embed(
 
     def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         hidden = encoder(**batch, output_hidden_states=True).hidden_states[hidden_layer]
-        if pooling == "cls":
-            return hidden[:, 0]
-        # A cell without a gene is the mean of nothing: 0.
-        content = (batch["token_type_ids"] > 0).unsqueeze(-1)
-        return (hidden * content).sum(1) / content.sum(1).clamp(min=1)
+        return pool(hidden, batch["token_type_ids"], pooling)
 
     embedding, _, source = run(
         adata, tokenizer, forward, layer=layer, batch_size=batch_size, device=encoder.device, desc="embed"

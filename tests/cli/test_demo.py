@@ -1,4 +1,4 @@
-"""The demo, with few steps; its figures are not looked at here, but that they are there and come again."""
+"""The demo, with few steps: its figures are there, of the right cells, and the same for the same seed."""
 
 import json
 import re
@@ -14,14 +14,17 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceCl
 from stformer_hf.cli import demo, main  # noqa: E402
 
 
+def run_demo(folder, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "PRETRAINING_STEPS", {**demo.PRETRAINING_STEPS, "max_steps": 3})
+        patch.setattr(demo, "FINETUNING_STEPS", {**demo.FINETUNING_STEPS, "num_train_epochs": 0.2})
+        assert main(["demo", "--output", str(folder), "--seed", str(seed)]) == 0
+    return folder
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "PRETRAINING", {**demo.PRETRAINING, "max_steps": 3})
-        patch.setattr(demo, "FINETUNING", {**demo.FINETUNING, "num_train_epochs": 0.2})
-        assert main(["demo", "--output", str(folder), "--seed", "5"]) == 0
-    return folder
+    return run_demo(tmp_path_factory.mktemp("demo") / "out", 5)
 
 
 def test_recovered_counts_are_whole_and_of_ten_types():
@@ -72,6 +75,19 @@ def test_embeddings_and_checkpoints_are_there(folder):
     ):
         assert auto.from_pretrained(folder / name)(**batch)[0].shape[0] == 3
         assert "## Training" in (folder / name / "README.md").read_text()
+
+
+def test_the_same_seed_gives_the_same_figures(folder, tmp_path):
+    again = run_demo(tmp_path / "again", 5)
+    for name in ("pretrained", "classifier", "classifier_from_scratch"):
+        first, second = (
+            [entry.get("loss", entry.get("eval_loss")) for entry in json.loads(file.read_text())["log_history"]]
+            for file in (folder / name / "trainer_state.json", again / name / "trainer_state.json")
+        )
+        assert first == second and len(first) > 1
+    assert (again / "demo.json").read_text() == (folder / "demo.json").read_text()
+    for picture in folder.glob("plots/*.png"):
+        assert (again / "plots" / picture.name).read_bytes() == picture.read_bytes()
 
 
 def test_a_folder_of_something_else_is_not_replaced(folder, tmp_path, capsys):

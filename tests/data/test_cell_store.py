@@ -20,7 +20,7 @@ from scipy import sparse
 from torch.utils.data import DataLoader
 
 from stformer_hf import CellStore
-from stformer_hf.data import cell_store
+from stformer_hf.data import store_writer
 
 
 def dense(store, index) -> np.ndarray:
@@ -296,9 +296,9 @@ def test_a_killed_build_leaves_no_store_and_goes_on(tmp_path, monkeypatch):
             CellStore(path)
     assert len(list((tmp_path / ".store.building").glob("source-*.json"))) == 1
     written = []
-    original = cell_store._SourceWriter.write
+    original = store_writer._SourceWriter.write
     monkeypatch.setattr(
-        cell_store._SourceWriter, "write", lambda self, *args: written.append(self.number) or original(self, *args)
+        store_writer._SourceWriter, "write", lambda self, *args: written.append(self.number) or original(self, *args)
     )
     store = CellStore.build(path, files, rows_per_batch=10)
     assert written == [1, 2]
@@ -308,9 +308,10 @@ def test_a_killed_build_leaves_no_store_and_goes_on(tmp_path, monkeypatch):
     assert not (tmp_path / ".store.building").exists()
 
 
-def test_a_build_stopped_while_it_finished_goes_on(tmp_path, monkeypatch):
-    make_adata(100, 20).write_h5ad(tmp_path / "a.h5ad")
-    calls = []
+@pytest.fixture
+def stop_while_finishing(monkeypatch):
+    """Make the next build stop in its last phase, when some shards have their final names."""
+    checksum, calls = store_writer.sha256, []
 
     def stop(path):
         calls.append(path)
@@ -318,14 +319,38 @@ def test_a_build_stopped_while_it_finished_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return checksum(path)
 
-    checksum = cell_store._sha256
-    monkeypatch.setattr(cell_store, "_sha256", stop)
+    monkeypatch.setattr(store_writer, "sha256", stop)
+
+
+def test_a_build_stopped_while_it_finished_goes_on(tmp_path, stop_while_finishing):
+    make_adata(100, 20).write_h5ad(tmp_path / "a.h5ad")
     arguments = {"rows_per_batch": 10, "rows_per_shard": 20}
     with pytest.raises(KeyboardInterrupt):
         CellStore.build(tmp_path / "s", tmp_path / "a.h5ad", **arguments)
-    monkeypatch.setattr(cell_store, "_sha256", checksum)
     store = CellStore.build(tmp_path / "s", tmp_path / "a.h5ad", **arguments)
     np.testing.assert_array_equal(dense(store, slice(None)), make_adata(100, 20).X.toarray())
+
+
+@pytest.mark.parametrize("change", ["counts", "genes", "labels"])
+def test_cells_in_memory_that_changed_since_a_build_was_stopped(tmp_path, stop_while_finishing, change):
+    file, adata = tmp_path / "a.h5ad", make_adata(100, 20, seed=1)
+    other = make_adata(30, 20)
+    other.write_h5ad(file)
+    arguments = {"obs": ["cell_type"], "rows_per_batch": 10, "rows_per_shard": 20}
+    with pytest.raises(KeyboardInterrupt):
+        CellStore.build(tmp_path / "s", [adata, file], **arguments)
+    if change == "counts":
+        adata.X = adata.X * 2
+    elif change == "genes":
+        adata.var_names = [f"new_{name}" for name in adata.var_names]
+    else:
+        adata.obs["cell_type"] = pd.Categorical(["new"] * 100)
+    store = CellStore.build(tmp_path / "s", [adata, file], **arguments)
+    table = pd.Index(store.gene_ids)
+    for rows, cells in ((slice(0, 100), adata), (slice(100, 130), other)):
+        counts = dense(store, rows)[:, table.get_indexer(cells.var_names)]
+        np.testing.assert_array_equal(counts, cells.X.toarray())
+        assert store.obs["cell_type"][rows].astype(str).tolist() == cells.obs["cell_type"].astype(str).tolist()
 
 
 def test_a_changed_file_is_read_anew_after_a_killed_build(tmp_path):

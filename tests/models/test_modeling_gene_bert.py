@@ -120,6 +120,24 @@ def test_classification_loss_and_head(config, batch):
     assert model.loss_type == "ForSequenceClassification"
 
 
+def test_mean_pooling_is_the_mean_over_the_genes_of_each_cell_alone(config, tokenizer, adata, batch):
+    config.classifier_pooling = "mean"
+    model = GeneBertForClassification(config).eval()
+    with torch.no_grad():
+        logits = model(**batch).logits
+    tokens = tokenizer(adata[:8])
+    for i, (ids, types) in enumerate(zip(tokens["input_ids"], tokens["token_type_ids"], strict=True)):
+        hidden = plain_encoder(model.gene_bert, ids, types)
+        mean = sum(hidden[j] for j in range(len(ids)) if types[j] > 0) / sum(types[j] > 0 for j in range(len(ids)))
+        with torch.no_grad():
+            expected = model.classifier(F.relu(model.pre_classifier(mean.float())))
+        torch.testing.assert_close(logits[i], expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="needs token_type_ids"):
+        model(input_ids=batch["input_ids"])
+    with pytest.raises(ValueError, match=r'"cls" or "mean", got \'max\''):
+        GeneBertConfig(classifier_pooling="max")
+
+
 @pytest.mark.parametrize("tie", [True, False])
 def test_the_head_is_tied_or_not_also_after_training_and_loading(config, batch, tmp_path, tie):
     config.tie_word_embeddings = tie

@@ -45,6 +45,8 @@ class GeneBertConfig(PreTrainedConfig):
         Dropout on embeddings and feed-forward outputs, and on attention weights.
     classifier_dropout : float, default: 0.2
         Dropout before the last layer of the classification head (DistilBERT's value).
+    classifier_pooling : {"cls", "mean"}, default: "cls"
+        What the classification head reads: the hidden state of `[CLS]`, or the mean over all tokens but special ones.
     initializer_range : float, default: 0.02
         Standard deviation of the normal initialisation.
     layer_norm_eps : float, default: 1e-12
@@ -82,6 +84,7 @@ class GeneBertConfig(PreTrainedConfig):
     hidden_dropout_prob: float | int = 0.1
     attention_probs_dropout_prob: float | int = 0.1
     classifier_dropout: float | int = 0.2
+    classifier_pooling: str = "cls"
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     label_smoothing: float | int = 0.0
@@ -98,6 +101,8 @@ class GeneBertConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}."
             )
+        if self.classifier_pooling not in ("cls", "mean"):
+            raise ValueError(f'classifier_pooling is "cls" or "mean", got {self.classifier_pooling!r}.')
         if self.on_init is not None:
             type(self).on_init()
 

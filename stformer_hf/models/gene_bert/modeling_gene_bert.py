@@ -328,8 +328,39 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         return total / torch.as_tensor(num_items_in_batch, device=logits.device).clamp(min=1)
 
 
+def pool(hidden: torch.Tensor, token_type_ids: torch.Tensor | None, pooling: str) -> torch.Tensor:
+    """Reduce the hidden states of a cell's tokens to one.
+
+    Parameters
+    ----------
+    hidden : Tensor (batch, length, hidden_size)
+        Hidden states.
+    token_type_ids : Tensor (batch, length)
+        Types of the tokens; special tokens and padding have type 0.
+    pooling : {"cls", "mean"}
+        The state of `[CLS]`, or the mean over all tokens but the special ones (0 for a cell that has no other).
+
+    Returns
+    -------
+    Tensor (batch, hidden_size)
+
+    Raises
+    ------
+    ValueError
+        Another pooling; "mean" without token types.
+    """
+    if pooling == "cls":
+        return hidden[:, 0]
+    if pooling != "mean":
+        raise ValueError(f'pooling is "cls" or "mean", got {pooling!r}.')
+    if token_type_ids is None:
+        raise ValueError('pooling="mean" needs token_type_ids: they tell genes from special tokens.')
+    content = (token_type_ids > 0).unsqueeze(-1)
+    return (hidden * content).sum(1) / content.sum(1).clamp(min=1)
+
+
 class GeneBertForClassification(GeneBertPreTrainedModel):
-    """GeneBert that assigns each cell to a class, from the hidden state of its `[CLS]` token."""
+    """GeneBert that assigns each cell to a class, from hidden states pooled as `config.classifier_pooling` says."""
 
     _auto_class = "AutoModelForSequenceClassification"
 
@@ -377,8 +408,8 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        pooled = self.dropout(nn.functional.relu(self.pre_classifier(outputs.last_hidden_state[:, 0])))
-        logits = self.classifier(pooled)
+        pooled = pool(outputs.last_hidden_state, token_type_ids, self.config.classifier_pooling)
+        logits = self.classifier(self.dropout(nn.functional.relu(self.pre_classifier(pooled))))
 
         loss = None
         if labels is not None:
@@ -396,4 +427,5 @@ __all__ = [
     "GeneBertModel",
     "GeneBertPreTrainedModel",
     "PositionlessEmbeddings",
+    "pool",
 ]
