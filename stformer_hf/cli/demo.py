@@ -31,8 +31,13 @@ BIN_EDGES = [0.5, 1.5, 2.5, 4.5, 8.5]
 # Leaving out half of a cell's genes, other ones in each epoch, makes many cells of few, and steps cheap.
 PRETRAINING = {"bin_edges": BIN_EDGES, "mlm_probability": 0.3, "gene_dropout": 0.5}
 FINETUNING = {"bin_edges": BIN_EDGES, "pooling": "mean", "gene_dropout": 0.5}
-PRETRAINING_STEPS = {"max_steps": 400, "learning_rate": 2e-3, "per_device_train_batch_size": 16}
-FINETUNING_STEPS = {"num_train_epochs": 10, "learning_rate": 5e-4, "per_device_train_batch_size": 8}
+PRETRAINING_STEPS = {"max_steps": 900, "learning_rate": 2e-3, "per_device_train_batch_size": 8, "logging_steps": 20}
+FINETUNING_STEPS = {
+    "num_train_epochs": 7,
+    "learning_rate": 7e-4,
+    "per_device_train_batch_size": 8,
+    "logging_steps": 20,
+}
 
 
 @dataclass
