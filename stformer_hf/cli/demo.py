@@ -31,13 +31,14 @@ BIN_EDGES = [0.5, 1.5, 2.5, 4.5, 8.5]
 # Leaving out half of a cell's genes, other ones in each epoch, makes many cells of few, and steps cheap.
 PRETRAINING = {"bin_edges": BIN_EDGES, "mlm_probability": 0.3, "gene_dropout": 0.5}
 FINETUNING = {"bin_edges": BIN_EDGES, "pooling": "mean", "gene_dropout": 0.5}
-PRETRAINING_STEPS = {"max_steps": 900, "learning_rate": 2e-3, "per_device_train_batch_size": 8, "logging_steps": 20}
-FINETUNING_STEPS = {
-    "num_train_epochs": 7,
-    "learning_rate": 7e-4,
+PRETRAINING_STEPS = {
+    "max_steps": 600,
+    "learning_rate": 2e-3,
     "per_device_train_batch_size": 8,
-    "logging_steps": 20,
+    "eval_strategy": "steps",
+    "eval_steps": 100,
 }
+FINETUNING_STEPS = {"num_train_epochs": 6, "learning_rate": 7e-4, "per_device_train_batch_size": 8}
 
 
 @dataclass
@@ -182,7 +183,10 @@ def _pretrain(folder: Path, seed: int) -> dict[str, float]:
     args = pretrain.PretrainArguments(
         data=[str(folder / "store")], output=str(folder / "pretrained"), held_out=0.1, **PRETRAINING
     )
-    return pretrain.run(args, {**pretrain.TRAINING_DEFAULTS, **PRETRAINING_STEPS, "seed": seed, "save_strategy": "no"})
+    return pretrain.run(
+        args,
+        {**pretrain.TRAINING_DEFAULTS, **PRETRAINING_STEPS, "seed": seed, "save_strategy": "no", "logging_steps": 20},
+    )
 
 
 def _finetune(folder: Path, seed: int, name: str, model: str | None) -> dict[str, float]:
@@ -191,7 +195,10 @@ def _finetune(folder: Path, seed: int, name: str, model: str | None) -> dict[str
     args = finetune.FinetuneArguments(
         data=[str(folder / "store")], label=LABEL, output=str(folder / name), model=model, held_out=0.0, **FINETUNING
     )
-    return finetune.run(args, {**finetune.TRAINING_DEFAULTS, **FINETUNING_STEPS, "seed": seed, "save_strategy": "no"})
+    return finetune.run(
+        args,
+        {**finetune.TRAINING_DEFAULTS, **FINETUNING_STEPS, "seed": seed, "save_strategy": "no", "logging_steps": 20},
+    )
 
 
 def _predict(folder: Path, train, held_out) -> dict[str, Any]:
