@@ -29,15 +29,16 @@ HELD_OUT = 0.25
 # Most counts of this data are 0 to 8; each bin is about twice as wide as the last.
 BIN_EDGES = [0.5, 1.5, 2.5, 4.5, 8.5]
 # Leaving out half of a cell's genes, other ones in each epoch, makes many cells of few, and steps cheap.
-PRETRAINING = {"bin_edges": BIN_EDGES, "mlm_probability": 0.3, "gene_dropout": 0.5}
+PRETRAINING = {"bin_edges": BIN_EDGES, "mlm_probability": 0.5, "gene_dropout": 0.5}
 FINETUNING = {"bin_edges": BIN_EDGES, "pooling": "mean", "gene_dropout": 0.5}
 PRETRAINING_STEPS = {
-    "max_steps": 600,
+    "max_steps": 700,
     "learning_rate": 2e-3,
     "per_device_train_batch_size": 8,
     "eval_strategy": "steps",
     "eval_steps": 100,
 }
+STEPS = {"save_strategy": "no", "logging_steps": 20}  # of both
 FINETUNING_STEPS = {"num_train_epochs": 6, "learning_rate": 7e-4, "per_device_train_batch_size": 8}
 
 
@@ -183,10 +184,7 @@ def _pretrain(folder: Path, seed: int) -> dict[str, float]:
     args = pretrain.PretrainArguments(
         data=[str(folder / "store")], output=str(folder / "pretrained"), held_out=0.1, **PRETRAINING
     )
-    return pretrain.run(
-        args,
-        {**pretrain.TRAINING_DEFAULTS, **PRETRAINING_STEPS, "seed": seed, "save_strategy": "no", "logging_steps": 20},
-    )
+    return pretrain.run(args, {**pretrain.TRAINING_DEFAULTS, **PRETRAINING_STEPS, **STEPS, "seed": seed})
 
 
 def _finetune(folder: Path, seed: int, name: str, model: str | None) -> dict[str, float]:
@@ -195,10 +193,7 @@ def _finetune(folder: Path, seed: int, name: str, model: str | None) -> dict[str
     args = finetune.FinetuneArguments(
         data=[str(folder / "store")], label=LABEL, output=str(folder / name), model=model, held_out=0.0, **FINETUNING
     )
-    return finetune.run(
-        args,
-        {**finetune.TRAINING_DEFAULTS, **FINETUNING_STEPS, "seed": seed, "save_strategy": "no", "logging_steps": 20},
-    )
+    return finetune.run(args, {**finetune.TRAINING_DEFAULTS, **FINETUNING_STEPS, **STEPS, "seed": seed})
 
 
 def _predict(folder: Path, train, held_out) -> dict[str, Any]:

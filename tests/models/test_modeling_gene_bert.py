@@ -169,6 +169,15 @@ def test_auto_classes_load_what_was_saved(config, tokenizer, batch, tmp_path):
             torch.testing.assert_close(model(**batch).last_hidden_state, hidden, atol=1e-6, rtol=0)
 
 
+def test_a_new_head_is_told_and_an_unused_one_is_not(config, tmp_path):
+    GeneBertForPhenotypicMLM(config).save_pretrained(tmp_path)
+    _, told = GeneBertModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not told["unexpected_keys"] and not told["missing_keys"]
+    _, told = GeneBertForClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not told["unexpected_keys"]
+    assert {key.split(".")[0] for key in told["missing_keys"]} == {"pre_classifier", "classifier"}
+
+
 def test_every_parameter_gets_a_gradient(config, batch):
     for model, labels in (
         (GeneBertForPhenotypicMLM(config), batch["input_ids"]),

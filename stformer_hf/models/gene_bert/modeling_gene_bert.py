@@ -163,6 +163,8 @@ class GeneBertPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": GeneBertLayer, "attentions": GeneBertAttention}
+    # A checkpoint with another head, or with one where none is wanted, is no surprise. A head that is missing is told.
+    _keys_to_ignore_on_load_unexpected = [r"^mlm_head\.", r"^pre_classifier\.", r"^classifier\."]
 
 
 class GeneBertModel(GeneBertPreTrainedModel):
