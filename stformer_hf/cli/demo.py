@@ -102,6 +102,7 @@ def run(args: DemoArguments) -> dict[str, dict[str, float]]:
             pictures=pictures,
             n_train=len(train),
             n_held_out=len(held_out),
+            n_rarest=int(held_out.obs[LABEL].value_counts().min()),
             seed=args.seed,
             figures={"pretraining": pretraining, "fine-tuning": fine_tuning},
             seconds=time.monotonic() - began,
