@@ -30,7 +30,7 @@ HELD_OUT = 0.25
 BIN_EDGES = [0.5, 1.5, 2.5, 4.5, 8.5]
 # Leaving out half of a cell's genes, other ones in each epoch, makes many cells of few, and steps cheap.
 PRETRAINING = {"bin_edges": BIN_EDGES, "mlm_probability": 0.5, "gene_dropout": 0.5}
-FINETUNING = {"bin_edges": BIN_EDGES, "pooling": "mean", "gene_dropout": 0.5}
+FINETUNING = {"pooling": "mean", "gene_dropout": 0.5}
 PRETRAINING_STEPS = {
     "max_steps": 700,
     "learning_rate": 2e-3,
@@ -40,6 +40,13 @@ PRETRAINING_STEPS = {
 }
 STEPS = {"save_strategy": "no", "logging_steps": 20}  # of both
 FINETUNING_STEPS = {"num_train_epochs": 6, "learning_rate": 7e-4, "per_device_train_batch_size": 8}
+
+MODELS = ("pretrained", "classifier", "classifier_from_scratch")
+MADE = (
+    *("demo.json", "train.h5ad", "held_out.h5ad", "cells.h5ad", "store", "plots", "report.html", *MODELS),
+    *(f"held_out_by_{name}.h5ad" for name in MODELS),
+    *(f"cells_embedded_by_{name}.h5ad" for name in MODELS),
+)
 
 
 @dataclass
@@ -165,7 +172,9 @@ def _make_folder(folder: Path, overwrite: bool) -> Path:
             raise FileExistsError(f"{folder} exists. Choose another --output, or pass --overwrite.")
         if not (folder / "demo.json").exists():
             raise FileExistsError(f"{folder} holds something other than a demo; it is left as it is.")
-        shutil.rmtree(folder)
+        for name in MADE:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "demo.json").write_text("{}")
     return folder
@@ -192,7 +201,13 @@ def _finetune(folder: Path, seed: int, name: str, model: str | None) -> dict[str
     from . import finetune
 
     args = finetune.FinetuneArguments(
-        data=[str(folder / "store")], label=LABEL, output=str(folder / name), model=model, held_out=0.0, **FINETUNING
+        data=[str(folder / "store")],
+        label=LABEL,
+        output=str(folder / name),
+        model=model,
+        held_out=0.0,
+        **FINETUNING,
+        **({} if model else {"bin_edges": BIN_EDGES}),
     )
     return finetune.run(args, {**finetune.TRAINING_DEFAULTS, **FINETUNING_STEPS, **STEPS, "seed": seed})
 
@@ -227,6 +242,8 @@ def _score(held_out, predictions: dict[str, Any]) -> dict[str, dict[str, float]]
 
 def _draw(folder: Path, cells, held_out, predicted, seed: int) -> dict[str, Path]:
     """Draw losses, confusion matrix, and UMAPs of the embeddings before and after fine-tuning."""
+    import torch
+
     from ..inference import plots
     from . import embed
 
@@ -236,10 +253,7 @@ def _draw(folder: Path, cells, held_out, predicted, seed: int) -> dict[str, Path
         name: plot_folder / f"{name}.png"
         for name in ("pretraining", "fine_tuning", "confusion", "umap", "umap_before")
     }
-    history = {
-        name: json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
-        for name in ("pretrained", "classifier", "classifier_from_scratch")
-    }
+    history = {name: json.loads((folder / name / "trainer_state.json").read_text())["log_history"] for name in MODELS}
     plots.loss_curves({"masked genes": history["pretrained"]}, title="Pretraining", save=pictures["pretraining"])
     plots.loss_curves(
         {"pretrained": history["classifier"], "from scratch": history["classifier_from_scratch"]},
@@ -255,6 +269,7 @@ def _draw(folder: Path, cells, held_out, predicted, seed: int) -> dict[str, Path
     )
 
     cells.write_h5ad(folder / "cells.h5ad")
+    n_threads = torch.get_num_threads()
     for picture, model, pooling, title in (
         ("umap_before", "pretrained", "mean", "pretrained only"),
         ("umap", "classifier", "mean", "pretrained and fine-tuned"),
@@ -265,6 +280,7 @@ def _draw(folder: Path, cells, held_out, predicted, seed: int) -> dict[str, Path
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # umap: one thread because of its seed
             plots.umap(embedded, LABEL, title=f"X_stformer, {title}", random_state=seed, save=pictures[picture])
+        torch.set_num_threads(n_threads)  # numba sets torch's too, and sums depend on it in their last digits
     return pictures
 
 

@@ -15,10 +15,12 @@ def read(data: str, output: str, overwrite: bool) -> AnnData:
     FileExistsError
         The output exists, and not `overwrite`.
     ValueError
-        The input is no h5ad file; output and input are one file.
+        The input is no h5ad file; output and input are one file; the output is a folder.
     """
     if not Path(data).exists():
         raise FileNotFoundError(f"No such file: {data}")
+    if Path(output).is_dir():
+        raise ValueError(f"--output {output} is a folder; name a file in it.")
     if Path(output).exists():
         if Path(output).samefile(data):
             raise ValueError(f"--output is the input itself, {data}; choose another file.")
@@ -35,5 +37,8 @@ def write(adata: AnnData, output: str) -> None:
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    adata.write_h5ad(part, compression="gzip")
-    part.replace(path)
+    try:
+        adata.write_h5ad(part, compression="gzip")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -63,13 +63,16 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     from ..training.metrics import compute_classification_metrics
     from ..training.model_card import write_model_card
     from ..training.pretrainer import CellTrainer
-    from .runs import finish, open_cells, split, training_arguments
+    from .runs import finish, open_cells, refuse_flags_of_a_new_model, split, training_arguments
 
     output = Path(args.output)
+    refuse_flags_of_a_new_model(args, ("size", "bin_edges", "max_length"))
     arguments = training_arguments(output, training, args.overwrite)
     tokenizer = AutoTokenizer.from_pretrained(args.model) if args.model else None
     phenotypes = [] if tokenizer is None else [name for name in tokenizer.included_phenotypes if name != args.label]
-    store = open_cells(args.data, arguments, list(dict.fromkeys([args.label, *phenotypes])), args.layer)
+    store = open_cells(
+        args.data, arguments, list(dict.fromkeys([args.label, *phenotypes])), args.layer, args.overwrite
+    )
     if args.label not in store.categories:
         raise ValueError(f"No categorical column {args.label!r}; there are {', '.join(store.categories) or 'none'}.")
     classes = store.categories[args.label]
@@ -77,6 +80,7 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         "id2label": dict(enumerate(classes)),
         "label2id": {name: i for i, name in enumerate(classes)},
         "classifier_pooling": args.pooling,
+        "problem_type": "single_label_classification",
     }
     set_seed(arguments.seed)
     if tokenizer is None:
@@ -84,9 +88,7 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         model = GeneBertForClassification(GeneBertConfig.from_tokenizer(tokenizer, size=args.size, **head))
     else:
         tokenizer.included_phenotypes = phenotypes
-        model = AutoModelForSequenceClassification.from_pretrained(
-            args.model, ignore_mismatched_sizes=True, problem_type="single_label_classification", **head
-        )
+        model = AutoModelForSequenceClassification.from_pretrained(args.model, ignore_mismatched_sizes=True, **head)
     train_cells, held_out_cells = split(store, args.held_out, arguments.seed, args.label)
     if held_out_cells is None:
         arguments.eval_strategy = "no"

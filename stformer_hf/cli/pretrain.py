@@ -64,14 +64,16 @@ def run(args: PretrainArguments, training: dict) -> dict[str, float]:
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
     from ..training.model_card import write_model_card
     from ..training.pretrainer import STFormerPretrainer
-    from .runs import finish, open_cells, split, training_arguments
+    from .runs import finish, open_cells, refuse_flags_of_a_new_model, split, training_arguments
 
     output = Path(args.output)
+    refuse_flags_of_a_new_model(args, ("size", "phenotypes", "bin_edges", "max_length", "label_smoothing"))
     arguments = training_arguments(output, training, args.overwrite)
-    store = open_cells(args.data, arguments, args.phenotypes, args.layer)
+    tokenizer = AutoTokenizer.from_pretrained(args.model) if args.model else None
+    phenotypes = tokenizer.included_phenotypes if tokenizer else args.phenotypes
+    store = open_cells(args.data, arguments, phenotypes, args.layer, args.overwrite)
     set_seed(arguments.seed)
     if args.model:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
         model = AutoModelForMaskedLM.from_pretrained(args.model)
     else:
         tokenizer = GeneTokenizer.from_store(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import Subset
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.cell_store import CellStore
 
@@ -22,23 +24,51 @@ def training_arguments(output: Path, settings: dict, overwrite: bool) -> Trainin
     Raises
     ------
     FileExistsError
-        The output folder holds a model.
+        The output folder holds a model, or checkpoints of an interrupted run.
+    ValueError
+        Nothing to resume from.
     """
     settings = {"dataloader_pin_memory": torch.cuda.is_available(), **settings}
     arguments = TrainingArguments(output_dir=str(output), **settings)
-    if (output / "config.json").exists() and not overwrite and not arguments.resume_from_checkpoint:
-        raise FileExistsError(f"{output} holds a model. Choose another --output, or pass --overwrite.")
+    last = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if str(arguments.resume_from_checkpoint).lower() == "true":
+        if last is None:
+            raise ValueError(f"{output} holds no checkpoint to resume from.")
+        arguments.resume_from_checkpoint = last
+    if (last or (output / "config.json").exists()) and not overwrite and not arguments.resume_from_checkpoint:
+        found = "a model" if last is None else "checkpoints (--resume_from_checkpoint true goes on with the last)"
+        raise FileExistsError(f"{output} holds {found}. Choose another --output, or pass --overwrite.")
     return arguments
 
 
-def open_cells(data: list[str], arguments: TrainingArguments, obs: list[str] | None, layer: str | None) -> CellStore:
+def refuse_flags_of_a_new_model(args, names: tuple[str, ...]) -> None:
+    """Refuse flags that `--model` leaves without effect: a checkpoint brings its own size and tokenizer.
+
+    Raises
+    ------
+    ValueError
+        Flags that differ from their defaults beside `--model`.
+    """
+    defaults = type(args)(**{field.name: None for field in fields(args) if field.default is field.default_factory})
+    given = [name for name in names if getattr(args, name) != getattr(defaults, name)]
+    if args.model and given:
+        raise ValueError(
+            f"{', '.join('--' + name for name in given)}: of a new model only; the one at {args.model} has its own."
+        )
+
+
+def open_cells(
+    data: list[str], arguments: TrainingArguments, obs: list[str] | None, layer: str | None, overwrite: bool
+) -> CellStore:
     """Open the store that `data` names, or build one of its files in the output folder (in one process of many)."""
     if len(data) == 1 and (Path(data[0]) / "manifest.json").exists():
         return CellStore(data[0])
     path = Path(arguments.output_dir) / "store"
     with arguments.main_process_first(local=False, desc="build"):
-        if arguments.process_index == 0:
-            return CellStore.build(path, data, obs=obs, layer=layer, overwrite=True)
+        if arguments.process_index == 0 and not (arguments.resume_from_checkpoint and path.exists()):
+            if path.exists() and not overwrite:
+                raise FileExistsError(f"{path} exists: pass it as --data, or pass --overwrite to build it anew.")
+            return CellStore.build(path, data, obs=obs, layer=layer, overwrite=overwrite)
         return CellStore(path)
 
 

@@ -94,14 +94,16 @@ class CellStore:
         self._offsets: list[np.ndarray] = []
         self._batches: list[pa.RecordBatch] = []
         starts = [0]
-        for shard in self.manifest["shards"]:
+        for shard in [self.manifest["gene_table"], *self.manifest["shards"]]:
             file = self.path / shard["file"]
             if not file.exists() or file.stat().st_size != shard["bytes"]:
                 size = file.stat().st_size if file.exists() else 0
                 raise ValueError(
-                    f"Shard {file} has {size} bytes instead of {shard['bytes']}: it was cut short or replaced. "
+                    f"{file} has {size} bytes instead of {shard['bytes']}: it was cut short or replaced. "
                     "Copy the store again, or build it again."
                 )
+        for shard in self.manifest["shards"]:
+            file = self.path / shard["file"]
             with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as reader:
                 for batch in reader:
                     genes, counts = batch.column("genes"), batch.column("counts")
@@ -264,16 +266,17 @@ class CellStore:
         return gene_type(self.manifest["n_genes"])
 
     def verify(self) -> None:
-        """Compare every shard with its checksum.
+        """Compare every shard, and the gene table, with its checksum.
 
         Raises
         ------
         ValueError
-            A shard is damaged; the message names it.
+            A shard or the gene table is damaged; the message names it.
         """
-        for shard in tqdm(self.manifest["shards"], desc="verify", unit="shard", disable=None):
+        files = [self.manifest["gene_table"], *self.manifest["shards"]]
+        for shard in tqdm(files, desc="verify", unit="file", disable=None):
             if sha256(self.path / shard["file"]) != shard["sha256"]:
-                raise ValueError(f"Shard {self.path / shard['file']} is damaged: its checksum does not fit.")
+                raise ValueError(f"{self.path / shard['file']} is damaged: its checksum does not fit.")
 
     # ------------------------------------------------------------------ building
 
@@ -328,7 +331,7 @@ class CellStore:
         write_store(
             Path(path),
             [sources] if isinstance(sources, (AnnData, str, Path)) else list(sources),
-            obs=list(obs or []),
+            obs=[obs] if isinstance(obs, str) else list(obs or []),
             layer=layer,
             fractional=fractional,
             overwrite=overwrite,

@@ -17,6 +17,7 @@ from ..genes.gene_table import GeneTable
 
 READERS: dict[str, Callable[[Path], list[Matrix]]] = {}
 _PROBE_ROWS = 200
+_EMPTY = "only zeros where it was looked at"
 
 
 @dataclass
@@ -128,8 +129,14 @@ def open_source(source: AnnData | str | Path, layer: str | None = None, fraction
         if source.isbacked:
             if source.is_view:
                 raise ValueError("A view of a backed AnnData is not read: pass view.to_memory(), or the whole file.")
-            return open_source(source.filename, layer, fractional)
-        name, key, matrices = "AnnData", None, _anndata_matrices(source)
+            matrices = _h5ad_matrices(Path(source.filename))
+            for matrix in matrices:  # the tables of the object, which may differ from the file's
+                matrix.obs = lambda: source.obs
+                if matrix.name != "raw":
+                    matrix.var = lambda: source.var
+        else:
+            matrices = _anndata_matrices(source)
+        name, key = "AnnData", None
     else:
         path = Path(source)
         if not path.exists():
@@ -165,6 +172,8 @@ def _find_counts(matrices: list[Matrix], layer: str | None, fractional: bool, na
             problems[candidate] = _probe(by_name[candidate], fractional)
             if problems[candidate] is None:
                 return by_name[candidate]
+    if _EMPTY in problems.values():  # no counts, and none elsewhere
+        return by_name[next(name for name, problem in problems.items() if problem == _EMPTY)]
     holders = [matrix.name for matrix in matrices if matrix.name not in problems and not _probe(matrix, fractional)]
     found = "; ".join(f"{where} holds {problem}" for where, problem in problems.items()) or "it has no X"
     if holders:
@@ -176,13 +185,14 @@ def _find_counts(matrices: list[Matrix], layer: str | None, fractional: bool, na
 
 def _probe(matrix: Matrix, fractional: bool) -> str | None:
     """Look at some rows of the beginning, the middle and the end; say what is wrong with them."""
-    n_rows = matrix.shape[0]
+    n_rows, n_values = matrix.shape[0], 0
     for start in sorted({0, n_rows // 2, max(0, n_rows - _PROBE_ROWS)}):
         values = matrix.rows(start, min(start + _PROBE_ROWS, n_rows)).data
         problem = _problem(values, fractional)
         if problem:
             return problem
-    return None
+        n_values += np.count_nonzero(values)
+    return None if n_values else _EMPTY
 
 
 def _problem(values: np.ndarray, fractional: bool) -> str | None:
@@ -206,10 +216,10 @@ def _problem(values: np.ndarray, fractional: bool) -> str | None:
 
 def _anndata_matrices(adata: AnnData) -> list[Matrix]:
     def matrix(name: str, values, var: pd.DataFrame) -> Matrix:
-        values = sparse.csr_matrix(values)  # no copy of a CSR matrix
+        by_rows = values.tocsr() if getattr(values, "format", "") == "csc" else values
 
         def rows(start: int, stop: int) -> sparse.csr_matrix:
-            return values[start:stop]
+            return sparse.csr_matrix(by_rows[start:stop])
 
         return Matrix(name, values.shape, rows, lambda: var, lambda: adata.obs)
 
@@ -263,6 +273,8 @@ def _h5_matrix(path: Path, name: str, node: h5py.Group | h5py.Dataset, var: Call
         indptr = node["indptr"][start : stop + 1].astype(np.int64)
         data = node["data"][indptr[0] : indptr[-1]]
         indices = node["indices"][indptr[0] : indptr[-1]]
+        if len(indices) and (indices.min() < 0 or indices.max() >= shape[1]):
+            raise ValueError(f"{path}: {name} is damaged: it has columns outside its {shape[1]} genes.")
         return sparse.csr_matrix((data, indices, indptr - indptr[0]), shape=(stop - start, shape[1]))
 
     return Matrix(name, shape, sparse_rows, var, obs)

@@ -25,6 +25,7 @@ FORMAT_VERSION = 1
 ROWS_PER_BATCH = 2048  # rows of an Arrow record batch, and of a block read from a source
 ROWS_PER_SHARD = 65_536
 OWN_COLUMNS = ("genes", "counts", "obs_name")
+_OTHER_FILES = ("genes.parquet", "manifest.json", "dataset_info.json", "state.json")
 COUNT_TYPES = ("uint8", "uint16", "uint32", "float32")  # from narrow to wide
 
 
@@ -44,6 +45,14 @@ def write_store(
         raise FileExistsError(f"{path} exists. Open it with CellStore({str(path)!r}), or pass overwrite=True.")
     if path.exists() and not (path / "manifest.json").exists():
         raise FileExistsError(f"{path} exists and is not a store; it is left as it is. Choose another path.")
+    if path.exists():
+        manifest = json.loads((path / "manifest.json").read_text())
+        known = {shard["file"] for shard in manifest["shards"]} | set(_OTHER_FILES)
+        foreign = sorted(file.name for file in path.iterdir() if file.name not in known)
+        if foreign:
+            raise FileExistsError(
+                f"{path} holds more than a store ({', '.join(foreign[:3])}); it is left as it is. Move these away."
+            )
     opened = [open_source(source, layer, fractional) for source in sources]
     if not opened:
         raise ValueError("No sources: give at least one AnnData or file.")
@@ -79,14 +88,12 @@ def write_store(
             _write_json(record, records[-1])
 
     _finish(building, features, genes, records, categories)
+    old = path.with_name(f".{path.name}.old")
     if path.exists():
-        old = path.with_name(f".{path.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
-        building.rename(path)
-        shutil.rmtree(old)
-    else:
-        building.rename(path)
+    building.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 class _SourceWriter:
@@ -194,7 +201,8 @@ def _finish(building: Path, features, genes: GeneTable, records: list[dict], cat
     for shard in shards:
         shard.pop("count_type")
 
-    genes.to_parquet(building / "genes.parquet")
+    table = building / "genes.parquet"
+    genes.to_parquet(table)
     fingerprint = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()[:16]
     _write_dataset_files(building, features, widest, [shard["file"] for shard in shards], fingerprint)
     for leftover in [*building.glob("source-*"), building / "plan.json"]:
@@ -211,6 +219,7 @@ def _finish(building: Path, features, genes: GeneTable, records: list[dict], cat
             "categories": categories,
             "sources": [{k: v for k, v in record.items() if k != "shards"} for record in records],
             "shards": shards,
+            "gene_table": {"file": table.name, "bytes": table.stat().st_size, "sha256": sha256(table)},
             "complete": True,
         },
     )

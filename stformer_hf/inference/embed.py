@@ -66,7 +66,7 @@ def embed(
 
     def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         hidden = encoder(**batch, output_hidden_states=True).hidden_states[hidden_layer]
-        return pool(hidden, batch["token_type_ids"], pooling)
+        return pool(hidden, batch["token_type_ids"], batch["attention_mask"], pooling)
 
     embedding, _, source = run(
         adata, tokenizer, forward, layer=layer, batch_size=batch_size, device=encoder.device, desc="embed"

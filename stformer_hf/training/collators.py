@@ -148,8 +148,9 @@ class DataCollatorForPhenotypicMLM(_CellCollator):
     -----
     PerturbGene's masking ("DataCollatorForPhenotypicMLM" of its Code Organization). Differences: the swap takes
     distinct genes that are certainly not expressed (genes lost to truncation are known to be, and an example of full
-    length whose cut genes are not known swaps none), at most half of those that the cell does not express; dropped
-    phenotypes are not attended to; masks do not depend on the global generator.
+    the tokenizer's `max_length`, whose cut genes are not known, swaps none: tokenize examples with that length), at
+    most half of those that the cell does not express; dropped phenotypes are not attended to; masks do not depend on
+    the global generator.
 
     Examples without `cell_id` are known by a checksum of their tokens.
     """

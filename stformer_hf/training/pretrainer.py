@@ -40,10 +40,14 @@ class CellTrainer(Trainer):
         super().__init__(train_dataset=without_empty_cells(train_dataset), eval_dataset=eval_dataset, **kwargs)
         if self.processing_class is not None:
             check_tokenizer_fits(self.model, self.processing_class)
-        self._eval_collator = self.data_collator
-        if hasattr(self.data_collator, "set_epoch"):
-            self._eval_collator = self.data_collator.for_evaluation()
-            self.add_callback(_SetEpoch(self.data_collator))
+        collator = self._eval_collator = self.data_collator
+        label2id = getattr(getattr(self.model, "config", None), "label2id", None) or {}
+        if getattr(collator, "label2id", 0) is None and not all(name.startswith("LABEL_") for name in label2id):
+            collator.label2id = label2id  # the store may list its classes in another order than the model
+        if hasattr(collator, "set_epoch"):
+            self.add_callback(_SetEpoch(collator))
+        if hasattr(collator, "for_evaluation"):
+            self._eval_collator = collator.for_evaluation()
 
     def _remove_unused_columns(self, dataset, description=None):
         return dataset  # the collator takes what it needs, such as cell_id
@@ -59,6 +63,18 @@ class CellTrainer(Trainer):
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
             self.data_collator = training_collator
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As in Trainer; where predictions are wanted, MLM logits are of all positions, so that they meet labels."""
+        config = getattr(self.accelerator.unwrap_model(model), "config", None)
+        sparse = getattr(config, "sparse_prediction", False) and not prediction_loss_only
+        if not sparse:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        config.sparse_prediction = False
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            config.sparse_prediction = True
 
 
 class STFormerPretrainer(CellTrainer):

@@ -203,3 +203,62 @@ def test_the_split_keeps_shares_of_classes_and_leaves_out_empty_cells(adata, tmp
     assert split(store, 0.25, seed=1, label="cell_type")[0].indices == train.indices
     assert split(store, 0.25, seed=2, label="cell_type")[0].indices != train.indices
     assert split(store, 0, seed=1)[1] is None
+
+
+def test_flags_reach_the_model_and_the_collator(file, tmp_path):
+    flags = "--size small --bin_edges 0.5 2.5 --max_length 30 --label_smoothing 0.25 --held_out 0".split()
+    masks = "--mlm_probability 0.4 --phenotype_mask_prob 0.7 --gene_dropout 0.3".split()
+    made, tuned = tmp_path / "m", tmp_path / "c"
+    assert main(["pretrain", "--data", file, "--output", str(made), *flags, *masks, *SHORT]) == 0
+    config, tokenizer = GeneBertConfig.from_pretrained(made), GeneTokenizer.from_pretrained(made)
+    assert (config.num_hidden_layers, config.label_smoothing) == (6, 0.25)
+    assert (tokenizer.bin_edges, tokenizer.max_length) == ([0.5, 2.5], 30)
+    card = (made / "README.md").read_text()
+    for row in ("masked genes | 0.4", "masked phenotypes | 0.7", "gene dropout | 0.3"):
+        assert row in card
+    tune = ["finetune", "--data", file, "--label", "cell_type", "--model", str(made), "--output", str(tuned), *SHORT]
+    assert main([*tune, "--pooling", "mean", "--gene_dropout", "0.2"]) == 0
+    assert GeneBertConfig.from_pretrained(tuned).classifier_pooling == "mean"
+    assert "gene dropout | 0.2" in (tuned / "README.md").read_text()
+
+
+@pytest.mark.parametrize("flags", [["--size", "small"], ["--bin_edges", "7.5"], ["--max_length", "100"]])
+def test_flags_of_a_new_model_beside_a_checkpoint_are_refused(file, tmp_path, capsys, flags):
+    for verb in (["pretrain"], ["finetune", "--label", "cell_type"]):
+        argv = [*verb, "--data", file, "--output", str(tmp_path / "o"), "--model", "m", *flags]
+        assert main(argv) == 1
+        assert f"{flags[0]}: of a new model only" in capsys.readouterr().err
+
+
+def test_going_on_from_a_checkpoint_keeps_its_phenotypes(file, tmp_path, caplog):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["pretrain", "--data", file, "--output", str(first), "--phenotypes", "cell_type", *SHORT]) == 0
+    assert main(["pretrain", "--data", file, "--output", str(second), "--model", str(first), *SHORT]) == 0
+    assert CellStore(second / "store").categories["cell_type"] == ["B cell", "T cell"]
+    assert "no known value" not in caplog.text
+
+
+def test_a_run_leaves_a_store_and_checkpoints_of_another_alone(file, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert main(["build", "--data", file, "--output", str(output / "store"), "--obs", "age"]) == 0
+    argv = ["pretrain", "--data", file, "--output", str(output), *SHORT]
+    assert main(argv) == 1
+    assert "store exists" in capsys.readouterr().err
+    assert list(CellStore(output / "store").obs) == ["age"]
+    argv[2] = str(output / "store")
+    assert main([*argv, "--save_steps", "1"]) == 0
+    (output / "config.json").unlink()  # as after an interruption
+    assert main(argv) == 1
+    assert "--resume_from_checkpoint true" in capsys.readouterr().err
+    assert main([*argv, "--max_steps", "4", "--resume_from_checkpoint", "true"]) == 0
+    assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 4
+    argv[4] = str(tmp_path / "other")
+    assert main([*argv, "--resume_from_checkpoint", "true"]) == 1
+    assert "no checkpoint to resume from" in capsys.readouterr().err
+
+
+def test_a_folder_is_no_output_file(file, tmp_path, capsys):
+    (tmp_path / "out.h5ad").mkdir()
+    argv = ["embed", "--data", file, "--model", "m", "--output", str(tmp_path / "out.h5ad"), "--overwrite"]
+    assert main(argv) == 1
+    assert "is a folder" in capsys.readouterr().err

@@ -429,3 +429,46 @@ def test_obs_columns_of_other_types_come_back(tmp_path, adata):
         dataset = load_from_disk(str(store.path))
         assert dataset[3]["passage"] == 3 and dataset[4]["passage"] is None
         assert dataset[1]["doublet"] == bool(adata.obs["doublet"].iloc[1])
+
+
+def test_overwrite_keeps_what_is_not_the_stores(store, adata):
+    (store.path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="more than a store .notes.txt."):
+        CellStore.build(store.path, adata, overwrite=True)
+    assert (store.path / "notes.txt").read_text() == "mine"
+    assert len(CellStore(store.path)) == 60
+
+
+def test_a_changed_gene_table_is_noticed(store):
+    table = store.path / "genes.parquet"
+    frame = pd.read_parquet(table)
+    content = bytearray(table.read_bytes())
+    content[len(content) // 3] ^= 1
+    table.write_bytes(content)
+    with pytest.raises(ValueError, match="genes.parquet is damaged"):
+        CellStore(store.path).verify()
+    frame[:3].to_parquet(table)
+    with pytest.raises(ValueError, match="genes.parquet has"):
+        CellStore(store.path)
+
+
+def test_explicit_zeros_are_not_stored(tmp_path):
+    counts = sparse.csr_matrix((np.array([1.0, 0.0, 2.0, 0.0]), [0, 1, 1, 2], [0, 2, 4]), shape=(2, 3))
+    store = CellStore.build(tmp_path / "s", AnnData(counts))
+    assert store.lengths.tolist() == [1, 1]
+    assert counts.nnz == 4  # the user's matrix is as it was
+
+
+@pytest.mark.parametrize("setting", [{"obs": ["age"]}, {"fractional": True}, {"layer": "counts"}])
+def test_an_interrupted_build_with_other_settings_begins_anew(tmp_path, stop_while_finishing, setting):
+    adata = make_adata(100, 20)
+    adata.layers["counts"] = adata.X * 2
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    arguments = {"rows_per_batch": 10, "rows_per_shard": 20}
+    with pytest.raises(KeyboardInterrupt):
+        CellStore.build(tmp_path / "s", tmp_path / "a.h5ad", **arguments)
+    (tmp_path / ".s.building" / "mark").touch()
+    store = CellStore.build(tmp_path / "s", tmp_path / "a.h5ad", **arguments, **setting)
+    assert not (store.path / "mark").exists()
+    expected = adata.layers["counts"] if "layer" in setting else adata.X
+    np.testing.assert_array_equal(dense(store, slice(None)), expected.toarray())

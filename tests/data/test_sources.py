@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from anndata import AnnData, read_h5ad
+from conftest import make_adata
 
 from stformer_hf.data.sources import open_source
 
@@ -141,3 +142,33 @@ def test_odd_files_with_counts_are_read(shared_data, name, where):
     matrix = adata.X if where == "X" else adata.layers[where]
     matrix = matrix.toarray() if hasattr(matrix, "toarray") else matrix
     np.testing.assert_array_equal(read(source), matrix)
+
+
+def test_a_backed_anndata_is_read_with_its_own_tables(tmp_path):
+    make_adata().write_h5ad(tmp_path / "a.h5ad")
+    backed = read_h5ad(tmp_path / "a.h5ad", backed="r")
+    backed.obs["age"] = 7
+    backed.var_names = [f"other{i}" for i in range(backed.n_vars)]
+    source = open_source(backed)
+    assert (source.obs["age"] == 7).all()
+    assert source.genes.gene_ids[0] == "other0"
+
+
+def test_counts_in_a_layer_beside_an_empty_x():
+    adata = make_adata()
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = adata.X * 0
+    assert open_source(adata).counts_in == "counts"
+    del adata.layers["counts"]
+    assert open_source(adata).counts_in == "X"
+
+
+@pytest.mark.parametrize("column", [-1, 40])
+def test_columns_beyond_the_genes_are_told(tmp_path, column):
+    import h5py
+
+    make_adata().write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "r+") as file:
+        file["X/indices"][5] = column
+    with pytest.raises(ValueError, match="columns outside its 40 genes"):
+        list(open_source(tmp_path / "a.h5ad").blocks(100))

@@ -250,3 +250,22 @@ def test_embeddings_have_no_positions(config):
 def test_a_config_without_tokenizer_can_be_made():
     assert GeneBertConfig().hidden_size == 768
     assert GeneTokenizer(["a"]).fingerprint
+
+
+def test_padding_on_the_left_changes_nothing(config, tokenizer, adata):
+    model = GeneBertForClassification(config).eval()
+    with torch.no_grad():
+        right = model(**tokenizer(adata[:8], padding=True, return_tensors="pt")).logits
+        tokenizer.padding_side = "left"
+        left = model(**tokenizer(adata[:8], padding=True, return_tensors="pt")).logits
+    torch.testing.assert_close(left, right, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dropout", ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"])
+def test_each_dropout_is_there_in_training(config, batch, dropout):
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+        setattr(config, name, 0.5 if name == dropout else 0.0)
+    model = GeneBertForClassification(config).train()
+    assert not torch.equal(model(**batch).logits, model(**batch).logits)
+    model.eval()
+    assert torch.equal(model(**batch).logits, model(**batch).logits)

@@ -349,3 +349,47 @@ def test_real_cells_give_the_plain_tokens(shared_data, tmp_path):
         ids, types = plain_tokens(counts[i], None, [0.5, 5, 50], phenotypes, ["tissue"], values, 1500)
         assert (tokens["input_ids"][i], tokens["token_type_ids"][i]) == (ids, types)
     assert max(map(len, tokens["input_ids"])) == 1500
+
+
+def test_whole_number_labels_beside_a_missing_one():
+    obs = pd.DataFrame({"leiden": pd.Categorical([1, 2, None])})
+    tokenizer = GeneTokenizer(["a"], phenotypes={"leiden": [1, 2]})
+    counts = sparse.csr_matrix(np.ones((3, 1)))
+    ids = tokenizer(counts, genes=["a"], obs=obs)["input_ids"]
+    assert [row[1:-1] for row in ids] == [[4, 7], [5, 7], [7]]
+    for missing in (None, np.nan):
+        odd = GeneTokenizer(["a"], phenotypes={"x": ["nan", "None"]})
+        assert len(odd(counts[:1], genes=["a"], obs=pd.DataFrame({"x": [missing]}))["input_ids"][0]) == 3
+
+
+@pytest.mark.parametrize("form", ["csr", "coo"])
+def test_sums_of_repeated_entries_do_not_wrap(form):
+    counts = sparse.coo_matrix((np.array([200, 100], np.uint8), ([0, 0], [0, 0])), shape=(1, 1))
+    if form == "csr":
+        counts = sparse.csr_matrix((counts.data, [0, 0], [0, 2]), shape=(1, 1))
+    tokenizer = GeneTokenizer(["a"], bin_edges=[1, 100, 250])
+    assert tokenizer(counts)["input_ids"] == [[0, tokenizer.first_bin_id + 3, 1]]
+
+
+def test_one_tokenizer_reads_stores_of_other_genes(tmp_path):
+    one = make_adata()
+    other = one[:, ::-1].copy()
+    tokenizer = GeneTokenizer(one.var_names.tolist())
+    expected = tokenizer(one)["token_type_ids"]
+    for i, cells in enumerate((one, other, one)):
+        store = CellStore.build(tmp_path / str(i), cells)
+        tokens = tokenizer.encode_cells(store.__getitems__(range(60)))
+        assert tokens.token_type_ids.tolist() == sum(expected, [])
+
+
+def test_a_data_frame_names_its_genes():
+    tokenizer = GeneTokenizer(["a", "b"])
+    assert tokenizer(pd.DataFrame({"b": [0], "a": [3]}))["token_type_ids"] == [[0, 1, 0]]
+
+
+def test_settings_that_would_have_no_effect_are_refused(tokenizer, adata, tmp_path):
+    with pytest.raises(ValueError, match="brings its own"):
+        tokenizer(adata, obs=adata.obs)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cannot be given too"):
+        GeneTokenizer.from_pretrained(tmp_path, bin_edges=[5.0])

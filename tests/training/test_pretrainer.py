@@ -8,8 +8,12 @@ from torch.utils.data import Subset
 from transformers import TrainerCallback, TrainingArguments
 
 from stformer_hf import (
+    CellStore,
+    CellTrainer,
+    DataCollatorForCellClassification,
     DataCollatorForPhenotypicMLM,
     GeneBertConfig,
+    GeneBertForClassification,
     GeneBertForPhenotypicMLM,
     GeneTokenizer,
     STFormerPretrainer,
@@ -155,3 +159,57 @@ def test_a_tokenizer_that_does_not_fit_is_refused(store, tokenizer, config, tmp_
     ):
         with pytest.raises(ValueError, match=words):
             STFormerPretrainer(arguments(tmp_path), store, model=new_model(config), processing_class=other)
+
+
+def test_predictions_of_the_mlm_meet_their_labels(store, tokenizer, config, tmp_path):
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append((prediction.predictions, prediction.label_ids))
+        return {"n": int((prediction.label_ids >= 0).sum())}
+
+    args = TrainingArguments(str(tmp_path), per_device_eval_batch_size=7, use_cpu=True, report_to="none")
+    trainer = STFormerPretrainer(
+        args, model=GeneBertForPhenotypicMLM(config), processing_class=tokenizer, compute_metrics=compute_metrics
+    )
+    cells = Subset(store, [i for i in range(60) if i != 3])  # 59: the last batch is not full
+    output = trainer.predict(cells)
+    assert output.predictions.shape == (*output.label_ids.shape, len(tokenizer)) and len(output.label_ids) == 59
+    masked = output.label_ids >= 0
+    logits = torch.tensor(output.predictions[masked])
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(output.label_ids[masked]))
+    assert trainer.evaluate(cells)["eval_n"] == masked.sum()
+    assert trainer.model.config.sparse_prediction
+    weights = [(batch[1] >= 0).sum() for batch in seen]
+    assert weights[0] == weights[1] and torch.isfinite(loss)
+
+
+def test_a_collator_needs_no_evaluation_form(store, tokenizer, config, tmp_path):
+    class Collator(DataCollatorForPhenotypicMLM):
+        for_evaluation = property()
+
+    args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to="none", save_strategy="no")
+    model = GeneBertForPhenotypicMLM(config)
+    trainer = STFormerPretrainer(args, store, model=model, data_collator=Collator(tokenizer))
+    assert trainer.train().global_step == 1
+
+
+def test_classes_are_the_models_whatever_the_order_of_the_store(adata, tmp_path):
+    losses = []
+    adata = adata[[i for i in range(60) if i != 3]].copy()
+    for order in (["B cell", "T cell"], ["T cell", "B cell"]):
+        adata.obs["cell_type"] = adata.obs["cell_type"].cat.reorder_categories(order)
+        store = CellStore.build(tmp_path / order[0], adata, obs=["cell_type"])
+        tokenizer = GeneTokenizer.from_store(store)
+        torch.manual_seed(0)
+        config = GeneBertConfig.from_tokenizer(
+            tokenizer, size="tiny", id2label={0: "B cell", 1: "T cell"}, label2id={"B cell": 0, "T cell": 1}
+        )
+        trainer = CellTrainer(
+            model=GeneBertForClassification(config),
+            args=TrainingArguments(str(tmp_path / "m"), use_cpu=True, report_to="none"),
+            data_collator=DataCollatorForCellClassification(tokenizer, "cell_type"),
+            eval_dataset=store,
+        )
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)

@@ -330,7 +330,9 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         return total / torch.as_tensor(num_items_in_batch, device=logits.device).clamp(min=1)
 
 
-def pool(hidden: torch.Tensor, token_type_ids: torch.Tensor | None, pooling: str) -> torch.Tensor:
+def pool(
+    hidden: torch.Tensor, token_type_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, pooling: str
+) -> torch.Tensor:
     """Reduce the hidden states of a cell's tokens to one.
 
     Parameters
@@ -339,6 +341,8 @@ def pool(hidden: torch.Tensor, token_type_ids: torch.Tensor | None, pooling: str
         Hidden states.
     token_type_ids : Tensor (batch, length)
         Types of the tokens; special tokens and padding have type 0.
+    attention_mask : Tensor (batch, length), optional
+        1 for tokens, 0 for padding; `[CLS]` is the first token.
     pooling : {"cls", "mean"}
         The state of `[CLS]`, or the mean over all tokens but the special ones (0 for a cell that has no other).
 
@@ -352,7 +356,9 @@ def pool(hidden: torch.Tensor, token_type_ids: torch.Tensor | None, pooling: str
         Another pooling; "mean" without token types.
     """
     if pooling == "cls":
-        return hidden[:, 0]
+        if attention_mask is None:
+            return hidden[:, 0]
+        return hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.argmax(1)]
     if pooling != "mean":
         raise ValueError(f'pooling is "cls" or "mean", got {pooling!r}.')
     if token_type_ids is None:
@@ -410,7 +416,7 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        pooled = pool(outputs.last_hidden_state, token_type_ids, self.config.classifier_pooling)
+        pooled = pool(outputs.last_hidden_state, token_type_ids, attention_mask, self.config.classifier_pooling)
         logits = self.classifier(self.dropout(nn.functional.relu(self.pre_classifier(pooled))))
 
         loss = None

@@ -121,6 +121,10 @@ class GeneTokenizer(PreTrainedTokenizer):
         **kwargs,
     ):
         if vocab_file is not None:
+            if genes is not None or phenotypes is not None or tuple(bin_edges) != (0.1,):
+                raise ValueError(
+                    f"genes, bin_edges and phenotypes are those of {vocab_file}; they cannot be given too."
+                )
             saved = _read_vocabulary(vocab_file)
             genes, scheme, bin_edges = saved["genes"], saved["scheme"], saved["bin_edges"]
             phenotypes = saved["phenotypes"]
@@ -460,6 +464,8 @@ class GeneTokenizer(PreTrainedTokenizer):
         """Tokenize cells into flat arrays: the fast path under `__call__`, with its parameters and errors."""
         max_length = self.max_length if max_length is None else max_length
         self._check_max_length(max_length)
+        if (genes is not None or obs is not None) and (is_cell_batch(cells) or hasattr(cells, "var_names")):
+            raise ValueError(f"genes= and obs= go with a matrix; a {type(cells).__name__} brings its own.")
         if is_cell_batch(cells):
             indptr, columns, counts = cells.indptr, cells.genes, cells.counts
             names, obs = (cells.gene_ids, cells.symbols), cells
@@ -473,11 +479,13 @@ class GeneTokenizer(PreTrainedTokenizer):
             _check_counts(counts, "X" if layer is None else f"layer {layer!r}", cells.layers)
         elif hasattr(cells, "shape") and len(cells.shape) == 2:
             indptr, columns, counts = _csr_arrays(cells)
-            names = (self.genes if genes is None else genes,)
+            if genes is None:
+                genes = getattr(cells, "columns", self.genes)  # a DataFrame names its genes
+            names = (genes,)
             if len(names[0]) != cells.shape[1]:
                 raise ValueError(
                     f"The matrix has {cells.shape[1]} columns, and there are {len(names[0])} gene ids for them."
-                    + ("" if genes is not None else " Pass genes=[…], the gene ids of its columns.")
+                    " Pass genes=[…], the gene ids of its columns."
                 )
             _check_counts(counts, "the matrix", {})
         else:
@@ -542,16 +550,16 @@ class GeneTokenizer(PreTrainedTokenizer):
         return np.searchsorted(edges, counts, side="right")
 
     def _map_columns(self, names: tuple, columns: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Gene index of each input column, -1 where unknown, by the kind of name that covers most counts."""
+        """Gene index of each input column, -1 where unknown, by the kind of name that most columns are known by."""
+        candidates = [
+            np.array([self._gene_to_index.get(_strip_version(str(name)), -1) for name in candidate], np.int64)
+            for candidate in names
+        ]
+        mapped = max(candidates, key=lambda candidate: (candidate >= 0).sum())
+        known = mapped >= 0
         total = counts.sum(dtype=np.float64)
-        best: tuple[float, float, np.ndarray] | None = None
-        for candidate in names:
-            mapped = np.array([self._gene_to_index.get(_strip_version(str(name)), -1) for name in candidate], np.int64)
-            known = mapped >= 0
-            share = counts[known[columns]].sum(dtype=np.float64) / total if total else float(known.mean())
-            if best is None or (share, known.mean()) > best[:2]:
-                best = (share, float(known.mean()) if len(known) else 0.0, mapped)
-        share, known_genes, mapped = best
+        known_genes = float(known.mean()) if len(known) else 0.0
+        share = counts[known[columns]].sum(dtype=np.float64) / total if total else known_genes
         self.last_coverage = {
             "genes": known_genes,
             "counts": float(share),
@@ -580,10 +588,14 @@ class GeneTokenizer(PreTrainedTokenizer):
                 names = obs.categories[category]
                 tokens[:, i] = np.array([*(ids.get(str(name), -1) for name in names), -1])[obs.obs[category]]
             elif not is_cell_batch(obs) and obs is not None and category in obs:
-                values = np.asarray(obs[category], dtype=object)
+                values = obs[category]
                 if len(values) != n_cells:
                     raise ValueError(f"obs has {len(values)} rows for {n_cells} cells.")
-                tokens[:, i] = [ids.get(str(value), -1) for value in values]
+                if hasattr(values, "cat"):  # by its categories: beside a missing value, whole numbers become 1.0, 2.0
+                    of_code = [*(ids.get(str(name), -1) for name in values.cat.categories), -1]
+                    tokens[:, i] = np.array(of_code)[values.cat.codes]
+                else:
+                    tokens[:, i] = [-1 if _is_missing(value) else ids.get(str(value), -1) for value in values]
             n_missing = int((tokens[:, i] < 0).sum())
             if n_missing and category not in self._told:
                 self._told.add(category)
@@ -675,6 +687,10 @@ def _sample(names: Iterable[str], n: int = 3) -> str:
     return ", ".join(str(name) for name in list(names)[:n]) or "(none)"
 
 
+def _is_missing(value) -> bool:
+    return value is None or value != value
+
+
 def _elementwise(ids, test):
     if isinstance(ids, (list, tuple)):
         return test(np.asarray(ids, np.int64)).astype(int).tolist()
@@ -686,9 +702,11 @@ def _csr_arrays(matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if hasattr(matrix, "to_memory"):
         matrix = matrix.to_memory()
     if hasattr(matrix, "tocsr"):
+        if matrix.format not in ("csr", "csc"):
+            matrix = _widen(matrix)  # tocsr sums duplicates
         csr = matrix.tocsr()
         if not csr.has_canonical_format:
-            csr = csr.copy()
+            csr = _widen(csr)
             csr.sum_duplicates()
         return csr.indptr.astype(np.int64), csr.indices, csr.data
     dense = np.asarray(matrix)
@@ -696,6 +714,11 @@ def _csr_arrays(matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     indptr = np.zeros(dense.shape[0] + 1, np.int64)
     np.cumsum(np.bincount(rows, minlength=dense.shape[0]), out=indptr[1:])
     return indptr, columns, dense[rows, columns]
+
+
+def _widen(matrix):
+    """Copy a sparse matrix to values of 64 bits: sums of narrow ones would wrap."""
+    return matrix.astype(np.float64 if matrix.dtype.kind == "f" else np.int64, copy=True)
 
 
 def _is_counts(values: np.ndarray) -> bool:
