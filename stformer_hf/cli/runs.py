@@ -35,9 +35,15 @@ def training_arguments(output: Path, settings: dict, overwrite: bool) -> Trainin
         if last is None:
             raise ValueError(f"{output} holds no checkpoint to resume from.")
         arguments.resume_from_checkpoint = last
-    if (last or (output / "config.json").exists()) and not overwrite and not arguments.resume_from_checkpoint:
-        found = "a model" if last is None else "checkpoints (--resume_from_checkpoint true goes on with the last)"
-        raise FileExistsError(f"{output} holds {found}. Choose another --output, or pass --overwrite.")
+    if overwrite or arguments.resume_from_checkpoint:
+        return arguments
+    if (output / "config.json").exists():
+        raise FileExistsError(f"{output} holds a model. Choose another --output, or pass --overwrite.")
+    if last:
+        raise FileExistsError(
+            f"{output} holds checkpoints. Go on with --resume_from_checkpoint true, choose another --output, or pass "
+            "--overwrite."
+        )
     return arguments
 
 
