@@ -73,8 +73,11 @@ def run(args: DemoArguments) -> dict[str, dict[str, float]]:
     except ImportError as error:
         raise ImportError(f"The demo needs its extra: pip install 'stformer_hf[demo]' ({error}).") from error
     matplotlib.use("agg")
+    import torch
     from transformers.utils import logging
 
+    # Sums depend on the threads in their last digits: MKL chooses its own until torch is told, as `_draw` tells it.
+    torch.set_num_threads(torch.get_num_threads())
     logging.set_verbosity_error()
     folder = _make_folder(Path(args.output), args.overwrite)
 
@@ -280,7 +283,7 @@ def _draw(folder: Path, cells, held_out, predicted, seed: int) -> dict[str, Path
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # umap: one thread because of its seed
             plots.umap(embedded, LABEL, title=f"X_stformer, {title}", random_state=seed, save=pictures[picture])
-        torch.set_num_threads(n_threads)  # numba sets torch's too, and sums depend on it in their last digits
+        torch.set_num_threads(n_threads)  # umap sets torch's to one
     return pictures
 
 
