@@ -12,7 +12,8 @@ from . import models as _models  # noqa: F401  (registers the Auto classes)
 __version__ = version("stformer_hf")
 
 _MODULES = {
-    "data.cell_store": ["CellBatch", "CellStore"],
+    "data.cell_batch": ["CellBatch", "collate_cells"],
+    "data.cell_store": ["CellStore"],
     "genes.gene_table": ["GeneTable"],
     "inference.annotate": ["annotate"],
     "inference.embed": ["embed"],

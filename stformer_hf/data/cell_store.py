@@ -4,58 +4,36 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 from anndata import AnnData
 from scipy import sparse
+from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit
 from tqdm.auto import tqdm
 
 from ..genes.gene_table import GeneTable
-from .store_writer import FORMAT_VERSION, ROWS_PER_BATCH, ROWS_PER_SHARD, gene_type, sha256, write_store
+from .arrow_rows import ArrowRows
+from .cell_batch import CellBatch
+from .join import join_stores
+from .shards import sha256
+from .store_writer import (
+    FORMAT_VERSION,
+    ROWS_PER_BATCH,
+    ROWS_PER_SHARD,
+    BuildSettings,
+    coverage,
+    write_store,
+)
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass
-class CellBatch:
-    """Rows of a store, as flat arrays: what a collator gets from a `DataLoader` over a `CellStore`.
-
-    Attributes
-    ----------
-    indptr : int64 array (n + 1,)
-        Cell i has the entries `indptr[i]:indptr[i + 1]` of `genes` and `counts`.
-    genes : uint16 or uint32 array (nnz,)
-        Rows of the gene table, ascending in each cell.
-    counts : uint8, uint16, uint32 or float32 array (nnz,)
-        Counts, none of them 0.
-    cell_id : int64 array (n,)
-        Row numbers in the store.
-    obs : dict of str to array (n,)
-        The obs columns; of categorical ones the codes, -1 where missing.
-    categories : dict of str to list of str
-        Names of the codes of the categorical columns.
-    gene_ids, symbols : object array (n_genes,)
-        Of the gene table; the same arrays in every batch of a store.
-    """
-
-    indptr: np.ndarray
-    genes: np.ndarray
-    counts: np.ndarray
-    cell_id: np.ndarray
-    obs: dict[str, np.ndarray]
-    categories: dict[str, list[str]]
-    gene_ids: np.ndarray
-    symbols: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.cell_id)
+_MOST_SOURCES_PRINTED = 20
 
 
 class CellStore:
@@ -75,25 +53,21 @@ class CellStore:
     FileNotFoundError
         There is no store at the path, or its build did not end.
     ValueError
-        The store has a newer format, or a shard is cut short.
+        The store has another format, or a shard is cut short.
 
     Notes
     -----
     Rows are copied out of the memory map: nothing done to them changes the store. Pickling a store (spawned workers)
-    passes its path only.
+    passes its path, and of a selection the row numbers.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.manifest: dict[str, Any] = _read_manifest(self.path)
+        self._index: np.ndarray | None = None  # of a selection: its rows in the whole store
         self._open()
 
     def _open(self) -> None:
-        self._genes: list[np.ndarray] = []
-        self._counts: list[np.ndarray] = []
-        self._offsets: list[np.ndarray] = []
-        self._batches: list[pa.RecordBatch] = []
-        starts = [0]
         for shard in [self.manifest["gene_table"], *self.manifest["shards"]]:
             file = self.path / shard["file"]
             if not file.exists() or file.stat().st_size != shard["bytes"]:
@@ -102,31 +76,25 @@ class CellStore:
                     f"{file} has {size} bytes instead of {shard['bytes']}: it was cut short or replaced. "
                     "Copy the store again, or build it again."
                 )
-        for shard in self.manifest["shards"]:
-            file = self.path / shard["file"]
-            with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as reader:
-                for batch in reader:
-                    genes, counts = batch.column("genes"), batch.column("counts")
-                    self._batches.append(batch)
-                    self._genes.append(genes.values.to_numpy())
-                    self._counts.append(counts.values.to_numpy())
-                    self._offsets.append(genes.offsets.to_numpy())
-                    starts.append(starts[-1] + batch.num_rows)
-        self._starts = np.array(starts, np.int64)
+        shards = self.manifest["shards"]
+        self._rows = ArrowRows(
+            [self.path / shard["file"] for shard in shards], [shard["neighbor_shift"] for shard in shards]
+        )
 
     def __getstate__(self) -> dict:
-        return {"path": self.path, "manifest": self.manifest}
+        return {"path": self.path, "manifest": self.manifest, "_index": self._index}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._open()
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._rows) if self._index is None else len(self._index)
 
     def __repr__(self) -> str:
         columns = ", ".join(self.manifest["obs"]) or "none"
-        return f"CellStore({str(self.path)!r}: {len(self):,} cells, {len(self.genes):,} genes, obs: {columns})"
+        cells = f"{len(self):,} cells" if self._index is None else f"{len(self):,} of {len(self._rows):,} cells"
+        return f"CellStore({str(self.path)!r}: {cells}, {len(self.genes):,} genes, obs: {columns})"
 
     # ------------------------------------------------------------------ what is in it
 
@@ -145,44 +113,46 @@ class CellStore:
         """Values of each categorical obs column, in the order of its codes."""
         return self.manifest["categories"]
 
+    @property
+    def coverage(self) -> pd.DataFrame:
+        """For each source, how its columns were matched to genes, and the share of the counts in them."""
+        return coverage(self.manifest["sources"])
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """Number of expressed genes of each cell, int64 array (n,); from the list offsets alone."""
-        return np.concatenate([np.empty(0, np.int64), *(np.diff(offsets) for offsets in self._offsets)])
+        lengths = self._rows.lengths()
+        return lengths if self._index is None else lengths[self._index]
 
     @cached_property
     def obs(self) -> pd.DataFrame:
         """The chosen obs columns, one row a cell, indexed by the cells' names."""
-        index = pd.Index(self._column("obs_name"), dtype=object)
         columns = {}
-        for name in self.manifest["obs"]:
-            values = self._columns[name]
+        for name, values in self._columns.items():
             if name in self.categories:
                 values = pd.Categorical.from_codes(values, self.categories[name])
             columns[name] = values
-        return pd.DataFrame(columns, index=index)
+        obs = pd.DataFrame(columns, index=pd.Index(self._rows.column("obs_name"), dtype=object))
+        return obs if self._index is None else obs.iloc[self._index]
 
     @cached_property
     def dataset(self):
         """The store as a `datasets.Dataset`, memory-mapped."""
         from datasets import load_from_disk
 
-        return load_from_disk(str(self.path))
+        dataset = load_from_disk(str(self.path))
+        return dataset if self._index is None else dataset.select(self._index)
 
     @cached_property
     def _columns(self) -> dict[str, np.ndarray]:
+        """Obs columns of the whole store; of categorical ones the codes, -1 where missing."""
         columns = {}
         for name in self.manifest["obs"]:
-            values = self._column(name)
+            values = self._rows.column(name)
             if name in self.categories:
                 values = np.where(pd.isna(values), -1, values).astype(np.int64)
             columns[name] = values
         return columns
-
-    def _column(self, name: str) -> np.ndarray:
-        """Read an obs column of all cells; missing values are NaN or None."""
-        chunks = [batch.column(name) for batch in self._batches]
-        return pa.chunked_array(chunks).to_pandas().to_numpy() if chunks else np.empty(0, object)
 
     # ------------------------------------------------------------------ rows out
 
@@ -206,17 +176,48 @@ class CellStore:
         """
         rows = self._row_numbers(index)
         indptr, genes, counts = self._gather(rows)
-        indices = genes.astype(np.int64 if len(genes) > np.iinfo(np.int32).max else np.int32)
-        return sparse.csr_array((counts, indices, indptr.astype(indices.dtype)), shape=(len(rows), len(self.genes)))
+        return _csr(indptr, genes, counts, len(self.genes))
+
+    def neighbors(self, index) -> sparse.csr_array:
+        """Read the neighbours of cells.
+
+        Parameters
+        ----------
+        index : int, slice, sequence of int, or boolean mask (n,)
+            Row numbers, as for `rows`.
+
+        Returns
+        -------
+        csr_array (n_rows, n_cells)
+            Weights, float32; a weight of 0 is a neighbour too. Neighbours outside a selection, or outside a part that
+            is not joined yet, are left out.
+
+        Raises
+        ------
+        ValueError
+            The store was built without neighbours.
+        """
+        if not self.manifest["neighbors"]:
+            raise ValueError(f"{self.path} was built without neighbours: build it with neighbors='<key of obsp>'.")
+        indptr, numbers, weights = self._rows.neighbors(self._row_numbers(index))
+        if self._index is not None:
+            position = np.full(len(self._rows), -1)
+            position[self._index] = np.arange(len(self._index))
+            inside = (numbers >= 0) & (numbers < len(self._rows))
+            numbers = np.where(inside, position[np.where(inside, numbers, 0)], -1)
+        inside = (numbers >= 0) & (numbers < len(self))
+        indptr = np.concatenate([[0], np.cumsum(inside)])[indptr]
+        return _csr(indptr, numbers[inside], weights[inside], len(self))
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         """Read one cell: `genes`, `counts`, `cell_id`, `obs_name` and its obs values."""
         if not isinstance(row, (int, np.integer)):
             raise TypeError(f"A store is indexed by a row number, got {type(row).__name__}; for many use rows(index).")
-        (number,) = self._row_numbers(int(row))
+        row = int(row)
+        (number,) = self._row_numbers(row)
         _, genes, counts = self._gather(np.array([number]))
-        cell = {"genes": genes, "counts": counts, "cell_id": int(number), "obs_name": self.obs.index[number]}
-        return {**cell, **self.obs.iloc[number].to_dict()}
+        cell = {"genes": genes, "counts": counts, "cell_id": int(number), "obs_name": self.obs.index[row]}
+        return {**cell, **self.obs.iloc[row].to_dict()}
 
     def __getitems__(self, index: Sequence[int]) -> CellBatch:
         """Read many cells for a collator (torch's `DataLoader` calls this with the row numbers of a batch)."""
@@ -234,36 +235,104 @@ class CellStore:
         )
 
     def _row_numbers(self, index) -> np.ndarray:
+        """Turn what `rows` takes into row numbers of the whole store."""
         if isinstance(index, slice):
-            return np.arange(*index.indices(len(self)), dtype=np.int64)
-        rows = np.atleast_1d(np.asarray(index))
-        if rows.dtype == bool:
-            if len(rows) != len(self):
-                raise IndexError(f"The mask has {len(rows)} values, the store {len(self)} cells.")
-            return np.flatnonzero(rows)
-        if rows.dtype.kind not in "iu" and len(rows):
-            raise IndexError(f"Row numbers are integers, got {rows.dtype}.")
-        rows = rows.astype(np.int64)
-        outside = (rows < -len(self)) | (rows >= len(self))
-        if outside.any():
-            raise IndexError(f"Row {rows[outside][0]} is outside the store of {len(self)} cells.")
-        return np.where(rows < 0, rows + len(self), rows)
+            rows = np.arange(*index.indices(len(self)), dtype=np.int64)
+        else:
+            rows = np.atleast_1d(np.asarray(index))
+            if rows.dtype == bool:
+                if len(rows) != len(self):
+                    raise IndexError(f"The mask has {len(rows)} values, the store {len(self)} cells.")
+                rows = np.flatnonzero(rows)
+            elif rows.dtype.kind not in "iu" and len(rows):
+                raise IndexError(f"Row numbers are integers, got {rows.dtype}.")
+            elif len(rows):
+                rows = rows.astype(np.int64, copy=False)
+                if rows.min() < -len(self) or rows.max() >= len(self):
+                    outside = rows[(rows < -len(self)) | (rows >= len(self))][0]
+                    raise IndexError(f"Row {outside} is outside the store of {len(self)} cells.")
+                if rows.min() < 0:
+                    rows = np.where(rows < 0, rows + len(self), rows)
+        return rows.astype(np.int64, copy=False) if self._index is None else self._index[rows.astype(np.int64)]
 
     def _gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        batches = np.searchsorted(self._starts, rows, side="right") - 1
-        genes, counts, lengths = [], [], [0]
-        for batch, row in zip(batches.tolist(), (rows - self._starts[batches]).tolist(), strict=True):
-            start, stop = self._offsets[batch][row : row + 2].tolist()
-            genes.append(self._genes[batch][start:stop])
-            counts.append(self._counts[batch][start:stop])
-            lengths.append(stop - start)
-        if not genes:
-            return np.zeros(1, np.int64), np.empty(0, self._gene_type), np.empty(0, self.manifest["count_type"])
-        return np.cumsum(lengths, dtype=np.int64), np.concatenate(genes), np.concatenate(counts)
+        return self._rows.gather(rows, self.manifest["gene_type"], self.manifest["count_type"])
 
-    @property
-    def _gene_type(self) -> np.dtype:
-        return gene_type(self.manifest["n_genes"])
+    # ------------------------------------------------------------------ parts of it
+
+    def select(self, index) -> CellStore:
+        """Choose cells, without copying.
+
+        Parameters
+        ----------
+        index : slice, sequence of int, or boolean mask (n,)
+            Which, as for `rows`.
+
+        Returns
+        -------
+        CellStore
+            Over these cells, in this order. Their `cell_id`, by which masks are drawn, stays that of the whole store.
+        """
+        chosen = object.__new__(CellStore)
+        chosen.path, chosen.manifest, chosen._rows = self.path, self.manifest, self._rows
+        chosen._index = self._row_numbers(index)
+        return chosen
+
+    def train_test_split(
+        self, test_size: float = 0.1, *, by: str | None = None, seed: int = 0
+    ) -> dict[str, CellStore]:
+        """Split at random into training and held-out cells.
+
+        Parameters
+        ----------
+        test_size : float, default: 0.1
+            Share of the cells that are held out; with `by`, of the groups.
+        by : str, optional
+            Obs column, such as `donor`, whose groups are not divided: no group has cells on both sides.
+        seed : int, default: 0
+            Of the choice.
+
+        Returns
+        -------
+        dict
+            `train` and `test`, each a selection in the order of this store.
+
+        Raises
+        ------
+        ValueError
+            No such column, cells without a value in it, or under two groups.
+        """
+        if by is None:
+            train, test = next(ShuffleSplit(1, test_size=test_size, random_state=seed).split(np.arange(len(self))))
+        else:
+            if by not in self.obs:
+                raise ValueError(f"No obs column {by!r}; there are {', '.join(self.obs.columns) or 'none'}.")
+            groups = self.obs[by]
+            if groups.isna().any():
+                raise ValueError(f"{int(groups.isna().sum())} cells have no {by!r}: leave them out with select first.")
+            if groups.nunique() < 2:
+                raise ValueError(f"All cells have the same {by!r}: nothing to hold out.")
+            splitter = GroupShuffleSplit(1, test_size=test_size, random_state=seed)
+            train, test = next(splitter.split(np.arange(len(self)), groups=groups.astype(str)))
+        return {"train": self.select(np.sort(train)), "test": self.select(np.sort(test))}
+
+    def block_shuffle(self, block_size: int = 16, *, seed: int = 0, epoch: int = 0) -> np.ndarray:
+        """Order the rows at random, but for blocks of rows that stay together and are read at once.
+
+        Parameters
+        ----------
+        block_size : int, default: 16
+            Rows a block; 1 gives a full shuffle. What lies together on disk is learnt from together, so a small
+            block, or a store that was built with `shuffle=True`, keeps batches mixed.
+        seed, epoch : int, default: 0
+            The order is a function of them.
+
+        Returns
+        -------
+        int64 array (n,)
+            Every row once.
+        """
+        return block_order(len(self), block_size, seed, epoch)
 
     def verify(self) -> None:
         """Compare every shard, and the gene table, with its checksum.
@@ -284,11 +353,19 @@ class CellStore:
     def build(
         cls,
         path: str | Path,
-        sources: AnnData | str | Path | Iterable[AnnData | str | Path],
+        sources: AnnData | CellStore | str | Path | Iterable[AnnData | CellStore | str | Path],
         *,
-        obs: Sequence[str] | None = None,
+        obs: Sequence[str] | str | None = None,
         layer: str | None = None,
         fractional: bool = False,
+        neighbors: str | None = None,
+        aliases: Mapping[str, str] | pd.DataFrame | str | Path | None = None,
+        unify: str | None = None,
+        species: str | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        part: tuple[int, int] | None = None,
+        workers: int = 1,
         overwrite: bool = False,
         rows_per_batch: int = ROWS_PER_BATCH,
         rows_per_shard: int = ROWS_PER_SHARD,
@@ -297,21 +374,39 @@ class CellStore:
 
         The cells keep the order of the sources; the genes are united by id. Everything is written under
         `.<name>.building` beside the path and renamed when whole. A build that was stopped goes on with the first
-        file that was not done, if it is called again with the same sources and settings.
+        piece of a file that was not done, if it is called again with the same sources and settings.
 
         Parameters
         ----------
         path : str or Path
             Folder to make.
-        sources : AnnData, str, Path, or several of them
-            `.h5ad` files (X by rows, sparse or dense) and AnnData objects.
-        obs : sequence of str, optional
+        sources : AnnData, CellStore, str, Path, or several of them
+            AnnData objects (in memory or backed, views too), other stores, and files: `.h5ad`, `.zarr`, 10x `.h5` and
+            `.mtx` folders, `.loom`. A folder gives all such files in it; a pattern such as `data/*.h5ad` all that fit.
+        obs : sequence of str, or "all", optional
             Columns of obs to keep. Categorical and repeated string columns become class labels.
         layer : str, optional
-            Where the counts are (`X`, `raw` or a layer), in every source. By default the first of X, raw and the
-            layer `counts` that holds counts.
+            Where the counts are, in every source: `X`, `raw` or a layer; of 10x files also a feature type or a genome.
+            By default the first of X, raw and the layer `counts` that holds counts.
         fractional : bool, default: False
             Allow fractions (RSEM, SoupX); they are stored as float32.
+        neighbors : str, optional
+            Key of obsp, such as `spatial_connectivities`, whose graph is kept; see `neighbors`.
+        aliases : mapping, DataFrame or file, optional
+            Old gene id (or name) -> new id.
+        unify : "symbol", optional
+            Take genes of different sources that have one symbol under different ids for one.
+        species : str, optional
+            What all sources must be of, such as `human`; by default they must agree where their Ensembl ids tell.
+        shuffle : bool, default: False
+            Put all cells in a random order, out of core.
+        seed : int, default: 0
+            Of the shuffle.
+        part : (int, int), optional
+            (i, n): write only the i-th of n equal parts of the cells, on one of n machines; see `join`.
+        workers : int, default: 1
+            Processes that read files. AnnData objects in memory are read by this process. Needs, as all of
+            multiprocessing, a script's main part under `if __name__ == "__main__":`.
         overwrite : bool, default: False
             Replace a store at the path, once the new one is whole.
         rows_per_batch, rows_per_shard : int
@@ -326,23 +421,183 @@ class CellStore:
         FileExistsError
             There is something at the path, and not `overwrite`.
         ValueError
-            No sources; values that are not counts; a missing obs column, or one whose types do not agree.
+            No sources; values that are not counts; a missing obs column, or one whose types do not agree; sources of
+            different species.
+        OSError
+            No space is left; what was there before is unharmed.
         """
-        write_store(
-            Path(path),
-            [sources] if isinstance(sources, (AnnData, str, Path)) else list(sources),
-            obs=[obs] if isinstance(obs, str) else list(obs or []),
+        settings = BuildSettings(
+            obs=obs,
             layer=layer,
             fractional=fractional,
-            overwrite=overwrite,
+            neighbors=neighbors,
+            aliases=aliases,
+            unify=unify,
+            species=species,
+            shuffle=shuffle,
+            seed=seed,
+            part=part,
+            workers=workers,
             rows_per_batch=rows_per_batch,
             rows_per_shard=rows_per_shard,
         )
+        write_store(Path(path), _listed(sources), settings, overwrite=overwrite)
         store = cls(path)
-        n_empty = int((store.lengths == 0).sum())
-        if n_empty:
-            logger.warning(f"{n_empty} of {len(store)} cells have no counts; they are kept, and training skips them.")
+        store._report(store.manifest["sources"])
         return store
+
+    def append(
+        self,
+        sources: AnnData | CellStore | str | Path | Iterable[AnnData | CellStore | str | Path],
+        *,
+        layer: str | None = None,
+        fractional: bool = False,
+        neighbors: str | None = None,
+        aliases: Mapping[str, str] | pd.DataFrame | str | Path | None = None,
+        unify: str | None = None,
+        workers: int = 1,
+    ) -> None:
+        """Add the cells of other sources behind those that are there; new genes come behind the known ones.
+
+        The shards that are there are linked, not copied, and the store at the path is replaced once the new one is
+        whole. Cells, genes and labels keep their numbers. Parameters and errors are those of `build`; the obs columns
+        are those of the store.
+
+        Raises
+        ------
+        ValueError
+            This is a selection, or a joined store; obs columns of other types; neighbours that one has and the other
+            has not.
+        """
+        self._must_be_whole("append to")
+        if (neighbors is not None) != self.manifest["neighbors"]:
+            has = "has" if self.manifest["neighbors"] else "has no"
+            raise ValueError(f"{self.path} {has} neighbours; what is added must have the same (neighbors=…).")
+        settings = BuildSettings(
+            obs=list(self.manifest["obs"]),
+            layer=layer,
+            fractional=fractional,
+            neighbors=neighbors,
+            aliases=aliases,
+            unify=unify,
+            workers=workers,
+        )
+        write_store(self.path, _listed(sources), settings, base=self)
+        n_sources = len(self.manifest["sources"])
+        self.__dict__ = CellStore(self.path).__dict__
+        self._report(self.manifest["sources"][n_sources:])
+
+    @classmethod
+    def join(cls, path: str | Path, paths: Sequence[str | Path], *, overwrite: bool = False) -> CellStore:
+        """Make one store of several without copying them: a manifest that points at their shards.
+
+        Parameters
+        ----------
+        path : str or Path
+            Folder to make.
+        paths : sequence of str or Path
+            Stores with the same genes, obs columns and labels, such as the parts that `build(part=(i, n))` made of
+            the same sources. Parts are put in their order; others keep the order given. They stay where they are.
+        overwrite : bool, default: False
+            Replace a store at the path.
+
+        Returns
+        -------
+        CellStore
+
+        Raises
+        ------
+        ValueError
+            Stores that differ in genes, obs columns or labels; a part that is missing.
+        """
+        join_stores(Path(path), [cls(part) for part in paths], overwrite)
+        return cls(path)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> CellStore:
+        """Write these cells as a store of their own, such as a selection, or a copy of a joined store.
+
+        Parameters
+        ----------
+        path : str or Path
+            Folder to make.
+        overwrite : bool, default: False
+            Replace a store at the path.
+
+        Returns
+        -------
+        CellStore
+        """
+        return CellStore.build(
+            path,
+            self,
+            obs=list(self.manifest["obs"]),
+            fractional=True,
+            neighbors="neighbors" if self.manifest["neighbors"] else None,
+            overwrite=overwrite,
+        )
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> None:
+        """Upload these cells by `datasets.Dataset.push_to_hub`, and the gene table beside them (`genes.parquet`).
+
+        Parameters
+        ----------
+        repo_id : str
+            `user/name` of a dataset on the Hub.
+        **kwargs
+            For `push_to_hub`, such as `private`, `token` or `revision`.
+        """
+        from huggingface_hub import HfApi
+
+        self.dataset.push_to_hub(repo_id, **kwargs)
+        HfApi(token=kwargs.get("token")).upload_file(
+            path_or_fileobj=self.path / "genes.parquet",
+            path_in_repo="genes.parquet",
+            repo_id=repo_id,
+            repo_type="dataset",
+            revision=kwargs.get("revision"),
+        )
+
+    def _must_be_whole(self, to_do: str) -> None:
+        if self._index is not None:
+            raise ValueError(f"This is a selection of {self.path}: {to_do} the whole store, or save the selection.")
+        if any(os.path.dirname(shard["file"]) for shard in self.manifest["shards"]):
+            raise ValueError(f"{self.path} is joined from others: {to_do} a saved copy of it (store.save).")
+
+    def _report(self, sources: Sequence[Mapping[str, Any]]) -> None:
+        """Print how the genes of sources were matched, and say which cells are empty."""
+        table = coverage(sources)
+        table["counts kept"] = table["counts kept"].map("{:.1%}".format)
+        table["counts mapped"] = table["counts mapped"].map("{:.1%}".format)
+        table["counts unmapped"] = table["counts unmapped"].map("{:.1%}".format)
+        print(table.head(_MOST_SOURCES_PRINTED).to_string())
+        if len(table) > _MOST_SOURCES_PRINTED:
+            print(f"… and {len(table) - _MOST_SOURCES_PRINTED} more sources: see store.coverage")
+        repeated = sum(source["n_columns"] - source["n_genes"] for source in sources)
+        if repeated:
+            logger.warning(f"{repeated} columns repeat a gene id; their counts are summed.")
+        n_empty = sum(source["n_empty"] for source in sources)
+        if n_empty:
+            logger.warning(f"{n_empty} of {len(self)} cells have no counts; they are kept, and training skips them.")
+
+
+def block_order(n: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
+    """Order n rows at random by blocks; see `CellStore.block_shuffle`."""
+    if block_size < 1:
+        raise ValueError(f"block_size={block_size}: a block has at least one row.")
+    starts = np.random.default_rng([seed, epoch]).permutation(-(-n // block_size)) * block_size
+    rows = (starts[:, None] + np.arange(block_size)).ravel()
+    return rows[rows < n]
+
+
+def _csr(indptr: np.ndarray, columns: np.ndarray, values: np.ndarray, n_columns: int) -> sparse.csr_array:
+    index_type = np.int64 if max(len(columns), n_columns) > np.iinfo(np.int32).max else np.int32
+    indices = (values, columns.astype(index_type), indptr.astype(index_type))
+    return sparse.csr_array(indices, shape=(len(indptr) - 1, n_columns))
+
+
+def _listed(sources) -> list:
+    one = isinstance(sources, (AnnData, CellStore, str, Path))
+    return [sources] if one else list(sources)
 
 
 def _read_manifest(path: Path) -> dict:
@@ -354,12 +609,12 @@ def _read_manifest(path: Path) -> dict:
             )
         raise FileNotFoundError(f"There is no CellStore at {path}; make one with CellStore.build.")
     manifest = json.loads(file.read_text())
-    if manifest["format_version"] > FORMAT_VERSION:
+    if manifest["format_version"] != FORMAT_VERSION:
+        remedy = "Update stformer_hf." if manifest["format_version"] > FORMAT_VERSION else "Build it again."
         raise ValueError(
-            f"{path} has store format {manifest['format_version']}; this version reads up to {FORMAT_VERSION}. "
-            "Update stformer_hf."
+            f"{path} has store format {manifest['format_version']}; this version reads {FORMAT_VERSION}. {remedy}"
         )
     return manifest
 
 
-__all__ = ["CellBatch", "CellStore"]
+__all__ = ["CellStore", "block_order"]

@@ -2,50 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import h5py
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from anndata.io import read_elem
 from scipy import sparse
 
 from ..genes.gene_table import GeneTable
+from .formats import FORMATS, Layer, anndata_layers, find_format, store_layers
+from .matrices import Matrix
 
-READERS: dict[str, Callable[[Path], list[Matrix]]] = {}
-_PROBE_ROWS = 200
+if TYPE_CHECKING:
+    from .cell_store import CellStore
+
 _EMPTY = "only zeros where it was looked at"
 
 
 @dataclass
-class Matrix:
-    """One matrix of a source that may hold counts.
-
-    Attributes
-    ----------
-    name : str
-        `X`, `raw`, or the name of a layer.
-    shape : (int, int)
-        Cells, genes.
-    rows : callable (start, stop) -> csr_matrix
-        Reads a range of rows.
-    var, obs : callable () -> DataFrame
-        Read the genes of its columns and the table of its rows.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    rows: Callable[[int, int], sparse.csr_matrix]
-    var: Callable[[], pd.DataFrame]
-    obs: Callable[[], pd.DataFrame]
-
-
-@dataclass
 class Source:
-    """Counts of one file or AnnData.
+    """Counts of one file, AnnData or store.
 
     Attributes
     ----------
@@ -59,6 +38,8 @@ class Source:
         One row a cell, indexed by the cells' names.
     key : dict or None
         Path, size and time of the file, by which an interrupted build knows it again; None in memory.
+    matrix : Matrix
+        The counts, unchecked; `blocks` checks them.
     """
 
     name: str
@@ -66,16 +47,44 @@ class Source:
     genes: GeneTable
     obs: pd.DataFrame
     key: dict | None
-    _matrix: Matrix
+    matrix: Matrix
+    _layer: Layer
     _fractional: bool
 
     @property
     def shape(self) -> tuple[int, int]:
         """Cells, columns."""
-        return self._matrix.shape
+        return self.matrix.shape
 
-    def blocks(self, rows: int) -> Iterator[sparse.csr_matrix]:
+    def neighbors(self, key: str) -> Matrix:
+        """Open a graph of the cells (`obsp[key]`): matrix (n_cells, n_cells) of weights.
+
+        Raises
+        ------
+        ValueError
+            There is none, or it has another shape.
+        """
+        try:
+            if self._layer.neighbors is None:
+                raise KeyError(key)
+            graph = self._layer.neighbors(key)
+        except KeyError:
+            raise ValueError(f"{self.name} has no obsp[{key!r}].") from None
+        if graph.shape != (self.shape[0], self.shape[0]):
+            raise ValueError(
+                f"{self.name}: obsp[{key!r}] has the shape {graph.shape}; there are {self.shape[0]} cells."
+            )
+        return graph
+
+    def blocks(self, rows: int, start: int = 0, stop: int | None = None) -> Iterator[sparse.csr_matrix]:
         """Read the counts in order, `rows` cells at a time.
+
+        Parameters
+        ----------
+        rows : int
+            Cells a block.
+        start, stop : int, optional
+            Range of cells; all by default.
 
         Yields
         ------
@@ -87,29 +96,47 @@ class Source:
         ValueError
             Values that are not counts.
         """
-        for start in range(0, self.shape[0], rows):
-            block = self._matrix.rows(start, min(start + rows, self.shape[0]))
-            problem = _problem(block.data, self._fractional)
-            if problem:
-                raise ValueError(
-                    f"{self.name}: counts are needed, and {self.counts_in} holds {problem} in the cells {start} to "
-                    f"{start + block.shape[0] - 1}. Name the layer that holds raw counts, as in layer='counts'."
-                )
-            if not block.data.all():
-                block = block.copy()  # it may be a view of the user's matrix
-                block.eliminate_zeros()
-            yield block
+        yield from checked_blocks(
+            self.matrix,
+            self.name,
+            self.counts_in,
+            self._fractional,
+            rows,
+            start,
+            self.shape[0] if stop is None else stop,
+        )
 
 
-def open_source(source: AnnData | str | Path, layer: str | None = None, fractional: bool = False) -> Source:
-    """Open a file or an AnnData and find its counts.
+def checked_blocks(
+    matrix: Matrix, name: str, counts_in: str, fractional: bool, rows: int, start: int, stop: int
+) -> Iterator[sparse.csr_matrix]:
+    """Read counts of a matrix, a block at a time, and check them; see `Source.blocks`."""
+    for first in range(start, stop, rows):
+        block = matrix.rows(first, min(first + rows, stop))
+        problem = _problem(block.data, fractional)
+        if problem:
+            raise ValueError(
+                f"{name}: counts are needed, and {counts_in} holds {problem} in the cells {first} to "
+                f"{first + block.shape[0] - 1}. Name the layer that holds raw counts, as in layer='counts'."
+            )
+        if not block.data.all():
+            block = block.copy()  # it may be a view of the user's matrix
+            block.eliminate_zeros()
+        yield block
+
+
+def open_source(
+    source: AnnData | CellStore | str | Path, layer: str | None = None, fractional: bool = False
+) -> Source:
+    """Open a file, an AnnData or a store, and find its counts.
 
     Parameters
     ----------
-    source : AnnData, str or Path
-        An AnnData in memory or backed, or a file of a format in `READERS`.
+    source : AnnData, CellStore, str or Path
+        An AnnData in memory or backed, a store, or a file of one of the `formats.FORMATS`.
     layer : str, optional
-        Where the counts are: `X`, `raw`, or the name of a layer. By default the first of X, raw and the layer
+        Where the counts are: `X`, `raw`, or the name of a layer; in 10x files also a feature type (such as
+        `Antibody Capture`) or, where there are several, a genome. By default the first of X, raw and the layer
         `counts` that holds counts.
     fractional : bool, default: False
         Whether counts may be fractions (RSEM, SoupX).
@@ -117,6 +144,7 @@ def open_source(source: AnnData | str | Path, layer: str | None = None, fraction
     Returns
     -------
     Source
+        Its file is closed; reading opens it again.
 
     Raises
     ------
@@ -126,42 +154,46 @@ def open_source(source: AnnData | str | Path, layer: str | None = None, fraction
         No such file.
     """
     if isinstance(source, AnnData):
-        if source.isbacked:
-            if source.is_view:
-                raise ValueError("A view of a backed AnnData is not read: pass view.to_memory(), or the whole file.")
-            matrices = _h5ad_matrices(Path(source.filename))
-            for matrix in matrices:  # the tables of the object, which may differ from the file's
-                matrix.obs = lambda: source.obs
-                if matrix.name != "raw":
-                    matrix.var = lambda: source.var
-        else:
-            matrices = _anndata_matrices(source)
-        name, key = "AnnData", None
-    else:
+        name, key, layers = "AnnData", None, anndata_layers(source)
+    elif isinstance(source, (str, Path)):
         path = Path(source)
         if not path.exists():
             raise FileNotFoundError(f"No such file: {path}")
-        reader = READERS.get(path.suffix.lower())
-        if reader is None or path.is_dir():
-            raise ValueError(f"{path}: only {', '.join(sorted(READERS))} files and AnnData objects are read.")
-        stat = path.stat()
-        name, matrices = str(path), reader(path)
-        key = {"path": str(path.resolve()), "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
-
-    matrix = _find_counts(matrices, layer, fractional, name)
-    return Source(
+        known = find_format(path)
+        if known is None:
+            names = ", ".join(known.name for known in FORMATS)
+            raise ValueError(f"{path}: none of the formats that are read ({names}), and no AnnData.")
+        name, key, layers = str(path), _key(path), known.read(path)
+    elif hasattr(source, "manifest"):
+        name, key, layers = str(source.path), None, store_layers(source)
+    else:
+        raise ValueError(f"A source is a path, an AnnData or a CellStore, not {type(source).__name__}.")
+    found = _find_counts(layers, layer, fractional, name)
+    opened = Source(
         name=name,
-        counts_in=matrix.name,
-        genes=GeneTable.from_var(matrix.var()),
-        obs=matrix.obs(),
+        counts_in=found.name,
+        genes=found.genes(),
+        obs=found.obs(),
         key=key,
-        _matrix=matrix,
+        matrix=found.matrix,
+        _layer=found,
         _fractional=fractional,
     )
+    found.matrix.close()
+    return opened
 
 
-def _find_counts(matrices: list[Matrix], layer: str | None, fractional: bool, name: str) -> Matrix:
-    by_name = {matrix.name: matrix for matrix in matrices}
+def _key(path: Path) -> dict:
+    stats = [file.stat() for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
+    return {
+        "path": str(path.resolve()),
+        "bytes": sum(stat.st_size for stat in stats),
+        "modified_ns": max(stat.st_mtime_ns for stat in stats),
+    }
+
+
+def _find_counts(layers: list[Layer], layer: str | None, fractional: bool, name: str) -> Layer:
+    by_name = {found.name: found for found in layers}
     if layer is not None:
         if layer not in by_name:
             raise ValueError(f"{name} has no layer {layer!r}; it has {', '.join(by_name) or 'no matrix'}.")
@@ -174,20 +206,19 @@ def _find_counts(matrices: list[Matrix], layer: str | None, fractional: bool, na
                 return by_name[candidate]
     if _EMPTY in problems.values():  # no counts, and none elsewhere
         return by_name[next(name for name, problem in problems.items() if problem == _EMPTY)]
-    holders = [matrix.name for matrix in matrices if matrix.name not in problems and not _probe(matrix, fractional)]
+    holders = [found.name for found in layers if found.name not in problems and not _probe(found, fractional)]
     found = "; ".join(f"{where} holds {problem}" for where, problem in problems.items()) or "it has no X"
     if holders:
-        remedy = f"Layer {holders[0]!r} holds counts: pass layer={holders[0]!r}."
+        remedy = f"{', '.join(map(repr, holders))} holds counts: pass layer={holders[0]!r}."
     else:
         remedy = "Keep the raw counts in X, raw or a layer, and name it with layer=…"
     raise ValueError(f"{name}: no counts found: {found}. {remedy}")
 
 
-def _probe(matrix: Matrix, fractional: bool) -> str | None:
-    """Look at some rows of the beginning, the middle and the end; say what is wrong with them."""
-    n_rows, n_values = matrix.shape[0], 0
-    for start in sorted({0, n_rows // 2, max(0, n_rows - _PROBE_ROWS)}):
-        values = matrix.rows(start, min(start + _PROBE_ROWS, n_rows)).data
+def _probe(layer: Layer, fractional: bool) -> str | None:
+    """Look at some values of the beginning, the middle and the end; say what is wrong with them."""
+    n_values = 0
+    for values in layer.matrix.sample():
         problem = _problem(values, fractional)
         if problem:
             return problem
@@ -211,75 +242,4 @@ def _problem(values: np.ndarray, fractional: bool) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------- formats
-
-
-def _anndata_matrices(adata: AnnData) -> list[Matrix]:
-    def matrix(name: str, values, var: pd.DataFrame) -> Matrix:
-        by_rows = values.tocsr() if getattr(values, "format", "") == "csc" else values
-
-        def rows(start: int, stop: int) -> sparse.csr_matrix:
-            return sparse.csr_matrix(by_rows[start:stop])
-
-        return Matrix(name, values.shape, rows, lambda: var, lambda: adata.obs)
-
-    found = [] if adata.X is None else [matrix("X", adata.X, adata.var)]
-    if adata.raw is not None:
-        found.append(matrix("raw", adata.raw.X, adata.raw.var))
-    return found + [matrix(name, adata.layers[name], adata.var) for name in adata.layers]
-
-
-def _h5ad_matrices(path: Path) -> list[Matrix]:
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise ValueError(f"{path} is not a readable HDF5 file, or is cut short: {error}") from error
-    for name in ("obs", "var"):
-        if name not in file:
-            raise ValueError(f"{path} is not an h5ad file: it has no {name}.")
-        if not isinstance(file[name], h5py.Group):
-            raise ValueError(
-                f"{path} has a layout older than anndata 0.7. Write it anew: "
-                "anndata.read_h5ad(path).write_h5ad(new_path)."
-            )
-
-    def matrix(name: str, key: str, var: str) -> Matrix:
-        return _h5_matrix(path, name, file[key], lambda: read_elem(file[var]), lambda: read_elem(file["obs"]))
-
-    found = [matrix("X", "X", "var")] if "X" in file else []
-    if "raw" in file and "X" in file["raw"]:
-        found.append(matrix("raw", "raw/X", "raw/var"))
-    return found + [matrix(name, f"layers/{name}", "var") for name in file.get("layers", {})]
-
-
-def _h5_matrix(path: Path, name: str, node: h5py.Group | h5py.Dataset, var: Callable, obs: Callable) -> Matrix:
-    """Read a matrix of an HDF5 file by rows: CSR, or dense."""
-    if isinstance(node, h5py.Dataset):
-
-        def dense_rows(start: int, stop: int) -> sparse.csr_matrix:
-            return sparse.csr_matrix(node[start:stop])
-
-        return Matrix(name, node.shape, dense_rows, var, obs)
-
-    shape = tuple(int(n) for n in node.attrs.get("shape", node.attrs.get("h5sparse_shape")))
-    encoding = str(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
-
-    def sparse_rows(start: int, stop: int) -> sparse.csr_matrix:
-        if not encoding.startswith("csr"):
-            raise ValueError(
-                f"{path}: {name} is stored as {encoding or 'an unknown format'}; only CSR and dense are read. "
-                "Write it by rows: adata.X = adata.X.tocsr(); adata.write_h5ad(new_path)."
-            )
-        indptr = node["indptr"][start : stop + 1].astype(np.int64)
-        data = node["data"][indptr[0] : indptr[-1]]
-        indices = node["indices"][indptr[0] : indptr[-1]]
-        if len(indices) and (indices.min() < 0 or indices.max() >= shape[1]):
-            raise ValueError(f"{path}: {name} is damaged: it has columns outside its {shape[1]} genes.")
-        return sparse.csr_matrix((data, indices, indptr - indptr[0]), shape=(stop - start, shape[1]))
-
-    return Matrix(name, shape, sparse_rows, var, obs)
-
-
-READERS[".h5ad"] = _h5ad_matrices
-
-__all__ = ["READERS", "Source", "open_source"]
+__all__ = ["Source", "open_source"]

@@ -1,93 +1,137 @@
-"""Writes a store: sources to Arrow shards, block by block, whole or not at all."""
+"""Writes a store: sources to Arrow shards, piece by piece, whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-from anndata import AnnData
-from scipy import sparse
 from tqdm.auto import tqdm
 
 from ..genes.gene_table import GeneTable
+from ..genes.unite import FATES, UnitedGenes, unite
+from .formats import expand
+from .matrices import MemoryMatrix
+from .obs_columns import ObsColumns, unite_obs
+from .shards import (
+    COUNT_TYPES,
+    Piece,
+    RowFormat,
+    count_type_of,
+    gene_type,
+    has_types,
+    rewrite,
+    sha256,
+    shuffle,
+    told_when_full,
+    widest,
+    write_json,
+    write_piece,
+)
 from .sources import Source, open_source
+
+if TYPE_CHECKING:
+    from .cell_store import CellStore
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ROWS_PER_BATCH = 2048  # rows of an Arrow record batch, and of a block read from a source
 ROWS_PER_SHARD = 65_536
-OWN_COLUMNS = ("genes", "counts", "obs_name")
 _OTHER_FILES = ("genes.parquet", "manifest.json", "dataset_info.json", "state.json")
-COUNT_TYPES = ("uint8", "uint16", "uint32", "float32")  # from narrow to wide
+
+
+@dataclass
+class BuildSettings:
+    """How a store is built; see `CellStore.build`."""
+
+    obs: Sequence[str] | str | None = None
+    layer: str | None = None
+    fractional: bool = False
+    neighbors: str | None = None
+    aliases: Any = None
+    unify: str | None = None
+    species: str | None = None
+    shuffle: bool = False
+    seed: int = 0
+    part: tuple[int, int] | None = None
+    workers: int = 1
+    rows_per_batch: int = ROWS_PER_BATCH
+    rows_per_shard: int = ROWS_PER_SHARD
 
 
 def write_store(
-    path: Path,
-    sources: list[AnnData | str | Path],
-    *,
-    obs: list[str],
-    layer: str | None,
-    fractional: bool,
-    overwrite: bool,
-    rows_per_batch: int,
-    rows_per_shard: int,
+    path: Path, sources: list[Any], settings: BuildSettings, *, overwrite: bool = False, base: CellStore | None = None
 ) -> None:
-    """Write a store; parameters and errors are those of `CellStore.build`."""
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists. Open it with CellStore({str(path)!r}), or pass overwrite=True.")
-    if path.exists() and not (path / "manifest.json").exists():
-        raise FileExistsError(f"{path} exists and is not a store; it is left as it is. Choose another path.")
-    if path.exists():
-        manifest = json.loads((path / "manifest.json").read_text())
-        known = {shard["file"] for shard in manifest["shards"]} | set(_OTHER_FILES)
-        foreign = sorted(file.name for file in path.iterdir() if file.name not in known)
-        if foreign:
-            raise FileExistsError(
-                f"{path} holds more than a store ({', '.join(foreign[:3])}); it is left as it is. Move these away."
-            )
-    opened = [open_source(source, layer, fractional) for source in sources]
+    """Write a store; parameters and errors are those of `CellStore.build`.
+
+    With a `base`, the store at `path` that is added to, its shards are linked, not copied.
+    """
+    if settings.shuffle and settings.part and settings.neighbors:
+        raise ValueError("neighbors: a part that is shuffled cannot keep them. Build the parts without shuffle.")
+    check_free(path, overwrite or base is not None)
+    opened = [open_source(source, settings.layer, settings.fractional) for source in expand(sources)]
     if not opened:
-        raise ValueError("No sources: give at least one AnnData or file.")
-    genes = GeneTable.union([source.genes for source in opened])
-    if not len(genes):
+        raise ValueError("No sources: give at least one AnnData, store or file.")
+    tables, names = [source.genes for source in opened], [source.name for source in opened]
+    if base is not None:
+        tables, names = [base.genes, *tables], [str(path), *names]
+    united = unite(tables, names, aliases=settings.aliases, unify=settings.unify, species=settings.species)
+    if not len(united.genes):
         raise ValueError(f"{opened[0].name} has no genes.")
-    columns, categories = _unite_obs(opened, obs)
-
+    if base is not None:
+        united.rows, united.fates = united.rows[1:], united.fates[1:]
+    obs = unite_obs(opened, settings.obs, None if base is None else base.categories)
+    if base is not None and obs.types != base.manifest["obs"]:
+        known, new = base.manifest["obs"], obs.types
+        changed = [f"{name!r} ({known[name]} there, {new[name]} here)" for name in new if new[name] != known[name]]
+        raise ValueError(f"obs column {', '.join(changed)} has another type than in {path}. Convert it.")
+    row_format = RowFormat(
+        gene_type=gene_type(len(united.genes)),
+        count_type=widest([_likely_count_type(source) for source in opened]),
+        neighbors=settings.neighbors is not None,
+        obs=obs.types,
+        categories=obs.categories,
+    )
     building = path.with_name(f".{path.name}.building")
-    plan = {
-        "format_version": FORMAT_VERSION,
-        "sources": [source.key for source in opened],
-        "counts_in": [source.counts_in for source in opened],
-        "obs": obs,
-        # An AnnData in memory may have changed, and with it the numbers of genes and labels in the other sources.
-        "genes": hashlib.sha256("\n".join(genes.gene_ids).encode()).hexdigest(),
-        "categories": categories,
-        "rows": [rows_per_batch, rows_per_shard],
-        "fractional": fractional,
-    }
-    _prepare(building, plan)
-    features = _features(columns, categories, gene_type(len(genes)))
-    records = []
-    with tqdm(total=sum(source.shape[0] for source in opened), desc="build", unit="cell", disable=None) as bar:
-        for i, source in enumerate(opened):
-            record = building / f"source-{i:05d}.json"
-            if source.key is not None and record.exists():
-                records.append(json.loads(record.read_text()))
-                bar.update(source.shape[0])
-                continue
-            writer = _SourceWriter(building, i, features, rows_per_batch, rows_per_shard)
-            records.append(writer.write(source, genes, columns[i], bar))
-            _write_json(record, records[-1])
+    with told_when_full(path.parent if path.parent.is_dir() else Path.cwd()):
+        _prepare(building, _plan(opened, settings, united, row_format, base))
+        records = _base_records(building, base) + _write_pieces(building, opened, settings, united, obs, row_format)
+        _finish(building, opened, settings, united, row_format, records, base)
+        replace_store(path, building)
 
-    _finish(building, features, genes, records, categories)
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Raise where a store must not be written: something is there, and not `overwrite`, or it is more than a store."""
+    if not path.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{path} exists. Open it with CellStore({str(path)!r}), or pass overwrite=True.")
+    if not (path / "manifest.json").exists():
+        raise FileExistsError(f"{path} exists and is not a store; it is left as it is. Choose another path.")
+    manifest = json.loads((path / "manifest.json").read_text())
+    known = {shard["file"] for shard in manifest["shards"]} | set(_OTHER_FILES)
+    foreign = sorted(file.name for file in path.iterdir() if file.name not in known)
+    if foreign:
+        raise FileExistsError(
+            f"{path} holds more than a store ({', '.join(foreign[:3])}); it is left as it is. Move these away."
+        )
+
+
+def replace_store(path: Path, building: Path) -> None:
+    """Give a finished folder its name; an older store there goes."""
     old = path.with_name(f".{path.name}.old")
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -96,80 +140,39 @@ def write_store(
     shutil.rmtree(old, ignore_errors=True)
 
 
-class _SourceWriter:
-    """Writes the cells of one source to Arrow stream files, in the narrowest count type met so far."""
+def _likely_count_type(source: Source) -> str:
+    """Count type of some values, so that shards need not be widened later; the values are checked when written."""
+    samples = [count_type_of(values[np.isfinite(values)], source.name) for values in source.matrix.sample()]
+    source.matrix.close()
+    return widest(samples)
 
-    def __init__(self, folder: Path, number: int, features, rows_per_batch: int, rows_per_shard: int):
-        self.folder = folder
-        self.number = number
-        self.features = features
-        self.rows_per_batch = rows_per_batch
-        self.rows_per_shard = rows_per_shard
-        self.shards: list[dict] = []
-        self.count_type = COUNT_TYPES[0]
-        self.writer: pa.ipc.RecordBatchStreamWriter | None = None
 
-    def write(self, source: Source, genes: GeneTable, obs: dict[str, np.ndarray], bar: tqdm) -> dict:
-        """Write all blocks; return the record that the manifest keeps of the source."""
-        rows = pd.Index(genes.gene_ids).get_indexer(source.genes.gene_ids)
-        n_duplicated = len(rows) - len(np.unique(rows))
-        if n_duplicated:
-            logger.warning(f"{source.name}: {n_duplicated} columns repeat a gene id; their counts are summed.")
-        names = source.obs.index.astype(str).to_numpy(dtype=object)
-        row_type = gene_type(len(genes))
-        start = n_counts = n_empty = 0
-        try:
-            for block in source.blocks(self.rows_per_batch):
-                block = _align(block, rows, len(genes))
-                stop = start + block.shape[0]
-                needed = _count_type(block.data, source.name)
-                self._make_room(needed)
-                offsets = pa.array(block.indptr.astype(np.int32))
-                arrays = [
-                    pa.ListArray.from_arrays(offsets, pa.array(block.indices.astype(row_type))),
-                    pa.ListArray.from_arrays(offsets, pa.array(block.data.astype(self.count_type))),
-                    pa.array(names[start:stop], pa.string()),
-                    *(
-                        pa.array(values[start:stop], self._schema().field(name).type, from_pandas=True)
-                        for name, values in obs.items()
-                    ),
-                ]
-                self.writer.write_batch(pa.record_batch(arrays, schema=self._schema()))
-                self.shards[-1]["rows"] += block.shape[0]
-                n_counts += block.nnz
-                n_empty += int((np.diff(block.indptr) == 0).sum())
-                start = stop
-                bar.update(block.shape[0])
-        finally:
-            self._close()
-        return {
-            "name": Path(source.name).name,
-            "counts_in": source.counts_in,
-            "n_cells": source.shape[0],
-            "n_columns": source.shape[1],
-            "n_counts": n_counts,
-            "n_empty": n_empty,
-            "shards": self.shards,
-        }
-
-    def _schema(self) -> pa.Schema:
-        return _arrow_schema(self.features, self.count_type)
-
-    def _make_room(self, needed: str) -> None:
-        """Open a new shard at the first block, when the last is full, or when counts outgrow its type."""
-        wider = COUNT_TYPES.index(needed) > COUNT_TYPES.index(self.count_type)
-        if wider:
-            self.count_type = needed
-        if not self.shards or wider or self.shards[-1]["rows"] >= self.rows_per_shard:
-            self._close()
-            file = f"source-{self.number:05d}-{len(self.shards):05d}.arrow"
-            self.shards.append({"file": file, "rows": 0, "count_type": self.count_type})
-            self.writer = pa.ipc.new_stream(str(self.folder / file), self._schema())
-
-    def _close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-            self.writer = None
+def _plan(
+    sources: list[Source],
+    settings: BuildSettings,
+    united: UnitedGenes,
+    row_format: RowFormat,
+    base: CellStore | None,
+) -> dict:
+    """Describe what a build has in common with an interrupted one that it goes on with."""
+    genes = hashlib.sha256("\n".join(united.genes.gene_ids).encode())
+    for rows in united.rows:
+        genes.update(rows.tobytes())
+    return {
+        "format_version": FORMAT_VERSION,
+        "sources": [source.key for source in sources],
+        "counts_in": [source.counts_in for source in sources],
+        "genes": genes.hexdigest(),
+        # An AnnData in memory may have changed, and with it the labels' numbers in the other sources.
+        "categories": row_format.categories,
+        "obs": row_format.obs,
+        "settings": {
+            name: getattr(settings, name)
+            for name in ("fractional", "neighbors", "shuffle", "seed", "rows_per_batch", "rows_per_shard")
+        },
+        "part": None if settings.part is None else list(settings.part),
+        "base": None if base is None else [shard["sha256"] for shard in base.manifest["shards"]],
+    }
 
 
 def _prepare(building: Path, plan: dict) -> None:
@@ -182,165 +185,225 @@ def _prepare(building: Path, plan: dict) -> None:
         return
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    _write_json(plan_file, plan)
+    write_json(plan_file, plan)
 
 
-def _finish(building: Path, features, genes: GeneTable, records: list[dict], categories: dict) -> None:
-    """Give all shards one count type and their final names, and write what makes the folder a store."""
+def _base_records(building: Path, base: CellStore | None) -> list[dict]:
+    """Link the shards of a store that is added to; they are a piece that is done."""
+    if base is None:
+        return []
+    shards = []
+    for i, shard in enumerate(base.manifest["shards"]):
+        linked = building / f"base-{i:05d}.arrow"
+        if not linked.exists() and not any(building.glob(f"data-{i:05d}-of-*")):
+            file = (base.path / shard["file"]).resolve()
+            try:
+                os.link(file, linked)
+            except OSError:  # another file system, or one without links
+                shutil.copy2(file, linked.with_name(linked.name + ".part"))
+                linked.with_name(linked.name + ".part").rename(linked)
+        shards.append({**shard, "file": linked.name})
+    return [{"source": -1, "shards": shards}]
+
+
+# ---------------------------------------------------------------------- pieces
+
+
+def _write_pieces(
+    building: Path,
+    sources: list[Source],
+    settings: BuildSettings,
+    united: UnitedGenes,
+    obs: ObsColumns,
+    row_format: RowFormat,
+) -> list[dict]:
+    """Write what is not written yet; returns the records of all pieces, in the order of the cells."""
+    pieces = list(_pieces(building, sources, settings, united, obs, row_format))
+    total = sum(piece.stop - piece.start for piece in pieces)
+    records: dict[Path, dict] = {}
+    with tqdm(total=total, desc="build", unit="cell", disable=None) as bar, _pool(settings.workers) as pool:
+        running = {}
+        for piece in pieces:
+            if sources[piece.source].key is not None and piece.record.exists():
+                records[piece.record] = json.loads(piece.record.read_text())
+                bar.update(piece.stop - piece.start)
+            elif pool is None or sources[piece.source].key is None:
+                piece.matrix.prepare(building)
+                records[piece.record] = write_piece(piece, bar.update)
+            else:
+                running[pool.submit(write_piece, piece)] = piece
+        for done in as_completed(running):
+            piece = running[done]
+            records[piece.record] = done.result()
+            bar.update(piece.stop - piece.start)
+    return [records[piece.record] for piece in pieces]
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
+    if workers <= 1:
+        yield None
+        return
+    # Not forked: threads of Arrow and torch do not survive it.
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _pieces(
+    building: Path,
+    sources: list[Source],
+    settings: BuildSettings,
+    united: UnitedGenes,
+    obs: ObsColumns,
+    row_format: RowFormat,
+) -> Iterator[Piece]:
+    """Cut the sources: a shard's rows a piece, where rows can be read anywhere; else a source."""
+    n_cells = sum(source.shape[0] for source in sources)
+    first, last = _range_of_part(settings.part, n_cells)
+    start_of_source = 0
+    for i, source in enumerate(sources):
+        start = max(0, first - start_of_source)
+        stop = min(source.shape[0], last - start_of_source)
+        # A piece that other processes cannot share is not cut.
+        whole = not source.matrix.seekable or isinstance(source.matrix, MemoryMatrix)
+        step = max(1, stop - start) if whole else settings.rows_per_shard
+        graph = None if settings.neighbors is None else source.neighbors(settings.neighbors)
+        names = source.obs.index.astype(str).to_numpy(dtype=object)
+        for piece_start in range(start, stop, step):
+            piece_stop = min(piece_start + step, stop)
+            cells = slice(piece_start, piece_stop)
+            yield Piece(
+                record=building / f"source-{i:05d}-{piece_start:09d}.json",
+                source=i,
+                name=source.name,
+                counts_in=source.counts_in,
+                matrix=source.matrix,
+                start=piece_start,
+                stop=piece_stop,
+                genes=united.rows[i],
+                fates=united.fates[i],
+                n_genes=len(united.genes),
+                obs_names=names[cells],
+                obs={name: None if values is None else values[cells] for name, values in obs.values[i].items()},
+                neighbors=graph,
+                first_row=start_of_source,
+                format=row_format,
+                fractional=settings.fractional,
+                rows_per_batch=settings.rows_per_batch,
+                rows_per_shard=settings.rows_per_shard,
+            )
+        start_of_source += source.shape[0]
+
+
+def _range_of_part(part: tuple[int, int] | None, n_cells: int) -> tuple[int, int]:
+    if part is None:
+        return 0, n_cells
+    i, n = part
+    if not 0 <= i < n:
+        raise ValueError(f"part={part}: part i of n has 0 <= i < n.")
+    return i * n_cells // n, (i + 1) * n_cells // n
+
+
+# ---------------------------------------------------------------------- the end
+
+
+def _finish(
+    building: Path,
+    sources: list[Source],
+    settings: BuildSettings,
+    united: UnitedGenes,
+    row_format: RowFormat,
+    records: list[dict],
+    base: CellStore | None,
+) -> None:
+    """Give all shards one type and their final names, and write what makes the folder a store."""
     shards = [shard for record in records for shard in record["shards"]]
-    widest = max((shard["count_type"] for shard in shards), key=COUNT_TYPES.index, default=COUNT_TYPES[0])
-    schema = _arrow_schema(features, widest)
+    row_format = row_format.with_count_type(widest([shard["count_type"] for shard in shards]))
+    if settings.shuffle:
+        shards = _shuffled(building, shards, row_format, settings)
+    n_rows = 0
     for i, shard in enumerate(shards):
         final = building / f"data-{i:05d}-of-{len(shards):05d}.arrow"
         # A build stopped while it was here goes on here: a shard that has its final name is done.
         if not final.exists():
-            if shard["count_type"] != widest:
-                _widen(building / shard["file"], schema)
-            (building / shard["file"]).rename(final)
-        shard.update(file=final.name, bytes=final.stat().st_size, sha256=sha256(final))
-    for shard in shards:
-        shard.pop("count_type")
+            if has_types(shard, row_format):
+                (building / shard["file"]).rename(final)
+            else:
+                rewrite(building / shard["file"], final, row_format)
+                (building / shard["file"]).unlink()
+        known = shard.get("sha256") if has_types(shard, row_format) else None
+        shard.update(
+            file=final.name,
+            bytes=final.stat().st_size,
+            sha256=known or sha256(final),
+            gene_type=row_format.gene_type,
+            count_type=row_format.count_type,
+            neighbor_shift=shard.get("neighbor_shift", 0),
+        )
+        n_rows += shard["rows"]
+    first, _ = _range_of_part(settings.part, sum(source.shape[0] for source in sources))
+    for shard in shards[0 if base is None else len(base.manifest["shards"]) :]:
+        shard["neighbor_shift"] = 0 if settings.shuffle else len(base) if base is not None else -first
 
-    table = building / "genes.parquet"
-    genes.to_parquet(table)
-    fingerprint = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()[:16]
-    _write_dataset_files(building, features, widest, [shard["file"] for shard in shards], fingerprint)
-    for leftover in [*building.glob("source-*"), building / "plan.json"]:
-        leftover.unlink()
-    _write_json(
-        building / "manifest.json",
-        {
-            "format_version": FORMAT_VERSION,
-            "n_cells": sum(record["n_cells"] for record in records),
-            "n_genes": len(genes),
-            "n_counts": sum(record["n_counts"] for record in records),
-            "count_type": widest,
-            "obs": [name for name in features if name not in OWN_COLUMNS],
-            "categories": categories,
-            "sources": [{k: v for k, v in record.items() if k != "shards"} for record in records],
-            "shards": shards,
-            "gene_table": {"file": table.name, "bytes": table.stat().st_size, "sha256": sha256(table)},
-            "complete": True,
-        },
-    )
-
-
-def _align(block: sparse.csr_matrix, rows: np.ndarray, n_genes: int) -> sparse.csr_matrix:
-    """Rename the columns of a block to rows of the gene table; ascending, repeated ones summed."""
-    # Sums of narrow integers must not wrap.
-    data = block.data.astype(np.int64) if block.data.dtype.kind in "iub" else block.data.astype(np.float64)
-    aligned = sparse.csr_matrix((data, rows[block.indices], block.indptr.copy()), shape=(block.shape[0], n_genes))
-    aligned.sum_duplicates()
-    return aligned
+    manifest = {
+        "n_cells": n_rows,
+        "part": None if settings.part is None else list(settings.part),
+        "shuffled": settings.shuffle,
+        "sources": ([] if base is None else base.manifest["sources"])
+        + [_describe(source, i, united, records) for i, source in enumerate(sources)],
+    }
+    write_manifest(building, manifest, united.genes, row_format, shards)
+    for leftover in building.iterdir():
+        if leftover.name.startswith(("source-", "base-", "shuffled", "plan", "by-row-")):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
-def _count_type(counts: np.ndarray, name: str) -> str:
-    """Name the narrowest type that holds counts (whole numbers exactly, fractions to float32's precision)."""
-    largest = counts.max(initial=0)
-    if counts.dtype.kind == "f" and (counts != np.rint(counts)).any():
-        if largest > np.finfo(np.float32).max:
-            raise ValueError(f"{name}: the value {largest:g} does not fit float32.")
-        return "float32"
-    for count_type in COUNT_TYPES[:-1]:
-        if largest <= np.iinfo(count_type).max:
-            return count_type
-    raise ValueError(f"{name}: the count {largest:g} does not fit 32 bits.")
+def _shuffled(building: Path, shards: list[dict], row_format: RowFormat, settings: BuildSettings) -> list[dict]:
+    record = building / "shuffled.json"
+    if not record.exists():
+        for leftover in [*building.glob("shuffled-*"), *building.glob("bucket-*")]:
+            leftover.unlink()
+        order = np.random.default_rng([settings.seed, 0x5F1E]).permutation(sum(shard["rows"] for shard in shards))
+        done = shuffle(building, shards, row_format, order, settings.rows_per_batch, settings.rows_per_shard)
+        write_json(record, done)
+    return json.loads(record.read_text())
 
 
-def gene_type(n_genes: int) -> np.dtype:
-    """Narrowest type of the row numbers of a gene table."""
-    return np.dtype(np.uint16 if n_genes <= 1 << 16 else np.uint32)
+def _describe(source: Source, number: int, united: UnitedGenes, records: list[dict]) -> dict:
+    """Describe a source for the manifest: where its counts were, and what became of its columns."""
+    own = [record for record in records if record["source"] == number]
+    rows = united.rows[number]
+    columns = np.bincount(united.fates[number], minlength=len(FATES)).tolist()
+    return {
+        "name": Path(source.name).name,
+        "counts_in": source.counts_in,
+        "n_cells": sum(record["cells"][1] - record["cells"][0] for record in own),
+        "n_columns": len(rows),
+        "n_genes": len(np.unique(rows)),
+        "n_counts": sum(record["n_counts"] for record in own),
+        "n_empty": sum(record["n_empty"] for record in own),
+        "columns": dict(zip(FATES, columns, strict=True)),
+        "total_counts": {fate: sum(record["total_counts"][fate] for record in own) for fate in FATES},
+    }
 
 
-def _unite_obs(sources: list[Source], names: list[str]) -> tuple[list[dict[str, np.ndarray]], dict[str, list[str]]]:
-    """Values of the chosen columns, a source each, and the values of the categorical ones over all sources."""
-    clash = set(names) & set(OWN_COLUMNS)
-    if clash:
-        raise ValueError(f"obs column {', '.join(sorted(clash))}: the store uses this name; rename the column.")
-    columns: list[dict[str, np.ndarray]] = [{} for _ in sources]
-    categories: dict[str, list[str]] = {}
-    for name in names:
-        series = []
-        for source in sources:
-            if name not in source.obs:
-                raise ValueError(
-                    f"{source.name} has no obs column {name!r}; it has {', '.join(map(str, source.obs.columns))}."
-                )
-            series.append(source.obs[name])
-        if _are_labels(series):
-            labels = [values.astype("category").cat.rename_categories(str) for values in series]
-            union = list(dict.fromkeys(value for label in labels for value in label.cat.categories))
-            categories[name] = union
-            for column, label in zip(columns, labels, strict=True):
-                codes = pd.Index(union, dtype=object).get_indexer(label.astype(object))
-                column[name] = np.where(codes < 0, np.nan, codes)  # a missing label is null in the store
-            continue
-        types = {getattr(values.dtype, "kind", "O") for values in series}
-        if len(types) > 1:
-            raise ValueError(
-                f"obs column {name!r} has other types in other sources: "
-                f"{', '.join(sorted({str(values.dtype) for values in series}))}. Convert them to one."
-            )
-        for column, values in zip(columns, series, strict=True):
-            column[name] = values.to_numpy()
-    return columns, categories
-
-
-def _are_labels(series: list[pd.Series]) -> bool:
-    """Whether a column is of labels: categorical, or strings that repeat (as anndata decides when it writes)."""
-    categorical = [isinstance(values.dtype, pd.CategoricalDtype) for values in series]
-    strings = [pd.api.types.infer_dtype(values, skipna=True) in ("string", "empty") for values in series]
-    if not all(c or s for c, s in zip(categorical, strings, strict=True)):
-        return False
-    return any(categorical) or pd.concat(series).nunique() < sum(map(len, series))
-
-
-def _features(columns: list[dict[str, np.ndarray]], categories: dict[str, list[str]], gene_type: np.dtype):
-    from datasets import ClassLabel, Features, List, Value
-
-    features = Features(
-        {"genes": List(Value(gene_type.name)), "counts": List(Value("uint8")), "obs_name": Value("string")}
-    )
-    for name in columns[0]:
-        if name in categories:
-            features[name] = ClassLabel(names=categories[name])
-        else:
-            values = np.concatenate([column[name] for column in columns])
-            features[name] = Value(str(pa.array(values, from_pandas=True).type).replace("double", "float64"))
-    return features
-
-
-def _with_count_type(features, count_type: str):
-    from datasets import List, Value
-
-    features = features.copy()
-    features["counts"] = List(Value(count_type))
-    return features
-
-
-def _arrow_schema(features, count_type: str) -> pa.Schema:
-    return _with_count_type(features, count_type).arrow_schema
-
-
-def _widen(file: Path, schema: pa.Schema) -> None:
-    """Write a shard anew with wider counts, one record batch at a time."""
-    wide = file.with_suffix(".wide")
-    with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as reader:
-        with pa.ipc.new_stream(str(wide), schema) as writer:
-            for batch in reader:
-                writer.write_batch(pa.record_batch(batch.columns, batch.schema.remove_metadata()).cast(schema))
-    wide.replace(file)
-
-
-def _write_dataset_files(folder: Path, features, count_type: str, files: list[str], fingerprint: str) -> None:
-    """Write the two files by which `datasets.load_from_disk` knows a folder of Arrow streams."""
+def write_manifest(
+    folder: Path, facts: Mapping[str, Any], genes: GeneTable, row_format: RowFormat, shards: list[dict]
+) -> None:
+    """Write the files that make a folder of shards a store, the manifest last."""
     from datasets import DatasetInfo
 
-    DatasetInfo(features=_with_count_type(features, count_type)).write_to_directory(str(folder))
-    _write_json(
+    table = folder / "genes.parquet"
+    genes.to_parquet(table)
+    DatasetInfo(features=row_format.features()).write_to_directory(str(folder))
+    fingerprint = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()[:16]
+    write_json(
         folder / "state.json",
         {
-            "_data_files": [{"filename": file} for file in files],
+            "_data_files": [{"filename": shard["file"]} for shard in shards],
             "_fingerprint": fingerprint,
             "_format_columns": None,
             "_format_kwargs": {},
@@ -349,19 +412,46 @@ def _write_dataset_files(folder: Path, features, count_type: str, files: list[st
             "_split": None,
         },
     )
+    write_json(
+        folder / "manifest.json",
+        {
+            "format_version": FORMAT_VERSION,
+            "written_by": f"stformer_hf {version('stformer_hf')}",
+            **facts,
+            "n_genes": len(genes),
+            "n_counts": sum(source["n_counts"] for source in facts["sources"]),
+            "gene_type": row_format.gene_type,
+            "count_type": row_format.count_type,
+            "neighbors": row_format.neighbors,
+            "obs": row_format.obs,
+            "categories": row_format.categories,
+            "shards": shards,
+            "gene_table": {"file": table.name, "bytes": table.stat().st_size, "sha256": sha256(table)},
+            "complete": True,
+        },
+    )
 
 
-def _write_json(path: Path, value) -> None:
-    """Write a JSON file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+def coverage(sources: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Tabulate what became of the columns of each source, and of the counts in them.
+
+    Returns
+    -------
+    DataFrame
+        A row a source: `cells`, `columns`, `genes` (rows of the gene table), then for each fate the number of columns
+        and the share of all counts: `kept` (its own Ensembl id), `mapped` (by `aliases` or symbol), `unmapped` (no
+        Ensembl id; under its name).
+    """
+    rows = []
+    for source in sources:
+        total = sum(source["total_counts"].values()) or 1.0
+        row = {"source": source["name"], "cells": source["n_cells"], "columns": source["n_columns"]}
+        row["genes"] = source["n_genes"]
+        for fate in FATES:
+            row[fate] = source["columns"][fate]
+            row[f"counts {fate}"] = source["total_counts"][fate] / total
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("source")
 
 
-def sha256(path: Path) -> str:
-    """Checksum of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+__all__ = ["COUNT_TYPES", "FORMAT_VERSION", "BuildSettings", "coverage", "write_manifest", "write_store"]

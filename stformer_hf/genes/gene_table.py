@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-_ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{11}(\.\d+)?$")
+_ENSEMBL = r"^(?P<prefix>ENS[A-Z]*)G\d{11}(?P<version>\.\d+)?$"
+_SPECIES = {  # prefixes of Ensembl gene ids
+    "ENS": "human",
+    "ENSMUS": "mouse",
+    "ENSRNO": "rat",
+    "ENSDAR": "zebrafish",
+    "ENSMMU": "macaque",
+    "ENSPTR": "chimpanzee",
+    "ENSSSC": "pig",
+    "ENSBTA": "cow",
+    "ENSGAL": "chicken",
+    "ENSCJA": "marmoset",
+}
 _ID_COLUMNS = ("ensembl_id", "gene_id", "gene_ids", "feature_id")
 _SYMBOL_COLUMNS = ("gene_symbol", "gene_symbols", "gene_name", "feature_name", "symbol")
 
@@ -77,7 +89,7 @@ class GeneTable:
                     column = var[name].astype(object).fillna("").astype(str).to_numpy(dtype=object)
                     symbols = np.where(column == "", index, column)
                     break
-        frame = pd.DataFrame({"gene_id": [_strip_version(gene) for gene in ids], "symbol": symbols}, dtype=object)
+        frame = pd.DataFrame({"gene_id": _strip_versions(ids), "symbol": symbols}, dtype=object)
         for name in var.columns:
             if str(name) not in frame and pd.api.types.is_scalar(var[name].iloc[0] if len(var) else None):
                 frame[str(name)] = var[name].to_numpy()
@@ -100,6 +112,11 @@ class GeneTable:
         frame = pd.concat([table.frame for table in tables], ignore_index=True)
         return cls(frame.drop_duplicates("gene_id", keep="first"))
 
+    @property
+    def species(self) -> str | None:
+        """Species that the prefixes of the Ensembl ids tell; see `guess_species`."""
+        return guess_species(self.gene_ids)
+
     def to_parquet(self, path: str | Path) -> None:
         """Write the table as a parquet file; columns of mixed types are written as strings."""
         arrays = {}
@@ -116,12 +133,34 @@ class GeneTable:
         return cls(pq.read_table(path).to_pandas())
 
 
+def is_ensembl(names: np.ndarray) -> np.ndarray:
+    """Tell which names are Ensembl gene ids, with or without a version: bool array (n,)."""
+    return pc.match_substring_regex(pa.array(names, pa.string()), _ENSEMBL).to_numpy(zero_copy_only=False)
+
+
 def _mostly_ensembl(names: np.ndarray) -> bool:
-    return sum(bool(_ENSEMBL.match(name)) for name in names) > len(names) / 2
+    return is_ensembl(names).sum() > len(names) / 2
 
 
-def _strip_version(gene: str) -> str:
-    return gene.rsplit(".", 1)[0] if _ENSEMBL.match(gene) else gene
+def guess_species(gene_ids: np.ndarray) -> str | None:
+    """Tell the species of Ensembl ids by their prefix: a name such as `human`, or the prefix of one not listed here.
+
+    None where there are no Ensembl ids, and where under nine in ten of them agree (mixed species).
+    """
+    found = pc.extract_regex(pa.array(gene_ids, pa.string()), _ENSEMBL).drop_null()
+    if not len(found):
+        return None
+    prefixes = pd.Series(found.field("prefix").to_pandas()).value_counts()
+    if prefixes.iloc[0] < 0.9 * len(found):
+        return None
+    return _SPECIES.get(prefixes.index[0], prefixes.index[0])
 
 
-__all__ = ["GeneTable"]
+def _strip_versions(names: np.ndarray) -> np.ndarray:
+    ids = np.array(names, dtype=object)
+    versioned = np.flatnonzero(is_ensembl(ids))
+    ids[versioned] = [name.partition(".")[0] for name in ids[versioned]]
+    return ids
+
+
+__all__ = ["GeneTable", "guess_species", "is_ensembl"]

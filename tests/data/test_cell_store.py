@@ -1,11 +1,13 @@
 """CellStore: what is written is what is read, and what is broken is not opened."""
 
 import json
+import os
 import pickle
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -56,7 +58,7 @@ def test_rows_are_copies(store, adata):
     rows.data[:] = 9
     np.testing.assert_array_equal(dense(store, [0]), adata.X.toarray()[[0]])
     with pytest.raises(ValueError, match="read-only"):
-        store._counts[0][0] = 1
+        store._rows._counts[0][0] = 1
 
 
 def test_obs_and_lengths_and_genes(store, adata):
@@ -257,55 +259,61 @@ def test_no_sources_raise(tmp_path):
         CellStore.build(tmp_path / "s", [])
 
 
-SLOW_BUILD = """
-import sys
+BUILDS = """
+import os, sys, time
+import datasets
 from stformer_hf import CellStore
-from stformer_hf.data import sources
+from stformer_hf.data import shards, store_writer
 
-read = sources.Source.blocks
-def blocks(self, rows):
-    for block in read(self, rows):
-        print("block", flush=True)
-        sys.stdin.readline()
-        yield block
-sources.Source.blocks = blocks
-CellStore.build(sys.argv[1], sys.argv[2:], rows_per_batch=10)
+# Every block and checksum takes a moment, so that a build can be met in any phase of it.
+write, checksum = shards.ShardWriter.write, store_writer.sha256
+shards.ShardWriter.write = lambda *args: (time.sleep(0.02), write(*args))[1]
+store_writer.sha256 = lambda path: (time.sleep(0.06), checksum(path))[1]
+for _ in sys.stdin:  # a build for every line, in a process of its own
+    child = os.fork()
+    if not child:
+        CellStore.build(sys.argv[1], sys.argv[2:], rows_per_batch=10, rows_per_shard=30, shuffle=True)
+        os._exit(0)
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("ended", flush=True)
 """
 
 
-def test_a_killed_build_leaves_no_store_and_goes_on(tmp_path, monkeypatch):
+def test_a_build_killed_at_ten_random_moments_leaves_no_store_and_goes_on(tmp_path, monkeypatch):
     files = []
     for i in range(3):
         files.append(tmp_path / f"{i}.h5ad")
         make_adata(100, 20, seed=i).write_h5ad(files[-1])
     path = tmp_path / "store"
-    for n_blocks in (1, 14, 4):  # of 10 a file: in the first file, in the second, in the second again
-        process = subprocess.Popen(
-            [sys.executable, "-c", SLOW_BUILD, str(path), *map(str, files)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        for _ in range(n_blocks):
-            assert process.stdout.readline() == b"block\n"
-            process.stdin.write(b"\n")
-            process.stdin.flush()
-        assert process.stdout.readline() == b"block\n"
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        with pytest.raises(FileNotFoundError, match="its build was stopped"):
-            CellStore(path)
-    assert len(list((tmp_path / ".store.building").glob("source-*.json"))) == 1
+    rng = np.random.default_rng(0)
+    n_done = []
+    command = [sys.executable, "-c", BUILDS, str(path), *map(str, files)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as builds:
+        for _ in range(10):
+            builds.stdin.write("go\n")
+            builds.stdin.flush()
+            child = int(builds.stdout.readline())
+            time.sleep(rng.uniform(0.05, 0.5))  # all blocks take 0.8 s, all checksums 0.7 s
+            os.kill(child, signal.SIGKILL)
+            assert builds.stdout.readline() == "ended\n"
+            with pytest.raises(FileNotFoundError, match="its build was stopped|no CellStore"):
+                CellStore(path)
+            n_done.append(len(list((tmp_path / ".store.building").glob("source-*.json"))))
+        builds.stdin.close()
+    assert n_done == sorted(n_done) and n_done[-1] > 0  # what is done stays done
     written = []
-    original = store_writer._SourceWriter.write
+    write_piece = store_writer.write_piece
     monkeypatch.setattr(
-        store_writer._SourceWriter, "write", lambda self, *args: written.append(self.number) or original(self, *args)
+        store_writer, "write_piece", lambda piece, *args: written.append(piece) or write_piece(piece, *args)
     )
-    store = CellStore.build(path, files, rows_per_batch=10)
-    assert written == [1, 2]
+    store = CellStore.build(path, files, rows_per_batch=10, rows_per_shard=30, shuffle=True)
+    assert len(written) == 12 - n_done[-1]  # four pieces a file
     expected = np.concatenate([make_adata(100, 20, seed=i).X.toarray() for i in range(3)])
-    np.testing.assert_array_equal(dense(store, slice(None)), expected)
+    assert sorted(map(tuple, dense(store, slice(None)))) == sorted(map(tuple, expected))
     store.verify()
     assert not (tmp_path / ".store.building").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.h5ad", "1.h5ad", "2.h5ad", "store"]
 
 
 @pytest.fixture
@@ -357,7 +365,7 @@ def test_a_changed_file_is_read_anew_after_a_killed_build(tmp_path):
     make_adata(30, 20, seed=1).write_h5ad(tmp_path / "a.h5ad")
     store = CellStore.build(tmp_path / "s", tmp_path / "a.h5ad")
     shutil.copytree(store.path, tmp_path / ".t.building")
-    (tmp_path / ".t.building" / "source-00000.json").write_text("{}")
+    (tmp_path / ".t.building" / "source-00000-000000000.json").write_text("{}")
     (tmp_path / ".t.building" / "plan.json").write_text("{}")
     store = CellStore.build(tmp_path / "t", tmp_path / "a.h5ad")
     np.testing.assert_array_equal(dense(store, slice(None)), make_adata(30, 20, seed=1).X.toarray())

@@ -1,0 +1,106 @@
+"""Joins stores through a manifest that points at their shards."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .shards import RowFormat, has_types, rewrite, sha256, widest
+from .store_writer import check_free, replace_store, write_manifest
+
+if TYPE_CHECKING:
+    from .cell_store import CellStore
+
+
+def join_stores(path: Path, stores: Sequence[CellStore], overwrite: bool) -> None:
+    """Write the joined store; parameters and errors are those of `CellStore.join`.
+
+    Shards keep their place. Only those whose counts are of a narrower type than others' are written anew, since a
+    Hugging Face dataset has one type a column.
+    """
+    check_free(path, overwrite)
+    stores = _in_order(stores)
+    first = stores[0].manifest
+    for store in stores[1:]:
+        _check_alike(stores[0], store)
+    row_format = RowFormat(
+        gene_type=first["gene_type"],
+        count_type=widest([store.manifest["count_type"] for store in stores]),
+        neighbors=first["neighbors"],
+        obs=first["obs"],
+        categories=first["categories"],
+    )
+    building = path.with_name(f".{path.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    shards, n_cells = [], 0
+    for store in stores:
+        for shard in store.manifest["shards"]:
+            file = (store.path / shard["file"]).resolve()
+            shard = {**shard, "neighbor_shift": shard["neighbor_shift"] + n_cells}
+            if has_types(shard, row_format):
+                shard["file"] = os.path.relpath(file, path.resolve())
+            else:
+                own = building / f"joined-{len(shards):05d}.arrow"
+                rewrite(file, own, row_format)
+                shard.update(file=own.name, bytes=own.stat().st_size, sha256=sha256(own))
+                shard["count_type"] = row_format.count_type
+            shards.append(shard)
+        n_cells += len(store)
+    facts = {"n_cells": n_cells, "part": None, "shuffled": False, "sources": _sources(stores)}
+    write_manifest(building, facts, stores[0].genes, row_format, shards)
+    replace_store(path, building)
+
+
+def _in_order(stores: Sequence[CellStore]) -> list[CellStore]:
+    """Put parts in their order; other stores are left as they are."""
+    parts = [store.manifest["part"] for store in stores]
+    if not parts:
+        raise ValueError("No stores to join.")
+    if None in parts:
+        return list(stores)
+    n_parts = {n for _, n in parts}
+    found = sorted(i for i, _ in parts)
+    if len(n_parts) > 1 or found != list(range(parts[0][1])):
+        missing = sorted(set(range(parts[0][1])) - set(found))
+        raise ValueError(
+            f"These are the parts {', '.join(f'{i} of {n}' for i, n in parts)}: every part of one build is needed once"
+            f"{f'; {missing} missing' if missing else ''}."
+        )
+    return sorted(stores, key=lambda store: store.manifest["part"][0])
+
+
+def _check_alike(first: CellStore, other: CellStore) -> None:
+    if list(first.gene_ids) != list(other.gene_ids):
+        raise ValueError(
+            f"{other.path} has other genes than {first.path}, or another order. Parts of one build, "
+            "CellStore.build(…, part=(i, n)), have the same; others can be united by CellStore.build(path, stores)."
+        )
+    for name in ("obs", "categories", "neighbors"):
+        if first.manifest[name] != other.manifest[name]:
+            raise ValueError(
+                f"{other.path} has other {name} than {first.path}. Parts of one build have the same; others can be "
+                "united by CellStore.build(path, stores)."
+            )
+
+
+def _sources(stores: Sequence[CellStore]) -> list[dict]:
+    """Take what the manifests say of the sources; of parts, which have the same sources, summed."""
+    if stores[0].manifest["part"] is None:
+        return [source for store in stores for source in store.manifest["sources"]]
+    merged = []
+    for same in zip(*(store.manifest["sources"] for store in stores), strict=True):
+        total = dict(same[0])
+        for name in ("n_cells", "n_counts", "n_empty"):
+            total[name] = sum(source[name] for source in same)
+        total["total_counts"] = {
+            fate: sum(source["total_counts"][fate] for source in same) for fate in total["total_counts"]
+        }
+        merged.append(total)
+    return merged
+
+
+__all__ = ["join_stores"]

@@ -1,0 +1,346 @@
+"""Matrices of files and of memory, read by rows whatever their layout: CSR, CSC, dense, or entries in any order."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from .row_buckets import RowBuckets
+
+_VALUES_AT_ONCE = 1 << 22  # of a dense matrix: 32 MB of float64
+_ENTRIES_AT_ONCE = 1 << 21
+_SAMPLE = 100_000  # values looked at in the beginning, the middle and the end of a matrix
+
+
+class FileHandle:
+    """A file that is opened at its first use in each process, and again after it was closed.
+
+    HDF5 handles must not cross a fork and cannot be pickled; this object does both.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    opener : callable (Path) -> mapping
+        Opens it; picklable.
+    """
+
+    def __init__(self, path: Path, opener: Callable[[Path], Any]):
+        self.path = path
+        self._opener = opener
+        self._file, self._process = None, None
+
+    def __getitem__(self, key: str) -> Any:
+        return self.file[key]
+
+    @property
+    def file(self) -> Any:
+        """The open file of this process."""
+        if self._file is None or self._process != os.getpid():
+            self._file, self._process = self._opener(self.path), os.getpid()
+        return self._file
+
+    def close(self) -> None:
+        """Close the file, if this process opened it."""
+        if self._file is not None and self._process == os.getpid() and hasattr(self._file, "close"):
+            self._file.close()
+        self._file = None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_file": None, "_process": None}
+
+
+class Matrix(ABC):
+    """A matrix that is read by rows.
+
+    Attributes
+    ----------
+    shape : (int, int)
+        Rows, columns.
+    seekable : bool
+        Whether rows anywhere cost the same as the first ones.
+    """
+
+    shape: tuple[int, int]
+    seekable = True
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> sparse.csr_matrix:
+        """Read a range of rows: csr_matrix (stop - start, n_columns)."""
+
+    @abstractmethod
+    def sample(self) -> Iterator[np.ndarray]:
+        """Give some of the values, from several places."""
+
+    def take(self, rows: np.ndarray) -> sparse.csr_matrix:
+        """Read rows anywhere: each run of neighbours at once, in ascending order, then put in the order asked for."""
+        wanted, back = np.unique(rows, return_inverse=True)
+        if not len(wanted):
+            return self.rows(0, 0)
+        edges = np.flatnonzero(np.diff(wanted) > 1) + 1
+        firsts, lasts = wanted[[0, *edges]], wanted[[*(edges - 1), -1]]
+        runs = [self.rows(int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True)]
+        found = runs[0] if len(runs) == 1 else sparse.vstack(runs, format="csr")
+        return found if np.array_equal(back, np.arange(len(wanted))) else found[back]
+
+    def prepare(self, scratch: Path | None) -> None:  # noqa: B027  (most layouts need nothing)
+        """Do once what reading by rows needs; `scratch` is the folder for large files."""
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of files; the matrix can still be read, which opens them again."""
+
+
+class MemoryMatrix(Matrix):
+    """A matrix in memory.
+
+    Parameters
+    ----------
+    values : array or sparse matrix (n, m)
+    """
+
+    def __init__(self, values):
+        self.shape = tuple(values.shape)
+        by_rows = getattr(values, "format", "") == "csr" or not sparse.issparse(values)
+        self._values = values if by_rows else values.tocsr()
+
+    def rows(self, start: int, stop: int) -> sparse.csr_matrix:
+        return sparse.csr_matrix(self._values[start:stop])
+
+    def sample(self) -> Iterator[np.ndarray]:
+        n_rows = max(1, _SAMPLE // max(1, self.shape[1]))
+        for start in _places(self.shape[0], n_rows):
+            yield self.rows(start, min(start + n_rows, self.shape[0])).data
+
+
+class DenseMatrix(Matrix):
+    """A dense matrix in a file.
+
+    Parameters
+    ----------
+    handle : FileHandle
+    key : str
+        Where it is in the file.
+    transposed : bool, default: False
+        Whether its rows lie in columns (loom).
+    """
+
+    def __init__(self, handle: FileHandle, key: str, transposed: bool = False):
+        self._handle, self._key, self._transposed = handle, key, transposed
+        shape = tuple(int(n) for n in handle[key].shape)
+        self.shape = shape[::-1] if transposed else shape
+
+    def rows(self, start: int, stop: int) -> sparse.csr_matrix:
+        node = self._handle[self._key]
+        step = max(1, _VALUES_AT_ONCE // max(1, self.shape[1]))
+        parts = []
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            values = node[:, first:last].T if self._transposed else node[first:last]
+            parts.append(sparse.csr_matrix(values))
+        if not parts:
+            return sparse.csr_matrix((0, self.shape[1]), dtype=node.dtype)
+        return parts[0] if len(parts) == 1 else sparse.vstack(parts, format="csr")
+
+    def sample(self) -> Iterator[np.ndarray]:
+        n_rows = max(1, _SAMPLE // max(1, self.shape[1]))
+        for start in _places(self.shape[0], n_rows):
+            yield self.rows(start, min(start + n_rows, self.shape[0])).data
+
+    def close(self) -> None:
+        self._handle.close()
+
+
+class CompressedMatrix(Matrix):
+    """A matrix stored by rows (CSR) in a file: `data`, `indices`, `indptr`.
+
+    Parameters
+    ----------
+    handle : FileHandle
+    key : str
+        Group that holds the three arrays.
+    shape : (int, int)
+        Rows, columns.
+
+    Raises
+    ------
+    ValueError
+        Arrays that do not fit each other, or columns outside the matrix.
+    """
+
+    def __init__(self, handle: FileHandle, key: str, shape: tuple[int, int]):
+        self._handle, self._key = handle, key
+        self.shape = tuple(int(n) for n in shape)
+        _check_compressed(handle, key, self.shape[0])
+        self._indptr: np.ndarray | None = None
+
+    def rows(self, start: int, stop: int) -> sparse.csr_matrix:
+        node = self._handle[self._key]
+        if self._indptr is None:
+            self._indptr = node["indptr"][:].astype(np.int64)
+        indptr = self._indptr[start : stop + 1]
+        data = node["data"][indptr[0] : indptr[-1]]
+        indices = node["indices"][indptr[0] : indptr[-1]]
+        if (np.diff(indptr) < 0).any() or len(data) != indptr[-1] - indptr[0] or len(indices) != len(data):
+            raise ValueError(f"{self._handle.path}: {self._key} is damaged: its arrays do not fit each other.")
+        if len(indices) and (indices.min() < 0 or indices.max() >= self.shape[1]):
+            raise ValueError(
+                f"{self._handle.path}: {self._key} is damaged: it has columns outside its {self.shape[1]} genes."
+            )
+        return sparse.csr_matrix((data, indices, indptr - indptr[0]), shape=(stop - start, self.shape[1]))
+
+    def sample(self) -> Iterator[np.ndarray]:
+        data = self._handle[self._key]["data"]
+        for start in _places(data.shape[0], _SAMPLE):
+            yield data[start : start + _SAMPLE]
+
+    def close(self) -> None:
+        self._handle.close()
+        self._indptr = None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_indptr": None}
+
+
+class ScatteredMatrix(Matrix):
+    """A matrix whose entries do not come by rows: regrouped once, out of core, before the first rows are read.
+
+    Subclasses set `shape` and give `entries`.
+    """
+
+    seekable = False
+
+    def __init__(self) -> None:
+        self._buckets: RowBuckets | None = None
+
+    @abstractmethod
+    def size(self) -> tuple[int, np.dtype]:
+        """Give the number of entries and their type."""
+
+    @abstractmethod
+    def entries(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Give rows, columns and values of all entries, a buffer at a time."""
+
+    def prepare(self, scratch: Path | None) -> None:
+        if self._buckets is None:
+            buckets = RowBuckets(self.shape, *self.size(), scratch)
+            for rows, columns, values in self.entries():
+                buckets.add(rows, columns, values)
+            buckets.close()
+            self._buckets = buckets
+
+    def rows(self, start: int, stop: int) -> sparse.csr_matrix:
+        self.prepare(None)
+        return self._buckets.rows(start, stop)
+
+    def sample(self) -> Iterator[np.ndarray]:
+        for _, _, values in self.entries():
+            yield values[:_SAMPLE]
+            return
+
+    def close(self) -> None:
+        self._buckets = None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_buckets": None}
+
+
+class ColumnMatrix(ScatteredMatrix):
+    """A matrix stored by columns (CSC) in a file; parameters and errors as of `CompressedMatrix`."""
+
+    def __init__(self, handle: FileHandle, key: str, shape: tuple[int, int]):
+        super().__init__()
+        self._handle, self._key = handle, key
+        self.shape = tuple(int(n) for n in shape)
+        _check_compressed(handle, key, self.shape[1])
+
+    def size(self) -> tuple[int, np.dtype]:
+        data = self._handle[self._key]["data"]
+        return data.shape[0], data.dtype
+
+    def entries(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        node = self._handle[self._key]
+        indptr = node["indptr"][:].astype(np.int64)
+        n_entries = node["data"].shape[0]
+        for start in range(0, n_entries, _ENTRIES_AT_ONCE):
+            stop = min(start + _ENTRIES_AT_ONCE, n_entries)
+            rows = node["indices"][start:stop].astype(np.int64)
+            if rows.min() < 0 or rows.max() >= self.shape[0]:
+                raise ValueError(
+                    f"{self._handle.path}: {self._key} is damaged: it has rows outside its {self.shape[0]} cells."
+                )
+            lengths = np.diff(np.clip(indptr, start, stop))
+            yield rows, np.repeat(np.arange(len(lengths)), lengths), node["data"][start:stop]
+
+    def sample(self) -> Iterator[np.ndarray]:
+        data = self._handle[self._key]["data"]
+        for start in _places(data.shape[0], _SAMPLE):
+            yield data[start : start + _SAMPLE]
+
+    def close(self) -> None:
+        super().close()
+        self._handle.close()
+
+
+class Selection(Matrix):
+    """Some rows and columns of another matrix, such as a view of a backed AnnData.
+
+    Parameters
+    ----------
+    matrix : Matrix
+    rows, columns : int array, optional
+        Which; all by default.
+    """
+
+    def __init__(self, matrix: Matrix, rows: np.ndarray | None = None, columns: np.ndarray | None = None):
+        self._matrix, self._rows, self._columns = matrix, rows, columns
+        self.seekable = matrix.seekable
+        n_rows, n_columns = matrix.shape
+        self.shape = (n_rows if rows is None else len(rows), n_columns if columns is None else len(columns))
+
+    def rows(self, start: int, stop: int) -> sparse.csr_matrix:
+        block = self._matrix.rows(start, stop) if self._rows is None else self._matrix.take(self._rows[start:stop])
+        return block if self._columns is None else block[:, self._columns]
+
+    def sample(self) -> Iterator[np.ndarray]:
+        n_rows = max(1, _SAMPLE // max(1, self.shape[1]))
+        for start in _places(self.shape[0], n_rows):
+            yield self.rows(start, min(start + n_rows, self.shape[0])).data
+
+    def prepare(self, scratch: Path | None) -> None:
+        self._matrix.prepare(scratch)
+
+    def close(self) -> None:
+        self._matrix.close()
+
+
+def _places(n: int, size: int) -> list[int]:
+    """Give the starts of up to three samples of n values: the beginning, the middle, the end."""
+    return sorted({0, n // 2, max(0, n - size)}) if n else []
+
+
+def _check_compressed(handle: FileHandle, key: str, n_major: int) -> None:
+    node = handle[key]
+    sizes = {name: node[name].shape[0] for name in ("data", "indices", "indptr")}
+    if sizes["indptr"] != n_major + 1 or sizes["data"] != sizes["indices"] or int(node["indptr"][-1]) != sizes["data"]:
+        raise ValueError(
+            f"{handle.path}: {key} is damaged: {sizes['data']} values, {sizes['indices']} indices and "
+            f"{sizes['indptr']} row ends do not fit {n_major} rows."
+        )
+
+
+__all__ = [
+    "ColumnMatrix",
+    "CompressedMatrix",
+    "DenseMatrix",
+    "FileHandle",
+    "Matrix",
+    "MemoryMatrix",
+    "ScatteredMatrix",
+    "Selection",
+]

@@ -1,0 +1,73 @@
+"""RowBuckets: entries of a matrix that come in any order, regrouped by row through files."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from scipy import sparse
+
+_BUCKET_ENTRIES = 1 << 22  # entries a bucket: about 50 MB on disk
+_MAX_BUCKETS = 512  # files that are open at once
+_ENTRIES_AT_ONCE = 1 << 21
+
+
+class RowBuckets:
+    """Entries of a matrix, written to one file for each range of rows, and read back as rows.
+
+    Memory stays at a buffer's, whatever the size of the matrix. The files go with the object.
+
+    Parameters
+    ----------
+    shape : (int, int)
+        Rows, columns.
+    n_entries : int
+        How many entries are to come; sets the number of files.
+    value_type : dtype
+        Of the values.
+    scratch : str or Path, optional
+        Folder for the files; by default that of the system (`TMPDIR`).
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], n_entries: int, value_type: np.dtype, scratch: str | Path | None = None
+    ):
+        self.shape = shape
+        self._entry = np.dtype([("row", np.uint32), ("column", np.uint32), ("value", value_type)])
+        n_buckets = min(max(1, -(-n_entries // _BUCKET_ENTRIES)), _MAX_BUCKETS, max(1, shape[0]))
+        self._rows_per_bucket = max(1, -(-shape[0] // n_buckets))
+        self._folder = tempfile.TemporaryDirectory(prefix="by-row-", dir=scratch)
+        self._files = [Path(self._folder.name, str(bucket)) for bucket in range(n_buckets)]
+        self._open = [open(file, "wb") for file in self._files]
+
+    def add(self, rows: np.ndarray, columns: np.ndarray, values: np.ndarray) -> None:
+        """Write entries; of a row and column that come twice the values are summed on reading."""
+        entries = np.empty(len(rows), self._entry)
+        entries["row"], entries["column"], entries["value"] = rows, columns, values
+        bucket = (rows // self._rows_per_bucket).astype(np.uint16)
+        entries = entries[np.argsort(bucket, kind="stable")]
+        stops = np.cumsum(np.bincount(bucket, minlength=len(self._files)))
+        for file, start, stop in zip(self._open, [0, *stops[:-1]], stops, strict=True):
+            entries[start:stop].tofile(file)
+
+    def close(self) -> None:
+        """End the writing; rows can be read from here on."""
+        for file in self._open:
+            file.close()
+        self._open = []
+
+    def rows(self, start: int, stop: int) -> sparse.csr_matrix:
+        """Read rows; memory is that of the rows asked for, and of a buffer."""
+        found = []
+        for file in self._files[start // self._rows_per_bucket : -(-stop // self._rows_per_bucket)]:
+            if not file.stat().st_size:
+                continue
+            entries = np.memmap(file, self._entry, "r")
+            for first in range(0, len(entries), _ENTRIES_AT_ONCE):
+                part = entries[first : first + _ENTRIES_AT_ONCE]
+                found.append(part[(part["row"] >= start) & (part["row"] < stop)])
+        entries = np.concatenate([np.empty(0, self._entry), *found])
+        coordinates = (entries["row"].astype(np.int64) - start, entries["column"])
+        block = sparse.coo_matrix((entries["value"], coordinates), shape=(stop - start, self.shape[1]))
+        return sparse.csr_matrix(block)

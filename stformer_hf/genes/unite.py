@@ -1,0 +1,194 @@
+"""Unites the genes of many sources into one table, and says what became of each source's columns."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from .gene_table import GeneTable, guess_species, is_ensembl
+
+logger = logging.getLogger(__name__)
+
+KEPT, MAPPED, UNMAPPED = range(3)  # what became of a column: see `UnitedGenes.fates`
+FATES = ("kept", "mapped", "unmapped")
+
+
+@dataclass
+class UnitedGenes:
+    """Genes of many sources.
+
+    Attributes
+    ----------
+    genes : GeneTable
+        Every gene once, in the order in which the sources name them.
+    rows : list of int64 array (n_columns,)
+        For each source, the row of `genes` that each of its columns belongs to.
+    fates : list of uint8 array (n_columns,)
+        For each source and column: 0 kept under its own Ensembl id, 1 mapped to another id by `aliases` or by symbol,
+        2 unmapped: no Ensembl id, kept under its name.
+    """
+
+    genes: GeneTable
+    rows: list[np.ndarray]
+    fates: list[np.ndarray]
+
+
+def unite(
+    tables: Sequence[GeneTable],
+    names: Sequence[str],
+    *,
+    aliases: Mapping[str, str] | pd.DataFrame | str | Path | None = None,
+    unify: str | None = None,
+    species: str | None = None,
+) -> UnitedGenes:
+    """Unite gene tables by id.
+
+    Parameters
+    ----------
+    tables : sequence of GeneTable
+        One a source; ids may repeat in a table.
+    names : sequence of str
+        Names of the sources, for messages.
+    aliases : mapping, DataFrame or file, optional
+        Old id (or name) -> new id. A DataFrame, or a csv, tsv or parquet file, has them in its first two columns; a
+        json file is one object.
+    unify : "symbol", optional
+        Take genes of different sources that have the same symbol under different ids for one gene. Its id is the
+        first Ensembl id among them. Symbols that one source has under several ids stay as they are.
+    species : str, optional
+        What all sources must be of, such as `human`. By default they must agree where their ids tell.
+
+    Returns
+    -------
+    UnitedGenes
+
+    Raises
+    ------
+    ValueError
+        Other species; an unknown `unify`; aliases that cannot be read.
+    """
+    if unify not in (None, "symbol"):
+        raise ValueError(f"unify={unify!r}: use 'symbol', or None.")
+    renamed = read_aliases(aliases)
+    ids = [_rename(table.gene_ids, renamed) for table in tables]
+    _check_species(ids, names, species)
+    same_symbol = _same_symbol(ids, [table.symbols for table in tables])
+    if same_symbol and unify:
+        ids = [_rename(source, same_symbol) for source in ids]
+    elif same_symbol:
+        old, new = next(iter(same_symbol.items()))
+        logger.warning(
+            f"{len(same_symbol)} genes have one symbol under different ids in different sources, such as {old} and "
+            f"{new}; they are kept apart. Unite them with unify='symbol', or with aliases={{old: new}}."
+        )
+    frames = [
+        table.frame.assign(gene_id=source).astype({"gene_id": object})
+        for table, source in zip(tables, ids, strict=True)
+    ]
+    genes = GeneTable.union([GeneTable(frame) for frame in _distinct(frames)])
+    index = pd.Index(genes.gene_ids)
+    fates = []
+    for table, source in zip(tables, ids, strict=True):
+        fate = np.where(is_ensembl(source), KEPT, UNMAPPED).astype(np.uint8)
+        fate[source != table.gene_ids] = MAPPED
+        fates.append(fate)
+    return UnitedGenes(genes, [index.get_indexer(source) for source in ids], fates)
+
+
+def read_aliases(aliases: Mapping[str, str] | pd.DataFrame | str | Path | None) -> dict[str, str]:
+    """Read a table old id -> new id; see `unite`."""
+    if aliases is None:
+        return {}
+    if isinstance(aliases, (str, Path)):
+        path = Path(aliases)
+        readers = {
+            ".json": lambda: pd.read_json(path, typ="series").items(),
+            ".csv": lambda: pd.read_csv(path, dtype=str),
+            ".tsv": lambda: pd.read_csv(path, dtype=str, sep="\t"),
+            ".parquet": lambda: pd.read_parquet(path),
+        }
+        if path.suffix not in readers:
+            raise ValueError(f"{path}: aliases are read from {', '.join(readers)} files.")
+        aliases = readers[path.suffix]()
+        aliases = dict(aliases) if path.suffix == ".json" else aliases
+    if isinstance(aliases, pd.DataFrame):
+        if aliases.shape[1] < 2:
+            raise ValueError("A table of aliases has two columns: old id, new id.")
+        whole = aliases.iloc[:, :2].dropna()
+        aliases = dict(zip(whole.iloc[:, 0], whole.iloc[:, 1], strict=True))
+    return {str(old): str(new) for old, new in aliases.items()}
+
+
+def _rename(ids: np.ndarray, names: Mapping[str, str]) -> np.ndarray:
+    if not names:
+        return ids
+    return np.array([names.get(gene, gene) for gene in ids], dtype=object)
+
+
+def _check_species(ids: list[np.ndarray], names: Sequence[str], wanted: str | None) -> None:
+    found = {}
+    for source, name in zip(ids, names, strict=True):
+        guess = guess_species(source)
+        if guess is not None:
+            found.setdefault(guess, name)
+    wrong = {guess: name for guess, name in found.items() if wanted is not None and guess != wanted}
+    if wrong:
+        guess, name = next(iter(wrong.items()))
+        raise ValueError(f"{name} has {guess} genes, by the prefix of their ids, and species={wanted!r} is wanted.")
+    if len(found) > 1:
+        (first, first_name), (second, second_name) = list(found.items())[:2]
+        raise ValueError(
+            f"{first_name} has {first} genes and {second_name} {second} genes, by the prefix of their ids. Build a "
+            "store for each, or map one to the other with aliases={old: new}."
+        )
+
+
+def _distinct(frames: list[pd.DataFrame]) -> list[pd.DataFrame]:
+    """Leave out tables that are like one before; most sources share their genes."""
+    seen, distinct = set(), []
+    for frame in frames:
+        key = (tuple(frame["gene_id"]), tuple(frame["symbol"]))
+        if key not in seen:
+            seen.add(key)
+            distinct.append(frame)
+    return distinct
+
+
+def _same_symbol(ids: list[np.ndarray], symbols: list[np.ndarray]) -> dict[str, str]:
+    """Find genes that have one symbol under different ids in different sources: id -> id to unite it with."""
+    frames = [
+        pd.DataFrame({"gene_id": source, "symbol": names}, dtype=object)
+        for source, names in zip(ids, symbols, strict=True)
+    ]
+    frames = [frame.drop_duplicates() for frame in _distinct(frames)]
+    if len(frames) < 2:
+        return {}
+    pairs = pd.concat(frames, keys=range(len(frames)), names=["source", "row"]).reset_index("source")
+    pairs = pairs[pairs["symbol"] != ""]
+    # A symbol under two ids in one source: two genes.
+    ambiguous = pairs.loc[pairs.duplicated(["source", "symbol"]), "symbol"].unique()
+    pairs = pairs[~pairs["symbol"].isin(ambiguous)]
+    groups = pairs.drop_duplicates(["symbol", "gene_id"])
+    groups = groups[groups.duplicated("symbol", keep=False)]
+    if groups.empty:
+        return {}
+    # Two ids of a symbol that one source has both: two genes, the symbol moved from one to the other.
+    everywhere = pd.concat(frames, keys=range(len(frames)), names=["source", "row"]).reset_index("source")
+    everywhere = everywhere[["source", "gene_id"]].drop_duplicates()
+    both = groups[["symbol", "gene_id"]].merge(everywhere, on="gene_id")
+    both = both.loc[both.duplicated(["source", "symbol"]), "symbol"].unique()
+    groups = groups[~groups["symbol"].isin(both)]
+    groups = groups.assign(by_name=~is_ensembl(groups["gene_id"].to_numpy()))
+    groups = groups.sort_values("by_name", kind="stable")  # Ensembl ids first, then in the order of the sources
+    first = groups.groupby("symbol", sort=False)["gene_id"].transform("first")
+    other = groups["gene_id"] != first
+    found = dict(zip(groups.loc[other, "gene_id"], first[other], strict=True))
+    return {old: new for old, new in found.items() if new not in found}  # an id is renamed once
+
+
+__all__ = ["FATES", "UnitedGenes", "read_aliases", "unite"]
