@@ -1,22 +1,19 @@
-"""`python -m benchmarks [NAME …]`."""
+"""`python -m benchmarks NAME [flags]`; without a name, all of them."""
 
-import argparse
+import importlib
+import sys
 
-from . import collate
-
-BENCHMARKS = {"collate": collate.run}
+BENCHMARKS = ("data", "collate")
 
 
 def main() -> None:
-    """Run the named benchmarks, all by default."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"which: {', '.join(BENCHMARKS)}")
-    names = parser.parse_args().names or list(BENCHMARKS)
-    unknown = set(names) - set(BENCHMARKS)
-    if unknown:
-        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
-    for name in names:
-        BENCHMARKS[name]()
+    """Run a benchmark with its flags, or all of them."""
+    name, *flags = sys.argv[1:] or [None]
+    if name in ("-h", "--help") or (name is not None and name not in BENCHMARKS):
+        print(f"python -m benchmarks [{' | '.join(BENCHMARKS)}] [flags; --help tells them]")
+        sys.exit(0 if name in ("-h", "--help") else 2)
+    for each in [name] if name else BENCHMARKS:
+        importlib.import_module(f"benchmarks.{each}").run(flags)
 
 
 main()

@@ -17,8 +17,8 @@ from stformer_hf import CellStore, DataCollatorForPhenotypicMLM, GeneTokenizer
 N_CELLS, N_GENES, DENSITY, BATCH, TURNS = 2048, 20_000, 0.075, 64, 5
 
 
-def run() -> None:
-    """Time both in turn; print medians and their ratio."""
+def run(arguments: list[str]) -> None:
+    """Time both in turn; print medians and their ratio. There are no flags."""
     rng = np.random.default_rng(0)
     counts = sparse.random(N_CELLS, N_GENES, DENSITY, "csr", np.float32, rng, lambda n: 1 + rng.geometric(0.4, n))
     with tempfile.TemporaryDirectory() as folder:

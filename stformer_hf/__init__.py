@@ -13,7 +13,13 @@ __version__ = version("stformer_hf")
 
 _MODULES = {
     "data.cell_batch": ["CellBatch", "collate_cells"],
+    "data.ann_dataset": ["AnnDataset"],
     "data.cell_store": ["CellStore"],
+    "data.iterable_ann_dataset": ["IterableAnnDataset"],
+    "data.scdl": ["NeighborSamplingStrategy", "SingleCellMemMapDataset"],
+    "data.scdl_batches": ["collate_neighbor_sparse_matrix_batch", "collate_sparse_matrix_batch"],
+    "data.scdl_collection": ["SingleCellCollection"],
+    "data.transforms": ["Compose", "EncodeLabels", "LogTransform", "NormalizeRowSum", "Transform"],
     "genes.gene_table": ["GeneTable"],
     "inference.annotate": ["annotate"],
     "inference.embed": ["embed"],
@@ -30,6 +36,7 @@ _MODULES = {
         "DataCollatorForPhenotypicMLM",
         "collate_fn_wrapper",
     ],
+    "training.samplers": ["BlockShuffleSampler"],
     "training.pretrainer": ["CellTrainer", "STFormerPretrainer"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -7,7 +7,7 @@ from importlib import import_module
 
 VERBS = {
     "demo": "cells in, a pretrained and fine-tuned model, embeddings, plots and a report out",
-    "build": "make a CellStore from h5ad files",
+    "build": "make a CellStore from files of cells",
     "pretrain": "train a GeneBert to predict masked genes and phenotypes",
     "finetune": "train a classifier of cells",
     "annotate": "label the cells of a file with a classifier",

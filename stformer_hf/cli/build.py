@@ -1,6 +1,7 @@
-"""Make a CellStore from h5ad files.
+"""Make a CellStore from files of cells: h5ad, zarr, 10x h5 and mtx, loom, other stores.
 
 stformer-hf build --data a.h5ad b.h5ad --output atlas --obs cell_type donor
+stformer-hf build --data downloads --output atlas --obs all --workers 4
 """
 
 from __future__ import annotations
@@ -14,11 +15,27 @@ from .arguments import parse
 class BuildArguments:
     """Flags of `build`."""
 
-    data: list[str] = field(metadata={"help": "h5ad files, in the order that the cells shall have"})
+    data: list[str] = field(metadata={"help": "files, folders of files, or patterns, in the order of the cells"})
     output: str = field(metadata={"help": "folder to make"})
-    obs: list[str] | None = field(default=None, metadata={"help": "columns of obs to keep"})
-    layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
+    obs: list[str] | None = field(default=None, metadata={"help": "columns of obs to keep, or: all"})
+    layer: str | None = field(
+        default=None, metadata={"help": "where the counts are: X, raw, a layer; in 10x files a feature type or genome"}
+    )
     fractional: bool = field(default=False, metadata={"help": "allow fractions (RSEM, SoupX)"})
+    neighbors: str | None = field(default=None, metadata={"help": "key of obsp, such as spatial_connectivities"})
+    aliases: str | None = field(
+        default=None, metadata={"help": "csv, tsv, json or parquet file: old gene id, new gene id"}
+    )
+    unify: str | None = field(
+        default=None, metadata={"help": "symbol: genes of one symbol under other ids in other files are one"}
+    )
+    species: str | None = field(default=None, metadata={"help": "what all files must be of, such as human"})
+    shuffle: bool = field(default=False, metadata={"help": "put all cells in a random order, on disk"})
+    seed: int = field(default=0, metadata={"help": "of the shuffle"})
+    part: list[int] | None = field(
+        default=None, metadata={"help": "i n: only the i-th (from 0) of n equal parts; see CellStore.join"}
+    )
+    workers: int = field(default=1, metadata={"help": "processes that read files"})
     overwrite: bool = field(default=False, metadata={"help": "replace a store that is there"})
 
 
@@ -32,11 +49,9 @@ def run(args: BuildArguments):
     """Build the store; returns it."""
     from ..data.cell_store import CellStore
 
-    return CellStore.build(
-        args.output,
-        args.data,
-        obs=args.obs,
-        layer=args.layer,
-        fractional=args.fractional,
-        overwrite=args.overwrite,
-    )
+    if args.part is not None and len(args.part) != 2:
+        raise ValueError(f"--part takes two numbers, such as 0 4 for the first of four; got {args.part}.")
+    settings = {name: value for name, value in vars(args).items() if name not in ("data", "output")}
+    settings["obs"] = "all" if args.obs == ["all"] else args.obs
+    settings["part"] = None if args.part is None else tuple(args.part)
+    return CellStore.build(args.output, args.data, **settings)

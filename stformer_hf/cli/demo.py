@@ -32,14 +32,14 @@ BIN_EDGES = [0.5, 1.5, 2.5, 4.5, 8.5]
 PRETRAINING = {"bin_edges": BIN_EDGES, "mlm_probability": 0.5, "gene_dropout": 0.5}
 FINETUNING = {"pooling": "mean", "gene_dropout": 0.5}
 PRETRAINING_STEPS = {
-    "max_steps": 700,
+    "max_steps": 350,
     "learning_rate": 2e-3,
     "per_device_train_batch_size": 8,
     "eval_strategy": "steps",
-    "eval_steps": 100,
+    "eval_steps": 70,
 }
 STEPS = {"save_strategy": "no", "logging_steps": 20}  # of both
-FINETUNING_STEPS = {"num_train_epochs": 6, "learning_rate": 7e-4, "per_device_train_batch_size": 8}
+FINETUNING_STEPS = {"num_train_epochs": 6, "learning_rate": 1e-3, "per_device_train_batch_size": 8}
 
 MODELS = ("pretrained", "classifier", "classifier_from_scratch")
 MADE = (

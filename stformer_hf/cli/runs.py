@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch.utils.data import Subset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -78,7 +77,9 @@ def open_cells(
         return CellStore(path)
 
 
-def split(store: CellStore, held_out: float, seed: int, label: str | None = None) -> tuple[Subset, Subset | None]:
+def split(
+    store: CellStore, held_out: float, seed: int, label: str | None = None
+) -> tuple[CellStore, CellStore | None]:
     """Split cells with counts (and a label) at random; by the seed, and with like shares of each class.
 
     Raises
@@ -100,12 +101,12 @@ def split(store: CellStore, held_out: float, seed: int, label: str | None = None
     if len(cells) - n_test < 1:
         raise ValueError(f"{len(cells)} usable cells: none is left to train on.")
     if not n_test:
-        return Subset(store, cells.tolist()), None
+        return store.select(cells), None
     strata = None if codes is None else codes[cells]
     if strata is not None and (n_test < len(np.unique(strata)) or np.bincount(strata)[np.unique(strata)].min() < 2):
         strata = None  # too few cells of a class to have some on both sides
     train, test = train_test_split(cells, test_size=n_test, random_state=seed, stratify=strata)
-    return Subset(store, np.sort(train).tolist()), Subset(store, np.sort(test).tolist())
+    return store.select(np.sort(train)), store.select(np.sort(test))
 
 
 def finish(trainer: Trainer) -> dict[str, float]:

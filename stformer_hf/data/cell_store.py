@@ -21,7 +21,7 @@ from ..genes.gene_table import GeneTable
 from .arrow_rows import ArrowRows
 from .cell_batch import CellBatch
 from .join import join_stores
-from .shards import sha256
+from .shards import checksum
 from .store_writer import (
     FORMAT_VERSION,
     ROWS_PER_BATCH,
@@ -217,7 +217,7 @@ class CellStore:
         (number,) = self._row_numbers(row)
         _, genes, counts = self._gather(np.array([number]))
         cell = {"genes": genes, "counts": counts, "cell_id": int(number), "obs_name": self.obs.index[row]}
-        return {**cell, **self.obs.iloc[row].to_dict()}
+        return {**cell, **{name: self.obs[name].iat[row] for name in self.obs}}
 
     def __getitems__(self, index: Sequence[int]) -> CellBatch:
         """Read many cells for a collator (torch's `DataLoader` calls this with the row numbers of a batch)."""
@@ -344,7 +344,7 @@ class CellStore:
         """
         files = [self.manifest["gene_table"], *self.manifest["shards"]]
         for shard in tqdm(files, desc="verify", unit="file", disable=None):
-            if sha256(self.path / shard["file"]) != shard["sha256"]:
+            if checksum(self.path / shard["file"]) != shard["checksum"]:
                 raise ValueError(f"{self.path / shard['file']} is damaged: its checksum does not fit.")
 
     # ------------------------------------------------------------------ building
@@ -367,6 +367,7 @@ class CellStore:
         part: tuple[int, int] | None = None,
         workers: int = 1,
         overwrite: bool = False,
+        report: bool = True,
         rows_per_batch: int = ROWS_PER_BATCH,
         rows_per_shard: int = ROWS_PER_SHARD,
     ) -> CellStore:
@@ -409,6 +410,8 @@ class CellStore:
             multiprocessing, a script's main part under `if __name__ == "__main__":`.
         overwrite : bool, default: False
             Replace a store at the path, once the new one is whole.
+        report : bool, default: True
+            Print what became of the columns of each source; it is in `coverage` as well.
         rows_per_batch, rows_per_shard : int
             Cells of an Arrow record batch (and of a block in memory), and of a file.
 
@@ -443,7 +446,8 @@ class CellStore:
         )
         write_store(Path(path), _listed(sources), settings, overwrite=overwrite)
         store = cls(path)
-        store._report(store.manifest["sources"])
+        if report:
+            store._report(store.manifest["sources"])
         return store
 
     def append(
@@ -534,6 +538,7 @@ class CellStore:
             fractional=True,
             neighbors="neighbors" if self.manifest["neighbors"] else None,
             overwrite=overwrite,
+            report=False,
         )
 
     def push_to_hub(self, repo_id: str, **kwargs) -> None:

@@ -173,6 +173,8 @@ def anndata_layers(adata: AnnData) -> list[Layer]:
 def _open_hdf5(path: Path) -> h5py.File:
     try:
         return h5py.File(path, "r")
+    except BlockingIOError as error:
+        raise ValueError(f"{path} is open for writing elsewhere. Close it, or open it with backed='r'.") from error
     except OSError as error:
         raise ValueError(f"{path} is not a readable HDF5 file, or is cut short: {error}") from error
 
@@ -191,7 +193,7 @@ def _is_zarr(path: Path) -> bool:
     )
 
 
-@reads("h5ad", lambda path: path.suffix == ".h5ad")
+@reads("h5ad", lambda path: path.suffix == ".h5ad" and path.is_file())
 def _read_h5ad(path: Path) -> list[Layer]:
     return read_anndata_file(path)
 
@@ -265,7 +267,7 @@ def _on_disk(handle: FileHandle, key: str) -> Matrix:
 # ---------------------------------------------------------------------- 10x
 
 
-@reads("10x h5", lambda path: path.suffix == ".h5")
+@reads("10x h5", lambda path: path.suffix == ".h5" and path.is_file())
 def _read_tenx_h5(path: Path) -> list[Layer]:
     """Read a Cell Ranger or Space Ranger file: v3 (`matrix`, features of several types) or v2 (a group a genome)."""
     handle = FileHandle(path, _open_hdf5)
@@ -429,7 +431,7 @@ class MtxMatrix(ScatteredMatrix):
 # ---------------------------------------------------------------------- loom and stores
 
 
-@reads("loom", lambda path: path.suffix == ".loom")
+@reads("loom", lambda path: path.suffix == ".loom" and path.is_file())
 def _read_loom(path: Path) -> list[Layer]:
     """Read a loom file: genes by cells, dense, with attributes of both."""
     handle = FileHandle(path, _open_hdf5)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .shards import RowFormat, has_types, rewrite, sha256, widest
+from .shards import RowFormat, checksum, has_types, rewrite, widest
 from .store_writer import check_free, replace_store, write_manifest
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def join_stores(path: Path, stores: Sequence[CellStore], overwrite: bool) -> Non
             else:
                 own = building / f"joined-{len(shards):05d}.arrow"
                 rewrite(file, own, row_format)
-                shard.update(file=own.name, bytes=own.stat().st_size, sha256=sha256(own))
+                shard.update(file=own.name, bytes=own.stat().st_size, checksum=checksum(own))
                 shard["count_type"] = row_format.count_type
             shards.append(shard)
         n_cells += len(store)

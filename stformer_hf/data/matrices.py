@@ -84,10 +84,15 @@ class Matrix(ABC):
         if not len(wanted):
             return self.rows(0, 0)
         edges = np.flatnonzero(np.diff(wanted) > 1) + 1
-        firsts, lasts = wanted[[0, *edges]], wanted[[*(edges - 1), -1]]
-        runs = [self.rows(int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True)]
-        found = runs[0] if len(runs) == 1 else sparse.vstack(runs, format="csr")
+        found = self._runs(
+            list(zip(wanted[[0, *edges]].tolist(), (wanted[[*(edges - 1), -1]] + 1).tolist(), strict=True))
+        )
         return found if np.array_equal(back, np.arange(len(wanted))) else found[back]
+
+    def _runs(self, runs: list[tuple[int, int]]) -> sparse.csr_matrix:
+        """Read ranges of rows, one behind the other."""
+        found = [self.rows(start, stop) for start, stop in runs]
+        return found[0] if len(found) == 1 else sparse.vstack(found, format="csr")
 
     def prepare(self, scratch: Path | None) -> None:  # noqa: B027  (most layouts need nothing)
         """Do once what reading by rows needs; `scratch` is the folder for large files."""
@@ -106,11 +111,14 @@ class MemoryMatrix(Matrix):
 
     def __init__(self, values):
         self.shape = tuple(values.shape)
-        by_rows = getattr(values, "format", "") == "csr" or not sparse.issparse(values)
-        self._values = values if by_rows else values.tocsr()
+        # A view of an AnnData's matrix would take its parent with it to another process.
+        self._values = sparse.csr_matrix(values) if sparse.issparse(values) else np.asarray(values)
 
     def rows(self, start: int, stop: int) -> sparse.csr_matrix:
         return sparse.csr_matrix(self._values[start:stop])
+
+    def take(self, rows: np.ndarray) -> sparse.csr_matrix:
+        return sparse.csr_matrix(self._values[rows])
 
     def sample(self) -> Iterator[np.ndarray]:
         n_rows = max(1, _SAMPLE // max(1, self.shape[1]))
@@ -180,19 +188,26 @@ class CompressedMatrix(Matrix):
         self._indptr: np.ndarray | None = None
 
     def rows(self, start: int, stop: int) -> sparse.csr_matrix:
+        return self._runs([(start, stop)])
+
+    def _runs(self, runs: list[tuple[int, int]]) -> sparse.csr_matrix:
         node = self._handle[self._key]
+        all_data, all_indices = node["data"], node["indices"]
         if self._indptr is None:
             self._indptr = node["indptr"][:].astype(np.int64)
-        indptr = self._indptr[start : stop + 1]
-        data = node["data"][indptr[0] : indptr[-1]]
-        indices = node["indices"][indptr[0] : indptr[-1]]
-        if (np.diff(indptr) < 0).any() or len(data) != indptr[-1] - indptr[0] or len(indices) != len(data):
+        ends = [self._indptr[start : stop + 1] for start, stop in runs]
+        lengths = np.concatenate([np.diff(run) for run in ends])
+        data = [all_data[run[0] : run[-1]] for run in ends]
+        indices = [all_indices[run[0] : run[-1]] for run in ends]
+        data, indices = (parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in (data, indices))
+        if (lengths < 0).any() or len(data) != lengths.sum() or len(indices) != len(data):
             raise ValueError(f"{self._handle.path}: {self._key} is damaged: its arrays do not fit each other.")
         if len(indices) and (indices.min() < 0 or indices.max() >= self.shape[1]):
             raise ValueError(
                 f"{self._handle.path}: {self._key} is damaged: it has columns outside its {self.shape[1]} genes."
             )
-        return sparse.csr_matrix((data, indices, indptr - indptr[0]), shape=(stop - start, self.shape[1]))
+        indptr = np.concatenate([[0], np.cumsum(lengths)])
+        return sparse.csr_matrix((data, indices, indptr), shape=(len(lengths), self.shape[1]))
 
     def sample(self) -> Iterator[np.ndarray]:
         data = self._handle[self._key]["data"]

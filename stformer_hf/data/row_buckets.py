@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +40,9 @@ class RowBuckets:
         self._entry = np.dtype([("row", np.uint32), ("column", np.uint32), ("value", value_type)])
         n_buckets = min(max(1, -(-n_entries // _BUCKET_ENTRIES)), _MAX_BUCKETS, max(1, shape[0]))
         self._rows_per_bucket = max(1, -(-shape[0] // n_buckets))
-        self._folder = tempfile.TemporaryDirectory(prefix="by-row-", dir=scratch)
-        self._files = [Path(self._folder.name, str(bucket)) for bucket in range(n_buckets)]
+        folder = tempfile.mkdtemp(prefix="by-row-", dir=scratch)
+        weakref.finalize(self, _remove, folder, os.getpid())
+        self._files = [Path(folder, str(bucket)) for bucket in range(n_buckets)]
         self._open = [open(file, "wb") for file in self._files]
 
     def add(self, rows: np.ndarray, columns: np.ndarray, values: np.ndarray) -> None:
@@ -59,15 +63,23 @@ class RowBuckets:
 
     def rows(self, start: int, stop: int) -> sparse.csr_matrix:
         """Read rows; memory is that of the rows asked for, and of a buffer."""
-        found = []
+        found: dict[str, list[np.ndarray]] = {name: [np.empty(0, self._entry[name])] for name in self._entry.names}
         for file in self._files[start // self._rows_per_bucket : -(-stop // self._rows_per_bucket)]:
             if not file.stat().st_size:
                 continue
             entries = np.memmap(file, self._entry, "r")
             for first in range(0, len(entries), _ENTRIES_AT_ONCE):
                 part = entries[first : first + _ENTRIES_AT_ONCE]
-                found.append(part[(part["row"] >= start) & (part["row"] < stop)])
-        entries = np.concatenate([np.empty(0, self._entry), *found])
-        coordinates = (entries["row"].astype(np.int64) - start, entries["column"])
-        block = sparse.coo_matrix((entries["value"], coordinates), shape=(stop - start, self.shape[1]))
-        return sparse.csr_matrix(block)
+                inside = (part["row"] >= start) & (part["row"] < stop)
+                for name, values in found.items():
+                    values.append(part[name][inside])
+        rows = (np.concatenate(found.pop("row")) - np.uint32(start)).astype(np.int32)
+        coordinates = (rows, np.concatenate(found.pop("column")).astype(np.int32))
+        values = np.concatenate(found.pop("value"))
+        return sparse.coo_matrix((values, coordinates), shape=(stop - start, self.shape[1])).tocsr()
+
+
+def _remove(folder: str, process: int) -> None:
+    """Remove the files, but not in a forked process, whose parent still reads them."""
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -89,7 +89,7 @@ class Source:
         Yields
         ------
         csr_matrix (at most rows, n_columns)
-            Without explicit zeros.
+            Without explicit zeros; whole numbers that were stored as floats are unsigned integers.
 
         Raises
         ------
@@ -113,13 +113,15 @@ def checked_blocks(
     """Read counts of a matrix, a block at a time, and check them; see `Source.blocks`."""
     for first in range(start, stop, rows):
         block = matrix.rows(first, min(first + rows, stop))
-        problem = _problem(block.data, fractional)
+        values, problem = _checked(block.data, fractional)
         if problem:
             raise ValueError(
                 f"{name}: counts are needed, and {counts_in} holds {problem} in the cells {first} to "
                 f"{first + block.shape[0] - 1}. Name the layer that holds raw counts, as in layer='counts'."
             )
-        if not block.data.all():
+        if values is not block.data:
+            block = sparse.csr_matrix((values, block.indices, block.indptr), shape=block.shape)
+        if not values.all():
             block = block.copy()  # it may be a view of the user's matrix
             block.eliminate_zeros()
         yield block
@@ -180,6 +182,11 @@ def open_source(
         _fractional=fractional,
     )
     found.matrix.close()
+    if opened.shape != (len(opened.obs), len(opened.genes)):
+        raise ValueError(
+            f"{name} is damaged: {found.name} has the shape {opened.shape}, and there are {len(opened.obs)} cells and "
+            f"{len(opened.genes)} genes."
+        )
     return opened
 
 
@@ -219,27 +226,31 @@ def _probe(layer: Layer, fractional: bool) -> str | None:
     """Look at some values of the beginning, the middle and the end; say what is wrong with them."""
     n_values = 0
     for values in layer.matrix.sample():
-        problem = _problem(values, fractional)
+        _, problem = _checked(values, fractional)
         if problem:
             return problem
         n_values += np.count_nonzero(values)
     return None if n_values else _EMPTY
 
 
-def _problem(values: np.ndarray, fractional: bool) -> str | None:
-    if values.dtype.kind in "ub" or not len(values):
-        return None
-    if values.dtype.kind not in "if":
-        return f"values of type {values.dtype}"
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        return f"{int((~np.isfinite(values)).sum())} NaN or infinite values"
-    if values.min() < 0:
-        return f"negative values (as low as {values.min():g})"
-    if values.dtype.kind == "f" and not fractional:
-        whole = values == np.rint(values)
-        if not whole.all():
-            return f"fractional values (such as {values[~whole][0]:g})"
-    return None
+def _checked(values: np.ndarray, fractional: bool) -> tuple[np.ndarray, str | None]:
+    """Check that values are counts: the values, floats as narrow integers if they are whole, and what is wrong."""
+    kind = values.dtype.kind
+    if kind in "ub" or not len(values):
+        return values, None
+    if kind not in "if":
+        return values, f"values of type {values.dtype}"
+    least, most = values.min(), values.max()
+    if not (np.isfinite(least) and np.isfinite(most)):
+        return values, f"{int((~np.isfinite(values)).sum())} NaN or infinite values"
+    if least < 0:
+        return values, f"negative values (as low as {least:g})"
+    if kind == "i" or fractional or most >= 2**53:  # so large a count fits no store: told when it is written
+        return values, None
+    whole = values.astype(np.uint8 if most < 256 else np.uint16 if most < 65_536 else np.uint64)
+    if not np.array_equal(whole, values):
+        return values, f"fractional values (such as {values[whole != values][0]:g})"
+    return whole, None
 
 
 __all__ = ["Source", "open_source"]

@@ -29,11 +29,11 @@ from .shards import (
     COUNT_TYPES,
     Piece,
     RowFormat,
+    checksum,
     count_type_of,
     gene_type,
     has_types,
     rewrite,
-    sha256,
     shuffle,
     told_when_full,
     widest,
@@ -171,7 +171,7 @@ def _plan(
             for name in ("fractional", "neighbors", "shuffle", "seed", "rows_per_batch", "rows_per_shard")
         },
         "part": None if settings.part is None else list(settings.part),
-        "base": None if base is None else [shard["sha256"] for shard in base.manifest["shards"]],
+        "base": None if base is None else [shard["checksum"] for shard in base.manifest["shards"]],
     }
 
 
@@ -334,11 +334,11 @@ def _finish(
             else:
                 rewrite(building / shard["file"], final, row_format)
                 (building / shard["file"]).unlink()
-        known = shard.get("sha256") if has_types(shard, row_format) else None
+        known = shard.get("checksum") if has_types(shard, row_format) else None
         shard.update(
             file=final.name,
             bytes=final.stat().st_size,
-            sha256=known or sha256(final),
+            checksum=known or checksum(final),
             gene_type=row_format.gene_type,
             count_type=row_format.count_type,
             neighbor_shift=shard.get("neighbor_shift", 0),
@@ -399,7 +399,7 @@ def write_manifest(
     table = folder / "genes.parquet"
     genes.to_parquet(table)
     DatasetInfo(features=row_format.features()).write_to_directory(str(folder))
-    fingerprint = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()[:16]
+    fingerprint = hashlib.sha256("".join(shard["checksum"] for shard in shards).encode()).hexdigest()[:16]
     write_json(
         folder / "state.json",
         {
@@ -426,7 +426,7 @@ def write_manifest(
             "obs": row_format.obs,
             "categories": row_format.categories,
             "shards": shards,
-            "gene_table": {"file": table.name, "bytes": table.stat().st_size, "sha256": sha256(table)},
+            "gene_table": {"file": table.name, "bytes": table.stat().st_size, "checksum": checksum(table)},
             "complete": True,
         },
     )

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -168,15 +167,14 @@ def without_empty_cells(dataset: Any) -> Any:
 
     Returns
     -------
-    The dataset itself, if it has no empty cell or is no store, else a `Subset` of the store.
+    The dataset itself, if it has no empty cell or is no store, else a selection of the store.
     """
-    subset = isinstance(dataset, Subset) and isinstance(dataset.dataset, CellStore)
-    if not (subset or isinstance(dataset, CellStore)):
+    if isinstance(dataset, Subset) and isinstance(dataset.dataset, CellStore):
+        dataset = dataset.dataset.select(dataset.indices)
+    if not isinstance(dataset, CellStore):
         return dataset
-    store = dataset.dataset if subset else dataset
-    rows = np.asarray(dataset.indices) if subset else np.arange(len(store))
-    full = store.lengths[rows] > 0
-    return dataset if full.all() else Subset(store, rows[full].tolist())
+    full = dataset.lengths > 0
+    return dataset if full.all() else dataset.select(full)
 
 
 def check_tokenizer_fits(model: PreTrainedModel, tokenizer: GeneTokenizer) -> None:

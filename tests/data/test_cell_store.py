@@ -84,6 +84,12 @@ def test_one_cell_is_a_dictionary(store, adata):
         store["cell58"]
 
 
+def test_values_of_one_cell_keep_their_types(tmp_path, adata):
+    adata.obs["score"] = 0.5
+    cell = CellStore.build(tmp_path / "s", adata, obs=["age", "score"])[0]
+    assert isinstance(cell["age"], np.integer) and isinstance(cell["score"], np.floating)
+
+
 def test_hugging_face_opens_it(store, adata):
     dataset = load_from_disk(str(store.path))
     assert dataset.num_rows == 60
@@ -266,9 +272,9 @@ from stformer_hf import CellStore
 from stformer_hf.data import shards, store_writer
 
 # Every block and checksum takes a moment, so that a build can be met in any phase of it.
-write, checksum = shards.ShardWriter.write, store_writer.sha256
+write, checksum = shards.ShardWriter.write, store_writer.checksum
 shards.ShardWriter.write = lambda *args: (time.sleep(0.02), write(*args))[1]
-store_writer.sha256 = lambda path: (time.sleep(0.06), checksum(path))[1]
+store_writer.checksum = lambda path: (time.sleep(0.06), checksum(path))[1]
 for _ in sys.stdin:  # a build for every line, in a process of its own
     child = os.fork()
     if not child:
@@ -319,7 +325,7 @@ def test_a_build_killed_at_ten_random_moments_leaves_no_store_and_goes_on(tmp_pa
 @pytest.fixture
 def stop_while_finishing(monkeypatch):
     """Make the next build stop in its last phase, when some shards have their final names."""
-    checksum, calls = store_writer.sha256, []
+    checksum, calls = store_writer.checksum, []
 
     def stop(path):
         calls.append(path)
@@ -327,7 +333,7 @@ def stop_while_finishing(monkeypatch):
             raise KeyboardInterrupt
         return checksum(path)
 
-    monkeypatch.setattr(store_writer, "sha256", stop)
+    monkeypatch.setattr(store_writer, "checksum", stop)
 
 
 def test_a_build_stopped_while_it_finished_goes_on(tmp_path, stop_while_finishing):

@@ -1,6 +1,8 @@
 """Formats: what a file holds comes out, whatever the layout, and what cannot be right is refused with a reason."""
 
+import gc
 import gzip
+import os
 import shutil
 import zipfile
 
@@ -76,6 +78,31 @@ def test_columns_are_regrouped_in_bounded_memory(tmp_path, monkeypatch):
     source = open_source(tmp_path / "a.h5ad")
     np.testing.assert_array_equal(read(source, 20), counts.toarray())
     assert max(sizes) <= 1000 and sum(sizes) == counts.nnz
+
+
+def test_a_forked_process_leaves_the_files_of_its_parent(tmp_path):
+    adata = make_adata()
+    adata.X = adata.X.tocsc()
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    matrix = open_source(tmp_path / "a.h5ad").matrix
+    matrix.prepare(tmp_path)
+    child = os.fork()
+    if not child:
+        matrix.close()
+        gc.collect()
+        os._exit(0)
+    os.waitpid(child, 0)
+    np.testing.assert_array_equal(matrix.rows(0, 60).toarray(), adata.X.toarray())
+    matrix.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.h5ad"]
+
+
+def test_tables_that_do_not_fit_the_matrix_raise(tmp_path):
+    make_adata().write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "r+") as file:
+        file["X"].attrs["shape"] = [60, 41]
+    with pytest.raises(ValueError, match="damaged: X has the shape .60, 41., and there are 60 cells and 40 genes"):
+        open_source(tmp_path / "a.h5ad")
 
 
 def test_files_for_regrouping_go_with_the_build(tmp_path):
@@ -346,7 +373,9 @@ def test_chosen_genomes_and_antibodies_of_real_files(shared_data, tmp_path):
     assert (sparse.csr_matrix(store.rows(slice(None))) != expected).nnz == 0
 
 
-def test_zarr_of_version_2_is_read(tmp_path, adata):
-    adata.write_zarr(tmp_path / "a.zarr")
-    assert zarr.open_group(str(tmp_path / "a.zarr"), mode="r").metadata.zarr_format == 2
+@pytest.mark.parametrize("version", [2, 3])
+def test_zarr_of_both_versions_is_read(tmp_path, adata, version):
+    with anndata.settings.override(zarr_write_format=version):
+        adata.write_zarr(tmp_path / "a.zarr")
+    assert zarr.open_group(str(tmp_path / "a.zarr"), mode="r").metadata.zarr_format == version
     np.testing.assert_array_equal(read(open_source(tmp_path / "a.zarr")), adata.X.toarray())

@@ -84,7 +84,7 @@ def test_empty_cells_are_left_out(store, tokenizer, config, tmp_path):
     trainer = STFormerPretrainer(arguments(tmp_path), store, model=new_model(config), processing_class=tokenizer)
     assert len(store) == 60
     assert len(trainer.train_dataset) == 59
-    assert 3 not in trainer.train_dataset.indices
+    assert 3 not in trainer.train_dataset.__getitems__(range(59)).cell_id
 
 
 def test_masks_follow_the_epoch_in_training_and_stay_in_evaluation(store, tokenizer, config, tmp_path):

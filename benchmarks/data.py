@@ -1,0 +1,327 @@
+"""Cells at rest and in motion: building a store and reading batches of it, against the loaders that people use.
+
+Made once and kept in `--folder`: an h5ad file of synthetic cells (100,000 x 20,000, about 2,000 counts a cell), whose
+counts are mostly small, as real ones are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import h5py
+import numpy as np
+from anndata import AnnData
+from scipy import sparse
+from torch.utils.data import DataLoader
+
+from .harness import clock, installed, print_table, take_turns
+
+BATCH = 64
+N_GENES = 20_000
+PEERS = {"bionemo-scdl": "bionemo.scdl", "scDataset": "scdataset"}
+
+
+def run(arguments: list[str]) -> None:
+    """Make the data, let all take turns, print the tables and write them as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks data", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="10,000 cells in place of 100,000, and one turn")
+    parser.add_argument("--turns", type=int, default=3, help="how often each is run")
+    parser.add_argument("--folder", help="where the data are kept; a temporary folder by default")
+    parser.add_argument("--output", default="benchmark_data.json", help="JSON file to write")
+    args = parser.parse_args(arguments)
+    n_cells, turns = (10_000, 1) if args.quick else (100_000, args.turns)
+    folder = Path(args.folder or tempfile.mkdtemp(prefix="benchmark-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _make_cells(folder / "cells.h5ad", n_cells)
+        here = {name for name, module in PEERS.items() if installed(module)}
+        for name in sorted(PEERS.keys() - here):
+            print(f"{name} is not installed: left out")
+        building = take_turns(_builders(here), folder, turns)
+        for label, name in (("CellStore.build", "store"), ("bionemo-scdl, paged", "scdl")):
+            if label in building:
+                building[label]["disk MB"] = round(_size(folder / name) / 1e6)
+        _make_memory_map(folder)
+        reading = take_turns(_readers(here), folder, turns)
+        blocks = take_turns(_block_readers(here), folder, turns)
+    finally:
+        if args.folder is None:
+            shutil.rmtree(folder)
+    about = {
+        "cells": n_cells,
+        "genes": N_GENES,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.processor() or platform.machine()}, {_n_cores()} cores",
+        "versions": {name: version(name) for name in ("stformer_hf", "torch", "datasets", *sorted(here))},
+    }
+    print(f"\n{n_cells:,} cells x {N_GENES:,} genes, medians of {turns} turns, {about['machine']}, {about['date']}")
+    print_table("Building from h5ad", building, "CellStore.build", ["disk MB"])
+    print_table(f"Batches of {BATCH} random rows, DataLoader", reading, "CellStore, DataLoader")
+    print_table(f"Batches of {BATCH} rows in shuffled blocks of 16", blocks, "CellStore, BlockShuffleSampler")
+    tables = {"building": building, "random rows": reading, "blocks of 16": blocks}
+    Path(args.output).write_text(json.dumps({**about, "tables": tables}, indent=1))
+    print(f"\nwritten to {args.output}")
+
+
+def _n_cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+# ---------------------------------------------------------------------- the data
+
+
+def _blocks(n_cells: int, rows: int = 5_000) -> Iterator[sparse.csr_matrix]:
+    """Cells of 1,000 to 3,000 expressed genes; half of the counts are 1, one in 2,000 is over 255."""
+    rng = np.random.default_rng(0)
+    for start in range(0, n_cells, rows):
+        lengths = rng.integers(1_000, 3_000, min(rows, n_cells - start))
+        indptr = np.concatenate([[0], np.cumsum(lengths)])
+        # Each cell expresses every k-th gene from a random one on, shifted here and there: sorted and distinct.
+        gaps = np.repeat(N_GENES // lengths, lengths)
+        within = np.arange(indptr[-1]) - np.repeat(indptr[:-1], lengths)
+        indices = within * gaps + rng.integers(0, 1 << 30, len(within)) % gaps
+        counts = np.minimum(rng.zipf(2.0, len(indices)), 4_000).astype(np.float32)
+        yield sparse.csr_matrix((counts, indices.astype(np.int32), indptr), shape=(len(lengths), N_GENES))
+
+
+def _make_cells(path: Path, n_cells: int) -> None:
+    """Write the h5ad file, block by block."""
+    if path.exists():
+        return
+    part = path.with_suffix(".part")
+    obs_names = np.array([f"cell{i}" for i in range(n_cells)])
+    empty = AnnData(sparse.csr_matrix((n_cells, N_GENES), dtype=np.float32))
+    empty.obs_names = obs_names
+    empty.var_names = [f"ENSG{i:011d}" for i in range(N_GENES)]
+    empty.write_h5ad(part)
+    with h5py.File(part, "r+") as file:
+        group = file["X"]
+        for name, dtype in (("data", np.float32), ("indices", np.int32)):
+            del group[name]
+            group.create_dataset(name, (0,), dtype, maxshape=(None,), chunks=(1 << 16,))
+        indptr = [np.zeros(1, np.int64)]
+        for block in _blocks(n_cells):
+            for name in ("data", "indices"):
+                group[name].resize(group[name].shape[0] + block.nnz, axis=0)
+                group[name][-block.nnz :] = getattr(block, name)
+            indptr.append(indptr[-1][-1] + block.indptr[1:].astype(np.int64))
+        del group["indptr"]
+        group["indptr"] = np.concatenate(indptr)
+    part.rename(path)
+
+
+def _make_memory_map(folder: Path) -> None:
+    """Write what a bare memory map is: indptr, int32 columns and float32 values in plain files."""
+    if (folder / "map_indptr.npy").exists():
+        return
+    with h5py.File(folder / "cells.h5ad") as file:
+        group, step = file["X"], 1 << 24
+        for name, dtype in (("indices", np.int32), ("data", np.float32)):
+            n = group[name].shape[0]
+            target = np.memmap(folder / f"map_{name}", dtype, "w+", shape=(n,))
+            for start in range(0, n, step):
+                target[start : start + step] = group[name][start : start + step]
+            target.flush()
+        np.save(folder / "map_indptr.npy", group["indptr"][:])
+
+
+# ---------------------------------------------------------------------- building
+
+
+def _builders(here: set[str]) -> dict:
+    ours = {
+        "CellStore.build": ("benchmarks.data:build_ours", {}),
+        "CellStore.build, 2 workers": ("benchmarks.data:build_ours", {"workers": 2}),
+    }
+    return {**ours, **({"bionemo-scdl, paged": ("benchmarks.data:build_scdl", {})} if "bionemo-scdl" in here else {})}
+
+
+def build_ours(folder: Path, workers: int = 1) -> float:
+    """Build our store."""
+    from stformer_hf import CellStore
+
+    with clock():
+        store = CellStore.build(folder / "store", folder / "cells.h5ad", workers=workers, overwrite=True)
+    return len(store)
+
+
+def build_scdl(folder: Path) -> float:
+    """Convert with bionemo-scdl, page by page, as its documents advise for large files."""
+    from bionemo.scdl.io.single_cell_memmap_dataset import SingleCellMemMapDataset
+
+    shutil.rmtree(folder / "scdl", ignore_errors=True)
+    with clock():
+        data = SingleCellMemMapDataset(
+            str(folder / "scdl"), str(folder / "cells.h5ad"), paginated_load_cutoff=0, load_block_row_size=10_000
+        )
+        data.save()
+    return data.number_of_rows()
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def _readers(here: set[str]) -> dict:
+    readers = {
+        "CellStore, DataLoader": ("benchmarks.data:read_ours", {}),
+        "CellStore, DataLoader, 2 workers": ("benchmarks.data:read_ours", {"workers": 2}),
+        "bare int32 + float32 memory map, DataLoader": ("benchmarks.data:read_memory_map", {}),
+        "bare memory map, DataLoader, 2 workers": ("benchmarks.data:read_memory_map", {"workers": 2}),
+        "Hugging Face dataset, numpy format": ("benchmarks.data:read_hugging_face", {}),
+        "backed AnnData, a sorted read a batch": ("benchmarks.data:read_backed", {}),
+    }
+    if "bionemo-scdl" in here:
+        readers["bionemo-scdl, DataLoader"] = ("benchmarks.data:read_scdl", {})
+        readers["bionemo-scdl, DataLoader, 2 workers"] = ("benchmarks.data:read_scdl", {"workers": 2})
+    if "scDataset" in here:
+        readers["scDataset on backed AnnData"] = ("benchmarks.data:read_sc_dataset", {"block_size": 1})
+    return readers
+
+
+def _block_readers(here: set[str]) -> dict:
+    readers = {"CellStore, BlockShuffleSampler": ("benchmarks.data:read_ours", {"block_size": 16})}
+    if "scDataset" in here:
+        readers["scDataset on backed AnnData"] = ("benchmarks.data:read_sc_dataset", {"block_size": 16})
+    return readers
+
+
+def _pass(loader, n_batches: int, size: Callable) -> float:
+    """Read a warm-up and then time batches, touching what came: `size` gives a batch's cells and a sum of it."""
+    batches = iter(loader)
+    size(next(batches))
+    cells = 0
+    with clock():
+        for _ in range(n_batches):
+            batch = next(batches, None)
+            if batch is None:
+                break
+            cells += size(batch)
+    return cells
+
+
+def _warm(*files: Path) -> None:
+    """Bring files into the page cache, so that all read from memory."""
+    for file in files:
+        with open(file, "rb") as opened:
+            while opened.read(1 << 24):
+                pass
+
+
+def read_ours(folder: Path, workers: int = 0, block_size: int = 1) -> float:
+    """Read through our store's `__getitems__` and `collate_cells`."""
+    from stformer_hf import BlockShuffleSampler, CellStore, collate_cells
+
+    store = CellStore(folder / "store")
+    _warm(*store.path.glob("*.arrow"))
+    loader = DataLoader(
+        store,
+        batch_size=BATCH,
+        sampler=BlockShuffleSampler(store, block_size=block_size, seed=0),
+        collate_fn=collate_cells,
+        num_workers=workers,
+    )
+    return _pass(loader, 1_000, lambda batch: len(batch["cell_id"]))
+
+
+class MemoryMap:
+    """A bare memory map of CSR: the least that a loader has to do."""
+
+    def __init__(self, folder: Path):
+        self.indptr = np.load(folder / "map_indptr.npy")
+        self.indices = np.memmap(folder / "map_indices", np.int32, "r")
+        self.data = np.memmap(folder / "map_data", np.float32, "r")
+
+    def __len__(self) -> int:
+        return len(self.indptr) - 1
+
+    def __getitems__(self, rows):
+        """Copy rows out, flat."""
+        rows = np.asarray(rows)
+        starts, stops = self.indptr[rows], self.indptr[rows + 1]
+        runs = list(zip(starts.tolist(), stops.tolist(), strict=True))
+        indptr = np.concatenate([[0], np.cumsum(stops - starts)])
+        indices = np.concatenate([self.indices[start:stop] for start, stop in runs])
+        return indptr, indices, np.concatenate([self.data[start:stop] for start, stop in runs])
+
+
+def read_memory_map(folder: Path, workers: int = 0) -> float:
+    """Read int32 and float32 through the same DataLoader."""
+    import torch
+
+    _warm(folder / "map_indices", folder / "map_data")
+    data = MemoryMap(folder)
+    loader = DataLoader(data, batch_size=BATCH, shuffle=True, collate_fn=tensors_of, num_workers=workers)
+    torch.manual_seed(0)
+    return _pass(loader, 1_000, lambda batch: len(batch[0]) - 1)
+
+
+def tensors_of(arrays):
+    """Make tensors of arrays."""
+    import torch
+
+    return [torch.from_numpy(array) for array in arrays]
+
+
+def read_hugging_face(folder: Path) -> float:
+    """Read our store as a plain Hugging Face dataset in numpy format."""
+    from datasets import load_from_disk
+
+    dataset = load_from_disk(str(folder / "store")).with_format("numpy", columns=["genes", "counts"])
+    _warm(*(folder / "store").glob("*.arrow"))
+    order = np.random.default_rng(0).permutation(len(dataset))[: 201 * BATCH].reshape(-1, BATCH)
+    return _pass((dataset[rows] for rows in order), 200, lambda batch: len(batch["genes"]))
+
+
+def read_backed(folder: Path) -> float:
+    """Read a backed AnnData, the rows of a batch at once and in order."""
+    from anndata import read_h5ad
+
+    _warm(folder / "cells.h5ad")
+    adata = read_h5ad(folder / "cells.h5ad", backed="r")
+    order = np.random.default_rng(0).permutation(adata.n_obs)[: 21 * BATCH].reshape(-1, BATCH)
+    return _pass((adata.X[np.sort(rows)] for rows in order), 20, lambda batch: batch.shape[0])
+
+
+def read_scdl(folder: Path, workers: int = 0) -> float:
+    """Read with bionemo-scdl and its collate function."""
+    from bionemo.scdl.io.single_cell_memmap_dataset import SingleCellMemMapDataset
+    from bionemo.scdl.util.torch_dataloader_utils import collate_sparse_matrix_batch
+
+    _warm(*(file for file in (folder / "scdl").iterdir() if file.is_file()))
+    data = SingleCellMemMapDataset(str(folder / "scdl"))
+    loader = DataLoader(
+        data, batch_size=BATCH, shuffle=True, collate_fn=collate_sparse_matrix_batch, num_workers=workers
+    )
+    return _pass(loader, 300, lambda batch: batch.shape[0])
+
+
+def read_sc_dataset(folder: Path, block_size: int) -> float:
+    """Read with scDataset, 16 batches a fetch."""
+    from anndata import read_h5ad
+    from scdataset import BlockShuffling, scDataset
+
+    _warm(folder / "cells.h5ad")
+    adata = read_h5ad(folder / "cells.h5ad", backed="r")
+    data = scDataset(
+        adata,
+        BlockShuffling(block_size=block_size),
+        batch_size=BATCH,
+        fetch_factor=16,
+        fetch_callback=lambda adata, rows: adata[rows].X,
+        batch_callback=lambda fetched, rows: fetched[rows],
+    )
+    return _pass(DataLoader(data, batch_size=None), 64 if block_size > 1 else 16, lambda batch: batch.shape[0])

@@ -1,0 +1,75 @@
+"""Make one SingleCellMemMapDataset of all h5ad files in a folder and the folders in it.
+
+convert_h5ad_to_scdl --data-path hdf5s --save-path example_dataset
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse and run.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        The command line without the program's name.
+
+    Returns
+    -------
+    int
+        Exit status: 0, 1 for an error, 130 if interrupted. A wrong command line exits with 2.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        print(run(args))
+    except KeyboardInterrupt:
+        print("convert_h5ad_to_scdl: interrupted; called again, it goes on with the next file", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"convert_h5ad_to_scdl: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(args: argparse.Namespace):
+    """Convert; returns the dataset."""
+    from ..data.scdl import SingleCellMemMapDataset
+    from ..data.scdl_building import check_free
+    from ..data.scdl_collection import SingleCellCollection
+
+    save_path = Path(args.save_path)
+    check_free(save_path, "Choose another --save-path, or delete it.")
+    # Kept where a file cannot be converted, so that the others need not be converted again.
+    parts = save_path.with_name(f".{save_path.name}.parts")
+    collection = SingleCellCollection(parts)
+    collection.load_h5ad_multi(
+        args.data_path,
+        max_workers=args.num_workers,
+        use_processes=args.num_workers > 1,
+        data_dtype=args.data_dtype,
+        use_X_not_raw=args.use_X_not_raw,
+    )
+    collection.flatten(save_path)
+    shutil.rmtree(parts)
+    return SingleCellMemMapDataset(save_path, data_dtype=args.data_dtype)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "convert_h5ad_to_scdl", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data-path", required=True, help="folder of the h5ad files")
+    parser.add_argument("--save-path", required=True, help="folder to make")
+    parser.add_argument("--num-workers", type=int, default=1, help="files that are read at a time (default: 1)")
+    parser.add_argument("--data-dtype", help="type that all values must fit, such as uint16 (default: float32)")
+    parser.add_argument("--use-X-not-raw", action="store_true", help="take X also where a file has a raw matrix")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

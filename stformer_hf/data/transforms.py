@@ -1,0 +1,175 @@
+"""Transforms of the items of an `AnnDataset`: each gets the dictionary of one cell and returns it changed."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+_IGNORED = -100  # the label that torch's cross entropy leaves out
+
+
+class Transform(ABC):
+    """What is done to each cell after it was read.
+
+    Subclasses define `__call__`, at the top level of a module if spawned workers are to get them. The dictionary is a
+    cell's own copy: a transform may change it, and the tensors in it, in place.
+    """
+
+    @abstractmethod
+    def __call__(self, data_dict: dict[str, Any]) -> dict[str, Any]:
+        """Transform one cell.
+
+        Parameters
+        ----------
+        data_dict : dict
+            `X`, float32 tensor (n_vars,), and `obs_<column>`, a tensor () or a str.
+
+        Returns
+        -------
+        dict
+            The same dictionary or another; the keys must be the same for all cells of a batch.
+        """
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class Compose(Transform):
+    """Transforms, one after the other.
+
+    Parameters
+    ----------
+    transforms : iterable of Transform
+        In the order in which they are applied.
+
+    Raises
+    ------
+    ValueError
+        There are none.
+    TypeError
+        One is not a `Transform`.
+    """
+
+    def __init__(self, transforms: Iterable[Transform]):
+        self.transforms = list(transforms)
+        if not self.transforms:
+            raise ValueError("Compose needs at least one transform; to change nothing, pass transform=None.")
+        for transform in self.transforms:
+            check_transform(transform)
+
+    def __call__(self, data_dict: dict[str, Any]) -> dict[str, Any]:
+        """Apply all of them."""
+        for transform in self.transforms:
+            data_dict = transform(data_dict)
+        return data_dict
+
+    def __repr__(self) -> str:
+        return f"Compose([{', '.join(map(repr, self.transforms))}])"
+
+
+class NormalizeRowSum(Transform):
+    """Scale a cell to a fixed sum: X * target_sum / sum(X), after negative values were set to 0.
+
+    A cell without counts stays 0.
+
+    Parameters
+    ----------
+    target_sum : float, default: 1e4
+        Sum of each cell thereafter, above 0.
+
+    Raises
+    ------
+    ValueError
+        `target_sum` is not above 0.
+    """
+
+    def __init__(self, target_sum: float = 1e4):
+        if not target_sum > 0:
+            raise ValueError(f"target_sum={target_sum}: a cell is scaled to a sum above 0.")
+        self.target_sum = target_sum
+
+    def __call__(self, data_dict: dict[str, Any]) -> dict[str, Any]:
+        """Scale `X`."""
+        values = torch.clamp(data_dict["X"], min=0)
+        total = values.sum(dim=-1, keepdim=True) + 1e-8  # keeps a cell without counts from 0 / 0
+        data_dict["X"] = values * (self.target_sum / total)
+        return data_dict
+
+    def __repr__(self) -> str:
+        return f"NormalizeRowSum(target_sum={self.target_sum})"
+
+
+class LogTransform(Transform):
+    """Replace X by log(1 + X)."""
+
+    def __call__(self, data_dict: dict[str, Any]) -> dict[str, Any]:
+        """Transform `X`."""
+        data_dict["X"] = torch.log1p(data_dict["X"])
+        return data_dict
+
+
+class EncodeLabels(Transform):
+    """Add the number of a label, beside the label.
+
+    Without an encoder, and for cells without the obs column, nothing is added. A missing label (the empty string, of
+    numeric columns NaN) gets -100, which torch's cross entropy leaves out.
+
+    Parameters
+    ----------
+    obs_key : str, default: "cell_type"
+        Column of obs.
+    encoded_key : str, optional
+        Key of the number; `obs_<obs_key>_encoded` by default.
+    label_encoder : object with `transform`, optional
+        Fitted, such as sklearn's `LabelEncoder`: turns a list of labels into numbers.
+    """
+
+    def __init__(self, obs_key: str = "cell_type", encoded_key: str | None = None, label_encoder: Any = None):
+        self.obs_key = obs_key
+        self.encoded_key = encoded_key or f"obs_{obs_key}_encoded"
+        self.label_encoder = label_encoder
+
+    def __call__(self, data_dict: dict[str, Any]) -> dict[str, Any]:
+        """Add the number of the label: int64 tensor ().
+
+        Raises
+        ------
+        ValueError
+            The encoder does not know the label.
+        """
+        label = data_dict.get(f"obs_{self.obs_key}")
+        if label is None or self.label_encoder is None:
+            return data_dict
+        if isinstance(label, torch.Tensor):
+            label = label.item()
+        missing = label == "" or (isinstance(label, float) and math.isnan(label))
+        data_dict[self.encoded_key] = torch.tensor(_IGNORED if missing else self._number(label), dtype=torch.long)
+        return data_dict
+
+    def _number(self, label: Any) -> int:
+        try:
+            return int(self.label_encoder.transform([label])[0])
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"obs column {self.obs_key!r}: the encoder does not know the label {label!r}. Fit it on the labels "
+                "of all cells, or leave these cells out with obs_subset."
+            ) from error
+
+    def __repr__(self) -> str:
+        return f"EncodeLabels(obs_key={self.obs_key!r}, encoded_key={self.encoded_key!r})"
+
+
+def check_transform(transform: Any) -> None:
+    """Raise TypeError where something else than a `Transform` was passed."""
+    if not isinstance(transform, Transform):
+        raise TypeError(
+            f"A transform is an instance of a subclass of Transform, got {transform!r} "
+            f"({type(transform).__name__}). Put a function into the __call__ of such a class."
+        )
+
+
+__all__ = ["Compose", "EncodeLabels", "LogTransform", "NormalizeRowSum", "Transform"]
