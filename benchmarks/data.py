@@ -7,7 +7,9 @@ counts are mostly small, as real ones are.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import platform
 import shutil
 import tempfile
@@ -72,8 +74,6 @@ def run(arguments: list[str]) -> None:
 
 
 def _n_cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -166,7 +166,11 @@ def build_scdl(folder: Path) -> float:
     shutil.rmtree(folder / "scdl", ignore_errors=True)
     with clock():
         data = SingleCellMemMapDataset(
-            str(folder / "scdl"), str(folder / "cells.h5ad"), paginated_load_cutoff=0, load_block_row_size=10_000
+            str(folder / "scdl"),
+            str(folder / "cells.h5ad"),
+            paginated_load_cutoff=0,
+            load_block_row_size=10_000,
+            use_X_not_raw=True,
         )
         data.save()
     return data.number_of_rows()
@@ -199,18 +203,22 @@ def _block_readers(here: set[str]) -> dict:
     return readers
 
 
-def _pass(loader, n_batches: int, size: Callable) -> float:
-    """Read a warm-up and then time batches, touching what came: `size` gives a batch's cells and a sum of it."""
-    batches = iter(loader)
-    size(next(batches))
-    cells = 0
+def _pass(loader, size: Callable, n_batches: int | None = None) -> float:
+    """Read an epoch (or some batches) to map the files, and time another; `size` gives the cells of a batch."""
+    for _ in itertools.islice(loader, n_batches):
+        pass
     with clock():
-        for _ in range(n_batches):
-            batch = next(batches, None)
-            if batch is None:
-                break
-            cells += size(batch)
-    return cells
+        return sum(size(batch) for batch in itertools.islice(loader, n_batches))
+
+
+class _Rows:
+    """Reads the same batches in every pass."""
+
+    def __init__(self, read: Callable, order: np.ndarray):
+        self._read, self._order = read, order
+
+    def __iter__(self) -> Iterator:
+        return map(self._read, self._order)
 
 
 def _warm(*files: Path) -> None:
@@ -233,8 +241,9 @@ def read_ours(folder: Path, workers: int = 0, block_size: int = 1) -> float:
         sampler=BlockShuffleSampler(store, block_size=block_size, seed=0),
         collate_fn=collate_cells,
         num_workers=workers,
+        persistent_workers=workers > 0,
     )
-    return _pass(loader, 1_000, lambda batch: len(batch["cell_id"]))
+    return _pass(loader, lambda batch: len(batch["cell_id"]))
 
 
 class MemoryMap:
@@ -260,13 +269,16 @@ class MemoryMap:
 
 def read_memory_map(folder: Path, workers: int = 0) -> float:
     """Read int32 and float32 through the same DataLoader."""
-    import torch
-
     _warm(folder / "map_indices", folder / "map_data")
-    data = MemoryMap(folder)
-    loader = DataLoader(data, batch_size=BATCH, shuffle=True, collate_fn=tensors_of, num_workers=workers)
-    torch.manual_seed(0)
-    return _pass(loader, 1_000, lambda batch: len(batch[0]) - 1)
+    loader = DataLoader(
+        MemoryMap(folder),
+        batch_size=BATCH,
+        shuffle=True,
+        collate_fn=tensors_of,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+    return _pass(loader, lambda batch: len(batch[0]) - 1)
 
 
 def tensors_of(arrays):
@@ -282,8 +294,8 @@ def read_hugging_face(folder: Path) -> float:
 
     dataset = load_from_disk(str(folder / "store")).with_format("numpy", columns=["genes", "counts"])
     _warm(*(folder / "store").glob("*.arrow"))
-    order = np.random.default_rng(0).permutation(len(dataset))[: 201 * BATCH].reshape(-1, BATCH)
-    return _pass((dataset[rows] for rows in order), 200, lambda batch: len(batch["genes"]))
+    order = np.random.default_rng(0).permutation(len(dataset))[: 200 * BATCH].reshape(-1, BATCH)
+    return _pass(_Rows(dataset.__getitem__, order), lambda batch: len(batch["genes"]))
 
 
 def read_backed(folder: Path) -> float:
@@ -292,8 +304,8 @@ def read_backed(folder: Path) -> float:
 
     _warm(folder / "cells.h5ad")
     adata = read_h5ad(folder / "cells.h5ad", backed="r")
-    order = np.random.default_rng(0).permutation(adata.n_obs)[: 21 * BATCH].reshape(-1, BATCH)
-    return _pass((adata.X[np.sort(rows)] for rows in order), 20, lambda batch: batch.shape[0])
+    order = np.random.default_rng(0).permutation(adata.n_obs)[: 20 * BATCH].reshape(-1, BATCH)
+    return _pass(_Rows(lambda rows: adata.X[np.sort(rows)], order), lambda batch: batch.shape[0])
 
 
 def read_scdl(folder: Path, workers: int = 0) -> float:
@@ -304,9 +316,14 @@ def read_scdl(folder: Path, workers: int = 0) -> float:
     _warm(*(file for file in (folder / "scdl").iterdir() if file.is_file()))
     data = SingleCellMemMapDataset(str(folder / "scdl"))
     loader = DataLoader(
-        data, batch_size=BATCH, shuffle=True, collate_fn=collate_sparse_matrix_batch, num_workers=workers
+        data,
+        batch_size=BATCH,
+        shuffle=True,
+        collate_fn=collate_sparse_matrix_batch,
+        num_workers=workers,
+        persistent_workers=workers > 0,
     )
-    return _pass(loader, 300, lambda batch: batch.shape[0])
+    return _pass(loader, lambda batch: batch.shape[0])
 
 
 def read_sc_dataset(folder: Path, block_size: int) -> float:
@@ -324,4 +341,4 @@ def read_sc_dataset(folder: Path, block_size: int) -> float:
         fetch_callback=lambda adata, rows: adata[rows].X,
         batch_callback=lambda fetched, rows: fetched[rows],
     )
-    return _pass(DataLoader(data, batch_size=None), 64 if block_size > 1 else 16, lambda batch: batch.shape[0])
+    return _pass(DataLoader(data, batch_size=None), lambda batch: batch.shape[0], 64 if block_size > 1 else 16)

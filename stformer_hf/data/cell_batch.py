@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
+
+from ..genes.gene_table import GeneTable
 
 
 @dataclass
@@ -28,6 +33,8 @@ class CellBatch:
         Names of the codes of the categorical columns.
     gene_ids, symbols : object array (n_genes,)
         Of the gene table; the same arrays in every batch of a store.
+    path : Path, optional
+        The store; by it another process finds the names of genes and categories, which are not sent with the cells.
     """
 
     indptr: np.ndarray
@@ -38,9 +45,43 @@ class CellBatch:
     categories: dict[str, list[str]]
     gene_ids: np.ndarray
     symbols: np.ndarray
+    path: Path | None = None
 
     def __len__(self) -> int:
         return len(self.cell_id)
+
+    def __reduce__(self):
+        if self.path is None:
+            return CellBatch, tuple(getattr(self, field.name) for field in fields(self))
+        # Names of genes and categories are the same in every batch, and larger than the cells: read once by the
+        # process that a worker sends its batches to.
+        return _batch_of, (self.path, self.indptr, self.genes, self.counts, self.cell_id, self.obs)
+
+
+def _batch_of(path: Path, *cells) -> CellBatch:
+    categories, gene_ids, symbols = _names(path)
+    return CellBatch(*cells, categories, gene_ids, symbols, path)
+
+
+@lru_cache(maxsize=8)
+def _names(path: Path) -> tuple[dict[str, list[str]], np.ndarray, np.ndarray]:
+    genes = GeneTable.from_parquet(path / "genes.parquet")
+    categories = json.loads((path / "manifest.json").read_text())["categories"]
+    return categories, genes.gene_ids, genes.symbols
+
+
+class _Tensors(dict):
+    """Tensors that go from a worker to its loader in one message.
+
+    Torch would send each through shared memory and a connection of its own, which takes longer than reading the cells.
+    """
+
+    def __reduce__(self):
+        return _tensors, ({n: v.numpy() if isinstance(v, torch.Tensor) else v for n, v in self.items()},)
+
+
+def _tensors(values: dict[str, np.ndarray | list]) -> _Tensors:
+    return _Tensors({n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in values.items()})
 
 
 def collate_cells(batch: CellBatch) -> dict[str, torch.Tensor | list]:
@@ -67,7 +108,7 @@ def collate_cells(batch: CellBatch) -> dict[str, torch.Tensor | list]:
     }
     for name, values in batch.obs.items():
         tensors[f"obs_{name}"] = torch.from_numpy(values) if values.dtype.kind in "iufb" else values.tolist()
-    return tensors
+    return _Tensors(tensors)
 
 
 __all__ = ["CellBatch", "collate_cells"]

@@ -232,6 +232,7 @@ class CellStore:
             categories=self.categories,
             gene_ids=self.gene_ids,
             symbols=self.genes.symbols,
+            path=self.path,
         )
 
     def _row_numbers(self, index) -> np.ndarray:
