@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 from ..genes.gene_table import GeneTable
+from .worker_slots import SharedArrays
 
 
 @dataclass
@@ -71,17 +73,16 @@ def _names(path: Path) -> tuple[dict[str, list[str]], np.ndarray, np.ndarray]:
 
 
 class _Tensors(dict):
-    """Tensors that go from a worker to its loader in one message.
-
-    Torch would send each through shared memory and a connection of its own, which takes longer than reading the cells.
-    """
+    """Tensors that go from a worker to its loader through one slot of shared memory."""
 
     def __reduce__(self):
-        return _tensors, ({n: v.numpy() if isinstance(v, torch.Tensor) else v for n, v in self.items()},)
+        arrays = {name: value.numpy() for name, value in self.items() if isinstance(value, torch.Tensor)}
+        others = {name: value for name, value in self.items() if name not in arrays}
+        return _tensors, (arrays if get_worker_info() is None else SharedArrays(arrays), others)
 
 
-def _tensors(values: dict[str, np.ndarray | list]) -> _Tensors:
-    return _Tensors({n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in values.items()})
+def _tensors(arrays: dict[str, np.ndarray], others: dict[str, list]) -> _Tensors:
+    return _Tensors({**{name: torch.from_numpy(array) for name, array in arrays.items()}, **others})
 
 
 def collate_cells(batch: CellBatch) -> dict[str, torch.Tensor | list]:

@@ -249,10 +249,10 @@ class CellStore:
                 raise IndexError(f"Row numbers are integers, got {rows.dtype}.")
             elif len(rows):
                 rows = rows.astype(np.int64, copy=False)
-                if rows.min() < -len(self) or rows.max() >= len(self):
-                    outside = rows[(rows < -len(self)) | (rows >= len(self))][0]
-                    raise IndexError(f"Row {outside} is outside the store of {len(self)} cells.")
-                if rows.min() < 0:
+                if not (rows.view(np.uint64) < len(self)).all():  # some are negative, or outside
+                    outside = rows[(rows < -len(self)) | (rows >= len(self))]
+                    if len(outside):
+                        raise IndexError(f"Row {outside[0]} is outside the store of {len(self)} cells.")
                     rows = np.where(rows < 0, rows + len(self), rows)
         return rows.astype(np.int64, copy=False) if self._index is None else self._index[rows.astype(np.int64)]
 

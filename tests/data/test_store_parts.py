@@ -18,7 +18,7 @@ from scipy import sparse
 from torch.utils.data import DataLoader
 
 from stformer_hf import CellStore, collate_cells
-from stformer_hf.data import shards
+from stformer_hf.data import shards, worker_slots
 
 SMALL = {"obs": "all", "neighbors": "spatial_connectivities", "rows_per_batch": 16, "rows_per_shard": 32}
 
@@ -309,6 +309,39 @@ def test_collated_batches_are_the_cells(whole, sections, context):
         )
         seen += batch["cell_id"].tolist()
     assert seen == list(range(303))
+
+
+def test_batches_that_are_kept_are_not_written_over(whole, sections):
+    _, counts, _ = sections
+    loader = DataLoader(whole, batch_size=8, collate_fn=collate_cells, num_workers=2, persistent_workers=True)
+    kept = list(loader) + list(loader)  # all batches of two epochs live
+    for batch in kept:
+        rows = sparse.csr_matrix(
+            (batch["counts"], batch["genes"].int(), batch["indptr"]), shape=(len(batch["cell_id"]), 30)
+        )
+        np.testing.assert_array_equal(rows.toarray(), counts[batch["cell_id"]])
+    assert [row for batch in kept for row in batch["cell_id"].tolist()] == [*range(303), *range(303)]
+
+
+def test_slots_of_batches_that_are_gone_are_used_again(whole):
+    loader = DataLoader(whole, batch_size=8, collate_fn=collate_cells, num_workers=1, persistent_workers=True)
+    for _ in range(3):
+        for batch in loader:
+            del batch
+    worker = loader._iterator._workers[0].pid
+    n_slots = sum(process == worker for process, _ in worker_slots._received)
+    assert 1 <= n_slots <= 8  # of 114 batches
+
+
+def test_a_batch_from_a_worker_brings_cells_not_names(whole):
+    batch = whole.__getitems__([1, 2])
+    copy = pickle.loads(pickle.dumps(batch))
+    assert len(pickle.dumps(batch)) < 2_000
+    assert copy.gene_ids.tolist() == whole.gene_ids.tolist() and copy.categories == whole.categories
+    np.testing.assert_array_equal(copy.counts, batch.counts)
+    tensors = collate_cells(batch)
+    again = pickle.loads(pickle.dumps(tensors))
+    assert again.keys() == tensors.keys() and torch.equal(again["counts"], tensors["counts"])
 
 
 def test_pickled_stores_are_small_whatever_they_hold(tmp_path):

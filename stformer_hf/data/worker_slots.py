@@ -1,0 +1,97 @@
+"""Worker slots: arrays from a DataLoader's worker to its main process through shared memory that is used again.
+
+Torch gives each tensor of each batch a new shared file and passes its descriptor over a socket; numpy arrays go through
+a pipe of 64 KB. Both take longer than reading a batch of cells. Here a worker writes all arrays of a batch into one of
+its slots; the slot itself is sent once, by torch, and after that only its number. The main process copies the arrays
+out and gives the slot back by a flag in its first byte.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from typing import Any
+
+import numpy as np
+import torch
+
+_ALIGNMENT = 64  # the flag has the first place
+_numbers = itertools.count()
+_own: dict[int, torch.Tensor] = {}  # of a worker: its slots
+_sent: set[int] = set()  # those that the main process has
+_received: dict[tuple[int, int], torch.Tensor] = {}  # of the main process: (worker's process, number) -> slot
+
+
+class SharedArrays:
+    """Arrays that are pickled through a slot.
+
+    Parameters
+    ----------
+    arrays : dict of str to array
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray]):
+        self.arrays = arrays
+
+    def __reduce__(self):
+        places, end = [], _ALIGNMENT
+        for name, array in self.arrays.items():
+            places.append((name, array.dtype.str, array.shape, end))
+            end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        number = _free_slot(end)
+        slot = _own[number]
+        memory = slot.numpy()
+        memory[0] = 1
+        for (_, _, _, start), array in zip(places, self.arrays.values(), strict=True):
+            memory[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        first = number not in _sent
+        _sent.add(number)
+        return _receive, (os.getpid(), number, slot if first else None, places)
+
+
+def _free_slot(size: int) -> int:
+    """Find a slot that the main process has given back and that is large enough; else make one."""
+    for number, slot in list(_own.items()):
+        if not slot[0]:
+            if len(slot) >= size:
+                return number
+            del _own[number]
+    number = next(_numbers)
+    _own[number] = torch.zeros(size + size // 4, dtype=torch.uint8).share_memory_()
+    return number
+
+
+def _receive(process: int, number: int, slot: torch.Tensor | None, places: list[tuple[str, str, Any, int]]):
+    """Copy the arrays out of a slot, and give it back."""
+    if slot is not None:
+        for key in [key for key in _received if not _is_running(key[0])]:
+            del _received[key]  # of workers that are gone
+        _received[process, number] = slot
+    memory = np.asarray(_Lease(_received[process, number].numpy()))
+    return {
+        name: memory[start : start + np.dtype(dtype).itemsize * math.prod(shape)].view(dtype).reshape(shape)
+        for name, dtype, shape, start in places
+    }
+
+
+class _Lease:
+    """A slot's memory, as long as an array of it lives; then the worker may write there again."""
+
+    def __init__(self, memory: np.ndarray):
+        self._memory = memory
+        self.__array_interface__ = memory.__array_interface__
+
+    def __del__(self):
+        self._memory[0] = 0
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+__all__ = ["SharedArrays"]
