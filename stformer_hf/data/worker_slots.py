@@ -1,9 +1,9 @@
 """Worker slots: arrays from a DataLoader's worker to its main process through shared memory that is used again.
 
-Torch gives each tensor of each batch a new shared file and passes its descriptor over a socket; numpy arrays go through
-a pipe of 64 KB. Both take longer than reading a batch of cells. Here a worker writes all arrays of a batch into one of
-its slots; the slot itself is sent once, by torch, and after that only its number. The main process copies the arrays
-out and gives the slot back by a flag in its first byte.
+Torch gives each tensor of each batch a new shared file and passes its descriptor over a socket; numpy arrays go by way
+of a pipe of 64 KB. Both take longer than reading a batch of cells. Here a worker writes the arrays of a batch into one
+of its slots; the slot itself is sent once, by torch, and after that only its number. The main process uses the arrays
+where they lie, and gives the slot back, by a flag in its first byte, when the last of them is gone.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _free_slot(size: int) -> int:
 
 
 def _receive(process: int, number: int, slot: torch.Tensor | None, places: list[tuple[str, str, Any, int]]):
-    """Copy the arrays out of a slot, and give it back."""
+    """Find the arrays in a slot."""
     if slot is not None:
         for key in [key for key in _received if not _is_running(key[0])]:
             del _received[key]  # of workers that are gone
