@@ -7,7 +7,9 @@ loaded, cached or allocated counts; the turns go round, so that a slow minute of
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.util
 import json
 import os
 import statistics
@@ -31,12 +33,16 @@ def clock() -> Iterator[None]:
     _seconds.append(time.perf_counter() - began)
 
 
-def private_mb() -> float:
-    """Memory that is this process's own now, in MB: not that of mapped files, which the system can take back."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) / 1024
-    return float("nan")
+def private_mb(process: str = "self") -> float:
+    """Memory of a process and its children now, in MB: their own, not that of mapped files, which can be taken back."""
+    total = 0.0
+    with contextlib.suppress(OSError):  # a child that just ended
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                total = int(line.split()[1]) / 1024
+        for task in Path(f"/proc/{process}/task").iterdir():
+            total += sum(private_mb(child) for child in (task / "children").read_text().split())
+    return total
 
 
 class _Memory(threading.Thread):

@@ -20,6 +20,11 @@ class ArrowRows:
         Arrow stream files, in the order of the rows.
     neighbor_shifts : sequence of int
         For each file, what is added to the row numbers in its `neighbors`.
+
+    Raises
+    ------
+    ValueError
+        A file that is damaged.
     """
 
     def __init__(self, files: Sequence[Path], neighbor_shifts: Sequence[int]):
@@ -29,13 +34,16 @@ class ArrowRows:
         self._shifts: list[int] = []
         bounds = []
         for file, shift in zip(files, neighbor_shifts, strict=True):
-            for batch in read_batches(file):
-                genes = batch.column("genes")
-                self._batches.append(batch)
-                self._genes.append(genes.values.to_numpy())
-                self._counts.append(batch.column("counts").values.to_numpy())
-                self._shifts.append(shift)
-                bounds.append(genes.offsets.to_numpy())
+            try:
+                for batch in read_batches(file):
+                    genes = batch.column("genes")
+                    self._batches.append(batch)
+                    self._genes.append(genes.values.to_numpy())
+                    self._counts.append(batch.column("counts").values.to_numpy())
+                    self._shifts.append(shift)
+                    bounds.append(genes.offsets.to_numpy())
+            except (OSError, KeyError, pa.ArrowException) as error:
+                raise ValueError(f"{file} is damaged: {error}. Copy the store again, or build it again.") from error
         # Row r of batch b has the entries _bounds[r + b]:_bounds[r + b + 1] of the batch's genes and counts.
         self._bounds = np.concatenate(bounds) if bounds else np.zeros(0, np.int32)
         self._starts = np.cumsum([0, *(len(offsets) - 1 for offsets in bounds)])

@@ -37,6 +37,8 @@ class CellBatch:
         Of the gene table; the same arrays in every batch of a store.
     path : Path, optional
         The store; by it another process finds the names of genes and categories, which are not sent with the cells.
+    names_key : str
+        Changes with these names.
     """
 
     indptr: np.ndarray
@@ -48,6 +50,7 @@ class CellBatch:
     gene_ids: np.ndarray
     symbols: np.ndarray
     path: Path | None = None
+    names_key: str = ""
 
     def __len__(self) -> int:
         return len(self.cell_id)
@@ -57,16 +60,15 @@ class CellBatch:
             return CellBatch, tuple(getattr(self, field.name) for field in fields(self))
         # Names of genes and categories are the same in every batch, and larger than the cells: read once by the
         # process that a worker sends its batches to.
-        return _batch_of, (self.path, self.indptr, self.genes, self.counts, self.cell_id, self.obs)
+        return _batch_of, (self.path, self.names_key, self.indptr, self.genes, self.counts, self.cell_id, self.obs)
 
 
-def _batch_of(path: Path, *cells) -> CellBatch:
-    categories, gene_ids, symbols = _names(path)
-    return CellBatch(*cells, categories, gene_ids, symbols, path)
+def _batch_of(path: Path, names_key: str, *cells) -> CellBatch:
+    return CellBatch(*cells, *_names(path, names_key), path, names_key)
 
 
 @lru_cache(maxsize=8)
-def _names(path: Path) -> tuple[dict[str, list[str]], np.ndarray, np.ndarray]:
+def _names(path: Path, key: str) -> tuple[dict[str, list[str]], np.ndarray, np.ndarray]:
     genes = GeneTable.from_parquet(path / "genes.parquet")
     categories = json.loads((path / "manifest.json").read_text())["categories"]
     return categories, genes.gene_ids, genes.symbols
@@ -76,6 +78,9 @@ class _Tensors(dict):
     """Tensors that go from a worker to its loader through one slot of shared memory."""
 
     def __reduce__(self):
+        tensors = [value for value in self.values() if isinstance(value, torch.Tensor)]
+        if any(tensor.device.type != "cpu" or tensor.dtype == torch.bfloat16 for tensor in tensors):
+            return dict, (dict(self),)
         arrays = {name: value.numpy() for name, value in self.items() if isinstance(value, torch.Tensor)}
         others = {name: value for name, value in self.items() if name not in arrays}
         return _tensors, (arrays if get_worker_info() is None else SharedArrays(arrays), others)

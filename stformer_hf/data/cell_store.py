@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ from .store_writer import (
     ROWS_PER_SHARD,
     BuildSettings,
     coverage,
+    recover,
     write_store,
 )
 
@@ -42,6 +44,14 @@ class CellStore:
     `datasets.load_from_disk(path)` opens it without this package: `genes` (row of the gene table, ascending) and
     `counts` (the narrowest type that holds them exactly), then `obs_name` and the chosen obs columns. As a map-style
     torch dataset it gives dictionaries for single rows and a `CellBatch` for many (`__getitems__`).
+
+    Attributes
+    ----------
+    path : Path
+    genes : GeneTable
+        Row j is the gene that the column `genes` calls j.
+    manifest : dict
+        Sources, shards, types and checksums, as `manifest.json` holds them.
 
     Parameters
     ----------
@@ -62,7 +72,7 @@ class CellStore:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = Path(os.path.abspath(path))
         self.manifest: dict[str, Any] = _read_manifest(self.path)
         self._index: np.ndarray | None = None  # of a selection: its rows in the whole store
         self._open()
@@ -77,6 +87,11 @@ class CellStore:
                     "Copy the store again, or build it again."
                 )
         shards = self.manifest["shards"]
+        # Read now: a store that is replaced while it is open would give its old rows new names.
+        try:
+            self.genes = GeneTable.from_parquet(self.path / "genes.parquet")
+        except (OSError, ValueError) as error:  # Arrow's errors are of these
+            raise ValueError(f"{self.path / 'genes.parquet'} is damaged: {error}. Copy the store again.") from error
         self._rows = ArrowRows(
             [self.path / shard["file"] for shard in shards], [shard["neighbor_shift"] for shard in shards]
         )
@@ -97,11 +112,6 @@ class CellStore:
         return f"CellStore({str(self.path)!r}: {cells}, {len(self.genes):,} genes, obs: {columns})"
 
     # ------------------------------------------------------------------ what is in it
-
-    @cached_property
-    def genes(self) -> GeneTable:
-        """The gene table: row j is the gene that `genes` calls j."""
-        return GeneTable.from_parquet(self.path / "genes.parquet")
 
     @property
     def gene_ids(self) -> np.ndarray:
@@ -140,6 +150,7 @@ class CellStore:
         """The store as a `datasets.Dataset`, memory-mapped."""
         from datasets import load_from_disk
 
+        self._must_be_unchanged()
         dataset = load_from_disk(str(self.path))
         return dataset if self._index is None else dataset.select(self._index)
 
@@ -233,6 +244,7 @@ class CellStore:
             gene_ids=self.gene_ids,
             symbols=self.genes.symbols,
             path=self.path,
+            names_key=self._names_key,
         )
 
     def _row_numbers(self, index) -> np.ndarray:
@@ -241,6 +253,8 @@ class CellStore:
             rows = np.arange(*index.indices(len(self)), dtype=np.int64)
         else:
             rows = np.atleast_1d(np.asarray(index))
+            if rows.ndim > 1:
+                raise IndexError(f"Row numbers are one list, got an array of shape {rows.shape}.")
             if rows.dtype == bool:
                 if len(rows) != len(self):
                     raise IndexError(f"The mask has {len(rows)} values, the store {len(self)} cells.")
@@ -248,6 +262,8 @@ class CellStore:
             elif rows.dtype.kind not in "iu" and len(rows):
                 raise IndexError(f"Row numbers are integers, got {rows.dtype}.")
             elif len(rows):
+                if rows.dtype == np.uint64 and rows.max() >= len(self):
+                    raise IndexError(f"Row {rows.max()} is outside the store of {len(self)} cells.")
                 rows = rows.astype(np.int64, copy=False)
                 if not (rows.view(np.uint64) < len(self)).all():  # some are negative, or outside
                     outside = rows[(rows < -len(self)) | (rows >= len(self))]
@@ -275,7 +291,7 @@ class CellStore:
             Over these cells, in this order. Their `cell_id`, by which masks are drawn, stays that of the whole store.
         """
         chosen = object.__new__(CellStore)
-        chosen.path, chosen.manifest, chosen._rows = self.path, self.manifest, self._rows
+        chosen.path, chosen.manifest, chosen.genes, chosen._rows = self.path, self.manifest, self.genes, self._rows
         chosen._index = self._row_numbers(index)
         return chosen
 
@@ -475,6 +491,7 @@ class CellStore:
             has not.
         """
         self._must_be_whole("append to")
+        self._must_be_unchanged()
         if (neighbors is not None) != self.manifest["neighbors"]:
             has = "has" if self.manifest["neighbors"] else "has no"
             raise ValueError(f"{self.path} {has} neighbours; what is added must have the same (neighbors=…).")
@@ -494,7 +511,7 @@ class CellStore:
 
     @classmethod
     def join(cls, path: str | Path, paths: Sequence[str | Path], *, overwrite: bool = False) -> CellStore:
-        """Make one store of several without copying them: a manifest that points at their shards.
+        """Make one store of several without copying them: a manifest, and links to their shards.
 
         Parameters
         ----------
@@ -502,7 +519,7 @@ class CellStore:
             Folder to make.
         paths : sequence of str or Path
             Stores with the same genes, obs columns and labels, such as the parts that `build(part=(i, n))` made of
-            the same sources. Parts are put in their order; others keep the order given. They stay where they are.
+            the same sources. Parts are put in their order; others keep the order given. They stay as they are.
         overwrite : bool, default: False
             Replace a store at the path.
 
@@ -513,7 +530,7 @@ class CellStore:
         Raises
         ------
         ValueError
-            Stores that differ in genes, obs columns or labels; a part that is missing.
+            Stores that differ in genes, obs columns or labels; a part that is missing, or of another build.
         """
         join_stores(Path(path), [cls(part) for part in paths], overwrite)
         return cls(path)
@@ -563,6 +580,15 @@ class CellStore:
             revision=kwargs.get("revision"),
         )
 
+    def _must_be_unchanged(self) -> None:
+        if _read_manifest(self.path) != self.manifest:
+            raise ValueError(f"{self.path} was replaced since this object opened it: open it again.")
+
+    @cached_property
+    def _names_key(self) -> str:
+        """Tells the names of genes and categories apart from those of a store that takes this one's place."""
+        return self.manifest["gene_table"]["checksum"] + str(hash(json.dumps(self.categories)))
+
     def _must_be_whole(self, to_do: str) -> None:
         if self._index is not None:
             raise ValueError(f"This is a selection of {self.path}: {to_do} the whole store, or save the selection.")
@@ -608,6 +634,9 @@ def _listed(sources) -> list:
 
 def _read_manifest(path: Path) -> dict:
     file = path / "manifest.json"
+    if not path.exists() and path.with_name(f".{path.name}.old").exists():
+        time.sleep(0.2)  # it may be replaced just now
+        recover(path)
     if not file.exists():
         if path.with_name(f".{path.name}.building").exists():
             raise FileNotFoundError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import warnings
 from collections.abc import Callable, Iterator
@@ -130,13 +131,13 @@ def _glob(pattern: Path) -> Iterator[Path]:
     return Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))
 
 
-def _walk(path: Path) -> Iterator[Path]:
+def _walk(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     if find_format(path):
         yield path
-    elif path.is_dir():
+    elif path.is_dir() and path.resolve() not in above:  # a link to a folder above would go round for ever
         for inside in sorted(path.iterdir()):
             if not inside.name.startswith("."):
-                yield from _walk(inside)
+                yield from _walk(inside, (*above, path.resolve()))
 
 
 # ---------------------------------------------------------------------- AnnData
@@ -176,6 +177,8 @@ def _open_hdf5(path: Path) -> h5py.File:
     except BlockingIOError as error:
         raise ValueError(f"{path} is open for writing elsewhere. Close it, or open it with backed='r'.") from error
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOENT):
+            raise  # the file is not to blame
         raise ValueError(f"{path} is not a readable HDF5 file, or is cut short: {error}") from error
 
 
@@ -193,7 +196,7 @@ def _is_zarr(path: Path) -> bool:
     )
 
 
-@reads("h5ad", lambda path: path.suffix == ".h5ad" and path.is_file())
+@reads("h5ad", lambda path: path.suffix.lower() == ".h5ad" and path.is_file())
 def _read_h5ad(path: Path) -> list[Layer]:
     return read_anndata_file(path)
 
@@ -267,7 +270,7 @@ def _on_disk(handle: FileHandle, key: str) -> Matrix:
 # ---------------------------------------------------------------------- 10x
 
 
-@reads("10x h5", lambda path: path.suffix == ".h5" and path.is_file())
+@reads("10x h5", lambda path: path.suffix.lower() == ".h5" and path.is_file())
 def _read_tenx_h5(path: Path) -> list[Layer]:
     """Read a Cell Ranger or Space Ranger file: v3 (`matrix`, features of several types) or v2 (a group a genome)."""
     handle = FileHandle(path, _open_hdf5)
@@ -412,6 +415,8 @@ class MtxMatrix(ScatteredMatrix):
                 chunksize=1 << 20,
             )
             for part in parts:
+                if not len(part):
+                    continue
                 features, barcodes = part["feature"].to_numpy() - 1, part["barcode"].to_numpy() - 1
                 if features.min() < 0 or features.max() >= self.shape[1] or barcodes.min() < 0:
                     raise ValueError("entries outside the matrix")
@@ -431,7 +436,7 @@ class MtxMatrix(ScatteredMatrix):
 # ---------------------------------------------------------------------- loom and stores
 
 
-@reads("loom", lambda path: path.suffix == ".loom" and path.is_file())
+@reads("loom", lambda path: path.suffix.lower() == ".loom" and path.is_file())
 def _read_loom(path: Path) -> list[Layer]:
     """Read a loom file: genes by cells, dense, with attributes of both."""
     handle = FileHandle(path, _open_hdf5)

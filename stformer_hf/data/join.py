@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .shards import RowFormat, checksum, has_types, rewrite, widest
-from .store_writer import check_free, replace_store, write_manifest
+from .store_writer import check_free, locked, replace_store, write_manifest
 
 if TYPE_CHECKING:
     from .cell_store import CellStore
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 def join_stores(path: Path, stores: Sequence[CellStore], overwrite: bool) -> None:
     """Write the joined store; parameters and errors are those of `CellStore.join`.
 
-    Shards keep their place. Only those whose counts are of a narrower type than others' are written anew, since a
-    Hugging Face dataset has one type a column.
+    Shards are linked (hard links; over file systems, by their paths). Only those whose counts are of a narrower type
+    than others' are written anew, since a Hugging Face dataset has one type a column.
     """
+    path = path.resolve()
     check_free(path, overwrite)
     stores = _in_order(stores)
     first = stores[0].manifest
@@ -33,6 +34,11 @@ def join_stores(path: Path, stores: Sequence[CellStore], overwrite: bool) -> Non
         obs=first["obs"],
         categories=first["categories"],
     )
+    with locked(path):
+        _write(path, stores, row_format)
+
+
+def _write(path: Path, stores: Sequence[CellStore], row_format: RowFormat) -> None:
     building = path.with_name(f".{path.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
@@ -41,16 +47,20 @@ def join_stores(path: Path, stores: Sequence[CellStore], overwrite: bool) -> Non
         for shard in store.manifest["shards"]:
             file = (store.path / shard["file"]).resolve()
             shard = {**shard, "neighbor_shift": shard["neighbor_shift"] + n_cells}
+            own = building / f"joined-{len(shards):05d}.arrow"
             if has_types(shard, row_format):
-                shard["file"] = os.path.relpath(file, path.resolve())
+                shard["file"] = own.name
+                try:
+                    os.link(file, own)
+                except OSError:  # on another file system: found where it is
+                    shard["file"] = os.path.relpath(file, path)
             else:
-                own = building / f"joined-{len(shards):05d}.arrow"
                 rewrite(file, own, row_format)
                 shard.update(file=own.name, bytes=own.stat().st_size, checksum=checksum(own))
                 shard["count_type"] = row_format.count_type
             shards.append(shard)
         n_cells += len(store)
-    facts = {"n_cells": n_cells, "part": None, "shuffled": False, "sources": _sources(stores)}
+    facts = {"n_cells": n_cells, "part": None, "build": None, "shuffled": False, "sources": _sources(stores)}
     write_manifest(building, facts, stores[0].genes, row_format, shards)
     replace_store(path, building)
 
@@ -60,8 +70,14 @@ def _in_order(stores: Sequence[CellStore]) -> list[CellStore]:
     parts = [store.manifest["part"] for store in stores]
     if not parts:
         raise ValueError("No stores to join.")
-    if None in parts:
+    if all(part is None for part in parts):
         return list(stores)
+    other = next((store for store in stores if store.manifest["build"] != stores[0].manifest["build"]), None)
+    if None in parts or other is not None:
+        other = other or stores[parts.index(None)]
+        raise ValueError(
+            f"{stores[0].path} and {other.path} are not parts of one build: of other sources or settings."
+        )
     n_parts = {n for _, n in parts}
     found = sorted(i for i, _ in parts)
     if len(n_parts) > 1 or found != list(range(parts[0][1])):

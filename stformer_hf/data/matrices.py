@@ -32,7 +32,7 @@ class FileHandle:
     """
 
     def __init__(self, path: Path, opener: Callable[[Path], Any]):
-        self.path = path
+        self.path = Path(os.path.abspath(path))
         self._opener = opener
         self._file, self._process = None, None
 
@@ -48,8 +48,9 @@ class FileHandle:
 
     def close(self) -> None:
         """Close the file, if this process opened it."""
-        if self._file is not None and self._process == os.getpid() and hasattr(self._file, "close"):
-            self._file.close()
+        if self._file is not None and self._process == os.getpid():
+            closing = self._file if hasattr(self._file, "close") else self._file.store  # zarr's groups have none
+            closing.close()
         self._file = None
 
     def __getstate__(self) -> dict:
@@ -112,7 +113,7 @@ class MemoryMatrix(Matrix):
     def __init__(self, values):
         self.shape = tuple(values.shape)
         # A view of an AnnData's matrix would take its parent with it to another process.
-        self._values = sparse.csr_matrix(values) if sparse.issparse(values) else np.asarray(values)
+        self._values = sparse.csr_matrix(values) if sparse.issparse(values) else _native(np.asarray(values))
 
     def rows(self, start: int, stop: int) -> sparse.csr_matrix:
         return sparse.csr_matrix(self._values[start:stop])
@@ -150,7 +151,7 @@ class DenseMatrix(Matrix):
         for first in range(start, stop, step):
             last = min(first + step, stop)
             values = node[:, first:last].T if self._transposed else node[first:last]
-            parts.append(sparse.csr_matrix(values))
+            parts.append(sparse.csr_matrix(_native(values)))
         if not parts:
             return sparse.csr_matrix((0, self.shape[1]), dtype=node.dtype)
         return parts[0] if len(parts) == 1 else sparse.vstack(parts, format="csr")
@@ -193,9 +194,12 @@ class CompressedMatrix(Matrix):
     def _runs(self, runs: list[tuple[int, int]]) -> sparse.csr_matrix:
         node = self._handle[self._key]
         all_data, all_indices = node["data"], node["indices"]
-        if self._indptr is None:
-            self._indptr = node["indptr"][:].astype(np.int64)
-        ends = [self._indptr[start : stop + 1] for start, stop in runs]
+        indptr = node["indptr"]
+        if len(runs) > 1:  # rows anywhere: all ends are read once; a range needs its own only
+            if self._indptr is None:
+                self._indptr = indptr[:]
+            indptr = self._indptr
+        ends = [indptr[start : stop + 1].astype(np.int64) for start, stop in runs]
         lengths = np.concatenate([np.diff(run) for run in ends])
         data = [all_data[run[0] : run[-1]] for run in ends]
         indices = [all_indices[run[0] : run[-1]] for run in ends]
@@ -207,7 +211,7 @@ class CompressedMatrix(Matrix):
                 f"{self._handle.path}: {self._key} is damaged: it has columns outside its {self.shape[1]} genes."
             )
         indptr = np.concatenate([[0], np.cumsum(lengths)])
-        return sparse.csr_matrix((data, indices, indptr), shape=(len(lengths), self.shape[1]))
+        return sparse.csr_matrix((_native(data), indices, indptr), shape=(len(lengths), self.shape[1]))
 
     def sample(self) -> Iterator[np.ndarray]:
         data = self._handle[self._key]["data"]
@@ -332,6 +336,13 @@ class Selection(Matrix):
 
     def close(self) -> None:
         self._matrix.close()
+
+
+def _native(values: np.ndarray) -> np.ndarray:
+    """Give values in a type that scipy's matrices take: float16 and other byte orders they do not."""
+    if values.dtype == np.float16:
+        return values.astype(np.float32)
+    return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
 
 
 def _places(n: int, size: int) -> list[int]:

@@ -14,7 +14,13 @@ from .sources import Source
 
 logger = logging.getLogger(__name__)
 
-OWN_COLUMNS = ("genes", "counts", "obs_name", "neighbors", "neighbor_weights")
+_STORED = {
+    *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+    *("float", "double", "bool", "string", "large_string", "null"),
+    *(f"timestamp[{unit}]" for unit in ("s", "ms", "us", "ns")),
+}
+
+OWN_COLUMNS = ("genes", "counts", "obs_name", "cell_id", "neighbors", "neighbor_weights")
 
 
 @dataclass
@@ -72,12 +78,12 @@ def unite_obs(
         raise ValueError(f"obs column {', '.join(sorted(clash))}: the store uses this name; rename the column.")
     united = ObsColumns([{} for _ in sources], {}, {})
     for name in names:
-        series = [_column(source, name, everything) for source in sources]
-        if _are_labels(series) or name in (known or {}):
-            _add_labels(united, name, series, (known or {}).get(name, []))
-            continue
         try:
-            _add_values(united, name, series)
+            series = [_column(source, name, everything) for source in sources]
+            if _are_labels(series) or name in (known or {}):
+                _add_labels(united, name, series, (known or {}).get(name, []))
+            else:
+                _add_values(united, name, series)
         except ValueError as error:
             if not everything:
                 raise
@@ -87,6 +93,8 @@ def unite_obs(
 
 def _column(source: Source, name: str, may_lack: bool) -> pd.Series | None:
     if name in source.obs:
+        if isinstance(source.obs[name], pd.DataFrame):
+            raise ValueError(f"{source.name} has two obs columns {name!r}.")
         return source.obs[name]
     if may_lack:
         return None
@@ -100,11 +108,16 @@ def _are_labels(series: Sequence[pd.Series | None]) -> bool:
     strings = [pd.api.types.infer_dtype(values, skipna=True) in ("string", "empty") for values in there]
     if not there or not all(c or s for c, s in zip(categorical, strings, strict=True)):
         return False
-    return any(categorical) or pd.concat(there).nunique() < sum(map(len, there))
+    return any(categorical) or pd.concat(there).nunique() < pd.concat(there).count()
 
 
 def _add_labels(united: ObsColumns, name: str, series: Sequence[pd.Series | None], known: Sequence[str]) -> None:
-    labels = [None if values is None else values.astype("category").cat.rename_categories(str) for values in series]
+    labels = [None if values is None else values.astype("category") for values in series]
+    for i, label in enumerate(labels):
+        names = [] if label is None else [_label(value) for value in label.cat.categories]
+        if len(set(names)) < len(names):
+            raise ValueError(f"obs column {name!r} has labels that are written alike, such as 1 and '1'.")
+        labels[i] = None if label is None else label.cat.rename_categories(names)
     named = [value for label in labels if label is not None for value in label.cat.categories]
     united.categories[name] = list(dict.fromkeys([*known, *named]))
     united.types[name] = "int64"
@@ -112,6 +125,11 @@ def _add_labels(united: ObsColumns, name: str, series: Sequence[pd.Series | None
     for column, label in zip(united.values, labels, strict=True):
         codes = None if label is None else index.get_indexer(label.astype(object))
         column[name] = None if codes is None else np.where(codes < 0, np.nan, codes)  # a missing label is null
+
+
+def _label(value: object) -> str:
+    """Write a label; numbers as whole ones where they are: a missing value makes floats of the others."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _add_values(united: ObsColumns, name: str, series: Sequence[pd.Series | None]) -> None:
@@ -126,6 +144,8 @@ def _add_values(united: ObsColumns, name: str, series: Sequence[pd.Series | None
         whole = pa.array(np.concatenate([array for array in arrays if array is not None]), from_pandas=True)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
         raise ValueError(f"obs column {name!r} holds values that cannot be stored: {error}.") from error
+    if str(whole.type) not in _STORED:
+        raise ValueError(f"obs column {name!r} is of type {whole.type}, which is not stored. Convert it.")
     for column, array in zip(united.values, arrays, strict=True):
         column[name] = array
     united.types[name] = str(whole.type)

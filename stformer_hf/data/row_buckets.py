@@ -37,6 +37,7 @@ class RowBuckets:
         self, shape: tuple[int, int], n_entries: int, value_type: np.dtype, scratch: str | Path | None = None
     ):
         self.shape = shape
+        value_type = np.float32 if value_type == np.float16 else np.dtype(value_type).newbyteorder("=")
         self._entry = np.dtype([("row", np.uint32), ("column", np.uint32), ("value", value_type)])
         n_buckets = min(max(1, -(-n_entries // _BUCKET_ENTRIES)), _MAX_BUCKETS, max(1, shape[0]))
         self._rows_per_bucket = max(1, -(-shape[0] // n_buckets))
@@ -76,6 +77,8 @@ class RowBuckets:
         rows = (np.concatenate(found.pop("row")) - np.uint32(start)).astype(np.int32)
         coordinates = (rows, np.concatenate(found.pop("column")).astype(np.int32))
         values = np.concatenate(found.pop("value"))
+        if values.dtype.kind in "iub":
+            values = values.astype(np.int64)  # sums of narrow integers must not wrap
         return sparse.coo_matrix((values, coordinates), shape=(stop - start, self.shape[1])).tocsr()
 
 

@@ -163,6 +163,7 @@ class Piece:
 def write_piece(piece: Piece, progress: Callable[[int], object] = lambda n_cells: None) -> dict:
     """Write a piece to shards, and then its record, which is returned."""
     with told_when_full(piece.record.parent):
+        piece.matrix.prepare(piece.record.parent)
         writer = ShardWriter(piece.record.parent, piece.record.stem, piece.format, piece.rows_per_shard)
         per_fate = np.zeros(len(FATES))
         n_counts = n_empty = 0
@@ -260,20 +261,28 @@ class ShardWriter:
             self._format = self._format.with_count_type(count_type)
             self._schema = self._format.schema()
         if wider or not self.shards or self.shards[-1]["rows"] >= self._rows_per_shard:
-            self.close()
-            file = f"{self._stem}-{len(self.shards):05d}.arrow"
-            self.shards.append({"file": file, "rows": 0, **_types(self._format)})
-            self._writer = pa.ipc.new_stream(str(self._folder / file), self._schema)
+            self.open()
         offsets, counts = columns["counts"]
         columns["counts"] = pa.ListArray.from_arrays(offsets, counts.astype(self._format.count_type))
         batch = pa.record_batch([columns[name] for name in self._schema.names], schema=self._schema)
         self._writer.write_batch(batch)
         self.shards[-1]["rows"] += batch.num_rows
 
+    def open(self) -> None:
+        """Begin a new file."""
+        self.close()
+        file = f"{self._stem}-{len(self.shards):05d}.arrow"
+        self.shards.append({"file": file, "rows": 0, **_types(self._format)})
+        self._file = open(self._folder / file, "wb")
+        self._writer = pa.ipc.new_stream(self._file, self._schema)
+
     def close(self) -> None:
-        """End the file that is open."""
+        """End the file that is open; it is on the disk before a record says that it is."""
         if self._writer is not None:
-            self._writer.close()
+            with self._file:
+                self._writer.close()
+                self._file.flush()
+                os.fsync(self._file.fileno())
             self._writer = None
 
 

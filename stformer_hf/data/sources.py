@@ -70,6 +70,7 @@ class Source:
             graph = self._layer.neighbors(key)
         except KeyError:
             raise ValueError(f"{self.name} has no obsp[{key!r}].") from None
+        graph.close()
         if graph.shape != (self.shape[0], self.shape[0]):
             raise ValueError(
                 f"{self.name}: obsp[{key!r}] has the shape {graph.shape}; there are {self.shape[0]} cells."
@@ -182,6 +183,10 @@ def open_source(
         _fractional=fractional,
     )
     found.matrix.close()
+    opened.obs = opened.obs.set_axis(opened.obs.columns.astype(str), axis=1)
+    if (opened.genes.gene_ids == "").any():
+        n_nameless = int((opened.genes.gene_ids == "").sum())
+        raise ValueError(f"{name}: {n_nameless} columns have no gene name; leave them out, or name them.")
     if opened.shape != (len(opened.obs), len(opened.genes)):
         raise ValueError(
             f"{name} is damaged: {found.name} has the shape {opened.shape}, and there are {len(opened.obs)} cells and "
@@ -245,7 +250,7 @@ def _checked(values: np.ndarray, fractional: bool) -> tuple[np.ndarray, str | No
         return values, f"{int((~np.isfinite(values)).sum())} NaN or infinite values"
     if least < 0:
         return values, f"negative values (as low as {least:g})"
-    if kind == "i" or fractional or most >= 2**53:  # so large a count fits no store: told when it is written
+    if kind == "i" or fractional or float(most) >= 2**53:  # so large a count fits no store: told when it is written
         return values, None
     whole = values.astype(np.uint8 if most < 256 else np.uint16 if most < 65_536 else np.uint64)
     if not np.array_equal(whole, values):

@@ -29,6 +29,7 @@ from .shards import (
     COUNT_TYPES,
     Piece,
     RowFormat,
+    ShardWriter,
     checksum,
     count_type_of,
     gene_type,
@@ -79,12 +80,17 @@ def write_store(
 
     With a `base`, the store at `path` that is added to, its shards are linked, not copied.
     """
+    path = path.resolve()
+    recover(path)
+    _check_settings(settings)
     if settings.shuffle and settings.part and settings.neighbors:
         raise ValueError("neighbors: a part that is shuffled cannot keep them. Build the parts without shuffle.")
     check_free(path, overwrite or base is not None)
-    opened = [open_source(source, settings.layer, settings.fractional) for source in expand(sources)]
+    found = [source for source in expand(sources) if not (isinstance(source, Path) and source.resolve() == path)]
+    opened = [open_source(source, settings.layer, settings.fractional) for source in found]
     if not opened:
         raise ValueError("No sources: give at least one AnnData, store or file.")
+    _warn_of_twins(opened)
     tables, names = [source.genes for source in opened], [source.name for source in opened]
     if base is not None:
         tables, names = [base.genes, *tables], [str(path), *names]
@@ -92,6 +98,11 @@ def write_store(
     if not len(united.genes):
         raise ValueError(f"{opened[0].name} has no genes.")
     if base is not None:
+        if united.genes.gene_ids[: len(base.genes)].tolist() != base.gene_ids.tolist():
+            raise ValueError(
+                f"aliases or unify would rename genes that {path} has. Turn the aliases round (new id: the store's "
+                "id), or build a new store of this one and the sources."
+            )
         united.rows, united.fates = united.rows[1:], united.fates[1:]
     obs = unite_obs(opened, settings.obs, None if base is None else base.categories)
     if base is not None and obs.types != base.manifest["obs"]:
@@ -106,11 +117,60 @@ def write_store(
         categories=obs.categories,
     )
     building = path.with_name(f".{path.name}.building")
-    with told_when_full(path.parent if path.parent.is_dir() else Path.cwd()):
+    with locked(path), told_when_full(path.parent):
         _prepare(building, _plan(opened, settings, united, row_format, base))
         records = _base_records(building, base) + _write_pieces(building, opened, settings, united, obs, row_format)
         _finish(building, opened, settings, united, row_format, records, base)
         replace_store(path, building)
+
+
+def _check_settings(settings: BuildSettings) -> None:
+    for name in ("rows_per_batch", "rows_per_shard", "workers"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name}={getattr(settings, name)}: at least 1.")
+    if settings.seed < 0:
+        raise ValueError(f"seed={settings.seed}: seeds start at 0.")
+    settings.rows_per_batch = min(settings.rows_per_batch, settings.rows_per_shard)
+    _range_of_part(settings.part, 0)
+
+
+def _warn_of_twins(sources: list[Source]) -> None:
+    """Say which sources have the same cells and genes, such as the h5 and the mtx of one Cell Ranger run."""
+    seen: dict[int, str] = {}
+    for source in sources:
+        key = hash((tuple(source.obs.index), tuple(source.genes.gene_ids)))
+        if key in seen and len(source.obs):
+            logger.warning(f"{seen[key]} and {source.name} have the same cells and genes: are they in twice?")
+        seen[key] = source.name
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let one process at a time build at a path.
+
+    Raises
+    ------
+    BlockingIOError
+        Another process builds there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(f".{path.name}.lock")
+    with open(file, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                f"Another process builds {path} now. Wait for it, or choose another path."
+            ) from error
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def check_free(path: Path, overwrite: bool) -> None:
@@ -134,10 +194,17 @@ def replace_store(path: Path, building: Path) -> None:
     """Give a finished folder its name; an older store there goes."""
     old = path.with_name(f".{path.name}.old")
     if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)  # left by a process that was stopped once its new store was whole
         path.rename(old)
     building.rename(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(path: Path) -> None:
+    """Give a store its name back, if replacing it was stopped between the two renames of `replace_store`."""
+    old = path.with_name(f".{path.name}.old")
+    if not path.exists() and (old / "manifest.json").exists():
+        old.rename(path)
 
 
 def _likely_count_type(source: Source) -> str:
@@ -180,7 +247,7 @@ def _prepare(building: Path, plan: dict) -> None:
     plan_file = building / "plan.json"
     # Shards have their final names: the build was stopped in its last phase. Cells that came from memory may have
     # changed since, and are not told apart there.
-    stale = None in plan["sources"] and any(building.glob("data-*"))
+    stale = None in plan["sources"] and any([*building.glob("data-*"), *building.glob("shuffled.json")])
     if plan_file.exists() and json.loads(plan_file.read_text()) == plan and not stale:
         return
     shutil.rmtree(building, ignore_errors=True)
@@ -228,7 +295,6 @@ def _write_pieces(
                 records[piece.record] = json.loads(piece.record.read_text())
                 bar.update(piece.stop - piece.start)
             elif pool is None or sources[piece.source].key is None:
-                piece.matrix.prepare(building)
                 records[piece.record] = write_piece(piece, bar.update)
             else:
                 running[pool.submit(write_piece, piece)] = piece
@@ -324,6 +390,11 @@ def _finish(
     row_format = row_format.with_count_type(widest([shard["count_type"] for shard in shards]))
     if settings.shuffle:
         shards = _shuffled(building, shards, row_format, settings)
+    if not shards:  # no cells: a file all the same, without which there is no Hugging Face dataset
+        writer = ShardWriter(building, "source-none", row_format, 1)
+        writer.open()
+        writer.close()
+        shards = writer.shards
     n_rows = 0
     for i, shard in enumerate(shards):
         final = building / f"data-{i:05d}-of-{len(shards):05d}.arrow"
@@ -351,6 +422,7 @@ def _finish(
     manifest = {
         "n_cells": n_rows,
         "part": None if settings.part is None else list(settings.part),
+        "build": None if settings.part is None else _build_id(building, sources),
         "shuffled": settings.shuffle,
         "sources": ([] if base is None else base.manifest["sources"])
         + [_describe(source, i, united, records) for i, source in enumerate(sources)],
@@ -359,6 +431,14 @@ def _finish(
     for leftover in building.iterdir():
         if leftover.name.startswith(("source-", "base-", "shuffled", "plan", "by-row-")):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _build_id(building: Path, sources: list[Source]) -> str:
+    """Name what the parts of one build have in common, wherever their files lie."""
+    plan = json.loads((building / "plan.json").read_text())
+    plan["sources"] = [[Path(source.name).name, *source.shape] for source in sources]
+    plan.pop("part")
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _shuffled(building: Path, shards: list[dict], row_format: RowFormat, settings: BuildSettings) -> list[dict]:

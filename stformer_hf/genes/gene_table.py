@@ -123,7 +123,7 @@ class GeneTable:
         for name in self.frame.columns:
             try:
                 arrays[name] = pa.array(self.frame[name], from_pandas=True)
-            except (pa.ArrowInvalid, pa.ArrowTypeError):
+            except pa.ArrowException:
                 arrays[name] = pa.array(self.frame[name].astype(str))
         pq.write_table(pa.table(arrays), path)
 

@@ -194,14 +194,20 @@ def test_the_split_keeps_shares_of_classes_and_leaves_out_empty_cells(adata, tmp
 
     adata.obs.loc["cell7", "cell_type"] = None
     store = CellStore.build(tmp_path / "s", adata, obs=["cell_type"])
-    train, held_out = split(store, 0.25, seed=1, label="cell_type")
-    both = set(train.indices) | set(held_out.indices)
+
+    def rows(seed):
+        return [
+            side.__getitems__(range(len(side))).cell_id for side in split(store, 0.25, seed=seed, label="cell_type")
+        ]
+
+    train, held_out = rows(1)
+    both = {*train, *held_out}
     assert both == set(range(60)) - {3, 7}
-    assert not set(train.indices) & set(held_out.indices)
+    assert len(both) == len(train) + len(held_out)
     is_t = (store.obs["cell_type"] == "T cell").to_numpy()
-    assert abs(is_t[held_out.indices].mean() - is_t[sorted(both)].mean()) < 0.05
-    assert split(store, 0.25, seed=1, label="cell_type")[0].indices == train.indices
-    assert split(store, 0.25, seed=2, label="cell_type")[0].indices != train.indices
+    assert abs(is_t[held_out].mean() - is_t[sorted(both)].mean()) < 0.05
+    assert rows(1)[0].tolist() == train.tolist()
+    assert rows(2)[0].tolist() != train.tolist()
     assert split(store, 0, seed=1)[1] is None
 
 

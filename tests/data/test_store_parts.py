@@ -118,7 +118,8 @@ def test_parts_of_any_machines_join_to_the_whole(whole, sections, tmp_path, n_pa
     np.testing.assert_array_equal(graph_of(joined), graph)
     pd.testing.assert_frame_equal(joined.obs, whole.obs)
     assert [source["n_cells"] for source in joined.manifest["sources"]] == [100, 101, 102]
-    assert not list(joined.path.glob("*.arrow"))  # nothing is copied
+    inodes = {os.stat(file).st_ino for part in parts for file in part.path.glob("*.arrow")}
+    assert {os.stat(file).st_ino for file in joined.path.glob("*.arrow")} == inodes  # nothing is copied
     assert joined.dataset[200]["counts"] == whole.dataset[200]["counts"]
     joined.verify()
     own = joined.save(tmp_path / "own")
@@ -126,16 +127,11 @@ def test_parts_of_any_machines_join_to_the_whole(whole, sections, tmp_path, n_pa
     np.testing.assert_array_equal(graph_of(own), graph)
 
 
-def test_a_part_that_is_missing_or_moved_is_named(sections, tmp_path):
+def test_a_part_that_is_missing_is_named(sections, tmp_path):
     for i in (0, 2):
         CellStore.build(tmp_path / f"{i}", sections[0], part=(i, 3), **SMALL)
     with pytest.raises(ValueError, match=r"0 of 3, 2 of 3.*\[1\] missing"):
         CellStore.join(tmp_path / "joined", [tmp_path / "0", tmp_path / "2"])
-    CellStore.build(tmp_path / "1", sections[0], part=(1, 3), **SMALL)
-    CellStore.join(tmp_path / "joined", [tmp_path / f"{i}" for i in range(3)])
-    (tmp_path / "1").rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="1/data-.* has 0 bytes"):
-        CellStore(tmp_path / "joined")
     with pytest.raises(ValueError, match="part=.3, 3."):
         CellStore.build(tmp_path / "x", sections[0], part=(3, 3))
 
