@@ -34,7 +34,7 @@ def clock() -> Iterator[None]:
 
 
 def private_mb(process: str = "self") -> float:
-    """Memory of a process and its children now, in MB: their own, not that of mapped files, which can be taken back."""
+    """Memory of a process and its children now, in MB; not that of mapped files, which the system can take back."""
     total = 0.0
     with contextlib.suppress(OSError):  # a child that just ended
         for line in Path(f"/proc/{process}/status").read_text().splitlines():
