@@ -167,6 +167,8 @@ def locked(path: Path) -> Iterator[None]:
             raise BlockingIOError(
                 f"Another process builds {path} now. Wait for it, or choose another path."
             ) from error
+        except OSError:  # a file system without locks, as some clusters have
+            logger.debug(f"No lock could be taken on {file}.")
         try:
             yield
         finally:
