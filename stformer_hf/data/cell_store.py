@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -587,7 +588,8 @@ class CellStore:
     @cached_property
     def _names_key(self) -> str:
         """Tells the names of genes and categories apart from those of a store that takes this one's place."""
-        return self.manifest["gene_table"]["checksum"] + str(hash(json.dumps(self.categories)))
+        categories = hashlib.sha256(json.dumps(self.categories).encode()).hexdigest()  # the same in every process
+        return self.manifest["gene_table"]["checksum"] + categories
 
     def _must_be_whole(self, to_do: str) -> None:
         if self._index is not None:

@@ -142,7 +142,7 @@ def _add_values(united: ObsColumns, name: str, series: Sequence[pd.Series | None
     arrays = [None if values is None else values.to_numpy() for values in series]
     try:
         whole = pa.array(np.concatenate([array for array in arrays if array is not None]), from_pandas=True)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+    except pa.ArrowException as error:
         raise ValueError(f"obs column {name!r} holds values that cannot be stored: {error}.") from error
     if str(whole.type) not in _STORED:
         raise ValueError(f"obs column {name!r} is of type {whole.type}, which is not stored. Convert it.")
