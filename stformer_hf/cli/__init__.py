@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 
 VERBS = {
@@ -46,16 +47,37 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"stformer-hf: error: no verb {verb!r}{closest(verb, VERBS)}", file=sys.stderr)
         return 2
+    return guarded(f"stformer-hf {verb}", lambda: import_module(f".{verb}", __name__).main(rest), "--debug" in rest)
+
+
+def guarded(name: str, run: Callable[[], object], debug: bool = False, interrupted: str = "interrupted") -> int:
+    """Run a command, and tell an error in a line.
+
+    Parameters
+    ----------
+    name : str
+        Of the command.
+    run : callable
+    debug : bool, default: False
+        Let errors through, with their traceback.
+    interrupted : str
+        What Ctrl-C says.
+
+    Returns
+    -------
+    int
+        Exit status: 0, 1 for an error, 130 if interrupted.
+    """
     try:
-        import_module(f".{verb}", __name__).main(rest)
+        run()
     except KeyboardInterrupt:
-        print(f"stformer-hf {verb}: interrupted", file=sys.stderr)
+        print(f"{name}: {interrupted}", file=sys.stderr)
         return 130
     except Exception as error:
-        if "--debug" in rest:
+        if debug:
             raise
         kind = "" if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: "
-        print(f"stformer-hf {verb}: error: {kind}{error}", file=sys.stderr)
+        print(f"{name}: error: {kind}{error}", file=sys.stderr)
         print("(--debug shows the traceback)", file=sys.stderr)
         return 1
     return 0

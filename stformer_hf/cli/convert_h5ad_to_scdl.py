@@ -10,6 +10,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from . import guarded
+
 
 def main(argv: list[str] | None = None) -> int:
     """Parse and run.
@@ -25,15 +27,12 @@ def main(argv: list[str] | None = None) -> int:
         Exit status: 0, 1 for an error, 130 if interrupted. A wrong command line exits with 2.
     """
     args = _parser().parse_args(argv)
-    try:
-        print(run(args))
-    except KeyboardInterrupt:
-        print("convert_h5ad_to_scdl: interrupted; called again, it goes on with the next file", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"convert_h5ad_to_scdl: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return guarded(
+        "convert_h5ad_to_scdl",
+        lambda: print(run(args)),
+        args.debug,
+        interrupted="interrupted; called again, it goes on with the next file",
+    )
 
 
 def run(args: argparse.Namespace):
@@ -68,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-workers", type=int, default=1, help="files that are read at a time (default: 1)")
     parser.add_argument("--data-dtype", help="type that all values must fit, such as uint16 (default: float32)")
     parser.add_argument("--use-X-not-raw", action="store_true", help="take X also where a file has a raw matrix")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

@@ -13,7 +13,7 @@ import torch
 from anndata import AnnData
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from .formats import FORMATS, Layer, anndata_layers, find_format
+from .formats import Layer, anndata_layers, read_layers
 from .transforms import Transform, check_transform
 
 _NUMBERS = {"boolean", "floating", "integer", "mixed-integer-float"}  # as pandas calls what a column holds
@@ -213,14 +213,7 @@ def _find_x(adata_or_path: AnnData | str | Path) -> tuple[str, Layer]:
     if isinstance(adata_or_path, AnnData):
         name, layers = "AnnData", anndata_layers(adata_or_path)
     elif isinstance(adata_or_path, (str, Path)):
-        path = Path(adata_or_path)
-        if not path.exists():
-            raise FileNotFoundError(f"No such file: {path}")
-        known = find_format(path)
-        if known is None:
-            names = ", ".join(known.name for known in FORMATS)
-            raise ValueError(f"{path}: none of the formats that are read ({names}).")
-        name, layers = str(path), known.read(path)
+        name, layers = str(adata_or_path), read_layers(adata_or_path)
     else:
         raise TypeError(f"An AnnDataset is made of an AnnData or a path, not {type(adata_or_path).__name__}.")
     by_name = {layer.name: layer for layer in layers}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from .matrices import (
     ScatteredMatrix,
     Selection,
 )
+
+logger = logging.getLogger(__name__)
 
 GENES = "Gene Expression"  # the feature type of genes in 10x files
 _LOOM_CELLS = ("CellID", "Cell_id", "cell_id", "obs_names")
@@ -86,6 +89,30 @@ def find_format(path: Path) -> Format | None:
     return next((known for known in FORMATS if known.matches(path)), None)
 
 
+def read_layers(path: str | Path) -> list[Layer]:
+    """Open a file or folder and give its matrices.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    ValueError
+        A format that is not read; a file that is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"No such file: {path}")
+    known = find_format(path)
+    if known is None:
+        raise _unknown(path)
+    return known.read(path)
+
+
+def _unknown(path: Path) -> ValueError:
+    names = ", ".join(known.name for known in FORMATS)
+    return ValueError(f"{path}: none of the formats that are read ({names}), and no AnnData.")
+
+
 def expand(sources: Iterator[Any]) -> list[Any]:
     """Put files in place of folders and patterns.
 
@@ -121,8 +148,7 @@ def expand(sources: Iterator[Any]) -> list[Any]:
         for path in paths:
             inside = list(_walk(path))
             if not inside:
-                known = ", ".join(known.name for known in FORMATS)
-                raise ValueError(f"{path}: none of the formats that are read ({known}), and no AnnData.")
+                raise _unknown(path)
             found += inside
     return found
 
@@ -136,7 +162,9 @@ def _walk(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
         yield path
     elif path.is_dir() and path.resolve() not in above:  # a link to a folder above would go round for ever
         for inside in sorted(path.iterdir()):
-            if not inside.name.startswith("."):
+            if inside.name.lower().endswith((".h5ad.gz", ".h5.gz", ".loom.gz")):
+                logger.warning(f"{inside} is left out: it is compressed. Unpack it (gunzip), or move it away.")
+            elif not inside.name.startswith("."):
                 yield from _walk(inside, (*above, path.resolve()))
 
 
@@ -507,4 +535,14 @@ class NeighborMatrix(StoreMatrix):
         return sparse.csr_matrix(self._store.neighbors(slice(start, stop)))
 
 
-__all__ = ["FORMATS", "Format", "Layer", "anndata_layers", "expand", "find_format", "reads", "store_layers"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Layer",
+    "anndata_layers",
+    "expand",
+    "find_format",
+    "read_layers",
+    "reads",
+    "store_layers",
+]

@@ -25,6 +25,11 @@ from .sources import checked_blocks
 logger = logging.getLogger(__name__)
 
 COUNT_TYPES = ("uint8", "uint16", "uint32", "float32")  # from narrow to wide
+_WHOLE_IN_FLOAT32 = 1 << 24  # up to here it holds every whole number
+_NO_COMMON_TYPE = (
+    "There are fractions, and elsewhere whole numbers that float32 does not hold: build two stores, or round the "
+    "fractions."
+)
 _MAX_BUCKETS = 512  # files that a shuffle has open at once
 _ROWS_PER_BUCKET = 16_384
 
@@ -97,6 +102,10 @@ def count_type_of(counts: np.ndarray, name: str) -> str:
     if counts.dtype.kind == "f" and (counts != np.rint(counts)).any():
         if largest > np.finfo(np.float32).max:
             raise ValueError(f"{name}: the value {largest:g} does not fit float32.")
+        if largest > _WHOLE_IN_FLOAT32:
+            whole = counts[counts == np.rint(counts)]
+            if (whole.astype(np.float32) != whole).any():
+                raise ValueError(f"{name}: {whole.max():.0f} stands beside fractions, and float32 does not hold it.")
         return "float32"
     for count_type in COUNT_TYPES[:-1]:
         if largest <= np.iinfo(count_type).max:
@@ -263,7 +272,10 @@ class ShardWriter:
         if wider or not self.shards or self.shards[-1]["rows"] >= self._rows_per_shard:
             self.open()
         offsets, counts = columns["counts"]
-        columns["counts"] = pa.ListArray.from_arrays(offsets, counts.astype(self._format.count_type))
+        values = counts.astype(self._format.count_type)
+        if (count_type, self._format.count_type) == ("uint32", "float32") and (values != counts).any():
+            raise ValueError(_NO_COMMON_TYPE)
+        columns["counts"] = pa.ListArray.from_arrays(offsets, values)
         batch = pa.record_batch([columns[name] for name in self._schema.names], schema=self._schema)
         self._writer.write_batch(batch)
         self.shards[-1]["rows"] += batch.num_rows
@@ -307,7 +319,10 @@ def rewrite(file: Path, target: Path, row_format: RowFormat) -> None:
     part = target.with_name(target.name + ".part")
     with pa.ipc.new_stream(str(part), schema) as writer:
         for batch in read_batches(file):
-            writer.write_batch(pa.record_batch(batch.columns, batch.schema.remove_metadata()).cast(schema))
+            try:
+                writer.write_batch(pa.record_batch(batch.columns, batch.schema.remove_metadata()).cast(schema))
+            except pa.ArrowInvalid as error:
+                raise ValueError(_NO_COMMON_TYPE) from error
     part.replace(target)
 
 

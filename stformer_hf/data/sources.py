@@ -13,7 +13,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from ..genes.gene_table import GeneTable
-from .formats import FORMATS, Layer, anndata_layers, find_format, store_layers
+from .formats import Layer, anndata_layers, read_layers, store_layers
 from .matrices import Matrix
 
 if TYPE_CHECKING:
@@ -159,14 +159,8 @@ def open_source(
     if isinstance(source, AnnData):
         name, key, layers = "AnnData", None, anndata_layers(source)
     elif isinstance(source, (str, Path)):
-        path = Path(source)
-        if not path.exists():
-            raise FileNotFoundError(f"No such file: {path}")
-        known = find_format(path)
-        if known is None:
-            names = ", ".join(known.name for known in FORMATS)
-            raise ValueError(f"{path}: none of the formats that are read ({names}), and no AnnData.")
-        name, key, layers = str(path), _key(path), known.read(path)
+        layers = read_layers(source)
+        name, key = str(source), _key(Path(source))
     elif hasattr(source, "manifest"):
         name, key, layers = str(source.path), None, store_layers(source)
     else:

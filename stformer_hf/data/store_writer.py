@@ -119,7 +119,8 @@ def write_store(
     building = path.with_name(f".{path.name}.building")
     with locked(path), told_when_full(path.parent):
         _prepare(building, _plan(opened, settings, united, row_format, base))
-        records = _base_records(building, base) + _write_pieces(building, opened, settings, united, obs, row_format)
+        pieces = list(_pieces(building, opened, settings, united, obs, row_format))
+        records = _base_records(building, base) + _write_pieces(pieces, opened, settings.workers)
         _finish(building, opened, settings, united, row_format, records, base)
         replace_store(path, building)
 
@@ -278,19 +279,11 @@ def _base_records(building: Path, base: CellStore | None) -> list[dict]:
 # ---------------------------------------------------------------------- pieces
 
 
-def _write_pieces(
-    building: Path,
-    sources: list[Source],
-    settings: BuildSettings,
-    united: UnitedGenes,
-    obs: ObsColumns,
-    row_format: RowFormat,
-) -> list[dict]:
+def _write_pieces(pieces: list[Piece], sources: list[Source], workers: int) -> list[dict]:
     """Write what is not written yet; returns the records of all pieces, in the order of the cells."""
-    pieces = list(_pieces(building, sources, settings, united, obs, row_format))
     total = sum(piece.stop - piece.start for piece in pieces)
     records: dict[Path, dict] = {}
-    with tqdm(total=total, desc="build", unit="cell", disable=None) as bar, _pool(settings.workers) as pool:
+    with tqdm(total=total, desc="build", unit="cell", disable=None) as bar, _pool(workers) as pool:
         running = {}
         for piece in pieces:
             if sources[piece.source].key is not None and piece.record.exists():

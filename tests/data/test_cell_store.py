@@ -57,8 +57,8 @@ def test_rows_are_copies(store, adata):
     rows = store.rows([0])
     rows.data[:] = 9
     np.testing.assert_array_equal(dense(store, [0]), adata.X.toarray()[[0]])
-    with pytest.raises(ValueError, match="read-only"):
-        store._rows._counts[0][0] = 1
+    with pytest.raises(TypeError, match="read-only"):
+        store._rows._cells._second[0][0] = 1
 
 
 def test_obs_and_lengths_and_genes(store, adata):
@@ -149,6 +149,16 @@ def test_fractions_only_where_allowed(tmp_path, adata):
     store = CellStore.build(tmp_path / "s", adata, fractional=True)
     assert store.manifest["count_type"] == "float32"
     np.testing.assert_array_equal(dense(store, slice(None)), adata.X.toarray())
+
+
+def test_whole_numbers_that_float32_does_not_hold_may_not_stand_beside_fractions(tmp_path):
+    exact = AnnData(sparse.csr_matrix(np.array([[0.5, 2.0**25]])))
+    assert dense(CellStore.build(tmp_path / "s", exact, fractional=True), [0]).tolist() == [[0.5, 2.0**25]]
+    large, small = (AnnData(sparse.csr_matrix(np.array([[value]]))) for value in (2.0**25 + 1, 0.5))
+    for number, cells in enumerate([AnnData(np.array([[0.5, 2.0**25 + 1]])), [large, small], [small, large]]):
+        with pytest.raises(ValueError, match="fractions.* float32 does not hold"):
+            CellStore.build(tmp_path / f"t{number}", cells, fractional=True)
+        assert not (tmp_path / f"t{number}").exists()
 
 
 def test_the_input_is_not_changed(tmp_path, adata):

@@ -236,15 +236,17 @@ def test_a_store_and_a_selection_are_sources(store, adata, tmp_path):
     assert united.obs["age"].tolist() == [*adata.obs["age"], *adata.obs["age"].iloc[[5, 2, 30]]]
 
 
-def test_folders_patterns_and_lists_are_expanded(tmp_path, adata, store):
+def test_folders_patterns_and_lists_are_expanded(tmp_path, adata, store, caplog):
     (tmp_path / "data" / "deep").mkdir(parents=True)
     adata.write_h5ad(tmp_path / "data" / "b.h5ad")
     adata.write_zarr(tmp_path / "data" / "deep" / "a.zarr")
     (tmp_path / "data" / "notes.txt").write_text("x")
+    (tmp_path / "data" / "z.h5ad.gz").write_text("x")
     shutil.copytree(store.path, tmp_path / "data" / "c")
     found = expand([tmp_path / "data", adata, str(tmp_path / "data" / "*.h5ad")])
     names = ["b.h5ad", "c", "a.zarr", None, "b.h5ad"]
     assert [getattr(path, "name", None) for path in found] == names
+    assert "z.h5ad.gz is left out: it is compressed" in caplog.text
     assert len(CellStore.build(tmp_path / "s", tmp_path / "data")) == 180
     with pytest.raises(FileNotFoundError, match="No such file"):
         expand([tmp_path / "data" / "*.loom"])
