@@ -18,8 +18,8 @@ MAY_IMPORT = {
     "inference": {"models", "genes", "data", "training"},
     "cli": {"models", "genes", "data", "training", "inference"},
 }
-# huggingface_hub comes with transformers, whose configurations take `strict` from it.
-MODEL_FILES_MAY_IMPORT = {"transformers", "torch", "numpy", "huggingface_hub"} | sys.stdlib_module_names
+# huggingface_hub (`strict` configurations) and tokenizers (tokenizer.json) come with transformers.
+MODEL_FILES_MAY_IMPORT = {"transformers", "torch", "numpy", "huggingface_hub", "tokenizers"} | sys.stdlib_module_names
 
 
 def imports(path: Path) -> list[tuple[str, ...]]:

@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..data.sources import Source, open_source
-from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, pad_ragged
+from ..models.gene_bert.cell_counts import pad_ragged
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..training.pretrainer import check_tokenizer_fits
 
 logger = logging.getLogger(__name__)

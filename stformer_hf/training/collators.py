@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells, is_cell_batch, pad_ragged
-from .randomness import uniforms
+from ..models.gene_bert.cell_counts import is_cell_batch, pad_ragged
+from ..models.gene_bert.randomness import uniforms
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
 
 # Streams of `uniforms`, one a decision.
 _MASK_GENE, _SWAP_SEQUENCE, _SWAP_GENE, _NEW_GENE, _MASK_PHENOTYPE, _DROP_PHENOTYPE, _DROP_GENE = range(7)

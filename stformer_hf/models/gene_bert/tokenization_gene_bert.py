@@ -3,33 +3,54 @@
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BatchEncoding, PreTrainedTokenizer
 from transformers.utils import logging
+
+from .cell_counts import (
+    CountRows,
+    GeneMatcher,
+    is_cell_batch,
+    keep,
+    map_genes,
+    pad_ragged,
+    read_cells,
+    row_sums,
+    strip_version,
+)
+from .gene_order import TRUNCATIONS, bin_counts, choose, log1p_cp10k, scores, strongest_first
+from .gene_vocabulary import (
+    FORMAT_VERSION,
+    check_bin_edges,
+    check_genes,
+    check_medians,
+    check_symbols,
+    edge_array,
+    fit_bin_edges,
+    name_phenotypes,
+    order_tokens,
+    phenotype_token,
+    read_token_dictionary,
+    read_vocabulary,
+)
+from .legacy_files import load_mapping
 
 logger = logging.get_logger(__name__)
 
 VOCAB_FILES_NAMES = {"vocab_file": "gene_vocabulary.json"}
-FORMAT_VERSION = 1
-SPECIAL_TOKENS = ("[CLS]", "[EOS]", "[MASK]", "[PAD]")
+SPECIAL_TOKENS = {"cls_token": "[CLS]", "eos_token": "[EOS]", "mask_token": "[MASK]", "pad_token": "[PAD]"}
+SEPARATOR = "[SEP]"
 DEFAULT_MAX_LENGTH = 2048
-# Columns of `AnnData.var` that may name the genes when the index does not.
-GENE_COLUMNS = (
-    "gene_id",
-    "gene_ids",
-    "ensembl_id",
-    "feature_id",
-    "gene_symbol",
-    "gene_symbols",
-    "gene_name",
-    "feature_name",
-    "symbol",
-)
-_VERSION = re.compile(r"^(ENS[A-Z]*G\d+)\.\d+$")
+# Settings that belong to one scheme.
+_ONLY_OF = {
+    "binned": ("bin_edges", "normalize"),
+    "rank": ("medians", "target_sum", "neighborhood", "cls", "eos"),
+}
 
 
 class TokenizedCells(NamedTuple):
@@ -42,7 +63,7 @@ class TokenizedCells(NamedTuple):
     indptr : int64 array (n + 1,)
         Cell i has the tokens `indptr[i]:indptr[i + 1]`.
     dropped_type_ids, dropped_cells : int64 array (D,)
-        Token types of the expressed genes that truncation left out, and the cell of each.
+        Of the binned scheme: token types of the expressed genes that truncation left out, and the cell of each.
     """
 
     input_ids: np.ndarray
@@ -53,29 +74,63 @@ class TokenizedCells(NamedTuple):
 
 
 class GeneTokenizer(PreTrainedTokenizer):
-    """Tokenizer of cells: an id says how much, or which phenotype; a token type says which gene, or which category.
+    """Tokenizer of cells, in one of two schemes.
 
-    A cell becomes `[CLS]`, its phenotypes in the order of `included_phenotypes`, its expressed genes in the order of
-    `genes`, `[EOS]`. Ids: `[CLS]` 0, `[EOS]` 1, `[MASK]` 2, `[PAD]` 3, then the phenotype tokens (categories sorted by
-    name, values in the order given), then `bin_0` … `bin_n`. Types: 0 for special tokens, one a category (sorted),
-    then one a gene. A value x gets bin i where `bin_edges[i - 1] <= x < bin_edges[i]`; genes of bin 0 are left out.
+    `scheme="binned"` (PerturbGene): an id says how much, or which phenotype; a token type says which gene, or which
+    category. A cell becomes `[CLS]`, its phenotypes in the order of `included_phenotypes`, its expressed genes in the
+    order of `genes`, `[EOS]`. Ids: `[CLS]` 0, `[EOS]` 1, `[MASK]` 2, `[PAD]` 3, then the phenotype tokens (categories
+    sorted by name, values in the order given), then `bin_0` … `bin_n`. Types: 0 for special tokens, one a category
+    (sorted), then one a gene. A value x gets bin i where `bin_edges[i - 1] <= x < bin_edges[i]`; genes of bin 0 are
+    left out.
+
+    `scheme="rank"` (STFormer, Geneformer): an id is a gene. A cell becomes `[CLS]`, its phenotypes, its expressed
+    genes by descending count / total * target_sum / median of the gene (ties in the order of `genes`), `[EOS]`; with
+    `neighborhood`, before `[EOS]`, a separator and the genes of its neighbours' summed counts, ranked in the same way.
+    Ids: the special tokens, the genes, then the phenotype tokens. Types: 0 for special tokens and the cell's genes, 1
+    for those of its neighbourhood, then one a category.
 
     Parameters
     ----------
     genes : sequence of str
-        Gene ids (Ensembl ids without version where known). Their order fixes the token types.
-    scheme : {"binned"}, default: "binned"
-        How counts become ids.
-    bin_edges : sequence of float, default: (0.1,)
-        Strictly increasing, positive. One edge, 0.1, tells expressed genes from others (PerturbGene's setting).
-    medians : None
-        Belongs to the rank scheme; the binned scheme takes none.
+        Gene ids (Ensembl ids without version where known). Their order fixes the token types, or the token ids.
+    scheme : {"binned", "rank"}, default: "binned"
+        How counts become tokens.
+    bin_edges : sequence of float, or dict of gene to sequence, default: (0.1,)
+        Of the binned scheme: strictly increasing and positive; for all genes, or for each. One edge, 0.1, tells
+        expressed genes from others (PerturbGene's setting).
+    normalize : {None, "log1p_cp10k"}, default: None
+        Of the binned scheme: what is binned, counts or ln(1 + count / total * 10,000), the total being that of all
+        columns of the input.
+    medians : dict of gene to float, or sequence (n_genes,)
+        Of the rank scheme: non-zero medians, as `estimate_gene_medians` gives them. Genes without one are never
+        tokens.
+    target_sum : float, default: 10,000
+        Of the rank scheme; the medians were estimated with it.
+    neighborhood : bool, default: False
+        Of the rank scheme: whether neighbours' genes follow the cell's own. Each of the two gets half of the room.
+    separator : str or None, default: "[SEP]"
+        What stands between them; None for STFormer's layout.
+    cls, eos : bool, default: True
+        Of the rank scheme: whether a cell begins with `[CLS]`, and ends with `[EOS]`.
     phenotypes : dict of str to sequence, optional
         Category -> its values.
     included_phenotypes : sequence of str, optional
         Categories that a cell's tokens start with, in this order. All of `phenotypes` by default.
+    symbols : dict of symbol to gene, or GeneTable, optional
+        Other names of the genes, by which columns are known whose ids are not. Symbols of several genes are not used.
     max_length : int, default: 2048
-        Most tokens a cell may have. Longer cells keep their largest counts (ties by gene order) and always `[EOS]`.
+        Most tokens a cell may have. `[CLS]`, `[EOS]` and phenotypes are never cut.
+    truncation : {"top", "head", "random"}, default: "top"
+        Which genes of longer cells stay, in the scheme's order: the strongest (largest counts, ties by gene order; of
+        ranks the first), the first in the scheme's order (PerturbGene), or a random subset, drawn by (`seed`, epoch,
+        cell).
+    seed : int, default: 0
+        Of `truncation="random"`.
+    special_tokens : dict of role to token, optional
+        Names of the special tokens, in the order of their ids, such as `{"pad_token": "<pad>"}`. Roles: `cls_token`,
+        `eos_token`, `mask_token`, `pad_token` and, with a separator, `sep_token`.
+    token_ids : dict of str to int, optional
+        Ids that tokens have in a vocabulary made elsewhere; what it lacks gets the ids after.
     vocab_file : str, optional
         A `gene_vocabulary.json`, in place of all of the above (`from_pretrained` gives it).
     **kwargs
@@ -92,14 +147,15 @@ class GeneTokenizer(PreTrainedTokenizer):
     Raises
     ------
     ValueError
-        Unknown scheme; no genes, or one twice; edges not increasing; phenotypes that cannot be told apart; a maximum
-        length without room for a gene.
+        Unknown scheme, or settings of the other one; no genes, or one twice; edges not increasing; no medians;
+        phenotypes that cannot be told apart; a maximum length without room for a gene.
 
     Notes
     -----
-    Vocabulary and layout are PerturbGene's (`data_utils/tokenization.py` of its Code Organization). A value becomes a
-    token as `"[" + value.replace(" ", "_").strip() + "]"`; where two categories share a value, or it reads like a
-    special token, the later one becomes `"[category=value]"`, so that every id has a name of its own.
+    The binned vocabulary and layout are PerturbGene's (`data_utils/tokenization.py` of its Code Organization). A value
+    becomes a token as `"[" + value.replace(" ", "_").strip() + "]"`; where two categories share a value, or it reads
+    like another token, the later one becomes `"[category=value]"`, so that every id has a name of its own. The ranks
+    are Geneformer's (Theodoris et al. 2023).
     """
 
     vocab_files_names = VOCAB_FILES_NAMES
@@ -111,66 +167,130 @@ class GeneTokenizer(PreTrainedTokenizer):
         self,
         genes: Sequence[str] | None = None,
         *,
-        scheme: str = "binned",
-        bin_edges: Sequence[float] = (0.1,),
-        medians: None = None,
+        scheme: str | None = None,
+        bin_edges: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
+        normalize: str | None = None,
+        medians: Mapping[str, float] | Sequence[float] | None = None,
+        target_sum: float | None = None,
+        neighborhood: bool | None = None,
+        separator: str | None = SEPARATOR,
+        cls: bool | None = None,
+        eos: bool | None = None,
         phenotypes: Mapping[str, Sequence[Any]] | None = None,
         included_phenotypes: Sequence[str] | None = None,
+        symbols: Any = None,
         max_length: int | None = None,
+        truncation: str | None = None,
+        seed: int | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+        token_ids: Mapping[str, int] | None = None,
         vocab_file: str | os.PathLike | None = None,
         **kwargs,
     ):
+        given = {
+            "genes": genes,
+            "scheme": scheme,
+            "bin_edges": bin_edges,
+            "normalize": normalize,
+            "medians": medians,
+            "target_sum": target_sum,
+            "neighborhood": neighborhood,
+            "separator": None if separator == SEPARATOR else separator,
+            "cls": cls,
+            "eos": eos,
+            "phenotypes": phenotypes,
+            "symbols": symbols,
+            "special_tokens": special_tokens,
+            "token_ids": token_ids,
+        }
         if vocab_file is not None:
-            if genes is not None or phenotypes is not None or tuple(bin_edges) != (0.1,):
-                raise ValueError(
-                    f"genes, bin_edges and phenotypes are those of {vocab_file}; they cannot be given too."
-                )
-            saved = _read_vocabulary(vocab_file)
-            genes, scheme, bin_edges = saved["genes"], saved["scheme"], saved["bin_edges"]
-            phenotypes = saved["phenotypes"]
-            if included_phenotypes is None:
-                included_phenotypes = saved["included_phenotypes"]
+            twice = [name for name, value in given.items() if value is not None]
+            if twice:
+                raise ValueError(f"{', '.join(twice)} are those of {vocab_file}; they cannot be given too.")
+            saved = read_vocabulary(vocab_file)
+            given = {name: saved.get(name) for name in given}
+            separator = saved.get("separator")
+            included_phenotypes = saved["included_phenotypes"] if included_phenotypes is None else included_phenotypes
+            truncation = saved.get("truncation") if truncation is None else truncation
+            seed = saved.get("seed") if seed is None else seed
             if max_length is None:
                 max_length = kwargs.get("model_max_length", saved["max_length"])
-        if scheme != "binned":
-            raise ValueError(f'scheme is "binned", got {scheme!r}.')
-        if medians is not None:
-            raise ValueError("medians belong to the rank scheme; the binned scheme bins counts by bin_edges.")
-        self.scheme = scheme
-        self.genes = _check_genes(genes)
-        self.bin_edges = _check_bin_edges(bin_edges)
-        self.phenotypes = {
-            category: [str(value) for value in values] for category, values in sorted((phenotypes or {}).items())
-        }
-        self._build_vocabulary()
-        self.included_phenotypes = list(phenotypes or {}) if included_phenotypes is None else included_phenotypes
+        self.scheme = given["scheme"] or "binned"
+        self.genes = check_genes(given["genes"])
+        self._set_scheme(given, separator)
+        phenotypes = given["phenotypes"] or {}
+        self.phenotypes = {name: [str(value) for value in values] for name, values in sorted(phenotypes.items())}
+        self.symbols = check_symbols(given["symbols"], self.genes)
+        self._matcher = GeneMatcher(self.genes, self.symbols)
+        self._token_ids = given["token_ids"]
+        self._build_vocabulary(given["special_tokens"])
+        self.cls = ("cls_token" in self._special_tokens) if given["cls"] is None else given["cls"]
+        self.eos = ("eos_token" in self._special_tokens) if given["eos"] is None else given["eos"]
+        self.included_phenotypes = list(phenotypes) if included_phenotypes is None else included_phenotypes
+        self.truncation = truncation or "top"
+        if self.truncation not in TRUNCATIONS:
+            raise ValueError(f"truncation is one of {', '.join(TRUNCATIONS)}, got {truncation!r}.")
+        self.seed = seed or 0
 
-        self.last_coverage: dict[str, float] | None = None
         self.min_coverage = 0.5
-        # Batches of a store share one array of gene ids: it is mapped once.
-        self._last_table: tuple[np.ndarray, np.ndarray] | None = None
         self._told: set[str] = set()
 
         kwargs["model_max_length"] = DEFAULT_MAX_LENGTH if max_length is None else max_length
-        for name, token in zip(("cls_token", "eos_token", "mask_token", "pad_token"), SPECIAL_TOKENS, strict=True):
-            kwargs.setdefault(name, token)
+        for role, token in self._special_tokens.items():
+            kwargs.setdefault(role, token)
         super().__init__(**kwargs)
         self._check_max_length(self.model_max_length)
 
+    def _set_scheme(self, given: Mapping[str, Any], separator: str | None) -> None:
+        """Take the settings of the scheme, and refuse those of the other."""
+        if self.scheme not in _ONLY_OF:
+            raise ValueError(f'scheme is "binned" or "rank", got {self.scheme!r}.')
+        other = "rank" if self.scheme == "binned" else "binned"
+        wrong = [name for name in _ONLY_OF[other] if given[name] is not None]
+        if wrong:
+            raise ValueError(f'{", ".join(wrong)}: settings of the {other} scheme, and this is "{self.scheme}".')
+        self.normalize, self.neighborhood, self.separator = given["normalize"], bool(given["neighborhood"]), None
+        if self.scheme == "binned":
+            if self.normalize not in (None, "log1p_cp10k"):
+                raise ValueError(f'normalize is None or "log1p_cp10k", got {self.normalize!r}.')
+            edges = given["bin_edges"]
+            self.bin_edges = check_bin_edges((0.1,) if edges is None else edges, self.genes)
+            self._edges = edge_array(self.bin_edges)
+        else:
+            self.separator = separator if self.neighborhood else None
+            self.target_sum = float(given["target_sum"] or 1e4)
+            self.medians = check_medians(given["medians"], self.genes)
+
     @classmethod
     def from_store(
-        cls, store, scheme: str = "binned", *, phenotypes: Sequence[str] | Mapping | None = None, **kwargs
+        cls,
+        store,
+        scheme: str = "binned",
+        *,
+        phenotypes: Sequence[str] | Mapping | None = None,
+        bin_edges: Any = None,
+        n_bins: int = 10,
+        medians: Mapping[str, float] | None = None,
+        **kwargs,
     ) -> "GeneTokenizer":
         """Make a tokenizer for the genes, and the chosen phenotypes, of a store.
 
         Parameters
         ----------
         store : CellStore
-            Gives the genes in its order, and the values of its categorical columns.
-        scheme : {"binned"}, default: "binned"
+            Gives the genes in its order with their symbols, and the values of its categorical columns.
+        scheme : {"binned", "rank"}, default: "binned"
             As in the constructor.
         phenotypes : sequence of str, or dict, optional
             Columns of the store's obs that become phenotype categories, or the categories with their values.
+        bin_edges : sequence, dict, "quantile" or "gene_quantile", optional
+            Edges, or how to find them: at quantiles of the (normalised) counts above 0 of at most 10,000 cells, evenly
+            spread over the store; of all genes together, or a gene.
+        n_bins : int, default: 10
+            Bins of quantiles, `bin_0` not counted; fewer where quantiles fall together.
+        medians : dict of gene to float, optional
+            Of the rank scheme, from `estimate_gene_medians`; the column `median` of the store's gene table by default.
+            Genes without one are left out of the vocabulary.
         **kwargs
             As in the constructor.
 
@@ -181,7 +301,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         Raises
         ------
         ValueError
-            A phenotype is not a categorical column of the store.
+            A phenotype is not a categorical column of the store; no medians.
         """
         if phenotypes is not None and not isinstance(phenotypes, Mapping):
             missing = [name for name in phenotypes if name not in store.categories]
@@ -191,36 +311,152 @@ class GeneTokenizer(PreTrainedTokenizer):
                     f"{', '.join(store.categories) or 'none'}. Build it with obs=[…] to keep more columns."
                 )
             phenotypes = {name: store.categories[name] for name in phenotypes}
-        return cls(store.gene_ids.tolist(), scheme=scheme, phenotypes=phenotypes, **kwargs)
+        genes = store.gene_ids.tolist()
+        if scheme == "rank":
+            if medians is None and "median" in store.genes.frame:
+                medians = dict(zip(genes, store.genes.frame["median"].tolist(), strict=True))
+            if medians is not None:
+                known = {strip_version(str(gene)) for gene, median in medians.items() if median and median > 0}
+                genes = [gene for gene in genes if strip_version(gene) in known]
+            kwargs["medians"] = medians
+        elif medians is not None:
+            kwargs["medians"] = medians  # refused by the constructor
+        if isinstance(bin_edges, str):
+            bin_edges = fit_bin_edges(store, bin_edges, n_bins, kwargs.get("normalize"))
+        kwargs.setdefault("symbols", store.genes)
+        return cls(genes, scheme=scheme, phenotypes=phenotypes, bin_edges=bin_edges, **kwargs)
+
+    @classmethod
+    def from_token_dictionary(
+        cls,
+        token_dictionary: Mapping[str, int] | str | os.PathLike,
+        medians: Mapping[str, float] | str | os.PathLike,
+        *,
+        symbols: Any = None,
+        **kwargs,
+    ) -> "GeneTokenizer":
+        """Make a rank tokenizer of the vocabulary of STFormer or Geneformer: same genes, same ids.
+
+        Parameters
+        ----------
+        token_dictionary : dict, or path of a .pkl, .json or vocab.txt
+            Token -> id. `<pad>` and `<mask>` are needed; with `<cls>` and `<eos>` (Geneformer V2) cells begin and end
+            with them.
+        medians : dict, or path of a .pkl or .json
+            Gene -> non-zero median.
+        symbols : dict, or path of a .pkl or .json, or GeneTable, optional
+            Symbol -> gene.
+        **kwargs
+            As in the constructor.
+
+        Returns
+        -------
+        GeneTokenizer
+
+        Raises
+        ------
+        ValueError
+            A pickle that holds more than data; ids that are no whole numbers, or twice; no `<pad>` or `<mask>`.
+        """
+        ids, special_tokens, genes = read_token_dictionary(token_dictionary)
+        if "sep_token" in special_tokens and kwargs.get("neighborhood"):
+            kwargs.setdefault("separator", special_tokens["sep_token"])
+        if isinstance(symbols, (str, os.PathLike)):
+            symbols = load_mapping(symbols)
+        return cls(
+            genes,
+            scheme="rank",
+            medians=load_mapping(medians),
+            symbols=symbols,
+            special_tokens=special_tokens,
+            token_ids=ids,
+            **kwargs,
+        )
+
+    @classmethod
+    def from_perturbgene(
+        cls,
+        vocabulary: Mapping[str, Sequence[str]] | str | os.PathLike,
+        bin_edges: Sequence[float] | Mapping[str, Sequence[float]],
+        genes: Sequence[str],
+        **kwargs,
+    ) -> "GeneTokenizer":
+        """Make a binned tokenizer of PerturbGene's vocabulary: same ids and types.
+
+        Parameters
+        ----------
+        vocabulary : dict, or path of a .json
+            Category -> its tokens, such as `"[B_cell]"`.
+        bin_edges : sequence of float, or dict of gene to sequence
+            As in the constructor.
+        genes : sequence of str
+            Genes in the order of the columns that its models were trained on: PerturbGene did not keep them.
+        **kwargs
+            As in the constructor; `truncation="head"` is PerturbGene's.
+
+        Returns
+        -------
+        GeneTokenizer
+
+        Raises
+        ------
+        ValueError
+            Something that is no token.
+        """
+        phenotypes = {}
+        for category, tokens in load_mapping(vocabulary).items():
+            wrong = [token for token in tokens if not (token.startswith("[") and token.endswith("]"))]
+            if wrong:
+                raise ValueError(f"{category!r} lists {wrong[0]!r}; a phenotype's token is like '[B_cell]'.")
+            phenotypes[category] = [token[1:-1] for token in tokens]
+        return cls(genes, scheme="binned", bin_edges=bin_edges, phenotypes=phenotypes, **kwargs)
 
     # ------------------------------------------------------------------ vocabulary
 
-    def _build_vocabulary(self) -> None:
-        tokens = list(SPECIAL_TOKENS)
-        self._phenotype_ids: dict[str, dict[str, int]] = {}
-        for category, values in self.phenotypes.items():
-            ids = self._phenotype_ids[category] = {}
-            seen: dict[str, str] = {}
-            for value in values:
-                token = "[" + value.replace(" ", "_").strip() + "]"
-                if token in seen:
-                    raise ValueError(
-                        f"Values {seen[token]!r} and {value!r} of phenotype {category!r} both become {token}; "
-                        "rename one, or list it once."
-                    )
-                seen[token] = value
-                ids[value] = len(tokens)
-                tokens.append(f"[{category}={token[1:-1]}]" if token in tokens else token)
-        self._first_bin_id = len(tokens)
-        tokens += [f"bin_{i}" for i in range(self.n_bins)]
-        self._tokens = tokens
-        self._token_to_id = {token: i for i, token in enumerate(tokens)}
-        self._gene_to_index = {_strip_version(gene): i for i, gene in enumerate(self.genes)}
+    def _build_vocabulary(self, special_tokens: Mapping[str, str] | None) -> None:
+        if special_tokens is None:
+            special_tokens = SPECIAL_TOKENS
+        special_tokens = dict(special_tokens)
+        if self.separator is not None:
+            special_tokens.setdefault("sep_token", self.separator)
+        required = set(SPECIAL_TOKENS) if self.scheme == "binned" else {"mask_token", "pad_token"}
+        if not required <= set(special_tokens) <= {*SPECIAL_TOKENS, "sep_token"}:
+            raise ValueError(
+                f"special_tokens has the roles {', '.join(special_tokens)}; {', '.join(sorted(required))} are needed, "
+                f"and there are {', '.join(SPECIAL_TOKENS)} and sep_token."
+            )
+        self._special_tokens = special_tokens
+        tokens = list(special_tokens.values())
+        if self.scheme == "rank":
+            tokens += self.genes
+        if len(set(tokens)) < len(tokens):
+            raise ValueError("A gene has the name of a special token.")
+        names = name_phenotypes(self.phenotypes, tokens)
+        tokens += [token for of in names.values() for token in of.values()]
+        if self.scheme == "binned":
+            tokens += [f"bin_{i}" for i in range(self.n_bins)]
+        self._tokens = order_tokens(tokens, self._token_ids)
+        self._token_to_id = {token: i for i, token in enumerate(self._tokens)}
+        ids = self._token_to_id
+        self._special_ids = np.sort([ids[token] for token in special_tokens.values()])
+        self._phenotype_ids = {
+            category: {value: ids[token] for value, token in of.items()} for category, of in names.items()
+        }
+        self._all_phenotype_ids = np.sort([i for of in self._phenotype_ids.values() for i in of.values()])
+        of_genes = self.genes if self.scheme == "rank" else [f"bin_{i}" for i in range(self.n_bins)]
+        # Of the rank scheme, the id of each gene; of the binned one, of each bin.
+        self._expression_ids = np.array([ids[token] for token in of_genes], np.int64)
+
+    @property
+    def last_coverage(self) -> dict[str, float] | None:
+        """Shares of the last table of genes that were known; see the class."""
+        return self._matcher.last_coverage
 
     @property
     def n_bins(self) -> int:
-        """Number of bins, `bin_0` counted: one more than there are edges."""
-        return len(self.bin_edges) + 1
+        """Number of bins, `bin_0` counted: one more than there are edges (of the gene that has most)."""
+        edges = self.bin_edges
+        return 1 + (max(map(len, edges.values())) if isinstance(edges, dict) else len(edges))
 
     @property
     def vocab_size(self) -> int:
@@ -228,24 +464,31 @@ class GeneTokenizer(PreTrainedTokenizer):
         return len(self._tokens)
 
     @property
+    def _first_category_type(self) -> int:
+        return 1 if self.scheme == "binned" else 2
+
+    @property
     def gene_token_type_offset(self) -> int:
-        """Token type of the first gene: 1 + number of phenotype categories."""
-        return 1 + len(self.phenotypes)
+        """Token type of the first gene: 1 + number of phenotype categories; of the rank scheme 0, for all genes."""
+        return 1 + len(self.phenotypes) if self.scheme == "binned" else 0
 
     @property
     def type_vocab_size(self) -> int:
         """Number of token types."""
-        return self.gene_token_type_offset + len(self.genes)
+        n_types = self._first_category_type + len(self.phenotypes)
+        return n_types + (len(self.genes) if self.scheme == "binned" else 0)
 
     @property
     def genes_start_ind(self) -> int:
         """Position of the first gene in a cell that has all included phenotypes."""
-        return 1 + len(self.included_phenotypes)
+        return int(self.cls) + len(self.included_phenotypes)
 
     @property
     def first_bin_id(self) -> int:
         """Token id of `bin_0`."""
-        return self._first_bin_id
+        if self.scheme != "binned":
+            raise AttributeError("A rank tokenizer has no bins.")
+        return int(self._expression_ids[0])
 
     @property
     def max_length(self) -> int:
@@ -272,8 +515,30 @@ class GeneTokenizer(PreTrainedTokenizer):
     @property
     def fingerprint(self) -> str:
         """Hash of everything that gives ids and types their meaning; a model keeps it in its configuration."""
-        meaning = json.dumps([self.scheme, self.bin_edges, self.genes, self.phenotypes])
-        return hashlib.sha256(meaning.encode()).hexdigest()[:16]
+        meaning = {name: value for name, value in self._vocabulary().items() if name not in ("symbols", "cls", "eos")}
+        return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
+
+    def _vocabulary(self) -> dict[str, Any]:
+        """Give what fixes the tokens, as the file holds it."""
+        vocabulary = {
+            "scheme": self.scheme,
+            "special_tokens": self._special_tokens,
+            "token_ids": self._token_ids,
+            "phenotypes": self.phenotypes,
+            "genes": self.genes,
+            "symbols": self.symbols,
+        }
+        if self.scheme == "binned":
+            return {**vocabulary, "bin_edges": self.bin_edges, "normalize": self.normalize}
+        return {
+            **vocabulary,
+            "medians": [None if median != median else median for median in self.medians.tolist()],
+            "target_sum": self.target_sum,
+            "neighborhood": self.neighborhood,
+            "separator": self.separator,
+            "cls": self.cls,
+            "eos": self.eos,
+        }
 
     def get_vocab(self) -> dict[str, int]:
         """Token -> id."""
@@ -283,7 +548,11 @@ class GeneTokenizer(PreTrainedTokenizer):
         return text.split()
 
     def _convert_token_to_id(self, token: str) -> int | None:
-        return self._token_to_id.get(token)
+        found = self._token_to_id.get(token)
+        if found is None and self.scheme == "rank":  # another version of the id, or a symbol
+            at = self._matcher.find([token])[0]
+            found = None if at < 0 else int(self._expression_ids[at])
+        return found
 
     def _convert_id_to_token(self, index: int) -> str:
         return self._tokens[index]
@@ -293,39 +562,46 @@ class GeneTokenizer(PreTrainedTokenizer):
         return " ".join(tokens)
 
     def convert_token_types_to_names(self, token_type_ids: Iterable[int]) -> list[str | None]:
-        """Gene id or phenotype category of each token type; None for type 0."""
-        names = [None, *self.phenotypes, *self.genes]
+        """Name each token type: its gene or phenotype category, `neighborhood`; None for type 0."""
+        if self.scheme == "binned":
+            names = [None, *self.phenotypes, *self.genes]
+        else:
+            names = [None, "neighborhood", *self.phenotypes]
         return [names[int(i)] for i in token_type_ids]
 
-    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
-        """Write `gene_vocabulary.json`.
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """Write `gene_vocabulary.json`, and `tokenizer.json`, by which any process turns names of tokens into ids.
 
         Parameters
         ----------
         save_directory : str
             An existing folder.
         filename_prefix : str, optional
-            Put before the file's name.
+            Put before the files' names.
 
         Returns
         -------
         tuple of str
-            The path written.
+            The paths written.
         """
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         path = os.path.join(save_directory, prefix + VOCAB_FILES_NAMES["vocab_file"])
         vocabulary = {
             "format_version": FORMAT_VERSION,
-            "scheme": self.scheme,
-            "bin_edges": self.bin_edges,
             "max_length": self.max_length,
             "included_phenotypes": self.included_phenotypes,
-            "phenotypes": self.phenotypes,
-            "genes": self.genes,
+            "truncation": self.truncation,
+            "seed": self.seed,
+            **self._vocabulary(),
         }
         with open(path, "w", encoding="utf-8") as file:
             json.dump(vocabulary, file, ensure_ascii=False, indent=0)
-        return (path,)
+        words = Tokenizer(models.WordLevel(self.get_vocab()))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        words.add_special_tokens(list(self._special_tokens.values()))
+        words_path = os.path.join(save_directory, prefix + "tokenizer.json")
+        words.save(words_path)
+        return path, words_path
 
     # ------------------------------------------------------------------ masks
 
@@ -344,28 +620,28 @@ class GeneTokenizer(PreTrainedTokenizer):
         Returns
         -------
         Same kind as `token_ids_0`
-            1 for `[CLS]`, `[EOS]`, `[MASK]` and `[PAD]`, else 0; booleans for arrays and tensors.
+            1 for `[CLS]`, `[EOS]`, `[MASK]`, `[PAD]` and `[SEP]`, else 0; booleans for arrays and tensors.
         """
         if token_ids_1 is not None:
             raise ValueError("A cell is one sequence; token_ids_1 has no meaning.")
         if not already_has_special_tokens:
             token_ids_0 = self.build_inputs_with_special_tokens(token_ids_0)
-        return _elementwise(token_ids_0, lambda ids: ids < len(SPECIAL_TOKENS))
+        return _among(token_ids_0, self._special_ids)
 
     def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: None = None) -> list[int]:
         """`[CLS]`, the ids, `[EOS]`."""
-        return [self.cls_token_id, *token_ids_0, self.eos_token_id]
+        return [self.cls_token_id] * self.cls + [*token_ids_0] + [self.eos_token_id] * self.eos
 
     def get_phenotypic_tokens_mask(self, input_ids):
         """1 (or True) for ids of phenotype values, in the kind of `input_ids` (list, array, Tensor).
 
         A masked phenotype is a special token; its token type still names the category.
         """
-        return _elementwise(input_ids, lambda ids: (ids >= len(SPECIAL_TOKENS)) & (ids < self._first_bin_id))
+        return _among(input_ids, self._all_phenotype_ids)
 
     def get_gene_tokens_mask(self, input_ids):
-        """1 (or True) for ids of expression bins, in the kind of `input_ids` (list, array, Tensor)."""
-        return _elementwise(input_ids, lambda ids: ids >= self._first_bin_id)
+        """1 (or True) for ids of expression bins, or of genes, in the kind of `input_ids` (list, array, Tensor)."""
+        return _among(input_ids, self._expression_ids)
 
     # ------------------------------------------------------------------ cells to tokens
 
@@ -460,142 +736,141 @@ class GeneTokenizer(PreTrainedTokenizer):
         obs=None,
         layer: str | None = None,
         max_length: int | None = None,
+        epoch: int = 0,
     ) -> TokenizedCells:
-        """Tokenize cells into flat arrays: the fast path under `__call__`, with its parameters and errors."""
+        """Tokenize cells into flat arrays: the fast path under `__call__`, with its parameters and errors.
+
+        `epoch` is for `truncation="random"`, which chooses anew in each.
+        """
         max_length = self.max_length if max_length is None else max_length
         self._check_max_length(max_length)
-        if (genes is not None or obs is not None) and (is_cell_batch(cells) or hasattr(cells, "var_names")):
-            raise ValueError(f"genes= and obs= go with a matrix; a {type(cells).__name__} brings its own.")
-        if is_cell_batch(cells):
-            indptr, columns, counts = cells.indptr, cells.genes, cells.counts
-            names, obs = (cells.gene_ids, cells.symbols), cells
-        elif hasattr(cells, "obs") and hasattr(cells, "var_names"):
-            matrix = cells.X if layer is None else cells.layers[layer]
-            if matrix is None:
-                raise ValueError("The AnnData has no X; name the layer that holds the counts, as in layer='counts'.")
-            indptr, columns, counts = _csr_arrays(matrix)
-            names = (cells.var_names, *(cells.var[name] for name in GENE_COLUMNS if name in cells.var))
-            obs = cells.obs
-            _check_counts(counts, "X" if layer is None else f"layer {layer!r}", cells.layers)
-        elif hasattr(cells, "shape") and len(cells.shape) == 2:
-            indptr, columns, counts = _csr_arrays(cells)
-            if genes is None:
-                genes = getattr(cells, "columns", self.genes)  # a DataFrame names its genes
-            names = (genes,)
-            if len(names[0]) != cells.shape[1]:
-                raise ValueError(
-                    f"The matrix has {cells.shape[1]} columns, and there are {len(names[0])} gene ids for them."
-                    " Pass genes=[…], the gene ids of its columns."
-                )
-            _check_counts(counts, "the matrix", {})
-        else:
-            raise TypeError(
-                f"GeneTokenizer takes an AnnData, a matrix of counts or a CellBatch, not {type(cells).__name__}. "
-                "For token strings use convert_tokens_to_ids."
-            )
+        found = read_cells(cells, genes, obs, layer, self.genes, self.neighborhood)
+        key = cells.gene_ids if is_cell_batch(cells) else None
+        column_genes = self._matcher.match(found.names, found.rows, self.min_coverage, key)
+        phenotypes = self._phenotype_tokens(found.obs, len(found.rows.indptr) - 1)
+        room = max_length - self.cls - self.eos - (phenotypes >= 0).sum(axis=1)
+        if self.scheme == "binned":
+            return self._encode_bins(found.rows, column_genes, phenotypes, room, found.ids, epoch)
+        parts = [found.rows] if found.neighborhood is None else [found.rows, found.neighborhood]
+        if self.neighborhood:
+            room = (room - (self.separator is not None)) // 2
+        ranked = [self._rank(rows, column_genes, room, found.ids, epoch) for rows in parts]
+        return self._lay_out(
+            phenotypes,
+            [(indptr, self._expression_ids[genes], kind) for kind, (indptr, genes) in enumerate(ranked)],
+        )
 
-        n_cells = len(indptr) - 1
-        if self._last_table is not None and is_cell_batch(cells) and self._last_table[0] is cells.gene_ids:
-            column_genes = self._last_table[1]
-        else:
-            column_genes = self._map_columns(names, columns, counts)
-            self._last_table = (cells.gene_ids, column_genes) if is_cell_batch(cells) else None
-        indptr, genes_, counts = _map_genes(indptr, columns, counts, column_genes)
-        phenotypes = self._phenotype_tokens(obs, n_cells)
-        return self._lay_out(indptr, genes_, counts, phenotypes, max_length)
+    def _encode_bins(
+        self,
+        rows: CountRows,
+        column_genes: np.ndarray | None,
+        phenotypes: np.ndarray,
+        room: np.ndarray,
+        cell_ids: np.ndarray,
+        epoch: int,
+    ) -> TokenizedCells:
+        """Bin, truncate and write out."""
+        totals = None if self.normalize is None else row_sums(rows)
+        rows = rows if column_genes is None else map_genes(rows, column_genes)
+        bins = bin_counts(rows, self._edges, None if totals is None else log1p_cp10k(rows, totals))
+        expressed = bins > 0
+        if not expressed.all():
+            indptr, (genes, counts, bins) = keep(expressed, rows.indptr, rows.columns, rows.counts, bins)
+            rows = CountRows(indptr, genes, counts)
+        indptr, genes = rows.indptr, rows.columns
+        dropped_types = dropped_cells = np.empty(0, np.int64)
+        chosen = choose(rows, room, self.truncation, self.seed, epoch, cell_ids)
+        if chosen is not None:
+            cells = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+            dropped_types = genes[~chosen].astype(np.int64) + self.gene_token_type_offset
+            dropped_cells = cells[~chosen]
+            indptr, (genes, bins) = keep(chosen, indptr, genes, bins)
+        ids = bins + np.int64(self._expression_ids[0])
+        types = genes + np.int64(self.gene_token_type_offset)
+        tokens = self._lay_out(phenotypes, [(indptr, ids, types)])
+        return tokens._replace(dropped_type_ids=dropped_types, dropped_cells=dropped_cells)
+
+    def _rank(
+        self, rows: CountRows, column_genes: np.ndarray | None, room: np.ndarray, cell_ids: np.ndarray, epoch: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rank the genes of cells: indptr (n + 1,), and the genes in the order of their tokens."""
+        totals = row_sums(rows)
+        rows = rows if column_genes is None else map_genes(rows, column_genes)
+        usable = ~np.isnan(self.medians)
+        usable = (rows.counts > 0) if usable.all() else (rows.counts > 0) & usable[rows.columns]
+        if not usable.all():
+            indptr, (genes, counts) = keep(usable, rows.indptr, rows.columns, rows.counts)
+            rows = CountRows(indptr, genes, counts)
+        if self.truncation == "random":
+            chosen = choose(rows, room, self.truncation, self.seed, epoch, cell_ids)
+            if chosen is not None:
+                totals_kept = totals
+                indptr, (genes, counts) = keep(chosen, rows.indptr, rows.columns, rows.counts)
+                rows, totals = CountRows(indptr, genes, counts), totals_kept
+        values = scores(rows, totals, self.medians, self.target_sum)
+        indptr, at = strongest_first(rows.indptr, values, room)
+        return indptr, rows.columns[at]
 
     def _lay_out(
-        self, indptr: np.ndarray, genes: np.ndarray, counts: np.ndarray, phenotypes: np.ndarray, max_length: int
+        self, phenotypes: np.ndarray, parts: list[tuple[np.ndarray, np.ndarray, np.ndarray | int]]
     ) -> TokenizedCells:
-        """Bin, truncate and write out the tokens of canonical CSR rows over the tokenizer's genes."""
-        bins = self._bin(counts)
-        indptr, (genes, counts, bins) = _keep(bins > 0, indptr, genes, counts, bins)
+        """Write `[CLS]`, phenotypes, genes, the separator and the neighbourhood's genes, `[EOS]`.
 
+        `parts` are (indptr, ids, types) of the cells' genes and perhaps of their neighbourhoods'.
+        """
         has_phenotype = phenotypes >= 0
-        n_phenotypes = has_phenotype.sum(axis=1)
-        room = max_length - 2 - n_phenotypes
-        dropped_types = dropped_cells = np.empty(0, np.int64)
-        if (np.diff(indptr) > room).any():
-            kept = _strongest(indptr, counts, room)
-            cells = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-            dropped_types, dropped_cells = genes[~kept] + self.gene_token_type_offset, cells[~kept]
-            indptr, (genes, bins) = _keep(kept, indptr, genes, bins)
-
-        n_genes = np.diff(indptr)
-        out = np.zeros(len(indptr), np.int64)
-        np.cumsum(n_genes + n_phenotypes + 2, out=out[1:])
+        n_front = has_phenotype.sum(axis=1) + int(self.cls)
+        n_between = int(self.separator is not None) * (len(parts) - 1)
+        lengths = sum((np.diff(indptr) for indptr, _, _ in parts), n_front + n_between + int(self.eos))
+        out = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=out[1:])
         ids = np.empty(out[-1], np.int64)
         types = np.zeros(out[-1], np.int64)
         starts = out[:-1]
-        ids[starts] = self.cls_token_id
-        ids[out[1:] - 1] = self.eos_token_id
+        if self.cls:
+            ids[starts] = self.cls_token_id
+        if self.eos:
+            ids[out[1:] - 1] = self.eos_token_id
 
         cell, which = np.nonzero(has_phenotype)
-        at = starts[cell] + has_phenotype.cumsum(axis=1)[cell, which]
+        at = starts[cell] + has_phenotype.cumsum(axis=1)[cell, which] - 1 + int(self.cls)
         ids[at] = phenotypes[cell, which]
-        sorted_categories = list(self.phenotypes)
-        types[at] = np.array([1 + sorted_categories.index(name) for name in self._included_phenotypes], np.int64)[
-            which
-        ]
+        categories = list(self.phenotypes)
+        of = [self._first_category_type + categories.index(name) for name in self._included_phenotypes]
+        types[at] = np.array(of, np.int64)[which]
 
-        at = np.arange(len(genes)) + np.repeat(starts + 1 + n_phenotypes - indptr[:-1], n_genes)
-        ids[at] = bins + self._first_bin_id
-        types[at] = genes + self.gene_token_type_offset
-        return TokenizedCells(ids, types, out, dropped_types.astype(np.int64), dropped_cells)
-
-    def _bin(self, counts: np.ndarray) -> np.ndarray:
-        edges = np.asarray(self.bin_edges, np.float64)
-        if counts.dtype in (np.uint8, np.uint16):  # few distinct values: look the bins up
-            return np.searchsorted(edges, np.arange(np.iinfo(counts.dtype).max + 1), side="right")[counts]
-        return np.searchsorted(edges, counts, side="right")
-
-    def _map_columns(self, names: tuple, columns: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Gene index of each input column, -1 where unknown, by the kind of name that most columns are known by."""
-        candidates = [
-            np.array([self._gene_to_index.get(_strip_version(str(name)), -1) for name in candidate], np.int64)
-            for candidate in names
-        ]
-        mapped = max(candidates, key=lambda candidate: (candidate >= 0).sum())
-        known = mapped >= 0
-        total = counts.sum(dtype=np.float64)
-        known_genes = float(known.mean()) if len(known) else 0.0
-        share = counts[known[columns]].sum(dtype=np.float64) / total if total else known_genes
-        self.last_coverage = {
-            "genes": known_genes,
-            "counts": float(share),
-            "vocabulary": len(np.unique(mapped[mapped >= 0])) / len(self.genes),
-        }
-        if share < self.min_coverage:
-            raise ValueError(
-                f"Only {share:.1%} of the counts are in genes that the tokenizer knows (at least "
-                f"{self.min_coverage:.0%} are needed). The input names genes like {_sample(names[0])}; the tokenizer "
-                f"like {_sample(self.genes)}. Give ids of the same kind, species and release, or lower "
-                "tokenizer.min_coverage."
-            )
-        if known_genes < 1:
-            logger.warning(
-                f"{(mapped >= 0).sum()} of {len(mapped)} genes of the input are known to the tokenizer "
-                f"({share:.1%} of its counts); the others are left out."
-            )
-        return mapped
+        starts = starts + n_front
+        for indptr, part_ids, part_types in parts:
+            n_genes = np.diff(indptr)
+            at = np.arange(len(part_ids)) + np.repeat(starts - indptr[:-1], n_genes)
+            ids[at] = part_ids
+            types[at] = part_types
+            starts = starts + n_genes
+            if n_between and part_types == 0:
+                ids[starts] = self.sep_token_id
+                starts = starts + 1
+        nothing = np.empty(0, np.int64)
+        return TokenizedCells(ids, types, out, nothing, nothing)
 
     def _phenotype_tokens(self, obs, n_cells: int) -> np.ndarray:
         """Token id of each included phenotype of each cell (n_cells, n_included), -1 where there is none."""
         tokens = np.full((n_cells, len(self._included_phenotypes)), -1, np.int64)
         for i, category in enumerate(self._included_phenotypes):
             ids = self._phenotype_ids[category]
+
+            def token(value, ids=ids) -> int:
+                return -1 if _is_missing(value) else ids.get(phenotype_token(str(value)), -1)
+
             if is_cell_batch(obs) and category in obs.categories:  # codes, -1 where missing, and their names
-                names = obs.categories[category]
-                tokens[:, i] = np.array([*(ids.get(str(name), -1) for name in names), -1])[obs.obs[category]]
+                tokens[:, i] = np.array([*map(token, obs.categories[category]), -1])[obs.obs[category]]
             elif not is_cell_batch(obs) and obs is not None and category in obs:
                 values = obs[category]
                 if len(values) != n_cells:
                     raise ValueError(f"obs has {len(values)} rows for {n_cells} cells.")
                 if hasattr(values, "cat"):  # by its categories: beside a missing value, whole numbers become 1.0, 2.0
-                    of_code = [*(ids.get(str(name), -1) for name in values.cat.categories), -1]
-                    tokens[:, i] = np.array(of_code)[values.cat.codes]
+                    tokens[:, i] = np.array([*map(token, values.cat.categories), -1])[values.cat.codes]
                 else:
-                    tokens[:, i] = [-1 if _is_missing(value) else ids.get(str(value), -1) for value in values]
+                    tokens[:, i] = [token(value) for value in values]
             n_missing = int((tokens[:, i] < 0).sum())
             if n_missing and category not in self._told:
                 self._told.add(category)
@@ -606,177 +881,32 @@ class GeneTokenizer(PreTrainedTokenizer):
         return tokens
 
     def _check_max_length(self, max_length: int) -> None:
-        needed = 3 + len(self._included_phenotypes)
+        n_parts = 1 + self.neighborhood
+        n_special = self.cls + self.eos + (self.separator is not None)
+        needed = n_special + len(self._included_phenotypes) + n_parts
         if max_length < needed:
             raise ValueError(
-                f"max_length {max_length} leaves no room for a gene: [CLS], [EOS], {needed - 3} phenotypes and one "
-                f"gene need {needed}."
+                f"max_length {max_length} leaves no room for a gene: {n_special} special tokens, "
+                f"{len(self._included_phenotypes)} phenotypes and {n_parts} genes need {needed}."
             )
-
-
-def is_cell_batch(cells) -> bool:
-    """Whether `cells` is what `CellStore.__getitems__` gives: CSR rows with the gene ids of their columns."""
-    return hasattr(cells, "indptr") and hasattr(cells, "gene_ids")
-
-
-def pad_ragged(flat: np.ndarray, indptr: np.ndarray, length: int, value: int, side: str = "right") -> np.ndarray:
-    """Write ragged rows into a padded matrix.
-
-    Parameters
-    ----------
-    flat : array (T,)
-        The rows, one after the other.
-    indptr : int array (n + 1,)
-        Row i is `flat[indptr[i]:indptr[i + 1]]`.
-    length : int
-        Number of columns; no row may be longer.
-    value : int
-        What to pad with.
-    side : {"right", "left"}, default: "right"
-        Where the padding goes.
-
-    Returns
-    -------
-    array (n, length) of the dtype of `flat`
-    """
-    lengths = np.diff(indptr)[:, None]
-    column = np.arange(length)
-    padded = np.full((len(lengths), length), value, flat.dtype)
-    padded[column < lengths if side == "right" else column >= length - lengths] = flat
-    return padded
-
-
-# ---------------------------------------------------------------------- helpers
-
-
-def _read_vocabulary(path: str | os.PathLike) -> dict:
-    with open(path, encoding="utf-8") as file:
-        saved = json.load(file)
-    if saved.get("format_version", 0) > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {saved['format_version']}; this tokenizer reads up to {FORMAT_VERSION}. "
-            "Update stformer_hf."
-        )
-    return saved
-
-
-def _check_genes(genes: Sequence[str] | None) -> list[str]:
-    if genes is None or len(genes) == 0:
-        raise ValueError("GeneTokenizer needs genes: a list of gene ids, as CellStore.gene_ids holds them.")
-    genes = [str(gene) for gene in genes]
-    seen: set[str] = set()
-    twice = [gene for gene in genes if (name := _strip_version(gene)) in seen or seen.add(name)]
-    if twice:
-        raise ValueError(f"{len(twice)} gene ids occur twice (versions do not count): {_sample(twice)}.")
-    return genes
-
-
-def _check_bin_edges(bin_edges: Sequence[float]) -> list[float]:
-    edges = [float(edge) for edge in bin_edges]
-    if not edges or edges[0] <= 0 or not np.isfinite(edges).all() or (np.diff(edges) <= 0).any():
-        raise ValueError(f"bin_edges are positive, finite and strictly increasing numbers, got {list(bin_edges)}.")
-    return edges
-
-
-def _strip_version(gene: str) -> str:
-    match = _VERSION.match(gene)
-    return match.group(1) if match else gene
-
-
-def _sample(names: Iterable[str], n: int = 3) -> str:
-    return ", ".join(str(name) for name in list(names)[:n]) or "(none)"
 
 
 def _is_missing(value) -> bool:
     return value is None or value != value
 
 
-def _elementwise(ids, test):
+def _among(ids, wanted: np.ndarray):
+    """Tell which ids are among some, in the kind of `ids`: a list of 0 and 1, or booleans."""
     if isinstance(ids, (list, tuple)):
-        return test(np.asarray(ids, np.int64)).astype(int).tolist()
-    return test(ids)
+        return _among(np.asarray(ids, np.int64), wanted).astype(int).tolist()
+    if not len(wanted):
+        return ids != ids
+    lowest, highest = int(wanted.min()), int(wanted.max())
+    if highest - lowest + 1 == len(wanted):
+        return (ids >= lowest) & (ids <= highest)
+    if isinstance(ids, torch.Tensor):
+        return torch.isin(ids, torch.as_tensor(wanted, device=ids.device))
+    return np.isin(ids, wanted)
 
 
-def _csr_arrays(matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row pointer, columns and values of a sparse, dense or backed matrix; columns ascending, each once."""
-    if hasattr(matrix, "to_memory"):
-        matrix = matrix.to_memory()
-    if hasattr(matrix, "tocsr"):
-        if matrix.format not in ("csr", "csc"):
-            matrix = _widen(matrix)  # tocsr sums duplicates
-        csr = matrix.tocsr()
-        if not csr.has_canonical_format:
-            csr = _widen(csr)
-            csr.sum_duplicates()
-        return csr.indptr.astype(np.int64), csr.indices, csr.data
-    dense = np.asarray(matrix)
-    rows, columns = np.nonzero(dense)
-    indptr = np.zeros(dense.shape[0] + 1, np.int64)
-    np.cumsum(np.bincount(rows, minlength=dense.shape[0]), out=indptr[1:])
-    return indptr, columns, dense[rows, columns]
-
-
-def _widen(matrix):
-    """Copy a sparse matrix to values of 64 bits: sums of narrow ones would wrap."""
-    return matrix.astype(np.float64 if matrix.dtype.kind == "f" else np.int64, copy=True)
-
-
-def _is_counts(values: np.ndarray) -> bool:
-    if values.dtype.kind in "ub":
-        return True
-    if values.dtype.kind == "i":
-        return values.size == 0 or values.min() >= 0
-    return bool(np.isfinite(values).all() and (values >= 0).all() and (values == np.rint(values)).all())
-
-
-def _check_counts(values: np.ndarray, where: str, layers) -> None:
-    if _is_counts(values):
-        return
-    found = "NaN or infinite" if not np.isfinite(values).all() else "negative" if (values < 0).any() else "fractional"
-    holders = [name for name in layers if _is_counts(_csr_arrays(layers[name])[2])]
-    remedy = f"layer={holders[0]!r} holds counts: pass it." if holders else "Pass the layer that holds raw counts."
-    raise ValueError(f"Counts are needed, and {where} holds {found} values. {remedy}")
-
-
-def _map_genes(
-    indptr: np.ndarray, columns: np.ndarray, counts: np.ndarray, column_genes: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rename columns to the tokenizer's genes: unknown ones dropped, genes ascending, equal ones summed."""
-    genes = column_genes[columns]
-    known = column_genes[column_genes >= 0]
-    if len(known) < len(column_genes):
-        indptr, (genes, counts) = _keep(genes >= 0, indptr, genes, counts)
-    if len(known) < 2 or (np.diff(known) > 0).all():
-        return indptr, genes, counts
-    n_genes = int(known.max()) + 1
-    cells = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-    keys = cells * n_genes + genes
-    order = np.argsort(keys, kind="stable")
-    keys, counts = keys[order], counts[order]
-    first = np.ones(len(keys), bool)
-    np.not_equal(keys[1:], keys[:-1], out=first[1:])
-    if not first.all():
-        wide = np.float64 if counts.dtype.kind == "f" else np.int64
-        counts = np.add.reduceat(counts, np.flatnonzero(first), dtype=wide)
-        indptr, (keys,) = _keep(first, indptr, keys)
-    return indptr, keys % n_genes, counts
-
-
-def _keep(mask: np.ndarray, indptr: np.ndarray, *arrays: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """Drop the entries of CSR rows where the mask is False."""
-    kept = np.zeros(len(mask) + 1, np.int64)
-    np.cumsum(mask, out=kept[1:])
-    return kept[indptr], tuple(array[mask] for array in arrays)
-
-
-def _strongest(indptr: np.ndarray, counts: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """Mask of the `room[i]` largest counts of each row i; of equal counts the earlier ones."""
-    lengths = np.diff(indptr)
-    cells = np.repeat(np.arange(len(lengths)), lengths)
-    order = np.lexsort((-counts.astype(np.float64), cells))  # stable: ties stay in gene order
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order)) - np.repeat(indptr[:-1], lengths)
-    return rank < room[cells]
-
-
-__all__ = ["GeneTokenizer", "TokenizedCells", "is_cell_batch", "pad_ragged"]
+__all__ = ["GeneTokenizer", "TokenizedCells"]

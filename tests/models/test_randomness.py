@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from stformer_hf.training.randomness import uniforms
+from stformer_hf.models.gene_bert.randomness import uniforms
 
 
 def test_equal_keys_give_equal_numbers_in_any_company():

@@ -1,0 +1,409 @@
+"""Counts of cells, whatever holds them, as flat CSR arrays; and which gene of a vocabulary each column is."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Columns of `AnnData.var` that may name the genes when the index does not.
+GENE_COLUMNS = (
+    "gene_id",
+    "gene_ids",
+    "ensembl_id",
+    "feature_id",
+    "gene_symbol",
+    "gene_symbols",
+    "gene_name",
+    "feature_name",
+    "symbol",
+)
+NEIGHBORS = "spatial_connectivities"  # where squidpy keeps the graph of the cells
+_ENSEMBL = re.compile(r"^ENS([A-Z]*)G\d{11}(\.\d+)?$")
+_VERSION = re.compile(r"^(ENS[A-Z]*G\d+)\.\d+$")
+_SPECIES = {"": "human", "MUS": "mouse", "RNO": "rat", "DAR": "zebrafish", "MMU": "macaque", "SSC": "pig"}
+
+
+class CountRows(NamedTuple):
+    """Counts of n cells.
+
+    Attributes
+    ----------
+    indptr : int64 array (n + 1,)
+        Cell i has the entries `indptr[i]:indptr[i + 1]`.
+    columns : int array (nnz,)
+        Columns, ascending in each cell, each once.
+    counts : array (nnz,)
+        Counts; zeros are allowed.
+    """
+
+    indptr: np.ndarray
+    columns: np.ndarray
+    counts: np.ndarray
+
+
+class Cells(NamedTuple):
+    """Cells to tokenize.
+
+    Attributes
+    ----------
+    rows : CountRows
+        Their counts.
+    names : tuple of sequences (n_columns,)
+        Kinds of names that the columns go by, such as ids and symbols.
+    obs : DataFrame, CellBatch, dict or None
+        Where phenotypes are looked up.
+    ids : int64 array (n,)
+        By which random choices are drawn.
+    neighborhood : CountRows or None
+        For each cell, the sum of its neighbours' counts, over the same columns.
+    """
+
+    rows: CountRows
+    names: tuple
+    obs: Any
+    ids: np.ndarray
+    neighborhood: CountRows | None
+
+
+def is_cell_batch(cells) -> bool:
+    """Whether `cells` is what `CellStore.__getitems__` gives: CSR rows with the gene ids of their columns."""
+    return hasattr(cells, "indptr") and hasattr(cells, "gene_ids")
+
+
+def read_cells(
+    cells, genes: Sequence[str] | None, obs, layer: str | None, own_genes: Sequence[str], neighborhood: bool
+) -> Cells:
+    """Read the counts of an AnnData, a matrix or a CellBatch; see `GeneTokenizer.__call__`."""
+    if (genes is not None or obs is not None) and (is_cell_batch(cells) or hasattr(cells, "var_names")):
+        raise ValueError(f"genes= and obs= go with a matrix; a {type(cells).__name__} brings its own.")
+    if is_cell_batch(cells):
+        around = getattr(cells, "neighborhood", None)
+        if neighborhood and around is None:
+            raise ValueError(
+                "The tokenizer adds each cell's neighbourhood, and these cells come without: take them from "
+                "store.with_neighborhoods()."
+            )
+        return Cells(
+            CountRows(cells.indptr, cells.genes, cells.counts),
+            (cells.gene_ids, cells.symbols),
+            cells,
+            cells.cell_id,
+            CountRows(*around) if neighborhood else None,
+        )
+    around = None
+    if hasattr(cells, "obs") and hasattr(cells, "var_names"):
+        matrix = cells.X if layer is None else cells.layers[layer]
+        if matrix is None:
+            raise ValueError("The AnnData has no X; name the layer that holds the counts, as in layer='counts'.")
+        rows = csr_rows(matrix)
+        names = (cells.var_names, *(cells.var[name] for name in GENE_COLUMNS if name in cells.var))
+        obs = cells.obs
+        check_counts(rows.counts, "X" if layer is None else f"layer {layer!r}", cells.layers)
+        if neighborhood:
+            around = _sum_of_neighbors(cells, matrix)
+    elif hasattr(cells, "shape") and len(cells.shape) == 2:
+        if neighborhood:
+            raise ValueError("The tokenizer adds each cell's neighbourhood, which a matrix does not tell.")
+        rows = csr_rows(cells)
+        if genes is None:
+            genes = getattr(cells, "columns", own_genes)  # a DataFrame names its genes
+        names = (genes,)
+        if len(genes) != cells.shape[1]:
+            raise ValueError(
+                f"The matrix has {cells.shape[1]} columns, and there are {len(genes)} gene ids for them."
+                " Pass genes=[…], the gene ids of its columns."
+            )
+        check_counts(rows.counts, "the matrix", {})
+    else:
+        raise TypeError(
+            f"GeneTokenizer takes an AnnData, a matrix of counts or a CellBatch, not {type(cells).__name__}. "
+            "For token strings use convert_tokens_to_ids."
+        )
+    return Cells(rows, names, obs, np.arange(len(rows.indptr) - 1), around)
+
+
+def _sum_of_neighbors(adata, matrix) -> CountRows:
+    if NEIGHBORS not in adata.obsp:
+        raise ValueError(
+            f"The tokenizer adds each cell's neighbourhood, and the AnnData has no obsp[{NEIGHBORS!r}]: make it with "
+            "stformer_hf.spatial_neighbors(adata), or with squidpy.gr.spatial_neighbors."
+        )
+    graph = adata.obsp[NEIGHBORS].tocoo()
+    others = graph.row != graph.col
+    graph = type(graph)((np.ones(others.sum()), (graph.row[others], graph.col[others])), shape=graph.shape).tocsr()
+    graph.sum_duplicates()
+    graph.data = np.ones(len(graph.data), np.int64)
+    if hasattr(matrix, "to_memory"):
+        matrix = matrix.to_memory()
+    return csr_rows(graph @ _widen(matrix))
+
+
+def csr_rows(matrix) -> CountRows:
+    """Rows of a sparse, dense or backed matrix; columns ascending, each once."""
+    if hasattr(matrix, "to_memory"):
+        matrix = matrix.to_memory()
+    if hasattr(matrix, "tocsr"):
+        if matrix.format not in ("csr", "csc"):
+            matrix = _widen(matrix)  # tocsr sums duplicates
+        csr = matrix.tocsr()
+        if not csr.has_canonical_format:
+            csr = _widen(csr)
+            csr.sum_duplicates()
+        return CountRows(csr.indptr.astype(np.int64), csr.indices, csr.data)
+    dense = np.asarray(matrix)
+    rows, columns = np.nonzero(dense)
+    indptr = np.zeros(dense.shape[0] + 1, np.int64)
+    np.cumsum(np.bincount(rows, minlength=dense.shape[0]), out=indptr[1:])
+    return CountRows(indptr, columns, dense[rows, columns])
+
+
+def _widen(matrix):
+    """Copy a matrix to values of 64 bits: sums of narrow ones would wrap."""
+    return matrix.astype(np.float64 if matrix.dtype.kind == "f" else np.int64)
+
+
+def row_sums(rows: CountRows) -> np.ndarray:
+    """Total of each cell: float64 array (n,)."""
+    if rows.counts.dtype.kind != "f":  # exact, and several times faster than adding float64
+        sums = np.zeros(len(rows.counts) + 1, np.int64)
+        np.cumsum(rows.counts, out=sums[1:])
+        return (sums[rows.indptr[1:]] - sums[rows.indptr[:-1]]).astype(np.float64)
+    totals = np.zeros(len(rows.indptr) - 1)
+    filled = np.diff(rows.indptr) > 0
+    if filled.any():
+        totals[filled] = np.add.reduceat(rows.counts, rows.indptr[:-1][filled], dtype=np.float64)
+    return totals
+
+
+def keep(mask: np.ndarray, indptr: np.ndarray, *arrays: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """Drop the entries of CSR rows where the mask is False."""
+    kept = np.zeros(len(mask) + 1, np.int64)
+    np.cumsum(mask, out=kept[1:])
+    return kept[indptr], tuple(array[mask] for array in arrays)
+
+
+def pad_ragged(flat: np.ndarray, indptr: np.ndarray, length: int, value: int, side: str = "right") -> np.ndarray:
+    """Write ragged rows into a padded matrix.
+
+    Parameters
+    ----------
+    flat : array (T,)
+        The rows, one after the other.
+    indptr : int array (n + 1,)
+        Row i is `flat[indptr[i]:indptr[i + 1]]`.
+    length : int
+        Number of columns; no row may be longer.
+    value : int
+        What to pad with.
+    side : {"right", "left"}, default: "right"
+        Where the padding goes.
+
+    Returns
+    -------
+    array (n, length) of the dtype of `flat`
+    """
+    lengths = np.diff(indptr)[:, None]
+    column = np.arange(length)
+    padded = np.full((len(lengths), length), value, flat.dtype)
+    padded[column < lengths if side == "right" else column >= length - lengths] = flat
+    return padded
+
+
+# ---------------------------------------------------------------------- are they counts
+
+
+def _is_counts(values: np.ndarray) -> bool:
+    if values.dtype.kind in "ub":
+        return True
+    if values.dtype.kind == "i":
+        return values.size == 0 or values.min() >= 0
+    return bool(np.isfinite(values).all() and (values >= 0).all() and (values == np.rint(values)).all())
+
+
+def check_counts(values: np.ndarray, where: str, layers) -> None:
+    """Raise if values are not counts; name the layer that holds them."""
+    if _is_counts(values):
+        return
+    found = "NaN or infinite" if not np.isfinite(values).all() else "negative" if (values < 0).any() else "fractional"
+    holders = [name for name in layers if _is_counts(csr_rows(layers[name]).counts)]
+    remedy = f"layer={holders[0]!r} holds counts: pass it." if holders else "Pass the layer that holds raw counts."
+    raise ValueError(f"Counts are needed, and {where} holds {found} values. {remedy}")
+
+
+# ---------------------------------------------------------------------- which gene is a column
+
+
+def strip_version(gene: str) -> str:
+    """Cut the version of an Ensembl gene id."""
+    match = _VERSION.match(gene)
+    return match.group(1) if match else gene
+
+
+class GeneMatcher:
+    """Finds the genes of a vocabulary among the columns of an input, and tells how many there are.
+
+    Parameters
+    ----------
+    genes : sequence of str
+        The vocabulary.
+    symbols : dict of symbol to gene
+        Other names of the genes.
+
+    Attributes
+    ----------
+    last_coverage : dict or None
+        Of the last table of genes seen: `genes` and `counts`, the shares of it that are known, and `vocabulary`, the
+        share of the vocabulary that it holds.
+    """
+
+    def __init__(self, genes: Sequence[str], symbols: Mapping[str, str]):
+        self._genes = genes
+        self._index = {strip_version(gene): i for i, gene in enumerate(genes)}
+        self._symbols = {symbol: self._index[strip_version(gene)] for symbol, gene in symbols.items()}
+        self._last: tuple[Any, np.ndarray | None] | None = None
+        self.last_coverage: dict[str, float] | None = None
+
+    def find(self, names: Iterable[str]) -> np.ndarray:
+        """Find genes by id, else by symbol: int32 array (n_names,), -1 where unknown."""
+        index, symbols = self._index, self._symbols
+        return np.array([index.get(strip_version(str(name)), symbols.get(str(name), -1)) for name in names], np.int32)
+
+    def match(
+        self, names: Sequence[Sequence[str]], rows: CountRows, min_coverage: float, key: np.ndarray | None
+    ) -> np.ndarray | None:
+        """Find the gene of each column, by the kind of name that most columns are known by.
+
+        Parameters
+        ----------
+        names : sequence of sequences (n_columns,)
+            Kinds of names.
+        rows : CountRows
+            Counts, for the share that is known.
+        min_coverage : float
+            Least share of the counts.
+        key : array, optional
+            The batches of a store share it: they are matched once.
+
+        Returns
+        -------
+        int32 array (n_columns,) or None
+            -1 where unknown; None where column j is gene j.
+
+        Raises
+        ------
+        ValueError
+            Less than `min_coverage` of the counts are in known genes.
+        """
+        if key is not None and self._last is not None and self._last[0] is key:
+            return self._last[1]
+        own = hash(tuple(map(tuple, names))) if key is None else key
+        seen = key is None and self._last is not None and isinstance(self._last[0], int) and self._last[0] == own
+        if seen:
+            mapped = self._last[1]
+        else:
+            mapped = max(map(self.find, names), key=lambda found: (found >= 0).sum())
+            mapped = None if np.array_equal(mapped, np.arange(len(mapped))) else mapped
+        self._measure(mapped, names, rows, min_coverage, tell=not seen)
+        self._last = (own, mapped)
+        return mapped
+
+    def _measure(self, mapped, names, rows: CountRows, min_coverage: float, tell: bool) -> None:
+        n_columns = len(names[0])
+        known = np.ones(n_columns, bool) if mapped is None else mapped >= 0
+        total = rows.counts.sum(dtype=np.float64)
+        known_columns = float(known.mean()) if n_columns else 0.0
+        share = rows.counts[known[rows.columns]].sum(dtype=np.float64) / total if total else known_columns
+        n_found = n_columns if mapped is None else len(np.unique(mapped[known]))
+        self.last_coverage = {
+            "genes": known_columns,
+            "counts": float(share),
+            "vocabulary": n_found / len(self._genes),
+        }
+        if share < min_coverage:
+            more = "" if self._symbols else ", or the genes' symbols (symbols=GeneTable.from_table(…))"
+            raise ValueError(
+                f"Only {share:.1%} of the counts are in genes that the tokenizer knows (at least "
+                f"{min_coverage:.0%} are needed). The input names genes like {describe(names[0])}. The tokenizer "
+                f"wants genes like {describe(self._genes)}. Give ids of the same kind, species and release{more}; or "
+                "lower tokenizer.min_coverage."
+            )
+        if tell and known_columns < 1:
+            logger.warning(
+                f"{known.sum()} of {n_columns} genes of the input are known to the tokenizer ({share:.1%} of its "
+                "counts); the others are left out."
+            )
+
+
+def map_genes(rows: CountRows, column_genes: np.ndarray) -> CountRows:
+    """Rename columns to genes: unknown ones dropped, genes ascending, equal ones summed.
+
+    Parameters
+    ----------
+    rows : CountRows
+    column_genes : int array (n_columns,)
+        Gene of each column, -1 where unknown.
+
+    Returns
+    -------
+    CountRows
+        Over the genes.
+    """
+    indptr, columns, counts = rows
+    genes = column_genes[columns]
+    known = column_genes[column_genes >= 0]
+    if len(known) < len(column_genes):
+        indptr, (genes, counts) = keep(genes >= 0, indptr, genes, counts)
+    if len(known) < 2 or (np.diff(known) > 0).all():
+        return CountRows(indptr, genes, counts)
+    n_genes = int(known.max()) + 1
+    keys = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr)) * n_genes + genes
+    order = np.argsort(keys, kind="stable")
+    keys, counts = keys[order], counts[order]
+    first = np.ones(len(keys), bool)
+    np.not_equal(keys[1:], keys[:-1], out=first[1:])
+    if not first.all():
+        wide = np.float64 if counts.dtype.kind == "f" else np.int64
+        counts = np.add.reduceat(counts, np.flatnonzero(first), dtype=wide)
+        indptr, (keys,) = keep(first, indptr, keys)
+    return CountRows(indptr, keys % n_genes, counts)
+
+
+def describe(names: Iterable[str]) -> str:
+    """Name some genes, and guess what kind of names they are."""
+    names = [str(name) for name in names]
+    sample = ", ".join(names[:3]) or "(none)"
+    matches = [match for name in names if (match := _ENSEMBL.match(name))]
+    if len(matches) > len(names) / 2:
+        prefix = max({match.group(1) for match in matches}, key=[match.group(1) for match in matches].count)
+        versions = " with versions" if any(match.group(2) for match in matches) else ""
+        return f"{sample}: these look like Ensembl ids of {_SPECIES.get(prefix, 'ENS' + prefix)}{versions}"
+    if names and all(name.isdigit() for name in names):
+        return f"{sample}: these look like row numbers or Entrez ids"
+    words = [name for name in names if len(name) > 1 and name[0].isalpha()]
+    if len(words) > len(names) / 2:
+        for kind, is_kind in (("human", str.isupper), ("mouse", str.istitle)):
+            if sum(map(is_kind, words)) > len(words) / 2:
+                return f"{sample}: these look like {kind} symbols"
+        return f"{sample}: these look like symbols"
+    return sample
+
+
+__all__ = [
+    "Cells",
+    "CountRows",
+    "GeneMatcher",
+    "check_counts",
+    "csr_rows",
+    "describe",
+    "is_cell_batch",
+    "keep",
+    "map_genes",
+    "pad_ragged",
+    "read_cells",
+    "row_sums",
+    "strip_version",
+]

@@ -1,0 +1,243 @@
+"""What a tokenizer is made of: genes, bin edges, medians, symbols, and the ids of tokens; checked, found, and read."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from transformers.utils import logging
+
+from .cell_counts import CountRows, describe, row_sums, strip_version
+from .gene_order import log1p_cp10k
+from .legacy_files import load_mapping
+
+logger = logging.get_logger(__name__)
+
+FORMAT_VERSION = 2
+_CELLS_FOR_EDGES = 10_000
+# Names that the special tokens have in vocabularies, by role.
+NAMES_OF_ROLES = {
+    "cls_token": ("<cls>", "[CLS]"),
+    "eos_token": ("<eos>", "[EOS]"),
+    "mask_token": ("<mask>", "[MASK]"),
+    "pad_token": ("<pad>", "[PAD]"),
+    "sep_token": ("<sep>", "[SEP]"),
+}
+
+
+def read_vocabulary(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a `gene_vocabulary.json`."""
+    with open(path, encoding="utf-8") as file:
+        saved = json.load(file)
+    if saved.get("format_version", 0) > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {saved['format_version']}; this tokenizer reads up to {FORMAT_VERSION}. "
+            "Update stformer_hf."
+        )
+    return saved
+
+
+# ---------------------------------------------------------------------- genes
+
+
+def check_genes(genes: Sequence[str] | None) -> list[str]:
+    """Take gene ids, each once."""
+    if genes is None or len(genes) == 0:
+        raise ValueError("GeneTokenizer needs genes: a list of gene ids, as CellStore.gene_ids holds them.")
+    genes = [str(gene) for gene in genes]
+    seen: set[str] = set()
+    twice = [gene for gene in genes if (name := strip_version(gene)) in seen or seen.add(name)]
+    if twice:
+        raise ValueError(f"{len(twice)} gene ids occur twice (versions do not count): {sample(twice)}.")
+    return genes
+
+
+def check_symbols(symbols: Any, genes: Sequence[str]) -> dict[str, str]:
+    """Take other names of the genes, those that name one gene only: symbol -> gene."""
+    if symbols is None:
+        return {}
+    if hasattr(symbols, "gene_ids"):
+        pairs = zip(symbols.symbols, symbols.gene_ids, strict=True)
+    else:
+        pairs = load_mapping(symbols).items()
+    known = {strip_version(gene): gene for gene in genes}
+    found: dict[str, set[str]] = {}
+    for symbol, gene in pairs:
+        gene = known.get(strip_version(str(gene)))
+        if gene is not None and str(symbol) and str(symbol) != gene:
+            found.setdefault(str(symbol), set()).add(gene)
+    return {symbol: next(iter(of)) for symbol, of in found.items() if len(of) == 1}
+
+
+def check_medians(medians: Any, genes: Sequence[str]) -> np.ndarray:
+    """Take a median a gene: float64 array (n_genes,), NaN where there is none."""
+    if medians is None:
+        raise ValueError("The rank scheme needs medians: pass medians=estimate_gene_medians(store).medians.")
+    if isinstance(medians, Mapping):
+        of = {strip_version(str(gene)): value for gene, value in medians.items()}
+        medians = [of.get(strip_version(gene)) for gene in genes]
+    if len(medians) != len(genes):
+        raise ValueError(f"There are {len(medians)} medians for {len(genes)} genes.")
+    values = np.array([np.nan if value is None else value for value in medians], np.float64)
+    wrong = np.flatnonzero((values <= 0) | np.isinf(values))
+    if len(wrong):
+        raise ValueError(
+            f"{len(wrong)} medians are not positive numbers, such as {values[wrong[0]]} of {genes[wrong[0]]}."
+        )
+    n_missing = int(np.isnan(values).sum())
+    if n_missing == len(values):
+        raise ValueError(f"None of the genes has a median. The genes are like {describe(genes)}; the medians are not.")
+    if n_missing:
+        logger.warning(f"{n_missing} of {len(values)} genes have no median, and never become tokens.")
+    return values
+
+
+# ---------------------------------------------------------------------- bin edges
+
+
+def check_bin_edges(bin_edges: Any, genes: Sequence[str]) -> list[float] | dict[str, list[float]]:
+    """Take edges for all genes, or for each."""
+    if not isinstance(bin_edges, Mapping):
+        return _check_edges(bin_edges, "bin_edges are")
+    of = {strip_version(str(gene)): values for gene, values in bin_edges.items()}
+    missing = [gene for gene in genes if strip_version(gene) not in of]
+    if missing:
+        raise ValueError(f"bin_edges name no edges for {len(missing)} genes, such as {sample(missing)}.")
+    return {gene: _check_edges(of[strip_version(gene)], f"bin_edges of {gene} are") for gene in genes}
+
+
+def _check_edges(bin_edges: Sequence[float], what: str) -> list[float]:
+    edges = [float(edge) for edge in bin_edges]
+    if not edges or edges[0] <= 0 or not np.isfinite(edges).all() or (np.diff(edges) <= 0).any():
+        raise ValueError(f"{what} positive, finite and strictly increasing numbers, got {list(bin_edges)}.")
+    return edges
+
+
+def edge_array(bin_edges: list[float] | dict[str, list[float]]) -> np.ndarray:
+    """Make an array of edges: (n_edges,), or (n_genes, n_edges) padded with infinity."""
+    if not isinstance(bin_edges, dict):
+        return np.array(bin_edges)
+    edges = np.full((len(bin_edges), max(map(len, bin_edges.values()))), np.inf)
+    for row, values in zip(edges, bin_edges.values(), strict=True):
+        row[: len(values)] = values
+    return edges
+
+
+def fit_bin_edges(store, how: str, n_bins: int, normalize: str | None) -> list[float] | dict[str, list[float]]:
+    """Find edges at quantiles of a store's counts; see `GeneTokenizer.from_store`."""
+    if how not in ("quantile", "gene_quantile"):
+        raise ValueError(f'bin_edges are numbers, "quantile" or "gene_quantile", got {how!r}.')
+    if n_bins < 1:
+        raise ValueError(f"n_bins={n_bins}: there is at least one.")
+    genes, values = [np.empty(0, np.int64)], [np.empty(0)]
+    cells = np.unique(np.linspace(0, len(store) - 1, min(len(store), _CELLS_FOR_EDGES)).astype(np.int64))
+    for some in np.array_split(cells, -(-len(cells) // 1000) or 1):
+        matrix = store.rows(some)
+        rows = CountRows(matrix.indptr.astype(np.int64), matrix.indices, matrix.data)
+        genes.append(rows.columns)
+        values.append(rows.counts if normalize is None else log1p_cp10k(rows, row_sums(rows)))
+    genes, values = np.concatenate(genes), np.concatenate(values).astype(np.float64)
+    if not len(values):
+        raise ValueError("The store has no counts to find bin_edges in.")
+    everywhere = _quantiles(np.sort(values), n_bins)
+    if how == "quantile":
+        return everywhere
+    order = np.lexsort((values, genes))
+    values = values[order]
+    bounds = np.searchsorted(genes[order], np.arange(len(store.gene_ids) + 1))
+    return {
+        gene: _quantiles(values[start:stop], n_bins) if stop > start else everywhere  # seen in none of the cells
+        for gene, start, stop in zip(store.gene_ids, bounds[:-1], bounds[1:], strict=True)
+    }
+
+
+def _quantiles(ascending: np.ndarray, n_bins: int) -> list[float]:
+    """Smallest values of n_bins parts of equal size, each once."""
+    return np.unique(ascending[np.arange(n_bins) * len(ascending) // n_bins]).tolist()
+
+
+# ---------------------------------------------------------------------- tokens
+
+
+def phenotype_token(value: str) -> str:
+    """Make the token of a phenotype's value, as PerturbGene does."""
+    return "[" + value.replace(" ", "_").strip() + "]"
+
+
+def name_phenotypes(phenotypes: Mapping[str, Sequence[str]], taken: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Name the values of categories: category -> token that the value gives -> token of the vocabulary."""
+    taken = set(taken)
+    names: dict[str, dict[str, str]] = {}
+    for category, values in phenotypes.items():
+        names[category] = {}
+        seen: dict[str, str] = {}
+        for value in values:
+            token = phenotype_token(value)
+            if token in seen:
+                raise ValueError(
+                    f"Values {seen[token]!r} and {value!r} of phenotype {category!r} both become {token}; "
+                    "rename one, or list it once."
+                )
+            seen[token] = value
+            names[category][token] = f"[{category}={token[1:-1]}]" if token in taken else token
+            taken.add(names[category][token])
+    return names
+
+
+def order_tokens(tokens: list[str], token_ids: Mapping[str, int] | None) -> list[str]:
+    """Put tokens at their ids; those without an id come after, and `[unused_i]` stands where there is none."""
+    if token_ids is None:
+        return tokens
+    known = set(tokens)
+    unknown = [token for token in token_ids if token not in known]
+    if unknown:
+        raise ValueError(f"token_ids names {sample(unknown)}, which no gene, phenotype or special token is.")
+    ordered: dict[int, str] = {}
+    for token, i in token_ids.items():
+        if i < 0 or i in ordered:
+            raise ValueError(f"The id {i} of {token!r} is negative, or that of {ordered.get(i)!r} too.")
+        ordered[i] = token
+    n_known = max(ordered, default=-1) + 1
+    if n_known > 2 * len(ordered) + 1000:
+        raise ValueError(f"token_ids has {len(ordered)} tokens, and ids up to {n_known - 1}.")
+    names = [ordered.get(i, f"[unused_{i}]") for i in range(n_known)]
+    return names + [token for token in tokens if token not in token_ids]
+
+
+def read_token_dictionary(
+    token_dictionary: Mapping[str, int] | str | os.PathLike,
+) -> tuple[dict[str, int], dict[str, str], list[str]]:
+    """Read a vocabulary of STFormer or Geneformer: ids by token, special tokens by role, genes by ascending id."""
+    ids = {}
+    for token, value in load_mapping(token_dictionary).items():
+        if isinstance(value, (bool, str)) or value != int(value):
+            raise ValueError(f"The id of {token!r} is {value!r}, and a whole number is needed.")
+        ids[token] = int(value)
+    special_tokens = {role: name for role, names in NAMES_OF_ROLES.items() for name in names if name in ids}
+    if not {"pad_token", "mask_token"} <= set(special_tokens):
+        raise ValueError("The token dictionary has no <pad> or no <mask>.")
+    genes = sorted(ids.keys() - {name for names in NAMES_OF_ROLES.values() for name in names}, key=ids.__getitem__)
+    return ids, special_tokens, genes
+
+
+def sample(names: Iterable[str], n: int = 3) -> str:
+    """Name some of many."""
+    return ", ".join(str(name) for name in list(names)[:n]) or "(none)"
+
+
+__all__ = [
+    "FORMAT_VERSION",
+    "check_bin_edges",
+    "check_genes",
+    "check_medians",
+    "check_symbols",
+    "edge_array",
+    "fit_bin_edges",
+    "name_phenotypes",
+    "order_tokens",
+    "phenotype_token",
+    "read_token_dictionary",
+    "read_vocabulary",
+    "sample",
+]
