@@ -93,13 +93,14 @@ class _CellCollator:
 
     def _tokens(self, examples: Any) -> tuple[TokenizedCells, np.ndarray]:
         """Tokens and ids of the cells, after gene dropout."""
-        tokens = _tokens(examples, self.tokenizer)
+        tokens = _tokens(examples, self.tokenizer, self.epoch)
         cell_ids = _cell_ids(examples, tokens)
         if not self.gene_dropout:
             return tokens, cell_ids
         ids, types, indptr = tokens.input_ids, tokens.token_type_ids, tokens.indptr
         cells = np.repeat(np.arange(len(cell_ids)), np.diff(indptr))
-        draw = self._uniforms(_DROP_GENE, cell_ids, types, cells)
+        genes = types if self.tokenizer.scheme == "binned" else ids
+        draw = self._uniforms(_DROP_GENE, cell_ids, genes, cells)
         drop = (draw < self.gene_dropout) & self.tokenizer.get_gene_tokens_mask(ids)
         kept = np.concatenate([[0], np.cumsum(~drop)])
         return TokenizedCells(
@@ -143,7 +144,7 @@ class DataCollatorForPhenotypicMLM(_CellCollator):
     Raises
     ------
     ValueError
-        A probability outside [0, 1].
+        A probability outside [0, 1]; a tokenizer of the rank scheme.
 
     Notes
     -----
@@ -167,6 +168,11 @@ class DataCollatorForPhenotypicMLM(_CellCollator):
         gene_dropout: float = 0.0,
     ):
         super().__init__(tokenizer, gene_dropout, pad_to_multiple_of, seed)
+        if tokenizer.scheme != "binned":
+            raise ValueError(
+                "DataCollatorForPhenotypicMLM masks expression bins, and the tokenizer gives ranks: use "
+                "transformers.DataCollatorForLanguageModeling."
+            )
         _check_probability("mlm_probability", mlm_probability)
         _check_probability("phenotype_mask_prob", phenotype_mask_prob)
         self.mlm = mlm
@@ -350,10 +356,10 @@ def _check_probability(name: str, value: float) -> None:
         raise ValueError(f"{name} is a probability, got {value}.")
 
 
-def _tokens(examples: Any, tokenizer: GeneTokenizer) -> TokenizedCells:
+def _tokens(examples: Any, tokenizer: GeneTokenizer, epoch: int = 0) -> TokenizedCells:
     """Flat tokens of a CellBatch or of a list of examples."""
     if is_cell_batch(examples):
-        return tokenizer.encode_cells(examples)
+        return tokenizer.encode_cells(examples, epoch=epoch)
     ids = [np.asarray(example["input_ids"], np.int64) for example in examples]
     indptr = np.zeros(len(ids) + 1, np.int64)
     np.cumsum([len(row) for row in ids], out=indptr[1:])

@@ -160,7 +160,9 @@ def test_unknown_genes_are_counted_and_too_many_raise(tokenizer):
     tokens = tokenizer(counts, genes=["a", "z", "b"])
     assert tokens["token_type_ids"] == [[0, 3, 0]]
     assert tokenizer.last_coverage == pytest.approx({"genes": 2 / 3, "counts": 0.6, "vocabulary": 2 / 6})
-    with pytest.raises(ValueError, match=r"Only 40.0% of the counts.*genes like z, a, b.*tokenizer wants genes like a, b, c"):
+    with pytest.raises(
+        ValueError, match=r"Only 40.0% of the counts.*like z, a, b.*tokenizer wants genes like a, b, c"
+    ):
         tokenizer(counts, genes=["z", "a", "b"])
     tokenizer.min_coverage = 0.1
     assert tokenizer(counts, genes=["z", "a", "b"])["token_type_ids"] == [[0, 3, 0]]

@@ -168,15 +168,10 @@ def _widen(matrix):
 
 def row_sums(rows: CountRows) -> np.ndarray:
     """Total of each cell: float64 array (n,)."""
-    if rows.counts.dtype.kind != "f":  # exact, and several times faster than adding float64
-        sums = np.zeros(len(rows.counts) + 1, np.int64)
-        np.cumsum(rows.counts, out=sums[1:])
-        return (sums[rows.indptr[1:]] - sums[rows.indptr[:-1]]).astype(np.float64)
-    totals = np.zeros(len(rows.indptr) - 1)
-    filled = np.diff(rows.indptr) > 0
-    if filled.any():
-        totals[filled] = np.add.reduceat(rows.counts, rows.indptr[:-1][filled], dtype=np.float64)
-    return totals
+    wide = np.float64 if rows.counts.dtype.kind == "f" else np.int64
+    cuts = rows.indptr.tolist()
+    sums = [rows.counts[start:stop].sum(dtype=wide) for start, stop in zip(cuts, cuts[1:], strict=False)]
+    return np.array(sums, np.float64)
 
 
 def keep(mask: np.ndarray, indptr: np.ndarray, *arrays: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
@@ -338,26 +333,28 @@ class GeneMatcher:
             )
 
 
-def map_genes(rows: CountRows, column_genes: np.ndarray) -> CountRows:
+def map_genes(rows: CountRows, column_genes: np.ndarray | None) -> CountRows:
     """Rename columns to genes: unknown ones dropped, genes ascending, equal ones summed.
 
     Parameters
     ----------
     rows : CountRows
-    column_genes : int array (n_columns,)
-        Gene of each column, -1 where unknown.
+    column_genes : int array (n_columns,) or None
+        Gene of each column, -1 where unknown; None where column j is gene j.
 
     Returns
     -------
     CountRows
         Over the genes.
     """
+    if column_genes is None:
+        return rows
     indptr, columns, counts = rows
     genes = column_genes[columns]
-    known = column_genes[column_genes >= 0]
-    if len(known) < len(column_genes):
+    if len(genes) and genes.min() < 0:
         indptr, (genes, counts) = keep(genes >= 0, indptr, genes, counts)
-    if len(known) < 2 or (np.diff(known) > 0).all():
+    known = column_genes[column_genes >= 0]
+    if (known[1:] > known[:-1]).all():
         return CountRows(indptr, genes, counts)
     n_genes = int(known.max()) + 1
     keys = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr)) * n_genes + genes
@@ -385,8 +382,8 @@ def describe(names: Iterable[str]) -> str:
         return f"{sample}: these look like row numbers or Entrez ids"
     words = [name for name in names if len(name) > 1 and name[0].isalpha()]
     if len(words) > len(names) / 2:
-        for kind, is_kind in (("human", str.isupper), ("mouse", str.istitle)):
-            if sum(map(is_kind, words)) > len(words) / 2:
+        for kind, write in (("human", str.upper), ("mouse", str.capitalize)):
+            if sum(write(word) == word for word in words) > len(words) / 2:
                 return f"{sample}: these look like {kind} symbols"
         return f"{sample}: these look like symbols"
     return sample

@@ -7,34 +7,36 @@ from .randomness import uniforms
 
 TRUNCATIONS = ("top", "head", "random")
 _TRUNCATE = 64  # stream of `uniforms`; the collators have those below
+_ENTRIES_AT_A_TIME = 1 << 13
 
 
-def bin_counts(rows: CountRows, edges: np.ndarray, values: np.ndarray | None) -> np.ndarray:
-    """Give each count its bin: `edges[i - 1] <= x < edges[i]` gives i.
+class Binner:
+    """Gives counts their bin: `edges[i - 1] <= x < edges[i]` gives i.
 
     Parameters
     ----------
-    rows : CountRows
-        Over the genes.
     edges : float64 array (n_edges,) or (n_genes, n_edges)
         Ascending; of all genes, or a row a gene, padded with infinity.
-    values : float64 array (nnz,), optional
-        What is binned, where it is not the counts themselves.
-
-    Returns
-    -------
-    int array (nnz,)
     """
-    if edges.ndim == 1:
-        if values is None and rows.counts.dtype in (np.uint8, np.uint16):  # few distinct values: look the bins up
-            table = np.searchsorted(edges, np.arange(np.iinfo(rows.counts.dtype).max + 1), side="right")
-            return table.astype(np.min_scalar_type(len(edges)))[rows.counts]
-        return np.searchsorted(edges, rows.counts if values is None else values, side="right")
-    values = rows.counts if values is None else values
-    bins = np.zeros(len(values), np.min_scalar_type(edges.shape[1]))
-    for edge in edges.T:
-        bins += values >= edge[rows.columns]
-    return bins
+
+    def __init__(self, edges: np.ndarray):
+        self._edges = edges
+        self._type = np.min_scalar_type(edges.shape[-1])
+        self._tables: dict[np.dtype, np.ndarray] = {}
+
+    def __call__(self, genes: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Bin values of genes: narrow unsigned array (nnz,)."""
+        if self._edges.ndim == 2:
+            bins = np.zeros(len(values), self._type)
+            for edge in self._edges.T:
+                bins += values >= edge.take(genes)
+            return bins
+        if values.dtype not in (np.uint8, np.uint16):
+            return np.searchsorted(self._edges, values, side="right").astype(self._type)
+        if values.dtype not in self._tables:  # few distinct values: look the bins up
+            every = np.arange(np.iinfo(values.dtype).max + 1)
+            self._tables[values.dtype] = np.searchsorted(self._edges, every, side="right").astype(self._type)
+        return self._tables[values.dtype].take(values)
 
 
 def log1p_cp10k(rows: CountRows, totals: np.ndarray) -> np.ndarray:
@@ -42,125 +44,113 @@ def log1p_cp10k(rows: CountRows, totals: np.ndarray) -> np.ndarray:
     return np.log1p(rows.counts / np.repeat(totals, np.diff(rows.indptr)) * 1e4)
 
 
-def scores(rows: CountRows, totals: np.ndarray, medians: np.ndarray, target_sum: float) -> np.ndarray:
-    """Give count / total * target_sum / median, in this order of operations: float64 array (nnz,).
-
-    The order is Geneformer's; another one rounds otherwise, and may rank otherwise.
-    """
-    found = rows.counts / np.repeat(totals, np.diff(rows.indptr))
-    found *= target_sum
-    found /= medians[rows.columns]
-    return found
-
-
-def strongest_first(indptr: np.ndarray, values: np.ndarray, room: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Order the entries of each row by descending value, equal ones as they stand.
+def write_ranks(
+    ids: np.ndarray,
+    starts: np.ndarray,
+    room: np.ndarray,
+    rows: CountRows,
+    totals: np.ndarray,
+    medians: np.ndarray,
+    target_sum: float,
+    tokens: np.ndarray,
+) -> None:
+    """Write the tokens of the genes of cells by descending count / total * target_sum / median, ties by token.
 
     Parameters
     ----------
-    indptr : int64 array (n + 1,)
-        Rows of `values`.
-    values : float64 array (nnz,)
+    ids : int64 array (T,)
+        Where to write.
+    starts, room : int64 array (n,)
+        Where the genes of each cell begin in `ids`, and how many to write at most.
+    rows : CountRows
+        Over the genes; counts are positive.
+    totals : float64 array (n,)
+        Of all counts of each cell.
+    medians : float64 array (n_genes,)
         Positive.
-    room : int array (n,)
-        Most entries a row may keep.
-
-    Returns
-    -------
-    indptr : int64 array (n + 1,)
-        Rows of what is kept.
-    at : int64 array
-        Positions in `values`.
+    target_sum : float
+    tokens : int64 array (n_genes,)
+        Token of each gene.
 
     Notes
     -----
-    A positive float64 read as an integer has the same order. Inverted, with its low bits replaced by the place in the
-    row, it is a key that one sort of plain integers puts into descending order, ties by place; it takes a fifth of the
-    time of `numpy.lexsort`. Values that differ only in the bits replaced are put right afterwards.
+    The order of the operations, in float64, is Geneformer's: another one rounds otherwise, and may rank otherwise.
+
+    A positive float64 read as an integer has the same order. With its low bits replaced by the token, it is a key that
+    one sort of plain integers puts in order, ties by token. Scores that differ only in the bits replaced are put right
+    afterwards. Some cells at a time: their arrays stay in the processor's cache.
     """
-    lengths = np.diff(indptr)
-    place_bits = int(lengths.max(initial=1) - 1).bit_length()
-    place_mask = np.uint64((1 << place_bits) - 1)
-    places = np.arange(len(values), dtype=np.uint64)
-    places -= np.repeat(indptr[:-1].astype(np.uint64), lengths)
-    keys = ~values.astype(np.float64, copy=False).view(np.uint64)
-    keys &= ~place_mask
-    keys |= places
-    cuts = indptr.tolist()
-    for start, stop in zip(cuts, cuts[1:], strict=False):
-        keys[start:stop].sort()
-    kept = np.minimum(lengths, room)
-    out = np.zeros(len(indptr), np.int64)
-    np.cumsum(kept, out=out[1:])
-    if (kept < lengths).any():
-        taken = np.arange(out[-1]) + np.repeat(indptr[:-1] - out[:-1], kept)
-    else:
-        taken = slice(None)
-    at = (keys & place_mask).astype(np.int64)
-    at += np.repeat(indptr[:-1], lengths)
-    _settle_near_ties(keys, at, values, place_mask, indptr)
-    return out, at[taken]
+    indptr, genes, counts = rows
+    mask = np.uint64((1 << int(tokens.max(initial=1)).bit_length()) - 1)
+    first, n_cells = 0, len(indptr) - 1
+    while first < n_cells:
+        last = max(first + 1, int(np.searchsorted(indptr, indptr[first] + _ENTRIES_AT_A_TIME, side="right")) - 1)
+        begin, end = indptr[first], indptr[last]
+        some, of = genes[begin:end].astype(np.int64), counts[begin:end]
+        cell_totals = np.repeat(totals[first:last], np.diff(indptr[first : last + 1]))
+        keys = _scores(some, of, cell_totals, medians, target_sum).view(np.uint64)
+        keys |= mask
+        keys -= tokens.take(some).view(np.uint64)  # the first token has the greatest key
+        cuts = (indptr[first : last + 1] - begin).tolist()
+        for start, stop in zip(cuts, cuts[1:], strict=False):
+            keys[start:stop].sort()
+        if len(keys) > 1 and (gaps := keys[1:] - keys[:-1]).min() <= mask:
+            for cell in np.unique(np.searchsorted(cuts, np.flatnonzero(gaps <= mask), side="right") - 1):
+                part = slice(cuts[cell], cuts[cell + 1])
+                scores = _scores(some[part], of[part], totals[first + cell], medians, target_sum)
+                order = np.lexsort((-tokens[some[part]], scores))
+                keys[part] = mask - tokens[some[part]][order].astype(np.uint64)
+        keys &= mask
+        found = np.subtract(mask, keys, out=keys).view(np.int64)
+        for start, stop, to, most in zip(
+            cuts, cuts[1:], starts[first:last].tolist(), room[first:last].tolist(), strict=False
+        ):
+            n = min(stop - start, most)
+            ids[to : to + n] = found[stop - n : stop][::-1]
+        first = last
 
 
-def _settle_near_ties(
-    keys: np.ndarray, at: np.ndarray, values: np.ndarray, place_mask: np.uint64, indptr: np.ndarray
-) -> None:
-    """Sort rows again, in full, that hold values whose difference the keys did not show."""
-    if len(keys) < 2:
-        return
-    same = (keys[1:] ^ keys[:-1]) <= place_mask
-    same[indptr[1:-1][(indptr[1:-1] > 0) & (indptr[1:-1] < len(keys))] - 1] = False  # the next row
-    same = np.flatnonzero(same)
-    wrong = same[values[at[same]] != values[at[same + 1]]]
-    for row in np.unique(np.searchsorted(indptr, wrong, side="right") - 1):
-        start, stop = indptr[row], indptr[row + 1]
-        at[start:stop] = start + np.argsort(-values[start:stop], kind="stable")
+def _scores(genes, counts, totals, medians: np.ndarray, target_sum: float) -> np.ndarray:
+    scores = counts.astype(np.float64)
+    scores /= totals
+    scores *= target_sum
+    scores /= medians.take(genes)
+    return scores
 
 
-def choose(
-    rows: CountRows,
-    room: np.ndarray,
-    truncation: str,
-    seed: int,
-    epoch: int,
-    cell_ids: np.ndarray,
-) -> np.ndarray | None:
-    """Choose entries of rows that are too long.
-
-    Parameters
-    ----------
-    rows : CountRows
-        Over the genes.
-    room : int array (n,)
-        Most entries a row may keep.
-    truncation : {"top", "head", "random"}
-        The largest counts (ties by gene order), the first genes, or a random subset.
-    seed, epoch : int
-        Of the random subset.
-    cell_ids : int64 array (n,)
-        Of the cells, for the random subset.
-
-    Returns
-    -------
-    bool array (nnz,) or None
-        Which stay; None where all do.
-    """
-    indptr = rows.indptr
-    lengths = np.diff(indptr)
-    if (lengths <= room).all():
-        return None
-    if truncation == "head":
-        place = np.arange(indptr[-1]) - np.repeat(indptr[:-1], lengths)
-        return place < np.repeat(room, lengths)
-    if truncation == "top":
-        values = rows.counts.astype(np.float64)
-    else:
-        cells = np.repeat(np.arange(len(lengths)), lengths)
-        values = 1 - uniforms(seed, epoch, _TRUNCATE, cell_ids, rows.columns, cells)  # in (0, 1]
-    _, at = strongest_first(indptr, values, room)
-    chosen = np.zeros(len(values), bool)
-    chosen[at] = True
+def strongest(values: np.ndarray, room: int) -> np.ndarray:
+    """Choose the `room` largest values, of equal ones the first: bool array (n,)."""
+    threshold = np.sort(values)[len(values) - room]  # faster than numpy.partition, for narrow types
+    chosen = values > threshold
+    missing = room - np.count_nonzero(chosen)
+    chosen[np.flatnonzero(values == threshold)[:missing]] = True
     return chosen
 
 
-__all__ = ["TRUNCATIONS", "bin_counts", "choose", "log1p_cp10k", "scores", "strongest_first"]
+def choose(
+    truncation: str, room: int, counts: np.ndarray, genes: np.ndarray, seed: int, epoch: int, cell_id: int
+) -> np.ndarray:
+    """Choose genes of a cell that has more than there is room for.
+
+    Parameters
+    ----------
+    truncation : {"top", "head", "random"}
+        The largest counts (ties in the order of the genes), the first genes, or a random subset.
+    room : int
+        How many; less than n.
+    counts, genes : arrays (n,)
+    seed, epoch, cell_id : int
+        Of the random subset.
+
+    Returns
+    -------
+    bool array (n,)
+    """
+    if truncation == "top":
+        return strongest(counts, room)
+    if truncation == "head":
+        return np.arange(len(counts)) < room
+    return strongest(uniforms(seed, epoch, _TRUNCATE, np.array([cell_id]), genes, np.zeros(len(genes), int)), room)
+
+
+__all__ = ["TRUNCATIONS", "Binner", "choose", "log1p_cp10k", "strongest", "write_ranks"]

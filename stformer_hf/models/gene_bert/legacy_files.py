@@ -24,7 +24,8 @@ def _no_defaults(*_) -> dict:
 # What a pickle may ask for: containers, numbers, and numpy's scalars and arrays. Everything else could run code.
 _ALLOWED: dict[tuple[str, str], Callable] = {
     **{
-        ("builtins", name): getattr(builtins, name)
+        (module, name): getattr(builtins, name)
+        for module in ("builtins", "__builtin__")
         for name in ("dict", "list", "tuple", "set", "frozenset", "int", "float", "complex", "bool", "str", "bytes")
     },
     ("collections", "OrderedDict"): dict,

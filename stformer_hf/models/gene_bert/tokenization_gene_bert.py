@@ -23,7 +23,7 @@ from .cell_counts import (
     row_sums,
     strip_version,
 )
-from .gene_order import TRUNCATIONS, bin_counts, choose, log1p_cp10k, scores, strongest_first
+from .gene_order import TRUNCATIONS, Binner, choose, log1p_cp10k, write_ranks
 from .gene_vocabulary import (
     FORMAT_VERSION,
     check_bin_edges,
@@ -71,6 +71,24 @@ class TokenizedCells(NamedTuple):
     indptr: np.ndarray
     dropped_type_ids: np.ndarray
     dropped_cells: np.ndarray
+
+
+class _Frame(NamedTuple):
+    """Room for the tokens of n cells.
+
+    Attributes
+    ----------
+    ids, types : int64 array (T,)
+    indptr : int64 array (n + 1,)
+        Where the tokens of each cell begin.
+    starts : list of int64 array (n,)
+        Where the genes of each cell begin; second, those of its neighbourhood.
+    """
+
+    ids: np.ndarray
+    types: np.ndarray
+    indptr: np.ndarray
+    starts: list[np.ndarray]
 
 
 class GeneTokenizer(PreTrainedTokenizer):
@@ -255,11 +273,12 @@ class GeneTokenizer(PreTrainedTokenizer):
                 raise ValueError(f'normalize is None or "log1p_cp10k", got {self.normalize!r}.')
             edges = given["bin_edges"]
             self.bin_edges = check_bin_edges((0.1,) if edges is None else edges, self.genes)
-            self._edges = edge_array(self.bin_edges)
+            self._binner = Binner(edge_array(self.bin_edges))
         else:
             self.separator = separator if self.neighborhood else None
             self.target_sum = float(given["target_sum"] or 1e4)
             self.medians = check_medians(given["medians"], self.genes)
+            self._some_without_median = bool(np.isnan(self.medians).any())
 
     @classmethod
     def from_store(
@@ -751,14 +770,11 @@ class GeneTokenizer(PreTrainedTokenizer):
         room = max_length - self.cls - self.eos - (phenotypes >= 0).sum(axis=1)
         if self.scheme == "binned":
             return self._encode_bins(found.rows, column_genes, phenotypes, room, found.ids, epoch)
-        parts = [found.rows] if found.neighborhood is None else [found.rows, found.neighborhood]
+        parts = [found.rows]
         if self.neighborhood:
+            parts.append(found.neighborhood)
             room = (room - (self.separator is not None)) // 2
-        ranked = [self._rank(rows, column_genes, room, found.ids, epoch) for rows in parts]
-        return self._lay_out(
-            phenotypes,
-            [(indptr, self._expression_ids[genes], kind) for kind, (indptr, genes) in enumerate(ranked)],
-        )
+        return self._encode_ranks(parts, column_genes, phenotypes, room, found.ids, epoch)
 
     def _encode_bins(
         self,
@@ -769,88 +785,107 @@ class GeneTokenizer(PreTrainedTokenizer):
         cell_ids: np.ndarray,
         epoch: int,
     ) -> TokenizedCells:
-        """Bin, truncate and write out."""
         totals = None if self.normalize is None else row_sums(rows)
-        rows = rows if column_genes is None else map_genes(rows, column_genes)
-        bins = bin_counts(rows, self._edges, None if totals is None else log1p_cp10k(rows, totals))
-        expressed = bins > 0
-        if not expressed.all():
-            indptr, (genes, counts, bins) = keep(expressed, rows.indptr, rows.columns, rows.counts, bins)
-            rows = CountRows(indptr, genes, counts)
-        indptr, genes = rows.indptr, rows.columns
-        dropped_types = dropped_cells = np.empty(0, np.int64)
-        chosen = choose(rows, room, self.truncation, self.seed, epoch, cell_ids)
-        if chosen is not None:
-            cells = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-            dropped_types = genes[~chosen].astype(np.int64) + self.gene_token_type_offset
-            dropped_cells = cells[~chosen]
-            indptr, (genes, bins) = keep(chosen, indptr, genes, bins)
-        ids = bins + np.int64(self._expression_ids[0])
-        types = genes + np.int64(self.gene_token_type_offset)
-        tokens = self._lay_out(phenotypes, [(indptr, ids, types)])
-        return tokens._replace(dropped_type_ids=dropped_types, dropped_cells=dropped_cells)
+        rows = map_genes(rows, column_genes)
+        bins = self._binner(rows.columns, rows.counts if totals is None else log1p_cp10k(rows, totals))
+        indptr, genes, counts = rows
+        if len(bins) and not bins.min():
+            indptr, (genes, counts, bins) = keep(bins > 0, indptr, genes, counts, bins)
+        lengths = np.diff(indptr)
+        frame = self._frame(phenotypes, [np.minimum(lengths, room)])
+        ids, types = frame.ids, frame.types
+        dropped, n_dropped = [np.empty(0, np.int64)], np.maximum(lengths - room, 0)
+        cuts = zip(indptr.tolist(), indptr[1:].tolist(), frame.starts[0].tolist(), room.tolist(), strict=False)
+        for cell, (start, stop, to, most) in enumerate(cuts):
+            of, at = bins[start:stop], genes[start:stop]
+            if stop - start > most:
+                chosen = choose(self.truncation, most, counts[start:stop], at, self.seed, epoch, cell_ids[cell])
+                dropped.append(at.take(np.flatnonzero(~chosen)))
+                chosen = np.flatnonzero(chosen)
+                of, at = of.take(chosen), at.take(chosen)
+            ids[to : to + len(of)] = of
+            types[to : to + len(of)] = at
+        ids += self._expression_ids[0]
+        types += self.gene_token_type_offset
+        self._fill(frame, phenotypes)
+        dropped_types = np.concatenate(dropped).astype(np.int64) + self.gene_token_type_offset
+        return TokenizedCells(ids, types, frame.indptr, dropped_types, np.repeat(np.arange(len(lengths)), n_dropped))
 
-    def _rank(
-        self, rows: CountRows, column_genes: np.ndarray | None, room: np.ndarray, cell_ids: np.ndarray, epoch: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Rank the genes of cells: indptr (n + 1,), and the genes in the order of their tokens."""
-        totals = row_sums(rows)
-        rows = rows if column_genes is None else map_genes(rows, column_genes)
-        usable = ~np.isnan(self.medians)
-        usable = (rows.counts > 0) if usable.all() else (rows.counts > 0) & usable[rows.columns]
-        if not usable.all():
-            indptr, (genes, counts) = keep(usable, rows.indptr, rows.columns, rows.counts)
-            rows = CountRows(indptr, genes, counts)
-        if self.truncation == "random":
-            chosen = choose(rows, room, self.truncation, self.seed, epoch, cell_ids)
-            if chosen is not None:
-                totals_kept = totals
-                indptr, (genes, counts) = keep(chosen, rows.indptr, rows.columns, rows.counts)
-                rows, totals = CountRows(indptr, genes, counts), totals_kept
-        values = scores(rows, totals, self.medians, self.target_sum)
-        indptr, at = strongest_first(rows.indptr, values, room)
-        return indptr, rows.columns[at]
-
-    def _lay_out(
-        self, phenotypes: np.ndarray, parts: list[tuple[np.ndarray, np.ndarray, np.ndarray | int]]
+    def _encode_ranks(
+        self,
+        parts: list[CountRows],
+        column_genes: np.ndarray | None,
+        phenotypes: np.ndarray,
+        room: np.ndarray,
+        cell_ids: np.ndarray,
+        epoch: int,
     ) -> TokenizedCells:
-        """Write `[CLS]`, phenotypes, genes, the separator and the neighbourhood's genes, `[EOS]`.
+        all_totals = [row_sums(rows) for rows in parts]
+        parts = [self._usable(map_genes(rows, column_genes)) for rows in parts]
+        if self.truncation == "random":
+            parts = [self._subset(rows, room, cell_ids, epoch) for rows in parts]
+        frame = self._frame(phenotypes, [np.minimum(np.diff(rows.indptr), room) for rows in parts])
+        for rows, totals, starts in zip(parts, all_totals, frame.starts, strict=True):
+            write_ranks(frame.ids, starts, room, rows, totals, self.medians, self.target_sum, self._expression_ids)
+        if self.neighborhood:
+            n_genes = np.minimum(np.diff(parts[1].indptr), room)
+            at = np.arange(n_genes.sum()) + np.repeat(frame.starts[1] - np.cumsum(n_genes) + n_genes, n_genes)
+            frame.types[at] = 1
+        self._fill(frame, phenotypes)
+        nothing = np.empty(0, np.int64)
+        return TokenizedCells(frame.ids, frame.types, frame.indptr, nothing, nothing)
 
-        `parts` are (indptr, ids, types) of the cells' genes and perhaps of their neighbourhoods'.
-        """
-        has_phenotype = phenotypes >= 0
-        n_front = has_phenotype.sum(axis=1) + int(self.cls)
-        n_between = int(self.separator is not None) * (len(parts) - 1)
-        lengths = sum((np.diff(indptr) for indptr, _, _ in parts), n_front + n_between + int(self.eos))
-        out = np.zeros(len(lengths) + 1, np.int64)
-        np.cumsum(lengths, out=out[1:])
-        ids = np.empty(out[-1], np.int64)
-        types = np.zeros(out[-1], np.int64)
-        starts = out[:-1]
+    def _subset(self, rows: CountRows, room: np.ndarray, cell_ids: np.ndarray, epoch: int) -> CountRows:
+        """Leave out genes at random where there is no room for all."""
+        indptr, genes, counts = rows
+        chosen = np.ones(len(genes), bool)
+        for cell in np.flatnonzero(np.diff(indptr) > room):
+            part = slice(indptr[cell], indptr[cell + 1])
+            chosen[part] = choose("random", room[cell], counts[part], genes[part], self.seed, epoch, cell_ids[cell])
+        indptr, (genes, counts) = keep(chosen, indptr, genes, counts)
+        return CountRows(indptr, genes, counts)
+
+    def _usable(self, rows: CountRows) -> CountRows:
+        """Leave out counts of 0, and genes without a median."""
+        usable = rows.counts > 0
+        if self._some_without_median:
+            usable &= ~np.isnan(self.medians)[rows.columns]
+        if usable.all():
+            return rows
+        indptr, (genes, counts) = keep(usable, rows.indptr, rows.columns, rows.counts)
+        return CountRows(indptr, genes, counts)
+
+    def _frame(self, phenotypes: np.ndarray, n_genes: list[np.ndarray]) -> "_Frame":
+        """Make room for `[CLS]`, phenotypes, genes (with a neighbourhood also the separator and its), `[EOS]`."""
+        n_front = (phenotypes >= 0).sum(axis=1) + int(self.cls)
+        n_between = int(self.separator is not None)
+        indptr = np.zeros(len(n_front) + 1, np.int64)
+        np.cumsum(sum(n_genes) + n_front + n_between + int(self.eos), out=indptr[1:])
+        starts = [indptr[:-1] + n_front]
+        if len(n_genes) > 1:
+            starts.append(starts[0] + n_genes[0] + n_between)
+        return _Frame(np.empty(indptr[-1], np.int64), np.zeros(indptr[-1], np.int64), indptr, starts)
+
+    def _fill(self, frame: "_Frame", phenotypes: np.ndarray) -> None:
+        """Write what stands around the genes."""
+        ids, types, indptr, starts = frame
+        special = []
         if self.cls:
-            ids[starts] = self.cls_token_id
+            special.append((indptr[:-1], self.cls_token_id))
         if self.eos:
-            ids[out[1:] - 1] = self.eos_token_id
-
+            special.append((indptr[1:] - 1, self.eos_token_id))
+        if self.separator is not None:
+            special.append((starts[1] - 1, self.sep_token_id))
+        for at, token in special:
+            ids[at] = token
+            types[at] = 0
+        has_phenotype = phenotypes >= 0
         cell, which = np.nonzero(has_phenotype)
-        at = starts[cell] + has_phenotype.cumsum(axis=1)[cell, which] - 1 + int(self.cls)
+        at = indptr[cell] + has_phenotype.cumsum(axis=1)[cell, which] - 1 + int(self.cls)
         ids[at] = phenotypes[cell, which]
         categories = list(self.phenotypes)
         of = [self._first_category_type + categories.index(name) for name in self._included_phenotypes]
         types[at] = np.array(of, np.int64)[which]
-
-        starts = starts + n_front
-        for indptr, part_ids, part_types in parts:
-            n_genes = np.diff(indptr)
-            at = np.arange(len(part_ids)) + np.repeat(starts - indptr[:-1], n_genes)
-            ids[at] = part_ids
-            types[at] = part_types
-            starts = starts + n_genes
-            if n_between and part_types == 0:
-                ids[starts] = self.sep_token_id
-                starts = starts + 1
-        nothing = np.empty(0, np.int64)
-        return TokenizedCells(ids, types, out, nothing, nothing)
 
     def _phenotype_tokens(self, obs, n_cells: int) -> np.ndarray:
         """Token id of each included phenotype of each cell (n_cells, n_included), -1 where there is none."""

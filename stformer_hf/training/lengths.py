@@ -1,0 +1,91 @@
+"""Lengths of examples, which a sampler that groups by length goes by: read and written without reading tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..models.gene_bert.legacy_files import load_pickle
+
+
+def load_example_lengths(file_path: str | Path) -> list[int]:
+    """Read a list of lengths.
+
+    Parameters
+    ----------
+    file_path : str or Path
+        A .json, or a pickle of older runs (.pkl, .pickle), which may hold only data.
+
+    Returns
+    -------
+    list of int
+
+    Raises
+    ------
+    ValueError
+        Something other than a list of whole numbers above or equal to 0; a pickle that holds more than data.
+    """
+    path = Path(file_path)
+    if path.suffix in (".pkl", ".pickle"):
+        lengths = load_pickle(path)
+    else:
+        try:
+            lengths = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON: {error}. A pickle's name ends in .pkl.") from error
+    return _checked(lengths, str(path))
+
+
+def write_example_lengths(lengths: Any, file_path: str | Path) -> None:
+    """Write lengths as a JSON list.
+
+    Parameters
+    ----------
+    lengths : sequence of int, CellStore, or datasets.Dataset
+        Lengths; or a store, whose expressed genes are counted; or a dataset with a column `length`, or else
+        `input_ids`, whose offsets are read.
+    file_path : str or Path
+        Ends in .json.
+
+    Raises
+    ------
+    ValueError
+        Another suffix; a dataset with neither column; something other than whole numbers.
+    """
+    path = Path(file_path)
+    if path.suffix != ".json":
+        raise ValueError(f"{path}: lengths are written as .json.")
+    if hasattr(lengths, "lengths"):
+        lengths = lengths.lengths
+    elif hasattr(lengths, "column_names"):
+        lengths = _lengths_of(lengths)
+    path.write_text(json.dumps(_checked(lengths, "lengths")))
+
+
+def _lengths_of(dataset) -> np.ndarray:
+    if "length" in dataset.column_names:
+        return dataset.with_format("arrow")["length"][:].to_numpy()
+    if "input_ids" not in dataset.column_names:
+        raise ValueError(f"The dataset has neither length nor input_ids; it has {', '.join(dataset.column_names)}.")
+    import pyarrow.compute as pc
+
+    return pc.list_value_length(dataset.with_format("arrow")["input_ids"][:]).to_numpy()
+
+
+def _checked(lengths: Iterable, name: str) -> list[int]:
+    try:
+        array = np.asarray(list(lengths)) if not isinstance(lengths, (dict, str)) else None
+    except (TypeError, ValueError):
+        array = None
+    if array is not None and not array.size:
+        return []
+    if array is None or array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0:
+        raise ValueError(f"{name}: a list of whole numbers of 0 or more is needed.")
+    return array.tolist()
+
+
+__all__ = ["load_example_lengths", "write_example_lengths"]

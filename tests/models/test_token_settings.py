@@ -1,0 +1,189 @@
+"""Bin edges, normalisation, truncation and the names of genes: settings of GeneTokenizer, against plain versions."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData, read_h5ad
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import sparse
+
+from stformer_hf import CellStore, GeneTable, GeneTokenizer
+
+GENES = ["a", "b", "c", "d", "e", "f"]
+EDGES = {"a": [1], "b": [2, 3.5], "c": [0.5, 1, 200], "d": [7], "e": [0.1], "f": [1, 2, 3]}
+
+
+def plain_bins(row, edges, normalize):
+    """Bin of each gene of one cell."""
+    total = float(np.sum(row, dtype=np.float64))
+    values = [np.log1p(float(x) / total * 10_000) if normalize and total else float(x) for x in row]
+    return [int(np.digitize(value, edges[gene])) for gene, value in zip(GENES, values, strict=True)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    counts=hnp.arrays(
+        st.sampled_from([np.uint8, np.uint16, np.int64, np.float32, np.float64]),
+        st.tuples(st.integers(0, 8), st.just(len(GENES))),
+        elements=st.sampled_from([0, 0, 0, 1, 2, 3, 200]),
+    ),
+    edges=st.sampled_from([EDGES, dict.fromkeys(GENES, [0.1]), dict.fromkeys(GENES, [1, 2, 6.5, 8, 9])]),
+    normalize=st.sampled_from([None, "log1p_cp10k"]),
+    truncation=st.sampled_from(["top", "head"]),
+    max_length=st.integers(3, 9),
+)
+def test_edges_normalisation_and_truncation_give_the_plain_tokens(counts, edges, normalize, truncation, max_length):
+    same = len({tuple(values) for values in edges.values()}) == 1
+    tokenizer = GeneTokenizer(
+        GENES,
+        bin_edges=edges["a"] if same else edges,
+        normalize=normalize,
+        truncation=truncation,
+        max_length=max_length,
+    )
+    tokens = tokenizer(sparse.csr_matrix(counts))
+    for i, row in enumerate(counts):
+        bins = plain_bins(row, edges, normalize)
+        expressed = [j for j in range(len(GENES)) if bins[j]]
+        if truncation == "top":
+            expressed = sorted(sorted(expressed, key=lambda j: (-float(row[j]), j))[: max_length - 2])
+        expressed = expressed[: max_length - 2]
+        assert tokens["input_ids"][i] == [0, *(4 + bins[j] for j in expressed), 1]
+        assert tokens["token_type_ids"][i] == [0, *(1 + j for j in expressed), 0]
+
+
+def test_dropped_genes_are_those_that_are_not_tokens():
+    counts = np.random.default_rng(0).integers(0, 5, (20, 6))
+    for truncation in ("top", "head", "random"):
+        tokenizer = GeneTokenizer(GENES, truncation=truncation, max_length=4)
+        tokens = tokenizer.encode_cells(counts)
+        for i, row in enumerate(counts):
+            types = tokens.token_type_ids[tokens.indptr[i] : tokens.indptr[i + 1]]
+            dropped = tokens.dropped_type_ids[tokens.dropped_cells == i]
+            assert sorted([*types[types > 0], *dropped]) == (1 + np.flatnonzero(row)).tolist()
+
+
+def test_random_truncation_keeps_the_order_of_the_genes_and_changes_with_the_epoch():
+    tokenizer = GeneTokenizer([f"g{i}" for i in range(40)], truncation="random", max_length=12)
+    counts = np.ones((1, 40), int)
+    drawn = [tokenizer.encode_cells(counts, epoch=epoch).token_type_ids[1:-1].tolist() for epoch in range(5)]
+    assert all(types == sorted(set(types)) and len(types) == 10 for types in drawn)
+    assert len(set(map(tuple, drawn))) == 5
+    assert tokenizer.encode_cells(counts, epoch=3).token_type_ids[1:-1].tolist() == drawn[3]
+
+
+def test_edges_a_gene_are_saved_and_must_be_there_for_all(tmp_path):
+    tokenizer = GeneTokenizer(GENES, bin_edges=EDGES, normalize="log1p_cp10k")
+    tokenizer.save_pretrained(tmp_path)
+    back = GeneTokenizer.from_pretrained(tmp_path)
+    assert back.bin_edges == EDGES
+    assert (back.n_bins, back.normalize, back.fingerprint) == (4, "log1p_cp10k", tokenizer.fingerprint)
+    with pytest.raises(ValueError, match="no edges for 1 genes, such as f"):
+        GeneTokenizer(GENES, bin_edges={gene: [1] for gene in "abcde"})
+    with pytest.raises(ValueError, match="bin_edges of b are positive"):
+        GeneTokenizer(GENES, bin_edges={**EDGES, "b": [2, 1]})
+    with pytest.raises(ValueError, match="normalize is None or"):
+        GeneTokenizer(GENES, normalize="cpm")
+
+
+@pytest.mark.parametrize("normalize", [None, "log1p_cp10k"])
+def test_edges_at_quantiles_of_a_store(store, normalize):
+    dense = store.rows(slice(None)).toarray().astype(float)
+    if normalize:
+        totals = dense.sum(axis=1, keepdims=True)
+        dense = np.log1p(dense / np.where(totals, totals, 1) * 1e4)
+    together = np.sort(dense[dense > 0])
+    tokenizer = GeneTokenizer.from_store(store, bin_edges="quantile", n_bins=4, normalize=normalize)
+    wanted = sorted({together[i * len(together) // 4] for i in range(4)})
+    np.testing.assert_allclose(tokenizer.bin_edges, wanted, rtol=1e-12)
+    by_gene = GeneTokenizer.from_store(store, bin_edges="gene_quantile", n_bins=3, normalize=normalize).bin_edges
+    for j, gene in enumerate(store.gene_ids):
+        values = np.sort(dense[:, j][dense[:, j] > 0])
+        wanted = sorted({values[i * len(values) // 3] for i in range(3)}) if len(values) else None
+        if wanted:
+            np.testing.assert_allclose(by_gene[gene], wanted, rtol=1e-12)
+    # No expressed gene falls into bin 0.
+    for edges in ("quantile", "gene_quantile"):
+        binned = GeneTokenizer.from_store(store, bin_edges=edges, n_bins=3, normalize=normalize)
+        lengths = np.diff(binned.encode_cells(store.__getitems__(range(len(store)))).indptr)
+        assert lengths.tolist() == (store.lengths + 2).tolist()
+    with pytest.raises(ValueError, match='"quantile" or "gene_quantile", got \'best\''):
+        GeneTokenizer.from_store(store, bin_edges="best")
+
+
+# ---------------------------------------------------------------------- names of genes
+
+ENSEMBL = ["ENSG00000000001", "ENSG00000000002", "ENSG00000000003", "ENSG00000000004"]
+SYMBOLS = ["CD3D", "MS4A1", "NKG7", "LYZ"]
+
+
+@pytest.fixture
+def by_symbol():
+    return GeneTokenizer(ENSEMBL, symbols=dict(zip(SYMBOLS, ENSEMBL, strict=True)))
+
+
+def test_columns_are_known_by_id_version_or_symbol(by_symbol, tmp_path):
+    counts = np.array([[1, 2, 0, 4]])
+    wanted = by_symbol(counts)
+    by_symbol.save_pretrained(tmp_path)
+    for tokenizer in (by_symbol, GeneTokenizer.from_pretrained(tmp_path)):
+        assert tokenizer(counts, genes=SYMBOLS) == wanted
+        assert tokenizer(counts, genes=[f"{gene}.7" for gene in ENSEMBL]) == wanted
+        assert tokenizer(counts, genes=["CD3D", ENSEMBL[1], "NKG7", "LYZ"]) == wanted
+        assert tokenizer(counts[:, ::-1], genes=SYMBOLS[::-1]) == wanted
+
+
+def test_a_gene_table_gives_symbols_and_one_of_several_genes_is_not_used():
+    table = GeneTable(
+        pd.DataFrame({"gene_id": [*ENSEMBL, "ENSG00000000009"], "symbol": ["X", "X", "NKG7", "LYZ", "Z"]})
+    )
+    tokenizer = GeneTokenizer(ENSEMBL, symbols=table)
+    assert tokenizer.symbols == {"NKG7": ENSEMBL[2], "LYZ": ENSEMBL[3]}
+    tokens = tokenizer(np.array([[5, 3, 4]]), genes=["X", "NKG7", "LYZ"])
+    assert tokens["token_type_ids"] == [[0, 3, 4, 0]]
+    assert tokenizer.last_coverage == pytest.approx({"genes": 2 / 3, "counts": 7 / 12, "vocabulary": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("names", "guess"),
+    [
+        (SYMBOLS, "human symbols"),
+        (["Cd3d", "Ms4a1", "Nkg7", "Lyz2"], "mouse symbols"),
+        (["ENSMUSG00000000001"] * 4, "Ensembl ids of mouse"),
+        (["ENSMUSG00000000001.4"] * 4, "Ensembl ids of mouse with versions"),
+        (["1", "2", "3", "4"], "row numbers"),
+    ],
+)
+def test_too_few_known_genes_name_what_was_seen_and_what_is_wanted(names, guess):
+    tokenizer = GeneTokenizer(ENSEMBL)
+    with pytest.raises(
+        ValueError, match=rf"input names.*{names[0]}.*{guess}.*wants.*ENSG00000000001.*Ensembl ids of human"
+    ):
+        tokenizer(np.array([[1, 2, 0, 4]]), genes=names)
+
+
+def test_coverage_is_told_once_a_table(by_symbol, caplog):
+    for _ in range(3):
+        by_symbol(np.array([[1, 2, 1]]), genes=["CD3D", "LYZ", "unknown"])
+    assert caplog.text.count("2 of 3 genes of the input are known to the tokenizer (75.0% of its counts)") == 1
+    by_symbol(np.array([[1, 2, 1]]), genes=["CD3D", "NKG7", "unknown"])
+    assert caplog.text.count("genes of the input are known") == 2
+
+
+def test_a_store_gives_its_symbols(shared_data, tmp_path):
+    """Cells named by symbol are read by a tokenizer of Ensembl ids."""
+    adata = read_h5ad(shared_data / "pbmc_ifnb.h5ad")[:50].copy()
+    store = CellStore.build(tmp_path / "s", adata)
+    tokenizer = GeneTokenizer.from_store(store)
+    assert tokenizer.genes[0].startswith("ENSG")
+    wanted = tokenizer(store.rows(range(50)))
+    no_ids = AnnData(adata.X, var=pd.DataFrame(index=adata.var_names))
+    assert tokenizer(no_ids) == wanted
+    half = no_ids[:, ::2]
+    tokenizer.min_coverage = 0.1
+    kept = {tokenizer.symbols[symbol] for symbol in half.var_names}
+    for types, some in zip(wanted["token_type_ids"], tokenizer(half)["token_type_ids"], strict=True):
+        names = tokenizer.convert_token_types_to_names(types)
+        assert [name for name in names if name is None or name in kept] == tokenizer.convert_token_types_to_names(some)
