@@ -19,6 +19,7 @@ _MODULES = {
     "data.scdl": ["NeighborSamplingStrategy", "SingleCellMemMapDataset"],
     "data.scdl_batches": ["collate_neighbor_sparse_matrix_batch", "collate_sparse_matrix_batch"],
     "data.scdl_collection": ["SingleCellCollection"],
+    "data.spatial_graph": ["spatial_neighbors"],
     "data.transforms": ["Compose", "EncodeLabels", "LogTransform", "NormalizeRowSum", "Transform"],
     "genes.gene_table": ["GeneTable"],
     "inference.annotate": ["annotate"],
@@ -36,6 +37,8 @@ _MODULES = {
         "DataCollatorForPhenotypicMLM",
         "collate_fn_wrapper",
     ],
+    "training.lengths": ["load_example_lengths", "write_example_lengths"],
+    "training.precollator": ["STFormerPreCollator"],
     "training.samplers": ["BlockShuffleSampler"],
     "training.pretrainer": ["CellTrainer", "STFormerPretrainer"],
 }
