@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-BENCHMARKS = ("data", "collate")
+BENCHMARKS = ("data", "tokens", "collate")
 
 
 def main() -> None:

@@ -776,6 +776,24 @@ class GeneTokenizer(PreTrainedTokenizer):
             room = (room - (self.separator is not None)) // 2
         return self._encode_ranks(parts, column_genes, phenotypes, room, found.ids, epoch)
 
+    def tokenize_store(self, store, path: str | os.PathLike, **kwargs) -> Any:
+        """Write the tokens of all cells of a store as a Hugging Face dataset: `store.tokenize(self, path, **kwargs)`.
+
+        Parameters
+        ----------
+        store : CellStore
+            With neighbourhoods (`store.with_neighborhoods()`) where the tokenizer adds them.
+        path : str or Path
+            Folder to make.
+        **kwargs
+            As for `CellStore.tokenize`, such as `workers` and `obs`.
+
+        Returns
+        -------
+        datasets.Dataset
+        """
+        return store.tokenize(self, path, **kwargs)
+
     def _encode_bins(
         self,
         rows: CountRows,
