@@ -8,11 +8,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from anndata import AnnData
+from scipy import sparse
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..data.sources import Source, open_source
-from ..models.gene_bert.cell_counts import pad_ragged
+from ..models.gene_bert.cell_counts import NEIGHBORS, pad_ragged, sum_of_neighbors
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..training.pretrainer import check_tokenizer_fits
 
@@ -85,12 +86,17 @@ def run(
     source = open_source(adata, layer)
     names = max((source.genes.gene_ids, source.genes.symbols), key=lambda names: _n_known(tokenizer, names))
     results, n_genes = [], []
-    start = 0
+    start, around = 0, None
+    if tokenizer.neighborhood:
+        graph = source.neighbors(NEIGHBORS).rows(0, source.shape[0])
+        around = sum_of_neighbors(graph, sparse.vstack(list(source.blocks(_ROWS_PER_BLOCK)), format="csr"))
     with torch.inference_mode(), tqdm(total=source.shape[0], desc=desc, unit="cell", disable=None) as bar:
         for block in source.blocks(_ROWS_PER_BLOCK):
             obs = source.obs.iloc[start : start + block.shape[0]]
-            tokens = tokenizer.encode_cells(block, genes=names, obs=obs)
-            start += block.shape[0]
+            stop = start + block.shape[0]
+            nearby = None if around is None else around[start:stop]
+            tokens = tokenizer.encode_cells(block, genes=names, obs=obs, neighborhood=nearby)
+            start = stop
             lengths = np.diff(tokens.indptr)
             order = np.argsort(-lengths, kind="stable")
             done = []

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from anndata import AnnData, read_h5ad
+from scipy import sparse
 
 from stformer_hf import (
+    GeneBertConfig,
     GeneBertForClassification,
     GeneBertForPhenotypicMLM,
     GeneBertModel,
@@ -128,3 +130,23 @@ def test_bad_input_is_refused_and_nothing_is_written(checkpoints, adata, config)
     with pytest.raises(ValueError, match="no cells"):
         embed(adata[:0].copy(), checkpoints["mlm"])
     assert (set(adata.obs), set(adata.obsm), set(adata.uns)) == before
+
+
+def test_a_model_of_ranks_and_neighbourhoods(adata, tmp_path):
+    """Embeddings are those of each cell alone, with the sum of its neighbours beside it."""
+    ring = sparse.diags([1.0, 1.0, 1.0], [-1, 1, 5], shape=(60, 60), format="csr")
+    adata.obsp["spatial_connectivities"] = ring
+    medians = np.random.default_rng(0).uniform(0.5, 2, adata.n_vars)
+    tokenizer = GeneTokenizer(adata.var_names.tolist(), scheme="rank", medians=medians, neighborhood=True)
+    model = GeneBertModel(GeneBertConfig.from_tokenizer(tokenizer, size="tiny")).eval()
+    embed(adata, model, tokenizer=tokenizer, pooling="mean", batch_size=7)
+    around = (ring.toarray() > 0) @ adata.X.toarray()
+    for i in range(0, 60, 7):
+        tokens = tokenizer(adata.X[[i]], neighborhood=around[[i]], return_tensors="pt")
+        with torch.no_grad():
+            hidden = model(**tokens).last_hidden_state[0]
+        genes = tokenizer.get_gene_tokens_mask(tokens["input_ids"][0])
+        np.testing.assert_allclose(adata.obsm["X_stformer"][i], hidden[genes].mean(0), atol=1e-5)
+    bare = GeneTokenizer(adata.var_names.tolist(), scheme="rank", medians=medians, cls=False)
+    with pytest.raises(ValueError, match=r"no \[CLS\]: use pooling"):
+        embed(adata, GeneBertModel(GeneBertConfig.from_tokenizer(bare, size="tiny")), tokenizer=bare)

@@ -46,7 +46,7 @@ def test_vocabulary_and_layout_by_hand(tokenizer):
         *GENES,
         *("[T_cell]", "[B_cell]", "[lung]", "[bone_marrow]"),
     ]
-    assert (tokenizer.vocab_size, tokenizer.type_vocab_size, tokenizer.gene_token_type_offset) == (14, 4, 0)
+    assert (tokenizer.vocab_size, tokenizer.type_vocab_size, tokenizer.gene_token_type_offset) == (14, 4, 3)
     obs = pd.DataFrame({"tissue": ["lung"], "cell_type": ["B cell"]})
     tokens = tokenizer(np.array([[2, 5, 0, 1, 7, 2]]), obs=obs)
     # 2 / 1, 5 / 2.5, 1 / .3, 7 / 7, 2 / 1.1: d, then a and b (equal), f, e
@@ -55,9 +55,9 @@ def test_vocabulary_and_layout_by_hand(tokenizer):
         *("d", "a", "b", "f", "e"),
         "[EOS]",
     ]
-    assert tokens["token_type_ids"] == [[0, 3, 2, 0, 0, 0, 0, 0, 0]]
+    assert tokens["token_type_ids"] == [[0, 2, 1, 3, 3, 3, 3, 3, 0]]
     assert tokenizer.decode(tokens["input_ids"][0]) == "[CLS] [lung] [B_cell] d a b f e [EOS]"
-    assert tokenizer.convert_token_types_to_names([0, 1, 2, 3]) == [None, "neighborhood", "cell_type", "tissue"]
+    assert tokenizer.convert_token_types_to_names([0, 1, 2, 3]) == [None, "cell_type", "tissue", "cell"]
     assert tokenizer.get_gene_tokens_mask([0, 3, 4, 9, 10]) == [0, 0, 1, 1, 0]
     assert tokenizer.get_phenotypic_tokens_mask(torch.tensor([9, 10, 13])).tolist() == [False, True, True]
     assert tokenizer.get_special_tokens_mask([0, 1, 2, 3, 4], already_has_special_tokens=True) == [1, 1, 1, 1, 0]
@@ -149,12 +149,14 @@ def test_neighbourhoods(separator):
         around = plain_ranks((graph[i] > 0) @ counts, GENES, GENES, MEDIANS)[:room]
         middle = [] if separator is None else [separator]
         assert tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", *own, *middle, *around, "[EOS]"]
-        assert types == [0] * (1 + len(own) + len(middle)) + [1] * len(around) + [0]
+        assert types == [0] + [1] * len(own) + [0] * len(middle) + [2] * len(around) + [0]
+        assert tokenizer.convert_token_types_to_names([1, 2]) == ["cell", "neighborhood"]
     del adata.obsp["spatial_connectivities"]
     with pytest.raises(ValueError, match="no obsp.*spatial_neighbors"):
         tokenizer(adata)
-    with pytest.raises(ValueError, match="a matrix does not tell"):
+    with pytest.raises(ValueError, match="neighborhood=…"):
         tokenizer(counts)
+    assert tokenizer(counts, neighborhood=(graph > 0) @ counts) == tokens
 
 
 def test_the_reference_layout_of_neighbourhoods():

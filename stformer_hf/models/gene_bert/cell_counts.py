@@ -75,14 +75,21 @@ def is_cell_batch(cells) -> bool:
 
 
 def read_cells(
-    cells, genes: Sequence[str] | None, obs, layer: str | None, own_genes: Sequence[str], neighborhood: bool
+    cells,
+    genes: Sequence[str] | None,
+    obs,
+    layer: str | None,
+    neighborhood,
+    own_genes: Sequence[str],
+    with_neighborhood: bool,
 ) -> Cells:
     """Read the counts of an AnnData, a matrix or a CellBatch; see `GeneTokenizer.__call__`."""
-    if (genes is not None or obs is not None) and (is_cell_batch(cells) or hasattr(cells, "var_names")):
-        raise ValueError(f"genes= and obs= go with a matrix; a {type(cells).__name__} brings its own.")
+    brings_its_own = is_cell_batch(cells) or hasattr(cells, "var_names")
+    if brings_its_own and not (genes is None and obs is None and neighborhood is None):
+        raise ValueError(f"genes=, obs= and neighborhood= go with a matrix; a {type(cells).__name__} brings its own.")
     if is_cell_batch(cells):
         around = getattr(cells, "neighborhood", None)
-        if neighborhood and around is None:
+        if with_neighborhood and around is None:
             raise ValueError(
                 "The tokenizer adds each cell's neighbourhood, and these cells come without: take them from "
                 "store.with_neighborhoods()."
@@ -92,7 +99,7 @@ def read_cells(
             (cells.gene_ids, cells.symbols),
             cells,
             cells.cell_id,
-            CountRows(*around) if neighborhood else None,
+            CountRows(*around) if with_neighborhood else None,
         )
     around = None
     if hasattr(cells, "obs") and hasattr(cells, "var_names"):
@@ -103,11 +110,21 @@ def read_cells(
         names = (cells.var_names, *(cells.var[name] for name in GENE_COLUMNS if name in cells.var))
         obs = cells.obs
         check_counts(rows.counts, "X" if layer is None else f"layer {layer!r}", cells.layers)
-        if neighborhood:
-            around = _sum_of_neighbors(cells, matrix)
+        if with_neighborhood:
+            if NEIGHBORS not in cells.obsp:
+                raise ValueError(
+                    f"The tokenizer adds each cell's neighbourhood, and the AnnData has no obsp[{NEIGHBORS!r}]: make "
+                    "it with stformer_hf.spatial_neighbors(adata), or with squidpy.gr.spatial_neighbors."
+                )
+            around = csr_rows(sum_of_neighbors(cells.obsp[NEIGHBORS], matrix))
     elif hasattr(cells, "shape") and len(cells.shape) == 2:
-        if neighborhood:
-            raise ValueError("The tokenizer adds each cell's neighbourhood, which a matrix does not tell.")
+        if with_neighborhood and neighborhood is None:
+            raise ValueError(
+                "The tokenizer adds each cell's neighbourhood: pass the sums of its neighbours' counts, neighborhood=…"
+            )
+        if with_neighborhood:
+            around = csr_rows(neighborhood)
+            check_counts(around.counts, "neighborhood", {})
         rows = csr_rows(cells)
         if genes is None:
             genes = getattr(cells, "columns", own_genes)  # a DataFrame names its genes
@@ -126,20 +143,29 @@ def read_cells(
     return Cells(rows, names, obs, np.arange(len(rows.indptr) - 1), around)
 
 
-def _sum_of_neighbors(adata, matrix) -> CountRows:
-    if NEIGHBORS not in adata.obsp:
-        raise ValueError(
-            f"The tokenizer adds each cell's neighbourhood, and the AnnData has no obsp[{NEIGHBORS!r}]: make it with "
-            "stformer_hf.spatial_neighbors(adata), or with squidpy.gr.spatial_neighbors."
-        )
-    graph = adata.obsp[NEIGHBORS].tocoo()
+def sum_of_neighbors(graph, matrix):
+    """Sum the counts of each cell's neighbours.
+
+    Parameters
+    ----------
+    graph : sparse matrix (n, n)
+        What is stored is a neighbour, whatever its weight; a cell is not its own.
+    matrix : sparse or dense matrix (n, n_columns)
+        Counts.
+
+    Returns
+    -------
+    sparse or dense matrix (n, n_columns)
+        64 bits.
+    """
+    graph = graph.tocoo()
     others = graph.row != graph.col
     graph = type(graph)((np.ones(others.sum()), (graph.row[others], graph.col[others])), shape=graph.shape).tocsr()
     graph.sum_duplicates()
     graph.data = np.ones(len(graph.data), np.int64)
     if hasattr(matrix, "to_memory"):
         matrix = matrix.to_memory()
-    return csr_rows(graph @ _widen(matrix))
+    return graph @ _widen(matrix)
 
 
 def csr_rows(matrix) -> CountRows:
@@ -390,6 +416,7 @@ def describe(names: Iterable[str]) -> str:
 
 
 __all__ = [
+    "NEIGHBORS",
     "Cells",
     "CountRows",
     "GeneMatcher",
@@ -402,5 +429,6 @@ __all__ = [
     "pad_ragged",
     "read_cells",
     "row_sums",
+    "sum_of_neighbors",
     "strip_version",
 ]

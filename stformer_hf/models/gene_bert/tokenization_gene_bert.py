@@ -104,8 +104,8 @@ class GeneTokenizer(PreTrainedTokenizer):
     `scheme="rank"` (STFormer, Geneformer): an id is a gene. A cell becomes `[CLS]`, its phenotypes, its expressed
     genes by descending count / total * target_sum / median of the gene (ties in the order of `genes`), `[EOS]`; with
     `neighborhood`, before `[EOS]`, a separator and the genes of its neighbours' summed counts, ranked in the same way.
-    Ids: the special tokens, the genes, then the phenotype tokens. Types: 0 for special tokens and the cell's genes, 1
-    for those of its neighbourhood, then one a category.
+    Ids: the special tokens, the genes, then the phenotype tokens. Types: 0 for special tokens, one a category
+    (sorted), one for the cell's genes, one for those of its neighbourhood.
 
     Parameters
     ----------
@@ -483,19 +483,14 @@ class GeneTokenizer(PreTrainedTokenizer):
         return len(self._tokens)
 
     @property
-    def _first_category_type(self) -> int:
-        return 1 if self.scheme == "binned" else 2
-
-    @property
     def gene_token_type_offset(self) -> int:
-        """Token type of the first gene: 1 + number of phenotype categories; of the rank scheme 0, for all genes."""
-        return 1 + len(self.phenotypes) if self.scheme == "binned" else 0
+        """Token type of the first gene (of the rank scheme, of all genes): 1 + number of phenotype categories."""
+        return 1 + len(self.phenotypes)
 
     @property
     def type_vocab_size(self) -> int:
         """Number of token types."""
-        n_types = self._first_category_type + len(self.phenotypes)
-        return n_types + (len(self.genes) if self.scheme == "binned" else 0)
+        return self.gene_token_type_offset + (len(self.genes) if self.scheme == "binned" else 1 + self.neighborhood)
 
     @property
     def genes_start_ind(self) -> int:
@@ -581,11 +576,8 @@ class GeneTokenizer(PreTrainedTokenizer):
         return " ".join(tokens)
 
     def convert_token_types_to_names(self, token_type_ids: Iterable[int]) -> list[str | None]:
-        """Name each token type: its gene or phenotype category, `neighborhood`; None for type 0."""
-        if self.scheme == "binned":
-            names = [None, *self.phenotypes, *self.genes]
-        else:
-            names = [None, "neighborhood", *self.phenotypes]
+        """Name each token type: its gene or phenotype category, of ranks `cell` or `neighborhood`; None for type 0."""
+        names = [None, *self.phenotypes, *(self.genes if self.scheme == "binned" else ["cell", "neighborhood"])]
         return [names[int(i)] for i in token_type_ids]
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
@@ -671,6 +663,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         genes: Sequence[str] | None = None,
         obs=None,
         layer: str | None = None,
+        neighborhood=None,
         padding: bool | str = False,
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
@@ -689,6 +682,8 @@ class GeneTokenizer(PreTrainedTokenizer):
             Phenotypes of a matrix's rows.
         layer : str, optional
             Layer of an AnnData to read instead of X.
+        neighborhood : sparse or dense matrix (n, n_columns), optional
+            Sums of the counts of each row's neighbours, for a matrix and a tokenizer that adds neighbourhoods.
         padding : bool, "longest" or "max_length", default: False
             Pad to the longest cell (True, "longest") or to `max_length`.
         max_length : int, optional
@@ -713,7 +708,9 @@ class GeneTokenizer(PreTrainedTokenizer):
         TypeError
             Something that is not cells, such as text.
         """
-        tokens = self.encode_cells(cells, genes=genes, obs=obs, layer=layer, max_length=max_length)
+        tokens = self.encode_cells(
+            cells, genes=genes, obs=obs, layer=layer, neighborhood=neighborhood, max_length=max_length
+        )
         lengths = np.diff(tokens.indptr)
         columns = {"input_ids": tokens.input_ids, "token_type_ids": tokens.token_type_ids}
         if return_attention_mask:
@@ -754,6 +751,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         genes: Sequence[str] | None = None,
         obs=None,
         layer: str | None = None,
+        neighborhood=None,
         max_length: int | None = None,
         epoch: int = 0,
     ) -> TokenizedCells:
@@ -763,7 +761,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         """
         max_length = self.max_length if max_length is None else max_length
         self._check_max_length(max_length)
-        found = read_cells(cells, genes, obs, layer, self.genes, self.neighborhood)
+        found = read_cells(cells, genes, obs, layer, neighborhood, self.genes, self.neighborhood)
         key = cells.gene_ids if is_cell_batch(cells) else None
         column_genes = self._matcher.match(found.names, found.rows, self.min_coverage, key)
         phenotypes = self._phenotype_tokens(found.obs, len(found.rows.indptr) - 1)
@@ -849,6 +847,8 @@ class GeneTokenizer(PreTrainedTokenizer):
             n_genes = np.minimum(np.diff(parts[1].indptr), room)
             at = np.arange(n_genes.sum()) + np.repeat(frame.starts[1] - np.cumsum(n_genes) + n_genes, n_genes)
             frame.types[at] = 1
+        types = frame.types
+        types += self.gene_token_type_offset
         self._fill(frame, phenotypes)
         nothing = np.empty(0, np.int64)
         return TokenizedCells(frame.ids, frame.types, frame.indptr, nothing, nothing)
@@ -902,7 +902,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         at = indptr[cell] + has_phenotype.cumsum(axis=1)[cell, which] - 1 + int(self.cls)
         ids[at] = phenotypes[cell, which]
         categories = list(self.phenotypes)
-        of = [self._first_category_type + categories.index(name) for name in self._included_phenotypes]
+        of = [1 + categories.index(name) for name in self._included_phenotypes]
         types[at] = np.array(of, np.int64)[which]
 
     def _phenotype_tokens(self, obs, n_cells: int) -> np.ndarray:
