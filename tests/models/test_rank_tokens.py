@@ -27,11 +27,12 @@ FIRST = 4  # id of the first gene, after the special tokens
 def plain_ranks(counts, columns, genes, medians, target_sum=10_000.0):
     """Genes of one cell, by falling score; as references/systems.md section 2 has it."""
     total = float(np.sum(counts, dtype=np.float64))
+    place = {gene: i for i, gene in enumerate(genes)}
     summed = {}
     for column, count in zip(columns, counts, strict=True):
-        if column in genes and count > 0 and medians.get(column):
+        if column in place and count > 0 and medians.get(column):
             summed[column] = summed.get(column, 0.0) + float(count)
-    scored = [(-(x / total * target_sum / medians[gene]), genes.index(gene), gene) for gene, x in summed.items()]
+    scored = [(-(x / total * target_sum / medians[gene]), place[gene], gene) for gene, x in summed.items()]
     return [gene for _, _, gene in sorted(scored)]
 
 

@@ -1,5 +1,7 @@
 """Which genes of a cell become tokens, in which order, and which of them where there is no room for all."""
 
+import itertools
+
 import numpy as np
 
 from .cell_counts import CountRows
@@ -49,7 +51,7 @@ def write_ranks(
     starts: np.ndarray,
     room: np.ndarray,
     rows: CountRows,
-    totals: np.ndarray,
+    totals: np.ndarray | None,
     medians: np.ndarray,
     target_sum: float,
     tokens: np.ndarray,
@@ -64,8 +66,8 @@ def write_ranks(
         Where the genes of each cell begin in `ids`, and how many to write at most.
     rows : CountRows
         Over the genes; counts are positive.
-    totals : float64 array (n,)
-        Of all counts of each cell.
+    totals : float64 array (n,) or None
+        Of all counts of each cell, where some of them are not in `rows`.
     medians : float64 array (n_genes,)
         Positive.
     target_sum : float
@@ -76,46 +78,46 @@ def write_ranks(
     -----
     The order of the operations, in float64, is Geneformer's: another one rounds otherwise, and may rank otherwise.
 
-    A positive float64 read as an integer has the same order. With its low bits replaced by the token, it is a key that
-    one sort of plain integers puts in order, ties by token. Scores that differ only in the bits replaced are put right
-    afterwards. Some cells at a time: their arrays stay in the processor's cache.
+    A positive float64 read as an integer has the same order. Inverted, with its low bits replaced by the token, it is
+    a key that one sort of plain integers puts into descending order, ties by token. Scores that differ only in the
+    bits replaced are put right afterwards. Some cells at a time: their arrays stay in the processor's cache.
     """
     indptr, genes, counts = rows
-    mask = np.uint64((1 << int(tokens.max(initial=1)).bit_length()) - 1)
+    token_bits = np.uint64((1 << int(tokens.max(initial=1)).bit_length()) - 1)
+    in_order = len(tokens) and tokens[-1] - tokens[0] + 1 == len(tokens) and (tokens[1:] > tokens[:-1]).all()
     first, n_cells = 0, len(indptr) - 1
     while first < n_cells:
         last = max(first + 1, int(np.searchsorted(indptr, indptr[first] + _ENTRIES_AT_A_TIME, side="right")) - 1)
         begin, end = indptr[first], indptr[last]
         some, of = genes[begin:end].astype(np.int64), counts[begin:end]
-        cell_totals = np.repeat(totals[first:last], np.diff(indptr[first : last + 1]))
-        keys = _scores(some, of, cell_totals, medians, target_sum).view(np.uint64)
-        keys |= mask
-        keys -= tokens.take(some).view(np.uint64)  # the first token has the greatest key
-        cuts = (indptr[first : last + 1] - begin).tolist()
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        cells = list(itertools.pairwise((indptr[first : last + 1] - begin).tolist()))
+        scores = of.astype(np.float64)
+        for cell, (start, stop) in enumerate(cells, first):
+            scores[start:stop] /= scores[start:stop].sum() if totals is None else totals[cell]
+        scores *= target_sum
+        scores /= medians.take(some)
+        keys = scores.view(np.uint64)
+        np.invert(keys, out=keys)
+        keys &= ~token_bits
+        some_tokens = some + tokens[0] if in_order else tokens.take(some)
+        keys |= some_tokens.view(np.uint64)
+        for start, stop in cells:
             keys[start:stop].sort()
-        if len(keys) > 1 and (gaps := keys[1:] - keys[:-1]).min() <= mask:
-            for cell in np.unique(np.searchsorted(cuts, np.flatnonzero(gaps <= mask), side="right") - 1):
-                part = slice(cuts[cell], cuts[cell + 1])
-                scores = _scores(some[part], of[part], totals[first + cell], medians, target_sum)
-                order = np.lexsort((-tokens[some[part]], scores))
-                keys[part] = mask - tokens[some[part]][order].astype(np.uint64)
-        keys &= mask
-        found = np.subtract(mask, keys, out=keys).view(np.int64)
-        for start, stop, to, most in zip(
-            cuts, cuts[1:], starts[first:last].tolist(), room[first:last].tolist(), strict=False
-        ):
-            n = min(stop - start, most)
-            ids[to : to + n] = found[stop - n : stop][::-1]
+        if len(keys) > 1 and (gaps := keys[1:] - keys[:-1]).min() <= token_bits:
+            near = np.flatnonzero(gaps <= token_bits)
+            for cell in np.unique(np.searchsorted([stop for _, stop in cells], near, side="right")):
+                part = slice(*cells[cell])
+                exact = of[part].astype(np.float64)
+                exact /= exact.sum() if totals is None else totals[first + cell]
+                exact *= target_sum
+                exact /= medians[some[part]]
+                keys[part] = some_tokens[part][np.lexsort((some_tokens[part], -exact))]
+        keys &= token_bits
+        found = keys.view(np.int64)
+        for cell, (start, stop) in enumerate(cells, first):
+            n = min(stop - start, room[cell])
+            ids[starts[cell] : starts[cell] + n] = found[start : start + n]
         first = last
-
-
-def _scores(genes, counts, totals, medians: np.ndarray, target_sum: float) -> np.ndarray:
-    scores = counts.astype(np.float64)
-    scores /= totals
-    scores *= target_sum
-    scores /= medians.take(genes)
-    return scores
 
 
 def strongest(values: np.ndarray, room: int) -> np.ndarray:

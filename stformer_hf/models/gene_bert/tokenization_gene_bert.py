@@ -836,10 +836,12 @@ class GeneTokenizer(PreTrainedTokenizer):
         cell_ids: np.ndarray,
         epoch: int,
     ) -> TokenizedCells:
-        all_totals = [row_sums(rows) for rows in parts]
-        parts = [self._usable(map_genes(rows, column_genes)) for rows in parts]
-        if self.truncation == "random":
-            parts = [self._subset(rows, room, cell_ids, epoch) for rows in parts]
+        usable = [self._usable(map_genes(rows, column_genes)) for rows in parts]
+        # Totals are of all that was counted: where nothing was left out, they are those of the genes.
+        subset = self.truncation == "random"
+        pairs = zip(parts, usable, strict=True)
+        all_totals = [None if some is rows and not subset else row_sums(rows) for rows, some in pairs]
+        parts = [self._subset(rows, room, cell_ids, epoch) for rows in usable] if subset else usable
         frame = self._frame(phenotypes, [np.minimum(np.diff(rows.indptr), room) for rows in parts])
         for rows, totals, starts in zip(parts, all_totals, frame.starts, strict=True):
             write_ranks(frame.ids, starts, room, rows, totals, self.medians, self.target_sum, self._expression_ids)
