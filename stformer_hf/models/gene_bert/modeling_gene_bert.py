@@ -15,6 +15,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gene_bert import GeneBertConfig
+from .packed_attention import check_packing, packed_mask, packed_sdpa_attention_forward, segments_of
 
 
 class PositionlessEmbeddings(nn.Module):
@@ -105,6 +106,9 @@ class GeneBertAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        if kwargs.get("cu_seq_lens_q") is not None and attention_mask is None:
+            if self.config._attn_implementation == "sdpa":
+                attention_interface = packed_sdpa_attention_forward
         attended, weights = attention_interface(
             self,
             query,
@@ -161,6 +165,8 @@ class GeneBertPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["GeneBertLayer"]
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": GeneBertLayer, "attentions": GeneBertAttention}
     # A checkpoint with another head, or with one where none is wanted, is no surprise. A head that is missing is told.
@@ -194,6 +200,7 @@ class GeneBertModel(GeneBertPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.IntTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput | tuple[torch.Tensor, ...]:
         """Encode cells.
@@ -206,6 +213,9 @@ class GeneBertModel(GeneBertPreTrainedModel):
             1 where there is a token, 0 where there is padding.
         inputs_embeds : Tensor (batch, length, hidden), optional
             In place of `input_ids`.
+        cu_seq_lens_q : int32 Tensor (n_cells + 1,), optional
+            Of a packed batch, one row: where its cells begin and end. Beside it a packed batch has `cu_seq_lens_k`,
+            `max_length_q`, `max_length_k` and `seq_idx`, for the backends that read them.
 
         Returns
         -------
@@ -215,14 +225,20 @@ class GeneBertModel(GeneBertPreTrainedModel):
         Raises
         ------
         ValueError
-            Neither or both of `input_ids` and `inputs_embeds`, or no `token_type_ids`.
+            Neither or both of `input_ids` and `inputs_embeds`, or no `token_type_ids`; a packed batch on a backend
+            that would mix its cells.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
         hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds)
-        attention_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
-        )
+        check_packing(hidden_states.shape[:2], attention_mask, cu_seq_lens_q, kwargs)
+        if cu_seq_lens_q is None:
+            attention_mask = create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+            )
+        else:
+            attention_mask = packed_mask(self.config, hidden_states, cu_seq_lens_q)
+            kwargs["cu_seq_lens_q"] = cu_seq_lens_q
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
         return BaseModelOutput(last_hidden_state=hidden_states)
@@ -331,7 +347,11 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
 
 
 def pool(
-    hidden: torch.Tensor, token_type_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, pooling: str
+    hidden: torch.Tensor,
+    token_type_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    pooling: str,
+    cu_seq_lens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Reduce the hidden states of a cell's tokens to one.
 
@@ -345,10 +365,12 @@ def pool(
         1 for tokens, 0 for padding; `[CLS]` is the first token.
     pooling : {"cls", "mean"}
         The state of `[CLS]`, or the mean over all tokens but the special ones (0 for a cell that has no other).
+    cu_seq_lens : int32 Tensor (n_cells + 1,), optional
+        Of a packed batch: where its cells begin and end.
 
     Returns
     -------
-    Tensor (batch, hidden_size)
+    Tensor (batch or n_cells, hidden_size)
 
     Raises
     ------
@@ -356,6 +378,8 @@ def pool(
         Another pooling; "mean" without token types.
     """
     if pooling == "cls":
+        if cu_seq_lens is not None:
+            return hidden[0, cu_seq_lens[:-1]]
         if attention_mask is None:
             return hidden[:, 0]
         return hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.argmax(1)]
@@ -364,6 +388,11 @@ def pool(
     if token_type_ids is None:
         raise ValueError('pooling="mean" needs token_type_ids: they tell genes from special tokens.')
     content = (token_type_ids > 0).unsqueeze(-1)
+    if cu_seq_lens is not None:
+        cell = segments_of(cu_seq_lens, hidden.shape[1])[0]
+        n_cells = len(cu_seq_lens) - 1
+        total = hidden.new_zeros(n_cells, hidden.shape[-1]).index_add(0, cell, hidden[0] * content[0])
+        return total / hidden.new_zeros(n_cells, 1).index_add(0, cell, content[0].to(hidden.dtype)).clamp(min=1)
     return (hidden * content).sum(1) / content.sum(1).clamp(min=1)
 
 
@@ -416,7 +445,13 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        pooled = pool(outputs.last_hidden_state, token_type_ids, attention_mask, self.config.classifier_pooling)
+        pooled = pool(
+            outputs.last_hidden_state,
+            token_type_ids,
+            attention_mask,
+            self.config.classifier_pooling,
+            kwargs.get("cu_seq_lens_q"),
+        )
         logits = self.classifier(self.dropout(nn.functional.relu(self.pre_classifier(pooled))))
 
         loss = None

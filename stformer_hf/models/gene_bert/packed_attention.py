@@ -1,0 +1,115 @@
+"""Packed batches: the tokens of many cells in one row, each cell attending to itself alone, on every backend."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers.masking_utils import create_bidirectional_mask, packed_sequence_mask_function
+
+
+def segments_of(cu_seq_lens: torch.Tensor, length: int) -> torch.Tensor:
+    """Give the cell of each token: int32 Tensor (1, length)."""
+    at = torch.arange(length, device=cu_seq_lens.device)
+    return torch.searchsorted(cu_seq_lens[1:].contiguous(), at, right=True).to(torch.int32)[None]
+
+
+def check_packing(shape: torch.Size, attention_mask, cu_seq_lens: torch.Tensor | None, kwargs: Mapping) -> None:
+    """Check what a forward pass is told of the cells of its row.
+
+    Parameters
+    ----------
+    shape : (batch, length)
+        Of the tokens.
+    attention_mask : Tensor or None
+    cu_seq_lens : int32 Tensor (n_cells + 1,) or None
+        Cell i has the tokens `cu_seq_lens[i]:cu_seq_lens[i + 1]`; None for a padded batch.
+    kwargs : mapping
+        Other arguments of the pass.
+
+    Raises
+    ------
+    ValueError
+        More than one row; lengths that do not add up to the row's; half of what a packed batch has.
+    """
+    if cu_seq_lens is None:
+        half = [name for name in ("seq_idx", "cu_seq_lens_k", "max_length_q") if kwargs.get(name) is not None]
+        if half:
+            raise ValueError(f"{half[0]} without cu_seq_lens_q: the cells of a packed row would mix.")
+        return
+    if shape[0] != 1:
+        raise ValueError(f"A packed batch is one row of tokens, got {shape[0]}.")
+    if attention_mask is not None:
+        raise ValueError("A packed batch has no padding, and no attention_mask.")
+    if cu_seq_lens.device.type == "cpu" and not torch.compiler.is_compiling() and int(cu_seq_lens[-1]) != shape[1]:
+        raise ValueError(f"cu_seq_lens_q ends at {int(cu_seq_lens[-1])}, and there are {shape[1]} tokens.")
+
+
+def packed_mask(config, hidden_states: torch.Tensor, cu_seq_lens: torch.Tensor):
+    """Make the mask that keeps cells apart; None on backends that are told where cells end.
+
+    Raises
+    ------
+    ValueError
+        A backend that would mix the cells.
+    """
+    backend = config._attn_implementation
+    if "flash" in backend or (backend == "sdpa" and not torch.compiler.is_compiling()):
+        return None
+    if backend not in ("eager", "sdpa", "flex_attention"):
+        raise ValueError(
+            f"The attention backend {backend!r} would mix the cells of a packed batch: use sdpa, eager, "
+            "flex_attention or flash attention, or pad the batch."
+        )
+    segments = segments_of(cu_seq_lens, hidden_states.shape[1])
+    return create_bidirectional_mask(
+        config=config,
+        inputs_embeds=hidden_states,
+        attention_mask=None,
+        and_mask_function=packed_sequence_mask_function(segments),
+    )
+
+
+def packed_sdpa_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attend within each cell of a packed row.
+
+    On a GPU, in half precision, by `torch.nn.attention.varlen`; else by one call of scaled_dot_product_attention a
+    cell, which costs what the cells cost: a mask would cost the square of the row.
+
+    Parameters
+    ----------
+    query, key, value : Tensor (1, heads, length, head_dim)
+    attention_mask : None
+    scaling, dropout : float
+    cu_seq_lens_q : int32 Tensor (n_cells + 1,)
+
+    Returns
+    -------
+    Tensor (1, length, heads, head_dim), None
+    """
+    cu_seq_lens = kwargs["cu_seq_lens_q"]
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
+        from torch.nn.attention.varlen import varlen_attn
+
+        packed = [part[0].transpose(0, 1) for part in (query, key, value)]
+        longest = int(kwargs.get("max_length_q") or cu_seq_lens.diff().max())
+        cuts = cu_seq_lens.to(torch.int32)
+        return varlen_attn(*packed, cuts, cuts, longest, longest, scale=scaling)[None], None
+    cuts = cu_seq_lens.tolist()
+    lengths = [stop - start for start, stop in zip(cuts, cuts[1:], strict=False)]
+    attended = [
+        nn.functional.scaled_dot_product_attention(*parts, dropout_p=dropout, scale=scaling)
+        for parts in zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
+    ]
+    return torch.cat(attended, dim=2).transpose(1, 2), None
+
+
+__all__ = ["check_packing", "packed_mask", "packed_sdpa_attention_forward", "segments_of"]
