@@ -30,17 +30,17 @@ class ArrowRows:
 
     def __init__(self, files: Sequence[Path], neighbor_shifts: Sequence[int]):
         self._batches: list[pa.RecordBatch] = []
-        shifts = []
+        lists, shifts = [], []
         for file, shift in zip(files, neighbor_shifts, strict=True):
             try:
                 for batch in read_batches(file):
-                    batch.column("genes"), batch.column("counts")  # raises where there is none
+                    lists.append(_flat(batch, "genes", "counts"))
                     self._batches.append(batch)
                     shifts.append(shift)
             except (OSError, KeyError, pa.ArrowException) as error:
                 raise ValueError(f"{file} is damaged: {error}. Copy the store again, or build it again.") from error
         self._shifts = np.array(shifts, np.int64)
-        self._cells = _Lists(self._batches, "genes", "counts")
+        self._cells = _Lists(lists)
 
     def __len__(self) -> int:
         return int(self._cells.starts[-1])
@@ -74,7 +74,7 @@ class ArrowRows:
 
     @cached_property
     def _neighbors(self) -> _Lists:
-        return _Lists(self._batches, "neighbors", "neighbor_weights")
+        return _Lists([_flat(batch, "neighbors", "neighbor_weights") for batch in self._batches])
 
     def column(self, name: str) -> np.ndarray:
         """Read another column of all rows: array (n,); missing values are NaN or None."""
@@ -82,8 +82,19 @@ class ArrowRows:
         return pa.chunked_array(chunks).to_pandas().to_numpy() if chunks else np.empty(0, object)
 
 
+def _flat(batch: pa.RecordBatch, first: str, second: str) -> tuple[np.ndarray, memoryview, memoryview]:
+    """Give the offsets of two list columns, and their values."""
+    columns = batch.column(first), batch.column(second)
+    return columns[0].offsets.to_numpy(), *(memoryview(column.values.to_numpy()) for column in columns)
+
+
 class _Lists:
     """Two list columns of record batches, the second as long as the first in every row.
+
+    Parameters
+    ----------
+    lists : sequence of (offsets, first values, second values)
+        A batch each.
 
     Attributes
     ----------
@@ -91,13 +102,13 @@ class _Lists:
         First row of each batch, and the number of rows.
     """
 
-    def __init__(self, batches: Sequence[pa.RecordBatch], first: str, second: str):
-        bounds = [batch.column(first).offsets.to_numpy() for batch in batches]
+    def __init__(self, lists: Sequence[tuple[np.ndarray, memoryview, memoryview]]):
+        bounds = [offsets for offsets, _, _ in lists]
         self.starts = np.cumsum([0, *(len(offsets) - 1 for offsets in bounds)])
         # Row r of batch b has the entries _bounds[r + b]:_bounds[r + b + 1] of the batch's values.
         self._bounds = np.concatenate(bounds) if bounds else np.zeros(0, np.int32)
-        self._first = [memoryview(batch.column(first).values.to_numpy()) for batch in batches]
-        self._second = [memoryview(batch.column(second).values.to_numpy()) for batch in batches]
+        self._first = [first for _, first, _ in lists]
+        self._second = [second for _, _, second in lists]
 
     def batches_of(self, rows: np.ndarray) -> np.ndarray:
         """Find the batch of each row."""

@@ -61,14 +61,26 @@ def collate_fn_wrapper(
 
 
 class _CellCollator:
-    """What the collators share: a seed, an epoch, and genes left out anew in each epoch."""
+    """What the collators share: a seed, an epoch, genes left out anew in each epoch, padding or packing."""
 
-    def __init__(self, tokenizer: GeneTokenizer, gene_dropout: float, pad_to_multiple_of: int | None, seed: int):
+    def __init__(
+        self,
+        tokenizer: GeneTokenizer,
+        gene_dropout: float,
+        pad_to_multiple_of: int | None,
+        seed: int,
+        packing: bool,
+        max_tokens: int | None,
+    ):
         _check_probability("gene_dropout", gene_dropout)
+        if packing and pad_to_multiple_of:
+            raise ValueError("A packed batch is not padded: leave pad_to_multiple_of out.")
         self.tokenizer = tokenizer
         self.gene_dropout = gene_dropout
         self.pad_to_multiple_of = pad_to_multiple_of
         self.seed = seed
+        self.packing = packing
+        self.max_tokens = max_tokens
         # In shared memory: workers that outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -87,6 +99,24 @@ class _CellCollator:
         other.gene_dropout = 0.0
         other._epoch = torch.zeros_like(self._epoch)
         return other
+
+    def _batch(
+        self, tokens: TokenizedCells, labels: np.ndarray | None = None, attended: np.ndarray | None = None
+    ) -> dict[str, torch.Tensor | int]:
+        """Make a padded or a packed batch of tokens, with labels a token; see `pack`."""
+        if self.packing:
+            batch = pack(tokens, labels, attended)
+        else:
+            batch = _pad(tokens, self.tokenizer, self.pad_to_multiple_of, attended)
+            if labels is not None:
+                length, side = batch["input_ids"].shape[1], self.tokenizer.padding_side
+                batch["labels"] = torch.from_numpy(pad_ragged(labels, tokens.indptr, length, _IGNORE, side))
+        if self.max_tokens is not None and batch["input_ids"].numel() > self.max_tokens:
+            raise ValueError(
+                f"A batch of {len(tokens.indptr) - 1} cells has {batch['input_ids'].numel()} tokens, more than "
+                f"max_tokens={self.max_tokens}: put fewer cells into a batch, or shorten them (tokenizer.max_length)."
+            )
+        return batch
 
     def _uniforms(self, stream: int, cell_ids: np.ndarray, counters=0, cells: np.ndarray | None = None) -> np.ndarray:
         return uniforms(self.seed, self.epoch, stream, cell_ids, counters, cells)
@@ -140,6 +170,10 @@ class DataCollatorForPhenotypicMLM(_CellCollator):
     gene_dropout : float, default: 0.0
         Share of a cell's genes to leave out, chosen anew in each epoch: it regularises where cells are few, and makes
         steps cheaper.
+    packing : bool, default: False
+        Give one row of tokens without padding, and where its cells begin, in place of a padded matrix; see `pack`.
+    max_tokens : int, optional
+        Most tokens a batch may have, padding included; one with more raises.
 
     Raises
     ------
@@ -166,8 +200,10 @@ class DataCollatorForPhenotypicMLM(_CellCollator):
         pad_to_multiple_of: int | None = None,
         seed: int = 0,
         gene_dropout: float = 0.0,
+        packing: bool = False,
+        max_tokens: int | None = None,
     ):
-        super().__init__(tokenizer, gene_dropout, pad_to_multiple_of, seed)
+        super().__init__(tokenizer, gene_dropout, pad_to_multiple_of, seed, packing, max_tokens)
         if tokenizer.scheme != "binned":
             raise ValueError(
                 "DataCollatorForPhenotypicMLM masks expression bins, and the tokenizer gives ranks: use "
@@ -190,7 +226,7 @@ class DataCollatorForPhenotypicMLM(_CellCollator):
         Returns
         -------
         dict of Tensor int64 (n, length)
-            `input_ids`, `token_type_ids`, `attention_mask`, `labels`.
+            `input_ids`, `token_type_ids`, `attention_mask`, `labels`; packed, what `pack` gives.
         """
         tokens, cell_ids = self._tokens(examples)
         ids, types = tokens.input_ids.copy(), tokens.token_type_ids.copy()
@@ -199,11 +235,7 @@ class DataCollatorForPhenotypicMLM(_CellCollator):
         if self.mlm:
             self._mask_phenotypes(tokens, ids, types, labels, attended, cell_ids)
             self._mask_genes(examples, tokens, ids, types, labels, cell_ids)
-        masked = tokens._replace(input_ids=ids, token_type_ids=types)
-        batch = _pad(masked, self.tokenizer, self.pad_to_multiple_of, attended)
-        length, side = batch["input_ids"].shape[1], self.tokenizer.padding_side
-        batch["labels"] = torch.from_numpy(pad_ragged(labels, tokens.indptr, length, _IGNORE, side))
-        return batch
+        return self._batch(tokens._replace(input_ids=ids, token_type_ids=types), labels, attended)
 
     def _mask_phenotypes(self, tokens, ids, types, labels, attended, cell_ids) -> None:
         at = np.flatnonzero(self.tokenizer.get_phenotypic_tokens_mask(tokens.input_ids))
@@ -300,6 +332,10 @@ class DataCollatorForCellClassification(_CellCollator):
     gene_dropout : float, default: 0.0
         Share of a cell's genes to leave out, chosen anew in each epoch: it regularises where cells are few, and makes
         steps cheaper.
+    packing : bool, default: False
+        Give one row of tokens without padding, and where its cells begin, in place of a padded matrix; see `pack`.
+    max_tokens : int, optional
+        Most tokens a batch may have, padding included; one with more raises.
 
     Raises
     ------
@@ -315,8 +351,10 @@ class DataCollatorForCellClassification(_CellCollator):
         pad_to_multiple_of: int | None = None,
         seed: int = 0,
         gene_dropout: float = 0.0,
+        packing: bool = False,
+        max_tokens: int | None = None,
     ):
-        super().__init__(tokenizer, gene_dropout, pad_to_multiple_of, seed)
+        super().__init__(tokenizer, gene_dropout, pad_to_multiple_of, seed, packing, max_tokens)
         if label in tokenizer.included_phenotypes:
             raise ValueError(
                 f"The tokenizer puts {label!r} into the tokens, and the model would read the answer: take it out of "
@@ -333,7 +371,7 @@ class DataCollatorForCellClassification(_CellCollator):
         dict of Tensor int64
             `input_ids`, `token_type_ids`, `attention_mask` (n, length), and `labels` (n,).
         """
-        batch = _pad(self._tokens(examples)[0], self.tokenizer, self.pad_to_multiple_of)
+        batch = self._batch(self._tokens(examples)[0])
         if is_cell_batch(examples):
             if self.label not in examples.categories:
                 raise ValueError(
@@ -397,6 +435,48 @@ def _pad(
     }
 
 
+def pack(
+    tokens: TokenizedCells, labels: np.ndarray | None = None, attended: np.ndarray | None = None
+) -> dict[str, torch.Tensor | int]:
+    """Put the tokens of cells into one row, and say where each cell begins.
+
+    Parameters
+    ----------
+    tokens : TokenizedCells
+        T tokens of n cells.
+    labels : int64 array (T,), optional
+        A label a token.
+    attended : int array (T,), optional
+        0 for tokens to leave out.
+
+    Returns
+    -------
+    dict
+        `input_ids`, `token_type_ids`, `labels`: int64 Tensor (1, T). `cu_seq_lens_q`, `cu_seq_lens_k`: int32 Tensor
+        (n + 1,). `max_length_q`, `max_length_k`: int. `seq_idx`: int32 Tensor (1, T), the cell of each token. These
+        are the names that transformers' flash attention reads.
+    """
+    columns = {"input_ids": tokens.input_ids, "token_type_ids": tokens.token_type_ids}
+    if labels is not None:
+        columns["labels"] = labels
+    indptr = tokens.indptr
+    if attended is not None and not attended.all():
+        kept = attended.astype(bool)
+        indptr = np.concatenate([[0], np.cumsum(kept)])[indptr]
+        columns = {name: flat[kept] for name, flat in columns.items()}
+    lengths = np.diff(indptr)
+    cuts, longest = torch.from_numpy(indptr.astype(np.int32)), int(lengths.max(initial=0))
+    cells = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    return {
+        **{name: torch.from_numpy(flat)[None] for name, flat in columns.items()},
+        "cu_seq_lens_q": cuts,
+        "cu_seq_lens_k": cuts,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "seq_idx": torch.from_numpy(cells)[None],
+    }
+
+
 def _repeats(cells: np.ndarray, ranks: np.ndarray, settled: np.ndarray, pending: np.ndarray) -> np.ndarray:
     """Which of the pending draws repeat one of their cell that is settled, or that came before."""
     mine = np.flatnonzero(settled)
@@ -409,4 +489,4 @@ def _repeats(cells: np.ndarray, ranks: np.ndarray, settled: np.ndarray, pending:
     return repeat[pending]
 
 
-__all__ = ["DataCollatorForCellClassification", "DataCollatorForPhenotypicMLM", "collate_fn_wrapper"]
+__all__ = ["DataCollatorForCellClassification", "DataCollatorForPhenotypicMLM", "collate_fn_wrapper", "pack"]
