@@ -9,6 +9,8 @@ from importlib import import_module
 VERBS = {
     "demo": "cells in, a pretrained and fine-tuned model, embeddings, plots and a report out",
     "build": "make a CellStore from files of cells",
+    "medians": "estimate the gene medians by which rank tokens are ordered",
+    "tokenize": "write the tokens of a store as a Hugging Face dataset",
     "pretrain": "train a GeneBert to predict masked genes and phenotypes",
     "finetune": "train a classifier of cells",
     "annotate": "label the cells of a file with a classifier",

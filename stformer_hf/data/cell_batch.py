@@ -39,6 +39,10 @@ class CellBatch:
         The store; by it another process finds the names of genes and categories, which are not sent with the cells.
     names_key : str
         Changes with these names.
+    neighborhood : (indptr, genes, counts), optional
+        For each cell the sum of its neighbours' counts, as the cells' own: indptr int64 (n + 1,), genes ascending,
+        counts int64 (float64 where there are fractions), none of them 0. A cell is not its own neighbour, and each
+        neighbour counts once, whatever its weight. There from `CellStore.with_neighborhoods`.
     """
 
     indptr: np.ndarray
@@ -51,6 +55,7 @@ class CellBatch:
     symbols: np.ndarray
     path: Path | None = None
     names_key: str = ""
+    neighborhood: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.cell_id)
@@ -60,11 +65,12 @@ class CellBatch:
             return CellBatch, tuple(getattr(self, field.name) for field in fields(self))
         # Names of genes and categories are the same in every batch, and larger than the cells: read once by the
         # process that a worker sends its batches to.
-        return _batch_of, (self.path, self.names_key, self.indptr, self.genes, self.counts, self.cell_id, self.obs)
+        cells = (self.indptr, self.genes, self.counts, self.cell_id, self.obs)
+        return _batch_of, (self.path, self.names_key, self.neighborhood, *cells)
 
 
-def _batch_of(path: Path, names_key: str, *cells) -> CellBatch:
-    return CellBatch(*cells, *_names(path, names_key), path, names_key)
+def _batch_of(path: Path, names_key: str, neighborhood: tuple | None, *cells) -> CellBatch:
+    return CellBatch(*cells, *_names(path, names_key), path, names_key, neighborhood)
 
 
 @lru_cache(maxsize=8)
@@ -105,6 +111,7 @@ def collate_cells(batch: CellBatch) -> dict[str, torch.Tensor | list]:
         in the narrow types of the store: fewer bytes to a GPU, where `.long()` and `.float()` widen them.
         `obs_<column>`: codes (int64, -1 where missing) of categorical columns, numbers as they are, lists of strings.
         `torch.sparse_csr_tensor(indptr.int(), genes.int(), counts.float(), (n, n_genes))` is the batch as a matrix.
+        `neighborhood_indptr`, `neighborhood_genes` and `neighborhood_counts`, where the batch has them.
     """
     tensors: dict[str, torch.Tensor | list] = {
         "indptr": torch.from_numpy(batch.indptr),
@@ -112,6 +119,9 @@ def collate_cells(batch: CellBatch) -> dict[str, torch.Tensor | list]:
         "counts": torch.from_numpy(batch.counts),
         "cell_id": torch.from_numpy(batch.cell_id),
     }
+    if batch.neighborhood is not None:
+        for name, values in zip(("indptr", "genes", "counts"), batch.neighborhood, strict=True):
+            tensors[f"neighborhood_{name}"] = torch.from_numpy(values)
     for name, values in batch.obs.items():
         tensors[f"obs_{name}"] = torch.from_numpy(values) if values.dtype.kind in "iufb" else values.tolist()
     return _Tensors(tensors)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,7 @@ from ..genes.gene_table import GeneTable
 from .arrow_rows import ArrowRows
 from .cell_batch import CellBatch
 from .join import join_stores
+from .neighborhoods import sum_groups
 from .shards import checksum
 from .store_writer import (
     FORMAT_VERSION,
@@ -33,6 +34,11 @@ from .store_writer import (
     recover,
     write_store,
 )
+from .token_writer import ROWS_PER_SHARD as TOKEN_ROWS_PER_SHARD
+from .token_writer import write_tokens
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +82,7 @@ class CellStore:
         self.path = Path(os.path.abspath(path))
         self.manifest: dict[str, Any] = _read_manifest(self.path)
         self._index: np.ndarray | None = None  # of a selection: its rows in the whole store
+        self._gives_neighborhoods = False
         self._open()
 
     def _open(self) -> None:
@@ -98,7 +105,8 @@ class CellStore:
         )
 
     def __getstate__(self) -> dict:
-        return {"path": self.path, "manifest": self.manifest, "_index": self._index}
+        kept = ("path", "manifest", "_index", "_gives_neighborhoods")
+        return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -209,17 +217,28 @@ class CellStore:
         ValueError
             The store was built without neighbours.
         """
-        if not self.manifest["neighbors"]:
-            raise ValueError(f"{self.path} was built without neighbours: build it with neighbors='<key of obsp>'.")
+        self._must_have_neighbors()
         indptr, numbers, weights = self._rows.neighbors(self._row_numbers(index))
+        inside = self._holds(numbers)
+        indptr, numbers = np.concatenate([[0], np.cumsum(inside)])[indptr], numbers[inside]
         if self._index is not None:
-            position = np.full(len(self._rows), -1)
+            position = np.empty(len(self._rows), np.int64)
             position[self._index] = np.arange(len(self._index))
-            inside = (numbers >= 0) & (numbers < len(self._rows))
-            numbers = np.where(inside, position[np.where(inside, numbers, 0)], -1)
-        inside = (numbers >= 0) & (numbers < len(self))
-        indptr = np.concatenate([[0], np.cumsum(inside)])[indptr]
-        return _csr(indptr, numbers[inside], weights[inside], len(self))
+            numbers = position[numbers]
+        return _csr(indptr, numbers, weights[inside], len(self))
+
+    def _holds(self, numbers: np.ndarray) -> np.ndarray:
+        """Tell which row numbers of the whole store are those of cells here: bool array (n,)."""
+        inside = (numbers >= 0) & (numbers < len(self._rows))
+        if self._index is not None:
+            inside[inside] = self._selected[numbers[inside]]
+        return inside
+
+    @cached_property
+    def _selected(self) -> np.ndarray:
+        selected = np.zeros(len(self._rows), bool)
+        selected[self._index] = True
+        return selected
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         """Read one cell: `genes`, `counts`, `cell_id`, `obs_name` and its obs values."""
@@ -246,7 +265,17 @@ class CellStore:
             symbols=self.genes.symbols,
             path=self.path,
             names_key=self._names_key,
+            neighborhood=self._neighborhoods(rows) if self._gives_neighborhoods else None,
         )
+
+    def _neighborhoods(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sum the counts of the neighbours of rows of the whole store; see `CellBatch.neighborhood`."""
+        indptr, numbers, _ = self._rows.neighbors(rows)
+        cells = np.repeat(np.arange(len(rows)), np.diff(indptr))
+        others = self._holds(numbers) & (numbers != rows[cells])
+        pairs = np.unique(cells[others] * len(self._rows) + numbers[others])  # each neighbour once
+        cells, numbers = np.divmod(pairs, max(len(self._rows), 1))
+        return sum_groups(self._gather, cells.searchsorted(np.arange(len(rows) + 1)), numbers, len(self.genes))
 
     def _row_numbers(self, index) -> np.ndarray:
         """Turn what `rows` takes into row numbers of the whole store."""
@@ -291,10 +320,31 @@ class CellStore:
         CellStore
             Over these cells, in this order. Their `cell_id`, by which masks are drawn, stays that of the whole store.
         """
-        chosen = object.__new__(CellStore)
-        chosen.path, chosen.manifest, chosen.genes, chosen._rows = self.path, self.manifest, self.genes, self._rows
-        chosen._index = self._row_numbers(index)
-        return chosen
+        return self._like(self._row_numbers(index), self._gives_neighborhoods)
+
+    def with_neighborhoods(self) -> CellStore:
+        """Give each cell's neighbourhood with it: the sums of its neighbours' counts.
+
+        Returns
+        -------
+        CellStore
+            Of the same cells, whose batches (`__getitems__`, a `DataLoader`) have `CellBatch.neighborhood`, as
+            `GeneTokenizer(neighborhood=True)` needs. Its selections do so too. Neighbours outside a selection are left
+            out: what is held out is not seen.
+
+        Raises
+        ------
+        ValueError
+            The store was built without neighbours.
+        """
+        self._must_have_neighbors()
+        return self._like(self._index, True)
+
+    def _like(self, rows: np.ndarray | None, gives_neighborhoods: bool) -> CellStore:
+        other = object.__new__(CellStore)
+        other.path, other.manifest, other.genes, other._rows = self.path, self.manifest, self.genes, self._rows
+        other._index, other._gives_neighborhoods = rows, gives_neighborhoods
+        return other
 
     def train_test_split(
         self, test_size: float = 0.1, *, by: str | None = None, seed: int = 0
@@ -507,7 +557,7 @@ class CellStore:
         )
         write_store(self.path, _listed(sources), settings, base=self)
         n_sources = len(self.manifest["sources"])
-        self.__dict__ = CellStore(self.path).__dict__
+        self.__dict__ = {**CellStore(self.path).__dict__, "_gives_neighborhoods": self._gives_neighborhoods}
         self._report(self.manifest["sources"][n_sources:])
 
     @classmethod
@@ -560,6 +610,72 @@ class CellStore:
             report=False,
         )
 
+    def tokenize(
+        self,
+        tokenizer: Any,
+        path: str | Path,
+        *,
+        obs: Sequence[str] | str | None = None,
+        workers: int = 1,
+        rows_per_shard: int = TOKEN_ROWS_PER_SHARD,
+        overwrite: bool = False,
+    ) -> Dataset:
+        """Write the tokens of these cells as a Hugging Face dataset, which opens without this package.
+
+        The rows are the cells, in their order; memory is a batch's. As in `build`, everything is written under
+        `.<name>.building` beside the path and renamed when whole, and a call that was stopped goes on with the shards
+        that were not done, if it is made again with the same cells, tokenizer and settings.
+
+        Parameters
+        ----------
+        tokenizer : GeneTokenizer
+            One that adds neighbourhoods needs `with_neighborhoods()` of the store. `truncation="random"` chooses as in
+            epoch 0.
+        path : str or Path
+            Folder to make.
+        obs : sequence of str, or "all", optional
+            Columns of obs to copy.
+        workers : int, default: 1
+            Processes that tokenize. Needs, as all of multiprocessing, a script's main part under
+            `if __name__ == "__main__":`.
+        rows_per_shard : int, default: 16,384
+            Cells of a file.
+        overwrite : bool, default: False
+            Replace a tokenized dataset at the path, once the new one is whole.
+
+        Returns
+        -------
+        Dataset
+            `input_ids` (lists of uint16, or of uint32 where the vocabulary is larger), `token_type_ids` (lists of the
+            narrowest unsigned type; left out of ranks without phenotypes and neighbourhoods, where the ids tell them),
+            `length` (int32, number of tokens), `cell_id` (int64, row number in the whole store), and the obs columns.
+            Beside it are `lengths.json` (the list of lengths), `manifest.json` and the folder `tokenizer`, from which
+            `from_pretrained` loads it.
+
+        Raises
+        ------
+        FileExistsError
+            There is something at the path, and not `overwrite`.
+        ValueError
+            No such obs column; cells that the tokenizer refuses.
+        OSError
+            No space is left; what was there before is unharmed.
+        """
+        from datasets import load_from_disk
+
+        self._must_be_unchanged()
+        write_tokens(
+            self,
+            self._index,
+            tokenizer,
+            Path(path),
+            obs=obs,
+            workers=workers,
+            rows_per_shard=rows_per_shard,
+            overwrite=overwrite,
+        )
+        return load_from_disk(str(path))
+
     def push_to_hub(self, repo_id: str, **kwargs) -> None:
         """Upload these cells by `datasets.Dataset.push_to_hub`, and the gene table beside them (`genes.parquet`).
 
@@ -580,6 +696,13 @@ class CellStore:
             repo_type="dataset",
             revision=kwargs.get("revision"),
         )
+
+    def _must_have_neighbors(self) -> None:
+        if not self.manifest["neighbors"]:
+            raise ValueError(
+                f"{self.path} was built without neighbours: call spatial_neighbors(adata), and then "
+                "CellStore.build(…, neighbors='spatial_connectivities')."
+            )
 
     def _must_be_unchanged(self) -> None:
         if _read_manifest(self.path) != self.manifest:

@@ -423,18 +423,18 @@ def align(block: sparse.csr_matrix, genes: np.ndarray, n_genes: int) -> sparse.c
 
 
 @contextlib.contextmanager
-def told_when_full(folder: Path) -> Iterator[None]:
-    """Say what to do where the disk is full."""
+def told_when_full(folder: Path, what: str = "the store", call: str = "build") -> Iterator[None]:
+    """Say what to do where the disk is full; `folder` is the unfinished one, which may be deleted."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
         raise OSError(
             error.errno,
-            f"no space for the store: {free / 1e6:,.0f} MB are left at {folder}. Make room and call build again, "
-            "which goes on where it was, or delete this folder.",
+            f"no space for {what}: {free / 1e6:,.0f} MB are left at {folder}. Make room and call {call} again, which "
+            "goes on where it was, or delete this folder.",
         ) from error
 
 

@@ -8,7 +8,8 @@ import logging
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ from .shards import (
 from .sources import Source, open_source
 
 if TYPE_CHECKING:
+    from datasets import Features
+
     from .cell_store import CellStore
 
 logger = logging.getLogger(__name__)
@@ -117,8 +120,9 @@ def write_store(
         categories=obs.categories,
     )
     building = path.with_name(f".{path.name}.building")
-    with locked(path), told_when_full(path.parent):
-        _prepare(building, _plan(opened, settings, united, row_format, base))
+    with locked(path), told_when_full(building):
+        plan = _plan(opened, settings, united, row_format, base)
+        prepare(building, plan, stale=_may_be_stale(building, plan))
         pieces = list(_pieces(building, opened, settings, united, obs, row_format))
         records = _base_records(building, base) + _write_pieces(pieces, opened, settings.workers)
         _finish(building, opened, settings, united, row_format, records, base)
@@ -176,20 +180,29 @@ def locked(path: Path) -> Iterator[None]:
             file.unlink(missing_ok=True)
 
 
-def check_free(path: Path, overwrite: bool) -> None:
-    """Raise where a store must not be written: something is there, and not `overwrite`, or it is more than a store."""
+def check_free(
+    path: Path,
+    overwrite: bool,
+    what: str = "a store",
+    opened_by: str = "CellStore",
+    other_files: Sequence[str] = _OTHER_FILES,
+) -> None:
+    """Raise where a store, or what else has a manifest of shards, must not be written.
+
+    Something is there, and not `overwrite`; or it is more than `what`, whose shards have `other_files` beside them.
+    """
     if not path.exists():
         return
     if not overwrite:
-        raise FileExistsError(f"{path} exists. Open it with CellStore({str(path)!r}), or pass overwrite=True.")
+        raise FileExistsError(f"{path} exists. Open it with {opened_by}({str(path)!r}), or pass overwrite=True.")
     if not (path / "manifest.json").exists():
-        raise FileExistsError(f"{path} exists and is not a store; it is left as it is. Choose another path.")
+        raise FileExistsError(f"{path} exists and is not {what}; it is left as it is. Choose another path.")
     manifest = json.loads((path / "manifest.json").read_text())
-    known = {shard["file"] for shard in manifest["shards"]} | set(_OTHER_FILES)
+    known = {shard["file"] for shard in manifest["shards"]} | set(other_files)
     foreign = sorted(file.name for file in path.iterdir() if file.name not in known)
     if foreign:
         raise FileExistsError(
-            f"{path} holds more than a store ({', '.join(foreign[:3])}); it is left as it is. Move these away."
+            f"{path} holds more than {what} ({', '.join(foreign[:3])}); it is left as it is. Move these away."
         )
 
 
@@ -245,17 +258,22 @@ def _plan(
     }
 
 
-def _prepare(building: Path, plan: dict) -> None:
-    """Make the folder of a build, or keep that of an interrupted one with the same plan."""
+def prepare(building: Path, plan: dict, stale: bool = False) -> None:
+    """Make the folder of a build, or keep that of an interrupted one with the same plan, unless it is stale."""
     plan_file = building / "plan.json"
-    # Shards have their final names: the build was stopped in its last phase. Cells that came from memory may have
-    # changed since, and are not told apart there.
-    stale = None in plan["sources"] and any([*building.glob("data-*"), *building.glob("shuffled.json")])
     if plan_file.exists() and json.loads(plan_file.read_text()) == plan and not stale:
         return
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     write_json(plan_file, plan)
+
+
+def _may_be_stale(building: Path, plan: dict) -> bool:
+    """Whether an interrupted build holds cells that came from memory, may have changed since, and are not told apart.
+
+    Its shards have their final names: it was stopped in its last phase.
+    """
+    return None in plan["sources"] and any([*building.glob("data-*"), *building.glob("shuffled.json")])
 
 
 def _base_records(building: Path, base: CellStore | None) -> list[dict]:
@@ -283,7 +301,7 @@ def _write_pieces(pieces: list[Piece], sources: list[Source], workers: int) -> l
     """Write what is not written yet; returns the records of all pieces, in the order of the cells."""
     total = sum(piece.stop - piece.start for piece in pieces)
     records: dict[Path, dict] = {}
-    with tqdm(total=total, desc="build", unit="cell", disable=None) as bar, _pool(workers) as pool:
+    with tqdm(total=total, desc="build", unit="cell", disable=None) as bar, process_pool(workers) as pool:
         running = {}
         for piece in pieces:
             if sources[piece.source].key is not None and piece.record.exists():
@@ -301,16 +319,32 @@ def _write_pieces(pieces: list[Piece], sources: list[Source], workers: int) -> l
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
+def process_pool(
+    workers: int, initializer: Callable[..., None] | None = None, arguments: tuple = ()
+) -> Iterator[ProcessPoolExecutor | None]:
+    """Start processes, which end with this one; None for a single worker, which is this process."""
     if workers <= 1:
         yield None
         return
     # Not forked: threads of Arrow and torch do not survive it.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, spawn, _start_worker, (initializer, arguments))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(initializer: Callable[..., None] | None, arguments: tuple) -> None:
+    """See that the worker does not outlive a process that was killed: it would write into the next build's folder."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if initializer is not None:
+        initializer(*arguments)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _pieces(
@@ -469,24 +503,9 @@ def write_manifest(
     folder: Path, facts: Mapping[str, Any], genes: GeneTable, row_format: RowFormat, shards: list[dict]
 ) -> None:
     """Write the files that make a folder of shards a store, the manifest last."""
-    from datasets import DatasetInfo
-
     table = folder / "genes.parquet"
     genes.to_parquet(table)
-    DatasetInfo(features=row_format.features()).write_to_directory(str(folder))
-    fingerprint = hashlib.sha256("".join(shard["checksum"] for shard in shards).encode()).hexdigest()[:16]
-    write_json(
-        folder / "state.json",
-        {
-            "_data_files": [{"filename": shard["file"]} for shard in shards],
-            "_fingerprint": fingerprint,
-            "_format_columns": None,
-            "_format_kwargs": {},
-            "_format_type": None,
-            "_output_all_columns": False,
-            "_split": None,
-        },
-    )
+    write_dataset_files(folder, row_format.features(), shards)
     write_json(
         folder / "manifest.json",
         {
@@ -503,6 +522,26 @@ def write_manifest(
             "shards": shards,
             "gene_table": {"file": table.name, "bytes": table.stat().st_size, "checksum": checksum(table)},
             "complete": True,
+        },
+    )
+
+
+def write_dataset_files(folder: Path, features: Features, shards: list[dict]) -> None:
+    """Write the files that make a folder of shards a saved Hugging Face dataset."""
+    from datasets import DatasetInfo
+
+    DatasetInfo(features=features).write_to_directory(str(folder))
+    fingerprint = hashlib.sha256("".join(shard["checksum"] for shard in shards).encode()).hexdigest()[:16]
+    write_json(
+        folder / "state.json",
+        {
+            "_data_files": [{"filename": shard["file"]} for shard in shards],
+            "_fingerprint": fingerprint,
+            "_format_columns": None,
+            "_format_kwargs": {},
+            "_format_type": None,
+            "_output_all_columns": False,
+            "_split": None,
         },
     )
 

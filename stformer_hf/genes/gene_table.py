@@ -8,22 +8,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-_ENSEMBL = r"^(?P<prefix>ENS[A-Z]*)G\d{11}(?P<version>\.\d+)?$"
-_SPECIES = {  # prefixes of Ensembl gene ids
-    "ENS": "human",
-    "ENSMUS": "mouse",
-    "ENSRNO": "rat",
-    "ENSDAR": "zebrafish",
-    "ENSMMU": "macaque",
-    "ENSPTR": "chimpanzee",
-    "ENSSSC": "pig",
-    "ENSBTA": "cow",
-    "ENSGAL": "chicken",
-    "ENSCJA": "marmoset",
-}
+from .ensembl import guess_species, is_ensembl, mostly_ensembl, strip_versions
+from .gene_files import read_gtf, read_json, read_table
+
 _ID_COLUMNS = ("ensembl_id", "gene_id", "gene_ids", "feature_id")
 _SYMBOL_COLUMNS = ("gene_symbol", "gene_symbols", "gene_name", "feature_name", "symbol")
 
@@ -75,11 +64,11 @@ class GeneTable:
         """
         index = var.index.astype(str).to_numpy(dtype=object)
         ids = index
-        if not _mostly_ensembl(index):
+        if not mostly_ensembl(index):
             for name in _ID_COLUMNS:
                 if name in var:
                     column = var[name].astype(object).fillna("").astype(str).to_numpy(dtype=object)
-                    if _mostly_ensembl(column):
+                    if mostly_ensembl(column):
                         ids = np.where(column == "", index, column)
                         break
         symbols = index
@@ -89,11 +78,89 @@ class GeneTable:
                     column = var[name].astype(object).fillna("").astype(str).to_numpy(dtype=object)
                     symbols = np.where(column == "", index, column)
                     break
-        frame = pd.DataFrame({"gene_id": _strip_versions(ids), "symbol": symbols}, dtype=object)
+        frame = pd.DataFrame({"gene_id": strip_versions(ids), "symbol": symbols}, dtype=object)
         for name in var.columns:
             if str(name) not in frame and pd.api.types.is_scalar(var[name].iloc[0] if len(var) else None):
                 frame[str(name)] = var[name].to_numpy()
         return cls(frame)
+
+    @classmethod
+    def from_gtf(cls, path: str | Path) -> GeneTable:
+        """Read the genes of an annotation, such as the GTF of a release of Ensembl or GENCODE.
+
+        Parameters
+        ----------
+        path : str or Path
+            GTF or GFF3, plain or compressed by gzip. Its lines of genes are read: the id is `gene_id` (in GFF3 else
+            `ID`), the symbol `gene_name`, `Name`, `gene_symbol` or `gene`, the id where there is none.
+
+        Returns
+        -------
+        GeneTable
+            With the columns `gene_type` (`gene_type`, `gene_biotype` or `biotype` of the file) and `chromosome`. Ids
+            have no version; each pair of id and symbol stands there once.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is no file at the path.
+        ValueError
+            The file has no genes, or is damaged.
+        """
+        return cls(read_gtf(path))
+
+    @classmethod
+    def from_table(
+        cls, path_or_frame: str | Path | pd.DataFrame, *, gene_id: str | None = None, symbol: str | None = None
+    ) -> GeneTable:
+        """Read genes from two columns of a table, such as those of HGNC and BioMart.
+
+        Parameters
+        ----------
+        path_or_frame : str, Path or DataFrame
+            A csv, tsv or parquet file with a header; text may be compressed by gzip.
+        gene_id, symbol : str, optional
+            Names of the columns. By default those of a usual name (`ensembl_gene_id`, `gene_id`, `Gene stable ID`, …;
+            `symbol`, `gene_name`, `Gene name`, …) that hold Ensembl ids, and do not.
+
+        Returns
+        -------
+        GeneTable
+            With the other columns of the table. Ids have no version; each pair of id and symbol stands there once,
+            with the other columns of its first row. Genes without an id are left out, with a warning; those without a
+            symbol have their id for one.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is no file at the path.
+        ValueError
+            No such columns; no Ensembl ids in a column that was not named; a damaged file.
+        """
+        return cls(read_table(path_or_frame, gene_id, symbol))
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> GeneTable:
+        """Read genes from JSON: `{symbol: id}`, `{id: symbol}`, or a list of records, which are read as a table.
+
+        Parameters
+        ----------
+        path : str or Path
+            Plain or compressed by gzip. Of an object's keys and values, those with more Ensembl ids are the ids.
+
+        Returns
+        -------
+        GeneTable
+            As `from_table` gives it.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is no file at the path.
+        ValueError
+            Another form of JSON; no Ensembl ids, or as many among the keys as among the values.
+        """
+        return cls(read_json(path))
 
     @classmethod
     def union(cls, tables: Sequence[GeneTable]) -> GeneTable:
@@ -131,36 +198,6 @@ class GeneTable:
     def from_parquet(cls, path: str | Path) -> GeneTable:
         """Read a table that `to_parquet` wrote."""
         return cls(pq.read_table(path).to_pandas())
-
-
-def is_ensembl(names: np.ndarray) -> np.ndarray:
-    """Tell which names are Ensembl gene ids, with or without a version: bool array (n,)."""
-    return pc.match_substring_regex(pa.array(names, pa.string()), _ENSEMBL).to_numpy(zero_copy_only=False)
-
-
-def _mostly_ensembl(names: np.ndarray) -> bool:
-    return is_ensembl(names).sum() > len(names) / 2
-
-
-def guess_species(gene_ids: np.ndarray) -> str | None:
-    """Tell the species of Ensembl ids by their prefix: a name such as `human`, or the prefix of one not listed here.
-
-    None where there are no Ensembl ids, and where under nine in ten of them agree (mixed species).
-    """
-    found = pc.extract_regex(pa.array(gene_ids, pa.string()), _ENSEMBL).drop_null()
-    if not len(found):
-        return None
-    prefixes = pd.Series(found.field("prefix").to_pandas()).value_counts()
-    if prefixes.iloc[0] < 0.9 * len(found):
-        return None
-    return _SPECIES.get(prefixes.index[0], prefixes.index[0])
-
-
-def _strip_versions(names: np.ndarray) -> np.ndarray:
-    ids = np.array(names, dtype=object)
-    versioned = np.flatnonzero(is_ensembl(ids))
-    ids[versioned] = [name.partition(".")[0] for name in ids[versioned]]
-    return ids
 
 
 __all__ = ["GeneTable", "guess_species", "is_ensembl"]

@@ -1,0 +1,269 @@
+"""Reads genes from files: annotations (GTF, GFF3), tables (csv, tsv, parquet) and JSON."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import unquote
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .ensembl import is_ensembl, mostly_ensembl, strip_versions
+
+logger = logging.getLogger(__name__)
+
+# Usual names of columns, the better ones first; case and punctuation do not count.
+_ID_COLUMNS = (
+    "ensembl_gene_id",  # HGNC, biomaRt
+    "ensembl_id",
+    "gene_stable_id",  # BioMart
+    "ensembl_gene_id_version",
+    "gene_stable_id_version",
+    "gene_id",
+    "gene_ids",  # scanpy
+    "feature_id",  # CELLxGENE
+    "ensembl_id_supplied_by_ensembl",  # HGNC's custom downloads
+    "ensembl",
+    "index",  # of a DataFrame
+)
+_SYMBOL_COLUMNS = (
+    "symbol",  # HGNC
+    "gene_symbol",
+    "gene_symbols",
+    "approved_symbol",  # HGNC's custom downloads
+    "gene_name",  # BioMart
+    "external_gene_name",  # biomaRt
+    "hgnc_symbol",
+    "mgi_symbol",
+    "feature_name",  # CELLxGENE
+    "gene_short_name",  # monocle
+    "gene",
+    "index",
+)
+_GTF_ATTRIBUTE = re.compile(r'([^\s;]+)\s+(?:"([^"]*)"|([^\s;"]+))')  # gene_id "ENSG…"; level 2
+_GFF3_ATTRIBUTES = re.compile(r"\s*[^\s;=\"]+=")  # ID=gene:ENSG…;Name=…
+_BLOCK = 1 << 20  # bytes
+_DAMAGE = (OSError, EOFError, ValueError, zlib.error, pa.ArrowException)  # what a reader raises of a bad file
+
+
+def read_gtf(path: str | Path) -> pd.DataFrame:
+    """Read the genes of an annotation; see `GeneTable.from_gtf`."""
+    path = _existing(path)
+    genes = []
+    try:
+        with _open(path) as file:
+            for line in _gene_lines(file):
+                fields = line.decode(errors="replace").split("\t")
+                if len(fields) == 9 and fields[2].endswith("gene") and not line.startswith(b"#"):
+                    attributes = _attributes(fields[8])
+                    if "Parent" not in attributes:  # else a transcript of a kind such as processed_pseudogene
+                        genes.append((fields[0], attributes))
+    except _DAMAGE as error:
+        raise ValueError(f"{path} cannot be read as GTF or GFF3: {error}.") from error
+    if not genes:
+        seen = _features(path)
+        raise ValueError(
+            f"{path} has no gene features{f' (but {seen})' if seen else ': it is not GTF or GFF3'}. Take a GTF with "
+            "gene lines, as Ensembl and GENCODE make, or a table of ids and symbols (GeneTable.from_table)."
+        )
+    # GFF3 of Ensembl and NCBI writes the kind of a feature before its id.
+    ids = [of.get("gene_id") or of.get("ID", "").removeprefix("gene:").removeprefix("gene-") for _, of in genes]
+    others = {
+        "gene_type": [_first(of, "gene_type", "gene_biotype", "biotype") for _, of in genes],
+        "chromosome": [chromosome for chromosome, _ in genes],
+    }
+    symbols = [_first(of, "gene_name", "Name", "gene_symbol", "gene") for _, of in genes]
+    return _unite_rows(ids, symbols, pd.DataFrame(others, dtype=object), str(path))
+
+
+def read_table(table: str | Path | pd.DataFrame, gene_id: str | None, symbol: str | None) -> pd.DataFrame:
+    """Read genes from columns of a table; see `GeneTable.from_table`."""
+    if isinstance(table, pd.DataFrame):
+        return _read_frame(table, "The table", gene_id, symbol)
+    path = _existing(table)
+    try:
+        frame = pq.read_table(path).to_pandas() if path.suffix == ".parquet" else _read_text(path)
+    except _DAMAGE as error:
+        raise ValueError(f"{path} cannot be read as a table: {error}.") from error
+    return _read_frame(frame, str(path), gene_id, symbol)
+
+
+def _read_frame(frame: pd.DataFrame, name: str, gene_id: str | None, symbol: str | None) -> pd.DataFrame:
+    if not pd.api.types.is_numeric_dtype(frame.index) and frame.index.name not in frame.columns:
+        frame = frame.reset_index()
+    seen = f"Its columns are {', '.join(map(str, frame.columns)) or '(none)'}"
+    if not frame.columns.is_unique:
+        raise ValueError(f"{name} has columns of one name. {seen}.")
+    if len(frame) == 0:
+        raise ValueError(f"{name} has no rows. {seen}.")
+    for argument, column in (("gene_id", gene_id), ("symbol", symbol)):
+        if column is not None and column not in frame:
+            raise ValueError(f"{name} has no column {column!r} ({argument}=…). {seen}.")
+    gene_id = _find_ids(frame, name, seen) if gene_id is None else gene_id
+    symbol = _find_symbols(frame, name, seen, gene_id) if symbol is None else symbol
+    ids, symbols = _names(frame[gene_id]), _names(frame[symbol])
+    if _mostly_ids(symbols) and not _mostly_ids(ids):
+        raise ValueError(
+            f"{name} has Ensembl ids in {symbol!r}, and not in {gene_id!r}: exchange gene_id= and symbol=."
+        )
+    others = frame.drop(columns=[column for column in (gene_id, symbol, "gene_id", "symbol") if column in frame])
+    return _unite_rows(ids, symbols, others.rename(columns=str), name)
+
+
+def read_json(path: str | Path) -> pd.DataFrame:
+    """Read genes from a JSON object or list; see `GeneTable.from_json`."""
+    path = _existing(path)
+    try:
+        with _open(path) as file:
+            content = json.loads(file.read(), object_pairs_hook=tuple)  # a symbol may stand there twice
+    except _DAMAGE as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}.") from error
+    if isinstance(content, list) and content and all(isinstance(record, tuple) for record in content):
+        return _read_frame(pd.DataFrame([dict(record) for record in content]), str(path), None, None)
+    if not isinstance(content, tuple) or not all(isinstance(value, str | None) for _, value in content):
+        raise ValueError(
+            f"{path} is not {{symbol: id}}, {{id: symbol}}, or a list of records with an id and a symbol."
+        )
+    if not content:
+        raise ValueError(f"{path} has no genes.")
+    left, right = (_names(pd.Series(names, dtype=object)) for names in zip(*content, strict=True))
+    n_left, n_right = is_ensembl(left).sum(), is_ensembl(right).sum()
+    if max(n_left, n_right) == 0:
+        raise ValueError(f"{path} has no Ensembl ids, only names like {left[0]!r} and {right[0]!r}.")
+    if n_left == n_right:
+        raise ValueError(f"{path} has as many Ensembl ids among its keys as among its values: which are the symbols?")
+    ids, symbols = (left, right) if n_left > n_right else (right, left)
+    return _unite_rows(ids, symbols, pd.DataFrame(index=range(len(ids))), str(path))
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    return path
+
+
+def _open(path: Path) -> BinaryIO:
+    """Open a file that may be compressed by gzip, whatever its name."""
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if zipped else path.open("rb")
+
+
+def _gene_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Find the lines that may be of genes; most are of exons, and to look at each takes three times as long.
+
+    The feature of all kinds of genes ends so: `gene`, Ensembl's `ncRNA_gene` and `pseudogene`.
+    """
+    rest = b""
+    while block := file.read(_BLOCK):
+        lines = rest + block
+        end = lines.rfind(b"\n") + 1
+        yield from _lines_with(b"gene\t", lines, end)
+        rest = lines[end:]
+    yield from _lines_with(b"gene\t", rest + b"\n", len(rest) + 1)
+
+
+def _lines_with(part: bytes, lines: bytes, end: int) -> Iterator[bytes]:
+    at = lines.find(part, 0, end)
+    while at >= 0:
+        stop = lines.find(b"\n", at)
+        yield lines[lines.rfind(b"\n", 0, at) + 1 : stop]
+        at = lines.find(part, stop, end)
+
+
+def _read_text(path: Path) -> pd.DataFrame:
+    """Read a csv or tsv file, all values as they stand: `nan` is a gene of the fruit fly."""
+    with _open(path) as file:
+        separator = "\t" if b"\t" in file.readline() else ","
+    with _open(path) as file:
+        return pd.read_csv(file, sep=separator, dtype=str, keep_default_na=False)
+
+
+def _attributes(text: str) -> dict[str, str]:
+    """Read the last field of a GTF or GFF3 line."""
+    if _GFF3_ATTRIBUTES.match(text):
+        pairs = (part.partition("=") for part in text.split(";"))
+        return {key.strip(): unquote(value).strip() for key, _, value in pairs}
+    return {key: quoted or bare for key, quoted, bare in _GTF_ATTRIBUTE.findall(text)}
+
+
+def _features(path: Path) -> str:
+    """Name the features of an annotation that has no genes."""
+    with _open(path) as file:
+        lines = [line.split(b"\t") for line in islice(file, 1000) if not line.startswith(b"#")]
+    return ", ".join(sorted({fields[2].decode(errors="replace") for fields in lines if len(fields) == 9}))
+
+
+def _first(attributes: Mapping[str, str], *keys: str) -> str:
+    return next((attributes[key] for key in keys if attributes.get(key)), "")
+
+
+def _names(column: pd.Series) -> np.ndarray:
+    """Read a column as names: object array (n,) of str, empty where missing (R writes `NA`)."""
+    names = column.astype(object).where(column.notna(), "").astype(str).str.strip()
+    return names.where(names != "NA", "").to_numpy(dtype=object)
+
+
+def _mostly_ids(names: np.ndarray) -> bool:
+    return mostly_ensembl(names[names != ""])
+
+
+def _usual(frame: pd.DataFrame, names: Sequence[str]) -> list:
+    """Columns that have one of the usual names, in the order of these."""
+    columns = {re.sub(r"[^a-z0-9]+", "_", str(name).lower()).strip("_"): name for name in reversed(frame.columns)}
+    return [columns[name] for name in names if name in columns]
+
+
+def _find_ids(frame: pd.DataFrame, name: str, seen: str):
+    others = []
+    for column in _usual(frame, _ID_COLUMNS):
+        names = _names(frame[column])
+        if _mostly_ids(names):
+            return column
+        others += [f" {column!r} has names like {example!r}." for example in names[names != ""][:1]]
+    if is_ensembl([str(column) for column in frame.columns]).any():
+        others.append(" The first line seems to be a gene: put a line above it with the names of the columns.")
+    raise ValueError(
+        f"{name} has no Ensembl ids in a column of a usual name, such as ensembl_gene_id. {seen}; name the one with "
+        f"the ids, gene_id=….{''.join(others)}"
+    )
+
+
+def _find_symbols(frame: pd.DataFrame, name: str, seen: str, gene_id):
+    for column in _usual(frame, _SYMBOL_COLUMNS):
+        names = _names(frame[column])
+        if column != gene_id and not is_ensembl(names[names != ""]).all():  # genes without a symbol may have their id
+            return column
+    raise ValueError(
+        f"{name} has no symbols in a column of a usual name, such as gene_name. {seen}; name the one with the "
+        "symbols, symbol=…."
+    )
+
+
+def _unite_rows(ids, symbols, others: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Make the frame of a `GeneTable`: ids without version, each pair of id and symbol once."""
+    # GENCODE marks the second copy of a gene that X and Y share.
+    ids = strip_versions(np.array([gene.removesuffix("_PAR_Y") for gene in ids], dtype=object))
+    symbols = np.array(symbols, dtype=object)
+    known = ids != ""
+    if not known.any():
+        raise ValueError(f"{name} has no gene ids.")
+    if not known.all():
+        logger.warning(f"{name}: {(~known).sum()} of {len(known)} genes have no id, and are left out.")
+    names = pd.DataFrame({"gene_id": ids, "symbol": np.where(symbols == "", ids, symbols)}, dtype=object)
+    frame = pd.concat([names, others.reset_index(drop=True)], axis=1)[known]
+    return frame.drop_duplicates(["gene_id", "symbol"]).reset_index(drop=True)
+
+
+__all__ = ["read_gtf", "read_json", "read_table"]

@@ -1,0 +1,280 @@
+"""Values of genes over cells, for their medians: all of them (`AllValues`), or a histogram a gene (`ValueSketch`).
+
+Both take blocks of cells, add up, and know their lengths and medians. A value is count / total counts of the cell; the
+target sum comes in at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+from scipy import sparse
+
+RELATIVE_ERROR = 0.0075  # of a sketch: (r - 1) / (r + 1) for buckets of the ratio r = 2 ** (1 / 47), and a margin
+_BUCKETS = 47  # a doubling
+_FRACTION_BITS = 12  # of a logarithm, whose unit is a bucket
+_FEW_COUNTS = 1 << 16  # whole numbers below have their logarithm in a table
+_SLICE = 1 << 16  # entries at once: what is made of them stays in a processor's cache
+_AT_ONCE = 1 << 22  # values sorted, or counts added up, for medians
+
+
+class AllValues:
+    """All counts of cells, and the cells' totals: medians of their values are exact.
+
+    Parameters
+    ----------
+    n_genes : int
+
+    Attributes
+    ----------
+    blocks : list of csr_array (n_genes, n_cells)
+        Counts, in narrow types.
+    totals : list of float64 array (n_cells,)
+        Of the cells of each block.
+    n_bytes : int
+        What all these take.
+    """
+
+    def __init__(self, n_genes: int):
+        self.n_genes = n_genes
+        self.blocks: list[sparse.csr_array] = []
+        self.totals: list[np.ndarray] = []
+        self.n_bytes = 0
+
+    def add(self, counts: sparse.csr_array, totals: np.ndarray) -> None:
+        """Add cells.
+
+        Parameters
+        ----------
+        counts : csr_array (n_cells, n_genes)
+            Positive, each gene once a cell.
+        totals : float64 array (n_cells,)
+            Sums of the counts.
+        """
+        narrow = sparse.csr_array((_narrow(counts.data), counts.indices, counts.indptr), shape=counts.shape)
+        self._append(narrow.T.tocsr(), totals)
+
+    def _append(self, block: sparse.csr_array, totals: np.ndarray) -> None:
+        self.blocks.append(block)
+        self.totals.append(totals)
+        self.n_bytes += sum(part.nbytes for part in (block.data, block.indices, block.indptr, totals))
+
+    def lengths(self) -> np.ndarray:
+        """Count the values of each gene: int64 array (n_genes,)."""
+        return sum((np.diff(block.indptr).astype(np.int64) for block in self.blocks), np.zeros(self.n_genes, np.int64))
+
+    def medians(self, target_sum: float) -> np.ndarray:
+        """Give the medians: float64 array (n_genes,), NaN where there are no values."""
+        lengths = self.lengths()
+        medians = np.full(self.n_genes, np.nan)
+        totals = np.concatenate([np.empty(0), *self.totals])
+        for first, last in _ranges(lengths, _AT_ONCE):
+            if not lengths[first:last].any():
+                continue
+            rows = sparse.hstack([block[first:last] for block in self.blocks], format="csr")
+            values = rows.data / totals[rows.indices]
+            values *= target_sum
+            for start, stop in pairwise(rows.indptr.tolist()):
+                values[start:stop].sort()
+            seen = np.flatnonzero(lengths[first:last])
+            starts, n = rows.indptr[seen], lengths[first:last][seen]
+            medians[first + seen] = (values[starts + (n - 1) // 2] + values[starts + n // 2]) / 2
+        return medians
+
+    def placed(self, at: np.ndarray, n_genes: int) -> AllValues:
+        """Give the same over more genes; those of now become the rows `at`."""
+        if n_genes == self.n_genes and np.array_equal(at, np.arange(n_genes)):
+            return self
+        source = np.full(n_genes, self.n_genes)  # of all others: an empty row behind
+        source[at] = np.arange(self.n_genes)
+        placed = AllValues(n_genes)
+        for block, totals in zip(self.blocks, self.totals, strict=True):
+            empty = sparse.csr_array((1, block.shape[1]), dtype=block.dtype)
+            placed._append(sparse.vstack([block, empty], format="csr")[source], totals)
+        return placed
+
+    def plus(self, other: AllValues) -> AllValues:
+        """Give the values of the cells of both, over the same genes."""
+        both = AllValues(self.n_genes)
+        for part in (self, other):
+            for block, totals in zip(part.blocks, part.totals, strict=True):
+                both._append(block, totals)
+        return both
+
+    def sketch(self) -> ValueSketch:
+        """Give the sketch of these values."""
+        sketch = ValueSketch(self.n_genes)
+        for block, totals in zip(self.blocks, self.totals, strict=True):
+            sketch.add(block.T.tocsr(), totals)
+        return sketch
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Give what `from_arrays` reads."""
+        blocks = self.blocks or [sparse.csr_array((self.n_genes, 0), dtype=np.uint8)]
+        rows = sparse.hstack(blocks, format="csr")
+        totals = np.concatenate([np.empty(0), *self.totals])
+        return {"indptr": rows.indptr, "cells": rows.indices, "counts": rows.data, "totals": totals}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], n_genes: int) -> AllValues:
+        """Read what `to_arrays` gave."""
+        read = cls(n_genes)
+        totals = arrays["totals"]
+        rows = (arrays["counts"], arrays["cells"], arrays["indptr"])
+        if len(totals):
+            block = sparse.csr_array(rows, shape=(n_genes, len(totals)))
+            block.check_format()  # cells that are not there would be read from anywhere in memory
+            read._append(block, totals)
+        return read
+
+
+class ValueSketch:
+    """How many values of each gene fall into buckets of one ratio (DDSketch).
+
+    Bucket i holds values from 2 ** (i / 47) to 2 ** ((i + 1) / 47), before the multiplication with the target sum.
+
+    Parameters
+    ----------
+    n_genes : int
+
+    Attributes
+    ----------
+    counts : uint32 array (n_buckets, n_genes)
+        Number of values; uint64 from 2 ** 32 cells on. Rows are buckets, because most counts of a cell are 1, 2 or 3:
+        what it adds to lies together in memory.
+    first : int
+        Bucket of the first row.
+    n_cells : int
+    """
+
+    def __init__(self, n_genes: int):
+        self.first = 0
+        self.counts = np.zeros((0, n_genes), np.uint32)
+        self.n_cells = 0
+
+    def add(self, counts: sparse.csr_array, totals: np.ndarray) -> None:
+        """Add cells; see `AllValues.add`."""
+        lengths, indptr = np.diff(counts.indptr), counts.indptr
+        of_totals = _log2(totals)
+        low = (int(_log2(counts.data.min())) - int(of_totals.max())) >> _FRACTION_BITS
+        high = (int(_log2(counts.data.max())) - int(of_totals.min())) >> _FRACTION_BITS
+        self._make_room(low, min(high, 0), len(totals))  # a count is at most the total
+        n_genes = self.counts.shape[1]
+        one, flat = self.counts.dtype.type(1), self.counts.reshape(-1)
+        shifts = -of_totals - (self.first << _FRACTION_BITS)
+        is_few = counts.dtype.kind in "iu" and counts.data.max() < _FEW_COUNTS
+        for start, stop in _ranges(lengths, _SLICE):
+            entries = slice(indptr[start], indptr[stop])
+            values = counts.data[entries]
+            buckets = _few_log2().take(values) if is_few else _log2(values)
+            buckets += np.repeat(shifts[start:stop], lengths[start:stop])
+            buckets >>= _FRACTION_BITS
+            at = buckets.astype(np.intp)
+            at *= n_genes
+            at += counts.indices[entries]
+            np.add.at(flat, at, one)
+
+    def _make_room(self, low: int, high: int, n_cells: int) -> None:
+        """Have rows for the buckets from low to high, and numbers that count so many more cells."""
+        self.n_cells += n_cells
+        wide = np.uint64 if self.n_cells > np.iinfo(np.uint32).max else self.counts.dtype
+        stop = self.first + len(self.counts)
+        if not len(self.counts):
+            self.first = stop = low
+        elif self.first <= low and high < stop and wide == self.counts.dtype:
+            return
+        if low < self.first:
+            low -= _BUCKETS  # rows that are never counted in take no memory
+        low, high = min(low, self.first), max(high + 1, stop)
+        room = np.zeros((high - low, self.counts.shape[1]), wide)
+        room[self.first - low : stop - low] = self.counts
+        self.first, self.counts = low, room
+
+    def lengths(self) -> np.ndarray:
+        """Count the values of each gene: int64 array (n_genes,)."""
+        return self.counts.sum(axis=0, dtype=np.int64)
+
+    def medians(self, target_sum: float) -> np.ndarray:
+        """Give the medians: float64 array (n_genes,), NaN where there are no values."""
+        lengths = self.lengths()
+        lower, upper = np.zeros((2, len(lengths)), np.int64)
+        step = max(1, _AT_ONCE // max(1, len(self.counts)))
+        for start in range(0, len(lengths), step):
+            genes = slice(start, start + step)
+            up_to = np.cumsum(self.counts[:, genes], axis=0, dtype=np.int64)
+            lower[genes] = (up_to <= (lengths[genes] - 1) // 2).sum(axis=0)
+            upper[genes] = (up_to <= lengths[genes] // 2).sum(axis=0)
+        ratio = 2 ** (1 / _BUCKETS)
+        middle = 2 * ratio / (1 + ratio)  # of a bucket that begins at 1: as far, in ratio, from both ends
+        medians = (2 ** ((self.first + lower) / _BUCKETS) + 2 ** ((self.first + upper) / _BUCKETS)) / 2
+        return np.where(lengths > 0, medians * middle * target_sum, np.nan)
+
+    def placed(self, at: np.ndarray, n_genes: int) -> ValueSketch:
+        """Give the same over more genes; those of now become the columns `at`."""
+        if n_genes == self.counts.shape[1] and np.array_equal(at, np.arange(n_genes)):
+            return self
+        placed = ValueSketch(n_genes)
+        placed.first, placed.n_cells = self.first, self.n_cells
+        placed.counts = np.zeros((len(self.counts), n_genes), self.counts.dtype)
+        placed.counts[:, at] = self.counts
+        return placed
+
+    def plus(self, other: ValueSketch) -> ValueSketch:
+        """Give the sketch of the cells of both, over the same genes."""
+        both = ValueSketch(self.counts.shape[1])
+        for part in (self, other):
+            both._make_room(part.first, part.first + len(part.counts) - 1, part.n_cells)
+            start = part.first - both.first
+            both.counts[start : start + len(part.counts)] += part.counts
+        return both
+
+    def sketch(self) -> ValueSketch:
+        """Give itself, as the values give their sketch."""
+        return self
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Give what `from_arrays` reads."""
+        rows, genes = self.counts.nonzero()
+        buckets = (rows + self.first).astype(np.int32)
+        return {"buckets": buckets, "genes": genes.astype(np.uint32), "counts": self.counts[rows, genes]}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], n_genes: int) -> ValueSketch:
+        """Read what `to_arrays` gave; `n_cells` is the number of cells."""
+        read = cls(n_genes)
+        buckets, genes, counts = arrays["buckets"], arrays["genes"], arrays["counts"]
+        if len(buckets):
+            read._make_room(int(buckets.min()), int(buckets.max()), arrays["n_cells"].item())
+            read.counts[buckets - read.first, genes] = counts
+        return read
+
+
+def _log2(values: np.ndarray) -> np.ndarray:
+    """Logarithms in buckets, int32 with `_FRACTION_BITS` behind the point: their sums are exact."""
+    return np.rint(np.log2(values, dtype=np.float64) * (_BUCKETS << _FRACTION_BITS)).astype(np.int32)
+
+
+@cache
+def _few_log2() -> np.ndarray:
+    return _log2(np.arange(_FEW_COUNTS).clip(1))
+
+
+def _ranges(lengths: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
+    """Cut rows into ranges of at most so many entries, but of one row at least."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    start = 0
+    while start < len(ends):
+        done = ends[start] - lengths[start]
+        stop = max(start + 1, int(ends.searchsorted(done + most, side="right")))
+        yield start, stop
+        start = stop
+
+
+def _narrow(counts: np.ndarray) -> np.ndarray:
+    return counts if counts.dtype.kind == "f" else counts.astype(np.min_scalar_type(counts.max()), copy=False)
+
+
+__all__ = ["RELATIVE_ERROR", "AllValues", "ValueSketch"]
