@@ -3,7 +3,7 @@
 Neither is in a package index, so both are written here anew, from their description, with the operations that they are
 described with and nothing that slows them: Geneformer normalises chunks of sparse rows and sorts each cell's scores,
 and builds its dataset of lists, cut by a map; PerturbGene makes strings of a cell's bins and looks each up. All get
-the same cells: 10,000 x 20,000, about 2,000 counts a cell. What runs on one core is held to one. Before the clock
+the same cells: 30,000 x 20,000, about 2,000 counts a cell. What runs on one core is held to one. Before the clock
 starts, each is seen to give our tokens.
 """
 
@@ -33,12 +33,12 @@ EDGES = [0.1]
 def run(arguments: list[str]) -> None:
     """Make the data, let all take turns, print the tables and write them as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks tokens", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="2,000 cells in place of 10,000, and one turn")
+    parser.add_argument("--quick", action="store_true", help="2,000 cells in place of 30,000, and one turn")
     parser.add_argument("--turns", type=int, default=3, help="how often each is run")
     parser.add_argument("--folder", help="where the data are kept; a temporary folder by default")
     parser.add_argument("--output", default="benchmark_tokens.json", help="JSON file to write")
     args = parser.parse_args(arguments)
-    n_cells, turns = (2_000, 1) if args.quick else (10_000, args.turns)
+    n_cells, turns = (2_000, 1) if args.quick else (30_000, args.turns)
     parent = Path(args.folder or tempfile.mkdtemp(prefix="benchmark-"))
     folder = parent / f"{n_cells}-cells"
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def _prepare(folder: Path, n_cells: int) -> None:
     values = np.random.default_rng(0).lognormal(0, 1, len(store.genes))
     medians = dict(zip(store.gene_ids, values.tolist(), strict=True))
     GeneTokenizer.from_store(
-        store, "rank", medians=medians, max_length=MAX_LENGTH, cls=False, eos=False
+        store, "rank", medians=medians, max_length=MAX_LENGTH, add_cls=False, add_eos=False
     ).save_pretrained(folder / "rank")
     GeneTokenizer.from_store(store, bin_edges=EDGES, max_length=MAX_LENGTH, truncation="head").save_pretrained(
         folder / "binned"
@@ -148,6 +148,8 @@ def encode_ours(folder: Path, scheme: str) -> float:
 
 def save_ours(folder: Path, scheme: str, workers: int = 1, build: bool = False) -> float:
     """Write a tokenized dataset of a store, or first the store too."""
+    import datasets  # noqa: F401
+
     from stformer_hf import CellStore, GeneTokenizer
 
     if workers == 1:

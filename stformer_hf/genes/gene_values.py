@@ -116,14 +116,14 @@ class AllValues:
         blocks = self.blocks or [sparse.csr_array((self.n_genes, 0), dtype=np.uint8)]
         rows = sparse.hstack(blocks, format="csr")
         totals = np.concatenate([np.empty(0), *self.totals])
-        return {"indptr": rows.indptr, "cells": rows.indices, "counts": rows.data, "totals": totals}
+        return {"indptr": rows.indptr, "cells": _narrow(rows.indices), "counts": rows.data, "totals": totals}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], n_genes: int) -> AllValues:
         """Read what `to_arrays` gave."""
         read = cls(n_genes)
         totals = arrays["totals"]
-        rows = (arrays["counts"], arrays["cells"], arrays["indptr"])
+        rows = (arrays["counts"], arrays["cells"].astype(arrays["indptr"].dtype), arrays["indptr"])
         if len(totals):
             block = sparse.csr_array(rows, shape=(n_genes, len(totals)))
             block.check_format()  # cells that are not there would be read from anywhere in memory
@@ -238,17 +238,21 @@ class ValueSketch:
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Give what `from_arrays` reads."""
         rows, genes = self.counts.nonzero()
-        buckets = (rows + self.first).astype(np.int32)
-        return {"buckets": buckets, "genes": genes.astype(np.uint32), "counts": self.counts[rows, genes]}
+        return {
+            "first": np.array(self.first),
+            "lengths": np.bincount(rows, minlength=len(self.counts)),
+            "genes": _narrow(genes),
+            "counts": _narrow(self.counts[rows, genes]),
+        }
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], n_genes: int) -> ValueSketch:
         """Read what `to_arrays` gave; `n_cells` is the number of cells."""
         read = cls(n_genes)
-        buckets, genes, counts = arrays["buckets"], arrays["genes"], arrays["counts"]
-        if len(buckets):
-            read._make_room(int(buckets.min()), int(buckets.max()), arrays["n_cells"].item())
-            read.counts[buckets - read.first, genes] = counts
+        lengths, first = arrays["lengths"], arrays["first"].item()
+        if len(lengths):
+            read._make_room(first, first + len(lengths) - 1, arrays["n_cells"].item())
+            read.counts[np.repeat(np.arange(len(lengths)), lengths), arrays["genes"]] = arrays["counts"]
         return read
 
 
@@ -273,8 +277,9 @@ def _ranges(lengths: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def _narrow(counts: np.ndarray) -> np.ndarray:
-    return counts if counts.dtype.kind == "f" else counts.astype(np.min_scalar_type(counts.max()), copy=False)
+def _narrow(values: np.ndarray) -> np.ndarray:
+    """Give whole numbers the narrowest type that holds them; none of them is negative."""
+    return values if values.dtype.kind == "f" else values.astype(np.min_scalar_type(values.max(initial=0)), copy=False)
 
 
 __all__ = ["RELATIVE_ERROR", "AllValues", "ValueSketch"]

@@ -244,7 +244,7 @@ class GeneStatistics:
         else:
             self._must_be_whole()
             arrays = self._to_arrays()
-            _write(path, lambda file: np.savez_compressed(file, **arrays))
+            _write(path, lambda file: np.savez(file, **arrays))
 
     @classmethod
     def load(cls, path: str | Path) -> GeneStatistics:

@@ -57,7 +57,7 @@ def embed(
         raise ValueError(f'pooling is "cls" or "mean", got {pooling!r}.')
     name = model if not isinstance(model, PreTrainedModel) else (model.config._name_or_path or type(model).__name__)
     encoder, tokenizer = load(model, tokenizer, AutoModel, device)
-    if pooling == "cls" and not tokenizer.cls:
+    if pooling == "cls" and not tokenizer.add_cls:
         raise ValueError('The tokenizer begins cells with no [CLS]: use pooling="mean".')
     encoder = getattr(encoder, encoder.base_model_prefix, encoder)
     n_layers = encoder.config.num_hidden_layers

@@ -433,8 +433,19 @@ def test_parts_hold_no_pickles_and_no_cells_beyond_their_number(counts, tmp_path
         good = dict(arrays)
     for name, value in [
         ("gene_ids", np.array(names(50), object)),
-        ("cells", np.full_like(good["cells"], 1 << 20)),
+        ("cells", np.full(len(good["cells"]), 1 << 20)),
         ("sums", good["sums"][:4]),
+    ]:
+        np.savez(path, **{**good, name: value})
+        with pytest.raises(ValueError, match="or is damaged"):
+            GeneStatistics.load(path)
+    gather(counts, "sketch").save(path)
+    with np.load(path) as arrays:
+        good = dict(arrays)
+    for name, value in [
+        ("genes", good["genes"] + 1),
+        ("lengths", good["lengths"] + 1),
+        ("counts", good["counts"][1:]),
     ]:
         np.savez(path, **{**good, name: value})
         with pytest.raises(ValueError, match="or is damaged"):

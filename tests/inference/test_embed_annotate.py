@@ -147,6 +147,6 @@ def test_a_model_of_ranks_and_neighbourhoods(adata, tmp_path):
             hidden = model(**tokens).last_hidden_state[0]
         genes = tokenizer.get_gene_tokens_mask(tokens["input_ids"][0])
         np.testing.assert_allclose(adata.obsm["X_stformer"][i], hidden[genes].mean(0), atol=1e-5)
-    bare = GeneTokenizer(adata.var_names.tolist(), scheme="rank", medians=medians, cls=False)
+    bare = GeneTokenizer(adata.var_names.tolist(), scheme="rank", medians=medians, add_cls=False)
     with pytest.raises(ValueError, match=r"no \[CLS\]: use pooling"):
         embed(adata, GeneBertModel(GeneBertConfig.from_tokenizer(bare, size="tiny")), tokenizer=bare)

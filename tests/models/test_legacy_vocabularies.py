@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from transformers import AutoTokenizer
 
-from stformer_hf import GeneBertConfig, GeneTokenizer
+from stformer_hf import GeneBertConfig, GeneTokenizer, estimate_gene_medians
 from stformer_hf.models.gene_bert.legacy_files import load_mapping, load_pickle
 
 DICTIONARY = {"<pad>": 0, "<mask>": 1, "g1": 2, "g2": 3, "g3": 4}
@@ -98,7 +98,12 @@ def written(folder, kind):
 def test_a_token_dictionary_gives_its_ids(tmp_path, kind):
     tokenizer = GeneTokenizer.from_token_dictionary(written(tmp_path, kind), MEDIANS)
     assert tokenizer.get_vocab() == DICTIONARY
-    assert (tokenizer.pad_token_id, tokenizer.mask_token_id, tokenizer.cls, tokenizer.eos) == (0, 1, False, False)
+    assert (tokenizer.pad_token_id, tokenizer.mask_token_id, tokenizer.add_cls, tokenizer.add_eos) == (
+        0,
+        1,
+        False,
+        False,
+    )
     assert tokenizer(np.array([[2, 1, 0], [1, 1, 8]]))["input_ids"] == [[2, 3], [4, 3, 2]]
     assert tokenizer(np.array([[2, 1, 0], [1, 1, 8]]), padding=True)["input_ids"] == [[2, 3, 0], [4, 3, 2]]
 
@@ -193,3 +198,17 @@ def test_a_row_of_geneformers_medians_puts_its_ids_in_order(geneformer, shared_d
         counts = np.zeros((1, len(medians)))
         counts[0, at] = np.ceil(1e6 * np.arange(len(at), 0, -1) * medians[at])
         assert geneformer(counts)["input_ids"] == [ids.tolist()]
+
+
+def test_medians_come_as_statistics_as_their_file_and_as_a_dictionary(tmp_path, store):
+    statistics = estimate_gene_medians(store, target_sum=500)
+    statistics.save(tmp_path / "gene_medians.json")
+    wanted = GeneTokenizer.from_store(store, "rank", medians=statistics)
+    assert wanted.target_sum == 500
+    assert dict(zip(wanted.genes, wanted.medians, strict=True)) == statistics.medians
+    for medians in (statistics.medians, tmp_path / "gene_medians.json"):
+        tokenizer = GeneTokenizer.from_store(store, "rank", medians=medians, target_sum=500)
+        assert tokenizer.fingerprint == wanted.fingerprint
+    dictionary = {"<pad>": 0, "<mask>": 1, **{gene: 2 + i for i, gene in enumerate(wanted.genes)}}
+    tokenizer = GeneTokenizer.from_token_dictionary(dictionary, tmp_path / "gene_medians.json")
+    assert (tokenizer.medians == wanted.medians).all()

@@ -79,7 +79,9 @@ def test_vocabulary_and_layout_by_hand(tokenizer):
 )
 def test_any_counts_give_the_plain_ranks(counts, form, columns, without_median, max_length, ends):
     medians = {gene: median for gene, median in MEDIANS.items() if gene not in without_median}
-    tokenizer = GeneTokenizer(GENES, scheme="rank", medians=medians, max_length=max_length, cls=ends[0], eos=ends[1])
+    tokenizer = GeneTokenizer(
+        GENES, scheme="rank", medians=medians, max_length=max_length, add_cls=ends[0], add_eos=ends[1]
+    )
     tokenizer.min_coverage = 0
     tokens = tokenizer(form(counts), genes=columns)
     for row, ids in zip(counts, tokens["input_ids"], strict=True):
@@ -109,7 +111,7 @@ def test_many_cells_and_many_ties_give_the_plain_ranks(data, n_cells, at_a_time)
 
 def test_scores_that_differ_in_the_last_bit_are_told_apart():
     up = np.nextafter(1.0, 2)
-    tokenizer = GeneTokenizer(["a", "b", "c"], scheme="rank", medians=[up, 1.0, up], cls=False, eos=False)
+    tokenizer = GeneTokenizer(["a", "b", "c"], scheme="rank", medians=[up, 1.0, up], add_cls=False, add_eos=False)
     assert tokenizer(np.array([[1, 1, 1]]))["input_ids"] == [[FIRST + 1, FIRST, FIRST + 2]]
 
 
@@ -209,7 +211,7 @@ def test_save_and_load(tokenizer, tmp_path, reload):
     assert back.get_vocab() == tokenizer.get_vocab()
     assert back.fingerprint == tokenizer.fingerprint
     assert (back.medians == tokenizer.medians).all()
-    assert (back.cls, back.eos, back.neighborhood, back.separator) == (True, True, False, None)
+    assert (back.add_cls, back.add_eos, back.neighborhood, back.separator) == (True, True, False, None)
 
 
 def test_a_process_with_neither_plugin_nor_remote_code_reads_the_same_ids(tokenizer, tmp_path):

@@ -260,7 +260,7 @@ def check_counts(values: np.ndarray, where: str, layers) -> None:
 
 def strip_version(gene: str) -> str:
     """Cut the version of an Ensembl gene id."""
-    match = _VERSION.match(gene)
+    match = _VERSION.match(gene) if "." in gene else None
     return match.group(1) if match else gene
 
 
@@ -326,7 +326,9 @@ class GeneMatcher:
         if seen:
             mapped = self._last[1]
         else:
-            mapped = max(map(self.find, names), key=lambda found: (found >= 0).sum())
+            mapped = self.find(names[0])
+            if (mapped < 0).any():
+                mapped = max([mapped, *map(self.find, names[1:])], key=lambda found: (found >= 0).sum())
             mapped = None if np.array_equal(mapped, np.arange(len(mapped))) else mapped
         self._measure(mapped, names, rows, min_coverage, tell=not seen)
         self._last = (own, mapped)

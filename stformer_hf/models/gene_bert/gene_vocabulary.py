@@ -74,6 +74,11 @@ def check_medians(medians: Any, genes: Sequence[str]) -> np.ndarray:
     """Take a median a gene: float64 array (n_genes,), NaN where there is none."""
     if medians is None:
         raise ValueError("The rank scheme needs medians: pass medians=estimate_gene_medians(store).medians.")
+    if isinstance(medians, (str, os.PathLike)):
+        medians = load_mapping(medians)
+    if isinstance(medians, Mapping) and isinstance(medians.get("medians"), Mapping):
+        medians = medians["medians"]  # a gene_medians.json
+    medians = getattr(medians, "medians", medians)  # a GeneStatistics
     if isinstance(medians, Mapping):
         of = {strip_version(str(gene)): value for gene, value in medians.items()}
         medians = [of.get(strip_version(gene)) for gene in genes]

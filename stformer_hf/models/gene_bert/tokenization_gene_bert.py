@@ -21,7 +21,6 @@ from .cell_counts import (
     pad_ragged,
     read_cells,
     row_sums,
-    strip_version,
 )
 from .gene_order import TRUNCATIONS, Binner, choose, log1p_cp10k, write_ranks
 from .gene_vocabulary import (
@@ -49,7 +48,7 @@ DEFAULT_MAX_LENGTH = 2048
 # Settings that belong to one scheme.
 _ONLY_OF = {
     "binned": ("bin_edges", "normalize"),
-    "rank": ("medians", "target_sum", "neighborhood", "cls", "eos"),
+    "rank": ("medians", "target_sum", "neighborhood", "add_cls", "add_eos"),
 }
 
 
@@ -119,7 +118,7 @@ class GeneTokenizer(PreTrainedTokenizer):
     normalize : {None, "log1p_cp10k"}, default: None
         Of the binned scheme: what is binned, counts or ln(1 + count / total * 10,000), the total being that of all
         columns of the input.
-    medians : dict of gene to float, or sequence (n_genes,)
+    medians : GeneStatistics, dict of gene to float, path of a .json or .pkl, or sequence (n_genes,)
         Of the rank scheme: non-zero medians, as `estimate_gene_medians` gives them. Genes without one are never
         tokens.
     target_sum : float, default: 10,000
@@ -128,7 +127,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         Of the rank scheme: whether neighbours' genes follow the cell's own. Each of the two gets half of the room.
     separator : str or None, default: "[SEP]"
         What stands between them; None for STFormer's layout.
-    cls, eos : bool, default: True
+    add_cls, add_eos : bool, default: True
         Of the rank scheme: whether a cell begins with `[CLS]`, and ends with `[EOS]`.
     phenotypes : dict of str to sequence, optional
         Category -> its values.
@@ -188,12 +187,12 @@ class GeneTokenizer(PreTrainedTokenizer):
         scheme: str | None = None,
         bin_edges: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
         normalize: str | None = None,
-        medians: Mapping[str, float] | Sequence[float] | None = None,
+        medians: Any = None,
         target_sum: float | None = None,
         neighborhood: bool | None = None,
         separator: str | None = SEPARATOR,
-        cls: bool | None = None,
-        eos: bool | None = None,
+        add_cls: bool | None = None,
+        add_eos: bool | None = None,
         phenotypes: Mapping[str, Sequence[Any]] | None = None,
         included_phenotypes: Sequence[str] | None = None,
         symbols: Any = None,
@@ -214,8 +213,8 @@ class GeneTokenizer(PreTrainedTokenizer):
             "target_sum": target_sum,
             "neighborhood": neighborhood,
             "separator": None if separator == SEPARATOR else separator,
-            "cls": cls,
-            "eos": eos,
+            "add_cls": add_cls,
+            "add_eos": add_eos,
             "phenotypes": phenotypes,
             "symbols": symbols,
             "special_tokens": special_tokens,
@@ -242,8 +241,8 @@ class GeneTokenizer(PreTrainedTokenizer):
         self._matcher = GeneMatcher(self.genes, self.symbols)
         self._token_ids = given["token_ids"]
         self._build_vocabulary(given["special_tokens"])
-        self.cls = ("cls_token" in self._special_tokens) if given["cls"] is None else given["cls"]
-        self.eos = ("eos_token" in self._special_tokens) if given["eos"] is None else given["eos"]
+        self.add_cls = ("cls_token" in self._special_tokens) if given["add_cls"] is None else given["add_cls"]
+        self.add_eos = ("eos_token" in self._special_tokens) if given["add_eos"] is None else given["add_eos"]
         self.included_phenotypes = list(phenotypes) if included_phenotypes is None else included_phenotypes
         self.truncation = truncation or "top"
         if self.truncation not in TRUNCATIONS:
@@ -276,7 +275,7 @@ class GeneTokenizer(PreTrainedTokenizer):
             self._binner = Binner(edge_array(self.bin_edges))
         else:
             self.separator = separator if self.neighborhood else None
-            self.target_sum = float(given["target_sum"] or 1e4)
+            self.target_sum = float(given["target_sum"] or getattr(given["medians"], "target_sum", 1e4))
             self.medians = check_medians(given["medians"], self.genes)
             self._some_without_median = bool(np.isnan(self.medians).any())
 
@@ -289,7 +288,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         phenotypes: Sequence[str] | Mapping | None = None,
         bin_edges: Any = None,
         n_bins: int = 10,
-        medians: Mapping[str, float] | None = None,
+        medians: Any = None,
         **kwargs,
     ) -> "GeneTokenizer":
         """Make a tokenizer for the genes, and the chosen phenotypes, of a store.
@@ -307,9 +306,8 @@ class GeneTokenizer(PreTrainedTokenizer):
             spread over the store; of all genes together, or a gene.
         n_bins : int, default: 10
             Bins of quantiles, `bin_0` not counted; fewer where quantiles fall together.
-        medians : dict of gene to float, optional
-            Of the rank scheme, from `estimate_gene_medians`; the column `median` of the store's gene table by default.
-            Genes without one are left out of the vocabulary.
+        medians : GeneStatistics, dict of gene to float, or path of a .json or .pkl
+            Of the rank scheme, from `estimate_gene_medians`. Genes without one are left out of the vocabulary.
         **kwargs
             As in the constructor.
 
@@ -332,12 +330,10 @@ class GeneTokenizer(PreTrainedTokenizer):
             phenotypes = {name: store.categories[name] for name in phenotypes}
         genes = store.gene_ids.tolist()
         if scheme == "rank":
-            if medians is None and "median" in store.genes.frame:
-                medians = dict(zip(genes, store.genes.frame["median"].tolist(), strict=True))
-            if medians is not None:
-                known = {strip_version(str(gene)) for gene, median in medians.items() if median and median > 0}
-                genes = [gene for gene in genes if strip_version(gene) in known]
-            kwargs["medians"] = medians
+            values = check_medians(medians, genes)
+            known = np.flatnonzero(~np.isnan(values))
+            genes, kwargs["medians"] = [genes[i] for i in known], values[known]
+            kwargs.setdefault("target_sum", getattr(medians, "target_sum", None))
         elif medians is not None:
             kwargs["medians"] = medians  # refused by the constructor
         if isinstance(bin_edges, str):
@@ -349,7 +345,7 @@ class GeneTokenizer(PreTrainedTokenizer):
     def from_token_dictionary(
         cls,
         token_dictionary: Mapping[str, int] | str | os.PathLike,
-        medians: Mapping[str, float] | str | os.PathLike,
+        medians: Any,
         *,
         symbols: Any = None,
         **kwargs,
@@ -361,8 +357,8 @@ class GeneTokenizer(PreTrainedTokenizer):
         token_dictionary : dict, or path of a .pkl, .json or vocab.txt
             Token -> id. `<pad>` and `<mask>` are needed; with `<cls>` and `<eos>` (Geneformer V2) cells begin and end
             with them.
-        medians : dict, or path of a .pkl or .json
-            Gene -> non-zero median.
+        medians : GeneStatistics, dict of gene to float, or path of a .pkl or .json
+            Non-zero medians.
         symbols : dict, or path of a .pkl or .json, or GeneTable, optional
             Symbol -> gene.
         **kwargs
@@ -385,7 +381,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         return cls(
             genes,
             scheme="rank",
-            medians=load_mapping(medians),
+            medians=medians,
             symbols=symbols,
             special_tokens=special_tokens,
             token_ids=ids,
@@ -495,7 +491,7 @@ class GeneTokenizer(PreTrainedTokenizer):
     @property
     def genes_start_ind(self) -> int:
         """Position of the first gene in a cell that has all included phenotypes."""
-        return int(self.cls) + len(self.included_phenotypes)
+        return int(self.add_cls) + len(self.included_phenotypes)
 
     @property
     def first_bin_id(self) -> int:
@@ -529,7 +525,8 @@ class GeneTokenizer(PreTrainedTokenizer):
     @property
     def fingerprint(self) -> str:
         """Hash of everything that gives ids and types their meaning; a model keeps it in its configuration."""
-        meaning = {name: value for name, value in self._vocabulary().items() if name not in ("symbols", "cls", "eos")}
+        other = ("symbols", "add_cls", "add_eos")
+        meaning = {name: value for name, value in self._vocabulary().items() if name not in other}
         return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
 
     def _vocabulary(self) -> dict[str, Any]:
@@ -550,8 +547,8 @@ class GeneTokenizer(PreTrainedTokenizer):
             "target_sum": self.target_sum,
             "neighborhood": self.neighborhood,
             "separator": self.separator,
-            "cls": self.cls,
-            "eos": self.eos,
+            "add_cls": self.add_cls,
+            "add_eos": self.add_eos,
         }
 
     def get_vocab(self) -> dict[str, int]:
@@ -606,7 +603,7 @@ class GeneTokenizer(PreTrainedTokenizer):
             **self._vocabulary(),
         }
         with open(path, "w", encoding="utf-8") as file:
-            json.dump(vocabulary, file, ensure_ascii=False, indent=0)
+            file.write(json.dumps(vocabulary, ensure_ascii=False))  # json.dump, and indents, take ten times as long
         words = Tokenizer(models.WordLevel(self.get_vocab()))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         words.add_special_tokens(list(self._special_tokens.values()))
@@ -641,7 +638,7 @@ class GeneTokenizer(PreTrainedTokenizer):
 
     def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: None = None) -> list[int]:
         """`[CLS]`, the ids, `[EOS]`."""
-        return [self.cls_token_id] * self.cls + [*token_ids_0] + [self.eos_token_id] * self.eos
+        return [self.cls_token_id] * self.add_cls + [*token_ids_0] + [self.eos_token_id] * self.add_eos
 
     def get_phenotypic_tokens_mask(self, input_ids):
         """1 (or True) for ids of phenotype values, in the kind of `input_ids` (list, array, Tensor).
@@ -765,7 +762,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         key = cells.gene_ids if is_cell_batch(cells) else None
         column_genes = self._matcher.match(found.names, found.rows, self.min_coverage, key)
         phenotypes = self._phenotype_tokens(found.obs, len(found.rows.indptr) - 1)
-        room = max_length - self.cls - self.eos - (phenotypes >= 0).sum(axis=1)
+        room = max_length - self.add_cls - self.add_eos - (phenotypes >= 0).sum(axis=1)
         if self.scheme == "binned":
             return self._encode_bins(found.rows, column_genes, phenotypes, room, found.ids, epoch)
         parts = [found.rows]
@@ -877,10 +874,10 @@ class GeneTokenizer(PreTrainedTokenizer):
 
     def _frame(self, phenotypes: np.ndarray, n_genes: list[np.ndarray]) -> "_Frame":
         """Make room for `[CLS]`, phenotypes, genes (with a neighbourhood also the separator and its), `[EOS]`."""
-        n_front = (phenotypes >= 0).sum(axis=1) + int(self.cls)
+        n_front = (phenotypes >= 0).sum(axis=1) + int(self.add_cls)
         n_between = int(self.separator is not None)
         indptr = np.zeros(len(n_front) + 1, np.int64)
-        np.cumsum(sum(n_genes) + n_front + n_between + int(self.eos), out=indptr[1:])
+        np.cumsum(sum(n_genes) + n_front + n_between + int(self.add_eos), out=indptr[1:])
         starts = [indptr[:-1] + n_front]
         if len(n_genes) > 1:
             starts.append(starts[0] + n_genes[0] + n_between)
@@ -890,9 +887,9 @@ class GeneTokenizer(PreTrainedTokenizer):
         """Write what stands around the genes."""
         ids, types, indptr, starts = frame
         special = []
-        if self.cls:
+        if self.add_cls:
             special.append((indptr[:-1], self.cls_token_id))
-        if self.eos:
+        if self.add_eos:
             special.append((indptr[1:] - 1, self.eos_token_id))
         if self.separator is not None:
             special.append((starts[1] - 1, self.sep_token_id))
@@ -901,7 +898,7 @@ class GeneTokenizer(PreTrainedTokenizer):
             types[at] = 0
         has_phenotype = phenotypes >= 0
         cell, which = np.nonzero(has_phenotype)
-        at = indptr[cell] + has_phenotype.cumsum(axis=1)[cell, which] - 1 + int(self.cls)
+        at = indptr[cell] + has_phenotype.cumsum(axis=1)[cell, which] - 1 + int(self.add_cls)
         ids[at] = phenotypes[cell, which]
         categories = list(self.phenotypes)
         of = [1 + categories.index(name) for name in self._included_phenotypes]
@@ -937,7 +934,7 @@ class GeneTokenizer(PreTrainedTokenizer):
 
     def _check_max_length(self, max_length: int) -> None:
         n_parts = 1 + self.neighborhood
-        n_special = self.cls + self.eos + (self.separator is not None)
+        n_special = self.add_cls + self.add_eos + (self.separator is not None)
         needed = n_special + len(self._included_phenotypes) + n_parts
         if max_length < needed:
             raise ValueError(
