@@ -1,8 +1,8 @@
 """Estimate the median of the non-zero values of each gene, by which rank tokens are ordered.
 
-stformer-hf medians --sources a.h5ad b.h5ad --output gene_medians.json
-stformer-hf medians --sources a.h5ad --output a.npz       (on one machine, b on another; then merge the parts:)
-stformer-hf medians --sources a.npz b.npz --output gene_medians.json
+stformer-hf medians --data a.h5ad b.h5ad --output gene_medians.json
+stformer-hf medians --data a.h5ad --output a.npz       (on one machine, b on another; then merge the parts:)
+stformer-hf medians --data a.npz b.npz --output gene_medians.json
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .arguments import parse
 class MediansArguments:
     """Flags of `medians`."""
 
-    sources: list[str] = field(
+    data: list[str] = field(
         metadata={"help": "files of cells, stores, folders, patterns; or parts (.npz) that this verb wrote"}
     )
     output: str = field(metadata={"help": "gene_medians.json: results, or a .npz: a part, to be merged with others"})
@@ -51,9 +51,9 @@ def run(args: MediansArguments):
         raise ValueError(f"--output {output}: name a .json file for the results, or a .npz for a part.")
     if output.exists() and not args.overwrite:
         raise FileExistsError(f"{output} exists. Choose another --output, or pass --overwrite.")
-    parts = [source for source in args.sources if source.endswith(".npz")]
-    if parts and len(parts) < len(args.sources):
-        raise ValueError("--sources are parts (.npz), or cells, not both: make a part of the cells first.")
+    parts = [source for source in args.data if source.endswith(".npz")]
+    if parts and len(parts) < len(args.data):
+        raise ValueError("--data are parts (.npz), or cells, not both: make a part of the cells first.")
     statistics = _merged(parts) if parts else _estimated(args)
     output.parent.mkdir(parents=True, exist_ok=True)
     statistics.save(output)
@@ -72,7 +72,7 @@ def _estimated(args: MediansArguments):
     from ..data.gene_medians import estimate_gene_medians
 
     return estimate_gene_medians(
-        args.sources,
+        args.data,
         args.target_sum,
         method=args.method,
         max_memory=int(args.max_memory * 1e9),

@@ -1,7 +1,7 @@
 """Write the tokens of a store as a Hugging Face dataset, which `datasets.load_from_disk` opens.
 
-stformer-hf tokenize --store atlas --tokenizer model --output tokens
-stformer-hf tokenize --store atlas --scheme rank --medians gene_medians.json --output tokens --obs all --workers 4
+stformer-hf tokenize --data atlas --tokenizer model --output tokens
+stformer-hf tokenize --data atlas --scheme rank --medians gene_medians.json --output tokens --obs all --workers 4
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _OF_A_NEW_TOKENIZER = ("scheme", "medians", "bin_edges", "phenotypes", "max_leng
 class TokenizeArguments:
     """Flags of `tokenize`."""
 
-    store: str = field(metadata={"help": "a store, which stformer-hf build makes"})
+    data: str = field(metadata={"help": "a store, which stformer-hf build makes"})
     output: str = field(metadata={"help": "folder to make"})
     tokenizer: str | None = field(
         default=None, metadata={"help": "folder or checkpoint with a tokenizer; without it, one is made for the store"}
@@ -62,7 +62,7 @@ def run(args: TokenizeArguments):
             f"{', '.join('--' + name for name in new)}: of a new tokenizer only; the one at {args.tokenizer} has its "
             "own."
         )
-    store = _open(args.store)
+    store = _open(args.data)
     if args.tokenizer:
         tokenizer = GeneTokenizer.from_pretrained(args.tokenizer)
     else:

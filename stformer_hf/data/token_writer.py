@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -207,24 +208,28 @@ class TokenShards:
 
 def _write_shards(shards: TokenShards, workers: int) -> list[dict]:
     """Write what is not written yet; returns the records of all shards, in the order of the cells."""
-    with (
-        tqdm(total=len(shards.store), desc="tokenize", unit="cell", disable=None) as bar,
-        process_pool(workers, _start_worker, (shards,)) as pool,
-    ):
-        if pool is None:
-            return [shards.write(number, bar.update) for number in range(len(shards))]
-        running = [pool.submit(_write_shard, number) for number in range(len(shards))]
-        for done in as_completed(running):
-            bar.update(done.result()["rows"])
+    numbers = range(len(shards))
+    with tqdm(total=len(shards.store), desc="tokenize", unit="cell", disable=None) as bar:
+        if workers == 1:
+            return [shards.write(number, bar.update) for number in numbers]
+        with tempfile.TemporaryDirectory() as folder:
+            # Through a file: more than a pipe holds, given to a worker directly, keeps the next one from starting
+            # until the first has imported all that it needs.
+            file = Path(folder, "shards")
+            file.write_bytes(pickle.dumps(shards))
+            with process_pool(workers, _start_worker, (file,)) as pool:
+                running = [pool.submit(_write_shard, number) for number in numbers]
+                for done in as_completed(running):
+                    bar.update(done.result()["rows"])
     return [done.result() for done in running]
 
 
-_of_worker: TokenShards | None = None  # store and tokenizer are sent to a worker once
+_of_worker: TokenShards | None = None  # store and tokenizer are read by a worker once
 
 
-def _start_worker(shards: TokenShards) -> None:
+def _start_worker(file: Path) -> None:
     global _of_worker
-    _of_worker = shards
+    _of_worker = pickle.loads(file.read_bytes())
 
 
 def _write_shard(number: int) -> dict:

@@ -16,7 +16,7 @@ def run(store, tmp_path, capsys):
 
     def run(*flags, output=tmp_path / "tokens"):
         capsys.readouterr()
-        status = main(["tokenize", "--store", str(store.path), "--output", str(output), *map(str, flags)])
+        status = main(["tokenize", "--data", str(store.path), "--output", str(output), *map(str, flags)])
         printed = capsys.readouterr()
         if status:
             assert status == 1 and "Traceback" not in printed.err
@@ -92,7 +92,7 @@ def test_a_tokenizer_of_neighbourhoods_gets_them(adata, tmp_path):
     medians = dict.fromkeys(store.gene_ids, 1.0)
     tokenizer = GeneTokenizer.from_store(store, "rank", medians=medians, neighborhood=True)
     tokenizer.save_pretrained(tmp_path / "model")
-    flags = ["--store", store.path, "--tokenizer", tmp_path / "model", "--output", tmp_path / "t"]
+    flags = ["--data", store.path, "--tokenizer", tmp_path / "model", "--output", tmp_path / "t"]
     assert main(["tokenize", *map(str, flags)]) == 0
     assert_holds(load_from_disk(str(tmp_path / "t")), store.with_neighborhoods(), tokenizer)
 
@@ -115,9 +115,9 @@ def test_two_workers(store, tokenizer, tmp_path, run):
 
 def test_what_cannot_be_is_told(store, tokenizer, adata, tmp_path, run, capsys):
     adata.write_h5ad(tmp_path / "cells.h5ad")
-    assert main(["tokenize", "--store", str(tmp_path / "cells.h5ad"), "--output", str(tmp_path / "t")]) == 1
+    assert main(["tokenize", "--data", str(tmp_path / "cells.h5ad"), "--output", str(tmp_path / "t")]) == 1
     assert "stformer-hf build --data" in capsys.readouterr().err
-    assert main(["tokenize", "--store", str(tmp_path / "none"), "--output", str(tmp_path / "t")]) == 1
+    assert main(["tokenize", "--data", str(tmp_path / "none"), "--output", str(tmp_path / "t")]) == 1
     assert "no CellStore at" in capsys.readouterr().err
     tokenizer.save_pretrained(tmp_path / "model")
     assert "--scheme, --max_length: of a new tokenizer only" in run(
