@@ -99,9 +99,7 @@ def test_a_tokenizer_of_neighbourhoods_gets_them(adata, tmp_path):
 
 def test_the_config_gives_values_and_flags_override_it(store, tmp_path):
     config = tmp_path / "run.yaml"
-    config.write_text(
-        f"data: {store.path}\noutput: {tmp_path / 'a'}\nbin_edges: [0.5, 2]\nmax_length: 20\nobs: all\n"
-    )
+    config.write_text(f"data: {store.path}\noutput: {tmp_path / 'a'}\nbin_edges: [0.5, 2]\nmax_length: 20\nobs: all\n")
     assert main(["tokenize", "--config", str(config), "--output", str(tmp_path / "b"), "--max_length", "10"]) == 0
     assert not (tmp_path / "a").exists()
     assert (own(tmp_path / "b").bin_edges, own(tmp_path / "b").max_length) == ([0.5, 2], 10)
