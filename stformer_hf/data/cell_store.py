@@ -647,10 +647,9 @@ class CellStore:
         -------
         Dataset
             `input_ids` (lists of uint16, or of uint32 where the vocabulary is larger), `token_type_ids` (lists of the
-            narrowest unsigned type; left out of ranks without phenotypes and neighbourhoods, where the ids tell them),
-            `length` (int32, number of tokens), `cell_id` (int64, row number in the whole store), and the obs columns.
-            Beside it are `lengths.json` (the list of lengths), `manifest.json` and the folder `tokenizer`, from which
-            `from_pretrained` loads it.
+            narrowest unsigned type), `length` (int32, number of tokens), `cell_id` (int64, row number in the whole
+            store), and the obs columns. Beside it are `lengths.json` (the list of lengths), `manifest.json` and the
+            folder `tokenizer`, from which `from_pretrained` loads it.
 
         Raises
         ------

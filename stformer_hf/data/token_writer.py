@@ -92,12 +92,13 @@ def _features(store: CellStore, tokenizer: Any, obs: Sequence[str]) -> Features:
     """Columns of the dataset, in the narrowest types that hold the tokenizer's ids."""
     from datasets import Features, List, Value
 
-    features = {"input_ids": List(Value(gene_type(tokenizer.vocab_size)))}
-    # Of ranks alone the ids tell the types: gene or special token.
-    if tokenizer.scheme != "rank" or tokenizer.neighborhood or tokenizer.included_phenotypes:
-        n_types = tokenizer.type_vocab_size
-        features["token_type_ids"] = List(Value("uint8" if n_types <= 1 << 8 else gene_type(n_types)))
-    features["length"], features["cell_id"] = Value("int32"), Value("int64")
+    n_types = tokenizer.type_vocab_size
+    features = {
+        "input_ids": List(Value(gene_type(tokenizer.vocab_size))),
+        "token_type_ids": List(Value("uint8" if n_types <= 1 << 8 else gene_type(n_types))),
+        "length": Value("int32"),
+        "cell_id": Value("int64"),
+    }
     return Features({**features, **{name: store.dataset.features[name] for name in obs}})
 
 
@@ -193,9 +194,8 @@ class TokenShards:
         offsets = pa.array(tokens.indptr.astype(np.int32))
         columns = {"length": np.diff(tokens.indptr).astype(np.int32), "cell_id": cells.cell_id}
         for name in ("input_ids", "token_type_ids"):
-            if name in self.schema.names:
-                ids = getattr(tokens, name).astype(self.schema.field(name).type.value_type.to_pandas_dtype())
-                columns[name] = pa.ListArray.from_arrays(offsets, ids)
+            ids = getattr(tokens, name).astype(self.schema.field(name).type.value_type.to_pandas_dtype())
+            columns[name] = pa.ListArray.from_arrays(offsets, ids)
         if self.obs:
             table = self._obs_columns[rows[0] : rows[-1] + 1]
             columns.update({name: table.column(name).combine_chunks() for name in self.obs})

@@ -36,8 +36,7 @@ def own(folder) -> GeneTokenizer:
 def assert_holds(dataset, store, tokenizer):
     tokens = [tokenizer.encode_cells(store.__getitems__([row]), epoch=0) for row in range(len(store))]
     assert dataset["input_ids"][:] == [cell.input_ids.tolist() for cell in tokens]
-    if "token_type_ids" in dataset.column_names:
-        assert dataset["token_type_ids"][:] == [cell.token_type_ids.tolist() for cell in tokens]
+    assert dataset["token_type_ids"][:] == [cell.token_type_ids.tolist() for cell in tokens]
 
 
 def test_with_a_saved_tokenizer(store, tokenizer, tmp_path, run):
@@ -80,7 +79,7 @@ def test_a_new_rank_tokenizer(store, tmp_path, run, form):
     content = medians if form == "plain" else {"target_sum": 1000.0, "n_cells": 60, "medians": medians}
     (tmp_path / "gene_medians.json").write_text(json.dumps(content))
     dataset = run("--scheme", "rank", "--medians", tmp_path / "gene_medians.json")
-    assert dataset.column_names == ["input_ids", "length", "cell_id"]
+    assert dataset.column_names == ["input_ids", "token_type_ids", "length", "cell_id"]
     target_sum = 1e4 if form == "plain" else 1e3
     assert own(tmp_path / "tokens").target_sum == target_sum
     assert_holds(dataset, store, GeneTokenizer.from_store(store, "rank", medians=medians, target_sum=target_sum))

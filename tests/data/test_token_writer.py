@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import sparse
 
-from stformer_hf import CellStore, GeneTokenizer
+from stformer_hf import CellStore, GeneTokenizer, collate_fn_wrapper
 from stformer_hf.data import store_writer, token_writer
 from stformer_hf.data.shards import checksum
 
@@ -55,11 +55,7 @@ def assert_holds(dataset, store, tokenizer):
     """The dataset's rows are the cells', in their order."""
     ids, types = one_by_one(store, tokenizer)
     assert dataset["input_ids"][:] == ids
-    if "token_type_ids" in dataset.column_names:
-        assert dataset["token_type_ids"][:] == types
-    else:  # the ids tell them
-        of_genes = [tokenizer.get_gene_tokens_mask(cell) for cell in ids]
-        assert types == [[tokenizer.gene_token_type_offset * is_gene for is_gene in cell] for cell in of_genes]
+    assert dataset["token_type_ids"][:] == types
     assert dataset["length"][:] == list(map(len, ids))
     assert dataset["cell_id"][:] == [store[row]["cell_id"] for row in range(len(store))]
 
@@ -87,10 +83,11 @@ def test_rows_are_the_tokens_of_the_cells(store, adata, tmp_path, batches_of_sev
     assert_holds(dataset, store, tokenizer)
     if "seed" not in SCHEMES[scheme]:  # by which cells of an AnnData are drawn in the same way
         assert dataset["input_ids"][:] == tokenizer(adata)["input_ids"]
-    columns = ["input_ids", "token_type_ids", "length", "cell_id"]
-    if scheme in ("ranks", "the first ranks", "bare ranks"):
-        columns.remove("token_type_ids")
-    assert dataset.column_names == columns
+    assert dataset.column_names == ["input_ids", "token_type_ids", "length", "cell_id"]
+    batch = collate_fn_wrapper(tokenizer)([dataset[row] for row in (7, 3)])
+    wanted = tokenizer(store.__getitems__([7, 3]), padding=True, return_tensors="pt")
+    if "seed" not in SCHEMES[scheme]:
+        assert all((batch[name] == wanted[name]).all() for name in wanted)
     assert type_of(dataset, "input_ids") == "uint16"
     assert [dataset.features[name].dtype for name in ("length", "cell_id")] == ["int32", "int64"]
     assert json.loads((tmp_path / "t" / "lengths.json").read_text()) == dataset["length"][:]
