@@ -123,6 +123,8 @@ def _wanted(folder: Path, scheme: str, n_cells: int = 50) -> list[tuple[list[int
 def _check(found: list, folder: Path, scheme: str) -> None:
     """See that a peer gives our tokens."""
     wanted = _wanted(folder, scheme)
+    if len(found) != len(wanted):
+        raise RuntimeError(f"{len(found)} cells in place of {len(wanted)}.")
     for cell, (ours, theirs) in enumerate(zip(wanted, found, strict=False)):
         if [list(map(int, part)) for part in theirs] != [list(part) for part in ours[: len(theirs)]]:
             raise RuntimeError(f"Cell {cell} has other tokens than ours.")
@@ -192,7 +194,7 @@ def _geneformer_tokens(folder: Path, stop: int | None = None) -> list[np.ndarray
 def rank_geneformers_way(folder: Path) -> float:
     """Rank cells, in memory."""
     _one_core()
-    _check([(cell[:MAX_LENGTH],) for cell in _geneformer_tokens(folder, 50)], folder, "rank")
+    _check([(cell[:MAX_LENGTH],) for cell in _geneformer_tokens(folder, 50)[:50]], folder, "rank")
     with clock():
         return len(_geneformer_tokens(folder))
 
@@ -210,6 +212,7 @@ def save_geneformers_way(folder: Path) -> float:
         example["length"] = len(example["input_ids"])
         return example
 
+    _check([(cell[:MAX_LENGTH],) for cell in _geneformer_tokens(folder, 50)[:50]], folder, "rank")
     with clock():
         cells = _geneformer_tokens(folder)
         dataset = Dataset.from_dict({"input_ids": cells}).map(cut)
@@ -270,6 +273,6 @@ def _perturbgene_tokens(folder: Path, stop: int | None = None) -> list[tuple[lis
 def bin_perturbgenes_way(folder: Path) -> float:
     """Bin cells, in memory."""
     _one_core()
-    _check(_perturbgene_tokens(folder, 50), folder, "binned")
+    _check(_perturbgene_tokens(folder, 50)[:50], folder, "binned")
     with clock():
         return len(_perturbgene_tokens(folder))

@@ -7,7 +7,7 @@ stformer-hf medians --data a.npz b.npz --output gene_medians.json
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from .arguments import parse
@@ -54,6 +54,16 @@ def run(args: MediansArguments):
     parts = [source for source in args.data if source.endswith(".npz")]
     if parts and len(parts) < len(args.data):
         raise ValueError("--data are parts (.npz), or cells, not both: make a part of the cells first.")
+    if parts:
+        changed = [
+            f"--{option.name}"
+            for option in fields(args)
+            if option.name not in ("data", "output", "overwrite") and getattr(args, option.name) != option.default
+        ]
+        if changed:
+            raise ValueError(f"{', '.join(changed)}: parts are merged as they were made, without settings.")
+        if len({Path(part).resolve() for part in parts}) < len(parts):
+            raise ValueError("--data names a part twice: its cells would count twice.")
     statistics = _merged(parts) if parts else _estimated(args)
     output.parent.mkdir(parents=True, exist_ok=True)
     statistics.save(output)

@@ -67,7 +67,7 @@ def run(args: TokenizeArguments):
         tokenizer = GeneTokenizer.from_pretrained(args.tokenizer)
     else:
         if args.medians:
-            new.update(_read_medians(args.medians))
+            new.update({"medians": args.medians} if args.medians.endswith(".pkl") else _read_medians(args.medians))
         tokenizer = GeneTokenizer.from_store(store, **new)
     if tokenizer.neighborhood:
         store = store.with_neighborhoods()

@@ -78,10 +78,11 @@ def _lengths_of(dataset) -> np.ndarray:
 
 def _checked(lengths: Iterable, name: str) -> list[int]:
     try:
-        array = np.asarray(list(lengths)) if not isinstance(lengths, (dict, str)) else None
+        values = list(lengths) if not isinstance(lengths, (dict, str)) else None
+        array = None if values is None else np.asarray(values)
     except (TypeError, ValueError):
         array = None
-    if array is not None and not array.size:
+    if array is not None and array.shape == (0,):
         return []
     if array is None or array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0:
         raise ValueError(f"{name}: a list of whole numbers of 0 or more is needed.")

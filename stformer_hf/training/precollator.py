@@ -11,7 +11,7 @@ import numpy as np
 from transformers import BatchEncoding
 
 from ..models.gene_bert.cell_counts import pad_ragged
-from ..models.gene_bert.legacy_files import load_mapping
+from ..models.gene_bert.gene_vocabulary import read_token_dictionary
 
 _PADDED_WITH = {"token_type_ids": 0, "attention_mask": 0, "special_tokens_mask": 1, "labels": -100}
 
@@ -46,15 +46,15 @@ class STFormerPreCollator:
     pad_token, mask_token, padding_side = "<pad>", "<mask>", "right"
 
     def __init__(self, token_dict: Mapping[str, int] | str | Path):
-        self.token_dict = {token: int(i) for token, i in load_mapping(token_dict).items()}
+        self.token_dict, special_tokens, _ = read_token_dictionary(token_dict)
         missing = {self.pad_token, self.mask_token} - self.token_dict.keys()
         if missing:
             raise ValueError(f"token_dict has no {' and no '.join(sorted(missing))}.")
         self._names = {i: token for token, i in self.token_dict.items()}
-        if len(self._names) < len(self.token_dict):
-            raise ValueError("Two tokens of token_dict have the same id.")
+        if len(self._names) < len(self.token_dict) or min(self._names) < 0:
+            raise ValueError("Two tokens of token_dict have the same id, or an id is negative.")
         self.pad_token_id, self.mask_token_id = self.token_dict[self.pad_token], self.token_dict[self.mask_token]
-        self.all_special_ids = [self.pad_token_id, self.mask_token_id]
+        self.all_special_ids = sorted(self.token_dict[token] for token in special_tokens.values())
 
     def __len__(self) -> int:
         return len(self.token_dict)
@@ -128,9 +128,13 @@ class STFormerPreCollator:
             raise ValueError(f'padding is True, False, "longest", "max_length" or "do_not_pad", got {padding!r}.')
         if padding == "max_length" and max_length is None:
             raise ValueError('padding="max_length" needs max_length.')
+        if not len(encoded_inputs):
+            raise ValueError("There are no examples to pad.")
         if not hasattr(encoded_inputs, "keys"):
             encoded_inputs = {name: [example[name] for example in encoded_inputs] for name in encoded_inputs[0]}
         columns = dict(encoded_inputs)
+        if len(columns["input_ids"]) and np.ndim(columns["input_ids"][0]) == 0:
+            raise ValueError("input_ids is a list of cells, each a list of ids.")
         columns.setdefault("attention_mask", [np.ones(len(ids), np.int64) for ids in columns["input_ids"]])
         cut = slice(None) if max_length is None else slice(max_length)
         length = max((len(ids[cut]) for ids in columns["input_ids"]), default=0)
@@ -158,7 +162,7 @@ class STFormerPreCollator:
         token_ids_1: Sequence[int] | None = None,
         already_has_special_tokens: bool = False,
     ) -> list[int]:
-        """Mark special tokens: 1 for `<pad>` and `<mask>`, else 0."""
+        """Mark special tokens: 1 for `<pad>`, `<mask>`, `<cls>`, `<eos>` and `<sep>`, else 0."""
         return [int(i in self.all_special_ids) for i in [*token_ids_0, *(token_ids_1 or [])]]
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> tuple[str]:

@@ -68,6 +68,51 @@ def test_plain_data_and_numpy_numbers_are_loaded(tmp_path, protocol):
     assert load_pickle(tmp_path / "y.pkl") == {"a": [1]}
 
 
+class Reduced:
+    """Is pickled as a call of a function, and then as a state."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+FLAGLESS = Reduced(np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0))
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        np.array([object], dtype=object),
+        Reduced(np.dtype, ("O8", False, True)),
+        FLAGLESS,
+        Reduced(np.dtype, ([("x", "O")], False, True)),
+        Reduced(np.dtype, ("V8", False, True)),
+        Reduced(np._core.multiarray.scalar, (FLAGLESS, b"\x01" * 8)),
+        Reduced(np._core.multiarray.scalar, (np.dtype("f8"), b"\x01" * 3)),
+        Reduced(np.ndarray, ((1,), "O", b"\x01" * 8)),
+        Reduced(np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), (1, (1,), FLAGLESS, False, b"\x01" * 8)),
+        Reduced(np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), (1, (9,), np.dtype("f8"), False, b"")),
+    ],
+)
+def test_pickles_cannot_make_numpy_read_what_is_not_there(tmp_path, harm):
+    """Types of objects, and flags that hide them, would let a file name addresses."""
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"a": harm}))
+    with pytest.raises(ValueError, match="x.pkl is refused"):
+        load_pickle(tmp_path / "x.pkl")
+
+
+def test_pickles_cannot_change_what_serves_them(tmp_path):
+    """A state given to a function or class would stay for all that comes after."""
+    for name in (b"numpy._core.numeric\n_frombuffer", b"_codecs\nencode", b"numpy\ndtype", b"numpy\nndarray"):
+        # the global, then BUILD with (None, {"__defaults__": ()}): attributes to set
+        (tmp_path / "x.pkl").write_bytes(b"c" + name + b"\n(N}X\x0c\x00\x00\x00__defaults__)stb.")
+        with pytest.raises(ValueError, match="x.pkl is refused"):
+            load_pickle(tmp_path / "x.pkl")
+    test_plain_data_and_numpy_numbers_are_loaded(tmp_path, 2)
+
+
 def test_damaged_and_other_files_raise(tmp_path):
     (tmp_path / "cut.pkl").write_bytes(pickle.dumps(DICTIONARY)[:-9])
     with pytest.raises(ValueError, match="cut.pkl is refused"):

@@ -29,6 +29,8 @@ def test_names_and_ids(collator):
     assert collator.convert_ids_to_tokens([1, 2, 99]) == ["<mask>", "g0", None]
     assert collator.get_special_tokens_mask([0, 1, 2, 0]) == [1, 1, 0, 1]
     assert collator.get_special_tokens_mask([0, 5], already_has_special_tokens=True) == [1, 0]
+    with_ends = STFormerPreCollator({**TOKENS, "<cls>": 22, "<eos>": 23})
+    assert with_ends.get_special_tokens_mask([22, 2, 23]) == [1, 0, 1]
     assert collator(EXAMPLES)["input_ids"] == [example["input_ids"] for example in EXAMPLES]
 
 
@@ -49,6 +51,9 @@ def test_padding_heeds_its_arguments_and_truncates(collator):
     assert batch["length"].tolist() == [1, 1, 1]
     with pytest.raises(ValueError, match="padding is True"):
         collator.pad(EXAMPLES, padding="left")
+    for wrong in ([], {"input_ids": [4, 4]}):
+        with pytest.raises(ValueError, match="no examples|a list of cells"):
+            collator.pad(wrong)
     with pytest.raises(ValueError, match="needs max_length"):
         collator.pad(EXAMPLES, padding="max_length")
 
@@ -74,6 +79,9 @@ def test_it_is_the_vocabulary_of_a_rank_tokenizer(collator, tmp_path):
 def test_bad_dictionaries_raise():
     with pytest.raises(ValueError, match="no <mask>"):
         STFormerPreCollator({"<pad>": 0, "g": 1})
+    for wrong in (2.7, True, "7", None, -3):
+        with pytest.raises(ValueError, match="whole number|negative"):
+            STFormerPreCollator({**TOKENS, "x": wrong})
     with pytest.raises(ValueError, match="same id"):
         STFormerPreCollator({"<pad>": 0, "<mask>": 0})
 
@@ -106,7 +114,7 @@ def test_bad_lengths_raise(tmp_path):
     with pytest.raises(ValueError, match="refused: it asks for (posix|nt).system"):
         load_example_lengths(tmp_path / "evil.pkl")
     assert not (tmp_path / "harm").exists()
-    for wrong in ([1.5], [-1], {"a": 1}, "123", [[1], [2]], 5):
+    for wrong in ([1.5], [-1], [[], []], {"a": 1}, "123", [[1], [2]], 5):
         (tmp_path / "x.json").write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=r"x.json: a list of whole numbers"):
             load_example_lengths(tmp_path / "x.json")

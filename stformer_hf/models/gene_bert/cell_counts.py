@@ -158,6 +158,8 @@ def sum_of_neighbors(graph, matrix):
     sparse or dense matrix (n, n_columns)
         64 bits.
     """
+    if not hasattr(graph, "tocoo"):
+        raise ValueError(f"The graph of the cells is a {type(graph).__name__}; a sparse matrix is needed.")
     graph = graph.tocoo()
     others = graph.row != graph.col
     graph = type(graph)((np.ones(others.sum()), (graph.row[others], graph.col[others])), shape=graph.shape).tocsr()
@@ -287,6 +289,7 @@ class GeneMatcher:
         self._symbols = {symbol: self._index[strip_version(gene)] for symbol, gene in symbols.items()}
         self._last: tuple[Any, np.ndarray | None] | None = None
         self.last_coverage: dict[str, float] | None = None
+        self._known_counts = self._all_counts = 0.0
 
     def find(self, names: Iterable[str]) -> np.ndarray:
         """Find genes by id, else by symbol: int32 array (n_names,), -1 where unknown."""
@@ -296,7 +299,7 @@ class GeneMatcher:
     def match(
         self, names: Sequence[Sequence[str]], rows: CountRows, min_coverage: float, key: np.ndarray | None
     ) -> np.ndarray | None:
-        """Find the gene of each column, by the kind of name that most columns are known by.
+        """Find the gene of each column: by the kind of name that most columns are known by, else by another.
 
         Parameters
         ----------
@@ -307,7 +310,7 @@ class GeneMatcher:
         min_coverage : float
             Least share of the counts.
         key : array, optional
-            The batches of a store share it: they are matched once.
+            The batches of a store share it: they are matched once, and their shares are those of all so far.
 
         Returns
         -------
@@ -319,17 +322,23 @@ class GeneMatcher:
         ValueError
             Less than `min_coverage` of the counts are in known genes.
         """
-        if key is not None and self._last is not None and self._last[0] is key:
-            return self._last[1]
         own = hash(tuple(map(tuple, names))) if key is None else key
-        seen = key is None and self._last is not None and isinstance(self._last[0], int) and self._last[0] == own
+        seen = self._last is not None and type(self._last[0]) is type(own)
+        seen = seen and (self._last[0] is own if key is not None else self._last[0] == own)
         if seen:
             mapped = self._last[1]
+            if mapped is None and key is not None:
+                return None  # all is known
         else:
             mapped = self.find(names[0])
             if (mapped < 0).any():
-                mapped = max([mapped, *map(self.find, names[1:])], key=lambda found: (found >= 0).sum())
+                kinds = sorted([mapped, *map(self.find, names[1:])], key=lambda found: -(found >= 0).sum())
+                mapped = kinds[0]
+                for other in kinds[1:]:
+                    mapped = np.where(mapped < 0, other, mapped)
             mapped = None if np.array_equal(mapped, np.arange(len(mapped))) else mapped
+        if not (seen and key is not None):
+            self._known_counts = self._all_counts = 0.0
         self._measure(mapped, names, rows, min_coverage, tell=not seen)
         self._last = (own, mapped)
         return mapped
@@ -337,9 +346,10 @@ class GeneMatcher:
     def _measure(self, mapped, names, rows: CountRows, min_coverage: float, tell: bool) -> None:
         n_columns = len(names[0])
         known = np.ones(n_columns, bool) if mapped is None else mapped >= 0
-        total = rows.counts.sum(dtype=np.float64)
+        self._all_counts += float(rows.counts.sum(dtype=np.float64))
+        self._known_counts += float(rows.counts[known.take(rows.columns)].sum(dtype=np.float64))
         known_columns = float(known.mean()) if n_columns else 0.0
-        share = rows.counts[known[rows.columns]].sum(dtype=np.float64) / total if total else known_columns
+        share = self._known_counts / self._all_counts if self._all_counts else known_columns
         n_found = n_columns if mapped is None else len(np.unique(mapped[known]))
         self.last_coverage = {
             "genes": known_columns,

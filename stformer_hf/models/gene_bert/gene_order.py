@@ -43,6 +43,7 @@ class Binner:
 
 def log1p_cp10k(rows: CountRows, totals: np.ndarray) -> np.ndarray:
     """Give ln(1 + count / total * 10,000): float64 array (nnz,)."""
+    totals = np.where(totals > 0, totals, 1.0)  # a cell without counts may store zeros
     return np.log1p(rows.counts / np.repeat(totals, np.diff(rows.indptr)) * 1e4)
 
 

@@ -16,6 +16,8 @@ logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 2
 _CELLS_FOR_EDGES = 10_000
+_BELOW_ANY_COUNT = 1e-9  # cells that the edges were not fitted on may have smaller values
+_SCALE = (1e-100, 1e100)  # medians and target sums whose scores neither overflow nor vanish
 # Names that the special tokens have in vocabularies, by role.
 NAMES_OF_ROLES = {
     "cls_token": ("<cls>", "[CLS]"),
@@ -64,28 +66,38 @@ def check_symbols(symbols: Any, genes: Sequence[str]) -> dict[str, str]:
     known = {strip_version(gene): gene for gene in genes}
     found: dict[str, set[str]] = {}
     for symbol, gene in pairs:
-        gene = known.get(strip_version(str(gene)))
-        if gene is not None and str(symbol) and str(symbol) != gene:
-            found.setdefault(str(symbol), set()).add(gene)
-    return {symbol: next(iter(of)) for symbol, of in found.items() if len(of) == 1}
+        found.setdefault(str(symbol), set()).add(strip_version(str(gene)))
+    single = {symbol: known.get(next(iter(of))) for symbol, of in found.items() if len(of) == 1 and symbol}
+    return {symbol: gene for symbol, gene in single.items() if gene not in (None, symbol)}
+
+
+def read_medians(medians: Any) -> tuple[Any, float | None]:
+    """Find medians in what holds them, and the sum that they were estimated with, where it is told."""
+    if medians is None:
+        raise ValueError("The rank scheme needs medians: pass medians=estimate_gene_medians(store).")
+    if isinstance(medians, (str, os.PathLike)):
+        medians = load_mapping(medians)
+    if isinstance(medians, Mapping) and isinstance(medians.get("medians"), Mapping):  # a gene_medians.json
+        return medians["medians"], medians.get("target_sum")
+    return getattr(medians, "medians", medians), getattr(medians, "target_sum", None)  # a GeneStatistics
+
+
+def check_target_sum(target_sum: float) -> float:
+    """Take a sum that scores can be scaled to."""
+    if not _SCALE[0] <= target_sum <= _SCALE[1]:
+        raise ValueError(f"target_sum is a positive number, got {target_sum}.")
+    return float(target_sum)
 
 
 def check_medians(medians: Any, genes: Sequence[str]) -> np.ndarray:
     """Take a median a gene: float64 array (n_genes,), NaN where there is none."""
-    if medians is None:
-        raise ValueError("The rank scheme needs medians: pass medians=estimate_gene_medians(store).medians.")
-    if isinstance(medians, (str, os.PathLike)):
-        medians = load_mapping(medians)
-    if isinstance(medians, Mapping) and isinstance(medians.get("medians"), Mapping):
-        medians = medians["medians"]  # a gene_medians.json
-    medians = getattr(medians, "medians", medians)  # a GeneStatistics
     if isinstance(medians, Mapping):
         of = {strip_version(str(gene)): value for gene, value in medians.items()}
         medians = [of.get(strip_version(gene)) for gene in genes]
     if len(medians) != len(genes):
         raise ValueError(f"There are {len(medians)} medians for {len(genes)} genes.")
     values = np.array([np.nan if value is None else value for value in medians], np.float64)
-    wrong = np.flatnonzero((values <= 0) | np.isinf(values))
+    wrong = np.flatnonzero((values < _SCALE[0]) | (values > _SCALE[1]))
     if len(wrong):
         raise ValueError(
             f"{len(wrong)} medians are not positive numbers, such as {values[wrong[0]]} of {genes[wrong[0]]}."
@@ -158,8 +170,9 @@ def fit_bin_edges(store, how: str, n_bins: int, normalize: str | None) -> list[f
 
 
 def _quantiles(ascending: np.ndarray, n_bins: int) -> list[float]:
-    """Smallest values of n_bins parts of equal size, each once."""
-    return np.unique(ascending[np.arange(n_bins) * len(ascending) // n_bins]).tolist()
+    """Smallest values of n_bins parts of equal size, each once; in place of the first, a value below any count."""
+    least = np.unique(ascending[np.arange(n_bins) * len(ascending) // n_bins])
+    return [_BELOW_ANY_COUNT, *least[least > ascending[0]].tolist()]
 
 
 # ---------------------------------------------------------------------- tokens
@@ -186,6 +199,8 @@ def name_phenotypes(phenotypes: Mapping[str, Sequence[str]], taken: Iterable[str
                 )
             seen[token] = value
             names[category][token] = f"[{category}={token[1:-1]}]" if token in taken else token
+            if names[category][token] in taken:
+                raise ValueError(f"Two values become the token {names[category][token]}: rename one.")
             taken.add(names[category][token])
     return names
 
@@ -216,7 +231,7 @@ def read_token_dictionary(
     """Read a vocabulary of STFormer or Geneformer: ids by token, special tokens by role, genes by ascending id."""
     ids = {}
     for token, value in load_mapping(token_dictionary).items():
-        if isinstance(value, (bool, str)) or value != int(value):
+        if isinstance(value, (bool, str)) or value is None or value != int(value):
             raise ValueError(f"The id of {token!r} is {value!r}, and a whole number is needed.")
         ids[token] = int(value)
     special_tokens = {role: name for role, names in NAMES_OF_ROLES.items() for name in names if name in ids}
@@ -237,11 +252,13 @@ __all__ = [
     "check_genes",
     "check_medians",
     "check_symbols",
+    "check_target_sum",
     "edge_array",
     "fit_bin_edges",
     "name_phenotypes",
     "order_tokens",
     "phenotype_token",
+    "read_medians",
     "read_token_dictionary",
     "read_vocabulary",
     "sample",

@@ -4,39 +4,117 @@ import builtins
 import json
 import os
 import pickle
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-_NUMPY = np._core if hasattr(np, "_core") else np.core  # renamed by numpy 2
+
+class _Dtype:
+    """Stands in for numpy.dtype: numbers and strings of a fixed size, whatever else a pickle says of them."""
+
+    __slots__ = ("numpy",)
+
+    def __init__(self, code, *_):
+        if not (isinstance(code, str) and _PLAIN_TYPE.fullmatch(code)):
+            raise pickle.UnpicklingError(
+                f"it holds numpy data of type {code!r}, and only numbers and strings are loaded"
+            )
+        self.numpy = np.dtype(code)
+
+    def __setstate__(self, state) -> None:
+        if state[1] in ("<", ">"):
+            self.numpy = self.numpy.newbyteorder(state[1])
 
 
-def _latin1(text: str, encoding: str) -> bytes:  # so pickles of protocol 2 write bytes
-    return text.encode("latin1")
+class _Array:
+    """Stands in for numpy.ndarray; `load_pickle` puts the array in its place."""
+
+    __slots__ = ("numpy",)
+
+    def __init__(self):
+        self.numpy = np.empty(0)
+
+    def __setstate__(self, state) -> None:
+        _, shape, dtype, by_columns, data = state
+        self.numpy = _from_bytes(data, dtype, shape, "F" if by_columns else "C")
 
 
-def _no_defaults(*_) -> dict:
-    return {}
+class _Scalar:
+    """Stands in for numpy's maker of scalars."""
+
+    __slots__ = ()
+
+    def __call__(self, dtype, data):
+        return _from_bytes(data, dtype, (1,), "C")[0]
 
 
-# What a pickle may ask for: containers, numbers, and numpy's scalars and arrays. Everything else could run code.
-_ALLOWED: dict[tuple[str, str], Callable] = {
+class _Reconstruct:
+    """Stands in for numpy's maker of arrays."""
+
+    __slots__ = ()
+
+    def __call__(self, *_) -> _Array:
+        return _Array()
+
+
+class _FromBuffer:
+    """Stands in for numpy's maker of arrays from buffers."""
+
+    __slots__ = ()
+
+    def __call__(self, data, dtype, shape, order, *_) -> np.ndarray:
+        return _from_bytes(data, dtype, shape, order)
+
+
+class _Encode:
+    """Stands in for codecs.encode, by which pickles of protocol 2 write bytes."""
+
+    __slots__ = ()
+
+    def __call__(self, text, encoding) -> bytes:
+        return text.encode("latin1")
+
+
+class _DefaultDict:
+    """Stands in for defaultdict."""
+
+    __slots__ = ()
+
+    def __call__(self, *_) -> dict:
+        return {}
+
+
+def _from_bytes(data, dtype, shape, order: str) -> np.ndarray:
+    if not (isinstance(dtype, _Dtype) and isinstance(data, (bytes, bytearray))):
+        raise pickle.UnpicklingError("it holds numpy data that are no plain bytes")
+    return np.frombuffer(bytes(data), dtype.numpy).reshape(shape, order=order).copy()
+
+
+# What a pickle may ask for: containers, numbers, and stand-ins for what numpy's pickles name. Numpy's own objects
+# would take flags and addresses from the file, and a function attributes. Everything else could run code.
+_PLAIN_TYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c(8|16)|[SU]\d+)")
+_ALLOWED: dict[tuple[str, str], Any] = {
     **{
         (module, name): getattr(builtins, name)
         for module in ("builtins", "__builtin__")
         for name in ("dict", "list", "tuple", "set", "frozenset", "int", "float", "complex", "bool", "str", "bytes")
     },
     ("collections", "OrderedDict"): dict,
-    ("collections", "defaultdict"): _no_defaults,
-    ("_codecs", "encode"): _latin1,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy", "ndarray"): np.ndarray,
+    ("collections", "defaultdict"): _DefaultDict(),
+    ("_codecs", "encode"): _Encode(),
+    ("numpy", "dtype"): _Dtype,
+    ("numpy", "ndarray"): _Array,
     **{
-        (f"numpy.{core}.{module}", name): getattr(getattr(_NUMPY, module), name)
+        (f"numpy.{core}.{module}", name): stand_in
         for core in ("core", "_core")
-        for module, name in (("multiarray", "scalar"), ("multiarray", "_reconstruct"), ("numeric", "_frombuffer"))
+        for module, name, stand_in in (
+            ("multiarray", "scalar", _Scalar()),
+            ("multiarray", "_reconstruct", _Reconstruct()),
+            ("numeric", "_frombuffer", _FromBuffer()),
+        )
     },
 }
 
@@ -49,6 +127,19 @@ class _DataUnpickler(pickle.Unpickler):
                 f"it asks for {module}.{name}, and only plain containers, numbers and strings are loaded"
             )
         return _ALLOWED[module, name]
+
+
+def _plain(value: Any) -> Any:
+    """Put arrays in place of their stand-ins, and see that nothing else is left."""
+    if isinstance(value, _Array):
+        return value.numpy
+    if isinstance(value, dict):
+        return {_plain(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return type(value)(_plain(inner) for inner in value)
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.generic, np.ndarray)):
+        return value
+    raise pickle.UnpicklingError(f"it holds a {type(value).__name__}")
 
 
 def load_pickle(path: str | os.PathLike) -> Any:
@@ -69,7 +160,7 @@ def load_pickle(path: str | os.PathLike) -> Any:
     """
     try:
         with open(path, "rb") as file:
-            return _DataUnpickler(file).load()
+            return _plain(_DataUnpickler(file).load())
     except OSError:
         raise
     except Exception as error:

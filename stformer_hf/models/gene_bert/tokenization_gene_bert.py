@@ -29,11 +29,13 @@ from .gene_vocabulary import (
     check_genes,
     check_medians,
     check_symbols,
+    check_target_sum,
     edge_array,
     fit_bin_edges,
     name_phenotypes,
     order_tokens,
     phenotype_token,
+    read_medians,
     read_token_dictionary,
     read_vocabulary,
 )
@@ -101,7 +103,7 @@ class GeneTokenizer(PreTrainedTokenizer):
     left out.
 
     `scheme="rank"` (STFormer, Geneformer): an id is a gene. A cell becomes `[CLS]`, its phenotypes, its expressed
-    genes by descending count / total * target_sum / median of the gene (ties in the order of `genes`), `[EOS]`; with
+    genes by descending count / total * target_sum / median of the gene (ties by id), `[EOS]`; with
     `neighborhood`, before `[EOS]`, a separator and the genes of its neighbours' summed counts, ranked in the same way.
     Ids: the special tokens, the genes, then the phenotype tokens. Types: 0 for special tokens, one a category
     (sorted), one for the cell's genes, one for those of its neighbourhood.
@@ -142,7 +144,9 @@ class GeneTokenizer(PreTrainedTokenizer):
         ranks the first), the first in the scheme's order (PerturbGene), or a random subset, drawn by (`seed`, epoch,
         cell).
     seed : int, default: 0
-        Of `truncation="random"`.
+        Of `truncation="random"`. Cells of a store are known by their row in it, others by their row in the call.
+    min_coverage : float, default: 0.5
+        Below this share of known counts (of a store, of all batches so far), calling the tokenizer raises.
     special_tokens : dict of role to token, optional
         Names of the special tokens, in the order of their ids, such as `{"pad_token": "<pad>"}`. Roles: `cls_token`,
         `eos_token`, `mask_token`, `pad_token` and, with a separator, `sep_token`.
@@ -158,8 +162,6 @@ class GeneTokenizer(PreTrainedTokenizer):
     last_coverage : dict or None
         Of the last table of genes seen: `genes` and `counts`, the shares of it that are known to the tokenizer, and
         `vocabulary`, the share of the tokenizer's genes that it holds.
-    min_coverage : float, default: 0.5
-        Below this share of known counts, calling the tokenizer raises.
 
     Raises
     ------
@@ -199,6 +201,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         max_length: int | None = None,
         truncation: str | None = None,
         seed: int | None = None,
+        min_coverage: float | None = None,
         special_tokens: Mapping[str, str] | None = None,
         token_ids: Mapping[str, int] | None = None,
         vocab_file: str | os.PathLike | None = None,
@@ -230,12 +233,16 @@ class GeneTokenizer(PreTrainedTokenizer):
             included_phenotypes = saved["included_phenotypes"] if included_phenotypes is None else included_phenotypes
             truncation = saved.get("truncation") if truncation is None else truncation
             seed = saved.get("seed") if seed is None else seed
+            min_coverage = saved.get("min_coverage") if min_coverage is None else min_coverage
             if max_length is None:
                 max_length = kwargs.get("model_max_length", saved["max_length"])
         self.scheme = given["scheme"] or "binned"
         self.genes = check_genes(given["genes"])
         self._set_scheme(given, separator)
         phenotypes = given["phenotypes"] or {}
+        for name, values in phenotypes.items():
+            if isinstance(values, str):
+                raise ValueError(f"phenotypes[{name!r}] is a list of values, got {values!r}.")
         self.phenotypes = {name: [str(value) for value in values] for name, values in sorted(phenotypes.items())}
         self.symbols = check_symbols(given["symbols"], self.genes)
         self._matcher = GeneMatcher(self.genes, self.symbols)
@@ -243,13 +250,16 @@ class GeneTokenizer(PreTrainedTokenizer):
         self._build_vocabulary(given["special_tokens"])
         self.add_cls = ("cls_token" in self._special_tokens) if given["add_cls"] is None else given["add_cls"]
         self.add_eos = ("eos_token" in self._special_tokens) if given["add_eos"] is None else given["add_eos"]
+        for role, wanted in (("cls_token", self.add_cls), ("eos_token", self.add_eos)):
+            if wanted and role not in self._special_tokens:
+                raise ValueError(f"The vocabulary has no {role}: name it in special_tokens, or do not add it.")
         self.included_phenotypes = list(phenotypes) if included_phenotypes is None else included_phenotypes
         self.truncation = truncation or "top"
         if self.truncation not in TRUNCATIONS:
             raise ValueError(f"truncation is one of {', '.join(TRUNCATIONS)}, got {truncation!r}.")
         self.seed = seed or 0
 
-        self.min_coverage = 0.5
+        self.min_coverage = 0.5 if min_coverage is None else min_coverage
         self._told: set[str] = set()
 
         kwargs["model_max_length"] = DEFAULT_MAX_LENGTH if max_length is None else max_length
@@ -274,9 +284,13 @@ class GeneTokenizer(PreTrainedTokenizer):
             self.bin_edges = check_bin_edges((0.1,) if edges is None else edges, self.genes)
             self._binner = Binner(edge_array(self.bin_edges))
         else:
+            if given["separator"] is not None and not self.neighborhood:
+                raise ValueError("separator goes with neighborhood=True.")
             self.separator = separator if self.neighborhood else None
-            self.target_sum = float(given["target_sum"] or getattr(given["medians"], "target_sum", 1e4))
-            self.medians = check_medians(given["medians"], self.genes)
+            medians, scale = read_medians(given["medians"])
+            scale = 1e4 if scale is None else scale
+            self.target_sum = check_target_sum(scale if given["target_sum"] is None else given["target_sum"])
+            self.medians = check_medians(medians, self.genes)
             self._some_without_median = bool(np.isnan(self.medians).any())
 
     @classmethod
@@ -330,10 +344,11 @@ class GeneTokenizer(PreTrainedTokenizer):
             phenotypes = {name: store.categories[name] for name in phenotypes}
         genes = store.gene_ids.tolist()
         if scheme == "rank":
+            medians, target_sum = read_medians(medians)
             values = check_medians(medians, genes)
             known = np.flatnonzero(~np.isnan(values))
             genes, kwargs["medians"] = [genes[i] for i in known], values[known]
-            kwargs.setdefault("target_sum", getattr(medians, "target_sum", None))
+            kwargs.setdefault("target_sum", target_sum)
         elif medians is not None:
             kwargs["medians"] = medians  # refused by the constructor
         if isinstance(bin_edges, str):
@@ -600,6 +615,7 @@ class GeneTokenizer(PreTrainedTokenizer):
             "included_phenotypes": self.included_phenotypes,
             "truncation": self.truncation,
             "seed": self.seed,
+            "min_coverage": self.min_coverage,
             **self._vocabulary(),
         }
         with open(path, "w", encoding="utf-8") as file:
@@ -911,7 +927,12 @@ class GeneTokenizer(PreTrainedTokenizer):
             ids = self._phenotype_ids[category]
 
             def token(value, ids=ids) -> int:
-                return -1 if _is_missing(value) else ids.get(phenotype_token(str(value)), -1)
+                if _is_missing(value):
+                    return -1
+                found = ids.get(phenotype_token(str(value)), -1)
+                if found < 0 and isinstance(value, (float, np.floating)) and value == np.rint(value):
+                    found = ids.get(phenotype_token(str(int(value))), -1)  # whole numbers beside missing ones
+                return found
 
             if is_cell_batch(obs) and category in obs.categories:  # codes, -1 where missing, and their names
                 tokens[:, i] = np.array([*map(token, obs.categories[category]), -1])[obs.obs[category]]
@@ -944,7 +965,10 @@ class GeneTokenizer(PreTrainedTokenizer):
 
 
 def _is_missing(value) -> bool:
-    return value is None or value != value
+    try:
+        return value is None or bool(value != value)
+    except TypeError:  # pandas.NA
+        return True
 
 
 def _among(ids, wanted: np.ndarray):
