@@ -58,7 +58,7 @@ def test_errors_are_told_and_the_command_can_be_called_again(convert, folder, tm
     def told(*flags, **paths):
         assert convert(*flags, **paths) == 1
         error = capsys.readouterr().err
-        assert error.startswith("convert_h5ad_to_scdl: error: ") and error.count("\n") == 1
+        assert error.startswith("convert_h5ad_to_scdl: error: ") and error.count("\n") == 2
         return error
 
     assert "There are no h5ad files in " in told(data=tmp_path / "nothing")
