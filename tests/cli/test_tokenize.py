@@ -105,6 +105,7 @@ def test_the_config_gives_values_and_flags_override_it(store, tmp_path):
     assert load_from_disk(str(tmp_path / "b")).column_names[4:] == ["cell_type", "age"]
 
 
+@pytest.mark.slow
 def test_two_workers(store, tokenizer, tmp_path, run):
     tokenizer.save_pretrained(tmp_path / "model")
     assert_holds(run("--tokenizer", tmp_path / "model", "--workers", "2", "--rows_per_shard", "20"), store, tokenizer)

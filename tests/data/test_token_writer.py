@@ -303,6 +303,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="the processes are found in /proc")
 def test_workers_of_a_killed_process_end_too(store, tokenizer, tmp_path, n_tokenized):
     """Else they would write into the folder of the next call."""

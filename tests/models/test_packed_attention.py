@@ -1,0 +1,124 @@
+"""Packed batches against padded ones and against each cell alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from stformer_hf import (
+    DataCollatorForCellClassification,
+    DataCollatorForPhenotypicMLM,
+    GeneBertConfig,
+    GeneBertForClassification,
+    GeneBertForPhenotypicMLM,
+    GeneBertModel,
+    GeneTokenizer,
+)
+
+BACKENDS = ["eager", "sdpa", "flex_attention"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return GeneTokenizer([f"g{i}" for i in range(60)], bin_edges=[1, 2], phenotypes={"t": ["x", "y"]})
+
+
+@pytest.fixture(scope="module")
+def examples(tokenizer):
+    """Cells of many lengths, one without counts."""
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(rng.uniform(0.1, 2, (7, 1)), (7, 60))
+    counts[2] = 0
+    tokens = tokenizer(counts, obs={"t": ["x", "y", "x", "x", "y", "y", "x"]})
+    columns = zip(tokens["input_ids"], tokens["token_type_ids"], strict=True)
+    return [
+        {"input_ids": ids, "token_type_ids": types, "cell_id": i, "labels": i % 3}
+        for i, (ids, types) in enumerate(columns)
+    ]
+
+
+def model_of(model_class, tokenizer, backend):
+    torch.manual_seed(0)
+    config = GeneBertConfig.from_tokenizer(tokenizer, size="tiny", num_labels=3, classifier_pooling="mean")
+    model = model_class(config).eval()
+    model.set_attn_implementation(backend)
+    return model
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_loss_logits_and_gradients_are_those_of_the_padded_batch(tokenizer, examples, backend):
+    results = []
+    for packing in (False, True):
+        batch = DataCollatorForPhenotypicMLM(tokenizer, packing=packing, mlm_probability=0.4)(examples)
+        model = model_of(GeneBertForPhenotypicMLM, tokenizer, "eager" if not packing else backend)
+        if backend == "flex_attention" and packing:  # has no backward on a CPU
+            with torch.no_grad():
+                output = model(**batch)
+            results.append((output.loss, output.logits, None))
+            continue
+        output = model(**batch)
+        output.loss.backward()
+        results.append((output.loss, output.logits, torch.cat([p.grad.ravel() for p in model.parameters()])))
+    (loss, logits, gradients), (packed_loss, packed_logits, packed_gradients) = results
+    torch.testing.assert_close(packed_loss, loss, atol=1e-5, rtol=0)
+    torch.testing.assert_close(packed_logits, logits, atol=1e-5, rtol=0)
+    if packed_gradients is not None:
+        torch.testing.assert_close(packed_gradients, gradients, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cell_is_the_same_alone_and_beside_other_cells(tokenizer, examples, backend):
+    model = model_of(GeneBertModel, tokenizer, backend)
+    collator = DataCollatorForPhenotypicMLM(tokenizer, mlm=False, packing=True)
+
+    def hidden_of_the_first(cells):
+        batch = collator(cells)
+        batch.pop("labels")
+        with torch.no_grad():
+            return model(**batch).last_hidden_state[0, : batch["cu_seq_lens_q"][1]]
+
+    alone = hidden_of_the_first(examples[:1])
+    for others in (examples[1:3], examples[4:]):
+        torch.testing.assert_close(hidden_of_the_first([examples[0], *others]), alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_classes_are_those_of_the_padded_batch(tokenizer, examples, pooling):
+    model = model_of(GeneBertForClassification, tokenizer, "sdpa")
+    model.config.classifier_pooling = pooling
+    logits = []
+    for packing in (False, True):
+        with torch.no_grad():
+            logits.append(model(**DataCollatorForCellClassification(tokenizer, packing=packing)(examples)).logits)
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=0)
+
+
+def test_dropped_phenotypes_are_no_tokens_of_a_packed_row(tokenizer, examples):
+    padded, packed = (
+        DataCollatorForPhenotypicMLM(tokenizer, phenotype_mask_prob=1.0, seed=seed, packing=packing)(examples * 9)
+        for seed in [5]
+        for packing in (False, True)
+    )
+    attended = padded["attention_mask"].bool()
+    assert (padded["input_ids"][:, 1] == tokenizer.pad_token_id).any()
+    for name in ("input_ids", "token_type_ids", "labels"):
+        assert packed[name][0].tolist() == padded[name][attended].tolist()
+    assert packed["cu_seq_lens_q"].diff().tolist() == attended.sum(1).tolist()
+    assert packed["max_length_q"] == attended.sum(1).max()
+    assert packed["seq_idx"][0].bincount().tolist() == attended.sum(1).tolist()
+
+
+def test_what_would_mix_cells_raises(tokenizer, examples):
+    batch = DataCollatorForPhenotypicMLM(tokenizer, packing=True)(examples)
+    model = model_of(GeneBertForPhenotypicMLM, tokenizer, "sdpa")
+    model.config._attn_implementation = "sage_attention"
+    with pytest.raises(ValueError, match="would mix the cells"):
+        model(**batch)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="without cu_seq_lens_q"):
+        model(**{name: value for name, value in batch.items() if name != "cu_seq_lens_q"})
+    with pytest.raises(ValueError, match="ends at"):
+        model(**{**batch, "cu_seq_lens_q": batch["cu_seq_lens_q"][:-1]})
+    with pytest.raises(ValueError, match="more than max_tokens=50"):
+        DataCollatorForPhenotypicMLM(tokenizer, packing=True, max_tokens=50)(examples)
+    with pytest.raises(ValueError, match="not padded"):
+        DataCollatorForPhenotypicMLM(tokenizer, packing=True, pad_to_multiple_of=8)
