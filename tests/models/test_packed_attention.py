@@ -65,7 +65,7 @@ def test_loss_logits_and_gradients_are_those_of_the_padded_batch(tokenizer, exam
         torch.testing.assert_close(packed_gradients, gradients, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])  # flex is compiled anew for every length
 def test_a_cell_is_the_same_alone_and_beside_other_cells(tokenizer, examples, backend):
     model = model_of(GeneBertModel, tokenizer, backend)
     collator = DataCollatorForPhenotypicMLM(tokenizer, mlm=False, packing=True)
