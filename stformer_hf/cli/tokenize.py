@@ -6,7 +6,6 @@ stformer-hf tokenize --data atlas --scheme rank --medians gene_medians.json --ou
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +26,7 @@ class TokenizeArguments:
     )
     scheme: str | None = field(default=None, metadata={"help": "of a new tokenizer: binned (default) or rank"})
     medians: str | None = field(
-        default=None, metadata={"help": "of a new rank tokenizer: json file of gene id and median"}
+        default=None, metadata={"help": "of a new rank tokenizer: json or pkl file of gene id and median"}
     )
     bin_edges: list[float] | None = field(
         default=None, metadata={"help": "of a new binned tokenizer: edges of the expression bins"}
@@ -66,8 +65,6 @@ def run(args: TokenizeArguments):
     if args.tokenizer:
         tokenizer = GeneTokenizer.from_pretrained(args.tokenizer)
     else:
-        if args.medians:
-            new.update({"medians": args.medians} if args.medians.endswith(".pkl") else _read_medians(args.medians))
         tokenizer = GeneTokenizer.from_store(store, **new)
     if tokenizer.neighborhood:
         store = store.with_neighborhoods()
@@ -86,19 +83,3 @@ def _open(path: str):
             "--output STORE."
         )
     return CellStore(path)
-
-
-def _read_medians(path: str) -> dict:
-    """Read {gene: median}, or {"medians": {gene: median}, "target_sum": what they were estimated with}."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}. stformer-hf medians makes such a file.") from error
-    settings = {"medians": content}
-    if isinstance(content, dict) and isinstance(content.get("medians"), dict):
-        settings = {name: content[name] for name in ("medians", "target_sum") if name in content}
-    medians = settings["medians"]
-    # A gene that was never seen may be there, without a median: null.
-    if not isinstance(medians, dict) or {type(median) for median in medians.values()} - {int, float, type(None)}:
-        raise ValueError(f'{path} holds no medians; it should be {{"medians": {{gene: number}}}} or {{gene: number}}.')
-    return settings

@@ -124,7 +124,11 @@ def test_what_cannot_be_is_told(store, tokenizer, adata, tmp_path, run, capsys):
     assert "needs medians" in run("--scheme", "rank")
     assert "'binned' or" in run("--scheme", "ranks").replace('"', "'")
     assert "No obs column 'donor'" in run("--obs", "donor")
-    for text, words in (("{", "is not JSON"), ("[1]", "holds no medians"), ('{"a": "b"}', "holds no medians")):
+    for text, words in (
+        ("{", "is not JSON"),
+        ("[1]", "holds a list"),
+        ('{"a": "b"}', "A median is a number, and 'b'"),
+    ):
         (tmp_path / "medians.json").write_text(text)
         assert words in run("--scheme", "rank", "--medians", tmp_path / "medians.json")
     (tmp_path / "medians.json").write_text(json.dumps(dict.fromkeys(store.gene_ids, 1.0)))

@@ -77,9 +77,15 @@ def read_medians(medians: Any) -> tuple[Any, float | None]:
         raise ValueError("The rank scheme needs medians: pass medians=estimate_gene_medians(store).")
     if isinstance(medians, (str, os.PathLike)):
         medians = load_mapping(medians)
+    target_sum = getattr(medians, "target_sum", None)
+    medians = getattr(medians, "medians", medians)  # a GeneStatistics
     if isinstance(medians, Mapping) and isinstance(medians.get("medians"), Mapping):  # a gene_medians.json
-        return medians["medians"], medians.get("target_sum")
-    return getattr(medians, "medians", medians), getattr(medians, "target_sum", None)  # a GeneStatistics
+        medians, target_sum = medians["medians"], medians.get("target_sum")
+    if isinstance(medians, Mapping):
+        wrong = [value for value in medians.values() if isinstance(value, (str, list, dict))]
+        if wrong:
+            raise ValueError(f"A median is a number, and {wrong[0]!r} is given: pass {{gene: median}}.")
+    return medians, target_sum
 
 
 def check_target_sum(target_sum: float) -> float:

@@ -191,7 +191,10 @@ def load_mapping(source: Mapping | str | os.PathLike) -> dict:
         if path.suffix in (".pkl", ".pickle"):
             found = load_pickle(path)
         elif path.suffix == ".json":
-            found = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path} is not JSON: {error}.") from error
         elif path.suffix == ".txt":
             lines = path.read_text(encoding="utf-8").splitlines()
             found = {line.strip(): number for number, line in enumerate(lines) if line.strip()}
