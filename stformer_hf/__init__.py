@@ -30,12 +30,14 @@ _MODULES = {
     "models.gene_bert.modeling_gene_bert": [
         "GeneBertForClassification",
         "GeneBertForPhenotypicMLM",
+        "GeneBertForTokenClassification",
         "GeneBertModel",
         "PositionlessEmbeddings",
     ],
     "models.gene_bert.tokenization_gene_bert": ["GeneTokenizer"],
     "training.collators": [
         "DataCollatorForCellClassification",
+        "DataCollatorForGeneRankMLM",
         "DataCollatorForPhenotypicMLM",
         "collate_fn_wrapper",
     ],

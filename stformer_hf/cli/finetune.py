@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from .arguments import parse
 
@@ -39,6 +40,11 @@ class FinetuneArguments:
     gene_dropout: float = field(
         default=0.0, metadata={"help": "share of a cell's genes to leave out, anew each epoch"}
     )
+    packing: bool = field(default=False, metadata={"help": "train on packed batches, without padding"})
+    class_weights: Literal["none", "balanced"] = field(
+        default="none", metadata={"help": "balanced: a class counts by 1 / frequency in training (PerturbGene)"}
+    )
+    label_smoothing: float = field(default=0.0, metadata={"help": "of the loss (PerturbGene: 0.1)"})
     layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
     held_out: float = field(default=0.1, metadata={"help": "share of the cells kept for evaluation"})
     overwrite: bool = field(default=False, metadata={"help": "replace a model that is in OUTPUT"})
@@ -60,7 +66,7 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
     from ..training.collators import DataCollatorForCellClassification
-    from ..training.metrics import compute_classification_metrics
+    from ..training.metrics import balanced_class_weights, compute_classification_metrics
     from ..training.model_card import write_model_card
     from ..training.pretrainer import CellTrainer
     from .runs import finish, open_cells, refuse_flags_of_a_new_model, split, training_arguments
@@ -81,6 +87,7 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         "label2id": {name: i for i, name in enumerate(classes)},
         "classifier_pooling": args.pooling,
         "problem_type": "single_label_classification",
+        "classifier_label_smoothing": args.label_smoothing,
     }
     set_seed(arguments.seed)
     if tokenizer is None:
@@ -93,11 +100,14 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     if held_out_cells is None:
         arguments.eval_strategy = "no"
 
+    if args.class_weights == "balanced":
+        model.config.class_weights = balanced_class_weights(train_cells.obs[args.label], classes)
+
     trainer = CellTrainer(
         model=model,
         args=arguments,
         data_collator=DataCollatorForCellClassification(
-            tokenizer, args.label, seed=arguments.seed, gene_dropout=args.gene_dropout
+            tokenizer, args.label, seed=arguments.seed, gene_dropout=args.gene_dropout, packing=args.packing
         ),
         train_dataset=train_cells,
         eval_dataset=held_out_cells,

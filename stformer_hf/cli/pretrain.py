@@ -41,6 +41,7 @@ class PretrainArguments:
     gene_dropout: float = field(
         default=0.0, metadata={"help": "share of a cell's genes to leave out, anew each epoch"}
     )
+    packing: bool = field(default=False, metadata={"help": "train on packed batches, without padding"})
     label_smoothing: float = field(default=0.0, metadata={"help": "of the MLM loss (PerturbGene: 0.5)"})
     layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
     held_out: float = field(default=0.05, metadata={"help": "share of the cells kept for evaluation"})
@@ -93,6 +94,7 @@ def run(args: PretrainArguments, training: dict) -> dict[str, float]:
         mlm_probability=args.mlm_probability,
         phenotype_mask_prob=args.phenotype_mask_prob,
         gene_dropout=args.gene_dropout,
+        packing=args.packing,
         eval_dataset=held_out_cells,
     )
     metrics = finish(trainer)

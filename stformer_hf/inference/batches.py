@@ -125,12 +125,7 @@ def _batch(tokens, cells: np.ndarray, tokenizer: GeneTokenizer, device: torch.de
     lengths = np.diff(tokens.indptr)[cells]
     indptr = np.concatenate([[0], np.cumsum(lengths)])
     flat = np.arange(indptr[-1]) + np.repeat(tokens.indptr[cells] - indptr[:-1], lengths)
-    columns = {
-        "input_ids": (tokens.input_ids[flat], tokenizer.pad_token_id),
-        "token_type_ids": (tokens.token_type_ids[flat], 0),
-        "attention_mask": (np.ones(len(flat), np.int64), 0),
-    }
     return {
-        name: torch.from_numpy(pad_ragged(values, indptr, int(lengths.max()), pad)).to(device)
-        for name, (values, pad) in columns.items()
+        name: torch.from_numpy(pad_ragged(values[flat], indptr, int(lengths.max()), pad)).to(device)
+        for name, (values, pad) in tokenizer.columns(tokens).items()
     }

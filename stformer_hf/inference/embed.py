@@ -8,7 +8,7 @@ import torch
 from anndata import AnnData
 from transformers import AutoModel, PreTrainedModel
 
-from ..models.gene_bert.modeling_gene_bert import pool
+from ..models.gene_bert.heads import pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from .batches import load, run
 

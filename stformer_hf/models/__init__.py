@@ -11,14 +11,25 @@ AutoTokenizer.register(GeneBertConfig, GeneTokenizer)
 
 def _register_models() -> None:
     """Register the model classes, at the first configuration: importing them with the package costs seconds."""
-    from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+    from transformers import (
+        AutoModel,
+        AutoModelForMaskedLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
 
-    from .gene_bert.modeling_gene_bert import GeneBertForClassification, GeneBertForPhenotypicMLM, GeneBertModel
+    from .gene_bert.modeling_gene_bert import (
+        GeneBertForClassification,
+        GeneBertForPhenotypicMLM,
+        GeneBertForTokenClassification,
+        GeneBertModel,
+    )
 
     GeneBertConfig.on_init = None
     AutoModel.register(GeneBertConfig, GeneBertModel)
     AutoModelForMaskedLM.register(GeneBertConfig, GeneBertForPhenotypicMLM)
     AutoModelForSequenceClassification.register(GeneBertConfig, GeneBertForClassification)
+    AutoModelForTokenClassification.register(GeneBertConfig, GeneBertForTokenClassification)
 
 
 GeneBertConfig.on_init = _register_models

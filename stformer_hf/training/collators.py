@@ -1,30 +1,27 @@
-"""Collators: cells or tokens in, padded batches out; masking without a Python loop over tokens."""
+"""Collators: cells or tokens in, masked or labelled batches out, without a Python loop over tokens."""
 
 from __future__ import annotations
 
-import copy
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..models.gene_bert.cell_counts import is_cell_batch, pad_ragged
-from ..models.gene_bert.randomness import uniforms
-from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
+from ..models.gene_bert.cell_counts import is_cell_batch
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from .batches import IGNORE, CellCollator, check_probability, pack, pad, read_tokens
+from .gene_swaps import unexpressed_genes
 
 # Streams of `uniforms`, one a decision.
-_MASK_GENE, _SWAP_SEQUENCE, _SWAP_GENE, _NEW_GENE, _MASK_PHENOTYPE, _DROP_PHENOTYPE, _DROP_GENE = range(7)
+_MASK_GENE, _SWAP_SEQUENCE, _SWAP_GENE, _NEW_GENE, _KIND_OF_MASK, _RANDOM_GENE = 0, 1, 2, 3, 7, 8
 _SEQUENCE_SWAP_PROB = 0.9
-_PHENOTYPE_DROP_PROB = 0.1
-_IGNORE = -100
 
 
 def collate_fn_wrapper(
-    tokenizer: GeneTokenizer, pad_to_multiple_of: int | None = None
+    tokenizer: GeneTokenizer, pad_to_multiple_of: int | None = None, packing: bool = False
 ) -> Callable[[Any], dict[str, torch.Tensor]]:
-    """Make a collate function that pads examples to the longest (PerturbGene's name).
+    """Make a collate function that pads examples to the longest (PerturbGene's name), or packs them.
 
     Parameters
     ----------
@@ -32,6 +29,8 @@ def collate_fn_wrapper(
         Gives the padding, and tokenizes cells of a store.
     pad_to_multiple_of : int, optional
         Round the length up to a multiple of this.
+    packing : bool, default: False
+        Give one row of tokens without padding, and where its cells begin; see `pack`.
 
     Returns
     -------
@@ -42,107 +41,27 @@ def collate_fn_wrapper(
     """
 
     def collate(examples: Any) -> dict[str, torch.Tensor]:
-        tokens = _tokens(examples, tokenizer)
-        batch = _pad(tokens, tokenizer, pad_to_multiple_of)
+        tokens = read_tokens(examples, tokenizer)
+        labels = None
         if not is_cell_batch(examples) and "labels" in examples[0]:
             labels = [np.asarray(example["labels"]) for example in examples]
-            if labels[0].ndim:
-                length = batch["input_ids"].shape[1]
-                flat = np.concatenate(labels)
-                if len(flat) != tokens.indptr[-1]:
-                    raise ValueError(f"{len(flat)} labels for {tokens.indptr[-1]} tokens.")
-                padded = pad_ragged(flat, tokens.indptr, length, _IGNORE, tokenizer.padding_side)
-                batch["labels"] = torch.from_numpy(padded)
-            else:
-                batch["labels"] = torch.from_numpy(np.stack(labels))
+        of_tokens = None
+        if labels is not None and labels[0].ndim:
+            of_tokens = np.concatenate(labels)
+            if len(of_tokens) != tokens.indptr[-1]:
+                raise ValueError(f"{len(of_tokens)} labels for {tokens.indptr[-1]} tokens.")
+        if packing:
+            batch = pack(tokens, tokenizer, of_tokens)
+        else:
+            batch = pad(tokens, tokenizer, pad_to_multiple_of, of_tokens)
+        if labels is not None and of_tokens is None:
+            batch["labels"] = torch.from_numpy(np.stack(labels))
         return batch
 
     return collate
 
 
-class _CellCollator:
-    """What the collators share: a seed, an epoch, genes left out anew in each epoch, padding or packing."""
-
-    def __init__(
-        self,
-        tokenizer: GeneTokenizer,
-        gene_dropout: float,
-        pad_to_multiple_of: int | None,
-        seed: int,
-        packing: bool,
-        max_tokens: int | None,
-    ):
-        _check_probability("gene_dropout", gene_dropout)
-        if packing and pad_to_multiple_of:
-            raise ValueError("A packed batch is not padded: leave pad_to_multiple_of out.")
-        self.tokenizer = tokenizer
-        self.gene_dropout = gene_dropout
-        self.pad_to_multiple_of = pad_to_multiple_of
-        self.seed = seed
-        self.packing = packing
-        self.max_tokens = max_tokens
-        # In shared memory: workers that outlive an epoch see the next one.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that random numbers are drawn for."""
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw for another epoch; call it before the epoch's first batch."""
-        self._epoch.fill_(epoch)
-
-    def for_evaluation(self) -> _CellCollator:
-        """Make a collator that draws the same masks at every evaluation, those of epoch 0, and drops no genes."""
-        other = copy.copy(self)
-        other.gene_dropout = 0.0
-        other._epoch = torch.zeros_like(self._epoch)
-        return other
-
-    def _batch(
-        self, tokens: TokenizedCells, labels: np.ndarray | None = None, attended: np.ndarray | None = None
-    ) -> dict[str, torch.Tensor | int]:
-        """Make a padded or a packed batch of tokens, with labels a token; see `pack`."""
-        if self.packing:
-            batch = pack(tokens, labels, attended)
-        else:
-            batch = _pad(tokens, self.tokenizer, self.pad_to_multiple_of, attended)
-            if labels is not None:
-                length, side = batch["input_ids"].shape[1], self.tokenizer.padding_side
-                batch["labels"] = torch.from_numpy(pad_ragged(labels, tokens.indptr, length, _IGNORE, side))
-        if self.max_tokens is not None and batch["input_ids"].numel() > self.max_tokens:
-            raise ValueError(
-                f"A batch of {len(tokens.indptr) - 1} cells has {batch['input_ids'].numel()} tokens, more than "
-                f"max_tokens={self.max_tokens}: put fewer cells into a batch, or shorten them (tokenizer.max_length)."
-            )
-        return batch
-
-    def _uniforms(self, stream: int, cell_ids: np.ndarray, counters=0, cells: np.ndarray | None = None) -> np.ndarray:
-        return uniforms(self.seed, self.epoch, stream, cell_ids, counters, cells)
-
-    def _tokens(self, examples: Any) -> tuple[TokenizedCells, np.ndarray]:
-        """Tokens and ids of the cells, after gene dropout."""
-        tokens = _tokens(examples, self.tokenizer, self.epoch)
-        cell_ids = _cell_ids(examples, tokens)
-        if not self.gene_dropout:
-            return tokens, cell_ids
-        ids, types, indptr = tokens.input_ids, tokens.token_type_ids, tokens.indptr
-        cells = np.repeat(np.arange(len(cell_ids)), np.diff(indptr))
-        genes = types if self.tokenizer.scheme == "binned" else ids
-        draw = self._uniforms(_DROP_GENE, cell_ids, genes, cells)
-        drop = (draw < self.gene_dropout) & self.tokenizer.get_gene_tokens_mask(ids)
-        kept = np.concatenate([[0], np.cumsum(~drop)])
-        return TokenizedCells(
-            ids[~drop],
-            types[~drop],
-            kept[indptr],
-            np.concatenate([tokens.dropped_type_ids, types[drop]]),
-            np.concatenate([tokens.dropped_cells, cells[drop]]),
-        ), cell_ids
-
-
-class DataCollatorForPhenotypicMLM(_CellCollator):
+class DataCollatorForPhenotypicMLM(CellCollator):
     """Masks expression bins and phenotypes for `GeneBertForPhenotypicMLM`.
 
     Genes: each is masked with `mlm_probability`; a masked one becomes `[MASK]` and its bin is its label. In 9 of 10
@@ -207,10 +126,10 @@ class DataCollatorForPhenotypicMLM(_CellCollator):
         if tokenizer.scheme != "binned":
             raise ValueError(
                 "DataCollatorForPhenotypicMLM masks expression bins, and the tokenizer gives ranks: use "
-                "transformers.DataCollatorForLanguageModeling."
+                "DataCollatorForGeneRankMLM."
             )
-        _check_probability("mlm_probability", mlm_probability)
-        _check_probability("phenotype_mask_prob", phenotype_mask_prob)
+        check_probability("mlm_probability", mlm_probability)
+        check_probability("phenotype_mask_prob", phenotype_mask_prob)
         self.mlm = mlm
         self.mlm_probability = mlm_probability
         self.phenotype_mask_prob = phenotype_mask_prob
@@ -229,100 +148,132 @@ class DataCollatorForPhenotypicMLM(_CellCollator):
             `input_ids`, `token_type_ids`, `attention_mask`, `labels`; packed, what `pack` gives.
         """
         tokens, cell_ids = self._tokens(examples)
-        ids, types = tokens.input_ids.copy(), tokens.token_type_ids.copy()
-        labels = np.full(len(ids), _IGNORE, np.int64)
-        attended = np.ones(len(ids), np.int64)
+        labels = np.full(len(tokens.input_ids), IGNORE, np.int64)
+        attended = np.ones(len(labels), np.int64)
         if self.mlm:
-            self._mask_phenotypes(tokens, ids, types, labels, attended, cell_ids)
-            self._mask_genes(examples, tokens, ids, types, labels, cell_ids)
-        return self._batch(tokens._replace(input_ids=ids, token_type_ids=types), labels, attended)
+            self._mask_phenotypes(tokens, labels, attended, cell_ids, self.phenotype_mask_prob)
+            self._mask_genes(tokens, labels, cell_ids, is_cell_batch(examples))
+        return self._batch(tokens, labels, attended)
 
-    def _mask_phenotypes(self, tokens, ids, types, labels, attended, cell_ids) -> None:
-        at = np.flatnonzero(self.tokenizer.get_phenotypic_tokens_mask(tokens.input_ids))
-        cells = np.searchsorted(tokens.indptr, at, side="right") - 1
-        position = at - tokens.indptr[cells]
-        hit = self._uniforms(_MASK_PHENOTYPE, cell_ids, position, cells) < self.phenotype_mask_prob
-        drop = hit & (self._uniforms(_DROP_PHENOTYPE, cell_ids, position, cells) < _PHENOTYPE_DROP_PROB)
-        mask = hit & ~drop
-        labels[at[mask]] = ids[at[mask]]
-        ids[at[mask]] = self.tokenizer.mask_token_id
-        ids[at[drop]] = self.tokenizer.pad_token_id
-        types[at[drop]] = 0
-        attended[at[drop]] = 0
-
-    def _mask_genes(self, examples, tokens, ids, types, labels, cell_ids) -> None:
-        tokenizer = self.tokenizer
+    def _mask_genes(self, tokens, labels, cell_ids, all_genes_known: bool) -> None:
+        tokenizer, types = self.tokenizer, tokens.token_type_ids
         n_bins = tokenizer.n_bins
         genes = np.flatnonzero(tokenizer.get_gene_tokens_mask(tokens.input_ids))
         cells = np.repeat(np.arange(len(cell_ids)), np.diff(tokens.indptr))[genes]
         # A gene is known by its type, so that its fate does not depend on the tokens around it.
         hit = self._uniforms(_MASK_GENE, cell_ids, types[genes], cells) < self.mlm_probability
         at, cells = genes[hit], cells[hit]
-        labels[at] = ids[at]
-        ids[at] = tokenizer.mask_token_id
+        labels[at] = tokens.input_ids[at]
+        tokens.input_ids[at] = tokenizer.mask_token_id
+        if tokens.expression_values is not None:
+            tokens.expression_values[at] = 0
 
         swapping = self._uniforms(_SWAP_SEQUENCE, cell_ids) < _SEQUENCE_SWAP_PROB
-        if not is_cell_batch(examples):
+        if not all_genes_known:
             dropped = np.bincount(tokens.dropped_cells, minlength=len(cell_ids))
             swapping &= np.diff(tokens.indptr) + dropped < tokenizer.max_length
         swap = swapping[cells] & (
             self._uniforms(_SWAP_GENE, cell_ids, types[at], cells) < 1 / n_bins / _SEQUENCE_SWAP_PROB
         )
         at, cells = at[swap], cells[swap]
-        new_types, given = self._unexpressed_genes(tokens, at, cells, cell_ids)
+        new_types, given = unexpressed_genes(
+            tokens,
+            len(tokenizer.genes),
+            tokenizer.gene_token_type_offset,
+            at,
+            cells,
+            lambda counters, of: self._uniforms(_NEW_GENE, cell_ids, counters, of),
+        )
         types[at[given]] = new_types[given]
         labels[at[given]] = tokenizer.first_bin_id
 
-    def _unexpressed_genes(self, tokens, at, cells, cell_ids) -> tuple[np.ndarray, np.ndarray]:
-        """Draw, for each token to swap, the type of a gene that its cell does not express; distinct in a cell.
 
-        Returns the types (k,), and which of them were given: a cell gives at most half of its unexpressed genes.
-        """
-        offset, n_genes = self.tokenizer.gene_token_type_offset, len(self.tokenizer.genes)
-        n_cells = len(cell_ids)
-        # Expressed genes of all cells, ascending in each; those that were dropped are expressed too.
-        is_gene = tokens.token_type_ids >= offset
-        owner = np.repeat(np.arange(n_cells), np.diff(tokens.indptr))[is_gene]
-        expressed = tokens.token_type_ids[is_gene] - offset
-        if len(tokens.dropped_cells):
-            owner = np.concatenate([owner, tokens.dropped_cells])
-            expressed = np.concatenate([expressed, tokens.dropped_type_ids - offset])
-        keys = owner * n_genes + expressed
-        if (np.diff(keys) <= 0).any():
-            keys = np.unique(keys)
-            owner, expressed = keys // n_genes, keys % n_genes
-        first = np.searchsorted(owner, np.arange(n_cells + 1))
-        n_unexpressed = n_genes - np.diff(first)
-        # The r-th unexpressed gene of a cell is r + the number of its expressed genes g with g - rank(g) <= r.
-        gaps = owner * (n_genes + 1) + expressed - (np.arange(len(keys)) - first[owner])
+class DataCollatorForGeneRankMLM(CellCollator):
+    """Masks genes and phenotypes of ranked cells.
 
-        order = np.argsort(cells, kind="stable")
-        place = np.empty(len(cells), np.int64)
-        place[order] = np.arange(len(cells)) - np.searchsorted(cells[order], cells[order])
-        given = place < n_unexpressed[cells] // 2
+    Genes, BERT's way: each is chosen with `mlm_probability` and labelled with itself; of the chosen, 80 % become
+    `[MASK]`, 10 % a random gene of the vocabulary, 10 % stay. Phenotypes, as in `DataCollatorForPhenotypicMLM`: each
+    is chosen with `phenotype_mask_prob` and becomes `[MASK]`; one in ten of the chosen is left out instead.
 
-        rank = np.zeros(len(cells), np.int64)
-        pending = np.flatnonzero(given)
-        attempt = 0
-        while len(pending):  # each round settles at least half of the tokens in expectation
-            counters = tokens.token_type_ids[at[pending]] + attempt * (offset + n_genes)
-            draw = self._uniforms(_NEW_GENE, cell_ids, counters, cells[pending])
-            rank[pending] = (draw * n_unexpressed[cells[pending]]).astype(np.int64)
-            pending = pending[_repeats(cells, rank, given, pending)]
-            attempt += 1
-        genes = rank + np.searchsorted(gaps, cells * (n_genes + 1) + rank, side="right") - first[cells]
-        return genes + offset, given
+    All of it is a function of (seed, epoch, `cell_id`), whatever the batch, the worker or the rank.
+
+    Parameters
+    ----------
+    tokenizer : GeneTokenizer
+        Of the rank scheme.
+    mlm_probability : float, default: 0.15
+        Share of the genes to predict.
+    phenotype_mask_prob : float, default: 0.5
+        Share of the phenotypes to mask.
+    pad_to_multiple_of, seed, gene_dropout, packing, max_tokens
+        As in `DataCollatorForPhenotypicMLM`.
+
+    Raises
+    ------
+    ValueError
+        A probability outside [0, 1]; a tokenizer of the binned scheme.
+
+    Notes
+    -----
+    Devlin et al. 2019, as STFormer and Geneformer train. transformers' `DataCollatorForLanguageModeling` puts any
+    token in the place of a gene, `[PAD]` and `[MASK]` too; this one only genes.
+    """
+
+    def __init__(
+        self,
+        tokenizer: GeneTokenizer,
+        mlm_probability: float = 0.15,
+        phenotype_mask_prob: float = 0.5,
+        pad_to_multiple_of: int | None = None,
+        seed: int = 0,
+        gene_dropout: float = 0.0,
+        packing: bool = False,
+        max_tokens: int | None = None,
+    ):
+        super().__init__(tokenizer, gene_dropout, pad_to_multiple_of, seed, packing, max_tokens)
+        if tokenizer.scheme != "rank":
+            raise ValueError(
+                "DataCollatorForGeneRankMLM masks ranked genes, and the tokenizer gives bins: use "
+                "DataCollatorForPhenotypicMLM."
+            )
+        check_probability("mlm_probability", mlm_probability)
+        check_probability("phenotype_mask_prob", phenotype_mask_prob)
+        self.mlm_probability = mlm_probability
+        self.phenotype_mask_prob = phenotype_mask_prob
+
+    def __call__(self, examples: Any) -> dict[str, torch.Tensor]:
+        """Make a batch; as `DataCollatorForPhenotypicMLM` gives it."""
+        tokenizer = self.tokenizer
+        tokens, cell_ids = self._tokens(examples)
+        ids = tokens.input_ids
+        labels = np.full(len(ids), IGNORE, np.int64)
+        attended = np.ones(len(ids), np.int64)
+        at = np.flatnonzero(tokenizer.get_gene_tokens_mask(ids))
+        cells = np.repeat(np.arange(len(cell_ids)), np.diff(tokens.indptr))[at]
+        # A gene may be in a cell and in its neighbourhood; apart from that its fate depends on itself alone.
+        genes = ids[at] + tokens.token_type_ids[at] * tokenizer.vocab_size
+        chosen = self._uniforms(_MASK_GENE, cell_ids, genes, cells) < self.mlm_probability
+        at, cells, genes = at[chosen], cells[chosen], genes[chosen]
+        labels[at] = ids[at]
+        kind = self._uniforms(_KIND_OF_MASK, cell_ids, genes, cells)
+        random = (self._uniforms(_RANDOM_GENE, cell_ids, genes, cells) * len(tokenizer.genes)).astype(np.int64)
+        ids[at] = np.select(
+            [kind < 0.8, kind < 0.9], [tokenizer.mask_token_id, tokenizer.gene_token_ids[random]], ids[at]
+        )
+        self._mask_phenotypes(tokens, labels, attended, cell_ids, self.phenotype_mask_prob)
+        return self._batch(tokens, labels, attended)
 
 
-class DataCollatorForCellClassification(_CellCollator):
+class DataCollatorForCellClassification(CellCollator):
     """Pads cells and gives the class of each, for `GeneBertForClassification`.
 
     Parameters
     ----------
     tokenizer : GeneTokenizer
         Tokenizes a `CellBatch`; gives the padding. It must not put the label into the cell's own tokens.
-    label : str, default: "labels"
-        Categorical obs column of the store, or column of the examples, that holds the class.
+    label : str or list of str, default: "labels"
+        Obs column of the store, or column of the examples, that holds the class: a categorical one, or numbers to
+        predict (`problem_type="regression"`). Several columns of 0 and 1, or numbers, for several labels a cell.
     label2id : dict of str to int, optional
         Class of each name of a store's column; its own order of names by default.
     pad_to_multiple_of : int, optional
@@ -346,7 +297,7 @@ class DataCollatorForCellClassification(_CellCollator):
     def __init__(
         self,
         tokenizer: GeneTokenizer,
-        label: str = "labels",
+        label: str | Sequence[str] = "labels",
         label2id: dict[str, int] | None = None,
         pad_to_multiple_of: int | None = None,
         seed: int = 0,
@@ -355,10 +306,12 @@ class DataCollatorForCellClassification(_CellCollator):
         max_tokens: int | None = None,
     ):
         super().__init__(tokenizer, gene_dropout, pad_to_multiple_of, seed, packing, max_tokens)
-        if label in tokenizer.included_phenotypes:
+        told = {label} if isinstance(label, str) else set(label)
+        told &= set(tokenizer.included_phenotypes)
+        if told:
             raise ValueError(
-                f"The tokenizer puts {label!r} into the tokens, and the model would read the answer: take it out of "
-                "tokenizer.included_phenotypes."
+                f"The tokenizer puts {', '.join(map(repr, told))} into the tokens, and the model would read the "
+                "answer: take it out of tokenizer.included_phenotypes."
             )
         self.label = label
         self.label2id = label2id
@@ -368,125 +321,41 @@ class DataCollatorForCellClassification(_CellCollator):
 
         Returns
         -------
-        dict of Tensor int64
-            `input_ids`, `token_type_ids`, `attention_mask` (n, length), and `labels` (n,).
+        dict of Tensor
+            As `DataCollatorForPhenotypicMLM` gives it, with `labels`: int64 (n,), or float32 (n,) where they are
+            numbers, or float32 (n, n_labels).
         """
         batch = self._batch(self._tokens(examples)[0])
-        if is_cell_batch(examples):
-            if self.label not in examples.categories:
-                raise ValueError(
-                    f"The store has no categorical column {self.label!r}; it has {', '.join(examples.categories)}."
-                )
-            labels = examples.obs[self.label]
-            if self.label2id is not None:
-                names = examples.categories[self.label]
-                labels = np.array([*(self.label2id.get(name, -1) for name in names), -1])[labels]
+        if isinstance(self.label, str):
+            labels = self._labels(examples, self.label)
         else:
-            labels = np.array([example[self.label] for example in examples], np.int64)
-        if (labels < 0).any():
-            raise ValueError(f"{(labels < 0).sum()} cells of the batch have no known {self.label!r}; leave them out.")
+            labels = np.stack([self._labels(examples, name) for name in self.label], axis=1).astype(np.float32)
         batch["labels"] = torch.from_numpy(labels)
         return batch
 
-
-def _check_probability(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} is a probability, got {value}.")
-
-
-def _tokens(examples: Any, tokenizer: GeneTokenizer, epoch: int = 0) -> TokenizedCells:
-    """Flat tokens of a CellBatch or of a list of examples."""
-    if is_cell_batch(examples):
-        return tokenizer.encode_cells(examples, epoch=epoch)
-    ids = [np.asarray(example["input_ids"], np.int64) for example in examples]
-    indptr = np.zeros(len(ids) + 1, np.int64)
-    np.cumsum([len(row) for row in ids], out=indptr[1:])
-    types = np.concatenate([np.asarray(example["token_type_ids"], np.int64) for example in examples])
-    nothing = np.empty(0, np.int64)
-    return TokenizedCells(np.concatenate(ids), types, indptr, nothing, nothing)
-
-
-def _cell_ids(examples: Any, tokens: TokenizedCells) -> np.ndarray:
-    if is_cell_batch(examples):
-        return examples.cell_id
-    if "cell_id" in examples[0]:
-        return np.array([example["cell_id"] for example in examples], np.int64)
-    both = np.stack([tokens.input_ids, tokens.token_type_ids], axis=1)
-    cuts = tokens.indptr.tolist()
-    return np.array([zlib.crc32(both[a:b].tobytes()) for a, b in zip(cuts, cuts[1:], strict=False)], np.int64)
+    def _labels(self, examples: Any, name: str) -> np.ndarray:
+        """Read a label a cell: int64 classes, or float32 numbers."""
+        if not is_cell_batch(examples):
+            labels = np.array([example[name] for example in examples])
+            classes = np.issubdtype(labels.dtype, np.integer)
+        elif name not in examples.obs:
+            raise ValueError(f"The store has no obs column {name!r}; it has {', '.join(examples.obs) or 'none'}.")
+        else:
+            labels, classes = examples.obs[name], name in examples.categories
+            if classes and self.label2id is not None:
+                names = examples.categories[name]
+                labels = np.array([*(self.label2id.get(of, -1) for of in names), -1])[labels]
+        if not np.issubdtype(labels.dtype, np.number) and labels.dtype != bool:
+            raise ValueError(f"{name!r} holds neither categories nor numbers, but such as {labels[0]!r}.")
+        unknown = labels < 0 if classes else ~np.isfinite(labels.astype(np.float64))
+        if unknown.any():
+            raise ValueError(f"{unknown.sum()} cells of the batch have no known {name!r}; leave them out.")
+        return labels.astype(np.int64 if classes else np.float32)
 
 
-def _pad(
-    tokens: TokenizedCells, tokenizer: GeneTokenizer, multiple: int | None, attended: np.ndarray | None = None
-) -> dict[str, torch.Tensor]:
-    length = int(np.diff(tokens.indptr).max(initial=0))
-    if multiple:
-        length = -(-length // multiple) * multiple
-    if attended is None:
-        attended = np.ones(len(tokens.input_ids), np.int64)
-    columns = {
-        "input_ids": (tokens.input_ids, tokenizer.pad_token_id),
-        "token_type_ids": (tokens.token_type_ids, 0),
-        "attention_mask": (attended, 0),
-    }
-    return {
-        name: torch.from_numpy(pad_ragged(flat, tokens.indptr, length, value, tokenizer.padding_side))
-        for name, (flat, value) in columns.items()
-    }
-
-
-def pack(
-    tokens: TokenizedCells, labels: np.ndarray | None = None, attended: np.ndarray | None = None
-) -> dict[str, torch.Tensor | int]:
-    """Put the tokens of cells into one row, and say where each cell begins.
-
-    Parameters
-    ----------
-    tokens : TokenizedCells
-        T tokens of n cells.
-    labels : int64 array (T,), optional
-        A label a token.
-    attended : int array (T,), optional
-        0 for tokens to leave out.
-
-    Returns
-    -------
-    dict
-        `input_ids`, `token_type_ids`, `labels`: int64 Tensor (1, T). `cu_seq_lens_q`, `cu_seq_lens_k`: int32 Tensor
-        (n + 1,). `max_length_q`, `max_length_k`: int. `seq_idx`: int32 Tensor (1, T), the cell of each token. These
-        are the names that transformers' flash attention reads.
-    """
-    columns = {"input_ids": tokens.input_ids, "token_type_ids": tokens.token_type_ids}
-    if labels is not None:
-        columns["labels"] = labels
-    indptr = tokens.indptr
-    if attended is not None and not attended.all():
-        kept = attended.astype(bool)
-        indptr = np.concatenate([[0], np.cumsum(kept)])[indptr]
-        columns = {name: flat[kept] for name, flat in columns.items()}
-    lengths = np.diff(indptr)
-    cuts, longest = torch.from_numpy(indptr.astype(np.int32)), int(lengths.max(initial=0))
-    cells = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    return {
-        **{name: torch.from_numpy(flat)[None] for name, flat in columns.items()},
-        "cu_seq_lens_q": cuts,
-        "cu_seq_lens_k": cuts,
-        "max_length_q": longest,
-        "max_length_k": longest,
-        "seq_idx": torch.from_numpy(cells)[None],
-    }
-
-
-def _repeats(cells: np.ndarray, ranks: np.ndarray, settled: np.ndarray, pending: np.ndarray) -> np.ndarray:
-    """Which of the pending draws repeat one of their cell that is settled, or that came before."""
-    mine = np.flatnonzero(settled)
-    waiting = np.zeros(len(cells), bool)
-    waiting[pending] = True
-    # Settled draws sort before waiting ones of the same key, so the first of each key stays.
-    order = mine[np.lexsort((mine, waiting[mine], ranks[mine], cells[mine]))]
-    repeat = np.zeros(len(cells), bool)
-    repeat[order[1:]] = (cells[order][1:] == cells[order][:-1]) & (ranks[order][1:] == ranks[order][:-1])
-    return repeat[pending]
-
-
-__all__ = ["DataCollatorForCellClassification", "DataCollatorForPhenotypicMLM", "collate_fn_wrapper", "pack"]
+__all__ = [
+    "DataCollatorForCellClassification",
+    "DataCollatorForGeneRankMLM",
+    "DataCollatorForPhenotypicMLM",
+    "collate_fn_wrapper",
+]

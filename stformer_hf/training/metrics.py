@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 from sklearn.metrics import accuracy_score, f1_score
 
 
@@ -34,4 +35,25 @@ def compute_classification_metrics(prediction) -> dict[str, float]:
     return classification_metrics(prediction.label_ids, np.argmax(prediction.predictions, axis=-1))
 
 
-__all__ = ["classification_metrics", "compute_classification_metrics"]
+def balanced_class_weights(values: Sequence, classes: Sequence) -> list[float]:
+    """Weigh classes by n / (n_classes * n of the class), so that the mean weight of the cells is 1.
+
+    Parameters
+    ----------
+    values : sequence (n,)
+        Class of each cell; missing ones are passed over.
+    classes : sequence
+        All classes, in the order of the model's labels.
+
+    Returns
+    -------
+    list of float
+        For `GeneBertConfig.class_weights`; a class without cells weighs 1.
+    """
+    counts = pd.Series(values).value_counts()
+    counts = np.array([counts.get(name, 0) for name in classes])
+    weights = counts.sum() / np.maximum(counts, 1) / max((counts > 0).sum(), 1)
+    return np.where(counts > 0, weights, 1.0).tolist()
+
+
+__all__ = ["balanced_class_weights", "classification_metrics", "compute_classification_metrics"]

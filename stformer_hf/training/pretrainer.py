@@ -6,19 +6,22 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..data.cell_store import CellStore
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
-from .collators import DataCollatorForPhenotypicMLM
+from .collators import DataCollatorForGeneRankMLM, DataCollatorForPhenotypicMLM
 
 
 class CellTrainer(Trainer):
     """Trainer for stores of cells and the collators of this package.
 
     Every column reaches the collator; the collator is told the epoch; evaluation and prediction use the collator's
-    `for_evaluation()`, so that their losses can be compared; cells without counts are left out of training.
+    `for_evaluation()`, so that their losses can be compared; cells without counts are left out of training. Of a
+    masked model the log also has `<class>_loss` and `<class>_accuracy`, a class of tokens (genes, and each phenotype
+    category): mean cross entropy in nats, without smoothing and weights, and share predicted right.
 
     Parameters
     ----------
@@ -28,7 +31,7 @@ class CellTrainer(Trainer):
     Raises
     ------
     ValueError
-        A tokenizer (`processing_class`) that does not fit the model.
+        A tokenizer (`processing_class`) that does not fit the model; packed batches for several GPUs in one process.
     """
 
     def __init__(self, *, train_dataset: Any = None, eval_dataset: Any = None, **kwargs):
@@ -40,6 +43,12 @@ class CellTrainer(Trainer):
         if self.processing_class is not None:
             check_tokenizer_fits(self.model, self.processing_class)
         collator = self._eval_collator = self.data_collator
+        self._statistics: dict[bool, torch.Tensor] = {}
+        if getattr(collator, "packing", False) and self.args.n_gpu > 1:
+            raise ValueError(
+                "torch.nn.DataParallel would cut a packed batch across cells: start one process a GPU with "
+                "accelerate launch, or let one GPU be seen (CUDA_VISIBLE_DEVICES=0)."
+            )
         label2id = getattr(getattr(self.model, "config", None), "label2id", None) or {}
         if getattr(collator, "label2id", 0) is None and not all(name.startswith("LABEL_") for name in label2id):
             collator.label2id = label2id  # the store may list its classes in another order than the model
@@ -62,6 +71,46 @@ class CellTrainer(Trainer):
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
             self.data_collator = training_collator
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As in Trainer; adds up what the loss is made of."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        statistics = getattr(outputs, "class_statistics", None)
+        if statistics is not None:
+            # A replica gives its own rows.
+            total = statistics.detach().double().view(-1, len(self._token_classes()), 3).sum(0)
+            before = self._statistics.get(model.training)
+            self._statistics[model.training] = total if before is None else before + total
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, *args, **kwargs):
+        """As in Trainer; with the training losses of the classes of tokens."""
+        if "loss" in logs:
+            logs = {**logs, **self._class_metrics(True)}
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As in Trainer; with the losses of the classes of tokens."""
+        self._statistics.pop(False, None)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update(self._class_metrics(False, f"{metric_key_prefix}_"))
+        return output
+
+    def _token_classes(self) -> list[str]:
+        return self.accelerator.unwrap_model(self.model).config.token_classes or ["genes"]
+
+    def _class_metrics(self, training: bool, prefix: str = "") -> dict[str, float]:
+        """Give the losses and accuracies since the last time, of all processes."""
+        statistics = self._statistics.pop(training, None)
+        if statistics is None:
+            return {}
+        rows = self.accelerator.reduce(statistics, "sum").tolist()
+        metrics = {}
+        for name, (nll, n_right, n_labels) in zip(self._token_classes(), rows, strict=True):
+            if n_labels:
+                metrics[f"{prefix}{name}_loss"] = nll / n_labels
+                metrics[f"{prefix}{name}_accuracy"] = n_right / n_labels
+        return metrics
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """As in Trainer; where predictions are wanted, MLM logits are of all positions, so that they meet labels."""
@@ -94,10 +143,12 @@ class STFormerPretrainer(CellTrainer):
         Makes the model, for hyperparameter search.
     mlm_probability, phenotype_mask_prob, gene_dropout : float, default: 0.15, 0.5, 0.0
         Shares to mask, and of genes to leave out (see `DataCollatorForPhenotypicMLM`).
+    packing : bool, default: False
+        Train on packed batches: the cells of a batch in one row, without padding.
     processing_class : GeneTokenizer
         Tokenizes the cells; saved beside the model.
     data_collator : callable, optional
-        In place of a `DataCollatorForPhenotypicMLM` of the above.
+        In place of a `DataCollatorForPhenotypicMLM`, or `DataCollatorForGeneRankMLM`, of the above.
     **kwargs
         All other arguments of Trainer.
 
@@ -117,6 +168,7 @@ class STFormerPretrainer(CellTrainer):
         mlm_probability: float = 0.15,
         phenotype_mask_prob: float = 0.5,
         gene_dropout: float = 0.0,
+        packing: bool = False,
         processing_class: GeneTokenizer | None = None,
         data_collator: Callable | None = None,
         eval_dataset: Any = None,
@@ -127,12 +179,14 @@ class STFormerPretrainer(CellTrainer):
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("STFormerPretrainer needs processing_class=tokenizer (or a data_collator).")
-            data_collator = DataCollatorForPhenotypicMLM(
+            ranks = processing_class.scheme == "rank"
+            data_collator = (DataCollatorForGeneRankMLM if ranks else DataCollatorForPhenotypicMLM)(
                 processing_class,
                 mlm_probability=mlm_probability,
                 phenotype_mask_prob=phenotype_mask_prob,
                 gene_dropout=gene_dropout,
                 seed=0 if args is None else args.seed,
+                packing=packing,
             )
         super().__init__(
             model=model,

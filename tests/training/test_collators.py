@@ -253,7 +253,7 @@ def test_classification_refuses_leaks_and_missing_labels(store, tokenizer):
     with pytest.raises(ValueError, match="would read the answer"):
         DataCollatorForCellClassification(tokenizer, "cell_type")
     tokenizer.included_phenotypes = []
-    with pytest.raises(ValueError, match="no categorical column 'type'; it has cell_type"):
+    with pytest.raises(ValueError, match="no obs column 'type'; it has cell_type"):
         DataCollatorForCellClassification(tokenizer, "type")(store.__getitems__([0]))
     collator = DataCollatorForCellClassification(tokenizer, "cell_type", label2id={"B cell": 0})
     with pytest.raises(ValueError, match="have no known 'cell_type'"):

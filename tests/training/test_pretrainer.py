@@ -11,6 +11,7 @@ from stformer_hf import (
     CellStore,
     CellTrainer,
     DataCollatorForCellClassification,
+    DataCollatorForGeneRankMLM,
     DataCollatorForPhenotypicMLM,
     GeneBertConfig,
     GeneBertForClassification,
@@ -18,6 +19,7 @@ from stformer_hf import (
     GeneTokenizer,
     STFormerPretrainer,
 )
+from stformer_hf.training.metrics import balanced_class_weights
 
 
 def arguments(folder, **changes) -> TrainingArguments:
@@ -213,3 +215,55 @@ def test_classes_are_the_models_whatever_the_order_of_the_store(adata, tmp_path)
         )
         losses.append(trainer.evaluate()["eval_loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_packed_training_equals_padded_training_and_reports_each_class_of_tokens(store, tokenizer, config, tmp_path):
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    histories = []
+    for packing in (False, True):
+        trainer = STFormerPretrainer(
+            arguments(tmp_path, gradient_accumulation_steps=2, eval_strategy="epoch"),
+            store,
+            model=new_model(config),
+            processing_class=tokenizer,
+            mlm_probability=0.4,
+            packing=packing,
+            eval_dataset=store,
+        )
+        trainer.train()
+        histories.append(trainer.state.log_history)
+    for padded, packed in zip(*histories, strict=True):
+        assert padded.keys() == packed.keys()
+        for name in padded:
+            if "loss" in name or "accuracy" in name:
+                assert packed[name] == pytest.approx(padded[name], abs=2e-4), name
+    # The evaluation's figures are those of the model's logits.
+    collator = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4, seed=42)
+    cells = np.flatnonzero(store.lengths > 0)
+    batch = collator(store.__getitems__(cells))
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        log_p = trainer.model.eval()(**batch).logits.log_softmax(-1)
+    found = trainer.evaluate()
+    for name, types in (("cell_type", batch["token_type_ids"] == 1), ("genes", batch["token_type_ids"] > 1)):
+        at = types & (labels != -100)
+        of, wanted = log_p[at], labels[at]
+        assert found[f"eval_{name}_loss"] == pytest.approx(-of[range(len(of)), wanted].mean().item(), rel=1e-4)
+        assert found[f"eval_{name}_accuracy"] == pytest.approx((of.argmax(-1) == wanted).float().mean().item())
+
+
+def test_ranked_cells_are_masked_as_ranks(store, tmp_path):
+    tokenizer = GeneTokenizer.from_store(store, scheme="rank", medians=np.ones(len(store.gene_ids)))
+    config = GeneBertConfig.from_tokenizer(tokenizer, size="tiny")
+    trainer = STFormerPretrainer(
+        arguments(tmp_path, num_train_epochs=20), store, model=new_model(config), processing_class=tokenizer
+    )
+    assert isinstance(trainer.data_collator, DataCollatorForGeneRankMLM)
+    trainer.train()
+    curve = losses(trainer)
+    assert np.mean(curve[-4:]) < np.mean(curve[:4]) - 0.3
+
+
+def test_class_weights_of_a_collection():
+    assert balanced_class_weights(["a", "b", "a", "a", None], ["b", "a"]) == pytest.approx([2.0, 2 / 3])
+    assert balanced_class_weights(["a", "a"], ["b", "a"]) == [1.0, 1.0]

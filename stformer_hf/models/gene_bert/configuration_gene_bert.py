@@ -21,15 +21,23 @@ AUTO_MAP = {
     "AutoModel": "modeling_gene_bert.GeneBertModel",
     "AutoModelForMaskedLM": "modeling_gene_bert.GeneBertForPhenotypicMLM",
     "AutoModelForSequenceClassification": "modeling_gene_bert.GeneBertForClassification",
+    "AutoModelForTokenClassification": "modeling_gene_bert.GeneBertForTokenClassification",
+}
+
+
+_CHOICES = {
+    "classifier_pooling": ("cls", "mean"),
+    "norm_type": ("layer_norm", "rms_norm"),
+    "position_embedding_type": ("none", "learned", "rotary"),
 }
 
 
 @strict
 class GeneBertConfig(PreTrainedConfig):
-    r"""Configuration of the GeneBert models: a DistilBERT encoder without positions, over gene tokens.
+    r"""Configuration of the GeneBert models: a DistilBERT encoder over gene tokens.
 
     A token is the sum of two embeddings: its id (an expression bin, a phenotype value or a special token) and its
-    type (which gene, or which phenotype category). The defaults are PerturbGene's base model.
+    type (which gene, or which phenotype category). The defaults are PerturbGene's base model, without positions.
 
     Parameters
     ----------
@@ -41,6 +49,21 @@ class GeneBertConfig(PreTrainedConfig):
         Shape of the encoder; `from_tokenizer` sets them by name.
     hidden_act : str, default: "gelu"
         Activation of the feed-forward blocks and of the MLM head.
+    gated_feed_forward : bool, default: False
+        GeGLU (with "gelu") or SwiGLU (with "silu") feed-forward blocks, of half as many parameters again.
+    pre_norm : bool, default: False
+        Norms before each block and at the end, in place of after each residual.
+    norm_type : {"layer_norm", "rms_norm"}, default: "layer_norm"
+        All norms of the encoder and the MLM head.
+    position_embedding_type : {"none", "learned", "rotary"}, default: "none"
+        Whether the place of a token in its cell counts: ranks need it, bins do not. `from_tokenizer` takes "learned"
+        for ranks (BERT's way, and so STFormer's and Geneformer's).
+    max_position_embeddings : int, default: 2048
+        Longest cell, with learned positions.
+    rotary_base : float, default: 10,000
+        Base of the rotary wavelengths.
+    value_embedding : bool, default: False
+        Whether the value of each gene is embedded beside its bin; the tokenizer gives it with `values=True`.
     hidden_dropout_prob, attention_probs_dropout_prob : float, default: 0.1
         Dropout on embeddings and feed-forward outputs, and on attention weights.
     classifier_dropout : float, default: 0.2
@@ -53,6 +76,16 @@ class GeneBertConfig(PreTrainedConfig):
         Epsilon of every LayerNorm.
     label_smoothing : float, default: 0.0
         Label smoothing of the MLM loss. PerturbGene trains with 0.5.
+    classifier_label_smoothing : float, default: 0.0
+        Of the classification loss. PerturbGene's is 0.1.
+    token_classes : list of str, optional
+        Phenotype categories in the order of their token types, then "genes": classes of tokens whose losses are
+        weighted, and reported, apart.
+    loss_weights : dict of str to float, optional
+        Weight of the MLM loss of some of `token_classes`; 1 for the others.
+    class_weights : list of float, optional
+        Weight of the loss of each class (single or multi label), such as scikit-learn's
+        `compute_class_weight("balanced", …)`.
     sparse_prediction : bool, default: True
         With labels, compute MLM logits at the labelled positions only; the output's `logits` are then
         (n_labelled, vocab_size), in row-major order of the positions. Without labels logits are always whole.
@@ -73,6 +106,8 @@ class GeneBertConfig(PreTrainedConfig):
     # Called after a configuration is made. The plugin registers the model classes here, so that `import stformer_hf`
     # need not import them; a checkpoint loaded from the Hub without the plugin leaves it unset.
     on_init: ClassVar[Callable[[], None] | None] = None
+    # Trainer gathers all other outputs as predictions.
+    keys_to_ignore_at_inference = ["class_statistics"]
 
     vocab_size: int = 6
     type_vocab_size: int = 1
@@ -81,6 +116,13 @@ class GeneBertConfig(PreTrainedConfig):
     num_attention_heads: int = 12
     intermediate_size: int = 3072
     hidden_act: str = "gelu"
+    gated_feed_forward: bool = False
+    pre_norm: bool = False
+    norm_type: str = "layer_norm"
+    position_embedding_type: str = "none"
+    max_position_embeddings: int = 2048
+    rotary_base: float | int = 10_000.0
+    value_embedding: bool = False
     hidden_dropout_prob: float | int = 0.1
     attention_probs_dropout_prob: float | int = 0.1
     classifier_dropout: float | int = 0.2
@@ -88,7 +130,11 @@ class GeneBertConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     label_smoothing: float | int = 0.0
+    classifier_label_smoothing: float | int = 0.0
     sparse_prediction: bool = True
+    token_classes: list[str] | None = None
+    loss_weights: dict[str, float] | None = None
+    class_weights: list[float] | None = None
     vocabulary_fingerprint: str | None = None
     pad_token_id: int | None = 3
     eos_token_id: int | None = 1
@@ -101,8 +147,21 @@ class GeneBertConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}."
             )
-        if self.classifier_pooling not in ("cls", "mean"):
-            raise ValueError(f'classifier_pooling is "cls" or "mean", got {self.classifier_pooling!r}.')
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}.")
+        if self.position_embedding_type == "rotary" and self.hidden_size // self.num_attention_heads % 2:
+            raise ValueError(
+                f"Rotary positions need heads of an even size, got {self.hidden_size // self.num_attention_heads}."
+            )
+        unknown = set(self.loss_weights or {}) - set(self.token_classes or ["genes"])
+        if unknown:
+            raise ValueError(
+                f"loss_weights names {', '.join(sorted(unknown))}; token_classes are "
+                f"{', '.join(self.token_classes or ['genes'])}."
+            )
+        if self.class_weights is not None and len(self.class_weights) != self.num_labels:
+            raise ValueError(f"{len(self.class_weights)} class_weights for {self.num_labels} labels.")
         if self.on_init is not None:
             type(self).on_init()
 
@@ -145,6 +204,11 @@ class GeneBertConfig(PreTrainedConfig):
             "pad_token_id": tokenizer.pad_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "vocabulary_fingerprint": tokenizer.fingerprint,
+            "token_classes": [*tokenizer.phenotypes, "genes"],
+            "value_embedding": tokenizer.values,
+            "position_embedding_type": "learned" if tokenizer.scheme == "rank" else "none",
+            "max_position_embeddings": tokenizer.max_length,
+            "classifier_pooling": "cls" if tokenizer.add_cls else "mean",
         }
         return cls(**{**fields, **kwargs})
 

@@ -1,163 +1,62 @@
 """GeneBert models: expression bins and phenotypes in, hidden states, masked-token logits or class logits out."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    MaskedLMOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import (
+    TransformersKwargs,
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    logging,
+)
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gene_bert import GeneBertConfig
-from .packed_attention import check_packing, packed_mask, packed_sdpa_attention_forward, segments_of
+from .encoder_layers import (
+    GeneBertAttention,
+    GeneBertLayer,
+    PositionlessEmbeddings,
+    make_norm,
+    places_in_cells,
+    rotary_angles,
+)
+from .heads import IGNORE, GeneBertMLMHead, classification_loss, masked_lm_loss, pool
+from .packed_attention import check_packing, packed_mask
+
+logger = logging.get_logger(__name__)
 
 
-class PositionlessEmbeddings(nn.Module):
-    """Sum of token and token-type embeddings, LayerNorm, dropout. The order of the genes carries no meaning."""
+@dataclass
+class GeneBertMaskedLMOutput(MaskedLMOutput):
+    """`MaskedLMOutput` and what its loss is made of.
 
-    def __init__(self, config: GeneBertConfig):
-        super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+    Attributes
+    ----------
+    class_statistics : Tensor (n_classes, 3)
+        A class of tokens (`config.token_classes`): sum of the labels' cross entropies in nats, without smoothing and
+        weights; number of labels predicted right; number of labels.
+    """
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Embed tokens.
-
-        Parameters
-        ----------
-        input_ids, token_type_ids : LongTensor (batch, length)
-            Token ids and types.
-        inputs_embeds : Tensor (batch, length, hidden), optional
-            In place of `input_ids`.
-
-        Returns
-        -------
-        Tensor (batch, length, hidden)
-
-        Raises
-        ------
-        ValueError
-            `token_type_ids` are missing: without them a bin belongs to no gene.
-        """
-        if token_type_ids is None:
-            raise ValueError("GeneBert needs token_type_ids: they say which gene each expression bin belongs to.")
-        if inputs_embeds is None:
-            inputs_embeds = self.word_embeddings(input_ids)
-        return self.dropout(self.LayerNorm(inputs_embeds + self.token_type_embeddings(token_type_ids)))
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention written out; gives the attention weights as well."""
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-class GeneBertAttention(nn.Module):
-    """Multi-head self-attention, on the backend that `config._attn_implementation` names."""
-
-    def __init__(self, config: GeneBertConfig):
-        super().__init__()
-        self.config = config
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_probs_dropout_prob
-        self.is_causal = False
-        self.q_lin = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_lin = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_lin = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_lin = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend; returns the output (batch, length, hidden) and, on the eager backend, the weights."""
-        batch_and_length = hidden_states.shape[:-1]
-        heads = (*batch_and_length, -1, self.head_dim)
-        query = self.q_lin(hidden_states).view(heads).transpose(1, 2)
-        key = self.k_lin(hidden_states).view(heads).transpose(1, 2)
-        value = self.v_lin(hidden_states).view(heads).transpose(1, 2)
-
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        if kwargs.get("cu_seq_lens_q") is not None and attention_mask is None:
-            if self.config._attn_implementation == "sdpa":
-                attention_interface = packed_sdpa_attention_forward
-        attended, weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.out_lin(attended.reshape(*batch_and_length, -1)), weights
-
-
-class GeneBertFeedForward(nn.Module):
-    """Linear, activation, Linear, dropout."""
-
-    def __init__(self, config: GeneBertConfig):
-        super().__init__()
-        self.lin1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.lin2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Transform each token on its own."""
-        return self.dropout(self.lin2(self.activation(self.lin1(hidden_states))))
-
-
-class GeneBertLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward block, each with a residual and a LayerNorm after it (DistilBERT's order)."""
-
-    def __init__(self, config: GeneBertConfig):
-        super().__init__()
-        self.attention = GeneBertAttention(config)
-        self.sa_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.ffn = GeneBertFeedForward(config)
-        self.output_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
-    ) -> torch.Tensor:
-        """Apply the block to (batch, length, hidden)."""
-        attended, _ = self.attention(hidden_states, attention_mask, **kwargs)
-        hidden_states = self.sa_layer_norm(attended + hidden_states)
-        return self.output_layer_norm(self.ffn(hidden_states) + hidden_states)
+    class_statistics: torch.Tensor | None = None
 
 
 class GeneBertPreTrainedModel(PreTrainedModel):
-    """What all GeneBert models share: configuration, initialisation, supported backends."""
+    """What all GeneBert models share: configuration, initialisation, supported backends.
+
+    `attn_implementation` is eager, sdpa, flex_attention, flash_attention_2 or _3, or "auto": flash attention where
+    there is a GPU, the package and half precision, else sdpa, which on a packed batch keeps cells apart by itself.
+    """
 
     config: GeneBertConfig
     config_class = GeneBertConfig
@@ -172,6 +71,21 @@ class GeneBertPreTrainedModel(PreTrainedModel):
     # A checkpoint with another head, or with one where none is wanted, is no surprise. A head that is missing is told.
     _keys_to_ignore_on_load_unexpected = [r"^mlm_head\.", r"^pre_classifier\.", r"^classifier\."]
 
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        if attn_implementation == "auto":
+            attn_implementation = _best_attention(self.config.dtype or torch.get_default_dtype())
+            logger.warning_once(f'attn_implementation="auto" is {attn_implementation!r} here.')
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+
+def _best_attention(dtype: torch.dtype) -> str:
+    if torch.cuda.is_available() and dtype in (torch.float16, torch.bfloat16):
+        if is_flash_attn_3_available():
+            return "flash_attention_3"
+        if is_flash_attn_2_available():
+            return "flash_attention_2"
+    return "sdpa"
+
 
 class GeneBertModel(GeneBertPreTrainedModel):
     """The encoder: embeddings and transformer layers, no head."""
@@ -182,6 +96,8 @@ class GeneBertModel(GeneBertPreTrainedModel):
         super().__init__(config)
         self.embeddings = PositionlessEmbeddings(config)
         self.layers = nn.ModuleList([GeneBertLayer(config) for _ in range(config.num_hidden_layers)])
+        if config.pre_norm:
+            self.final_norm = make_norm(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -200,6 +116,8 @@ class GeneBertModel(GeneBertPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        expression_values: torch.Tensor | None = None,
         cu_seq_lens_q: torch.IntTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput | tuple[torch.Tensor, ...]:
@@ -213,6 +131,11 @@ class GeneBertModel(GeneBertPreTrainedModel):
             1 where there is a token, 0 where there is padding.
         inputs_embeds : Tensor (batch, length, hidden), optional
             In place of `input_ids`.
+        position_ids : LongTensor (batch, length), optional
+            Place of each token in its cell, for a model with positions; counted from each cell's first token by
+            default, tokens that are not attended to left out.
+        expression_values : Tensor (batch, length), optional
+            Value of each gene, for a model with `value_embedding`; 0 for other tokens and for masked ones.
         cu_seq_lens_q : int32 Tensor (n_cells + 1,), optional
             Of a packed batch, one row: where its cells begin and end. Beside it a packed batch has `cu_seq_lens_k`,
             `max_length_q`, `max_length_k` and `seq_idx`, for the backends that read them.
@@ -230,8 +153,16 @@ class GeneBertModel(GeneBertPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
-        hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds)
-        check_packing(hidden_states.shape[:2], attention_mask, cu_seq_lens_q, kwargs)
+        shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        check_packing(shape, attention_mask, cu_seq_lens_q, kwargs)
+        positions = self.config.position_embedding_type
+        if positions != "none" and position_ids is None:
+            device = (input_ids if inputs_embeds is None else inputs_embeds).device
+            position_ids = places_in_cells(shape, attention_mask, cu_seq_lens_q, device)
+        hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds, position_ids, expression_values)
+        if positions == "rotary":
+            head_dim = self.config.hidden_size // self.config.num_attention_heads
+            kwargs["rotary"] = rotary_angles(position_ids, head_dim, self.config.rotary_base, hidden_states.dtype)
         if cu_seq_lens_q is None:
             attention_mask = create_bidirectional_mask(
                 config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
@@ -241,22 +172,9 @@ class GeneBertModel(GeneBertPreTrainedModel):
             kwargs["cu_seq_lens_q"] = cu_seq_lens_q
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        if self.config.pre_norm:
+            hidden_states = self.final_norm(hidden_states)
         return BaseModelOutput(last_hidden_state=hidden_states)
-
-
-class GeneBertMLMHead(nn.Module):
-    """Linear, activation, LayerNorm, and a Linear layer to the vocabulary."""
-
-    def __init__(self, config: GeneBertConfig):
-        super().__init__()
-        self.transform = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits (…, vocab_size) of hidden states (…, hidden)."""
-        return self.decoder(self.layer_norm(self.activation(self.transform(hidden_states))))
 
 
 class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
@@ -291,7 +209,7 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MaskedLMOutput | tuple[torch.Tensor, ...]:
+    ) -> GeneBertMaskedLMOutput | tuple[torch.Tensor, ...]:
         """Predict masked tokens.
 
         Parameters
@@ -305,9 +223,10 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
 
         Returns
         -------
-        MaskedLMOutput
-            `loss`: mean cross entropy in nats over the labelled positions, 0 if there are none. `logits`:
-            (batch, length, vocab_size), or (n_labelled, vocab_size) with labels and `config.sparse_prediction`.
+        GeneBertMaskedLMOutput
+            `loss`: mean cross entropy in nats over the labelled positions, 0 if there are none, smoothed and weighted
+            as the configuration says. `logits`: (batch, length, vocab_size), or (n_labelled, vocab_size) with labels
+            and `config.sparse_prediction`. `class_statistics`: see the class.
         """
         outputs = self.gene_bert(
             input_ids=input_ids,
@@ -318,82 +237,26 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        if labels is not None and self.config.sparse_prediction:
-            labelled = labels != -100
-            hidden_states, labels = hidden_states[labelled], labels[labelled]
-        logits = self.mlm_head(hidden_states)
-
-        loss = None
-        if labels is not None:
-            loss = self._loss(logits, labels, num_items_in_batch)
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        loss = statistics = None
+        if labels is None:
+            logits = self.mlm_head(hidden_states)
+        else:
+            labelled = labels != IGNORE
+            if self.config.sparse_prediction:
+                logits = at_labels = self.mlm_head(hidden_states[labelled])
+            else:
+                logits = self.mlm_head(hidden_states)
+                at_labels = logits[labelled]
+            loss, statistics = masked_lm_loss(
+                at_labels, labels[labelled], token_type_ids[labelled], self.config, num_items_in_batch
+            )
+        return GeneBertMaskedLMOutput(
+            loss=loss,
+            logits=logits,
+            class_statistics=statistics,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
-
-    def _loss(
-        self, logits: torch.Tensor, labels: torch.LongTensor, num_items_in_batch: torch.Tensor | int | None
-    ) -> torch.Tensor:
-        total = nn.functional.cross_entropy(
-            logits.view(-1, self.config.vocab_size).float(),
-            labels.view(-1).to(logits.device),
-            ignore_index=-100,
-            reduction="sum",
-            label_smoothing=self.config.label_smoothing,
-        )
-        if num_items_in_batch is None:
-            num_items_in_batch = (labels != -100).sum()
-        # A batch of cells without counts has no label, and its loss is 0, not NaN.
-        return total / torch.as_tensor(num_items_in_batch, device=logits.device).clamp(min=1)
-
-
-def pool(
-    hidden: torch.Tensor,
-    token_type_ids: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    pooling: str,
-    cu_seq_lens: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Reduce the hidden states of a cell's tokens to one.
-
-    Parameters
-    ----------
-    hidden : Tensor (batch, length, hidden_size)
-        Hidden states.
-    token_type_ids : Tensor (batch, length)
-        Types of the tokens; special tokens and padding have type 0.
-    attention_mask : Tensor (batch, length), optional
-        1 for tokens, 0 for padding; `[CLS]` is the first token.
-    pooling : {"cls", "mean"}
-        The state of `[CLS]`, or the mean over all tokens but the special ones (0 for a cell that has no other).
-    cu_seq_lens : int32 Tensor (n_cells + 1,), optional
-        Of a packed batch: where its cells begin and end.
-
-    Returns
-    -------
-    Tensor (batch or n_cells, hidden_size)
-
-    Raises
-    ------
-    ValueError
-        Another pooling; "mean" without token types.
-    """
-    if pooling == "cls":
-        if cu_seq_lens is not None:
-            return hidden[0, cu_seq_lens[:-1]]
-        if attention_mask is None:
-            return hidden[:, 0]
-        return hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.argmax(1)]
-    if pooling != "mean":
-        raise ValueError(f'pooling is "cls" or "mean", got {pooling!r}.')
-    if token_type_ids is None:
-        raise ValueError('pooling="mean" needs token_type_ids: they tell genes from special tokens.')
-    content = (token_type_ids > 0).unsqueeze(-1)
-    if cu_seq_lens is not None:
-        cell = segments_of(cu_seq_lens, hidden.shape[1])[0]
-        n_cells = len(cu_seq_lens) - 1
-        total = hidden.new_zeros(n_cells, hidden.shape[-1]).index_add(0, cell, hidden[0] * content[0])
-        return total / hidden.new_zeros(n_cells, 1).index_add(0, cell, content[0].to(hidden.dtype)).clamp(min=1)
-    return (hidden * content).sum(1) / content.sum(1).clamp(min=1)
 
 
 class GeneBertForClassification(GeneBertPreTrainedModel):
@@ -427,13 +290,12 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
         input_ids, attention_mask, token_type_ids, inputs_embeds
             As in `GeneBertModel.forward`.
         labels : Tensor (batch,), optional
-            Class of each cell.
+            Class of each cell; with several classes a cell, or a number to predict, see `classification_loss`.
 
         Returns
         -------
         SequenceClassifierOutput
-            `loss`: as `transformers` computes it for `config.problem_type` (cross entropy in nats by default);
-            `logits` (batch, num_labels).
+            `loss`: of `config.problem_type` (cross entropy in nats by default); `logits` (batch, num_labels).
         """
         # Trainer's count of labels is meant for the loss alone; the encoder would hand it to the attention backend.
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
@@ -456,10 +318,65 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
 
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                labels=labels, pooled_logits=logits, config=self.config, num_items_in_batch=num_items_in_batch
-            )
+            loss = classification_loss(logits, labels, self.config, num_items_in_batch)
         return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class GeneBertForTokenClassification(GeneBertPreTrainedModel):
+    """GeneBert that assigns each gene of a cell to a class, such as dosage-sensitive or not."""
+
+    _auto_class = "AutoModelForTokenClassification"
+
+    def __init__(self, config: GeneBertConfig):
+        super().__init__(config)
+        self.loss_type = "ForTokenClassification"
+        self.gene_bert = GeneBertModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput | tuple[torch.Tensor, ...]:
+        """Classify genes.
+
+        Parameters
+        ----------
+        input_ids, attention_mask, token_type_ids, inputs_embeds
+            As in `GeneBertModel.forward`.
+        labels : LongTensor (batch, length), optional
+            Class of each token; -100 for those without one.
+        num_items_in_batch : int or Tensor, optional
+            As in `GeneBertForPhenotypicMLM.forward`.
+
+        Returns
+        -------
+        TokenClassifierOutput
+            `loss`: mean cross entropy in nats over the labelled tokens; `logits` (batch, length, num_labels).
+        """
+        outputs = self.gene_bert(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits.flatten(0, 1), labels.flatten(), self.config, num_items_in_batch)
+        return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
@@ -467,6 +384,8 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
 __all__ = [
     "GeneBertForClassification",
     "GeneBertForPhenotypicMLM",
+    "GeneBertForTokenClassification",
+    "GeneBertMaskedLMOutput",
     "GeneBertModel",
     "GeneBertPreTrainedModel",
     "PositionlessEmbeddings",

@@ -49,7 +49,7 @@ SEPARATOR = "[SEP]"
 DEFAULT_MAX_LENGTH = 2048
 # Settings that belong to one scheme.
 _ONLY_OF = {
-    "binned": ("bin_edges", "normalize"),
+    "binned": ("bin_edges", "normalize", "values"),
     "rank": ("medians", "target_sum", "neighborhood", "add_cls", "add_eos"),
 }
 
@@ -65,6 +65,8 @@ class TokenizedCells(NamedTuple):
         Cell i has the tokens `indptr[i]:indptr[i + 1]`.
     dropped_type_ids, dropped_cells : int64 array (D,)
         Of the binned scheme: token types of the expressed genes that truncation left out, and the cell of each.
+    expression_values : float32 array (T,), optional
+        With `values=True`: ln(1 + count) of each gene, or its normalised value; 0 for other tokens.
     """
 
     input_ids: np.ndarray
@@ -72,6 +74,7 @@ class TokenizedCells(NamedTuple):
     indptr: np.ndarray
     dropped_type_ids: np.ndarray
     dropped_cells: np.ndarray
+    expression_values: np.ndarray | None = None
 
 
 class _Frame(NamedTuple):
@@ -120,6 +123,9 @@ class GeneTokenizer(PreTrainedTokenizer):
     normalize : {None, "log1p_cp10k"}, default: None
         Of the binned scheme: what is binned, counts or ln(1 + count / total * 10,000), the total being that of all
         columns of the input.
+    values : bool, default: False
+        Of the binned scheme: whether cells also get `expression_values`, ln(1 + count) of each gene (or what
+        `normalize` makes of it), for a model with `value_embedding`.
     medians : GeneStatistics, dict of gene to float, path of a .json or .pkl, or sequence (n_genes,)
         Of the rank scheme: non-zero medians, as `estimate_gene_medians` gives them. Genes without one are never
         tokens.
@@ -189,6 +195,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         scheme: str | None = None,
         bin_edges: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
         normalize: str | None = None,
+        values: bool | None = None,
         medians: Any = None,
         target_sum: float | None = None,
         neighborhood: bool | None = None,
@@ -212,6 +219,7 @@ class GeneTokenizer(PreTrainedTokenizer):
             "scheme": scheme,
             "bin_edges": bin_edges,
             "normalize": normalize,
+            "values": values or None,
             "medians": medians,
             "target_sum": target_sum,
             "neighborhood": neighborhood,
@@ -263,6 +271,8 @@ class GeneTokenizer(PreTrainedTokenizer):
         self._told: set[str] = set()
 
         kwargs["model_max_length"] = DEFAULT_MAX_LENGTH if max_length is None else max_length
+        if self.values:
+            kwargs.setdefault("model_input_names", [*self.model_input_names, "expression_values"])
         for role, token in self._special_tokens.items():
             kwargs.setdefault(role, token)
         super().__init__(**kwargs)
@@ -277,6 +287,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         if wrong:
             raise ValueError(f'{", ".join(wrong)}: settings of the {other} scheme, and this is "{self.scheme}".')
         self.normalize, self.neighborhood, self.separator = given["normalize"], bool(given["neighborhood"]), None
+        self.values = bool(given["values"])
         if self.scheme == "binned":
             if self.normalize not in (None, "log1p_cp10k"):
                 raise ValueError(f'normalize is None or "log1p_cp10k", got {self.normalize!r}.')
@@ -509,6 +520,13 @@ class GeneTokenizer(PreTrainedTokenizer):
         return int(self.add_cls) + len(self.included_phenotypes)
 
     @property
+    def gene_token_ids(self) -> np.ndarray:
+        """Token id of each gene, int64 array (n_genes,)."""
+        if self.scheme != "rank":
+            raise AttributeError("In the binned scheme genes are token types: see gene_token_type_offset.")
+        return self._expression_ids
+
+    @property
     def first_bin_id(self) -> int:
         """Token id of `bin_0`."""
         if self.scheme != "binned":
@@ -555,7 +573,8 @@ class GeneTokenizer(PreTrainedTokenizer):
             "symbols": self.symbols,
         }
         if self.scheme == "binned":
-            return {**vocabulary, "bin_edges": self.bin_edges, "normalize": self.normalize}
+            values = {"values": True} if self.values else {}
+            return {**vocabulary, "bin_edges": self.bin_edges, "normalize": self.normalize, **values}
         return {
             **vocabulary,
             "medians": [None if median != median else median for median in self.medians.tolist()],
@@ -711,7 +730,8 @@ class GeneTokenizer(PreTrainedTokenizer):
         Returns
         -------
         BatchEncoding
-            `input_ids`, `token_type_ids` (and `attention_mask`): one list a cell, in the order of the cells.
+            `input_ids`, `token_type_ids` (and `attention_mask`, `expression_values`), those of them that are in
+            `model_input_names`: one list a cell, in the order of the cells.
 
         Raises
         ------
@@ -725,9 +745,9 @@ class GeneTokenizer(PreTrainedTokenizer):
             cells, genes=genes, obs=obs, layer=layer, neighborhood=neighborhood, max_length=max_length
         )
         lengths = np.diff(tokens.indptr)
-        columns = {"input_ids": tokens.input_ids, "token_type_ids": tokens.token_type_ids}
-        if return_attention_mask:
-            columns["attention_mask"] = np.ones(len(tokens.input_ids), np.int64)
+        columns = self.columns(tokens)
+        if not return_attention_mask:
+            columns.pop("attention_mask", None)
 
         if padding in (False, "do_not_pad"):
             if return_tensors is None:
@@ -735,7 +755,7 @@ class GeneTokenizer(PreTrainedTokenizer):
                 return BatchEncoding(
                     {
                         name: [flat[start:stop].tolist() for start, stop in zip(cuts, cuts[1:], strict=False)]
-                        for name, flat in columns.items()
+                        for name, (flat, _) in columns.items()
                     }
                 )
             if len(np.unique(lengths)) > 1:
@@ -748,14 +768,23 @@ class GeneTokenizer(PreTrainedTokenizer):
             length = max_length or self.max_length
         if pad_to_multiple_of:
             length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
-        values = {"input_ids": self.pad_token_id, "token_type_ids": 0, "attention_mask": 0}
         padded = {
-            name: pad_ragged(flat, tokens.indptr, length, values[name], self.padding_side)
-            for name, flat in columns.items()
+            name: pad_ragged(flat, tokens.indptr, length, value, self.padding_side)
+            for name, (flat, value) in columns.items()
         }
         if return_tensors is None:
             return BatchEncoding({name: array.tolist() for name, array in padded.items()})
         return BatchEncoding(padded, tensor_type=return_tensors)
+
+    def columns(self, tokens: TokenizedCells) -> dict[str, tuple[np.ndarray, int | float]]:
+        """Give what a model reads of some tokens, by `model_input_names`: flat arrays, and what pads each."""
+        columns = {
+            "input_ids": (tokens.input_ids, self.pad_token_id),
+            "token_type_ids": (tokens.token_type_ids, 0),
+            "attention_mask": (np.ones(len(tokens.input_ids), np.int64), 0),
+            "expression_values": (tokens.expression_values, 0.0),
+        }
+        return {name: column for name, column in columns.items() if name in self.model_input_names}
 
     def encode_cells(
         self,
@@ -816,17 +845,21 @@ class GeneTokenizer(PreTrainedTokenizer):
     ) -> TokenizedCells:
         totals = None if self.normalize is None else row_sums(rows)
         rows = map_genes(rows, column_genes)
-        bins = self._binner(rows.columns, rows.counts if totals is None else log1p_cp10k(rows, totals))
+        measured = rows.counts if totals is None else log1p_cp10k(rows, totals)
+        bins = self._binner(rows.columns, measured)
         indptr, genes, counts = rows
         if len(bins) and not bins.min():
-            indptr, (genes, counts, bins) = keep(bins > 0, indptr, genes, counts, bins)
+            indptr, (genes, counts, bins, measured) = keep(bins > 0, indptr, genes, counts, bins, measured)
         lengths = np.diff(indptr)
         frame = self._frame(phenotypes, [np.minimum(lengths, room)])
         ids, types = frame.ids, frame.types
+        values = np.zeros(len(ids), np.float32) if self.values else None
+        if self.values and totals is None:
+            measured = np.log1p(measured, dtype=np.float32)
         dropped, n_dropped = [np.empty(0, np.int64)], np.maximum(lengths - room, 0)
         cuts = zip(indptr.tolist(), indptr[1:].tolist(), frame.starts[0].tolist(), room.tolist(), strict=False)
         for cell, (start, stop, to, most) in enumerate(cuts):
-            of, at = bins[start:stop], genes[start:stop]
+            of, at, chosen = bins[start:stop], genes[start:stop], slice(None)
             if stop - start > most:
                 chosen = choose(self.truncation, most, counts[start:stop], at, self.seed, epoch, cell_ids[cell])
                 dropped.append(at.take(np.flatnonzero(~chosen)))
@@ -834,11 +867,14 @@ class GeneTokenizer(PreTrainedTokenizer):
                 of, at = of.take(chosen), at.take(chosen)
             ids[to : to + len(of)] = of
             types[to : to + len(of)] = at
+            if values is not None:
+                values[to : to + len(of)] = measured[start:stop][chosen]
         ids += self._expression_ids[0]
         types += self.gene_token_type_offset
         self._fill(frame, phenotypes)
         dropped_types = np.concatenate(dropped).astype(np.int64) + self.gene_token_type_offset
-        return TokenizedCells(ids, types, frame.indptr, dropped_types, np.repeat(np.arange(len(lengths)), n_dropped))
+        dropped_cells = np.repeat(np.arange(len(lengths)), n_dropped)
+        return TokenizedCells(ids, types, frame.indptr, dropped_types, dropped_cells, values)
 
     def _encode_ranks(
         self,

@@ -1,0 +1,267 @@
+"""What the GeneBert encoder is made of: embeddings, attention, feed-forward block, layer."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .configuration_gene_bert import GeneBertConfig
+from .packed_attention import packed_sdpa_attention_forward, segments_of
+
+
+def make_norm(config: GeneBertConfig) -> nn.Module:
+    """LayerNorm, or RMSNorm (Zhang and Sennrich 2019), over the hidden dimension."""
+    norm = nn.RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
+    return norm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class PositionlessEmbeddings(nn.Module):
+    """Sum of token and token-type embeddings, LayerNorm, dropout. The order of the genes carries no meaning.
+
+    Two embeddings more, where the configuration asks for them: of the place of a token in its cell
+    (`position_embedding_type="learned"`, for ranks), and of the value of a gene (`value_embedding`).
+    """
+
+    def __init__(self, config: GeneBertConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        if config.position_embedding_type == "learned":
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        if config.value_embedding:
+            self.value_embeddings = ValueEmbedding(config)
+        self.LayerNorm = make_norm(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        expression_values: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embed tokens.
+
+        Parameters
+        ----------
+        input_ids, token_type_ids : LongTensor (batch, length)
+            Token ids and types.
+        inputs_embeds : Tensor (batch, length, hidden), optional
+            In place of `input_ids`.
+        position_ids : LongTensor (batch, length), optional
+            Place of each token in its cell, from 0; read with learned positions.
+        expression_values : Tensor (batch, length), optional
+            Value of each gene, 0 for tokens without one; read with `value_embedding`.
+
+        Returns
+        -------
+        Tensor (batch, length, hidden)
+
+        Raises
+        ------
+        ValueError
+            `token_type_ids` are missing: without them a bin belongs to no gene. Values are missing, or given to a
+            model that does not read them; a cell is longer than there are positions.
+        """
+        if token_type_ids is None:
+            raise ValueError("GeneBert needs token_type_ids: they say which gene each expression bin belongs to.")
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        embedded = inputs_embeds + self.token_type_embeddings(token_type_ids)
+        if hasattr(self, "position_embeddings"):
+            most = self.position_embeddings.num_embeddings
+            if position_ids.shape[1] > most and not torch.compiler.is_compiling() and int(position_ids.max()) >= most:
+                raise ValueError(
+                    f"A cell has {int(position_ids.max()) + 1} tokens, and the model {most} positions: shorten cells "
+                    "(tokenizer.model_max_length), or make the model with more max_position_embeddings."
+                )
+            embedded = embedded + self.position_embeddings(position_ids)
+        if hasattr(self, "value_embeddings") != (expression_values is not None):
+            raise ValueError(
+                "This model was made with value_embedding=True and needs expression_values: tokenize with values=True."
+                if expression_values is None
+                else "The model does not read expression_values: make it with value_embedding=True."
+            )
+        if expression_values is not None:
+            embedded = embedded + self.value_embeddings(expression_values)
+        return self.dropout(self.LayerNorm(embedded))
+
+
+class ValueEmbedding(nn.Module):
+    """Embedding of a number: Linear, activation, Linear; 0 where the number is 0 (scGPT's continuous values)."""
+
+    def __init__(self, config: GeneBertConfig):
+        super().__init__()
+        self.lin1 = nn.Linear(1, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.lin2 = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """Embed values (batch, length) into (batch, length, hidden)."""
+        values = values.to(self.lin1.weight.dtype).unsqueeze(-1)
+        return self.lin2(self.activation(self.lin1(values))) * (values != 0)
+
+
+def places_in_cells(
+    shape: tuple[int, int], attention_mask: torch.Tensor | None, cu_seq_lens: torch.Tensor | None, device
+) -> torch.LongTensor:
+    """Count the tokens before each token of its cell: LongTensor (batch, length).
+
+    Padding, on whichever side, and tokens that are not attended to, take no place; in a packed row each cell begins
+    at 0.
+    """
+    if cu_seq_lens is not None:
+        at = torch.arange(shape[1], device=device)
+        return (at - cu_seq_lens.long()[segments_of(cu_seq_lens, shape[1])[0]])[None]
+    if attention_mask is None:
+        return torch.arange(shape[1], device=device).expand(shape)
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def rotary_angles(
+    position_ids: torch.LongTensor, head_dim: int, base: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of the rotary embedding (Su et al. 2021): Tensor (batch, 1, length, head_dim), each."""
+    steps = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
+    angles = position_ids.unsqueeze(-1).float() * base ** (-steps / head_dim)
+    angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(heads: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Turn queries or keys (batch, heads, length, head_dim) by their positions."""
+    cos, sin = angles
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention written out; gives the attention weights as well."""
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class GeneBertAttention(nn.Module):
+    """Multi-head self-attention, on the backend that `config._attn_implementation` names."""
+
+    def __init__(self, config: GeneBertConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.is_causal = False
+        self.q_lin = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_lin = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_lin = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_lin = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend; returns the output (batch, length, hidden) and, on the eager backend, the weights."""
+        batch_and_length = hidden_states.shape[:-1]
+        heads = (*batch_and_length, -1, self.head_dim)
+        query = self.q_lin(hidden_states).view(heads).transpose(1, 2)
+        key = self.k_lin(hidden_states).view(heads).transpose(1, 2)
+        value = self.v_lin(hidden_states).view(heads).transpose(1, 2)
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        if kwargs.get("cu_seq_lens_q") is not None and attention_mask is None:
+            if self.config._attn_implementation == "sdpa":
+                attention_interface = packed_sdpa_attention_forward
+        attended, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.out_lin(attended.reshape(*batch_and_length, -1)), weights
+
+
+class GeneBertFeedForward(nn.Module):
+    """Linear, activation, Linear, dropout; gated, the activation of one half scales the other (Shazeer 2020)."""
+
+    def __init__(self, config: GeneBertConfig):
+        super().__init__()
+        self.gated = config.gated_feed_forward
+        self.lin1 = nn.Linear(config.hidden_size, config.intermediate_size * (1 + self.gated))
+        self.activation = ACT2FN[config.hidden_act]
+        self.lin2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Transform each token on its own."""
+        inner = self.lin1(hidden_states)
+        if self.gated:
+            inner, gate = inner.chunk(2, dim=-1)
+            return self.dropout(self.lin2(self.activation(inner) * gate))
+        return self.dropout(self.lin2(self.activation(inner)))
+
+
+class GeneBertLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward block, each with a residual.
+
+    The norm comes after each residual (DistilBERT's order), or before each block (`pre_norm`; Xiong et al. 2020).
+    """
+
+    def __init__(self, config: GeneBertConfig):
+        super().__init__()
+        self.pre_norm = config.pre_norm
+        self.attention = GeneBertAttention(config)
+        self.sa_layer_norm = make_norm(config)
+        self.ffn = GeneBertFeedForward(config)
+        self.output_layer_norm = make_norm(config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        """Apply the block to (batch, length, hidden)."""
+        if self.pre_norm:
+            attended, _ = self.attention(self.sa_layer_norm(hidden_states), attention_mask, **kwargs)
+            hidden_states = attended + hidden_states
+            return self.ffn(self.output_layer_norm(hidden_states)) + hidden_states
+        attended, _ = self.attention(hidden_states, attention_mask, **kwargs)
+        hidden_states = self.sa_layer_norm(attended + hidden_states)
+        return self.output_layer_norm(self.ffn(hidden_states) + hidden_states)
+
+
+__all__ = [
+    "GeneBertAttention",
+    "GeneBertLayer",
+    "PositionlessEmbeddings",
+    "make_norm",
+    "places_in_cells",
+    "rotary_angles",
+]

@@ -1,0 +1,191 @@
+"""From hidden states to predictions and losses: the MLM head, pooling of cells, and the losses of all heads."""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from .configuration_gene_bert import GeneBertConfig
+from .encoder_layers import make_norm
+from .packed_attention import segments_of
+
+IGNORE = -100
+
+
+class GeneBertMLMHead(nn.Module):
+    """Linear, activation, LayerNorm, and a Linear layer to the vocabulary."""
+
+    def __init__(self, config: GeneBertConfig):
+        super().__init__()
+        self.transform = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.layer_norm = make_norm(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits (…, vocab_size) of hidden states (…, hidden)."""
+        return self.decoder(self.layer_norm(self.activation(self.transform(hidden_states))))
+
+
+def masked_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.LongTensor,
+    token_types: torch.LongTensor,
+    config: GeneBertConfig,
+    num_items_in_batch: torch.Tensor | int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy of masked tokens, and what it is made of.
+
+    Parameters
+    ----------
+    logits : Tensor (k, vocab_size)
+        Of the labelled positions.
+    labels, token_types : LongTensor (k,)
+        Of the same positions.
+    config : GeneBertConfig
+        `label_smoothing`, `token_classes` and `loss_weights`.
+    num_items_in_batch : int or Tensor, optional
+        What the sum is divided by; k by default.
+
+    Returns
+    -------
+    loss : Tensor ()
+        Weighted sum of the positions' smoothed cross entropies, in nats, over `num_items_in_batch`; 0 without any.
+    statistics : Tensor (n_classes, 3)
+        A class of tokens: sum of the plain cross entropies in nats, number of right predictions, number of labels.
+    """
+    logits = logits.float()
+    labels = labels.to(logits.device)
+    nll = nn.functional.cross_entropy(logits, labels, reduction="none")
+    losses, smoothing = nll, config.label_smoothing
+    if smoothing:
+        losses = (1 - smoothing) * nll + smoothing * (logits.logsumexp(-1) - logits.mean(-1))
+    names = config.token_classes or ["genes"]
+    # Categories have the types 1, 2, …; all types from there on are of genes.
+    classes = token_types.to(logits.device).clamp(1, len(names)) - 1
+    if config.loss_weights:
+        weights = losses.new_tensor([config.loss_weights.get(name, 1.0) for name in names])
+        losses = losses * weights[classes]
+    if num_items_in_batch is None:
+        num_items_in_batch = torch.ones_like(nll).sum()
+    # A batch of cells without counts has no label, and its loss is 0, not NaN.
+    loss = losses.sum() / torch.as_tensor(num_items_in_batch, device=logits.device).clamp(min=1)
+    with torch.no_grad():
+        columns = torch.stack([nll.detach(), (logits.argmax(-1) == labels).float(), torch.ones_like(nll)], dim=1)
+        statistics = columns.new_zeros(len(names), 3).index_add(0, classes, columns)
+    return loss, statistics
+
+
+def classification_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    config: GeneBertConfig,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Loss of a classification or regression head, as `config.problem_type` says.
+
+    Parameters
+    ----------
+    logits : Tensor (n, num_labels)
+    labels : Tensor
+        Classes, int64 (n,), -100 where there is none; of several classes at once, 0 or 1, float (n, num_labels); of a
+        regression, float (n,) or (n, num_labels).
+    config : GeneBertConfig
+        `problem_type` (by the labels and num_labels where it is None), `class_weights`,
+        `classifier_label_smoothing`.
+    num_items_in_batch : int or Tensor, optional
+        What the sum is divided by; the number of labels by default.
+
+    Returns
+    -------
+    Tensor ()
+        Cross entropy, binary cross entropy, in nats, or squared error: the mean over labels. Class weights scale the
+        labels' losses; the mean is over labels, not weights, so that it is the same however batches are cut.
+
+    Raises
+    ------
+    ValueError
+        Labels of another kind than the problem's.
+    """
+    labels = labels.to(logits.device)
+    problem = config.problem_type
+    if problem is None:
+        whole = not labels.is_floating_point()
+        problem = "single_label_classification" if whole else "multi_label_classification"
+        problem = "regression" if config.num_labels == 1 else problem
+    if problem == "single_label_classification" and labels.is_floating_point():
+        raise ValueError(f"Classes are whole numbers, got labels of {labels.dtype}; see config.problem_type.")
+    logits = logits.float()
+    weights = None if config.class_weights is None else logits.new_tensor(config.class_weights)
+    if problem == "single_label_classification":
+        n_labels = (labels != IGNORE).sum()
+        total = nn.functional.cross_entropy(
+            logits,
+            labels,
+            weight=weights,
+            reduction="sum",
+            ignore_index=IGNORE,
+            label_smoothing=config.classifier_label_smoothing,
+        )
+    else:
+        labels = labels.float().view_as(logits)
+        n_labels = torch.as_tensor(labels.numel(), device=logits.device)
+        if problem == "regression":
+            total = nn.functional.mse_loss(logits, labels, reduction="sum")
+        else:
+            total = nn.functional.binary_cross_entropy_with_logits(logits, labels, weight=weights, reduction="sum")
+    if num_items_in_batch is not None:
+        n_labels = torch.as_tensor(num_items_in_batch, device=logits.device)
+    return total / n_labels.clamp(min=1)
+
+
+def pool(
+    hidden: torch.Tensor,
+    token_type_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    pooling: str,
+    cu_seq_lens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Reduce the hidden states of a cell's tokens to one.
+
+    Parameters
+    ----------
+    hidden : Tensor (batch, length, hidden_size)
+        Hidden states.
+    token_type_ids : Tensor (batch, length)
+        Types of the tokens; special tokens and padding have type 0.
+    attention_mask : Tensor (batch, length), optional
+        1 for tokens, 0 for padding; `[CLS]` is the first token.
+    pooling : {"cls", "mean"}
+        The state of `[CLS]`, or the mean over all tokens but the special ones (0 for a cell that has no other).
+    cu_seq_lens : int32 Tensor (n_cells + 1,), optional
+        Of a packed batch: where its cells begin and end.
+
+    Returns
+    -------
+    Tensor (batch or n_cells, hidden_size)
+
+    Raises
+    ------
+    ValueError
+        Another pooling; "mean" without token types.
+    """
+    if pooling == "cls":
+        if cu_seq_lens is not None:
+            return hidden[0, cu_seq_lens[:-1]]
+        if attention_mask is None:
+            return hidden[:, 0]
+        return hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.argmax(1)]
+    if pooling != "mean":
+        raise ValueError(f'pooling is "cls" or "mean", got {pooling!r}.')
+    if token_type_ids is None:
+        raise ValueError('pooling="mean" needs token_type_ids: they tell genes from special tokens.')
+    content = (token_type_ids > 0).unsqueeze(-1)
+    if cu_seq_lens is not None:
+        cell = segments_of(cu_seq_lens, hidden.shape[1])[0]
+        n_cells = len(cu_seq_lens) - 1
+        total = hidden.new_zeros(n_cells, hidden.shape[-1]).index_add(0, cell, hidden[0] * content[0])
+        return total / hidden.new_zeros(n_cells, 1).index_add(0, cell, content[0].to(hidden.dtype)).clamp(min=1)
+    return (hidden * content).sum(1) / content.sum(1).clamp(min=1)
+
+
+__all__ = ["GeneBertMLMHead", "classification_loss", "masked_lm_loss", "pool"]

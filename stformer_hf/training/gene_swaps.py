@@ -1,0 +1,85 @@
+"""Which gene takes the place of a masked one: one that the cell certainly does not express."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..models.gene_bert.tokenization_gene_bert import TokenizedCells
+
+
+def unexpressed_genes(
+    tokens: TokenizedCells,
+    n_genes: int,
+    offset: int,
+    at: np.ndarray,
+    cells: np.ndarray,
+    uniforms: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw, for each token to swap, the type of a gene that its cell does not express; distinct in a cell.
+
+    Parameters
+    ----------
+    tokens : TokenizedCells
+        Of the binned scheme, before masking.
+    n_genes, offset : int
+        Number of genes, and the token type of the first.
+    at, cells : int array (k,)
+        Tokens to swap, and the cell of each.
+    uniforms : callable
+        (counters, cells) -> numbers in [0, 1).
+
+    Returns
+    -------
+    types : int array (k,)
+    given : bool array (k,)
+        Which tokens got one: a cell gives at most half of its unexpressed genes.
+    """
+    n_cells = len(tokens.indptr) - 1
+    # Expressed genes of all cells, ascending in each; those that were dropped are expressed too.
+    is_gene = tokens.token_type_ids >= offset
+    owner = np.repeat(np.arange(n_cells), np.diff(tokens.indptr))[is_gene]
+    expressed = tokens.token_type_ids[is_gene] - offset
+    if len(tokens.dropped_cells):
+        owner = np.concatenate([owner, tokens.dropped_cells])
+        expressed = np.concatenate([expressed, tokens.dropped_type_ids - offset])
+    keys = owner * n_genes + expressed
+    if (np.diff(keys) <= 0).any():
+        keys = np.unique(keys)
+        owner, expressed = keys // n_genes, keys % n_genes
+    first = np.searchsorted(owner, np.arange(n_cells + 1))
+    n_unexpressed = n_genes - np.diff(first)
+    # The r-th unexpressed gene of a cell is r + the number of its expressed genes g with g - rank(g) <= r.
+    gaps = owner * (n_genes + 1) + expressed - (np.arange(len(keys)) - first[owner])
+
+    order = np.argsort(cells, kind="stable")
+    place = np.empty(len(cells), np.int64)
+    place[order] = np.arange(len(cells)) - np.searchsorted(cells[order], cells[order])
+    given = place < n_unexpressed[cells] // 2
+
+    rank = np.zeros(len(cells), np.int64)
+    pending = np.flatnonzero(given)
+    attempt = 0
+    while len(pending):  # each round settles at least half of the tokens in expectation
+        draw = uniforms(tokens.token_type_ids[at[pending]] + attempt * (offset + n_genes), cells[pending])
+        rank[pending] = (draw * n_unexpressed[cells[pending]]).astype(np.int64)
+        pending = pending[_repeats(cells, rank, given, pending)]
+        attempt += 1
+    genes = rank + np.searchsorted(gaps, cells * (n_genes + 1) + rank, side="right") - first[cells]
+    return genes + offset, given
+
+
+def _repeats(cells: np.ndarray, ranks: np.ndarray, settled: np.ndarray, pending: np.ndarray) -> np.ndarray:
+    """Which of the pending draws repeat one of their cell that is settled, or that came before."""
+    mine = np.flatnonzero(settled)
+    waiting = np.zeros(len(cells), bool)
+    waiting[pending] = True
+    # Settled draws sort before waiting ones of the same key, so the first of each key stays.
+    order = mine[np.lexsort((mine, waiting[mine], ranks[mine], cells[mine]))]
+    repeat = np.zeros(len(cells), bool)
+    repeat[order[1:]] = (cells[order][1:] == cells[order][:-1]) & (ranks[order][1:] == ranks[order][:-1])
+    return repeat[pending]
+
+
+__all__ = ["unexpressed_genes"]

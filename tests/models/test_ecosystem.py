@@ -1,0 +1,235 @@
+"""GeneBert in the hands of others: torch.compile, PEFT, ONNX, device maps, autocast, activation checkpointing."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForMaskedLM
+
+from stformer_hf import (
+    DataCollatorForCellClassification,
+    DataCollatorForPhenotypicMLM,
+    GeneBertConfig,
+    GeneBertForClassification,
+    GeneBertForPhenotypicMLM,
+    GeneBertForTokenClassification,
+    GeneBertModel,
+)
+
+CLASSES = [GeneBertModel, GeneBertForPhenotypicMLM, GeneBertForClassification, GeneBertForTokenClassification]
+
+
+@pytest.fixture
+def batches(tokenizer, store):
+    """The same cells, padded and packed."""
+    return [
+        DataCollatorForPhenotypicMLM(tokenizer, packing=packing)(store.__getitems__(range(9)))
+        for packing in (False, True)
+    ]
+
+
+@pytest.fixture
+def plain_config(config):
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    return config
+
+
+# ---------------------------------------------------------------------- what transformers asks of every model
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_what_every_model_of_transformers_does(model_class, plain_config, batches, tmp_path):
+    """The checks of transformers' own model tests that fit an encoder of cells; its package does not carry them."""
+    batch = {name: tensor for name, tensor in batches[0].items() if name != "labels"}
+    torch.manual_seed(0)
+    model = model_class(plain_config).eval()
+    assert list(inspect.signature(model.forward).parameters)[:3] == ["input_ids", "attention_mask", "token_type_ids"]
+    with torch.no_grad():
+        outputs = model(**batch, output_hidden_states=True)
+        assert torch.equal(model(**batch)[0], outputs[0])  # the same twice
+        assert torch.equal(model(**batch, return_dict=False)[0], outputs[0])
+        embeds = model.get_input_embeddings()(batch["input_ids"])
+        others = {name: tensor for name, tensor in batch.items() if name != "input_ids"}
+        torch.testing.assert_close(model(inputs_embeds=embeds, **others)[0], outputs[0])
+    assert len(outputs.hidden_states) == plain_config.num_hidden_layers + 1
+    # Saved and loaded: the same numbers, whatever stood in memory before, also of a half-precision copy.
+    model.save_pretrained(tmp_path)
+    again = model_class.from_pretrained(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    half = model_class.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        torch.testing.assert_close(half(**batch)[0].float(), outputs[0], atol=0.1, rtol=0.1)
+    # Every weight is initialised by `_init_weights`: on the meta device first, as from_pretrained does it.
+    with torch.device("meta"):
+        empty = model_class(plain_config)
+    empty.to_empty(device="cpu")
+    for parameter in empty.parameters():
+        parameter.data.fill_(torch.nan)
+    empty.init_weights()
+    assert not [name for name, parameter in empty.named_parameters() if parameter.isnan().any()]
+    # Another size of the vocabulary.
+    model.resize_token_embeddings(plain_config.vocab_size + 3)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(**batch, output_hidden_states=True).hidden_states[-1], outputs.hidden_states[-1]
+        )
+
+
+def test_attention_chosen_by_itself(plain_config, batches, tmp_path, caplog):
+    GeneBertForPhenotypicMLM(plain_config).save_pretrained(tmp_path)
+    auto = AutoModelForMaskedLM.from_pretrained(tmp_path, attn_implementation="auto").eval()
+    assert auto.config._attn_implementation == "sdpa"
+    plain = AutoModelForMaskedLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for batch in batches:
+            torch.testing.assert_close(auto(**batch).loss, plain(**batch).loss)
+    plain.set_attn_implementation("auto")
+    assert plain.config._attn_implementation == plain.gene_bert.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.gpu
+def test_attention_chosen_by_itself_on_a_gpu(plain_config):
+    model = GeneBertModel._from_config(plain_config, attn_implementation="auto", dtype=torch.bfloat16)
+    assert model.config._attn_implementation in ("flash_attention_3", "flash_attention_2", "sdpa")
+
+
+# ---------------------------------------------------------------------- precision, placement, memory
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_bfloat16_autocast_is_near(plain_config, batches, packing):
+    model = GeneBertForPhenotypicMLM(plain_config)
+    batch = batches[packing]
+    exact = model(**batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        near = model(**batch)
+    near.loss.backward()
+    assert near.loss.dtype == torch.float32
+    torch.testing.assert_close(near.loss, exact.loss, atol=1e-2, rtol=1e-2)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_device_map_with_layers_on_disk(plain_config, batches, tmp_path):
+    model = GeneBertForPhenotypicMLM(plain_config).eval()
+    model.save_pretrained(tmp_path / "model")
+    places = {
+        "gene_bert.embeddings": "cpu",
+        "gene_bert.layers.0": "cpu",
+        "gene_bert.layers.1": "disk",
+        "mlm_head": "cpu",
+    }
+    parts = GeneBertForPhenotypicMLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload"
+    )
+    assert parts.hf_device_map == places
+    with torch.no_grad():
+        torch.testing.assert_close(parts(**batches[0]).loss, model(**batches[0]).loss)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_activation_checkpointing_gives_the_same_gradients(plain_config, batches, packing):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = GeneBertForPhenotypicMLM(plain_config).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model(**batches[packing]).loss.backward()
+        gradients.append(torch.cat([parameter.grad.ravel() for parameter in model.parameters()]))
+    torch.testing.assert_close(*gradients)
+
+
+# ---------------------------------------------------------------------- torch.compile, ONNX, PEFT
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_compiles_without_a_graph_break(plain_config, batches, packing):
+    torch._dynamo.reset()
+    model = GeneBertForPhenotypicMLM(plain_config)
+    batch = batches[packing]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    results = []
+    for one in (model, compiled):
+        model.zero_grad()
+        # The number of masked tokens is not known before the labels are: dynamo takes it as a size of its own.
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+            loss = one(**batch).loss
+        loss.backward()
+        results.append([loss, *(parameter.grad.clone() for parameter in model.parameters())])
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_the_encoder_runs_as_onnx_on_other_batches(plain_config, tokenizer, store, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = GeneBertModel(plain_config).eval()
+
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, attention_mask, token_type_ids):
+            return self.model(input_ids, attention_mask, token_type_ids).last_hidden_state
+
+    collate = DataCollatorForCellClassification(tokenizer_without_phenotypes(tokenizer), label="cell_type")
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    batch = collate(store.__getitems__(range(5)))
+    sizes = {0: torch.export.Dim("cells", min=2), 1: torch.export.Dim("length", min=2)}
+    path = tmp_path / "encoder.onnx"
+    program = torch.onnx.export(
+        Encoder(), tuple(batch[name] for name in names), dynamo=True, dynamic_shapes=[sizes] * 3, verbose=False
+    )
+    program.save(path)
+    session = onnxruntime.InferenceSession(path)
+    for cells in (store.__getitems__(range(5)), store.__getitems__(range(10, 30))):
+        batch = collate(cells)
+        with torch.no_grad():
+            expected = model(**{name: batch[name] for name in names}).last_hidden_state.numpy()
+        given = zip((one.name for one in session.get_inputs()), names, strict=True)
+        (found,) = session.run(None, {name: batch[of].numpy() for name, of in given})
+        attended = batch["attention_mask"].bool().numpy()
+        np.testing.assert_allclose(found[attended], expected[attended], atol=1e-5)
+
+
+def tokenizer_without_phenotypes(tokenizer):
+    tokenizer.included_phenotypes = []
+    return tokenizer
+
+
+def test_lora_trains_and_merges(plain_config, tokenizer, store):
+    peft = pytest.importorskip("peft")
+    collate = DataCollatorForCellClassification(tokenizer_without_phenotypes(tokenizer), label="cell_type")
+    batch = collate(store.__getitems__(range(20)))
+    model = GeneBertForClassification(plain_config)
+    settings = peft.LoraConfig(
+        task_type="SEQ_CLS", r=4, target_modules=["q_lin", "v_lin"], modules_to_save=["pre_classifier", "classifier"]
+    )
+    tuned = peft.get_peft_model(model, settings)
+    frozen = {name: p.detach().clone() for name, p in tuned.named_parameters() if not p.requires_grad}
+    assert any("embeddings" in name for name in frozen)
+    optimizer = torch.optim.Adam([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        losses.append(tuned(**batch).loss)
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(torch.equal(p, frozen[name]) for name, p in tuned.named_parameters() if name in frozen)
+    tuned.eval()
+    with torch.no_grad():
+        logits = tuned(**batch).logits
+        merged = tuned.merge_and_unload()
+        torch.testing.assert_close(merged(**batch).logits, logits, atol=1e-5, rtol=1e-5)
+    assert type(merged) is GeneBertForClassification
+
+
+def test_auto_model_takes_all_that_a_config_says(plain_config, tmp_path):
+    plain_config.save_pretrained(tmp_path)
+    assert GeneBertConfig.from_pretrained(tmp_path).to_dict() == plain_config.to_dict()
+    assert type(AutoModel.from_config(plain_config)) is GeneBertModel
