@@ -27,6 +27,8 @@ _MODULES = {
     "inference.annotate": ["annotate"],
     "inference.embed": ["embed"],
     "models.gene_bert.configuration_gene_bert": ["GeneBertConfig"],
+    "models.gene_bert.extension": ["extend_vocabulary"],
+    "models.gene_bert.legacy_weights": ["convert_perturbgene_checkpoint", "load_geneformer"],
     "models.gene_bert.modeling_gene_bert": [
         "GeneBertForClassification",
         "GeneBertForPhenotypicMLM",
@@ -41,6 +43,7 @@ _MODULES = {
         "DataCollatorForPhenotypicMLM",
         "collate_fn_wrapper",
     ],
+    "training.gene_embeddings": ["load_gene_embeddings"],
     "training.lengths": ["load_example_lengths", "write_example_lengths"],
     "training.precollator": ["STFormerPreCollator"],
     "training.samplers": ["BlockShuffleSampler"],

@@ -41,6 +41,9 @@ class PretrainArguments:
     gene_dropout: float = field(
         default=0.0, metadata={"help": "share of a cell's genes to leave out, anew each epoch"}
     )
+    gene_embeddings: str | None = field(
+        default=None, metadata={"help": "table of genes and vectors that the model's embeddings of genes begin with"}
+    )
     packing: bool = field(default=False, metadata={"help": "train on packed batches, without padding"})
     label_smoothing: float = field(default=0.0, metadata={"help": "of the MLM loss (PerturbGene: 0.5)"})
     layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
@@ -63,12 +66,15 @@ def run(args: PretrainArguments, training: dict) -> dict[str, float]:
     from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
     from ..models.gene_bert.modeling_gene_bert import GeneBertForPhenotypicMLM
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+    from ..training.gene_embeddings import load_gene_embeddings
     from ..training.model_card import write_model_card
     from ..training.pretrainer import STFormerPretrainer
     from .runs import finish, open_cells, refuse_flags_of_a_new_model, split, training_arguments
 
     output = Path(args.output)
-    refuse_flags_of_a_new_model(args, ("size", "phenotypes", "bin_edges", "max_length", "label_smoothing"))
+    refuse_flags_of_a_new_model(
+        args, ("size", "phenotypes", "bin_edges", "max_length", "label_smoothing", "gene_embeddings")
+    )
     arguments = training_arguments(output, training, args.overwrite)
     tokenizer = AutoTokenizer.from_pretrained(args.model) if args.model else None
     phenotypes = tokenizer.included_phenotypes if tokenizer else args.phenotypes
@@ -82,6 +88,8 @@ def run(args: PretrainArguments, training: dict) -> dict[str, float]:
         )
         config = GeneBertConfig.from_tokenizer(tokenizer, size=args.size, label_smoothing=args.label_smoothing)
         model = GeneBertForPhenotypicMLM(config)
+        if args.gene_embeddings:
+            load_gene_embeddings(model, tokenizer, args.gene_embeddings)
     train_cells, held_out_cells = split(store, args.held_out, arguments.seed)
     if held_out_cells is None:
         arguments.eval_strategy = "no"

@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy import sparse
-from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit
 from tqdm.auto import tqdm
 
 from ..genes.gene_table import GeneTable
@@ -370,6 +369,8 @@ class CellStore:
         ValueError
             No such column, cells without a value in it, or under two groups.
         """
+        from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit  # a second of imports
+
         if by is None:
             train, test = next(ShuffleSplit(1, test_size=test_size, random_state=seed).split(np.arange(len(self))))
         else:

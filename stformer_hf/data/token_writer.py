@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-ROWS_PER_BATCH = 1024  # cells that are tokenized at once, and rows of an Arrow record batch
+ROWS_PER_BATCH = 1024  # of an Arrow record batch
+_ROWS_AT_A_TIME = 64  # cells that are tokenized at once: what they need stays in the processor's cache
 ROWS_PER_SHARD = 16_384
-_OWN_COLUMNS = ("input_ids", "token_type_ids", "length", "cell_id")
+_OF_TOKENS = ("input_ids", "token_type_ids", "expression_values")
+_OWN_COLUMNS = (*_OF_TOKENS, "length", "cell_id")
 _OTHER_FILES = ("lengths.json", "tokenizer", "manifest.json", "dataset_info.json", "state.json", "plan.json")
 
 
@@ -96,6 +98,7 @@ def _features(store: CellStore, tokenizer: Any, obs: Sequence[str]) -> Features:
     features = {
         "input_ids": List(Value(gene_type(tokenizer.vocab_size))),
         "token_type_ids": List(Value("uint8" if n_types <= 1 << 8 else gene_type(n_types))),
+        **({"expression_values": List(Value("float32"))} if tokenizer.values else {}),
         "length": Value("int32"),
         "cell_id": Value("int64"),
     }
@@ -189,13 +192,19 @@ class TokenShards:
         return {"file": file.name, "rows": stop - start, "bytes": file.stat().st_size, "checksum": checksum(file)}
 
     def _tokenized(self, rows: np.ndarray) -> pa.RecordBatch:
-        cells = self.store.__getitems__(rows)
-        tokens = self.tokenizer.encode_cells(cells, epoch=0)
-        offsets = pa.array(tokens.indptr.astype(np.int32))
-        columns = {"length": np.diff(tokens.indptr).astype(np.int32), "cell_id": cells.cell_id}
-        for name in ("input_ids", "token_type_ids"):
-            ids = getattr(tokens, name).astype(self.schema.field(name).type.value_type.to_pandas_dtype())
-            columns[name] = pa.ListArray.from_arrays(offsets, ids)
+        lists = [name for name in self.schema.names if name in _OF_TOKENS]
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in (*lists, "length", "cell_id")}
+        for start in range(0, len(rows), _ROWS_AT_A_TIME):
+            cells = self.store.__getitems__(rows[start : start + _ROWS_AT_A_TIME])
+            tokens = self.tokenizer.encode_cells(cells, epoch=0)
+            parts["length"].append(np.diff(tokens.indptr).astype(np.int32))
+            parts["cell_id"].append(cells.cell_id)
+            for name in lists:
+                narrow = self.schema.field(name).type.value_type.to_pandas_dtype()
+                parts[name].append(getattr(tokens, name).astype(narrow))
+        columns: dict[str, Any] = {name: np.concatenate(of) for name, of in parts.items()}
+        offsets = pa.array(np.concatenate([[0], np.cumsum(columns["length"])]).astype(np.int32))
+        columns.update({name: pa.ListArray.from_arrays(offsets, columns[name]) for name in lists})
         if self.obs:
             table = self._obs_columns[rows[0] : rows[-1] + 1]
             columns.update({name: table.column(name).combine_chunks() for name in self.obs})

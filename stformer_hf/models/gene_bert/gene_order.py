@@ -137,8 +137,8 @@ def choose(
 
     Parameters
     ----------
-    truncation : {"top", "head", "random"}
-        The largest counts (ties in the order of the genes), the first genes, or a random subset.
+    truncation : {"top", "random"}
+        The largest counts (ties in the order of the genes), or a random subset.
     room : int
         How many; less than n.
     counts, genes : arrays (n,)
@@ -151,8 +151,6 @@ def choose(
     """
     if truncation == "top":
         return strongest(counts, room)
-    if truncation == "head":
-        return np.arange(len(counts)) < room
     return strongest(uniforms(seed, epoch, _TRUNCATE, np.array([cell_id]), genes, np.zeros(len(genes), int)), room)
 
 

@@ -483,7 +483,8 @@ class GeneTokenizer(PreTrainedTokenizer):
         self._phenotype_ids = {
             category: {value: ids[token] for value, token in of.items()} for category, of in names.items()
         }
-        self._all_phenotype_ids = np.sort([i for of in self._phenotype_ids.values() for i in of.values()])
+        all_ids = [i for of in self._phenotype_ids.values() for i in of.values()]
+        self._all_phenotype_ids = np.sort(np.array(all_ids, np.int64))
         of_genes = self.genes if self.scheme == "rank" else [f"bin_{i}" for i in range(self.n_bins)]
         # Of the rank scheme, the id of each gene; of the binned one, of each bin.
         self._expression_ids = np.array([ids[token] for token in of_genes], np.int64)
@@ -610,6 +611,10 @@ class GeneTokenizer(PreTrainedTokenizer):
         """Name each token type: its gene or phenotype category, of ranks `cell` or `neighborhood`; None for type 0."""
         names = [None, *self.phenotypes, *(self.genes if self.scheme == "binned" else ["cell", "neighborhood"])]
         return [names[int(i)] for i in token_type_ids]
+
+    def find_genes(self, names: Sequence[str]) -> np.ndarray:
+        """Give the place in `genes` of ids (with or without version) or symbols: int64 array (n,), -1 for others."""
+        return np.asarray(self._matcher.find(list(names)), np.int64)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Write `gene_vocabulary.json`, and `tokenizer.json`, by which any process turns names of tokens into ids.
@@ -860,7 +865,11 @@ class GeneTokenizer(PreTrainedTokenizer):
         cuts = zip(indptr.tolist(), indptr[1:].tolist(), frame.starts[0].tolist(), room.tolist(), strict=False)
         for cell, (start, stop, to, most) in enumerate(cuts):
             of, at, chosen = bins[start:stop], genes[start:stop], slice(None)
-            if stop - start > most:
+            if stop - start > most and self.truncation == "head":
+                chosen = slice(most)
+                dropped.append(at[most:])
+                of, at = of[:most], at[:most]
+            elif stop - start > most:
                 chosen = choose(self.truncation, most, counts[start:stop], at, self.seed, epoch, cell_ids[cell])
                 dropped.append(at.take(np.flatnonzero(~chosen)))
                 chosen = np.flatnonzero(chosen)
