@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-BENCHMARKS = ("data", "tokens", "collate")
+BENCHMARKS = ("data", "tokens", "model", "space")
 
 
 def main() -> None:

@@ -15,8 +15,10 @@ _MODULES = {
     "data.cell_batch": ["CellBatch", "collate_cells"],
     "data.ann_dataset": ["AnnDataset"],
     "data.cell_store": ["CellStore"],
+    "data.center_mask_sampler": ["CenterMaskSampler", "NeighborhoodBatch", "NeighborhoodMetadata"],
     "data.gene_medians": ["estimate_gene_medians"],
     "data.iterable_ann_dataset": ["IterableAnnDataset"],
+    "data.prepare_metadata": ["prepare_metadata"],
     "data.scdl": ["NeighborSamplingStrategy", "SingleCellMemMapDataset"],
     "data.scdl_batches": ["collate_neighbor_sparse_matrix_batch", "collate_sparse_matrix_batch"],
     "data.scdl_collection": ["SingleCellCollection"],
@@ -26,6 +28,12 @@ _MODULES = {
     "genes.statistics": ["GeneStatistics"],
     "inference.annotate": ["annotate"],
     "inference.embed": ["embed"],
+    "models.cell_neighborhood.configuration_cell_neighborhood": ["CellNeighborhoodConfig"],
+    "models.cell_neighborhood.count_likelihoods": ["nb_log_likelihood", "pearson_r", "zinb_log_likelihood"],
+    "models.cell_neighborhood.modeling_cell_neighborhood": [
+        "CellNeighborhoodForMaskedCell",
+        "CellNeighborhoodModel",
+    ],
     "models.gene_bert.configuration_gene_bert": ["GeneBertConfig"],
     "models.gene_bert.extension": ["extend_vocabulary"],
     "models.gene_bert.legacy_weights": ["convert_perturbgene_checkpoint", "load_geneformer"],
@@ -44,10 +52,13 @@ _MODULES = {
         "collate_fn_wrapper",
     ],
     "training.gene_embeddings": ["load_gene_embeddings"],
+    "training.length_sampler": ["EvenBatchSampler", "LengthGroupedSampler", "padding_share"],
     "training.lengths": ["load_example_lengths", "write_example_lengths"],
+    "training.neighborhood_collator": ["collate", "collate_neighborhoods"],
     "training.precollator": ["STFormerPreCollator"],
     "training.samplers": ["BlockShuffleSampler"],
     "training.pretrainer": ["CellTrainer", "STFormerPretrainer"],
+    "training.token_budget": ["TokenBudgetBatchSampler", "TokenBudgetBuffer"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -122,3 +122,59 @@ def test_what_would_mix_cells_raises(tokenizer, examples):
         DataCollatorForPhenotypicMLM(tokenizer, packing=True, max_tokens=50)(examples)
     with pytest.raises(ValueError, match="not padded"):
         DataCollatorForPhenotypicMLM(tokenizer, packing=True, pad_to_multiple_of=8)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_half_precision_agrees_padded_and_packed(tokenizer, examples, backend):
+    exact = model_of(GeneBertForPhenotypicMLM, tokenizer, "eager")
+    model = model_of(GeneBertForPhenotypicMLM, tokenizer, backend).bfloat16()
+    wanted = exact(**DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4)(examples)).loss
+    hidden = []
+    for packing in (False, True):
+        batch = DataCollatorForPhenotypicMLM(tokenizer, packing=packing, mlm_probability=0.4)(examples)
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            states = model.gene_bert(**batch).last_hidden_state.float()
+            loss = model(**batch, labels=labels).loss
+        torch.testing.assert_close(loss.float(), wanted, atol=1e-2, rtol=1e-2)
+        hidden.append(states[batch["attention_mask"].bool()] if not packing else states[0])
+    # bfloat16 has 8 bits: single values differ by its steps, 2**-7 of those near 2; all together by less.
+    difference = (hidden[0] - hidden[1]).norm() / hidden[0].norm()
+    assert difference < 1e-2
+
+
+def test_the_order_of_the_cells_changes_nothing(tokenizer, examples):
+    model = model_of(GeneBertForPhenotypicMLM, tokenizer, "sdpa")
+    states = {}
+    for packing in (False, True):
+        for cells in (examples, examples[::-1], examples[3:] + examples[:3]):
+            batch = DataCollatorForPhenotypicMLM(tokenizer, packing=packing, mlm_probability=0.4)(cells)
+            batch.pop("labels")
+            with torch.no_grad():
+                hidden = model.gene_bert(**batch).last_hidden_state
+            lengths = batch["cu_seq_lens_q"].diff() if packing else batch["attention_mask"].sum(1)
+            attended = hidden[0] if packing else hidden[batch["attention_mask"].bool()]
+            for cell, found in zip(cells, attended.split(lengths.tolist()), strict=True):
+                torch.testing.assert_close(found, states.setdefault(cell["cell_id"], found), atol=1e-5, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"])
+def test_packed_and_padded_agree_on_a_gpu(tokenizer, examples, backend):
+    """In half precision sdpa runs `torch.nn.attention.varlen` on packed batches."""
+    exact = model_of(GeneBertForPhenotypicMLM, tokenizer, "eager")
+    expected = exact(**DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4)(examples))
+    expected.loss.backward()
+    try:
+        model = model_of(GeneBertForPhenotypicMLM, tokenizer, backend)
+    except ImportError as error:
+        pytest.skip(str(error))
+    model = model.to("cuda", torch.bfloat16)
+    for packing in (False, True):
+        batch = DataCollatorForPhenotypicMLM(tokenizer, packing=packing, mlm_probability=0.4)(examples)
+        model.zero_grad()
+        found = model(**{k: v.to("cuda") if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
+        found.loss.backward()
+        torch.testing.assert_close(found.loss.float().cpu(), expected.loss, atol=1e-2, rtol=1e-2)
+        for parameter, one in zip(model.parameters(), exact.parameters(), strict=True):
+            assert (parameter.grad.float().cpu() - one.grad).norm() < 0.05 * one.grad.norm() + 1e-3

@@ -9,7 +9,13 @@ import numpy as np
 import torch
 from anndata import read_h5ad
 
-from stformer_hf import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM, GeneTokenizer
+from stformer_hf import (
+    GeneBertConfig,
+    GeneBertForClassification,
+    GeneBertForPhenotypicMLM,
+    GeneBertForTokenClassification,
+    GeneTokenizer,
+)
 
 PROCESS = """
 import json, sys
@@ -22,48 +28,68 @@ class NoPlugin:
 sys.meta_path.insert(0, NoPlugin())
 import anndata, torch
 from transformers import (
-    AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+    AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification,
+    AutoModelForTokenClassification, AutoTokenizer
 )
 
-mlm, classifier, data = sys.argv[1:]
+data, *paths = sys.argv[1:]
 adata = anndata.read_h5ad(data)
-assert AutoConfig.from_pretrained(mlm, trust_remote_code=True).model_type == "gene_bert"
-tokenizer = AutoTokenizer.from_pretrained(mlm, trust_remote_code=True)
-batch = tokenizer(adata, padding=True, return_tensors="pt")
-results = [batch["input_ids"].tolist(), batch["token_type_ids"].tolist()]
-with torch.no_grad():
-    for auto, path in (
-        (AutoModel, mlm), (AutoModelForMaskedLM, mlm), (AutoModelForSequenceClassification, classifier)
-    ):
-        outputs = auto.from_pretrained(path, trust_remote_code=True).eval()(**batch)
-        results.append(outputs[0].double().tolist())
+results = []
+for path in paths:
+    auto = {
+        "mlm": AutoModelForMaskedLM, "cells": AutoModelForSequenceClassification,
+        "genes": AutoModelForTokenClassification,
+    }[path.split("-")[-1]]
+    assert AutoConfig.from_pretrained(path, trust_remote_code=True).model_type == "gene_bert"
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+    batch = tokenizer(adata, padding=True, return_tensors="pt")
+    result = [batch["input_ids"].tolist(), batch["token_type_ids"].tolist()]
+    with torch.no_grad():
+        for of in (AutoModel, auto):
+            outputs = of.from_pretrained(path, trust_remote_code=True).eval()(**batch)
+            result.append(outputs[0].double().tolist())
+    results.append(result)
 assert "stformer_hf" not in sys.modules
 print(json.dumps(results))
 """
 
 
-def test_all_auto_classes_give_the_same_numbers_without_the_plugin(config, tokenizer, adata, tmp_path):
+def test_all_auto_classes_give_the_same_numbers_without_the_plugin(store, adata, tmp_path):
     cells = adata[:6].copy()
     cells.write_h5ad(tmp_path / "cells.h5ad")
-    config.num_labels = 3
-    models = {"mlm": GeneBertForPhenotypicMLM(config).eval(), "cls": GeneBertForClassification(config).eval()}
-    for name, model in models.items():
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    arguments = [str(tmp_path / name) for name in ("mlm", "cls", "cells.h5ad")]
+    medians = np.random.default_rng(0).lognormal(0, 1, len(store.gene_ids))
+    schemes = {"binned": {"bin_edges": [0.5, 1.5, 3.5]}, "rank": {"medians": medians}}
+    classes = {
+        "mlm": GeneBertForPhenotypicMLM,
+        "cells": GeneBertForClassification,
+        "genes": GeneBertForTokenClassification,
+    }
+    expected = {}
+    for scheme, settings in schemes.items():
+        tokenizer = GeneTokenizer.from_store(store, scheme=scheme, phenotypes=["cell_type"], **settings)
+        batch = tokenizer(cells, padding=True, return_tensors="pt")
+        for name, model_class in classes.items():
+            config = GeneBertConfig.from_tokenizer(tokenizer, size="tiny", num_labels=3)
+            model = model_class(config).eval()
+            path = tmp_path / f"{scheme}-{name}"
+            model.save_pretrained(path)
+            tokenizer.save_pretrained(path)
+            with torch.no_grad():
+                expected[str(path)] = (batch, model.gene_bert(**batch)[0], model(**batch)[0])
     environment = {"PATH": "", "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
     process = subprocess.run(
-        [sys.executable, "-c", PROCESS, *arguments], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", PROCESS, str(tmp_path / "cells.h5ad"), *expected],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert process.returncode == 0, process.stderr
-    ids, types, hidden, mlm_logits, logits = json.loads(process.stdout.splitlines()[-1])
-    batch = tokenizer(cells, padding=True, return_tensors="pt")
-    assert ids == batch["input_ids"].tolist()
-    assert types == batch["token_type_ids"].tolist()
-    with torch.no_grad():
-        np.testing.assert_allclose(hidden, models["mlm"].gene_bert(**batch)[0], atol=1e-6)
-        np.testing.assert_allclose(mlm_logits, models["mlm"](**batch).logits, atol=1e-6)
-        np.testing.assert_allclose(logits, models["cls"](**batch).logits, atol=1e-6)
+    results = json.loads(process.stdout.splitlines()[-1])
+    for (ids, types, hidden, logits), (batch, *wanted) in zip(results, expected.values(), strict=True):
+        assert ids == batch["input_ids"].tolist()
+        assert types == batch["token_type_ids"].tolist()
+        np.testing.assert_allclose(hidden, wanted[0], atol=1e-5)
+        np.testing.assert_allclose(logits, wanted[1], atol=1e-5)
 
 
 TOKENS = """

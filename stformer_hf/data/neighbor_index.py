@@ -1,0 +1,218 @@
+"""NeighborIndex: which cells of a section lie in a box or disc around a cell, or nearest to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+_SLACK = 1e-9  # of what the tree gives to choose from; the choice is by the coordinates themselves
+
+
+class NeighborIndex:
+    """Finds the neighbours of cells, exactly, for many cells at once.
+
+    A cell j is in the box around cell i where |x_j - x_i| <= width / 2, in float64, and so on for each axis; in the
+    disc where the sum of the squared differences is at most that of the radius. Borders are included, a cell is not
+    its own neighbour, but others at its place are, and cells of other sections never.
+
+    Parameters
+    ----------
+    points : float64 array (n, 2 or 3)
+        Coordinates; finite.
+    sections : int64 array (n,)
+        Section of each cell, from 0.
+    patch_size : float, sequence of float (n_dimensions,), or None
+        Sides of the box, or the diameter of the disc; one number for all sides. None with `k_nearest`: no bounds.
+    shape : {"box", "disc"}
+    k_nearest : int, optional
+        Only so many of them, the nearest by Euclidean distance; of equally distant ones those of the lowest number.
+    discretize : bool
+        Cut the sides of the box to whole numbers, and round its borders to them, halves to even.
+    candidates : int64 array (n_candidates,), optional
+        Cells that may be neighbours, ascending; all by default. `query` is for these cells only.
+
+    Raises
+    ------
+    ValueError
+        Sizes that are not positive or do not fit the coordinates or the shape.
+
+    Notes
+    -----
+    One KD-tree holds all sections, in branches of their own: the number of the section is a coordinate more, with
+    steps that no query reaches over.
+    """
+
+    def __init__(
+        self,
+        points: np.ndarray,
+        sections: np.ndarray,
+        patch_size: float | Sequence[float] | None,
+        *,
+        shape: str = "box",
+        k_nearest: int | None = None,
+        discretize: bool = False,
+        candidates: np.ndarray | None = None,
+    ):
+        if shape not in ("box", "disc"):
+            raise ValueError(f"shape={shape!r}: a neighbourhood is a 'box' or a 'disc'.")
+        if k_nearest is not None and (k_nearest != int(k_nearest) or k_nearest < 1):
+            raise ValueError(f"k_nearest={k_nearest}: a whole number of at least 1 is needed.")
+        if patch_size is None and k_nearest is None:
+            raise ValueError("Give a patch_size, or k_nearest, or both.")
+        if discretize and (shape == "disc" or patch_size is None):
+            raise ValueError("discretize=True rounds the borders of a box: it goes with shape='box' and a patch_size.")
+        self._points, self._sections = points, sections
+        self._disc, self._discretize = shape == "disc", discretize
+        self._k = None if k_nearest is None else int(k_nearest)
+        self._half = None if patch_size is None else _half_sides(patch_size, points.shape[1], shape, discretize)
+        self._norm = 2.0 if self._disc or self._half is None else np.inf
+        places = self._scaled()
+        self._reach = 1 + _SLACK + 8 * np.finfo(float).eps * np.abs(places).max(initial=0)
+        if self._half is None:
+            self._reach *= 1 + np.linalg.norm(np.ptp(places, axis=0)) if len(places) else 1  # over any section
+        self._places = np.column_stack([places, 3 * self._reach * sections])
+        # The cells of a branch side by side in memory: a query then costs nearly the same among many cells.
+        rows = np.arange(len(points)) if candidates is None else candidates
+        self._rows = rows[cKDTree(self._places[rows]).indices]
+        self._tree = cKDTree(self._places[self._rows])
+        self._axes = points[self._rows].T.copy()
+
+    def _scaled(self) -> np.ndarray:
+        """Give the coordinates from the middle of all, in units of half a side (of none without a patch_size)."""
+        if not len(self._points):
+            return self._points
+        low, high = self._points.min(axis=0), self._points.max(axis=0)
+        centred = self._points - (low + (high - low) / 2)
+        if self._half is None:
+            return centred
+        # Rounding moves a border by half a unit at most.
+        return centred / (self._half + 0.5 if self._discretize else self._half)
+
+    def query(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Find the neighbours of cells.
+
+        Parameters
+        ----------
+        cells : int64 array (n_cells,)
+
+        Returns
+        -------
+        indptr : int64 array (n_cells + 1,)
+            Cell i of those asked for has the neighbours `found[indptr[i]:indptr[i + 1]]`.
+        found : int64 array (indptr[-1],)
+            Numbers of cells, ascending for each.
+        """
+        reach = self._reach if self._half is not None else self._distances(cells)
+        lists = self._tree.query_ball_point(self._places[cells], reach, p=self._norm, return_sorted=False)
+        sizes = np.fromiter(map(len, lists), np.int64, len(cells))
+        near = np.fromiter(chain.from_iterable(lists), np.int64, int(sizes.sum()))
+        owners = np.repeat(np.arange(len(cells)), sizes)
+        rows = self._rows[near]
+        inside = self._is_inside(cells, sizes, near) & (rows != cells[owners])
+        keys = owners[inside] * len(self._points) + rows[inside]
+        keys.sort()
+        owners = owners[inside]
+        found = keys - owners * len(self._points)
+        if self._k is not None:
+            away = ((self._points[found] - self._points[cells[owners]]) ** 2).sum(axis=1)
+            kept = first_of_each(owners, away, len(cells), self._k)
+            owners, found = owners[kept], found[kept]
+        indptr = np.zeros(len(cells) + 1, np.int64)
+        np.cumsum(np.bincount(owners, minlength=len(cells)), out=indptr[1:])
+        return indptr, found
+
+    def _is_inside(self, cells: np.ndarray, sizes: np.ndarray, near: np.ndarray) -> np.ndarray:
+        """Tell which of the cells that the tree gave, `sizes` for each of `cells`, are in its box or disc."""
+        if self._half is None:
+            return self._sections[self._rows[near]] == np.repeat(self._sections[cells], sizes)
+        inside, away = np.ones(len(near), bool), np.zeros(len(near))
+        for values, middle, half in zip(self._axes, self._points[cells].T, self._half, strict=True):
+            there = values[near]
+            if self._discretize:
+                inside &= np.repeat(np.rint(middle - half), sizes) <= there
+                inside &= there <= np.repeat(np.rint(middle + half), sizes)
+            elif self._disc:
+                away += (there - np.repeat(middle, sizes)) ** 2
+            else:
+                inside &= np.abs(there - np.repeat(middle, sizes)) <= half
+        return away <= self._half[0] ** 2 if self._disc else inside
+
+    def _distances(self, cells: np.ndarray) -> np.ndarray:
+        """Give for each cell a little more than the distance to the last of its nearest ones."""
+        k = min(self._k + 1, self._tree.n)
+        away = self._tree.query(self._places[cells], [k])[0][:, 0]
+        margin = 8 * np.finfo(float).eps * np.abs(self._places[cells, :-1]).max(axis=1, initial=0)
+        return np.minimum(away * (1 + _SLACK) + margin, self._reach)  # that of another section's cell is over it
+
+    def count(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Count neighbours without finding them; those on a border may count or not, and `k_nearest` does not.
+
+        Needs a patch_size.
+
+        Returns
+        -------
+        n_inside, n_others : int64 array (n_cells,)
+            Cells in the box or disc, and in the whole section, but for the cell itself.
+        """
+        inside = self._tree.query_ball_point(self._places[cells], self._reach, p=self._norm, return_length=True)
+        return inside - 1, np.bincount(self._sections[self._rows])[self._sections[cells]] - 1
+
+    def nearest_distances(self, cells: np.ndarray) -> np.ndarray:
+        """Measure how far the nearest other cell of the section is: float64 (n_cells,), infinite where none is."""
+        other = NeighborIndex(self._points, self._sections, None, k_nearest=1, candidates=np.sort(self._rows))
+        indptr, found = other.query(cells)
+        away = np.full(len(cells), np.inf)
+        there = np.diff(indptr) > 0
+        away[there] = np.linalg.norm(self._points[found] - self._points[cells[there]], axis=1)
+        return away
+
+
+def first_of_each(owners: np.ndarray, values: np.ndarray, n_owners: int, most: int) -> np.ndarray:
+    """Choose the elements of the lowest values of each owner, of equal ones the first.
+
+    Parameters
+    ----------
+    owners : int64 array (n,)
+        Ascending.
+    values : array (n,)
+    n_owners, most : int
+
+    Returns
+    -------
+    bool array (n,)
+        At most `most` of each owner.
+    """
+    order = np.lexsort((values, owners))
+    starts = np.searchsorted(owners, np.arange(n_owners))
+    kept = np.zeros(len(owners), bool)
+    kept[order] = np.arange(len(owners)) - starts[owners] < most  # `owners` is sorted: its order is that of the ranks
+    return kept
+
+
+def _half_sides(patch_size: float | Sequence[float], n_dimensions: int, shape: str, discretize: bool) -> np.ndarray:
+    """Give half of each side: float64 (n_dimensions,)."""
+    sides = np.asarray(patch_size, np.float64)
+    if sides.ndim == 0:
+        sides = np.full(n_dimensions, sides)
+    if sides.shape != (n_dimensions,):
+        raise ValueError(
+            f"patch_size={patch_size} and {n_dimensions}-D coordinates: give one number, or {n_dimensions} of them."
+        )
+    if not (np.isfinite(sides) & (sides > 0)).all():
+        raise ValueError(f"patch_size={patch_size}: sides are positive, in the unit of the coordinates.")
+    if shape == "disc" and (sides != sides[0]).any():
+        raise ValueError(f"patch_size={patch_size}: a disc has one diameter; give one number.")
+    if discretize:
+        sides = np.floor(sides)
+        if not sides.all():
+            raise ValueError(
+                f"patch_size={patch_size} is cut to whole numbers by discretize=True, and then it is 0: leave "
+                "discretize out, or scale the coordinates."
+            )
+    return sides / 2
+
+
+__all__ = ["NeighborIndex", "first_of_each"]

@@ -1,0 +1,163 @@
+"""Tables of cells in space: reads coordinates, sections, types and names, and checks them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+
+def column_of(metadata: Any, name: str) -> np.ndarray:
+    """Give a column of a pandas or polars DataFrame: array (n_cells,).
+
+    Raises
+    ------
+    ValueError
+        There is none of that name.
+    """
+    if name not in metadata.columns:
+        raise ValueError(f"metadata has no column {name!r}; it has {', '.join(map(repr, metadata.columns))}.")
+    return np.asarray(metadata[name])
+
+
+def read_points(metadata: Any, axes: Sequence[str], names: np.ndarray) -> np.ndarray:
+    """Read coordinates: float64 array (n_cells, n_axes).
+
+    Parameters
+    ----------
+    metadata : DataFrame
+    axes : sequence of str
+        Columns.
+    names : array (n_cells,)
+        Names of the cells, for errors.
+
+    Raises
+    ------
+    ValueError
+        A column is missing; coordinates that are no numbers, or missing or infinite.
+    """
+    columns = [column_of(metadata, axis) for axis in axes]
+    try:
+        points = np.column_stack([column.astype(np.float64) for column in columns])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The columns {', '.join(map(repr, axes))} do not hold numbers: {error}.") from error
+    wrong = np.flatnonzero(~np.isfinite(points).all(axis=1))
+    if len(wrong):
+        raise ValueError(
+            f"{len(wrong)} of {len(points)} cells have no finite coordinates in {', '.join(map(repr, axes))}, such as "
+            f"{names[wrong[0]]}: leave them out of metadata first."
+        )
+    return points
+
+
+def read_sections(metadata: Any, name: str | None, names: np.ndarray) -> np.ndarray:
+    """Read the section of each cell as a number: int64 array (n_cells,); zeros where there is no column.
+
+    Parameters
+    ----------
+    metadata : DataFrame
+    name : str or None
+        Column.
+    names : array (n_cells,)
+        Names of the cells, for errors.
+
+    Raises
+    ------
+    ValueError
+        The column is missing; a cell without a section.
+    """
+    if name is None:
+        return np.zeros(len(names), np.int64)
+    if name not in metadata.columns:
+        raise ValueError(
+            f"metadata has no column {name!r} of tissue sections; it has {', '.join(map(repr, metadata.columns))}. "
+            "Name the right one with tissue_section_colname, or pass None if all cells are of one section."
+        )
+    codes, _ = pd.factorize(column_of(metadata, name))
+    wrong = np.flatnonzero(codes < 0)
+    if len(wrong):
+        raise ValueError(
+            f"{len(wrong)} of {len(codes)} cells have no section in {name!r}, such as {names[wrong[0]]}: leave them "
+            "out of metadata first."
+        )
+    return codes.astype(np.int64)
+
+
+def read_types(metadata: Any, name: str) -> np.ndarray:
+    """Read cell types: int64 array (n_cells,).
+
+    Raises
+    ------
+    ValueError
+        The column is missing, or holds other things than integers from 0.
+    """
+    types = column_of(metadata, name)
+    if types.dtype.kind == "O" and pd.api.types.infer_dtype(types, skipna=False) == "integer":
+        types = types.astype(np.int64)
+    if types.dtype.kind not in "iu":
+        missing = ", some missing" if pd.isna(types).any() else ""
+        raise ValueError(
+            f"The column {name!r} holds values of type {types.dtype}{missing}; cell types are integers from 0, as "
+            "prepare_metadata makes them."
+        )
+    if types.min(initial=0) < 0:
+        raise ValueError(f"The column {name!r} holds {types.min()}; cell types are integers from 0.")
+    return types.astype(np.int64)
+
+
+def as_names(names: Any) -> pd.Index:
+    """Give names of cells as strings."""
+    return pd.Index([str(name) for name in np.asarray(names)], dtype=object)
+
+
+def rows_of(names: Any, known: Any, cell_id_colname: str) -> np.ndarray:
+    """Find cells of metadata among those with expression: int64 array (n_cells,), -1 where one is not there.
+
+    Parameters
+    ----------
+    names, known : array
+        Names in metadata, and names with expression; compared as strings.
+    cell_id_colname : str
+        For errors.
+
+    Raises
+    ------
+    ValueError
+        A name is twice in metadata, or is that of two rows of expression.
+    """
+    names, known = as_names(names), as_names(known)
+    if not names.is_unique:
+        raise ValueError(
+            f"{names[names.duplicated()][0]!r} is twice in the column {cell_id_colname!r}: a cell has one row of "
+            "metadata."
+        )
+    repeats = known.duplicated()
+    ambiguous = known[repeats].intersection(names)
+    if len(ambiguous):
+        raise ValueError(f"{ambiguous[0]!r} is the name of two rows of expression: make the names unique.")
+    first = np.append(np.flatnonzero(~repeats), -1)  # the last for those that are not there
+    return first[known[~repeats].get_indexer(names)]
+
+
+def match_cells(names: Any, known: Any, cell_id_colname: str) -> np.ndarray:
+    """Find all cells of metadata among those with expression; as `rows_of`.
+
+    Raises
+    ------
+    ValueError
+        As `rows_of`; a cell is not there.
+    """
+    rows = rows_of(names, known, cell_id_colname)
+    missing = np.flatnonzero(rows < 0)
+    if len(missing):
+        has = f"has names such as {str(known[0])!r}" if len(known) else "is that of no cells"
+        raise ValueError(
+            f"{len(missing)} of {len(rows)} cells of metadata have no expression, such as {str(names[missing[0]])!r} "
+            f"(column {cell_id_colname!r}); expression {has}. prepare_metadata leaves out what is in one table only."
+        )
+    return rows
+
+
+__all__ = ["as_names", "column_of", "match_cells", "read_points", "read_sections", "read_types", "rows_of"]

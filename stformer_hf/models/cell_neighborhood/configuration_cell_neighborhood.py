@@ -1,0 +1,163 @@
+"""CellNeighborhood configuration."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+# encoder layers, decoder layers, heads, hidden size, feed-forward size. base is CellTransformer's, tiny for a laptop.
+SIZES = {"tiny": (2, 2, 4, 64, 256), "base": (4, 4, 8, 384, 1536)}
+
+# Every Auto class that a checkpoint answers to, so that it loads with `trust_remote_code=True` and no plugin.
+AUTO_MAP = {
+    "AutoConfig": "configuration_cell_neighborhood.CellNeighborhoodConfig",
+    "AutoModel": "modeling_cell_neighborhood.CellNeighborhoodModel",
+    "AutoModelForPreTraining": "modeling_cell_neighborhood.CellNeighborhoodForMaskedCell",
+}
+
+
+@strict
+class CellNeighborhoodConfig(PreTrainedConfig):
+    r"""Configuration of the CellNeighborhood models: the cells around a masked cell in, its counts out.
+
+    The defaults are those of the paper (CellTransformer), but for the numbers of genes and cell types.
+
+    Parameters
+    ----------
+    n_genes : int, default: 1
+        Number of columns of the expression.
+    n_cell_types : int, default: 1
+        Number of cell types, which are numbered from 0.
+    hidden_size, num_attention_heads, intermediate_size : int
+        Width of the transformer layers, their heads and their feed-forward blocks. Half of a cell's token is its type,
+        half its expression, so `hidden_size` is even.
+    encoder_layers, decoder_layers : int, default: 4
+        Layers over the cells of a neighbourhood, and over the pooled neighbourhood and the masked cell.
+    hidden_act : str, default: "gelu"
+        Activation of the expression's MLP and of the feed-forward blocks.
+    hidden_dropout_prob, attention_probs_dropout_prob : float, default: 0.0
+        Dropout after attention and feed-forward blocks, and on attention weights.
+    likelihood : {"zinb", "nb"}, default: "zinb"
+        How counts are distributed: negative binomial, with excess zeros or without.
+    apply_log1p : bool, default: True
+        Whether the model takes log1p of the observed expression. True where batches hold counts, as those of a sampler
+        with `normalize=None`. False where the observed expression is log1p already. The masked cell's expression is
+        to be counts in both cases: it is what the likelihood is of.
+    use_expression : bool, default: True
+        Whether the token of a cell reads its expression.
+    cell_embedding_size : int, default: 0
+        Size of an embedding of each observed cell, such as a GeneBert model's, which its token reads beside its
+        expression, or in place of it with `use_expression=False`. 0 for none.
+    gene_ids, cell_types : list of str, optional
+        What the columns and the types are, for those who use the model on other data.
+    initializer_range : float, default: 0.02
+        Standard deviation of the normal initialisation.
+    layer_norm_eps : float, default: 1e-5
+        Epsilon of every LayerNorm.
+    tie_word_embeddings : bool, default: False
+        There is nothing to tie.
+
+    Notes
+    -----
+    CellTransformer (brainformr), Lee et al.: sampler, masks and model as its documents describe them.
+    """
+
+    model_type = "cell_neighborhood"
+    _auto_class = "AutoConfig"
+    attribute_map = {"num_hidden_layers": "encoder_layers"}
+    # What Trainer gathers as predictions is the expected counts alone.
+    keys_to_ignore_at_inference = [
+        "mean",
+        "dispersion",
+        "gate",
+        "neighborhood_embedding",
+        "typed_neighborhood_embedding",
+        "last_hidden_state",
+        "hidden_states",
+        "attentions",
+    ]
+    # Called after a configuration is made; see `GeneBertConfig.on_init`.
+    on_init: ClassVar[Callable[[], None] | None] = None
+
+    n_genes: int = 1
+    n_cell_types: int = 1
+    hidden_size: int = 384
+    num_attention_heads: int = 8
+    intermediate_size: int = 1536
+    encoder_layers: int = 4
+    decoder_layers: int = 4
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    likelihood: str = "zinb"
+    apply_log1p: bool = True
+    use_expression: bool = True
+    cell_embedding_size: int = 0
+    gene_ids: list[str] | None = None
+    cell_types: list[str] | None = None
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
+        for name in ("n_genes", "n_cell_types", "encoder_layers", "decoder_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}.")
+        if self.hidden_size % 2 or self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size is even and a multiple of num_attention_heads {self.num_attention_heads}, "
+                f"got {self.hidden_size}."
+            )
+        if self.likelihood not in ("nb", "zinb"):
+            raise ValueError(f'likelihood is "nb" or "zinb", got {self.likelihood!r}.')
+        if self.cell_embedding_size < 0 or not (self.use_expression or self.cell_embedding_size):
+            raise ValueError(
+                "A cell's token reads its expression (use_expression=True), an embedding of the cell "
+                f"(cell_embedding_size, got {self.cell_embedding_size}), or both."
+            )
+        for name, size in (("gene_ids", self.n_genes), ("cell_types", self.n_cell_types)):
+            given = getattr(self, name)
+            if given is not None and len(given) != size:
+                raise ValueError(f"There are {len(given)} {name}, and the model has {size}.")
+        if self.on_init is not None:
+            type(self).on_init()
+
+    @classmethod
+    def from_size(cls, size: str, **kwargs) -> "CellNeighborhoodConfig":
+        """Make the configuration of a named size.
+
+        Parameters
+        ----------
+        size : {"tiny", "base"}
+            (encoder and decoder layers, hidden size): (2 + 2, 64), (4 + 4, 384). tiny is initialised at hidden
+            size ** -0.5 instead of 0.02.
+        **kwargs
+            Any other field, such as `n_genes` and `n_cell_types`; overrides what the size gives.
+
+        Returns
+        -------
+        CellNeighborhoodConfig
+
+        Raises
+        ------
+        ValueError
+            Unknown size.
+        """
+        if size not in SIZES:
+            raise ValueError(f"size is one of {', '.join(SIZES)}, got {size!r}.")
+        encoder_layers, decoder_layers, heads, hidden, intermediate = SIZES[size]
+        fields = {
+            "encoder_layers": encoder_layers,
+            "decoder_layers": decoder_layers,
+            "num_attention_heads": heads,
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "initializer_range": 0.02 if hidden >= 384 else hidden**-0.5,
+        }
+        return cls(**{**fields, **kwargs})
+
+
+__all__ = ["CellNeighborhoodConfig"]

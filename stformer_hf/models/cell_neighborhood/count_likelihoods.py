@@ -1,0 +1,185 @@
+"""Distributions of counts: negative binomial with or without excess zeros, a head for them, Pearson r a cell."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import logsigmoid
+
+# Bounds of the log dispersion that the head gives. Beyond them a count is as good as Poisson, or as good as 0.
+MAX_LOG_DISPERSION = 12.0
+
+
+def _widen(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Cast to 64 bits, where the device has them: differences of log gamma lose most digits of 32."""
+    dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def nb_log_likelihood(counts: torch.Tensor, log_mean: torch.Tensor, log_dispersion: torch.Tensor) -> torch.Tensor:
+    r"""Log likelihood of counts under negative binomials.
+
+    Parameters
+    ----------
+    counts : Tensor (…)
+        Whole numbers, 0 or more, of any type.
+    log_mean : Tensor (…)
+        Log of the mean :math:`\mu`.
+    log_dispersion : Tensor (…)
+        Log of the dispersion :math:`\theta`: the variance is :math:`\mu + \mu^2 / \theta`.
+
+    Returns
+    -------
+    Tensor (…)
+        In nats, of the type of `log_mean`; computed in 64 bits.
+
+    Notes
+    -----
+    .. math:: \log \Gamma(x + \theta) - \log \Gamma(\theta) - \log \Gamma(x + 1)
+        + \theta \log \frac{\theta}{\theta + \mu} + x \log \frac{\mu}{\theta + \mu}
+
+    `scipy.stats.nbinom` calls :math:`\theta` n, and :math:`\theta / (\theta + \mu)` p.
+    """
+    x, m, t = _widen(counts, log_mean, log_dispersion)
+    theta = t.exp()
+    choose = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+    return (choose + theta * logsigmoid(t - m) + x * logsigmoid(m - t)).to(log_mean.dtype)
+
+
+def zinb_log_likelihood(
+    counts: torch.Tensor, log_mean: torch.Tensor, log_dispersion: torch.Tensor, gate_logits: torch.Tensor
+) -> torch.Tensor:
+    r"""Log likelihood of counts under zero-inflated negative binomials.
+
+    Parameters
+    ----------
+    counts, log_mean, log_dispersion : Tensor (…)
+        As in `nb_log_likelihood`; mean and dispersion are those of the negative binomial.
+    gate_logits : Tensor (…)
+        Log odds g of an excess zero: a count is 0 with probability :math:`\pi = \sigma(g)`, else a draw from the
+        negative binomial.
+
+    Returns
+    -------
+    Tensor (…)
+        In nats, of the type of `log_mean`; computed in 64 bits.
+
+    Notes
+    -----
+    :math:`\log(\pi + (1 - \pi) \mathrm{NB}(0))` for a zero, :math:`\log(1 - \pi) + \log \mathrm{NB}(x)` else.
+    """
+    x, m, t, g = _widen(counts, log_mean, log_dispersion, gate_logits)
+    drawn = logsigmoid(-g) + nb_log_likelihood(x, m, t)
+    return torch.where(x == 0, torch.logaddexp(logsigmoid(g), drawn), drawn).to(log_mean.dtype)
+
+
+class CountDistribution(NamedTuple):
+    """Distributions of the counts of B cells in G genes, one each.
+
+    Attributes
+    ----------
+    log_mean, log_dispersion : float32 Tensor (B, G)
+        Of the negative binomials.
+    gate_logits : float32 Tensor (B, G) or None
+        Log odds of an excess zero; None for negative binomials without.
+    """
+
+    log_mean: torch.Tensor
+    log_dispersion: torch.Tensor
+    gate_logits: torch.Tensor | None
+
+    def log_likelihood(self, counts: torch.Tensor) -> torch.Tensor:
+        """Log likelihood (B, G) of counts (B, G), in nats."""
+        if self.gate_logits is None:
+            return nb_log_likelihood(counts, self.log_mean, self.log_dispersion)
+        return zinb_log_likelihood(counts, self.log_mean, self.log_dispersion, self.gate_logits)
+
+    def expected(self) -> torch.Tensor:
+        """Give the counts (B, G) to expect: the mean, less the excess zeros."""
+        mean = self.log_mean.exp()
+        return mean if self.gate_logits is None else mean * torch.sigmoid(-self.gate_logits)
+
+
+class CountHead(nn.Module):
+    r"""Distribution of each gene's counts from a state, by a linear layer a parameter.
+
+    The mean is the exponential of a linear layer. It is not a share (softmax) times a library size: the total of a
+    masked cell is part of what is to be predicted, and a head that is told it sees the answer.
+
+    Parameters
+    ----------
+    hidden_size, n_genes : int
+    likelihood : {"zinb", "nb"}
+    """
+
+    def __init__(self, hidden_size: int, n_genes: int, likelihood: str):
+        super().__init__()
+        self.log_mean = nn.Linear(hidden_size, n_genes)
+        self.log_dispersion = nn.Linear(hidden_size, n_genes)
+        self.gate_logits = nn.Linear(hidden_size, n_genes) if likelihood == "zinb" else None
+
+    def forward(self, states: torch.Tensor) -> CountDistribution:
+        """Distributions of B cells from states (B, hidden_size)."""
+        log_dispersion = self.log_dispersion(states).float().clamp(-MAX_LOG_DISPERSION, MAX_LOG_DISPERSION)
+        gate_logits = None if self.gate_logits is None else self.gate_logits(states).float()
+        return CountDistribution(self.log_mean(states).float(), log_dispersion, gate_logits)
+
+
+def check_counts(counts: torch.Tensor, name: str) -> None:
+    """Check that a likelihood is asked of counts. Not looked at on a GPU, which would have to wait for the answer.
+
+    Parameters
+    ----------
+    counts : Tensor
+    name : str
+        What the error calls it.
+
+    Raises
+    ------
+    ValueError
+        NaN, infinite, negative or fractional values.
+    """
+    if (
+        counts.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or bool(((counts >= 0) & (counts == counts.round()) & (counts < float("inf"))).all())
+    ):
+        return
+    unfit = (
+        "NaN or infinite" if not torch.isfinite(counts).all() else "negative" if (counts < 0).any() else "fractional"
+    )
+    raise ValueError(
+        f"{name} holds {unfit} values, and the likelihood is of counts. Make batches of counts (a sampler with "
+        "normalize=None); the model takes log1p of what it reads itself (config.apply_log1p=True)."
+    )
+
+
+def pearson_r(predicted: torch.Tensor, observed: torch.Tensor) -> torch.Tensor:
+    """Pearson correlation of each cell's predicted and observed expression, over its genes.
+
+    Parameters
+    ----------
+    predicted, observed : Tensor (B, G)
+        On the same scale, such as counts or their log1p.
+
+    Returns
+    -------
+    Tensor (B,)
+        float64 (float32 on devices that have no 64 bits). NaN where one of the two is the same for all genes: r is not
+        defined there, as in a cell without counts.
+    """
+    a, b = (part - part.mean(-1, keepdim=True) for part in _widen(predicted, observed))
+    # A constant row may leave rounding errors of its mean behind, and r would be noise.
+    varies = (predicted != predicted[..., :1]).any(-1) & (observed != observed[..., :1]).any(-1)
+    r = nn.functional.cosine_similarity(a, b, dim=-1, eps=0.0)
+    return torch.where(varies, r, torch.nan)
+
+
+__all__ = [
+    "CountDistribution",
+    "CountHead",
+    "check_counts",
+    "nb_log_likelihood",
+    "pearson_r",
+    "zinb_log_likelihood",
+]

@@ -1,0 +1,668 @@
+"""CellNeighborhood models: the cells around a masked cell in, embeddings of the neighbourhood and its counts out.
+
+Encoder over the cells of each neighbourhood, attention pooling, decoder on the pooled state and the masked type.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_cell_neighborhood import CellNeighborhoodConfig
+from .count_likelihoods import CountHead, check_counts
+
+
+@dataclass
+class CellNeighborhoodModelOutput(ModelOutput):
+    """What `CellNeighborhoodModel` gives for N cells in B neighbourhoods.
+
+    Attributes
+    ----------
+    neighborhood_embedding : Tensor (B, hidden)
+        The pooled neighbourhood. It has seen the cells around the masked cell, and nothing of the masked cell itself.
+    typed_neighborhood_embedding : Tensor (B, hidden), optional
+        The decoder's state of the masked cell: what its type and its neighbourhood tell together, and what its counts
+        are predicted from. None where no type was given.
+    last_hidden_state : Tensor (N, hidden)
+        The encoder's state of each cell.
+    hidden_states : tuple of Tensor (N + B, hidden), optional
+        Tokens before the encoder and after each of its layers: cells, then the cls token of each neighbourhood.
+    attentions : tuple of Tensor (heads, N + B, N + B), optional
+        Attention weights of each encoder layer.
+    """
+
+    neighborhood_embedding: torch.Tensor | None = None
+    typed_neighborhood_embedding: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class CellNeighborhoodForMaskedCellOutput(ModelOutput):
+    """What `CellNeighborhoodForMaskedCell` gives for B masked cells and G genes.
+
+    Attributes
+    ----------
+    loss : Tensor ()
+        Mean negative log likelihood of the masked cells' counts, in nats a gene.
+    expected_counts : float32 Tensor (B, G)
+        The mean, less the excess zeros.
+    mean, dispersion : float32 Tensor (B, G)
+        Of the negative binomials; the variance is mean + mean ** 2 / dispersion.
+    gate : float32 Tensor (B, G), optional
+        Probability of an excess zero; None with `likelihood="nb"`.
+    neighborhood_embedding, typed_neighborhood_embedding, last_hidden_state, hidden_states, attentions
+        As in `CellNeighborhoodModelOutput`.
+    """
+
+    loss: torch.Tensor | None = None
+    expected_counts: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+    dispersion: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
+    neighborhood_embedding: torch.Tensor | None = None
+    typed_neighborhood_embedding: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+# ---------------------------------------------------------------------- who attends to whom
+
+
+class Block(NamedTuple):
+    """Sequences of one length, side by side in a row of tokens; each attends to itself alone.
+
+    Attributes
+    ----------
+    count, queries, keys : int
+        Number of sequences, and of queries and keys in each.
+    mask : bool Tensor (1, 1, queries, keys) or None
+        True = may attend; every row is open somewhere. None where all is open.
+    closed : bool Tensor (queries, 1) or None
+        Queries that may attend to nothing, and get 0.
+    """
+
+    count: int
+    queries: int
+    keys: int
+    mask: torch.Tensor | None = None
+    closed: torch.Tensor | None = None
+
+
+class Routes(NamedTuple):
+    """Who attends to whom, in the order of tokens in which attention costs least.
+
+    Attributes
+    ----------
+    encoder, pooling, decoder : list of Block
+    order : LongTensor (N + B,) or None
+        Which token (cells, then cls) stands where in the encoder; None where they stay as they are.
+    place : LongTensor (N + B,) or None
+        Where each token stands.
+    pooled_cells : LongTensor (N,) or None
+        Which cells are pooled, block after block; None for all tokens, as they are.
+    pooled_place : LongTensor (B,) or None
+        Where each neighbourhood stands among the pooled.
+    partners : LongTensor (2 * B,) or None
+        To which token each of the decoder attends; None where its block says so.
+    """
+
+    encoder: list[Block]
+    pooling: list[Block]
+    decoder: list[Block]
+    order: torch.Tensor | None = None
+    place: torch.Tensor | None = None
+    pooled_cells: torch.Tensor | None = None
+    pooled_place: torch.Tensor | None = None
+    partners: torch.Tensor | None = None
+
+
+def _block_of(mask: torch.Tensor) -> Block:
+    """Make a block of a mask whose True = may not attend; rows that are wholly closed are opened and marked."""
+    closed = mask.all(-1, keepdim=True)
+    return Block(1, *mask.shape, (~mask | closed)[None, None], closed)
+
+
+def routes_of_masks(
+    encoder_mask: torch.Tensor, pooling_mask: torch.Tensor, decoder_mask: torch.Tensor, n_cells: int
+) -> Routes:
+    """Read the masks of a batch; see `CellNeighborhoodModel.forward`.
+
+    Raises
+    ------
+    ValueError
+        Masks that are not bool, or of other shapes.
+    """
+    n_neighborhoods = len(pooling_mask)
+    tokens = n_cells + n_neighborhoods
+    shapes = {
+        "encoder_mask": (encoder_mask, (tokens, tokens)),
+        "pooling_mask": (pooling_mask, (n_neighborhoods, tokens)),
+        "decoder_mask": (decoder_mask, (2 * n_neighborhoods, 2 * n_neighborhoods)),
+    }
+    for name, (mask, shape) in shapes.items():
+        if mask.dtype != torch.bool or tuple(mask.shape) != shape:
+            raise ValueError(
+                f"{name} is a bool tensor {shape} for {n_cells} cells in {n_neighborhoods} neighbourhoods, "
+                f"True = may not attend; got {mask.dtype} {tuple(mask.shape)}."
+            )
+    return Routes(*([_block_of(mask)] for mask, _ in shapes.values()))
+
+
+def routes_of_packing(cu_seq_lens: torch.Tensor, lengths: Sequence[int] | None, n_cells: int) -> Routes:
+    """Group neighbourhoods of one length, so that attention takes a call a length, and no memory but its own.
+
+    Parameters
+    ----------
+    cu_seq_lens : int32 Tensor (B + 1,)
+        Neighbourhood i has the cells `cu_seq_lens[i]:cu_seq_lens[i + 1]`.
+    lengths : sequence of int (B,), optional
+        The same, on the host; saves a GPU from being waited for.
+    n_cells : int
+
+    Raises
+    ------
+    ValueError
+        Lengths that do not fit each other, or the cells.
+    """
+    if lengths is None:
+        lengths = cu_seq_lens.diff().tolist()
+    n_neighborhoods = len(lengths)
+    if len(cu_seq_lens) != n_neighborhoods + 1 or sum(lengths) != n_cells or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"cu_seq_lens has {len(cu_seq_lens) - 1} neighbourhoods, with {sum(lengths)} cells according to their "
+            f"{n_neighborhoods} lengths, and the batch has {n_cells} cells."
+        )
+    if cu_seq_lens.device.type == "cpu" and not torch.compiler.is_compiling():
+        if int(cu_seq_lens[0]) != 0 or cu_seq_lens.diff().tolist() != list(lengths):
+            raise ValueError("cu_seq_lens begins with 0 and rises by the lengths of the neighbourhoods; it does not.")
+    own = torch.arange(n_neighborhoods, device=cu_seq_lens.device)
+    by_length = cu_seq_lens.diff().argsort(stable=True)
+    rank = by_length.argsort()
+    rank_of_cell = torch.repeat_interleave(rank, cu_seq_lens.diff().long(), output_size=n_cells)
+    order = torch.cat([rank_of_cell, rank]).argsort(stable=True)
+    groups = sorted(Counter(lengths).items())
+    return Routes(
+        encoder=[Block(count, length + 1, length + 1) for length, count in groups],
+        pooling=[Block(count, 1, length) for length, count in groups],
+        decoder=[Block(2 * n_neighborhoods, 1, 1)],
+        order=order,
+        place=order.argsort(),
+        pooled_cells=rank_of_cell.argsort(stable=True),
+        pooled_place=rank,
+        partners=torch.cat([own + n_neighborhoods, own]),
+    )
+
+
+# ---------------------------------------------------------------------- layers
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention written out; gives the attention weights as well. The mask is bool, True = may attend."""
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class CellNeighborhoodAttention(nn.Module):
+    """Multi-head attention within blocks of tokens, on the backend that `config._attn_implementation` names."""
+
+    def __init__(self, config: CellNeighborhoodConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.is_causal = False
+        self.q_lin = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_lin = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_lin = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_lin = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, queries: torch.Tensor, keys: torch.Tensor, blocks: list[Block]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend.
+
+        Parameters
+        ----------
+        queries : Tensor (n_queries, hidden)
+        keys : Tensor (n_keys, hidden)
+        blocks : list of Block
+            They lie one after the other in both.
+
+        Returns
+        -------
+        Tensor (n_queries, hidden)
+            A query that may attend to nothing gets the bias of the last layer.
+        Tensor (heads, n_queries, n_keys) or None
+            Attention weights, on the eager backend, of a single block with a mask.
+        """
+        heads = (self.config.num_attention_heads, self.head_dim)
+        query = self.q_lin(queries).view(-1, *heads)
+        key = self.k_lin(keys).view(-1, *heads)
+        value = self.v_lin(keys).view(-1, *heads)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        parts = zip(
+            blocks,
+            query.split([block.count * block.queries for block in blocks]),
+            key.split([block.count * block.keys for block in blocks]),
+            value.split([block.count * block.keys for block in blocks]),
+            strict=True,
+        )
+        attended, weights = [], None
+        for block, *part in parts:
+            if not block.keys:
+                # Zeros that depend on all three, so that every parameter gets a gradient, as with masks.
+                attended.append((0 * (part[0] + part[1].sum() + part[2].sum())).flatten(1))
+                continue
+            shapes = [(block.count, length, *heads) for length in (block.queries, block.keys, block.keys)]
+            out, weights = attention_interface(
+                self,
+                *(tensor.view(shape).transpose(1, 2) for tensor, shape in zip(part, shapes, strict=True)),
+                block.mask,
+                dropout=self.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+            )
+            out = out.reshape(block.count * block.queries, -1)
+            attended.append(out if block.closed is None else out.masked_fill(block.closed, 0))
+        if weights is not None:
+            weights = None if block.closed is None else weights[0].masked_fill(block.closed, 0)
+        return self.out_lin(torch.cat(attended)), weights
+
+
+class CellNeighborhoodLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward block, each with a LayerNorm before it and a residual around it."""
+
+    def __init__(self, config: CellNeighborhoodConfig):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = CellNeighborhoodAttention(config)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.lin1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.lin2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self, hidden_states: torch.Tensor, blocks: list[Block], partners: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Apply the layer to tokens (T, hidden); `partners` (T,) says where the key of each query is, if elsewhere."""
+        normed = self.attention_norm(hidden_states)
+        attended, weights = self.attention(normed, normed if partners is None else normed[partners], blocks)
+        hidden_states = hidden_states + self.dropout(attended)
+        transformed = self.lin2(self.activation(self.lin1(self.feed_forward_norm(hidden_states))))
+        return hidden_states + self.dropout(transformed), weights
+
+
+class CellTokens(nn.Module):
+    """Tokens of cells: half the embedding of the cell's type, half what is known of its expression.
+
+    The second half is the sum of an MLP of the expression and of a linear layer on a given embedding of the cell, or
+    one of them. That of a masked cell is a learnt vector.
+    """
+
+    def __init__(self, config: CellNeighborhoodConfig):
+        super().__init__()
+        self.config = config
+        half = config.hidden_size // 2
+        self.cell_type_embeddings = nn.Embedding(config.n_cell_types, half)
+        self.expression = None
+        if config.use_expression:
+            self.expression = nn.Sequential(
+                nn.Linear(config.n_genes, half), ACT2FN[config.hidden_act], nn.Linear(half, half)
+            )
+        self.cell_embedding = nn.Linear(config.cell_embedding_size, half) if config.cell_embedding_size else None
+        self.masked_expression = nn.Parameter(torch.empty(half))
+
+    def forward(
+        self,
+        cell_types: torch.LongTensor,
+        expression: torch.Tensor | None,
+        cell_embeds: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Tokens (N, hidden) of observed cells; see `CellNeighborhoodModel.forward`."""
+        parts = []
+        if self.expression is not None:
+            self._check("observed_expression", expression, (len(cell_types), self.config.n_genes), "n_genes")
+            expression = expression.float()
+            if self.config.apply_log1p:
+                expression = expression.log1p()
+            parts.append(self.expression(expression.to(self.masked_expression.dtype)))
+        if self.cell_embedding is not None:
+            size = self.config.cell_embedding_size
+            self._check("cell_embeds", cell_embeds, (len(cell_types), size), "cell_embedding_size")
+            parts.append(self.cell_embedding(cell_embeds.to(self.masked_expression.dtype)))
+        return torch.cat([self._embed_types(cell_types, "observed_cell_type"), sum(parts)], dim=-1)
+
+    def masked(self, cell_types: torch.LongTensor) -> torch.Tensor:
+        """Tokens (B, hidden) of masked cells of types (B,)."""
+        types = self._embed_types(cell_types, "masked_cell_type")
+        return torch.cat([types, self.masked_expression.expand(len(types), -1)], dim=-1)
+
+    def _embed_types(self, cell_types: torch.LongTensor, name: str) -> torch.Tensor:
+        known = self.config.n_cell_types
+        if cell_types.device.type == "cpu" and not torch.compiler.is_compiling() and len(cell_types):
+            least, most = int(cell_types.min()), int(cell_types.max())
+            if least < 0 or most >= known:
+                raise ValueError(
+                    f"{name} holds types from {least} to {most}, and the model knows 0 to {known - 1} (n_cell_types)."
+                )
+        return self.cell_type_embeddings(cell_types)
+
+    @staticmethod
+    def _check(name: str, tensor: torch.Tensor | None, shape: tuple[int, int], field: str) -> None:
+        if tensor is None or tuple(tensor.shape) != shape:
+            found = "nothing" if tensor is None else tuple(tensor.shape)
+            raise ValueError(f"{name} is a tensor {shape} (cells, config.{field}), got {found}.")
+
+
+class NeighborhoodPooling(nn.Module):
+    """Attention of a learnt query over the cells of a neighbourhood, added to the state of its cls token.
+
+    Of a masked cell without neighbours there is but the cls token, which has seen nothing: all lonely cells get the
+    same learnt state.
+    """
+
+    def __init__(self, config: CellNeighborhoodConfig):
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(config.hidden_size))
+        self.attention = CellNeighborhoodAttention(config)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, tokens: torch.Tensor, cls: torch.Tensor, routes: Routes) -> torch.Tensor:
+        """Pool encoded tokens (N + B, hidden), whose last are the cls (B, hidden), to (B, hidden)."""
+        cells = tokens if routes.pooled_cells is None else tokens[routes.pooled_cells]
+        attended, _ = self.attention(self.query.expand(len(cls), -1), cells, routes.pooling)
+        if routes.pooled_place is not None:
+            attended = attended[routes.pooled_place]
+        return self.norm(cls + attended)
+
+
+# ---------------------------------------------------------------------- models
+
+
+class CellNeighborhoodPreTrainedModel(PreTrainedModel):
+    """What all CellNeighborhood models share: configuration, initialisation, supported backends."""
+
+    config: CellNeighborhoodConfig
+    config_class = CellNeighborhoodConfig
+    base_model_prefix = "cell_neighborhood"
+    main_input_name = "observed_expression"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CellNeighborhoodLayer"]
+    _supports_sdpa = True
+    # A checkpoint with the head where none is wanted is no surprise. A head that is missing is told.
+    _keys_to_ignore_on_load_unexpected = [r"^count_head\."]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, CellTokens):
+            init.normal_(module.masked_expression, mean=0.0, std=std)
+        elif isinstance(module, NeighborhoodPooling):
+            init.normal_(module.query, mean=0.0, std=std)
+        elif isinstance(module, CellNeighborhoodModel):
+            init.normal_(module.cls_token, mean=0.0, std=std)
+
+
+class CellNeighborhoodModel(CellNeighborhoodPreTrainedModel):
+    """Encoder, pooling and decoder, no head: embeddings of neighbourhoods."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: CellNeighborhoodConfig):
+        super().__init__(config)
+        self.tokens = CellTokens(config)
+        self.cls_token = nn.Parameter(torch.empty(config.hidden_size))
+        self.encoder = nn.ModuleList([CellNeighborhoodLayer(config) for _ in range(config.encoder_layers)])
+        self.encoder_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooling = NeighborhoodPooling(config)
+        self.decoder = nn.ModuleList([CellNeighborhoodLayer(config) for _ in range(config.decoder_layers)])
+        self.decoder_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Embedding of the cell types."""
+        return self.tokens.cell_type_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the embedding of the cell types."""
+        self.tokens.cell_type_embeddings = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        observed_expression: torch.Tensor | None = None,
+        observed_cell_type: torch.LongTensor | None = None,
+        masked_cell_type: torch.LongTensor | None = None,
+        cu_seq_lens: torch.IntTensor | None = None,
+        encoder_mask: torch.BoolTensor | None = None,
+        pooling_mask: torch.BoolTensor | None = None,
+        decoder_mask: torch.BoolTensor | None = None,
+        observed_neighboorhood_lens: Sequence[int] | None = None,
+        cell_embeds: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CellNeighborhoodModelOutput | tuple[torch.Tensor, ...]:
+        """Embed B neighbourhoods of N cells together.
+
+        A batch comes with dense masks or packed, and gives the same numbers. Masks take memory of (N + B) ** 2, the
+        packed form of N.
+
+        Parameters
+        ----------
+        observed_expression : Tensor (N, G)
+            Of the cells around the masked ones, neighbourhood after neighbourhood. Counts, or what
+            `config.apply_log1p` says.
+        observed_cell_type : LongTensor (N,)
+        masked_cell_type : LongTensor (B,), optional
+            Without it there is no typed embedding, and the decoder does not run.
+        cu_seq_lens : int32 Tensor (B + 1,), optional
+            Of a packed batch: neighbourhood i has the cells `cu_seq_lens[i]:cu_seq_lens[i + 1]`.
+        encoder_mask : bool Tensor (N + B, N + B), optional
+            Of a masked batch. True = may not attend. Tokens are the cells, then the cls token of each neighbourhood.
+        pooling_mask : bool Tensor (B, N + B), optional
+            Which of these tokens each neighbourhood is pooled from. A row that is wholly closed, a cell without
+            neighbours, takes nothing but its cls token.
+        decoder_mask : bool Tensor (2B, 2B), optional
+            Tokens are the pooled neighbourhoods, then the masked cells. As collated, a neighbourhood and its masked
+            cell each attend to the other alone, with a weight of 1.
+        observed_neighboorhood_lens : list of int (B,), optional
+            Lengths of the neighbourhoods; saves a packed batch on a GPU from being waited for.
+        cell_embeds : Tensor (N, cell_embedding_size), optional
+            An embedding of each observed cell, for a model with `config.cell_embedding_size`. Computed beforehand it
+            is frozen; gradients flow into what computed it with a graph.
+        output_hidden_states, output_attentions : bool, optional
+            Attentions are given by the eager backend, of a masked batch.
+        **kwargs
+            Other keys of a batch, such as `segment_ids`, `seq_idx`, `full_mask` and `bs`, are not read.
+
+        Returns
+        -------
+        CellNeighborhoodModelOutput
+
+        Raises
+        ------
+        ValueError
+            Both forms or neither; tensors whose shapes, types or lengths do not fit each other or the configuration;
+            cell types that the model does not know (looked at on a CPU); attentions where there are none.
+        """
+        if observed_cell_type is None:
+            raise ValueError("observed_cell_type is missing.")
+        n_cells = len(observed_cell_type)
+        masks = (encoder_mask, pooling_mask, decoder_mask)
+        if (cu_seq_lens is None) == (encoder_mask is None) or any(
+            (mask is None) != (masks[0] is None) for mask in masks
+        ):
+            raise ValueError(
+                "A batch has either cu_seq_lens (packed) or encoder_mask, pooling_mask and decoder_mask; "
+                "neither, both or a part was given."
+            )
+        if cu_seq_lens is not None:
+            routes = routes_of_packing(cu_seq_lens, observed_neighboorhood_lens, n_cells)
+            n_neighborhoods = len(cu_seq_lens) - 1
+        else:
+            routes = routes_of_masks(*masks, n_cells)
+            n_neighborhoods = len(pooling_mask)
+        if not n_neighborhoods:
+            raise ValueError("The batch has no neighbourhoods.")
+        if masked_cell_type is not None and len(masked_cell_type) != n_neighborhoods:
+            raise ValueError(f"There are {len(masked_cell_type)} masked cells for {n_neighborhoods} neighbourhoods.")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_attentions and (cu_seq_lens is not None or self.config._attn_implementation != "eager"):
+            raise ValueError('Attentions are given of a batch with masks, by model.set_attn_implementation("eager").')
+
+        cells = self.tokens(observed_cell_type, observed_expression, cell_embeds)
+        tokens = torch.cat([cells, self.cls_token.expand(n_neighborhoods, -1)])
+        tokens, hidden_states, attentions = self._encode(tokens, routes, output_hidden_states, output_attentions)
+        cells, cls = tokens.split([n_cells, n_neighborhoods])
+        pooled = self.pooling(tokens, cls, routes)
+        typed = None
+        if masked_cell_type is not None:
+            typed = torch.cat([pooled, self.tokens.masked(masked_cell_type)])
+            for layer in self.decoder:
+                typed, _ = layer(typed, routes.decoder, routes.partners)
+            typed = self.decoder_norm(typed[n_neighborhoods:])
+        return CellNeighborhoodModelOutput(
+            neighborhood_embedding=pooled,
+            typed_neighborhood_embedding=typed,
+            last_hidden_state=cells,
+            hidden_states=hidden_states,
+            attentions=attentions,
+        )
+
+    def _encode(
+        self, tokens: torch.Tensor, routes: Routes, output_hidden_states: bool, output_attentions: bool
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
+        """Encode tokens (N + B, hidden); they come back in their order."""
+
+        def in_order(tokens: torch.Tensor) -> torch.Tensor:
+            return tokens if routes.place is None else tokens[routes.place]
+
+        hidden_states, attentions = [tokens], []
+        if routes.order is not None:
+            tokens = tokens[routes.order]
+        for layer in self.encoder:
+            tokens, weights = layer(tokens, routes.encoder)
+            if output_hidden_states:
+                hidden_states.append(in_order(tokens))
+            attentions.append(weights)
+        return (
+            in_order(self.encoder_norm(tokens)),
+            tuple(hidden_states) if output_hidden_states else None,
+            tuple(attentions) if output_attentions else None,
+        )
+
+
+class CellNeighborhoodForMaskedCell(CellNeighborhoodPreTrainedModel):
+    """CellNeighborhood that predicts the counts of the masked cell from its type and the cells around it."""
+
+    _auto_class = "AutoModelForPreTraining"
+
+    def __init__(self, config: CellNeighborhoodConfig):
+        super().__init__(config)
+        self.cell_neighborhood = CellNeighborhoodModel(config)
+        self.count_head = CountHead(config.hidden_size, config.n_genes, config.likelihood)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        observed_expression: torch.Tensor | None = None,
+        observed_cell_type: torch.LongTensor | None = None,
+        masked_cell_type: torch.LongTensor | None = None,
+        masked_expression: torch.Tensor | None = None,
+        return_loss: bool = True,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CellNeighborhoodForMaskedCellOutput | tuple[torch.Tensor, ...]:
+        """Predict the counts of B masked cells.
+
+        Parameters
+        ----------
+        observed_expression, observed_cell_type
+            As in `CellNeighborhoodModel.forward`.
+        masked_cell_type : LongTensor (B,)
+        masked_expression : Tensor (B, G), optional
+            Counts of the masked cells, to predict: whole numbers, 0 or more, whatever `config.apply_log1p` says.
+        return_loss : bool, default: True
+            Whether to compute the loss, where there are counts.
+        **kwargs
+            `cu_seq_lens`, or `encoder_mask`, `pooling_mask` and `decoder_mask`, and what else
+            `CellNeighborhoodModel.forward` takes.
+
+        Returns
+        -------
+        CellNeighborhoodForMaskedCellOutput
+
+        Raises
+        ------
+        ValueError
+            No type of the masked cells; a masked expression that is not counts (looked at on a CPU), or of another
+            shape; what `CellNeighborhoodModel.forward` raises.
+        """
+        if masked_cell_type is None:
+            raise ValueError("masked_cell_type is missing: the counts of a masked cell are predicted from its type.")
+        outputs = self.cell_neighborhood(
+            observed_expression=observed_expression,
+            observed_cell_type=observed_cell_type,
+            masked_cell_type=masked_cell_type,
+            return_dict=True,
+            **kwargs,
+        )
+        counts = self.count_head(outputs.typed_neighborhood_embedding)
+        loss = None
+        if masked_expression is not None and return_loss:
+            if masked_expression.shape != counts.log_mean.shape:
+                shape = tuple(counts.log_mean.shape)
+                raise ValueError(f"masked_expression is a tensor {shape}, got {tuple(masked_expression.shape)}.")
+            check_counts(masked_expression, "masked_expression")
+            loss = -counts.log_likelihood(masked_expression).mean()
+        return CellNeighborhoodForMaskedCellOutput(
+            loss=loss,
+            expected_counts=counts.expected(),
+            mean=counts.log_mean.exp(),
+            dispersion=counts.log_dispersion.exp(),
+            gate=None if counts.gate_logits is None else counts.gate_logits.sigmoid(),
+            **outputs,
+        )
+
+
+__all__ = [
+    "CellNeighborhoodForMaskedCell",
+    "CellNeighborhoodForMaskedCellOutput",
+    "CellNeighborhoodModel",
+    "CellNeighborhoodModelOutput",
+    "CellNeighborhoodPreTrainedModel",
+]
