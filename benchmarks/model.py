@@ -101,8 +101,15 @@ def run(arguments: list[str]) -> None:
     print(f"Medians of {turns} turns, {about['device']}, {about['date']}")
     for result in (*rank.values(), *binned.values()):
         result["batches/s"] = f"{result['cells_per_second'] / BATCH:.0f}"
-    print_table(f"Masked batches of {BATCH} cells, rank tokens, 1 core", rank, "ours, rows, padded", ["batches/s"])
-    print_table(f"Masked batches of {BATCH} cells, binned tokens, 1 core", binned, "ours, rows, padded", ["batches/s"])
+    print_table(
+        f"Masked batches of {BATCH} cells, rank tokens, 1 core", rank, "ours, tokenized dataset, padded", ["batches/s"]
+    )
+    print_table(
+        f"Masked batches of {BATCH} cells, binned tokens, 1 core",
+        binned,
+        "ours, tokenized dataset, padded",
+        ["batches/s"],
+    )
     columns = ["tokens/s", "padding", "work MB", *(["MFU"] if device else [])]
     about_batches = f"{size} models, {n_cells} cells in batches of 16"
     print_table(f"Encoder, forward, rank tokens; {about_batches}", forward, "GeneBert, packed", columns)
@@ -186,13 +193,11 @@ def _collators(scheme: str) -> dict:
 
     name = "DataCollatorForLanguageModeling"
     contenders = {
-        "ours, rows, padded": ours(source="rows"),
-        "ours, rows, packed": ours(source="rows", packing=True),
-        "ours, rows of numpy arrays, padded": ours(source="rows", form="numpy"),
         "ours, tokenized dataset, padded": ours(source="dataset"),
-        "ours, tokenized dataset in numpy format, padded": ours(source="dataset", form="numpy"),
+        "ours, tokenized dataset, packed": ours(source="dataset", packing=True),
         "ours, store, tokenized on the way, padded": ours(source="store"),
         "ours, store, tokenized on the way, packed": ours(source="store", packing=True),
+        "ours, rows, padded": ours(source="rows"),
         f"{name}, rows": stock(source="rows"),
         f"{name}, tokenized dataset": stock(source="dataset"),
     }
@@ -217,14 +222,17 @@ def _rows_of(folder: Path, scheme: str, columns: list[str]):
     return load_from_disk(str(folder / f"{scheme}-tokens")).select_columns(columns)
 
 
-def collate_ours(folder: Path, scheme: str, source: str, packing: bool = False, form: str | None = None) -> float:
-    """Make batches of rows, of a tokenized dataset's, or of a store's cells."""
+def collate_ours(folder: Path, scheme: str, source: str, packing: bool = False) -> float:
+    """Make batches of a store's cells, of a tokenized dataset as CellTrainer reads it, or of its rows as lists."""
     from stformer_hf import CellStore, GeneTokenizer
+    from stformer_hf.training.token_rows import TokenRows
 
     collate = _collator(GeneTokenizer.from_pretrained(folder / scheme), packing)
     data = CellStore(folder / "store")
     if source != "store":
-        data = _rows_of(folder, scheme, ["input_ids", "token_type_ids", "cell_id"]).with_format(form)
+        data = _rows_of(folder, scheme, ["input_ids", "token_type_ids", "cell_id"])
+    if source == "dataset":
+        data = TokenRows(data)
     return _time_batches(collate, data, source, _lengths(folder, scheme))
 
 

@@ -45,6 +45,7 @@ _MODULES = {
         "PositionlessEmbeddings",
     ],
     "models.gene_bert.tokenization_gene_bert": ["GeneTokenizer"],
+    "training.cell_trainer": ["CellTrainer"],
     "training.collators": [
         "DataCollatorForCellClassification",
         "DataCollatorForGeneRankMLM",
@@ -57,7 +58,7 @@ _MODULES = {
     "training.neighborhood_collator": ["collate", "collate_neighborhoods"],
     "training.precollator": ["STFormerPreCollator"],
     "training.samplers": ["BlockShuffleSampler"],
-    "training.pretrainer": ["CellTrainer", "STFormerPretrainer"],
+    "training.pretrainer": ["STFormerPretrainer"],
     "training.token_budget": ["TokenBudgetBatchSampler", "TokenBudgetBuffer"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import logging
 import textwrap
 from collections.abc import Iterable
 from dataclasses import fields
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+logger = logging.getLogger(__name__)
 _OWN_KEYS = ("config", "debug")
 
 
@@ -53,6 +55,10 @@ def parse(
     config_parser.add_argument("--config")
     file = config_parser.parse_known_args(argv)[0].config
     config = _read_config(file) if file else {}
+    if training is not None and "group_by_length" in config:  # of transformers 4
+        if config.pop("group_by_length"):
+            config.setdefault("train_sampling_strategy", "group_by_length")
+        logger.warning(f'{file}: group_by_length is now train_sampling_strategy: "group_by_length".')
 
     own = [field.name for field in fields(arguments)]
     training_names: list[str] = []

@@ -65,10 +65,10 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
     from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+    from ..training.cell_trainer import CellTrainer
     from ..training.collators import DataCollatorForCellClassification
     from ..training.metrics import balanced_class_weights, compute_classification_metrics
     from ..training.model_card import write_model_card
-    from ..training.pretrainer import CellTrainer
     from .runs import finish, open_cells, refuse_flags_of_a_new_model, split, training_arguments
 
     output = Path(args.output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -11,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.cell_store import CellStore
+from ..training.cell_trainer import CellTrainer
+from ..training.checkpoints import last_whole_checkpoint
 
 
 def training_arguments(output: Path, settings: dict, overwrite: bool) -> TrainingArguments:
@@ -29,16 +32,16 @@ def training_arguments(output: Path, settings: dict, overwrite: bool) -> Trainin
     """
     settings = {"dataloader_pin_memory": torch.cuda.is_available(), **settings}
     arguments = TrainingArguments(output_dir=str(output), **settings)
-    last = get_last_checkpoint(str(output)) if output.is_dir() else None
     if str(arguments.resume_from_checkpoint).lower() == "true":
-        if last is None:
+        whole = last_whole_checkpoint(output)
+        if whole is None:
             raise ValueError(f"{output} holds no checkpoint to resume from.")
-        arguments.resume_from_checkpoint = last
+        arguments.resume_from_checkpoint = str(whole)
     if overwrite or arguments.resume_from_checkpoint:
         return arguments
     if (output / "config.json").exists():
         raise FileExistsError(f"{output} holds a model. Choose another --output, or pass --overwrite.")
-    if last:
+    if output.is_dir() and get_last_checkpoint(str(output)):
         raise FileExistsError(
             f"{output} holds checkpoints. Go on with --resume_from_checkpoint true, choose another --output, or pass "
             "--overwrite."
@@ -109,9 +112,22 @@ def split(
     return store.select(np.sort(train)), store.select(np.sort(test))
 
 
-def finish(trainer: Trainer) -> dict[str, float]:
-    """Train, save model, tokenizer and state, and gather the figures of the run."""
+def finish(trainer: CellTrainer) -> dict[str, float]:
+    """Train, save model, tokenizer and state, and gather the figures of the run.
+
+    Raises
+    ------
+    SystemExit
+        The run was told to end (SIGTERM); its last checkpoint is written.
+    """
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    if trainer.interrupted:
+        print(
+            f"Stopped by SIGTERM after step {trainer.state.global_step}, which is saved; go on with the same command "
+            "and --resume_from_checkpoint true.",
+            file=sys.stderr,
+        )
+        raise SystemExit(128 + signal.SIGTERM)
     trainer.save_model()
     trainer.save_state()
     metrics = {

@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..data.sources import Source, open_source
-from ..models.gene_bert.cell_counts import NEIGHBORS, pad_ragged, sum_of_neighbors
+from ..models.gene_bert.cell_counts import NEIGHBORS, sum_of_neighbors
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
-from ..training.pretrainer import check_tokenizer_fits
+from ..training.batches import pad
+from ..training.cell_trainer import check_tokenizer_fits
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,11 @@ def _batch(tokens, cells: np.ndarray, tokenizer: GeneTokenizer, device: torch.de
     lengths = np.diff(tokens.indptr)[cells]
     indptr = np.concatenate([[0], np.cumsum(lengths)])
     flat = np.arange(indptr[-1]) + np.repeat(tokens.indptr[cells] - indptr[:-1], lengths)
-    return {
-        name: torch.from_numpy(pad_ragged(values[flat], indptr, int(lengths.max()), pad)).to(device)
-        for name, (values, pad) in tokenizer.columns(tokens).items()
-    }
+    values = tokens.expression_values
+    chosen = tokens._replace(
+        input_ids=tokens.input_ids[flat],
+        token_type_ids=tokens.token_type_ids[flat],
+        indptr=indptr,
+        expression_values=None if values is None else values[flat],
+    )
+    return {name: tensor.to(device) for name, tensor in pad(chosen, tokenizer).items()}

@@ -7,10 +7,11 @@ import zlib
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from ..models.gene_bert.cell_counts import is_cell_batch, pad_ragged
-from ..models.gene_bert.randomness import uniforms
+from ..models.gene_bert.randomness import happens, uniforms
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
 
 IGNORE = -100
@@ -64,6 +65,11 @@ class CellCollator:
     def _uniforms(self, stream: int, cell_ids: np.ndarray, counters=0, cells: np.ndarray | None = None) -> np.ndarray:
         return uniforms(self.seed, self.epoch, stream, cell_ids, counters, cells)
 
+    def _happens(
+        self, share: float, stream: int, cell_ids: np.ndarray, counters=0, cells: np.ndarray | None = None
+    ) -> np.ndarray:
+        return happens(share, self.seed, self.epoch, stream, cell_ids, counters, cells)
+
     def _tokens(self, examples: Any) -> tuple[TokenizedCells, np.ndarray]:
         """Tokens and ids of the cells, after gene dropout; the arrays may be written to."""
         tokens = read_tokens(examples, self.tokenizer, self.epoch)
@@ -73,8 +79,8 @@ class CellCollator:
         ids, types = tokens.input_ids, tokens.token_type_ids
         cells = np.repeat(np.arange(len(cell_ids)), np.diff(tokens.indptr))
         genes = types if self.tokenizer.scheme == "binned" else ids
-        draw = self._uniforms(_DROP_GENE, cell_ids, genes, cells)
-        drop = (draw < self.gene_dropout) & self.tokenizer.get_gene_tokens_mask(ids)
+        drop = self._happens(self.gene_dropout, _DROP_GENE, cell_ids, genes, cells)
+        drop &= self.tokenizer.get_gene_tokens_mask(ids)
         kept = select(tokens, ~drop)
         return kept._replace(
             dropped_type_ids=np.concatenate([tokens.dropped_type_ids, types[drop]]),
@@ -82,30 +88,41 @@ class CellCollator:
         ), cell_ids
 
     def _mask_phenotypes(
-        self, tokens: TokenizedCells, labels: np.ndarray, attended: np.ndarray, cell_ids: np.ndarray, share: float
-    ) -> None:
-        """Mask a share of the phenotypes, in place; one in ten of them is dropped instead."""
-        ids, types = tokens.input_ids, tokens.token_type_ids
+        self, tokens: TokenizedCells, cell_ids: np.ndarray, share: float
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mask a share of the phenotypes, in place; one in ten of them is left out instead.
+
+        Returns
+        -------
+        masked, labels : int64 array (k,)
+            Positions, ascending, and what was there.
+        left_out : int64 array
+            Positions.
+        """
+        ids = tokens.input_ids
         at = np.flatnonzero(self.tokenizer.get_phenotypic_tokens_mask(ids))
         cells = np.searchsorted(tokens.indptr, at, side="right") - 1
         position = at - tokens.indptr[cells]
-        hit = self._uniforms(_MASK_PHENOTYPE, cell_ids, position, cells) < share
-        drop = hit & (self._uniforms(_DROP_PHENOTYPE, cell_ids, position, cells) < _PHENOTYPE_DROP_PROB)
-        mask = hit & ~drop
-        labels[at[mask]] = ids[at[mask]]
-        ids[at[mask]] = self.tokenizer.mask_token_id
-        ids[at[drop]] = self.tokenizer.pad_token_id
-        types[at[drop]] = 0
-        attended[at[drop]] = 0
+        hit = self._happens(share, _MASK_PHENOTYPE, cell_ids, position, cells)
+        drop = hit & self._happens(_PHENOTYPE_DROP_PROB, _DROP_PHENOTYPE, cell_ids, position, cells)
+        masked, left_out = at[hit & ~drop], at[drop]
+        labels = ids[masked]
+        ids[masked] = self.tokenizer.mask_token_id
+        ids[left_out] = self.tokenizer.pad_token_id
+        tokens.token_type_ids[left_out] = 0
+        return masked, labels, left_out
 
     def _batch(
-        self, tokens: TokenizedCells, labels: np.ndarray | None = None, attended: np.ndarray | None = None
+        self,
+        tokens: TokenizedCells,
+        labels: tuple[np.ndarray, np.ndarray] | None = None,
+        left_out: np.ndarray | None = None,
     ) -> dict[str, torch.Tensor | int]:
-        """Make a padded or a packed batch of tokens, with labels a token; see `pack`."""
+        """Make a padded or a packed batch of tokens; see `pad` and `pack`."""
         if self.packing:
-            batch = pack(tokens, self.tokenizer, labels, attended)
+            batch = pack(tokens, self.tokenizer, labels, left_out)
         else:
-            batch = pad(tokens, self.tokenizer, self.pad_to_multiple_of, labels, attended)
+            batch = pad(tokens, self.tokenizer, self.pad_to_multiple_of, labels, left_out)
         n_tokens = batch["input_ids"].numel()
         if self.max_tokens is not None and n_tokens > self.max_tokens:
             raise ValueError(
@@ -122,35 +139,55 @@ def check_probability(name: str, value: float) -> None:
 
 
 def read_tokens(examples: Any, tokenizer: GeneTokenizer, epoch: int = 0) -> TokenizedCells:
-    """Give the flat tokens of a CellBatch, or of a list of examples."""
+    """Give the flat tokens of a CellBatch, of an Arrow table of tokenized cells, or of a list of examples."""
     if is_cell_batch(examples):
         return tokenizer.encode_cells(examples, epoch=epoch)
-    ids = [np.asarray(example["input_ids"], np.int64) for example in examples]
-    indptr = np.zeros(len(ids) + 1, np.int64)
-    np.cumsum([len(row) for row in ids], out=indptr[1:])
+    names = examples.column_names if isinstance(examples, pa.Table) else list(examples[0])
+    ids, indptr = _flat_column(examples, "input_ids", np.int64)
 
     def column(name: str, dtype: type) -> np.ndarray:
-        flat = np.concatenate([np.asarray(example[name], dtype) for example in examples])
-        if len(flat) != indptr[-1]:
+        flat, cuts = _flat_column(examples, name, dtype)
+        if not np.array_equal(cuts, indptr):
             raise ValueError(f"{len(flat)} {name} for {indptr[-1]} tokens.")
         return flat
 
-    if "token_type_ids" in examples[0]:
+    if "token_type_ids" in names:
         types = column("token_type_ids", np.int64)
     elif "token_type_ids" in tokenizer.model_input_names:
-        raise ValueError(f"The examples have no token_type_ids; they have {', '.join(examples[0])}.")
+        raise ValueError(f"The examples have no token_type_ids; they have {', '.join(names)}.")
     else:
-        types = np.zeros(indptr[-1], np.int64)
+        types = np.zeros(len(ids), np.int64)
     nothing = np.empty(0, np.int64)
-    values = column("expression_values", np.float32) if "expression_values" in examples[0] else None
-    return TokenizedCells(np.concatenate(ids), types, indptr, nothing, nothing, values)
+    values = column("expression_values", np.float32) if "expression_values" in names else None
+    return TokenizedCells(ids, types, indptr, nothing, nothing, values)
+
+
+def _flat_column(examples: Any, name: str, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    """Read a list a cell: all values, a copy, and where those of each cell begin."""
+    if isinstance(examples, pa.Table):
+        lists = examples.column(name).combine_chunks()
+        if isinstance(lists, pa.ChunkedArray):  # of no rows, or too long for one array
+            lists = pa.concat_arrays(lists.chunks) if lists.num_chunks else pa.array([], lists.type)
+        offsets = lists.offsets.to_numpy().astype(np.int64)
+        return lists.values.to_numpy()[offsets[0] : offsets[-1]].astype(dtype), offsets - offsets[0]
+    rows = [np.asarray(example[name], dtype) for example in examples]
+    indptr = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum([len(row) for row in rows], out=indptr[1:])
+    return np.concatenate(rows), indptr
+
+
+def labels_a_cell(examples: Any, name: str) -> np.ndarray:
+    """Read a column of a table or of examples that has a value a cell."""
+    if isinstance(examples, pa.Table):
+        return examples.column(name).to_numpy()
+    return np.array([example[name] for example in examples])
 
 
 def _cell_ids(examples: Any, tokens: TokenizedCells) -> np.ndarray:
     if is_cell_batch(examples):
         return examples.cell_id
-    if "cell_id" in examples[0]:
-        return np.array([example["cell_id"] for example in examples], np.int64)
+    if "cell_id" in (examples.column_names if isinstance(examples, pa.Table) else examples[0]):
+        return labels_a_cell(examples, "cell_id").astype(np.int64)
     both = np.stack([tokens.input_ids, tokens.token_type_ids], axis=1)
     cuts = tokens.indptr.tolist()
     return np.array([zlib.crc32(both[a:b].tobytes()) for a, b in zip(cuts, cuts[1:], strict=False)], np.int64)
@@ -170,8 +207,8 @@ def pad(
     tokens: TokenizedCells,
     tokenizer: GeneTokenizer,
     multiple: int | None = None,
-    labels: np.ndarray | None = None,
-    attended: np.ndarray | None = None,
+    labels: tuple[np.ndarray, np.ndarray] | None = None,
+    left_out: np.ndarray | None = None,
 ) -> dict[str, torch.Tensor]:
     """Put the tokens of each cell into a row, and fill the rows up.
 
@@ -183,35 +220,49 @@ def pad(
         Says what a model reads, what pads it, and on which side.
     multiple : int, optional
         Round the length up to a multiple of this.
-    labels : int64 array (T,), optional
-        A label a token; -100 is filled in.
-    attended : int array (T,), optional
-        0 for tokens that are not to be attended to.
+    labels : (positions, labels), int64 arrays (k,), optional
+        Labels of some tokens; -100 for the others.
+    left_out : int64 array, optional
+        Positions of tokens that are not to be attended to.
 
     Returns
     -------
     dict of str to Tensor (n, length)
         What `tokenizer.model_input_names` says, and `labels`.
     """
-    length = int(np.diff(tokens.indptr).max(initial=0))
+    indptr, side = tokens.indptr, tokenizer.padding_side
+    lengths = np.diff(indptr)
+    length = int(lengths.max(initial=0))
     if multiple:
         length = -(-length // multiple) * multiple
-    columns = tokenizer.columns(tokens)
-    if attended is not None:
-        columns["attention_mask"] = (attended, 0)
-    if labels is not None:
-        columns["labels"] = (labels, IGNORE)
-    return {
-        name: torch.from_numpy(pad_ragged(flat, tokens.indptr, length, value, tokenizer.padding_side))
-        for name, (flat, value) in columns.items()
+    batch = {
+        name: pad_ragged(flat, indptr, length, value, side)
+        for name, (flat, value) in tokenizer.columns(tokens).items()
     }
+    rows = np.arange(len(lengths))
+    # Token t of row r stands at t + shifts[r] of the flat matrix.
+    shifts = rows * length - indptr[:-1] if side == "right" else (rows + 1) * length - indptr[1:]
+
+    def places(at: np.ndarray) -> np.ndarray:
+        return at + shifts[np.searchsorted(indptr, at, side="right") - 1]
+
+    if "attention_mask" in tokenizer.model_input_names:
+        column, of = np.arange(length), lengths[:, None]
+        attended = (column < of if side == "right" else column >= length - of).astype(np.int64)
+        if left_out is not None and len(left_out):
+            attended.reshape(-1)[places(left_out)] = 0
+        batch["attention_mask"] = attended
+    if labels is not None:
+        batch["labels"] = np.full((len(lengths), length), IGNORE, np.int64)
+        batch["labels"].reshape(-1)[places(labels[0])] = labels[1]
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 def pack(
     tokens: TokenizedCells,
     tokenizer: GeneTokenizer,
-    labels: np.ndarray | None = None,
-    attended: np.ndarray | None = None,
+    labels: tuple[np.ndarray, np.ndarray] | None = None,
+    left_out: np.ndarray | None = None,
 ) -> dict[str, torch.Tensor | int]:
     """Put the tokens of cells into one row, and say where each cell begins.
 
@@ -221,10 +272,10 @@ def pack(
         T tokens of n cells.
     tokenizer : GeneTokenizer
         Says what a model reads.
-    labels : int64 array (T,), optional
-        A label a token.
-    attended : int array (T,), optional
-        0 for tokens to leave out.
+    labels : (positions, labels), int64 arrays (k,), optional
+        Labels of some tokens; -100 for the others.
+    left_out : int64 array, optional
+        Positions of tokens that are not in the row.
 
     Returns
     -------
@@ -233,13 +284,18 @@ def pack(
         (n + 1,). `max_length_q`, `max_length_k`: int. `seq_idx`: int32 Tensor (1, T), the cell of each token. These
         are the names that transformers' flash attention reads.
     """
-    if attended is not None and not attended.all():
-        kept = attended.astype(bool)
-        tokens = select(tokens, kept)
-        labels = None if labels is None else labels[kept]
-    columns = {name: flat for name, (flat, _) in tokenizer.columns(tokens).items() if name != "attention_mask"}
+    all_labels = None
     if labels is not None:
-        columns["labels"] = labels
+        all_labels = np.full(len(tokens.input_ids), IGNORE, np.int64)
+        all_labels[labels[0]] = labels[1]
+    if left_out is not None and len(left_out):
+        kept = np.ones(len(tokens.input_ids), bool)
+        kept[left_out] = False
+        tokens = select(tokens, kept)
+        all_labels = None if all_labels is None else all_labels[kept]
+    columns = {name: flat for name, (flat, _) in tokenizer.columns(tokens).items()}
+    if all_labels is not None:
+        columns["labels"] = all_labels
     lengths = np.diff(tokens.indptr)
     cuts, longest = torch.from_numpy(tokens.indptr.astype(np.int32)), int(lengths.max(initial=0))
     cells = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
@@ -253,4 +309,4 @@ def pack(
     }
 
 
-__all__ = ["IGNORE", "CellCollator", "check_probability", "pack", "pad", "read_tokens"]
+__all__ = ["CellCollator", "check_probability", "labels_a_cell", "pack", "pad", "read_tokens"]

@@ -10,7 +10,7 @@ import torch
 
 from ..models.gene_bert.cell_counts import is_cell_batch
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
-from .batches import IGNORE, CellCollator, check_probability, pack, pad, read_tokens
+from .batches import CellCollator, check_probability, labels_a_cell, pack, pad, read_tokens
 from .gene_swaps import unexpressed_genes
 
 # Streams of `uniforms`, one a decision.
@@ -47,9 +47,9 @@ def collate_fn_wrapper(
             labels = [np.asarray(example["labels"]) for example in examples]
         of_tokens = None
         if labels is not None and labels[0].ndim:
-            of_tokens = np.concatenate(labels)
-            if len(of_tokens) != tokens.indptr[-1]:
-                raise ValueError(f"{len(of_tokens)} labels for {tokens.indptr[-1]} tokens.")
+            of_tokens = np.arange(tokens.indptr[-1]), np.concatenate(labels)
+            if len(of_tokens[1]) != tokens.indptr[-1]:
+                raise ValueError(f"{len(of_tokens[1])} labels for {tokens.indptr[-1]} tokens.")
         if packing:
             batch = pack(tokens, tokenizer, of_tokens)
         else:
@@ -148,44 +148,48 @@ class DataCollatorForPhenotypicMLM(CellCollator):
             `input_ids`, `token_type_ids`, `attention_mask`, `labels`; packed, what `pack` gives.
         """
         tokens, cell_ids = self._tokens(examples)
-        labels = np.full(len(tokens.input_ids), IGNORE, np.int64)
-        attended = np.ones(len(labels), np.int64)
-        if self.mlm:
-            self._mask_phenotypes(tokens, labels, attended, cell_ids, self.phenotype_mask_prob)
-            self._mask_genes(tokens, labels, cell_ids, is_cell_batch(examples))
-        return self._batch(tokens, labels, attended)
+        if not self.mlm:
+            nothing = np.empty(0, np.int64)
+            return self._batch(tokens, (nothing, nothing))
+        masked, labels, left_out = self._mask_phenotypes(tokens, cell_ids, self.phenotype_mask_prob)
+        genes, gene_labels = self._mask_genes(tokens, cell_ids, is_cell_batch(examples))
+        labels = np.concatenate([masked, genes]), np.concatenate([labels, gene_labels])
+        return self._batch(tokens, labels, left_out)
 
-    def _mask_genes(self, tokens, labels, cell_ids, all_genes_known: bool) -> None:
+    def _mask_genes(self, tokens, cell_ids, all_genes_known: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Mask genes, in place, and swap some; returns their positions, and their labels."""
         tokenizer, types = self.tokenizer, tokens.token_type_ids
         n_bins = tokenizer.n_bins
-        genes = np.flatnonzero(tokenizer.get_gene_tokens_mask(tokens.input_ids))
-        cells = np.repeat(np.arange(len(cell_ids)), np.diff(tokens.indptr))[genes]
+        cells = np.repeat(np.arange(len(cell_ids)), np.diff(tokens.indptr))
         # A gene is known by its type, so that its fate does not depend on the tokens around it.
-        hit = self._uniforms(_MASK_GENE, cell_ids, types[genes], cells) < self.mlm_probability
-        at, cells = genes[hit], cells[hit]
-        labels[at] = tokens.input_ids[at]
-        tokens.input_ids[at] = tokenizer.mask_token_id
+        hit = self._happens(self.mlm_probability, _MASK_GENE, cell_ids, types, cells)
+        hit &= tokenizer.get_gene_tokens_mask(tokens.input_ids)
+        masked = np.flatnonzero(hit)
+        cells = cells[masked]
+        labels = tokens.input_ids[masked]
+        tokens.input_ids[masked] = tokenizer.mask_token_id
         if tokens.expression_values is not None:
-            tokens.expression_values[at] = 0
+            tokens.expression_values[masked] = 0
 
-        swapping = self._uniforms(_SWAP_SEQUENCE, cell_ids) < _SEQUENCE_SWAP_PROB
+        swapping = self._happens(_SEQUENCE_SWAP_PROB, _SWAP_SEQUENCE, cell_ids)
         if not all_genes_known:
             dropped = np.bincount(tokens.dropped_cells, minlength=len(cell_ids))
             swapping &= np.diff(tokens.indptr) + dropped < tokenizer.max_length
-        swap = swapping[cells] & (
-            self._uniforms(_SWAP_GENE, cell_ids, types[at], cells) < 1 / n_bins / _SEQUENCE_SWAP_PROB
+        swap = swapping[cells] & self._happens(
+            1 / n_bins / _SEQUENCE_SWAP_PROB, _SWAP_GENE, cell_ids, types[masked], cells
         )
-        at, cells = at[swap], cells[swap]
         new_types, given = unexpressed_genes(
             tokens,
             len(tokenizer.genes),
             tokenizer.gene_token_type_offset,
-            at,
-            cells,
+            masked[swap],
+            cells[swap],
             lambda counters, of: self._uniforms(_NEW_GENE, cell_ids, counters, of),
         )
-        types[at[given]] = new_types[given]
-        labels[at[given]] = tokenizer.first_bin_id
+        swapped = np.flatnonzero(swap)[given]
+        types[masked[swapped]] = new_types[given]
+        labels[swapped] = tokenizer.first_bin_id
+        return masked, labels
 
 
 class DataCollatorForGeneRankMLM(CellCollator):
@@ -199,7 +203,7 @@ class DataCollatorForGeneRankMLM(CellCollator):
 
     Parameters
     ----------
-    tokenizer : GeneTokenizer
+    tokenizer : GeneTokenizer or STFormerPreCollator
         Of the rank scheme.
     mlm_probability : float, default: 0.15
         Share of the genes to predict.
@@ -246,22 +250,22 @@ class DataCollatorForGeneRankMLM(CellCollator):
         tokenizer = self.tokenizer
         tokens, cell_ids = self._tokens(examples)
         ids = tokens.input_ids
-        labels = np.full(len(ids), IGNORE, np.int64)
-        attended = np.ones(len(ids), np.int64)
-        at = np.flatnonzero(tokenizer.get_gene_tokens_mask(ids))
-        cells = np.repeat(np.arange(len(cell_ids)), np.diff(tokens.indptr))[at]
+        cells = np.repeat(np.arange(len(cell_ids)), np.diff(tokens.indptr))
         # A gene may be in a cell and in its neighbourhood; apart from that its fate depends on itself alone.
-        genes = ids[at] + tokens.token_type_ids[at] * tokenizer.vocab_size
-        chosen = self._uniforms(_MASK_GENE, cell_ids, genes, cells) < self.mlm_probability
-        at, cells, genes = at[chosen], cells[chosen], genes[chosen]
-        labels[at] = ids[at]
+        genes = ids + tokens.token_type_ids * tokenizer.vocab_size
+        chosen = self._happens(self.mlm_probability, _MASK_GENE, cell_ids, genes, cells)
+        chosen &= tokenizer.get_gene_tokens_mask(ids)
+        masked = np.flatnonzero(chosen)
+        cells, genes, labels = cells[masked], genes[masked], ids[masked]
         kind = self._uniforms(_KIND_OF_MASK, cell_ids, genes, cells)
-        random = (self._uniforms(_RANDOM_GENE, cell_ids, genes, cells) * len(tokenizer.genes)).astype(np.int64)
-        ids[at] = np.select(
-            [kind < 0.8, kind < 0.9], [tokenizer.mask_token_id, tokenizer.gene_token_ids[random]], ids[at]
+        random = (self._uniforms(_RANDOM_GENE, cell_ids, genes, cells) * len(tokenizer.gene_token_ids)).astype(
+            np.int64
         )
-        self._mask_phenotypes(tokens, labels, attended, cell_ids, self.phenotype_mask_prob)
-        return self._batch(tokens, labels, attended)
+        becomes = [tokenizer.mask_token_id, tokenizer.gene_token_ids[random]]
+        ids[masked] = np.select([kind < 0.8, kind < 0.9], becomes, labels)
+        phenotypes, values, left_out = self._mask_phenotypes(tokens, cell_ids, self.phenotype_mask_prob)
+        labels = np.concatenate([masked, phenotypes]), np.concatenate([labels, values])
+        return self._batch(tokens, labels, left_out)
 
 
 class DataCollatorForCellClassification(CellCollator):
@@ -336,7 +340,7 @@ class DataCollatorForCellClassification(CellCollator):
     def _labels(self, examples: Any, name: str) -> np.ndarray:
         """Read a label a cell: int64 classes, or float32 numbers."""
         if not is_cell_batch(examples):
-            labels = np.array([example[name] for example in examples])
+            labels = labels_a_cell(examples, name)
             classes = np.issubdtype(labels.dtype, np.integer)
         elif name not in examples.obs:
             raise ValueError(f"The store has no obs column {name!r}; it has {', '.join(examples.obs) or 'none'}.")

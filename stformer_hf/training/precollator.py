@@ -12,6 +12,7 @@ from transformers import BatchEncoding
 
 from ..models.gene_bert.cell_counts import pad_ragged
 from ..models.gene_bert.gene_vocabulary import read_token_dictionary
+from ..models.gene_bert.tokenization_gene_bert import TokenizedCells
 
 _PADDED_WITH = {"token_type_ids": 0, "attention_mask": 0, "special_tokens_mask": 1, "labels": -100}
 
@@ -44,6 +45,7 @@ class STFormerPreCollator:
     """
 
     pad_token, mask_token, padding_side = "<pad>", "<mask>", "right"
+    scheme, model_input_names = "rank", ["input_ids", "attention_mask"]
 
     def __init__(self, token_dict: Mapping[str, int] | str | Path):
         self.token_dict, special_tokens, _ = read_token_dictionary(token_dict)
@@ -55,9 +57,27 @@ class STFormerPreCollator:
             raise ValueError("Two tokens of token_dict have the same id, or an id is negative.")
         self.pad_token_id, self.mask_token_id = self.token_dict[self.pad_token], self.token_dict[self.mask_token]
         self.all_special_ids = sorted(self.token_dict[token] for token in special_tokens.values())
+        self.gene_token_ids = np.setdiff1d(list(self._names), self.all_special_ids)
 
     def __len__(self) -> int:
         return len(self.token_dict)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids that a model needs: one more than the highest."""
+        return max(self._names) + 1
+
+    def get_gene_tokens_mask(self, input_ids: np.ndarray) -> np.ndarray:
+        """Mark ids of genes, those that are not special: bool array."""
+        return np.isin(input_ids, self.all_special_ids, invert=True)
+
+    def get_phenotypic_tokens_mask(self, input_ids: np.ndarray) -> np.ndarray:
+        """Mark nothing: there are no phenotypes."""
+        return np.zeros(np.shape(input_ids), bool)
+
+    def columns(self, tokens: TokenizedCells) -> dict[str, tuple[np.ndarray, int]]:
+        """Give what a model reads of some tokens: flat arrays, and what pads each."""
+        return {"input_ids": (tokens.input_ids, self.pad_token_id)}
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | None | list[int | None]:
         """Look ids up; None for tokens that are not there."""

@@ -229,10 +229,13 @@ def pad_ragged(flat: np.ndarray, indptr: np.ndarray, length: int, value: int, si
     -------
     array (n, length) of the dtype of `flat`
     """
-    lengths = np.diff(indptr)[:, None]
-    column = np.arange(length)
-    padded = np.full((len(lengths), length), value, flat.dtype)
-    padded[column < lengths if side == "right" else column >= length - lengths] = flat
+    n_rows = len(indptr) - 1
+    padded = np.full((n_rows, length), value, flat.dtype)
+    to, rows = padded.reshape(-1), np.arange(n_rows)
+    # A copy a row takes half the time of an assignment by a mask.
+    begins = rows * length if side == "right" else (rows + 1) * length - np.diff(indptr)
+    for start, stop, begin in zip(indptr.tolist(), indptr[1:].tolist(), begins.tolist(), strict=False):
+        to[begin : begin + stop - start] = flat[start:stop]
     return padded
 
 

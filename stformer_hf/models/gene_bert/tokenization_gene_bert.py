@@ -751,8 +751,8 @@ class GeneTokenizer(PreTrainedTokenizer):
         )
         lengths = np.diff(tokens.indptr)
         columns = self.columns(tokens)
-        if not return_attention_mask:
-            columns.pop("attention_mask", None)
+        if return_attention_mask and "attention_mask" in self.model_input_names:
+            columns["attention_mask"] = (np.ones(len(tokens.input_ids), np.int64), 0)
 
         if padding in (False, "do_not_pad"):
             if return_tensors is None:
@@ -782,11 +782,13 @@ class GeneTokenizer(PreTrainedTokenizer):
         return BatchEncoding(padded, tensor_type=return_tensors)
 
     def columns(self, tokens: TokenizedCells) -> dict[str, tuple[np.ndarray, int | float]]:
-        """Give what a model reads of some tokens, by `model_input_names`: flat arrays, and what pads each."""
+        """Give what a model reads of some tokens, by `model_input_names`: flat arrays, and what pads each.
+
+        The attention mask is not among them: it follows from the padding.
+        """
         columns = {
             "input_ids": (tokens.input_ids, self.pad_token_id),
             "token_type_ids": (tokens.token_type_ids, 0),
-            "attention_mask": (np.ones(len(tokens.input_ids), np.int64), 0),
             "expression_values": (tokens.expression_values, 0.0),
         }
         return {name: column for name, column in columns.items() if name in self.model_input_names}

@@ -1,0 +1,358 @@
+"""`transformers.Trainer` on cells: batches in an order that any number of processes, and any resumption, keeps."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset as HuggingFaceDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler, Subset
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import seed_worker
+
+from ..data.cell_store import CellStore
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from .batches import CellCollator
+from .checkpoints import last_whole_checkpoint, mark_unfinished
+from .length_sampler import EvenBatchSampler, LengthGroupedSampler, known_lengths
+from .lengths import load_example_lengths
+from .samplers import BlockShuffleSampler
+from .token_budget import TokenBudgetBatchSampler
+from .token_rows import TokenRows
+
+
+class CellTrainer(Trainer):
+    """Trainer for stores of cells and the collators of this package.
+
+    What differs from Trainer: every column reaches the collator, which is told the epoch; the order of the cells is a
+    function of (seed, epoch), whatever the number of processes, and each cell comes once an epoch; evaluation and
+    prediction go by the order of the data, with the collator's `for_evaluation()`, so that their losses can be
+    compared; cells without counts are left out; `resume_from_checkpoint=True` takes the last checkpoint that is
+    whole; SIGTERM saves a checkpoint after the step and ends `train`, with `trainer.interrupted` set. Of a masked
+    model the log also has `<class>_loss` and `<class>_accuracy`, a class of tokens (genes, and each phenotype
+    category): mean cross entropy in nats, without smoothing and weights, and share predicted right.
+
+    Parameters
+    ----------
+    train_dataset, eval_dataset : CellStore, Subset of one, datasets.Dataset, or another dataset
+        Cells; or rows with `input_ids` and `token_type_ids` (and, better, `cell_id`).
+    lengths : sequence of int, or path of a .json or .pkl, optional
+        Tokens of each training row, for `train_sampling_strategy="group_by_length"` and `max_tokens_per_batch`; a
+        store, and a dataset with a column `length`, know theirs.
+    max_tokens_per_batch : int, optional
+        Fill batches up to so many tokens, padding included, in place of a number of cells
+        (`per_device_train_batch_size`).
+    **kwargs
+        All other arguments of Trainer.
+
+    Raises
+    ------
+    ValueError
+        A tokenizer (`processing_class`) that does not fit the model; packed batches for several GPUs in one process;
+        lengths that do not fit the dataset.
+    """
+
+    def __init__(
+        self,
+        *,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        lengths: Any = None,
+        max_tokens_per_batch: int | None = None,
+        **kwargs,
+    ):
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: without_empty_cells(dataset) for name, dataset in eval_dataset.items()}
+        else:
+            eval_dataset = without_empty_cells(eval_dataset)
+        self._train_batches: EvenBatchSampler | TokenBudgetBatchSampler | None = None
+        self._lengths = load_example_lengths(lengths) if isinstance(lengths, (str, Path)) else lengths
+        self.max_tokens_per_batch = max_tokens_per_batch
+        super().__init__(train_dataset=without_empty_cells(train_dataset), eval_dataset=eval_dataset, **kwargs)
+        if self.processing_class is not None:
+            check_tokenizer_fits(self.model, self.processing_class)
+        collator = self._eval_collator = self.data_collator
+        self._statistics: dict[bool, torch.Tensor] = {}
+        if getattr(collator, "packing", False) and self.args.n_gpu > 1:
+            raise ValueError(
+                "torch.nn.DataParallel would cut a packed batch across cells: start one process a GPU with "
+                "accelerate launch, or let one GPU be seen (CUDA_VISIBLE_DEVICES=0)."
+            )
+        if self.args.train_sampling_strategy == "batch_rebalance":
+            raise ValueError('train_sampling_strategy="batch_rebalance": give max_tokens_per_batch in its place.')
+        label2id = getattr(getattr(self.model, "config", None), "label2id", None) or {}
+        if getattr(collator, "label2id", 0) is None and not all(name.startswith("LABEL_") for name in label2id):
+            collator.label2id = label2id  # the store may list its classes in another order than the model
+        self.interrupted = False
+        self.add_callback(_SetEpoch(self))
+        self.add_callback(_SaveOnSigterm(self))
+        if hasattr(collator, "for_evaluation"):
+            self._eval_collator = collator.for_evaluation()
+
+    # ------------------------------------------------------------------ batches
+
+    def _remove_unused_columns(self, dataset, description=None):
+        return dataset  # the collator takes what it needs, such as cell_id
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        return data_collator
+
+    def get_train_sampler(self) -> Sampler | None:
+        """Give the order of the training rows.
+
+        Returns
+        -------
+        TokenBudgetBatchSampler, LengthGroupedSampler, BlockShuffleSampler or None
+            With `max_tokens_per_batch`, batches of rows; else rows, grouped by length if `train_sampling_strategy` is
+            "group_by_length", shuffled if it is "random". None for a stream.
+        """
+        return self._get_train_sampler()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            return None
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        if self.max_tokens_per_batch is not None:
+            return TokenBudgetBatchSampler(
+                self._n_tokens(dataset),
+                self.max_tokens_per_batch,
+                packing=getattr(self.data_collator, "packing", False),
+                seed=seed,
+                world_size=args.world_size,
+                drop_last=args.dataloader_drop_last,
+            )
+        if args.train_sampling_strategy == "group_by_length":
+            in_a_step = self._train_batch_size * args.world_size * args.gradient_accumulation_steps
+            return LengthGroupedSampler(self._n_tokens(dataset), in_a_step, seed=seed)
+        if args.train_sampling_strategy == "sequential":
+            return super()._get_train_sampler(dataset)
+        return BlockShuffleSampler(dataset, 1, seed)
+
+    def _n_tokens(self, dataset: Any) -> np.ndarray:
+        """Tell the tokens of each row: of cells of a store, how many they are at most."""
+        if isinstance(dataset, CellStore) and isinstance(self.processing_class, GeneTokenizer):
+            tokenizer = self.processing_class
+            if tokenizer.neighborhood:
+                return np.full(len(dataset), tokenizer.max_length)
+            others = tokenizer.add_cls + tokenizer.add_eos + len(tokenizer.included_phenotypes)
+            return np.minimum(dataset.lengths + others, tokenizer.max_length)
+        lengths = known_lengths(dataset if self._lengths is None else self._lengths)
+        if len(lengths) != len(dataset):
+            raise ValueError(f"{len(lengths)} lengths for {len(dataset)} rows: write them anew for this dataset.")
+        return lengths
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        return SequentialSampler(eval_dataset) if hasattr(eval_dataset, "__len__") else None
+
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training: bool = False, dataloader_key=None
+    ) -> DataLoader:
+        training_collator = self.data_collator
+        if not is_training:
+            self.data_collator = self._eval_collator
+        if isinstance(dataset, HuggingFaceDataset) and isinstance(self.data_collator, CellCollator):
+            dataset = TokenRows(dataset)
+        try:
+            if not is_training or isinstance(dataset, IterableDataset):
+                return super()._get_dataloader(
+                    dataset, description, batch_size, sampler_fn, is_training, dataloader_key
+                )
+        finally:
+            self.data_collator = training_collator
+        args, sampler = self.args, sampler_fn(self.train_dataset)
+        if not isinstance(sampler, TokenBudgetBatchSampler):
+            # accelerate's own would fill the last batches with rows that were there before.
+            sampler = EvenBatchSampler(
+                sampler, batch_size, world_size=args.world_size, drop_last=args.dataloader_drop_last
+            )
+        self._train_batches = sampler
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        )
+        return self.accelerator.prepare(loader)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the order of the cells, and the collator, which epoch begins (Trainer's loop calls it)."""
+        for part in (self._train_batches, self.data_collator):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As in Trainer; True goes on from the last checkpoint that is whole, or begins where there is none."""
+        if resume_from_checkpoint is True:
+            found = last_whole_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = None if found is None else str(found)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        if self.args.should_save:
+            mark_unfinished(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # the first process now writes what tells that the checkpoint is whole
+
+    # ------------------------------------------------------------------ losses
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As in Trainer; adds up what the loss is made of."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        statistics = getattr(outputs, "class_statistics", None)
+        if statistics is not None:
+            # A replica gives its own rows.
+            total = statistics.detach().double().view(-1, len(self._token_classes()), 3).sum(0)
+            before = self._statistics.get(model.training)
+            self._statistics[model.training] = total if before is None else before + total
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, *args, **kwargs):
+        """As in Trainer; with the training losses of the classes of tokens."""
+        if "loss" in logs:
+            logs = {**logs, **self._class_metrics(True)}
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As in Trainer; with the losses of the classes of tokens."""
+        self._statistics.pop(False, None)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update(self._class_metrics(False, f"{metric_key_prefix}_"))
+        return output
+
+    def _token_classes(self) -> list[str]:
+        return self.accelerator.unwrap_model(self.model).config.token_classes or ["genes"]
+
+    def _class_metrics(self, training: bool, prefix: str = "") -> dict[str, float]:
+        """Give the losses and accuracies since the last time, of all processes."""
+        statistics = self._statistics.pop(training, None)
+        if statistics is None:
+            return {}
+        rows = self.accelerator.reduce(statistics, "sum").tolist()
+        metrics = {}
+        for name, (nll, n_right, n_labels) in zip(self._token_classes(), rows, strict=True):
+            if n_labels:
+                metrics[f"{prefix}{name}_loss"] = nll / n_labels
+                metrics[f"{prefix}{name}_accuracy"] = n_right / n_labels
+        return metrics
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As in Trainer; where predictions are wanted, MLM logits are of all positions, so that they meet labels."""
+        config = getattr(self.accelerator.unwrap_model(model), "config", None)
+        sparse = getattr(config, "sparse_prediction", False) and not prediction_loss_only
+        if not sparse:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        config.sparse_prediction = False
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            config.sparse_prediction = True
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the trainer which epoch begins, before the epoch's batches are read."""
+
+    def __init__(self, trainer: CellTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Set the epoch; after a resumption `state.epoch` is a fraction into the epoch that goes on."""
+        self.trainer.set_epoch(math.floor(state.epoch + 1e-9))
+
+
+class _SaveOnSigterm(TrainerCallback):
+    """Saves and stops after the step in which SIGTERM comes, as schedulers send it before they take a machine away."""
+
+    def __init__(self, trainer: CellTrainer):
+        self.trainer, self._came, self._handler = trainer, False, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Listen; only the main thread may."""
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, self._come)
+
+    def _come(self, *_) -> None:
+        self._came = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Stop all processes after the same step, whichever of them was told."""
+        came = self._came
+        if args.world_size > 1:
+            told = torch.tensor(int(came), device=args.device)
+            came = bool(self.trainer.accelerator.reduce(told, "sum"))
+        if came:
+            self.trainer.interrupted = True
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Listen no longer."""
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
+            self._handler = None
+
+
+def without_empty_cells(dataset: Any) -> Any:
+    """Leave the cells without counts out of a store, or of a subset of one; other datasets are returned as they are.
+
+    Parameters
+    ----------
+    dataset : CellStore, torch.utils.data.Subset of one, or anything else
+        What to train on.
+
+    Returns
+    -------
+    The dataset itself, if it has no empty cell or is no store, else a selection of the store.
+    """
+    if isinstance(dataset, Subset) and isinstance(dataset.dataset, CellStore):
+        dataset = dataset.dataset.select(dataset.indices)
+    if not isinstance(dataset, CellStore):
+        return dataset
+    full = dataset.lengths > 0
+    return dataset if full.all() else dataset.select(full)
+
+
+def check_tokenizer_fits(model: PreTrainedModel, tokenizer: GeneTokenizer) -> None:
+    """Compare a model's vocabulary with a tokenizer's.
+
+    Raises
+    ------
+    ValueError
+        The sizes, or the genes, bins or phenotypes themselves, differ.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) != "gene_bert" or not isinstance(tokenizer, GeneTokenizer):
+        return
+    sizes = (config.vocab_size, config.type_vocab_size)
+    if sizes != (len(tokenizer), tokenizer.type_vocab_size):
+        raise ValueError(
+            f"The tokenizer does not fit the model: {len(tokenizer)} ids and {tokenizer.type_vocab_size} types, where "
+            f"the model has {sizes[0]} and {sizes[1]}. Load both from one checkpoint, or make the model with "
+            "GeneBertConfig.from_tokenizer(tokenizer)."
+        )
+    if config.vocabulary_fingerprint not in (None, tokenizer.fingerprint):
+        raise ValueError(
+            "The tokenizer does not fit the model: as many ids and types, but other genes, bins or phenotypes, or "
+            "another order. Load both from one checkpoint."
+        )
+
+
+__all__ = ["CellTrainer", "check_tokenizer_fits", "without_empty_cells"]

@@ -1,0 +1,331 @@
+"""The order of the cells in training: by length, by a budget of tokens, resumed, on two processes, killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import BertConfig, BertForMaskedLM, TrainerCallback, TrainingArguments
+
+from stformer_hf import (
+    GeneBertConfig,
+    GeneBertForPhenotypicMLM,
+    GeneTokenizer,
+    LengthGroupedSampler,
+    STFormerPretrainer,
+    TokenBudgetBatchSampler,
+    padding_share,
+    write_example_lengths,
+)
+from stformer_hf.training.checkpoints import last_whole_checkpoint
+
+SCRIPT = Path(__file__).with_name("train_cells.py")
+ORDERS = {
+    "random": {},
+    "grouped": {"train_sampling_strategy": "group_by_length"},
+    "budget": {"max_tokens_per_batch": 300},
+    "packed": {"max_tokens_per_batch": 200, "packing": True},
+}
+
+
+def make_trainer(folder, cells, tokenizer, order="random", model=None, **changes):
+    settings = {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **{name: value for name, value in ORDERS[order].items() if name.startswith("train_")},
+    }
+    own = {name: value for name, value in ORDERS[order].items() if not name.startswith("train_")}
+    trainer_settings = {name: changes.pop(name) for name in ("callbacks", "lengths") if name in changes}
+    if "lengths" in trainer_settings:
+        trainer_settings["example_lengths_file"] = trainer_settings.pop("lengths")
+    torch.manual_seed(0)
+    if model is None:
+        model = GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(tokenizer, size="tiny", num_hidden_layers=1))
+    return STFormerPretrainer(
+        TrainingArguments(str(folder), **{**settings, **changes}),
+        cells,
+        model=model,
+        processing_class=tokenizer,
+        **own,
+        **trainer_settings,
+    )
+
+
+def tokenized(store, tokenizer) -> Dataset:
+    filled = np.flatnonzero(store.lengths > 0)
+    cells = store.__getitems__(filled)
+    tokens = tokenizer.encode_cells(cells)
+    cuts = tokens.indptr.tolist()
+    columns = {
+        name: [getattr(tokens, name)[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+        for name in ("input_ids", "token_type_ids")
+    }
+    return Dataset.from_dict({**columns, "cell_id": filled, "length": np.diff(tokens.indptr)})
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class SeenCells(TrainerCallback):
+    """Writes down which cells the collator is given, a list a batch."""
+
+    def __init__(self, trainer):
+        self.batches = []
+        collator, read = trainer.data_collator, type(trainer.data_collator)._tokens
+
+        def watch(examples):
+            tokens, cell_ids = read(collator, examples)
+            self.batches.append(cell_ids.tolist())
+            return tokens, cell_ids
+
+        collator._tokens = watch
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("source", ["store", "dataset"])
+def test_every_cell_comes_once_an_epoch_in_another_order_each(store, tokenizer, tmp_path, order, source):
+    cells = store if source == "store" else tokenized(store, tokenizer)
+    trainer = make_trainer(tmp_path, cells, tokenizer, order, per_device_train_batch_size=3)
+    seen = SeenCells(trainer)
+    trainer.train()
+    filled = sorted(np.flatnonzero(store.lengths > 0).tolist())
+    n = len(seen.batches) // 2
+    epochs = [sum(part, []) for part in (seen.batches[:n], seen.batches[n:])]
+    assert [sorted(epoch) for epoch in epochs] == [filled, filled]
+    assert epochs[0] != epochs[1]
+    tokens = tokenizer.encode_cells(store.__getitems__(np.arange(len(store))))
+    lengths = np.diff(tokens.indptr)
+    for batch in seen.batches:
+        of = lengths[batch]
+        if order == "budget":
+            assert len(batch) * of.max() <= 300
+        elif order == "packed":
+            assert of.sum() <= 200
+    if order == "grouped":
+        shuffled = np.random.default_rng(0).permutation(filled)
+        at_random = [shuffled[i : i + 3].tolist() for i in range(0, len(shuffled), 3)]
+        assert padding_share(lengths, seen.batches) < 0.75 * padding_share(lengths, at_random)
+        assert max(lengths) in lengths[seen.batches[0]]  # the longest comes first, so that memory fails at once
+
+
+def test_the_sampler_is_public_and_takes_lengths_from_where_they_are(store, tokenizer, tmp_path):
+    trainer = make_trainer(tmp_path, store, tokenizer, "grouped")
+    assert isinstance(trainer.get_train_sampler(), LengthGroupedSampler)
+    assert isinstance(make_trainer(tmp_path, store, tokenizer, "budget").get_train_sampler(), TokenBudgetBatchSampler)
+    dataset = tokenized(store, tokenizer)
+    orders = [list(make_trainer(tmp_path, dataset, tokenizer, "grouped").get_train_sampler())]
+    lengths = list(dataset["length"])
+    write_example_lengths(lengths, tmp_path / "lengths.json")
+    bare = dataset.remove_columns("length")
+    for given in (lengths, tmp_path / "lengths.json"):
+        orders.append(list(make_trainer(tmp_path, bare, tokenizer, "grouped", lengths=given).get_train_sampler()))
+    assert orders[0] == orders[1] == orders[2]
+    with pytest.raises(ValueError, match="length"):  # never by reading all tokens
+        make_trainer(tmp_path, bare, tokenizer, "grouped").get_train_sampler()
+    with pytest.raises(ValueError, match="3 lengths for 59 rows"):
+        make_trainer(tmp_path, bare, tokenizer, "grouped", lengths=[1, 2, 3]).get_train_sampler()
+    with pytest.raises(ValueError, match="give max_tokens_per_batch"):
+        make_trainer(tmp_path, store, tokenizer, train_sampling_strategy="batch_rebalance")
+
+
+@pytest.mark.parametrize(
+    ("source", "order"),
+    [("store", "random"), ("store", "grouped"), ("dataset", "grouped"), ("store", "packed"), ("dataset", "budget")],
+)
+def test_a_run_resumed_anywhere_is_the_uninterrupted_one(store, tokenizer, tmp_path, source, order):
+    cells = store if source == "store" else tokenized(store, tokenizer)
+    settings = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2, "warmup_steps": 2}
+    whole = make_trainer(tmp_path, cells, tokenizer, order, **settings)
+    whole.train()
+    expected = losses(whole)
+    assert len(expected) >= 4 and len(set(expected)) == len(expected)
+    middle = len(expected) // 2
+    for step in sorted({1, middle - 1, middle, middle + 1, len(expected) - 1}):
+        again = make_trainer(tmp_path, cells, tokenizer, order, **{**settings, "save_strategy": "no"})
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert losses(again) == expected, step
+        torch.testing.assert_close(list(again.model.parameters()), list(whole.model.parameters()), rtol=0, atol=0)
+    workers = make_trainer(
+        tmp_path, cells, tokenizer, order, **{**settings, "save_strategy": "no", "dataloader_num_workers": 2}
+    )
+    workers.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{middle}"))
+    assert losses(workers) == expected
+
+
+def test_evaluation_and_prediction_go_by_the_order_of_the_data(store, tokenizer, tmp_path):
+    trainer = make_trainer(tmp_path, store, tokenizer, "grouped", per_device_eval_batch_size=7)
+    labels = trainer.predict(store).label_ids
+    expected = trainer.data_collator.for_evaluation()(store.__getitems__(range(len(store))))["labels"].numpy()
+    for row, of in zip(labels, expected, strict=True):
+        assert row[row != -100].tolist() == of[of != -100].tolist()
+
+
+def test_a_checkpoint_that_is_not_whole_is_passed_over(store, tokenizer, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(tmp_path, store, tokenizer, **settings)
+    whole.train()
+    newest = last_whole_checkpoint(tmp_path)
+    assert newest.name == f"checkpoint-{whole.state.global_step}"
+    (newest / "trainer_state.json").write_text('{"epoch": 1.')  # a disk that ran full
+    assert last_whole_checkpoint(tmp_path).name == f"checkpoint-{whole.state.global_step - 2}"
+    (newest / "trainer_state.json").unlink()
+    again = make_trainer(tmp_path, store, tokenizer, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert losses(again) == losses(whole)
+    assert last_whole_checkpoint(tmp_path) == newest
+    assert last_whole_checkpoint(tmp_path / "nothing") is None
+    # Where nothing was saved, the run begins.
+    first = make_trainer(tmp_path / "new", store, tokenizer)
+    first.train(resume_from_checkpoint=True)
+    assert losses(first) == losses(whole)
+
+
+def test_a_checkpoint_written_anew_is_not_whole_before_its_end(store, tokenizer, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, store, tokenizer, save_strategy="steps", save_steps=4)
+    trainer.train()
+    newest = last_whole_checkpoint(tmp_path)
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer._save_checkpoint(trainer.model, None)
+    assert last_whole_checkpoint(tmp_path) != newest
+
+
+def test_token_ids_of_stformer_train_bert(store, tmp_path):
+    """The documented way: a dictionary, a tokenized dataset, a file of lengths."""
+    tokens = {"<pad>": 0, "<mask>": 1, **{f"g{i}": i + 2 for i in range(40)}}
+    rng = np.random.default_rng(0)
+    rows = [rng.permutation(40)[: rng.integers(3, 30)] + 2 for _ in range(64)]
+    rows = [np.sort(row) for row in rows]
+    dataset = Dataset.from_dict({"input_ids": rows})
+    write_example_lengths([len(row) for row in rows], tmp_path / "lengths.json")
+    torch.manual_seed(0)
+    model = BertForMaskedLM(
+        BertConfig(
+            vocab_size=42,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            pad_token_id=0,
+        )
+    )
+    arguments = TrainingArguments(
+        str(tmp_path),
+        num_train_epochs=30,
+        per_device_train_batch_size=16,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        train_sampling_strategy="group_by_length",
+    )
+    trainer = STFormerPretrainer(arguments, dataset, tokens, tmp_path / "lengths.json", model, mlm_probability=0.3)
+    trainer.train()
+    curve = losses(trainer)
+    assert np.mean(curve[-8:]) < np.mean(curve[:8]) - 0.3
+    trainer.save_model()
+    assert json.loads((tmp_path / "token_dictionary.json").read_text()) == tokens
+    with pytest.raises(ValueError, match="give one of them"):
+        STFormerPretrainer(arguments, dataset, tokens, model=model, processing_class=GeneTokenizer(["a"]))
+
+
+# ---------------------------------------------------------------------- other processes
+
+
+def run_script(store, folder, n_processes=1, **settings):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(SCRIPT), str(store.path), str(folder), json.dumps(settings)]
+    if n_processes > 1:
+        command[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={n_processes}", "--standalone"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def finished(process) -> str:
+    try:
+        printed, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    assert process.returncode == 0, printed
+    return printed
+
+
+@pytest.mark.parametrize("order", ["grouped", "packed"])
+def test_two_processes_share_an_epoch_and_learn_what_one_does(store, tmp_path, order):
+    two = run_script(store, tmp_path / "two", 2, order=order, epochs=3, accumulation=1)
+    one = run_script(store, tmp_path / "one", 1, order=order, epochs=3, accumulation=2)
+    finished(two), finished(one)
+    filled = np.flatnonzero(store.lengths > 0).tolist()
+    ranks = [json.loads((tmp_path / "two" / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [rank["world_size"] for rank in ranks] == [2, 2]
+    n_steps = {len(rank["batches"]) for rank in ranks}
+    assert len(n_steps) == 1 and (steps := n_steps.pop()) % 3 == 0
+    for epoch in range(3):
+        part = slice(epoch * steps // 3, (epoch + 1) * steps // 3)
+        seen = sum((sum(rank["batches"][part], []) for rank in ranks), [])
+        assert sorted(seen) == filled
+    alone = json.loads((tmp_path / "one" / "seen-0.json").read_text())
+    assert alone["world_size"] == 1
+    np.testing.assert_allclose(ranks[0]["losses"], alone["losses"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_run_killed_ten_times_while_it_saves_is_the_uninterrupted_one(store, tmp_path):
+    settings = {"order": "random", "epochs": 4, "accumulation": 1, "save": True, "hidden_size": 512}
+    finished(run_script(store, tmp_path / "whole", **settings))
+    expected = json.loads((tmp_path / "whole" / "seen-0.json").read_text())["losses"]
+    rng = np.random.default_rng(0)
+    n_killed = 0
+    for _ in range(40):
+        process = run_script(store, tmp_path / "killed", **settings)
+        target = None
+        while process.poll() is None and target is None:  # wait for the writing of a checkpoint to begin
+            done = last_whole_checkpoint(tmp_path / "killed")
+            folders = {path for path in (tmp_path / "killed").glob("checkpoint-*")}
+            target = next((path for path in folders if not (path / "trainer_state.json").exists()), None)
+            del done
+        if process.poll() is not None:
+            break
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+        n_killed += 1
+        if n_killed == 10:
+            break
+    assert n_killed == 10
+    finished(run_script(store, tmp_path / "killed", **settings))
+    assert json.loads((tmp_path / "killed" / "seen-0.json").read_text())["losses"] == expected
+
+
+def test_sigterm_saves_and_ends_the_run(store, tokenizer, tmp_path):
+    class Terminate(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = make_trainer(tmp_path / "whole", store, tokenizer)
+    whole.train()
+    before = signal.getsignal(signal.SIGTERM)
+    stopped = make_trainer(tmp_path, store, tokenizer, callbacks=[Terminate()])
+    stopped.train()
+    assert stopped.interrupted and not whole.interrupted
+    assert stopped.state.global_step == 5
+    assert signal.getsignal(signal.SIGTERM) is before
+    again = make_trainer(tmp_path, store, tokenizer)
+    again.train(resume_from_checkpoint=True)
+    assert losses(again) == losses(whole)

@@ -1,0 +1,71 @@
+"""A run in a process: python train_cells.py STORE FOLDER SETTINGS; writes what it saw to FOLDER/seen-RANK.json."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from stformer_hf import CellStore, GeneBertConfig, GeneBertForPhenotypicMLM, GeneTokenizer, STFormerPretrainer
+
+ORDERS = {
+    "random": ({}, {}),
+    "grouped": ({"train_sampling_strategy": "group_by_length"}, {}),
+    "packed": ({}, {"max_tokens_per_batch": 200, "packing": True}),
+}
+
+
+def main() -> None:
+    path, folder, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    torch.set_num_threads(1)
+    store = CellStore(path)
+    tokenizer = GeneTokenizer.from_store(store, phenotypes=["cell_type"], bin_edges=[0.5, 1.5, 3.5])
+    torch.manual_seed(0)
+    config = GeneBertConfig.from_tokenizer(
+        tokenizer,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        hidden_size=settings.get("hidden_size", 16),
+        intermediate_size=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    sampling, own = ORDERS[settings["order"]]
+    arguments = TrainingArguments(
+        str(folder),
+        num_train_epochs=settings["epochs"],
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=settings["accumulation"],
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="steps" if settings.get("save") else "no",
+        save_steps=1,
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **sampling,
+    )
+    trainer = STFormerPretrainer(
+        arguments, store, model=GeneBertForPhenotypicMLM(config), processing_class=tokenizer, **own
+    )
+    batches, collator = [], trainer.data_collator
+    read = collator._tokens
+
+    def watch(examples):
+        tokens, cell_ids = read(examples)
+        batches.append(cell_ids.tolist())
+        return tokens, cell_ids
+
+    collator._tokens = watch
+    trainer.train(resume_from_checkpoint=bool(settings.get("save")))
+    seen = {
+        "world_size": arguments.world_size,
+        "batches": batches,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }
+    (folder / f"seen-{arguments.process_index}.json").write_text(json.dumps(seen))
+
+
+main()
