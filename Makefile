@@ -24,7 +24,7 @@ demo: .venv/.demo
 
 test: lint
 	@echo "== running the tests"
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 bench: .venv/.bench
 	@echo "== running the benchmarks"

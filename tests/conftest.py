@@ -1,18 +1,14 @@
 """Fixtures: real data where it is, small random cells, stores and models of them."""
 
-import os
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+from scipy import sparse
 
-import numpy as np  # noqa: E402
-import pandas as pd  # noqa: E402
-import pytest  # noqa: E402
-from anndata import AnnData  # noqa: E402
-from scipy import sparse  # noqa: E402
-
-from stformer_hf import CellStore, GeneBertConfig, GeneTokenizer  # noqa: E402
+from stformer_hf import CellStore, GeneBertConfig, GeneTokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -36,22 +36,19 @@ def unexpressed_genes(
     given : bool array (k,)
         Which tokens got one: a cell gives at most half of its unexpressed genes.
     """
-    n_cells = len(tokens.indptr) - 1
     # Expressed genes of all cells, ascending in each; those that were dropped are expressed too.
-    is_gene = tokens.token_type_ids >= offset
-    owner = np.repeat(np.arange(n_cells), np.diff(tokens.indptr))[is_gene]
-    expressed = tokens.token_type_ids[is_gene] - offset
-    if len(tokens.dropped_cells):
-        owner = np.concatenate([owner, tokens.dropped_cells])
-        expressed = np.concatenate([expressed, tokens.dropped_type_ids - offset])
-    keys = owner * n_genes + expressed
-    if (np.diff(keys) <= 0).any():
+    is_gene = np.flatnonzero(tokens.token_type_ids >= offset)
+    first, expressed = np.searchsorted(is_gene, tokens.indptr), tokens.token_type_ids[is_gene] - offset
+    gaps = _gaps(expressed, first, n_genes)
+    if len(tokens.dropped_cells) or (gaps[1:] < gaps[:-1]).any():  # genes are missing, out of order, or there twice
+        cells_of = np.repeat(np.arange(len(first) - 1), np.diff(first))
+        keys = np.concatenate(
+            [cells_of * n_genes + expressed, tokens.dropped_cells * n_genes + tokens.dropped_type_ids - offset]
+        )
         keys = np.unique(keys)
-        owner, expressed = keys // n_genes, keys % n_genes
-    first = np.searchsorted(owner, np.arange(n_cells + 1))
+        first = np.searchsorted(keys, np.arange(len(first)) * n_genes)
+        gaps = _gaps(keys % n_genes, first, n_genes)
     n_unexpressed = n_genes - np.diff(first)
-    # The r-th unexpressed gene of a cell is r + the number of its expressed genes g with g - rank(g) <= r.
-    gaps = owner * (n_genes + 1) + expressed - (np.arange(len(keys)) - first[owner])
 
     order = np.argsort(cells, kind="stable")
     place = np.empty(len(cells), np.int64)
@@ -68,6 +65,18 @@ def unexpressed_genes(
         attempt += 1
     genes = rank + np.searchsorted(gaps, cells * (n_genes + 1) + rank, side="right") - first[cells]
     return genes + offset, given
+
+
+def _gaps(expressed: np.ndarray, first: np.ndarray, n_genes: int) -> np.ndarray:
+    """Count, for each expressed gene, the genes before it that its cell does not express; cells n_genes + 1 apart.
+
+    The r-th unexpressed gene of a cell is r + the number of its expressed genes with at most r such genes before them.
+    """
+    cells = np.arange(len(first) - 1)
+    gaps = np.repeat(cells * (n_genes + 1) + first[:-1], np.diff(first))
+    gaps += expressed
+    gaps -= np.arange(len(expressed))
+    return gaps
 
 
 def _repeats(cells: np.ndarray, ranks: np.ndarray, settled: np.ndarray, pending: np.ndarray) -> np.ndarray:
