@@ -364,7 +364,15 @@ def _make_model(name: str, size: str, vocab_size: int, type_vocab_size: int, pad
     }
     if name == "gene_bert":
         dropout = {"hidden_dropout_prob": DROPOUT, "attention_probs_dropout_prob": 0.0}
-        config = GeneBertConfig(**shape, **dropout, type_vocab_size=type_vocab_size, sparse_prediction=sparse)
+        places = "learned" if type_vocab_size < 5 else "none"  # as from_tokenizer has it, for ranks and for bins
+        config = GeneBertConfig(
+            **shape,
+            **dropout,
+            type_vocab_size=type_vocab_size,
+            sparse_prediction=sparse,
+            position_embedding_type=places,
+            max_position_embeddings=MAX_LENGTH,
+        )
     elif name == "bert":
         dropout = {"hidden_dropout_prob": DROPOUT, "attention_probs_dropout_prob": 0.0}
         config = BertConfig(**shape, **dropout, type_vocab_size=type_vocab_size, max_position_embeddings=MAX_LENGTH)

@@ -36,13 +36,18 @@ class FinetuneArguments:
     size: str = field(default="tiny", metadata={"help": "of a new model: tiny, small, base or large"})
     bin_edges: list[float] = field(default_factory=lambda: [0.1], metadata={"help": "of a new model's tokenizer"})
     max_length: int = field(default=2048, metadata={"help": "of a new model's tokenizer: most tokens a cell"})
-    pooling: str = field(default="cls", metadata={"help": "what the classifier reads: cls, or mean over the genes"})
+    pooling: Literal["cls", "mean"] | None = field(
+        default=None, metadata={"help": "what the classifier reads: cls, or mean over the genes; the model's own"}
+    )
     gene_dropout: float = field(
         default=0.0, metadata={"help": "share of a cell's genes to leave out, anew each epoch"}
     )
     packing: bool = field(default=False, metadata={"help": "train on packed batches, without padding"})
+    max_tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "fill batches up to so many tokens, in place of a number of cells"}
+    )
     class_weights: Literal["none", "balanced"] = field(
-        default="none", metadata={"help": "balanced: a class counts by 1 / frequency in training (PerturbGene)"}
+        default="none", metadata={"help": "balanced: a class counts in the loss by 1 / frequency (PerturbGene)"}
     )
     label_smoothing: float = field(default=0.0, metadata={"help": "of the loss (PerturbGene: 0.1)"})
     layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
@@ -85,9 +90,10 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     head = {
         "id2label": dict(enumerate(classes)),
         "label2id": {name: i for i, name in enumerate(classes)},
-        "classifier_pooling": args.pooling,
+        **({"classifier_pooling": args.pooling} if args.pooling else {}),
         "problem_type": "single_label_classification",
         "classifier_label_smoothing": args.label_smoothing,
+        "class_weights": None,  # a checkpoint may bring those of other classes
     }
     set_seed(arguments.seed)
     if tokenizer is None:
@@ -96,6 +102,8 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     else:
         tokenizer.included_phenotypes = phenotypes
         model = AutoModelForSequenceClassification.from_pretrained(args.model, ignore_mismatched_sizes=True, **head)
+    if model.config.classifier_pooling == "cls" and not tokenizer.add_cls:
+        raise ValueError("The tokenizer begins cells with no [CLS]: use --pooling mean.")
     train_cells, held_out_cells = split(store, args.held_out, arguments.seed, args.label)
     if held_out_cells is None:
         arguments.eval_strategy = "no"
@@ -111,6 +119,7 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         ),
         train_dataset=train_cells,
         eval_dataset=held_out_cells,
+        max_tokens_per_batch=args.max_tokens_per_batch,
         processing_class=tokenizer,
         compute_metrics=compute_classification_metrics,
     )
@@ -124,7 +133,7 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         store=store,
         settings={
             "label": args.label,
-            "pooling": args.pooling,
+            "pooling": model.config.classifier_pooling,
             "gene dropout": args.gene_dropout,
             "cells in training": len(train_cells),
             "cells held out": 0 if held_out_cells is None else len(held_out_cells),

@@ -45,6 +45,9 @@ class PretrainArguments:
         default=None, metadata={"help": "table of genes and vectors that the model's embeddings of genes begin with"}
     )
     packing: bool = field(default=False, metadata={"help": "train on packed batches, without padding"})
+    max_tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "fill batches up to so many tokens, in place of a number of cells"}
+    )
     label_smoothing: float = field(default=0.0, metadata={"help": "of the MLM loss (PerturbGene: 0.5)"})
     layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
     held_out: float = field(default=0.05, metadata={"help": "share of the cells kept for evaluation"})
@@ -103,6 +106,7 @@ def run(args: PretrainArguments, training: dict) -> dict[str, float]:
         phenotype_mask_prob=args.phenotype_mask_prob,
         gene_dropout=args.gene_dropout,
         packing=args.packing,
+        max_tokens_per_batch=args.max_tokens_per_batch,
         eval_dataset=held_out_cells,
     )
     metrics = finish(trainer)

@@ -47,7 +47,7 @@ def annotate(
         _check_is_classifier(str(model))
     classifier, tokenizer = load(model, tokenizer, AutoModelForSequenceClassification, device)
 
-    def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward(batch: dict[str, torch.Tensor], types: torch.Tensor) -> torch.Tensor:
         return classifier(**batch).logits.softmax(-1)
 
     probabilities, n_genes, _ = run(

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..data.sources import Source, open_source
-from ..models.gene_bert.cell_counts import NEIGHBORS, sum_of_neighbors
-from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..models.gene_bert.cell_counts import NEIGHBORS, pad_ragged, sum_of_neighbors
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
 from ..training.batches import pad
 from ..training.cell_trainer import check_tokenizer_fits
 
@@ -49,7 +49,7 @@ def load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_cla
 def run(
     adata: AnnData,
     tokenizer: GeneTokenizer,
-    forward: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    forward: Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor],
     *,
     layer: str | None,
     batch_size: int,
@@ -65,7 +65,7 @@ def run(
     tokenizer : GeneTokenizer
         Makes their tokens.
     forward : callable
-        Batch of tensors (n, length) -> Tensor (n, d).
+        Batch of tensors (n, length) that the model reads, and the token types -> Tensor (n, d).
     layer : str, optional
         Where the counts are.
     batch_size : int
@@ -103,7 +103,7 @@ def run(
             done = []
             for first in range(0, len(order), batch_size):
                 cells = order[first : first + batch_size]
-                done.append(forward(_batch(tokens, cells, tokenizer, device)).float().cpu().numpy())
+                done.append(forward(*_batch(tokens, cells, tokenizer, device)).float().cpu().numpy())
                 bar.update(len(cells))
             block_results = np.concatenate(done)
             results.append(np.empty_like(block_results))
@@ -122,7 +122,10 @@ def _n_known(tokenizer: GeneTokenizer, names: np.ndarray) -> int:
     return len(set(tokenizer.genes) & set(names))
 
 
-def _batch(tokens, cells: np.ndarray, tokenizer: GeneTokenizer, device: torch.device) -> dict[str, torch.Tensor]:
+def _batch(
+    tokens: TokenizedCells, cells: np.ndarray, tokenizer: GeneTokenizer, device: torch.device
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Give what the model reads of some cells, and the token types, which not every model reads."""
     lengths = np.diff(tokens.indptr)[cells]
     indptr = np.concatenate([[0], np.cumsum(lengths)])
     flat = np.arange(indptr[-1]) + np.repeat(tokens.indptr[cells] - indptr[:-1], lengths)
@@ -133,4 +136,6 @@ def _batch(tokens, cells: np.ndarray, tokenizer: GeneTokenizer, device: torch.de
         indptr=indptr,
         expression_values=None if values is None else values[flat],
     )
-    return {name: tensor.to(device) for name, tensor in pad(chosen, tokenizer).items()}
+    batch = {name: tensor.to(device) for name, tensor in pad(chosen, tokenizer).items()}
+    types = pad_ragged(chosen.token_type_ids, indptr, batch["input_ids"].shape[1], 0, tokenizer.padding_side)
+    return batch, torch.from_numpy(types).to(device)

@@ -66,9 +66,9 @@ def embed(
             f"hidden_layer {hidden_layer} of a model with {n_layers} layers: give 0 to {n_layers}, or -1."
         )
 
-    def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward(batch: dict[str, torch.Tensor], types: torch.Tensor) -> torch.Tensor:
         hidden = encoder(**batch, output_hidden_states=True).hidden_states[hidden_layer]
-        return pool(hidden, batch["token_type_ids"], batch["attention_mask"], pooling)
+        return pool(hidden, types, batch["attention_mask"], pooling)
 
     embedding, _, source = run(
         adata, tokenizer, forward, layer=layer, batch_size=batch_size, device=encoder.device, desc="embed"

@@ -54,8 +54,8 @@ class CellTrainer(Trainer):
     Raises
     ------
     ValueError
-        A tokenizer (`processing_class`) that does not fit the model; packed batches for several GPUs in one process;
-        lengths that do not fit the dataset.
+        A tokenizer (`processing_class`) that does not fit the model; packed batches for a model that cannot keep cells
+        apart, or for several GPUs in one process; lengths that do not fit the dataset.
     """
 
     def __init__(
@@ -79,6 +79,9 @@ class CellTrainer(Trainer):
             check_tokenizer_fits(self.model, self.processing_class)
         collator = self._eval_collator = self.data_collator
         self._statistics: dict[bool, torch.Tensor] = {}
+        model_type = getattr(getattr(self.model, "config", None), "model_type", None)
+        if getattr(collator, "packing", False) and model_type != "gene_bert":
+            raise ValueError(f"A model of type {model_type!r} would mix the cells of a packed batch: train it padded.")
         if getattr(collator, "packing", False) and self.args.n_gpu > 1:
             raise ValueError(
                 "torch.nn.DataParallel would cut a packed batch across cells: start one process a GPU with "
@@ -87,7 +90,8 @@ class CellTrainer(Trainer):
         if self.args.train_sampling_strategy == "batch_rebalance":
             raise ValueError('train_sampling_strategy="batch_rebalance": give max_tokens_per_batch in its place.')
         label2id = getattr(getattr(self.model, "config", None), "label2id", None) or {}
-        if getattr(collator, "label2id", 0) is None and not all(name.startswith("LABEL_") for name in label2id):
+        names_classes = getattr(collator, "label2id", 0) is None and isinstance(collator.label, str)
+        if names_classes and not all(name.startswith("LABEL_") for name in label2id):
             collator.label2id = label2id  # the store may list its classes in another order than the model
         self.interrupted = False
         self.add_callback(_SetEpoch(self))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
+from ..data.cell_batch import CellBatch
 from ..models.gene_bert.cell_counts import is_cell_batch
-from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
 from .batches import CellCollator, check_probability, labels_a_cell, pack, pad, read_tokens
 from .gene_swaps import unexpressed_genes
+from .token_rows import CLASS_NAMES
 
 # Streams of `uniforms`, one a decision.
 _MASK_GENE, _SWAP_SEQUENCE, _SWAP_GENE, _NEW_GENE, _KIND_OF_MASK, _RANDOM_GENE = 0, 1, 2, 3, 7, 8
@@ -48,6 +52,8 @@ def collate_fn_wrapper(
         of_tokens = None
         if labels is not None and labels[0].ndim:
             of_tokens = np.arange(tokens.indptr[-1]), np.concatenate(labels)
+            if not np.issubdtype(of_tokens[1].dtype, np.integer):
+                raise ValueError(f"Labels of tokens are whole numbers, got {of_tokens[1].dtype}.")
             if len(of_tokens[1]) != tokens.indptr[-1]:
                 raise ValueError(f"{len(of_tokens[1])} labels for {tokens.indptr[-1]} tokens.")
         if packing:
@@ -102,10 +108,10 @@ class DataCollatorForPhenotypicMLM(CellCollator):
     Notes
     -----
     PerturbGene's masking ("DataCollatorForPhenotypicMLM" of its Code Organization). Differences: the swap takes
-    distinct genes that are certainly not expressed (genes lost to truncation are known to be, and an example of full
-    the tokenizer's `max_length`, whose cut genes are not known, swaps none: tokenize examples with that length), at
-    most half of those that the cell does not express; dropped phenotypes are not attended to; masks do not depend on
-    the global generator.
+    distinct genes that are certainly not expressed, at most half of those that the cell does not express (genes lost
+    to truncation are known to be; genes that a store has not measured are left out; an example of full the tokenizer's
+    `max_length`, whose cut genes are not known, swaps none: tokenize with that length); dropped phenotypes are
+    not attended to; masks do not depend on the global generator.
 
     Examples without `cell_id` are known by a checksum of their tokens.
     """
@@ -130,6 +136,7 @@ class DataCollatorForPhenotypicMLM(CellCollator):
             )
         check_probability("mlm_probability", mlm_probability)
         check_probability("phenotype_mask_prob", phenotype_mask_prob)
+        self._measured: tuple | None = None
         self.mlm = mlm
         self.mlm_probability = mlm_probability
         self.phenotype_mask_prob = phenotype_mask_prob
@@ -152,11 +159,22 @@ class DataCollatorForPhenotypicMLM(CellCollator):
             nothing = np.empty(0, np.int64)
             return self._batch(tokens, (nothing, nothing))
         masked, labels, left_out = self._mask_phenotypes(tokens, cell_ids, self.phenotype_mask_prob)
-        genes, gene_labels = self._mask_genes(tokens, cell_ids, is_cell_batch(examples))
+        measured = self._measured_genes(examples) if is_cell_batch(examples) else None
+        genes, gene_labels = self._mask_genes(tokens, cell_ids, is_cell_batch(examples), measured)
         labels = np.concatenate([masked, genes]), np.concatenate([labels, gene_labels])
         return self._batch(tokens, labels, left_out)
 
-    def _mask_genes(self, tokens, cell_ids, all_genes_known: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _measured_genes(self, cells: CellBatch) -> np.ndarray | None:
+        """Find the tokenizer's genes that a store has: their numbers, ascending; None for all of them."""
+        if self._measured is None or self._measured[0] is not cells.gene_ids:  # one array for all batches of a store
+            found = np.unique(self.tokenizer.find_genes(cells.gene_ids))
+            found = found[found >= 0]
+            self._measured = cells.gene_ids, None if len(found) == len(self.tokenizer.genes) else found
+        return self._measured[1]
+
+    def _mask_genes(
+        self, tokens, cell_ids, all_genes_known: bool, measured: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Mask genes, in place, and swap some; returns their positions, and their labels."""
         tokenizer, types = self.tokenizer, tokens.token_type_ids
         n_bins = tokenizer.n_bins
@@ -185,6 +203,7 @@ class DataCollatorForPhenotypicMLM(CellCollator):
             masked[swap],
             cells[swap],
             lambda counters, of: self._uniforms(_NEW_GENE, cell_ids, counters, of),
+            measured,
         )
         swapped = np.flatnonzero(swap)[given]
         types[masked[swapped]] = new_types[given]
@@ -329,31 +348,55 @@ class DataCollatorForCellClassification(CellCollator):
             As `DataCollatorForPhenotypicMLM` gives it, with `labels`: int64 (n,), or float32 (n,) where they are
             numbers, or float32 (n, n_labels).
         """
-        batch = self._batch(self._tokens(examples)[0])
+        tokens = self._tokens(examples)[0]
+        self._check_tokens(examples, tokens)
+        batch = self._batch(tokens)
         if isinstance(self.label, str):
             labels = self._labels(examples, self.label)
         else:
-            labels = np.stack([self._labels(examples, name) for name in self.label], axis=1).astype(np.float32)
+            columns = [self._labels(examples, name) for name in self.label]
+            for name, column in zip(self.label, columns, strict=True):
+                if column.dtype == np.int64 and column.max(initial=0) > 1:
+                    raise ValueError(f"{name!r} has more than two classes: of several labels each is 0 or 1.")
+            labels = np.stack(columns, axis=1).astype(np.float32)
         batch["labels"] = torch.from_numpy(labels)
         return batch
 
+    def _check_tokens(self, examples: Any, tokens: TokenizedCells) -> None:
+        """Refuse cells without tokens, and tokens made beforehand that hold the answer."""
+        empty = int((np.diff(tokens.indptr) == 0).sum())
+        if empty:
+            raise ValueError(f"{empty} cells of the batch have no token to classify them by; leave them out.")
+        if not is_cell_batch(examples):
+            for name in [self.label] if isinstance(self.label, str) else self.label:
+                answers = self.tokenizer.phenotype_token_ids(name)
+                if len(answers) and np.isin(tokens.input_ids, answers).any():
+                    raise ValueError(
+                        f"The examples hold tokens of {name!r}, and the model would read the answer: tokenize them "
+                        "without it (tokenizer.included_phenotypes)."
+                    )
+
     def _labels(self, examples: Any, name: str) -> np.ndarray:
         """Read a label a cell: int64 classes, or float32 numbers."""
-        if not is_cell_batch(examples):
+        names = None
+        if is_cell_batch(examples):
+            if name not in examples.obs:
+                raise ValueError(f"The store has no obs column {name!r}; it has {', '.join(examples.obs) or 'none'}.")
+            labels, names = examples.obs[name], examples.categories.get(name)
+            classes = names is not None
+        else:
             labels = labels_a_cell(examples, name)
             classes = np.issubdtype(labels.dtype, np.integer)
-        elif name not in examples.obs:
-            raise ValueError(f"The store has no obs column {name!r}; it has {', '.join(examples.obs) or 'none'}.")
-        else:
-            labels, classes = examples.obs[name], name in examples.categories
-            if classes and self.label2id is not None:
-                names = examples.categories[name]
-                labels = np.array([*(self.label2id.get(of, -1) for of in names), -1])[labels]
+            if isinstance(examples, pa.Table) and examples.schema.metadata:
+                names = json.loads(examples.schema.metadata.get(CLASS_NAMES, b"{}")).get(name)
+        if names is not None and self.label2id is not None:
+            labels = np.array([*(self.label2id.get(of, -1) for of in names), -1])[labels]
         if not np.issubdtype(labels.dtype, np.number) and labels.dtype != bool:
             raise ValueError(f"{name!r} holds neither categories nor numbers, but such as {labels[0]!r}.")
         unknown = labels < 0 if classes else ~np.isfinite(labels.astype(np.float64))
         if unknown.any():
-            raise ValueError(f"{unknown.sum()} cells of the batch have no known {name!r}; leave them out.")
+            hint = "" if names is not None else " (whole numbers are classes; numbers to predict are floats)"
+            raise ValueError(f"{unknown.sum()} cells of the batch have no known {name!r}{hint}; leave them out.")
         return labels.astype(np.int64 if classes else np.float32)
 
 

@@ -47,7 +47,7 @@ def load_gene_embeddings(
     Raises
     ------
     ValueError
-        None of the genes is known; values that are not numbers; an unknown kind of file.
+        None of the genes is known, or one only; values that are not numbers; an unknown kind of file.
     """
     names, values = _read(embeddings)
     genes = tokenizer.find_genes(names)
@@ -58,6 +58,8 @@ def load_gene_embeddings(
             f"None of the {len(names)} genes of the embeddings, such as {', '.join(names[:3])}, is the tokenizer's, "
             f"such as {', '.join(tokenizer.genes[:3])}."
         )
+    if len(known) < 2:
+        raise ValueError(f"Only {tokenizer.genes[known[0]]} of the embeddings' genes is known: one cannot be scaled.")
     values = values[first]
     base = getattr(model, model.base_model_prefix, model)
     if tokenizer.scheme == "rank":
@@ -90,7 +92,8 @@ def _read(embeddings) -> tuple[list[str], np.ndarray]:
                 embeddings = {name: file[name] for name in file.files}
         elif path.suffix == ".parquet":
             table = pd.read_parquet(path)
-            embeddings = table if table.index.dtype == object else table.set_index(table.columns[0])
+            unnamed = isinstance(table.index, pd.RangeIndex)
+            embeddings = table.set_index(table.columns[0]) if unnamed else table
         elif path.suffix in (".csv", ".tsv", ".txt"):
             embeddings = _read_text(path)
         else:

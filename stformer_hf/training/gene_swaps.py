@@ -16,6 +16,7 @@ def unexpressed_genes(
     at: np.ndarray,
     cells: np.ndarray,
     uniforms: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    measured: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw, for each token to swap, the type of a gene that its cell does not express; distinct in a cell.
 
@@ -29,6 +30,8 @@ def unexpressed_genes(
         Tokens to swap, and the cell of each.
     uniforms : callable
         (counters, cells) -> numbers in [0, 1).
+    measured : int array, optional
+        Genes that may be drawn, ascending, the expressed ones among them; all by default.
 
     Returns
     -------
@@ -39,12 +42,13 @@ def unexpressed_genes(
     # Expressed genes of all cells, ascending in each; those that were dropped are expressed too.
     is_gene = np.flatnonzero(tokens.token_type_ids >= offset)
     first, expressed = np.searchsorted(is_gene, tokens.indptr), tokens.token_type_ids[is_gene] - offset
+    dropped = tokens.dropped_type_ids - offset
+    if measured is not None:  # the genes are those that were measured
+        expressed, dropped, n_genes = (*(np.searchsorted(measured, of) for of in (expressed, dropped)), len(measured))
     gaps = _gaps(expressed, first, n_genes)
     if len(tokens.dropped_cells) or (gaps[1:] < gaps[:-1]).any():  # genes are missing, out of order, or there twice
         cells_of = np.repeat(np.arange(len(first) - 1), np.diff(first))
-        keys = np.concatenate(
-            [cells_of * n_genes + expressed, tokens.dropped_cells * n_genes + tokens.dropped_type_ids - offset]
-        )
+        keys = np.concatenate([cells_of * n_genes + expressed, tokens.dropped_cells * n_genes + dropped])
         keys = np.unique(keys)
         first = np.searchsorted(keys, np.arange(len(first)) * n_genes)
         gaps = _gaps(keys % n_genes, first, n_genes)
@@ -64,7 +68,7 @@ def unexpressed_genes(
         pending = pending[_repeats(cells, rank, given, pending)]
         attempt += 1
     genes = rank + np.searchsorted(gaps, cells * (n_genes + 1) + rank, side="right") - first[cells]
-    return genes + offset, given
+    return (genes if measured is None else measured[genes.clip(max=n_genes - 1)]) + offset, given
 
 
 def _gaps(expressed: np.ndarray, first: np.ndarray, n_genes: int) -> np.ndarray:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from anndata import AnnData, read_h5ad
 from scipy import sparse
+from transformers import BertConfig, BertForMaskedLM
 
 from stformer_hf import (
     GeneBertConfig,
@@ -14,6 +15,7 @@ from stformer_hf import (
     GeneTokenizer,
     annotate,
     embed,
+    load_geneformer,
 )
 
 
@@ -150,3 +152,29 @@ def test_a_model_of_ranks_and_neighbourhoods(adata, tmp_path):
     bare = GeneTokenizer(adata.var_names.tolist(), scheme="rank", medians=medians, add_cls=False)
     with pytest.raises(ValueError, match=r"no \[CLS\]: use pooling"):
         embed(adata, GeneBertModel(GeneBertConfig.from_tokenizer(bare, size="tiny")), tokenizer=bare)
+
+
+def test_a_stock_bert_of_ranks_is_embedded(store, adata, tmp_path):
+    genes = store.gene_ids.tolist()
+    dictionary = {"<pad>": 0, "<mask>": 1, "<cls>": 2, "<eos>": 3, **{gene: i + 4 for i, gene in enumerate(genes)}}
+    medians = dict.fromkeys(genes, 1.0)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(dictionary),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    model, tokenizer = load_geneformer(tmp_path, dictionary, medians)
+    for pooling in ("cls", "mean"):
+        embed(adata, model, tokenizer=tokenizer, pooling=pooling, key_added=pooling)
+    tokens = tokenizer(adata[:2])["input_ids"]
+    for row, ids in enumerate(tokens):
+        with torch.no_grad():
+            hidden = model.eval().bert(torch.tensor([ids])).last_hidden_state[0]
+        np.testing.assert_allclose(adata.obsm["cls"][row], hidden[0], atol=1e-5)
+        np.testing.assert_allclose(adata.obsm["mean"][row], hidden[1:-1].mean(0), atol=1e-5)

@@ -16,6 +16,7 @@ from stformer_hf import (
     GeneBertForTokenClassification,
     GeneBertModel,
 )
+from stformer_hf.models.gene_bert import modeling_gene_bert
 
 CLASSES = [GeneBertModel, GeneBertForPhenotypicMLM, GeneBertForClassification, GeneBertForTokenClassification]
 
@@ -80,7 +81,9 @@ def test_what_every_model_of_transformers_does(model_class, plain_config, batche
 
 def test_attention_chosen_by_itself(plain_config, batches, tmp_path, caplog):
     GeneBertForPhenotypicMLM(plain_config).save_pretrained(tmp_path)
+    modeling_gene_bert.logger.warning_once.cache_clear()
     auto = AutoModelForMaskedLM.from_pretrained(tmp_path, attn_implementation="auto").eval()
+    assert "'sdpa'" in caplog.text
     assert auto.config._attn_implementation == "sdpa"
     plain = AutoModelForMaskedLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     with torch.no_grad():

@@ -168,10 +168,12 @@ def test_a_run_resumed_anywhere_is_the_uninterrupted_one(store, tokenizer, tmp_p
 
 def test_evaluation_and_prediction_go_by_the_order_of_the_data(store, tokenizer, tmp_path):
     trainer = make_trainer(tmp_path, store, tokenizer, "grouped", per_device_eval_batch_size=7)
-    labels = trainer.predict(store).label_ids
-    expected = trainer.data_collator.for_evaluation()(store.__getitems__(range(len(store))))["labels"].numpy()
-    for row, of in zip(labels, expected, strict=True):
-        assert row[row != -100].tolist() == of[of != -100].tolist()
+    filled = np.flatnonzero(store.lengths > 0)
+    for cells, rows in ((store, np.arange(len(store))), (tokenized(store, tokenizer), filled)):
+        labels = trainer.predict(cells).label_ids
+        expected = trainer.data_collator.for_evaluation()(store.__getitems__(rows))["labels"].numpy()
+        for row, of in zip(labels, expected, strict=True):
+            assert row[row != -100].tolist() == of[of != -100].tolist()
 
 
 def test_a_checkpoint_that_is_not_whole_is_passed_over(store, tokenizer, tmp_path):
@@ -240,6 +242,8 @@ def test_token_ids_of_stformer_train_bert(store, tmp_path):
     assert np.mean(curve[-8:]) < np.mean(curve[:8]) - 0.3
     trainer.save_model()
     assert json.loads((tmp_path / "token_dictionary.json").read_text()) == tokens
+    with pytest.raises(ValueError, match="'bert' would mix the cells of a packed batch"):
+        STFormerPretrainer(arguments, dataset, tokens, model=model, packing=True)
     with pytest.raises(ValueError, match="give one of them"):
         STFormerPretrainer(arguments, dataset, tokens, model=model, processing_class=GeneTokenizer(["a"]))
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse, stats
 from torch.utils.data import DataLoader
+from transformers import DataCollatorForLanguageModeling
 
 from stformer_hf import (
     CellStore,
@@ -17,6 +18,7 @@ from stformer_hf import (
     GeneTokenizer,
     collate_fn_wrapper,
 )
+from stformer_hf.training.token_rows import TokenRows
 
 
 def examples_of(tokenizer, cells, **columns) -> list[dict]:
@@ -40,8 +42,8 @@ def within(hits: int, trials: int, rate: float) -> bool:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """2,000 cells of 200 genes, about 50 of them expressed; a store and its tokenizer."""
-    adata = make_adata(2000, 200, seed=1, density=0.5)
+    """2,600 cells of 200 genes, about 50 of them expressed; a store and its tokenizer."""
+    adata = make_adata(2600, 200, seed=1, density=0.5)
     store = CellStore.build(tmp_path_factory.mktemp("many") / "store", adata, obs=["cell_type"])
     return store, GeneTokenizer.from_store(store, phenotypes=["cell_type"], bin_edges=[0.5, 1.5, 3.5])
 
@@ -55,7 +57,7 @@ def test_rates_of_masking_swapping_and_dropping(many):
 
     gene = tokenizer.get_gene_tokens_mask(plain["input_ids"])
     labelled = gene & (labels != -100)
-    assert gene.sum() > 80_000
+    assert gene.sum() > 100_000
     assert within(int(labelled.sum()), int(gene.sum()), 0.2)
     assert (batch["input_ids"][labelled] == tokenizer.mask_token_id).all()
     swapped = labelled & (labels == tokenizer.first_bin_id)
@@ -297,3 +299,54 @@ def test_gene_dropout_for_classification(store, tokenizer):
     less = DataCollatorForCellClassification(tokenizer, "cell_type", gene_dropout=0.5)(cells)
     assert torch.equal(whole["labels"], less["labels"])
     assert 0.4 < (less["attention_mask"].sum() - 120) / (whole["attention_mask"].sum() - 120) < 0.6
+
+
+def test_genes_that_a_store_has_not_measured_are_never_labelled_as_not_expressed(tmp_path):
+    adata = make_adata(400, 40, seed=2)
+    store = CellStore.build(tmp_path / "store", adata[:, 10:30].copy(), obs=["cell_type"])
+    tokenizer = GeneTokenizer(adata.var_names, bin_edges=[0.5, 1.5])
+    batch = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.5)(store.__getitems__(range(400)))
+    swapped = batch["labels"] == tokenizer.first_bin_id
+    genes = batch["token_type_ids"][swapped] - tokenizer.gene_token_type_offset
+    assert len(genes) > 200
+    assert sorted(genes.unique().tolist()) == list(range(10, 30))
+    counts = adata.X.toarray()
+    for row, gene in zip(np.nonzero(swapped.numpy())[0], genes.tolist(), strict=True):
+        assert counts[row, gene] == 0
+
+
+def test_labels_of_tokenized_datasets(store, tokenizer, tmp_path):
+    other = {"T cell": 0, "B cell": 1}
+    bare = GeneTokenizer.from_store(store, bin_edges=[0.5])
+    dataset = TokenRows(bare.tokenize_store(store, tmp_path / "bare", obs=["cell_type", "age"]))
+    rows = [5, 2, 9, 11]
+    expected = DataCollatorForCellClassification(bare, "cell_type", other)(store.__getitems__(rows))
+    found = DataCollatorForCellClassification(bare, "cell_type", other)(dataset.__getitems__(rows))
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {
+        name: tensor.tolist() for name, tensor in expected.items()
+    }
+    assert expected["labels"].tolist() != [0, 0, 0, 0]
+    ages = DataCollatorForCellClassification(bare, "age")(store.__getitems__(rows))["labels"]
+    assert ages.dtype == torch.float32 and ages.tolist() == store.obs["age"].iloc[rows].tolist()
+    several = DataCollatorForCellClassification(bare, ["cell_type", "age"])(store.__getitems__(rows))["labels"]
+    assert several.shape == (4, 2) and several[:, 1].tolist() == ages.tolist()
+    # Tokens that were made with the label in them.
+    told = TokenRows(tokenizer.tokenize_store(store, tmp_path / "told", obs=["cell_type"]))
+    tokenizer.included_phenotypes = []
+    with pytest.raises(ValueError, match="would read the answer: tokenize them without it"):
+        DataCollatorForCellClassification(tokenizer, "cell_type")(told.__getitems__(rows))
+    with pytest.raises(ValueError, match="1 cells of the batch have no token"):
+        DataCollatorForCellClassification(bare, "y")([{"input_ids": [], "token_type_ids": [], "y": 1}])
+    with pytest.raises(ValueError, match="whole numbers are classes"):
+        DataCollatorForCellClassification(bare, "y")([{"input_ids": [0], "token_type_ids": [0], "y": -2}])
+
+
+def test_values_are_for_our_collators(store):
+    tokenizer = GeneTokenizer.from_store(store, bin_edges=[0.5], values=True)
+    tokens = tokenizer(store.rows(range(4)))
+    examples = [dict(zip(tokens, one, strict=True)) for one in zip(*tokens.values(), strict=True)]
+    with pytest.raises(ValueError, match="masked by DataCollatorForPhenotypicMLM"):
+        DataCollatorForLanguageModeling(tokenizer)(examples)
+    assert "expression_values" in collate_fn_wrapper(tokenizer)(examples)
+    with pytest.raises(ValueError, match="whole numbers, got float64"):
+        collate_fn_wrapper(tokenizer)([{"input_ids": [0], "token_type_ids": [0], "labels": [0.7]}])

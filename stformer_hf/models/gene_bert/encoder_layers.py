@@ -11,7 +11,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_gene_bert import GeneBertConfig
-from .packed_attention import packed_sdpa_attention_forward, segments_of
+from .packed_attention import PACKED_SDPA, segments_of
 
 
 def make_norm(config: GeneBertConfig) -> nn.Module:
@@ -191,12 +191,10 @@ class GeneBertAttention(nn.Module):
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
 
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        if kwargs.get("cu_seq_lens_q") is not None and attention_mask is None:
-            if self.config._attn_implementation == "sdpa":
-                attention_interface = packed_sdpa_attention_forward
+        backend = self.config._attn_implementation
+        if backend == "sdpa" and kwargs.get("cu_seq_lens_q") is not None and attention_mask is None:
+            backend = PACKED_SDPA
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         attended, weights = attention_interface(
             self,
             query,

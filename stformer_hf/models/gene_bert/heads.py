@@ -87,8 +87,8 @@ def classification_loss(
     ----------
     logits : Tensor (n, num_labels)
     labels : Tensor
-        Classes, int64 (n,), -100 where there is none; of several classes at once, 0 or 1, float (n, num_labels); of a
-        regression, float (n,) or (n, num_labels).
+        Classes, int64 (n,); of several classes at once, 0 or 1, float (n, num_labels); of a regression, float (n,) or
+        (n, num_labels). -100 where there is none.
     config : GeneBertConfig
         `problem_type` (by the labels and num_labels where it is None), `class_weights`,
         `classifier_label_smoothing`.
@@ -128,11 +128,13 @@ def classification_loss(
         )
     else:
         labels = labels.float().view_as(logits)
-        n_labels = torch.as_tensor(labels.numel(), device=logits.device)
+        known = labels != IGNORE
+        n_labels = known.sum()
         if problem == "regression":
-            total = nn.functional.mse_loss(logits, labels, reduction="sum")
+            losses = nn.functional.mse_loss(logits, labels, reduction="none")
         else:
-            total = nn.functional.binary_cross_entropy_with_logits(logits, labels, weight=weights, reduction="sum")
+            losses = nn.functional.binary_cross_entropy_with_logits(logits, labels, weight=weights, reduction="none")
+        total = losses[known].sum()
     if num_items_in_batch is not None:
         n_labels = torch.as_tensor(num_items_in_batch, device=logits.device)
     return total / n_labels.clamp(min=1)
@@ -174,18 +176,25 @@ def pool(
             return hidden[0, cu_seq_lens[:-1]]
         if attention_mask is None:
             return hidden[:, 0]
-        return hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.argmax(1)]
+        first = attention_mask.to(hidden.device).long().argmax(1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), first]
     if pooling != "mean":
         raise ValueError(f'pooling is "cls" or "mean", got {pooling!r}.')
     if token_type_ids is None:
         raise ValueError('pooling="mean" needs token_type_ids: they tell genes from special tokens.')
-    content = (token_type_ids > 0).unsqueeze(-1)
-    if cu_seq_lens is not None:
-        cell = segments_of(cu_seq_lens, hidden.shape[1])[0]
+    content = token_type_ids.to(hidden.device) > 0
+    if attention_mask is not None:
+        content = content & attention_mask.to(hidden.device).bool()
+    # In float32: in bfloat16 a sum of ones stops at 256.
+    values, content = hidden.float() * content.unsqueeze(-1), content.float().unsqueeze(-1)
+    if cu_seq_lens is None:
+        total, n_tokens = values.sum(1), content.sum(1)
+    else:
+        cell = segments_of(cu_seq_lens.to(hidden.device), hidden.shape[1])[0]
         n_cells = len(cu_seq_lens) - 1
-        total = hidden.new_zeros(n_cells, hidden.shape[-1]).index_add(0, cell, hidden[0] * content[0])
-        return total / hidden.new_zeros(n_cells, 1).index_add(0, cell, content[0].to(hidden.dtype)).clamp(min=1)
-    return (hidden * content).sum(1) / content.sum(1).clamp(min=1)
+        total = values.new_zeros(n_cells, values.shape[-1]).index_add(0, cell, values[0])
+        n_tokens = values.new_zeros(n_cells, 1).index_add(0, cell, content[0])
+    return (total / n_tokens.clamp(min=1)).to(hidden.dtype)
 
 
 __all__ = ["GeneBertMLMHead", "classification_loss", "masked_lm_loss", "pool"]

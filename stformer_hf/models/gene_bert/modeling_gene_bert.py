@@ -32,7 +32,7 @@ from .encoder_layers import (
     rotary_angles,
 )
 from .heads import IGNORE, GeneBertMLMHead, classification_loss, masked_lm_loss, pool
-from .packed_attention import check_packing, packed_mask
+from .packed_attention import check_packing, packed_mask, packing_of
 
 logger = logging.get_logger(__name__)
 
@@ -55,7 +55,8 @@ class GeneBertPreTrainedModel(PreTrainedModel):
     """What all GeneBert models share: configuration, initialisation, supported backends.
 
     `attn_implementation` is eager, sdpa, flex_attention, flash_attention_2 or _3, or "auto": flash attention where
-    there is a GPU, the package and half precision, else sdpa, which on a packed batch keeps cells apart by itself.
+    there is a GPU, the package and weights in half precision, else sdpa, which on a packed batch keeps cells apart by
+    itself (under autocast too, which leaves the weights in float32).
     """
 
     config: GeneBertConfig
@@ -137,8 +138,8 @@ class GeneBertModel(GeneBertPreTrainedModel):
         expression_values : Tensor (batch, length), optional
             Value of each gene, for a model with `value_embedding`; 0 for other tokens and for masked ones.
         cu_seq_lens_q : int32 Tensor (n_cells + 1,), optional
-            Of a packed batch, one row: where its cells begin and end. Beside it a packed batch has `cu_seq_lens_k`,
-            `max_length_q`, `max_length_k` and `seq_idx`, for the backends that read them.
+            Of a packed batch, one row: where its cells begin and end. What else backends read (`cu_seq_lens_k`,
+            `max_length_q`, `max_length_k`) follows from it, where the batch does not bring it.
 
         Returns
         -------
@@ -154,7 +155,7 @@ class GeneBertModel(GeneBertPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
         shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-        check_packing(shape, attention_mask, cu_seq_lens_q, kwargs)
+        check_packing(shape, attention_mask, cu_seq_lens_q, {**kwargs, "position_ids": position_ids})
         positions = self.config.position_embedding_type
         if positions != "none" and position_ids is None:
             device = (input_ids if inputs_embeds is None else inputs_embeds).device
@@ -169,7 +170,7 @@ class GeneBertModel(GeneBertPreTrainedModel):
             )
         else:
             attention_mask = packed_mask(self.config, hidden_states, cu_seq_lens_q)
-            kwargs["cu_seq_lens_q"] = cu_seq_lens_q
+            kwargs.update(packing_of(cu_seq_lens_q, kwargs))
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
         if self.config.pre_norm:
@@ -241,6 +242,7 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         if labels is None:
             logits = self.mlm_head(hidden_states)
         else:
+            labels = labels.to(hidden_states.device)
             labelled = labels != IGNORE
             if self.config.sparse_prediction:
                 logits = at_labels = self.mlm_head(hidden_states[labelled])
@@ -248,7 +250,11 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
                 logits = self.mlm_head(hidden_states)
                 at_labels = logits[labelled]
             loss, statistics = masked_lm_loss(
-                at_labels, labels[labelled], token_type_ids[labelled], self.config, num_items_in_batch
+                at_labels,
+                labels[labelled],
+                token_type_ids.to(labels.device)[labelled],
+                self.config,
+                num_items_in_batch,
             )
         return GeneBertMaskedLMOutput(
             loss=loss,

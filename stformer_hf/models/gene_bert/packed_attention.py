@@ -4,7 +4,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from transformers import AttentionInterface
 from transformers.masking_utils import create_bidirectional_mask, packed_sequence_mask_function
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 def segments_of(cu_seq_lens: torch.Tensor, length: int) -> torch.Tensor:
@@ -29,12 +33,19 @@ def check_packing(shape: torch.Size, attention_mask, cu_seq_lens: torch.Tensor |
     Raises
     ------
     ValueError
-        More than one row; lengths that do not add up to the row's; half of what a packed batch has.
+        More than one row; half of what a packed batch has; on a CPU, lengths that do not add up to the row's, and
+        positions that tell of cells that nothing else tells of.
     """
     if cu_seq_lens is None:
         half = [name for name in ("seq_idx", "cu_seq_lens_k", "max_length_q") if kwargs.get(name) is not None]
         if half:
             raise ValueError(f"{half[0]} without cu_seq_lens_q: the cells of a packed row would mix.")
+        places = kwargs.get("position_ids")
+        if places is not None and attention_mask is None and places.device.type == "cpu":
+            if not torch.compiler.is_compiling() and (places[:, 1:] < places[:, :-1]).any():
+                raise ValueError(
+                    "position_ids begin anew within a row: pack cells by cu_seq_lens_q, or give an attention_mask."
+                )
         return
     if shape[0] != 1:
         raise ValueError(f"A packed batch is one row of tokens, got {shape[0]}.")
@@ -42,6 +53,18 @@ def check_packing(shape: torch.Size, attention_mask, cu_seq_lens: torch.Tensor |
         raise ValueError("A packed batch has no padding, and no attention_mask.")
     if cu_seq_lens.device.type == "cpu" and not torch.compiler.is_compiling() and int(cu_seq_lens[-1]) != shape[1]:
         raise ValueError(f"cu_seq_lens_q ends at {int(cu_seq_lens[-1])}, and there are {shape[1]} tokens.")
+
+
+def packing_of(cu_seq_lens: torch.Tensor, kwargs: Mapping) -> dict:
+    """Give all that tells backends where cells end: flash attention ignores it where a part is missing."""
+    if torch.compiler.is_compiling():
+        return {"cu_seq_lens_q": cu_seq_lens}
+    given = {name: kwargs[name] for name in ("max_length_q", "max_length_k") if kwargs.get(name) is not None}
+    if len(given) < 2:
+        longest = int(cu_seq_lens.diff().max()) if len(cu_seq_lens) > 1 else 0
+        given = {"max_length_q": longest, "max_length_k": longest}
+    other = kwargs.get("cu_seq_lens_k")
+    return {**given, "cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens if other is None else other}
 
 
 def packed_mask(config, hidden_states: torch.Tensor, cu_seq_lens: torch.Tensor):
@@ -96,7 +119,13 @@ def packed_sdpa_attention_forward(
     Tensor (1, length, heads, head_dim), None
     """
     cu_seq_lens = kwargs["cu_seq_lens_q"]
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
+    half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    if half and dropout:
+        logger.warning_once(
+            "Attention dropout keeps packed batches from torch's varlen attention: one call a cell is made. Set "
+            "attention_probs_dropout_prob=0, or take flash attention."
+        )
+    elif half:
         from torch.nn.attention.varlen import varlen_attn
 
         packed = [part[0].transpose(0, 1) for part in (query, key, value)]
@@ -112,4 +141,8 @@ def packed_sdpa_attention_forward(
     return torch.cat(attended, dim=2).transpose(1, 2), None
 
 
-__all__ = ["check_packing", "packed_mask", "packed_sdpa_attention_forward", "segments_of"]
+# By this name attention layers find it, as they find all others.
+PACKED_SDPA = "sdpa_packed"
+AttentionInterface.register(PACKED_SDPA, packed_sdpa_attention_forward)
+
+__all__ = ["PACKED_SDPA", "check_packing", "packed_mask", "packing_of", "packed_sdpa_attention_forward", "segments_of"]

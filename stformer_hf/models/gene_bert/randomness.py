@@ -65,7 +65,7 @@ def _draw(seed, epoch, stream, sample_ids, counters, samples) -> np.ndarray:
     """64 random bits an element."""
     key = np.array([_GOLDEN], np.uint64)
     for part in (seed, epoch, stream):
-        key = _mix(key ^ np.uint64(part & _MASK))
+        key = _mix(key ^ np.uint64(int(part) & _MASK))
     key = _mix(key ^ np.asarray(sample_ids).astype(np.uint64))
     if samples is not None:
         key = key.take(samples)

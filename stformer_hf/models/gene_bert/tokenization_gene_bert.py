@@ -515,6 +515,10 @@ class GeneTokenizer(PreTrainedTokenizer):
         """Number of token types."""
         return self.gene_token_type_offset + (len(self.genes) if self.scheme == "binned" else 1 + self.neighborhood)
 
+    def phenotype_token_ids(self, category: str) -> np.ndarray:
+        """Give the token ids of a category's values: int64 array, empty for an unknown category."""
+        return np.array(list(self._phenotype_ids.get(category, {}).values()), np.int64)
+
     @property
     def genes_start_ind(self) -> int:
         """Position of the first gene in a cell that has all included phenotypes."""
@@ -650,6 +654,13 @@ class GeneTokenizer(PreTrainedTokenizer):
         words_path = os.path.join(save_directory, prefix + "tokenizer.json")
         words.save(words_path)
         return path, words_path
+
+    def pad(self, encoded_inputs, *args, **kwargs) -> BatchEncoding:
+        """As any tokenizer's; refuses `expression_values`, which transformers' collators neither pad nor mask."""
+        first = encoded_inputs if hasattr(encoded_inputs, "keys") else next(iter(encoded_inputs), {})
+        if "expression_values" in first:
+            raise ValueError("Cells with expression_values are padded and masked by DataCollatorForPhenotypicMLM.")
+        return super().pad(encoded_inputs, *args, **kwargs)
 
     # ------------------------------------------------------------------ masks
 
