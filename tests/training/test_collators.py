@@ -325,7 +325,7 @@ def test_labels_of_tokenized_datasets(store, tokenizer, tmp_path):
     assert {name: tensor.tolist() for name, tensor in found.items()} == {
         name: tensor.tolist() for name, tensor in expected.items()
     }
-    assert expected["labels"].tolist() != [0, 0, 0, 0]
+    assert expected["labels"].tolist() == [other[name] for name in store.obs["cell_type"].iloc[rows]]
     ages = DataCollatorForCellClassification(bare, "age")(store.__getitems__(rows))["labels"]
     assert ages.dtype == torch.float32 and ages.tolist() == store.obs["age"].iloc[rows].tolist()
     several = DataCollatorForCellClassification(bare, ["cell_type", "age"])(store.__getitems__(rows))["labels"]
