@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-BENCHMARKS = ("data", "tokens", "model", "space")
+BENCHMARKS = ("data", "tokens", "model", "training", "space")
 
 
 def main() -> None:

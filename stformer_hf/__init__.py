@@ -12,6 +12,7 @@ from . import models as _models  # noqa: F401  (registers the Auto classes)
 __version__ = version("stformer_hf")
 
 _MODULES = {
+    "cli.parse_args": ["parse_args"],
     "data.cell_batch": ["CellBatch", "collate_cells"],
     "data.ann_dataset": ["AnnDataset"],
     "data.cell_store": ["CellStore"],
@@ -57,9 +58,11 @@ _MODULES = {
     "training.lengths": ["load_example_lengths", "write_example_lengths"],
     "training.neighborhood_collator": ["collate", "collate_neighborhoods"],
     "training.precollator": ["STFormerPreCollator"],
+    "training.run_setup": ["choose_closest", "make_output_dirs", "setup_environment"],
     "training.samplers": ["BlockShuffleSampler"],
     "training.pretrainer": ["STFormerPretrainer"],
-    "training.token_budget": ["TokenBudgetBatchSampler", "TokenBudgetBuffer"],
+    "training.stream_batches": ["TokenBudgetBuffer"],
+    "training.token_budget": ["TokenBudgetBatchSampler"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -61,6 +61,11 @@ def parse(
         logger.warning(f'{file}: group_by_length is now train_sampling_strategy: "group_by_length".')
 
     own = [field.name for field in fields(arguments)]
+    # Of mappings, a flag overrides the names that it gives.
+    mappings = {name: config.pop(name) or {} for name in _mappings(arguments) if name in config}
+    for name, value in mappings.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"{file}: {name} is a mapping of names to values, got {value!r}.")
     training_names: list[str] = []
     training_parser = None
     if training is not None:
@@ -85,6 +90,8 @@ def parse(
         known = [*own, *training_names, *_OWN_KEYS]
         parser.error(f"unknown argument {rest[0]}{closest(rest[0].lstrip('-').replace('-', '_'), known, '--')}")
     values = {name: getattr(given, name) for name in own}
+    for name, of_file in mappings.items():
+        values[name] = {**of_file, **(values[name] or {})} or None
     return arguments(**values), set_training
 
 
@@ -110,9 +117,28 @@ def _parser(arguments: type, verb: str, description: str, training: dict[str, An
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    for action in parser._actions:
+        if action.dest in _mappings(arguments):
+            action.type, action.metavar = _mapping, "{NAME: VALUE, ...}"
     parser.add_argument("--config", help="YAML file of flags and their values; a flag given overrides it")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _mappings(arguments: type) -> list[str]:
+    """Fields whose values are mappings: `dict | None`."""
+    return [name for name, kind in get_type_hints(arguments).items() if dict in get_args(kind)]
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """Read a mapping in YAML's short form, of which JSON is one."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no mapping; write it as '{{name: value}}'")
+    return value
 
 
 def _read_config(file: str) -> dict[str, Any]:

@@ -52,6 +52,9 @@ class FinetuneArguments:
     label_smoothing: float = field(default=0.0, metadata={"help": "of the loss (PerturbGene: 0.1)"})
     layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
     held_out: float = field(default=0.1, metadata={"help": "share of the cells kept for evaluation"})
+    eval_data: list[str] | None = field(
+        default=None, metadata={"help": "files or stores to evaluate on, in place of held-out cells of the data"}
+    )
     overwrite: bool = field(default=False, metadata={"help": "replace a model that is in OUTPUT"})
 
 
@@ -67,13 +70,13 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     """Fine-tune and save; returns the figures of the run."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
+    from ..inference.baselines import classification_baselines
     from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
     from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
     from ..training.cell_trainer import CellTrainer
     from ..training.collators import DataCollatorForCellClassification
     from ..training.metrics import balanced_class_weights, compute_classification_metrics
-    from ..training.model_card import write_model_card
     from .runs import finish, open_cells, refuse_flags_of_a_new_model, split, training_arguments
 
     output = Path(args.output)
@@ -82,7 +85,13 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(args.model) if args.model else None
     phenotypes = [] if tokenizer is None else [name for name in tokenizer.included_phenotypes if name != args.label]
     store = open_cells(
-        args.data, arguments, list(dict.fromkeys([args.label, *phenotypes])), args.layer, args.overwrite
+        args.data,
+        arguments,
+        list(dict.fromkeys([args.label, *phenotypes])),
+        args.layer,
+        args.overwrite,
+        neighbors="spatial_connectivities" if tokenizer is not None and tokenizer.neighborhood else None,
+        eval_data=args.eval_data,
     )
     if args.label not in store.categories:
         raise ValueError(f"No categorical column {args.label!r}; there are {', '.join(store.categories) or 'none'}.")
@@ -104,7 +113,7 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         model = AutoModelForSequenceClassification.from_pretrained(args.model, ignore_mismatched_sizes=True, **head)
     if model.config.classifier_pooling == "cls" and not tokenizer.add_cls:
         raise ValueError("The tokenizer begins cells with no [CLS]: use --pooling mean.")
-    train_cells, held_out_cells = split(store, args.held_out, arguments.seed, args.label)
+    train_cells, held_out_cells = split(store, args.held_out, arguments.seed, args.label, args.eval_data)
     if held_out_cells is None:
         arguments.eval_strategy = "no"
 
@@ -123,26 +132,32 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         processing_class=tokenizer,
         compute_metrics=compute_classification_metrics,
     )
-    metrics = finish(trainer)
-    if not trainer.is_world_process_zero():
-        return metrics
-    write_model_card(
-        output,
-        model=model,
-        tokenizer=tokenizer,
-        store=store,
-        settings={
-            "label": args.label,
-            "pooling": model.config.classifier_pooling,
-            "gene dropout": args.gene_dropout,
-            "cells in training": len(train_cells),
-            "cells held out": 0 if held_out_cells is None else len(held_out_cells),
-            "steps": trainer.state.global_step,
-            "batch": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
-            "learning rate": arguments.learning_rate,
-            "seed": arguments.seed,
-        },
-        metrics=metrics,
-        base_model=args.model,
-    )
+    baselines = {}
+    if held_out_cells is not None:  # before the training, so that they are in a card that is pushed
+        found = classification_baselines(train_cells, held_out_cells, args.label, seed=arguments.seed)
+        baselines = {f"eval_{name}": value for name, value in found.items()}
+    facts = {"label": args.label, "pooling": model.config.classifier_pooling}
+    card = {"store": store, "base_model": args.model, "metrics": baselines, "settings": facts}
+    metrics = {**finish(trainer, card=card), **baselines}
+    predicted = None if held_out_cells is None else trainer.predict(held_out_cells)
+    if predicted is not None and trainer.is_world_process_zero():
+        _draw_confusion(output, predicted, model.config.id2label)
     return metrics
+
+
+def _draw_confusion(output: Path, found, id2label: dict[int, str]) -> None:
+    """Draw `confusion.png` of predicted held-out cells, where matplotlib is installed."""
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        return
+    from ..inference import plots
+
+    classes = [id2label[i] for i in range(len(id2label))]
+    plots.confusion(
+        [classes[i] for i in found.label_ids],
+        [classes[i] for i in found.predictions.argmax(axis=-1)],
+        classes,
+        title=f"{len(found.label_ids)} held-out cells",
+        save=output / "confusion.png",
+    )

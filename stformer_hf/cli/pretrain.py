@@ -1,16 +1,26 @@
 """Pretrain a GeneBert: predict masked genes (and phenotypes) of cells.
 
 stformer-hf pretrain --data atlas --output model --size tiny --max_steps 200
-stformer-hf pretrain --config recipes/pretrain_tiny_cpu.yaml --data a.h5ad --output model
+stformer-hf pretrain --config recipes/gene_bert_tiny_cpu.yaml --data a.h5ad --output model
+stformer-hf pretrain --data a.h5ad --output model --scheme rank --model_config '{position_embedding_type: rotary}'
 accelerate launch -m stformer_hf.cli pretrain --data atlas --output model
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from .arguments import parse
+from .arguments import closest, parse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainingArguments
+
+    from ..data.cell_store import CellStore
+    from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+    from ..training.pretrainer import STFormerPretrainer
 
 TRAINING_DEFAULTS = {
     "learning_rate": 1e-3,
@@ -24,6 +34,20 @@ TRAINING_DEFAULTS = {
     "report_to": "none",
 }
 
+_OF_A_NEW_MODEL = (
+    "size",
+    "model_config",
+    "scheme",
+    "phenotypes",
+    "bin_edges",
+    "medians",
+    "neighborhood",
+    "tokenizer_config",
+    "max_length",
+    "label_smoothing",
+    "gene_embeddings",
+)
+
 
 @dataclass
 class PretrainArguments:
@@ -33,8 +57,32 @@ class PretrainArguments:
     output: str = field(metadata={"help": "folder for the checkpoint"})
     model: str | None = field(default=None, metadata={"help": "checkpoint to go on from, with its tokenizer"})
     size: str = field(default="tiny", metadata={"help": "tiny, small, base or large"})
+    model_config: dict | None = field(
+        default=None, metadata={"help": "fields of GeneBertConfig over those of the size: '{hidden_act: relu}'"}
+    )
+    scheme: Literal["binned", "rank"] = field(
+        default="binned", metadata={"help": "how counts become tokens: bins (PerturbGene) or ranks (STFormer)"}
+    )
     phenotypes: list[str] | None = field(default=None, metadata={"help": "columns of obs that become tokens"})
-    bin_edges: list[float] = field(default_factory=lambda: [0.1], metadata={"help": "edges of the expression bins"})
+    bin_edges: list[float] | None = field(
+        default=None, metadata={"help": "edges of the expression bins (default: 0.1)"}
+    )
+    medians: str | None = field(
+        default=None, metadata={"help": "of ranks: json or pkl file of gene and median; of the cells in training"}
+    )
+    neighborhood: bool = field(
+        default=False, metadata={"help": "of ranks: genes of a spot's neighbours follow its own (STFormer)"}
+    )
+    neighbors: str = field(
+        default="spatial_connectivities",
+        metadata={"help": "graph in obsp of the files; a file without is triangulated, by obsm spatial"},
+    )
+    section: str | None = field(
+        default=None, metadata={"help": "column of obs: cells of different sections are never neighbours"}
+    )
+    tokenizer_config: dict | None = field(
+        default=None, metadata={"help": "further settings of GeneTokenizer: '{add_cls: false, truncation: random}'"}
+    )
     max_length: int = field(default=2048, metadata={"help": "most tokens a cell"})
     mlm_probability: float = field(default=0.15, metadata={"help": "share of the genes to mask"})
     phenotype_mask_prob: float = field(default=0.5, metadata={"help": "share of the phenotypes to mask"})
@@ -51,6 +99,10 @@ class PretrainArguments:
     label_smoothing: float = field(default=0.0, metadata={"help": "of the MLM loss (PerturbGene: 0.5)"})
     layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
     held_out: float = field(default=0.05, metadata={"help": "share of the cells kept for evaluation"})
+    eval_data: list[str] | None = field(
+        default=None, metadata={"help": "files or stores to evaluate on, in place of held-out cells of the data"}
+    )
+    baselines: bool = field(default=False, metadata={"help": "compare the loss on held-out cells with baselines"})
     overwrite: bool = field(default=False, metadata={"help": "replace a model that is in OUTPUT"})
 
 
@@ -62,73 +114,177 @@ def main(argv: list[str]) -> None:
     print_figures(args.output, run(args, training))
 
 
+class PretrainRun(NamedTuple):
+    """What a run trains on.
+
+    Attributes
+    ----------
+    store, train_cells : CellStore
+        All cells, and those in training.
+    held_out_cells : CellStore or None
+        Those kept for evaluation.
+    tokenizer : GeneTokenizer
+    """
+
+    store: CellStore
+    train_cells: CellStore
+    held_out_cells: CellStore | None
+    tokenizer: GeneTokenizer
+
+
 def run(args: PretrainArguments, training: dict) -> dict[str, float]:
     """Pretrain and save; returns the figures of the run."""
-    from transformers import AutoModelForMaskedLM, AutoTokenizer, set_seed
+    from transformers import set_seed
+
+    from .runs import finish, training_arguments
+
+    arguments = training_arguments(Path(args.output), training, args.overwrite)
+    prepared = prepare(args, arguments)
+    set_seed(arguments.seed)
+    model = make_model(args, prepared.tokenizer)
+    trainer = make_trainer(args, arguments, prepared, model=model)
+    return finish(trainer, card={"store": prepared.store, "base_model": args.model})
+
+
+def prepare(args: PretrainArguments, arguments: TrainingArguments) -> PretrainRun:
+    """Open (or build) the store, make (or load) the tokenizer, split the cells.
+
+    Without cells held out, `arguments.eval_strategy` becomes "no".
+
+    Raises
+    ------
+    ValueError
+        Flags of a new model beside `--model`; what `open_cells`, `GeneTokenizer` and `split` refuse.
+    """
+    from transformers import AutoTokenizer
+
+    from .runs import open_cells, refuse_flags_of_a_new_model, split
+
+    refuse_flags_of_a_new_model(args, _OF_A_NEW_MODEL)
+    _check_settings(args)
+    tokenizer = AutoTokenizer.from_pretrained(args.model) if args.model else None
+    phenotypes = tokenizer.included_phenotypes if tokenizer else args.phenotypes
+    neighborhood = tokenizer.neighborhood if tokenizer else args.neighborhood
+    graph = {"neighbors": args.neighbors, "section": args.section} if neighborhood else {}
+    store = open_cells(args.data, arguments, phenotypes, args.layer, args.overwrite, **graph, eval_data=args.eval_data)
+    train_cells, held_out_cells = split(store, args.held_out, arguments.seed, eval_data=args.eval_data)
+    if tokenizer is None:
+        tokenizer = _make_tokenizer(args, store, train_cells)
+    if held_out_cells is None:
+        arguments.eval_strategy = "no"
+    return PretrainRun(store, train_cells, held_out_cells, tokenizer)
+
+
+def _check_settings(args: PretrainArguments) -> None:
+    """Refuse names that no tokenizer and no model has, before any data are read."""
+    from inspect import signature
+
+    from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
+    from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+
+    tokenizer_names = {*signature(GeneTokenizer).parameters, *signature(GeneTokenizer.from_store).parameters}
+    # What has a flag of its own; edges may also be found ("quantile"), or differ by gene.
+    tokenizer_names -= {"genes", "scheme", "medians", "neighborhood", "phenotypes", "max_length", "vocab_file"}
+    tokenizer_names -= {"store", "kwargs"}
+    _check_names("tokenizer_config", args.tokenizer_config, tokenizer_names)
+    _check_names("model_config", args.model_config, {option.name for option in fields(GeneBertConfig)})
+    if args.bin_edges is not None and "bin_edges" in (args.tokenizer_config or {}):
+        raise ValueError("bin_edges and tokenizer_config both name the edges of the bins: give one of them.")
+
+
+def _check_names(mapping: str, settings: dict[str, Any] | None, known: set[str]) -> None:
+    for name in settings or {}:
+        if name not in known:
+            raise ValueError(f"{mapping}: unknown name {name!r}{closest(name, sorted(known))}.")
+
+
+def _make_tokenizer(args: PretrainArguments, store: CellStore, train_cells: CellStore) -> GeneTokenizer:
+    """Make a tokenizer of the store's genes; ranks without a file of medians get those of the cells in training."""
+    from ..data.gene_medians import estimate_gene_medians
+    from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+
+    settings = dict(args.tokenizer_config or {})
+    if args.bin_edges is not None:
+        settings["bin_edges"] = args.bin_edges
+    medians = args.medians
+    if args.scheme == "rank" and medians is None:
+        medians = estimate_gene_medians(train_cells, settings.get("target_sum") or 1e4)
+    return GeneTokenizer.from_store(
+        store,
+        args.scheme,
+        phenotypes=args.phenotypes,
+        medians=medians,
+        neighborhood=args.neighborhood or None,
+        max_length=args.max_length,
+        **settings,
+    )
+
+
+def make_model(args: PretrainArguments, tokenizer: GeneTokenizer, **settings) -> PreTrainedModel:
+    """Make a new model for the tokenizer, or load the one of `args.model`.
+
+    Its weights are drawn from torch's generator: call `transformers.set_seed` before.
+
+    Parameters
+    ----------
+    args : PretrainArguments
+        `size`, `model_config`, `label_smoothing` and `gene_embeddings` of a new model, or `model`.
+    tokenizer : GeneTokenizer
+        Gives the sizes of the embeddings.
+    **settings
+        Fields of `GeneBertConfig` (and, of a new model, `size`), over those of `args`.
+
+    Returns
+    -------
+    PreTrainedModel
+
+    Raises
+    ------
+    ValueError
+        A name that is no field of `GeneBertConfig`.
+    """
+    from transformers import AutoModelForMaskedLM
 
     from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
     from ..models.gene_bert.modeling_gene_bert import GeneBertForPhenotypicMLM
-    from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
     from ..training.gene_embeddings import load_gene_embeddings
-    from ..training.model_card import write_model_card
-    from ..training.pretrainer import STFormerPretrainer
-    from .runs import finish, open_cells, refuse_flags_of_a_new_model, split, training_arguments
 
-    output = Path(args.output)
-    refuse_flags_of_a_new_model(
-        args, ("size", "phenotypes", "bin_edges", "max_length", "label_smoothing", "gene_embeddings")
-    )
-    arguments = training_arguments(output, training, args.overwrite)
-    tokenizer = AutoTokenizer.from_pretrained(args.model) if args.model else None
-    phenotypes = tokenizer.included_phenotypes if tokenizer else args.phenotypes
-    store = open_cells(args.data, arguments, phenotypes, args.layer, args.overwrite)
-    set_seed(arguments.seed)
+    settings = {**(args.model_config or {}), **settings}
+    _check_names("model_config", settings, {"size", *(option.name for option in fields(GeneBertConfig))})
     if args.model:
-        model = AutoModelForMaskedLM.from_pretrained(args.model)
-    else:
-        tokenizer = GeneTokenizer.from_store(
-            store, phenotypes=args.phenotypes, bin_edges=args.bin_edges, max_length=args.max_length
-        )
-        config = GeneBertConfig.from_tokenizer(tokenizer, size=args.size, label_smoothing=args.label_smoothing)
-        model = GeneBertForPhenotypicMLM(config)
-        if args.gene_embeddings:
-            load_gene_embeddings(model, tokenizer, args.gene_embeddings)
-    train_cells, held_out_cells = split(store, args.held_out, arguments.seed)
-    if held_out_cells is None:
-        arguments.eval_strategy = "no"
+        return AutoModelForMaskedLM.from_pretrained(args.model, **settings)
+    settings = {"size": args.size, "label_smoothing": args.label_smoothing, **settings}
+    model = GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(tokenizer, **settings))
+    if args.gene_embeddings:
+        load_gene_embeddings(model, tokenizer, args.gene_embeddings)
+    return model
 
-    trainer = STFormerPretrainer(
+
+def make_trainer(
+    args: PretrainArguments,
+    arguments: TrainingArguments,
+    run: PretrainRun,
+    *,
+    model: PreTrainedModel | None = None,
+    model_init: Callable[..., PreTrainedModel] | None = None,
+    **kwargs,
+) -> STFormerPretrainer:
+    """Make the trainer of a prepared run, of a model or of what makes one; `kwargs` go to `STFormerPretrainer`."""
+    from ..training.pretrainer import STFormerPretrainer
+
+    if args.baselines:
+        kwargs["baselines"] = True
+    return STFormerPretrainer(
         arguments,
-        train_cells,
+        run.train_cells,
         model=model,
-        processing_class=tokenizer,
+        model_init=model_init,
+        processing_class=run.tokenizer,
         mlm_probability=args.mlm_probability,
         phenotype_mask_prob=args.phenotype_mask_prob,
         gene_dropout=args.gene_dropout,
         packing=args.packing,
         max_tokens_per_batch=args.max_tokens_per_batch,
-        eval_dataset=held_out_cells,
+        eval_dataset=run.held_out_cells,
+        **kwargs,
     )
-    metrics = finish(trainer)
-    if not trainer.is_world_process_zero():
-        return metrics
-    write_model_card(
-        output,
-        model=model,
-        tokenizer=tokenizer,
-        store=store,
-        settings={
-            "masked genes": args.mlm_probability,
-            "masked phenotypes": args.phenotype_mask_prob,
-            "gene dropout": args.gene_dropout,
-            "cells in training": len(train_cells),
-            "cells held out": 0 if held_out_cells is None else len(held_out_cells),
-            "steps": trainer.state.global_step,
-            "batch": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
-            "learning rate": arguments.learning_rate,
-            "seed": arguments.seed,
-        },
-        metrics=metrics,
-        base_model=args.model,
-    )
-    return metrics

@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+from anndata import AnnData, read_h5ad
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.cell_store import CellStore
+from ..data.formats import expand
+from ..data.spatial_graph import spatial_neighbors
 from ..training.cell_trainer import CellTrainer
 from ..training.checkpoints import last_whole_checkpoint
 
@@ -66,29 +69,77 @@ def refuse_flags_of_a_new_model(args, names: tuple[str, ...]) -> None:
 
 
 def open_cells(
-    data: list[str], arguments: TrainingArguments, obs: list[str] | None, layer: str | None, overwrite: bool
+    data: list[str],
+    arguments: TrainingArguments,
+    obs: list[str] | None,
+    layer: str | None,
+    overwrite: bool,
+    neighbors: str | None = None,
+    section: str | None = None,
+    eval_data: list[str] | None = None,
 ) -> CellStore:
-    """Open the store that `data` names, or build one of its files in the output folder (in one process of many)."""
-    if len(data) == 1 and (Path(data[0]) / "manifest.json").exists():
-        return CellStore(data[0])
+    """Open the store that `data` names, or build one of its files in the output folder (in one process of many).
+
+    Those of `eval_data` come last in it, for `split`.
+
+    With `neighbors`, a key of obsp, the cells come with their neighbourhoods; h5ad files without that graph get one of
+    their coordinates, obsm["spatial"], a column `section` of obs apart.
+
+    Raises
+    ------
+    FileExistsError
+        There is a store in the output folder.
+    ValueError
+        Neighbours are asked for, and the store was built without, or a file has neither graph nor coordinates.
+    """
+    if not eval_data and len(data) == 1 and (Path(data[0]) / "manifest.json").exists():
+        store = CellStore(data[0])
+        return store if neighbors is None else store.with_neighborhoods()
     path = Path(arguments.output_dir) / "store"
     with arguments.main_process_first(local=False, desc="build"):
         if arguments.process_index == 0 and not (arguments.resume_from_checkpoint and path.exists()):
             if path.exists() and not overwrite:
                 raise FileExistsError(f"{path} exists: pass it as --data, or pass --overwrite to build it anew.")
-            return CellStore.build(path, data, obs=obs, layer=layer, overwrite=overwrite)
-        return CellStore(path)
+            sources = [*data, *(eval_data or [])]
+            if neighbors is not None:
+                sources = [_with_graph(source, neighbors, section) for source in sources]
+            store = CellStore.build(path, sources, obs=obs, layer=layer, neighbors=neighbors, overwrite=overwrite)
+        else:
+            store = CellStore(path)
+    return store if neighbors is None else store.with_neighborhoods()
+
+
+def _with_graph(source: str, key: str, section: str | None) -> AnnData | str:
+    """Give an h5ad file that has no graph of its cells as an AnnData with one; other sources as they are."""
+    if Path(source).suffix != ".h5ad" or not Path(source).is_file():
+        return source
+    adata = read_h5ad(source, backed="r")
+    if key in adata.obsp:
+        adata.file.close()
+        return source
+    if "spatial" not in adata.obsm:
+        raise ValueError(
+            f"{source} has no graph obsp[{key!r}] and no coordinates obsm['spatial']: neighbours cannot be told."
+        )
+    spatial_neighbors(adata, section_key=section, key_added=key.removesuffix("_connectivities"))
+    if key not in adata.obsp:
+        raise ValueError(
+            f"{source} has no graph obsp[{key!r}]; one is made under a name that ends in _connectivities."
+        )
+    return adata
 
 
 def split(
-    store: CellStore, held_out: float, seed: int, label: str | None = None
+    store: CellStore, held_out: float, seed: int, label: str | None = None, eval_data: list[str] | None = None
 ) -> tuple[CellStore, CellStore | None]:
     """Split cells with counts (and a label) at random; by the seed, and with like shares of each class.
+
+    With `eval_data`, the last sources of the store, their cells are held out in place of a share.
 
     Raises
     ------
     ValueError
-        A share outside [0, 1); no cells left to train on.
+        A share outside [0, 1); no cells left to train on, or none in `eval_data`.
     """
     from sklearn.model_selection import train_test_split
 
@@ -100,6 +151,12 @@ def split(
         codes = store.obs[label].cat.codes.to_numpy()
         usable &= codes >= 0
     cells = np.flatnonzero(usable)
+    if eval_data:
+        n_last = sum(source["n_cells"] for source in store.manifest["sources"][-len(expand(eval_data)) :])
+        train, test = cells[cells < len(store) - n_last], cells[cells >= len(store) - n_last]
+        if not (len(train) and len(test)):
+            raise ValueError(f"{len(train)} usable cells to train on, and {len(test)} in eval_data: both are needed.")
+        return store.select(train), store.select(test)
     n_test = math.ceil(held_out * len(cells))
     if len(cells) - n_test < 1:
         raise ValueError(f"{len(cells)} usable cells: none is left to train on.")
@@ -112,14 +169,27 @@ def split(
     return store.select(np.sort(train)), store.select(np.sort(test))
 
 
-def finish(trainer: CellTrainer) -> dict[str, float]:
-    """Train, save model, tokenizer and state, and gather the figures of the run.
+def finish(trainer: CellTrainer, card: dict | None = None) -> dict[str, float]:
+    """Train, save model, tokenizer and state, gather the figures of the run, write the card, and push if told to.
+
+    Parameters
+    ----------
+    trainer : CellTrainer
+    card : dict, optional
+        What the card cannot see: arguments of `write_model_card` such as `settings`, `store` and `base_model`.
+
+    Returns
+    -------
+    dict of str to float
+        `train_loss`, `steps_per_second`, `peak_memory_mb` (resident, of this process), what `Throughput.figures` gives
+        of the whole run, and what evaluation finds.
 
     Raises
     ------
     SystemExit
         The run was told to end (SIGTERM); its last checkpoint is written.
     """
+    trainer.card_facts.update(card or {})
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if trainer.interrupted:
         print(
@@ -128,23 +198,40 @@ def finish(trainer: CellTrainer) -> dict[str, float]:
             file=sys.stderr,
         )
         raise SystemExit(128 + signal.SIGTERM)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # it is pushed below, when the card has its figures
     trainer.save_state()
+    speed = {name: f"train_{name}" for name in _SPEED}
     metrics = {
         "train_loss": result.training_loss,
         "steps_per_second": result.metrics["train_steps_per_second"],
-        "cells_per_second": result.metrics["train_samples_per_second"],
+        **{name: result.metrics[key] for name, key in speed.items() if key in result.metrics},
         # ru_maxrss is in KiB, on macOS in bytes.
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         / (2**20 if sys.platform == "darwin" else 2**10),
     }
     if trainer.eval_dataset is not None:
         evaluated = trainer.evaluate()
-        metrics.update({name: evaluated[name] for name in evaluated if name in _EVALUATION})
+        metrics.update({name: value for name, value in evaluated.items() if _is_figure(name, value)})
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.create_model_card()
     return metrics
 
 
-_EVALUATION = ("eval_loss", "eval_accuracy", "eval_macro_f1")
+_SPEED = (
+    "tokens_per_second",
+    "cells_per_second",
+    "padding_share",
+    "data_wait_share",
+    "peak_memory_gb",
+    "mfu",
+)
+
+
+def _is_figure(name: str, value: object) -> bool:
+    of_speed = name.endswith(("_runtime", "_per_second", "_preparation_time"))
+    return name.startswith("eval_") and isinstance(value, (int, float)) and not of_speed
 
 
 def print_figures(output: str, figures: dict[str, float]) -> None:

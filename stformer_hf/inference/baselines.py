@@ -2,12 +2,87 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 from scipy import sparse
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
+
+from ..data.cell_store import CellStore
+from ..training.metrics import classification_metrics
+
+logger = logging.getLogger(__name__)
+
+_ROWS_PER_BLOCK = 4096
+
+
+def classification_baselines(
+    train: CellStore, held_out: CellStore, label: str, *, max_train_cells: int = 10_000, seed: int = 0
+) -> dict[str, float]:
+    """Score simple classifiers of cells, to be put beside a model's figures on the same cells.
+
+    Parameters
+    ----------
+    train, held_out : CellStore
+        Of the same genes. Cells without the label are left out.
+    label : str
+        Categorical column of obs.
+    max_train_cells : int, default: 10,000
+        Fit on a random subset of so many training cells, where there are more (told by a warning).
+    seed : int, default: 0
+        Of the subset.
+
+    Returns
+    -------
+    dict of str to float
+        `majority_accuracy` and `majority_macro_f1`, of the most frequent training class;
+        `logistic_regression_accuracy` and `logistic_regression_macro_f1`, see `predict_logistic_regression`. The macro
+        F1 is the mean of the F1 of the classes that are true or predicted somewhere; with one class in training, the
+        logistic regression is the majority.
+
+    Raises
+    ------
+    ValueError
+        No labelled cells, or no such column; stores of different genes.
+    """
+    for cells in (train, held_out):
+        if label not in cells.categories:
+            raise ValueError(f"No categorical column {label!r}; there are {', '.join(cells.categories) or 'none'}.")
+    if not np.array_equal(train.gene_ids, held_out.gene_ids):
+        raise ValueError("The stores have different genes: build one store of both, and select the cells.")
+    rows, test_rows = (np.flatnonzero(cells.obs[label].cat.codes.to_numpy() >= 0) for cells in (train, held_out))
+    if not len(rows) or not len(test_rows):
+        raise ValueError(f"{len(rows)} training and {len(test_rows)} held-out cells have a {label!r}.")
+    if len(rows) > max_train_cells:
+        logger.warning(f"The baselines learn from {max_train_cells:,} of {len(rows):,} training cells.")
+    labels, true = (
+        cells.obs[label].astype(str).to_numpy()[of] for cells, of in ((train, rows), (held_out, test_rows))
+    )
+    predicted = {"majority": predict_majority(labels, len(true))}
+    if len(rows) > max_train_cells:
+        chosen = np.sort(np.random.default_rng(seed).choice(len(rows), max_train_cells, replace=False))
+        rows, labels = rows[chosen], labels[chosen]
+    predicted["logistic_regression"] = predicted["majority"]
+    if len(np.unique(labels)) > 1:
+        classifier = LogisticRegression(max_iter=2000)
+        classifier.fit(sparse.vstack(list(_blocks(train, rows)), format="csr"), labels)
+        # Held-out cells may be many: a block at a time.
+        predicted["logistic_regression"] = np.concatenate(
+            [classifier.predict(block) for block in _blocks(held_out, test_rows)]
+        )
+    return {
+        f"{name}_{figure}": value
+        for name, classes in predicted.items()
+        for figure, value in classification_metrics(true, classes).items()
+    }
+
+
+def _blocks(store: CellStore, rows: np.ndarray):
+    """Read log-normalised cells, some thousands at a time."""
+    for start in range(0, len(rows), _ROWS_PER_BLOCK):
+        yield log_normalise(store.rows(rows[start : start + _ROWS_PER_BLOCK]))
 
 
 def predict_majority(train_labels: Sequence, n_test: int) -> np.ndarray:
@@ -56,4 +131,4 @@ def log_normalise(counts: sparse.sparray | np.ndarray) -> sparse.csr_array:
     return sparse.csr_array(scaled).log1p()
 
 
-__all__ = ["log_normalise", "predict_logistic_regression", "predict_majority"]
+__all__ = ["classification_baselines", "log_normalise", "predict_logistic_regression", "predict_majority"]

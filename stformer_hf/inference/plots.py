@@ -62,7 +62,15 @@ def confusion(
     Returns
     -------
     Axes
+
+    Raises
+    ------
+    ValueError
+        Cells of a class that is not in `labels`.
     """
+    unknown = {*true, *predicted} - set(labels)
+    if unknown:
+        raise ValueError(f"{len(unknown)} classes are not in labels, such as {min(map(str, unknown))}: add them.")
     counts = confusion_matrix(true, predicted, labels=list(labels))
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     size = 2.5 + 0.45 * len(labels)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
+import shutil
 import signal
 import threading
 from functools import partial
@@ -13,7 +16,7 @@ import numpy as np
 import torch
 from datasets import Dataset as HuggingFaceDataset
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler, Subset
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import seed_worker
 
 from ..data.cell_store import CellStore
@@ -22,12 +25,19 @@ from .batches import CellCollator
 from .checkpoints import last_whole_checkpoint, mark_unfinished
 from .length_sampler import EvenBatchSampler, LengthGroupedSampler, known_lengths
 from .lengths import load_example_lengths
+from .model_card import write_model_card
 from .samplers import BlockShuffleSampler
+from .stream_batches import StreamBatches, StreamOrder, TokenBudgetBuffer, one_token, only
+from .throughput import MeasuredTrainer
 from .token_budget import TokenBudgetBatchSampler
 from .token_rows import TokenRows
 
+logger = logging.getLogger(__name__)
+_STREAM_MARK = "stream_mark.json"  # in a checkpoint
+_NO_BUDGET = 2**48  # tokens
 
-class CellTrainer(Trainer):
+
+class CellTrainer(MeasuredTrainer):
     """Trainer for stores of cells and the collators of this package.
 
     What differs from Trainer: every column reaches the collator, which is told the epoch; the order of the cells is a
@@ -40,8 +50,10 @@ class CellTrainer(Trainer):
 
     Parameters
     ----------
-    train_dataset, eval_dataset : CellStore, Subset of one, datasets.Dataset, or another dataset
-        Cells; or rows with `input_ids` and `token_type_ids` (and, better, `cell_id`).
+    train_dataset, eval_dataset : CellStore, Subset of one, datasets.Dataset, IterableAnnDataset, or another dataset
+        Cells; or rows with `input_ids` and `token_type_ids` (and, better, `cell_id`). Of a stream each process reads
+        all and learns from its part; a stream is taken up where a checkpoint left it. One whose number of batches is
+        unknown needs `max_steps`, and its epochs are not those of the log.
     lengths : sequence of int, or path of a .json or .pkl, optional
         Tokens of each training row, for `train_sampling_strategy="group_by_length"` and `max_tokens_per_batch`; a
         store, and a dataset with a column `length`, know theirs.
@@ -72,6 +84,8 @@ class CellTrainer(Trainer):
         else:
             eval_dataset = without_empty_cells(eval_dataset)
         self._train_batches: EvenBatchSampler | TokenBudgetBatchSampler | None = None
+        self._stream: StreamBatches | None = None
+        self._stream_mark: dict[str, Any] | None = None  # where the next batch of a stream is read from
         self._lengths = load_example_lengths(lengths) if isinstance(lengths, (str, Path)) else lengths
         self.max_tokens_per_batch = max_tokens_per_batch
         super().__init__(train_dataset=without_empty_cells(train_dataset), eval_dataset=eval_dataset, **kwargs)
@@ -94,8 +108,10 @@ class CellTrainer(Trainer):
         if names_classes and not all(name.startswith("LABEL_") for name in label2id):
             collator.label2id = label2id  # the store may list its classes in another order than the model
         self.interrupted = False
+        self.card_facts: dict[str, Any] = {}
         self.add_callback(_SetEpoch(self))
         self.add_callback(_SaveOnSigterm(self))
+        self.add_callback(_FillHubFolder(self))
         if hasattr(collator, "for_evaluation"):
             self._eval_collator = collator.for_evaluation()
 
@@ -165,14 +181,27 @@ class CellTrainer(Trainer):
         if isinstance(dataset, HuggingFaceDataset) and isinstance(self.data_collator, CellCollator):
             dataset = TokenRows(dataset)
         try:
-            if not is_training or isinstance(dataset, IterableDataset):
+            if not is_training:
+                if isinstance(dataset, IterableDataset) and self.args.world_size > 1:
+                    raise ValueError(
+                        f"{type(dataset).__name__}: several processes cannot evaluate on a stream, of which some "
+                        "cells would count twice. Evaluate on a CellStore or a datasets.Dataset."
+                    )
                 return super()._get_dataloader(
                     dataset, description, batch_size, sampler_fn, is_training, dataloader_key
                 )
         finally:
             self.data_collator = training_collator
-        args, sampler = self.args, sampler_fn(self.train_dataset)
-        if not isinstance(sampler, TokenBudgetBatchSampler):
+        args, collator, n_workers = self.args, self.data_collator, self.args.dataloader_num_workers
+        if isinstance(dataset, IterableDataset):
+            if n_workers > 1:
+                logger.warning(f"One worker reads a stream, in place of {n_workers}: more would each read all of it.")
+                n_workers = 1
+            dataset, sampler = self._read_stream(dataset, batch_size)
+            collator = only
+        else:
+            sampler = sampler_fn(self.train_dataset)
+        if not isinstance(sampler, (StreamOrder, TokenBudgetBatchSampler)):
             # accelerate's own would fill the last batches with rows that were there before.
             sampler = EvenBatchSampler(
                 sampler, batch_size, world_size=args.world_size, drop_last=args.dataloader_drop_last
@@ -181,22 +210,74 @@ class CellTrainer(Trainer):
         loader = DataLoader(
             dataset,
             batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
+            collate_fn=collator,
+            num_workers=n_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
             in_order=args.dataloader_in_order,
-            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+            worker_init_fn=partial(seed_worker, num_workers=n_workers, rank=args.process_index),
         )
         return self.accelerator.prepare(loader)
+
+    def _read_stream(self, stream: IterableDataset, batch_size: int) -> tuple[StreamBatches, StreamOrder]:
+        """Give the batches of a stream by their number, and the numbers of an epoch.
+
+        Where nobody knows how many batches an epoch has, `max_steps` are one epoch to Trainer.
+        """
+        args = self.args
+        if getattr(stream, "world_size", 1) != 1:
+            raise ValueError(
+                "The stream gives a rank its part, and the trainer divides it: leave rank and world_size."
+            )
+        if getattr(stream, "tokenizer", self) is None:
+            raise ValueError("The stream gives counts: give it the tokenizer, IterableAnnDataset(files, tokenizer).")
+        if args.dataloader_drop_last:
+            raise ValueError("dataloader_drop_last: a stream is not cut before its end.")
+        shared = {"seed": args.seed if args.data_seed is None else args.data_seed, "world_size": args.world_size}
+        n_cells = len(stream) if hasattr(stream, "__len__") else None
+        if self.max_tokens_per_batch is not None:
+            packing = getattr(self.data_collator, "packing", False)
+            batches = TokenBudgetBuffer(stream, self.max_tokens_per_batch, packing=packing, **shared)
+            n_cells = None  # how many batches they make shows when they are read
+        elif args.train_sampling_strategy == "group_by_length":
+            in_a_step = batch_size * args.world_size * args.gradient_accumulation_steps
+            batches = TokenBudgetBuffer(
+                stream, _NO_BUDGET, max_cells=batch_size, buffer_size=in_a_step * max(1, 2048 // in_a_step), **shared
+            )
+        else:  # a cell is a token: batches of as many cells, in the order of the stream
+            batches = TokenBudgetBuffer(stream, batch_size, buffer_size=batch_size, n_tokens=one_token, **shared)
+        if n_cells is not None:
+            n_batches = -(-n_cells // (batch_size * args.world_size)) * args.world_size
+        elif args.max_steps > 0:
+            n_batches = args.max_steps * args.gradient_accumulation_steps * args.world_size
+        else:
+            raise ValueError("How many batches the stream has is not known before it is read: give max_steps.")
+        self._stream = StreamBatches(batches, self.data_collator, self._stream_mark)
+        return self._stream, StreamOrder(n_batches)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As in Trainer; takes from the batches of a stream where the next one is read from."""
+        for batch in (drawn := super().get_batch_samples(epoch_iterator, num_batches, device))[0]:
+            mark = batch.pop("stream_mark", None)
+            self._stream_mark = self._stream_mark if mark is None else json.loads(mark)
+        return drawn
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the order of the cells, and the collator, which epoch begins (Trainer's loop calls it)."""
         for part in (self._train_batches, self.data_collator):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
+        if self._stream is not None:
+            self._stream.mark = self._stream_mark  # for a worker that begins now
+
+    def call_model_init(self, trial=None):
+        """As in Trainer; the model of each trial is to fit the tokenizer."""
+        model = super().call_model_init(trial)
+        if getattr(self, "processing_class", None) is not None:  # not yet when the trainer is made
+            check_tokenizer_fits(model, self.processing_class)
+        return model
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -205,17 +286,69 @@ class CellTrainer(Trainer):
         if resume_from_checkpoint is True:
             found = last_whole_checkpoint(self.args.output_dir)
             resume_from_checkpoint = None if found is None else str(found)
+        mark = Path(resume_from_checkpoint or "") / _STREAM_MARK
+        self._stream_mark = json.loads(mark.read_text()) if resume_from_checkpoint and mark.exists() else None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model, trial):
         if self.args.should_save:
-            mark_unfinished(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+            checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            mark_unfinished(checkpoint)
+            if self._stream_mark is not None:
+                checkpoint.mkdir(parents=True, exist_ok=True)
+                (checkpoint / _STREAM_MARK).write_text(json.dumps(self._stream_mark))
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # the first process now writes what tells that the checkpoint is whole
+
+    def create_model_card(
+        self,
+        language=None,
+        license=None,
+        tags=None,
+        model_name=None,
+        finetuned_from=None,
+        tasks=None,
+        dataset_tags=None,
+        dataset=None,
+        dataset_args=None,
+    ) -> None:
+        """Write this package's card (`write_model_card`) into `output_dir`; a card that somebody edited stays.
+
+        Parameters
+        ----------
+        language, license, tags, finetuned_from, dataset_tags
+            As in Trainer; in place of `language`, `license`, `tags`, `base_model` and `datasets` of `card_facts`.
+        model_name, tasks, dataset, dataset_args
+            Trainer gives them; the card names the model as it is to be loaded, and knows its task.
+        """
+        if not self.is_world_process_zero():
+            return
+        given = {
+            "language": language,
+            "license": license,
+            "tags": tags,
+            "base_model": finetuned_from,
+            "datasets": dataset_tags,
+        }
+        model = self.accelerator.unwrap_model(self.model)
+        origin = getattr(model.config, "_name_or_path", None)
+        write_model_card(
+            self.args.output_dir,
+            model=model,
+            tokenizer=self.processing_class,
+            trainer=self,
+            **{
+                "store": self.train_dataset if isinstance(self.train_dataset, CellStore) else None,
+                "name": self.hub_model_id or self.args.hub_model_id,
+                "base_model": origin or None,
+                **self.card_facts,
+                **{name: value for name, value in given.items() if value},
+            },
+        )
 
     # ------------------------------------------------------------------ losses
 
@@ -290,8 +423,8 @@ class _SaveOnSigterm(TrainerCallback):
         self.trainer, self._came, self._handler = trainer, False, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Listen; only the main thread may."""
-        if threading.current_thread() is threading.main_thread():
+        """Listen; only the main thread may. A trial of a search has nothing to save: a signal ends it as ever."""
+        if threading.current_thread() is threading.main_thread() and self.trainer.hp_search_backend is None:
             self._handler = signal.signal(signal.SIGTERM, self._come)
 
     def _come(self, *_) -> None:
@@ -312,6 +445,20 @@ class _SaveOnSigterm(TrainerCallback):
         if self._handler is not None:
             signal.signal(signal.SIGTERM, self._handler)
             self._handler = None
+
+
+class _FillHubFolder(TrainerCallback):
+    """Puts beside the weights what Trainer leaves out where it pushes a checkpoint: the card, and the model's code."""
+
+    def __init__(self, trainer: CellTrainer):
+        self.trainer = trainer
+
+    def on_push_begin(self, args, state, control, **kwargs):
+        """Copy the code from the checkpoint, where there is one, and write the card."""
+        if self.trainer.is_world_process_zero():
+            for code in (Path(args.output_dir) / f"checkpoint-{state.global_step}").glob("*.py"):
+                shutil.copy(code, args.output_dir)
+            self.trainer.create_model_card()
 
 
 def without_empty_cells(dataset: Any) -> Any:

@@ -2,27 +2,79 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import math
+import os
 import platform
+import re
+import shlex
+import unicodedata
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from ..data.cell_store import CellStore
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+
+logger = logging.getLogger(__name__)
+
+_CELLS_FOR_COVERAGE = 1_000
+_LONGEST = 200  # characters of a text that came with the data
+_MARK = re.compile(r"<!-- Written by stformer_hf; unchanged as long as its digest is ([0-9a-f]{16}). -->\n?\Z")
+_NOT_OF_THE_MODEL = re.compile(
+    r"runtime|_per_second$|^epoch$|preparation_time|^peak_memory|^padding_share$|^data_wait_share$|^mfu$"
+)
+_BASELINES = {
+    "b0": "B0: every gene alike",
+    "b1": "B1: frequency of the gene in the training cells",
+    "b2": "B2: B1 without the genes that the cell shows",
+    "b3": "B3: B2 weighted by how near the gene's median is to those at the nearest ranks",
+    "uniform": "every bin alike",
+    "gene_marginal": "bins of the gene in the training cells",
+    "cell_marginal": "bins of the cell",
+    "majority": "most frequent class",
+    "logistic_regression": "logistic regression",
+}
+_BASELINE = re.compile(rf"(?:(?P<subject>.+)_)?(?P<baseline>{'|'.join(_BASELINES)})_(?P<figure>[a-z0-9_]+)", re.DOTALL)
+_FIGURES = {
+    "nll": "negative log likelihood, nats",
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+}
+_METRIC_TYPES = {"macro_f1": "f1"}  # the Hub's names, where they differ
 
 
 def write_model_card(
     folder: str | Path,
     *,
     model,
-    tokenizer: GeneTokenizer,
-    store: CellStore,
-    settings: dict[str, Any],
-    metrics: dict[str, float],
+    tokenizer: GeneTokenizer | None = None,
+    store: CellStore | None = None,
+    settings: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
     base_model: str | None = None,
+    trainer: Any = None,
+    name: str | None = None,
+    license: str | None = None,
+    language: str | Sequence[str] | None = None,
+    tags: str | Sequence[str] = (),
+    datasets: str | Sequence[str] = (),
+    intended_use: str | None = None,
+    limits: str | None = None,
 ) -> Path:
-    """Write `README.md` of a checkpoint.
+    """Write `README.md` of a checkpoint, with metadata for the Hub.
+
+    A card that somebody edited, or another program wrote, stays; the new one is then `README.new.md`.
 
     Parameters
     ----------
@@ -30,47 +82,419 @@ def write_model_card(
         The checkpoint.
     model : PreTrainedModel
         What is in it.
-    tokenizer : GeneTokenizer
+    tokenizer : GeneTokenizer, optional
         Its tokenizer.
-    store : CellStore
+    store : CellStore, optional
         The cells that it was trained on.
-    settings : dict
-        How it was trained.
-    metrics : dict
-        What came of it.
+    settings : dict, optional
+        How it was trained, beside what the trainer knows; names of a row of a table to values.
+    metrics : dict, optional
+        What came of it. Figures of baselines (`eval_b1_nll`, `eval_majority_accuracy`, …) come beside the model's.
     base_model : str, optional
         The checkpoint that training began from.
+    trainer : CellTrainer, optional
+        What trained it: knows settings, steps, tokens, time, hardware, and figures that `metrics` lacks.
+    name : str, optional
+        What to load it by; the name of the folder by default.
+    license, language, tags, datasets : str or sequence of str, optional
+        Metadata that the program cannot know: licence and datasets are ids of the Hub.
+    intended_use, limits : str, optional
+        Paragraphs to add.
 
     Returns
     -------
     Path
         The card.
     """
-    import jinja2
-
-    template = files("stformer_hf.training").joinpath("model_card_template.md").read_text(encoding="utf-8")
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    config = model.config
-    card = environment.from_string(template).render(
-        name=Path(folder).resolve().name,
-        model_class=type(model).__name__,
-        auto_class=type(model)._auto_class,
-        n_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        config=config,
-        classes=list(config.id2label.values()) if "Classification" in type(model).__name__ else [],
+    folder = Path(folder)
+    text = _render(
+        model=model,
         tokenizer=tokenizer,
-        manifest=store.manifest,
-        settings=settings,
-        metrics=metrics,
+        store=store,
+        settings={**({} if trainer is None else _settings(trainer)), **(settings or {})},
+        metrics={**({} if trainer is None else _logged_metrics(trainer)), **(metrics or {})},
         base_model=base_model,
-        versions={
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("stformer_hf", "transformers", "torch", "datasets")},
-        },
+        run={} if trainer is None else _run(trainer),
+        name=_plain(name or folder.resolve().name),
+        license=license,
+        language=language,
+        tags=[tags] if isinstance(tags, str) else list(tags),
+        datasets=[datasets] if isinstance(datasets, str) else list(datasets),
+        intended_use=intended_use,
+        limits=limits,
     )
-    path = Path(folder) / "README.md"
-    path.write_text(card, encoding="utf-8")
+    path = folder / "README.md"
+    if path.exists() and not is_unchanged_card(path):
+        path = folder / "README.new.md"
+        logger.warning(f"{folder / 'README.md'} was edited and stays as it is; the card of this run is {path.name}.")
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8", newline="\n")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 
-__all__ = ["write_model_card"]
+def is_unchanged_card(path: str | Path) -> bool:
+    """Tell whether `write_model_card` wrote a file, and nobody edited it."""
+    text = Path(path).read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n")
+    found = _MARK.search(text)
+    return found is not None and _digest(text[: found.start()]) == found[1]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------- text
+
+
+class _Markdown(str):
+    """Text that is Markdown already."""
+
+
+def _one_line(text: Any) -> str:
+    kept = "".join(" " if unicodedata.category(char)[0] in "CZ" else char for char in str(text))
+    return re.sub(" +", " ", kept)
+
+
+def _plain(text: Any) -> str:
+    """Give a text on one line, without control characters, and not too long; for code and metadata."""
+    kept = _one_line(text).strip()
+    return kept if len(kept) <= _LONGEST else kept[: _LONGEST - 1] + "…"
+
+
+def _escape(value: Any) -> str:
+    """Give a text as it is to be read: no character of it makes Markdown, a table or HTML, but at a line's begin."""
+    if isinstance(value, _Markdown):
+        return value
+    text = re.sub(r"[\\|<>&]", lambda found: f"&#{ord(found[0])};", _one_line(value))
+    # An underscore within a word is no emphasis.
+    return re.sub(r"[*`\[\]~$@]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9])", r"\\\g<0>", text)
+
+
+def _file_name(path: str) -> str:
+    return Path(path).name or str(path)
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, (float, np.floating)):
+        return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return value
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+# ---------------------------------------------------------------------- facts
+
+
+def _settings(trainer: Any) -> dict[str, Any]:
+    """Say how a trainer trains."""
+    args, collator = trainer.args, trainer.data_collator
+    names = {
+        "masked genes": "mlm_probability",
+        "masked phenotypes": "phenotype_mask_prob",
+        "gene dropout": "gene_dropout",
+        "label": "label",
+        "packed": "packing",
+    }
+    settings = {key: getattr(collator, name) for key, name in names.items() if hasattr(collator, name)}
+    for key, dataset in (("cells in training", trainer.train_dataset), ("cells held out", trainer.eval_dataset)):
+        if hasattr(dataset, "__len__") and not isinstance(dataset, dict):
+            settings[key] = len(dataset)
+    settings |= {
+        "epochs": round(trainer.state.epoch or 0, 2),
+        "steps": trainer.state.global_step,
+        "batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+    }
+    if trainer.max_tokens_per_batch is not None:
+        settings["batch"] = (
+            f"up to {trainer.max_tokens_per_batch * args.gradient_accumulation_steps * args.world_size} tokens"
+        )
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    return settings | {
+        "order of the cells": str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)),
+        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "learning rate": args.learning_rate,
+        "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "weight decay": args.weight_decay,
+        "precision": precision,
+        "seed": args.seed,
+        "seed of the order": args.seed if args.data_seed is None else args.data_seed,
+    }
+
+
+def _run(trainer: Any) -> dict[str, str]:
+    """Say what passed through the training, on what, in what time; with the runs that it resumed."""
+    args, totals = trainer.args, trainer.throughput.totals
+    run = {"tokens seen": f"{totals['tokens']:,}", "cells seen": f"{totals['cells']:,}"}
+    if totals["seconds"]:
+        run["time of training"] = _duration(totals["seconds"])
+        run["tokens a second"] = f"{totals['tokens'] / totals['seconds']:,.0f}"
+        run["cells a second"] = f"{totals['cells'] / totals['seconds']:,.1f}"
+    last = next((entry for entry in reversed(trainer.state.log_history) if "train_runtime" in entry), {})
+    for key, name in (("padding_share", "share of padding"), ("mfu", "model FLOPs utilisation, of dense bf16")):
+        if f"train_{key}" in last:
+            run[name] = f"{last[f'train_{key}']:.1%}"
+    if "train_peak_memory_gb" in last:
+        run["peak memory of a process"] = f"{last['train_peak_memory_gb']:.2f} GB"
+    if args.device.type == "cuda":
+        run["hardware"] = f"{max(args.n_gpu, 1) * args.world_size} x {torch.cuda.get_device_name(args.device)}"
+    else:
+        run["hardware"] = (
+            f"{args.world_size} x {_cpu()} ({args.device.type}, {torch.get_num_threads()} threads a process)"
+        )
+    return run
+
+
+def _cpu() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _logged_metrics(trainer: Any) -> dict[str, Any]:
+    """Give what evaluation found last: of the weights that are kept."""
+    history, state = trainer.state.log_history, trainer.state
+    ends = [number for number, entry in enumerate(history) if "train_runtime" in entry]
+    end = ends[-1] if ends else len(history)
+    during, after = history[:end], history[end:]
+    if trainer.args.load_best_model_at_end and state.best_global_step:
+        during = [entry for entry in during if entry["step"] == state.best_global_step]
+    found = {name: value for entry in during + after for name, value in entry.items() if name.startswith("eval_")}
+    return {"train_loss": history[end]["train_loss"], **found} if ends else found
+
+
+def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Keep what is a figure of the model, not of its speed."""
+    numbers = (int, float, np.integer, np.floating)
+    return {
+        name: value
+        for name, value in metrics.items()
+        if isinstance(value, numbers) and not isinstance(value, bool) and not _NOT_OF_THE_MODEL.search(name)
+    }
+
+
+def _comparisons(metrics: Mapping[str, Any]) -> tuple[list[dict[str, Any]], set[str]]:
+    """Put each figure of the model beside those of its baselines.
+
+    Returns
+    -------
+    list of dict
+        `figure`, `better` ("lower" or "higher"), `model` (value), `baselines` (name -> value), `key` of the figure.
+    set of str
+        Names of the metrics that are in them.
+    """
+    figures = _figures(metrics)
+    found: dict[str, dict[str, Any]] = {}
+    used = set()
+    for name, value in figures.items():
+        of = _BASELINE.fullmatch(name.removeprefix("eval_"))
+        if of is None:
+            continue
+        subject, figure = of["subject"], of["figure"]
+        own = [f"{subject}_{figure}" if subject else figure]
+        if figure == "nll":
+            own += [f"{subject or 'genes'}_nll", f"{subject or 'genes'}_loss"]
+        prefix = "eval_" if name.startswith("eval_") else ""
+        key = next((prefix + key for key in own if prefix + key in figures), None)
+        if key is None:
+            continue
+        what = "masked genes" if figure == "nll" and subject in (None, "genes") else (subject or "").replace("_", " ")
+        entry = found.setdefault(
+            key,
+            {
+                "figure": ": ".join(filter(None, [what, _FIGURES.get(figure, figure.replace("_", " "))])),
+                "better": "lower" if figure in ("nll", "loss") else "higher",
+                "key": key,
+                "model": figures[key],
+                "baselines": {},
+            },
+        )
+        entry["baselines"][_BASELINES[of["baseline"]]] = value
+        used |= {name, key}
+    return list(found.values()), used
+
+
+def _unbeaten(comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Find the baselines that the model does not beat."""
+    return [
+        {"figure": entry["figure"], "baseline": name, "value": value, "model": entry["model"]}
+        for entry in comparisons
+        for name, value in entry["baselines"].items()
+        if not (entry["model"] < value if entry["better"] == "lower" else entry["model"] > value)
+    ]
+
+
+def gene_coverage(store: CellStore, tokenizer: GeneTokenizer) -> dict[str, float]:
+    """Tell which part of the genes of a store a tokenizer knows.
+
+    Returns
+    -------
+    dict of str to float
+        `genes`: share of the store's genes; `vocabulary`: share of the tokenizer's; `counts`: share of the counts, of
+        at most 1,000 cells evenly spread.
+    """
+    found = tokenizer._matcher.find(store.gene_ids)
+    found = np.where(found < 0, tokenizer._matcher.find(store.genes.symbols), found)
+    rows = np.unique(np.linspace(0, len(store) - 1, min(len(store), _CELLS_FOR_COVERAGE), dtype=np.int64))
+    counts = np.asarray(store.rows(rows).sum(axis=0), np.float64).ravel()
+    return {
+        "genes": float((found >= 0).mean()),
+        "vocabulary": len(np.unique(found[found >= 0])) / len(tokenizer.genes),
+        "counts": float(counts[found >= 0].sum() / counts.sum()) if counts.sum() else 0.0,
+    }
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Tell whether a name can be of a repository on the Hub, and is of no file or folder here."""
+    if not name or os.path.exists(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------- the card
+
+
+def _kind(model) -> str:
+    name = type(model).__name__
+    if "TokenClassification" in name:
+        return "genes"
+    if "Classification" in name:
+        return "cells"
+    if model.config.model_type == "cell_neighborhood":
+        return "neighborhoods"
+    return "masked" if "MLM" in name or "MaskedLM" in name else "encoder"
+
+
+def _shape(config) -> str:
+    parts = []
+    if hasattr(config, "encoder_layers") and hasattr(config, "decoder_layers"):
+        parts.append(f"{config.encoder_layers} encoder and {config.decoder_layers} decoder layers")
+    elif hasattr(config, "num_hidden_layers"):
+        parts.append(f"{config.num_hidden_layers} layers")
+    for name, attribute in (("heads", "num_attention_heads"), ("hidden size", "hidden_size")):
+        if hasattr(config, attribute):
+            value = getattr(config, attribute)
+            parts.append(f"{value} {name}" if name == "heads" else f"{name} {value}")
+    return ", ".join(parts)
+
+
+def _metadata(*, model, kind, name, license, language, tags, datasets, base_model, figures, sources) -> ModelCardData:
+    """Make the metadata that the Hub reads."""
+    spatial = ["spatial-transcriptomics"] if kind == "neighborhoods" else []
+    task = {"masked": "fill-mask", "cells": "tabular-classification", "genes": "token-classification"}
+    dataset_name = _plain("held-out cells of " + (", ".join(sources) or "the training data"))
+    results = [
+        EvalResult(
+            task_type=task.get(kind, "feature-extraction"),
+            dataset_type=datasets[0] if datasets else "cells",
+            dataset_name=dataset_name,
+            metric_type=_METRIC_TYPES.get(key, _plain(key)),
+            metric_name=_plain(key.replace("_", " ")),
+            metric_value=round(float(value), 6),
+        )
+        for key, value in figures.items()
+        if math.isfinite(value)
+    ]
+    return ModelCardData(
+        library_name="transformers",
+        license=None if license is None else _plain(license),
+        language=language,
+        tags=list(
+            dict.fromkeys(
+                ["stformer_hf", "biology", "single-cell", "transcriptomics", *spatial]
+                + [_plain(tag) for tag in (model.config.model_type, *tags)]
+            )
+        ),
+        pipeline_tag={"cells": "tabular-classification", "genes": None}.get(kind, "feature-extraction"),
+        base_model=base_model if is_hub_id(base_model) else None,
+        datasets=list(datasets) or None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+
+
+def _render(
+    *, model, tokenizer, store, settings, metrics, base_model, run, name, license, language, tags, datasets, **texts
+) -> str:
+    import jinja2
+
+    config, kind = model.config, _kind(model)
+    comparisons, compared = _comparisons(metrics)
+    baseline_names = compared - {entry["key"] for entry in comparisons}
+    figures = _figures(metrics)
+    sources = [] if store is None else [source["name"] for source in store.manifest["sources"]]
+    data = _metadata(
+        model=model,
+        kind=kind,
+        name=name,
+        license=license,
+        language=language,
+        tags=tags,
+        datasets=[dataset for dataset in datasets if is_hub_id(dataset)],
+        base_model=base_model,
+        figures={
+            key.removeprefix("eval_"): value
+            for key, value in figures.items()
+            if key.startswith("eval_") and key not in baseline_names and not _BASELINE.fullmatch(key[5:])
+        },
+        sources=sources,
+    )
+    environment = jinja2.Environment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_escape,
+    )
+    environment.filters |= {
+        "python": lambda text: _Markdown(repr(_plain(text))),
+        "shell": lambda text: _Markdown(shlex.quote(_plain(text))),
+        "number": _number,
+    }
+    template = files("stformer_hf.training").joinpath("model_card_template.md").read_text(encoding="utf-8")
+    is_gene_tokenizer = isinstance(tokenizer, GeneTokenizer)
+    body = environment.from_string(template).render(
+        name=name or "unnamed",
+        kind=kind,
+        model_class=type(model).__name__,
+        auto_class=getattr(type(model), "_auto_class", None),
+        n_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        shape=_shape(config),
+        config=config,
+        classes=list(config.id2label.values()) if kind in ("cells", "genes") else [],
+        tokenizer=tokenizer if is_gene_tokenizer else None,
+        store=store,
+        coverage=gene_coverage(store, tokenizer) if is_gene_tokenizer and store is not None and len(store) else None,
+        settings={
+            key: value for key, value in settings.items() if value is not None and not isinstance(value, Mapping)
+        },
+        run=run,
+        comparisons=comparisons,
+        unbeaten=_unbeaten(comparisons),
+        others={key: value for key, value in figures.items() if key not in compared},
+        base_model=base_model if base_model is None or is_hub_id(base_model) else _file_name(base_model),
+        license=license,
+        versions={
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("stformer_hf", "transformers", "torch", "datasets", "accelerate")},
+        },
+        **texts,
+    )
+    text = f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n{body.strip()}\n\n"
+    return f"{text}<!-- Written by stformer_hf; unchanged as long as its digest is {_digest(text)}. -->\n"
+
+
+__all__ = ["gene_coverage", "is_hub_id", "is_unchanged_card", "write_model_card"]

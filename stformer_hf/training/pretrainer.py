@@ -6,12 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainingArguments
+import numpy as np
+import torch
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from .cell_trainer import CellTrainer
 from .collators import DataCollatorForGeneRankMLM, DataCollatorForPhenotypicMLM
+from .context_swap import context_swap, masked_nll
+from .gene_baselines import masked_gene_baselines, masked_genes
+from .metrics import preprocess_logits_for_metrics, preprocess_logits_with_nll
 from .precollator import STFormerPreCollator
+from .token_rows import TokenRows
+
+_CELLS_FOR_FREQUENCIES = 100_000
+_CELLS_TO_SWAP = 512
 
 
 class STFormerPretrainer(CellTrainer):
@@ -37,6 +46,11 @@ class STFormerPretrainer(CellTrainer):
         Makes the model, for hyperparameter search.
     mlm_probability, phenotype_mask_prob, gene_dropout : float, default: 0.15, 0.5, 0.0
         Shares to mask, and of genes to leave out (see `DataCollatorForPhenotypicMLM`).
+    baselines : bool, default: False
+        Put beside the losses of each evaluation what they are to be compared with: `genes_nll`, mean negative log
+        likelihood in nats of the masked genes; that of simple baselines at the same positions
+        (`masked_gene_baselines`, estimated from at most 100,000 training cells, once); and what the genes of another
+        cell do to the model (`context_swap`, of at most 512 cells).
     packing : bool, default: False
         Train on packed batches: the cells of a batch in one row, without padding.
     max_tokens_per_batch : int, optional
@@ -52,7 +66,8 @@ class STFormerPretrainer(CellTrainer):
     ------
     ValueError
         Neither `model` nor `model_init`; no tokenizer, dictionary or collator, or both of the first two; a tokenizer
-        that does not fit the model; lengths that do not fit the dataset.
+        that does not fit the model; lengths that do not fit the dataset; baselines without training cells that can be
+        read by number, or with a collator that masks no genes.
     """
 
     def __init__(
@@ -67,6 +82,7 @@ class STFormerPretrainer(CellTrainer):
         *,
         phenotype_mask_prob: float = 0.5,
         gene_dropout: float = 0.0,
+        baselines: bool = False,
         packing: bool = False,
         processing_class: GeneTokenizer | None = None,
         data_collator: Callable | None = None,
@@ -90,6 +106,11 @@ class STFormerPretrainer(CellTrainer):
                 seed=0 if args is None else args.seed,
                 packing=packing,
             )
+        if baselines:
+            _check_baselines(train_dataset, data_collator)
+        self.baselines = baselines
+        self._baselines: list[tuple[Any, dict[str, float]]] = []  # of the datasets evaluated on
+        self._genes_nll = np.zeros(2)  # sum, and number of masked genes, of the evaluation that goes on
         super().__init__(
             model=model,
             args=args,
@@ -99,6 +120,81 @@ class STFormerPretrainer(CellTrainer):
             processing_class=processing_class,
             model_init=model_init,
             **kwargs,
+        )
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As in Trainer; with the baselines, if they are asked for."""
+        self._genes_nll = np.zeros(2)  # anew: the arrays of a trainer that ray hands out are read-only
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.baselines and self._genes_nll[1]:
+            dataset = dataloader.dataset
+            dataset = dataset.dataset if isinstance(dataset, TokenRows) else dataset
+            metrics = {
+                "genes_nll": self._genes_nll[0] / self._genes_nll[1],
+                **self._baselines_on(dataset),
+                **self._context_swap(dataset),
+            }
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As in Trainer; adds up the losses of masked genes, if they are to be compared with baselines."""
+        labels = inputs.get("labels")
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.baselines and not model.training and labels is not None:
+            self._add_genes_nll(inputs["input_ids"], labels, outputs.logits.detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def _add_genes_nll(self, input_ids: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor) -> None:
+        batch = {"input_ids": input_ids.cpu().numpy(), "labels": labels.cpu().numpy()}
+        scored = torch.from_numpy(masked_genes(batch, self.data_collator.tokenizer).scored).to(labels.device)
+        nll = labels.new_zeros(labels.shape, dtype=torch.float32)
+        nll[labels != -100] = masked_nll(logits, labels)
+        of_cells = torch.stack([(nll * scored).sum(1), scored.float().sum(1)], dim=1)
+        # Of all processes, without the cells that fill up the last batch.
+        of_cells = self.accelerator.gather_for_metrics(of_cells)
+        self._genes_nll += of_cells.double().sum(0).cpu().numpy()
+
+    def _baselines_on(self, dataset: Any) -> dict[str, float]:
+        """Give the baselines, every process by itself; they do not depend on the model, and are computed once."""
+        for known, metrics in self._baselines:
+            if known is dataset:
+                return metrics
+        metrics = masked_gene_baselines(
+            self.train_dataset, dataset, self.data_collator, max_train_cells=_CELLS_FOR_FREQUENCIES
+        )
+        self._baselines.append((dataset, metrics))
+        return metrics
+
+    def _context_swap(self, dataset: Any) -> dict[str, float]:
+        """Swap the contexts of the same cells in every process, so that sharded models stay in step."""
+        if len(dataset) < 2:
+            return {}
+        with self.compute_loss_context_manager():
+            return context_swap(
+                self.model_wrapped,
+                dataset,
+                self.data_collator,
+                batch_size=self.args.per_device_eval_batch_size,
+                max_cells=_CELLS_TO_SWAP,
+                seed=self.args.seed,
+            )
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As in CellTrainer; logits that are reduced before they are gathered are computed at the labels only."""
+        if self.preprocess_logits_for_metrics in (preprocess_logits_for_metrics, preprocess_logits_with_nll):
+            return Trainer.prediction_step(self, model, inputs, prediction_loss_only, ignore_keys)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+
+def _check_baselines(train_dataset: Any, collator: Callable) -> None:
+    if not hasattr(train_dataset, "__len__"):
+        found = "there is none" if train_dataset is None else f"a {type(train_dataset).__name__} is a stream"
+        raise ValueError(f"baselines=True needs training cells that can be read by number, and {found}.")
+    if not hasattr(collator, "for_evaluation") or not hasattr(collator, "mlm_probability"):
+        raise ValueError(
+            f"baselines=True needs DataCollatorForGeneRankMLM or DataCollatorForPhenotypicMLM, got "
+            f"{type(collator).__name__}."
         )
 
 

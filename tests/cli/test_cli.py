@@ -76,19 +76,24 @@ def test_the_config_gives_values_and_flags_override_it(file, tmp_path):
     assert "| learning rate | 0.0001 |" in (tmp_path / "b" / "README.md").read_text()
 
 
-def test_every_recipe_names_known_keys():
-    from pathlib import Path
-
-    from stformer_hf.cli import finetune, pretrain
+def test_a_flag_overrides_names_of_a_mapping_in_the_file(tmp_path):
     from stformer_hf.cli.arguments import parse
+    from stformer_hf.cli.pretrain import PretrainArguments
 
-    recipes = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
-    assert recipes
-    for recipe in recipes:
-        verb = {"pretrain": pretrain, "finetune": finetune}[recipe.name.split("_")[0]]
-        arguments = verb.PretrainArguments if verb is pretrain else verb.FinetuneArguments
-        needed = ["--data", "x", "--output", "y", *([] if verb is pretrain else ["--label", "z"])]
-        parse(["--config", str(recipe), *needed], arguments, verb="x", description="", training=verb.TRAINING_DEFAULTS)
+    def read(text, *flags):
+        (tmp_path / "c.yaml").write_text(text)
+        argv = ["--config", str(tmp_path / "c.yaml"), "--data", "x", "--output", "y", *flags]
+        return parse(argv, PretrainArguments, verb="x", description="")[0].model_config
+
+    file = "model_config:\n  hidden_act: relu\n  hidden_size: 32"
+    assert read(file) == {"hidden_act": "relu", "hidden_size": 32}
+    assert read(file, "--model_config", "{hidden_size: 16}") == {"hidden_act": "relu", "hidden_size": 16}
+    assert read("", "--model_config", '{"hidden_size": 16}') == {"hidden_size": 16}
+    assert read("") is None and read("model_config: {}") is None
+    with pytest.raises(ValueError, match="model_config is a mapping of names to values, got 5"):
+        read("model_config: 5")
+    with pytest.raises(SystemExit):
+        read("", "--model_config", "relu")
 
 
 @pytest.mark.parametrize(
@@ -226,6 +231,68 @@ def test_flags_reach_the_model_and_the_collator(file, tmp_path):
     assert main([*tune, "--pooling", "mean", "--gene_dropout", "0.2"]) == 0
     assert GeneBertConfig.from_pretrained(tuned).classifier_pooling == "mean"
     assert "gene dropout | 0.2" in (tuned / "README.md").read_text()
+
+
+def test_ranks_of_spots_and_neighbours_with_settings_of_tokenizer_and_model(file, tmp_path, capsys):
+    adata = make_adata()
+    argv = ["pretrain", "--data", file, "--output", str(tmp_path / "m"), *SHORT, "--scheme", "rank"]
+    assert main([*argv, "--neighborhood"]) == 1
+    assert "no graph obsp['spatial_connectivities'] and no coordinates" in capsys.readouterr().err
+    adata.obsm["spatial"] = np.random.default_rng(0).random((60, 2))
+    adata.write_h5ad(file)
+    assert main([*argv, "--neighborhood", "--section", "cell_type", "--tokenizer_config", "{add_cls: false}"]) == 0
+    store, tokenizer = CellStore(tmp_path / "m" / "store"), GeneTokenizer.from_pretrained(tmp_path / "m")
+    rows, columns = store.neighbors(range(60)).nonzero()
+    types = adata.obs["cell_type"].to_numpy()
+    assert len(rows) and (types[rows] == types[columns]).all()  # each section for itself
+    assert tokenizer.scheme == "rank" and tokenizer.neighborhood and not tokenizer.add_cls
+    assert GeneBertConfig.from_pretrained(tmp_path / "m").position_embedding_type == "learned"
+    # Medians of a file, and a model with other positions.
+    (tmp_path / "medians.json").write_text(json.dumps(dict.fromkeys(adata.var_names[:30], 2.0)))
+    argv[4] = str(tmp_path / "n")
+    given = ["--medians", str(tmp_path / "medians.json"), "--model_config", "{position_embedding_type: rotary}"]
+    assert main([*argv, *given]) == 0
+    tokenizer = GeneTokenizer.from_pretrained(tmp_path / "n")
+    assert tokenizer.genes == adata.var_names[:30].tolist() and (tokenizer.medians == 2).all()
+    assert GeneBertConfig.from_pretrained(tmp_path / "n").position_embedding_type == "rotary"
+
+
+def test_medians_are_those_of_the_cells_in_training(adata, tmp_path):
+    from stformer_hf import estimate_gene_medians
+    from stformer_hf.cli.pretrain import PretrainArguments, prepare
+    from stformer_hf.cli.runs import training_arguments
+
+    adata[:40].write_h5ad(tmp_path / "a.h5ad")
+    adata[40:].write_h5ad(tmp_path / "b.h5ad")
+    args = PretrainArguments(
+        data=[str(tmp_path / "a.h5ad")],
+        eval_data=[str(tmp_path / "b.h5ad")],
+        output=str(tmp_path / "m"),
+        scheme="rank",
+    )
+    run = prepare(args, training_arguments(tmp_path / "m", {"use_cpu": True}, False))
+    assert len(run.train_cells) == 39 and len(run.held_out_cells) == 20
+    assert run.held_out_cells.__getitems__(range(20)).cell_id.tolist() == list(range(40, 60))
+    expected = estimate_gene_medians(adata[:40].copy()).medians
+    assert dict(zip(run.tokenizer.genes, run.tokenizer.medians, strict=True)) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model_config", "{hiden_size: 5}"], "unknown name 'hiden_size'; the closest known one is hidden_size"),
+        (["--tokenizer_config", "{truncate: top}"], "unknown name 'truncate'; the closest known one is truncation"),
+        (["--tokenizer_config", "{bin_edges: [1.5]}", "--bin_edges", "2"], "give one of them"),
+        (["--neighborhood"], "settings of the rank scheme"),
+        (["--scheme", "rank", "--bin_edges", "2"], "settings of the binned scheme"),
+    ],
+)
+def test_settings_that_do_not_fit_are_told(adata, tmp_path, capsys, flags, words):
+    adata.obsm["spatial"] = np.random.default_rng(0).random((60, 2))
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    argv = ["pretrain", "--data", str(tmp_path / "cells.h5ad"), "--output", str(tmp_path / "m"), *SHORT, *flags]
+    assert main(argv) == 1
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--size", "small"], ["--bin_edges", "7.5"], ["--max_length", "100"]])

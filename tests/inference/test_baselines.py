@@ -2,9 +2,17 @@
 
 import numpy as np
 import pytest
+from conftest import make_adata
 from scipy import sparse
+from sklearn.metrics import accuracy_score, f1_score
 
-from stformer_hf.inference.baselines import log_normalise, predict_logistic_regression, predict_majority
+from stformer_hf import CellStore
+from stformer_hf.inference.baselines import (
+    classification_baselines,
+    log_normalise,
+    predict_logistic_regression,
+    predict_majority,
+)
 from stformer_hf.training.metrics import classification_metrics
 
 
@@ -28,3 +36,46 @@ def test_macro_f1_is_the_mean_over_classes():
     assert metrics == pytest.approx({"accuracy": 0.6, "macro_f1": sum(f1) / 3})
     wider = classification_metrics(true, predicted, ["a", "b", "c", "d"])
     assert wider["macro_f1"] == pytest.approx(sum(f1) / 4)
+
+
+def test_baselines_of_a_store_are_those_of_its_matrix(tmp_path, caplog, monkeypatch):
+    adata = make_adata(200, 30, seed=2)
+    adata.obs["cell_type"] = adata.obs["cell_type"].cat.add_categories(["none of them"])
+    adata.obs.iloc[150, 0] = None  # without a label: in neither figure
+    store = CellStore.build(tmp_path / "store", adata, obs=["cell_type", "age"])
+    train, held_out = store.select(range(120)), store.select(range(120, 200))
+    monkeypatch.setattr("stformer_hf.inference.baselines._ROWS_PER_BLOCK", 32)
+    found = classification_baselines(train, held_out, "cell_type")
+    rest = [i for i in range(120, 200) if i != 150]
+    labels = adata.obs["cell_type"].astype(str).to_numpy()
+    for name, predicted in (
+        ("majority", predict_majority(labels[:120], len(rest))),
+        ("logistic_regression", predict_logistic_regression(adata.X[:120], labels[:120], adata.X[rest])),
+    ):
+        assert found[f"{name}_accuracy"] == accuracy_score(labels[rest], predicted)
+        assert found[f"{name}_macro_f1"] == pytest.approx(f1_score(labels[rest], predicted, average="macro"))
+    assert found["logistic_regression_accuracy"] > found["majority_accuracy"] + 0.1
+    fewer = classification_baselines(train, held_out, "cell_type", max_train_cells=12)
+    assert "12 of 120 training cells" in caplog.text
+    assert fewer["majority_accuracy"] == found["majority_accuracy"]
+    assert fewer["logistic_regression_accuracy"] != found["logistic_regression_accuracy"]
+    one = train.select(np.flatnonzero(train.obs["cell_type"] == "T cell"))
+    alike = classification_baselines(one, held_out, "cell_type")
+    assert alike["logistic_regression_accuracy"] == alike["majority_accuracy"]
+    with pytest.raises(ValueError, match="No categorical column 'age'"):
+        classification_baselines(train, held_out, "age")
+    with pytest.raises(ValueError, match="1 training and 0 held-out cells"):
+        classification_baselines(store.select([0]), store.select([150]), "cell_type")
+
+
+def test_fine_tuning_reports_baselines_and_draws_a_confusion_matrix(tmp_path):
+    pytest.importorskip("matplotlib")
+    from stformer_hf.cli import finetune
+
+    CellStore.build(tmp_path / "store", make_adata(), obs=["cell_type"])
+    args = finetune.FinetuneArguments([str(tmp_path / "store")], "cell_type", str(tmp_path / "model"), held_out=0.3)
+    found = finetune.run(args, {**finetune.TRAINING_DEFAULTS, "max_steps": 2, "use_cpu": True, "disable_tqdm": True})
+    names = [f"{who}_{what}" for who in ("majority", "logistic_regression") for what in ("accuracy", "macro_f1")]
+    assert {f"eval_{name}" for name in [*names, "accuracy", "macro_f1"]} <= found.keys()
+    assert (tmp_path / "model" / "confusion.png").stat().st_size > 1000
+    assert "logistic regression" in (tmp_path / "model" / "README.md").read_text()

@@ -21,6 +21,11 @@ def test_confusion_has_true_classes_in_rows(tmp_path):
     assert (tmp_path / "c.png").stat().st_size > 1000
 
 
+def test_confusion_refuses_classes_that_have_no_row():
+    with pytest.raises(ValueError, match="1 classes are not in labels, such as c"):
+        plots.confusion(["a", "c"], ["a", "b"], ["a", "b"])
+
+
 def test_loss_curves_draw_both_losses():
     history = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_loss": 2.5}, {"train_runtime": 1}]
     ax = plots.loss_curves({"run": history})

@@ -18,6 +18,7 @@ from stformer_hf import (
     GeneBertConfig,
     GeneBertForPhenotypicMLM,
     GeneTokenizer,
+    IterableAnnDataset,
     LengthGroupedSampler,
     STFormerPretrainer,
     TokenBudgetBatchSampler,
@@ -81,18 +82,30 @@ def losses(trainer) -> list[float]:
 
 
 class SeenCells(TrainerCallback):
-    """Writes down which cells the collator is given, a list a batch."""
+    """Writes down which cells the collator is given, a list a batch, and for which epoch."""
 
     def __init__(self, trainer):
-        self.batches = []
+        self.batches, self.epochs = [], []
         collator, read = trainer.data_collator, type(trainer.data_collator)._tokens
 
         def watch(examples):
             tokens, cell_ids = read(collator, examples)
             self.batches.append(cell_ids.tolist())
+            self.epochs.append(collator.epoch)
             return tokens, cell_ids
 
         collator._tokens = watch
+
+
+def as_source(source, store, adata, tokenizer):
+    """The same cells, four ways."""
+    if source == "store":
+        return store
+    if source == "dataset":
+        return tokenized(store, tokenizer)
+    if source == "rows":
+        return tokenized(store, tokenizer).to_iterable_dataset(num_shards=4)
+    return IterableAnnDataset([adata[:20], adata[20:35], adata[35:]], tokenizer, shuffle=True, buffer_size=16)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -164,6 +177,109 @@ def test_a_run_resumed_anywhere_is_the_uninterrupted_one(store, tokenizer, tmp_p
     )
     workers.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{middle}"))
     assert losses(workers) == expected
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("source", ["files", "rows"])
+def test_a_stream_gives_every_cell_once_an_epoch(store, adata, tokenizer, tmp_path, source, order):
+    cells = as_source(source, store, adata, tokenizer)
+    finite = source == "files" and order in ("random", "grouped")
+    trainer = make_trainer(tmp_path, cells, tokenizer, order, **({} if finite else {"max_steps": 40}))
+    seen = SeenCells(trainer)
+    trainer.train()
+    n_cells = 60 if source == "files" else 59
+    epochs, epoch = [], []
+    for batch, number in zip(seen.batches, seen.epochs, strict=True):
+        epoch += batch
+        assert number == len(epochs)  # which the masks depend on
+        if len(epoch) == n_cells:
+            epochs.append(epoch)
+            epoch = []
+    assert [len(set(epoch)) for epoch in epochs] == [n_cells] * len(epochs) and len(epochs) >= 2
+    assert len(epochs) == 2 or not finite
+    assert epochs[0] != epochs[1] or source == "rows"  # which nobody shuffles
+    lengths = np.diff(tokenizer.encode_cells(store.__getitems__(np.arange(len(store)))).indptr)
+    for batch in seen.batches:
+        of = lengths[batch]
+        if order == "budget":
+            assert len(batch) * of.max() <= 300
+        elif order == "packed":
+            assert of.sum() <= 200
+        else:
+            assert len(batch) <= 8
+    if order == "grouped":
+        of_an_epoch = seen.batches[: len(seen.batches) // len(epochs)]
+        shuffled = np.random.default_rng(0).permutation(epochs[0])
+        at_random = [shuffled[i : i + 8].tolist() for i in range(0, n_cells, 8)]
+        assert padding_share(lengths, of_an_epoch) < 0.75 * padding_share(lengths, at_random)
+
+
+@pytest.mark.parametrize(
+    ("source", "order"),
+    [("files", "random"), ("rows", "random"), ("files", "grouped"), ("files", "packed"), ("rows", "budget")],
+)
+def test_a_stream_is_resumed_anywhere(store, adata, tokenizer, tmp_path, source, order):
+    settings = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2, "warmup_steps": 2}
+    if source == "rows" or order == "packed":
+        settings["max_steps"] = 12
+
+    def trainer(**changes):
+        cells = as_source(source, store, adata, tokenizer)
+        return make_trainer(tmp_path, cells, tokenizer, order, **{**settings, **changes})
+
+    whole = trainer()
+    seen = SeenCells(whole)
+    whole.train()
+    expected = losses(whole)
+    assert len(expected) >= 8 and len(set(expected)) == len(expected)
+    assert sum(map(len, seen.batches)) > 70  # into the second epoch
+    for step, n_workers in [(1, 0), (5, 2), (len(expected) - 1, 0)]:
+        again = trainer(save_strategy="no", dataloader_num_workers=n_workers)
+        seen = SeenCells(again)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert losses(again) == expected, step
+    mark = json.loads((tmp_path / "checkpoint-5" / "stream_mark.json").read_text())
+    assert mark["next"] == 10
+    if order == "random":  # elsewhere the epoch is one window
+        assert mark["state"]["stream"] is not None  # what was used is not read again
+
+
+def test_streams_that_cannot_be_divided_are_refused(store, adata, tokenizer, tmp_path):
+    rows = as_source("rows", store, adata, tokenizer)
+    with pytest.raises(ValueError, match="max_steps"):
+        make_trainer(tmp_path, rows, tokenizer).train()
+    cells = as_source("files", store, adata, tokenizer)
+    with pytest.raises(ValueError, match="give max_steps"):
+        make_trainer(tmp_path, cells, tokenizer, "budget").train()
+    with pytest.raises(ValueError, match="not cut before its end"):
+        make_trainer(tmp_path, cells, tokenizer, dataloader_drop_last=True).train()
+    with pytest.raises(ValueError, match="give it the tokenizer"):
+        make_trainer(tmp_path, IterableAnnDataset(adata), tokenizer).train()
+    part = IterableAnnDataset(adata, tokenizer, rank=0, world_size=2)
+    with pytest.raises(ValueError, match="leave rank and world_size"):
+        make_trainer(tmp_path, part, tokenizer).train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["store", "dataset", "files", "rows"])
+def test_ten_stops_in_two_epochs(store, adata, tokenizer, tmp_path, source):
+    settings = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 6}
+    if source == "rows":
+        settings["max_steps"] = 20
+    whole = make_trainer(tmp_path, as_source(source, store, adata, tokenizer), tokenizer, **settings)
+    whole.train()
+    expected = losses(whole)
+    assert len(expected) == 20
+    for step in range(1, 20, 2):
+        for n_workers in (0, 2):
+            again = make_trainer(
+                tmp_path,
+                as_source(source, store, adata, tokenizer),
+                tokenizer,
+                **{**settings, "save_strategy": "no", "dataloader_num_workers": n_workers},
+            )
+            again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+            assert losses(again) == expected, (step, n_workers)
 
 
 def test_evaluation_and_prediction_go_by_the_order_of_the_data(store, tokenizer, tmp_path):
@@ -269,12 +385,12 @@ def finished(process) -> str:
     return printed
 
 
-@pytest.mark.parametrize("order", ["grouped", "packed"])
+@pytest.mark.parametrize("order", ["grouped", "packed", "stream"])
 def test_two_processes_share_an_epoch_and_learn_what_one_does(store, tmp_path, order):
     two = run_script(store, tmp_path / "two", 2, order=order, epochs=3, accumulation=1)
     one = run_script(store, tmp_path / "one", 1, order=order, epochs=3, accumulation=2)
     finished(two), finished(one)
-    filled = np.flatnonzero(store.lengths > 0).tolist()
+    cells = np.flatnonzero(store.lengths > (-1 if order == "stream" else 0)).tolist()
     ranks = [json.loads((tmp_path / "two" / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
     assert [rank["world_size"] for rank in ranks] == [2, 2]
     n_steps = {len(rank["batches"]) for rank in ranks}
@@ -282,7 +398,7 @@ def test_two_processes_share_an_epoch_and_learn_what_one_does(store, tmp_path, o
     for epoch in range(3):
         part = slice(epoch * steps // 3, (epoch + 1) * steps // 3)
         seen = sum((sum(rank["batches"][part], []) for rank in ranks), [])
-        assert sorted(seen) == filled
+        assert sorted(seen) == cells
     alone = json.loads((tmp_path / "one" / "seen-0.json").read_text())
     assert alone["world_size"] == 1
     np.testing.assert_allclose(ranks[0]["losses"], alone["losses"], atol=1e-5, rtol=0)

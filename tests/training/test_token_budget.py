@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from stformer_hf import IterableAnnDataset
 from stformer_hf.training.length_sampler import LengthGroupedSampler, padding_share
 from stformer_hf.training.samplers import BlockShuffleSampler
-from stformer_hf.training.token_budget import TokenBudgetBatchSampler, TokenBudgetBuffer, cut_batches
+from stformer_hf.training.stream_batches import TokenBudgetBuffer
+from stformer_hf.training.token_budget import TokenBudgetBatchSampler, cut_batches
 
 BUDGET = 30
 LENGTHS = (
@@ -499,7 +500,7 @@ def test_workers_divide_a_stream(adata, tokenizer):
         buffer.set_epoch(2)
         buffer.load_state_dict(buffer.state_dict())
         with pytest.raises(RuntimeError, match="num_workers=0"):
-            next(iter(DataLoader(buffer, batch_size=None, num_workers=1, collate_fn=ids)))
+            next(iter(DataLoader(buffer, batch_size=None, num_workers=2, collate_fn=lambda batch: batch)))
 
 
 def test_streams_that_cannot_be_batched_raise(adata):

@@ -7,12 +7,20 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from stformer_hf import CellStore, GeneBertConfig, GeneBertForPhenotypicMLM, GeneTokenizer, STFormerPretrainer
+from stformer_hf import (
+    CellStore,
+    GeneBertConfig,
+    GeneBertForPhenotypicMLM,
+    GeneTokenizer,
+    IterableAnnDataset,
+    STFormerPretrainer,
+)
 
 ORDERS = {
     "random": ({}, {}),
     "grouped": ({"train_sampling_strategy": "group_by_length"}, {}),
     "packed": ({}, {"max_tokens_per_batch": 200, "packing": True}),
+    "stream": ({}, {}),
 }
 
 
@@ -47,8 +55,10 @@ def main() -> None:
         use_cpu=True,
         **sampling,
     )
+    stream = settings["order"] == "stream"
+    cells = IterableAnnDataset(store, tokenizer, shuffle=True, buffer_size=16) if stream else store
     trainer = STFormerPretrainer(
-        arguments, store, model=GeneBertForPhenotypicMLM(config), processing_class=tokenizer, **own
+        arguments, cells, model=GeneBertForPhenotypicMLM(config), processing_class=tokenizer, **own
     )
     batches, collator = [], trainer.data_collator
     read = collator._tokens

@@ -1,0 +1,523 @@
+"""PerturbGene's command line: its arguments read and checked, and a run of this package made of them.
+
+accelerate launch -m stformer_hf.cli.parse_args \
+    --bin_edges 0.1 --pretrained_model_path distilbert_base.json --max_length 1024 --num_top_genes 58604 \
+    --vocab_path phenotypic_tokens_map.json --included_phenotypes cell_type tissue --output_dir model \
+    --eval_data_paths cells_47.h5ad --per_device_eval_batch_size 64 \
+    mlm --gene_mask_prob 0.15 --phenotype_mask_prob 0.5 --train_data_paths 'cells_{0..43}.h5ad' \
+    --num_hidden_layers 12 --num_attention_heads 12 --num_train_epochs 10 --per_device_train_batch_size 32 \
+    --learning_rate 1e-4 --weight_decay 5e-2 --warmup_ratio 0.1 --save_steps 8000 --eval_steps 1000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import closest
+
+if TYPE_CHECKING:
+    from .finetune import FinetuneArguments
+    from .pretrain import PretrainArguments
+
+logger = logging.getLogger(__name__)
+
+_RANGE = re.compile(r"(?:(-?\d+)\.\.(-?\d+)|([a-zA-Z])\.\.([a-zA-Z]))(?:\.\.(-?\d+))?")
+
+
+class BaseConfig(argparse.Namespace):
+    """PerturbGene's arguments, under their own names, checked; braces in paths are expanded.
+
+    Attributes
+    ----------
+    subcommand : {"mlm", "cls"} or None
+    bin_edges : list of float, or dict of gene to list of float
+        Those of `--bin_edges`, or of the file `--bin_edges_path`.
+    eval_data_paths : list of str
+        Files.
+    included_phenotypes : list of str
+        Categories of the vocabulary.
+    max_length, num_top_genes, vocab_path, output_dir, … :
+        As given.
+    """
+
+    def check(self) -> None:
+        """Check what belongs together, and expand the paths.
+
+        Raises
+        ------
+        ValueError
+            Arguments that contradict each other or the vocabulary.
+        FileNotFoundError
+            A file that is not there.
+        """
+        if (self.bin_edges is None) == (self.bin_edges_path is None):
+            raise ValueError("Give one of --bin_edges and --bin_edges_path.")
+        if (self.pretrained_model_path is None) == (self.model_arch is None):
+            raise ValueError("Give one of --pretrained_model_path and --model_arch.")
+        for flag in ("bin_edges_path", "vocab_path", "pretrained_model_path"):
+            path = getattr(self, flag)
+            if path is not None and not Path(path).exists():
+                raise FileNotFoundError(f"--{flag}: no such file: {path}")
+        if self.bin_edges_path is not None:
+            self.bin_edges = _read_json("bin_edges_path", self.bin_edges_path)
+        elif min(self.bin_edges) < 0:
+            raise ValueError(f"--bin_edges {min(self.bin_edges)}: no count is below 0, and no edge may be.")
+        self.included_phenotypes = self.included_phenotypes or []
+        vocabulary = _read_json("vocab_path", self.vocab_path)
+        for name in self.included_phenotypes:
+            _check_known("--included_phenotypes", name, vocabulary, self.vocab_path)
+        most = self.num_top_genes + 2 + len(self.included_phenotypes)
+        if self.max_length > most:
+            raise ValueError(
+                f"--max_length {self.max_length}: a cell has at most {most} tokens, [CLS], [EOS], "
+                f"{len(self.included_phenotypes)} phenotypes and --num_top_genes {self.num_top_genes}."
+            )
+        self.eval_data_paths = _files("eval_data_paths", self.eval_data_paths)
+
+
+class TrainConfig(BaseConfig):
+    """What `mlm` and `cls` share: `train_data_paths`, the size of the model, the training."""
+
+    def check(self) -> None:
+        """See `BaseConfig.check`; no file may be in training and in evaluation."""
+        super().check()
+        self.train_data_paths = _files("train_data_paths", self.train_data_paths)
+        both = {Path(path).resolve() for path in self.train_data_paths} & {
+            Path(path).resolve() for path in self.eval_data_paths
+        }
+        if both:
+            raise ValueError(f"{sorted(both)[0]} is in --train_data_paths and in --eval_data_paths.")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"--warmup_ratio {self.warmup_ratio}: a share of the steps, at least 0 and below 1.")
+
+
+class TrainMLMConfig(TrainConfig):
+    """Of `mlm`: `gene_mask_prob` and `phenotype_mask_prob`."""
+
+    def check(self) -> None:
+        """See `TrainConfig.check`."""
+        super().check()
+        for flag in ("gene_mask_prob", "phenotype_mask_prob"):
+            if not 0 <= getattr(self, flag) <= 1:
+                raise ValueError(f"--{flag} {getattr(self, flag)}: a probability is between 0 and 1.")
+
+
+class TrainClassificationConfig(TrainConfig):
+    """Of `cls`: `phenotype_category`, `binary_label`, `balanced_dataset`."""
+
+    def check(self) -> None:
+        """See `TrainConfig.check`."""
+        super().check()
+        vocabulary, category = _read_json("vocab_path", self.vocab_path), self.phenotype_category
+        _check_known("--phenotype_category", category, vocabulary, self.vocab_path)
+        if category in self.included_phenotypes:
+            raise ValueError(f"--phenotype_category {category} is among --included_phenotypes: the answer is given.")
+        if self.binary_label is not None:
+            _check_known("--binary_label", self.binary_label, vocabulary[category], f"{category} of {self.vocab_path}")
+
+
+def parse_args(args: list[str] | None = None) -> BaseConfig:
+    """Read PerturbGene's command line.
+
+    Parameters
+    ----------
+    args : list of str, optional
+        The command line; that of the process by default.
+
+    Returns
+    -------
+    BaseConfig
+        A `TrainMLMConfig` of `mlm`, a `TrainClassificationConfig` of `cls`, else a `BaseConfig`. `run` trains with it;
+        `to_verb` gives the arguments of `stformer-hf pretrain` or `finetune`.
+
+    Raises
+    ------
+    ValueError
+        Arguments that contradict each other or the vocabulary.
+    FileNotFoundError
+        A file that is not there.
+    SystemExit
+        Unknown or missing arguments, or `--help`.
+
+    Notes
+    -----
+    PerturbGene: `configs.py` and `main.py`. Other than there, weights at `pretrained_model_path` are loaded, not their
+    configuration alone; edges may differ by gene; any category of the vocabulary may be classified; a file may not be
+    in training and evaluation at once. `shard_size` is not needed (files are counted), and attention is torch's own
+    without `use_flash_attn`.
+    """
+    config = _parser().parse_args(args)
+    kinds = {None: BaseConfig, "mlm": TrainMLMConfig, "cls": TrainClassificationConfig}
+    config = kinds[config.subcommand](**vars(config))
+    config.check()
+    return config
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m stformer_hf.cli.parse_args",
+        description="PerturbGene's command line. Arguments without a description are those of TrainingArguments.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--bin_edges", nargs="+", type=float, help="edges of the expression bins, for all genes")
+    add("--bin_edges_path", help="JSON file of gene and edges")
+    add("--pretrained_model_path", help="checkpoint to begin from, or JSON file of an architecture")
+    add("--model_arch", choices=["distilbert", "gene_bert"], help="in its place: a new model of DistilBERT's sizes")
+    add("--shard_size", type=int, default=10_000, help="not needed")
+    add("--eval_data_paths", nargs="+", required=True, help="h5ad files, braces allowed: 'cells_{0..3}.h5ad'")
+    add("--max_length", type=int, required=True, help="most tokens a cell")
+    add("--num_top_genes", type=int, required=True, help="use so many columns, the first ones")
+    add("--vocab_path", required=True, help="JSON file of phenotype category and its tokens")
+    add("--included_phenotypes", nargs="*", help="categories in the model's input")
+    add("--use_flash_attn", action="store_true", help="flash attention 2, where it is installed")
+    add("--output_dir", required=True)
+    add("--per_device_eval_batch_size", type=int, required=True)
+    add("--dataloader_num_workers", type=int, default=4)
+    add("--auto_find_batch_size", action="store_true")
+    commands = parser.add_subparsers(dest="subcommand")
+    mlm = commands.add_parser("mlm", description="Train to predict masked genes and phenotypes.", allow_abbrev=False)
+    cls = commands.add_parser("cls", description="Train to classify cells.", allow_abbrev=False)
+    for command in (mlm, cls):
+        add = command.add_argument
+        add("--train_data_paths", nargs="+", required=True, help="h5ad files, braces allowed")
+        add("--num_hidden_layers", type=int, required=True)
+        add("--num_attention_heads", type=int, required=True)
+        add("--num_train_epochs", type=int, required=True)
+        add("--per_device_train_batch_size", type=int, required=True)
+        add("--gradient_accumulation_steps", type=int, default=1)
+        add("--learning_rate", type=float, required=True)
+        add("--weight_decay", type=float, required=True)
+        add("--warmup_ratio", type=float, default=0.0, help="share of the steps")
+        add("--save_steps", type=int, required=True)
+        add("--eval_steps", type=int, required=True)
+    mlm.add_argument("--gene_mask_prob", type=float, required=True, help="share of the genes to mask")
+    mlm.add_argument("--phenotype_mask_prob", type=float, required=True, help="share of the phenotypes to mask")
+    cls.add_argument("--phenotype_category", required=True, help="column of obs to predict")
+    cls.add_argument("--binary_label", help="a token of this category, such as '[lung]': predict it against the rest")
+    cls.add_argument("--balanced_dataset", action="store_true", help="do not weight the classes by 1 / frequency")
+    return parser
+
+
+def expand_braces(text: str) -> list[str]:
+    """Write out braces as a shell does: `a_{0..2}.h5ad`, `{00..10..5}`, `{train,test}`, also nested.
+
+    Parameters
+    ----------
+    text : str
+
+    Returns
+    -------
+    list of str
+        At least one.
+
+    Raises
+    ------
+    ValueError
+        A brace without its other half.
+    """
+    start = text.find("{")
+    if start < 0:
+        if "}" in text:
+            raise ValueError(f"{text}: a brace without its other half.")
+        return [text]
+    depth, cuts = 0, [start]
+    for end, letter in enumerate(text[start:], start):
+        depth += (letter == "{") - (letter == "}")
+        if letter == "," and depth == 1:
+            cuts.append(end)
+        if depth == 0:
+            break
+    else:
+        raise ValueError(f"{text}: a brace without its other half.")
+    cuts.append(end)
+    inside = [text[a + 1 : b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    if len(inside) > 1:
+        choices = [choice for part in inside for choice in expand_braces(part)]
+    elif found := _RANGE.fullmatch(inside[0]):
+        choices = _range(*found.groups())
+    else:
+        choices = ["{" + choice + "}" for choice in expand_braces(inside[0])]
+    return [text[:start] + choice + rest for choice in choices for rest in expand_braces(text[end + 1 :])]
+
+
+def _range(first: str, last: str, letter: str, last_letter: str, step: str | None) -> list[str]:
+    a, b = (ord(letter), ord(last_letter)) if letter else (int(first), int(last))
+    by = abs(int(step or 1)) or 1
+    numbers = range(a, b + 1, by) if a <= b else range(a, b - 1, -by)
+    if letter:
+        return [chr(number) for number in numbers]
+    padded = any(re.fullmatch(r"-?0\d+", end) for end in (first, last))
+    width = max(len(first), len(last)) if padded else 0
+    return [f"{number:0{width}d}" for number in numbers]
+
+
+def _files(flag: str, patterns: list[str]) -> list[str]:
+    """Expand the braces of paths, and see that they are files that are read here."""
+    from ..data.formats import expand
+
+    found = [path for pattern in patterns for path in expand_braces(pattern)]
+    missing = [path for path in found if not Path(path).exists()]
+    if missing:
+        raise FileNotFoundError(f"--{flag}: {len(missing)} of {len(found)} files are not there, such as {missing[0]}.")
+    if any(path.endswith(".json") for path in found):
+        raise ValueError(f"--{flag}: tokenized .json files of PerturbGene are not read; name the h5ad files.")
+    return [str(path) for path in expand(found)]
+
+
+def _read_json(flag: str, path: str) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--{flag} {path} is no JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--{flag} {path}: a JSON file of names and lists is needed.")
+    return content
+
+
+def _check_known(flag: str, name: str, known, where: str) -> None:
+    if name not in known:
+        raise ValueError(f"{flag} {name}: {where} has {', '.join(known)}{closest(name, known)}.")
+
+
+# ---------------------------------------------------------------------- the run
+
+
+def run(config: BaseConfig) -> dict[str, float]:
+    """Train with PerturbGene's arguments; returns the figures of the run.
+
+    The checkpoint is in `config.output_dir`; what training began from in its folder `initial`, the cells in `store`.
+
+    Raises
+    ------
+    ValueError
+        Neither `mlm` nor `cls`; weights that do not fit.
+    FileExistsError
+        There is a model in the folder.
+    """
+    from accelerate import PartialState
+
+    from . import finetune, pretrain
+
+    args, training = to_verb(config)
+    state = PartialState()
+    if state.is_main_process and Path(args.model).exists():
+        raise FileExistsError(f"{args.model} exists. Choose another --output_dir.")
+    with state.main_process_first():
+        if state.is_main_process:
+            make_initial_model(config)
+            if config.subcommand == "cls" and config.binary_label is not None:
+                _one_against_rest(config, config.train_data_paths, args.data[0])
+                _one_against_rest(config, config.eval_data_paths, args.eval_data[0])
+    return (pretrain if config.subcommand == "mlm" else finetune).run(args, training)
+
+
+def to_verb(config: BaseConfig) -> tuple[PretrainArguments | FinetuneArguments, dict[str, Any]]:
+    """Give the arguments of `stformer-hf pretrain` (of `mlm`) or `finetune` (of `cls`), and the training arguments.
+
+    Their model is OUTPUT_DIR/initial, which `make_initial_model` makes.
+
+    Raises
+    ------
+    ValueError
+        Neither `mlm` nor `cls`.
+    """
+    from . import finetune, pretrain
+
+    output = Path(config.output_dir)
+    same = {"output": str(output), "model": str(output / "initial"), "eval_data": config.eval_data_paths}
+    if config.subcommand == "mlm":
+        args = pretrain.PretrainArguments(
+            data=config.train_data_paths,
+            mlm_probability=config.gene_mask_prob,
+            phenotype_mask_prob=config.phenotype_mask_prob,
+            **same,
+        )
+        defaults = pretrain.TRAINING_DEFAULTS
+    elif config.subcommand == "cls":
+        args = finetune.FinetuneArguments(
+            data=config.train_data_paths,
+            label=config.phenotype_category,
+            class_weights="none" if config.balanced_dataset else "balanced",
+            label_smoothing=0.0 if config.balanced_dataset else 0.1,
+            **same,
+        )
+        if config.binary_label is not None:
+            args.data, args.eval_data = [str(output / "train_cells")], [str(output / "eval_cells")]
+        defaults = finetune.TRAINING_DEFAULTS
+    else:
+        raise ValueError("A subcommand is needed to train: mlm or cls.")
+    names = (
+        *("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"),
+        *("gradient_accumulation_steps", "learning_rate", "weight_decay", "save_steps", "eval_steps"),
+        *("dataloader_num_workers", "auto_find_batch_size"),
+    )
+    return args, {
+        **defaults,
+        **{name: getattr(config, name) for name in names},
+        "warmup_steps": config.warmup_ratio,  # below 1: a share
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "save_total_limit": 5,
+        "logging_steps": 50,
+        "logging_first_step": True,
+        "seed": 42,
+    }
+
+
+def make_initial_model(config: TrainConfig) -> Path:
+    """Make the checkpoint that training begins from, tokenizer and all: a new one, or of pretrained weights.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        `pretrained_model_path` may be a JSON file of an architecture (DistilBERT's or GeneBert's names), a folder of
+        PerturbGene's weights, or a checkpoint of this package, which brings its tokenizer.
+
+    Returns
+    -------
+    Path
+        OUTPUT_DIR/initial.
+
+    Raises
+    ------
+    ValueError
+        Weights that do not fit the vocabulary, the genes or the size.
+    """
+    from transformers import AutoModel, AutoTokenizer, set_seed
+
+    from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
+    from ..models.gene_bert.legacy_weights import convert_perturbgene_checkpoint
+    from ..models.gene_bert.modeling_gene_bert import GeneBertForPhenotypicMLM
+
+    if config.use_flash_attn:
+        logger.warning("--use_flash_attn: torch's own attention is used, which has flash attention built in.")
+    folder = Path(config.output_dir) / "initial"
+    pretrained = None if config.pretrained_model_path is None else Path(config.pretrained_model_path)
+    size = {"num_hidden_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads}
+    set_seed(42)
+    if pretrained is not None and (pretrained / "gene_vocabulary.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(pretrained)
+        _check_size(AutoModel.from_pretrained(pretrained).config, size, pretrained)
+        tokenizer.included_phenotypes = config.included_phenotypes
+        of_task = GeneBertForPhenotypicMLM if config.subcommand == "mlm" else AutoModel
+        model = of_task.from_pretrained(pretrained)
+    else:
+        tokenizer = _make_tokenizer(config)
+        file = pretrained if pretrained is None or pretrained.suffix == ".json" else pretrained / "config.json"
+        fields = _architecture(file) if file is not None and file.is_file() else {}
+        fields |= {**size, "label_smoothing": 0.5 if config.subcommand == "mlm" else 0.0}
+        model_config = GeneBertConfig.from_tokenizer(tokenizer, size="base", **fields)
+        if file == pretrained:
+            model = GeneBertForPhenotypicMLM(model_config)
+        else:
+            model = convert_perturbgene_checkpoint(pretrained, model_config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _check_size(found, wanted: dict[str, int], path: Path) -> None:
+    for name, value in wanted.items():
+        if getattr(found, name) != value:
+            raise ValueError(f"--{name} {value}: the weights at {path} are of {getattr(found, name)}.")
+
+
+def _make_tokenizer(config: TrainConfig):
+    """Make a tokenizer of the vocabulary and of the first `num_top_genes` genes of the training files."""
+    from ..data.sources import open_source
+    from ..genes.unite import unite
+    from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+
+    sources = [open_source(path) for path in config.train_data_paths]
+    genes = unite([source.genes for source in sources], [source.name for source in sources]).genes
+    for source in sources:
+        source.matrix.close()
+    gene_ids = list(genes.gene_ids)
+    return GeneTokenizer.from_perturbgene(
+        config.vocab_path,
+        config.bin_edges,
+        gene_ids[: config.num_top_genes],
+        included_phenotypes=config.included_phenotypes,
+        symbols=genes,
+        max_length=config.max_length,
+        min_coverage=0.0 if config.num_top_genes < len(gene_ids) else None,
+    )
+
+
+# DistilBERT's names of what GeneBertConfig names otherwise.
+_ARCHITECTURE = {
+    "dim": "hidden_size",
+    "hidden_dim": "intermediate_size",
+    "activation": "hidden_act",
+    "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+    "seq_classif_dropout": "classifier_dropout",
+}
+
+
+def _architecture(file: Path) -> dict[str, Any]:
+    """Read the shape of a model from its configuration; what else is in it belongs to other vocabularies."""
+    saved = _read_json("pretrained_model_path", str(file))
+    fields = {_ARCHITECTURE.get(name, name): value for name, value in saved.items() if value is not None}
+    known = {*_ARCHITECTURE.values(), "initializer_range", "layer_norm_eps"}
+    return {name: value for name, value in fields.items() if name in known}
+
+
+def _one_against_rest(config: TrainClassificationConfig, files: list[str], folder: str) -> None:
+    """Build a store whose labels are `binary_label` and `other`."""
+    import numpy as np
+    import pandas as pd
+    from anndata import read_h5ad
+
+    from ..data.cell_store import CellStore
+    from ..models.gene_bert.gene_vocabulary import phenotype_token
+
+    name, wanted = config.phenotype_category, config.binary_label
+    cells = []
+    for file in files:
+        adata = read_h5ad(file, backed="r")
+        if name not in adata.obs:
+            raise ValueError(f"{file} has no obs column {name!r}; it has {', '.join(adata.obs)}.")
+        labels = adata.obs[name]
+        is_it = labels.astype(str).map(phenotype_token) == wanted
+        classes = pd.Series(np.where(is_it, wanted[1:-1], "other"), index=labels.index).where(labels.notna())
+        adata.obs[name] = pd.Categorical(classes, categories=["other", wanted[1:-1]])
+        cells.append(adata)
+    CellStore.build(folder, cells, obs=[name, *config.included_phenotypes])
+    for adata in cells:
+        adata.file.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read PerturbGene's command line, train, print the figures; returns the exit status."""
+    from . import guarded
+    from .runs import print_figures
+
+    def train() -> None:
+        config = parse_args(argv)
+        print_figures(config.output_dir, run(config))
+
+    return guarded("stformer_hf.cli.parse_args", train)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
+
+
+__all__ = [
+    "BaseConfig",
+    "TrainClassificationConfig",
+    "TrainConfig",
+    "TrainMLMConfig",
+    "expand_braces",
+    "make_initial_model",
+    "parse_args",
+    "run",
+    "to_verb",
+]

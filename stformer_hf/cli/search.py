@@ -1,0 +1,164 @@
+"""Search the settings of a pretraining: sizes of the model, training arguments, mask rates.
+
+stformer-hf search --config recipes/search_tiny.yaml --data cells.h5ad --output search
+stformer-hf pretrain --config search/best.yaml --output model
+
+Keys are those of pretrain, fixed in all trials, and `space`: a mapping of names to {low: 1, high: 4}, to
+{low: 1.0e-4, high: 1.0e-2, log: true} or to {choices: [64, 128]}. A search that was interrupted goes on with the same
+command. OUTPUT gets best.yaml, trials.csv, trials.png and study.db; trials leave no checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import parse
+from .pretrain import TRAINING_DEFAULTS, PretrainArguments
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ..training.search_space import SearchSpace
+
+# Keys that do not change the scores, or are told apart: a study goes on where they differ.
+_FREE = ("output", "overwrite", "space", "trials", "metric", "direction", "backend", "pruner", "sampler_seed")
+_FREE_TRAINING = ("logging_", "save_", "dataloader_", "report_to", "disable_tqdm", "run_name")
+
+
+@dataclass
+class SearchArguments(PretrainArguments):
+    """Flags of `search`."""
+
+    output: str = field(default=MISSING, metadata={"help": "folder for the study and its results"})
+    overwrite: bool = field(default=False, metadata={"help": "begin anew where a search is in OUTPUT"})
+    space: dict | None = field(default=None, metadata={"help": "names, and what they may be (see above)"})
+    trials: int = field(default=8, metadata={"help": "in all, with those that are done and those that are pruned"})
+    metric: str = field(default="eval_loss", metadata={"help": "of the evaluation, such as eval_genes_accuracy"})
+    direction: str = field(default="minimize", metadata={"help": "minimize or maximize"})
+    backend: str = field(default="optuna", metadata={"help": "optuna, or ray (trials side by side, no going on)"})
+    pruner: str = field(
+        default="median", metadata={"help": "ends trials early, after an evaluation: median, hyperband or none"}
+    )
+    sampler_seed: int = field(default=0, metadata={"help": "of the values that are drawn"})
+
+
+def main(argv: list[str]) -> None:
+    """Parse and run."""
+    args, training = parse(argv, SearchArguments, verb="search", description=__doc__, training=TRAINING_DEFAULTS)
+    best = run(args, training)
+    print(
+        f"{args.output}: trial {best['trial']} is the best, with {args.metric} {best['score']:.4f}. Pretrain with it:"
+    )
+    print(f"stformer-hf pretrain --config {Path(args.output) / 'best.yaml'} --output MODEL")
+
+
+def run(args: SearchArguments, training: dict[str, Any]) -> pd.Series:
+    """Search and write the results; returns the row of the best trial."""
+    from importlib.util import find_spec
+
+    from ..training.search_space import SearchSpace, TrialModel
+
+    for module, extra in (("optuna", "search"), ("ray", "ray")):
+        if args.backend == module and find_spec(module) is None:
+            raise ImportError(f'backend "{module}" needs {module}: pip install "stformer_hf[{extra}]"')
+    if not args.space:
+        raise ValueError("search needs a space: names, and what they may be, as in recipes/search_tiny.yaml.")
+    space = SearchSpace(args.space)
+    if args.model and space.model:
+        raise ValueError(f"space: {', '.join(space.model)}: of a new model only; the one at {args.model} has its own.")
+    space.check_models(lambda **values: _config(args, values))
+
+    from ..training.search import best_of, read_trials, search
+    from .pretrain import make_model, make_trainer, prepare
+    from .runs import training_arguments
+
+    output = Path(args.output)
+    given = _settings(args, training)
+    # The store that an interrupted search has built.
+    store, goes_on = output / "store", (output / "study.db").exists() and not args.overwrite
+    if goes_on and (store / "manifest.json").exists():
+        args.data = [str(store)]
+    arguments = training_arguments(output, training, args.overwrite)
+    prepared = prepare(args, arguments)
+    if (store / "manifest.json").exists():
+        args.data = [str(store)]
+    model_init = TrialModel(space, lambda **values: make_model(args, prepared.tokenizer, **values))
+    trainer = make_trainer(args, arguments, prepared, model_init=model_init)
+    try:
+        table = search(
+            trainer,
+            space,
+            output,
+            trials=args.trials,
+            metric=args.metric,
+            direction=args.direction,
+            backend=args.backend,
+            pruner=args.pruner,
+            sampler_seed=args.sampler_seed,
+            settings=given,
+            overwrite=args.overwrite,
+        )
+    except (KeyboardInterrupt, SystemExit):
+        if args.backend == "optuna":
+            n_done = len(read_trials(output, space))
+            print(f"{n_done} of {args.trials} trials are done; the same command goes on with the others.")
+        raise
+    table.to_csv(output / "trials.csv", index=False)
+    best = best_of(table, args.direction)
+    _write_best(output / "best.yaml", args, training, space, best, len(table))
+    if find_spec("matplotlib") is None:
+        print('(no trials.png without matplotlib: pip install "stformer_hf[plots]")')
+        return best
+    from ..training.search_plot import plot_trials
+
+    plot_trials(table, space, output / "trials.png", metric=args.metric, direction=args.direction)
+    return best
+
+
+def _config(args: SearchArguments, values: dict[str, Any]) -> None:
+    """Make a configuration without data, to see whether it can be."""
+    from ..models.gene_bert.configuration_gene_bert import SIZES, GeneBertConfig
+
+    values = {"size": args.size, **(args.model_config or {}), **values}
+    size = values.pop("size")
+    if size not in SIZES:
+        raise ValueError(f"size is one of {', '.join(SIZES)}, got {size!r}.")
+    layers, heads, hidden, intermediate, _ = SIZES[size]
+    sizes = {
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+    }
+    GeneBertConfig(**{**sizes, **values})
+
+
+def _settings(args: SearchArguments, training: dict[str, Any]) -> dict[str, Any]:
+    """Give the fixed settings that scores depend on."""
+    own = {option.name: getattr(args, option.name) for option in fields(args) if option.name not in _FREE}
+    return own | {key: value for key, value in training.items() if not key.startswith(_FREE_TRAINING)}
+
+
+def _write_best(
+    path: Path, args: SearchArguments, training: dict[str, Any], space: SearchSpace, best: pd.Series, n_trials: int
+) -> None:
+    """Write the settings of the best trial as a config of `pretrain`."""
+    import yaml
+
+    keys: dict[str, Any] = {}
+    for option in fields(PretrainArguments):
+        value = getattr(args, option.name)
+        if option.name not in ("output", "overwrite") and value != option.default:
+            keys[option.name] = value
+    keys |= training
+    for name in space:
+        value = best[name].item() if hasattr(best[name], "item") else best[name]
+        if name in space.model and name not in ("size", "label_smoothing"):
+            keys["model_config"] = {**keys.get("model_config", {}), name: value}
+        else:
+            keys[name] = value
+    head = f"# Trial {best['trial']} of {n_trials}: {args.metric} {best['score']:.6g}, the best ({args.direction}d).\n"
+    use = f"#   stformer-hf pretrain --config {path} --output model\n"
+    path.write_text(head + use + yaml.safe_dump(keys, sort_keys=False), encoding="utf-8")

@@ -1,0 +1,216 @@
+"""Whether a model reads the cell: what its masked genes cost in their own context, and in that of another cell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .batches import IGNORE, CellCollator, read_tokens
+from .gene_baselines import masked_genes, open_rows, read_rows
+
+
+def context_swap(
+    model: nn.Module,
+    held_out: Any,
+    collator: CellCollator,
+    *,
+    batch_size: int = 16,
+    max_cells: int | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Score masked genes in their own context, and in the context of another cell.
+
+    Masked positions, their labels and what stands around the genes (`[CLS]`, phenotypes, `[EOS]`) are the same in
+    both; only the visible genes differ. A model that ignores them has a gap of 0.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Of masked tokens; it is in evaluation mode meanwhile.
+    held_out : CellStore, datasets.Dataset with `input_ids`, or Subset of one
+        At least two cells.
+    collator : DataCollatorForGeneRankMLM or DataCollatorForPhenotypicMLM
+        Tokenizes and masks, as at every evaluation.
+    batch_size : int, default: 16
+        Cells a batch; a cell's partner is of the same batch.
+    max_cells : int, optional
+        Score a random subset of so many cells, where there are more.
+    seed : int, default: 0
+        Of the subset and of the batches.
+
+    Returns
+    -------
+    dict of str to float
+        `own_context_nll` and `swapped_context_nll`, mean negative log likelihood in nats at the same positions;
+        `context_swap_gap`, the second less the first. Empty where no position can be scored: with one bin edge all
+        visible bins are alike, and there is nothing to swap.
+
+    Raises
+    ------
+    ValueError
+        Fewer than two cells; a stream.
+
+    Notes
+    -----
+    Cells are batched at random; in a batch, cells of like length are partners.
+
+    Ranks: at each rank where both cells have a gene, the visible gene becomes the partner's (as it is before masking).
+    Ranks beyond are attended to in neither. Not scored: genes that the partner shows, for a model that has learnt that
+    a gene comes once would lose there without reading more; and ranks beyond. What is left are genes that the partner
+    lacks or has masked, so that the figures are not those of an evaluation. Since neighbours in rank bracket the
+    median of a gene, a gap proves that the model reads its context, not that it has learnt more than the medians: see
+    B3 of `masked_gene_baselines`.
+
+    Bins: the visible genes stay, and get the bins that the partner has them in. Genes that the partner does not
+    express, or lost to truncation, are attended to in neither: `bin_0` is never shown.
+    """
+    collator, held_out = collator.for_evaluation(), open_rows(held_out)
+    if len(held_out) < 2:
+        raise ValueError(f"A context swap needs two cells, and there are {len(held_out)}.")
+    if collator.tokenizer.scheme == "binned" and collator.tokenizer.n_bins < 3:
+        return {}
+    batch_size = max(batch_size, 2)
+    rows = np.random.default_rng(seed).permutation(len(held_out))[:max_cells]
+    if len(rows) % batch_size == 1 and len(rows) > 1:
+        rows = rows[:-1]  # a cell without a partner
+    swap = _swap_ranks if collator.tokenizer.scheme == "rank" else _swap_bins
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        totals = np.zeros(3)
+        for examples in read_rows(held_out, rows, batch_size, "context swap"):
+            totals += _score(model, *_own_and_swapped(examples, collator, swap), device)
+    finally:
+        model.train(training)
+    if not totals[2]:
+        return {}
+    own, swapped = (totals[:2] / totals[2]).tolist()
+    return {"own_context_nll": own, "swapped_context_nll": swapped, "context_swap_gap": swapped - own}
+
+
+def masked_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Negative log likelihood of labels, in nats.
+
+    Parameters
+    ----------
+    logits : Tensor (n, length, V), or (k, V)
+        Of all positions, or of the labelled ones in row-major order.
+    labels : LongTensor (n, length)
+        -100 where there is none.
+
+    Returns
+    -------
+    float32 Tensor (k,)
+        Of the k labelled positions, in row-major order.
+    """
+    labelled = labels != IGNORE
+    if logits.ndim == 3:
+        logits = logits[labelled]
+    return nn.functional.cross_entropy(logits.float(), labels[labelled], reduction="none")
+
+
+@torch.no_grad()
+def _score(model: nn.Module, own: dict, swapped: dict, device: torch.device) -> np.ndarray:
+    """Sum the losses of both contexts, and count the positions: float64 array (3,)."""
+    sums = []
+    for batch in (own, swapped):
+        batch = {name: torch.from_numpy(values).to(device) for name, values in batch.items()}
+        sums.append(masked_nll(model(**batch).logits, batch["labels"]).double().sum().item())
+    return np.array([*sums, np.count_nonzero(own["labels"] != IGNORE)])
+
+
+def _own_and_swapped(examples: Any, collator: CellCollator, swap: Callable) -> tuple[dict, dict]:
+    """Make the two batches of cells."""
+    tokenizer = collator.tokenizer
+    own = {name: tensor.numpy() for name, tensor in collator(examples).items()}
+    tokens = read_tokens(examples, tokenizer, collator.epoch)
+    found = masked_genes(own, tokenizer)
+    own["attention_mask"] = own.get("attention_mask", (own["input_ids"] != tokenizer.pad_token_id).astype(np.int64))
+    # Partners: neighbours by length, two by two; of an odd number the last takes the one before it.
+    order = np.argsort(np.diff(tokens.indptr), kind="stable")
+    partner = np.empty(len(order), np.int64)
+    other = np.arange(len(order)) ^ 1
+    other[other == len(order)] -= 2
+    partner[order] = order[other]
+
+    swapped, attended, scored = swap(own, found, tokens, partner, tokenizer)
+    for batch in (own, swapped):
+        batch["attention_mask"] = own["attention_mask"] & attended
+        batch["labels"] = np.where(scored & attended, own["labels"], IGNORE)
+    return own, swapped
+
+
+def _swap_ranks(own: dict, found, tokens, partner: np.ndarray, tokenizer: Any):
+    """Put the partner's genes into the ranks that both have; a segment is the cell's genes, or its neighbourhood's.
+
+    Returns
+    -------
+    swapped : dict
+        The batch in the other context.
+    attended, scored : bool array (n, length)
+    """
+    ids = own["input_ids"]
+    n_cells, length = ids.shape
+    n_segments = 1 + bool(getattr(tokenizer, "neighborhood", False))
+    n_tokens = tokenizer.vocab_size
+
+    def segments(cells: np.ndarray, types: np.ndarray) -> np.ndarray:
+        offset = tokenizer.gene_token_type_offset if n_segments > 1 else 0
+        return cells * n_segments + (types - offset if n_segments > 1 else 0)
+
+    # Rank of each gene of the batch in its segment. Chosen genes hold a rank, whatever stands there now.
+    gene = tokenizer.get_gene_tokens_mask(ids) | found.scored
+    cells, columns = np.nonzero(gene)
+    types = own.get("token_type_ids", np.zeros_like(ids))
+    of = segments(cells, types[gene])
+    ranks = np.arange(len(of)) - np.searchsorted(of, of)
+    # Genes of all cells before masking, by segment.
+    is_gene = tokenizer.get_gene_tokens_mask(tokens.input_ids)
+    all_cells = np.repeat(np.arange(n_cells), np.diff(tokens.indptr))[is_gene]
+    all_of = segments(all_cells, tokens.token_type_ids[is_gene])
+    starts = np.searchsorted(all_of, np.arange(n_cells * n_segments + 1))
+    theirs = partner[of // n_segments] * n_segments + of % n_segments
+    both = ranks < np.minimum(np.diff(starts)[of], np.diff(starts)[theirs])
+    new = tokens.input_ids[is_gene][np.where(both, starts[theirs] + ranks, 0)]
+
+    attended = np.ones(ids.shape, bool)
+    attended[cells, columns] = both
+    swapped = dict(own, input_ids=ids.copy())
+    change = both & ~found.scored[gene]
+    swapped["input_ids"][cells[change], columns[change]] = new[change]
+    shown = np.unique(of[change] * n_tokens + new[change])
+    scored = np.zeros(ids.shape, bool)
+    scored[gene] = found.scored[gene] & ~np.isin(of * n_tokens + own["labels"][gene], shown)
+    return swapped, attended, scored
+
+
+def _swap_bins(own: dict, found, tokens, partner: np.ndarray, tokenizer: Any):
+    """Give the visible genes the partner's bins; returns as `_swap_ranks`."""
+    n_types = tokenizer.type_vocab_size
+    is_gene = np.flatnonzero(tokenizer.get_gene_tokens_mask(tokens.input_ids))
+    all_cells = np.repeat(np.arange(len(partner)), np.diff(tokens.indptr))[is_gene]
+    keys = all_cells * n_types + tokens.token_type_ids[is_gene]
+    order = np.argsort(keys, kind="stable")
+    keys, is_gene = keys[order], is_gene[order]
+
+    cells, columns = np.nonzero(found.visible)
+    wanted = partner[cells] * n_types + own["token_type_ids"][found.visible]
+    at = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0))
+    there = keys[at] == wanted
+    cells, columns, at = cells[there], columns[there], is_gene[at[there]]
+    attended = ~found.visible
+    attended[cells, columns] = True
+    swapped = dict(own, input_ids=own["input_ids"].copy())
+    swapped["input_ids"][cells, columns] = tokens.input_ids[at]
+    if "expression_values" in own:
+        swapped["expression_values"] = own["expression_values"].copy()
+        swapped["expression_values"][cells, columns] = tokens.expression_values[at]
+    return swapped, attended, found.scored
+
+
+__all__ = ["context_swap", "masked_nll"]

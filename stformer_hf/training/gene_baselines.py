@@ -1,0 +1,378 @@
+"""What a masked gene costs those who do not read the cell: losses beside which a model's loss means something."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset as HuggingFaceDataset
+from scipy.ndimage import convolve1d
+from torch.utils.data import Subset
+from tqdm.auto import tqdm
+
+from .batches import IGNORE, CellCollator, read_tokens
+from .cell_trainer import without_empty_cells
+from .token_rows import TokenRows
+
+logger = logging.getLogger(__name__)
+
+WIDTHS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # of the kernel of B3, in units of ln median
+_STEPS = 10  # ln medians are rounded to the width / 10
+_RADIUS = 5  # widths beyond which the kernel is 0
+_N_NEAREST = 8
+_FLOOR = 0.1  # share of B2 in B3, so that a gene far from its neighbours has a finite loss
+_CELLS_FOR_WIDTH = 256
+_MASKED_CELLS = 20_000  # fewer training cells are masked anew, up to _MOST_MASKS times, for the marginals of bins
+_MOST_MASKS = 8
+
+
+class MaskedGenes(NamedTuple):
+    """Which tokens of a padded batch are scored, and which may be read.
+
+    Attributes
+    ----------
+    scored : bool array (n, length)
+        Gene labels whose token is `[MASK]`. Of ranked genes those chosen that stayed, or became another gene, are not
+        scored: nothing tells a reader of the batch that they are to be predicted.
+    visible : bool array (n, length)
+        Genes that the cell has and the batch shows; random genes that stand in place of others are not among them.
+    """
+
+    scored: np.ndarray
+    visible: np.ndarray
+
+
+def masked_gene_baselines(
+    train: Any,
+    held_out: Any,
+    collator: CellCollator,
+    *,
+    batch_size: int = 64,
+    max_train_cells: int | None = None,
+) -> dict[str, float]:
+    """Mean negative log likelihood, in nats, of the masked genes of held-out cells under simple baselines.
+
+    The positions are those that `collator.for_evaluation()` turns into `[MASK]`, the same at every evaluation of a
+    trainer with this collator; see `MaskedGenes`. Nothing is made dense, and memory is that of a batch.
+
+    Parameters
+    ----------
+    train, held_out : CellStore, datasets.Dataset with `input_ids`, or Subset of one
+        Cells; those without counts are left out.
+    collator : DataCollatorForGeneRankMLM or DataCollatorForPhenotypicMLM
+        Tokenizes and masks.
+    batch_size : int, default: 64
+        Cells to read at a time. It changes no figure.
+    max_train_cells : int, optional
+        Estimate from so many training cells, evenly spread, where there are more.
+
+    Returns
+    -------
+    dict of str to float
+        Of ranks, `b0_nll`: every gene alike, ln V. `b1_nll`: frequency of the gene in the training cells, as
+        (n + 1) / (N + V). `b2_nll`: the same without the genes that the cell shows, renormalised. `b3_nll`: B2
+        weighted by how near a gene's median is to those at the 8 nearest visible ranks, if the tokenizer has medians;
+        `b3_width` is the width that was chosen.
+
+        Of bins, `uniform_nll`: every bin alike. `gene_marginal_nll`: share of the bin among the gene's labels.
+        `cell_marginal_nll`: share of the bin among the bins that the cell shows.
+
+    Raises
+    ------
+    ValueError
+        A cell that has a gene twice; no gene masked; no cells; a stream.
+
+    Notes
+    -----
+    B3 is 0.9 q + 0.1 B2, q(g) proportional to B2(g) * sum over j of exp(-(ln m_g - ln m_j)^2 / (2 width^2)), where j
+    are the 8 visible genes at the nearest ranks (of two at one distance, the stronger first). ln m is rounded to a
+    tenth of the width, and the kernel is 0 beyond 5 widths. The width is the best of `WIDTHS` for masked genes of at
+    most 256 training cells. Rank tokens leak: where counts are equal, ranks are the order of the medians, and B3 reads
+    it without knowing any biology.
+
+    A gene's marginal of bins is (n_gb + p_b) / (n_g + 1), from labels that the collator makes of the training cells,
+    genes swapped in as `bin_0` among them; p_b is the share of the bin among all labels, (n_b + 1) / (N + n_bins).
+    A cell's marginal gives `bin_0`, which no cell shows, p_0, and other bins (1 - p_0) (n_cb + p_b / (1 - p_0)) /
+    (n_c + 1).
+
+    With neighbourhoods, all of it is of the cell's genes, or of its neighbours' genes, apart.
+    """
+    collator = collator.for_evaluation()
+    train, held_out = open_rows(train), open_rows(held_out)
+    rows = _evenly(len(train), max_train_cells)
+    if len(rows) < len(train):
+        logger.warning(f"Baselines are estimated from {len(rows):,} of {len(train):,} training cells.")
+    kind = _RankBaselines if collator.tokenizer.scheme == "rank" else _BinBaselines
+    baselines = kind(collator, train, rows, batch_size)
+    totals, n_scored = {}, 0
+    for examples in read_rows(held_out, np.arange(len(held_out)), batch_size, "baselines"):
+        batch = {name: tensor.numpy() for name, tensor in collator(examples).items()}
+        found = masked_genes(batch, collator.tokenizer)
+        n_scored += np.count_nonzero(found.scored)
+        for name, losses in baselines(batch, found).items():
+            totals[name] = totals.get(name, 0.0) + losses.sum()
+    if not n_scored:
+        raise ValueError(f"None of the genes of {len(held_out)} held-out cells is masked: there is nothing to score.")
+    return {**{name: float(total / n_scored) for name, total in totals.items()}, **baselines.settings}
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def open_rows(dataset: Any) -> Any:
+    """Make a dataset give batches that the collators read; cells without counts are left out.
+
+    Raises
+    ------
+    ValueError
+        A stream, or no cells.
+    """
+    dataset = without_empty_cells(dataset)
+    if isinstance(dataset, Subset) and isinstance(dataset.dataset, HuggingFaceDataset):
+        dataset = dataset.dataset.select(dataset.indices)
+    if isinstance(dataset, HuggingFaceDataset):
+        dataset = TokenRows(dataset)
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ValueError(
+            f"Baselines need cells that can be read by number, and a {type(dataset).__name__} is none: give a "
+            "CellStore or a tokenized datasets.Dataset."
+        )
+    if not len(dataset):
+        raise ValueError("There are no cells to estimate baselines from, or to score.")
+    return dataset
+
+
+def read_rows(dataset: Any, rows: np.ndarray, batch_size: int, desc: str | None = None) -> Iterator[Any]:
+    """Read batches of rows of what `open_rows` gives; with a progress bar, where it has a name."""
+    silent = True if desc is None else None
+    for start in tqdm(range(0, len(rows), batch_size), desc=desc, unit="batch", disable=silent):
+        some = rows[start : start + batch_size].tolist()
+        yield dataset.__getitems__(some) if hasattr(dataset, "__getitems__") else [dataset[row] for row in some]
+
+
+def masked_genes(batch: dict[str, np.ndarray], tokenizer: Any) -> MaskedGenes:
+    """Find the genes to score, and those to read, in a padded batch with `labels`."""
+    ids, labels = batch["input_ids"], batch["labels"]
+    chosen = labels != IGNORE
+    chosen[chosen] = tokenizer.get_gene_tokens_mask(labels[chosen])
+    visible = tokenizer.get_gene_tokens_mask(ids) & (~chosen | (ids == labels))
+    return MaskedGenes(chosen & (ids == tokenizer.mask_token_id), visible)
+
+
+def _evenly(n: int, most: int | None) -> np.ndarray:
+    """Choose at most so many of n rows, evenly spread, ascending."""
+    return np.unique(np.linspace(0, n - 1, n if most is None else min(n, most)).astype(np.int64))
+
+
+# ---------------------------------------------------------------------- ranks
+
+
+class _RankBaselines:
+    """B0 to B3 of masked ranked genes. A segment is the cell's genes, or its neighbourhood's; V genes."""
+
+    def __init__(self, collator: CellCollator, train: Any, rows: np.ndarray, batch_size: int):
+        self.tokenizer = collator.tokenizer
+        tokens = self.tokenizer.gene_token_ids
+        self.gene_of_token = np.full(self.tokenizer.vocab_size, -1)
+        self.gene_of_token[tokens] = np.arange(len(tokens))
+        self.offset = getattr(self.tokenizer, "gene_token_type_offset", 0)
+        self.n_segments = 1 + bool(getattr(self.tokenizer, "neighborhood", False))
+        self.frequency = self._frequencies(train, rows, batch_size)
+        self.medians, self.settings = getattr(self.tokenizer, "medians", None), {}
+        if self.medians is None:
+            return
+        some = rows[_evenly(len(rows), _CELLS_FOR_WIDTH)]
+        kernels = [_Kernel(self.medians, self.frequency, width) for width in WIDTHS]
+        totals = np.zeros(len(WIDTHS))
+        for examples in read_rows(train, some, batch_size):
+            batch = {name: tensor.numpy() for name, tensor in collator(examples).items()}
+            places = self._places(batch, masked_genes(batch, self.tokenizer))
+            totals += [-np.log(self._near(places, kernel)).sum() for kernel in kernels]
+        self.kernel = kernels[int(totals.argmin())]
+        self.settings = {"b3_width": self.kernel.width}
+
+    def _frequencies(self, train: Any, rows: np.ndarray, batch_size: int) -> np.ndarray:
+        """Estimate the frequency of each gene in each segment: float64 array (n_segments, V)."""
+        n_genes = len(self.tokenizer.gene_token_ids)
+        counts = np.zeros(self.n_segments * n_genes)
+        for examples in read_rows(train, rows, batch_size, "frequencies of genes"):
+            tokens = read_tokens(examples, self.tokenizer)
+            gene = self.tokenizer.get_gene_tokens_mask(tokens.input_ids)
+            segments = self._segments(tokens.token_type_ids[gene])
+            counts += np.bincount(segments * n_genes + self._genes(tokens.input_ids[gene]), minlength=len(counts))
+        counts = counts.reshape(self.n_segments, n_genes) + 1
+        return counts / counts.sum(axis=1, keepdims=True)
+
+    def _segments(self, types: np.ndarray) -> np.ndarray:
+        return types - self.offset if self.n_segments > 1 else np.zeros(len(types), np.int64)
+
+    def _genes(self, tokens: np.ndarray) -> np.ndarray:
+        return self.gene_of_token[tokens]
+
+    def __call__(self, batch: dict[str, np.ndarray], found: MaskedGenes) -> dict[str, np.ndarray]:
+        """Give the losses of the scored positions, float64 array (k,), a baseline."""
+        places = self._places(batch, found)
+        losses = {
+            "b0_nll": np.full(len(places.genes), np.log(self.frequency.shape[1])),
+            "b1_nll": -np.log(places.frequency),
+            "b2_nll": -np.log(places.unseen),
+        }
+        if self.medians is not None:
+            losses["b3_nll"] = -np.log(self._near(places, self.kernel))
+        return losses
+
+    def _places(self, batch: dict[str, np.ndarray], found: MaskedGenes) -> _Places:
+        n_genes = self.frequency.shape[1]
+        length = found.scored.shape[1]
+        types = batch.get("token_type_ids", np.zeros_like(batch["input_ids"]))
+
+        def look(mask: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            at = np.flatnonzero(mask)
+            groups = at // max(length, 1) * self.n_segments + self._segments(types.reshape(-1)[at])
+            return at, groups, self._genes(ids.reshape(-1)[at])
+
+        seen_at, seen_groups, seen = look(found.visible, batch["input_ids"])
+        at, groups, genes = look(found.scored, batch["labels"])
+        keys = np.unique(seen_groups * n_genes + seen)
+        if len(keys) < len(seen) or np.isin(groups * n_genes + genes, keys).any():
+            raise ValueError(
+                "A cell has a gene twice, and to leave the visible genes out would then leave the masked one out. "
+                "Baselines need each gene once in a cell, or in its neighbourhood (GeneTokenizer(neighborhood=True) "
+                "tells these apart)."
+            )
+        n_groups = len(found.scored) * self.n_segments
+        seen_frequency = self.frequency[seen_groups % self.n_segments, seen]
+        frequency = self.frequency[groups % self.n_segments, genes]
+        shown = np.bincount(seen_groups, seen_frequency, minlength=n_groups)
+        return _Places(
+            genes, groups, frequency, frequency / (1 - shown)[groups], seen, seen_groups, seen_frequency,
+            _nearest(at, groups, seen_at, seen_groups),
+        )  # fmt: skip
+
+    def _near(self, places: _Places, kernel: _Kernel) -> np.ndarray:
+        """Give B3's probabilities of the scored genes: float64 array (k,)."""
+        n_bins = kernel.unseen.shape[1]
+        n_groups = int(max(places.groups.max(initial=-1), places.seen_groups.max(initial=-1))) + 1
+        # Frequency of the genes that a cell does not show, by their medians; then how much is near each median.
+        seen_bins = kernel.bins[places.seen]
+        known = seen_bins >= 0
+        shown = places.seen_groups[known] * n_bins + seen_bins[known]
+        shown = np.bincount(shown, places.seen_frequency[known], n_groups * n_bins).reshape(n_groups, n_bins)
+        unseen = np.maximum(kernel.unseen[np.arange(n_groups) % self.n_segments] - shown, 0)
+        near = convolve1d(unseen, np.concatenate([kernel.weights[:0:-1], kernel.weights]), axis=1, mode="constant")
+
+        bins, around = kernel.bins[places.genes][:, None], np.full(places.nearest.shape, -1)
+        around[places.nearest >= 0] = seen_bins[places.nearest[places.nearest >= 0]]
+        distance = np.minimum(np.abs(around - bins), len(kernel.weights) - 1)
+        weights = np.where((around >= 0) & (bins >= 0), kernel.weights[distance], 0).sum(axis=1)
+        mass = np.where(around >= 0, near[places.groups[:, None], np.maximum(around, 0)], 0).sum(axis=1)
+        weighted = places.frequency * weights / np.where(mass > 0, mass, 1)
+        return np.where(mass > 0, (1 - _FLOOR) * weighted + _FLOOR * places.unseen, places.unseen)
+
+
+class _Kernel:
+    """A Gaussian on ln median, rounded.
+
+    Attributes
+    ----------
+    width : float
+    bins : int64 array (V,)
+        Of each gene its ln median in tenths of the width, from 0; -1 without a median.
+    weights : float64 array (52,)
+        Of the distances 0, 1, … in bins; the last is 0, of all farther ones.
+    unseen : float64 array (n_segments, n_bins)
+        Frequency of all genes of a bin.
+    """
+
+    def __init__(self, medians: np.ndarray, frequency: np.ndarray, width: float):
+        self.width = width
+        bins = np.rint(np.log(medians) * (_STEPS / width))
+        self.bins = np.where(np.isnan(bins), -1, bins - np.nanmin(bins)).astype(np.int64)
+        n_bins, known = int(self.bins.max()) + 1, self.bins >= 0
+        self.weights = np.append(np.exp(-0.5 * (np.arange(_RADIUS * _STEPS + 1) / _STEPS) ** 2), 0)
+        self.unseen = np.stack([np.bincount(self.bins[known], of[known], n_bins) for of in frequency])
+
+
+class _Places(NamedTuple):
+    """Scored positions (k,) and visible ones (v,) of a batch; a group is a segment of a cell.
+
+    Attributes
+    ----------
+    genes, groups : int64 array (k,)
+    frequency, unseen : float64 array (k,)
+        Probability of the gene under B1 and B2.
+    seen, seen_groups, seen_frequency : arrays (v,)
+        Visible genes, their groups and frequencies.
+    nearest : int64 array (k, 8)
+        Which visible genes are at the nearest ranks; -1 where there are fewer.
+    """
+
+    genes: np.ndarray
+    groups: np.ndarray
+    frequency: np.ndarray
+    unseen: np.ndarray
+    seen: np.ndarray
+    seen_groups: np.ndarray
+    seen_frequency: np.ndarray
+    nearest: np.ndarray
+
+
+def _nearest(at: np.ndarray, groups: np.ndarray, seen_at: np.ndarray, seen_groups: np.ndarray) -> np.ndarray:
+    """Find the visible tokens nearest to each scored one, in its group; positions are ascending."""
+    candidates = np.searchsorted(seen_at, at)[:, None] + np.arange(-_N_NEAREST, _N_NEAREST)
+    inside = (candidates >= 0) & (candidates < len(seen_at))
+    candidates = np.where(inside, candidates, 0)
+    if not len(seen_at):
+        return np.full((len(at), _N_NEAREST), -1)
+    inside &= seen_groups[candidates] == groups[:, None]
+    distance = np.where(inside, np.abs(seen_at[candidates] - at[:, None]), np.iinfo(np.int64).max)
+    order = np.argsort(distance, axis=1, kind="stable")[:, :_N_NEAREST]
+    return np.where(np.take_along_axis(inside, order, 1), np.take_along_axis(candidates, order, 1), -1)
+
+
+# ---------------------------------------------------------------------- bins
+
+
+class _BinBaselines:
+    """Marginals of the bins of masked genes."""
+
+    def __init__(self, collator: CellCollator, train: Any, rows: np.ndarray, batch_size: int):
+        self.tokenizer, self.settings = collator.tokenizer, {}
+        n_genes, n_bins = len(self.tokenizer.genes), self.tokenizer.n_bins
+        counts = np.zeros(n_genes * n_bins)
+        n_masks = int(np.clip(_MASKED_CELLS // len(rows), 1, _MOST_MASKS))
+        other = collator.for_evaluation()
+        for epoch in range(n_masks):
+            other.set_epoch(epoch)
+            for examples in read_rows(train, rows, batch_size, "marginals of bins"):
+                batch = {name: tensor.numpy() for name, tensor in other(examples).items()}
+                genes, bins = self._labels(batch, masked_genes(batch, self.tokenizer).scored)
+                counts += np.bincount(genes * n_bins + bins, minlength=len(counts))
+        counts = counts.reshape(n_genes, n_bins)
+        of_all = counts.sum(axis=0) + 1
+        self.of_all = of_all / of_all.sum()
+        self.of_gene = (counts + self.of_all) / (counts.sum(axis=1, keepdims=True) + 1)
+
+    def _labels(self, batch: dict[str, np.ndarray], scored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        genes = batch["token_type_ids"][scored] - self.tokenizer.gene_token_type_offset
+        return genes, batch["labels"][scored] - self.tokenizer.first_bin_id
+
+    def __call__(self, batch: dict[str, np.ndarray], found: MaskedGenes) -> dict[str, np.ndarray]:
+        """Give the losses of the scored positions, float64 array (k,), a baseline."""
+        n_cells, n_bins = len(found.scored), len(self.of_all)
+        genes, bins = self._labels(batch, found.scored)
+        shown = np.nonzero(found.visible)[0] * n_bins + batch["input_ids"][found.visible]
+        shown = np.bincount(shown - self.tokenizer.first_bin_id, minlength=n_cells * n_bins).reshape(n_cells, n_bins)
+        absent = self.of_all[0]
+        of_cell = (shown + self.of_all / (1 - absent)) / (shown.sum(axis=1, keepdims=True) + 1) * (1 - absent)
+        of_cell[:, 0] = absent
+        return {
+            "uniform_nll": np.full(len(bins), np.log(n_bins)),
+            "gene_marginal_nll": -np.log(self.of_gene[genes, bins]),
+            "cell_marginal_nll": -np.log(of_cell[np.nonzero(found.scored)[0], bins]),
+        }
+
+
+__all__ = ["WIDTHS", "MaskedGenes", "masked_gene_baselines", "masked_genes", "open_rows", "read_rows"]

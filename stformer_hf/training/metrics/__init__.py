@@ -1,0 +1,223 @@
+"""Metrics of classification and of masked tokens, and what hands predictions to them without their logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
+
+if TYPE_CHECKING:
+    from evaluate import EvaluationModule
+    from transformers import EvalPrediction
+
+_IGNORE = -100
+
+
+def classification_metrics(true: Sequence, predicted: Sequence, labels: Sequence | None = None) -> dict[str, float]:
+    """Accuracy and macro F1.
+
+    Parameters
+    ----------
+    true, predicted : sequence (n,)
+        Classes.
+    labels : sequence, optional
+        Classes that the macro F1 averages over; those that occur in `true` or `predicted` by default.
+
+    Returns
+    -------
+    dict
+        `accuracy`, and `macro_f1`: the unweighted mean of the classes' F1, 0 for a class never predicted.
+    """
+    return {
+        "accuracy": float(accuracy_score(true, predicted)),
+        "macro_f1": float(f1_score(true, predicted, labels=labels, average="macro", zero_division=0)),
+    }
+
+
+def compute_classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """`compute_metrics` of a Trainer for classification: accuracy and macro F1 of the highest logit."""
+    return classification_metrics(prediction.label_ids, np.argmax(prediction.predictions, axis=-1))
+
+
+def balanced_class_weights(values: Sequence, classes: Sequence) -> list[float]:
+    """Weigh classes by n / (n_classes * n of the class), so that the mean weight of the cells is 1.
+
+    Parameters
+    ----------
+    values : sequence (n,)
+        Class of each cell; missing ones are passed over.
+    classes : sequence
+        All classes, in the order of the model's labels.
+
+    Returns
+    -------
+    list of float
+        For `GeneBertConfig.class_weights`; a class without cells weighs 1.
+    """
+    counts = pd.Series(values).value_counts()
+    counts = np.array([counts.get(name, 0) for name in classes])
+    weights = counts.sum() / np.maximum(counts, 1) / max((counts > 0).sum(), 1)
+    return np.where(counts > 0, weights, 1.0).tolist()
+
+
+# ---------------------------------------------------------------------- masked tokens
+
+
+def preprocess_logits_for_metrics(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Reduce logits of masked tokens to the tokens predicted, before Trainer gathers them.
+
+    Parameters
+    ----------
+    logits : Tensor (n, length, V), or (k, V)
+        Of all positions, or of the k labelled ones in row-major order (`config.sparse_prediction`).
+    labels : LongTensor (n, length)
+        -100 where there is none.
+
+    Returns
+    -------
+    LongTensor (n, length)
+        Token of the highest logit; -100 where there is no label.
+    """
+    return _put(_at_labels(logits, labels).argmax(-1), labels, _IGNORE)
+
+
+def preprocess_logits_with_nll(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `preprocess_logits_for_metrics`, with the negative log likelihoods.
+
+    Returns
+    -------
+    predictions : LongTensor (n, length)
+    nll : float32 Tensor (n, length)
+        In nats; 0 where there is no label.
+    """
+    at_labels = _at_labels(logits, labels)
+    nll = torch.nn.functional.cross_entropy(at_labels.float(), labels[labels != _IGNORE], reduction="none")
+    return _put(at_labels.argmax(-1), labels, _IGNORE), _put(nll, labels, 0)
+
+
+def _at_labels(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
+    if isinstance(logits, tuple):  # with hidden states or attentions after them
+        logits = logits[0]
+    return logits[labels != _IGNORE] if logits.ndim == 3 else logits
+
+
+def _put(values: torch.Tensor, labels: torch.Tensor, elsewhere: float) -> torch.Tensor:
+    """Put a value a label into its place: Tensor (n, length)."""
+    placed = values.new_full(labels.shape, elsewhere)
+    placed[labels != _IGNORE] = values
+    return placed
+
+
+def compute_phenotype_metrics(tokenizer: Any) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Make `compute_metrics` for masked phenotypes and genes, to go with `preprocess_logits_for_metrics`.
+
+    Parameters
+    ----------
+    tokenizer : GeneTokenizer
+        Names the categories, and the tokens of each.
+
+    Returns
+    -------
+    callable
+        Takes the predictions, int arrays (n, length), and gives `accuracy`, `macro_precision`, `macro_recall` and
+        `macro_f1`: of each phenotype category as `<category>_accuracy`, and so on; of all phenotypes together without
+        a prefix, if there are some; and `genes_accuracy`. A category of which none is masked is left out. Macro
+        figures are over the values of the category that are true or predicted somewhere; a token of something else in
+        the place of a phenotype is wrong, and no class of its own.
+
+    Raises
+    ------
+    ValueError
+        Predictions that are logits.
+
+    Examples
+    --------
+    >>> trainer = STFormerPretrainer(
+    ...     ...,
+    ...     compute_metrics=compute_phenotype_metrics(tokenizer),
+    ...     preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+    ... )  # doctest: +SKIP
+    """
+    values = {category: tokenizer.phenotype_token_ids(category) for category in tokenizer.phenotypes}
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        predicted = prediction.predictions
+        predicted = predicted[0] if isinstance(predicted, tuple) else predicted
+        if np.shape(predicted) != np.shape(prediction.label_ids):
+            raise ValueError(
+                f"Predictions of shape {np.shape(predicted)} for labels of shape {np.shape(prediction.label_ids)}: "
+                "pass preprocess_logits_for_metrics to the trainer, or logits are gathered."
+            )
+        labelled = prediction.label_ids != _IGNORE
+        true, predicted = prediction.label_ids[labelled], predicted[labelled]
+        metrics = {}
+        for category, ids in values.items():
+            metrics.update(_macro(true, predicted, ids, f"{category}_"))
+        metrics.update(_macro(true, predicted, np.concatenate([*values.values(), np.empty(0, np.int64)])))
+        genes = tokenizer.get_gene_tokens_mask(true)
+        if genes.any():
+            metrics["genes_accuracy"] = float((true[genes] == predicted[genes]).mean())
+        return metrics
+
+    return compute
+
+
+def _macro(true: np.ndarray, predicted: np.ndarray, ids: np.ndarray, prefix: str = "") -> dict[str, float]:
+    """Score the labels that are among some tokens."""
+    among = np.isin(true, ids)
+    if not among.any():
+        return {}
+    true, predicted = true[among], predicted[among]
+    classes = np.intersect1d(ids, np.union1d(true, predicted))
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        true, predicted, labels=classes, average="macro", zero_division=0
+    )
+    figures = {"accuracy": (true == predicted).mean(), "macro_precision": precision, "macro_recall": recall}
+    return {f"{prefix}{name}": float(value) for name, value in {**figures, "macro_f1": f1}.items()}
+
+
+# ---------------------------------------------------------------------- modules of evaluate
+
+
+def load_metric(name: str, **kwargs) -> EvaluationModule:
+    """Load a metric of this package for the evaluate library, without network.
+
+    Parameters
+    ----------
+    name : {"masked_genes", "cell_classification"}
+        Its folder here; `evaluate.load` takes the folder's path as well.
+    **kwargs
+        As for `evaluate.load`, such as `keep_in_memory`.
+
+    Returns
+    -------
+    evaluate.Metric
+
+    Raises
+    ------
+    ValueError
+        Another name.
+    """
+    import evaluate
+
+    folder = Path(__file__).parent
+    names = sorted(path.parent.name for path in folder.glob("*/*.py") if path.stem == path.parent.name)
+    if name not in names:
+        raise ValueError(f"The metrics are {', '.join(names)}, got {name!r}.")
+    return evaluate.load(str(folder / name), **kwargs)
+
+
+__all__ = [
+    "balanced_class_weights",
+    "classification_metrics",
+    "compute_classification_metrics",
+    "compute_phenotype_metrics",
+    "load_metric",
+    "preprocess_logits_for_metrics",
+    "preprocess_logits_with_nll",
+]

@@ -1,0 +1,321 @@
+"""How fast training is, and what keeps it: tokens and cells a second, padding, waits for data, memory, MFU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from .batches import IGNORE
+
+# Dense bf16 peaks of matrix units with float32 sums, FLOP/s, by the name that torch.cuda.get_device_name gives. Of
+# NVIDIA's data sheets (A100, A30, A40, A10, L4, L40, L40S, H100, H200, GH200) and white papers (GA102: RTX 3090,
+# RTX A6000; Ada: RTX 4090), halved where a sheet counts sparsity. Names must be equal: a laptop's chip, a MIG slice
+# or a vendor's variant of like name has another peak.
+BF16_PEAKS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A30": 165e12,
+    "NVIDIA A40": 149.7e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40": 181.05e12,
+    "NVIDIA L40S": 362.05e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA GH200 480GB": 989.4e12,
+    "NVIDIA RTX A6000": 154.8e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+}
+
+_STATE = "Throughput"  # among the states of callbacks in trainer_state.json
+_SUMS = ("tokens", "squares", "predictions", "positions", "cells", "wait", "elapsed")  # times in microseconds
+
+
+class ModelFlops:
+    """Floating point operations that a training step needs, whatever the program really does.
+
+    Of T tokens in cells of lengths s, of which P tokens (or cells) are predicted: 6 N T + 12 L d sum(s ** 2) + 6 H P.
+    N are the encoder's parameters without embeddings, H those of the head, with the output embedding; L layers of
+    width d. Padding and recomputed activations are no work.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        An encoder of `config.num_hidden_layers` layers of `config.hidden_size`, with a head or without.
+
+    Notes
+    -----
+    Chowdhery et al. 2022 (PaLM), appendix B: 6 N + 12 L H Q T a token, with heads of size Q and d = H Q.
+    """
+
+    def __init__(self, model: nn.Module):
+        config, base = model.config, getattr(model, "base_model", model)
+        own = {id(parameter) for parameter in base.parameters()}
+        embeddings = {
+            id(parameter)
+            for part in base.modules()
+            if isinstance(part, nn.Embedding)
+            for parameter in part.parameters()
+        }
+        self.encoder = sum(_numel(parameter) for parameter in base.parameters() if id(parameter) not in embeddings)
+        self.head = sum(_numel(parameter) for parameter in model.parameters() if id(parameter) not in own)
+        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if output is not None and id(output.weight) in own:
+            self.head += _numel(output.weight)
+        self.attention = config.num_hidden_layers * config.hidden_size
+
+    def __call__(self, tokens: int, squares: int, predictions: int) -> int:
+        """Operations, forward and backward, of so many tokens, squared lengths of cells, and predictions."""
+        return 6 * self.encoder * tokens + 12 * self.attention * squares + 6 * self.head * predictions
+
+
+class Throughput:
+    """Counts what passes through the training of a trainer, and the time it takes without evaluation and saving.
+
+    Sums of tensors stay on their device until they are logged: a step never waits for the GPU because of them.
+
+    Parameters
+    ----------
+    trainer : Trainer
+        Its accelerator gathers the counts of all processes.
+
+    Attributes
+    ----------
+    totals : dict of str to float
+        Of all processes: `tokens`, `cells` and `seconds`, with those of the run that this one resumed; up to the last
+        log or checkpoint.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self._trainer = trainer
+        self.totals = {"tokens": 0, "cells": 0, "seconds": 0.0}
+        self.begin()
+
+    def begin(self) -> None:
+        """Count from nothing, but for what the trainer's state knows of the run that is resumed."""
+        self._on_device: torch.Tensor | None = None
+        self._positions = self._cells = 0
+        self._wait = self._elapsed = 0.0
+        self._since: float | None = None
+        self._at_last_log = dict.fromkeys(_SUMS, 0)
+        self._flops: ModelFlops | None = None
+        self._peak: float | None = None
+        state = self._trainer.state
+        self._resumed = state.global_step > 0
+        self._before = {"tokens": 0, "cells": 0, "seconds": 0.0, **state.stateful_callbacks.get(_STATE, {})}
+        self.totals = dict(self._before)
+
+    # ------------------------------------------------------------------ time
+
+    def start(self) -> None:
+        """Let the clock run, if it does not."""
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        """Stop the clock when the device has done what it was given."""
+        if self._since is not None:
+            if self._trainer.args.device.type == "cuda":
+                torch.cuda.synchronize(self._trainer.args.device)
+            self._elapsed += time.perf_counter() - self._since
+            self._since = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what takes time and is no training."""
+        running = self._since is not None
+        self.stop()
+        yield
+        if running:
+            self.start()
+
+    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Give batches, and note how long each was waited for.
+
+        Of a resumed run the clock starts at its first batch: those before it are read and thrown away.
+        """
+        while True:
+            began = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            now = time.perf_counter()
+            if self._resumed:
+                self._resumed, self._since = False, now
+            else:
+                self._wait += now - began
+            yield batch
+
+    # ------------------------------------------------------------------ counts
+
+    def count(self, batch: Mapping[str, Any]) -> None:
+        """Add a padded, a packed or a neighbourhood batch; a batch of another kind is passed over.
+
+        Tokens are those attended to, of neighbourhoods the observed cells and their cls tokens; cells are cells in the
+        batch, of neighbourhoods the masked ones.
+        """
+        ids = batch.get("input_ids")
+        if ids is None:
+            observed, masked = batch.get("observed_cell_type"), batch.get("masked_cell_type")
+            if observed is not None and masked is not None:
+                self._add(torch.tensor([len(observed) + len(masked), 0, 0]), len(observed) + len(masked), len(masked))
+            return
+        if batch.get("cu_seq_lens_q") is not None:
+            lengths = batch["cu_seq_lens_q"].diff().long()
+        elif batch.get("attention_mask") is not None:
+            lengths = batch["attention_mask"].sum(-1)
+        else:
+            lengths = (ids != getattr(self._trainer.processing_class, "pad_token_id", None)).sum(-1)
+        labels = batch.get("labels")
+        if labels is not None and labels.shape == ids.shape:
+            predictions = (labels != IGNORE).sum()
+        else:
+            predictions = torch.full_like(lengths[:1], len(lengths)).sum()
+        sums = torch.stack([lengths.sum(), lengths.square().sum(), predictions])
+        self._add(sums, ids.numel(), len(lengths))
+
+    def _add(self, sums: torch.Tensor, n_positions: int, n_cells: int) -> None:
+        self._on_device = sums if self._on_device is None else self._on_device + sums
+        self._positions += n_positions
+        self._cells += n_cells
+
+    # ------------------------------------------------------------------ figures
+
+    def figures(self, of_run: bool = False) -> dict[str, float]:
+        """Give the figures since the last time, or of the whole call of `train`; all processes must ask.
+
+        Returns
+        -------
+        dict of str to float
+            `tokens_per_second`, `cells_per_second`: of all processes. `padding_share`: of the positions, those that
+            hold no token. `data_wait_share`: of the time, what was spent on waiting for batches.
+            `peak_memory_gb`, in 10 ** 9 bytes: most that torch has allocated on a GPU, or the process on a CPU; of
+            the process that took most. `mfu`: share of the dense bf16 peak of the GPUs, see `ModelFlops`; only of
+            encoders of tokens on GPUs that `BF16_PEAKS` names. Empty where nothing was counted.
+        """
+        sums, memory = self._gather()
+        since = sums if of_run else {name: sums[name] - self._at_last_log[name] for name in sums}
+        self._at_last_log = sums
+        world, seconds = self._trainer.args.world_size, since["elapsed"] / 1e6  # a process's, times the processes
+        if not since["cells"] or not seconds:
+            return {}
+        figures = {
+            "tokens_per_second": since["tokens"] * world / seconds,
+            "cells_per_second": since["cells"] * world / seconds,
+            "padding_share": 1 - since["tokens"] / since["positions"],
+            "data_wait_share": since["wait"] / since["elapsed"],
+        }
+        if memory:
+            figures["peak_memory_gb"] = memory / 1e9
+        if self._flops is not None and self._peak is not None:
+            done = self._flops(since["tokens"], since["squares"], since["predictions"])
+            figures["mfu"] = done / seconds / (self._peak * max(self._trainer.args.n_gpu, 1))
+        return figures
+
+    def remember(self) -> None:
+        """Write the totals into the trainer's state, for a run that resumes; all processes must call it."""
+        self._gather()
+        self._trainer.state.stateful_callbacks[_STATE] = dict(self.totals)
+
+    def look_at(self, model: nn.Module) -> None:
+        """Learn what a token costs, if the model is an encoder of tokens, and what the GPU can do."""
+        device, config = self._trainer.args.device, getattr(model, "config", None)
+        if device.type == "cuda" and getattr(model, "main_input_name", None) == "input_ids":
+            self._peak = BF16_PEAKS.get(torch.cuda.get_device_name(device))
+            if hasattr(config, "num_hidden_layers") and hasattr(config, "hidden_size"):
+                self._flops = ModelFlops(model)
+
+    def _gather(self) -> tuple[dict[str, int], int]:
+        """Give the sums since `begin` of all processes, and the bytes of the one that took most."""
+        device = self._trainer.args.device
+        elapsed = self._elapsed + (0.0 if self._since is None else time.perf_counter() - self._since)
+        counted = torch.zeros(3, dtype=torch.int64) if self._on_device is None else self._on_device
+        own = [self._positions, self._cells, round(1e6 * self._wait), round(1e6 * elapsed), _peak_memory(device)]
+        row = torch.cat([counted.to(device), torch.tensor(own, dtype=torch.int64, device=device)])
+        rows = self._trainer.accelerator.gather(row[None])
+        *counts, _ = rows.sum(0).tolist()
+        sums = dict(zip(_SUMS, counts, strict=True))
+        seconds = sums["elapsed"] / 1e6 / self._trainer.args.world_size
+        self.totals = {
+            "tokens": self._before["tokens"] + sums["tokens"],
+            "cells": self._before["cells"] + sums["cells"],
+            "seconds": self._before["seconds"] + seconds,
+        }
+        return sums, int(rows[:, -1].max())
+
+
+class MeasuredTrainer(Trainer):
+    """Trainer whose training logs have the figures of `Throughput.figures`, and `train_` ones at the end.
+
+    The time is that of training: without evaluation, saving and logging, and without the batches that a resumed run
+    skips.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.throughput = Throughput(self)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        self.throughput.begin()
+        self.throughput.look_at(self.model)
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As in Trainer; counts the batches of a step, and the time that they were waited for."""
+        self.throughput.start()
+        drawn = super().get_batch_samples(self.throughput.timed(epoch_iterator), num_batches, device)
+        for batch in drawn[0]:
+            self.throughput.count(batch)
+        return drawn
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        control = self.control
+        if not (control.should_log or control.should_evaluate or control.should_save):
+            return super()._maybe_log_save_evaluate(*args, **kwargs)
+        with self.throughput.paused():
+            if control.should_save or control.should_evaluate:  # an evaluation may lead to a save
+                self.throughput.remember()
+            return super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def log(self, logs, *args, **kwargs):
+        """As in Trainer; with the throughput, of a step's log since the last, of the last log of the run."""
+        if self.is_in_train and "loss" in logs:
+            logs = {**logs, **self.throughput.figures()}
+        elif self.is_in_train and "train_loss" in logs:
+            self.throughput.stop()
+            # In place: `train` returns them.
+            logs.update({f"train_{name}": value for name, value in self.throughput.figures(of_run=True).items()})
+        super().log(logs, *args, **kwargs)
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed ZeRO-3 keeps a parameter in parts
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Most bytes that were taken: on the GPUs of this process by torch, else by the process; 0 where nobody knows."""
+    if device.type == "cuda":
+        return max(torch.cuda.max_memory_allocated(number) for number in range(torch.cuda.device_count()))
+    try:
+        import resource
+        import sys
+    except ImportError:  # Windows
+        return 0
+    # ru_maxrss is in KiB, on macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+__all__ = ["BF16_PEAKS", "MeasuredTrainer", "ModelFlops", "Throughput"]

@@ -1,0 +1,145 @@
+"""Every recipe runs as it is written, but for the sizes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import make_adata
+
+from stformer_hf import GeneBertConfig, GeneTokenizer
+from stformer_hf.cli import finetune, main, pretrain
+from stformer_hf.cli.arguments import parse
+
+FOLDER = Path(__file__).parents[2] / "recipes"
+RECIPES = sorted(path.name for path in FOLDER.glob("*.yaml") if not path.name.startswith("search"))
+ACCELERATE = sorted(path.name for path in (FOLDER / "accelerate").glob("*.yaml"))
+SMALL = [
+    *("--max_steps", "2", "--use_cpu", "true", "--disable_tqdm", "true", "--bf16", "false"),
+    *("--per_device_train_batch_size", "8", "--dataloader_num_workers", "0", "--held_out", "0.2"),
+]
+SMALL_MODEL = "{num_hidden_layers: 1, hidden_size: 16, num_attention_heads: 2, intermediate_size: 32}"
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> str:
+    """Spots of two types with coordinates."""
+    adata = make_adata()
+    adata.obsm["spatial"] = np.random.default_rng(0).random((60, 2))
+    path = tmp_path_factory.mktemp("data") / "cells.h5ad"
+    adata.write_h5ad(path)
+    return str(path)
+
+
+def verb_of(recipe: str) -> str:
+    return "finetune" if recipe.startswith("finetune") else "pretrain"
+
+
+def parsed(recipe: str, *flags: str):
+    verb, arguments = {
+        "pretrain": (pretrain, pretrain.PretrainArguments),
+        "finetune": (finetune, finetune.FinetuneArguments),
+    }[verb_of(recipe)]
+    argv = ["--config", str(FOLDER / recipe), "--data", "x", "--output", "y", *flags]
+    return parse(argv, arguments, verb="x", description="", training=verb.TRAINING_DEFAULTS)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_runs(recipe, file, tmp_path):
+    output = tmp_path / "model"
+    argv = [verb_of(recipe), "--config", str(FOLDER / recipe), "--data", file, "--output", str(output), *SMALL]
+    if verb_of(recipe) == "pretrain":
+        argv += ["--max_length", "24", "--model_config", SMALL_MODEL]
+    else:  # a checkpoint of best figures needs an evaluation within the two steps
+        argv += ["--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
+    assert main([*argv, "--debug"]) == 0
+    assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 2
+    written, config = yaml.safe_load((FOLDER / recipe).read_text()), GeneBertConfig.from_pretrained(output)
+    tokenizer = GeneTokenizer.from_pretrained(output)
+    assert tokenizer.scheme == written.get("scheme", "binned")
+    assert tokenizer.neighborhood == written.get("neighborhood", False)
+    if tokenizer.scheme == "binned" and "bin_edges" in written:
+        assert tokenizer.bin_edges == written["bin_edges"]
+    small = yaml.safe_load(SMALL_MODEL)
+    for name, value in written.get("model_config", {}).items():
+        assert getattr(config, name) == small.get(name, value)
+    assert "num_train_epochs" in written or written["max_steps"] > 2
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_has_its_four_parts_and_says_what_it_needs(recipe):
+    text = (FOLDER / recipe).read_text()
+    parts = re.findall(r"^# (data|tokenizer|model|training)\b", text, re.MULTILINE)
+    assert parts == ["data", "tokenizer", "model", "training"]
+    head = text.split("\n\n")[0]
+    assert re.search(r"^# Needs .*\d+(\.\d+)? GB", head, re.MULTILINE)
+    assert re.search(r"\d (seconds|minutes|hours|days)", head)
+    assert f"--config recipes/{recipe} --data" in head
+    parsed(recipe)
+
+
+def test_recipes_hold_the_settings_of_the_systems_they_are_of():
+    args, training = parsed("gene_bert_base.yaml")
+    assert (args.size, args.bin_edges, args.label_smoothing) == ("base", [0.1], 0.5)
+    assert (training["learning_rate"], training["weight_decay"], training["warmup_steps"]) == (1e-4, 0.05, 0.1)
+    for recipe in ("stformer_spot.yaml", "stformer_neighborhood.yaml"):
+        args, training = parsed(recipe)
+        assert args.model_config["hidden_act"] == "relu" and args.model_config["intermediate_size"] == 512
+        assert args.neighborhood == (recipe == "stformer_neighborhood.yaml")
+        assert args.max_length == (4096 if args.neighborhood else 2048)
+        assert (training["per_device_train_batch_size"], training["warmup_steps"]) == (12, 10_000)
+        assert (training["learning_rate"], training["weight_decay"], training["num_train_epochs"]) == (1e-3, 1e-3, 3)
+
+
+def test_the_table_names_every_recipe_and_the_commands_are_those_of_the_files():
+    text = (FOLDER / "README.md").read_text()
+    rows = re.findall(r"^\| `([\w/]+\.yaml)` \|", text, re.MULTILINE)
+    assert sorted(rows) == sorted(
+        [path.name for path in FOLDER.glob("*.yaml")] + [f"accelerate/{n}" for n in ACCELERATE]
+    )
+    for name in re.findall(r"recipes/[\w/]+\.yaml", text):
+        assert (FOLDER.parent / name).exists()
+
+
+@pytest.mark.parametrize("name", ACCELERATE)
+def test_accelerate_reads_its_configs(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    path = FOLDER / "accelerate" / name
+    config = load_config_from_file(str(path))
+    kind = {"fsdp2.yaml": "FSDP", "deepspeed_zero2.yaml": "DEEPSPEED"}.get(name, "MULTI_GPU")
+    assert config.distributed_type == kind
+    argv = ["--config_file", str(path), "script.py"]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(argv))
+    assert args.num_processes == config.num_processes > 1
+    if kind == "FSDP":
+        from stformer_hf import GeneBertModel
+
+        assert int(args.fsdp_version) == 2
+        assert args.fsdp_transformer_layer_cls_to_wrap in GeneBertModel._no_split_modules
+    if kind == "DEEPSPEED":
+        assert args.use_deepspeed and args.zero_stage == 2
+
+
+def test_two_processes_train_one_model(file, tmp_path):
+    output = tmp_path / "model"
+    argv = [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *("--config_file", str(FOLDER / "accelerate" / "cpu_2.yaml"), "-m", "stformer_hf.cli", "pretrain"),
+        *("--config", str(FOLDER / "gene_bert_tiny_cpu.yaml"), "--data", file, "--output", str(output)),
+        *("--max_length", "24", "--model_config", SMALL_MODEL, *SMALL),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(argv, capture_output=True, text=True, timeout=300, env=environment)
+    assert process.returncode == 0, process.stderr
+    # 8 cells a process and step.
+    assert "| batch | 16 |" in (output / "README.md").read_text()
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    assert (output / "store" / "manifest.json").exists() and (output / "model.safetensors").exists()
