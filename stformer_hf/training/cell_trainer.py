@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import shutil
-import signal
-import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +12,13 @@ import numpy as np
 import torch
 from datasets import Dataset as HuggingFaceDataset
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler, Subset
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from transformers.trainer_utils import seed_worker
 
 from ..data.cell_store import CellStore
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from .batches import CellCollator
+from .callbacks import FillHubFolder, SaveOnSigterm, SetEpoch
 from .checkpoints import last_whole_checkpoint, mark_unfinished
 from .length_sampler import EvenBatchSampler, LengthGroupedSampler, known_lengths
 from .lengths import load_example_lengths
@@ -109,9 +106,9 @@ class CellTrainer(MeasuredTrainer):
             collator.label2id = label2id  # the store may list its classes in another order than the model
         self.interrupted = False
         self.card_facts: dict[str, Any] = {}
-        self.add_callback(_SetEpoch(self))
-        self.add_callback(_SaveOnSigterm(self))
-        self.add_callback(_FillHubFolder(self))
+        self.add_callback(SetEpoch(self))
+        self.add_callback(SaveOnSigterm(self))
+        self.add_callback(FillHubFolder(self))
         if hasattr(collator, "for_evaluation"):
             self._eval_collator = collator.for_evaluation()
 
@@ -403,62 +400,6 @@ class CellTrainer(MeasuredTrainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         finally:
             config.sparse_prediction = True
-
-
-class _SetEpoch(TrainerCallback):
-    """Tells the trainer which epoch begins, before the epoch's batches are read."""
-
-    def __init__(self, trainer: CellTrainer):
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        """Set the epoch; after a resumption `state.epoch` is a fraction into the epoch that goes on."""
-        self.trainer.set_epoch(math.floor(state.epoch + 1e-9))
-
-
-class _SaveOnSigterm(TrainerCallback):
-    """Saves and stops after the step in which SIGTERM comes, as schedulers send it before they take a machine away."""
-
-    def __init__(self, trainer: CellTrainer):
-        self.trainer, self._came, self._handler = trainer, False, None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Listen; only the main thread may. A trial of a search has nothing to save: a signal ends it as ever."""
-        if threading.current_thread() is threading.main_thread() and self.trainer.hp_search_backend is None:
-            self._handler = signal.signal(signal.SIGTERM, self._come)
-
-    def _come(self, *_) -> None:
-        self._came = True
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Stop all processes after the same step, whichever of them was told."""
-        came = self._came
-        if args.world_size > 1:
-            told = torch.tensor(int(came), device=args.device)
-            came = bool(self.trainer.accelerator.reduce(told, "sum"))
-        if came:
-            self.trainer.interrupted = True
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """Listen no longer."""
-        if self._handler is not None:
-            signal.signal(signal.SIGTERM, self._handler)
-            self._handler = None
-
-
-class _FillHubFolder(TrainerCallback):
-    """Puts beside the weights what Trainer leaves out where it pushes a checkpoint: the card, and the model's code."""
-
-    def __init__(self, trainer: CellTrainer):
-        self.trainer = trainer
-
-    def on_push_begin(self, args, state, control, **kwargs):
-        """Copy the code from the checkpoint, where there is one, and write the card."""
-        if self.trainer.is_world_process_zero():
-            for code in (Path(args.output_dir) / f"checkpoint-{state.global_step}").glob("*.py"):
-                shutil.copy(code, args.output_dir)
-            self.trainer.create_model_card()
 
 
 def without_empty_cells(dataset: Any) -> Any:
