@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
+import shutil
 import signal
 import sys
 from dataclasses import fields
@@ -14,13 +16,15 @@ import torch
 from accelerate import PartialState
 from anndata import AnnData, read_h5ad
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from ..data.cell_store import CellStore
 from ..data.formats import expand
 from ..data.spatial_graph import spatial_neighbors
 from ..training.cell_trainer import CellTrainer
 from ..training.checkpoints import last_whole_checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 def training_arguments(output: Path, settings: dict, overwrite: bool) -> TrainingArguments:
@@ -30,17 +34,22 @@ def training_arguments(output: Path, settings: dict, overwrite: bool) -> Trainin
     ------
     FileExistsError
         The output folder holds a model, or checkpoints of an interrupted run.
-    ValueError
-        Nothing to resume from.
     """
     settings = {"dataloader_pin_memory": torch.cuda.is_available(), **settings}
     arguments = TrainingArguments(output_dir=str(output), **settings)
     if str(arguments.resume_from_checkpoint).lower() == "true":
         whole = last_whole_checkpoint(output)
         if whole is None:
-            raise ValueError(f"{output} holds no checkpoint to resume from.")
-        arguments.resume_from_checkpoint = str(whole)
-    if overwrite or arguments.resume_from_checkpoint:
+            logger.warning(f"{output} holds no checkpoint to resume from: the run begins.")
+        arguments.resume_from_checkpoint = True if whole is None else str(whole)
+    elif str(arguments.resume_from_checkpoint).lower() == "false":
+        arguments.resume_from_checkpoint = None
+    if arguments.resume_from_checkpoint:
+        return arguments
+    if overwrite:
+        if arguments.process_index == 0:  # or a later resumption would go on from the run that is replaced
+            for checkpoint in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+                shutil.rmtree(checkpoint)
         return arguments
     if (output / "config.json").exists():
         raise FileExistsError(f"{output} holds a model. Choose another --output, or pass --overwrite.")
@@ -97,7 +106,8 @@ def open_cells(
         return store if neighbors is None else store.with_neighborhoods()
     path = Path(arguments.output_dir) / "store"
     with arguments.main_process_first(local=False, desc="build"):
-        if arguments.process_index == 0 and not (arguments.resume_from_checkpoint and path.exists()):
+        whole = (path / "manifest.json").exists()
+        if arguments.process_index == 0 and not (arguments.resume_from_checkpoint and whole):
             if path.exists() and not overwrite:
                 raise FileExistsError(f"{path} exists: pass it as --data, or pass --overwrite to build it anew.")
             sources = [*data, *(eval_data or [])]
@@ -201,8 +211,10 @@ def finish(trainer: CellTrainer, card: dict | None = None) -> dict[str, float]:
     trainer.save_model(_internal_call=True)  # it is pushed below, when the card has its figures
     trainer.save_state()
     speed = {name: f"train_{name}" for name in _SPEED}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    no_step = not result.metrics["train_steps_per_second"]  # all had been made, and the run was resumed
     metrics = {
-        "train_loss": result.training_loss,
+        "train_loss": float(np.mean(losses)) if no_step and losses else result.training_loss,
         "steps_per_second": result.metrics["train_steps_per_second"],
         **{name: result.metrics[key] for name, key in speed.items() if key in result.metrics},
         # ru_maxrss is in KiB, on macOS in bytes.

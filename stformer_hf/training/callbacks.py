@@ -35,6 +35,7 @@ class SaveOnSigterm(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Listen; only the main thread may. A trial of a search has nothing to save: a signal ends it as ever."""
+        self._came = self.trainer.interrupted = False
         if threading.current_thread() is threading.main_thread() and self.trainer.hp_search_backend is None:
             self._handler = signal.signal(signal.SIGTERM, self._come)
 
@@ -51,8 +52,8 @@ class SaveOnSigterm(TrainerCallback):
             self.trainer.interrupted = True
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args, state, control, **kwargs):
-        """Listen no longer."""
+    def stop_listening(self) -> None:
+        """Listen no longer; called after the training, whichever way it ended."""
         if self._handler is not None:
             signal.signal(signal.SIGTERM, self._handler)
             self._handler = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ from .length_sampler import EvenBatchSampler, LengthGroupedSampler, known_length
 from .lengths import load_example_lengths
 from .model_card import write_model_card
 from .samplers import BlockShuffleSampler
-from .stream_batches import StreamBatches, StreamOrder, TokenBudgetBuffer, one_token, only
+from .stream_batches import StreamBatches, StreamOrder, TokenBudgetBuffer, only
 from .throughput import MeasuredTrainer
 from .token_budget import TokenBudgetBatchSampler
 from .token_rows import TokenRows
 
 logger = logging.getLogger(__name__)
 _STREAM_MARK = "stream_mark.json"  # in a checkpoint
+_ORDER = "CellOrder"  # among the states of callbacks in trainer_state.json
 _NO_BUDGET = 2**48  # tokens
 
 
@@ -50,7 +52,8 @@ class CellTrainer(MeasuredTrainer):
     train_dataset, eval_dataset : CellStore, Subset of one, datasets.Dataset, IterableAnnDataset, or another dataset
         Cells; or rows with `input_ids` and `token_type_ids` (and, better, `cell_id`). Of a stream each process reads
         all and learns from its part; a stream is taken up where a checkpoint left it. One whose number of batches is
-        unknown needs `max_steps`, and its epochs are not those of the log.
+        unknown needs `max_steps`, and its epochs are not those of the log (nor are they where cells without counts
+        are left out).
     lengths : sequence of int, or path of a .json or .pkl, optional
         Tokens of each training row, for `train_sampling_strategy="group_by_length"` and `max_tokens_per_batch`; a
         store, and a dataset with a column `length`, know theirs.
@@ -107,7 +110,8 @@ class CellTrainer(MeasuredTrainer):
         self.interrupted = False
         self.card_facts: dict[str, Any] = {}
         self.add_callback(SetEpoch(self))
-        self.add_callback(SaveOnSigterm(self))
+        self._on_sigterm = SaveOnSigterm(self)
+        self.add_callback(self._on_sigterm)
         self.add_callback(FillHubFolder(self))
         if hasattr(collator, "for_evaluation"):
             self._eval_collator = collator.for_evaluation()
@@ -155,7 +159,11 @@ class CellTrainer(MeasuredTrainer):
 
     def _n_tokens(self, dataset: Any) -> np.ndarray:
         """Tell the tokens of each row: of cells of a store, how many they are at most."""
-        if isinstance(dataset, CellStore) and isinstance(self.processing_class, GeneTokenizer):
+        if (
+            self._lengths is None
+            and isinstance(dataset, CellStore)
+            and isinstance(self.processing_class, GeneTokenizer)
+        ):
             tokenizer = self.processing_class
             if tokenizer.neighborhood:
                 return np.full(len(dataset), tokenizer.max_length)
@@ -215,6 +223,8 @@ class CellTrainer(MeasuredTrainer):
             multiprocessing_context=args.dataloader_multiprocessing_context,
             in_order=args.dataloader_in_order,
             worker_init_fn=partial(seed_worker, num_workers=n_workers, rank=args.process_index),
+            # Its own: workers that live on draw nothing from torch's, which dropout depends on, and new ones would.
+            generator=torch.Generator(),
         )
         return self.accelerator.prepare(loader)
 
@@ -232,23 +242,29 @@ class CellTrainer(MeasuredTrainer):
             raise ValueError("The stream gives counts: give it the tokenizer, IterableAnnDataset(files, tokenizer).")
         if args.dataloader_drop_last:
             raise ValueError("dataloader_drop_last: a stream is not cut before its end.")
-        shared = {"seed": args.seed if args.data_seed is None else args.data_seed, "world_size": args.world_size}
-        n_cells = len(stream) if hasattr(stream, "__len__") else None
+        n_cells = len(stream) if hasattr(stream, "__len__") and self.max_tokens_per_batch is None else None
+        in_a_step = args.world_size * args.gradient_accumulation_steps
+        shared = {
+            "n_tokens": partial(_tokens_of, self.processing_class),
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+            # To Trainer a stream of unknown length is one epoch, in which a step may begin in a pass and end in the
+            # next: with whole steps a pass, it is the same on any number of processes.
+            "world_size": args.world_size if n_cells is not None else in_a_step,
+        }
         if self.max_tokens_per_batch is not None:
             packing = getattr(self.data_collator, "packing", False)
             batches = TokenBudgetBuffer(stream, self.max_tokens_per_batch, packing=packing, **shared)
-            n_cells = None  # how many batches they make shows when they are read
         elif args.train_sampling_strategy == "group_by_length":
-            in_a_step = batch_size * args.world_size * args.gradient_accumulation_steps
+            cells = batch_size * in_a_step
             batches = TokenBudgetBuffer(
-                stream, _NO_BUDGET, max_cells=batch_size, buffer_size=in_a_step * max(1, 2048 // in_a_step), **shared
+                stream, _NO_BUDGET, max_cells=batch_size, buffer_size=cells * max(1, 2048 // cells), **shared
             )
-        else:  # a cell is a token: batches of as many cells, in the order of the stream
-            batches = TokenBudgetBuffer(stream, batch_size, buffer_size=batch_size, n_tokens=one_token, **shared)
+        else:  # a window is a batch, in the order of the stream
+            batches = TokenBudgetBuffer(stream, _NO_BUDGET, max_cells=batch_size, buffer_size=batch_size, **shared)
         if n_cells is not None:
             n_batches = -(-n_cells // (batch_size * args.world_size)) * args.world_size
         elif args.max_steps > 0:
-            n_batches = args.max_steps * args.gradient_accumulation_steps * args.world_size
+            n_batches = args.max_steps * in_a_step
         else:
             raise ValueError("How many batches the stream has is not known before it is read: give max_steps.")
         self._stream = StreamBatches(batches, self.data_collator, self._stream_mark)
@@ -283,13 +299,67 @@ class CellTrainer(MeasuredTrainer):
         if resume_from_checkpoint is True:
             found = last_whole_checkpoint(self.args.output_dir)
             resume_from_checkpoint = None if found is None else str(found)
-        mark = Path(resume_from_checkpoint or "") / _STREAM_MARK
-        self._stream_mark = json.loads(mark.read_text()) if resume_from_checkpoint and mark.exists() else None
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._stream_mark = None
+        if resume_from_checkpoint:
+            checkpoint = Path(resume_from_checkpoint)
+            if (checkpoint / _STREAM_MARK).exists():
+                self._stream_mark = json.loads((checkpoint / _STREAM_MARK).read_text())
+            self._check_order(checkpoint / "trainer_state.json")
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self._on_sigterm.stop_listening()
+
+    def _run_epoch(self, *args, **kwargs):
+        """As in Trainer; a run that had made all its steps, and is resumed, makes none."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _order(self) -> dict[str, Any]:
+        """Tell by which arguments the cells come, a step's."""
+        args = self.args
+        batches = args.gradient_accumulation_steps * args.world_size
+        order: dict[str, Any] = {
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+            "train_sampling_strategy": str(
+                getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)
+            ),
+            "max_tokens_per_batch": self.max_tokens_per_batch,
+        }
+        if self.max_tokens_per_batch is None:
+            order["per_device_train_batch_size * gradient_accumulation_steps * processes"] = (
+                self._train_batch_size * batches
+            )
+        else:
+            order["gradient_accumulation_steps * processes"] = batches
+        return order
+
+    def _check_order(self, state: Path) -> None:
+        """Refuse a checkpoint after which cells would come twice, or never.
+
+        Raises
+        ------
+        ValueError
+            It was made with other arguments.
+        """
+        if self.args.ignore_data_skip or not state.exists():
+            return
+        saved = json.loads(state.read_text()).get("stateful_callbacks", {}).get(_ORDER)
+        order = self._order()
+        other = [name for name in order if saved is not None and saved.get(name) != order[name]]
+        if other:
+            found = "; ".join(f"{name} was {saved.get(name)} and is {order[name]}" for name in other)
+            raise ValueError(
+                f"{state.parent}: {found}. Cells of the epoch would come twice, or never: resume with the same, or "
+                "give ignore_data_skip=True to begin the epoch anew."
+            )
 
     def _save_checkpoint(self, model, trial):
         if self.args.should_save:
             checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            self.state.stateful_callbacks[_ORDER] = self._order()
             mark_unfinished(checkpoint)
             if self._stream_mark is not None:
                 checkpoint.mkdir(parents=True, exist_ok=True)
@@ -400,6 +470,15 @@ class CellTrainer(MeasuredTrainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         finally:
             config.sparse_prediction = True
+
+
+def _tokens_of(tokenizer: Any, cell: Mapping[str, Any]) -> int | None:
+    """Tell how many tokens a cell of a stream has; None where none is a gene, so that it is left out."""
+    n_tokens = len(cell["input_ids"])
+    may_be_empty = isinstance(tokenizer, GeneTokenizer) and n_tokens <= 2 + len(tokenizer.included_phenotypes)
+    if may_be_empty and not tokenizer.get_gene_tokens_mask(np.asarray(cell["input_ids"], np.int64)).any():
+        return None
+    return n_tokens
 
 
 def without_empty_cells(dataset: Any) -> Any:

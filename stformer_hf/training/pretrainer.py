@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
@@ -107,7 +108,7 @@ class STFormerPretrainer(CellTrainer):
                 packing=packing,
             )
         if baselines:
-            _check_baselines(train_dataset, data_collator)
+            _check_baselines(train_dataset, kwargs.get("eval_dataset"), data_collator)
         self.baselines = baselines
         self._baselines: list[tuple[Any, dict[str, float]]] = []  # of the datasets evaluated on
         self._genes_nll = np.zeros(2)  # sum, and number of masked genes, of the evaluation that goes on
@@ -187,8 +188,14 @@ class STFormerPretrainer(CellTrainer):
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
 
-def _check_baselines(train_dataset: Any, collator: Callable) -> None:
-    if not hasattr(train_dataset, "__len__"):
+def _check_baselines(train_dataset: Any, eval_dataset: Any, collator: Callable) -> None:
+    for cells in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+        if isinstance(cells, IterableDataset):
+            raise ValueError(
+                f"baselines=True needs held-out cells that can be read by number, and a {type(cells).__name__} is a "
+                "stream."
+            )
+    if isinstance(train_dataset, IterableDataset) or not hasattr(train_dataset, "__len__"):
         found = "there is none" if train_dataset is None else f"a {type(train_dataset).__name__} is a stream"
         raise ValueError(f"baselines=True needs training cells that can be read by number, and {found}.")
     if not hasattr(collator, "for_evaluation") or not hasattr(collator, "mlm_probability"):

@@ -46,6 +46,7 @@ _NOT_SEARCHED = (
     "classifier_dropout",
     "classifier_pooling",
     "classifier_label_smoothing",
+    "label_smoothing",  # losses with and without it cannot be compared
 )
 MODEL_NAMES = (
     "size",

@@ -38,7 +38,8 @@ class TokenBudgetBuffer(IterableDataset):
     buffer_size : int, default: 2048
         Cells a window; so many are in memory in each process that reads. The last batch of a window may be small.
     n_tokens : callable, optional
-        Tells how many tokens a cell has in a batch, or an upper bound of them. By default its value `length`, else the
+        Tells how many tokens a cell has in a batch, or an upper bound of them; None leaves the
+        cell out. By default its value `length`, else the
         number of its `input_ids`.
     seed : int, default: 0
         Of the order of a window's batches.
@@ -86,7 +87,7 @@ class TokenBudgetBuffer(IterableDataset):
         packing: bool = False,
         max_cells: int | None = None,
         buffer_size: int = 2048,
-        n_tokens: Callable[[Mapping[str, Any]], int] | None = None,
+        n_tokens: Callable[[Mapping[str, Any]], int | None] | None = None,
         seed: int = 0,
         rank: int | None = None,
         world_size: int = 1,
@@ -239,7 +240,11 @@ class TokenBudgetBuffer(IterableDataset):
 
     def _cut(self, window: list[Any], number: int, n_before: int, is_last: bool) -> list[list[Any]]:
         """Make the batches of a window."""
-        lengths = np.array([self._length(cell) for cell in window], np.int64)
+        found = [self._length(cell) for cell in window]
+        window = [cell for cell, length in zip(window, found, strict=True) if length is not None]
+        if not window:
+            return []
+        lengths = np.array([length for length in found if length is not None], np.int64)
         too_long = np.flatnonzero(lengths > self.max_tokens_per_batch)
         if len(too_long):
             at = too_long[0]
@@ -254,7 +259,7 @@ class TokenBudgetBuffer(IterableDataset):
             cells, cuts = even_out(cells, cuts, self.world_size, n_before)
         return [[window[cell] for cell in batch] for batch in batches_of_rank(cells, cuts, None, 1)]
 
-    def _length(self, cell: Mapping[str, Any]) -> int:
+    def _length(self, cell: Mapping[str, Any]) -> int | None:
         if self.n_tokens is not None:
             return self.n_tokens(cell)
         if "length" in cell:
@@ -331,7 +336,7 @@ class StreamBatches(Dataset):
         cells = next(self._reading, None)
         if cells is None:
             if not self._n_of_epoch:
-                raise ValueError("The stream has no cells.")
+                raise ValueError("The stream has no cells with counts.")
             self.batches.set_epoch(self.batches.epoch + 1)
             self._n_of_epoch, self._reading = 0, iter(self.batches)
             return self._draw()
@@ -364,11 +369,6 @@ class StreamOrder(Sampler[list[int]]):
         self.epoch = epoch
 
 
-def one_token(cell: Any) -> int:
-    """Count a cell as one token, for a budget that is a number of cells."""
-    return 1
-
-
 def only(batches: list[Any]) -> Any:
     """Collate batches that are made already, of which there is one."""
     (batch,) = batches
@@ -388,4 +388,4 @@ def _has_shuffle_buffer(examples: Any) -> bool:
     return type(examples).__name__ == "BufferShuffledExamplesIterable" or any(map(_has_shuffle_buffer, within))
 
 
-__all__ = ["StreamBatches", "StreamOrder", "TokenBudgetBuffer", "one_token", "only"]
+__all__ = ["StreamBatches", "StreamOrder", "TokenBudgetBuffer", "only"]

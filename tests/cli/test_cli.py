@@ -311,7 +311,7 @@ def test_going_on_from_a_checkpoint_keeps_its_phenotypes(file, tmp_path, caplog)
     assert "no known value" not in caplog.text
 
 
-def test_a_run_leaves_a_store_and_checkpoints_of_another_alone(file, tmp_path, capsys):
+def test_a_run_leaves_a_store_and_checkpoints_of_another_alone(file, tmp_path, capsys, caplog):
     output = tmp_path / "run"
     assert main(["build", "--data", file, "--output", str(output / "store"), "--obs", "age"]) == 0
     argv = ["pretrain", "--data", file, "--output", str(output), *SHORT]
@@ -326,8 +326,12 @@ def test_a_run_leaves_a_store_and_checkpoints_of_another_alone(file, tmp_path, c
     assert main([*argv, "--max_steps", "4", "--resume_from_checkpoint", "true"]) == 0
     assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 4
     argv[4] = str(tmp_path / "other")
-    assert main([*argv, "--resume_from_checkpoint", "true"]) == 1
-    assert "no checkpoint to resume from" in capsys.readouterr().err
+    assert main([*argv, "--resume_from_checkpoint", "true"]) == 0  # nothing yet: it begins
+    assert "no checkpoint to resume from: the run begins" in caplog.text
+    # What replaces a run leaves nothing that a later resumption would go on from.
+    assert main([*argv, "--save_steps", "1", "--overwrite", "--max_steps", "3"]) == 0
+    assert main([*argv, "--save_steps", "1", "--overwrite", "--max_steps", "1", "--seed", "1"]) == 0
+    assert [path.name for path in (tmp_path / "other").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_a_folder_is_no_output_file(file, tmp_path, capsys):

@@ -21,6 +21,7 @@ ORDERS = {
     "grouped": ({"train_sampling_strategy": "group_by_length"}, {}),
     "packed": ({}, {"max_tokens_per_batch": 200, "packing": True}),
     "stream": ({}, {}),
+    "packed stream": ({}, {"max_tokens_per_batch": 200, "packing": True}),
 }
 
 
@@ -43,6 +44,7 @@ def main() -> None:
     arguments = TrainingArguments(
         str(folder),
         num_train_epochs=settings["epochs"],
+        max_steps=settings.get("steps", -1),
         per_device_train_batch_size=8,
         gradient_accumulation_steps=settings["accumulation"],
         learning_rate=1e-2,
@@ -55,7 +57,7 @@ def main() -> None:
         use_cpu=True,
         **sampling,
     )
-    stream = settings["order"] == "stream"
+    stream = settings["order"].endswith("stream")
     cells = IterableAnnDataset(store, tokenizer, shuffle=True, buffer_size=16) if stream else store
     trainer = STFormerPretrainer(
         arguments, cells, model=GeneBertForPhenotypicMLM(config), processing_class=tokenizer, **own
