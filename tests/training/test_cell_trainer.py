@@ -1,12 +1,8 @@
-"""The order of the cells in training: by length, by a budget of tokens, resumed, on two processes, killed."""
+"""The order of the cells in training: by length, by a budget of tokens, as a stream, resumed, told to end."""
 
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +23,6 @@ from stformer_hf import (
 )
 from stformer_hf.training.checkpoints import last_whole_checkpoint
 
-SCRIPT = Path(__file__).with_name("train_cells.py")
 ORDERS = {
     "random": {},
     "grouped": {"train_sampling_strategy": "group_by_length"},
@@ -405,80 +400,6 @@ def test_token_ids_of_stformer_train_bert(store, tmp_path):
         STFormerPretrainer(arguments, dataset, tokens, model=model, packing=True)
     with pytest.raises(ValueError, match="give one of them"):
         STFormerPretrainer(arguments, dataset, tokens, model=model, processing_class=GeneTokenizer(["a"]))
-
-
-# ---------------------------------------------------------------------- other processes
-
-
-def run_script(store, folder, n_processes=1, **settings):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(SCRIPT), str(store.path), str(folder), json.dumps(settings)]
-    if n_processes > 1:
-        command[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={n_processes}", "--standalone"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-
-
-def finished(process) -> str:
-    try:
-        printed, _ = process.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    assert process.returncode == 0, printed
-    return printed
-
-
-@pytest.mark.parametrize("order", ["grouped", "packed", "stream", "packed stream"])
-def test_two_processes_share_an_epoch_and_learn_what_one_does(store, tmp_path, order):
-    n_passes = {"epochs": 3} if order != "packed stream" else {"epochs": 3, "steps": 24}
-    two = run_script(store, tmp_path / "two", 2, order=order, accumulation=1, **n_passes)
-    one = run_script(store, tmp_path / "one", 1, order=order, accumulation=2, **n_passes)
-    finished(two), finished(one)
-    cells = np.flatnonzero(store.lengths > 0).tolist()
-    ranks = [json.loads((tmp_path / "two" / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
-    assert [rank["world_size"] for rank in ranks] == [2, 2]
-    n_steps = {len(rank["batches"]) for rank in ranks}
-    assert len(n_steps) == 1
-    if order == "packed stream":  # which has passes, and no epochs
-        seen = sum((sum(rank["batches"][:2], []) for rank in ranks), [])
-        assert len(seen) == len(set(seen)) and set(seen) <= set(cells)
-    else:
-        assert (steps := n_steps.pop()) % 3 == 0
-        for epoch in range(3):
-            part = slice(epoch * steps // 3, (epoch + 1) * steps // 3)
-            seen = sum((sum(rank["batches"][part], []) for rank in ranks), [])
-            assert sorted(seen) == cells
-    alone = json.loads((tmp_path / "one" / "seen-0.json").read_text())
-    assert alone["world_size"] == 1
-    np.testing.assert_allclose(ranks[0]["losses"], alone["losses"], atol=1e-5, rtol=0)
-
-
-@pytest.mark.slow
-def test_a_run_killed_ten_times_while_it_saves_is_the_uninterrupted_one(store, tmp_path):
-    settings = {"order": "random", "epochs": 4, "accumulation": 1, "save": True, "hidden_size": 512}
-    finished(run_script(store, tmp_path / "whole", **settings))
-    expected = json.loads((tmp_path / "whole" / "seen-0.json").read_text())["losses"]
-    rng = np.random.default_rng(0)
-    n_killed = 0
-    for _ in range(40):
-        process = run_script(store, tmp_path / "killed", **settings)
-        target = None
-        while process.poll() is None and target is None:  # wait for the writing of a checkpoint to begin
-            done = last_whole_checkpoint(tmp_path / "killed")
-            folders = {path for path in (tmp_path / "killed").glob("checkpoint-*")}
-            target = next((path for path in folders if not (path / "trainer_state.json").exists()), None)
-            del done
-        if process.poll() is not None:
-            break
-        time.sleep(rng.uniform(0, 0.05))
-        process.kill()
-        process.communicate()
-        n_killed += 1
-        if n_killed == 10:
-            break
-    assert n_killed == 10
-    finished(run_script(store, tmp_path / "killed", **settings))
-    assert json.loads((tmp_path / "killed" / "seen-0.json").read_text())["losses"] == expected
 
 
 def test_an_exception_in_training_leaves_no_handler(store, tokenizer, tmp_path):

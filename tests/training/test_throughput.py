@@ -300,6 +300,7 @@ def test_counting_does_not_wait_for_the_gpu(store, tokenizer, tmp_path):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.slow
 def test_trackio_has_the_figures_without_a_network(store, tokenizer, tmp_path):
     pytest.importorskip("trackio")
     code = (
