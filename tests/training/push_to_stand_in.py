@@ -3,9 +3,18 @@
 import sys
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from stformer_hf import CellStore, GeneBertConfig, GeneBertForPhenotypicMLM, GeneTokenizer, STFormerPretrainer
+
+
+class WaitForPush(TrainerCallback):
+    """Trainer uploads beside training and writes the next step into the same folder, files half sent or not."""
+
+    trainer = None
+
+    def on_save(self, args, state, control, **kwargs):
+        self.trainer._finish_current_push()
 
 
 def main() -> None:
@@ -16,6 +25,7 @@ def main() -> None:
     config = GeneBertConfig.from_tokenizer(
         tokenizer, num_hidden_layers=1, num_attention_heads=2, hidden_size=16, intermediate_size=32
     )
+    wait = WaitForPush()
     for strategy in ("end", "every_save", "checkpoint"):
         trainer = STFormerPretrainer(
             TrainingArguments(
@@ -32,12 +42,13 @@ def main() -> None:
                 hub_model_id=f"someone/{strategy}",
                 hub_token="hf_of_nobody",
                 hub_strategy=strategy,
-                hub_always_push=True,
             ),
             store,
             model=GeneBertForPhenotypicMLM(config),
             processing_class=tokenizer,
+            callbacks=[wait],
         )
+        wait.trainer = trainer
         trainer.train()
         if strategy == "end":
             trainer.push_to_hub(license="cc-by-4.0", tags="blood")
