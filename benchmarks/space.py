@@ -4,6 +4,8 @@ brainformr is in no package index, so what it does is written here anew from its
 the table for the cells of its section in its box, expression by their labels from the AnnData, and masks by products
 of the positions of each neighbourhood. Cells are 500 genes wide, 60 of them expressed; sections have at most 50,000
 cells, one in a unit of area. Before the clock starts, both are seen to give the same batches.
+
+A training step of CellTransformer's model (base) takes packed batches, and the same batches with dense masks.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from .harness import clock, print_table, take_turns
 
 N_GENES, N_EXPRESSED, SECTION, BATCH = 500, 60, 50_000, 32
 _BATCHES = {"ours": 100, "pandas": 4}  # that are timed
+_STEPS = 3
 
 
 def run(arguments: list[str]) -> None:
@@ -50,6 +53,7 @@ def run(arguments: list[str]) -> None:
             _make_cells(folder, n_cells)
             for k in neighbors:
                 tables[f"{n_cells} cells, {k} neighbours"] = _results(folder, n_cells, k, turns)
+        steps = {k: _steps(folder, sizes[0], k, turns) for k in neighbors}
     finally:
         if args.folder is None:
             shutil.rmtree(folder)
@@ -62,12 +66,14 @@ def run(arguments: list[str]) -> None:
     for title, results in tables.items():
         for kind, ours in (("items", "items: batches"), ("collate", "collate: packed")):
             print_table(title, {name: found for name, found in results.items() if name.startswith(kind)}, ours)
+    for k, results in steps.items():
+        print_table(f"Training steps, base model, {BATCH} cells a batch, {k} neighbours", results, "packed")
     growth = {k: _growth(tables, sizes, k) for k in neighbors}
     for k, factor in growth.items():
         print(
             f"{k} neighbours: an item takes {factor:.2f} times as long among {sizes[-1]:,} cells as among {sizes[0]:,}"
         )
-    Path(args.output).write_text(json.dumps({**about, "tables": tables, "growth": growth}, indent=1))
+    Path(args.output).write_text(json.dumps({**about, "tables": tables, "steps": steps, "growth": growth}, indent=1))
     print(f"\nwritten to {args.output}")
 
 
@@ -81,6 +87,17 @@ def _results(folder: Path, n_cells: int, k: int, turns: int) -> dict[str, dict]:
             "collate: packed": ("benchmarks.space:collate_ours", {**settings, "packed": True}),
             "collate: masks": ("benchmarks.space:collate_ours", {**settings, "packed": False}),
             "collate: masks, pandas items": ("benchmarks.space:collate_pandas", settings),
+        },
+        folder,
+        turns,
+    )
+
+
+def _steps(folder: Path, n_cells: int, k: int, turns: int) -> dict[str, dict]:
+    return take_turns(
+        {
+            name: ("benchmarks.space:step", {"n_cells": n_cells, "k": k, "packed": name == "packed"})
+            for name in ("packed", "masks")
         },
         folder,
         turns,
@@ -180,6 +197,30 @@ def collate_ours(folder: Path, n_cells: int, k: int, packed: bool) -> float:
     sampler = _sampler(folder, n_cells, k)
     batches = [sampler.__getitems__(batch) for batch in _batches(n_cells, 10)]
     return _time(lambda batch: collate_neighborhoods(batch, packed=packed), batches * (5 if packed or k < 100 else 1))
+
+
+def step(folder: Path, n_cells: int, k: int, packed: bool) -> float:
+    """Forward, backward and step of the optimizer, on batches that were collated before."""
+    from stformer_hf import CellNeighborhoodConfig, CellNeighborhoodForMaskedCell
+    from stformer_hf.training.neighborhood_collator import collate_neighborhoods
+
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    sampler = _sampler(folder, n_cells, k)
+    batches = [
+        collate_neighborhoods(sampler.__getitems__(batch), packed=packed) for batch in _batches(n_cells, _STEPS)
+    ]
+    model = CellNeighborhoodForMaskedCell(
+        CellNeighborhoodConfig.from_size("base", n_genes=N_GENES, n_cell_types=sampler.n_cell_types)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+
+    def learn(batch: dict) -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return _time(learn, batches)
 
 
 # ---------------------------------------------------------------------- pandas

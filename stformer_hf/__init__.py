@@ -28,7 +28,9 @@ _MODULES = {
     "genes.gene_table": ["GeneTable"],
     "genes.statistics": ["GeneStatistics"],
     "inference.annotate": ["annotate"],
+    "inference.domains": ["spatial_domains"],
     "inference.embed": ["embed"],
+    "inference.neighborhoods": ["embed_neighborhoods"],
     "models.cell_neighborhood.configuration_cell_neighborhood": ["CellNeighborhoodConfig"],
     "models.cell_neighborhood.count_likelihoods": ["nb_log_likelihood", "pearson_r", "zinb_log_likelihood"],
     "models.cell_neighborhood.modeling_cell_neighborhood": [

@@ -12,10 +12,11 @@ VERBS = {
     "medians": "estimate the gene medians by which rank tokens are ordered",
     "tokenize": "write the tokens of a store as a Hugging Face dataset",
     "pretrain": "train a GeneBert to predict masked genes and phenotypes",
+    "pretrain_neighborhood": "train a CellNeighborhood model to predict cells from those around them",
     "search": "search the settings of a pretraining",
     "finetune": "train a classifier of cells",
     "annotate": "label the cells of a file with a classifier",
-    "embed": "write an embedding of every cell of a file",
+    "embed": "write an embedding of every cell of a file, or of the cells around it",
 }
 
 

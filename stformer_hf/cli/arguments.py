@@ -101,6 +101,19 @@ def closest(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"; the closest known one is {prefix}{found[0]}" if found else ""
 
 
+def check_names(flag: str, settings: dict[str, Any] | None, known: Iterable[str]) -> None:
+    """Refuse names in a mapping that nothing has.
+
+    Raises
+    ------
+    ValueError
+        With the known name that is closest.
+    """
+    for name in settings or {}:
+        if name not in known:
+            raise ValueError(f"{flag}: unknown name {name!r}{closest(name, sorted(known))}.")
+
+
 def _parser(arguments: type, verb: str, description: str, training: dict[str, Any] | None) -> HfArgumentParser:
     epilog = None
     if training is not None:

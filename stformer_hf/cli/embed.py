@@ -1,13 +1,37 @@
-"""Write an embedding of every cell of a file.
+"""Write an embedding of every cell of a file, or of the cells around it.
 
 stformer-hf embed --data cells.h5ad --model pretrained --output embedded.h5ad
+stformer-hf embed --kind neighborhood --data section.h5ad --model model --domains 10 --plot d.png --output out.h5ad
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from .arguments import parse
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+_KEYS = {"cells": "X_stformer", "neighborhood": "X_neighborhood"}
+_OWN = {  # flags of one kind
+    "cells": ("hidden_layer", "pooling"),
+    "neighborhood": (
+        "spatial_key",
+        "section",
+        "cell_type",
+        "with_cell_type",
+        "patch_size",
+        "k_nearest",
+        "max_num_cells",
+        "domains",
+        "domain_method",
+        "resolution",
+        "plot",
+    ),
+}
 
 
 @dataclass
@@ -16,27 +40,72 @@ class EmbedArguments:
 
     data: str = field(metadata={"help": "h5ad file"})
     model: str = field(metadata={"help": "checkpoint"})
-    output: str = field(metadata={"help": 'h5ad file to write, with obsm["X_stformer"]'})
+    output: str = field(metadata={"help": 'h5ad file to write, with obsm["X_stformer"] or obsm["X_neighborhood"]'})
+    kind: Literal["cells", "neighborhood"] = field(
+        default="cells", metadata={"help": "what is embedded: the cell, or the cells around it in its tissue section"}
+    )
     layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
-    hidden_layer: int = field(default=-1, metadata={"help": "which hidden state: 0 is the embeddings, -1 the last"})
-    pooling: str = field(default="cls", metadata={"help": "cls or mean"})
     batch_size: int = field(default=64, metadata={"help": "cells a batch"})
     overwrite: bool = field(default=False, metadata={"help": "replace a file that is there"})
+    hidden_layer: int = field(
+        default=-1, metadata={"help": "of cells: which hidden state: 0 is the embeddings, -1 the last"}
+    )
+    pooling: str = field(default="cls", metadata={"help": "of cells: cls or mean"})
+    spatial_key: str = field(default="spatial", metadata={"help": "of neighbourhoods: coordinates in obsm"})
+    section: str | None = field(
+        default=None, metadata={"help": "of neighbourhoods: column of obs (default: `section`, if there is one)"}
+    )
+    cell_type: str | None = field(
+        default=None, metadata={"help": "of neighbourhoods: column of obs, for a model that knows cell types"}
+    )
+    with_cell_type: bool = field(
+        default=False, metadata={"help": "of neighbourhoods: the embedding sees the type of the cell itself as well"}
+    )
+    patch_size: float | None = field(
+        default=None, metadata={"help": "of neighbourhoods: side of the box around a cell (default: the model's)"}
+    )
+    k_nearest: int | None = field(
+        default=None, metadata={"help": "of neighbourhoods: only so many, the nearest (default: the model's)"}
+    )
+    max_num_cells: int | None = field(
+        default=None, metadata={"help": "of neighbourhoods: most cells; of more a random part (default: the model's)"}
+    )
+    domains: int = field(
+        default=0, metadata={"help": 'of neighbourhoods: number of k-means domains, into obs["domain"]; 0: none'}
+    )
+    domain_method: Literal["kmeans", "leiden"] | None = field(
+        default=None, metadata={"help": "of neighbourhoods: how domains are made; leiden finds their number itself"}
+    )
+    resolution: float = field(default=1.0, metadata={"help": "of neighbourhoods: of leiden; more gives more domains"})
+    plot: str | None = field(
+        default=None, metadata={"help": "of neighbourhoods: PNG to write, of the sections coloured by domain"}
+    )
 
 
 def main(argv: list[str]) -> None:
     """Parse and run."""
     args, _ = parse(argv, EmbedArguments, verb="embed", description=__doc__)
     adata = run(args)
-    print(f"{args.output}: obsm['X_stformer'] {adata.obsm['X_stformer'].shape}")
+    key = _KEYS[args.kind]
+    print(f"{args.output}: obsm[{key!r}] {adata.obsm[key].shape}")
+    if _wants_domains(args):
+        print(adata.obs["domain"].value_counts().to_string())
 
 
-def run(args: EmbedArguments):
+def run(args: EmbedArguments) -> AnnData:
     """Embed and write; returns the AnnData."""
-    from ..inference.embed import embed
+    _check(args)
     from .files import read, write
 
     adata = read(args.data, args.output, args.overwrite)
+    (_embed_cells if args.kind == "cells" else _embed_neighborhoods)(adata, args)
+    write(adata, args.output)
+    return adata
+
+
+def _embed_cells(adata: AnnData, args: EmbedArguments) -> None:
+    from ..inference.embed import embed
+
     embed(
         adata,
         args.model,
@@ -45,5 +114,66 @@ def run(args: EmbedArguments):
         pooling=args.pooling,
         batch_size=args.batch_size,
     )
-    write(adata, args.output)
-    return adata
+
+
+def _embed_neighborhoods(adata: AnnData, args: EmbedArguments) -> None:
+    from ..inference.domains import check_domains, spatial_domains
+    from ..inference.neighborhoods import embed_neighborhoods
+
+    method, n_domains = args.domain_method or "kmeans", args.domains or None
+    check_domains(method, n_domains)  # what is missing is told before the work
+    if args.plot:
+        import matplotlib  # noqa: F401
+
+        from ..inference.plots import sections
+    section = args.section or ("section" if "section" in adata.obs else None)
+    options = {name: getattr(args, name) for name in ("patch_size", "k_nearest", "max_num_cells")}
+    embed_neighborhoods(
+        adata,
+        args.model,
+        spatial_key=args.spatial_key,
+        section_key=section,
+        cell_type_key=args.cell_type,
+        with_cell_type=args.with_cell_type,
+        layer=args.layer,
+        batch_size=args.batch_size,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    if _wants_domains(args):
+        spatial_domains(adata, n_domains, method=method, resolution=args.resolution)
+    if args.plot:
+        Path(args.plot).parent.mkdir(parents=True, exist_ok=True)
+        sections(adata, "domain", spatial_key=args.spatial_key, section_key=section, save=args.plot)
+
+
+def _wants_domains(args: EmbedArguments) -> bool:
+    return args.domains > 0 or args.domain_method is not None
+
+
+def _check(args: EmbedArguments) -> None:
+    """Refuse flags that say nothing, and a picture that is there.
+
+    Raises
+    ------
+    ValueError
+        An unknown kind; flags of the other kind, or of domains where there are none.
+    FileExistsError
+        The picture exists, and not `overwrite`.
+    """
+    if args.kind not in _KEYS:
+        raise ValueError(f"--kind {args.kind}: there are {' and '.join(_KEYS)}.")
+    other = next(kind for kind in _OWN if kind != args.kind)
+    defaults = EmbedArguments.__dataclass_fields__
+    foreign = [f"--{name}" for name in _OWN[other] if getattr(args, name) != defaults[name].default]
+    if foreign:
+        raise ValueError(
+            f"--kind {args.kind} does not read {', '.join(foreign)}: pass --kind {other}, or leave it out."
+        )
+    if args.domains < 0:
+        raise ValueError(f"--domains {args.domains}: a number of domains, or 0 for none.")
+    if args.plot and not _wants_domains(args):
+        raise ValueError("--plot draws domains: pass --domains N, or --domain_method leiden.")
+    if args.resolution != defaults["resolution"].default and args.domain_method != "leiden":
+        raise ValueError("--resolution is of --domain_method leiden.")
+    if args.plot and Path(args.plot).exists() and not args.overwrite:
+        raise FileExistsError(f"{args.plot} exists. Choose another --plot, or pass --overwrite.")

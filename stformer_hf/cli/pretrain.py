@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from .arguments import closest, parse
+from .arguments import check_names, parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -186,16 +186,10 @@ def _check_settings(args: PretrainArguments) -> None:
     # What has a flag of its own; edges may also be found ("quantile"), or differ by gene.
     tokenizer_names -= {"genes", "scheme", "medians", "neighborhood", "phenotypes", "max_length", "vocab_file"}
     tokenizer_names -= {"store", "kwargs"}
-    _check_names("tokenizer_config", args.tokenizer_config, tokenizer_names)
-    _check_names("model_config", args.model_config, {option.name for option in fields(GeneBertConfig)})
+    check_names("tokenizer_config", args.tokenizer_config, tokenizer_names)
+    check_names("model_config", args.model_config, {option.name for option in fields(GeneBertConfig)})
     if args.bin_edges is not None and "bin_edges" in (args.tokenizer_config or {}):
         raise ValueError("bin_edges and tokenizer_config both name the edges of the bins: give one of them.")
-
-
-def _check_names(mapping: str, settings: dict[str, Any] | None, known: set[str]) -> None:
-    for name in settings or {}:
-        if name not in known:
-            raise ValueError(f"{mapping}: unknown name {name!r}{closest(name, sorted(known))}.")
 
 
 def _make_tokenizer(args: PretrainArguments, store: CellStore, train_cells: CellStore) -> GeneTokenizer:
@@ -250,7 +244,7 @@ def make_model(args: PretrainArguments, tokenizer: GeneTokenizer, **settings) ->
     from ..training.gene_embeddings import load_gene_embeddings
 
     settings = {**(args.model_config or {}), **settings}
-    _check_names("model_config", settings, {"size", *(option.name for option in fields(GeneBertConfig))})
+    check_names("model_config", settings, {"size", *(option.name for option in fields(GeneBertConfig))})
     if args.model:
         return AutoModelForMaskedLM.from_pretrained(args.model, **settings)
     settings = {"size": args.size, "label_smoothing": args.label_smoothing, **settings}

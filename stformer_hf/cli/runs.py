@@ -77,8 +77,13 @@ def refuse_flags_of_a_new_model(args, names: tuple[str, ...]) -> None:
         )
 
 
+def is_store(data: list[str] | list[AnnData]) -> bool:
+    """Tell whether `data` is the folder of a store."""
+    return len(data) == 1 and isinstance(data[0], str) and (Path(data[0]) / "manifest.json").exists()
+
+
 def open_cells(
-    data: list[str],
+    data: list[str] | list[AnnData],
     arguments: TrainingArguments,
     obs: list[str] | None,
     layer: str | None,
@@ -101,7 +106,7 @@ def open_cells(
     ValueError
         Neighbours are asked for, and the store was built without, or a file has neither graph nor coordinates.
     """
-    if not eval_data and len(data) == 1 and (Path(data[0]) / "manifest.json").exists():
+    if not eval_data and is_store(data):
         store = CellStore(data[0])
         return store if neighbors is None else store.with_neighborhoods()
     path = Path(arguments.output_dir) / "store"

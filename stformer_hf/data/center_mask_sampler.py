@@ -202,6 +202,7 @@ class CenterMaskSampler(Dataset):
         if neighbors_from not in ("all", "indices"):
             raise ValueError(f"neighbors_from={neighbors_from!r}: 'all' cells, or those of 'indices'.")
         self.max_num_cells, self.seed = max_num_cells, seed
+        self._lengths: np.ndarray | None = None
         self.cell_types: list[str] | None = None
         names = column_of(metadata, cell_id_colname)
         points = read_points(metadata, [x, y] if z is None else [x, y, z], names)
@@ -393,13 +394,28 @@ class CenterMaskSampler(Dataset):
             raise IndexError(f"Item {positions[outside][0]} is outside the dataset of {len(self)} cells.")
         return self.indices[positions]
 
-    def _leave_out(self, min_neighbors: int) -> None:
-        """Keep the cells that have so many neighbours."""
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each item to a model, its neighbours and itself: int64 array (len(self),).
+
+        All neighbours are looked for when it is first asked for.
+        """
+        if self._lengths is None:
+            sizes = self._count_neighbors()
+            most = sizes.max(initial=0) if self.max_num_cells is None else self.max_num_cells
+            self._lengths = np.minimum(sizes, most) + 1
+        return self._lengths
+
+    def _count_neighbors(self) -> np.ndarray:
         sizes = [np.empty(0, np.int64)]
         for start in range(0, len(self.indices), _CELLS_AT_ONCE):
             indptr, _ = self._index.query(self.indices[start : start + _CELLS_AT_ONCE])
             sizes.append(np.diff(indptr))
-        kept = np.concatenate(sizes) >= min_neighbors
+        return np.concatenate(sizes)
+
+    def _leave_out(self, min_neighbors: int) -> None:
+        """Keep the cells that have so many neighbours."""
+        kept = self._count_neighbors() >= min_neighbors
         if not kept.any():
             raise ValueError(f"None of {len(kept)} cells has {min_neighbors} neighbours: make patch_size larger.")
         if not kept.all():

@@ -157,7 +157,8 @@ def open_source(
         No such file.
     """
     if isinstance(source, AnnData):
-        name, key, layers = "AnnData", None, anndata_layers(source)
+        name = str(source.filename) if source.isbacked else "AnnData"
+        key, layers = None, anndata_layers(source)
     elif isinstance(source, (str, Path)):
         layers = read_layers(source)
         name, key = str(source), _key(Path(source))

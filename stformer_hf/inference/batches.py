@@ -10,7 +10,7 @@ import torch
 from anndata import AnnData
 from scipy import sparse
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from ..data.sources import Source, open_source
 from ..models.gene_bert.cell_counts import NEIGHBORS, pad_ragged, sum_of_neighbors
@@ -29,7 +29,7 @@ def load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_cla
     Raises
     ------
     ValueError
-        A model object without a tokenizer; a tokenizer that does not fit.
+        A model object without a tokenizer; a tokenizer that does not fit; a model of neighbourhoods.
     """
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
@@ -38,6 +38,12 @@ def load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_cla
             )
     else:
         model = str(model)
+        config = AutoConfig.from_pretrained(model)
+        if config.model_type == "cell_neighborhood":
+            raise ValueError(
+                f"{model} reads the cells around a cell: use embed_neighborhoods, or stformer-hf embed --kind "
+                "neighborhood."
+            )
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
         model = auto_class.from_pretrained(model)
     if device is None:

@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from sklearn.metrics import confusion_matrix
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.lines import Line2D
+
+_MISSING = "lightgray"
+_MOST_COLUMNS = 4
+_LEGEND_ROWS = 20
 
 
 def loss_curves(histories: dict[str, list[dict]], *, title: str = "", save: str | Path | None = None) -> Axes:
@@ -129,6 +136,186 @@ def umap(
     return _save(ax, save)
 
 
+def sections(
+    adata: AnnData,
+    color: str,
+    *,
+    spatial_key: str = "spatial",
+    section_key: str | None = None,
+    size: float | None = None,
+    n_columns: int | None = None,
+    title: str = "",
+    save: str | Path | None = None,
+) -> Axes | np.ndarray:
+    """Draw the cells of tissue sections where they lie, a panel a section, coloured by a column or a gene.
+
+    As in scanpy's and squidpy's spatial plots y points down, as in images, and x and y have one scale.
+
+    Parameters
+    ----------
+    adata : AnnData
+        With coordinates in obsm; of 3-D ones x and y are drawn.
+    color : str
+        Column of obs, or gene of var_names, whose values in X are drawn. Numbers are drawn in viridis, from the least
+        to the largest of all sections. Other values are categories, in the colours of `uns[f"{color}_colors"]`; where
+        there are too few, scanpy's default ones are written there. Missing and infinite values are grey.
+    spatial_key : str, default: "spatial"
+        Key of obsm.
+    section_key : str, optional
+        Column of obs; by default all cells are of one section.
+    size : float, optional
+        Area of a point in square points; by default 120,000 by the number of cells of the largest section.
+    n_columns : int, optional
+        Panels in a row; at most 4 by default.
+    title : str, default: ""
+        Of the picture.
+    save : str or Path, optional
+        PNG to write.
+
+    Returns
+    -------
+    Axes, or array of Axes (n_sections,)
+        An array where there is a `section_key`: its categories in their order, else its values, sorted.
+
+    Raises
+    ------
+    ValueError
+        No cells; no such key, column or gene; cells without a section.
+    """
+    points = _points(adata, spatial_key)
+    section_of_cell = _sections_of(adata, section_key)
+    if n_columns is not None and n_columns < 1:
+        raise ValueError(f"n_columns={n_columns}: at least 1 is needed.")
+    colours, order, legend = _colours(adata, color)
+
+    import matplotlib.pyplot as plt
+
+    names, numbers = section_of_cell.categories, section_of_cell.codes
+    if size is None:
+        size = float(np.clip(120_000 / np.bincount(numbers).max(), 0.1, 60))
+    n_columns = min(n_columns or _MOST_COLUMNS, len(names))
+    n_rows = -(-len(names) // n_columns)
+    figure, grid = plt.subplots(
+        n_rows, n_columns, figsize=(4 * n_columns + 2, 4 * n_rows), layout="constrained", squeeze=False
+    )
+    panels = grid.ravel()[: len(names)]
+    for unused in grid.ravel()[len(names) :]:
+        unused.remove()
+    for number, panel in enumerate(panels):
+        cells = order[numbers[order] == number]
+        panel.scatter(*points[cells].T, c=colours[cells], s=size, linewidths=0, rasterized=True)
+        panel.set(xticks=[], yticks=[], aspect="equal")
+        panel.invert_yaxis()
+        if section_key is not None:
+            panel.set_title(str(names[number]))
+    if isinstance(legend, list):
+        columns = -(-len(legend) // _LEGEND_ROWS)
+        figure.legend(handles=legend, loc="outside right center", frameon=False, title=color, ncols=columns)
+    else:
+        figure.colorbar(legend, ax=list(panels), label=color, shrink=0.6)
+    if title:
+        figure.suptitle(title)
+    _save(panels[0], save)
+    return panels[0] if section_key is None else panels
+
+
+def _points(adata: AnnData, spatial_key: str) -> np.ndarray:
+    """Give x and y of each cell: array (n_cells, 2)."""
+    if not adata.n_obs:
+        raise ValueError("The AnnData has no cells.")
+    if spatial_key not in adata.obsm:
+        raise ValueError(
+            f"There is no obsm[{spatial_key!r}]; obsm has {', '.join(map(repr, adata.obsm)) or 'nothing'}."
+        )
+    points = np.asarray(adata.obsm[spatial_key])
+    if points.ndim != 2 or points.shape[1] not in (2, 3):
+        raise ValueError(f"obsm[{spatial_key!r}] has the shape {points.shape}; coordinates have 2 or 3 columns.")
+    return points[:, :2]
+
+
+def _sections_of(adata: AnnData, section_key: str | None) -> pd.Categorical:
+    """Give the section of each cell; categories are sections that have cells."""
+    if section_key is None:
+        return pd.Categorical(np.zeros(adata.n_obs, np.int64))
+    if section_key not in adata.obs:
+        raise ValueError(f"There is no obs[{section_key!r}]; obs has {', '.join(map(repr, adata.obs)) or 'nothing'}.")
+    found = pd.Categorical(adata.obs[section_key]).remove_unused_categories()
+    if (found.codes < 0).any():
+        raise ValueError(f"{(found.codes < 0).sum()} of {len(found)} cells have no section in obs[{section_key!r}].")
+    return found
+
+
+def _colours(adata: AnnData, color: str) -> tuple[np.ndarray, np.ndarray, list[Line2D] | ScalarMappable]:
+    """Choose colours.
+
+    Returns
+    -------
+    colours : float array (n_cells, 4)
+        RGBA.
+    order : int array (n_cells,)
+        In which to draw the cells: the missing ones first, of numbers the largest last.
+    legend : list of Line2D, or ScalarMappable
+        Of categories, of numbers.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize, to_rgba, to_rgba_array
+    from matplotlib.lines import Line2D
+
+    values = _values_of(adata, color)
+    if not isinstance(values, pd.Categorical):
+        there = np.isfinite(values)
+        limits = (values[there].min(), values[there].max()) if there.any() else (0, 1)
+        scale = ScalarMappable(Normalize(*limits), "viridis")
+        colours = scale.to_rgba(np.where(there, values, limits[0]))
+        colours[~there] = to_rgba(_MISSING)
+        return colours, np.argsort(np.where(there, values, -np.inf), kind="stable"), scale
+    key, n = f"{color}_colors", len(values.categories)
+    if len(adata.uns.get(key, [])) < n:
+        adata.uns[key] = _default_colours(n)
+    palette = to_rgba_array([*adata.uns[key][:n], _MISSING])  # the code of what is missing is -1
+
+    def entry(label: str, colour: np.ndarray) -> Line2D:
+        return Line2D([], [], color=colour, linestyle="", marker="o", markersize=8, label=label)
+
+    used = np.unique(values.codes)
+    legend = [entry(str(values.categories[code]), palette[code]) for code in used if code >= 0]
+    if used[0] < 0:
+        legend.append(entry("missing", palette[-1]))
+    return palette[values.codes], np.argsort(values.codes >= 0, kind="stable"), legend
+
+
+def _values_of(adata: AnnData, color: str) -> np.ndarray | pd.Categorical:
+    """Give the numbers or the categories of a column of obs, or the numbers of a gene."""
+    if color in adata.obs:
+        column = adata.obs[color]
+        if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+            return column.to_numpy(np.float64, na_value=np.nan)
+        return pd.Categorical(column)
+    if color in adata.var_names:
+        return np.asarray(adata.obs_vector(color), np.float64)
+    raise ValueError(
+        f"There is no column or gene {color!r}; obs has {', '.join(map(repr, adata.obs)) or 'nothing'}, and genes are "
+        f"named like {', '.join(adata.var_names[:3])}."
+    )
+
+
+def _default_colours(n: int) -> list[str]:
+    """Give the colours that scanpy gives n categories; without it, or of over 102, some come again."""
+    import matplotlib
+    from matplotlib.colors import to_hex
+
+    palette = matplotlib.rcParams["axes.prop_cycle"].by_key().get("color", [])
+    if n > len(palette):
+        try:
+            from scanpy.plotting import palettes
+        except ImportError:
+            palette = matplotlib.colormaps["tab20"].colors
+        else:
+            known = (palettes.default_20, palettes.default_28, palettes.default_102)
+            palette = next((palette for palette in known if n <= len(palette)), known[-1])
+    return [to_hex(palette[i % len(palette)]) for i in range(n)]
+
+
 def _axes(width: float, height: float) -> Axes:
     import matplotlib.pyplot as plt
 
@@ -145,4 +332,4 @@ def _save(ax: Axes, save: str | Path | None) -> Axes:
     return ax
 
 
-__all__ = ["confusion", "loss_curves", "umap"]
+__all__ = ["confusion", "loss_curves", "sections", "umap"]

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import seed_worker
 
 from ..data.cell_store import CellStore
+from ..data.center_mask_sampler import CenterMaskSampler
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from .batches import CellCollator
 from .callbacks import FillHubFolder, SaveOnSigterm, SetEpoch
@@ -96,7 +97,7 @@ class CellTrainer(MeasuredTrainer):
         model_type = getattr(getattr(self.model, "config", None), "model_type", None)
         if getattr(collator, "packing", False) and model_type != "gene_bert":
             raise ValueError(f"A model of type {model_type!r} would mix the cells of a packed batch: train it padded.")
-        if getattr(collator, "packing", False) and self.args.n_gpu > 1:
+        if self._is_packed() and self.args.n_gpu > 1:
             raise ValueError(
                 "torch.nn.DataParallel would cut a packed batch across cells: start one process a GPU with "
                 "accelerate launch, or let one GPU be seen (CUDA_VISIBLE_DEVICES=0)."
@@ -117,6 +118,9 @@ class CellTrainer(MeasuredTrainer):
             self._eval_collator = collator.for_evaluation()
 
     # ------------------------------------------------------------------ batches
+
+    def _is_packed(self) -> bool:
+        return getattr(self.data_collator, "packing", False) or isinstance(self.train_dataset, CenterMaskSampler)
 
     def _remove_unused_columns(self, dataset, description=None):
         return dataset  # the collator takes what it needs, such as cell_id
@@ -145,7 +149,7 @@ class CellTrainer(MeasuredTrainer):
             return TokenBudgetBatchSampler(
                 self._n_tokens(dataset),
                 self.max_tokens_per_batch,
-                packing=getattr(self.data_collator, "packing", False),
+                packing=self._is_packed(),
                 seed=seed,
                 world_size=args.world_size,
                 drop_last=args.dataloader_drop_last,
@@ -277,9 +281,16 @@ class CellTrainer(MeasuredTrainer):
             self._stream_mark = self._stream_mark if mark is None else json.loads(mark)
         return drawn
 
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """As in Trainer; of neighbourhoods the masked cells."""
+        if batch_samples and "masked_cell_type" in batch_samples[0]:
+            batch_samples = [{"labels": batch["masked_cell_type"]} for batch in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device)
+
     def set_epoch(self, epoch: int) -> None:
         """Tell the order of the cells, and the collator, which epoch begins (Trainer's loop calls it)."""
-        for part in (self._train_batches, self.data_collator):
+        neighborhoods = self.train_dataset if isinstance(self.train_dataset, CenterMaskSampler) else None
+        for part in (self._train_batches, self.data_collator, neighborhoods):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         if self._stream is not None:

@@ -43,6 +43,8 @@ _BASELINES = {
     "cell_marginal": "bins of the cell",
     "majority": "most frequent class",
     "logistic_regression": "logistic regression",
+    "type_mean": "mean of the cell type in the training cells",
+    "neighbor_mean": "mean of the neighbours",
 }
 _BASELINE = re.compile(rf"(?:(?P<subject>.+)_)?(?P<baseline>{'|'.join(_BASELINES)})_(?P<figure>[a-z0-9_]+)", re.DOTALL)
 _FIGURES = {
@@ -50,6 +52,7 @@ _FIGURES = {
     "loss": "loss",
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
+    "pearson_r": "Pearson r a cell",
 }
 _METRIC_TYPES = {"macro_f1": "f1"}  # the Hub's names, where they differ
 
@@ -302,12 +305,16 @@ def _comparisons(metrics: Mapping[str, Any]) -> tuple[list[dict[str, Any]], set[
         subject, figure = of["subject"], of["figure"]
         own = [f"{subject}_{figure}" if subject else figure]
         if figure == "nll":
-            own += [f"{subject or 'genes'}_nll", f"{subject or 'genes'}_loss"]
+            own += [f"{subject or 'genes'}_nll", f"{subject or 'genes'}_loss", *([] if subject else ["loss"])]
         prefix = "eval_" if name.startswith("eval_") else ""
         key = next((prefix + key for key in own if prefix + key in figures), None)
         if key is None:
             continue
-        what = "masked genes" if figure == "nll" and subject in (None, "genes") else (subject or "").replace("_", " ")
+        what = (subject or "").replace("_", " ")
+        if key.endswith("loss") and subject is None and not key.endswith("genes_loss"):
+            what = "counts of masked cells, a gene"
+        elif figure == "nll" and subject in (None, "genes"):
+            what = "masked genes"
         entry = found.setdefault(
             key,
             {

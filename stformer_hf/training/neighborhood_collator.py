@@ -30,12 +30,12 @@ def collate_neighborhoods(
     -------
     dict
         `observed_expression` (N, G) and `masked_expression` (B, G), float32; `observed_cell_type` (N,) and
-        `masked_cell_type` (B,), int64; `bs`, B.
+        `masked_cell_type` (B,), int64; `observed_neighboorhood_lens`, list of B int; `bs`, B.
 
         Packed: `cu_seq_lens`, int32 (B + 1,): item i has the observed cells `cu_seq_lens[i]:cu_seq_lens[i + 1]`.
         `segment_ids`, int32 (N,): the item of each observed cell. `max_length`, int: cells of the largest item.
 
-        Else: `observed_neighboorhood_lens`, list of B int; and bool masks, True where one may not attend. They are of
+        Else: bool masks, True where one may not attend. They are of
         the N observed cells, then B cls tokens, then B queries, those of item i in its segment. `full_mask`
         (N + 2B, N + 2B) is open within segments. `encoder_mask` (N + B, N + B) is its top left, a view of it.
         `pooling_mask` (B, N + B): row i is open for the observed cells of item i; that of an item without any is
@@ -51,6 +51,7 @@ def collate_neighborhoods(
         raise ValueError("A batch has at least one neighbourhood.")
     batch = _tensors(items) if isinstance(items, NeighborhoodBatch) else _stacked(items)
     lengths = batch.pop("lengths")
+    batch["observed_neighboorhood_lens"] = lengths.tolist()
     if packed:
         cuts = np.zeros(len(lengths) + 1, np.int32)
         np.cumsum(lengths, out=cuts[1:])
@@ -58,7 +59,6 @@ def collate_neighborhoods(
         batch["segment_ids"] = torch.from_numpy(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths))
         batch["max_length"] = int(lengths.max())
     else:
-        batch["observed_neighboorhood_lens"] = lengths.tolist()
         batch.update(_masks(lengths))
     return {**batch, "bs": len(lengths)}
 
@@ -70,8 +70,8 @@ def _tensors(batch: NeighborhoodBatch) -> dict[str, Any]:
     rows = batch.expression.toarray() if sparse.issparse(batch.expression) else batch.expression
     observed, masked = torch.from_numpy(rows).split([len(batch.observed_cell_type), len(batch)])
     return {
+        "masked_expression": masked,  # first: Trainer takes the size of a batch from its first tensor
         "observed_expression": observed,
-        "masked_expression": masked,
         "observed_cell_type": torch.from_numpy(batch.observed_cell_type),
         "masked_cell_type": torch.from_numpy(batch.masked_cell_type),
         "lengths": np.diff(batch.indptr),
@@ -92,8 +92,8 @@ def _stacked(items: Sequence[NeighborhoodMetadata]) -> dict[str, Any]:
     rows = [rows.reshape(len(own), n_genes) for rows, own in zip(observed, types, strict=True)]
     masked_types = [np.asarray(item.masked_cell_type, np.int64).reshape(1) for item in items]
     return {
-        "observed_expression": torch.from_numpy(np.concatenate(rows)),
         "masked_expression": torch.from_numpy(np.stack(masked)),
+        "observed_expression": torch.from_numpy(np.concatenate(rows)),
         "observed_cell_type": torch.from_numpy(np.concatenate(types)),
         "masked_cell_type": torch.from_numpy(np.concatenate(masked_types)),
         "lengths": np.array([len(own) for own in types], np.int64),

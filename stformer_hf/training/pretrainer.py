@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from ..data.center_mask_sampler import CenterMaskSampler
+from ..models.cell_neighborhood.count_likelihoods import pearson_r
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from .cell_trainer import CellTrainer
 from .collators import DataCollatorForGeneRankMLM, DataCollatorForPhenotypicMLM
 from .context_swap import context_swap, masked_nll
 from .gene_baselines import masked_gene_baselines, masked_genes
 from .metrics import preprocess_logits_for_metrics, preprocess_logits_with_nll
+from .neighborhood_baselines import mean_of_defined, neighborhood_baselines
+from .neighborhood_collator import collate_neighborhoods
 from .precollator import STFormerPreCollator
 from .token_rows import TokenRows
 
@@ -30,12 +35,16 @@ class STFormerPretrainer(CellTrainer):
     Masks are a function of (args.seed, epoch, cell); evaluation always masks as in epoch 0. See `CellTrainer` for the
     order of the cells, `get_train_sampler`, and resumption.
 
+    It also trains a `CellNeighborhoodForMaskedCell` on the neighbourhoods of a `CenterMaskSampler`, packed and without
+    a tokenizer. Its evaluations have `pearson_r`: mean over cells of Pearson's r, over genes, of log1p of the expected
+    and the true counts.
+
     Parameters
     ----------
     args : TrainingArguments
         As for Trainer; `train_sampling_strategy="group_by_length"` groups the cells by length.
-    train_dataset : CellStore, datasets.Dataset or torch Dataset
-        Cells; or rows with `input_ids` (and, better, `token_type_ids` and `cell_id`).
+    train_dataset : CellStore, datasets.Dataset, torch Dataset or CenterMaskSampler
+        Cells; or rows with `input_ids` (and, better, `token_type_ids` and `cell_id`); or neighbourhoods.
     token_dictionary : dict of str to int, or path of a .json or .pkl, optional
         STFormer's vocabulary, for rows of token ids and a model that reads no token types, such as BERT; in place of
         `processing_class`.
@@ -51,7 +60,7 @@ class STFormerPretrainer(CellTrainer):
         Put beside the losses of each evaluation what they are to be compared with: `genes_nll`, mean negative log
         likelihood in nats of the masked genes; that of simple baselines at the same positions
         (`masked_gene_baselines`, estimated from at most 100,000 training cells, once); and what the genes of another
-        cell do to the model (`context_swap`, of at most 512 cells).
+        cell do to the model (`context_swap`, of at most 512 cells). Of neighbourhoods `neighborhood_baselines`.
     packing : bool, default: False
         Train on packed batches: the cells of a batch in one row, without padding.
     max_tokens_per_batch : int, optional
@@ -59,7 +68,8 @@ class STFormerPretrainer(CellTrainer):
     processing_class : GeneTokenizer
         Tokenizes the cells; saved beside the model.
     data_collator : callable, optional
-        In place of a `DataCollatorForPhenotypicMLM`, or `DataCollatorForGeneRankMLM`, of the above.
+        In place of a `DataCollatorForPhenotypicMLM`, or `DataCollatorForGeneRankMLM`, of the above; of neighbourhoods
+        in place of `collate_neighborhoods` with `packed=True`.
     **kwargs
         All other arguments of Trainer.
 
@@ -95,6 +105,9 @@ class STFormerPretrainer(CellTrainer):
             if processing_class is not None:
                 raise ValueError("token_dictionary and processing_class both name the tokens: give one of them.")
             processing_class = STFormerPreCollator(token_dictionary)
+        datasets = [train_dataset, *_each(kwargs.get("eval_dataset"))]
+        if data_collator is None and any(isinstance(dataset, CenterMaskSampler) for dataset in datasets):
+            data_collator = partial(collate_neighborhoods, packed=True)
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("STFormerPretrainer needs processing_class=tokenizer (or a data_collator).")
@@ -112,6 +125,7 @@ class STFormerPretrainer(CellTrainer):
         self.baselines = baselines
         self._baselines: list[tuple[Any, dict[str, float]]] = []  # of the datasets evaluated on
         self._genes_nll = np.zeros(2)  # sum, and number of masked genes, of the evaluation that goes on
+        self._pearson_r: list[np.ndarray] = []  # of the masked cells, of the evaluation that goes on
         super().__init__(
             model=model,
             args=args,
@@ -126,22 +140,31 @@ class STFormerPretrainer(CellTrainer):
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         """As in Trainer; with the baselines, if they are asked for."""
         self._genes_nll = np.zeros(2)  # anew: the arrays of a trainer that ray hands out are read-only
+        self._pearson_r = []
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self.baselines and self._genes_nll[1]:
-            dataset = dataloader.dataset
-            dataset = dataset.dataset if isinstance(dataset, TokenRows) else dataset
+        dataset = dataloader.dataset
+        dataset = dataset.dataset if isinstance(dataset, TokenRows) else dataset
+        metrics = {}
+        if self._pearson_r:
+            metrics["pearson_r"] = mean_of_defined(np.concatenate(self._pearson_r))
+            if self.baselines:
+                metrics |= self._baselines_on(dataset)
+        elif self.baselines and self._genes_nll[1]:
             metrics = {
                 "genes_nll": self._genes_nll[0] / self._genes_nll[1],
                 **self._baselines_on(dataset),
                 **self._context_swap(dataset),
             }
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As in Trainer; adds up the losses of masked genes, if they are to be compared with baselines."""
         labels = inputs.get("labels")
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if not model.training and "expected_counts" in outputs and "masked_expression" in inputs:
+            r = pearson_r(outputs["expected_counts"].detach().log1p(), inputs["masked_expression"].log1p())
+            self._pearson_r.append(self.accelerator.gather_for_metrics(r).cpu().numpy())
         if self.baselines and not model.training and labels is not None:
             self._add_genes_nll(inputs["input_ids"], labels, outputs.logits.detach())
         return (loss, outputs) if return_outputs else loss
@@ -161,9 +184,12 @@ class STFormerPretrainer(CellTrainer):
         for known, metrics in self._baselines:
             if known is dataset:
                 return metrics
-        metrics = masked_gene_baselines(
-            self.train_dataset, dataset, self.data_collator, max_train_cells=_CELLS_FOR_FREQUENCIES
-        )
+        if isinstance(dataset, CenterMaskSampler):
+            metrics = neighborhood_baselines(self.train_dataset, dataset, seed=self.args.seed)
+        else:
+            metrics = masked_gene_baselines(
+                self.train_dataset, dataset, self.data_collator, max_train_cells=_CELLS_FOR_FREQUENCIES
+            )
         self._baselines.append((dataset, metrics))
         return metrics
 
@@ -188,8 +214,14 @@ class STFormerPretrainer(CellTrainer):
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
 
+def _each(datasets: Any) -> list[Any]:
+    return list(datasets.values()) if isinstance(datasets, dict) else [datasets]
+
+
 def _check_baselines(train_dataset: Any, eval_dataset: Any, collator: Callable) -> None:
-    for cells in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+    if isinstance(train_dataset, CenterMaskSampler):
+        return
+    for cells in _each(eval_dataset):
         if isinstance(cells, IterableDataset):
             raise ValueError(
                 f"baselines=True needs held-out cells that can be read by number, and a {type(cells).__name__} is a "

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from conftest import make_adata
 
-from stformer_hf import GeneBertConfig, GeneTokenizer
-from stformer_hf.cli import finetune, main, pretrain
+from stformer_hf import CellNeighborhoodConfig, GeneBertConfig, GeneTokenizer
+from stformer_hf.cli import finetune, main, pretrain, pretrain_neighborhood
 from stformer_hf.cli.arguments import parse
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -37,19 +37,41 @@ def file(tmp_path_factory) -> str:
 
 
 def verb_of(recipe: str) -> str:
-    return "finetune" if recipe.startswith("finetune") else "pretrain"
+    verbs = {"finetune": "finetune", "cell_neighborhood": "pretrain_neighborhood"}
+    return next((verb for name, verb in verbs.items() if recipe.startswith(name)), "pretrain")
+
+
+OF_SPACE = [name for name in RECIPES if verb_of(name) == "pretrain_neighborhood"]
 
 
 def parsed(recipe: str, *flags: str):
     verb, arguments = {
         "pretrain": (pretrain, pretrain.PretrainArguments),
+        "pretrain_neighborhood": (pretrain_neighborhood, pretrain_neighborhood.PretrainNeighborhoodArguments),
         "finetune": (finetune, finetune.FinetuneArguments),
     }[verb_of(recipe)]
     argv = ["--config", str(FOLDER / recipe), "--data", "x", "--output", "y", *flags]
     return parse(argv, arguments, verb="x", description="", training=verb.TRAINING_DEFAULTS)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", OF_SPACE)
+def test_a_recipe_of_neighborhoods_runs(recipe, file, tmp_path):
+    output, argv = tmp_path / "model", [verb_of(recipe), "--config", str(FOLDER / recipe), *SMALL]
+    if "patch_size" in (written := yaml.safe_load((FOLDER / recipe).read_text())):
+        argv += ["--patch_size", "0.3", "--section", "cell_type"]  # of the file's unit
+    small = "{encoder_layers: 1, decoder_layers: 1, hidden_size: 16, num_attention_heads: 2, intermediate_size: 32}"
+    argv += ["--data", file, "--output", str(output), "--model_config", small, "--debug"]
+    assert main(argv) == 0
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    assert "mean of the neighbours" in (output / "README.md").read_text()
+    config = CellNeighborhoodConfig.from_pretrained(output)
+    assert config.likelihood == written["model_config"]["likelihood"]
+    assert config.neighborhood.get("k_nearest") == written.get("k_nearest")
+    assert config.neighborhood.get("max_num_cells") == written.get("max_num_cells")
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in OF_SPACE])
 def test_a_recipe_runs(recipe, file, tmp_path):
     output = tmp_path / "model"
     argv = [verb_of(recipe), "--config", str(FOLDER / recipe), "--data", file, "--output", str(output), *SMALL]
@@ -74,8 +96,8 @@ def test_a_recipe_runs(recipe, file, tmp_path):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_has_its_four_parts_and_says_what_it_needs(recipe):
     text = (FOLDER / recipe).read_text()
-    parts = re.findall(r"^# (data|tokenizer|model|training)\b", text, re.MULTILINE)
-    assert parts == ["data", "tokenizer", "model", "training"]
+    parts = re.findall(r"^# (data|tokenizer|neighbourhoods|model|training)\b", text, re.MULTILINE)
+    assert parts == ["data", "neighbourhoods" if recipe in OF_SPACE else "tokenizer", "model", "training"]
     head = text.split("\n\n")[0]
     assert re.search(r"^# Needs .*\d+(\.\d+)? GB", head, re.MULTILINE)
     assert re.search(r"\d (seconds|minutes|hours|days)", head)
@@ -94,6 +116,17 @@ def test_recipes_hold_the_settings_of_the_systems_they_are_of():
         assert args.max_length == (4096 if args.neighborhood else 2048)
         assert (training["per_device_train_batch_size"], training["warmup_steps"]) == (12, 10_000)
         assert (training["learning_rate"], training["weight_decay"], training["num_train_epochs"]) == (1e-3, 1e-3, 3)
+
+
+def test_the_base_model_of_neighborhoods_has_the_settings_of_its_paper():
+    args, training = parsed("cell_neighborhood_base.yaml")
+    config = CellNeighborhoodConfig.from_size(args.size)
+    assert (config.hidden_size, config.num_attention_heads) == (384, 8)
+    assert (config.encoder_layers, config.decoder_layers) == (4, 4)
+    assert (args.patch_size, args.max_num_cells, args.model_config) == (17, 250, {"likelihood": "zinb"})
+    assert (training["learning_rate"], training["lr_scheduler_type"]) == (1e-3, "inverse_sqrt")
+    assert (training["warmup_steps"], training["weight_decay"]) == (500, 0)
+    assert training["per_device_train_batch_size"] == 32
 
 
 def test_the_table_names_every_recipe_and_the_commands_are_those_of_the_files():

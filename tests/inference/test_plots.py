@@ -1,7 +1,11 @@
 """Pictures show what they say."""
 
+import sys
+
 import numpy as np
+import pandas as pd
 import pytest
+from anndata import AnnData
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("agg")
@@ -32,3 +36,115 @@ def test_loss_curves_draw_both_losses():
     assert [line.get_ydata().tolist() for line in ax.lines] == [[3.0, 2.0], [2.5]]
     assert matplotlib.pyplot.get_fignums()
     matplotlib.pyplot.close("all")
+
+
+@pytest.fixture
+def tissue() -> AnnData:
+    """Six cells of two sections; y points down."""
+    adata = AnnData(np.arange(12, dtype=np.float32).reshape(6, 2))
+    adata.var_names = ["ACTB", "GAPDH"]
+    adata.obsm["spatial"] = np.array([[0, 0], [1, 0], [0, 5], [7, 0], [8, 0], [7, 9]], float)
+    adata.obs["slice"] = pd.Categorical(["b", "b", "b", "a", "a", "a"], ["b", "a", "unused"])
+    adata.obs["domain"] = pd.Categorical(["1", "0", None, "1", "1", "0"], ["0", "1", "2"])
+    adata.obs["score"] = [1.0, 5.0, np.nan, 2.0, 3.0, 4.0]
+    yield adata
+    matplotlib.pyplot.close("all")
+
+
+def drawn(ax) -> dict[tuple[float, float], str]:
+    """Colour of the point at each place."""
+    (points,) = ax.collections
+    return {
+        tuple(place): matplotlib.colors.to_hex(colour)
+        for place, colour in zip(points.get_offsets().tolist(), points.get_facecolors(), strict=True)
+    }
+
+
+def test_sections_are_panels_that_share_their_colours(tissue, tmp_path):
+    panels = plots.sections(tissue, "domain", section_key="slice", n_columns=1, title="all")
+    assert [panel.get_title() for panel in panels] == ["b", "a"]  # the categories' order
+    zero, one, two = tissue.uns["domain_colors"]
+    assert len({zero, one, two}) == 3
+    grey = matplotlib.colors.to_hex("lightgray")
+    assert drawn(panels[0]) == {(0, 0): one, (1, 0): zero, (0, 5): grey}
+    assert drawn(panels[1]) == {(7, 0): one, (8, 0): one, (7, 9): zero}
+    for panel in panels:
+        assert panel.get_aspect() == 1 and panel.yaxis_inverted() and not panel.xaxis_inverted()
+        assert panel.collections[0].get_rasterized()
+    (legend,) = panels[0].figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["0", "1", "missing"]  # no cell is of domain 2
+    assert panels[0].figure._suptitle.get_text() == "all"
+    panels[0].figure.canvas.draw()
+    assert panels[0].get_window_extent().y0 > panels[1].get_window_extent().y1
+    tissue.obsm["wide"] = tissue.obsm["spatial"] * [20, 1]  # fills what room there is
+    ax = plots.sections(tissue, "domain", spatial_key="wide")
+    ax.figure.canvas.draw()
+    assert ax.figure.legends[0].get_window_extent().x0 >= ax.get_window_extent().x1
+    open_figures = matplotlib.pyplot.get_fignums()
+    plots.sections(tissue, "domain", section_key="slice", save=tmp_path / "s.png")
+    assert matplotlib.pyplot.get_fignums() == open_figures
+    assert (tmp_path / "s.png").stat().st_size > 1000
+
+
+def test_colours_that_are_there_are_kept(tissue):
+    tissue.uns["domain_colors"] = np.array(["#ff0000", "#00ff00", "#0000ff"])
+    ax = plots.sections(tissue, "domain")
+    assert drawn(ax)[0, 0] == "#00ff00" and drawn(ax)[7, 9] == "#ff0000" and len(drawn(ax)) == 6
+    tissue.uns["domain_colors"] = ["#ff0000"]  # too few
+    plots.sections(tissue, "domain")
+    assert len(set(tissue.uns["domain_colors"])) == 3
+
+
+@pytest.mark.parametrize("n", [2, 10, 15, 25, 60])
+def test_new_colours_are_scanpys(n):
+    sc = pytest.importorskip("scanpy")
+    groups = pd.Categorical([f"{i:03d}" for i in range(n)])
+    ours, theirs = (AnnData(obs=pd.DataFrame({"g": groups}, [f"c{i}" for i in range(n)])) for _ in range(2))
+    for adata in (ours, theirs):
+        adata.obsm["spatial"] = np.random.default_rng(0).normal(size=(n, 2))
+    plots.sections(ours, "g")
+    sc.pl.embedding(theirs, "spatial", color="g", show=False)
+    assert ours.uns["g_colors"] == [matplotlib.colors.to_hex(colour) for colour in theirs.uns["g_colors"]]
+    matplotlib.pyplot.close("all")
+
+
+def test_without_scanpy_there_are_colours(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scanpy.plotting", None)
+    assert len(set(plots._default_colours(20))) == 20 and len(plots._default_colours(25)) == 25
+
+
+def test_numbers_and_genes_have_one_scale(tissue):
+    viridis = matplotlib.colormaps["viridis"]
+    panels = plots.sections(tissue, "score", section_key="slice")
+    grey = matplotlib.colors.to_hex("lightgray")
+    as_hex = [matplotlib.colors.to_hex(viridis(share)) for share in (0, 0.25, 0.5, 0.75, 1.0)]
+    assert drawn(panels[0]) == {(0, 0): as_hex[0], (1, 0): as_hex[4], (0, 5): grey}
+    assert drawn(panels[1]) == {(7, 0): as_hex[1], (8, 0): as_hex[2], (7, 9): as_hex[3]}
+    assert panels[0].collections[0].get_offsets()[-1].tolist() == [1, 0]  # the largest on top
+    assert len(panels[0].figure.axes) == 3 and panels[0].figure.axes[-1].get_ylabel() == "score"
+    assert "score_colors" not in tissue.uns
+    ax = plots.sections(tissue, "GAPDH")
+    assert drawn(ax)[0, 0] == as_hex[0] and drawn(ax)[7, 9] == as_hex[4]
+    tissue.obs["score"] = np.nan
+    assert set(drawn(plots.sections(tissue, "score")).values()) == {grey}
+    tissue.obs["flag"] = [True, False] * 3
+    plots.sections(tissue, "flag")
+    assert len(tissue.uns["flag_colors"]) == 2
+
+
+def test_sections_tell_what_is_missing(tissue):
+    def refuses(words, adata=tissue, color="domain", **options):
+        with pytest.raises(ValueError, match=words):
+            plots.sections(adata, color, **options)
+
+    refuses(
+        "no column or gene 'gene'; obs has 'slice', 'domain', 'score', and genes are named like ACTB", color="gene"
+    )
+    refuses(r"no obsm\['places'\]", spatial_key="places")
+    refuses(r"no obs\['sections'\]", section_key="sections")
+    refuses("n_columns=0", n_columns=0)
+    refuses("no cells", adata=tissue[:0].copy())
+    refuses("1 of 6 cells have no section", section_key="domain")
+    tissue.obsm["line"] = np.ones((6, 1))
+    refuses("2 or 3 columns", spatial_key="line")
+    assert not matplotlib.pyplot.get_fignums()

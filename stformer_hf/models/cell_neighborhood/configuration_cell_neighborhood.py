@@ -51,6 +51,9 @@ class CellNeighborhoodConfig(PreTrainedConfig):
         expression, or in place of it with `use_expression=False`. 0 for none.
     gene_ids, cell_types : list of str, optional
         What the columns and the types are, for those who use the model on other data.
+    neighborhood : dict, optional
+        How the neighbourhoods were made that it learnt from: options of `CenterMaskSampler` such as `patch_size`,
+        `shape`, `k_nearest` and `max_num_cells`. Those who use the model take them by default.
     initializer_range : float, default: 0.02
         Standard deviation of the normal initialisation.
     layer_norm_eps : float, default: 1e-5
@@ -96,6 +99,7 @@ class CellNeighborhoodConfig(PreTrainedConfig):
     cell_embedding_size: int = 0
     gene_ids: list[str] | None = None
     cell_types: list[str] | None = None
+    neighborhood: dict | None = None
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False

@@ -605,6 +605,7 @@ class CellNeighborhoodForMaskedCell(CellNeighborhoodPreTrainedModel):
         masked_cell_type: torch.LongTensor | None = None,
         masked_expression: torch.Tensor | None = None,
         return_loss: bool = True,
+        num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CellNeighborhoodForMaskedCellOutput | tuple[torch.Tensor, ...]:
         """Predict the counts of B masked cells.
@@ -618,6 +619,8 @@ class CellNeighborhoodForMaskedCell(CellNeighborhoodPreTrainedModel):
             Counts of the masked cells, to predict: whole numbers, 0 or more, whatever `config.apply_log1p` says.
         return_loss : bool, default: True
             Whether to compute the loss, where there are counts.
+        num_items_in_batch : int or Tensor (), optional
+            Masked cells of the whole step, by which the loss is divided; B by default. `Trainer` gives it.
         **kwargs
             `cu_seq_lens`, or `encoder_mask`, `pooling_mask` and `decoder_mask`, and what else
             `CellNeighborhoodModel.forward` takes.
@@ -648,7 +651,8 @@ class CellNeighborhoodForMaskedCell(CellNeighborhoodPreTrainedModel):
                 shape = tuple(counts.log_mean.shape)
                 raise ValueError(f"masked_expression is a tensor {shape}, got {tuple(masked_expression.shape)}.")
             check_counts(masked_expression, "masked_expression")
-            loss = -counts.log_likelihood(masked_expression).mean()
+            of_cells = -counts.log_likelihood(masked_expression).mean(-1)
+            loss = of_cells.sum() / (len(of_cells) if num_items_in_batch is None else num_items_in_batch)
         return CellNeighborhoodForMaskedCellOutput(
             loss=loss,
             expected_counts=counts.expected(),

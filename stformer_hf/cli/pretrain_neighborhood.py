@@ -1,0 +1,295 @@
+"""Pretrain a CellNeighborhood model: predict the counts of a cell from its type and the cells around it.
+
+stformer-hf pretrain_neighborhood --data section.h5ad --cell_type cell_type --patch_size 50 --output model
+stformer-hf pretrain_neighborhood --config recipes/cell_neighborhood_tiny_cpu.yaml --data section.h5ad --output model
+accelerate launch -m stformer_hf.cli pretrain_neighborhood --data a.h5ad b.h5ad --patch_size 50 --output model
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from .arguments import parse
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from anndata import AnnData
+    from transformers import TrainingArguments
+
+    from ..data.cell_store import CellStore
+
+logger = logging.getLogger(__name__)
+
+TRAINING_DEFAULTS = {
+    "learning_rate": 1e-3,
+    "weight_decay": 0.0,
+    "warmup_steps": 0.1,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "logging_steps": 10,
+    "eval_strategy": "epoch",
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+_AXES = ("x", "y", "z")
+_SECTION = "section"
+_ONE_TYPE = "cell"
+
+
+@dataclass
+class PretrainNeighborhoodArguments:
+    """Flags of `pretrain_neighborhood`."""
+
+    data: list[str] = field(
+        metadata={
+            "help": "h5ad files of sections (a store of them is made in OUTPUT/store); or such a store, with x and y "
+            "in obs"
+        }
+    )
+    output: str = field(metadata={"help": "folder for the checkpoint"})
+    patch_size: float | None = field(
+        default=None, metadata={"help": "side of the box around a cell, in the unit of the coordinates"}
+    )
+    shape: Literal["box", "disc"] = field(default="box", metadata={"help": "a disc has the diameter patch_size"})
+    k_nearest: int | None = field(default=None, metadata={"help": "only so many neighbours, the nearest"})
+    max_num_cells: int | None = field(
+        default=None, metadata={"help": "most neighbours of a cell; of more a random part, anew each epoch"}
+    )
+    min_neighbors: int = field(default=0, metadata={"help": "cells with fewer neighbours are not learnt from"})
+    spatial_key: str = field(default="spatial", metadata={"help": "coordinates in obsm of the files, 2-D or 3-D"})
+    section: str | None = field(
+        default=None,
+        metadata={"help": "column of obs, `section` if there is one: cells of different sections are no neighbours"},
+    )
+    cell_type: str | None = field(
+        default=None, metadata={"help": "column of obs; cells without a type are left out (default: one type)"}
+    )
+    layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
+    held_out: float = field(default=0.1, metadata={"help": "share of the cells kept for evaluation"})
+    held_out_by: Literal["region", "cell"] = field(
+        default="region",
+        metadata={"help": "region: one end of each section, along its longer axis; cell: cells at random"},
+    )
+    held_out_sections: list[str] | None = field(
+        default=None, metadata={"help": "sections kept for evaluation, in place of a share of the cells"}
+    )
+    neighbors_from: Literal["all", "indices"] = field(
+        default="indices",
+        metadata={"help": "neighbours in training: all cells, or none that are held out (indices)"},
+    )
+    size: str = field(default="tiny", metadata={"help": "tiny or base"})
+    model_config: dict | None = field(
+        default=None, metadata={"help": "fields of CellNeighborhoodConfig over those of the size: '{likelihood: nb}'"}
+    )
+    baselines: bool = field(
+        default=False, metadata={"help": "compare with the means of the cell type and of the neighbours"}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "replace a model that is in OUTPUT"})
+
+
+def main(argv: list[str]) -> None:
+    """Parse and run."""
+    args, training = parse(
+        argv,
+        PretrainNeighborhoodArguments,
+        verb="pretrain_neighborhood",
+        description=__doc__,
+        training=TRAINING_DEFAULTS,
+    )
+    from .runs import print_figures
+
+    print_figures(args.output, run(args, training))
+
+
+def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]:
+    """Pretrain and save; returns the figures of the run."""
+    from transformers import set_seed
+
+    from ..data.center_mask_sampler import CenterMaskSampler
+    from ..models.cell_neighborhood.configuration_cell_neighborhood import CellNeighborhoodConfig
+    from ..models.cell_neighborhood.modeling_cell_neighborhood import CellNeighborhoodForMaskedCell
+    from ..training.neighborhood_baselines import start_at_means
+    from ..training.pretrainer import STFormerPretrainer
+    from .arguments import check_names
+    from .runs import finish, training_arguments
+
+    check_names("model_config", args.model_config, [option.name for option in fields(CellNeighborhoodConfig)])
+    neighborhood = {
+        name: getattr(args, name)
+        for name in ("patch_size", "shape", "k_nearest", "max_num_cells")
+        if getattr(args, name) is not None
+    }
+    arguments = training_arguments(Path(args.output), training, args.overwrite)
+    cells = open_sections(args, arguments)
+    held_out = choose_held_out(args, cells.metadata, arguments.seed)
+    options = {
+        "metadata": cells.metadata,
+        "adata": cells.store,
+        "tissue_section_colname": "section",
+        "z": "z" if "z" in cells.metadata else None,
+        "seed": arguments.seed,
+        "patch_size": None,
+        **neighborhood,
+    }
+    train = CenterMaskSampler(
+        indices=~held_out, neighbors_from=args.neighbors_from, min_neighbors=args.min_neighbors, **options
+    )
+    evaluated = CenterMaskSampler(indices=held_out, **options) if held_out.any() else None
+    if evaluated is None:
+        arguments.eval_strategy = "no"
+    config = CellNeighborhoodConfig.from_size(
+        args.size,
+        **{
+            "n_genes": train.n_genes,
+            "n_cell_types": len(cells.cell_types),
+            "gene_ids": [str(gene) for gene in cells.store.gene_ids],
+            "cell_types": cells.cell_types,
+            "neighborhood": neighborhood,
+            **(args.model_config or {}),
+        },
+    )
+    set_seed(arguments.seed)
+    model = CellNeighborhoodForMaskedCell(config)
+    start_at_means(model, train)
+    trainer = STFormerPretrainer(
+        arguments,
+        train,
+        model=model,
+        eval_dataset=evaluated,
+        baselines=args.baselines and evaluated is not None,
+    )
+    return finish(trainer, card={"store": cells.store, "settings": {**neighborhood, "held out": _told(args)}})
+
+
+def _told(args: PretrainNeighborhoodArguments) -> str:
+    if args.held_out_sections:
+        return f"sections {', '.join(args.held_out_sections)}"
+    return f"{args.held_out:.0%} of the cells, by {args.held_out_by}"
+
+
+class Sections(NamedTuple):
+    """Cells of tissue sections.
+
+    Attributes
+    ----------
+    store : CellStore
+    metadata : DataFrame
+        The cells that have a type, named by `cell_label`: `x`, `y` (and `z`), `section`, `cell_type` (codes).
+    cell_types : list of str
+        Names of the codes.
+    """
+
+    store: CellStore
+    metadata: pd.DataFrame
+    cell_types: list[str]
+
+
+def open_sections(args: PretrainNeighborhoodArguments, arguments: TrainingArguments) -> Sections:
+    """Open the store of the cells, or build one that knows where they lie.
+
+    Raises
+    ------
+    ValueError
+        No coordinates; no such column; no cell with a type; what `open_cells` refuses.
+    """
+    import pandas as pd
+
+    from .runs import is_store, open_cells
+
+    columns = [*_AXES, args.section or _SECTION, *([] if args.cell_type is None else [args.cell_type])]
+    sources = args.data
+    if not is_store(sources):
+        sources = _with_places(args)
+        columns = [name for name in columns if name in sources[0].obs]
+    store = open_cells(sources, arguments, columns, args.layer, args.overwrite)
+    obs = store.obs
+    wanted = [*_AXES[:2], *(name for name in (args.section, args.cell_type) if name is not None)]
+    missing = [name for name in wanted if name not in obs]
+    if missing:
+        raise ValueError(f"The store has no obs column {missing[0]!r}; it has {', '.join(map(repr, obs)) or 'none'}.")
+    section = args.section or (_SECTION if _SECTION in obs else None)
+    types = pd.Categorical([_ONE_TYPE] * len(obs) if args.cell_type is None else obs[args.cell_type])
+    types = types.remove_unused_categories()
+    metadata = pd.DataFrame(
+        {
+            "cell_label": obs.index,
+            **{axis: obs[axis].to_numpy() for axis in _AXES if axis in obs},
+            "section": ["all"] * len(obs) if section is None else obs[section].astype(object).to_numpy(),
+            "cell_type": types.codes.astype("int64"),
+        }
+    )
+    typed = (types.codes >= 0) & (store.lengths > 0)
+    if not typed.any():
+        raise ValueError(f"No cell has counts and a type in obs[{args.cell_type!r}].")
+    if not typed.all():
+        logger.warning(f"{(~typed).sum()} of {len(typed)} cells have no counts or no type and are left out.")
+    return Sections(store, metadata[typed].reset_index(drop=True), [str(name) for name in types.categories])
+
+
+def _with_places(args: PretrainNeighborhoodArguments) -> list[AnnData]:
+    """Open files with the coordinates, and the section, of each cell in obs."""
+    import numpy as np
+    import pandas as pd
+    from anndata import read_h5ad
+
+    files = []
+    for path in map(Path, args.data):
+        if path.suffix != ".h5ad" or not path.is_file():
+            raise ValueError(f"{path} is no h5ad file: give such, with coordinates in obsm, or a store.")
+        adata = read_h5ad(path, backed="r")
+        if args.spatial_key not in adata.obsm:
+            there = ", ".join(map(repr, adata.obsm)) or "nothing"
+            raise ValueError(f"{path} has no obsm[{args.spatial_key!r}]; its obsm has {there}.")
+        for name in (args.section, args.cell_type):
+            if name is not None and name not in adata.obs:
+                raise ValueError(f"{path} has no obs[{name!r}]; its obs has {', '.join(map(repr, adata.obs))}.")
+        places = np.asarray(adata.obsm[args.spatial_key], np.float64)
+        for axis, values in zip(_AXES, places.T, strict=False):
+            adata.obs[axis] = values
+        section = args.section or _SECTION
+        own = adata.obs[section] if section in adata.obs else pd.Series("", adata.obs_names)
+        if own.isna().any():
+            raise ValueError(f"{path}: {own.isna().sum()} of {len(own)} cells have no section in obs[{section!r}].")
+        if len(args.data) > 1:
+            adata.obs[section] = pd.Categorical([f"{path.stem}:{name}".rstrip(":") for name in own])
+        files.append(adata)
+    return files
+
+
+def choose_held_out(args: PretrainNeighborhoodArguments, metadata: pd.DataFrame, seed: int) -> np.ndarray:
+    """Choose the cells to evaluate on: bool array (n_cells,).
+
+    Raises
+    ------
+    ValueError
+        A share outside [0, 1); sections that are not there; no cell left to train on.
+    """
+    import numpy as np
+
+    if not 0 <= args.held_out < 1:
+        raise ValueError(f"held_out is a share of the cells, at least 0 and below 1; got {args.held_out}.")
+    sections = metadata["section"].astype(str).to_numpy()
+    held_out = np.zeros(len(metadata), bool)
+    if args.held_out_sections is not None:
+        unknown = sorted(set(args.held_out_sections) - set(sections))
+        if unknown:
+            there = ", ".join(map(repr, np.unique(sections)[:10]))
+            raise ValueError(f"held_out_sections: there is no section {unknown[0]!r}; there are {there}.")
+        held_out = np.isin(sections, args.held_out_sections)
+    elif args.held_out_by == "cell":
+        chosen = np.random.default_rng(seed).permutation(len(metadata))[: round(args.held_out * len(metadata))]
+        held_out[chosen] = True
+    else:
+        places = metadata[[axis for axis in _AXES if axis in metadata]].to_numpy()
+        for section in np.unique(sections):
+            rows = np.flatnonzero(sections == section)
+            along = places[rows, np.ptp(places[rows], axis=0).argmax()]
+            n_held_out = round(args.held_out * len(rows))
+            held_out[rows[np.argsort(along, kind="stable")[len(rows) - n_held_out :]]] = True
+    if held_out.all():
+        raise ValueError("All cells are held out: none is left to train on.")
+    return held_out

@@ -1,0 +1,139 @@
+"""`stformer-hf pretrain_neighborhood`, in this process."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import make_adata
+from transformers import AutoModel, AutoModelForPreTraining
+
+from stformer_hf import CellStore, CenterMaskSampler
+from stformer_hf.cli import main
+from stformer_hf.cli.pretrain_neighborhood import PretrainNeighborhoodArguments, choose_held_out
+
+SMALL = [
+    *("--max_steps", "3", "--use_cpu", "true", "--disable_tqdm", "true", "--patch_size", "0.5", "--debug"),
+    *("--model_config", "{encoder_layers: 1, decoder_layers: 1, hidden_size: 16, num_attention_heads: 2}"),
+]
+
+
+def section(folder, name="section", seed=0, n_cells=60, **obs) -> str:
+    adata = make_adata(n_cells, seed=seed)
+    adata.obs_names = [f"{name}-{cell}" for cell in adata.obs_names]
+    adata.obsm["spatial"] = np.random.default_rng(seed).random((n_cells, 2)) * [1, 2]
+    for column, values in obs.items():
+        adata.obs[column] = values
+    adata.write_h5ad(folder / f"{name}.h5ad")
+    return str(folder / f"{name}.h5ad")
+
+
+def pretrain(*argv) -> None:
+    assert main(["pretrain_neighborhood", *map(str, argv), *SMALL]) == 0
+
+
+def metrics_of(output) -> dict:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return {name: value for entry in history for name, value in entry.items() if name.startswith("eval_")}
+
+
+def test_files_in_model_out(tmp_path, capsys):
+    file = section(tmp_path)
+    pretrain("--data", file, "--output", tmp_path / "model", "--cell_type", "cell_type", "--baselines")
+    model = AutoModelForPreTraining.from_pretrained(tmp_path / "model")
+    assert model.config.cell_types == ["B cell", "T cell"]
+    assert model.config.gene_ids == [f"ENSG{i:011d}" for i in range(40)]
+    assert model.config.neighborhood == {"patch_size": 0.5, "shape": "box"}
+    assert AutoModel.from_pretrained(tmp_path / "model").config.hidden_size == 16
+    assert {"eval_loss", "eval_pearson_r", "eval_type_mean_nll", "eval_neighbor_mean_pearson_r"} <= set(
+        metrics_of(tmp_path / "model")
+    )
+    card = (tmp_path / "model" / "README.md").read_text()
+    for told in ("size 0.5", "mean of the neighbours", "section.h5ad", "embed --kind neighborhood", "Pearson r"):
+        assert told in card, told
+    store = CellStore(tmp_path / "model" / "store")
+    np.testing.assert_array_equal(store.obs["y"], np.random.default_rng(0).random((60, 2))[:, 1] * 2)
+    # The store, given as such, is the same run.
+    pretrain("--data", store.path, "--output", tmp_path / "again", "--cell_type", "cell_type", "--baselines")
+    again, first = metrics_of(tmp_path / "again"), metrics_of(tmp_path / "model")
+    assert {name: again[name] for name in again if "second" not in name and "time" not in name} == {
+        name: first[name] for name in first if "second" not in name and "time" not in name
+    }
+
+
+def test_files_are_sections_of_their_own(tmp_path):
+    files = [section(tmp_path, "a", 1), section(tmp_path, "b", 2, section=["up"] * 30 + ["down"] * 30)]
+    pretrain("--data", *files, "--output", tmp_path / "model", "--held_out_sections", "b:down")
+    store = CellStore(tmp_path / "model" / "store")
+    assert store.obs["section"].value_counts().to_dict() == {"a": 60, "b:up": 30, "b:down": 30}
+    assert AutoModel.from_pretrained(tmp_path / "model").config.cell_types == ["cell"]
+
+
+def arguments(**settings) -> PretrainNeighborhoodArguments:
+    return PretrainNeighborhoodArguments(data=["x"], output="y", **settings)
+
+
+def test_what_is_held_out():
+    rng = np.random.default_rng(0)
+    metadata = pd.DataFrame(rng.random((100, 2)) * [1, 5], columns=["x", "y"]).assign(section=["a"] * 60 + ["b"] * 40)
+    metadata.loc[60:, "x"] *= 100  # the longer axis of b
+    held_out = choose_held_out(arguments(held_out=0.2), metadata, seed=0)
+    a, b = metadata[:60], metadata[60:]
+    assert (held_out[:60] == (a["y"] > a["y"].sort_values().iloc[47])).all() and held_out[:60].sum() == 12
+    assert (held_out[60:] == (b["x"] > b["x"].sort_values().iloc[31])).all() and held_out[60:].sum() == 8
+    by_cell = arguments(held_out=0.2, held_out_by="cell")
+    held_out = choose_held_out(by_cell, metadata, seed=0)
+    assert held_out.sum() == 20 and (held_out != choose_held_out(by_cell, metadata, seed=1)).any()
+    held_out = choose_held_out(arguments(held_out_sections=["b"]), metadata, seed=0)
+    assert held_out.tolist() == [False] * 60 + [True] * 40
+    assert not choose_held_out(arguments(held_out=0.0), metadata, seed=0).any()
+    for message, settings in {
+        "no section 'c'; there are 'a', 'b'": {"held_out_sections": ["c"]},
+        "none is left to train on": {"held_out_sections": ["a", "b"]},
+        "at least 0 and below 1; got 1.0": {"held_out": 1.0},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            choose_held_out(arguments(**settings), metadata, seed=0)
+
+
+def test_training_does_not_see_what_is_held_out(tmp_path, monkeypatch):
+    made = []
+    init = CenterMaskSampler.__init__
+
+    def watch(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(CenterMaskSampler, "__init__", watch)
+    pretrain("--data", section(tmp_path), "--output", tmp_path / "model", "--held_out", "0.3")
+    train, held_out = made
+    assert not set(train.indices) & set(held_out.indices) and len(train) + len(held_out) == 59  # one has no counts
+    assert not set(train.neighbors(range(len(train)))[1]) & set(held_out.indices)
+    assert set(held_out.neighbors(range(len(held_out)))[1]) & set(train.indices)
+
+
+def test_cells_without_a_type_are_left_out(tmp_path, caplog):
+    types = np.array(["a", "b", None] * 20, dtype=object)
+    pretrain("--data", section(tmp_path, kind=types), "--output", tmp_path / "model", "--cell_type", "kind")
+    assert "21 of 60 cells have no counts or no type" in caplog.text
+    assert AutoModel.from_pretrained(tmp_path / "model").config.cell_types == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "message, argv",
+    {
+        "has no obs\\['kind'\\]": ["--cell_type", "kind"],
+        "has no obs\\['slice'\\]": ["--section", "slice"],
+        "no obsm\\['places'\\]; its obsm has 'spatial'": ["--spatial_key", "places"],
+        "unknown name 'likelyhood'; the closest known one is likelihood": ["--model_config", "{likelyhood: nb}"],
+        "size is one of tiny, base, got 'huge'": ["--size", "huge"],
+    }.items(),
+)
+def test_what_does_not_fit_is_told(tmp_path, message, argv):
+    command = ["pretrain_neighborhood", "--data", section(tmp_path), "--output", str(tmp_path / "model")]
+    with pytest.raises(ValueError, match=message):
+        main([*command, *SMALL, *argv])
+    with pytest.raises(ValueError, match="x.csv is no h5ad file"):
+        main([*command, *SMALL, "--data", "x.csv"])
+    with pytest.raises(ValueError, match="Give a patch_size, or k_nearest"):
+        main([*command, "--debug", "--use_cpu", "true", "--overwrite"])

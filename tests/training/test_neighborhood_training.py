@@ -1,0 +1,271 @@
+"""STFormerPretrainer on neighbourhoods of cells, and what its figures are compared with."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anndata import AnnData
+from conftest import make_adata
+from scipy import sparse, stats
+from transformers import TrainingArguments
+
+from stformer_hf import (
+    CellNeighborhoodConfig,
+    CellNeighborhoodForMaskedCell,
+    CenterMaskSampler,
+    STFormerPretrainer,
+    collate_neighborhoods,
+)
+from stformer_hf.training.neighborhood_baselines import CountBaseline, MaskedCells, neighborhood_baselines
+
+N_TYPES, N_GENES = 3, 12
+
+
+def section(n_cells: int = 40, seed: int = 0) -> AnnData:
+    """Cells of three types whose first gene is the mean of that of their neighbours."""
+    rng = np.random.default_rng(seed)
+    counts = rng.poisson(2, (n_cells, N_GENES))
+    obs = pd.DataFrame({"type": pd.Categorical(rng.integers(0, N_TYPES, n_cells).astype(str))})
+    adata = AnnData(sparse.csr_matrix(counts.astype(np.float32)), obs=obs.set_axis([f"c{i}" for i in range(n_cells)]))
+    adata.obsm["spatial"] = rng.random((n_cells, 2))
+    return adata
+
+
+def sampler(adata: AnnData | None = None, **options) -> CenterMaskSampler:
+    options = {"patch_size": 0.3, "cell_type_key": "type", **options}
+    return CenterMaskSampler.from_anndata(section() if adata is None else adata, **options)
+
+
+def make_model(**fields) -> CellNeighborhoodForMaskedCell:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "initializer_range": 0.2}
+    return CellNeighborhoodForMaskedCell(
+        CellNeighborhoodConfig(
+            **{
+                "n_genes": N_GENES,
+                "n_cell_types": N_TYPES,
+                "encoder_layers": 1,
+                "decoder_layers": 1,
+                **sizes,
+                **fields,
+            }
+        )
+    )
+
+
+def make_trainer(folder, train, *, model=None, **settings) -> STFormerPretrainer:
+    own = {name: settings.pop(name) for name in ("eval_dataset", "baselines") if name in settings}
+    settings = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "learning_rate": 1e-2, **settings}
+    arguments = TrainingArguments(
+        str(folder), logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, **settings
+    )
+    return STFormerPretrainer(arguments, train, model=model or make_model(), **own)
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_evaluation_is_the_mean_over_cells_whatever_the_batches(tmp_path):
+    # The first batches are crowded, the last cells alone.
+    adata = section(19)
+    adata.obsm["spatial"][10:] = 10 * np.arange(9)[:, None] + 5
+    data = sampler(adata)
+    model = make_model()
+    trainer = make_trainer(tmp_path, None, model=model, eval_dataset=data, per_device_eval_batch_size=4)
+    found = trainer.evaluate()
+    nll, r = [], []
+    with torch.no_grad():
+        for item in data:
+            outputs = model.eval()(**collate_neighborhoods([item]))
+            nll.append(outputs.loss.item())
+            pair = (outputs.expected_counts[0].numpy(), item.masked_expression[0])
+            r.append(np.corrcoef(*map(np.log1p, pair))[0, 1])
+    assert found["eval_loss"] == pytest.approx(np.mean(nll), abs=1e-5)
+    assert found["eval_pearson_r"] == pytest.approx(np.mean(r), abs=1e-5)
+    assert {name for name in found if "mean" in name} == set()
+
+
+def test_accumulated_batches_weigh_every_cell_alike(tmp_path):
+    settings = {"num_train_epochs": 1, "learning_rate": 0.1, "optim": "sgd"}
+    whole = make_trainer(tmp_path / "a", sampler(section(13)), per_device_train_batch_size=16, **settings)
+    parts = make_trainer(
+        tmp_path / "b",
+        sampler(section(13)),
+        per_device_train_batch_size=4,  # of 4, 4, 4 and 1 cells
+        gradient_accumulation_steps=4,
+        **settings,
+    )
+    whole.train(), parts.train()
+    np.testing.assert_allclose(losses(parts), losses(whole), atol=1e-5)
+    for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_a_resumed_run_sees_the_same_neighbours(tmp_path, n_workers):
+    options = {"max_num_cells": 2, "patch_size": 0.6}
+    whole = make_trainer(tmp_path / "whole", sampler(**options), save_strategy="no", num_train_epochs=3)
+    whole.train()
+    settings = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 3}
+    for stop in (3, 10):
+        cut = make_trainer(tmp_path / str(stop), sampler(**options), **settings)
+        cut.add_callback(stop_after(stop))
+        cut.train()
+        assert cut.state.global_step == stop
+        again = make_trainer(
+            tmp_path / str(stop), sampler(**options), dataloader_num_workers=n_workers, model=make_model(), **settings
+        )
+        again.train(resume_from_checkpoint=True)
+        assert losses(again) == losses(whole)
+
+
+def stop_after(step: int):
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step >= step
+
+    return Stop()
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_subsets_are_drawn_anew_each_epoch(tmp_path, n_workers):
+    data = sampler(max_num_cells=1, patch_size=0.6)
+    trainer = make_trainer(
+        tmp_path,
+        data,
+        num_train_epochs=3,
+        learning_rate=0.0,
+        per_device_train_batch_size=40,
+        save_strategy="no",
+        dataloader_num_workers=n_workers,
+        dataloader_persistent_workers=n_workers > 0,
+    )
+    trainer.train()
+    expected = []
+    for epoch in range(3):
+        data.set_epoch(epoch)
+        with torch.no_grad():
+            expected.append(trainer.model.eval()(**collate_neighborhoods(list(data))).loss.item())
+    assert len(set(expected)) == 3
+    np.testing.assert_allclose(losses(trainer), expected, atol=1e-5)
+
+
+def test_it_learns_from_neighbours_what_types_do_not_tell(tmp_path):
+    rng = np.random.default_rng(0)
+    adata = section(400)
+    places = adata.obsm["spatial"]
+    counts = rng.poisson(1 + 19 * (places[:, :1] < 0.5), (400, N_GENES))  # one half of the section expresses more
+    adata.X = sparse.csr_matrix(counts.astype(np.float32))
+    held_out = places[:, 1] > 0.8
+    train = sampler(adata, indices=~held_out, neighbors_from="indices", patch_size=0.2)
+    test = sampler(adata, indices=held_out, patch_size=0.2)
+    trainer = make_trainer(
+        tmp_path, train, eval_dataset=test, baselines=True, num_train_epochs=8, save_strategy="no", learning_rate=3e-3
+    )
+    trainer.train()
+    found = trainer.evaluate()
+    assert found["eval_neighbor_mean_nll"] < found["eval_type_mean_nll"] - 0.2
+    assert found["eval_loss"] < found["eval_type_mean_nll"] - 0.2
+    again = trainer.evaluate()
+    assert again["eval_type_mean_nll"] == found["eval_type_mean_nll"]
+
+
+def test_batches_by_budget_and_by_length(tmp_path):
+    data = sampler(max_num_cells=5)
+    sizes = [1 + item.num_cells_obs for item in data]
+    assert data.lengths.tolist() == sizes and len(set(sizes)) > 2
+    trainer = make_trainer(tmp_path, data, train_sampling_strategy="group_by_length")
+    grouped = np.asarray(sizes)[list(trainer.get_train_sampler())]
+    assert grouped[0] == max(sizes) and (np.diff(grouped.reshape(5, 8)) <= 0).all()
+    arguments = trainer.args
+    arguments.train_sampling_strategy = "random"
+    trainer = STFormerPretrainer(arguments, data, model=make_model(), max_tokens_per_batch=20)
+    batches = list(trainer.get_train_sampler())
+    assert sorted(sum(batches, [])) == list(range(40))
+    filled = [sum(sizes[cell] for cell in batch) for batch in batches]
+    assert max(filled) <= 20 and np.median(filled) > 14
+    trainer.train()
+    assert trainer.state.global_step == 2 * len(batches)
+
+
+# ---------------------------------------------------------------------- baselines
+
+
+def plain_nll(counts, mean, dispersion) -> float:
+    """Of numpy arrays (n, G), (n, G), (G,)."""
+    return -stats.nbinom.logpmf(counts, dispersion, dispersion / (dispersion + mean)).mean()
+
+
+def test_baselines_are_those_of_a_plain_count():
+    adata = section(60, seed=3)
+    is_train = np.arange(60) < 40
+    adata.obs["type"] = adata.obs["type"].astype(str)
+    adata.obs.loc[adata.obs_names[50:53], "type"] = "9"  # a type that training cells do not have
+    train = sampler(adata, indices=is_train, neighbors_from="indices")
+    test = sampler(adata, indices=~is_train)
+    found = neighborhood_baselines(train, test)
+
+    counts, places = adata.X.toarray().astype(float), adata.obsm["spatial"]
+    types = pd.Categorical(adata.obs["type"]).codes
+    near = (np.abs(places[:, None] - places[None]) <= 0.15).all(-1) & ~np.eye(60, dtype=bool)
+    overall = (counts[is_train].sum(0) + 0.5) / 41
+
+    def of_type(cells):
+        own = [counts[is_train & (types == types[cell])] for cell in cells]
+        return np.stack([(rows.sum(0) + overall) / (len(rows) + 1) for rows in own])
+
+    def of_neighbors(cells, seen, more):
+        own = [counts[near[cell] & seen] for cell in cells]
+        return np.stack([(rows.sum(0) + more * overall) / (len(rows) + more) for rows in own])
+
+    grid = [0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 1000]
+    a, b = np.flatnonzero(is_train), np.flatnonzero(~is_train)
+
+    def fit(mean):
+        nll = [-stats.nbinom.logpmf(counts[a], value, value / (value + mean)).sum(0) for value in grid]
+        return np.min(nll, axis=0).sum(), np.array(grid)[np.argmin(nll, axis=0)]
+
+    everything = np.ones(60, bool)
+    fits = [(*fit(of_neighbors(a, is_train, more)), more) for more in (1.0, 3.0, 10.0, 30.0)]
+    _, dispersion, more = min(fits, key=lambda of: of[0])
+    expected = {
+        "type_mean": (of_type(b), fit(of_type(a))[1]),
+        "neighbor_mean": (of_neighbors(b, everything, more), dispersion),
+    }
+    for name, (mean, dispersion) in expected.items():
+        assert found[f"{name}_nll"] == pytest.approx(plain_nll(counts[b], mean, dispersion), rel=1e-9)
+        r = [np.corrcoef(np.log1p(one), np.log1p(other))[0, 1] for one, other in zip(mean, counts[b], strict=True)]
+        assert found[f"{name}_pearson_r"] == pytest.approx(np.mean(r), rel=1e-9)
+
+
+def test_baselines_of_odd_cells():
+    empty = sparse.csr_array((4, 5))
+    cells = MaskedCells(empty, empty, np.zeros(4, np.int64), np.array([0, 0, 2, 2]))
+    for of_neighbors in (False, True):
+        nll, r = CountBaseline(cells, of_neighbors).evaluate(cells)
+        assert 0 < nll < 0.2 and np.isnan(r)
+    with pytest.raises(ValueError, match="0 training cells and 40 to evaluate on"):
+        neighborhood_baselines(sampler(indices=[]), sampler())
+    other = make_adata()
+    other.obsm["spatial"] = np.random.default_rng(0).random((60, 2))
+    with pytest.raises(ValueError, match="12 genes, and those to evaluate on 40"):
+        neighborhood_baselines(sampler(), sampler(other, cell_type_key=None))
+
+
+def test_only_so_many_training_cells_are_read():
+    train, test = sampler(section(60)), sampler(section(30, seed=1))
+    few = neighborhood_baselines(train, test, max_train_cells=10)
+    assert few == neighborhood_baselines(train, test, max_train_cells=10) != neighborhood_baselines(train, test)
+
+
+# ---------------------------------------------------------------------- what cannot be
+
+
+def test_what_does_not_fit_raises(tmp_path):
+    with pytest.raises(ValueError, match="log1p.* and the likelihood is of counts|fractional"):
+        make_trainer(tmp_path, sampler(normalize="log1p")).train()
+    with pytest.raises(ValueError, match="model knows 0 to 0"):
+        make_trainer(tmp_path, sampler(), model=make_model(n_cell_types=1)).train()
