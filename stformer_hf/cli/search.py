@@ -119,20 +119,9 @@ def run(args: SearchArguments, training: dict[str, Any]) -> pd.Series:
 
 def _config(args: SearchArguments, values: dict[str, Any]) -> None:
     """Make a configuration without data, to see whether it can be."""
-    from ..models.gene_bert.configuration_gene_bert import SIZES, GeneBertConfig
+    from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
 
-    values = {"size": args.size, **(args.model_config or {}), **values}
-    size = values.pop("size")
-    if size not in SIZES:
-        raise ValueError(f"size is one of {', '.join(SIZES)}, got {size!r}.")
-    layers, heads, hidden, intermediate, _ = SIZES[size]
-    sizes = {
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-    }
-    GeneBertConfig(**{**sizes, **values})
+    GeneBertConfig.from_size(**{"size": args.size, **(args.model_config or {}), **values})
 
 
 def _settings(args: SearchArguments, training: dict[str, Any]) -> dict[str, Any]:

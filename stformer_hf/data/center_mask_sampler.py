@@ -62,12 +62,15 @@ class NeighborhoodBatch(Sequence):
         Of the observed cells, and below them of the masked cells; sparse ones have each entry once.
     observed_cell_type : int64 array (N,)
     masked_cell_type : int64 array (B,)
+    cell_embeds : float32 array (N, d), optional
+        Given embeddings of the observed cells; single items are without.
     """
 
     indptr: np.ndarray
     expression: sparse.csr_matrix | sparse.csr_array | np.ndarray
     observed_cell_type: np.ndarray
     masked_cell_type: np.ndarray
+    cell_embeds: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.masked_cell_type)
@@ -139,6 +142,9 @@ class CenterMaskSampler(Dataset):
         Columns of coordinates.
     z : str, optional
         Column of the third coordinate; neighbourhoods are then 3-D.
+    cell_embeds : float array (n_cells, d), optional
+        An embedding of each row of metadata, such as a GeneBert's, for a model with `cell_embedding_size`: batches
+        have those of the observed cells.
 
     Attributes
     ----------
@@ -196,6 +202,7 @@ class CenterMaskSampler(Dataset):
         x: str = "x",
         y: str = "y",
         z: str | None = None,
+        cell_embeds: np.ndarray | None = None,
     ):
         if max_num_cells is not None and (max_num_cells != int(max_num_cells) or max_num_cells < 0):
             raise ValueError(f"max_num_cells={max_num_cells}: a whole number of at least 0 is needed.")
@@ -210,6 +217,7 @@ class CenterMaskSampler(Dataset):
         self._types = read_types(metadata, cell_type_colname)
         self._expression = CellExpression(adata, normalize)
         self._rows = match_cells(names, self._expression.names, cell_id_colname)
+        self._cell_embeds = None if cell_embeds is None else _checked_embeds(cell_embeds, len(names))
         self.n_genes = self._expression.n_genes
         self.n_cell_types = int(self._types.max(initial=-1)) + 1
         self.indices = _chosen(indices, len(points))
@@ -240,6 +248,7 @@ class CenterMaskSampler(Dataset):
         spatial_key: str = "spatial",
         section_key: str | None = None,
         cell_type_key: str | None = None,
+        cell_embedding_key: str | None = None,
         **options: Any,
     ) -> CenterMaskSampler:
         """Make one of what an AnnData holds itself.
@@ -257,6 +266,8 @@ class CenterMaskSampler(Dataset):
         cell_type_key : str, optional
             Column of obs; the types of a categorical column are its categories in their order, else its values,
             sorted. By default all cells are of type 0.
+        cell_embedding_key : str, optional
+            Key of obsm, such as "X_stformer", whose embeddings batches have as `cell_embeds`.
         **options
             `max_num_cells`, `indices` and the keyword options of the class, but for the names of columns.
 
@@ -270,10 +281,11 @@ class CenterMaskSampler(Dataset):
         ValueError
             No such key or column; a cell without a type; and as for the class.
         """
-        if spatial_key not in adata.obsm:
-            raise ValueError(
-                f"There is no obsm[{spatial_key!r}]; obsm has {', '.join(map(repr, adata.obsm)) or 'nothing'}."
-            )
+        for key in (spatial_key, cell_embedding_key):
+            if key is not None and key not in adata.obsm:
+                raise ValueError(
+                    f"There is no obsm[{key!r}]; obsm has {', '.join(map(repr, adata.obsm)) or 'nothing'}."
+                )
         coordinates = np.asarray(adata.obsm[spatial_key])
         if coordinates.ndim != 2 or coordinates.shape[1] not in (2, 3):
             raise ValueError(
@@ -299,6 +311,7 @@ class CenterMaskSampler(Dataset):
             patch_size,
             tissue_section_colname=None if section_key is None else "section",
             z="z" if len(axes) == 3 else None,
+            cell_embeds=None if cell_embedding_key is None else adata.obsm[cell_embedding_key],
             **options,
         )
         sampler.cell_types = [str(name) for name in types.categories]
@@ -352,7 +365,11 @@ class CenterMaskSampler(Dataset):
         cells = np.concatenate([found, centres])
         types = self._types[cells]
         return NeighborhoodBatch(
-            indptr, self._expression.read(self._rows[cells]), types[: len(found)], types[len(found) :]
+            indptr,
+            self._expression.read(self._rows[cells]),
+            types[: len(found)],
+            types[len(found) :],
+            None if self._cell_embeds is None else self._cell_embeds[found],
         )
 
     def neighbors(self, items: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -444,6 +461,17 @@ def _chosen(indices: Sequence[int] | np.ndarray | None, n: int) -> np.ndarray:
     if len(outside):
         raise IndexError(f"indices ask for row {outside[0]}; metadata has {n}.")
     return rows.astype(np.int64) % n
+
+
+def _checked_embeds(embeds: np.ndarray, n: int) -> np.ndarray:
+    """Give embeddings as float32 array (n, d)."""
+    embeds = np.asarray(embeds, np.float32)
+    if embeds.ndim != 2 or len(embeds) != n:
+        raise ValueError(f"cell_embeds has the shape {embeds.shape}; metadata has {n} rows, each has an embedding.")
+    wrong = ~np.isfinite(embeds).all(axis=1)
+    if wrong.any():
+        raise ValueError(f"cell_embeds: {wrong.sum()} of {n} cells have NaN or infinite values.")
+    return embeds
 
 
 def warn_of_units(index: NeighborIndex, cells: np.ndarray, patch_size: Any) -> None:

@@ -37,6 +37,7 @@ def embed_neighborhoods(
     section_key: str | None = None,
     cell_type_key: str | None = None,
     key_added: str = "X_neighborhood",
+    cell_embedding_key: str | None = None,
     with_cell_type: bool = False,
     layer: str | None = None,
     batch_size: int = 64,
@@ -64,6 +65,8 @@ def embed_neighborhoods(
         Column of obs: the type of each cell, by the names that the model knows (`config.cell_types`). Of a model that
         knows none: categories, numbered in their order, or integers, taken as they are. A model of a single type
         needs no types.
+    cell_embedding_key : str, optional
+        Key of obsm, such as "X_stformer": the embedding of each cell that a model with `cell_embedding_size` reads.
     key_added : str, default: "X_neighborhood"
         Where in `obsm` the embedding goes, float32 (n_obs, hidden size); the settings go to
         `uns["stformer_neighborhood"]`.
@@ -97,6 +100,11 @@ def embed_neighborhoods(
     encoder = _load(model, device)
     config = encoder.config
     options = _options(config.neighborhood, neighborhood)
+    if (cell_embedding_key is None) != (config.cell_embedding_size == 0):
+        raise ValueError(
+            f"cell_embedding_key={cell_embedding_key!r}, and the model reads embeddings of cells of size "
+            f"{config.cell_embedding_size}: name the key of obsm that holds them, or none where the size is 0."
+        )
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: at least 1 is needed.")
     if not adata.n_obs:
@@ -110,6 +118,7 @@ def embed_neighborhoods(
         spatial_key=spatial_key,
         section_key=section_key,
         cell_type_key=cell_type_key,
+        cell_embedding_key=cell_embedding_key,
         normalize=None if config.apply_log1p else "log1p",
         **options,
     )
@@ -122,6 +131,7 @@ def embed_neighborhoods(
         "embedding": result,
         "version": version("stformer_hf"),
         "counts_in": source.counts_in,
+        **({} if cell_embedding_key is None else {"cell_embedding_key": cell_embedding_key}),
         **{key: np.asarray(value) if isinstance(value, tuple) else value for key, value in settings.items()},
     }
 
@@ -134,7 +144,7 @@ def _embed(
     `types` turns the sampler's types into the model's.
     """
     embedding = np.empty((len(sampler), encoder.config.hidden_size), np.float32)
-    read = ["observed_expression", "observed_cell_type", "cu_seq_lens"]
+    read = ["observed_expression", "observed_cell_type", "cell_embeds", "cu_seq_lens"]
     if result == "typed_neighborhood_embedding":
         read.append("masked_cell_type")
     lengths = sampler.lengths
@@ -152,7 +162,7 @@ def _embed(
                 items.masked_cell_type = types[items.masked_cell_type]
                 batch = collate_neighborhoods(items, packed=True)
                 outputs = encoder(
-                    **{key: batch[key].to(encoder.device) for key in read},
+                    **{key: batch[key].to(encoder.device) for key in read if key in batch},
                     observed_neighboorhood_lens=batch["observed_neighboorhood_lens"],
                     return_dict=True,
                 )
@@ -171,11 +181,6 @@ def _load(model: str | PreTrainedModel, device: str | None) -> PreTrainedModel:
         raise ValueError(
             f"The model is a {config.model_type}, and neighbourhoods are embedded by a cell_neighborhood. Cells are "
             "embedded by embed (stformer-hf embed --kind cells)."
-        )
-    if config.cell_embedding_size:
-        raise ValueError(
-            f"The model reads an embedding of each cell (cell_embedding_size={config.cell_embedding_size}) beside its "
-            "expression, which embed_neighborhoods has not: run the model itself, with cell_embeds."
         )
     if not isinstance(model, PreTrainedModel):
         model = AutoModel.from_pretrained(str(model))

@@ -321,6 +321,12 @@ class CellTrainer(MeasuredTrainer):
         finally:
             self._on_sigterm.stop_listening()
 
+    def _issue_warnings_after_load(self, load_result):
+        """As in Trainer; a weight that is tied to another is not missing."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def _run_epoch(self, *args, **kwargs):
         """As in Trainer; a run that had made all its steps, and is resumed, makes none."""
         if self.state.global_step >= self.state.max_steps:

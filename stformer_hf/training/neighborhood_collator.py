@@ -30,7 +30,8 @@ def collate_neighborhoods(
     -------
     dict
         `observed_expression` (N, G) and `masked_expression` (B, G), float32; `observed_cell_type` (N,) and
-        `masked_cell_type` (B,), int64; `observed_neighboorhood_lens`, list of B int; `bs`, B.
+        `masked_cell_type` (B,), int64; `observed_neighboorhood_lens`, list of B int; `bs`, B. `cell_embeds` (N, d),
+        float32, where the sampler has some.
 
         Packed: `cu_seq_lens`, int32 (B + 1,): item i has the observed cells `cu_seq_lens[i]:cu_seq_lens[i + 1]`.
         `segment_ids`, int32 (N,): the item of each observed cell. `max_length`, int: cells of the largest item.
@@ -69,13 +70,16 @@ collate = collate_neighborhoods
 def _tensors(batch: NeighborhoodBatch) -> dict[str, Any]:
     rows = batch.expression.toarray() if sparse.issparse(batch.expression) else batch.expression
     observed, masked = torch.from_numpy(rows).split([len(batch.observed_cell_type), len(batch)])
-    return {
+    tensors = {
         "masked_expression": masked,  # first: Trainer takes the size of a batch from its first tensor
         "observed_expression": observed,
         "observed_cell_type": torch.from_numpy(batch.observed_cell_type),
         "masked_cell_type": torch.from_numpy(batch.masked_cell_type),
         "lengths": np.diff(batch.indptr),
     }
+    if batch.cell_embeds is not None:
+        tensors["cell_embeds"] = torch.from_numpy(batch.cell_embeds)
+    return tensors
 
 
 def _stacked(items: Sequence[NeighborhoodMetadata]) -> dict[str, Any]:

@@ -99,6 +99,26 @@ def test_embeddings_are_those_of_each_cell_alone(section, batch_size, with_cell_
     assert f"{n_lonely} of 60 cells have no neighbours" in caplog.text
 
 
+@pytest.mark.parametrize("use_expression", [True, False])
+def test_embeddings_of_cells_are_read(section, use_expression):
+    section.obsm["X_stformer"] = np.random.default_rng(0).normal(size=(60, 3))
+    model = make_model(section, cell_embedding_size=3, use_expression=use_expression)
+    embed_neighborhoods(section, model, **KEYS, cell_embedding_key="X_stformer", batch_size=9)
+    places, slices = section.obsm["spatial"], section.obs["slice"].to_numpy()
+    types = torch.from_numpy((section.obs["cell_type"] == "B cell").to_numpy().astype(np.int64))
+    for cell in range(60):
+        near = [i for i in range(60) if i != cell and slices[i] == slices[cell] and in_box(places[i] - places[cell])]
+        with torch.no_grad():
+            outputs = model(
+                observed_expression=torch.from_numpy(section.X[near].toarray()),
+                observed_cell_type=types[near],
+                cell_embeds=torch.from_numpy(section.obsm["X_stformer"][near]).float(),
+                cu_seq_lens=torch.tensor([0, len(near)], dtype=torch.int32),
+            )
+        found = section.obsm["X_neighborhood"][cell]
+        np.testing.assert_allclose(found, outputs.neighborhood_embedding[0].numpy(), atol=1e-5)
+
+
 def test_an_embedding_without_types_has_not_seen_the_cell(section):
     """Other counts and another type of a cell change its neighbours' embeddings, and not its own."""
     model = make_model(section, cell_types=["B cell", "T cell"])
@@ -328,7 +348,9 @@ def test_bad_input_is_refused_and_nothing_is_written(section, config):
     refuses("'patchsize' of neighbourhoods; the closest known one is patch_size", patchsize=3)
     refuses("No option 'indices'", indices=[1])
     refuses("is a gene_bert, and .* embed --kind cells", model=GeneBertModel(config))
-    refuses("cell_embedding_size=4", model=make_model(section, cell_embedding_size=4))
+    refuses("cell_embedding_key=None, and the model reads .* size 4", model=make_model(section, cell_embedding_size=4))
+    refuses("cell_embedding_key='spatial', and the model reads .* size 0", cell_embedding_key="spatial")
+    refuses("no obsm\\['X_y'\\]", model=make_model(section, cell_embedding_size=4), cell_embedding_key="X_y")
     refuses("'new_option' .* a newer version", model=make_model(section, neighborhood={"new_option": 1}))
     refuses("knows 2 cell types, such as T cell, B cell: name the column", cell_type_key=None)
     refuses(r"no obs\['fate'\]", cell_type_key="fate")

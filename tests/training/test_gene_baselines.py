@@ -318,6 +318,7 @@ with open(f"{sys.argv[2]}/{args.world_size}-{args.process_index}.json", "w") as 
 """
 
 
+@pytest.mark.slow
 def test_two_processes_report_what_one_does(store, tmp_path, monkeypatch):
     script = tmp_path / "evaluate_cells.py"
     script.write_text(_EVALUATE)

@@ -13,6 +13,9 @@ from stformer_hf import (
     CellNeighborhoodConfig,
     CellNeighborhoodForMaskedCell,
     CenterMaskSampler,
+    GeneBertConfig,
+    GeneBertModel,
+    GeneTokenizer,
     STFormerPretrainer,
     collate_neighborhoods,
 )
@@ -189,6 +192,49 @@ def test_batches_by_budget_and_by_length(tmp_path):
     assert max(filled) <= 20 and np.median(filled) > 14
     trainer.train()
     assert trainer.state.global_step == 2 * len(batches)
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_embeddings_of_cells_come_with_their_batches(tmp_path, n_workers):
+    adata = section()
+    adata.obsm["X_stformer"] = np.random.default_rng(1).normal(size=(40, 5)).astype(np.float32)
+    data = sampler(adata, cell_embedding_key="X_stformer", max_num_cells=4)
+    for items in ([3], [5, 0, 5, 39]):
+        batch = collate_neighborhoods(data.__getitems__(items), packed=True)
+        np.testing.assert_array_equal(batch["cell_embeds"], adata.obsm["X_stformer"][data.neighbors(items)[1]])
+    model = make_model(cell_embedding_size=5, use_expression=False)
+    before = model.cell_neighborhood.tokens.cell_embedding.weight.detach().clone()
+    make_trainer(tmp_path, data, model=model, save_strategy="no", dataloader_num_workers=n_workers).train()
+    assert (model.cell_neighborhood.tokens.cell_embedding.weight != before).any()
+    for wrong, message in (
+        (np.zeros((39, 5)), "39, 5.*40 rows"),
+        (np.full((40, 5), np.nan), "40 of 40 cells have NaN"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CenterMaskSampler(metadata_of(adata), adata, 0.3, tissue_section_colname=None, cell_embeds=wrong)
+
+
+def metadata_of(adata: AnnData) -> pd.DataFrame:
+    places = pd.DataFrame(adata.obsm["spatial"], columns=["x", "y"])
+    return places.assign(cell_label=adata.obs_names, cell_type=adata.obs["type"].cat.codes.to_numpy())
+
+
+def test_a_gene_bert_that_embeds_the_cells_learns_too():
+    """Not frozen: the embeddings come with the graph that made them."""
+    adata = make_adata()
+    adata.obsm["spatial"] = np.random.default_rng(0).random((60, 2))
+    tokenizer = GeneTokenizer(adata.var_names, bin_edges=[0.5, 1.5])
+    config = GeneBertConfig.from_tokenizer(
+        tokenizer, num_hidden_layers=1, num_attention_heads=2, hidden_size=16, intermediate_size=32
+    )
+    cells = GeneBertModel(config)
+    data = sampler(adata, cell_type_key=None)
+    items = [1, 2, 5]
+    batch = collate_neighborhoods(data.__getitems__(items), packed=True)
+    tokens = tokenizer(adata[data.neighbors(items)[1]], padding=True, return_tensors="pt")
+    model = make_model(n_genes=40, n_cell_types=1, cell_embedding_size=16)
+    model(**batch, cell_embeds=cells(**tokens).last_hidden_state[:, 0]).loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in cells.layers[0].attention.parameters())
 
 
 # ---------------------------------------------------------------------- baselines

@@ -269,6 +269,7 @@ def test_known_gpus_have_a_share_of_their_peak_and_others_none(store, tokenizer,
             assert figures["mfu"] == pytest.approx(ModelFlops(trainer.model)(10, 36 + 16, 2) / 2 / BF16_PEAKS[name])
 
 
+@pytest.mark.slow
 def test_two_processes_are_counted_together(store, tmp_path):
     script = Path(__file__).with_name("train_cells.py")
     told = json.dumps({"order": "random", "epochs": 1, "accumulation": 1, "save": True})

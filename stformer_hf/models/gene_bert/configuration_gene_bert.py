@@ -166,18 +166,16 @@ class GeneBertConfig(PreTrainedConfig):
             type(self).on_init()
 
     @classmethod
-    def from_tokenizer(cls, tokenizer, size: str = "base", **kwargs) -> "GeneBertConfig":
-        """Make the configuration of a model that fits a tokenizer.
+    def from_size(cls, size: str, **kwargs) -> "GeneBertConfig":
+        """Make the configuration of a named size.
 
         Parameters
         ----------
-        tokenizer : GeneTokenizer
-            Gives the vocabulary sizes, the padding id and the fingerprint of the vocabulary.
-        size : {"tiny", "small", "base", "large"}, default: "base"
+        size : {"tiny", "small", "base", "large"}
             (layers, hidden size): (2, 128), (6, 256), (12, 768), (24, 1024); tiny and small without attention
             dropout, and with weights initialised at hidden size ** -0.5 instead of 0.02.
         **kwargs
-            Any other field; overrides what size and tokenizer give.
+            Any other field; overrides what the size gives.
 
         Returns
         -------
@@ -199,6 +197,32 @@ class GeneBertConfig(PreTrainedConfig):
             "attention_probs_dropout_prob": attention_dropout,
             # DistilBERT's 0.02 suits its 768 dimensions; narrower layers need more to tell genes apart.
             "initializer_range": 0.02 if hidden >= 768 else hidden**-0.5,
+        }
+        return cls(**{**fields, **kwargs})
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer, size: str = "base", **kwargs) -> "GeneBertConfig":
+        """Make the configuration of a model that fits a tokenizer.
+
+        Parameters
+        ----------
+        tokenizer : GeneTokenizer
+            Gives the vocabulary sizes, the padding id and the fingerprint of the vocabulary.
+        size : {"tiny", "small", "base", "large"}, default: "base"
+            See `from_size`.
+        **kwargs
+            Any other field; overrides what size and tokenizer give.
+
+        Returns
+        -------
+        GeneBertConfig
+
+        Raises
+        ------
+        ValueError
+            Unknown size.
+        """
+        fields = {
             "vocab_size": len(tokenizer),
             "type_vocab_size": tokenizer.type_vocab_size,
             "pad_token_id": tokenizer.pad_token_id,
@@ -210,7 +234,7 @@ class GeneBertConfig(PreTrainedConfig):
             "max_position_embeddings": tokenizer.max_length,
             "classifier_pooling": "cls" if tokenizer.add_cls else "mean",
         }
-        return cls(**{**fields, **kwargs})
+        return cls.from_size(size, **{**fields, **kwargs})
 
 
 __all__ = ["GeneBertConfig"]
