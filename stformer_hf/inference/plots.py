@@ -164,7 +164,7 @@ def sections(
     section_key : str, optional
         Column of obs; by default all cells are of one section.
     size : float, optional
-        Area of a point in square points; by default 120,000 by the number of cells of the largest section.
+        Area of a point in square points; by default by the largest section's extent and number of cells.
     n_columns : int, optional
         Panels in a row; at most 4 by default.
     title : str, default: ""
@@ -191,12 +191,15 @@ def sections(
     import matplotlib.pyplot as plt
 
     names, numbers = section_of_cell.categories, section_of_cell.codes
+    largest = points[numbers == np.bincount(numbers).argmax()]
+    sides = np.maximum(np.ptp(largest, axis=0), 1e-9)
+    width, height = np.maximum(4 * sides / sides.max(), 1.5)
     if size is None:
-        size = float(np.clip(120_000 / np.bincount(numbers).max(), 0.1, 60))
+        size = float(np.clip(7_500 * width * height / len(largest), 0.1, 60))
     n_columns = min(n_columns or _MOST_COLUMNS, len(names))
     n_rows = -(-len(names) // n_columns)
     figure, grid = plt.subplots(
-        n_rows, n_columns, figsize=(4 * n_columns + 2, 4 * n_rows), layout="constrained", squeeze=False
+        n_rows, n_columns, figsize=(width * n_columns + 2, height * n_rows + 0.5), layout="constrained", squeeze=False
     )
     panels = grid.ravel()[: len(names)]
     for unused in grid.ravel()[len(names) :]:

@@ -64,6 +64,16 @@ def test_two_processes_share_an_epoch_and_learn_what_one_does(store, tmp_path, o
 
 
 @pytest.mark.slow
+def test_two_processes_learn_of_neighborhoods_what_one_does(store, tmp_path):
+    two = run_script(store, tmp_path / "two", 2, order="neighborhoods", accumulation=1, epochs=3)
+    one = run_script(store, tmp_path / "one", 1, order="neighborhoods", accumulation=2, epochs=3)
+    finished(two), finished(one)
+    two, one = (json.loads((tmp_path / name / "seen-0.json").read_text()) for name in ("two", "one"))
+    assert (two["world_size"], one["world_size"]) == (2, 1) and len(one["losses"]) == 12
+    np.testing.assert_allclose(two["losses"], one["losses"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
 def test_a_run_killed_ten_times_while_it_saves_is_the_uninterrupted_one(store, tmp_path):
     settings = {"order": "random", "epochs": 4, "accumulation": 1, "save": True, "hidden_size": 512}
     finished(run_script(store, tmp_path / "whole", **settings))

@@ -4,11 +4,16 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
 from transformers import TrainingArguments
 
 from stformer_hf import (
+    CellNeighborhoodConfig,
+    CellNeighborhoodForMaskedCell,
     CellStore,
+    CenterMaskSampler,
     GeneBertConfig,
     GeneBertForPhenotypicMLM,
     GeneTokenizer,
@@ -21,6 +26,7 @@ ORDERS = {
     "grouped": ({"train_sampling_strategy": "group_by_length"}, {}),
     "packed": ({}, {"max_tokens_per_batch": 200, "packing": True}),
     "stream": ({}, {}),
+    "neighborhoods": ({}, {}),
     "packed stream": ({}, {"max_tokens_per_batch": 200, "packing": True}),
 }
 
@@ -57,6 +63,10 @@ def main() -> None:
         use_cpu=True,
         **sampling,
     )
+    if settings["order"] == "neighborhoods":
+        trainer = STFormerPretrainer(arguments, neighborhoods(store), model=model_of_neighborhoods(store))
+        trainer.train()
+        return write(folder, arguments, [], trainer)
     stream = settings["order"].endswith("stream")
     cells = IterableAnnDataset(store, tokenizer, shuffle=True, buffer_size=16) if stream else store
     trainer = STFormerPretrainer(
@@ -72,6 +82,23 @@ def main() -> None:
 
     collator._tokens = watch
     trainer.train(resume_from_checkpoint=bool(settings.get("save")))
+    write(folder, arguments, batches, trainer)
+
+
+def neighborhoods(store: CellStore) -> CenterMaskSampler:
+    places = np.random.default_rng(0).random((len(store), 2))
+    metadata = pd.DataFrame(places, columns=["x", "y"]).assign(cell_label=store.obs.index)
+    metadata["cell_type"] = store.obs["cell_type"].cat.codes.to_numpy()
+    return CenterMaskSampler(metadata, store, 0.4, tissue_section_colname=None, max_num_cells=3)
+
+
+def model_of_neighborhoods(store: CellStore) -> CellNeighborhoodForMaskedCell:
+    torch.manual_seed(0)
+    config = CellNeighborhoodConfig.from_size("tiny", n_genes=len(store.genes), n_cell_types=2)
+    return CellNeighborhoodForMaskedCell(config)
+
+
+def write(folder: Path, arguments: TrainingArguments, batches: list, trainer: STFormerPretrainer) -> None:
     seen = {
         "world_size": arguments.world_size,
         "batches": batches,
