@@ -112,7 +112,7 @@ def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]
     from ..data.center_mask_sampler import CenterMaskSampler
     from ..models.cell_neighborhood.configuration_cell_neighborhood import CellNeighborhoodConfig
     from ..models.cell_neighborhood.modeling_cell_neighborhood import CellNeighborhoodForMaskedCell
-    from ..training.neighborhood_baselines import start_at_means
+    from ..training.neighborhood_baselines import gene_moments
     from ..training.pretrainer import STFormerPretrainer
     from .arguments import check_names
     from .runs import finish, training_arguments
@@ -135,6 +135,13 @@ def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]
         "patch_size": None,
         **neighborhood,
     }
+    types = cells.metadata["cell_type"]
+    unseen = set(types[held_out]) - set(types[~held_out])
+    if unseen:
+        logger.warning(
+            f"{types[held_out].isin(unseen).sum()} held-out cells are of {len(unseen)} types that no training cell "
+            f"has, such as {cells.cell_types[min(unseen)]}: the model knows nothing of these types."
+        )
     train = CenterMaskSampler(
         indices=~held_out, neighbors_from=args.neighbors_from, min_neighbors=args.min_neighbors, **options
     )
@@ -154,7 +161,7 @@ def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]
     )
     set_seed(arguments.seed)
     model = CellNeighborhoodForMaskedCell(config)
-    start_at_means(model, train)
+    model.count_head.start_at(*gene_moments(train, seed=arguments.seed))
     trainer = STFormerPretrainer(
         arguments,
         train,
@@ -206,6 +213,12 @@ def open_sections(args: PretrainNeighborhoodArguments, arguments: TrainingArgume
         sources = _with_places(args)
         columns = [name for name in columns if name in sources[0].obs]
     store = open_cells(sources, arguments, columns, args.layer, args.overwrite)
+    fewest = min((source["n_genes"] for source in store.manifest["sources"]), default=store.manifest["n_genes"])
+    if fewest < store.manifest["n_genes"]:
+        logger.warning(
+            f"Sources measure different genes, one only {fewest} of {store.manifest['n_genes']}. What a source does "
+            "not measure counts as 0 there, which a model takes for biology: better keep the genes that all measure."
+        )
     obs = store.obs
     wanted = [*_AXES[:2], *(name for name in (args.section, args.cell_type) if name is not None)]
     missing = [name for name in wanted if name not in obs]
@@ -236,8 +249,14 @@ def _with_places(args: PretrainNeighborhoodArguments) -> list[AnnData]:
     import pandas as pd
     from anndata import read_h5ad
 
-    files = []
-    for path in map(Path, args.data):
+    paths = [Path(path) for path in args.data]
+    names = [path.stem for path in paths]
+    if len(set(names)) < len(names):  # such as sample1/adata.h5ad and sample2/adata.h5ad
+        names = [str(path.with_suffix("")) for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{', '.join(args.data)}: a file is given twice.")
+    files, section = [], args.section or _SECTION
+    for path, file in zip(paths, names, strict=True):
         if path.suffix != ".h5ad" or not path.is_file():
             raise ValueError(f"{path} is no h5ad file: give such, with coordinates in obsm, or a store.")
         adata = read_h5ad(path, backed="r")
@@ -248,15 +267,25 @@ def _with_places(args: PretrainNeighborhoodArguments) -> list[AnnData]:
             if name is not None and name not in adata.obs:
                 raise ValueError(f"{path} has no obs[{name!r}]; its obs has {', '.join(map(repr, adata.obs))}.")
         places = np.asarray(adata.obsm[args.spatial_key], np.float64)
+        if places.ndim != 2 or places.shape[1] not in (2, 3):
+            raise ValueError(f"{path}: obsm[{args.spatial_key!r}] has the shape {places.shape}, not 2 or 3 columns.")
+        for axis in _AXES:  # a column z of obs may be anything
+            if axis in adata.obs:
+                del adata.obs[axis]
         for axis, values in zip(_AXES, places.T, strict=False):
             adata.obs[axis] = values
-        section = args.section or _SECTION
         own = adata.obs[section] if section in adata.obs else pd.Series("", adata.obs_names)
         if own.isna().any():
             raise ValueError(f"{path}: {own.isna().sum()} of {len(own)} cells have no section in obs[{section!r}].")
-        if len(args.data) > 1:
-            adata.obs[section] = pd.Categorical([f"{path.stem}:{name}".rstrip(":") for name in own])
+        if len(paths) > 1:
+            adata.obs[section] = pd.Categorical([f"{file}:{name}".rstrip(":") for name in own])
         files.append(adata)
+    if len({"z" in adata.obs for adata in files}) > 1:
+        raise ValueError(f"Some files have coordinates of 2 and some of 3 columns in obsm[{args.spatial_key!r}].")
+    cells = pd.Index([name for adata in files for name in adata.obs_names])
+    if len(paths) > 1 and not cells.is_unique:  # barcodes that files share
+        for adata, file in zip(files, names, strict=True):
+            adata.obs_names = [f"{file}:{name}" for name in adata.obs_names]
     return files
 
 
@@ -268,6 +297,8 @@ def choose_held_out(args: PretrainNeighborhoodArguments, metadata: pd.DataFrame,
     ValueError
         A share outside [0, 1); sections that are not there; no cell left to train on.
     """
+    import math
+
     import numpy as np
 
     if not 0 <= args.held_out < 1:
@@ -281,15 +312,17 @@ def choose_held_out(args: PretrainNeighborhoodArguments, metadata: pd.DataFrame,
             raise ValueError(f"held_out_sections: there is no section {unknown[0]!r}; there are {there}.")
         held_out = np.isin(sections, args.held_out_sections)
     elif args.held_out_by == "cell":
-        chosen = np.random.default_rng(seed).permutation(len(metadata))[: round(args.held_out * len(metadata))]
+        chosen = np.random.default_rng(seed).permutation(len(metadata))[: math.ceil(args.held_out * len(metadata))]
         held_out[chosen] = True
     else:
         places = metadata[[axis for axis in _AXES if axis in metadata]].to_numpy()
         for section in np.unique(sections):
             rows = np.flatnonzero(sections == section)
             along = places[rows, np.ptp(places[rows], axis=0).argmax()]
-            n_held_out = round(args.held_out * len(rows))
+            n_held_out = min(math.ceil(args.held_out * len(rows)), len(rows) - 1)
             held_out[rows[np.argsort(along, kind="stable")[len(rows) - n_held_out :]]] = True
+    if args.held_out and not held_out.any():
+        logger.warning("No cell is held out: sections are of one cell.")
     if held_out.all():
         raise ValueError("All cells are held out: none is left to train on.")
     return held_out

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import operator
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -208,7 +210,7 @@ class CenterMaskSampler(Dataset):
             raise ValueError(f"max_num_cells={max_num_cells}: a whole number of at least 0 is needed.")
         if neighbors_from not in ("all", "indices"):
             raise ValueError(f"neighbors_from={neighbors_from!r}: 'all' cells, or those of 'indices'.")
-        self.max_num_cells, self.seed = max_num_cells, seed
+        self.max_num_cells, self.seed = max_num_cells, operator.index(seed)
         self._lengths: np.ndarray | None = None
         self.cell_types: list[str] | None = None
         names = column_of(metadata, cell_id_colname)
@@ -227,10 +229,19 @@ class CenterMaskSampler(Dataset):
             sections,
             patch_size,
             shape=shape,
-            k_nearest=k_nearest,
+            k_nearest=1 if max_num_cells == 0 else k_nearest,  # all but one would be found in vain
             discretize=discretize,
             candidates=candidates,
         )
+        self._options = {
+            "patch_size": patch_size,
+            "shape": shape,
+            "k_nearest": k_nearest,
+            "max_num_cells": max_num_cells,
+            "discretize": discretize,
+            "neighbors_from": neighbors_from,
+            "seed": self.seed,
+        }
         # In shared memory: workers that outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._expression.read(self._rows[:: max(1, len(self._rows) // _CELLS_LOOKED_AT)])  # some are checked at once
@@ -329,6 +340,12 @@ class CenterMaskSampler(Dataset):
         """The epoch that random subsets are drawn for."""
         return int(self._epoch)
 
+    @property
+    def description(self) -> str:
+        """Options and cells in a line: that of another sampler differs where its neighbourhoods do."""
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+        return f"{options}, {len(self)} of {len(self._rows)} cells (checksum {zlib.crc32(self.indices.tobytes()):08x})"
+
     def set_epoch(self, epoch: int) -> None:
         """Draw for another epoch; call it before the epoch's first batch."""
         self._epoch.fill_(epoch)
@@ -371,6 +388,10 @@ class CenterMaskSampler(Dataset):
             types[len(found) :],
             None if self._cell_embeds is None else self._cell_embeds[found],
         )
+
+    def expression_of(self, items: Sequence[int]) -> sparse.csr_matrix | sparse.csr_array | np.ndarray:
+        """Read the expression of the items' own cells, without their neighbours: (n_items, G), float32."""
+        return self._expression.read(self._rows[self._cells(items)])
 
     def neighbors(self, items: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Find the neighbours of items, as their neighbourhoods have them, without reading expression.

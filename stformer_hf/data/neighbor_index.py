@@ -65,9 +65,13 @@ class NeighborIndex:
         if discretize and (shape == "disc" or patch_size is None):
             raise ValueError("discretize=True rounds the borders of a box: it goes with shape='box' and a patch_size.")
         self._points, self._sections = points, sections
+        # Where squares are taken: they neither overflow nor vanish, and a power of 2 changes no digits, so no tie.
+        _, self._exponent = np.frexp(np.abs(points).max(initial=0))
+        self._even = None if k_nearest is None else np.ldexp(points, -self._exponent)
         self._disc, self._discretize = shape == "disc", discretize
         self._k = None if k_nearest is None else int(k_nearest)
         self._half = None if patch_size is None else _half_sides(patch_size, points.shape[1], shape, discretize)
+        self._disc_exponent = np.frexp(self._half[0])[1] if self._disc and self._half is not None else 0
         self._norm = 2.0 if self._disc or self._half is None else np.inf
         places = self._scaled()
         self._reach = 1 + _SLACK + 8 * np.finfo(float).eps * np.abs(places).max(initial=0)
@@ -78,14 +82,14 @@ class NeighborIndex:
         rows = np.arange(len(points)) if candidates is None else candidates
         self._rows = rows[cKDTree(self._places[rows]).indices]
         self._tree = cKDTree(self._places[self._rows])
-        self._axes = points[self._rows].T.copy()
+        self._axes = np.ldexp(points[self._rows].T.copy(), -self._disc_exponent)
 
     def _scaled(self) -> np.ndarray:
-        """Give the coordinates from the middle of all, in units of half a side (of none without a patch_size)."""
-        if not len(self._points):
-            return self._points
-        low, high = self._points.min(axis=0), self._points.max(axis=0)
-        centred = self._points - (low + (high - low) / 2)
+        """Give the coordinates from the middle of all, in units of half a side, or of a power of 2."""
+        points = self._even if self._half is None else self._points
+        if not len(points):
+            return points
+        centred = points - (points.min(axis=0) / 2 + points.max(axis=0) / 2)
         if self._half is None:
             return centred
         # Rounding moves a border by half a unit at most.
@@ -117,7 +121,7 @@ class NeighborIndex:
         owners = owners[inside]
         found = keys - owners * len(self._points)
         if self._k is not None:
-            away = ((self._points[found] - self._points[cells[owners]]) ** 2).sum(axis=1)
+            away = ((self._even[found] - self._even[cells[owners]]) ** 2).sum(axis=1)
             kept = first_of_each(owners, away, len(cells), self._k)
             owners, found = owners[kept], found[kept]
         indptr = np.zeros(len(cells) + 1, np.int64)
@@ -129,7 +133,9 @@ class NeighborIndex:
         if self._half is None:
             return self._sections[self._rows[near]] == np.repeat(self._sections[cells], sizes)
         inside, away = np.ones(len(near), bool), np.zeros(len(near))
-        for values, middle, half in zip(self._axes, self._points[cells].T, self._half, strict=True):
+        middles = np.ldexp(self._points[cells].T, -self._disc_exponent)
+        halves = np.ldexp(self._half, -self._disc_exponent)
+        for values, middle, half in zip(self._axes, middles, halves, strict=True):
             there = values[near]
             if self._discretize:
                 inside &= np.repeat(np.rint(middle - half), sizes) <= there
@@ -138,7 +144,7 @@ class NeighborIndex:
                 away += (there - np.repeat(middle, sizes)) ** 2
             else:
                 inside &= np.abs(there - np.repeat(middle, sizes)) <= half
-        return away <= self._half[0] ** 2 if self._disc else inside
+        return away <= halves[0] ** 2 if self._disc else inside
 
     def _distances(self, cells: np.ndarray) -> np.ndarray:
         """Give for each cell a little more than the distance to the last of its nearest ones."""
@@ -166,8 +172,8 @@ class NeighborIndex:
         indptr, found = other.query(cells)
         away = np.full(len(cells), np.inf)
         there = np.diff(indptr) > 0
-        away[there] = np.linalg.norm(self._points[found] - self._points[cells[there]], axis=1)
-        return away
+        away[there] = np.linalg.norm(other._even[found] - other._even[cells[there]], axis=1)
+        return np.ldexp(away, self._exponent)
 
 
 def first_of_each(owners: np.ndarray, values: np.ndarray, n_owners: int, most: int) -> np.ndarray:

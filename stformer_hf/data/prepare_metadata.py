@@ -93,10 +93,12 @@ def prepare_metadata(
     ------
     ValueError
         A column is missing; a name occurs twice; no cell is in both tables; of cells that are kept, coordinates that
-        are not finite, missing types or sections; types that the encoder does not know; a scale that is not positive.
+        are not finite, missing types or sections; types that the encoder does not know; a scale that is not positive;
+        a column of names, types or sections that would get the name of another column of the result.
     """
     if not 0 < scale < np.inf:
         raise ValueError(f"scale={scale}: a positive number is needed.")
+    _check_colnames(cell_id_colname, cell_type_colname, tissue_section_colname, "xy" if z is None else "xyz")
     names = column_of(metadata, cell_id_colname)
     types = column_of(metadata, cell_type_colname)
     axes = [x, y] if z is None else [x, y, z]
@@ -130,6 +132,20 @@ def prepare_metadata(
         n_without_expression,
         n_without_metadata,
     )
+
+
+def _check_colnames(of_ids: str, of_types: str, of_sections: str | None, axes: str) -> None:
+    """Raise where two columns of the result would have one name; codes may take the place of the types."""
+    made = ["cell_type", *axes]
+    for option, name in (("cell_id", of_ids), ("cell_type", of_types), ("tissue_section", of_sections)):
+        if name in made and (option, name) != ("cell_type", "cell_type"):
+            raise ValueError(
+                f"{option}_colname={name!r}: the columns {', '.join(map(repr, made))} of the result are the codes of "
+                "types and the coordinates; rename that column of metadata first."
+            )
+    if of_ids in (of_types, of_sections):
+        other = "cell_type" if of_ids == of_types else "tissue_section"
+        raise ValueError(f"cell_id_colname and {other}_colname are both {of_ids!r}: a column of names holds no other.")
 
 
 def _example(names: Any) -> str:

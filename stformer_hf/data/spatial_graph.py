@@ -10,11 +10,14 @@ from anndata import AnnData
 from scipy import sparse
 from scipy.spatial import Delaunay, QhullError, cKDTree
 
+_METHODS = ("delaunay", "knn", "radius")
+_N_NEIGHBORS = 6  # squidpy's
 _MOST_CELLS_A_PLACE = 1000  # all are neighbours of each other: their edges grow with the square
 
 
 def spatial_neighbors(
     adata: AnnData,
+    method: str | None = None,
     *,
     spatial_key: str = "spatial",
     section_key: str | None = None,
@@ -33,6 +36,8 @@ def spatial_neighbors(
         Gets, as from `squidpy.gr.spatial_neighbors`, `obsp["spatial_connectivities"]`, a symmetric CSR matrix of
         float32 ones without a diagonal; `obsp["spatial_distances"]` (float64, in the unit of the coordinates), which
         has the same entries, zeros of cells at one place among them; and the settings in `uns["spatial_neighbors"]`.
+    method : {"delaunay", "knn", "radius"}, optional
+        By default by what is given: `n_neighbors`, `radius`, or neither, which is the triangulation.
     spatial_key : str, default: "spatial"
         Key of obsm: coordinates, (n_cells, 2) or (n_cells, 3).
     section_key : str, optional
@@ -40,16 +45,18 @@ def spatial_neighbors(
     key_added : str, default: "spatial"
         What the keys begin with.
     n_neighbors : int, optional
-        In place of the triangulation: join each cell with so many nearest ones (with all, where there are fewer), and
-        so with those for which it is one of the nearest. Which of equally distant ones come last is left open.
+        Of "knn", 6 by default. In place of the triangulation: join each cell with so many nearest ones (with all,
+        where there are fewer), and so with those for which it is one of the nearest. Which of equally distant ones
+        come last is left open.
     radius : float, optional
-        In place of the triangulation: join all cells that are at most so far apart.
+        Of "radius", which needs it. In place of the triangulation: join all cells that are at most so far apart.
 
     Raises
     ------
     ValueError
         No such key in obsm, or column in obs; coordinates of another shape, missing or infinite; cells without a
-        section; over 1,000 cells at one place; both `n_neighbors` and `radius`, or one that is not positive.
+        section; over 1,000 cells at one place; an unknown method; `n_neighbors` or `radius` where the method does not
+        read it, both of them, or one that is not positive; "radius" without a `radius`.
 
     Notes
     -----
@@ -61,8 +68,19 @@ def spatial_neighbors(
     ----------
     Barber, Dobkin and Huhdanpaa (1996), The Quickhull algorithm for convex hulls.
     """
-    if n_neighbors is not None and radius is not None:
-        raise ValueError("n_neighbors= and radius= are two ways to find neighbours: give one.")
+    if method is None:
+        if n_neighbors is not None and radius is not None:
+            raise ValueError("n_neighbors= and radius= are two ways to find neighbours: give one.")
+    elif method not in _METHODS:
+        raise ValueError(f"method={method!r}: there are {', '.join(map(repr, _METHODS))}.")
+    if method in ("delaunay", "radius") and n_neighbors is not None:
+        raise ValueError(f"n_neighbors={n_neighbors} goes with method='knn', not with {method!r}: leave it out.")
+    if method in ("delaunay", "knn") and radius is not None:
+        raise ValueError(f"radius={radius} goes with method='radius', not with {method!r}: leave it out.")
+    if method == "radius" and radius is None:
+        raise ValueError("method='radius' needs a radius=, in the unit of the coordinates.")
+    if method == "knn" and n_neighbors is None:
+        n_neighbors = _N_NEIGHBORS
     if n_neighbors is not None and (n_neighbors < 1 or n_neighbors != int(n_neighbors)):
         raise ValueError(f"n_neighbors={n_neighbors}: a whole number of at least 1 is needed.")
     if radius is not None and not 0 < radius < np.inf:

@@ -81,7 +81,7 @@ def spatial_domains(
             "are all empty give that: look at patch_size and the unit of the coordinates."
         )
     if method == "kmeans":
-        labels = _kmeans(embedding, _N_DOMAINS if n_domains is None else n_domains, seed)
+        labels = _kmeans(embedding, _N_DOMAINS if n_domains is None else int(n_domains), seed)
         settings = {}
     else:
         labels = _leiden(adata, use_rep, resolution, f"{key_added}_neighbors", seed)

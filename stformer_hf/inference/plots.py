@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -157,8 +157,9 @@ def sections(
         With coordinates in obsm; of 3-D ones x and y are drawn.
     color : str
         Column of obs, or gene of var_names, whose values in X are drawn. Numbers are drawn in viridis, from the least
-        to the largest of all sections. Other values are categories, in the colours of `uns[f"{color}_colors"]`; where
-        there are too few, scanpy's default ones are written there. Missing and infinite values are grey.
+        to the largest of all sections. Other values are categories, in the colours of `uns[f"{color}_colors"]`, a list
+        or a dict by category; where a list has too few, scanpy's default ones are written there. Missing and infinite
+        values are grey.
     spatial_key : str, default: "spatial"
         Key of obsm.
     section_key : str, optional
@@ -180,7 +181,8 @@ def sections(
     Raises
     ------
     ValueError
-        No cells; no such key, column or gene; cells without a section.
+        No cells; no such key, column or gene; a gene that is twice in var_names; cells without a section or a place;
+        a dict of colours that lacks a category.
     """
     points = _points(adata, spatial_key)
     section_of_cell = _sections_of(adata, section_key)
@@ -233,7 +235,14 @@ def _points(adata: AnnData, spatial_key: str) -> np.ndarray:
     points = np.asarray(adata.obsm[spatial_key])
     if points.ndim != 2 or points.shape[1] not in (2, 3):
         raise ValueError(f"obsm[{spatial_key!r}] has the shape {points.shape}; coordinates have 2 or 3 columns.")
-    return points[:, :2]
+    points = points[:, :2].astype(np.float64)
+    wrong = np.flatnonzero(~np.isfinite(points).all(axis=1))
+    if len(wrong):
+        raise ValueError(
+            f"{len(wrong)} of {len(points)} cells have no finite x and y in obsm[{spatial_key!r}], such as "
+            f"{adata.obs_names[wrong[0]]}: leave them out first."
+        )
+    return points
 
 
 def _sections_of(adata: AnnData, section_key: str | None) -> pd.Categorical:
@@ -272,10 +281,8 @@ def _colours(adata: AnnData, color: str) -> tuple[np.ndarray, np.ndarray, list[L
         colours = scale.to_rgba(np.where(there, values, limits[0]))
         colours[~there] = to_rgba(_MISSING)
         return colours, np.argsort(np.where(there, values, -np.inf), kind="stable"), scale
-    key, n = f"{color}_colors", len(values.categories)
-    if len(adata.uns.get(key, [])) < n:
-        adata.uns[key] = _default_colours(n)
-    palette = to_rgba_array([*adata.uns[key][:n], _MISSING])  # the code of what is missing is -1
+    # The code of what is missing is -1.
+    palette = to_rgba_array([*_palette(adata, f"{color}_colors", values), _MISSING])
 
     def entry(label: str, colour: np.ndarray) -> Line2D:
         return Line2D([], [], color=colour, linestyle="", marker="o", markersize=8, label=label)
@@ -287,6 +294,24 @@ def _colours(adata: AnnData, color: str) -> tuple[np.ndarray, np.ndarray, list[L
     return palette[values.codes], np.argsort(values.codes >= 0, kind="stable"), legend
 
 
+def _palette(adata: AnnData, key: str, values: pd.Categorical) -> Sequence:
+    """Give the colour of each category as uns[key] has it; default ones are written there where it has too few."""
+    stored, n = adata.uns.get(key, []), len(values.categories)
+    if not isinstance(stored, Mapping):
+        if len(stored) < n:
+            adata.uns[key] = _default_colours(n)
+        return adata.uns[key][:n]
+    # Files have names as keys, whatever the categories are.
+    colours = [stored.get(name, stored.get(str(name))) for name in values.categories]
+    lacking = [code for code in np.unique(values.codes) if code >= 0 and colours[code] is None]
+    if lacking:
+        raise ValueError(
+            f"uns[{key!r}] has no colour for {len(lacking)} of {n} categories, such as "
+            f"{str(values.categories[lacking[0]])!r}: add them, or delete uns[{key!r}]."
+        )
+    return [_MISSING if colour is None else colour for colour in colours]
+
+
 def _values_of(adata: AnnData, color: str) -> np.ndarray | pd.Categorical:
     """Give the numbers or the categories of a column of obs, or the numbers of a gene."""
     if color in adata.obs:
@@ -294,7 +319,10 @@ def _values_of(adata: AnnData, color: str) -> np.ndarray | pd.Categorical:
         if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
             return column.to_numpy(np.float64, na_value=np.nan)
         return pd.Categorical(column)
-    if color in adata.var_names:
+    n_genes = (adata.var_names == color).sum()
+    if n_genes > 1:
+        raise ValueError(f"{n_genes} genes are named {color!r}: adata.var_names_make_unique() mends that.")
+    if n_genes:
         return np.asarray(adata.obs_vector(color), np.float64)
     raise ValueError(
         f"There is no column or gene {color!r}; obs has {', '.join(map(repr, adata.obs)) or 'nothing'}, and genes are "

@@ -274,6 +274,14 @@ class CellTrainer(MeasuredTrainer):
         self._stream = StreamBatches(batches, self.data_collator, self._stream_mark)
         return self._stream, StreamOrder(n_batches)
 
+    def _prepare_inputs(self, inputs):
+        """As in Trainer; counts of cells stay what they are, where DeepSpeed has all numbers in half precision."""
+        counts = {name: inputs[name] for name in ("masked_expression", "observed_expression") if name in inputs}
+        if not counts:
+            return super()._prepare_inputs(inputs)
+        others = super()._prepare_inputs({name: value for name, value in inputs.items() if name not in counts})
+        return {**{name: value.to(self.args.device) for name, value in counts.items()}, **others}
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As in Trainer; takes from the batches of a stream where the next one is read from."""
         for batch in (drawn := super().get_batch_samples(epoch_iterator, num_batches, device))[0]:
@@ -345,6 +353,8 @@ class CellTrainer(MeasuredTrainer):
             ),
             "max_tokens_per_batch": self.max_tokens_per_batch,
         }
+        if isinstance(self.train_dataset, CenterMaskSampler):
+            order["neighbourhoods"] = self.train_dataset.description
         if self.max_tokens_per_batch is None:
             order["per_device_train_batch_size * gradient_accumulation_steps * processes"] = (
                 self._train_batch_size * batches

@@ -43,6 +43,7 @@ _BASELINES = {
     "cell_marginal": "bins of the cell",
     "majority": "most frequent class",
     "logistic_regression": "logistic regression",
+    "overall_mean": "mean of the training cells",
     "type_mean": "mean of the cell type in the training cells",
     "neighbor_mean": "mean of the neighbours",
 }

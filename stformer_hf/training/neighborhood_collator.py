@@ -46,7 +46,8 @@ def collate_neighborhoods(
     Raises
     ------
     ValueError
-        No items; items that differ in their genes, or whose arrays do not fit each other.
+        No items; items that differ in their genes, or whose arrays or number of cells do not fit each other.
+        Expression has a row a cell, or is flat (n * G,), as that of no cells is (0,) in brainformr.
     """
     if not len(items):
         raise ValueError("A batch has at least one neighbourhood.")
@@ -87,11 +88,13 @@ def _stacked(items: Sequence[NeighborhoodMetadata]) -> dict[str, Any]:
     observed = [np.asarray(item.observed_expression, np.float32) for item in items]
     types = [np.asarray(item.observed_cell_type, np.int64).ravel() for item in items]
     n_genes = len(masked[0])
-    for number, (one, rows, own) in enumerate(zip(masked, observed, types, strict=True)):
-        if len(one) != n_genes or rows.size != len(own) * n_genes:
+    for number, (item, one, rows, own) in enumerate(zip(items, masked, observed, types, strict=True)):
+        fits = rows.shape in ((len(own), n_genes), (len(own) * n_genes,))
+        if len(one) != n_genes or not fits or item.num_cells_obs != len(own):
             raise ValueError(
-                f"Item {number} has {len(own)} cell types, an observed_expression of shape {rows.shape} and a masked "
-                f"cell of {len(one)} genes; the first item has {n_genes} genes."
+                f"Item {number} has {len(own)} cell types, num_cells_obs={item.num_cells_obs}, an "
+                f"observed_expression of shape {rows.shape} and a masked cell of {len(one)} genes; the first item has "
+                f"{n_genes} genes."
             )
     rows = [rows.reshape(len(own), n_genes) for rows, own in zip(observed, types, strict=True)]
     masked_types = [np.asarray(item.masked_cell_type, np.int64).reshape(1) for item in items]

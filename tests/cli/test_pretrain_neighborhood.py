@@ -5,12 +5,14 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from anndata import read_h5ad
 from conftest import make_adata
 from transformers import AutoModel, AutoModelForPreTraining
 
 from stformer_hf import CellStore, CenterMaskSampler
 from stformer_hf.cli import main
 from stformer_hf.cli.pretrain_neighborhood import PretrainNeighborhoodArguments, choose_held_out
+from stformer_hf.models.cell_neighborhood.count_likelihoods import CountHead
 
 SMALL = [
     *("--max_steps", "3", "--use_cpu", "true", "--disable_tqdm", "true", "--patch_size", "0.5", "--debug"),
@@ -84,6 +86,7 @@ def test_what_is_held_out():
     by_cell = arguments(held_out=0.2, held_out_by="cell")
     held_out = choose_held_out(by_cell, metadata, seed=0)
     assert held_out.sum() == 20 and (held_out != choose_held_out(by_cell, metadata, seed=1)).any()
+    assert choose_held_out(arguments(held_out=0.1), metadata[56:64], seed=0).tolist().count(True) == 2  # of each one
     held_out = choose_held_out(arguments(held_out_sections=["b"]), metadata, seed=0)
     assert held_out.tolist() == [False] * 60 + [True] * 40
     assert not choose_held_out(arguments(held_out=0.0), metadata, seed=0).any()
@@ -96,20 +99,129 @@ def test_what_is_held_out():
             choose_held_out(arguments(**settings), metadata, seed=0)
 
 
-def test_training_does_not_see_what_is_held_out(tmp_path, monkeypatch):
-    made = []
-    init = CenterMaskSampler.__init__
+@pytest.fixture
+def made(monkeypatch) -> list[CenterMaskSampler]:
+    """The samplers that a run makes."""
+    made, init = [], CenterMaskSampler.__init__
 
     def watch(self, *args, **kwargs):
         init(self, *args, **kwargs)
         made.append(self)
 
     monkeypatch.setattr(CenterMaskSampler, "__init__", watch)
+    return made
+
+
+def neighbors_of(sampler) -> set[tuple[int, int]]:
+    """Pairs of rows of metadata."""
+    indptr, found = sampler.neighbors(range(len(sampler)))
+    return set(zip(np.repeat(sampler.indices, np.diff(indptr)).tolist(), found.tolist(), strict=True))
+
+
+def test_training_does_not_see_what_is_held_out(tmp_path, made):
     pretrain("--data", section(tmp_path), "--output", tmp_path / "model", "--held_out", "0.3")
     train, held_out = made
     assert not set(train.indices) & set(held_out.indices) and len(train) + len(held_out) == 59  # one has no counts
-    assert not set(train.neighbors(range(len(train)))[1]) & set(held_out.indices)
-    assert set(held_out.neighbors(range(len(held_out)))[1]) & set(train.indices)
+    assert not {other for _, other in neighbors_of(train)} & set(held_out.indices)
+    assert {other for _, other in neighbors_of(held_out)} & set(train.indices)
+    pretrain(
+        *("--data", section(tmp_path), "--output", tmp_path / "seen", "--held_out", "0.3", "--neighbors_from", "all"),
+    )
+    assert {other for _, other in neighbors_of(made[2])} & set(made[3].indices)
+
+
+def test_the_flags_say_what_a_neighbourhood_is(tmp_path, made):
+    file = section(tmp_path, slices=np.arange(60) % 2)
+    flags = ["--max_num_cells", "3", "--seed", "5", "--shape", "disc", "--min_neighbors", "2", "--held_out", "0"]
+    pretrain("--data", file, "--output", tmp_path / "model", "--section", "slices", *flags)
+    (train,) = made
+    rows = [i for i in range(60) if i != 3]  # which has no counts
+    places = np.random.default_rng(0).random((60, 2)) * [1, 2]
+    near = {
+        (a, b)
+        for a, i in enumerate(rows)
+        for b, j in enumerate(rows)
+        if i != j and (i - j) % 2 == 0 and np.linalg.norm(places[i] - places[j]) <= 0.25
+    }
+    sizes = {a: sum(pair[0] == a for pair in near) for a in range(59)}
+    assert train.indices.tolist() == [a for a in range(59) if sizes[a] >= 2] and len(train) < 59
+    found = neighbors_of(train)
+    assert found <= near and len(found) == sum(min(sizes[a], 3) for a in train.indices)
+    model = AutoModel.from_pretrained(tmp_path / "model")
+    assert model.config.neighborhood == {"patch_size": 0.5, "shape": "disc", "max_num_cells": 3}
+    pretrain("--data", file, "--output", tmp_path / "other", "--section", "slices", *flags, "--seed", "6")
+    assert neighbors_of(made[1]) != found and len(neighbors_of(made[1])) == len(found)
+    assert "0% of the cells" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_three_dimensions_are_those_of_the_coordinates(tmp_path, made):
+    flat = section(tmp_path, "flat", z=np.arange(60) * 100.0)
+    pretrain("--data", flat, "--output", tmp_path / "a")
+    assert neighbors_of(made[0]) and "z" not in CellStore(tmp_path / "a" / "store").obs
+    deep = read_h5ad(section(tmp_path, "deep"))
+    deep.obsm["spatial"] = np.column_stack([deep.obsm["spatial"], np.arange(60) * 100.0])
+    deep.write_h5ad(tmp_path / "deep.h5ad")
+    pretrain("--data", tmp_path / "deep.h5ad", "--output", tmp_path / "b")
+    assert not neighbors_of(made[2])
+    with pytest.raises(ValueError, match="Some files have coordinates of 2 and some of 3"):
+        pretrain("--data", flat, tmp_path / "deep.h5ad", "--output", tmp_path / "c")
+
+
+def test_files_of_one_name_with_the_same_barcodes_stay_apart(tmp_path, made):
+    files = []
+    for name in ("s1", "s2"):
+        (tmp_path / name).mkdir()
+        files.append(section(tmp_path / name, "adata", seed=1))
+    pretrain("--data", *files, "--output", tmp_path / "model", "--held_out", "0")
+    store = CellStore(tmp_path / "model" / "store")
+    assert store.obs["section"].nunique() == 2 and store.obs.index.is_unique
+    assert len(made[0]) == 118
+    assert neighbors_of(made[0]) and all((a < 59) == (b < 59) for a, b in neighbors_of(made[0]))
+    with pytest.raises(ValueError, match="a file is given twice"):
+        pretrain("--data", files[0], files[0], "--output", tmp_path / "again")
+
+
+def test_genes_that_a_file_does_not_measure_are_told(tmp_path, caplog):
+    whole, part = section(tmp_path, "whole"), read_h5ad(section(tmp_path, "part"))
+    part[:, :30].write_h5ad(tmp_path / "part.h5ad")
+    pretrain("--data", whole, tmp_path / "part.h5ad", "--output", tmp_path / "model")
+    assert "one only 30 of 40" in caplog.text
+
+
+def test_what_cannot_be_judged_is_told(tmp_path, caplog):
+    along = np.random.default_rng(0).random((60, 2))[:, 1]
+    kinds = np.where(along > 0.97, "rare", "common")
+    pretrain("--data", section(tmp_path, kind=kinds), "--output", tmp_path / "a", "--cell_type", "kind")
+    assert "are of 1 types that no training cell has, such as rare" in caplog.text
+    alone = section(tmp_path, "alone", section=np.arange(60))
+    pretrain("--data", alone, "--output", tmp_path / "b")
+    assert "No cell is held out" in caplog.text
+
+
+def test_a_run_is_not_resumed_on_other_neighbourhoods(tmp_path):
+    command = ["--data", section(tmp_path), "--output", tmp_path / "model", "--save_steps", "1", "--save_strategy"]
+    pretrain(*command, "steps")
+    for changed in (["--k_nearest", "2"], ["--held_out", "0.4"], ["--held_out_by", "cell"]):
+        with pytest.raises(ValueError, match="neighbourhoods was patch_size=0.5, .* and is patch_size=0.5"):
+            pretrain(*command, "steps", "--resume_from_checkpoint", "true", *changed)
+
+
+def test_a_model_without_neighbours_needs_no_patch_size(tmp_path, made):
+    command = ["pretrain_neighborhood", "--data", section(tmp_path), "--output", tmp_path / "model", *SMALL]
+    command = [part for part in map(str, command) if part not in ("--patch_size", "0.5")]
+    assert main([*command, "--max_num_cells", "0"]) == 0
+    assert not neighbors_of(made[0]) and set(made[0].lengths) == {1}
+
+
+def test_the_model_begins_at_what_training_cells_express(tmp_path, monkeypatch):
+    started = []
+    start_at = CountHead.start_at
+    monkeypatch.setattr(CountHead, "start_at", lambda self, *of: (started.append(of), start_at(self, *of))[1])
+    pretrain("--data", section(tmp_path), "--output", tmp_path / "model", "--held_out", "0.5", "--max_steps", "1")
+    store = CellStore(tmp_path / "model" / "store")
+    along = store.obs["y"].to_numpy()
+    rows = [i for i in np.argsort(along, kind="stable") if i != 3][:29]
+    np.testing.assert_allclose(started[0][0], store.rows(rows).toarray().mean(0), rtol=1e-6)
 
 
 def test_cells_without_a_type_are_left_out(tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+from fractions import Fraction
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Subset
 
 from stformer_hf import CellStore
 from stformer_hf.data.center_mask_sampler import CenterMaskSampler, NeighborhoodMetadata, _uniforms
+from stformer_hf.data.neighbor_index import NeighborIndex
 from stformer_hf.models.gene_bert.randomness import uniforms
 from stformer_hf.training.neighborhood_collator import collate
 
@@ -654,3 +656,46 @@ def test_indices_that_do_not_fit():
     ]:
         with pytest.raises(IndexError, match=message):
             CenterMaskSampler(metadata, adata, 9, indices=indices)
+
+
+@settings(deadline=None, max_examples=120)
+@given(data=st.data(), exponent=st.sampled_from([-1060, -700, -565, 0, 520, 700, 1015]))
+def test_neighbours_at_scales_whose_squares_are_no_numbers(data, exponent):
+    """Of exact numbers, so that there are ties and borders; 2.0**±700 is about 1e±211."""
+    cells = data.draw(st.lists(st.tuples(quarters, quarters), min_size=1, max_size=20))
+    side = data.draw(st.none() | st.integers(1, 14))
+    k = data.draw(st.integers(1, 6)) if side is None else data.draw(st.none() | st.integers(1, 6))
+    disc = side is not None and data.draw(st.booleans())
+    sections = data.draw(st.lists(st.integers(0, 1), min_size=len(cells), max_size=len(cells)))
+    index = NeighborIndex(
+        np.ldexp(np.array(cells, np.float64), exponent),
+        np.array(sections),
+        None if side is None else np.ldexp(float(side), exponent),
+        shape="disc" if disc else "box",
+        k_nearest=k,
+    )
+    indptr, found = index.query(np.arange(len(cells)))
+    for cell in range(len(cells)):
+        expected = plain_neighbors(cells, sections, cell, sides=None if side is None else (side, side), disc=disc, k=k)
+        assert found[indptr[cell] : indptr[cell + 1]].tolist() == expected
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+def test_the_nearest_cell_at_any_scale(scale):
+    points = np.random.default_rng(0).random((60, 2))
+    exact = [tuple(map(Fraction, point)) for point in (points * scale).tolist()]
+    sections = [0] * 60
+    index = NeighborIndex(points * scale, np.zeros(60, np.int64), None, k_nearest=5)
+    found = index.query(np.arange(60))[1].reshape(60, 5)
+    for cell in range(60):
+        assert found[cell].tolist() == plain_neighbors(exact, sections, cell, k=5)
+    apart = np.linalg.norm(points[:, None] - points[None], axis=2) + np.diag(np.full(60, np.inf))
+    box = NeighborIndex(points * scale, np.zeros(60, np.int64), 0.1 * scale)
+    np.testing.assert_allclose(box.nearest_distances(np.arange(60)), apart.min(axis=1) * scale, rtol=1e-9)
+
+
+@pytest.mark.parametrize("exponent", [-700, 0, 700])
+def test_the_border_of_a_disc_is_exact_at_any_scale(exponent):
+    points = np.ldexp([[0, 0], [3, 4], [3, 4 + 2.0**-40], [-5, 0], [0, -5 - 2.0**-40], [0, 1]], exponent)
+    index = NeighborIndex(points, np.zeros(6, np.int64), np.ldexp(10.0, exponent), shape="disc")
+    assert index.query(np.array([0]))[1].tolist() == [1, 3, 5]

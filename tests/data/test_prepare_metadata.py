@@ -127,6 +127,34 @@ def test_units_are_judged(scale, message, caplog):
     assert message is None or message in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("renamed", "options", "message"),
+    [
+        ({"slide": "x"}, {"tissue_section_colname": "x"}, "tissue_section_colname='x'"),
+        ({"slide": "y"}, {"tissue_section_colname": "y"}, "tissue_section_colname='y'"),
+        ({"slide": "z"}, {"tissue_section_colname": "z", "z": "depth"}, "tissue_section_colname='z'.* 'y', 'z' of"),
+        ({"slide": "cell_type"}, {"tissue_section_colname": "cell_type"}, "tissue_section_colname='cell_type'"),
+        ({"cell_label": "x"}, {"cell_id_colname": "x"}, "cell_id_colname='x': the columns 'cell_type', 'x', 'y' of"),
+        ({"cell_label": "cell_type"}, {"cell_id_colname": "cell_type"}, "cell_id_colname='cell_type'"),
+        ({"class": "y"}, {"cell_type_colname": "y"}, "cell_type_colname='y'"),
+        ({}, {"tissue_section_colname": "cell_label"}, "cell_id_colname and tissue_section_colname are both"),
+        ({}, {"cell_type_colname": "cell_label"}, "cell_id_colname and cell_type_colname are both"),
+    ],
+)
+def test_columns_of_one_name_raise(renamed, options, message):
+    metadata, adata = make_atlas()
+    with pytest.raises(ValueError, match=message):
+        prepare_metadata(metadata.rename(columns=renamed), adata, **{**NAMES, **options})
+
+
+def test_sections_by_a_z_that_is_no_coordinate_are_kept():
+    metadata, adata = make_atlas()
+    prepared = prepare_metadata(
+        metadata.rename(columns={"slide": "z"}), adata, **{**NAMES, "tissue_section_colname": "z"}
+    )
+    assert prepared.metadata["z"].tolist() == metadata["slide"].tolist()[20:]
+
+
 def test_tables_that_do_not_fit():
     metadata, adata = make_atlas()
 

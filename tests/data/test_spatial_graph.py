@@ -174,6 +174,46 @@ def test_rounding_does_not_bend_a_line():
         assert (abs(places[rows] - places[columns]) == 1).all()
 
 
+@pytest.mark.parametrize("n_dimensions", [2, 3])
+@pytest.mark.parametrize(
+    ("method", "given", "plain"),
+    [
+        ("delaunay", {}, {}),
+        ("knn", {}, {"n_neighbors": 6}),
+        ("knn", {"n_neighbors": 3}, {"n_neighbors": 3}),
+        ("radius", {"radius": 0.3}, {"radius": 0.3}),
+    ],
+)
+def test_methods_by_name(method, given, plain, n_dimensions):
+    points = np.random.default_rng(0).random((40, n_dimensions))
+    by_name, by_argument, positional = section(points), section(points), section(points)
+    spatial_neighbors(by_name, method=method, **given)
+    spatial_neighbors(by_argument, **plain)
+    spatial_neighbors(positional, method, **given)
+    assert by_argument.obsp["spatial_connectivities"].nnz
+    for adata in (by_name, positional):
+        for key in ("spatial_connectivities", "spatial_distances"):
+            assert (adata.obsp[key] != by_argument.obsp[key]).nnz == 0
+        assert adata.uns == by_argument.uns
+
+
+def test_arguments_of_another_method_raise():
+    adata = section(np.random.default_rng(0).random((9, 2)))
+    for message, method, options in [
+        ("method='voronoi': there are 'delaunay', 'knn', 'radius'", "voronoi", {}),
+        ("n_neighbors=3 goes with method='knn', not with 'delaunay'", "delaunay", {"n_neighbors": 3}),
+        ("radius=0.5 goes with method='radius', not with 'delaunay'", "delaunay", {"radius": 0.5}),
+        ("radius=0.5 goes with method='radius', not with 'knn'", "knn", {"radius": 0.5}),
+        ("n_neighbors=3 goes with method='knn', not with 'radius'", "radius", {"n_neighbors": 3, "radius": 0.5}),
+        ("method='radius' needs a radius=", "radius", {}),
+        ("n_neighbors=0: a whole number", "knn", {"n_neighbors": 0}),
+        ("radius=0: a positive distance", "radius", {"radius": 0}),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            spatial_neighbors(adata, method=method, **options)
+    assert not adata.obsp
+
+
 @pytest.mark.parametrize("n", [0, 1, 2])
 @pytest.mark.parametrize("options", [{}, {"n_neighbors": 3}, {"radius": 10.0}])
 def test_few_cells(n, options):

@@ -42,6 +42,12 @@ def test_kmeans_finds_the_groups_and_numbers_them_by_size(blobs, many, monkeypat
     assert (settings["method"], settings["n_domains"], settings["use_rep"]) == ("kmeans", 3, "X_neighborhood")
 
 
+def test_a_whole_number_of_any_type_is_taken(blobs):
+    for number in (3.0, np.float32(3), np.int8(3)):
+        spatial_domains(blobs, number)
+        check_groups(blobs)
+
+
 def test_the_seed_decides(blobs):
     blobs.obsm["noise"] = np.random.default_rng(1).normal(size=(100, 4))
     for key, seed in (("a", 0), ("b", 0), ("c", 1)):

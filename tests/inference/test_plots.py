@@ -95,6 +95,21 @@ def test_colours_that_are_there_are_kept(tissue):
     assert len(set(tissue.uns["domain_colors"])) == 3
 
 
+def test_colours_may_be_named_by_category(tissue):
+    colours = {"1": "#00ff00", "0": "red", "other": "#0000ff"}  # no cell is of domain 2
+    tissue.uns["domain_colors"] = dict(colours)
+    places = drawn(plots.sections(tissue, "domain"))
+    assert (places[0, 0], places[7, 9]) == ("#00ff00", "#ff0000")
+    assert places[0, 5] == matplotlib.colors.to_hex("lightgray") and tissue.uns["domain_colors"] == colours
+    tissue.obs["domain"] = tissue.obs["domain"].cat.rename_categories([0, 1, 2])  # numbers, and names in uns
+    assert drawn(plots.sections(tissue, "domain")) == places
+    tissue.uns["domain_colors"] = {1: "#00ff00", 0: "red"}
+    assert drawn(plots.sections(tissue, "domain")) == places
+    tissue.uns["domain_colors"] = {"1": "#00ff00", "2": "red"}
+    with pytest.raises(ValueError, match=r"uns\['domain_colors'\] has no colour for 1 of 3 categories, such as '0'"):
+        plots.sections(tissue, "domain")
+
+
 @pytest.mark.parametrize("n", [2, 10, 15, 25, 60])
 def test_new_colours_are_scanpys(n):
     sc = pytest.importorskip("scanpy")
@@ -147,4 +162,9 @@ def test_sections_tell_what_is_missing(tissue):
     refuses("1 of 6 cells have no section", section_key="domain")
     tissue.obsm["line"] = np.ones((6, 1))
     refuses("2 or 3 columns", spatial_key="line")
+    tissue.obsm["holes"] = tissue.obsm["spatial"].copy()
+    tissue.obsm["holes"][[2, 4], [0, 1]] = np.nan, np.inf
+    refuses(r"2 of 6 cells have no finite x and y in obsm\['holes'\], such as 2", spatial_key="holes")
+    tissue.var_names = ["ACTB", "ACTB"]
+    refuses("2 genes are named 'ACTB'", color="ACTB")
     assert not matplotlib.pyplot.get_fignums()

@@ -128,6 +128,11 @@ def test_a_lonely_cell_of_another_maker():
     same(collate(other[:1]), collate(items[:1]))
 
 
+def test_expression_of_one_cell_may_be_flat():
+    items = make_items([1, 2])
+    same(collate([items[0]._replace(observed_expression=items[0].observed_expression[0]), items[1]]), collate(items))
+
+
 def test_tensors_and_other_types_are_taken():
     items = make_items([2, 3])
     other = [
@@ -166,6 +171,13 @@ def test_items_that_do_not_fit():
         items[1]._replace(masked_expression=np.zeros((1, 5))),
         items[1]._replace(observed_expression=np.zeros((3, 5))),
         items[1]._replace(observed_cell_type=np.zeros(2, int)),
+        items[1]._replace(observed_expression=items[1].observed_expression.T),
+        items[1]._replace(observed_expression=items[1].observed_expression.reshape(2, 6)),
+        items[1]._replace(observed_expression=items[1].observed_expression.T[:, None]),
+        items[1]._replace(num_cells_obs=2),
+        items[1]._replace(num_cells_obs=12),
     ):
         with pytest.raises(ValueError, match="Item 1 has [23] cell types.*the first item has 4 genes"):
             collate([items[0], wrong])
+    with pytest.raises(ValueError, match="Item 0 has 0 cell types, num_cells_obs=1"):
+        collate([make_items([0])[0]._replace(num_cells_obs=1)])

@@ -7,7 +7,7 @@ import torch
 from anndata import AnnData
 from conftest import make_adata
 from scipy import sparse, stats
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from stformer_hf import (
     CellNeighborhoodConfig,
@@ -19,7 +19,13 @@ from stformer_hf import (
     STFormerPretrainer,
     collate_neighborhoods,
 )
-from stformer_hf.training.neighborhood_baselines import CountBaseline, MaskedCells, neighborhood_baselines
+from stformer_hf.training.neighborhood_baselines import (
+    BASELINES,
+    CountBaseline,
+    MaskedCells,
+    gene_moments,
+    neighborhood_baselines,
+)
 
 N_TYPES, N_GENES = 3, 12
 
@@ -73,6 +79,7 @@ def test_evaluation_is_the_mean_over_cells_whatever_the_batches(tmp_path):
     # The first batches are crowded, the last cells alone.
     adata = section(19)
     adata.obsm["spatial"][10:] = 10 * np.arange(9)[:, None] + 5
+    adata.X[4] = 0  # of which there is no r
     data = sampler(adata)
     model = make_model()
     trainer = make_trainer(tmp_path, None, model=model, eval_dataset=data, per_device_eval_batch_size=4)
@@ -83,7 +90,8 @@ def test_evaluation_is_the_mean_over_cells_whatever_the_batches(tmp_path):
             outputs = model.eval()(**collate_neighborhoods([item]))
             nll.append(outputs.loss.item())
             pair = (outputs.expected_counts[0].numpy(), item.masked_expression[0])
-            r.append(np.corrcoef(*map(np.log1p, pair))[0, 1])
+            if pair[1].any():
+                r.append(np.corrcoef(*map(np.log1p, pair))[0, 1])
     assert found["eval_loss"] == pytest.approx(np.mean(nll), abs=1e-5)
     assert found["eval_pearson_r"] == pytest.approx(np.mean(r), abs=1e-5)
     assert {name for name in found if "mean" in name} == set()
@@ -121,6 +129,25 @@ def test_a_resumed_run_sees_the_same_neighbours(tmp_path, n_workers):
         )
         again.train(resume_from_checkpoint=True)
         assert losses(again) == losses(whole)
+
+
+def test_counts_stay_whole_where_all_else_is_in_half_precision(tmp_path, monkeypatch):
+    """DeepSpeed has Trainer cast every float; 257 and 1,001 are none in bfloat16."""
+    adata = section()
+    adata.X[:, 0], adata.X[:, 1] = 257, 1001
+    prepare, seen = Trainer._prepare_input, []
+
+    def in_half(self, data):
+        data = prepare(self, data)
+        return data.bfloat16() if isinstance(data, torch.Tensor) and data.is_floating_point() else data
+
+    monkeypatch.setattr(Trainer, "_prepare_input", in_half)
+    model = make_model()
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda **inputs: (seen.append(inputs), forward(**inputs))[1])
+    make_trainer(tmp_path, sampler(adata), model=model, max_steps=1, save_strategy="no").train()
+    for name in ("masked_expression", "observed_expression"):
+        assert (seen[0][name][:, :2] == torch.tensor([257, 1001])).all()
 
 
 def stop_after(step: int):
@@ -190,6 +217,8 @@ def test_batches_by_budget_and_by_length(tmp_path):
     assert sorted(sum(batches, [])) == list(range(40))
     filled = [sum(sizes[cell] for cell in batch) for batch in batches]
     assert max(filled) <= 20 and np.median(filled) > 14
+    padded = [max(sizes[cell] for cell in batch) * len(batch) for batch in batches]
+    assert max(padded) > 20  # the budget is of a packed batch
     trainer.train()
     assert trainer.state.global_step == 2 * len(batches)
 
@@ -257,41 +286,101 @@ def test_baselines_are_those_of_a_plain_count():
     counts, places = adata.X.toarray().astype(float), adata.obsm["spatial"]
     types = pd.Categorical(adata.obs["type"]).codes
     near = (np.abs(places[:, None] - places[None]) <= 0.15).all(-1) & ~np.eye(60, dtype=bool)
-    overall = (counts[is_train].sum(0) + 0.5) / 41
+    everything = np.ones(60, bool)
 
-    def of_type(cells):
-        own = [counts[is_train & (types == types[cell])] for cell in cells]
-        return np.stack([(rows.sum(0) + overall) / (len(rows) + 1) for rows in own])
+    def group(kind, cell, seen):
+        """Tell which cells the mean is of; never the cell itself."""
+        others = seen & (np.arange(60) != cell)
+        if kind == "overall_mean":
+            return others & is_train
+        return others & (near[cell] if kind == "neighbor_mean" else is_train & (types == types[cell]))
 
-    def of_neighbors(cells, seen, more):
-        own = [counts[near[cell] & seen] for cell in cells]
-        return np.stack([(rows.sum(0) + more * overall) / (len(rows) + more) for rows in own])
+    def means(kind, cells, seen, more):
+        found = []
+        for cell in cells:
+            others = is_train & (np.arange(60) != cell)
+            overall = (counts[others].sum(0) + 0.5) / (others.sum() + 1)
+            own = counts[group(kind, cell, seen)]
+            found.append(overall if kind == "overall_mean" else (own.sum(0) + more * overall) / (len(own) + more))
+        return np.stack(found)
 
     grid = [0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 1000]
     a, b = np.flatnonzero(is_train), np.flatnonzero(~is_train)
-
-    def fit(mean):
-        nll = [-stats.nbinom.logpmf(counts[a], value, value / (value + mean)).sum(0) for value in grid]
-        return np.min(nll, axis=0).sum(), np.array(grid)[np.argmin(nll, axis=0)]
-
-    everything = np.ones(60, bool)
-    fits = [(*fit(of_neighbors(a, is_train, more)), more) for more in (1.0, 3.0, 10.0, 30.0)]
-    _, dispersion, more = min(fits, key=lambda of: of[0])
-    expected = {
-        "type_mean": (of_type(b), fit(of_type(a))[1]),
-        "neighbor_mean": (of_neighbors(b, everything, more), dispersion),
-    }
-    for name, (mean, dispersion) in expected.items():
-        assert found[f"{name}_nll"] == pytest.approx(plain_nll(counts[b], mean, dispersion), rel=1e-9)
+    chosen = set()
+    for kind in ("overall_mean", "type_mean", "neighbor_mean"):
+        fits = []
+        for more in (1.0, 3.0, 10.0, 30.0, 100.0):
+            mean = means(kind, a, is_train, more)
+            nll = [-stats.nbinom.logpmf(counts[a], value, value / (value + mean)).sum(0) for value in grid]
+            fits.append((np.min(nll, axis=0).sum(), more, np.array(grid)[np.argmin(nll, axis=0)]))
+        _, more, dispersion = min(fits, key=lambda fit: fit[0])
+        chosen.add(more)
+        mean = means(kind, b, everything, more)
+        assert found[f"{kind}_nll"] == pytest.approx(plain_nll(counts[b], mean, dispersion), rel=1e-9)
         r = [np.corrcoef(np.log1p(one), np.log1p(other))[0, 1] for one, other in zip(mean, counts[b], strict=True)]
-        assert found[f"{name}_pearson_r"] == pytest.approx(np.mean(r), rel=1e-9)
+        assert found[f"{kind}_pearson_r"] == pytest.approx(np.mean(r), rel=1e-9)
+    assert len(chosen) > 1
+
+
+def test_types_that_tell_nothing_are_no_worse_than_none():
+    """Where means are of few cells, a baseline that is fitted to cells it has seen would be."""
+    rng = np.random.default_rng(0)
+    adata = section(300)
+    adata.X = sparse.csr_matrix(rng.poisson(rng.gamma(1, 1, N_GENES), (300, N_GENES)).astype(np.float32))
+    adata.obs["type"] = pd.Categorical(rng.integers(0, 40, 300).astype(str))
+    found = neighborhood_baselines(
+        sampler(adata, indices=range(200), neighbors_from="indices"), sampler(adata, indices=range(200, 300))
+    )
+    assert found["type_mean_nll"] < found["overall_mean_nll"] + 0.005
+    assert found["neighbor_mean_nll"] < found["overall_mean_nll"] + 0.005
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb"])
+def test_a_head_starts_at_the_moments_of_the_genes(likelihood):
+    adata = section(300)
+    rng = np.random.default_rng(0)
+    dispersed = rng.poisson(5 * rng.gamma(0.5, 2.0, (300, 1)), (300, N_GENES))  # variance 5 + 25 / 0.5
+    dispersed[:, 1], dispersed[:, 2] = 0, rng.poisson(3, 300)
+    adata.X = sparse.csr_matrix(dispersed.astype(np.float32))
+    data = sampler(adata, indices=range(10, 300), patch_size=0.05)
+    mean, variance = gene_moments(data)
+    np.testing.assert_allclose(mean, dispersed[10:].mean(0))
+    np.testing.assert_allclose(variance, dispersed[10:].var(0))
+    assert (gene_moments(data, max_cells=20)[0] != mean).any()
+    model = make_model(likelihood=likelihood)
+    model.count_head.start_at(mean, variance)
+    with torch.no_grad():
+        outputs = model.eval()(**collate_neighborhoods(list(data)[:5]))
+    share = 1.0 if likelihood == "nb" else 0.95
+    expected = mean.clamp_min(1e-4).expand(5, -1)
+    torch.testing.assert_close(outputs.mean, expected.float())
+    torch.testing.assert_close(outputs.expected_counts, share * expected.float(), rtol=1e-5, atol=0)
+    variances = outputs.mean + outputs.mean.square() / outputs.dispersion
+    np.testing.assert_allclose(variances[0, 3:], variance[3:], rtol=1e-4)
+    assert outputs.dispersion[0, 2] > 50  # as good as Poisson
+    trained = make_trainer_loss_after(model, data)
+    assert trained < plain_nll(dispersed[10:], np.maximum(dispersed[10:].mean(0), 1e-4), 1000.0)
+
+
+def make_trainer_loss_after(model, data) -> float:
+    """Learn on one batch: heads whose weights are 0 learn, and what is below them."""
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    batch = collate_neighborhoods(data.__getitems__(range(64)), packed=True)
+    before = model.cell_neighborhood.tokens.expression[0].weight.detach().clone()
+    for _ in range(5):
+        loss = model.train()(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (model.cell_neighborhood.tokens.expression[0].weight != before).any()
+    return loss.item()
 
 
 def test_baselines_of_odd_cells():
     empty = sparse.csr_array((4, 5))
     cells = MaskedCells(empty, empty, np.zeros(4, np.int64), np.array([0, 0, 2, 2]))
-    for of_neighbors in (False, True):
-        nll, r = CountBaseline(cells, of_neighbors).evaluate(cells)
+    for kind in BASELINES:
+        nll, r = CountBaseline(cells, kind).evaluate(cells)
         assert 0 < nll < 0.2 and np.isnan(r)
     with pytest.raises(ValueError, match="0 training cells and 40 to evaluate on"):
         neighborhood_baselines(sampler(indices=[]), sampler())
