@@ -269,6 +269,8 @@ def test_pruned_trials_are_those_behind_the_median(make_trainer):
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_search_goes_on_to_the_trials_it_would_have_had(make_trainer, tmp_path, how):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without
+
     def stop(n):
         if n == 2:
             os.kill(os.getpid(), how)
