@@ -23,6 +23,7 @@ from stformer_hf.training.neighborhood_baselines import (
     BASELINES,
     CountBaseline,
     MaskedCells,
+    _read,
     gene_moments,
     neighborhood_baselines,
 )
@@ -282,6 +283,7 @@ def test_baselines_are_those_of_a_plain_count():
     train = sampler(adata, indices=is_train, neighbors_from="indices")
     test = sampler(adata, indices=~is_train)
     found = neighborhood_baselines(train, test)
+    cells = _read(train, np.arange(40), "training cells")
 
     counts, places = adata.X.toarray().astype(float), adata.obsm["spatial"]
     types = pd.Categorical(adata.obs["type"]).codes
@@ -315,6 +317,9 @@ def test_baselines_are_those_of_a_plain_count():
             fits.append((np.min(nll, axis=0).sum(), more, np.array(grid)[np.argmin(nll, axis=0)]))
         _, more, dispersion = min(fits, key=lambda fit: fit[0])
         chosen.add(more)
+        baseline = CountBaseline(cells, kind)
+        alone = baseline._means(cells, np.arange(40), more, own=counts[a])
+        np.testing.assert_allclose(alone, means(kind, a, is_train, more), rtol=1e-9)
         mean = means(kind, b, everything, more)
         assert found[f"{kind}_nll"] == pytest.approx(plain_nll(counts[b], mean, dispersion), rel=1e-9)
         r = [np.corrcoef(np.log1p(one), np.log1p(other))[0, 1] for one, other in zip(mean, counts[b], strict=True)]
