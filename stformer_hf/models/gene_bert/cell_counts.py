@@ -209,6 +209,38 @@ def keep(mask: np.ndarray, indptr: np.ndarray, *arrays: np.ndarray) -> tuple[np.
     return kept[indptr], tuple(array[mask] for array in arrays)
 
 
+def hide(rows: CountRows, cells: np.ndarray, genes: np.ndarray, n_genes: int) -> CountRows:
+    """Hide genes of cells from the model: their counts become -1, and those not expressed get an entry of -1.
+
+    Parameters
+    ----------
+    rows : CountRows
+        Over genes, ascending in each cell; it stays as it is.
+    cells, genes : int64 array (k,)
+        What to hide, in any order.
+    n_genes : int
+        Number of all genes.
+
+    Returns
+    -------
+    CountRows
+    """
+    n_cells = len(rows.indptr) - 1
+    keys = np.repeat(np.arange(n_cells), np.diff(rows.indptr)) * n_genes + rows.columns
+    wanted = np.unique(cells * n_genes + genes)
+    at = np.searchsorted(keys, wanted)
+    there = keys.take(np.minimum(at, len(keys) - 1)) == wanted if len(keys) else np.zeros(len(wanted), bool)
+    counts = rows.counts.copy()
+    counts[at[there]] = -1
+    new = wanted[~there]
+    lengths = np.diff(rows.indptr) + np.bincount(new // n_genes, minlength=n_cells)
+    return CountRows(
+        np.concatenate([[0], np.cumsum(lengths)]),
+        np.insert(rows.columns, at[~there], new % n_genes),
+        np.insert(counts, at[~there], -1),
+    )
+
+
 def pad_ragged(flat: np.ndarray, indptr: np.ndarray, length: int, value: int, side: str = "right") -> np.ndarray:
     """Write ragged rows into a padded matrix.
 
@@ -438,6 +470,7 @@ __all__ = [
     "check_counts",
     "csr_rows",
     "describe",
+    "hide",
     "is_cell_batch",
     "keep",
     "map_genes",

@@ -15,6 +15,16 @@ SIZES = {
     "large": (24, 16, 1024, 4096, 0.1),
 }
 
+# Of a model whose `[CLS]` begins as the whole cell: at step 0 the encoder gives it as it is.
+WHOLE_CELL = {
+    "cell_embedding": True,
+    "pre_norm": True,
+    "norm_type": "rms_norm",
+    "residual_init": "zero",
+    "classifier_head": "linear",
+    "classifier_dropout": 0.0,
+}
+
 # Every Auto class that a checkpoint answers to, so that it loads with `trust_remote_code=True` and no plugin.
 AUTO_MAP = {
     "AutoConfig": "configuration_gene_bert.GeneBertConfig",
@@ -26,7 +36,9 @@ AUTO_MAP = {
 
 
 _CHOICES = {
+    "classifier_head": ("mlp", "linear"),
     "classifier_pooling": ("cls", "mean"),
+    "residual_init": ("normal", "zero"),
     "norm_type": ("layer_norm", "rms_norm"),
     "position_embedding_type": ("none", "learned", "rotary"),
 }
@@ -64,12 +76,32 @@ class GeneBertConfig(PreTrainedConfig):
         Base of the rotary wavelengths.
     value_embedding : bool, default: False
         Whether the value of each gene is embedded beside its bin; the tokenizer gives it with `values=True`.
+    cell_embedding : bool, default: False
+        Whether `[CLS]` begins as the whole cell, whatever genes the tokens show: see `CellEmbedding`. The tokenizer
+        gives the cells' counts with `whole_cell=True`.
+    num_genes : int, default: 0
+        Genes of the tokenizer; needed with `cell_embedding`.
+    residual_init : {"normal", "zero"}, default: "normal"
+        How the last linear map of each block begins: at zero, the encoder begins as the identity.
+    pooling : {"cls", "mean"}, optional
+        What `embed` reads by default: what training made useful. None: what the classifier reads, of a classifier;
+        else `[CLS]` with `cell_embedding`, and the mean over the genes without.
     hidden_dropout_prob, attention_probs_dropout_prob : float, default: 0.1
         Dropout on embeddings and feed-forward outputs, and on attention weights.
     classifier_dropout : float, default: 0.2
         Dropout before the last layer of the classification head (DistilBERT's value).
     classifier_pooling : {"cls", "mean"}, default: "cls"
         What the classification head reads: the hidden state of `[CLS]`, or the mean over all tokens but special ones.
+    classifier_head : {"mlp", "linear"}, default: "mlp"
+        DistilBERT's two layers, or one.
+    wide_head : bool, default: False
+        Whether a linear map of all genes of the cell is a second reader beside the head (`WideHead`); needs
+        `cell_embedding`. Of classes, the weighted log probabilities of both are added; of several labels per cell,
+        the weighted logits; of numbers, the weighted mean is taken.
+    reader_weights : list of float, optional
+        Weights of the head and of the wide head; 1 and 1 by default.
+    temperature : float, default: 1.0
+        What the sum of log probabilities, or of logits, of both readers is divided by.
     initializer_range : float, default: 0.02
         Standard deviation of the normal initialisation.
     layer_norm_eps : float, default: 1e-12
@@ -123,10 +155,18 @@ class GeneBertConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     rotary_base: float | int = 10_000.0
     value_embedding: bool = False
+    cell_embedding: bool = False
+    num_genes: int = 0
+    residual_init: str = "normal"
+    pooling: str | None = None
     hidden_dropout_prob: float | int = 0.1
     attention_probs_dropout_prob: float | int = 0.1
     classifier_dropout: float | int = 0.2
     classifier_pooling: str = "cls"
+    classifier_head: str = "mlp"
+    wide_head: bool = False
+    reader_weights: list[float | int] | None = None
+    temperature: float | int = 1.0
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     label_smoothing: float | int = 0.0
@@ -153,6 +193,18 @@ class GeneBertConfig(PreTrainedConfig):
         if self.position_embedding_type == "rotary" and self.hidden_size // self.num_attention_heads % 2:
             raise ValueError(
                 f"Rotary positions need heads of an even size, got {self.hidden_size // self.num_attention_heads}."
+            )
+        if self.cell_embedding and (self.num_genes < 1 or self.hidden_size % 2):
+            raise ValueError(
+                f"cell_embedding needs num_genes and an even hidden_size, got {self.num_genes} and {self.hidden_size}."
+            )
+        if self.wide_head and not self.cell_embedding:
+            raise ValueError("wide_head reads the whole cell: it needs cell_embedding=True.")
+        if self.pooling not in (None, "cls", "mean"):
+            raise ValueError(f"pooling is None, 'cls' or 'mean', got {self.pooling!r}.")
+        if self.temperature <= 0 or len(self.reader_weights or [1, 1]) != 2:
+            raise ValueError(
+                f"temperature is positive and reader_weights are two, got {self.temperature} and {self.reader_weights}."
             )
         unknown = set(self.loss_weights or {}) - set(self.token_classes or ["genes"])
         if unknown:
@@ -230,6 +282,8 @@ class GeneBertConfig(PreTrainedConfig):
             "vocabulary_fingerprint": tokenizer.fingerprint,
             "token_classes": [*tokenizer.phenotypes, "genes"],
             "value_embedding": tokenizer.values,
+            "num_genes": len(tokenizer.genes) if tokenizer.whole_cell else 0,
+            **(WHOLE_CELL if tokenizer.whole_cell else {}),
             "position_embedding_type": "learned" if tokenizer.scheme == "rank" else "none",
             "max_position_embeddings": tokenizer.max_length,
             "classifier_pooling": "cls" if tokenizer.add_cls else "mean",

@@ -124,6 +124,37 @@ def places_in_cells(
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
+def put_first(
+    hidden: torch.Tensor,
+    cells: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cu_seq_lens: torch.Tensor | None,
+) -> torch.Tensor:
+    """Put a vector per cell in the place of its first token.
+
+    Parameters
+    ----------
+    hidden : Tensor (batch, length, hidden)
+        Of the tokens.
+    cells : Tensor (n_cells, hidden)
+        What to put there.
+    attention_mask : Tensor (batch, length), optional
+        1 for tokens, 0 for padding, on either side.
+    cu_seq_lens : int32 Tensor (n_cells + 1,), optional
+        Of a packed batch: where its cells begin and end.
+
+    Returns
+    -------
+    Tensor (batch, length, hidden)
+    """
+    cells = cells.to(hidden.dtype)
+    if cu_seq_lens is not None:
+        return hidden.index_copy(1, cu_seq_lens[:-1].long(), cells[None])
+    at = torch.arange(hidden.shape[1], device=hidden.device)
+    first = 0 if attention_mask is None else attention_mask.to(hidden.device).long().argmax(1, keepdim=True)
+    return torch.where((at == first).unsqueeze(-1), cells.unsqueeze(1), hidden)
+
+
 def rotary_angles(
     position_ids: torch.LongTensor, head_dim: int, base: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -257,9 +288,11 @@ class GeneBertLayer(GradientCheckpointingLayer):
 
 __all__ = [
     "GeneBertAttention",
+    "GeneBertFeedForward",
     "GeneBertLayer",
     "PositionlessEmbeddings",
     "make_norm",
     "places_in_cells",
+    "put_first",
     "rotary_angles",
 ]

@@ -142,6 +142,8 @@ def _extend_tokenizer(
     if not new_genes and all_phenotypes == tokenizer.phenotypes:
         return tokenizer
 
+    if tokenizer.scheme == "binned" and tokenizer.normalize is not None:
+        settings["totals"] = tokenizer.totals
     settings["genes"] = tokenizer.genes + new_genes
     settings["phenotypes"] = all_phenotypes
     # A name that means an old gene goes on to mean it.

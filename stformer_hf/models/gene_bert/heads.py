@@ -140,6 +140,30 @@ def classification_loss(
     return total / n_labels.clamp(min=1)
 
 
+def combine_readers(logits: torch.Tensor, wide: torch.Tensor, config: GeneBertConfig) -> torch.Tensor:
+    """Combine what the head and the wide head say of each cell, as `config.wide_head` describes.
+
+    Parameters
+    ----------
+    logits, wide : Tensor (n, num_labels)
+        Of the head, and of the wide head.
+    config : GeneBertConfig
+        `problem_type`, `reader_weights` and `temperature`.
+
+    Returns
+    -------
+    float32 Tensor (n, num_labels)
+        Logits; of classes, weighted log probabilities.
+    """
+    of_head, of_wide = config.reader_weights or (1.0, 1.0)
+    logits, wide = logits.float(), wide.float()
+    if config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1):
+        return (of_head * logits + of_wide * wide) / (of_head + of_wide)
+    if config.problem_type != "multi_label_classification":
+        logits, wide = logits.log_softmax(-1), wide.log_softmax(-1)
+    return (of_head * logits + of_wide * wide) / config.temperature
+
+
 def pool(
     hidden: torch.Tensor,
     token_type_ids: torch.Tensor | None,
@@ -197,4 +221,4 @@ def pool(
     return (total / n_tokens.clamp(min=1)).to(hidden.dtype)
 
 
-__all__ = ["GeneBertMLMHead", "classification_loss", "masked_lm_loss", "pool"]
+__all__ = ["GeneBertMLMHead", "classification_loss", "combine_readers", "masked_lm_loss", "pool"]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import (
     BaseModelOutput,
@@ -25,14 +26,17 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_gene_bert import GeneBertConfig
 from .encoder_layers import (
     GeneBertAttention,
+    GeneBertFeedForward,
     GeneBertLayer,
     PositionlessEmbeddings,
     make_norm,
     places_in_cells,
+    put_first,
     rotary_angles,
 )
-from .heads import IGNORE, GeneBertMLMHead, classification_loss, masked_lm_loss, pool
+from .heads import IGNORE, GeneBertMLMHead, classification_loss, combine_readers, masked_lm_loss, pool
 from .packed_attention import check_packing, packed_mask, packing_of
+from .whole_cell import CellEmbedding, CellValues, GeneStatistics, WideHead
 
 logger = logging.get_logger(__name__)
 
@@ -70,7 +74,27 @@ class GeneBertPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": GeneBertLayer, "attentions": GeneBertAttention}
     # A checkpoint with another head, or with one where none is wanted, is no surprise. A head that is missing is told.
-    _keys_to_ignore_on_load_unexpected = [r"^mlm_head\.", r"^pre_classifier\.", r"^classifier\."]
+    _keys_to_ignore_on_load_unexpected = [
+        r"^mlm_head\.",
+        r"^pre_classifier\.",
+        r"^classifier\.",
+        r"^wide_head\.",
+    ]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, GeneStatistics):
+            init.constant_(module.shares, 1 / len(module.shares))
+            init.zeros_(module.means)
+            init.constant_(module.n_cells, torch.inf)
+        elif isinstance(module, WideHead):
+            init.zeros_(module.genes.weight)
+            init.zeros_(module.bias)
+        elif self.config.residual_init == "zero" and isinstance(module, GeneBertAttention):
+            init.zeros_(module.out_lin.weight)
+        elif self.config.residual_init == "zero" and isinstance(module, GeneBertFeedForward):
+            init.zeros_(module.lin2.weight)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         if attn_implementation == "auto":
@@ -96,6 +120,8 @@ class GeneBertModel(GeneBertPreTrainedModel):
     def __init__(self, config: GeneBertConfig):
         super().__init__(config)
         self.embeddings = PositionlessEmbeddings(config)
+        if config.cell_embedding:
+            self.cell_embedding = CellEmbedding(config)
         self.layers = nn.ModuleList([GeneBertLayer(config) for _ in range(config.num_hidden_layers)])
         if config.pre_norm:
             self.final_norm = make_norm(config)
@@ -109,6 +135,27 @@ class GeneBertModel(GeneBertPreTrainedModel):
         """Replace the embedding of the token ids."""
         self.embeddings.word_embeddings = value
 
+    def read_cells(
+        self,
+        cell_genes: torch.LongTensor | None,
+        cell_counts: torch.Tensor | None,
+        cell_indptr: torch.LongTensor | None = None,
+        measured_genes: torch.Tensor | None = None,
+    ) -> CellValues:
+        """Read the counts of whole cells; parameters as in `GeneStatistics.forward`.
+
+        Raises
+        ------
+        ValueError
+            There are none.
+        """
+        if cell_genes is None or cell_counts is None:
+            raise ValueError(
+                "This model was made with cell_embedding=True and needs cell_genes and cell_counts: tokenize with "
+                "whole_cell=True."
+            )
+        return self.cell_embedding.statistics(cell_genes, cell_counts, cell_indptr, measured_genes)
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -120,6 +167,10 @@ class GeneBertModel(GeneBertPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         expression_values: torch.Tensor | None = None,
         cu_seq_lens_q: torch.IntTensor | None = None,
+        cell_genes: torch.LongTensor | None = None,
+        cell_counts: torch.Tensor | None = None,
+        cell_indptr: torch.LongTensor | None = None,
+        measured_genes: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput | tuple[torch.Tensor, ...]:
         """Encode cells.
@@ -140,6 +191,8 @@ class GeneBertModel(GeneBertPreTrainedModel):
         cu_seq_lens_q : int32 Tensor (n_cells + 1,), optional
             Of a packed batch, one row: where its cells begin and end. What else backends read (`cu_seq_lens_k`,
             `max_length_q`, `max_length_k`) follows from it, where the batch does not bring it.
+        cell_genes, cell_counts, cell_indptr, measured_genes : Tensor, optional
+            Counts of the whole cells, for a model with `cell_embedding`; see `GeneStatistics.forward`.
 
         Returns
         -------
@@ -161,6 +214,11 @@ class GeneBertModel(GeneBertPreTrainedModel):
             device = (input_ids if inputs_embeds is None else inputs_embeds).device
             position_ids = places_in_cells(shape, attention_mask, cu_seq_lens_q, device)
         hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds, position_ids, expression_values)
+        if hasattr(self, "cell_embedding"):
+            cells = self.read_cells(cell_genes, cell_counts, cell_indptr, measured_genes)
+            hidden_states = put_first(hidden_states, self.cell_embedding(cells), attention_mask, cu_seq_lens_q)
+        elif cell_genes is not None:
+            raise ValueError("The model does not read whole cells: make it with cell_embedding=True.")
         if positions == "rotary":
             head_dim = self.config.hidden_size // self.config.num_attention_heads
             kwargs["rotary"] = rotary_angles(position_ids, head_dim, self.config.rotary_base, hidden_states.dtype)
@@ -274,9 +332,12 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
         super().__init__(config)
         self.loss_type = "ForSequenceClassification"
         self.gene_bert = GeneBertModel(config)
-        self.pre_classifier = nn.Linear(config.hidden_size, config.hidden_size)
+        if config.classifier_head == "mlp":
+            self.pre_classifier = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        if config.wide_head:
+            self.wide_head = WideHead(config)
         self.post_init()
 
     @can_return_tuple
@@ -320,7 +381,13 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
             self.config.classifier_pooling,
             kwargs.get("cu_seq_lens_q"),
         )
-        logits = self.classifier(self.dropout(nn.functional.relu(self.pre_classifier(pooled))))
+        if self.config.classifier_head == "mlp":
+            pooled = nn.functional.relu(self.pre_classifier(pooled))
+        logits = self.classifier(self.dropout(pooled))
+        if self.config.wide_head:
+            counts = [kwargs.get(name) for name in ("cell_genes", "cell_counts", "cell_indptr", "measured_genes")]
+            wide = self.wide_head(self.gene_bert.read_cells(*counts), self.gene_bert.cell_embedding.statistics)
+            logits = combine_readers(logits, wide, self.config)
 
         loss = None
         if labels is not None:

@@ -1,6 +1,7 @@
 """GeneTokenizer: rows of counts in, gene tokens out, whole batches at a time and without strings."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -49,7 +50,7 @@ SEPARATOR = "[SEP]"
 DEFAULT_MAX_LENGTH = 2048
 # Settings that belong to one scheme.
 _ONLY_OF = {
-    "binned": ("bin_edges", "normalize", "values"),
+    "binned": ("bin_edges", "normalize", "totals", "values"),
     "rank": ("medians", "target_sum", "neighborhood", "add_cls", "add_eos"),
 }
 
@@ -67,6 +68,11 @@ class TokenizedCells(NamedTuple):
         Of the binned scheme: token types of the expressed genes that truncation left out, and the cell of each.
     expression_values : float32 array (T,), optional
         With `values=True`: ln(1 + count) of each gene, or its normalised value; 0 for other tokens.
+    cells : CountRows, optional
+        With `whole_cell=True`: the counts of all known genes of the n cells, those that truncation cut included;
+        none of them 0, and -1 for a gene that is hidden from the model (see `hide`).
+    measured : bool array (n_genes,), optional
+        Which of the tokenizer's genes the input has; None for all.
     """
 
     input_ids: np.ndarray
@@ -75,6 +81,8 @@ class TokenizedCells(NamedTuple):
     dropped_type_ids: np.ndarray
     dropped_cells: np.ndarray
     expression_values: np.ndarray | None = None
+    cells: CountRows | None = None
+    measured: np.ndarray | None = None
 
 
 class _Frame(NamedTuple):
@@ -121,11 +129,16 @@ class GeneTokenizer(PreTrainedTokenizer):
         Of the binned scheme: strictly increasing and positive; for all genes, or for each. One edge, 0.1, tells
         expressed genes from others (PerturbGene's setting).
     normalize : {None, "log1p_cp10k"}, default: None
-        Of the binned scheme: what is binned, counts or ln(1 + count / total * 10,000), the total being that of all
-        columns of the input.
+        Of the binned scheme: what is binned, counts or ln(1 + count / total * 10,000).
+    totals : {"genes", "columns"}, default: "genes"
+        Of the binned scheme, with `normalize`: what a cell's total is taken over, the genes that the tokenizer knows
+        or all columns of the input. Tokenizers saved before this setting existed have "columns".
     values : bool, default: False
         Of the binned scheme: whether cells also get `expression_values`, ln(1 + count) of each gene (or what
         `normalize` makes of it), for a model with `value_embedding`.
+    whole_cell : bool, default: False
+        Whether cells also get `cell_genes` and `cell_counts`, the counts of all of their known genes whatever
+        `max_length` cuts, for a model with `cell_embedding`; and `measured_genes`, where the input lacks some.
     medians : GeneStatistics, dict of gene to float, path of a .json or .pkl, or sequence (n_genes,)
         Of the rank scheme: non-zero medians, as `estimate_gene_medians` gives them. Genes without one are never
         tokens.
@@ -195,7 +208,9 @@ class GeneTokenizer(PreTrainedTokenizer):
         scheme: str | None = None,
         bin_edges: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
         normalize: str | None = None,
+        totals: str | None = None,
         values: bool | None = None,
+        whole_cell: bool | None = None,
         medians: Any = None,
         target_sum: float | None = None,
         neighborhood: bool | None = None,
@@ -219,7 +234,9 @@ class GeneTokenizer(PreTrainedTokenizer):
             "scheme": scheme,
             "bin_edges": bin_edges,
             "normalize": normalize,
+            "totals": totals,
             "values": values or None,
+            "whole_cell": whole_cell or None,
             "medians": medians,
             "target_sum": target_sum,
             "neighborhood": neighborhood,
@@ -237,6 +254,8 @@ class GeneTokenizer(PreTrainedTokenizer):
                 raise ValueError(f"{', '.join(twice)} are those of {vocab_file}; they cannot be given too.")
             saved = read_vocabulary(vocab_file)
             given = {name: saved.get(name) for name in given}
+            if given["normalize"] is not None and given["totals"] is None:
+                given["totals"] = "columns"
             separator = saved.get("separator")
             included_phenotypes = saved["included_phenotypes"] if included_phenotypes is None else included_phenotypes
             truncation = saved.get("truncation") if truncation is None else truncation
@@ -271,8 +290,9 @@ class GeneTokenizer(PreTrainedTokenizer):
         self._told: set[str] = set()
 
         kwargs["model_max_length"] = DEFAULT_MAX_LENGTH if max_length is None else max_length
-        if self.values:
-            kwargs.setdefault("model_input_names", [*self.model_input_names, "expression_values"])
+        more = ["expression_values"] * self.values + ["cell_genes", "cell_counts"] * self.whole_cell
+        if more:
+            kwargs.setdefault("model_input_names", [*self.model_input_names, *more])
         for role, token in self._special_tokens.items():
             kwargs.setdefault(role, token)
         super().__init__(**kwargs)
@@ -287,8 +307,11 @@ class GeneTokenizer(PreTrainedTokenizer):
         if wrong:
             raise ValueError(f'{", ".join(wrong)}: settings of the {other} scheme, and this is "{self.scheme}".')
         self.normalize, self.neighborhood, self.separator = given["normalize"], bool(given["neighborhood"]), None
-        self.values = bool(given["values"])
+        self.values, self.whole_cell = bool(given["values"]), bool(given["whole_cell"])
         if self.scheme == "binned":
+            self.totals = given["totals"] or "genes"
+            if self.totals not in ("genes", "columns"):
+                raise ValueError(f'totals is "genes" or "columns", got {given["totals"]!r}.')
             if self.normalize not in (None, "log1p_cp10k"):
                 raise ValueError(f'normalize is None or "log1p_cp10k", got {self.normalize!r}.')
             edges = given["bin_edges"]
@@ -576,10 +599,14 @@ class GeneTokenizer(PreTrainedTokenizer):
             "phenotypes": self.phenotypes,
             "genes": self.genes,
             "symbols": self.symbols,
+            **({"whole_cell": True} if self.whole_cell else {}),
         }
         if self.scheme == "binned":
-            values = {"values": True} if self.values else {}
-            return {**vocabulary, "bin_edges": self.bin_edges, "normalize": self.normalize, **values}
+            # Only what differs from files of before these settings: their fingerprints stay.
+            more = {"values": True} if self.values else {}
+            if self.normalize is not None and self.totals != "columns":
+                more["totals"] = self.totals
+            return {**vocabulary, "bin_edges": self.bin_edges, "normalize": self.normalize, **more}
         return {
             **vocabulary,
             "medians": [None if median != median else median for median in self.medians.tolist()],
@@ -658,8 +685,9 @@ class GeneTokenizer(PreTrainedTokenizer):
     def pad(self, encoded_inputs, *args, **kwargs) -> BatchEncoding:
         """As any tokenizer's; refuses `expression_values`, which transformers' collators neither pad nor mask."""
         first = encoded_inputs if hasattr(encoded_inputs, "keys") else next(iter(encoded_inputs), {})
-        if "expression_values" in first:
-            raise ValueError("Cells with expression_values are padded and masked by DataCollatorForPhenotypicMLM.")
+        found = [name for name in ("expression_values", "cell_counts") if name in first]
+        if found:
+            raise ValueError(f"Cells with {found[0]} are padded and masked by the collators of stformer_hf.")
         return super().pad(encoded_inputs, *args, **kwargs)
 
     # ------------------------------------------------------------------ masks
@@ -761,19 +789,21 @@ class GeneTokenizer(PreTrainedTokenizer):
             cells, genes=genes, obs=obs, layer=layer, neighborhood=neighborhood, max_length=max_length
         )
         lengths = np.diff(tokens.indptr)
-        columns = self.columns(tokens)
+        columns, of_cells = self.columns(tokens), self.cell_columns(tokens)
         if return_attention_mask and "attention_mask" in self.model_input_names:
             columns["attention_mask"] = (np.ones(len(tokens.input_ids), np.int64), 0)
+        more = {}
+        if of_cells and tokens.measured is not None:
+            more["measured_genes"] = np.tile(tokens.measured, (len(lengths), 1))
 
         if padding in (False, "do_not_pad"):
             if return_tensors is None:
-                cuts = tokens.indptr.tolist()
-                return BatchEncoding(
-                    {
-                        name: [flat[start:stop].tolist() for start, stop in zip(cuts, cuts[1:], strict=False)]
-                        for name, (flat, _) in columns.items()
-                    }
-                )
+                ragged = {
+                    name: [flat[start:stop].tolist() for start, stop in itertools.pairwise(indptr.tolist())]
+                    for some, indptr in ((columns, tokens.indptr), (of_cells, tokens.cells and tokens.cells.indptr))
+                    for name, (flat, _) in some.items()
+                }
+                return BatchEncoding({**ragged, **{name: array.tolist() for name, array in more.items()}})
             if len(np.unique(lengths)) > 1:
                 raise ValueError("Cells have different numbers of tokens: pass padding=True to make tensors of them.")
         elif padding not in (True, "longest", "max_length"):
@@ -788,6 +818,7 @@ class GeneTokenizer(PreTrainedTokenizer):
             name: pad_ragged(flat, tokens.indptr, length, value, self.padding_side)
             for name, (flat, value) in columns.items()
         }
+        padded.update(self.pad_cells(tokens), **more)
         if return_tensors is None:
             return BatchEncoding({name: array.tolist() for name, array in padded.items()})
         return BatchEncoding(padded, tensor_type=return_tensors)
@@ -803,6 +834,22 @@ class GeneTokenizer(PreTrainedTokenizer):
             "expression_values": (tokens.expression_values, 0.0),
         }
         return {name: column for name, column in columns.items() if name in self.model_input_names}
+
+    def cell_columns(self, tokens: TokenizedCells) -> dict[str, tuple[np.ndarray, int | float]]:
+        """Return what a model reads of whole cells, flat arrays over `tokens.cells`, and what pads each."""
+        if tokens.cells is None:
+            return {}
+        columns = {"cell_genes": (tokens.cells.columns, 0), "cell_counts": (tokens.cells.counts, 0.0)}
+        return {name: column for name, column in columns.items() if name in self.model_input_names}
+
+    def pad_cells(self, tokens: TokenizedCells) -> dict[str, np.ndarray]:
+        """Return `cell_columns` as matrices (n, most genes of a cell), padded on the right."""
+        columns = self.cell_columns(tokens)
+        if not columns:
+            return {}
+        indptr = tokens.cells.indptr
+        most = max(int(np.diff(indptr).max(initial=0)), 1)
+        return {name: pad_ragged(flat, indptr, most, value) for name, (flat, value) in columns.items()}
 
     def encode_cells(
         self,
@@ -827,12 +874,34 @@ class GeneTokenizer(PreTrainedTokenizer):
         phenotypes = self._phenotype_tokens(found.obs, len(found.rows.indptr) - 1)
         room = max_length - self.add_cls - self.add_eos - (phenotypes >= 0).sum(axis=1)
         if self.scheme == "binned":
-            return self._encode_bins(found.rows, column_genes, phenotypes, room, found.ids, epoch)
-        parts = [found.rows]
-        if self.neighborhood:
-            parts.append(found.neighborhood)
-            room = (room - (self.separator is not None)) // 2
-        return self._encode_ranks(parts, column_genes, phenotypes, room, found.ids, epoch)
+            tokens = self._encode_bins(found.rows, column_genes, phenotypes, room, found.ids, epoch)
+        else:
+            parts = [found.rows]
+            if self.neighborhood:
+                parts.append(found.neighborhood)
+                room = (room - (self.separator is not None)) // 2
+            tokens = self._encode_ranks(parts, column_genes, phenotypes, room, found.ids, epoch)
+        if not self.whole_cell:
+            return tokens
+        return tokens._replace(
+            cells=self._whole_cells(found.rows, column_genes), measured=self._measured(found.names, column_genes)
+        )
+
+    def _whole_cells(self, rows: CountRows, column_genes: np.ndarray | None) -> CountRows:
+        """Return the counts of all known genes: int64 genes, ascending, and float32 counts, none of them 0."""
+        indptr, genes, counts = map_genes(rows, column_genes)
+        if len(counts) and not counts.all():
+            indptr, (genes, counts) = keep(counts > 0, indptr, genes, counts)
+        return CountRows(indptr, genes.astype(np.int64), counts.astype(np.float32))
+
+    def _measured(self, names: tuple, column_genes: np.ndarray | None) -> np.ndarray | None:
+        """Tell which genes are among the columns: bool array (n_genes,); None for all."""
+        measured = np.zeros(len(self.genes), bool)
+        if column_genes is None:
+            measured[: len(names[0])] = True
+        else:
+            measured[column_genes[column_genes >= 0]] = True
+        return None if measured.all() else measured
 
     def tokenize_store(self, store, path: str | os.PathLike, **kwargs) -> Any:
         """Write the tokens of all cells of a store as a Hugging Face dataset: `store.tokenize(self, path, **kwargs)`.
@@ -861,8 +930,10 @@ class GeneTokenizer(PreTrainedTokenizer):
         cell_ids: np.ndarray,
         epoch: int,
     ) -> TokenizedCells:
-        totals = None if self.normalize is None else row_sums(rows)
+        totals = row_sums(rows) if self.normalize is not None and self.totals == "columns" else None
         rows = map_genes(rows, column_genes)
+        if self.normalize is not None and totals is None:
+            totals = row_sums(rows)
         measured = rows.counts if totals is None else log1p_cp10k(rows, totals)
         bins = self._binner(rows.columns, measured)
         indptr, genes, counts = rows

@@ -1,0 +1,243 @@
+"""The whole cell as one vector: sums over all of its genes, whatever the tokens show, in two views of its counts."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .configuration_gene_bert import GeneBertConfig
+
+OVERDISPERSION = 100.0  # theta of the negative binomial of Lause, Berens and Kobak 2021
+_TARGET_SUM = 1e4
+
+
+class CellValues(NamedTuple):
+    """What the counts of n cells are, under rules that keep absent genes out.
+
+    A gene is absent from a cell where it is hidden (masked, outside the view, dropped) or not measured. Its count is
+    in no total, and its share in no sum of shares: a cell's depth, total of its present genes / their share of the
+    training cells' counts, is an estimate of its total over all genes.
+
+    Attributes
+    ----------
+    genes : LongTensor (E,)
+        Gene of each entry; entries of padding have gene 0.
+    known : bool Tensor (E,)
+        Entries of genes that the training cells had and the cell's file measures; others count for nothing.
+    offsets : LongTensor (n,)
+        Where the entries of each cell begin.
+    hidden : bool Tensor (E,)
+        Entries of hidden genes.
+    measured : bool Tensor (n or 1, n_genes), or None
+        Which genes the cells' files measure; None for all.
+    log_values : float32 Tensor (E,)
+        ln(1 + 10,000 count / depth), 0 for hidden genes and padding.
+    counts, depths : float32 Tensor (E,)
+        Count of each entry, 0 for hidden genes and padding, and the depth of its cell.
+    depth : float32 Tensor (n,)
+        Depth of each cell.
+    """
+
+    genes: torch.Tensor
+    known: torch.Tensor
+    offsets: torch.Tensor
+    hidden: torch.Tensor
+    measured: torch.Tensor | None
+    log_values: torch.Tensor
+    counts: torch.Tensor
+    depths: torch.Tensor
+    depth: torch.Tensor
+
+
+class GeneStatistics(nn.Module):
+    """What is known of the genes from the training cells; kept in the checkpoint, never trained.
+
+    Buffers
+    -------
+    shares : float32 (n_genes,)
+        Share of each gene in all counts of the training cells. Genes with a share of 0 were never seen; they add
+        nothing to a cell, nor to its total.
+    means : float32 (2, n_genes)
+        Mean of each gene over the training cells: of the log values, and of the Pearson residuals.
+    n_cells : float32 ()
+        Number of training cells; residuals are clipped at its square root.
+
+    A new model has equal shares, means of 0 and infinitely many cells: `initialise_from_store` sets them.
+    """
+
+    def __init__(self, config: GeneBertConfig):
+        super().__init__()
+        self.register_buffer("shares", torch.full((config.num_genes,), 1 / config.num_genes))
+        self.register_buffer("means", torch.zeros(2, config.num_genes))
+        self.register_buffer("n_cells", torch.tensor(torch.inf))
+
+    def measured(self, cells: "CellValues") -> torch.Tensor:
+        """Tell which genes count in cells: bool Tensor (n or 1, n_genes)."""
+        known = (self.shares > 0)[None]
+        return known if cells.measured is None else known & cells.measured
+
+    @torch.no_grad()
+    def forward(
+        self,
+        cell_genes: torch.LongTensor,
+        cell_counts: torch.Tensor,
+        cell_indptr: torch.LongTensor | None = None,
+        measured_genes: torch.Tensor | None = None,
+    ) -> CellValues:
+        """Read the counts of cells.
+
+        Parameters
+        ----------
+        cell_genes : LongTensor (n, E), or (1, E) with `cell_indptr`
+            Numbers of genes, each at most once in a cell.
+        cell_counts : Tensor (n, E), or (1, E)
+            Their counts; 0 for padding, -1 for a hidden gene, expressed or not.
+        cell_indptr : LongTensor (n + 1,), optional
+            Of a packed batch: cell i has the entries `cell_indptr[i]:cell_indptr[i + 1]`.
+        measured_genes : bool Tensor (n or 1, n_genes), optional
+            Which genes the cells' files measure; all by default.
+
+        Returns
+        -------
+        CellValues
+        """
+        genes, shares = cell_genes.reshape(-1), self.shares.float()
+        at = torch.arange(len(genes), device=genes.device)
+        if cell_indptr is None:
+            n_cells, length = cell_genes.shape
+            offsets = torch.arange(n_cells, device=genes.device) * length
+            cells = at.div(max(length, 1), rounding_mode="floor")
+        else:
+            offsets, n_cells = cell_indptr[:-1].long(), len(cell_indptr) - 1
+            cells = torch.searchsorted(cell_indptr[1:].long().contiguous(), at, right=True)
+        known = shares[genes] > 0
+        if measured_genes is not None:
+            measured_genes = measured_genes.to(genes.device)
+            known &= measured_genes.expand(n_cells, -1)[cells, genes]
+        counts = cell_counts.reshape(-1).float()
+        hidden = (counts < 0) & known
+        counts = counts.clamp(min=0) * known
+        totals = torch.stack([counts, shares[genes] * hidden], dim=1)
+        if cell_indptr is None:
+            total, lost = totals.view(n_cells, length, 2).sum(1).unbind(1)
+        else:
+            total, lost = totals.new_zeros(n_cells, 2).index_add(0, cells, totals).unbind(1)
+        with torch.autocast(genes.device.type, enabled=False):
+            present = shares.sum() if measured_genes is None else measured_genes.float() @ shares
+        # A cell that shows nothing has no depth; 1 keeps the divisions below finite, and its values are 0.
+        depth = torch.where(total > 0, total / (present - lost).clamp(min=1e-6), torch.ones_like(total))
+        log_values = torch.log1p(counts / depth[cells] * _TARGET_SUM)
+        return CellValues(genes, known, offsets, hidden, measured_genes, log_values, counts, depth[cells], depth)
+
+
+class CellEmbedding(nn.Module):
+    """Two views of the whole cell, side by side, each centred by gene and scaled to one length.
+
+    For each cell, sums over its present genes g, of count x and depth d (see `CellValues`):
+
+    first half   (ln(1 + 10,000 x / d) - mean of g) * first half of the embedding of g
+    second half  (r(x) - mean of g) * second half of the embedding of g, with the Pearson residual
+                 r(x) = (x - mu) / sqrt(mu + mu^2 / theta), mu = d * share of g, clipped at +- sqrt(n_cells)
+
+    Genes that the cell does not express count as well, with x = 0: the sum of what they add to the second view is a
+    function of d alone, and is computed from the embeddings at each call, so that it is never stale. An absent gene
+    adds nothing. Each half is scaled to a mean square of 1.
+
+    Notes
+    -----
+    Analytic Pearson residuals: Lause, Berens and Kobak 2021, Genome Biology 22:258; theta = 100.
+    """
+
+    def __init__(self, config: GeneBertConfig):
+        super().__init__()
+        self.genes = nn.Embedding(config.num_genes, config.hidden_size)
+        self.statistics = GeneStatistics(config)
+
+    def forward(self, cells: CellValues) -> torch.Tensor:
+        """Embed cells: float32 Tensor (n, hidden)."""
+        with torch.autocast(cells.genes.device.type, enabled=False):
+            sums = self._sum(cells)
+        return sums / sums.square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()
+
+    def view_sums(self, cells: CellValues) -> torch.Tensor:
+        """Sum both views, before they are scaled: float32 Tensor (n, 2, hidden / 2)."""
+        with torch.autocast(cells.genes.device.type, enabled=False):
+            return self._sum(cells)
+
+    def _sum(self, cells: CellValues) -> torch.Tensor:
+        statistics = self.statistics
+        with torch.no_grad():
+            shares, means = statistics.shares.float(), statistics.means.float()
+            measured = statistics.measured(cells)
+            bound = statistics.n_cells.float().sqrt()
+            of_entries = means[:, cells.genes]
+            log_weights = torch.where(cells.hidden, of_entries[0], cells.log_values)
+            mu = cells.depths * shares[cells.genes]
+            spread = (mu + mu * mu / OVERDISPERSION).sqrt().clamp(min=1e-12)
+            of_zero = (-mu / spread).clamp(min=-bound)
+            residuals = ((cells.counts - mu) / spread).clamp(-bound, bound)
+            # In place of what the sum over all genes below holds of this one.
+            changes = torch.where(cells.hidden, of_entries[1] - of_zero, residuals - of_zero) * cells.known
+            mu = cells.depth[:, None] * shares
+            of_zeros = (-mu / (mu + mu * mu / OVERDISPERSION).sqrt().clamp(min=1e-12)).clamp(min=-bound)
+            of_zeros = (of_zeros - means[1]) * measured
+            shift = means[0] * measured
+        weight = self.genes.weight.float()
+        first, second = weight.chunk(2, dim=-1)
+        sums = sum_by_cell(weight, cells, torch.stack([log_weights, changes]))
+        return sums + torch.stack([(-shift @ first).expand(len(cells.depth), -1), of_zeros @ second], dim=1)
+
+
+def sum_by_cell(weight: torch.Tensor, cells: CellValues, factors: torch.Tensor) -> torch.Tensor:
+    """Sum factor x row of a table over the entries of each cell, for parts of the rows apart.
+
+    Parameters
+    ----------
+    weight : Tensor (n_genes, v * d)
+        Rows of v parts.
+    cells : CellValues
+        Of n cells with E entries.
+    factors : Tensor (v, E)
+        Of each part.
+
+    Returns
+    -------
+    Tensor (n, v, d)
+    """
+    n_parts, n_cells = len(factors), len(cells.offsets)
+    # Part i of row g is row g * v + i of the same memory, seen as a table of narrower rows.
+    table = weight.reshape(len(weight) * n_parts, -1)
+    parts = torch.arange(n_parts, device=weight.device)
+    rows = cells.genes * n_parts + parts[:, None]
+    if torch.compiler.is_exporting():  # of a padded batch, in operations that every runtime has
+        picked = (table[rows] * factors[..., None]).view(n_parts, n_cells, -1, table.shape[1])
+        return picked.sum(2).transpose(0, 1)
+    offsets = (cells.offsets + parts[:, None] * len(cells.genes)).reshape(-1)
+    sums = nn.functional.embedding_bag(
+        rows.reshape(-1), table, offsets, per_sample_weights=factors.reshape(-1), mode="sum"
+    )
+    return sums.view(n_parts, n_cells, -1).transpose(0, 1)
+
+
+class WideHead(nn.Module):
+    """Linear map of all genes of a cell to the classes: a logistic regression on genes.
+
+    (ln(1 + 10,000 x / d) - mean of the gene) @ weight + bias, summed over the present genes of a cell; an absent gene
+    adds nothing, as if it had its mean.
+    """
+
+    def __init__(self, config: GeneBertConfig):
+        super().__init__()
+        self.genes = nn.Embedding(config.num_genes, config.num_labels)
+        self.bias = nn.Parameter(torch.zeros(config.num_labels))
+
+    def forward(self, cells: CellValues, statistics: GeneStatistics) -> torch.Tensor:
+        """Map cells to float32 logits (n, num_labels)."""
+        with torch.autocast(cells.genes.device.type, enabled=False):
+            means, weight = statistics.means[0].float(), self.genes.weight.float()
+            values = torch.where(cells.hidden, means[cells.genes], cells.log_values)
+            sums = sum_by_cell(weight, cells, values[None]).squeeze(1)
+            return sums - (means * statistics.measured(cells)) @ weight + self.bias.float()
+
+
+__all__ = ["OVERDISPERSION", "CellEmbedding", "CellValues", "GeneStatistics", "WideHead", "sum_by_cell"]
