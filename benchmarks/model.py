@@ -225,7 +225,7 @@ def _rows_of(folder: Path, scheme: str, columns: list[str]):
 def collate_ours(folder: Path, scheme: str, source: str, packing: bool = False) -> float:
     """Make batches of a store's cells, of a tokenized dataset as CellTrainer reads it, or of its rows as lists."""
     from stformer_hf import CellStore, GeneTokenizer
-    from stformer_hf.training.token_rows import TokenRows
+    from stformer_hf.batches.token_rows import TokenRows
 
     collate = _collator(GeneTokenizer.from_pretrained(folder / scheme), packing)
     data = CellStore(folder / "store")

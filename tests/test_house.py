@@ -14,9 +14,11 @@ MAY_IMPORT = {
     "models": set(),
     "genes": set(),
     "data": {"genes"},
-    "training": {"models", "genes", "data"},
-    "inference": {"models", "genes", "data", "training"},
-    "cli": {"models", "genes", "data", "training", "inference"},
+    "batches": {"models", "genes", "data"},
+    "evaluation": {"models", "genes", "data", "batches"},
+    "training": {"models", "genes", "data", "batches", "evaluation"},
+    "inference": {"models", "genes", "data", "batches", "evaluation", "training"},
+    "cli": {"models", "genes", "data", "batches", "evaluation", "training", "inference"},
 }
 # huggingface_hub (`strict` configurations) and tokenizers (tokenizer.json) come with transformers.
 MODEL_FILES_MAY_IMPORT = {"transformers", "torch", "numpy", "huggingface_hub", "tokenizers"} | sys.stdlib_module_names

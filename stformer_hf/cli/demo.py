@@ -217,7 +217,7 @@ def _finetune(folder: Path, seed: int, name: str, model: str | None) -> dict[str
 
 def _predict(folder: Path, train, held_out) -> dict[str, Any]:
     """Label the held-out cells by each classifier."""
-    from ..inference.baselines import predict_logistic_regression, predict_majority
+    from ..evaluation.cell_baselines import predict_logistic_regression, predict_majority
     from . import annotate
 
     labels = train.obs[LABEL].astype(str)
@@ -236,7 +236,7 @@ def _predict(folder: Path, train, held_out) -> dict[str, Any]:
 
 
 def _score(held_out, predictions: dict[str, Any]) -> dict[str, dict[str, float]]:
-    from ..training.metrics import classification_metrics
+    from ..evaluation.metrics import classification_metrics
 
     true = held_out.obs[LABEL].astype(str)
     classes = held_out.obs[LABEL].cat.categories

@@ -70,13 +70,13 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     """Fine-tune and save; returns the figures of the run."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
-    from ..inference.baselines import classification_baselines
+    from ..evaluation.cell_baselines import classification_baselines
+    from ..evaluation.metrics import balanced_class_weights, compute_classification_metrics
     from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
     from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
     from ..training.cell_trainer import CellTrainer
     from ..training.collators import DataCollatorForCellClassification
-    from ..training.metrics import balanced_class_weights, compute_classification_metrics
     from .runs import finish, open_cells, refuse_flags_of_a_new_model, split, training_arguments
 
     output = Path(args.output)

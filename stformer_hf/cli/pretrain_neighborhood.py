@@ -110,9 +110,9 @@ def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]
     from transformers import set_seed
 
     from ..data.center_mask_sampler import CenterMaskSampler
+    from ..evaluation.neighborhood_baselines import gene_moments
     from ..models.cell_neighborhood.configuration_cell_neighborhood import CellNeighborhoodConfig
     from ..models.cell_neighborhood.modeling_cell_neighborhood import CellNeighborhoodForMaskedCell
-    from ..training.neighborhood_baselines import gene_moments
     from ..training.pretrainer import STFormerPretrainer
     from .arguments import check_names
     from .runs import finish, training_arguments

@@ -12,10 +12,10 @@ from scipy import sparse
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from ..batches.collate import pad
 from ..data.sources import Source, open_source
 from ..models.gene_bert.cell_counts import NEIGHBORS, pad_ragged, sum_of_neighbors
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
-from ..training.batches import pad
 from ..training.cell_trainer import check_tokenizer_fits
 
 logger = logging.getLogger(__name__)

@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset as HuggingFaceDataset
-from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler, Subset
+from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel
 from transformers.trainer_utils import seed_worker
 
+from ..batches.collate import CellCollator
+from ..batches.empty_cells import without_empty_cells
+from ..batches.token_rows import TokenRows
 from ..data.cell_store import CellStore
 from ..data.center_mask_sampler import CenterMaskSampler
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
-from .batches import CellCollator
 from .callbacks import FillHubFolder, SaveOnSigterm, SetEpoch
 from .checkpoints import last_whole_checkpoint, mark_unfinished
 from .length_sampler import EvenBatchSampler, LengthGroupedSampler, known_lengths
@@ -29,7 +31,6 @@ from .samplers import BlockShuffleSampler
 from .stream_batches import StreamBatches, StreamOrder, TokenBudgetBuffer, only
 from .throughput import MeasuredTrainer
 from .token_budget import TokenBudgetBatchSampler
-from .token_rows import TokenRows
 
 logger = logging.getLogger(__name__)
 _STREAM_MARK = "stream_mark.json"  # in a checkpoint
@@ -508,26 +509,6 @@ def _tokens_of(tokenizer: Any, cell: Mapping[str, Any]) -> int | None:
     return n_tokens
 
 
-def without_empty_cells(dataset: Any) -> Any:
-    """Leave the cells without counts out of a store, or of a subset of one; other datasets are returned as they are.
-
-    Parameters
-    ----------
-    dataset : CellStore, torch.utils.data.Subset of one, or anything else
-        What to train on.
-
-    Returns
-    -------
-    The dataset itself, if it has no empty cell or is no store, else a selection of the store.
-    """
-    if isinstance(dataset, Subset) and isinstance(dataset.dataset, CellStore):
-        dataset = dataset.dataset.select(dataset.indices)
-    if not isinstance(dataset, CellStore):
-        return dataset
-    full = dataset.lengths > 0
-    return dataset if full.all() else dataset.select(full)
-
-
 def check_tokenizer_fits(model: PreTrainedModel, tokenizer: GeneTokenizer) -> None:
     """Compare a model's vocabulary with a tokenizer's.
 
@@ -553,4 +534,4 @@ def check_tokenizer_fits(model: PreTrainedModel, tokenizer: GeneTokenizer) -> No
         )
 
 
-__all__ = ["CellTrainer", "check_tokenizer_fits", "without_empty_cells"]
+__all__ = ["CellTrainer", "check_tokenizer_fits"]

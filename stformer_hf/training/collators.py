@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from ..batches.collate import CellCollator, check_probability, labels_a_cell, pack, pad, read_tokens
+from ..batches.token_rows import CLASS_NAMES
 from ..data.cell_batch import CellBatch
 from ..models.gene_bert.cell_counts import is_cell_batch
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
-from .batches import CellCollator, check_probability, labels_a_cell, pack, pad, read_tokens
 from .gene_swaps import unexpressed_genes
-from .token_rows import CLASS_NAMES
 
 # Streams of `uniforms`, one a decision.
 _MASK_GENE, _SWAP_SEQUENCE, _SWAP_GENE, _NEW_GENE, _KIND_OF_MASK, _RANDOM_GENE = 0, 1, 2, 3, 7, 8

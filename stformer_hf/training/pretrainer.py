@@ -12,18 +12,18 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from ..batches.token_rows import TokenRows
 from ..data.center_mask_sampler import CenterMaskSampler
+from ..evaluation.context_swap import context_swap, masked_nll
+from ..evaluation.gene_baselines import masked_gene_baselines, masked_genes
+from ..evaluation.metrics import preprocess_logits_for_metrics, preprocess_logits_with_nll
+from ..evaluation.neighborhood_baselines import mean_of_defined, neighborhood_baselines
 from ..models.cell_neighborhood.count_likelihoods import pearson_r
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from .cell_trainer import CellTrainer
 from .collators import DataCollatorForGeneRankMLM, DataCollatorForPhenotypicMLM
-from .context_swap import context_swap, masked_nll
-from .gene_baselines import masked_gene_baselines, masked_genes
-from .metrics import preprocess_logits_for_metrics, preprocess_logits_with_nll
-from .neighborhood_baselines import mean_of_defined, neighborhood_baselines
 from .neighborhood_collator import collate_neighborhoods
 from .precollator import STFormerPreCollator
-from .token_rows import TokenRows
 
 _CELLS_FOR_FREQUENCIES = 100_000
 _CELLS_TO_SWAP = 512

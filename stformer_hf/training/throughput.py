@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from .batches import IGNORE
+from ..batches.collate import IGNORE
 
 # Dense bf16 peaks of matrix units with float32 sums, FLOP/s, by the name that torch.cuda.get_device_name gives. Of
 # NVIDIA's data sheets (A100, A30, A40, A10, L4, L40, L40S, H100, H200, GH200) and white papers (GA102: RTX 3090,

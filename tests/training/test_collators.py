@@ -18,7 +18,7 @@ from stformer_hf import (
     GeneTokenizer,
     collate_fn_wrapper,
 )
-from stformer_hf.training.token_rows import TokenRows
+from stformer_hf.batches.token_rows import TokenRows
 
 
 def examples_of(tokenizer, cells, **columns) -> list[dict]:

@@ -19,7 +19,7 @@ from stformer_hf import (
     STFormerPretrainer,
     collate_neighborhoods,
 )
-from stformer_hf.training.neighborhood_baselines import (
+from stformer_hf.evaluation.neighborhood_baselines import (
     BASELINES,
     CountBaseline,
     MaskedCells,

@@ -19,7 +19,7 @@ from stformer_hf import (
     GeneTokenizer,
     STFormerPretrainer,
 )
-from stformer_hf.training.metrics import balanced_class_weights
+from stformer_hf.evaluation.metrics import balanced_class_weights
 
 
 def arguments(folder, **changes) -> TrainingArguments:

@@ -7,13 +7,13 @@ from scipy import sparse
 from sklearn.metrics import accuracy_score, f1_score
 
 from stformer_hf import CellStore
-from stformer_hf.inference.baselines import (
+from stformer_hf.evaluation.cell_baselines import (
     classification_baselines,
     log_normalise,
     predict_logistic_regression,
     predict_majority,
 )
-from stformer_hf.training.metrics import classification_metrics
+from stformer_hf.evaluation.metrics import classification_metrics
 
 
 def test_log_normalise_is_its_formula():
@@ -44,7 +44,7 @@ def test_baselines_of_a_store_are_those_of_its_matrix(tmp_path, caplog, monkeypa
     adata.obs.iloc[150, 0] = None  # without a label: in neither figure
     store = CellStore.build(tmp_path / "store", adata, obs=["cell_type", "age"])
     train, held_out = store.select(range(120)), store.select(range(120, 200))
-    monkeypatch.setattr("stformer_hf.inference.baselines._ROWS_PER_BLOCK", 32)
+    monkeypatch.setattr("stformer_hf.evaluation.cell_baselines._ROWS_PER_BLOCK", 32)
     found = classification_baselines(train, held_out, "cell_type")
     rest = [i for i in range(120, 200) if i != 150]
     labels = adata.obs["cell_type"].astype(str).to_numpy()

@@ -12,9 +12,9 @@ from scipy.ndimage import convolve1d
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
-from .batches import IGNORE, CellCollator, read_tokens
-from .cell_trainer import without_empty_cells
-from .token_rows import TokenRows
+from ..batches.collate import IGNORE, CellCollator, read_tokens
+from ..batches.empty_cells import without_empty_cells
+from ..batches.token_rows import TokenRows
 
 logger = logging.getLogger(__name__)
 

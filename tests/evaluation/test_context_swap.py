@@ -20,8 +20,8 @@ from stformer_hf import (
     GeneTokenizer,
     STFormerPretrainer,
 )
-from stformer_hf.training import context_swap as swaps
-from stformer_hf.training.context_swap import context_swap, masked_nll
+from stformer_hf.evaluation import context_swap as swaps
+from stformer_hf.evaluation.context_swap import context_swap, masked_nll
 
 
 def rank_tokenizer(n_genes: int, **kwargs) -> GeneTokenizer:

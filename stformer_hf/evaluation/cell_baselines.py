@@ -11,7 +11,7 @@ from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 
 from ..data.cell_store import CellStore
-from ..training.metrics import classification_metrics
+from ..evaluation.metrics import classification_metrics
 
 logger = logging.getLogger(__name__)
 

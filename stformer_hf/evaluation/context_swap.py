@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .batches import IGNORE, CellCollator, read_tokens
+from ..batches.collate import IGNORE, CellCollator, read_tokens
 from .gene_baselines import masked_genes, open_rows, read_rows
 
 

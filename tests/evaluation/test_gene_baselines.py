@@ -26,8 +26,9 @@ from stformer_hf import (
     STFormerPreCollator,
     STFormerPretrainer,
 )
-from stformer_hf.training import gene_baselines, pretrainer
-from stformer_hf.training.gene_baselines import WIDTHS, masked_gene_baselines
+from stformer_hf.evaluation import gene_baselines
+from stformer_hf.evaluation.gene_baselines import WIDTHS, masked_gene_baselines
+from stformer_hf.training import pretrainer
 
 
 def rank_tokenizer(genes, **kwargs) -> GeneTokenizer:

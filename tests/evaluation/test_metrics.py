@@ -12,8 +12,8 @@ from sklearn import metrics as sklearn_metrics
 from transformers import EvalPrediction, TrainingArguments
 
 from stformer_hf import GeneBertForPhenotypicMLM, GeneTokenizer, STFormerPretrainer
-from stformer_hf.training import metrics
-from stformer_hf.training.metrics import (
+from stformer_hf.evaluation import metrics
+from stformer_hf.evaluation.metrics import (
     compute_phenotype_metrics,
     load_metric,
     preprocess_logits_for_metrics,
