@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..models.gene_bert.cell_counts import is_cell_batch, pad_ragged
+from ..models.gene_bert.cell_counts import CountRows, hide, is_cell_batch, pad_ragged
 from ..models.gene_bert.randomness import happens, uniforms
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
 
@@ -82,10 +82,29 @@ class CellCollator:
         drop = self._happens(self.gene_dropout, _DROP_GENE, cell_ids, genes, cells)
         drop &= self.tokenizer.get_gene_tokens_mask(ids)
         kept = select(tokens, ~drop)
+        if tokens.cells is not None:
+            kept = kept._replace(cells=self._drop_from_cells(tokens.cells, cell_ids))
         return kept._replace(
             dropped_type_ids=np.concatenate([tokens.dropped_type_ids, types[drop]]),
             dropped_cells=np.concatenate([tokens.dropped_cells, cells[drop]]),
         ), cell_ids
+
+    def _drop_from_cells(self, rows: CountRows, cell_ids: np.ndarray) -> CountRows:
+        """Hide the genes of whole cells that gene dropout leaves out: those that it takes from the tokens, and more.
+
+        Genes that `max_length` cut share the fate of the others; a draw depends on the gene alone.
+        """
+        cells = np.repeat(np.arange(len(cell_ids)), np.diff(rows.indptr))
+        counters = self.tokenizer.gene_counters(rows.columns)
+        drop = self._happens(self.gene_dropout, _DROP_GENE, cell_ids, counters, cells)
+        return rows._replace(counts=np.where(drop, np.float32(-1), rows.counts))
+
+    def _hide(self, tokens: TokenizedCells, positions: np.ndarray, genes: np.ndarray) -> TokenizedCells:
+        """Hide genes (numbers, int64 array (k,)) from the whole cells of the tokens at some positions."""
+        if tokens.cells is None:
+            return tokens
+        cells = np.searchsorted(tokens.indptr, positions, side="right") - 1
+        return tokens._replace(cells=hide(tokens.cells, cells, genes, len(self.tokenizer.genes)))
 
     def _mask_phenotypes(
         self, tokens: TokenizedCells, cell_ids: np.ndarray, share: float
@@ -159,7 +178,19 @@ def read_tokens(examples: Any, tokenizer: GeneTokenizer, epoch: int = 0) -> Toke
         types = np.zeros(len(ids), np.int64)
     nothing = np.empty(0, np.int64)
     values = column("expression_values", np.float32) if "expression_values" in names else None
-    return TokenizedCells(ids, types, indptr, nothing, nothing, values)
+    tokens = TokenizedCells(ids, types, indptr, nothing, nothing, values)
+    if "cell_genes" in names:
+        genes, cuts = _flat_column(examples, "cell_genes", np.int64)
+        counts, same = _flat_column(examples, "cell_counts", np.float32)
+        if not np.array_equal(cuts, same):
+            raise ValueError(f"{len(counts)} cell_counts for {len(genes)} cell_genes.")
+        return tokens._replace(cells=CountRows(cuts, genes, counts))
+    if "cell_genes" in tokenizer.model_input_names:
+        raise ValueError(
+            f"The model reads whole cells, and the examples have no cell_genes and cell_counts; they have "
+            f"{', '.join(names)}. Tokenize them with this tokenizer, or train on the store."
+        )
+    return tokens
 
 
 def _flat_column(examples: Any, name: str, dtype: type) -> tuple[np.ndarray, np.ndarray]:
@@ -200,6 +231,32 @@ def select(tokens: TokenizedCells, kept: np.ndarray) -> TokenizedCells:
         token_type_ids=tokens.token_type_ids[kept],
         indptr=np.concatenate([[0], np.cumsum(kept)])[tokens.indptr],
         expression_values=None if tokens.expression_values is None else tokens.expression_values[kept],
+    )
+
+
+def take(tokens: TokenizedCells, cells: np.ndarray) -> TokenizedCells:
+    """Choose cells, int64 array (k,), in any order. What truncation left out is not known of them any more."""
+
+    def chosen(indptr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        lengths = np.diff(indptr)[cells]
+        new = np.concatenate([[0], np.cumsum(lengths)])
+        return new, np.arange(new[-1]) + np.repeat(indptr[cells] - new[:-1], lengths)
+
+    indptr, at = chosen(tokens.indptr)
+    rows = tokens.cells
+    if rows is not None:
+        cuts, entries = chosen(rows.indptr)
+        rows = CountRows(cuts, rows.columns[entries], rows.counts[entries])
+    nothing = np.empty(0, np.int64)
+    return TokenizedCells(
+        tokens.input_ids[at],
+        tokens.token_type_ids[at],
+        indptr,
+        nothing,
+        nothing,
+        None if tokens.expression_values is None else tokens.expression_values[at],
+        rows,
+        tokens.measured,
     )
 
 
@@ -255,7 +312,16 @@ def pad(
     if labels is not None:
         batch["labels"] = np.full((len(lengths), length), IGNORE, np.int64)
         batch["labels"].reshape(-1)[places(labels[0])] = labels[1]
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
+    batch.update(tokenizer.pad_cells(tokens))
+    batch = {name: torch.from_numpy(array) for name, array in batch.items()}
+    return {**batch, **_measured(tokens)}
+
+
+def _measured(tokens: TokenizedCells) -> dict[str, torch.Tensor]:
+    """Return which genes the cells' file measures, a row per cell, where it lacks some: bool Tensor (n, n_genes)."""
+    if tokens.cells is None or tokens.measured is None:
+        return {}
+    return {"measured_genes": torch.from_numpy(np.tile(tokens.measured, (len(tokens.indptr) - 1, 1)))}
 
 
 def pack(
@@ -296,6 +362,8 @@ def pack(
     columns = {name: flat for name, (flat, _) in tokenizer.columns(tokens).items()}
     if all_labels is not None:
         columns["labels"] = all_labels
+    if tokens.cells is not None:
+        columns.update({name: flat for name, (flat, _) in tokenizer.cell_columns(tokens).items()})
     lengths = np.diff(tokens.indptr)
     cuts, longest = torch.from_numpy(tokens.indptr.astype(np.int32)), int(lengths.max(initial=0))
     cells = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
@@ -306,7 +374,9 @@ def pack(
         "max_length_q": longest,
         "max_length_k": longest,
         "seq_idx": torch.from_numpy(cells)[None],
+        **({} if tokens.cells is None else {"cell_indptr": torch.from_numpy(tokens.cells.indptr)}),
+        **_measured(tokens),
     }
 
 
-__all__ = ["CellCollator", "check_probability", "labels_a_cell", "pack", "pad", "read_tokens"]
+__all__ = ["CellCollator", "check_probability", "labels_a_cell", "pack", "pad", "read_tokens", "take"]

@@ -12,7 +12,7 @@ from scipy import sparse
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from ..batches.collate import pad
+from ..batches.collate import pad, take
 from ..data.sources import Source, open_source
 from ..models.gene_bert.cell_counts import NEIGHBORS, pad_ragged, sum_of_neighbors
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
@@ -132,16 +132,7 @@ def _batch(
     tokens: TokenizedCells, cells: np.ndarray, tokenizer: GeneTokenizer, device: torch.device
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Give what the model reads of some cells, and the token types, which not every model reads."""
-    lengths = np.diff(tokens.indptr)[cells]
-    indptr = np.concatenate([[0], np.cumsum(lengths)])
-    flat = np.arange(indptr[-1]) + np.repeat(tokens.indptr[cells] - indptr[:-1], lengths)
-    values = tokens.expression_values
-    chosen = tokens._replace(
-        input_ids=tokens.input_ids[flat],
-        token_type_ids=tokens.token_type_ids[flat],
-        indptr=indptr,
-        expression_values=None if values is None else values[flat],
-    )
+    chosen = take(tokens, cells)
     batch = {name: tensor.to(device) for name, tensor in pad(chosen, tokenizer).items()}
-    types = pad_ragged(chosen.token_type_ids, indptr, batch["input_ids"].shape[1], 0, tokenizer.padding_side)
+    types = pad_ragged(chosen.token_type_ids, chosen.indptr, batch["input_ids"].shape[1], 0, tokenizer.padding_side)
     return batch, torch.from_numpy(types).to(device)

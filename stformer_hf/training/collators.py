@@ -161,6 +161,8 @@ class DataCollatorForPhenotypicMLM(CellCollator):
         masked, labels, left_out = self._mask_phenotypes(tokens, cell_ids, self.phenotype_mask_prob)
         measured = self._measured_genes(examples) if is_cell_batch(examples) else None
         genes, gene_labels = self._mask_genes(tokens, cell_ids, is_cell_batch(examples), measured)
+        # By their types as they are now: a gene swapped in is hidden too, or its absence would tell that it is bin_0.
+        tokens = self._hide(tokens, genes, tokens.token_type_ids[genes] - self.tokenizer.gene_token_type_offset)
         labels = np.concatenate([masked, genes]), np.concatenate([labels, gene_labels])
         return self._batch(tokens, labels, left_out)
 
@@ -276,6 +278,8 @@ class DataCollatorForGeneRankMLM(CellCollator):
         chosen &= tokenizer.get_gene_tokens_mask(ids)
         masked = np.flatnonzero(chosen)
         cells, genes, labels = cells[masked], genes[masked], ids[masked]
+        own = tokens.token_type_ids[masked] == tokenizer.gene_token_type_offset  # not of the neighbourhood
+        tokens = self._hide(tokens, masked[own], tokenizer.genes_of(labels[own], None))
         kind = self._uniforms(_KIND_OF_MASK, cell_ids, genes, cells)
         random = (self._uniforms(_RANDOM_GENE, cell_ids, genes, cells) * len(tokenizer.gene_token_ids)).astype(
             np.int64

@@ -204,7 +204,7 @@ class GeneBertConfig(PreTrainedConfig):
             raise ValueError(f"pooling is None, 'cls' or 'mean', got {self.pooling!r}.")
         if self.temperature <= 0 or len(self.reader_weights or [1, 1]) != 2:
             raise ValueError(
-                f"temperature is positive and reader_weights are two, got {self.temperature} and {self.reader_weights}."
+                f"temperature is positive and reader_weights are two, got {self.temperature}, {self.reader_weights}."
             )
         unknown = set(self.loss_weights or {}) - set(self.token_classes or ["genes"])
         if unknown:

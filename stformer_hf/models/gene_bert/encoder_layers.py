@@ -205,6 +205,7 @@ class GeneBertAttention(nn.Module):
         self.k_lin = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_lin = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_lin = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_lin.begins_at_zero = config.residual_init == "zero"
 
     def forward(
         self,
@@ -248,6 +249,7 @@ class GeneBertFeedForward(nn.Module):
         self.lin1 = nn.Linear(config.hidden_size, config.intermediate_size * (1 + self.gated))
         self.activation = ACT2FN[config.hidden_act]
         self.lin2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.lin2.begins_at_zero = config.residual_init == "zero"
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -288,7 +290,6 @@ class GeneBertLayer(GradientCheckpointingLayer):
 
 __all__ = [
     "GeneBertAttention",
-    "GeneBertFeedForward",
     "GeneBertLayer",
     "PositionlessEmbeddings",
     "make_norm",

@@ -26,7 +26,6 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_gene_bert import GeneBertConfig
 from .encoder_layers import (
     GeneBertAttention,
-    GeneBertFeedForward,
     GeneBertLayer,
     PositionlessEmbeddings,
     make_norm,
@@ -89,12 +88,9 @@ class GeneBertPreTrainedModel(PreTrainedModel):
             init.zeros_(module.means)
             init.constant_(module.n_cells, torch.inf)
         elif isinstance(module, WideHead):
-            init.zeros_(module.genes.weight)
             init.zeros_(module.bias)
-        elif self.config.residual_init == "zero" and isinstance(module, GeneBertAttention):
-            init.zeros_(module.out_lin.weight)
-        elif self.config.residual_init == "zero" and isinstance(module, GeneBertFeedForward):
-            init.zeros_(module.lin2.weight)
+        elif getattr(module, "begins_at_zero", False):
+            init.zeros_(module.weight)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         if attn_implementation == "auto":

@@ -511,6 +511,9 @@ class GeneTokenizer(PreTrainedTokenizer):
         of_genes = self.genes if self.scheme == "rank" else [f"bin_{i}" for i in range(self.n_bins)]
         # Of the rank scheme, the id of each gene; of the binned one, of each bin.
         self._expression_ids = np.array([ids[token] for token in of_genes], np.int64)
+        if self.scheme == "rank":
+            self._gene_of_id = np.full(len(self._tokens), -1)
+            self._gene_of_id[self._expression_ids] = np.arange(len(self.genes))
 
     @property
     def last_coverage(self) -> dict[str, float] | None:
@@ -553,6 +556,16 @@ class GeneTokenizer(PreTrainedTokenizer):
         if self.scheme != "rank":
             raise AttributeError("In the binned scheme genes are token types: see gene_token_type_offset.")
         return self._expression_ids
+
+    def gene_counters(self, genes: np.ndarray) -> np.ndarray:
+        """Return the token type of genes, of the rank scheme their token id: int64 array (n,), as tokens show them."""
+        return self._expression_ids[genes] if self.scheme == "rank" else genes + self.gene_token_type_offset
+
+    def genes_of(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
+        """Return the number of the gene of each gene token: int64 array (n,). Of ranks, the ids tell it."""
+        if self.scheme == "binned":
+            return token_type_ids - self.gene_token_type_offset
+        return self._gene_of_id[input_ids]
 
     @property
     def first_bin_id(self) -> int:

@@ -157,7 +157,7 @@ class CellEmbedding(nn.Module):
         """Embed cells: float32 Tensor (n, hidden)."""
         with torch.autocast(cells.genes.device.type, enabled=False):
             sums = self._sum(cells)
-        return sums / sums.square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()
+        return (sums / sums.square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()).flatten(1)
 
     def view_sums(self, cells: CellValues) -> torch.Tensor:
         """Sum both views, before they are scaled: float32 Tensor (n, 2, hidden / 2)."""
@@ -229,6 +229,7 @@ class WideHead(nn.Module):
     def __init__(self, config: GeneBertConfig):
         super().__init__()
         self.genes = nn.Embedding(config.num_genes, config.num_labels)
+        self.genes.begins_at_zero = True
         self.bias = nn.Parameter(torch.zeros(config.num_labels))
 
     def forward(self, cells: CellValues, statistics: GeneStatistics) -> torch.Tensor:
