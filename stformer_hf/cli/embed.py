@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _KEYS = {"cells": "X_stformer", "neighborhood": "X_neighborhood"}
 _OWN = {  # flags of one kind
-    "cells": ("hidden_layer", "pooling"),
+    "cells": ("hidden_layer", "pooling", "with_phenotypes"),
     "neighborhood": (
         "spatial_key",
         "section",
@@ -50,7 +50,12 @@ class EmbedArguments:
     hidden_layer: int = field(
         default=-1, metadata={"help": "of cells: which hidden state: 0 is the embeddings, -1 the last"}
     )
-    pooling: str = field(default="cls", metadata={"help": "of cells: cls or mean"})
+    pooling: Literal["cls", "mean"] | None = field(
+        default=None, metadata={"help": "of cells: cls or mean (default: what the checkpoint's training made useful)"}
+    )
+    with_phenotypes: bool = field(
+        default=False, metadata={"help": "of cells: show the model their phenotypes, which are masked by default"}
+    )
     spatial_key: str = field(default="spatial", metadata={"help": "of neighbourhoods: coordinates in obsm"})
     section: str | None = field(
         default=None, metadata={"help": "of neighbourhoods: column of obs (default: `section`, if there is one)"}
@@ -112,6 +117,7 @@ def _embed_cells(adata: AnnData, args: EmbedArguments) -> None:
         layer=args.layer,
         hidden_layer=args.hidden_layer,
         pooling=args.pooling,
+        with_phenotypes=args.with_phenotypes,
         batch_size=args.batch_size,
     )
 

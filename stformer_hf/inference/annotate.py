@@ -51,7 +51,14 @@ def annotate(
         return classifier(**batch).logits.softmax(-1)
 
     probabilities, n_genes, _ = run(
-        adata, tokenizer, forward, layer=layer, batch_size=batch_size, device=classifier.device, desc="annotate"
+        adata,
+        tokenizer,
+        forward,
+        layer=layer,
+        batch_size=batch_size,
+        device=classifier.device,
+        desc="annotate",
+        with_phenotypes=True,  # those that it was trained with
     )
     names = [classifier.config.id2label[i] for i in range(classifier.config.num_labels)]
     codes = np.where(n_genes > 0, probabilities.argmax(1), -1)

@@ -61,6 +61,7 @@ def run(
     batch_size: int,
     device: torch.device,
     desc: str,
+    with_phenotypes: bool,
 ) -> tuple[np.ndarray, np.ndarray, Source]:
     """Apply a function to every cell.
 
@@ -80,6 +81,8 @@ def run(
         Where the batches go.
     desc : str
         Of the progress bar.
+    with_phenotypes : bool
+        Whether the model sees the phenotypes that obs has; masked otherwise.
 
     Returns
     -------
@@ -102,7 +105,9 @@ def run(
             obs = source.obs.iloc[start : start + block.shape[0]]
             stop = start + block.shape[0]
             nearby = None if around is None else around[start:stop]
-            tokens = tokenizer.encode_cells(block, genes=names, obs=obs, neighborhood=nearby)
+            tokens = tokenizer.encode_cells(
+                block, genes=names, obs=obs, neighborhood=nearby, for_inference=not with_phenotypes
+            )
             start = stop
             lengths = np.diff(tokens.indptr)
             order = np.argsort(-lengths, kind="stable")

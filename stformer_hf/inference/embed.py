@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import torch
 from anndata import AnnData
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from ..models.gene_bert.heads import pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
@@ -20,7 +20,8 @@ def embed(
     tokenizer: GeneTokenizer | None = None,
     key_added: str = "X_stformer",
     hidden_layer: int = -1,
-    pooling: str = "cls",
+    pooling: str | None = None,
+    with_phenotypes: bool = False,
     layer: str | None = None,
     batch_size: int = 64,
     device: str | None = None,
@@ -39,8 +40,12 @@ def embed(
         Where in `obsm` the embedding goes, float32 (n_obs, hidden size); the settings go to `uns["stformer"]`.
     hidden_layer : int, default: -1
         Which hidden state: 0 is the embedding layer, -1 the last layer.
-    pooling : {"cls", "mean"}, default: "cls"
-        The hidden state of `[CLS]`, or the mean over all tokens but the special ones.
+    pooling : {"cls", "mean"}, optional
+        The hidden state of `[CLS]`, or the mean over all tokens but the special ones. By default what the
+        checkpoint's training made useful, see `GeneBertConfig.pooling`: never a `[CLS]` that no loss has trained.
+    with_phenotypes : bool, default: False
+        Whether a model with phenotype tokens sees those of the cells. By default they are masked, so that an embedding
+        depends on the counts alone: a label that the model was shown would be found in it.
     layer : str, optional
         Where the counts are: X, raw or a layer. Found by itself by default.
     batch_size : int, default: 64
@@ -53,10 +58,11 @@ def embed(
     ValueError
         No counts; too few known genes; a tokenizer that does not fit; a wrong setting.
     """
-    if pooling not in ("cls", "mean"):
+    if pooling not in (None, "cls", "mean"):
         raise ValueError(f'pooling is "cls" or "mean", got {pooling!r}.')
     name = model if not isinstance(model, PreTrainedModel) else (model.config._name_or_path or type(model).__name__)
     encoder, tokenizer = load(model, tokenizer, AutoModel, device)
+    pooling = pooling or default_pooling(encoder.config)
     if pooling == "cls" and not tokenizer.add_cls:
         raise ValueError('The tokenizer begins cells with no [CLS]: use pooling="mean".')
     encoder = getattr(encoder, encoder.base_model_prefix, encoder)
@@ -71,17 +77,34 @@ def embed(
         return pool(hidden, types, batch["attention_mask"], pooling)
 
     embedding, _, source = run(
-        adata, tokenizer, forward, layer=layer, batch_size=batch_size, device=encoder.device, desc="embed"
+        adata,
+        tokenizer,
+        forward,
+        layer=layer,
+        batch_size=batch_size,
+        device=encoder.device,
+        desc="embed",
+        with_phenotypes=with_phenotypes,
     )
     adata.obsm[key_added] = embedding
     adata.uns["stformer"] = {
         "model": str(name),
         "layer": hidden_layer,
         "pooling": pooling,
+        "with_phenotypes": with_phenotypes,
         "version": version("stformer_hf"),
         "counts_in": source.counts_in,
         "vocabulary_fingerprint": tokenizer.fingerprint,
     }
 
 
-__all__ = ["embed"]
+def default_pooling(config: PreTrainedConfig) -> str:
+    """Return what a model is embedded by: "cls" or "mean", see `GeneBertConfig.pooling`."""
+    if getattr(config, "pooling", None):
+        return config.pooling
+    if any("SequenceClassification" in name or "ForClassification" in name for name in config.architectures or []):
+        return getattr(config, "classifier_pooling", "cls")
+    return "cls" if getattr(config, "cell_embedding", False) else "mean"
+
+
+__all__ = ["default_pooling", "embed"]

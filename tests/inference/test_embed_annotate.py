@@ -44,7 +44,14 @@ def one_by_one(path, model_class, adata):
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
 def test_embeddings_are_those_of_each_cell_alone(checkpoints, adata, hidden_layer, pooling, batch_size):
-    embed(adata, checkpoints["mlm"], hidden_layer=hidden_layer, pooling=pooling, batch_size=batch_size)
+    embed(
+        adata,
+        checkpoints["mlm"],
+        hidden_layer=hidden_layer,
+        pooling=pooling,
+        batch_size=batch_size,
+        with_phenotypes=True,
+    )
     embedding = adata.obsm["X_stformer"]
     assert embedding.shape == (60, 16) and embedding.dtype == np.float32
     for i, (outputs, tokens) in enumerate(one_by_one(checkpoints["mlm"], GeneBertModel, adata)):
@@ -60,6 +67,29 @@ def test_embeddings_are_those_of_each_cell_alone(checkpoints, adata, hidden_laye
     assert adata.uns["stformer"]["version"]
 
 
+def test_an_embedding_depends_on_the_counts_alone(checkpoints, adata):
+    """Whatever obs says of the cells: a label that the model were shown would be found in the embedding."""
+    embed(adata, checkpoints["mlm"])
+    other = adata.copy()
+    other.obs["cell_type"] = other.obs["cell_type"].cat.codes.map({0: "T cell", 1: "B cell"}).astype("category")
+    embed(other, checkpoints["mlm"])
+    np.testing.assert_array_equal(other.obsm["X_stformer"], adata.obsm["X_stformer"])
+    del other.obs["cell_type"]
+    embed(other, checkpoints["mlm"])
+    np.testing.assert_array_equal(other.obsm["X_stformer"], adata.obsm["X_stformer"])
+    embed(adata, checkpoints["mlm"], key_added="shown", with_phenotypes=True)
+    assert np.abs(adata.obsm["shown"] - adata.obsm["X_stformer"]).max() > 1e-3
+
+
+def test_random_truncation_does_not_depend_on_the_row(adata):
+    tokenizer = GeneTokenizer(adata.var_names.tolist(), max_length=8, truncation="random")
+    model = GeneBertModel(GeneBertConfig.from_tokenizer(tokenizer, size="tiny"))
+    part = adata[30:].copy()
+    for cells in (adata, part):
+        embed(cells, model, tokenizer=tokenizer)
+    np.testing.assert_allclose(part.obsm["X_stformer"], adata.obsm["X_stformer"][30:], atol=1e-5)
+
+
 def test_blocks_keep_the_order_of_the_cells(checkpoints, adata, monkeypatch):
     embed(adata, checkpoints["mlm"])
     whole = adata.obsm["X_stformer"]
@@ -73,7 +103,7 @@ def test_a_file_with_embeddings_is_written_and_read(checkpoints, adata, tmp_path
     adata.write_h5ad(tmp_path / "out.h5ad")
     back = read_h5ad(tmp_path / "out.h5ad")
     np.testing.assert_array_equal(back.obsm["X_stformer"], adata.obsm["X_stformer"])
-    assert back.uns["stformer"]["pooling"] == "cls"
+    assert back.uns["stformer"]["pooling"] == "mean"  # nothing has trained [CLS]
 
 
 def test_labels_are_the_most_probable_classes(checkpoints, adata):
@@ -151,7 +181,9 @@ def test_a_model_of_ranks_and_neighbourhoods(adata, tmp_path):
         np.testing.assert_allclose(adata.obsm["X_stformer"][i], hidden[genes].mean(0), atol=1e-5)
     bare = GeneTokenizer(adata.var_names.tolist(), scheme="rank", medians=medians, add_cls=False)
     with pytest.raises(ValueError, match=r"no \[CLS\]: use pooling"):
-        embed(adata, GeneBertModel(GeneBertConfig.from_tokenizer(bare, size="tiny")), tokenizer=bare)
+        embed(
+            adata, GeneBertModel(GeneBertConfig.from_tokenizer(bare, size="tiny")), tokenizer=bare, pooling="cls"
+        )
 
 
 def test_a_stock_bert_of_ranks_is_embedded(store, adata, tmp_path):

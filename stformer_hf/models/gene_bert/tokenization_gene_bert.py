@@ -874,26 +874,34 @@ class GeneTokenizer(PreTrainedTokenizer):
         neighborhood=None,
         max_length: int | None = None,
         epoch: int = 0,
+        for_inference: bool = False,
     ) -> TokenizedCells:
         """Tokenize cells into flat arrays: the fast path under `__call__`, with its parameters and errors.
 
-        `epoch` is for `truncation="random"`, which chooses anew in each.
+        `epoch` is for `truncation="random"`, which chooses other genes in each. With `for_inference` the tokens of a
+        cell depend on its counts alone: every included phenotype is `[MASK]`, whatever obs says, and
+        `truncation="random"` becomes "top".
         """
         max_length = self.max_length if max_length is None else max_length
         self._check_max_length(max_length)
         found = read_cells(cells, genes, obs, layer, neighborhood, self.genes, self.neighborhood)
         key = cells.gene_ids if is_cell_batch(cells) else None
         column_genes = self._matcher.match(found.names, found.rows, self.min_coverage, key)
-        phenotypes = self._phenotype_tokens(found.obs, len(found.rows.indptr) - 1)
+        n_cells = len(found.rows.indptr) - 1
+        if for_inference:
+            phenotypes = np.full((n_cells, len(self._included_phenotypes)), self.mask_token_id, np.int64)
+        else:
+            phenotypes = self._phenotype_tokens(found.obs, n_cells)
+        truncation = "top" if for_inference and self.truncation == "random" else self.truncation
         room = max_length - self.add_cls - self.add_eos - (phenotypes >= 0).sum(axis=1)
         if self.scheme == "binned":
-            tokens = self._encode_bins(found.rows, column_genes, phenotypes, room, found.ids, epoch)
+            tokens = self._encode_bins(found.rows, column_genes, phenotypes, room, found.ids, epoch, truncation)
         else:
             parts = [found.rows]
             if self.neighborhood:
                 parts.append(found.neighborhood)
                 room = (room - (self.separator is not None)) // 2
-            tokens = self._encode_ranks(parts, column_genes, phenotypes, room, found.ids, epoch)
+            tokens = self._encode_ranks(parts, column_genes, phenotypes, room, found.ids, epoch, truncation)
         if not self.whole_cell:
             return tokens
         return tokens._replace(
@@ -942,6 +950,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         room: np.ndarray,
         cell_ids: np.ndarray,
         epoch: int,
+        truncation: str,
     ) -> TokenizedCells:
         totals = row_sums(rows) if self.normalize is not None and self.totals == "columns" else None
         rows = map_genes(rows, column_genes)
@@ -962,12 +971,12 @@ class GeneTokenizer(PreTrainedTokenizer):
         cuts = zip(indptr.tolist(), indptr[1:].tolist(), frame.starts[0].tolist(), room.tolist(), strict=False)
         for cell, (start, stop, to, most) in enumerate(cuts):
             of, at, chosen = bins[start:stop], genes[start:stop], slice(None)
-            if stop - start > most and self.truncation == "head":
+            if stop - start > most and truncation == "head":
                 chosen = slice(most)
                 dropped.append(at[most:])
                 of, at = of[:most], at[:most]
             elif stop - start > most:
-                chosen = choose(self.truncation, most, counts[start:stop], at, self.seed, epoch, cell_ids[cell])
+                chosen = choose(truncation, most, counts[start:stop], at, self.seed, epoch, cell_ids[cell])
                 dropped.append(at.take(np.flatnonzero(~chosen)))
                 chosen = np.flatnonzero(chosen)
                 of, at = of.take(chosen), at.take(chosen)
@@ -990,10 +999,11 @@ class GeneTokenizer(PreTrainedTokenizer):
         room: np.ndarray,
         cell_ids: np.ndarray,
         epoch: int,
+        truncation: str,
     ) -> TokenizedCells:
         usable = [self._usable(map_genes(rows, column_genes)) for rows in parts]
         # Totals are of all that was counted: where nothing was left out, they are those of the genes.
-        subset = self.truncation == "random"
+        subset = truncation == "random"
         pairs = zip(parts, usable, strict=True)
         all_totals = [None if some is rows and not subset else row_sums(rows) for rows, some in pairs]
         parts = [self._subset(rows, room, cell_ids, epoch) for rows in usable] if subset else usable
