@@ -32,6 +32,7 @@ def load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_cla
         A model object without a tokenizer; a tokenizer that does not fit; a model of neighbourhoods.
     """
     if isinstance(model, PreTrainedModel):
+        tokenizer = tokenizer or getattr(model, "tokenizer", None)
         if tokenizer is None:
             raise ValueError(
                 "A model object needs its tokenizer: pass tokenizer=…, or the checkpoint's path as model."

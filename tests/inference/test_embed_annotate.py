@@ -181,9 +181,7 @@ def test_a_model_of_ranks_and_neighbourhoods(adata, tmp_path):
         np.testing.assert_allclose(adata.obsm["X_stformer"][i], hidden[genes].mean(0), atol=1e-5)
     bare = GeneTokenizer(adata.var_names.tolist(), scheme="rank", medians=medians, add_cls=False)
     with pytest.raises(ValueError, match=r"no \[CLS\]: use pooling"):
-        embed(
-            adata, GeneBertModel(GeneBertConfig.from_tokenizer(bare, size="tiny")), tokenizer=bare, pooling="cls"
-        )
+        embed(adata, GeneBertModel(GeneBertConfig.from_tokenizer(bare, size="tiny")), tokenizer=bare, pooling="cls")
 
 
 def test_a_stock_bert_of_ranks_is_embedded(store, adata, tmp_path):

@@ -370,13 +370,7 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        pooled = pool(
-            outputs.last_hidden_state,
-            token_type_ids,
-            attention_mask,
-            self.config.classifier_pooling,
-            kwargs.get("cu_seq_lens_q"),
-        )
+        pooled = self.pool(outputs.last_hidden_state, token_type_ids, attention_mask, kwargs.get("cu_seq_lens_q"))
         if self.config.classifier_head == "mlp":
             pooled = nn.functional.relu(self.pre_classifier(pooled))
         logits = self.classifier(self.dropout(pooled))
@@ -391,6 +385,16 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+    def pool(
+        self,
+        hidden_states: torch.Tensor,
+        token_type_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None = None,
+        cu_seq_lens: torch.IntTensor | None = None,
+    ) -> torch.Tensor:
+        """Return what the head reads of each cell, Tensor (n_cells, hidden), of the hidden states of its tokens."""
+        return pool(hidden_states, token_type_ids, attention_mask, self.config.classifier_pooling, cu_seq_lens)
 
 
 class GeneBertForTokenClassification(GeneBertPreTrainedModel):

@@ -1,0 +1,524 @@
+"""Fine-tune a classifier of cells: it starts where linear readers are, and is trained on only where that helps."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from anndata import AnnData
+from safetensors.numpy import save_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from ..batches.collate import pad, read_tokens
+from ..data.cell_store import CellStore
+from ..evaluation.metrics import balanced_class_weights
+from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
+from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from .cell_trainer import CellTrainer
+from .classifier_start import ClassifierStart, start_classifier
+from .collators import DataCollatorForCellClassification
+from .readers import Problem, inner_folds
+
+logger = logging.getLogger(__name__)
+
+TRAINING_DEFAULTS = {
+    "learning_rate": 5e-4,
+    "lr_scheduler_type": "constant_with_warmup",  # so that a number of steps means the same, however many follow
+    "warmup_steps": 10,
+    "weight_decay": 0.0,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "logging_steps": 10,
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+MAX_LENGTH = 64  # of a new model: [CLS] reads all genes, and more tokens of single genes were not seen to help
+MOST_EPOCHS = 6
+N_FOLDS = 3
+FEW_LABELS = 50  # cells of the median class: with fewer, fine-tuning lowers the start more often than not
+CALIBRATION_FILE = "out_of_fold.safetensors"
+_EPOCHS_WITHOUT_START = 10
+
+
+@dataclass
+class Finetuning:
+    """A classifier that is ready to train.
+
+    Attributes
+    ----------
+    model : PreTrainedModel
+        With its start, and its tokenizer at `model.tokenizer`.
+    tokenizer : GeneTokenizer
+    cells : CellStore
+        Training cells, with counts and labels.
+    label_key : str or list of str
+    num_train_epochs : float
+        As chosen, or as given.
+    start : ClassifierStart, optional
+        Of a model that reads whole cells.
+    new_embedding : bool
+        Whether the spectral views are of these cells; False where the model brought its own.
+    facts : dict
+        What a model card says of the above.
+    """
+
+    model: PreTrainedModel
+    tokenizer: GeneTokenizer
+    cells: CellStore
+    label_key: str | list[str]
+    num_train_epochs: float
+    start: ClassifierStart | None = None
+    new_embedding: bool = True
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def trainer(self, arguments: TrainingArguments, eval_cells: CellStore | None = None, **kwargs) -> CellTrainer:
+        """Make the trainer; `kwargs` are those of `CellTrainer`, and of its collator `gene_dropout` and `packing`."""
+        options = {name: kwargs.pop(name) for name in ("gene_dropout", "packing") if name in kwargs}
+        arguments.num_train_epochs = self.num_train_epochs
+        return CellTrainer(
+            model=self.model,
+            args=arguments,
+            data_collator=_collator(self.model, self.tokenizer, self.label_key, arguments.seed, **options),
+            train_dataset=self.cells,
+            eval_dataset=eval_cells,
+            processing_class=self.tokenizer,
+            **kwargs,
+        )
+
+    def save_calibration(self, folder: str | Path) -> None:
+        """Write the out-of-fold predictions of the start, for calibration: `out_of_fold.safetensors`."""
+        if self.start is not None:
+            arrays = {
+                "predictions": self.start.choice.out_of_fold,
+                "labels": np.ascontiguousarray(self.start.labels),
+                "cell_id": np.ascontiguousarray(self.start.rows.astype(np.int64)),
+            }
+            save_file(arrays, str(Path(folder) / CALIBRATION_FILE))
+
+
+def finetune(
+    cells: CellStore | AnnData,
+    label_key: str | Sequence[str],
+    *,
+    model: str | PreTrainedModel | None = None,
+    tokenizer: GeneTokenizer | None = None,
+    output: str | Path | None = None,
+    eval_cells: CellStore | None = None,
+    num_train_epochs: float | None = None,
+    group_key: str | None = None,
+    phenotypes: Sequence[str] = (),
+    class_weights: Literal["none", "balanced"] = "none",
+    problem_type: str | None = None,
+    size: str = "tiny",
+    max_length: int = MAX_LENGTH,
+    layer: str | None = None,
+    seed: int = 0,
+    training: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Fine-tune a classifier of cells.
+
+    A new model starts at linear readers of the training cells (see `start_classifier`); whether, and for how many
+    epochs, training goes beyond that start is chosen by inner cross-validation (see `choose_epochs`).
+
+    Parameters
+    ----------
+    cells : CellStore or AnnData
+        Labelled cells; those without a label or without counts are left out.
+    label_key : str, or list of str
+        Column of obs: classes, or numbers with `problem_type="regression"`. Several columns of 0 and 1 for several
+        labels per cell.
+    model : str or PreTrainedModel, optional
+        Pretrained checkpoint, or model; a new one by default. One that reads whole cells keeps its embedding, and its
+        heads start at linear readers of it.
+    tokenizer : GeneTokenizer, optional
+        Of a model object; by default `model.tokenizer`, or the checkpoint's.
+    output : str or Path, optional
+        Folder to save the model, its tokenizer and `out_of_fold.safetensors` in.
+    eval_cells : CellStore, optional
+        Evaluated at the end of each epoch; nothing is chosen on them.
+    num_train_epochs : float, optional
+        0 is the start alone. By default as chosen; 10 for a model that does not read whole cells.
+    group_key : str, optional
+        Obs column, such as the donor: its groups are never in training and validation of a choice at once.
+    phenotypes : sequence of str, optional
+        Phenotype tokens that the model may read; none by default, since a phenotype may be the label by another name.
+    class_weights : {"none", "balanced"}, default: "none"
+        Whether each class counts alike, whatever its number of cells.
+    problem_type : str, optional
+        "single_label_classification", "multi_label_classification" or "regression"; by the columns by default.
+    size : str, default: "tiny"
+        Of a new model.
+    max_length : int, default: 64
+        Of a new model: tokens per cell. `[CLS]` reads all genes whatever it is.
+    layer : str, optional
+        Where the counts of an AnnData are.
+    seed : int, default: 0
+    training : dict, optional
+        `TrainingArguments` over `TRAINING_DEFAULTS`.
+
+    Returns
+    -------
+    PreTrainedModel
+        In evaluation mode, with its tokenizer at `model.tokenizer`, so that `annotate(new, model)` works.
+
+    Raises
+    ------
+    ValueError
+        No such column; no labelled cells; labels that do not fit the problem; a tokenizer that does not fit.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(cells, AnnData):
+            columns = [label_key] if isinstance(label_key, str) else list(label_key)
+            columns += [name for name in (group_key, *phenotypes) if name is not None]
+            _check_columns(cells.obs, columns)
+            cells = CellStore.build(
+                Path(folder) / "store", cells, obs=list(dict.fromkeys(columns)), layer=layer, report=False
+            )
+        arguments = TrainingArguments(
+            output_dir=str(output or folder),
+            **{
+                **TRAINING_DEFAULTS,
+                "seed": seed,
+                "save_strategy": "no" if output is None else "epoch",
+                "eval_strategy": "no" if eval_cells is None else "epoch",
+                "dataloader_pin_memory": torch.cuda.is_available(),
+                **(training or {}),
+            },
+        )
+        prepared = prepare_classifier(
+            cells,
+            label_key,
+            arguments,
+            model=model,
+            tokenizer=tokenizer,
+            num_train_epochs=num_train_epochs,
+            group_key=group_key,
+            phenotypes=phenotypes,
+            class_weights=class_weights,
+            problem_type=problem_type,
+            size=size,
+            max_length=max_length,
+        )
+        trainer = prepared.trainer(arguments, eval_cells)
+        if prepared.num_train_epochs > 0:
+            trainer.train()
+        if output is not None:
+            trainer.save_model(str(output))
+            prepared.save_calibration(output)
+        return prepared.model.eval()
+
+
+def prepare_classifier(
+    cells: CellStore,
+    label_key: str | Sequence[str],
+    arguments: TrainingArguments,
+    *,
+    model: str | PreTrainedModel | None = None,
+    tokenizer: GeneTokenizer | None = None,
+    num_train_epochs: float | None = None,
+    group_key: str | None = None,
+    phenotypes: Sequence[str] = (),
+    class_weights: str = "none",
+    problem_type: str | None = None,
+    size: str = "tiny",
+    max_length: int = MAX_LENGTH,
+    model_config: Mapping[str, Any] | None = None,
+    tokenizer_config: Mapping[str, Any] | None = None,
+) -> Finetuning:
+    """Make (or load) the classifier of some cells, start it, and choose how long to train it.
+
+    Parameters are those of `finetune`; `arguments` give the seed and how it is trained, `model_config` fields of
+    `GeneBertConfig`, and `tokenizer_config` settings of `GeneTokenizer` of a new model.
+
+    Returns
+    -------
+    Finetuning
+    """
+    label_key = label_key if isinstance(label_key, str) else list(label_key)
+    cells, labels, classes, problem_type = _labelled(cells, label_key, problem_type)
+    head: dict[str, Any] = {"problem_type": problem_type, "class_weights": None, **(model_config or {})}
+    names = classes or ([label_key] if isinstance(label_key, str) else label_key)
+    head |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    set_seed(arguments.seed)
+    is_new = model is None
+    if is_new:
+        settings = {"whole_cell": True, "max_length": max_length, **(tokenizer_config or {})}
+        tokenizer = GeneTokenizer.from_store(cells, **settings)
+        wide = {"wide_head": True} if tokenizer.whole_cell else {}
+        model = GeneBertForClassification(GeneBertConfig.from_tokenizer(tokenizer, size=size, **wide, **head))
+    else:
+        model, tokenizer = _load(model, tokenizer, head)
+    left_out = [name for name in tokenizer.included_phenotypes if name not in phenotypes]
+    if left_out:
+        logger.warning(
+            f"The phenotype tokens of {', '.join(left_out)} are left out: one of them may be the label by another "
+            "name. Name those that the model may read: phenotypes=[…], or --phenotypes."
+        )
+    tokenizer.included_phenotypes = list(phenotypes)
+    model.tokenizer = tokenizer
+    facts: dict[str, Any] = {"label": label_key, "pooling": model.config.classifier_pooling}
+    if model.config.classifier_pooling == "cls" and not tokenizer.add_cls:
+        raise ValueError("The tokenizer begins cells with no [CLS]: use --pooling mean.")
+    balanced = class_weights == "balanced"
+    if balanced and problem_type == "single_label_classification":
+        model.config.class_weights = balanced_class_weights(cells.obs[label_key], classes)
+    if not getattr(model.config, "wide_head", False):
+        epochs = _EPOCHS_WITHOUT_START if num_train_epochs is None else num_train_epochs
+        return Finetuning(model, tokenizer, cells, label_key, epochs, facts=facts)
+
+    groups = None
+    if group_key is not None:
+        _check_columns(cells.obs, [group_key])
+        groups = cells.obs[group_key].astype(str).to_numpy()
+    began = time.monotonic()
+    start = start_classifier(
+        model,
+        tokenizer,
+        cells,
+        labels,
+        groups=groups,
+        new_embedding=is_new,
+        seed=arguments.seed,
+        balanced=balanced,
+    )
+    logger.info(f"The start took {time.monotonic() - began:.0f} s.")
+    epochs, facts = num_train_epochs, {**facts, **_facts_of(start)}
+    if epochs is None:
+        begun = Finetuning(model, tokenizer, cells, label_key, 0, start, is_new)
+        epochs, found = choose_epochs(begun, labels, groups, arguments)
+        facts |= found
+    return Finetuning(model, tokenizer, cells, label_key, epochs, start, is_new, facts)
+
+
+def choose_epochs(
+    prepared: Finetuning, labels: np.ndarray, groups: np.ndarray | None, arguments: TrainingArguments
+) -> tuple[float, dict[str, Any]]:
+    """Choose for how many epochs to train beyond the start, 0 included.
+
+    In each of 3 inner folds the start is fitted to the fold's training cells, trained for 6 epochs, and scored on the
+    fold's other cells at the start and after each epoch. The number of epochs with the best mean score is taken if it
+    is better than the start by more than the standard error of the difference over cells, else 0. With fewer than 50
+    cells of the median class, or one class, it is 0 without trying.
+
+    Parameters
+    ----------
+    prepared : Finetuning
+        With its start.
+    labels : array (n, …)
+        Of its cells.
+    groups : array (n,), optional
+        As in `inner_folds`.
+    arguments : TrainingArguments
+        How it is trained.
+
+    Returns
+    -------
+    epochs : float
+    facts : dict
+        `fine_tuning`, why; `inner_scores`, the mean score at the start and after each epoch, where it was tried.
+
+    Notes
+    -----
+    Whoever calls it may have chosen the readers on the same cells; their regularisation and weights are kept as they
+    are in every fold, and the linear readers themselves, and the axes of the views, are fitted within the fold.
+    """
+    model = prepared.model
+    problem = Problem(model.config.problem_type, model.config.num_labels)
+    if prepared.start is None:
+        return 0, {"fine_tuning": "none: there is one class"}
+    per_class = np.bincount(labels) if problem.kind == "single_label_classification" else np.array([len(labels)])
+    median = int(np.median(per_class[per_class > 0]))
+    if median < FEW_LABELS:
+        return 0, {"fine_tuning": f"none: the median class has {median} cells, fewer than {FEW_LABELS}"}
+    folds = inner_folds(problem, labels, groups, arguments.seed)[:N_FOLDS]
+    scores = []
+    for number, (train, held_out, _) in enumerate(folds):
+        began = time.monotonic()
+        scores.append(_score_epochs(prepared, problem, labels, train, held_out, arguments))
+        if number == 0:
+            seconds = time.monotonic() - began
+            logger.warning(f"Trying fine-tuning on {len(folds)} inner folds takes about {seconds * len(folds):.0f} s.")
+    gains = np.concatenate([scores_of - scores_of[:, :1] for scores_of in scores])  # (cells, 1 + epochs)
+    means = gains.mean(axis=0)
+    best = int(means.argmax())
+    error = gains[:, best].std(ddof=1) / np.sqrt(len(gains))
+    overall = np.concatenate(scores).mean(axis=0)
+    facts = {"inner_scores": [round(float(score), 4) for score in overall]}
+    if best == 0 or means[best] <= error:
+        return 0, {**facts, "fine_tuning": "none: it did not beat the start by more than its standard error"}
+    return best, {
+        **facts,
+        "fine_tuning": f"{best} epochs: {means[best]:+.4f} over the start (standard error {error:.4f})",
+    }
+
+
+def _score_epochs(
+    prepared: Finetuning,
+    problem: Problem,
+    labels: np.ndarray,
+    train: np.ndarray,
+    held_out: np.ndarray,
+    arguments: TrainingArguments,
+) -> np.ndarray:
+    """Train on one part, and score each cell of another at the start and after each epoch: (n_held_out, 1 + epochs).
+
+    The score is 1 for a class predicted right (of several labels their share); of a regression the squared error,
+    negative.
+    """
+    model = copy.deepcopy(prepared.model)
+    cells, others = prepared.cells.select(train), prepared.cells.select(held_out)
+    start_classifier(
+        model,
+        prepared.tokenizer,
+        cells,
+        labels[train],
+        new_embedding=prepared.new_embedding,
+        seed=arguments.seed,
+        choice=prepared.start.choice,
+    )
+    scores: list[np.ndarray] = []
+
+    def score() -> None:
+        outputs = predict(model, prepared.tokenizer, others)
+        if problem.kind == "single_label_classification":
+            scores.append((outputs.argmax(axis=1) == labels[held_out]).astype(float))
+        elif problem.kind == "multi_label_classification":
+            scores.append(((outputs > 0) == (labels[held_out] > 0.5)).mean(axis=1))
+        else:
+            scores.append(-problem.loss(outputs, labels[held_out]))
+
+    class ScoreEpochs(TrainerCallback):
+        def on_epoch_end(self, *_, **__) -> None:
+            score()
+
+    score()
+    with tempfile.TemporaryDirectory() as folder:
+        inner = copy.copy(arguments)
+        inner.output_dir, inner.num_train_epochs, inner.max_steps = folder, MOST_EPOCHS, -1
+        inner.save_strategy = inner.eval_strategy = inner.logging_strategy = "no"
+        inner.push_to_hub, inner.report_to, inner.disable_tqdm = False, [], True
+        trainer = CellTrainer(
+            model=model,
+            args=inner,
+            data_collator=_collator(model, prepared.tokenizer, prepared.label_key, inner.seed),
+            train_dataset=cells,
+            processing_class=prepared.tokenizer,
+            callbacks=[ScoreEpochs()],
+        )
+        trainer.train()
+    return np.stack(scores, axis=1)
+
+
+@torch.no_grad()
+def predict(model: PreTrainedModel, tokenizer: GeneTokenizer, cells: CellStore, batch_size: int = 128) -> np.ndarray:
+    """Compute the logits of cells: float64 array (n, num_labels), in the order of the cells."""
+    training = model.training
+    model.eval()
+    device, found = next(model.parameters()).device, []
+    for start in range(0, len(cells), batch_size):
+        examples = cells.__getitems__(range(start, min(start + batch_size, len(cells))))
+        batch = pad(read_tokens(examples, tokenizer), tokenizer)
+        batch = {name: value.to(device) for name, value in batch.items()}
+        found.append(model(**batch).logits.double().cpu().numpy())
+    model.train(training)
+    return np.concatenate(found)
+
+
+# ---------------------------------------------------------------------- parts
+
+
+def _collator(model, tokenizer, label_key, seed: int, **options) -> DataCollatorForCellClassification:
+    return DataCollatorForCellClassification(tokenizer, label_key, seed=seed, **options)
+
+
+def _check_columns(obs, columns: Sequence[str]) -> None:
+    missing = [name for name in columns if name not in obs]
+    if missing:
+        raise ValueError(
+            f"No obs column {', '.join(map(repr, missing))}; there are {', '.join(map(str, obs.columns)) or 'none'}."
+        )
+
+
+def _labelled(
+    cells: CellStore, label_key: str | list[str], problem_type: str | None
+) -> tuple[CellStore, np.ndarray, list[str] | None, str]:
+    """Select the cells with counts and labels; returns them, their labels, the classes and the kind of problem."""
+    several = not isinstance(label_key, str)
+    columns = label_key if several else [label_key]
+    _check_columns(cells.obs, columns)
+    categorical = [name in cells.categories for name in columns]
+    if problem_type is None:
+        problem_type = "multi_label_classification" if several else "single_label_classification"
+    usable = cells.lengths > 0
+    if problem_type == "single_label_classification":
+        if several or not categorical[0]:
+            raise ValueError(
+                f"{label_key!r} is not one categorical column; there are {', '.join(cells.categories) or 'none'}. For "
+                "numbers pass problem_type='regression'; integers that are classes: make them a categorical column."
+            )
+        classes = cells.categories[label_key]
+        labels = cells.obs[label_key].cat.codes.to_numpy().astype(np.int64)
+        usable &= labels >= 0
+    else:
+        if any(categorical):
+            raise ValueError(f"{columns} are not all columns of numbers, as {problem_type} needs.")
+        classes = None
+        labels = cells.obs[columns].to_numpy(np.float32)
+        usable &= np.isfinite(labels).all(axis=1)
+        labels = labels if several else labels[:, 0]
+    if not usable.any():
+        raise ValueError(f"None of the {len(cells)} cells has counts and a {label_key!r}.")
+    return (cells if usable.all() else cells.select(usable)), labels[usable], classes, problem_type
+
+
+def _load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, head: dict[str, Any]):
+    """Load a checkpoint, or take a model object, as a classifier with new heads; returns it and a tokenizer."""
+    if isinstance(model, PreTrainedModel):
+        tokenizer = tokenizer or getattr(model, "tokenizer", None)
+        if tokenizer is None:
+            raise ValueError(
+                "A model object needs its tokenizer: pass tokenizer=…, or the checkpoint's path as model."
+            )
+        tokenizer = copy.deepcopy(tokenizer)
+        config = copy.deepcopy(model.config)
+        config.update({**head, **({"wide_head": True} if getattr(config, "cell_embedding", False) else {})})
+        config.num_labels = len(head["id2label"])
+        classifier = GeneBertForClassification(config)
+        classifier.gene_bert.load_state_dict(model.base_model.state_dict())
+        return classifier, tokenizer
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+    if getattr(tokenizer, "whole_cell", False):
+        head = {"wide_head": True, **head}
+    classifier = AutoModelForSequenceClassification.from_pretrained(model, ignore_mismatched_sizes=True, **head)
+    return classifier, tokenizer
+
+
+def _facts_of(start: ClassifierStart | None) -> dict[str, Any]:
+    if start is None:
+        return {}
+    choice = start.choice
+    return {
+        "start": "linear readers of [CLS] and of all genes, chosen by inner cross-validation",
+        "components_per_view": choice.n_components,
+        "reader_weights": list(choice.weights),
+        "inner_score_of_the_start": round(choice.score, 4),
+    }
+
+
+__all__ = ["Finetuning", "choose_epochs", "finetune", "predict", "prepare_classifier"]

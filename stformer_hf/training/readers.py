@@ -1,0 +1,303 @@
+"""Linear readers of cells: how to regularise them, and how much to believe each, chosen by inner cross-validation."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import linalg, sparse
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
+
+N_FOLDS = 5
+PENALTIES = {"head": (0.1, 1.0, 10.0), "wide": (0.1, 1.0)}  # C of scikit-learn
+WEIGHTS = ((1.0, 1.0), (1.0, 0.5), (0.5, 1.0), (1.0, 0.0), (0.0, 1.0))  # of head and wide
+_TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
+_TOLERANCES = {"choice": 1e-3, "final": 1e-4}  # of lbfgs
+_LOWEST = -15.0  # log probability of a class that a training fold lacks
+_SMALL = 1000  # so few cells are cut into folds twice
+
+
+@dataclass
+class Linear:
+    """A linear map from features to classes: `features @ weight + bias`.
+
+    Attributes
+    ----------
+    weight : float64 array (n_features, n_outputs)
+    bias : float64 array (n_outputs,)
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Map features (n, n_features) to (n, n_outputs)."""
+        return features @ self.weight + self.bias
+
+
+@dataclass
+class ReaderChoice:
+    """What inner cross-validation chose.
+
+    Attributes
+    ----------
+    n_components : int
+        Of each view.
+    head, wide : float
+        C of the reader of `[CLS]`, and of the genes.
+    weights : tuple of float
+        Of both readers.
+    temperature : float
+    loss, score : float
+        Mean out-of-fold log loss in nats (squared error of a regression), and accuracy (R^2) of the choice.
+    out_of_fold : float32 array (n_cells, n_outputs)
+        What the choice predicts for each cell from folds without it: log probabilities; of several labels per cell
+        logits; of a regression numbers. The mean over repeats.
+    """
+
+    n_components: int
+    head: float
+    wide: float
+    weights: tuple[float, float]
+    temperature: float
+    loss: float
+    score: float
+    out_of_fold: np.ndarray
+
+
+class Problem:
+    """What is predicted: classes, several labels per cell, or numbers; and how a linear reader of them is fitted.
+
+    Parameters
+    ----------
+    kind : {"single_label_classification", "multi_label_classification", "regression"}
+        As `config.problem_type`.
+    n_outputs : int
+        Classes, labels or numbers per cell.
+    balanced : bool, default: False
+        Whether each class counts alike in a fit, whatever its number of cells.
+    """
+
+    def __init__(self, kind: str, n_outputs: int, balanced: bool = False):
+        self.kind, self.n_outputs, self.balanced = kind, n_outputs, balanced
+
+    def fit(
+        self, features: np.ndarray | sparse.csr_array, labels: np.ndarray, penalty: float, purpose: str = "final"
+    ) -> Linear:
+        """Fit logistic regression, one per label of several, or ridge regression with alpha = 1 / C.
+
+        The fits of a "choice" stop earlier than a "final" one.
+        """
+        n_features = features.shape[1]
+        if self.kind == "regression":
+            found = Ridge(alpha=1 / penalty).fit(features, labels.reshape(len(labels), -1))
+            return Linear(found.coef_.reshape(-1, n_features).T, np.atleast_1d(found.intercept_))
+        if self.kind == "multi_label_classification":
+            columns = [
+                self._logistic(features, labels[:, i].astype(np.int64), 2, penalty, purpose)
+                for i in range(labels.shape[1])
+            ]
+            weight = np.stack([one.weight[:, 1] - one.weight[:, 0] for one in columns], axis=1)
+            return Linear(weight, np.array([one.bias[1] - one.bias[0] for one in columns]))
+        return self._logistic(features, labels, self.n_outputs, penalty, purpose)
+
+    def _logistic(self, features, labels: np.ndarray, n_classes: int, penalty: float, purpose: str) -> Linear:
+        weight, bias = np.zeros((features.shape[1], n_classes)), np.full(n_classes, _LOWEST)
+        present = np.unique(labels)
+        if len(present) == 1:
+            bias[present] = 0.0
+            return Linear(weight, bias)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the last digits of a fit that stops at max_iter change no prediction
+            found = LogisticRegression(
+                C=penalty,
+                max_iter=500,
+                tol=_TOLERANCES[purpose],
+                class_weight="balanced" if self.balanced else None,
+            ).fit(features, labels)
+        if len(present) == 2:
+            weight[:, present] = found.coef_.T * [-0.5, 0.5]
+            bias[present] = found.intercept_ * [-0.5, 0.5]
+        else:
+            weight[:, present], bias[present] = found.coef_.T, found.intercept_
+        return Linear(weight, bias)
+
+    def combine(self, head: np.ndarray, wide: np.ndarray, weights: tuple[float, float]) -> np.ndarray:
+        """Combine the outputs of both readers, as `combine_readers` of the model does at a temperature of 1."""
+        if self.kind == "regression":
+            return (weights[0] * head + weights[1] * wide) / sum(weights)
+        if self.kind == "single_label_classification":
+            head, wide = log_softmax(head), log_softmax(wide)
+        return weights[0] * head + weights[1] * wide
+
+    def loss(self, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Loss of each cell: log loss in nats, or squared error: float64 array (n,)."""
+        if self.kind == "regression":
+            return ((outputs - labels.reshape(outputs.shape)) ** 2).mean(axis=1)
+        if self.kind == "multi_label_classification":
+            return (np.logaddexp(0, outputs) - labels * outputs).mean(axis=1)
+        return -log_softmax(outputs)[np.arange(len(labels)), labels]
+
+    def score(self, outputs: np.ndarray, labels: np.ndarray) -> float:
+        """Accuracy; of several labels the mean over labels; of a regression R^2."""
+        if self.kind == "regression":
+            labels = labels.reshape(outputs.shape)
+            return float(1 - ((outputs - labels) ** 2).sum() / max(((labels - labels.mean(axis=0)) ** 2).sum(), 1e-12))
+        if self.kind == "multi_label_classification":
+            return float(((outputs > 0) == (labels > 0.5)).mean())
+        return float((outputs.argmax(axis=1) == labels).mean())
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log probabilities of logits (n, n_classes)."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def inner_folds(
+    problem: Problem, labels: np.ndarray, groups: np.ndarray | None, seed: int
+) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    """Cut cells into folds: like shares of each class in each, and no group in two.
+
+    Parameters
+    ----------
+    problem : Problem
+    labels : array (n, …)
+        Classes, labels or numbers of the cells.
+    groups : array (n,), optional
+        Cells of one group, such as a donor, stay together.
+    seed : int
+
+    Returns
+    -------
+    list of (training rows, validation rows, repeat)
+        5 folds (fewer of fewer groups, or where the largest class has fewer cells), twice for fewer than 1,000 cells.
+
+    Raises
+    ------
+    ValueError
+        Fewer than two groups.
+    """
+    n, single = len(labels), problem.kind == "single_label_classification"
+    most = int(np.bincount(labels).max()) if single else n
+    n_folds = max(min(N_FOLDS, most), 2)
+    if groups is not None:
+        n_groups = len(np.unique(groups))
+        if n_groups < 2:
+            raise ValueError(f"Cross-validation by groups needs two of them, and there is {n_groups}.")
+        n_folds = min(n_folds, n_groups)
+    folds = []
+    for repeat in range(2 if n < _SMALL and groups is None else 1):
+        random = {"shuffle": True, "random_state": seed + repeat}
+        if groups is None:
+            cutter = StratifiedKFold(n_folds, **random) if single else KFold(n_folds, **random)
+        else:
+            cutter = StratifiedGroupKFold(n_folds, **random) if single else GroupKFold(n_folds)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a class with fewer cells than folds is in some of them
+            folds += [(*cut, repeat) for cut in cutter.split(np.zeros(n), labels if single else None, groups)]
+    return folds
+
+
+def choose_readers(
+    problem: Problem,
+    labels: np.ndarray,
+    folds: Sequence[tuple[np.ndarray, np.ndarray, int]],
+    head_features: Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]],
+    gene_features: np.ndarray,
+    n_components: Sequence[int],
+) -> ReaderChoice:
+    """Choose components, regularisation, weights and temperature by their out-of-fold loss.
+
+    Parameters
+    ----------
+    problem : Problem
+    labels : array (n, …)
+    folds : list of (training rows, validation rows, repeat)
+        From `inner_folds`.
+    head_features : callable
+        (training rows, validation rows, number of components) -> features of both, fitted on the first alone.
+    gene_features : float array (n, d)
+        What the wide reader reads: `rotate_genes`.
+    n_components : sequence of int
+        To choose from.
+
+    Returns
+    -------
+    ReaderChoice
+    """
+    gene_features = gene_features.astype(np.float32)  # twice as fast, and no choice hangs on the last digits
+    n_repeats = 1 + max(repeat for _, _, repeat in folds)
+    shape = (n_repeats, len(labels), problem.n_outputs)
+    heads = {key: np.zeros(shape) for key in itertools.product(n_components, PENALTIES["head"])}
+    wides = {penalty: np.zeros(shape) for penalty in PENALTIES["wide"]}
+    for train, held_out, repeat in folds:
+        for penalty, outputs in wides.items():
+            reader = problem.fit(gene_features[train], labels[train], penalty, "choice")
+            outputs[repeat, held_out] = reader(gene_features[held_out])
+        for n in n_components:
+            of_train, of_held_out = head_features(train, held_out, n)
+            for penalty in PENALTIES["head"]:
+                reader = problem.fit(of_train, labels[train], penalty, "choice")
+                heads[n, penalty][repeat, held_out] = reader(of_held_out)
+    every = np.concatenate([labels] * n_repeats)
+    temperatures = (1.0,) if problem.kind == "regression" else _TEMPERATURES
+    best: tuple = (np.inf,)
+    for ((n, head), of_head), (wide, of_wide), weights in itertools.product(heads.items(), wides.items(), WEIGHTS):
+        both = problem.combine(*(part.reshape(-1, problem.n_outputs) for part in (of_head, of_wide)), weights)
+        for temperature in temperatures:
+            loss = float(problem.loss(both / temperature, every).mean())
+            if loss < best[0]:
+                best = loss, n, head, wide, weights, temperature, both / temperature
+    loss, n, head, wide, weights, temperature, outputs = best
+    if problem.kind == "single_label_classification":
+        outputs = log_softmax(outputs)
+    return ReaderChoice(
+        n_components=n,
+        head=head,
+        wide=wide,
+        weights=weights,
+        temperature=temperature,
+        loss=loss,
+        score=problem.score(outputs, every),
+        out_of_fold=outputs.reshape(shape).mean(axis=0).astype(np.float32),
+    )
+
+
+def rotate_genes(values: sparse.csr_array) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """Turn cells into their own coordinates: as many dimensions as cells, with the same dot products.
+
+    A reader with an L2 penalty has the same predictions, and the same loss, on these features as on the values, since
+    its weights are a sum of cells; and it is fitted much faster where there are more genes than cells.
+
+    Parameters
+    ----------
+    values : csr_array (n, n_genes)
+
+    Returns
+    -------
+    features : float64 array (n, at most n)
+    to_genes : callable
+        Weights (d, k) of a reader of the features -> its weights (n_genes, k).
+    """
+    products = values @ values.T
+    products = products.toarray() if sparse.issparse(products) else np.asarray(products)
+    spread, vectors = linalg.eigh(products, overwrite_a=True)
+    kept = spread > spread[-1] * 1e-10
+    scale, vectors = np.sqrt(spread[kept]), vectors[:, kept]
+    return vectors * scale, lambda weights: values.T @ (vectors @ (weights / scale[:, None]))
+
+
+__all__ = [
+    "Linear",
+    "Problem",
+    "ReaderChoice",
+    "choose_readers",
+    "inner_folds",
+    "log_softmax",
+    "rotate_genes",
+]
