@@ -33,22 +33,11 @@ from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from .cell_trainer import CellTrainer
 from .classifier_start import ClassifierStart, start_classifier
 from .collators import DataCollatorForCellClassification
+from .defaults import FINETUNING, MAX_LENGTH
 from .readers import Problem, inner_folds
 
 logger = logging.getLogger(__name__)
 
-TRAINING_DEFAULTS = {
-    "learning_rate": 5e-4,
-    "lr_scheduler_type": "constant_with_warmup",  # so that a number of steps means the same, however many follow
-    "warmup_steps": 10,
-    "weight_decay": 0.0,
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 64,
-    "logging_steps": 10,
-    "save_total_limit": 2,
-    "report_to": "none",
-}
-MAX_LENGTH = 64  # of a new model: [CLS] reads all genes, and more tokens of single genes were not seen to help
 MOST_EPOCHS = 6
 N_FOLDS = 3
 FEW_LABELS = 50  # cells of the median class: with fewer, fine-tuning lowers the start more often than not
@@ -170,7 +159,7 @@ def finetune(
         Where the counts of an AnnData are.
     seed : int, default: 0
     training : dict, optional
-        `TrainingArguments` over `TRAINING_DEFAULTS`.
+        `TrainingArguments` over `training.defaults.FINETUNING`.
 
     Returns
     -------
@@ -193,7 +182,7 @@ def finetune(
         arguments = TrainingArguments(
             output_dir=str(output or folder),
             **{
-                **TRAINING_DEFAULTS,
+                **FINETUNING,
                 "seed": seed,
                 "save_strategy": "no" if output is None else "epoch",
                 "eval_strategy": "no" if eval_cells is None else "epoch",
