@@ -55,6 +55,7 @@ _MODULES = {
         "DataCollatorForPhenotypicMLM",
         "collate_fn_wrapper",
     ],
+    "training.finetuning": ["finetune"],
     "training.gene_embeddings": ["load_gene_embeddings"],
     "training.length_sampler": ["EvenBatchSampler", "LengthGroupedSampler", "padding_share"],
     "training.lengths": ["load_example_lengths", "write_example_lengths"],
@@ -63,6 +64,7 @@ _MODULES = {
     "training.run_setup": ["choose_closest", "make_output_dirs", "setup_environment"],
     "training.samplers": ["BlockShuffleSampler"],
     "training.pretrainer": ["STFormerPretrainer"],
+    "training.spectral_start": ["initialise_from_store"],
     "training.stream_batches": ["TokenBudgetBuffer"],
     "training.token_budget": ["TokenBudgetBatchSampler"],
 }

@@ -18,6 +18,6 @@ FINETUNING_REFERENCE = {
     "warmup_steps": 0.1,
     "weight_decay": 0.05,
 }
-MAX_LENGTH = 64  # of a new whole-cell classifier: [CLS] reads all genes, and more tokens were not seen to help
+MAX_LENGTH = 8  # of a new whole-cell classifier: [CLS] reads all genes, and more tokens were not seen to help
 
 __all__ = ["FINETUNING", "FINETUNING_REFERENCE", "MAX_LENGTH"]
