@@ -18,7 +18,7 @@ from .ceiling import Ceiling, cluster_agreement, measure_ceiling
 from .cell_baselines import log_normalise
 from .clusters import cluster_scores, silhouette
 from .evaluation_result import CEILING, N_LABELS, EmbeddingEvaluation
-from .integration import integration_scores, integration_source
+from .integration import batch_kbet, integration_scores, scib_version
 from .readers import N_NEIGHBORS, fit_knn, fit_pca, fit_probe, fit_scaler
 from .splits import Fold, draw_labelled, find_twins, make_folds
 
@@ -113,7 +113,7 @@ def evaluate_embedding(
         `probe_all_macro_f1`: of all training labels; the mean F1 is of the classes held out in the fold.
         `leiden_ari`, `leiden_nmi` (resolution 1), `leiden_ari_best`, `leiden_nmi_best` (best of one grid),
         `silhouette` of the classes: of all cells, or of 10,000 random ones. With `batch_key` also
-        `batch_silhouette`, `batch_ilisi`, `batch_pcr`, `connectivity`.
+        `batch_silhouette`, `batch_ilisi`, `batch_pcr`, `connectivity`; with scib-metrics (extra `scib`) `batch_kbet`.
 
         The row "ceiling (half depth)" is what one half of a cell's counts tells of the other, see
         `ceiling.measure_ceiling`.
@@ -168,7 +168,10 @@ def evaluate_embedding(
             for fold in [None, *folds]:
                 here = subset if fold is None else np.intersect1d(subset, fold.train)
                 if row.embedding is not None:
-                    found = _compare_cells(row.embedding[here], labels[here], batches, here, clusters, seed)
+                    mixed = None if batches is None else batches[here]
+                    found = _compare_cells(row.embedding[here], labels[here], mixed, clusters, seed)
+                    if mixed is not None and fold is None and scib_version():
+                        found["batch_kbet"] = batch_kbet(row.embedding[here], labels[here], mixed)
                     add(row.name, fold, found)
                 bar.update()
         ceiling = measure_ceiling(counts, labels, seed)
@@ -194,7 +197,7 @@ def evaluate_embedding(
         "n_draws": n_draws,
         "seed": seed,
         "test_to_train": float(np.mean([len(fold.test) / len(fold.train) for fold in folds])),
-        "integration": None if batches is None else integration_source(),
+        "scib_metrics": None if batches is None else scib_version(),
         "baselines": [BASELINES[name] for name in baselines],
         "keys": keys,
     }
@@ -353,7 +356,7 @@ def _import_scvi():
 
 
 def _scvi_embedding(counts: sparse.csr_array, batches: np.ndarray | None, seed: int) -> np.ndarray:
-    """Train scVI (Lopez et al. 2018) with its defaults, on the batches if there are any: float64 array (n_cells, d)."""
+    """Train scVI (Lopez et al. 2018) with its defaults, batches included: float64 array (n_cells, d)."""
     scvi = _import_scvi()
     scvi.settings.seed = seed
     cells = AnnData(sparse.csr_matrix(counts).astype(np.float32))
@@ -419,18 +422,13 @@ def _read_ceiling(ceiling: Ceiling, labels: np.ndarray, fold: Fold) -> dict[str,
 
 
 def _compare_cells(
-    embedding: np.ndarray,
-    labels: np.ndarray,
-    batches: np.ndarray | None,
-    here: np.ndarray,
-    clusters: bool,
-    seed: int,
+    embedding: np.ndarray, labels: np.ndarray, batches: np.ndarray | None, clusters: bool, seed: int
 ) -> dict[str, float]:
     """Score what is of all cells together: clusters, silhouette, batches."""
     scores = cluster_scores(embedding, labels, seed) if clusters else {}
     scores["silhouette"] = silhouette(embedding, labels)
     if batches is not None:
-        scores |= integration_scores(embedding, labels, batches[here])
+        scores |= integration_scores(embedding, labels, batches)
     return scores
 
 

@@ -1,4 +1,4 @@
-"""The table of an evaluation of embeddings: with intervals and paired differences, as text, Markdown, files, picture."""
+"""The result of an evaluation of embeddings: figures, intervals, paired differences; as text, files, a picture."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +18,14 @@ from .intervals import Interval, of_all_cells, of_folds
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CEILING = "ceiling"
+CEILING = "ceiling (half depth)"
 N_LABELS = (5, 20, 50)
 _SECTIONS = {
     "Labels of held-out cells": {
         "knn_accuracy": "15-NN",
         **{f"probe_{n}": f"probe, {n} labels" for n in N_LABELS},
         "probe_all": "probe, all",
-        "probe_all_macro_f1": "macro F1",
+        "probe_all_macro_f1": "probe, all\nmacro F1",
     },
     "Clusters of all cells": {
         "leiden_ari": "ARI",
@@ -54,7 +54,7 @@ class EmbeddingEvaluation:
     ----------
     values : DataFrame
         `row`, `metric`, `repeat`, `fold`, `value`. Figures of labels: one value per fold. Figures of all cells: one
-        value of all (`fold` -1), and one without the cells of each fold.
+        value of all (`fold` -1), and but for kBET one without the cells of each fold.
     settings : dict
         What was evaluated, on how many cells and classes.
     notes : list of str
@@ -80,13 +80,15 @@ class EmbeddingEvaluation:
         """One line per row and metric: `value`, `sd` over folds, `se`, and the 95 % interval `low` to `high`.
 
         Figures of labels are means over the folds, with the corrected resampled t-test's interval
-        (`intervals.of_folds`); figures of all cells have the jackknife's (`intervals.of_all_cells`).
+        (`intervals.of_folds`); figures of all cells have the jackknife's (`intervals.of_all_cells`), but for
+        kBET, which has none (NaN): it takes too long.
         """
         lines = []
         for row, metric in self._scored:
             found = self._interval(self._values_of(row, metric))
             folds = self._values_of(row, metric)[1]
-            lines.append((row, metric, found.estimate, np.std(folds, ddof=1), found.se, found.low, found.high))
+            sd = np.std(folds, ddof=1) if len(folds) else math.nan
+            lines.append((row, metric, found.estimate, sd, found.se, found.low, found.high))
         return pd.DataFrame(lines, columns=["row", "metric", "value", "sd", "se", "low", "high"])
 
     @cached_property
@@ -138,7 +140,8 @@ class EmbeddingEvaluation:
     def __str__(self) -> str:
         parts = [self._headline()]
         for title, columns in self._sections():
-            cells = [["", *columns.values()]]
+            headings = (name.split("\n") for name in columns.values())
+            cells = [list(line) for line in zip_longest([""], *headings, fillvalue="")]
             for row in self._rows:
                 cells.append([row, *(self._cell(row, metric, "{}*") for metric in columns)])
             parts.append(f"{title}\n{_align(cells)}")
@@ -152,7 +155,8 @@ class EmbeddingEvaluation:
         """Write a section of a model card: tables with the best values in bold, and how they were made."""
         parts = ["## Evaluation of embeddings", self._headline()]
         for title, columns in self._sections():
-            lines = [["", *columns.values()], ["---"] * (len(columns) + 1)]
+            headings = [name.replace("\n", ", ") for name in columns.values()]
+            lines = [["", *headings], ["---"] * (len(columns) + 1)]
             for row in self._rows:
                 lines.append([_escape(row), *(self._cell(row, metric, "**{}**") for metric in columns)])
             parts.append(f"{title}:\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
@@ -177,13 +181,17 @@ class EmbeddingEvaluation:
         explanations = [
             "± is half of a 95 % interval: of labels by the corrected resampled t-test (Nadeau & Bengio 2003), of all "
             "cells by the jackknife over folds.",
-            "Baselines are fitted on training cells; embeddings are taken as they are: one fitted on all cells has seen "
-            "those held out.",
+            "Baselines are fitted on training cells; embeddings are taken as they are: one that was fitted on all "
+            "cells has seen those held out.",
             "The ceiling is what one half of each cell's counts tells of the other half, of clusters their agreement; "
-            "a half has half the depth, so it is no strict bound.",
+            "a half has half the depth, so whole cells may come out above it.",
         ]
-        if self.settings["integration"]:
-            explanations.append(f"Mixing of batches: {self.settings['integration']}.")
+        if self.settings["batch_key"]:
+            scib = self.settings["scib_metrics"]
+            kbet = f"kBET is of scib-metrics {scib}" if scib else "kBET needs scib-metrics, which is not installed"
+            explanations.append(
+                f"Mixing of batches ({self.settings['batch_key']}): plain forms of the metrics of scib-metrics; {kbet}."
+            )
         return explanations
 
     def _sections(self) -> list[tuple[str, dict[str, str]]]:
@@ -193,7 +201,7 @@ class EmbeddingEvaluation:
             there = {metric: name for metric, name in columns.items() if metric in self.table}
             for n, classes in self.settings["classes_of_few_labels"].items():
                 if f"probe_{n}" in there:
-                    there[f"probe_{n}"] += f" ({len(classes)} classes)"
+                    there[f"probe_{n}"] += f"\n{len(classes)} classes"
             if there:
                 found.append((title, there))
         return found
@@ -210,7 +218,7 @@ class EmbeddingEvaluation:
             return "NaN"
         text = f"{line['value']:.3f}"
         marked = best.format(text) if row != CEILING and round(line["value"], 3) == self._best[metric] else text
-        return f"{marked} ±{line['high'] - line['value']:.3f}"
+        return _with_half(marked, line["value"], line["high"])
 
     def _differences(self) -> list[list[str]]:
         """Tabulate keys against baselines: a heading, and a line for each pair."""
@@ -228,7 +236,7 @@ class EmbeddingEvaluation:
                     cells.append("-")
                     continue
                 line = by_metric.loc[metric]
-                cells.append(f"{line['difference']:+.3f} ±{line['high'] - line['difference']:.3f}")
+                cells.append(_with_half(f"{line['difference']:+.3f}", line["difference"], line["high"]))
             lines.append([f"{row} - {other}", *cells])
         return lines if len(lines) > 1 else []
 
@@ -273,7 +281,7 @@ class EmbeddingEvaluation:
                     ax.plot([line["low"], line["high"]], [place, place], color=f"C{place}")
             if (CEILING, metric) in self._scored:
                 ax.axvline(lines.loc[(CEILING, metric), "value"], color="gray", linestyle="--", linewidth=1)
-            ax.set_title(name.replace(" (", "\n("), fontsize=9)
+            ax.set_title(name, fontsize=9)
             ax.spines[["top", "right"]].set_visible(False)
         for ax in axes.flat[len(columns) :]:
             ax.set_visible(False)
@@ -293,18 +301,20 @@ def _align(lines: list[list[str]]) -> str:
     )
 
 
+def _with_half(text: str, value: float, high: float) -> str:
+    """Add half of an interval to a figure that has one."""
+    return text if math.isnan(high) else f"{text} ±{high - value:.3f}"
+
+
 def _escape(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("*", "\\*").replace("_", "\\_").replace("\n", " ")
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [
-        {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in line.items()
-        }
-        for line in table.to_dict("records")
-    ]
+    def plain(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return [{name: plain(value) for name, value in line.items()} for line in table.to_dict("records")]
 
 
 __all__ = ["CEILING", "METRICS", "N_LABELS", "EmbeddingEvaluation"]

@@ -54,7 +54,7 @@ def of_all_cells(value: float, without_a_fold: np.ndarray, n_splits: int) -> Int
     value : float
         Figure, or difference of two figures, of all cells.
     without_a_fold : float array (n_repeats * n_splits,)
-        The same without the cells of a fold, in the order of the folds.
+        The same without the cells of a fold, in the order of the folds; without any there is no interval (NaN).
     n_splits : int
         Folds of a repeat.
 
@@ -62,6 +62,8 @@ def of_all_cells(value: float, without_a_fold: np.ndarray, n_splits: int) -> Int
     -------
     Interval
     """
+    if not len(without_a_fold):
+        return Interval(float(value), *[float("nan")] * 4)
     parts = np.asarray(without_a_fold, np.float64).reshape(-1, n_splits)
     spread = ((parts - parts.mean(axis=1, keepdims=True)) ** 2).sum(axis=1).mean()
     return _student(float(value), float(np.sqrt(spread * (n_splits - 1) / n_splits)), n_splits - 1)

@@ -39,8 +39,8 @@ class GenePca(NamedTuple):
 def variable_genes(cells: sparse.csr_array, n_genes: int = N_GENES) -> np.ndarray:
     """Choose genes by their dispersion among genes of like mean (Satija et al. 2015; Seurat's and scanpy's default).
 
-    Of values count / total x 10,000 the log of variance / mean is standardised within 20 bins of log mean; a gene alone
-    in its bin gets 1.
+    Of values count / total x 10,000 the log of variance / mean is standardised within 20 bins of log mean; a gene
+    alone in its bin gets 1.
 
     Parameters
     ----------

@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from sklearn.model_selection import StratifiedKFold
 from xxhash import xxh3_128_digest
 
 _NUCLEOTIDES = re.compile(r"[ACGTN]{8,}")
+_SPREADS = 100
 _SUFFIX = re.compile(r"(-\d+)+$")  # what anndata appends to names that occur twice
 
 
@@ -35,7 +36,7 @@ class Fold(NamedTuple):
 
 
 def find_twins(names: Sequence[str], counts: sparse.csr_array) -> np.ndarray:
-    """Number the sets of twins: cells of equal barcode and equal counts, such as a cell that two files share.
+    """Find cells of equal barcode and equal counts, such as a cell that two files share.
 
     The barcode is the name's runs of eight or more nucleotide letters; of a name without them, the name up to a
     trailing "-1", "-1-2", …
@@ -75,7 +76,7 @@ def make_folds(
     seed: int,
     groups: np.ndarray | None = None,
 ) -> list[Fold]:
-    """Split cells into folds whose classes have like shares, again in each repeat.
+    """Split cells into folds whose classes have like shares, anew in each repeat.
 
     Parameters
     ----------
@@ -98,13 +99,17 @@ def make_folds(
     Raises
     ------
     ValueError
-        Fewer groups than folds.
+        Fewer groups than folds; repeats of folds that are one group each.
     """
     if groups is not None:
         groups = _join_groups(groups, twins)
         n_groups = len(np.unique(groups))
         if n_groups < n_splits:
-            raise ValueError(f"{n_groups} groups of cells cannot make {n_splits} folds: pass n_splits={n_groups}.")
+            raise ValueError(f"{n_groups} groups of cells cannot make {n_splits} folds: pass fewer (n_splits).")
+        if n_groups == n_splits and n_repeats > 1:
+            raise ValueError(
+                f"Folds of one group each are the same in every repeat: pass n_repeats=1, not {n_repeats}."
+            )
     firsts, twin_of_cell = np.unique(twins, return_index=True, return_inverse=True)[1:]
     folds = []
     for repeat in range(n_repeats):
@@ -115,10 +120,7 @@ def make_folds(
                 number_of_twin[test] = number
             number_of_cell = number_of_twin[twin_of_cell]
         else:
-            splitter = StratifiedGroupKFold(n_splits, shuffle=True, random_state=seed + repeat)
-            number_of_cell = np.empty(len(labels), np.int64)
-            for number, (_, test) in enumerate(splitter.split(labels, labels, groups)):
-                number_of_cell[test] = number
+            number_of_cell = _spread_groups(labels, groups, n_splits, np.random.default_rng(seed + repeat))
         for number in range(n_splits):
             here = number_of_cell == number
             folds.append(Fold(repeat, number, np.flatnonzero(~here), np.flatnonzero(here)))
@@ -126,11 +128,27 @@ def make_folds(
 
 
 def _join_groups(groups: np.ndarray, twins: np.ndarray) -> np.ndarray:
-    """Number the groups; those that twins connect get one number."""
+    """Give the groups numbers: int array (n_cells,); those that twins connect get one number."""
     codes, _ = pd.factorize(groups)
     n = codes.max() + 1
     links = sparse.csr_array((np.ones(len(codes)), (codes, n + twins)), shape=(n + twins.max() + 1,) * 2)
     return connected_components(links, directed=False)[1][codes]
+
+
+def _spread_groups(labels: np.ndarray, groups: np.ndarray, n_splits: int, rng: np.random.Generator) -> np.ndarray:
+    """Give each cell the fold of its group: of 100 random spreads the one whose folds have the likest classes.
+
+    scikit-learn's StratifiedGroupKFold goes through the groups in one order, and makes the same folds in each repeat.
+    """
+    sizes = pd.crosstab(groups, labels).to_numpy()  # (n_groups, n_classes), groups in ascending order
+    best, least = np.empty(0, np.int64), np.inf
+    for _ in range(_SPREADS):
+        folds = rng.permutation(np.arange(len(sizes)) % n_splits)
+        by_fold = np.stack([sizes[folds == number].sum(axis=0) for number in range(n_splits)])
+        unevenness = ((by_fold - sizes.sum(axis=0) / n_splits) ** 2 / sizes.sum(axis=0)).sum()
+        if unevenness < least:
+            best, least = folds, unevenness
+    return best[np.unique(groups, return_inverse=True)[1]]
 
 
 def draw_labelled(
