@@ -127,7 +127,7 @@ def evaluate_embedding(
         "scvi" without its extra.
     """
     keys = [keys] if isinstance(keys, str) else list(keys)
-    _check_settings(keys, baselines, n_splits, n_repeats, n_draws)
+    _check_settings(keys, baselines, n_splits, n_repeats, n_draws, n_splits if min_cells is None else min_cells)
     embeddings = {key: _read_embedding(adata, key) for key in keys}
     labels = _column(adata, label_key)
     batches = None if batch_key is None else _column(adata, batch_key)
@@ -210,7 +210,9 @@ def evaluate_embedding(
 # ---------------------------------------------------------------------- what comes in
 
 
-def _check_settings(keys: list[str], baselines: Sequence[str], n_splits: int, n_repeats: int, n_draws: int) -> None:
+def _check_settings(
+    keys: list[str], baselines: Sequence[str], n_splits: int, n_repeats: int, n_draws: int, min_cells: int
+) -> None:
     if len(set(keys)) < len(keys):
         raise ValueError(f"keys names one twice: {', '.join(keys)}.")
     taken = {*BASELINES.values(), CEILING} & set(keys)
@@ -224,6 +226,8 @@ def _check_settings(keys: list[str], baselines: Sequence[str], n_splits: int, n_
     for name, value, least in (("n_splits", n_splits, 2), ("n_repeats", n_repeats, 1), ("n_draws", n_draws, 1)):
         if value < least:
             raise ValueError(f"{name}={value}: at least {least} is needed.")
+    if min_cells < n_splits:
+        raise ValueError(f"min_cells={min_cells}: a class needs a cell in each of {n_splits} folds.")
     if "scvi" in baselines:
         _import_scvi()
 

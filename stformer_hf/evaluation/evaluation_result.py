@@ -190,7 +190,7 @@ class EmbeddingEvaluation:
             scib = self.settings["scib_metrics"]
             kbet = f"kBET is of scib-metrics {scib}" if scib else "kBET needs scib-metrics, which is not installed"
             explanations.append(
-                f"Mixing of batches ({self.settings['batch_key']}): plain forms of the metrics of scib-metrics; {kbet}."
+                f"Mixing of batches ({self.settings['batch_key']}): plain forms of those of scib-metrics; {kbet}."
             )
         return explanations
 
@@ -207,13 +207,17 @@ class EmbeddingEvaluation:
         return found
 
     @cached_property
+    def _lines(self) -> pd.DataFrame:
+        return self.summary.set_index(["row", "metric"])
+
+    @cached_property
     def _best(self) -> dict[str, float]:
         return self.table.drop(index=CEILING, errors="ignore").round(3).max().to_dict()
 
     def _cell(self, row: str, metric: str, best: str) -> str:
         if (row, metric) not in self._scored:
             return "-"
-        line = self.summary.set_index(["row", "metric"]).loc[row, metric]
+        line = self._lines.loc[(row, metric)]
         if math.isnan(line["value"]):
             return "NaN"
         text = f"{line['value']:.3f}"
@@ -268,7 +272,6 @@ class EmbeddingEvaluation:
 
         columns = [(metric, name) for _, section in self._sections() for metric, name in section.items()]
         rows = [row for row in self._rows if row != CEILING]
-        lines = self.summary.set_index(["row", "metric"])
         n_columns = min(4, len(columns))
         n_lines = -(-len(columns) // n_columns)
         size = (2 + 2.4 * n_columns, n_lines * (0.9 + 0.3 * len(rows)))
@@ -276,11 +279,11 @@ class EmbeddingEvaluation:
         for ax, (metric, name) in zip(axes.flat, columns, strict=False):
             for place, row in enumerate(rows):
                 if (row, metric) in self._scored:
-                    line = lines.loc[row, metric]
+                    line = self._lines.loc[(row, metric)]
                     ax.plot(line["value"], place, "o", color=f"C{place}", markersize=5)
                     ax.plot([line["low"], line["high"]], [place, place], color=f"C{place}")
             if (CEILING, metric) in self._scored:
-                ax.axvline(lines.loc[(CEILING, metric), "value"], color="gray", linestyle="--", linewidth=1)
+                ax.axvline(self._lines.loc[(CEILING, metric), "value"], color="gray", linestyle="--", linewidth=1)
             ax.set_title(name, fontsize=9)
             ax.spines[["top", "right"]].set_visible(False)
         for ax in axes.flat[len(columns) :]:

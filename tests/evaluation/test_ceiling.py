@@ -27,9 +27,8 @@ def test_halves_sum_to_the_counts_and_share_nothing_else(counts):
 def test_the_ceiling_lies_at_what_the_depth_allows(counts):
     labels = np.array(make_adata(80, 60, density=0.9).obs["cell_type"].astype(str))
     deep = measure_ceiling(counts * 50, labels, seed=0)
-    shallow = measure_ceiling(
-        sparse.csr_array(np.random.default_rng(0).poisson(0.03 * counts.toarray())), labels, seed=0
-    )
+    few = sparse.csr_array(np.random.default_rng(0).poisson(0.03 * counts.toarray()))
+    shallow = measure_ceiling(few, labels, seed=0)
     assert np.mean(deep.probe == labels) == 1 > np.mean(shallow.probe == labels)
     again = measure_ceiling(counts * 50, labels, seed=0)
     assert all(np.array_equal(getattr(deep, name), getattr(again, name)) for name in ("knn", "probe"))
