@@ -25,6 +25,7 @@ _MODULES = {
     "data.scdl_collection": ["SingleCellCollection"],
     "data.spatial_graph": ["spatial_neighbors"],
     "data.transforms": ["Compose", "EncodeLabels", "LogTransform", "NormalizeRowSum", "Transform"],
+    "evaluation.evaluate_embedding": ["evaluate_embedding"],
     "genes.gene_table": ["GeneTable"],
     "genes.statistics": ["GeneStatistics"],
     "inference.annotate": ["annotate"],
