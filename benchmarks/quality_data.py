@@ -204,14 +204,14 @@ def few_splits(cells: AnnData, n_labels: int) -> list[Split]:
 def simulate(n_cells: int = 2_100, n_types: int = 9, n_genes: int = 12_000, seed: int = 0) -> AnnData:
     """Simulate cells of about 850 expressed genes: negative binomial counts around the profiles of nine types.
 
-    Shares of genes are log-normal; 300 genes of each type differ by a log-normal factor; totals are log-normal around
-    2,500; the inverse dispersion is 2. Types have unequal sizes.
+    Shares of genes are log-normal; one in 40 genes of each type differs by a log-normal factor; totals are log-normal
+    around 2,500; the inverse dispersion is 2. Types have unequal sizes.
     """
     rng = np.random.default_rng(seed)
-    shares = np.exp(rng.normal(0, 2.15, n_genes))
+    shares = np.exp(rng.normal(0, 2.57, n_genes))
     profiles = np.tile(shares, (n_types, 1))
     for profile in profiles:
-        profile[rng.choice(n_genes, 300, replace=False)] *= np.exp(rng.normal(0, 1, 300))
+        profile[rng.choice(n_genes, n_genes // 40, replace=False)] *= np.exp(rng.normal(0, 1, n_genes // 40))
     profiles /= profiles.sum(axis=1, keepdims=True)
     frequencies = 1 / np.arange(2, n_types + 2)
     types = rng.choice(n_types, n_cells, p=frequencies / frequencies.sum())
