@@ -122,19 +122,22 @@ class Baselines:
 
     def predict(self, row: str, counts: sparse.csr_matrix) -> np.ndarray:
         """Predict the class of each cell by the baseline that is named, array of str (n,)."""
+        return np.unique(self.labels)[self.log_probabilities(row, counts).argmax(axis=1)]
+
+    def log_probabilities(self, row: str, counts: sparse.csr_matrix) -> np.ndarray:
+        """Compute log probabilities (for the trial: a sum of two) of the sorted classes, float (n, n_classes)."""
         if row == "majority":
-            names, n_cells = np.unique(self.labels, return_counts=True)
-            return np.full(counts.shape[0], names[n_cells.argmax()])
+            shares = np.unique(self.labels, return_counts=True)[1] / len(self.labels)
+            return np.tile(np.log(shares), (counts.shape[0], 1))
         if row == "lr":
-            scores = self._gene_scores(counts)
-        elif row == "pca50_lr":
-            scores = self._on_components.predict_log_proba(self._log_view.project(counts))
-        elif row in ("trial_k30", "trial_k50"):
+            return self._on_genes.predict_log_proba(self._dense(counts))
+        if row == "pca50_lr":
+            return self._on_components.predict_log_proba(self._log_view.project(counts))
+        if row in ("trial_k30", "trial_k50"):
             k = int(row.removeprefix("trial_k"))
-            scores = self._gene_scores(counts) + self._on_views(k).predict_log_proba(self._views(counts, k))
-        else:
-            raise ValueError(f"No baseline {row!r}; there are {', '.join(ROWS)}.")
-        return np.unique(self.labels)[scores.argmax(axis=1)]
+            views = self._on_views(k).predict_log_proba(self._views(counts, k))
+            return views + self.log_probabilities("lr", counts)
+        raise ValueError(f"No baseline {row!r}; there are {', '.join(ROWS)}.")
 
     @cached_property
     def _log_view(self) -> LogView:
@@ -154,9 +157,6 @@ class Baselines:
 
     def _on_views(self, k: int) -> LogisticRegression:
         return logistic().fit(self._views(self.counts, k), self.labels)
-
-    def _gene_scores(self, counts: sparse.csr_matrix) -> np.ndarray:
-        return self._on_genes.predict_log_proba(self._dense(counts))
 
     def _dense(self, counts: sparse.csr_matrix) -> np.ndarray:
         """Log-normalised genes; with many classes, dense float32 takes half of the time that sparse takes."""
