@@ -110,6 +110,7 @@ def finetune(
     output: str | Path | None = None,
     eval_cells: CellStore | None = None,
     num_train_epochs: float | None = None,
+    init: Literal["spectral", "random"] = "spectral",
     group_key: str | None = None,
     phenotypes: Sequence[str] = (),
     class_weights: Literal["none", "balanced"] = "none",
@@ -142,7 +143,11 @@ def finetune(
     eval_cells : CellStore, optional
         Evaluated at the end of each epoch; nothing is chosen on them.
     num_train_epochs : float, optional
-        0 is the start alone. By default as chosen; 10 for a model that does not read whole cells.
+        0 is the start alone. By default as chosen; 10 from random weights, and for a model that does not read whole
+        cells.
+    init : {"spectral", "random"}, default: "spectral"
+        How the classifier begins: at linear readers (of a new model, on the spectral views of the cells), or at random
+        weights.
     group_key : str, optional
         Obs column, such as the donor: its groups are never in training and validation of a choice at once.
     phenotypes : sequence of str, optional
@@ -197,6 +202,7 @@ def finetune(
             model=model,
             tokenizer=tokenizer,
             num_train_epochs=num_train_epochs,
+            init=init,
             group_key=group_key,
             phenotypes=phenotypes,
             class_weights=class_weights,
@@ -221,6 +227,7 @@ def prepare_classifier(
     model: str | PreTrainedModel | None = None,
     tokenizer: GeneTokenizer | None = None,
     num_train_epochs: float | None = None,
+    init: str = "spectral",
     group_key: str | None = None,
     phenotypes: Sequence[str] = (),
     class_weights: str = "none",
@@ -267,7 +274,7 @@ def prepare_classifier(
     balanced = class_weights == "balanced"
     if balanced and problem_type == "single_label_classification":
         model.config.class_weights = balanced_class_weights(cells.obs[label_key], classes)
-    if not getattr(model.config, "wide_head", False):
+    if init == "random" or not getattr(model.config, "wide_head", False):
         epochs = _EPOCHS_WITHOUT_START if num_train_epochs is None else num_train_epochs
         return Finetuning(model, tokenizer, cells, label_key, epochs, facts=facts)
 
