@@ -37,12 +37,3 @@ def interval(differences: Sequence[float], test_to_train: float = 0.0) -> tuple[
     mean = float(np.mean(differences))
     half = stats.t.ppf(0.975, n - 1) * np.sqrt((1 / n + test_to_train) * np.var(differences, ddof=1))
     return mean, float(mean - half), float(mean + half)
-
-
-def jackknife_interval(differences: Sequence[float]) -> tuple[float, float, float]:
-    """Compute the mean of differences, each of them without one of n groups of cells, and its 95 % interval.
-
-    The delete-a-group jackknife: the variance is (n - 1) / n times the sum of squared deviations, that is
-    (1/n + n - 2) times their variance.
-    """
-    return interval(differences, len(differences) - 2)

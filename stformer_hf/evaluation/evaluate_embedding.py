@@ -109,7 +109,7 @@ def evaluate_embedding(
 
         `knn_accuracy`: vote of the 15 nearest training cells. `probe_5`, `probe_20`, `probe_50`: accuracy of a
         logistic regression (C = 1, one scale for all dimensions) on so many labelled cells per class, of the held-out
-        cells of classes with at least n + 20 cells (and n in every training fold). `probe_all`,
+        cells of classes with at least n + 20 cells (and n training cells in the fold). `probe_all`,
         `probe_all_macro_f1`: of all training labels; the mean F1 is of the classes held out in the fold.
         `leiden_ari`, `leiden_nmi` (resolution 1), `leiden_ari_best`, `leiden_nmi_best` (best of one grid),
         `silhouette` of the classes: of all cells, or of 10,000 random ones. With `batch_key` also
@@ -163,7 +163,8 @@ def evaluate_embedding(
     with tqdm(total=len(rows) * (2 * len(folds) + 1) + 1, desc="evaluate", unit="fit", disable=None) as bar:
         for row in rows:
             for number, fold in enumerate(folds):
-                add(row.name, fold, _read_labels(row, labels, fold, few, n_draws, [seed, number]))
+                of_fold = {n: classes[number] for n, classes in few.items()}
+                add(row.name, fold, _read_labels(row, labels, fold, of_fold, n_draws, [seed, number]))
                 bar.update()
             for fold in [None, *folds]:
                 here = subset if fold is None else np.intersect1d(subset, fold.train)
@@ -191,7 +192,7 @@ def evaluate_embedding(
         "n_classes": len(names),
         "classes": dict(zip(names.tolist(), sizes.tolist(), strict=True)),
         "majority": float(sizes.max() / sizes.sum()),
-        "classes_of_few_labels": {str(n): classes for n, classes in few.items()},
+        "classes_of_few_labels": {str(n): sorted(set().union(*of_fold)) for n, of_fold in few.items()},
         "n_splits": n_splits,
         "n_repeats": n_repeats,
         "n_draws": n_draws,
@@ -285,7 +286,7 @@ def _choose_cells(labels: np.ndarray, twins: np.ndarray, least: int, notes: list
     rare = sorted(sizes.index[sizes < least])
     if rare:
         shown = ", ".join(rare[:5]) + (", …" if len(rare) > 5 else "")
-        notes.append(f"{len(rare)} classes of fewer than {least} cells are left out: {shown}.")
+        notes.append(f"Classes of fewer than {least} cells are left out ({len(rare)}): {shown}.")
     kept = there & np.isin(labels, sizes.index[sizes >= least])
     n_classes = (sizes >= least).sum()
     if n_classes < 2:
@@ -312,18 +313,21 @@ def _without_unseen(fold: Fold, labels: np.ndarray, notes: list[str]) -> Fold:
     return fold
 
 
-def _few_label_classes(labels: np.ndarray, folds: list[Fold], notes: list[str]) -> dict[int, list[str]]:
-    """Choose the classes that enter each column of few labels, the same for all rows and folds."""
+def _few_label_classes(labels: np.ndarray, folds: list[Fold], notes: list[str]) -> dict[int, list[list[str]]]:
+    """Choose the classes of each fold that enter the columns of few labels: number of labels -> classes per fold."""
     names, sizes = np.unique(labels, return_counts=True)
-    in_training = [[(labels[fold.train] == name).sum() for fold in folds] for name in names]
-    chosen: dict[int, list[str]] = {}
+    chosen: dict[int, list[list[str]]] = {}
     for n in N_LABELS:
-        enough = (sizes >= n + _MORE_CELLS) & (np.min(in_training, axis=1) >= n)
-        tested = names[enough]
-        if len(tested) < 2 or any(not np.isin(labels[fold.test], tested).any() for fold in folds):
-            notes.append(f"No column of {n} labels: {len(tested)} classes have {n + _MORE_CELLS} cells or more.")
+        large = names[sizes >= n + _MORE_CELLS]
+        of_fold = [[name for name in large if (labels[fold.train] == name).sum() >= n] for fold in folds]
+        tested = [np.isin(labels[fold.test], classes).any() for fold, classes in zip(folds, of_fold, strict=True)]
+        if min(map(len, of_fold)) < 2 or not all(tested):
+            notes.append(
+                f"No column of {n} labels: a fold has fewer than two classes of {n + _MORE_CELLS} cells, {n} of them "
+                "for training."
+            )
         else:
-            chosen[n] = tested.tolist()
+            chosen[n] = of_fold
     return chosen
 
 

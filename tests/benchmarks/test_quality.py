@@ -10,7 +10,7 @@ from scipy import sparse, stats
 from benchmarks import quality, quality_data, quality_models
 from benchmarks.quality_baselines import Baselines, LogView, ResidualView, log_normalise
 from benchmarks.quality_data import GROUP, LABEL, few_splits, full_splits, load, simulate
-from benchmarks.quality_statistics import interval, jackknife_interval, scores
+from benchmarks.quality_statistics import interval, scores
 
 BASELINES = ("majority", "lr", "pca50_lr", "trial_k30", "trial_k50")
 
@@ -140,15 +140,6 @@ def test_the_corrected_interval_is_wider_by_the_ratio_of_test_to_training_cells(
     assert (wide_high + wide_low) / 2 == pytest.approx(mean)
     with pytest.raises(ValueError, match="at least two splits, not 1"):
         interval([0.1])
-
-
-def test_the_jackknife_gives_the_standard_error_of_a_mean():
-    # Means of all cells but one: the jackknife's variance is that of the mean, s^2 / n.
-    values = np.random.default_rng(0).normal(size=30)
-    without = [np.delete(values, i).mean() for i in range(30)]
-    _, low, high = jackknife_interval(without)
-    half = stats.t.ppf(0.975, 29) * values.std(ddof=1) / np.sqrt(30)
-    assert (high - low) / 2 == pytest.approx(half)
 
 
 # ---------------------------------------------------------------------- what is fitted
@@ -288,19 +279,23 @@ def test_the_printed_difference_is_that_of_the_same_splits(only_these, tmp_path,
     assert "**0.750 ± 0.212**" in full
 
 
-def test_embeddings_are_scored_by_cells_that_they_were_not_told(cells):
+def test_embeddings_are_scored_by_cells_whose_labels_nothing_learned(cells):
     labels = cells.obs[LABEL].astype(str).to_numpy()
-    split = full_splits(cells)[0]
-    states = np.eye(3)[np.searchsorted(["a", "b", "c"], labels)] + np.random.default_rng(0).normal(0, 0.05, (300, 3))
-    good = quality.score_embedding(states, labels, split)
-    assert good["knn"] == good["probe"] == 1 and good["ari"] > 0.5
-    noise = quality.score_embedding(np.random.default_rng(0).normal(size=(300, 3)), labels, split)
-    assert noise["knn"] < 0.6 and noise["probe"] < 0.6 and abs(noise["ari"]) < 0.1
-    # Labels of test cells reach nothing that is fitted.
+    split, rng = full_splits(cells)[0], np.random.default_rng(0)
+    states = np.eye(3)[np.searchsorted(["a", "b", "c"], labels)] + rng.normal(0, 0.05, (300, 3))
+    clusterings = quality.cluster(states)
+    assert {resolution: len(found) for resolution, found in clusterings.items()} == dict.fromkeys(
+        quality.RESOLUTIONS, 5
+    )
+    good = quality.score_embedding(states, labels, split, clusterings)
+    assert good["knn"] == good["probe"] == good["ari_best"] == 1 and 0.3 < good["ari"] <= 1
+    noise = quality.score_embedding(rng.normal(size=(300, 3)), labels, split, {1.0: [rng.integers(0, 3, 300)]})
+    assert noise["knn"] < 0.6 and noise["probe"] < 0.6 and abs(noise["ari"]) < 0.15
+    # Labels of test cells reach nothing that is fitted; with one label among them, no cluster says more than chance.
     other = labels.copy()
     other[split.test] = "z"
-    poisoned = quality.score_embedding(states, other, split)
-    assert poisoned["knn"] == poisoned["probe"] == 0 and poisoned["ari"] == good["ari"]
+    poisoned = quality.score_embedding(states, other, split, clusterings)
+    assert poisoned["knn"] == poisoned["probe"] == poisoned["ari"] == 0
 
 
 def test_simulated_cells_are_of_the_size_that_is_promised():

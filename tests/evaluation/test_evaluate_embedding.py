@@ -247,6 +247,9 @@ def test_groups_are_held_out_whole_and_classes_without_training_cells_are_not_sc
         assert not set(donors[fold.train]) & set(donors[fold.test])
         assert "type 3" not in adata.obs["type"].iloc[fold.test].tolist()
     assert any("30 held-out cells are of classes that have no training cell (type 3)" in note for note in found.notes)
+    assert found.settings["classes_of_few_labels"]["5"] == [
+        f"type {i}" for i in range(4)
+    ]  # type 3 in two of the folds
     with pytest.raises(ValueError, match="9 groups of cells cannot make 10 folds"):
         evaluate_embedding(adata, ["good"], label_key="type", split_by="donor", n_splits=10)
 
@@ -260,7 +263,7 @@ def test_cells_without_labels_and_rare_classes_are_left_out(cells):
     found = evaluate_embedding(adata, ["good"], label_key="type", baselines=[], n_splits=4)
     assert found.settings["n_cells"] == 170 and "rare" not in found.settings["classes"]
     assert "7 cells without a label are left out." in found.notes
-    assert "1 classes of fewer than 4 cells are left out: rare." in found.notes
+    assert "Classes of fewer than 4 cells are left out (1): rare." in found.notes
     more = evaluate_embedding(adata, ["good"], label_key="type", baselines=[], n_splits=4, min_cells=40)
     assert more.settings["n_classes"] == 2
 
