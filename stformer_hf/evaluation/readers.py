@@ -15,6 +15,7 @@ N_GENES = 2000
 N_COMPONENTS = 50
 N_NEIGHBORS = 15
 _N_BINS = 20  # of genes by their mean
+_MOST_SPANNED = 4000  # cells whose span is computed
 
 
 class GenePca(NamedTuple):
@@ -104,9 +105,40 @@ def fit_scaler(cells: np.ndarray) -> Scaler:
     return Scaler(mean, float(np.sqrt(((cells - mean) ** 2).mean())) or 1.0)
 
 
-def fit_probe(cells: np.ndarray | sparse.csr_array, labels: np.ndarray) -> LogisticRegression:
+class GeneProbe(NamedTuple):
+    """A logistic regression on genes, fitted in the span of its few training cells.
+
+    The penalised weights lie in that span, so that the solution is the one on the genes themselves; fitting takes
+    n_train weights per class instead of n_genes.
+
+    Attributes
+    ----------
+    train : csr_array (n_train, n_genes)
+    basis : float64 array (n_train, rank)
+        `cells @ train.T @ basis` are coordinates in an orthonormal basis of the span.
+    classifier : LogisticRegression
+        On these coordinates.
+    """
+
+    train: sparse.csr_array
+    basis: np.ndarray
+    classifier: LogisticRegression
+
+    def predict(self, cells: sparse.csr_array) -> np.ndarray:
+        """Predict the class of log-normalised cells (n, n_genes): array (n,)."""
+        return self.classifier.predict((cells @ self.train.T).toarray() @ self.basis)
+
+
+def fit_probe(cells: np.ndarray | sparse.csr_array, labels: np.ndarray) -> LogisticRegression | GeneProbe:
     """Fit a logistic regression, C = 1."""
-    return LogisticRegression(max_iter=2000).fit(cells, labels)
+    classifier = LogisticRegression(max_iter=2000)
+    if not sparse.issparse(cells) or cells.shape[0] > min(cells.shape[1], _MOST_SPANNED):
+        return classifier.fit(cells, labels)
+    gram = (cells @ cells.T).toarray()
+    values, vectors = np.linalg.eigh(gram)
+    there = values > values[-1] * 1e-10
+    basis = vectors[:, there] / np.sqrt(values[there])
+    return GeneProbe(cells, basis, classifier.fit(gram @ basis, labels))
 
 
 def fit_knn(cells: np.ndarray, labels: np.ndarray) -> KNeighborsClassifier:
@@ -117,6 +149,7 @@ def fit_knn(cells: np.ndarray, labels: np.ndarray) -> KNeighborsClassifier:
 __all__ = [
     "N_NEIGHBORS",
     "GenePca",
+    "GeneProbe",
     "Scaler",
     "fit_knn",
     "fit_pca",

@@ -194,6 +194,8 @@ class _Rows:
 
 def _numbers(what) -> list[np.ndarray]:
     """All that a fitted object has learnt, as arrays."""
+    if hasattr(what, "classifier"):
+        return [what.train.toarray(), what.basis, *_numbers(what.classifier)]
     if hasattr(what, "coef_"):
         return [what.coef_, what.intercept_]
     if hasattr(what, "_fit_X"):

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from conftest import make_adata
 from scipy import sparse
+from sklearn.linear_model import LogisticRegression
 
 from stformer_hf.evaluation.cell_baselines import log_normalise
-from stformer_hf.evaluation.readers import fit_knn, fit_pca, fit_scaler, variable_genes
+from stformer_hf.evaluation.readers import GeneProbe, fit_knn, fit_pca, fit_probe, fit_scaler, variable_genes
 
 
 @pytest.fixture
@@ -48,6 +49,22 @@ def test_a_scaler_keeps_the_shape_and_not_the_units():
     assert scaled.std(axis=0)[1] / scaled.std(axis=0)[0] == pytest.approx(cells[:, 1].std() / cells[:, 0].std())
     np.testing.assert_allclose(fit_scaler(1000 * cells)(1000 * cells), scaled)
     assert (fit_scaler(np.ones((5, 2)))(np.ones((5, 2))) == 0).all()
+
+
+def test_the_probe_of_genes_is_logistic_regression_on_them(cells):
+    labels = np.array(make_adata(200, 300).obs["cell_type"].astype(str))
+    labels[::7] = "other"
+    train, test = cells[:60], cells[60:]
+    found = fit_probe(train, labels[:60])
+    plain = LogisticRegression(max_iter=2000, tol=1e-8).fit(train, labels[:60])
+    assert isinstance(found, GeneProbe) and found.basis.shape[1] <= 60
+    weights = found.classifier.coef_ @ (found.train.T @ found.basis).T
+    np.testing.assert_allclose(weights, plain.coef_, atol=2e-3)
+    assert np.mean(found.predict(test) == plain.predict(test)) > 0.99
+    assert isinstance(fit_probe(cells[:, :100], labels), LogisticRegression)  # more cells than genes
+    assert (
+        fit_probe(cells[:4] * 0 + train[:4], ["a", "a", "b", "b"]).predict(train[:4]) == ["a", "a", "b", "b"]
+    ).all()
 
 
 def test_fifteen_neighbours_vote():
