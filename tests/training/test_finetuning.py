@@ -199,10 +199,12 @@ def test_numbers_several_labels_and_one_class(labelled, unseen):
     assert model.config.problem_type == "multi_label_classification"
     outputs = predict(model, model.tokenizer, _store_of(unseen))
     assert ((outputs > 0) == unseen.obs[["a", "b"]].to_numpy()[_full(unseen)]).mean() > 0.85
-    one = labelled[labelled.obs["type"] == "T1"].copy()
-    model = finetune(one, "type")
+    store = _store_of(labelled)  # which knows three classes
+    model = finetune(store.select(store.obs["type"] == "T1"), "type")
     sf.annotate(unseen, model)
     assert set(unseen.obs["stformer_label"].dropna()) == {"T1"}
+    with pytest.raises(ValueError, match="one class, 'T1'"):
+        finetune(labelled[labelled.obs["type"] == "T1"].copy(), "type")
 
 
 def _full(adata: AnnData) -> np.ndarray:
