@@ -391,13 +391,7 @@ def _score_epochs(
     scores: list[np.ndarray] = []
 
     def score() -> None:
-        outputs = predict(model, prepared.tokenizer, others)
-        if problem.kind == "single_label_classification":
-            scores.append((outputs.argmax(axis=1) == labels[held_out]).astype(float))
-        elif problem.kind == "multi_label_classification":
-            scores.append(((outputs > 0) == (labels[held_out] > 0.5)).mean(axis=1))
-        else:
-            scores.append(-problem.loss(outputs, labels[held_out]))
+        scores.append(problem.cell_scores(predict(model, prepared.tokenizer, others), labels[held_out]))
 
     class ScoreEpochs(TrainerCallback):
         def on_epoch_end(self, *_, **__) -> None:

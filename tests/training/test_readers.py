@@ -9,7 +9,7 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
 from stformer_hf.training.classifier_start import _principal_scores
-from stformer_hf.training.readers import Problem, choose_readers, inner_folds, log_softmax, rotate_genes
+from stformer_hf.training.readers import PREFERRED, Problem, choose_readers, inner_folds, log_softmax, rotate_genes
 
 CLASSES = "single_label_classification"
 
@@ -62,13 +62,13 @@ def test_folds_keep_groups_together_and_shares_of_classes():
 def test_the_reader_that_knows_is_believed_and_the_other_is_not():
     values, labels = cells(150)
     rng = np.random.default_rng(1)
-    noise = rng.normal(size=(150, 10))
+    noise = 30 * rng.normal(size=(150, 10))
     good, _ = rotate_genes(values)
     problem, folds = Problem(CLASSES, 3), inner_folds(Problem(CLASSES, 3), labels, None, 0)
     choice = choose_readers(problem, labels, folds, lambda t, h, n: (noise[t], noise[h]), good, [10])
     assert choice.weights[1] > choice.weights[0] and choice.score > 0.9
     choice = choose_readers(
-        problem, labels, folds, lambda t, h, n: (good[t], good[h]), rng.normal(size=(150, 30)), [10]
+        problem, labels, folds, lambda t, h, n: (good[t], good[h]), 30 * rng.normal(size=(150, 30)), [10]
     )
     assert choice.weights[0] > choice.weights[1] and choice.score > 0.9
 
@@ -83,7 +83,15 @@ def test_out_of_fold_predictions_do_not_know_the_cell():
     )
     assert (choice.out_of_fold.argmax(1) == labels).mean() < 0.7
     assert Problem(CLASSES, 2).score(Problem(CLASSES, 2).fit(features, labels, 1.0)(features), labels) == 1
-    np.testing.assert_allclose(np.exp(choice.out_of_fold.astype(float)).sum(1), 1, atol=0.05)
+    np.testing.assert_allclose(np.exp(choice.out_of_fold.astype(float)).sum(1), 1, atol=1e-5)
+
+
+def test_the_usual_choice_is_kept_where_nothing_is_clearly_better():
+    values, labels = cells(150)
+    good, _ = rotate_genes(values)
+    folds = inner_folds(Problem(CLASSES, 3), labels, None, 0)
+    choice = choose_readers(Problem(CLASSES, 3), labels, folds, lambda t, h, n: (good[t], good[h]), good, [20, 30, 50])
+    assert {name: getattr(choice, name) for name in PREFERRED} == PREFERRED
 
 
 @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
