@@ -184,7 +184,8 @@ def read_tokens(examples: Any, tokenizer: GeneTokenizer, epoch: int = 0) -> Toke
         counts, same = _flat_column(examples, "cell_counts", np.float32)
         if not np.array_equal(cuts, same):
             raise ValueError(f"{len(counts)} cell_counts for {len(genes)} cell_genes.")
-        return tokens._replace(cells=CountRows(cuts, genes, counts))
+        measured = _measured_column(examples, len(cuts) - 1, len(tokenizer.genes))
+        return tokens._replace(cells=CountRows(cuts, genes, counts), measured=measured)
     if "cell_genes" in tokenizer.model_input_names:
         raise ValueError(
             f"The model reads whole cells, and the examples have no cell_genes and cell_counts; they have "
@@ -205,6 +206,23 @@ def _flat_column(examples: Any, name: str, dtype: type) -> tuple[np.ndarray, np.
     indptr = np.zeros(len(rows) + 1, np.int64)
     np.cumsum([len(row) for row in rows], out=indptr[1:])
     return np.concatenate(rows), indptr
+
+
+def _measured_column(examples: Any, n_cells: int, n_genes: int) -> np.ndarray | None:
+    """Read which genes each cell's file measures: bool array (n_cells, n_genes); None where all do."""
+    name, rows = "measured_genes", None
+    if isinstance(examples, pa.Table):
+        if name in examples.column_names:
+            lists = [row.values for row in examples.column(name)]
+            rows = [None if row is None else row.to_numpy(zero_copy_only=False) for row in lists]
+    else:
+        rows = [example.get(name) for example in examples]
+    if rows is None or all(row is None for row in rows):
+        return None
+    measured = np.ones((n_cells, n_genes), bool)
+    for row, of in zip(measured, rows, strict=True):
+        row[:] = True if of is None else of
+    return measured
 
 
 def labels_a_cell(examples: Any, name: str) -> np.ndarray:
@@ -256,7 +274,7 @@ def take(tokens: TokenizedCells, cells: np.ndarray) -> TokenizedCells:
         nothing,
         None if tokens.expression_values is None else tokens.expression_values[at],
         rows,
-        tokens.measured,
+        tokens.measured if tokens.measured is None or len(tokens.measured) == 1 else tokens.measured[cells],
     )
 
 
@@ -321,7 +339,8 @@ def _measured(tokens: TokenizedCells) -> dict[str, torch.Tensor]:
     """Return which genes the cells' file measures, a row per cell, where it lacks some: bool Tensor (n, n_genes)."""
     if tokens.cells is None or tokens.measured is None:
         return {}
-    return {"measured_genes": torch.from_numpy(np.tile(tokens.measured, (len(tokens.indptr) - 1, 1)))}
+    shape = len(tokens.indptr) - 1, tokens.measured.shape[1]
+    return {"measured_genes": torch.from_numpy(np.broadcast_to(tokens.measured, shape).copy())}
 
 
 def pack(

@@ -25,9 +25,10 @@ from .shards import align, count_type_of, gene_type
 from .sources import Source, checked_blocks, open_source
 
 if TYPE_CHECKING:
+    from ..models.gene_bert.tokenization_gene_bert import TokenizedCells
     from .cell_store import CellStore
 
-_OWN_COLUMNS = {"cell_id", "input_ids", "token_type_ids"}
+_OWN_COLUMNS = {"cell_id", "input_ids", "token_type_ids", "cell_genes", "cell_counts", "measured_genes"}
 _ROWS_PER_BLOCK = 512  # cells read, and tokenized, at once
 
 
@@ -91,7 +92,8 @@ class IterableAnnDataset(IterableDataset):
     dict
         Without a tokenizer as `CellStore.__getitem__`: `genes` (rows of `genes`, ascending; uint16, or uint32 over
         65,536 genes), `counts` (uint32; float32 where fractional), `cell_id`, `obs_name` and the obs values. With
-        one, what the package's collators take: `input_ids` and `token_type_ids` (int64), `cell_id` and the obs
+        one, what the package's collators take: `input_ids` and `token_type_ids` (int64), with `whole_cell` also
+        `cell_genes`, `cell_counts` and, where the files lack genes, `measured_genes`, then `cell_id` and the obs
         values, of categorical columns the codes (-1 where missing). `cell_id` is the number of the cell in the files
         in the order given, so that masks do not depend on who reads the cell.
 
@@ -447,9 +449,19 @@ class IterableAnnDataset(IterableDataset):
             yield {
                 "input_ids": tokens.input_ids[own].copy(),
                 "token_type_ids": tokens.token_type_ids[own].copy(),
+                **_whole_cell(tokens, i),
                 "cell_id": cell_id,
                 **{name: values[i] for name, values in obs.items()},
             }
+
+
+def _whole_cell(tokens: TokenizedCells, cell: int) -> dict[str, np.ndarray]:
+    """Return the counts of a cell of a tokenizer with `whole_cell`, and what its files measure, if not all genes."""
+    if tokens.cells is None:
+        return {}
+    own = slice(*tokens.cells.indptr[cell : cell + 2])
+    counts = {"cell_genes": tokens.cells.columns[own].copy(), "cell_counts": tokens.cells.counts[own].copy()}
+    return counts if tokens.measured is None else {**counts, "measured_genes": tokens.measured[0]}
 
 
 def _read_obs(

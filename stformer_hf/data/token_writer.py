@@ -35,7 +35,8 @@ ROWS_PER_BATCH = 1024  # of an Arrow record batch
 _ROWS_AT_A_TIME = 64  # cells that are tokenized at once: what they need stays in the processor's cache
 ROWS_PER_SHARD = 16_384
 _OF_TOKENS = ("input_ids", "token_type_ids", "expression_values")
-_OWN_COLUMNS = (*_OF_TOKENS, "length", "cell_id")
+_OF_CELLS = ("cell_genes", "cell_counts")
+_OWN_COLUMNS = (*_OF_TOKENS, *_OF_CELLS, "measured_genes", "length", "cell_id")
 _OTHER_FILES = ("lengths.json", "tokenizer", "manifest.json", "dataset_info.json", "state.json", "plan.json")
 
 
@@ -99,10 +100,22 @@ def _features(store: CellStore, tokenizer: Any, obs: Sequence[str]) -> Features:
         "input_ids": List(Value(gene_type(tokenizer.vocab_size))),
         "token_type_ids": List(Value("uint8" if n_types <= 1 << 8 else gene_type(n_types))),
         **({"expression_values": List(Value("float32"))} if tokenizer.values else {}),
+        **(_cell_features(tokenizer) if tokenizer.whole_cell else {}),
         "length": Value("int32"),
         "cell_id": Value("int64"),
     }
     return Features({**features, **{name: store.dataset.features[name] for name in obs}})
+
+
+def _cell_features(tokenizer: Any) -> dict[str, Any]:
+    """Columns of whole cells; `measured_genes` is null where the store measures all of the tokenizer's genes."""
+    from datasets import List, Value
+
+    return {
+        "cell_genes": List(Value(gene_type(len(tokenizer.genes)))),
+        "cell_counts": List(Value("float32")),
+        "measured_genes": List(Value("bool")),
+    }
 
 
 def _plan(
@@ -193,7 +206,9 @@ class TokenShards:
 
     def _tokenized(self, rows: np.ndarray) -> pa.RecordBatch:
         lists = [name for name in self.schema.names if name in _OF_TOKENS]
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in (*lists, "length", "cell_id")}
+        of_cells = [name for name in self.schema.names if name in _OF_CELLS]
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in (*lists, *of_cells, "length", "cell_id")}
+        n_genes, measured = [], None
         for start in range(0, len(rows), _ROWS_AT_A_TIME):
             cells = self.store.__getitems__(rows[start : start + _ROWS_AT_A_TIME])
             tokens = self.tokenizer.encode_cells(cells, epoch=0)
@@ -202,9 +217,19 @@ class TokenShards:
             for name in lists:
                 narrow = self.schema.field(name).type.value_type.to_pandas_dtype()
                 parts[name].append(getattr(tokens, name).astype(narrow))
+            if of_cells:
+                n_genes.append(np.diff(tokens.cells.indptr))
+                measured = tokens.measured  # of the store: the same for all cells
+                for name, values in zip(_OF_CELLS, tokens.cells[1:], strict=True):
+                    parts[name].append(values.astype(self.schema.field(name).type.value_type.to_pandas_dtype()))
         columns: dict[str, Any] = {name: np.concatenate(of) for name, of in parts.items()}
-        offsets = pa.array(np.concatenate([[0], np.cumsum(columns["length"])]).astype(np.int32))
-        columns.update({name: pa.ListArray.from_arrays(offsets, columns[name]) for name in lists})
+        lengths = {"tokens": columns["length"], "cells": np.concatenate(n_genes or [np.empty(0, np.int64)])}
+        offsets = {of: pa.array(np.concatenate([[0], np.cumsum(n)]).astype(np.int32)) for of, n in lengths.items()}
+        for of, names in (("tokens", lists), ("cells", of_cells)):
+            columns.update({name: pa.ListArray.from_arrays(offsets[of], columns[name]) for name in names})
+        if of_cells:
+            own = None if measured is None else measured[0].tolist()
+            columns["measured_genes"] = pa.array([own] * len(rows), self.schema.field("measured_genes").type)
         if self.obs:
             table = self._obs_columns[rows[0] : rows[-1] + 1]
             columns.update({name: table.column(name).combine_chunks() for name in self.obs})

@@ -103,6 +103,9 @@ class CellTrainer(MeasuredTrainer):
                 "torch.nn.DataParallel would cut a packed batch across cells: start one process a GPU with "
                 "accelerate launch, or let one GPU be seen (CUDA_VISIBLE_DEVICES=0)."
             )
+        cuts = [of for of in ("dispatch_batches", "split_batches") if getattr(self.args.accelerator_config, of, None)]
+        if self._is_packed() and cuts:
+            raise ValueError(f"{cuts[0]} would cut a packed batch across cells: leave it out of accelerator_config.")
         if self.args.train_sampling_strategy == "batch_rebalance":
             raise ValueError('train_sampling_strategy="batch_rebalance": give max_tokens_per_batch in its place.')
         label2id = getattr(getattr(self.model, "config", None), "label2id", None) or {}
@@ -277,7 +280,8 @@ class CellTrainer(MeasuredTrainer):
 
     def _prepare_inputs(self, inputs):
         """As in Trainer; counts of cells stay what they are, where DeepSpeed has all numbers in half precision."""
-        counts = {name: inputs[name] for name in ("masked_expression", "observed_expression") if name in inputs}
+        names = ("masked_expression", "observed_expression", "cell_counts")
+        counts = {name: inputs[name] for name in names if name in inputs}
         if not counts:
             return super()._prepare_inputs(inputs)
         others = super()._prepare_inputs({name: value for name, value in inputs.items() if name not in counts})
@@ -515,7 +519,8 @@ def check_tokenizer_fits(model: PreTrainedModel, tokenizer: GeneTokenizer) -> No
     Raises
     ------
     ValueError
-        The sizes, or the genes, bins or phenotypes themselves, differ.
+        The sizes, or the genes, bins or phenotypes themselves, differ; one of the two is for whole cells, and the
+        other is not.
     """
     config = getattr(model, "config", None)
     if getattr(config, "model_type", None) != "gene_bert" or not isinstance(tokenizer, GeneTokenizer):
@@ -526,6 +531,19 @@ def check_tokenizer_fits(model: PreTrainedModel, tokenizer: GeneTokenizer) -> No
             f"The tokenizer does not fit the model: {len(tokenizer)} ids and {tokenizer.type_vocab_size} types, where "
             f"the model has {sizes[0]} and {sizes[1]}. Load both from one checkpoint, or make the model with "
             "GeneBertConfig.from_tokenizer(tokenizer)."
+        )
+    if config.cell_embedding != tokenizer.whole_cell:
+        raise ValueError(
+            "The model reads whole cells (cell_embedding=True), and the tokenizer does not give them: make it with "
+            "whole_cell=True."
+            if config.cell_embedding
+            else "The tokenizer gives whole cells (whole_cell=True), and the model does not read them: make the model "
+            "with GeneBertConfig.from_tokenizer(tokenizer), or the tokenizer without whole_cell."
+        )
+    if config.cell_embedding and config.num_genes != len(tokenizer.genes):
+        raise ValueError(
+            f"The tokenizer does not fit the model: {len(tokenizer.genes)} genes, where the model has "
+            f"{config.num_genes}. Load both from one checkpoint."
         )
     if config.vocabulary_fingerprint not in (None, tokenizer.fingerprint):
         raise ValueError(

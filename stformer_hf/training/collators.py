@@ -160,9 +160,12 @@ class DataCollatorForPhenotypicMLM(CellCollator):
             return self._batch(tokens, (nothing, nothing))
         masked, labels, left_out = self._mask_phenotypes(tokens, cell_ids, self.phenotype_mask_prob)
         measured = self._measured_genes(examples) if is_cell_batch(examples) else None
+        types = tokens.token_type_ids.copy()
         genes, gene_labels = self._mask_genes(tokens, cell_ids, is_cell_batch(examples), measured)
-        # By their types as they are now: a gene swapped in is hidden too, or its absence would tell that it is bin_0.
-        tokens = self._hide(tokens, genes, tokens.token_type_ids[genes] - self.tokenizer.gene_token_type_offset)
+        # A gene that is swapped in is hidden too: its absence would tell that it is bin_0. So is the one whose place
+        # it takes: a gene that counts, and is no token, would tell of the swap.
+        for of in (types, tokens.token_type_ids):
+            tokens = self._hide(tokens, genes, of[genes] - self.tokenizer.gene_token_type_offset)
         labels = np.concatenate([masked, genes]), np.concatenate([labels, gene_labels])
         return self._batch(tokens, labels, left_out)
 

@@ -67,6 +67,7 @@ class GeneBertPreTrainedModel(PreTrainedModel):
     base_model_prefix = "gene_bert"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GeneBertLayer"]
+    _keep_in_fp32_modules_strict = ["statistics"]  # of the genes
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -212,6 +213,13 @@ class GeneBertModel(GeneBertPreTrainedModel):
         hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds, position_ids, expression_values)
         if hasattr(self, "cell_embedding"):
             cells = self.read_cells(cell_genes, cell_counts, cell_indptr, measured_genes)
+            n_cells = shape[0] if cu_seq_lens_q is None else len(cu_seq_lens_q) - 1
+            if len(cells.depth) != n_cells:
+                raise ValueError(
+                    f"The counts are of {len(cells.depth)} cells, and the tokens of {n_cells}. A packed batch needs "
+                    "cell_indptr, and cannot be cut along the first dimension, as torch.nn.DataParallel, "
+                    "dispatch_batches and split_batches do: pad it."
+                )
             hidden_states = put_first(hidden_states, self.cell_embedding(cells), attention_mask, cu_seq_lens_q)
         elif cell_genes is not None:
             raise ValueError("The model does not read whole cells: make it with cell_embedding=True.")

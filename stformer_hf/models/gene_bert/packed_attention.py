@@ -52,7 +52,10 @@ def check_packing(shape: torch.Size, attention_mask, cu_seq_lens: torch.Tensor |
     if attention_mask is not None:
         raise ValueError("A packed batch has no padding, and no attention_mask.")
     if cu_seq_lens.device.type == "cpu" and not torch.compiler.is_compiling() and int(cu_seq_lens[-1]) != shape[1]:
-        raise ValueError(f"cu_seq_lens_q ends at {int(cu_seq_lens[-1])}, and there are {shape[1]} tokens.")
+        raise ValueError(
+            f"cu_seq_lens_q ends at {int(cu_seq_lens[-1])}, and there are {shape[1]} tokens. A packed batch cannot be "
+            "cut along the first dimension, as torch.nn.DataParallel, dispatch_batches and split_batches do: pad it."
+        )
 
 
 def packing_of(cu_seq_lens: torch.Tensor, kwargs: Mapping) -> dict:

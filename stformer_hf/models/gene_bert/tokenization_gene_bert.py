@@ -71,8 +71,8 @@ class TokenizedCells(NamedTuple):
     cells : CountRows, optional
         With `whole_cell=True`: the counts of all known genes of the n cells, those that truncation cut included;
         none of them 0, and -1 for a gene that is hidden from the model (see `hide`).
-    measured : bool array (n_genes,), optional
-        Which of the tokenizer's genes the input has; None for all.
+    measured : bool array (1 or n, n_genes), optional
+        With `whole_cell=True`: which of the tokenizer's genes the input of the cells, or of each, has; None for all.
     """
 
     input_ids: np.ndarray
@@ -700,7 +700,10 @@ class GeneTokenizer(PreTrainedTokenizer):
         first = encoded_inputs if hasattr(encoded_inputs, "keys") else next(iter(encoded_inputs), {})
         found = [name for name in ("expression_values", "cell_counts") if name in first]
         if found:
-            raise ValueError(f"Cells with {found[0]} are padded and masked by the collators of stformer_hf.")
+            raise ValueError(
+                f"Cells with {found[0]} are padded and masked by DataCollatorForPhenotypicMLM and the other collators "
+                "of stformer_hf."
+            )
         return super().pad(encoded_inputs, *args, **kwargs)
 
     # ------------------------------------------------------------------ masks
@@ -787,8 +790,9 @@ class GeneTokenizer(PreTrainedTokenizer):
         Returns
         -------
         BatchEncoding
-            `input_ids`, `token_type_ids` (and `attention_mask`, `expression_values`), those of them that are in
-            `model_input_names`: one list a cell, in the order of the cells.
+            `input_ids`, `token_type_ids` (and `attention_mask`, `expression_values`, `cell_genes`, `cell_counts`),
+            those of them that are in `model_input_names`: one list per cell, in the order of the cells. With
+            `whole_cell`, `measured_genes` (n, n_genes) as well, where the input lacks some of the tokenizer's genes.
 
         Raises
         ------
@@ -807,7 +811,7 @@ class GeneTokenizer(PreTrainedTokenizer):
             columns["attention_mask"] = (np.ones(len(tokens.input_ids), np.int64), 0)
         more = {}
         if of_cells and tokens.measured is not None:
-            more["measured_genes"] = np.tile(tokens.measured, (len(lengths), 1))
+            more["measured_genes"] = np.repeat(tokens.measured, len(lengths), axis=0)
 
         if padding in (False, "do_not_pad"):
             if return_tensors is None:
@@ -916,12 +920,12 @@ class GeneTokenizer(PreTrainedTokenizer):
         return CountRows(indptr, genes.astype(np.int64), counts.astype(np.float32))
 
     def _measured(self, names: tuple, column_genes: np.ndarray | None) -> np.ndarray | None:
-        """Tell which genes are among the columns: bool array (n_genes,); None for all."""
-        measured = np.zeros(len(self.genes), bool)
+        """Tell which genes are among the columns: bool array (1, n_genes); None for all."""
+        measured = np.zeros((1, len(self.genes)), bool)
         if column_genes is None:
-            measured[: len(names[0])] = True
+            measured[:, : len(names[0])] = True
         else:
-            measured[column_genes[column_genes >= 0]] = True
+            measured[:, column_genes[column_genes >= 0]] = True
         return None if measured.all() else measured
 
     def tokenize_store(self, store, path: str | os.PathLike, **kwargs) -> Any:

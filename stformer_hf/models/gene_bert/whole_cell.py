@@ -22,8 +22,6 @@ class CellValues(NamedTuple):
     ----------
     genes : LongTensor (E,)
         Gene of each entry; entries of padding have gene 0.
-    known : bool Tensor (E,)
-        Entries of genes that the training cells had and the cell's file measures; others count for nothing.
     offsets : LongTensor (n,)
         Where the entries of each cell begin.
     hidden : bool Tensor (E,)
@@ -32,20 +30,21 @@ class CellValues(NamedTuple):
         Which genes the cells' files measure; None for all.
     log_values : float32 Tensor (E,)
         ln(1 + 10,000 count / depth), 0 for hidden genes and padding.
-    counts, depths : float32 Tensor (E,)
-        Count of each entry, 0 for hidden genes and padding, and the depth of its cell.
+    counts : float32 Tensor (E,)
+        Count of each entry, 0 for hidden genes and padding.
+    mu : float32 Tensor (E,)
+        Count to expect, depth * share; 0 for genes that the training cells lacked or the cell's file does not measure.
     depth : float32 Tensor (n,)
         Depth of each cell.
     """
 
     genes: torch.Tensor
-    known: torch.Tensor
     offsets: torch.Tensor
     hidden: torch.Tensor
     measured: torch.Tensor | None
     log_values: torch.Tensor
     counts: torch.Tensor
-    depths: torch.Tensor
+    mu: torch.Tensor
     depth: torch.Tensor
 
 
@@ -70,6 +69,16 @@ class GeneStatistics(nn.Module):
         self.register_buffer("shares", torch.full((config.num_genes,), 1 / config.num_genes))
         self.register_buffer("means", torch.zeros(2, config.num_genes))
         self.register_buffer("n_cells", torch.tensor(torch.inf))
+
+    def _apply(self, fn, recurse: bool = True) -> "GeneStatistics":
+        """As in any module, but the numbers stay float32: in half precision rare genes would have a share of 0."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            now = getattr(self, name)
+            if now.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(now.device))
+        return self
 
     def measured(self, cells: "CellValues") -> torch.Tensor:
         """Tell which genes count in cells: bool Tensor (n or 1, n_genes)."""
@@ -100,24 +109,34 @@ class GeneStatistics(nn.Module):
         Returns
         -------
         CellValues
+
+        Raises
+        ------
+        ValueError
+            On a CPU: `cell_indptr` does not end where the entries do.
         """
-        genes, shares = cell_genes.reshape(-1), self.shares.float()
+        genes, shares = cell_genes.reshape(-1), self.shares
         at = torch.arange(len(genes), device=genes.device)
         if cell_indptr is None:
             n_cells, length = cell_genes.shape
             offsets = torch.arange(n_cells, device=genes.device) * length
             cells = at.div(max(length, 1), rounding_mode="floor")
         else:
+            if genes.device.type == "cpu" and not torch.compiler.is_compiling() and int(cell_indptr[-1]) != len(genes):
+                raise ValueError(
+                    f"cell_indptr ends at {int(cell_indptr[-1])}, and there are {len(genes)} counts. A packed batch "
+                    "cannot be cut along the first dimension: pad it."
+                )
             offsets, n_cells = cell_indptr[:-1].long(), len(cell_indptr) - 1
             cells = torch.searchsorted(cell_indptr[1:].long().contiguous(), at, right=True)
-        known = shares[genes] > 0
+        shares_of = shares[genes]
         if measured_genes is not None:
             measured_genes = measured_genes.to(genes.device)
-            known &= measured_genes.expand(n_cells, -1)[cells, genes]
-        counts = cell_counts.reshape(-1).float()
+            shares_of = shares_of * measured_genes.expand(n_cells, -1)[cells, genes]
+        counts, known = cell_counts.reshape(-1).float(), shares_of > 0
         hidden = (counts < 0) & known
         counts = counts.clamp(min=0) * known
-        totals = torch.stack([counts, shares[genes] * hidden], dim=1)
+        totals = torch.stack([counts, shares_of * hidden], dim=1)
         if cell_indptr is None:
             total, lost = totals.view(n_cells, length, 2).sum(1).unbind(1)
         else:
@@ -126,8 +145,9 @@ class GeneStatistics(nn.Module):
             present = shares.sum() if measured_genes is None else measured_genes.float() @ shares
         # A cell that shows nothing has no depth; 1 keeps the divisions below finite, and its values are 0.
         depth = torch.where(total > 0, total / (present - lost).clamp(min=1e-6), torch.ones_like(total))
-        log_values = torch.log1p(counts / depth[cells] * _TARGET_SUM)
-        return CellValues(genes, known, offsets, hidden, measured_genes, log_values, counts, depth[cells], depth)
+        depths = depth[cells]
+        log_values = torch.log1p(counts / depths * _TARGET_SUM)
+        return CellValues(genes, offsets, hidden, measured_genes, log_values, counts, depths * shares_of, depth)
 
 
 class CellEmbedding(nn.Module):
@@ -167,25 +187,26 @@ class CellEmbedding(nn.Module):
     def _sum(self, cells: CellValues) -> torch.Tensor:
         statistics = self.statistics
         with torch.no_grad():
-            shares, means = statistics.shares.float(), statistics.means.float()
-            measured = statistics.measured(cells)
-            bound = statistics.n_cells.float().sqrt()
+            means, measured = statistics.means, statistics.measured(cells)
+            bound = statistics.n_cells.sqrt()
             of_entries = means[:, cells.genes]
             log_weights = torch.where(cells.hidden, of_entries[0], cells.log_values)
-            mu = cells.depths * shares[cells.genes]
-            spread = (mu + mu * mu / OVERDISPERSION).sqrt().clamp(min=1e-12)
-            of_zero = (-mu / spread).clamp(min=-bound)
-            residuals = ((cells.counts - mu) / spread).clamp(-bound, bound)
-            # In place of what the sum over all genes below holds of this one.
-            changes = torch.where(cells.hidden, of_entries[1] - of_zero, residuals - of_zero) * cells.known
-            mu = cells.depth[:, None] * shares
-            of_zeros = (-mu / (mu + mu * mu / OVERDISPERSION).sqrt().clamp(min=1e-12)).clamp(min=-bound)
-            of_zeros = (of_zeros - means[1]) * measured
-            shift = means[0] * measured
+            # -r(0), and r(x) = (x / mu - 1) * -r(0); both are 0 where mu is.
+            below = torch.rsqrt(1 / cells.mu + 1 / OVERDISPERSION)
+            residuals = (cells.counts / cells.mu.clamp(min=1e-30) - 1) * below
+            residuals = torch.where(cells.hidden, of_entries[1], residuals.clamp(-bound, bound))
+            # In place of what the sum over all genes, expressed or not, holds of this one.
+            changes = residuals + below.clamp(max=bound)
+            below = torch.outer(1 / cells.depth, 1 / statistics.shares)
+            below = below.add_(1 / OVERDISPERSION).rsqrt_().clamp_(max=bound)
+            if cells.measured is not None:
+                below = below * cells.measured
         weight = self.genes.weight.float()
         first, second = weight.chunk(2, dim=-1)
-        sums = sum_by_cell(weight, cells, torch.stack([log_weights, changes]))
-        return sums + torch.stack([(-shift @ first).expand(len(cells.depth), -1), of_zeros @ second], dim=1)
+        of_logs, of_residuals = sum_by_cell(weight, cells, torch.stack([log_weights, changes])).unbind(1)
+        of_logs = of_logs - (means[0] * measured) @ first
+        of_residuals = of_residuals - (means[1] * measured) @ second - below @ second
+        return torch.stack([of_logs, of_residuals], dim=1)
 
 
 def sum_by_cell(weight: torch.Tensor, cells: CellValues, factors: torch.Tensor) -> torch.Tensor:
@@ -235,7 +256,7 @@ class WideHead(nn.Module):
     def forward(self, cells: CellValues, statistics: GeneStatistics) -> torch.Tensor:
         """Map cells to float32 logits (n, num_labels)."""
         with torch.autocast(cells.genes.device.type, enabled=False):
-            means, weight = statistics.means[0].float(), self.genes.weight.float()
+            means, weight = statistics.means[0], self.genes.weight.float()
             values = torch.where(cells.hidden, means[cells.genes], cells.log_values)
             sums = sum_by_cell(weight, cells, values[None]).squeeze(1)
             return sums - (means * statistics.measured(cells)) @ weight + self.bias.float()
