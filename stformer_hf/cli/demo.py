@@ -160,6 +160,7 @@ def run(args: DemoArguments) -> dict[str, dict[str, float]]:
             table=table,
             best=max(table, key=lambda name: (table[name]["accuracy"], table[name]["macro_f1"])),
             chosen=chosen,
+            notes=_notes(table, chosen, classifiers),
             per_class=[{"name": name, **row} for name, row in per_class.to_dict("index").items()],
             pictures=pictures,
             few=_summarise(few),
@@ -466,6 +467,13 @@ def _draw(
         )
     torch.set_num_threads(n_threads)  # umap sets torch's to one
     return pictures
+
+
+def _notes(table: dict[str, Any], chosen: str, classifiers: Classifiers) -> dict[str, str]:
+    """Say of each row of the table what its name does not."""
+    own = {name: "its own choice" if name == chosen else "not its choice" for name in (START, TRAINED)}
+    own[TRAINED] = f"{classifiers.epochs:g} epochs, {own[TRAINED]}"
+    return {name: own.get(name, "") for name in table}
 
 
 def _write_report(folder: Path, *, pictures: dict[str, Path], **facts) -> Path:

@@ -218,7 +218,7 @@ def umaps(
         for cells, edge in ((order[~edged[order]], "none"), (order[edged[order]], "black")):
             panel.scatter(*places[cells].T, c=colours[cells], s=size, linewidths=0.7, edgecolors=edge, rasterized=True)
         panel.set(xticks=[], yticks=[], title=name)
-        panel.spines[:].set_visible(False)
+        panel.spines[:].set_color("lightgray")  # or a far cluster seems to be of the next panel
     if isinstance(legend, list):
         if edged.any():
             legend.append(
