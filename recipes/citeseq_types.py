@@ -1,11 +1,12 @@
-"""Fine-tune on cell types that antibodies tell, not RNA: five folds, pretrained and from a random start.
+"""Fine-tune on cell types that antibodies tell, not RNA: five folds, a new model and a pretrained one.
 
 python recipes/citeseq_types.py --data 1K_pbmc_citeseq.h5 --model pretrained --output citeseq
 
 Types are gated on the ten antibodies of 10x Genomics' 1k PBMC CITE-seq file, by ln(1 + count), at the valleys of their
 histograms; the model, and logistic regression beside it, see the counts of genes only. Each fold is a run of
-`stformer-hf finetune` with recipes/finetune_cell_type.yaml, without choosing among epochs by the test cells; further
-flags go to it. The random start has the same tokenizer and sizes. Prints the figures and writes OUTPUT/folds.csv.
+`stformer-hf finetune` with recipes/finetune_cell_type.yaml; nothing is chosen by the test cells; further flags go to
+it. The new model begins at the principal components of the fold's training cells, the pretrained one (whole cells or
+not) at what it has learned from other cells. Prints the figures and writes OUTPUT/folds.csv.
 """
 
 from __future__ import annotations
@@ -15,14 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
 from sklearn.model_selection import StratifiedKFold
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from stformer_hf import CellStore
 from stformer_hf.cli import finetune
 from stformer_hf.cli.arguments import parse
+from stformer_hf.training.defaults import FINETUNING
 
 RECIPE = Path(__file__).with_name("finetune_cell_type.yaml")
 # A cell has a marker if ln(1 + count) of its antibody is above this.
@@ -34,7 +34,7 @@ GATES = {
     "CD8 T": ("CD3", "CD8", "not CD4", "not CD14", "not CD19"),
     "NK": ("CD16 or CD56", "not CD3", "not CD14", "not CD19"),
 }
-WITHOUT_CHOICE = "--eval_strategy no --save_strategy no --load_best_model_at_end false".split()
+EVALUATE_ONCE = "--eval_strategy no --save_strategy no".split()
 FIGURES = ("eval_accuracy", "eval_macro_f1", "eval_logistic_regression_accuracy", "eval_logistic_regression_macro_f1")
 
 
@@ -68,42 +68,34 @@ def labelled_cells(data: str, folder: Path) -> AnnData:
 
 
 def run(data: str, model: str, output: Path, flags: list[str], folds: int, seed: int) -> pd.DataFrame:
-    """Run all folds; returns their figures, a row a fold and start."""
+    """Run all folds; returns their figures, one row per fold and start."""
     output.mkdir(parents=True, exist_ok=True)
     cells = labelled_cells(data, output)
     print(
         f"{cells.n_obs} cells: "
         + ", ".join(f"{n} {name}" for name, n in cells.obs["cell_type"].value_counts().items())
     )
-    rows, starts = [], {"random": str(_random_start(model, output / "random", seed)), "pretrained": model}
+    rows, starts = [], {"new": [], "pretrained": ["--model", model]}
     split = StratifiedKFold(folds, shuffle=True, random_state=seed).split(cells.X, cells.obs["cell_type"])
     for fold, (train, test) in enumerate(split):
         files = {}
         for name, part in (("train", train), ("test", test)):
             files[name] = str(output / f"{name}-{fold}.h5ad")
             cells[part].write_h5ad(files[name])
-        for start, checkpoint in starts.items():
+        for start, checkpoint in starts.items():  # flags
             argv = ["--config", str(RECIPE), "--data", files["train"], "--eval_data", files["test"], "--overwrite"]
-            argv += ["--model", checkpoint, "--output", str(output / f"{start}-{fold}"), *WITHOUT_CHOICE]
+            argv += [*checkpoint, "--output", str(output / f"{start}-{fold}"), *EVALUATE_ONCE]
             args, training = parse(
                 [*argv, *flags],
                 finetune.FinetuneArguments,
                 verb="finetune",
                 description=__doc__,
-                training=finetune.TRAINING_DEFAULTS,
+                training=FINETUNING,
             )
             figures = finetune.run(args, training)
             rows.append({"start": start, "fold": fold, **{name: figures[name] for name in FIGURES}})
             print(pd.DataFrame(rows[-1:]).to_string(index=False, header=len(rows) == 1), flush=True)
     return pd.DataFrame(rows)
-
-
-def _random_start(model: str, folder: Path, seed: int) -> Path:
-    """Save a model like another one, with new weights."""
-    torch.manual_seed(seed)
-    AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(model)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
-    return folder
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""Cells in, a pretrained and fine-tuned GeneBert, embeddings, plots and a report out.
+"""Cells in; a pretrained model, a classifier, embeddings, plots and a report out.
 
 stformer-hf demo --output demo_output
 
 700 labelled cells of human blood, which the scanpy package ships, go through the verbs of this program: build,
-pretrain, finetune, annotate, embed. No network is used.
+pretrain, finetune, annotate, embed. Each figure stands beside those of simple baselines. No network is used.
 """
 
 from __future__ import annotations
@@ -20,32 +20,41 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .arguments import parse
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from anndata import AnnData
+
+    from ..data.cell_store import CellStore
+    from ..evaluation.readers import GenePca
 
 LABEL = "bulk_labels"
 HELD_OUT = 0.25
 # Most counts of this data are 0 to 8; each bin is about twice as wide as the last.
-BIN_EDGES = [0.5, 1.5, 2.5, 4.5, 8.5]
-# Leaving out half of a cell's genes, other ones in each epoch, makes many cells of few, and steps cheap.
-PRETRAINING = {"bin_edges": BIN_EDGES, "mlm_probability": 0.5, "gene_dropout": 0.5}
-FINETUNING = {"pooling": "mean", "gene_dropout": 0.5}
+PRETRAINING = {"bin_edges": [0.5, 1.5, 2.5, 4.5, 8.5], "max_length": 128, "mlm_probability": 0.3, "baselines": True}
 PRETRAINING_STEPS = {
-    "max_steps": 350,
+    "max_steps": 150,
     "learning_rate": 2e-3,
-    "per_device_train_batch_size": 8,
+    "per_device_train_batch_size": 16,
     "eval_strategy": "steps",
-    "eval_steps": 70,
+    "eval_steps": 30,
 }
-STEPS = {"save_strategy": "no", "logging_steps": 20}  # of both
-FINETUNING_STEPS = {"num_train_epochs": 6, "learning_rate": 1e-3, "per_device_train_batch_size": 8}
+STEPS = {"save_strategy": "no", "eval_on_start": True, "logging_steps": 10}  # of both
+EPOCHS = 6  # of the fine-tuning that is shown where the classifier chose none
+N_LABELS = (5, 10, 20)
+N_DRAWS = 5
 
-MODELS = ("pretrained", "classifier", "classifier_from_scratch")
+MAJORITY, GENES, PCA = "majority class", "logistic regression on genes", "PCA50 + logistic regression"
+START, TRAINED = "GeneBert, start", "GeneBert, fine-tuned"
+MODELS = ("pretrained", "classifier", "classifier_start", "classifier_trained")
 MADE = (
     *("demo.json", "train.h5ad", "held_out.h5ad", "cells.h5ad", "store", "plots", "report.html", *MODELS),
     *(f"held_out_by_{name}.h5ad" for name in MODELS),
-    *(f"cells_embedded_by_{name}.h5ad" for name in MODELS),
+    "cells_embedded_by_pretrained.h5ad",
 )
 
 
@@ -54,8 +63,35 @@ class DemoArguments:
     """Flags of `demo`."""
 
     output: str = field(default="demo_output", metadata={"help": "folder for all that the demo makes"})
-    seed: int = field(default=0, metadata={"help": "of the split, the weights, the masks and the UMAP"})
+    seed: int = field(
+        default=0, metadata={"help": "of the split, the weights, the masks, the draws of labels and the UMAP"}
+    )
     overwrite: bool = field(default=False, metadata={"help": "replace the folder of an earlier demo"})
+
+
+class Classifiers(NamedTuple):
+    """The two classifiers of the demo.
+
+    Attributes
+    ----------
+    start, trained : str
+        Their folders: at linear readers, and trained from there.
+    chosen : str
+        The one of both that the classifier chose by its inner cross-validation; its folder is "classifier".
+    epochs : float
+        Of the trained one.
+    facts : dict
+        How it was chosen: `fine_tuning.json`.
+    figures : dict of str to float
+        Of the run that made the chosen one.
+    """
+
+    start: str
+    trained: str
+    chosen: str
+    epochs: float
+    facts: dict[str, Any]
+    figures: dict[str, float]
 
 
 def main(argv: list[str]) -> None:
@@ -65,7 +101,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(args: DemoArguments) -> dict[str, dict[str, float]]:
-    """Run the demo; returns the figures of its table: name of a classifier -> accuracy and macro F1."""
+    """Run the demo; returns its table: name of a classifier -> accuracy and macro F1, with their intervals."""
     began = time.monotonic()
     try:
         import matplotlib
@@ -92,29 +128,48 @@ def run(args: DemoArguments) -> dict[str, dict[str, float]]:
 
         store = build.run(build.BuildArguments([str(folder / "train.h5ad")], str(folder / "store"), obs=[LABEL]))
         print(store)
-    with _step(3, "pretrain: predict masked genes"):
+    with _step(3, "pretrain: from principal components of the training cells, predict masked genes"):
         pretraining = _pretrain(folder, args.seed)
-    with _step(4, "finetune: from the pretrained model"):
-        fine_tuning = _finetune(folder, args.seed, "classifier", str(folder / "pretrained"))
-    with _step(5, "finetune: the same without pretraining"):
-        _finetune(folder, args.seed, "classifier_from_scratch", None)
+    with _step(4, "finetune: from linear readers of the cells, further where that helps"):
+        classifiers = _finetune(folder, args.seed)
+        print(f"inner accuracy of the start {classifiers.facts['inner_score_of_the_start']:.3f}")
+        print(f"fine-tuning: {classifiers.facts['fine_tuning']}")
+    with _step(5, f"few labels: {', '.join(map(str, N_LABELS))} cells per class"):
+        from ..evaluation.cell_baselines import log_normalise
+        from ..evaluation.readers import fit_pca
+
+        pca = fit_pca(log_normalise(train.X), args.seed)
+        few = few_labels(store, train, held_out, pca, args.seed)
+        print(few.groupby(["n_labels", "classifier"], sort=False)["accuracy"].mean().unstack(0).round(3).to_string())
     with _step(6, "annotate the held-out cells, and compare with simple baselines"):
-        predictions = _predict(folder, train, held_out)
-        table = _score(held_out, predictions)
+        predictions = _predict(folder, train, held_out, pca, classifiers)
+        table = score(held_out, predictions, args.seed)
         for name, row in table.items():
-            print(f"{name:<46} accuracy {row['accuracy']:.3f}  macro F1 {row['macro_f1']:.3f}")
+            print(f"{name:<30} accuracy {row['accuracy']:.3f}  macro F1 {row['macro_f1']:.3f}")
     with _step(7, "embed all cells, and draw"):
-        pictures = _draw(folder, cells, held_out, predictions["GeneBert, pretrained and fine-tuned"], args.seed)
+        order = _order_classes(train, pca)
+        chosen = START if classifiers.chosen == classifiers.start else TRAINED
+        pictures = _draw(folder, cells, held_out, pca, predictions[chosen], order, few, classifiers, pretraining, args)
     with _step(8, "report"):
+        from ..evaluation.classifier_scores import score_classes
+
+        true = held_out.obs[LABEL].astype(str)
+        per_class = score_classes(true, predictions[chosen], order, seed=args.seed).drop(columns="precision")
         report = _write_report(
             folder,
             table=table,
+            best=max(table, key=lambda name: (table[name]["accuracy"], table[name]["macro_f1"])),
+            chosen=chosen,
+            notes=_notes(table, chosen, classifiers),
+            per_class=[{"name": name, **row} for name, row in per_class.to_dict("index").items()],
             pictures=pictures,
+            few=_summarise(few),
+            few_classes=few.attrs["classes"],
             n_train=len(train),
             n_held_out=len(held_out),
-            n_rarest=int(held_out.obs[LABEL].value_counts().min()),
             seed=args.seed,
-            figures={"pretraining": pretraining, "fine-tuning": fine_tuning},
+            classifiers=classifiers,
+            figures={"pretraining": pretraining, "classifier": classifiers.figures},
             seconds=time.monotonic() - began,
         )
     print(f"\nDone in {time.monotonic() - began:.0f} s. Open {report}")
@@ -200,91 +255,225 @@ def _pretrain(folder: Path, seed: int) -> dict[str, float]:
     return pretrain.run(args, {**pretrain.TRAINING_DEFAULTS, **PRETRAINING_STEPS, **STEPS, "seed": seed})
 
 
-def _finetune(folder: Path, seed: int, name: str, model: str | None) -> dict[str, float]:
+def _finetune(folder: Path, seed: int) -> Classifiers:
+    """Make the classifier as it chooses itself, and beside it the other of start and fine-tuned."""
+    from ..training.defaults import FINETUNING
     from . import finetune
 
-    args = finetune.FinetuneArguments(
-        data=[str(folder / "store")],
-        label=LABEL,
-        output=str(folder / name),
-        model=model,
-        held_out=0.0,
-        **FINETUNING,
-        **({} if model else {"bin_edges": BIN_EDGES}),
-    )
-    return finetune.run(args, {**finetune.TRAINING_DEFAULTS, **FINETUNING_STEPS, **STEPS, "seed": seed})
+    def make(name: str, **epochs) -> dict[str, float]:
+        # Held-out cells are evaluated for the curves; nothing is chosen, or stopped, by them.
+        args = finetune.FinetuneArguments(
+            data=[str(folder / "train.h5ad")],
+            eval_data=[str(folder / "held_out.h5ad")],
+            label=LABEL,
+            output=str(folder / name),
+            model=str(folder / "pretrained"),
+        )
+        return finetune.run(args, {**FINETUNING, **STEPS, **epochs, "seed": seed})
+
+    figures = make("classifier")
+    facts = json.loads((folder / "classifier" / "fine_tuning.json").read_text())
+    chosen = facts["num_train_epochs"]
+    if chosen:
+        make("classifier_start", num_train_epochs=0)
+        return Classifiers("classifier_start", "classifier", "classifier", chosen, facts, figures)
+    make("classifier_trained", num_train_epochs=EPOCHS)
+    return Classifiers("classifier", "classifier_trained", "classifier", EPOCHS, facts, figures)
 
 
-def _predict(folder: Path, train, held_out) -> dict[str, Any]:
+def few_labels(store: CellStore, train: AnnData, held_out: AnnData, pca: GenePca, seed: int) -> pd.DataFrame:
+    """Label held-out cells by classifiers of a few labelled training cells, the same cells for all of them.
+
+    The other training cells have no labels here: the components of the PCA, and those that the model starts at, are of
+    all of them.
+
+    Parameters
+    ----------
+    store : CellStore
+        The training cells, in the order of `train`.
+    train, held_out : AnnData
+    pca : GenePca
+        Of the training cells.
+    seed : int
+
+    Returns
+    -------
+    DataFrame
+        `n_labels`, `draw`, `classifier`, `accuracy`; `attrs["classes"]` are those with enough training cells for every
+        number of labels. Cells of other classes are left out.
+    """
+    import numpy as np
+    import pandas as pd
+    import torch
+
+    from ..evaluation.cell_baselines import log_normalise, predict_logistic_regression
+    from ..evaluation.readers import fit_probe
+    from ..evaluation.splits import draw_labelled
+    from ..inference.annotate import annotate
+    from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
+    from ..models.gene_bert.modeling_gene_bert import GeneBertModel
+    from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+    from ..training.defaults import MAX_LENGTH
+    from ..training.finetuning import finetune
+    from ..training.spectral_start import initialise_from_store
+
+    torch.manual_seed(seed)
+    tokenizer = GeneTokenizer.from_store(store, whole_cell=True, max_length=MAX_LENGTH)
+    model = GeneBertModel(GeneBertConfig.from_tokenizer(tokenizer, size="tiny"))
+    initialise_from_store(model, tokenizer, store)
+
+    labels = train.obs[LABEL].astype(str).to_numpy()
+    sizes = train.obs[LABEL].value_counts()
+    classes = sorted(sizes.index[sizes >= max(N_LABELS)])
+    test = held_out[held_out.obs[LABEL].isin(classes)].copy()
+    true, components = test.obs[LABEL].astype(str).to_numpy(), pca(log_normalise(train.X))
+    test_components = pca(log_normalise(test.X))
+    rows = []
+    for n in N_LABELS:
+        for draw in range(N_DRAWS):
+            drawn = np.sort(
+                draw_labelled(labels, np.arange(len(labels)), classes, n, np.random.default_rng([seed, n, draw]))
+            )
+            classifier = finetune(
+                store.select(drawn), LABEL, model=model, tokenizer=tokenizer, num_train_epochs=0, seed=seed
+            )
+            annotate(test, classifier, tokenizer=classifier.tokenizer)
+            found = {
+                START: test.obs["stformer_label"].astype(str).to_numpy(),
+                GENES: predict_logistic_regression(train.X[drawn], labels[drawn], test.X),
+                PCA: fit_probe(components[drawn], labels[drawn]).predict(test_components),
+            }
+            rows += [
+                {"n_labels": n, "draw": draw, "classifier": name, "accuracy": float(np.mean(of == true))}
+                for name, of in found.items()
+            ]
+    points = pd.DataFrame(rows)
+    points.attrs["classes"] = classes
+    return points
+
+
+def _summarise(few: pd.DataFrame) -> dict[str, dict[int, tuple[float, float]]]:
+    """Mean and standard deviation over draws: classifier -> number of labels -> both."""
+    grouped = few.groupby(["classifier", "n_labels"], sort=False)["accuracy"]
+    found: dict[str, dict[int, tuple[float, float]]] = {}
+    for (name, n), values in grouped:
+        found.setdefault(name, {})[int(n)] = (float(values.mean()), float(values.std(ddof=1)))
+    return found
+
+
+def _predict(
+    folder: Path, train: AnnData, held_out: AnnData, pca: GenePca, classifiers: Classifiers
+) -> dict[str, np.ndarray]:
     """Label the held-out cells by each classifier."""
-    from ..evaluation.cell_baselines import predict_logistic_regression, predict_majority
+    from ..evaluation.cell_baselines import log_normalise, predict_logistic_regression, predict_majority
+    from ..evaluation.readers import fit_probe
     from . import annotate
 
     labels = train.obs[LABEL].astype(str)
+    probe = fit_probe(pca(log_normalise(train.X)), labels)
     predictions = {
-        "majority class": predict_majority(labels, len(held_out)),
-        "logistic regression on log-normalised counts": predict_logistic_regression(train.X, labels, held_out.X),
+        MAJORITY: predict_majority(labels, len(held_out)),
+        GENES: predict_logistic_regression(train.X, labels, held_out.X),
+        PCA: probe.predict(pca(log_normalise(held_out.X))),
     }
-    for name, model in (
-        ("GeneBert, pretrained and fine-tuned", "classifier"),
-        ("GeneBert, fine-tuned without pretraining", "classifier_from_scratch"),
-    ):
+    for name, model in ((START, classifiers.start), (TRAINED, classifiers.trained)):
         output = folder / f"held_out_by_{model}.h5ad"
         args = annotate.AnnotateArguments(str(folder / "held_out.h5ad"), str(folder / model), str(output))
         predictions[name] = annotate.run(args).obs["stformer_label"].astype(str).to_numpy()
     return predictions
 
 
-def _score(held_out, predictions: dict[str, Any]) -> dict[str, dict[str, float]]:
-    from ..evaluation.metrics import classification_metrics
+def score(held_out: AnnData, predictions: dict[str, Any], seed: int) -> dict[str, dict[str, float]]:
+    """Score predictions of the held-out cells, all over the same classes: name -> what `score_predictions` gives."""
+    from ..evaluation.classifier_scores import score_predictions
 
     true = held_out.obs[LABEL].astype(str)
-    classes = held_out.obs[LABEL].cat.categories
-    return {name: classification_metrics(true, labels, classes) for name, labels in predictions.items()}
+    classes = list(held_out.obs[LABEL].cat.categories)
+    return {name: score_predictions(true, labels, classes, seed=seed) for name, labels in predictions.items()}
 
 
-def _draw(folder: Path, cells, held_out, predicted, seed: int) -> dict[str, Path]:
-    """Draw losses, confusion matrix, and UMAPs of the embeddings before and after fine-tuning."""
+def _order_classes(train: AnnData, pca: GenePca) -> list[str]:
+    from ..evaluation.cell_baselines import log_normalise
+    from ..evaluation.classifier_scores import order_classes
+
+    return order_classes(pca(log_normalise(train.X)), train.obs[LABEL].astype(str))
+
+
+def _draw(
+    folder: Path,
+    cells: AnnData,
+    held_out: AnnData,
+    pca: GenePca,
+    predicted: np.ndarray,
+    order: list[str],
+    few: pd.DataFrame,
+    classifiers: Classifiers,
+    pretraining: dict[str, float],
+    args: DemoArguments,
+) -> dict[str, Path]:
+    """Draw losses beside their baselines, the confusion matrix, the curve of few labels, and the embeddings."""
     import torch
 
+    from ..evaluation.cell_baselines import log_normalise
     from ..inference import plots
     from . import embed
 
     plot_folder = folder / "plots"
     plot_folder.mkdir()
     pictures = {
-        name: plot_folder / f"{name}.png"
-        for name in ("pretraining", "fine_tuning", "confusion", "umap", "umap_before")
+        name: plot_folder / f"{name}.png" for name in ("pretraining", "fine_tuning", "confusion", "few_labels", "umap")
     }
-    history = {name: json.loads((folder / name / "trainer_state.json").read_text())["log_history"] for name in MODELS}
-    plots.loss_curves({"masked genes": history["pretrained"]}, title="Pretraining", save=pictures["pretraining"])
+
+    def history(name: str) -> list[dict]:
+        return json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
+
     plots.loss_curves(
-        {"pretrained": history["classifier"], "from scratch": history["classifier_from_scratch"]},
-        title="Fine-tuning",
+        {"masked genes": history("pretrained")},
+        baselines={
+            "marginal of the cell": pretraining["eval_cell_marginal_nll"],
+            "marginal of the gene": pretraining["eval_gene_marginal_nll"],
+        },
+        title="Pretraining",
+        save=pictures["pretraining"],
+    )
+    trained = history(classifiers.trained)
+    start = next(entry["eval_loss"] for entry in trained if "eval_loss" in entry)
+    plots.loss_curves(
+        {"cell types": trained},
+        baselines={"start, held out": start},
+        title=f"Fine-tuning, {classifiers.epochs:g} epochs",
         save=pictures["fine_tuning"],
     )
-    plots.confusion(
-        held_out.obs[LABEL].astype(str),
-        predicted,
-        list(cells.obs[LABEL].cat.categories),
-        title=f"{len(held_out)} held-out cells",
-        save=pictures["confusion"],
-    )
+    true = held_out.obs[LABEL].astype(str)
+    plots.confusion(true, predicted, order, title=f"{len(held_out)} held-out cells", save=pictures["confusion"])
+    plots.label_curve(few, title="Few labels", emphasised=START, save=pictures["few_labels"])
 
     cells.write_h5ad(folder / "cells.h5ad")
+    output = folder / "cells_embedded_by_pretrained.h5ad"
+    embedded = embed.run(embed.EmbedArguments(str(folder / "cells.h5ad"), str(folder / "pretrained"), str(output)))
+    embedded.obsm["X_pca"] = pca(log_normalise(cells.X))
+    embedded.obs["held out"] = embedded.obs_names.isin(held_out.obs_names)
+    embedded.obs[LABEL] = embedded.obs[LABEL].cat.reorder_categories(order)
     n_threads = torch.get_num_threads()
-    for picture, model, pooling, title in (
-        ("umap_before", "pretrained", "mean", "pretrained only"),
-        ("umap", "classifier", "mean", "pretrained and fine-tuned"),
-    ):
-        output = folder / f"cells_embedded_by_{model}.h5ad"
-        args = embed.EmbedArguments(str(folder / "cells.h5ad"), str(folder / model), str(output), pooling=pooling)
-        embedded = embed.run(args)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # umap: one thread because of its seed
-            plots.umap(embedded, LABEL, title=f"X_stformer, {title}", random_state=seed, save=pictures[picture])
-        torch.set_num_threads(n_threads)  # umap sets torch's to one
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # umap: one thread because of its seed
+        plots.umaps(
+            embedded,
+            LABEL,
+            {"GeneBert, pretrained": "X_stformer", "PCA50": "X_pca"},
+            outlined="held out",
+            random_state=args.seed,
+            save=pictures["umap"],
+        )
+    torch.set_num_threads(n_threads)  # umap sets torch's to one
     return pictures
+
+
+def _notes(table: dict[str, Any], chosen: str, classifiers: Classifiers) -> dict[str, str]:
+    """Say of each row of the table what its name does not."""
+    own = {name: "its own choice" if name == chosen else "not its choice" for name in (START, TRAINED)}
+    own[TRAINED] = f"{classifiers.epochs:g} epochs, {own[TRAINED]}"
+    return {name: own.get(name, "") for name in table}
 
 
 def _write_report(folder: Path, *, pictures: dict[str, Path], **facts) -> Path:
@@ -293,11 +482,13 @@ def _write_report(folder: Path, *, pictures: dict[str, Path], **facts) -> Path:
     def picture(name: str) -> str:
         return "data:image/png;base64," + base64.b64encode(pictures[name].read_bytes()).decode()
 
+    from ..training.defaults import FINETUNING
+
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(files("stformer_hf.cli").joinpath("demo_report.html.jinja").read_text("utf-8"))
     settings = {
         "pretraining": PRETRAINING | PRETRAINING_STEPS,
-        "fine-tuning": FINETUNING | FINETUNING_STEPS,
+        "fine-tuning": FINETUNING,
         "versions": {
             "python": platform.python_version(),
             **{
@@ -311,5 +502,7 @@ def _write_report(folder: Path, *, pictures: dict[str, Path], **facts) -> Path:
     report.write_text(
         template.render(picture=picture, folder=folder, settings=settings, config=config, **facts), encoding="utf-8"
     )
-    (folder / "demo.json").write_text(json.dumps({"table": facts["table"], "seed": facts["seed"]}, indent=1))
+    kept = {name: facts[name] for name in ("table", "best", "per_class", "few", "few_classes", "seed")}
+    kept["classifier"] = facts["classifiers"].facts
+    (folder / "demo.json").write_text(json.dumps(kept, indent=1))
     return report

@@ -4,11 +4,13 @@ stformer-hf finetune --data labelled.h5ad --label cell_type --output classifier
 stformer-hf finetune --data labelled.h5ad --label cell_type --output classifier --model pretrained --split_by donor
 
 A new model begins at linear readers of the cells, chosen by cross-validation within the training cells, and is trained
-further only where that helps there. --num_train_epochs N trains it for so long in any case; 0 keeps the start.
+further only where that helps there; OUTPUT/fine_tuning.json says what was chosen, and why. --num_train_epochs N
+trains it for so long in any case; 0 keeps the start.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -145,6 +147,8 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         prepared.save_calibration(output)
+        chosen = {**prepared.facts, "num_train_epochs": prepared.num_train_epochs}
+        (output / "fine_tuning.json").write_text(json.dumps(chosen, indent=1), encoding="utf-8")
     metrics = {**finish(trainer, card=card), **baselines}
     predicted = None if held_out_cells is None else trainer.predict(held_out_cells)
     if predicted is not None and trainer.is_world_process_zero():

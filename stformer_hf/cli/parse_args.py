@@ -327,6 +327,7 @@ def to_verb(config: BaseConfig) -> tuple[PretrainArguments | FinetuneArguments, 
     ValueError
         Neither `mlm` nor `cls`.
     """
+    from ..training.defaults import FINETUNING
     from . import finetune, pretrain
 
     output = Path(config.output_dir)
@@ -349,7 +350,7 @@ def to_verb(config: BaseConfig) -> tuple[PretrainArguments | FinetuneArguments, 
         )
         if config.binary_label is not None:
             args.data, args.eval_data = [str(output / "train_cells")], [str(output / "eval_cells")]
-        defaults = finetune.TRAINING_DEFAULTS
+        defaults = FINETUNING
     else:
         raise ValueError("A subcommand is needed to train: mlm or cls.")
     names = (

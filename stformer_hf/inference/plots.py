@@ -21,13 +21,21 @@ _MOST_COLUMNS = 4
 _LEGEND_ROWS = 20
 
 
-def loss_curves(histories: dict[str, list[dict]], *, title: str = "", save: str | Path | None = None) -> Axes:
-    """Draw training (line) and held-out (dots) losses against the step.
+def loss_curves(
+    histories: dict[str, list[dict]],
+    *,
+    baselines: Mapping[str, float] | None = None,
+    title: str = "",
+    save: str | Path | None = None,
+) -> Axes:
+    """Draw training (line) and held-out (dots) losses against the step, with those of baselines as horizontal lines.
 
     Parameters
     ----------
     histories : dict of str to list of dict
         Name of a run -> its `trainer.state.log_history`.
+    baselines : dict of str to float, optional
+        Name of a baseline -> its loss on the held-out cells.
     title : str, default: ""
         Of the picture.
     save : str or Path, optional
@@ -44,6 +52,10 @@ def loss_curves(histories: dict[str, list[dict]], *, title: str = "", save: str 
         (line,) = ax.plot(*np.array(train).reshape(-1, 2).T, label=f"{name}, training")
         if held_out:
             ax.plot(*np.array(held_out).T, "o--", color=line.get_color(), label=f"{name}, held out", markersize=4)
+    for number, (name, loss) in enumerate((baselines or {}).items()):
+        ax.axhline(
+            loss, color=f"C{len(histories) + number}", linestyle=":", linewidth=1.5, label=f"{name}: {loss:.3f}"
+        )
     ax.set(xlabel="step", ylabel="cross entropy (nats)", title=title)
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
@@ -55,12 +67,14 @@ def confusion(
 ) -> Axes:
     """Draw a confusion matrix: rows are true classes, columns predicted ones; colour is the share of the row.
 
+    The title ends in the accuracy.
+
     Parameters
     ----------
     true, predicted : sequence (n,)
         Classes.
     labels : sequence of str
-        Order of rows and columns.
+        Order of rows and columns, such as that of `order_classes`.
     title : str, default: ""
         Of the picture.
     save : str or Path, optional
@@ -88,7 +102,8 @@ def confusion(
         ax.text(column, row, counts[row, column], ha="center", va="center", color=colour, fontsize=8)
     ax.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
     ax.set_yticks(range(len(labels)), labels)
-    ax.set(xlabel="predicted", ylabel="true", title=title)
+    accuracy = f"accuracy {np.trace(counts) / max(counts.sum(), 1):.3f} ({np.trace(counts)} of {counts.sum()})"
+    ax.set(xlabel="predicted", ylabel="true", title=f"{title}: {accuracy}" if title else accuracy)
     ax.figure.colorbar(image, ax=ax, label="share of the true class", shrink=0.8)
     return _save(ax, save)
 
@@ -133,6 +148,128 @@ def umap(
         sc.tl.umap(adata, random_state=random_state)
     ax = _axes(8, 5)
     sc.pl.umap(adata, color=color, ax=ax, show=False, title=title or color, frameon=False)
+    return _save(ax, save)
+
+
+def umaps(
+    adata: AnnData,
+    color: str,
+    use_reps: Mapping[str, str],
+    *,
+    outlined: str | None = None,
+    title: str = "",
+    random_state: int = 0,
+    save: str | Path | None = None,
+) -> np.ndarray:
+    """Draw UMAPs of several embeddings of the same cells side by side, with one legend.
+
+    Neighbours and UMAP are scanpy's, with its defaults; coordinates go to `obsm[f"{key}_umap"]`.
+
+    Parameters
+    ----------
+    adata : AnnData
+        With the embeddings in obsm.
+    color : str
+        Column of obs, or gene; coloured as by `sections`.
+    use_reps : dict of str to str
+        Title of a panel -> key of obsm.
+    outlined : str, optional
+        Column of obs, of booleans: these cells have a black edge, and are drawn last.
+    title : str, default: ""
+        Of the picture.
+    random_state : int, default: 0
+        Of the UMAPs.
+    save : str or Path, optional
+        PNG to write.
+
+    Returns
+    -------
+    array of Axes (n_embeddings,)
+
+    Raises
+    ------
+    ValueError
+        No such key or column.
+    """
+    import matplotlib.pyplot as plt
+    import scanpy as sc
+    from anndata import AnnData
+    from matplotlib.lines import Line2D
+
+    missing = [key for key in use_reps.values() if key not in adata.obsm]
+    if missing:
+        raise ValueError(
+            f"There is no obsm[{missing[0]!r}]; obsm has {', '.join(map(repr, adata.obsm)) or 'nothing'}."
+        )
+    if outlined is not None and outlined not in adata.obs:
+        raise ValueError(f"There is no obs[{outlined!r}]; obs has {', '.join(map(repr, adata.obs)) or 'nothing'}.")
+    edged = np.zeros(adata.n_obs, bool) if outlined is None else adata.obs[outlined].to_numpy(bool)
+    colours, order, legend = _colours(adata, color)
+    figure, panels = plt.subplots(
+        1, len(use_reps), figsize=(4.5 * len(use_reps) + 3, 4.8), layout="constrained", squeeze=False
+    )
+    panels = panels[0]
+    size = float(np.clip(20_000 / max(adata.n_obs, 1), 1, 40))
+    for panel, (name, key) in zip(panels, use_reps.items(), strict=True):
+        bare = AnnData(obs=adata.obs[[]], obsm={key: np.asarray(adata.obsm[key])})
+        sc.pp.neighbors(bare, use_rep=key, random_state=random_state)
+        sc.tl.umap(bare, random_state=random_state)
+        places = adata.obsm[f"{key}_umap"] = bare.obsm["X_umap"]
+        for cells, edge in ((order[~edged[order]], "none"), (order[edged[order]], "black")):
+            panel.scatter(*places[cells].T, c=colours[cells], s=size, linewidths=0.7, edgecolors=edge, rasterized=True)
+        panel.set(xticks=[], yticks=[], title=name)
+        panel.spines[:].set_color("lightgray")  # or a far cluster seems to be of the next panel
+    if isinstance(legend, list):
+        if edged.any():
+            legend.append(
+                Line2D([], [], color="none", marker="o", markeredgecolor="black", markersize=8, label=outlined)
+            )
+        columns = -(-len(legend) // _LEGEND_ROWS)
+        figure.legend(handles=legend, loc="outside right center", frameon=False, title=color, ncols=columns)
+    else:
+        figure.colorbar(legend, ax=list(panels), label=color, shrink=0.6)
+    if title:
+        figure.suptitle(title)
+    _save(panels[0], save)
+    return panels
+
+
+def label_curve(
+    points: pd.DataFrame, *, title: str = "", emphasised: str | None = None, save: str | Path | None = None
+) -> Axes:
+    """Draw accuracy against the number of labelled cells per class: the mean over draws, and each draw as a dot.
+
+    Parameters
+    ----------
+    points : DataFrame
+        One row per draw and classifier: `classifier`, `n_labels` and `accuracy`.
+    title : str, default: ""
+        Of the picture.
+    emphasised : str, optional
+        Classifier whose line is thick.
+    save : str or Path, optional
+        PNG to write.
+
+    Returns
+    -------
+    Axes
+    """
+    ax = _axes(6, 4)
+    names = points["classifier"].unique()
+    for number, name in enumerate(names):
+        of = points[points["classifier"] == name]
+        means = of.groupby("n_labels")["accuracy"].mean()
+        width = 2.5 if name == emphasised else 1.2
+        ax.plot(means.index, means.to_numpy(), "o-", color=f"C{number}", linewidth=width, markersize=5, label=name)
+        shift = 1.03 ** (number - (len(names) - 1) / 2)  # side by side
+        ax.plot(of["n_labels"] * shift, of["accuracy"], ".", color=f"C{number}", alpha=0.4, markersize=5)
+    numbers = sorted(points["n_labels"].unique())
+    ax.set_xscale("log")
+    ax.set_xticks(numbers, [str(n) for n in numbers])
+    ax.minorticks_off()
+    ax.set(xlabel="labelled cells per class", ylabel="accuracy on held-out cells", title=title)
+    ax.legend(frameon=False, loc="lower right")
+    ax.spines[["top", "right"]].set_visible(False)
     return _save(ax, save)
 
 
@@ -363,4 +500,4 @@ def _save(ax: Axes, save: str | Path | None) -> Axes:
     return ax
 
 
-__all__ = ["confusion", "loss_curves", "sections", "umap"]
+__all__ = ["confusion", "label_curve", "loss_curves", "sections", "umap", "umaps"]

@@ -15,6 +15,7 @@ from conftest import make_adata
 from stformer_hf import CellNeighborhoodConfig, GeneBertConfig, GeneTokenizer
 from stformer_hf.cli import finetune, main, pretrain, pretrain_neighborhood
 from stformer_hf.cli.arguments import parse
+from stformer_hf.training.defaults import FINETUNING
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(path.name for path in FOLDER.glob("*.yaml") if not path.name.startswith("search"))
@@ -45,13 +46,16 @@ OF_SPACE = [name for name in RECIPES if verb_of(name) == "pretrain_neighborhood"
 
 
 def parsed(recipe: str, *flags: str):
-    verb, arguments = {
-        "pretrain": (pretrain, pretrain.PretrainArguments),
-        "pretrain_neighborhood": (pretrain_neighborhood, pretrain_neighborhood.PretrainNeighborhoodArguments),
-        "finetune": (finetune, finetune.FinetuneArguments),
+    arguments, defaults = {
+        "pretrain": (pretrain.PretrainArguments, pretrain.TRAINING_DEFAULTS),
+        "pretrain_neighborhood": (
+            pretrain_neighborhood.PretrainNeighborhoodArguments,
+            pretrain_neighborhood.TRAINING_DEFAULTS,
+        ),
+        "finetune": (finetune.FinetuneArguments, FINETUNING),
     }[verb_of(recipe)]
     argv = ["--config", str(FOLDER / recipe), "--data", "x", "--output", "y", *flags]
-    return parse(argv, arguments, verb="x", description="", training=verb.TRAINING_DEFAULTS)
+    return parse(argv, arguments, verb="x", description="", training=defaults)
 
 
 @pytest.mark.parametrize("recipe", OF_SPACE)
@@ -77,20 +81,23 @@ def test_a_recipe_runs(recipe, file, tmp_path):
     argv = [verb_of(recipe), "--config", str(FOLDER / recipe), "--data", file, "--output", str(output), *SMALL]
     if verb_of(recipe) == "pretrain":
         argv += ["--max_length", "24", "--model_config", SMALL_MODEL]
-    else:  # a checkpoint of best figures needs an evaluation within the two steps
-        argv += ["--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
     assert main([*argv, "--debug"]) == 0
     assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 2
     written, config = yaml.safe_load((FOLDER / recipe).read_text()), GeneBertConfig.from_pretrained(output)
     tokenizer = GeneTokenizer.from_pretrained(output)
     assert tokenizer.scheme == written.get("scheme", "binned")
     assert tokenizer.neighborhood == written.get("neighborhood", False)
+    # Recipes of the reference configurations name it; all others make whole-cell models.
+    reference = recipe.startswith(("gene_", "stformer_"))
+    assert written.get("whole_cell", True) is not reference
+    assert tokenizer.whole_cell is config.cell_embedding is not reference
     if tokenizer.scheme == "binned" and "bin_edges" in written:
         assert tokenizer.bin_edges == written["bin_edges"]
     small = yaml.safe_load(SMALL_MODEL)
     for name, value in written.get("model_config", {}).items():
         assert getattr(config, name) == small.get(name, value)
-    assert "num_train_epochs" in written or written["max_steps"] > 2
+    # A fine-tuning chooses its own length.
+    assert recipe.startswith("finetune") or "num_train_epochs" in written or written["max_steps"] > 2
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -116,6 +123,22 @@ def test_recipes_hold_the_settings_of_the_systems_they_are_of():
         assert args.max_length == (4096 if args.neighborhood else 2048)
         assert (training["per_device_train_batch_size"], training["warmup_steps"]) == (12, 10_000)
         assert (training["learning_rate"], training["weight_decay"], training["num_train_epochs"]) == (1e-3, 1e-3, 3)
+
+
+def test_fine_tuning_leaves_to_the_command_what_it_chooses():
+    args, training = parsed("finetune_cell_type.yaml")
+    assert args.whole_cell and args.pooling is None and args.gene_dropout == 0
+    assert "num_train_epochs" not in training and training.get("max_steps", -1) < 0
+    assert {name: training[name] for name in FINETUNING if name != "save_total_limit"} == {
+        name: value for name, value in FINETUNING.items() if name != "save_total_limit"
+    }
+
+
+@pytest.mark.parametrize("recipe", ["cell_tiny_cpu.yaml", "cell_small.yaml", "cell_base.yaml"])
+def test_whole_cell_recipes_begin_at_the_principal_components(recipe):
+    args, _ = parsed(recipe)
+    assert (args.whole_cell, args.init, args.scheme) == (True, "spectral", "binned")
+    assert args.size == recipe.split(".")[0].split("_")[1]
 
 
 def test_the_base_model_of_neighborhoods_has_the_settings_of_its_paper():

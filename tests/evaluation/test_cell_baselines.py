@@ -71,10 +71,11 @@ def test_baselines_of_a_store_are_those_of_its_matrix(tmp_path, caplog, monkeypa
 def test_fine_tuning_reports_baselines_and_draws_a_confusion_matrix(tmp_path):
     pytest.importorskip("matplotlib")
     from stformer_hf.cli import finetune
+    from stformer_hf.training.defaults import FINETUNING
 
     CellStore.build(tmp_path / "store", make_adata(), obs=["cell_type"])
     args = finetune.FinetuneArguments([str(tmp_path / "store")], "cell_type", str(tmp_path / "model"), held_out=0.3)
-    found = finetune.run(args, {**finetune.TRAINING_DEFAULTS, "max_steps": 2, "use_cpu": True, "disable_tqdm": True})
+    found = finetune.run(args, {**FINETUNING, "max_steps": 2, "use_cpu": True, "disable_tqdm": True})
     names = [f"{who}_{what}" for who in ("majority", "logistic_regression") for what in ("accuracy", "macro_f1")]
     assert {f"eval_{name}" for name in [*names, "accuracy", "macro_f1"]} <= found.keys()
     assert (tmp_path / "model" / "confusion.png").stat().st_size > 1000

@@ -168,3 +168,53 @@ def test_sections_tell_what_is_missing(tissue):
     tissue.var_names = ["ACTB", "ACTB"]
     refuses("2 genes are named 'ACTB'", color="ACTB")
     assert not matplotlib.pyplot.get_fignums()
+
+
+def test_the_confusion_matrix_says_the_accuracy():
+    ax = plots.confusion(["a", "a", "b", "b"], ["a", "b", "b", "b"], ["b", "a"], title="4 cells")
+    assert ax.get_title() == "4 cells: accuracy 0.750 (3 of 4)"
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "a"]
+    assert plots.confusion(["a"], ["a"], ["a"]).get_title() == "accuracy 1.000 (1 of 1)"
+
+
+def test_baselines_of_a_loss_are_horizontal_lines():
+    history = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
+    ax = plots.loss_curves({"run": history}, baselines={"marginal": 2.5, "uniform": 4.0})
+    lines = {line.get_label(): set(np.ravel(line.get_ydata())) for line in ax.lines[1:]}
+    assert lines == {"marginal: 2.500": {2.5}, "uniform: 4.000": {4.0}}
+    assert len({line.get_color() for line in ax.lines}) == 3
+
+
+def test_the_curve_of_labels_is_of_means_with_all_draws():
+    points = pd.DataFrame(
+        {"classifier": ["x", "x", "x", "y"], "n_labels": [5, 5, 10, 5], "accuracy": [0, 1, 0.7, 0.2]}
+    )
+    ax = plots.label_curve(points, emphasised="y")
+    (x, x_draws, y, _) = ax.lines
+    assert (x.get_xdata().tolist(), x.get_ydata().tolist()) == ([5, 10], [0.5, 0.7])
+    assert x_draws.get_ydata().tolist() == [0, 1, 0.7]
+    assert y.get_linewidth() > x.get_linewidth()
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["5", "10"]
+
+
+def test_umaps_are_panels_of_one_legend_with_edges_of_some_cells(tmp_path):
+    pytest.importorskip("scanpy")
+    rng = np.random.default_rng(0)
+    groups = pd.Categorical(np.repeat(["a", "b"], 20))
+    adata = AnnData(obs=pd.DataFrame({"g": groups, "held out": np.arange(40) % 4 == 0}, [f"c{i}" for i in range(40)]))
+    adata.obsm["X_one"] = np.repeat([[0.0], [9.0]], 20, axis=0) + rng.normal(size=(40, 5))
+    adata.obsm["X_two"] = rng.normal(size=(40, 3))
+    panels = plots.umaps(adata, "g", {"one": "X_one", "two": "X_two"}, outlined="held out", save=tmp_path / "u.png")
+    assert [panel.get_title() for panel in panels] == ["one", "two"]
+    for panel, key in zip(panels, ("X_one", "X_two"), strict=True):
+        plain, edged = panel.collections
+        places = adata.obsm[f"{key}_umap"]
+        assert edged.get_offsets().tolist() == places[::4].tolist() and len(plain.get_offsets()) == 30
+        assert matplotlib.colors.to_hex(edged.get_edgecolors()[0]) == "#000000"
+    (legend,) = panels[0].figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "held out"]
+    assert (tmp_path / "u.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="no obsm\\['X_three'\\]; obsm has 'X_one'"):
+        plots.umaps(adata, "g", {"three": "X_three"})
+    with pytest.raises(ValueError, match="no obs\\['seen'\\]; obs has 'g', 'held out'"):
+        plots.umaps(adata, "g", {"one": "X_one"}, outlined="seen")
