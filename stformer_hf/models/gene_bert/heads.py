@@ -21,7 +21,7 @@ class GeneBertMLMHead(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
         self.layer_norm = make_norm(config)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-        if config.rank_prior_levels:
+        if config.rank_prior_sizes:
             self.rank_prior = RankPrior(config)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -268,7 +268,7 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
     def _predict(self, states: torch.Tensor, order: tuple, labelled: torch.Tensor | None = None) -> torch.Tensor:
         """Compute logits of states, with what the order of the genes tells, where the head knows it."""
         logits = self.mlm_head(states)
-        return self.mlm_head.rank_prior(logits, *order, labelled) if self.config.rank_prior_levels else logits
+        return self.mlm_head.rank_prior(logits, *order, labelled) if self.config.rank_prior_sizes else logits
 
 
 class GeneBertForClassification(GeneBertPreTrainedModel):

@@ -1,4 +1,4 @@
-"""What the order of a cell's genes tells of a masked one, before any biology: between which scores it stands."""
+"""What a cell's ranked genes tell of a masked one before any training: where it stands, and beside which genes."""
 
 import math
 
@@ -17,15 +17,17 @@ _TIE = 10  # levels that differ by no more are equal, in units
 _STRAY = 1e-3  # weight of a token that is out of order: a random gene that masking put there
 _FLOOR = 0.03  # share of the prediction that does not trust the ranks
 _SHOWN = math.log(0.02)  # of a gene that the cell already shows: a random one, or it would be there twice
+_LEAST_FACTOR = 0.05  # by which a cell's other genes make a gene rarer
 _PLACES_AT_A_TIME = 512
 
 
 class RankPrior(nn.Module):
-    """Log odds of each gene at a rank, against its frequency, from the genes at the ranks around it.
+    """Log odds of each gene at a rank, against its frequency, from the other genes of the cell.
 
-    The order of a cell is that of count / median. At its rank a gene that has the count c is at the level
+    Two parts. The first reads the ranks and knows no biology. The order of a cell is that of count / median. At its rank a gene that has the count c is at the level
     ln c - ln median, and levels descend along the cell. The counts are not shown, but few are likely, and most of these
-    are out of order: a recursion over the nearest tokens of either side sums over those that are in order.
+    are out of order: a recursion over the nearest tokens of either side sums over those that are in order. The second
+    reads which genes the cell shows, whatever their ranks, by a correspondence analysis of training cells.
 
     A visible gene is penalised, for it comes once. A token without levels (special tokens, phenotypes, genes of an
     extended vocabulary) is neither near nor far: at its place, and as a prediction, all stays as it is.
@@ -40,6 +42,8 @@ class RankPrior(nn.Module):
         Place of the level among 4,096 bins of equal mass (frequency of the gene x share), 0 the highest.
     share : Tensor (n,)
         Share of the count among those that the gene has where it is in a cell's tokens.
+    axes : Tensor (n_tokens, n_axes)
+        Standard coordinates of the genes; 0 for other tokens.
 
     Notes
     -----
@@ -48,17 +52,21 @@ class RankPrior(nn.Module):
     a'_c = share_c (a_0 + sum of a_i with level_i >= level_c); older states stay, times what the token's shares leave of
     1, and 0.001. F(b) is the weight of the states from the left at or above bin b times that of those from the right
     at or below it. The log odds are ln(0.97 r / z + 0.03), r = sum over the gene's counts of share x F(bin), and z the
-    mean of F over the bins, which is that of r over the genes' frequencies.
+    mean of F over the bins, which is that of r over the genes' frequencies. To them ln(1 + axes_g . p) is added, p the
+    mean of the axes of the genes shown: the reconstitution and the transition formula of correspondence analysis
+    (Greenacre 1984); 1 + axes_g . p is at least 0.05.
 
     Nothing here is learnt by gradient; `stformer_hf.training.masked_gene_start` estimates it from training cells.
     """
 
     def __init__(self, config: GeneBertConfig):
         super().__init__()
+        n_levels, n_tokens, n_axes = config.rank_prior_sizes
         self.n_types = config.type_vocab_size
         for name in ("token", "level", "bin"):
-            self.register_buffer(name, torch.full((config.rank_prior_levels,), -1, dtype=torch.int32))
-        self.register_buffer("share", torch.zeros(config.rank_prior_levels))
+            self.register_buffer(name, torch.full((n_levels,), -1, dtype=torch.int32))
+        self.register_buffer("share", torch.zeros(n_levels))
+        self.register_buffer("axes", torch.zeros(n_tokens, n_axes))
 
     def forward(
         self,
@@ -95,7 +103,7 @@ class RankPrior(nn.Module):
             No `input_ids`.
         """
         if input_ids is None:
-            raise ValueError("The model reads the order of the genes (rank_prior_levels): give input_ids.")
+            raise ValueError("The model reads the order of the genes (rank_prior_sizes): give input_ids.")
         device, (n_rows, length) = logits.device, input_ids.shape
         vocab_size = logits.shape[-1]
         ids, types = input_ids.to(device), token_type_ids.to(device)
@@ -113,10 +121,15 @@ class RankPrior(nn.Module):
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             starts = torch.searchsorted(self.token, torch.arange(vocab_size + 2, device=device, dtype=torch.int32))
             shown = torch.zeros(n_cells * self.n_types, vocab_size + 1, device=device)
-            shown[groups, ids] = _SHOWN
+            shown[groups, ids] = 1.0
+            axes = nn.functional.pad(self.axes.float(), (0, 0, 0, vocab_size - len(self.axes)))
+            has_levels = starts[1:-1] > starts[:-2]
+            points = (shown[:, :-1] @ axes) / (shown[:, :-1] @ has_levels.float()).clamp(min=1).unsqueeze(1)
+            shown *= _SHOWN
             odds = torch.empty_like(flat)
             for some, of in zip(places.split(_PLACES_AT_A_TIME), odds.split(_PLACES_AT_A_TIME), strict=True):
-                of.copy_(self._log_odds(ids, groups, some, starts, shown))
+                factor = (points[groups[some]] @ axes.T).add_(1).clamp_(min=_LEAST_FACTOR)
+                of.copy_(self._log_odds(ids, groups, some, starts, shown).add_(factor.log_()))
         return (flat + odds).view(logits.shape)
 
     def _log_odds(
