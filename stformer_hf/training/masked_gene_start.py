@@ -117,7 +117,9 @@ class _Statistics:
         if with_counts:
             indptr = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
             found = np.concatenate(found)
-            self.cells = sparse.csr_matrix((np.ones(len(found), np.float32), found, indptr), (len(rows), len(self.tokens)))
+            self.cells = sparse.csr_matrix(
+                (np.ones(len(found), np.float32), found, indptr), (len(rows), len(self.tokens))
+            )
 
 
 def _token_counts(examples: Any, tokens: Any, tokenizer: GeneTokenizer) -> np.ndarray:
@@ -140,7 +142,7 @@ def _token_counts(examples: Any, tokens: Any, tokenizer: GeneTokenizer) -> np.nd
     order = np.argsort(known, kind="stable")
     wanted = keys(tokens.indptr, tokens.input_ids)[tokenizer.get_gene_tokens_mask(tokens.input_ids)]
     counts = rows.counts[order[np.searchsorted(known[order], wanted)]]
-    return wanted % n_tokens * (_MOST_COUNT + 1) + np.minimum(counts, _MOST_COUNT).astype(np.int64)
+    return wanted % n_tokens * (_MOST_COUNT + 1) + np.minimum(counts.astype(np.int64), _MOST_COUNT)
 
 
 def _set_bias(model: PreTrainedModel, tokenizer: GeneTokenizer, n: np.ndarray) -> None:
