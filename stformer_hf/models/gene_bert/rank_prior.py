@@ -25,10 +25,10 @@ class RankPrior(nn.Module):
     """Log odds of each gene at a rank, against its frequency, from the other genes of the cell.
 
     Two parts. The first reads the ranks and knows no biology. The order of a cell is that of count / median. At its
-    rank a gene that has the count c is at the level ln c - ln median, and levels descend along the cell. The counts are
-    not shown, but few are likely, and most of these are out of order: a recursion over the nearest tokens of either
-    side sums over those that are in order. The second reads which genes the cell shows, whatever their ranks, by a
-    correspondence analysis of training cells.
+    rank a gene that has the count c is at the level ln c - ln median, and levels descend along the cell. The counts
+    are not shown, but few are likely, and most of these are out of order: a recursion over the nearest tokens of
+    either side sums over those that are in order. The second reads which genes the cell shows, whatever their ranks,
+    by a correspondence analysis of training cells.
 
     A visible gene is penalised, for it comes once. A token without levels (special tokens, phenotypes, genes of an
     extended vocabulary) is neither near nor far: at its place, and as a prediction, all stays as it is.
@@ -43,22 +43,22 @@ class RankPrior(nn.Module):
         Place of the level among 4,096 bins of equal mass (frequency of the gene x share), 0 the highest.
     share : Tensor (n,)
         Share of the count among those that the gene has where it is in a cell's tokens.
-    axes : Tensor (n_tokens, n_axes)
-        Standard coordinates of the genes; 0 for other tokens.
+    axes : Parameter (n_tokens, n_axes)
+        Coordinates of the genes, at first standard coordinates; 0 for other tokens.
 
     Notes
     -----
     A forward-backward recursion of a hidden Markov model (Rabiner 1989) whose states are counts, over windows in place
     of whole cells. From the left, far to near, with a the weights of the last states and a_0 that of none:
     a'_c = share_c (a_0 + sum of a_i with level_i >= level_c); older states stay, times what the token's shares leave
-    of 1, and 0.001. F(b) is the weight of the states from the left at or above bin b times that of those from the right
-    at or below it. The log odds are ln(0.97 r / z + 0.03), z the mean of F over the bins, and r = sum over the gene's
-    counts of share x F(bin), and what the shares leave of 1 x z; so that z is the mean of r over the genes'
-    frequencies. To them ln(1 + axes_g . p) is added, p the
-    mean of the axes of the genes shown: the reconstitution and the transition formula of correspondence analysis
-    (Greenacre 1984); 1 + axes_g . p is at least 0.05.
+    of 1, and 0.001. F(b) is the weight of the states from the left at or above bin b times that of those from the
+    right at or below it. The log odds are ln(0.97 r / z + 0.03), z the mean of F over the bins, and r = sum over the
+    gene's counts of share x F(bin), and what the shares leave of 1 x z; so that z is the mean of r over the genes'
+    frequencies. To them ln(1 + axes_g . p) is added, p the mean of the axes of the genes shown: the reconstitution and
+    the transition formula of correspondence analysis (Greenacre 1984); 1 + axes_g . p is at least 0.05.
 
-    Nothing here is learnt by gradient; `stformer_hf.training.masked_gene_start` estimates it from training cells.
+    `stformer_hf.training.masked_gene_start` estimates all of it from training cells. The axes are trained from there;
+    the first part is not.
     """
 
     def __init__(self, config: GeneBertConfig):
@@ -68,7 +68,7 @@ class RankPrior(nn.Module):
         for name in ("token", "level", "bin"):
             self.register_buffer(name, torch.full((n_levels,), -1, dtype=torch.int32))
         self.register_buffer("share", torch.zeros(n_levels))
-        self.register_buffer("axes", torch.zeros(n_tokens, n_axes))
+        self.axes = nn.Parameter(torch.zeros(n_tokens, n_axes))
 
     def forward(
         self,
@@ -120,23 +120,24 @@ class RankPrior(nn.Module):
         if labelled is not None:
             places = places[labelled.to(device).flatten()]
         flat = logits.reshape(-1, vocab_size)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             starts = torch.searchsorted(self.token, torch.arange(vocab_size + 2, device=device, dtype=torch.int32))
-            # Which genes each group shows; then their penalty.
+            shares = torch.zeros(vocab_size, device=device)
+            shares.index_add_(0, self.token.clamp(min=0).long(), self.share.float())
             shown = torch.zeros(n_cells * self.n_types, vocab_size + 1, device=device)
             shown[groups, ids] = 1.0
+            n_shown = (shown[:, :-1] @ (starts[1:-1] > starts[:-2]).float()).clamp(min=1)
             axes = nn.functional.pad(self.axes.float(), (0, 0, 0, vocab_size - len(self.axes)))
-            shares = shown.new_zeros(vocab_size).index_add_(0, self.token.clamp(min=0).long(), self.share.float())
-            has_levels = starts[1:-1] > starts[:-2]
-            points = (shown[:, :-1] @ axes) / (shown[:, :-1] @ has_levels.float()).clamp(min=1).unsqueeze(1)
-            shown *= _SHOWN
-            odds = torch.empty_like(flat)
-            for some, of in zip(places.split(_PLACES_AT_A_TIME), odds.split(_PLACES_AT_A_TIME), strict=True):
-                factor = (points[groups[some]] @ axes.T).add_(1).clamp_(min=_LEAST_FACTOR)
-                of.copy_(self._log_odds(ids, groups, some, starts, 1 - shares, shown).add_(factor.log_()))
-        return (flat + odds).view(logits.shape)
+            points = shown[:, :-1] @ axes / n_shown.unsqueeze(1)
+            parts = []
+            for some, of in zip(places.split(_PLACES_AT_A_TIME), flat.split(_PLACES_AT_A_TIME), strict=True):
+                with torch.no_grad():
+                    odds = self._order_odds(ids, groups, some, starts, 1 - shares, shown)
+                beside = (1 + points[groups[some]] @ axes.T).clamp(min=_LEAST_FACTOR).log()
+                parts.append(of + (odds + beside).to(of.dtype))
+        return torch.cat(parts).view(logits.shape)
 
-    def _log_odds(
+    def _order_odds(
         self,
         ids: torch.Tensor,
         groups: torch.Tensor,
@@ -145,7 +146,7 @@ class RankPrior(nn.Module):
         rest: torch.Tensor,
         shown: torch.Tensor,
     ) -> torch.Tensor:
-        """Compute the log odds of every token: float32 Tensor (k, vocab_size).
+        """Compute the log odds that the order gives every token: float32 Tensor (k, vocab_size).
 
         Parameters
         ----------
@@ -157,7 +158,7 @@ class RankPrior(nn.Module):
         rest : float32 Tensor (vocab_size,)
             What the shares of each token's counts leave of 1.
         shown : float32 Tensor (n_groups, vocab_size + 1)
-            Penalty of the tokens that each group has.
+            1 for the tokens that each group has.
         """
         likely = self._beside(ids, groups, places, starts, -1) * self._beside(ids, groups, places, starts, 1)
         odds = nn.functional.embedding_bag(
@@ -166,7 +167,7 @@ class RankPrior(nn.Module):
         odds = odds.div_(likely.mean(1)).T.add_(rest)  # in place: there are k x vocab_size of them
         # What stands at the place itself is not a second one.
         twice = shown[groups[places]].scatter_(1, ids[places].unsqueeze(1), 0.0)
-        return odds.mul_(1 - _FLOOR).add_(_FLOOR).log_().add_(twice[:, :-1])
+        return odds.mul_(1 - _FLOOR).add_(_FLOOR).log_().add_(twice[:, :-1], alpha=_SHOWN)
 
     def _beside(
         self, ids: torch.Tensor, groups: torch.Tensor, places: torch.Tensor, starts: torch.Tensor, side: int
