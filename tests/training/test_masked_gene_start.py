@@ -92,6 +92,7 @@ def test_what_training_adds_has_a_gradient(cells):
         optimizer.zero_grad()
         model(**batch).loss.backward()
         optimizer.step()
+    assert model.mlm_head.rank_prior.axes.grad.abs().sum() > 0
     layer = model.gene_bert.layers[0]
     assert layer.attention.q_lin.weight.grad.abs().sum() > 0 and layer.ffn.lin1.weight.grad.abs().sum() > 0
 

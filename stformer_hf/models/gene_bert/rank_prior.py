@@ -1,7 +1,5 @@
 """What a cell's ranked genes tell of a masked one before any training: where it stands, and beside which genes."""
 
-import math
-
 import torch
 from torch import nn
 
@@ -16,7 +14,7 @@ _COUNTS = 16  # most likely counts of each of them
 _TIE = 10  # levels that differ by no more are equal, in units
 _STRAY = 1e-3  # weight of a token that is out of order: a random gene that masking put there
 _FLOOR = 0.03  # share of the prediction that does not trust the ranks
-_SHOWN = math.log(0.02)  # of a gene that the cell already shows: a random one, or it would be there twice
+_SHOWN = 0.02  # of a gene that the cell already shows: a random one, or it would be there twice
 _LEAST_FACTOR = 0.05  # by which a cell's other genes make a gene rarer
 _PLACES_AT_A_TIME = 512
 
@@ -129,12 +127,15 @@ class RankPrior(nn.Module):
             n_shown = (shown[:, :-1] @ (starts[1:-1] > starts[:-2]).float()).clamp(min=1)
             axes = nn.functional.pad(self.axes.float(), (0, 0, 0, vocab_size - len(self.axes)))
             points = shown[:, :-1] @ axes / n_shown.unsqueeze(1)
+            penalty = torch.where(shown > 0, _SHOWN, 1.0)
             parts = []
             for some, of in zip(places.split(_PLACES_AT_A_TIME), flat.split(_PLACES_AT_A_TIME), strict=True):
                 with torch.no_grad():
-                    odds = self._order_odds(ids, groups, some, starts, 1 - shares, shown)
-                beside = (1 + points[groups[some]] @ axes.T).clamp(min=_LEAST_FACTOR).log()
-                parts.append(of + (odds + beside).to(of.dtype))
+                    odds = self._order_odds(ids, groups, some, starts, 1 - shares)
+                    # What stands at the place itself is not a second one.
+                    odds *= penalty[groups[some]].scatter_(1, ids[some].unsqueeze(1), 1.0)[:, :-1]
+                beside = torch.addmm(axes.new_ones(1), points[groups[some]], axes.T).clamp(min=_LEAST_FACTOR)
+                parts.append(of + (beside * odds).log().to(of.dtype))
         return torch.cat(parts).view(logits.shape)
 
     def _order_odds(
@@ -144,9 +145,8 @@ class RankPrior(nn.Module):
         places: torch.Tensor,
         starts: torch.Tensor,
         rest: torch.Tensor,
-        shown: torch.Tensor,
     ) -> torch.Tensor:
-        """Compute the log odds that the order gives every token: float32 Tensor (k, vocab_size).
+        """Compute the odds that the order gives every token: float32 Tensor (k, vocab_size).
 
         Parameters
         ----------
@@ -157,17 +157,13 @@ class RankPrior(nn.Module):
             Where the levels of each token begin.
         rest : float32 Tensor (vocab_size,)
             What the shares of each token's counts leave of 1.
-        shown : float32 Tensor (n_groups, vocab_size + 1)
-            1 for the tokens that each group has.
         """
         likely = self._beside(ids, groups, places, starts, -1) * self._beside(ids, groups, places, starts, 1)
+        likely *= (1 - _FLOOR) / likely.mean(1, keepdim=True)  # before there are k x vocab_size numbers
         odds = nn.functional.embedding_bag(
             self.bin.long(), likely.T.contiguous(), starts[:-2], mode="sum", per_sample_weights=self.share.float()
         )
-        odds = odds.div_(likely.mean(1)).T.add_(rest)  # in place: there are k x vocab_size of them
-        # What stands at the place itself is not a second one.
-        twice = shown[groups[places]].scatter_(1, ids[places].unsqueeze(1), 0.0)
-        return odds.mul_(1 - _FLOOR).add_(_FLOOR).log_().add_(twice[:, :-1], alpha=_SHOWN)
+        return odds.T.add_(_FLOOR + (1 - _FLOOR) * rest)
 
     def _beside(
         self, ids: torch.Tensor, groups: torch.Tensor, places: torch.Tensor, starts: torch.Tensor, side: int
