@@ -135,7 +135,7 @@ def test_the_prior_equals_a_sum_over_all_counts():
     )
     arrays = {"token": [token for token, _ in rows], "level": level, "bin": bins, "share": share, "axes": axes}
     for name, values in arrays.items():
-        getattr(prior, name).copy_(torch.as_tensor(values))
+        getattr(prior, name).data.copy_(torch.as_tensor(values))
     of = {
         token: [(level[i], share[i], int(bins[i])) for i, row in enumerate(rows) if row[0] == token] for token in known
     }
