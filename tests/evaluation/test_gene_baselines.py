@@ -151,6 +151,34 @@ def test_a_vocabulary_without_medians_has_no_b3():
     assert found["b0_nll"] == pytest.approx(np.log(30)) and found["b2_nll"] < found["b1_nll"]
 
 
+def test_whole_cells_show_the_genes_that_are_cut_off(store):
+    tokenizer = rank_tokenizer(store.gene_ids, max_length=9)
+    collator = DataCollatorForGeneRankMLM(tokenizer, mlm_probability=0.4)
+    filled = np.flatnonzero(store.lengths > 0)
+    train, held_out = store.select(filled[:40]), store.select(filled[40:])
+
+    def cells(rows, whole):
+        """The tokens of cells; of whole ones also those that are cut off, without labels."""
+        masked = cells_of(collator(store.__getitems__(rows)), "rank")
+        tokens = tokenizer.encode_cells(store.__getitems__(rows), max_length=999)
+        for cell, start, stop in zip(masked, tokens.indptr, tokens.indptr[1:], strict=False):
+            cut = tokens.input_ids[start:stop][8:-1].tolist() if whole else []
+            cell["input_ids"] += cut
+            cell["token_type_ids"] += [1] * len(cut)
+            cell["labels"] += [-100] * len(cut)
+        return masked
+
+    tokens = tokenizer.encode_cells(store.__getitems__(filled[:40]))
+    pairs = list(zip(tokens.input_ids, tokens.token_type_ids, strict=True))
+    found = {}
+    for whole in (False, True):
+        found[whole] = masked_gene_baselines(train, held_out, collator, whole_cells=whole, batch_size=7)
+        plain = plain_rank_baselines(pairs, cells(filled[:40], whole), cells(filled[40:], whole), tokenizer)
+        assert found[whole] == pytest.approx(plain, rel=1e-9)
+    assert found[True]["b1_nll"] == found[False]["b1_nll"]
+    assert found[True]["b2_nll"] < found[False]["b2_nll"] - 0.05
+
+
 # ---------------------------------------------------------------------- bins, written out
 
 

@@ -121,6 +121,9 @@ class GeneBertConfig(PreTrainedConfig):
     sparse_prediction : bool, default: True
         With labels, compute MLM logits at the labelled positions only; the output's `logits` are then
         (n_labelled, vocab_size), in row-major order of the positions. Without labels logits are always whole.
+    rank_prior_sizes : list of int, optional
+        Numbers of levels, tokens and axes of the MLM head's `RankPrior`, for ranks; `start_rank_model` sets them. A
+        head without it by default.
     vocabulary_fingerprint : str, optional
         `GeneTokenizer.fingerprint` of the tokenizer that the model was made for.
     pad_token_id, eos_token_id : int, default: 3, 1
@@ -175,6 +178,7 @@ class GeneBertConfig(PreTrainedConfig):
     token_classes: list[str] | None = None
     loss_weights: dict[str, float] | None = None
     class_weights: list[float] | None = None
+    rank_prior_sizes: list[int] | None = None
     vocabulary_fingerprint: str | None = None
     pad_token_id: int | None = 3
     eos_token_id: int | None = 1

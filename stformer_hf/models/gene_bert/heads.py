@@ -7,6 +7,7 @@ from transformers.activations import ACT2FN
 from .configuration_gene_bert import GeneBertConfig
 from .encoder_layers import make_norm
 from .packed_attention import segments_of
+from .rank_prior import RankPrior
 
 IGNORE = -100
 
@@ -20,6 +21,8 @@ class GeneBertMLMHead(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
         self.layer_norm = make_norm(config)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        if config.rank_prior_sizes:
+            self.rank_prior = RankPrior(config)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits (…, vocab_size) of hidden states (…, hidden)."""

@@ -301,15 +301,16 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         )
         hidden_states = outputs.last_hidden_state
         loss = statistics = None
+        order = (input_ids, token_type_ids, attention_mask, kwargs.get("cu_seq_lens_q"))
         if labels is None:
-            logits = self.mlm_head(hidden_states)
+            logits = self._predict(hidden_states, order)
         else:
             labels = labels.to(hidden_states.device)
             labelled = labels != IGNORE
             if self.config.sparse_prediction:
-                logits = at_labels = self.mlm_head(hidden_states[labelled])
+                logits = at_labels = self._predict(hidden_states[labelled], order, labelled)
             else:
-                logits = self.mlm_head(hidden_states)
+                logits = self._predict(hidden_states, order)
                 at_labels = logits[labelled]
             loss, statistics = masked_lm_loss(
                 at_labels,
@@ -325,6 +326,11 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _predict(self, states: torch.Tensor, order: tuple, labelled: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute logits of states, with what the order of the genes tells, where the head knows it."""
+        logits = self.mlm_head(states)
+        return self.mlm_head.rank_prior(logits, *order, labelled) if self.config.rank_prior_sizes else logits
 
 
 class GeneBertForClassification(GeneBertPreTrainedModel):
