@@ -67,10 +67,11 @@ class PretrainArguments:
         default=True,
         metadata={"help": "[CLS] begins as the whole cell; false: the reference models of PerturbGene and STFormer"},
     )
-    init: Literal["spectral", "random"] = field(
-        default="spectral",
+    init: Literal["spectral", "random"] | None = field(
+        default=None,
         metadata={
-            "help": "how the whole cell begins: at the principal components of the training cells, or at random"
+            "help": "where a new model begins: spectral, at the principal components of the training cells and the "
+            "frequencies and order of their genes (default with whole_cell), or at random weights"
         },
     )
     batch_key: str | None = field(
@@ -160,7 +161,7 @@ def run(args: PretrainArguments, training: dict) -> dict[str, float]:
     arguments = training_arguments(Path(args.output), training, args.overwrite)
     prepared = prepare(args, arguments)
     set_seed(arguments.seed)
-    model = make_model(args, prepared.tokenizer, prepared.views)
+    model = make_model(args, prepared.tokenizer, prepared)
     trainer = make_trainer(args, arguments, prepared, model=model)
     return finish(trainer, card={"store": prepared.store, "base_model": args.model})
 
@@ -195,7 +196,7 @@ def prepare(args: PretrainArguments, arguments: TrainingArguments) -> PretrainRu
     if held_out_cells is None:
         arguments.eval_strategy = "no"
     views = None
-    if not args.model and args.whole_cell and args.init == "spectral":
+    if tokenizer.whole_cell and _starts_at_cells(args):
         from ..training.spectral_start import fit_views
 
         views = fit_views(train_cells, tokenizer, batch_key=args.batch_key)
@@ -241,8 +242,13 @@ def _make_tokenizer(args: PretrainArguments, store: CellStore, train_cells: Cell
     )
 
 
+def _starts_at_cells(args: PretrainArguments) -> bool:
+    init = args.init or ("spectral" if args.whole_cell else "random")
+    return init == "spectral" and not args.model
+
+
 def make_model(
-    args: PretrainArguments, tokenizer: GeneTokenizer, views: SpectralViews | None = None, **settings
+    args: PretrainArguments, tokenizer: GeneTokenizer, run: PretrainRun | None = None, **settings
 ) -> PreTrainedModel:
     """Make a new model for the tokenizer, or load the one of `args.model`.
 
@@ -254,8 +260,8 @@ def make_model(
         `size`, `model_config`, `label_smoothing` and `gene_embeddings` of a new model, or `model`.
     tokenizer : GeneTokenizer
         Gives the sizes of the embeddings.
-    views : SpectralViews, optional
-        What the whole cell of a new model begins at.
+    run : PretrainRun, optional
+        What a new model starts at, as `args.init` says: its views and training cells. Random weights without it.
     **settings
         Fields of `GeneBertConfig` (and, of a new model, `size`), over those of `args`.
 
@@ -273,6 +279,7 @@ def make_model(
     from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
     from ..models.gene_bert.modeling_gene_bert import GeneBertForPhenotypicMLM
     from ..training.gene_embeddings import load_gene_embeddings
+    from ..training.masked_gene_start import start_mlm_bias, start_rank_model
     from ..training.spectral_start import cell_embedding_of, set_views
 
     settings = {**(args.model_config or {}), **settings}
@@ -281,8 +288,13 @@ def make_model(
         return AutoModelForMaskedLM.from_pretrained(args.model, **settings)
     settings = {"size": args.size, "label_smoothing": args.label_smoothing, **settings}
     model = GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(tokenizer, **settings))
-    if views is not None:
-        set_views(cell_embedding_of(model), views, model.config.initializer_range)
+    if run is not None and run.views is not None:
+        set_views(cell_embedding_of(model), run.views, model.config.initializer_range)
+    if run is not None and _starts_at_cells(args):
+        if tokenizer.scheme == "rank":
+            start_rank_model(model, tokenizer, run.train_cells)
+        else:
+            start_mlm_bias(model, tokenizer, run.train_cells)
     if args.gene_embeddings:
         load_gene_embeddings(model, tokenizer, args.gene_embeddings)
     return model
