@@ -72,4 +72,9 @@ def test_the_plain_forms_give_what_scib_metrics_gives():
         },
         abs=1e-4,
     )
-    assert batch_kbet(*cells(0.0)) > batch_kbet(*cells(2.0))
+
+
+@pytest.mark.slow
+def test_kbet_accepts_mixed_batches_alone():
+    pytest.importorskip("scib_metrics", reason="scib-metrics (extra scib) is not installed")
+    assert batch_kbet(*cells(0.0)) > 0.5 > batch_kbet(*cells(20.0))
