@@ -63,9 +63,12 @@ class PretrainArguments:
     model_config: dict | None = field(
         default=None, metadata={"help": "fields of GeneBertConfig over those of the size: '{hidden_act: relu}'"}
     )
-    whole_cell: bool = field(
-        default=True,
-        metadata={"help": "[CLS] begins as the whole cell; false: the reference models of PerturbGene and STFormer"},
+    whole_cell: bool | None = field(
+        default=None,
+        metadata={
+            "help": "[CLS] begins as the whole cell (default, but with neighborhood or without [CLS]); false: the "
+            "reference models of PerturbGene and STFormer"
+        },
     )
     init: Literal["spectral", "random"] | None = field(
         default=None,
@@ -238,12 +241,18 @@ def _make_tokenizer(args: PretrainArguments, store: CellStore, train_cells: Cell
         medians=medians,
         neighborhood=args.neighborhood or None,
         max_length=args.max_length,
-        **{"whole_cell": args.whole_cell, **settings},
+        **{"whole_cell": _reads_whole_cells(args), **settings},
     )
 
 
+def _reads_whole_cells(args: PretrainArguments) -> bool:
+    if args.whole_cell is not None:
+        return args.whole_cell
+    return not args.neighborhood and (args.tokenizer_config or {}).get("add_cls") is not False
+
+
 def _starts_at_cells(args: PretrainArguments) -> bool:
-    init = args.init or ("spectral" if args.whole_cell else "random")
+    init = args.init or ("spectral" if _reads_whole_cells(args) else "random")
     return init == "spectral" and not args.model
 
 

@@ -280,6 +280,8 @@ class GeneTokenizer(PreTrainedTokenizer):
         for role, wanted in (("cls_token", self.add_cls), ("eos_token", self.add_eos)):
             if wanted and role not in self._special_tokens:
                 raise ValueError(f"The vocabulary has no {role}: name it in special_tokens, or do not add it.")
+        if self.whole_cell and not self.add_cls:
+            raise ValueError("whole_cell=True is for a model that begins [CLS] at the whole cell: add_cls is needed.")
         self.included_phenotypes = list(phenotypes) if included_phenotypes is None else included_phenotypes
         self.truncation = truncation or "top"
         if self.truncation not in TRUNCATIONS:
