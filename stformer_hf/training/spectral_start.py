@@ -173,10 +173,13 @@ def count_blocks(
         raise ValueError(f"None of the genes of the cells is known to the tokenizer; they are like {gene_ids[:3]}.")
     to_genes = sparse.csr_array((np.ones(len(known)), (known, found[known])), shape=(len(found), len(tokenizer.genes)))
 
+    same = np.array_equal(found, np.arange(len(tokenizer.genes)))
+
     def blocks() -> Iterator[sparse.csr_array]:
         with tqdm(total=n_cells, desc="spectral start", unit="cell", disable=None if progress else True) as bar:
             for rows in read():
-                yield sparse.csr_array(rows.astype(np.float64) @ to_genes)
+                rows = sparse.csr_array(rows, dtype=np.float64)
+                yield rows if same else rows @ to_genes
                 bar.update(rows.shape[0])
 
     return blocks

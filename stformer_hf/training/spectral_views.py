@@ -58,7 +58,7 @@ class SpectralViews:
 
     def _values(self, block: sparse.csr_array) -> list[Callable[[np.ndarray], np.ndarray]]:
         return [
-            lambda genes: log_values(block)[:, genes].toarray(),
+            lambda genes: log_values(block, genes).toarray(),
             lambda genes: pearson_residuals(block, self.shares, self.n_cells, genes),
         ]
 
@@ -125,9 +125,11 @@ def fit_spectral_views(
     return SpectralViews(shares, means, n_cells, loadings, spread)
 
 
-def log_values(counts: sparse.csr_array) -> sparse.csr_array:
-    """Compute ln(1 + 10,000 x / total of the cell), float64 (n, n_genes)."""
+def log_values(counts: sparse.csr_array, genes: np.ndarray | None = None) -> sparse.csr_array:
+    """Compute ln(1 + 10,000 x / total of the cell), float64 (n, n_genes), or (n, k) of some genes only."""
     totals = np.maximum(counts.sum(axis=1), 1e-12)
+    if genes is not None:
+        counts = counts[:, genes]
     scaled = sparse.csr_array(counts, dtype=np.float64, copy=True)
     scaled.data = np.log1p(1e4 * scaled.data / np.repeat(totals, np.diff(scaled.indptr)))
     return scaled
@@ -156,11 +158,16 @@ def pearson_residuals(
     totals = counts.sum(axis=1, dtype=np.float64)
     if genes is not None:
         counts, shares = counts[:, genes], shares[genes]
-    mu = (totals[:, None] * shares).astype(np.float32)
-    spread = np.sqrt(mu + mu * mu / np.float32(OVERDISPERSION))
-    np.maximum(spread, np.float32(1e-12), out=spread)
+    with np.errstate(divide="ignore"):  # of no total, or no share: mu is 0, and so is the residual
+        residuals = np.multiply.outer((1 / totals).astype(np.float32), (1 / shares).astype(np.float32))
+    residuals += np.float32(1 / OVERDISPERSION)
+    np.sqrt(residuals, out=residuals)
+    np.divide(-1, residuals, out=residuals)  # where x is 0: -mu / sqrt(mu + mu^2 / 100) = -1 / sqrt(1 / mu + 1 / 100)
+    cells = np.repeat(np.arange(len(totals)), np.diff(counts.indptr))
+    mu = np.maximum(totals[cells] * shares[counts.indices], 1e-30)
+    residuals[cells, counts.indices] *= (1 - counts.data / mu).astype(np.float32)
     bound = np.float32(np.sqrt(n_cells))
-    return np.clip((counts.toarray().astype(np.float32) - mu) / spread, -bound, bound)
+    return np.clip(residuals, -bound, bound, out=residuals)
 
 
 # ---------------------------------------------------------------------- passes over the cells
@@ -177,16 +184,12 @@ def _sum_genes(blocks: Iterable[sparse.csr_array]) -> dict[str, np.ndarray]:
     """Sum over cells, by gene: counts, cells that express it, log values, scaled counts and their squares."""
     sums: dict[str, np.ndarray] = {}
     for block in blocks:
-        logs = log_values(block)
-        scaled = sparse.csr_array((np.expm1(logs.data), logs.indices, logs.indptr), shape=logs.shape)
-        found = {
-            "counts": block.sum(axis=0, dtype=np.float64),
-            "expressed": np.bincount(block.indices[block.data > 0], minlength=block.shape[1]),
-            "log": logs.sum(axis=0),
-            "scaled": scaled.sum(axis=0),
-            "squared": scaled.multiply(scaled).sum(axis=0),
-            "n_cells": np.count_nonzero(block.sum(axis=1) > 0),
-        }
+        totals = block.sum(axis=1, dtype=np.float64)
+        scaled = 1e4 * block.data / np.repeat(np.maximum(totals, 1e-12), np.diff(block.indptr))
+        values = {"counts": block.data, "expressed": block.data > 0, "log": np.log1p(scaled)}
+        values.update(scaled=scaled, squared=scaled * scaled)
+        found = {name: np.bincount(block.indices, of, block.shape[1]) for name, of in values.items()}
+        found["n_cells"] = np.count_nonzero(totals)
         sums = {name: value + sums.get(name, 0) for name, value in found.items()}
     return sums or {"n_cells": 0}
 
@@ -254,7 +257,7 @@ def _covariances(
             member = sparse.csr_array((np.ones(len(of)), (of, np.arange(len(of)))), shape=(n_batches, len(of)))
             sizes += member.sum(axis=1)
             views = (
-                log_values(block)[:, chosen[0]].toarray().astype(np.float32),
+                log_values(block, chosen[0]).toarray().astype(np.float32),
                 pearson_residuals(block, shares, n_cells, chosen[1]),
             )
             for view, values in enumerate(views):

@@ -32,6 +32,7 @@ from stformer_hf import (
 from stformer_hf.models.gene_bert.extension import _draw_rows, extend_vocabulary
 from stformer_hf.models.gene_bert.legacy_weights import load_geneformer
 from stformer_hf.models.gene_bert.modeling_gene_bert import GeneBertForTokenClassification
+from stformer_hf.training.spectral_start import initialise_from_store
 
 NEW_GENES = ["ENSG90000000001", "ENSG90000000000"]
 
@@ -602,3 +603,82 @@ def test_bad_input_raises_and_changes_nothing(tokenizer):
         extend_vocabulary(model, added, ["x"])
     model.resize_token_embeddings(len(tokenizer))
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in before.items())
+
+
+# ---------------------------------------------------------------------- whole cells
+
+
+@pytest.mark.parametrize("scheme", ["binned", "rank"])
+@pytest.mark.parametrize("model_class", [GeneBertModel, GeneBertForPhenotypicMLM, GeneBertForClassification])
+def test_whole_cell_models_keep_their_numbers_and_new_genes_add_nothing(store, adata, tmp_path, scheme, model_class):
+    medians = estimate_gene_medians(store)
+    settings = {"bin_edges": [0.5, 1.5]} if scheme == "binned" else {"medians": medians}
+    tokenizer = GeneTokenizer.from_store(store, scheme, phenotypes=["cell_type"], whole_cell=True, **settings)
+    wide = {"wide_head": True} if model_class is GeneBertForClassification else {}
+    model = trained(model_class(small(tokenizer, **wide)))
+    initialise_from_store(model, tokenizer, store, n_components=3)
+    original = copy.deepcopy(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    n_old = len(tokenizer.genes)
+    more = {"medians": dict.fromkeys(NEW_GENES, 1.0)} if scheme == "rank" else {}
+    _, extended = extend_vocabulary(model, tokenizer, NEW_GENES, {"age group": ["old"]}, **more)
+    assert (extended.whole_cell, model.config.num_genes) == (True, n_old + 2)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for name in (name for name in before if "cell_embedding" in name or "wide_head" in name):
+        axis = -1 if "statistics" in name else 0
+        if before[name].dim() == 0 or name.endswith("bias"):
+            assert torch.equal(after[name], before[name]), name
+            continue
+        assert after[name].shape[axis] == n_old + 2
+        assert torch.equal(after[name].narrow(axis, 0, n_old), before[name]), name
+        assert not after[name].narrow(axis, n_old, 2).any(), name
+    # Old cells, and old cells that express the new genes too, whose tokens are cut off.
+    counts = adata[:8].X.toarray().astype(int)
+    both = np.hstack([counts, np.full((8, 2), 7)])
+    old_batch = batch_of(tokenizer, counts, genes=tokenizer.genes)
+    batch = batch_of(extended, counts, genes=tokenizer.genes)
+    batch["measured_genes"] = torch.tensor(np.tile(np.arange(n_old + 2) < n_old, (8, 1)))
+    with_new = {
+        **batch,
+        **{n: batch_of(extended, both, genes=extended.genes)[n] for n in ("cell_genes", "cell_counts")},
+    }
+    with_new.pop("measured_genes")
+    # A norm in the MLM head magnifies what rounding leaves of a sum over more genes: the states are compared there.
+    part = (lambda of: of.base_model) if model_class is GeneBertForPhenotypicMLM else (lambda of: of)
+    with torch.no_grad():
+        expected = part(original)(**old_batch)[0]
+        assert expected.std() > 0.01
+        for cells in (batch, with_new):
+            torch.testing.assert_close(part(model)(**cells)[0], expected, atol=1e-6, rtol=0)
+        cells = [
+            m.base_model.read_cells(b["cell_genes"], b["cell_counts"])
+            for m, b in ((original, old_batch), (model, with_new))
+        ]
+        assert torch.equal(*(of.depth for of in cells))
+    # Saved, loaded, begun again with cells that have the new genes, trained on.
+    model.save_pretrained(tmp_path)
+    extended.save_pretrained(tmp_path)
+    again, tokens = model_class.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in again.state_dict().items())
+    rng = np.random.default_rng(0)
+    wider = AnnData(
+        sparse.csr_matrix(rng.poisson(1.0, (60, n_old + 2)).astype(np.float32)), var=pd.DataFrame(index=tokens.genes)
+    )
+    initialise_from_store(again, tokens, wider, n_components=3)
+    assert (again.base_model.cell_embedding.statistics.shares > 0).all()
+    again.train()
+    batch = batch_of(tokens, wider[:9])
+    assert "measured_genes" not in batch
+    optimizer = torch.optim.SGD(again.parameters(), lr=1e-2)
+    again(**batch)[0].square().mean().backward()
+    assert again.base_model.cell_embedding.genes.weight.grad[n_old:].any()
+    optimizer.step()
+
+
+def test_a_tokenizer_for_whole_cells_and_a_model_that_reads_none_do_not_fit(store):
+    whole, plain = (GeneTokenizer.from_store(store, bin_edges=[0.5], whole_cell=of) for of in (True, False))
+    for of_model, of_tokens in ((whole, plain), (plain, whole)):
+        config = small(of_model, vocabulary_fingerprint=None)
+        with pytest.raises(ValueError, match="does not fit the model: whole_cell="):
+            extend_vocabulary(GeneBertModel(config), of_tokens, NEW_GENES)

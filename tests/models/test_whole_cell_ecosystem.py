@@ -293,8 +293,7 @@ def test_every_weight_and_statistic_is_initialised(tokenizer):
     assert empty.gene_bert.cell_embedding.genes.weight.std() > 0
 
 
-@pytest.mark.parametrize("model_class", [GeneBertModel, GeneBertForClassification])
-@pytest.mark.parametrize("with_measured", [False, True])
+@pytest.mark.parametrize(("model_class", "with_measured"), [(GeneBertModel, False), (GeneBertForClassification, True)])
 def test_runs_as_onnx_on_other_batches(tokenizer, store, tmp_path, model_class, with_measured):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")

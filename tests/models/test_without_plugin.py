@@ -58,7 +58,13 @@ def test_all_auto_classes_give_the_same_numbers_without_the_plugin(store, adata,
     cells = adata[:6].copy()
     cells.write_h5ad(tmp_path / "cells.h5ad")
     medians = np.random.default_rng(0).lognormal(0, 1, len(store.gene_ids))
-    schemes = {"binned": {"bin_edges": [0.5, 1.5, 3.5]}, "rank": {"medians": medians}}
+    whole = {"whole_cell": True, "max_length": 12}
+    schemes = {
+        "binned": {"bin_edges": [0.5, 1.5, 3.5]},
+        "rank": {"medians": medians},
+        "whole": {"bin_edges": [0.5], **whole},  # [CLS] is the whole cell
+        "wholerank": {"medians": medians, **whole},
+    }
     classes = {
         "mlm": GeneBertForPhenotypicMLM,
         "cells": GeneBertForClassification,
@@ -66,11 +72,15 @@ def test_all_auto_classes_give_the_same_numbers_without_the_plugin(store, adata,
     }
     expected = {}
     for scheme, settings in schemes.items():
-        tokenizer = GeneTokenizer.from_store(store, scheme=scheme, phenotypes=["cell_type"], **settings)
+        of = "rank" if "medians" in settings else "binned"
+        tokenizer = GeneTokenizer.from_store(store, scheme=of, phenotypes=["cell_type"], **settings)
         batch = tokenizer(cells, padding=True, return_tensors="pt")
         for name, model_class in classes.items():
-            config = GeneBertConfig.from_tokenizer(tokenizer, size="tiny", num_labels=3)
+            wide = {"wide_head": True} if tokenizer.whole_cell and name == "cells" else {}
+            config = GeneBertConfig.from_tokenizer(tokenizer, size="tiny", num_labels=3, **wide)
             model = model_class(config).eval()
+            if wide:
+                torch.nn.init.normal_(model.wide_head.genes.weight)
             path = tmp_path / f"{scheme}-{name}"
             model.save_pretrained(path)
             tokenizer.save_pretrained(path)

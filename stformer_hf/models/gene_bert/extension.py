@@ -72,6 +72,9 @@ def extend_vocabulary(
     phenotype values, categories), so that a new gene looks like a gene (Hewitt 2021, "Initializing New Word Embeddings
     for Pretrained Language Models"). Where there are fewer than two old rows, it is the one that models begin with, of
     mean 0 and `config.initializer_range`. A new bias is the mean of its kind's.
+
+    A model with `cell_embedding` has no statistics of new genes: they add nothing to `[CLS]` (they have a share of 0),
+    until `initialise_from_store` is run again. Their rows of the cell embedding, and of a wide head, are 0.
     """
     phenotypes = phenotypes or {}
     if not len(genes) and not phenotypes:
@@ -86,6 +89,8 @@ def extend_vocabulary(
     if extended is not tokenizer:
         _extend_words(model, tokenizer, extended)
         _extend_types(model, tokenizer, extended)
+        if getattr(model.config, "cell_embedding", False):
+            _extend_cells(model, len(extended.genes))
         if model.config.model_type == "gene_bert":
             model.config.vocabulary_fingerprint = extended.fingerprint
             if model.config.token_classes is not None:
@@ -110,6 +115,13 @@ def _check_fits(model: PreTrainedModel, tokenizer: GeneTokenizer) -> None:
         raise ValueError(
             "The tokenizer does not fit the model: as many ids and types, but other genes, bins or phenotypes, or "
             "another order. Load both from one checkpoint."
+        )
+    reads_cells = getattr(config, "cell_embedding", False)
+    if reads_cells != tokenizer.whole_cell or (reads_cells and config.num_genes != len(tokenizer.genes)):
+        raise ValueError(
+            f"The tokenizer does not fit the model: whole_cell={tokenizer.whole_cell} and {len(tokenizer.genes)} "
+            f"genes, where the model has cell_embedding={reads_cells} and num_genes={getattr(config, 'num_genes', 0)}."
+            " Load both from one checkpoint."
         )
     added = tokenizer.get_vocab().keys() - tokenizer._token_to_id.keys()
     if added:
@@ -274,6 +286,23 @@ def _extend_types(model: PreTrainedModel, tokenizer: GeneTokenizer, extended: Ge
         _draw_rows(weight, torch.where(of_kind & (origin < 0))[0], rows, model.config.initializer_range)
     embedding.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
     embedding.num_embeddings = model.config.type_vocab_size = len(names)
+
+
+@torch.no_grad()
+def _extend_cells(model: PreTrainedModel, n_genes: int) -> None:
+    """Add rows of 0 for new genes, which come after the old ones, to what whole cells are summed from."""
+    embedding = model.base_model.cell_embedding
+    tables = [embedding.genes, *([model.wide_head.genes] if hasattr(model, "wide_head") else [])]
+    for table in tables:
+        old = table.weight
+        weight = torch.cat([old, old.new_zeros(n_genes - len(old), old.shape[1])])
+        table.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
+        table.num_embeddings = n_genes
+    statistics = embedding.statistics
+    for name in ("shares", "means"):
+        old = getattr(statistics, name)
+        setattr(statistics, name, torch.cat([old, old.new_zeros(*old.shape[:-1], n_genes - old.shape[-1])], dim=-1))
+    model.config.num_genes = n_genes
 
 
 def _name_types(tokenizer: GeneTokenizer) -> list[tuple[str, ...]]:
