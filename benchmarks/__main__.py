@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-BENCHMARKS = ("data", "tokens", "model", "training", "space")
+BENCHMARKS = ("data", "tokens", "model", "training", "space", "objectives")
 
 
 def main() -> None:
