@@ -1,10 +1,10 @@
 """What each objective adds to a whole-cell model that begins at the spectral start, at equal CPU time.
 
 A tiny whole-cell GeneBert is started at the principal components of about 15,000 cells of blood and of fetal tissues
-(their genes united by Ensembl id), and trained on them with each objective alone and with pairs, each time from the same
-start, for as many minutes of CPU on one thread. The embedding of cells that no run has seen is scored by the accuracy
-of 15 nearest neighbours and of a linear probe (logistic regression), each by the same five folds, and by the adjusted
-Rand index of Leiden clusters at resolution 1. One seed: differences of about a standard error say nothing.
+(their genes united by Ensembl id), and trained on them with each objective alone and with pairs, each time from the
+same start, for as many minutes of CPU on one thread. The embedding of cells that no run has seen is scored by the
+accuracy of 15 nearest neighbours and of a linear probe (logistic regression), each by the same five folds, and by the
+adjusted Rand index of Leiden clusters at resolution 1. One seed: differences of about a standard error say nothing.
 """
 
 from __future__ import annotations
@@ -244,7 +244,9 @@ def table(rows: list[dict]) -> str:
         f"| objectives | views | steps | {' | '.join(sets)} |",
         "|---" * (3 + len(sets)) + "|",
         *(
-            f"| {row['objectives']} | {row['view']} | {row.get('steps', 0)} | {' | '.join(cell(row, of) for of in sets)} |"
+            f"| {row['objectives']} | {row['view']} | {row.get('steps', 0)} | "
+            + " | ".join(cell(row, of) for of in sets)
+            + " |"
             for row in rows
         ),
     ]

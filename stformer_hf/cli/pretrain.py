@@ -92,6 +92,25 @@ class PretrainArguments:
     gene_embeddings: str | None = field(
         default=None, metadata={"help": "table of genes and vectors that the model's embeddings of genes begin with"}
     )
+    objectives: dict | None = field(
+        default=None,
+        metadata={
+            "help": "what to train and its weights (default: masked genes): '{mlm: 1.0, contrast: 0.5}'; also decode, "
+            "cross_correlation"
+        },
+    )
+    view: Literal["disjoint", "thinning"] = field(
+        default="disjoint", metadata={"help": "of objectives on [CLS]: how a cell is divided into two views"}
+    )
+    batch_key: str | None = field(
+        default=None,
+        metadata={
+            "help": "of contrast: column of obs; cells are contrasted within each of its values (default: each file)"
+        },
+    )
+    ema: float | None = field(
+        default=None, metadata={"help": "decay of a moving average of the weights, such as 0.999"}
+    )
     packing: bool = field(default=False, metadata={"help": "train on packed batches, without padding"})
     max_tokens_per_batch: int | None = field(
         default=None, metadata={"help": "fill batches up to so many tokens, in place of a number of cells"}
@@ -166,7 +185,8 @@ def prepare(args: PretrainArguments, arguments: TrainingArguments) -> PretrainRu
     phenotypes = tokenizer.included_phenotypes if tokenizer else args.phenotypes
     neighborhood = tokenizer.neighborhood if tokenizer else args.neighborhood
     graph = {"neighbors": args.neighbors, "section": args.section} if neighborhood else {}
-    store = open_cells(args.data, arguments, phenotypes, args.layer, args.overwrite, **graph, eval_data=args.eval_data)
+    obs = [*(phenotypes or []), args.batch_key] if args.batch_key else phenotypes
+    store = open_cells(args.data, arguments, obs, args.layer, args.overwrite, **graph, eval_data=args.eval_data)
     train_cells, held_out_cells = split(store, args.held_out, arguments.seed, eval_data=args.eval_data)
     if tokenizer is None:
         tokenizer = _make_tokenizer(args, store, train_cells)
@@ -277,6 +297,10 @@ def make_trainer(
         mlm_probability=args.mlm_probability,
         phenotype_mask_prob=args.phenotype_mask_prob,
         gene_dropout=args.gene_dropout,
+        objectives=args.objectives,
+        view=args.view,
+        batch_key=args.batch_key,
+        ema=args.ema,
         packing=args.packing,
         max_tokens_per_batch=args.max_tokens_per_batch,
         eval_dataset=run.held_out_cells,

@@ -35,25 +35,24 @@ class ObjectiveTrainer(CellTrainer):
     "cls", and batches have two rows per cell. Every objective is computed for the batch of one process, and averaged
     over processes and accumulated batches, so that it depends on the batches alone.
 
-    With such objectives the log has, for training and evaluation, the loss of each (`<objective>_loss`);
-    `contrast_of_totals`, the loss of contrast of a reader that knows the totals of the views alone; and of up to 1,024
-    cells since the last log, in their first views, `effective_rank` of `[CLS]` (see `effective_rank`) and
-    `total_r2`, how well the log total of the view is predicted from it (see `total_r2`); the last two of the cells of the
-    first process.
+    With such objectives the log has, for training and evaluation, the loss of each (`<objective>_loss`), and
+    `contrast_of_totals`, the loss of contrast of a reader that knows the totals of the views alone. Of `[CLS]` of the
+    first views of up to 1,024 cells since the last log, of one process, it has the `effective_rank`, which falls where
+    the embedding collapses, and `total_r2`, how well the log total of the view is predicted from it.
 
     Parameters
     ----------
     objectives : mapping of str to float, optional
-        Weights of `mlm` (masked genes and phenotypes), `contrast` (InfoNCE), `decode` (negative binomials of the counts
-        that are not in the view) and `cross_correlation`; {"mlm": 1.0} by default.
+        Weights of `mlm` (masked genes and phenotypes), `contrast` (InfoNCE), `decode` (negative binomials of the
+        counts that are not in the view) and `cross_correlation`; {"mlm": 1.0} by default.
     view : {"disjoint", "thinning"}, default: "disjoint"
         How a cell is divided in two; see `ViewCollator`.
     batch_key : str, optional
         Categorical obs column: the negatives of `contrast` are cells of the same value, and batches are filled with
         cells of one value (`SameSourceSampler`). The files that the store was built of by default.
     ema : float, optional
-        Decay of a moving average of the weights, such as 0.999. It is evaluated in their place, it is what the model has
-        after the training, and it is saved in checkpoints beside them.
+        Decay of a moving average of the weights, such as 0.999. It is evaluated in their place, it is what the model
+        has after the training, and it is saved in checkpoints beside them.
     **kwargs
         All other arguments of CellTrainer.
 
@@ -93,9 +92,7 @@ class ObjectiveTrainer(CellTrainer):
             self._check_cells()
         if self._average is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError(
-                    "ema averages whole weights, and FSDP and DeepSpeed keep parts of them: leave it out."
-                )
+                raise ValueError("ema averages whole weights; FSDP and DeepSpeed keep parts of them: leave it out.")
             self._averaging = AverageWeights(self, self._average)
             self.add_callback(self._averaging)
 
@@ -104,8 +101,8 @@ class ObjectiveTrainer(CellTrainer):
         if not getattr(model.config, "cell_embedding", False):
             raise ValueError(
                 f"{', '.join(name for name in self.objectives if name != 'mlm')}: these objectives train [CLS] as the "
-                "whole cell, and the model was made without cell_embedding. Make it for a tokenizer with whole_cell=True "
-                "(GeneBertConfig.from_tokenizer)."
+                "whole cell, and the model was made without cell_embedding. Make it for a tokenizer with "
+                "whole_cell=True (GeneBertConfig.from_tokenizer)."
             )
         model.config.pooling = "cls"
         if "decode" in self.objectives:
@@ -189,12 +186,9 @@ class ObjectiveTrainer(CellTrainer):
         self._watch(model.training, states, totals, usable)
         # Trainer divides no loss of a model that counts its labels: a mean over batches is divided here.
         loss = sum(weight * losses[name] for name, weight in self.objectives.items()) / n_accumulated
-        # Hidden states are no predictions.
-        return (
-            (loss, {name: value for name, value in outputs.items() if name != "hidden_states"})
-            if return_outputs
-            else loss
-        )
+        if not return_outputs:
+            return loss
+        return loss, {name: value for name, value in outputs.items() if name != "hidden_states"}  # no predictions
 
     def _add(self, training: bool, name: str, loss: torch.Tensor) -> None:
         pair = torch.stack([loss.detach().double(), torch.ones_like(loss, dtype=torch.float64)])

@@ -63,8 +63,8 @@ class STFormerPretrainer(ObjectiveTrainer):
         (`masked_gene_baselines`, estimated from at most 100,000 training cells, once); and what the genes of another
         cell do to the model (`context_swap`, of at most 512 cells). Of neighbourhoods `neighborhood_baselines`.
     objectives, view, batch_key, ema
-        As for `ObjectiveTrainer`. Without `mlm` no gene is masked. With objectives that train `[CLS]` every phenotype is
-        masked, since both views of a cell would show it.
+        As for `ObjectiveTrainer`. Without `mlm` no gene is masked. With objectives that train `[CLS]` every phenotype
+        is masked, since both views of a cell would show it.
     packing : bool, default: False
         Train on packed batches: the cells of a batch in one row, without padding.
     max_tokens_per_batch : int, optional

@@ -40,9 +40,7 @@ class WeightAverage:
 
     def __init__(self, decay: float):
         if not 0 < decay < 1:
-            raise ValueError(
-                f"ema is the decay of a moving average, above 0 and below 1 (such as 0.999), got {decay}."
-            )
+            raise ValueError(f"ema is the decay of a moving average, such as 0.999: above 0, below 1; got {decay}.")
         self.decay = decay
         self._average: dict[str, torch.Tensor] = {}
 
@@ -89,9 +87,7 @@ class WeightAverage:
             It has none, or one of another model.
         """
         if not (folder / FILE).exists():
-            raise ValueError(
-                f"{folder} has no {FILE}: it was trained without ema. Resume without, or begin a new run."
-            )
+            raise ValueError(f"{folder} has no {FILE}, it was trained without ema: resume without, or begin anew.")
         found = load_file(folder / FILE)
         weights = dict(model.named_parameters())
         if found.keys() != weights.keys():

@@ -32,8 +32,8 @@ def cross_correlation_loss(
 
     Notes
     -----
-    Zbontar et al. 2021 (Barlow Twins), arXiv 2103.03230; of cells, Svensson 2026, `scvi.external.JointEmbeddingSCVI` of
-    scvi-tools 1.5, whose :math:`\lambda` this is.
+    Zbontar et al. 2021 (Barlow Twins), arXiv 2103.03230; for cells Svensson 2026, `JointEmbeddingSCVI` of scvi-tools
+    1.5, whose :math:`\lambda` this is.
     """
     first, second = (view[usable] for view in states.float().chunk(2))
     if len(first) < 2:

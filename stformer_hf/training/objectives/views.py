@@ -63,9 +63,7 @@ def thin(
     thinned = np.empty_like(counts)
     for count in np.unique(counts):
         if count != np.rint(count):
-            raise ValueError(
-                f"Thinning draws from whole numbers, and the store has counts like {count}: use disjoint."
-            )
+            raise ValueError(f"Thinning draws from whole numbers, and the store has {count}: use disjoint views.")
         at = np.flatnonzero(counts == count)
         thinned[at] = np.searchsorted(_half_binomial(int(count)), drawn[at])
     return thinned
@@ -92,9 +90,9 @@ class ViewCollator:
     are the first views of its n cells, the next n the second views. Each is tokenized and masked as a cell of its own,
     with its own total; in the second view masks are drawn for `~cell_id`.
 
-    Beside what the collator gives, a batch has `measured_genes`, bool (2n, n_genes), and for the objectives (`OF_PAIRS`)
-    `view_totals`, float32 (2n,), counts of known genes before masking; `twins`, int64 (n,), equal where cells have equal
-    counts; and `sources`, int64 (n,), equal where cells are of one batch.
+    Beside what the collator gives, a batch has `measured_genes`, bool (2n, n_genes), and for the objectives
+    (`OF_PAIRS`) `view_totals`, float32 (2n,), counts of known genes before masking; `twins`, int64 (n,), equal where
+    cells have equal counts; and `sources`, int64 (n,), equal where cells are of one batch.
 
     Parameters
     ----------
@@ -183,7 +181,7 @@ class ViewCollator:
         return replace(cells, indptr=indptr, genes=genes, counts=counts)
 
     def _gene_of_column(self, cells: CellBatch) -> np.ndarray:
-        """Number of the gene in each column of the store: int64 array, -1 where unknown."""
+        """Find the gene of each column of the store: int64 array, -1 where unknown."""
         if self._genes is None or self._genes[0] is not cells.gene_ids:  # one array for all batches of a store
             self._genes = cells.gene_ids, self.collator.tokenizer.find_genes(cells.gene_ids)
         return self._genes[1]
@@ -226,7 +224,7 @@ def _checksums(cells: CellBatch) -> np.ndarray:
 
 
 def sources_of(cells: CellBatch | CellStore, batch_key: str | None) -> np.ndarray:
-    """Number the batches that cells are of.
+    """Tell which batch each cell is of.
 
     Parameters
     ----------
