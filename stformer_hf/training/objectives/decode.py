@@ -87,7 +87,8 @@ def decode_loss(
         return gene_logits.float().sum() * 0 + log_dispersion.sum() * 0
 
     log_means = (
-        gene_logits.float().masked_fill(~targets, -torch.inf).log_softmax(-1) + totals.clamp(min=1).log()[:, None]
+        gene_logits.float().masked_fill(~targets, torch.finfo(torch.float32).min).log_softmax(-1)
+        + totals.clamp(min=1).log()[:, None]
     )
     log_means = log_means.masked_fill(~targets, 0.0)
     of_zero = log_dispersion.exp() * logsigmoid(log_dispersion - log_means)
