@@ -38,6 +38,7 @@ def make_model(cells, tokenizer, **settings):
         "hidden_size": 32,
         "num_attention_heads": 2,
         "intermediate_size": 32,
+        "hidden_dropout_prob": 0.0,
         **settings,
     }
     model = GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(tokenizer, size="tiny", **settings))
