@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-BENCHMARKS = ("data", "tokens", "model", "training", "space")
+BENCHMARKS = ("data", "tokens", "model", "training", "space", "quality")
 OF_FILES = ("objectives",)  # of files that are named by flags: only where it is asked for
 
 

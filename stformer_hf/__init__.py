@@ -25,6 +25,7 @@ _MODULES = {
     "data.scdl_collection": ["SingleCellCollection"],
     "data.spatial_graph": ["spatial_neighbors"],
     "data.transforms": ["Compose", "EncodeLabels", "LogTransform", "NormalizeRowSum", "Transform"],
+    "evaluation.evaluate_embedding": ["evaluate_embedding"],
     "genes.gene_table": ["GeneTable"],
     "genes.statistics": ["GeneStatistics"],
     "inference.annotate": ["annotate"],
@@ -55,6 +56,7 @@ _MODULES = {
         "DataCollatorForPhenotypicMLM",
         "collate_fn_wrapper",
     ],
+    "training.finetuning": ["finetune"],
     "training.gene_embeddings": ["load_gene_embeddings"],
     "training.length_sampler": ["EvenBatchSampler", "LengthGroupedSampler", "padding_share"],
     "training.lengths": ["load_example_lengths", "write_example_lengths"],
@@ -63,6 +65,7 @@ _MODULES = {
     "training.run_setup": ["choose_closest", "make_output_dirs", "setup_environment"],
     "training.samplers": ["BlockShuffleSampler"],
     "training.pretrainer": ["STFormerPretrainer"],
+    "training.spectral_start": ["initialise_from_store"],
     "training.stream_batches": ["TokenBudgetBuffer"],
     "training.token_budget": ["TokenBudgetBatchSampler"],
 }

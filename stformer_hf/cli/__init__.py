@@ -17,6 +17,7 @@ VERBS = {
     "finetune": "train a classifier of cells",
     "annotate": "label the cells of a file with a classifier",
     "embed": "write an embedding of every cell of a file, or of the cells around it",
+    "evaluate": "compare embeddings with each other and with simple baselines",
 }
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from anndata import AnnData, read_h5ad
 
 
-def read(data: str, output: str, overwrite: bool) -> AnnData:
-    """Read the input, after a look at where the output shall go.
+def read(data: str, output: str | None = None, overwrite: bool = False) -> AnnData:
+    """Read the input, after a look at where the output, if it is a file, shall go.
 
     Raises
     ------
@@ -19,17 +19,22 @@ def read(data: str, output: str, overwrite: bool) -> AnnData:
     """
     if not Path(data).exists():
         raise FileNotFoundError(f"No such file: {data}")
-    if Path(output).is_dir():
-        raise ValueError(f"--output {output} is a folder; name a file in it.")
-    if Path(output).exists():
-        if Path(output).samefile(data):
-            raise ValueError(f"--output is the input itself, {data}; choose another file.")
-        if not overwrite:
-            raise FileExistsError(f"{output} exists. Choose another --output, or pass --overwrite.")
+    if output is not None:
+        _check_output(data, Path(output), overwrite)
     try:
         return read_h5ad(data)
     except (OSError, KeyError) as error:
         raise ValueError(f"{data} is not a readable h5ad file: {error}") from error
+
+
+def _check_output(data: str, output: Path, overwrite: bool) -> None:
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder; name a file in it.")
+    if output.exists():
+        if output.samefile(data):
+            raise ValueError(f"--output is the input itself, {data}; choose another file.")
+        if not overwrite:
+            raise FileExistsError(f"{output} exists. Choose another --output, or pass --overwrite.")
 
 
 def write(adata: AnnData, output: str) -> None:

@@ -1,6 +1,10 @@
 """Fine-tune a classifier of cells.
 
-stformer-hf finetune --data labelled.h5ad --label cell_type --output classifier --model pretrained
+stformer-hf finetune --data labelled.h5ad --label cell_type --output classifier
+stformer-hf finetune --data labelled.h5ad --label cell_type --output classifier --model pretrained --split_by donor
+
+A new model begins at linear readers of the cells, chosen by cross-validation within the training cells, and is trained
+further only where that helps there. --num_train_epochs N trains it for so long in any case; 0 keeps the start.
 """
 
 from __future__ import annotations
@@ -9,20 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ..training.defaults import FINETUNING, FINETUNING_REFERENCE, MAX_LENGTH
 from .arguments import parse
 
-TRAINING_DEFAULTS = {
-    "learning_rate": 5e-4,
-    "weight_decay": 0.05,
-    "warmup_steps": 0.1,
-    "num_train_epochs": 10,
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 64,
-    "logging_steps": 10,
-    "eval_strategy": "epoch",
-    "save_total_limit": 2,
-    "report_to": "none",
-}
+_OF_A_NEW_MODEL = ("size", "bin_edges", "max_length", "whole_cell")
 
 
 @dataclass
@@ -34,13 +28,24 @@ class FinetuneArguments:
     output: str = field(metadata={"help": "folder for the checkpoint"})
     model: str | None = field(default=None, metadata={"help": "pretrained checkpoint; a new model by default"})
     size: str = field(default="tiny", metadata={"help": "of a new model: tiny, small, base or large"})
+    whole_cell: bool = field(
+        default=True,
+        metadata={"help": "of a new model: [CLS] begins as the whole cell; false: PerturbGene's reference model"},
+    )
     bin_edges: list[float] = field(default_factory=lambda: [0.1], metadata={"help": "of a new model's tokenizer"})
-    max_length: int = field(default=2048, metadata={"help": "of a new model's tokenizer: most tokens a cell"})
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "of a new model's tokenizer: most tokens per cell (64; 2048 without whole_cell)"},
+    )
     pooling: Literal["cls", "mean"] | None = field(
         default=None, metadata={"help": "what the classifier reads: cls, or mean over the genes; the model's own"}
     )
+    phenotypes: list[str] = field(
+        default_factory=list,
+        metadata={"help": "phenotype tokens of the checkpoint that the classifier may read; none by default"},
+    )
     gene_dropout: float = field(
-        default=0.0, metadata={"help": "share of a cell's genes to leave out, anew each epoch"}
+        default=0.0, metadata={"help": "share of a cell's genes to leave out, others in each epoch"}
     )
     packing: bool = field(default=False, metadata={"help": "train on packed batches, without padding"})
     max_tokens_per_batch: int | None = field(
@@ -52,6 +57,10 @@ class FinetuneArguments:
     label_smoothing: float = field(default=0.0, metadata={"help": "of the loss (PerturbGene: 0.1)"})
     layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
     held_out: float = field(default=0.1, metadata={"help": "share of the cells kept for evaluation"})
+    split_by: str | None = field(
+        default=None,
+        metadata={"help": "column of obs, such as the donor: its groups are held out, and cross-validated, whole"},
+    )
     eval_data: list[str] | None = field(
         default=None, metadata={"help": "files or stores to evaluate on, in place of held-out cells of the data"}
     )
@@ -60,7 +69,7 @@ class FinetuneArguments:
 
 def main(argv: list[str]) -> None:
     """Parse and run."""
-    args, training = parse(argv, FinetuneArguments, verb="finetune", description=__doc__, training=TRAINING_DEFAULTS)
+    args, training = parse(argv, FinetuneArguments, verb="finetune", description=__doc__, training=FINETUNING)
     from .runs import print_figures
 
     print_figures(args.output, run(args, training))
@@ -68,26 +77,28 @@ def main(argv: list[str]) -> None:
 
 def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     """Fine-tune and save; returns the figures of the run."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+    from transformers import AutoTokenizer
 
     from ..evaluation.cell_baselines import classification_baselines
-    from ..evaluation.metrics import balanced_class_weights, compute_classification_metrics
-    from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
-    from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification
-    from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
-    from ..training.cell_trainer import CellTrainer
-    from ..training.collators import DataCollatorForCellClassification
+    from ..evaluation.metrics import compute_classification_metrics
+    from ..training.finetuning import prepare_classifier
     from .runs import finish, open_cells, refuse_flags_of_a_new_model, split, training_arguments
 
     output = Path(args.output)
-    refuse_flags_of_a_new_model(args, ("size", "bin_edges", "max_length"))
-    arguments = training_arguments(output, training, args.overwrite)
+    refuse_flags_of_a_new_model(args, _OF_A_NEW_MODEL)
     tokenizer = AutoTokenizer.from_pretrained(args.model) if args.model else None
-    phenotypes = [] if tokenizer is None else [name for name in tokenizer.included_phenotypes if name != args.label]
+    whole_cell = args.whole_cell if tokenizer is None else getattr(tokenizer, "whole_cell", False)
+    reference = {} if whole_cell else FINETUNING_REFERENCE
+    settings = {
+        "eval_strategy": "epoch",
+        **training,
+        **{k: v for k, v in reference.items() if training[k] == FINETUNING[k]},
+    }
+    arguments = training_arguments(output, settings, args.overwrite)
     store = open_cells(
         args.data,
         arguments,
-        list(dict.fromkeys([args.label, *phenotypes])),
+        list(dict.fromkeys([args.label, *args.phenotypes, *([args.split_by] if args.split_by else [])])),
         args.layer,
         args.overwrite,
         neighbors="spatial_connectivities" if tokenizer is not None and tokenizer.neighborhood else None,
@@ -95,53 +106,49 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     )
     if args.label not in store.categories:
         raise ValueError(f"No categorical column {args.label!r}; there are {', '.join(store.categories) or 'none'}.")
-    classes = store.categories[args.label]
-    head = {
-        "id2label": dict(enumerate(classes)),
-        "label2id": {name: i for i, name in enumerate(classes)},
-        **({"classifier_pooling": args.pooling} if args.pooling else {}),
-        "problem_type": "single_label_classification",
-        "classifier_label_smoothing": args.label_smoothing,
-        "class_weights": None,  # a checkpoint may bring those of other classes
-    }
-    set_seed(arguments.seed)
-    if tokenizer is None:
-        tokenizer = GeneTokenizer.from_store(store, bin_edges=args.bin_edges, max_length=args.max_length)
-        model = GeneBertForClassification(GeneBertConfig.from_tokenizer(tokenizer, size=args.size, **head))
-    else:
-        tokenizer.included_phenotypes = phenotypes
-        model = AutoModelForSequenceClassification.from_pretrained(args.model, ignore_mismatched_sizes=True, **head)
-    if model.config.classifier_pooling == "cls" and not tokenizer.add_cls:
-        raise ValueError("The tokenizer begins cells with no [CLS]: use --pooling mean.")
-    train_cells, held_out_cells = split(store, args.held_out, arguments.seed, args.label, args.eval_data)
+    train_cells, held_out_cells = split(
+        store, args.held_out, arguments.seed, args.label, args.eval_data, args.split_by
+    )
     if held_out_cells is None:
         arguments.eval_strategy = "no"
-
-    if args.class_weights == "balanced":
-        model.config.class_weights = balanced_class_weights(train_cells.obs[args.label], classes)
-
-    trainer = CellTrainer(
-        model=model,
-        args=arguments,
-        data_collator=DataCollatorForCellClassification(
-            tokenizer, args.label, seed=arguments.seed, gene_dropout=args.gene_dropout, packing=args.packing
-        ),
-        train_dataset=train_cells,
-        eval_dataset=held_out_cells,
+    given = "num_train_epochs" in training or arguments.max_steps > 0
+    prepared = prepare_classifier(
+        train_cells,
+        args.label,
+        arguments,
+        model=args.model,
+        num_train_epochs=arguments.num_train_epochs if given else None,
+        group_key=args.split_by,
+        phenotypes=args.phenotypes,
+        class_weights=args.class_weights,
+        size=args.size,
+        max_length=args.max_length or (MAX_LENGTH if whole_cell else 2048),
+        model_config={
+            "classifier_label_smoothing": args.label_smoothing,
+            **({"classifier_pooling": args.pooling} if args.pooling else {}),
+        },
+        tokenizer_config={"whole_cell": whole_cell, "bin_edges": args.bin_edges},
+    )
+    trainer = prepared.trainer(
+        arguments,
+        held_out_cells,
+        gene_dropout=args.gene_dropout,
+        packing=args.packing,
         max_tokens_per_batch=args.max_tokens_per_batch,
-        processing_class=tokenizer,
         compute_metrics=compute_classification_metrics,
     )
     baselines = {}
     if held_out_cells is not None:  # before the training, so that they are in a card that is pushed
-        found = classification_baselines(train_cells, held_out_cells, args.label, seed=arguments.seed)
+        found = classification_baselines(prepared.cells, held_out_cells, args.label, seed=arguments.seed)
         baselines = {f"eval_{name}": value for name, value in found.items()}
-    facts = {"label": args.label, "pooling": model.config.classifier_pooling}
-    card = {"store": store, "base_model": args.model, "metrics": baselines, "settings": facts}
+    card = {"store": store, "base_model": args.model, "metrics": baselines, "settings": prepared.facts}
+    if trainer.is_world_process_zero():
+        output.mkdir(parents=True, exist_ok=True)
+        prepared.save_calibration(output)
     metrics = {**finish(trainer, card=card), **baselines}
     predicted = None if held_out_cells is None else trainer.predict(held_out_cells)
     if predicted is not None and trainer.is_world_process_zero():
-        _draw_confusion(output, predicted, model.config.id2label)
+        _draw_confusion(output, predicted, prepared.model.config.id2label)
     return metrics
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..data.cell_store import CellStore
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
     from ..training.pretrainer import STFormerPretrainer
+    from ..training.spectral_views import SpectralViews
 
 TRAINING_DEFAULTS = {
     "learning_rate": 1e-3,
@@ -37,6 +38,8 @@ TRAINING_DEFAULTS = {
 _OF_A_NEW_MODEL = (
     "size",
     "model_config",
+    "whole_cell",
+    "init",
     "scheme",
     "phenotypes",
     "bin_edges",
@@ -59,6 +62,23 @@ class PretrainArguments:
     size: str = field(default="tiny", metadata={"help": "tiny, small, base or large"})
     model_config: dict | None = field(
         default=None, metadata={"help": "fields of GeneBertConfig over those of the size: '{hidden_act: relu}'"}
+    )
+    whole_cell: bool = field(
+        default=True,
+        metadata={"help": "[CLS] begins as the whole cell; false: the reference models of PerturbGene and STFormer"},
+    )
+    init: Literal["spectral", "random"] = field(
+        default="spectral",
+        metadata={
+            "help": "how the whole cell begins: at the principal components of the training cells, or at random"
+        },
+    )
+    batch_key: str | None = field(
+        default=None,
+        metadata={
+            "help": "column of obs: a spectral start leaves out what differs between its batches, and contrast "
+            "compares cells within each of them"
+        },
     )
     scheme: Literal["binned", "rank"] = field(
         default="binned", metadata={"help": "how counts become tokens: bins (PerturbGene) or ranks (STFormer)"}
@@ -102,12 +122,6 @@ class PretrainArguments:
     view: Literal["disjoint", "thinning"] = field(
         default="disjoint", metadata={"help": "of objectives on [CLS]: how a cell is divided into two views"}
     )
-    batch_key: str | None = field(
-        default=None,
-        metadata={
-            "help": "of contrast: column of obs; cells are contrasted within each of its values (default: each file)"
-        },
-    )
     ema: float | None = field(
         default=None, metadata={"help": "decay of a moving average of the weights, such as 0.999"}
     )
@@ -143,12 +157,15 @@ class PretrainRun(NamedTuple):
     held_out_cells : CellStore or None
         Those kept for evaluation.
     tokenizer : GeneTokenizer
+    views : SpectralViews or None
+        Of the cells in training, where a new model begins at them.
     """
 
     store: CellStore
     train_cells: CellStore
     held_out_cells: CellStore | None
     tokenizer: GeneTokenizer
+    views: SpectralViews | None
 
 
 def run(args: PretrainArguments, training: dict) -> dict[str, float]:
@@ -160,7 +177,7 @@ def run(args: PretrainArguments, training: dict) -> dict[str, float]:
     arguments = training_arguments(Path(args.output), training, args.overwrite)
     prepared = prepare(args, arguments)
     set_seed(arguments.seed)
-    model = make_model(args, prepared.tokenizer)
+    model = make_model(args, prepared.tokenizer, prepared.views)
     trainer = make_trainer(args, arguments, prepared, model=model)
     return finish(trainer, card={"store": prepared.store, "base_model": args.model})
 
@@ -183,16 +200,23 @@ def prepare(args: PretrainArguments, arguments: TrainingArguments) -> PretrainRu
     _check_settings(args)
     tokenizer = AutoTokenizer.from_pretrained(args.model) if args.model else None
     phenotypes = tokenizer.included_phenotypes if tokenizer else args.phenotypes
+    columns = list(dict.fromkeys([*(phenotypes or []), *([args.batch_key] if args.batch_key else [])]))
     neighborhood = tokenizer.neighborhood if tokenizer else args.neighborhood
     graph = {"neighbors": args.neighbors, "section": args.section} if neighborhood else {}
-    obs = [*(phenotypes or []), args.batch_key] if args.batch_key else phenotypes
-    store = open_cells(args.data, arguments, obs, args.layer, args.overwrite, **graph, eval_data=args.eval_data)
+    store = open_cells(
+        args.data, arguments, columns or None, args.layer, args.overwrite, **graph, eval_data=args.eval_data
+    )
     train_cells, held_out_cells = split(store, args.held_out, arguments.seed, eval_data=args.eval_data)
     if tokenizer is None:
         tokenizer = _make_tokenizer(args, store, train_cells)
     if held_out_cells is None:
         arguments.eval_strategy = "no"
-    return PretrainRun(store, train_cells, held_out_cells, tokenizer)
+    views = None
+    if not args.model and args.whole_cell and args.init == "spectral":
+        from ..training.spectral_start import fit_views
+
+        views = fit_views(train_cells, tokenizer, batch_key=args.batch_key)
+    return PretrainRun(store, train_cells, held_out_cells, tokenizer, views)
 
 
 def _check_settings(args: PretrainArguments) -> None:
@@ -230,11 +254,13 @@ def _make_tokenizer(args: PretrainArguments, store: CellStore, train_cells: Cell
         medians=medians,
         neighborhood=args.neighborhood or None,
         max_length=args.max_length,
-        **settings,
+        **{"whole_cell": args.whole_cell, **settings},
     )
 
 
-def make_model(args: PretrainArguments, tokenizer: GeneTokenizer, **settings) -> PreTrainedModel:
+def make_model(
+    args: PretrainArguments, tokenizer: GeneTokenizer, views: SpectralViews | None = None, **settings
+) -> PreTrainedModel:
     """Make a new model for the tokenizer, or load the one of `args.model`.
 
     Its weights are drawn from torch's generator: call `transformers.set_seed` before.
@@ -245,6 +271,8 @@ def make_model(args: PretrainArguments, tokenizer: GeneTokenizer, **settings) ->
         `size`, `model_config`, `label_smoothing` and `gene_embeddings` of a new model, or `model`.
     tokenizer : GeneTokenizer
         Gives the sizes of the embeddings.
+    views : SpectralViews, optional
+        What the whole cell of a new model begins at.
     **settings
         Fields of `GeneBertConfig` (and, of a new model, `size`), over those of `args`.
 
@@ -262,6 +290,7 @@ def make_model(args: PretrainArguments, tokenizer: GeneTokenizer, **settings) ->
     from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
     from ..models.gene_bert.modeling_gene_bert import GeneBertForPhenotypicMLM
     from ..training.gene_embeddings import load_gene_embeddings
+    from ..training.spectral_start import cell_embedding_of, set_views
 
     settings = {**(args.model_config or {}), **settings}
     check_names("model_config", settings, {"size", *(option.name for option in fields(GeneBertConfig))})
@@ -269,6 +298,8 @@ def make_model(args: PretrainArguments, tokenizer: GeneTokenizer, **settings) ->
         return AutoModelForMaskedLM.from_pretrained(args.model, **settings)
     settings = {"size": args.size, "label_smoothing": args.label_smoothing, **settings}
     model = GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(tokenizer, **settings))
+    if views is not None:
+        set_views(cell_embedding_of(model), views, model.config.initializer_range)
     if args.gene_embeddings:
         load_gene_embeddings(model, tokenizer, args.gene_embeddings)
     return model
@@ -299,7 +330,7 @@ def make_trainer(
         gene_dropout=args.gene_dropout,
         objectives=args.objectives,
         view=args.view,
-        batch_key=args.batch_key,
+        batch_key=args.batch_key if set(args.objectives or {}) - {"mlm"} else None,
         ema=args.ema,
         packing=args.packing,
         max_tokens_per_batch=args.max_tokens_per_batch,

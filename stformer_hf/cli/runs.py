@@ -145,18 +145,24 @@ def _with_graph(source: str, key: str, section: str | None) -> AnnData | str:
 
 
 def split(
-    store: CellStore, held_out: float, seed: int, label: str | None = None, eval_data: list[str] | None = None
+    store: CellStore,
+    held_out: float,
+    seed: int,
+    label: str | None = None,
+    eval_data: list[str] | None = None,
+    split_by: str | None = None,
 ) -> tuple[CellStore, CellStore | None]:
     """Split cells with counts (and a label) at random; by the seed, and with like shares of each class.
 
-    With `eval_data`, the last sources of the store, their cells are held out in place of a share.
+    A class with one cell is in training. With `split_by`, a column of obs, its groups are held out whole. With
+    `eval_data`, the last sources of the store, their cells are held out in place of a share.
 
     Raises
     ------
     ValueError
         A share outside [0, 1); no cells left to train on, or none in `eval_data`.
     """
-    from sklearn.model_selection import train_test_split
+    from sklearn.model_selection import GroupShuffleSplit, train_test_split
 
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out is a share of the cells, at least 0 and below 1; got {held_out}.")
@@ -177,11 +183,23 @@ def split(
         raise ValueError(f"{len(cells)} usable cells: none is left to train on.")
     if not n_test:
         return store.select(cells), None
-    strata = None if codes is None else codes[cells]
-    if strata is not None and (n_test < len(np.unique(strata)) or np.bincount(strata)[np.unique(strata)].min() < 2):
-        strata = None  # too few cells of a class to have some on both sides
+    if split_by is not None:
+        if split_by not in store.obs:
+            raise ValueError(f"No obs column {split_by!r}; there are {', '.join(store.obs.columns) or 'none'}.")
+        groups = store.obs[split_by].astype(str).to_numpy()[cells]
+        if len(np.unique(groups)) < 2:
+            raise ValueError(f"{split_by!r} has one group among the usable cells: none can be held out.")
+        train, test = next(GroupShuffleSplit(1, test_size=held_out, random_state=seed).split(cells, groups=groups))
+        return store.select(cells[train]), store.select(cells[test])
+    strata, alone = None, cells[:0]
+    if codes is not None:
+        n_like = np.bincount(codes[cells])[codes[cells]]
+        alone, cells = cells[n_like < 2], cells[n_like > 1]  # a class of one cell cannot be on both sides
+        strata = codes[cells] if n_test >= len(np.unique(codes[cells])) else None
+    if len(cells) <= n_test:
+        raise ValueError(f"Only {len(cells)} cells are of classes with two: none is left beside {n_test} held out.")
     train, test = train_test_split(cells, test_size=n_test, random_state=seed, stratify=strata)
-    return store.select(np.sort(train)), store.select(np.sort(test))
+    return store.select(np.sort(np.concatenate([train, alone]))), store.select(np.sort(test))
 
 
 def finish(trainer: CellTrainer, card: dict | None = None) -> dict[str, float]:

@@ -33,24 +33,13 @@ from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from .cell_trainer import CellTrainer
 from .classifier_start import ClassifierStart, start_classifier
 from .collators import DataCollatorForCellClassification
+from .defaults import FINETUNING, MAX_LENGTH
 from .readers import Problem, inner_folds
 
 logger = logging.getLogger(__name__)
 
-TRAINING_DEFAULTS = {
-    "learning_rate": 5e-4,
-    "lr_scheduler_type": "constant_with_warmup",  # so that a number of steps means the same, however many follow
-    "warmup_steps": 10,
-    "weight_decay": 0.0,
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 64,
-    "logging_steps": 10,
-    "save_total_limit": 2,
-    "report_to": "none",
-}
-MAX_LENGTH = 64  # of a new model: [CLS] reads all genes, and more tokens of single genes were not seen to help
-MOST_EPOCHS = 6
-N_FOLDS = 3
+MOST_EPOCHS = 4
+N_FOLDS = 2
 FEW_LABELS = 50  # cells of the median class: with fewer, fine-tuning lowers the start more often than not
 CALIBRATION_FILE = "out_of_fold.safetensors"
 _EPOCHS_WITHOUT_START = 10
@@ -121,6 +110,7 @@ def finetune(
     output: str | Path | None = None,
     eval_cells: CellStore | None = None,
     num_train_epochs: float | None = None,
+    init: Literal["spectral", "random"] = "spectral",
     group_key: str | None = None,
     phenotypes: Sequence[str] = (),
     class_weights: Literal["none", "balanced"] = "none",
@@ -153,7 +143,11 @@ def finetune(
     eval_cells : CellStore, optional
         Evaluated at the end of each epoch; nothing is chosen on them.
     num_train_epochs : float, optional
-        0 is the start alone. By default as chosen; 10 for a model that does not read whole cells.
+        0 is the start alone. By default as chosen; 10 from random weights, and for a model that does not read whole
+        cells.
+    init : {"spectral", "random"}, default: "spectral"
+        How the classifier begins: at linear readers (of a new model, on the spectral views of the cells), or at random
+        weights.
     group_key : str, optional
         Obs column, such as the donor: its groups are never in training and validation of a choice at once.
     phenotypes : sequence of str, optional
@@ -170,7 +164,7 @@ def finetune(
         Where the counts of an AnnData are.
     seed : int, default: 0
     training : dict, optional
-        `TrainingArguments` over `TRAINING_DEFAULTS`.
+        `TrainingArguments` over `training.defaults.FINETUNING`.
 
     Returns
     -------
@@ -193,7 +187,7 @@ def finetune(
         arguments = TrainingArguments(
             output_dir=str(output or folder),
             **{
-                **TRAINING_DEFAULTS,
+                **FINETUNING,
                 "seed": seed,
                 "save_strategy": "no" if output is None else "epoch",
                 "eval_strategy": "no" if eval_cells is None else "epoch",
@@ -208,6 +202,7 @@ def finetune(
             model=model,
             tokenizer=tokenizer,
             num_train_epochs=num_train_epochs,
+            init=init,
             group_key=group_key,
             phenotypes=phenotypes,
             class_weights=class_weights,
@@ -232,6 +227,7 @@ def prepare_classifier(
     model: str | PreTrainedModel | None = None,
     tokenizer: GeneTokenizer | None = None,
     num_train_epochs: float | None = None,
+    init: str = "spectral",
     group_key: str | None = None,
     phenotypes: Sequence[str] = (),
     class_weights: str = "none",
@@ -278,7 +274,7 @@ def prepare_classifier(
     balanced = class_weights == "balanced"
     if balanced and problem_type == "single_label_classification":
         model.config.class_weights = balanced_class_weights(cells.obs[label_key], classes)
-    if not getattr(model.config, "wide_head", False):
+    if init == "random" or not getattr(model.config, "wide_head", False):
         epochs = _EPOCHS_WITHOUT_START if num_train_epochs is None else num_train_epochs
         return Finetuning(model, tokenizer, cells, label_key, epochs, facts=facts)
 
@@ -311,7 +307,7 @@ def choose_epochs(
 ) -> tuple[float, dict[str, Any]]:
     """Choose for how many epochs to train beyond the start, 0 included.
 
-    In each of 3 inner folds the start is fitted to the fold's training cells, trained for 6 epochs, and scored on the
+    In each of 2 inner folds the start is fitted to the fold's training cells, trained for 4 epochs, and scored on the
     fold's other cells at the start and after each epoch. The number of epochs with the best mean score is taken if it
     is better than the start by more than the standard error of the difference over cells, else 0. With fewer than 50
     cells of the median class, or one class, it is 0 without trying.
@@ -473,6 +469,10 @@ def _labelled(
                 "numbers pass problem_type='regression'; integers that are classes: make them a categorical column."
             )
         classes = cells.categories[label_key]
+        if len(classes) < 2:
+            raise ValueError(
+                f"{label_key!r} has one class, {', '.join(map(repr, classes))}: there is nothing to tell apart."
+            )
         labels = cells.obs[label_key].cat.codes.to_numpy().astype(np.int64)
         usable &= labels >= 0
     else:

@@ -19,9 +19,7 @@ from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..models.gene_bert.whole_cell import CellEmbedding
 from .spectral_views import SpectralViews, fit_spectral_views
 
-N_COMPONENTS = (
-    30  # of each view: what suits ten types; 43 fetal types want 50, and inner validation chooses with labels
-)
+N_COMPONENTS = 50  # of each view, as many as PCA has by custom; with labels, inner validation chooses
 _ROWS_PER_BLOCK = 4096
 
 
@@ -30,7 +28,7 @@ def initialise_from_store(
     tokenizer: GeneTokenizer,
     store: CellStore | AnnData,
     *,
-    n_components: int = N_COMPONENTS,
+    n_components: int | None = None,
     batch_key: str | None = None,
 ) -> SpectralViews:
     """Start `[CLS]` of a model with `cell_embedding` at the principal components of cells.
@@ -43,8 +41,9 @@ def initialise_from_store(
         Of the model, with `whole_cell=True`.
     store : CellStore or AnnData
         The training cells, read three times in blocks; those without counts are left out.
-    n_components : int, default: 30
-        Of each of the two views; half of the hidden size at most. Further dimensions begin at 0.
+    n_components : int, optional
+        Of each of the two views: by default 50, or half of the hidden size, the most there is room for, where that is
+        less. Further dimensions begin at 0.
     batch_key : str, optional
         Categorical obs column: the components are those of the variance within its batches.
 
@@ -71,12 +70,24 @@ def initialise_from_store(
             f"The tokenizer does not fit the model: a spectral start needs whole_cell=True and {n_genes} genes, got "
             f"whole_cell={getattr(tokenizer, 'whole_cell', False)} and {len(tokenizer.genes)} genes."
         )
+    n_components = min(N_COMPONENTS, hidden // 2) if n_components is None else n_components
     if not 1 <= n_components <= hidden // 2:
         raise ValueError(f"n_components is 1 to {hidden // 2}, half of the hidden size; got {n_components}.")
-    batches = None if batch_key is None else _batches(store, batch_key)
-    views = fit_spectral_views(count_blocks(store, tokenizer), n_components, batches=batches)
+    views = fit_views(store, tokenizer, n_components, batch_key=batch_key)
     set_views(embedding, views, model.config.initializer_range)
     return views
+
+
+def fit_views(
+    cells: CellStore | AnnData,
+    tokenizer: GeneTokenizer,
+    n_components: int = N_COMPONENTS,
+    *,
+    batch_key: str | None = None,
+) -> SpectralViews:
+    """Find the spectral views of cells over a tokenizer's genes; parameters as in `initialise_from_store`."""
+    batches = None if batch_key is None else _batches(cells, batch_key)
+    return fit_spectral_views(count_blocks(cells, tokenizer), n_components, batches=batches)
 
 
 def cell_embedding_of(model: nn.Module) -> CellEmbedding:
@@ -104,7 +115,7 @@ def set_views(embedding: CellEmbedding, views: SpectralViews, scale: float) -> N
     embedding : CellEmbedding
         Of as many genes.
     views : SpectralViews
-        Of at most half of the hidden size.
+        Of which half of the hidden size is taken, the leading axes, where there are more.
     scale : float
         Root mean square of the embeddings of the chosen genes. `[CLS]` does not depend on it, since its halves are
         scaled; an optimiser's steps do.
@@ -116,6 +127,7 @@ def set_views(embedding: CellEmbedding, views: SpectralViews, scale: float) -> N
     weight.zero_()
     half = weight.shape[1] // 2
     for view, loadings in enumerate(views.loadings):
+        loadings = loadings[:, :half]
         used = loadings[loadings.any(axis=1)]
         size = np.sqrt((used**2).mean()) if used.size else 1.0
         part = weight[:, view * half : view * half + loadings.shape[1]]
@@ -192,4 +204,4 @@ def _batches(cells: CellStore | AnnData, key: str) -> np.ndarray:
     return codes
 
 
-__all__ = ["N_COMPONENTS", "cell_embedding_of", "count_blocks", "initialise_from_store", "set_views"]
+__all__ = ["N_COMPONENTS", "cell_embedding_of", "count_blocks", "fit_views", "initialise_from_store", "set_views"]

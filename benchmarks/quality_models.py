@@ -1,0 +1,116 @@
+"""The models of `benchmarks quality`: all calls of `finetune`, `annotate` and `embed` are here.
+
+A model gets cells with counts, the label where it is to learn, and the groups where these are held out whole; the
+cells to be labelled or embedded have an empty obs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+
+import numpy as np
+from anndata import AnnData
+
+from .quality_data import GROUP, LABEL
+
+ROWS = ("start", "finetuned", "random_start", "reference")
+FEW_ROWS = ("start", "random_start")
+# Settings of `finetune`. "start" is step 0 of "finetuned", whose number of epochs an inner cross-validation chooses.
+SETTINGS = {
+    "start": {"num_train_epochs": 0},
+    "finetuned": {},
+    "random_start": {"init": "random"},
+}
+# The reference configuration: binned tokens, mean pooling, MLP head (that of the demo before spectral starts).
+REFERENCE = {"bin_edges": [0.5, 1.5, 2.5, 4.5, 8.5], "pooling": "mean", "gene_dropout": 0.5, "held_out": 0.0}
+REFERENCE_STEPS = {
+    "num_train_epochs": 8,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 8,
+    "save_strategy": "no",
+    "report_to": "none",
+}
+
+
+def classify(row: str, train: AnnData, test: AnnData, seed: int) -> np.ndarray:
+    """Fine-tune on labelled cells, and label others.
+
+    Parameters
+    ----------
+    row : str
+        In `ROWS`.
+    train : AnnData (n_train, n_genes)
+        With `obs["label"]`, and `obs["group"]` where groups are held out whole.
+    test : AnnData (n_test, n_genes)
+    seed : int
+
+    Returns
+    -------
+    array of str (n_test,)
+    """
+    if row == "reference":
+        return _classify_by_reference(train, test, seed)
+    import stformer_hf
+
+    groups = GROUP if GROUP in train.obs else None
+    model = stformer_hf.finetune(train, LABEL, seed=seed, group_key=groups, **SETTINGS[row])
+    return _annotate(test, model)
+
+
+def classify_few(row: str, labelled: AnnData, unlabelled: AnnData, test: AnnData, seed: int) -> np.ndarray:
+    """As `classify`, from few labelled cells, by a start on these and on cells without labels."""
+    import anndata
+
+    import stformer_hf
+
+    if row == "start":
+        cells = anndata.concat([AnnData(labelled.X, obs=labelled.obs[[]], var=labelled.var), unlabelled])
+        model = stformer_hf.finetune(labelled, LABEL, seed=seed, model=spectral_start(cells, seed), num_train_epochs=0)
+    else:
+        model = stformer_hf.finetune(labelled, LABEL, seed=seed, **SETTINGS[row])
+    return _annotate(test, model)
+
+
+def embed(cells: AnnData, seed: int) -> np.ndarray:
+    """Embed cells by a spectral start on them, which sees no labels; float32 (n, n_dimensions)."""
+    import stformer_hf
+
+    model, cells = spectral_start(cells, seed), cells.copy()
+    stformer_hf.embed(cells, model, tokenizer=model.tokenizer)
+    return np.asarray(cells.obsm["X_stformer"])
+
+
+def spectral_start(cells: AnnData, seed: int):
+    """Make an encoder with a spectral start on cells, with its tokenizer."""
+    import torch
+
+    from stformer_hf import GeneBertConfig, GeneBertModel, GeneTokenizer, initialise_from_store
+
+    tokenizer = GeneTokenizer(cells.var_names.tolist(), whole_cell=True, max_length=8)
+    torch.manual_seed(seed)
+    model = GeneBertModel(GeneBertConfig.from_tokenizer(tokenizer, size="tiny"))
+    initialise_from_store(model, tokenizer, cells)
+    model.tokenizer = tokenizer
+    return model
+
+
+def _annotate(test: AnnData, model) -> np.ndarray:
+    import stformer_hf
+
+    test = test.copy()
+    stformer_hf.annotate(test, model, tokenizer=model.tokenizer, key_added="stformer")
+    return test.obs["stformer_label"].astype(str).to_numpy()
+
+
+def _classify_by_reference(train: AnnData, test: AnnData, seed: int) -> np.ndarray:
+    import stformer_hf
+    from stformer_hf.cli import finetune
+
+    with tempfile.TemporaryDirectory() as folder:
+        data, output = f"{folder}/train.h5ad", f"{folder}/model"
+        train.write_h5ad(data)
+        args = finetune.FinetuneArguments(data=[data], label=LABEL, output=output, whole_cell=False, **REFERENCE)
+        finetune.run(args, {**finetune.FINETUNING, **REFERENCE_STEPS, "seed": seed})
+        test = test.copy()
+        stformer_hf.annotate(test, output)
+    return test.obs["stformer_label"].astype(str).to_numpy()

@@ -1,0 +1,117 @@
+"""Compare embeddings of the cells of a file with each other and with simple baselines.
+
+stformer-hf evaluate --data embedded.h5ad --keys X_stformer X_pca --label cell_type --output evaluation
+stformer-hf evaluate --data cells.h5ad --model pretrained --label cell_type --split_by donor --output evaluation
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .arguments import parse
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from ..evaluation.evaluation_result import EmbeddingEvaluation
+
+_KEY = "X_stformer"
+_FILES = ("evaluation.json", "evaluation.csv", "evaluation.md", "evaluation.png")
+
+
+@dataclass
+class EvaluateArguments:
+    """Flags of `evaluate`."""
+
+    data: str = field(metadata={"help": "h5ad file with raw counts"})
+    label: str = field(metadata={"help": "column of obs that holds the classes"})
+    output: str = field(
+        metadata={"help": "folder for evaluation.json, .csv, .md (a section of a model card) and .png"}
+    )
+    model: str | None = field(
+        default=None, metadata={"help": f'checkpoint that embeds the cells first, into obsm["{_KEY}"]'}
+    )
+    keys: list[str] | None = field(default=None, metadata={"help": "embeddings in obsm to compare"})
+    batch_key: str | None = field(
+        default=None, metadata={"help": "column of obs: also score how well its batches are mixed"}
+    )
+    split_by: str | None = field(
+        default=None, metadata={"help": "column of obs, such as the donor, whose cells are on one side of every split"}
+    )
+    baselines: list[str] = field(
+        default_factory=lambda: ["pca", "logistic_regression"],
+        metadata={"help": "rows to compare with: pca, logistic_regression, scvi (needs its extra)"},
+    )
+    layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
+    n_splits: int = field(default=5, metadata={"help": "folds"})
+    n_repeats: int = field(default=1, metadata={"help": "how often the folds are made again"})
+    min_cells: int | None = field(
+        default=None, metadata={"help": "fewest cells of a class that enters (default: the number of folds)"}
+    )
+    seed: int = field(default=0, metadata={"help": "of folds, draws and clusters"})
+    batch_size: int = field(default=64, metadata={"help": "cells per batch of the model"})
+    overwrite: bool = field(default=False, metadata={"help": "replace the files of an earlier evaluation"})
+
+
+def main(argv: list[str]) -> None:
+    """Parse and run."""
+    args, _ = parse(argv, EvaluateArguments, verb="evaluate", description=__doc__)
+    print(run(args))
+    print(f"\nWritten to {args.output}")
+
+
+def run(args: EvaluateArguments) -> EmbeddingEvaluation:
+    """Embed if there is a model, evaluate, and write; returns the evaluation."""
+    from importlib.util import find_spec
+
+    from ..evaluation.evaluate_embedding import evaluate_embedding
+    from .files import read
+
+    output = Path(args.output)
+    if output.is_file():
+        raise ValueError(f"--output {output} is a file; name a folder.")
+    there = [name for name in _FILES if (output / name).exists()]
+    if there and not args.overwrite:
+        raise FileExistsError(f"{output / there[0]} exists. Choose another --output, or pass --overwrite.")
+    adata = read(args.data)
+    keys = list(args.keys or [])
+    if args.model:
+        if _KEY in keys:
+            raise ValueError(f"--model writes the embedding {_KEY}: rename the one in the file, or leave it out.")
+        _embed(adata, args)
+        keys.insert(0, _KEY)
+    found = evaluate_embedding(
+        adata,
+        keys,
+        label_key=args.label,
+        batch_key=args.batch_key,
+        split_by=args.split_by,
+        baselines=args.baselines,
+        layer=args.layer,
+        n_splits=args.n_splits,
+        n_repeats=args.n_repeats,
+        min_cells=args.min_cells,
+        seed=args.seed,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    found.to_json(output / "evaluation.json")
+    found.to_csv(output / "evaluation.csv")
+    (output / "evaluation.md").write_text(found.to_markdown(), encoding="utf-8")
+    if find_spec("matplotlib") is not None:
+        import matplotlib
+
+        matplotlib.use("agg")
+        found.plot(save=output / "evaluation.png")
+    return found
+
+
+def _embed(adata: AnnData, args: EvaluateArguments) -> None:
+    """Embed the cells without their obs: the model cannot see a phenotype, the label least of all."""
+    from ..inference.embed import embed
+
+    bare = adata.copy()
+    bare.obs = bare.obs[[]]
+    embed(bare, args.model, key_added=_KEY, layer=args.layer, batch_size=args.batch_size)
+    adata.obsm[_KEY] = bare.obsm[_KEY]

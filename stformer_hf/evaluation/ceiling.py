@@ -1,0 +1,84 @@
+"""The best score that noise allows: what one half of each cell's counts tells of the other half."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import sparse
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+from .cell_baselines import log_normalise
+from .clusters import leiden, neighbor_graph
+from .readers import fit_knn, fit_pca, fit_probe
+
+
+class Ceiling(NamedTuple):
+    """What readers that know one half of every cell, with its label, say of the other half.
+
+    Attributes
+    ----------
+    knn, probe : array (n_cells,)
+        Predicted class of each cell.
+    halves : tuple of float64 array (n_cells, n_components)
+        Principal components of each half, each fitted on its own.
+    """
+
+    knn: np.ndarray
+    probe: np.ndarray
+    halves: tuple[np.ndarray, np.ndarray]
+
+
+def split_counts(counts: sparse.csr_array, rng: np.random.Generator) -> tuple[sparse.csr_array, sparse.csr_array]:
+    """Give each count to one of two halves by a coin: csr_arrays (n_cells, n_genes) that sum to `counts`.
+
+    Of Poisson counts the halves are independent given the cell's expression (binomial thinning; Neufeld et al. 2024).
+    """
+    first = counts.copy()
+    first.data = rng.binomial(counts.data.astype(np.int64), 0.5)
+    second = counts.copy()
+    second.data = counts.data.astype(np.int64) - first.data
+    first.eliminate_zeros()
+    second.eliminate_zeros()
+    return first, second
+
+
+def measure_ceiling(counts: sparse.csr_array, labels: np.ndarray, seed: int) -> Ceiling:
+    """Fit the baselines on one half of every cell's counts, and read the other halves of the same cells.
+
+    The readers have seen each cell and its label, under other noise: what they miss is lost in the noise of the counts
+    (cell-eval's `--ceiling` has this aim; it splits resampled cells, not counts). It is no strict bound: a half has
+    half the depth, so that a reader of whole cells may come out above it, and so may a better reader than these.
+
+    Parameters
+    ----------
+    counts : csr_array (n_cells, n_genes)
+        Whole numbers.
+    labels : array (n_cells,)
+        Class of each cell.
+    seed : int
+        Of the split and of the PCA.
+
+    Returns
+    -------
+    Ceiling
+    """
+    first, second = map(log_normalise, split_counts(counts, np.random.default_rng(seed)))
+    pca = fit_pca(first, seed)
+    return Ceiling(
+        knn=fit_knn(pca(first), labels).predict(pca(second)),
+        probe=fit_probe(first, labels).predict(second),
+        halves=(pca(first), fit_pca(second, seed)(second)),
+    )
+
+
+def cluster_agreement(halves: tuple[np.ndarray, np.ndarray], seed: int) -> dict[str, float]:
+    """Compare the Leiden clusters, at resolution 1, of the halves: `leiden_ari` and `leiden_nmi`."""
+    clusters = [leiden(neighbor_graph(half), 1.0, seed) for half in halves]
+    return {
+        "leiden_ari": float(adjusted_rand_score(*clusters)),
+        "leiden_nmi": float(normalized_mutual_info_score(*clusters)),
+    }
+
+
+__all__ = ["Ceiling", "cluster_agreement", "measure_ceiling", "split_counts"]

@@ -1,0 +1,123 @@
+"""How well the clusters of an embedding agree with labels: Leiden's, and the silhouette of the labels themselves."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+from scipy import sparse
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
+from sklearn.neighbors import NearestNeighbors
+
+RESOLUTIONS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.4, 2.0)  # the grid of all rows
+_N_NEIGHBORS = 15  # the cell itself among them, as scanpy counts
+_STEPS = 64  # of the bisection
+
+
+def neighbor_graph(embedding: np.ndarray) -> sparse.csr_array:
+    """Weigh the 15 nearest neighbours of each cell as UMAP does (McInnes et al. 2018), as `scanpy.pp.neighbors`.
+
+    A neighbour at distance d weighs exp(-(d - rho) / sigma), rho the distance of the nearest other cell and sigma such
+    that a cell's weights sum to log2(15); the weights a and b of two directions become a + b - a b.
+
+    Parameters
+    ----------
+    embedding : array (n_cells, d)
+
+    Returns
+    -------
+    csr_array (n_cells, n_cells)
+        Symmetric.
+    """
+    n = len(embedding)
+    n_others = min(_N_NEIGHBORS, n) - 1
+    distances, others = NearestNeighbors(n_neighbors=n_others).fit(embedding).kneighbors()
+    apart = np.where(distances > 0, distances, np.inf).min(axis=1)
+    nearest = np.where(np.isfinite(apart), apart, 0.0)  # of distances that are not 0
+    beyond = np.maximum(distances - nearest[:, None], 0)
+    wanted = np.log2(n_others + 1)
+    low, high, sigma = np.zeros(n), np.full(n, np.inf), np.ones(n)
+    for _ in range(_STEPS):
+        too_many = np.exp(-beyond / sigma[:, None]).sum(axis=1) > wanted
+        high, low = np.where(too_many, sigma, high), np.where(too_many, low, sigma)
+        sigma = np.where(np.isinf(high), sigma * 2, (low + high) / 2)
+    # The cell itself, at distance 0, is among those that the mean is of.
+    mean = distances.sum(axis=1) / (n_others + 1)
+    sigma = np.maximum(sigma, 1e-3 * np.where(nearest > 0, mean, mean.mean()))
+    weights = np.exp(-beyond / np.maximum(sigma, np.finfo(float).tiny)[:, None])
+    rows = np.repeat(np.arange(n), n_others)
+    graph = sparse.csr_array((weights.ravel(), (rows, others.ravel())), shape=(n, n))
+    return sparse.csr_array(graph + graph.T - graph * graph.T)
+
+
+def leiden(graph: sparse.csr_array, resolution: float, seed: int) -> np.ndarray:
+    """Cluster cells by Leiden's algorithm (Traag et al. 2019): modularity, two iterations, as scanpy's igraph flavour.
+
+    Parameters
+    ----------
+    graph : csr_array (n_cells, n_cells)
+        Symmetric weights.
+    resolution : float
+        More gives more clusters.
+    seed : int
+        Of the algorithm.
+
+    Returns
+    -------
+    int64 array (n_cells,)
+
+    Raises
+    ------
+    ImportError
+        igraph is not installed.
+    """
+    try:
+        import igraph
+    except ImportError as error:
+        raise ImportError(f"Leiden clusters need igraph: pip install 'stformer_hf[plots]' ({error}).") from error
+    upper = sparse.triu(graph, 1).tocoo()
+    network = igraph.Graph(n=graph.shape[0], edges=np.column_stack([upper.row, upper.col]).tolist())
+    igraph.set_random_number_generator(random.Random(seed))
+    try:
+        found = network.community_leiden("modularity", weights=upper.data, resolution=resolution, n_iterations=2)
+    finally:
+        igraph.set_random_number_generator(random)
+    return np.array(found.membership, np.int64)
+
+
+def cluster_scores(embedding: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, float]:
+    """Compare Leiden clusters with labels.
+
+    Parameters
+    ----------
+    embedding : array (n_cells, d)
+    labels : array (n_cells,)
+        Class of each cell.
+    seed : int
+        Of Leiden.
+
+    Returns
+    -------
+    dict of str to float
+        `leiden_ari` and `leiden_nmi` at resolution 1; `leiden_ari_best` and `leiden_nmi_best`, the largest over
+        `RESOLUTIONS`: the labels choose the resolution, so that these two are what a user who knows the labels gets.
+        NMI is divided by the arithmetic mean of the entropies.
+    """
+    graph = neighbor_graph(embedding)
+    clusters = {resolution: leiden(graph, resolution, seed) for resolution in RESOLUTIONS}
+    ari = {resolution: adjusted_rand_score(labels, found) for resolution, found in clusters.items()}
+    nmi = {resolution: normalized_mutual_info_score(labels, found) for resolution, found in clusters.items()}
+    return {
+        "leiden_ari": float(ari[1.0]),
+        "leiden_nmi": float(nmi[1.0]),
+        "leiden_ari_best": float(max(ari.values())),
+        "leiden_nmi_best": float(max(nmi.values())),
+    }
+
+
+def silhouette(embedding: np.ndarray, labels: np.ndarray) -> float:
+    """Compute the mean silhouette of the classes by Euclidean distance, -1 to 1 (not rescaled)."""
+    return float(silhouette_score(embedding, labels))
+
+
+__all__ = ["RESOLUTIONS", "cluster_scores", "leiden", "neighbor_graph", "silhouette"]

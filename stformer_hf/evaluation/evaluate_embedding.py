@@ -1,0 +1,443 @@
+"""Embeddings side by side with the baselines that they have to beat, on the same folds of the same cells."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+from sklearn.metrics import f1_score
+from tqdm.auto import tqdm
+
+from ..data.sources import open_source
+from .ceiling import Ceiling, cluster_agreement, measure_ceiling
+from .cell_baselines import log_normalise
+from .clusters import cluster_scores, silhouette
+from .evaluation_result import CEILING, N_LABELS, EmbeddingEvaluation
+from .integration import batch_kbet, integration_scores, scib_version
+from .readers import N_NEIGHBORS, fit_knn, fit_pca, fit_probe, fit_scaler
+from .splits import Fold, draw_labelled, find_twins, make_folds
+
+logger = logging.getLogger(__name__)
+
+BASELINES = {"pca": "PCA of genes", "logistic_regression": "LR on genes", "scvi": "scVI"}
+_MORE_CELLS = 20  # of a class beyond the labelled ones, so that it enters the columns of few labels
+_MOST_CELLS = 10_000  # of the figures that compare all cells with one another
+_ROWS_PER_BLOCK = 4096
+
+
+class Row(NamedTuple):
+    """One row of the table.
+
+    Attributes
+    ----------
+    name : str
+    represent : callable
+        Training cells (int64 array) -> array or csr_array (n_cells, d) of all cells, fitted on the training cells.
+    embedding : float64 array (n_cells, d), or None
+        For the figures of all cells; None of a row that is a classifier only.
+    """
+
+    name: str
+    represent: Callable[[np.ndarray], np.ndarray | sparse.csr_array]
+    embedding: np.ndarray | None
+
+
+def evaluate_embedding(
+    adata: AnnData,
+    keys: Sequence[str],
+    *,
+    label_key: str,
+    batch_key: str | None = None,
+    split_by: str | None = None,
+    baselines: Sequence[str] = ("pca", "logistic_regression"),
+    layer: str | None = None,
+    n_splits: int = 5,
+    n_repeats: int = 1,
+    n_draws: int = 4,
+    min_cells: int | None = None,
+    seed: int = 0,
+) -> EmbeddingEvaluation:
+    """Compare embeddings of cells with each other and with simple baselines, by cross-validation.
+
+    Embeddings are taken as they are. One that was fitted on all cells of `adata` without their labels (a model
+    pretrained on them, a PCA of all cells) is *transductive*: it has seen the held-out cells, which the baselines,
+    fitted again in each fold, have not. Put a PCA of all cells among the `keys` to compare like with like. One that
+    was fitted with the labels leaks them, and no figure here shows that.
+
+    What is fitted here (variable genes, components, scalers, probes, neighbours) sees the training cells of a fold
+    only. Twins (equal barcode and equal counts) are on one side of every split. Cells without a label, and classes of
+    fewer than `min_cells` cells, are left out of every figure of every row, as are held-out cells whose class has no
+    training cell (with `split_by`); their numbers are in `notes`.
+
+    Parameters
+    ----------
+    adata : AnnData
+        With raw counts in X, raw or a layer. It is not changed.
+    keys : sequence of str
+        Keys of `obsm`, float (n_obs, d) each; without keys only the baselines are evaluated.
+    label_key : str
+        Column of obs with the class of each cell.
+    batch_key : str, optional
+        Column of obs: adds the integration metrics, see `integration.integration_scores`.
+    split_by : str, optional
+        Column of obs, such as the donor: cells of one group are on one side of every split. By default cells are
+        split, stratified by class.
+    baselines : sequence of str, default: ("pca", "logistic_regression")
+        "pca": 50 components of 2,000 variable genes, log-normalised. "logistic_regression": on all log-normalised
+        genes, C = 1; the figures of the probe only. "scvi": scVI with its defaults, fitted once on all cells without
+        their labels, so transductive (extra `scvi`).
+    layer : str, optional
+        Where the counts are: X, raw or a layer. Found by itself by default.
+    n_splits, n_repeats : int, default: 5, 1
+        Folds, and how often they are made.
+    n_draws : int, default: 4
+        Draws of the few labelled cells per fold; 4 in 5 folds are 20.
+    min_cells : int, optional
+        Fewest cells of a class that enters; `n_splits` by default (twins count once).
+    seed : int, default: 0
+        Of folds, draws, components, clusters and the ceiling.
+
+    Returns
+    -------
+    EmbeddingEvaluation
+        Its columns (larger is better in all of them):
+
+        `knn_accuracy`: vote of the 15 nearest training cells. `probe_5`, `probe_20`, `probe_50`: accuracy of a
+        logistic regression (C = 1, one scale for all dimensions) on so many labelled cells per class, of the held-out
+        cells of classes with at least n + 20 cells (and n training cells in the fold). `probe_all`,
+        `probe_all_macro_f1`: of all training labels; the mean F1 is of the classes held out in the fold.
+        `leiden_ari`, `leiden_nmi` (resolution 1), `leiden_ari_best`, `leiden_nmi_best` (best of one grid),
+        `silhouette` of the classes: of all cells, or of 10,000 random ones. With `batch_key` also
+        `batch_silhouette`, `batch_ilisi`, `batch_pcr`, `connectivity`; with scib-metrics (extra `scib`) `batch_kbet`.
+
+        The row "ceiling (half depth)" is what one half of a cell's counts tells of the other, see
+        `ceiling.measure_ceiling`.
+
+    Raises
+    ------
+    ValueError
+        No counts; a missing column or key; an embedding of another shape or with NaN; fewer than two classes of enough
+        cells, or two batches; too few groups or cells.
+    ImportError
+        "scvi" without its extra.
+    """
+    keys = [keys] if isinstance(keys, str) else list(keys)
+    _check_settings(keys, baselines, n_splits, n_repeats, n_draws, n_splits if min_cells is None else min_cells)
+    embeddings = {key: _read_embedding(adata, key) for key in keys}
+    labels = _column(adata, label_key)
+    batches = None if batch_key is None else _column(adata, batch_key)
+    groups = None if split_by is None else _column(adata, split_by)
+    for key, values in ((batch_key, batches), (split_by, groups)):
+        if values is not None and (values[labels != None] == None).any():  # noqa: E711  (arrays of objects)
+            raise ValueError(f"Labelled cells have no value in obs[{key!r}]: leave them out first.")
+    counts = _read_counts(adata, layer)
+    twins = find_twins(adata.obs_names, counts)
+    notes: list[str] = []
+    kept = _choose_cells(labels, twins, min_cells or n_splits, notes)
+    cells = np.flatnonzero(kept)
+    labels, twins, counts = labels[cells].astype(str), twins[cells], counts[cells]
+    embeddings = {key: values[cells] for key, values in embeddings.items()}
+    groups = None if groups is None else groups[cells].astype(str)
+    batches = None if batches is None else batches[cells].astype(str)
+    if batches is not None and len(np.unique(batches)) < 2:
+        raise ValueError(f"obs[{batch_key!r}] has one batch among the cells evaluated: leave batch_key out.")
+    folds = make_folds(labels, twins, n_splits=n_splits, n_repeats=n_repeats, seed=seed, groups=groups)
+    folds = [_without_unseen(fold, labels, notes) for fold in folds]
+    few = _few_label_classes(labels, folds, notes)
+    normalised = log_normalise(counts)
+    rows = list(_make_rows(embeddings, baselines, normalised, counts, batches, seed))
+    subset = _subset(len(labels), seed, notes)
+    clusters = _can_cluster(notes)
+
+    values: list[dict[str, Any]] = []
+
+    def add(name: str, fold: Fold | None, scores: dict[str, float]) -> None:
+        place = {"repeat": -1, "fold": -1} if fold is None else {"repeat": fold.repeat, "fold": fold.number}
+        values.extend({"row": name, "metric": metric, **place, "value": value} for metric, value in scores.items())
+
+    with tqdm(total=len(rows) * (2 * len(folds) + 1) + 1, desc="evaluate", unit="fit", disable=None) as bar:
+        for row in rows:
+            for number, fold in enumerate(folds):
+                of_fold = {n: classes[number] for n, classes in few.items()}
+                add(row.name, fold, _read_labels(row, labels, fold, of_fold, n_draws, [seed, number]))
+                bar.update()
+            for fold in [None, *folds]:
+                here = subset if fold is None else np.intersect1d(subset, fold.train)
+                if row.embedding is not None:
+                    mixed = None if batches is None else batches[here]
+                    found = _compare_cells(row.embedding[here], labels[here], mixed, clusters, seed)
+                    if mixed is not None and fold is None and scib_version():
+                        found["batch_kbet"] = batch_kbet(row.embedding[here], labels[here], mixed)
+                    add(row.name, fold, found)
+                bar.update()
+        ceiling = measure_ceiling(counts, labels, seed)
+        for fold in folds:
+            add(CEILING, fold, _read_ceiling(ceiling, labels, fold))
+        if clusters:
+            for fold in [None, *folds]:
+                here = subset if fold is None else np.intersect1d(subset, fold.train)
+                add(CEILING, fold, cluster_agreement(tuple(half[here] for half in ceiling.halves), seed))
+        bar.update()
+    names, sizes = np.unique(labels, return_counts=True)
+    settings = {
+        "label_key": label_key,
+        "batch_key": batch_key,
+        "split_by": split_by,
+        "n_cells": len(labels),
+        "n_classes": len(names),
+        "classes": dict(zip(names.tolist(), sizes.tolist(), strict=True)),
+        "majority": float(sizes.max() / sizes.sum()),
+        "classes_of_few_labels": {str(n): sorted(set().union(*of_fold)) for n, of_fold in few.items()},
+        "n_splits": n_splits,
+        "n_repeats": n_repeats,
+        "n_draws": n_draws,
+        "seed": seed,
+        "test_to_train": float(np.mean([len(fold.test) / len(fold.train) for fold in folds])),
+        "scib_metrics": None if batches is None else scib_version(),
+        "baselines": [BASELINES[name] for name in baselines],
+        "keys": keys,
+    }
+    notes = list(dict.fromkeys(notes))
+    for note in notes:
+        logger.info(note)
+    return EmbeddingEvaluation(pd.DataFrame(values), settings, notes)
+
+
+# ---------------------------------------------------------------------- what comes in
+
+
+def _check_settings(
+    keys: list[str], baselines: Sequence[str], n_splits: int, n_repeats: int, n_draws: int, min_cells: int
+) -> None:
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"keys names one twice: {', '.join(keys)}.")
+    taken = {*BASELINES.values(), CEILING} & set(keys)
+    if taken:
+        raise ValueError(f"obsm[{min(taken)!r}] has the name of a baseline: copy it to another key.")
+    unknown = [name for name in baselines if name not in BASELINES]
+    if unknown or isinstance(baselines, str):
+        raise ValueError(f"baselines is a list of {', '.join(BASELINES)}; got {baselines!r}.")
+    if not keys and not baselines:
+        raise ValueError("Nothing to evaluate: pass keys of obsm, or baselines.")
+    for name, value, least in (("n_splits", n_splits, 2), ("n_repeats", n_repeats, 1), ("n_draws", n_draws, 1)):
+        if value < least:
+            raise ValueError(f"{name}={value}: at least {least} is needed.")
+    if min_cells < n_splits:
+        raise ValueError(f"min_cells={min_cells}: a class needs a cell in each of {n_splits} folds.")
+    if "scvi" in baselines:
+        _import_scvi()
+
+
+def _read_embedding(adata: AnnData, key: str) -> np.ndarray:
+    """Read an embedding, checked: float64 array (n_obs, d)."""
+    if key not in adata.obsm:
+        raise ValueError(f"There is no obsm[{key!r}]; obsm has {', '.join(map(repr, adata.obsm)) or 'nothing'}.")
+    found = adata.obsm[key]
+    found = found.toarray() if sparse.issparse(found) else np.asarray(found)
+    if found.ndim != 2 or not found.shape[1]:
+        raise ValueError(f"obsm[{key!r}] has the shape {found.shape}; an embedding is (n_obs, d) with d > 0.")
+    try:
+        found = found.astype(np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"obsm[{key!r}] does not hold numbers.") from None
+    wrong = np.flatnonzero(~np.isfinite(found).all(axis=1))
+    if len(wrong):
+        raise ValueError(
+            f"obsm[{key!r}] is NaN or infinite for {len(wrong)} of {len(found)} cells, such as "
+            f"{adata.obs_names[wrong[0]]}: leave them out, or embed again."
+        )
+    return found
+
+
+def _column(adata: AnnData, key: str) -> np.ndarray:
+    """Read a column of obs: object array (n_obs,) of str, None where missing."""
+    if key not in adata.obs:
+        raise ValueError(f"There is no obs[{key!r}]; obs has {', '.join(map(repr, adata.obs)) or 'nothing'}.")
+    column = adata.obs[key]
+    return np.array([None if missing else str(value) for value, missing in zip(column, column.isna(), strict=True)])
+
+
+def _read_counts(adata: AnnData, layer: str | None) -> sparse.csr_array:
+    """Read the counts of all cells, canonical: int64 csr_array (n_obs, n_genes)."""
+    if not adata.n_obs:
+        raise ValueError("The AnnData has no cells.")
+    source = open_source(adata, layer)
+    counts = sparse.csr_array(sparse.vstack(list(source.blocks(_ROWS_PER_BLOCK)), format="csr")).astype(np.int64)
+    counts.sum_duplicates()
+    counts.eliminate_zeros()
+    return counts
+
+
+def _choose_cells(labels: np.ndarray, twins: np.ndarray, least: int, notes: list[str]) -> np.ndarray:
+    """Choose the cells of classes with enough cells, of which twins count once: bool array (n_obs,)."""
+    there = labels != None  # noqa: E711  (an array of objects)
+    if not there.all():
+        notes.append(f"{(~there).sum():,} cells without a label are left out.")
+    firsts = np.zeros(len(labels), bool)
+    firsts[np.unique(twins, return_index=True)[1]] = True
+    if (~firsts).any():
+        notes.append(f"{(~firsts).sum():,} cells are twins of others, and stay on their side of every split.")
+    sizes = pd.Series(labels[firsts & there]).value_counts()
+    rare = sorted(sizes.index[sizes < least])
+    if rare:
+        shown = ", ".join(rare[:5]) + (", …" if len(rare) > 5 else "")
+        notes.append(f"Classes of fewer than {least} cells are left out ({len(rare)}): {shown}.")
+    kept = there & np.isin(labels, sizes.index[sizes >= least])
+    n_classes = (sizes >= least).sum()
+    if n_classes < 2:
+        raise ValueError(f"{n_classes} classes have {least} cells or more; the evaluation needs two.")
+    return kept
+
+
+def _without_unseen(fold: Fold, labels: np.ndarray, notes: list[str]) -> Fold:
+    """Leave out held-out cells whose class has no training cell, which no reader can name."""
+    seen = np.isin(labels[fold.test], labels[fold.train])
+    if not seen.all():
+        notes.append(
+            f"Repeat {fold.repeat}, fold {fold.number}: {(~seen).sum():,} held-out cells are of classes that have no "
+            f"training cell ({', '.join(np.unique(labels[fold.test[~seen]])[:5])}), and are not scored."
+        )
+    fold = fold._replace(test=fold.test[seen])
+    n_classes = len(np.unique(labels[fold.train]))
+    if len(fold.train) < N_NEIGHBORS or not len(fold.test) or n_classes < 2:
+        raise ValueError(
+            f"Fold {fold.number} has {len(fold.train)} training cells of {n_classes} classes and {len(fold.test)} "
+            f"held-out cells that can be scored; it needs {N_NEIGHBORS} of two classes, and 1: use fewer folds, or "
+            "split by cells."
+        )
+    return fold
+
+
+def _few_label_classes(labels: np.ndarray, folds: list[Fold], notes: list[str]) -> dict[int, list[list[str]]]:
+    """Choose the classes of each fold that enter the columns of few labels: number of labels -> classes per fold."""
+    names, sizes = np.unique(labels, return_counts=True)
+    chosen: dict[int, list[list[str]]] = {}
+    for n in N_LABELS:
+        large = names[sizes >= n + _MORE_CELLS]
+        of_fold = [[name for name in large if (labels[fold.train] == name).sum() >= n] for fold in folds]
+        tested = [np.isin(labels[fold.test], classes).any() for fold, classes in zip(folds, of_fold, strict=True)]
+        if min(map(len, of_fold)) < 2 or not all(tested):
+            notes.append(
+                f"No column of {n} labels: a fold has fewer than two classes of {n + _MORE_CELLS} cells, {n} of them "
+                "for training."
+            )
+        else:
+            chosen[n] = of_fold
+    return chosen
+
+
+def _make_rows(
+    embeddings: dict[str, np.ndarray],
+    baselines: Sequence[str],
+    normalised: sparse.csr_array,
+    counts: sparse.csr_array,
+    batches: np.ndarray | None,
+    seed: int,
+) -> Iterator[Row]:
+    for key, embedding in embeddings.items():
+        yield Row(key, lambda train, embedding=embedding: embedding, embedding)
+    for name in baselines:
+        if name == "pca":
+            yield Row(
+                BASELINES[name],
+                lambda train: fit_pca(normalised[train], seed)(normalised),
+                fit_pca(normalised, seed)(normalised),
+            )
+        elif name == "logistic_regression":
+            yield Row(BASELINES[name], lambda train: normalised, None)
+        else:
+            embedding = _scvi_embedding(counts, batches, seed)
+            yield Row(BASELINES[name], lambda train, embedding=embedding: embedding, embedding)
+
+
+def _import_scvi():
+    try:
+        import scvi
+    except ImportError as error:
+        raise ImportError(f"The baseline scvi needs its extra: pip install 'stformer_hf[scvi]' ({error}).") from error
+    return scvi
+
+
+def _scvi_embedding(counts: sparse.csr_array, batches: np.ndarray | None, seed: int) -> np.ndarray:
+    """Train scVI (Lopez et al. 2018) with its defaults, batches included: float64 array (n_cells, d)."""
+    scvi = _import_scvi()
+    scvi.settings.seed = seed
+    cells = AnnData(sparse.csr_matrix(counts).astype(np.float32))
+    if batches is not None:
+        cells.obs["batch"] = pd.Categorical(batches)
+    scvi.model.SCVI.setup_anndata(cells, batch_key=None if batches is None else "batch")
+    model = scvi.model.SCVI(cells)
+    model.train()
+    return np.asarray(model.get_latent_representation(), np.float64)
+
+
+def _subset(n_cells: int, seed: int, notes: list[str]) -> np.ndarray:
+    if n_cells <= _MOST_CELLS:
+        return np.arange(n_cells)
+    notes.append(f"Clusters, silhouette and batches are of {_MOST_CELLS:,} random cells of {n_cells:,}.")
+    return np.sort(np.random.default_rng(seed).choice(n_cells, _MOST_CELLS, replace=False))
+
+
+def _can_cluster(notes: list[str]) -> bool:
+    from importlib.util import find_spec
+
+    if find_spec("igraph") is not None:
+        return True
+    notes.append("No Leiden clusters: they need igraph, pip install 'stformer_hf[plots]'.")
+    logger.warning(notes[-1])
+    return False
+
+
+# ---------------------------------------------------------------------- figures
+
+
+def _read_labels(
+    row: Row, labels: np.ndarray, fold: Fold, few: dict[int, list[str]], n_draws: int, seed: list[int]
+) -> dict[str, float]:
+    """Score the readers of the labels of one fold's held-out cells."""
+    cells = row.represent(fold.train)
+    true = labels[fold.test]
+    scores = {}
+    if not sparse.issparse(cells):
+        found = fit_knn(cells[fold.train], labels[fold.train]).predict(cells[fold.test])
+        scores["knn_accuracy"] = float(np.mean(found == true))
+        cells = fit_scaler(cells[fold.train])(cells)
+    for n, classes in few.items():
+        test = fold.test[np.isin(true, classes)]
+        hits = []
+        for draw in range(n_draws):
+            drawn = draw_labelled(labels, fold.train, classes, n, np.random.default_rng([*seed, n, draw]))
+            hits.append(np.mean(fit_probe(cells[drawn], labels[drawn]).predict(cells[test]) == labels[test]))
+        scores[f"probe_{n}"] = float(np.mean(hits))
+    found = fit_probe(cells[fold.train], labels[fold.train]).predict(cells[fold.test])
+    return {**scores, **_probe_scores(true, found)}
+
+
+def _probe_scores(true: np.ndarray, found: np.ndarray) -> dict[str, float]:
+    macro = f1_score(true, found, labels=np.unique(true), average="macro", zero_division=0)
+    return {"probe_all": float(np.mean(found == true)), "probe_all_macro_f1": float(macro)}
+
+
+def _read_ceiling(ceiling: Ceiling, labels: np.ndarray, fold: Fold) -> dict[str, float]:
+    true = labels[fold.test]
+    knn = float(np.mean(ceiling.knn[fold.test] == true))
+    return {"knn_accuracy": knn, **_probe_scores(true, ceiling.probe[fold.test])}
+
+
+def _compare_cells(
+    embedding: np.ndarray, labels: np.ndarray, batches: np.ndarray | None, clusters: bool, seed: int
+) -> dict[str, float]:
+    """Score what is of all cells together: clusters, silhouette, batches."""
+    scores = cluster_scores(embedding, labels, seed) if clusters else {}
+    scores["silhouette"] = silhouette(embedding, labels)
+    if batches is not None:
+        scores |= integration_scores(embedding, labels, batches)
+    return scores
+
+
+__all__ = ["evaluate_embedding"]

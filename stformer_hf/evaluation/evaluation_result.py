@@ -1,0 +1,323 @@
+"""The result of an evaluation of embeddings: figures, intervals, paired differences; as text, files, a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations, zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from .intervals import Interval, of_all_cells, of_folds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CEILING = "ceiling (half depth)"
+N_LABELS = (5, 20, 50)
+_SECTIONS = {
+    "Labels of held-out cells": {
+        "knn_accuracy": "15-NN",
+        **{f"probe_{n}": f"probe, {n} labels" for n in N_LABELS},
+        "probe_all": "probe, all",
+        "probe_all_macro_f1": "probe, all\nmacro F1",
+    },
+    "Clusters of all cells": {
+        "leiden_ari": "ARI",
+        "leiden_nmi": "NMI",
+        "leiden_ari_best": "best ARI",
+        "leiden_nmi_best": "best NMI",
+        "silhouette": "silhouette",
+    },
+    "Mixing of batches": {
+        "batch_silhouette": "silhouette",
+        "batch_ilisi": "iLISI",
+        "batch_pcr": "PCR",
+        "connectivity": "connectivity",
+        "batch_kbet": "kBET",
+    },
+}
+METRICS = [metric for section in _SECTIONS.values() for metric in section]
+_COMPARED = ("knn_accuracy", *(f"probe_{n}" for n in N_LABELS), "probe_all")
+
+
+@dataclass(frozen=True)
+class EmbeddingEvaluation:
+    """Figures of several embeddings on the same cells and folds; made by `evaluate_embedding`.
+
+    Attributes
+    ----------
+    values : DataFrame
+        `row`, `metric`, `repeat`, `fold`, `value`. Figures of labels: one value per fold. Figures of all cells: one
+        value of all (`fold` -1), and but for kBET one without the cells of each fold.
+    settings : dict
+        What was evaluated, on how many cells and classes.
+    notes : list of str
+        What was left out, and why.
+    """
+
+    values: pd.DataFrame
+    settings: dict[str, Any]
+    notes: list[str]
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """One row per embedding or baseline, one column per metric; `classes_n` are the classes of few labels."""
+        wide = self.summary.pivot(index="row", columns="metric", values="value")
+        wide = wide.loc[self._rows, [metric for metric in METRICS if metric in wide]]
+        wide.columns.name = wide.index.name = None
+        for n, classes in self.settings["classes_of_few_labels"].items():
+            wide.insert(wide.columns.get_loc(f"probe_{n}") + 1, f"classes_{n}", len(classes))
+        return wide
+
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        """One line per row and metric: `value`, `sd` over folds, `se`, and the 95 % interval `low` to `high`.
+
+        Figures of labels are means over the folds, with the corrected resampled t-test's interval
+        (`intervals.of_folds`); figures of all cells have the jackknife's (`intervals.of_all_cells`), but for
+        kBET, which has none (NaN): it takes too long.
+        """
+        lines = []
+        for row, metric in self._scored:
+            found = self._interval(self._values_of(row, metric))
+            folds = self._values_of(row, metric)[1]
+            sd = np.std(folds, ddof=1) if len(folds) else math.nan
+            lines.append((row, metric, found.estimate, sd, found.se, found.low, found.high))
+        return pd.DataFrame(lines, columns=["row", "metric", "value", "sd", "se", "low", "high"])
+
+    @cached_property
+    def comparisons(self) -> pd.DataFrame:
+        """Paired differences `row` - `other` of each metric on the same folds, with 95 % intervals and p values.
+
+        By the corrected resampled t-test (Nadeau & Bengio 2003) or the jackknife, see `summary`. The p values are not
+        corrected for the number of comparisons.
+        """
+        lines = []
+        rows = [row for row in self._rows if row != CEILING]
+        for row, other in combinations(rows, 2):
+            for metric in METRICS:
+                if (row, metric) in self._scored and (other, metric) in self._scored:
+                    (whole, folds), (whole_2, folds_2) = (self._values_of(name, metric) for name in (row, other))
+                    difference = None if whole is None or whole_2 is None else whole - whole_2
+                    found = self._interval((difference, folds - folds_2))
+                    lines.append((row, other, metric, found.estimate, found.low, found.high, found.p))
+        return pd.DataFrame(lines, columns=["row", "other", "metric", "difference", "low", "high", "p"])
+
+    @cached_property
+    def _rows(self) -> list[str]:
+        return list(dict.fromkeys(self.values["row"]))
+
+    @cached_property
+    def _by_name(self) -> dict[tuple[str, str], pd.DataFrame]:
+        return dict(list(self.values.groupby(["row", "metric"], sort=False)))
+
+    @cached_property
+    def _scored(self) -> dict[tuple[str, str], None]:
+        return dict.fromkeys(
+            (row, metric) for row in self._rows for metric in METRICS if (row, metric) in self._by_name
+        )
+
+    def _values_of(self, row: str, metric: str) -> tuple[float | None, np.ndarray]:
+        """Look up the value of all cells (None of a metric of folds), and those of the folds in their order."""
+        found = self._by_name[row, metric].sort_values(["repeat", "fold"], kind="stable")
+        whole = found.loc[found["fold"] < 0, "value"]
+        return (None if whole.empty else float(whole.iloc[0])), found.loc[found["fold"] >= 0, "value"].to_numpy()
+
+    def _interval(self, values: tuple[float | None, np.ndarray]) -> Interval:
+        whole, folds = values
+        if whole is None:
+            return of_folds(folds, self.settings["test_to_train"])
+        return of_all_cells(whole, folds, self.settings["n_splits"])
+
+    # ------------------------------------------------------------------ text
+
+    def __str__(self) -> str:
+        parts = [self._headline()]
+        for title, columns in self._sections():
+            headings = (name.split("\n") for name in columns.values())
+            cells = [list(line) for line in zip_longest([""], *headings, fillvalue="")]
+            for row in self._rows:
+                cells.append([row, *(self._cell(row, metric, "{}*") for metric in columns)])
+            parts.append(f"{title}\n{_align(cells)}")
+        differences = self._differences()
+        if differences:
+            parts.append(f"Difference to the baselines, paired by fold\n{_align(differences)}")
+        parts.append("\n".join(["* best of its column.", *self._explanations(), *self.notes]))
+        return "\n\n".join(parts)
+
+    def to_markdown(self) -> str:
+        """Write a section of a model card: tables with the best values in bold, and how they were made."""
+        parts = ["## Evaluation of embeddings", self._headline()]
+        for title, columns in self._sections():
+            headings = [name.replace("\n", ", ") for name in columns.values()]
+            lines = [["", *headings], ["---"] * (len(columns) + 1)]
+            for row in self._rows:
+                lines.append([_escape(row), *(self._cell(row, metric, "**{}**") for metric in columns)])
+            parts.append(f"{title}:\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        differences = self._differences()
+        if differences:
+            lines = [differences[0], ["---"] * len(differences[0]), *differences[1:]]
+            table = "\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines)
+            parts.append(f"Difference to the baselines, paired by fold:\n\n{table}")
+        parts.append("\n".join(f"- {_escape(note)}" for note in [*self._explanations(), *self.notes]))
+        return "\n\n".join(parts) + "\n"
+
+    def _headline(self) -> str:
+        facts = self.settings
+        by = f"by {facts['split_by']}" if facts["split_by"] else "of cells, stratified"
+        repeats = "" if facts["n_repeats"] == 1 else f", {facts['n_repeats']} times"
+        return (
+            f"{facts['n_cells']:,} cells, {facts['n_classes']} classes of {facts['label_key']} (the most frequent is "
+            f"{facts['majority']:.3f} of the cells); {facts['n_splits']} folds {by}{repeats}."
+        )
+
+    def _explanations(self) -> list[str]:
+        explanations = [
+            "± is half of a 95 % interval: of labels by the corrected resampled t-test (Nadeau & Bengio 2003), of all "
+            "cells by the jackknife over folds.",
+            "Baselines are fitted on training cells; embeddings are taken as they are: one that was fitted on all "
+            "cells has seen those held out.",
+            "The ceiling is what one half of each cell's counts tells of the other half, of clusters their agreement; "
+            "a half has half the depth, so whole cells may come out above it.",
+        ]
+        if self.settings["batch_key"]:
+            scib = self.settings["scib_metrics"]
+            kbet = f"kBET is of scib-metrics {scib}" if scib else "kBET needs scib-metrics, which is not installed"
+            explanations.append(
+                f"Mixing of batches ({self.settings['batch_key']}): plain forms of those of scib-metrics; {kbet}."
+            )
+        return explanations
+
+    def _sections(self) -> list[tuple[str, dict[str, str]]]:
+        """List the titles of the tables with their columns that have values: metric -> heading."""
+        found = []
+        for title, columns in _SECTIONS.items():
+            there = {metric: name for metric, name in columns.items() if metric in self.table}
+            for n, classes in self.settings["classes_of_few_labels"].items():
+                if f"probe_{n}" in there:
+                    there[f"probe_{n}"] += f"\n{len(classes)} classes"
+            if there:
+                found.append((title, there))
+        return found
+
+    @cached_property
+    def _lines(self) -> pd.DataFrame:
+        return self.summary.set_index(["row", "metric"])
+
+    @cached_property
+    def _best(self) -> dict[str, float]:
+        return self.table.drop(index=CEILING, errors="ignore").round(3).max().to_dict()
+
+    def _cell(self, row: str, metric: str, best: str) -> str:
+        if (row, metric) not in self._scored:
+            return "-"
+        line = self._lines.loc[(row, metric)]
+        if math.isnan(line["value"]):
+            return "NaN"
+        text = f"{line['value']:.3f}"
+        marked = best.format(text) if row != CEILING and round(line["value"], 3) == self._best[metric] else text
+        return _with_half(marked, line["value"], line["high"])
+
+    def _differences(self) -> list[list[str]]:
+        """Tabulate keys against baselines: a heading, and a line for each pair."""
+        found = self.comparisons
+        baselines = self.settings["baselines"]
+        found = found[~found["row"].isin(baselines) & found["other"].isin(baselines)]
+        metrics = [metric for metric in _COMPARED if metric in set(found["metric"])]
+        names = _SECTIONS["Labels of held-out cells"]
+        lines = [["", *(names[metric] for metric in metrics)]]
+        for (row, other), pair in found.groupby(["row", "other"], sort=False):
+            by_metric = pair.set_index("metric")
+            cells = []
+            for metric in metrics:
+                if metric not in by_metric.index:
+                    cells.append("-")
+                    continue
+                line = by_metric.loc[metric]
+                cells.append(_with_half(f"{line['difference']:+.3f}", line["difference"], line["high"]))
+            lines.append([f"{row} - {other}", *cells])
+        return lines if len(lines) > 1 else []
+
+    # ------------------------------------------------------------------ files
+
+    def to_json(self, path: str | Path) -> None:
+        """Write settings, notes, summary, comparisons and the values of the folds; what is NaN becomes null."""
+        tables = {name: _records(getattr(self, name)) for name in ("summary", "comparisons", "values")}
+        text = json.dumps({"settings": self.settings, "notes": self.notes, **tables}, indent=1, allow_nan=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write `summary`, one line per row and metric."""
+        self.summary.to_csv(path, index=False)
+
+    def plot(self, *, save: str | Path | None = None) -> Figure:
+        """Draw each metric in a panel of its own: values with their 95 % intervals, the ceiling as a dashed line.
+
+        Parameters
+        ----------
+        save : str or Path, optional
+            PNG to write.
+
+        Returns
+        -------
+        Figure
+        """
+        import matplotlib.pyplot as plt
+
+        columns = [(metric, name) for _, section in self._sections() for metric, name in section.items()]
+        rows = [row for row in self._rows if row != CEILING]
+        n_columns = min(4, len(columns))
+        n_lines = -(-len(columns) // n_columns)
+        size = (2 + 2.4 * n_columns, n_lines * (0.9 + 0.3 * len(rows)))
+        figure, axes = plt.subplots(n_lines, n_columns, figsize=size, layout="constrained", sharey=True, squeeze=False)
+        for ax, (metric, name) in zip(axes.flat, columns, strict=False):
+            for place, row in enumerate(rows):
+                if (row, metric) in self._scored:
+                    line = self._lines.loc[(row, metric)]
+                    ax.plot(line["value"], place, "o", color=f"C{place}", markersize=5)
+                    ax.plot([line["low"], line["high"]], [place, place], color=f"C{place}")
+            if (CEILING, metric) in self._scored:
+                ax.axvline(self._lines.loc[(CEILING, metric), "value"], color="gray", linestyle="--", linewidth=1)
+            ax.set_title(name, fontsize=9)
+            ax.spines[["top", "right"]].set_visible(False)
+        for ax in axes.flat[len(columns) :]:
+            ax.set_visible(False)
+        axes[0, 0].set_yticks(range(len(rows)), rows)
+        axes[0, 0].invert_yaxis()
+        if save is not None:
+            figure.savefig(save, dpi=120)
+            plt.close(figure)
+        return figure
+
+
+def _align(lines: list[list[str]]) -> str:
+    """Lay out a table in columns, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
+    )
+
+
+def _with_half(text: str, value: float, high: float) -> str:
+    """Add half of an interval to a figure that has one."""
+    return text if math.isnan(high) else f"{text} ±{high - value:.3f}"
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("*", "\\*").replace("_", "\\_").replace("\n", " ")
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    def plain(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return [{name: plain(value) for name, value in line.items()} for line in table.to_dict("records")]
+
+
+__all__ = ["CEILING", "METRICS", "N_LABELS", "EmbeddingEvaluation"]

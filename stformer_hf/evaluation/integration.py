@@ -1,0 +1,143 @@
+"""How well an embedding mixes batches: plain forms of the metrics of scib-metrics, and its kBET where it is there."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
+from sklearn.metrics import silhouette_samples
+from sklearn.neighbors import NearestNeighbors
+
+_N_CONNECTED, _N_KBET, _N_LISI = 15, 50, 90  # neighbours as scib-metrics counts them, the cell itself among them
+_STEPS = 60  # of the bisection
+
+
+def scib_version() -> str | None:
+    """Look up the version of scib-metrics, None where it is not installed."""
+    try:
+        return version("scib-metrics")
+    except PackageNotFoundError:
+        return None
+
+
+def integration_scores(embedding: np.ndarray, labels: np.ndarray, batches: np.ndarray) -> dict[str, float]:
+    """Score the mixing of batches, up to 1, larger is better; see Luecken et al. 2022, Nature Methods 19:41.
+
+    A high score is no merit where batches differ in biology: constant or random embeddings mix perfectly. The values
+    are those of scib-metrics, whose jax is not needed for them.
+
+    Parameters
+    ----------
+    embedding : float array (n_cells, d)
+    labels, batches : array (n_cells,)
+        Class, and batch, of each cell; at least two batches.
+
+    Returns
+    -------
+    dict of str to float
+        `batch_silhouette`: 1 - |silhouette of the batches| within a class, mean of the classes (NaN if no class has
+        two batches). `batch_ilisi`: median over cells of the inverse Simpson index of the batches around them, scaled
+        to 0 to 1. `batch_pcr`: 1 - share of the embedding's variance between the means of the batches (principal
+        component regression). `connectivity`: share of a class in the largest part of its graph of 15 neighbours,
+        mean of the classes.
+    """
+    return {
+        "batch_silhouette": batch_silhouette(embedding, labels, batches),
+        "batch_ilisi": batch_ilisi(embedding, batches),
+        "batch_pcr": batch_pcr(embedding, batches),
+        "connectivity": connectivity(embedding, labels),
+    }
+
+
+def batch_kbet(embedding: np.ndarray, labels: np.ndarray, batches: np.ndarray) -> float:
+    """Compute the acceptance rate of kBET within the classes (Buettner et al. 2019) with scib-metrics; takes a minute.
+
+    Raises
+    ------
+    ImportError
+        scib-metrics is not installed.
+    """
+    try:
+        import scib_metrics
+        from scib_metrics.nearest_neighbors import NeighborsResults
+    except ImportError as error:
+        raise ImportError(f"kBET needs its extra: pip install 'stformer_hf[scib]' ({error}).") from error
+    distances, cells = _neighbors(embedding, min(_N_KBET, len(embedding)) - 1)
+    itself = np.arange(len(embedding))[:, None]
+    found = NeighborsResults(
+        indices=np.hstack([itself, cells]), distances=np.hstack([np.zeros_like(distances[:, :1]), distances])
+    )
+    return float(scib_metrics.kbet_per_label(found, batches, labels))
+
+
+def batch_silhouette(embedding: np.ndarray, labels: np.ndarray, batches: np.ndarray) -> float:
+    """Compute 1 - |silhouette of the batches| within each class, the mean of the classes with two batches or more."""
+    scores = []
+    for name in np.unique(labels):
+        here = labels == name
+        n_batches = len(np.unique(batches[here]))
+        if 1 < n_batches < here.sum():
+            scores.append(np.mean(1 - np.abs(silhouette_samples(embedding[here], batches[here]))))
+    return float(np.mean(scores)) if scores else float("nan")
+
+
+def batch_ilisi(embedding: np.ndarray, batches: np.ndarray) -> float:
+    """Compute the median inverse Simpson index of the batches around each cell (LISI), scaled to 0 to 1.
+
+    The 89 nearest cells weigh exp(-beta distance), with beta such that the perplexity is 30 (Korsunsky et al. 2019).
+    """
+    names, codes = np.unique(batches, return_inverse=True)
+    n_counted = min(_N_LISI, len(embedding))
+    distances, cells = _neighbors(embedding, n_counted - 1)
+    wanted = np.log(n_counted // 3)
+    n = len(embedding)
+    low, high, beta = np.zeros(n), np.full(n, np.inf), np.ones(n)
+    beyond = distances - distances[:, :1]  # the same shares, and no underflow
+    for _ in range(_STEPS):
+        shares = np.exp(-beyond * beta[:, None])
+        totals = shares.sum(axis=1)
+        entropy = np.log(totals) + beta * (beyond * shares).sum(axis=1) / totals
+        low, high = np.where(entropy > wanted, beta, low), np.where(entropy > wanted, high, beta)
+        beta = np.where(np.isinf(high), beta * 2, (low + high) / 2)
+    shares = np.exp(-beyond * beta[:, None])
+    of_batch = np.stack([(shares * (codes[cells] == code)).sum(axis=1) for code in range(len(names))])
+    simpson = ((of_batch / of_batch.sum(axis=0)) ** 2).sum(axis=0)
+    return float((np.median(1 / simpson) - 1) / (len(names) - 1))
+
+
+def batch_pcr(embedding: np.ndarray, batches: np.ndarray) -> float:
+    """Compute 1 - share of the variance that lies between the means of the batches; NaN for a constant embedding.
+
+    Principal component regression weighs the R^2 of each component by its variance: summed over all components that
+    is the share of the whole variance, and needs no components.
+    """
+    centred = embedding - embedding.mean(axis=0)
+    total = (centred**2).sum()
+    between = sum(
+        (batches == name).sum() * (centred[batches == name].mean(axis=0) ** 2).sum() for name in set(batches)
+    )
+    return float(1 - between / total) if total > 0 else float("nan")
+
+
+def connectivity(embedding: np.ndarray, labels: np.ndarray) -> float:
+    """Compute the share of a class in the largest strongly connected part of its graph, mean of the classes."""
+    n_others = min(_N_CONNECTED, len(embedding)) - 1
+    cells = _neighbors(embedding, n_others)[1]
+    rows = np.repeat(np.arange(len(embedding)), n_others)
+    graph = sparse.csr_array((np.ones(cells.size), (rows, cells.ravel())), shape=(len(embedding),) * 2)
+    shares = []
+    for name in np.unique(labels):
+        here = np.flatnonzero(labels == name)
+        parts = connected_components(graph[here][:, here], connection="strong")[1]
+        shares.append(np.bincount(parts).max() / len(here))
+    return float(np.mean(shares))
+
+
+def _neighbors(embedding: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Find the n nearest other cells: distances and rows, (n_cells, n) each."""
+    return NearestNeighbors(n_neighbors=n).fit(embedding).kneighbors()
+
+
+__all__ = ["batch_kbet", "integration_scores", "scib_version"]

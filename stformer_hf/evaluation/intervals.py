@@ -1,0 +1,78 @@
+"""How sure a mean over folds is, and the difference of two rows on the same folds."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+
+class Interval(NamedTuple):
+    """A figure with its 95 % confidence interval; `p` is of the hypothesis that the figure is 0."""
+
+    estimate: float
+    se: float
+    low: float
+    high: float
+    p: float
+
+
+def of_folds(values: np.ndarray, test_to_train: float) -> Interval:
+    """Compute the interval of a mean over folds by the corrected resampled t-test.
+
+    Training sets of different folds share cells, so that their scores vary together and a plain t-test is too sure.
+    Its variance s^2 / J is replaced by s^2 (1 / J + n_test / n_train) (Nadeau & Bengio 2003, Machine Learning 52:239;
+    for repeated cross-validation: Bouckaert & Frank 2004), with J - 1 degrees of freedom. It allows for the choice of
+    the training cells as well, which a bootstrap of the test cells would not.
+
+    Parameters
+    ----------
+    values : float array (J,)
+        One score, or one difference of two scores, per fold of all repeats.
+    test_to_train : float
+        Test cells / training cells.
+
+    Returns
+    -------
+    Interval
+    """
+    values = np.asarray(values, np.float64)
+    se = float(np.std(values, ddof=1) * np.sqrt(1 / len(values) + test_to_train))
+    return _student(float(values.mean()), se, len(values) - 1)
+
+
+def of_all_cells(value: float, without_a_fold: np.ndarray, n_splits: int) -> Interval:
+    """Compute the interval of a figure of all cells by the jackknife that leaves out one fold at a time.
+
+    The variance is (n_splits - 1) / n_splits x the sum over the folds of the squared distance of the figure without a
+    fold from their mean (Efron & Tibshirani 1993, chapter 11), averaged over the repeats; n_splits - 1 degrees of
+    freedom. It is approximate for the best of a grid, which is a maximum.
+
+    Parameters
+    ----------
+    value : float
+        Figure, or difference of two figures, of all cells.
+    without_a_fold : float array (n_repeats * n_splits,)
+        The same without the cells of a fold, in the order of the folds; without any there is no interval (NaN).
+    n_splits : int
+        Folds of a repeat.
+
+    Returns
+    -------
+    Interval
+    """
+    if not len(without_a_fold):
+        return Interval(float(value), *[float("nan")] * 4)
+    parts = np.asarray(without_a_fold, np.float64).reshape(-1, n_splits)
+    spread = ((parts - parts.mean(axis=1, keepdims=True)) ** 2).sum(axis=1).mean()
+    return _student(float(value), float(np.sqrt(spread * (n_splits - 1) / n_splits)), n_splits - 1)
+
+
+def _student(estimate: float, se: float, df: int) -> Interval:
+    half = float(stats.t.ppf(0.975, df)) * se
+    p = float(2 * stats.t.sf(abs(estimate) / se, df)) if se > 0 else float(estimate == 0)
+    return Interval(estimate, se, estimate - half, estimate + half, p)
+
+
+__all__ = ["Interval", "of_all_cells", "of_folds"]

@@ -1,0 +1,159 @@
+"""What is fitted on training cells: variable genes with their components, and the readers of labels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+N_GENES = 2000
+N_COMPONENTS = 50
+N_NEIGHBORS = 15
+_N_BINS = 20  # of genes by their mean
+_MOST_SPANNED = 4000  # cells whose span is computed
+
+
+class GenePca(NamedTuple):
+    """Principal components of variable genes.
+
+    Attributes
+    ----------
+    genes : int64 array (at most 2000,)
+        Columns of the variable genes, ascending.
+    pca : PCA
+        Of their log-normalised values.
+    """
+
+    genes: np.ndarray
+    pca: PCA
+
+    def __call__(self, cells: sparse.csr_array) -> np.ndarray:
+        """Project log-normalised cells (n, n_genes): float64 array (n, n_components)."""
+        return self.pca.transform(cells[:, self.genes])
+
+
+def variable_genes(cells: sparse.csr_array, n_genes: int = N_GENES) -> np.ndarray:
+    """Choose genes by their dispersion among genes of like mean (Satija et al. 2015; Seurat's and scanpy's default).
+
+    Of values count / total x 10,000 the log of variance / mean is standardised within 20 bins of log mean; a gene
+    alone in its bin gets 1.
+
+    Parameters
+    ----------
+    cells : csr_array (n_cells, n_genes)
+        Log-normalised, ln(1 + 10,000 count / total).
+    n_genes : int, default: 2000
+        How many to choose; all expressed genes if there are fewer.
+
+    Returns
+    -------
+    int64 array
+        Columns, ascending.
+    """
+    values = cells.copy()
+    values.data = np.expm1(values.data)
+    n = values.shape[0]
+    mean = np.asarray(values.mean(axis=0)).ravel()
+    values.data **= 2
+    variance = (np.asarray(values.mean(axis=0)).ravel() - mean**2) * n / max(n - 1, 1)
+    expressed = np.flatnonzero((mean > 0) & (variance > 0))
+    if len(expressed) <= n_genes:
+        return expressed
+    dispersion = pd.Series(np.log(variance[expressed] / mean[expressed]))
+    of_bin = dispersion.groupby(pd.cut(np.log1p(mean[expressed]), _N_BINS), observed=True)
+    centre, spread = of_bin.transform("mean"), of_bin.transform("std")
+    score = ((dispersion - centre) / spread).where(spread.notna(), 1.0).to_numpy()
+    return np.sort(expressed[np.argsort(-score, kind="stable")[:n_genes]])
+
+
+def fit_pca(cells: sparse.csr_array, seed: int) -> GenePca:
+    """Fit 50 principal components (fewer for few cells or genes) of 2,000 variable genes on log-normalised cells."""
+    genes = variable_genes(cells)
+    most = min(len(genes), cells.shape[0]) - 1
+    if most < 1:
+        raise ValueError(f"{len(genes)} genes vary among {cells.shape[0]} cells: a PCA needs two of each.")
+    pca = PCA(min(N_COMPONENTS, most), svd_solver="arpack", random_state=seed)
+    return GenePca(genes, pca.fit(cells[:, genes]))
+
+
+class Scaler(NamedTuple):
+    """Centre, and one scale for all dimensions, so that a probe's C means the same whatever the units.
+
+    Attributes
+    ----------
+    mean : float64 array (d,)
+    scale : float
+        Root mean square of the centred values.
+    """
+
+    mean: np.ndarray
+    scale: float
+
+    def __call__(self, cells: np.ndarray) -> np.ndarray:
+        """Scale cells (n, d)."""
+        return (cells - self.mean) / self.scale
+
+
+def fit_scaler(cells: np.ndarray) -> Scaler:
+    """Fit the centre and the scale of an embedding (n, d); constant ones have the scale 1."""
+    mean = cells.mean(axis=0)
+    return Scaler(mean, float(np.sqrt(((cells - mean) ** 2).mean())) or 1.0)
+
+
+class GeneProbe(NamedTuple):
+    """A logistic regression on genes, fitted in the span of its few training cells.
+
+    The penalised weights lie in that span, so that the solution is the one on the genes themselves; fitting takes
+    n_train weights per class instead of n_genes.
+
+    Attributes
+    ----------
+    train : csr_array (n_train, n_genes)
+    basis : float64 array (n_train, rank)
+        `cells @ train.T @ basis` are coordinates in an orthonormal basis of the span.
+    classifier : LogisticRegression
+        On these coordinates.
+    """
+
+    train: sparse.csr_array
+    basis: np.ndarray
+    classifier: LogisticRegression
+
+    def predict(self, cells: sparse.csr_array) -> np.ndarray:
+        """Predict the class of log-normalised cells (n, n_genes): array (n,)."""
+        return self.classifier.predict((cells @ self.train.T).toarray() @ self.basis)
+
+
+def fit_probe(cells: np.ndarray | sparse.csr_array, labels: np.ndarray) -> LogisticRegression | GeneProbe:
+    """Fit a logistic regression, C = 1."""
+    classifier = LogisticRegression(max_iter=2000)
+    if not sparse.issparse(cells) or cells.shape[0] > min(cells.shape[1], _MOST_SPANNED):
+        return classifier.fit(cells, labels)
+    gram = (cells @ cells.T).toarray()
+    values, vectors = np.linalg.eigh(gram)
+    there = values > values[-1] * 1e-10
+    basis = vectors[:, there] / np.sqrt(values[there])
+    return GeneProbe(cells, basis, classifier.fit(gram @ basis, labels))
+
+
+def fit_knn(cells: np.ndarray, labels: np.ndarray) -> KNeighborsClassifier:
+    """Fit a vote of the 15 nearest cells by Euclidean distance."""
+    return KNeighborsClassifier(N_NEIGHBORS).fit(cells, labels)
+
+
+__all__ = [
+    "N_NEIGHBORS",
+    "GenePca",
+    "GeneProbe",
+    "Scaler",
+    "fit_knn",
+    "fit_pca",
+    "fit_probe",
+    "fit_scaler",
+    "variable_genes",
+]

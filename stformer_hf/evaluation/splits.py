@@ -1,0 +1,161 @@
+"""Folds of cells that keep twins, and groups such as donors, on one side; and the draws of a few labelled cells."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
+from sklearn.model_selection import StratifiedKFold
+from xxhash import xxh3_128_digest
+
+_NUCLEOTIDES = re.compile(r"[ACGTN]{8,}")
+_SPREADS = 100
+_SUFFIX = re.compile(r"(-\d+)+$")  # what anndata appends to names that occur twice
+
+
+class Fold(NamedTuple):
+    """One split of the cells.
+
+    Attributes
+    ----------
+    repeat, number : int
+        Which repeat, and which fold of it.
+    train, test : int64 array
+        Rows, ascending.
+    """
+
+    repeat: int
+    number: int
+    train: np.ndarray
+    test: np.ndarray
+
+
+def find_twins(names: Sequence[str], counts: sparse.csr_array) -> np.ndarray:
+    """Find cells of equal barcode and equal counts, such as a cell that two files share.
+
+    The barcode is the name's runs of eight or more nucleotide letters; of a name without them, the name up to a
+    trailing "-1", "-1-2", …
+
+    Parameters
+    ----------
+    names : sequence of str (n_cells,)
+        Names of the cells.
+    counts : csr_array (n_cells, n_genes)
+        With sorted indices and without explicit zeros.
+
+    Returns
+    -------
+    int64 array (n_cells,)
+        One number per cell; cells with the same number are twins.
+    """
+    barcodes = [_barcode(str(name)) for name in names]
+    repeated = pd.Series(barcodes, dtype=object).duplicated(keep=False).to_numpy()
+    keys: list = list(range(len(barcodes)))
+    for row in np.flatnonzero(repeated):
+        of = slice(counts.indptr[row], counts.indptr[row + 1])
+        values = counts.indices[of].astype(np.int64).tobytes() + counts.data[of].astype(np.float64).tobytes()
+        keys[row] = (barcodes[row], xxh3_128_digest(values))
+    return np.asarray(pd.factorize(pd.Series(keys, dtype=object))[0], np.int64)
+
+
+def _barcode(name: str) -> str:
+    return "_".join(_NUCLEOTIDES.findall(name)) or _SUFFIX.sub("", name)
+
+
+def make_folds(
+    labels: np.ndarray,
+    twins: np.ndarray,
+    *,
+    n_splits: int,
+    n_repeats: int,
+    seed: int,
+    groups: np.ndarray | None = None,
+) -> list[Fold]:
+    """Split cells into folds whose classes have like shares, anew in each repeat.
+
+    Parameters
+    ----------
+    labels : array (n_cells,)
+        Class of each cell.
+    twins : int array (n_cells,)
+        See `find_twins`.
+    n_splits, n_repeats : int
+        Folds of a repeat; repeats.
+    seed : int
+        Of the first repeat; the next one has the next seed.
+    groups : array (n_cells,), optional
+        Donor or batch of each cell: one is never on both sides. Groups that share twins count as one.
+
+    Returns
+    -------
+    list of Fold
+        n_repeats * n_splits of them.
+
+    Raises
+    ------
+    ValueError
+        Fewer groups than folds; repeats of folds that are one group each.
+    """
+    if groups is not None:
+        groups = _join_groups(groups, twins)
+        n_groups = len(np.unique(groups))
+        if n_groups < n_splits:
+            raise ValueError(f"{n_groups} groups of cells cannot make {n_splits} folds: pass fewer (n_splits).")
+        if n_groups == n_splits and n_repeats > 1:
+            raise ValueError(
+                f"Folds of one group each are the same in every repeat: pass n_repeats=1, not {n_repeats}."
+            )
+    firsts, twin_of_cell = np.unique(twins, return_index=True, return_inverse=True)[1:]
+    folds = []
+    for repeat in range(n_repeats):
+        if groups is None:
+            splitter = StratifiedKFold(n_splits, shuffle=True, random_state=seed + repeat)
+            number_of_twin = np.empty(len(firsts), np.int64)
+            for number, (_, test) in enumerate(splitter.split(firsts, labels[firsts])):
+                number_of_twin[test] = number
+            number_of_cell = number_of_twin[twin_of_cell]
+        else:
+            number_of_cell = _spread_groups(labels, groups, n_splits, np.random.default_rng(seed + repeat))
+        for number in range(n_splits):
+            here = number_of_cell == number
+            folds.append(Fold(repeat, number, np.flatnonzero(~here), np.flatnonzero(here)))
+    return folds
+
+
+def _join_groups(groups: np.ndarray, twins: np.ndarray) -> np.ndarray:
+    """Give the groups numbers: int array (n_cells,); those that twins connect get one number."""
+    codes, _ = pd.factorize(groups)
+    n = codes.max() + 1
+    links = sparse.csr_array((np.ones(len(codes)), (codes, n + twins)), shape=(n + twins.max() + 1,) * 2)
+    return connected_components(links, directed=False)[1][codes]
+
+
+def _spread_groups(labels: np.ndarray, groups: np.ndarray, n_splits: int, rng: np.random.Generator) -> np.ndarray:
+    """Give each cell the fold of its group: of 100 random spreads the one whose folds have the likest classes.
+
+    scikit-learn's StratifiedGroupKFold goes through the groups in one order, and makes the same folds in each repeat.
+    """
+    sizes = pd.crosstab(groups, labels).to_numpy()  # (n_groups, n_classes), groups in ascending order
+    best, least = np.empty(0, np.int64), np.inf
+    for _ in range(_SPREADS):
+        folds = rng.permutation(np.arange(len(sizes)) % n_splits)
+        by_fold = np.stack([sizes[folds == number].sum(axis=0) for number in range(n_splits)])
+        unevenness = ((by_fold - sizes.sum(axis=0) / n_splits) ** 2 / sizes.sum(axis=0)).sum()
+        if unevenness < least:
+            best, least = folds, unevenness
+    return best[np.unique(groups, return_inverse=True)[1]]
+
+
+def draw_labelled(
+    labels: np.ndarray, train: np.ndarray, classes: Sequence, n: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Draw `n` training cells of each class: int64 array (n * n_classes,) of rows, without repetition."""
+    return np.concatenate([rng.choice(train[labels[train] == name], n, replace=False) for name in classes])
+
+
+__all__ = ["Fold", "draw_labelled", "find_twins", "make_folds"]

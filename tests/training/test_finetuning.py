@@ -1,0 +1,238 @@
+"""Classifiers that start at linear readers, and train on only where that helps."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anndata import AnnData
+from safetensors.numpy import load_file
+from scipy import sparse
+from transformers import AutoModelForSequenceClassification
+
+import stformer_hf as sf
+from stformer_hf import CellStore, GeneBertConfig, GeneBertForPhenotypicMLM, GeneTokenizer
+from stformer_hf.training import finetuning
+from stformer_hf.training.finetuning import finetune, predict, prepare_classifier
+from stformer_hf.training.readers import log_softmax
+from stformer_hf.training.spectral_views import log_values
+
+
+def make_cells(n: int = 240, n_genes: int = 60, n_types: int = 3, seed: int = 0) -> AnnData:
+    """Types that differ in a few genes; one cell without counts, one without a type."""
+    rng = np.random.default_rng(seed)
+    types = np.arange(n) % n_types
+    rates = np.random.default_rng(9).gamma(0.7, 1.0, n_genes) * np.ones((n_types, 1))
+    for kind in range(n_types):
+        rates[kind, kind * 6 : kind * 6 + 6] *= 4
+    counts = rng.poisson(rates[types] * rng.gamma(4, 0.25, (n, 1)))
+    counts[3] = 0
+    obs = pd.DataFrame(
+        {
+            "type": pd.Categorical([f"T{i}" for i in types]),
+            "copy": pd.Categorical([f"renamed {i}" for i in types]),
+            "donor": pd.Categorical([f"d{i}" for i in np.arange(n) // (n // 6)]),
+            "depth": counts[:, :6].sum(1) / np.maximum(counts.sum(1), 1),
+            "a": (types == 0).astype(float),
+            "b": (types != 1).astype(float),
+        },
+        index=[f"c{i}" for i in range(n)],
+    )
+    obs.loc["c5", "type"] = None
+    var = pd.DataFrame(index=[f"ENSG{i:011d}" for i in range(n_genes)])
+    return AnnData(sparse.csr_matrix(counts.astype(np.float32)), obs=obs, var=var)
+
+
+@pytest.fixture(scope="module")
+def labelled() -> AnnData:
+    return make_cells()
+
+
+@pytest.fixture(scope="module")
+def unseen() -> AnnData:
+    return make_cells(90, seed=1)
+
+
+@pytest.fixture(scope="module")
+def started(labelled):
+    return finetune(labelled, "type", num_train_epochs=0)
+
+
+def test_the_start_alone_classifies_unseen_cells(started, unseen):
+    sf.annotate(unseen, started)
+    found = unseen.obs["stformer_label"].astype(str)
+    known = found != "nan"
+    assert known.sum() == 89 and (found == unseen.obs["type"].astype(str))[known].mean() > 0.85
+    assert started.config.reader_weights and not started.training
+
+
+def test_the_wide_head_is_the_logistic_regression_that_was_fitted(labelled, started):
+    """The model's logits, against the log values of the genes times the weights of the wide head, uncentred."""
+    tokenizer = started.tokenizer
+    batch = tokenizer(labelled[:20].copy(), padding=True, return_tensors="pt")
+    statistics, head = started.gene_bert.cell_embedding.statistics, started.wide_head
+    with torch.no_grad():
+        found = head(started.gene_bert.read_cells(batch["cell_genes"], batch["cell_counts"]), statistics).numpy()
+        weight = head.genes.weight.double().numpy()
+        bias = (head.bias - statistics.means[0] @ head.genes.weight).double().numpy()
+    expected = log_values(sparse.csr_array(labelled[:20].X.astype(float))) @ weight + bias
+    full = labelled[:20].X.sum(axis=1).A1 > 0
+    np.testing.assert_allclose(found[full], expected[full], atol=1e-4)
+
+
+def test_the_model_says_what_its_readers_say_together(labelled, started):
+    batch = started.tokenizer(labelled[:20].copy(), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = started(**batch).logits.double().numpy()
+        hidden = started.gene_bert(**batch).last_hidden_state
+        head = started.classifier(hidden[:, 0]).double().numpy()
+        cells = started.gene_bert.read_cells(batch["cell_genes"], batch["cell_counts"])
+        wide = started.wide_head(cells, started.gene_bert.cell_embedding.statistics).double().numpy()
+    (a, b), temperature = started.config.reader_weights, started.config.temperature
+    np.testing.assert_allclose(logits, (a * log_softmax(head) + b * log_softmax(wide)) / temperature, atol=1e-5)
+
+
+def test_nothing_that_is_fitted_sees_other_cells(labelled, tmp_path):
+    """Cells that are not in training may be anything."""
+    store = CellStore.build(tmp_path / "store", labelled, obs=["type"], report=False)
+    poisoned = labelled.copy()
+    counts = poisoned.X.toarray()
+    counts[120:] = 7
+    poisoned.X = sparse.csr_matrix(counts)
+    other = CellStore.build(tmp_path / "other", poisoned, obs=["type"], report=False)
+    models = [finetune(cells.select(slice(0, 120)), "type", num_train_epochs=0) for cells in (store, other)]
+    for (name, one), (_, two) in zip(*(model.state_dict().items() for model in models), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_training_goes_on_for_the_epochs_asked_for_and_is_saved(labelled, unseen, tmp_path):
+    model = finetune(labelled, "type", num_train_epochs=1, output=tmp_path / "m", training={"logging_steps": 5})
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").eval()
+    batch = model.tokenizer(unseen, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    calibration = load_file(tmp_path / "m" / "out_of_fold.safetensors")
+    assert calibration["predictions"].shape == (238, 3) and len(calibration["labels"]) == 238
+    assert (calibration["predictions"].argmax(1) == calibration["labels"]).mean() > 0.8
+    sf.annotate(unseen, str(tmp_path / "m"))
+    assert (unseen.obs["stformer_label"].astype(str) == unseen.obs["type"].astype(str)).mean() > 0.85
+
+
+def test_training_is_chosen_only_where_it_beats_the_start(labelled, monkeypatch):
+    """The scores of inner folds decide; with few labels nothing is tried."""
+    store_like = make_cells(180)
+    monkeypatch.setattr(finetuning, "FEW_LABELS", 40)
+    rng = np.random.default_rng(0)
+
+    def scores(better: float):
+        def of(prepared, problem, labels, train, held_out, arguments):
+            base = (rng.random(len(held_out)) < 0.8).astype(float)
+            return np.stack([base, np.maximum(base, rng.random(len(held_out)) < better)], axis=1)
+
+        return of
+
+    for better, expected in ((0.0, 0), (0.9, 1)):
+        monkeypatch.setattr(finetuning, "_score_epochs", scores(better))
+        trained = []
+        monkeypatch.setattr(finetuning.CellTrainer, "train", lambda self, to=trained, **_: to.append(self))
+        finetune(store_like, "type")
+        assert len(trained) == expected and all(t.args.num_train_epochs == 1 for t in trained)
+    monkeypatch.setattr(finetuning, "FEW_LABELS", 1000)
+    monkeypatch.setattr(finetuning, "_score_epochs", None)
+    finetune(store_like, "type")
+
+
+def test_inner_scores_are_those_of_cells_that_the_fold_has_not_seen(labelled, tmp_path):
+    from transformers import TrainingArguments
+
+    from stformer_hf.training.defaults import FINETUNING
+    from stformer_hf.training.readers import Problem
+
+    store = CellStore.build(tmp_path / "store", labelled, obs=["type"], report=False)
+    arguments = TrainingArguments(str(tmp_path / "m"), **{**FINETUNING, "use_cpu": True})
+    prepared = prepare_classifier(store, "type", arguments, num_train_epochs=0)
+    labels = prepared.cells.obs["type"].cat.codes.to_numpy().astype(np.int64)
+    before = {name: value.clone() for name, value in prepared.model.state_dict().items()}
+    train, held_out = np.arange(0, 150), np.arange(150, 200)
+    scores = finetuning._score_epochs(
+        prepared, Problem("single_label_classification", 3), labels, train, held_out, arguments
+    )
+    assert scores.shape == (50, 1 + finetuning.MOST_EPOCHS) and scores[:, 0].mean() > 0.7
+    assert all(torch.equal(value, before[name]) for name, value in prepared.model.state_dict().items())
+
+
+def test_a_checkpoint_keeps_its_embedding(labelled, tmp_path):
+    tokenizer = GeneTokenizer(labelled.var_names.tolist(), whole_cell=True, max_length=16)
+    model = GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(tokenizer, size="tiny"))
+    sf.initialise_from_store(model, tokenizer, labelled)
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    weight = model.gene_bert.cell_embedding.genes.weight.detach()
+    model.tokenizer = tokenizer
+    few = labelled[: 3 * 8].copy()
+    for pretrained in (str(tmp_path / "m"), model):
+        found = finetune(few, "type", model=pretrained, num_train_epochs=0)
+        assert torch.equal(found.gene_bert.cell_embedding.genes.weight, weight)
+        cells = make_cells(90, seed=2)
+        sf.annotate(cells, found)
+        assert (cells.obs["stformer_label"].astype(str) == cells.obs["type"].astype(str)).mean() > 0.75
+
+
+def test_phenotype_tokens_are_left_out_unless_named(labelled, tmp_path, caplog):
+    """A phenotype may be the label by another name."""
+    tokenizer = GeneTokenizer(
+        labelled.var_names.tolist(), max_length=16, phenotypes={"copy": ["renamed 0", "renamed 1", "renamed 2"]}
+    )
+    model = GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(tokenizer, size="tiny"))
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    found = finetune(labelled, "type", model=str(tmp_path / "m"), num_train_epochs=0)
+    assert found.tokenizer.included_phenotypes == [] and "copy are left out" in caplog.text
+    found = finetune(labelled, "type", model=str(tmp_path / "m"), num_train_epochs=0, phenotypes=["copy"])
+    assert found.tokenizer.included_phenotypes == ["copy"]
+
+
+def test_numbers_several_labels_and_one_class(labelled, unseen):
+    model = finetune(labelled, "depth", problem_type="regression", num_train_epochs=0)
+    outputs = predict(model, model.tokenizer, _store_of(unseen))
+    assert np.corrcoef(outputs[:, 0], unseen.obs["depth"].to_numpy()[_full(unseen)])[0, 1] > 0.9
+    model = finetune(labelled, ["a", "b"], num_train_epochs=0)
+    assert model.config.problem_type == "multi_label_classification"
+    outputs = predict(model, model.tokenizer, _store_of(unseen))
+    assert ((outputs > 0) == unseen.obs[["a", "b"]].to_numpy()[_full(unseen)]).mean() > 0.85
+    store = _store_of(labelled)  # which knows three classes
+    model = finetune(store.select(store.obs["type"] == "T1"), "type")
+    sf.annotate(unseen, model)
+    assert set(unseen.obs["stformer_label"].dropna()) == {"T1"}
+    with pytest.raises(ValueError, match="one class, 'T1'"):
+        finetune(labelled[labelled.obs["type"] == "T1"].copy(), "type")
+
+
+def _full(adata: AnnData) -> np.ndarray:
+    return adata.X.sum(axis=1).A1 > 0
+
+
+def _store_of(adata: AnnData) -> CellStore:
+    import tempfile
+
+    store = CellStore.build(f"{tempfile.mkdtemp()}/s", adata, obs=["type"], report=False)
+    return store.select(store.lengths > 0)
+
+
+def test_groups_stay_together_and_bad_input_is_refused(labelled, monkeypatch):
+    seen = []
+    original = finetuning.start_classifier
+    monkeypatch.setattr(
+        finetuning,
+        "start_classifier",
+        lambda *args, **kwargs: seen.append(kwargs["groups"]) or original(*args, **kwargs),
+    )
+    finetune(labelled, "type", group_key="donor", num_train_epochs=0)
+    assert len(set(seen[0])) == 6
+    with pytest.raises(ValueError, match="No obs column 'nothing'"):
+        finetune(labelled, "nothing")
+    with pytest.raises(ValueError, match="No obs column 'nobody'"):
+        finetune(labelled, "type", group_key="nobody")
+    with pytest.raises(ValueError, match="not one categorical column"):
+        finetune(labelled, "depth")
+    with pytest.raises(ValueError, match="needs its tokenizer"):
+        finetune(labelled, "type", model=GeneBertForPhenotypicMLM(GeneBertConfig.from_size("tiny")))
