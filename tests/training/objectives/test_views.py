@@ -105,6 +105,17 @@ def test_views_depend_on_seed_epoch_and_cell_and_on_nothing_else(store, whole_ce
     np.testing.assert_array_equal(dense(collator.for_evaluation()(store.__getitems__(np.array([4, 9]))), 40), both)
 
 
+def test_masks_of_the_two_views_are_independent(store, whole_cells):
+    batch = make_collator(whole_cells, "thinning", mlm_probability=0.5)(store.__getitems__(np.arange(60)))
+    hidden = dense(batch, 40) == -1
+    first, second = hidden[:60], hidden[60:]
+    shown = (dense(make_collator(whole_cells, "thinning")(store.__getitems__(np.arange(60))), 40) > 0).reshape(
+        2, 60, 40
+    )
+    both = shown.all(0)
+    assert 0.3 < (first == second)[both].mean() < 0.7
+
+
 @pytest.mark.parametrize("view", ["disjoint", "thinning"])
 def test_batches_are_the_same_on_workers(store, whole_cells, view):
     def batches(n_workers):
