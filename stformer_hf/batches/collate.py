@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -278,6 +279,32 @@ def take(tokens: TokenizedCells, cells: np.ndarray) -> TokenizedCells:
     )
 
 
+def join(parts: Sequence[TokenizedCells]) -> TokenizedCells:
+    """Put cells of several parts, that measure all genes, one after the other."""
+
+    def cuts(indptrs: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(np.concatenate([np.diff(indptr) for indptr in indptrs]))])
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    before = np.cumsum([0, *(len(part.indptr) - 1 for part in parts)])
+    whole = None
+    if parts[0].cells is not None:
+        rows = [part.cells for part in parts]
+        columns, counts = (np.concatenate([getattr(of, name) for of in rows]) for name in ("columns", "counts"))
+        whole = CountRows(cuts([of.indptr for of in rows]), columns, counts)
+    return TokenizedCells(
+        joined("input_ids"),
+        joined("token_type_ids"),
+        cuts([part.indptr for part in parts]),
+        joined("dropped_type_ids"),
+        np.concatenate([part.dropped_cells + shift for part, shift in zip(parts, before[:-1], strict=True)]),
+        None if parts[0].expression_values is None else joined("expression_values"),
+        whole,
+    )
+
+
 def pad(
     tokens: TokenizedCells,
     tokenizer: GeneTokenizer,
@@ -398,4 +425,4 @@ def pack(
     }
 
 
-__all__ = ["CellCollator", "check_probability", "labels_a_cell", "pack", "pad", "read_tokens", "take"]
+__all__ = ["CellCollator", "check_probability", "join", "labels_a_cell", "pack", "pad", "read_tokens", "take"]

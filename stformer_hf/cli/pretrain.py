@@ -78,7 +78,11 @@ class PretrainArguments:
         },
     )
     batch_key: str | None = field(
-        default=None, metadata={"help": "column of obs: a spectral start leaves out what differs between its batches"}
+        default=None,
+        metadata={
+            "help": "column of obs: a spectral start leaves out what differs between its batches, and contrast "
+            "compares cells within each of them"
+        },
     )
     scheme: Literal["binned", "rank"] = field(
         default="binned", metadata={"help": "how counts become tokens: bins (PerturbGene) or ranks (STFormer)"}
@@ -111,6 +115,19 @@ class PretrainArguments:
     )
     gene_embeddings: str | None = field(
         default=None, metadata={"help": "table of genes and vectors that the model's embeddings of genes begin with"}
+    )
+    objectives: dict | None = field(
+        default=None,
+        metadata={
+            "help": "what to train and its weights (default: masked genes): '{mlm: 1.0, contrast: 0.5}'; also decode, "
+            "cross_correlation"
+        },
+    )
+    view: Literal["disjoint", "thinning"] = field(
+        default="disjoint", metadata={"help": "of objectives on [CLS]: how a cell is divided into two views"}
+    )
+    ema: float | None = field(
+        default=None, metadata={"help": "decay of a moving average of the weights, such as 0.999"}
     )
     packing: bool = field(default=False, metadata={"help": "train on packed batches, without padding"})
     max_tokens_per_batch: int | None = field(
@@ -332,6 +349,10 @@ def make_trainer(
         mlm_probability=args.mlm_probability,
         phenotype_mask_prob=args.phenotype_mask_prob,
         gene_dropout=args.gene_dropout,
+        objectives=args.objectives,
+        view=args.view,
+        batch_key=args.batch_key if set(args.objectives or {}) - {"mlm"} else None,
+        ema=args.ema,
         packing=args.packing,
         max_tokens_per_batch=args.max_tokens_per_batch,
         eval_dataset=run.held_out_cells,

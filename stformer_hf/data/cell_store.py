@@ -127,6 +127,11 @@ class CellStore:
         return self.genes.gene_ids
 
     @property
+    def cell_ids(self) -> np.ndarray:
+        """Row number of each cell in the whole store, int64 array (n,): the `cell_id` of its batches."""
+        return self._row_numbers(slice(None))
+
+    @property
     def categories(self) -> dict[str, list[str]]:
         """Values of each categorical obs column, in the order of its codes."""
         return self.manifest["categories"]

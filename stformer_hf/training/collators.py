@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,24 @@ from .gene_swaps import unexpressed_genes
 # Streams of `uniforms`, one a decision.
 _MASK_GENE, _SWAP_SEQUENCE, _SWAP_GENE, _NEW_GENE, _KIND_OF_MASK, _RANDOM_GENE = 0, 1, 2, 3, 7, 8
 _SEQUENCE_SWAP_PROB = 0.9
+
+
+class MaskedCells(NamedTuple):
+    """What a batch is made of.
+
+    Attributes
+    ----------
+    tokens : TokenizedCells
+        With `[MASK]` in the places of masked tokens.
+    labels : (positions, labels), int64 arrays (k,)
+        What is to be predicted.
+    left_out : int64 array, or None
+        Positions of tokens that are not attended to.
+    """
+
+    tokens: TokenizedCells
+    labels: tuple[np.ndarray, np.ndarray]
+    left_out: np.ndarray | None
 
 
 def collate_fn_wrapper(
@@ -154,12 +172,30 @@ class DataCollatorForPhenotypicMLM(CellCollator):
         dict of Tensor int64 (n, length)
             `input_ids`, `token_type_ids`, `attention_mask`, `labels`; packed, what `pack` gives.
         """
+        return self._batch(*self.masked(examples))
+
+    def masked(self, examples: Any, panel: np.ndarray | None = None) -> MaskedCells:
+        """Mask cells, and hide from their counts what is masked.
+
+        Parameters
+        ----------
+        examples : CellBatch, or list of dict
+            As in `__call__`.
+        panel : bool array (n_genes,), optional
+            Genes that may be swapped in; all that the store has measured by default.
+
+        Returns
+        -------
+        MaskedCells
+        """
         tokens, cell_ids = self._tokens(examples)
         if not self.mlm:
             nothing = np.empty(0, np.int64)
-            return self._batch(tokens, (nothing, nothing))
+            return MaskedCells(tokens, (nothing, nothing), None)
         masked, labels, left_out = self._mask_phenotypes(tokens, cell_ids, self.phenotype_mask_prob)
         measured = self._measured_genes(examples) if is_cell_batch(examples) else None
+        if panel is not None:
+            measured = np.flatnonzero(panel) if measured is None else measured[panel[measured]]
         types = tokens.token_type_ids.copy()
         genes, gene_labels = self._mask_genes(tokens, cell_ids, is_cell_batch(examples), measured)
         # A gene that is swapped in is hidden too: its absence would tell that it is bin_0. So is the one whose place
@@ -167,7 +203,7 @@ class DataCollatorForPhenotypicMLM(CellCollator):
         for of in (types, tokens.token_type_ids):
             tokens = self._hide(tokens, genes, of[genes] - self.tokenizer.gene_token_type_offset)
         labels = np.concatenate([masked, genes]), np.concatenate([labels, gene_labels])
-        return self._batch(tokens, labels, left_out)
+        return MaskedCells(tokens, labels, left_out)
 
     def _measured_genes(self, cells: CellBatch) -> np.ndarray | None:
         """Find the tokenizer's genes that a store has: their numbers, ascending; None for all of them."""
@@ -271,6 +307,10 @@ class DataCollatorForGeneRankMLM(CellCollator):
 
     def __call__(self, examples: Any) -> dict[str, torch.Tensor]:
         """Make a batch; as `DataCollatorForPhenotypicMLM` gives it."""
+        return self._batch(*self.masked(examples))
+
+    def masked(self, examples: Any, panel: np.ndarray | None = None) -> MaskedCells:
+        """Mask cells; as `DataCollatorForPhenotypicMLM.masked`, but that random genes are of the whole vocabulary."""
         tokenizer = self.tokenizer
         tokens, cell_ids = self._tokens(examples)
         ids = tokens.input_ids
@@ -291,7 +331,7 @@ class DataCollatorForGeneRankMLM(CellCollator):
         ids[masked] = np.select([kind < 0.8, kind < 0.9], becomes, labels)
         phenotypes, values, left_out = self._mask_phenotypes(tokens, cell_ids, self.phenotype_mask_prob)
         labels = np.concatenate([masked, phenotypes]), np.concatenate([labels, values])
-        return self._batch(tokens, labels, left_out)
+        return MaskedCells(tokens, labels, left_out)
 
 
 class DataCollatorForCellClassification(CellCollator):
@@ -411,5 +451,6 @@ __all__ = [
     "DataCollatorForCellClassification",
     "DataCollatorForGeneRankMLM",
     "DataCollatorForPhenotypicMLM",
+    "MaskedCells",
     "collate_fn_wrapper",
 ]

@@ -200,6 +200,7 @@ def _duration(seconds: float) -> str:
 def _settings(trainer: Any) -> dict[str, Any]:
     """Say how a trainer trains."""
     args, collator = trainer.args, trainer.data_collator
+    collator = getattr(collator, "collator", collator)  # of views of cells
     names = {
         "masked genes": "mlm_probability",
         "masked phenotypes": "phenotype_mask_prob",
@@ -208,6 +209,8 @@ def _settings(trainer: Any) -> dict[str, Any]:
         "packed": "packing",
     }
     settings = {key: getattr(collator, name) for key, name in names.items() if hasattr(collator, name)}
+    if getattr(trainer, "objectives", {"mlm": 1.0}) != {"mlm": 1.0}:
+        settings["objectives"] = ", ".join(f"{name} {weight:g}" for name, weight in trainer.objectives.items())
     for key, dataset in (("cells in training", trainer.train_dataset), ("cells held out", trainer.eval_dataset)):
         if hasattr(dataset, "__len__") and not isinstance(dataset, dict):
             settings[key] = len(dataset)

@@ -20,20 +20,21 @@ from ..evaluation.metrics import preprocess_logits_for_metrics, preprocess_logit
 from ..evaluation.neighborhood_baselines import mean_of_defined, neighborhood_baselines
 from ..models.cell_neighborhood.count_likelihoods import pearson_r
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
-from .cell_trainer import CellTrainer
 from .collators import DataCollatorForGeneRankMLM, DataCollatorForPhenotypicMLM
 from .neighborhood_collator import collate_neighborhoods
+from .objective_trainer import ObjectiveTrainer
+from .objectives import check_objectives
 from .precollator import STFormerPreCollator
 
 _CELLS_FOR_FREQUENCIES = 100_000
 _CELLS_TO_SWAP = 512
 
 
-class STFormerPretrainer(CellTrainer):
+class STFormerPretrainer(ObjectiveTrainer):
     """Trainer that masks cells of a `CellStore`, or of a tokenized dataset, while it trains.
 
     Masks are a function of (args.seed, epoch, cell); evaluation always masks as in epoch 0. See `CellTrainer` for the
-    order of the cells, `get_train_sampler`, and resumption.
+    order of the cells, `get_train_sampler`, and resumption, and `ObjectiveTrainer` for objectives that train `[CLS]`.
 
     It also trains a `CellNeighborhoodForMaskedCell` on the neighbourhoods of a `CenterMaskSampler`, packed and without
     a tokenizer. Its evaluations have `pearson_r`: mean over cells of Pearson's r, over genes, of log1p of the expected
@@ -61,6 +62,9 @@ class STFormerPretrainer(CellTrainer):
         likelihood in nats of the masked genes; that of simple baselines at the same positions
         (`masked_gene_baselines`, estimated from at most 100,000 training cells, once); and what the genes of another
         cell do to the model (`context_swap`, of at most 512 cells). Of neighbourhoods `neighborhood_baselines`.
+    objectives, view, batch_key, ema
+        As for `ObjectiveTrainer`. Without `mlm` no gene is masked. With objectives that train `[CLS]` every phenotype
+        is masked, since both views of a cell would show it.
     packing : bool, default: False
         Train on packed batches: the cells of a batch in one row, without padding.
     max_tokens_per_batch : int, optional
@@ -94,6 +98,7 @@ class STFormerPretrainer(CellTrainer):
         phenotype_mask_prob: float = 0.5,
         gene_dropout: float = 0.0,
         baselines: bool = False,
+        objectives: Mapping[str, float] | None = None,
         packing: bool = False,
         processing_class: GeneTokenizer | None = None,
         data_collator: Callable | None = None,
@@ -111,16 +116,19 @@ class STFormerPretrainer(CellTrainer):
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("STFormerPretrainer needs processing_class=tokenizer (or a data_collator).")
+            chosen = check_objectives(objectives)
             ranks = processing_class.scheme == "rank"
             data_collator = (DataCollatorForGeneRankMLM if ranks else DataCollatorForPhenotypicMLM)(
                 processing_class,
-                mlm_probability=mlm_probability,
-                phenotype_mask_prob=phenotype_mask_prob,
+                mlm_probability=mlm_probability if "mlm" in chosen else 0.0,
+                phenotype_mask_prob=phenotype_mask_prob if set(chosen) == {"mlm"} else 1.0,
                 gene_dropout=gene_dropout,
                 seed=0 if args is None else args.seed,
                 packing=packing,
             )
         if baselines:
+            if set(check_objectives(objectives)) != {"mlm"}:
+                raise ValueError("baselines=True masks whole cells, and objectives on [CLS] two views: leave one out.")
             _check_baselines(train_dataset, kwargs.get("eval_dataset"), data_collator)
         self.baselines = baselines
         self._baselines: list[tuple[Any, dict[str, float]]] = []  # of the datasets evaluated on
@@ -130,6 +138,7 @@ class STFormerPretrainer(CellTrainer):
             model=model,
             args=args,
             data_collator=data_collator,
+            objectives=objectives,
             train_dataset=train_dataset,
             lengths=example_lengths_file,
             processing_class=processing_class,

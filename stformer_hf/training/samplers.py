@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sized
 
+import numpy as np
+
 from ..data.cell_store import block_order
-from .length_sampler import ResumableSampler
+from .length_sampler import ResumableSampler, checksum
 
 
 class BlockShuffleSampler(ResumableSampler[int]):
@@ -59,4 +61,50 @@ class BlockShuffleSampler(ResumableSampler[int]):
         return self.rank * n_rows // self.world_size, (self.rank + 1) * n_rows // self.world_size
 
 
-__all__ = ["BlockShuffleSampler"]
+class SameSourceSampler(ResumableSampler[int]):
+    """Rows in a random order in which batches of consecutive rows are of one source.
+
+    The rows of each source are permuted and cut into batches, and the full batches of all sources come in a random
+    order. The rest of each source follows, source after source: only there can a batch have rows of several sources.
+    The order is a function of (seed, epoch).
+
+    Parameters
+    ----------
+    sources : int array (n,)
+        Source of each row.
+    batch_size : int
+        Rows per batch of one process; `EvenBatchSampler` with as many divides the batches among processes.
+    seed : int, default: 0
+        Of the order.
+
+    Raises
+    ------
+    ValueError
+        No rows in a batch.
+    """
+
+    def __init__(self, sources: np.ndarray, batch_size: int, seed: int = 0):
+        super().__init__(seed, 0, 1)
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: a batch has at least one row.")
+        self.sources, self.batch_size = np.asarray(sources, np.int64), batch_size
+
+    def __len__(self) -> int:
+        """Count the rows of an epoch."""
+        return len(self.sources)
+
+    def _sequence(self, start: int) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        rows = rng.permutation(len(self.sources))
+        rows = rows[np.argsort(self.sources[rows], kind="stable")]
+        _, first, sizes = np.unique(self.sources[rows], return_index=True, return_counts=True)
+        place = np.arange(len(rows)) - np.repeat(first, sizes)
+        in_full = place < np.repeat(sizes // self.batch_size * self.batch_size, sizes)
+        full = rng.permutation(rows[in_full].reshape(-1, self.batch_size)).ravel()
+        yield from np.concatenate([full, rows[~in_full]])[start:].tolist()
+
+    def _settings(self) -> dict[str, object]:
+        return {"sources": checksum(self.sources), "batch_size": self.batch_size, "seed": self.seed}
+
+
+__all__ = ["BlockShuffleSampler", "SameSourceSampler"]

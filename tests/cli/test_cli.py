@@ -233,6 +233,17 @@ def test_flags_reach_the_model_and_the_collator(file, tmp_path):
     assert "gene dropout | 0.2" in (tuned / "README.md").read_text()
 
 
+def test_objectives_reach_the_trainer(file, tmp_path, capsys):
+    made = tmp_path / "pretrained"
+    flags = ["--objectives", "{contrast: 0.5, decode: 1.0}", "--view", "thinning", "--batch_key", "cell_type"]
+    assert main(["pretrain", "--data", file, "--output", str(made), *flags, "--ema", "0.9", *SHORT]) == 0
+    out = capsys.readouterr().out
+    assert "eval_contrast_loss" in out and "eval_decode_loss" in out and "mlm_loss" not in out
+    config = GeneBertConfig.from_pretrained(made)
+    assert config.pooling == "cls" and config.cell_decoder
+    assert "| objectives | contrast 0.5, decode 1 |" in (made / "README.md").read_text()
+
+
 def test_ranks_of_spots_and_neighbours_with_settings_of_tokenizer_and_model(file, tmp_path, capsys):
     adata = make_adata()
     argv = ["pretrain", "--data", file, "--output", str(tmp_path / "m"), *SHORT, "--scheme", "rank"]

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from stformer_hf.training.samplers import BlockShuffleSampler
+from stformer_hf import EvenBatchSampler
+from stformer_hf.training.samplers import BlockShuffleSampler, SameSourceSampler
 
 
 def test_blocks_stay_together_in_the_order_of_the_store(store):
@@ -114,3 +115,43 @@ def test_other_states_and_arguments_that_cannot_be_raise(store):
         BlockShuffleSampler(store, rank=1)
     with pytest.raises(ValueError, match="at least one row"):
         BlockShuffleSampler(store, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+    batch_size=st.integers(1, 9),
+    world_size=st.integers(1, 3),
+    epoch=st.integers(0, 2),
+)
+def test_batches_of_one_source(sizes, batch_size, world_size, epoch):
+    sources = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    sampler = SameSourceSampler(sources, batch_size, seed=4)
+    sampler.set_epoch(epoch)
+    rows = list(sampler)
+    assert sorted(rows) == list(range(len(sources))) and len(sampler) == len(rows)
+    n_full = sum(size // batch_size for size in sizes)
+    for start in range(0, n_full * batch_size, batch_size):
+        assert len(set(sources[rows[start : start + batch_size]])) == 1
+    rest = sources[rows[n_full * batch_size :]]
+    assert (np.diff(rest) >= 0).all() and all((rest == of).sum() < batch_size for of in set(rest))
+    if len(rows) >= world_size * -(-len(rows) // (batch_size * world_size)):  # else some come twice
+        batches = list(EvenBatchSampler(sampler, batch_size, world_size=world_size))
+        assert len(batches) % world_size == 0 and sorted(sum(batches, [])) == sorted(rows)
+        mixed = sum(len(set(sources[batch])) > 1 for batch in batches)
+        assert mixed <= len(batches) - n_full
+        # Any position gives the rest.
+        whole = SameSourceSampler(sources, batch_size, seed=4)
+        whole.load_state_dict(json.loads(json.dumps(sampler.state_after(len(rows) // 2))))
+        assert list(whole) == rows[len(rows) // 2 :]
+
+
+def test_batches_of_one_source_come_in_another_order_each_epoch():
+    sampler = SameSourceSampler(np.repeat([0, 1], 50), 10)
+    orders = set()
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        orders.add(tuple(sampler))
+    assert len(orders) == 3
+    with pytest.raises(ValueError, match="batch_size=0"):
+        SameSourceSampler(np.zeros(3), 0)

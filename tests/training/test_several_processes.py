@@ -37,7 +37,14 @@ _slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "order", ["grouped", pytest.param("packed", marks=_slow), pytest.param("stream", marks=_slow), "packed stream"]
+    "order",
+    [
+        "grouped",
+        "objectives",
+        pytest.param("packed", marks=_slow),
+        pytest.param("stream", marks=_slow),
+        "packed stream",
+    ],
 )
 def test_two_processes_share_an_epoch_and_learn_what_one_does(store, tmp_path, order):
     n_passes = {"epochs": 3} if order != "packed stream" else {"epochs": 3, "steps": 24}

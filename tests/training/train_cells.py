@@ -27,6 +27,14 @@ ORDERS = {
     "packed": ({}, {"max_tokens_per_batch": 200, "packing": True}),
     "stream": ({}, {}),
     "neighborhoods": ({}, {}),
+    "objectives": (
+        {},
+        {
+            "objectives": {"mlm": 1.0, "contrast": 0.5, "decode": 0.3, "cross_correlation": 0.2},
+            "batch_key": "cell_type",
+            "ema": 0.9,
+        },
+    ),
     "packed stream": ({}, {"max_tokens_per_batch": 200, "packing": True}),
 }
 
@@ -35,7 +43,10 @@ def main() -> None:
     path, folder, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     torch.set_num_threads(1)
     store = CellStore(path)
-    tokenizer = GeneTokenizer.from_store(store, phenotypes=["cell_type"], bin_edges=[0.5, 1.5, 3.5])
+    whole_cell = settings["order"] == "objectives"
+    tokenizer = GeneTokenizer.from_store(
+        store, phenotypes=["cell_type"], bin_edges=[0.5, 1.5, 3.5], whole_cell=whole_cell
+    )
     torch.manual_seed(0)
     config = GeneBertConfig.from_tokenizer(
         tokenizer,
@@ -73,11 +84,13 @@ def main() -> None:
         arguments, cells, model=GeneBertForPhenotypicMLM(config), processing_class=tokenizer, **own
     )
     batches, collator = [], trainer.data_collator
+    collator = collator.collator if whole_cell else collator
     read = collator._tokens
 
     def watch(examples):
         tokens, cell_ids = read(examples)
-        batches.append(cell_ids.tolist())
+        if (cell_ids >= 0).all():  # else second views
+            batches.append(cell_ids.tolist())
         return tokens, cell_ids
 
     collator._tokens = watch

@@ -79,6 +79,9 @@ class GeneBertConfig(PreTrainedConfig):
     cell_embedding : bool, default: False
         Whether `[CLS]` begins as the whole cell, whatever genes the tokens show: see `CellEmbedding`. The tokenizer
         gives the cells' counts with `whole_cell=True`.
+    cell_decoder : bool, default: False
+        Whether `GeneBertForPhenotypicMLM` also decodes the counts of all genes from `[CLS]`: see `CellDecoder`; needs
+        `cell_embedding`.
     num_genes : int, default: 0
         Genes of the tokenizer; needed with `cell_embedding`.
     residual_init : {"normal", "zero"}, default: "normal"
@@ -142,7 +145,7 @@ class GeneBertConfig(PreTrainedConfig):
     # need not import them; a checkpoint loaded from the Hub without the plugin leaves it unset.
     on_init: ClassVar[Callable[[], None] | None] = None
     # Trainer gathers all other outputs as predictions.
-    keys_to_ignore_at_inference = ["class_statistics"]
+    keys_to_ignore_at_inference = ["class_statistics", "gene_logits", "log_dispersion"]
 
     vocab_size: int = 6
     type_vocab_size: int = 1
@@ -159,6 +162,7 @@ class GeneBertConfig(PreTrainedConfig):
     rotary_base: float | int = 10_000.0
     value_embedding: bool = False
     cell_embedding: bool = False
+    cell_decoder: bool = False
     num_genes: int = 0
     residual_init: str = "normal"
     pooling: str | None = None
@@ -204,6 +208,8 @@ class GeneBertConfig(PreTrainedConfig):
             )
         if self.wide_head and not self.cell_embedding:
             raise ValueError("wide_head reads the whole cell: it needs cell_embedding=True.")
+        if self.cell_decoder and not self.cell_embedding:
+            raise ValueError("cell_decoder decodes the whole cell: it needs cell_embedding=True.")
         if self.pooling not in (None, "cls", "mean"):
             raise ValueError(f"pooling is None, 'cls' or 'mean', got {self.pooling!r}.")
         if self.temperature <= 0 or len(self.reader_weights or [1, 1]) != 2:

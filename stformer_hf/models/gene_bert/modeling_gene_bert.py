@@ -23,6 +23,7 @@ from transformers.utils import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cell_decoder import CellDecoder
 from .configuration_gene_bert import GeneBertConfig
 from .encoder_layers import (
     GeneBertAttention,
@@ -49,9 +50,15 @@ class GeneBertMaskedLMOutput(MaskedLMOutput):
     class_statistics : Tensor (n_classes, 3)
         A class of tokens (`config.token_classes`): sum of the labels' cross entropies in nats, without smoothing and
         weights; number of labels predicted right; number of labels.
+    gene_logits : Tensor (n_cells, n_genes)
+        With `config.cell_decoder`, log shares of the genes in each cell's counts, up to a constant per cell.
+    log_dispersion : float32 Tensor (n_genes,)
+        With `config.cell_decoder`, log of the dispersion of each gene's counts.
     """
 
     class_statistics: torch.Tensor | None = None
+    gene_logits: torch.Tensor | None = None
+    log_dispersion: torch.Tensor | None = None
 
 
 class GeneBertPreTrainedModel(PreTrainedModel):
@@ -76,6 +83,7 @@ class GeneBertPreTrainedModel(PreTrainedModel):
     # A checkpoint with another head, or with one where none is wanted, is no surprise. A head that is missing is told.
     _keys_to_ignore_on_load_unexpected = [
         r"^mlm_head\.",
+        r"^cell_decoder\.",
         r"^pre_classifier\.",
         r"^classifier\.",
         r"^wide_head\.",
@@ -90,6 +98,8 @@ class GeneBertPreTrainedModel(PreTrainedModel):
             init.constant_(module.n_cells, torch.inf)
         elif isinstance(module, WideHead):
             init.zeros_(module.bias)
+        elif isinstance(module, CellDecoder):
+            init.zeros_(module.log_dispersion)
         elif getattr(module, "begins_at_zero", False):
             init.zeros_(module.weight)
 
@@ -252,6 +262,8 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         self.loss_type = "ForMaskedLM"
         self.gene_bert = GeneBertModel(config)
         self.mlm_head = GeneBertMLMHead(config)
+        if config.cell_decoder:
+            self.cell_decoder = CellDecoder(config)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -289,7 +301,7 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         GeneBertMaskedLMOutput
             `loss`: mean cross entropy in nats over the labelled positions, 0 if there are none, smoothed and weighted
             as the configuration says. `logits`: (batch, length, vocab_size), or (n_labelled, vocab_size) with labels
-            and `config.sparse_prediction`. `class_statistics`: see the class.
+            and `config.sparse_prediction`. `class_statistics`, `gene_logits` and `log_dispersion`: see the class.
         """
         outputs = self.gene_bert(
             input_ids=input_ids,
@@ -300,6 +312,10 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
+        gene_logits = log_dispersion = None
+        if self.config.cell_decoder:
+            states = pool(hidden_states, token_type_ids, attention_mask, "cls", kwargs.get("cu_seq_lens_q"))
+            gene_logits, log_dispersion = self.cell_decoder(states)
         loss = statistics = None
         order = (input_ids, token_type_ids, attention_mask, kwargs.get("cu_seq_lens_q"))
         if labels is None:
@@ -323,6 +339,8 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
             loss=loss,
             logits=logits,
             class_statistics=statistics,
+            gene_logits=gene_logits,
+            log_dispersion=log_dispersion,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

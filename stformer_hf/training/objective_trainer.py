@@ -1,0 +1,253 @@
+"""`CellTrainer` with objectives that train `[CLS]` beside masked genes, and a moving average of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedModel
+
+from ..data.cell_store import CellStore
+from ..models.gene_bert.heads import pool
+from .cell_trainer import CellTrainer
+from .checkpoints import mark_unfinished
+from .objectives import check_objectives
+from .objectives.contrast import comparable_cells, contrast_loss, contrast_of_totals
+from .objectives.cross_correlation import cross_correlation_loss
+from .objectives.decode import add_decoder, decode_loss
+from .objectives.views import OF_PAIRS, ViewCollator, sources_of
+from .objectives.watch import effective_rank, total_r2
+from .samplers import SameSourceSampler
+from .spectral_start import cell_embedding_of
+from .weight_average import AverageWeights, WeightAverage
+
+_CELLS_TO_WATCH = 1024
+
+
+class ObjectiveTrainer(CellTrainer):
+    """Trainer of a weighted sum of objectives.
+
+    Each objective but `mlm` trains `[CLS]`, of two views of each cell (`ViewCollator`); then `config.pooling` becomes
+    "cls", and batches have two rows per cell. Every objective is computed for the batch of one process, and averaged
+    over processes and accumulated batches, so that it depends on the batches alone.
+
+    With such objectives the log has, for training and evaluation, the loss of each (`<objective>_loss`), and
+    `contrast_of_totals`, the loss of contrast of a reader that knows the totals of the views alone. Of `[CLS]` of the
+    first views of up to 1,024 cells since the last log, of one process, it has the `effective_rank`, which falls where
+    the embedding collapses, and `total_r2`, how well the log total of the view is predicted from it.
+
+    Parameters
+    ----------
+    objectives : mapping of str to float, optional
+        Weights of `mlm` (masked genes and phenotypes), `contrast` (InfoNCE), `decode` (negative binomials of the
+        counts that are not in the view) and `cross_correlation`; {"mlm": 1.0} by default.
+    view : {"disjoint", "thinning"}, default: "disjoint"
+        How a cell is divided in two; see `ViewCollator`.
+    batch_key : str, optional
+        Categorical obs column: the negatives of `contrast` are cells of the same value, and batches are filled with
+        cells of one value (`SameSourceSampler`). The files that the store was built of by default.
+    ema : float, optional
+        Decay of a moving average of the weights, such as 0.999. It is evaluated in their place, it is what the model
+        has after the training, and it is saved in checkpoints beside them.
+    **kwargs
+        All other arguments of CellTrainer.
+
+    Raises
+    ------
+    ValueError
+        Unknown objectives, view or column; objectives on `[CLS]` for a model without `cell_embedding`, for cells that
+        are not of a store, or on several GPUs in one process; batches by length together with `batch_key`; `ema` of a
+        sharded model.
+    """
+
+    def __init__(
+        self,
+        *,
+        objectives: Mapping[str, float] | None = None,
+        view: str = "disjoint",
+        batch_key: str | None = None,
+        ema: float | None = None,
+        model: PreTrainedModel | None = None,
+        data_collator: Any = None,
+        **kwargs,
+    ):
+        self.objectives = check_objectives(objectives)
+        self._trains_cls = any(name != "mlm" for name in self.objectives)
+        self.batch_key = batch_key
+        if batch_key is not None and not self._trains_cls:
+            raise ValueError("batch_key says which cells are negatives of contrast: give objectives that train [CLS].")
+        if self._trains_cls:
+            data_collator = ViewCollator(data_collator, view, batch_key)
+            if model is not None:
+                self._prepare_model(model)
+        self._sums: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}  # of losses, and of their number
+        self._watched: dict[bool, list[tuple[torch.Tensor, torch.Tensor]]] = {True: [], False: []}
+        self._average = None if ema is None else WeightAverage(ema)
+        super().__init__(model=model, data_collator=data_collator, **kwargs)
+        if self._trains_cls:
+            self._check_cells()
+        if self._average is not None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError("ema averages whole weights; FSDP and DeepSpeed keep parts of them: leave it out.")
+            self._averaging = AverageWeights(self, self._average)
+            self.add_callback(self._averaging)
+
+    def _prepare_model(self, model: PreTrainedModel) -> None:
+        """Let a model say that `[CLS]` is trained, and give it what objectives need."""
+        if not getattr(model.config, "cell_embedding", False):
+            raise ValueError(
+                f"{', '.join(name for name in self.objectives if name != 'mlm')}: these objectives train [CLS] as the "
+                "whole cell, and the model was made without cell_embedding. Make it for a tokenizer with "
+                "whole_cell=True (GeneBertConfig.from_tokenizer)."
+            )
+        model.config.pooling = "cls"
+        if "decode" in self.objectives:
+            add_decoder(model)
+
+    def call_model_init(self, trial=None):
+        """As in CellTrainer; with what objectives need."""
+        model = super().call_model_init(trial)
+        if self._trains_cls:
+            self._prepare_model(model)
+        return model
+
+    def _check_cells(self) -> None:
+        args = self.args
+        if args.n_gpu > 1:
+            raise ValueError(
+                "torch.nn.DataParallel would part the two views of a cell: start one process per GPU with accelerate "
+                "launch, or let one GPU be seen (CUDA_VISIBLE_DEVICES=0)."
+            )
+        datasets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        for cells in (self.train_dataset, *datasets):
+            if cells is not None and not isinstance(cells, CellStore):
+                raise ValueError(
+                    f"Two views of a cell are made of its counts: objectives on [CLS] need a CellStore, got "
+                    f"{type(cells).__name__}."
+                )
+            if self.batch_key is not None and cells is not None:
+                sources_of(cells, self.batch_key)
+        by_length = self.max_tokens_per_batch is not None or args.train_sampling_strategy != "random"
+        if self.batch_key is not None and by_length:
+            raise ValueError(
+                "batch_key fills batches with cells of one value, in a random order: leave max_tokens_per_batch and "
+                "train_sampling_strategy out."
+            )
+
+    # ------------------------------------------------------------------ batches
+
+    def _get_train_sampler(self, train_dataset: Any = None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        in_random_order = self.max_tokens_per_batch is None and self.args.train_sampling_strategy == "random"
+        if not self._trains_cls or not in_random_order or isinstance(dataset, IterableDataset) or dataset is None:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SameSourceSampler(sources_of(dataset, self.batch_key), self._train_batch_size, seed)
+
+    def _n_tokens(self, dataset: Any):
+        """As in CellTrainer; two views have at most twice the tokens."""
+        return super()._n_tokens(dataset) * (2 if self._trains_cls else 1)
+
+    def _order(self) -> dict[str, Any]:
+        order = super()._order()
+        return {**order, "batch_key": self.batch_key, "two views": True} if self._trains_cls else order
+
+    # ------------------------------------------------------------------ losses
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As in CellTrainer; the weighted sum of the objectives."""
+        if not self._trains_cls:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        totals, twins, sources = (inputs[name] for name in OF_PAIRS)
+        inputs = {name: value for name, value in inputs.items() if name not in OF_PAIRS}
+        mlm, outputs = super().compute_loss(model, {**inputs, "output_hidden_states": True}, True, num_items_in_batch)
+        states = pool(
+            outputs.hidden_states[-1], None, inputs.get("attention_mask"), "cls", inputs.get("cu_seq_lens_q")
+        )
+        usable = (totals > 0).view(2, -1).all(0)
+        n_accumulated = self.current_gradient_accumulation_steps if model.training else 1
+        # Of mlm, the part of this batch in the mean over the labels of all accumulated batches.
+        losses = {"mlm": mlm * n_accumulated}
+        if "contrast" in self.objectives:
+            comparable = comparable_cells(twins, sources, usable)
+            losses["contrast"] = contrast_loss(states, comparable)
+            self._add(model.training, "contrast_of_totals", contrast_of_totals(totals, comparable))
+        if "cross_correlation" in self.objectives:
+            losses["cross_correlation"] = cross_correlation_loss(states, usable)
+        if "decode" in self.objectives:
+            known = cell_embedding_of(self.accelerator.unwrap_model(model)).statistics.shares > 0
+            losses["decode"] = decode_loss(outputs.gene_logits, outputs.log_dispersion, inputs, known, usable)
+        for name in self.objectives:
+            self._add(model.training, f"{name}_loss", losses[name])
+        self._watch(model.training, states, totals, usable)
+        # Trainer divides no loss of a model that counts its labels: a mean over batches is divided here.
+        loss = sum(weight * losses[name] for name, weight in self.objectives.items()) / n_accumulated
+        if not return_outputs:
+            return loss
+        return loss, {name: value for name, value in outputs.items() if name != "hidden_states"}  # no predictions
+
+    def _add(self, training: bool, name: str, loss: torch.Tensor) -> None:
+        pair = torch.stack([loss.detach().double(), torch.ones_like(loss, dtype=torch.float64)])
+        sums = self._sums[training]
+        sums[name] = sums[name] + pair if name in sums else pair
+
+    def _watch(self, training: bool, states: torch.Tensor, totals: torch.Tensor, usable: torch.Tensor) -> None:
+        watched = self._watched[training]
+        n_cells = len(usable)
+        watched.append((states[:n_cells][usable].detach().float(), totals[:n_cells][usable]))
+        while sum(len(of) for _, of in watched[1:]) >= _CELLS_TO_WATCH:
+            watched.pop(0)
+
+    def _objective_metrics(self, training: bool, prefix: str = "") -> dict[str, float]:
+        """Return losses and figures since the last time."""
+        sums, watched = self._sums[training], self._watched[training]
+        self._sums[training], self._watched[training] = {}, []
+        metrics = {}
+        if sums:
+            rows = self.accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
+            metrics = {name: total / n for name, (total, n) in zip(sums, rows, strict=True)}
+        if watched:
+            states, totals = (torch.cat(parts)[-_CELLS_TO_WATCH:] for parts in zip(*watched, strict=True))
+            if len(states):
+                metrics["effective_rank"] = effective_rank(states)
+            r2 = total_r2(states, totals)
+            if r2 == r2:
+                metrics["total_r2"] = r2
+        return {prefix + name: value for name, value in metrics.items()}
+
+    def log(self, logs, *args, **kwargs):
+        """As in CellTrainer; with the objectives' losses."""
+        if "loss" in logs:
+            logs = {**logs, **self._objective_metrics(True)}
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As in CellTrainer; with the objectives' losses, of the averaged weights where there are such."""
+        self._sums[False], self._watched[False] = {}, []
+        averaged = self._average is not None and self.is_in_train
+        with self._average.in_place_of_weights(self.model) if averaged else nullcontext():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update(self._objective_metrics(False, f"{metric_key_prefix}_"))
+        return output
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _save_checkpoint(self, model, trial):
+        if self._average is not None and self.args.should_save:
+            checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            mark_unfinished(checkpoint)
+            self._average.save(checkpoint)
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._average is not None:
+            self._average.load(Path(resume_from_checkpoint), self.model)
+            self._averaging.resumed = True
+
+
+__all__ = ["ObjectiveTrainer"]

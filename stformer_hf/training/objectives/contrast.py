@@ -1,0 +1,108 @@
+"""Contrast: the other view of a cell, among the other views of the cells of its batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+TEMPERATURE = 0.1
+
+
+def contrast_loss(states: torch.Tensor, comparable: torch.Tensor, temperature: float = TEMPERATURE) -> torch.Tensor:
+    r"""InfoNCE between two views of cells.
+
+    Parameters
+    ----------
+    states : Tensor (2n, hidden)
+        `[CLS]` of the first views of n cells, then of the second views.
+    comparable : bool Tensor (n, n)
+        See `comparable_cells`.
+    temperature : float, default: 0.1
+        What cosines are divided by.
+
+    Returns
+    -------
+    float32 Tensor ()
+        In nats, see `info_nce`.
+
+    Notes
+    -----
+    van den Oord et al. 2018, arXiv 1807.03748; both directions, as Radford et al. 2021 (CLIP). Negatives are those of
+    the batch of one process, so that the loss depends on the batch alone, and not on the number of processes.
+    """
+    first, second = nn.functional.normalize(states.float(), dim=-1).chunk(2)
+    return info_nce(first @ second.T / temperature, comparable)
+
+
+def comparable_cells(twins: torch.Tensor, sources: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
+    """Tell which cells are negatives of which: those of the same batch, but for twins, cells of equal counts.
+
+    Parameters
+    ----------
+    twins, sources : LongTensor (n,)
+        Equal where cells have equal counts, or are of one batch.
+    usable : bool Tensor (n,)
+        Cells with counts in both views.
+
+    Returns
+    -------
+    bool Tensor (n, n)
+        With the usable cells themselves on the diagonal.
+    """
+    others = (sources[:, None] == sources) & (twins[:, None] != twins)
+    own = torch.eye(len(twins), dtype=torch.bool, device=twins.device)
+    return (others | own) & usable & usable[:, None]
+
+
+def info_nce(logits: torch.Tensor, comparable: torch.Tensor) -> torch.Tensor:
+    r"""Cross entropy of each cell among those that it is compared with, in both directions.
+
+    Parameters
+    ----------
+    logits : Tensor (n, n)
+        How well the second view of cell k fits the first view of cell j.
+    comparable : bool Tensor (n, n)
+        Symmetric; the diagonal is True where a cell counts.
+
+    Returns
+    -------
+    float32 Tensor ()
+        Mean over cells with at least one negative; 0 without any.
+    """
+    counting = comparable.diagonal() & (comparable.sum(1) > 1)
+    logits = logits.float().masked_fill(~comparable, -torch.inf)[counting][:, counting]
+    if not len(logits):
+        return logits.sum()
+    own = torch.arange(len(logits), device=logits.device)
+    return (nn.functional.cross_entropy(logits, own) + nn.functional.cross_entropy(logits.T, own)) / 2
+
+
+@torch.no_grad()
+def contrast_of_totals(totals: torch.Tensor, comparable: torch.Tensor) -> torch.Tensor:
+    r"""Loss of a reader that knows the totals of the views alone: what `contrast_loss` is to be compared with.
+
+    Log totals of the two views of a cell differ by a normal of the mean and variance that they have in the batch. So
+    the reader knows these two numbers from the pairs themselves, and its loss is a little too good.
+
+    Parameters
+    ----------
+    totals : Tensor (2n,)
+        Of the first views, then of the second.
+    comparable : bool Tensor (n, n)
+        See `comparable_cells`.
+
+    Returns
+    -------
+    float32 Tensor ()
+        In nats.
+    """
+    first, second = totals.float().clamp(min=1).log().chunk(2)
+    usable = comparable.diagonal()
+    differences = (first - second)[usable]
+    if len(differences) < 2:
+        return first.new_zeros(())
+    residuals = first[:, None] - second - differences.mean()
+    return info_nce(-residuals.square() / (2 * differences.var(correction=0).clamp(min=1e-6)), comparable)
+
+
+__all__ = ["TEMPERATURE", "comparable_cells", "contrast_loss", "contrast_of_totals", "info_nce"]

@@ -1,0 +1,53 @@
+"""Cross-correlation: each dimension alike in both views of a cell, and unlike the others."""
+
+from __future__ import annotations
+
+import torch
+
+OFF_DIAGONAL = 0.01
+_EPSILON = 1e-4
+
+
+def cross_correlation_loss(
+    states: torch.Tensor, usable: torch.Tensor, off_diagonal: float = OFF_DIAGONAL
+) -> torch.Tensor:
+    r"""Distance of the cross-correlation of two views from the identity.
+
+    Parameters
+    ----------
+    states : Tensor (2n, hidden)
+        `[CLS]` of the first views of n cells, then of the second views.
+    usable : bool Tensor (n,)
+        Cells with counts in both views.
+    off_diagonal : float, default: 0.01
+        Weight :math:`\lambda` of the correlations of different dimensions.
+
+    Returns
+    -------
+    float32 Tensor ()
+        .. math:: \frac{1}{d} \sum_i (1 - C_{ii})^2 + \frac{\lambda}{d} \sum_{i \ne j} C_{ij}^2
+
+        with the correlations :math:`C` over the cells of the batch; 0 for fewer than two cells. A dimension that does
+        not vary has correlations of 0.
+
+    Notes
+    -----
+    Zbontar et al. 2021 (Barlow Twins), arXiv 2103.03230; for cells Svensson 2026, `JointEmbeddingSCVI` of scvi-tools
+    1.5, whose :math:`\lambda` this is.
+    """
+    first, second = (view[usable] for view in states.float().chunk(2))
+    if len(first) < 2:
+        return first.sum() * 0
+    first, second = _standardised(first), _standardised(second)
+    correlations = first.T @ second / len(first)
+    diagonal = correlations.diagonal()
+    others = correlations.square().sum() - diagonal.square().sum()
+    return ((1 - diagonal).square().sum() + off_diagonal * others) / len(diagonal)
+
+
+def _standardised(values: torch.Tensor) -> torch.Tensor:
+    centred = values - values.mean(0)
+    return centred / (centred.square().mean(0) + _EPSILON).sqrt()
+
+
+__all__ = ["OFF_DIAGONAL", "cross_correlation_loss"]

@@ -1,0 +1,72 @@
+"""What the log says of an embedding: whether it has collapsed, and how much of it is the total."""
+
+from __future__ import annotations
+
+import torch
+
+_PENALTIES = (1.0, 10.0, 100.0, 1e3, 1e4)
+
+
+@torch.no_grad()
+def effective_rank(states: torch.Tensor) -> float:
+    r"""Exponential of the entropy of the singular values, scaled to sum to 1.
+
+    Parameters
+    ----------
+    states : Tensor (n, hidden)
+        Embedding of n cells, not centred: one that is the same for all cells has rank 1.
+
+    Returns
+    -------
+    float
+        1 to min(n, hidden).
+
+    Notes
+    -----
+    Roy and Vetterli 2007, "The effective rank"; Garrido et al. 2023 (RankMe), arXiv 2210.02885.
+    """
+    values = torch.linalg.svdvals(states.double())
+    shares = values / values.sum().clamp(min=1e-300)
+    return float(torch.special.entr(shares).sum().exp())
+
+
+@torch.no_grad()
+def total_r2(states: torch.Tensor, totals: torch.Tensor) -> float:
+    r"""Tell how well a linear reader of an embedding predicts the log total of cells that it was not fitted to.
+
+    Parameters
+    ----------
+    states : Tensor (n, hidden)
+        Embedding of n cells.
+    totals : Tensor (n,)
+        Counts of the cells, above 0.
+
+    Returns
+    -------
+    float
+        :math:`R^2` of the left-out cells: 1 is perfect, 0 is what the mean of the others gives, and less is worse. NaN
+        for fewer than 3 cells or equal totals.
+
+    Notes
+    -----
+    Ridge regression on standardised states, of the best of five penalties. Each cell is left out in turn; its residual
+    is that of the fit to all cells over 1 - leverage (Allen 1974, PRESS).
+    """
+    x, y = states.double(), totals.double().log()
+    n = len(y)
+    if n < 3 or not float(y.var()) > 0:
+        return float("nan")
+    x = (x - x.mean(0)) / x.std(0, correction=0).clamp(min=1e-6)
+    u, values, _ = torch.linalg.svd(x, full_matrices=False)
+    centred = y - y.mean()
+    of_others = (centred * n / (n - 1)).square().sum()
+    found = []
+    for penalty in _PENALTIES:
+        shrunk = values.square() / (values.square() + penalty)
+        leverages = (u.square() * shrunk).sum(1) + 1 / n
+        residuals = (centred - u @ (shrunk * (u.T @ centred))) / (1 - leverages).clamp(min=1e-12)
+        found.append(float(1 - residuals.square().sum() / of_others))
+    return max(found)
+
+
+__all__ = ["effective_rank", "total_r2"]

@@ -1,0 +1,121 @@
+"""A moving average of the weights, which is what is evaluated and saved in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from .objective_trainer import ObjectiveTrainer
+
+FILE = "weight_average.safetensors"  # in a checkpoint
+
+
+class WeightAverage:
+    r"""Exponential moving average of a model's parameters.
+
+    After each step :math:`a \leftarrow d a + (1 - d) w`; it begins at the weights as they are before the first step.
+
+    Parameters
+    ----------
+    decay : float
+        :math:`d`, above 0 and below 1: the average is over about :math:`1 / (1 - d)` steps.
+
+    Raises
+    ------
+    ValueError
+        Another decay.
+
+    Notes
+    -----
+    Polyak and Juditsky 1992; with this decay, Tarvainen and Valpola 2017 (Mean Teacher).
+    """
+
+    def __init__(self, decay: float):
+        if not 0 < decay < 1:
+            raise ValueError(f"ema is the decay of a moving average, such as 0.999: above 0, below 1; got {decay}.")
+        self.decay = decay
+        self._average: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def begin(self, model: nn.Module) -> None:
+        """Begin at the weights of a model."""
+        self._average = {name: weight.detach().float().clone() for name, weight in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights after a step."""
+        for name, weight in model.named_parameters():
+            self._average[name].lerp_(weight.detach().float(), 1 - self.decay)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Give a model the average for its weights."""
+        for name, weight in model.named_parameters():
+            weight.copy_(self._average[name])
+
+    @contextmanager
+    def in_place_of_weights(self, model: nn.Module) -> Iterator[None]:
+        """Let a model have the average for its weights, for a while."""
+        weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        self.copy_to(model)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, weight in model.named_parameters():
+                    weight.copy_(weights[name])
+
+    def save(self, folder: Path) -> None:
+        """Write the average into a checkpoint."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: values.cpu().contiguous() for name, values in self._average.items()}, folder / FILE)
+
+    def load(self, folder: Path, model: nn.Module) -> None:
+        """Read the average of a checkpoint.
+
+        Raises
+        ------
+        ValueError
+            It has none, or one of another model.
+        """
+        if not (folder / FILE).exists():
+            raise ValueError(f"{folder} has no {FILE}, it was trained without ema: resume without, or begin anew.")
+        found = load_file(folder / FILE)
+        weights = dict(model.named_parameters())
+        if found.keys() != weights.keys():
+            raise ValueError(f"{folder / FILE} has {len(found)} weights, and the model {len(weights)} of other names.")
+        self._average = {name: values.to(weights[name].device) for name, values in found.items()}
+
+
+class AverageWeights(TrainerCallback):
+    """Begins the average with the training, takes in each step, and ends with the average in the model."""
+
+    def __init__(self, trainer: ObjectiveTrainer, average: WeightAverage):
+        self.trainer, self.average, self.resumed = trainer, average, False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Begin, unless the average of a checkpoint was read."""
+        if not self.resumed:
+            self.average.begin(self.trainer.model)
+        self.resumed = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Take in the weights."""
+        self.average.update(self.trainer.model)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Give the model the average; that of the best checkpoint, where Trainer has loaded its weights."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self.average.load(Path(state.best_model_checkpoint), self.trainer.model)
+        self.average.copy_to(self.trainer.model)
+
+
+__all__ = ["AverageWeights", "WeightAverage"]
