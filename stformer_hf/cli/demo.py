@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
-    from ..data.cell_store import CellStore
     from ..evaluation.readers import GenePca
 
 LABEL = "bulk_labels"
@@ -137,9 +136,10 @@ def run(args: DemoArguments) -> dict[str, dict[str, float]]:
     with _step(5, f"few labels: {', '.join(map(str, N_LABELS))} cells per class"):
         from ..evaluation.cell_baselines import log_normalise
         from ..evaluation.readers import fit_pca
+        from .demo_few_labels import label_few
 
         pca = fit_pca(log_normalise(train.X), args.seed)
-        few = few_labels(store, train, held_out, pca, args.seed)
+        few = label_few(store, train, held_out, pca, seed=args.seed, n_labels=N_LABELS, n_draws=N_DRAWS)
         print(few.groupby(["n_labels", "classifier"], sort=False)["accuracy"].mean().unstack(0).round(3).to_string())
     with _step(6, "annotate the held-out cells, and compare with simple baselines"):
         predictions = _predict(folder, train, held_out, pca, classifiers)
@@ -152,6 +152,7 @@ def run(args: DemoArguments) -> dict[str, dict[str, float]]:
         pictures = _draw(folder, cells, held_out, pca, predictions[chosen], order, few, classifiers, pretraining, args)
     with _step(8, "report"):
         from ..evaluation.classifier_scores import score_classes
+        from .demo_few_labels import summarise
 
         true = held_out.obs[LABEL].astype(str)
         per_class = score_classes(true, predictions[chosen], order, seed=args.seed).drop(columns="precision")
@@ -163,7 +164,7 @@ def run(args: DemoArguments) -> dict[str, dict[str, float]]:
             notes=_notes(table, chosen, classifiers),
             per_class=[{"name": name, **row} for name, row in per_class.to_dict("index").items()],
             pictures=pictures,
-            few=_summarise(few),
+            few=summarise(few),
             few_classes=few.attrs["classes"],
             n_train=len(train),
             n_held_out=len(held_out),
@@ -279,86 +280,6 @@ def _finetune(folder: Path, seed: int) -> Classifiers:
         return Classifiers("classifier_start", "classifier", "classifier", chosen, facts, figures)
     make("classifier_trained", num_train_epochs=EPOCHS)
     return Classifiers("classifier", "classifier_trained", "classifier", EPOCHS, facts, figures)
-
-
-def few_labels(store: CellStore, train: AnnData, held_out: AnnData, pca: GenePca, seed: int) -> pd.DataFrame:
-    """Label held-out cells by classifiers of a few labelled training cells, the same cells for all of them.
-
-    The other training cells have no labels here: the components of the PCA, and those that the model starts at, are of
-    all of them.
-
-    Parameters
-    ----------
-    store : CellStore
-        The training cells, in the order of `train`.
-    train, held_out : AnnData
-    pca : GenePca
-        Of the training cells.
-    seed : int
-
-    Returns
-    -------
-    DataFrame
-        `n_labels`, `draw`, `classifier`, `accuracy`; `attrs["classes"]` are those with enough training cells for every
-        number of labels. Cells of other classes are left out.
-    """
-    import numpy as np
-    import pandas as pd
-    import torch
-
-    from ..evaluation.cell_baselines import log_normalise, predict_logistic_regression
-    from ..evaluation.readers import fit_probe
-    from ..evaluation.splits import draw_labelled
-    from ..inference.annotate import annotate
-    from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
-    from ..models.gene_bert.modeling_gene_bert import GeneBertModel
-    from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
-    from ..training.defaults import MAX_LENGTH
-    from ..training.finetuning import finetune
-    from ..training.spectral_start import initialise_from_store
-
-    torch.manual_seed(seed)
-    tokenizer = GeneTokenizer.from_store(store, whole_cell=True, max_length=MAX_LENGTH)
-    model = GeneBertModel(GeneBertConfig.from_tokenizer(tokenizer, size="tiny"))
-    initialise_from_store(model, tokenizer, store)
-
-    labels = train.obs[LABEL].astype(str).to_numpy()
-    sizes = train.obs[LABEL].value_counts()
-    classes = sorted(sizes.index[sizes >= max(N_LABELS)])
-    test = held_out[held_out.obs[LABEL].isin(classes)].copy()
-    true, components = test.obs[LABEL].astype(str).to_numpy(), pca(log_normalise(train.X))
-    test_components = pca(log_normalise(test.X))
-    rows = []
-    for n in N_LABELS:
-        for draw in range(N_DRAWS):
-            drawn = np.sort(
-                draw_labelled(labels, np.arange(len(labels)), classes, n, np.random.default_rng([seed, n, draw]))
-            )
-            classifier = finetune(
-                store.select(drawn), LABEL, model=model, tokenizer=tokenizer, num_train_epochs=0, seed=seed
-            )
-            annotate(test, classifier, tokenizer=classifier.tokenizer)
-            found = {
-                START: test.obs["stformer_label"].astype(str).to_numpy(),
-                GENES: predict_logistic_regression(train.X[drawn], labels[drawn], test.X),
-                PCA: fit_probe(components[drawn], labels[drawn]).predict(test_components),
-            }
-            rows += [
-                {"n_labels": n, "draw": draw, "classifier": name, "accuracy": float(np.mean(of == true))}
-                for name, of in found.items()
-            ]
-    points = pd.DataFrame(rows)
-    points.attrs["classes"] = classes
-    return points
-
-
-def _summarise(few: pd.DataFrame) -> dict[str, dict[int, tuple[float, float]]]:
-    """Mean and standard deviation over draws: classifier -> number of labels -> both."""
-    grouped = few.groupby(["classifier", "n_labels"], sort=False)["accuracy"]
-    found: dict[str, dict[int, tuple[float, float]]] = {}
-    for (name, n), values in grouped:
-        found.setdefault(name, {})[int(n)] = (float(values.mean()), float(values.std(ddof=1)))
-    return found
 
 
 def _predict(
