@@ -1,6 +1,10 @@
 """Models whose `[CLS]` is the whole cell in the hands of others: backends, compile, precision, ONNX, FSDP, PEFT."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -361,3 +365,16 @@ def test_lora_trains_and_merges(tokenizer, batches, tmp_path):
         merged = tuned.merge_and_unload()
         torch.testing.assert_close(merged(**batch).logits, logits, atol=1e-5, rtol=1e-5)
     assert type(merged) is GeneBertForClassification
+
+
+# ---------------------------------------------------------------------- several processes
+
+
+@pytest.mark.slow
+def test_ddp_and_fsdp_on_unequal_numbers_of_counts():
+    script = Path(__file__).with_name("whole_cell_ranks.py")
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.run(run, capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("the same") == 2
