@@ -14,9 +14,10 @@ from torch import nn
 
 from ..batches.collate import pad, read_tokens
 from ..data.cell_store import CellStore
+from ..evaluation.readers import rotate_genes
 from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
-from .readers import Problem, ReaderChoice, choose_readers, inner_folds, rotate_genes
+from .linear_readers import Problem, ReaderChoice, choose_readers, inner_folds
 from .spectral_start import cell_embedding_of, count_blocks, set_views
 from .spectral_views import SpectralViews, fit_spectral_views, log_values, pearson_residuals
 

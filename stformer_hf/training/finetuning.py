@@ -34,7 +34,7 @@ from .cell_trainer import CellTrainer
 from .classifier_start import ClassifierStart, start_classifier
 from .collators import DataCollatorForCellClassification
 from .defaults import FINETUNING, MAX_LENGTH
-from .readers import Problem, inner_folds
+from .linear_readers import Problem, inner_folds
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import linalg, sparse
+from scipy import sparse
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
 
@@ -303,30 +303,6 @@ def choose_readers(
     )
 
 
-def rotate_genes(values: sparse.csr_array) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
-    """Turn cells into their own coordinates: as many dimensions as cells, with the same dot products.
-
-    A reader with an L2 penalty has the same predictions, and the same loss, on these features as on the values, since
-    its weights are a sum of cells; and it is fitted much faster where there are more genes than cells.
-
-    Parameters
-    ----------
-    values : csr_array (n, n_genes)
-
-    Returns
-    -------
-    features : float64 array (n, at most n)
-    to_genes : callable
-        Weights (d, k) of a reader of the features -> its weights (n_genes, k).
-    """
-    products = values @ values.T
-    products = products.toarray() if sparse.issparse(products) else np.asarray(products)
-    spread, vectors = linalg.eigh(products, overwrite_a=True)
-    kept = spread > spread[-1] * 1e-10
-    scale, vectors = np.sqrt(spread[kept]), vectors[:, kept]
-    return vectors * scale, lambda weights: values.T @ (vectors @ (weights / scale[:, None]))
-
-
 __all__ = [
     "Linear",
     "Problem",
@@ -334,5 +310,4 @@ __all__ = [
     "choose_readers",
     "inner_folds",
     "log_softmax",
-    "rotate_genes",
 ]

@@ -8,8 +8,9 @@ from scipy import sparse
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
+from stformer_hf.evaluation.readers import rotate_genes
 from stformer_hf.training.classifier_start import _principal_scores
-from stformer_hf.training.readers import PREFERRED, Problem, choose_readers, inner_folds, log_softmax, rotate_genes
+from stformer_hf.training.linear_readers import PREFERRED, Problem, choose_readers, inner_folds, log_softmax
 
 CLASSES = "single_label_classification"
 
