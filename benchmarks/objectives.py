@@ -177,6 +177,7 @@ def _train(model, tokenizer, store, objectives: dict, view: str, args: argparse.
         model=model,
         processing_class=tokenizer,
         objectives=objectives,
+        packing=True,  # padded, every cell of a batch costs as much as the one of most genes
         **({} if view == "-" else {"view": view}),
         callbacks=[StopInTime()],
     )
