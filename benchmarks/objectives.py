@@ -177,11 +177,12 @@ def _train(model, tokenizer, store, objectives: dict, view: str, args: argparse.
         model=model,
         processing_class=tokenizer,
         objectives=objectives,
-        packing=True,  # padded, every cell of a batch costs as much as the one of most genes
         **({} if view == "-" else {"view": view}),
         callbacks=[StopInTime()],
     )
     trainer.train()
+    if trainer.interrupted:
+        raise SystemExit("Told to end (SIGTERM): the run has not had its time, and is left out.")
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     told = [name for name in logs[0] if name.endswith("_loss") or name in _FIGURES]
     return {
