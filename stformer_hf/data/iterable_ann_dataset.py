@@ -25,7 +25,6 @@ from .shards import align, count_type_of, gene_type
 from .sources import Source, checked_blocks, open_source
 
 if TYPE_CHECKING:
-    from ..models.gene_bert.tokenization_gene_bert import TokenizedCells
     from .cell_store import CellStore
 
 _OWN_COLUMNS = {"cell_id", "input_ids", "token_type_ids", "cell_genes", "cell_counts", "measured_genes"}
@@ -455,7 +454,7 @@ class IterableAnnDataset(IterableDataset):
             }
 
 
-def _whole_cell(tokens: TokenizedCells, cell: int) -> dict[str, np.ndarray]:
+def _whole_cell(tokens: Any, cell: int) -> dict[str, np.ndarray]:
     """Return the counts of a cell of a tokenizer with `whole_cell`, and what its files measure, if not all genes."""
     if tokens.cells is None:
         return {}

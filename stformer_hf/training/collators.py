@@ -159,7 +159,10 @@ class DataCollatorForPhenotypicMLM(CellCollator):
             nothing = np.empty(0, np.int64)
             return self._batch(tokens, (nothing, nothing))
         masked, labels, left_out = self._mask_phenotypes(tokens, cell_ids, self.phenotype_mask_prob)
-        measured = self._measured_genes(examples) if is_cell_batch(examples) else None
+        if tokens.measured is not None:
+            measured = np.flatnonzero(tokens.measured.all(axis=0))
+        else:
+            measured = self._measured_genes(examples) if is_cell_batch(examples) else None
         types = tokens.token_type_ids.copy()
         genes, gene_labels = self._mask_genes(tokens, cell_ids, is_cell_batch(examples), measured)
         # A gene that is swapped in is hidden too: its absence would tell that it is bin_0. So is the one whose place
