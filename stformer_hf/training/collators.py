@@ -193,7 +193,10 @@ class DataCollatorForPhenotypicMLM(CellCollator):
             nothing = np.empty(0, np.int64)
             return MaskedCells(tokens, (nothing, nothing), None)
         masked, labels, left_out = self._mask_phenotypes(tokens, cell_ids, self.phenotype_mask_prob)
-        measured = self._measured_genes(examples) if is_cell_batch(examples) else None
+        if tokens.measured is not None:
+            measured = np.flatnonzero(tokens.measured.all(axis=0))
+        else:
+            measured = self._measured_genes(examples) if is_cell_batch(examples) else None
         if panel is not None:
             measured = np.flatnonzero(panel) if measured is None else measured[panel[measured]]
         types = tokens.token_type_ids.copy()

@@ -219,15 +219,16 @@ def test_masks_hide_the_same_genes_of_a_tokenized_dataset(store, tmp_path):
     dataset = TokenRows(store.tokenize(tokenizer, tmp_path / "tokens"))
     collate = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.5, gene_dropout=0.2)
     one, two = collate(store.__getitems__(range(20))), collate(dataset.__getitems__(range(20)))
-    # A store tells which genes it has measured, so that others are not swapped in: of these the labels differ.
-    for batch in (one, two):
-        labelled = batch["labels"] != -100
-        genes = batch["token_type_ids"] - tokenizer.gene_token_type_offset
-        for cell in range(20):
-            asked = set(genes[cell][labelled[cell] & (genes[cell] >= 0)].tolist())
-            counts = batch["cell_counts"][cell]
-            assert asked <= set(batch["cell_genes"][cell][counts < 0].tolist())
-            assert not asked & set(batch["cell_genes"][cell][counts > 0].tolist())
+    same(one, two)
+    labelled = one["labels"] != -100
+    genes = one["token_type_ids"] - tokenizer.gene_token_type_offset
+    assert (one["labels"] == tokenizer.first_bin_id).any()
+    for cell in range(20):
+        asked = set(genes[cell][labelled[cell] & (genes[cell] >= 0)].tolist())
+        assert asked <= set(range(40))  # what is not measured is not swapped in
+        counts = one["cell_counts"][cell]
+        assert asked <= set(one["cell_genes"][cell][counts < 0].tolist())
+        assert not asked & set(one["cell_genes"][cell][counts > 0].tolist())
 
 
 @pytest.mark.parametrize("lacking", [0, 3])
