@@ -222,14 +222,18 @@ class GeneBertModel(GeneBertPreTrainedModel):
             position_ids = places_in_cells(shape, attention_mask, cu_seq_lens_q, device)
         hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds, position_ids, expression_values)
         if hasattr(self, "cell_embedding"):
-            cells = self.read_cells(cell_genes, cell_counts, cell_indptr, measured_genes)
             n_cells = shape[0] if cu_seq_lens_q is None else len(cu_seq_lens_q) - 1
-            if len(cells.depth) != n_cells:
+            if cell_indptr is not None:
+                n_counted = len(cell_indptr) - 1
+            else:
+                n_counted = n_cells if cell_genes is None else len(cell_genes)
+            if n_counted != n_cells:
                 raise ValueError(
-                    f"The counts are of {len(cells.depth)} cells, and the tokens of {n_cells}. A packed batch needs "
+                    f"The counts are of {n_counted} cells, and the tokens of {n_cells}. A packed batch needs "
                     "cell_indptr, and cannot be cut along the first dimension, as torch.nn.DataParallel, "
                     "dispatch_batches and split_batches do: pad it."
                 )
+            cells = self.read_cells(cell_genes, cell_counts, cell_indptr, measured_genes)
             hidden_states = put_first(hidden_states, self.cell_embedding(cells), attention_mask, cu_seq_lens_q)
         elif cell_genes is not None:
             raise ValueError("The model does not read whole cells: make it with cell_embedding=True.")
