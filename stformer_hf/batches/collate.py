@@ -357,7 +357,8 @@ def pad(
     if labels is not None:
         batch["labels"] = np.full((len(lengths), length), IGNORE, np.int64)
         batch["labels"].reshape(-1)[places(labels[0])] = labels[1]
-    batch.update(tokenizer.pad_cells(tokens))
+    if tokens.cells is not None:
+        batch.update(tokenizer.pad_cells(tokens))
     batch = {name: torch.from_numpy(array) for name, array in batch.items()}
     return {**batch, **_measured(tokens)}
 

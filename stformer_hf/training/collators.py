@@ -324,8 +324,9 @@ class DataCollatorForGeneRankMLM(CellCollator):
         chosen &= tokenizer.get_gene_tokens_mask(ids)
         masked = np.flatnonzero(chosen)
         cells, genes, labels = cells[masked], genes[masked], ids[masked]
-        own = tokens.token_type_ids[masked] == tokenizer.gene_token_type_offset  # not of the neighbourhood
-        tokens = self._hide(tokens, masked[own], tokenizer.genes_of(labels[own], None))
+        if tokens.cells is not None:
+            own = tokens.token_type_ids[masked] == tokenizer.gene_token_type_offset  # not of the neighbourhood
+            tokens = self._hide(tokens, masked[own], tokenizer.genes_of(labels[own], None))
         kind = self._uniforms(_KIND_OF_MASK, cell_ids, genes, cells)
         random = (self._uniforms(_RANDOM_GENE, cell_ids, genes, cells) * len(tokenizer.gene_token_ids)).astype(
             np.int64
