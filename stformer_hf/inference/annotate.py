@@ -34,7 +34,8 @@ def annotate(
         The checkpoint's own by default.
     key_added : str, default: "stformer"
         `obs[key_added + "_label"]` is the class (categorical; missing for a cell without a known gene), and
-        `obs[key_added + "_score"]` its probability (float32; NaN there).
+        `obs[key_added + "_score"]` its probability (float32; NaN there). Of several labels per cell, or numbers:
+        `obs[key_added + "_" + label]`, the probability of each label, or the number.
     layer, batch_size, device
         As for `embed`.
 
@@ -47,8 +48,15 @@ def annotate(
         _check_is_classifier(str(model))
     classifier, tokenizer = load(model, tokenizer, AutoModelForSequenceClassification, device)
 
+    problem = classifier.config.problem_type
+    if problem is None and classifier.config.num_labels == 1:
+        problem = "regression"
+
     def forward(batch: dict[str, torch.Tensor], types: torch.Tensor) -> torch.Tensor:
-        return classifier(**batch).logits.softmax(-1)
+        logits = classifier(**batch).logits.float()
+        if problem == "regression":
+            return logits
+        return logits.sigmoid() if problem == "multi_label_classification" else logits.softmax(-1)
 
     probabilities, n_genes, _ = run(
         adata,
@@ -60,6 +68,11 @@ def annotate(
         desc="annotate",
         with_phenotypes=True,  # those that it was trained with
     )
+    if problem in ("regression", "multi_label_classification"):
+        for i in range(classifier.config.num_labels):
+            values = np.where(n_genes > 0, probabilities[:, i], np.nan)
+            adata.obs[f"{key_added}_{classifier.config.id2label[i]}"] = values.astype(np.float32)
+        return
     names = [classifier.config.id2label[i] for i in range(classifier.config.num_labels)]
     codes = np.where(n_genes > 0, probabilities.argmax(1), -1)
     scores = np.where(n_genes > 0, probabilities.max(1), np.nan).astype(np.float32)

@@ -120,7 +120,7 @@ def start_classifier(
 
     rows = _subset(problem, labels, MOST_CELLS_TO_CHOOSE, seed)
     counts, of = read(rows), labels[rows]
-    values = log_values(counts)
+    values = log_values(counts) if views is not None else _log_values_of(model, tokenizer, cells, counts)
     gene_features, to_genes = rotate_genes(values)
     if views is None:
         states = cell_states(model, tokenizer, cells.select(rows))
@@ -151,10 +151,32 @@ def start_classifier(
         wide = problem.fit(gene_features, of, choice.wide)
         wide.weight = to_genes(wide.weight)
     else:
-        wide = problem.fit(log_values(read(to_fit)), labels[to_fit], choice.wide)
+        counts = read(to_fit)
+        values = log_values(counts) if views is not None else _log_values_of(model, tokenizer, cells, counts)
+        wide = problem.fit(values, labels[to_fit], choice.wide)
     _write(model, head, wide)
     config.reader_weights, config.temperature = [float(w) for w in choice.weights], float(choice.temperature)
     return ClassifierStart(choice, rows, of)
+
+
+def _log_values_of(
+    model: GeneBertForClassification, tokenizer: GeneTokenizer, cells: CellStore, counts: sparse.csr_array
+) -> sparse.csr_array:
+    """Compute the log values that a model with statistics of its own reads: csr_array (n, n_genes).
+
+    ln(1 + 10,000 x / depth), depth being the total over the genes that the model has seen and the store measures, over
+    their share: see `CellValues`.
+    """
+    shares = cell_embedding_of(model).statistics.shares.double().cpu().numpy()
+    measured = np.zeros(len(shares), bool)
+    found = tokenizer.find_genes(cells.gene_ids)
+    measured[found[found >= 0]] = True
+    known = measured & (shares > 0)
+    seen = sparse.csr_array(counts @ sparse.diags_array(known.astype(np.float64)))
+    seen.eliminate_zeros()
+    depths = np.maximum(seen.sum(axis=1), 1e-12) / max(shares[known].sum(), 1e-6)
+    seen.data = np.log1p(1e4 * seen.data / np.repeat(depths, np.diff(seen.indptr)))
+    return seen
 
 
 def _subset(problem: Problem, labels: np.ndarray, most: int, seed: int) -> np.ndarray:

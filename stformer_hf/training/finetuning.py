@@ -38,7 +38,7 @@ from .linear_readers import Problem, inner_folds
 
 logger = logging.getLogger(__name__)
 
-MOST_EPOCHS = 4
+MOST_EPOCHS = 3
 N_FOLDS = 2
 FEW_LABELS = 50  # cells of the median class: with fewer, fine-tuning lowers the start more often than not
 CALIBRATION_FILE = "out_of_fold.safetensors"
@@ -63,6 +63,8 @@ class Finetuning:
         Of a model that reads whole cells.
     new_embedding : bool
         Whether the spectral views are of these cells; False where the model brought its own.
+    balanced : bool
+        Whether each class counts alike, whatever its number of cells.
     facts : dict
         What a model card says of the above.
     """
@@ -74,6 +76,7 @@ class Finetuning:
     num_train_epochs: float
     start: ClassifierStart | None = None
     new_embedding: bool = True
+    balanced: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
 
     def trainer(self, arguments: TrainingArguments, eval_cells: CellStore | None = None, **kwargs) -> CellTrainer:
@@ -281,6 +284,10 @@ def prepare_classifier(
     groups = None
     if group_key is not None:
         _check_columns(cells.obs, [group_key])
+        if cells.obs[group_key].isna().any():
+            raise ValueError(
+                f"{int(cells.obs[group_key].isna().sum())} cells have no {group_key!r}: leave them out, or fill it."
+            )
         groups = cells.obs[group_key].astype(str).to_numpy()
     began = time.monotonic()
     start = start_classifier(
@@ -296,10 +303,10 @@ def prepare_classifier(
     logger.info(f"The start took {time.monotonic() - began:.0f} s.")
     epochs, facts = num_train_epochs, {**facts, **_facts_of(start)}
     if epochs is None:
-        begun = Finetuning(model, tokenizer, cells, label_key, 0, start, is_new)
+        begun = Finetuning(model, tokenizer, cells, label_key, 0, start, is_new, balanced)
         epochs, found = choose_epochs(begun, labels, groups, arguments)
         facts |= found
-    return Finetuning(model, tokenizer, cells, label_key, epochs, start, is_new, facts)
+    return Finetuning(model, tokenizer, cells, label_key, epochs, start, is_new, balanced, facts)
 
 
 def choose_epochs(
@@ -307,7 +314,7 @@ def choose_epochs(
 ) -> tuple[float, dict[str, Any]]:
     """Choose for how many epochs to train beyond the start, 0 included.
 
-    In each of 2 inner folds the start is fitted to the fold's training cells, trained for 4 epochs, and scored on the
+    In each of 2 inner folds the start is fitted to the fold's training cells, trained for 3 epochs, and scored on the
     fold's other cells at the start and after each epoch. The number of epochs with the best mean score is taken if it
     is better than the start by more than the standard error of the difference over cells, else 0. With fewer than 50
     cells of the median class, or one class, it is 0 without trying.
@@ -386,6 +393,7 @@ def _score_epochs(
         labels[train],
         new_embedding=prepared.new_embedding,
         seed=arguments.seed,
+        balanced=prepared.balanced,
         choice=prepared.start.choice,
     )
     scores: list[np.ndarray] = []
@@ -459,8 +467,9 @@ def _labelled(
     if problem_type == "single_label_classification":
         if several or not categorical[0]:
             raise ValueError(
-                f"{label_key!r} is not one categorical column; there are {', '.join(cells.categories) or 'none'}. For "
-                "numbers pass problem_type='regression'; integers that are classes: make them a categorical column."
+                f"{label_key!r} is not one categorical column; those are {', '.join(cells.categories) or 'none'}. For "
+                "numbers pass problem_type='regression'; make integers or booleans that are classes categorical, "
+                "adata.obs[key].astype('category')."
             )
         classes = cells.categories[label_key]
         if len(classes) < 2:

@@ -12,8 +12,10 @@ from transformers import AutoModelForSequenceClassification
 import stformer_hf as sf
 from stformer_hf import CellStore, GeneBertConfig, GeneBertForPhenotypicMLM, GeneTokenizer
 from stformer_hf.training import finetuning
+from stformer_hf.training.classifier_start import _log_values_of
 from stformer_hf.training.finetuning import finetune, predict, prepare_classifier
 from stformer_hf.training.linear_readers import log_softmax
+from stformer_hf.training.spectral_start import count_blocks
 from stformer_hf.training.spectral_views import log_values
 
 
@@ -205,6 +207,39 @@ def test_numbers_several_labels_and_one_class(labelled, unseen):
     assert set(unseen.obs["stformer_label"].dropna()) == {"T1"}
     with pytest.raises(ValueError, match="one class, 'T1'"):
         finetune(labelled[labelled.obs["type"] == "T1"].copy(), "type")
+
+
+def test_annotate_writes_numbers_and_several_labels(labelled, unseen):
+    sf.annotate(unseen, finetune(labelled, "depth", problem_type="regression", num_train_epochs=0))
+    full = _full(unseen)
+    assert np.corrcoef(unseen.obs["stformer_depth"][full], unseen.obs["depth"][full])[0, 1] > 0.9
+    assert unseen.obs["stformer_depth"][~full].isna().all()
+    sf.annotate(unseen, finetune(labelled, ["a", "b"], num_train_epochs=0), key_added="two")
+    for name in ("a", "b"):
+        assert ((unseen.obs[f"two_{name}"][full] > 0.5) == (unseen.obs[name][full] > 0)).mean() > 0.85
+
+
+def test_the_wide_head_of_a_pretrained_model_reads_a_panel_as_the_model_does(labelled):
+    """Readers are fitted on what the model reads, totals over the genes that it knows and the panel measures."""
+    tokenizer = GeneTokenizer(labelled.var_names.tolist(), whole_cell=True, max_length=16)
+    model = GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(tokenizer, size="tiny"))
+    sf.initialise_from_store(model, tokenizer, labelled)
+    model.tokenizer = tokenizer
+    panel = labelled[:, :30].copy()
+    found = finetune(panel, "type", model=model, num_train_epochs=0)
+    batch = tokenizer(panel[:20].copy(), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        cells = found.gene_bert.read_cells(batch["cell_genes"], batch["cell_counts"], None, batch["measured_genes"])
+        values = np.zeros((20, 60))
+        values[np.arange(20)[:, None], batch["cell_genes"]] += cells.log_values.view(20, -1).numpy()
+    store = _store_of(panel)
+    rows = store.select(np.arange(20 - (panel.X[:20].sum(axis=1).A1 == 0).sum()))
+    expected = _log_values_of(found, tokenizer, store, sparse.csr_array(next(count_blocks(rows, tokenizer, False)())))
+    full = panel.X[:20].sum(axis=1).A1 > 0
+    np.testing.assert_allclose(values[full], expected.toarray(), atol=1e-4)
+    other = make_cells(90, seed=3)[:, :30].copy()
+    sf.annotate(other, found)
+    assert (other.obs["stformer_label"].astype(str) == other.obs["type"].astype(str)).mean() > 0.75
 
 
 def _full(adata: AnnData) -> np.ndarray:
