@@ -231,7 +231,7 @@ def test_the_wide_head_of_a_pretrained_model_reads_a_panel_as_the_model_does(lab
     with torch.no_grad():
         cells = found.gene_bert.read_cells(batch["cell_genes"], batch["cell_counts"], None, batch["measured_genes"])
         values = np.zeros((20, 60))
-        values[np.arange(20)[:, None], batch["cell_genes"]] += cells.log_values.view(20, -1).numpy()
+        np.add.at(values, (np.arange(20)[:, None], batch["cell_genes"].numpy()), cells.log_values.view(20, -1).numpy())
     store = _store_of(panel)
     rows = store.select(np.arange(20 - (panel.X[:20].sum(axis=1).A1 == 0).sum()))
     expected = _log_values_of(found, tokenizer, store, sparse.csr_array(next(count_blocks(rows, tokenizer, False)())))
