@@ -36,16 +36,16 @@ HELD_OUT = 0.25
 # Most counts of this data are 0 to 8; each bin is about twice as wide as the last.
 PRETRAINING = {"bin_edges": [0.5, 1.5, 2.5, 4.5, 8.5], "max_length": 128, "mlm_probability": 0.3, "baselines": True}
 PRETRAINING_STEPS = {
-    "max_steps": 150,
+    "max_steps": 100,
     "learning_rate": 2e-3,
     "per_device_train_batch_size": 16,
     "eval_strategy": "steps",
-    "eval_steps": 30,
+    "eval_steps": 25,
 }
 STEPS = {"save_strategy": "no", "eval_on_start": True, "logging_steps": 10}  # of both
-EPOCHS = 6  # of the fine-tuning that is shown where the classifier chose none
+EPOCHS = 4  # of the fine-tuning that is shown where the classifier chose none
 N_LABELS = (5, 10, 20)
-N_DRAWS = 5
+N_DRAWS = 3
 
 MAJORITY, GENES, PCA = "majority class", "logistic regression on genes", "PCA50 + logistic regression"
 START, TRAINED = "GeneBert, start", "GeneBert, fine-tuned"
