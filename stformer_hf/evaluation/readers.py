@@ -17,6 +17,8 @@ N_COMPONENTS = 50
 N_NEIGHBORS = 15
 _N_BINS = 20  # of genes by their mean
 _MOST_SPANNED = 4000  # cells whose span is computed
+_DENSE = 0.04  # share of entries above which dense products of cells are the faster ones
+_GENES_AT_ONCE = 2000
 
 
 class GenePca(NamedTuple):
@@ -122,12 +124,22 @@ def rotate_genes(values: sparse.csr_array) -> tuple[np.ndarray, Callable[[np.nda
     to_genes : callable
         Weights (d, k) of a reader of the features -> its weights (n_genes, k).
     """
-    products = values @ values.T
-    products = products.toarray() if sparse.issparse(products) else np.asarray(products)
-    spread, vectors = linalg.eigh(products, overwrite_a=True)
+    spread, vectors = linalg.eigh(_dot_products(values), overwrite_a=True)
     kept = spread > spread[-1] * 1e-10
     scale, vectors = np.sqrt(spread[kept]), vectors[:, kept]
     return vectors * scale, lambda weights: values.T @ (vectors @ (weights / scale[:, None]))
+
+
+def _dot_products(values: sparse.csr_array) -> np.ndarray:
+    """Compute the dot products of cells: float64 array (n, n)."""
+    n, n_genes = values.shape
+    if values.nnz < _DENSE * n * n_genes:
+        return (values @ values.T).toarray()
+    columns, products = sparse.csc_array(values), np.zeros((n, n))
+    for start in range(0, n_genes, _GENES_AT_ONCE):
+        block = columns[:, start : start + _GENES_AT_ONCE].toarray().astype(np.float64)
+        products += block @ block.T
+    return products
 
 
 def fit_probe(cells: np.ndarray | sparse.csr_array, labels: np.ndarray) -> LogisticRegression:

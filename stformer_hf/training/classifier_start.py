@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from ..data.cell_store import CellStore
 from ..evaluation.readers import rotate_genes
 from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
-from .linear_readers import Problem, ReaderChoice, choose_readers, inner_folds
+from .linear_readers import Problem, ReaderChoice, choose_readers, inner_folds, quick_fits
 from .spectral_start import cell_embedding_of, count_blocks, set_views
 from .spectral_views import SpectralViews, fit_spectral_views, log_values, pearson_residuals
 
@@ -27,6 +28,9 @@ N_COMPONENTS = (20, 30, 50)  # of each view, to choose from
 MOST_CELLS_TO_CHOOSE = 3000
 MOST_CELLS_TO_FIT = 10_000
 _ROTATED = 3000  # up to so many cells, genes are rotated before a fit
+
+
+Rotated = tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]
 
 
 @dataclass
@@ -41,11 +45,14 @@ class ClassifierStart:
         Training cells that it was made on, by their row in the store.
     labels : array (n, …)
         Of these cells.
+    rotated : (features, callable)
+        What `rotate_genes` makes of these cells.
     """
 
     choice: ReaderChoice
     rows: np.ndarray
     labels: np.ndarray
+    rotated: Rotated
 
 
 def start_classifier(
@@ -59,6 +66,7 @@ def start_classifier(
     seed: int = 0,
     balanced: bool = False,
     choice: ReaderChoice | None = None,
+    rotated: Rotated | None = None,
 ) -> ClassifierStart | None:
     """Start a classifier at linear readers of its training cells.
 
@@ -88,6 +96,9 @@ def start_classifier(
         Whether each class counts alike, whatever its number of cells.
     choice : ReaderChoice, optional
         Made before; by default it is made here.
+    rotated : (features, callable), optional
+        What `rotate_genes` made of these cells, or of these and others; by default it is computed here. A rotation
+        tells nothing of the other cells: the readers fitted are the same.
 
     Returns
     -------
@@ -121,13 +132,13 @@ def start_classifier(
     rows = _subset(problem, labels, MOST_CELLS_TO_CHOOSE, seed)
     counts, of = read(rows), labels[rows]
     values = log_values(counts) if views is not None else _log_values_of(model, tokenizer, cells, counts)
-    gene_features, to_genes = rotate_genes(values)
+    gene_features, to_genes = rotated or rotate_genes(values)
     if views is None:
         states = cell_states(model, tokenizer, cells.select(rows))
         components = [half]
 
-        def features(train: np.ndarray, held_out: np.ndarray, _: int) -> tuple[np.ndarray, np.ndarray]:
-            return states[train], states[held_out]
+        def features(train: np.ndarray, held_out: np.ndarray) -> Callable:
+            return lambda n_components: (states[train], states[held_out])
 
     else:
         features = _ViewsOfFolds(counts, values, views, half)
@@ -146,17 +157,20 @@ def start_classifier(
         states = states if np.array_equal(to_fit, rows) else cell_states(model, tokenizer, cells.select(to_fit))
     else:
         states = scaled(views.transform(counts if np.array_equal(to_fit, rows) else read(to_fit)), half)
-    head = problem.fit(states, labels[to_fit], choice.head)
+    with quick_fits():
+        head = problem.fit(states, labels[to_fit], choice.head)
     if np.array_equal(to_fit, rows) and len(rows) <= _ROTATED:
-        wide = problem.fit(gene_features, of, choice.wide)
+        with quick_fits():
+            wide = problem.fit(gene_features, of, choice.wide)
         wide.weight = to_genes(wide.weight)
     else:
         counts = read(to_fit)
         values = log_values(counts) if views is not None else _log_values_of(model, tokenizer, cells, counts)
-        wide = problem.fit(values, labels[to_fit], choice.wide)
+        with quick_fits():
+            wide = problem.fit(values, labels[to_fit], choice.wide)
     _write(model, head, wide)
     config.reader_weights, config.temperature = [float(w) for w in choice.weights], float(choice.temperature)
-    return ClassifierStart(choice, rows, of)
+    return ClassifierStart(choice, rows, of, (gene_features, to_genes))
 
 
 def _log_values_of(
@@ -212,16 +226,10 @@ class _ViewsOfFolds:
         )
         self._products = [matrix @ matrix.T for matrix in matrices]
         self._most = views.loadings[0].shape[1]
-        self._last: tuple | None = None
 
-    def __call__(self, train: np.ndarray, held_out: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-        if self._last is None or self._last[0] is not train:
-            self._last = (
-                train,
-                [_principal_scores(products, train, held_out, self._most) for products in self._products],
-            )
-        of_views = self._last[1]
-        return tuple(scaled([scores[part][:, :n] for scores in of_views], self.half) for part in (0, 1))
+    def __call__(self, train: np.ndarray, held_out: np.ndarray) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+        of_views = [_principal_scores(products, train, held_out, self._most) for products in self._products]
+        return lambda n: tuple(scaled([scores[part][:, :n] for scores in of_views], self.half) for part in (0, 1))
 
 
 def _principal_scores(

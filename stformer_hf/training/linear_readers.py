@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy import sparse
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
+from threadpoolctl import threadpool_limits
+from tqdm.auto import tqdm
 
 N_FOLDS = 5
 PENALTIES = {"head": (0.1, 1.0, 10.0), "wide": (0.1, 1.0)}  # C of scikit-learn
@@ -114,14 +120,12 @@ class Problem:
         if len(present) == 1:
             bias[present] = 0.0
             return Linear(weight, bias)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the last digits of a fit that stops at max_iter change no prediction
-            found = LogisticRegression(
-                C=penalty,
-                max_iter=500,
-                tol=_TOLERANCES[purpose],
-                class_weight="balanced" if self.balanced else None,
-            ).fit(features, labels)
+        found = LogisticRegression(
+            C=penalty,
+            max_iter=500,
+            tol=_TOLERANCES[purpose],
+            class_weight="balanced" if self.balanced else None,
+        ).fit(features, labels)
         if len(present) == 2:
             weight[:, present] = found.coef_.T * [-0.5, 0.5]
             bias[present] = found.intercept_ * [-0.5, 0.5]
@@ -163,6 +167,15 @@ class Problem:
             labels = labels.reshape(outputs.shape)
             return float(1 - ((outputs - labels) ** 2).sum() / max(((labels - labels.mean(axis=0)) ** 2).sum(), 1e-12))
         return float(self.cell_scores(outputs, labels).mean())
+
+
+@contextmanager
+def quick_fits() -> Iterator[None]:
+    """Fit readers in this context: without threads, which for products of few columns wait longer than they work."""
+    with warnings.catch_warnings(), threadpool_limits(1, "blas"):
+        # The last digits of a fit that stops at max_iter change no prediction.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -220,7 +233,7 @@ def choose_readers(
     problem: Problem,
     labels: np.ndarray,
     folds: Sequence[tuple[np.ndarray, np.ndarray, int]],
-    head_features: Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]],
+    head_features: Callable[[np.ndarray, np.ndarray], Callable[[int], tuple[np.ndarray, np.ndarray]]],
     gene_features: np.ndarray,
     n_components: Sequence[int],
 ) -> ReaderChoice:
@@ -238,7 +251,7 @@ def choose_readers(
     folds : list of (training rows, validation rows, repeat)
         From `inner_folds`.
     head_features : callable
-        (training rows, validation rows, number of components) -> features of both, fitted on the first alone.
+        (training rows, validation rows) -> (number of components -> features of both), fitted on the first alone.
     gene_features : float array (n, d)
         What the wide reader reads: `rotate_genes`.
     n_components : sequence of int
@@ -253,15 +266,20 @@ def choose_readers(
     shape = (n_repeats, len(labels), problem.n_outputs)
     heads = {key: np.zeros(shape) for key in itertools.product(n_components, PENALTIES["head"])}
     wides = {penalty: np.zeros(shape) for penalty in PENALTIES["wide"]}
-    for train, held_out, repeat in folds:
+
+    def fit_fold(fold: tuple[np.ndarray, np.ndarray, int]) -> None:
+        train, held_out, repeat = fold
         for penalty, outputs in wides.items():
             reader = problem.fit(gene_features[train], labels[train], penalty, "choice")
             outputs[repeat, held_out] = reader(gene_features[held_out])
-        for n in n_components:
-            of_train, of_held_out = head_features(train, held_out, n)
-            for penalty in PENALTIES["head"]:
-                reader = problem.fit(of_train, labels[train], penalty, "choice")
-                heads[n, penalty][repeat, held_out] = reader(of_held_out)
+        views = head_features(train, held_out)
+        for (n, penalty), outputs in heads.items():
+            of_train, of_held_out = views(n)
+            reader = problem.fit(of_train, labels[train], penalty, "choice")
+            outputs[repeat, held_out] = reader(of_held_out)
+
+    with quick_fits(), ThreadPoolExecutor(min(torch.get_num_threads(), len(folds))) as pool:
+        list(tqdm(pool.map(fit_fold, folds), "choose the readers", len(folds), unit="fold", disable=None))
     every = np.concatenate([labels] * n_repeats)
     preferred = (
         PREFERRED if PREFERRED["n_components"] in n_components else {**PREFERRED, "n_components": max(n_components)}
@@ -310,4 +328,5 @@ __all__ = [
     "choose_readers",
     "inner_folds",
     "log_softmax",
+    "quick_fits",
 ]

@@ -133,10 +133,12 @@ def test_training_is_chosen_only_where_it_beats_the_start(labelled, monkeypatch)
         return of
 
     for better, expected in ((0.0, 0), (0.9, 1)):
-        monkeypatch.setattr(finetuning, "_score_epochs", scores(better))
-        trained = []
+        tried, trained = [], []
+        score = scores(better)
+        monkeypatch.setattr(finetuning, "_score_epochs", lambda *a, to=tried, of=score: to.append(a[3]) or of(*a))
         monkeypatch.setattr(finetuning.CellTrainer, "train", lambda self, to=trained, **_: to.append(self))
         finetune(store_like, "type")
+        assert len(tried) == 1 + expected, "a second fold only after a gain in the first"
         assert len(trained) == expected and all(t.args.num_train_epochs == 1 for t in trained)
     monkeypatch.setattr(finetuning, "FEW_LABELS", 1000)
     monkeypatch.setattr(finetuning, "_score_epochs", None)

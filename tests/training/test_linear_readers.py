@@ -34,6 +34,20 @@ def test_a_reader_of_rotated_genes_is_the_reader_of_the_genes():
 
 
 @settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([0.01, 0.1, 0.6]), st.integers(1, 50))
+def test_a_rotation_keeps_the_dot_products_of_cells(seed, density, n_genes):
+    values = sparse.random_array((30, n_genes), density=density, format="csr", rng=np.random.default_rng(seed))
+    values = values + sparse.csr_array(
+        ([1.0], ([0], [0])), shape=values.shape
+    )  # eigenvalues are judged by the largest
+    dense = values.toarray()
+    features, to_genes = rotate_genes(sparse.csr_array(values))
+    np.testing.assert_allclose(features @ features.T, dense @ dense.T, atol=1e-6)
+    weight = np.ones((features.shape[1], 2))
+    np.testing.assert_allclose(dense @ to_genes(weight), features @ weight, atol=1e-3)
+
+
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 8))
 def test_scores_from_dot_products_are_those_of_pca(seed, k):
     rng = np.random.default_rng(seed)
@@ -69,7 +83,7 @@ def test_a_reader_that_knows_nothing_is_left_out():
     problem = Problem(CLASSES, 3)
     folds = inner_folds(problem, labels, None, 0)
     for head, genes, knows in ((noise, good, 1), (good, noise, 0)):
-        choice = choose_readers(problem, labels, folds, lambda t, h, n, of=head: (of[t], of[h]), genes, [10])
+        choice = choose_readers(problem, labels, folds, lambda t, h, of=head: lambda n: (of[t], of[h]), genes, [10])
         assert choice.weights[knows] > choice.weights[1 - knows] and choice.score > 0.5
 
 
@@ -79,7 +93,7 @@ def test_out_of_fold_predictions_do_not_know_the_cell():
     features, labels = rng.normal(size=(100, 200)), rng.integers(0, 2, 100)
     folds = inner_folds(Problem(CLASSES, 2), labels, None, 0)
     choice = choose_readers(
-        Problem(CLASSES, 2), labels, folds, lambda t, h, n: (features[t], features[h]), features, [10]
+        Problem(CLASSES, 2), labels, folds, lambda t, h: lambda n: (features[t], features[h]), features, [10]
     )
     assert (choice.out_of_fold.argmax(1) == labels).mean() < 0.7
     assert Problem(CLASSES, 2).score(Problem(CLASSES, 2).fit(features, labels, 1.0)(features), labels) == 1
@@ -90,7 +104,9 @@ def test_the_usual_choice_is_kept_where_nothing_is_clearly_better():
     values, labels = cells(150)
     good, _ = rotate_genes(values)
     folds = inner_folds(Problem(CLASSES, 3), labels, None, 0)
-    choice = choose_readers(Problem(CLASSES, 3), labels, folds, lambda t, h, n: (good[t], good[h]), good, [20, 30, 50])
+    choice = choose_readers(
+        Problem(CLASSES, 3), labels, folds, lambda t, h: lambda n: (good[t], good[h]), good, [20, 30, 50]
+    )
     assert {name: getattr(choice, name) for name in PREFERRED} == PREFERRED
 
 
@@ -103,7 +119,7 @@ def test_numbers_and_several_labels(kind):
         labels = (labels > 0).astype(np.float32)
     problem = Problem(kind, 2)
     folds = inner_folds(problem, labels, None, 0)
-    choice = choose_readers(problem, labels, folds, lambda t, h, n: (features[t], features[h]), features, [6])
+    choice = choose_readers(problem, labels, folds, lambda t, h: lambda n: (features[t], features[h]), features, [6])
     assert choice.score > 0.9
     reader = problem.fit(features, labels, 1.0)
     assert reader(features).shape == (120, 2) and problem.score(reader(features), labels) > 0.9
@@ -114,3 +130,14 @@ def test_classes_that_a_fold_lacks_and_a_single_class():
     reader = problem.fit(np.eye(6), np.array([0, 0, 2, 2, 2, 0]), 1.0)
     assert set(reader(np.eye(6)).argmax(1)) == {0, 2} and (log_softmax(reader(np.eye(6)))[:, [1, 3]] < -10).all()
     assert (problem.fit(np.eye(3), np.array([1, 1, 1]), 1.0)(np.eye(3)).argmax(1) == 1).all()
+
+
+def test_a_rotation_of_more_cells_gives_the_same_reader():
+    values, labels = cells(150)
+    few, n = slice(0, 90), len(labels)
+    found = []
+    for features, to_genes in (rotate_genes(values[few]), rotate_genes(values)):
+        reader = Problem(CLASSES, 3).fit(features[few], labels[few], 1.0)
+        found.append(log_softmax(values @ to_genes(reader.weight) + reader.bias))
+    assert found[0].shape == (n, 3)
+    np.testing.assert_allclose(*found, atol=0.02)
