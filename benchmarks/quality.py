@@ -22,6 +22,7 @@ output file holds are kept.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -92,8 +93,11 @@ def run(arguments: list[str]) -> None:
             continue
         title = f"{name}_full" if args.full and SETS[name].subset else name
         for table in args.tables:
+            rows = [row for row in ROWS[table] if row in args.rows]
+            if not (SETS[name].transfer and args.data_folder):
+                rows = [row for row in rows if row != "start_elsewhere"]
             if table == "full" or SETS[name].few:
-                FILL[table](title, cells, [row for row in ROWS[table] if row in args.rows], results)
+                FILL[table](title, cells, rows, results, args.data_folder)
     results.write()
     print(results.tables())
     print(f"\nwritten to {args.output}")
@@ -102,20 +106,21 @@ def run(arguments: list[str]) -> None:
 # ---------------------------------------------------------------------- the tables
 
 
-def fill_full(name: str, cells: AnnData, rows: Sequence[str], results: Results) -> None:
+def fill_full(name: str, cells: AnnData, rows: Sequence[str], results: Results, folder: Path | None = None) -> None:
     """Fill the table of full labels for one data set."""
     for split in full_splits(cells):
         _fill_split("full", name, cells, split, 0, rows, results, quality_models.classify)
 
 
-def fill_few(name: str, cells: AnnData, rows: Sequence[str], results: Results) -> None:
+def fill_few(name: str, cells: AnnData, rows: Sequence[str], results: Results, folder: Path | None = None) -> None:
     """Fill the table of few labels for one data set."""
+    classify = functools.partial(quality_models.classify_few, folder=folder)
     for n_labels in LABELS_PER_CLASS:
         for split in few_splits(cells, n_labels):
-            _fill_split("few", name, cells, split, n_labels, rows, results, quality_models.classify_few)
+            _fill_split("few", name, cells, split, n_labels, rows, results, classify)
 
 
-def fill_zero(name: str, cells: AnnData, rows: Sequence[str], results: Results) -> None:
+def fill_zero(name: str, cells: AnnData, rows: Sequence[str], results: Results, folder: Path | None = None) -> None:
     """Fill the table of embeddings for one data set."""
     splits = full_splits(cells)
     for row in rows:

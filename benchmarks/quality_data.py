@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import anndata
 import numpy as np
 import pandas as pd
 from anndata import AnnData
@@ -22,6 +23,7 @@ N_DRAWS = 20
 LABELS_PER_CLASS = (5, 20, 50)
 SPARE_CELLS = 20  # that a class needs beyond its labelled cells
 IFNB_CELLS = 3_000
+OTHERS, OTHER_CELLS = ("pbmc_ifnb.h5ad", "geact_fetal.h5ad"), 15_000
 
 
 @dataclass
@@ -44,6 +46,8 @@ class DataSet:
         Number of cells that are taken at random, unless all are asked for.
     few : bool
         Whether draws of few labels, and embeddings, are compared on it.
+    transfer : bool
+        Whether a start on the cells of other sets is compared on it.
     """
 
     load: Callable[[Path], AnnData]
@@ -53,6 +57,7 @@ class DataSet:
     groups: str | None = None
     subset: int | None = None
     few: bool = True
+    transfer: bool = False
 
 
 @dataclass
@@ -92,8 +97,6 @@ def _load_citeseq(path: Path) -> AnnData:
 
 
 def _load_h5ad(path: Path) -> AnnData:
-    import anndata
-
     return anndata.read_h5ad(path)
 
 
@@ -110,8 +113,8 @@ def _load_sympathetic(path: Path) -> AnnData:
 
 
 SETS = {
-    "demo": DataSet(_load_demo, "bulk_labels"),
-    "citeseq": DataSet(_load_citeseq, "cell_type", "tenx/1K_pbmc_citeseq.h5"),
+    "demo": DataSet(_load_demo, "bulk_labels", transfer=True),
+    "citeseq": DataSet(_load_citeseq, "cell_type", "tenx/1K_pbmc_citeseq.h5", transfer=True),
     "geact": DataSet(_load_h5ad, "cell_type", "geact_fetal.h5ad", min_cells=20),
     "geact_plates": DataSet(_load_h5ad, "cell_type", "geact_fetal.h5ad", min_cells=20, groups="batch", few=False),
     "ifnb": DataSet(_load_h5ad, "condition", "pbmc_ifnb.h5ad", subset=IFNB_CELLS),
@@ -156,6 +159,22 @@ def load(name: str, folder: Path | None, full: bool = False) -> AnnData:
     if data.groups:
         obs[GROUP] = cells.obs[data.groups].iloc[rows].astype(str).astype("category")
     return AnnData(sparse.csr_matrix(cells.X[rows]).astype(np.float32), obs=obs, var=cells.var[[]].copy())
+
+
+def load_others(folder: Path) -> AnnData:
+    """Load 15,000 cells of ifnb and geact, without labels, over the genes (by symbol) that both measure."""
+    parts = []
+    for file in OTHERS:
+        cells = _load_h5ad(folder / file)
+        cells = AnnData(
+            sparse.csr_matrix(cells.X).astype(np.float32),
+            obs=pd.DataFrame(index=file + cells.obs_names),
+            var=pd.DataFrame(index=cells.var["gene_symbol"].astype(str)),
+        )
+        parts.append(cells[:, ~cells.var_names.duplicated(keep=False)])
+    cells = anndata.concat(parts, join="inner")
+    rows = np.sort(np.random.default_rng(0).choice(cells.n_obs, min(OTHER_CELLS, cells.n_obs), replace=False))
+    return cells[rows].copy()
 
 
 # ---------------------------------------------------------------------- splits

@@ -6,15 +6,17 @@ cells to be labelled or embedded have an empty obs.
 
 from __future__ import annotations
 
+import functools
 import tempfile
+from pathlib import Path
 
 import numpy as np
 from anndata import AnnData
 
-from .quality_data import GROUP, LABEL
+from .quality_data import GROUP, LABEL, load_others
 
 ROWS = ("start", "finetuned", "random_start", "reference")
-FEW_ROWS = ("start", "random_start")
+FEW_ROWS = ("start", "random_start", "start_elsewhere")
 # Settings of `finetune`. "start" is step 0 of "finetuned", whose number of epochs an inner cross-validation chooses.
 SETTINGS = {
     "start": {"num_train_epochs": 0},
@@ -57,8 +59,14 @@ def classify(row: str, train: AnnData, test: AnnData, seed: int) -> np.ndarray:
     return _annotate(test, model)
 
 
-def classify_few(row: str, labelled: AnnData, unlabelled: AnnData, test: AnnData, seed: int) -> np.ndarray:
-    """As `classify`, from few labelled cells, by a start on these and on cells without labels."""
+def classify_few(
+    row: str, labelled: AnnData, unlabelled: AnnData, test: AnnData, seed: int, folder: Path | None = None
+) -> np.ndarray:
+    """As `classify`, from few labelled cells.
+
+    "start" has its spectral start on these and on the cells without labels; "start_elsewhere" on cells of other data
+    sets (see `load_others`) in `folder`.
+    """
     import anndata
 
     import stformer_hf
@@ -66,6 +74,8 @@ def classify_few(row: str, labelled: AnnData, unlabelled: AnnData, test: AnnData
     if row == "start":
         cells = anndata.concat([AnnData(labelled.X, obs=labelled.obs[[]], var=labelled.var), unlabelled])
         model = stformer_hf.finetune(labelled, LABEL, seed=seed, model=spectral_start(cells, seed), num_train_epochs=0)
+    elif row == "start_elsewhere":
+        model = stformer_hf.finetune(labelled, LABEL, seed=seed, model=_started_elsewhere(folder), num_train_epochs=0)
     else:
         model = stformer_hf.finetune(labelled, LABEL, seed=seed, **SETTINGS[row])
     return _annotate(test, model)
@@ -78,6 +88,11 @@ def embed(cells: AnnData, seed: int) -> np.ndarray:
     model, cells = spectral_start(cells, seed), cells.copy()
     stformer_hf.embed(cells, model, tokenizer=model.tokenizer)
     return np.asarray(cells.obsm["X_stformer"])
+
+
+@functools.cache
+def _started_elsewhere(folder: Path):
+    return spectral_start(load_others(folder), seed=0)
 
 
 def spectral_start(cells: AnnData, seed: int):

@@ -197,7 +197,11 @@ class STFormerPretrainer(ObjectiveTrainer):
             metrics = neighborhood_baselines(self.train_dataset, dataset, seed=self.args.seed)
         else:
             metrics = masked_gene_baselines(
-                self.train_dataset, dataset, self.data_collator, max_train_cells=_CELLS_FOR_FREQUENCIES
+                self.train_dataset,
+                dataset,
+                self.data_collator,
+                max_train_cells=_CELLS_FOR_FREQUENCIES,
+                whole_cells=self.data_collator.tokenizer.whole_cell,
             )
         self._baselines.append((dataset, metrics))
         return metrics

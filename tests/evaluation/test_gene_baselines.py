@@ -313,6 +313,21 @@ def test_a_model_of_uniform_bins_scores_the_uniform_baseline(store, tokenizer, t
     assert found["eval_genes_nll"] == pytest.approx(found["eval_genes_loss"], rel=1e-6)
 
 
+def test_beside_a_model_of_whole_cells_the_baselines_see_the_genes_that_are_cut_off(store, tmp_path):
+    tokenizer = GeneTokenizer(store.gene_ids, whole_cell=True, max_length=6, bin_edges=[0.5, 2.5])
+    config = GeneBertConfig.from_tokenizer(
+        tokenizer, num_hidden_layers=1, num_attention_heads=2, hidden_size=16, intermediate_size=32
+    )
+    model, settings = GeneBertForPhenotypicMLM(config), {"processing_class": tokenizer, "mlm_probability": 0.5}
+    trainer = STFormerPretrainer(
+        arguments(tmp_path), store, model=model, eval_dataset=store, baselines=True, **settings
+    )
+    collator = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.5, seed=trainer.args.seed)
+    found, name = trainer.evaluate(), "cell_marginal_nll"
+    of_tokens, of_cells = (masked_gene_baselines(store, store, collator, whole_cells=w)[name] for w in (False, True))
+    assert found[f"eval_{name}"] == pytest.approx(of_cells) and abs(of_cells - of_tokens) > 0.01
+
+
 def test_baselines_need_cells_and_a_masking_collator(store, tokenizer, config, tmp_path):
     model = GeneBertForPhenotypicMLM(config)
     for cells, words in ((None, "there is none"), (iter([]), "is a stream")):
