@@ -145,6 +145,7 @@ def test_embeddings_and_checkpoints_are_there(folder):
         assert "## Training" in (folder / name / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_figures(folder, tmp_path):
     again = run_demo(tmp_path / "again", 5)
     for name in ("pretrained", "classifier_trained"):

@@ -377,6 +377,7 @@ def test_pbmc_of_the_demo():
     assert table.loc[GENES, "probe_all"] == pytest.approx(0.83, abs=0.03)
 
 
+@pytest.mark.slow
 def test_fetal_cells_by_batch(shared_data):
     from anndata import read_h5ad
 
