@@ -162,17 +162,17 @@ def load(name: str, folder: Path | None, full: bool = False) -> AnnData:
 
 
 def load_others(folder: Path) -> AnnData:
-    """Load 15,000 cells of ifnb and geact, without labels, over the genes (by symbol) that both measure."""
+    """Load 15,000 cells of ifnb and geact, without labels, over the genes (by Ensembl id) that both measure."""
     parts = []
     for file in OTHERS:
         cells = _load_h5ad(folder / file)
         cells = AnnData(
             sparse.csr_matrix(cells.X).astype(np.float32),
             obs=pd.DataFrame(index=file + cells.obs_names),
-            var=pd.DataFrame(index=cells.var["gene_symbol"].astype(str)),
+            var=cells.var[["gene_symbol"]].astype(str).set_axis(cells.var["ensembl_id"].astype(str)),
         )
         parts.append(cells[:, ~cells.var_names.duplicated(keep=False)])
-    cells = anndata.concat(parts, join="inner")
+    cells = anndata.concat(parts, join="inner", merge="first")
     rows = np.sort(np.random.default_rng(0).choice(cells.n_obs, min(OTHER_CELLS, cells.n_obs), replace=False))
     return cells[rows].copy()
 

@@ -101,7 +101,8 @@ def spectral_start(cells: AnnData, seed: int):
 
     from stformer_hf import GeneBertConfig, GeneBertModel, GeneTokenizer, initialise_from_store
 
-    tokenizer = GeneTokenizer(cells.var_names.tolist(), whole_cell=True, max_length=8)
+    symbols = dict(zip(cells.var["gene_symbol"], cells.var_names, strict=True)) if "gene_symbol" in cells.var else None
+    tokenizer = GeneTokenizer(cells.var_names.tolist(), symbols=symbols, whole_cell=True, max_length=8)
     torch.manual_seed(seed)
     model = GeneBertModel(GeneBertConfig.from_tokenizer(tokenizer, size="tiny"))
     initialise_from_store(model, tokenizer, cells)
