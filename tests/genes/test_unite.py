@@ -10,7 +10,8 @@ from conftest import make_adata
 from scipy import sparse
 
 from stformer_hf import CellStore, GeneTable
-from stformer_hf.genes.unite import read_aliases, unite
+from stformer_hf.genes.aliases import read_aliases
+from stformer_hf.genes.unite import unite
 
 
 def table(**genes) -> GeneTable:
