@@ -130,6 +130,8 @@ def local_path(path: str | Path) -> Path:
     remote = _REMOTE.match(str(path))
     if remote is None or Path(path).exists():
         return Path(path)
+    if remote[1].lower() == "file":
+        raise ValueError(f"{path}: give the path alone, without {remote[1]}://.")
     address = f"{remote[1]}://{str(path)[remote.end() :]}"  # a Path has one slash
     if ".zarr" in address:
         way = f"pass the AnnData that anndata.io.read_zarr({address!r}) reads"
@@ -522,14 +524,19 @@ def _read_tenx_mtx(path: Path) -> list[Layer]:
     """Read a Cell Ranger folder: matrix.mtx, barcodes.tsv, and features.tsv (v3) or genes.tsv (v2); gzipped or not."""
     file = _matrix_file(path)
     prefix = file.name[: file.name.index("matrix.mtx")]
-    features = read_columns(_beside(file, prefix + "features.tsv", prefix + "genes.tsv"), 3)
+    genes = _read_features(_beside(file, prefix + "features.tsv", prefix + "genes.tsv"))
     cells = _names_table(_beside(file, prefix + "barcodes.tsv"))
-    matrix = _rows_of_mtx(file, features, cells, cells_in_rows=False)
-    var = pd.DataFrame(index=pd.Index(features[0], dtype=object, name=None))
+    return _by_feature_type(_rows_of_mtx(file, genes, cells, cells_in_rows=False), genes, lambda: cells)
+
+
+def _read_features(file: Path) -> pd.DataFrame:
+    """Read features.tsv or genes.tsv: ids, and where lines have more, `gene_symbol` and `feature_type`, unchanged."""
+    table = read_columns(file, 3)
+    genes = pd.DataFrame(index=pd.Index(table[0], dtype=object, name=None))
     for column, name in ((1, "gene_symbol"), (2, "feature_type")):
-        if column in features and (features[column] != "").any():
-            var[name] = features[column].to_numpy(object)
-    return _by_feature_type(matrix, var, lambda: cells)
+        if column in table and (table[column] != "").any():
+            genes[name] = table[column].to_numpy(object)
+    return genes
 
 
 # ---------------------------------------------------------------------- BD Rhapsody

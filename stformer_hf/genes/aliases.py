@@ -14,14 +14,14 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from .ensembl import strip_versions
-from .gene_files import ID_COLUMNS, SYMBOL_COLUMNS
+from .gene_files import ID_COLUMNS, SYMBOL_COLUMNS, whole_numbers
 from .text_files import existing_file, naming, open_text, read_text_table, suffix_of
 
 logger = logging.getLogger(__name__)
 
 _TEXT = (".csv", ".tsv", ".txt")
 _FILES = (".json", *_TEXT, ".parquet")
-_WORDS = {"old", "new", "from", "to", "alias", "prev", "previous", "current", "name", "key", "value", "id", "symbol"}
+_WORDS = set("old new from to alias prev previous current name key value id symbol gene ensembl entrez hgnc".split())
 _LITTLE = 0.1  # of the aliases, or of the genes where these are fewer: less is told
 
 
@@ -104,9 +104,7 @@ def _read_file(path: Path) -> list[tuple[Any, Any]]:
 def _is_header(fields: Sequence[str]) -> bool:
     words = [re.sub(r"[^a-z0-9]+", "_", field.lower()).strip("_") for field in fields]
     usual = {*ID_COLUMNS, *SYMBOL_COLUMNS}
-    return words[0] == "" or all(
-        word in usual or set(word.split("_")) <= _WORDS | {"gene", "ensembl"} for word in words
-    )
+    return fields[0].strip() == "" or all(word in usual or set(word.split("_")) <= _WORDS for word in words)
 
 
 def _pairs(table: pd.DataFrame, named: bool) -> list[tuple[Any, Any]]:
@@ -120,19 +118,12 @@ def _pairs(table: pd.DataFrame, named: bool) -> list[tuple[Any, Any]]:
             table = table.iloc[:, 1:]
     if table.shape[1] < 2:
         raise ValueError("a table of aliases has two columns, old id and new id.")
-    return list(zip(*(_plain(table.iloc[:, i]) for i in (0, 1)), strict=True))
+    return list(zip(*(whole_numbers(table.iloc[:, i]).tolist() for i in (0, 1)), strict=True))
 
 
 def _is_numbering(column: pd.Series) -> bool:
     names = column.astype(str).tolist()
     return len(names) > 0 and names in ([str(i + first) for i in range(len(names))] for first in (0, 1))
-
-
-def _plain(column: pd.Series) -> list:
-    """Take the values of a column; numbers that pandas made fractions, because some are missing, are whole again."""
-    if column.dtype.kind == "f" and (column.dropna() % 1 == 0).all():
-        column = column.astype("Int64")
-    return column.astype(object).where(column.notna(), None).tolist()
 
 
 def _unique(pairs: list[tuple[Any, Any]], name: str) -> dict[str, str]:
@@ -154,7 +145,9 @@ def _unique(pairs: list[tuple[Any, Any]], name: str) -> dict[str, str]:
 
 
 def _text(name: Any) -> str:
-    return "" if name is None or name != name else str(name).strip()
+    if not pd.api.types.is_scalar(name):
+        raise ValueError(f"aliases are {{old: new}}, one name each, got {name!r}.")
+    return "" if pd.isna(name) else str(name).strip()
 
 
 def _some(names: Iterable[str]) -> str:

@@ -176,8 +176,14 @@ def _first(attributes: Mapping[str, str], *keys: str) -> str:
     return next((attributes[key] for key in keys if attributes.get(key)), "")
 
 
+def whole_numbers(column: pd.Series) -> pd.Series:
+    """Give numbers that pandas made fractions, because some are missing, as whole numbers again."""
+    return column.astype("Int64") if column.dtype.kind == "f" and (column.dropna() % 1 == 0).all() else column
+
+
 def _names(column: pd.Series) -> np.ndarray:
     """Read a column as names: object array (n,) of str, empty where missing (R writes `NA`)."""
+    column = whole_numbers(column)
     names = column.astype(object).where(column.notna(), "").astype(str).str.strip()
     return names.where(names != "NA", "").to_numpy(dtype=object)
 
@@ -233,4 +239,4 @@ def _unite_rows(ids, symbols, others: pd.DataFrame, name: str) -> pd.DataFrame:
     return frame.drop_duplicates(["gene_id", "symbol"]).reset_index(drop=True)
 
 
-__all__ = ["read_gtf", "read_json", "read_table"]
+__all__ = ["ID_COLUMNS", "SYMBOL_COLUMNS", "read_gtf", "read_json", "read_table", "whole_numbers"]
