@@ -196,8 +196,9 @@ def load_mapping(source: Mapping | str | os.PathLike) -> dict:
         if path.suffix in (".pkl", ".pickle"):
             found = load_pickle(path)
         elif suffix == ".json":
+            text = _read_text(path)
             try:
-                found = json.loads(_read_text(path))
+                found = json.loads(text)
             except ValueError as error:
                 raise ValueError(f"{path} is not JSON: {error}.") from error
         elif suffix == ".txt":
