@@ -65,7 +65,7 @@ def read_aliases(aliases: Mapping[str, str] | pd.DataFrame | str | Path | None) 
     return _unique(pairs, str(path))
 
 
-def tell_matches(aliases: Mapping[str, str], gene_ids: Iterable[str]) -> None:
+def warn_of_few_matches(aliases: Mapping[str, str], gene_ids: Iterable[str]) -> None:
     """Warn where none or few of the aliases are genes of the sources.
 
     Parameters
@@ -154,4 +154,4 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(map(repr, list(names)[:3])) or "(none)"
 
 
-__all__ = ["read_aliases", "tell_matches"]
+__all__ = ["read_aliases", "warn_of_few_matches"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .aliases import read_aliases, tell_matches
+from .aliases import read_aliases, warn_of_few_matches
 from .gene_table import GeneTable, guess_species, is_ensembl
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def unite(
     if unify not in (None, "symbol"):
         raise ValueError(f"unify={unify!r}: use 'symbol', or None.")
     renamed = read_aliases(aliases)
-    tell_matches(renamed, (gene for table in tables for gene in table.gene_ids))
+    warn_of_few_matches(renamed, (gene for table in tables for gene in table.gene_ids))
     ids = [_rename(table.gene_ids, renamed) for table in tables]
     _check_species(ids, names, species)
     same_symbol = _same_symbol(ids, [table.symbols for table in tables])
