@@ -17,9 +17,20 @@ LIKE_OTHERS = (
     "MARCH1 SEPT2 DEC1 1-Mar 2-Sep 2001-03-01 inf -inf Infinity 1e5 1E10 2310009E13 TRUE false 007 1.0 0x10 1_000 +5 "
     "12345678901234567890"
 ).split()
-LIKE_NOTHING = "nan NaN -nan null NULL None N/A n/a #N/A <NA> -".split()  # R's NA is missing in tables of genes
-NAMES = LIKE_OTHERS + LIKE_NOTHING
-IDS = [f"ENSG{i:011d}" for i in range(len(NAMES))]
+LIKE_NOTHING = "NA nan NaN -nan null NULL None N/A n/a #N/A <NA> -".split()
+GROUPS = {  # a column that holds nothing else is the one that readers make something of
+    "all": LIKE_OTHERS + LIKE_NOTHING,
+    "numbers": ["inf", "1e5", "1E10", "2310009E13", "007", "1.0", "+5", "nan"],
+    "whole numbers": ["007", "12", "1"],
+    "truth": ["TRUE", "false", "True"],
+    "dates": ["2001-03-01", "2001-04-01"],
+    "nothing": LIKE_NOTHING,
+}
+groups = pytest.mark.parametrize("names", GROUPS.values(), ids=GROUPS)
+
+
+def ids_of(names: list[str]) -> list[str]:
+    return [f"ENSG{i:011d}" for i in range(len(names))]
 
 
 def write_table(path, frame: pd.DataFrame, header: bool = True):
@@ -32,19 +43,21 @@ def write_table(path, frame: pd.DataFrame, header: bool = True):
     return path
 
 
+@groups
 @pytest.mark.parametrize("kind", ["csv", "tsv", "parquet", "json"])
-def test_of_gene_tables(tmp_path, kind):
-    path = write_table(tmp_path / f"genes.{kind}", pd.DataFrame({"gene_id": IDS, "symbol": NAMES}))
+def test_of_gene_tables(tmp_path, kind, names):
+    names = [name for name in names if name != "NA"]  # in tables of genes it is R's missing value
+    path = write_table(tmp_path / f"genes.{kind}", pd.DataFrame({"gene_id": ids_of(names), "symbol": names}))
     table = GeneTable.from_json(path) if kind == "json" else GeneTable.from_table(path)
-    assert table.symbols.tolist() == NAMES and table.gene_ids.tolist() == IDS
+    assert table.symbols.tolist() == names and table.gene_ids.tolist() == ids_of(names)
     table.to_parquet(tmp_path / "saved.parquet")
-    assert GeneTable.from_parquet(tmp_path / "saved.parquet").symbols.tolist() == NAMES
+    assert GeneTable.from_parquet(tmp_path / "saved.parquet").symbols.tolist() == names
 
 
+@groups
 @pytest.mark.parametrize("kind", ["csv", "tsv", "parquet", "json", "csv without header"])
-def test_of_aliases(tmp_path, kind):
-    names, ids = [*NAMES, "NA"], [*IDS, "ENSG00000009999"]
-    for old, new in ((names, ids), (ids, [*NAMES, "x"])):
+def test_of_aliases(tmp_path, kind, names):
+    for old, new in ((names, ids_of(names)), (ids_of(names), ["x" if name == "NA" else name for name in names])):
         path = tmp_path / f"a.{kind.split()[0]}"
         write_table(path, pd.DataFrame({"old": old, "new": new}), header=kind == path.suffix[1:])
         if kind == "json":
@@ -52,10 +65,10 @@ def test_of_aliases(tmp_path, kind):
         assert list(read_aliases(path).items()) == list(zip(old, new, strict=True))
 
 
-@pytest.mark.parametrize("first", [NAMES, IDS])
-def test_of_tables_of_features(tmp_path, first):
-    names = [*NAMES, "NA"]
-    ids = names if first is NAMES else [*IDS, "ENSG00000009999"]
+@groups
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_of_tables_of_features(tmp_path, with_ids, names):
+    ids = ids_of(names) if with_ids else names
     (tmp_path / "features.tsv").write_text("".join(f"{row[0]}\t{row[1]}\n" for row in zip(ids, names, strict=True)))
     genes = _read_features(tmp_path / "features.tsv")
     assert genes.index.tolist() == ids and genes["gene_symbol"].tolist() == names
@@ -78,8 +91,8 @@ def test_of_anndata_files(tmp_path, suffix):
     assert open_source(tmp_path / f"a.{suffix}").genes.gene_ids.tolist() == LIKE_OTHERS
 
 
-def test_of_gene_embeddings(tmp_path):
-    names = [*NAMES, "NA"]
+@groups
+def test_of_gene_embeddings(tmp_path, names):
     values = np.random.default_rng(0).normal(size=(len(names), 4))
     tokenizer = GeneTokenizer(names)
     sizes = {"hidden_size": 4, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
