@@ -75,6 +75,8 @@ def warn_of_few_matches(aliases: Mapping[str, str], gene_ids: Iterable[str]) -> 
     gene_ids : iterable of str
         All gene ids of the sources.
     """
+    if not aliases:
+        return
     gene_ids = set(gene_ids)
     n = sum(old in gene_ids for old in aliases)
     if n < _LITTLE * min(len(aliases), len(gene_ids)):
