@@ -1,4 +1,4 @@
-"""Make a CellStore from files of cells: h5ad, zarr, 10x h5 and mtx, loom, other stores.
+"""Make a CellStore from files of cells: h5ad, zarr, 10x h5 and mtx, loom, other pipelines' folders, other stores.
 
 stformer-hf build --data a.h5ad b.h5ad --output atlas --obs cell_type donor
 stformer-hf build --data downloads --output atlas --obs all --workers 4

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from anndata import AnnData, read_h5ad
 
+from ..data.formats import local_path
+from ..genes.text_files import naming
+
 
 def read(data: str, output: str | None = None, overwrite: bool = False) -> AnnData:
     """Read the input, after a look at where the output, if it is a file, shall go.
@@ -17,14 +20,12 @@ def read(data: str, output: str | None = None, overwrite: bool = False) -> AnnDa
     ValueError
         The input is no h5ad file; output and input are one file; the output is a folder.
     """
-    if not Path(data).exists():
+    if not local_path(data).exists():
         raise FileNotFoundError(f"No such file: {data}")
     if output is not None:
         _check_output(data, Path(output), overwrite)
-    try:
+    with naming(data, "h5ad"):
         return read_h5ad(data)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"{data} is not a readable h5ad file: {error}") from error
 
 
 def _check_output(data: str, output: Path, overwrite: bool) -> None:

@@ -477,12 +477,14 @@ def _one_against_rest(config: TrainClassificationConfig, files: list[str], folde
     from anndata import read_h5ad
 
     from ..data.cell_store import CellStore
+    from ..genes.text_files import naming
     from ..models.gene_bert.gene_vocabulary import phenotype_token
 
     name, wanted = config.phenotype_category, config.binary_label
     cells = []
     for file in files:
-        adata = read_h5ad(file, backed="r")
+        with naming(file, "h5ad"):
+            adata = read_h5ad(file, backed="r")
         if name not in adata.obs:
             raise ValueError(f"{file} has no obs column {name!r}; it has {', '.join(adata.obs)}.")
         labels = adata.obs[name]

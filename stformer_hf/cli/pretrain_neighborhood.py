@@ -249,6 +249,8 @@ def _with_places(args: PretrainNeighborhoodArguments) -> list[AnnData]:
     import pandas as pd
     from anndata import read_h5ad
 
+    from ..genes.text_files import naming
+
     paths = [Path(path) for path in args.data]
     names = [path.stem for path in paths]
     if len(set(names)) < len(names):  # such as sample1/adata.h5ad and sample2/adata.h5ad
@@ -259,7 +261,8 @@ def _with_places(args: PretrainNeighborhoodArguments) -> list[AnnData]:
     for path, file in zip(paths, names, strict=True):
         if path.suffix != ".h5ad" or not path.is_file():
             raise ValueError(f"{path} is no h5ad file: give such, with coordinates in obsm, or a store.")
-        adata = read_h5ad(path, backed="r")
+        with naming(path, "h5ad"):
+            adata = read_h5ad(path, backed="r")
         if args.spatial_key not in adata.obsm:
             there = ", ".join(map(repr, adata.obsm)) or "nothing"
             raise ValueError(f"{path} has no obsm[{args.spatial_key!r}]; its obsm has {there}.")

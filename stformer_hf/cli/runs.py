@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from ..data.cell_store import CellStore
 from ..data.formats import expand
 from ..data.spatial_graph import spatial_neighbors
+from ..genes.text_files import naming
 from ..training.cell_trainer import CellTrainer
 from ..training.checkpoints import last_whole_checkpoint
 
@@ -128,7 +129,8 @@ def _with_graph(source: str, key: str, section: str | None) -> AnnData | str:
     """Give an h5ad file that has no graph of its cells as an AnnData with one; other sources as they are."""
     if Path(source).suffix != ".h5ad" or not Path(source).is_file():
         return source
-    adata = read_h5ad(source, backed="r")
+    with naming(source, "h5ad"):
+        adata = read_h5ad(source, backed="r")
     if key in adata.obsp:
         adata.file.close()
         return source

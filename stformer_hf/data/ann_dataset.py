@@ -13,6 +13,7 @@ import torch
 from anndata import AnnData
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from ..genes.text_files import naming
 from .formats import Layer, anndata_layers, read_layers
 from .transforms import Transform, check_transform
 
@@ -82,7 +83,8 @@ class AnnDataset(Dataset):
         self.transform, self.chunk_size = transform, chunk_size
         self._name, layer = _find_x(adata_or_path)
         self._matrix = layer.matrix
-        obs = layer.obs()
+        with naming(self._name):
+            obs = layer.obs()
         if len(obs) != self._matrix.shape[0]:
             raise ValueError(f"{self._name} is damaged: X has {self._matrix.shape[0]} rows, obs has {len(obs)}.")
         self._rows = _chosen_rows(obs_subset, len(obs))
@@ -152,7 +154,9 @@ class AnnDataset(Dataset):
         order = np.argsort(rows)
         for start in range(0, len(rows), self.chunk_size):
             places = order[start : start + self.chunk_size]
-            block = self._matrix.take(rows[places]).astype(np.float32, copy=False).toarray()
+            with naming(self._name):
+                block = self._matrix.take(rows[places])
+            block = block.astype(np.float32, copy=False).toarray()
             for place, values in zip(places, torch.from_numpy(block), strict=True):
                 found[place] = values
         return found

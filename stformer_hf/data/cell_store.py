@@ -457,7 +457,8 @@ class CellStore:
             Folder to make.
         sources : AnnData, CellStore, str, Path, or several of them
             AnnData objects (in memory or backed, views too), other stores, and files: `.h5ad`, `.zarr`, 10x `.h5` and
-            `.mtx` folders, `.loom`. A folder gives all such files in it; a pattern such as `data/*.h5ad` all that fit.
+            `.mtx` folders, `.loom`, folders of Parse, kb-python and alevin-fry, csv files of BD Rhapsody. A folder
+            gives all such files in it; a pattern such as `data/*.h5ad` all that fit.
         obs : sequence of str, or "all", optional
             Columns of obs to keep. Categorical and repeated string columns become class labels.
         layer : str, optional
@@ -468,7 +469,9 @@ class CellStore:
         neighbors : str, optional
             Key of obsp, such as `spatial_connectivities`, whose graph is kept; see `neighbors`.
         aliases : mapping, DataFrame or file, optional
-            Old gene id (or name) -> new id.
+            Old gene id (or name) -> new id, ids with or without version. A csv, tsv, txt or parquet file has them in
+            its first two columns, a json file is one object. Where few of them are genes of the sources, a warning
+            says how many.
         unify : "symbol", optional
             Take genes of different sources that have one symbol under different ids for one.
         species : str, optional

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-import gzip
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from anndata.io import read_elem, read_h5ad
 from scipy import sparse
 
 from ..genes.gene_table import GeneTable
+from ..genes.text_files import naming, read_columns, read_text_table
 from .matrices import (
     ColumnMatrix,
     CompressedMatrix,
@@ -26,13 +27,22 @@ from .matrices import (
     FileHandle,
     Matrix,
     MemoryMatrix,
-    ScatteredMatrix,
     Selection,
 )
+from .matrix_market import MtxMatrix
+from .text_matrix import TextMatrix
 
 logger = logging.getLogger(__name__)
 
 GENES = "Gene Expression"  # the feature type of genes in 10x files
+_BD_FILE = re.compile(r"_MolsPerCell(_Unfiltered)?\.csv(\.gz)?$", re.IGNORECASE)
+_REMOTE = re.compile(r"([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)
+_NOT_HDF5 = {  # how a file begins that is none, and what to do with it
+    b"\x1f\x8b": "It is compressed by gzip: unpack it.",
+    b"PK\x03\x04": "It is a zip archive: unpack it.",
+    b"version https://git-lfs": "It is a pointer of Git LFS: fetch the file itself (git lfs pull).",
+    b"<": "It is a web page, as a download that failed leaves it: download the file again.",
+}
 _LOOM_CELLS = ("CellID", "Cell_id", "cell_id", "obs_names")
 _LOOM_GENES = ("Gene", "gene_names", "GeneName", "var_names")
 
@@ -99,18 +109,43 @@ def read_layers(path: str | Path) -> list[Layer]:
     ValueError
         A format that is not read; a file that is damaged.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.exists():
         raise FileNotFoundError(f"No such file: {path}")
     known = find_format(path)
     if known is None:
         raise _unknown(path)
-    return known.read(path)
+    with naming(path):
+        return known.read(path)
+
+
+def local_path(path: str | Path) -> Path:
+    """Make a path of what names a file on this machine; refuse the addresses of others.
+
+    Raises
+    ------
+    ValueError
+        An address such as `s3://…` or `https://…`.
+    """
+    remote = _REMOTE.match(str(path))
+    if remote is None or Path(path).exists():
+        return Path(path)
+    if remote[1].lower() == "file":
+        raise ValueError(f"{path}: give the path alone, without {remote[1]}://.")
+    address = f"{remote[1]}://{str(path)[remote.end() :]}"  # a Path has one slash
+    if ".zarr" in address:
+        way = f"pass the AnnData that anndata.io.read_zarr({address!r}) reads"
+    else:
+        way = f"take what fsspec.open_local('simplecache::{address}', simplecache={{'same_names': True}}) returns"
+    raise ValueError(f"{address}: only files of this machine are read. Download it and give its path, or {way}.")
 
 
 def _unknown(path: Path) -> ValueError:
     names = ", ".join(known.name for known in FORMATS)
-    return ValueError(f"{path}: none of the formats that are read ({names}), and no AnnData.")
+    return ValueError(
+        f"{path}: none of the formats that are read ({names}), and no AnnData. Read it into an AnnData, as in "
+        "anndata.io.read_mtx(path).T or anndata.io.read_csv(path), and pass that or an h5ad of it."
+    )
 
 
 def expand(sources: Iterator[Any]) -> list[Any]:
@@ -139,7 +174,7 @@ def expand(sources: Iterator[Any]) -> list[Any]:
         if not isinstance(source, (str, Path)):
             found.append(source)
             continue
-        path = Path(source)
+        path = local_path(source)
         paths = (
             [path] if path.exists() else sorted(Path().glob(str(source)) if not path.is_absolute() else _glob(path))
         )
@@ -207,7 +242,10 @@ def _open_hdf5(path: Path) -> h5py.File:
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOENT):
             raise  # the file is not to blame
-        raise ValueError(f"{path} is not a readable HDF5 file, or is cut short: {error}") from error
+        with open(path, "rb") as file:
+            begin = file.read(32).lstrip()
+        hint = next((f" {hint}" for known, hint in _NOT_HDF5.items() if begin.startswith(known)), "")
+        raise ValueError(f"{path} is not a readable HDF5 file, or is cut short: {error}.{hint}") from error
 
 
 def _open_zarr(path: Path):
@@ -231,10 +269,7 @@ def _read_h5ad(path: Path) -> list[Layer]:
 
 @reads("zarr", _is_zarr)
 def _read_zarr(path: Path) -> list[Layer]:
-    try:
-        return read_anndata_file(path, _open_zarr)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"{path} is not a readable zarr group: {error}") from error
+    return read_anndata_file(path, _open_zarr)
 
 
 def read_anndata_file(path: Path, opener: Callable[[Path], Any] = _open_hdf5) -> list[Layer]:
@@ -363,102 +398,160 @@ def _matrix_file(path: Path) -> Path | None:
     return path if path.name.endswith(("matrix.mtx", "matrix.mtx.gz")) else None
 
 
+def _file_of(path: Path, *names: str) -> Path | None:
+    """Find a file of one of these names, gzipped or not: the path itself, or in the folder that it is."""
+    names = [name + end for name in names for end in ("", ".gz")]
+    if path.name in names and path.is_file():
+        return path
+    return next((path / name for name in names if (path / name).is_file()), None)
+
+
+def _beside(file: Path, *names: str) -> Path:
+    """Find the table that goes with a matrix: the first of these names that is there, gzipped or not."""
+    found = (_file_of(file.parent, name) for name in names)
+    table = next((table for table in found if table is not None), None)
+    if table is None:
+        raise ValueError(f"{file} has no {' or '.join(names)} beside it.")
+    return table
+
+
+def _rows_of_mtx(file: Path, genes: pd.DataFrame, cells: pd.DataFrame, *, cells_in_rows: bool) -> MtxMatrix:
+    """Open a Matrix Market file, and see that it fits the tables of its genes and cells."""
+    matrix = MtxMatrix(file, cells_in_rows)
+    n_cells, n_genes = wanted = len(cells), len(genes)
+    if matrix.shape != wanted:
+        hint = " Its rows and columns are exchanged: transpose it." if matrix.shape == wanted[::-1] else ""
+        if (n_cells - matrix.shape[0], n_genes - matrix.shape[1]) in ((0, 1), (1, 0), (1, 1)):
+            hint = " A table of one line more may begin with a header: take it away."
+        raise ValueError(
+            f"{file} has {matrix.shape[1]} features and {matrix.shape[0]} barcodes; the tables beside it have "
+            f"{n_genes} and {n_cells}.{hint}"
+        )
+    return matrix
+
+
+@reads("Parse", lambda path: _parse_file(path) is not None)
+def _read_parse(path: Path) -> list[Layer]:
+    """Read a folder of Parse Biosciences: count_matrix.mtx or DGE.mtx, all_genes.csv and cell_metadata.csv."""
+    file = _parse_file(path)
+
+    def read_table(name: str, index: str) -> pd.DataFrame:
+        table = read_text_table(_beside(file, name))
+        if index not in table:
+            raise ValueError(f"{name} beside {file} has no column {index}; it has {', '.join(map(str, table))}.")
+        return table.set_index(index).rename_axis(index=None)
+
+    genes, cells = read_table("all_genes.csv", "gene_id"), read_table("cell_metadata.csv", "bc_wells")
+    matrix = _rows_of_mtx(file, genes, cells, cells_in_rows=True)
+    return [Layer("X", matrix, lambda: GeneTable.from_var(genes), lambda: cells.apply(_whole_numbers))]
+
+
+def _parse_file(path: Path) -> Path | None:
+    file = _file_of(path, "count_matrix.mtx", "DGE.mtx")
+    return file if file is not None and _file_of(file.parent, "all_genes.csv") else None
+
+
+def _whole_numbers(column: pd.Series) -> pd.Series:
+    """Make numbers of text where all of it is whole numbers in their usual form: `01` and `1e5` are labels."""
+    usual = column.str.fullmatch(r"0|-?[1-9]\d{0,17}")
+    return column.astype(np.int64) if usual.all() else column
+
+
+@reads("kb-python", lambda path: bool(_kallisto_files(path)))
+def _read_kallisto(path: Path) -> list[Layer]:
+    """Read a folder of kb-python: cells_x_genes.mtx, or one matrix for each kind of molecules (mature, nascent, …)."""
+    files = _kallisto_files(path)
+    genes = _names_table(_beside(files[0], "cells_x_genes.genes.txt"))
+    symbols = _file_of(files[0].parent, "cells_x_genes.genes.names.txt")
+    if symbols is not None:
+        names = read_columns(symbols)[0].to_numpy(object)
+        if len(names) != len(genes):
+            raise ValueError(f"{symbols} has {len(names)} lines; there are {len(genes)} genes.")
+        genes["gene_symbol"] = names
+    cells = _names_table(_beside(files[0], "cells_x_genes.barcodes.txt"))
+    return [
+        Layer(
+            file.name.removesuffix(".gz").removesuffix(".mtx").removeprefix("cells_x_genes").strip(".") or "X",
+            _rows_of_mtx(file, genes, cells, cells_in_rows=True),
+            lambda: GeneTable.from_var(genes),
+            lambda: cells,
+        )
+        for file in files
+    ]
+
+
+def _kallisto_files(path: Path) -> list[Path]:
+    names = ("cells_x_genes*.mtx", "cells_x_genes*.mtx.gz")
+    if path.is_dir():
+        return sorted(file for name in names for file in path.glob(name))
+    return [path] if any(path.match(name) for name in names) else []
+
+
+def _names_table(file: Path) -> pd.DataFrame:
+    """Make a table without columns of a file with one name per line."""
+    return pd.DataFrame(index=pd.Index(read_columns(file)[0], dtype=object, name=None))
+
+
+@reads("alevin-fry", lambda path: _file_of(path, "quants_mat.mtx") is not None)
+def _read_alevin_fry(path: Path) -> list[Layer]:
+    """Read the folder `alevin` of alevin-fry: quants_mat.mtx, quants_mat_cols.txt and quants_mat_rows.txt.
+
+    In USA mode each gene has three columns: `gene`, `gene-U` and `gene-A`. Which of them are to be counted depends on
+    the experiment, so that there is no X: `spliced+ambiguous` is usual for cells, all three for nuclei.
+    """
+    file = _file_of(path, "quants_mat.mtx")
+    genes, cells = (_names_table(_beside(file, f"quants_mat_{kind}.txt")) for kind in ("cols", "rows"))
+    matrix = _rows_of_mtx(file, genes, cells, cells_in_rows=True)
+    n, names = len(genes) // 3, genes.index.to_numpy(object)
+    if (
+        len(genes) % 3
+        or not n
+        or any((names[:n] + end != names[i * n :][:n]).any() for i, end in ((1, "-U"), (2, "-A")))
+    ):
+        return [Layer("X", matrix, lambda: GeneTable.from_var(genes), lambda: cells)]
+    parts = dict(zip(("spliced", "unspliced", "ambiguous"), np.arange(3 * n).reshape(3, n), strict=True))
+
+    def layer(*kinds: str) -> Layer:  # columns of one gene are summed, as everywhere
+        columns = np.concatenate([parts[kind] for kind in kinds])
+        var = genes.iloc[columns % n]
+        return Layer("+".join(kinds), Selection(matrix, None, columns), lambda: GeneTable.from_var(var), lambda: cells)
+
+    return [layer("spliced", "ambiguous"), layer(*parts), *map(layer, parts)]
+
+
 @reads("10x mtx", lambda path: _matrix_file(path) is not None)
 def _read_tenx_mtx(path: Path) -> list[Layer]:
     """Read a Cell Ranger folder: matrix.mtx, barcodes.tsv, and features.tsv (v3) or genes.tsv (v2); gzipped or not."""
     file = _matrix_file(path)
     prefix = file.name[: file.name.index("matrix.mtx")]
-
-    def read_table(*names: str) -> pd.DataFrame:
-        for name in names:
-            for table in (file.with_name(prefix + name), file.with_name(prefix + name + ".gz")):
-                if table.exists():
-                    return pd.read_csv(table, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=3)
-        raise ValueError(f"{file} has no {' or '.join(prefix + name for name in names)} beside it.")
-
-    features, barcodes = read_table("features.tsv", "genes.tsv"), read_table("barcodes.tsv")
-    matrix = MtxMatrix(file)
-    if matrix.shape != (len(barcodes), len(features)):
-        raise ValueError(
-            f"{file} has {matrix.shape[1]} features and {matrix.shape[0]} barcodes; the tables beside it have "
-            f"{len(features)} and {len(barcodes)}."
-        )
-    names = ["gene_symbol", "feature_type"][: features.shape[1] - 1]
-    columns = {name: features[i + 1].to_numpy(object) for i, name in enumerate(names)}
-    var = pd.DataFrame(columns, index=pd.Index(features[0], dtype=object))
-    return _by_feature_type(matrix, var, lambda: pd.DataFrame(index=pd.Index(barcodes[0], dtype=object)))
+    genes = _read_features(_beside(file, prefix + "features.tsv", prefix + "genes.tsv"))
+    cells = _names_table(_beside(file, prefix + "barcodes.tsv"))
+    return _by_feature_type(_rows_of_mtx(file, genes, cells, cells_in_rows=False), genes, lambda: cells)
 
 
-class MtxMatrix(ScatteredMatrix):
-    """A Matrix Market file of features by barcodes, read as barcodes by features.
+def _read_features(file: Path) -> pd.DataFrame:
+    """Read features.tsv or genes.tsv: ids, and where lines have more, `gene_symbol` and `feature_type`, unchanged."""
+    table = read_columns(file, 3)
+    genes = pd.DataFrame(index=pd.Index(table[0], dtype=object, name=None))
+    for column, name in ((1, "gene_symbol"), (2, "feature_type")):
+        if column in table and (table[column] != "").any():
+            genes[name] = table[column].to_numpy(object)
+    return genes
 
-    Parameters
-    ----------
-    file : Path
-        Coordinate format, gzipped or not.
 
-    Raises
-    ------
-    ValueError
-        Another format; fewer entries than the header says; entries outside the matrix.
-    """
+# ---------------------------------------------------------------------- BD Rhapsody
 
-    def __init__(self, file: Path):
-        super().__init__()
-        self._file = file
-        with self._open() as lines:
-            header = lines.readline().lower().split()
-            line = lines.readline()
-            self._n_header = 2
-            while line.startswith("%"):
-                line = lines.readline()
-                self._n_header += 1
-        sizes = line.split()
-        good = header[:3] == ["%%matrixmarket", "matrix", "coordinate"] and header[4:5] == ["general"]
-        if not good or len(sizes) != 3 or not all(size.isdigit() for size in sizes):
-            raise ValueError(f"{file} is not a Matrix Market file of coordinates.")
-        n_features, n_barcodes, self._n_entries = map(int, sizes)
-        self._field = header[3]
-        self.shape = (n_barcodes, n_features)
 
-    def _open(self):
-        return gzip.open(self._file, "rt") if self._file.suffix == ".gz" else open(self._file)
-
-    def size(self) -> tuple[int, np.dtype]:
-        """Entries of the header; whole numbers where the header says so."""
-        return self._n_entries, np.dtype(np.float64 if self._field == "real" else np.int64)
-
-    def entries(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Give barcodes, features and values, a buffer at a time."""
-        names = ["feature", "barcode"] + ([] if self._field == "pattern" else ["value"])
-        n_entries = 0
-        try:
-            parts = pd.read_csv(
-                self._file,
-                sep=r"\s+",
-                header=None,
-                names=names,
-                skiprows=self._n_header,
-                dtype={"feature": np.int64, "barcode": np.int64, "value": self.size()[1]},
-                chunksize=1 << 20,
-            )
-            for part in parts:
-                if not len(part):
-                    continue
-                features, barcodes = part["feature"].to_numpy() - 1, part["barcode"].to_numpy() - 1
-                if features.min() < 0 or features.max() >= self.shape[1] or barcodes.min() < 0:
-                    raise ValueError("entries outside the matrix")
-                if barcodes.max() >= self.shape[0]:
-                    raise ValueError("entries outside the matrix")
-                n_entries += len(part)
-                values = part["value"].to_numpy() if "value" in part else np.ones(len(part), np.int64)
-                yield barcodes, features, values
-        except pd.errors.EmptyDataError:
-            pass
-        except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"{self._file} is damaged: {error}") from error
-        if n_entries != self._n_entries:
-            raise ValueError(f"{self._file} is cut short: {n_entries} entries of {self._n_entries}.")
+@reads("BD Rhapsody csv", lambda path: _BD_FILE.search(path.name) is not None and path.is_file())
+def _read_rhapsody(path: Path) -> list[Layer]:
+    """Read the table of molecules of BD Rhapsody: cells by genes, dense; antibodies have names that end in pAbO."""
+    matrix = TextMatrix(path)
+    names = pd.Series(matrix.columns, dtype=object)
+    kinds = np.where(names.str.endswith("pAbO"), "Antibody Capture", GENES).astype(object)
+    # A gene is written as its symbol, in targeted panels as `symbol|transcript|kind`.
+    genes = np.where(kinds == GENES, names.str.partition("|")[0], names).astype(object)
+    var = pd.DataFrame({"feature_type": kinds}, index=pd.Index(genes, dtype=object))
+    return _by_feature_type(matrix, var, lambda: pd.DataFrame(index=pd.Index(matrix.index, dtype=object)))
 
 
 # ---------------------------------------------------------------------- loom and stores
@@ -542,6 +635,7 @@ __all__ = [
     "anndata_layers",
     "expand",
     "find_format",
+    "local_path",
     "read_layers",
     "reads",
     "store_layers",

@@ -18,6 +18,7 @@ import pyarrow as pa
 import xxhash
 from scipy import sparse
 
+from ..genes.text_files import naming
 from ..genes.unite import FATES
 from .matrices import Matrix
 from .sources import checked_blocks
@@ -172,7 +173,8 @@ class Piece:
 def write_piece(piece: Piece, progress: Callable[[int], object] = lambda n_cells: None) -> dict:
     """Write a piece to shards, and then its record, which is returned."""
     with told_when_full(piece.record.parent):
-        piece.matrix.prepare(piece.record.parent)
+        with naming(piece.name):
+            piece.matrix.prepare(piece.record.parent)
         writer = ShardWriter(piece.record.parent, piece.record.stem, piece.format, piece.rows_per_shard)
         per_fate = np.zeros(len(FATES))
         n_counts = n_empty = 0

@@ -13,6 +13,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from ..genes.gene_table import GeneTable
+from ..genes.text_files import naming
 from .formats import Layer, anndata_layers, read_layers, store_layers
 from .matrices import Matrix
 
@@ -113,7 +114,8 @@ def checked_blocks(
 ) -> Iterator[sparse.csr_matrix]:
     """Read counts of a matrix, a block at a time, and check them; see `Source.blocks`."""
     for first in range(start, stop, rows):
-        block = matrix.rows(first, min(first + rows, stop))
+        with naming(name):
+            block = matrix.rows(first, min(first + rows, stop))
         values, problem = _checked(block.data, fractional)
         if problem:
             raise ValueError(
@@ -166,18 +168,19 @@ def open_source(
         name, key, layers = str(source.path), None, store_layers(source)
     else:
         raise ValueError(f"A source is a path, an AnnData or a CellStore, not {type(source).__name__}.")
-    found = _find_counts(layers, layer, fractional, name)
-    opened = Source(
-        name=name,
-        counts_in=found.name,
-        genes=found.genes(),
-        obs=found.obs(),
-        key=key,
-        matrix=found.matrix,
-        _layer=found,
-        _fractional=fractional,
-    )
-    found.matrix.close()
+    with naming(name):
+        found = _find_counts(layers, layer, fractional, name)
+        opened = Source(
+            name=name,
+            counts_in=found.name,
+            genes=found.genes(),
+            obs=found.obs(),
+            key=key,
+            matrix=found.matrix,
+            _layer=found,
+            _fractional=fractional,
+        )
+        found.matrix.close()
     opened.obs = opened.obs.set_axis(opened.obs.columns.astype(str), axis=1)
     if (opened.genes.gene_ids == "").any():
         n_nameless = int((opened.genes.gene_ids == "").sum())

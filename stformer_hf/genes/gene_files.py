@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,15 +13,15 @@ from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .ensembl import is_ensembl, mostly_ensembl, strip_versions
+from .text_files import existing_file, naming, open_text, read_text_table
 
 logger = logging.getLogger(__name__)
 
 # Usual names of columns, the better ones first; case and punctuation do not count.
-_ID_COLUMNS = (
+ID_COLUMNS = (
     "ensembl_gene_id",  # HGNC, biomaRt
     "ensembl_id",
     "gene_stable_id",  # BioMart
@@ -36,7 +34,7 @@ _ID_COLUMNS = (
     "ensembl",
     "index",  # of a DataFrame
 )
-_SYMBOL_COLUMNS = (
+SYMBOL_COLUMNS = (
     "symbol",  # HGNC
     "gene_symbol",
     "gene_symbols",
@@ -53,23 +51,19 @@ _SYMBOL_COLUMNS = (
 _GTF_ATTRIBUTE = re.compile(r'([^\s;]+)\s+(?:"([^"]*)"|([^\s;"]+))')  # gene_id "ENSG…"; level 2
 _GFF3_ATTRIBUTES = re.compile(r"\s*[^\s;=\"]+=")  # ID=gene:ENSG…;Name=…
 _BLOCK = 1 << 20  # bytes
-_DAMAGE = (OSError, EOFError, ValueError, zlib.error, pa.ArrowException)  # what a reader raises of a bad file
 
 
 def read_gtf(path: str | Path) -> pd.DataFrame:
     """Read the genes of an annotation; see `GeneTable.from_gtf`."""
-    path = _existing(path)
+    path = existing_file(path)
     genes = []
-    try:
-        with _open(path) as file:
-            for line in _gene_lines(file):
-                fields = line.decode(errors="replace").split("\t")
-                if len(fields) == 9 and fields[2].endswith("gene") and not line.startswith(b"#"):
-                    attributes = _attributes(fields[8])
-                    if "Parent" not in attributes:  # else a transcript of a kind such as processed_pseudogene
-                        genes.append((fields[0], attributes))
-    except _DAMAGE as error:
-        raise ValueError(f"{path} cannot be read as GTF or GFF3: {error}.") from error
+    with naming(path, "GTF or GFF3"), open_text(path) as file:
+        for line in _gene_lines(file):
+            fields = line.decode(errors="replace").split("\t")
+            if len(fields) == 9 and fields[2].endswith("gene") and not line.startswith(b"#"):
+                attributes = _attributes(fields[8])
+                if "Parent" not in attributes:  # else a transcript of a kind such as processed_pseudogene
+                    genes.append((fields[0], attributes))
     if not genes:
         seen = _features(path)
         raise ValueError(
@@ -90,11 +84,9 @@ def read_table(table: str | Path | pd.DataFrame, gene_id: str | None, symbol: st
     """Read genes from columns of a table; see `GeneTable.from_table`."""
     if isinstance(table, pd.DataFrame):
         return _read_frame(table, "The table", gene_id, symbol)
-    path = _existing(table)
-    try:
-        frame = pq.read_table(path).to_pandas() if path.suffix == ".parquet" else _read_text(path)
-    except _DAMAGE as error:
-        raise ValueError(f"{path} cannot be read as a table: {error}.") from error
+    path = existing_file(table)
+    with naming(path, "a table"):
+        frame = pq.read_table(path).to_pandas() if path.suffix == ".parquet" else read_text_table(path)
     return _read_frame(frame, str(path), gene_id, symbol)
 
 
@@ -122,12 +114,9 @@ def _read_frame(frame: pd.DataFrame, name: str, gene_id: str | None, symbol: str
 
 def read_json(path: str | Path) -> pd.DataFrame:
     """Read genes from a JSON object or list; see `GeneTable.from_json`."""
-    path = _existing(path)
-    try:
-        with _open(path) as file:
-            content = json.loads(file.read(), object_pairs_hook=tuple)  # a symbol may stand there twice
-    except _DAMAGE as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}.") from error
+    path = existing_file(path)
+    with naming(path, "JSON"), open_text(path) as file:
+        content = json.loads(file.read(), object_pairs_hook=tuple)  # a symbol may stand there twice
     if isinstance(content, list) and content and all(isinstance(record, tuple) for record in content):
         return _read_frame(pd.DataFrame([dict(record) for record in content]), str(path), None, None)
     if not isinstance(content, tuple) or not all(isinstance(value, str | None) for _, value in content):
@@ -144,20 +133,6 @@ def read_json(path: str | Path) -> pd.DataFrame:
         raise ValueError(f"{path} has as many Ensembl ids among its keys as among its values: which are the symbols?")
     ids, symbols = (left, right) if n_left > n_right else (right, left)
     return _unite_rows(ids, symbols, pd.DataFrame(index=range(len(ids))), str(path))
-
-
-def _existing(path: str | Path) -> Path:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
-    return path
-
-
-def _open(path: Path) -> BinaryIO:
-    """Open a file that may be compressed by gzip, whatever its name."""
-    with path.open("rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path) if zipped else path.open("rb")
 
 
 def _gene_lines(file: BinaryIO) -> Iterator[bytes]:
@@ -182,14 +157,6 @@ def _lines_with(part: bytes, lines: bytes, end: int) -> Iterator[bytes]:
         at = lines.find(part, stop, end)
 
 
-def _read_text(path: Path) -> pd.DataFrame:
-    """Read a csv or tsv file, all values as they stand: `nan` is a gene of the fruit fly."""
-    with _open(path) as file:
-        separator = "\t" if b"\t" in file.readline() else ","
-    with _open(path) as file:
-        return pd.read_csv(file, sep=separator, dtype=str, keep_default_na=False)
-
-
 def _attributes(text: str) -> dict[str, str]:
     """Read the last field of a GTF or GFF3 line."""
     if _GFF3_ATTRIBUTES.match(text):
@@ -200,7 +167,7 @@ def _attributes(text: str) -> dict[str, str]:
 
 def _features(path: Path) -> str:
     """Name the features of an annotation that has no genes."""
-    with _open(path) as file:
+    with open_text(path) as file:
         lines = [line.split(b"\t") for line in islice(file, 1000) if not line.startswith(b"#")]
     return ", ".join(sorted({fields[2].decode(errors="replace") for fields in lines if len(fields) == 9}))
 
@@ -209,8 +176,14 @@ def _first(attributes: Mapping[str, str], *keys: str) -> str:
     return next((attributes[key] for key in keys if attributes.get(key)), "")
 
 
+def whole_numbers(column: pd.Series) -> pd.Series:
+    """Give numbers that pandas made fractions, because some are missing, as whole numbers again."""
+    return column.astype("Int64") if column.dtype.kind == "f" and (column.dropna() % 1 == 0).all() else column
+
+
 def _names(column: pd.Series) -> np.ndarray:
     """Read a column as names: object array (n,) of str, empty where missing (R writes `NA`)."""
+    column = whole_numbers(column)
     names = column.astype(object).where(column.notna(), "").astype(str).str.strip()
     return names.where(names != "NA", "").to_numpy(dtype=object)
 
@@ -227,7 +200,7 @@ def _usual(frame: pd.DataFrame, names: Sequence[str]) -> list:
 
 def _find_ids(frame: pd.DataFrame, name: str, seen: str):
     others = []
-    for column in _usual(frame, _ID_COLUMNS):
+    for column in _usual(frame, ID_COLUMNS):
         names = _names(frame[column])
         if _mostly_ids(names):
             return column
@@ -241,7 +214,7 @@ def _find_ids(frame: pd.DataFrame, name: str, seen: str):
 
 
 def _find_symbols(frame: pd.DataFrame, name: str, seen: str, gene_id):
-    for column in _usual(frame, _SYMBOL_COLUMNS):
+    for column in _usual(frame, SYMBOL_COLUMNS):
         names = _names(frame[column])
         if column != gene_id and not is_ensembl(names[names != ""]).all():  # genes without a symbol may have their id
             return column
@@ -266,4 +239,4 @@ def _unite_rows(ids, symbols, others: pd.DataFrame, name: str) -> pd.DataFrame:
     return frame.drop_duplicates(["gene_id", "symbol"]).reset_index(drop=True)
 
 
-__all__ = ["read_gtf", "read_json", "read_table"]
+__all__ = ["ID_COLUMNS", "SYMBOL_COLUMNS", "read_gtf", "read_json", "read_table", "whole_numbers"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .aliases import read_aliases, warn_of_few_matches
 from .gene_table import GeneTable, guess_species, is_ensembl
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,7 @@ def unite(
     names : sequence of str
         Names of the sources, for messages.
     aliases : mapping, DataFrame or file, optional
-        Old id (or name) -> new id. A DataFrame, or a csv, tsv or parquet file, has them in its first two columns; a
-        json file is one object.
+        Old id (or name) -> new id; see `read_aliases`.
     unify : "symbol", optional
         Take genes of different sources that have the same symbol under different ids for one gene. Its id is the
         first Ensembl id among them. Symbols that one source has under several ids stay as they are.
@@ -75,6 +75,7 @@ def unite(
     if unify not in (None, "symbol"):
         raise ValueError(f"unify={unify!r}: use 'symbol', or None.")
     renamed = read_aliases(aliases)
+    warn_of_few_matches(renamed, (gene for table in tables for gene in table.gene_ids))
     ids = [_rename(table.gene_ids, renamed) for table in tables]
     _check_species(ids, names, species)
     same_symbol = _same_symbol(ids, [table.symbols for table in tables])
@@ -98,30 +99,6 @@ def unite(
         fate[source != table.gene_ids] = MAPPED
         fates.append(fate)
     return UnitedGenes(genes, [index.get_indexer(source) for source in ids], fates)
-
-
-def read_aliases(aliases: Mapping[str, str] | pd.DataFrame | str | Path | None) -> dict[str, str]:
-    """Read a table old id -> new id; see `unite`."""
-    if aliases is None:
-        return {}
-    if isinstance(aliases, (str, Path)):
-        path = Path(aliases)
-        readers = {
-            ".json": lambda: pd.read_json(path, typ="series").items(),
-            ".csv": lambda: pd.read_csv(path, dtype=str),
-            ".tsv": lambda: pd.read_csv(path, dtype=str, sep="\t"),
-            ".parquet": lambda: pd.read_parquet(path),
-        }
-        if path.suffix not in readers:
-            raise ValueError(f"{path}: aliases are read from {', '.join(readers)} files.")
-        aliases = readers[path.suffix]()
-        aliases = dict(aliases) if path.suffix == ".json" else aliases
-    if isinstance(aliases, pd.DataFrame):
-        if aliases.shape[1] < 2:
-            raise ValueError("A table of aliases has two columns: old id, new id.")
-        whole = aliases.iloc[:, :2].dropna()
-        aliases = dict(zip(whole.iloc[:, 0], whole.iloc[:, 1], strict=True))
-    return {str(old): str(new) for old, new in aliases.items()}
 
 
 def _rename(ids: np.ndarray, names: Mapping[str, str]) -> np.ndarray:
@@ -191,4 +168,4 @@ def _same_symbol(ids: list[np.ndarray], symbols: list[np.ndarray]) -> dict[str, 
     return {old: new for old, new in found.items() if new not in found}  # an id is renamed once
 
 
-__all__ = ["FATES", "UnitedGenes", "read_aliases", "unite"]
+__all__ = ["FATES", "UnitedGenes", "unite"]

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
+from ..genes.text_files import naming, open_text, suffix_of
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 
 logger = logging.getLogger(__name__)
@@ -87,17 +88,8 @@ def _read(embeddings) -> tuple[list[str], np.ndarray]:
     what = "the table"
     if isinstance(embeddings, (str, os.PathLike)):
         what = path = Path(embeddings)
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                embeddings = {name: file[name] for name in file.files}
-        elif path.suffix == ".parquet":
-            table = pd.read_parquet(path)
-            unnamed = isinstance(table.index, pd.RangeIndex)
-            embeddings = table.set_index(table.columns[0]) if unnamed else table
-        elif path.suffix in (".csv", ".tsv", ".txt"):
-            embeddings = _read_text(path)
-        else:
-            raise ValueError(f"{path}: gene embeddings are a .parquet, .csv, .tsv, .txt or .npz file.")
+        with naming(path, "gene embeddings"):
+            embeddings = _read_file(path)
     if isinstance(embeddings, Mapping):
         lengths = {np.size(vector) for vector in embeddings.values()}
         if len(lengths) != 1:
@@ -112,16 +104,31 @@ def _read(embeddings) -> tuple[list[str], np.ndarray]:
     return [str(name) for name in embeddings.index], values
 
 
+def _read_file(path: Path) -> pd.DataFrame | dict[str, np.ndarray]:
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    if path.suffix == ".parquet":
+        table = pd.read_parquet(path)
+        return table.set_index(table.columns[0]) if isinstance(table.index, pd.RangeIndex) else table
+    if suffix_of(path) in (".csv", ".tsv", ".txt"):
+        return _read_text(path)
+    raise ValueError(f"{path}: gene embeddings are a .parquet, .csv, .tsv, .txt or .npz file.")
+
+
 def _read_text(path: Path) -> pd.DataFrame:
     """Read names and numbers, between commas, tabs or spaces; a first row of names, or of sizes, is passed over."""
-    with open(path, encoding="utf-8") as file:
-        first = file.readline()
+    with open_text(path) as file:
+        first = file.readline().decode("utf-8-sig")
     separator = "," if "," in first else "\t" if "\t" in first else r"\s+"
     words = first.replace(",", " ").split()
     sizes = len(words) == 2 and _is_number(words[0])  # word2vec's "n d"
     header = sizes or not all(map(_is_number, words[1:]))
-    table = pd.read_csv(path, sep=separator, header=None, skiprows=int(header), index_col=0)
-    return table.dropna(axis=1, how="all")  # a separator at the end of the lines
+    with open_text(path) as file:
+        table = pd.read_csv(
+            file, sep=separator, header=None, skiprows=int(header), converters={0: str}, encoding="utf-8-sig"
+        )
+    return table.set_index(0).dropna(axis=1, how="all")  # a separator at the end of the lines
 
 
 def _is_number(word: str) -> bool:

@@ -102,3 +102,14 @@ def test_flags_that_do_not_go_together_are_named(files, tmp_path, capsys, flags,
     output = tmp_path / "out.h5ad"
     assert main(command(files, output, *flags)) == 1
     assert words in capsys.readouterr().err and not output.exists()
+
+
+def test_other_inputs_are_named(files, tmp_path, capsys):
+    output = tmp_path / "out.h5ad"
+    assert main(command({**files, "--data": "s3://bucket/a.h5ad"}, output)) == 1
+    assert "s3://bucket/a.h5ad: only files of this machine are read" in capsys.readouterr().err
+    (tmp_path / "damaged.h5ad").write_bytes(b"x")
+    assert main(command({**files, "--data": str(tmp_path / "damaged.h5ad")}, output)) == 1
+    error = capsys.readouterr().err
+    assert "damaged.h5ad cannot be read as h5ad: OSError" in error and "Traceback" not in error
+    assert not output.exists()

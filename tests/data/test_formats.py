@@ -18,7 +18,7 @@ from conftest import make_adata
 from scipy import io, sparse
 
 from stformer_hf import CellStore
-from stformer_hf.data import matrices, row_buckets
+from stformer_hf.data import formats, matrices, row_buckets
 from stformer_hf.data.formats import FORMATS, expand, find_format, reads
 from stformer_hf.data.sources import open_source
 
@@ -186,7 +186,12 @@ def test_mtx_folders(tmp_path, small_buffers, version, zipped):
         (lambda lines: [*lines[:-1], "99 1 3\n"], "entries outside the matrix"),
         (lambda lines: [*lines[:-1], "1 0 3\n"], "entries outside the matrix"),
         (lambda lines: [*lines[:-1], "1 one 3\n"], "is damaged"),
-        (lambda lines: ["%%MatrixMarket matrix array integer general\n", *lines[1:]], "not a Matrix Market file"),
+        (
+            lambda lines: ["%%MatrixMarket matrix array integer general\n", *lines[1:]],
+            "'%%matrixmarket matrix array integer general' is not read",
+        ),
+        (lambda lines: ["hello\n", *lines[1:]], "not a Matrix Market file"),
+        (lambda lines: [*lines, "1 1 3\n"], "is damaged: .* entries of"),
     ],
 )
 def test_a_damaged_mtx_raises(tmp_path, change, words):
@@ -203,6 +208,52 @@ def test_a_damaged_mtx_raises(tmp_path, change, words):
 def test_an_mtx_without_its_tables_raises(tmp_path):
     io.mmwrite(tmp_path / "matrix.mtx", sparse.coo_matrix(np.eye(3, dtype=int)))
     with pytest.raises(ValueError, match="has no features.tsv or genes.tsv beside it"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".mtx", ".mtx.gz"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_gzip_is_told_by_what_a_file_holds(tmp_path, suffix, zipped):
+    adata = make_adata()
+    write_mtx_folder(tmp_path, adata)
+    for file in list(tmp_path.iterdir()):
+        content = file.read_bytes()
+        file.unlink()
+        name = file.name.replace(".mtx", suffix).replace(".tsv", suffix.replace("mtx", "tsv"))
+        (tmp_path / name).write_bytes(gzip.compress(content) if zipped else content)
+    np.testing.assert_array_equal(read(open_source(tmp_path)), adata.X.toarray())
+
+
+def write_mtx_folder(folder, adata, features=None):
+    """matrix.mtx and barcodes.tsv of some cells, with the lines of features.tsv, else their ids."""
+    io.mmwrite(folder / "matrix.mtx", sparse.coo_matrix(adata.X.T.astype(int)))
+    (folder / "features.tsv").write_text("".join(f"{line}\n" for line in features or adata.var_names))
+    (folder / "barcodes.tsv").write_text("".join(f"{name}\n" for name in adata.obs_names))
+
+
+def test_lines_of_features_may_have_any_number_of_fields(tmp_path):
+    file = tmp_path / "features.tsv"
+    file.write_text('g1\ng2\tS2\tGene Expression\tchr1\t5\ng3\tS3\n\ng4\t"4\t\n')
+    genes = formats._read_features(file)
+    assert genes.index.tolist() == ["g1", "g2", "g3", "g4"]
+    assert genes["gene_symbol"].tolist() == ["", "S2", "S3", '"4']
+    assert genes["feature_type"].tolist() == ["", "Gene Expression", "", ""]
+    file.write_text("g1\tS1\t\ng2\n")
+    assert list(formats._read_features(file)) == ["gene_symbol"]  # a third column that is empty is none
+    file.write_text("g1\ng2\n")
+    assert formats._read_features(file).shape == (2, 0)
+
+
+def test_tables_that_do_not_fit_an_mtx_say_why(tmp_path):
+    adata = make_adata(5, 4)
+    write_mtx_folder(tmp_path, adata)
+    (tmp_path / "barcodes.tsv").write_text("barcode\n" + (tmp_path / "barcodes.tsv").read_text())
+    with pytest.raises(ValueError, match="have 4 and 6. A table of one line more may begin with a header"):
+        open_source(tmp_path)
+    write_mtx_folder(tmp_path, adata.T)
+    (tmp_path / "features.tsv").write_text("\n".join(adata.var_names))
+    (tmp_path / "barcodes.tsv").write_text("\n".join(adata.obs_names))
+    with pytest.raises(ValueError, match="rows and columns are exchanged: transpose it"):
         open_source(tmp_path)
 
 

@@ -1,10 +1,12 @@
 """Sources: where counts are found, and what is said where there are none."""
 
+import h5py
 import numpy as np
 import pytest
 from anndata import AnnData, read_h5ad
 from conftest import make_adata
 
+from stformer_hf import AnnDataset, CellStore
 from stformer_hf.data.sources import open_source
 
 
@@ -90,6 +92,64 @@ def test_a_truncated_file_raises(adata, tmp_path):
         open_source(tmp_path / "a.h5ad")
 
 
+DAMAGES = {  # what is changed in an h5ad, and the error that its reading raises
+    "the names of the cells": ("obs/_index", None, "KeyError"),
+    "the name of the index": ("var", "_index", "KeyError"),
+    "row ends": ("X/indptr", None, "KeyError"),
+    "categories": ("obs/cell_type/categories", None, "KeyError"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_every_error_of_a_damaged_file_names_it(adata, tmp_path, what):
+    key, attribute, error = DAMAGES[what]
+    path = tmp_path / "a.h5ad"
+    adata.write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        if attribute is None:
+            del file[key]
+        else:
+            del file[key].attrs[attribute]
+    for door in (open_source, AnnDataset):
+        if what != "the name of the index" or door is open_source:  # an AnnDataset reads no var
+            with pytest.raises(ValueError, match=f"^{path} cannot be read: {error}: .*download it again"):
+                door(path)
+
+
+def test_errors_while_blocks_are_read_name_the_file(adata, tmp_path):
+    adata.write_zarr(tmp_path / "a.zarr")
+    (tmp_path / "a.zarr/X/indices/0").write_bytes(b"junk")
+    source = open_source(tmp_path / "a.zarr")
+    with pytest.raises(ValueError, match=r"a\.zarr cannot be read: RuntimeError"):
+        list(source.blocks(10))
+    with pytest.raises(ValueError, match=r"a\.zarr cannot be read: RuntimeError"):
+        _ = AnnDataset(tmp_path / "a.zarr")[0]
+    with pytest.raises(ValueError, match=r"a\.zarr cannot be read: RuntimeError"):
+        CellStore.build(tmp_path / "s", tmp_path / "a.zarr", workers=2)
+    adata.X = adata.X.tocsc()
+    adata.write_zarr(tmp_path / "c.zarr")
+    (tmp_path / "c.zarr/X/indices/0").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"c\.zarr cannot be read: RuntimeError"):
+        CellStore.build(tmp_path / "s", tmp_path / "c.zarr")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("a.h5ad", b"\x1f\x8b\x08", "compressed by gzip: unpack it"),
+        ("a.h5", b"\n<!DOCTYPE html>", "It is a web page"),
+        ("a.h5ad", b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        ("a.loom", b"PK\x03\x04", "zip archive"),
+        ("a.zarr.zip", b"junk", "cannot be read: BadZipFile"),
+    ],
+)
+def test_other_files_under_a_known_name_are_told(tmp_path, name, content, match):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=match) as raised:
+        open_source(tmp_path / name)
+    assert str(tmp_path / name) in str(raised.value)
+
+
 def test_views_and_backed_files(adata, counts, tmp_path):
     view = adata[::-2, 5:30]
     np.testing.assert_array_equal(read(open_source(view)), counts[::-2, 5:30])
@@ -147,8 +207,6 @@ def test_counts_in_a_layer_beside_an_empty_x():
 
 @pytest.mark.parametrize("column", [-1, 40])
 def test_columns_beyond_the_genes_are_told(tmp_path, column):
-    import h5py
-
     make_adata().write_h5ad(tmp_path / "a.h5ad")
     with h5py.File(tmp_path / "a.h5ad", "r+") as file:
         file["X/indices"][5] = column

@@ -1,7 +1,5 @@
 """Genes of many sources: united by id, renamed where asked, and nothing silently lost."""
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +8,7 @@ from conftest import make_adata
 from scipy import sparse
 
 from stformer_hf import CellStore, GeneTable
-from stformer_hf.genes.unite import read_aliases, unite
+from stformer_hf.genes.unite import unite
 
 
 def table(**genes) -> GeneTable:
@@ -76,20 +74,7 @@ def test_what_may_be_two_genes_is_not_united():
     assert len(unite([moved, table(OLD=ensembl(1))], ["a", "b"], unify="symbol").genes) == 2
 
 
-def test_aliases_are_read_from_files(tmp_path):
-    frame = pd.DataFrame({"old": ["a", "b"], "new": ["A", "B"], "note": ["x", None]})
-    frame.to_csv(tmp_path / "a.csv", index=False)
-    frame.to_csv(tmp_path / "a.tsv", index=False, sep="\t")
-    frame.to_parquet(tmp_path / "a.parquet")
-    (tmp_path / "a.json").write_text(json.dumps({"a": "A", "b": "B"}))
-    for given in [
-        frame,
-        {"a": "A", "b": "B"},
-        *(tmp_path / f"a.{kind}" for kind in ("csv", "tsv", "parquet", "json")),
-    ]:
-        assert read_aliases(given) == {"a": "A", "b": "B"}
-    with pytest.raises(ValueError, match="aliases are read from"):
-        read_aliases(tmp_path / "a.xlsx")
+def test_an_unknown_way_to_unify_raises():
     with pytest.raises(ValueError, match="unify='name'"):
         unite([table(A="A")], ["a"], unify="name")
 

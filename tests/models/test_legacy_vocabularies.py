@@ -1,5 +1,6 @@
 """Vocabularies, medians and pickles of STFormer, Geneformer and PerturbGene."""
 
+import gzip
 import json
 import os
 import pickle
@@ -125,6 +126,19 @@ def test_damaged_and_other_files_raise(tmp_path):
     (tmp_path / "x.csv").write_text("a,1")
     with pytest.raises(ValueError, match="from .json, .pkl or .txt"):
         load_mapping(tmp_path / "x.csv")
+    for name, content in (("x.json", b"\xff{"), ("x.txt", b"\xff"), ("x.txt.gz", gzip.compress(b"a" * 99)[:-9])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is no text, or is damaged"):
+            load_mapping(tmp_path / name)
+
+
+def test_text_may_be_compressed_whatever_its_name(tmp_path):
+    for name in ("a.json", "a.json.gz"):
+        for content in (json.dumps(DICTIONARY).encode(), gzip.compress(json.dumps(DICTIONARY).encode())):
+            (tmp_path / name).write_bytes(content)
+            assert load_mapping(tmp_path / name) == DICTIONARY
+    (tmp_path / "v.txt.gz").write_bytes(gzip.compress("\ufeffa\nb\n".encode()))
+    assert load_mapping(tmp_path / "v.txt.gz") == {"a": 0, "b": 1}
 
 
 def written(folder, kind):

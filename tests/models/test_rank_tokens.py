@@ -262,6 +262,20 @@ def test_bad_settings_raise(arguments, words):
         GeneTokenizer(**{"genes": GENES, "scheme": "rank", "medians": MEDIANS, **arguments})
 
 
+def test_medians_of_other_genes_are_told(caplog):
+    genes = [f"ENSG{i:011d}" for i in range(30)]
+    symbols = {f"CD{i}": 1.0 for i in range(20)}
+    match = "None of the genes has a median. .*Ensembl ids of human. 0 of 20 medians are .*: they are of CD0, CD1"
+    with pytest.raises(ValueError, match=match):
+        GeneTokenizer(genes, scheme="rank", medians=symbols)
+    GeneTokenizer(genes, scheme="rank", medians={**symbols, f"{genes[0]}.4": 1.0})
+    assert "29 of 30 genes have no median" in caplog.text and "1 of 21 medians are of genes of the tok" in caplog.text
+    caplog.clear()
+    GeneTokenizer(genes, scheme="rank", medians=dict.fromkeys(genes[:4], 1.0))
+    assert "26 of 30 genes have no median, and never become tokens." in caplog.text
+    assert "medians are of genes" not in caplog.text
+
+
 def test_a_store_gives_genes_with_medians_only(store):
     medians = {gene: 1.0 + i for i, gene in enumerate(store.gene_ids[:30])}
     tokenizer = GeneTokenizer.from_store(store, "rank", medians=medians)

@@ -149,6 +149,26 @@ def test_a_gene_table_gives_symbols_and_one_of_several_genes_is_not_used():
     assert tokenizer.last_coverage == pytest.approx({"genes": 2 / 3, "counts": 7 / 12, "vocabulary": 0.5})
 
 
+def test_symbols_of_other_genes_are_told(caplog):
+    mouse = {f"Gene{i}": f"ENSMUSG{i:011d}" for i in range(40)}
+    GeneTokenizer(ENSEMBL, symbols=mouse)
+    assert "0 of 40 symbols are of genes of the tokenizer. They are of genes like ENSMUSG00000000000" in caplog.text
+    assert "the tokenizer has genes like ENSG00000000001" in caplog.text and "Give {symbol" not in caplog.text
+    caplog.clear()
+    genes = [f"ENSG{i:011d}" for i in range(30)]
+    GeneTokenizer(genes, symbols={**mouse, "CD3D": genes[1], "LYZ": genes[2]})
+    assert "2 of 42 symbols are of genes of the tokenizer" in caplog.text
+    caplog.clear()
+    tokenizer = GeneTokenizer(ENSEMBL, symbols=dict(zip(ENSEMBL, SYMBOLS, strict=True)))
+    assert "0 of 4 symbols" in caplog.text and "Give {symbol: gene}, not {gene: symbol}." in caplog.text
+    assert tokenizer.symbols == {}
+    caplog.clear()
+    GeneTokenizer(ENSEMBL, symbols={**mouse, "CD3D": ENSEMBL[0]})  # of few genes, one in ten is enough
+    GeneTokenizer(ENSEMBL, symbols={})
+    GeneTokenizer(ENSEMBL)
+    assert "symbols" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("names", "guess"),
     [

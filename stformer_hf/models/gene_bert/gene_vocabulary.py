@@ -17,6 +17,7 @@ logger = logging.get_logger(__name__)
 FORMAT_VERSION = 2
 _CELLS_FOR_EDGES = 10_000
 _BELOW_ANY_COUNT = 1e-9  # cells that the edges were not fitted on may have smaller values
+_LITTLE = 0.1  # of a table of genes, or of the tokenizer's genes where these are fewer: less is told
 _SCALE = (1e-100, 1e100)  # medians and target sums whose scores neither overflow nor vanish
 # Names that the special tokens have in vocabularies, by role.
 NAMES_OF_ROLES = {
@@ -67,6 +68,15 @@ def check_symbols(symbols: Any, genes: Sequence[str]) -> dict[str, str]:
     found: dict[str, set[str]] = {}
     for symbol, gene in pairs:
         found.setdefault(str(symbol), set()).add(strip_version(str(gene)))
+    n = sum(not known.keys().isdisjoint(of) for of in found.values())
+    if n < _LITTLE * min(len(found), len(known)):
+        turned = sum(strip_version(symbol) in known for symbol in found) > n
+        logger.warning(
+            f"{n} of {len(found)} symbols are of genes of the tokenizer. They are of genes like "
+            f"{sample(gene for of in found.values() for gene in of)}; the tokenizer has genes like {sample(genes)}."
+            + " Give {symbol: gene}, not {gene: symbol}."
+            * turned
+        )
     single = {symbol: known.get(next(iter(of))) for symbol, of in found.items() if len(of) == 1 and symbol}
     return {symbol: gene for symbol, gene in single.items() if gene not in (None, symbol)}
 
@@ -97,8 +107,12 @@ def check_target_sum(target_sum: float) -> float:
 
 def check_medians(medians: Any, genes: Sequence[str]) -> np.ndarray:
     """Take a median a gene: float64 array (n_genes,), NaN where there is none."""
+    hint = ""
     if isinstance(medians, Mapping):
         of = {strip_version(str(gene)): value for gene, value in medians.items()}
+        n = sum(strip_version(gene) in of for gene in genes)
+        if n < _LITTLE * min(len(of), len(genes)):
+            hint = f" {n} of {len(of)} medians are of genes of the tokenizer: they are of {describe(of)}."
         medians = [of.get(strip_version(gene)) for gene in genes]
     if len(medians) != len(genes):
         raise ValueError(f"There are {len(medians)} medians for {len(genes)} genes.")
@@ -110,9 +124,9 @@ def check_medians(medians: Any, genes: Sequence[str]) -> np.ndarray:
         )
     n_missing = int(np.isnan(values).sum())
     if n_missing == len(values):
-        raise ValueError(f"None of the genes has a median. The genes are like {describe(genes)}; the medians are not.")
+        raise ValueError(f"None of the genes has a median. The genes are like {describe(genes)}.{hint}")
     if n_missing:
-        logger.warning(f"{n_missing} of {len(values)} genes have no median, and never become tokens.")
+        logger.warning(f"{n_missing} of {len(values)} genes have no median, and never become tokens.{hint}")
     return values
 
 

@@ -1,10 +1,12 @@
 """Files of older systems: vocabularies, medians and lengths, from JSON, text and pickles that may hold only data."""
 
 import builtins
+import gzip
 import json
 import os
 import pickle
 import re
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,8 @@ def load_pickle(path: str | os.PathLike) -> Any:
 def load_mapping(source: Mapping | str | os.PathLike) -> dict:
     """Read a mapping: one in memory, a .json or .pkl file, or a text file whose line numbers are the values.
 
+    Text and JSON may be compressed by gzip.
+
     Parameters
     ----------
     source : mapping, str or Path
@@ -188,21 +192,31 @@ def load_mapping(source: Mapping | str | os.PathLike) -> dict:
         found = source
     else:
         path = Path(source)
+        suffix = Path(path.stem if path.suffix == ".gz" else path).suffix
         if path.suffix in (".pkl", ".pickle"):
             found = load_pickle(path)
-        elif path.suffix == ".json":
+        elif suffix == ".json":
+            text = _read_text(path)
             try:
-                found = json.loads(path.read_text(encoding="utf-8"))
+                found = json.loads(text)
             except ValueError as error:
                 raise ValueError(f"{path} is not JSON: {error}.") from error
-        elif path.suffix == ".txt":
-            lines = path.read_text(encoding="utf-8").splitlines()
+        elif suffix == ".txt":
+            lines = _read_text(path).splitlines()
             found = {line.strip(): number for number, line in enumerate(lines) if line.strip()}
         else:
             raise ValueError(f"{path}: a mapping is read from .json, .pkl or .txt files.")
     if not isinstance(found, Mapping):
         raise ValueError(f"{source} holds a {type(found).__name__}, and a mapping is needed.")
     return {str(key): value for key, value in found.items()}
+
+
+def _read_text(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        return (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no text, or is damaged: {error}.") from error
 
 
 __all__ = ["load_mapping", "load_pickle"]

@@ -1,0 +1,84 @@
+"""TextMatrix: a dense csv table of cells by genes, read a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..genes.text_files import naming, open_text
+from .matrices import ScatteredMatrix
+
+_VALUES_AT_ONCE = 1 << 22
+
+
+class TextMatrix(ScatteredMatrix):
+    """A csv file whose first line names the genes and whose first column names the cells.
+
+    Parameters
+    ----------
+    file : Path
+        Plain or compressed by gzip. Lines that begin with `#` above the first are comments.
+
+    Attributes
+    ----------
+    index, columns : object array of str
+        Names of the cells and of the genes.
+
+    Raises
+    ------
+    ValueError
+        No lines; a line of more or fewer values than there are genes; a value that is no number.
+    """
+
+    def __init__(self, file: Path):
+        super().__init__()
+        self._file, self._n_above, header = file, 0, b""
+        with naming(file, "csv"), open_text(file) as lines:
+            for header in lines:
+                self._n_above += 1
+                if header.strip() and not header.startswith(b"#"):
+                    break
+            names = header.decode("utf-8-sig").rstrip("\r\n").split(",")
+            self.columns = np.array([name.strip('"') for name in names[1:]], dtype=object)
+            cells = []
+            for number, line in enumerate(lines, self._n_above + 1):
+                if not line.strip():
+                    continue
+                if line.count(b",") != len(self.columns):
+                    raise ValueError(
+                        f"{file} is damaged: line {number} has {line.count(b',')} values; there are "
+                        f"{len(self.columns)} genes."
+                    )
+                cells.append(line[: line.index(b",")].decode().strip('"'))
+        self.index = np.array(cells, dtype=object)
+        self.shape = (len(self.index), len(self.columns))
+
+    def size(self) -> tuple[int, np.dtype]:
+        """Most values that there can be."""
+        return self.shape[0] * self.shape[1], np.dtype(np.float64)
+
+    def entries(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Give cells, genes and values, some rows at a time."""
+        at = 0
+        with naming(self._file, "csv"), open_text(self._file) as lines:
+            parts = pd.read_csv(
+                lines,
+                header=None,
+                names=range(self.shape[1] + 1),
+                skiprows=self._n_above,
+                dtype={0: str, **{column: np.float64 for column in range(1, self.shape[1] + 1)}},
+                keep_default_na=False,
+                chunksize=max(1, _VALUES_AT_ONCE // (self.shape[1] + 1)),
+                index_col=False,
+            )
+            for part in parts:
+                values = part.iloc[:, 1:].to_numpy()
+                rows, columns = np.nonzero(values)
+                yield rows + at, columns, values[rows, columns]
+                at += len(part)
+
+
+__all__ = ["TextMatrix"]

@@ -1,0 +1,127 @@
+"""Text files as they stand: unpacked by what they hold, no name taken for a number, and errors that name the file."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import pandas as pd
+
+_OF_THE_SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE}  # no file is to blame
+
+
+@contextmanager
+def naming(path: str | Path, wanted: str = "") -> Iterator[None]:
+    """Let every error that reading a file raises name the file.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+    wanted : str, optional
+        What it is read as, such as `a table`.
+
+    Raises
+    ------
+    ValueError
+        In place of any error that does not name the file: a key that is missing, bytes that are no text, and so on.
+    """
+    try:
+        yield
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and (error.filename is not None or error.errno in _OF_THE_SYSTEM):
+            raise
+        kind, what = type(error), f" as {wanted}" if wanted else ""
+        if kind in (ValueError, FileNotFoundError, PermissionError) and Path(path).name in str(error):
+            raise
+        if kind is ValueError:
+            raise ValueError(f"{path}{' cannot be read' * bool(wanted)}{what}: {error}") from error
+        raise ValueError(
+            f"{path} cannot be read{what}: {kind.__name__}: {str(error).rstrip('.')}. It is damaged, or not what its "
+            "name says: copy or download it again, or write it anew."
+        ) from error
+
+
+def existing_file(path: str | Path) -> Path:
+    """Take the path of a file that is there."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    return path
+
+
+def open_text(path: str | Path) -> BinaryIO:
+    """Open a file that may be compressed by gzip, whatever its name says."""
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if zipped else open(path, "rb")
+
+
+def suffix_of(path: Path) -> str:
+    """Return the suffix that tells the kind of a file, such as `.csv` of `a.csv.gz`."""
+    return Path(path.stem if path.suffix == ".gz" else path).suffix.lower()
+
+
+def read_text_table(path: str | Path, header: bool = True) -> pd.DataFrame:
+    """Read a csv or tsv file; all values are strings as they stand: `nan` is a gene of the fruit fly.
+
+    Parameters
+    ----------
+    path : str or Path
+        Fields are separated by tabs where the first line has one, else by commas, else by semicolons.
+    header : bool, default: True
+        Whether the first line names the columns; otherwise it is a row, and the columns are numbered.
+
+    Returns
+    -------
+    DataFrame of str
+        Missing fields at the end of a line are empty.
+    """
+    with open_text(path) as file:
+        first = file.readline()
+    separator = next((mark for mark in "\t,;" if mark.encode() in first), ",")
+    with open_text(path) as file:
+        return pd.read_csv(
+            file, sep=separator, dtype=str, keep_default_na=False, header=0 if header else None, encoding="utf-8-sig"
+        )
+
+
+def read_columns(path: str | Path, n: int = 1) -> pd.DataFrame:
+    """Read the first columns of a tsv file without header, such as `features.tsv`; lines may be of any lengths.
+
+    Parameters
+    ----------
+    path : str or Path
+        Quotes mean nothing; empty lines are passed over.
+    n : int, default: 1
+        Most columns to read.
+
+    Returns
+    -------
+    DataFrame of str (n_lines, at most n)
+        Fields that a line lacks are empty; columns that no line has are left out.
+    """
+    if n > 1:
+        with open_text(path) as file:
+            n = min(n, 1 + max((line.count(b"\t") for line in file), default=0))
+    with open_text(path) as file:
+        return pd.read_csv(
+            file,
+            sep="\t",
+            header=None,
+            names=range(n),
+            usecols=range(n),
+            dtype=str,
+            keep_default_na=False,
+            quoting=3,
+            encoding="utf-8-sig",
+        )
+
+
+__all__ = ["existing_file", "naming", "open_text", "read_columns", "read_text_table", "suffix_of"]
