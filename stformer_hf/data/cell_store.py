@@ -23,6 +23,7 @@ from .arrow_rows import ArrowRows
 from .cell_batch import CellBatch
 from .join import join_stores
 from .neighborhoods import sum_groups
+from .replacing import building_of, recover
 from .shards import checksum
 from .store_writer import (
     FORMAT_VERSION,
@@ -30,7 +31,6 @@ from .store_writer import (
     ROWS_PER_SHARD,
     BuildSettings,
     coverage,
-    recover,
     write_store,
 )
 from .token_writer import ROWS_PER_SHARD as TOKEN_ROWS_PER_SHARD
@@ -163,7 +163,7 @@ class CellStore:
         """The store as a `datasets.Dataset`, memory-mapped."""
         from datasets import load_from_disk
 
-        self._must_be_unchanged()
+        self.must_be_unchanged()
         dataset = load_from_disk(str(self.path))
         return dataset if self._index is None else dataset.select(self._index)
 
@@ -548,7 +548,7 @@ class CellStore:
             has not.
         """
         self._must_be_whole("append to")
-        self._must_be_unchanged()
+        self.must_be_unchanged()
         if (neighbors is not None) != self.manifest["neighbors"]:
             has = "has" if self.manifest["neighbors"] else "has no"
             raise ValueError(f"{self.path} {has} neighbours; what is added must have the same (neighbors=…).")
@@ -668,7 +668,7 @@ class CellStore:
         """
         from datasets import load_from_disk
 
-        self._must_be_unchanged()
+        self.must_be_unchanged()
         write_tokens(
             self,
             self._index,
@@ -709,7 +709,8 @@ class CellStore:
                 "CellStore.build(…, neighbors='spatial_connectivities')."
             )
 
-    def _must_be_unchanged(self) -> None:
+    def must_be_unchanged(self) -> None:
+        """Raise ValueError where the store at the path is not the one that was opened."""
         if _read_manifest(self.path) != self.manifest:
             raise ValueError(f"{self.path} was replaced since this object opened it: open it again.")
 
@@ -768,7 +769,7 @@ def _read_manifest(path: Path) -> dict:
         time.sleep(0.2)  # it may be replaced just now
         recover(path)
     if not file.exists():
-        if path.with_name(f".{path.name}.building").exists():
+        if building_of(path).exists():
             raise FileNotFoundError(
                 f"{path} is not whole: its build was stopped. Call CellStore.build again; it goes on where it was."
             )

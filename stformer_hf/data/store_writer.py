@@ -26,6 +26,7 @@ from ..genes.unite import FATES, UnitedGenes, unite
 from .formats import expand
 from .matrices import MemoryMatrix
 from .obs_columns import ObsColumns, unite_obs
+from .replacing import STORE, check_free, recover, written_at
 from .shards import (
     COUNT_TYPES,
     Piece,
@@ -54,7 +55,6 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 ROWS_PER_BATCH = 2048  # rows of an Arrow record batch, and of a block read from a source
 ROWS_PER_SHARD = 65_536
-_OTHER_FILES = ("genes.parquet", "manifest.json", "dataset_info.json", "state.json")
 
 
 @dataclass
@@ -88,7 +88,8 @@ def write_store(
     _check_settings(settings)
     if settings.shuffle and settings.part and settings.neighbors:
         raise ValueError("neighbors: a part that is shuffled cannot keep them. Build the parts without shuffle.")
-    check_free(path, overwrite or base is not None)
+    overwrite = overwrite or base is not None
+    check_free(path, STORE, overwrite)
     found = [source for source in expand(sources) if not (isinstance(source, Path) and source.resolve() == path)]
     opened = [open_source(source, settings.layer, settings.fractional) for source in found]
     if not opened:
@@ -119,14 +120,14 @@ def write_store(
         obs=obs.types,
         categories=obs.categories,
     )
-    building = path.with_name(f".{path.name}.building")
-    with locked(path), told_when_full(building):
+    with written_at(path, STORE, overwrite) as building, told_when_full(building):
+        if base is not None:
+            base.must_be_unchanged()  # else what was added to it meanwhile would be lost
         plan = _plan(opened, settings, united, row_format, base)
         prepare(building, plan, stale=_may_be_stale(building, plan))
         pieces = list(_pieces(building, opened, settings, united, obs, row_format))
         records = _base_records(building, base) + _write_pieces(pieces, opened, settings.workers)
         _finish(building, opened, settings, united, row_format, records, base)
-        replace_store(path, building)
 
 
 def _check_settings(settings: BuildSettings) -> None:
@@ -147,80 +148,6 @@ def _warn_of_twins(sources: list[Source]) -> None:
         if key in seen and len(source.obs):
             logger.warning(f"{seen[key]} and {source.name} have the same cells and genes: are they in twice?")
         seen[key] = source.name
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time build at a path.
-
-    Raises
-    ------
-    BlockingIOError
-        Another process builds there.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.with_name(f".{path.name}.lock")
-    with open(file, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(
-                f"Another process builds {path} now. Wait for it, or choose another path."
-            ) from error
-        except OSError:  # a file system without locks, as some clusters have
-            logger.debug(f"No lock could be taken on {file}.")
-        try:
-            yield
-        finally:
-            file.unlink(missing_ok=True)
-
-
-def check_free(
-    path: Path,
-    overwrite: bool,
-    what: str = "a store",
-    opened_by: str = "CellStore",
-    other_files: Sequence[str] = _OTHER_FILES,
-) -> None:
-    """Raise where a store, or what else has a manifest of shards, must not be written.
-
-    Something is there, and not `overwrite`; or it is more than `what`, whose shards have `other_files` beside them.
-    """
-    if not path.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(f"{path} exists. Open it with {opened_by}({str(path)!r}), or pass overwrite=True.")
-    if not (path / "manifest.json").exists():
-        raise FileExistsError(f"{path} exists and is not {what}; it is left as it is. Choose another path.")
-    manifest = json.loads((path / "manifest.json").read_text())
-    known = {shard["file"] for shard in manifest["shards"]} | set(other_files)
-    foreign = sorted(file.name for file in path.iterdir() if file.name not in known)
-    if foreign:
-        raise FileExistsError(
-            f"{path} holds more than {what} ({', '.join(foreign[:3])}); it is left as it is. Move these away."
-        )
-
-
-def replace_store(path: Path, building: Path) -> None:
-    """Give a finished folder its name; an older store there goes."""
-    old = path.with_name(f".{path.name}.old")
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)  # left by a process that was stopped once its new store was whole
-        path.rename(old)
-    building.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover(path: Path) -> None:
-    """Give a store its name back, if replacing it was stopped between the two renames of `replace_store`."""
-    old = path.with_name(f".{path.name}.old")
-    if not path.exists() and (old / "manifest.json").exists():
-        old.rename(path)
 
 
 def _likely_count_type(source: Source) -> str:
