@@ -20,6 +20,7 @@ from scipy import sparse
 
 from ..genes.unite import FATES
 from .matrices import Matrix
+from .obs_columns import as_arrow
 from .sources import checked_blocks
 
 logger = logging.getLogger(__name__)
@@ -178,9 +179,7 @@ def write_piece(piece: Piece, progress: Callable[[int], object] = lambda n_cells
         n_counts = n_empty = 0
         names = pa.array(piece.obs_names, pa.string())
         obs = {
-            name: pa.nulls(piece.stop - piece.start, kind)
-            if piece.obs[name] is None
-            else pa.array(piece.obs[name], kind, from_pandas=True)
+            name: as_arrow(piece.obs[name], kind, piece.stop - piece.start)
             for name, kind in _obs_types(piece.format).items()
         }
         blocks = checked_blocks(

@@ -108,7 +108,8 @@ def write_store(
                 "id), or build a new store of this one and the sources."
             )
         united.rows, united.fates = united.rows[1:], united.fates[1:]
-    obs = unite_obs(opened, settings.obs, None if base is None else base.categories)
+    known = (None, None) if base is None else (base.categories, base.manifest["obs"])
+    obs = unite_obs(opened, settings.obs, *known)
     if base is not None and obs.types != base.manifest["obs"]:
         known, new = base.manifest["obs"], obs.types
         changed = [f"{name!r} ({known[name]} there, {new[name]} here)" for name in new if new[name] != known[name]]
