@@ -147,6 +147,12 @@ class CellStore:
         lengths = self._rows.lengths()
         return lengths if self._index is None else lengths[self._index]
 
+    @property
+    def obs_names(self) -> np.ndarray:
+        """Names of the cells, object array (n,)."""
+        names = self._rows.column("obs_name")
+        return names if self._index is None else names[self._index]
+
     @cached_property
     def obs(self) -> pd.DataFrame:
         """The chosen obs columns, one row a cell, indexed by the cells' names."""
@@ -441,6 +447,7 @@ class CellStore:
         part: tuple[int, int] | None = None,
         workers: int = 1,
         overwrite: bool = False,
+        allow_duplicates: bool = False,
         report: bool = True,
         rows_per_batch: int = ROWS_PER_BATCH,
         rows_per_shard: int = ROWS_PER_SHARD,
@@ -484,6 +491,9 @@ class CellStore:
             multiprocessing, a script's main part under `if __name__ == "__main__":`.
         overwrite : bool, default: False
             Replace a store at the path, once the new one is whole.
+        allow_duplicates : bool, default: False
+            Take sources that hold the same cells: the raw and the filtered matrix of one run, or a source of which at
+            least 90 % of the cells agree with cells of another in barcode, total and number of genes.
         report : bool, default: True
             Print what became of the columns of each source; it is in `coverage` as well.
         rows_per_batch, rows_per_shard : int
@@ -499,7 +509,8 @@ class CellStore:
             There is something at the path, and not `overwrite`.
         ValueError
             No sources; values that are not counts; a missing obs column, or one whose types do not agree; sources of
-            different species.
+            different species; sources that hold the same cells. What was written of these is kept beside the path, and
+            a call with `allow_duplicates` goes on with it.
         OSError
             No space is left; what was there before is unharmed.
         """
@@ -517,6 +528,7 @@ class CellStore:
             workers=workers,
             rows_per_batch=rows_per_batch,
             rows_per_shard=rows_per_shard,
+            allow_duplicates=allow_duplicates,
         )
         write_store(Path(path), _listed(sources), settings, overwrite=overwrite)
         store = cls(path)
@@ -534,6 +546,7 @@ class CellStore:
         aliases: Mapping[str, str] | pd.DataFrame | str | Path | None = None,
         unify: str | None = None,
         workers: int = 1,
+        allow_duplicates: bool = False,
     ) -> None:
         """Add the cells of other sources behind those that are there; new genes come behind the known ones.
 
@@ -560,6 +573,7 @@ class CellStore:
             aliases=aliases,
             unify=unify,
             workers=workers,
+            allow_duplicates=allow_duplicates,
         )
         write_store(self.path, _listed(sources), settings, base=self)
         n_sources = len(self.manifest["sources"])

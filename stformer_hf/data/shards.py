@@ -21,6 +21,7 @@ from scipy import sparse
 from ..genes.unite import FATES
 from .matrices import Matrix
 from .obs_columns import as_arrow
+from .same_cells import describe
 from .sources import checked_blocks
 
 logger = logging.getLogger(__name__)
@@ -148,6 +149,8 @@ class Piece:
         Whether counts may be fractions.
     rows_per_batch, rows_per_shard : int
         Cells of a record batch, and of a file.
+    describe : bool
+        Whether what tells the cells apart is written, too (`same_cells.describe`).
     """
 
     record: Path
@@ -168,6 +171,17 @@ class Piece:
     fractional: bool
     rows_per_batch: int
     rows_per_shard: int
+    describe: bool = False
+
+    @property
+    def description(self) -> Path:
+        """File of what tells the cells apart."""
+        return self.record.with_suffix(".npy")
+
+    @property
+    def is_written(self) -> bool:
+        """Whether all that belongs to the piece is there."""
+        return self.record.exists() and (self.description.exists() or not self.describe)
 
 
 def write_piece(piece: Piece, progress: Callable[[int], object] = lambda n_cells: None) -> dict:
@@ -191,11 +205,13 @@ def write_piece(piece: Piece, progress: Callable[[int], object] = lambda n_cells
             piece.start,
             piece.stop,
         )
-        at = 0
+        at, described = 0, [np.empty((0, 2), np.float32)]
         try:
             for block in blocks:
                 per_fate += _sums(block, piece.fates)
                 block = align(block, piece.genes, piece.n_genes)
+                if piece.describe:
+                    described.append(describe(block))
                 n = block.shape[0]
                 offsets = pa.array(block.indptr.astype(np.int32))
                 columns = {
@@ -227,6 +243,8 @@ def write_piece(piece: Piece, progress: Callable[[int], object] = lambda n_cells
             "total_counts": dict(zip(FATES, per_fate.tolist(), strict=True)),
             "shards": writer.shards,
         }
+        if piece.describe:
+            np.save(piece.description, np.concatenate(described))
         write_json(piece.record, record)
     return record
 

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from .formats import expand
 from .matrices import MemoryMatrix
 from .obs_columns import ObsColumns, unite_obs
 from .replacing import STORE, check_free, recover, written_at
+from .same_cells import SameCells, check_names, describe
 from .shards import (
     COUNT_TYPES,
     Piece,
@@ -74,6 +76,7 @@ class BuildSettings:
     workers: int = 1
     rows_per_batch: int = ROWS_PER_BATCH
     rows_per_shard: int = ROWS_PER_SHARD
+    allow_duplicates: bool = False
 
 
 def write_store(
@@ -91,10 +94,12 @@ def write_store(
     overwrite = overwrite or base is not None
     check_free(path, STORE, overwrite)
     found = [source for source in expand(sources) if not (isinstance(source, Path) and source.resolve() == path)]
+    if not settings.allow_duplicates:
+        check_names(found)
     opened = [open_source(source, settings.layer, settings.fractional) for source in found]
     if not opened:
         raise ValueError("No sources: give at least one AnnData, store or file.")
-    _warn_of_twins(opened)
+    same = _same_cells(opened, settings, path, base)
     tables, names = [source.genes for source in opened], [source.name for source in opened]
     if base is not None:
         tables, names = [base.genes, *tables], [str(path), *names]
@@ -126,8 +131,9 @@ def write_store(
             base.must_be_unchanged()  # else what was added to it meanwhile would be lost
         plan = _plan(opened, settings, united, row_format, base)
         prepare(building, plan, stale=_may_be_stale(building, plan))
-        pieces = list(_pieces(building, opened, settings, united, obs, row_format))
-        records = _base_records(building, base) + _write_pieces(pieces, opened, settings.workers)
+        pieces = list(_pieces(building, opened, settings, united, obs, row_format, same))
+        written = _watch(same, pieces, opened, path, base)
+        records = _base_records(building, base) + _write_pieces(pieces, opened, settings.workers, written)
         _finish(building, opened, settings, united, row_format, records, base)
 
 
@@ -141,14 +147,70 @@ def _check_settings(settings: BuildSettings) -> None:
     _range_of_part(settings.part, 0)
 
 
-def _warn_of_twins(sources: list[Source]) -> None:
-    """Say which sources have the same cells and genes, such as the h5 and the mtx of one Cell Ranger run."""
-    seen: dict[int, str] = {}
-    for source in sources:
-        key = hash((tuple(source.obs.index), tuple(source.genes.gene_ids)))
-        if key in seen and len(source.obs):
-            logger.warning(f"{seen[key]} and {source.name} have the same cells and genes: are they in twice?")
-        seen[key] = source.name
+def _same_cells(
+    sources: list[Source], settings: BuildSettings, path: Path, base: CellStore | None
+) -> SameCells | None:
+    """Find the sources whose cells must be told apart, those of the store that is added to included; see `SameCells`.
+
+    None where there are none, or where they are not to be told apart.
+    """
+    if settings.allow_duplicates:
+        return None
+    names = [source.obs.index.astype(str).to_numpy(object) for source in sources]
+    same = SameCells(names if base is None else [*names, base.obs_names])
+    if same.pairs and settings.part is not None:  # the cells to compare may lie in different parts
+        i, j = same.pairs[0]
+        logger.warning(
+            f"{_called(sources, i, path)} and {_called(sources, j, path)} have the same barcodes, and a part does not "
+            "tell whether they hold the same cells."
+        )
+        return None
+    return same if same.pairs else None
+
+
+def _called(sources: list[Source], number: int, path: Path) -> str:
+    """Name a source for a message; the store that is added to comes after all of them."""
+    if number == len(sources):
+        return str(path)
+    name = sources[number].name
+    return name if sum(source.name == name for source in sources) == 1 else f"{name} (source {number + 1})"
+
+
+def _watch(
+    same: SameCells | None, pieces: list[Piece], sources: list[Source], path: Path, base: CellStore | None
+) -> Callable[[Piece], None]:
+    """Return what is called with each piece that is written: it raises once two sources hold the same cells."""
+    left = Counter(piece.source for piece in pieces)
+
+    def written(piece: Piece) -> None:
+        left[piece.source] -= 1
+        if left[piece.source] or not piece.describe:
+            return
+        parts = [np.load(other.description) for other in pieces if other.source == piece.source]
+        found = same.add(piece.source, np.concatenate(parts))
+        if found:
+            share, i, j = found
+            first, second = _called(sources, i, path), _called(sources, j, path)
+            raise ValueError(
+                f"{first} holds the same cells as {second}: {share:.0%} of its cells have barcode, total and number "
+                "of genes of a cell there. Give one of the two (of a raw and a filtered matrix the filtered one), or "
+                "pass allow_duplicates=True."
+            )
+
+    if same is not None and len(sources) in same:
+        others = [source for pair in same.pairs for source in pair if source < len(sources)]
+        same.add(len(sources), _describe_rows(base, same.in_another(len(sources), others)))
+    return written
+
+
+def _describe_rows(store: CellStore, which: np.ndarray) -> np.ndarray:
+    """Describe some cells of a store, bool array (n,): float32 array (n, 2), zeros for the others."""
+    described = np.zeros((len(store), 2), np.float32)
+    rows = np.flatnonzero(which)
+    for start in range(0, len(rows), ROWS_PER_BATCH):
+        block = rows[start : start + ROWS_PER_BATCH]
+        described[block] = describe(store.rows(block))
+    return described
 
 
 def _likely_count_type(source: Source) -> str:
@@ -225,24 +287,29 @@ def _base_records(building: Path, base: CellStore | None) -> list[dict]:
 # ---------------------------------------------------------------------- pieces
 
 
-def _write_pieces(pieces: list[Piece], sources: list[Source], workers: int) -> list[dict]:
+def _write_pieces(
+    pieces: list[Piece], sources: list[Source], workers: int, written: Callable[[Piece], None]
+) -> list[dict]:
     """Write what is not written yet; returns the records of all pieces, in the order of the cells."""
     total = sum(piece.stop - piece.start for piece in pieces)
     records: dict[Path, dict] = {}
     with tqdm(total=total, desc="build", unit="cell", disable=None) as bar, process_pool(workers) as pool:
         running = {}
         for piece in pieces:
-            if sources[piece.source].key is not None and piece.record.exists():
+            if sources[piece.source].key is not None and piece.is_written:
                 records[piece.record] = json.loads(piece.record.read_text())
                 bar.update(piece.stop - piece.start)
             elif pool is None or sources[piece.source].key is None:
                 records[piece.record] = write_piece(piece, bar.update)
             else:
                 running[pool.submit(write_piece, piece)] = piece
+                continue
+            written(piece)
         for done in as_completed(running):
             piece = running[done]
             records[piece.record] = done.result()
             bar.update(piece.stop - piece.start)
+            written(piece)
     return [records[piece.record] for piece in pieces]
 
 
@@ -282,6 +349,7 @@ def _pieces(
     united: UnitedGenes,
     obs: ObsColumns,
     row_format: RowFormat,
+    same: SameCells | None,
 ) -> Iterator[Piece]:
     """Cut the sources: a shard's rows a piece, where rows can be read anywhere; else a source."""
     n_cells = sum(source.shape[0] for source in sources)
@@ -317,6 +385,7 @@ def _pieces(
                 fractional=settings.fractional,
                 rows_per_batch=settings.rows_per_batch,
                 rows_per_shard=settings.rows_per_shard,
+                describe=same is not None and i in same,
             )
         start_of_source += source.shape[0]
 
