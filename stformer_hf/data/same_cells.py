@@ -52,10 +52,19 @@ def _is_raw(path: Path) -> bool:
     return _RAW_OR_FILTERED.findall(path.as_posix())[-1].lower() != "filtered"
 
 
-def describe(block: sparse.csr_matrix) -> np.ndarray:
+def row_totals(block: sparse.csr_matrix) -> np.ndarray:
+    """Sum the counts of each cell, array (n_cells,); narrow ones in 32 bits, which is as fast as one sum over all."""
+    kind = np.uint32 if block.dtype.itemsize <= 2 else np.float64 if block.dtype == np.float32 else block.dtype
+    totals = np.zeros(block.shape[0], kind)
+    there = np.flatnonzero(np.diff(block.indptr))  # reduceat takes no empty ranges
+    if len(there):
+        totals[there] = np.add.reduceat(block.data, block.indptr[there], dtype=kind)
+    return totals
+
+
+def describe(totals: np.ndarray, indptr: np.ndarray) -> np.ndarray:
     """Return what tells cells of one barcode apart, total and number of genes: float32 array (n_cells, 2)."""
-    totals = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
-    return np.stack([totals, np.diff(block.indptr)], axis=1).astype(np.float32)
+    return np.stack([totals, np.diff(indptr)], axis=1).astype(np.float32)
 
 
 class SameCells:
@@ -153,4 +162,4 @@ def _count_shared(keys: Sequence[np.ndarray]) -> sparse.csr_array:
     return cells @ there.T
 
 
-__all__ = ["SHARE", "SameCells", "check_names", "describe"]
+__all__ = ["SHARE", "SameCells", "check_names", "describe", "row_totals"]

@@ -21,7 +21,7 @@ from scipy import sparse
 from ..genes.unite import FATES
 from .matrices import Matrix
 from .obs_columns import as_arrow
-from .same_cells import describe
+from .same_cells import describe, row_totals
 from .sources import checked_blocks
 
 logger = logging.getLogger(__name__)
@@ -208,10 +208,11 @@ def write_piece(piece: Piece, progress: Callable[[int], object] = lambda n_cells
         at, described = 0, [np.empty((0, 2), np.float32)]
         try:
             for block in blocks:
-                per_fate += _sums(block, piece.fates)
+                totals = row_totals(block) if piece.describe else block.data
+                per_fate += _sums(block, piece.fates, totals)
                 block = align(block, piece.genes, piece.n_genes)
                 if piece.describe:
-                    described.append(describe(block))
+                    described.append(describe(totals, block.indptr))
                 n = block.shape[0]
                 offsets = pa.array(block.indptr.astype(np.int32))
                 columns = {
@@ -249,10 +250,10 @@ def write_piece(piece: Piece, progress: Callable[[int], object] = lambda n_cells
     return record
 
 
-def _sums(block: sparse.csr_matrix, fates: np.ndarray) -> np.ndarray:
-    """Sum the counts of the columns of each fate."""
+def _sums(block: sparse.csr_matrix, fates: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """Sum the counts of the columns of each fate; `totals` has the sum of the block."""
     if len(fates) and (fates == fates[0]).all():  # most sources; a sum a column costs as much as all else together
-        return np.bincount(fates[:1], [block.data.sum(dtype=np.float64)], len(FATES))
+        return np.bincount(fates[:1], [totals.sum(dtype=np.float64)], len(FATES))
     return np.bincount(fates[block.indices], block.data, len(FATES))
 
 

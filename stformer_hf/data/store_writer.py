@@ -28,7 +28,7 @@ from .formats import expand
 from .matrices import MemoryMatrix
 from .obs_columns import ObsColumns, unite_obs
 from .replacing import STORE, check_free, recover, written_at
-from .same_cells import SameCells, check_names, describe
+from .same_cells import SameCells, check_names, describe, row_totals
 from .shards import (
     COUNT_TYPES,
     Piece,
@@ -208,8 +208,9 @@ def _describe_rows(store: CellStore, which: np.ndarray) -> np.ndarray:
     described = np.zeros((len(store), 2), np.float32)
     rows = np.flatnonzero(which)
     for start in range(0, len(rows), ROWS_PER_BATCH):
-        block = rows[start : start + ROWS_PER_BATCH]
-        described[block] = describe(store.rows(block))
+        numbers = rows[start : start + ROWS_PER_BATCH]
+        block = store.rows(numbers)
+        described[numbers] = describe(row_totals(block), block.indptr)
     return described
 
 

@@ -18,7 +18,8 @@ from scipy.io import mmwrite
 
 from stformer_hf import CellStore
 from stformer_hf.cli.build import main as build
-from stformer_hf.data import store_writer
+from stformer_hf.data import shards, store_writer
+from stformer_hf.data.same_cells import row_totals
 
 N_GENES = 60
 
@@ -176,10 +177,8 @@ def test_barcodes_that_collide_are_not_the_same_cells(tmp_path):
 
 def test_what_tells_cells_apart_is_kept_only_where_barcodes_are_alike(tmp_path, monkeypatch):
     described = []
-    from stformer_hf.data import shards
-
     describe = shards.describe
-    monkeypatch.setattr(shards, "describe", lambda block: described.append(block) or describe(block))
+    monkeypatch.setattr(shards, "describe", lambda *cells: described.append(cells) or describe(*cells))
     CellStore.build(tmp_path / "s", [lane(40, 0), lane(40, 1, barcodes(40, 1))], report=False)
     assert not described
     CellStore.build(tmp_path / "t", [lane(40, 0), lane(40, 1), lane(40, 2, barcodes(40, 1))], report=False)
@@ -235,6 +234,15 @@ def test_workers_find_them_too(tmp_path):
     command = [sys.executable, tmp_path / "build.py", tmp_path / "s", tmp_path / "0.h5ad", tmp_path / "1.h5ad"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert "holds the same cells as" in run.stderr and not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "uint16", "uint32", "int64", "float32", "float64"])
+def test_totals_are_those_of_scipy(dtype):
+    block = sparse.random(50, N_GENES, 0.05, "csr", random_state=0)
+    block.data = (block.data * 255).astype(dtype)
+    assert (np.diff(block.indptr) == 0).any()
+    np.testing.assert_allclose(row_totals(block), block.astype(np.float64).sum(axis=1).A1, rtol=1e-6)
+    assert not row_totals(block[:0]).size and row_totals(sparse.csr_matrix((3, 2), dtype=dtype)).tolist() == [0, 0, 0]
 
 
 # ---------------------------------------------------------------------- added, in parts, by command
