@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy import sparse
-
-logger = logging.getLogger(__name__)
 
 SHARE = 0.9  # of a source's cells that agree with cells of another: it holds the same cells
 _KAPPA = 0.5
