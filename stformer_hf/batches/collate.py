@@ -163,6 +163,12 @@ def read_tokens(examples: Any, tokenizer: GeneTokenizer, epoch: int = 0) -> Toke
     if is_cell_batch(examples):
         return tokenizer.encode_cells(examples, epoch=epoch)
     names = examples.column_names if isinstance(examples, pa.Table) else list(examples[0])
+    if "input_ids" not in names:
+        raise ValueError(
+            f"The examples have no input_ids; they have {', '.join(names)}. Single cells of a CellStore (of a "
+            "ConcatDataset, say) do not bring the names of their genes: give the collator a DataLoader over one store "
+            "(CellStore.join or CellStore.build(path, stores) makes one of several), or tokenize them first."
+        )
     ids, indptr = _flat_column(examples, "input_ids", np.int64)
 
     def column(name: str, dtype: type) -> np.ndarray:

@@ -37,6 +37,9 @@ class BuildArguments:
     )
     workers: int = field(default=1, metadata={"help": "processes that read files"})
     overwrite: bool = field(default=False, metadata={"help": "replace a store that is there"})
+    allow_duplicates: bool = field(
+        default=False, metadata={"help": "take files that hold the same cells, such as raw and filtered ones of a run"}
+    )
 
 
 def main(argv: list[str]) -> None:

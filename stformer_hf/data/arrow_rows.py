@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from .obs_columns import as_array
 from .shards import read_batches
 
 
@@ -77,9 +78,9 @@ class ArrowRows:
         return _Lists([_flat(batch, "neighbors", "neighbor_weights") for batch in self._batches])
 
     def column(self, name: str) -> np.ndarray:
-        """Read another column of all rows: array (n,); missing values are NaN or None."""
+        """Read another column of all rows; see `as_array`."""
         chunks = [batch.column(name) for batch in self._batches]
-        return pa.chunked_array(chunks).to_pandas().to_numpy() if chunks else np.empty(0, object)
+        return as_array(pa.chunked_array(chunks)) if chunks else np.empty(0, object)
 
 
 def _flat(batch: pa.RecordBatch, first: str, second: str) -> tuple[np.ndarray, memoryview, memoryview]:

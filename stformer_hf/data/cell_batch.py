@@ -6,12 +6,14 @@ import json
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
 from ..genes.gene_table import GeneTable
+from .obs_columns import as_objects
 from .worker_slots import SharedArrays
 
 
@@ -59,6 +61,13 @@ class CellBatch:
 
     def __len__(self) -> int:
         return len(self.cell_id)
+
+    def __getitem__(self, cell: int) -> NoReturn:
+        """Raise TypeError: torch's and transformers' own collate functions take the first item of a list here."""
+        raise TypeError(
+            "A CellBatch is no list of cells: give the DataLoader over a CellStore a function that makes tensors of "
+            "it, collate_fn=collate_cells, or a collator of a tokenizer, DataCollatorForPhenotypicMLM(tokenizer)."
+        )
 
     def __reduce__(self):
         if self.path is None:
@@ -109,10 +118,22 @@ def collate_cells(batch: CellBatch) -> dict[str, torch.Tensor | list]:
     dict
         `indptr` and `cell_id`: int64 (n + 1,) and (n,). `genes` (nnz,), rows of the gene table, and `counts` (nnz,),
         in the narrow types of the store: fewer bytes to a GPU, where `.long()` and `.float()` widen them.
-        `obs_<column>`: codes (int64, -1 where missing) of categorical columns, numbers as they are, lists of strings.
+        `obs_<column>`: codes (int64, -1 where missing) of categorical columns, numbers as they are, lists of strings
+        and of dates.
         `torch.sparse_csr_tensor(indptr.int(), genes.int(), counts.float(), (n, n_genes))` is the batch as a matrix.
         `neighborhood_indptr`, `neighborhood_genes` and `neighborhood_counts`, where the batch has them.
+
+    Raises
+    ------
+    TypeError
+        A list of single cells.
     """
+    if not isinstance(batch, CellBatch):
+        raise TypeError(
+            f"collate_cells takes a CellBatch, which a CellStore gives for many rows at once, not a "
+            f"{type(batch).__name__}. Single cells (of a ConcatDataset, say) do not bring the names of their genes: "
+            "make one store of several with CellStore.join, or CellStore.build(path, stores)."
+        )
     tensors: dict[str, torch.Tensor | list] = {
         "indptr": torch.from_numpy(batch.indptr),
         "genes": torch.from_numpy(batch.genes),
@@ -123,7 +144,7 @@ def collate_cells(batch: CellBatch) -> dict[str, torch.Tensor | list]:
         for name, values in zip(("indptr", "genes", "counts"), batch.neighborhood, strict=True):
             tensors[f"neighborhood_{name}"] = torch.from_numpy(values)
     for name, values in batch.obs.items():
-        tensors[f"obs_{name}"] = torch.from_numpy(values) if values.dtype.kind in "iufb" else values.tolist()
+        tensors[f"obs_{name}"] = torch.from_numpy(values) if values.dtype.kind in "iufb" else as_objects(values)
     return _Tensors(tensors)
 
 

@@ -23,6 +23,7 @@ from .arrow_rows import ArrowRows
 from .cell_batch import CellBatch
 from .join import join_stores
 from .neighborhoods import sum_groups
+from .replacing import building_of, recover
 from .shards import checksum
 from .store_writer import (
     FORMAT_VERSION,
@@ -30,7 +31,6 @@ from .store_writer import (
     ROWS_PER_SHARD,
     BuildSettings,
     coverage,
-    recover,
     write_store,
 )
 from .token_writer import ROWS_PER_SHARD as TOKEN_ROWS_PER_SHARD
@@ -147,6 +147,12 @@ class CellStore:
         lengths = self._rows.lengths()
         return lengths if self._index is None else lengths[self._index]
 
+    @property
+    def obs_names(self) -> np.ndarray:
+        """Names of the cells, object array (n,)."""
+        names = self._rows.column("obs_name")
+        return names if self._index is None else names[self._index]
+
     @cached_property
     def obs(self) -> pd.DataFrame:
         """The chosen obs columns, one row a cell, indexed by the cells' names."""
@@ -163,7 +169,7 @@ class CellStore:
         """The store as a `datasets.Dataset`, memory-mapped."""
         from datasets import load_from_disk
 
-        self._must_be_unchanged()
+        self.must_be_unchanged()
         dataset = load_from_disk(str(self.path))
         return dataset if self._index is None else dataset.select(self._index)
 
@@ -441,6 +447,7 @@ class CellStore:
         part: tuple[int, int] | None = None,
         workers: int = 1,
         overwrite: bool = False,
+        allow_duplicates: bool = False,
         report: bool = True,
         rows_per_batch: int = ROWS_PER_BATCH,
         rows_per_shard: int = ROWS_PER_SHARD,
@@ -487,6 +494,9 @@ class CellStore:
             multiprocessing, a script's main part under `if __name__ == "__main__":`.
         overwrite : bool, default: False
             Replace a store at the path, once the new one is whole.
+        allow_duplicates : bool, default: False
+            Take sources that hold the same cells: the raw and the filtered matrix of one run, or a source of which at
+            least 90 % of the cells agree with cells of another in barcode, total and number of genes.
         report : bool, default: True
             Print what became of the columns of each source; it is in `coverage` as well.
         rows_per_batch, rows_per_shard : int
@@ -502,7 +512,8 @@ class CellStore:
             There is something at the path, and not `overwrite`.
         ValueError
             No sources; values that are not counts; a missing obs column, or one whose types do not agree; sources of
-            different species.
+            different species; sources that hold the same cells. What was written of these is kept beside the path, and
+            a call with `allow_duplicates` goes on with it.
         OSError
             No space is left; what was there before is unharmed.
         """
@@ -520,6 +531,7 @@ class CellStore:
             workers=workers,
             rows_per_batch=rows_per_batch,
             rows_per_shard=rows_per_shard,
+            allow_duplicates=allow_duplicates,
         )
         write_store(Path(path), _listed(sources), settings, overwrite=overwrite)
         store = cls(path)
@@ -537,6 +549,7 @@ class CellStore:
         aliases: Mapping[str, str] | pd.DataFrame | str | Path | None = None,
         unify: str | None = None,
         workers: int = 1,
+        allow_duplicates: bool = False,
     ) -> None:
         """Add the cells of other sources behind those that are there; new genes come behind the known ones.
 
@@ -551,7 +564,7 @@ class CellStore:
             has not.
         """
         self._must_be_whole("append to")
-        self._must_be_unchanged()
+        self.must_be_unchanged()
         if (neighbors is not None) != self.manifest["neighbors"]:
             has = "has" if self.manifest["neighbors"] else "has no"
             raise ValueError(f"{self.path} {has} neighbours; what is added must have the same (neighbors=…).")
@@ -563,6 +576,7 @@ class CellStore:
             aliases=aliases,
             unify=unify,
             workers=workers,
+            allow_duplicates=allow_duplicates,
         )
         write_store(self.path, _listed(sources), settings, base=self)
         n_sources = len(self.manifest["sources"])
@@ -671,7 +685,7 @@ class CellStore:
         """
         from datasets import load_from_disk
 
-        self._must_be_unchanged()
+        self.must_be_unchanged()
         write_tokens(
             self,
             self._index,
@@ -712,7 +726,8 @@ class CellStore:
                 "CellStore.build(…, neighbors='spatial_connectivities')."
             )
 
-    def _must_be_unchanged(self) -> None:
+    def must_be_unchanged(self) -> None:
+        """Raise ValueError where the store at the path is not the one that was opened."""
         if _read_manifest(self.path) != self.manifest:
             raise ValueError(f"{self.path} was replaced since this object opened it: open it again.")
 
@@ -771,7 +786,7 @@ def _read_manifest(path: Path) -> dict:
         time.sleep(0.2)  # it may be replaced just now
         recover(path)
     if not file.exists():
-        if path.with_name(f".{path.name}.building").exists():
+        if building_of(path).exists():
             raise FileNotFoundError(
                 f"{path} is not whole: its build was stopped. Call CellStore.build again; it goes on where it was."
             )

@@ -282,7 +282,7 @@ def read_anndata_file(path: Path, opener: Callable[[Path], Any] = _open_hdf5) ->
         return _legacy_layers(handle)
 
     def table(key: str) -> pd.DataFrame:
-        return read_elem(handle[key])
+        return _read_obs(handle) if key == "obs" else read_elem(handle[key])
 
     def neighbors(key: str) -> Matrix:
         return _on_disk(handle, f"obsp/{key}")
@@ -297,6 +297,24 @@ def read_anndata_file(path: Path, opener: Callable[[Path], Any] = _open_hdf5) ->
         found.append(layer("raw", "raw/X", "raw/var"))
     layers = list(handle["layers"]) if "layers" in handle.file else []
     return found + [layer(name, f"layers/{name}", "var") for name in layers]
+
+
+def _read_obs(handle: FileHandle) -> pd.DataFrame:
+    """Read the table of the cells; a column that cannot be read is left out, and named."""
+    node = handle["obs"]
+    try:
+        return read_elem(node)
+    except Exception:  # whatever anndata, h5py, zarr or pandas make of it
+        if (node.attrs.get("encoding-type"), node.attrs.get("encoding-version")) != ("dataframe", "0.2.0"):
+            raise
+    index = read_elem(node[node.attrs["_index"]])
+    columns = {}
+    for name in node.attrs["column-order"]:
+        try:
+            columns[name] = pd.Series(read_elem(node[name]), index)
+        except Exception as error:
+            logger.warning(f"{handle.path}: the obs column {name!r} cannot be read, and is left out: {error}")
+    return pd.DataFrame(columns, index)
 
 
 def _legacy_layers(handle: FileHandle) -> list[Layer]:

@@ -20,7 +20,7 @@ from ..genes.unite import unite
 from .cell_batch import CellBatch
 from .formats import expand
 from .matrices import Matrix
-from .obs_columns import unite_obs
+from .obs_columns import as_array, as_arrow, as_objects, unite_obs
 from .shards import align, count_type_of, gene_type
 from .sources import Source, checked_blocks, open_source
 
@@ -419,7 +419,7 @@ class IterableAnnDataset(IterableDataset):
         obs = {name: values[cell_ids] for name, values in self._obs.items()}
         for name in set(obs) & set(self.categories):
             obs[name] = np.array([*self.categories[name], np.nan], object)[obs[name]]
-        obs = {name: values.tolist() for name, values in obs.items()}
+        obs = {name: as_objects(values) for name, values in obs.items()}
         for i, cell_id in enumerate(cell_ids.tolist()):
             own = slice(*counts.indptr[i : i + 2])
             yield {
@@ -442,7 +442,7 @@ class IterableAnnDataset(IterableDataset):
             symbols=self.genes.symbols,
         )
         tokens = self.tokenizer.encode_cells(cells)
-        obs = {name: values[cell_ids].tolist() for name, values in self._obs.items()}
+        obs = {name: as_objects(values[cell_ids]) for name, values in self._obs.items()}
         for i, cell_id in enumerate(cell_ids.tolist()):
             own = slice(*tokens.indptr[i : i + 2])
             yield {
@@ -471,7 +471,13 @@ def _read_obs(
     Labels are int32 codes, -1 where missing.
     """
     united = unite_obs(sources, names, known)
-    columns = {name: np.concatenate([values[name] for values in united.values]) for name in united.types}
+    columns = {}
+    for name, kind in united.types.items():
+        parts = [
+            as_arrow(values[name], pa.type_for_alias(kind), source.shape[0])
+            for source, values in zip(sources, united.values, strict=True)
+        ]
+        columns[name] = as_array(pa.chunked_array(parts))
     for name in united.categories:
         columns[name] = np.where(np.isnan(columns[name]), -1, columns[name]).astype(np.int32)
     return columns, united.categories

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .replacing import STORE, check_free, recover, written_at
 from .shards import RowFormat, checksum, has_types, rewrite, widest
-from .store_writer import check_free, locked, replace_store, write_manifest
+from .store_writer import write_manifest
 
 if TYPE_CHECKING:
     from .cell_store import CellStore
@@ -22,7 +23,8 @@ def join_stores(path: Path, stores: Sequence[CellStore], overwrite: bool) -> Non
     than others' are written anew, since a Hugging Face dataset has one type a column.
     """
     path = path.resolve()
-    check_free(path, overwrite)
+    recover(path)
+    check_free(path, STORE, overwrite)
     stores = _in_order(stores)
     first = stores[0].manifest
     for store in stores[1:]:
@@ -34,12 +36,13 @@ def join_stores(path: Path, stores: Sequence[CellStore], overwrite: bool) -> Non
         obs=first["obs"],
         categories=first["categories"],
     )
-    with locked(path):
-        _write(path, stores, row_format)
+    with written_at(path, STORE, overwrite) as building:
+        _write(path, building, stores, row_format)
+        for store in stores:
+            store.must_be_unchanged()  # else links are to the shards of a store that took its place
 
 
-def _write(path: Path, stores: Sequence[CellStore], row_format: RowFormat) -> None:
-    building = path.with_name(f".{path.name}.building")
+def _write(path: Path, building: Path, stores: Sequence[CellStore], row_format: RowFormat) -> None:
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     shards, n_cells = [], 0
@@ -62,7 +65,6 @@ def _write(path: Path, stores: Sequence[CellStore], row_format: RowFormat) -> No
         n_cells += len(store)
     facts = {"n_cells": n_cells, "part": None, "build": None, "shuffled": False, "sources": _sources(stores)}
     write_manifest(building, facts, stores[0].genes, row_format, shards)
-    replace_store(path, building)
 
 
 def _in_order(stores: Sequence[CellStore]) -> list[CellStore]:

@@ -30,7 +30,8 @@ class ObsColumns:
     Attributes
     ----------
     values : list of dict of str to array (n_cells,) or None
-        For each source, its values; of categorical columns the codes, NaN where missing. None: the source has none.
+        For each source, its values, of any type that Arrow casts to the column's; of categorical columns the codes,
+        NaN where missing. None: the source has none.
     categories : dict of str to list of str
         Of the categorical columns, the names of the codes.
     types : dict of str to str
@@ -43,9 +44,12 @@ class ObsColumns:
 
 
 def unite_obs(
-    sources: Sequence[Source], names: Sequence[str] | str | None, known: Mapping[str, list[str]] | None = None
+    sources: Sequence[Source],
+    names: Sequence[str] | str | None,
+    known: Mapping[str, list[str]] | None = None,
+    types: Mapping[str, str] | None = None,
 ) -> ObsColumns:
-    """Unite obs columns.
+    """Unite obs columns, by their values: a column that is all missing in a source fits any type of the others.
 
     Parameters
     ----------
@@ -55,6 +59,8 @@ def unite_obs(
         Columns that every source must have; or all columns of any source, missing where a source has none.
     known : mapping of str to list of str, optional
         Categories that keep their codes, for a store that is added to.
+    types : mapping of str to str, optional
+        Arrow types that columns should have, where their values allow it.
 
     Returns
     -------
@@ -63,8 +69,10 @@ def unite_obs(
     Raises
     ------
     ValueError
-        A column that a source does not have, whose types do not agree, or whose name the store uses itself.
+        A column that a source does not have, whose values have no common type that holds them exactly, or whose name
+        the store uses itself.
     """
+    known, types = known or {}, types or {}
     everything = names == "all"
     if everything:
         names = list(dict.fromkeys(str(name) for source in sources for name in source.obs.columns))
@@ -80,10 +88,12 @@ def unite_obs(
     for name in names:
         try:
             series = [_column(source, name, everything) for source in sources]
-            if _are_labels(series) or name in (known or {}):
-                _add_labels(united, name, series, (known or {}).get(name, []))
+            if name in types or any(_has_values(values) for values in series):
+                series = [values if _has_values(values) else None for values in series]
+            if name in known or (name not in types and _are_labels(series)):
+                _add_labels(united, name, series, known.get(name, []))
             else:
-                _add_values(united, name, series)
+                _add_values(united, name, series, types.get(name))
         except ValueError as error:
             if not everything:
                 raise
@@ -101,6 +111,10 @@ def _column(source: Source, name: str, may_lack: bool) -> pd.Series | None:
     raise ValueError(f"{source.name} has no obs column {name!r}; it has {', '.join(map(str, source.obs.columns))}.")
 
 
+def _has_values(values: pd.Series | None) -> bool:
+    return values is not None and bool(values.notna().any())
+
+
 def _are_labels(series: Sequence[pd.Series | None]) -> bool:
     """Whether a column is of labels: categorical, or strings that repeat (as anndata decides when it writes)."""
     there = [values for values in series if values is not None]
@@ -114,7 +128,7 @@ def _are_labels(series: Sequence[pd.Series | None]) -> bool:
 def _add_labels(united: ObsColumns, name: str, series: Sequence[pd.Series | None], known: Sequence[str]) -> None:
     labels = [None if values is None else values.astype("category") for values in series]
     for i, label in enumerate(labels):
-        names = [] if label is None else [_label(value) for value in label.cat.categories]
+        names = [] if label is None else _printed(label.cat.categories)
         if len(set(names)) < len(names):
             raise ValueError(f"obs column {name!r} has labels that are written alike, such as 1 and '1'.")
         labels[i] = None if label is None else label.cat.rename_categories(names)
@@ -127,28 +141,95 @@ def _add_labels(united: ObsColumns, name: str, series: Sequence[pd.Series | None
         column[name] = None if codes is None else np.where(codes < 0, np.nan, codes)  # a missing label is null
 
 
-def _label(value: object) -> str:
-    """Write a label; numbers as whole ones where they are: a missing value makes floats of the others."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+def _printed(labels: pd.Index) -> list[str]:
+    """Write labels; numbers as whole ones where they are: a missing value makes floats of the others."""
+    # Not iterated: pandas would give Python's floats, which print the 0.1 of float32 as 0.10000000149011612.
+    values = labels.to_numpy() if labels.dtype.kind == "f" else labels
+    floats = (float, np.floating)
+    return [str(int(value)) if isinstance(value, floats) and value.is_integer() else str(value) for value in values]
 
 
-def _add_values(united: ObsColumns, name: str, series: Sequence[pd.Series | None]) -> None:
-    there = [values for values in series if values is not None]
-    kinds = {getattr(values.dtype, "kind", "O") for values in there}
-    numeric = kinds <= set("iuf")
-    if len(kinds) > 1 and not numeric:
-        types = ", ".join(sorted({str(values.dtype) for values in there}))
-        raise ValueError(f"obs column {name!r} has other types in other sources: {types}. Convert them to one.")
-    arrays = [None if values is None else values.to_numpy() for values in series]
+def _add_values(united: ObsColumns, name: str, series: Sequence[pd.Series | None], wanted: str | None) -> None:
+    arrays = [None if values is None else _exact(values) for values in series]
     try:
-        whole = pa.array(np.concatenate([array for array in arrays if array is not None]), from_pandas=True)
-    except pa.ArrowException as error:
+        there = [pa.array(array, from_pandas=True) for array in arrays if array is not None]
+    except (pa.ArrowException, OverflowError) as error:
         raise ValueError(f"obs column {name!r} holds values that cannot be stored: {error}.") from error
-    if str(whole.type) not in _STORED:
-        raise ValueError(f"obs column {name!r} is of type {whole.type}, which is not stored. Convert it.")
+    if not there:  # all missing, and added to a store that has a type for it
+        there = [pa.nulls(0, pa.type_for_alias(wanted))]
+    try:
+        common = _common_type([array.type for array in there])
+    except pa.ArrowException as error:
+        found = ", ".join(sorted({str(values.dtype) for values in series if values is not None}))
+        raise ValueError(
+            f"obs column {name!r} has other types in other sources: {found}. Convert them to one."
+        ) from error
+    kinds = [common, pa.float64()] if _is_number(common) else [common]
+    if wanted is not None:
+        kinds = [kind for kind in [pa.type_for_alias(wanted)] if _is_of_kind(common, kind)] + kinds
+    kind = next((kind for kind in kinds if all(_fits(array, kind) for array in there)), None)
+    if kind is None:
+        raise ValueError(
+            f"obs column {name!r} holds numbers that {common}, the type that all share, does not hold exactly. "
+            "Convert them, such as to strings."
+        )
+    if str(kind) not in _STORED:
+        raise ValueError(f"obs column {name!r} is of type {kind}, which is not stored. Convert it.")
     for column, array in zip(united.values, arrays, strict=True):
         column[name] = array
-    united.types[name] = str(whole.type)
+    united.types[name] = str(kind)
 
 
-__all__ = ["OWN_COLUMNS", "ObsColumns", "unite_obs"]
+def _exact(values: pd.Series) -> np.ndarray:
+    """Return values as an array that loses nothing: pandas makes floats of integers beside missing ones."""
+    if pd.api.types.is_extension_array_dtype(values.dtype) and values.isna().any():
+        return values.astype(object).where(values.notna(), None).to_numpy()
+    return values.to_numpy()
+
+
+def _common_type(types: Sequence[pa.DataType]) -> pa.DataType:
+    schemas = [pa.schema([("values", kind)]) for kind in types]
+    return pa.unify_schemas(schemas, promote_options="permissive").field("values").type
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+def _is_of_kind(kind: pa.DataType, wanted: pa.DataType) -> bool:
+    """Whether values of a type may be stored as another: numbers as any numbers, times in any unit."""
+    try:
+        return bool(_common_type([kind, wanted]))
+    except pa.ArrowException:
+        return False
+
+
+def _fits(array: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> bool:
+    """Whether a type holds all values exactly."""
+    try:
+        return array.cast(kind).cast(array.type).equals(array)
+    except pa.ArrowException:
+        return False
+
+
+def as_arrow(values: np.ndarray | None, kind: pa.DataType, n_cells: int) -> pa.Array:
+    """Return an obs column of one source, of `ObsColumns.values`, as Arrow stores it."""
+    return pa.nulls(n_cells, kind) if values is None else pa.array(values, kind, from_pandas=True)
+
+
+def as_array(column: pa.ChunkedArray) -> np.ndarray:
+    """Return an obs column as an array (n,); missing values are NaN, NaT or None.
+
+    Integers beside missing ones become float64 where that holds all of them, else Python's.
+    """
+    if pa.types.is_integer(column.type) and column.null_count:
+        return column.to_pandas(integer_object_nulls=not _fits(column, pa.float64())).to_numpy()
+    return column.to_pandas().to_numpy()
+
+
+def as_objects(values: np.ndarray) -> list:
+    """List the values of an obs column: Python's own numbers and strings; dates as pandas' `Timestamp`."""
+    return pd.Series(values).tolist()
+
+
+__all__ = ["OWN_COLUMNS", "ObsColumns", "as_array", "as_arrow", "as_objects", "unite_obs"]

@@ -51,7 +51,14 @@ def unite(path: Path, stores: Sequence[CellStore]) -> CellStore:
         Some have neighbours and some have none.
     """
     check_free(path, "Choose another path, or delete it.")
-    return CellStore.build(path, stores, obs="all", fractional=True, neighbors=_common_neighbors(stores))
+    return CellStore.build(
+        path,
+        stores,
+        obs="all",
+        fractional=True,
+        neighbors=_common_neighbors(stores),
+        allow_duplicates=True,  # BioNeMo's concat takes a store twice
+    )
 
 
 def append(store: CellStore, others: Sequence[CellStore]) -> None:
@@ -69,7 +76,8 @@ def append(store: CellStore, others: Sequence[CellStore]) -> None:
                 f"{other.path} lacks obs columns that {store.path} has ({', '.join(lacking)}): write them together to "
                 "an output_path, where a column may be missing in some."
             )
-    store.append(others, fractional=True, neighbors=_common_neighbors([store, *others]))
+    neighbors = _common_neighbors([store, *others])
+    store.append(others, fractional=True, neighbors=neighbors, allow_duplicates=True)
 
 
 def _common_neighbors(stores: Sequence[CellStore]) -> str | None:

@@ -21,6 +21,8 @@ from scipy import sparse
 from ..genes.text_files import naming
 from ..genes.unite import FATES
 from .matrices import Matrix
+from .obs_columns import as_arrow
+from .same_cells import describe, row_totals
 from .sources import checked_blocks
 
 logger = logging.getLogger(__name__)
@@ -148,6 +150,8 @@ class Piece:
         Whether counts may be fractions.
     rows_per_batch, rows_per_shard : int
         Cells of a record batch, and of a file.
+    describe : bool
+        Whether what tells the cells apart is written, too (`same_cells.describe`).
     """
 
     record: Path
@@ -168,6 +172,17 @@ class Piece:
     fractional: bool
     rows_per_batch: int
     rows_per_shard: int
+    describe: bool = False
+
+    @property
+    def description(self) -> Path:
+        """File of what tells the cells apart."""
+        return self.record.with_suffix(".npy")
+
+    @property
+    def is_written(self) -> bool:
+        """Whether all that belongs to the piece is there."""
+        return self.record.exists() and (self.description.exists() or not self.describe)
 
 
 def write_piece(piece: Piece, progress: Callable[[int], object] = lambda n_cells: None) -> dict:
@@ -180,9 +195,7 @@ def write_piece(piece: Piece, progress: Callable[[int], object] = lambda n_cells
         n_counts = n_empty = 0
         names = pa.array(piece.obs_names, pa.string())
         obs = {
-            name: pa.nulls(piece.stop - piece.start, kind)
-            if piece.obs[name] is None
-            else pa.array(piece.obs[name], kind, from_pandas=True)
+            name: as_arrow(piece.obs[name], kind, piece.stop - piece.start)
             for name, kind in _obs_types(piece.format).items()
         }
         blocks = checked_blocks(
@@ -194,11 +207,14 @@ def write_piece(piece: Piece, progress: Callable[[int], object] = lambda n_cells
             piece.start,
             piece.stop,
         )
-        at = 0
+        at, described = 0, [np.empty((0, 2), np.float32)]
         try:
             for block in blocks:
-                per_fate += _sums(block, piece.fates)
+                totals = row_totals(block) if piece.describe else block.data
+                per_fate += _sums(block, piece.fates, totals)
                 block = align(block, piece.genes, piece.n_genes)
+                if piece.describe:
+                    described.append(describe(totals, block.indptr))
                 n = block.shape[0]
                 offsets = pa.array(block.indptr.astype(np.int32))
                 columns = {
@@ -230,14 +246,16 @@ def write_piece(piece: Piece, progress: Callable[[int], object] = lambda n_cells
             "total_counts": dict(zip(FATES, per_fate.tolist(), strict=True)),
             "shards": writer.shards,
         }
+        if piece.describe:
+            np.save(piece.description, np.concatenate(described))
         write_json(piece.record, record)
     return record
 
 
-def _sums(block: sparse.csr_matrix, fates: np.ndarray) -> np.ndarray:
-    """Sum the counts of the columns of each fate."""
+def _sums(block: sparse.csr_matrix, fates: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """Sum the counts of the columns of each fate; `totals` has the sum of the block."""
     if len(fates) and (fates == fates[0]).all():  # most sources; a sum a column costs as much as all else together
-        return np.bincount(fates[:1], [block.data.sum(dtype=np.float64)], len(FATES))
+        return np.bincount(fates[:1], [totals.sum(dtype=np.float64)], len(FATES))
     return np.bincount(fates[block.indices], block.data, len(FATES))
 
 

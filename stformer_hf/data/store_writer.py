@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from ..genes.unite import FATES, UnitedGenes, unite
 from .formats import expand
 from .matrices import MemoryMatrix
 from .obs_columns import ObsColumns, unite_obs
+from .replacing import STORE, check_free, recover, written_at
+from .same_cells import SameCells, check_names, describe, row_totals
 from .shards import (
     COUNT_TYPES,
     Piece,
@@ -54,7 +57,6 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 ROWS_PER_BATCH = 2048  # rows of an Arrow record batch, and of a block read from a source
 ROWS_PER_SHARD = 65_536
-_OTHER_FILES = ("genes.parquet", "manifest.json", "dataset_info.json", "state.json")
 
 
 @dataclass
@@ -74,6 +76,7 @@ class BuildSettings:
     workers: int = 1
     rows_per_batch: int = ROWS_PER_BATCH
     rows_per_shard: int = ROWS_PER_SHARD
+    allow_duplicates: bool = False
 
 
 def write_store(
@@ -88,12 +91,15 @@ def write_store(
     _check_settings(settings)
     if settings.shuffle and settings.part and settings.neighbors:
         raise ValueError("neighbors: a part that is shuffled cannot keep them. Build the parts without shuffle.")
-    check_free(path, overwrite or base is not None)
+    overwrite = overwrite or base is not None
+    check_free(path, STORE, overwrite)
     found = [source for source in expand(sources) if not (isinstance(source, Path) and source.resolve() == path)]
+    if not settings.allow_duplicates:
+        check_names(found)
     opened = [open_source(source, settings.layer, settings.fractional) for source in found]
     if not opened:
         raise ValueError("No sources: give at least one AnnData, store or file.")
-    _warn_of_twins(opened)
+    same = _same_cells(opened, settings, path, base)
     tables, names = [source.genes for source in opened], [source.name for source in opened]
     if base is not None:
         tables, names = [base.genes, *tables], [str(path), *names]
@@ -107,7 +113,8 @@ def write_store(
                 "id), or build a new store of this one and the sources."
             )
         united.rows, united.fates = united.rows[1:], united.fates[1:]
-    obs = unite_obs(opened, settings.obs, None if base is None else base.categories)
+    known = (None, None) if base is None else (base.categories, base.manifest["obs"])
+    obs = unite_obs(opened, settings.obs, *known)
     if base is not None and obs.types != base.manifest["obs"]:
         known, new = base.manifest["obs"], obs.types
         changed = [f"{name!r} ({known[name]} there, {new[name]} here)" for name in new if new[name] != known[name]]
@@ -119,14 +126,15 @@ def write_store(
         obs=obs.types,
         categories=obs.categories,
     )
-    building = path.with_name(f".{path.name}.building")
-    with locked(path), told_when_full(building):
+    with written_at(path, STORE, overwrite) as building, told_when_full(building):
+        if base is not None:
+            base.must_be_unchanged()  # else what was added to it meanwhile would be lost
         plan = _plan(opened, settings, united, row_format, base)
         prepare(building, plan, stale=_may_be_stale(building, plan))
-        pieces = list(_pieces(building, opened, settings, united, obs, row_format))
-        records = _base_records(building, base) + _write_pieces(pieces, opened, settings.workers)
+        pieces = list(_pieces(building, opened, settings, united, obs, row_format, same))
+        written = _watch(same, pieces, opened, path, base)
+        records = _base_records(building, base) + _write_pieces(pieces, opened, settings.workers, written)
         _finish(building, opened, settings, united, row_format, records, base)
-        replace_store(path, building)
 
 
 def _check_settings(settings: BuildSettings) -> None:
@@ -139,88 +147,71 @@ def _check_settings(settings: BuildSettings) -> None:
     _range_of_part(settings.part, 0)
 
 
-def _warn_of_twins(sources: list[Source]) -> None:
-    """Say which sources have the same cells and genes, such as the h5 and the mtx of one Cell Ranger run."""
-    seen: dict[int, str] = {}
-    for source in sources:
-        key = hash((tuple(source.obs.index), tuple(source.genes.gene_ids)))
-        if key in seen and len(source.obs):
-            logger.warning(f"{seen[key]} and {source.name} have the same cells and genes: are they in twice?")
-        seen[key] = source.name
+def _same_cells(
+    sources: list[Source], settings: BuildSettings, path: Path, base: CellStore | None
+) -> SameCells | None:
+    """Find the sources whose cells must be told apart, those of the store that is added to included; see `SameCells`.
 
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time build at a path.
-
-    Raises
-    ------
-    BlockingIOError
-        Another process builds there.
+    None where there are none, or where they are not to be told apart.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.with_name(f".{path.name}.lock")
-    with open(file, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(
-                f"Another process builds {path} now. Wait for it, or choose another path."
-            ) from error
-        except OSError:  # a file system without locks, as some clusters have
-            logger.debug(f"No lock could be taken on {file}.")
-        try:
-            yield
-        finally:
-            file.unlink(missing_ok=True)
-
-
-def check_free(
-    path: Path,
-    overwrite: bool,
-    what: str = "a store",
-    opened_by: str = "CellStore",
-    other_files: Sequence[str] = _OTHER_FILES,
-) -> None:
-    """Raise where a store, or what else has a manifest of shards, must not be written.
-
-    Something is there, and not `overwrite`; or it is more than `what`, whose shards have `other_files` beside them.
-    """
-    if not path.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(f"{path} exists. Open it with {opened_by}({str(path)!r}), or pass overwrite=True.")
-    if not (path / "manifest.json").exists():
-        raise FileExistsError(f"{path} exists and is not {what}; it is left as it is. Choose another path.")
-    manifest = json.loads((path / "manifest.json").read_text())
-    known = {shard["file"] for shard in manifest["shards"]} | set(other_files)
-    foreign = sorted(file.name for file in path.iterdir() if file.name not in known)
-    if foreign:
-        raise FileExistsError(
-            f"{path} holds more than {what} ({', '.join(foreign[:3])}); it is left as it is. Move these away."
+    if settings.allow_duplicates:
+        return None
+    names = [source.obs.index.astype(str).to_numpy(object) for source in sources]
+    same = SameCells(names if base is None else [*names, base.obs_names])
+    if same.pairs and settings.part is not None:  # the cells to compare may lie in different parts
+        i, j = same.pairs[0]
+        logger.warning(
+            f"{_called(sources, i, path)} and {_called(sources, j, path)} have the same barcodes, and a part does not "
+            "tell whether they hold the same cells."
         )
+        return None
+    return same if same.pairs else None
 
 
-def replace_store(path: Path, building: Path) -> None:
-    """Give a finished folder its name; an older store there goes."""
-    old = path.with_name(f".{path.name}.old")
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)  # left by a process that was stopped once its new store was whole
-        path.rename(old)
-    building.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+def _called(sources: list[Source], number: int, path: Path) -> str:
+    """Name a source for a message; the store that is added to comes after all of them."""
+    if number == len(sources):
+        return str(path)
+    name = sources[number].name
+    return name if sum(source.name == name for source in sources) == 1 else f"{name} (source {number + 1})"
 
 
-def recover(path: Path) -> None:
-    """Give a store its name back, if replacing it was stopped between the two renames of `replace_store`."""
-    old = path.with_name(f".{path.name}.old")
-    if not path.exists() and (old / "manifest.json").exists():
-        old.rename(path)
+def _watch(
+    same: SameCells | None, pieces: list[Piece], sources: list[Source], path: Path, base: CellStore | None
+) -> Callable[[Piece], None]:
+    """Return what is called with each piece that is written: it raises once two sources hold the same cells."""
+    left = Counter(piece.source for piece in pieces)
+
+    def written(piece: Piece) -> None:
+        left[piece.source] -= 1
+        if left[piece.source] or not piece.describe:
+            return
+        parts = [np.load(other.description) for other in pieces if other.source == piece.source]
+        found = same.add(piece.source, np.concatenate(parts))
+        if found:
+            share, i, j = found
+            first, second = _called(sources, i, path), _called(sources, j, path)
+            raise ValueError(
+                f"{first} holds the same cells as {second}: {share:.0%} of its cells have barcode, total and number "
+                "of genes of a cell there. Give one of the two (of a raw and a filtered matrix the filtered one), or "
+                "pass allow_duplicates=True."
+            )
+
+    if same is not None and len(sources) in same:
+        others = [source for pair in same.pairs for source in pair if source < len(sources)]
+        same.add(len(sources), _describe_rows(base, same.in_another(len(sources), others)))
+    return written
+
+
+def _describe_rows(store: CellStore, which: np.ndarray) -> np.ndarray:
+    """Describe some cells of a store, bool array (n,): float32 array (n, 2), zeros for the others."""
+    described = np.zeros((len(store), 2), np.float32)
+    rows = np.flatnonzero(which)
+    for start in range(0, len(rows), ROWS_PER_BATCH):
+        numbers = rows[start : start + ROWS_PER_BATCH]
+        block = store.rows(numbers)
+        described[numbers] = describe(row_totals(block), block.indptr)
+    return described
 
 
 def _likely_count_type(source: Source) -> str:
@@ -297,24 +288,29 @@ def _base_records(building: Path, base: CellStore | None) -> list[dict]:
 # ---------------------------------------------------------------------- pieces
 
 
-def _write_pieces(pieces: list[Piece], sources: list[Source], workers: int) -> list[dict]:
+def _write_pieces(
+    pieces: list[Piece], sources: list[Source], workers: int, written: Callable[[Piece], None]
+) -> list[dict]:
     """Write what is not written yet; returns the records of all pieces, in the order of the cells."""
     total = sum(piece.stop - piece.start for piece in pieces)
     records: dict[Path, dict] = {}
     with tqdm(total=total, desc="build", unit="cell", disable=None) as bar, process_pool(workers) as pool:
         running = {}
         for piece in pieces:
-            if sources[piece.source].key is not None and piece.record.exists():
+            if sources[piece.source].key is not None and piece.is_written:
                 records[piece.record] = json.loads(piece.record.read_text())
                 bar.update(piece.stop - piece.start)
             elif pool is None or sources[piece.source].key is None:
                 records[piece.record] = write_piece(piece, bar.update)
             else:
                 running[pool.submit(write_piece, piece)] = piece
+                continue
+            written(piece)
         for done in as_completed(running):
             piece = running[done]
             records[piece.record] = done.result()
             bar.update(piece.stop - piece.start)
+            written(piece)
     return [records[piece.record] for piece in pieces]
 
 
@@ -354,6 +350,7 @@ def _pieces(
     united: UnitedGenes,
     obs: ObsColumns,
     row_format: RowFormat,
+    same: SameCells | None,
 ) -> Iterator[Piece]:
     """Cut the sources: a shard's rows a piece, where rows can be read anywhere; else a source."""
     n_cells = sum(source.shape[0] for source in sources)
@@ -389,6 +386,7 @@ def _pieces(
                 fractional=settings.fractional,
                 rows_per_batch=settings.rows_per_batch,
                 rows_per_shard=settings.rows_per_shard,
+                describe=same is not None and i in same,
             )
         start_of_source += source.shape[0]
 

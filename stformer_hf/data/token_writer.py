@@ -20,8 +20,9 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
+from .replacing import Contents, check_free, recover, written_at
 from .shards import checksum, gene_type, read_batches, told_when_full, write_json
-from .store_writer import check_free, locked, prepare, process_pool, recover, replace_store, write_dataset_files
+from .store_writer import prepare, process_pool, write_dataset_files
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -37,7 +38,11 @@ ROWS_PER_SHARD = 16_384
 _OF_TOKENS = ("input_ids", "token_type_ids", "expression_values")
 _OF_CELLS = ("cell_genes", "cell_counts")
 _OWN_COLUMNS = (*_OF_TOKENS, *_OF_CELLS, "measured_genes", "length", "cell_id")
-_OTHER_FILES = ("lengths.json", "tokenizer", "manifest.json", "dataset_info.json", "state.json", "plan.json")
+_TOKENS = Contents(
+    "a tokenized dataset",
+    "datasets.load_from_disk",
+    ("lengths.json", "tokenizer", "manifest.json", "dataset_info.json", "state.json", "plan.json"),
+)
 
 
 def write_tokens(
@@ -62,16 +67,14 @@ def write_tokens(
             raise ValueError(f"{name}={value}: at least 1.")
     if not hasattr(tokenizer, "encode_cells"):
         raise TypeError(f"A GeneTokenizer is needed, got {type(tokenizer).__name__}.")
-    check_free(path, overwrite, "a tokenized dataset", "datasets.load_from_disk", _OTHER_FILES)
+    check_free(path, _TOKENS, overwrite)
     columns = _chosen_obs(store, obs)
     features = _features(store, tokenizer, columns)
-    building = path.with_name(f".{path.name}.building")
-    with locked(path), told_when_full(building, "the tokens", "tokenize"):
+    with written_at(path, _TOKENS, overwrite) as building, told_when_full(building, "the tokens", "tokenize"):
         prepare(building, _plan(store, selection, tokenizer, columns, rows_per_shard))
         shards = TokenShards(store, tokenizer, building, columns, features.arrow_schema, rows_per_shard)
         _finish(building, shards, _write_shards(shards, workers), features)
-        replace_store(path, building)
-        (path / "plan.json").unlink()  # only now: without it, a call that is stopped starts anew
+    (path / "plan.json").unlink(missing_ok=True)  # only now: without it, a call that is stopped starts anew
 
 
 def _chosen_obs(store: CellStore, obs: Sequence[str] | str | None) -> list[str]:

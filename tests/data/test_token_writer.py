@@ -21,7 +21,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import sparse
 
 from stformer_hf import CellStore, GeneTokenizer, collate_fn_wrapper
-from stformer_hf.data import store_writer, token_writer
+from stformer_hf.data import replacing, token_writer
 from stformer_hf.data.shards import checksum
 
 MEDIANS = {f"ENSG{i:011d}": 0.5 + (i * 7 % 11) for i in range(40)}
@@ -348,7 +348,7 @@ KILLED = """
 import os, sys, time
 import datasets
 from stformer_hf import CellStore, GeneTokenizer
-from stformer_hf.data import token_writer
+from stformer_hf.data import replacing, token_writer
 
 # Every batch, checksum and file of the end is told, and takes a moment, so that a call can be met in any of them.
 def slow(owner, name):
@@ -363,8 +363,9 @@ def slow(owner, name):
 
 token_writer.ROWS_PER_BATCH = 7
 slow(token_writer.TokenShards, "_tokenized")
-for name in ("checksum", "write_dataset_files", "_write_lengths", "write_json", "replace_store"):
+for name in ("checksum", "write_dataset_files", "_write_lengths", "write_json"):
     slow(token_writer, name)
+slow(replacing, "replace_folder")
 store, tokenizer = CellStore(sys.argv[1]), GeneTokenizer.from_pretrained(sys.argv[2])
 for _ in sys.stdin:  # a call for every line, in a process of its own
     child = os.fork()
@@ -382,7 +383,7 @@ def test_a_call_killed_at_any_moment_leaves_nothing_that_opens_and_goes_on(store
     path, building = tmp_path / "t", tmp_path / ".t.building"
     rng = np.random.default_rng(0)
     # After so many things told, then in each part of the end.
-    moments = [*rng.integers(1, 9, 8), "_write_lengths", "write_dataset_files", "write_json", "replace_store"]
+    moments = [*rng.integers(1, 9, 8), "_write_lengths", "write_dataset_files", "write_json", "replace_folder"]
     n_done = []
     command = [sys.executable, "-c", KILLED, store.path, tmp_path / "tokenizer", path]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as calls:
@@ -483,7 +484,7 @@ def test_other_cells_columns_and_shards_start_anew(stopped, store, tokenizer, tm
 
 def test_a_stop_between_the_two_renames_loses_nothing(store, tokenizer, tmp_path, monkeypatch):
     store.tokenize(tokenizer, tmp_path / "t")
-    rename = store_writer.Path.rename
+    rename = replacing.Path.rename
 
     def stop(self, target):
         if self.name == ".t.building":
@@ -491,7 +492,7 @@ def test_a_stop_between_the_two_renames_loses_nothing(store, tokenizer, tmp_path
         return rename(self, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_writer.Path, "rename", stop)
+        patch.setattr(replacing.Path, "rename", stop)
         with pytest.raises(KeyboardInterrupt):
             store.select([1]).tokenize(tokenizer, tmp_path / "t", overwrite=True)
     assert not (tmp_path / "t").exists()
@@ -501,7 +502,7 @@ def test_a_stop_between_the_two_renames_loses_nothing(store, tokenizer, tmp_path
 
 
 def test_one_call_at_a_time(store, tokenizer, tmp_path):
-    with store_writer.locked(tmp_path / "t"), pytest.raises(BlockingIOError, match="Another process"):
+    with replacing.locked(tmp_path / "t"), pytest.raises(BlockingIOError, match="Another process"):
         store.tokenize(tokenizer, tmp_path / "t")
 
 

@@ -1099,9 +1099,9 @@ class GeneTokenizer(PreTrainedTokenizer):
                 if len(values) != n_cells:
                     raise ValueError(f"obs has {len(values)} rows for {n_cells} cells.")
                 if hasattr(values, "cat"):  # by its categories: beside a missing value, whole numbers become 1.0, 2.0
-                    tokens[:, i] = np.array([*map(token, values.cat.categories), -1])[values.cat.codes]
+                    tokens[:, i] = np.array([*map(token, _exact(values.cat.categories)), -1])[values.cat.codes]
                 else:
-                    tokens[:, i] = [token(value) for value in values]
+                    tokens[:, i] = [token(value) for value in _exact(values)]
             n_missing = int((tokens[:, i] < 0).sum())
             if n_missing and category not in self._told:
                 self._told.add(category)
@@ -1120,6 +1120,12 @@ class GeneTokenizer(PreTrainedTokenizer):
                 f"max_length {max_length} leaves no room for a gene: {n_special} special tokens, "
                 f"{len(self._included_phenotypes)} phenotypes and {n_parts} genes need {needed}."
             )
+
+
+def _exact(values: Sequence) -> Sequence:
+    """Return floats as numpy's: pandas iterates Python's, which print the 0.1 of float32 as 0.10000000149011612."""
+    array = np.asarray(values)
+    return array if array.dtype.kind == "f" else values
 
 
 def _is_missing(value) -> bool:

@@ -1,0 +1,162 @@
+"""Sources of a build that hold the same cells: raw and filtered files of one run, or cells that agree in all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+SHARE = 0.9  # of a source's cells that agree with cells of another: it holds the same cells
+_KAPPA = 0.5
+_EXPECTED = 1e-3  # number of pairs of sources in which as many cells agree by chance
+_RAW_OR_FILTERED = re.compile(r"(?<![a-z])(raw|unfiltered|filtered)(?![a-z])", re.IGNORECASE)
+_FORMAT = re.compile(r"(\.h5|/matrix\.mtx|/matrix\.mtx\.gz)$", re.IGNORECASE)
+_BASES = re.compile("[ACGT]{12,}")
+_REMEDY = "or pass allow_duplicates=True."
+
+
+def check_names(sources: Sequence[Any]) -> None:
+    """Raise ValueError for files that are the same cells by their names: one twice, or raw and filtered ones of a run.
+
+    These are Cell Ranger's `raw_feature_bc_matrix` and `filtered_feature_bc_matrix`, as folders or `.h5`, STARsolo's
+    `raw` and `filtered`, and any other two paths that differ in such a word alone.
+    """
+    seen: dict[str, Path] = {}
+    for source in sources:
+        if not isinstance(source, Path):
+            continue
+        key = source.resolve().as_posix()
+        bare = _FORMAT.sub("", key)
+        if _RAW_OR_FILTERED.search(bare.rsplit("/", 1)[-1]):  # the h5 and the folder of one matrix are one
+            key = bare
+        other = seen.setdefault(_RAW_OR_FILTERED.sub("*", key), source)
+        if other is source:
+            continue
+        if other.resolve() == source.resolve():
+            raise ValueError(f"{source} is given twice. Give it once, {_REMEDY}")
+        kept = min(other, source, key=_is_raw)
+        raise ValueError(
+            f"{other} and {source} hold the same cells of one run. Give one of them, such as {kept}, {_REMEDY}"
+        )
+
+
+def _is_raw(path: Path) -> bool:
+    return _RAW_OR_FILTERED.findall(path.as_posix())[-1].lower() != "filtered"
+
+
+def row_totals(block: sparse.csr_matrix) -> np.ndarray:
+    """Sum the counts of each cell, array (n_cells,); narrow ones in 32 bits, which is as fast as one sum over all."""
+    kind = np.uint32 if block.dtype.itemsize <= 2 else np.float64 if block.dtype == np.float32 else block.dtype
+    totals = np.zeros(block.shape[0], kind)
+    there = np.flatnonzero(np.diff(block.indptr))  # reduceat takes no empty ranges
+    if len(there):
+        totals[there] = np.add.reduceat(block.data, block.indptr[there], dtype=kind)
+    return totals
+
+
+def describe(totals: np.ndarray, indptr: np.ndarray) -> np.ndarray:
+    """Return what tells cells of one barcode apart, total and number of genes: float32 array (n_cells, 2)."""
+    return np.stack([totals, np.diff(indptr)], axis=1).astype(np.float32)
+
+
+class SameCells:
+    """Pairs of sources whose barcodes are alike: which must be looked at, and whether their cells are the same.
+
+    Barcodes alone do not tell: lanes draw them from one list, and the spots of all sections have the same. So the
+    sources of such a pair keep total and number of genes of each cell while they are written, 16 bytes with the hash
+    of the barcode. Cells without counts are passed over.
+
+    A source holds the same cells as another where at least 90 % of its cells agree in all three with a cell there, and
+    chance does not explain it, which is the probability that a cell there has the total and number of genes of one
+    here: Cohen's kappa [1]_, (share - chance) / (1 - chance), is over 0.5, and no pair is expected in which so many
+    cells agree. By chance agree the droplets of two lanes that hold a molecule or two, and very small sources.
+
+    References
+    ----------
+    .. [1] Cohen, A coefficient of agreement for nominal scales, Educational and Psychological Measurement 20, 1960.
+
+    Parameters
+    ----------
+    names : sequence of object arrays (n_cells,)
+        Names of the cells of each source.
+
+    Attributes
+    ----------
+    pairs : list of (int, int)
+        The barcodes of at least 90 % of the cells of the first source are in the second.
+    """
+
+    def __init__(self, names: Sequence[np.ndarray]):
+        self._barcodes = [_hash_barcodes(of) for of in names] if len(names) > 1 else []
+        shared = _count_shared(self._barcodes).tocoo()
+        self.pairs = [
+            (int(i), int(j))
+            for i, j, n in zip(*shared.coords, shared.data, strict=True)
+            if i != j and n >= SHARE * len(names[i])
+        ]
+        self._cells: dict[int, np.ndarray] = {}
+
+    def __contains__(self, source: int) -> bool:
+        """Whether the cells of a source must be described."""
+        return any(source in pair for pair in self.pairs)
+
+    def add(self, source: int, cells: np.ndarray) -> tuple[float, int, int] | None:
+        """Take what `describe` says of all cells of a source.
+
+        Returns
+        -------
+        (float, int, int) or None
+            Share of the cells of a first source that are in a second, if this one has the same cells as one before;
+            where there are several, the largest.
+        """
+        self._cells[source] = cells
+        known = [(i, j) for i, j in self.pairs if source in (i, j) and i in self._cells and j in self._cells]
+        found = [(share, i, j) for i, j in known if (share := self._share(i, j)) is not None]
+        return max(found, default=None)
+
+    def in_another(self, source: int, others: Sequence[int]) -> np.ndarray:
+        """Tell which cells of a source have the barcode of a cell of other sources: bool array (n_cells,)."""
+        return np.isin(self._barcodes[source], np.concatenate([self._barcodes[other] for other in others]))
+
+    def _share(self, i: int, j: int) -> float | None:
+        contents, keys = [], []
+        for source in (i, j):
+            there = self._cells[source][:, 1] > 0
+            contents.append(np.ascontiguousarray(self._cells[source][there]).view(np.uint64).ravel())
+            keys.append(pd.util.hash_array(contents[-1]) ^ self._barcodes[source][there])
+        if not len(keys[0]) or not len(keys[1]):
+            return None
+        share = np.isin(*keys).mean()
+        kinds, inverse = np.unique(np.concatenate(contents), return_inverse=True)
+        n = len(contents[0])
+        first, second = (np.bincount(of, minlength=len(kinds)) for of in (inverse[:n], inverse[n:]))
+        chance = (first / first.sum()) @ (second / second.sum())
+        beyond_chance = share - chance > _KAPPA * (1 - chance) and len(self.pairs) * chance ** (share * n) < _EXPECTED
+        return float(share) if share >= SHARE and beyond_chance else None
+
+
+def _hash_barcodes(names: np.ndarray) -> np.ndarray:
+    """Hash the barcodes of cells, uint64 array (n,): the first long run of bases of a name, or all of it."""
+    found = [(match := _BASES.search(name)) and match[0] or name for name in names]
+    return pd.util.hash_array(np.array(found, object), categorize=False)
+
+
+def _count_shared(keys: Sequence[np.ndarray]) -> sparse.csr_array:
+    """Count the cells of each source whose key is in another: (n_sources, n_sources)."""
+    n = len(keys)
+    if n < 2:
+        return sparse.csr_array((n, n), dtype=np.int64)
+    kinds, column = np.unique(np.concatenate(keys), return_inverse=True)
+    row = np.repeat(np.arange(n), [len(of) for of in keys])
+    cells = sparse.coo_array((np.ones(len(row), np.int64), (row, column)), shape=(n, len(kinds))).tocsr()
+    cells.sum_duplicates()
+    there = sparse.csr_array((np.ones_like(cells.data), cells.indices, cells.indptr), shape=cells.shape)
+    return cells @ there.T
+
+
+__all__ = ["SHARE", "SameCells", "check_names", "describe", "row_totals"]
