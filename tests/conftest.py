@@ -39,6 +39,12 @@ def make_adata(n_cells: int = 60, n_genes: int = 40, seed: int = 0, density: flo
     return AnnData(sparse.csr_matrix(counts.astype(np.float32)), obs=obs, var=var)
 
 
+def with_genes(adata: AnnData) -> AnnData:
+    """Name the genes: the row numbers that AnnData gives them are refused."""
+    adata.var_names = [f"ENSG{i:011d}" for i in range(adata.n_vars)]
+    return adata
+
+
 @pytest.fixture
 def adata() -> AnnData:
     return make_adata()

@@ -18,6 +18,7 @@ class AnnotateArguments:
     model: str = field(metadata={"help": "checkpoint of a classifier"})
     output: str = field(metadata={"help": 'h5ad file to write, with obs["stformer_label"], obs["stformer_score"]'})
     layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
+    fractional: bool = field(default=False, metadata={"help": "allow fractions, as estimated counts are"})
     batch_size: int = field(default=64, metadata={"help": "cells a batch"})
     overwrite: bool = field(default=False, metadata={"help": "replace a file that is there"})
 
@@ -35,6 +36,6 @@ def run(args: AnnotateArguments):
     from .files import read, write
 
     adata = read(args.data, args.output, args.overwrite)
-    annotate(adata, args.model, layer=args.layer, batch_size=args.batch_size)
+    annotate(adata, args.model, layer=args.layer, fractional=args.fractional, batch_size=args.batch_size)
     write(adata, args.output)
     return adata

@@ -195,6 +195,7 @@ def load_cells() -> tuple[Any, float]:
         The data that the installed scanpy ships do not give whole numbers.
     """
     import numpy as np
+    import pandas as pd
     import scanpy as sc
     from anndata import AnnData
     from scipy import sparse
@@ -209,7 +210,9 @@ def load_cells() -> tuple[Any, float]:
     if residual > 0.1:
         raise ValueError(f"scanpy {version('scanpy')} ships other PBMCs: counts come out {residual:.2f} off.")
     cells = AnnData(
-        sparse.csr_matrix(counts.astype(np.float32)), obs=shipped.obs[[LABEL]].copy(), var=shipped.raw.var[[]].copy()
+        sparse.csr_matrix(counts.astype(np.float32)),
+        obs=shipped.obs[[LABEL]].copy(),
+        var=pd.DataFrame(index=shipped.raw.var_names),
     )
     return cells, residual
 

@@ -45,6 +45,7 @@ class EmbedArguments:
         default="cells", metadata={"help": "what is embedded: the cell, or the cells around it in its tissue section"}
     )
     layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
+    fractional: bool = field(default=False, metadata={"help": "allow fractions, as estimated counts are"})
     batch_size: int = field(default=64, metadata={"help": "cells a batch"})
     overwrite: bool = field(default=False, metadata={"help": "replace a file that is there"})
     hidden_layer: int = field(
@@ -115,6 +116,7 @@ def _embed_cells(adata: AnnData, args: EmbedArguments) -> None:
         adata,
         args.model,
         layer=args.layer,
+        fractional=args.fractional,
         hidden_layer=args.hidden_layer,
         pooling=args.pooling,
         with_phenotypes=args.with_phenotypes,
@@ -142,6 +144,7 @@ def _embed_neighborhoods(adata: AnnData, args: EmbedArguments) -> None:
         cell_type_key=args.cell_type,
         with_cell_type=args.with_cell_type,
         layer=args.layer,
+        fractional=args.fractional,
         batch_size=args.batch_size,
         **{name: value for name, value in options.items() if value is not None},
     )

@@ -58,6 +58,7 @@ class FinetuneArguments:
     )
     label_smoothing: float = field(default=0.0, metadata={"help": "of the loss (PerturbGene: 0.1)"})
     layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
+    fractional: bool = field(default=False, metadata={"help": "allow fractions, as estimated counts are"})
     held_out: float = field(default=0.1, metadata={"help": "share of the cells kept for evaluation"})
     split_by: str | None = field(
         default=None,
@@ -103,6 +104,7 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         list(dict.fromkeys([args.label, *args.phenotypes, *([args.split_by] if args.split_by else [])])),
         args.layer,
         args.overwrite,
+        fractional=args.fractional,
         neighbors="spatial_connectivities" if tokenizer is not None and tokenizer.neighborhood else None,
         eval_data=args.eval_data,
     )

@@ -135,6 +135,7 @@ class PretrainArguments:
     )
     label_smoothing: float = field(default=0.0, metadata={"help": "of the MLM loss (PerturbGene: 0.5)"})
     layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
+    fractional: bool = field(default=False, metadata={"help": "allow fractions, as estimated counts are"})
     held_out: float = field(default=0.05, metadata={"help": "share of the cells kept for evaluation"})
     eval_data: list[str] | None = field(
         default=None, metadata={"help": "files or stores to evaluate on, in place of held-out cells of the data"}
@@ -208,7 +209,14 @@ def prepare(args: PretrainArguments, arguments: TrainingArguments) -> PretrainRu
     neighborhood = tokenizer.neighborhood if tokenizer else args.neighborhood
     graph = {"neighbors": args.neighbors, "section": args.section} if neighborhood else {}
     store = open_cells(
-        args.data, arguments, columns or None, args.layer, args.overwrite, **graph, eval_data=args.eval_data
+        args.data,
+        arguments,
+        columns or None,
+        args.layer,
+        args.overwrite,
+        fractional=args.fractional,
+        **graph,
+        eval_data=args.eval_data,
     )
     train_cells, held_out_cells = split(store, args.held_out, arguments.seed, eval_data=args.eval_data)
     if tokenizer is None:

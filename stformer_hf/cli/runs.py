@@ -89,6 +89,7 @@ def open_cells(
     obs: list[str] | None,
     layer: str | None,
     overwrite: bool,
+    fractional: bool = False,
     neighbors: str | None = None,
     section: str | None = None,
     eval_data: list[str] | None = None,
@@ -119,7 +120,15 @@ def open_cells(
             sources = [*data, *(eval_data or [])]
             if neighbors is not None:
                 sources = [_with_graph(source, neighbors, section) for source in sources]
-            store = CellStore.build(path, sources, obs=obs, layer=layer, neighbors=neighbors, overwrite=overwrite)
+            store = CellStore.build(
+                path,
+                sources,
+                obs=obs,
+                layer=layer,
+                fractional=fractional,
+                neighbors=neighbors,
+                overwrite=overwrite,
+            )
         else:
             store = CellStore(path)
     return store if neighbors is None else store.with_neighborhoods()

@@ -30,6 +30,8 @@ class AnnDataset(Dataset):
     ----------
     adata_or_path : AnnData, str or Path
         An AnnData in memory or backed, a view of either, or a file of one of the `formats.FORMATS`, such as `.h5ad`.
+    layer : str, default: "X"
+        `X` as it is, whatever its values and the types of its features; `raw`, or the name of a layer.
     transform : Transform, optional
         Applied to each item.
     obs_subset : int array, boolean mask (n_obs,) or slice, optional
@@ -49,8 +51,8 @@ class AnnDataset(Dataset):
     TypeError
         `transform` is no `Transform`; neither an AnnData nor a path was given.
     ValueError
-        There is no X; the file is damaged or of a format that is not read; an obs column occurs twice; `chunk_size`
-        is under 1.
+        There is no such layer; the file is damaged or of a format that is not read; an obs column occurs twice;
+        `chunk_size` is under 1.
     IndexError
         `obs_subset` holds numbers beyond the cells, other things than integers, or is a mask of another length.
     FileNotFoundError
@@ -72,6 +74,7 @@ class AnnDataset(Dataset):
         self,
         adata_or_path: AnnData | str | Path,
         *,
+        layer: str = "X",
         transform: Transform | None = None,
         obs_subset: Sequence[int] | np.ndarray | slice | None = None,
         chunk_size: int = 6000,
@@ -81,12 +84,12 @@ class AnnDataset(Dataset):
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size}: at least one row is read at a time.")
         self.transform, self.chunk_size = transform, chunk_size
-        self._name, layer = _find_x(adata_or_path)
-        self._matrix = layer.matrix
+        self._name, found = _find_matrix(adata_or_path, layer)
+        self._matrix = found.whole or found.matrix
         with naming(self._name):
-            obs = layer.obs()
+            obs = found.obs()
         if len(obs) != self._matrix.shape[0]:
-            raise ValueError(f"{self._name} is damaged: X has {self._matrix.shape[0]} rows, obs has {len(obs)}.")
+            raise ValueError(f"{self._name} is damaged: {layer} has {self._matrix.shape[0]} rows, obs has {len(obs)}.")
         self._rows = _chosen_rows(obs_subset, len(obs))
         self._columns = _read_obs(obs, self._rows)
         self._matrix.prepare(None)
@@ -212,8 +215,8 @@ def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return default_collate(items)
 
 
-def _find_x(adata_or_path: AnnData | str | Path) -> tuple[str, Layer]:
-    """Give the name of a source and its layer X."""
+def _find_matrix(adata_or_path: AnnData | str | Path, wanted: str) -> tuple[str, Layer]:
+    """Give the name of a source, and a layer of it."""
     if isinstance(adata_or_path, AnnData):
         name, layers = "AnnData", anndata_layers(adata_or_path)
     elif isinstance(adata_or_path, (str, Path)):
@@ -221,9 +224,12 @@ def _find_x(adata_or_path: AnnData | str | Path) -> tuple[str, Layer]:
     else:
         raise TypeError(f"An AnnDataset is made of an AnnData or a path, not {type(adata_or_path).__name__}.")
     by_name = {layer.name: layer for layer in layers}
-    if "X" not in by_name:
-        raise ValueError(f"{name} has no X; it has {', '.join(by_name) or 'no matrix'}. Put what is needed into X.")
-    return name, by_name["X"]
+    parts_of_x = [layer for layer in layers if layer.whole is not None and layer.name not in ("raw", "counts")]
+    if "X" not in by_name and parts_of_x:  # of antibodies alone, say
+        by_name["X"] = parts_of_x[0]
+    if wanted not in by_name:
+        raise ValueError(f"{name} has no {wanted}; it has {', '.join(by_name) or 'no matrix'}: name one, layer=….")
+    return name, by_name[wanted]
 
 
 def _chosen_rows(obs_subset: Sequence[int] | np.ndarray | slice | None, n_obs: int) -> np.ndarray:

@@ -20,6 +20,8 @@ from scipy import sparse
 
 from ..genes.gene_table import GeneTable
 from ..genes.text_files import naming, read_columns, read_text_table
+from ..models.gene_bert.cell_counts import split_features
+from ..models.gene_bert.gene_columns import GENES
 from .matrices import (
     ColumnMatrix,
     CompressedMatrix,
@@ -34,7 +36,6 @@ from .text_matrix import TextMatrix
 
 logger = logging.getLogger(__name__)
 
-GENES = "Gene Expression"  # the feature type of genes in 10x files
 _BD_FILE = re.compile(r"_MolsPerCell(_Unfiltered)?\.csv(\.gz)?$", re.IGNORECASE)
 _REMOTE = re.compile(r"([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)
 _NOT_HDF5 = {  # how a file begins that is none, and what to do with it
@@ -63,6 +64,8 @@ class Layer:
         Reads the table of its rows.
     neighbors : callable (key) -> Matrix, optional
         Opens a graph of its cells (`obsp`); KeyError where there is none of that name.
+    whole : Matrix, optional
+        The matrix with all its columns, where this layer has those of one feature type.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Layer:
     genes: Callable[[], GeneTable]
     obs: Callable[[], pd.DataFrame]
     neighbors: Callable[[str], Matrix] | None = None
+    whole: Matrix | None = None
 
 
 @dataclass(frozen=True)
@@ -209,8 +213,8 @@ def _walk(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
 def anndata_layers(adata: AnnData) -> list[Layer]:
     """Give the matrices of an AnnData: in memory or backed, whole or a view."""
 
-    def layer(name: str, matrix: Matrix, var: pd.DataFrame) -> Layer:
-        return Layer(name, matrix, lambda: GeneTable.from_var(var), lambda: adata.obs, neighbors)
+    def layer(name: str, matrix: Matrix, var: pd.DataFrame) -> list[Layer]:
+        return _by_feature_type(name, matrix, var, lambda: adata.obs, neighbors)
 
     def neighbors(key: str) -> Matrix:
         return MemoryMatrix(adata.obsp[key])
@@ -220,18 +224,47 @@ def anndata_layers(adata: AnnData) -> list[Layer]:
         if adata.is_view:  # which rows of the file these are, anndata keeps to itself
             parent = adata._adata_ref
             rows, columns = np.arange(parent.n_obs)[adata._oidx], np.arange(parent.n_vars)[adata._vidx]
+        handle = FileHandle(Path(adata.filename), _open_hdf5)
         return [
-            layer(
-                found.name,
-                Selection(found.matrix, rows, None if found.name == "raw" else columns),
-                adata.raw.var if found.name == "raw" else adata.var,
+            part
+            for name, key in _matrices(handle)
+            for part in layer(
+                name,
+                Selection(_on_disk(handle, key), rows, None if name == "raw" else columns),
+                adata.raw.var if name == "raw" else adata.var,
             )
-            for found in read_anndata_file(Path(adata.filename))
         ]
-    found = [] if adata.X is None else [layer("X", MemoryMatrix(adata.X), adata.var)]
+    found = [] if adata.X is None else layer("X", MemoryMatrix(adata.X), adata.var)
     if adata.raw is not None:
-        found.append(layer("raw", MemoryMatrix(adata.raw.X), adata.raw.var))
-    return found + [layer(name, MemoryMatrix(adata.layers[name]), adata.var) for name in adata.layers]
+        found += layer("raw", MemoryMatrix(adata.raw.X), adata.raw.var)
+    for name in adata.layers:
+        found += layer(name, MemoryMatrix(adata.layers[name]), adata.var)
+    return found
+
+
+def _by_feature_type(
+    name: str,
+    matrix: Matrix,
+    var: pd.DataFrame,
+    obs: Callable[[], pd.DataFrame],
+    neighbors: Callable[[str], Matrix] | None = None,
+) -> list[Layer]:
+    """Give the genes of a matrix as one layer; of X, antibodies and the like as layers of their own."""
+    columns = split_features(var)
+    if columns is None:
+        return [Layer(name, matrix, lambda: GeneTable.from_var(var), obs, neighbors)]
+    return [
+        Layer(
+            name if kind == GENES else kind,
+            Selection(matrix, None, some),
+            lambda some=some: GeneTable.from_var(var.iloc[some]),
+            obs,
+            neighbors,
+            matrix,
+        )
+        for kind, some in columns.items()
+        if kind == GENES or name == "X"
+    ]
 
 
 def _open_hdf5(path: Path) -> h5py.File:
@@ -287,16 +320,23 @@ def read_anndata_file(path: Path, opener: Callable[[Path], Any] = _open_hdf5) ->
     def neighbors(key: str) -> Matrix:
         return _on_disk(handle, f"obsp/{key}")
 
-    def layer(name: str, key: str, var: str) -> Layer:
-        return Layer(
-            name, _on_disk(handle, key), lambda: GeneTable.from_var(table(var)), lambda: table("obs"), neighbors
-        )
+    found, vars_read = [], {}
+    for name, key in _matrices(handle):
+        where = "raw/var" if name == "raw" else "var"
+        if where not in vars_read:
+            vars_read[where] = table(where)
+        found += _by_feature_type(name, _on_disk(handle, key), vars_read[where], lambda: table("obs"), neighbors)
+    return found
 
-    found = [layer("X", "X", "var")] if "X" in handle.file and not _is_null(handle["X"]) else []
+
+def _matrices(handle: FileHandle) -> list[tuple[str, str]]:
+    """Give the matrices of an AnnData file: names, and where they are."""
+    if hasattr(handle["obs"], "dtype"):  # one compound array: anndata < 0.7
+        return [(name, key) for name, key in (("X", "X"), ("raw", "raw.X")) if key in handle.file]
+    found = [("X", "X")] if "X" in handle.file and not _is_null(handle["X"]) else []
     if "raw" in handle.file and "X" in handle["raw"]:
-        found.append(layer("raw", "raw/X", "raw/var"))
-    layers = list(handle["layers"]) if "layers" in handle.file else []
-    return found + [layer(name, f"layers/{name}", "var") for name in layers]
+        found.append(("raw", "raw/X"))
+    return found + [(name, f"layers/{name}") for name in (handle["layers"] if "layers" in handle.file else [])]
 
 
 def _read_obs(handle: FileHandle) -> pd.DataFrame:
@@ -325,11 +365,10 @@ def _legacy_layers(handle: FileHandle) -> list[Layer]:
     raw_var = None if adata.raw is None else adata.raw.var
     adata.file.close()
 
-    def layer(name: str, key: str, var: pd.DataFrame) -> Layer:
-        return Layer(name, _on_disk(handle, key), lambda: GeneTable.from_var(var), lambda: obs)
-
-    found = [layer("X", "X", var)] if "X" in handle.file else []
-    return found + ([layer("raw", "raw.X", raw_var)] if "raw.X" in handle.file else [])
+    found = []
+    for name, key in _matrices(handle):
+        found += _by_feature_type(name, _on_disk(handle, key), raw_var if name == "raw" else var, lambda: obs)
+    return found
 
 
 def _is_null(node) -> bool:
@@ -375,7 +414,7 @@ def _read_tenx_h5(path: Path) -> list[Layer]:
             if name in handle["matrix/features"]
         }
         features = pd.DataFrame(columns, index=strings("matrix/features/id"))
-        return _by_feature_type(matrix("matrix"), features, obs("matrix"))
+        return _by_feature_type("X", matrix("matrix"), features, obs("matrix"))
     genomes = [name for name, node in handle.file.items() if isinstance(node, h5py.Group) and "barcodes" in node]
     if not genomes:
         raise ValueError(
@@ -389,23 +428,6 @@ def _read_tenx_h5(path: Path) -> list[Layer]:
 
     name = "X" if len(genomes) == 1 else None
     return [Layer(name or genome, matrix(genome), genes(genome), obs(genome)) for genome in genomes]
-
-
-def _by_feature_type(matrix: Matrix, features: pd.DataFrame, obs: Callable[[], pd.DataFrame]) -> list[Layer]:
-    """Split the columns of a 10x matrix: genes are `X`; antibodies and the like are layers of their own."""
-
-    def genes(var: pd.DataFrame) -> Callable[[], GeneTable]:
-        return lambda: GeneTable.from_var(var)
-
-    types = features.get("feature_type", pd.Series(GENES, index=features.index))
-    if (types == GENES).all():
-        return [Layer("X", matrix, genes(features), obs)]
-    layers = []
-    for kind in sorted(types.unique(), key=lambda kind: kind != GENES):
-        columns = np.flatnonzero(types == kind)
-        name = "X" if kind == GENES else str(kind)
-        layers.append(Layer(name, Selection(matrix, None, columns), genes(features.iloc[columns]), obs))
-    return layers
 
 
 def _matrix_file(path: Path) -> Path | None:
@@ -544,7 +566,7 @@ def _read_tenx_mtx(path: Path) -> list[Layer]:
     prefix = file.name[: file.name.index("matrix.mtx")]
     genes = _read_features(_beside(file, prefix + "features.tsv", prefix + "genes.tsv"))
     cells = _names_table(_beside(file, prefix + "barcodes.tsv"))
-    return _by_feature_type(_rows_of_mtx(file, genes, cells, cells_in_rows=False), genes, lambda: cells)
+    return _by_feature_type("X", _rows_of_mtx(file, genes, cells, cells_in_rows=False), genes, lambda: cells)
 
 
 def _read_features(file: Path) -> pd.DataFrame:
@@ -569,7 +591,7 @@ def _read_rhapsody(path: Path) -> list[Layer]:
     # A gene is written as its symbol, in targeted panels as `symbol|transcript|kind`.
     genes = np.where(kinds == GENES, names.str.partition("|")[0], names).astype(object)
     var = pd.DataFrame({"feature_type": kinds}, index=pd.Index(genes, dtype=object))
-    return _by_feature_type(matrix, var, lambda: pd.DataFrame(index=pd.Index(matrix.index, dtype=object)))
+    return _by_feature_type("X", matrix, var, lambda: pd.DataFrame(index=pd.Index(matrix.index, dtype=object)))
 
 
 # ---------------------------------------------------------------------- loom and stores

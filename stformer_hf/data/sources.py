@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +15,12 @@ from scipy import sparse
 
 from ..genes.gene_table import GeneTable
 from ..genes.text_files import naming
+from ..models.gene_bert.cell_counts import NO_COUNTS, check_counts, choose_counts
 from .formats import Layer, anndata_layers, read_layers, store_layers
 from .matrices import Matrix
 
 if TYPE_CHECKING:
     from .cell_store import CellStore
-
-_EMPTY = "only zeros where it was looked at"
 
 
 @dataclass
@@ -56,6 +56,11 @@ class Source:
     def shape(self) -> tuple[int, int]:
         """Cells, columns."""
         return self.matrix.shape
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the matrix is that of one feature type, of several."""
+        return self._layer.whole is not None
 
     def neighbors(self, key: str) -> Matrix:
         """Open a graph of the cells (`obsp[key]`): matrix (n_cells, n_cells) of weights.
@@ -116,7 +121,7 @@ def checked_blocks(
     for first in range(start, stop, rows):
         with naming(name):
             block = matrix.rows(first, min(first + rows, stop))
-        values, problem = _checked(block.data, fractional)
+        values, problem = check_counts(block.data, fractional)
         if problem:
             raise ValueError(
                 f"{name}: counts are needed, and {counts_in} holds {problem} in the cells {first} to "
@@ -169,7 +174,9 @@ def open_source(
     else:
         raise ValueError(f"A source is a path, an AnnData or a CellStore, not {type(source).__name__}.")
     with naming(name):
-        found = _find_counts(layers, layer, fractional, name)
+        by_name = {found.name: found for found in layers}
+        problems = {name: partial(_probe, found, fractional) for name, found in by_name.items()}
+        found = by_name[choose_counts(problems, layer, name)]
         opened = Source(
             name=name,
             counts_in=found.name,
@@ -202,58 +209,15 @@ def _key(path: Path) -> dict:
     }
 
 
-def _find_counts(layers: list[Layer], layer: str | None, fractional: bool, name: str) -> Layer:
-    by_name = {found.name: found for found in layers}
-    if layer is not None:
-        if layer not in by_name:
-            raise ValueError(f"{name} has no layer {layer!r}; it has {', '.join(by_name) or 'no matrix'}.")
-        return by_name[layer]
-    problems = {}
-    for candidate in ("X", "raw", "counts"):
-        if candidate in by_name:
-            problems[candidate] = _probe(by_name[candidate], fractional)
-            if problems[candidate] is None:
-                return by_name[candidate]
-    if _EMPTY in problems.values():  # no counts, and none elsewhere
-        return by_name[next(name for name, problem in problems.items() if problem == _EMPTY)]
-    holders = [found.name for found in layers if found.name not in problems and not _probe(found, fractional)]
-    found = "; ".join(f"{where} holds {problem}" for where, problem in problems.items()) or "it has no X"
-    if holders:
-        remedy = f"{', '.join(map(repr, holders))} holds counts: pass layer={holders[0]!r}."
-    else:
-        remedy = "Keep the raw counts in X, raw or a layer, and name it with layer=…"
-    raise ValueError(f"{name}: no counts found: {found}. {remedy}")
-
-
 def _probe(layer: Layer, fractional: bool) -> str | None:
     """Look at some values of the beginning, the middle and the end; say what is wrong with them."""
     n_values = 0
     for values in layer.matrix.sample():
-        _, problem = _checked(values, fractional)
+        _, problem = check_counts(values, fractional)
         if problem:
             return problem
         n_values += np.count_nonzero(values)
-    return None if n_values else _EMPTY
-
-
-def _checked(values: np.ndarray, fractional: bool) -> tuple[np.ndarray, str | None]:
-    """Check that values are counts: the values, floats as narrow integers if they are whole, and what is wrong."""
-    kind = values.dtype.kind
-    if kind in "ub" or not len(values):
-        return values, None
-    if kind not in "if":
-        return values, f"values of type {values.dtype}"
-    least, most = values.min(), values.max()
-    if not (np.isfinite(least) and np.isfinite(most)):
-        return values, f"{int((~np.isfinite(values)).sum())} NaN or infinite values"
-    if least < 0:
-        return values, f"negative values (as low as {least:g})"
-    if kind == "i" or fractional or float(most) >= 2**53:  # so large a count fits no store: told when it is written
-        return values, None
-    whole = values.astype(np.uint8 if most < 256 else np.uint16 if most < 65_536 else np.uint64)
-    if not np.array_equal(whole, values):
-        return values, f"fractional values (such as {values[whole != values][0]:g})"
-    return whole, None
+    return None if n_values else NO_COUNTS
 
 
 __all__ = ["Source", "open_source"]

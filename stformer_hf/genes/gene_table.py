@@ -10,11 +10,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .ensembl import guess_species, is_ensembl, mostly_ensembl, strip_versions
+from ..models.gene_bert.gene_columns import resolve_genes
+from .ensembl import guess_species, is_ensembl
 from .gene_files import read_gtf, read_json, read_table
-
-_ID_COLUMNS = ("ensembl_id", "gene_id", "gene_ids", "feature_id")
-_SYMBOL_COLUMNS = ("gene_symbol", "gene_symbols", "gene_name", "feature_name", "symbol")
 
 
 class GeneTable:
@@ -49,9 +47,8 @@ class GeneTable:
     def from_var(cls, var: pd.DataFrame) -> GeneTable:
         """Read the genes of `AnnData.var`.
 
-        The id is the index where it holds Ensembl ids, else a column that does (`ensembl_id`, `gene_id`, `gene_ids`,
-        `feature_id`) with the index for genes that have none there, else the index. Version suffixes of Ensembl ids
-        are cut. The symbol is the index where it is not the id, else a column such as `gene_symbol`, else the id.
+        Which gene a row is, `resolve_genes` says: ids before symbols, without versions; no placeholders, and no row
+        numbers.
 
         Parameters
         ----------
@@ -61,24 +58,17 @@ class GeneTable:
         Returns
         -------
         GeneTable
+            With the other columns of `var`, and `genome` where prefixes of references told it.
+
+        Raises
+        ------
+        ValueError
+            The genes are named by row numbers, and no column has names.
         """
-        index = var.index.astype(str).to_numpy(dtype=object)
-        ids = index
-        if not mostly_ensembl(index):
-            for name in _ID_COLUMNS:
-                if name in var:
-                    column = var[name].astype(object).fillna("").astype(str).to_numpy(dtype=object)
-                    if mostly_ensembl(column):
-                        ids = np.where(column == "", index, column)
-                        break
-        symbols = index
-        if ids is index:
-            for name in _SYMBOL_COLUMNS:
-                if name in var:
-                    column = var[name].astype(object).fillna("").astype(str).to_numpy(dtype=object)
-                    symbols = np.where(column == "", index, column)
-                    break
-        frame = pd.DataFrame({"gene_id": strip_versions(ids), "symbol": symbols}, dtype=object)
+        found = resolve_genes(var.index, var)
+        frame = pd.DataFrame({"gene_id": found.gene_ids, "symbol": found.symbols}, dtype=object)
+        if found.genomes is not None and "genome" not in var:
+            frame["genome"] = found.genomes
         for name in var.columns:
             if str(name) not in frame and pd.api.types.is_scalar(var[name].iloc[0] if len(var) else None):
                 frame[str(name)] = var[name].to_numpy()

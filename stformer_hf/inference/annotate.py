@@ -19,6 +19,7 @@ def annotate(
     tokenizer: GeneTokenizer | None = None,
     key_added: str = "stformer",
     layer: str | None = None,
+    fractional: bool = False,
     batch_size: int = 64,
     device: str | None = None,
 ) -> None:
@@ -36,7 +37,7 @@ def annotate(
         `obs[key_added + "_label"]` is the class (categorical; missing for a cell without a known gene), and
         `obs[key_added + "_score"]` its probability (float32; NaN there). Of several labels per cell, or numbers:
         `obs[key_added + "_" + label]`, the probability of each label, or the number.
-    layer, batch_size, device
+    layer, fractional, batch_size, device
         As for `embed`.
 
     Raises
@@ -63,6 +64,7 @@ def annotate(
         tokenizer,
         forward,
         layer=layer,
+        fractional=fractional,
         batch_size=batch_size,
         device=classifier.device,
         desc="annotate",

@@ -59,6 +59,7 @@ def run(
     forward: Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor],
     *,
     layer: str | None,
+    fractional: bool,
     batch_size: int,
     device: torch.device,
     desc: str,
@@ -76,6 +77,8 @@ def run(
         Batch of tensors (n, length) that the model reads, and the token types -> Tensor (n, d).
     layer : str, optional
         Where the counts are.
+    fractional : bool
+        Whether counts may be fractions.
     batch_size : int
         Cells a batch.
     device : torch.device
@@ -94,8 +97,8 @@ def run(
     source : Source
         What was read.
     """
-    source = open_source(adata, layer)
-    names = max((source.genes.gene_ids, source.genes.symbols), key=lambda names: _n_known(tokenizer, names))
+    source = open_source(adata, layer, fractional)
+    names = (source.genes.gene_ids, source.genes.symbols)
     results, n_genes = [], []
     start, around = 0, None
     if tokenizer.neighborhood:
@@ -107,7 +110,12 @@ def run(
             stop = start + block.shape[0]
             nearby = None if around is None else around[start:stop]
             tokens = tokenizer.encode_cells(
-                block, genes=names, obs=obs, neighborhood=nearby, for_inference=not with_phenotypes
+                block,
+                genes=names,
+                obs=obs,
+                fractional=fractional,
+                neighborhood=nearby,
+                for_inference=not with_phenotypes,
             )
             start = stop
             lengths = np.diff(tokens.indptr)
@@ -128,10 +136,6 @@ def run(
     if (n_genes == 0).any():
         logger.warning(f"{(n_genes == 0).sum()} cells have no counts in genes that the model knows.")
     return np.concatenate(results), n_genes, source
-
-
-def _n_known(tokenizer: GeneTokenizer, names: np.ndarray) -> int:
-    return len(set(tokenizer.genes) & set(names))
 
 
 def _batch(

@@ -23,6 +23,7 @@ def embed(
     pooling: str | None = None,
     with_phenotypes: bool = False,
     layer: str | None = None,
+    fractional: bool = False,
     batch_size: int = 64,
     device: str | None = None,
 ) -> None:
@@ -48,6 +49,8 @@ def embed(
         depends on the counts alone: a label that the model was shown would be found in it.
     layer : str, optional
         Where the counts are: X, raw or a layer. Found by itself by default.
+    fractional : bool, default: False
+        Whether counts may be fractions, as estimates are (alevin, RSEM, SoupX, CellBender).
     batch_size : int, default: 64
         Cells a batch.
     device : str, optional
@@ -81,6 +84,7 @@ def embed(
         tokenizer,
         forward,
         layer=layer,
+        fractional=fractional,
         batch_size=batch_size,
         device=encoder.device,
         desc="embed",

@@ -18,8 +18,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from ..data.center_mask_sampler import CenterMaskSampler
 from ..data.sources import Source, open_source
-from ..genes.ensembl import strip_versions
-from ..models.gene_bert.cell_counts import describe
+from ..models.gene_bert.gene_columns import GeneMatcher, describe, strip_versions
 from ..training.neighborhood_collator import collate_neighborhoods
 
 logger = logging.getLogger(__name__)
@@ -40,6 +39,7 @@ def embed_neighborhoods(
     cell_embedding_key: str | None = None,
     with_cell_type: bool = False,
     layer: str | None = None,
+    fractional: bool = False,
     batch_size: int = 64,
     device: str | None = None,
     **neighborhood: Any,
@@ -75,6 +75,8 @@ def embed_neighborhoods(
         predicts the cell's counts from. Domains and types are then no longer independent.
     layer : str, optional
         Where the counts are: X, raw or a layer. Found by itself by default.
+    fractional : bool, default: False
+        Whether counts may be fractions, as estimates are.
     batch_size : int, default: 64
         Cells a batch.
     device : str, optional
@@ -112,7 +114,7 @@ def embed_neighborhoods(
     if not adata.obs_names.is_unique:
         raise ValueError("obs_names are not unique: call adata.obs_names_make_unique() first.")
     types = _types(adata, cell_type_key, config)
-    counts, source = _in_genes_of(adata, layer, config)
+    counts, source = _in_genes_of(adata, layer, fractional, config)
     sampler = CenterMaskSampler.from_anndata(
         counts,
         spatial_key=spatial_key,
@@ -260,14 +262,17 @@ def _types(adata: AnnData, key: str | None, config: PreTrainedConfig) -> np.ndar
 # ---------------------------------------------------------------------- which gene is a column
 
 
-def _in_genes_of(adata: AnnData, layer: str | None, config: PreTrainedConfig) -> tuple[AnnData, Source]:
+def _in_genes_of(
+    adata: AnnData, layer: str | None, fractional: bool, config: PreTrainedConfig
+) -> tuple[AnnData, Source]:
     """Give the counts of the model's genes, in the model's order, as X of an AnnData; and where they were found.
 
     All of them are looked at. A matrix that has the model's columns already is taken as it is, else copied, sparse.
     """
-    source = open_source(adata, layer)
+    source = open_source(adata, layer, fractional)
     genes = _genes_of_columns(source, config)
-    copied = genes is not None or (adata.isbacked and source.counts_in == "raw")  # layers are in memory
+    # Layers are in memory; genes beside antibodies are a part of a matrix.
+    copied = genes is not None or source.is_part or (adata.isbacked and source.counts_in == "raw")
     totals, parts = np.zeros(source.shape[1]), []
     for block in source.blocks(_ROWS_PER_BLOCK):
         totals += np.asarray(block.sum(axis=0, dtype=np.float64)).ravel()
@@ -293,16 +298,16 @@ def _genes_of_columns(source: Source, config: PreTrainedConfig) -> np.ndarray | 
                 "it does not say (config.gene_ids): give it the columns that it learnt with, in their order."
             )
         return None
-    wanted = pd.Index(strip_versions(np.array(config.gene_ids, object)))
-    kinds = (source.genes.gene_ids, source.genes.symbols)
-    if any(np.array_equal(names, wanted) for names in kinds):
+    wanted = pd.Index(strip_versions(config.gene_ids))
+    names = (source.genes.gene_ids, source.genes.symbols)
+    if any(np.array_equal(some, wanted) for some in names):
         return None
     if not wanted.is_unique:
         raise ValueError(
             f"The model reads several columns named {wanted[wanted.duplicated()][0]}, which only their order tells "
             "apart: give it the columns that it learnt with, in their order."
         )
-    return max(map(wanted.get_indexer, kinds), key=lambda genes: len(np.unique(genes[genes >= 0])))
+    return GeneMatcher(config.gene_ids, {}).find_columns(*names).astype(np.int64)
 
 
 def _renaming(genes: np.ndarray, n_genes: int) -> sparse.csr_matrix:

@@ -183,7 +183,7 @@ def _log_values_of(
     """
     shares = cell_embedding_of(model).statistics.shares.double().cpu().numpy()
     measured = np.zeros(len(shares), bool)
-    found = tokenizer.find_genes(cells.gene_ids)
+    found = tokenizer.find_genes(cells.gene_ids, cells.genes.symbols)
     measured[found[found >= 0]] = True
     known = measured & (shares > 0)
     seen = sparse.csr_array(counts @ sparse.diags_array(known.astype(np.float64)))

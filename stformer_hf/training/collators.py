@@ -211,7 +211,7 @@ class DataCollatorForPhenotypicMLM(CellCollator):
     def _measured_genes(self, cells: CellBatch) -> np.ndarray | None:
         """Find the tokenizer's genes that a store has: their numbers, ascending; None for all of them."""
         if self._measured is None or self._measured[0] is not cells.gene_ids:  # one array for all batches of a store
-            found = np.unique(self.tokenizer.find_genes(cells.gene_ids))
+            found = np.unique(self.tokenizer.find_genes(cells.gene_ids, cells.symbols))
             found = found[found >= 0]
             self._measured = cells.gene_ids, None if len(found) == len(self.tokenizer.genes) else found
         return self._measured[1]

@@ -123,6 +123,7 @@ def finetune(
     size: str = "tiny",
     max_length: int = MAX_LENGTH,
     layer: str | None = None,
+    fractional: bool = False,
     seed: int = 0,
     training: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
@@ -167,6 +168,8 @@ def finetune(
         Of a new model: tokens per cell. `[CLS]` reads all genes whatever it is.
     layer : str, optional
         Where the counts of an AnnData are.
+    fractional : bool, default: False
+        Whether counts may be fractions, as estimates are.
     seed : int, default: 0
     training : dict, optional
         `TrainingArguments` over `training.defaults.FINETUNING`.
@@ -187,7 +190,12 @@ def finetune(
             columns += [name for name in (group_key, *phenotypes) if name is not None]
             _check_columns(cells.obs, columns)
             cells = CellStore.build(
-                Path(folder) / "store", cells, obs=list(dict.fromkeys(columns)), layer=layer, report=False
+                Path(folder) / "store",
+                cells,
+                obs=list(dict.fromkeys(columns)),
+                layer=layer,
+                fractional=fractional,
+                report=False,
             )
         arguments = TrainingArguments(
             output_dir=str(output or folder),

@@ -129,7 +129,7 @@ def _token_counts(examples: Any, tokens: Any, tokenizer: GeneTokenizer) -> np.nd
             "What the order of genes tells is estimated from their counts, and tokenized cells have none: give a "
             "CellStore."
         )
-    column_genes = tokenizer.find_genes(examples.gene_ids)
+    column_genes = tokenizer.find_genes(examples.gene_ids, examples.symbols)
     rows = map_genes(CountRows(examples.indptr, examples.genes, examples.counts), column_genes)
     if rows.counts.dtype.kind == "f" and (rows.counts != np.rint(rows.counts)).any():
         raise ValueError("What the order of genes tells is estimated from whole counts, and these have fractions.")

@@ -353,8 +353,7 @@ def gene_coverage(store: CellStore, tokenizer: GeneTokenizer) -> dict[str, float
         `genes`: share of the store's genes; `vocabulary`: share of the tokenizer's; `counts`: share of the counts, of
         at most 1,000 cells evenly spread.
     """
-    found = tokenizer._matcher.find(store.gene_ids)
-    found = np.where(found < 0, tokenizer._matcher.find(store.genes.symbols), found)
+    found = tokenizer.find_genes(store.gene_ids, store.genes.symbols)
     rows = np.unique(np.linspace(0, len(store) - 1, min(len(store), _CELLS_FOR_COVERAGE), dtype=np.int64))
     counts = np.asarray(store.rows(rows).sum(axis=0), np.float64).ravel()
     return {

@@ -153,7 +153,7 @@ def count_blocks(
         Gives an iterator over csr_array (n, n_genes).
     """
     if isinstance(cells, CellStore):
-        n_cells, gene_ids = len(cells), cells.gene_ids
+        n_cells, genes = len(cells), cells.genes
 
         def read() -> Iterator[sparse.csr_array]:
             for start in range(0, n_cells, _ROWS_PER_BLOCK):
@@ -162,15 +162,16 @@ def count_blocks(
     else:
         source = open_source(cells)
         n_cells = source.shape[0]
-        gene_ids = max((source.genes.gene_ids, source.genes.symbols), key=lambda names: n_known(tokenizer, names))
+        genes = source.genes
 
         def read() -> Iterator[sparse.csr_array]:
             yield from source.blocks(_ROWS_PER_BLOCK)
 
-    found = tokenizer.find_genes(gene_ids)
+    found = tokenizer.find_genes(genes.gene_ids, genes.symbols)
     known = np.flatnonzero(found >= 0)
     if not len(known):
-        raise ValueError(f"None of the genes of the cells is known to the tokenizer; they are like {gene_ids[:3]}.")
+        sample = ", ".join(genes.gene_ids[:3])
+        raise ValueError(f"None of the genes of the cells is known to the tokenizer; they are like {sample}.")
     to_genes = sparse.csr_array((np.ones(len(known)), (known, found[known])), shape=(len(found), len(tokenizer.genes)))
 
     same = np.array_equal(found, np.arange(len(tokenizer.genes)))
@@ -183,11 +184,6 @@ def count_blocks(
                 bar.update(rows.shape[0])
 
     return blocks
-
-
-def n_known(tokenizer: GeneTokenizer, names: np.ndarray) -> int:
-    """Count the names that are genes of the tokenizer."""
-    return int((tokenizer.find_genes(names) >= 0).sum())
 
 
 def _batches(cells: CellStore | AnnData, key: str) -> np.ndarray:

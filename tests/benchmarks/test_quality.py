@@ -218,7 +218,7 @@ def only_these(cells, monkeypatch):
 def test_models_get_no_label_and_no_test_cell(cells, only_these, monkeypatch, tmp_path):
     seen = []
 
-    def classify(row, *parts, seed):
+    def classify(row, *parts, seed, folder=None):
         *training, test = parts
         names = [set(part.obs_names) for part in parts]
         assert sum(map(len, names)) == len(set.union(*names)), "a cell is in two parts"

@@ -47,6 +47,7 @@ def line(adata, tmp_path):
     return ["search", "--config", str(tmp_path / "run.yaml"), "--data", str(tmp_path / "cells.h5ad")]
 
 
+@pytest.mark.slow
 def test_eight_trials_killed_after_three_end_with_eight_and_the_best_pretrains(line, tmp_path, capfd):
     killed = subprocess.Popen(
         [sys.executable, "-m", "stformer_hf.cli", *line, "--output", str(tmp_path / "search")],

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
-from conftest import make_adata
+from conftest import make_adata, with_genes
 from datasets import ClassLabel, load_from_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -129,7 +129,9 @@ def test_counts_take_the_narrowest_type_whenever_the_largest_comes(tmp_path, lar
     # The large count comes last, when shards of a narrower type are written already.
     counts = np.ones((50, 3))
     counts[-1, 1] = largest
-    store = CellStore.build(tmp_path / "s", AnnData(sparse.csr_matrix(counts)), rows_per_batch=4, rows_per_shard=8)
+    store = CellStore.build(
+        tmp_path / "s", with_genes(AnnData(sparse.csr_matrix(counts))), rows_per_batch=4, rows_per_shard=8
+    )
     assert store.manifest["count_type"] == name
     assert load_from_disk(str(store.path)).features["counts"].feature.dtype == name
     assert len(store.manifest["shards"]) > 5
@@ -139,7 +141,7 @@ def test_counts_take_the_narrowest_type_whenever_the_largest_comes(tmp_path, lar
 
 def test_counts_over_32_bits_raise(tmp_path):
     with pytest.raises(ValueError, match="does not fit 32 bits"):
-        CellStore.build(tmp_path / "s", AnnData(sparse.csr_matrix(np.array([[2.0**33]]))))
+        CellStore.build(tmp_path / "s", with_genes(AnnData(sparse.csr_matrix(np.array([[2.0**33]])))))
 
 
 def test_fractions_only_where_allowed(tmp_path, adata):
@@ -152,10 +154,12 @@ def test_fractions_only_where_allowed(tmp_path, adata):
 
 
 def test_whole_numbers_that_float32_does_not_hold_may_not_stand_beside_fractions(tmp_path):
-    exact = AnnData(sparse.csr_matrix(np.array([[0.5, 2.0**25]])))
+    exact = with_genes(AnnData(sparse.csr_matrix(np.array([[0.5, 2.0**25]]))))
     assert dense(CellStore.build(tmp_path / "s", exact, fractional=True), [0]).tolist() == [[0.5, 2.0**25]]
-    large, small = (AnnData(sparse.csr_matrix(np.array([[value]]))) for value in (2.0**25 + 1, 0.5))
-    for number, cells in enumerate([AnnData(np.array([[0.5, 2.0**25 + 1]])), [large, small], [small, large]]):
+    large, small = (with_genes(AnnData(sparse.csr_matrix(np.array([[value]])))) for value in (2.0**25 + 1, 0.5))
+    for number, cells in enumerate(
+        [with_genes(AnnData(np.array([[0.5, 2.0**25 + 1]]))), [large, small], [small, large]]
+    ):
         with pytest.raises(ValueError, match="fractions.* float32 does not hold"):
             CellStore.build(tmp_path / f"t{number}", cells, fractional=True)
         assert not (tmp_path / f"t{number}").exists()
@@ -479,7 +483,7 @@ def test_a_changed_gene_table_is_noticed(store):
 
 def test_explicit_zeros_are_not_stored(tmp_path):
     counts = sparse.csr_matrix((np.array([1.0, 0.0, 2.0, 0.0]), [0, 1, 1, 2], [0, 2, 4]), shape=(2, 3))
-    store = CellStore.build(tmp_path / "s", AnnData(counts))
+    store = CellStore.build(tmp_path / "s", with_genes(AnnData(counts)))
     assert store.lengths.tolist() == [1, 1]
     assert counts.nnz == 4  # the user's matrix is as it was
 

@@ -69,7 +69,7 @@ def test_columns_are_regrouped_in_bounded_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(row_buckets, "_ENTRIES_AT_ONCE", 1000)
     monkeypatch.setattr(row_buckets, "_BUCKET_ENTRIES", 5000)
     counts = sparse.random(500, 300, 0.3, "csc", np.float32, np.random.default_rng(0), lambda n: np.ones(n))
-    AnnData(counts).write_h5ad(tmp_path / "a.h5ad")
+    AnnData(counts, var=pd.DataFrame(index=[f"g{i}" for i in range(300)])).write_h5ad(tmp_path / "a.h5ad")
     sizes = []
     add = row_buckets.RowBuckets.add
     monkeypatch.setattr(
@@ -281,7 +281,7 @@ def test_loom(tmp_path, small_buffers):
 
 def test_a_store_and_a_selection_are_sources(store, adata, tmp_path):
     selection = store.select([5, 2, 30])
-    united = CellStore.build(tmp_path / "u", [store.path, selection], obs=["cell_type", "age"])
+    united = CellStore.build(tmp_path / "u", [store.path, selection], obs=["cell_type", "age"], allow_duplicates=True)
     expected = np.vstack([adata.X.toarray(), adata.X.toarray()[[5, 2, 30]]])
     np.testing.assert_array_equal(united.rows(slice(None)).toarray(), expected)
     assert united.obs["age"].tolist() == [*adata.obs["age"], *adata.obs["age"].iloc[[5, 2, 30]]]
@@ -298,7 +298,7 @@ def test_folders_patterns_and_lists_are_expanded(tmp_path, adata, store, caplog)
     names = ["b.h5ad", "c", "a.zarr", None, "b.h5ad"]
     assert [getattr(path, "name", None) for path in found] == names
     assert "z.h5ad.gz is left out: it is compressed" in caplog.text
-    assert len(CellStore.build(tmp_path / "s", tmp_path / "data")) == 180
+    assert len(CellStore.build(tmp_path / "s", tmp_path / "data", allow_duplicates=True)) == 180
     with pytest.raises(FileNotFoundError, match="No such file"):
         expand([tmp_path / "data" / "*.loom"])
     with pytest.raises(ValueError, match="none of the formats"):
@@ -312,7 +312,7 @@ def test_a_new_format_is_one_function(tmp_path, adata):
     def read_npz(path):
         from stformer_hf.data.formats import anndata_layers
 
-        return anndata_layers(AnnData(sparse.load_npz(path)))
+        return anndata_layers(AnnData(sparse.load_npz(path), var=adata.var))
 
     try:
         sparse.save_npz(tmp_path / "a.npz", adata.X)
@@ -346,7 +346,7 @@ ODD = {
     "anndata_archive_v0.7.8.zarr.zip": "X",
     "categorical_int_nan.h5ad": "X holds negative values",
     "cellrank_adata_100.h5ad": "X holds fractional values",
-    "cellxgene_1e4dfec4.h5ad": "X",
+    "cellxgene_1e4dfec4.h5ad": "named 0, 1, 2, …: these are row numbers",
     "cellxgene_nan.h5ad": "X holds .* NaN or infinite values",
     "example_invalid_CL.h5ad": "X",
     "krumsiek11.h5ad": "X holds negative values",

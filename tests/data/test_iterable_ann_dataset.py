@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
-from conftest import make_adata
+from conftest import make_adata, with_genes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
@@ -50,7 +50,7 @@ def small_cells(sizes) -> list[AnnData]:
     """Cells in memory: one count each, which is the number of the cell."""
     first = np.cumsum(sizes) - sizes
     return [
-        AnnData(sparse.csr_matrix(np.arange(start, start + n, dtype=np.float32)[:, None]))
+        with_genes(AnnData(sparse.csr_matrix(np.arange(start, start + n, dtype=np.float32)[:, None])))
         for start, n in zip(first, sizes, strict=True)
     ]
 
@@ -399,7 +399,7 @@ def test_files_unite_by_gene_id(tmp_path):
 
 
 def test_aliases_and_symbols_unite_genes():
-    cells = [AnnData(sparse.csr_matrix(np.ones((2, 2), np.float32))) for _ in range(2)]
+    cells = [with_genes(AnnData(sparse.csr_matrix(np.ones((2, 2), np.float32)))) for _ in range(2)]
     cells[0].var = pd.DataFrame({"symbol": ["A", "B"]}, index=["ENSG00000000001", "ENSG00000000002"])
     cells[1].var = pd.DataFrame({"symbol": ["A", "C"]}, index=["ENSG00000000011", "ENSG00000000003"])
     assert len(IterableAnnDataset(cells).genes) == 4
@@ -508,14 +508,14 @@ def test_values_that_are_no_counts_are_told_while_reading(tmp_path):
     values = np.zeros((2000, 300), np.float32)  # more than is looked at when the file is opened
     values[:, :2] = 1
     values[700, 1] = 0.5
-    AnnData(values).write_h5ad(tmp_path / "a.h5ad")
+    with_genes(AnnData(values)).write_h5ad(tmp_path / "a.h5ad")
     dataset = IterableAnnDataset(tmp_path / "a.h5ad", buffer_size=100)
     with pytest.raises(ValueError, match="a.h5ad: .*X holds fractional values .* in the cells 700 to 799"):
         list(dataset)
     cells = list(IterableAnnDataset(tmp_path / "a.h5ad", fractional=True))
     assert cells[700]["counts"].tolist() == [1.0, 0.5]
     with pytest.raises(ValueError, match="does not fit 32 bits"):
-        list(IterableAnnDataset(AnnData(sparse.csr_matrix(np.array([[2.0**33]])))))
+        list(IterableAnnDataset(with_genes(AnnData(sparse.csr_matrix(np.array([[2.0**33]]))))))
 
 
 def test_a_table_that_does_not_fit_the_matrix_is_told(tmp_path):

@@ -84,6 +84,7 @@ def test_what_is_damaged_says_where(tmp_path, field, lines, match):
         gzip.compress(HEADER.format("integer").encode() * 50)[:-30],
         gzip.compress(HEADER.format("integer").encode())[:9] + b"junk" * 20,
     ],
+    ids=["empty", "png", "symmetric", "cut header", "cut gzip", "broken gzip"],
 )
 def test_what_is_no_matrix_names_the_file(tmp_path, content):
     (tmp_path / "m.mtx").write_bytes(content)

@@ -7,6 +7,7 @@ import h5py
 import numpy as np
 import pytest
 from anndata import AnnData
+from conftest import with_genes
 from scipy import sparse
 
 from stformer_hf import CellStore
@@ -32,7 +33,7 @@ def write_large(path, layout: str, n_cells: int, n_genes: int, n_bytes: int) -> 
     rng = np.random.default_rng(0)
     totals = np.zeros(n_cells)
     form = sparse.csr_matrix if layout == "csr" else sparse.csc_matrix
-    AnnData(form((n_cells, n_genes), dtype=np.float32)).write_h5ad(path)
+    with_genes(AnnData(form((n_cells, n_genes), dtype=np.float32))).write_h5ad(path)
     with h5py.File(path, "r+") as file:
         group = file["X"]
         for name in ("data", "indices", "indptr"):

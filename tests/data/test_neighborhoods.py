@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from anndata import AnnData, read_h5ad
-from conftest import make_adata
+from conftest import make_adata, with_genes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
@@ -140,7 +140,7 @@ def test_sums_of_any_graph(tmp_path, data, n_cells, n_genes, fractional):
     ends = np.cumsum([0, *map(len, neighbors)]).tolist()
     numbers = np.array([number for row in neighbors for number in row], np.int32)
     weights = np.array(data.draw(st.lists(st.sampled_from([0.0, 1.0, -0.5]), min_size=ends[-1], max_size=ends[-1])))
-    adata = AnnData(sparse.csr_matrix(counts))
+    adata = with_genes(AnnData(sparse.csr_matrix(counts)))
     # Unsorted, and with neighbours that stand there several times.
     adata.obsp["graph"] = sparse.csr_matrix((weights, numbers, ends), shape=(n_cells, n_cells))
     store = CellStore.build(

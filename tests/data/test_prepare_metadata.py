@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData, read_h5ad
+from conftest import with_genes
 from scipy import sparse
 from sklearn.preprocessing import LabelEncoder
 
@@ -33,7 +34,7 @@ def make_atlas(seed=0, n_cells=150) -> tuple[pd.DataFrame, AnnData]:
     )
     names = rng.permutation(np.arange(20, n_cells + 20))
     counts = rng.poisson(1, (n_cells, 6)) + 1.0
-    return metadata, AnnData(sparse.csr_matrix(counts), obs=pd.DataFrame(index=names.astype(str)))
+    return metadata, with_genes(AnnData(sparse.csr_matrix(counts), obs=pd.DataFrame(index=names.astype(str))))
 
 
 def check(prepared, metadata, adata) -> None:

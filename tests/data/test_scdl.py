@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from anndata import AnnData
-from conftest import make_adata
+from conftest import make_adata, with_genes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -429,7 +429,7 @@ class Drawn(Dataset):
 
 @pytest.mark.parametrize("seed", [None, 3])
 def test_workers_and_epochs_draw_different_neighbors(tmp_path, seed):
-    adata = AnnData(np.ones((200, 1), np.float32))
+    adata = with_genes(AnnData(np.ones((200, 1), np.float32)))
     adata.obsp["next_cell_ids"] = sparse.csr_matrix(np.ones((200, 200)))
     adata.write_h5ad(tmp_path / "x.h5ad")
     data = SingleCellMemMapDataset(tmp_path / "d", tmp_path / "x.h5ad", load_neighbors=True, seed=seed)

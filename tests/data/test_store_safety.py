@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
-from conftest import make_adata
+from conftest import make_adata, with_genes
 from scipy import sparse
 
 from stformer_hf import CellStore
@@ -115,7 +115,7 @@ def test_parts_of_two_builds_do_not_join(tmp_path):
 
 
 def test_entries_of_csc_that_come_twice_do_not_wrap(tmp_path):
-    AnnData(sparse.csc_matrix((3, 2), dtype=np.uint8)).write_h5ad(tmp_path / "a.h5ad")
+    with_genes(AnnData(sparse.csc_matrix((3, 2), dtype=np.uint8))).write_h5ad(tmp_path / "a.h5ad")
     with h5py.File(tmp_path / "a.h5ad", "r+") as file:
         for name, values in (("data", [200, 100, 7]), ("indices", [1, 1, 2]), ("indptr", [0, 2, 3])):
             dtype = file[f"X/{name}"].dtype
@@ -130,12 +130,12 @@ def test_values_of_any_type(tmp_path, dtype, where):
     counts = (np.arange(12).reshape(4, 3) % 5).astype(bool).astype(dtype)
     path = tmp_path / "a.h5ad"
     if where == "memory":
-        path = AnnData(counts)
+        path = with_genes(AnnData(counts))
     elif where == "dense file":
-        AnnData(counts).write_h5ad(path)
+        with_genes(AnnData(counts)).write_h5ad(path)
     else:
         form = sparse.csr_matrix if where == "csr file" else sparse.csc_matrix
-        AnnData(form(counts.astype(np.float32))).write_h5ad(path)
+        with_genes(AnnData(form(counts.astype(np.float32)))).write_h5ad(path)
         with h5py.File(path, "r+") as file:
             values = file["X/data"][:].astype(dtype)
             del file["X/data"]

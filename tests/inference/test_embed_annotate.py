@@ -1,6 +1,7 @@
 """embed and annotate against the model on one cell at a time."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from anndata import AnnData, read_h5ad
@@ -156,7 +157,7 @@ def test_bad_input_is_refused_and_nothing_is_written(checkpoints, adata, config)
         embed(adata, GeneBertModel(config))
     with pytest.raises(ValueError, match="does not fit the model"):
         embed(adata, checkpoints["mlm"], tokenizer=GeneTokenizer(["a"]))
-    strange = AnnData(np.ones((2, 3), np.float32))
+    strange = AnnData(np.ones((2, 3), np.float32), var=pd.DataFrame(index=["x", "y", "z"]))
     with pytest.raises(ValueError, match="Only 0.0% of the counts"):
         embed(strange, checkpoints["mlm"])
     with pytest.raises(ValueError, match="no cells"):

@@ -263,7 +263,7 @@ def test_a_matrix_that_has_the_models_columns_is_not_copied(section):
     for adata, layer in ((section, None), (section, "counts")):
         if layer:
             adata.layers[layer] = section.X.copy()
-        counts, source = neighborhoods._in_genes_of(adata, layer, model.config)
+        counts, source = neighborhoods._in_genes_of(adata, layer, False, model.config)
         own = adata.X if layer is None else adata.layers[layer]
         assert np.shares_memory(counts.X.data, own.data) and source.counts_in == (layer or "X")
 

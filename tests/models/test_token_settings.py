@@ -1,9 +1,12 @@
 """Bin edges, normalisation, truncation and the names of genes: settings of GeneTokenizer, against plain versions."""
 
+import pickle
+
 import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData, read_h5ad
+from datasets.fingerprint import Hasher
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -174,9 +177,7 @@ def test_symbols_of_other_genes_are_told(caplog):
     [
         (SYMBOLS, "human symbols"),
         (["Cd3d", "Ms4a1", "Nkg7", "Lyz2"], "mouse symbols"),
-        (["ENSMUSG00000000001"] * 4, "Ensembl ids of mouse"),
-        (["ENSMUSG00000000001.4"] * 4, "Ensembl ids of mouse with versions"),
-        (["1", "2", "3", "4"], "row numbers"),
+        (["673", "100", "7157", "4609"], "row numbers or Entrez ids"),
     ],
 )
 def test_too_few_known_genes_name_what_was_seen_and_what_is_wanted(names, guess):
@@ -185,6 +186,25 @@ def test_too_few_known_genes_name_what_was_seen_and_what_is_wanted(names, guess)
         ValueError, match=rf"input names.*{names[0]}.*{guess}.*wants.*ENSG00000000001.*Ensembl ids of human"
     ):
         tokenizer(np.array([[1, 2, 0, 4]]), genes=names)
+
+
+@pytest.mark.parametrize("version", ["", ".4"])
+def test_another_species_is_refused_unless_symbols_are_asked_for(by_symbol, version):
+    mouse = AnnData(
+        np.array([[1, 2, 0, 4]]),
+        var=pd.DataFrame({"gene_ids": [f"ENSMUSG0000000000{i}{version}" for i in range(4)]}, index=SYMBOLS),
+    )
+    with pytest.raises(ValueError, match="genes of mouse .*of human.*match = 'symbol'"):
+        by_symbol(mouse)
+    by_symbol.match = "symbol"
+    assert len(by_symbol(mouse)["input_ids"][0]) == 2 + 3
+    with pytest.raises(ValueError, match='match is "id" or "symbol"'):
+        GeneTokenizer(ENSEMBL, match="name")
+
+
+def test_row_numbers_are_no_names():
+    with pytest.raises(ValueError, match="named 1, 2, 3, …: these are row numbers"):
+        GeneTokenizer(ENSEMBL)(np.array([[1, 2, 0, 4]]), genes=["1", "2", "3", "4"])
 
 
 def test_coverage_is_told_once_a_table(by_symbol, caplog):
@@ -227,16 +247,25 @@ def test_coverage_of_a_store_is_of_all_batches_so_far(tmp_path):
     counts[:20, :2], counts[20:, 2:] = 5, 6
     store = CellStore.build(tmp_path / "s", AnnData(counts, var=pd.DataFrame(index=ENSEMBL)))
     for order in (range(40), range(39, -1, -1)):
-        tokenizer = GeneTokenizer(ENSEMBL[:2])
+        tokenizer = GeneTokenizer([*ENSEMBL[:2], "other", "genes", "too"])
         with pytest.raises(ValueError, match="Only .* of the counts"):
             for row in order:
                 tokenizer.encode_cells(store.__getitems__([row]))
-    tokenizer = GeneTokenizer(ENSEMBL[:2], min_coverage=0.4)
+    tokenizer = GeneTokenizer([*ENSEMBL[:2], "other", "genes", "too"], min_coverage=0.4)
     for row in range(40):
         tokenizer.encode_cells(store.__getitems__([row]))
     assert tokenizer.last_coverage["counts"] == pytest.approx(5 / 11)
     tokenizer.save_pretrained(tmp_path / "t")
     assert GeneTokenizer.from_pretrained(tmp_path / "t").min_coverage == 0.4
+
+
+def test_a_panels_model_reads_whole_transcriptomes():
+    counts = np.array([[1, 2, 90, 70]])
+    names = {"normalize": "log1p_cp10k", "values": True}
+    tokenizer = GeneTokenizer(ENSEMBL[:2], **names)
+    whole = tokenizer(counts, genes=ENSEMBL)["expression_values"]
+    assert whole == tokenizer(counts[:, :2], genes=ENSEMBL[:2])["expression_values"]
+    assert tokenizer.last_coverage["counts"] == 1 and tokenizer.last_coverage["vocabulary"] == 1
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32, np.uint8])
@@ -279,3 +308,11 @@ def test_missing_phenotypes_of_any_kind_are_left_out(values):
 def test_bad_settings_raise(arguments, words):
     with pytest.raises(ValueError, match=words):
         GeneTokenizer(GENES, **arguments)
+
+
+def test_calls_do_not_change_the_hash_by_which_datasets_caches(by_symbol):
+    before, dumped = Hasher.hash(by_symbol), pickle.dumps(by_symbol)
+    tokens = by_symbol(np.array([[1, 2, 1]]), genes=["CD3D", "LYZ", "unknown"])
+    assert by_symbol.last_coverage["counts"] == 0.75
+    assert Hasher.hash(by_symbol) == before and pickle.dumps(by_symbol) == dumped
+    assert pickle.loads(dumped)(np.array([[1, 2, 1]]), genes=["CD3D", "LYZ", "unknown"]) == tokens

@@ -1,30 +1,14 @@
-"""Counts of cells, whatever holds them, as flat CSR arrays; and which gene of a vocabulary each column is."""
+"""Counts of cells, whatever holds them, as flat CSR arrays; and where in an AnnData the counts are."""
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+from .gene_columns import GENES, ColumnNames, feature_types
 
-# Columns of `AnnData.var` that may name the genes when the index does not.
-GENE_COLUMNS = (
-    "gene_id",
-    "gene_ids",
-    "ensembl_id",
-    "feature_id",
-    "gene_symbol",
-    "gene_symbols",
-    "gene_name",
-    "feature_name",
-    "symbol",
-)
 NEIGHBORS = "spatial_connectivities"  # where squidpy keeps the graph of the cells
-_ENSEMBL = re.compile(r"^ENS([A-Z]*)G\d{11}(\.\d+)?$")
-_VERSION = re.compile(r"^(ENS[A-Z]*G\d+)\.\d+$")
-_SPECIES = {"": "human", "MUS": "mouse", "RNO": "rat", "DAR": "zebrafish", "MMU": "macaque", "SSC": "pig"}
+NO_COUNTS = "only zeros where it was looked at"
 
 
 class CountRows(NamedTuple):
@@ -52,8 +36,8 @@ class Cells(NamedTuple):
     ----------
     rows : CountRows
         Their counts.
-    names : tuple of sequences (n_columns,)
-        Kinds of names that the columns go by, such as ids and symbols.
+    names : ColumnNames, or gene ids and symbols (n_columns,)
+        What the columns are called.
     obs : DataFrame, CellBatch, dict or None
         Where phenotypes are looked up.
     ids : int64 array (n,)
@@ -63,7 +47,7 @@ class Cells(NamedTuple):
     """
 
     rows: CountRows
-    names: tuple
+    names: ColumnNames | tuple[Sequence[str], Sequence[str]]
     obs: Any
     ids: np.ndarray
     neighborhood: CountRows | None
@@ -76,12 +60,13 @@ def is_cell_batch(cells) -> bool:
 
 def read_cells(
     cells,
-    genes: Sequence[str] | None,
+    genes: Sequence[str] | tuple[Sequence[str], Sequence[str]] | None,
     obs,
     layer: str | None,
     neighborhood,
     own_genes: Sequence[str],
     with_neighborhood: bool,
+    fractional: bool = False,
 ) -> Cells:
     """Read the counts of an AnnData, a matrix or a CellBatch; see `GeneTokenizer.__call__`."""
     brings_its_own = is_cell_batch(cells) or hasattr(cells, "var_names")
@@ -103,13 +88,8 @@ def read_cells(
         )
     around = None
     if hasattr(cells, "obs") and hasattr(cells, "var_names"):
-        matrix = cells.X if layer is None else cells.layers[layer]
-        if matrix is None:
-            raise ValueError("The AnnData has no X; name the layer that holds the counts, as in layer='counts'.")
-        rows = csr_rows(matrix)
-        names = (cells.var_names, *(cells.var[name] for name in GENE_COLUMNS if name in cells.var))
-        obs = cells.obs
-        check_counts(rows.counts, "X" if layer is None else f"layer {layer!r}", cells.layers)
+        matrix, rows, var = _find_counts(cells, layer, fractional)
+        names, obs = ColumnNames(var.index, var), cells.obs
         if with_neighborhood:
             if NEIGHBORS not in cells.obsp:
                 raise ValueError(
@@ -124,17 +104,19 @@ def read_cells(
             )
         if with_neighborhood:
             around = csr_rows(neighborhood)
-            check_counts(around.counts, "neighborhood", {})
+            _require_counts(around.counts, "neighborhood", fractional)
         rows = csr_rows(cells)
         if genes is None:
-            genes = getattr(cells, "columns", own_genes)  # a DataFrame names its genes
-        names = (genes,)
-        if len(genes) != cells.shape[1]:
+            genes = getattr(cells, "columns", None)  # a DataFrame names its genes
+        names = (own_genes, own_genes) if genes is None else genes
+        names = names if isinstance(names, tuple) else ColumnNames(names)
+        n_names = len(names[0]) if isinstance(names, tuple) else len(names)
+        if n_names != cells.shape[1]:
             raise ValueError(
-                f"The matrix has {cells.shape[1]} columns, and there are {len(genes)} gene ids for them."
+                f"The matrix has {cells.shape[1]} columns, and there are {n_names} gene ids for them."
                 " Pass genes=[…], the gene ids of its columns."
             )
-        check_counts(rows.counts, "the matrix", {})
+        _require_counts(rows.counts, "the matrix", fractional)
     else:
         raise TypeError(
             f"GeneTokenizer takes an AnnData, a matrix of counts or a CellBatch, not {type(cells).__name__}. "
@@ -165,15 +147,13 @@ def sum_of_neighbors(graph, matrix):
     graph = type(graph)((np.ones(others.sum()), (graph.row[others], graph.col[others])), shape=graph.shape).tocsr()
     graph.sum_duplicates()
     graph.data = np.ones(len(graph.data), np.int64)
-    if hasattr(matrix, "to_memory"):
-        matrix = matrix.to_memory()
+    matrix = _in_memory(matrix)
     return graph @ _widen(matrix)
 
 
 def csr_rows(matrix) -> CountRows:
     """Rows of a sparse, dense or backed matrix; columns ascending, each once."""
-    if hasattr(matrix, "to_memory"):
-        matrix = matrix.to_memory()
+    matrix = _in_memory(matrix)
     if hasattr(matrix, "tocsr"):
         if matrix.format not in ("csr", "csc"):
             matrix = _widen(matrix)  # tocsr sums duplicates
@@ -271,139 +251,133 @@ def pad_ragged(flat: np.ndarray, indptr: np.ndarray, length: int, value: int, si
     return padded
 
 
-# ---------------------------------------------------------------------- are they counts
+# ---------------------------------------------------------------------- where the counts are
 
 
-def _is_counts(values: np.ndarray) -> bool:
-    if values.dtype.kind in "ub":
-        return True
-    if values.dtype.kind == "i":
-        return values.size == 0 or values.min() >= 0
-    return bool(np.isfinite(values).all() and (values >= 0).all() and (values == np.rint(values)).all())
+def split_features(var) -> dict[str, np.ndarray] | None:
+    """Find the columns of each feature type: {"Gene Expression" first: int64 array}; None where all are genes."""
+    types = feature_types(var)
+    if types is None:
+        return None
+    kinds = sorted(set(types), key=lambda kind: (kind != GENES, kind))
+    return {kind: np.flatnonzero(types == kind) for kind in kinds}
 
 
-def check_counts(values: np.ndarray, where: str, layers) -> None:
-    """Raise if values are not counts; name the layer that holds them."""
-    if _is_counts(values):
-        return
-    found = "NaN or infinite" if not np.isfinite(values).all() else "negative" if (values < 0).any() else "fractional"
-    holders = [name for name in layers if _is_counts(csr_rows(layers[name]).counts)]
-    remedy = f"layer={holders[0]!r} holds counts: pass it." if holders else "Pass the layer that holds raw counts."
-    raise ValueError(f"Counts are needed, and {where} holds {found} values. {remedy}")
+def _find_counts(adata, layer: str | None, fractional: bool) -> tuple:
+    """Find the counts of an AnnData in memory, as `choose_counts` says: matrix, its rows, and its `var`."""
+    found = {}
+    for name, holder in (("X", adata), ("raw", getattr(adata, "raw", None))):
+        if holder is not None and holder.X is not None:
+            found[name] = (lambda holder=holder: holder.X), holder.var
+    for name in adata.layers:
+        found[name] = (lambda name=name: adata.layers[name]), adata.var
+    for name, (matrix, var) in list(found.items()):
+        columns = split_features(var)
+        if columns is None:
+            continue
+        for kind, some in columns.items():
+            part = (lambda matrix=matrix, some=some: _in_memory(matrix())[:, some]), var.iloc[some]
+            if kind == GENES:
+                found[name] = part
+            elif name == "X":
+                found[kind] = part
+        if GENES not in columns:
+            del found[name]
+    read: dict[str, tuple] = {}
+
+    def problem_in(name: str) -> str | None:
+        matrix = found[name][0]()
+        read[name] = matrix, csr_rows(matrix)
+        values = read[name][1].counts
+        return check_counts(values, fractional)[1] or (None if values.any() else NO_COUNTS)
+
+    chosen = choose_counts({name: (lambda name=name: problem_in(name)) for name in found}, layer, "The AnnData")
+    problem = problem_in(chosen) if chosen not in read else check_counts(read[chosen][1].counts, fractional)[1]
+    if problem not in (None, NO_COUNTS):
+        raise ValueError(f"Counts are needed, and {chosen} holds {problem}. {_REMEDY}")
+    return *read[chosen], found[chosen][1]
 
 
-# ---------------------------------------------------------------------- which gene is a column
+_REMEDY = "Keep the raw counts in X, raw or a layer, and name it with layer=…; estimated counts need fractional=True."
 
 
-def strip_version(gene: str) -> str:
-    """Cut the version of an Ensembl gene id."""
-    match = _VERSION.match(gene) if "." in gene else None
-    return match.group(1) if match else gene
-
-
-class GeneMatcher:
-    """Finds the genes of a vocabulary among the columns of an input, and tells how many there are.
+def choose_counts(problems: Mapping[str, Callable[[], str | None]], layer: str | None, source: str) -> str:
+    """Choose the matrix that holds the counts: the one asked for, else the first of X, raw and counts that does.
 
     Parameters
     ----------
-    genes : sequence of str
-        The vocabulary.
-    symbols : dict of symbol to gene
-        Other names of the genes.
+    problems : mapping of str to callable
+        For each matrix what is wrong with its values, None where nothing is; `NO_COUNTS` where it has none.
+    layer : str, optional
+        `X`, `raw`, the name of a layer, or a feature type.
+    source : str
+        Named in errors.
 
-    Attributes
-    ----------
-    last_coverage : dict or None
-        Of the last table of genes seen: `genes` and `counts`, the shares of it that are known, and `vocabulary`, the
-        share of the vocabulary that it holds.
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    ValueError
+        No such matrix; none of the three holds counts.
     """
+    if layer is not None:
+        if layer not in problems:
+            raise ValueError(f"{source} has no layer {layer!r}; it has {', '.join(problems) or 'no matrix'}.")
+        return layer
+    found = {}
+    for candidate in ("X", "raw", "counts"):
+        if candidate in problems:
+            found[candidate] = problems[candidate]()
+            if found[candidate] is None:
+                return candidate
+    if NO_COUNTS in found.values():  # no counts, and none elsewhere
+        return next(name for name, problem in found.items() if problem == NO_COUNTS)
+    holders = [name for name, problem in problems.items() if name not in found and problem() is None]
+    said = "; ".join(f"{where} holds {problem}" for where, problem in found.items()) or "it has no X"
+    remedy = f"{', '.join(map(repr, holders))} holds counts: pass layer={holders[0]!r}." if holders else _REMEDY
+    raise ValueError(f"{source}: no counts found: {said}. {remedy}")
 
-    def __init__(self, genes: Sequence[str], symbols: Mapping[str, str]):
-        self._genes = genes
-        self._index = {strip_version(gene): i for i, gene in enumerate(genes)}
-        self._symbols = {symbol: self._index[strip_version(gene)] for symbol, gene in symbols.items()}
-        self._last: tuple[Any, np.ndarray | None] | None = None
-        self.last_coverage: dict[str, float] | None = None
-        self._known_counts = self._all_counts = 0.0
 
-    def find(self, names: Iterable[str]) -> np.ndarray:
-        """Find genes by id, else by symbol: int32 array (n_names,), -1 where unknown."""
-        index, symbols = self._index, self._symbols
-        return np.array([index.get(strip_version(str(name)), symbols.get(str(name), -1)) for name in names], np.int32)
+def check_counts(values: np.ndarray, fractional: bool) -> tuple[np.ndarray, str | None]:
+    """Check that values are counts: the values, floats as narrow integers if they are whole, and what is wrong.
 
-    def match(
-        self, names: Sequence[Sequence[str]], rows: CountRows, min_coverage: float, key: np.ndarray | None
-    ) -> np.ndarray | None:
-        """Find the gene of each column: by the kind of name that most columns are known by, else by another.
+    Parameters
+    ----------
+    values : array (nnz,)
+    fractional : bool
+        Whether fractions are counts too (estimates of alevin, RSEM, SoupX, CellBender).
+    """
+    kind = values.dtype.kind
+    if kind in "ub" or not len(values):
+        return values, None
+    if kind not in "if":
+        return values, f"values of type {values.dtype}"
+    least, most = values.min(), values.max()
+    if not (np.isfinite(least) and np.isfinite(most)):
+        return values, f"{int((~np.isfinite(values)).sum())} NaN or infinite values"
+    if least < 0:
+        return values, f"negative values (as low as {least:g})"
+    if kind == "i" or fractional or float(most) >= 2**53:  # so large a count fits no store: told when it is written
+        return values, None
+    whole = values.astype(np.uint8 if most < 256 else np.uint16 if most < 65_536 else np.uint64)
+    if not np.array_equal(whole, values):
+        return values, f"fractional values (such as {values[whole != values][0]:g})"
+    return whole, None
 
-        Parameters
-        ----------
-        names : sequence of sequences (n_columns,)
-            Kinds of names.
-        rows : CountRows
-            Counts, for the share that is known.
-        min_coverage : float
-            Least share of the counts.
-        key : array, optional
-            The batches of a store share it: they are matched once, and their shares are those of all so far.
 
-        Returns
-        -------
-        int32 array (n_columns,) or None
-            -1 where unknown; None where column j is gene j.
+def _require_counts(values: np.ndarray, where: str, fractional: bool) -> None:
+    problem = check_counts(values, fractional)[1]
+    if problem:
+        raise ValueError(f"Counts are needed, and {where} holds {problem}.")
 
-        Raises
-        ------
-        ValueError
-            Less than `min_coverage` of the counts are in known genes.
-        """
-        own = hash(tuple(map(tuple, names))) if key is None else key
-        seen = self._last is not None and type(self._last[0]) is type(own)
-        seen = seen and (self._last[0] is own if key is not None else self._last[0] == own)
-        if seen:
-            mapped = self._last[1]
-            if mapped is None and key is not None:
-                return None  # all is known
-        else:
-            mapped = self.find(names[0])
-            if (mapped < 0).any():
-                kinds = sorted([mapped, *map(self.find, names[1:])], key=lambda found: -(found >= 0).sum())
-                mapped = kinds[0]
-                for other in kinds[1:]:
-                    mapped = np.where(mapped < 0, other, mapped)
-            mapped = None if np.array_equal(mapped, np.arange(len(mapped))) else mapped
-        if not (seen and key is not None):
-            self._known_counts = self._all_counts = 0.0
-        self._measure(mapped, names, rows, min_coverage, tell=not seen)
-        self._last = (own, mapped)
-        return mapped
 
-    def _measure(self, mapped, names, rows: CountRows, min_coverage: float, tell: bool) -> None:
-        n_columns = len(names[0])
-        known = np.ones(n_columns, bool) if mapped is None else mapped >= 0
-        self._all_counts += float(rows.counts.sum(dtype=np.float64))
-        self._known_counts += float(rows.counts[known.take(rows.columns)].sum(dtype=np.float64))
-        known_columns = float(known.mean()) if n_columns else 0.0
-        share = self._known_counts / self._all_counts if self._all_counts else known_columns
-        n_found = n_columns if mapped is None else len(np.unique(mapped[known]))
-        self.last_coverage = {
-            "genes": known_columns,
-            "counts": float(share),
-            "vocabulary": n_found / len(self._genes),
-        }
-        if share < min_coverage:
-            more = "" if self._symbols else ", or the genes' symbols (symbols=GeneTable.from_table(…))"
-            raise ValueError(
-                f"Only {share:.1%} of the counts are in genes that the tokenizer knows (at least "
-                f"{min_coverage:.0%} are needed). The input names genes like {describe(names[0])}. The tokenizer "
-                f"wants genes like {describe(self._genes)}. Give ids of the same kind, species and release{more}; or "
-                "lower tokenizer.min_coverage."
-            )
-        if tell and known_columns < 1:
-            logger.warning(
-                f"{known.sum()} of {n_columns} genes of the input are known to the tokenizer ({share:.1%} of its "
-                "counts); the others are left out."
-            )
+def _in_memory(matrix):
+    return matrix.to_memory() if hasattr(matrix, "to_memory") else matrix
+
+
+# ---------------------------------------------------------------------- columns to genes
 
 
 def map_genes(rows: CountRows, column_genes: np.ndarray | None) -> CountRows:
@@ -442,34 +416,14 @@ def map_genes(rows: CountRows, column_genes: np.ndarray | None) -> CountRows:
     return CountRows(indptr, keys % n_genes, counts)
 
 
-def describe(names: Iterable[str]) -> str:
-    """Name some genes, and guess what kind of names they are."""
-    names = [str(name) for name in names]
-    sample = ", ".join(names[:3]) or "(none)"
-    matches = [match for name in names if (match := _ENSEMBL.match(name))]
-    if len(matches) > len(names) / 2:
-        prefix = max({match.group(1) for match in matches}, key=[match.group(1) for match in matches].count)
-        versions = " with versions" if any(match.group(2) for match in matches) else ""
-        return f"{sample}: these look like Ensembl ids of {_SPECIES.get(prefix, 'ENS' + prefix)}{versions}"
-    if names and all(name.isdigit() for name in names):
-        return f"{sample}: these look like row numbers or Entrez ids"
-    words = [name for name in names if len(name) > 1 and name[0].isalpha()]
-    if len(words) > len(names) / 2:
-        for kind, write in (("human", str.upper), ("mouse", str.capitalize)):
-            if sum(write(word) == word for word in words) > len(words) / 2:
-                return f"{sample}: these look like {kind} symbols"
-        return f"{sample}: these look like symbols"
-    return sample
-
-
 __all__ = [
     "NEIGHBORS",
+    "NO_COUNTS",
     "Cells",
     "CountRows",
-    "GeneMatcher",
     "check_counts",
+    "choose_counts",
     "csr_rows",
-    "describe",
     "hide",
     "is_cell_batch",
     "keep",
@@ -477,6 +431,6 @@ __all__ = [
     "pad_ragged",
     "read_cells",
     "row_sums",
+    "split_features",
     "sum_of_neighbors",
-    "strip_version",
 ]

@@ -172,6 +172,7 @@ def _extend_tokenizer(
         truncation=tokenizer.truncation,
         seed=tokenizer.seed,
         min_coverage=tokenizer.min_coverage,
+        match=tokenizer.match,
         padding_side=tokenizer.padding_side,
         model_input_names=tokenizer.model_input_names,
     )

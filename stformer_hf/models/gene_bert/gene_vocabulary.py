@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from .cell_counts import CountRows, describe, row_sums, strip_version
+from .cell_counts import CountRows, row_sums
+from .gene_columns import describe, strip_version
 from .gene_order import log1p_cp10k
 from .legacy_files import load_mapping
 

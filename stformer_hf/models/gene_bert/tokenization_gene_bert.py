@@ -15,7 +15,6 @@ from transformers.utils import logging
 
 from .cell_counts import (
     CountRows,
-    GeneMatcher,
     is_cell_batch,
     keep,
     map_genes,
@@ -23,6 +22,7 @@ from .cell_counts import (
     read_cells,
     row_sums,
 )
+from .gene_columns import ColumnNames, GeneMatcher
 from .gene_order import TRUNCATIONS, Binner, choose, log1p_cp10k, write_ranks
 from .gene_vocabulary import (
     FORMAT_VERSION,
@@ -103,6 +103,13 @@ class _Frame(NamedTuple):
     starts: list[np.ndarray]
 
 
+class _Told(set):
+    """What was told once. Pickles forget it, so that calls do not change the hash by which `datasets` caches."""
+
+    def __reduce__(self):
+        return type(self), ()
+
+
 class GeneTokenizer(PreTrainedTokenizer):
     """Tokenizer of cells, in one of two schemes.
 
@@ -165,7 +172,11 @@ class GeneTokenizer(PreTrainedTokenizer):
     seed : int, default: 0
         Of `truncation="random"`. Cells of a store are known by their row in it, others by their row in the call.
     min_coverage : float, default: 0.5
-        Below this share of known counts (of a store, of all batches so far), calling the tokenizer raises.
+        Calling the tokenizer raises where less than this share of the counts (of a store, of all batches so far) is in
+        known genes, and less of the vocabulary is among the columns.
+    match : {"id", "symbol"}, default: "id"
+        How columns are matched to genes: by id, else by symbol; or by symbol alone, which is how cells of another
+        species are read. Ids of another species are refused otherwise.
     special_tokens : dict of role to token, optional
         Names of the special tokens, in the order of their ids, such as `{"pad_token": "<pad>"}`. Roles: `cls_token`,
         `eos_token`, `mask_token`, `pad_token` and, with a separator, `sep_token`.
@@ -224,6 +235,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         truncation: str | None = None,
         seed: int | None = None,
         min_coverage: float | None = None,
+        match: str | None = None,
         special_tokens: Mapping[str, str] | None = None,
         token_ids: Mapping[str, int] | None = None,
         vocab_file: str | os.PathLike | None = None,
@@ -261,6 +273,7 @@ class GeneTokenizer(PreTrainedTokenizer):
             truncation = saved.get("truncation") if truncation is None else truncation
             seed = saved.get("seed") if seed is None else seed
             min_coverage = saved.get("min_coverage") if min_coverage is None else min_coverage
+            match = saved.get("match") if match is None else match
             if max_length is None:
                 max_length = kwargs.get("model_max_length", saved["max_length"])
         self.scheme = given["scheme"] or "binned"
@@ -289,7 +302,10 @@ class GeneTokenizer(PreTrainedTokenizer):
         self.seed = seed or 0
 
         self.min_coverage = 0.5 if min_coverage is None else min_coverage
-        self._told: set[str] = set()
+        self.match = match or "id"
+        if self.match not in ("id", "symbol"):
+            raise ValueError(f'match is "id" or "symbol", got {match!r}.')
+        self._told = _Told()
 
         kwargs["model_max_length"] = DEFAULT_MAX_LENGTH if max_length is None else max_length
         more = ["expression_values"] * self.values + ["cell_genes", "cell_counts"] * self.whole_cell
@@ -658,9 +674,24 @@ class GeneTokenizer(PreTrainedTokenizer):
         names = [None, *self.phenotypes, *(self.genes if self.scheme == "binned" else ["cell", "neighborhood"])]
         return [names[int(i)] for i in token_type_ids]
 
-    def find_genes(self, names: Sequence[str]) -> np.ndarray:
-        """Give the place in `genes` of ids (with or without version) or symbols: int64 array (n,), -1 for others."""
-        return np.asarray(self._matcher.find(list(names)), np.int64)
+    def find_genes(self, names: Sequence[str], symbols: Sequence[str] | None = None) -> np.ndarray:
+        """Find genes by name.
+
+        Parameters
+        ----------
+        names : sequence of str (n,)
+            Ids, with or without version, or symbols.
+        symbols : sequence of str (n,), optional
+            Symbols of the same genes, for those whose id is unknown; as for the columns of an AnnData.
+
+        Returns
+        -------
+        int64 array (n,)
+            Place in `genes`; -1 for unknown names.
+        """
+        if symbols is None:
+            return self._matcher.find(list(names)).astype(np.int64)
+        return self._matcher.find_columns(list(names), list(symbols), self.match).astype(np.int64)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Write `gene_vocabulary.json`, and `tokenizer.json`, by which any process turns names of tokens into ids.
@@ -686,6 +717,7 @@ class GeneTokenizer(PreTrainedTokenizer):
             "truncation": self.truncation,
             "seed": self.seed,
             "min_coverage": self.min_coverage,
+            **({} if self.match == "id" else {"match": self.match}),
             **self._vocabulary(),
         }
         with open(path, "w", encoding="utf-8") as file:
@@ -757,6 +789,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         genes: Sequence[str] | None = None,
         obs=None,
         layer: str | None = None,
+        fractional: bool = False,
         neighborhood=None,
         padding: bool | str = False,
         max_length: int | None = None,
@@ -775,7 +808,10 @@ class GeneTokenizer(PreTrainedTokenizer):
         obs : DataFrame or dict of column to values, optional
             Phenotypes of a matrix's rows.
         layer : str, optional
-            Layer of an AnnData to read instead of X.
+            Where the counts of an AnnData are: `X`, `raw`, the name of a layer, or a feature type. By default the
+            first of X, raw and the layer `counts` that holds counts.
+        fractional : bool, default: False
+            Whether counts may be fractions, as estimates are (alevin, RSEM, SoupX, CellBender).
         neighborhood : sparse or dense matrix (n, n_columns), optional
             Sums of the counts of each row's neighbours, for a matrix and a tokenizer that adds neighbourhoods.
         padding : bool, "longest" or "max_length", default: False
@@ -799,13 +835,20 @@ class GeneTokenizer(PreTrainedTokenizer):
         Raises
         ------
         ValueError
-            Values that are not counts; fewer than `min_coverage` of the counts in known genes; shapes that do not
+            Values that are not counts; fewer than `min_coverage` of the counts in known genes, and of the vocabulary
+            among the columns; genes of another species; row numbers for names of genes; shapes that do not
             fit; tensors of ragged cells without padding.
         TypeError
             Something that is not cells, such as text.
         """
         tokens = self.encode_cells(
-            cells, genes=genes, obs=obs, layer=layer, neighborhood=neighborhood, max_length=max_length
+            cells,
+            genes=genes,
+            obs=obs,
+            layer=layer,
+            fractional=fractional,
+            neighborhood=neighborhood,
+            max_length=max_length,
         )
         lengths = np.diff(tokens.indptr)
         columns, of_cells = self.columns(tokens), self.cell_columns(tokens)
@@ -874,9 +917,10 @@ class GeneTokenizer(PreTrainedTokenizer):
         self,
         cells,
         *,
-        genes: Sequence[str] | None = None,
+        genes: Sequence[str] | tuple[Sequence[str], Sequence[str]] | None = None,
         obs=None,
         layer: str | None = None,
+        fractional: bool = False,
         neighborhood=None,
         max_length: int | None = None,
         epoch: int = 0,
@@ -886,13 +930,14 @@ class GeneTokenizer(PreTrainedTokenizer):
 
         `epoch` is for `truncation="random"`, which chooses other genes in each. With `for_inference` the tokens of a
         cell depend on its counts alone: every included phenotype is `[MASK]`, whatever obs says, and
-        `truncation="random"` becomes "top".
+        `truncation="random"` becomes "top". `genes` may also be gene ids and symbols as `resolve_genes` gives them.
         """
         max_length = self.max_length if max_length is None else max_length
         self._check_max_length(max_length)
-        found = read_cells(cells, genes, obs, layer, neighborhood, self.genes, self.neighborhood)
-        key = cells.gene_ids if is_cell_batch(cells) else None
-        column_genes = self._matcher.match(found.names, found.rows, self.min_coverage, key)
+        found = read_cells(cells, genes, obs, layer, neighborhood, self.genes, self.neighborhood, fractional)
+        key = found.names[0] if isinstance(found.names, tuple) else None
+        rows = found.rows
+        column_genes = self._matcher.match(found.names, rows.columns, rows.counts, self.min_coverage, key, self.match)
         n_cells = len(found.rows.indptr) - 1
         if for_inference:
             phenotypes = np.full((n_cells, len(self._included_phenotypes)), self.mask_token_id, np.int64)
@@ -921,11 +966,11 @@ class GeneTokenizer(PreTrainedTokenizer):
             indptr, (genes, counts) = keep(counts > 0, indptr, genes, counts)
         return CountRows(indptr, genes.astype(np.int64), counts.astype(np.float32))
 
-    def _measured(self, names: tuple, column_genes: np.ndarray | None) -> np.ndarray | None:
+    def _measured(self, names: ColumnNames | tuple, column_genes: np.ndarray | None) -> np.ndarray | None:
         """Tell which genes are among the columns: bool array (1, n_genes); None for all."""
         measured = np.zeros((1, len(self.genes)), bool)
         if column_genes is None:
-            measured[:, : len(names[0])] = True
+            measured[:, : len(names if isinstance(names, ColumnNames) else names[0])] = True
         else:
             measured[:, column_genes[column_genes >= 0]] = True
         return None if measured.all() else measured

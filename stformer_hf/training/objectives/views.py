@@ -183,7 +183,7 @@ class ViewCollator:
     def _gene_of_column(self, cells: CellBatch) -> np.ndarray:
         """Find the gene of each column of the store: int64 array, -1 where unknown."""
         if self._genes is None or self._genes[0] is not cells.gene_ids:  # one array for all batches of a store
-            self._genes = cells.gene_ids, self.collator.tokenizer.find_genes(cells.gene_ids)
+            self._genes = cells.gene_ids, self.collator.tokenizer.find_genes(cells.gene_ids, cells.symbols)
         return self._genes[1]
 
     def _views(self, cells: CellBatch) -> tuple[list[CellBatch], list[np.ndarray | None]]:

@@ -1,0 +1,551 @@
+"""Which gene each column of a matrix is: the one place that reads the names in `AnnData.var`."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Ensembl, FlyBase, WormBase, TAIR and SGD. The prefix of an Ensembl id tells the species.
+_GENE_ID = re.compile(
+    r"^(?:ENS(?P<species>[A-Z]*)G\d{11}(?P<version>\.\d+)?(?P<par>_PAR_Y)?"
+    r"|FBgn\d{7}|WBGene\d{8}|AT[1-5CM]G\d{5}|Y[A-P][LR]\d{3}[WC](?:-[A-Z])?)$"
+)
+_SPECIES = {
+    "": "human",
+    "MUS": "mouse",
+    "RNO": "rat",
+    "DAR": "zebrafish",
+    "MMU": "macaque",
+    "PTR": "chimpanzee",
+    "SSC": "pig",
+    "BTA": "cow",
+    "GAL": "chicken",
+    "CJA": "marmoset",
+}
+_OTHER_ID = re.compile(r"^[A-Za-z]\w*(?:\.\w+)?\d{5}(?:\.\d+)?$")  # of other references, where a column's name says id
+# Of references of several species, such as GRCh38_, mm10___ and hg19_, and of single ones.
+_GENOME = re.compile(r"^(GRC[a-z]{1,2}\d+|hg\d{2}|mm\d{1,2}|rn\d|danRer\d+|BDGP\d+|ce\d{1,2}|sacCer\d)_+(?=[^_])")
+_PLACEHOLDERS = frozenset(("", "nan", "na", "n/a", "none", "null", "<na>", "nat", "-", "--", ".", "unknown"))
+# Names of columns, without case and punctuation. What a column is, its values decide.
+_ID_COLUMNS = (
+    *("ensemblid", "ensemblids", "ensembl", "ensemblgeneid", "ensemblgeneids", "ensembleid", "ensembleids"),
+    *("geneid", "geneids", "featureid", "featureids", "genestableid", "stableid", "accession", "ensg", "id", "ids"),
+)
+_SYMBOL_COLUMNS = (
+    *("genesymbol", "genesymbols", "genename", "genenames", "featurename", "featurenames", "symbol", "symbols"),
+    *("hgncsymbol", "mgisymbol", "geneshortname", "externalgenename", "features", "feature", "genes", "gene"),
+    *("names", "name"),
+)
+_FEATURE_COLUMNS = ("featuretypes", "featuretype", "modality")
+GENES = "Gene Expression"  # the feature type of genes in 10x files
+_GENE_TYPES = frozenset(("gene expression", "gene", "genes", "gex", "rna", "mrna", "expression"))
+_OTHER_TYPES = frozenset(
+    (
+        *("antibody capture", "crispr guide capture", "multiplexing capture", "antigen capture", "custom", "peaks"),
+        *("vdj", "vdj-t", "vdj-b", "chromatin accessibility", "atac", "adt", "hto", "prot", "protein", "cite"),
+        *("negative control probe", "negative control codeword", "blank codeword", "unassigned codeword"),
+        *("deprecated codeword", "genomic control", "guide", "grna", "hashtag", "antibody"),
+    )
+)
+_LARGEST_ROW_NUMBER = 200_000  # no reference has so many genes; Entrez ids in ascending order soon pass it
+
+
+class GeneColumns(NamedTuple):
+    """Which gene each of n columns is.
+
+    Attributes
+    ----------
+    gene_ids : object array of str (n,)
+        Id without a version; of a gene without an id its symbol. "" where a column has no name at all.
+    symbols : object array of str (n,)
+        Symbol; of a gene without a symbol its id.
+    genomes : object array of str (n,) or None
+        Reference that prefixes of the names told, "" for names without one; None where no name has one.
+    """
+
+    gene_ids: np.ndarray
+    symbols: np.ndarray
+    genomes: np.ndarray | None
+
+
+def resolve_genes(
+    index: Sequence[Any], columns: Mapping[str, Sequence[Any]] | None = None, copies: bool = False
+) -> GeneColumns:
+    """Decide which gene each column of a matrix is, from the names that a file has for it.
+
+    The rule, in this order:
+
+    1. Names are text without spaces around it. Placeholders ("nan", "NA", "None", "<NA>", "-", "unknown", a missing
+       value, …) are no name. Prefixes of references (`GRCh38_`, `mm10___`, `hg19_`) are cut, and kept as `genomes`;
+       of two genomes that have one name and no id, both keep it.
+    2. Ids before symbols. The ids are those of the index where over half of its names look like gene ids, else those
+       of the columns of a usual name (`gene_ids`, `feature_id`, `ensembl`, `Accession`, …, `gene_ids-0`; case and
+       punctuation do not count) that do, else those of such a column whose names end in five digits, as
+       Zm00001d027230 does. Versions are cut, and `_PAR_Y`: the copies of a gene on X and Y are one gene.
+    3. Symbols are the index where it is not the ids, else columns of a usual name (`gene_symbols`, `feature_name`,
+       `features`, …).
+    4. A gene without an id goes by its symbol, and one without a symbol by its id, each for itself.
+    5. Row numbers are no names: an index that counts 0, 1, 2, … or 1, 2, 3, … in any order, or that ascends below
+       200,000, is passed over for a column with names, and refused where there is none.
+
+    Parameters
+    ----------
+    index : sequence (n,)
+        `var_names`.
+    columns : mapping of str to sequence (n,), optional
+        Columns of `var`; a DataFrame will do. Those without a usual name are not read.
+    copies : bool, default: False
+        Keep `_PAR_Y`, for a vocabulary that may have both copies.
+
+    Returns
+    -------
+    GeneColumns
+
+    Raises
+    ------
+    ValueError
+        Row numbers, and no column with names.
+    """
+    genomes = np.full(len(index), "", object)
+    own = _names(index, genomes)
+    ids_found, other_ids, symbols_found = [], [], []
+    for name, kinds in _usual_columns(columns):
+        values = _names(columns[name], genomes)
+        if "id" in kinds and mostly_ids(values):
+            ids_found.append(values)
+        elif "id" in kinds and _mostly(_OTHER_ID, values):
+            other_ids.append(values)
+        elif "symbol" in kinds and values.any() and not mostly_ids(values) and not _all_digits(values):
+            symbols_found.append(values)
+    if not (ids_found or mostly_ids(own)):
+        ids_found = other_ids
+    if _are_row_numbers(own):
+        if not (ids_found or symbols_found):
+            there = ", ".join(map(str, [] if columns is None else columns)) or "none"
+            raise ValueError(
+                f"The genes are named {', '.join(own[:3])}, …: these are row numbers. Name them in var_names, or in a "
+                f"column gene_id or gene_symbol of var (its columns: {there}). Entrez ids in ascending order: put a "
+                "word before them, such as entrez:."
+            )
+        own = np.full(len(own), "", object)
+    if mostly_ids(own):
+        ids, symbols = _first([own, *ids_found]), _first(symbols_found, len(own))
+    elif ids_found:
+        ids, symbols = _first(ids_found), _first([own, *symbols_found])
+    elif _all_digits(own):  # Entrez ids
+        ids, symbols = own, _first(symbols_found, len(own))
+    else:
+        ids, symbols = np.full(len(own), "", object), _first([own, *symbols_found])
+    ids = strip_versions(_first([ids, symbols, own]))
+    if not copies:
+        written, ids = ids, np.array([*map(_of_both_copies, ids), None], object)[:-1]
+        n_copies = int((written != ids).sum())
+        if n_copies:
+            logger.warning(f"{n_copies} genes of the Y chromosome's pseudoautosomal regions (_PAR_Y) count as X's.")
+    symbols = _first([symbols, ids])
+    if not genomes.any():
+        return GeneColumns(ids, symbols, None)
+    return GeneColumns(_apart(ids, genomes), symbols, genomes)
+
+
+def _first(kinds: list[np.ndarray], n: int = 0) -> np.ndarray:
+    """Take each name from the first kind that has one."""
+    if not kinds:
+        return np.full(n, "", object)
+    found = kinds[0].copy()
+    for names in kinds[1:]:
+        blank = found == ""
+        found[blank] = names[blank]
+    return found
+
+
+def _names(values: Sequence[Any], genomes: np.ndarray) -> np.ndarray:
+    """Clean names: object array of str (n,), "" for placeholders; prefixes of references go to `genomes`."""
+    names = [_text(value) for value in np.asarray(values, dtype=object).tolist()]
+    for i, name in enumerate(names):
+        if "_" in name and (match := _GENOME.match(name)):
+            genomes[i], names[i] = match.group(1), name[match.end() :]
+    found = np.empty(len(names), object)
+    found[:] = names
+    return found
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        value = value.decode() if isinstance(value, bytes) else str(value)  # of None, NaN and pandas.NA placeholders
+    value = value.strip()
+    return "" if len(value) < 8 and value.lower() in _PLACEHOLDERS else value
+
+
+def _usual_columns(columns: Mapping[str, Any] | None) -> list[tuple[str, set[str]]]:
+    """Find columns of a usual name, in the order of the usual names, and what they may be."""
+    found = []
+    for name in [] if columns is None else columns:
+        plain = _plain(name)
+        kinds = {kind for kind, usual in (("id", _ID_COLUMNS), ("symbol", _SYMBOL_COLUMNS)) if plain in usual}
+        if kinds:
+            found.append((name, kinds, (*_ID_COLUMNS, *_SYMBOL_COLUMNS).index(plain)))
+    return [(name, kinds) for name, kinds, _ in sorted(found, key=lambda one: one[2])]
+
+
+def _plain(name: Any) -> str:
+    """Write the name of a column without case, punctuation, and the number that joining adds: `gene_ids-0`."""
+    return re.sub(r"[^a-z]", "", re.sub(r"-\d+$", "", str(name).lower()))
+
+
+def _all_digits(names: np.ndarray) -> bool:
+    return bool((names != "").any()) and all(name.isdigit() for name in names if name)
+
+
+def _are_row_numbers(names: np.ndarray) -> bool:
+    if not len(names) or not all(name.isdigit() for name in names):
+        return False
+    numbers = np.array([int(name) for name in names], object)
+    least, most = min(numbers), max(numbers)
+    if most - least == len(names) - 1 and least <= 1 and len(set(numbers)) == len(names):
+        return True
+    return most < _LARGEST_ROW_NUMBER and len(names) > 1 and bool((numbers[1:] > numbers[:-1]).all())
+
+
+def _apart(ids: np.ndarray, genomes: np.ndarray) -> np.ndarray:
+    """Give names that genes of two genomes share their genome back."""
+    first: dict[str, str] = {}
+    shared = {name for name, genome in zip(ids, genomes, strict=True) if first.setdefault(name, genome) != genome}
+    if shared:
+        logger.warning(
+            f"{len(shared)} names are those of genes of two genomes, such as {min(shared)!r}: these genes keep the "
+            "genome before their name."
+        )
+        pairs = zip(ids, genomes, strict=True)
+        ids[:] = [f"{genome}_{name}" if name in shared and genome else name for name, genome in pairs]
+    return ids
+
+
+# ---------------------------------------------------------------------- ids
+
+
+def is_id(name: str) -> bool:
+    """Tell whether a name looks like a gene id of Ensembl, FlyBase, WormBase, TAIR or SGD."""
+    return _GENE_ID.match(name) is not None
+
+
+def mostly_ids(names: Sequence[str]) -> bool:
+    """Tell whether over half of the names that are not empty look like gene ids."""
+    return _mostly(_GENE_ID, names)
+
+
+def _mostly(pattern: re.Pattern, names: Sequence[str]) -> bool:
+    named = [name for name in names if name]
+    return 2 * sum(pattern.match(name) is not None for name in named) > len(named)
+
+
+def strip_version(name: str) -> str:
+    """Cut the version of an Ensembl id; `_PAR_Y` stays."""
+    match = _GENE_ID.match(name) if "." in name else None
+    if match is None or not match.group("version"):
+        return name
+    return name[: match.start("version")] + (match.group("par") or "")
+
+
+def _of_both_copies(name: str) -> str:
+    """Cut `_PAR_Y`, which tells the copy of a gene on Y from that on X."""
+    return name.removesuffix("_PAR_Y") if name.endswith("_PAR_Y") and is_id(name) else name
+
+
+def strip_versions(names: Sequence[str]) -> np.ndarray:
+    """Cut versions of the Ensembl ids among names: object array of str (n,)."""
+    found = np.empty(len(names), object)
+    found[:] = [strip_version(name) for name in names]
+    return found
+
+
+def guess_species(names: Iterable[str]) -> str | None:
+    """Tell the species of Ensembl ids by their prefix: a name such as `human`, or the prefix of one not listed here.
+
+    None where there are no Ensembl ids, and where under nine in ten of them agree (mixed species).
+    """
+    found: dict[str, int] = {}
+    for name in names:
+        match = _GENE_ID.match(name)
+        if match is not None and match.group("species") is not None:
+            found[match.group("species")] = found.get(match.group("species"), 0) + 1
+    if not found:
+        return None
+    prefix = max(found, key=found.__getitem__)
+    return _SPECIES.get(prefix, f"ENS{prefix}") if found[prefix] >= 0.9 * sum(found.values()) else None
+
+
+# ---------------------------------------------------------------------- feature types
+
+
+def feature_types(columns: Mapping[str, Sequence[Any]] | None) -> np.ndarray | None:
+    """Read what each column of a matrix is a feature of, as 10x files tell it.
+
+    Parameters
+    ----------
+    columns : mapping of str to sequence (n,), or None
+        Columns of `var`; `feature_types`, `feature_type` or `modality` is read.
+
+    Returns
+    -------
+    object array of str (n,) or None
+        `Gene Expression`, or the type as it is written; None where all are genes, as where the column holds no known
+        type (but biotypes, or blanks). A blank among known types is a gene.
+    """
+    for name in [] if columns is None else columns:
+        if _plain(name) not in _FEATURE_COLUMNS:
+            continue
+        types = np.array([_text(value) for value in np.asarray(columns[name], dtype=object).tolist()], object)
+        plain = {kind: kind.lower().replace("_", " ") for kind in set(types)}
+        known = {kind for kind, written in plain.items() if written in _GENE_TYPES or written in _OTHER_TYPES}
+        if not known:
+            if any(types):
+                logger.warning(
+                    f"var[{name!r}] holds no known feature type (but {', '.join(sorted(set(types))[:3])}): all "
+                    "columns are taken for genes."
+                )
+            continue
+        genes = {kind for kind, written in plain.items() if written in _GENE_TYPES or not written}
+        found = np.array([GENES if kind in genes else kind for kind in types], object)
+        return None if (found == GENES).all() else found
+    return None
+
+
+# ---------------------------------------------------------------------- genes of a vocabulary
+
+
+class ColumnNames:
+    """The names that a file has for its columns, which are resolved at their first use.
+
+    Parameters
+    ----------
+    index : sequence (n,)
+        `var_names`.
+    columns : mapping of str to sequence (n,), optional
+        Columns of `var`.
+
+    Attributes
+    ----------
+    key : hashable
+        Equal where the names are.
+    """
+
+    def __init__(self, index: Sequence[Any], columns: Mapping[str, Sequence[Any]] | None = None):
+        self._index, self._columns = index, columns
+        read = [name for name, _ in _usual_columns(columns)]
+        values = [np.asarray(columns[name], dtype=object) for name in read]
+        self.key = hash((tuple(read), *(tuple(map(str, some)) for some in (index, *values))))
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def resolve(self) -> tuple[np.ndarray, np.ndarray]:
+        """Resolve the names: gene ids and symbols, object arrays of str (n,)."""
+        return resolve_genes(self._index, self._columns, copies=True)[:2]
+
+
+class GeneMatcher:
+    """Finds the genes of a vocabulary among the columns of an input, and tells how many there are.
+
+    Parameters
+    ----------
+    genes : sequence of str
+        The vocabulary.
+    symbols : dict of symbol to gene
+        Other names of the genes.
+
+    Attributes
+    ----------
+    last_coverage : dict or None
+        Of the last table of genes seen: `genes` and `counts`, the shares of it that are known, and `vocabulary`, the
+        share of the vocabulary that it holds.
+    """
+
+    def __init__(self, genes: Sequence[str], symbols: Mapping[str, str]):
+        self._genes = genes
+        self._index = {strip_version(gene): i for i, gene in enumerate(genes)}
+        self._symbols = {symbol: self._index[strip_version(gene)] for symbol, gene in symbols.items()}
+        self.species = guess_species(genes)
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the last input."""
+        self._last: tuple[Any, np.ndarray | None] | None = None
+        self.last_coverage: dict[str, float] | None = None
+        self._known_counts = self._all_counts = 0.0
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_last": None, "last_coverage": None, "_known_counts": 0.0, "_all_counts": 0.0}
+
+    def find(self, names: Iterable[str]) -> np.ndarray:
+        """Find genes by id, else by symbol: int32 array (n_names,), -1 where unknown.
+
+        A gene of Y (`_PAR_Y`) that the vocabulary has not is its copy on X.
+        """
+        return np.array([self._find(str(name)) for name in names], np.int32)
+
+    def _find(self, name: str) -> int:
+        found = self._index.get(strip_version(name))
+        if found is None and name.endswith("_PAR_Y"):
+            found = self._index.get(_of_both_copies(strip_version(name)))
+        return self._symbols.get(name, -1) if found is None else found
+
+    def find_columns(self, gene_ids: Sequence[str], symbols: Sequence[str], match: str = "id") -> np.ndarray:
+        """Find the gene of each column: by its id, else by its symbol, unless another column has that gene's id.
+
+        Parameters
+        ----------
+        gene_ids, symbols : sequence of str (n_columns,)
+        match : {"id", "symbol"}, default: "id"
+            "symbol" looks at symbols alone, as for cells of another species.
+
+        Returns
+        -------
+        int32 array (n_columns,)
+            -1 where unknown.
+
+        Raises
+        ------
+        ValueError
+            Ids of another species than the vocabulary's, with `match="id"`.
+        """
+        if match == "symbol":
+            return self.find(symbols)
+        found = self.find(gene_ids)
+        unknown = np.flatnonzero(found < 0)
+        if not len(unknown):
+            return found
+        if self.species is not None and 2 * len(unknown) > len(found):
+            species = guess_species(gene_ids)
+            if species not in (None, self.species):
+                raise ValueError(
+                    f"The input has genes of {species} ({', '.join(map(str, gene_ids[:3]))}), and the tokenizer's are "
+                    f"of {self.species} ({', '.join(self._genes[:3])}). To match genes by symbol all the same, set "
+                    "tokenizer.match = 'symbol'."
+                )
+        by_symbol = self.find([symbols[i] for i in unknown.tolist()])
+        by_symbol[np.isin(by_symbol, found[found >= 0])] = -1
+        found[unknown] = by_symbol
+        return found
+
+    def match(
+        self,
+        names: ColumnNames | tuple[np.ndarray, np.ndarray],
+        columns: np.ndarray,
+        counts: np.ndarray,
+        min_coverage: float,
+        key: np.ndarray | None,
+        match: str = "id",
+    ) -> np.ndarray | None:
+        """Find the gene of each column, and measure how many of the counts are in known genes.
+
+        Parameters
+        ----------
+        names : ColumnNames, or gene ids and symbols (n_columns,)
+        columns : int array (nnz,)
+            Column of each count.
+        counts : array (nnz,)
+            For the share that is known.
+        min_coverage : float
+            Least share of the counts, or of the vocabulary.
+        key : array, optional
+            The batches of a store share it: they are matched once, and their shares are those of all so far.
+        match : {"id", "symbol"}, default: "id"
+            As for `find_columns`.
+
+        Returns
+        -------
+        int32 array (n_columns,) or None
+            -1 where unknown; None where column j is gene j.
+
+        Raises
+        ------
+        ValueError
+            Less than `min_coverage` of the counts are in known genes, and less of the vocabulary is there; genes of
+            another species.
+        """
+        own = (names.key if key is None else key, match)
+        seen = self._last is not None and type(self._last[0][0]) is type(own[0]) and self._last[0][1] == match
+        seen = seen and (self._last[0][0] is own[0] if key is not None else self._last[0][0] == own[0])
+        if seen:
+            mapped = self._last[1]
+            if mapped is None and key is not None:
+                return None  # all is known
+        else:
+            gene_ids, symbols = names.resolve() if isinstance(names, ColumnNames) else names
+            mapped = self.find_columns(gene_ids, symbols, match)
+            mapped = None if np.array_equal(mapped, np.arange(len(mapped))) else mapped
+        if not (seen and key is not None):
+            self._known_counts = self._all_counts = 0.0
+        self._measure(mapped, names, columns, counts, min_coverage, tell=not seen)
+        self._last = (own, mapped)
+        return mapped
+
+    def _measure(self, mapped, names, columns, counts, min_coverage: float, tell: bool) -> None:
+        n_columns = len(names) if isinstance(names, ColumnNames) else len(names[0])
+        known = np.ones(n_columns, bool) if mapped is None else mapped >= 0
+        self._all_counts += float(counts.sum(dtype=np.float64))
+        self._known_counts += float(counts[known.take(columns)].sum(dtype=np.float64))
+        known_columns = float(known.mean()) if n_columns else 0.0
+        share = self._known_counts / self._all_counts if self._all_counts else known_columns
+        n_found = n_columns if mapped is None else len(np.unique(mapped[known]))
+        self.last_coverage = {
+            "genes": known_columns,
+            "counts": float(share),
+            "vocabulary": n_found / len(self._genes),
+        }
+        # A panel's model reads few of the counts of a whole transcriptome, and all that it knows is there.
+        if max(share, self.last_coverage["vocabulary"]) < min_coverage:
+            gene_ids = names.resolve()[0] if isinstance(names, ColumnNames) else names[0]
+            more = "" if self._symbols else ", or the genes' symbols (symbols=GeneTable.from_table(…))"
+            raise ValueError(
+                f"Only {share:.1%} of the counts are in genes that the tokenizer knows (at least "
+                f"{min_coverage:.0%} are needed). The input names genes like {describe(gene_ids)}. The tokenizer "
+                f"wants genes like {describe(self._genes)}. Give ids of the same kind, species and release{more}; or "
+                "lower tokenizer.min_coverage."
+            )
+        if tell and known_columns < 1:
+            logger.warning(
+                f"{known.sum()} of {n_columns} genes of the input are known to the tokenizer ({share:.1%} of its "
+                "counts); the others are left out."
+            )
+
+
+def describe(names: Iterable[str]) -> str:
+    """Name some genes, and guess what kind of names they are."""
+    names = [str(name) for name in names]
+    sample = ", ".join(names[:3]) or "(none)"
+    matches = [match for name in names if (match := _GENE_ID.match(name)) and match.group("species") is not None]
+    if len(matches) > len(names) / 2:
+        prefix = max({match.group("species") for match in matches}, key=[m.group("species") for m in matches].count)
+        versions = " with versions" if any(match.group("version") for match in matches) else ""
+        return f"{sample}: these look like Ensembl ids of {_SPECIES.get(prefix, 'ENS' + prefix)}{versions}"
+    if names and all(name.isdigit() for name in names):
+        return f"{sample}: these look like row numbers or Entrez ids"
+    words = [name for name in names if len(name) > 1 and name[0].isalpha()]
+    if len(words) > len(names) / 2:
+        for kind, write in (("human", str.upper), ("mouse", str.capitalize)):
+            if sum(write(word) == word for word in words) > len(words) / 2:
+                return f"{sample}: these look like {kind} symbols"
+        return f"{sample}: these look like symbols"
+    return sample
+
+
+__all__ = [
+    "GENES",
+    "ColumnNames",
+    "GeneColumns",
+    "GeneMatcher",
+    "describe",
+    "feature_types",
+    "guess_species",
+    "is_id",
+    "mostly_ids",
+    "resolve_genes",
+    "strip_version",
+    "strip_versions",
+]

@@ -1,0 +1,245 @@
+"""The same cells through every door: store, tokenizer, embed, stream and SCDL take the same genes, or refuse alike."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anndata import AnnData
+from scipy import sparse
+
+from stformer_hf import (
+    CellStore,
+    GeneBertConfig,
+    GeneBertModel,
+    GeneTokenizer,
+    IterableAnnDataset,
+    SingleCellMemMapDataset,
+    embed,
+)
+
+IDS = [f"ENSG{i:011d}" for i in range(1, 6)]
+SYMBOLS = ["CD4", "GAPDH", "ACTB", "CD8A", "MS4A1"]
+COUNTS = np.array([[1, 5, 2, 0, 3], [0, 7, 4, 2, 0]], np.float32)
+NUMBERS = [str(i) for i in range(5)]
+
+
+def cells(index, columns=None, counts=COUNTS, **layers) -> AnnData:
+    return AnnData(
+        np.asarray(counts, np.float32), var=pd.DataFrame(columns or {}, index=list(index)), layers=layers or None
+    )
+
+
+def versions(ids, suffix=".7"):
+    return [name + suffix for name in ids]
+
+
+def with_antibodies() -> AnnData:
+    """As scanpy.read_10x_h5(gex_only=False) gives it: an antibody has the symbol of a gene."""
+    types = ["Gene Expression"] * 5 + ["Antibody Capture"] * 2
+    columns = {"gene_ids": [*IDS, "CD4_TotalSeqC", "isotype"], "feature_types": types}
+    return cells([*SYMBOLS, "CD4", "IgG"], columns, np.hstack([COUNTS, [[80, 9], [70, 4]]]))
+
+
+def joined() -> AnnData:
+    """As scanpy's concatenate left it: a column of ids a batch, with gaps."""
+    first, second = list(IDS), list(IDS)
+    first[3], second[0] = np.nan, np.nan
+    return cells(SYMBOLS, {"gene_ids-0": first, "gene_ids-1": second})
+
+
+def normalised(**where) -> AnnData:
+    adata = cells(IDS, counts=np.log1p(COUNTS))
+    if where.get("raw"):
+        wide = cells([*IDS[::-1], "ENSG00000000009"], counts=np.hstack([COUNTS[:, ::-1], np.zeros((2, 1))]))
+        adata.raw = wide
+    if where.get("layer"):
+        adata.layers["counts"] = COUNTS
+    return adata
+
+
+def twice() -> AnnData:
+    """A gene in two columns, whose counts are summed: as symbols that were made unique, with one id."""
+    half = np.hstack([COUNTS, COUNTS[:, :1]])
+    half[:, 0], half[:, 5] = [1, 0], [0, 0]
+    return cells([*SYMBOLS, "CD4-1"], {"gene_ids": [*IDS, IDS[0]]}, half)
+
+
+def sparse_columns() -> AnnData:
+    adata = cells(SYMBOLS, {"gene_ids": IDS})
+    adata.X = sparse.csc_matrix(adata.X)
+    return adata
+
+
+# What writes var like this: the cells.
+SAME = {
+    "Cell Ranger 3 to 9, scanpy.read_10x_mtx": lambda: cells(
+        SYMBOLS, {"gene_ids": IDS, "feature_types": ["Gene Expression"] * 5}
+    ),
+    "Cell Ranger 2, scanpy.read_10x_h5": lambda: cells(SYMBOLS, {"gene_ids": IDS}),
+    "Cell Ranger, ids as var_names": lambda: cells(IDS, {"gene_symbols": SYMBOLS}),
+    "STARsolo, GENCODE ids with versions": lambda: cells(versions(IDS), {"gene_name": SYMBOLS}),
+    "versions in a column": lambda: cells(SYMBOLS, {"gene_ids": versions(IDS, ".12")}),
+    "CELLxGENE": lambda: cells(
+        IDS, {"feature_name": SYMBOLS, "feature_biotype": ["gene"] * 5, "feature_type": ["protein_coding"] * 5}
+    ),
+    "CELLxGENE Census": lambda: cells(NUMBERS, {"soma_joinid": range(5), "feature_id": IDS, "feature_name": SYMBOLS}),
+    "Census, some genes": lambda: cells(
+        ["3", "17", "90", "1000", "60663"], {"feature_id": IDS, "feature_name": SYMBOLS}
+    ),
+    "SeuratDisk": lambda: cells(SYMBOLS, {"features": SYMBOLS}),
+    "SeuratDisk, row numbers": lambda: cells(NUMBERS, {"features": SYMBOLS}),
+    "zellkonverter of SingleCellExperiment": lambda: cells(SYMBOLS, {"ID": IDS, "Symbol": SYMBOLS}),
+    "sceasy": lambda: cells(SYMBOLS, {"name": SYMBOLS, "vst.mean": np.ones(5)}),
+    "anndataR of rowData": lambda: cells(SYMBOLS, {"ensembl": IDS, "hgnc_symbol": SYMBOLS}),
+    "scvi-tools": lambda: cells(IDS, {"n_counts": np.ones(5), "symbol": SYMBOLS}),
+    "scanpy concatenate": joined,
+    "biomaRt": lambda: cells(SYMBOLS, {"ensembl_gene_id": IDS, "external_gene_name": SYMBOLS}),
+    "loom of velocyto": lambda: cells(SYMBOLS, {"Accession": IDS, "Chromosome": ["1"] * 5}),
+    "monocle": lambda: cells(IDS, {"gene_short_name": SYMBOLS}),
+    "Xenium, controls beside genes": lambda: cells(
+        [*IDS, "NegControlProbe_1"],
+        {"feature_types": ["Gene Expression"] * 5 + ["Negative Control Probe"]},
+        np.hstack([COUNTS, [[2], [1]]]),
+    ),
+    "CITE-seq": with_antibodies,
+    "muon, modality": lambda: cells(
+        [*SYMBOLS, "CD4"], {"modality": ["rna"] * 5 + ["prot"]}, np.hstack([COUNTS, [[9], [9]]])
+    ),
+    "Visium HD, reference's prefix": lambda: cells(
+        [f"GRCh38_{name}" for name in SYMBOLS], {"gene_ids": [f"GRCh38_{name}" for name in IDS]}
+    ),
+    "prefix of a mixed reference": lambda: cells([f"GRCh38______{name}" for name in IDS]),
+    "Flex probes: a gene in two columns": twice,
+    "R, NA for ids": lambda: cells(SYMBOLS, {"ensembl_id": [*IDS[:3], "NA", "nan"]}),
+    "pseudoautosomal copies": lambda: cells(
+        [*versions(IDS), f"{IDS[4]}.7_PAR_Y"], counts=np.hstack([COUNTS, np.zeros((2, 1))])
+    ),
+    "counts in raw, with more genes": lambda: normalised(raw=True),
+    "counts in the layer counts": lambda: normalised(layer=True),
+    "another order of genes": lambda: cells(SYMBOLS[::-1], {"gene_ids": IDS[::-1]}, COUNTS[:, ::-1]),
+    "symbols alone": lambda: cells(SYMBOLS),
+    "csc": sparse_columns,
+}
+REFUSED = {
+    "row numbers alone": (lambda: cells(NUMBERS, {"n_cells": range(5)}), "row numbers.*n_cells"),
+    "log values": (lambda: normalised(), "X holds fractional values"),
+    "scaled values": (lambda: cells(IDS, counts=COUNTS - 1), "X holds negative values"),
+    "counts in a layer of another name": (lambda: cells(IDS, counts=np.log1p(COUNTS), umi=COUNTS), "layer='umi'"),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> GeneTokenizer:
+    symbols = dict(zip(SYMBOLS, IDS, strict=True))
+    return GeneTokenizer(IDS, bin_edges=[i + 0.5 for i in range(90)], symbols=symbols)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer) -> GeneBertModel:
+    torch.manual_seed(0)
+    return GeneBertModel(GeneBertConfig.from_tokenizer(tokenizer, size="tiny", num_hidden_layers=1)).eval()
+
+
+def as_dicts(gene_ids, rows) -> list[dict[str, float]]:
+    """The counts of cells by gene, without zeros."""
+    return [{name: float(count) for name, count in zip(gene_ids, row, strict=True) if count} for row in rows]
+
+
+def by_id(found: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Symbols of genes that have no id in the file, as ids."""
+    ids = dict(zip(SYMBOLS, IDS, strict=True))
+    return [{ids.get(name, name): count for name, count in cell.items()} for cell in found]
+
+
+def through_the_store(adata, folder):
+    store = CellStore.build(folder / "store", adata, report=False)
+    return by_id(as_dicts(store.gene_ids, store.rows(slice(None)).toarray()))
+
+
+def through_the_stream(adata, folder):
+    stream = IterableAnnDataset(adata)
+    found = []
+    for cell in stream:
+        found.append(dict(zip(stream.genes.gene_ids[cell["genes"]], map(float, cell["counts"]), strict=True)))
+    return by_id(found)
+
+
+def through_scdl(adata, folder):
+    adata.write_h5ad(folder / "cells.h5ad")
+    data = SingleCellMemMapDataset(folder / "scdl", folder / "cells.h5ad", use_X_not_raw=False)
+    gene_ids = data.var_features()["gene_id"] if callable(data.var_features) else data.var_features["gene_id"]
+    return by_id(as_dicts(gene_ids, [data.get_row_padded(i)[0] for i in range(len(data))]))
+
+
+def tokens_of(tokenizer, encoded):
+    """The counts that tokens tell, since each count has a bin of its own."""
+    found = []
+    for ids, types in zip(encoded["input_ids"], encoded["token_type_ids"], strict=True):
+        genes = tokenizer.convert_token_types_to_names(types)
+        names = tokenizer.convert_ids_to_tokens(ids)
+        found.append({gene: float(name.removeprefix("bin_")) for gene, name in zip(genes, names, strict=True) if gene})
+    return found
+
+
+EXPECTED = as_dicts(IDS, COUNTS)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("writer", SAME)
+def test_every_door_takes_the_same_genes(writer, tokenizer, model, tmp_path):
+    adata = SAME[writer]()
+    assert tokens_of(tokenizer, tokenizer(adata)) == EXPECTED
+    assert through_the_store(adata, tmp_path) == EXPECTED
+    assert tokens_of(tokenizer, tokenizer(CellStore(tmp_path / "store").__getitems__([0, 1]))) == EXPECTED
+    assert through_the_stream(adata, tmp_path) == EXPECTED
+    if writer != "counts in the layer counts":  # SCDL reads raw or X, as BioNeMo's does
+        assert through_scdl(adata, tmp_path) == EXPECTED
+    embed(adata, model, tokenizer=tokenizer)
+    plain = cells(IDS)
+    embed(plain, model, tokenizer=tokenizer)
+    np.testing.assert_array_equal(adata.obsm["X_stformer"], plain.obsm["X_stformer"])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", REFUSED)
+def test_every_door_refuses_the_same_cells(what, tokenizer, model, tmp_path):
+    make, words = REFUSED[what]
+    doors = (
+        tokenizer,
+        lambda adata: through_the_store(adata, tmp_path),
+        lambda adata: through_the_stream(adata, tmp_path),
+        lambda adata: embed(adata, model, tokenizer=tokenizer),
+        lambda adata: through_scdl(adata, tmp_path),
+    )
+    if what in ("log values", "counts in a layer of another name"):
+        doors = doors[:-1]  # SCDL takes X with any values that are not negative
+    for door in doors:
+        with pytest.raises(ValueError, match=words):
+            door(make())
+    assert not (tmp_path / "store").exists() and not (tmp_path / "scdl").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_estimated_counts_pass_every_door_that_is_asked(tokenizer, model, tmp_path):
+    adata = cells(IDS, counts=COUNTS + 0.25 * (COUNTS > 0))
+    with pytest.raises(ValueError, match="fractional=True"):
+        tokenizer(adata)
+    assert tokens_of(tokenizer, tokenizer(adata, fractional=True)) == EXPECTED
+    embed(adata, model, tokenizer=tokenizer, fractional=True)
+    plain = cells(IDS)
+    embed(plain, model, tokenizer=tokenizer)
+    np.testing.assert_array_equal(adata.obsm["X_stformer"], plain.obsm["X_stformer"])
+    store = CellStore.build(tmp_path / "s", adata, fractional=True, report=False)
+    assert tokens_of(tokenizer, tokenizer(store.__getitems__([0, 1]))) == EXPECTED
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_feature_types_are_layers_of_their_own(tokenizer, tmp_path):
+    adata = with_antibodies()
+    store = CellStore.build(tmp_path / "s", adata, layer="Antibody Capture", report=False)
+    assert store.rows(slice(None)).toarray().tolist() == [[80, 9], [70, 4]]
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    store = CellStore.build(tmp_path / "t", tmp_path / "cells.h5ad", layer="Antibody Capture", report=False)
+    assert store.rows(slice(None)).toarray().tolist() == [[80, 9], [70, 4]]
+    with pytest.raises(ValueError, match="has no layer 'Peaks'; it has X, Antibody Capture"):
+        tokenizer(adata, layer="Peaks")
