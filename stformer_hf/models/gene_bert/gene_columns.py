@@ -299,19 +299,21 @@ def feature_types(columns: Mapping[str, Sequence[Any]] | None) -> np.ndarray | N
     for name in [] if columns is None else columns:
         if _plain(name) not in _FEATURE_COLUMNS:
             continue
-        types = np.array([_text(value) for value in np.asarray(columns[name], dtype=object).tolist()], object)
-        plain = {kind: kind.lower().replace("_", " ") for kind in set(types)}
+        values = np.asarray(columns[name], dtype=object).tolist()
+        types = {value: _text(value) for value in set(values)}
+        plain = {kind: kind.lower().replace("_", " ") for kind in types.values()}
         known = {kind for kind, written in plain.items() if written in _GENE_TYPES or written in _OTHER_TYPES}
         if not known:
-            if any(types):
+            if any(plain):
                 logger.warning(
-                    f"var[{name!r}] holds no known feature type (but {', '.join(sorted(set(types))[:3])}): all "
+                    f"var[{name!r}] holds no known feature type (but {', '.join(sorted(plain)[:3])}): all "
                     "columns are taken for genes."
                 )
             continue
         genes = {kind for kind, written in plain.items() if written in _GENE_TYPES or not written}
-        found = np.array([GENES if kind in genes else kind for kind in types], object)
-        return None if (found == GENES).all() else found
+        if genes == set(plain):
+            return None
+        return np.array([GENES if types[value] in genes else types[value] for value in values], object)
     return None
 
 
@@ -337,8 +339,8 @@ class ColumnNames:
     def __init__(self, index: Sequence[Any], columns: Mapping[str, Sequence[Any]] | None = None):
         self._index, self._columns = index, columns
         read = [name for name, _ in _usual_columns(columns)]
-        values = [np.asarray(columns[name], dtype=object) for name in read]
-        self.key = hash((tuple(read), *(tuple(map(str, some)) for some in (index, *values))))
+        names = [np.asarray(some, dtype=object).tolist() for some in (index, *(columns[name] for name in read))]
+        self.key = hash((tuple(read), *map(tuple, names)))
 
     def __len__(self) -> int:
         return len(self._index)
