@@ -121,7 +121,8 @@ def resolve_genes(
             other_ids.append(values)
         elif "symbol" in kinds and values.any() and not mostly_ids(values) and not _all_digits(values):
             symbols_found.append(values)
-    if not (ids_found or mostly_ids(own)):
+    own_are_ids = mostly_ids(own)
+    if not (ids_found or own_are_ids):
         ids_found = other_ids
     if _are_row_numbers(own):
         if not (ids_found or symbols_found):
@@ -132,7 +133,7 @@ def resolve_genes(
                 "word before them, such as entrez:."
             )
         own = np.full(len(own), "", object)
-    if mostly_ids(own):
+    if own_are_ids:
         ids, symbols = _first([own, *ids_found]), _first(symbols_found, len(own))
     elif ids_found:
         ids, symbols = _first(ids_found), _first([own, *symbols_found])
