@@ -51,8 +51,8 @@ class AnnDataset(Dataset):
     TypeError
         `transform` is no `Transform`; neither an AnnData nor a path was given.
     ValueError
-        There is no such layer; the file is damaged or of a format that is not read; an obs column occurs twice;
-        `chunk_size` is under 1.
+        The layer does not exist; the file is damaged, or its format is not supported; an obs column occurs twice;
+        `chunk_size` is less than 1.
     IndexError
         `obs_subset` holds numbers beyond the cells, other things than integers, or is a mask of another length.
     FileNotFoundError

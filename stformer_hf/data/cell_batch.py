@@ -65,8 +65,8 @@ class CellBatch:
     def __getitem__(self, cell: int) -> NoReturn:
         """Raise TypeError: torch's and transformers' own collate functions take the first item of a list here."""
         raise TypeError(
-            "A CellBatch is no list of cells: give the DataLoader over a CellStore a function that makes tensors of "
-            "it, collate_fn=collate_cells, or a collator of a tokenizer, DataCollatorForPhenotypicMLM(tokenizer)."
+            "A CellBatch is not a list of cells: give the DataLoader over a CellStore a function that makes tensors "
+            "of it, collate_fn=collate_cells, or a collator of a tokenizer, DataCollatorForPhenotypicMLM(tokenizer)."
         )
 
     def __reduce__(self):

@@ -512,8 +512,8 @@ class CellStore:
             There is something at the path, and not `overwrite`.
         ValueError
             No sources; values that are not counts; a missing obs column, or one whose types do not agree; sources of
-            different species; sources that hold the same cells. What was written of these is kept beside the path, and
-            a call with `allow_duplicates` goes on with it.
+            different species; sources that hold the same cells. The parts already written are kept beside the path,
+            and a call with `allow_duplicates=True` resumes from them.
         OSError
             No space is left; what was there before is unharmed.
         """
