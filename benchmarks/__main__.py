@@ -4,7 +4,7 @@ import importlib
 import sys
 
 BENCHMARKS = ("data", "tokens", "model", "training", "space", "quality")
-OF_FILES = ("objectives",)  # of files that are named by flags: only where it is asked for
+OF_FILES = ("objectives", "gpu")  # of files that are named by flags, or of a GPU: only where it is asked for
 
 
 def main() -> None:

@@ -133,10 +133,10 @@ def run(arguments: list[str]) -> None:
 # ---------------------------------------------------------------------- the data
 
 
-def _made_cells(n_cells: int) -> AnnData:
+def _made_cells(n_cells: int, median: int = LENGTH_MEDIAN) -> AnnData:
     """Cells whose numbers of expressed genes are log-normal; counts mostly 1."""
     rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(np.log(LENGTH_MEDIAN), LENGTH_SIGMA, n_cells), 200, 6_000).astype(np.int64)
+    lengths = np.clip(rng.lognormal(np.log(median), LENGTH_SIGMA, n_cells), 200, 6_000).astype(np.int64)
     indptr = np.concatenate([[0], np.cumsum(lengths)])
     # Each cell expresses every k-th gene, shifted here and there: sorted and distinct.
     gaps = np.repeat(N_GENES // lengths, lengths)
@@ -320,7 +320,7 @@ def _measure(scheme: str, settings: dict, folder: Path, turns: int, device: str 
         note = _read_note(folder / f"{model}-{batches}.json", results[label])
         peak = next((value for name, value in PEAKS.items() if device and name in device), None)
         if peak:
-            flops = _useful_flops(lengths.ravel(), note["vocab_size"], settings["size"], settings.get("train", True))
+            flops = useful_flops(lengths.ravel(), note["vocab_size"], settings["size"], settings.get("train", True))
             results[label]["MFU"] = f"{flops / lengths.size * cells_per_second / peak:.1%}"
     return results
 
@@ -334,26 +334,38 @@ def _batches_of(folder: Path, scheme: str, kind: str, n_cells: int, batch_size: 
     return rows.reshape(-1, batch_size)
 
 
-def _useful_flops(lengths: np.ndarray, vocab_size: int, size: str, train: bool) -> float:
+def useful_flops(lengths: np.ndarray, vocab_size: int, size: str | tuple, train: bool = True) -> float:
     """Count the work that cells are worth; see the head of this file."""
-    from stformer_hf.models.gene_bert.configuration_gene_bert import SIZES
-
-    layers, _, hidden, intermediate, _ = SIZES[size]
+    layers, _, hidden, intermediate, _ = _shape(size)
     weights = layers * (4 * hidden**2 + 2 * hidden * intermediate)
     encoder = 2 * weights * lengths.sum() + 4 * layers * hidden * (lengths.astype(float) ** 2).sum()
     head = 2 * (hidden**2 + hidden * vocab_size) * MASKED * lengths.sum()
     return 3 * (encoder + head) if train else encoder
 
 
-def _make_model(name: str, size: str, vocab_size: int, type_vocab_size: int, pad_token_id: int, sparse: bool = True):
+def _shape(size: str | tuple) -> tuple:
+    """Give layers, heads, hidden size, feed-forward size and attention dropout of a size that has a name."""
+    from stformer_hf.models.gene_bert.configuration_gene_bert import SIZES
+
+    return SIZES[size] if isinstance(size, str) else size
+
+
+def make_model(
+    name: str,
+    size: str | tuple,
+    vocab_size: int,
+    type_vocab_size: int,
+    pad_token_id: int,
+    sparse: bool = True,
+    attention: str | None = None,
+):
     """Make a model for masked tokens, on the GPU if there is one."""
     from transformers import AutoModelForMaskedLM, BertConfig, ModernBertConfig
     from transformers.utils import is_flash_attn_2_available
 
     from stformer_hf import GeneBertConfig
-    from stformer_hf.models.gene_bert.configuration_gene_bert import SIZES
 
-    layers, heads, hidden, intermediate, _ = SIZES[size]
+    layers, heads, hidden, intermediate, _ = _shape(size)
     shape = {
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
@@ -389,7 +401,7 @@ def _make_model(name: str, size: str, vocab_size: int, type_vocab_size: int, pad
             sparse_prediction=name == "modernbert_sparse",
         )
     on_gpu = torch.cuda.is_available()
-    attention = "flash_attention_2" if on_gpu and is_flash_attn_2_available() else "sdpa"
+    attention = attention or ("flash_attention_2" if on_gpu and is_flash_attn_2_available() else "sdpa")
     model = AutoModelForMaskedLM.from_config(config, attn_implementation=attention)
     return model.to("cuda" if on_gpu else "cpu")
 
@@ -414,7 +426,7 @@ def through_model(
     if model.startswith("modernbert"):
         for batch in made:
             del batch["token_type_ids"]
-    net = _make_model(model, size, len(tokenizer), tokenizer.type_vocab_size, tokenizer.pad_token_id)
+    net = make_model(model, size, len(tokenizer), tokenizer.type_vocab_size, tokenizer.pad_token_id)
     _time_model(net, made, train, folder / note)
     return len(made) * batch_size
 
@@ -512,6 +524,6 @@ def step_of_many_genes(folder: Path, model: str, size: str, n_cells: int, note: 
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     if model != "modernbert":
         batch["token_type_ids"] = torch.ones_like(ids)
-    net = _make_model(model, size, n_ids, 2, 3, sparse)
+    net = make_model(model, size, n_ids, 2, 3, sparse)
     _time_model(net, [batch], True, folder / note)
     return n_cells

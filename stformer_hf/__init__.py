@@ -5,11 +5,10 @@ names are imported at their first use.
 """
 
 from importlib import import_module
-from importlib.metadata import version
+
+__version__ = "0.1.0"
 
 from . import models as _models  # noqa: F401  (registers the Auto classes)
-
-__version__ = version("stformer_hf")
 
 _MODULES = {
     "cli.parse_args": ["parse_args"],

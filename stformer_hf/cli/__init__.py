@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 
+from .. import __version__
+
 VERBS = {
     "demo": "cells in, a pretrained and fine-tuned model, embeddings, plots and a report out",
     "build": "make a CellStore from files of cells",
@@ -42,9 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\nEach verb takes --config FILE.yaml, which any flag overrides, and --debug for tracebacks.")
         return 0
     if argv[0] == "--version":
-        from importlib.metadata import version
-
-        print(version("stformer_hf"))
+        print(__version__)
         return 0
     verb, *rest = argv
     if verb not in VERBS:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from importlib.metadata import version
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
+
+from .. import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def spatial_domains(
         "use_rep": use_rep,
         "n_domains": len(sizes),
         "seed": seed,
-        "version": version("stformer_hf"),
+        "version": __version__,
         **settings,
     }
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 import torch
 from anndata import AnnData
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
+from .. import __version__
 from ..models.gene_bert.heads import pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from .batches import load, run
@@ -96,7 +95,7 @@ def embed(
         "layer": hidden_layer,
         "pooling": pooling,
         "with_phenotypes": with_phenotypes,
-        "version": version("stformer_hf"),
+        "version": __version__,
         "counts_in": source.counts_in,
         "vocabulary_fingerprint": tokenizer.fingerprint,
     }

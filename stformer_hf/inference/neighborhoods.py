@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 from difflib import get_close_matches
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from scipy import sparse
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
+from .. import __version__
 from ..data.center_mask_sampler import CenterMaskSampler
 from ..data.sources import Source, open_source
 from ..models.gene_bert.gene_columns import GeneMatcher, describe, strip_versions
@@ -131,7 +131,7 @@ def embed_neighborhoods(
     adata.uns["stformer_neighborhood"] = {
         "model": str(name),
         "embedding": result,
-        "version": version("stformer_hf"),
+        "version": __version__,
         "counts_in": source.counts_in,
         **({} if cell_embedding_key is None else {"cell_embedding_key": cell_embedding_key}),
         **{key: np.asarray(value) if isinstance(value, tuple) else value for key, value in settings.items()},

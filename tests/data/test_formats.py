@@ -11,7 +11,6 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-import scanpy as sc
 import zarr
 from anndata import AnnData
 from conftest import make_adata
@@ -377,6 +376,7 @@ TENX = {
 
 def read_by_others(path) -> AnnData:
     """What anndata and scanpy make of a file."""
+    sc = pytest.importorskip("scanpy")
     if path.suffix == ".h5":
         return sc.read_10x_h5(path, gex_only=True)
     if path.is_dir():
@@ -416,6 +416,7 @@ def test_odd_files_give_what_anndata_reads_or_an_error(shared_data, tmp_path, na
 
 
 def test_chosen_genomes_and_antibodies_of_real_files(shared_data, tmp_path):
+    sc = pytest.importorskip("scanpy")
     for genome in ("hg19_chr21", "another_genome"):
         store = CellStore.build(tmp_path / genome, shared_data / "tenx" / "v2_multiple_genomes.h5", layer=genome)
         expected = sc.read_10x_h5(shared_data / "tenx" / "v2_multiple_genomes.h5", genome=genome)

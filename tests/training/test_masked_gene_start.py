@@ -142,8 +142,7 @@ def test_the_prior_equals_a_sum_over_all_counts():
 
     ids, place = [0, 9, 5, 2, 7, 4, 10, 1], 3
     types = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 0]])
-    labelled = torch.zeros(1, 8, dtype=torch.bool)
-    labelled[0, place] = True
+    labelled = torch.tensor([place])
     found = prior(torch.zeros(1, n_tokens), torch.tensor([ids]), types, labelled=labelled)[0]
 
     turned = {token: [(-lev, sh, bin_) for lev, sh, bin_ in rows_] for token, rows_ in of.items()}

@@ -45,6 +45,7 @@ class PositionlessEmbeddings(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         expression_values: torch.Tensor | None = None,
+        longest: int | None = None,
     ) -> torch.Tensor:
         """Embed tokens.
 
@@ -58,6 +59,8 @@ class PositionlessEmbeddings(nn.Module):
             Place of each token in its cell, from 0; read with learned positions.
         expression_values : Tensor (batch, length), optional
             Value of each gene, 0 for tokens without one; read with `value_embedding`.
+        longest : int, optional
+            Tokens of the longest cell, where it is known without asking a GPU; the length by default.
 
         Returns
         -------
@@ -76,7 +79,8 @@ class PositionlessEmbeddings(nn.Module):
         embedded = inputs_embeds + self.token_type_embeddings(token_type_ids)
         if hasattr(self, "position_embeddings"):
             most = self.position_embeddings.num_embeddings
-            if position_ids.shape[1] > most and not torch.compiler.is_compiling() and int(position_ids.max()) >= most:
+            bound = position_ids.shape[1] if longest is None else longest
+            if bound > most and not torch.compiler.is_compiling() and int(position_ids.max()) >= most:
                 raise ValueError(
                     f"A cell has {int(position_ids.max()) + 1} tokens, and the model {most} positions: shorten cells "
                     "(tokenizer.model_max_length), or make the model with more max_position_embeddings."
@@ -169,7 +173,7 @@ def rotate(heads: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> to
     """Turn queries or keys (batch, heads, length, head_dim) by their positions."""
     cos, sin = angles
     first, second = heads.chunk(2, dim=-1)
-    return heads * cos + torch.cat([-second, first], dim=-1) * sin
+    return (heads * cos + torch.cat([-second, first], dim=-1) * sin).to(heads.dtype)  # angles are float32 in autocast
 
 
 def eager_attention_forward(

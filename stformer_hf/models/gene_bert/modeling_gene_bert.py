@@ -220,7 +220,9 @@ class GeneBertModel(GeneBertPreTrainedModel):
         if positions != "none" and position_ids is None:
             device = (input_ids if inputs_embeds is None else inputs_embeds).device
             position_ids = places_in_cells(shape, attention_mask, cu_seq_lens_q, device)
-        hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds, position_ids, expression_values)
+        hidden_states = self.embeddings(
+            input_ids, token_type_ids, inputs_embeds, position_ids, expression_values, kwargs.get("max_length_q")
+        )
         if hasattr(self, "cell_embedding"):
             n_cells = shape[0] if cu_seq_lens_q is None else len(cu_seq_lens_q) - 1
             if cell_indptr is not None:
@@ -326,16 +328,16 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
             logits = self._predict(hidden_states, order)
         else:
             labels = labels.to(hidden_states.device)
-            labelled = labels != IGNORE
+            labelled = (labels != IGNORE).flatten().nonzero().squeeze(1)  # once: it waits for a GPU
             if self.config.sparse_prediction:
-                logits = at_labels = self._predict(hidden_states[labelled], order, labelled)
+                logits = at_labels = self._predict(hidden_states.flatten(0, 1)[labelled], order, labelled)
             else:
                 logits = self._predict(hidden_states, order)
-                at_labels = logits[labelled]
+                at_labels = logits.flatten(0, 1)[labelled]
             loss, statistics = masked_lm_loss(
                 at_labels,
-                labels[labelled],
-                token_type_ids.to(labels.device)[labelled],
+                labels.flatten()[labelled],
+                token_type_ids.to(labels.device).flatten()[labelled],
                 self.config,
                 num_items_in_batch,
             )

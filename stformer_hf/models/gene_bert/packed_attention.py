@@ -1,6 +1,7 @@
 """Packed batches: the tokens of many cells in one row, each cell attending to itself alone, on every backend."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -9,6 +10,8 @@ from transformers.masking_utils import create_bidirectional_mask, packed_sequenc
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+
+_HAS_VARLEN = find_spec("torch.nn.attention.varlen") is not None  # torch 2.10
 
 
 def segments_of(cu_seq_lens: torch.Tensor, length: int) -> torch.Tensor:
@@ -60,10 +63,10 @@ def check_packing(shape: torch.Size, attention_mask, cu_seq_lens: torch.Tensor |
 
 def packing_of(cu_seq_lens: torch.Tensor, kwargs: Mapping) -> dict:
     """Give all that tells backends where cells end: flash attention ignores it where a part is missing."""
-    if torch.compiler.is_compiling():
-        return {"cu_seq_lens_q": cu_seq_lens}
     given = {name: kwargs[name] for name in ("max_length_q", "max_length_k") if kwargs.get(name) is not None}
     if len(given) < 2:
+        if torch.compiler.is_compiling():
+            return {"cu_seq_lens_q": cu_seq_lens}
         longest = int(cu_seq_lens.diff().max()) if len(cu_seq_lens) > 1 else 0
         given = {"max_length_q": longest, "max_length_k": longest}
     other = kwargs.get("cu_seq_lens_k")
@@ -79,7 +82,9 @@ def packed_mask(config, hidden_states: torch.Tensor, cu_seq_lens: torch.Tensor):
         A backend that would mix the cells.
     """
     backend = config._attn_implementation
-    if "flash" in backend or (backend == "sdpa" and not torch.compiler.is_compiling()):
+    # A compiled step has no loop over cells: it takes a mask where torch's varlen attention does not serve.
+    apart = not torch.compiler.is_compiling() or _varlen_serves(hidden_states, config.attention_probs_dropout_prob)
+    if "flash" in backend or (backend == "sdpa" and apart):
         return None
     if backend not in ("eager", "sdpa", "flex_attention"):
         raise ValueError(
@@ -93,6 +98,13 @@ def packed_mask(config, hidden_states: torch.Tensor, cu_seq_lens: torch.Tensor):
         attention_mask=None,
         and_mask_function=packed_sequence_mask_function(segments),
     )
+
+
+def _varlen_serves(states: torch.Tensor, dropout: float) -> bool:
+    """Whether `torch.nn.attention.varlen` can attend: on a GPU, in half precision, without attention dropout."""
+    autocast = states.is_cuda and torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if autocast else states.dtype
+    return _HAS_VARLEN and states.is_cuda and dtype in (torch.float16, torch.bfloat16) and not dropout
 
 
 def packed_sdpa_attention_forward(
@@ -122,17 +134,18 @@ def packed_sdpa_attention_forward(
     Tensor (1, length, heads, head_dim), None
     """
     cu_seq_lens = kwargs["cu_seq_lens_q"]
-    half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
-    if half and dropout:
+    if dropout and _varlen_serves(query, 0.0):
         logger.warning_once(
             "Attention dropout keeps packed batches from torch's varlen attention: one call a cell is made. Set "
             "attention_probs_dropout_prob=0, or take flash attention."
         )
-    elif half:
+    elif _varlen_serves(query, dropout):
         from torch.nn.attention.varlen import varlen_attn
 
-        packed = [part[0].transpose(0, 1) for part in (query, key, value)]
-        longest = int(kwargs.get("max_length_q") or cu_seq_lens.diff().max())
+        packed = [part[0].transpose(0, 1).to(value.dtype) for part in (query, key, value)]
+        longest = kwargs.get("max_length_q")
+        if longest is None:  # a bound is enough
+            longest = query.shape[2] if torch.compiler.is_compiling() else int(cu_seq_lens.diff().max())
         cuts = cu_seq_lens.to(torch.int32)
         return varlen_attn(*packed, cuts, cuts, longest, longest, scale=scaling)[None], None
     cuts = cu_seq_lens.tolist()

@@ -89,7 +89,7 @@ class RankPrior(nn.Module):
             Tokens that are not attended to are not read.
         cu_seq_lens : int32 Tensor (n_cells + 1,), optional
             Of a packed batch: where its cells begin and end.
-        labelled : bool Tensor (batch, length), optional
+        labelled : LongTensor (n_labelled,), optional
             Which positions, if not all.
 
         Returns
@@ -116,7 +116,7 @@ class RankPrior(nn.Module):
         ids, groups = ids.flatten(), (cells * self.n_types + types).flatten()
         places = torch.arange(n_rows * length, device=device)
         if labelled is not None:
-            places = places[labelled.to(device).flatten()]
+            places = places[labelled.to(device)]
         flat = logits.reshape(-1, vocab_size)
         with torch.autocast(device.type, enabled=False):
             starts = torch.searchsorted(self.token, torch.arange(vocab_size + 2, device=device, dtype=torch.int32))

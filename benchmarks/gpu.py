@@ -1,0 +1,334 @@
+"""What a GPU makes of training: time of a step by way of packing and backend, what waits, and the loader's part.
+
+python -m benchmarks gpu --minutes 8 --out FOLDER
+
+A step is forward, backward and fused AdamW in bfloat16 (autocast) on rank tokens, with the head and the masks of
+`python -m benchmarks model`; MFU is counted as there, of useful work alone. "mix" are the cells of `--h5ad`, all
+their genes; "1,024" are made cells cut to 1,024 tokens. A batch has about as many tokens as `TOKENS` says. The parts
+come in the order of their worth and share the minutes; the JSON is written after each row, so that a run that is cut
+short keeps what it has. `--device cpu` runs every line, on few tokens and small models, in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch._dynamo.utils import counters
+
+from .model import LENGTH_MEDIAN, MASKED, PEAKS, _made_cells, make_model, useful_flops
+
+# layers, heads, hidden size, feed-forward size, attention dropout
+SHAPES = {"19M": (12, 8, 512, 512, 0.0), "85M": (12, 12, 768, 3072, 0.0)}
+CPU_SHAPES = {"tiny": (2, 4, 128, 512, 0.0)}
+TOKENS, CPU_TOKENS = 65_536, 4_096  # of a batch
+N_BATCHES = 6  # distinct ones, of other lengths
+# name -> model, how the batch is laid out, attention, what is compiled
+CONTENDERS = {
+    "packed": ("gene_bert", "packed", "sdpa", None),
+    "packed, layers compiled": ("gene_bert", "packed", "sdpa", "layers"),
+    "padded": ("gene_bert", "padded", "sdpa", None),
+    "BERT, padded": ("bert", "padded", "sdpa", None),
+    "ModernBERT, padded": ("modernbert_sparse", "padded", "sdpa", None),
+    "packed, flex": ("gene_bert", "packed", "flex_attention", None),
+    "packed, compiled": ("gene_bert", "packed", "sdpa", "model"),
+    "padded, compiled": ("gene_bert", "padded", "sdpa", "model"),
+}
+
+
+def run(arguments: list[str]) -> None:
+    """Measure the parts in turn, and write them as JSON after each row."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which no new row is begun")
+    parser.add_argument("--out", default="gpu_out", help="folder for the figures")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="cuda where there is one")
+    parser.add_argument("--h5ad", help="file of counts; .data/pbmc_ifnb.h5ad where there is one, else made cells")
+    args = parser.parse_args(arguments)
+    _Run(args).all()
+
+
+class _Run:
+    """One run: its data, its clock and its figures."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.ends = time.monotonic() + 60 * args.minutes
+        self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.on_gpu = self.device == "cuda"
+        self.shapes = SHAPES if self.on_gpu else CPU_SHAPES
+        self.n_tokens = TOKENS if self.on_gpu else CPU_TOKENS
+        self.out = Path(args.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        default = Path(".data/pbmc_ifnb.h5ad")
+        self.h5ad = args.h5ad or (str(default) if default.exists() else None)
+        name = torch.cuda.get_device_name() if self.on_gpu else "cpu"
+        self.peak = next((value for key, value in PEAKS.items() if key in name), None)
+        self.figures = {
+            "device": name,
+            "cells": Path(self.h5ad).name if self.h5ad else f"made, median {LENGTH_MEDIAN} genes",
+            "tokens a batch": self.n_tokens,
+            "date": time.strftime("%Y-%m-%d"),
+            "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
+            "steps": [],
+        }
+
+    def all(self) -> None:
+        """Run the parts, the most telling first."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.prepare(Path(folder))
+            small, *larger = self.shapes
+            first = [name for name, (*_, compiled) in CONTENDERS.items() if compiled != "model"]
+            self.part("waits", self.waits, small)
+            for name in first:
+                self.step(small, "mix", name)
+            self.part("profile", self.profile, small)
+            self.part("loader", self.loader, Path(folder), small)
+            for name in [name for name in CONTENDERS if name not in first]:
+                self.step(small, "mix", name)
+            for size, mix in [(small, "1,024"), *((size, "mix") for size in larger)]:
+                for name in first:
+                    self.step(size, mix, name)
+        print(f"written to {self.out / 'benchmark_gpu.json'}")
+
+    # ------------------------------------------------------------------ data
+
+    def prepare(self, folder: Path) -> None:
+        """Make the stores, the tokenizers and the batches."""
+        from stformer_hf import CellStore, GeneTokenizer, estimate_gene_medians
+
+        self.tokenizers, self.rows, self.stores = {}, {}, {}
+        n_made = 2_000 if self.on_gpu else 200
+        for mix, cells, longest in (("mix", self.h5ad or _made_cells(n_made), 2048), ("1,024", None, 1024)):
+            cells = _made_cells(n_made, 2_000) if cells is None else cells
+            store = self.stores[mix] = CellStore.build(folder / mix, cells)
+            self.tokenizers[mix] = GeneTokenizer.from_store(
+                store, "rank", medians=estimate_gene_medians(store), max_length=longest
+            )
+            self.rows[mix] = np.random.default_rng(0).permutation(np.flatnonzero(store.lengths))
+
+    def batches(self, mix: str, packing: bool) -> tuple[list[dict], list[np.ndarray]]:
+        """Give batches of about as many tokens, the same cells for all, and the lengths of their cells."""
+        from stformer_hf.training.collators import DataCollatorForGeneRankMLM
+
+        collate = DataCollatorForGeneRankMLM(self.tokenizers[mix], mlm_probability=MASKED, packing=packing)
+        store, made, lengths, at = self.stores[mix], [], [], 0
+        longest = self.tokenizers[mix].model_max_length
+        for _ in range(N_BATCHES):
+            sizes = np.minimum(store.lengths[self.rows[mix][at:]], longest)
+            n = max(1, int(np.searchsorted(np.cumsum(sizes), self.n_tokens)))
+            batch = dict(collate(store.__getitems__(self.rows[mix][at : at + n].tolist())))
+            lengths.append(_lengths(batch))
+            made.append({k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()})
+            at = (at + n) % max(1, len(self.rows[mix]) - 2 * n)
+        return made, lengths
+
+    def model(self, size: str, mix: str, name: str, attention: str):
+        tokenizer = self.tokenizers[mix]
+        torch.manual_seed(0)
+        net = make_model(
+            name,
+            self.shapes[size],
+            len(tokenizer),
+            tokenizer.type_vocab_size,
+            tokenizer.pad_token_id,
+            attention=attention,
+        )
+        return net.to(self.device).train()
+
+    # ------------------------------------------------------------------ parts
+
+    def part(self, name: str, work, *arguments) -> None:
+        """Run a part if there is time, keep what it gives, or what went wrong, and write all."""
+        if time.monotonic() > self.ends:
+            print(f"no time left for {name}", flush=True)
+            return
+        try:
+            found = work(*arguments)
+        except Exception:  # a part that fails must not cost the others; its error is a result
+            found = {"failed": traceback.format_exc()[-3000:]}
+        if name == "steps":
+            self.figures["steps"].append(found)
+        else:
+            self.figures[name] = found
+        print(f"{name}: {json.dumps(found)[:1500]}", flush=True)
+        (self.out / "benchmark_gpu.json").write_text(json.dumps(self.figures, indent=1))
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
+    def step(self, size: str, mix: str, name: str) -> None:
+        """Time the steps of one contender."""
+
+        def work() -> dict:
+            try:
+                return {"size": size, "cells": mix, "way": name, **self.timed_step(size, mix, *CONTENDERS[name])}
+            except Exception:
+                return {"size": size, "cells": mix, "way": name, "failed": traceback.format_exc()[-1500:]}
+
+        self.part("steps", work)
+
+    def timed_step(self, size: str, mix: str, model: str, layout: str, attention: str, compiled: str | None) -> dict:
+        """Time steps after warming up: at least twelve, and three seconds."""
+        batches, lengths = self.batches(mix, packing=layout == "packed")
+        if model.startswith("modernbert"):
+            for batch in batches:
+                del batch["token_type_ids"]
+        net = self.model(size, mix, model, attention)
+        torch._dynamo.reset()
+        counters.clear()
+        if compiled == "layers":  # one graph for all of them
+            for layer in net.base_model.layers:
+                layer.compile(dynamic=True)
+        step = self.stepper(torch.compile(net, dynamic=True) if compiled == "model" else net, net)
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        for batch in batches:
+            step(batch)
+        self.wait()
+        warming = time.perf_counter() - began
+        began, done = time.perf_counter(), 0
+        while done < 12 or (time.perf_counter() - began < 3 and self.on_gpu):
+            for batch in batches:
+                step(batch)
+            done += len(batches)
+            self.wait()
+        seconds = (time.perf_counter() - began) / done * len(batches)
+        flat = np.concatenate(lengths)
+        found = {
+            "tokens_per_second": round(flat.sum() / seconds),
+            "cells_per_second": round(len(flat) / seconds, 1),
+            "ms_a_step": round(1e3 * seconds / len(batches), 1),
+            "warming_seconds": round(warming, 1),
+            "padding": round(1 - flat.sum() / sum(batch["input_ids"].numel() for batch in batches), 3),
+        }
+        if self.on_gpu:
+            found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        if compiled:
+            found["graphs"] = counters["stats"]["unique_graphs"]
+        if self.peak:
+            flops = useful_flops(flat, net.config.vocab_size, self.shapes[size])
+            found["mfu"] = round(flops / seconds / self.peak, 4)
+        return found
+
+    def stepper(self, net, owner):
+        """Give a function that makes a training step on a batch."""
+        optimizer = torch.optim.AdamW(owner.parameters(), 1e-4, fused=True)
+
+        def step(batch: dict) -> None:
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.on_gpu):
+                loss = net(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def wait(self) -> None:
+        """Wait until the GPU has done what it was given."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def waits(self, size: str) -> dict:
+        """Count where a packed step waits for the GPU, by the lines of the package that do."""
+        batches, _ = self.batches("mix", packing=True)
+        net = self.model(size, "mix", "gene_bert", "sdpa")
+        step = self.stepper(net, net)
+        step(batches[0])
+        if not self.on_gpu:
+            return {"lines": {}, "note": "a CPU has nothing to wait for"}
+        torch.cuda.set_sync_debug_mode("warn")
+        found: Counter[str] = Counter()
+
+        def note(message, *_, **__) -> None:
+            ours = [frame for frame in traceback.extract_stack() if "stformer_hf/" in frame.filename]
+            line = f"{Path(ours[-1].filename).name}:{ours[-1].lineno} {ours[-1].line}" if ours else "elsewhere"
+            found[line] += 1
+
+        shown, warnings.showwarning = warnings.showwarning, note
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("always")
+                warnings.showwarning = note
+                step(batches[1])
+        finally:
+            warnings.showwarning = shown
+            torch.cuda.set_sync_debug_mode("default")
+        return {"lines": dict(found)}
+
+    def profile(self, size: str) -> dict:
+        """Give the kernels that a packed step spends its time in."""
+        from torch.profiler import ProfilerActivity, profile
+
+        batches, _ = self.batches("mix", packing=True)
+        net = self.model(size, "mix", "gene_bert", "sdpa")
+        step = self.stepper(net, net)
+        for batch in batches[:3]:
+            step(batch)
+        self.wait()
+        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.on_gpu else [])]
+        with profile(activities=kinds) as profiler:
+            for batch in batches[:3]:
+                step(batch)
+            self.wait()
+        by = "self_device_time_total" if self.on_gpu else "self_cpu_time_total"
+        table = profiler.key_averages().table(sort_by=by, row_limit=45, max_name_column_width=90)
+        (self.out / "profile.txt").write_text(table)
+        events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, by))
+        total = sum(getattr(event, by) for event in events) or 1
+        return {event.key[:100]: round(getattr(event, by) / total, 3) for event in events[:20]}
+
+    def loader(self, folder: Path, size: str) -> dict:
+        """Train through the trainer, cells tokenized on the way, with workers and without."""
+        from transformers import TrainingArguments
+
+        from stformer_hf import STFormerPretrainer
+
+        found = {}
+        for n_workers in (8, 4, 0) if self.on_gpu else (2, 0):
+            net = self.model(size, "mix", "gene_bert", "sdpa")
+            settings = TrainingArguments(
+                str(folder / f"run-{n_workers}"),
+                max_steps=60 if self.on_gpu else 4,
+                logging_steps=20 if self.on_gpu else 2,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                bf16=self.on_gpu,
+                use_cpu=not self.on_gpu,
+                dataloader_num_workers=n_workers,
+                dataloader_pin_memory=self.on_gpu,
+                optim="adamw_torch_fused",
+            )
+            trainer = STFormerPretrainer(
+                settings,
+                self.stores["mix"],
+                model=net,
+                processing_class=self.tokenizers["mix"],
+                max_tokens_per_batch=self.n_tokens,
+                packing=True,
+            )
+            trainer.train()
+            last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+            kept = ("tokens_per_second", "cells_per_second", "data_wait_share", "mfu", "padding_share")
+            found[f"{n_workers} workers"] = {key: last[key] for key in kept if key in last}
+            del trainer, net
+        return found
+
+
+def _lengths(batch: dict) -> np.ndarray:
+    """Give the tokens of each cell."""
+    if "cu_seq_lens_q" in batch:
+        return batch["cu_seq_lens_q"].diff().numpy()
+    return batch["attention_mask"].sum(1).numpy()
