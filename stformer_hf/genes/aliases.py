@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from .ensembl import strip_versions
+from ..models.gene_bert.gene_columns import strip_versions
 from .gene_files import ID_COLUMNS, SYMBOL_COLUMNS, whole_numbers
 from .text_files import existing_file, naming, open_text, read_text_table, suffix_of
 

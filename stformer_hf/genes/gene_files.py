@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from .ensembl import is_ensembl, mostly_ensembl, strip_versions
+from ..models.gene_bert.gene_columns import are_ids, mostly_ids, strip_versions
 from .text_files import existing_file, naming, open_text, read_text_table
 
 logger = logging.getLogger(__name__)
@@ -104,9 +104,9 @@ def _read_frame(frame: pd.DataFrame, name: str, gene_id: str | None, symbol: str
     gene_id = _find_ids(frame, name, seen) if gene_id is None else gene_id
     symbol = _find_symbols(frame, name, seen, gene_id) if symbol is None else symbol
     ids, symbols = _names(frame[gene_id]), _names(frame[symbol])
-    if _mostly_ids(symbols) and not _mostly_ids(ids):
+    if mostly_ids(symbols) and not mostly_ids(ids):
         raise ValueError(
-            f"{name} has Ensembl ids in {symbol!r}, and not in {gene_id!r}: exchange gene_id= and symbol=."
+            f"{name} has gene ids in {symbol!r}, and not in {gene_id!r}: exchange gene_id= and symbol=."
         )
     others = frame.drop(columns=[column for column in (gene_id, symbol, "gene_id", "symbol") if column in frame])
     return _unite_rows(ids, symbols, others.rename(columns=str), name)
@@ -126,11 +126,11 @@ def read_json(path: str | Path) -> pd.DataFrame:
     if not content:
         raise ValueError(f"{path} has no genes.")
     left, right = (_names(pd.Series(names, dtype=object)) for names in zip(*content, strict=True))
-    n_left, n_right = is_ensembl(left).sum(), is_ensembl(right).sum()
+    n_left, n_right = are_ids(left).sum(), are_ids(right).sum()
     if max(n_left, n_right) == 0:
-        raise ValueError(f"{path} has no Ensembl ids, only names like {left[0]!r} and {right[0]!r}.")
+        raise ValueError(f"{path} has no gene ids, only names like {left[0]!r} and {right[0]!r}.")
     if n_left == n_right:
-        raise ValueError(f"{path} has as many Ensembl ids among its keys as among its values: which are the symbols?")
+        raise ValueError(f"{path} has as many gene ids among its keys as among its values: which are the symbols?")
     ids, symbols = (left, right) if n_left > n_right else (right, left)
     return _unite_rows(ids, symbols, pd.DataFrame(index=range(len(ids))), str(path))
 
@@ -188,10 +188,6 @@ def _names(column: pd.Series) -> np.ndarray:
     return names.where(names != "NA", "").to_numpy(dtype=object)
 
 
-def _mostly_ids(names: np.ndarray) -> bool:
-    return mostly_ensembl(names[names != ""])
-
-
 def _usual(frame: pd.DataFrame, names: Sequence[str]) -> list:
     """Columns that have one of the usual names, in the order of these."""
     columns = {re.sub(r"[^a-z0-9]+", "_", str(name).lower()).strip("_"): name for name in reversed(frame.columns)}
@@ -202,13 +198,13 @@ def _find_ids(frame: pd.DataFrame, name: str, seen: str):
     others = []
     for column in _usual(frame, ID_COLUMNS):
         names = _names(frame[column])
-        if _mostly_ids(names):
+        if mostly_ids(names):
             return column
         others += [f" {column!r} has names like {example!r}." for example in names[names != ""][:1]]
-    if is_ensembl([str(column) for column in frame.columns]).any():
+    if are_ids([str(column) for column in frame.columns]).any():
         others.append(" The first line seems to be a gene: put a line above it with the names of the columns.")
     raise ValueError(
-        f"{name} has no Ensembl ids in a column of a usual name, such as ensembl_gene_id. {seen}; name the one with "
+        f"{name} has no gene ids in a column of a usual name, such as ensembl_gene_id. {seen}; name the one with "
         f"the ids, gene_id=….{''.join(others)}"
     )
 
@@ -216,7 +212,7 @@ def _find_ids(frame: pd.DataFrame, name: str, seen: str):
 def _find_symbols(frame: pd.DataFrame, name: str, seen: str, gene_id):
     for column in _usual(frame, SYMBOL_COLUMNS):
         names = _names(frame[column])
-        if column != gene_id and not is_ensembl(names[names != ""]).all():  # genes without a symbol may have their id
+        if column != gene_id and not are_ids(names[names != ""]).all():  # genes without a symbol may have their id
             return column
     raise ValueError(
         f"{name} has no symbols in a column of a usual name, such as gene_name. {seen}; name the one with the "

@@ -10,8 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..models.gene_bert.gene_columns import resolve_genes
-from .ensembl import guess_species, is_ensembl
+from ..models.gene_bert.gene_columns import guess_species, resolve_genes
 from .gene_files import read_gtf, read_json, read_table
 
 
@@ -111,7 +110,7 @@ class GeneTable:
             A csv, tsv or parquet file with a header; text may be compressed by gzip.
         gene_id, symbol : str, optional
             Names of the columns. By default those of a usual name (`ensembl_gene_id`, `gene_id`, `Gene stable ID`, …;
-            `symbol`, `gene_name`, `Gene name`, …) that hold Ensembl ids, and do not.
+            `symbol`, `gene_name`, `Gene name`, …) that hold gene ids, and do not.
 
         Returns
         -------
@@ -125,7 +124,7 @@ class GeneTable:
         FileNotFoundError
             There is no file at the path.
         ValueError
-            No such columns; no Ensembl ids in a column that was not named; a damaged file.
+            No such columns; no gene ids in a column that was not named; a damaged file.
         """
         return cls(read_table(path_or_frame, gene_id, symbol))
 
@@ -136,7 +135,7 @@ class GeneTable:
         Parameters
         ----------
         path : str or Path
-            Plain or compressed by gzip. Of an object's keys and values, those with more Ensembl ids are the ids.
+            Plain or compressed by gzip. Of an object's keys and values, those with more gene ids are the ids.
 
         Returns
         -------
@@ -148,7 +147,7 @@ class GeneTable:
         FileNotFoundError
             There is no file at the path.
         ValueError
-            Another form of JSON; no Ensembl ids, or as many among the keys as among the values.
+            Another form of JSON; no gene ids, or as many among the keys as among the values.
         """
         return cls(read_json(path))
 
@@ -190,4 +189,4 @@ class GeneTable:
         return cls(pq.read_table(path).to_pandas())
 
 
-__all__ = ["GeneTable", "guess_species", "is_ensembl"]
+__all__ = ["GeneTable"]

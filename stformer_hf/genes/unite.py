@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..models.gene_bert.gene_columns import are_ids, guess_species
 from .aliases import read_aliases, warn_of_few_matches
-from .gene_table import GeneTable, guess_species, is_ensembl
+from .gene_table import GeneTable
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def unite(
     index = pd.Index(genes.gene_ids)
     fates = []
     for table, source in zip(tables, ids, strict=True):
-        fate = np.where(is_ensembl(source), KEPT, UNMAPPED).astype(np.uint8)
+        fate = np.where(are_ids(source), KEPT, UNMAPPED).astype(np.uint8)
         fate[source != table.gene_ids] = MAPPED
         fates.append(fate)
     return UnitedGenes(genes, [index.get_indexer(source) for source in ids], fates)
@@ -160,8 +161,8 @@ def _same_symbol(ids: list[np.ndarray], symbols: list[np.ndarray]) -> dict[str, 
     both = groups[["symbol", "gene_id"]].merge(everywhere, on="gene_id")
     both = both.loc[both.duplicated(["source", "symbol"]), "symbol"].unique()
     groups = groups[~groups["symbol"].isin(both)]
-    groups = groups.assign(by_name=~is_ensembl(groups["gene_id"].to_numpy()))
-    groups = groups.sort_values("by_name", kind="stable")  # Ensembl ids first, then in the order of the sources
+    groups = groups.assign(by_name=~are_ids(groups["gene_id"].to_numpy()))
+    groups = groups.sort_values("by_name", kind="stable")  # ids first, then in the order of the sources
     first = groups.groupby("symbol", sort=False)["gene_id"].transform("first")
     other = groups["gene_id"] != first
     found = dict(zip(groups.loc[other, "gene_id"], first[other], strict=True))

@@ -188,7 +188,7 @@ def test_the_index_is_a_column(name):
 
 def test_tables_without_the_columns_say_which_there_are(tmp_path):
     names = pd.DataFrame({"gene_id": ["TP53"], "symbol": ["TP53"], "other": [TP53]})
-    with pytest.raises(ValueError, match=r"no Ensembl ids .*gene_id, symbol, other.*gene_id=….*names like 'TP53'"):
+    with pytest.raises(ValueError, match=r"no gene ids .*gene_id, symbol, other.*gene_id=….*names like 'TP53'"):
         GeneTable.from_table(names)
     with pytest.raises(ValueError, match=r"no symbols .*columns are ensembl, x; .*symbol=…"):
         GeneTable.from_table(pd.DataFrame({"ensembl": [TP53], "x": ["TP53"]}))
@@ -243,9 +243,9 @@ def test_a_symbol_that_stands_twice_in_json_keeps_both_ids(tmp_path):
         ("[1, 2]", "is not {symbol: id}"),
         ('"x"', "is not {symbol: id}"),
         (f'{{"A": ["{TP53}"]}}', "is not {symbol: id}"),
-        ('{"TP53": "P53", "A": "B"}', "no Ensembl ids, only names like 'TP53' and 'P53'"),
+        ('{"TP53": "P53", "A": "B"}', "no gene ids, only names like 'TP53' and 'P53'"),
         (f'{{"{TP53}": "{ACTB}"}}', "which are the symbols"),
-        ('[{"a": 1}]', "no Ensembl ids .*columns are a;"),
+        ('[{"a": 1}]', "no gene ids .*columns are a;"),
         ('{"A": ', "cannot be read as JSON"),
     ],
 )

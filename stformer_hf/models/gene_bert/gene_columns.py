@@ -143,10 +143,10 @@ def resolve_genes(
         ids, symbols = np.full(len(own), "", object), _first([own, *symbols_found])
     ids = strip_versions(_first([ids, symbols, own]))
     if not copies:
-        written, ids = ids, np.array([*map(_of_both_copies, ids), None], object)[:-1]
-        n_copies = int((written != ids).sum())
-        if n_copies:
-            logger.warning(f"{n_copies} genes of the Y chromosome's pseudoautosomal regions (_PAR_Y) count as X's.")
+        copied = [i for i, name in enumerate(ids) if name.endswith("_PAR_Y") and is_id(name)]
+        ids[copied] = [name.removesuffix("_PAR_Y") for name in ids[copied]]
+        if copied:
+            logger.warning(f"{len(copied)} genes of the Y chromosome's pseudoautosomal regions (_PAR_Y) count as X's.")
     symbols = _first([symbols, ids])
     if not genomes.any():
         return GeneColumns(ids, symbols, None)
@@ -166,10 +166,16 @@ def _first(kinds: list[np.ndarray], n: int = 0) -> np.ndarray:
 
 def _names(values: Sequence[Any], genomes: np.ndarray) -> np.ndarray:
     """Clean names: object array of str (n,), "" for placeholders; prefixes of references go to `genomes`."""
-    names = [_text(value) for value in np.asarray(values, dtype=object).tolist()]
-    for i, name in enumerate(names):
-        if "_" in name and (match := _GENOME.match(name)):
-            genomes[i], names[i] = match.group(1), name[match.end() :]
+    values = np.asarray(values, dtype=object).tolist()
+    if set(map(type, values)) == {str}:  # the fast way for most files
+        names = list(map(str.strip, values))
+        for name in set(map(str.lower, set(names))) & _PLACEHOLDERS:
+            names = ["" if of.lower() == name else of for of in names]
+    else:
+        names = list(map(_text, values))
+    for i in [i for i, name in enumerate(names) if "_" in name]:
+        if match := _GENOME.match(names[i]):
+            genomes[i], names[i] = match.group(1), names[i][match.end() :]
     found = np.empty(len(names), object)
     found[:] = names
     return found
@@ -179,7 +185,7 @@ def _text(value: Any) -> str:
     if type(value) is not str:
         value = value.decode() if isinstance(value, bytes) else str(value)  # of None, NaN and pandas.NA placeholders
     value = value.strip()
-    return "" if len(value) < 8 and value.lower() in _PLACEHOLDERS else value
+    return "" if value.lower() in _PLACEHOLDERS else value
 
 
 def _usual_columns(columns: Mapping[str, Any] | None) -> list[tuple[str, set[str]]]:
@@ -234,33 +240,33 @@ def is_id(name: str) -> bool:
     return _GENE_ID.match(name) is not None
 
 
+def are_ids(names: Sequence[str]) -> np.ndarray:
+    """Tell which names look like gene ids: bool array (n,)."""
+    return np.fromiter(map(bool, map(_GENE_ID.match, names)), bool, len(names))
+
+
 def mostly_ids(names: Sequence[str]) -> bool:
     """Tell whether over half of the names that are not empty look like gene ids."""
     return _mostly(_GENE_ID, names)
 
 
 def _mostly(pattern: re.Pattern, names: Sequence[str]) -> bool:
-    named = [name for name in names if name]
-    return 2 * sum(pattern.match(name) is not None for name in named) > len(named)
+    named = list(filter(None, names))
+    return 2 * sum(map(bool, map(pattern.match, named))) > len(named)
 
 
 def strip_version(name: str) -> str:
     """Cut the version of an Ensembl id; `_PAR_Y` stays."""
-    match = _GENE_ID.match(name) if "." in name else None
+    match = _GENE_ID.match(name)
     if match is None or not match.group("version"):
         return name
     return name[: match.start("version")] + (match.group("par") or "")
 
 
-def _of_both_copies(name: str) -> str:
-    """Cut `_PAR_Y`, which tells the copy of a gene on Y from that on X."""
-    return name.removesuffix("_PAR_Y") if name.endswith("_PAR_Y") and is_id(name) else name
-
-
 def strip_versions(names: Sequence[str]) -> np.ndarray:
     """Cut versions of the Ensembl ids among names: object array of str (n,)."""
     found = np.empty(len(names), object)
-    found[:] = [strip_version(name) for name in names]
+    found[:] = [strip_version(name) if "." in name else name for name in names]
     return found
 
 
@@ -394,7 +400,7 @@ class GeneMatcher:
     def _find(self, name: str) -> int:
         found = self._index.get(strip_version(name))
         if found is None and name.endswith("_PAR_Y"):
-            found = self._index.get(_of_both_copies(strip_version(name)))
+            found = self._index.get(strip_version(name).removesuffix("_PAR_Y")) if is_id(name) else None
         return self._symbols.get(name, -1) if found is None else found
 
     def find_columns(self, gene_ids: Sequence[str], symbols: Sequence[str], match: str = "id") -> np.ndarray:
