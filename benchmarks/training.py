@@ -5,6 +5,9 @@ one epoch of the same cells with rank tokens, tokenized on the way from a store,
 not timed. "random", "grouped" (by length) and "budget" are padded; "packed" has the same budget of tokens a batch, and
 "random, packed" the same cells. The bare loop is what one would write by hand: a DataLoader's batches, forward,
 backward, clip, step. Tokens are those of the cells: padding does work, but does not count.
+
+"Whole cells" sets a model whose `[CLS]` is the whole cell (`cell_embedding`) beside the same model whose `[CLS]` is a
+token, on binned tokens of random batches: training by CellTrainer, and `embed` of an AnnData.
 """
 
 from __future__ import annotations
@@ -28,6 +31,12 @@ from .model import DROPOUT, MAX_LENGTH, _lengths, _mix, _prepare, _told
 BATCH = 16
 THREADS = 2
 WARM_UP = 2  # steps that are not timed
+# (whole cells, tokens a cell); a model of whole cells is trained on few tokens by the recipes of tiny models
+WHOLE_CELLS = {
+    "[CLS] is a token, 512 tokens": (False, 512),
+    "[CLS] is the whole cell, 512 tokens": (True, 512),
+    "[CLS] is the whole cell, 34 tokens": (True, 34),
+}
 ORDERS = {
     "random": ({}, {}),
     "random, packed": ({}, {"packing": True}),
@@ -75,6 +84,20 @@ def run(arguments: list[str]) -> None:
             result["tokens/s"] = f"{result['cells_per_second'] * a_cell:,.0f}"
             result["useful"] = f"{note['tokens'] / note['positions']:.3f}"
         mix = _mix(_lengths(folder, "rank"))
+        whole_cells = {
+            work: take_turns(
+                {
+                    label: (
+                        f"benchmarks.training:cells_{work}",
+                        {**settings, "whole_cell": whole_cell, "max_length": max_length},
+                    )
+                    for label, (whole_cell, max_length) in WHOLE_CELLS.items()
+                },
+                folder,
+                turns,
+            )
+            for work in ("trained", "embedded")
+        }
     finally:
         shutil.rmtree(folder)
     about = {
@@ -94,7 +117,10 @@ def run(arguments: list[str]) -> None:
     for order in ("random", "packed"):
         ours, bare = (results[f"{by}, {order}"]["cells_per_second"] for by in ("CellTrainer", "bare loop"))
         print(f"CellTrainer takes {bare / ours:.3f} times as long as the bare loop ({order}).")
-    Path(args.output).write_text(json.dumps({**about, "useful": shares, "tables": {"training": results}}, indent=1))
+    for work, table in whole_cells.items():
+        print_table(f"Whole cells {work}, {settings['size']} model", table, "[CLS] is the whole cell, 512 tokens")
+    tables = {"training": results, **{f"whole cells {work}": table for work, table in whole_cells.items()}}
+    Path(args.output).write_text(json.dumps({**about, "useful": shares, "tables": tables}, indent=1))
     print(f"\nwritten to {args.output}")
 
 
@@ -225,3 +251,57 @@ def cells_of_bare_loop(folder: Path, size: str, n_cells: int, order: str, note: 
         schedule.step()
         optimizer.zero_grad()
     return counted.stop(note)
+
+
+# ---------------------------------------------------------------------- whole cells
+
+
+def _whole_cell_model(folder: Path, size: str, n_cells: int, whole_cell: bool, max_length: int) -> tuple:
+    """Make the cells, their tokenizer and a new model."""
+    from stformer_hf import CellStore, GeneBertConfig, GeneBertForPhenotypicMLM, GeneTokenizer
+
+    torch.set_num_threads(THREADS)
+    store = CellStore(folder / "store")
+    cells = store.select(np.random.default_rng(1).permutation(len(store))[:n_cells])
+    tokenizer = GeneTokenizer.from_store(store, max_length=max_length, whole_cell=whole_cell)
+    torch.manual_seed(0)
+    config = GeneBertConfig.from_tokenizer(tokenizer, size=size, attention_probs_dropout_prob=0.0)
+    return cells, tokenizer, GeneBertForPhenotypicMLM(config)
+
+
+def cells_trained(folder: Path, size: str, n_cells: int, whole_cell: bool, max_length: int) -> float:
+    """Train an epoch by CellTrainer on masked genes."""
+    from transformers import TrainingArguments
+
+    from stformer_hf import STFormerPretrainer
+
+    cells, tokenizer, model = _whole_cell_model(folder, size, n_cells, whole_cell, max_length)
+    arguments = TrainingArguments(
+        str(folder / "run"),
+        num_train_epochs=1,
+        per_device_train_batch_size=BATCH,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        bf16=torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = STFormerPretrainer(arguments, cells, model=model, processing_class=tokenizer)
+    counted = _Counted(trainer.model)
+    trainer.train()
+    return counted.stop(str(folder / "whole-cells.json"))
+
+
+def cells_embedded(folder: Path, size: str, n_cells: int, whole_cell: bool, max_length: int) -> float:
+    """Embed the cells."""
+    from anndata import AnnData
+
+    from stformer_hf import embed
+
+    cells, tokenizer, model = _whole_cell_model(folder, size, n_cells, whole_cell, max_length)
+    adata = AnnData(cells.rows(slice(None)))
+    adata.var_names = cells.gene_ids
+    embed(adata[:BATCH].copy(), model, tokenizer=tokenizer, pooling="cls")
+    with clock():
+        embed(adata, model, tokenizer=tokenizer, pooling="cls")
+    return n_cells
