@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..genes.gene_table import GeneTable
 from .arrow_rows import ArrowRows
 from .cell_batch import CellBatch
+from .formats import is_source
 from .join import join_stores
 from .neighborhoods import sum_groups
 from .replacing import building_of, recover
@@ -462,7 +463,7 @@ class CellStore:
         ----------
         path : str or Path
             Folder to make.
-        sources : AnnData, CellStore, str, Path, or several of them
+        sources : AnnData, MuData, SpatialData, CellStore, str, Path, or several of them
             AnnData objects (in memory or backed, views too), other stores, and files: `.h5ad`, `.zarr`, 10x `.h5` and
             `.mtx` folders, `.loom`, folders of Parse, kb-python and alevin-fry, csv files of BD Rhapsody. A folder
             gives all such files in it; a pattern such as `data/*.h5ad` all that fit.
@@ -776,8 +777,7 @@ def _csr(indptr: np.ndarray, columns: np.ndarray, values: np.ndarray, n_columns:
 
 
 def _listed(sources) -> list:
-    one = isinstance(sources, (AnnData, CellStore, str, Path))
-    return [sources] if one else list(sources)
+    return [sources] if is_source(sources) else list(sources)
 
 
 def _read_manifest(path: Path) -> dict:
