@@ -248,17 +248,8 @@ def test_commands_write_the_table(cells, plain, classifier, tokenizer, tmp_path)
     tokenizer.save_pretrained(tmp_path / "model")
     embed(plain, classifier, tokenizer=tokenizer)
     for verb in ("embed", "annotate"):
-        main(
-            [
-                verb,
-                "--data",
-                str(cells),
-                "--model",
-                str(tmp_path / "model"),
-                "--output",
-                str(tmp_path / f"{verb}.h5ad"),
-            ]
-        )
+        output = str(tmp_path / f"{verb}.h5ad")
+        main([verb, "--data", str(cells), "--model", str(tmp_path / "model"), "--output", output])
     found = read_h5ad(tmp_path / "embed.h5ad")
     assert found.obs_names.tolist() == CELLS
     np.testing.assert_allclose(found.obsm["X_stformer"], plain.obsm["X_stformer"], atol=1e-6)
