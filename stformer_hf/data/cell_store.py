@@ -465,13 +465,15 @@ class CellStore:
             Folder to make.
         sources : AnnData, MuData, SpatialData, CellStore, str, Path, or several of them
             AnnData objects (in memory or backed, views too), MuData and SpatialData objects, other stores, and files:
-            `.h5ad`, `.h5mu`, `.zarr`, 10x `.h5` and `.mtx` folders, `.loom`, folders of Parse, kb-python and alevin-fry, csv files of BD Rhapsody. A folder
-            gives all such files in it; a pattern such as `data/*.h5ad` all that fit.
+            `.h5ad`, `.h5mu`, `.zarr`, 10x `.h5` and `.mtx` folders, `.loom`, folders of Parse, kb-python and
+            alevin-fry, csv files of BD Rhapsody. A folder gives all such files in it; a pattern such as
+            `data/*.h5ad` all that fit.
         obs : sequence of str, or "all", optional
             Columns of obs to keep. Categorical and repeated string columns become class labels.
         layer : str, optional
             Where the counts are, in every source: `X`, `raw` or a layer; of 10x files also a feature type or a genome;
-            of a MuData or SpatialData also the modality or table, as `prot` or `prot:counts`. By default the first of X, raw and the layer `counts` that holds counts.
+            of a MuData or SpatialData also the modality or table, as `prot` or `prot:counts`. By default the first of
+            X, raw and the layer `counts` that holds counts.
         fractional : bool, default: False
             Allow fractions (RSEM, SoupX); they are stored as float32.
         neighbors : str, optional
