@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "cli": {"models", "genes", "data", "batches", "evaluation", "training", "inference"},
 }
 # What a checkpoint takes along, and every door reads cells by: which gene a column is, and where the counts are.
-SHARED = {("models", "gene_bert", "gene_columns"), ("models", "gene_bert", "cell_counts")}
+SHARED = {("models", "gene_bert", name) for name in ("gene_columns", "cell_counts", "cell_tables")}
 # huggingface_hub (`strict` configurations) and tokenizers (tokenizer.json) come with transformers.
 MODEL_FILES_MAY_IMPORT = {"transformers", "torch", "numpy", "huggingface_hub", "tokenizers"} | sys.stdlib_module_names
 

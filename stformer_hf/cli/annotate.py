@@ -14,7 +14,7 @@ from .arguments import parse
 class AnnotateArguments:
     """Flags of `annotate`."""
 
-    data: str = field(metadata={"help": "h5ad file"})
+    data: str = field(metadata={"help": "h5ad or h5mu file, or zarr of an AnnData, MuData or SpatialData"})
     model: str = field(metadata={"help": "checkpoint of a classifier"})
     output: str = field(metadata={"help": 'h5ad file to write, with obs["stformer_label"], obs["stformer_score"]'})
     layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
@@ -35,7 +35,7 @@ def run(args: AnnotateArguments):
     from ..inference.annotate import annotate
     from .files import read, write
 
-    adata = read(args.data, args.output, args.overwrite)
-    annotate(adata, args.model, layer=args.layer, fractional=args.fractional, batch_size=args.batch_size)
+    adata, layer = read(args.data, args.output, args.overwrite, args.layer)
+    annotate(adata, args.model, layer=layer, fractional=args.fractional, batch_size=args.batch_size)
     write(adata, args.output)
     return adata

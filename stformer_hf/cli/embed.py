@@ -38,7 +38,7 @@ _OWN = {  # flags of one kind
 class EmbedArguments:
     """Flags of `embed`."""
 
-    data: str = field(metadata={"help": "h5ad file"})
+    data: str = field(metadata={"help": "h5ad or h5mu file, or zarr of an AnnData, MuData or SpatialData"})
     model: str = field(metadata={"help": "checkpoint"})
     output: str = field(metadata={"help": 'h5ad file to write, with obsm["X_stformer"] or obsm["X_neighborhood"]'})
     kind: Literal["cells", "neighborhood"] = field(
@@ -103,7 +103,7 @@ def run(args: EmbedArguments) -> AnnData:
     _check(args)
     from .files import read, write
 
-    adata = read(args.data, args.output, args.overwrite)
+    adata, args.layer = read(args.data, args.output, args.overwrite, args.layer)
     (_embed_cells if args.kind == "cells" else _embed_neighborhoods)(adata, args)
     write(adata, args.output)
     return adata
@@ -125,6 +125,7 @@ def _embed_cells(adata: AnnData, args: EmbedArguments) -> None:
 
 
 def _embed_neighborhoods(adata: AnnData, args: EmbedArguments) -> None:
+    from ..data.read_anndata import section_of
     from ..inference.domains import check_domains, spatial_domains
     from ..inference.neighborhoods import embed_neighborhoods
 
@@ -134,7 +135,7 @@ def _embed_neighborhoods(adata: AnnData, args: EmbedArguments) -> None:
         import matplotlib  # noqa: F401
 
         from ..inference.plots import sections
-    section = args.section or ("section" if "section" in adata.obs else None)
+    section = args.section or section_of(adata) or ("section" if "section" in adata.obs else None)
     options = {name: getattr(args, name) for name in ("patch_size", "k_nearest", "max_num_cells")}
     embed_neighborhoods(
         adata,

@@ -25,7 +25,7 @@ _FILES = ("evaluation.json", "evaluation.csv", "evaluation.md", "evaluation.png"
 class EvaluateArguments:
     """Flags of `evaluate`."""
 
-    data: str = field(metadata={"help": "h5ad file with raw counts"})
+    data: str = field(metadata={"help": "file with raw counts: h5ad, h5mu or zarr"})
     label: str = field(metadata={"help": "column of obs that holds the classes"})
     output: str = field(
         metadata={"help": "folder for evaluation.json, .csv, .md (a section of a model card) and .png"}
@@ -75,7 +75,7 @@ def run(args: EvaluateArguments) -> EmbeddingEvaluation:
     there = [name for name in _FILES if (output / name).exists()]
     if there and not args.overwrite:
         raise FileExistsError(f"{output / there[0]} exists. Choose another --output, or pass --overwrite.")
-    adata = read(args.data)
+    adata, args.layer = read(args.data, layer=args.layer)
     keys = list(args.keys or [])
     if args.model:
         if _KEY in keys:

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from anndata import AnnData, read_h5ad
+from anndata import AnnData
 
 from ..data.formats import local_path
-from ..genes.text_files import naming
+from ..data.read_anndata import read_anndata
 
 
-def read(data: str, output: str | None = None, overwrite: bool = False) -> AnnData:
-    """Read the input, after a look at where the output, if it is a file, shall go.
+def read(
+    data: str, output: str | None = None, overwrite: bool = False, layer: str | None = None
+) -> tuple[AnnData, str | None]:
+    """Read the input, after a look at where the output, if it is a file, shall go; see `read_anndata`.
 
     Raises
     ------
     FileExistsError
         The output exists, and not `overwrite`.
     ValueError
-        The input is no h5ad file; output and input are one file; the output is a folder.
+        The input holds no AnnData; output and input are one file; the output is a folder.
     """
     if not local_path(data).exists():
         raise FileNotFoundError(f"No such file: {data}")
     if output is not None:
         _check_output(data, Path(output), overwrite)
-    with naming(data, "h5ad"):
-        return read_h5ad(data)
+    return read_anndata(data, layer)
 
 
 def _check_output(data: str, output: Path, overwrite: bool) -> None:

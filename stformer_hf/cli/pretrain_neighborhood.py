@@ -208,11 +208,11 @@ def open_sections(args: PretrainNeighborhoodArguments, arguments: TrainingArgume
     from .runs import is_store, open_cells
 
     columns = [*_AXES, args.section or _SECTION, *([] if args.cell_type is None else [args.cell_type])]
-    sources = args.data
+    sources, layer = args.data, args.layer
     if not is_store(sources):
-        sources = _with_places(args)
+        sources, layer = _with_places(args)
         columns = [name for name in columns if name in sources[0].obs]
-    store = open_cells(sources, arguments, columns, args.layer, args.overwrite)
+    store = open_cells(sources, arguments, columns, layer, args.overwrite)
     fewest = min((source["n_genes"] for source in store.manifest["sources"]), default=store.manifest["n_genes"])
     if fewest < store.manifest["n_genes"]:
         logger.warning(
@@ -243,13 +243,13 @@ def open_sections(args: PretrainNeighborhoodArguments, arguments: TrainingArgume
     return Sections(store, metadata[typed].reset_index(drop=True), [str(name) for name in types.categories])
 
 
-def _with_places(args: PretrainNeighborhoodArguments) -> list[AnnData]:
-    """Open files with the coordinates, and the section, of each cell in obs."""
+def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], str | None]:
+    """Open files with the coordinates, and the section, of each cell in obs; and the layer to read in them."""
     import numpy as np
     import pandas as pd
-    from anndata import read_h5ad
 
-    from ..genes.text_files import naming
+    from ..data.read_anndata import is_anndata_file, read_anndata, section_of
+    from .runs import one_layer
 
     paths = [Path(path) for path in args.data]
     names = [path.stem for path in paths]
@@ -257,12 +257,12 @@ def _with_places(args: PretrainNeighborhoodArguments) -> list[AnnData]:
         names = [str(path.with_suffix("")) for path in paths]
     if len(set(names)) < len(names):
         raise ValueError(f"{', '.join(args.data)}: a file is given twice.")
-    files, section = [], args.section or _SECTION
+    files, layers, section = [], [], args.section or _SECTION
     for path, file in zip(paths, names, strict=True):
-        if path.suffix != ".h5ad" or not path.is_file():
-            raise ValueError(f"{path} is no h5ad file: give such, with coordinates in obsm, or a store.")
-        with naming(path, "h5ad"):
-            adata = read_h5ad(path, backed="r")
+        if not is_anndata_file(path):
+            raise ValueError(f"{path} is no h5ad file, h5mu file or zarr: give such, with coordinates, or a store.")
+        adata, layer = read_anndata(path, args.layer, backed=True)
+        layers.append(layer)
         if args.spatial_key not in adata.obsm:
             there = ", ".join(map(repr, adata.obsm)) or "nothing"
             raise ValueError(f"{path} has no obsm[{args.spatial_key!r}]; its obsm has {there}.")
@@ -277,6 +277,9 @@ def _with_places(args: PretrainNeighborhoodArguments) -> list[AnnData]:
                 del adata.obs[axis]
         for axis, values in zip(_AXES, places.T, strict=False):
             adata.obs[axis] = values
+        region = None if args.section else section_of(adata)
+        if region is not None:
+            adata.obs[section] = adata.obs[region]
         own = adata.obs[section] if section in adata.obs else pd.Series("", adata.obs_names)
         if own.isna().any():
             raise ValueError(f"{path}: {own.isna().sum()} of {len(own)} cells have no section in obs[{section!r}].")
@@ -289,7 +292,7 @@ def _with_places(args: PretrainNeighborhoodArguments) -> list[AnnData]:
     if len(paths) > 1 and not cells.is_unique:  # barcodes that files share
         for adata, file in zip(files, names, strict=True):
             adata.obs_names = [f"{file}:{name}" for name in adata.obs_names]
-    return files
+    return files, one_layer(layers, args.layer)
 
 
 def choose_held_out(args: PretrainNeighborhoodArguments, metadata: pd.DataFrame, seed: int) -> np.ndarray:

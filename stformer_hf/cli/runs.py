@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from anndata import AnnData, read_h5ad
+from anndata import AnnData
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from ..data.cell_store import CellStore
 from ..data.formats import expand
+from ..data.read_anndata import is_anndata_file, read_anndata
 from ..data.spatial_graph import spatial_neighbors
-from ..genes.text_files import naming
 from ..training.cell_trainer import CellTrainer
 from ..training.checkpoints import last_whole_checkpoint
 
@@ -119,7 +119,8 @@ def open_cells(
                 raise FileExistsError(f"{path} exists: pass it as --data, or pass --overwrite to build it anew.")
             sources = [*data, *(eval_data or [])]
             if neighbors is not None:
-                sources = [_with_graph(source, neighbors, section) for source in sources]
+                found = [_with_graph(source, neighbors, section, layer) for source in sources]
+                sources, layer = [source for source, _ in found], one_layer([own for _, own in found], layer)
             store = CellStore.build(
                 path,
                 sources,
@@ -134,15 +135,24 @@ def open_cells(
     return store if neighbors is None else store.with_neighborhoods()
 
 
-def _with_graph(source: str, key: str, section: str | None) -> AnnData | str:
-    """Give an h5ad file that has no graph of its cells as an AnnData with one; other sources as they are."""
-    if Path(source).suffix != ".h5ad" or not Path(source).is_file():
-        return source
-    with naming(source, "h5ad"):
-        adata = read_h5ad(source, backed="r")
+def one_layer(layers: list[str | None], asked: str | None) -> str | None:
+    """Return the layer of all sources: where it was asked for by the table that it is in, each has found its own."""
+    if len(set(layers)) > 1:
+        raise ValueError(f"--layer {asked} names a modality or table, and some of the sources have none of that name.")
+    return layers[0] if layers else asked
+
+
+def _with_graph(source: str, key: str, section: str | None, layer: str | None) -> tuple[AnnData | str, str | None]:
+    """Give a file that has no graph of its cells as an AnnData with one, and the layer in it; others as they are."""
+    if not is_anndata_file(Path(source)):
+        return source, layer
+    adata, own = read_anndata(source, layer, backed=True)
     if key in adata.obsp:
-        adata.file.close()
-        return source
+        if own != layer:
+            return adata, own
+        if adata.isbacked:
+            adata.file.close()
+        return source, layer
     if "spatial" not in adata.obsm:
         raise ValueError(
             f"{source} has no graph obsp[{key!r}] and no coordinates obsm['spatial']: neighbours cannot be told."
@@ -152,7 +162,7 @@ def _with_graph(source: str, key: str, section: str | None) -> AnnData | str:
         raise ValueError(
             f"{source} has no graph obsp[{key!r}]; one is made under a name that ends in _connectivities."
         )
-    return adata
+    return adata, own
 
 
 def split(

@@ -14,7 +14,7 @@ from anndata import AnnData
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..genes.text_files import naming
-from .formats import Layer, anndata_layers, read_layers
+from .formats import Layer, find_layers, is_source
 from .transforms import Transform, check_transform
 
 _NUMBERS = {"boolean", "floating", "integer", "mixed-integer-float"}  # as pandas calls what a column holds
@@ -28,10 +28,12 @@ class AnnDataset(Dataset):
 
     Parameters
     ----------
-    adata_or_path : AnnData, str or Path
+    adata_or_path : AnnData, MuData, SpatialData, str or Path
         An AnnData in memory or backed, a view of either, or a file of one of the `formats.FORMATS`, such as `.h5ad`.
+        In a MuData the modality of genes, in a SpatialData its table.
     layer : str, default: "X"
-        `X` as it is, whatever its values and the types of its features; `raw`, or the name of a layer.
+        `X` as it is, whatever its values and the types of its features; `raw`, or the name of a layer; in a MuData or
+        SpatialData also the modality or table, as `prot` or `prot:counts`.
     transform : Transform, optional
         Applied to each item.
     obs_subset : int array, boolean mask (n_obs,) or slice, optional
@@ -217,12 +219,10 @@ def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _find_matrix(adata_or_path: AnnData | str | Path, wanted: str) -> tuple[str, Layer]:
     """Give the name of a source, and a layer of it."""
-    if isinstance(adata_or_path, AnnData):
-        name, layers = "AnnData", anndata_layers(adata_or_path)
-    elif isinstance(adata_or_path, (str, Path)):
-        name, layers = str(adata_or_path), read_layers(adata_or_path)
-    else:
+    if not is_source(adata_or_path) or hasattr(adata_or_path, "manifest"):
         raise TypeError(f"An AnnDataset is made of an AnnData or a path, not {type(adata_or_path).__name__}.")
+    name, table, layers, layer = find_layers(adata_or_path, wanted)
+    name, wanted = name + table, layer or "X"
     by_name = {layer.name: layer for layer in layers}
     parts_of_x = [layer for layer in layers if layer.whole is not None and layer.name not in ("raw", "counts")]
     if "X" not in by_name and parts_of_x:  # of antibodies alone, say

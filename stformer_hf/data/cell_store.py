@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..genes.gene_table import GeneTable
 from .arrow_rows import ArrowRows
 from .cell_batch import CellBatch
+from .formats import is_source
 from .join import join_stores
 from .neighborhoods import sum_groups
 from .replacing import building_of, recover
@@ -462,15 +463,17 @@ class CellStore:
         ----------
         path : str or Path
             Folder to make.
-        sources : AnnData, CellStore, str, Path, or several of them
-            AnnData objects (in memory or backed, views too), other stores, and files: `.h5ad`, `.zarr`, 10x `.h5` and
-            `.mtx` folders, `.loom`, folders of Parse, kb-python and alevin-fry, csv files of BD Rhapsody. A folder
-            gives all such files in it; a pattern such as `data/*.h5ad` all that fit.
+        sources : AnnData, MuData, SpatialData, CellStore, str, Path, or several of them
+            AnnData objects (in memory or backed, views too), MuData and SpatialData objects, other stores, and files:
+            `.h5ad`, `.h5mu`, `.zarr`, 10x `.h5` and `.mtx` folders, `.loom`, folders of Parse, kb-python and
+            alevin-fry, csv files of BD Rhapsody. A folder gives all such files in it; a pattern such as
+            `data/*.h5ad` all that fit.
         obs : sequence of str, or "all", optional
             Columns of obs to keep. Categorical and repeated string columns become class labels.
         layer : str, optional
-            Where the counts are, in every source: `X`, `raw` or a layer; of 10x files also a feature type or a genome.
-            By default the first of X, raw and the layer `counts` that holds counts.
+            Where the counts are, in every source: `X`, `raw` or a layer; of 10x files also a feature type or a genome;
+            of a MuData or SpatialData also the modality or table, as `prot` or `prot:counts`. By default the first of
+            X, raw and the layer `counts` that holds counts.
         fractional : bool, default: False
             Allow fractions (RSEM, SoupX); they are stored as float32.
         neighbors : str, optional
@@ -776,8 +779,7 @@ def _csr(indptr: np.ndarray, columns: np.ndarray, values: np.ndarray, n_columns:
 
 
 def _listed(sources) -> list:
-    one = isinstance(sources, (AnnData, CellStore, str, Path))
-    return [sources] if one else list(sources)
+    return [sources] if is_source(sources) else list(sources)
 
 
 def _read_manifest(path: Path) -> dict:

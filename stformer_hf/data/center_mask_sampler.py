@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from .cell_expression import CellExpression
 from .cell_store import CellStore
 from .neighbor_index import NeighborIndex, first_of_each
+from .read_anndata import as_anndata, find_placed_table, section_of
 from .spatial_metadata import column_of, match_cells, read_points, read_sections, read_types
 
 logger = logging.getLogger(__name__)
@@ -266,14 +267,15 @@ class CenterMaskSampler(Dataset):
 
         Parameters
         ----------
-        adata : AnnData
-            In memory or backed.
+        adata : AnnData, MuData or SpatialData
+            In memory or backed; or its modality of genes, or its table, see `add_coordinates`.
         patch_size : float, sequence of float, or None
             As for the class.
         spatial_key : str, default: "spatial"
             Key of obsm: coordinates, (n_cells, 2) or (n_cells, 3).
         section_key : str, optional
-            Column of obs; by default all cells are of one section.
+            Column of obs; by default the regions of a SpatialData's table are sections, and all other cells are of
+            one.
         cell_type_key : str, optional
             Column of obs; the types of a categorical column are its categories in their order, else its values,
             sorted. By default all cells are of type 0.
@@ -292,6 +294,8 @@ class CenterMaskSampler(Dataset):
         ValueError
             No such key or column; a cell without a type; and as for the class.
         """
+        adata = as_anndata(find_placed_table(adata))
+        section_key = section_key or section_of(adata)
         for key in (spatial_key, cell_embedding_key):
             if key is not None and key not in adata.obsm:
                 raise ValueError(

@@ -8,8 +8,9 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -21,6 +22,7 @@ from scipy import sparse
 from ..genes.gene_table import GeneTable
 from ..genes.text_files import naming, read_columns, read_text_table
 from ..models.gene_bert.cell_counts import split_features
+from ..models.gene_bert.cell_tables import choose_table, find_table, is_mudata, is_spatialdata, join_obs
 from ..models.gene_bert.gene_columns import GENES
 from .matrices import (
     ColumnMatrix,
@@ -44,6 +46,7 @@ _NOT_HDF5 = {  # how a file begins that is none, and what to do with it
     b"version https://git-lfs": "It is a pointer of Git LFS: fetch the file itself (git lfs pull).",
     b"<": "It is a web page, as a download that failed leaves it: download the file again.",
 }
+_SPATIAL = ("tables", "table", "images", "labels", "shapes", "points")  # what a SpatialData is made of
 _LOOM_CELLS = ("CellID", "Cell_id", "cell_id", "obs_names")
 _LOOM_GENES = ("Gene", "gene_names", "GeneName", "var_names")
 
@@ -77,12 +80,43 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Tables:
+    """The modalities of a MuData, or the tables of a SpatialData, in a file; one of them is read.
+
+    Attributes
+    ----------
+    kind : {"modality", "table"}
+    places : dict of str to FileHandle
+        Where the AnnData of each is.
+    obs : callable () -> DataFrame, optional
+        Reads the obs of the MuData.
+    """
+
+    kind: str
+    places: dict[str, FileHandle]
+    obs: Callable[[], pd.DataFrame] | None = None
+
+    def choose(self, layer: str | None, source: str) -> tuple[str, str | None]:
+        """Choose one, and the layer in it; see `choose_table`."""
+        try:
+            tables = {name: partial(_read_table, place, "var") for name, place in self.places.items()}
+            return choose_table(tables, layer, source, self.kind)
+        finally:
+            for place in self.places.values():
+                place.close()
+
+    def join(self, obs: pd.DataFrame, name: str) -> pd.DataFrame:
+        """Add the columns of the MuData to the obs of a modality."""
+        return obs if self.obs is None else join_obs(obs, self.obs(), name)
+
+
+@dataclass(frozen=True)
 class Format:
     """A format: its name, how its files are known, and its reader."""
 
     name: str
     matches: Callable[[Path], bool]
-    read: Callable[[Path], list[Layer]]
+    read: Callable[[Path], list[Layer] | Tables]
 
 
 FORMATS: list[Format] = []
@@ -91,7 +125,7 @@ FORMATS: list[Format] = []
 def reads(name: str, matches: Callable[[Path], bool]):
     """Register the decorated function as the reader of a format."""
 
-    def register(read: Callable[[Path], list[Layer]]) -> Callable[[Path], list[Layer]]:
+    def register(read: Callable[[Path], list[Layer] | Tables]) -> Callable[[Path], list[Layer] | Tables]:
         FORMATS.append(Format(name, matches, read))
         return read
 
@@ -103,8 +137,75 @@ def find_format(path: Path) -> Format | None:
     return next((known for known in FORMATS if known.matches(path)), None)
 
 
-def read_layers(path: str | Path) -> list[Layer]:
-    """Open a file or folder and give its matrices.
+class Found(NamedTuple):
+    """The matrices of a source.
+
+    Attributes
+    ----------
+    name : str
+        What errors call the source.
+    table : str
+        For errors, after the name: which modality or table was chosen; empty where there is no choice.
+    layers : list of Layer
+    layer : str or None
+        The layer asked for.
+    """
+
+    name: str
+    table: str
+    layers: list[Layer]
+    layer: str | None
+
+
+def is_source(value: Any) -> bool:
+    """Tell one source from several."""
+    return (
+        isinstance(value, (AnnData, str, Path))
+        or hasattr(value, "manifest")
+        or is_mudata(value)
+        or is_spatialdata(value)
+    )
+
+
+def find_layers(source: Any, layer: str | None = None) -> Found:
+    """Open a source of any kind and give its matrices.
+
+    Parameters
+    ----------
+    source : AnnData, MuData, SpatialData, CellStore, str or Path
+    layer : str, optional
+        The layer that is wanted; of a MuData or SpatialData also the modality or table, see `choose_table`.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    ValueError
+        A format that is not read; a file that is damaged; a MuData or SpatialData without a table to choose.
+    """
+    if isinstance(source, (str, Path)):
+        name, found = str(source), read_layers(source)
+        if not isinstance(found, Tables):
+            return Found(name, "", found, layer)
+        with naming(name):
+            table, layer = found.choose(layer, name)
+            place = found.places[table]
+            layers = _anndata_layers_at(place, lambda obs: found.join(obs, table))
+        return Found(name, f", {found.kind} {table!r}", layers, layer)
+    if hasattr(source, "manifest"):
+        return Found(str(source.path), "", store_layers(source), layer)
+    if not is_source(source):
+        raise ValueError(
+            f"A source is a path, an AnnData, MuData, SpatialData or CellStore, not {type(source).__name__}."
+        )
+    chosen = find_table(source, layer)
+    name = str(chosen.table.filename) if chosen.table.isbacked else type(source).__name__
+    said = "" if chosen.table is source else chosen.name.removeprefix(type(source).__name__)
+    return Found(name, said, anndata_layers(chosen.table, chosen.obs), chosen.layer)
+
+
+def read_layers(path: str | Path) -> list[Layer] | Tables:
+    """Open a file or folder and give its matrices, or its tables where it holds several AnnData.
 
     Raises
     ------
@@ -157,7 +258,7 @@ def expand(sources: Iterator[Any]) -> list[Any]:
 
     Parameters
     ----------
-    sources : iterable of AnnData, CellStore, str or Path
+    sources : iterable of AnnData, MuData, SpatialData, CellStore, str or Path
         A path may be a file or folder of a known format, another folder (all such files in it, however deep, in
         alphabetical order) or a pattern such as `data/*.h5ad`.
 
@@ -201,7 +302,7 @@ def _walk(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
         yield path
     elif path.is_dir() and path.resolve() not in above:  # a link to a folder above would go round for ever
         for inside in sorted(path.iterdir()):
-            if inside.name.lower().endswith((".h5ad.gz", ".h5.gz", ".loom.gz")):
+            if inside.name.lower().endswith((".h5ad.gz", ".h5mu.gz", ".h5.gz", ".loom.gz")):
                 logger.warning(f"{inside} is left out: it is compressed. Unpack it (gunzip), or move it away.")
             elif not inside.name.startswith("."):
                 yield from _walk(inside, (*above, path.resolve()))
@@ -210,11 +311,11 @@ def _walk(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
 # ---------------------------------------------------------------------- AnnData
 
 
-def anndata_layers(adata: AnnData) -> list[Layer]:
-    """Give the matrices of an AnnData: in memory or backed, whole or a view."""
+def anndata_layers(adata: AnnData, obs: pd.DataFrame | None = None) -> list[Layer]:
+    """Give the matrices of an AnnData: in memory or backed, whole or a view; with another obs in place of its own."""
 
     def layer(name: str, matrix: Matrix, var: pd.DataFrame) -> list[Layer]:
-        return _by_feature_type(name, matrix, var, lambda: adata.obs, neighbors)
+        return _by_feature_type(name, matrix, var, lambda: adata.obs if obs is None else obs, neighbors)
 
     def neighbors(key: str) -> Matrix:
         return MemoryMatrix(adata.obsp[key])
@@ -224,7 +325,8 @@ def anndata_layers(adata: AnnData) -> list[Layer]:
         if adata.is_view:  # which rows of the file these are, anndata keeps to itself
             parent = adata._adata_ref
             rows, columns = np.arange(parent.n_obs)[adata._oidx], np.arange(parent.n_vars)[adata._vidx]
-        handle = FileHandle(Path(adata.filename), _open_hdf5)
+        # A modality of a MuData is not at the root of its file.
+        handle = FileHandle(Path(adata.filename), _open_hdf5, adata.file["obs"].name.removeprefix("/")[: -len("obs")])
         return [
             part
             for name, key in _matrices(handle)
@@ -296,26 +398,62 @@ def _is_zarr(path: Path) -> bool:
 
 
 @reads("h5ad", lambda path: path.suffix.lower() == ".h5ad" and path.is_file())
-def _read_h5ad(path: Path) -> list[Layer]:
+def _read_h5ad(path: Path) -> list[Layer] | Tables:
+    return read_anndata_file(path)
+
+
+@reads("h5mu", lambda path: path.suffix.lower() == ".h5mu" and path.is_file())
+def _read_h5mu(path: Path) -> list[Layer] | Tables:
     return read_anndata_file(path)
 
 
 @reads("zarr", _is_zarr)
-def _read_zarr(path: Path) -> list[Layer]:
+def _read_zarr(path: Path) -> list[Layer] | Tables:
     return read_anndata_file(path, _open_zarr)
 
 
-def read_anndata_file(path: Path, opener: Callable[[Path], Any] = _open_hdf5) -> list[Layer]:
-    """Give the matrices of an AnnData on disk, in HDF5 or zarr, of any age."""
+def read_anndata_file(path: Path, opener: Callable[[Path], Any] = _open_hdf5) -> list[Layer] | Tables:
+    """Give the matrices of an AnnData on disk, in HDF5 or zarr, of any age; or the tables of a MuData or SpatialData.
+
+    Each modality of a MuData lies in `mod` as an AnnData, and each table of a SpatialData in `tables`, or alone as
+    `table`, so that counts are read without the packages that wrote them, a block at a time.
+    """
     handle = FileHandle(path, opener)
+    if "mod" in handle:
+        return Tables("modality", _places(handle, "mod/"), lambda: _read_table(handle, "obs"))
+    if "obs" not in handle and any(name in handle for name in _SPATIAL):
+        kept = next((f"{name}/" for name in ("tables", "table") if name in handle), None)
+        return Tables("table", {} if kept is None else _places(handle, kept))
     for name in ("obs", "var"):
-        if name not in handle.file:
+        if name not in handle:
             raise ValueError(f"{path} is not a file of an AnnData: it has no {name}.")
+    return _anndata_layers_at(handle)
+
+
+def _places(handle: FileHandle, group: str) -> dict[str, FileHandle]:
+    places = {name: handle.inside(f"{group}{name}/") for name in sorted(handle[group.rstrip("/")])}
+    handle.close()
+    return places
+
+
+def _read_table(handle: FileHandle, key: str) -> pd.DataFrame:
+    """Read obs or var of an AnnData file, and close it."""
+    if key not in handle:
+        raise ValueError(f"{handle.path} is damaged: it has no {handle.root}{key}.")
+    found = _read_obs(handle) if key == "obs" else read_elem(handle[key])
+    handle.close()
+    return found
+
+
+def _anndata_layers_at(
+    handle: FileHandle, join: Callable[[pd.DataFrame], pd.DataFrame] = lambda obs: obs
+) -> list[Layer]:
+    """Give the matrices of the AnnData at a place in a file; `join` adds columns to its obs."""
     if hasattr(handle["obs"], "dtype"):  # one compound array: anndata < 0.7
         return _legacy_layers(handle)
 
     def table(key: str) -> pd.DataFrame:
-        return _read_obs(handle) if key == "obs" else read_elem(handle[key])
+        return join(_read_obs(handle)) if key == "obs" else read_elem(handle[key])
 
     def neighbors(key: str) -> Matrix:
         return _on_disk(handle, f"obsp/{key}")
@@ -332,11 +470,11 @@ def read_anndata_file(path: Path, opener: Callable[[Path], Any] = _open_hdf5) ->
 def _matrices(handle: FileHandle) -> list[tuple[str, str]]:
     """Give the matrices of an AnnData file: names, and where they are."""
     if hasattr(handle["obs"], "dtype"):  # one compound array: anndata < 0.7
-        return [(name, key) for name, key in (("X", "X"), ("raw", "raw.X")) if key in handle.file]
-    found = [("X", "X")] if "X" in handle.file and not _is_null(handle["X"]) else []
-    if "raw" in handle.file and "X" in handle["raw"]:
+        return [(name, key) for name, key in (("X", "X"), ("raw", "raw.X")) if key in handle]
+    found = [("X", "X")] if "X" in handle and not _is_null(handle["X"]) else []
+    if "raw" in handle and "X" in handle["raw"]:
         found.append(("raw", "raw/X"))
-    return found + [(name, f"layers/{name}") for name in (handle["layers"] if "layers" in handle.file else [])]
+    return found + [(name, f"layers/{name}") for name in (handle["layers"] if "layers" in handle else [])]
 
 
 def _read_obs(handle: FileHandle) -> pd.DataFrame:
@@ -671,10 +809,14 @@ class NeighborMatrix(StoreMatrix):
 __all__ = [
     "FORMATS",
     "Format",
+    "Found",
     "Layer",
+    "Tables",
     "anndata_layers",
     "expand",
     "find_format",
+    "find_layers",
+    "is_source",
     "local_path",
     "read_layers",
     "reads",

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..genes.statistics import MAX_MEMORY, GeneStatistics
 from ..genes.unite import unite
-from .formats import expand
+from .formats import expand, is_source
 from .sources import open_source
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def estimate_gene_medians(
 
     Parameters
     ----------
-    source : AnnData, CellStore, str, Path, or several of them
+    source : AnnData, MuData, SpatialData, CellStore, str, Path, or several of them
         What `CellStore.build` takes: AnnData objects, stores and selections of them, files, folders and patterns.
         Genes of several are united by id.
     target_sum : float, default: 10,000
@@ -79,9 +79,8 @@ def estimate_gene_medians(
     >>> medians = estimate_gene_medians(store).medians
     >>> tokenizer = GeneTokenizer.from_store(store, scheme="rank", medians=medians)
     """
-    one = isinstance(source, (AnnData, str, Path)) or hasattr(source, "manifest")
     GeneStatistics([], target_sum=target_sum, method=method, max_memory=max_memory)  # raises before files are read
-    sources = [open_source(found, layer, fractional) for found in expand([source] if one else source)]
+    sources = [open_source(found, layer, fractional) for found in expand([source] if is_source(source) else source)]
     if not sources:
         raise ValueError("No sources: give at least one AnnData, store or file.")
     united = unite([found.genes for found in sources], [found.name for found in sources], aliases=aliases, unify=unify)

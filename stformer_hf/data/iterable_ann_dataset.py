@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ..genes.gene_table import GeneTable
 from ..genes.unite import unite
 from .cell_batch import CellBatch
-from .formats import expand
+from .formats import expand, is_source
 from .matrices import Matrix
 from .obs_columns import as_array, as_arrow, as_objects, unite_obs
 from .shards import align, count_type_of, gene_type
@@ -49,7 +49,7 @@ class IterableAnnDataset(IterableDataset):
 
     Parameters
     ----------
-    filenames : str, Path, AnnData, CellStore, or several of them
+    filenames : str, Path, AnnData, MuData, SpatialData, CellStore, or several of them
         All that `CellStore.build` takes as sources: files, folders and patterns such as `data/*.h5ad`. Their genes are
         united by id.
     tokenizer : GeneTokenizer, optional
@@ -142,8 +142,8 @@ class IterableAnnDataset(IterableDataset):
             raise ValueError(f"rank={rank} of world_size={world_size}: ranks are 0 to world_size - 1.")
         if buffer_size < 1 or seed < 0:
             raise ValueError(f"buffer_size={buffer_size}, seed={seed}: a buffer holds a cell, and seeds start at 0.")
-        one = isinstance(filenames, str) or not isinstance(filenames, Iterable)
-        sources = [open_source(source, layer, fractional) for source in expand([filenames] if one else filenames)]
+        filenames = [filenames] if is_source(filenames) else filenames
+        sources = [open_source(source, layer, fractional) for source in expand(filenames)]
         if not sources:
             raise ValueError("No files: give at least one file, folder, pattern, AnnData or store.")
         self.tokenizer = tokenizer

@@ -29,15 +29,24 @@ class FileHandle:
         The file.
     opener : callable (Path) -> mapping
         Opens it; picklable.
+    root : str, default: ""
+        What all keys begin with, such as `mod/rna/`: the place of an AnnData in the file.
     """
 
-    def __init__(self, path: Path, opener: Callable[[Path], Any]):
-        self.path = Path(os.path.abspath(path))
+    def __init__(self, path: Path, opener: Callable[[Path], Any], root: str = ""):
+        self.path, self.root = Path(os.path.abspath(path)), root
         self._opener = opener
         self._file, self._process = None, None
 
     def __getitem__(self, key: str) -> Any:
-        return self.file[key]
+        return self.file[self.root + key]
+
+    def __contains__(self, key: str) -> bool:
+        return self.root + key in self.file
+
+    def inside(self, root: str) -> FileHandle:
+        """Return a handle of its own to a place in the file."""
+        return FileHandle(self.path, self._opener, self.root + root)
 
     @property
     def file(self) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .cell_store import CellStore
-from .formats import find_format
+from .formats import find_format, find_layers
 from .store_writer import ROWS_PER_BATCH
 
 _ROWS_AT_ONCE = 16_384  # where all rows are looked at
@@ -104,7 +104,7 @@ def _layer(file: Path, use_X_not_raw: bool) -> str | None:
     if known is None:
         raise ValueError(f"{file} is of no format that is read; a folder of files is for SingleCellCollection.")
     names = set()
-    for layer in known.read(file):
+    for layer in find_layers(file).layers:
         names.add(layer.name)
         layer.matrix.close()
     order = ("X", "raw") if use_X_not_raw else ("raw", "X")

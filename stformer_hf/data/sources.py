@@ -16,10 +16,13 @@ from scipy import sparse
 from ..genes.gene_table import GeneTable
 from ..genes.text_files import naming
 from ..models.gene_bert.cell_counts import NO_COUNTS, check_counts, choose_counts
-from .formats import Layer, anndata_layers, read_layers, store_layers
+from .formats import Layer, find_layers
 from .matrices import Matrix
 
 if TYPE_CHECKING:
+    from mudata import MuData
+    from spatialdata import SpatialData
+
     from .cell_store import CellStore
 
 
@@ -136,17 +139,18 @@ def checked_blocks(
 
 
 def open_source(
-    source: AnnData | CellStore | str | Path, layer: str | None = None, fractional: bool = False
+    source: AnnData | MuData | SpatialData | CellStore | str | Path, layer: str | None = None, fractional: bool = False
 ) -> Source:
     """Open a file, an AnnData or a store, and find its counts.
 
     Parameters
     ----------
-    source : AnnData, CellStore, str or Path
-        An AnnData in memory or backed, a store, or a file of one of the `formats.FORMATS`.
+    source : AnnData, MuData, SpatialData, CellStore, str or Path
+        An AnnData in memory or backed, a MuData, a SpatialData, a store, or a file of one of the `formats.FORMATS`.
     layer : str, optional
         Where the counts are: `X`, `raw`, or the name of a layer; in 10x files also a feature type (such as
-        `Antibody Capture`) or, where there are several, a genome. By default the first of X, raw and the layer
+        `Antibody Capture`) or, where there are several, a genome; in a MuData or SpatialData also the modality or
+        table, as `prot` or `prot:counts`, see `choose_table`. By default the first of X, raw and the layer
         `counts` that holds counts.
     fractional : bool, default: False
         Whether counts may be fractions (RSEM, SoupX).
@@ -163,20 +167,12 @@ def open_source(
     FileNotFoundError
         No such file.
     """
-    if isinstance(source, AnnData):
-        name = str(source.filename) if source.isbacked else "AnnData"
-        key, layers = None, anndata_layers(source)
-    elif isinstance(source, (str, Path)):
-        layers = read_layers(source)
-        name, key = str(source), _key(Path(source))
-    elif hasattr(source, "manifest"):
-        name, key, layers = str(source.path), None, store_layers(source)
-    else:
-        raise ValueError(f"A source is a path, an AnnData or a CellStore, not {type(source).__name__}.")
+    name, table, layers, layer = find_layers(source, layer)
+    key = _key(Path(source)) if isinstance(source, (str, Path)) else None
     with naming(name):
         by_name = {found.name: found for found in layers}
         problems = {name: partial(_probe, found, fractional) for name, found in by_name.items()}
-        found = by_name[choose_counts(problems, layer, name)]
+        found = by_name[choose_counts(problems, layer, name + table)]
         opened = Source(
             name=name,
             counts_in=found.name,

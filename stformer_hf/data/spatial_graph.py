@@ -10,6 +10,8 @@ from anndata import AnnData
 from scipy import sparse
 from scipy.spatial import Delaunay, QhullError, cKDTree
 
+from .read_anndata import find_placed_table, section_of
+
 _METHODS = ("delaunay", "knn", "radius")
 _N_NEIGHBORS = 6  # squidpy's
 _MOST_CELLS_A_PLACE = 1000  # all are neighbours of each other: their edges grow with the square
@@ -24,6 +26,7 @@ def spatial_neighbors(
     key_added: str = "spatial",
     n_neighbors: int | None = None,
     radius: float | None = None,
+    layer: str | None = None,
 ) -> None:
     """Find the neighbours of cells or spots by their coordinates.
 
@@ -32,16 +35,19 @@ def spatial_neighbors(
 
     Parameters
     ----------
-    adata : AnnData
+    adata : AnnData, MuData or SpatialData
         Gets, as from `squidpy.gr.spatial_neighbors`, `obsp["spatial_connectivities"]`, a symmetric CSR matrix of
         float32 ones without a diagonal; `obsp["spatial_distances"]` (float64, in the unit of the coordinates), which
         has the same entries, zeros of cells at one place among them; and the settings in `uns["spatial_neighbors"]`.
+        Of a MuData the modality of genes gets them; of a SpatialData the table, and coordinates as well, if it has
+        none, see `add_coordinates`.
     method : {"delaunay", "knn", "radius"}, optional
         By default by what is given: `n_neighbors`, `radius`, or neither, which is the triangulation.
     spatial_key : str, default: "spatial"
         Key of obsm: coordinates, (n_cells, 2) or (n_cells, 3).
     section_key : str, optional
-        Column of obs; cells of different sections are never neighbours. By default all are of one.
+        Column of obs; cells of different sections are never neighbours. By default the regions of a SpatialData's
+        table are sections, and all other cells are of one.
     key_added : str, default: "spatial"
         What the keys begin with.
     n_neighbors : int, optional
@@ -50,6 +56,8 @@ def spatial_neighbors(
         come last is left open.
     radius : float, optional
         Of "radius", which needs it. In place of the triangulation: join all cells that are at most so far apart.
+    layer : str, optional
+        Of a MuData or SpatialData: the modality or table.
 
     Raises
     ------
@@ -85,13 +93,15 @@ def spatial_neighbors(
         raise ValueError(f"n_neighbors={n_neighbors}: a whole number of at least 1 is needed.")
     if radius is not None and not 0 < radius < np.inf:
         raise ValueError(f"radius={radius}: a positive distance is needed.")
+    found = find_placed_table(adata, layer)
+    adata, section_key = found.table, section_key or section_of(found.table)
     coordinates = _coordinates(adata, spatial_key)
     # At most 1, so that no square overflows; a power of 2 changes no digits.
     _, exponent = np.frexp(np.abs(coordinates).max(initial=0))
     points = np.ldexp(coordinates, -exponent)
     radius_of_points = None if radius is None else np.ldexp(radius, -exponent)
     pairs = [np.empty((0, 2), np.int64)]
-    for cells in _sections(adata, section_key):
+    for cells in _sections(found.obs, section_key):
         pairs.append(cells[_pairs(points[cells], n_neighbors, radius_of_points)])
     connectivities, distances = _graph(np.concatenate(pairs), points)
     distances.data = np.ldexp(distances.data, exponent)
@@ -125,13 +135,13 @@ def _coordinates(adata: AnnData, key: str) -> np.ndarray:
     return coordinates
 
 
-def _sections(adata: AnnData, key: str | None) -> list[np.ndarray]:
+def _sections(obs: pd.DataFrame, key: str | None) -> list[np.ndarray]:
     """Cells of each section."""
     if key is None:
-        return [np.arange(adata.n_obs)]
-    if key not in adata.obs:
-        raise ValueError(f"There is no obs[{key!r}]; obs has {', '.join(map(repr, adata.obs)) or 'nothing'}.")
-    codes, names = pd.factorize(adata.obs[key])
+        return [np.arange(len(obs))]
+    if key not in obs:
+        raise ValueError(f"There is no obs[{key!r}]; obs has {', '.join(map(repr, obs)) or 'nothing'}.")
+    codes, names = pd.factorize(obs[key])
     if (codes < 0).any():
         raise ValueError(f"{(codes < 0).sum()} of {len(codes)} cells have no value in obs[{key!r}].")
     bounds = np.cumsum(np.bincount(codes, minlength=len(names)))[:-1]

@@ -13,7 +13,9 @@ from scipy import sparse
 from sklearn.metrics import f1_score
 from tqdm.auto import tqdm
 
+from ..data.read_anndata import as_anndata
 from ..data.sources import open_source
+from ..models.gene_bert.cell_tables import find_table
 from .ceiling import Ceiling, cluster_agreement, measure_ceiling
 from .cell_baselines import log_normalise
 from .clusters import cluster_scores, silhouette
@@ -128,6 +130,8 @@ def evaluate_embedding(
     """
     keys = [keys] if isinstance(keys, str) else list(keys)
     _check_settings(keys, baselines, n_splits, n_repeats, n_draws, n_splits if min_cells is None else min_cells)
+    found = find_table(adata, layer)
+    adata, layer = as_anndata(found), found.layer
     embeddings = {key: _read_embedding(adata, key) for key in keys}
     labels = _column(adata, label_key)
     batches = None if batch_key is None else _column(adata, batch_key)

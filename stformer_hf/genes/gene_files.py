@@ -105,9 +105,7 @@ def _read_frame(frame: pd.DataFrame, name: str, gene_id: str | None, symbol: str
     symbol = _find_symbols(frame, name, seen, gene_id) if symbol is None else symbol
     ids, symbols = _names(frame[gene_id]), _names(frame[symbol])
     if mostly_ids(symbols) and not mostly_ids(ids):
-        raise ValueError(
-            f"{name} has gene ids in {symbol!r}, and not in {gene_id!r}: exchange gene_id= and symbol=."
-        )
+        raise ValueError(f"{name} has gene ids in {symbol!r}, and not in {gene_id!r}: exchange gene_id= and symbol=.")
     others = frame.drop(columns=[column for column in (gene_id, symbol, "gene_id", "symbol") if column in frame])
     return _unite_rows(ids, symbols, others.rename(columns=str), name)
 

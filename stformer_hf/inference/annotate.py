@@ -8,6 +8,7 @@ import torch
 from anndata import AnnData
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from ..models.gene_bert.cell_tables import find_table
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from .batches import load, run
 
@@ -27,8 +28,9 @@ def annotate(
 
     Parameters
     ----------
-    adata : AnnData
-        Cells with raw counts in X, raw or a layer.
+    adata : AnnData, MuData or SpatialData
+        Cells with raw counts in X, raw or a layer. Of a MuData the modality of genes gets the labels, of a
+        SpatialData the table.
     model : str or PreTrainedModel
         A checkpoint of a classifier, or a classifier.
     tokenizer : GeneTokenizer, optional
@@ -70,16 +72,17 @@ def annotate(
         desc="annotate",
         with_phenotypes=True,  # those that it was trained with
     )
+    table = find_table(adata, layer).table
     if problem in ("regression", "multi_label_classification"):
         for i in range(classifier.config.num_labels):
             values = np.where(n_genes > 0, probabilities[:, i], np.nan)
-            adata.obs[f"{key_added}_{classifier.config.id2label[i]}"] = values.astype(np.float32)
+            table.obs[f"{key_added}_{classifier.config.id2label[i]}"] = values.astype(np.float32)
         return
     names = [classifier.config.id2label[i] for i in range(classifier.config.num_labels)]
     codes = np.where(n_genes > 0, probabilities.argmax(1), -1)
     scores = np.where(n_genes > 0, probabilities.max(1), np.nan).astype(np.float32)
-    adata.obs[f"{key_added}_label"] = pd.Categorical.from_codes(codes, names)
-    adata.obs[f"{key_added}_score"] = scores
+    table.obs[f"{key_added}_label"] = pd.Categorical.from_codes(codes, names)
+    table.obs[f"{key_added}_score"] = scores
 
 
 def _check_is_classifier(model: str) -> None:

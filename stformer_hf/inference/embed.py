@@ -7,6 +7,7 @@ from anndata import AnnData
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .. import __version__
+from ..models.gene_bert.cell_tables import find_table
 from ..models.gene_bert.heads import pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from .batches import load, run
@@ -30,8 +31,9 @@ def embed(
 
     Parameters
     ----------
-    adata : AnnData
-        Cells with raw counts in X, raw or a layer.
+    adata : AnnData, MuData or SpatialData
+        Cells with raw counts in X, raw or a layer. Of a MuData the modality of genes gets the embedding, of a
+        SpatialData the table.
     model : str or PreTrainedModel
         A checkpoint (its head, if any, is not used), or an encoder.
     tokenizer : GeneTokenizer, optional
@@ -47,7 +49,8 @@ def embed(
         Whether a model with phenotype tokens sees those of the cells. By default they are masked, so that an embedding
         depends on the counts alone: a label that the model was shown would be found in it.
     layer : str, optional
-        Where the counts are: X, raw or a layer. Found by itself by default.
+        Where the counts are: X, raw or a layer. Found by itself by default. In a MuData or SpatialData also the
+        modality or table, as `prot` or `prot:counts`.
     fractional : bool, default: False
         Whether counts may be fractions, as estimates are (alevin, RSEM, SoupX, CellBender).
     batch_size : int, default: 64
@@ -89,8 +92,9 @@ def embed(
         desc="embed",
         with_phenotypes=with_phenotypes,
     )
-    adata.obsm[key_added] = embedding
-    adata.uns["stformer"] = {
+    table = find_table(adata, layer).table
+    table.obsm[key_added] = embedding
+    table.uns["stformer"] = {
         "model": str(name),
         "layer": hidden_layer,
         "pooling": pooling,

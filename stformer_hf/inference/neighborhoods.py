@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from .. import __version__
 from ..data.center_mask_sampler import CenterMaskSampler
+from ..data.read_anndata import as_anndata, find_placed_table, section_of
 from ..data.sources import Source, open_source
 from ..models.gene_bert.gene_columns import GeneMatcher, describe, strip_versions
 from ..training.neighborhood_collator import collate_neighborhoods
@@ -51,16 +52,18 @@ def embed_neighborhoods(
 
     Parameters
     ----------
-    adata : AnnData
+    adata : AnnData, MuData or SpatialData
         Cells with coordinates in obsm, and raw counts in X, raw or a layer. A backed one is read batch by batch where
         the columns of X are the model's genes in their order; else the counts of these genes are read into memory,
-        sparse.
+        sparse. Of a MuData the modality of genes is read and gets the embedding, of a SpatialData the table, which
+        also gets coordinates, if it has none, see `add_coordinates`.
     model : str or PreTrainedModel
         A checkpoint of a CellNeighborhood (its head, if any, is not used), or a model.
     spatial_key : str, default: "spatial"
         Key of obsm: coordinates, (n_cells, 2) or (n_cells, 3), in the unit that the model learnt with.
     section_key : str, optional
-        Column of obs: the tissue section of each cell. By default all cells are of one.
+        Column of obs: the tissue section of each cell. By default the regions of a SpatialData's table are sections,
+        and all other cells are of one.
     cell_type_key : str, optional
         Column of obs: the type of each cell, by the names that the model knows (`config.cell_types`). Of a model that
         knows none: categories, numbered in their order, or integers, taken as they are. A model of a single type
@@ -109,12 +112,15 @@ def embed_neighborhoods(
         )
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: at least 1 is needed.")
+    found = find_placed_table(adata, layer)
+    adata, layer, cells = found.table, found.layer, as_anndata(found)
+    section_key = section_key or section_of(adata)
     if not adata.n_obs:
-        raise ValueError("The AnnData has no cells.")
+        raise ValueError(f"{found.name} has no cells.")
     if not adata.obs_names.is_unique:
         raise ValueError("obs_names are not unique: call adata.obs_names_make_unique() first.")
-    types = _types(adata, cell_type_key, config)
-    counts, source = _in_genes_of(adata, layer, fractional, config)
+    types = _types(cells, cell_type_key, config)
+    counts, source = _in_genes_of(cells, layer, fractional, config)
     sampler = CenterMaskSampler.from_anndata(
         counts,
         spatial_key=spatial_key,

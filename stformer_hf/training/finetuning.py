@@ -29,6 +29,7 @@ from transformers import (
 from ..batches.collate import pad, read_tokens
 from ..data.cell_store import CellStore
 from ..evaluation.metrics import balanced_class_weights
+from ..models.gene_bert.cell_tables import find_table
 from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
 from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
@@ -134,7 +135,7 @@ def finetune(
 
     Parameters
     ----------
-    cells : CellStore or AnnData
+    cells : CellStore, AnnData, MuData or SpatialData
         Labelled cells; those without a label or without counts are left out.
     label_key : str, or list of str
         Column of obs: classes, or numbers with `problem_type="regression"`. Several columns of 0 and 1 for several
@@ -185,10 +186,10 @@ def finetune(
         No such column; no labelled cells; labels that do not fit the problem; a tokenizer that does not fit.
     """
     with tempfile.TemporaryDirectory() as folder:
-        if isinstance(cells, AnnData):
+        if not isinstance(cells, CellStore):
             columns = [label_key] if isinstance(label_key, str) else list(label_key)
             columns += [name for name in (group_key, *phenotypes) if name is not None]
-            _check_columns(cells.obs, columns)
+            _check_columns(find_table(cells, layer).obs, columns)
             cells = CellStore.build(
                 Path(folder) / "store",
                 cells,

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .cell_tables import find_table, is_mudata, is_spatialdata
 from .gene_columns import GENES, ColumnNames, feature_types
 
 NEIGHBORS = "spatial_connectivities"  # where squidpy keeps the graph of the cells
@@ -69,7 +70,8 @@ def read_cells(
     fractional: bool = False,
 ) -> Cells:
     """Read the counts of an AnnData, a matrix or a CellBatch; see `GeneTokenizer.__call__`."""
-    brings_its_own = is_cell_batch(cells) or hasattr(cells, "var_names")
+    has_tables = is_mudata(cells) or is_spatialdata(cells)
+    brings_its_own = has_tables or is_cell_batch(cells) or hasattr(cells, "var_names")
     if brings_its_own and not (genes is None and obs is None and neighborhood is None):
         raise ValueError(f"genes=, obs= and neighborhood= go with a matrix; a {type(cells).__name__} brings its own.")
     if is_cell_batch(cells):
@@ -87,16 +89,17 @@ def read_cells(
             CountRows(*around) if with_neighborhood else None,
         )
     around = None
-    if hasattr(cells, "obs") and hasattr(cells, "var_names"):
-        matrix, rows, var = _find_counts(cells, layer, fractional)
-        names, obs = ColumnNames(var.index, var), cells.obs
+    if has_tables or (hasattr(cells, "obs") and hasattr(cells, "var_names")):
+        adata, obs, layer, name = find_table(cells, layer)
+        matrix, rows, var = _find_counts(adata, layer, fractional, name)
+        names = ColumnNames(var.index, var)
         if with_neighborhood:
-            if NEIGHBORS not in cells.obsp:
+            if NEIGHBORS not in adata.obsp:
                 raise ValueError(
-                    f"The tokenizer adds each cell's neighbourhood, and the AnnData has no obsp[{NEIGHBORS!r}]: make "
+                    f"The tokenizer adds each cell's neighbourhood, and {name} has no obsp[{NEIGHBORS!r}]: make "
                     "it with stformer_hf.spatial_neighbors(adata), or with squidpy.gr.spatial_neighbors."
                 )
-            around = csr_rows(sum_of_neighbors(cells.obsp[NEIGHBORS], matrix))
+            around = csr_rows(sum_of_neighbors(adata.obsp[NEIGHBORS], matrix))
     elif hasattr(cells, "shape") and len(cells.shape) == 2:
         if with_neighborhood and neighborhood is None:
             raise ValueError(
@@ -119,7 +122,8 @@ def read_cells(
         _require_counts(rows.counts, "the matrix", fractional)
     else:
         raise TypeError(
-            f"GeneTokenizer takes an AnnData, a matrix of counts or a CellBatch, not {type(cells).__name__}. "
+            f"GeneTokenizer takes an AnnData, MuData or SpatialData, a matrix of counts or a CellBatch, not "
+            f"{type(cells).__name__}. "
             "For token strings use convert_tokens_to_ids."
         )
     return Cells(rows, names, obs, np.arange(len(rows.indptr) - 1), around)
@@ -263,38 +267,38 @@ def split_features(var) -> dict[str, np.ndarray] | None:
     return {kind: np.flatnonzero(types == kind) for kind in kinds}
 
 
-def _find_counts(adata, layer: str | None, fractional: bool) -> tuple:
+def _find_counts(adata, layer: str | None, fractional: bool, name: str) -> tuple:
     """Find the counts of an AnnData in memory, as `choose_counts` says: matrix, its rows, and its `var`."""
     found = {}
-    for name, holder in (("X", adata), ("raw", getattr(adata, "raw", None))):
+    for key, holder in (("X", adata), ("raw", getattr(adata, "raw", None))):
         if holder is not None and holder.X is not None:
-            found[name] = (lambda holder=holder: holder.X), holder.var
-    for name in adata.layers:
-        found[name] = (lambda name=name: adata.layers[name]), adata.var
-    for name, (matrix, var) in list(found.items()):
+            found[key] = (lambda holder=holder: holder.X), holder.var
+    for key in adata.layers:
+        found[key] = (lambda key=key: adata.layers[key]), adata.var
+    for key, (matrix, var) in list(found.items()):
         columns = split_features(var)
         if columns is None:
             continue
         for kind, some in columns.items():
             part = (lambda matrix=matrix, some=some: _in_memory(matrix())[:, some]), var.iloc[some]
             if kind == GENES:
-                found[name] = part
-            elif name == "X":
+                found[key] = part
+            elif key == "X":
                 found[kind] = part
         if GENES not in columns:
-            del found[name]
+            del found[key]
     read: dict[str, tuple] = {}
 
-    def problem_in(name: str) -> str | None:
-        matrix = found[name][0]()
-        read[name] = matrix, csr_rows(matrix)
-        values = read[name][1].counts
+    def problem_in(key: str) -> str | None:
+        matrix = found[key][0]()
+        read[key] = matrix, csr_rows(matrix)
+        values = read[key][1].counts
         return check_counts(values, fractional)[1] or (None if values.any() else NO_COUNTS)
 
-    chosen = choose_counts({name: (lambda name=name: problem_in(name)) for name in found}, layer, "The AnnData")
+    chosen = choose_counts({key: (lambda key=key: problem_in(key)) for key in found}, layer, name)
     problem = problem_in(chosen) if chosen not in read else check_counts(read[chosen][1].counts, fractional)[1]
     if problem not in (None, NO_COUNTS):
-        raise ValueError(f"Counts are needed, and {chosen} holds {problem}. {_REMEDY}")
+        raise ValueError(f"{name}: counts are needed, and {chosen} holds {problem}. {_REMEDY}")
     return *read[chosen], found[chosen][1]
 
 

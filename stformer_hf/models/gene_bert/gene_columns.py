@@ -303,6 +303,42 @@ def feature_types(columns: Mapping[str, Sequence[Any]] | None) -> np.ndarray | N
         `Gene Expression`, or the type as it is written; None where all are genes, as where the column holds no known
         type (but biotypes, or blanks). A blank among known types is a gene.
     """
+    found = _read_types(columns)
+    if found is None:
+        return None
+    values, types, genes = found
+    if genes == set(types.values()):
+        return None
+    return np.array([GENES if types[value] in genes else types[value] for value in values], object)
+
+
+def are_genes(modality: str, columns: Mapping[str, Sequence[Any]] | None) -> bool | None:
+    """Tell whether genes are among the features of a modality: by their feature types, else by its name.
+
+    Parameters
+    ----------
+    modality : str
+        Its name, such as `rna`, `prot` or `atac`.
+    columns : mapping of str to sequence (n,), or None
+        Columns of its `var`.
+
+    Returns
+    -------
+    bool or None
+        None where neither says it.
+    """
+    found = _read_types(columns)
+    if found is not None:
+        return bool(found[2])
+    name = modality.lower().replace("_", " ")
+    return True if name in _GENE_TYPES else False if name in _OTHER_TYPES else None
+
+
+def _read_types(columns: Mapping[str, Sequence[Any]] | None) -> tuple[list, dict[Any, str], set[str]] | None:
+    """Read the column of feature types: its values, what each is as text, and which of these are genes.
+
+    None where there is no such column, or it holds no known type.
+    """
     for name in [] if columns is None else columns:
         if _plain(name) not in _FEATURE_COLUMNS:
             continue
@@ -310,17 +346,13 @@ def feature_types(columns: Mapping[str, Sequence[Any]] | None) -> np.ndarray | N
         types = {value: _text(value) for value in set(values)}
         plain = {kind: kind.lower().replace("_", " ") for kind in types.values()}
         known = {kind for kind, written in plain.items() if written in _GENE_TYPES or written in _OTHER_TYPES}
-        if not known:
-            if any(plain):
-                logger.warning(
-                    f"var[{name!r}] holds no known feature type (but {', '.join(sorted(plain)[:3])}): all "
-                    "columns are taken for genes."
-                )
-            continue
-        genes = {kind for kind, written in plain.items() if written in _GENE_TYPES or not written}
-        if genes == set(plain):
-            return None
-        return np.array([GENES if types[value] in genes else types[value] for value in values], object)
+        if known:
+            return values, types, {kind for kind, word in plain.items() if word in _GENE_TYPES or not word}
+        if any(plain):
+            logger.warning(
+                f"var[{name!r}] holds no known feature type (but {', '.join(sorted(plain)[:3])}): all columns are "
+                "taken for genes."
+            )
     return None
 
 
@@ -549,6 +581,7 @@ __all__ = [
     "ColumnNames",
     "GeneColumns",
     "GeneMatcher",
+    "are_genes",
     "describe",
     "feature_types",
     "guess_species",

@@ -801,7 +801,7 @@ class GeneTokenizer(PreTrainedTokenizer):
 
         Parameters
         ----------
-        cells : AnnData, sparse or dense matrix (n, n_columns), or CellBatch
+        cells : AnnData, MuData, SpatialData, sparse or dense matrix (n, n_columns), or CellBatch
             Counts. An AnnData or a `CellBatch` (of `CellStore.__getitems__`) brings its own genes and obs.
         genes : sequence of str, optional
             Gene ids of a matrix's columns; the tokenizer's own genes, in order, by default.
@@ -809,7 +809,8 @@ class GeneTokenizer(PreTrainedTokenizer):
             Phenotypes of a matrix's rows.
         layer : str, optional
             Where the counts of an AnnData are: `X`, `raw`, the name of a layer, or a feature type. By default the
-            first of X, raw and the layer `counts` that holds counts.
+            first of X, raw and the layer `counts` that holds counts. In a MuData or SpatialData also the modality or
+            table, as `prot` or `prot:counts`; by default the modality of genes, or the only table.
         fractional : bool, default: False
             Whether counts may be fractions, as estimates are (alevin, RSEM, SoupX, CellBender).
         neighborhood : sparse or dense matrix (n, n_columns), optional

@@ -1,0 +1,193 @@
+"""Cells as an AnnData with coordinates, whatever holds them: an h5ad or zarr file, a MuData or a SpatialData."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from anndata import AnnData
+from anndata.io import read_elem, read_h5ad, read_zarr
+
+from ..genes.text_files import naming
+from ..models.gene_bert.cell_tables import CellTable, find_table, is_spatialdata
+from .formats import Tables, local_path, read_layers
+
+if TYPE_CHECKING:
+    from mudata import MuData
+    from spatialdata import SpatialData
+
+_ATTRS = "spatialdata_attrs"  # where a table says in uns which elements its rows are in
+_SYSTEM = "global"  # the coordinate system that every element has by default
+_ELEMENTS = ("shapes", "labels", "points")  # what a table annotates; images, the largest, are left alone
+
+
+def is_anndata_file(path: Path) -> bool:
+    """Tell by its name whether a file is one that `read_anndata` reads."""
+    return path.name.lower().endswith((".h5ad", ".h5mu", ".zarr", ".zarr.zip")) and path.exists()
+
+
+def read_anndata(path: str | Path, layer: str | None = None, backed: bool = False) -> tuple[AnnData, str | None]:
+    """Read a file that holds an AnnData, a MuData or a SpatialData.
+
+    Parameters
+    ----------
+    path : str or Path
+        `.h5ad`, `.h5mu`, or the `.zarr` of an AnnData, MuData or SpatialData.
+    layer : str, optional
+        The layer that will be read, and of a MuData or SpatialData the modality or table; see `choose_table`.
+    backed : bool, default: False
+        Leave the matrix of an h5ad in its file. Of other files the chosen table is read whole.
+
+    Returns
+    -------
+    adata : AnnData
+        Of a MuData the modality, whose obs has the MuData's columns too; of a SpatialData the table, with
+        `obsm["spatial"]`, see `add_coordinates`.
+    layer : str or None
+        The layer in it.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    ImportError
+        A SpatialData whose table has no coordinates, without the package `spatialdata`.
+    ValueError
+        Another format; a damaged file; no table, or several and no choice; and see `add_coordinates`.
+    """
+    path = local_path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"No such file: {path}")
+    if not (path.suffix.lower() == ".h5mu" or path.name.lower().endswith((".zarr", ".zarr.zip"))):
+        with naming(path, "h5ad"):
+            return read_h5ad(path, backed="r" if backed else None), layer
+    found = read_layers(path)
+    with naming(path):
+        if not isinstance(found, Tables):
+            return (read_h5ad if path.suffix.lower() == ".h5mu" else read_zarr)(path), layer
+        name, layer = found.choose(layer, str(path))
+        place = found.places[name]
+        adata = read_elem(place.file[place.root.rstrip("/")])
+        place.close()
+        adata.obs = found.join(adata.obs, name)
+    if found.kind == "table":
+        add_coordinates(adata, lambda: _import_spatialdata().read_zarr(path, selection=_ELEMENTS), str(path))
+    return adata, layer
+
+
+def find_placed_table(cells: AnnData | MuData | SpatialData, layer: str | None = None) -> CellTable:
+    """Find the table that holds the cells, as `find_table`; that of a SpatialData gets coordinates, if it has none.
+
+    Raises
+    ------
+    ValueError
+        What `find_table` and `add_coordinates` raise.
+    """
+    found = find_table(cells, layer)
+    if is_spatialdata(cells):
+        add_coordinates(found.table, lambda: cells, found.name)
+    return found
+
+
+def as_anndata(found: CellTable) -> AnnData:
+    """Return the table with the obs that was found for it: itself, or an AnnData of the same arrays."""
+    table = found.table
+    if found.obs is table.obs:
+        return table
+    if table.isbacked:
+        table = table.to_memory()
+    raw = None if table.raw is None else {"X": table.raw.X, "var": table.raw.var}
+    parts = {name: dict(getattr(table, name)) for name in ("layers", "obsm", "obsp")}
+    return AnnData(table.X, obs=found.obs, var=table.var, uns=dict(table.uns), raw=raw, **parts)
+
+
+def section_of(adata: AnnData) -> str | None:
+    """Name the column of obs that tells sections apart: of a SpatialData's table its regions; None of others."""
+    key = dict(adata.uns.get(_ATTRS, {})).get("region_key")
+    return key if key in adata.obs else None
+
+
+def add_coordinates(table: AnnData, read: Callable[[], SpatialData], name: str) -> None:
+    """Write `obsm["spatial"]` of a SpatialData's table: the centroids of what its rows annotate.
+
+    Parameters
+    ----------
+    table : AnnData
+        Changed in place: float64 (n_cells, 2 or 3), in the coordinate system "global". Left as it is where it has
+        coordinates, or annotates no element.
+    read : callable () -> SpatialData
+        Gives the elements.
+    name : str
+        Named in errors.
+
+    Raises
+    ------
+    ValueError
+        An element that is not there, that lacks some of the instances, has one twice, or is not in "global"; elements
+        of 2 and of 3 dimensions.
+    """
+    attrs = table.uns.get(_ATTRS)
+    if "spatial" in table.obsm or not attrs:
+        return
+    for key in ("region_key", "instance_key"):
+        if attrs[key] not in table.obs:
+            raise ValueError(f"{name}: the table's {key} is {attrs[key]!r}, and obs has no such column.")
+    regions, instances = table.obs[attrs["region_key"]].astype(object), table.obs[attrs["instance_key"]]
+    if regions.isna().any():
+        raise ValueError(f"{name}: {regions.isna().sum()} cells have no region in obs[{attrs['region_key']!r}].")
+    places, elements = {}, read() if table.n_obs else None
+    for region in regions.unique():
+        rows = np.flatnonzero(regions == region)
+        places[region] = rows, _centroids(elements, region, instances.iloc[rows], name)
+    widths = {region: found.shape[1] for region, (_, found) in places.items()}
+    if len(set(widths.values())) > 1:
+        raise ValueError(f"{name}: the elements of its table differ in their dimensions: {widths}.")
+    coordinates = np.empty((table.n_obs, max(widths.values(), default=2)))
+    for rows, found in places.values():
+        coordinates[rows] = found
+    table.obsm["spatial"] = coordinates
+
+
+def _centroids(elements: SpatialData, region: str, instances, name: str) -> np.ndarray:
+    """Find the centroids of some instances of an element: float64 (n, 2 or 3)."""
+    spatialdata = _import_spatialdata()
+    if region not in elements:
+        there = ", ".join(repr(found[1]) for found in elements.gen_elements() if found[0] in _ELEMENTS)
+        raise ValueError(f"{name}: its table annotates {region!r}, which is not there; there is {there or 'none'}.")
+    systems = spatialdata.transformations.get_transformation(elements[region], get_all=True)
+    if _SYSTEM not in systems:
+        raise ValueError(
+            f"{name}: the element {region!r} is not in the coordinate system {_SYSTEM!r}, but in "
+            f"{', '.join(map(repr, systems))}. Put the coordinates of the cells into obsm['spatial'] of its table; "
+            "spatialdata.get_centroids(element, coordinate_system=…) makes them."
+        )
+    centroids = spatialdata.get_centroids(elements[region], coordinate_system=_SYSTEM).compute()
+    if not centroids.index.is_unique:
+        twice = centroids.index[centroids.index.duplicated()][0]
+        raise ValueError(f"{name}: the element {region!r} has the instance {twice!r} twice.")
+    found = centroids.index.get_indexer(instances)
+    if (found < 0).any():
+        raise ValueError(
+            f"{name}: {(found < 0).sum()} of {len(found)} cells of the region {region!r} are instances that it does "
+            f"not have, such as {instances.iloc[int(np.argmin(found))]}; it has {len(centroids)}, such as "
+            f"{next(iter(centroids.index), 'none')}. Let the table's {instances.name!r} hold the element's index."
+        )
+    axes = [axis for axis in ("x", "y", "z") if axis in centroids]
+    return centroids[axes].to_numpy(np.float64)[found]
+
+
+def _import_spatialdata():
+    try:
+        import spatialdata
+        import spatialdata.transformations
+    except ImportError as error:
+        raise ImportError(
+            "The coordinates of a SpatialData are read by the package spatialdata: pip install "
+            '"stformer_hf[spatialdata]". Stores and streams need only its counts, and are made without it.'
+        ) from error
+    return spatialdata
+
+
+__all__ = ["add_coordinates", "as_anndata", "find_placed_table", "is_anndata_file", "read_anndata", "section_of"]
