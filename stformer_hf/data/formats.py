@@ -315,7 +315,7 @@ def anndata_layers(adata: AnnData, obs: pd.DataFrame | None = None) -> list[Laye
     """Give the matrices of an AnnData: in memory or backed, whole or a view; with another obs in place of its own."""
 
     def layer(name: str, matrix: Matrix, var: pd.DataFrame) -> list[Layer]:
-        return _by_feature_type(name, matrix, var, lambda: adata.obs if obs is None else obs, neighbors)
+        return _by_feature_type(name, matrix, var, lambda: adata.obs if obs is None else obs, neighbors, adata.var)
 
     def neighbors(key: str) -> Matrix:
         return MemoryMatrix(adata.obsp[key])
@@ -350,9 +350,10 @@ def _by_feature_type(
     var: pd.DataFrame,
     obs: Callable[[], pd.DataFrame],
     neighbors: Callable[[str], Matrix] | None = None,
+    whole_var: pd.DataFrame | None = None,
 ) -> list[Layer]:
     """Give the genes of a matrix as one layer; of X, antibodies and the like as layers of their own."""
-    columns = split_features(var)
+    columns = split_features(var, whole_var if name == "raw" else None)
     if columns is None:
         return [Layer(name, matrix, lambda: GeneTable.from_var(var), obs, neighbors)]
     return [
@@ -458,12 +459,14 @@ def _anndata_layers_at(
     def neighbors(key: str) -> Matrix:
         return _on_disk(handle, f"obsp/{key}")
 
-    found, vars_read = [], {}
+    found, vars_read = [], {"var": table("var")}
     for name, key in _matrices(handle):
         where = "raw/var" if name == "raw" else "var"
         if where not in vars_read:
             vars_read[where] = table(where)
-        found += _by_feature_type(name, _on_disk(handle, key), vars_read[where], lambda: table("obs"), neighbors)
+        found += _by_feature_type(
+            name, _on_disk(handle, key), vars_read[where], lambda: table("obs"), neighbors, vars_read["var"]
+        )
     return found
 
 
@@ -505,7 +508,9 @@ def _legacy_layers(handle: FileHandle) -> list[Layer]:
 
     found = []
     for name, key in _matrices(handle):
-        found += _by_feature_type(name, _on_disk(handle, key), raw_var if name == "raw" else var, lambda: obs)
+        found += _by_feature_type(
+            name, _on_disk(handle, key), raw_var if name == "raw" else var, lambda: obs, None, var
+        )
     return found
 
 
@@ -745,10 +750,10 @@ def _read_loom(path: Path) -> list[Layer]:
     def attributes(key: str, index: tuple[str, ...]) -> pd.DataFrame:
         columns = {}
         for name, node in handle[key].items():
-            if node.ndim == 1:
+            if node.ndim == 1 and node.dtype.names is None:  # SCope keeps embeddings as compound attributes
                 strings = h5py.check_string_dtype(node.dtype) is not None
                 columns[name] = node.asstr()[:].astype(object) if strings else node[:]
-        frame = pd.DataFrame(columns).rename(columns={"Accession": "gene_ids"})
+        frame = pd.DataFrame(columns)
         for name in index:
             if name in frame:
                 return frame.set_index(frame[name].astype(str).to_numpy(object)).drop(columns=name)

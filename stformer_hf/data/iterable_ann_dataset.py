@@ -21,6 +21,7 @@ from .cell_batch import CellBatch
 from .formats import expand, is_source
 from .matrices import Matrix
 from .obs_columns import as_array, as_arrow, as_objects, unite_obs
+from .same_cells import check_names
 from .shards import align, count_type_of, gene_type
 from .sources import Source, checked_blocks, open_source
 
@@ -78,6 +79,8 @@ class IterableAnnDataset(IterableDataset):
         Which of how many equal parts this process reads. Not taken from `torch.distributed`: accelerate, and so
         Trainer, lets the main process read an iterable dataset for all, which needs 0 and 1. Give them where each
         process has a loader of its own that accelerate does not prepare.
+    allow_duplicates : bool, default: False
+        Read files that hold the same cells by their names, such as raw and filtered ones of one run.
 
     Attributes
     ----------
@@ -137,13 +140,17 @@ class IterableAnnDataset(IterableDataset):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        allow_duplicates: bool = False,
     ):
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} of world_size={world_size}: ranks are 0 to world_size - 1.")
         if buffer_size < 1 or seed < 0:
             raise ValueError(f"buffer_size={buffer_size}, seed={seed}: a buffer holds a cell, and seeds start at 0.")
         filenames = [filenames] if is_source(filenames) else filenames
-        sources = [open_source(source, layer, fractional) for source in expand(filenames)]
+        found = expand(filenames)
+        if not allow_duplicates:
+            check_names(found)
+        sources = [open_source(source, layer, fractional) for source in found]
         if not sources:
             raise ValueError("No files: give at least one file, folder, pattern, AnnData or store.")
         self.tokenizer = tokenizer

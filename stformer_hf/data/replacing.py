@@ -146,8 +146,14 @@ def check_free(path: Path, contents: Contents, overwrite: bool) -> None:
         )
     if not (path / "manifest.json").exists():
         raise FileExistsError(f"{path} exists and is not {contents.what}; it is left as it is. Choose another path.")
-    manifest = json.loads((path / "manifest.json").read_text())
-    known = {shard["file"] for shard in manifest["shards"]} | set(contents.other_files)
+    try:
+        shards = json.loads((path / "manifest.json").read_text())["shards"]
+        known = {shard["file"] for shard in shards} | set(contents.other_files)
+    except (ValueError, TypeError, KeyError) as error:
+        raise FileExistsError(
+            f"{path} is left as it is: its manifest.json is damaged, or not of {contents.what}. Choose another path, "
+            "or delete it."
+        ) from error
     foreign = sorted(file.name for file in path.iterdir() if file.name not in known and not _is_harmless(file))
     if foreign:
         raise FileExistsError(

@@ -13,8 +13,11 @@ from scipy import sparse
 
 SHARE = 0.9  # of a source's cells that agree with cells of another: it holds the same cells
 _KAPPA = 0.5
+_LEAST_SHARED = 50  # cells, for a correlation of their totals
+_CORRELATION = 0.95  # of log totals; sections and lanes that share barcodes have far less
 _EXPECTED = 1e-3  # number of pairs of sources in which as many cells agree by chance
 _RAW_OR_FILTERED = re.compile(r"(?<![a-z])(raw|unfiltered|filtered)(?![a-z])", re.IGNORECASE)
+_COUNTED_TWICE = re.compile(r"(?<=/)Gene(?:Full\w*)?(?=/)|(?<=/square_)\d{3}um(?=/)")  # STARsolo, Visium HD
 _FORMAT = re.compile(r"(\.h5|/matrix\.mtx|/matrix\.mtx\.gz)$", re.IGNORECASE)
 _BASES = re.compile("[ACGT]{12,}")
 _REMEDY = "or pass allow_duplicates=True."
@@ -24,7 +27,8 @@ def check_names(sources: Sequence[Any]) -> None:
     """Raise ValueError for files that are the same cells by their names: one twice, or raw and filtered ones of a run.
 
     These are Cell Ranger's `raw_feature_bc_matrix` and `filtered_feature_bc_matrix`, as folders or `.h5`, STARsolo's
-    `raw` and `filtered`, and any other two paths that differ in such a word alone.
+    `raw` and `filtered`, and any other two paths that differ in such a word alone; STARsolo's `Gene` and `GeneFull`,
+    and the bins of 2, 8 and 16 um of Visium HD.
     """
     seen: dict[str, Path] = {}
     for source in sources:
@@ -34,7 +38,8 @@ def check_names(sources: Sequence[Any]) -> None:
         bare = _FORMAT.sub("", key)
         if _RAW_OR_FILTERED.search(bare.rsplit("/", 1)[-1]):  # the h5 and the folder of one matrix are one
             key = bare
-        other = seen.setdefault(_RAW_OR_FILTERED.sub("*", key), source)
+        key = _COUNTED_TWICE.sub("*", _RAW_OR_FILTERED.sub("*", key))
+        other = seen.setdefault(key, source)
         if other is source:
             continue
         if other.resolve() == source.resolve():
@@ -46,7 +51,7 @@ def check_names(sources: Sequence[Any]) -> None:
 
 
 def _is_raw(path: Path) -> bool:
-    return _RAW_OR_FILTERED.findall(path.as_posix())[-1].lower() != "filtered"
+    return (_RAW_OR_FILTERED.findall(path.as_posix()) or ["filtered"])[-1].lower() != "filtered"
 
 
 def row_totals(block: sparse.csr_matrix) -> np.ndarray:
@@ -74,7 +79,9 @@ class SameCells:
     A source holds the same cells as another where at least 90 % of its cells agree in all three with a cell there, and
     chance does not explain it, which is the probability that a cell there has the total and number of genes of one
     here: Cohen's kappa [1]_, (share - chance) / (1 - chance), is over 0.5, and no pair is expected in which so many
-    cells agree. By chance agree the droplets of two lanes that hold a molecule or two, and very small sources.
+    cells agree. By chance agree the droplets of two lanes that hold a molecule or two, and very small sources. Or
+    where at least 90 % have the barcode of a cell there, and the logarithms of their totals correlate by over 0.95, as
+    those of a matrix and of the same one without ambient counts do.
 
     References
     ----------
@@ -137,7 +144,25 @@ class SameCells:
         first, second = (np.bincount(of, minlength=len(kinds)) for of in (inverse[:n], inverse[n:]))
         chance = (first / first.sum()) @ (second / second.sum())
         beyond_chance = share - chance > _KAPPA * (1 - chance) and len(self.pairs) * chance ** (share * n) < _EXPECTED
-        return float(share) if share >= SHARE and beyond_chance else None
+        if share >= SHARE and beyond_chance:
+            return float(share)
+        return self._share_of_like_totals(i, j)
+
+    def _share_of_like_totals(self, i: int, j: int) -> float | None:
+        """Share of cells with the barcode of a cell in the other, if the totals of these go together.
+
+        So do those of a matrix and of the same one without ambient counts, or with fewer genes.
+        """
+        totals = [
+            pd.Series(np.log1p(self._cells[source][:, 0]), self._barcodes[source])[self._cells[source][:, 1] > 0]
+            for source in (i, j)
+        ]
+        first, second = (of[~of.index.duplicated(keep=False)] for of in totals)
+        shared = first.index.intersection(second.index)
+        if len(shared) < max(_LEAST_SHARED, SHARE * len(first)):
+            return None
+        correlation = np.corrcoef(first[shared], second[shared])[0, 1]
+        return len(shared) / len(first) if correlation > _CORRELATION else None
 
 
 def _hash_barcodes(names: np.ndarray) -> np.ndarray:

@@ -192,9 +192,9 @@ def _watch(
             share, i, j = found
             first, second = _called(sources, i, path), _called(sources, j, path)
             raise ValueError(
-                f"{first} holds the same cells as {second}: {share:.0%} of its cells have barcode, total and number "
-                "of genes of a cell there. Give one of the two (of a raw and a filtered matrix the filtered one), or "
-                "pass allow_duplicates=True."
+                f"{first} holds the same cells as {second}: {share:.0%} of its cells have the barcode and, at least "
+                "nearly, the counts of a cell there. Give one of the two (of a raw and a filtered matrix the filtered "
+                "one), or pass allow_duplicates=True."
             )
 
     if same is not None and len(sources) in same:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from ..models.gene_bert.gene_columns import strip_versions
+from ..models.gene_bert.gene_columns import clean_names, strip_versions
 from .gene_files import ID_COLUMNS, SYMBOL_COLUMNS, whole_numbers
 from .text_files import existing_file, naming, open_text, read_text_table, suffix_of
 
@@ -132,7 +132,7 @@ def _unique(pairs: list[tuple[Any, Any]], name: str) -> dict[str, str]:
     old, new = (np.array([_text(pair[side]) for pair in pairs], object) for side in (0, 1))
     missing = [o == "" or n in ("", "NA") for o, n in zip(old, new, strict=True)]
     found: dict[str, set[str]] = {}
-    for o, n, absent in zip(strip_versions(old), strip_versions(new), missing, strict=True):
+    for o, n, absent in zip(clean_names(old), strip_versions(new), missing, strict=True):
         if not absent:
             found.setdefault(o, set()).add(n)
     several = [o for o, names in found.items() if len(names) > 1]

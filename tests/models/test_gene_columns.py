@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from stformer_hf.models.gene_bert.gene_columns import (
     GENES,
+    ColumnNames,
     GeneMatcher,
+    clean_names,
     feature_types,
     guess_species,
     resolve_genes,
@@ -99,6 +101,99 @@ def test_one_name_in_two_genomes_stays_two_genes(caplog):
     assert "genes of two genomes, such as 'C3'" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "prefix", ["GRCh38-", "mm10---", "dm6___", "WBcel235_", "TAIR10_", "Rnor_6.0_", "GRCh38_2020_A_"]
+)
+def test_whatever_stands_before_ids_is_a_reference(prefix):
+    """Seurat writes - for _; references have names that no list has."""
+    found = resolve_genes([prefix + name for name in SYMBOLS], {"gene_ids": [prefix + name for name in IDS]})
+    assert found.gene_ids.tolist() == IDS and found.symbols.tolist() == SYMBOLS
+    assert found.genomes.tolist() == [prefix.rstrip("_-")] * 4
+
+
+def test_what_stands_before_one_id_in_many_is_none():
+    """Flex marks genes that its filtered matrices leave out."""
+    ids = [f"ENSG{i:011d}" for i in range(50)]
+    found = resolve_genes([*ids, f"DEPRECATED_{ids[0]}"])
+    assert found.gene_ids.tolist() == [*ids, f"DEPRECATED_{ids[0]}"] and found.genomes is None
+
+
+def test_a_name_of_two_genomes_and_of_none_keeps_its_own():
+    found = resolve_genes(["hg19_C3", "mm10_C3", "C3"])
+    assert found.gene_ids.tolist() == ["hg19_C3", "mm10_C3", "C3"]
+    assert found.genomes.tolist() == ["hg19", "mm10", ""]
+
+
+def test_probes_and_old_copies_are_their_gene():
+    assert clean_names([f"{IDS[0]}|A1BG|a1b2c3d", "A|B", "ENSGR0000000002.7", f"{IDS[2]}-PAR-Y"]).tolist() == [
+        IDS[0],
+        "A|B",
+        IDS[1],
+        IDS[2],
+    ]
+    assert clean_names([f"GRCh38_{IDS[0]}.4", None, " NA "]).tolist() == [IDS[0], "", ""]
+
+
+def test_each_gene_takes_the_first_id_there_is():
+    """In pig and zebrafish the index is symbols where there are some, else ids."""
+    found = resolve_genes([*IDS[:3], "CD8A"], {"gene_ids": IDS})
+    assert found.gene_ids.tolist() == IDS and found.symbols.tolist() == [*IDS[:3], "CD8A"]
+    found = resolve_genes(["CD4", *IDS[1:]], {"gene_ids": [None] * 4, "gene_name": SYMBOLS})
+    assert found.gene_ids.tolist() == ["CD4", *IDS[1:]] and found.symbols.tolist() == SYMBOLS
+
+
+def test_ids_are_of_one_species():
+    mouse = [f"ENSMUSG{i:011d}" for i in range(4)]
+    orthologs = {"ensembl_id": [*IDS[:3], None], "gene_ids": mouse}
+    assert resolve_genes(["Cd4", "Gapdh", "Actb", "Cd8a"], orthologs).gene_ids.tolist() == mouse
+    gaps = {"gene_ids": [*mouse[:3], None], "ensembl": [IDS[0], None, None, IDS[3]]}
+    assert resolve_genes(["Cd4", "Gapdh", "Actb", "Cd8a"], gaps).gene_ids.tolist() == [*mouse[:3], "Cd8a"]
+    mixed = {"gene_ids": [IDS[0], mouse[1], IDS[2], None], "ensembl": [None, None, None, mouse[3]]}
+    assert resolve_genes(SYMBOLS, mixed).gene_ids.tolist() == [IDS[0], mouse[1], IDS[2], mouse[3]]
+
+
+def test_other_ids_are_read_where_there_are_no_known_ones():
+    maize = [f"Zm00001d{i:06d}" for i in range(4)]
+    found = resolve_genes(maize, {"gene_symbol": SYMBOLS})
+    assert found.gene_ids.tolist() == maize and found.symbols.tolist() == SYMBOLS
+    found = resolve_genes(SYMBOLS, {"gene_ids": [*IDS[:3], None], "feature_id": maize})
+    assert found.gene_ids.tolist() == [*IDS[:3], "CD8A"]  # not a name of another reference
+
+
+@pytest.mark.parametrize("index", [["7", "2", "9", "0"], ["0-0", "1-0", "0-1", "1-1"], ["0.0", "1.0", "2.0", "3.0"]])
+def test_row_numbers_that_were_moved_or_joined_give_way_too(index):
+    assert resolve_genes(index, {"feature_name": SYMBOLS}).gene_ids.tolist() == SYMBOLS
+    assert resolve_genes(index, {"gene_ids": IDS, "gene_name": SYMBOLS}).symbols.tolist() == SYMBOLS
+
+
+def test_how_large_row_numbers_are():
+    """Selected columns of a large table ascend; Entrez ids soon pass the size of any."""
+    with pytest.raises(ValueError, match="row numbers"):
+        resolve_genes(["5", "71", "199999"])
+    assert resolve_genes(["5", "71", "200000"]).gene_ids.tolist() == ["5", "71", "200000"]
+    assert resolve_genes(["3", "1", "1"]).gene_ids.tolist() == ["3", "1", "1"]  # twice: no numbers of rows
+
+
+@pytest.mark.parametrize("column", [[True, False, True, True], [0.5, 1.0, 2.0, 3.0], ["1", "2", "3", "4"]])
+def test_symbols_are_text(column):
+    assert resolve_genes(IDS, {"genes": column}).symbols.tolist() == IDS
+
+
+def test_columns_that_are_no_names_are_refused():
+    twice = pd.DataFrame([[name, name] for name in IDS], columns=["gene_ids", "gene_ids"])
+    for read in (resolve_genes, ColumnNames):
+        with pytest.raises(ValueError, match="is a column there twice"):
+            read(SYMBOLS, twice)
+        with pytest.raises(ValueError, match="holds ndarrays"):
+            read(SYMBOLS, {"gene_ids": pd.Series([np.array([name]) for name in IDS])})
+
+
+def test_the_key_of_names_is_of_index_and_columns():
+    keys = [ColumnNames(SYMBOLS, {"gene_ids": ids}).key for ids in (IDS, IDS[::-1], IDS)]
+    assert keys[0] == keys[2] != keys[1]
+    assert ColumnNames(SYMBOLS).key != ColumnNames(SYMBOLS[::-1]).key
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_order_and_what_surrounds_names_change_no_gene(data):
@@ -138,9 +233,17 @@ def test_known_feature_types_split_the_columns(name):
     assert feature_types({name: ["Gene Expression"] * 2}) is None
 
 
+def test_unknown_feature_types_are_genes():
+    """The third column of a features.tsv may be a biotype; nothing is dropped but what is known to be no gene."""
+    assert feature_types({"feature_type": ["gene", "ncRNA_gene", "pseudogene"]}) is None
+    assert feature_types({"feature_type": ["mRNA", "lncRNA"]}) is None
+    types = feature_types({"feature_type": ["Gene Expression", "lncRNA", "Unassigned Codeword", "Negative Control X"]})
+    assert types.tolist() == [GENES, GENES, "Unassigned Codeword", "Negative Control X"]
+
+
 def test_biotypes_and_blanks_are_no_feature_types(caplog):
     assert feature_types({"feature_type": ["protein_coding", "lncRNA", ""]}) is None
-    assert "no known feature type (but , lncRNA, protein_coding)" in caplog.text
+    assert "lncRNA, protein_coding, no known feature type: taken for genes" in caplog.text
     assert feature_types({"feature_types": ["", None, np.nan]}) is None
     assert feature_types({"feature_type": ["protein_coding"] * 2, "modality": ["rna", "prot"]}).tolist() == [
         GENES,
@@ -165,8 +268,16 @@ def test_species():
     mouse = [f"ENSMUSG{i:011d}" for i in range(4)]
     assert guess_species(IDS) == "human" and guess_species([*mouse, "Cd4"]) == "mouse"
     assert guess_species(["CD4"]) is None and guess_species([*IDS, *mouse]) is None
+    assert guess_species([*IDS, *IDS, mouse[0]]) is None  # eight of nine
+    assert guess_species([*IDS, *IDS, *IDS[:1], mouse[0]]) == "human"  # nine of ten
+    assert guess_species(["FBgn0000001"]) == "fly" and guess_species(["WBGene00000001"]) == "worm"
+    assert guess_species(["AT1G01010"]) == "cress" and guess_species(["YAL001C"]) == "yeast"
     matcher = GeneMatcher(IDS, dict(zip(SYMBOLS, IDS, strict=True)))
     with pytest.raises(ValueError, match="genes of mouse .*the tokenizer's are of human"):
         matcher.find_columns(mouse, SYMBOLS)
     assert matcher.find_columns(mouse, SYMBOLS, match="symbol").tolist() == [0, 1, 2, 3]
     assert matcher.find_columns([*IDS, mouse[0]], [*SYMBOLS, "Cd4"]).tolist() == [0, 1, 2, 3, -1]
+    with pytest.raises(ValueError, match="genes of fly"):
+        matcher.find_columns([f"FBgn{i:07d}" for i in range(4)], SYMBOLS)
+    with pytest.raises(ValueError, match="genes of mouse"):  # over half, with a few that are known
+        matcher.find_columns([IDS[0], *mouse * 3], ["CD4", *SYMBOLS * 3])

@@ -258,9 +258,15 @@ def pad_ragged(flat: np.ndarray, indptr: np.ndarray, length: int, value: int, si
 # ---------------------------------------------------------------------- where the counts are
 
 
-def split_features(var) -> dict[str, np.ndarray] | None:
-    """Find the columns of each feature type: {"Gene Expression" first: int64 array}; None where all are genes."""
+def split_features(var, whole_var=None) -> dict[str, np.ndarray] | None:
+    """Find the columns of each feature type: {"Gene Expression" first: int64 array}; None where all are genes.
+
+    Those of raw, which often has no feature types of its own, are told by `whole_var`, the var of X, name by name.
+    """
     types = feature_types(var)
+    if types is None and whole_var is not None and (known := feature_types(whole_var)) is not None:
+        of_name = dict(zip(whole_var.index, known, strict=True))
+        types = np.array([of_name.get(name, GENES) for name in var.index], object)
     if types is None:
         return None
     kinds = sorted(set(types), key=lambda kind: (kind != GENES, kind))
@@ -276,7 +282,7 @@ def _find_counts(adata, layer: str | None, fractional: bool, name: str) -> tuple
     for key in adata.layers:
         found[key] = (lambda key=key: adata.layers[key]), adata.var
     for key, (matrix, var) in list(found.items()):
-        columns = split_features(var)
+        columns = split_features(var, adata.var if key == "raw" else None)
         if columns is None:
             continue
         for kind, some in columns.items():

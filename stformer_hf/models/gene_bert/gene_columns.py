@@ -1,6 +1,8 @@
 """Which gene each column of a matrix is: the one place that reads the names in `AnnData.var`."""
 
+import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,11 +11,12 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Ensembl, FlyBase, WormBase, TAIR and SGD. The prefix of an Ensembl id tells the species.
-_GENE_ID = re.compile(
-    r"^(?:ENS(?P<species>[A-Z]*)G\d{11}(?P<version>\.\d+)?(?P<par>_PAR_Y)?"
-    r"|FBgn\d{7}|WBGene\d{8}|AT[1-5CM]G\d{5}|Y[A-P][LR]\d{3}[WC](?:-[A-Z])?)$"
+# Ensembl, FlyBase, WormBase, TAIR and SGD. What begins an Ensembl id tells the species.
+_ID = (
+    r"(?:ENS(?P<species>[A-Z]*)G\d{11}(?P<version>\.\d+)?(?P<par>_PAR_Y)?|(?P<fly>FBgn\d{7})|(?P<worm>WBGene\d{8})"
+    r"|(?P<cress>AT[1-5CM]G\d{5})|(?P<yeast>Y[A-P][LR]\d{3}[WC](?:-[A-Z])?))$"
 )
+_GENE_ID = re.compile(_ID)
 _SPECIES = {
     "": "human",
     "MUS": "mouse",
@@ -27,8 +30,14 @@ _SPECIES = {
     "CJA": "marmoset",
 }
 _OTHER_ID = re.compile(r"^[A-Za-z]\w*(?:\.\w+)?\d{5}(?:\.\d+)?$")  # of other references, where a column's name says id
-# Of references of several species, such as GRCh38_, mm10___ and hg19_, and of single ones.
-_GENOME = re.compile(r"^(GRC[a-z]{1,2}\d+|hg\d{2}|mm\d{1,2}|rn\d|danRer\d+|BDGP\d+|ce\d{1,2}|sacCer\d)_+(?=[^_])")
+# What stands before the names of a reference: whatever stands before ids, or one of these. Seurat makes - of _.
+_BEFORE_ID = re.compile(rf"(?P<reference>[A-Za-z][\w.]*?)[_-]+{_ID}")
+_REFERENCE = re.compile(
+    r"(GRC[a-z]{1,2}\d+|hg\d{2}|mm\d{1,2}|rn\d|danRer\d+|dm\d|BDGP\d+|ce\d{1,2}|WBcel\d+|sacCer\d|TAIR\d+|Rnor_[\d.]+)"
+    r"[_-]+(?=[^_-])"
+)
+_LEAST_SHARE = 0.05  # of the ids of a column that a reference stands before
+_OLD_COPY = re.compile(r"ENSGR(\d{10}(?:\.\d+)?)$")  # of a gene on Y, in GENCODE up to release 24
 _PLACEHOLDERS = frozenset(("", "nan", "na", "n/a", "none", "null", "<na>", "nat", "-", "--", ".", "unknown"))
 # Names of columns, without case and punctuation. What a column is, its values decide.
 _ID_COLUMNS = (
@@ -51,6 +60,8 @@ _OTHER_TYPES = frozenset(
         *("deprecated codeword", "genomic control", "guide", "grna", "hashtag", "antibody"),
     )
 )
+_OTHER_WORDS = frozenset(("antibody", "blank", "codeword", "control", "crispr", "guide", "hashtag", "peak", "peaks"))
+_COUNTED = re.compile(r"(?:\.0|-\d+)$")  # 0.0 of a table read as numbers, 0-1 of joined files
 _LARGEST_ROW_NUMBER = 200_000  # no reference has so many genes; Entrez ids in ascending order soon pass it
 
 
@@ -80,17 +91,20 @@ def resolve_genes(
     The rule, in this order:
 
     1. Names are text without spaces around it. Placeholders ("nan", "NA", "None", "<NA>", "-", "unknown", a missing
-       value, …) are no name. Prefixes of references (`GRCh38_`, `mm10___`, `hg19_`) are cut, and kept as `genomes`;
-       of two genomes that have one name and no id, both keep it.
-    2. Ids before symbols. The ids are those of the index where over half of its names look like gene ids, else those
-       of the columns of a usual name (`gene_ids`, `feature_id`, `ensembl`, `Accession`, …, `gene_ids-0`; case and
-       punctuation do not count) that do, else those of such a column whose names end in five digits, as
-       Zm00001d027230 does. Versions are cut, and `_PAR_Y`: the copies of a gene on X and Y are one gene.
-    3. Symbols are the index where it is not the ids, else columns of a usual name (`gene_symbols`, `feature_name`,
-       `features`, …).
-    4. A gene without an id goes by its symbol, and one without a symbol by its id, each for itself.
-    5. Row numbers are no names: an index that counts 0, 1, 2, … or 1, 2, 3, … in any order, or that ascends below
-       200,000, is passed over for a column with names, and refused where there is none.
+       value, …) are no name. What stands before the names of a reference (`GRCh38_`, `mm10___`, `hg19-`, or whatever
+       stands before 5 % of the ids) is cut, and kept as `genomes`; of two genomes that have one name and no id, both
+       keep it. Of a probe's name (`ENSG00000121410|A1BG|a1b2c3d`) the id is kept.
+    2. Row numbers are no names: an index of numbers below 200,000 (`0`, `0-1`, `0.0`) is passed over for a column with
+       names. Where there is none it is refused if it counts 0, 1, 2, … or 1, 2, 3, … in any order, or ascends.
+    3. Ids before symbols, each gene for itself: an id of the index where over half of its names are ids, else of the
+       columns of a usual name (`gene_ids`, `feature_id`, `ensembl`, `Accession`, …, `gene_ids-0`; case and
+       punctuation do not count), that with most ids first; of one species alone, where nine in ten agree. Where there
+       are none, of a column whose names end in five digits, as Zm00001d027230 does: of such a name, or the index
+       where a column holds symbols. Versions are cut, and `_PAR_Y`: the copies of a gene on X and Y are one gene.
+    4. Symbols are the names of an index that holds no ids, else of columns of a usual name (`gene_symbols`,
+       `feature_name`, `features`, …) that hold text.
+    5. A gene without an id goes by its name in an index of ids, else by its symbol, and one without a symbol by its
+       id, each for itself.
 
     Parameters
     ----------
@@ -110,22 +124,21 @@ def resolve_genes(
     ValueError
         Row numbers, and no column with names.
     """
+    usual = _usual_columns(columns)
+    texts = [_texts(index), *(_texts(columns[name]) for name, _ in usual)]
+    references = set().union(*map(_references, texts))
     genomes = np.full(len(index), "", object)
-    own = _names(index, genomes)
-    ids_found, other_ids, symbols_found = [], [], []
-    for name, kinds in _usual_columns(columns):
-        values = _names(columns[name], genomes)
+    own, *others = (_cut(text, references, genomes) for text in texts)
+    with_ids, with_other_ids, with_symbols = [], [], []
+    for (name, kinds), values in zip(usual, others, strict=True):
         if "id" in kinds and mostly_ids(values):
-            ids_found.append(values)
+            with_ids.append(values)
         elif "id" in kinds and _mostly(_OTHER_ID, values):
-            other_ids.append(values)
-        elif "symbol" in kinds and values.any() and not mostly_ids(values) and not _all_digits(values):
-            symbols_found.append(values)
-    own_are_ids = mostly_ids(own)
-    if not (ids_found or own_are_ids):
-        ids_found = other_ids
-    if _are_row_numbers(own):
-        if not (ids_found or symbols_found):
+            with_other_ids.append(values)
+        elif "symbol" in kinds and values.any() and not mostly_ids(values) and _holds_text(columns[name]):
+            with_symbols.append(values)
+    if _are_row_numbers(own, bool(with_ids or with_other_ids or with_symbols)):
+        if not (with_ids or with_other_ids or with_symbols):
             there = ", ".join(map(str, [] if columns is None else columns)) or "none"
             raise ValueError(
                 f"The genes are named {', '.join(own[:3])}, …: these are row numbers. Name them in var_names, or in a "
@@ -133,30 +146,28 @@ def resolve_genes(
                 "word before them, such as entrez:."
             )
         own = np.full(len(own), "", object)
-    if own_are_ids:
-        ids, symbols = _first([own, *ids_found]), _first(symbols_found, len(own))
-    elif ids_found:
-        ids, symbols = _first(ids_found), _first([own, *symbols_found])
-    elif _all_digits(own):  # Entrez ids
-        ids, symbols = own, _first(symbols_found, len(own))
-    else:
-        ids, symbols = np.full(len(own), "", object), _first([own, *symbols_found])
-    ids = strip_versions(_first([ids, symbols, own]))
+    with_ids.sort(key=lambda values: -are_ids(values).sum())
+    ids, own_are_ids = np.full(len(own), "", object), mostly_ids(own)
+    if own_are_ids or with_ids:
+        ids = _ids_of_one_species([own, *with_ids] if own_are_ids else [*with_ids, own])
+    elif with_other_ids:
+        ids = with_other_ids[0]
+    elif _all_digits(own) or (with_symbols and _mostly(_OTHER_ID, own)):  # Entrez, RefSeq, maize, …
+        ids, own_are_ids = own, True
+    symbols = _first([*with_symbols, own] if own_are_ids else [own, *with_symbols])
+    ids = strip_versions(_first([ids, own, symbols] if own_are_ids else [ids, symbols]))
     if not copies:
-        copied = [i for i, name in enumerate(ids) if name.endswith("_PAR_Y") and is_id(name)]
-        ids[copied] = [name.removesuffix("_PAR_Y") for name in ids[copied]]
-        if copied:
-            logger.warning(f"{len(copied)} genes of the Y chromosome's pseudoautosomal regions (_PAR_Y) count as X's.")
-    symbols = _first([symbols, ids])
+        ids, n_copies = _of_x(ids)
+        if n_copies:
+            logger.warning(f"{n_copies} genes of the Y chromosome's pseudoautosomal regions (_PAR_Y) count as X's.")
+    symbols = np.where((symbols == "") | (are_ids(symbols) if own_are_ids else False), ids, symbols)
     if not genomes.any():
         return GeneColumns(ids, symbols, None)
     return GeneColumns(_apart(ids, genomes), symbols, genomes)
 
 
-def _first(kinds: list[np.ndarray], n: int = 0) -> np.ndarray:
+def _first(kinds: list[np.ndarray]) -> np.ndarray:
     """Take each name from the first kind that has one."""
-    if not kinds:
-        return np.full(n, "", object)
     found = kinds[0].copy()
     for names in kinds[1:]:
         blank = found == ""
@@ -164,21 +175,68 @@ def _first(kinds: list[np.ndarray], n: int = 0) -> np.ndarray:
     return found
 
 
-def _names(values: Sequence[Any], genomes: np.ndarray) -> np.ndarray:
-    """Clean names: object array of str (n,), "" for placeholders; prefixes of references go to `genomes`."""
-    values = np.asarray(values, dtype=object).tolist()
+def _ids_of_one_species(kinds: list[np.ndarray]) -> np.ndarray:
+    """Take each id from the first kind that has one of the first kind's species."""
+    found, species = np.full(len(kinds[0]), "", object), guess_species(kinds[0])
+    for names in kinds:
+        taken = (found == "") & are_ids(names)
+        if species is not None and len(kinds) > 1:
+            taken[taken] = [species_of(name) == species for name in names[taken]]
+        found[taken] = names[taken]
+    return found
+
+
+# ---------------------------------------------------------------------- names
+
+
+def clean_names(values: Sequence[Any]) -> np.ndarray:
+    """Clean names as `resolve_genes` cleans those of an index: object array of str (n,), "" for placeholders."""
+    texts = _texts(values)
+    names = strip_versions(_cut(texts, _references(texts), np.full(len(texts), "", object)))
+    return _of_x(names)[0]
+
+
+def _of_x(ids: np.ndarray) -> tuple[np.ndarray, int]:
+    """Name genes of both X and Y as those of X; and how many were named as those of Y."""
+    copied = [i for i, name in enumerate(ids) if name.endswith("_PAR_Y") and is_id(name)]
+    ids[copied] = [name.removesuffix("_PAR_Y") for name in ids[copied]]
+    return ids, len(copied)
+
+
+def _texts(values: Sequence[Any]) -> list[str]:
+    """Write names as text, "" for placeholders; of probes the id, of copies on Y `_PAR_Y`."""
+    values = _listed(values)
     if set(map(type, values)) == {str}:  # the fast way for most files
         names = list(map(str.strip, values))
-        for name in set(map(str.lower, set(names))) & _PLACEHOLDERS:
-            names = ["" if of.lower() == name else of for of in names]
+        for word in set(map(str.lower, set(names))) & _PLACEHOLDERS:
+            names = ["" if name.lower() == word else name for name in names]
     else:
         names = list(map(_text, values))
-    for i in [i for i, name in enumerate(names) if "_" in name]:
-        if match := _GENOME.match(names[i]):
-            genomes[i], names[i] = match.group(1), names[i][match.end() :]
-    found = np.empty(len(names), object)
-    found[:] = names
-    return found
+    for i in [i for i, name in enumerate(names) if "|" in name or name.startswith("ENSGR") or name.endswith("-PAR-Y")]:
+        first = names[i].partition("|")[0].replace("-PAR-Y", "_PAR_Y")
+        first = _OLD_COPY.sub(r"ENSG0\1_PAR_Y", first)
+        names[i] = first if is_id(first) or "|" not in names[i] else names[i]
+    return names
+
+
+def _listed(values: Sequence[Any]) -> list:
+    """List the names of a column as they are.
+
+    Raises
+    ------
+    ValueError
+        Two columns of one name, or arrays in place of names.
+    """
+    values = np.asarray(values, dtype=object)
+    if values.ndim != 1:
+        raise ValueError(
+            f"Names of genes are one column of text, not of shape {values.shape}: is a column there twice?"
+        )
+    values = values.tolist()
+    for kind in set(map(type, values)) - {str, float, type(None)}:
+        if issubclass(kind, (np.ndarray, list, tuple, dict, set)):
+            raise ValueError(f"Names of genes are text, and a column of var holds {kind.__name__}s.")
+    return values
 
 
 def _text(value: Any) -> str:
@@ -186,6 +244,28 @@ def _text(value: Any) -> str:
         value = value.decode() if isinstance(value, bytes) else str(value)  # of None, NaN and pandas.NA placeholders
     value = value.strip()
     return "" if value.lower() in _PLACEHOLDERS else value
+
+
+def _references(names: list[str]) -> set[str]:
+    """Find what stands before a good part of the ids."""
+    found = Counter(
+        match.group("reference") for name in names if "_" in name or "-" in name if (match := _BEFORE_ID.match(name))
+    )
+    return {reference for reference, n in found.items() if n >= max(1, _LEAST_SHARE * len(names))}
+
+
+def _cut(names: list[str], references: set[str], genomes: np.ndarray) -> np.ndarray:
+    """Cut references, which go to `genomes`: object array of str (n,)."""
+    found = np.empty(len(names), object)
+    found[:] = names
+    longest_first = sorted(references, key=len, reverse=True)
+    for i in [i for i, name in enumerate(names) if "_" in name or "-" in name]:
+        name, match = names[i], _REFERENCE.match(names[i])
+        reference = next((known for known in longest_first if name.startswith((f"{known}_", f"{known}-"))), None)
+        reference = match.group(1) if reference is None and match else reference
+        if reference is not None and (rest := name[len(reference) :].lstrip("_-")):
+            genomes[i], found[i] = reference, rest
+    return found
 
 
 def _usual_columns(columns: Mapping[str, Any] | None) -> list[tuple[str, set[str]]]:
@@ -205,17 +285,27 @@ def _plain(name: Any) -> str:
 
 
 def _all_digits(names: np.ndarray) -> bool:
-    return bool((names != "").any()) and all(name.isdigit() for name in names if name)
+    return bool((names != "").any()) and all(name.isdecimal() for name in names if name)
 
 
-def _are_row_numbers(names: np.ndarray) -> bool:
-    if not len(names) or not all(name.isdigit() for name in names):
+def _holds_text(values: Sequence[Any]) -> bool:
+    """Tell whether a column holds names: numbers, also as text, and truth values are none."""
+    values = [value for value in _listed(values) if isinstance(value, (str, bytes))]
+    return bool(values) and not _all_digits(np.array([*map(_text, values), None], object)[:-1])
+
+
+def _are_row_numbers(names: np.ndarray, others: bool) -> bool:
+    """Tell whether an index holds row numbers; whether other columns have names."""
+    bare = [_COUNTED.sub("", name) for name in names]
+    if not bare or not all(map(str.isdecimal, bare)):
         return False
-    numbers = np.array([int(name) for name in names], object)
-    least, most = min(numbers), max(numbers)
-    if most - least == len(names) - 1 and least <= 1 and len(set(numbers)) == len(names):
+    numbers = list(map(int, bare))
+    if others or bare != names.tolist():
+        return max(numbers) < _LARGEST_ROW_NUMBER
+    if max(numbers) - min(numbers) == len(numbers) - 1 and min(numbers) <= 1 and len(set(numbers)) == len(numbers):
         return True
-    return most < _LARGEST_ROW_NUMBER and len(names) > 1 and bool((numbers[1:] > numbers[:-1]).all())
+    ascending = all(one < other for one, other in itertools.pairwise(numbers))
+    return max(numbers) < _LARGEST_ROW_NUMBER and len(numbers) > 1 and ascending
 
 
 def _apart(ids: np.ndarray, genomes: np.ndarray) -> np.ndarray:
@@ -270,20 +360,25 @@ def strip_versions(names: Sequence[str]) -> np.ndarray:
     return found
 
 
-def guess_species(names: Iterable[str]) -> str | None:
-    """Tell the species of Ensembl ids by their prefix: a name such as `human`, or the prefix of one not listed here.
+def species_of(name: str) -> str | None:
+    """Tell the species of a gene id: a name such as `human`, or the prefix of one not listed here; None of others."""
+    match = _GENE_ID.match(name)
+    if match is None or match.group("species") is None:
+        return match and match.lastgroup
+    return _SPECIES.get(match.group("species"), f"ENS{match.group('species')}")
 
-    None where there are no Ensembl ids, and where under nine in ten of them agree (mixed species).
+
+def guess_species(names: Iterable[str]) -> str | None:
+    """Tell the species of gene ids; see `species_of`.
+
+    None where there are no ids, and where under nine in ten of them agree (mixed species).
     """
-    found: dict[str, int] = {}
-    for name in names:
-        match = _GENE_ID.match(name)
-        if match is not None and match.group("species") is not None:
-            found[match.group("species")] = found.get(match.group("species"), 0) + 1
+    found = Counter(map(species_of, names))
+    del found[None]
     if not found:
         return None
-    prefix = max(found, key=found.__getitem__)
-    return _SPECIES.get(prefix, f"ENS{prefix}") if found[prefix] >= 0.9 * sum(found.values()) else None
+    species, n = found.most_common(1)[0]
+    return species if n >= 0.9 * found.total() else None
 
 
 # ---------------------------------------------------------------------- feature types
@@ -342,17 +437,21 @@ def _read_types(columns: Mapping[str, Sequence[Any]] | None) -> tuple[list, dict
     for name in [] if columns is None else columns:
         if _plain(name) not in _FEATURE_COLUMNS:
             continue
-        values = np.asarray(columns[name], dtype=object).tolist()
+        values = _listed(columns[name])
         types = {value: _text(value) for value in set(values)}
         plain = {kind: kind.lower().replace("_", " ") for kind in types.values()}
-        known = {kind for kind, written in plain.items() if written in _GENE_TYPES or written in _OTHER_TYPES}
-        if known:
-            return values, types, {kind for kind, word in plain.items() if word in _GENE_TYPES or not word}
-        if any(plain):
+        others = {
+            kind
+            for kind, word in plain.items()
+            if word in _OTHER_TYPES or not _OTHER_WORDS.isdisjoint(re.split(r"[^a-z]+", word))
+        }
+        unknown = {kind for kind, word in plain.items() if word and word not in _GENE_TYPES and kind not in others}
+        if unknown:
             logger.warning(
-                f"var[{name!r}] holds no known feature type (but {', '.join(sorted(plain)[:3])}): all columns are "
-                "taken for genes."
+                f"var[{name!r}] holds {', '.join(sorted(unknown)[:3])}, no known feature type: taken for genes."
             )
+        if unknown != {kind for kind, word in plain.items() if word}:
+            return values, types, set(plain) - others
     return None
 
 
@@ -378,7 +477,7 @@ class ColumnNames:
     def __init__(self, index: Sequence[Any], columns: Mapping[str, Sequence[Any]] | None = None):
         self._index, self._columns = index, columns
         read = [name for name, _ in _usual_columns(columns)]
-        names = [np.asarray(some, dtype=object).tolist() for some in (index, *(columns[name] for name in read))]
+        names = [_listed(some) for some in (index, *(columns[name] for name in read))]
         self.key = hash((tuple(read), *map(tuple, names)))
 
     def __len__(self) -> int:
