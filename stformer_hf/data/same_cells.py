@@ -44,7 +44,7 @@ def check_names(sources: Sequence[Any]) -> None:
             continue
         if other.resolve() == source.resolve():
             raise ValueError(f"{source} is given twice. Give it once, {_REMEDY}")
-        kept = min(other, source, key=_is_raw)
+        kept = min(other, source, key=lambda path: (_is_raw(path), str(path)))
         raise ValueError(
             f"{other} and {source} hold the same cells of one run. Give one of them, such as {kept}, {_REMEDY}"
         )

@@ -132,7 +132,9 @@ def _unique(pairs: list[tuple[Any, Any]], name: str) -> dict[str, str]:
     old, new = (np.array([_text(pair[side]) for pair in pairs], object) for side in (0, 1))
     missing = [o == "" or n in ("", "NA") for o, n in zip(old, new, strict=True)]
     found: dict[str, set[str]] = {}
-    for o, n, absent in zip(clean_names(old), strip_versions(new), missing, strict=True):
+    cleaned = clean_names(old)
+    cleaned[cleaned == ""] = old[cleaned == ""]  # as "NA", which a gene may be called in an older release
+    for o, n, absent in zip(cleaned, strip_versions(new), missing, strict=True):
         if not absent:
             found.setdefault(o, set()).add(n)
     several = [o for o, names in found.items() if len(names) > 1]

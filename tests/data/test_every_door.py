@@ -40,6 +40,14 @@ def with_antibodies() -> AnnData:
     return cells([*SYMBOLS, "CD4", "IgG"], columns, np.hstack([COUNTS, [[80, 9], [70, 4]]]))
 
 
+def antibodies_in_raw() -> AnnData:
+    """Types of features that only the log values of X have."""
+    adata = with_antibodies()
+    adata.raw = AnnData(adata.X, var=adata.var[[]])
+    adata.X = np.log1p(adata.X.toarray() if sparse.issparse(adata.X) else adata.X)
+    return adata
+
+
 def joined() -> AnnData:
     """As scanpy's concatenate left it: a column of ids a batch, with gaps."""
     first, second = list(IDS), list(IDS)
@@ -119,6 +127,23 @@ SAME = {
     "another order of genes": lambda: cells(SYMBOLS[::-1], {"gene_ids": IDS[::-1]}, COUNTS[:, ::-1]),
     "symbols alone": lambda: cells(SYMBOLS),
     "csc": sparse_columns,
+    "Ensembl's names: symbols and ids": lambda: cells([*SYMBOLS[:2], *IDS[2:]], {"gene_id": IDS}),
+    "more ids than symbols in the index": lambda: cells([*IDS[:4], SYMBOLS[4]], {"gene_ids": IDS}),
+    "Census, in another order": lambda: cells(
+        ["60663", "3", "1000", "17", "90"], {"feature_id": IDS, "feature_name": SYMBOLS}
+    ),
+    "row numbers of joined files": lambda: cells(["0-0", "1-0", "2-0", "0-1", "1-1"], {"feature_id": IDS}),
+    "Seurat, dashes": lambda: cells([f"GRCh38-{name}" for name in IDS]),
+    "10x 2020-A": lambda: cells([f"GRCh38_2020_A_{name}" for name in IDS]),
+    "Flex, raw probes": lambda: cells(
+        [f"{name}|{symbol}|{i:07x}" for i, (name, symbol) in enumerate(zip(IDS, SYMBOLS, strict=True))]
+    ),
+    "GENCODE up to 24": lambda: cells([*IDS[:4], f"ENSGR{IDS[4][5:]}.2"]),
+    "biotypes of a GFF3": lambda: cells(
+        IDS, {"feature_type": ["gene", "ncRNA_gene", "pseudogene", "gene", "gene"], "gene_name": SYMBOLS}
+    ),
+    "orthologs beside": lambda: cells(SYMBOLS, {"ensembl_id": ["ENSMUSG00000000001", *[None] * 4], "gene_ids": IDS}),
+    "CITE-seq, raw without feature types": antibodies_in_raw,
 }
 REFUSED = {
     "row numbers alone": (lambda: cells(NUMBERS, {"n_cells": range(5)}), "row numbers.*n_cells"),

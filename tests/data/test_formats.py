@@ -259,6 +259,23 @@ def test_tables_that_do_not_fit_an_mtx_say_why(tmp_path):
 # ---------------------------------------------------------------------- loom, stores, folders
 
 
+def test_a_loom_of_scope_is_read_without_its_compound_attributes(tmp_path):
+    """SCope keeps embeddings and regulons as arrays of several fields."""
+    with h5py.File(tmp_path / "a.loom", "w") as file:
+        file["matrix"] = np.arange(6).reshape(3, 2)
+        rows, columns = file.create_group("row_attrs"), file.create_group("col_attrs")
+        rows["Gene"] = np.array(["A", "B", "C"], "S")
+        rows["Accession"] = rows["gene_ids"] = np.array([f"ENSG{i:011d}" for i in range(3)], "S")
+        rows["Regulons"] = np.zeros(3, dtype=[("one", "i4"), ("two", "i4")])
+        columns["CellID"] = np.array(["x", "y"], "S")
+        columns["Embedding"] = np.zeros(2, dtype=[("_X", "f4"), ("_Y", "f4")])
+    store = CellStore.build(tmp_path / "s", tmp_path / "a.loom")
+    assert store.rows(slice(None)).toarray().tolist() == [[0, 2, 4], [1, 3, 5]]
+    assert store.gene_ids.tolist() == [f"ENSG{i:011d}" for i in range(3)] and store.genes.symbols.tolist() == list(
+        "ABC"
+    )
+
+
 def test_loom(tmp_path, small_buffers):
     adata = make_adata()
     with h5py.File(tmp_path / "a.loom", "w") as file:

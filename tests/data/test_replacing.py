@@ -278,3 +278,12 @@ def test_harmless_files_neither_block_nor_are_lost(tmp_path, of):
     (path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="notes.txt"):
         CellStore.build(path, make_adata(4), overwrite=True, report=False)
+
+
+@pytest.mark.parametrize("content", ['{"name": "app"}', '{"na', "[]", '{"shards": [1]}'])
+def test_a_manifest_that_is_no_store_s_is_left(tmp_path, content):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "manifest.json").write_text(content)
+    with pytest.raises(FileExistsError, match="left as it is: its manifest.json is damaged, or not of a store"):
+        CellStore.build(tmp_path / "s", make_adata(), overwrite=True, report=False)
+    assert (tmp_path / "s" / "manifest.json").read_text() == content

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 from scipy.io import mmwrite
 
-from stformer_hf import CellStore
+from stformer_hf import CellStore, IterableAnnDataset
 from stformer_hf.cli.build import main as build
 from stformer_hf.data import shards, store_writer
 from stformer_hf.data.same_cells import row_totals
@@ -80,6 +80,8 @@ def write_h5(path: Path, adata: AnnData) -> Path:
         ("GSM1_raw_feature_bc_matrix.h5", "GSM1_filtered_feature_bc_matrix.h5"),
         ("raw_gene_bc_matrices/GRCh38", "filtered_gene_bc_matrices/GRCh38"),
         ("Solo.out/Gene/raw", "Solo.out/Gene/filtered"),
+        ("Solo.out/GeneFull/filtered", "Solo.out/Gene/filtered"),
+        ("square_016um/filtered_feature_bc_matrix.h5", "square_008um/filtered_feature_bc_matrix.h5"),
         ("counts_unfiltered/cells", "counts_filtered/cells"),
     ],
 )
@@ -153,6 +155,27 @@ def test_nine_in_ten_cells_that_agree_are_the_same(n_same, swap):
             refused = False
     first, second = (np.stack([of.X.sum(axis=1).A1, of.X.getnnz(axis=1)]) for of in (a, b[:100]))
     assert refused == ((first == second).all(axis=0).mean() >= 0.9)
+
+
+def test_a_matrix_without_its_ambient_counts_is_the_same_cells(tmp_path):
+    """As CellBender leaves it; cells of different sizes, whose totals go together."""
+    adata = lane(200, mean=5.0)
+    sizes = np.random.default_rng(1).lognormal(0, 0.5, (200, 1))
+    adata.X = sparse.csr_matrix(np.round(adata.X.toarray() * sizes))
+    clean = adata.copy()
+    clean.X.data = np.maximum(clean.X.data - (np.random.default_rng(2).random(clean.X.nnz) < 0.2), 1)
+    with pytest.raises(ValueError, match="100% of its cells have the barcode and, at least nearly, the counts"):
+        CellStore.build(tmp_path / "s", [adata, clean], report=False)
+    others = adata[np.random.default_rng(3).permutation(200)].copy()  # other cells, of as many counts
+    others.obs_names = adata.obs_names
+    assert len(CellStore.build(tmp_path / "t", [adata, others], report=False)) == 400
+
+
+def test_streams_look_at_names_too(tmp_path):
+    files = [write_h5(tmp_path / f"{kind}_feature_bc_matrix.h5", lane()) for kind in ("raw", "filtered")]
+    with pytest.raises(ValueError, match="hold the same cells of one run"):
+        IterableAnnDataset(files)
+    assert sum(1 for _ in IterableAnnDataset(files, allow_duplicates=True)) == 80
 
 
 def test_barcodes_that_collide_are_not_the_same_cells(tmp_path):

@@ -52,7 +52,15 @@ def test_frames_and_parquet_files_give_their_pairs(tmp_path, frame):
     assert read_aliases(frame) == read_aliases(tmp_path / "a.parquet") == PAIRS
 
 
-@pytest.mark.parametrize("aliases", [PAIRS, {f"{NEW[0]}.3": "ENSG00000000009.1", "OTHER": "x"}])
+@pytest.mark.parametrize(
+    "aliases",
+    [
+        PAIRS,
+        {f"{NEW[0]}.3": "ENSG00000000009.1", "OTHER": "x"},
+        {f"GRCh38_{NEW[0]}": "ENSG00000000009", " OTHER": "x"},
+        {f"{NEW[0]}.3_PAR_Y": "ENSG00000000009", "OTHER": "x"},
+    ],
+)
 def test_aliases_are_applied(tmp_path, aliases):
     names = ["OLD1", "OLD2"] if aliases is PAIRS else [f"{NEW[0]}.7", "OTHER"]
     expected = NEW if aliases is PAIRS else ["ENSG00000000009", "x"]

@@ -1,5 +1,6 @@
 """Counts of cells, whatever holds them, as flat CSR arrays; and where in an AnnData the counts are."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -265,12 +266,21 @@ def split_features(var, whole_var=None) -> dict[str, np.ndarray] | None:
     """
     types = feature_types(var)
     if types is None and whole_var is not None and (known := feature_types(whole_var)) is not None:
-        of_name = dict(zip(whole_var.index, known, strict=True))
-        types = np.array([of_name.get(name, GENES) for name in var.index], object)
+        of_name = dict(zip(_numbered(whole_var.index), known, strict=True))
+        types = np.array([of_name.get(name, GENES) for name in _numbered(var.index)], object)
     if types is None:
         return None
     kinds = sorted(set(types), key=lambda kind: (kind != GENES, kind))
     return {kind: np.flatnonzero(types == kind) for kind in kinds}
+
+
+def _numbered(names) -> list[tuple[str, int]]:
+    """Tell names that repeat apart, as that of a gene and of its protein's antibody, by their order."""
+    seen, numbered = Counter(), []
+    for name in names:
+        numbered.append((name, seen[name]))
+        seen[name] += 1
+    return numbered
 
 
 def _find_counts(adata, layer: str | None, fractional: bool, name: str) -> tuple:
