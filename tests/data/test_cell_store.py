@@ -370,7 +370,7 @@ def test_cells_in_memory_that_changed_since_a_build_was_stopped(tmp_path, stop_w
     if change == "counts":
         adata.X = adata.X * 2
     elif change == "genes":
-        adata.var_names = [f"new_{name}" for name in adata.var_names]
+        adata.var_names = [f"{name}_new" for name in adata.var_names]
     else:
         adata.obs["cell_type"] = pd.Categorical(["new"] * 100)
     store = CellStore.build(tmp_path / "s", [adata, file], **arguments)
