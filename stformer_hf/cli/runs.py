@@ -39,12 +39,11 @@ def training_arguments(output: Path, settings: dict, overwrite: bool) -> Trainin
     arguments = TrainingArguments(output_dir=str(output), **settings)
     if str(arguments.resume_from_checkpoint).lower() == "true":
         whole = last_whole_checkpoint(output) if overwrite else checkpoint_to_resume(output)
-        if whole is None and (output / "config.json").exists():  # which --overwrite replaces
-            arguments.resume_from_checkpoint = None
-            return arguments
         if whole is None:
             logger.warning(f"{output} holds no checkpoint to resume from: the run begins.")
         arguments.resume_from_checkpoint = True if whole is None else str(whole)
+        if whole is None and (output / "config.json").exists():
+            arguments.resume_from_checkpoint = None  # --overwrite replaces the model
     elif str(arguments.resume_from_checkpoint).lower() == "false":
         arguments.resume_from_checkpoint = None
     if arguments.resume_from_checkpoint:
@@ -249,8 +248,8 @@ def finish(trainer: CellTrainer, card: dict | None = None) -> dict[str, float]:
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if trainer.interrupted:
         print(
-            f"Stopped by {trainer.interrupted.name} after step {trainer.state.global_step}, which is saved; go on with "
-            "the same command and --resume_from_checkpoint true.",
+            f"Stopped by {trainer.interrupted.name} after step {trainer.state.global_step}, which is saved; resume "
+            "with the same command and --resume_from_checkpoint true.",
             file=sys.stderr,
         )
         raise SystemExit(128 + trainer.interrupted)
