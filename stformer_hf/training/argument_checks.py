@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers.debug_utils import DebugOption
 
 if TYPE_CHECKING:
     from .cell_trainer import CellTrainer
+
+_OURS = ("gene_bert", "cell_neighborhood")
 
 
 def check_arguments(trainer: CellTrainer) -> None:
@@ -34,8 +37,14 @@ def check_arguments(trainer: CellTrainer) -> None:
         )
     if args.train_sampling_strategy == "batch_rebalance":
         raise ValueError('train_sampling_strategy="batch_rebalance": give max_tokens_per_batch in its place.')
-    if args.use_liger_kernel and model_type in ("gene_bert", "cell_neighborhood"):
+    if args.use_liger_kernel and model_type in _OURS:
         raise ValueError(f"use_liger_kernel: there are no such kernels for {model_type}. Leave it out.")
+    backend = getattr(config, "_attn_implementation", "eager")
+    if DebugOption.UNDERFLOW_OVERFLOW in args.debug and model_type in _OURS and backend != "eager":
+        raise ValueError(
+            f'debug="underflow_overflow" reads what every layer is given, and {backend} attention is given boolean '
+            'masks. Load the model with attn_implementation="eager".'
+        )
     if args.neftune_noise_alpha is not None and model_type == "cell_neighborhood":
         raise ValueError("neftune_noise_alpha needs embeddings of tokens, and the model has none: leave it out.")
     if args.label_smoothing_factor:
