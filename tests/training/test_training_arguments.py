@@ -117,6 +117,8 @@ RUNS = {
     },
 }
 
+_SLOW = ("compiled", "the rest")
+
 # Fields that do something else than in Trainer, each with its test.
 MAPPED = {
     "label_smoothing_factor": "test_smoothed_labels_keep_their_weights",
@@ -201,7 +203,9 @@ def test_the_table_has_every_field():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of the old name
-@pytest.mark.parametrize("group", RUNS)
+@pytest.mark.parametrize(
+    "group", [pytest.param(name, marks=[pytest.mark.slow] if name in _SLOW else []) for name in RUNS]
+)
 def test_it_works_as_documented(store, tokenizer, tmp_path, group):
     try:
         trainer = pretrainer(tmp_path, store, tokenizer, **RUNS[group])
