@@ -390,6 +390,7 @@ def make_initial_model(config: TrainConfig) -> Path:
     ValueError
         Weights that do not fit the vocabulary, the genes or the size.
     """
+    import torch
     from transformers import AutoModel, AutoTokenizer, set_seed
 
     from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
@@ -407,7 +408,7 @@ def make_initial_model(config: TrainConfig) -> Path:
         _check_size(AutoModel.from_pretrained(pretrained).config, size, pretrained)
         tokenizer.included_phenotypes = config.included_phenotypes
         of_task = GeneBertForPhenotypicMLM if config.subcommand == "mlm" else AutoModel
-        model = of_task.from_pretrained(pretrained)
+        model = of_task.from_pretrained(pretrained, dtype=torch.float32)
     else:
         tokenizer = _make_tokenizer(config)
         file = pretrained if pretrained is None or pretrained.suffix == ".json" else pretrained / "config.json"

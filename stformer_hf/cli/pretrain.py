@@ -308,6 +308,7 @@ def make_model(
     ValueError
         A name that is no field of `GeneBertConfig`.
     """
+    import torch
     from transformers import AutoModelForMaskedLM
 
     from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
@@ -319,7 +320,7 @@ def make_model(
     settings = {**(args.model_config or {}), **settings}
     check_names("model_config", settings, {"size", *(option.name for option in fields(GeneBertConfig))})
     if args.model:
-        return AutoModelForMaskedLM.from_pretrained(args.model, **settings)
+        return AutoModelForMaskedLM.from_pretrained(args.model, dtype=torch.float32, **settings)
     settings = {"size": args.size, "label_smoothing": args.label_smoothing, **settings}
     model = GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(tokenizer, **settings))
     if run is not None and run.views is not None:

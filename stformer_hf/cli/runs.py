@@ -6,7 +6,6 @@ import logging
 import math
 import resource
 import shutil
-import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -23,7 +22,7 @@ from ..data.formats import expand
 from ..data.read_anndata import is_anndata_file, read_anndata
 from ..data.spatial_graph import spatial_neighbors
 from ..training.cell_trainer import CellTrainer
-from ..training.checkpoints import last_whole_checkpoint
+from ..training.checkpoints import checkpoint_to_resume, last_whole_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +38,12 @@ def training_arguments(output: Path, settings: dict, overwrite: bool) -> Trainin
     settings = {"dataloader_pin_memory": torch.cuda.is_available(), **settings}
     arguments = TrainingArguments(output_dir=str(output), **settings)
     if str(arguments.resume_from_checkpoint).lower() == "true":
-        whole = last_whole_checkpoint(output)
+        whole = last_whole_checkpoint(output) if overwrite else checkpoint_to_resume(output)
         if whole is None:
             logger.warning(f"{output} holds no checkpoint to resume from: the run begins.")
         arguments.resume_from_checkpoint = True if whole is None else str(whole)
+        if whole is None and (output / "config.json").exists():
+            arguments.resume_from_checkpoint = None  # --overwrite replaces the model
     elif str(arguments.resume_from_checkpoint).lower() == "false":
         arguments.resume_from_checkpoint = None
     if arguments.resume_from_checkpoint:
@@ -241,17 +242,17 @@ def finish(trainer: CellTrainer, card: dict | None = None) -> dict[str, float]:
     Raises
     ------
     SystemExit
-        The run was told to end (SIGTERM); its last checkpoint is written.
+        The run was told to end (SIGTERM or Ctrl-C); its last checkpoint is written.
     """
     trainer.card_facts.update(card or {})
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if trainer.interrupted:
         print(
-            f"Stopped by SIGTERM after step {trainer.state.global_step}, which is saved; go on with the same command "
-            "and --resume_from_checkpoint true.",
+            f"Stopped by {trainer.interrupted.name} after step {trainer.state.global_step}, which is saved; resume "
+            "with the same command and --resume_from_checkpoint true.",
             file=sys.stderr,
         )
-        raise SystemExit(128 + signal.SIGTERM)
+        raise SystemExit(128 + trainer.interrupted)
     trainer.save_model(_internal_call=True)  # it is pushed below, when the card has its figures
     trainer.save_state()
     speed = {name: f"train_{name}" for name in _SPEED}

@@ -196,6 +196,15 @@ class IterableAnnDataset(IterableDataset):
         """Ids of the gene table, object array (n_genes,)."""
         return self.genes.gene_ids
 
+    @property
+    def n_cells_of_files(self) -> np.ndarray:
+        """Number of cells of each file, int array (n_files,)."""
+        return self._n_cells
+
+    def first_cells(self, file: int, n: int) -> sparse.csr_matrix:
+        """Read the counts of the first cells of a file: (at most n, n_genes)."""
+        return self._read([(file, 0, int(min(n, self._n_cells[file])))])
+
     def __len__(self) -> int:
         """Count the cells of an epoch of this rank, in all of its workers together."""
         start, stop = self._range(0, 1)

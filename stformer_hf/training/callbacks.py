@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import signal
@@ -11,9 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 if TYPE_CHECKING:
     from .cell_trainer import CellTrainer
+
+
+logger = logging.getLogger(__name__)
 
 
 class SetEpoch(TrainerCallback):
@@ -27,36 +32,49 @@ class SetEpoch(TrainerCallback):
         self.trainer.set_epoch(math.floor(state.epoch + 1e-9))
 
 
-class SaveOnSigterm(TrainerCallback):
-    """Saves and stops after the step in which SIGTERM comes, as schedulers send it before they take a machine away."""
+class SaveOnSignal(TrainerCallback):
+    """Saves and stops after the step in which SIGTERM or SIGINT comes.
+
+    Schedulers send SIGTERM before they take a machine away, and Ctrl-C is SIGINT; a second one interrupts at once.
+    """
 
     def __init__(self, trainer: CellTrainer):
-        self.trainer, self._came, self._handler = trainer, False, None
+        self.trainer, self._came, self._handlers = trainer, None, {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Listen; only the main thread may. A trial of a search has nothing to save: a signal ends it as ever."""
-        self._came = self.trainer.interrupted = False
+        self._came = self.trainer.interrupted = None
         if threading.current_thread() is threading.main_thread() and self.trainer.hp_search_backend is None:
-            self._handler = signal.signal(signal.SIGTERM, self._come)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._handlers.setdefault(number, signal.signal(number, self._come))
 
-    def _come(self, *_) -> None:
-        self._came = True
+    def _come(self, number: int, _) -> None:
+        if number == signal.SIGINT:
+            if self._came is not None:
+                raise KeyboardInterrupt
+            logger.warning("A checkpoint is saved after this step. Press Ctrl-C again to stop without one.")
+        self._came = signal.Signals(number)
 
     def on_step_end(self, args, state, control, **kwargs):
         """Stop all processes after the same step, whichever of them was told."""
-        came = self._came
+        came = int(self._came or 0)
         if args.world_size > 1:
-            told = torch.tensor(int(came), device=args.device)
-            came = bool(self.trainer.accelerator.reduce(told, "sum"))
+            came = int(self.trainer.accelerator.gather(torch.tensor([came], device=args.device)).max())
         if came:
-            self.trainer.interrupted = True
+            self.trainer.interrupted = signal.Signals(came)
             control.should_save = control.should_training_stop = True
 
     def stop_listening(self) -> None:
         """Listen no longer; called after the training, whichever way it ended."""
-        if self._handler is not None:
-            signal.signal(signal.SIGTERM, self._handler)
-            self._handler = None
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+
+
+def take_back_signals(trainer: CellTrainer) -> None:
+    """Remove Trainer's `enable_jit_checkpoint` callback: `SaveOnSignal` saves, whether it is set or not."""
+    callback = trainer.pop_callback(JITCheckpointCallback)
+    if callback is not None and callback.jit_manager is not None:
+        signal.signal(signal.SIGTERM, callback.jit_manager._original_sigterm_handler)
 
 
 class FillHubFolder(TrainerCallback):
@@ -73,4 +91,4 @@ class FillHubFolder(TrainerCallback):
             self.trainer.create_model_card()
 
 
-__all__ = ["FillHubFolder", "SaveOnSigterm", "SetEpoch"]
+__all__ = ["FillHubFolder", "SaveOnSignal", "SetEpoch", "take_back_signals"]

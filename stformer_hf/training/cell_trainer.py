@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from functools import partial
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,17 @@ from ..batches.token_rows import TokenRows
 from ..data.cell_store import CellStore
 from ..data.center_mask_sampler import CenterMaskSampler
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
-from .callbacks import FillHubFolder, SaveOnSigterm, SetEpoch
-from .checkpoints import last_whole_checkpoint, mark_unfinished
+from .argument_checks import check_arguments, smoothing_field
+from .callbacks import FillHubFolder, SaveOnSignal, SetEpoch, take_back_signals
+from .cell_checksum import describe_cells
+from .checkpoints import check_complete, checkpoint_to_resume, mark_unfinished
+from .eval_loss import SumOfLosses, filling_cells, without_labels
+from .float_weights import keep_in_float32
 from .length_sampler import EvenBatchSampler, LengthGroupedSampler, known_lengths
 from .lengths import load_example_lengths
 from .model_card import write_model_card
 from .samplers import BlockShuffleSampler
+from .scores import score_of
 from .stream_batches import StreamBatches, StreamOrder, TokenBudgetBuffer, only
 from .throughput import MeasuredTrainer
 from .token_budget import TokenBudgetBatchSampler
@@ -45,7 +52,9 @@ class CellTrainer(MeasuredTrainer):
     function of (seed, epoch), whatever the number of processes, and each cell comes once an epoch; evaluation and
     prediction go by the order of the data, with the collator's `for_evaluation()`, so that their losses can be
     compared; cells without counts are left out; `resume_from_checkpoint=True` takes the last checkpoint that is
-    whole; SIGTERM saves a checkpoint after the step and ends `train`, with `trainer.interrupted` set. Of a masked
+    whole; SIGTERM, and Ctrl-C, save a checkpoint after the step and end `train`, with the signal in
+    `trainer.interrupted`, and a second Ctrl-C interrupts at once. The loss of an evaluation is the mean over all its
+    labels, whatever the size of the batches. Weights in half precision are trained in float32. Of a masked
     model the log also has `<class>_loss` and `<class>_accuracy`, a class of tokens (genes, and each phenotype
     category): mean cross entropy in nats, without smoothing and weights, and share predicted right.
 
@@ -95,33 +104,34 @@ class CellTrainer(MeasuredTrainer):
             check_tokenizer_fits(self.model, self.processing_class)
         collator = self._eval_collator = self.data_collator
         self._statistics: dict[bool, torch.Tensor] = {}
-        model_type = getattr(getattr(self.model, "config", None), "model_type", None)
-        if getattr(collator, "packing", False) and model_type != "gene_bert":
-            raise ValueError(f"A model of type {model_type!r} would mix the cells of a packed batch: train it padded.")
-        if self._is_packed() and self.args.n_gpu > 1:
-            raise ValueError(
-                "torch.nn.DataParallel would cut a packed batch across cells: start one process a GPU with "
-                "accelerate launch, or let one GPU be seen (CUDA_VISIBLE_DEVICES=0)."
-            )
-        cuts = [of for of in ("dispatch_batches", "split_batches") if getattr(self.args.accelerator_config, of, None)]
-        if self._is_packed() and cuts:
-            raise ValueError(f"{cuts[0]} would cut a packed batch across cells: leave it out of accelerator_config.")
-        if self.args.train_sampling_strategy == "batch_rebalance":
-            raise ValueError('train_sampling_strategy="batch_rebalance": give max_tokens_per_batch in its place.')
+        self._eval_losses = SumOfLosses()
+        check_arguments(self)
         label2id = getattr(getattr(self.model, "config", None), "label2id", None) or {}
         names_classes = getattr(collator, "label2id", 0) is None and isinstance(collator.label, str)
         if names_classes and not all(name.startswith("LABEL_") for name in label2id):
             collator.label2id = label2id  # the store may list its classes in another order than the model
-        self.interrupted = False
+        self.interrupted: signal.Signals | None = None
         self.card_facts: dict[str, Any] = {}
         self.add_callback(SetEpoch(self))
-        self._on_sigterm = SaveOnSigterm(self)
-        self.add_callback(self._on_sigterm)
+        take_back_signals(self)
+        self._on_signal = SaveOnSignal(self)
+        self.add_callback(self._on_signal)
         self.add_callback(FillHubFolder(self))
         if hasattr(collator, "for_evaluation"):
             self._eval_collator = collator.for_evaluation()
 
     # ------------------------------------------------------------------ batches
+
+    @property
+    def _token_budget(self) -> int | None:
+        """`max_tokens_per_batch`, lowered in the proportion in which `auto_find_batch_size` lowers the batch size."""
+        if self.max_tokens_per_batch is None:
+            return None
+        return self.max_tokens_per_batch * self._train_batch_size // self.args.train_batch_size
+
+    def _update_auto_batch_size(self, batch_size):
+        super()._update_auto_batch_size(batch_size)
+        self._statistics.clear()  # of the attempt that ran out of memory
 
     def _is_packed(self) -> bool:
         return getattr(self.data_collator, "packing", False) or isinstance(self.train_dataset, CenterMaskSampler)
@@ -152,7 +162,7 @@ class CellTrainer(MeasuredTrainer):
         if self.max_tokens_per_batch is not None:
             return TokenBudgetBatchSampler(
                 self._n_tokens(dataset),
-                self.max_tokens_per_batch,
+                self._token_budget,
                 packing=self._is_packed(),
                 seed=seed,
                 world_size=args.world_size,
@@ -177,7 +187,7 @@ class CellTrainer(MeasuredTrainer):
                 return np.full(len(dataset), tokenizer.max_length)
             others = tokenizer.add_cls + tokenizer.add_eos + len(tokenizer.included_phenotypes)
             return np.minimum(dataset.lengths + others, tokenizer.max_length)
-        lengths = known_lengths(dataset if self._lengths is None else self._lengths)
+        lengths = known_lengths(dataset if self._lengths is None else self._lengths, self.args.length_column_name)
         if len(lengths) != len(dataset):
             raise ValueError(f"{len(lengths)} lengths for {len(dataset)} rows: write them anew for this dataset.")
         return lengths
@@ -200,9 +210,13 @@ class CellTrainer(MeasuredTrainer):
                         f"{type(dataset).__name__}: several processes cannot evaluate on a stream, of which some "
                         "cells would count twice. Evaluate on a CellStore or a datasets.Dataset."
                     )
-                return super()._get_dataloader(
-                    dataset, description, batch_size, sampler_fn, is_training, dataloader_key
-                )
+                drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+                try:  # every cell is evaluated, and gets a prediction
+                    return super()._get_dataloader(
+                        dataset, description, batch_size, sampler_fn, is_training, dataloader_key
+                    )
+                finally:
+                    self.args.dataloader_drop_last = drop_last
         finally:
             self.data_collator = training_collator
         args, collator, n_workers = self.args, self.data_collator, self.args.dataloader_num_workers
@@ -261,7 +275,7 @@ class CellTrainer(MeasuredTrainer):
         }
         if self.max_tokens_per_batch is not None:
             packing = getattr(self.data_collator, "packing", False)
-            batches = TokenBudgetBuffer(stream, self.max_tokens_per_batch, packing=packing, **shared)
+            batches = TokenBudgetBuffer(stream, self._token_budget, packing=packing, **shared)
         elif args.train_sampling_strategy == "group_by_length":
             cells = batch_size * in_a_step
             batches = TokenBudgetBuffer(
@@ -314,25 +328,83 @@ class CellTrainer(MeasuredTrainer):
         model = super().call_model_init(trial)
         if getattr(self, "processing_class", None) is not None:  # not yet when the trainer is made
             check_tokenizer_fits(model, self.processing_class)
+        if getattr(self, "is_in_train", False):
+            self._keep_in_float32(model)
         return model
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] | None = None,
+        *args,
+        **kwargs,
+    ):
+        """As in Trainer; by default the objective is `args.metric_for_best_model`, or else the loss of the evaluation.
+
+        Trainer's own default is the sum of all metrics, losses and accuracies alike.
+
+        Raises
+        ------
+        ValueError
+            `direction` contradicts `args.greater_is_better`, which says it by default; during the search: the
+            evaluation does not give the metric.
+        """
+        if compute_objective is None:
+            metric = self.args.metric_for_best_model or "loss"
+            best = "maximize" if self.args.greater_is_better else "minimize"
+            if direction not in (None, best):
+                raise ValueError(
+                    f"direction={direction!r}, and args.greater_is_better={self.args.greater_is_better} of "
+                    f"{metric!r} means {best!r}: leave direction out, or give compute_objective."
+                )
+            metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+            compute_objective, direction = partial(score_of, metric=metric), best
+        return super().hyperparameter_search(
+            hp_space, compute_objective, n_trials, direction or "minimize", *args, **kwargs
+        )
 
     # ------------------------------------------------------------------ checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As in Trainer; True goes on from the last checkpoint that is whole, or begins where there is none."""
+        """As in Trainer; True resumes from the last checkpoint that is whole, or begins where there is none.
+
+        Raises
+        ------
+        FileExistsError
+            True, where `output_dir` holds a model and no checkpoint.
+        ValueError
+            The checkpoint is of other cells, or of another order of them; its optimizer is missing.
+        """
         if resume_from_checkpoint is True:
-            found = last_whole_checkpoint(self.args.output_dir)
+            found = checkpoint_to_resume(self.args.output_dir)
             resume_from_checkpoint = None if found is None else str(found)
         self._stream_mark = None
         if resume_from_checkpoint:
             checkpoint = Path(resume_from_checkpoint)
+            check_complete(checkpoint)
             if (checkpoint / _STREAM_MARK).exists():
                 self._stream_mark = json.loads((checkpoint / _STREAM_MARK).read_text())
-            self._check_order(checkpoint / "trainer_state.json")
+            if self.args.auto_find_batch_size:  # as Trainer restores it
+                state = json.loads((checkpoint / "trainer_state.json").read_text())
+                self._train_batch_size = state.get("train_batch_size") or self._train_batch_size
+            self._check_order(checkpoint)
+        if self.model_init is None:  # else call_model_init does it
+            self._keep_in_float32(self.model)
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
-            self._on_sigterm.stop_listening()
+            self._on_signal.stop_listening()
+
+    def _init_training_state(self, max_steps, n_steps, n_epochs, resume_from_checkpoint, trial):
+        if resume_from_checkpoint is not None and self.args.auto_find_batch_size:
+            self._check_order(Path(resume_from_checkpoint))  # the batch size may have been lowered once more
+        return super()._init_training_state(max_steps, n_steps, n_epochs, resume_from_checkpoint, trial)
+
+    def _keep_in_float32(self, model: PreTrainedModel) -> None:
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # which keep float32 weights of their own
+            keep_in_float32(model, autocast=self.args.bf16 or self.args.fp16)
 
     def _issue_warnings_after_load(self, load_result):
         """As in Trainer; a weight that is tied to another is not missing."""
@@ -356,7 +428,8 @@ class CellTrainer(MeasuredTrainer):
             "train_sampling_strategy": str(
                 getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)
             ),
-            "max_tokens_per_batch": self.max_tokens_per_batch,
+            "max_tokens_per_batch": self._token_budget,
+            **({} if self._cells is None else {"train_dataset": self._cells}),
         }
         if isinstance(self.train_dataset, CenterMaskSampler):
             order["neighbourhoods"] = self.train_dataset.description
@@ -368,23 +441,33 @@ class CellTrainer(MeasuredTrainer):
             order["gradient_accumulation_steps * processes"] = batches
         return order
 
-    def _check_order(self, state: Path) -> None:
+    @cached_property
+    def _cells(self) -> str | None:
+        """What tells the training cells from others; None where nothing does."""
+        return describe_cells(self.train_dataset)
+
+    def _check_order(self, checkpoint: Path) -> None:
         """Refuse a checkpoint after which cells would come twice, or never.
 
         Raises
         ------
         ValueError
-            It was made with other arguments.
+            It was made with other cells or arguments.
         """
-        if self.args.ignore_data_skip or not state.exists():
+        if self.args.ignore_data_skip:
             return
-        saved = json.loads(state.read_text()).get("stateful_callbacks", {}).get(_ORDER)
+        saved = json.loads((checkpoint / "trainer_state.json").read_text())
+        saved = saved.get("stateful_callbacks", {}).get(_ORDER)
+        if saved is None:
+            return
         order = self._order()
-        other = [name for name in order if saved is not None and saved.get(name) != order[name]]
+        if "train_dataset" not in saved:  # a checkpoint of an earlier version
+            order.pop("train_dataset", None)
+        other = [name for name in order if saved.get(name) != order[name]]
         if other:
             found = "; ".join(f"{name} was {saved.get(name)} and is {order[name]}" for name in other)
             raise ValueError(
-                f"{state.parent}: {found}. Cells of the epoch would come twice, or never: resume with the same, or "
+                f"{checkpoint}: {found}. Cells of the epoch would come twice, or never: resume with the same, or "
                 "give ignore_data_skip=True to begin the epoch anew."
             )
 
@@ -452,8 +535,12 @@ class CellTrainer(MeasuredTrainer):
     # ------------------------------------------------------------------ losses
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As in Trainer; adds up what the loss is made of."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        """As in Trainer; adds up what the loss is made of, and smooths labels as the model does.
+
+        Trainer's own smoothing has no class weights, no loss weights, and takes the labels from the model.
+        """
+        with self._smoothed_labels():
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         statistics = getattr(outputs, "class_statistics", None)
         if statistics is not None:
             # A replica gives its own rows.
@@ -462,6 +549,23 @@ class CellTrainer(MeasuredTrainer):
             self._statistics[model.training] = total if before is None else before + total
         return (loss, outputs) if return_outputs else loss
 
+    @contextmanager
+    def _smoothed_labels(self) -> Iterator[None]:
+        """Let the model's own loss apply `args.label_smoothing_factor`, if it is a model of cells."""
+        model = self.accelerator.unwrap_model(self.model)
+        field = smoothing_field(model)
+        if not self.args.label_smoothing_factor or field is None:
+            yield
+            return
+        smoother, self.label_smoother = self.label_smoother, None
+        before = getattr(model.config, field)
+        setattr(model.config, field, self.args.label_smoothing_factor)
+        try:
+            yield
+        finally:
+            setattr(model.config, field, before)
+            self.label_smoother = smoother
+
     def log(self, logs, *args, **kwargs):
         """As in Trainer; with the training losses of the classes of tokens."""
         if "loss" in logs:
@@ -469,9 +573,13 @@ class CellTrainer(MeasuredTrainer):
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """As in Trainer; with the losses of the classes of tokens."""
+        """As in Trainer; the loss is the mean over all labels, and the classes of tokens have theirs."""
         self._statistics.pop(False, None)
+        self._eval_losses = SumOfLosses()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss = self._eval_losses.mean(self.accelerator)
+        if loss is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = loss
         output.metrics.update(self._class_metrics(False, f"{metric_key_prefix}_"))
         return output
 
@@ -492,7 +600,26 @@ class CellTrainer(MeasuredTrainer):
         return metrics
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """As in Trainer; where predictions are wanted, MLM logits are of all positions, so that they meet labels."""
+        """As in Trainer; cells that fill up the last batch of several processes have no labels.
+
+        Where predictions are wanted, MLM logits are of all positions, so that they meet labels.
+        """
+        inputs = self._without_filling_cells(inputs)
+        n_labels = self._get_num_items_in_batch([inputs], self.args.device)
+        loss, logits, labels = self._predict_batch(model, inputs, prediction_loss_only, ignore_keys)
+        if self._loss_is_a_mean_over_labels and loss is not None and n_labels is not None:
+            self._eval_losses.add(loss, n_labels, only_finite=self.args.logging_nan_inf_filter)
+        return loss, logits, labels
+
+    # Of each batch; objectives that compare cells are means over batches.
+    _loss_is_a_mean_over_labels = True
+
+    def _without_filling_cells(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        names = [name for name in self.label_names if isinstance(inputs.get(name), torch.Tensor)]
+        rows = filling_cells(self.accelerator, len(inputs[names[0]])) if names else None
+        return inputs if rows is None else without_labels(inputs, names, rows)
+
+    def _predict_batch(self, model, inputs, prediction_loss_only, ignore_keys):
         config = getattr(self.accelerator.unwrap_model(model), "config", None)
         sparse = getattr(config, "sparse_prediction", False) and not prediction_loss_only
         if not sparse:

@@ -530,7 +530,9 @@ def _load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, head: d
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
     if getattr(tokenizer, "whole_cell", False):
         head = {"wide_head": True, **head}
-    classifier = AutoModelForSequenceClassification.from_pretrained(model, ignore_mismatched_sizes=True, **head)
+    classifier = AutoModelForSequenceClassification.from_pretrained(
+        model, ignore_mismatched_sizes=True, dtype=torch.float32, **head
+    )
     return classifier, tokenizer
 
 

@@ -290,14 +290,16 @@ def padding_share(lengths: Any, batches: Iterable[Sequence[int]]) -> float:
     return 1 - n_tokens / n_positions if n_positions else 0.0
 
 
-def known_lengths(lengths: Any) -> np.ndarray:
+def known_lengths(lengths: Any, column: str = "length") -> np.ndarray:
     """Take the lengths of rows from where they are known already; tokens are not read.
 
     Parameters
     ----------
     lengths : sequence of int, int array (n,), CellStore, datasets.Dataset or torch.utils.data.Subset
         Lengths, or what has them: an attribute `lengths` (a store, whose expressed genes are counted), a column
-        `length`, or a subset of such.
+        of lengths, or a subset of such.
+    column : str, default: "length"
+        Name of the column.
 
     Returns
     -------
@@ -309,18 +311,18 @@ def known_lengths(lengths: Any) -> np.ndarray:
         A dataset of neither; something other than whole numbers of 0 or more.
     """
     if isinstance(lengths, Subset):
-        return known_lengths(lengths.dataset)[np.asarray(lengths.indices, np.int64)]
+        return known_lengths(lengths.dataset, column)[np.asarray(lengths.indices, np.int64)]
     if hasattr(lengths, "lengths"):
         lengths = lengths.lengths
     elif hasattr(lengths, "column_names"):
         if not hasattr(lengths, "__len__"):
             raise ValueError("The lengths of a stream are not known before it is read: use TokenBudgetBuffer.")
-        if "length" not in lengths.column_names:
+        if column not in lengths.column_names:
             raise ValueError(
-                f"The dataset has no column `length`; it has {', '.join(lengths.column_names)}. Add one "
+                f"The dataset has no column `{column}`; it has {', '.join(lengths.column_names)}. Add one "
                 "(CellStore.tokenize writes it), or give a list of lengths (load_example_lengths reads one)."
             )
-        lengths = lengths.with_format("arrow")["length"][:].to_numpy()
+        lengths = lengths.with_format("arrow")[column][:].to_numpy()
     try:
         values = np.asarray(lengths)
     except (TypeError, ValueError):  # ragged

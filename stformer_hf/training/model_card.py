@@ -224,6 +224,9 @@ def _settings(trainer: Any) -> dict[str, Any]:
             f"up to {trainer.max_tokens_per_batch * args.gradient_accumulation_steps * args.world_size} tokens"
         )
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    weights = str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
+    if weights != "float32":
+        precision = f"{precision}, weights in {weights}" if args.bf16 or args.fp16 else weights
     return settings | {
         "order of the cells": str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)),
         "optimizer": str(getattr(args.optim, "value", args.optim)),

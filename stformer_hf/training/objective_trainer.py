@@ -15,6 +15,7 @@ from ..data.cell_store import CellStore
 from ..models.gene_bert.heads import pool
 from .cell_trainer import CellTrainer
 from .checkpoints import mark_unfinished
+from .eval_loss import filling_cells, without_labels
 from .objectives import check_objectives
 from .objectives.contrast import comparable_cells, contrast_loss, contrast_of_totals
 from .objectives.cross_correlation import cross_correlation_loss
@@ -88,6 +89,7 @@ class ObjectiveTrainer(CellTrainer):
         self._watched: dict[bool, list[tuple[torch.Tensor, torch.Tensor]]] = {True: [], False: []}
         self._average = None if ema is None else WeightAverage(ema)
         super().__init__(model=model, data_collator=data_collator, **kwargs)
+        self._loss_is_a_mean_over_labels = not self._trains_cls
         if self._trains_cls:
             self._check_cells()
         if self._average is not None:
@@ -155,6 +157,18 @@ class ObjectiveTrainer(CellTrainer):
     def _order(self) -> dict[str, Any]:
         order = super()._order()
         return {**order, "batch_key": self.batch_key, "two views": True} if self._trains_cls else order
+
+    def _without_filling_cells(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As in CellTrainer; such a cell has no counts in either view, and is in no objective."""
+        if not self._trains_cls:
+            return super()._without_filling_cells(inputs)
+        totals = inputs["view_totals"]
+        rows = filling_cells(self.accelerator, len(totals) // 2)
+        if rows is None:
+            return inputs
+        rows = rows.repeat(2)
+        totals = totals.masked_fill(rows.to(totals.device), 0)
+        return {**without_labels(inputs, self.label_names, rows), "view_totals": totals}
 
     # ------------------------------------------------------------------ losses
 

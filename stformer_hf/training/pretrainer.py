@@ -220,11 +220,11 @@ class STFormerPretrainer(ObjectiveTrainer):
                 seed=self.args.seed,
             )
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def _predict_batch(self, model, inputs, prediction_loss_only, ignore_keys):
         """As in CellTrainer; logits that are reduced before they are gathered are computed at the labels only."""
         if self.preprocess_logits_for_metrics in (preprocess_logits_for_metrics, preprocess_logits_with_nll):
             return Trainer.prediction_step(self, model, inputs, prediction_loss_only, ignore_keys)
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return super()._predict_batch(model, inputs, prediction_loss_only, ignore_keys)
 
 
 def _each(datasets: Any) -> list[Any]:

@@ -15,7 +15,6 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .cell_trainer import CellTrainer
+from .scores import score_of
 from .search_space import SearchSpace, TrialModel, in_words, prune
 
 PRUNERS = ("median", "hyperband", "none")
@@ -122,21 +122,6 @@ def search(
             shutil.rmtree(output / "ray", ignore_errors=True)
         run = _with_optuna if backend == "optuna" else _with_ray
         return run(trainer, space, output, trials, metric, direction, pruner, sampler_seed, dict(settings or {}))
-
-
-def score_of(metrics: Mapping[str, float], metric: str) -> float:
-    """Read the metric.
-
-    Raises
-    ------
-    ValueError
-        It is not among the metrics.
-    """
-    if metric not in metrics:
-        near = get_close_matches(metric, metrics, n=1, cutoff=0.5)
-        hint = f"; the closest known one is {near[0]}" if near else ""
-        raise ValueError(f"The evaluation gives no {metric!r}{hint}; it gives {', '.join(sorted(metrics))}.")
-    return float(metrics[metric])
 
 
 def best_of(table: pd.DataFrame, direction: str) -> pd.Series:
@@ -483,4 +468,4 @@ def _last_line(error: Exception | None) -> str | None:
     return None if error is None else str(error).strip().split("\n")[-1]
 
 
-__all__ = ["best_of", "read_trials", "score_of", "search"]
+__all__ = ["best_of", "read_trials", "search"]

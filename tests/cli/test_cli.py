@@ -1,13 +1,16 @@
 """The commands, as a user types them."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from anndata import read_h5ad
 from conftest import make_adata
+from transformers import AutoModel, AutoModelForMaskedLM
 
 from stformer_hf import CellStore, GeneBertConfig, GeneTokenizer
 from stformer_hf.cli import VERBS, main
@@ -339,10 +342,29 @@ def test_a_run_leaves_a_store_and_checkpoints_of_another_alone(file, tmp_path, c
     argv[4] = str(tmp_path / "other")
     assert main([*argv, "--resume_from_checkpoint", "true"]) == 0  # nothing yet: it begins
     assert "no checkpoint to resume from: the run begins" in caplog.text
+    for checkpoint in (tmp_path / "other").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    finished = (tmp_path / "other" / "model.safetensors").read_bytes()
+    assert main([*argv, "--resume_from_checkpoint", "true"]) == 1  # it would replace the model
+    assert "holds a model and no checkpoint to resume from" in capsys.readouterr().err
+    assert (tmp_path / "other" / "model.safetensors").read_bytes() == finished
     # What replaces a run leaves nothing that a later resumption would go on from.
     assert main([*argv, "--save_steps", "1", "--overwrite", "--max_steps", "3"]) == 0
     assert main([*argv, "--save_steps", "1", "--overwrite", "--max_steps", "1", "--seed", "1"]) == 0
     assert [path.name for path in (tmp_path / "other").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "finetune"])
+def test_a_checkpoint_in_half_precision_is_trained_in_float32(file, tmp_path, verb, caplog):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["pretrain", "--data", file, "--output", str(first), *SHORT]) == 0
+    model = AutoModelForMaskedLM.from_pretrained(first)
+    model.to(torch.bfloat16).save_pretrained(first)
+    label = ["--label", "cell_type"] if verb == "finetune" else []
+    assert main([verb, "--data", file, "--model", str(first), "--output", str(second), *label, *SHORT]) == 0
+    assert AutoModel.from_pretrained(second).dtype == torch.float32
+    assert "| precision | fp32 |" in (second / "README.md").read_text()
+    assert "The weights are bfloat16" not in caplog.text  # they were loaded in float32
 
 
 def test_a_folder_is_no_output_file(file, tmp_path, capsys):

@@ -148,20 +148,27 @@ def test_activation_checkpointing_gives_the_same_gradients(plain_config, batches
 # ---------------------------------------------------------------------- torch.compile, ONNX, PEFT
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_compiles_without_a_graph_break(plain_config, batches, packing):
+@pytest.mark.parametrize(("packing", "vocabulary"), [(False, "small"), (True, "small"), (False, "large")])
+def test_compiles_without_a_graph_break(plain_config, batches, packing, vocabulary):
     torch._dynamo.reset()
+    plain_config.loss_weights = {"genes": 2.0}
+    if vocabulary == "small":
+        plain_config.label_smoothing = 0.1
+    else:  # larger than a layer: logits of the labelled positions alone
+        plain_config.intermediate_size = plain_config.vocab_size - 1
     model = GeneBertForPhenotypicMLM(plain_config)
     batch = batches[packing]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     results = []
     for one in (model, compiled):
         model.zero_grad()
-        # The number of masked tokens is not known before the labels are: dynamo takes it as a size of its own.
-        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-            loss = one(**batch).loss
-        loss.backward()
-        results.append([loss, *(parameter.grad.clone() for parameter in model.parameters())])
+        # The number of labels is not known before they are read: dynamo takes it as a size of its own.
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=vocabulary == "large"):
+            outputs = one(**batch)
+        outputs.loss.backward()
+        results.append(
+            [outputs.loss, outputs.class_statistics, *(parameter.grad.clone() for parameter in model.parameters())]
+        )
     for plain, fused in zip(*results, strict=True):
         torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-4)
 

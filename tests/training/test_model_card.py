@@ -113,6 +113,16 @@ def test_any_trainer_writes_a_card_of_what_it_did(cells, genes, tmp_path):
     assert not any("runtime" in name or "second" in name for name in values)
 
 
+def test_the_precision_is_that_of_the_weights(cells, genes, tmp_path):
+    trainer = make_trainer(tmp_path, cells, genes)
+    trainer.model.to(torch.bfloat16)
+    for autocast, precision in ((False, "bfloat16"), (True, "bf16, weights in bfloat16")):
+        trainer.args.bf16 = autocast
+        assert model_card._settings(trainer)["precision"] == precision
+    trainer.model.to(torch.float32)
+    assert model_card._settings(trainer)["precision"] == "bf16"
+
+
 def test_the_figures_are_of_the_weights_that_are_kept(cells, genes, tmp_path):
     trainer = make_trainer(tmp_path, cells, genes)
     history = [

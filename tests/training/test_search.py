@@ -207,7 +207,35 @@ def test_hyperparameter_search_works_as_transformers_documents_it(make_trainer):
     trainer.model_init.collator = trainer.data_collator
     best = trainer.hyperparameter_search(hp_space=space.hp_space, n_trials=2, backend="optuna", direction="minimize")
     assert best.hyperparameters["num_hidden_layers"] in (1, 2)
+    with pytest.raises(ValueError, match="'loss' means 'minimize'"):
+        trainer.hyperparameter_search(hp_space=space.hp_space, direction="maximize", backend="optuna")
     assert os.path.exists(f"{trainer.args.output_dir}/run-1/checkpoint-3/model.safetensors")
+
+
+@pytest.mark.parametrize("metric", [None, "genes_accuracy"])
+def test_the_default_objective_is_one_metric_and_not_the_sum_of_all(make_trainer, metric):
+    seen = []
+
+    class Evaluations(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            seen.append(metrics)
+
+    settings = {} if metric is None else {"metric_for_best_model": metric}
+    trainer, space, _ = make_trainer(SPACE, eval_steps=3, **settings)
+    trainer.add_callback(Evaluations())
+    trainer.model_init.collator = trainer.data_collator
+    best = trainer.hyperparameter_search(hp_space=space.hp_space, n_trials=2, backend="optuna")
+    scores = [metrics[f"eval_{metric or 'loss'}"] for metrics in seen]
+    assert len(scores) == 2 and best.objective == (min(scores) if metric is None else max(scores))
+
+
+def test_an_objective_that_the_evaluation_does_not_give_is_named(make_trainer):
+    trainer, space, _ = make_trainer(metric_for_best_model="gene_accuracy")
+    trainer.model_init.collator = trainer.data_collator
+    with pytest.raises(
+        ValueError, match="gives no 'eval_gene_accuracy'; the closest known one is eval_genes_accuracy"
+    ):
+        trainer.hyperparameter_search(hp_space=space.hp_space, n_trials=1, backend="optuna")
 
 
 def test_a_trial_whose_model_does_not_fit_the_tokenizer_is_an_error(make_trainer):

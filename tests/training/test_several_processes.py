@@ -70,6 +70,23 @@ def test_two_processes_share_an_epoch_and_learn_what_one_does(store, tmp_path, o
     np.testing.assert_allclose(ranks[0]["losses"], alone["losses"], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("order", ["random", pytest.param("objectives", marks=_slow)])
+def test_two_processes_evaluate_each_cell_once(store, tmp_path, order):
+    # 59 cells: five of the last eight fill up the batches of two processes.
+    ddp = {"ddp_find_unused_parameters": False, "ddp_bucket_cap_mb": 1, "ddp_broadcast_buffers": False}
+    settings = {"order": order, "accumulation": 1, "epochs": 1, "steps": 1, "evaluate": True}
+    two = run_script(store, tmp_path / "two", 2, **settings, arguments=ddp if order == "random" else {})
+    one = run_script(store, tmp_path / "one", 1, **settings)
+    finished(two), finished(one)
+    alone = json.loads((tmp_path / "one" / "seen-0.json").read_text())["evaluated"]
+    names = ["eval_genes_loss", "eval_genes_accuracy", "eval_cell_type_loss", "eval_cell_type_accuracy"]
+    names += ["eval_loss"] if order == "random" else []
+    for rank in (0, 1):
+        seen = json.loads((tmp_path / "two" / f"seen-{rank}.json").read_text())
+        assert seen["world_size"] == 2
+        assert [seen["evaluated"][name] for name in names] == pytest.approx([alone[name] for name in names], rel=1e-5)
+
+
 @pytest.mark.slow
 def test_two_processes_learn_of_neighborhoods_what_one_does(store, tmp_path):
     two = run_script(store, tmp_path / "two", 2, order="neighborhoods", accumulation=1, epochs=3)

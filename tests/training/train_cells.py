@@ -72,17 +72,20 @@ def main() -> None:
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
+        per_device_eval_batch_size=4,
         **sampling,
+        **settings.get("arguments", {}),
     )
     if settings["order"] == "neighborhoods":
         trainer = STFormerPretrainer(arguments, neighborhoods(store), model=model_of_neighborhoods(store))
         trainer.train()
-        return write(folder, arguments, [], trainer)
+        return write(folder, arguments, [], trainer, {})
     stream = settings["order"].endswith("stream")
     cells = IterableAnnDataset(store, tokenizer, shuffle=True, buffer_size=16) if stream else store
     trainer = STFormerPretrainer(
         arguments, cells, model=GeneBertForPhenotypicMLM(config), processing_class=tokenizer, **own
     )
+    evaluated = trainer.evaluate(store.select(store.lengths > 0)) if settings.get("evaluate") else {}
     batches, collator = [], trainer.data_collator
     collator = collator.collator if whole_cell else collator
     read = collator._tokens
@@ -95,7 +98,7 @@ def main() -> None:
 
     collator._tokens = watch
     trainer.train(resume_from_checkpoint=bool(settings.get("save")))
-    write(folder, arguments, batches, trainer)
+    write(folder, arguments, batches, trainer, evaluated)
 
 
 def neighborhoods(store: CellStore) -> CenterMaskSampler:
@@ -111,8 +114,11 @@ def model_of_neighborhoods(store: CellStore) -> CellNeighborhoodForMaskedCell:
     return CellNeighborhoodForMaskedCell(config)
 
 
-def write(folder: Path, arguments: TrainingArguments, batches: list, trainer: STFormerPretrainer) -> None:
+def write(
+    folder: Path, arguments: TrainingArguments, batches: list, trainer: STFormerPretrainer, evaluated: dict
+) -> None:
     seen = {
+        "evaluated": evaluated,
         "world_size": arguments.world_size,
         "batches": batches,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],

@@ -41,13 +41,13 @@ def masked_lm_loss(
     Parameters
     ----------
     logits : Tensor (k, vocab_size)
-        Of the labelled positions.
+        Of all positions, or of the labelled ones.
     labels, token_types : LongTensor (k,)
-        Of the same positions.
+        Of the same positions; labels are -100 where there is nothing to predict.
     config : GeneBertConfig
         `label_smoothing`, `token_classes` and `loss_weights`.
     num_items_in_batch : int or Tensor, optional
-        What the sum is divided by; k by default.
+        What the sum is divided by; the number of labels by default.
 
     Returns
     -------
@@ -58,10 +58,11 @@ def masked_lm_loss(
     """
     logits = logits.float()
     labels = labels.to(logits.device)
-    nll = nn.functional.cross_entropy(logits, labels, reduction="none")
+    labelled = (labels != IGNORE).float()
+    nll = nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)
     losses, smoothing = nll, config.label_smoothing
     if smoothing:
-        losses = (1 - smoothing) * nll + smoothing * (logits.logsumexp(-1) - logits.mean(-1))
+        losses = (1 - smoothing) * nll + smoothing * labelled * (logits.logsumexp(-1) - logits.mean(-1))
     names = config.token_classes or ["genes"]
     # Categories have the types 1, 2, …; all types from there on are of genes.
     classes = token_types.to(logits.device).clamp(1, len(names)) - 1
@@ -69,11 +70,11 @@ def masked_lm_loss(
         weights = losses.new_tensor([config.loss_weights.get(name, 1.0) for name in names])
         losses = losses * weights[classes]
     if num_items_in_batch is None:
-        num_items_in_batch = torch.ones_like(nll).sum()
+        num_items_in_batch = labelled.sum()
     # A batch of cells without counts has no label, and its loss is 0, not NaN.
     loss = losses.sum() / torch.as_tensor(num_items_in_batch, device=logits.device).clamp(min=1)
     with torch.no_grad():
-        columns = torch.stack([nll.detach(), (logits.argmax(-1) == labels).float(), torch.ones_like(nll)], dim=1)
+        columns = torch.stack([nll.detach(), (logits.argmax(-1) == labels).float(), labelled], dim=1)
         statistics = columns.new_zeros(len(names), 3).index_add(0, classes, columns)
     return loss, statistics
 

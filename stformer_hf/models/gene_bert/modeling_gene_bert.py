@@ -307,7 +307,8 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         GeneBertMaskedLMOutput
             `loss`: mean cross entropy in nats over the labelled positions, 0 if there are none, smoothed and weighted
             as the configuration says. `logits`: (batch, length, vocab_size), or (n_labelled, vocab_size) with labels
-            and `config.sparse_prediction`. `class_statistics`, `gene_logits` and `log_dispersion`: see the class.
+            and `config.sparse_prediction` (in a compiled model only if the vocabulary is larger than
+            `config.intermediate_size`). `class_statistics`, `gene_logits` and `log_dispersion`: see the class.
         """
         outputs = self.gene_bert(
             input_ids=input_ids,
@@ -328,8 +329,11 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
             logits = self._predict(hidden_states, order)
         else:
             labels = labels.to(hidden_states.device)
-            labelled = (labels != IGNORE).flatten().nonzero().squeeze(1)  # once: it waits for a GPU
-            if self.config.sparse_prediction:
+            # How many labels there are is known when a GPU has counted them, which breaks a compiled graph. There,
+            # where the vocabulary is small, logits of all positions cost little.
+            everywhere = torch.compiler.is_compiling() and self.config.vocab_size <= self.config.intermediate_size
+            labelled = slice(None) if everywhere else (labels != IGNORE).flatten().nonzero().squeeze(1)
+            if not everywhere and self.config.sparse_prediction:
                 logits = at_labels = self._predict(hidden_states.flatten(0, 1)[labelled], order, labelled)
             else:
                 logits = self._predict(hidden_states, order)

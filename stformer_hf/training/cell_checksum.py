@@ -1,0 +1,75 @@
+"""What tells the cells of one training set from those of another."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import numpy as np
+from datasets import Dataset as HuggingFaceDataset
+from torch.utils.data import ConcatDataset, Subset
+
+from ..data.cell_store import CellStore
+from ..data.iterable_ann_dataset import IterableAnnDataset
+
+_MOST = 64  # cells, or files, whose values are read
+
+
+def describe_cells(dataset: Any) -> str | None:
+    """Describe cells so that other cells, or another order of them, have another description.
+
+    It depends on the cells and not on where they are: a store that was moved or copied is the same.
+
+    Parameters
+    ----------
+    dataset : CellStore, datasets.Dataset, Subset or ConcatDataset of such, IterableAnnDataset, or another dataset
+
+    Returns
+    -------
+    str or None
+        Number of cells and a checksum: of all numbers of cells and of genes expressed, and of the counts of up to 64
+        cells; of a stream, of the numbers of cells and the first cells of up to 64 files. Of other datasets the number
+        of rows; None where nothing is known.
+    """
+    if isinstance(dataset, CellStore):
+        rows = dataset.rows(_some(len(dataset)))
+        values = [dataset.gene_ids.tolist(), dataset.cell_ids, dataset.lengths, rows.indices, rows.data]
+        return f"{len(dataset)} cells (checksum {_checksum(*values)})"
+    if isinstance(dataset, IterableAnnDataset):
+        n_cells = dataset.n_cells_of_files
+        heads = [dataset.first_cells(int(file), 8) for file in _some(len(n_cells))]
+        values = [n_cells, dataset.gene_ids.tolist(), *(part for head in heads for part in (head.indices, head.data))]
+        return f"{n_cells.sum()} cells of {len(n_cells)} files (checksum {_checksum(*values)})"
+    if isinstance(dataset, HuggingFaceDataset):
+        plain = dataset.with_format(None)
+        columns = [plain[name][:] for name in ("cell_id", "length") if name in plain.column_names]
+        rows = [plain[int(row)] for row in _some(len(plain))]
+        return f"{len(plain)} cells (checksum {_checksum(columns, rows)})"
+    if isinstance(dataset, Subset):
+        return f"{len(dataset)} rows (checksum {_checksum(np.asarray(dataset.indices))}) of {_of(dataset.dataset)}"
+    if isinstance(dataset, ConcatDataset):
+        return "; ".join(map(_of, dataset.datasets))
+    return _of(dataset) if hasattr(dataset, "__len__") else None
+
+
+def _of(dataset: Any) -> str:
+    known = (CellStore, HuggingFaceDataset, Subset, ConcatDataset)
+    return describe_cells(dataset) if isinstance(dataset, known) else f"{len(dataset)} rows"
+
+
+def _some(n: int) -> np.ndarray:
+    return np.unique(np.linspace(0, n - 1, min(n, _MOST)).astype(np.int64)) if n else np.empty(0, np.int64)
+
+
+def _checksum(*values: Any) -> str:
+    found = 0
+    for value in values:
+        if isinstance(value, np.ndarray):
+            value = np.ascontiguousarray(value, np.float64 if value.dtype.kind == "f" else np.int64).tobytes()
+        else:
+            value = repr(value).encode()
+        found = zlib.crc32(value, found)
+    return f"{found:08x}"
+
+
+__all__ = ["describe_cells"]

@@ -1,0 +1,58 @@
+"""Weights in half precision are trained in float32: small updates of them would be rounded away."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+def keep_in_float32(model: nn.Module, autocast: bool) -> None:
+    """Convert a model whose trainable weights are in half precision, with a warning.
+
+    A bfloat16 number has 8 significant bits: an update below 1/512 of a weight leaves it as it is, and with a usual
+    learning rate most are smaller. transformers loads a checkpoint in the precision in which it was saved.
+
+    Parameters
+    ----------
+    model : Module
+        Frozen and quantized weights beside an adapter stay as they are.
+    autocast : bool
+        Whether the training computes in half precision (`bf16` or `fp16` of TrainingArguments).
+
+    Raises
+    ------
+    ValueError
+        The attention needs half precision, and the training does not compute in it.
+    """
+    half = (torch.bfloat16, torch.float16)
+    weights = list(model.parameters())
+    found = {weight.dtype for weight in weights if weight.requires_grad and weight.dtype in half}
+    if not found:
+        return
+    name = str(found.pop()).removeprefix("torch.")
+    attention = str(getattr(getattr(model, "config", None), "_attn_implementation", None))
+    if attention.startswith("flash_attention") and not autocast:
+        raise ValueError(
+            f"The weights are {name} and are to be trained in float32, which {attention} does not compute in: pass "
+            "bf16=True to TrainingArguments."
+        )
+    speed = "" if autocast else " For speed, pass bf16=True to TrainingArguments."
+    logger.warning(
+        f"The weights are {name}, in which small updates are rounded away: they are trained, and saved, in float32. "
+        f"Load them with dtype=torch.float32 to avoid this warning.{speed}"
+    )
+    if all(weight.requires_grad or not weight.is_floating_point() for weight in weights) or not hasattr(
+        model, "peft_config"
+    ):
+        model.float()
+    else:
+        for weight in weights:
+            if weight.requires_grad:
+                weight.data = weight.data.float()
+
+
+__all__ = ["keep_in_float32"]

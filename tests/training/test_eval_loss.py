@@ -1,0 +1,62 @@
+"""The loss of an evaluation is the mean over its labels: it does not depend on the batches."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from stformer_hf import GeneBertForPhenotypicMLM, STFormerPretrainer
+
+
+def arguments(folder, batch_size, **changes):
+    return TrainingArguments(
+        str(folder),
+        per_device_eval_batch_size=batch_size,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("loss_only", [True, False])
+def test_masked_tokens_weigh_the_same_in_batches_of_any_size(store, tokenizer, config, tmp_path, loss_only):
+    config.loss_weights = {"cell_type": 3.0}
+    torch.manual_seed(0)
+    model = GeneBertForPhenotypicMLM(config)
+    found = [
+        STFormerPretrainer(
+            arguments(tmp_path, size, prediction_loss_only=loss_only),
+            store,
+            model=model,
+            processing_class=tokenizer,
+            eval_dataset=store,
+        ).evaluate()
+        for size in (1, 7, 60)
+    ]
+    for name in ("eval_loss", "eval_genes_loss", "eval_cell_type_loss"):
+        assert np.ptp([metrics[name] for metrics in found]) < 1e-5
+    assert abs(found[0]["eval_loss"] - found[0]["eval_genes_loss"]) > 1e-3  # it has both classes, weighted
+
+
+def test_an_infinite_batch_is_left_out_only_if_that_is_asked_for(store, tokenizer, config, tmp_path):
+    class Fails(GeneBertForPhenotypicMLM):
+        def forward(self, labels=None, **inputs):
+            outputs = super().forward(labels=labels, **inputs)
+            if len(labels) == 3:  # the last batch
+                outputs.loss = outputs.loss * float("nan")
+            return outputs
+
+    def loss(only_finite, cells):
+        torch.manual_seed(0)
+        return STFormerPretrainer(
+            arguments(tmp_path, 8, logging_nan_inf_filter=only_finite, prediction_loss_only=True),
+            store,
+            model=Fails(config),
+            processing_class=tokenizer,
+            eval_dataset=store.select(cells),
+        ).evaluate()["eval_loss"]
+
+    cells = np.flatnonzero(store.lengths)[:11]
+    assert np.isnan(loss(False, cells))
+    assert loss(True, cells) == pytest.approx(loss(True, cells[:8]), rel=1e-6)
