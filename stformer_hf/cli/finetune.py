@@ -80,16 +80,15 @@ def main(argv: list[str]) -> None:
 
 def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     """Fine-tune and save; returns the figures of the run."""
-    from transformers import AutoTokenizer
-
     from ..evaluation.cell_baselines import classification_baselines
     from ..evaluation.metrics import compute_classification_metrics
     from ..training.finetuning import prepare_classifier
+    from ..training.loading import load_tokenizer
     from .runs import finish, open_cells, refuse_flags_of_a_new_model, split, training_arguments
 
     output = Path(args.output)
     refuse_flags_of_a_new_model(args, _OF_A_NEW_MODEL)
-    tokenizer = AutoTokenizer.from_pretrained(args.model) if args.model else None
+    tokenizer = load_tokenizer(args.model) if args.model else None
     whole_cell = args.whole_cell if tokenizer is None else getattr(tokenizer, "whole_cell", False)
     reference = {} if whole_cell else FINETUNING_REFERENCE
     settings = {

@@ -197,13 +197,12 @@ def prepare(args: PretrainArguments, arguments: TrainingArguments) -> PretrainRu
     ValueError
         Flags of a new model beside `--model`; what `open_cells`, `GeneTokenizer` and `split` refuse.
     """
-    from transformers import AutoTokenizer
-
+    from ..training.loading import load_tokenizer
     from .runs import open_cells, refuse_flags_of_a_new_model, split
 
     refuse_flags_of_a_new_model(args, _OF_A_NEW_MODEL)
     _check_settings(args)
-    tokenizer = AutoTokenizer.from_pretrained(args.model) if args.model else None
+    tokenizer = load_tokenizer(args.model) if args.model else None
     phenotypes = tokenizer.included_phenotypes if tokenizer else args.phenotypes
     columns = list(dict.fromkeys([*(phenotypes or []), *([args.batch_key] if args.batch_key else [])]))
     neighborhood = tokenizer.neighborhood if tokenizer else args.neighborhood
@@ -313,13 +312,14 @@ def make_model(
     from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
     from ..models.gene_bert.modeling_gene_bert import GeneBertForPhenotypicMLM
     from ..training.gene_embeddings import load_gene_embeddings
+    from ..training.loading import load_model
     from ..training.masked_gene_start import start_mlm_bias, start_rank_model
     from ..training.spectral_start import cell_embedding_of, set_views
 
     settings = {**(args.model_config or {}), **settings}
     check_names("model_config", settings, {"size", *(option.name for option in fields(GeneBertConfig))})
     if args.model:
-        return AutoModelForMaskedLM.from_pretrained(args.model, **settings)
+        return load_model(args.model, AutoModelForMaskedLM, new_head=True, **settings)
     settings = {"size": args.size, "label_smoothing": args.label_smoothing, **settings}
     model = GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(tokenizer, **settings))
     if run is not None and run.views is not None:

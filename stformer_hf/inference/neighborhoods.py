@@ -13,14 +13,17 @@ import torch
 from anndata import AnnData
 from scipy import sparse
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import __version__
 from ..data.center_mask_sampler import CenterMaskSampler
 from ..data.read_anndata import as_anndata, find_placed_table, section_of
 from ..data.sources import Source, open_source
 from ..models.gene_bert.gene_columns import GeneMatcher, describe, strip_versions
+from ..training.cell_heads import check_finite
+from ..training.loading import is_model, load_config, load_model, name_of, unwrap
 from ..training.neighborhood_collator import collate_neighborhoods
+from .batches import check_cells
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +104,8 @@ def embed_neighborhoods(
     columns of one gene are summed, and genes that the data lack are 0. With `max_num_cells` the neighbours are those
     of epoch 0, so that results do not depend on the batches.
     """
-    name = model if not isinstance(model, PreTrainedModel) else (model.config._name_or_path or type(model).__name__)
+    check_cells(adata)
+    name = name_of(model)
     encoder = _load(model, device)
     config = encoder.config
     options = _options(config.neighborhood, neighborhood)
@@ -176,6 +180,7 @@ def _embed(
                 )
                 embedding[chosen] = outputs[result].float().cpu().numpy()
                 bar.update(len(chosen))
+    check_finite(embedding, np.ones(len(embedding), bool))
     n_lonely = int((lengths == 1).sum())
     if n_lonely:
         logger.warning(f"{n_lonely} of {len(sampler)} cells have no neighbours: of these the embedding says nothing.")
@@ -184,14 +189,14 @@ def _embed(
 
 def _load(model: str | PreTrainedModel, device: str | None) -> PreTrainedModel:
     """Give the model without its head, in evaluation mode, where it is to run."""
-    config = model.config if isinstance(model, PreTrainedModel) else AutoConfig.from_pretrained(str(model))
+    of_object = is_model(model)
+    config = unwrap(model).config if of_object else load_config(model)
     if config.model_type != "cell_neighborhood":
         raise ValueError(
             f"The model is a {config.model_type}, and neighbourhoods are embedded by a cell_neighborhood. Cells are "
             "embedded by embed (stformer-hf embed --kind cells)."
         )
-    if not isinstance(model, PreTrainedModel):
-        model = AutoModel.from_pretrained(str(model))
+    model = unwrap(model) if of_object else load_model(model)
     model = getattr(model, model.base_model_prefix, model)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 

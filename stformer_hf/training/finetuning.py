@@ -18,7 +18,6 @@ from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
@@ -38,6 +37,7 @@ from .classifier_start import ClassifierStart, start_classifier
 from .collators import DataCollatorForCellClassification
 from .defaults import FINETUNING, MAX_LENGTH
 from .linear_readers import Problem, inner_folds
+from .loading import is_adapter, is_model, load_model, load_tokenizer, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -514,8 +514,14 @@ def _labelled(
 
 def _load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, head: dict[str, Any]):
     """Load a checkpoint, or take a model object, as a classifier with new heads; returns it and a tokenizer."""
-    if isinstance(model, PreTrainedModel):
-        tokenizer = tokenizer or getattr(model, "tokenizer", None)
+    of_object = is_model(model)
+    if of_object or is_adapter(model):
+        if of_object:
+            model = unwrap(model, merge=True)
+            tokenizer = tokenizer or getattr(model, "tokenizer", None)
+        else:
+            tokenizer = tokenizer or load_tokenizer(model)
+            model = load_model(model)
         if tokenizer is None:
             raise ValueError(
                 "A model object needs its tokenizer: pass tokenizer=…, or the checkpoint's path as model."
@@ -527,11 +533,10 @@ def _load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, head: d
         classifier = GeneBertForClassification(config)
         classifier.gene_bert.load_state_dict(model.base_model.state_dict())
         return classifier, tokenizer
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+    tokenizer = tokenizer or load_tokenizer(model)
     if getattr(tokenizer, "whole_cell", False):
         head = {"wide_head": True, **head}
-    classifier = AutoModelForSequenceClassification.from_pretrained(model, ignore_mismatched_sizes=True, **head)
-    return classifier, tokenizer
+    return load_model(model, AutoModelForSequenceClassification, new_head=True, **head), tokenizer
 
 
 def _facts_of(start: ClassifierStart | None) -> dict[str, Any]:
