@@ -198,7 +198,7 @@ def prepare(args: PretrainArguments, arguments: TrainingArguments) -> PretrainRu
         Flags of a new model beside `--model`; what `open_cells`, `GeneTokenizer` and `split` refuse.
     """
     from ..training.loading import load_tokenizer
-    from .runs import open_cells, refuse_flags_of_a_new_model, split
+    from .runs import open_cells, refuse_flags_of_a_new_model, removing_store, split
 
     refuse_flags_of_a_new_model(args, _OF_A_NEW_MODEL)
     _check_settings(args)
@@ -207,26 +207,27 @@ def prepare(args: PretrainArguments, arguments: TrainingArguments) -> PretrainRu
     columns = list(dict.fromkeys([*(phenotypes or []), *([args.batch_key] if args.batch_key else [])]))
     neighborhood = tokenizer.neighborhood if tokenizer else args.neighborhood
     graph = {"neighbors": args.neighbors, "section": args.section} if neighborhood else {}
-    store = open_cells(
-        args.data,
-        arguments,
-        columns or None,
-        args.layer,
-        args.overwrite,
-        fractional=args.fractional,
-        **graph,
-        eval_data=args.eval_data,
-    )
-    train_cells, held_out_cells = split(store, args.held_out, arguments.seed, eval_data=args.eval_data)
-    if tokenizer is None:
-        tokenizer = _make_tokenizer(args, store, train_cells)
-    if held_out_cells is None:
-        arguments.eval_strategy = "no"
-    views = None
-    if tokenizer.whole_cell and _starts_at_cells(args):
-        from ..training.spectral_start import fit_views
+    with removing_store(arguments):
+        store = open_cells(
+            args.data,
+            arguments,
+            columns or None,
+            args.layer,
+            args.overwrite,
+            fractional=args.fractional,
+            **graph,
+            eval_data=args.eval_data,
+        )
+        train_cells, held_out_cells = split(store, args.held_out, arguments.seed, eval_data=args.eval_data)
+        if tokenizer is None:
+            tokenizer = _make_tokenizer(args, store, train_cells)
+        if held_out_cells is None:
+            arguments.eval_strategy = "no"
+        views = None
+        if tokenizer.whole_cell and _starts_at_cells(args):
+            from ..training.spectral_start import fit_views
 
-        views = fit_views(train_cells, tokenizer, batch_key=args.batch_key)
+            views = fit_views(train_cells, tokenizer, batch_key=args.batch_key)
     return PretrainRun(store, train_cells, held_out_cells, tokenizer, views)
 
 

@@ -19,7 +19,14 @@ from .. import __version__
 from ..data.center_mask_sampler import CenterMaskSampler
 from ..data.read_anndata import as_anndata, find_placed_table, section_of
 from ..data.sources import Source, open_source
-from ..models.gene_bert.gene_columns import GeneMatcher, describe, strip_versions
+from ..models.gene_bert.gene_columns import (
+    MIN_COVERAGE,
+    WARN_COVERAGE,
+    GeneMatcher,
+    check_coverage,
+    coverage_of,
+    strip_versions,
+)
 from ..training.cell_heads import check_finite
 from ..training.loading import is_model, load_config, load_model, name_of, unwrap
 from ..training.neighborhood_collator import collate_neighborhoods
@@ -29,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 _OPTIONS = ("patch_size", "shape", "k_nearest", "max_num_cells", "discretize", "seed")  # what a neighbourhood is
 _ROWS_PER_BLOCK = 4096
-_LEAST_SHARE = 0.5  # of the counts, in genes that the model knows; that of the tokenizers
 
 
 def embed_neighborhoods(
@@ -95,7 +101,7 @@ def embed_neighborhoods(
     ------
     ValueError
         A model of another kind; options that are unknown, or nowhere given; no counts, or values that are none; under
-        half of the counts in genes that the model knows; cell types that it does not know; and what
+        a tenth of the model's genes; cell types that it does not know; and what
         `CenterMaskSampler.from_anndata` raises: coordinates missing or NaN, no such columns.
 
     Notes
@@ -328,16 +334,13 @@ def _renaming(genes: np.ndarray, n_genes: int) -> sparse.csr_matrix:
 
 
 def _check_share(genes: np.ndarray, totals: np.ndarray, source: Source, config: PreTrainedConfig) -> None:
-    """Check that the model knows half of the counts, and tell what it does not know. `totals` are of the columns."""
+    """Check that the data have the model's genes, and tell what they lack. `totals` are those of the columns."""
     known = genes >= 0
     share = totals[known].sum() / totals.sum() if totals.any() else known.mean()
-    if share < _LEAST_SHARE:
-        raise ValueError(
-            f"Only {share:.1%} of the counts are in genes that the model knows (at least {_LEAST_SHARE:.0%} are "
-            f"needed). The data name genes like {describe(source.genes.gene_ids)}. The model wants genes like "
-            f"{describe(config.gene_ids)}. Give ids of the same kind, species and release."
-        )
-    n_found = len(np.unique(genes[known]))
+    found = np.unique(genes[known])
+    n_found = len(found)
+    coverage = {"counts": share, **coverage_of(found, config.n_genes)}
+    check_coverage(coverage, n_found, config.gene_ids, source.genes.gene_ids, MIN_COVERAGE, WARN_COVERAGE, True)
     if not known.all():
         logger.warning(
             f"{known.sum()} of {len(genes)} genes of the data are known to the model ({share:.1%} of the counts); the "
