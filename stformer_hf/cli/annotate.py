@@ -37,7 +37,8 @@ def main(argv: list[str]) -> None:
     adata = run(args)
     for column in adata.uns["stformer_annotation"]["columns"]:
         values = adata.obs[column]
-        print((values.value_counts() if hasattr(values, "cat") else values.describe()).to_string())
+        summary = values.value_counts() if hasattr(values, "cat") else values.describe().rename_axis(column)
+        print(summary.to_string())
 
 
 def run(args: AnnotateArguments):

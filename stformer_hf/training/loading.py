@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging
 
 from .cell_heads import check_predicts_cells
 
@@ -235,11 +236,16 @@ def _load_adapter(name: str, adapter: dict[str, Any]) -> PreTrainedModel:
             f"{base} says what its outputs are. Load it with peft.PeftModel.from_pretrained(base with id2label, "
             "folder), and pass the object."
         )
-    found, loaded = _of_hub(base, auto_class.from_pretrained, config=config, output_loading_info=True)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would report the head as new, which the adapter holds
+    try:
+        found, loaded = _of_hub(base, auto_class.from_pretrained, config=config, output_loading_info=True)
+    finally:
+        logging.set_verbosity(verbosity)
     held = load_peft_weights(name, device="cpu")
     try:
         merged = PeftModel.from_pretrained(found, name).merge_and_unload()
-    except RuntimeError as error:  # torch's list of shapes
+    except (RuntimeError, KeyError) as error:  # other shapes, or other weights
         raise ValueError(f"The adapter {name} does not fit its base {base}: {error}") from error
     _check_whole(name, [key for key in loaded["missing_keys"] if f"base_model.model.{key}" not in held])
     merged.config._name_or_path = name
@@ -281,8 +287,9 @@ def _checked(model: str | os.PathLike, tokenizer: bool = False) -> str:
         raise FileNotFoundError(f"The folder {name} holds no checkpoint (no {_CONFIG}).{hint}")
     if os.path.exists(name):
         raise FileNotFoundError(f"{name} is a file; name the folder of a checkpoint.")
-    if not is_hub_id(name):
-        raise FileNotFoundError(f"There is no folder {name}{_closest(name)}.")
+    parts = Path(name).parts
+    if not is_hub_id(name) or (len(parts) > 1 and os.path.isdir(parts[0])):  # the latter is a folder that is here
+        raise FileNotFoundError(f"There is no folder {name!r}{_closest(name)}.")
     return name
 
 
@@ -308,7 +315,7 @@ def _of_hub(name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"There is no folder {name}{_closest(name)}. Nor is it found on the Hub: {first}"
+            f"There is no folder {name!r}{_closest(name)}. Nor is it found on the Hub: {first}"
         ) from error
 
 
