@@ -174,6 +174,9 @@ def test_unknown_genes_are_counted_and_an_input_without_the_models_genes_raises(
         tokenizer(counts, genes=["z", "y", "x"])
     tokenizer.min_coverage = 0.0
     assert tokenizer(counts, genes=["z", "y", "x"])["token_type_ids"] == [[0, 0]]
+    tokenizer.min_coverage = 0.1  # the same genes, and another rule
+    with pytest.raises(ValueError, match="has 0 of the model's 6 genes"):
+        tokenizer(counts, genes=["z", "y", "x"])
 
 
 def test_another_order_of_genes_is_not_read_as_other_genes(tokenizer):

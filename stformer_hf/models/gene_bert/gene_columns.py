@@ -521,8 +521,8 @@ class GeneMatcher:
         ValueError
             Less than `min_coverage` of the vocabulary's weight is there; genes of another species.
         """
-        own = (names.key if key is None else key, match)
-        seen = self._last is not None and type(self._last[0][0]) is type(own[0]) and self._last[0][1] == match
+        own = (names.key if key is None else key, (match, min_coverage, warn_coverage))
+        seen = self._last is not None and type(self._last[0][0]) is type(own[0]) and self._last[0][1] == own[1]
         seen = seen and (self._last[0][0] is own[0] if key is not None else self._last[0][0] == own[0])
         if seen:
             mapped = self._last[1]
@@ -551,12 +551,8 @@ class GeneMatcher:
             return
         found = np.arange(n_columns) if mapped is None else np.unique(mapped[known])
         self.last_coverage = coverage | coverage_of(found, len(self._genes), self._weights)
-        try:
-            input_names = names.resolve()[0] if isinstance(names, ColumnNames) else names[0]
-            check_coverage(self.last_coverage, len(found), self._genes, input_names, *limits, bool(self._symbols))
-        except ValueError:
-            self._last = None  # the next batch of the same genes is refused as well
-            raise
+        input_names = names.resolve()[0] if isinstance(names, ColumnNames) else names[0]
+        check_coverage(self.last_coverage, len(found), self._genes, input_names, *limits, bool(self._symbols))
         if known_columns < 1:
             logger.warning(
                 f"{known.sum()} of {n_columns} genes of the input are known to the tokenizer ({share:.1%} of its "
