@@ -18,6 +18,10 @@ class BuildArguments:
     data: list[str] = field(metadata={"help": "files, folders of files, or patterns, in the order of the cells"})
     output: str = field(metadata={"help": "folder to make"})
     obs: list[str] | None = field(default=None, metadata={"help": "columns of obs to keep, or: all"})
+    classes: list[str] = field(
+        default_factory=list,
+        metadata={"help": "columns of obs to keep as classes though they hold integers or booleans"},
+    )
     layer: str | None = field(
         default=None, metadata={"help": "where the counts are: X, raw, a layer; in 10x files a feature type or genome"}
     )

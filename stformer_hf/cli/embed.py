@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _KEYS = {"cells": "X_stformer", "neighborhood": "X_neighborhood"}
 _OWN = {  # flags of one kind
-    "cells": ("hidden_layer", "pooling", "with_phenotypes"),
+    "cells": ("hidden_layer", "pooling", "with_phenotypes", "min_coverage"),
     "neighborhood": (
         "spatial_key",
         "section",
@@ -56,6 +56,10 @@ class EmbedArguments:
     )
     with_phenotypes: bool = field(
         default=False, metadata={"help": "of cells: show the model their phenotypes, which are masked by default"}
+    )
+    min_coverage: float | None = field(
+        default=None,
+        metadata={"help": "of cells: least share of the model's genes that they must have (the model's own)"},
     )
     spatial_key: str = field(default="spatial", metadata={"help": "of neighbourhoods: coordinates in obsm"})
     section: str | None = field(
@@ -121,6 +125,7 @@ def _embed_cells(adata: AnnData, args: EmbedArguments) -> None:
         pooling=args.pooling,
         with_phenotypes=args.with_phenotypes,
         batch_size=args.batch_size,
+        min_coverage=args.min_coverage,
     )
 
 

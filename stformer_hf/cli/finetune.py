@@ -26,7 +26,9 @@ class FinetuneArguments:
     """Flags of `finetune`."""
 
     data: list[str] = field(metadata={"help": "a store, or h5ad files (a store of them is made in OUTPUT/store)"})
-    label: str = field(metadata={"help": "column of obs that holds the classes"})
+    label: str = field(
+        metadata={"help": "column of obs that holds the classes: categories, strings, integers or booleans"}
+    )
     output: str = field(metadata={"help": "folder for the checkpoint"})
     model: str | None = field(default=None, metadata={"help": "pretrained checkpoint; a new model by default"})
     size: str = field(default="tiny", metadata={"help": "of a new model: tiny, small, base or large"})
@@ -80,16 +82,16 @@ def main(argv: list[str]) -> None:
 
 def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     """Fine-tune and save; returns the figures of the run."""
-    from transformers import AutoTokenizer
-
     from ..evaluation.cell_baselines import classification_baselines
     from ..evaluation.metrics import compute_classification_metrics
+    from ..training.cell_heads import read_head
     from ..training.finetuning import prepare_classifier
-    from .runs import finish, open_cells, refuse_flags_of_a_new_model, split, training_arguments
+    from ..training.loading import load_tokenizer
+    from .runs import finish, open_cells, refuse_flags_of_a_new_model, removing_store, split, training_arguments
 
     output = Path(args.output)
     refuse_flags_of_a_new_model(args, _OF_A_NEW_MODEL)
-    tokenizer = AutoTokenizer.from_pretrained(args.model) if args.model else None
+    tokenizer = load_tokenizer(args.model) if args.model else None
     whole_cell = args.whole_cell if tokenizer is None else getattr(tokenizer, "whole_cell", False)
     reference = {} if whole_cell else FINETUNING_REFERENCE
     settings = {
@@ -98,49 +100,56 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         **{k: v for k, v in reference.items() if training[k] == FINETUNING[k]},
     }
     arguments = training_arguments(output, settings, args.overwrite)
-    store = open_cells(
-        args.data,
-        arguments,
-        list(dict.fromkeys([args.label, *args.phenotypes, *([args.split_by] if args.split_by else [])])),
-        args.layer,
-        args.overwrite,
-        fractional=args.fractional,
-        neighbors="spatial_connectivities" if tokenizer is not None and tokenizer.neighborhood else None,
-        eval_data=args.eval_data,
-    )
-    if args.label not in store.categories:
-        raise ValueError(f"No categorical column {args.label!r}; there are {', '.join(store.categories) or 'none'}.")
-    train_cells, held_out_cells = split(
-        store, args.held_out, arguments.seed, args.label, args.eval_data, args.split_by
-    )
-    if held_out_cells is None:
-        arguments.eval_strategy = "no"
-    given = "num_train_epochs" in training or arguments.max_steps > 0
-    prepared = prepare_classifier(
-        train_cells,
-        args.label,
-        arguments,
-        model=args.model,
-        num_train_epochs=arguments.num_train_epochs if given else None,
-        group_key=args.split_by,
-        phenotypes=args.phenotypes,
-        class_weights=args.class_weights,
-        size=args.size,
-        max_length=args.max_length or (MAX_LENGTH if whole_cell else 2048),
-        model_config={
-            "classifier_label_smoothing": args.label_smoothing,
-            **({"classifier_pooling": args.pooling} if args.pooling else {}),
-        },
-        tokenizer_config={"whole_cell": whole_cell, "bin_edges": args.bin_edges},
-    )
-    trainer = prepared.trainer(
-        arguments,
-        held_out_cells,
-        gene_dropout=args.gene_dropout,
-        packing=args.packing,
-        max_tokens_per_batch=args.max_tokens_per_batch,
-        compute_metrics=compute_classification_metrics,
-    )
+    with removing_store(arguments):
+        store = open_cells(
+            args.data,
+            arguments,
+            list(dict.fromkeys([args.label, *args.phenotypes, *([args.split_by] if args.split_by else [])])),
+            args.layer,
+            args.overwrite,
+            fractional=args.fractional,
+            neighbors="spatial_connectivities" if tokenizer is not None and tokenizer.neighborhood else None,
+            eval_data=args.eval_data,
+            classes=(args.label,),
+        )
+        if args.label not in store.categories:
+            there = ", ".join(store.categories) or "none"
+            raise ValueError(
+                f"The store has no categorical column {args.label!r}; there are {there}. Integers or booleans "
+                "become classes where the store is built: stformer-hf build --classes "
+                f"{args.label}, or give the files as --data."
+            )
+        train_cells, held_out_cells = split(
+            store, args.held_out, arguments.seed, args.label, args.eval_data, args.split_by
+        )
+        if held_out_cells is None:
+            arguments.eval_strategy = "no"
+        given = "num_train_epochs" in training or arguments.max_steps > 0
+        prepared = prepare_classifier(
+            train_cells,
+            args.label,
+            arguments,
+            model=args.model,
+            num_train_epochs=arguments.num_train_epochs if given else None,
+            group_key=args.split_by,
+            phenotypes=args.phenotypes,
+            class_weights=args.class_weights,
+            size=args.size,
+            max_length=args.max_length or (MAX_LENGTH if whole_cell else 2048),
+            model_config={
+                "classifier_label_smoothing": args.label_smoothing,
+                **({"classifier_pooling": args.pooling} if args.pooling else {}),
+            },
+            tokenizer_config={"whole_cell": whole_cell, "bin_edges": args.bin_edges},
+        )
+        trainer = prepared.trainer(
+            arguments,
+            held_out_cells,
+            gene_dropout=args.gene_dropout,
+            packing=args.packing,
+            max_tokens_per_batch=args.max_tokens_per_batch,
+            compute_metrics=compute_classification_metrics,
+        )
     baselines = {}
     if held_out_cells is not None:  # before the training, so that they are in a card that is pushed
         found = classification_baselines(prepared.cells, held_out_cells, args.label, seed=arguments.seed)
@@ -154,11 +163,11 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     metrics = {**finish(trainer, card=card), **baselines}
     predicted = None if held_out_cells is None else trainer.predict(held_out_cells)
     if predicted is not None and trainer.is_world_process_zero():
-        _draw_confusion(output, predicted, prepared.model.config.id2label)
+        _draw_confusion(output, predicted, read_head(prepared.model).names)
     return metrics
 
 
-def _draw_confusion(output: Path, found, id2label: dict[int, str]) -> None:
+def _draw_confusion(output: Path, found, classes: list[str]) -> None:
     """Draw `confusion.png` of predicted held-out cells, where matplotlib is installed."""
     from importlib.util import find_spec
 
@@ -166,7 +175,6 @@ def _draw_confusion(output: Path, found, id2label: dict[int, str]) -> None:
         return
     from ..inference import plots
 
-    classes = [id2label[i] for i in range(len(id2label))]
     plots.confusion(
         [classes[i] for i in found.label_ids],
         [classes[i] for i in found.predictions.argmax(axis=-1)],

@@ -448,7 +448,6 @@ def _make_tokenizer(config: TrainConfig):
         included_phenotypes=config.included_phenotypes,
         symbols=genes,
         max_length=config.max_length,
-        min_coverage=0.0 if config.num_top_genes < len(gene_ids) else None,
     )
 
 

@@ -197,37 +197,37 @@ def prepare(args: PretrainArguments, arguments: TrainingArguments) -> PretrainRu
     ValueError
         Flags of a new model beside `--model`; what `open_cells`, `GeneTokenizer` and `split` refuse.
     """
-    from transformers import AutoTokenizer
-
-    from .runs import open_cells, refuse_flags_of_a_new_model, split
+    from ..training.loading import load_tokenizer
+    from .runs import open_cells, refuse_flags_of_a_new_model, removing_store, split
 
     refuse_flags_of_a_new_model(args, _OF_A_NEW_MODEL)
     _check_settings(args)
-    tokenizer = AutoTokenizer.from_pretrained(args.model) if args.model else None
+    tokenizer = load_tokenizer(args.model) if args.model else None
     phenotypes = tokenizer.included_phenotypes if tokenizer else args.phenotypes
     columns = list(dict.fromkeys([*(phenotypes or []), *([args.batch_key] if args.batch_key else [])]))
     neighborhood = tokenizer.neighborhood if tokenizer else args.neighborhood
     graph = {"neighbors": args.neighbors, "section": args.section} if neighborhood else {}
-    store = open_cells(
-        args.data,
-        arguments,
-        columns or None,
-        args.layer,
-        args.overwrite,
-        fractional=args.fractional,
-        **graph,
-        eval_data=args.eval_data,
-    )
-    train_cells, held_out_cells = split(store, args.held_out, arguments.seed, eval_data=args.eval_data)
-    if tokenizer is None:
-        tokenizer = _make_tokenizer(args, store, train_cells)
-    if held_out_cells is None:
-        arguments.eval_strategy = "no"
-    views = None
-    if tokenizer.whole_cell and _starts_at_cells(args):
-        from ..training.spectral_start import fit_views
+    with removing_store(arguments):
+        store = open_cells(
+            args.data,
+            arguments,
+            columns or None,
+            args.layer,
+            args.overwrite,
+            fractional=args.fractional,
+            **graph,
+            eval_data=args.eval_data,
+        )
+        train_cells, held_out_cells = split(store, args.held_out, arguments.seed, eval_data=args.eval_data)
+        if tokenizer is None:
+            tokenizer = _make_tokenizer(args, store, train_cells)
+        if held_out_cells is None:
+            arguments.eval_strategy = "no"
+        views = None
+        if tokenizer.whole_cell and _starts_at_cells(args):
+            from ..training.spectral_start import fit_views
 
-        views = fit_views(train_cells, tokenizer, batch_key=args.batch_key)
+            views = fit_views(train_cells, tokenizer, batch_key=args.batch_key)
     return PretrainRun(store, train_cells, held_out_cells, tokenizer, views)
 
 
@@ -314,13 +314,14 @@ def make_model(
     from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
     from ..models.gene_bert.modeling_gene_bert import GeneBertForPhenotypicMLM
     from ..training.gene_embeddings import load_gene_embeddings
+    from ..training.loading import load_model
     from ..training.masked_gene_start import start_mlm_bias, start_rank_model
     from ..training.spectral_start import cell_embedding_of, set_views
 
     settings = {**(args.model_config or {}), **settings}
     check_names("model_config", settings, {"size", *(option.name for option in fields(GeneBertConfig))})
     if args.model:
-        return AutoModelForMaskedLM.from_pretrained(args.model, dtype=torch.float32, **settings)
+        return load_model(args.model, AutoModelForMaskedLM, new_head=True, dtype=torch.float32, **settings)
     settings = {"size": args.size, "label_smoothing": args.label_smoothing, **settings}
     model = GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(tokenizer, **settings))
     if run is not None and run.views is not None:

@@ -115,7 +115,7 @@ def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]
     from ..models.cell_neighborhood.modeling_cell_neighborhood import CellNeighborhoodForMaskedCell
     from ..training.pretrainer import STFormerPretrainer
     from .arguments import check_names
-    from .runs import finish, training_arguments
+    from .runs import finish, removing_store, training_arguments
 
     check_names("model_config", args.model_config, [option.name for option in fields(CellNeighborhoodConfig)])
     neighborhood = {
@@ -124,28 +124,29 @@ def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]
         if getattr(args, name) is not None
     }
     arguments = training_arguments(Path(args.output), training, args.overwrite)
-    cells = open_sections(args, arguments)
-    held_out = choose_held_out(args, cells.metadata, arguments.seed)
-    options = {
-        "metadata": cells.metadata,
-        "adata": cells.store,
-        "tissue_section_colname": "section",
-        "z": "z" if "z" in cells.metadata else None,
-        "seed": arguments.seed,
-        "patch_size": None,
-        **neighborhood,
-    }
-    types = cells.metadata["cell_type"]
-    unseen = set(types[held_out]) - set(types[~held_out])
-    if unseen:
-        logger.warning(
-            f"{types[held_out].isin(unseen).sum()} held-out cells are of {len(unseen)} types that no training cell "
-            f"has, such as {cells.cell_types[min(unseen)]}: the model knows nothing of these types."
+    with removing_store(arguments):
+        cells = open_sections(args, arguments)
+        held_out = choose_held_out(args, cells.metadata, arguments.seed)
+        options = {
+            "metadata": cells.metadata,
+            "adata": cells.store,
+            "tissue_section_colname": "section",
+            "z": "z" if "z" in cells.metadata else None,
+            "seed": arguments.seed,
+            "patch_size": None,
+            **neighborhood,
+        }
+        types = cells.metadata["cell_type"]
+        unseen = set(types[held_out]) - set(types[~held_out])
+        if unseen:
+            logger.warning(
+                f"{types[held_out].isin(unseen).sum()} held-out cells are of {len(unseen)} types that no training "
+                f"cell has, such as {cells.cell_types[min(unseen)]}: the model knows nothing of these types."
+            )
+        train = CenterMaskSampler(
+            indices=~held_out, neighbors_from=args.neighbors_from, min_neighbors=args.min_neighbors, **options
         )
-    train = CenterMaskSampler(
-        indices=~held_out, neighbors_from=args.neighbors_from, min_neighbors=args.min_neighbors, **options
-    )
-    evaluated = CenterMaskSampler(indices=held_out, **options) if held_out.any() else None
+        evaluated = CenterMaskSampler(indices=held_out, **options) if held_out.any() else None
     if evaluated is None:
         arguments.eval_strategy = "no"
     config = CellNeighborhoodConfig.from_size(

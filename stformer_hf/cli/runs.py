@@ -7,6 +7,8 @@ import math
 import resource
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -63,6 +65,22 @@ def training_arguments(output: Path, settings: dict, overwrite: bool) -> Trainin
     return arguments
 
 
+@contextmanager
+def removing_store(arguments: TrainingArguments) -> Iterator[None]:
+    """Remove the store in the output folder, if it was made within, where what follows fails.
+
+    For the part of a command before the training: its store would be in the way of the corrected command.
+    """
+    path = Path(arguments.output_dir) / "store"
+    was_there = path.exists()
+    try:
+        yield
+    except Exception:
+        if not was_there and path.exists() and arguments.process_index == 0:
+            shutil.rmtree(path)
+        raise
+
+
 def refuse_flags_of_a_new_model(args, names: tuple[str, ...]) -> None:
     """Refuse flags that `--model` leaves without effect: a checkpoint brings its own size and tokenizer.
 
@@ -94,10 +112,13 @@ def open_cells(
     neighbors: str | None = None,
     section: str | None = None,
     eval_data: list[str] | None = None,
+    classes: tuple[str, ...] = (),
 ) -> CellStore:
     """Open the store that `data` names, or build one of its files in the output folder (in one process of many).
 
     Those of `eval_data` come last in it, for `split`.
+
+    Columns of obs in `classes` become class labels, whatever their type.
 
     With `neighbors`, a key of obsp, the cells come with their neighbourhoods; h5ad files without that graph get one of
     their coordinates, obsm["spatial"], a column `section` of obs apart.
@@ -126,6 +147,7 @@ def open_cells(
                 path,
                 sources,
                 obs=obs,
+                classes=classes,
                 layer=layer,
                 fractional=fractional,
                 neighbors=neighbors,
@@ -192,6 +214,9 @@ def split(
     codes = None
     if label is not None:
         codes = store.obs[label].cat.codes.to_numpy()
+        n_without = int((usable & (codes < 0)).sum())
+        if n_without:
+            logger.warning(f"{n_without} of {len(store)} cells have no label {label!r}: they are left out.")
         usable &= codes >= 0
     cells = np.flatnonzero(usable)
     if eval_data:

@@ -54,6 +54,7 @@ def main(argv: list[str]) -> None:
 def run(args: TokenizeArguments):
     """Tokenize the store; returns the dataset."""
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+    from ..training.loading import load_tokenizer
 
     new = {name: getattr(args, name) for name in _OF_A_NEW_TOKENIZER if getattr(args, name) is not None}
     if args.tokenizer and new:
@@ -63,7 +64,7 @@ def run(args: TokenizeArguments):
         )
     store = _open(args.data)
     if args.tokenizer:
-        tokenizer = GeneTokenizer.from_pretrained(args.tokenizer)
+        tokenizer = load_tokenizer(args.tokenizer)
     else:
         tokenizer = GeneTokenizer.from_store(store, **new)
     if tokenizer.neighborhood:

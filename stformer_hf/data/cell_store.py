@@ -437,6 +437,7 @@ class CellStore:
         sources: AnnData | CellStore | str | Path | Iterable[AnnData | CellStore | str | Path],
         *,
         obs: Sequence[str] | str | None = None,
+        classes: Sequence[str] | str = (),
         layer: str | None = None,
         fractional: bool = False,
         neighbors: str | None = None,
@@ -470,6 +471,9 @@ class CellStore:
             `data/*.h5ad` all that fit.
         obs : sequence of str, or "all", optional
             Columns of obs to keep. Categorical and repeated string columns become class labels.
+        classes : str or sequence of str, optional
+            Columns of obs to keep as class labels though their values are integers (such as the numbers of clusters)
+            or booleans.
         layer : str, optional
             Where the counts are, in every source: `X`, `raw` or a layer; of 10x files also a feature type or a genome;
             of a MuData or SpatialData also the modality or table, as `prot` or `prot:counts`. By default the first of
@@ -522,6 +526,7 @@ class CellStore:
         """
         settings = BuildSettings(
             obs=obs,
+            classes=classes,
             layer=layer,
             fractional=fractional,
             neighbors=neighbors,

@@ -48,6 +48,7 @@ def unite_obs(
     names: Sequence[str] | str | None,
     known: Mapping[str, list[str]] | None = None,
     types: Mapping[str, str] | None = None,
+    classes: Sequence[str] | str = (),
 ) -> ObsColumns:
     """Unite obs columns, by their values: a column that is all missing in a source fits any type of the others.
 
@@ -61,6 +62,8 @@ def unite_obs(
         Categories that keep their codes, for a store that is added to.
     types : mapping of str to str, optional
         Arrow types that columns should have, where their values allow it.
+    classes : sequence of str
+        Columns that become class labels though their values are integers or booleans; they are kept as well.
 
     Returns
     -------
@@ -70,7 +73,7 @@ def unite_obs(
     ------
     ValueError
         A column that a source does not have, whose values have no common type that holds them exactly, or whose name
-        the store uses itself.
+        the store uses itself; fractions in a column of classes.
     """
     known, types = known or {}, types or {}
     everything = names == "all"
@@ -81,6 +84,8 @@ def unite_obs(
         if dropped:
             logger.warning(f"obs column {', '.join(dropped)} is left out: the store uses this name.")
     names = [] if names is None else [names] if isinstance(names, str) else list(names)
+    classes = [classes] if isinstance(classes, str) else list(classes)
+    names = list(dict.fromkeys([*names, *classes]))
     clash = set(names) & set(OWN_COLUMNS)
     if clash:
         raise ValueError(f"obs column {', '.join(sorted(clash))}: the store uses this name; rename the column.")
@@ -90,7 +95,9 @@ def unite_obs(
             series = [_column(source, name, everything) for source in sources]
             if name in types or any(_has_values(values) for values in series):
                 series = [values if _has_values(values) else None for values in series]
-            if name in known or (name not in types and _are_labels(series)):
+            if name in classes:
+                _check_classes(name, series)
+            if name in known or (name not in types and (name in classes or _are_labels(series))):
                 _add_labels(united, name, series, known.get(name, []))
             else:
                 _add_values(united, name, series, types.get(name))
@@ -123,6 +130,19 @@ def _are_labels(series: Sequence[pd.Series | None]) -> bool:
     if not there or not all(c or s for c, s in zip(categorical, strings, strict=True)):
         return False
     return any(categorical) or pd.concat(there).nunique() < pd.concat(there).count()
+
+
+def _check_classes(name: str, series: Sequence[pd.Series | None]) -> None:
+    """Refuse floats as classes, but for integers that a missing value beside them has made floats."""
+    for values in series:
+        if values is not None and pd.api.types.is_float_dtype(values.dtype):
+            there = values.dropna()
+            if len(there) == len(values) or (there % 1 != 0).any():
+                raise ValueError(
+                    f"obs column {name!r} holds numbers such as {there.iloc[0]}, which are no classes. If they number "
+                    f"classes, convert them: adata.obs[{name!r}] = adata.obs[{name!r}].astype('category'). To predict "
+                    "numbers, call stformer_hf.finetune(…, problem_type='regression')."
+                )
 
 
 def _add_labels(united: ObsColumns, name: str, series: Sequence[pd.Series | None], known: Sequence[str]) -> None:

@@ -64,6 +64,7 @@ class BuildSettings:
     """How a store is built; see `CellStore.build`."""
 
     obs: Sequence[str] | str | None = None
+    classes: Sequence[str] | str = ()
     layer: str | None = None
     fractional: bool = False
     neighbors: str | None = None
@@ -114,7 +115,7 @@ def write_store(
             )
         united.rows, united.fates = united.rows[1:], united.fates[1:]
     known = (None, None) if base is None else (base.categories, base.manifest["obs"])
-    obs = unite_obs(opened, settings.obs, *known)
+    obs = unite_obs(opened, settings.obs, *known, classes=settings.classes)
     if base is not None and obs.types != base.manifest["obs"]:
         known, new = base.manifest["obs"], obs.types
         changed = [f"{name!r} ({known[name]} there, {new[name]} here)" for name in new if new[name] != known[name]]

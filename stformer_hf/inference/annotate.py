@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pandas as pd
 import torch
 from anndata import AnnData
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from .. import __version__
 from ..models.gene_bert.cell_tables import find_table
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
-from .batches import load, run
+from ..training.cell_heads import read_head
+from ..training.loading import is_model, name_of, unwrap
+from .batches import check_cells, load, run
 
 
 def annotate(
@@ -23,8 +24,9 @@ def annotate(
     fractional: bool = False,
     batch_size: int = 64,
     device: str | None = None,
+    min_coverage: float | None = None,
 ) -> None:
-    """Write the most probable class of every cell into `adata.obs`.
+    """Write what a classifier or regression says of every cell into `adata.obs`.
 
     Parameters
     ----------
@@ -32,36 +34,40 @@ def annotate(
         Cells with raw counts in X, raw or a layer. Of a MuData the modality of genes gets the labels, of a
         SpatialData the table.
     model : str or PreTrainedModel
-        A checkpoint of a classifier, or a classifier.
+        A checkpoint of a classifier, or an adapter folder of PEFT, which is loaded with its base; or a classifier,
+        which PEFT or torch may have wrapped. What its head is, the configuration says (`problem_type`, `id2label`).
     tokenizer : GeneTokenizer, optional
         The checkpoint's own by default.
     key_added : str, default: "stformer"
-        `obs[key_added + "_label"]` is the class (categorical; missing for a cell without a known gene), and
-        `obs[key_added + "_score"]` its probability (float32; NaN there). Of several labels per cell, or numbers:
-        `obs[key_added + "_" + label]`, the probability of each label, or the number.
-    layer, fractional, batch_size, device
+        Of one class per cell: `obs[key_added + "_label"]` is the most probable one (categorical; missing for a cell
+        without a known gene), and `obs[key_added + "_score"]` its probability (float32; NaN there). Of several labels
+        per cell: `obs[key_added + "_" + label]`, the probability of each. Of numbers: `obs[key_added + "_" + name]`,
+        the number (`_value` where the model does not name it). The names of the columns and the kind of head go to
+        `uns[key_added + "_annotation"]`.
+    layer, fractional, batch_size, device, min_coverage
         As for `embed`.
 
     Raises
     ------
     ValueError
-        The checkpoint is no classifier; no counts; too few known genes; a tokenizer that does not fit.
+        The model is no classifier of cells, or its head was not trained; no counts; too few of the model's genes; a
+        tokenizer that does not fit; outputs that are not finite.
+    FileNotFoundError
+        No such checkpoint.
+    TypeError
+        Something that is not cells, or no model.
     """
-    if not isinstance(model, PreTrainedModel):
-        _check_is_classifier(str(model))
-    classifier, tokenizer = load(model, tokenizer, AutoModelForSequenceClassification, device)
-
-    problem = classifier.config.problem_type
-    if problem is None and classifier.config.num_labels == 1:
-        problem = "regression"
+    check_cells(adata)
+    if is_model(model):
+        read_head(unwrap(model))  # before the cells are read
+    name = name_of(model)
+    classifier, tokenizer = load(model, tokenizer, AutoModelForSequenceClassification, device, min_coverage)
+    head = read_head(classifier)
 
     def forward(batch: dict[str, torch.Tensor], types: torch.Tensor) -> torch.Tensor:
-        logits = classifier(**batch).logits.float()
-        if problem == "regression":
-            return logits
-        return logits.sigmoid() if problem == "multi_label_classification" else logits.softmax(-1)
+        return head.predictions(classifier(**batch).logits)
 
-    probabilities, n_genes, _ = run(
+    predictions, n_genes, _ = run(
         adata,
         tokenizer,
         forward,
@@ -73,27 +79,16 @@ def annotate(
         with_phenotypes=True,  # those that it was trained with
     )
     table = find_table(adata, layer).table
-    if problem in ("regression", "multi_label_classification"):
-        for i in range(classifier.config.num_labels):
-            values = np.where(n_genes > 0, probabilities[:, i], np.nan)
-            table.obs[f"{key_added}_{classifier.config.id2label[i]}"] = values.astype(np.float32)
-        return
-    names = [classifier.config.id2label[i] for i in range(classifier.config.num_labels)]
-    codes = np.where(n_genes > 0, probabilities.argmax(1), -1)
-    scores = np.where(n_genes > 0, probabilities.max(1), np.nan).astype(np.float32)
-    table.obs[f"{key_added}_label"] = pd.Categorical.from_codes(codes, names)
-    table.obs[f"{key_added}_score"] = scores
-
-
-def _check_is_classifier(model: str) -> None:
-    from transformers import AutoConfig
-
-    architectures = AutoConfig.from_pretrained(model).architectures or []
-    if not any("Classification" in name for name in architectures):
-        raise ValueError(
-            f"{model} holds {', '.join(architectures) or 'no model'}, not a classifier; make one with "
-            "stformer-hf finetune, or embed the cells with stformer-hf embed."
-        )
+    columns = head.columns(predictions, n_genes > 0, key_added)
+    for column, values in columns.items():
+        table.obs[column] = values
+    table.uns[f"{key_added}_annotation"] = {
+        "model": name,
+        "problem_type": head.kind,
+        "columns": list(columns),
+        "version": __version__,
+        "vocabulary_fingerprint": tokenizer.fingerprint,
+    }
 
 
 __all__ = ["annotate"]

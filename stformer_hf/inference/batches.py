@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -10,46 +12,67 @@ import torch
 from anndata import AnnData
 from scipy import sparse
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..batches.collate import pad, take
+from ..data.cell_store import CellStore
 from ..data.sources import Source, open_source
 from ..models.gene_bert.cell_counts import NEIGHBORS, pad_ragged, sum_of_neighbors
+from ..models.gene_bert.cell_tables import is_mudata, is_spatialdata
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
+from ..training.cell_heads import check_finite
 from ..training.cell_trainer import check_tokenizer_fits
+from ..training.loading import is_model, load_config, load_model, load_tokenizer, unwrap
 
 logger = logging.getLogger(__name__)
 
 _ROWS_PER_BLOCK = 4096
 
 
-def load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_class, device: str | None):
-    """Load a checkpoint, or take a model as it is; returns model (in evaluation mode) and tokenizer.
+def load(
+    model: str | PreTrainedModel,
+    tokenizer: GeneTokenizer | None,
+    auto_class,
+    device: str | None,
+    min_coverage: float | None = None,
+):
+    """Load a checkpoint, or take a model out of its wrappings; returns model (in evaluation mode) and tokenizer.
+
+    With `min_coverage` the tokenizer is a copy of that setting.
 
     Raises
     ------
     ValueError
-        A model object without a tokenizer; a tokenizer that does not fit; a model of neighbourhoods.
+        A model object without a tokenizer; a tokenizer that does not fit; a model of neighbourhoods; weights that the
+        checkpoint does not hold.
+    FileNotFoundError
+        No such checkpoint.
+    TypeError
+        Something that is no model.
     """
-    if isinstance(model, PreTrainedModel):
+    of_object = is_model(model)
+    config = unwrap(model).config if of_object else load_config(model)
+    if config.model_type == "cell_neighborhood":
+        raise ValueError(
+            f"{'The model' if of_object else model} reads the cells around a cell: use embed_neighborhoods, or "
+            "stformer-hf embed --kind neighborhood."
+        )
+    if of_object:
+        model = unwrap(model)
         tokenizer = tokenizer or getattr(model, "tokenizer", None)
         if tokenizer is None:
             raise ValueError(
                 "A model object needs its tokenizer: pass tokenizer=…, or the checkpoint's path as model."
             )
     else:
-        model = str(model)
-        config = AutoConfig.from_pretrained(model)
-        if config.model_type == "cell_neighborhood":
-            raise ValueError(
-                f"{model} reads the cells around a cell: use embed_neighborhoods, or stformer-hf embed --kind "
-                "neighborhood."
-            )
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-        model = auto_class.from_pretrained(model)
+        tokenizer = tokenizer or load_tokenizer(model)
+        model = load_model(model, auto_class)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check_tokenizer_fits(model, tokenizer)
+    if min_coverage is not None:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.min_coverage = min_coverage
     return model.to(device).eval(), tokenizer
 
 
@@ -96,7 +119,17 @@ def run(
         Number of genes that each cell gave to the model.
     source : Source
         What was read.
+
+    Raises
+    ------
+    ValueError
+        A batch size below 1; no cells; outputs that are NaN or infinite.
+    TypeError
+        Something that is not an AnnData, MuData or SpatialData, such as a store.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: at least 1 is needed.")
+    check_cells(adata)
     source = open_source(adata, layer, fractional)
     names = (source.genes.gene_ids, source.genes.symbols)
     results, n_genes = [], []
@@ -133,9 +166,32 @@ def run(
     if not results:
         raise ValueError("The AnnData has no cells.")
     n_genes = np.concatenate(n_genes)
+    results = np.concatenate(results)
+    check_finite(results, n_genes > 0)
     if (n_genes == 0).any():
         logger.warning(f"{(n_genes == 0).sum()} cells have no counts in genes that the model knows.")
-    return np.concatenate(results), n_genes, source
+    return results, n_genes, source
+
+
+def check_cells(cells) -> None:
+    """Refuse what results cannot be written into.
+
+    Raises
+    ------
+    TypeError
+        A store, a path, or anything else that is not an AnnData, MuData or SpatialData.
+    """
+    if isinstance(cells, AnnData) or is_mudata(cells) or is_spatialdata(cells):
+        return
+    found = type(cells).__name__
+    if isinstance(cells, str | os.PathLike):
+        raise TypeError(f"Results are written into an AnnData, got the path {os.fspath(cells)!r}: read it first.")
+    if isinstance(cells, CellStore):
+        raise TypeError(
+            f"Results are written into an AnnData, and a {found} is not changed. Make one of its cells: "
+            "AnnData(store.rows(slice(None)), obs=store.obs, var=store.genes.frame.set_index('gene_id'))."
+        )
+    raise TypeError(f"Results are written into an AnnData, MuData or SpatialData, got {found}.")
 
 
 def _batch(

@@ -10,7 +10,8 @@ from .. import __version__
 from ..models.gene_bert.cell_tables import find_table
 from ..models.gene_bert.heads import pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
-from .batches import load, run
+from ..training.loading import name_of
+from .batches import check_cells, load, run
 
 
 def embed(
@@ -26,6 +27,7 @@ def embed(
     fractional: bool = False,
     batch_size: int = 64,
     device: str | None = None,
+    min_coverage: float | None = None,
 ) -> None:
     """Write an embedding of every cell into `adata.obsm[key_added]`.
 
@@ -35,7 +37,8 @@ def embed(
         Cells with raw counts in X, raw or a layer. Of a MuData the modality of genes gets the embedding, of a
         SpatialData the table.
     model : str or PreTrainedModel
-        A checkpoint (its head, if any, is not used), or an encoder.
+        A checkpoint (its head, if any, is not used) or an adapter folder of PEFT, which is loaded with its base; or a
+        model, which PEFT or torch may have wrapped.
     tokenizer : GeneTokenizer, optional
         The checkpoint's own by default.
     key_added : str, default: "X_stformer"
@@ -57,16 +60,25 @@ def embed(
         Cells a batch.
     device : str, optional
         cuda where there is one, else cpu.
+    min_coverage : float, optional
+        In place of the tokenizer's own: the least share of the model's genes, weighted as in `GeneTokenizer`, that the
+        cells must have.
 
     Raises
     ------
     ValueError
-        No counts; too few known genes; a tokenizer that does not fit; a wrong setting.
+        No counts; too few of the model's genes; a tokenizer that does not fit; a wrong setting; weights that the
+        checkpoint does not hold; embeddings that are not finite.
+    FileNotFoundError
+        No such checkpoint.
+    TypeError
+        Something that is not cells, or no model.
     """
     if pooling not in (None, "cls", "mean"):
         raise ValueError(f'pooling is "cls" or "mean", got {pooling!r}.')
-    name = model if not isinstance(model, PreTrainedModel) else (model.config._name_or_path or type(model).__name__)
-    encoder, tokenizer = load(model, tokenizer, AutoModel, device)
+    check_cells(adata)
+    name = name_of(model)
+    encoder, tokenizer = load(model, tokenizer, AutoModel, device, min_coverage)
     pooling = pooling or default_pooling(encoder.config)
     if pooling == "cls" and not tokenizer.add_cls:
         raise ValueError('The tokenizer begins cells with no [CLS]: use pooling="mean".')

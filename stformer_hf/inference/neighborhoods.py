@@ -13,20 +13,29 @@ import torch
 from anndata import AnnData
 from scipy import sparse
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import __version__
 from ..data.center_mask_sampler import CenterMaskSampler
 from ..data.read_anndata import as_anndata, find_placed_table, section_of
 from ..data.sources import Source, open_source
-from ..models.gene_bert.gene_columns import GeneMatcher, describe, strip_versions
+from ..models.gene_bert.gene_columns import (
+    MIN_COVERAGE,
+    WARN_COVERAGE,
+    GeneMatcher,
+    check_coverage,
+    coverage_of,
+    strip_versions,
+)
+from ..training.cell_heads import check_finite
+from ..training.loading import is_model, load_config, load_model, name_of, unwrap
 from ..training.neighborhood_collator import collate_neighborhoods
+from .batches import check_cells
 
 logger = logging.getLogger(__name__)
 
 _OPTIONS = ("patch_size", "shape", "k_nearest", "max_num_cells", "discretize", "seed")  # what a neighbourhood is
 _ROWS_PER_BLOCK = 4096
-_LEAST_SHARE = 0.5  # of the counts, in genes that the model knows; that of the tokenizers
 
 
 def embed_neighborhoods(
@@ -92,7 +101,7 @@ def embed_neighborhoods(
     ------
     ValueError
         A model of another kind; options that are unknown, or nowhere given; no counts, or values that are none; under
-        half of the counts in genes that the model knows; cell types that it does not know; and what
+        a tenth of the model's genes; cell types that it does not know; and what
         `CenterMaskSampler.from_anndata` raises: coordinates missing or NaN, no such columns.
 
     Notes
@@ -101,7 +110,8 @@ def embed_neighborhoods(
     columns of one gene are summed, and genes that the data lack are 0. With `max_num_cells` the neighbours are those
     of epoch 0, so that results do not depend on the batches.
     """
-    name = model if not isinstance(model, PreTrainedModel) else (model.config._name_or_path or type(model).__name__)
+    check_cells(adata)
+    name = name_of(model)
     encoder = _load(model, device)
     config = encoder.config
     options = _options(config.neighborhood, neighborhood)
@@ -176,6 +186,7 @@ def _embed(
                 )
                 embedding[chosen] = outputs[result].float().cpu().numpy()
                 bar.update(len(chosen))
+    check_finite(embedding, np.ones(len(embedding), bool))
     n_lonely = int((lengths == 1).sum())
     if n_lonely:
         logger.warning(f"{n_lonely} of {len(sampler)} cells have no neighbours: of these the embedding says nothing.")
@@ -184,14 +195,14 @@ def _embed(
 
 def _load(model: str | PreTrainedModel, device: str | None) -> PreTrainedModel:
     """Give the model without its head, in evaluation mode, where it is to run."""
-    config = model.config if isinstance(model, PreTrainedModel) else AutoConfig.from_pretrained(str(model))
+    of_object = is_model(model)
+    config = unwrap(model).config if of_object else load_config(model)
     if config.model_type != "cell_neighborhood":
         raise ValueError(
             f"The model is a {config.model_type}, and neighbourhoods are embedded by a cell_neighborhood. Cells are "
             "embedded by embed (stformer-hf embed --kind cells)."
         )
-    if not isinstance(model, PreTrainedModel):
-        model = AutoModel.from_pretrained(str(model))
+    model = unwrap(model) if of_object else load_model(model)
     model = getattr(model, model.base_model_prefix, model)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
@@ -323,16 +334,13 @@ def _renaming(genes: np.ndarray, n_genes: int) -> sparse.csr_matrix:
 
 
 def _check_share(genes: np.ndarray, totals: np.ndarray, source: Source, config: PreTrainedConfig) -> None:
-    """Check that the model knows half of the counts, and tell what it does not know. `totals` are of the columns."""
+    """Check that the data have the model's genes, and tell what they lack. `totals` are those of the columns."""
     known = genes >= 0
     share = totals[known].sum() / totals.sum() if totals.any() else known.mean()
-    if share < _LEAST_SHARE:
-        raise ValueError(
-            f"Only {share:.1%} of the counts are in genes that the model knows (at least {_LEAST_SHARE:.0%} are "
-            f"needed). The data name genes like {describe(source.genes.gene_ids)}. The model wants genes like "
-            f"{describe(config.gene_ids)}. Give ids of the same kind, species and release."
-        )
-    n_found = len(np.unique(genes[known]))
+    found = np.unique(genes[known])
+    n_found = len(found)
+    coverage = {"counts": share, **coverage_of(found, config.n_genes)}
+    check_coverage(coverage, n_found, config.gene_ids, source.genes.gene_ids, MIN_COVERAGE, WARN_COVERAGE, True)
     if not known.all():
         logger.warning(
             f"{known.sum()} of {len(genes)} genes of the data are known to the model ({share:.1%} of the counts); the "

@@ -30,8 +30,10 @@ from .cell_checksum import describe_cells
 from .checkpoints import check_complete, checkpoint_to_resume, mark_unfinished
 from .eval_loss import SumOfLosses, filling_cells, without_labels
 from .float_weights import keep_in_float32
+from .label_fit import fit_head_to_labels
 from .length_sampler import EvenBatchSampler, LengthGroupedSampler, known_lengths
 from .lengths import load_example_lengths
+from .loading import MODEL_CONFIG
 from .model_card import write_model_card
 from .samplers import BlockShuffleSampler
 from .scores import score_of
@@ -78,7 +80,8 @@ class CellTrainer(MeasuredTrainer):
     ------
     ValueError
         A tokenizer (`processing_class`) that does not fit the model; packed batches for a model that cannot keep cells
-        apart, or for several GPUs in one process; lengths that do not fit the dataset.
+        apart, or for several GPUs in one process; lengths that do not fit the dataset; labels that do not fit the head
+        of a classifier.
     """
 
     def __init__(
@@ -110,6 +113,10 @@ class CellTrainer(MeasuredTrainer):
         names_classes = getattr(collator, "label2id", 0) is None and isinstance(collator.label, str)
         if names_classes and not all(name.startswith("LABEL_") for name in label2id):
             collator.label2id = label2id  # the store may list its classes in another order than the model
+        eval_datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        for dataset in (self.train_dataset, *eval_datasets.values()):
+            if dataset is not None:
+                fit_head_to_labels(self.model, self.data_collator, dataset)
         self.interrupted: signal.Signals | None = None
         self.card_facts: dict[str, Any] = {}
         self.add_callback(SetEpoch(self))
@@ -481,6 +488,13 @@ class CellTrainer(MeasuredTrainer):
                 (checkpoint / _STREAM_MARK).write_text(json.dumps(self._stream_mark))
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """As in Trainer; beside an adapter the configuration of its model, which says what the head's outputs are."""
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if hasattr(model, "peft_config"):
+            model.config.to_json_file(Path(output_dir or self.args.output_dir) / MODEL_CONFIG, use_diff=False)
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from anndata import AnnData
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
@@ -38,6 +38,7 @@ from .classifier_start import ClassifierStart, start_classifier
 from .collators import DataCollatorForCellClassification
 from .defaults import FINETUNING, MAX_LENGTH
 from .linear_readers import Problem, inner_folds
+from .loading import is_adapter, is_model, load_model, load_tokenizer, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +163,8 @@ def finetune(
     class_weights : {"none", "balanced"}, default: "none"
         Whether each class counts alike, whatever its number of cells.
     problem_type : str, optional
-        "single_label_classification", "multi_label_classification" or "regression"; by the columns by default.
+        "single_label_classification", "multi_label_classification" or "regression"; by the columns by default. With
+        the first, integers of an AnnData are classes, as booleans and categories always are.
     size : str, default: "tiny"
         Of a new model.
     max_length : int, default: 64
@@ -190,10 +192,14 @@ def finetune(
             columns = [label_key] if isinstance(label_key, str) else list(label_key)
             columns += [name for name in (group_key, *phenotypes) if name is not None]
             _check_columns(find_table(cells, layer).obs, columns)
+            of_classes = isinstance(label_key, str) and (
+                problem_type == "single_label_classification" or _is_boolean(cells, label_key, layer)
+            )
             cells = CellStore.build(
                 Path(folder) / "store",
                 cells,
                 obs=list(dict.fromkeys(columns)),
+                classes=[label_key] if problem_type != "regression" and of_classes else [],
                 layer=layer,
                 fractional=fractional,
                 report=False,
@@ -467,6 +473,10 @@ def _collator(model, tokenizer, label_key, seed: int, **options) -> DataCollator
     return DataCollatorForCellClassification(tokenizer, label_key, seed=seed, **options)
 
 
+def _is_boolean(cells: Any, name: str, layer: str | None) -> bool:
+    return pd.api.types.is_bool_dtype(find_table(cells, layer).obs[name].dtype)
+
+
 def _check_columns(obs, columns: Sequence[str]) -> None:
     missing = [name for name in columns if name not in obs]
     if missing:
@@ -488,9 +498,13 @@ def _labelled(
     usable = cells.lengths > 0
     if problem_type == "single_label_classification":
         if several or not categorical[0]:
+            kinds = {"b": "booleans", "i": "whole numbers", "u": "whole numbers", "f": "numbers"}
+            holds = "" if several else f" (it holds {kinds.get(cells.obs[label_key].dtype.kind, 'other values')})"
             raise ValueError(
-                f"{label_key!r} is not one categorical column; those are {', '.join(cells.categories) or 'none'}. For "
-                "numbers pass problem_type='regression'; make integers or booleans that are classes categorical, "
+                f"{label_key!r} is not one categorical column{holds}; those are "
+                f"{', '.join(cells.categories) or 'none'}. For numbers pass problem_type='regression'. Integers or "
+                "booleans that are classes: pass problem_type='single_label_classification' with an AnnData, build "
+                "the store with classes=[…] (stformer-hf build --classes), or make them categorical, "
                 "adata.obs[key].astype('category')."
             )
         classes = cells.categories[label_key]
@@ -507,6 +521,9 @@ def _labelled(
         labels = cells.obs[columns].to_numpy(np.float32)
         usable &= np.isfinite(labels).all(axis=1)
         labels = labels if several else labels[:, 0]
+    n_without = int((~usable & (cells.lengths > 0)).sum())
+    if n_without:
+        logger.warning(f"{n_without} of {len(cells)} cells have no label {label_key!r}: they are left out.")
     if not usable.any():
         raise ValueError(f"None of the {len(cells)} cells has counts and a {label_key!r}.")
     return (cells if usable.all() else cells.select(usable)), labels[usable], classes, problem_type
@@ -514,8 +531,14 @@ def _labelled(
 
 def _load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, head: dict[str, Any]):
     """Load a checkpoint, or take a model object, as a classifier with new heads; returns it and a tokenizer."""
-    if isinstance(model, PreTrainedModel):
-        tokenizer = tokenizer or getattr(model, "tokenizer", None)
+    of_object = is_model(model)
+    if of_object or is_adapter(model):
+        if of_object:
+            model = unwrap(model, merge=True)
+            tokenizer = tokenizer or getattr(model, "tokenizer", None)
+        else:
+            tokenizer = tokenizer or load_tokenizer(model)
+            model = load_model(model)
         if tokenizer is None:
             raise ValueError(
                 "A model object needs its tokenizer: pass tokenizer=…, or the checkpoint's path as model."
@@ -527,12 +550,10 @@ def _load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, head: d
         classifier = GeneBertForClassification(config)
         classifier.gene_bert.load_state_dict(model.base_model.state_dict())
         return classifier, tokenizer
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+    tokenizer = tokenizer or load_tokenizer(model)
     if getattr(tokenizer, "whole_cell", False):
         head = {"wide_head": True, **head}
-    classifier = AutoModelForSequenceClassification.from_pretrained(
-        model, ignore_mismatched_sizes=True, dtype=torch.float32, **head
-    )
+    classifier = load_model(model, AutoModelForSequenceClassification, new_head=True, dtype=torch.float32, **head)
     return classifier, tokenizer
 
 

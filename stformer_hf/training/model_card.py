@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 import platform
 import re
 import shlex
@@ -19,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from ..data.cell_store import CellStore
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from .cell_heads import predicts_cells, read_head
+from .loading import is_hub_id, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -366,17 +365,6 @@ def gene_coverage(store: CellStore, tokenizer: GeneTokenizer) -> dict[str, float
     }
 
 
-def is_hub_id(name: str | None) -> bool:
-    """Tell whether a name can be of a repository on the Hub, and is of no file or folder here."""
-    if not name or os.path.exists(name):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
 # ---------------------------------------------------------------------- the card
 
 
@@ -384,7 +372,7 @@ def _kind(model) -> str:
     name = type(model).__name__
     if "TokenClassification" in name:
         return "genes"
-    if "Classification" in name:
+    if predicts_cells([name]):
         return "cells"
     if model.config.model_type == "cell_neighborhood":
         return "neighborhoods"
@@ -404,10 +392,13 @@ def _shape(config) -> str:
     return ", ".join(parts)
 
 
-def _metadata(*, model, kind, name, license, language, tags, datasets, base_model, figures, sources) -> ModelCardData:
+def _metadata(
+    *, model, kind, head, name, license, language, tags, datasets, base_model, figures, sources
+) -> ModelCardData:
     """Make the metadata that the Hub reads."""
     spatial = ["spatial-transcriptomics"] if kind == "neighborhoods" else []
-    task = {"masked": "fill-mask", "cells": "tabular-classification", "genes": "token-classification"}
+    of_cells = "tabular-regression" if head is not None and head.kind == "regression" else "tabular-classification"
+    task = {"masked": "fill-mask", "cells": of_cells, "genes": "token-classification"}
     dataset_name = _plain("held-out cells of " + (", ".join(sources) or "the training data"))
     results = [
         EvalResult(
@@ -431,7 +422,7 @@ def _metadata(*, model, kind, name, license, language, tags, datasets, base_mode
                 + [_plain(tag) for tag in (model.config.model_type, *tags)]
             )
         ),
-        pipeline_tag={"cells": "tabular-classification", "genes": None}.get(kind, "feature-extraction"),
+        pipeline_tag={"cells": of_cells, "genes": None}.get(kind, "feature-extraction"),
         base_model=base_model if is_hub_id(base_model) else None,
         datasets=list(datasets) or None,
         model_name=name if results else None,
@@ -444,7 +435,9 @@ def _render(
 ) -> str:
     import jinja2
 
+    model = unwrap(model)
     config, kind = model.config, _kind(model)
+    head = read_head(model) if kind == "cells" else None
     comparisons, compared = _comparisons(metrics)
     baseline_names = compared - {entry["key"] for entry in comparisons}
     figures = _figures(metrics)
@@ -452,6 +445,7 @@ def _render(
     data = _metadata(
         model=model,
         kind=kind,
+        head=head,
         name=name,
         license=license,
         language=language,
@@ -487,7 +481,8 @@ def _render(
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         shape=_shape(config),
         config=config,
-        classes=list(config.id2label.values()) if kind in ("cells", "genes") else [],
+        head=head,
+        classes=head.names if head is not None else list(config.id2label.values()) if kind == "genes" else [],
         tokenizer=tokenizer if is_gene_tokenizer else None,
         store=store,
         coverage=gene_coverage(store, tokenizer) if is_gene_tokenizer and store is not None and len(store) else None,
@@ -510,4 +505,4 @@ def _render(
     return f"{text}<!-- Written by stformer_hf; unchanged as long as its digest is {_digest(text)}. -->\n"
 
 
-__all__ = ["gene_coverage", "is_hub_id", "is_unchanged_card", "write_model_card"]
+__all__ = ["gene_coverage", "is_unchanged_card", "write_model_card"]

@@ -164,6 +164,9 @@ def test_new_genes_and_values_become_tokens(tokenizer, adata):
     model = trained(GeneBertForPhenotypicMLM(small(tokenizer)))
     _, extended = extend_vocabulary(model, tokenizer, NEW_GENES, {"tissue": ["lung"], "cell_type": ["NK cell"]})
     obs = {"cell_type": ["NK cell"], "tissue": ["lung"]}
+    assert extended.gene_weights[:-2].tolist() == tokenizer.gene_weights.tolist()
+    assert set(extended.gene_weights[-2:]) == {tokenizer.gene_weights.mean()}
+    extended.min_coverage = 0.0
     tokens = extended(np.array([[2, 1]]), genes=NEW_GENES, obs=obs)
     assert len(tokenizer) == 10  # 4 special tokens, 2 values, 4 bins
     assert tokens["input_ids"] == [[0, 10, 11, 8, 7, 1]]  # edges 0.5, 1.5, 3.5
@@ -176,6 +179,9 @@ def test_new_genes_and_values_become_tokens(tokenizer, adata):
         assert model(**inputs).logits.shape == (1, 6, 12)
 
 
+COVERAGE = ("min_coverage", "warn_coverage")
+
+
 def test_settings_of_the_tokenizer_stay(store):
     tokenizer = GeneTokenizer.from_store(
         store,
@@ -185,11 +191,12 @@ def test_settings_of_the_tokenizer_stay(store):
         truncation="random",
         seed=5,
         min_coverage=0.25,
+        warn_coverage=0.75,
         padding_side="left",
         included_phenotypes=[],
     )
     _, extended = extend_vocabulary(GeneBertModel(small(tokenizer)), tokenizer, NEW_GENES, {"tissue": ["lung"]})
-    for name in ("normalize", "max_length", "truncation", "seed", "min_coverage", "padding_side", "bin_edges"):
+    for name in ("normalize", "max_length", "truncation", "seed", "padding_side", "bin_edges", *COVERAGE):
         assert getattr(extended, name) == getattr(tokenizer, name), name
     assert extended.included_phenotypes == ["tissue"]
 
@@ -336,7 +343,7 @@ def test_ranks(store, adata, tie, neighborhood):
     assert new.medians[:-2].tolist() == old.medians.tolist() and new.medians[-2:].tolist() == [0.5, 0.5]
     assert new.convert_tokens_to_ids(NEW_GENES) == [len(old), len(old) + 1]
     # A new gene that is counted a lot comes first, whatever its id.
-    counts = np.array([[1, 50, 2]])
+    new.min_coverage, counts = 0.0, np.array([[1, 50, 2]])
     extra = {"neighborhood": counts} if neighborhood else {}
     ids = new(counts, genes=[old.genes[0], NEW_GENES[1], old.genes[1]], **extra)["input_ids"][0]
     assert ids[1] == len(old) + 1

@@ -1,5 +1,6 @@
 """Bin edges, normalisation, truncation and the names of genes: settings of GeneTokenizer, against plain versions."""
 
+import json
 import pickle
 
 import numpy as np
@@ -149,7 +150,9 @@ def test_a_gene_table_gives_symbols_and_one_of_several_genes_is_not_used():
     assert tokenizer.symbols == {"NKG7": ENSEMBL[2], "LYZ": ENSEMBL[3]}
     tokens = tokenizer(np.array([[5, 3, 4]]), genes=["X", "NKG7", "LYZ"])
     assert tokens["token_type_ids"] == [[0, 3, 4, 0]]
-    assert tokenizer.last_coverage == pytest.approx({"genes": 2 / 3, "counts": 7 / 12, "vocabulary": 0.5})
+    assert tokenizer.last_coverage == pytest.approx(
+        {"genes": 2 / 3, "counts": 7 / 12, "vocabulary": 0.5, "weight": 0.5}
+    )
 
 
 def test_symbols_of_other_genes_are_told(caplog):
@@ -225,7 +228,6 @@ def test_a_store_gives_its_symbols(shared_data, tmp_path):
     no_ids = AnnData(adata.X, var=pd.DataFrame(index=adata.var_names))
     assert tokenizer(no_ids) == wanted
     half = no_ids[:, ::2]
-    tokenizer.min_coverage = 0.1
     kept = {tokenizer.symbols[symbol] for symbol in half.var_names}
     for types, some in zip(wanted["token_type_ids"], tokenizer(half)["token_type_ids"], strict=True):
         names = tokenizer.convert_token_types_to_names(types)
@@ -242,21 +244,65 @@ def test_columns_that_one_kind_of_name_does_not_know_are_known_by_another(by_sym
 
 
 def test_coverage_of_a_store_is_of_all_batches_so_far(tmp_path):
-    """Whatever comes first, cells whose genes are not known are not passed over in silence."""
+    """The model's side is that of the store's genes, whatever its first cells express; the counts add up."""
     counts = np.zeros((40, 4), int)
     counts[:20, :2], counts[20:, 2:] = 5, 6
     store = CellStore.build(tmp_path / "s", AnnData(counts, var=pd.DataFrame(index=ENSEMBL)))
+    unknown = [f"other{i}" for i in range(30)]
     for order in (range(40), range(39, -1, -1)):
-        tokenizer = GeneTokenizer([*ENSEMBL[:2], "other", "genes", "too"])
-        with pytest.raises(ValueError, match="Only .* of the counts"):
-            for row in order:
+        tokenizer = GeneTokenizer([*ENSEMBL[:2], *unknown])
+        for row in order:  # in any order, and again
+            with pytest.raises(ValueError, match="has 2 of the model's 32 genes"):
                 tokenizer.encode_cells(store.__getitems__([row]))
-    tokenizer = GeneTokenizer([*ENSEMBL[:2], "other", "genes", "too"], min_coverage=0.4)
+    tokenizer = GeneTokenizer([*ENSEMBL[:2], *unknown], min_coverage=0.05, warn_coverage=0.06)
     for row in range(40):
         tokenizer.encode_cells(store.__getitems__([row]))
-    assert tokenizer.last_coverage["counts"] == pytest.approx(5 / 11)
+    assert tokenizer.last_coverage == pytest.approx(
+        {"genes": 0.5, "counts": 5 / 11, "vocabulary": 1 / 16, "weight": 1 / 16}
+    )
     tokenizer.save_pretrained(tmp_path / "t")
-    assert GeneTokenizer.from_pretrained(tmp_path / "t").min_coverage == 0.4
+    saved = GeneTokenizer.from_pretrained(tmp_path / "t")
+    assert (saved.min_coverage, saved.warn_coverage) == (0.05, 0.06)
+
+
+def test_a_gene_counts_in_the_coverage_by_the_training_cells_that_express_it(tmp_path, caplog):
+    """Half of the genes may be nearly nothing of what the model read, or nearly all of it."""
+    genes = [f"ENSG{i:011d}" for i in range(20)]
+    counts = np.zeros((100, 20), int)
+    counts[:, :10], counts[:1, 10:] = 1, 900  # 1,000 entries, and 10 of large counts
+    store = CellStore.build(tmp_path / "s", AnnData(counts, var=pd.DataFrame(index=genes)))
+    medians = dict.fromkeys(reversed(genes), 1.0)
+    for options in ({}, {"scheme": "rank", "medians": medians}):
+        tokenizer = GeneTokenizer.from_store(store, **options)
+        tokenizer.save_pretrained(tmp_path / "t")
+        for some in (tokenizer, GeneTokenizer.from_pretrained(tmp_path / "t")):
+            assert some.fingerprint == GeneTokenizer(tokenizer.genes, **options, symbols=store.genes).fingerprint
+            caplog.clear()
+            some(np.ones((1, 10), int), genes=genes[:10])
+            assert some.last_coverage["weight"] == pytest.approx(1000 / 1010) and not caplog.records
+            with pytest.raises(ValueError, match=r"10 of the model's 20 genes \(1.0%, weighted by .* at least 10%"):
+                some(np.ones((1, 10), int), genes=genes[10:])
+            some(np.ones((1, 3), int), genes=genes[:3])
+            said = "3 of the model's 20 genes (29.7%, weighted by how much each was expressed in training, where at"
+            assert said in caplog.text and "100.0% of the input's counts are in known genes" in caplog.text
+
+
+@pytest.mark.parametrize("weights", [[1.0, 2.0], [1.0, -1.0, 1.0, 1.0], [1.0, np.nan, 1.0, 1.0]])
+def test_weights_that_are_none_are_refused(weights):
+    with pytest.raises(ValueError, match="gene_weights"):
+        GeneTokenizer(ENSEMBL, gene_weights=weights)
+
+
+def test_the_least_share_of_older_files_was_of_another_rule(tmp_path):
+    """0.5 was the default, of the counts or of the genes; what was chosen by hand stays."""
+    for saved, read in ((0.5, 0.1), (0.0, 0.0), (0.7, 0.7)):
+        GeneTokenizer(ENSEMBL, min_coverage=saved).save_pretrained(tmp_path)
+        path = tmp_path / "gene_vocabulary.json"
+        old = json.loads(path.read_text())
+        del old["warn_coverage"]
+        path.write_text(json.dumps(old))
+        tokenizer = GeneTokenizer.from_pretrained(tmp_path)
+        assert (tokenizer.min_coverage, tokenizer.warn_coverage) == (read, 0.5)
 
 
 def test_a_panels_model_reads_whole_transcriptomes():

@@ -155,20 +155,28 @@ def test_an_anndata_is_mapped_by_the_column_that_knows_its_genes():
     var = pd.DataFrame({"gene_id": [ids[2], ids[0], ids[1]]}, index=["x", "y", "z"])
     adata = AnnData(np.array([[1.0, 0, 2]]), var=var)
     assert tokenizer(adata)["token_type_ids"] == [[0, 4, 5, 0]]
-    assert tokenizer.last_coverage == {"genes": 1.0, "counts": 1.0, "vocabulary": 0.5}
+    assert tokenizer.last_coverage == {"genes": 1.0, "counts": 1.0, "vocabulary": 0.5, "weight": 0.5}
 
 
-def test_unknown_genes_are_counted_and_too_many_raise(tokenizer):
+def test_unknown_genes_are_counted_and_an_input_without_the_models_genes_raises(tokenizer):
     counts = np.array([[6, 4, 0]])
     tokens = tokenizer(counts, genes=["a", "z", "b"])
     assert tokens["token_type_ids"] == [[0, 3, 0]]
-    assert tokenizer.last_coverage == pytest.approx({"genes": 2 / 3, "counts": 0.6, "vocabulary": 2 / 6})
+    share = 2 / 6
+    assert tokenizer.last_coverage == pytest.approx(
+        {"genes": 2 / 3, "counts": 0.6, "vocabulary": share, "weight": share}
+    )
     with pytest.raises(
-        ValueError, match=r"Only 40.0% of the counts.*like z, a, b.*tokenizer wants genes like a, b, c"
+        ValueError,
+        match=r"has 0 of the model's 6 genes \(0.0%, where at least 10% are needed\); 0.0% of the input's counts.*"
+        r"like z, y, x.*model wants genes like a, b, c",
     ):
-        tokenizer(counts, genes=["z", "a", "b"])
-    tokenizer.min_coverage = 0.1
-    assert tokenizer(counts, genes=["z", "a", "b"])["token_type_ids"] == [[0, 3, 0]]
+        tokenizer(counts, genes=["z", "y", "x"])
+    tokenizer.min_coverage = 0.0
+    assert tokenizer(counts, genes=["z", "y", "x"])["token_type_ids"] == [[0, 0]]
+    tokenizer.min_coverage = 0.1  # the same genes, and another rule
+    with pytest.raises(ValueError, match="has 0 of the model's 6 genes"):
+        tokenizer(counts, genes=["z", "y", "x"])
 
 
 def test_another_order_of_genes_is_not_read_as_other_genes(tokenizer):

@@ -28,7 +28,8 @@ from stformer_hf import (
     STFormerPretrainer,
 )
 from stformer_hf.training import model_card
-from stformer_hf.training.model_card import gene_coverage, is_hub_id, is_unchanged_card, write_model_card
+from stformer_hf.training.loading import is_hub_id
+from stformer_hf.training.model_card import gene_coverage, is_unchanged_card, write_model_card
 
 TINY = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
 

@@ -165,6 +165,9 @@ def _extend_tokenizer(
         settings["medians"] = _merge_medians(tokenizer, genes, medians)
     elif new_genes:
         settings["bin_edges"] = _merge_edges(tokenizer, new_genes, bin_edges)
+    weights = tokenizer.gene_weights
+    if weights is not None:  # a new gene is to carry as much as an old one
+        weights = np.concatenate([weights, np.full(len(new_genes), weights.mean())])
     extended = type(tokenizer)(
         **settings,
         included_phenotypes=tokenizer.included_phenotypes + [c for c in phenotypes if c not in tokenizer.phenotypes],
@@ -172,6 +175,8 @@ def _extend_tokenizer(
         truncation=tokenizer.truncation,
         seed=tokenizer.seed,
         min_coverage=tokenizer.min_coverage,
+        warn_coverage=tokenizer.warn_coverage,
+        gene_weights=weights,
         match=tokenizer.match,
         padding_side=tokenizer.padding_side,
         model_input_names=tokenizer.model_input_names,

@@ -62,6 +62,8 @@ _OTHER_TYPES = frozenset(
 )
 _OTHER_WORDS = frozenset(("antibody", "blank", "codeword", "control", "crispr", "guide", "hashtag", "peak", "peaks"))
 _COUNTED = re.compile(r"(?:\.0|-\d+)$")  # 0.0 of a table read as numbers, 0-1 of joined files
+# Shares of what a model's genes carried in training: with less of them an input is refused, or a warning is logged.
+MIN_COVERAGE, WARN_COVERAGE = 0.1, 0.5
 _LARGEST_ROW_NUMBER = 200_000  # no reference has so many genes; Entrez ids in ascending order soon pass it
 
 
@@ -497,16 +499,20 @@ class GeneMatcher:
         The vocabulary.
     symbols : dict of symbol to gene
         Other names of the genes.
+    weights : float array (n_genes,), optional
+        How much each gene counts in the coverage of the vocabulary, such as the cells that expressed it in training;
+        all alike by default.
 
     Attributes
     ----------
     last_coverage : dict or None
-        Of the last table of genes seen: `genes` and `counts`, the shares of it that are known, and `vocabulary`, the
-        share of the vocabulary that it holds.
+        Of the last table of genes seen: `genes` and `counts`, the shares of it that are known; `vocabulary` and
+        `weight`, the shares of the vocabulary, of its genes and of their weights, that it holds.
     """
 
-    def __init__(self, genes: Sequence[str], symbols: Mapping[str, str]):
+    def __init__(self, genes: Sequence[str], symbols: Mapping[str, str], weights: np.ndarray | None = None):
         self._genes = genes
+        self._weights = None if weights is None or not np.any(weights) else np.asarray(weights, np.float64)
         self._index = {strip_version(gene): i for i, gene in enumerate(genes)}
         self._symbols = {symbol: self._index[strip_version(gene)] for symbol, gene in symbols.items()}
         self.species = guess_species(genes)
@@ -580,8 +586,13 @@ class GeneMatcher:
         min_coverage: float,
         key: np.ndarray | None,
         match: str = "id",
+        warn_coverage: float = 0.0,
     ) -> np.ndarray | None:
-        """Find the gene of each column, and measure how many of the counts are in known genes.
+        """Find the gene of each column, and measure the coverage: of the vocabulary, and of the input.
+
+        The vocabulary's side decides. A panel's model reads few of the counts of a whole transcriptome, and all that
+        it knows is there; a model of a whole transcriptome knows all counts of a panel, and misses most of what it
+        was trained on.
 
         Parameters
         ----------
@@ -591,11 +602,13 @@ class GeneMatcher:
         counts : array (nnz,)
             For the share that is known.
         min_coverage : float
-            Least share of the counts, or of the vocabulary.
+            Least share of the vocabulary's weight.
         key : array, optional
             The batches of a store share it: they are matched once, and their shares are those of all so far.
         match : {"id", "symbol"}, default: "id"
             As for `find_columns`.
+        warn_coverage : float, default: 0.0
+            Share of the vocabulary's weight under which a warning is logged, once per table of genes.
 
         Returns
         -------
@@ -605,11 +618,10 @@ class GeneMatcher:
         Raises
         ------
         ValueError
-            Less than `min_coverage` of the counts are in known genes, and less of the vocabulary is there; genes of
-            another species.
+            Less than `min_coverage` of the vocabulary's weight is there; genes of another species.
         """
-        own = (names.key if key is None else key, match)
-        seen = self._last is not None and type(self._last[0][0]) is type(own[0]) and self._last[0][1] == match
+        own = (names.key if key is None else key, (match, min_coverage, warn_coverage))
+        seen = self._last is not None and type(self._last[0][0]) is type(own[0]) and self._last[0][1] == own[1]
         seen = seen and (self._last[0][0] is own[0] if key is not None else self._last[0][0] == own[0])
         if seen:
             mapped = self._last[1]
@@ -621,38 +633,100 @@ class GeneMatcher:
             mapped = None if np.array_equal(mapped, np.arange(len(mapped))) else mapped
         if not (seen and key is not None):
             self._known_counts = self._all_counts = 0.0
-        self._measure(mapped, names, columns, counts, min_coverage, tell=not seen)
+        self._measure(mapped, names, columns, counts, (min_coverage, warn_coverage), tell=not seen)
         self._last = (own, mapped)
         return mapped
 
-    def _measure(self, mapped, names, columns, counts, min_coverage: float, tell: bool) -> None:
+    def _measure(self, mapped, names, columns, counts, limits: tuple[float, float], tell: bool) -> None:
         n_columns = len(names) if isinstance(names, ColumnNames) else len(names[0])
         known = np.ones(n_columns, bool) if mapped is None else mapped >= 0
         self._all_counts += float(counts.sum(dtype=np.float64))
         self._known_counts += float(counts[known.take(columns)].sum(dtype=np.float64))
         known_columns = float(known.mean()) if n_columns else 0.0
         share = self._known_counts / self._all_counts if self._all_counts else known_columns
-        n_found = n_columns if mapped is None else len(np.unique(mapped[known]))
-        self.last_coverage = {
-            "genes": known_columns,
-            "counts": float(share),
-            "vocabulary": n_found / len(self._genes),
-        }
-        # A panel's model reads few of the counts of a whole transcriptome, and all that it knows is there.
-        if max(share, self.last_coverage["vocabulary"]) < min_coverage:
-            gene_ids = names.resolve()[0] if isinstance(names, ColumnNames) else names[0]
-            more = "" if self._symbols else ", or the genes' symbols (symbols=GeneTable.from_table(…))"
-            raise ValueError(
-                f"Only {share:.1%} of the counts are in genes that the tokenizer knows (at least "
-                f"{min_coverage:.0%} are needed). The input names genes like {describe(gene_ids)}. The tokenizer "
-                f"wants genes like {describe(self._genes)}. Give ids of the same kind, species and release{more}; or "
-                "lower tokenizer.min_coverage."
-            )
-        if tell and known_columns < 1:
+        coverage = {"genes": known_columns, "counts": float(share)}
+        if not tell:  # the genes are those of the last time
+            self.last_coverage = {**self.last_coverage, **coverage}
+            return
+        found = np.arange(n_columns) if mapped is None else np.unique(mapped[known])
+        self.last_coverage = coverage | coverage_of(found, len(self._genes), self._weights)
+        input_names = names.resolve()[0] if isinstance(names, ColumnNames) else names[0]
+        check_coverage(self.last_coverage, len(found), self._genes, input_names, *limits, bool(self._symbols))
+        if known_columns < 1:
             logger.warning(
                 f"{known.sum()} of {n_columns} genes of the input are known to the tokenizer ({share:.1%} of its "
-                "counts); the others are left out."
+                f"counts), {len(found)} of the tokenizer's {len(self._genes)}; the others are left out."
             )
+
+
+def coverage_of(found: np.ndarray, n_genes: int, weights: np.ndarray | None = None) -> dict[str, float]:
+    """Measure the share of a vocabulary that an input holds.
+
+    Parameters
+    ----------
+    found : int array (n_found,)
+        Genes of the vocabulary that are there, each once.
+    n_genes : int
+        Size of the vocabulary.
+    weights : float array (n_genes,), optional
+        How much each counts; all alike by default.
+
+    Returns
+    -------
+    dict of str to float
+        `vocabulary`, the share of the genes, and `weight`, the share of the weights.
+    """
+    share = len(found) / n_genes
+    return {"vocabulary": share, "weight": share if weights is None else float(weights[found].sum() / weights.sum())}
+
+
+def check_coverage(
+    coverage: Mapping[str, float],
+    n_found: int,
+    genes: Sequence[str],
+    input_genes: Sequence[str],
+    min_coverage: float,
+    warn_coverage: float,
+    has_symbols: bool = False,
+) -> None:
+    """Refuse an input that lacks nearly all of what a model knows, and warn of one that lacks much of it.
+
+    Parameters
+    ----------
+    coverage : dict
+        `weight` and `vocabulary` as `coverage_of` gives them, and `counts`, the share of the input's counts.
+    n_found : int
+        Number of the model's genes that the input has.
+    genes, input_genes : sequence of str
+        Of the model, and of the input.
+    min_coverage, warn_coverage : float
+        Shares of `weight` under which the input is refused, or a warning is logged.
+    has_symbols : bool, default: False
+        Whether the model knows symbols of its genes.
+
+    Raises
+    ------
+    ValueError
+        Under `min_coverage`.
+    """
+    weight = coverage["weight"]
+    if weight >= max(min_coverage, warn_coverage):
+        return
+    weighted = "" if weight == coverage["vocabulary"] else " weighted by how much each was expressed in training,"
+    both = (
+        f"The input has {n_found} of the model's {len(genes)} genes ({weight:.1%},{weighted} where at least "
+        f"{min_coverage if weight < min_coverage else warn_coverage:.0%}"
+    )
+    counts = f"{coverage['counts']:.1%} of the input's counts are in known genes"
+    if weight >= min_coverage:
+        logger.warning(f"{both} would be better); {counts}. What the model says rests on these genes alone.")
+        return
+    more = "" if has_symbols else ", or the genes' symbols (symbols=GeneTable.from_table(…))"
+    raise ValueError(
+        f"{both} are needed); {counts}. The input names genes like {describe(input_genes)}. The model wants genes "
+        f"like {describe(genes)}. Give ids of the same kind, species and release{more}; or, if these genes are meant "
+        "to be enough, lower min_coverage (tokenizer.min_coverage, --min_coverage)."
+    )
 
 
 def describe(names: Iterable[str]) -> str:
@@ -677,10 +751,14 @@ def describe(names: Iterable[str]) -> str:
 
 __all__ = [
     "GENES",
+    "MIN_COVERAGE",
+    "WARN_COVERAGE",
     "ColumnNames",
     "GeneColumns",
     "GeneMatcher",
     "are_genes",
+    "check_coverage",
+    "coverage_of",
     "describe",
     "feature_types",
     "guess_species",

@@ -16,7 +16,7 @@ from .legacy_files import load_mapping
 logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 2
-_CELLS_FOR_EDGES = 10_000
+_CELLS_TO_FIT = 10_000
 _BELOW_ANY_COUNT = 1e-9  # cells that the edges were not fitted on may have smaller values
 _LITTLE = 0.1  # of a table of genes, or of the tokenizer's genes where these are fewer: less is told
 _SCALE = (1e-100, 1e100)  # medians and target sums whose scores neither overflow nor vanish
@@ -131,6 +131,32 @@ def check_medians(medians: Any, genes: Sequence[str]) -> np.ndarray:
     return values
 
 
+def check_gene_weights(weights: Any, genes: Sequence[str]) -> np.ndarray | None:
+    """Take a weight per gene: float64 array (n_genes,), none of them negative; None for genes that count alike."""
+    if weights is None:
+        return None
+    values = np.asarray(weights, np.float64)
+    if values.shape != (len(genes),):
+        raise ValueError(f"gene_weights has the shape {values.shape} for {len(genes)} genes.")
+    if not np.isfinite(values).all() or (values < 0).any():
+        raise ValueError("gene_weights are numbers of at least 0.")
+    return values if values.any() else None
+
+
+def fit_gene_weights(store) -> np.ndarray:
+    """Count the cells of a store, at most 10,000 evenly spread, that express each gene: int64 array (n_genes,)."""
+    expressed = np.zeros(len(store.gene_ids), np.int64)
+    for some in _blocks_of_cells(store):
+        expressed += np.bincount(store.rows(some).indices, minlength=len(expressed))
+    return expressed
+
+
+def _blocks_of_cells(store) -> list[np.ndarray]:
+    """Choose at most 10,000 cells of a store, evenly spread, in blocks of at most 1,000 row numbers."""
+    cells = np.unique(np.linspace(0, len(store) - 1, min(len(store), _CELLS_TO_FIT)).astype(np.int64))
+    return np.array_split(cells, -(-len(cells) // 1000) or 1)
+
+
 # ---------------------------------------------------------------------- bin edges
 
 
@@ -169,8 +195,7 @@ def fit_bin_edges(store, how: str, n_bins: int, normalize: str | None) -> list[f
     if n_bins < 1:
         raise ValueError(f"n_bins={n_bins}: there is at least one.")
     genes, values = [np.empty(0, np.int64)], [np.empty(0)]
-    cells = np.unique(np.linspace(0, len(store) - 1, min(len(store), _CELLS_FOR_EDGES)).astype(np.int64))
-    for some in np.array_split(cells, -(-len(cells) // 1000) or 1):
+    for some in _blocks_of_cells(store):
         matrix = store.rows(some)
         rows = CountRows(matrix.indptr.astype(np.int64), matrix.indices, matrix.data)
         genes.append(rows.columns)
@@ -270,12 +295,14 @@ def sample(names: Iterable[str], n: int = 3) -> str:
 __all__ = [
     "FORMAT_VERSION",
     "check_bin_edges",
+    "check_gene_weights",
     "check_genes",
     "check_medians",
     "check_symbols",
     "check_target_sum",
     "edge_array",
     "fit_bin_edges",
+    "fit_gene_weights",
     "name_phenotypes",
     "order_tokens",
     "phenotype_token",

@@ -79,6 +79,14 @@ def masked_lm_loss(
     return loss, statistics
 
 
+def problem_of(config: GeneBertConfig) -> str:
+    """Tell what a head that gives one row of outputs per cell predicts: `config.problem_type`, or what it implies.
+
+    Without one, a head of a single output predicts a number, and any other tells classes apart.
+    """
+    return config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
+
+
 def classification_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -111,13 +119,16 @@ def classification_loss(
         Labels of another kind than the problem's.
     """
     labels = labels.to(logits.device)
-    problem = config.problem_type
-    if problem is None:
-        whole = not labels.is_floating_point()
-        problem = "single_label_classification" if whole else "multi_label_classification"
-        problem = "regression" if config.num_labels == 1 else problem
+    problem = problem_of(config)
+    if config.problem_type is None and config.num_labels > 1 and labels.is_floating_point():
+        problem = "multi_label_classification"
     if problem == "single_label_classification" and labels.is_floating_point():
         raise ValueError(f"Classes are whole numbers, got labels of {labels.dtype}; see config.problem_type.")
+    if problem != "single_label_classification" and labels.numel() != logits.numel():
+        raise ValueError(
+            f"Labels of shape {tuple(labels.shape)} do not fit a {problem} head of {config.num_labels} outputs per "
+            "cell; see config.problem_type and config.num_labels."
+        )
     logits = logits.float()
     weights = None if config.class_weights is None else logits.new_tensor(config.class_weights)
     if problem == "single_label_classification":
@@ -161,9 +172,10 @@ def combine_readers(logits: torch.Tensor, wide: torch.Tensor, config: GeneBertCo
     """
     of_head, of_wide = config.reader_weights or (1.0, 1.0)
     logits, wide = logits.float(), wide.float()
-    if config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1):
+    problem = problem_of(config)
+    if problem == "regression":
         return (of_head * logits + of_wide * wide) / (of_head + of_wide)
-    if config.problem_type != "multi_label_classification":
+    if problem != "multi_label_classification":
         logits, wide = logits.log_softmax(-1), wide.log_softmax(-1)
     return (of_head * logits + of_wide * wide) / config.temperature
 
@@ -225,4 +237,4 @@ def pool(
     return (total / n_tokens.clamp(min=1)).to(hidden.dtype)
 
 
-__all__ = ["GeneBertMLMHead", "classification_loss", "combine_readers", "masked_lm_loss", "pool"]
+__all__ = ["GeneBertMLMHead", "classification_loss", "combine_readers", "masked_lm_loss", "pool", "problem_of"]

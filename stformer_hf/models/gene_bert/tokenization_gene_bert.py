@@ -22,17 +22,19 @@ from .cell_counts import (
     read_cells,
     row_sums,
 )
-from .gene_columns import ColumnNames, GeneMatcher
+from .gene_columns import MIN_COVERAGE, WARN_COVERAGE, ColumnNames, GeneMatcher
 from .gene_order import TRUNCATIONS, Binner, choose, log1p_cp10k, write_ranks
 from .gene_vocabulary import (
     FORMAT_VERSION,
     check_bin_edges,
+    check_gene_weights,
     check_genes,
     check_medians,
     check_symbols,
     check_target_sum,
     edge_array,
     fit_bin_edges,
+    fit_gene_weights,
     name_phenotypes,
     order_tokens,
     phenotype_token,
@@ -171,9 +173,13 @@ class GeneTokenizer(PreTrainedTokenizer):
         cell).
     seed : int, default: 0
         Of `truncation="random"`. Cells of a store are known by their row in it, others by their row in the call.
-    min_coverage : float, default: 0.5
-        Calling the tokenizer raises where less than this share of the counts (of a store, of all batches so far) is in
-        known genes, and less of the vocabulary is among the columns.
+    min_coverage : float, default: 0.1
+        Calling the tokenizer raises where less than this share of its genes, weighted by `gene_weights`, is among the
+        columns.
+    warn_coverage : float, default: 0.5
+        It warns where less than this share is.
+    gene_weights : sequence of float (n_genes,), optional
+        How much each gene carried in training; `from_store` counts the cells that express it. All alike by default.
     match : {"id", "symbol"}, default: "id"
         How columns are matched to genes: by id, else by symbol; or by symbol alone, which is how cells of another
         species are read. Ids of another species are refused otherwise.
@@ -190,8 +196,9 @@ class GeneTokenizer(PreTrainedTokenizer):
     Attributes
     ----------
     last_coverage : dict or None
-        Of the last table of genes seen: `genes` and `counts`, the shares of it that are known to the tokenizer, and
-        `vocabulary`, the share of the tokenizer's genes that it holds.
+        Of the last table of genes seen: `genes` and `counts`, the shares of it that are known to the tokenizer;
+        `vocabulary`, the share of the tokenizer's genes that it holds, and `weight`, the same by `gene_weights`.
+    gene_weights : float64 array (n_genes,) or None
 
     Raises
     ------
@@ -235,6 +242,8 @@ class GeneTokenizer(PreTrainedTokenizer):
         truncation: str | None = None,
         seed: int | None = None,
         min_coverage: float | None = None,
+        warn_coverage: float | None = None,
+        gene_weights: Sequence[float] | None = None,
         match: str | None = None,
         special_tokens: Mapping[str, str] | None = None,
         token_ids: Mapping[str, int] | None = None,
@@ -272,7 +281,12 @@ class GeneTokenizer(PreTrainedTokenizer):
             included_phenotypes = saved["included_phenotypes"] if included_phenotypes is None else included_phenotypes
             truncation = saved.get("truncation") if truncation is None else truncation
             seed = saved.get("seed") if seed is None else seed
-            min_coverage = saved.get("min_coverage") if min_coverage is None else min_coverage
+            # Of files of before `warn_coverage`, 0.5 is the default of another rule.
+            of_old_rule = "warn_coverage" not in saved and saved.get("min_coverage") == 0.5
+            if min_coverage is None and not of_old_rule:
+                min_coverage = saved.get("min_coverage")
+            warn_coverage = saved.get("warn_coverage") if warn_coverage is None else warn_coverage
+            gene_weights = saved.get("gene_weights") if gene_weights is None else gene_weights
             match = saved.get("match") if match is None else match
             if max_length is None:
                 max_length = kwargs.get("model_max_length", saved["max_length"])
@@ -285,7 +299,8 @@ class GeneTokenizer(PreTrainedTokenizer):
                 raise ValueError(f"phenotypes[{name!r}] is a list of values, got {values!r}.")
         self.phenotypes = {name: [str(value) for value in values] for name, values in sorted(phenotypes.items())}
         self.symbols = check_symbols(given["symbols"], self.genes)
-        self._matcher = GeneMatcher(self.genes, self.symbols)
+        self.gene_weights = check_gene_weights(gene_weights, self.genes)
+        self._matcher = GeneMatcher(self.genes, self.symbols, self.gene_weights)
         self._token_ids = given["token_ids"]
         self._build_vocabulary(given["special_tokens"])
         self.add_cls = ("cls_token" in self._special_tokens) if given["add_cls"] is None else given["add_cls"]
@@ -301,7 +316,8 @@ class GeneTokenizer(PreTrainedTokenizer):
             raise ValueError(f"truncation is one of {', '.join(TRUNCATIONS)}, got {truncation!r}.")
         self.seed = seed or 0
 
-        self.min_coverage = 0.5 if min_coverage is None else min_coverage
+        self.min_coverage = MIN_COVERAGE if min_coverage is None else min_coverage
+        self.warn_coverage = WARN_COVERAGE if warn_coverage is None else warn_coverage
         self.match = match or "id"
         if self.match not in ("id", "symbol"):
             raise ValueError(f'match is "id" or "symbol", got {match!r}.')
@@ -400,12 +416,15 @@ class GeneTokenizer(PreTrainedTokenizer):
             values = check_medians(medians, genes)
             known = np.flatnonzero(~np.isnan(values))
             genes, kwargs["medians"] = [genes[i] for i in known], values[known]
+            kwargs.setdefault("gene_weights", fit_gene_weights(store)[known])
             kwargs.setdefault("target_sum", target_sum)
         elif medians is not None:
             kwargs["medians"] = medians  # refused by the constructor
         if isinstance(bin_edges, str):
             bin_edges = fit_bin_edges(store, bin_edges, n_bins, kwargs.get("normalize"))
         kwargs.setdefault("symbols", store.genes)
+        if kwargs.get("gene_weights") is None:
+            kwargs["gene_weights"] = fit_gene_weights(store)
         return cls(genes, scheme=scheme, phenotypes=phenotypes, bin_edges=bin_edges, **kwargs)
 
     @classmethod
@@ -717,6 +736,8 @@ class GeneTokenizer(PreTrainedTokenizer):
             "truncation": self.truncation,
             "seed": self.seed,
             "min_coverage": self.min_coverage,
+            "warn_coverage": self.warn_coverage,
+            **({} if self.gene_weights is None else {"gene_weights": _whole(self.gene_weights)}),
             **({} if self.match == "id" else {"match": self.match}),
             **self._vocabulary(),
         }
@@ -836,9 +857,9 @@ class GeneTokenizer(PreTrainedTokenizer):
         Raises
         ------
         ValueError
-            Values that are not counts; fewer than `min_coverage` of the counts in known genes, and of the vocabulary
-            among the columns; genes of another species; row numbers for names of genes; shapes that do not
-            fit; tensors of ragged cells without padding.
+            Values that are not counts; less than `min_coverage` of the tokenizer's genes, by their weights, among the
+            columns; genes of another species; row numbers for names of genes; shapes that do not fit; tensors of
+            ragged cells without padding.
         TypeError
             Something that is not cells, such as text.
         """
@@ -938,7 +959,9 @@ class GeneTokenizer(PreTrainedTokenizer):
         found = read_cells(cells, genes, obs, layer, neighborhood, self.genes, self.neighborhood, fractional)
         key = found.names[0] if isinstance(found.names, tuple) else None
         rows = found.rows
-        column_genes = self._matcher.match(found.names, rows.columns, rows.counts, self.min_coverage, key, self.match)
+        column_genes = self._matcher.match(
+            found.names, rows.columns, rows.counts, self.min_coverage, key, self.match, self.warn_coverage
+        )
         n_cells = len(found.rows.indptr) - 1
         if for_inference:
             phenotypes = np.full((n_cells, len(self._included_phenotypes)), self.mask_token_id, np.int64)
@@ -1166,6 +1189,11 @@ class GeneTokenizer(PreTrainedTokenizer):
                 f"max_length {max_length} leaves no room for a gene: {n_special} special tokens, "
                 f"{len(self._included_phenotypes)} phenotypes and {n_parts} genes need {needed}."
             )
+
+
+def _whole(weights: np.ndarray) -> list[float]:
+    """Write weights, whole ones as such."""
+    return [int(weight) if weight.is_integer() else weight for weight in weights.tolist()]
 
 
 def _exact(values: Sequence) -> Sequence:

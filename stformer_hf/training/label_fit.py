@@ -1,0 +1,161 @@
+"""Whether the labels of cells fit the head that is to learn them: looked at before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel
+from datasets import Dataset as HuggingFaceDataset
+from torch.utils.data import Subset
+
+from ..data.cell_store import CellStore
+from ..models.gene_bert.heads import problem_of
+from .cell_heads import predicts_cells
+from .collators import DataCollatorForCellClassification
+from .loading import unwrap
+
+_SHOWN = 5  # names in an error
+
+
+@dataclass
+class _Labels:
+    """A column of labels: its values, and the names of the classes that they number, if it is categorical."""
+
+    values: np.ndarray
+    names: list[str] | None
+    of_store: bool
+
+    @property
+    def what(self) -> str:
+        if self.names is not None:
+            return f"classes ({_some(self.names)})"
+        kinds = {"b": "booleans", "i": "whole numbers", "u": "whole numbers", "f": "numbers"}
+        return kinds.get(self.values.dtype.kind, f"values of type {self.values.dtype}")
+
+
+def fit_head_to_labels(model: Any, collator: Any, dataset: Any) -> None:
+    """Check that the labels of some cells are those that a head predicts, and let it say what it predicts.
+
+    The configuration of a head that does not say it gets `problem_type`, and, of numbers and of several labels per
+    cell, the names of the columns as `id2label`.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Of another kind than a classifier of cells it is left alone.
+    collator : DataCollatorForCellClassification
+        With another collator nothing is looked at.
+    dataset : CellStore, datasets.Dataset, or a Subset of one
+        The labels of other datasets cannot be seen beforehand.
+
+    Raises
+    ------
+    ValueError
+        Labels that do not fit the head; the message names both.
+    """
+    if not isinstance(collator, DataCollatorForCellClassification):
+        return
+    try:
+        model = unwrap(model)
+    except TypeError:  # a model of no kind that is known here
+        return
+    if not predicts_cells([type(model).__name__]):
+        return
+    config = model.config
+    several = not isinstance(collator.label, str)
+    columns = list(collator.label) if several else [collator.label]
+    unnamed = [config.id2label[i] == f"LABEL_{i}" for i in range(config.num_labels)]
+    found = {name: _read(dataset, name) for name in columns}
+    kind = problem_of(config)
+    if config.problem_type is None and several and config.num_labels > 1:
+        kind = "multi_label_classification"
+    if kind == "single_label_classification":
+        if several:
+            raise ValueError(
+                f"The head tells {config.num_labels} classes apart, and {len(columns)} columns of labels are given "
+                f"({_some(columns)}): name one, or make the model with problem_type='multi_label_classification'."
+            )
+        if found[collator.label] is not None:
+            _check_classes(collator.label, found[collator.label], config, all(unnamed))
+    else:
+        _check_numbers(found, config, kind)
+        if all(unnamed):
+            config.id2label = dict(enumerate(columns))
+            config.label2id = {name: i for i, name in enumerate(columns)}
+    config.problem_type = kind
+
+
+def _check_classes(name: str, labels: _Labels, config: Any, unnamed: bool) -> None:
+    head = f"the head has {config.num_labels} classes"
+    if not unnamed:
+        head += f" ({_some(list(config.id2label.values()))})"
+    if labels.names is None and (labels.of_store or labels.values.dtype.kind not in "iu"):
+        raise ValueError(
+            f"{name!r} holds {labels.what}, and {head}. Classes are a categorical column: keep it as one, "
+            f"CellStore.build(…, classes=[{name!r}]) or adata.obs[{name!r}].astype('category'). To predict numbers, "
+            "make the model with num_labels=1 and problem_type='regression'."
+        )
+    used = np.unique(labels.values[labels.values >= 0]).astype(np.int64)
+    if labels.names is not None and not unnamed:
+        unknown = [labels.names[i] for i in used if labels.names[i] not in config.label2id]
+        if unknown:
+            raise ValueError(
+                f"{name!r} has classes that the head does not know: {_some(unknown)}; {head}. Leave their cells out, "
+                "or make a model with these classes (id2label, label2id)."
+            )
+    elif len(used) and used[-1] >= config.num_labels:
+        has = f"has {len(labels.names)} {labels.what}" if labels.names is not None else f"goes up to {used[-1]}"
+        raise ValueError(f"{name!r} {has}, and {head}: make the model with num_labels={used[-1] + 1}.")
+
+
+def _check_numbers(found: dict[str, _Labels | None], config: Any, kind: str) -> None:
+    of_numbers = kind == "regression"
+    head = f"the head predicts {config.num_labels} {'numbers' if of_numbers else 'labels'} per cell ({kind})"
+    if len(found) != config.num_labels:
+        raise ValueError(f"{len(found)} columns of labels are given ({_some(list(found))}), and {head}.")
+    for name, labels in found.items():
+        if labels is None:
+            continue
+        if of_numbers and labels.names is not None:
+            raise ValueError(
+                f"{name!r} holds {len(labels.names)} {labels.what}, and {head}: make the model with "
+                f"num_labels={len(labels.names)} and problem_type='single_label_classification'."
+            )
+        if labels.values.dtype.kind not in "biuf":
+            raise ValueError(f"{name!r} holds {labels.what}, and {head}.")
+        if not of_numbers:
+            there = labels.values[np.isfinite(labels.values)] if labels.values.dtype.kind == "f" else labels.values
+            if labels.names is not None:
+                there = there[there >= 0]
+            if len(there) and (there.min() < 0 or there.max() > 1):
+                raise ValueError(
+                    f"{name!r} holds {labels.what} from {there.min()} to {there.max()}, and {head}: each is 0 or 1."
+                )
+
+
+def _read(dataset: Any, name: str) -> _Labels | None:
+    """Read a column of labels; None of a dataset whose columns cannot be read as a whole, or that lacks it."""
+    if isinstance(dataset, Subset):
+        labels = _read(dataset.dataset, name)
+        return labels and _Labels(labels.values[np.asarray(dataset.indices)], labels.names, labels.of_store)
+    if isinstance(dataset, CellStore) and name in dataset.obs:
+        values = dataset.obs[name]
+        if name in dataset.categories:
+            return _Labels(values.cat.codes.to_numpy(), dataset.categories[name], True)
+        return _Labels(values.to_numpy(), None, True)
+    if isinstance(dataset, HuggingFaceDataset) and name in dataset.column_names:
+        feature = dataset.features[name]
+        if getattr(feature, "dtype", None) is None or feature.dtype == "string":
+            return None
+        values = np.array([-1 if label is None else label for label in dataset.with_format(None)[name][:]])
+        return _Labels(values, feature.names if isinstance(feature, ClassLabel) else None, False)
+    return None
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:_SHOWN])) + (", …" if len(names) > _SHOWN else "")
+
+
+__all__ = ["fit_head_to_labels"]

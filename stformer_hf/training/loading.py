@@ -1,0 +1,332 @@
+"""Models and tokenizers from whatever names or holds them: the one place that tells a model from its wrappings."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging
+
+from .cell_heads import check_predicts_cells
+
+MODEL_CONFIG = "model_config.json"  # beside an adapter: the configuration of the model that it was trained in
+_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
+_WRAPPED = ("_orig_mod", "module")  # by torch.compile; by DataParallel, DistributedDataParallel, AveragedModel
+_CLASS_OF_TASK = {
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "FEATURE_EXTRACTION": AutoModel,
+}
+
+
+# ---------------------------------------------------------------------- objects
+
+
+def unwrap(model: Any, merge: bool = False) -> PreTrainedModel:
+    """Take a model out of what is wrapped around it; the adapters of a PEFT model stay at work in it.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Or one that PEFT, `torch.compile`, `DataParallel`, `DistributedDataParallel` or `AveragedModel` has wrapped, in
+        any order.
+    merge : bool, default: False
+        Merge the adapters into the weights, in a copy of the model.
+
+    Returns
+    -------
+    PreTrainedModel
+        With the same weights, not a copy of them, unless there were adapters to merge.
+
+    Raises
+    ------
+    TypeError
+        There is no PreTrainedModel in it.
+    ValueError
+        A PEFT model of prompts, which are no part of the model that they are put before.
+    """
+    inner = model
+    while not isinstance(inner, PreTrainedModel):
+        if hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
+            if inner.active_peft_config.is_prompt_learning:
+                raise ValueError(
+                    f"{type(inner).__name__} puts learnt prompts before the tokens, which a cell has no place for: "
+                    "use an adapter of weights, such as LoRA."
+                )
+            inner = copy.deepcopy(inner).merge_and_unload() if merge else inner.get_base_model()
+            continue
+        name = next((name for name in _WRAPPED if isinstance(getattr(inner, name, None), nn.Module)), None)
+        if name is None:
+            raise TypeError(
+                f"A model is the folder of a checkpoint, or a PreTrainedModel (wrapped by PEFT or torch, if so); got "
+                f"{type(model).__name__}."
+            )
+        inner = getattr(inner, name)
+    return inner
+
+
+def is_model(model: Any) -> bool:
+    """Tell whether something is a model rather than the name of one."""
+    return not isinstance(model, (str, os.PathLike))
+
+
+def name_of(model: Any) -> str:
+    """Name a model: its folder or repository, where it has one, else its class."""
+    if not is_model(model):
+        return str(model)
+    model = unwrap(model)
+    return model.config._name_or_path or type(model).__name__
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Tell whether a name can be of a repository on the Hub, and is of no file or folder here."""
+    if not name or os.path.exists(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def is_adapter(model: str | os.PathLike) -> bool:
+    """Tell whether a folder holds a PEFT adapter, and no model."""
+    return _read_adapter(os.fspath(model)) is not None
+
+
+def load_config(model: str | os.PathLike) -> PreTrainedConfig:
+    """Load the configuration of a checkpoint; of an adapter, that of the model that it was trained in.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such folder, with the name of the closest one; no checkpoint in it.
+    """
+    name = _checked(model)
+    adapter = _read_adapter(name)
+    if adapter is None:
+        return _of_hub(name, AutoConfig.from_pretrained)
+    if (Path(name) / MODEL_CONFIG).exists():
+        fields = json.loads((Path(name) / MODEL_CONFIG).read_text(encoding="utf-8"))
+        return AutoConfig.for_model(**fields)
+    return load_config(_base_of(name, adapter))
+
+
+def load_tokenizer(model: str | os.PathLike) -> Any:
+    """Load the tokenizer of a checkpoint; of an adapter without its own, that of its base.
+
+    Raises
+    ------
+    FileNotFoundError
+        As `load_config`; a folder without a tokenizer.
+    """
+    name = _checked(model, tokenizer=True)
+    adapter = _read_adapter(name)
+    if adapter is not None and not (Path(name) / "tokenizer_config.json").exists():
+        return load_tokenizer(_base_of(name, adapter))
+    if os.path.isdir(name) and not (Path(name) / "tokenizer_config.json").exists():
+        raise FileNotFoundError(
+            f"{name} holds no tokenizer (tokenizer_config.json): save it beside the model, "
+            f"tokenizer.save_pretrained({name!r}), or pass tokenizer=…"
+        )
+    return _of_hub(name, AutoTokenizer.from_pretrained)
+
+
+def load_model(
+    model: str | os.PathLike, auto_class: Any = AutoModel, *, new_head: bool = False, **settings: Any
+) -> PreTrainedModel:
+    """Load a checkpoint whole: no weight of it is left at random.
+
+    Parameters
+    ----------
+    model : str or Path
+        Folder of a checkpoint or of a PEFT adapter, whose base is loaded with it; or the name of one on the Hub.
+    auto_class : class, default: AutoModel
+        What it is loaded as. An adapter is loaded as what it was trained in.
+    new_head : bool, default: False
+        Whether the head may be new, for a model that is to be trained; and of another size than the checkpoint's.
+    **settings
+        As for `from_pretrained`.
+
+    Returns
+    -------
+    PreTrainedModel
+        With the weights of an adapter merged into its own.
+
+    Raises
+    ------
+    FileNotFoundError
+        As `load_config`.
+    ValueError
+        Weights that the checkpoint does not hold, such as those of a head that it was not trained with.
+    ImportError
+        An adapter, and PEFT is not installed.
+    """
+    name = _checked(model)
+    adapter = _read_adapter(name)
+    if adapter is not None:
+        found = _load_adapter(name, adapter)
+        if auto_class is not AutoModel and not isinstance(found, auto_class._model_mapping[type(found.config)]):
+            raise ValueError(f"The adapter {name} is of a {type(found).__name__}, which does not do what is wanted.")
+        return found
+    if auto_class is AutoModelForSequenceClassification and not new_head:
+        check_predicts_cells(load_config(name).architectures or [], name)
+    found, loaded = _of_hub(
+        name, auto_class.from_pretrained, output_loading_info=True, ignore_mismatched_sizes=new_head, **settings
+    )
+    missing = loaded["missing_keys"]
+    if new_head:
+        missing = [key for key in missing if key.startswith(f"{found.base_model_prefix}.")]
+    _check_whole(name, missing)
+    return found
+
+
+def _check_whole(name: str, missing: Any) -> None:
+    # A pooler is read by nothing here, and masked models are saved without.
+    missing = sorted(key for key in missing if "pooler" not in key.split("."))
+    if missing:
+        raise ValueError(
+            f"{name} does not hold {', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}: these would be "
+            "random numbers. Train the model with this head first (stformer-hf finetune)."
+        )
+
+
+def _load_adapter(name: str, adapter: dict[str, Any]) -> PreTrainedModel:
+    try:
+        from peft import PeftModel
+        from peft.utils import load_peft_weights
+    except ImportError as error:
+        raise ImportError(f"{name} is an adapter, which needs PEFT: pip install peft") from error
+    base = _base_of(name, adapter)
+    auto_class = _CLASS_OF_TASK.get(adapter.get("task_type"))
+    mapping = adapter.get("auto_mapping") or {}
+    if auto_class is None and mapping:
+        auto_class = getattr(import_module(mapping["parent_library"]), mapping["base_model_class"])
+    if auto_class is None:
+        raise ValueError(
+            f"The adapter {name} does not say what model it was trained in (task_type): load it with "
+            "peft.PeftModel.from_pretrained(base, folder), and pass the object."
+        )
+    config = load_config(name)
+    of_cells = adapter.get("task_type") in ("SEQ_CLS", "TOKEN_CLS")
+    has_head = any("Classification" in architecture for architecture in config.architectures or [])
+    if of_cells and not (has_head or (Path(name) / MODEL_CONFIG).exists()):
+        raise ValueError(
+            f"The adapter {name} has a head, and neither it ({MODEL_CONFIG}, which CellTrainer writes) nor its base "
+            f"{base} says what its outputs are. Load it with peft.PeftModel.from_pretrained(base with id2label, "
+            "folder), and pass the object."
+        )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would report the head as new, which the adapter holds
+    try:
+        found, loaded = _of_hub(base, auto_class.from_pretrained, config=config, output_loading_info=True)
+    finally:
+        logging.set_verbosity(verbosity)
+    held = load_peft_weights(name, device="cpu")
+    try:
+        merged = PeftModel.from_pretrained(found, name).merge_and_unload()
+    except (RuntimeError, KeyError) as error:  # other shapes, or other weights
+        raise ValueError(f"The adapter {name} does not fit its base {base}: {error}") from error
+    _check_whole(name, [key for key in loaded["missing_keys"] if f"base_model.model.{key}" not in held])
+    merged.config._name_or_path = name
+    return merged
+
+
+def _base_of(name: str, adapter: dict[str, Any]) -> str:
+    """Find the base of an adapter: as it is written, or, where folders were moved together, beside the adapter."""
+    base = adapter.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"The adapter {name} does not name its base (base_model_name_or_path in {_ADAPTER}): load it with "
+            "peft.PeftModel.from_pretrained(base, folder), and pass the object."
+        )
+    beside = Path(name).resolve().parent / Path(base).name
+    if not os.path.exists(base) and (beside / _CONFIG).exists():
+        return str(beside)
+    if not os.path.exists(base) and not is_hub_id(base):
+        raise FileNotFoundError(f"The base of the adapter {name} is not there: {base}. Correct it in {_ADAPTER}.")
+    return base
+
+
+def _read_adapter(name: str) -> dict[str, Any] | None:
+    path = Path(name) / _ADAPTER
+    if not path.exists() or (Path(name) / _CONFIG).exists():
+        return None
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _checked(model: str | os.PathLike, tokenizer: bool = False) -> str:
+    """Return the name of a checkpoint, after a look at whether there can be one of that name."""
+    name = os.fspath(model)
+    if os.path.isdir(name):
+        wanted = [_CONFIG, _ADAPTER, *(["tokenizer_config.json"] if tokenizer else [])]
+        if any(os.path.exists(os.path.join(name, file)) for file in wanted):
+            return name
+        inner = sorted(path.parent.as_posix() for path in Path(name).glob("*/*onfig.json") if path.name in wanted)
+        hint = f" There are some in it: {', '.join(dict.fromkeys(inner))}." if inner else ""
+        raise FileNotFoundError(f"The folder {name} holds no checkpoint (no {_CONFIG}).{hint}")
+    if os.path.exists(name):
+        raise FileNotFoundError(f"{name} is a file; name the folder of a checkpoint.")
+    parts = Path(name).parts
+    if not is_hub_id(name) or (len(parts) > 1 and os.path.isdir(parts[0])):  # the latter is a folder that is here
+        raise FileNotFoundError(f"There is no folder {name!r}{_closest(name)}.")
+    return name
+
+
+def _closest(name: str) -> str:
+    """Name the checkpoint nearest to a folder that is not there: among its neighbours, else among their neighbours."""
+    path = Path(name)
+    while not path.parent.is_dir():
+        path = path.parent
+    try:
+        there = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return ""
+    found = difflib.get_close_matches(path.name, there, n=1, cutoff=0.5)
+    return f"; the closest is {path.parent / found[0]}" if found else ""
+
+
+def _of_hub(name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load by name; where nothing is found, say so of the folder as well."""
+    if os.path.exists(name):
+        return load(name, *args, **kwargs)
+    try:
+        return load(name, *args, **kwargs)
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"There is no folder {name!r}{_closest(name)}. Nor is it found on the Hub: {first}"
+        ) from error
+
+
+__all__ = [
+    "MODEL_CONFIG",
+    "is_adapter",
+    "is_hub_id",
+    "is_model",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "name_of",
+    "unwrap",
+]

@@ -1,0 +1,109 @@
+"""Columns of labels that are no categories, and commands that fail: what the user is told, and what is left."""
+
+import pandas as pd
+import pytest
+
+from stformer_hf import CellStore, annotate, finetune
+from stformer_hf.cli import main
+
+SHORT = ["--max_steps", "1", "--per_device_train_batch_size", "8", "--disable_tqdm", "true", "--use_cpu", "true"]
+
+
+@pytest.fixture
+def labelled(adata):
+    """Cells with labels of every kind."""
+    obs = adata.obs
+    obs["cluster"] = obs["age"] % 3 + 7
+    obs["is_b"] = obs["cell_type"] == "B cell"
+    obs["depth"] = obs["age"] / 7
+    obs["partly"] = obs["cluster"].where(obs["age"] > 35)  # missing values make floats of integers
+    obs["one"] = pd.Categorical(["B cell"] * 60)
+    return adata
+
+
+@pytest.fixture
+def run(labelled, tmp_path, capsys):
+    labelled.write_h5ad(tmp_path / "cells.h5ad")
+
+    def finetune_it(label, *flags, data=None, output=None):
+        output = output or tmp_path / f"of_{label}"
+        argv = ["finetune", "--data", str(data or tmp_path / "cells.h5ad"), "--label", label, "--output", str(output)]
+        code = main([*argv, *SHORT, *flags])
+        return code, capsys.readouterr().err, output
+
+    return finetune_it
+
+
+@pytest.mark.parametrize(
+    ("label", "names"),
+    [("cluster", ["7", "8", "9"]), ("is_b", ["False", "True"]), ("partly", ["7", "8", "9"])],
+)
+def test_integers_and_booleans_are_classes(run, labelled, label, names, caplog):
+    code, err, output = run(label)
+    assert code == 0, err
+    assert CellStore(output / "store").categories == {label: names}
+    annotate(labelled, output)
+    assert labelled.obs["stformer_label"].cat.categories.tolist() == names
+    missing = int(labelled.obs[label].isna().sum())
+    told = f"{missing - labelled.obs[label].isna().iloc[3]} of 60 cells have no label {label!r}: they are left out."
+    assert (told in caplog.text) == (label == "partly")
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        ("depth", "'depth' holds numbers such as .*, which are no classes. If they number classes, convert them"),
+        ("one", "'one' has one class, 'B cell': there is nothing to tell apart"),
+        ("cel_type", "no obs column 'cel_type'; it has cell_type, age"),
+    ],
+)
+def test_a_label_that_is_no_class_is_told_and_leaves_nothing_in_the_way(run, label, words, tmp_path):
+    import re
+
+    code, err, output = run(label, output=tmp_path / "run")
+    assert code == 1 and re.search(words, err), err
+    assert not (output / "store").exists()
+    code, err, _ = run("cell_type", output=output)  # the corrected command
+    assert code == 0, err
+
+
+def test_a_store_that_was_there_before_a_failed_command_stays(run, labelled, tmp_path):
+    store = CellStore.build(tmp_path / "run" / "store", labelled, obs=["one"], classes="cluster", report=False)
+    assert run("one", output=tmp_path / "run")[0] == 1
+    assert run("one", data=store.path, output=tmp_path / "run")[0] == 1
+    assert CellStore(store.path).categories == {"one": ["B cell"], "cluster": ["7", "8", "9"]}
+    code, err, _ = run("is_b", data=store.path, output=tmp_path / "other")
+    assert code == 1 and "no categorical column 'is_b'; there are one, cluster. Integers" in err
+    assert run("cluster", data=store.path, output=tmp_path / "other")[0] == 0
+
+
+def test_a_failed_pretraining_leaves_no_store(labelled, tmp_path, capsys):
+    labelled.obsm["spatial"] = labelled.obs[["age", "depth"]].to_numpy()
+    labelled.write_h5ad(tmp_path / "cells.h5ad")
+    for verb, flags in (
+        ("pretrain", ["--held_out", "2"]),
+        ("pretrain_neighborhood", ["--held_out", "2", "--patch_size", "9"]),
+    ):
+        output = tmp_path / verb
+        assert main([verb, "--data", str(tmp_path / "cells.h5ad"), "--output", str(output), *SHORT, *flags]) == 1
+        assert "held_out is a share" in capsys.readouterr().err
+        assert not (output / "store").exists()
+
+
+def test_a_wrong_model_is_told_with_the_closest_folder(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pretrained").mkdir()
+    code, err, output = run("cell_type", "--model", "./pretraned")
+    assert code == 1 and "There is no folder './pretraned'; the closest is pretrained." in err
+    assert not output.exists()
+
+
+def test_integers_of_finetune_are_classes_where_it_is_said(labelled):
+    with pytest.raises(ValueError, match=r"it holds whole numbers.*problem_type='regression'.*single_label_classif"):
+        finetune(labelled, "cluster")
+    model = finetune(labelled, "cluster", problem_type="single_label_classification", num_train_epochs=0)
+    assert list(model.config.id2label.values()) == ["7", "8", "9"]
+    model = finetune(labelled, "is_b", num_train_epochs=0)
+    assert list(model.config.id2label.values()) == ["False", "True"]
+    model = finetune(labelled, "cluster", problem_type="regression", num_train_epochs=0)
+    assert (model.config.problem_type, model.config.id2label) == ("regression", {0: "cluster"})

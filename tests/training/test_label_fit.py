@@ -1,0 +1,126 @@
+"""Labels that do not fit the head are refused before the first step, and a head says what it predicts."""
+
+import pytest
+from datasets import ClassLabel
+from datasets import Dataset as HuggingFaceDataset
+from torch.utils.data import Subset
+from transformers import TrainingArguments
+
+from stformer_hf import (
+    CellStore,
+    CellTrainer,
+    DataCollatorForCellClassification,
+    GeneBertConfig,
+    GeneBertForClassification,
+    GeneTokenizer,
+)
+
+TWO = {"id2label": {0: "B cell", 1: "T cell"}, "label2id": {"B cell": 0, "T cell": 1}}
+ONE_UNKNOWN = {"id2label": {0: "B cell", 1: "NK cell"}, "label2id": {"B cell": 0, "NK cell": 1}}
+SEVERAL = {"problem_type": "multi_label_classification", "num_labels": 2}
+KINDS = ("multi_label_classification", "regression")
+
+
+@pytest.fixture
+def cells(adata, tmp_path):
+    """Cells with labels of every kind."""
+    obs = adata.obs
+    obs["is_b"] = obs["cell_type"] == "B cell"
+    obs["is_t"] = (~obs["is_b"]).astype(int)
+    obs["depth"] = obs["age"] / 7
+    obs["cluster"] = obs["age"] % 5
+    obs["five"] = obs["cluster"].astype(str).astype("category")
+    return CellStore.build(tmp_path / "labelled", adata, obs="all", report=False)
+
+
+def trainer_of(cells, label, tmp_path, eval_dataset=None, **head):
+    tokenizer = GeneTokenizer(list(CellStore(tmp_path / "labelled").gene_ids), bin_edges=[0.5, 1.5], max_length=50)
+    return CellTrainer(
+        model=GeneBertForClassification(GeneBertConfig.from_tokenizer(tokenizer, size="tiny", **head)),
+        args=TrainingArguments(tmp_path / "run", report_to="none", use_cpu=True, max_steps=1, save_strategy="no"),
+        train_dataset=cells,
+        eval_dataset=eval_dataset,
+        data_collator=DataCollatorForCellClassification(tokenizer, label),
+        processing_class=tokenizer,
+    )
+
+
+@pytest.mark.parametrize(
+    ("label", "head", "words"),
+    [
+        (
+            "five",
+            {"num_labels": 2},
+            r"'five' has 5 classes \('0', '1', '2', '3', '4'\), and the head has 2 classes: .*=5",
+        ),
+        ("cell_type", ONE_UNKNOWN, r"does not know: 'T cell'; the head has 2 classes \('B cell', 'NK cell'\)"),
+        ("depth", {"num_labels": 2}, "'depth' holds numbers, and the head has 2 classes"),
+        (
+            "is_b",
+            {"num_labels": 2},
+            r"'is_b' holds booleans, and the head has 2.*CellStore.build\(…, classes=\['is_b'\]",
+        ),
+        ("cluster", {"num_labels": 5}, "'cluster' holds whole numbers, and the head has 5 classes"),
+        (
+            "cell_type",
+            {"num_labels": 1},
+            r"'cell_type' holds 2 classes .* predicts 1 numbers per cell \(regression\).*=2",
+        ),
+        (
+            "depth",
+            {"problem_type": "regression", "num_labels": 3},
+            "1 columns of labels .*, and the head predicts 3 num",
+        ),
+        (["is_b", "is_t"], {"num_labels": 3}, "2 columns .*, and the head predicts 3 labels"),
+        (["is_b", "is_t"], {"problem_type": "single_label_classification"}, "tells 2 classes apart, and 2 columns"),
+        (["is_b", "depth"], SEVERAL, "'depth' holds numbers from .* to .*: each is 0 or 1"),
+        (["is_t", "five"], SEVERAL, "'five' holds classes .* from 0 to 4, .*: each is 0 or 1"),
+    ],
+)
+def test_labels_that_do_not_fit_the_head_are_refused_with_both_named(cells, label, head, words, tmp_path):
+    datasets = {"whole": cells, "selected": cells.select(range(40)), "subset": Subset(cells, range(40))}
+    for dataset in datasets.values():
+        with pytest.raises(ValueError, match=words):
+            trainer_of(dataset, label, tmp_path, **head)
+
+
+@pytest.mark.parametrize(
+    ("label", "head", "kind", "names"),
+    [
+        ("cell_type", TWO, "single_label_classification", ["B cell", "T cell"]),
+        ("five", {"num_labels": 5}, "single_label_classification", None),
+        ("five", {"num_labels": 9}, "single_label_classification", None),  # there is room
+        ("depth", {"num_labels": 1}, "regression", ["depth"]),
+        ("cluster", {"num_labels": 1}, "regression", ["cluster"]),
+        (["is_b", "is_t"], {"num_labels": 2}, "multi_label_classification", ["is_b", "is_t"]),
+        (["depth", "age"], {"num_labels": 2, "problem_type": "regression"}, "regression", ["depth", "age"]),
+    ],
+)
+def test_a_head_says_what_it_predicts_once_it_has_labels(cells, label, head, kind, names, tmp_path):
+    trainer = trainer_of(cells, label, tmp_path, **head)
+    trainer.train()
+    config = trainer.model.config
+    assert config.problem_type == kind
+    if names is not None:
+        assert list(config.id2label.values()) == names and list(config.label2id) == names
+
+
+def test_a_class_that_no_chosen_cell_has_need_not_be_known(cells, tmp_path):
+    of_b = cells.select((cells.obs["cell_type"] == "B cell").to_numpy())
+    trainer_of(of_b, "cell_type", tmp_path, **ONE_UNKNOWN)
+    with pytest.raises(ValueError, match="does not know: 'T cell'"):
+        trainer_of(of_b, "cell_type", tmp_path, eval_dataset=cells, **ONE_UNKNOWN)
+
+
+def test_labels_of_a_dataset_are_looked_at(cells, tmp_path):
+    tokenizer = GeneTokenizer(list(cells.gene_ids), bin_edges=[0.5, 1.5], max_length=50)
+    tokens = cells.tokenize(tokenizer, tmp_path / "tokens", obs=["cluster", "cell_type", "depth"])
+    assert isinstance(tokens, HuggingFaceDataset) and isinstance(tokens.features["cell_type"], ClassLabel)
+    trainer_of(tokens, "cluster", tmp_path, num_labels=5)  # there whole numbers are classes
+    for label, head, words in (
+        ("cluster", {"num_labels": 4}, "'cluster' goes up to 4, and the head has 4 classes"),
+        ("cell_type", ONE_UNKNOWN, "does not know: 'T cell'"),
+        ("depth", {"num_labels": 4}, "'depth' holds numbers, and the head has 4 classes"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            trainer_of(tokens, label, tmp_path, **head)
