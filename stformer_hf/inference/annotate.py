@@ -49,7 +49,7 @@ def annotate(
     """
     if not isinstance(model, PreTrainedModel):
         _check_is_classifier(str(model))
-    classifier, tokenizer = load(model, tokenizer, AutoModelForSequenceClassification, device)
+    classifier, tokenizer = load(model, tokenizer, AutoModelForSequenceClassification)
 
     problem = classifier.config.problem_type
     if problem is None and classifier.config.num_labels == 1:
@@ -63,12 +63,13 @@ def annotate(
 
     probabilities, n_genes, _ = run(
         adata,
+        classifier,
         tokenizer,
         forward,
         layer=layer,
         fractional=fractional,
         batch_size=batch_size,
-        device=classifier.device,
+        device=device,
         desc="annotate",
         with_phenotypes=True,  # those that it was trained with
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from ..batches.collate import pad, take
+from ..batches.evaluating import evaluating
 from ..data.sources import Source, open_source
 from ..models.gene_bert.cell_counts import NEIGHBORS, pad_ragged, sum_of_neighbors
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
@@ -23,8 +25,8 @@ logger = logging.getLogger(__name__)
 _ROWS_PER_BLOCK = 4096
 
 
-def load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_class, device: str | None):
-    """Load a checkpoint, or take a model as it is; returns model (in evaluation mode) and tokenizer.
+def load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_class):
+    """Load a checkpoint, or take a model as it is; returns model and tokenizer.
 
     Raises
     ------
@@ -47,21 +49,27 @@ def load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_cla
             )
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
         model = auto_class.from_pretrained(model)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     check_tokenizer_fits(model, tokenizer)
-    return model.to(device).eval(), tokenizer
+    return model, tokenizer
+
+
+@contextmanager
+def at_work(model: PreTrainedModel, device: str | None) -> Iterator[None]:
+    """Put a model into evaluation mode on a device, by default a GPU if there is one; afterwards all is as it was."""
+    with evaluating(model, device or ("cuda" if torch.cuda.is_available() else "cpu")), torch.inference_mode():
+        yield
 
 
 def run(
     adata: AnnData,
+    model: PreTrainedModel,
     tokenizer: GeneTokenizer,
     forward: Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor],
     *,
     layer: str | None,
     fractional: bool,
     batch_size: int,
-    device: torch.device,
+    device: str | None,
     desc: str,
     with_phenotypes: bool,
 ) -> tuple[np.ndarray, np.ndarray, Source]:
@@ -71,6 +79,8 @@ def run(
     ----------
     adata : AnnData
         Cells.
+    model : PreTrainedModel
+        What `forward` calls; its mode and its device are the same afterwards.
     tokenizer : GeneTokenizer
         Makes their tokens.
     forward : callable
@@ -81,8 +91,8 @@ def run(
         Whether counts may be fractions.
     batch_size : int
         Cells a batch.
-    device : torch.device
-        Where the batches go.
+    device : str, optional
+        Where the model runs; see `at_work`.
     desc : str
         Of the progress bar.
     with_phenotypes : bool
@@ -104,7 +114,7 @@ def run(
     if tokenizer.neighborhood:
         graph = source.neighbors(NEIGHBORS).rows(0, source.shape[0])
         around = sum_of_neighbors(graph, sparse.vstack(list(source.blocks(_ROWS_PER_BLOCK)), format="csr"))
-    with torch.inference_mode(), tqdm(total=source.shape[0], desc=desc, unit="cell", disable=None) as bar:
+    with at_work(model, device), tqdm(total=source.shape[0], desc=desc, unit="cell", disable=None) as bar:
         for block in source.blocks(_ROWS_PER_BLOCK):
             obs = source.obs.iloc[start : start + block.shape[0]]
             stop = start + block.shape[0]
@@ -123,7 +133,7 @@ def run(
             done = []
             for first in range(0, len(order), batch_size):
                 cells = order[first : first + batch_size]
-                done.append(forward(*_batch(tokens, cells, tokenizer, device)).float().cpu().numpy())
+                done.append(forward(*_batch(tokens, cells, tokenizer, model.device)).float().cpu().numpy())
                 bar.update(len(cells))
             block_results = np.concatenate(done)
             results.append(np.empty_like(block_results))

@@ -56,7 +56,7 @@ def embed(
     batch_size : int, default: 64
         Cells a batch.
     device : str, optional
-        cuda where there is one, else cpu.
+        cuda where there is one, else cpu. A model object is where it was, and in the mode that it was in, afterwards.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def embed(
     if pooling not in (None, "cls", "mean"):
         raise ValueError(f'pooling is "cls" or "mean", got {pooling!r}.')
     name = model if not isinstance(model, PreTrainedModel) else (model.config._name_or_path or type(model).__name__)
-    encoder, tokenizer = load(model, tokenizer, AutoModel, device)
+    encoder, tokenizer = load(model, tokenizer, AutoModel)
     pooling = pooling or default_pooling(encoder.config)
     if pooling == "cls" and not tokenizer.add_cls:
         raise ValueError('The tokenizer begins cells with no [CLS]: use pooling="mean".')
@@ -83,12 +83,13 @@ def embed(
 
     embedding, _, source = run(
         adata,
+        encoder,
         tokenizer,
         forward,
         layer=layer,
         fractional=fractional,
         batch_size=batch_size,
-        device=encoder.device,
+        device=device,
         desc="embed",
         with_phenotypes=with_phenotypes,
     )

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
 from scipy import sparse
 from tqdm.auto import tqdm
@@ -21,6 +20,7 @@ from ..data.read_anndata import as_anndata, find_placed_table, section_of
 from ..data.sources import Source, open_source
 from ..models.gene_bert.gene_columns import GeneMatcher, describe, strip_versions
 from ..training.neighborhood_collator import collate_neighborhoods
+from .batches import at_work
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def embed_neighborhoods(
     batch_size : int, default: 64
         Cells a batch.
     device : str, optional
-        cuda where there is one, else cpu.
+        As for `embed`.
     **neighborhood
         `patch_size`, `shape`, `k_nearest`, `max_num_cells`, `discretize` and `seed` of `CenterMaskSampler`, in place
         of those that the model learnt with (`config.neighborhood`).
@@ -102,7 +102,7 @@ def embed_neighborhoods(
     of epoch 0, so that results do not depend on the batches.
     """
     name = model if not isinstance(model, PreTrainedModel) else (model.config._name_or_path or type(model).__name__)
-    encoder = _load(model, device)
+    encoder = _load(model)
     config = encoder.config
     options = _options(config.neighborhood, neighborhood)
     if (cell_embedding_key is None) != (config.cell_embedding_size == 0):
@@ -131,7 +131,7 @@ def embed_neighborhoods(
         **options,
     )
     result = "typed_neighborhood_embedding" if with_cell_type else "neighborhood_embedding"
-    adata.obsm[key_added] = _embed(encoder, sampler, types, result, batch_size)
+    adata.obsm[key_added] = _embed(encoder, sampler, types, result, batch_size, device)
     settings = {"spatial_key": spatial_key, "section_key": section_key, "cell_type_key": cell_type_key, **options}
     settings = {key: value for key, value in settings.items() if value is not None}  # a file holds no None
     adata.uns["stformer_neighborhood"] = {
@@ -145,7 +145,12 @@ def embed_neighborhoods(
 
 
 def _embed(
-    encoder: PreTrainedModel, sampler: CenterMaskSampler, types: np.ndarray, result: str, batch_size: int
+    encoder: PreTrainedModel,
+    sampler: CenterMaskSampler,
+    types: np.ndarray,
+    result: str,
+    batch_size: int,
+    device: str | None,
 ) -> np.ndarray:
     """Run the model over all cells, and take one of its outputs: float32 (n_cells, hidden).
 
@@ -157,7 +162,7 @@ def _embed(
         read.append("masked_cell_type")
     lengths = sampler.lengths
     with (
-        torch.inference_mode(),
+        at_work(encoder, device),
         tqdm(total=len(sampler), desc="embed neighbourhoods", unit="cell", disable=None) as bar,
     ):
         for start in range(0, len(sampler), _ROWS_PER_BLOCK):
@@ -182,8 +187,8 @@ def _embed(
     return embedding
 
 
-def _load(model: str | PreTrainedModel, device: str | None) -> PreTrainedModel:
-    """Give the model without its head, in evaluation mode, where it is to run."""
+def _load(model: str | PreTrainedModel) -> PreTrainedModel:
+    """Return the model without its head."""
     config = model.config if isinstance(model, PreTrainedModel) else AutoConfig.from_pretrained(str(model))
     if config.model_type != "cell_neighborhood":
         raise ValueError(
@@ -192,8 +197,7 @@ def _load(model: str | PreTrainedModel, device: str | None) -> PreTrainedModel:
         )
     if not isinstance(model, PreTrainedModel):
         model = AutoModel.from_pretrained(str(model))
-    model = getattr(model, model.base_model_prefix, model)
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return getattr(model, model.base_model_prefix, model)
 
 
 # ---------------------------------------------------------------------- what a neighbourhood is

@@ -21,6 +21,7 @@ from ..batches.empty_cells import without_empty_cells
 from ..batches.token_rows import TokenRows
 from ..data.cell_store import CellStore
 from ..data.center_mask_sampler import CenterMaskSampler
+from ..evaluation.metrics import preprocess_logits_for_metrics, preprocess_logits_with_nll
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from .callbacks import FillHubFolder, SaveOnSigterm, SetEpoch
 from .checkpoints import last_whole_checkpoint, mark_unfinished
@@ -492,16 +493,12 @@ class CellTrainer(MeasuredTrainer):
         return metrics
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """As in Trainer; where predictions are wanted, MLM logits are of all positions, so that they meet labels."""
-        config = getattr(self.accelerator.unwrap_model(model), "config", None)
-        sparse = getattr(config, "sparse_prediction", False) and not prediction_loss_only
-        if not sparse:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        config.sparse_prediction = False
-        try:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        finally:
-            config.sparse_prediction = True
+        """As in Trainer; MLM logits that are not gathered are of the labelled positions alone."""
+        self._set_signature_columns_if_needed()
+        reduced = self.preprocess_logits_for_metrics in (preprocess_logits_for_metrics, preprocess_logits_with_nll)
+        if (prediction_loss_only or reduced) and "sparse_prediction" in self._signature_columns:
+            inputs = {**inputs, "sparse_prediction": self.model.config.sparse_prediction}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
 
 def _tokens_of(tokenizer: Any, cell: Mapping[str, Any]) -> int | None:
