@@ -1204,8 +1204,8 @@ class GeneTokenizer(PreTrainedTokenizer):
 
             if is_cell_batch(obs) and category in obs.categories:  # codes, -1 where missing, and their names
                 tokens[:, i] = np.array([*map(token, obs.categories[category]), -1])[obs.obs[category]]
-            elif not is_cell_batch(obs) and obs is not None and category in obs:
-                values = obs[category]
+            elif obs is not None and category in (table := obs.obs if is_cell_batch(obs) else obs):
+                values = table[category]
                 if len(values) != n_cells:
                     raise ValueError(f"obs has {len(values)} rows for {n_cells} cells.")
                 if hasattr(values, "cat"):  # by its categories: beside a missing value, whole numbers become 1.0, 2.0
