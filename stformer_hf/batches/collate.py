@@ -165,9 +165,8 @@ def read_tokens(examples: Any, tokenizer: GeneTokenizer, epoch: int = 0) -> Toke
     names = examples.column_names if isinstance(examples, pa.Table) else list(examples[0])
     if "input_ids" not in names:
         raise ValueError(
-            f"The examples have no input_ids; they have {', '.join(names)}. Single cells of a CellStore (of a "
-            "ConcatDataset, say) do not bring the names of their genes: give the collator a DataLoader over one store "
-            "(CellStore.join or CellStore.build(path, stores) makes one of several), or tokenize them first."
+            f"The examples have no input_ids; they have {', '.join(names) or 'nothing'}: give the collator cells of a "
+            "CellStore, or tokenize them first."
         )
     ids, indptr = _flat_column(examples, "input_ids", np.int64)
 
@@ -236,6 +235,11 @@ def labels_a_cell(examples: Any, name: str) -> np.ndarray:
     """Read a column of a table or of examples that has a value a cell."""
     if isinstance(examples, pa.Table):
         return examples.column(name).to_numpy()
+    if name not in examples[0]:
+        raise ValueError(
+            f"The examples have no {name!r}; they have {', '.join(examples[0])}. Stock Trainer drops columns that "
+            "the model does not name: TrainingArguments(remove_unused_columns=False) keeps them."
+        )
     return np.array([example[name] for example in examples])
 
 

@@ -49,7 +49,9 @@ def run(args: argparse.Namespace):
     collection.load_h5ad_multi(
         args.data_path,
         max_workers=args.num_workers,
-        use_processes=args.num_workers > 1,
+        use_processes=args.use_mp or args.num_workers > 1,
+        paginated_load_cutoff=args.paginated_load_cutoff,
+        load_block_row_size=args.load_block_row_size,
         data_dtype=args.data_dtype,
         use_X_not_raw=args.use_X_not_raw,
     )
@@ -65,6 +67,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-path", required=True, help="folder of the h5ad files")
     parser.add_argument("--save-path", required=True, help="folder to make")
     parser.add_argument("--num-workers", type=int, default=1, help="files that are read at a time (default: 1)")
+    parser.add_argument("--use-mp", action="store_true", help="read in processes also with one worker")
+    parser.add_argument(
+        "--paginated-load-cutoff", type=int, default=10_000, help="without effect: no file is read as a whole"
+    )
+    parser.add_argument(
+        "--load-block-row-size",
+        type=int,
+        default=1_000_000,
+        help="most cells in memory at a time; blocks of more than 2,048 are not made",
+    )
     parser.add_argument("--data-dtype", help="type that all values must fit, such as uint16 (default: float32)")
     parser.add_argument("--use-X-not-raw", action="store_true", help="take X also where a file has a raw matrix")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

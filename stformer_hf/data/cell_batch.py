@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -62,6 +63,26 @@ class CellBatch:
     def __len__(self) -> int:
         return len(self.cell_id)
 
+    def __iter__(self) -> Iterator[CellBatch]:
+        """Take the cells one by one: batches of one cell, which the collators take together again."""
+        return (self._cell(i) for i in range(len(self)))
+
+    def _cell(self, i: int) -> CellBatch:
+        def row(indptr: np.ndarray, *flat: np.ndarray) -> tuple[np.ndarray, ...]:
+            own = slice(indptr[i], indptr[i + 1])
+            return indptr[i : i + 2] - indptr[i], *(values[own] for values in flat)
+
+        indptr, genes, counts = row(self.indptr, self.genes, self.counts)
+        return replace(
+            self,
+            indptr=indptr,
+            genes=genes,
+            counts=counts,
+            cell_id=self.cell_id[i : i + 1],
+            obs={name: values[i : i + 1] for name, values in self.obs.items()},
+            neighborhood=None if self.neighborhood is None else row(*self.neighborhood),
+        )
+
     def __getitem__(self, cell: int) -> NoReturn:
         """Raise TypeError: torch's and transformers' own collate functions take the first item of a list here."""
         raise TypeError(
@@ -76,6 +97,102 @@ class CellBatch:
         # process that a worker sends its batches to.
         cells = (self.indptr, self.genes, self.counts, self.cell_id, self.obs)
         return _batch_of, (self.path, self.names_key, self.neighborhood, *cells)
+
+
+class Cell(Mapping):
+    """A cell of a store, as `store[row]` returns it: reads as a dictionary, and is what a collator can make tokens of.
+
+    It is no `dict`, from which stock Trainer would take all that the model's forward does not name.
+
+    Attributes
+    ----------
+    batch : CellBatch
+        The cell as a batch of one, which knows the names of its genes.
+    """
+
+    def __init__(self, values: dict[str, Any], batch: CellBatch):
+        self._values, self.batch = values, batch
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"Cell({self._values!r})"
+
+
+def as_cell_batch(examples: Any) -> Any:
+    """Join single cells of stores into a `CellBatch`; anything else is returned as it is.
+
+    Parameters
+    ----------
+    examples : list of Cell or of CellBatch, or anything else
+        Cells that came one by one: of a `ConcatDataset` of stores, or through stock Trainer's removal of columns.
+
+    Returns
+    -------
+    CellBatch
+        Categorical columns whose categories differ between the stores are given by name, not by code.
+
+    Raises
+    ------
+    ValueError
+        The cells are of stores with other genes, or other obs columns; some have neighbourhoods, and some have none.
+    """
+    if isinstance(examples, CellBatch) or not isinstance(examples, (list, tuple)) or not len(examples):
+        return examples
+    parts = [example.batch if isinstance(example, Cell) else example for example in examples]
+    if not all(isinstance(part, CellBatch) for part in parts):
+        return examples
+    first = parts[0]
+    for part in parts:
+        same_genes = part.gene_ids is first.gene_ids or np.array_equal(part.gene_ids, first.gene_ids)
+        if not same_genes or list(part.obs) != list(first.obs):
+            raise ValueError(
+                f"Cells of {first.path} and {part.path} are in one batch, and the stores differ in their "
+                f"{'obs columns' if same_genes else 'genes'}: make one of them, CellStore.build(path, stores)."
+            )
+    if len({part.neighborhood is None for part in parts}) > 1:
+        raise ValueError("Some cells of the batch have neighbourhoods, and some have none: see with_neighborhoods.")
+
+    def joined(rows: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+        lengths = np.concatenate([np.diff(indptr) for indptr, *_ in rows])
+        flat = [np.concatenate(values) for values in zip(*(values for _, *values in rows), strict=True)]
+        return np.concatenate([[0], np.cumsum(lengths)]), *flat
+
+    obs, categories = {}, {}
+    for name in first.obs:
+        named = [part.categories.get(name) for part in parts]
+        if all(of == named[0] for of in named):
+            obs[name] = np.concatenate([part.obs[name] for part in parts])
+            if named[0] is not None:
+                categories[name] = named[0]
+        else:
+            obs[name] = np.concatenate([_names_of(part, name) for part in parts])
+    indptr, genes, counts = joined([(part.indptr, part.genes, part.counts) for part in parts])
+    return replace(
+        first,
+        indptr=indptr,
+        genes=genes,
+        counts=counts,
+        cell_id=np.concatenate([part.cell_id for part in parts]),
+        obs=obs,
+        categories=categories,
+        path=first.path if len({part.names_key for part in parts}) == 1 else None,
+        neighborhood=None if first.neighborhood is None else joined([part.neighborhood for part in parts]),
+    )
+
+
+def _names_of(cells: CellBatch, column: str) -> np.ndarray:
+    """Return the values of a column by name, None where missing: object array (n,)."""
+    if column not in cells.categories:
+        return cells.obs[column].astype(object)
+    return np.array([*cells.categories[column], None], object)[cells.obs[column]]
 
 
 def _batch_of(path: Path, names_key: str, neighborhood: tuple | None, *cells) -> CellBatch:
@@ -110,8 +227,8 @@ def collate_cells(batch: CellBatch) -> dict[str, torch.Tensor | list]:
 
     Parameters
     ----------
-    batch : CellBatch
-        What a `DataLoader` over a `CellStore` gives its collate function.
+    batch : CellBatch, or list of Cell
+        What a `DataLoader` over a `CellStore`, or over a `ConcatDataset` of stores, gives its collate function.
 
     Returns
     -------
@@ -126,14 +243,13 @@ def collate_cells(batch: CellBatch) -> dict[str, torch.Tensor | list]:
     Raises
     ------
     TypeError
-        A list of single cells.
+        Something other than cells of a store.
+    ValueError
+        Cells of stores that differ in their genes or obs columns.
     """
+    batch = as_cell_batch(batch)
     if not isinstance(batch, CellBatch):
-        raise TypeError(
-            f"collate_cells takes a CellBatch, which a CellStore gives for many rows at once, not a "
-            f"{type(batch).__name__}. Single cells (of a ConcatDataset, say) do not bring the names of their genes: "
-            "make one store of several with CellStore.join, or CellStore.build(path, stores)."
-        )
+        raise TypeError(f"collate_cells takes cells of a CellStore, not a {type(batch).__name__}.")
     tensors: dict[str, torch.Tensor | list] = {
         "indptr": torch.from_numpy(batch.indptr),
         "genes": torch.from_numpy(batch.genes),
@@ -148,4 +264,4 @@ def collate_cells(batch: CellBatch) -> dict[str, torch.Tensor | list]:
     return _Tensors(tensors)
 
 
-__all__ = ["CellBatch", "collate_cells"]
+__all__ = ["Cell", "CellBatch", "as_cell_batch", "collate_cells"]

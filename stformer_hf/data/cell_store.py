@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..genes.gene_table import GeneTable
 from .arrow_rows import ArrowRows
-from .cell_batch import CellBatch
+from .cell_batch import Cell, CellBatch
 from .formats import is_source
 from .join import join_stores
 from .neighborhoods import sum_groups
@@ -251,15 +251,15 @@ class CellStore:
         selected[self._index] = True
         return selected
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        """Read one cell: `genes`, `counts`, `cell_id`, `obs_name` and its obs values."""
+    def __getitem__(self, row: int) -> Cell:
+        """Read one cell, a mapping of `genes`, `counts`, `cell_id`, `obs_name` and its obs values."""
         if not isinstance(row, (int, np.integer)):
             raise TypeError(f"A store is indexed by a row number, got {type(row).__name__}; for many use rows(index).")
         row = int(row)
-        (number,) = self._row_numbers(row)
-        _, genes, counts = self._gather(np.array([number]))
-        cell = {"genes": genes, "counts": counts, "cell_id": int(number), "obs_name": self.obs.index[row]}
-        return {**cell, **{name: self.obs[name].iat[row] for name in self.obs}}
+        batch = self.__getitems__([row])
+        cell = {"genes": batch.genes, "counts": batch.counts, "cell_id": int(batch.cell_id[0])}
+        cell["obs_name"] = self.obs.index[row]
+        return Cell({**cell, **{name: self.obs[name].iat[row] for name in self.obs}}, batch)
 
     def __getitems__(self, index: Sequence[int]) -> CellBatch:
         """Read many cells for a collator (torch's `DataLoader` calls this with the row numbers of a batch)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import shutil
 from collections.abc import Sequence
 from enum import StrEnum
 from functools import cached_property
@@ -59,8 +60,16 @@ class SingleCellMemMapDataset(Dataset):
     data_dtype : str or dtype, optional
         Type of the values of rows, such as `uint16`, float32 by default. All values must fit it exactly. (Fractions
         are stored to the precision of float32, whatever the type.)
+    data_dtype_tolerance : float, default: 1e-8
+        How far a value may be from what `data_dtype` makes of it; beyond, it does not fit.
     use_X_not_raw : bool, default: False
-        Take the counts from X also where the file has a raw matrix.
+        Take the counts from X, never from a raw matrix. By default raw is taken where the file has it.
+    interface : {"0.1.2", "0.1.3"}, optional
+        Version of BioNeMo-SCDL whose results `get_row` and `get_row_padded` return where a call does not tell: two,
+        or three with the features of the cell. A call with a keyword of 0.1.3 (`return_var_features`,
+        `var_feature_names`, `return_obs_features`, `obs_feature_names`) always gets three. By default 0.1.3 for a
+        dataset that is made or opened with a keyword that only 0.1.3 has (`data_dtype`, `data_dtype_tolerance`,
+        `use_X_not_raw`), else 0.1.2.
     seed : int, optional
         Of the sampling of neighbours; by default it differs each time. In workers of a `DataLoader` it is combined
         with the worker's own seed, which follows `torch.manual_seed` and differs in every worker and epoch.
@@ -99,9 +108,16 @@ class SingleCellMemMapDataset(Dataset):
         neighbor_sampling_strategy: NeighborSamplingStrategy | str = NeighborSamplingStrategy.RANDOM,
         fallback_to_identity: bool = True,
         data_dtype: str | np.dtype | None = None,
-        use_X_not_raw: bool = False,
+        data_dtype_tolerance: float | None = None,
+        use_X_not_raw: bool | None = None,
+        interface: str | None = None,
         seed: int | None = None,
     ):
+        if interface not in (None, "0.1.2", "0.1.3"):
+            raise ValueError(f'interface is "0.1.2" or "0.1.3", got {interface!r}.')
+        of_new = any(given is not None for given in (data_dtype, data_dtype_tolerance, use_X_not_raw))
+        self.interface = interface or ("0.1.3" if of_new else "0.1.2")
+        self.data_dtype_tolerance = 1e-8 if data_dtype_tolerance is None else data_dtype_tolerance
         self.data_path = Path(data_path)
         self.load_block_row_size = load_block_row_size
         self.load_neighbors = load_neighbors
@@ -109,7 +125,7 @@ class SingleCellMemMapDataset(Dataset):
         self.neighbor_sampling_strategy = NeighborSamplingStrategy(neighbor_sampling_strategy)
         self.fallback_to_identity = fallback_to_identity
         self.data_dtype = value_type(data_dtype)
-        self.use_X_not_raw = use_X_not_raw
+        self.use_X_not_raw = bool(use_X_not_raw)
         self.seed = seed
         self._generator: tuple[int, np.random.Generator] | None = None  # of which process
         if h5ad_path is None:
@@ -143,6 +159,7 @@ class SingleCellMemMapDataset(Dataset):
             use_X_not_raw=self.use_X_not_raw,
             neighbors=self.neighbor_key if self.load_neighbors else None,
             dtype=self.data_dtype,
+            tolerance=self.data_dtype_tolerance,
             rows_per_block=self.load_block_row_size,
         )
         self._use(store)
@@ -244,8 +261,16 @@ class SingleCellMemMapDataset(Dataset):
     # ------------------------------------------------------------------ rows
 
     def get_row(
-        self, index: int, return_features: bool = False, feature_vars: Sequence[str] | None = None
-    ) -> tuple[tuple[np.ndarray, np.ndarray], list[np.ndarray] | None]:
+        self,
+        index: int,
+        return_features: bool = False,
+        feature_vars: Sequence[str] | None = None,
+        return_obs_features: bool | None = None,
+        obs_feature_names: Sequence[str] | None = None,
+        *,
+        return_var_features: bool | None = None,
+        var_feature_names: Sequence[str] | None = None,
+    ) -> tuple:
         """Read a cell.
 
         Parameters
@@ -257,6 +282,13 @@ class SingleCellMemMapDataset(Dataset):
         feature_vars : sequence of str, optional
             Which: columns of `features()`, where `feature_id` stands for `gene_id` if there is no such column. All by
             default.
+        return_obs_features : bool, optional
+            Give variables of the cell as well.
+        obs_feature_names : sequence of str, optional
+            Which: columns of `obs_features()`, where `obs_feature_id` stands for its index if there is no such column.
+            All by default.
+        return_var_features, var_feature_names : optional
+            What 0.1.3 calls `return_features` and `feature_vars`.
 
         Returns
         -------
@@ -264,6 +296,8 @@ class SingleCellMemMapDataset(Dataset):
             The values that are not zero, and their columns, ascending.
         features : list of array (n_variables,), or None
             One array a variable, of all genes: `features[0][columns]` is that of the row. They are not writable.
+        obs_features : list, or None
+            One value per variable. Only with the interface of 0.1.3, see the class.
 
         Raises
         ------
@@ -272,16 +306,47 @@ class SingleCellMemMapDataset(Dataset):
         ValueError
             An unknown variable; values that do not fit `data_dtype`.
         """
+        of_new = (return_obs_features, obs_feature_names, return_var_features, var_feature_names)
         _, columns, values = self._read([operator.index(index)])
-        features = self._features(feature_vars) if return_features else None
-        return (exactly(values, self.data_dtype), columns), features
+        with_features = return_features if return_var_features is None else return_var_features
+        names = feature_vars if var_feature_names is None else var_feature_names
+        row = exactly(values, self.data_dtype, self.data_dtype_tolerance), columns
+        features = self._features(names) if with_features else None
+        if self.interface == "0.1.2" and all(given is None for given in of_new):
+            return row, features
+        return row, features, self._obs_values(index, obs_feature_names) if return_obs_features else None
+
+    def _obs_values(self, index: int, names: Sequence[str] | None) -> list:
+        obs = self.store.obs
+        number = _number(index, len(obs), "rows")
+        known = {"obs_feature_id": obs.index.to_series(), **{name: obs[name] for name in obs}}
+        unknown = [name for name in names or [] if name not in known]
+        if unknown:
+            raise ValueError(f"No variable of cells {unknown[0]!r}; there are {', '.join(known)}.")
+        return [known[name].iloc[number] for name in (list(obs) if names is None else names)]
 
     def get_row_padded(
-        self, index: int, return_features: bool = False, feature_vars: Sequence[str] | None = None
-    ) -> tuple[np.ndarray, list[np.ndarray] | None]:
+        self,
+        index: int,
+        return_features: bool = False,
+        feature_vars: Sequence[str] | None = None,
+        return_obs_features: bool | None = None,
+        obs_feature_names: Sequence[str] | None = None,
+        *,
+        return_var_features: bool | None = None,
+        var_feature_names: Sequence[str] | None = None,
+    ) -> tuple:
         """Read a cell with its zeros: array (n_variables,) of `data_dtype`, and the features; see `get_row`."""
-        row, features = self.get_row(index, return_features, feature_vars)
-        return self._padded(*row), features
+        row, *features = self.get_row(
+            index,
+            return_features,
+            feature_vars,
+            return_obs_features,
+            obs_feature_names,
+            return_var_features=return_var_features,
+            var_feature_names=var_feature_names,
+        )
+        return self._padded(*row), *features
 
     def get_row_column(self, index: int, column: int, impute_missing_zeros: bool = True) -> float | None:
         """Read one value.
@@ -298,7 +363,7 @@ class SingleCellMemMapDataset(Dataset):
         IndexError
             No such row or column.
         """
-        (values, columns), _ = self.get_row(index)
+        values, columns = self.get_row(index)[0]
         found = values[columns == _number(column, len(self.store.genes), "variables")]
         if len(found):
             return float(found[0])
@@ -331,7 +396,15 @@ class SingleCellMemMapDataset(Dataset):
     # ------------------------------------------------------------------ neighbours
 
     def get_row_with_neighbor(
-        self, index: int, return_features: bool = False, feature_vars: Sequence[str] | None = None
+        self,
+        index: int,
+        return_features: bool = False,
+        feature_vars: Sequence[str] | None = None,
+        return_obs_features: bool | None = None,
+        obs_feature_names: Sequence[str] | None = None,
+        *,
+        return_var_features: bool | None = None,
+        var_feature_names: Sequence[str] | None = None,
     ) -> dict[str, Any]:
         """Read a cell and a neighbour of it that `sample_neighbor_index` chooses.
 
@@ -339,7 +412,8 @@ class SingleCellMemMapDataset(Dataset):
         -------
         dict
             `current_cell` and `next_cell`: (values, columns), as of `get_row`; `current_cell_index` and
-            `next_cell_index`: their row numbers; `features`, or None.
+            `next_cell_index`: their row numbers; `features`, which 0.1.3 calls `var_features`, and `obs_features`,
+            or None.
 
         Raises
         ------
@@ -352,20 +426,46 @@ class SingleCellMemMapDataset(Dataset):
         if not self.load_neighbors:
             raise ValueError(f"The neighbours of {self.data_path} are not loaded: open it with load_neighbors=True.")
         neighbor = self.sample_neighbor_index(number)
-        current_cell, features = self.get_row(number, return_features, feature_vars)
+        current_cell, features, of_cell = self.get_row(
+            number,
+            return_features,
+            feature_vars,
+            bool(return_obs_features),
+            obs_feature_names,
+            return_var_features=return_var_features,
+            var_feature_names=var_feature_names,
+        )
         return {
             "current_cell": current_cell,
             "next_cell": self.get_row(neighbor)[0],
             "current_cell_index": number,
             "next_cell_index": neighbor,
             "features": features,
+            "var_features": features,
+            "obs_features": of_cell,
         }
 
     def get_row_padded_with_neighbor(
-        self, index: int, return_features: bool = False, feature_vars: Sequence[str] | None = None
+        self,
+        index: int,
+        return_features: bool = False,
+        feature_vars: Sequence[str] | None = None,
+        return_obs_features: bool | None = None,
+        obs_feature_names: Sequence[str] | None = None,
+        *,
+        return_var_features: bool | None = None,
+        var_feature_names: Sequence[str] | None = None,
     ) -> dict[str, Any]:
         """Read as `get_row_with_neighbor`, but with the zeros: cells are arrays (n_variables,)."""
-        cells = self.get_row_with_neighbor(index, return_features, feature_vars)
+        cells = self.get_row_with_neighbor(
+            index,
+            return_features,
+            feature_vars,
+            return_obs_features,
+            obs_feature_names,
+            return_var_features=return_var_features,
+            var_feature_names=var_feature_names,
+        )
         padded = {name: self._padded(*cells[name]) for name in ("current_cell", "next_cell")}
         return {**cells, **padded}
 
@@ -457,6 +557,9 @@ class SingleCellMemMapDataset(Dataset):
         self,
         other_dataset: SingleCellMemMapDataset | Sequence[SingleCellMemMapDataset],
         output_path: str | Path | None = None,
+        *,
+        extend_copy_size: int | None = None,
+        destroy_on_copy: bool = False,
     ) -> None:
         """Add the cells of other datasets behind these; genes are united by id, neighbours keep their cells.
 
@@ -467,6 +570,10 @@ class SingleCellMemMapDataset(Dataset):
         output_path : str or Path, optional
             Where to write all of them, with the obs columns of all; this object is then the dataset there, and what
             it was stays on disk. By default the dataset at `data_path` grows, and its obs columns are kept.
+        extend_copy_size : int, optional
+            Without effect; SCDL copies so many bytes at a time.
+        destroy_on_copy : bool, default: False
+            Remove the datasets that were copied, once all is written: the others, and with `output_path` this one.
 
         Raises
         ------
@@ -480,13 +587,29 @@ class SingleCellMemMapDataset(Dataset):
         for other in others:
             if not isinstance(other, SingleCellMemMapDataset):
                 raise ValueError(f"Datasets are needed, SingleCellMemMapDataset, not {type(other).__name__}.")
-            check_values(other.store, self.data_dtype)
+            check_values(other.store, self.data_dtype, self.data_dtype_tolerance)
         stores = [other.store for other in others]
+        copied = {store.path for store in (self.store, *stores)}
         if output_path is not None:
             self._use(unite(Path(output_path), [self.store, *stores]))
         elif stores:
             append(self.store, stores)
             self._use(self.store)
+        if destroy_on_copy:
+            for path in copied - {self.store.path}:
+                shutil.rmtree(path)
+
+    def cast_data_to_dtype(self, dtype: str | np.dtype) -> None:
+        """Give the values of rows in another type from here on; what is on disk holds them exactly, and stays.
+
+        Raises
+        ------
+        ValueError
+            No type of numbers; values that do not fit it.
+        """
+        wanted = value_type(dtype)
+        check_values(self.store, wanted, self.data_dtype_tolerance)
+        self.data_dtype = wanted
 
 
 def _number(index: int, n: int, what: str) -> int:

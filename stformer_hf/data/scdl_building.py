@@ -16,7 +16,14 @@ _ROWS_AT_ONCE = 16_384  # where all rows are looked at
 
 
 def convert(
-    path: Path, file: Path, *, use_X_not_raw: bool, neighbors: str | None, dtype: np.dtype, rows_per_block: int
+    path: Path,
+    file: Path,
+    *,
+    use_X_not_raw: bool,
+    neighbors: str | None,
+    dtype: np.dtype,
+    tolerance: float,
+    rows_per_block: int,
 ) -> CellStore:
     """Make a store of a file; parameters and errors are those of `SingleCellMemMapDataset`."""
     check_free(path, "Open it without h5ad_path, choose another data_path, or delete it.")
@@ -33,7 +40,7 @@ def convert(
         report=False,
     )
     try:
-        check_values(store, dtype)
+        check_values(store, dtype, tolerance)
     except ValueError as error:
         shutil.rmtree(path)  # as if the build had found it
         raise ValueError(f"{file}: {error}") from error
@@ -107,7 +114,9 @@ def _layer(file: Path, use_X_not_raw: bool) -> str | None:
     for layer in find_layers(file).layers:
         names.add(layer.name)
         layer.matrix.close()
-    order = ("X", "raw") if use_X_not_raw else ("raw", "X")
+    if use_X_not_raw and "raw" in names and "X" not in names:
+        raise ValueError(f"{file} has no X, only raw: leave use_X_not_raw out to take raw.")
+    order = ("X",) if use_X_not_raw else ("raw", "X")
     return next((name for name in order if name in names), None)
 
 
@@ -122,13 +131,13 @@ def value_type(name: str | np.dtype | None) -> np.dtype:
     return dtype
 
 
-def exactly(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Convert values to a type; ValueError where one does not fit it exactly."""
+def exactly(values: np.ndarray, dtype: np.dtype, tolerance: float = 0.0) -> np.ndarray:
+    """Convert values to a type; ValueError where one changes by more than a tolerance."""
     if np.can_cast(values.dtype, dtype):
         return values.astype(dtype, copy=False)
     with np.errstate(invalid="ignore", over="ignore"):
         converted = values.astype(dtype)
-    wrong = converted != values
+    wrong = ~(np.abs(converted.astype(np.float64) - values) <= tolerance)
     if wrong.any():
         raise ValueError(
             f"The value {values[wrong][0].item()} does not fit {dtype} exactly. With data_dtype="
@@ -137,12 +146,12 @@ def exactly(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return converted
 
 
-def check_values(store: CellStore, dtype: np.dtype) -> None:
+def check_values(store: CellStore, dtype: np.dtype, tolerance: float = 0.0) -> None:
     """Raise where a value of a store does not fit a type; the values are read only if one might not."""
     if np.can_cast(store.manifest["count_type"], dtype):
         return
     for start in range(0, len(store), _ROWS_AT_ONCE):
-        exactly(store.rows(slice(start, start + _ROWS_AT_ONCE)).data, dtype)
+        exactly(store.rows(slice(start, start + _ROWS_AT_ONCE)).data, dtype, tolerance)
 
 
 def count_neighbors(store: CellStore) -> np.ndarray:

@@ -134,6 +134,11 @@ class SingleCellCollection:
         """Count the values that are stored."""
         return sum(dataset.number_nonzero_values() for dataset in self.datasets.values())
 
+    def sparsity(self) -> float:
+        """Share of zeros among all values; 0 where there are no values."""
+        n_values = self.number_of_values()
+        return 1 - self.number_nonzero_values() / n_values if n_values else 0.0
+
     def number_of_variables(self) -> list[int]:
         """Count the genes of every block of rows with the same genes; `[0]` if there are no rows."""
         blocks: list[list[str]] = []
@@ -151,7 +156,9 @@ class SingleCellCollection:
         """Name the software that writes the datasets, and its version."""
         return f"stformer_hf {version('stformer_hf')}"
 
-    def flatten(self, output_path: str | Path, destroy_on_copy: bool = False) -> None:
+    def flatten(
+        self, output_path: str | Path, destroy_on_copy: bool = False, extend_copy_size: int | None = None
+    ) -> None:
         """Write all datasets as one, in the order of the files' paths, with the genes and obs columns of all.
 
         Parameters
@@ -160,6 +167,8 @@ class SingleCellCollection:
             Folder to make; `SingleCellMemMapDataset(output_path)` opens it.
         destroy_on_copy : bool, default: False
             Remove the datasets of the collection once they are written; it is empty then.
+        extend_copy_size : int, optional
+            Without effect; SCDL copies so many bytes at a time.
 
         Raises
         ------

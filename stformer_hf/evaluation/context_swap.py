@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from ..batches.collate import IGNORE, CellCollator, read_tokens
+from ..batches.evaluating import evaluating
 from .gene_baselines import masked_genes, open_rows, read_rows
 
 
@@ -79,14 +81,10 @@ def context_swap(
         rows = rows[:-1]  # a cell without a partner
     swap = _swap_ranks if collator.tokenizer.scheme == "rank" else _swap_bins
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
-        totals = np.zeros(3)
+    totals = np.zeros(3)
+    with evaluating(model):
         for examples in read_rows(held_out, rows, batch_size, "context swap"):
             totals += _score(model, *_own_and_swapped(examples, collator, swap), device)
-    finally:
-        model.train(training)
     if not totals[2]:
         return {}
     own, swapped = (totals[:2] / totals[2]).tolist()
@@ -117,10 +115,12 @@ def masked_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def _score(model: nn.Module, own: dict, swapped: dict, device: torch.device) -> np.ndarray:
     """Sum the losses of both contexts, and count the positions: float64 array (3,)."""
-    sums = []
+    sums, options = [], {}
+    if "sparse_prediction" in inspect.signature(getattr(model, "module", model).forward).parameters:
+        options["sparse_prediction"] = True  # logits of the labelled positions are all that is read
     for batch in (own, swapped):
         batch = {name: torch.from_numpy(values).to(device) for name, values in batch.items()}
-        sums.append(masked_nll(model(**batch).logits, batch["labels"]).double().sum().item())
+        sums.append(masked_nll(model(**batch, **options).logits, batch["labels"]).double().sum().item())
     return np.array([*sums, np.count_nonzero(own["labels"] != IGNORE)])
 
 

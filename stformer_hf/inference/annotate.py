@@ -61,7 +61,7 @@ def annotate(
     if is_model(model):
         read_head(unwrap(model))  # before the cells are read
     name = name_of(model)
-    classifier, tokenizer = load(model, tokenizer, AutoModelForSequenceClassification, device, min_coverage)
+    classifier, tokenizer = load(model, tokenizer, AutoModelForSequenceClassification, min_coverage)
     head = read_head(classifier)
 
     def forward(batch: dict[str, torch.Tensor], types: torch.Tensor) -> torch.Tensor:
@@ -69,12 +69,13 @@ def annotate(
 
     predictions, n_genes, _ = run(
         adata,
+        classifier,
         tokenizer,
         forward,
         layer=layer,
         fractional=fractional,
         batch_size=batch_size,
-        device=classifier.device,
+        device=device,
         desc="annotate",
         with_phenotypes=True,  # those that it was trained with
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..batches.collate import pad, take
+from ..batches.evaluating import evaluating
 from ..data.cell_store import CellStore
 from ..data.sources import Source, open_source
 from ..models.gene_bert.cell_counts import NEIGHBORS, pad_ragged, sum_of_neighbors
@@ -29,14 +31,8 @@ logger = logging.getLogger(__name__)
 _ROWS_PER_BLOCK = 4096
 
 
-def load(
-    model: str | PreTrainedModel,
-    tokenizer: GeneTokenizer | None,
-    auto_class,
-    device: str | None,
-    min_coverage: float | None = None,
-):
-    """Load a checkpoint, or take a model out of its wrappings; returns model (in evaluation mode) and tokenizer.
+def load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_class, min_coverage: float | None = None):
+    """Load a checkpoint, or take a model out of its wrappings; returns model and tokenizer.
 
     With `min_coverage` the tokenizer is a copy of that setting.
 
@@ -67,24 +63,30 @@ def load(
     else:
         tokenizer = tokenizer or load_tokenizer(model)
         model = load_model(model, auto_class)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     check_tokenizer_fits(model, tokenizer)
     if min_coverage is not None:
         tokenizer = copy.copy(tokenizer)
         tokenizer.min_coverage = min_coverage
-    return model.to(device).eval(), tokenizer
+    return model, tokenizer
+
+
+@contextmanager
+def at_work(model: PreTrainedModel, device: str | None) -> Iterator[None]:
+    """Put a model into evaluation mode on a device, by default a GPU if there is one; afterwards all is as it was."""
+    with evaluating(model, device or ("cuda" if torch.cuda.is_available() else "cpu")), torch.inference_mode():
+        yield
 
 
 def run(
     adata: AnnData,
+    model: PreTrainedModel,
     tokenizer: GeneTokenizer,
     forward: Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor],
     *,
     layer: str | None,
     fractional: bool,
     batch_size: int,
-    device: torch.device,
+    device: str | None,
     desc: str,
     with_phenotypes: bool,
 ) -> tuple[np.ndarray, np.ndarray, Source]:
@@ -94,6 +96,8 @@ def run(
     ----------
     adata : AnnData
         Cells.
+    model : PreTrainedModel
+        What `forward` calls; its mode and its device are the same afterwards.
     tokenizer : GeneTokenizer
         Makes their tokens.
     forward : callable
@@ -104,8 +108,8 @@ def run(
         Whether counts may be fractions.
     batch_size : int
         Cells a batch.
-    device : torch.device
-        Where the batches go.
+    device : str, optional
+        Where the model runs; see `at_work`.
     desc : str
         Of the progress bar.
     with_phenotypes : bool
@@ -137,7 +141,7 @@ def run(
     if tokenizer.neighborhood:
         graph = source.neighbors(NEIGHBORS).rows(0, source.shape[0])
         around = sum_of_neighbors(graph, sparse.vstack(list(source.blocks(_ROWS_PER_BLOCK)), format="csr"))
-    with torch.inference_mode(), tqdm(total=source.shape[0], desc=desc, unit="cell", disable=None) as bar:
+    with at_work(model, device), tqdm(total=source.shape[0], desc=desc, unit="cell", disable=None) as bar:
         for block in source.blocks(_ROWS_PER_BLOCK):
             obs = source.obs.iloc[start : start + block.shape[0]]
             stop = start + block.shape[0]
@@ -156,7 +160,7 @@ def run(
             done = []
             for first in range(0, len(order), batch_size):
                 cells = order[first : first + batch_size]
-                done.append(forward(*_batch(tokens, cells, tokenizer, device)).float().cpu().numpy())
+                done.append(forward(*_batch(tokens, cells, tokenizer, model.device)).float().cpu().numpy())
                 bar.update(len(cells))
             block_results = np.concatenate(done)
             results.append(np.empty_like(block_results))

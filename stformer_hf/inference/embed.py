@@ -59,7 +59,7 @@ def embed(
     batch_size : int, default: 64
         Cells a batch.
     device : str, optional
-        cuda where there is one, else cpu.
+        cuda where there is one, else cpu. A model object is where it was, and in the mode that it was in, afterwards.
     min_coverage : float, optional
         In place of the tokenizer's own: the least share of the model's genes, weighted as in `GeneTokenizer`, that the
         cells must have.
@@ -78,7 +78,7 @@ def embed(
         raise ValueError(f'pooling is "cls" or "mean", got {pooling!r}.')
     check_cells(adata)
     name = name_of(model)
-    encoder, tokenizer = load(model, tokenizer, AutoModel, device, min_coverage)
+    encoder, tokenizer = load(model, tokenizer, AutoModel, min_coverage)
     pooling = pooling or default_pooling(encoder.config)
     if pooling == "cls" and not tokenizer.add_cls:
         raise ValueError('The tokenizer begins cells with no [CLS]: use pooling="mean".')
@@ -95,12 +95,13 @@ def embed(
 
     embedding, _, source = run(
         adata,
+        encoder,
         tokenizer,
         forward,
         layer=layer,
         fractional=fractional,
         batch_size=batch_size,
-        device=encoder.device,
+        device=device,
         desc="embed",
         with_phenotypes=with_phenotypes,
     )

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
 from scipy import sparse
 from tqdm.auto import tqdm
@@ -30,7 +29,7 @@ from ..models.gene_bert.gene_columns import (
 from ..training.cell_heads import check_finite
 from ..training.loading import is_model, load_config, load_model, name_of, unwrap
 from ..training.neighborhood_collator import collate_neighborhoods
-from .batches import check_cells
+from .batches import at_work, check_cells
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ def embed_neighborhoods(
     batch_size : int, default: 64
         Cells a batch.
     device : str, optional
-        cuda where there is one, else cpu.
+        As for `embed`.
     **neighborhood
         `patch_size`, `shape`, `k_nearest`, `max_num_cells`, `discretize` and `seed` of `CenterMaskSampler`, in place
         of those that the model learnt with (`config.neighborhood`).
@@ -112,7 +111,7 @@ def embed_neighborhoods(
     """
     check_cells(adata)
     name = name_of(model)
-    encoder = _load(model, device)
+    encoder = _load(model)
     config = encoder.config
     options = _options(config.neighborhood, neighborhood)
     if (cell_embedding_key is None) != (config.cell_embedding_size == 0):
@@ -141,7 +140,7 @@ def embed_neighborhoods(
         **options,
     )
     result = "typed_neighborhood_embedding" if with_cell_type else "neighborhood_embedding"
-    adata.obsm[key_added] = _embed(encoder, sampler, types, result, batch_size)
+    adata.obsm[key_added] = _embed(encoder, sampler, types, result, batch_size, device)
     settings = {"spatial_key": spatial_key, "section_key": section_key, "cell_type_key": cell_type_key, **options}
     settings = {key: value for key, value in settings.items() if value is not None}  # a file holds no None
     adata.uns["stformer_neighborhood"] = {
@@ -155,7 +154,12 @@ def embed_neighborhoods(
 
 
 def _embed(
-    encoder: PreTrainedModel, sampler: CenterMaskSampler, types: np.ndarray, result: str, batch_size: int
+    encoder: PreTrainedModel,
+    sampler: CenterMaskSampler,
+    types: np.ndarray,
+    result: str,
+    batch_size: int,
+    device: str | None,
 ) -> np.ndarray:
     """Run the model over all cells, and take one of its outputs: float32 (n_cells, hidden).
 
@@ -167,7 +171,7 @@ def _embed(
         read.append("masked_cell_type")
     lengths = sampler.lengths
     with (
-        torch.inference_mode(),
+        at_work(encoder, device),
         tqdm(total=len(sampler), desc="embed neighbourhoods", unit="cell", disable=None) as bar,
     ):
         for start in range(0, len(sampler), _ROWS_PER_BLOCK):
@@ -193,8 +197,8 @@ def _embed(
     return embedding
 
 
-def _load(model: str | PreTrainedModel, device: str | None) -> PreTrainedModel:
-    """Give the model without its head, in evaluation mode, where it is to run."""
+def _load(model: str | PreTrainedModel) -> PreTrainedModel:
+    """Give the model without its head."""
     of_object = is_model(model)
     config = unwrap(model).config if of_object else load_config(model)
     if config.model_type != "cell_neighborhood":
@@ -203,8 +207,7 @@ def _load(model: str | PreTrainedModel, device: str | None) -> PreTrainedModel:
             "embedded by embed (stformer-hf embed --kind cells)."
         )
     model = unwrap(model) if of_object else load_model(model)
-    model = getattr(model, model.base_model_prefix, model)
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return getattr(model, model.base_model_prefix, model)
 
 
 # ---------------------------------------------------------------------- what a neighbourhood is

@@ -23,6 +23,7 @@ from ..batches.empty_cells import without_empty_cells
 from ..batches.token_rows import TokenRows
 from ..data.cell_store import CellStore
 from ..data.center_mask_sampler import CenterMaskSampler
+from ..evaluation.metrics import preprocess_logits_for_metrics, preprocess_logits_with_nll
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from .argument_checks import check_arguments, smoothing_field
 from .callbacks import FillHubFolder, SaveOnSignal, SetEpoch, take_back_signals
@@ -616,11 +617,15 @@ class CellTrainer(MeasuredTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """As in Trainer; cells that fill up the last batch of several processes have no labels.
 
-        Where predictions are wanted, MLM logits are of all positions, so that they meet labels.
+        MLM logits that are not gathered are of the labelled positions alone.
         """
         inputs = self._without_filling_cells(inputs)
         n_labels = self._get_num_items_in_batch([inputs], self.args.device)
-        loss, logits, labels = self._predict_batch(model, inputs, prediction_loss_only, ignore_keys)
+        self._set_signature_columns_if_needed()
+        reduced = self.preprocess_logits_for_metrics in (preprocess_logits_for_metrics, preprocess_logits_with_nll)
+        if (prediction_loss_only or reduced) and "sparse_prediction" in self._signature_columns:
+            inputs = {**inputs, "sparse_prediction": self.model.config.sparse_prediction}
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if self._loss_is_a_mean_over_labels and loss is not None and n_labels is not None:
             self._eval_losses.add(loss, n_labels, only_finite=self.args.logging_nan_inf_filter)
         return loss, logits, labels
@@ -632,17 +637,6 @@ class CellTrainer(MeasuredTrainer):
         names = [name for name in self.label_names if isinstance(inputs.get(name), torch.Tensor)]
         rows = filling_cells(self.accelerator, len(inputs[names[0]])) if names else None
         return inputs if rows is None else without_labels(inputs, names, rows)
-
-    def _predict_batch(self, model, inputs, prediction_loss_only, ignore_keys):
-        config = getattr(self.accelerator.unwrap_model(model), "config", None)
-        sparse = getattr(config, "sparse_prediction", False) and not prediction_loss_only
-        if not sparse:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        config.sparse_prediction = False
-        try:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        finally:
-            config.sparse_prediction = True
 
 
 def _tokens_of(tokenizer: Any, cell: Mapping[str, Any]) -> int | None:

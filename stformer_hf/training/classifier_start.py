@@ -14,6 +14,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 from ..batches.collate import pad, read_tokens
+from ..batches.evaluating import evaluating
 from ..data.cell_store import CellStore
 from ..evaluation.readers import rotate_genes
 from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification
@@ -276,16 +277,15 @@ def cell_states(model: nn.Module, tokenizer: GeneTokenizer, cells: CellStore, ba
     cells : CellStore
     batch_size : int, default: 256
     """
-    training = model.training
-    model.eval()
     device, found = next(model.parameters()).device, []
-    for start in range(0, len(cells), batch_size):
-        examples = cells.__getitems__(range(start, min(start + batch_size, len(cells))))
-        batch = {name: value.to(device) for name, value in pad(read_tokens(examples, tokenizer), tokenizer).items()}
-        hidden = model.base_model(**batch).last_hidden_state
-        states = model.pool(hidden, batch["token_type_ids"], batch["attention_mask"])
-        found.append(states.double().cpu().numpy())
-    model.train(training)
+    with evaluating(model):
+        for start in range(0, len(cells), batch_size):
+            examples = cells.__getitems__(range(start, min(start + batch_size, len(cells))))
+            tokens = read_tokens(examples, tokenizer)
+            batch = {name: value.to(device) for name, value in pad(tokens, tokenizer).items()}
+            hidden = model.base_model(**batch).last_hidden_state
+            states = model.pool(hidden, batch["token_type_ids"], batch["attention_mask"])
+            found.append(states.double().cpu().numpy())
     return np.concatenate(found)
 
 

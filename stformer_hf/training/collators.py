@@ -12,7 +12,7 @@ import torch
 
 from ..batches.collate import CellCollator, check_probability, labels_a_cell, pack, pad, read_tokens
 from ..batches.token_rows import CLASS_NAMES
-from ..data.cell_batch import CellBatch
+from ..data.cell_batch import CellBatch, as_cell_batch
 from ..models.gene_bert.cell_counts import is_cell_batch
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
 from .gene_swaps import unexpressed_genes
@@ -63,6 +63,7 @@ def collate_fn_wrapper(
     """
 
     def collate(examples: Any) -> dict[str, torch.Tensor]:
+        examples = as_cell_batch(examples)
         tokens = read_tokens(examples, tokenizer)
         labels = None
         if not is_cell_batch(examples) and "labels" in examples[0]:
@@ -188,6 +189,7 @@ class DataCollatorForPhenotypicMLM(CellCollator):
         -------
         MaskedCells
         """
+        examples = as_cell_batch(examples)
         tokens, cell_ids = self._tokens(examples)
         if not self.mlm:
             nothing = np.empty(0, np.int64)
@@ -315,7 +317,7 @@ class DataCollatorForGeneRankMLM(CellCollator):
     def masked(self, examples: Any, panel: np.ndarray | None = None) -> MaskedCells:
         """Mask cells; as `DataCollatorForPhenotypicMLM.masked`, but that random genes are of the whole vocabulary."""
         tokenizer = self.tokenizer
-        tokens, cell_ids = self._tokens(examples)
+        tokens, cell_ids = self._tokens(as_cell_batch(examples))
         ids = tokens.input_ids
         cells = np.repeat(np.arange(len(cell_ids)), np.diff(tokens.indptr))
         # A gene may be in a cell and in its neighbourhood; apart from that its fate depends on itself alone.
@@ -399,6 +401,7 @@ class DataCollatorForCellClassification(CellCollator):
             As `DataCollatorForPhenotypicMLM` gives it, with `labels`: int64 (n,), or float32 (n,) where they are
             numbers, or float32 (n, n_labels).
         """
+        examples = as_cell_batch(examples)
         tokens = self._tokens(examples)[0]
         self._check_tokens(examples, tokens)
         batch = self._batch(tokens)
@@ -440,7 +443,11 @@ class DataCollatorForCellClassification(CellCollator):
             classes = np.issubdtype(labels.dtype, np.integer)
             if isinstance(examples, pa.Table) and examples.schema.metadata:
                 names = json.loads(examples.schema.metadata.get(CLASS_NAMES, b"{}")).get(name)
-        if names is not None and self.label2id is not None:
+        if is_cell_batch(examples) and labels.dtype == object and self.label2id is not None:
+            # Cells of stores whose classes are in other orders, by name.
+            labels, names = np.array([self.label2id.get(of, -1) for of in labels]), list(self.label2id)
+            classes = True
+        elif names is not None and self.label2id is not None:
             labels = np.array([*(self.label2id.get(of, -1) for of in names), -1])[labels]
         if not np.issubdtype(labels.dtype, np.number) and labels.dtype != bool:
             raise ValueError(f"{name!r} holds neither categories nor numbers, but such as {labels[0]!r}.")

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from ..batches.collate import pad, read_tokens
+from ..batches.evaluating import evaluating
 from ..data.cell_store import CellStore
 from ..evaluation.metrics import balanced_class_weights
 from ..models.gene_bert.cell_tables import find_table
@@ -454,15 +455,13 @@ def _score_epochs(
 @torch.no_grad()
 def predict(model: PreTrainedModel, tokenizer: GeneTokenizer, cells: CellStore, batch_size: int = 128) -> np.ndarray:
     """Compute the logits of cells: float64 array (n, num_labels), in the order of the cells."""
-    training = model.training
-    model.eval()
     device, found = next(model.parameters()).device, []
-    for start in range(0, len(cells), batch_size):
-        examples = cells.__getitems__(range(start, min(start + batch_size, len(cells))))
-        batch = pad(read_tokens(examples, tokenizer), tokenizer)
-        batch = {name: value.to(device) for name, value in batch.items()}
-        found.append(model(**batch).logits.double().cpu().numpy())
-    model.train(training)
+    with evaluating(model):
+        for start in range(0, len(cells), batch_size):
+            examples = cells.__getitems__(range(start, min(start + batch_size, len(cells))))
+            batch = pad(read_tokens(examples, tokenizer), tokenizer)
+            batch = {name: value.to(device) for name, value in batch.items()}
+            found.append(model(**batch).logits.double().cpu().numpy())
     return np.concatenate(found)
 
 

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..batches.token_rows import TokenRows
 from ..data.center_mask_sampler import CenterMaskSampler
 from ..evaluation.context_swap import context_swap, masked_nll
 from ..evaluation.gene_baselines import masked_gene_baselines, masked_genes
-from ..evaluation.metrics import preprocess_logits_for_metrics, preprocess_logits_with_nll
 from ..evaluation.neighborhood_baselines import mean_of_defined, neighborhood_baselines
 from ..models.cell_neighborhood.count_likelihoods import pearson_r
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
@@ -219,12 +218,6 @@ class STFormerPretrainer(ObjectiveTrainer):
                 max_cells=_CELLS_TO_SWAP,
                 seed=self.args.seed,
             )
-
-    def _predict_batch(self, model, inputs, prediction_loss_only, ignore_keys):
-        """As in CellTrainer; logits that are reduced before they are gathered are computed at the labels only."""
-        if self.preprocess_logits_for_metrics in (preprocess_logits_for_metrics, preprocess_logits_with_nll):
-            return Trainer.prediction_step(self, model, inputs, prediction_loss_only, ignore_keys)
-        return super()._predict_batch(model, inputs, prediction_loss_only, ignore_keys)
 
 
 def _each(datasets: Any) -> list[Any]:

@@ -48,10 +48,30 @@ def test_the_flags_reach_the_dataset(convert, tmp_path, monkeypatch):
 
     monkeypatch.setattr(SingleCellCollection, "load_h5ad_multi", in_threads)
     assert convert("--use-X-not-raw", "--num-workers", "2", "--data-dtype", "float64") == 0
-    assert given == {"max_workers": 2, "use_processes": True, "data_dtype": "float64", "use_X_not_raw": True}
+    assert given == {
+        "max_workers": 2,
+        "use_processes": True,
+        "data_dtype": "float64",
+        "use_X_not_raw": True,
+        "paginated_load_cutoff": 10_000,
+        "load_block_row_size": 1_000_000,
+    }
     data = SingleCellMemMapDataset(tmp_path / "out")
     expected = make_adata(12, 8, seed=3).X.toarray() * 0.5
     np.testing.assert_array_equal(data.store.rows(slice(12, 24)).toarray(), expected)
+
+
+def test_the_flags_of_bionemos_command_are_taken(convert, monkeypatch):
+    load, given = SingleCellCollection.load_h5ad_multi, {}
+
+    def in_threads(self, folder, use_processes, **options):
+        given.update(options, use_processes=use_processes)
+        load(self, folder, **options)
+
+    monkeypatch.setattr(SingleCellCollection, "load_h5ad_multi", in_threads)
+    assert convert("--use-mp", "--paginated-load-cutoff", "100", "--load-block-row-size", "5") == 0
+    assert given["use_processes"] and given["max_workers"] == 1
+    assert (given["paginated_load_cutoff"], given["load_block_row_size"]) == (100, 5)
 
 
 def test_errors_are_told_and_the_command_can_be_called_again(convert, folder, tmp_path, capsys):

@@ -222,12 +222,14 @@ def test_torch_ways_to_read_stores_work_or_say_what_to_give(tmp_path):
             with pytest.raises(TypeError, match="collate_fn=collate_cells"):
                 next(iter(DataLoader(store, 2, collate_fn=collate, num_workers=n_workers)))
     both = ConcatDataset([store, other])
-    with pytest.raises(TypeError, match="CellStore.join"):
-        next(iter(DataLoader(both, 2, collate_fn=collate_cells)))
-    for collate in (DataCollatorForPhenotypicMLM(tokenizer), collate_fn_wrapper(tokenizer)):
-        with pytest.raises(ValueError, match="no input_ids.*CellStore.join"):
-            next(iter(DataLoader(both, 2, collate_fn=collate)))
     joined = CellStore.join(tmp_path / "joined", [store.path, other.path])
+    for collate in (collate_cells, DataCollatorForPhenotypicMLM(tokenizer), collate_fn_wrapper(tokenizer)):
+        for n_workers in (0, 1):
+            batches = list(DataLoader(both, 4, collate_fn=collate, num_workers=n_workers))
+            parts = [collate(one.__getitems__(range(4))) for one in (store, other)]
+            for batch, expected in zip(batches, parts, strict=True):
+                assert batch.keys() == expected.keys()
+                assert all(torch.equal(batch[name], expected[name]) for name in batch if name.find("obs_"))
     assert torch.cat([batch["cell_id"] for batch in DataLoader(joined, 3, collate_fn=collate_cells)]).tolist() == [
         *range(8)
     ]

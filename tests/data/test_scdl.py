@@ -688,3 +688,105 @@ def test_cells_and_neighbors_become_sparse_matrices_of_the_same_columns(linked, 
         assert not counts[cells][:, n_columns:].any()
     nothing = {"current_cell": ([], []), "next_cell": ([], []), "current_cell_index": 0, "next_cell_index": 1}
     assert collate_neighbor_sparse_matrix_batch([nothing])["next_cells"].shape == (1, 0)
+
+
+# ---------------------------------------------------------------------- the interface of 0.1.3
+
+
+def test_calls_of_013_get_three_results(file, tmp_path, counts):
+    old = SingleCellMemMapDataset(tmp_path / "data", file)
+    new = SingleCellMemMapDataset(tmp_path / "data", use_X_not_raw=True)
+    assert (old.interface, new.interface) == ("0.1.2", "0.1.3")
+    assert SingleCellMemMapDataset(tmp_path / "data", interface="0.1.3").interface == "0.1.3"
+    assert len(old.get_row(0)) == len(old.get_row_padded(0, True)) == 2
+    assert len(new.get_row(0)) == len(new.get_row_padded(0, True)) == 3
+    obs = old.obs_features()
+    for data in (old, new):
+        (_, columns), genes, cell = data.get_row(
+            5,
+            return_var_features=True,
+            var_feature_names=["feature_id"],
+            return_obs_features=True,
+            obs_feature_names=["cell_type", "obs_feature_id"],
+        )
+        assert columns.tolist() == np.flatnonzero(counts[5]).tolist()
+        assert genes[0].tolist() == data.features()["gene_id"].tolist()
+        assert cell == [obs["cell_type"].iloc[5], obs.index[5]]
+        row, genes, cell = data.get_row_padded(-1, return_obs_features=True)
+        assert row.tolist() == counts[-1].tolist() and genes is None and len(cell) == obs.shape[1]
+        assert data.get_row_column(5, columns[0]) == counts[5, columns[0]]
+        with pytest.raises(ValueError, match="No variable of cells 'weight'"):
+            data.get_row(0, return_obs_features=True, obs_feature_names=["weight"])
+    with pytest.raises(ValueError, match='interface is "0.1.2" or "0.1.3"'):
+        SingleCellMemMapDataset(tmp_path / "data", interface="1")
+
+
+def test_neighbours_come_with_features_of_the_cell(linked):
+    cells = linked.get_row_with_neighbor(3, return_var_features=True, return_obs_features=True)
+    assert cells["features"] is cells["var_features"] and len(cells["obs_features"]) == linked.obs_features().shape[1]
+    assert linked.get_row_padded_with_neighbor(3)["obs_features"] is None
+
+
+def test_types_are_cast_within_a_tolerance(tmp_path):
+    rewrite_x(tmp_path / "x.h5ad", np.array([[1.0, 2.25, 300.0]], np.float32))
+    data = SingleCellMemMapDataset(tmp_path / "x", tmp_path / "x.h5ad", use_X_not_raw=True)
+    for dtype, value in (("uint16", 2.25), ("uint8", 2.25)):
+        with pytest.raises(ValueError, match=f"{value} does not fit {dtype}"):
+            data.cast_data_to_dtype(dtype)
+    assert data.get_row(0)[0][0].dtype == np.float32
+    data.data_dtype_tolerance = 0.3
+    data.cast_data_to_dtype("uint16")
+    assert data.get_row(0)[0][0].tolist() == [1, 2, 300] and data.get_row(0)[0][0].dtype == np.uint16
+    with pytest.raises(ValueError, match="300.0 does not fit uint8"):
+        data.cast_data_to_dtype("uint8")
+    wide = SingleCellMemMapDataset(tmp_path / "y", tmp_path / "x.h5ad", data_dtype="uint16", data_dtype_tolerance=0.25)
+    assert wide.get_row(0)[0][0].tolist() == [1, 2, 300]
+
+
+def test_raw_is_never_taken_in_place_of_x(tmp_path):
+    adata = AnnData(np.ones((3, 2), np.float32), var=pd.DataFrame(index=["g0", "g1"]))
+    adata.raw = adata
+    del adata.X
+    adata.write_h5ad(tmp_path / "raw.h5ad")
+    with pytest.raises(ValueError, match="no X, only raw"):
+        SingleCellMemMapDataset(tmp_path / "a", tmp_path / "raw.h5ad", use_X_not_raw=True)
+    assert len(SingleCellMemMapDataset(tmp_path / "a", tmp_path / "raw.h5ad")) == 3
+
+
+def test_sparsity_of_a_collection_is_that_of_its_values(tmp_path):
+    collection = SingleCellCollection(tmp_path / "c")
+    assert collection.sparsity() == 0
+    dense_values = [make_adata(seed=seed, n_cells=20 * seed).X.toarray() for seed in (1, 2)]
+    for seed in (1, 2):
+        collection.load_h5ad(write(tmp_path, f"f{seed}", seed=seed, n_cells=20 * seed), use_X_not_raw=True)
+    n_zeros = sum((values == 0).sum() for values in dense_values)
+    assert collection.sparsity() == pytest.approx(n_zeros / sum(values.size for values in dense_values))
+
+
+def test_concat_removes_what_it_copied_where_asked(file, tmp_path):
+    for out in (None, tmp_path / "out"):
+        first, second = (SingleCellMemMapDataset(tmp_path / f"{name}{out is None}", file) for name in "ab")
+        paths = [data.data_path for data in (first, second)]
+        first.concat(second, output_path=out, extend_copy_size=1024, destroy_on_copy=True)
+        assert len(first) == 120 and [path.exists() for path in paths] == [out is None, False]
+
+
+@pytest.mark.parametrize("kinds", [("unique", "unique"), ("unique", "repeated"), ("repeated", "unique")])
+def test_strings_of_a_second_lane_are_added(tmp_path, kinds):
+    """Strings that are unique in one lane are no labels; those of another lane are added behind them."""
+    files, expected = [], []
+    for lane, kind in enumerate(kinds):
+        barcodes = [f"{base}{lane}" for base in "ACGT"] if kind == "unique" else [f"A{lane}"] * 4
+        obs = pd.DataFrame({"barcode": barcodes}, index=[f"{lane}_{i}" for i in range(4)])
+        files.append(tmp_path / f"{lane}.h5ad")
+        AnnData(np.full((4, 2), lane + 1.0, np.float32), obs, pd.DataFrame(index=["g0", "g1"])).write_h5ad(files[-1])
+        expected += barcodes
+    for out in (None, tmp_path / "out"):
+        first, second = (
+            SingleCellMemMapDataset(tmp_path / f"{i}{out is None}", files[i], use_X_not_raw=True) for i in range(2)
+        )
+        first.concat(second, output_path=out)
+        assert first.obs_features()["barcode"].astype(str).tolist() == expected
+    store = CellStore.build(tmp_path / "s", files[0], obs="all", report=False)
+    store.append(files[1])
+    assert store.obs["barcode"].astype(str).tolist() == expected

@@ -14,6 +14,7 @@ from transformers import EvalPrediction, TrainingArguments
 from stformer_hf import GeneBertForPhenotypicMLM, GeneTokenizer, STFormerPretrainer
 from stformer_hf.evaluation import metrics
 from stformer_hf.evaluation.metrics import (
+    compute_classification_metrics,
     compute_phenotype_metrics,
     load_metric,
     preprocess_logits_for_metrics,
@@ -53,6 +54,26 @@ def test_cell_classification_is_scikit_learns_batch_by_batch():
     assert some["macro_f1"] == pytest.approx(
         sklearn_metrics.f1_score(true, predicted, labels=[0, 2], average="macro", zero_division=0)
     )
+
+
+def test_what_has_no_label_is_left_out():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(8, 5, 3)), rng.integers(0, 3, (8, 5))
+    labelled = rng.random((8, 5)) < 0.6
+    predicted = logits.argmax(-1)
+    expected = {
+        "accuracy": sklearn_metrics.accuracy_score(labels[labelled], predicted[labelled]),
+        "macro_f1": sklearn_metrics.f1_score(labels[labelled], predicted[labelled], average="macro"),
+    }
+    labels[~labelled] = -100
+    for predictions in (logits, (logits, rng.normal(size=(8, 5, 16)))):  # hidden states may come with the logits
+        assert compute_classification_metrics(EvalPrediction(predictions, labels)) == pytest.approx(expected)
+    found = load_metric("cell_classification").compute(predictions=predicted.ravel(), references=labels.ravel())
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    labels[:] = -100
+    assert np.isnan(list(compute_classification_metrics(EvalPrediction(logits, labels)).values())).all()
+    nothing = load_metric("cell_classification").compute(predictions=predicted.ravel(), references=labels.ravel())
+    assert len(nothing) == 4 and np.isnan(list(nothing.values())).all()
 
 
 def test_masked_genes_takes_flat_positions_and_rows():

@@ -18,6 +18,7 @@ from stformer_hf import (
     embed,
     load_geneformer,
 )
+from stformer_hf.batches.evaluating import evaluating
 
 
 @pytest.fixture
@@ -89,6 +90,47 @@ def test_random_truncation_does_not_depend_on_the_row(adata):
     for cells in (adata, part):
         embed(cells, model, tokenizer=tokenizer)
     np.testing.assert_allclose(part.obsm["X_stformer"], adata.obsm["X_stformer"][30:], atol=1e-5)
+
+
+def modes_of(model) -> dict[str, bool]:
+    return {name: module.training for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_object_is_afterwards_what_it_was(checkpoints, adata, fails):
+    tokenizer = GeneTokenizer.from_pretrained(checkpoints["cls"])
+    for use, model_class in ((embed, GeneBertModel), (annotate, GeneBertForClassification)):
+        model = model_class.from_pretrained(checkpoints["cls"]).train()
+        encoder = getattr(model, "gene_bert", model)
+        encoder.embeddings.eval()  # a frozen part
+        modes, seen, weight = modes_of(model), [], encoder.embeddings.LayerNorm.weight
+
+        def watch(module, inputs, seen=seen, model=model):
+            seen.append((any(modes_of(model).values()), model.device))
+            if fails:
+                raise RuntimeError("no memory is left")
+
+        encoder.layers[0].register_forward_pre_hook(watch)
+        if fails:
+            with pytest.raises(RuntimeError, match="no memory"):
+                use(adata, model, tokenizer=tokenizer, device="cpu")
+        else:
+            use(adata, model, tokenizer=tokenizer, device="cpu")
+        assert {mode for mode, _ in seen} == {False}
+        assert modes_of(model) == modes and encoder.embeddings.LayerNorm.weight is weight
+        assert not any(parameter.is_inference() for parameter in model.parameters())
+
+
+def test_a_model_object_comes_back_from_another_device(checkpoints, monkeypatch):
+    model, moves = GeneBertModel.from_pretrained(checkpoints["mlm"]), []
+    monkeypatch.setattr(model, "to", lambda device: moves.append(str(device)))
+    with evaluating(model, "cuda") as used:
+        assert used is model and moves == ["cuda"]
+    assert moves == ["cuda", "cpu"]
+    model.layers[1].to_empty(device="meta")  # its parts are on several devices
+    with evaluating(model, "cuda"):
+        pass
+    assert moves == ["cuda", "cpu"]
 
 
 def test_blocks_keep_the_order_of_the_cells(checkpoints, adata, monkeypatch):

@@ -385,6 +385,16 @@ def test_attentions_on_request_are_those_of_the_masks():
         make_model()(**batch, output_attentions=True)
 
 
+def test_gradients_reach_the_attentions():
+    model, batch = make_model(backend="eager"), make_batch(LENGTHS, "masked")
+    outputs = model(**batch, output_attentions=True)
+    for attention in outputs.attentions:
+        attention.retain_grad()
+    outputs.neighborhood_embedding.pow(2).sum().backward()
+    for attention in outputs.attentions:
+        assert attention.grad is not None and attention.grad.abs().max() > 0
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the number of values of the largest tensor that is made."""
 

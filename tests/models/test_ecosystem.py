@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from stformer_hf import (
+    CellNeighborhoodConfig,
     DataCollatorForCellClassification,
     DataCollatorForPhenotypicMLM,
     GeneBertConfig,
@@ -209,6 +210,56 @@ def test_the_encoder_runs_as_onnx_on_other_batches(plain_config, tokenizer, stor
 def tokenizer_without_phenotypes(tokenizer):
     tokenizer.included_phenotypes = []
     return tokenizer
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_a_classifier_runs_as_onnx_on_any_number_of_cells(plain_config, tokenizer, store, pooling):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    plain_config.classifier_pooling = pooling
+    model = GeneBertForClassification(plain_config).eval()
+    collate = DataCollatorForCellClassification(tokenizer_without_phenotypes(tokenizer), label="cell_type")
+
+    def batch(cells):
+        return {name: value for name, value in collate(store.__getitems__(cells)).items() if name != "labels"}
+
+    exported = OnnxExporter().export(model, batch(range(5)), config=OnnxConfig(dynamic=True))
+    for cells in (range(5), range(30, 32), range(20, 40)):
+        with torch.no_grad():
+            torch.testing.assert_close(
+                exported(**batch(cells))["logits"], model(**batch(cells)).logits, atol=1e-4, rtol=0
+            )
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": "all-linear"}, {}])
+def test_lora_needs_no_names_of_layers(plain_config, tokenizer, store, settings):
+    peft = pytest.importorskip("peft")
+    collate = DataCollatorForCellClassification(tokenizer_without_phenotypes(tokenizer), label="cell_type")
+    batch = collate(store.__getitems__(range(20)))
+    tuned = peft.get_peft_model(GeneBertForClassification(plain_config), peft.LoraConfig("SEQ_CLS", **settings))
+    tuned(**batch).loss.backward()
+    learnt = {name.removeprefix("base_model.model.") for name, p in tuned.named_parameters() if p.grad is not None}
+    layers = {name.split(".lora_")[0] for name in learnt if ".lora_" in name}
+    parts = ["q_lin", "v_lin"] if not settings else ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
+    assert {name.rpartition(".")[2] for name in layers} == set(parts)
+    assert len(layers) == len(parts) * plain_config.num_hidden_layers
+    # The new head is learnt in full.
+    head = {name for name in learnt if "classifier" in name}
+    assert {name.split(".")[0] for name in head} == {"pre_classifier", "classifier"} and len(head) == 4
+
+
+def test_every_default_of_peft_knows_both_models(plain_config):
+    constants = pytest.importorskip("peft.utils.constants")
+    CellNeighborhoodConfig(n_genes=3, n_cell_types=2)
+    modules = {name for name, _ in GeneBertModel(plain_config).named_modules()}
+    ends = {name.rpartition(".")[2] for name in modules}
+    known = {name: of for name, of in vars(constants).items() if name.endswith("_MODULES_MAPPING") and "bert" in of}
+    assert len(known) > 5
+    for name, of in known.items():
+        for model_type in ("gene_bert", "cell_neighborhood"):
+            assert of[model_type] and set(of[model_type]) <= ends, (name, model_type)
 
 
 def test_lora_trains_and_merges(plain_config, tokenizer, store):

@@ -192,13 +192,12 @@ def test_losses_are_weighted_and_reported_a_class_of_tokens(sparse):
     config, batch = labelled_batch()
     assert config.token_classes == ["t", "genes"]
     model = GeneBertForPhenotypicMLM(config).eval()
-    config.sparse_prediction, config.loss_weights, config.label_smoothing = False, {"t": 3.0}, 0.1
+    config.loss_weights, config.label_smoothing = {"t": 3.0}, 0.1
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     with torch.no_grad():
         log_p = model(**inputs).logits.double().log_softmax(-1)
-    model.config.sparse_prediction = sparse
     with torch.no_grad():
-        outputs = model(**batch)
+        outputs = model(**batch, sparse_prediction=sparse)
     total, expected = 0.0, torch.zeros(2, 3, dtype=torch.float64)
     for row, column in (batch["labels"] != -100).nonzero().tolist():
         label, here = batch["labels"][row, column], log_p[row, column]

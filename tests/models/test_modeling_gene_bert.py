@@ -48,13 +48,13 @@ def test_the_order_of_genes_carries_no_meaning(config, batch):
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("smoothing", [0.0, 0.5])
 def test_mlm_loss_is_the_cross_entropy_of_the_masked_positions(config, batch, sparse, smoothing):
-    config.sparse_prediction, config.label_smoothing = sparse, smoothing
+    config.label_smoothing = smoothing
     model = GeneBertForPhenotypicMLM(config).eval()
     labels = torch.where(torch.rand(batch["input_ids"].shape) < 0.3, batch["input_ids"], -100)
     labels[batch["attention_mask"] == 0] = -100
     with torch.no_grad():
         logits = model(**batch).logits
-        outputs = model(**batch, labels=labels)
+        outputs = model(**batch, labels=labels, sparse_prediction=sparse)
     assert logits.shape == (*labels.shape, config.vocab_size)
     losses = []
     for row, column in (labels != -100).nonzero():
@@ -68,6 +68,16 @@ def test_mlm_loss_is_the_cross_entropy_of_the_masked_positions(config, batch, sp
     with torch.no_grad():
         halved = model(**batch, labels=labels, num_items_in_batch=torch.tensor(2 * len(losses))).loss
     assert halved.item() == pytest.approx(outputs.loss.item() / 2, rel=1e-6)
+
+
+def test_logits_are_of_the_labelled_positions_in_training_alone(config, batch):
+    labels = torch.where(torch.rand(batch["input_ids"].shape) < 0.3, batch["input_ids"], -100)
+    whole, labelled = (*labels.shape, config.vocab_size), (int((labels != -100).sum()), config.vocab_size)
+    for sparse in (True, False):
+        config.sparse_prediction = sparse
+        model = GeneBertForPhenotypicMLM(config)
+        assert model.train()(**batch, labels=labels).logits.shape == (labelled if sparse else whole)
+        assert model.eval()(**batch, labels=labels).logits.shape == whole
     assert model.loss_type == "ForMaskedLM"
 
 
@@ -140,6 +150,31 @@ def test_auto_classes_load_what_was_saved(config, tokenizer, batch, tmp_path):
         hidden = mlm.gene_bert(**batch).last_hidden_state
         for model in (encoder, classifier.gene_bert):  # pretrained weights are really loaded
             torch.testing.assert_close(model(**batch).last_hidden_state, hidden, atol=1e-6, rtol=0)
+
+
+def test_position_embeddings_are_resized(config, tmp_path):
+    config.position_embedding_type, config.max_position_embeddings = "learned", 8
+    ids = torch.arange(12)[None] % config.vocab_size
+    batch = {"input_ids": ids, "token_type_ids": torch.ones_like(ids)}
+    for model_class in (GeneBertModel, GeneBertForPhenotypicMLM, GeneBertForClassification):
+        config.max_position_embeddings = 8
+        model = model_class(config).eval()
+        short = {name: tensor[:, :8] for name, tensor in batch.items()}
+        with torch.no_grad():
+            before = model(**short)[0]
+            with pytest.raises(ValueError, match="the model 8 positions"):
+                model(**batch)
+            model.resize_position_embeddings(12)
+            torch.testing.assert_close(model(**short)[0], before)
+            model.save_pretrained(tmp_path)
+            again = model_class.from_pretrained(tmp_path)
+            assert again.get_position_embeddings().num_embeddings == again.config.max_position_embeddings == 12
+            torch.testing.assert_close(again(**batch)[0], model(**batch)[0])
+            model.resize_position_embeddings(8)
+            torch.testing.assert_close(model(**short)[0], before)
+    config.position_embedding_type = "none"
+    with pytest.raises(ValueError, match="no position embeddings"):
+        GeneBertModel(config).resize_position_embeddings(12)
 
 
 def test_a_new_head_is_told_and_an_unused_one_is_not(config, tmp_path):

@@ -225,6 +225,41 @@ def test_a_process_with_neither_plugin_nor_remote_code_reads_the_same_ids(tokeni
     assert json.loads(printed) == tokenizer.convert_tokens_to_ids(["f", "a", "[lung]", "[MASK]", "b"])
 
 
+@pytest.mark.parametrize("layout", [{}, {"add_cls": False, "add_eos": False}, {"neighborhood": True}])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_cell_written_as_text_has_the_tokens_of_its_counts(layout, hidden):
+    tokenizer = GeneTokenizer(GENES, scheme="rank", medians=MEDIANS, phenotypes=PHENOTYPES, max_length=14, **layout)
+    rng = np.random.default_rng(0)
+    obs = pd.DataFrame({"tissue": rng.choice(["lung", "bone marrow"], 30), "cell_type": "T cell"})
+    around = rng.poisson(1.0, (30, 6)) if "neighborhood" in layout else None
+    cells = tokenizer.encode_cells(rng.poisson(1.0, (30, 6)), obs=obs, neighborhood=around, for_inference=hidden)
+    for start, stop in zip(cells.indptr, cells.indptr[1:], strict=False):
+        ids, types = cells.input_ids[start:stop].tolist(), cells.token_type_ids[start:stop].tolist()
+        text = tokenizer.decode(ids)
+        assert tokenizer.encode(text, add_special_tokens=False) == ids
+        written = tokenizer.prepare_for_model(ids, add_special_tokens=False, max_length=20, padding="max_length")
+        assert written["input_ids"] == ids + [tokenizer.pad_token_id] * (20 - len(ids))
+        assert written["token_type_ids"] == types + [0] * (20 - len(ids))
+        inner = tokenizer.convert_tokens_to_ids(text.split()[tokenizer.add_cls : len(ids) - tokenizer.add_eos])
+        assert tokenizer.create_token_type_ids_from_sequences(inner) == types
+        prepared = tokenizer.prepare_for_model(inner, return_tensors="pt", prepend_batch_axis=True)
+        assert prepared["input_ids"].tolist() == [ids] and prepared["token_type_ids"].tolist() == [types]
+
+
+def test_text_that_does_not_tell_the_token_types_is_refused(tokenizer):
+    binned = GeneTokenizer(GENES)
+    for special in (True, False):
+        with pytest.raises(ValueError, match="text has none: tokenize counts"):
+            binned.encode("bin_1 bin_1", add_special_tokens=special)
+    with pytest.raises(ValueError, match="text has none"):
+        binned.prepare_for_model([5, 5])
+    with pytest.raises(ValueError, match="one sequence"):
+        tokenizer.encode("a b", "c")
+    layout = GeneTokenizer(GENES, scheme="rank", medians=MEDIANS, neighborhood=True, separator=None)
+    with pytest.raises(ValueError, match="where the neighbourhood begins"):
+        layout.encode("a b a c")
+
+
 def test_the_stock_collator_masks_genes_only(tokenizer):
     counts = np.random.default_rng(0).poisson(2, (64, 6))
     tokens = tokenizer(counts)

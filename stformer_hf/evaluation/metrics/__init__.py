@@ -40,8 +40,17 @@ def classification_metrics(true: Sequence, predicted: Sequence, labels: Sequence
 
 
 def compute_classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """`compute_metrics` of a Trainer for classification: accuracy and macro F1 of the highest logit."""
-    return classification_metrics(prediction.label_ids, np.argmax(prediction.predictions, axis=-1))
+    """`compute_metrics` of a Trainer for classification: accuracy and macro F1 of the highest logit.
+
+    Of cells or of tokens; what has the label -100 is left out, and without any label both are NaN.
+    """
+    logits, labels = prediction.predictions, np.asarray(prediction.label_ids)
+    if isinstance(logits, tuple):  # with hidden states or attentions after them
+        logits = logits[0]
+    labelled = labels != _IGNORE
+    if not labelled.any():
+        return {"accuracy": float("nan"), "macro_f1": float("nan")}
+    return classification_metrics(labels[labelled], np.argmax(logits, axis=-1)[labelled])
 
 
 def balanced_class_weights(values: Sequence, classes: Sequence) -> list[float]:

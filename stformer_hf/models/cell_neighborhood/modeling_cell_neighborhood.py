@@ -217,14 +217,22 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    closed: torch.Tensor | None = None,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention written out; gives the attention weights as well. The mask is bool, True = may attend."""
+    """Softmax attention written out; returns the attention weights as well.
+
+    The mask is bool, True = may attend. With `closed` (queries, 1) there is one sequence, whose weights are returned
+    as (heads, queries, keys); those of closed queries are 0. They are what the output is made of, so that gradients
+    reach them.
+    """
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
     weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    if closed is not None:
+        weights = weights.squeeze(0).masked_fill(closed, 0)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
@@ -289,11 +297,10 @@ class CellNeighborhoodAttention(nn.Module):
                 block.mask,
                 dropout=self.attention_dropout if self.training else 0.0,
                 scaling=self.scaling,
+                closed=block.closed,
             )
             out = out.reshape(block.count * block.queries, -1)
             attended.append(out if block.closed is None else out.masked_fill(block.closed, 0))
-        if weights is not None:
-            weights = None if block.closed is None else weights[0].masked_fill(block.closed, 0)
         return self.out_lin(torch.cat(attended)), weights
 
 

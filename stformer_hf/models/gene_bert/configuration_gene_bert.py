@@ -122,8 +122,9 @@ class GeneBertConfig(PreTrainedConfig):
         Weight of the loss of each class (single or multi label), such as scikit-learn's
         `compute_class_weight("balanced", …)`.
     sparse_prediction : bool, default: True
-        With labels, compute MLM logits at the labelled positions only; the output's `logits` are then
-        (n_labelled, vocab_size), in row-major order of the positions. Without labels logits are always whole.
+        In training, compute MLM logits at the labelled positions only; the output's `logits` are then
+        (n_labelled, vocab_size), in row-major order of the positions. In evaluation mode, and without labels, logits
+        are whole.
     rank_prior_sizes : list of int, optional
         Numbers of levels, tokens and axes of the MLM head's `RankPrior`, for ranks; `start_rank_model` sets them. A
         head without it by default.

@@ -29,6 +29,23 @@ class GeneBertMLMHead(nn.Module):
         return self.decoder(self.layer_norm(self.activation(self.transform(hidden_states))))
 
 
+class PreClassifier(nn.Module):
+    """Linear layer (hidden, hidden) before the classifier, a part of the head.
+
+    It is no `nn.Linear`, so that PEFT's `target_modules="all-linear"` leaves it alone, and `modules_to_save`, which
+    finds it by the end of its name, trains it in full with the classifier: a LoRA on a random layer learns nothing.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        layer = nn.Linear(hidden_size, hidden_size)
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Transform pooled states (n, hidden)."""
+        return nn.functional.linear(pooled, self.weight, self.bias)
+
+
 def masked_lm_loss(
     logits: torch.Tensor,
     labels: torch.LongTensor,
@@ -217,7 +234,8 @@ def pool(
         if attention_mask is None:
             return hidden[:, 0]
         first = attention_mask.to(hidden.device).long().argmax(1)
-        return hidden[torch.arange(len(hidden), device=hidden.device), first]
+        # Not by row numbers: an exported model would keep those of the batch that it was exported with.
+        return hidden.gather(1, first[:, None, None].expand(-1, 1, hidden.shape[-1])).squeeze(1)
     if pooling != "mean":
         raise ValueError(f'pooling is "cls" or "mean", got {pooling!r}.')
     if token_type_ids is None:
@@ -237,4 +255,12 @@ def pool(
     return (total / n_tokens.clamp(min=1)).to(hidden.dtype)
 
 
-__all__ = ["GeneBertMLMHead", "classification_loss", "combine_readers", "masked_lm_loss", "pool", "problem_of"]
+__all__ = [
+    "GeneBertMLMHead",
+    "PreClassifier",
+    "classification_loss",
+    "combine_readers",
+    "masked_lm_loss",
+    "pool",
+    "problem_of",
+]

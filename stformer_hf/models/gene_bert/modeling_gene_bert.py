@@ -34,7 +34,15 @@ from .encoder_layers import (
     put_first,
     rotary_angles,
 )
-from .heads import IGNORE, GeneBertMLMHead, classification_loss, combine_readers, masked_lm_loss, pool
+from .heads import (
+    IGNORE,
+    GeneBertMLMHead,
+    PreClassifier,
+    classification_loss,
+    combine_readers,
+    masked_lm_loss,
+    pool,
+)
 from .packed_attention import check_packing, packed_mask, packing_of
 from .whole_cell import CellEmbedding, CellValues, GeneStatistics, WideHead
 
@@ -96,12 +104,54 @@ class GeneBertPreTrainedModel(PreTrainedModel):
             init.constant_(module.shares, 1 / len(module.shares))
             init.zeros_(module.means)
             init.constant_(module.n_cells, torch.inf)
+        elif isinstance(module, PreClassifier):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            init.zeros_(module.bias)
         elif isinstance(module, WideHead):
             init.zeros_(module.bias)
         elif isinstance(module, CellDecoder):
             init.zeros_(module.log_dispersion)
         elif getattr(module, "begins_at_zero", False):
             init.zeros_(module.weight)
+
+    def get_position_embeddings(self) -> nn.Embedding:
+        """Return the embedding of the places of tokens in their cell.
+
+        Raises
+        ------
+        ValueError
+            The model has none.
+        """
+        embeddings = self.base_model.embeddings
+        if not hasattr(embeddings, "position_embeddings"):
+            raise ValueError(
+                f'The model has no position embeddings: position_embedding_type is "'
+                f'{self.config.position_embedding_type}". Cells of any length fit it.'
+            )
+        return embeddings.position_embeddings
+
+    def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
+        """Change how many tokens a cell may have; places that are new get new random embeddings.
+
+        Parameters
+        ----------
+        new_num_position_embeddings : int
+            Tokens of the longest cell; `config.max_position_embeddings` becomes this.
+
+        Raises
+        ------
+        ValueError
+            The model has no position embeddings.
+        """
+        old = self.get_position_embeddings().weight
+        new = nn.Embedding(new_num_position_embeddings, old.shape[1], device=old.device, dtype=old.dtype)
+        n_kept = min(len(old), new_num_position_embeddings)
+        with torch.no_grad():
+            new.weight.normal_(mean=0.0, std=self.config.initializer_range)
+            new.weight[:n_kept] = old[:n_kept]
+        new.weight.requires_grad_(old.requires_grad)
+        self.base_model.embeddings.position_embeddings = new
+        self.config.max_position_embeddings = new_num_position_embeddings
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         if attn_implementation == "auto":
@@ -289,6 +339,7 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        sparse_prediction: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> GeneBertMaskedLMOutput | tuple[torch.Tensor, ...]:
         """Predict masked tokens.
@@ -301,13 +352,16 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
             Ids to predict; -100 where there is nothing to predict.
         num_items_in_batch : int or Tensor, optional
             Number of labels over the whole accumulated batch; the loss is divided by it (Trainer gives it).
+        sparse_prediction : bool, optional
+            With labels, compute logits at the labelled positions only. By default `config.sparse_prediction` in
+            training mode, and False in evaluation mode, where logits are gathered batch by batch and meet the labels.
 
         Returns
         -------
         GeneBertMaskedLMOutput
             `loss`: mean cross entropy in nats over the labelled positions, 0 if there are none, smoothed and weighted
             as the configuration says. `logits`: (batch, length, vocab_size), or (n_labelled, vocab_size) with labels
-            and `config.sparse_prediction` (in a compiled model only if the vocabulary is larger than
+            and `sparse_prediction` (in a compiled model only if the vocabulary is larger than
             `config.intermediate_size`). `class_statistics`, `gene_logits` and `log_dispersion`: see the class.
         """
         outputs = self.gene_bert(
@@ -333,7 +387,9 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
             # where the vocabulary is small, logits of all positions cost little.
             everywhere = torch.compiler.is_compiling() and self.config.vocab_size <= self.config.intermediate_size
             labelled = slice(None) if everywhere else (labels != IGNORE).flatten().nonzero().squeeze(1)
-            if not everywhere and self.config.sparse_prediction:
+            if sparse_prediction is None:
+                sparse_prediction = self.training and self.config.sparse_prediction
+            if sparse_prediction and not everywhere:
                 logits = at_labels = self._predict(hidden_states.flatten(0, 1)[labelled], order, labelled)
             else:
                 logits = self._predict(hidden_states, order)
@@ -371,7 +427,7 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
         self.loss_type = "ForSequenceClassification"
         self.gene_bert = GeneBertModel(config)
         if config.classifier_head == "mlp":
-            self.pre_classifier = nn.Linear(config.hidden_size, config.hidden_size)
+            self.pre_classifier = PreClassifier(config.hidden_size)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         if config.wide_head:

@@ -790,6 +790,70 @@ class GeneTokenizer(PreTrainedTokenizer):
         """`[CLS]`, the ids, `[EOS]`."""
         return [self.cls_token_id] * self.add_cls + [*token_ids_0] + [self.eos_token_id] * self.add_eos
 
+    # ------------------------------------------------------------------ text to tokens
+
+    def create_token_type_ids_from_sequences(self, token_ids_0: list[int], token_ids_1: None = None) -> list[int]:
+        """Token types of a cell that is written as text, with `[CLS]` and `[EOS]`; see `prepare_for_model`."""
+        return self._types_of_text(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
+
+    def prepare_for_model(
+        self,
+        ids: list[int],
+        pair_ids: None = None,
+        add_special_tokens: bool = True,
+        *,
+        return_tensors: str | None = None,
+        prepend_batch_axis: bool = False,
+        **kwargs,
+    ) -> BatchEncoding:
+        """As any tokenizer's, of the tokens of a ranked cell; their token types are those of the cell's counts.
+
+        A `[MASK]` is a gene's; at the front, in the place of an included phenotype, it is that phenotype's.
+
+        Raises
+        ------
+        ValueError
+            A tokenizer of the binned scheme, whose genes are token types, which text does not have; a second sequence;
+            a neighbourhood that no separator tells from the cell.
+        """
+        if pair_ids is not None:
+            raise ValueError("A cell is one sequence; pair_ids has no meaning.")
+        encoded = super().prepare_for_model(ids, None, add_special_tokens, **kwargs)
+        types = self._types_of_text(encoded["input_ids"])
+        if "token_type_ids" in encoded:
+            encoded["token_type_ids"] = types
+        return BatchEncoding(dict(encoded), tensor_type=return_tensors, prepend_batch_axis=prepend_batch_axis)
+
+    def _types_of_text(self, input_ids: Sequence[int]) -> list[int]:
+        """Return the token types that the counts of a cell of these tokens would get."""
+        if self.scheme == "binned":
+            raise ValueError(
+                "In the binned scheme the gene of a token is its token type, and text has none: tokenize counts, as "
+                "tokenizer(adata)."
+            )
+        if self.neighborhood and self.separator is None:
+            raise ValueError(
+                "Without a separator a text does not tell where the neighbourhood begins: tokenize counts."
+            )
+        category_of = {i: name for name, ids in self._phenotype_ids.items() for i in ids.values()}
+        categories, special = list(self.phenotypes), set(self._special_ids.tolist())
+        types, gene_type, n_phenotypes, in_front = [], self.gene_token_type_offset, 0, True
+        for i in input_ids:
+            masked = i == self.mask_token_id
+            if masked and in_front and n_phenotypes < len(self._included_phenotypes):
+                types.append(1 + categories.index(self._included_phenotypes[n_phenotypes]))
+                n_phenotypes += 1
+            elif i in category_of:
+                types.append(1 + categories.index(category_of[i]))
+                n_phenotypes += 1
+            elif i in special and not masked:
+                gene_type += self.separator is not None and i == self.sep_token_id
+                types.append(0)
+            else:
+                types.append(gene_type)
+                in_front = False
+        return types
+
     def get_phenotypic_tokens_mask(self, input_ids):
         """1 (or True) for ids of phenotype values, in the kind of `input_ids` (list, array, Tensor).
 
@@ -1163,8 +1227,8 @@ class GeneTokenizer(PreTrainedTokenizer):
 
             if is_cell_batch(obs) and category in obs.categories:  # codes, -1 where missing, and their names
                 tokens[:, i] = np.array([*map(token, obs.categories[category]), -1])[obs.obs[category]]
-            elif not is_cell_batch(obs) and obs is not None and category in obs:
-                values = obs[category]
+            elif obs is not None and category in (table := obs.obs if is_cell_batch(obs) else obs):
+                values = table[category]
                 if len(values) != n_cells:
                     raise ValueError(f"obs has {len(values)} rows for {n_cells} cells.")
                 if hasattr(values, "cat"):  # by its categories: beside a missing value, whole numbers become 1.0, 2.0

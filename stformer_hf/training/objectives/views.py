@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 
 from ...batches.collate import join
-from ...data.cell_batch import CellBatch
+from ...data.cell_batch import CellBatch, as_cell_batch
 from ...data.cell_store import CellStore
 from ...models.gene_bert.cell_counts import is_cell_batch, keep
 from ...models.gene_bert.randomness import happens, uniforms
@@ -147,6 +147,7 @@ class ViewCollator:
 
     def __call__(self, cells: Any) -> dict[str, torch.Tensor | int]:
         """Make a batch of a `CellBatch`."""
+        cells = as_cell_batch(cells)
         if not is_cell_batch(cells):
             raise ValueError(
                 "Two views of a cell are made of its counts: train and evaluate on a CellStore, not on tokens or a "

@@ -2,6 +2,7 @@
 
 import datasets
 import evaluate
+import numpy as np
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 _DESCRIPTION = """Accuracy, and the unweighted means over the classes of precision, recall and F1. The macro F1 is the
@@ -10,11 +11,12 @@ mean of the classes' F1, not the F1 of the mean precision and recall."""
 _INPUTS = """
 Args:
     predictions (list of int): predicted class of each cell.
-    references (list of int): true class of each cell.
+    references (list of int): true class of each cell; -100 where there is none.
     labels (list of int, optional): classes to average over; those that are true or predicted by default.
 
 Returns:
-    accuracy, macro_precision, macro_recall, macro_f1: floats from 0 to 1. A class never predicted has the precision 0.
+    accuracy, macro_precision, macro_recall, macro_f1: floats from 0 to 1; NaN without any true class. A class never
+    predicted has the precision 0.
 """
 
 
@@ -32,6 +34,11 @@ class CellClassification(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, labels=None):
+        references, predictions = np.asarray(references), np.asarray(predictions)
+        labelled = references != -100
+        if not labelled.any():
+            return dict.fromkeys(("accuracy", "macro_precision", "macro_recall", "macro_f1"), float("nan"))
+        references, predictions = references[labelled], predictions[labelled]
         precision, recall, f1, _ = precision_recall_fscore_support(
             references, predictions, labels=labels, average="macro", zero_division=0
         )

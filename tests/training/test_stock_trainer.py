@@ -1,0 +1,158 @@
+"""transformers' own Trainer, collators and torch's own datasets, on the objects of this package."""
+
+import math
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils.data import ConcatDataset, random_split
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+from stformer_hf import (
+    CellStore,
+    DataCollatorForCellClassification,
+    DataCollatorForPhenotypicMLM,
+    GeneBertConfig,
+    GeneBertForClassification,
+    GeneBertForPhenotypicMLM,
+    GeneTokenizer,
+)
+
+
+def arguments(folder, **changes) -> TrainingArguments:
+    settings = {"max_steps": 3, "save_strategy": "no", "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    return TrainingArguments(str(folder), **{**settings, **changes})
+
+
+def test_stock_mlm_predictions_meet_their_labels(tmp_path):
+    """As transformers' run_mlm.py evaluates: predictions are gathered batch by batch, of all positions."""
+    genes = [f"ENSG{i:011d}" for i in range(30)]
+    tokenizer = GeneTokenizer(genes, scheme="rank", medians=[1.0] * 30)
+    rows = Dataset.from_dict(dict(tokenizer(np.random.default_rng(0).poisson(1.0, (10, 30)).astype("float32"))))
+    model = GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(tokenizer, size="tiny"))
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, per_device_eval_batch_size=4, seed=0),
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3),
+    )
+    batches = []
+    trainer.data_collator, collate = (
+        lambda examples: batches.append(collate(examples)) or batches[-1],
+        (trainer.data_collator),
+    )
+    output = trainer.predict(rows)
+    assert output.predictions.shape == (*output.label_ids.shape, len(tokenizer))
+    model.eval()
+    first = 0
+    for batch in batches:
+        labels = batch.pop("labels").numpy()
+        n_cells, length = labels.shape
+        with torch.no_grad():
+            logits = model(**batch).logits.numpy()
+        at = labels != -100
+        assert at.any()
+        np.testing.assert_array_equal(output.label_ids[first : first + n_cells, :length], labels)
+        np.testing.assert_allclose(output.predictions[first : first + n_cells, :length][at], logits[at], atol=1e-5)
+        first += n_cells
+    assert first == 10
+
+
+# ---------------------------------------------------------------------- stores, and parts and chains of them
+
+
+class Watch:
+    """A collator that keeps what it makes."""
+
+    def __init__(self, collator):
+        self.collator, self.batches = collator, []
+
+    def __call__(self, examples):
+        self.batches.append(self.collator(examples))
+        return dict(self.batches[-1])
+
+
+def halves(adata, folder):
+    """Two stores of the halves of the cells; the second lists its types in another order."""
+    first, second = adata[:30].copy(), adata[30:].copy()
+    second.obs["cell_type"] = second.obs["cell_type"].cat.reorder_categories(["T cell", "B cell"])
+    return [
+        CellStore.build(folder / str(i), cells, obs=["cell_type"], report=False)
+        for i, cells in enumerate((first, second))
+    ]
+
+
+@pytest.mark.parametrize("kind", ["store", "selection", "random_split", "chain"])
+@pytest.mark.parametrize("keeps", [True, False])
+def test_stock_trainer_reads_stores(adata, tmp_path, kind, keeps):
+    adata.obs["cell_type"] = pd.Categorical(["B cell", "T cell"] * 30, ["B cell", "T cell"])
+    store = CellStore.build(tmp_path / "s", adata, obs=["cell_type"], report=False)
+    parts = halves(adata, tmp_path)
+    dataset = {
+        "store": lambda: store,
+        "selection": lambda: store.select(range(0, 60, 2)),
+        "random_split": lambda: random_split(store, [40, 20], torch.Generator().manual_seed(0))[0],
+        "chain": lambda: ConcatDataset(parts),
+    }[kind]()
+    tokenizer = GeneTokenizer.from_store(store)
+    label2id = {"B cell": 0, "T cell": 1}
+    model = GeneBertForClassification(GeneBertConfig.from_tokenizer(tokenizer, size="tiny", num_labels=2))
+    collate = DataCollatorForCellClassification(tokenizer, "cell_type", label2id=label2id)
+    watch = Watch(collate)
+    trainer = Trainer(
+        model=model,
+        args=arguments(tmp_path / "run", max_steps=2, remove_unused_columns=not keeps),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        data_collator=watch,
+    )
+    trainer.train()
+    assert len(watch.batches) >= 2 and {len(batch["labels"]) for batch in watch.batches[:2]} == {8}
+    labels = trainer.predict(dataset).label_ids
+    types = adata.obs["cell_type"].to_numpy()
+    rows = {"store": range(60), "selection": range(0, 60, 2), "chain": range(60)}.get(kind) or dataset.indices
+    np.testing.assert_array_equal(labels, [label2id[types[row]] for row in rows])
+    expected = collate(store.__getitems__(list(rows)))
+    found = [
+        row for batch in watch.batches[len(watch.batches) - math.ceil(len(rows) / 8) :] for row in batch["input_ids"]
+    ]
+    pad = tokenizer.pad_token_id
+    for row, of_store in zip(found, expected["input_ids"], strict=True):
+        assert row[row != pad].tolist() == of_store[of_store != pad].tolist()
+
+
+def test_chains_of_stores_that_differ_are_refused(adata, tmp_path):
+    first, second = halves(adata, tmp_path)
+    tokenizer = GeneTokenizer.from_store(first)
+    chain = ConcatDataset([first, second])
+    batch = [chain[29], chain[30]]
+    with pytest.raises(ValueError, match="neither categories nor numbers"):  # which name is class 0?
+        DataCollatorForCellClassification(tokenizer, "cell_type")(batch)
+    fewer = CellStore.build(tmp_path / "fewer", adata[:, 1:].copy(), obs=["cell_type"], report=False)
+    without = CellStore.build(tmp_path / "without", adata, report=False)
+    for other, words in ((fewer, "differ in their genes"), (without, "differ in their obs columns")):
+        with pytest.raises(ValueError, match=f"{words}: make one of them"):
+            DataCollatorForPhenotypicMLM(tokenizer)([first[0], other[0]])
+
+
+def test_a_cell_reads_as_a_dictionary_and_travels(store):
+    cell = pickle.loads(pickle.dumps(store[7]))
+    assert set(cell) >= {"genes", "counts", "cell_id", "obs_name", "cell_type"} and len(cell) == len(dict(cell))
+    assert cell["cell_id"] == 7 and cell["genes"].tolist() == store.rows(7).indices.tolist()
+    assert cell.batch.gene_ids.tolist() == store.gene_ids.tolist()
+
+
+def test_a_column_that_stock_trainer_took_away_is_named(adata, store, tmp_path):
+    tokenizer = GeneTokenizer.from_store(store)
+    rows = store.tokenize(tokenizer, tmp_path / "t", obs=["cell_type"])
+    model = GeneBertForClassification(GeneBertConfig.from_tokenizer(tokenizer, size="tiny", num_labels=3))
+    trainer = Trainer(
+        model=model,
+        args=arguments(tmp_path / "run"),
+        train_dataset=rows,
+        data_collator=DataCollatorForCellClassification(tokenizer, "cell_type"),
+    )
+    with pytest.raises(ValueError, match="no 'cell_type'.*remove_unused_columns=False"):
+        trainer.train()
