@@ -16,6 +16,7 @@ from anndata import AnnData
 from scipy import sparse
 from torch.utils.data import Dataset
 
+from ..models.gene_bert.gene_columns import resolve_genes
 from .cell_expression import CellExpression
 from .cell_store import CellStore
 from .neighbor_index import NeighborIndex, first_of_each
@@ -155,6 +156,10 @@ class CenterMaskSampler(Dataset):
         Rows of metadata of the items' cells.
     cell_types : list of str or None
         Names of the cell types, in the order of their codes; known from `from_anndata`.
+    gene_ids : list of str or None
+        Which gene each column is, see `resolve_genes`; None where columns are only numbered.
+    section_key : str or None
+        Column of obs that `from_anndata` took the sections of.
     n_cell_types, n_genes : int
         Codes of cell types are smaller numbers; columns of expression.
 
@@ -214,6 +219,8 @@ class CenterMaskSampler(Dataset):
         self.max_num_cells, self.seed = max_num_cells, operator.index(seed)
         self._lengths: np.ndarray | None = None
         self.cell_types: list[str] | None = None
+        self.section_key: str | None = None
+        self.normalize = normalize
         names = column_of(metadata, cell_id_colname)
         points = read_points(metadata, [x, y] if z is None else [x, y, z], names)
         sections = read_sections(metadata, tissue_section_colname, names)
@@ -222,6 +229,7 @@ class CenterMaskSampler(Dataset):
         self._rows = match_cells(names, self._expression.names, cell_id_colname)
         self._cell_embeds = None if cell_embeds is None else _checked_embeds(cell_embeds, len(names))
         self.n_genes = self._expression.n_genes
+        self.gene_ids = _gene_ids(adata)
         self.n_cell_types = int(self._types.max(initial=-1)) + 1
         self.indices = _chosen(indices, len(points))
         candidates = np.unique(self.indices) if neighbors_from == "indices" else None
@@ -331,6 +339,7 @@ class CenterMaskSampler(Dataset):
         )
         sampler.cell_types = [str(name) for name in types.categories]
         sampler.n_cell_types = len(sampler.cell_types)
+        sampler.section_key = section_key
         return sampler
 
     def __len__(self) -> int:
@@ -349,6 +358,16 @@ class CenterMaskSampler(Dataset):
         """Options and cells in a line: that of another sampler differs where its neighbourhoods do."""
         options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
         return f"{options}, {len(self)} of {len(self._rows)} cells (checksum {zlib.crc32(self.indices.tobytes()):08x})"
+
+    @property
+    def neighborhood(self) -> dict[str, Any]:
+        """What a neighbourhood is: the options that a model keeps (`CellNeighborhoodConfig.neighborhood`)."""
+        options = {name: self._options[name] for name in ("patch_size", "shape", "k_nearest", "max_num_cells")}
+        if self._options["discretize"]:
+            options["discretize"] = True
+        if options["patch_size"] is not None:
+            options["patch_size"] = np.asarray(options["patch_size"], np.float64).tolist()
+        return {name: value for name, value in options.items() if value is not None}
 
     def set_epoch(self, epoch: int) -> None:
         """Draw for another epoch; call it before the epoch's first batch."""
@@ -486,6 +505,16 @@ def _chosen(indices: Sequence[int] | np.ndarray | None, n: int) -> np.ndarray:
     if len(outside):
         raise IndexError(f"indices ask for row {outside[0]}; metadata has {n}.")
     return rows.astype(np.int64) % n
+
+
+def _gene_ids(adata: AnnData | CellStore) -> list[str] | None:
+    """Tell which gene each column is; None where they are only numbered."""
+    if isinstance(adata, CellStore):
+        return adata.gene_ids.tolist()
+    try:
+        return resolve_genes(adata.var_names, adata.var).gene_ids.tolist()
+    except ValueError:  # row numbers
+        return None
 
 
 def _checked_embeds(embeds: np.ndarray, n: int) -> np.ndarray:
