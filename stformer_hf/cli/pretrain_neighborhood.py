@@ -156,6 +156,7 @@ def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]
             "gene_ids": [str(gene) for gene in cells.store.gene_ids],
             "cell_types": cells.cell_types,
             "neighborhood": neighborhood,
+            "section_key": args.section or (_SECTION if _SECTION in cells.store.obs else None),
             **(args.model_config or {}),
         },
     )
@@ -249,6 +250,7 @@ def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], st
     import pandas as pd
 
     from ..data.read_anndata import is_anndata_file, read_anndata, section_of
+    from ..data.spatial_metadata import warn_of_sections
     from .runs import one_layer
 
     paths = [Path(path) for path in args.data]
@@ -278,6 +280,8 @@ def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], st
         for axis, values in zip(_AXES, places.T, strict=False):
             adata.obs[axis] = values
         region = None if args.section else section_of(adata)
+        if region is None and section not in adata.obs:
+            warn_of_sections(adata.obs)
         if region is not None:
             adata.obs[section] = adata.obs[region]
         own = adata.obs[section] if section in adata.obs else pd.Series("", adata.obs_names)

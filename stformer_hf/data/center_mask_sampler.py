@@ -21,7 +21,7 @@ from .cell_expression import CellExpression
 from .cell_store import CellStore
 from .neighbor_index import NeighborIndex, first_of_each
 from .read_anndata import as_anndata, find_placed_table, section_of
-from .spatial_metadata import column_of, match_cells, read_points, read_sections, read_types
+from .spatial_metadata import as_names, column_of, match_cells, read_points, read_sections, read_types, warn_of_sections
 
 logger = logging.getLogger(__name__)
 
@@ -124,13 +124,15 @@ class CenterMaskSampler(Dataset):
     tissue_section_colname : str or None, default: "brain_section_label"
         Column of sections; None: all cells are of one.
     max_num_cells : int, optional
-        Most neighbours of an item. Of more, a uniform random subset is given, a function of (seed, epoch, cell).
+        Most neighbours of an item. Of more, a uniform random subset is given, a function of the seed, the epoch and
+        the names of the cells, whatever their rows.
     indices : int array or boolean mask (n_cells,), optional
         Rows of metadata: the cells that items are made of, such as those to train on. All by default.
     shape : {"box", "disc"}, default: "box"
         A disc (in 3-D a ball) has the diameter `patch_size`.
     k_nearest : int, optional
-        Only so many neighbours, the nearest ones; of equally distant ones the first in metadata.
+        Only so many neighbours, the nearest ones; of equally distant ones those whose names have the lowest hashes,
+        whatever their rows.
     discretize : bool, default: False
         Cut `patch_size` to whole numbers and round the borders of boxes to them, as brainformr does.
     neighbors_from : {"all", "indices"}, default: "all"
@@ -226,6 +228,7 @@ class CenterMaskSampler(Dataset):
         sections = read_sections(metadata, tissue_section_colname, names)
         self._types = read_types(metadata, cell_type_colname)
         self._expression = CellExpression(adata, normalize)
+        self._keys = pd.util.hash_array(as_names(names).to_numpy(), categorize=False)
         self._rows = match_cells(names, self._expression.names, cell_id_colname)
         self._cell_embeds = None if cell_embeds is None else _checked_embeds(cell_embeds, len(names))
         self.n_genes = self._expression.n_genes
@@ -241,6 +244,7 @@ class CenterMaskSampler(Dataset):
             k_nearest=1 if max_num_cells == 0 else k_nearest,  # all but one would be found in vain
             discretize=discretize,
             candidates=candidates,
+            keys=self._keys,
         )
         self._options = {
             "patch_size": patch_size,
@@ -283,7 +287,7 @@ class CenterMaskSampler(Dataset):
             Key of obsm: coordinates, (n_cells, 2) or (n_cells, 3).
         section_key : str, optional
             Column of obs; by default the regions of a SpatialData's table are sections, and all other cells are of
-            one.
+            one (with a warning where obs has a column of a usual name, such as "section" or "slide").
         cell_type_key : str, optional
             Column of obs; the types of a categorical column are its categories in their order, else its values,
             sorted. By default all cells are of type 0.
@@ -319,7 +323,9 @@ class CenterMaskSampler(Dataset):
         for key in (section_key, cell_type_key):
             if key is not None and key not in adata.obs:
                 raise ValueError(f"There is no obs[{key!r}]; obs has {', '.join(map(repr, adata.obs)) or 'nothing'}.")
-        if section_key is not None:
+        if section_key is None:
+            warn_of_sections(adata.obs)
+        else:
             metadata["section"] = adata.obs[section_key].to_numpy()
         types = pd.Categorical(np.full(adata.n_obs, "cell") if cell_type_key is None else adata.obs[cell_type_key])
         if (types.codes < 0).any():
@@ -441,7 +447,7 @@ class CenterMaskSampler(Dataset):
         owners = np.repeat(np.arange(len(cells)), sizes)
         kept = np.ones(len(found), bool)
         crowded = (sizes > self.max_num_cells)[owners]
-        draws = _uniforms(self.seed, self.epoch, cells[owners[crowded]], found[crowded])
+        draws = _uniforms(self.seed, self.epoch, self._keys[cells[owners[crowded]]], self._keys[found[crowded]])
         kept[crowded] = first_of_each(owners[crowded], draws, len(cells), self.max_num_cells)
         return np.concatenate([[0], np.cumsum(kept)])[indptr], found[kept]
 

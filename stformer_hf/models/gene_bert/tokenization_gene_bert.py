@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .cell_counts import (
     CountRows,
+    checksums,
     is_cell_batch,
     keep,
     map_genes,
@@ -170,7 +171,8 @@ class GeneTokenizer(PreTrainedTokenizer):
         ranks the first), the first in the scheme's order (PerturbGene), or a random subset, drawn by (`seed`, epoch,
         cell).
     seed : int, default: 0
-        Of `truncation="random"`. Cells of a store are known by their row in it, others by their row in the call.
+        Of `truncation="random"`. Cells of a store are known by their row in it, others by a checksum of their counts,
+        whatever their row in the call.
     min_coverage : float, default: 0.5
         Calling the tokenizer raises where less than this share of the counts (of a store, of all batches so far) is in
         known genes, and less of the vocabulary is among the columns.
@@ -1000,12 +1002,14 @@ class GeneTokenizer(PreTrainedTokenizer):
         column_genes: np.ndarray | None,
         phenotypes: np.ndarray,
         room: np.ndarray,
-        cell_ids: np.ndarray,
+        cell_ids: np.ndarray | None,
         epoch: int,
         truncation: str,
     ) -> TokenizedCells:
         totals = row_sums(rows) if self.normalize is not None and self.totals == "columns" else None
         rows = map_genes(rows, column_genes)
+        if cell_ids is None:  # only random choices read them
+            cell_ids = checksums(rows) if truncation == "random" else np.zeros(len(rows.indptr) - 1, np.int64)
         if self.normalize is not None and totals is None:
             totals = row_sums(rows)
         measured = rows.counts if totals is None else log1p_cp10k(rows, totals)
@@ -1049,13 +1053,16 @@ class GeneTokenizer(PreTrainedTokenizer):
         column_genes: np.ndarray | None,
         phenotypes: np.ndarray,
         room: np.ndarray,
-        cell_ids: np.ndarray,
+        cell_ids: np.ndarray | None,
         epoch: int,
         truncation: str,
     ) -> TokenizedCells:
-        usable = [self._usable(map_genes(rows, column_genes)) for rows in parts]
+        mapped = [map_genes(rows, column_genes) for rows in parts]
+        usable = [self._usable(rows) for rows in mapped]
         # Totals are of all that was counted: where nothing was left out, they are those of the genes.
         subset = truncation == "random"
+        if subset and cell_ids is None:
+            cell_ids = checksums(mapped[0])
         pairs = zip(parts, usable, strict=True)
         all_totals = [None if some is rows and not subset else row_sums(rows) for rows, some in pairs]
         parts = [self._subset(rows, room, cell_ids, epoch) for rows in usable] if subset else usable
