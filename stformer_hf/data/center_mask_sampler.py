@@ -21,7 +21,15 @@ from .cell_expression import CellExpression
 from .cell_store import CellStore
 from .neighbor_index import NeighborIndex, first_of_each
 from .read_anndata import as_anndata, find_placed_table, section_of
-from .spatial_metadata import as_names, column_of, match_cells, read_points, read_sections, read_types, warn_of_sections
+from .spatial_metadata import (
+    as_names,
+    column_of,
+    match_cells,
+    read_points,
+    read_sections,
+    read_types,
+    warn_of_sections,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -453,7 +453,11 @@ class IterableAnnDataset(IterableDataset):
             yield {
                 "input_ids": tokens.input_ids[own].copy(),
                 "token_type_ids": tokens.token_type_ids[own].copy(),
-                **({} if tokens.expression_values is None else {"expression_values": tokens.expression_values[own].copy()}),
+                **(
+                    {}
+                    if tokens.expression_values is None
+                    else {"expression_values": tokens.expression_values[own].copy()}
+                ),
                 **_whole_cell(tokens, i),
                 "cell_id": cell_id,
                 **{name: values[i] for name, values in obs.items()},

@@ -364,7 +364,8 @@ class GeneTokenizer(PreTrainedTokenizer):
         Parameters
         ----------
         store : CellStore
-            Gives the genes in its order with their symbols, and the values of its categorical columns.
+            Gives the genes in its order with their symbols, and the values of its categorical columns (of a selection
+            those that its cells have: what is held out is not seen).
         scheme : {"binned", "rank"}, default: "binned"
             As in the constructor.
         phenotypes : sequence of str, or dict, optional
@@ -395,7 +396,7 @@ class GeneTokenizer(PreTrainedTokenizer):
                     f"No categorical column {', '.join(map(repr, missing))} in the store; it has "
                     f"{', '.join(store.categories) or 'none'}. Build it with obs=[…] to keep more columns."
                 )
-            phenotypes = {name: store.categories[name] for name in phenotypes}
+            phenotypes = {name: _values_of(store, name) for name in phenotypes}
         genes = store.gene_ids.tolist()
         if scheme == "rank":
             medians, target_sum = read_medians(medians)
@@ -1173,6 +1174,15 @@ class GeneTokenizer(PreTrainedTokenizer):
                 f"max_length {max_length} leaves no room for a gene: {n_special} special tokens, "
                 f"{len(self._included_phenotypes)} phenotypes and {n_parts} genes need {needed}."
             )
+
+
+def _values_of(store, name: str) -> list[str]:
+    """List the values of a categorical column of a store, of a selection those of its cells, in their order."""
+    values = store.categories[name]
+    if getattr(store, "is_selection", False):
+        codes = store.obs[name].cat.codes.to_numpy()
+        values = [values[code] for code in np.unique(codes[codes >= 0])]
+    return values
 
 
 def _exact(values: Sequence) -> Sequence:
