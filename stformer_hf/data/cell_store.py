@@ -410,9 +410,7 @@ class CellStore:
             if len(np.unique(twins)) < len(twins):
                 groups = join_groups(groups, twins)
                 if len(np.unique(groups)) < 2:
-                    raise ValueError(
-                        f"All groups of {by!r} share cells (twins by barcode and counts): drop them first."
-                    )
+                    raise ValueError(f"All groups of {by!r} share cells, by barcode and counts: drop them first.")
             splitter = GroupShuffleSplit(1, test_size=test_size, random_state=seed)
             train, test = next(splitter.split(np.arange(len(self)), groups=groups))
         return {"train": self.select(np.sort(train)), "test": self.select(np.sort(test))}

@@ -12,8 +12,8 @@ import pandas as pd
 logger = logging.getLogger(__name__)
 
 # What columns of obs are called that tell sections apart: in squidpy, brainformr, the Allen atlases, and so on.
-_SECTION_NAMES = ("section", "section_id", "tissue_section", "brain_section_label", "slice", "slice_id", "slide")
-_SECTION_NAMES += ("slide_id", "library_id")
+_SECTION_NAMES = {"section", "section_id", "tissue_section", "brain_section_label", "slice", "slice_id"}
+_SECTION_NAMES |= {"slide", "slide_id", "library_id"}
 
 
 def warn_of_sections(obs: pd.DataFrame) -> None:

@@ -92,8 +92,8 @@ class Finetuning:
             return cells
         unknown = labels[~known].astype(object).dropna().unique()
         logger.warning(
-            f"{(~known).sum()} of {len(cells)} held-out cells have no {self.label_key!r}, or one that no training cell "
-            f"has ({', '.join(map(str, unknown[:10])) or 'none of them'}): they are not evaluated."
+            f"{(~known).sum()} of {len(cells)} held-out cells have no {self.label_key!r}, or one that no training "
+            f"cell has ({', '.join(map(str, unknown[:10])) or 'none of them'}): they are not evaluated."
         )
         return cells.select(known)
 
@@ -538,7 +538,8 @@ def _labelled(
         raise ValueError(f"None of the {len(cells)} cells has counts and a {label_key!r}.")
     if not usable.all():
         logger.warning(
-            f"{(~usable).sum()} of {len(cells)} cells have no counts or no {label_key!r}, and are left out of training."
+            f"{(~usable).sum()} of {len(cells)} cells have no counts or no {label_key!r}, and are left out of "
+            "training."
         )
     return (cells if usable.all() else cells.select(usable)), labels[usable], classes, problem_type
 
