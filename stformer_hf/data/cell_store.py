@@ -427,8 +427,8 @@ class CellStore:
         n_twins = len(twins) - len(np.unique(twins))
         if n_twins:
             logger.warning(
-                f"{n_twins} of {len(twins)} cells have barcode and counts of another one: they are kept on its side of "
-                "a split, and a model that learns from them learns from these cells twice."
+                f"{n_twins} of {len(twins)} cells have barcode and counts of another one: they are kept on its side "
+                "of a split, and a model that learns from them learns from these cells twice."
             )
         return twins
 

@@ -17,7 +17,7 @@ _SECTION_NAMES |= {"slide", "slide_id", "library_id"}
 
 
 def warn_of_sections(obs: pd.DataFrame) -> None:
-    """Log a warning where no column of sections was named, and obs has one: cells of all sections would be neighbours.
+    """Log a warning where no column of sections was named and obs has one: cells of all would be neighbours.
 
     Parameters
     ----------
@@ -28,7 +28,8 @@ def warn_of_sections(obs: pd.DataFrame) -> None:
         if str(name).lower() in _SECTION_NAMES and (n_sections := obs[name].nunique()) > 1:
             logger.warning(
                 f"obs[{name!r}] has {n_sections} values, and all cells are taken for those of one section, so that "
-                f"cells of different ones may be neighbours: if these are tissue sections, pass section_key={name!r} (or --section)."
+                "cells of different ones may be neighbours: if these are tissue sections, pass "
+                f"section_key={name!r} (or --section)."
             )
             return
 

@@ -194,7 +194,9 @@ def fit_classes(model: PreTrainedModel, collator: Any, dataset: Any) -> Any:
     several = not isinstance(label, str)
     if not several and (config.problem_type == "regression" or config.num_labels == 1):
         return collator
-    of_model = {str(name): int(i) for name, i in (config.label2id or {}).items()}
+    of_model = {str(name): int(i) for i, name in (config.id2label or {}).items()}
+    if all(name.startswith(_UNNAMED) for name in of_model):
+        of_model = {str(name): int(i) for name, i in (config.label2id or {}).items()}
     if all(name.startswith(_UNNAMED) for name in of_model):
         known = collator.label2id or _numbered(label if several else _names_of(dataset, label))
         if known is None or sorted(known.values()) != list(range(config.num_labels)):
