@@ -125,7 +125,7 @@ def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]
     }
     arguments = training_arguments(Path(args.output), training, args.overwrite)
     cells = open_sections(args, arguments)
-    held_out = choose_held_out(args, cells.metadata, arguments.seed)
+    cells, held_out = _without_unseen_types(cells, choose_held_out(args, cells.metadata, arguments.seed))
     options = {
         "metadata": cells.metadata,
         "adata": cells.store,
@@ -135,13 +135,6 @@ def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]
         "patch_size": None,
         **neighborhood,
     }
-    types = cells.metadata["cell_type"]
-    unseen = set(types[held_out]) - set(types[~held_out])
-    if unseen:
-        logger.warning(
-            f"{types[held_out].isin(unseen).sum()} held-out cells are of {len(unseen)} types that no training cell "
-            f"has, such as {cells.cell_types[min(unseen)]}: the model knows nothing of these types."
-        )
     train = CenterMaskSampler(
         indices=~held_out, neighbors_from=args.neighbors_from, min_neighbors=args.min_neighbors, **options
     )
@@ -242,6 +235,25 @@ def open_sections(args: PretrainNeighborhoodArguments, arguments: TrainingArgume
     if not typed.all():
         logger.warning(f"{(~typed).sum()} of {len(typed)} cells have no counts or no type and are left out.")
     return Sections(store, metadata[typed].reset_index(drop=True), [str(name) for name in types.categories])
+
+
+def _without_unseen_types(cells: Sections, held_out: np.ndarray) -> tuple[Sections, np.ndarray]:
+    """Leave out the held-out cells of types that no training cell has: the model does not know these types."""
+    import numpy as np
+
+    types = cells.metadata["cell_type"].to_numpy()
+    seen = np.unique(types[~held_out])
+    known = np.isin(types, seen)
+    if known.all():
+        return cells, held_out
+    unseen = [cells.cell_types[code] for code in np.unique(types[~known])]
+    logger.warning(
+        f"{(~known).sum()} held-out cells are of {len(unseen)} types that no training cell has, such as "
+        f"{', '.join(unseen[:3])}: they are left out, as the model does not know these types."
+    )
+    metadata = cells.metadata[known].reset_index(drop=True)
+    metadata["cell_type"] = np.searchsorted(seen, types[known])
+    return Sections(cells.store, metadata, [cells.cell_types[code] for code in seen]), held_out[known]
 
 
 def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], str | None]:
