@@ -6,10 +6,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel
 from datasets import Dataset as HuggingFaceDataset
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
+
+from ..data.obs_columns import ClassCode
 
 CLASS_NAMES = b"class_names"
 
@@ -26,18 +29,49 @@ class TokenRows(Dataset):
     def __init__(self, dataset: HuggingFaceDataset):
         self.dataset = dataset
         self._tables = dataset.with_format("arrow")
-        classes = {name: of.names for name, of in dataset.features.items() if isinstance(of, ClassLabel)}
-        self._metadata = {CLASS_NAMES: json.dumps(classes)}
+        self.categories = class_names(dataset)
+        self._metadata = {CLASS_NAMES: json.dumps(self.categories)}
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        return self.dataset[row]
+        """Read a row; codes of classes know their names."""
+        example = self.dataset[row]
+        known = {name: example[name] for name in self.categories if example[name] is not None}
+        return {**example, **{name: ClassCode(code, self.categories[name]) for name, code in known.items()}}
 
     def __getitems__(self, rows: Sequence[int]) -> pa.Table:
         """Read rows, in the order asked for; the schema's metadata name the classes of `ClassLabel` columns."""
         return self._tables[rows].replace_schema_metadata(self._metadata)
 
 
-__all__ = ["CLASS_NAMES", "TokenRows"]
+def as_token_rows(dataset: Any) -> Any:
+    """Read the tokenized datasets that a dataset is made of as `TokenRows`, so that their rows know their classes.
+
+    Parameters
+    ----------
+    dataset : datasets.Dataset, torch Subset or ConcatDataset of such, or anything else
+        Anything else is returned as it is.
+    """
+    if isinstance(dataset, HuggingFaceDataset):
+        return TokenRows(dataset)
+    if isinstance(dataset, Subset):
+        inner = as_token_rows(dataset.dataset)
+        if isinstance(inner, TokenRows):
+            return TokenRows(inner.dataset.select(np.asarray(dataset.indices, np.int64)))
+    if isinstance(dataset, ConcatDataset):
+        parts = [as_token_rows(part) for part in dataset.datasets]
+        if any(isinstance(part, TokenRows) for part in parts):
+            return ConcatDataset(parts)
+    return dataset
+
+
+def class_names(dataset: Any) -> dict[str, list[str]]:
+    """Return the names of the codes of the columns of classes of a store, a stream or a tokenized dataset."""
+    features = getattr(dataset, "features", None) or {}
+    found = {name: of.names for name, of in features.items() if isinstance(of, ClassLabel)}
+    return found or dict(getattr(dataset, "categories", None) or {})
+
+
+__all__ = ["CLASS_NAMES", "TokenRows", "as_token_rows", "class_names"]

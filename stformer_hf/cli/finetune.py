@@ -142,6 +142,8 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
             },
             tokenizer_config={"whole_cell": whole_cell, "bin_edges": args.bin_edges},
         )
+        if held_out_cells is not None:
+            held_out_cells = prepared.known(held_out_cells)
         trainer = prepared.trainer(
             arguments,
             held_out_cells,

@@ -249,7 +249,7 @@ def _check_settings(args: PretrainArguments) -> None:
 
 
 def _make_tokenizer(args: PretrainArguments, store: CellStore, train_cells: CellStore) -> GeneTokenizer:
-    """Make a tokenizer of the store's genes; ranks without a file of medians get those of the cells in training."""
+    """Make a tokenizer of the store's genes; medians and quantiles that are not given are of the cells in training."""
     from ..data.gene_medians import estimate_gene_medians
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 
@@ -260,7 +260,7 @@ def _make_tokenizer(args: PretrainArguments, store: CellStore, train_cells: Cell
     if args.scheme == "rank" and medians is None:
         medians = estimate_gene_medians(train_cells, settings.get("target_sum") or 1e4)
     return GeneTokenizer.from_store(
-        store,
+        train_cells,
         args.scheme,
         phenotypes=args.phenotypes,
         medians=medians,

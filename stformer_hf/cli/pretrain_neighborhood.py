@@ -126,7 +126,7 @@ def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]
     arguments = training_arguments(Path(args.output), training, args.overwrite)
     with removing_store(arguments):
         cells = open_sections(args, arguments)
-        held_out = choose_held_out(args, cells.metadata, arguments.seed)
+        cells, held_out = _without_unseen_types(cells, choose_held_out(args, cells.metadata, arguments.seed))
         options = {
             "metadata": cells.metadata,
             "adata": cells.store,
@@ -136,13 +136,6 @@ def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]
             "patch_size": None,
             **neighborhood,
         }
-        types = cells.metadata["cell_type"]
-        unseen = set(types[held_out]) - set(types[~held_out])
-        if unseen:
-            logger.warning(
-                f"{types[held_out].isin(unseen).sum()} held-out cells are of {len(unseen)} types that no training "
-                f"cell has, such as {cells.cell_types[min(unseen)]}: the model knows nothing of these types."
-            )
         train = CenterMaskSampler(
             indices=~held_out, neighbors_from=args.neighbors_from, min_neighbors=args.min_neighbors, **options
         )
@@ -157,6 +150,7 @@ def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]
             "gene_ids": [str(gene) for gene in cells.store.gene_ids],
             "cell_types": cells.cell_types,
             "neighborhood": neighborhood,
+            "section_key": args.section or (_SECTION if _SECTION in cells.store.obs else None),
             **(args.model_config or {}),
         },
     )
@@ -244,12 +238,32 @@ def open_sections(args: PretrainNeighborhoodArguments, arguments: TrainingArgume
     return Sections(store, metadata[typed].reset_index(drop=True), [str(name) for name in types.categories])
 
 
+def _without_unseen_types(cells: Sections, held_out: np.ndarray) -> tuple[Sections, np.ndarray]:
+    """Leave out the held-out cells of types that no training cell has: the model does not know these types."""
+    import numpy as np
+
+    types = cells.metadata["cell_type"].to_numpy()
+    seen = np.unique(types[~held_out])
+    known = np.isin(types, seen)
+    if known.all():
+        return cells, held_out
+    unseen = [cells.cell_types[code] for code in np.unique(types[~known])]
+    logger.warning(
+        f"{(~known).sum()} held-out cells are of {len(unseen)} types that no training cell has, such as "
+        f"{', '.join(unseen[:3])}: they are left out, as the model does not know these types."
+    )
+    metadata = cells.metadata[known].reset_index(drop=True)
+    metadata["cell_type"] = np.searchsorted(seen, types[known])
+    return Sections(cells.store, metadata, [cells.cell_types[code] for code in seen]), held_out[known]
+
+
 def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], str | None]:
     """Open files with the coordinates, and the section, of each cell in obs; and the layer to read in them."""
     import numpy as np
     import pandas as pd
 
     from ..data.read_anndata import is_anndata_file, read_anndata, section_of
+    from ..data.spatial_metadata import warn_of_sections
     from .runs import one_layer
 
     paths = [Path(path) for path in args.data]
@@ -279,6 +293,8 @@ def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], st
         for axis, values in zip(_AXES, places.T, strict=False):
             adata.obs[axis] = values
         region = None if args.section else section_of(adata)
+        if region is None and section not in adata.obs:
+            warn_of_sections(adata.obs)
         if region is not None:
             adata.obs[section] = adata.obs[region]
         own = adata.obs[section] if section in adata.obs else pd.Series("", adata.obs_names)

@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from ..data.cell_store import CellStore
 from ..data.formats import expand
 from ..data.read_anndata import is_anndata_file, read_anndata
+from ..data.same_cells import join_groups
 from ..data.spatial_graph import spatial_neighbors
 from ..training.cell_trainer import CellTrainer
 from ..training.checkpoints import checkpoint_to_resume, last_whole_checkpoint
@@ -198,8 +199,10 @@ def split(
 ) -> tuple[CellStore, CellStore | None]:
     """Split cells with counts (and a label) at random; by the seed, and with like shares of each class.
 
-    A class with one cell is in training. With `split_by`, a column of obs, its groups are held out whole. With
-    `eval_data`, the last sources of the store, their cells are held out in place of a share.
+    Cells that are there twice (see `CellStore.twins`) are on one side. A class with one cell is in training; where
+    fewer cells are held out than there are classes, the smallest classes are held out as one. With `split_by`, a
+    column of obs, its groups are held out whole. With `eval_data`, the last sources of the store, their cells are held
+    out in place of a share, and their twins are left out of training. What is left out is logged.
 
     Raises
     ------
@@ -222,6 +225,11 @@ def split(
     if eval_data:
         n_last = sum(source["n_cells"] for source in store.manifest["sources"][-len(expand(eval_data)) :])
         train, test = cells[cells < len(store) - n_last], cells[cells >= len(store) - n_last]
+        twins = store.select(cells).twins()
+        in_both = np.isin(twins[: len(train)], twins[len(train) :])
+        if in_both.any():
+            logger.warning(f"{in_both.sum()} training cells are in eval_data too, and are left out of training.")
+            train = train[~in_both]
         if not (len(train) and len(test)):
             raise ValueError(f"{len(train)} usable cells to train on, and {len(test)} in eval_data: both are needed.")
         return store.select(train), store.select(test)
@@ -230,23 +238,50 @@ def split(
         raise ValueError(f"{len(cells)} usable cells: none is left to train on.")
     if not n_test:
         return store.select(cells), None
+    twins = store.select(cells).twins()
     if split_by is not None:
         if split_by not in store.obs:
             raise ValueError(f"No obs column {split_by!r}; there are {', '.join(store.obs.columns) or 'none'}.")
         groups = store.obs[split_by].astype(str).to_numpy()[cells]
+        if len(np.unique(twins)) < len(twins):
+            groups = join_groups(groups, twins)
         if len(np.unique(groups)) < 2:
             raise ValueError(f"{split_by!r} has one group among the usable cells: none can be held out.")
         train, test = next(GroupShuffleSplit(1, test_size=held_out, random_state=seed).split(cells, groups=groups))
         return store.select(cells[train]), store.select(cells[test])
-    strata, alone = None, cells[:0]
+    firsts, of_cell = np.unique(twins, return_index=True, return_inverse=True)[1:]
+    kinds, n_test = np.arange(len(firsts)), math.ceil(held_out * len(firsts))  # of cells, each once
+    strata = None
     if codes is not None:
-        n_like = np.bincount(codes[cells])[codes[cells]]
-        alone, cells = cells[n_like < 2], cells[n_like > 1]  # a class of one cell cannot be on both sides
-        strata = codes[cells] if n_test >= len(np.unique(codes[cells])) else None
-    if len(cells) <= n_test:
-        raise ValueError(f"Only {len(cells)} cells are of classes with two: none is left beside {n_test} held out.")
-    train, test = train_test_split(cells, test_size=n_test, random_state=seed, stratify=strata)
-    return store.select(np.sort(np.concatenate([train, alone]))), store.select(np.sort(test))
+        strata = codes[cells[firsts]]
+        n_like = np.bincount(strata)[strata]
+        alone = np.unique(strata[n_like < 2])
+        if len(alone):
+            names = [store.categories[label][code] for code in alone]
+            logger.warning(
+                f"{len(alone)} classes of {label!r} have one cell, which is in training, so that nothing is known of "
+                f"them on held-out cells: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}."
+            )
+        kinds = kinds[n_like > 1]  # a class of one cell cannot be on both sides
+        strata = _like_shares(strata[kinds], min(n_test, max(len(kinds) - n_test, 1)), label)
+    if len(kinds) <= n_test:
+        raise ValueError(f"Only {len(kinds)} cells are of classes with two: none is left beside {n_test} held out.")
+    _, test = train_test_split(kinds, test_size=n_test, random_state=seed, stratify=strata)
+    held = np.isin(of_cell, test)
+    return store.select(cells[~held]), store.select(cells[held])
+
+
+def _like_shares(codes: np.ndarray, most: int, label: str) -> np.ndarray:
+    """Return what both sides have like shares of: the classes, or at most so many, the smallest of them as one."""
+    classes, n_cells = np.unique(codes, return_counts=True)
+    if most >= len(classes):
+        return codes
+    smallest = classes[np.argsort(-n_cells, kind="stable")[most - 1 :]]
+    logger.warning(
+        f"One side of the split has {most} cells, fewer than the {len(classes)} classes of {label!r}: the "
+        f"{len(smallest)} smallest are divided as one, and some of them may be on one side only."
+    )
+    return np.where(np.isin(codes, smallest), -1, codes)
 
 
 def finish(trainer: CellTrainer, card: dict | None = None) -> dict[str, float]:

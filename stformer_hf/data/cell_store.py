@@ -25,6 +25,7 @@ from .formats import is_source
 from .join import join_stores
 from .neighborhoods import sum_groups
 from .replacing import building_of, recover
+from .same_cells import find_twins_of_store, join_groups
 from .shards import checksum
 from .store_writer import (
     FORMAT_VERSION,
@@ -126,6 +127,11 @@ class CellStore:
     def gene_ids(self) -> np.ndarray:
         """Ids of the gene table, object array (n_genes,)."""
         return self.genes.gene_ids
+
+    @property
+    def is_selection(self) -> bool:
+        """Whether it has some of the cells of the store at its path."""
+        return self._index is not None
 
     @property
     def cell_ids(self) -> np.ndarray:
@@ -362,12 +368,15 @@ class CellStore:
     ) -> dict[str, CellStore]:
         """Split at random into training and held-out cells.
 
+        Cells that are in the store twice, by barcode and counts, are on one side; their number is logged.
+
         Parameters
         ----------
         test_size : float, default: 0.1
             Share of the cells that are held out; with `by`, of the groups.
         by : str, optional
-            Obs column, such as `donor`, whose groups are not divided: no group has cells on both sides.
+            Obs column, such as `donor`, whose groups are not divided: no group has cells on both sides. Groups that
+            share a cell count as one.
         seed : int, default: 0
             Of the choice.
 
@@ -383,8 +392,12 @@ class CellStore:
         """
         from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit  # a second of imports
 
+        twins = self.twins()
         if by is None:
-            train, test = next(ShuffleSplit(1, test_size=test_size, random_state=seed).split(np.arange(len(self))))
+            firsts, of_cell = np.unique(twins, return_index=True, return_inverse=True)[1:]
+            _, chosen = next(ShuffleSplit(1, test_size=test_size, random_state=seed).split(firsts))
+            held_out = np.isin(of_cell, chosen)
+            train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
         else:
             if by not in self.obs:
                 raise ValueError(f"No obs column {by!r}; there are {', '.join(self.obs.columns) or 'none'}.")
@@ -393,9 +406,31 @@ class CellStore:
                 raise ValueError(f"{int(groups.isna().sum())} cells have no {by!r}: leave them out with select first.")
             if groups.nunique() < 2:
                 raise ValueError(f"All cells have the same {by!r}: nothing to hold out.")
+            groups = groups.astype(str).to_numpy()
+            if len(np.unique(twins)) < len(twins):
+                groups = join_groups(groups, twins)
+                if len(np.unique(groups)) < 2:
+                    raise ValueError(f"All groups of {by!r} share cells, by barcode and counts: drop them first.")
             splitter = GroupShuffleSplit(1, test_size=test_size, random_state=seed)
-            train, test = next(splitter.split(np.arange(len(self)), groups=groups.astype(str)))
+            train, test = next(splitter.split(np.arange(len(self)), groups=groups))
         return {"train": self.select(np.sort(train)), "test": self.select(np.sort(test))}
+
+    def twins(self) -> np.ndarray:
+        """Find cells that are here twice: of equal barcode and equal counts.
+
+        Returns
+        -------
+        int64 array (n,)
+            One number per cell; cells with the same number are twins. Without twins 0, 1, 2, … Their number is logged.
+        """
+        twins = find_twins_of_store(self.obs_names, self.lengths, self.rows)
+        n_twins = len(twins) - len(np.unique(twins))
+        if n_twins:
+            logger.warning(
+                f"{n_twins} of {len(twins)} cells have barcode and counts of another one: they are kept on its side "
+                "of a split, and a model that learns from them learns from these cells twice."
+            )
+        return twins
 
     def block_shuffle(self, block_size: int = 16, *, seed: int = 0, epoch: int = 0) -> np.ndarray:
         """Order the rows at random, but for blocks of rows that stay together and are read at once.

@@ -16,11 +16,20 @@ from anndata import AnnData
 from scipy import sparse
 from torch.utils.data import Dataset
 
+from ..models.gene_bert.gene_columns import resolve_genes
 from .cell_expression import CellExpression
 from .cell_store import CellStore
 from .neighbor_index import NeighborIndex, first_of_each
 from .read_anndata import as_anndata, find_placed_table, section_of
-from .spatial_metadata import column_of, match_cells, read_points, read_sections, read_types
+from .spatial_metadata import (
+    as_names,
+    column_of,
+    match_cells,
+    read_points,
+    read_sections,
+    read_types,
+    warn_of_sections,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -123,13 +132,15 @@ class CenterMaskSampler(Dataset):
     tissue_section_colname : str or None, default: "brain_section_label"
         Column of sections; None: all cells are of one.
     max_num_cells : int, optional
-        Most neighbours of an item. Of more, a uniform random subset is given, a function of (seed, epoch, cell).
+        Most neighbours of an item. Of more, a uniform random subset is given, a function of the seed, the epoch and
+        the names of the cells, whatever their rows.
     indices : int array or boolean mask (n_cells,), optional
         Rows of metadata: the cells that items are made of, such as those to train on. All by default.
     shape : {"box", "disc"}, default: "box"
         A disc (in 3-D a ball) has the diameter `patch_size`.
     k_nearest : int, optional
-        Only so many neighbours, the nearest ones; of equally distant ones the first in metadata.
+        Only so many neighbours, the nearest ones; of equally distant ones those whose names have the lowest hashes,
+        whatever their rows.
     discretize : bool, default: False
         Cut `patch_size` to whole numbers and round the borders of boxes to them, as brainformr does.
     neighbors_from : {"all", "indices"}, default: "all"
@@ -155,6 +166,10 @@ class CenterMaskSampler(Dataset):
         Rows of metadata of the items' cells.
     cell_types : list of str or None
         Names of the cell types, in the order of their codes; known from `from_anndata`.
+    gene_ids : list of str or None
+        Which gene each column is, see `resolve_genes`; None where columns are only numbered.
+    section_key : str or None
+        Column of obs that `from_anndata` took the sections of.
     n_cell_types, n_genes : int
         Codes of cell types are smaller numbers; columns of expression.
 
@@ -214,14 +229,18 @@ class CenterMaskSampler(Dataset):
         self.max_num_cells, self.seed = max_num_cells, operator.index(seed)
         self._lengths: np.ndarray | None = None
         self.cell_types: list[str] | None = None
+        self.section_key: str | None = None
+        self.normalize = normalize
         names = column_of(metadata, cell_id_colname)
         points = read_points(metadata, [x, y] if z is None else [x, y, z], names)
         sections = read_sections(metadata, tissue_section_colname, names)
         self._types = read_types(metadata, cell_type_colname)
         self._expression = CellExpression(adata, normalize)
+        self._keys = pd.util.hash_array(as_names(names).to_numpy(), categorize=False)
         self._rows = match_cells(names, self._expression.names, cell_id_colname)
         self._cell_embeds = None if cell_embeds is None else _checked_embeds(cell_embeds, len(names))
         self.n_genes = self._expression.n_genes
+        self.gene_ids = _gene_ids(adata)
         self.n_cell_types = int(self._types.max(initial=-1)) + 1
         self.indices = _chosen(indices, len(points))
         candidates = np.unique(self.indices) if neighbors_from == "indices" else None
@@ -233,6 +252,7 @@ class CenterMaskSampler(Dataset):
             k_nearest=1 if max_num_cells == 0 else k_nearest,  # all but one would be found in vain
             discretize=discretize,
             candidates=candidates,
+            keys=self._keys,
         )
         self._options = {
             "patch_size": patch_size,
@@ -275,7 +295,7 @@ class CenterMaskSampler(Dataset):
             Key of obsm: coordinates, (n_cells, 2) or (n_cells, 3).
         section_key : str, optional
             Column of obs; by default the regions of a SpatialData's table are sections, and all other cells are of
-            one.
+            one (with a warning where obs has a column of a usual name, such as "section" or "slide").
         cell_type_key : str, optional
             Column of obs; the types of a categorical column are its categories in their order, else its values,
             sorted. By default all cells are of type 0.
@@ -311,7 +331,9 @@ class CenterMaskSampler(Dataset):
         for key in (section_key, cell_type_key):
             if key is not None and key not in adata.obs:
                 raise ValueError(f"There is no obs[{key!r}]; obs has {', '.join(map(repr, adata.obs)) or 'nothing'}.")
-        if section_key is not None:
+        if section_key is None:
+            warn_of_sections(adata.obs)
+        else:
             metadata["section"] = adata.obs[section_key].to_numpy()
         types = pd.Categorical(np.full(adata.n_obs, "cell") if cell_type_key is None else adata.obs[cell_type_key])
         if (types.codes < 0).any():
@@ -331,6 +353,7 @@ class CenterMaskSampler(Dataset):
         )
         sampler.cell_types = [str(name) for name in types.categories]
         sampler.n_cell_types = len(sampler.cell_types)
+        sampler.section_key = section_key
         return sampler
 
     def __len__(self) -> int:
@@ -349,6 +372,16 @@ class CenterMaskSampler(Dataset):
         """Options and cells in a line: that of another sampler differs where its neighbourhoods do."""
         options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
         return f"{options}, {len(self)} of {len(self._rows)} cells (checksum {zlib.crc32(self.indices.tobytes()):08x})"
+
+    @property
+    def neighborhood(self) -> dict[str, Any]:
+        """What a neighbourhood is: the options that a model keeps (`CellNeighborhoodConfig.neighborhood`)."""
+        options = {name: self._options[name] for name in ("patch_size", "shape", "k_nearest", "max_num_cells")}
+        if self._options["discretize"]:
+            options["discretize"] = True
+        if options["patch_size"] is not None:
+            options["patch_size"] = np.asarray(options["patch_size"], np.float64).tolist()
+        return {name: value for name, value in options.items() if value is not None}
 
     def set_epoch(self, epoch: int) -> None:
         """Draw for another epoch; call it before the epoch's first batch."""
@@ -422,7 +455,7 @@ class CenterMaskSampler(Dataset):
         owners = np.repeat(np.arange(len(cells)), sizes)
         kept = np.ones(len(found), bool)
         crowded = (sizes > self.max_num_cells)[owners]
-        draws = _uniforms(self.seed, self.epoch, cells[owners[crowded]], found[crowded])
+        draws = _uniforms(self.seed, self.epoch, self._keys[cells[owners[crowded]]], self._keys[found[crowded]])
         kept[crowded] = first_of_each(owners[crowded], draws, len(cells), self.max_num_cells)
         return np.concatenate([[0], np.cumsum(kept)])[indptr], found[kept]
 
@@ -486,6 +519,16 @@ def _chosen(indices: Sequence[int] | np.ndarray | None, n: int) -> np.ndarray:
     if len(outside):
         raise IndexError(f"indices ask for row {outside[0]}; metadata has {n}.")
     return rows.astype(np.int64) % n
+
+
+def _gene_ids(adata: AnnData | CellStore) -> list[str] | None:
+    """Tell which gene each column is; None where they are only numbered."""
+    if isinstance(adata, CellStore):
+        return adata.gene_ids.tolist()
+    try:
+        return resolve_genes(adata.var_names, adata.var).gene_ids.tolist()
+    except ValueError:  # row numbers
+        return None
 
 
 def _checked_embeds(embeds: np.ndarray, n: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from ..genes.unite import unite
 from .cell_batch import CellBatch
 from .formats import expand, is_source
 from .matrices import Matrix
-from .obs_columns import as_array, as_arrow, as_objects, unite_obs
+from .obs_columns import ClassCode, as_array, as_arrow, as_objects, unite_obs
 from .same_cells import check_names
 from .shards import align, count_type_of, gene_type
 from .sources import Source, checked_blocks, open_source
@@ -28,7 +28,8 @@ from .sources import Source, checked_blocks, open_source
 if TYPE_CHECKING:
     from .cell_store import CellStore
 
-_OWN_COLUMNS = {"cell_id", "input_ids", "token_type_ids", "cell_genes", "cell_counts", "measured_genes"}
+_OWN_COLUMNS = {"cell_id", "input_ids", "token_type_ids", "expression_values"}
+_OWN_COLUMNS |= {"cell_genes", "cell_counts", "measured_genes"}
 _ROWS_PER_BLOCK = 512  # cells read, and tokenized, at once
 
 
@@ -94,10 +95,12 @@ class IterableAnnDataset(IterableDataset):
     dict
         Without a tokenizer as `CellStore.__getitem__`: `genes` (rows of `genes`, ascending; uint16, or uint32 over
         65,536 genes), `counts` (uint32; float32 where fractional), `cell_id`, `obs_name` and the obs values. With
-        one, what the package's collators take: `input_ids` and `token_type_ids` (int64), with `whole_cell` also
-        `cell_genes`, `cell_counts` and, where the files lack genes, `measured_genes`, then `cell_id` and the obs
-        values, of categorical columns the codes (-1 where missing). `cell_id` is the number of the cell in the files
-        in the order given, so that masks do not depend on who reads the cell.
+        one, what the package's collators take: `input_ids` and `token_type_ids` (int64), with `values` also
+        `expression_values`, with `whole_cell` also `cell_genes`, `cell_counts` and, where the files lack genes,
+        `measured_genes`, then `cell_id` and the obs values, of categorical columns the codes (-1 where missing; a
+        `ClassCode`, which knows the names). `cell_id` is the number of the cell in the files in the order given, so
+        that masks do not depend on who reads the cell. With `truncation="random"` each epoch draws other genes, those
+        that a store's cells of the same `cell_id` have in this epoch.
 
     Raises
     ------
@@ -457,13 +460,20 @@ class IterableAnnDataset(IterableDataset):
             gene_ids=self.genes.gene_ids,  # the same array every time, which the tokenizer maps once
             symbols=self.genes.symbols,
         )
-        tokens = self.tokenizer.encode_cells(cells)
+        tokens = self.tokenizer.encode_cells(cells, epoch=self.epoch)
         obs = {name: as_objects(values[cell_ids]) for name, values in self._obs.items()}
+        for name in set(obs) & set(self.categories):
+            obs[name] = [ClassCode(code, self.categories[name]) for code in obs[name]]
         for i, cell_id in enumerate(cell_ids.tolist()):
             own = slice(*tokens.indptr[i : i + 2])
             yield {
                 "input_ids": tokens.input_ids[own].copy(),
                 "token_type_ids": tokens.token_type_ids[own].copy(),
+                **(
+                    {}
+                    if tokens.expression_values is None
+                    else {"expression_values": tokens.expression_values[own].copy()}
+                ),
                 **_whole_cell(tokens, i),
                 "cell_id": cell_id,
                 **{name: values[i] for name, values in obs.items()},

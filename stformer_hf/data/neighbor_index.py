@@ -28,11 +28,13 @@ class NeighborIndex:
         Sides of the box, or the diameter of the disc; one number for all sides. None with `k_nearest`: no bounds.
     shape : {"box", "disc"}
     k_nearest : int, optional
-        Only so many of them, the nearest by Euclidean distance; of equally distant ones those of the lowest number.
+        Only so many of them, the nearest by Euclidean distance; of equally distant ones those of the lowest key.
     discretize : bool
         Cut the sides of the box to whole numbers, and round its borders to them, halves to even.
     candidates : int64 array (n_candidates,), optional
         Cells that may be neighbours, ascending; all by default. `query` is for these cells only.
+    keys : array (n,), optional
+        Decide between equally distant cells; their numbers by default.
 
     Raises
     ------
@@ -55,6 +57,7 @@ class NeighborIndex:
         k_nearest: int | None = None,
         discretize: bool = False,
         candidates: np.ndarray | None = None,
+        keys: np.ndarray | None = None,
     ):
         if shape not in ("box", "disc"):
             raise ValueError(f"shape={shape!r}: a neighbourhood is a 'box' or a 'disc'.")
@@ -65,6 +68,7 @@ class NeighborIndex:
         if discretize and (shape == "disc" or patch_size is None):
             raise ValueError("discretize=True rounds the borders of a box: it goes with shape='box' and a patch_size.")
         self._points, self._sections = points, sections
+        self._keys = np.arange(len(points)) if keys is None else keys
         # Where squares are taken: they neither overflow nor vanish, and a power of 2 changes no digits, so no tie.
         _, self._exponent = np.frexp(np.abs(points).max(initial=0))
         self._even = None if k_nearest is None else np.ldexp(points, -self._exponent)
@@ -122,7 +126,7 @@ class NeighborIndex:
         found = keys - owners * len(self._points)
         if self._k is not None:
             away = ((self._even[found] - self._even[cells[owners]]) ** 2).sum(axis=1)
-            kept = first_of_each(owners, away, len(cells), self._k)
+            kept = first_of_each(owners, away, len(cells), self._k, self._keys[found])
             owners, found = owners[kept], found[kept]
         indptr = np.zeros(len(cells) + 1, np.int64)
         np.cumsum(np.bincount(owners, minlength=len(cells)), out=indptr[1:])
@@ -176,8 +180,10 @@ class NeighborIndex:
         return np.ldexp(away, self._exponent)
 
 
-def first_of_each(owners: np.ndarray, values: np.ndarray, n_owners: int, most: int) -> np.ndarray:
-    """Choose the elements of the lowest values of each owner, of equal ones the first.
+def first_of_each(
+    owners: np.ndarray, values: np.ndarray, n_owners: int, most: int, keys: np.ndarray | None = None
+) -> np.ndarray:
+    """Choose the elements of the lowest values of each owner, of equal ones those of the lowest keys, or the first.
 
     Parameters
     ----------
@@ -185,13 +191,14 @@ def first_of_each(owners: np.ndarray, values: np.ndarray, n_owners: int, most: i
         Ascending.
     values : array (n,)
     n_owners, most : int
+    keys : array (n,), optional
 
     Returns
     -------
     bool array (n,)
         At most `most` of each owner.
     """
-    order = np.lexsort((values, owners))
+    order = np.lexsort((values, owners) if keys is None else (keys, values, owners))
     starts = np.searchsorted(owners, np.arange(n_owners))
     kept = np.zeros(len(owners), bool)
     kept[order] = np.arange(len(owners)) - starts[owners] < most  # `owners` is sorted: its order is that of the ranks

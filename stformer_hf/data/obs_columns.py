@@ -252,4 +252,30 @@ def as_objects(values: np.ndarray) -> list:
     return pd.Series(values).tolist()
 
 
-__all__ = ["OWN_COLUMNS", "ObsColumns", "as_array", "as_arrow", "as_objects", "unite_obs"]
+class ClassCode(int):
+    """The code of a class in a single cell, which knows the names of the codes; -1 where the class is missing.
+
+    Attributes
+    ----------
+    names : list of str
+        In the order of the codes.
+    """
+
+    names: list[str]
+
+    def __new__(cls, code: int, names: list[str]) -> ClassCode:
+        """Make a code."""
+        self = super().__new__(cls, code)
+        self.names = names
+        return self
+
+    def __reduce__(self):
+        return ClassCode, (int(self), self.names)
+
+    @property
+    def name(self) -> str | None:
+        """Name of the class; None where it is missing."""
+        return self.names[self] if self >= 0 else None
+
+
+__all__ = ["OWN_COLUMNS", "ClassCode", "ObsColumns", "as_array", "as_arrow", "as_objects", "unite_obs"]

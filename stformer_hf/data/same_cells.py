@@ -1,15 +1,17 @@
-"""Sources of a build that hold the same cells: raw and filtered files of one run, or cells that agree in all."""
+"""Cells that are there twice: sources of a build that hold the same cells, and twins among the cells of a store."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
+from scipy.sparse.csgraph import connected_components
+from xxhash import xxh3_128_digest
 
 SHARE = 0.9  # of a source's cells that agree with cells of another: it holds the same cells
 _KAPPA = 0.5
@@ -20,6 +22,9 @@ _RAW_OR_FILTERED = re.compile(r"(?<![a-z])(raw|unfiltered|filtered)(?![a-z])", r
 _COUNTED_TWICE = re.compile(r"(?<=/)Gene(?:Full\w*)?(?=/)|(?<=/square_)\d{3}um(?=/)")  # STARsolo, Visium HD
 _FORMAT = re.compile(r"(\.h5|/matrix\.mtx|/matrix\.mtx\.gz)$", re.IGNORECASE)
 _BASES = re.compile("[ACGT]{12,}")
+_NUCLEOTIDES = re.compile(r"[ACGTN]{8,}")
+_SUFFIX = re.compile(r"(-\d+)+$")  # what anndata appends to names that occur twice
+_ROWS_AT_A_TIME = 4096
 _REMEDY = "or pass allow_duplicates=True."
 
 
@@ -184,4 +189,90 @@ def _count_shared(keys: Sequence[np.ndarray]) -> sparse.csr_array:
     return cells @ there.T
 
 
-__all__ = ["SHARE", "SameCells", "check_names", "describe", "row_totals"]
+# ---------------------------------------------------------------------- twins
+
+
+def find_twins(names: Sequence[str], counts: sparse.csr_array) -> np.ndarray:
+    """Find cells of equal barcode and equal counts, such as a cell that two files share.
+
+    The barcode is the name's runs of eight or more nucleotide letters; of a name without them, the name up to a
+    trailing "-1", "-1-2", …
+
+    Parameters
+    ----------
+    names : sequence of str (n_cells,)
+        Names of the cells.
+    counts : csr_array (n_cells, n_genes)
+        With sorted indices and without explicit zeros.
+
+    Returns
+    -------
+    int64 array (n_cells,)
+        One number per cell; cells with the same number are twins.
+    """
+    barcodes = [_barcode(str(name)) for name in names]
+    keys: list = list(range(len(barcodes)))
+    for row in np.flatnonzero(_repeated(barcodes)):
+        keys[row] = (barcodes[row], _digest(counts, counts.indptr[row], counts.indptr[row + 1]))
+    return np.asarray(pd.factorize(pd.Series(keys, dtype=object))[0], np.int64)
+
+
+def _barcode(name: str) -> str:
+    return "_".join(_NUCLEOTIDES.findall(name)) or _SUFFIX.sub("", name)
+
+
+def _repeated(keys: Sequence[Any]) -> np.ndarray:
+    return pd.Series(keys, dtype=object).duplicated(keep=False).to_numpy()
+
+
+def find_twins_of_store(names: Sequence[str], n_genes: np.ndarray, read: Callable) -> np.ndarray:
+    """Find twins as `find_twins` does, reading only the cells whose barcode and number of genes others have too.
+
+    Parameters
+    ----------
+    names : sequence of str (n_cells,)
+    n_genes : int array (n_cells,)
+        Number of expressed genes.
+    read : callable
+        Rows, int64 array -> their counts, csr_array.
+
+    Returns
+    -------
+    int64 array (n_cells,)
+        One number per cell; cells with the same number are twins. They ascend: without twins 0, 1, 2, …
+    """
+    barcodes = [_barcode(str(name)) for name in names]
+    rows = np.flatnonzero(_repeated(list(zip(barcodes, n_genes.tolist(), strict=True))))
+    keys: list = list(range(len(barcodes)))
+    for start in range(0, len(rows), _ROWS_AT_A_TIME):
+        some = rows[start : start + _ROWS_AT_A_TIME]
+        counts = read(some)
+        for row, begin, end in zip(some, counts.indptr[:-1], counts.indptr[1:], strict=True):
+            if end > begin:  # a cell without counts is no twin
+                keys[row] = (barcodes[row], _digest(counts, begin, end))
+    return np.asarray(pd.factorize(pd.Series(keys, dtype=object))[0], np.int64)
+
+
+def _digest(counts: sparse.csr_array, begin: int, end: int) -> bytes:
+    values = counts.indices[begin:end].astype(np.int64).tobytes() + counts.data[begin:end].astype(np.float64).tobytes()
+    return xxh3_128_digest(values)
+
+
+def join_groups(groups: np.ndarray, twins: np.ndarray) -> np.ndarray:
+    """Give the groups numbers: int array (n_cells,); those that twins connect get one number."""
+    codes, _ = pd.factorize(groups)
+    n = codes.max() + 1
+    links = sparse.csr_array((np.ones(len(codes)), (codes, n + twins)), shape=(n + twins.max() + 1,) * 2)
+    return connected_components(links, directed=False)[1][codes]
+
+
+__all__ = [
+    "SHARE",
+    "SameCells",
+    "check_names",
+    "describe",
+    "find_twins",
+    "find_twins_of_store",
+    "join_groups",
+    "row_totals",
+]

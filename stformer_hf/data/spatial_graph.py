@@ -11,6 +11,7 @@ from scipy import sparse
 from scipy.spatial import Delaunay, QhullError, cKDTree
 
 from .read_anndata import find_placed_table, section_of
+from .spatial_metadata import warn_of_sections
 
 _METHODS = ("delaunay", "knn", "radius")
 _N_NEIGHBORS = 6  # squidpy's
@@ -95,6 +96,8 @@ def spatial_neighbors(
         raise ValueError(f"radius={radius}: a positive distance is needed.")
     found = find_placed_table(adata, layer)
     adata, section_key = found.table, section_key or section_of(found.table)
+    if section_key is None:
+        warn_of_sections(adata.obs)
     coordinates = _coordinates(adata, spatial_key)
     # At most 1, so that no square overflows; a power of 2 changes no digits.
     _, exponent = np.frexp(np.abs(coordinates).max(initial=0))

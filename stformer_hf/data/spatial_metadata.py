@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+
+logger = logging.getLogger(__name__)
+
+# What columns of obs are called that tell sections apart: in squidpy, brainformr, the Allen atlases, and so on.
+_SECTION_NAMES = {"section", "section_id", "tissue_section", "brain_section_label", "slice", "slice_id"}
+_SECTION_NAMES |= {"slide", "slide_id", "library_id"}
+
+
+def warn_of_sections(obs: pd.DataFrame) -> None:
+    """Log a warning where no column of sections was named and obs has one: cells of all would be neighbours.
+
+    Parameters
+    ----------
+    obs : DataFrame
+        One row per cell.
+    """
+    for name in obs:
+        if str(name).lower() in _SECTION_NAMES and (n_sections := obs[name].nunique()) > 1:
+            logger.warning(
+                f"obs[{name!r}] has {n_sections} values, and all cells are taken for those of one section, so that "
+                "cells of different ones may be neighbours: if these are tissue sections, pass "
+                f"section_key={name!r} (or --section)."
+            )
+            return
 
 
 def column_of(metadata: Any, name: str) -> np.ndarray:
@@ -160,4 +185,13 @@ def match_cells(names: Any, known: Any, cell_id_colname: str) -> np.ndarray:
     return rows
 
 
-__all__ = ["as_names", "column_of", "match_cells", "read_points", "read_sections", "read_types", "rows_of"]
+__all__ = [
+    "as_names",
+    "column_of",
+    "match_cells",
+    "read_points",
+    "read_sections",
+    "read_types",
+    "rows_of",
+    "warn_of_sections",
+]

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
-from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedKFold
-from xxhash import xxh3_128_digest
 
-_NUCLEOTIDES = re.compile(r"[ACGTN]{8,}")
+from ..data.same_cells import find_twins, join_groups
+
 _SPREADS = 100
-_SUFFIX = re.compile(r"(-\d+)+$")  # what anndata appends to names that occur twice
 
 
 class Fold(NamedTuple):
@@ -33,38 +29,6 @@ class Fold(NamedTuple):
     number: int
     train: np.ndarray
     test: np.ndarray
-
-
-def find_twins(names: Sequence[str], counts: sparse.csr_array) -> np.ndarray:
-    """Find cells of equal barcode and equal counts, such as a cell that two files share.
-
-    The barcode is the name's runs of eight or more nucleotide letters; of a name without them, the name up to a
-    trailing "-1", "-1-2", …
-
-    Parameters
-    ----------
-    names : sequence of str (n_cells,)
-        Names of the cells.
-    counts : csr_array (n_cells, n_genes)
-        With sorted indices and without explicit zeros.
-
-    Returns
-    -------
-    int64 array (n_cells,)
-        One number per cell; cells with the same number are twins.
-    """
-    barcodes = [_barcode(str(name)) for name in names]
-    repeated = pd.Series(barcodes, dtype=object).duplicated(keep=False).to_numpy()
-    keys: list = list(range(len(barcodes)))
-    for row in np.flatnonzero(repeated):
-        of = slice(counts.indptr[row], counts.indptr[row + 1])
-        values = counts.indices[of].astype(np.int64).tobytes() + counts.data[of].astype(np.float64).tobytes()
-        keys[row] = (barcodes[row], xxh3_128_digest(values))
-    return np.asarray(pd.factorize(pd.Series(keys, dtype=object))[0], np.int64)
-
-
-def _barcode(name: str) -> str:
-    return "_".join(_NUCLEOTIDES.findall(name)) or _SUFFIX.sub("", name)
 
 
 def make_folds(
@@ -102,7 +66,7 @@ def make_folds(
         Fewer groups than folds; repeats of folds that are one group each.
     """
     if groups is not None:
-        groups = _join_groups(groups, twins)
+        groups = join_groups(groups, twins)
         n_groups = len(np.unique(groups))
         if n_groups < n_splits:
             raise ValueError(f"{n_groups} groups of cells cannot make {n_splits} folds: pass fewer (n_splits).")
@@ -125,14 +89,6 @@ def make_folds(
             here = number_of_cell == number
             folds.append(Fold(repeat, number, np.flatnonzero(~here), np.flatnonzero(here)))
     return folds
-
-
-def _join_groups(groups: np.ndarray, twins: np.ndarray) -> np.ndarray:
-    """Give the groups numbers: int array (n_cells,); those that twins connect get one number."""
-    codes, _ = pd.factorize(groups)
-    n = codes.max() + 1
-    links = sparse.csr_array((np.ones(len(codes)), (codes, n + twins)), shape=(n + twins.max() + 1,) * 2)
-    return connected_components(links, directed=False)[1][codes]
 
 
 def _spread_groups(labels: np.ndarray, groups: np.ndarray, n_splits: int, rng: np.random.Generator) -> np.ndarray:

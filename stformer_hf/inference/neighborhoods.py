@@ -70,8 +70,8 @@ def embed_neighborhoods(
     spatial_key : str, default: "spatial"
         Key of obsm: coordinates, (n_cells, 2) or (n_cells, 3), in the unit that the model learnt with.
     section_key : str, optional
-        Column of obs: the tissue section of each cell. By default the regions of a SpatialData's table are sections,
-        and all other cells are of one.
+        Column of obs: the tissue section of each cell. By default the regions of a SpatialData's table, or the column
+        that the model learnt with (`config.section_key`), if obs has it; else all cells are of one section.
     cell_type_key : str, optional
         Column of obs: the type of each cell, by the names that the model knows (`config.cell_types`). Of a model that
         knows none: categories, numbered in their order, or integers, taken as they are. A model of a single type
@@ -123,7 +123,7 @@ def embed_neighborhoods(
         raise ValueError(f"batch_size={batch_size}: at least 1 is needed.")
     found = find_placed_table(adata, layer)
     adata, layer, cells = found.table, found.layer, as_anndata(found)
-    section_key = section_key or section_of(adata)
+    section_key = section_key or section_of(adata) or _section_key(adata, config)
     if not adata.n_obs:
         raise ValueError(f"{found.name} has no cells.")
     if not adata.obs_names.is_unique:
@@ -235,6 +235,18 @@ def _options(learnt: dict | None, given: dict[str, Any]) -> dict[str, Any]:
             "the unit of the coordinates, or k_nearest, and max_num_cells if there was one, as in training."
         )
     return options
+
+
+def _section_key(adata: AnnData, config: PreTrainedConfig) -> str | None:
+    """Return the column of sections that the model learnt with; None where there was none, or obs lacks it."""
+    learnt = getattr(config, "section_key", None)
+    if learnt is not None and learnt not in adata.obs:
+        logger.warning(
+            f"The model learnt from the sections of obs[{learnt!r}], which these cells do not have: unless "
+            "section_key names another column, all of them are taken for those of one section."
+        )
+        return None
+    return learnt
 
 
 def _types(adata: AnnData, key: str | None, config: PreTrainedConfig) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 _MISSING = "lightgray"
+_OWN_UMAP = "stformer_umap"  # in uns: checksum of the obsm["X_umap"] that `umap` wrote
 _MOST_COLUMNS = 4
 _LEGEND_ROWS = 20
 
@@ -119,15 +121,17 @@ def umap(
 ) -> Axes:
     """Draw a UMAP of an embedding, coloured by a column of obs.
 
-    Neighbours and UMAP are scanpy's, with its defaults; `obsm["X_umap"]` is computed if `adata` has none of this
-    `use_rep`.
+    Neighbours and UMAP are scanpy's, with its defaults. They are computed at each call, so that the picture is that of
+    `obsm[use_rep]` as it is now, and coordinates go to `obsm[f"{use_rep}_umap"]`. They also go to `obsm["X_umap"]` if
+    there is none, or the one there was written by this function; another one, `obsp` and `uns["neighbors"]` stay as
+    they are.
 
     Parameters
     ----------
     adata : AnnData
         With `obsm[use_rep]`.
     color : str
-        Column of obs.
+        Column of obs, or gene; coloured as scanpy does.
     use_rep : str, default: "X_stformer"
         Which embedding.
     title : str, default: ""
@@ -140,15 +144,39 @@ def umap(
     Returns
     -------
     Axes
+
+    Raises
+    ------
+    ValueError
+        No such key.
     """
     import scanpy as sc
 
-    if adata.uns.get("neighbors", {}).get("params", {}).get("use_rep") != use_rep or "X_umap" not in adata.obsm:
-        sc.pp.neighbors(adata, use_rep=use_rep, random_state=random_state)
-        sc.tl.umap(adata, random_state=random_state)
+    own = "X_umap" not in adata.obsm or adata.uns.get(_OWN_UMAP) == _checksum(adata.obsm["X_umap"])
+    places = _write_umap(adata, use_rep, random_state)
+    if own:
+        adata.obsm["X_umap"], adata.uns[_OWN_UMAP] = places, _checksum(places)
     ax = _axes(8, 5)
-    sc.pl.umap(adata, color=color, ax=ax, show=False, title=title or color, frameon=False)
+    sc.pl.embedding(adata, f"{use_rep}_umap", color=color, ax=ax, show=False, title=title or color, frameon=False)
     return _save(ax, save)
+
+
+def _checksum(places: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(places).tobytes())
+
+
+def _write_umap(adata: AnnData, key: str, random_state: int) -> np.ndarray:
+    """Compute the UMAP of `obsm[key]` into `obsm[f"{key}_umap"]`, and return it: float32 (n_cells, 2)."""
+    import scanpy as sc
+    from anndata import AnnData
+
+    if key not in adata.obsm:
+        raise ValueError(f"There is no obsm[{key!r}]; obsm has {', '.join(map(repr, adata.obsm)) or 'nothing'}.")
+    bare = AnnData(obs=adata.obs[[]], obsm={key: np.asarray(adata.obsm[key])})
+    sc.pp.neighbors(bare, use_rep=key, random_state=random_state)
+    sc.tl.umap(bare, random_state=random_state)
+    adata.obsm[f"{key}_umap"] = bare.obsm["X_umap"]
+    return bare.obsm["X_umap"]
 
 
 def umaps(
@@ -192,8 +220,6 @@ def umaps(
         No such key or column.
     """
     import matplotlib.pyplot as plt
-    import scanpy as sc
-    from anndata import AnnData
     from matplotlib.lines import Line2D
 
     missing = [key for key in use_reps.values() if key not in adata.obsm]
@@ -211,10 +237,7 @@ def umaps(
     panels = panels[0]
     size = float(np.clip(20_000 / max(adata.n_obs, 1), 1, 40))
     for panel, (name, key) in zip(panels, use_reps.items(), strict=True):
-        bare = AnnData(obs=adata.obs[[]], obsm={key: np.asarray(adata.obsm[key])})
-        sc.pp.neighbors(bare, use_rep=key, random_state=random_state)
-        sc.tl.umap(bare, random_state=random_state)
-        places = adata.obsm[f"{key}_umap"] = bare.obsm["X_umap"]
+        places = _write_umap(adata, key, random_state)
         for cells, edge in ((order[~edged[order]], "none"), (order[edged[order]], "black")):
             panel.scatter(*places[cells].T, c=colours[cells], s=size, linewidths=0.7, edgecolors=edge, rasterized=True)
         panel.set(xticks=[], yticks=[], title=name)

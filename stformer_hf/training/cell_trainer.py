@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset as HuggingFaceDataset
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel
 from transformers.trainer_utils import seed_worker
 
 from ..batches.collate import CellCollator
 from ..batches.empty_cells import without_empty_cells
-from ..batches.token_rows import TokenRows
+from ..batches.token_rows import as_token_rows
 from ..data.cell_store import CellStore
 from ..data.center_mask_sampler import CenterMaskSampler
 from ..evaluation.metrics import preprocess_logits_for_metrics, preprocess_logits_with_nll
@@ -31,6 +30,7 @@ from .cell_checksum import describe_cells
 from .checkpoints import check_complete, checkpoint_to_resume, mark_unfinished
 from .eval_loss import SumOfLosses, filling_cells, without_labels
 from .float_weights import keep_in_float32
+from .identity import check_tokenizer_fits, check_tokenizers, check_tokens, fit_classes, fit_neighborhoods
 from .label_fit import fit_head_to_labels
 from .length_sampler import EvenBatchSampler, LengthGroupedSampler, known_lengths
 from .lengths import load_example_lengths
@@ -104,20 +104,11 @@ class CellTrainer(MeasuredTrainer):
         self._lengths = load_example_lengths(lengths) if isinstance(lengths, (str, Path)) else lengths
         self.max_tokens_per_batch = max_tokens_per_batch
         super().__init__(train_dataset=without_empty_cells(train_dataset), eval_dataset=eval_dataset, **kwargs)
-        if self.processing_class is not None:
-            check_tokenizer_fits(self.model, self.processing_class)
+        self._check_identities()
         collator = self._eval_collator = self.data_collator
         self._statistics: dict[bool, torch.Tensor] = {}
         self._eval_losses = SumOfLosses()
         check_arguments(self)
-        label2id = getattr(getattr(self.model, "config", None), "label2id", None) or {}
-        names_classes = getattr(collator, "label2id", 0) is None and isinstance(collator.label, str)
-        if names_classes and not all(name.startswith("LABEL_") for name in label2id):
-            collator.label2id = label2id  # the store may list its classes in another order than the model
-        eval_datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        for dataset in (self.train_dataset, *eval_datasets.values()):
-            if dataset is not None:
-                fit_head_to_labels(self.model, self.data_collator, dataset)
         self.interrupted: signal.Signals | None = None
         self.card_facts: dict[str, Any] = {}
         self.add_callback(SetEpoch(self))
@@ -127,6 +118,26 @@ class CellTrainer(MeasuredTrainer):
         self.add_callback(FillHubFolder(self))
         if hasattr(collator, "for_evaluation"):
             self._eval_collator = collator.for_evaluation()
+
+    def _check_identities(self) -> None:
+        """Compare what model, tokenizer, collator and datasets mean, and fill in what one knows and another does not.
+
+        Raises
+        ------
+        ValueError
+            Two of them differ; see `identity`.
+        """
+        check_tokenizers(self.model, self.processing_class, self.data_collator)
+        others = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        fit_neighborhoods(self.model, self.train_dataset, others)
+        for dataset in (self.train_dataset, *others):
+            self._check_tokens(dataset)
+            if dataset is not None:
+                fit_head_to_labels(self.model, self.data_collator, dataset)
+        self.data_collator = fit_classes(self.model, self.data_collator, self.train_dataset)
+
+    def _check_tokens(self, dataset: Any) -> None:
+        check_tokens(dataset, self.model, getattr(self.data_collator, "tokenizer", None) or self.processing_class)
 
     # ------------------------------------------------------------------ batches
 
@@ -209,8 +220,11 @@ class CellTrainer(MeasuredTrainer):
         training_collator = self.data_collator
         if not is_training:
             self.data_collator = self._eval_collator
-        if isinstance(dataset, HuggingFaceDataset) and isinstance(self.data_collator, CellCollator):
-            dataset = TokenRows(dataset)
+        if not is_training:  # of evaluate and predict too, which may be given any
+            self._check_tokens(dataset)
+            fit_neighborhoods(self.accelerator.unwrap_model(self.model), None, [dataset])
+        if isinstance(self.data_collator, CellCollator):
+            dataset = as_token_rows(dataset)
         try:
             if not is_training:
                 if isinstance(dataset, IterableDataset) and self.args.world_size > 1:
@@ -334,8 +348,10 @@ class CellTrainer(MeasuredTrainer):
     def call_model_init(self, trial=None):
         """As in Trainer; the model of each trial is to fit the tokenizer."""
         model = super().call_model_init(trial)
-        if getattr(self, "processing_class", None) is not None:  # not yet when the trainer is made
-            check_tokenizer_fits(model, self.processing_class)
+        if getattr(self, "_eval_collator", None) is not None:  # not yet when the trainer is made
+            check_tokenizers(model, self.processing_class, self.data_collator)
+            fit_neighborhoods(model, self.train_dataset, [])
+            fit_classes(model, self.data_collator, self.train_dataset)
         if getattr(self, "is_in_train", False):
             self._keep_in_float32(model)
         return model
@@ -646,45 +662,6 @@ def _tokens_of(tokenizer: Any, cell: Mapping[str, Any]) -> int | None:
     if may_be_empty and not tokenizer.get_gene_tokens_mask(np.asarray(cell["input_ids"], np.int64)).any():
         return None
     return n_tokens
-
-
-def check_tokenizer_fits(model: PreTrainedModel, tokenizer: GeneTokenizer) -> None:
-    """Compare a model's vocabulary with a tokenizer's.
-
-    Raises
-    ------
-    ValueError
-        The sizes, or the genes, bins or phenotypes themselves, differ; one of the two is for whole cells, and the
-        other is not.
-    """
-    config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) != "gene_bert" or not isinstance(tokenizer, GeneTokenizer):
-        return
-    sizes = (config.vocab_size, config.type_vocab_size)
-    if sizes != (len(tokenizer), tokenizer.type_vocab_size):
-        raise ValueError(
-            f"The tokenizer does not fit the model: {len(tokenizer)} ids and {tokenizer.type_vocab_size} types, where "
-            f"the model has {sizes[0]} and {sizes[1]}. Load both from one checkpoint, or make the model with "
-            "GeneBertConfig.from_tokenizer(tokenizer)."
-        )
-    if config.cell_embedding != tokenizer.whole_cell:
-        raise ValueError(
-            "The model reads whole cells (cell_embedding=True), and the tokenizer does not give them: make it with "
-            "whole_cell=True."
-            if config.cell_embedding
-            else "The tokenizer gives whole cells (whole_cell=True), and the model does not read them: make the model "
-            "with GeneBertConfig.from_tokenizer(tokenizer), or the tokenizer without whole_cell."
-        )
-    if config.cell_embedding and config.num_genes != len(tokenizer.genes):
-        raise ValueError(
-            f"The tokenizer does not fit the model: {len(tokenizer.genes)} genes, where the model has "
-            f"{config.num_genes}. Load both from one checkpoint."
-        )
-    if config.vocabulary_fingerprint not in (None, tokenizer.fingerprint):
-        raise ValueError(
-            "The tokenizer does not fit the model: as many ids and types, but other genes, bins or phenotypes, or "
-            "another order. Load both from one checkpoint."
-        )
 
 
 __all__ = ["CellTrainer", "check_tokenizer_fits"]

@@ -13,6 +13,7 @@ import torch
 from ..batches.collate import CellCollator, check_probability, labels_a_cell, pack, pad, read_tokens
 from ..batches.token_rows import CLASS_NAMES
 from ..data.cell_batch import CellBatch, as_cell_batch
+from ..data.obs_columns import ClassCode
 from ..models.gene_bert.cell_counts import is_cell_batch
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
 from .gene_swaps import unexpressed_genes
@@ -20,6 +21,7 @@ from .gene_swaps import unexpressed_genes
 # Streams of `uniforms`, one a decision.
 _MASK_GENE, _SWAP_SEQUENCE, _SWAP_GENE, _NEW_GENE, _KIND_OF_MASK, _RANDOM_GENE = 0, 1, 2, 3, 7, 8
 _SEQUENCE_SWAP_PROB = 0.9
+_TRUTH = {"0": 0, "1": 1, "false": 0, "true": 1}
 
 
 class MaskedCells(NamedTuple):
@@ -83,6 +85,7 @@ def collate_fn_wrapper(
             batch["labels"] = torch.from_numpy(np.stack(labels))
         return batch
 
+    collate.tokenizer = tokenizer  # for those who compare it with the model's
     return collate
 
 
@@ -351,7 +354,9 @@ class DataCollatorForCellClassification(CellCollator):
         Obs column of the store, or column of the examples, that holds the class: a categorical one, or numbers to
         predict (`problem_type="regression"`). Several columns of 0 and 1, or numbers, for several labels a cell.
     label2id : dict of str to int, optional
-        Class of each name of a store's column; its own order of names by default.
+        Number of each class by its name, wherever the cells know the names of their codes (a store, a stream, a
+        tokenized dataset); their own order by default, which `CellTrainer` replaces by the model's. Of several
+        columns, the place of each column in the labels.
     pad_to_multiple_of : int, optional
         Round the padded length up to a multiple of this.
     seed : int, default: 0
@@ -367,7 +372,8 @@ class DataCollatorForCellClassification(CellCollator):
     Raises
     ------
     ValueError
-        The label is one of the tokenizer's included phenotypes; a batch has cells without a label.
+        The label is one of the tokenizer's included phenotypes; `label2id` does not number all of several columns; a
+        batch has cells without a label, or classes other than 0 and 1 in one of several columns.
     """
 
     def __init__(
@@ -408,11 +414,7 @@ class DataCollatorForCellClassification(CellCollator):
         if isinstance(self.label, str):
             labels = self._labels(examples, self.label)
         else:
-            columns = [self._labels(examples, name) for name in self.label]
-            for name, column in zip(self.label, columns, strict=True):
-                if column.dtype == np.int64 and column.max(initial=0) > 1:
-                    raise ValueError(f"{name!r} has more than two classes: of several labels each is 0 or 1.")
-            labels = np.stack(columns, axis=1).astype(np.float32)
+            labels = np.stack([self._labels(examples, name) for name in self._columns()], axis=1).astype(np.float32)
         batch["labels"] = torch.from_numpy(labels)
         return batch
 
@@ -430,6 +432,17 @@ class DataCollatorForCellClassification(CellCollator):
                         "without it (tokenizer.included_phenotypes)."
                     )
 
+    def _columns(self) -> list[str]:
+        """List the columns of several labels in the order of `label2id`."""
+        if self.label2id is None:
+            return list(self.label)
+        if set(self.label) != set(self.label2id) or sorted(self.label2id.values()) != list(range(len(self.label))):
+            raise ValueError(
+                f"label2id numbers {', '.join(map(repr, self.label2id))}, and the labels are the columns "
+                f"{', '.join(map(repr, self.label))}: give each column its place, 0 to {len(self.label) - 1}."
+            )
+        return sorted(self.label, key=self.label2id.get)
+
     def _labels(self, examples: Any, name: str) -> np.ndarray:
         """Read a label a cell: int64 classes, or float32 numbers."""
         names = None
@@ -441,21 +454,56 @@ class DataCollatorForCellClassification(CellCollator):
         else:
             labels = labels_a_cell(examples, name)
             classes = np.issubdtype(labels.dtype, np.integer)
-            if isinstance(examples, pa.Table) and examples.schema.metadata:
-                names = json.loads(examples.schema.metadata.get(CLASS_NAMES, b"{}")).get(name)
-        if is_cell_batch(examples) and labels.dtype == object and self.label2id is not None:
+            if isinstance(examples, pa.Table):
+                names = json.loads((examples.schema.metadata or {}).get(CLASS_NAMES, b"{}")).get(name)
+            elif any(isinstance(example[name], ClassCode) for example in examples):
+                may_differ = self.label2id is not None or not isinstance(self.label, str)
+                labels, names = _united(name, [example[name] for example in examples], may_differ)
+        label2id = self.label2id if isinstance(self.label, str) else _zero_or_one(name, names)
+        if is_cell_batch(examples) and labels.dtype == object and label2id is not None:
             # Cells of stores whose classes are in other orders, by name.
-            labels, names = np.array([self.label2id.get(of, -1) for of in labels]), list(self.label2id)
-            classes = True
-        elif names is not None and self.label2id is not None:
-            labels = np.array([*(self.label2id.get(of, -1) for of in names), -1])[labels]
+            labels, names, classes = np.array([label2id.get(of, -1) for of in labels]), list(label2id), True
+        elif names is not None and label2id is not None:
+            labels = np.array([*(label2id.get(of, -1) for of in names), -1])[labels]
         if not np.issubdtype(labels.dtype, np.number) and labels.dtype != bool:
             raise ValueError(f"{name!r} holds neither categories nor numbers, but such as {labels[0]!r}.")
         unknown = labels < 0 if classes else ~np.isfinite(labels.astype(np.float64))
         if unknown.any():
             hint = "" if names is not None else " (whole numbers are classes; numbers to predict are floats)"
             raise ValueError(f"{unknown.sum()} cells of the batch have no known {name!r}{hint}; leave them out.")
+        if not isinstance(self.label, str) and classes and labels.max(initial=0) > 1:
+            raise ValueError(f"{name!r} has more than two classes: of several labels each is 0 or 1.")
         return labels.astype(np.int64 if classes else np.float32)
+
+
+def _united(name: str, codes: Sequence[ClassCode], may_differ: bool) -> tuple[np.ndarray, list[str]]:
+    """Give cells codes of one list of names: they may be of several datasets, each with an order of its own."""
+    unnamed = sum(not isinstance(code, ClassCode) for code in codes)
+    if unnamed:
+        raise ValueError(f"{unnamed} cells of the batch have no known {name!r}; leave them out.")
+    names = codes[0].names
+    if all(code.names is names or code.names == names for code in codes):
+        return np.array(codes, np.int64), names
+    if not may_differ:
+        raise ValueError(
+            f"The cells of the batch number the classes of {name!r} in different ways, as their datasets do: pass "
+            "label2id, the number of each class."
+        )
+    names = sorted({of for code in codes for of in code.names})
+    return np.array([-1 if code.name is None else names.index(code.name) for code in codes], np.int64), names
+
+
+def _zero_or_one(name: str, names: Sequence[str] | None) -> dict[str, int] | None:
+    """Read the categories of one of several labels as 0 and 1; None where the column is of numbers."""
+    if names is None:
+        return None
+    numbers = {of: _TRUTH.get(of.lower()) for of in names}
+    if None in numbers.values():
+        raise ValueError(
+            f"{name!r} is one of several labels, and its categories are {', '.join(map(repr, names[:5]))}: of several "
+            "labels each is 0 or 1. Make it of numbers, such as (adata.obs[key] == name).astype(int)."
+        )
+    return numbers
 
 
 __all__ = [

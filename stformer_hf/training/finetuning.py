@@ -84,8 +84,24 @@ class Finetuning:
     balanced: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
 
+    def known(self, cells: CellStore) -> CellStore:
+        """Select the cells whose labels the model knows, and those with numbers; tell how many are left out."""
+        if not isinstance(self.label_key, str) or self.label_key not in cells.categories:
+            return cells
+        labels = cells.obs[self.label_key]
+        known = labels.isin(list(self.model.config.label2id)).to_numpy()
+        if known.all():
+            return cells
+        unknown = labels[~known].astype(object).dropna().unique()
+        logger.warning(
+            f"{(~known).sum()} of {len(cells)} held-out cells have no {self.label_key!r}, or one that no training "
+            f"cell has ({', '.join(map(str, unknown[:10])) or 'none of them'}): they are not evaluated."
+        )
+        return cells.select(known)
+
     def trainer(self, arguments: TrainingArguments, eval_cells: CellStore | None = None, **kwargs) -> CellTrainer:
         """Make the trainer; `kwargs` are those of `CellTrainer`, and of its collator `gene_dropout` and `packing`."""
+        eval_cells = None if eval_cells is None else self.known(eval_cells)
         options = {name: kwargs.pop(name) for name in ("gene_dropout", "packing") if name in kwargs}
         arguments.num_train_epochs = self.num_train_epochs
         return CellTrainer(
@@ -150,7 +166,8 @@ def finetune(
     output : str or Path, optional
         Folder to save the model, its tokenizer and `out_of_fold.safetensors` in.
     eval_cells : CellStore, optional
-        Evaluated at the end of each epoch; nothing is chosen on them.
+        Evaluated at the end of each epoch; nothing is chosen on them. Those of classes that no training cell has are
+        left out, with a warning.
     num_train_epochs : float, optional
         0 is the start alone. By default as chosen; 10 from random weights, and for a model that does not read whole
         cells.
@@ -507,12 +524,22 @@ def _labelled(
                 "adata.obs[key].astype('category')."
             )
         classes = cells.categories[label_key]
-        if len(classes) < 2:
-            raise ValueError(
-                f"{label_key!r} has one class, {', '.join(map(repr, classes))}: there is nothing to tell apart."
-            )
         labels = cells.obs[label_key].cat.codes.to_numpy().astype(np.int64)
         usable &= labels >= 0
+        used = np.unique(labels[usable])  # a class that only held-out cells have is none that these cells know
+        unused = [name for i, name in enumerate(classes) if i not in set(used.tolist())]
+        classes = [classes[i] for i in used]
+        if len(classes) == 1:
+            raise ValueError(
+                f"{label_key!r} has one class among the cells to learn from, {classes[0]!r}: there is nothing to tell "
+                "apart."
+            )
+        if unused:
+            logger.warning(
+                f"{len(unused)} classes of {label_key!r} have no training cell with counts, and the model does not "
+                f"know them: {', '.join(unused[:10])}{', …' if len(unused) > 10 else ''}."
+            )
+        labels = np.searchsorted(used, labels)
     else:
         if any(categorical):
             raise ValueError(f"{columns} are not all columns of numbers, as {problem_type} needs.")
@@ -525,6 +552,11 @@ def _labelled(
         logger.warning(f"{n_without} of {len(cells)} cells have no label {label_key!r}: they are left out.")
     if not usable.any():
         raise ValueError(f"None of the {len(cells)} cells has counts and a {label_key!r}.")
+    if not usable.all():
+        logger.warning(
+            f"{(~usable).sum()} of {len(cells)} cells have no counts or no {label_key!r}, and are left out of "
+            "training."
+        )
     return (cells if usable.all() else cells.select(usable)), labels[usable], classes, problem_type
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from anndata import read_h5ad
@@ -217,6 +218,51 @@ def test_the_split_keeps_shares_of_classes_and_leaves_out_empty_cells(adata, tmp
     assert rows(1)[0].tolist() == train.tolist()
     assert rows(2)[0].tolist() != train.tolist()
     assert split(store, 0, seed=1)[1] is None
+
+
+def test_a_rare_class_does_not_end_the_shares_of_the_others(adata, tmp_path, caplog):
+    from stformer_hf.cli.runs import split
+
+    labels = np.array(["A"] * 30 + ["B"] * 24 + ["few"] * 2 + ["rare"] + ["none"] * 3, object)
+    labels[labels == "none"] = None
+    adata.obs["x"] = pd.Categorical(labels)
+    store = CellStore.build(tmp_path / "s", adata, obs=["x"], report=False)
+    caplog.clear()
+    for seed in range(5):
+        train, held_out = split(store, 0.2, seed, "x")
+        assert held_out.obs["x"].value_counts()[["A", "B", "rare"]].tolist() == [6, 5, 0]
+        assert (train.obs["x"] == "rare").sum() == 1
+    assert "3 of 60 cells have no label 'x': they are left out" in caplog.text
+    assert (
+        "1 classes of 'x' have one cell, which is in training" in caplog.text and "divided as one" not in caplog.text
+    )
+    few = [split(store, 0.03, seed, "x")[1].obs["x"].value_counts() for seed in range(5)]
+    assert all(counts["A"] == 1 and counts.sum() == 2 for counts in few)
+    assert "One side of the split has 2 cells, fewer than the 3 classes of 'x': the 2 smallest" in caplog.text
+
+
+def test_twins_are_on_one_side_and_those_of_the_evaluation_data_not_in_training(tmp_path, caplog):
+    from stformer_hf.cli.runs import split
+
+    adata = make_adata(60)
+    adata.obs_names = ["ACGTACGTAC" + "".join("ACGT"[i // 4**k % 4] for k in range(3)) for i in range(60)]
+    again = adata[20:40].copy()
+    sources = {}
+    for name, cells in (("a", adata), ("b", again)):
+        sources[name] = str(tmp_path / f"{name}.h5ad")
+        cells.write_h5ad(sources[name])
+    store = CellStore.build(
+        tmp_path / "s", list(sources.values()), obs=["cell_type"], report=False, allow_duplicates=True
+    )
+    for label in (None, "cell_type"):
+        for seed in range(3):
+            train, held_out = split(store, 0.3, seed, label)
+            assert not set(train.obs_names) & set(held_out.obs_names)
+            assert len(train) + len(held_out) == 79  # one cell has no counts
+    train, held_out = split(store, 0.3, 0, eval_data=[sources["b"]])
+    assert held_out.obs_names.tolist() == again.obs_names.tolist()
+    assert not set(train.obs_names) & set(held_out.obs_names) and len(train) == 39
+    assert "20 training cells are in eval_data too, and are left out of training" in caplog.text
 
 
 def test_flags_reach_the_model_and_the_collator(file, tmp_path):

@@ -45,7 +45,12 @@ def make_section(n_cells=200, n_genes=12, n_sections=3, side=30, seed=0) -> tupl
     return metadata, adata
 
 
-def plain_neighbors(points, sections, cell, sides=None, disc=False, k=None, among=None) -> list[int]:
+def keys_of(names) -> np.ndarray:
+    """What decides between cells: hashes of their names."""
+    return pd.util.hash_array(np.array(list(map(str, names)), object), categorize=False)
+
+
+def plain_neighbors(points, sections, cell, sides=None, disc=False, k=None, among=None, keys=None) -> list[int]:
     """Look at every cell. `points` are tuples of exact numbers."""
     found = []
     for other in range(len(points)) if among is None else sorted(set(among)):
@@ -58,8 +63,8 @@ def plain_neighbors(points, sections, cell, sides=None, disc=False, k=None, amon
                 continue
             if not disc and any(2 * d > side for d, side in zip(apart, sides, strict=True)):
                 continue
-        found.append((away, other))
-    return sorted(other for _, other in sorted(found)[:k])
+        found.append((away, other if keys is None else keys[other], other))
+    return sorted(other for *_, other in sorted(found)[:k])
 
 
 def check_neighbors(sampler, points, sections, **options) -> None:
@@ -144,6 +149,7 @@ def test_neighbours_of_any_points(data, n_axes, shape):
         disc=shape == "disc",
         k=k,
         among=indices if own else None,
+        keys=keys_of(metadata["cell_label"]),
     )
 
 
@@ -197,11 +203,14 @@ def test_discretize_rounds_the_borders():
     assert differs > 100
 
 
-def test_the_nearest_of_equally_near_ones_are_the_first():
+def test_which_of_equally_near_ones_are_the_nearest_depends_on_their_names_alone():
     points = [(0, 0), (0, 2), (2, 0), (-2, 0), (1, 0), (0, 0)]
     metadata, adata = as_table(points, ["a"] * 6)
-    for k, expected in [(1, [5]), (2, [4, 5]), (3, [1, 4, 5]), (4, [1, 2, 4, 5]), (9, [1, 2, 3, 4, 5])]:
-        assert CenterMaskSampler(metadata, adata, None, k_nearest=k).neighbors([0])[1].tolist() == expected
+    by_key = [5, 4, *(np.array([1, 2, 3])[np.argsort(keys_of("123"))])]
+    for k in (1, 2, 3, 4, 9):
+        for rows in (np.arange(6), np.array([3, 1, 0, 5, 2, 4])):
+            sampler = CenterMaskSampler(metadata.iloc[rows], adata, None, k_nearest=k)
+            assert sorted(rows[sampler.neighbors([int(np.flatnonzero(rows == 0)[0])])[1]]) == sorted(by_key[:k])
     assert CenterMaskSampler(metadata, adata, 3.0, k_nearest=4).neighbors([0])[1].tolist() == [4, 5]
 
 
@@ -386,7 +395,8 @@ def test_a_subset_is_a_function_of_seed_epoch_and_cell():
     for cell, neighbors in by_cell.items():
         box = whole.neighbors([cell])[1].tolist()
         assert set(neighbors) <= set(box) and neighbors == sorted(neighbors)
-        draws = uniforms(3, 0, 0x5AB, np.array([cell]), np.array(box), np.zeros(len(box), int))
+        keys = keys_of(metadata["cell_label"])
+        draws = uniforms(3, 0, 0x5AB, keys[[cell]], keys[box], np.zeros(len(box), int))
         assert neighbors == sorted(np.array(box)[np.argsort(draws)[:7]].tolist())
     some = CenterMaskSampler(metadata, adata, 20, max_num_cells=7, seed=3, indices=[150, 20, 3])
     assert [some.neighbors([item])[1].tolist() for item in range(3)] == [by_cell[cell] for cell in (150, 20, 3)]

@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from anndata import AnnData
 from conftest import make_adata, with_genes
 from hypothesis import given, settings
@@ -464,6 +465,34 @@ def test_classes_reach_the_collator(adata, store):
     (batch,) = loader
     expected = collator(store.__getitems__(range(60)))
     assert all((batch[name] == expected[name]).all() for name in expected)
+
+
+@pytest.mark.parametrize("settings", [{"values": True}, {"whole_cell": True}, {"normalize": "log1p_cp10k"}], ids=str)
+def test_an_epoch_of_a_stream_is_that_of_a_store(tmp_path, adata, settings):
+    """Values, counts, the genes that each epoch draws, labels and dates."""
+    adata.obs["day"] = pd.to_datetime("2024-01-01") + pd.to_timedelta(np.arange(60), "D")
+    store = CellStore.build(tmp_path / "s", adata, obs=["cell_type", "age", "day"], report=False)
+    tokenizer = GeneTokenizer(
+        adata.var_names.tolist(), bin_edges=[0.5, 1.5], max_length=7, truncation="random", **settings
+    )
+    collator = DataCollatorForPhenotypicMLM(tokenizer, mlm=False)
+    stream = IterableAnnDataset(adata, tokenizer, obs=["cell_type", "age", "day"])
+    seen = []
+    for epoch in (0, 1, 5):
+        stream.set_epoch(epoch)
+        collator.set_epoch(epoch)
+        cells = list(stream)
+        found, expected = collator(cells), collator(store.__getitems__(range(60)))
+        assert found.keys() == expected.keys() and ("expression_values" in found) == ("values" in settings)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        seen.append(found["token_type_ids"].tolist())
+        for cell, row in zip(cells, range(60), strict=True):
+            whole = store[row]
+            assert (cell["cell_type"].name, cell["age"], cell["day"]) == tuple(
+                whole[name] for name in ("cell_type", "age", "day")
+            )
+            assert isinstance(cell["day"], pd.Timestamp)
+    assert seen[0] != seen[1] != seen[2]
 
 
 def test_a_phenotype_without_its_column_is_told_at_once(adata, tokenizer):

@@ -245,6 +245,31 @@ def test_a_selection_is_a_store_of_its_cells(whole, sections, tmp_path):
     assert saved.categories == whole.categories
 
 
+@pytest.mark.parametrize("by", [None, "donor"])
+def test_cells_that_are_there_twice_are_on_one_side_of_a_split(tmp_path, by, caplog):
+    adata = make_adata(100)
+    adata.obs_names = ["ACGTACGTAC" + "".join("ACGT"[i // 4**k % 4] for k in range(4)) for i in range(100)]
+    adata.obs["donor"] = [f"d{i % 10}" for i in range(100)]
+    store = CellStore.build(tmp_path / "s", adata, obs=["donor"], report=False)
+    assert np.array_equal(store.twins(), np.arange(100)) and "cells have barcode" not in caplog.text
+    twins = adata[10:40].copy()
+    twins.obs_names = [f"run2_{name}-1" for name in twins.obs_names]
+    other = adata[40:60].copy()  # barcodes of the list again, and other cells
+    other.X = other.X + sparse.csr_matrix(np.eye(20, 40, dtype=np.float32))
+    with pytest.raises(ValueError, match="allow_duplicates=True"):
+        store.append(twins)
+    store.append([twins, other], allow_duplicates=True)
+    for seed in range(4):
+        caplog.clear()
+        split = store.train_test_split(0.2, by=by, seed=seed)
+        barcodes = [{name.split("_")[-1].split("-")[0] for name in split[side].obs_names} for side in split]
+        assert not barcodes[0] & barcodes[1] & set(adata.obs_names[10:40])
+        assert len(split["train"]) + len(split["test"]) == 150 and 15 <= len(split["test"]) <= 50
+        assert "30 of 150 cells have barcode and counts of another one" in caplog.text
+    if by is None:
+        assert barcodes[0] & barcodes[1]  # equal barcodes alone are no twins
+
+
 def test_a_split_by_donor_divides_no_donor(tmp_path):
     adata = make_adata(200)
     adata.obs["donor"] = np.array([f"d{i}" for i in np.random.default_rng(0).integers(0, 10, 200)])

@@ -218,3 +218,30 @@ def test_umaps_are_panels_of_one_legend_with_edges_of_some_cells(tmp_path):
         plots.umaps(adata, "g", {"three": "X_three"})
     with pytest.raises(ValueError, match="no obs\\['seen'\\]; obs has 'g', 'held out'"):
         plots.umaps(adata, "g", {"one": "X_one"}, outlined="seen")
+
+
+def test_a_umap_is_that_of_the_embedding_drawn_and_leaves_the_users_own(tmp_path):
+    rng = np.random.default_rng(0)
+    groups = np.repeat([0, 1], 20), np.tile([0, 1], 20)
+
+    def embedding(group):
+        return (rng.normal(size=(40, 5)) + 20 * group[:, None]).astype(np.float32)
+
+    def separates(places, group):
+        means = [places[group == which].mean(axis=0) for which in (0, 1)]
+        return np.linalg.norm(means[0] - means[1]) > 3 * places[group == 0].std(axis=0).max()
+
+    adata = AnnData(np.ones((40, 3), np.float32), obs=pd.DataFrame({"g": groups[1].astype(str)}))
+    for key in ("X_stformer", "X_other"):
+        for group in groups:  # the key is written anew
+            adata.obsm[key] = embedding(group)
+            plots.umap(adata, "g", use_rep=key, save=tmp_path / "u.png")
+            assert separates(adata.obsm[f"{key}_umap"], group)
+            assert np.array_equal(adata.obsm["X_umap"], adata.obsm[f"{key}_umap"])
+    assert "neighbors" not in adata.uns and not adata.obsp
+    adata.obsm["X_umap"] = own = rng.normal(size=(40, 2))
+    adata.uns["neighbors"] = {"params": {"use_rep": "X_stformer"}}
+    plots.umap(adata, "g", save=tmp_path / "u.png")
+    assert np.array_equal(adata.obsm["X_umap"], own)
+    with pytest.raises(ValueError, match="no obsm\\['X_none'\\]"):
+        plots.umap(adata, "g", use_rep="X_none")

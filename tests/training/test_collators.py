@@ -328,8 +328,8 @@ def test_labels_of_tokenized_datasets(store, tokenizer, tmp_path):
     assert expected["labels"].tolist() == [other[name] for name in store.obs["cell_type"].iloc[rows]]
     ages = DataCollatorForCellClassification(bare, "age")(store.__getitems__(rows))["labels"]
     assert ages.dtype == torch.float32 and ages.tolist() == store.obs["age"].iloc[rows].tolist()
-    several = DataCollatorForCellClassification(bare, ["cell_type", "age"])(store.__getitems__(rows))["labels"]
-    assert several.shape == (4, 2) and several[:, 1].tolist() == ages.tolist()
+    several = DataCollatorForCellClassification(bare, ["age"])(store.__getitems__(rows))["labels"]
+    assert several.shape == (4, 1) and several[:, 0].tolist() == ages.tolist()
     # Tokens that were made with the label in them.
     told = TokenRows(tokenizer.tokenize_store(store, tmp_path / "told", obs=["cell_type"]))
     tokenizer.included_phenotypes = []

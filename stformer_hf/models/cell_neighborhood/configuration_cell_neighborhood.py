@@ -54,6 +54,9 @@ class CellNeighborhoodConfig(PreTrainedConfig):
     neighborhood : dict, optional
         How the neighbourhoods were made that it learnt from: options of `CenterMaskSampler` such as `patch_size`,
         `shape`, `k_nearest` and `max_num_cells`. Those who use the model take them by default.
+    section_key : str, optional
+        Column of obs of the tissue sections that it learnt from. These four are written by `CellTrainer` where they
+        are None, from the sampler of the training cells.
     initializer_range : float, default: 0.02
         Standard deviation of the normal initialisation.
     layer_norm_eps : float, default: 1e-5
@@ -100,6 +103,7 @@ class CellNeighborhoodConfig(PreTrainedConfig):
     gene_ids: list[str] | None = None
     cell_types: list[str] | None = None
     neighborhood: dict | None = None
+    section_key: str | None = None
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False

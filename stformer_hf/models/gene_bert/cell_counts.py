@@ -1,5 +1,7 @@
 """Counts of cells, whatever holds them, as flat CSR arrays; and where in an AnnData the counts are."""
 
+import itertools
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -42,8 +44,8 @@ class Cells(NamedTuple):
         What the columns are called.
     obs : DataFrame, CellBatch, dict or None
         Where phenotypes are looked up.
-    ids : int64 array (n,)
-        By which random choices are drawn.
+    ids : int64 array (n,) or None
+        By which random choices are drawn, those of a store's cells; None: by a checksum of the counts.
     neighborhood : CountRows or None
         For each cell, the sum of its neighbours' counts, over the same columns.
     """
@@ -51,7 +53,7 @@ class Cells(NamedTuple):
     rows: CountRows
     names: ColumnNames | tuple[Sequence[str], Sequence[str]]
     obs: Any
-    ids: np.ndarray
+    ids: np.ndarray | None
     neighborhood: CountRows | None
 
 
@@ -127,7 +129,7 @@ def read_cells(
             f"{type(cells).__name__}. "
             "For token strings use convert_tokens_to_ids."
         )
-    return Cells(rows, names, obs, np.arange(len(rows.indptr) - 1), around)
+    return Cells(rows, names, obs, None, around)
 
 
 def sum_of_neighbors(graph, matrix):
@@ -192,6 +194,14 @@ def keep(mask: np.ndarray, indptr: np.ndarray, *arrays: np.ndarray) -> tuple[np.
     kept = np.zeros(len(mask) + 1, np.int64)
     np.cumsum(mask, out=kept[1:])
     return kept[indptr], tuple(array[mask] for array in arrays)
+
+
+def checksums(rows: CountRows) -> np.ndarray:
+    """Compute a checksum of the counts above 0 of each cell: int64 array (n,), whatever their types."""
+    indptr, (genes, counts) = keep(rows.counts != 0, rows.indptr, rows.columns, rows.counts)
+    both = np.stack([genes.astype(np.float64), counts.astype(np.float64)], axis=1)
+    cuts = indptr.tolist()
+    return np.array([zlib.crc32(both[a:b].tobytes()) for a, b in itertools.pairwise(cuts)], np.int64)
 
 
 def hide(rows: CountRows, cells: np.ndarray, genes: np.ndarray, n_genes: int) -> CountRows:

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .cell_counts import (
     CountRows,
+    checksums,
     is_cell_batch,
     keep,
     map_genes,
@@ -172,7 +173,8 @@ class GeneTokenizer(PreTrainedTokenizer):
         ranks the first), the first in the scheme's order (PerturbGene), or a random subset, drawn by (`seed`, epoch,
         cell).
     seed : int, default: 0
-        Of `truncation="random"`. Cells of a store are known by their row in it, others by their row in the call.
+        Of `truncation="random"`. Cells of a store are known by their row in it, others by a checksum of their counts,
+        whatever their row in the call.
     min_coverage : float, default: 0.1
         Calling the tokenizer raises where less than this share of its genes, weighted by `gene_weights`, is among the
         columns.
@@ -378,7 +380,8 @@ class GeneTokenizer(PreTrainedTokenizer):
         Parameters
         ----------
         store : CellStore
-            Gives the genes in its order with their symbols, and the values of its categorical columns.
+            Gives the genes in its order with their symbols, and the values of its categorical columns (of a selection
+            those that its cells have: what is held out is not seen).
         scheme : {"binned", "rank"}, default: "binned"
             As in the constructor.
         phenotypes : sequence of str, or dict, optional
@@ -409,7 +412,7 @@ class GeneTokenizer(PreTrainedTokenizer):
                     f"No categorical column {', '.join(map(repr, missing))} in the store; it has "
                     f"{', '.join(store.categories) or 'none'}. Build it with obs=[…] to keep more columns."
                 )
-            phenotypes = {name: store.categories[name] for name in phenotypes}
+            phenotypes = {name: _values_of(store, name) for name in phenotypes}
         genes = store.gene_ids.tolist()
         if scheme == "rank":
             medians, target_sum = read_medians(medians)
@@ -1087,12 +1090,14 @@ class GeneTokenizer(PreTrainedTokenizer):
         column_genes: np.ndarray | None,
         phenotypes: np.ndarray,
         room: np.ndarray,
-        cell_ids: np.ndarray,
+        cell_ids: np.ndarray | None,
         epoch: int,
         truncation: str,
     ) -> TokenizedCells:
         totals = row_sums(rows) if self.normalize is not None and self.totals == "columns" else None
         rows = map_genes(rows, column_genes)
+        if cell_ids is None:  # only random choices read them
+            cell_ids = checksums(rows) if truncation == "random" else np.zeros(len(rows.indptr) - 1, np.int64)
         if self.normalize is not None and totals is None:
             totals = row_sums(rows)
         measured = rows.counts if totals is None else log1p_cp10k(rows, totals)
@@ -1136,13 +1141,16 @@ class GeneTokenizer(PreTrainedTokenizer):
         column_genes: np.ndarray | None,
         phenotypes: np.ndarray,
         room: np.ndarray,
-        cell_ids: np.ndarray,
+        cell_ids: np.ndarray | None,
         epoch: int,
         truncation: str,
     ) -> TokenizedCells:
-        usable = [self._usable(map_genes(rows, column_genes)) for rows in parts]
+        mapped = [map_genes(rows, column_genes) for rows in parts]
+        usable = [self._usable(rows) for rows in mapped]
         # Totals are of all that was counted: where nothing was left out, they are those of the genes.
         subset = truncation == "random"
+        if subset and cell_ids is None:
+            cell_ids = checksums(mapped[0])
         pairs = zip(parts, usable, strict=True)
         all_totals = [None if some is rows and not subset else row_sums(rows) for rows, some in pairs]
         parts = [self._subset(rows, room, cell_ids, epoch) for rows in usable] if subset else usable
@@ -1258,6 +1266,15 @@ class GeneTokenizer(PreTrainedTokenizer):
 def _whole(weights: np.ndarray) -> list[float]:
     """Write weights, whole ones as such."""
     return [int(weight) if weight.is_integer() else weight for weight in weights.tolist()]
+
+
+def _values_of(store, name: str) -> list[str]:
+    """List the values of a categorical column of a store, of a selection those of its cells, in their order."""
+    values = store.categories[name]
+    if getattr(store, "is_selection", False):
+        codes = store.obs[name].cat.codes.to_numpy()
+        values = [values[code] for code in np.unique(codes[codes >= 0])]
+    return values
 
 
 def _exact(values: Sequence) -> Sequence:
