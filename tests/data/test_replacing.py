@@ -187,10 +187,10 @@ def test_what_was_added_meanwhile_is_not_lost(tmp_path, monkeypatch):
     unite_obs = "stformer_hf.data.store_writer.unite_obs"
     from stformer_hf.data.obs_columns import unite_obs as unite
 
-    def slow(*arguments):
+    def slow(*arguments, **settings):
         monkeypatch.setattr(unite_obs, unite)
         early.append(make_adata(9, seed=1))
-        return unite(*arguments)
+        return unite(*arguments, **settings)
 
     monkeypatch.setattr(unite_obs, slow)
     with pytest.raises(ValueError, match="was replaced since"):

@@ -549,7 +549,7 @@ def test_settings_that_cannot_be_leave_nothing(store, tokenizer, tmp_path, wrong
 
 def test_a_tokenizer_of_other_genes_is_told(store, tmp_path):
     tokenizer = GeneTokenizer(["ENSG00000990000", "ENSG00000990001"])
-    with pytest.raises(ValueError, match="of the counts are in genes that the tokenizer knows"):
+    with pytest.raises(ValueError, match="has 0 of the model's 2 genes"):
         store.tokenize(tokenizer, tmp_path / "t")
     assert not (tmp_path / "t").exists()
 

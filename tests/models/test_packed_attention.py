@@ -53,10 +53,10 @@ def test_loss_logits_and_gradients_are_those_of_the_padded_batch(tokenizer, exam
         model = model_of(GeneBertForPhenotypicMLM, tokenizer, "eager" if not packing else backend)
         if backend == "flex_attention" and packing:  # has no backward on a CPU
             with torch.no_grad():
-                output = model(**batch)
+                output = model(**batch, sparse_prediction=True)
             results.append((output.loss, output.logits, None))
             continue
-        output = model(**batch)
+        output = model(**batch, sparse_prediction=True)
         output.loss.backward()
         results.append((output.loss, output.logits, torch.cat([p.grad.ravel() for p in model.parameters()])))
     (loss, logits, gradients), (packed_loss, packed_logits, packed_gradients) = results
@@ -164,7 +164,7 @@ def test_the_order_of_the_cells_changes_nothing(tokenizer, examples):
 def test_packed_and_padded_agree_on_a_gpu(tokenizer, examples, backend):
     """In half precision sdpa runs `torch.nn.attention.varlen` on packed batches."""
     exact = model_of(GeneBertForPhenotypicMLM, tokenizer, "eager")
-    expected = exact(**DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4)(examples))
+    expected = exact(**DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4)(examples), sparse_prediction=True)
     expected.loss.backward()
     try:
         model = model_of(GeneBertForPhenotypicMLM, tokenizer, backend)
@@ -174,7 +174,8 @@ def test_packed_and_padded_agree_on_a_gpu(tokenizer, examples, backend):
     for packing in (False, True):
         batch = DataCollatorForPhenotypicMLM(tokenizer, packing=packing, mlm_probability=0.4)(examples)
         model.zero_grad()
-        found = model(**{k: v.to("cuda") if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
+        sparse = {"sparse_prediction": True}
+        found = model(**sparse, **{k: v.to("cuda") if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
         found.loss.backward()
         torch.testing.assert_close(found.loss.float().cpu(), expected.loss, atol=1e-2, rtol=1e-2)
         difference = found.logits.float().cpu() - expected.logits

@@ -82,7 +82,8 @@ def test_loss_logits_and_gradients_on_every_backend(tokenizer, store, backend, m
         assert "measured_genes" in batch
         model = make_model(tokenizer, model_class, on)
         with torch.set_grad_enabled(on != "flex_attention"):  # has no backward on a CPU
-            output = model(**batch)
+            sparse = {"sparse_prediction": True} if model_class is GeneBertForPhenotypicMLM else {}
+            output = model(**batch, **sparse)
         gradients = None
         if on != "flex_attention":
             output.loss.backward()

@@ -177,10 +177,10 @@ def test_padded_packed_and_all_positions_give_the_same(cells, rows_at_a_time, mo
     tokenizer.padding_side = "left"
     left = DataCollatorForGeneRankMLM(tokenizer, phenotype_mask_prob=1.0)(examples)
     with torch.no_grad():
-        expected = model(**padded).logits
+        expected = model(**padded, sparse_prediction=True).logits
         assert expected.isfinite().all()
-        torch.testing.assert_close(model(**packed).logits, expected, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(model(**left).logits, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(**packed, sparse_prediction=True).logits, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(**left, sparse_prediction=True).logits, expected, atol=1e-4, rtol=1e-4)
         labels = padded.pop("labels")
         everywhere = model(**padded).logits
         torch.testing.assert_close(everywhere[labels != -100], expected, atol=1e-4, rtol=1e-4)
@@ -263,9 +263,9 @@ def test_new_genes_are_neither_near_nor_far(cells):
     start_rank_model(model, tokenizer, cells)
     batch = DataCollatorForGeneRankMLM(tokenizer)(cells.__getitems__(range(10, 18)))
     with torch.no_grad():
-        expected = model(**batch).logits
+        expected = model(**batch, sparse_prediction=True).logits
         model, extended = extend_vocabulary(model, tokenizer, ["ENSG99999999999"], medians={"ENSG99999999999": 1.0})
-        logits = model(**batch).logits
+        logits = model(**batch, sparse_prediction=True).logits
     torch.testing.assert_close(logits[:, : len(tokenizer)], expected)
     torch.testing.assert_close(logits[:, -1], model.mlm_head.decoder.bias[-1].expand(len(logits)))
 

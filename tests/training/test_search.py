@@ -244,7 +244,7 @@ def test_a_trial_whose_model_does_not_fit_the_tokenizer_is_an_error(make_trainer
     trainer.model_init.make_model = lambda **sizes: GeneBertForPhenotypicMLM(
         GeneBertConfig(**{**make(**sizes).config.to_dict(), "vocab_size": 5})
     )
-    with pytest.raises(ValueError, match="The tokenizer does not fit the model"):
+    with pytest.raises(ValueError, match="The processing_class does not fit the model"):
         search(trainer, space, output, trials=1)
 
 

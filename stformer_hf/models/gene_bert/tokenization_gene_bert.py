@@ -426,7 +426,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         if isinstance(bin_edges, str):
             bin_edges = fit_bin_edges(store, bin_edges, n_bins, kwargs.get("normalize"))
         kwargs.setdefault("symbols", store.genes)
-        if kwargs.get("gene_weights") is None:
+        if kwargs.get("gene_weights") is None and hasattr(store, "rows"):  # a stream is read once
             kwargs["gene_weights"] = fit_gene_weights(store)
         return cls(genes, scheme=scheme, phenotypes=phenotypes, bin_edges=bin_edges, **kwargs)
 
