@@ -326,7 +326,7 @@ def _train(
         use_cpu=not on_gpu,
         dataloader_pin_memory=False,
         dataloader_num_workers=args.workers,
-        # Begun anew at each epoch: a process of the pool would spawn them, which takes seconds.
+        # Workers start again with each epoch. Forking them is quick; spawning, the default in a pool, takes seconds.
         dataloader_multiprocessing_context="fork" if args.workers else None,
         seed=seed,
     )

@@ -275,7 +275,7 @@ def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], st
     files, layers, section = [], [], args.section or _SECTION
     for path, file in zip(paths, names, strict=True):
         if not is_anndata_file(path):
-            raise ValueError(f"{path} is no h5ad file, h5mu file or zarr: give such, with coordinates, or a store.")
+            raise ValueError(f"{path} is not a file of cells with coordinates (.h5ad, .h5mu or .zarr) or a store.")
         adata, layer = read_anndata(path, args.layer, backed=True)
         layers.append(layer)
         if args.spatial_key not in adata.obsm:

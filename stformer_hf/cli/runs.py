@@ -302,7 +302,7 @@ def finish(trainer: CellTrainer, card: dict | None = None) -> dict[str, float]:
     Raises
     ------
     SystemExit
-        The run was told to end (SIGTERM or Ctrl-C); its last checkpoint is written.
+        The run was stopped by SIGTERM or Ctrl-C, after saving a checkpoint.
     """
     trainer.card_facts.update(card or {})
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)

@@ -245,7 +245,7 @@ def test_what_does_not_fit_is_told(tmp_path, message, argv):
     command = ["pretrain_neighborhood", "--data", section(tmp_path), "--output", str(tmp_path / "model")]
     with pytest.raises(ValueError, match=message):
         main([*command, *SMALL, *argv])
-    with pytest.raises(ValueError, match="x.csv is no h5ad file"):
+    with pytest.raises(ValueError, match="x.csv is not a file of cells with coordinates"):
         main([*command, *SMALL, "--data", "x.csv"])
     with pytest.raises(ValueError, match="Give a patch_size, or k_nearest"):
         main([*command, "--debug", "--use_cpu", "true", "--overwrite"])
