@@ -20,6 +20,7 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -180,8 +181,25 @@ class _Counted:
             torch.cuda.synchronize()
 
 
+def _arguments(folder: Path, **settings: Any):
+    """Make the arguments of an epoch."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        str(folder / "run"),
+        num_train_epochs=1,
+        per_device_train_batch_size=BATCH,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        bf16=torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **settings,
+    )
+
+
 def _trainer(folder: Path, size: str, n_cells: int, order: str, stock: bool = False):
-    from transformers import AutoTokenizer, Trainer, TrainingArguments
+    from transformers import AutoTokenizer, Trainer
 
     from stformer_hf import CellStore, GeneBertConfig, GeneBertForPhenotypicMLM, STFormerPretrainer
 
@@ -196,18 +214,7 @@ def _trainer(folder: Path, size: str, n_cells: int, order: str, stock: bool = Fa
     if "max_tokens_per_batch" in own:
         lengths = np.minimum(store.lengths + tokenizer.add_cls + tokenizer.add_eos, MAX_LENGTH)
         own = {**own, "max_tokens_per_batch": _budget(lengths)}
-    arguments = TrainingArguments(
-        str(folder / "run"),
-        num_train_epochs=1,
-        per_device_train_batch_size=BATCH,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=10,
-        bf16=torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        **({} if stock else sampling),
-    )
+    arguments = _arguments(folder, logging_steps=10, **({} if stock else sampling))
     trainer = STFormerPretrainer(arguments, store, model=model, processing_class=tokenizer, **own)
     if stock:
         arguments.remove_unused_columns = False
@@ -271,22 +278,10 @@ def _whole_cell_model(folder: Path, size: str, n_cells: int, whole_cell: bool, m
 
 def cells_trained(folder: Path, size: str, n_cells: int, whole_cell: bool, max_length: int) -> float:
     """Train an epoch by CellTrainer on masked genes."""
-    from transformers import TrainingArguments
-
     from stformer_hf import STFormerPretrainer
 
     cells, tokenizer, model = _whole_cell_model(folder, size, n_cells, whole_cell, max_length)
-    arguments = TrainingArguments(
-        str(folder / "run"),
-        num_train_epochs=1,
-        per_device_train_batch_size=BATCH,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        bf16=torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    trainer = STFormerPretrainer(arguments, cells, model=model, processing_class=tokenizer)
+    trainer = STFormerPretrainer(_arguments(folder), cells, model=model, processing_class=tokenizer)
     counted = _Counted(trainer.model)
     trainer.train()
     return counted.stop(str(folder / "whole-cells.json"))
