@@ -119,7 +119,7 @@ class _Run:
 
     def batches(self, mix: str, packing: bool) -> tuple[list[dict], list[np.ndarray]]:
         """Give batches of about as many tokens, the same cells for all, and the lengths of their cells."""
-        from stformer_hf.training.collators import DataCollatorForGeneRankMLM
+        from stformer_hf.batches.collators import DataCollatorForGeneRankMLM
 
         collate = DataCollatorForGeneRankMLM(self.tokenizers[mix], mlm_probability=MASKED, packing=packing)
         store, made, lengths, at = self.stores[mix], [], [], 0

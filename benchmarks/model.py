@@ -208,7 +208,7 @@ def _collators(scheme: str) -> dict:
 
 def _collator(tokenizer, packing: bool):
     """Our collator of a scheme."""
-    from stformer_hf.training import collators
+    from stformer_hf.batches import collators
 
     rank = tokenizer.scheme == "rank"
     make = collators.DataCollatorForGeneRankMLM if rank else collators.DataCollatorForPhenotypicMLM

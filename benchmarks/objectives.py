@@ -123,7 +123,7 @@ def _make(args: argparse.Namespace, folder: Path) -> tuple:
     from transformers import set_seed
 
     from stformer_hf import GeneBertConfig, GeneBertForPhenotypicMLM, GeneTokenizer
-    from stformer_hf.training.spectral_start import initialise_from_store
+    from stformer_hf.training.starts.spectral_start import initialise_from_store
 
     store, sets = _cells(args, folder)
     tokenizer = GeneTokenizer.from_store(store, whole_cell=True, max_length=SETTINGS["max_length"])

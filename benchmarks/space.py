@@ -173,7 +173,7 @@ def _time(work: Callable, batches: list) -> float:
 
 
 def _sampler(folder: Path, n_cells: int, k: int):
-    from stformer_hf.data.center_mask_sampler import CenterMaskSampler
+    from stformer_hf.space.center_mask_sampler import CenterMaskSampler
 
     return CenterMaskSampler(*_tables(folder, n_cells), (k**0.5, k**0.5))
 
@@ -191,7 +191,7 @@ def items_ours(folder: Path, n_cells: int, k: int, one_by_one: bool = False) -> 
 
 def collate_ours(folder: Path, n_cells: int, k: int, packed: bool) -> float:
     """Collate batches that were read before, a few of them many times."""
-    from stformer_hf.training.neighborhood_collator import collate_neighborhoods
+    from stformer_hf.space.neighborhood_collator import collate_neighborhoods
 
     torch.set_num_threads(1)
     sampler = _sampler(folder, n_cells, k)
@@ -202,7 +202,7 @@ def collate_ours(folder: Path, n_cells: int, k: int, packed: bool) -> float:
 def step(folder: Path, n_cells: int, k: int, packed: bool) -> float:
     """Forward, backward and step of the optimizer, on batches that were collated before."""
     from stformer_hf import CellNeighborhoodConfig, CellNeighborhoodForMaskedCell
-    from stformer_hf.training.neighborhood_collator import collate_neighborhoods
+    from stformer_hf.space.neighborhood_collator import collate_neighborhoods
 
     torch.set_num_threads(2)
     torch.manual_seed(0)
@@ -273,7 +273,7 @@ def _collate_pandas(items: list[tuple]) -> dict:
 
 def _checked_pandas(folder: Path, n_cells: int, k: int) -> _PandasSampler:
     """Give the sampler of pandas, seen to give our batches."""
-    from stformer_hf.training.neighborhood_collator import collate
+    from stformer_hf.space.neighborhood_collator import collate
 
     torch.set_num_threads(1)
     peer, (batch,) = _PandasSampler(*_tables(folder, n_cells), k**0.5), _batches(n_cells, 1)

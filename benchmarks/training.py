@@ -128,7 +128,7 @@ def run(arguments: list[str]) -> None:
 def _useful_shares(lengths: np.ndarray) -> dict[str, float]:
     """Measure the share of tokens among the positions of an epoch's batches, an order each."""
     from stformer_hf import EvenBatchSampler, LengthGroupedSampler, TokenBudgetBatchSampler, padding_share
-    from stformer_hf.training.samplers import BlockShuffleSampler
+    from stformer_hf.batches.samplers import BlockShuffleSampler
 
     budget = _budget(lengths)
     shares = {

@@ -8,29 +8,32 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
+from . import _moved
 from . import models as _models  # noqa: F401  (registers the Auto classes)
+
+_moved.register()
 
 _MODULES = {
     "cli.parse_args": ["parse_args"],
-    "data.cell_batch": ["CellBatch", "collate_cells"],
-    "data.ann_dataset": ["AnnDataset"],
-    "data.cell_store": ["CellStore"],
-    "data.center_mask_sampler": ["CenterMaskSampler", "NeighborhoodBatch", "NeighborhoodMetadata"],
-    "data.gene_medians": ["estimate_gene_medians"],
-    "data.iterable_ann_dataset": ["IterableAnnDataset"],
-    "data.prepare_metadata": ["prepare_metadata"],
-    "data.scdl": ["NeighborSamplingStrategy", "SingleCellMemMapDataset"],
-    "data.scdl_batches": ["collate_neighbor_sparse_matrix_batch", "collate_sparse_matrix_batch"],
-    "data.scdl_collection": ["SingleCellCollection"],
-    "data.spatial_graph": ["spatial_neighbors"],
-    "data.transforms": ["Compose", "EncodeLabels", "LogTransform", "NormalizeRowSum", "Transform"],
+    "store.cell_batch": ["CellBatch", "collate_cells"],
+    "compat.ann_dataset": ["AnnDataset"],
+    "store.cell_store": ["CellStore"],
+    "space.center_mask_sampler": ["CenterMaskSampler", "NeighborhoodBatch", "NeighborhoodMetadata"],
+    "store.gene_medians": ["estimate_gene_medians"],
+    "batches.iterable_ann_dataset": ["IterableAnnDataset"],
+    "space.prepare_metadata": ["prepare_metadata"],
+    "compat.scdl": ["NeighborSamplingStrategy", "SingleCellMemMapDataset"],
+    "compat.scdl_batches": ["collate_neighbor_sparse_matrix_batch", "collate_sparse_matrix_batch"],
+    "compat.scdl_collection": ["SingleCellCollection"],
+    "space.spatial_graph": ["spatial_neighbors"],
+    "compat.transforms": ["Compose", "EncodeLabels", "LogTransform", "NormalizeRowSum", "Transform"],
     "evaluation.evaluate_embedding": ["evaluate_embedding"],
     "genes.gene_table": ["GeneTable"],
     "genes.statistics": ["GeneStatistics"],
     "inference.annotate": ["annotate"],
-    "inference.domains": ["spatial_domains"],
+    "space.domains": ["spatial_domains"],
     "inference.embed": ["embed"],
-    "inference.neighborhoods": ["embed_neighborhoods"],
+    "space.embed_neighborhoods": ["embed_neighborhoods"],
     "models.cell_neighborhood.configuration_cell_neighborhood": ["CellNeighborhoodConfig"],
     "models.cell_neighborhood.count_likelihoods": ["nb_log_likelihood", "pearson_r", "zinb_log_likelihood"],
     "models.cell_neighborhood.modeling_cell_neighborhood": [
@@ -38,8 +41,8 @@ _MODULES = {
         "CellNeighborhoodModel",
     ],
     "models.gene_bert.configuration_gene_bert": ["GeneBertConfig"],
-    "models.gene_bert.extension": ["extend_vocabulary"],
-    "models.gene_bert.legacy_weights": ["convert_perturbgene_checkpoint", "load_geneformer"],
+    "training.extension": ["extend_vocabulary"],
+    "compat.legacy_weights": ["convert_perturbgene_checkpoint", "load_geneformer"],
     "models.gene_bert.modeling_gene_bert": [
         "GeneBertForClassification",
         "GeneBertForPhenotypicMLM",
@@ -49,24 +52,25 @@ _MODULES = {
     ],
     "models.gene_bert.tokenization_gene_bert": ["GeneTokenizer"],
     "training.cell_trainer": ["CellTrainer"],
-    "training.collators": [
+    "batches.collators": [
         "DataCollatorForCellClassification",
         "DataCollatorForGeneRankMLM",
         "DataCollatorForPhenotypicMLM",
         "collate_fn_wrapper",
     ],
     "training.finetuning": ["finetune"],
-    "training.gene_embeddings": ["load_gene_embeddings"],
-    "training.length_sampler": ["EvenBatchSampler", "LengthGroupedSampler", "padding_share"],
-    "training.lengths": ["load_example_lengths", "write_example_lengths"],
-    "training.neighborhood_collator": ["collate", "collate_neighborhoods"],
-    "training.precollator": ["STFormerPreCollator"],
-    "training.run_setup": ["choose_closest", "make_output_dirs", "setup_environment"],
-    "training.samplers": ["BlockShuffleSampler"],
+    "training.starts.gene_embeddings": ["load_gene_embeddings"],
+    "batches.length_sampler": ["EvenBatchSampler", "LengthGroupedSampler", "padding_share"],
+    "batches.lengths": ["load_example_lengths", "write_example_lengths"],
+    "space.neighborhood_trainer": ["NeighborhoodTrainer"],
+    "space.neighborhood_collator": ["collate", "collate_neighborhoods"],
+    "batches.precollator": ["STFormerPreCollator"],
+    "compat.run_setup": ["choose_closest", "make_output_dirs", "setup_environment"],
+    "batches.samplers": ["BlockShuffleSampler"],
     "training.pretrainer": ["STFormerPretrainer"],
-    "training.spectral_start": ["initialise_from_store"],
-    "training.stream_batches": ["TokenBudgetBuffer"],
-    "training.token_budget": ["TokenBudgetBatchSampler"],
+    "training.starts.spectral_start": ["initialise_from_store"],
+    "batches.stream_batches": ["TokenBudgetBuffer"],
+    "batches.token_budget": ["TokenBudgetBatchSampler"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils.data import Subset
 
-from ..data.cell_store import CellStore
+from ..store.cell_store import CellStore
 
 
 def without_empty_cells(dataset: Any) -> Any:

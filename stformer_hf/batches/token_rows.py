@@ -12,7 +12,7 @@ from datasets import ClassLabel
 from datasets import Dataset as HuggingFaceDataset
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from ..data.obs_columns import ClassCode
+from ..sources.obs_columns import ClassCode
 
 CLASS_NAMES = b"class_names"
 

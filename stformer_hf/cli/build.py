@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
 
 def run(args: BuildArguments):
     """Build the store; returns it."""
-    from ..data.cell_store import CellStore
+    from ..store.cell_store import CellStore
 
     if args.part is not None and len(args.part) != 2:
         raise ValueError(f"--part takes two numbers, such as 0 4 for the first of four; got {args.part}.")

@@ -37,9 +37,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace):
     """Convert; returns the dataset."""
-    from ..data.scdl import SingleCellMemMapDataset
-    from ..data.scdl_building import check_free
-    from ..data.scdl_collection import SingleCellCollection
+    from ..compat.scdl import SingleCellMemMapDataset
+    from ..compat.scdl_building import check_free
+    from ..compat.scdl_collection import SingleCellCollection
 
     save_path = Path(args.save_path)
     check_free(save_path, "Choose another --save-path, or delete it.")

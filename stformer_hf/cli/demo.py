@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .arguments import parse
+from .demo_rows import GENES, LABEL, MAJORITY, PCA, START, TRAINED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
     from ..evaluation.readers import GenePca
 
-LABEL = "bulk_labels"
 HELD_OUT = 0.25
 # Most counts of this data are 0 to 8; each bin is about twice as wide as the last.
 PRETRAINING = {"bin_edges": [0.5, 1.5, 2.5, 4.5, 8.5], "max_length": 128, "mlm_probability": 0.3, "baselines": True}
@@ -47,8 +47,6 @@ EPOCHS = 4  # of the fine-tuning that is shown where the classifier chose none
 N_LABELS = (5, 10, 20)
 N_DRAWS = 3
 
-MAJORITY, GENES, PCA = "majority class", "logistic regression on genes", "PCA50 + logistic regression"
-START, TRAINED = "GeneBert, start", "GeneBert, fine-tuned"
 MODELS = ("pretrained", "classifier", "classifier_start", "classifier_trained")
 MADE = (
     *("demo.json", "train.h5ad", "held_out.h5ad", "cells.h5ad", "store", "plots", "report.html", *MODELS),

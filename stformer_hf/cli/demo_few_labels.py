@@ -18,13 +18,13 @@ from ..models.gene_bert.modeling_gene_bert import GeneBertModel
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..training.defaults import MAX_LENGTH
 from ..training.finetuning import finetune
-from ..training.spectral_start import initialise_from_store
-from .demo import GENES, LABEL, PCA, START
+from ..training.starts.spectral_start import initialise_from_store
+from .demo_rows import GENES, LABEL, PCA, START
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from ..data.cell_store import CellStore
+    from ..store.cell_store import CellStore
 
 
 def label_few(

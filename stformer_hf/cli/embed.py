@@ -130,9 +130,9 @@ def _embed_cells(adata: AnnData, args: EmbedArguments) -> None:
 
 
 def _embed_neighborhoods(adata: AnnData, args: EmbedArguments) -> None:
-    from ..data.read_anndata import section_of
-    from ..inference.domains import check_domains, spatial_domains
-    from ..inference.neighborhoods import embed_neighborhoods
+    from ..sources.read_anndata import section_of
+    from ..space.domains import check_domains, spatial_domains
+    from ..space.embed_neighborhoods import embed_neighborhoods
 
     method, n_domains = args.domain_method or "kmeans", args.domains or None
     check_domains(method, n_domains)  # what is missing is told before the work

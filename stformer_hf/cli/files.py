@@ -6,8 +6,8 @@ from pathlib import Path
 
 from anndata import AnnData
 
-from ..data.formats import local_path
-from ..data.read_anndata import read_anndata
+from ..sources.formats import local_path
+from ..sources.read_anndata import read_anndata
 
 
 def read(

@@ -79,7 +79,7 @@ def _merged(parts: list[str]):
 
 
 def _estimated(args: MediansArguments):
-    from ..data.gene_medians import estimate_gene_medians
+    from ..store.gene_medians import estimate_gene_medians
 
     return estimate_gene_medians(
         args.data,

@@ -259,7 +259,7 @@ def _range(first: str, last: str, letter: str, last_letter: str, step: str | Non
 
 def _files(flag: str, patterns: list[str]) -> list[str]:
     """Expand the braces of paths, and see that they are files that are read here."""
-    from ..data.formats import expand
+    from ..sources.formats import expand
 
     found = [path for pattern in patterns for path in expand_braces(pattern)]
     missing = [path for path in found if not Path(path).exists()]
@@ -393,8 +393,8 @@ def make_initial_model(config: TrainConfig) -> Path:
     import torch
     from transformers import AutoModel, AutoTokenizer, set_seed
 
+    from ..compat.legacy_weights import convert_perturbgene_checkpoint
     from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
-    from ..models.gene_bert.legacy_weights import convert_perturbgene_checkpoint
     from ..models.gene_bert.modeling_gene_bert import GeneBertForPhenotypicMLM
 
     if config.use_flash_attn:
@@ -432,9 +432,9 @@ def _check_size(found, wanted: dict[str, int], path: Path) -> None:
 
 def _make_tokenizer(config: TrainConfig):
     """Make a tokenizer of the vocabulary and of the first `num_top_genes` genes of the training files."""
-    from ..data.sources import open_source
     from ..genes.unite import unite
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+    from ..sources.open_source import open_source
 
     sources = [open_source(path) for path in config.train_data_paths]
     genes = unite([source.genes for source in sources], [source.name for source in sources]).genes
@@ -476,9 +476,9 @@ def _one_against_rest(config: TrainClassificationConfig, files: list[str], folde
     import pandas as pd
     from anndata import read_h5ad
 
-    from ..data.cell_store import CellStore
     from ..genes.text_files import naming
     from ..models.gene_bert.gene_vocabulary import phenotype_token
+    from ..store.cell_store import CellStore
 
     name, wanted = config.phenotype_category, config.binary_label
     cells = []

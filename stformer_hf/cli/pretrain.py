@@ -18,10 +18,10 @@ from .arguments import check_names, parse
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
-    from ..data.cell_store import CellStore
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+    from ..store.cell_store import CellStore
     from ..training.pretrainer import STFormerPretrainer
-    from ..training.spectral_views import SpectralViews
+    from ..training.starts.spectral_views import SpectralViews
 
 TRAINING_DEFAULTS = {
     "learning_rate": 1e-3,
@@ -225,7 +225,7 @@ def prepare(args: PretrainArguments, arguments: TrainingArguments) -> PretrainRu
             arguments.eval_strategy = "no"
         views = None
         if tokenizer.whole_cell and _starts_at_cells(args):
-            from ..training.spectral_start import fit_views
+            from ..training.starts.spectral_start import fit_views
 
             views = fit_views(train_cells, tokenizer, batch_key=args.batch_key)
     return PretrainRun(store, train_cells, held_out_cells, tokenizer, views)
@@ -250,8 +250,8 @@ def _check_settings(args: PretrainArguments) -> None:
 
 def _make_tokenizer(args: PretrainArguments, store: CellStore, train_cells: CellStore) -> GeneTokenizer:
     """Make a tokenizer of the store's genes; medians and quantiles that are not given are of the cells in training."""
-    from ..data.gene_medians import estimate_gene_medians
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+    from ..store.gene_medians import estimate_gene_medians
 
     settings = dict(args.tokenizer_config or {})
     if args.bin_edges is not None:
@@ -313,10 +313,10 @@ def make_model(
 
     from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
     from ..models.gene_bert.modeling_gene_bert import GeneBertForPhenotypicMLM
-    from ..training.gene_embeddings import load_gene_embeddings
     from ..training.loading import load_model
-    from ..training.masked_gene_start import start_mlm_bias, start_rank_model
-    from ..training.spectral_start import cell_embedding_of, set_views
+    from ..training.starts.gene_embeddings import load_gene_embeddings
+    from ..training.starts.masked_gene_start import start_mlm_bias, start_rank_model
+    from ..training.starts.spectral_start import cell_embedding_of, set_views
 
     settings = {**(args.model_config or {}), **settings}
     check_names("model_config", settings, {"size", *(option.name for option in fields(GeneBertConfig))})

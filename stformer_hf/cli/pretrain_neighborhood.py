@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from transformers import TrainingArguments
 
-    from ..data.cell_store import CellStore
+    from ..store.cell_store import CellStore
 
 logger = logging.getLogger(__name__)
 
@@ -109,11 +109,11 @@ def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]
     """Pretrain and save; returns the figures of the run."""
     from transformers import set_seed
 
-    from ..data.center_mask_sampler import CenterMaskSampler
-    from ..evaluation.neighborhood_baselines import gene_moments
     from ..models.cell_neighborhood.configuration_cell_neighborhood import CellNeighborhoodConfig
     from ..models.cell_neighborhood.modeling_cell_neighborhood import CellNeighborhoodForMaskedCell
-    from ..training.pretrainer import STFormerPretrainer
+    from ..space.center_mask_sampler import CenterMaskSampler
+    from ..space.neighborhood_baselines import gene_moments
+    from ..space.neighborhood_trainer import NeighborhoodTrainer
     from .arguments import check_names
     from .runs import finish, removing_store, training_arguments
 
@@ -157,7 +157,7 @@ def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]
     set_seed(arguments.seed)
     model = CellNeighborhoodForMaskedCell(config)
     model.count_head.start_at(*gene_moments(train, seed=arguments.seed))
-    trainer = STFormerPretrainer(
+    trainer = NeighborhoodTrainer(
         arguments,
         train,
         model=model,
@@ -262,8 +262,8 @@ def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], st
     import numpy as np
     import pandas as pd
 
-    from ..data.read_anndata import is_anndata_file, read_anndata, section_of
-    from ..data.spatial_metadata import warn_of_sections
+    from ..sources.read_anndata import is_anndata_file, read_anndata, section_of
+    from ..space.spatial_metadata import warn_of_sections
     from .runs import one_layer
 
     paths = [Path(path) for path in args.data]

@@ -19,11 +19,11 @@ from anndata import AnnData
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from ..data.cell_store import CellStore
-from ..data.formats import expand
-from ..data.read_anndata import is_anndata_file, read_anndata
-from ..data.same_cells import join_groups
-from ..data.spatial_graph import spatial_neighbors
+from ..sources.formats import expand
+from ..sources.read_anndata import is_anndata_file, read_anndata
+from ..sources.same_cells import join_groups
+from ..space.spatial_graph import spatial_neighbors
+from ..store.cell_store import CellStore
 from ..training.cell_trainer import CellTrainer
 from ..training.checkpoints import checkpoint_to_resume, last_whole_checkpoint
 

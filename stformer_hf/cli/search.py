@@ -20,7 +20,7 @@ from .pretrain import TRAINING_DEFAULTS, PretrainArguments
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ..training.search_space import SearchSpace
+    from ..search.search_space import SearchSpace
 
 # Keys that do not change the scores, or are told apart: a study goes on where they differ.
 _FREE = ("output", "overwrite", "space", "trials", "metric", "direction", "backend", "pruner", "sampler_seed")
@@ -58,7 +58,7 @@ def run(args: SearchArguments, training: dict[str, Any]) -> pd.Series:
     """Search and write the results; returns the row of the best trial."""
     from importlib.util import find_spec
 
-    from ..training.search_space import SearchSpace, TrialModel
+    from ..search.search_space import SearchSpace, TrialModel
 
     for module, extra in (("optuna", "search"), ("ray", "ray")):
         if args.backend == module and find_spec(module) is None:
@@ -70,7 +70,7 @@ def run(args: SearchArguments, training: dict[str, Any]) -> pd.Series:
         raise ValueError(f"space: {', '.join(space.model)}: of a new model only; the one at {args.model} has its own.")
     space.check_models(lambda **values: _config(args, values))
 
-    from ..training.search import best_of, read_trials, search
+    from ..search.search import best_of, read_trials, search
     from .pretrain import make_model, make_trainer, prepare
     from .runs import training_arguments
 
@@ -111,7 +111,7 @@ def run(args: SearchArguments, training: dict[str, Any]) -> pd.Series:
     if find_spec("matplotlib") is None:
         print('(no trials.png without matplotlib: pip install "stformer_hf[plots]")')
         return best
-    from ..training.search_plot import plot_trials
+    from ..search.search_plot import plot_trials
 
     plot_trials(table, space, output / "trials.png", metric=args.metric, direction=args.direction)
     return best

@@ -76,7 +76,7 @@ def run(args: TokenizeArguments):
 
 def _open(path: str):
     """Open the store; files of cells are no store yet."""
-    from ..data.cell_store import CellStore
+    from ..store.cell_store import CellStore
 
     if Path(path).is_file():
         raise ValueError(

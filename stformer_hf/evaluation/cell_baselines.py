@@ -10,8 +10,8 @@ from scipy import sparse
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 
-from ..data.cell_store import CellStore
-from ..evaluation.metrics import classification_metrics
+from ..store.cell_store import CellStore
+from .metrics import classification_metrics
 
 logger = logging.getLogger(__name__)
 

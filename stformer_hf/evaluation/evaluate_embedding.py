@@ -13,9 +13,9 @@ from scipy import sparse
 from sklearn.metrics import f1_score
 from tqdm.auto import tqdm
 
-from ..data.read_anndata import as_anndata
-from ..data.sources import open_source
 from ..models.gene_bert.cell_tables import find_table
+from ..sources.open_source import open_source
+from ..sources.read_anndata import as_anndata
 from .ceiling import Ceiling, cluster_agreement, measure_ceiling
 from .cell_baselines import log_normalise
 from .clusters import cluster_scores, silhouette

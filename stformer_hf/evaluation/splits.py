@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedKFold
 
-from ..data.same_cells import find_twins, join_groups
+from ..sources.same_cells import find_twins, join_groups
 
 _SPREADS = 100
 

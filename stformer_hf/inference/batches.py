@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 
 from ..batches.collate import pad, take
 from ..batches.evaluating import evaluating
-from ..data.cell_store import CellStore
-from ..data.sources import Source, open_source
 from ..models.gene_bert.cell_counts import NEIGHBORS, pad_ragged, sum_of_neighbors
 from ..models.gene_bert.cell_tables import is_mudata, is_spatialdata
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
+from ..sources.open_source import Source, open_source
+from ..store.cell_store import CellStore
 from ..training.cell_heads import check_finite
 from ..training.cell_trainer import check_tokenizer_fits
 from ..training.loading import is_model, load_config, load_model, load_tokenizer, unwrap

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import nn
+from transformers import Trainer
 from transformers.debug_utils import DebugOption
-
-if TYPE_CHECKING:
-    from .cell_trainer import CellTrainer
 
 _OURS = ("gene_bert", "cell_neighborhood")
 
 
-def check_arguments(trainer: CellTrainer) -> None:
+def check_arguments(trainer: Trainer) -> None:
     """Refuse arguments that would have no effect, or another than their documentation says.
 
     Raises
@@ -51,7 +47,7 @@ def check_arguments(trainer: CellTrainer) -> None:
         _check_smoothing(trainer.model, args.label_smoothing_factor)
 
 
-def _check_packed(trainer: CellTrainer) -> None:
+def _check_packed(trainer: Trainer) -> None:
     args = trainer.args
     if args.n_gpu > 1:
         raise ValueError(

@@ -8,15 +8,10 @@ import shutil
 import signal
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-
-if TYPE_CHECKING:
-    from .cell_trainer import CellTrainer
-
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +19,7 @@ logger = logging.getLogger(__name__)
 class SetEpoch(TrainerCallback):
     """Tells the trainer which epoch begins, before the epoch's batches are read."""
 
-    def __init__(self, trainer: CellTrainer):
+    def __init__(self, trainer: Trainer):
         self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -38,7 +33,7 @@ class SaveOnSignal(TrainerCallback):
     Schedulers send SIGTERM before they take a machine away, and Ctrl-C is SIGINT; a second one interrupts at once.
     """
 
-    def __init__(self, trainer: CellTrainer):
+    def __init__(self, trainer: Trainer):
         self.trainer, self._came, self._handlers = trainer, None, {}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -70,7 +65,7 @@ class SaveOnSignal(TrainerCallback):
             signal.signal(*self._handlers.popitem())
 
 
-def take_back_signals(trainer: CellTrainer) -> None:
+def take_back_signals(trainer: Trainer) -> None:
     """Remove Trainer's `enable_jit_checkpoint` callback: `SaveOnSignal` saves, whether it is set or not."""
     callback = trainer.pop_callback(JITCheckpointCallback)
     if callback is not None and callback.jit_manager is not None:
@@ -80,7 +75,7 @@ def take_back_signals(trainer: CellTrainer) -> None:
 class FillHubFolder(TrainerCallback):
     """Puts beside the weights what Trainer leaves out where it pushes a checkpoint: the card, and the model's code."""
 
-    def __init__(self, trainer: CellTrainer):
+    def __init__(self, trainer: Trainer):
         self.trainer = trainer
 
     def on_push_begin(self, args, state, control, **kwargs):

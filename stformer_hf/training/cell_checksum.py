@@ -9,8 +9,8 @@ import numpy as np
 from datasets import Dataset as HuggingFaceDataset
 from torch.utils.data import ConcatDataset, Subset
 
-from ..data.cell_store import CellStore
-from ..data.iterable_ann_dataset import IterableAnnDataset
+from ..batches.iterable_ann_dataset import IterableAnnDataset
+from ..store.cell_store import CellStore
 
 _MOST = 64  # cells, or files, whose values are read
 

@@ -19,28 +19,27 @@ from transformers.trainer_utils import seed_worker
 
 from ..batches.collate import CellCollator
 from ..batches.empty_cells import without_empty_cells
+from ..batches.length_sampler import EvenBatchSampler, LengthGroupedSampler, known_lengths
+from ..batches.lengths import load_example_lengths
+from ..batches.samplers import BlockShuffleSampler
+from ..batches.stream_batches import StreamBatches, StreamOrder, TokenBudgetBuffer, only
+from ..batches.token_budget import TokenBudgetBatchSampler
 from ..batches.token_rows import as_token_rows
-from ..data.cell_store import CellStore
-from ..data.center_mask_sampler import CenterMaskSampler
 from ..evaluation.metrics import preprocess_logits_for_metrics, preprocess_logits_with_nll
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..store.cell_store import CellStore
 from .argument_checks import check_arguments, smoothing_field
 from .callbacks import FillHubFolder, SaveOnSignal, SetEpoch, take_back_signals
 from .cell_checksum import describe_cells
 from .checkpoints import check_complete, checkpoint_to_resume, mark_unfinished
 from .eval_loss import SumOfLosses, filling_cells, without_labels
 from .float_weights import keep_in_float32
-from .identity import check_tokenizer_fits, check_tokenizers, check_tokens, fit_classes, fit_neighborhoods
+from .identity import check_tokenizer_fits, check_tokenizers, check_tokens, fit_classes, fit_datasets
 from .label_fit import fit_head_to_labels
-from .length_sampler import EvenBatchSampler, LengthGroupedSampler, known_lengths
-from .lengths import load_example_lengths
 from .loading import MODEL_CONFIG
 from .model_card import write_model_card
-from .samplers import BlockShuffleSampler
 from .scores import score_of
-from .stream_batches import StreamBatches, StreamOrder, TokenBudgetBuffer, only
 from .throughput import MeasuredTrainer
-from .token_budget import TokenBudgetBatchSampler
 
 logger = logging.getLogger(__name__)
 _STREAM_MARK = "stream_mark.json"  # in a checkpoint
@@ -129,7 +128,7 @@ class CellTrainer(MeasuredTrainer):
         """
         check_tokenizers(self.model, self.processing_class, self.data_collator)
         others = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        fit_neighborhoods(self.model, self.train_dataset, others)
+        fit_datasets(self.model, self.train_dataset, others)
         for dataset in (self.train_dataset, *others):
             self._check_tokens(dataset)
             if dataset is not None:
@@ -153,7 +152,7 @@ class CellTrainer(MeasuredTrainer):
         self._statistics.clear()  # of the attempt that ran out of memory
 
     def _is_packed(self) -> bool:
-        return getattr(self.data_collator, "packing", False) or isinstance(self.train_dataset, CenterMaskSampler)
+        return getattr(self.data_collator, "packing", False)
 
     def _remove_unused_columns(self, dataset, description=None):
         return dataset  # the collator takes what it needs, such as cell_id
@@ -222,7 +221,7 @@ class CellTrainer(MeasuredTrainer):
             self.data_collator = self._eval_collator
         if not is_training:  # of evaluate and predict too, which may be given any
             self._check_tokens(dataset)
-            fit_neighborhoods(self.accelerator.unwrap_model(self.model), None, [dataset])
+            fit_datasets(self.accelerator.unwrap_model(self.model), None, [dataset])
         if isinstance(self.data_collator, CellCollator):
             dataset = as_token_rows(dataset)
         try:
@@ -330,16 +329,10 @@ class CellTrainer(MeasuredTrainer):
             self._stream_mark = self._stream_mark if mark is None else json.loads(mark)
         return drawn
 
-    def _get_num_items_in_batch(self, batch_samples, device):
-        """As in Trainer; of neighbourhoods the masked cells."""
-        if batch_samples and "masked_cell_type" in batch_samples[0]:
-            batch_samples = [{"labels": batch["masked_cell_type"]} for batch in batch_samples]
-        return super()._get_num_items_in_batch(batch_samples, device)
-
     def set_epoch(self, epoch: int) -> None:
         """Tell the order of the cells, and the collator, which epoch begins (Trainer's loop calls it)."""
-        neighborhoods = self.train_dataset if isinstance(self.train_dataset, CenterMaskSampler) else None
-        for part in (self._train_batches, self.data_collator, neighborhoods):
+        dataset = None if isinstance(self.train_dataset, IterableDataset) else self.train_dataset
+        for part in (self._train_batches, self.data_collator, dataset):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         if self._stream is not None:
@@ -350,7 +343,7 @@ class CellTrainer(MeasuredTrainer):
         model = super().call_model_init(trial)
         if getattr(self, "_eval_collator", None) is not None:  # not yet when the trainer is made
             check_tokenizers(model, self.processing_class, self.data_collator)
-            fit_neighborhoods(model, self.train_dataset, [])
+            fit_datasets(model, self.train_dataset, [])
             fit_classes(model, self.data_collator, self.train_dataset)
         if getattr(self, "is_in_train", False):
             self._keep_in_float32(model)
@@ -455,8 +448,6 @@ class CellTrainer(MeasuredTrainer):
             "max_tokens_per_batch": self._token_budget,
             **({} if self._cells is None else {"train_dataset": self._cells}),
         }
-        if isinstance(self.train_dataset, CenterMaskSampler):
-            order["neighbourhoods"] = self.train_dataset.description
         if self.max_tokens_per_batch is None:
             order["per_device_train_batch_size * gradient_accumulation_steps * processes"] = (
                 self._train_batch_size * batches

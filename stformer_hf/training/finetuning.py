@@ -27,19 +27,19 @@ from transformers import (
 )
 
 from ..batches.collate import pad, read_tokens
+from ..batches.collators import DataCollatorForCellClassification
 from ..batches.evaluating import evaluating
-from ..data.cell_store import CellStore
 from ..evaluation.metrics import balanced_class_weights
 from ..models.gene_bert.cell_tables import find_table
 from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
 from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..store.cell_store import CellStore
 from .cell_trainer import CellTrainer
-from .classifier_start import ClassifierStart, start_classifier
-from .collators import DataCollatorForCellClassification
 from .defaults import FINETUNING, MAX_LENGTH
-from .linear_readers import Problem, inner_folds
 from .loading import is_adapter, is_model, load_model, load_tokenizer, unwrap
+from .starts.classifier_start import ClassifierStart, start_classifier
+from .starts.linear_readers import Problem, inner_folds
 
 logger = logging.getLogger(__name__)
 

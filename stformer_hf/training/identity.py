@@ -16,10 +16,8 @@ from datasets import Dataset as HuggingFaceDataset
 from torch.utils.data import ConcatDataset, Subset
 from transformers import PreTrainedModel
 
+from ..batches.iterable_ann_dataset import IterableAnnDataset
 from ..batches.token_rows import TokenRows, class_names
-from ..data.center_mask_sampler import CenterMaskSampler
-from ..data.iterable_ann_dataset import IterableAnnDataset
-from ..models.gene_bert.gene_columns import strip_versions
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 
 _UNNAMED = "LABEL_"  # how transformers names the classes of a model that was told none
@@ -241,127 +239,40 @@ def _names_of(dataset: Any, column: str) -> list[str] | None:
     return found[0] if found and all(names == found[0] for names in found) else None
 
 
-# ---------------------------------------------------------------------- neighbourhoods
+# ---------------------------------------------------------------------- datasets that know what their rows mean
 
 
-def fit_neighborhoods(model: PreTrainedModel, train: Any, datasets: Iterable[Any]) -> None:
-    """Write into a model's configuration what its training cells know, and compare all samplers with it.
+def fit_datasets(model: PreTrainedModel, train: Any, others: Iterable[Any]) -> None:
+    """Let datasets check a model, and the training cells fill in its configuration.
+
+    This is the hook for datasets whose rows are not tokens: each dataset, also within a Subset or ConcatDataset, that
+    has a method `fit_model(model, name, learn)` is called with the model, the name of its argument for errors, and
+    whether it is to write into `model.config` what the model does not know yet. `CenterMaskSampler` has it.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Of a `CellNeighborhoodConfig`, `gene_ids`, `cell_types`, `neighborhood` and `section_key` are written where
-        they are None. Others are left alone.
-    train : CenterMaskSampler, or anything else
+    train : any dataset
         Training cells.
-    datasets : iterable of datasets
+    others : iterable of datasets
         All others, such as those to evaluate on.
 
     Raises
     ------
     ValueError
-        Other genes, or another order of them; other types; other neighbourhoods; counts that are taken the logarithm
-        of twice.
+        A dataset does not fit the model.
     """
-    config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) != "cell_neighborhood":
-        return
-    for part in _parts(train):
-        if isinstance(part, CenterMaskSampler):
-            check_sampler_fits(model, part, "train_dataset")
-            _learn(config, part)
-    for dataset in datasets:
-        for part in _parts(dataset):
-            if isinstance(part, CenterMaskSampler):
-                check_sampler_fits(model, part, "eval_dataset")
-
-
-def _learn(config: Any, sampler: CenterMaskSampler) -> None:
-    if config.gene_ids is None and sampler.gene_ids is not None:
-        config.gene_ids = list(sampler.gene_ids)
-    if config.cell_types is None and len(sampler.cell_types or ()) == config.n_cell_types:
-        config.cell_types = list(sampler.cell_types)
-    if config.neighborhood is None:
-        config.neighborhood = dict(sampler.neighborhood)
-    if config.section_key is None:
-        config.section_key = sampler.section_key
-
-
-def check_sampler_fits(model: PreTrainedModel, sampler: CenterMaskSampler, name: str = "sampler") -> None:
-    """Compare the genes, types, neighbourhoods and values of a sampler with those that a model knows.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        Of a `CellNeighborhoodConfig`.
-    sampler : CenterMaskSampler
-        What it, or the configuration, does not know is not compared.
-    name : str, default: "sampler"
-        What it is called in errors.
-
-    Raises
-    ------
-    ValueError
-        See `fit_neighborhoods`.
-    """
-    config = model.config
-    if sampler.n_genes != config.n_genes or sampler.n_cell_types > config.n_cell_types:
-        raise ValueError(
-            f"{name} has {sampler.n_genes} genes and {sampler.n_cell_types} cell types, and the model "
-            f"{config.n_genes} and {config.n_cell_types}."
-        )
-    if config.gene_ids is not None and sampler.gene_ids is not None:
-        known, found = strip_versions(config.gene_ids).tolist(), strip_versions(sampler.gene_ids).tolist()
-        if found != known:
-            first = next(i for i, pair in enumerate(zip(found, known, strict=True)) if pair[0] != pair[1])
-            order = "the same genes in another order" if sorted(found) == sorted(known) else "other genes"
-            raise ValueError(
-                f"{name} has {order} than the model: column {first} is {found[first]!r}, and the model reads "
-                f"{known[first]!r} there. Put the columns into the model's order: adata[:, model.config.gene_ids]."
-            )
-    if config.cell_types is not None and sampler.cell_types is not None:
-        if sampler.cell_types != config.cell_types[: len(sampler.cell_types)]:
-            raise ValueError(
-                f"{name} numbers the cell types {_few(sampler.cell_types)}, and the model {_few(config.cell_types)}: "
-                "give the column the model's categories, in their order, adata.obs[key].cat.set_categories("
-                "model.config.cell_types)."
-            )
-    if config.neighborhood is not None:
-        other = {
-            option: value
-            for option, value in _complete(sampler.neighborhood).items()
-            if _complete(config.neighborhood)[option] != value
-        }
-        if other:
-            learnt = _complete(config.neighborhood)
-            found = ", ".join(f"{option}={value!r} instead of {learnt[option]!r}" for option, value in other.items())
-            raise ValueError(
-                f"{name} has other neighbourhoods than those that the model learns from: {found}. Make it with the "
-                "options of model.config.neighborhood; to train the model on other ones, set that to None."
-            )
-    if sampler.normalize is not None and config.apply_log1p:
-        raise ValueError(
-            f"{name} gives log1p of the counts (normalize={sampler.normalize!r}), and the model takes log1p itself "
-            "(apply_log1p=True): make the sampler with normalize=None."
-        )
-
-
-_OF_NEIGHBORHOODS = {"patch_size": None, "shape": "box", "k_nearest": None, "max_num_cells": None, "discretize": False}
-
-
-def _complete(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: options.get(name, default) for name, default in _OF_NEIGHBORHOODS.items()}
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (", …" if len(names) > 5 else "")
+    for name, learn, datasets in (("train_dataset", True, [train]), ("eval_dataset", False, others)):
+        for dataset in datasets:
+            for part in _parts(dataset):
+                if hasattr(part, "fit_model"):
+                    part.fit_model(model, name, learn)
 
 
 __all__ = [
-    "check_sampler_fits",
     "check_tokenizer_fits",
     "check_tokenizers",
     "check_tokens",
     "fit_classes",
-    "fit_neighborhoods",
+    "fit_datasets",
 ]

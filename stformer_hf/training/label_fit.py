@@ -10,10 +10,10 @@ from datasets import ClassLabel
 from datasets import Dataset as HuggingFaceDataset
 from torch.utils.data import Subset
 
-from ..data.cell_store import CellStore
+from ..batches.collators import DataCollatorForCellClassification
 from ..models.gene_bert.heads import problem_of
+from ..store.cell_store import CellStore
 from .cell_heads import predicts_cells
-from .collators import DataCollatorForCellClassification
 from .loading import unwrap
 
 _SHOWN = 5  # names in an error

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..data.cell_store import CellStore
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..store.cell_store import CellStore
 from .cell_heads import predicts_cells, read_head
 from .loading import is_hub_id, unwrap
 

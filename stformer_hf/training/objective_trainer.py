@@ -11,8 +11,9 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
 
-from ..data.cell_store import CellStore
+from ..batches.samplers import SameSourceSampler
 from ..models.gene_bert.heads import pool
+from ..store.cell_store import CellStore
 from .cell_trainer import CellTrainer
 from .checkpoints import mark_unfinished
 from .eval_loss import filling_cells, without_labels
@@ -22,8 +23,7 @@ from .objectives.cross_correlation import cross_correlation_loss
 from .objectives.decode import add_decoder, decode_loss
 from .objectives.views import OF_PAIRS, ViewCollator, sources_of
 from .objectives.watch import effective_rank, total_r2
-from .samplers import SameSourceSampler
-from .spectral_start import cell_embedding_of
+from .starts.spectral_start import cell_embedding_of
 from .weight_average import AverageWeights, WeightAverage
 
 _CELLS_TO_WATCH = 1024

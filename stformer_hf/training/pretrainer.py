@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,14 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
 
+from ..batches.collators import DataCollatorForGeneRankMLM, DataCollatorForPhenotypicMLM
+from ..batches.precollator import STFormerPreCollator
 from ..batches.token_rows import TokenRows
-from ..data.center_mask_sampler import CenterMaskSampler
 from ..evaluation.context_swap import context_swap, masked_nll
 from ..evaluation.gene_baselines import masked_gene_baselines, masked_genes
-from ..evaluation.neighborhood_baselines import mean_of_defined, neighborhood_baselines
-from ..models.cell_neighborhood.count_likelihoods import pearson_r
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
-from .collators import DataCollatorForGeneRankMLM, DataCollatorForPhenotypicMLM
-from .neighborhood_collator import collate_neighborhoods
 from .objective_trainer import ObjectiveTrainer
 from .objectives import check_objectives
-from .precollator import STFormerPreCollator
 
 _CELLS_FOR_FREQUENCIES = 100_000
 _CELLS_TO_SWAP = 512
@@ -35,16 +30,12 @@ class STFormerPretrainer(ObjectiveTrainer):
     Masks are a function of (args.seed, epoch, cell); evaluation always masks as in epoch 0. See `CellTrainer` for the
     order of the cells, `get_train_sampler`, and resumption, and `ObjectiveTrainer` for objectives that train `[CLS]`.
 
-    It also trains a `CellNeighborhoodForMaskedCell` on the neighbourhoods of a `CenterMaskSampler`, packed and without
-    a tokenizer. Its evaluations have `pearson_r`: mean over cells of Pearson's r, over genes, of log1p of the expected
-    and the true counts.
-
     Parameters
     ----------
     args : TrainingArguments
         As for Trainer; `train_sampling_strategy="group_by_length"` groups the cells by length.
-    train_dataset : CellStore, datasets.Dataset, torch Dataset or CenterMaskSampler
-        Cells; or rows with `input_ids` (and, better, `token_type_ids` and `cell_id`); or neighbourhoods.
+    train_dataset : CellStore, datasets.Dataset or torch Dataset
+        Cells; or rows with `input_ids` (and, better, `token_type_ids` and `cell_id`).
     token_dictionary : dict of str to int, or path of a .json or .pkl, optional
         STFormer's vocabulary, for rows of token ids and a model that reads no token types, such as BERT; in place of
         `processing_class`.
@@ -60,7 +51,7 @@ class STFormerPretrainer(ObjectiveTrainer):
         Put beside the losses of each evaluation what they are to be compared with: `genes_nll`, mean negative log
         likelihood in nats of the masked genes; that of simple baselines at the same positions
         (`masked_gene_baselines`, estimated from at most 100,000 training cells, once); and what the genes of another
-        cell do to the model (`context_swap`, of at most 512 cells). Of neighbourhoods `neighborhood_baselines`.
+        cell do to the model (`context_swap`, of at most 512 cells).
     objectives, view, batch_key, ema
         As for `ObjectiveTrainer`. Without `mlm` no gene is masked. With objectives that train `[CLS]` every phenotype
         is masked, since both views of a cell would show it.
@@ -71,8 +62,7 @@ class STFormerPretrainer(ObjectiveTrainer):
     processing_class : GeneTokenizer
         Tokenizes the cells; saved beside the model.
     data_collator : callable, optional
-        In place of a `DataCollatorForPhenotypicMLM`, or `DataCollatorForGeneRankMLM`, of the above; of neighbourhoods
-        in place of `collate_neighborhoods` with `packed=True`.
+        In place of a `DataCollatorForPhenotypicMLM`, or `DataCollatorForGeneRankMLM`, of the above.
     **kwargs
         All other arguments of Trainer.
 
@@ -109,12 +99,12 @@ class STFormerPretrainer(ObjectiveTrainer):
             if processing_class is not None:
                 raise ValueError("token_dictionary and processing_class both name the tokens: give one of them.")
             processing_class = STFormerPreCollator(token_dictionary)
-        datasets = [train_dataset, *_each(kwargs.get("eval_dataset"))]
-        if data_collator is None and any(isinstance(dataset, CenterMaskSampler) for dataset in datasets):
-            data_collator = partial(collate_neighborhoods, packed=True)
         if data_collator is None:
             if processing_class is None:
-                raise ValueError("STFormerPretrainer needs processing_class=tokenizer (or a data_collator).")
+                raise ValueError(
+                    "STFormerPretrainer needs processing_class=tokenizer (or a data_collator). Neighbourhoods of "
+                    "cells are trained by NeighborhoodTrainer."
+                )
             chosen = check_objectives(objectives)
             ranks = processing_class.scheme == "rank"
             data_collator = (DataCollatorForGeneRankMLM if ranks else DataCollatorForPhenotypicMLM)(
@@ -132,7 +122,6 @@ class STFormerPretrainer(ObjectiveTrainer):
         self.baselines = baselines
         self._baselines: list[tuple[Any, dict[str, float]]] = []  # of the datasets evaluated on
         self._genes_nll = np.zeros(2)  # sum, and number of masked genes, of the evaluation that goes on
-        self._pearson_r: list[np.ndarray] = []  # of the masked cells, of the evaluation that goes on
         super().__init__(
             model=model,
             args=args,
@@ -148,16 +137,11 @@ class STFormerPretrainer(ObjectiveTrainer):
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         """As in Trainer; with the baselines, if they are asked for."""
         self._genes_nll = np.zeros(2)  # anew: the arrays of a trainer that ray hands out are read-only
-        self._pearson_r = []
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         dataset = dataloader.dataset
         dataset = dataset.dataset if isinstance(dataset, TokenRows) else dataset
         metrics = {}
-        if self._pearson_r:
-            metrics["pearson_r"] = mean_of_defined(np.concatenate(self._pearson_r))
-            if self.baselines:
-                metrics |= self._baselines_on(dataset)
-        elif self.baselines and self._genes_nll[1]:
+        if self.baselines and self._genes_nll[1]:
             metrics = {
                 "genes_nll": self._genes_nll[0] / self._genes_nll[1],
                 **self._baselines_on(dataset),
@@ -170,9 +154,6 @@ class STFormerPretrainer(ObjectiveTrainer):
         """As in Trainer; adds up the losses of masked genes, if they are to be compared with baselines."""
         labels = inputs.get("labels")
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if not model.training and "expected_counts" in outputs and "masked_expression" in inputs:
-            r = pearson_r(outputs["expected_counts"].detach().log1p(), inputs["masked_expression"].log1p())
-            self._pearson_r.append(self.accelerator.gather_for_metrics(r).cpu().numpy())
         if self.baselines and not model.training and labels is not None:
             self._add_genes_nll(inputs["input_ids"], labels, outputs.logits.detach())
         return (loss, outputs) if return_outputs else loss
@@ -192,16 +173,13 @@ class STFormerPretrainer(ObjectiveTrainer):
         for known, metrics in self._baselines:
             if known is dataset:
                 return metrics
-        if isinstance(dataset, CenterMaskSampler):
-            metrics = neighborhood_baselines(self.train_dataset, dataset, seed=self.args.seed)
-        else:
-            metrics = masked_gene_baselines(
-                self.train_dataset,
-                dataset,
-                self.data_collator,
-                max_train_cells=_CELLS_FOR_FREQUENCIES,
-                whole_cells=self.data_collator.tokenizer.whole_cell,
-            )
+        metrics = masked_gene_baselines(
+            self.train_dataset,
+            dataset,
+            self.data_collator,
+            max_train_cells=_CELLS_FOR_FREQUENCIES,
+            whole_cells=self.data_collator.tokenizer.whole_cell,
+        )
         self._baselines.append((dataset, metrics))
         return metrics
 
@@ -225,8 +203,6 @@ def _each(datasets: Any) -> list[Any]:
 
 
 def _check_baselines(train_dataset: Any, eval_dataset: Any, collator: Callable) -> None:
-    if isinstance(train_dataset, CenterMaskSampler):
-        return
     for cells in _each(eval_dataset):
         if isinstance(cells, IterableDataset):
             raise ValueError(

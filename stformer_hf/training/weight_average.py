@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import TrainerCallback
-
-if TYPE_CHECKING:
-    from .objective_trainer import ObjectiveTrainer
+from transformers import Trainer, TrainerCallback
 
 FILE = "weight_average.safetensors"  # in a checkpoint
 
@@ -98,7 +94,7 @@ class WeightAverage:
 class AverageWeights(TrainerCallback):
     """Begins the average with the training, takes in each step, and ends with the average in the model."""
 
-    def __init__(self, trainer: ObjectiveTrainer, average: WeightAverage):
+    def __init__(self, trainer: Trainer, average: WeightAverage):
         self.trainer, self.average, self.resumed = trainer, average, False
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -7,7 +7,7 @@ from anndata import read_h5ad
 
 from stformer_hf import CellNeighborhoodConfig, CellNeighborhoodForMaskedCell
 from stformer_hf.cli import main
-from stformer_hf.inference.neighborhoods import embed_neighborhoods
+from stformer_hf.space.embed_neighborhoods import embed_neighborhoods
 
 
 @pytest.fixture

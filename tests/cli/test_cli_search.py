@@ -16,7 +16,7 @@ from stformer_hf.cli import main
 from stformer_hf.cli.arguments import parse
 from stformer_hf.cli.pretrain import TRAINING_DEFAULTS
 from stformer_hf.cli.search import SearchArguments
-from stformer_hf.training.search_space import SearchSpace
+from stformer_hf.search.search_space import SearchSpace
 
 pytest.importorskip("optuna")
 

@@ -5,8 +5,8 @@ import pytest
 from conftest import make_adata
 
 from stformer_hf.cli import convert_h5ad_to_scdl
-from stformer_hf.data.scdl import SingleCellMemMapDataset
-from stformer_hf.data.scdl_collection import SingleCellCollection
+from stformer_hf.compat.scdl import SingleCellMemMapDataset
+from stformer_hf.compat.scdl_collection import SingleCellCollection
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from transformers import AutoModelForSequenceClassification
 import stformer_hf as sf
 from stformer_hf import CellStore, GeneBertConfig, GeneBertForPhenotypicMLM, GeneTokenizer
 from stformer_hf.training import finetuning
-from stformer_hf.training.classifier_start import _log_values_of
 from stformer_hf.training.finetuning import finetune, predict, prepare_classifier
-from stformer_hf.training.linear_readers import log_softmax
-from stformer_hf.training.spectral_start import count_blocks
-from stformer_hf.training.spectral_views import log_values
+from stformer_hf.training.starts.classifier_start import _log_values_of
+from stformer_hf.training.starts.linear_readers import log_softmax
+from stformer_hf.training.starts.spectral_start import count_blocks
+from stformer_hf.training.starts.spectral_views import log_values
 
 
 def make_cells(n: int = 240, n_genes: int = 60, n_types: int = 3, seed: int = 0) -> AnnData:
@@ -149,7 +149,7 @@ def test_inner_scores_are_those_of_cells_that_the_fold_has_not_seen(labelled, tm
     from transformers import TrainingArguments
 
     from stformer_hf.training.defaults import FINETUNING
-    from stformer_hf.training.linear_readers import Problem
+    from stformer_hf.training.starts.linear_readers import Problem
 
     store = CellStore.build(tmp_path / "store", labelled, obs=["type"], report=False)
     arguments = TrainingArguments(str(tmp_path / "m"), **{**FINETUNING, "use_cpu": True})

@@ -25,12 +25,13 @@ from stformer_hf import (
     GeneBertForPhenotypicMLM,
     GeneTokenizer,
     IterableAnnDataset,
+    NeighborhoodTrainer,
     STFormerPretrainer,
     collate_fn_wrapper,
     embed,
     embed_neighborhoods,
 )
-from stformer_hf.data.obs_columns import ClassCode
+from stformer_hf.sources.obs_columns import ClassCode
 
 
 def arguments(folder, **settings) -> TrainingArguments:
@@ -323,7 +324,7 @@ def neighborhood_model(**fields) -> CellNeighborhoodForMaskedCell:
 
 def test_a_trained_model_knows_what_its_sampler_knows(tissue, tmp_path):
     model = neighborhood_model()
-    STFormerPretrainer(arguments(tmp_path), sample(tissue, max_num_cells=5), model=model)
+    NeighborhoodTrainer(arguments(tmp_path), sample(tissue, max_num_cells=5), model=model)
     assert model.config.gene_ids == tissue.var_names.tolist() and model.config.cell_types == ["T0", "T1", "T2"]
     assert model.config.neighborhood == {"patch_size": 4.0, "shape": "box", "max_num_cells": 5}
     assert model.config.section_key == "part"
@@ -340,7 +341,7 @@ def test_a_trained_model_knows_what_its_sampler_knows(tissue, tmp_path):
 def test_row_numbers_are_no_genes(tissue, tmp_path):
     tissue.var_names = [str(i) for i in range(12)]
     model = neighborhood_model()
-    STFormerPretrainer(arguments(tmp_path), sample(tissue), model=model)
+    NeighborhoodTrainer(arguments(tmp_path), sample(tissue), model=model)
     assert model.config.gene_ids is None and model.config.cell_types == ["T0", "T1", "T2"]
 
 
@@ -374,17 +375,17 @@ def test_every_sampler_is_the_models_or_refused(tissue, tmp_path, name, place):
 
     def bring_together():
         if place == "train":  # a model that has learnt already
-            STFormerPretrainer(arguments(tmp_path), own, model=model)
-            STFormerPretrainer(arguments(tmp_path), other, model=model)
+            NeighborhoodTrainer(arguments(tmp_path), own, model=model)
+            NeighborhoodTrainer(arguments(tmp_path), other, model=model)
         elif place == "eval":
-            STFormerPretrainer(arguments(tmp_path), own, model=model, eval_dataset=other)
+            NeighborhoodTrainer(arguments(tmp_path), own, model=model, eval_dataset=other)
         elif place == "eval by name":
-            STFormerPretrainer(arguments(tmp_path), own, model=model, eval_dataset={"one": own, "two": other})
+            NeighborhoodTrainer(arguments(tmp_path), own, model=model, eval_dataset={"one": own, "two": other})
         elif place == "given to evaluate":
-            STFormerPretrainer(arguments(tmp_path), own, model=model).evaluate(other)
+            NeighborhoodTrainer(arguments(tmp_path), own, model=model).evaluate(other)
         else:
-            STFormerPretrainer(arguments(tmp_path), own, model=model)
-            STFormerPretrainer(arguments(tmp_path), model=model, eval_dataset=other)
+            NeighborhoodTrainer(arguments(tmp_path), own, model=model)
+            NeighborhoodTrainer(arguments(tmp_path), model=model, eval_dataset=other)
 
     if fits:
         bring_together()

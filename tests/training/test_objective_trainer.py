@@ -15,7 +15,7 @@ from stformer_hf import (
     STFormerPretrainer,
 )
 from stformer_hf.training.objectives.contrast import contrast_loss
-from stformer_hf.training.spectral_start import initialise_from_store
+from stformer_hf.training.starts.spectral_start import initialise_from_store
 
 ALL = {"mlm": 1.0, "contrast": 0.5, "decode": 0.3, "cross_correlation": 0.2}
 

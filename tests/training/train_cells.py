@@ -13,11 +13,13 @@ from stformer_hf import (
     CellNeighborhoodConfig,
     CellNeighborhoodForMaskedCell,
     CellStore,
+    CellTrainer,
     CenterMaskSampler,
     GeneBertConfig,
     GeneBertForPhenotypicMLM,
     GeneTokenizer,
     IterableAnnDataset,
+    NeighborhoodTrainer,
     STFormerPretrainer,
 )
 
@@ -77,7 +79,7 @@ def main() -> None:
         **settings.get("arguments", {}),
     )
     if settings["order"] == "neighborhoods":
-        trainer = STFormerPretrainer(arguments, neighborhoods(store), model=model_of_neighborhoods(store))
+        trainer = NeighborhoodTrainer(arguments, neighborhoods(store), model=model_of_neighborhoods(store))
         trainer.train()
         return write(folder, arguments, [], trainer, {})
     stream = settings["order"].endswith("stream")
@@ -114,9 +116,7 @@ def model_of_neighborhoods(store: CellStore) -> CellNeighborhoodForMaskedCell:
     return CellNeighborhoodForMaskedCell(config)
 
 
-def write(
-    folder: Path, arguments: TrainingArguments, batches: list, trainer: STFormerPretrainer, evaluated: dict
-) -> None:
+def write(folder: Path, arguments: TrainingArguments, batches: list, trainer: CellTrainer, evaluated: dict) -> None:
     seen = {
         "evaluated": evaluated,
         "world_size": arguments.world_size,

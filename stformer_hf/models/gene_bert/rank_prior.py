@@ -55,8 +55,8 @@ class RankPrior(nn.Module):
     frequencies. To them ln(1 + axes_g . p) is added, p the mean of the axes of the genes shown: the reconstitution and
     the transition formula of correspondence analysis (Greenacre 1984); 1 + axes_g . p is at least 0.05.
 
-    `stformer_hf.training.masked_gene_start` estimates all of it from training cells. The axes are trained from there;
-    the first part is not.
+    `stformer_hf.training.starts.masked_gene_start` estimates all of it from training cells. The axes are trained
+    from there; the first part is not.
     """
 
     def __init__(self, config: GeneBertConfig):

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ...models.cell_neighborhood.count_likelihoods import nb_log_likelihood
 from ...models.gene_bert.cell_decoder import CellDecoder
-from ..spectral_start import cell_embedding_of
+from ..starts.spectral_start import cell_embedding_of
 
 
 @torch.no_grad()

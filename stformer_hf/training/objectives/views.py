@@ -14,11 +14,11 @@ import torch
 from scipy import stats
 
 from ...batches.collate import join
-from ...data.cell_batch import CellBatch, as_cell_batch
-from ...data.cell_store import CellStore
+from ...batches.collators import DataCollatorForGeneRankMLM, DataCollatorForPhenotypicMLM
 from ...models.gene_bert.cell_counts import is_cell_batch, keep
 from ...models.gene_bert.randomness import happens, uniforms
-from ..collators import DataCollatorForGeneRankMLM, DataCollatorForPhenotypicMLM
+from ...store.cell_batch import CellBatch, as_cell_batch
+from ...store.cell_store import CellStore
 
 VIEWS = ("disjoint", "thinning")
 # What a batch of views has beside what the model reads.

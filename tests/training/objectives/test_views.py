@@ -16,7 +16,7 @@ from stformer_hf import (
 )
 from stformer_hf.models.gene_bert.randomness import uniforms
 from stformer_hf.training.objectives.views import ViewCollator, first_panel, sources_of
-from stformer_hf.training.spectral_start import initialise_from_store
+from stformer_hf.training.starts.spectral_start import initialise_from_store
 
 
 @pytest.fixture

@@ -1,0 +1,515 @@
+"""Collators: cells or tokens in, masked or labelled batches out, without a Python loop over tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ..models.gene_bert.cell_counts import is_cell_batch
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
+from ..sources.obs_columns import ClassCode
+from ..store.cell_batch import CellBatch, as_cell_batch
+from .collate import CellCollator, check_probability, labels_a_cell, pack, pad, read_tokens
+from .gene_swaps import unexpressed_genes
+from .token_rows import CLASS_NAMES
+
+# Streams of `uniforms`, one a decision.
+_MASK_GENE, _SWAP_SEQUENCE, _SWAP_GENE, _NEW_GENE, _KIND_OF_MASK, _RANDOM_GENE = 0, 1, 2, 3, 7, 8
+_SEQUENCE_SWAP_PROB = 0.9
+_TRUTH = {"0": 0, "1": 1, "false": 0, "true": 1}
+
+
+class MaskedCells(NamedTuple):
+    """What a batch is made of.
+
+    Attributes
+    ----------
+    tokens : TokenizedCells
+        With `[MASK]` in the places of masked tokens.
+    labels : (positions, labels), int64 arrays (k,)
+        What is to be predicted.
+    left_out : int64 array, or None
+        Positions of tokens that are not attended to.
+    """
+
+    tokens: TokenizedCells
+    labels: tuple[np.ndarray, np.ndarray]
+    left_out: np.ndarray | None
+
+
+def collate_fn_wrapper(
+    tokenizer: GeneTokenizer, pad_to_multiple_of: int | None = None, packing: bool = False
+) -> Callable[[Any], dict[str, torch.Tensor]]:
+    """Make a collate function that pads examples to the longest (PerturbGene's name), or packs them.
+
+    Parameters
+    ----------
+    tokenizer : GeneTokenizer
+        Gives the padding, and tokenizes cells of a store.
+    pad_to_multiple_of : int, optional
+        Round the length up to a multiple of this.
+    packing : bool, default: False
+        Give one row of tokens without padding, and where its cells begin; see `pack`.
+
+    Returns
+    -------
+    callable
+        Takes a `CellBatch`, or a list of examples with `input_ids`, `token_type_ids` and perhaps `labels` (a label a
+        cell or a label a token). Gives int64 tensors `input_ids` (`[PAD]`), `token_type_ids` (0), `attention_mask`
+        (0) of shape (n, length), and `labels` (-100) if the examples have them.
+    """
+
+    def collate(examples: Any) -> dict[str, torch.Tensor]:
+        examples = as_cell_batch(examples)
+        tokens = read_tokens(examples, tokenizer)
+        labels = None
+        if not is_cell_batch(examples) and "labels" in examples[0]:
+            labels = [np.asarray(example["labels"]) for example in examples]
+        of_tokens = None
+        if labels is not None and labels[0].ndim:
+            of_tokens = np.arange(tokens.indptr[-1]), np.concatenate(labels)
+            if not np.issubdtype(of_tokens[1].dtype, np.integer):
+                raise ValueError(f"Labels of tokens are whole numbers, got {of_tokens[1].dtype}.")
+            if len(of_tokens[1]) != tokens.indptr[-1]:
+                raise ValueError(f"{len(of_tokens[1])} labels for {tokens.indptr[-1]} tokens.")
+        if packing:
+            batch = pack(tokens, tokenizer, of_tokens)
+        else:
+            batch = pad(tokens, tokenizer, pad_to_multiple_of, of_tokens)
+        if labels is not None and of_tokens is None:
+            batch["labels"] = torch.from_numpy(np.stack(labels))
+        return batch
+
+    collate.tokenizer = tokenizer  # for those who compare it with the model's
+    return collate
+
+
+class DataCollatorForPhenotypicMLM(CellCollator):
+    """Masks expression bins and phenotypes for `GeneBertForPhenotypicMLM`.
+
+    Genes: each is masked with `mlm_probability`; a masked one becomes `[MASK]` and its bin is its label. In 9 of 10
+    cells each masked gene is, with probability 1 / n_bins / 0.9, swapped for a gene that the cell does not express
+    and labelled `bin_0`: over a batch `bin_0` is 1 / n_bins of the gene labels (`n_bins` counts `bin_0`). Phenotypes:
+    each is chosen with `phenotype_mask_prob` and becomes `[MASK]`, labelled with itself; one in ten of the chosen is
+    dropped instead: `[PAD]`, type 0, no label, not attended to.
+
+    All of it is a function of (seed, epoch, `cell_id`), whatever the batch, the worker or the rank.
+
+    Parameters
+    ----------
+    tokenizer : GeneTokenizer
+        Tokenizes a `CellBatch`; gives ids and padding.
+    mlm : bool, default: True
+        Whether to mask; without, `labels` are all -100.
+    mlm_probability : float, default: 0.15
+        Share of the genes to mask.
+    phenotype_mask_prob : float, default: 0.5
+        Share of the phenotypes to mask.
+    pad_to_multiple_of : int, optional
+        Round the padded length up to a multiple of this.
+    seed : int, default: 0
+        Of the masks.
+    gene_dropout : float, default: 0.0
+        Share of a cell's genes to leave out, chosen anew in each epoch: it regularises where cells are few, and makes
+        steps cheaper.
+    packing : bool, default: False
+        Give one row of tokens without padding, and where its cells begin, in place of a padded matrix; see `pack`.
+    max_tokens : int, optional
+        Most tokens a batch may have, padding included; one with more raises.
+
+    Raises
+    ------
+    ValueError
+        A probability outside [0, 1]; a tokenizer of the rank scheme.
+
+    Notes
+    -----
+    PerturbGene's masking ("DataCollatorForPhenotypicMLM" of its Code Organization). Differences: the swap takes
+    distinct genes that are certainly not expressed, at most half of those that the cell does not express (genes lost
+    to truncation are known to be; genes that a store has not measured are left out; an example of full the tokenizer's
+    `max_length`, whose cut genes are not known, swaps none: tokenize with that length); dropped phenotypes are
+    not attended to; masks do not depend on the global generator.
+
+    Examples without `cell_id` are known by a checksum of their tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: GeneTokenizer,
+        mlm: bool = True,
+        mlm_probability: float = 0.15,
+        phenotype_mask_prob: float = 0.5,
+        pad_to_multiple_of: int | None = None,
+        seed: int = 0,
+        gene_dropout: float = 0.0,
+        packing: bool = False,
+        max_tokens: int | None = None,
+    ):
+        super().__init__(tokenizer, gene_dropout, pad_to_multiple_of, seed, packing, max_tokens)
+        if tokenizer.scheme != "binned":
+            raise ValueError(
+                "DataCollatorForPhenotypicMLM masks expression bins, and the tokenizer gives ranks: use "
+                "DataCollatorForGeneRankMLM."
+            )
+        check_probability("mlm_probability", mlm_probability)
+        check_probability("phenotype_mask_prob", phenotype_mask_prob)
+        self._measured: tuple | None = None
+        self.mlm = mlm
+        self.mlm_probability = mlm_probability
+        self.phenotype_mask_prob = phenotype_mask_prob
+
+    def __call__(self, examples: Any) -> dict[str, torch.Tensor]:
+        """Make a batch.
+
+        Parameters
+        ----------
+        examples : CellBatch, or list of dict
+            Cells of a store, or examples with `input_ids` and `token_type_ids` (and `cell_id`).
+
+        Returns
+        -------
+        dict of Tensor int64 (n, length)
+            `input_ids`, `token_type_ids`, `attention_mask`, `labels`; packed, what `pack` gives.
+        """
+        return self._batch(*self.masked(examples))
+
+    def masked(self, examples: Any, panel: np.ndarray | None = None) -> MaskedCells:
+        """Mask cells, and hide from their counts what is masked.
+
+        Parameters
+        ----------
+        examples : CellBatch, or list of dict
+            As in `__call__`.
+        panel : bool array (n_genes,), optional
+            Genes that may be swapped in; all that the store has measured by default.
+
+        Returns
+        -------
+        MaskedCells
+        """
+        examples = as_cell_batch(examples)
+        tokens, cell_ids = self._tokens(examples)
+        if not self.mlm:
+            nothing = np.empty(0, np.int64)
+            return MaskedCells(tokens, (nothing, nothing), None)
+        masked, labels, left_out = self._mask_phenotypes(tokens, cell_ids, self.phenotype_mask_prob)
+        if tokens.measured is not None:
+            measured = np.flatnonzero(tokens.measured.all(axis=0))
+        else:
+            measured = self._measured_genes(examples) if is_cell_batch(examples) else None
+        if panel is not None:
+            measured = np.flatnonzero(panel) if measured is None else measured[panel[measured]]
+        types = tokens.token_type_ids.copy()
+        genes, gene_labels = self._mask_genes(tokens, cell_ids, is_cell_batch(examples), measured)
+        # A gene that is swapped in is hidden too: its absence would tell that it is bin_0. So is the one whose place
+        # it takes: a gene that counts, and is no token, would tell of the swap.
+        for of in (types, tokens.token_type_ids):
+            tokens = self._hide(tokens, genes, of[genes] - self.tokenizer.gene_token_type_offset)
+        labels = np.concatenate([masked, genes]), np.concatenate([labels, gene_labels])
+        return MaskedCells(tokens, labels, left_out)
+
+    def _measured_genes(self, cells: CellBatch) -> np.ndarray | None:
+        """Find the tokenizer's genes that a store has: their numbers, ascending; None for all of them."""
+        if self._measured is None or self._measured[0] is not cells.gene_ids:  # one array for all batches of a store
+            found = np.unique(self.tokenizer.find_genes(cells.gene_ids, cells.symbols))
+            found = found[found >= 0]
+            self._measured = cells.gene_ids, None if len(found) == len(self.tokenizer.genes) else found
+        return self._measured[1]
+
+    def _mask_genes(
+        self, tokens, cell_ids, all_genes_known: bool, measured: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mask genes, in place, and swap some; returns their positions, and their labels."""
+        tokenizer, types = self.tokenizer, tokens.token_type_ids
+        n_bins = tokenizer.n_bins
+        cells = np.repeat(np.arange(len(cell_ids)), np.diff(tokens.indptr))
+        # A gene is known by its type, so that its fate does not depend on the tokens around it.
+        hit = self._happens(self.mlm_probability, _MASK_GENE, cell_ids, types, cells)
+        hit &= tokenizer.get_gene_tokens_mask(tokens.input_ids)
+        masked = np.flatnonzero(hit)
+        cells = cells[masked]
+        labels = tokens.input_ids[masked]
+        tokens.input_ids[masked] = tokenizer.mask_token_id
+        if tokens.expression_values is not None:
+            tokens.expression_values[masked] = 0
+
+        swapping = self._happens(_SEQUENCE_SWAP_PROB, _SWAP_SEQUENCE, cell_ids)
+        if not all_genes_known:
+            dropped = np.bincount(tokens.dropped_cells, minlength=len(cell_ids))
+            swapping &= np.diff(tokens.indptr) + dropped < tokenizer.max_length
+        swap = swapping[cells] & self._happens(
+            1 / n_bins / _SEQUENCE_SWAP_PROB, _SWAP_GENE, cell_ids, types[masked], cells
+        )
+        new_types, given = unexpressed_genes(
+            tokens,
+            len(tokenizer.genes),
+            tokenizer.gene_token_type_offset,
+            masked[swap],
+            cells[swap],
+            lambda counters, of: self._uniforms(_NEW_GENE, cell_ids, counters, of),
+            measured,
+        )
+        swapped = np.flatnonzero(swap)[given]
+        types[masked[swapped]] = new_types[given]
+        labels[swapped] = tokenizer.first_bin_id
+        return masked, labels
+
+
+class DataCollatorForGeneRankMLM(CellCollator):
+    """Masks genes and phenotypes of ranked cells.
+
+    Genes, BERT's way: each is chosen with `mlm_probability` and labelled with itself; of the chosen, 80 % become
+    `[MASK]`, 10 % a random gene of the vocabulary, 10 % stay. Phenotypes, as in `DataCollatorForPhenotypicMLM`: each
+    is chosen with `phenotype_mask_prob` and becomes `[MASK]`; one in ten of the chosen is left out instead.
+
+    All of it is a function of (seed, epoch, `cell_id`), whatever the batch, the worker or the rank.
+
+    Parameters
+    ----------
+    tokenizer : GeneTokenizer or STFormerPreCollator
+        Of the rank scheme.
+    mlm_probability : float, default: 0.15
+        Share of the genes to predict.
+    phenotype_mask_prob : float, default: 0.5
+        Share of the phenotypes to mask.
+    pad_to_multiple_of, seed, gene_dropout, packing, max_tokens
+        As in `DataCollatorForPhenotypicMLM`.
+
+    Raises
+    ------
+    ValueError
+        A probability outside [0, 1]; a tokenizer of the binned scheme.
+
+    Notes
+    -----
+    Devlin et al. 2019, as STFormer and Geneformer train. transformers' `DataCollatorForLanguageModeling` puts any
+    token in the place of a gene, `[PAD]` and `[MASK]` too; this one only genes.
+    """
+
+    def __init__(
+        self,
+        tokenizer: GeneTokenizer,
+        mlm_probability: float = 0.15,
+        phenotype_mask_prob: float = 0.5,
+        pad_to_multiple_of: int | None = None,
+        seed: int = 0,
+        gene_dropout: float = 0.0,
+        packing: bool = False,
+        max_tokens: int | None = None,
+    ):
+        super().__init__(tokenizer, gene_dropout, pad_to_multiple_of, seed, packing, max_tokens)
+        if tokenizer.scheme != "rank":
+            raise ValueError(
+                "DataCollatorForGeneRankMLM masks ranked genes, and the tokenizer gives bins: use "
+                "DataCollatorForPhenotypicMLM."
+            )
+        check_probability("mlm_probability", mlm_probability)
+        check_probability("phenotype_mask_prob", phenotype_mask_prob)
+        self.mlm_probability = mlm_probability
+        self.phenotype_mask_prob = phenotype_mask_prob
+
+    def __call__(self, examples: Any) -> dict[str, torch.Tensor]:
+        """Make a batch; as `DataCollatorForPhenotypicMLM` gives it."""
+        return self._batch(*self.masked(examples))
+
+    def masked(self, examples: Any, panel: np.ndarray | None = None) -> MaskedCells:
+        """Mask cells; as `DataCollatorForPhenotypicMLM.masked`, but that random genes are of the whole vocabulary."""
+        tokenizer = self.tokenizer
+        tokens, cell_ids = self._tokens(as_cell_batch(examples))
+        ids = tokens.input_ids
+        cells = np.repeat(np.arange(len(cell_ids)), np.diff(tokens.indptr))
+        # A gene may be in a cell and in its neighbourhood; apart from that its fate depends on itself alone.
+        genes = ids + tokens.token_type_ids * tokenizer.vocab_size
+        chosen = self._happens(self.mlm_probability, _MASK_GENE, cell_ids, genes, cells)
+        chosen &= tokenizer.get_gene_tokens_mask(ids)
+        masked = np.flatnonzero(chosen)
+        cells, genes, labels = cells[masked], genes[masked], ids[masked]
+        if tokens.cells is not None:
+            own = tokens.token_type_ids[masked] == tokenizer.gene_token_type_offset  # not of the neighbourhood
+            tokens = self._hide(tokens, masked[own], tokenizer.genes_of(labels[own], None))
+        kind = self._uniforms(_KIND_OF_MASK, cell_ids, genes, cells)
+        random = (self._uniforms(_RANDOM_GENE, cell_ids, genes, cells) * len(tokenizer.gene_token_ids)).astype(
+            np.int64
+        )
+        becomes = [tokenizer.mask_token_id, tokenizer.gene_token_ids[random]]
+        ids[masked] = np.select([kind < 0.8, kind < 0.9], becomes, labels)
+        phenotypes, values, left_out = self._mask_phenotypes(tokens, cell_ids, self.phenotype_mask_prob)
+        labels = np.concatenate([masked, phenotypes]), np.concatenate([labels, values])
+        return MaskedCells(tokens, labels, left_out)
+
+
+class DataCollatorForCellClassification(CellCollator):
+    """Pads cells and gives the class of each, for `GeneBertForClassification`.
+
+    Parameters
+    ----------
+    tokenizer : GeneTokenizer
+        Tokenizes a `CellBatch`; gives the padding. It must not put the label into the cell's own tokens.
+    label : str or list of str, default: "labels"
+        Obs column of the store, or column of the examples, that holds the class: a categorical one, or numbers to
+        predict (`problem_type="regression"`). Several columns of 0 and 1, or numbers, for several labels a cell.
+    label2id : dict of str to int, optional
+        Number of each class by its name, wherever the cells know the names of their codes (a store, a stream, a
+        tokenized dataset); their own order by default, which `CellTrainer` replaces by the model's. Of several
+        columns, the place of each column in the labels.
+    pad_to_multiple_of : int, optional
+        Round the padded length up to a multiple of this.
+    seed : int, default: 0
+        Of the gene dropout.
+    gene_dropout : float, default: 0.0
+        Share of a cell's genes to leave out, chosen anew in each epoch: it regularises where cells are few, and makes
+        steps cheaper.
+    packing : bool, default: False
+        Give one row of tokens without padding, and where its cells begin, in place of a padded matrix; see `pack`.
+    max_tokens : int, optional
+        Most tokens a batch may have, padding included; one with more raises.
+
+    Raises
+    ------
+    ValueError
+        The label is one of the tokenizer's included phenotypes; `label2id` does not number all of several columns; a
+        batch has cells without a label, or classes other than 0 and 1 in one of several columns.
+    """
+
+    def __init__(
+        self,
+        tokenizer: GeneTokenizer,
+        label: str | Sequence[str] = "labels",
+        label2id: dict[str, int] | None = None,
+        pad_to_multiple_of: int | None = None,
+        seed: int = 0,
+        gene_dropout: float = 0.0,
+        packing: bool = False,
+        max_tokens: int | None = None,
+    ):
+        super().__init__(tokenizer, gene_dropout, pad_to_multiple_of, seed, packing, max_tokens)
+        told = {label} if isinstance(label, str) else set(label)
+        told &= set(tokenizer.included_phenotypes)
+        if told:
+            raise ValueError(
+                f"The tokenizer puts {', '.join(map(repr, told))} into the tokens, and the model would read the "
+                "answer: take it out of tokenizer.included_phenotypes."
+            )
+        self.label = label
+        self.label2id = label2id
+
+    def __call__(self, examples: Any) -> dict[str, torch.Tensor]:
+        """Make a batch of a `CellBatch` or of examples.
+
+        Returns
+        -------
+        dict of Tensor
+            As `DataCollatorForPhenotypicMLM` gives it, with `labels`: int64 (n,), or float32 (n,) where they are
+            numbers, or float32 (n, n_labels).
+        """
+        examples = as_cell_batch(examples)
+        tokens = self._tokens(examples)[0]
+        self._check_tokens(examples, tokens)
+        batch = self._batch(tokens)
+        if isinstance(self.label, str):
+            labels = self._labels(examples, self.label)
+        else:
+            labels = np.stack([self._labels(examples, name) for name in self._columns()], axis=1).astype(np.float32)
+        batch["labels"] = torch.from_numpy(labels)
+        return batch
+
+    def _check_tokens(self, examples: Any, tokens: TokenizedCells) -> None:
+        """Refuse cells without tokens, and tokens made beforehand that hold the answer."""
+        empty = int((np.diff(tokens.indptr) == 0).sum())
+        if empty:
+            raise ValueError(f"{empty} cells of the batch have no token to classify them by; leave them out.")
+        if not is_cell_batch(examples):
+            for name in [self.label] if isinstance(self.label, str) else self.label:
+                answers = self.tokenizer.phenotype_token_ids(name)
+                if len(answers) and np.isin(tokens.input_ids, answers).any():
+                    raise ValueError(
+                        f"The examples hold tokens of {name!r}, and the model would read the answer: tokenize them "
+                        "without it (tokenizer.included_phenotypes)."
+                    )
+
+    def _columns(self) -> list[str]:
+        """List the columns of several labels in the order of `label2id`."""
+        if self.label2id is None:
+            return list(self.label)
+        if set(self.label) != set(self.label2id) or sorted(self.label2id.values()) != list(range(len(self.label))):
+            raise ValueError(
+                f"label2id numbers {', '.join(map(repr, self.label2id))}, and the labels are the columns "
+                f"{', '.join(map(repr, self.label))}: give each column its place, 0 to {len(self.label) - 1}."
+            )
+        return sorted(self.label, key=self.label2id.get)
+
+    def _labels(self, examples: Any, name: str) -> np.ndarray:
+        """Read a label a cell: int64 classes, or float32 numbers."""
+        names = None
+        if is_cell_batch(examples):
+            if name not in examples.obs:
+                raise ValueError(f"The store has no obs column {name!r}; it has {', '.join(examples.obs) or 'none'}.")
+            labels, names = examples.obs[name], examples.categories.get(name)
+            classes = names is not None
+        else:
+            labels = labels_a_cell(examples, name)
+            classes = np.issubdtype(labels.dtype, np.integer)
+            if isinstance(examples, pa.Table):
+                names = json.loads((examples.schema.metadata or {}).get(CLASS_NAMES, b"{}")).get(name)
+            elif any(isinstance(example[name], ClassCode) for example in examples):
+                may_differ = self.label2id is not None or not isinstance(self.label, str)
+                labels, names = _united(name, [example[name] for example in examples], may_differ)
+        label2id = self.label2id if isinstance(self.label, str) else _zero_or_one(name, names)
+        if is_cell_batch(examples) and labels.dtype == object and label2id is not None:
+            # Cells of stores whose classes are in other orders, by name.
+            labels, names, classes = np.array([label2id.get(of, -1) for of in labels]), list(label2id), True
+        elif names is not None and label2id is not None:
+            labels = np.array([*(label2id.get(of, -1) for of in names), -1])[labels]
+        if not np.issubdtype(labels.dtype, np.number) and labels.dtype != bool:
+            raise ValueError(f"{name!r} holds neither categories nor numbers, but such as {labels[0]!r}.")
+        unknown = labels < 0 if classes else ~np.isfinite(labels.astype(np.float64))
+        if unknown.any():
+            hint = "" if names is not None else " (whole numbers are classes; numbers to predict are floats)"
+            raise ValueError(f"{unknown.sum()} cells of the batch have no known {name!r}{hint}; leave them out.")
+        if not isinstance(self.label, str) and classes and labels.max(initial=0) > 1:
+            raise ValueError(f"{name!r} has more than two classes: of several labels each is 0 or 1.")
+        return labels.astype(np.int64 if classes else np.float32)
+
+
+def _united(name: str, codes: Sequence[ClassCode], may_differ: bool) -> tuple[np.ndarray, list[str]]:
+    """Give cells codes of one list of names: they may be of several datasets, each with an order of its own."""
+    unnamed = sum(not isinstance(code, ClassCode) for code in codes)
+    if unnamed:
+        raise ValueError(f"{unnamed} cells of the batch have no known {name!r}; leave them out.")
+    names = codes[0].names
+    if all(code.names is names or code.names == names for code in codes):
+        return np.array(codes, np.int64), names
+    if not may_differ:
+        raise ValueError(
+            f"The cells of the batch number the classes of {name!r} in different ways, as their datasets do: pass "
+            "label2id, the number of each class."
+        )
+    names = sorted({of for code in codes for of in code.names})
+    return np.array([-1 if code.name is None else names.index(code.name) for code in codes], np.int64), names
+
+
+def _zero_or_one(name: str, names: Sequence[str] | None) -> dict[str, int] | None:
+    """Read the categories of one of several labels as 0 and 1; None where the column is of numbers."""
+    if names is None:
+        return None
+    numbers = {of: _TRUTH.get(of.lower()) for of in names}
+    if None in numbers.values():
+        raise ValueError(
+            f"{name!r} is one of several labels, and its categories are {', '.join(map(repr, names[:5]))}: of several "
+            "labels each is 0 or 1. Make it of numbers, such as (adata.obs[key] == name).astype(int)."
+        )
+    return numbers
+
+
+__all__ = [
+    "DataCollatorForCellClassification",
+    "DataCollatorForGeneRankMLM",
+    "DataCollatorForPhenotypicMLM",
+    "MaskedCells",
+    "collate_fn_wrapper",
+]

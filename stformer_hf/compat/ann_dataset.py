@@ -1,0 +1,301 @@
+"""AnnDataset: the cells of an AnnData, in memory or on disk, as a map-style torch dataset of dense rows."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from ..genes.text_files import naming
+from ..sources.formats import Layer, find_layers, is_source
+from ..store.cell_store import CellStore
+from .transforms import Transform, check_transform
+
+_NUMBERS = {"boolean", "floating", "integer", "mixed-integer-float"}  # as pandas calls what a column holds
+
+
+class AnnDataset(Dataset):
+    """Cells of an AnnData, one item a cell: its row of X, dense, and its obs.
+
+    The rows of a batch are read at once and in ascending order, and given in the order asked for, by any `DataLoader`
+    (`__getitems__`). X is given as it is: counts or not.
+
+    Parameters
+    ----------
+    adata_or_path : AnnData, MuData, SpatialData, str or Path
+        An AnnData in memory or backed, a view of either, or a file of one of the `formats.FORMATS`, such as `.h5ad`.
+        In a MuData the modality of genes, in a SpatialData its table.
+    layer : str, default: "X"
+        `X` as it is, whatever its values and the types of its features; `raw`, or the name of a layer; in a MuData or
+        SpatialData also the modality or table, as `prot` or `prot:counts`.
+    transform : Transform, optional
+        Applied to each item.
+    obs_subset : int array, boolean mask (n_obs,) or slice, optional
+        The cells of the dataset, in this order; negative numbers count from the end. All by default.
+    chunk_size : int, default: 6000
+        Rows that are read and made dense at a time; a larger request is read in pieces.
+
+    Attributes
+    ----------
+    shape : (int, int)
+        Cells of the dataset, genes.
+    chunk_size : int
+    transform : Transform or None
+
+    Raises
+    ------
+    TypeError
+        `transform` is no `Transform`; neither an AnnData nor a path was given.
+    ValueError
+        The layer does not exist; the file is damaged, or its format is not supported; an obs column occurs twice;
+        `chunk_size` is less than 1.
+    IndexError
+        `obs_subset` holds numbers beyond the cells, other things than integers, or is a mask of another length.
+    FileNotFoundError
+        No such file.
+
+    Notes
+    -----
+    An item is `{"X": float32 tensor (n_vars,), "obs_<column>": …}`. Columns of numbers or truth values, nullable ones
+    and categories that are numbers too, are tensors () of the column's type; where integers or truth values are
+    missing, the column is float64 with NaN. All others are str, and a missing value is the empty string. Nothing done
+    to an item changes the AnnData. Obs is copied when the dataset is made; X is read whenever a cell is asked for.
+
+    A file is opened by each process for itself, and spawned workers are sent its path; they are sent a copy of an X
+    in memory. An X that is stored by columns is regrouped by rows once, in temporary files, when the dataset is made
+    (again in each spawned worker).
+    """
+
+    def __init__(
+        self,
+        adata_or_path: AnnData | str | Path,
+        *,
+        layer: str = "X",
+        transform: Transform | None = None,
+        obs_subset: Sequence[int] | np.ndarray | slice | None = None,
+        chunk_size: int = 6000,
+    ):
+        if transform is not None:
+            check_transform(transform)
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size={chunk_size}: at least one row is read at a time.")
+        self.transform, self.chunk_size = transform, chunk_size
+        self._name, found = _find_matrix(adata_or_path, layer)
+        self._matrix = found.whole or found.matrix
+        with naming(self._name):
+            obs = found.obs()
+        if len(obs) != self._matrix.shape[0]:
+            raise ValueError(f"{self._name} is damaged: {layer} has {self._matrix.shape[0]} rows, obs has {len(obs)}.")
+        self._rows = _chosen_rows(obs_subset, len(obs))
+        self._columns = _read_obs(obs, self._rows)
+        self._matrix.prepare(None)
+        if self._matrix.seekable:  # the others would forget what was prepared
+            self._matrix.close()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells of the dataset, genes."""
+        return len(self._rows), self._matrix.shape[1]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        columns = ", ".join(key.removeprefix("obs_") for key in self._columns) or "none"
+        return f"AnnDataset({self._name}: {self.shape[0]:,} cells, {self.shape[1]:,} genes, obs: {columns})"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Read one cell; a negative index counts from the end."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, index: Sequence[int]) -> list[dict[str, Any]]:
+        """Read many cells (torch's `DataLoader` calls this with the indices of a batch).
+
+        Parameters
+        ----------
+        index : sequence of int
+            Cells, in any order, repeats allowed; negative ones count from the end.
+
+        Returns
+        -------
+        list of dict
+            The items, in the order asked for.
+
+        Raises
+        ------
+        TypeError
+            An index that is no integer.
+        IndexError
+            An index beyond the dataset.
+        """
+        cells = np.array([self._position(number) for number in index], np.int64)
+        values = {"X": self._read_x(self._rows[cells])}
+        for key, (numbers, labels) in self._columns.items():
+            found = numbers[cells]
+            values[key] = torch.from_numpy(found).unbind() if labels is None else labels[found].tolist()
+        items = [dict(zip(values, cell, strict=True)) for cell in zip(*values.values(), strict=True)]
+        return items if self.transform is None else [self._transformed(item) for item in items]
+
+    def _position(self, index: int) -> int:
+        try:
+            position = operator.index(index)
+        except TypeError:
+            position = None
+        if position is None or isinstance(index, bool):
+            raise TypeError(f"A cell is an integer, got {index!r} ({type(index).__name__}).")
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"Cell {position} is outside the dataset of {len(self)} cells.")
+        return position
+
+    def _read_x(self, rows: np.ndarray) -> list[torch.Tensor]:
+        """Read rows of X in ascending order; give one float32 tensor (n_vars,) a row, in the order asked for."""
+        found: list[Any] = [None] * len(rows)
+        order = np.argsort(rows)
+        for start in range(0, len(rows), self.chunk_size):
+            places = order[start : start + self.chunk_size]
+            with naming(self._name):
+                block = self._matrix.take(rows[places])
+            block = block.astype(np.float32, copy=False).toarray()
+            for place, values in zip(places, torch.from_numpy(block), strict=True):
+                found[place] = values
+        return found
+
+    def _transformed(self, item: dict[str, Any]) -> dict[str, Any]:
+        changed = self.transform(item)
+        if not isinstance(changed, dict):
+            raise TypeError(f"{self.transform!r} returned {type(changed).__name__} instead of the dictionary.")
+        return changed
+
+    def get_collate_fn(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """Give the collate function, for a `DataLoader` of one's own.
+
+        Returns
+        -------
+        callable (list of dict) -> dict
+            Stacks tensors to (n, …) and lists strings. ValueError where the items differ in their keys. Can be
+            pickled.
+        """
+        return _collate
+
+    def get_optimized_dataloader(self, *, seed: int | None = None, **kwargs: Any) -> DataLoader:
+        """Make a `DataLoader` of this dataset and its collate function.
+
+        Parameters
+        ----------
+        seed : int, optional
+            Of the shuffle: the same seed gives the same batches in each run, on any number of workers.
+        **kwargs
+            Of `torch.utils.data.DataLoader`, such as `batch_size`, `shuffle` and `num_workers`.
+
+        Returns
+        -------
+        DataLoader
+
+        Raises
+        ------
+        ValueError
+            Both `seed` and `generator` are given.
+        """
+        if seed is not None:
+            if kwargs.get("generator") is not None:
+                raise ValueError("Pass a seed or a generator, not both: the generator has its own seed.")
+            kwargs["generator"] = torch.Generator().manual_seed(seed)
+        return DataLoader(self, **{"collate_fn": self.get_collate_fn(), **kwargs})
+
+
+def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    for item in items:
+        if item.keys() != items[0].keys():
+            differing = ", ".join(map(repr, sorted(item.keys() ^ items[0].keys())))
+            raise ValueError(f"{differing} is in some cells of a batch only: a transform must treat all cells alike.")
+    return default_collate(items)
+
+
+def _find_matrix(adata_or_path: AnnData | str | Path, wanted: str) -> tuple[str, Layer]:
+    """Give the name of a source, and a layer of it."""
+    if not is_source(adata_or_path) or isinstance(adata_or_path, CellStore):
+        raise TypeError(f"An AnnDataset is made of an AnnData or a path, not {type(adata_or_path).__name__}.")
+    name, table, layers, layer = find_layers(adata_or_path, wanted)
+    name, wanted = name + table, layer or "X"
+    by_name = {layer.name: layer for layer in layers}
+    parts_of_x = [layer for layer in layers if layer.whole is not None and layer.name not in ("raw", "counts")]
+    if "X" not in by_name and parts_of_x:  # of antibodies alone, say
+        by_name["X"] = parts_of_x[0]
+    if wanted not in by_name:
+        raise ValueError(f"{name} has no {wanted}; it has {', '.join(by_name) or 'no matrix'}: name one, layer=….")
+    return name, by_name[wanted]
+
+
+def _chosen_rows(obs_subset: Sequence[int] | np.ndarray | slice | None, n_obs: int) -> np.ndarray:
+    """Turn `obs_subset` into row numbers: int64 array (n,)."""
+    if obs_subset is None or isinstance(obs_subset, slice):
+        return np.arange(n_obs)[obs_subset or slice(None)]
+    rows = np.asarray(obs_subset)
+    if rows.ndim != 1:
+        raise IndexError(f"obs_subset is one array of row numbers, got the shape {rows.shape}.")
+    if rows.dtype == bool:
+        if len(rows) != n_obs:
+            raise IndexError(f"The mask obs_subset has {len(rows)} values; there are {n_obs} cells.")
+        return np.flatnonzero(rows)
+    if not len(rows):
+        return np.empty(0, np.int64)
+    if rows.dtype.kind not in "iu":
+        raise IndexError(f"obs_subset holds integers, or is a boolean mask or a slice; got {rows.dtype}.")
+    outside = rows[(rows < -n_obs) | (rows >= n_obs)]
+    if len(outside):
+        raise IndexError(f"obs_subset asks for row {outside[0]}; there are {n_obs} cells.")
+    return rows.astype(np.int64) % n_obs
+
+
+def _read_obs(obs: pd.DataFrame, rows: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+    """Give for each column numbers (n,) and None; or codes (n,), and their strings (n_labels + 1,), "" the last.
+
+    The type of a column is that of all its rows, so that training and test subsets agree.
+    """
+    columns = {}
+    for place, name in enumerate(obs.columns):
+        key = f"obs_{name}"
+        if key in columns:
+            raise ValueError(f"The obs column {name!r} occurs twice; rename one.")
+        numbers, labels = _read_column(obs.iloc[:, place])
+        columns[key] = numbers[rows], labels
+    return columns
+
+
+def _read_column(column: pd.Series) -> tuple[np.ndarray, np.ndarray | None]:
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        codes, categories = column.cat.codes.to_numpy(), pd.Series(column.cat.categories)
+        if _as_numbers(categories) is None:
+            return codes, np.array([*map(str, categories), ""], object)
+        column = categories.reindex(codes)  # a missing value has the code -1, which no category has
+    numbers = _as_numbers(column)
+    if numbers is not None:
+        return numbers, None
+    missing = column.isna()
+    texts = np.array([None if absent else str(value) for value, absent in zip(column, missing, strict=True)], object)
+    codes, labels = pd.factorize(texts)
+    return codes, np.array([*labels, ""], object)
+
+
+def _as_numbers(column: pd.Series) -> np.ndarray | None:
+    """Give numbers or truth values as torch takes them, NaN where missing; None where the column holds others."""
+    if pd.api.types.infer_dtype(column, skipna=True) not in _NUMBERS:
+        return None
+    values = column.to_numpy()
+    if values.dtype == object:  # integers and booleans of which some are missing, or Python's own
+        missing = column.isna().any()
+        values = column.to_numpy(np.float64, na_value=np.nan) if missing else np.array(column.tolist())
+    if values.dtype.kind not in "biuf":  # integers too large for any type
+        return None
+    native = np.float64 if values.dtype.itemsize > 8 else values.dtype.newbyteorder("=")
+    return values.astype(native, copy=False)
+
+
+__all__ = ["AnnDataset"]

@@ -1,0 +1,164 @@
+"""Stores of `SingleCellMemMapDataset`: made of a file or of other stores, and looked through."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..sources.formats import find_format, find_layers
+from ..store.cell_store import CellStore
+from ..store.writer import ROWS_PER_BATCH
+
+_ROWS_AT_ONCE = 16_384  # where all rows are looked at
+
+
+def convert(
+    path: Path,
+    file: Path,
+    *,
+    use_X_not_raw: bool,
+    neighbors: str | None,
+    dtype: np.dtype,
+    tolerance: float,
+    rows_per_block: int,
+) -> CellStore:
+    """Make a store of a file; parameters and errors are those of `SingleCellMemMapDataset`."""
+    check_free(path, "Open it without h5ad_path, choose another data_path, or delete it.")
+    if rows_per_block < 1:
+        raise ValueError(f"load_block_row_size={rows_per_block}: a block has at least one row.")
+    store = CellStore.build(
+        path,
+        file,
+        obs="all",
+        layer=_layer(file, use_X_not_raw),
+        fractional=True,
+        neighbors=neighbors,
+        rows_per_batch=min(rows_per_block, ROWS_PER_BATCH),
+        report=False,
+    )
+    try:
+        check_values(store, dtype, tolerance)
+    except ValueError as error:
+        shutil.rmtree(path)  # as if the build had found it
+        raise ValueError(f"{file}: {error}") from error
+    return store
+
+
+def unite(path: Path, stores: Sequence[CellStore]) -> CellStore:
+    """Write stores as one, in their order, with the genes and obs columns of all.
+
+    Raises
+    ------
+    FileExistsError
+        There is something at the path.
+    ValueError
+        Some have neighbours and some have none.
+    """
+    check_free(path, "Choose another path, or delete it.")
+    return CellStore.build(
+        path,
+        stores,
+        obs="all",
+        fractional=True,
+        neighbors=_common_neighbors(stores),
+        allow_duplicates=True,  # BioNeMo's concat takes a store twice
+    )
+
+
+def append(store: CellStore, others: Sequence[CellStore]) -> None:
+    """Add the cells of other stores to a store, which keeps its obs columns.
+
+    Raises
+    ------
+    ValueError
+        An obs column that another has not; some have neighbours and some have none.
+    """
+    for other in others:
+        lacking = [name for name in store.manifest["obs"] if name not in other.manifest["obs"]]
+        if lacking:
+            raise ValueError(
+                f"{other.path} lacks obs columns that {store.path} has ({', '.join(lacking)}): write them together to "
+                "an output_path, where a column may be missing in some."
+            )
+    neighbors = _common_neighbors([store, *others])
+    store.append(others, fractional=True, neighbors=neighbors, allow_duplicates=True)
+
+
+def _common_neighbors(stores: Sequence[CellStore]) -> str | None:
+    """Give what `CellStore.build` needs to keep the neighbours of stores, where they have no name; None for none."""
+    have = {store.manifest["neighbors"]: store.path for store in stores}
+    if len(have) > 1:
+        raise ValueError(
+            f"{have[True]} has neighbours and {have[False]} has none: make all of them with load_neighbors, or none."
+        )
+    return "neighbors" if True in have else None
+
+
+def check_free(path: Path, remedy: str) -> None:
+    """Raise where there is something at a path."""
+    if path.exists():
+        raise FileExistsError(f"{path} exists. {remedy}")
+
+
+def _layer(file: Path, use_X_not_raw: bool) -> str | None:
+    """Name the matrix of a file that is taken: raw before X, or X before raw; None if it has neither."""
+    if not file.exists():
+        raise FileNotFoundError(f"No such file: {file}")
+    known = find_format(file)
+    if known is None:
+        raise ValueError(f"{file} is of no format that is read; a folder of files is for SingleCellCollection.")
+    names = set()
+    for layer in find_layers(file).layers:
+        names.add(layer.name)
+        layer.matrix.close()
+    if use_X_not_raw and "raw" in names and "X" not in names:
+        raise ValueError(f"{file} has no X, only raw: leave use_X_not_raw out to take raw.")
+    order = ("X",) if use_X_not_raw else ("raw", "X")
+    return next((name for name in order if name in names), None)
+
+
+def value_type(name: str | np.dtype | None) -> np.dtype:
+    """Read a `data_dtype`: float32 for None; ValueError where it is no type of numbers."""
+    try:
+        dtype = np.dtype(np.float32 if name is None else name)
+    except TypeError:
+        dtype = np.dtype(object)
+    if dtype.kind not in "iuf":
+        raise ValueError(f"data_dtype={name!r}: use a type of numbers, such as 'float32' or 'uint16'.")
+    return dtype
+
+
+def exactly(values: np.ndarray, dtype: np.dtype, tolerance: float = 0.0) -> np.ndarray:
+    """Convert values to a type; ValueError where one changes by more than a tolerance."""
+    if np.can_cast(values.dtype, dtype):
+        return values.astype(dtype, copy=False)
+    with np.errstate(invalid="ignore", over="ignore"):
+        converted = values.astype(dtype)
+    wrong = ~(np.abs(converted.astype(np.float64) - values) <= tolerance)
+    if wrong.any():
+        raise ValueError(
+            f"The value {values[wrong][0].item()} does not fit {dtype} exactly. With data_dtype="
+            f"{str(values.dtype)!r}, get_row gives it; tensors of rows are float32."
+        )
+    return converted
+
+
+def check_values(store: CellStore, dtype: np.dtype, tolerance: float = 0.0) -> None:
+    """Raise where a value of a store does not fit a type; the values are read only if one might not."""
+    if np.can_cast(store.manifest["count_type"], dtype):
+        return
+    for start in range(0, len(store), _ROWS_AT_ONCE):
+        exactly(store.rows(slice(start, start + _ROWS_AT_ONCE)).data, dtype, tolerance)
+
+
+def count_neighbors(store: CellStore) -> np.ndarray:
+    """Count the neighbours of every cell: int array (n,)."""
+    blocks = range(0, len(store), _ROWS_AT_ONCE)
+    counts = [np.diff(store.neighbors(slice(start, start + _ROWS_AT_ONCE)).indptr) for start in blocks]
+    return np.concatenate([np.zeros(0, np.int64), *counts])
+
+
+__all__ = ["append", "check_free", "check_values", "convert", "count_neighbors", "exactly", "unite", "value_type"]

@@ -1,1 +1,0 @@
-"""Cells at rest, rows out."""

@@ -1,0 +1,471 @@
+"""Hyperparameter search through `Trainer.hyperparameter_search`: the study, what becomes of it, the plot.
+
+A trial trains a model from its first weights, with values of the space, and is scored by a metric of the held-out
+cells. What is held out, and how it is masked, is the same in all trials.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import shutil
+import signal
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from ..training.cell_trainer import CellTrainer
+from ..training.scores import score_of
+from .search_space import SearchSpace, TrialModel, in_words, prune
+
+PRUNERS = ("median", "hyperband", "none")
+
+
+def search(
+    trainer: CellTrainer,
+    space: SearchSpace,
+    output: str | Path,
+    *,
+    trials: int = 8,
+    metric: str = "eval_loss",
+    direction: str = "minimize",
+    backend: str = "optuna",
+    pruner: str = "median",
+    sampler_seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> pd.DataFrame:
+    """Search, with a line a trial.
+
+    With optuna the study is kept in OUTPUT/study.db and goes on from there until it has `trials` trials, pruned ones
+    counted; a trial that was broken off is marked as failed, and repeated with the values it had. With ray, whose
+    trials run side by side, each on a CPU (and a GPU, where there are some), a search cannot go on.
+
+    Parameters
+    ----------
+    trainer : CellTrainer
+        Made with a `TrialModel` as `model_init`. No checkpoint is written, whatever its arguments say.
+    space : SearchSpace
+        The same as the `TrialModel`'s.
+    output : str or Path
+        Folder for study.db, or ray's folder.
+    trials : int, default: 8
+        In all.
+    metric : str, default: "eval_loss"
+        A metric of the evaluation.
+    direction : {"minimize", "maximize"}, default: "minimize"
+    backend : {"optuna", "ray"}, default: "optuna"
+    pruner : {"median", "hyperband", "none"}, default: "median"
+        Which trials end early, after an evaluation; of ray, "hyperband" is ASHA.
+    sampler_seed : int, default: 0
+        Of the values. An interrupted search draws what it would have drawn without the interruption.
+    settings : mapping, optional
+        All else that scores depend on (JSON values); a study with other settings is not gone on with.
+    overwrite : bool, default: False
+        Begin anew where a search is in the folder.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row a trial: `trial` (from 1), `state` (COMPLETE, PRUNED or FAILED), `score`, `seconds`, `reason`, then the
+        values.
+
+    Raises
+    ------
+    ValueError
+        A wrong setting; a study of another space, metric or setting; no trial with a score; a metric that the
+        evaluation does not give.
+    FileExistsError
+        Another process searches in the folder; with ray, a search is there.
+    """
+    for name, value, known in (
+        ("direction", direction, ("minimize", "maximize")),
+        ("backend", backend, ("optuna", "ray")),
+        ("pruner", pruner, PRUNERS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} is {', '.join(known)}, got {value!r}.")
+    if trials < 1:
+        raise ValueError(f"trials is at least 1, got {trials}.")
+    args = trainer.args
+    if trainer.eval_dataset is None:
+        raise ValueError(f"{metric} is measured on held-out cells, and none are held out: set held_out above 0.")
+    if args.world_size > 1:
+        raise ValueError('A search runs in one process, without accelerate launch; backend "ray" uses several CPUs.')
+    if pruner != "none" and args.eval_strategy == "no":
+        raise ValueError(
+            f'Pruner "{pruner}" looks at evaluations during training: set eval_strategy to steps, with eval_steps '
+            'below max_steps, or pruner to "none".'
+        )
+    if not isinstance(trainer.model_init, TrialModel):
+        raise ValueError("The trainer of a search is made with model_init=TrialModel(space, make_model).")
+    output = Path(output).resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    space.prepare(args)
+    args.save_strategy = "no"
+    trainer.model_init.collator = trainer.data_collator
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) and backend == "optuna":
+        trainer.add_callback(_StepBar())
+    with _only_here(output), _left_by_sigterm():
+        if overwrite:
+            (output / "study.db").unlink(missing_ok=True)
+            shutil.rmtree(output / "ray", ignore_errors=True)
+        run = _with_optuna if backend == "optuna" else _with_ray
+        return run(trainer, space, output, trials, metric, direction, pruner, sampler_seed, dict(settings or {}))
+
+
+def best_of(table: pd.DataFrame, direction: str) -> pd.Series:
+    """Give the row of the best trial among those that ran to their end.
+
+    Raises
+    ------
+    ValueError
+        None did.
+    """
+    complete = table[(table["state"] == "COMPLETE") & table["score"].notna()]
+    if complete.empty:
+        reasons = "; ".join(table["reason"].dropna().unique()[:3])
+        raise ValueError(f"None of {len(table)} trials ran to its end{': ' + reasons if reasons else ''}.")
+    scores = complete["score"]
+    return complete.loc[scores.idxmin() if direction == "minimize" else scores.idxmax()]
+
+
+class _StepBar(ProgressCallback):
+    """Trainer's bar of the steps, without its lines of figures."""
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:  # closed already, if the trial was pruned
+            super().on_train_end(args, state, control, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Write nothing."""
+
+
+@contextmanager
+def _only_here(output: Path) -> Iterator[None]:
+    """Keep other processes from the folder; the lock goes with the process, however it ends."""
+    with (output / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"Another process searches in {output}: wait for it, or stop it.") from None
+        yield
+
+
+@contextmanager
+def _left_by_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into an exit that passes through what has to be tidied up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(*_):
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _tell(number: int, trials: int, values: Mapping[str, Any], outcome: str, best: float | None) -> None:
+    from tqdm import tqdm
+
+    so_far = "none yet" if best is None else f"{best:.4f}"
+    tqdm.write(f"trial {number} of {trials}: {in_words(values)}: {outcome} (best {so_far})")
+
+
+# ---------------------------------------------------------------------- optuna
+
+
+def _with_optuna(trainer, space, output, trials, metric, direction, pruner, sampler_seed, settings) -> pd.DataFrame:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # errors tell themselves
+    storage = _storage(output / "study.db")
+    study = _study(storage, output / "study.db", space, metric, direction, settings)
+    _give_up_running(study)
+    train = trainer.train
+
+    def train_or_prune(*args, trial, **kwargs):
+        try:
+            return train(*args, trial=trial, **kwargs)
+        except torch.OutOfMemoryError as error:
+            prune(trial, "out of memory", error)
+
+    def objective(metrics: dict[str, float]) -> float:
+        score = score_of(metrics, metric)
+        if not math.isfinite(score):
+            prune(trainer._trial, f"{metric} is {score}")
+        return score
+
+    trainer.train = train_or_prune
+    try:
+        left = trials - len(_finished(study))
+        if left > 0:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                trainer.hyperparameter_search(
+                    hp_space=space.hp_space,
+                    compute_objective=objective,
+                    n_trials=left,
+                    direction=direction,
+                    backend="optuna",
+                    study_name=study.study_name,
+                    storage=storage,
+                    load_if_exists=True,
+                    sampler=_sampler(study, sampler_seed, trials),
+                    pruner=_pruner(pruner),
+                )
+    except ValueError:
+        # Trainer asks for the best trial, and there may be none: best_of tells why.
+        if len(_finished(study)) < trials or any(trial.state.name == "COMPLETE" for trial in study.trials):
+            raise
+    finally:
+        del trainer.train
+        _give_up_running(study)
+        storage.remove_session()
+    return _table(_rows(study), space)
+
+
+def _storage(path: Path):
+    import optuna
+    import sqlalchemy
+
+    try:
+        return optuna.storages.RDBStorage(f"sqlite:///{path}")
+    except (sqlalchemy.exc.DatabaseError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a study of optuna: {error}") from error
+
+
+def _study(storage, path: Path, space: SearchSpace, metric: str, direction: str, settings: Mapping[str, Any]):
+    """Open the study, or begin it."""
+    import optuna
+
+    entries = {
+        name: {key: value for key, value in vars(space[name]).items() if key != "name" and value not in (None, False)}
+        for name in space
+    }
+    wanted = json.loads(json.dumps({"metric": metric, "direction": direction, "space": entries, **settings}))
+    known = optuna.get_all_study_names(storage)
+    if not known:
+        study = optuna.create_study(storage=storage, study_name="search", direction=direction)
+        study.set_user_attr("settings", wanted)
+        return study
+    if known != ["search"]:
+        raise ValueError(f"{path} holds other studies ({', '.join(known)}): choose another --output.")
+    study = optuna.load_study(storage=storage, study_name="search")
+    found = study.user_attrs.get("settings")
+    if found is None and not study.trials:  # killed between the two lines above
+        study.set_user_attr("settings", wanted)
+        found = wanted
+    if found != wanted:
+        found = found or {}
+        other = [key for key in (*wanted, *(set(found) - set(wanted))) if found.get(key) != wanted.get(key)]
+        raise ValueError(
+            f"{path} is of a search with another {other[0]} ({found.get(other[0])!r}, now {wanted.get(other[0])!r})"
+            f"{', and other ' + ', '.join(other[1:]) if other[1:] else ''}: scores would not compare. Choose another "
+            "--output, or begin anew with --overwrite."
+        )
+    return study
+
+
+def _give_up_running(study) -> None:
+    """Mark the trials that were broken off as failed."""
+    import optuna
+
+    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+
+
+def _finished(study) -> list:
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.state.name in ("COMPLETE", "PRUNED")]
+
+
+def _pruner(name: str):
+    import optuna
+
+    if name == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=3)
+    return optuna.pruners.HyperbandPruner() if name == "hyperband" else optuna.pruners.NopPruner()
+
+
+def _sampler(study, seed: int, trials: int):
+    """Make a TPE sampler that draws by (seed, trials so far), and tells each trial's end."""
+    import optuna
+
+    class Sampler(optuna.samplers.BaseSampler):
+        def infer_relative_search_space(self, study, trial):
+            return self._tpe.infer_relative_search_space(study, trial)
+
+        def sample_relative(self, study, trial, search_space):
+            return self._tpe.sample_relative(study, trial, search_space)
+
+        def sample_independent(self, study, trial, name, distribution):
+            return self._tpe.sample_independent(study, trial, name, distribution)
+
+        def before_trial(self, _, trial):
+            state = np.random.SeedSequence([seed, len(_finished(study))]).generate_state(1)
+            self._tpe = optuna.samplers.TPESampler(seed=int(state[0]))
+            self._tpe.before_trial(study, trial)
+
+        def after_trial(self, _, trial, state, values):
+            self._tpe.after_trial(study, trial, state, values)
+            finished = _finished(study)
+            if state.name == "FAIL":
+                return  # the error tells itself
+            scores = [t.value for t in finished if t.state.name == "COMPLETE"]
+            if state.name == "COMPLETE":
+                scores.append(values[0])
+                outcome = f"{values[0]:.4f}"
+            else:
+                outcome = f"pruned, {_reason(trial)}"
+            best = (min if study.direction.name == "MINIMIZE" else max)(scores, default=None)
+            _tell(len(finished) + 1, trials, trial.params, outcome, best)
+
+    return Sampler()
+
+
+def _reason(trial) -> str | None:
+    reason = trial.user_attrs.get("reason")
+    if reason is None and trial.state.name != "COMPLETE" and trial.last_step is not None:
+        reason = f"at step {trial.last_step} with {trial.intermediate_values[trial.last_step]:.4f}"
+    return reason
+
+
+def read_trials(output: str | Path, space: SearchSpace) -> pd.DataFrame:
+    """Give the trials of a study so far, as `search` does.
+
+    Parameters
+    ----------
+    output : str or Path
+        Folder of study.db.
+    space : SearchSpace
+    """
+    import optuna
+
+    storage = _storage(Path(output).resolve() / "study.db")
+    try:
+        return _table(_rows(optuna.load_study(study_name="search", storage=storage)), space)
+    finally:
+        storage.engine.dispose()
+
+
+def _rows(study) -> list[dict[str, Any]]:
+    return [
+        {
+            "trial": number,
+            "state": trial.state.name,
+            "score": trial.value,
+            "seconds": trial.duration.total_seconds(),
+            "reason": _reason(trial),
+            **trial.params,
+        }
+        for number, trial in enumerate(_finished(study), 1)
+    ]
+
+
+def _table(rows: list[dict[str, Any]], space: SearchSpace) -> pd.DataFrame:
+    table = pd.DataFrame(rows, columns=["trial", "state", "score", "seconds", "reason", *space])
+    whole = {name: "Int64" for name in space if space[name].kind is int}  # a pruned trial may lack some
+    return table.astype({"score": float, "seconds": float, **whole})
+
+
+# ---------------------------------------------------------------------- ray
+
+
+def _with_ray(trainer, space, output, n_trials, metric, direction, pruner, sampler_seed, settings) -> pd.DataFrame:
+    import ray
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+
+    folder = output / "ray"
+    if folder.exists():
+        raise FileExistsError(
+            f'{folder} holds a search, and one of ray cannot go on: use backend "optuna", which can, choose another '
+            "--output, or begin anew with --overwrite."
+        )
+
+    ended: list[tuple[Any, str]] = []
+
+    class Lines(tune.Callback):
+        def on_trial_complete(self, iteration, trials, trial, **info):
+            self._tell(trial, "COMPLETE")
+
+        def on_trial_error(self, iteration, trials, trial, **info):
+            self._tell(trial, "FAILED")  # why is written after this
+
+        def _tell(self, trial, state):
+            ended.append((trial, state))
+            scores = [one.last_result["objective"] for one, state in ended if state == "COMPLETE"]
+            best = (min if direction == "minimize" else max)(scores, default=None)
+            outcome = f"{scores[-1]:.4f}" if state == "COMPLETE" else "failed"
+            _tell(len(ended), n_trials, trial.config, outcome, best)
+
+    worst = math.inf if direction == "minimize" else -math.inf
+
+    def objective(metrics: dict[str, float]) -> float:
+        score = score_of(metrics, metric)
+        return score if math.isfinite(score) else worst
+
+    scheduler = {
+        "median": lambda: MedianStoppingRule(metric="objective", mode=direction[:3], grace_period=1),
+        "hyperband": lambda: ASHAScheduler(metric="objective", mode=direction[:3]),
+    }.get(pruner)
+    started = not ray.is_initialized()
+    if started:
+        ray.init(include_dashboard=False, log_to_driver=False)
+    try:
+        trainer.hyperparameter_search(
+            hp_space=space.hp_space,
+            compute_objective=objective,
+            n_trials=n_trials,
+            direction=direction,
+            backend="ray",
+            name="ray",
+            storage_path=str(output),
+            search_alg=BasicVariantGenerator(random_state=sampler_seed),
+            callbacks=[Lines()],
+            verbose=0,
+            raise_on_failed_trial=False,
+            reuse_actors=True,  # a new process imports for seconds
+            **({"scheduler": scheduler()} if scheduler else {}),
+        )
+    except AttributeError:
+        # Trainer reads the best trial, and there may be none: best_of tells why.
+        if len(ended) < n_trials or any(state == "COMPLETE" for _, state in ended):
+            raise
+    finally:
+        if started:
+            ray.shutdown()
+    rows = [
+        {
+            "trial": number,
+            "state": state,
+            "score": (trial.last_result or {}).get("objective"),
+            "seconds": (trial.last_result or {}).get("time_total_s"),
+            "reason": _last_line(trial.get_error()),
+            **trial.config,
+        }
+        for number, (trial, state) in enumerate(ended, 1)
+    ]
+    return _table(rows, space)
+
+
+def _last_line(error: Exception | None) -> str | None:
+    return None if error is None else str(error).strip().split("\n")[-1]
+
+
+__all__ = ["best_of", "read_trials", "search"]

@@ -1,0 +1,219 @@
+"""Sources: where counts come from. Each is opened to a gene table, obs, and blocks of CSR rows of counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+
+from ..genes.gene_table import GeneTable
+from ..genes.text_files import naming
+from ..models.gene_bert.cell_counts import NO_COUNTS, check_counts, choose_counts
+from .formats import Layer, StoredCells, find_layers
+from .matrices import Matrix
+
+if TYPE_CHECKING:
+    from mudata import MuData
+    from spatialdata import SpatialData
+
+
+@dataclass
+class Source:
+    """Counts of one file, AnnData or store.
+
+    Attributes
+    ----------
+    name : str
+        Path of the file, or `AnnData`.
+    counts_in : str
+        Where the counts were found: `X`, `raw`, or the name of a layer.
+    genes : GeneTable
+        One row a column of the matrix; an id may occur twice.
+    obs : DataFrame
+        One row a cell, indexed by the cells' names.
+    key : dict or None
+        Path, size and time of the file, by which an interrupted build knows it again; None in memory.
+    matrix : Matrix
+        The counts, unchecked; `blocks` checks them.
+    """
+
+    name: str
+    counts_in: str
+    genes: GeneTable
+    obs: pd.DataFrame
+    key: dict | None
+    matrix: Matrix
+    _layer: Layer
+    _fractional: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells, columns."""
+        return self.matrix.shape
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the matrix is that of one feature type, of several."""
+        return self._layer.whole is not None
+
+    def neighbors(self, key: str) -> Matrix:
+        """Open a graph of the cells (`obsp[key]`): matrix (n_cells, n_cells) of weights.
+
+        Raises
+        ------
+        ValueError
+            There is none, or it has another shape.
+        """
+        try:
+            if self._layer.neighbors is None:
+                raise KeyError(key)
+            graph = self._layer.neighbors(key)
+        except KeyError:
+            raise ValueError(f"{self.name} has no obsp[{key!r}].") from None
+        graph.close()
+        if graph.shape != (self.shape[0], self.shape[0]):
+            raise ValueError(
+                f"{self.name}: obsp[{key!r}] has the shape {graph.shape}; there are {self.shape[0]} cells."
+            )
+        return graph
+
+    def blocks(self, rows: int, start: int = 0, stop: int | None = None) -> Iterator[sparse.csr_matrix]:
+        """Read the counts in order, `rows` cells at a time.
+
+        Parameters
+        ----------
+        rows : int
+            Cells a block.
+        start, stop : int, optional
+            Range of cells; all by default.
+
+        Yields
+        ------
+        csr_matrix (at most rows, n_columns)
+            Without explicit zeros; whole numbers that were stored as floats are unsigned integers.
+
+        Raises
+        ------
+        ValueError
+            Values that are not counts.
+        """
+        yield from checked_blocks(
+            self.matrix,
+            self.name,
+            self.counts_in,
+            self._fractional,
+            rows,
+            start,
+            self.shape[0] if stop is None else stop,
+        )
+
+
+def checked_blocks(
+    matrix: Matrix, name: str, counts_in: str, fractional: bool, rows: int, start: int, stop: int
+) -> Iterator[sparse.csr_matrix]:
+    """Read counts of a matrix, a block at a time, and check them; see `Source.blocks`."""
+    for first in range(start, stop, rows):
+        with naming(name):
+            block = matrix.rows(first, min(first + rows, stop))
+        values, problem = check_counts(block.data, fractional)
+        if problem:
+            raise ValueError(
+                f"{name}: counts are needed, and {counts_in} holds {problem} in the cells {first} to "
+                f"{first + block.shape[0] - 1}. Name the layer that holds raw counts, as in layer='counts'."
+            )
+        if values is not block.data:
+            block = sparse.csr_matrix((values, block.indices, block.indptr), shape=block.shape)
+        if not values.all():
+            block = block.copy()  # it may be a view of the user's matrix
+            block.eliminate_zeros()
+        yield block
+
+
+def open_source(
+    source: AnnData | MuData | SpatialData | StoredCells | str | Path,
+    layer: str | None = None,
+    fractional: bool = False,
+) -> Source:
+    """Open a file, an AnnData or a store, and find its counts.
+
+    Parameters
+    ----------
+    source : AnnData, MuData, SpatialData, CellStore, str or Path
+        An AnnData in memory or backed, a MuData, a SpatialData, a store, or a file of one of the `formats.FORMATS`.
+    layer : str, optional
+        Where the counts are: `X`, `raw`, or the name of a layer; in 10x files also a feature type (such as
+        `Antibody Capture`) or, where there are several, a genome; in a MuData or SpatialData also the modality or
+        table, as `prot` or `prot:counts`, see `choose_table`. By default the first of X, raw and the layer
+        `counts` that holds counts.
+    fractional : bool, default: False
+        Whether counts may be fractions (RSEM, SoupX).
+
+    Returns
+    -------
+    Source
+        Its file is closed; reading opens it again.
+
+    Raises
+    ------
+    ValueError
+        No counts found; the layer does not exist; a format that is not read; a file that is damaged.
+    FileNotFoundError
+        No such file.
+    """
+    name, table, layers, layer = find_layers(source, layer)
+    key = _key(Path(source)) if isinstance(source, (str, Path)) else None
+    with naming(name):
+        by_name = {found.name: found for found in layers}
+        problems = {name: partial(_probe, found, fractional) for name, found in by_name.items()}
+        found = by_name[choose_counts(problems, layer, name + table)]
+        opened = Source(
+            name=name,
+            counts_in=found.name,
+            genes=found.genes(),
+            obs=found.obs(),
+            key=key,
+            matrix=found.matrix,
+            _layer=found,
+            _fractional=fractional,
+        )
+        found.matrix.close()
+    opened.obs = opened.obs.set_axis(opened.obs.columns.astype(str), axis=1)
+    if (opened.genes.gene_ids == "").any():
+        n_nameless = int((opened.genes.gene_ids == "").sum())
+        raise ValueError(f"{name}: {n_nameless} columns have no gene name; leave them out, or name them.")
+    if opened.shape != (len(opened.obs), len(opened.genes)):
+        raise ValueError(
+            f"{name} is damaged: {found.name} has the shape {opened.shape}, and there are {len(opened.obs)} cells and "
+            f"{len(opened.genes)} genes."
+        )
+    return opened
+
+
+def _key(path: Path) -> dict:
+    stats = [file.stat() for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
+    return {
+        "path": str(path.resolve()),
+        "bytes": sum(stat.st_size for stat in stats),
+        "modified_ns": max(stat.st_mtime_ns for stat in stats),
+    }
+
+
+def _probe(layer: Layer, fractional: bool) -> str | None:
+    """Look at some values of the beginning, the middle and the end; say what is wrong with them."""
+    n_values = 0
+    for values in layer.matrix.sample():
+        _, problem = check_counts(values, fractional)
+        if problem:
+            return problem
+        n_values += np.count_nonzero(values)
+    return None if n_values else NO_COUNTS
+
+
+__all__ = ["Source", "open_source"]

@@ -1,0 +1,1 @@
+"""Tissue, from neighbourhoods of cells to domains."""

@@ -1,0 +1,617 @@
+"""CenterMaskSampler: a cell and the cells around it in its tissue section, one item a cell, as a torch dataset."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from scipy import sparse
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from ..models.gene_bert.gene_columns import resolve_genes
+from ..sources.read_anndata import as_anndata, find_placed_table, section_of
+from ..store.cell_expression import CellExpression
+from ..store.cell_store import CellStore
+from .neighbor_index import NeighborIndex, first_of_each
+from .sampler_fit import fit_sampler
+from .spatial_metadata import (
+    as_names,
+    column_of,
+    match_cells,
+    read_points,
+    read_sections,
+    read_types,
+    warn_of_sections,
+)
+
+logger = logging.getLogger(__name__)
+
+_CELLS_AT_ONCE = 1024  # whose neighbours are counted at once
+_CELLS_LOOKED_AT = 256  # by which units are judged
+_FEWEST_CELLS = 20  # of a section whose units are judged
+_NEARLY_ALL = 0.95
+_SUBSET = 0x5AB  # stream of the random numbers that choose neighbours
+
+
+class NeighborhoodMetadata(NamedTuple):
+    """A cell that is masked, and the n cells around it that are observed; G genes.
+
+    Attributes
+    ----------
+    observed_expression : float32 array (n, G)
+    masked_expression : float32 array (1, G)
+    observed_cell_type : int64 array (n,)
+    masked_cell_type : int64 array (1,)
+    num_cells_obs : int
+        n, which may be 0.
+    """
+
+    observed_expression: np.ndarray
+    masked_expression: np.ndarray
+    observed_cell_type: np.ndarray
+    masked_cell_type: np.ndarray
+    num_cells_obs: int
+
+
+@dataclass
+class NeighborhoodBatch(Sequence):
+    """Neighbourhoods as flat arrays, expression as it is stored: what a collate function gets from a `DataLoader`.
+
+    As a sequence it gives the `NeighborhoodMetadata` of each.
+
+    Attributes
+    ----------
+    indptr : int64 array (B + 1,)
+        The neighbours of item i are the rows `indptr[i]:indptr[i + 1]` of the N observed cells.
+    expression : csr_matrix, csr_array or array (N + B, G) float32
+        Of the observed cells, and below them of the masked cells; sparse ones have each entry once.
+    observed_cell_type : int64 array (N,)
+    masked_cell_type : int64 array (B,)
+    cell_embeds : float32 array (N, d), optional
+        Given embeddings of the observed cells; single items are without.
+    """
+
+    indptr: np.ndarray
+    expression: sparse.csr_matrix | sparse.csr_array | np.ndarray
+    observed_cell_type: np.ndarray
+    masked_cell_type: np.ndarray
+    cell_embeds: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.masked_cell_type)
+
+    def __getitem__(self, item: int) -> NeighborhoodMetadata:
+        item = range(len(self))[item]
+        start, stop = self.indptr[item : item + 2].tolist()
+        masked = self.indptr[-1] + item
+        return NeighborhoodMetadata(
+            observed_expression=self._dense(start, stop),
+            masked_expression=self._dense(masked, masked + 1),
+            observed_cell_type=self.observed_cell_type[start:stop],
+            masked_cell_type=self.masked_cell_type[item : item + 1],
+            num_cells_obs=stop - start,
+        )
+
+    def _dense(self, start: int, stop: int) -> np.ndarray:
+        if not sparse.issparse(self.expression):
+            return self.expression[start:stop].copy()
+        ends = self.expression.indptr[start : stop + 1]
+        own = slice(ends[0], ends[-1])
+        rows = np.zeros((stop - start, self.expression.shape[1]), np.float32)
+        rows[np.repeat(np.arange(stop - start), np.diff(ends)), self.expression.indices[own]] = self.expression.data[
+            own
+        ]
+        return rows
+
+
+class CenterMaskSampler(Dataset):
+    """Neighbourhoods of cells of tissue sections: item i is the cell `indices[i]`, masked, and the cells around it.
+
+    Cells are around it that lie in a box of size `patch_size` centred on it, borders included, in the same section.
+
+    Parameters
+    ----------
+    metadata : pandas or polars DataFrame
+        One row a cell, with the columns that are named below.
+    adata : AnnData or CellStore
+        Expression, of an AnnData in memory or backed that of X; rows are found by the cells' names, in any order.
+    patch_size : float, sequence of float, or None
+        Width and height of the box (and depth, with `z`), in the unit of the coordinates; one number for all sides.
+        None with `k_nearest`: no bounds.
+    cell_id_colname : str, default: "cell_label"
+        Column of names of cells; they are compared as strings.
+    cell_type_colname : str, default: "cell_type"
+        Column of cell types, integers from 0 (`prepare_metadata` makes it).
+    tissue_section_colname : str or None, default: "brain_section_label"
+        Column of sections; None: all cells are of one.
+    max_num_cells : int, optional
+        Most neighbours of an item. Of more, a uniform random subset is given, a function of the seed, the epoch and
+        the names of the cells, whatever their rows.
+    indices : int array or boolean mask (n_cells,), optional
+        Rows of metadata: the cells that items are made of, such as those to train on. All by default.
+    shape : {"box", "disc"}, default: "box"
+        A disc (in 3-D a ball) has the diameter `patch_size`.
+    k_nearest : int, optional
+        Only so many neighbours, the nearest ones; of equally distant ones those whose names have the lowest hashes,
+        whatever their rows.
+    discretize : bool, default: False
+        Cut `patch_size` to whole numbers and round the borders of boxes to them, as brainformr does.
+    neighbors_from : {"all", "indices"}, default: "all"
+        Which cells may be neighbours: all of metadata, or those of `indices` only, so that held-out cells are not
+        seen in training.
+    min_neighbors : int, default: 0
+        Cells with fewer neighbours give no item.
+    normalize : {"log1p", None}, default: None
+        "log1p" gives ln(1 + count) of all cells, masked ones too. None gives X as it is, as losses for counts need it.
+    seed : int, default: 0
+        Of the random subsets.
+    x, y : str, default: "x", "y"
+        Columns of coordinates.
+    z : str, optional
+        Column of the third coordinate; neighbourhoods are then 3-D.
+    cell_embeds : float array (n_cells, d), optional
+        An embedding of each row of metadata, such as a GeneBert's, for a model with `cell_embedding_size`: batches
+        have those of the observed cells.
+
+    Attributes
+    ----------
+    indices : int64 array (len(self),)
+        Rows of metadata of the items' cells.
+    cell_types : list of str or None
+        Names of the cell types, in the order of their codes; known from `from_anndata`.
+    gene_ids : list of str or None
+        Which gene each column is, see `resolve_genes`; None where columns are only numbered.
+    section_key : str or None
+        Column of obs that `from_anndata` took the sections of.
+    n_cell_types, n_genes : int
+        Codes of cell types are smaller numbers; columns of expression.
+
+    Raises
+    ------
+    ValueError
+        A column is missing; names that are not in `adata`, or occur twice; cell types that are no integers; NaN
+        coordinates; a cell without a section; no X; expression that is not finite, or is no counts where they are to
+        be normalized; sizes and options that do not fit. Expression is checked whenever it is read, and some of it
+        at once.
+    IndexError
+        `indices` beyond metadata, or of another type.
+
+    Warns
+    -----
+    By logging, where nearly no cell has a neighbour in its box, or boxes hold nearly all cells of their sections: then
+    patch_size and the coordinates are most likely in different units.
+
+    Notes
+    -----
+    A `DataLoader` reads a batch with one query of a KD-tree and one gather of rows (`__getitems__`), and hands its
+    collate function a `NeighborhoodBatch`. Neighbours are in the order of metadata. What lies on a border is decided
+    by |x_j - x_i| <= width / 2 in float64, so that i is a neighbour of j where j is one of i.
+
+    References
+    ----------
+    Lee et al., CellTransformer; `brainformr.data.CenterMaskSampler`.
+    """
+
+    def __init__(
+        self,
+        metadata: Any,
+        adata: AnnData | CellStore,
+        patch_size: float | Sequence[float] | None,
+        cell_id_colname: str = "cell_label",
+        cell_type_colname: str = "cell_type",
+        tissue_section_colname: str | None = "brain_section_label",
+        max_num_cells: int | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
+        *,
+        shape: str = "box",
+        k_nearest: int | None = None,
+        discretize: bool = False,
+        neighbors_from: str = "all",
+        min_neighbors: int = 0,
+        normalize: str | None = None,
+        seed: int = 0,
+        x: str = "x",
+        y: str = "y",
+        z: str | None = None,
+        cell_embeds: np.ndarray | None = None,
+    ):
+        if max_num_cells is not None and (max_num_cells != int(max_num_cells) or max_num_cells < 0):
+            raise ValueError(f"max_num_cells={max_num_cells}: a whole number of at least 0 is needed.")
+        if neighbors_from not in ("all", "indices"):
+            raise ValueError(f"neighbors_from={neighbors_from!r}: 'all' cells, or those of 'indices'.")
+        self.max_num_cells, self.seed = max_num_cells, operator.index(seed)
+        self._lengths: np.ndarray | None = None
+        self.cell_types: list[str] | None = None
+        self.section_key: str | None = None
+        self.normalize = normalize
+        names = column_of(metadata, cell_id_colname)
+        points = read_points(metadata, [x, y] if z is None else [x, y, z], names)
+        sections = read_sections(metadata, tissue_section_colname, names)
+        self._types = read_types(metadata, cell_type_colname)
+        self._expression = CellExpression(adata, normalize)
+        self._keys = pd.util.hash_array(as_names(names).to_numpy(), categorize=False)
+        self._rows = match_cells(names, self._expression.names, cell_id_colname)
+        self._cell_embeds = None if cell_embeds is None else _checked_embeds(cell_embeds, len(names))
+        self.n_genes = self._expression.n_genes
+        self.gene_ids = _gene_ids(adata)
+        self.n_cell_types = int(self._types.max(initial=-1)) + 1
+        self.indices = _chosen(indices, len(points))
+        candidates = np.unique(self.indices) if neighbors_from == "indices" else None
+        self._index = NeighborIndex(
+            points,
+            sections,
+            patch_size,
+            shape=shape,
+            k_nearest=1 if max_num_cells == 0 else k_nearest,  # all but one would be found in vain
+            discretize=discretize,
+            candidates=candidates,
+            keys=self._keys,
+        )
+        self._options = {
+            "patch_size": patch_size,
+            "shape": shape,
+            "k_nearest": k_nearest,
+            "max_num_cells": max_num_cells,
+            "discretize": discretize,
+            "neighbors_from": neighbors_from,
+            "seed": self.seed,
+        }
+        # In shared memory: workers that outlive an epoch see the next one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._expression.read(self._rows[:: max(1, len(self._rows) // _CELLS_LOOKED_AT)])  # some are checked at once
+        if patch_size is not None:
+            warn_of_units(self._index, self.indices, patch_size)
+        if min_neighbors:
+            self._leave_out(min_neighbors)
+
+    @classmethod
+    def from_anndata(
+        cls,
+        adata: AnnData,
+        patch_size: float | Sequence[float] | None,
+        *,
+        spatial_key: str = "spatial",
+        section_key: str | None = None,
+        cell_type_key: str | None = None,
+        cell_embedding_key: str | None = None,
+        **options: Any,
+    ) -> CenterMaskSampler:
+        """Make one of what an AnnData holds itself.
+
+        Parameters
+        ----------
+        adata : AnnData, MuData or SpatialData
+            In memory or backed; or its modality of genes, or its table, see `add_coordinates`.
+        patch_size : float, sequence of float, or None
+            As for the class.
+        spatial_key : str, default: "spatial"
+            Key of obsm: coordinates, (n_cells, 2) or (n_cells, 3).
+        section_key : str, optional
+            Column of obs; by default the regions of a SpatialData's table are sections, and all other cells are of
+            one (with a warning where obs has a column of a usual name, such as "section" or "slide").
+        cell_type_key : str, optional
+            Column of obs; the types of a categorical column are its categories in their order, else its values,
+            sorted. By default all cells are of type 0.
+        cell_embedding_key : str, optional
+            Key of obsm, such as "X_stformer", whose embeddings batches have as `cell_embeds`.
+        **options
+            `max_num_cells`, `indices` and the keyword options of the class, but for the names of columns.
+
+        Returns
+        -------
+        CenterMaskSampler
+            Rows of metadata are those of `adata`; `cell_types` holds the names of the types.
+
+        Raises
+        ------
+        ValueError
+            No such key or column; a cell without a type; and as for the class.
+        """
+        adata = as_anndata(find_placed_table(adata))
+        section_key = section_key or section_of(adata)
+        for key in (spatial_key, cell_embedding_key):
+            if key is not None and key not in adata.obsm:
+                raise ValueError(
+                    f"There is no obsm[{key!r}]; obsm has {', '.join(map(repr, adata.obsm)) or 'nothing'}."
+                )
+        coordinates = np.asarray(adata.obsm[spatial_key])
+        if coordinates.ndim != 2 or coordinates.shape[1] not in (2, 3):
+            raise ValueError(
+                f"obsm[{spatial_key!r}] has the shape {coordinates.shape}; coordinates have 2 or 3 columns."
+            )
+        axes = list("xyz"[: coordinates.shape[1]])
+        metadata = {"cell_label": adata.obs_names.to_numpy(), **dict(zip(axes, coordinates.T, strict=True))}
+        for key in (section_key, cell_type_key):
+            if key is not None and key not in adata.obs:
+                raise ValueError(f"There is no obs[{key!r}]; obs has {', '.join(map(repr, adata.obs)) or 'nothing'}.")
+        if section_key is None:
+            warn_of_sections(adata.obs)
+        else:
+            metadata["section"] = adata.obs[section_key].to_numpy()
+        types = pd.Categorical(np.full(adata.n_obs, "cell") if cell_type_key is None else adata.obs[cell_type_key])
+        if (types.codes < 0).any():
+            raise ValueError(
+                f"{(types.codes < 0).sum()} of {len(types)} cells have no type in obs[{cell_type_key!r}]: give them "
+                "one, such as 'unknown', or leave them out."
+            )
+        metadata["cell_type"] = types.codes.astype(np.int64)
+        sampler = cls(
+            pd.DataFrame(metadata),
+            adata,
+            patch_size,
+            tissue_section_colname=None if section_key is None else "section",
+            z="z" if len(axes) == 3 else None,
+            cell_embeds=None if cell_embedding_key is None else adata.obsm[cell_embedding_key],
+            **options,
+        )
+        sampler.cell_types = [str(name) for name in types.categories]
+        sampler.n_cell_types = len(sampler.cell_types)
+        sampler.section_key = section_key
+        return sampler
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __repr__(self) -> str:
+        return f"CenterMaskSampler({len(self):,} of {len(self._rows):,} cells, {self.n_genes:,} genes)"
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that random subsets are drawn for."""
+        return int(self._epoch)
+
+    @property
+    def description(self) -> str:
+        """Options and cells in a line: that of another sampler differs where its neighbourhoods do."""
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+        return f"{options}, {len(self)} of {len(self._rows)} cells (checksum {zlib.crc32(self.indices.tobytes()):08x})"
+
+    @property
+    def neighborhood(self) -> dict[str, Any]:
+        """What a neighbourhood is: the options that a model keeps (`CellNeighborhoodConfig.neighborhood`)."""
+        options = {name: self._options[name] for name in ("patch_size", "shape", "k_nearest", "max_num_cells")}
+        if self._options["discretize"]:
+            options["discretize"] = True
+        if options["patch_size"] is not None:
+            options["patch_size"] = np.asarray(options["patch_size"], np.float64).tolist()
+        return {name: value for name, value in options.items() if value is not None}
+
+    def fit_model(self, model: PreTrainedModel, name: str = "sampler", learn: bool = False) -> None:
+        """Compare the genes, cell types, options and values with those of a model; trainers call it.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+            Only models of a `CellNeighborhoodConfig` are looked at.
+        name : str, default: "sampler"
+            What errors call these cells.
+        learn : bool, default: False
+            Whether to write into the model's configuration what it does not know.
+
+        Raises
+        ------
+        ValueError
+            Other genes, types or options, or another order of them; see `check_sampler_fits`.
+        """
+        fit_sampler(model, self, name, learn)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw for another epoch; call it before the epoch's first batch."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, item: int) -> NeighborhoodMetadata:
+        """Read one neighbourhood; a negative item counts from the end."""
+        return self.__getitems__([item])[0]
+
+    def __iter__(self) -> Iterator[NeighborhoodMetadata]:
+        """Read all, one by one."""
+        return (self[item] for item in range(len(self)))
+
+    def __getitems__(self, items: Sequence[int]) -> NeighborhoodBatch:
+        """Read many neighbourhoods (torch's `DataLoader` calls this with the numbers of a batch).
+
+        Parameters
+        ----------
+        items : sequence of int
+            In any order, repeats allowed; negative ones count from the end.
+
+        Returns
+        -------
+        NeighborhoodBatch
+
+        Raises
+        ------
+        IndexError
+            An item beyond the dataset.
+        TypeError
+            An item that is no integer.
+        """
+        centres = self._cells(items)
+        indptr, found = self._neighbors(centres)
+        cells = np.concatenate([found, centres])
+        types = self._types[cells]
+        return NeighborhoodBatch(
+            indptr,
+            self._expression.read(self._rows[cells]),
+            types[: len(found)],
+            types[len(found) :],
+            None if self._cell_embeds is None else self._cell_embeds[found],
+        )
+
+    def expression_of(self, items: Sequence[int]) -> sparse.csr_matrix | sparse.csr_array | np.ndarray:
+        """Read the expression of the items' own cells, without their neighbours: (n_items, G), float32."""
+        return self._expression.read(self._rows[self._cells(items)])
+
+    def neighbors(self, items: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Find the neighbours of items, as their neighbourhoods have them, without reading expression.
+
+        Parameters
+        ----------
+        items : sequence of int
+            As for `__getitems__`.
+
+        Returns
+        -------
+        indptr : int64 array (n_items + 1,)
+            Item i has the neighbours `found[indptr[i]:indptr[i + 1]]`.
+        found : int64 array (indptr[-1],)
+            Rows of metadata, ascending for each item.
+        """
+        return self._neighbors(self._cells(items))
+
+    def _neighbors(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        indptr, found = self._index.query(cells)
+        sizes = np.diff(indptr)
+        if self.max_num_cells is None or sizes.max(initial=0) <= self.max_num_cells:
+            return indptr, found
+        owners = np.repeat(np.arange(len(cells)), sizes)
+        kept = np.ones(len(found), bool)
+        crowded = (sizes > self.max_num_cells)[owners]
+        draws = _uniforms(self.seed, self.epoch, self._keys[cells[owners[crowded]]], self._keys[found[crowded]])
+        kept[crowded] = first_of_each(owners[crowded], draws, len(cells), self.max_num_cells)
+        return np.concatenate([[0], np.cumsum(kept)])[indptr], found[kept]
+
+    def _cells(self, items: Sequence[int]) -> np.ndarray:
+        """Give the cells of items, rows of metadata."""
+        positions = np.asarray(items if len(items) else np.empty(0, np.int64))
+        if positions.dtype.kind not in "iu" or positions.ndim != 1:
+            raise TypeError(f"Items are integers, got {items!r}.")
+        outside = (positions < -len(self)) | (positions >= len(self))
+        if outside.any():
+            raise IndexError(f"Item {positions[outside][0]} is outside the dataset of {len(self)} cells.")
+        return self.indices[positions]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each item to a model, its neighbours and itself: int64 array (len(self),).
+
+        All neighbours are looked for when it is first asked for.
+        """
+        if self._lengths is None:
+            sizes = self._count_neighbors()
+            most = sizes.max(initial=0) if self.max_num_cells is None else self.max_num_cells
+            self._lengths = np.minimum(sizes, most) + 1
+        return self._lengths
+
+    def _count_neighbors(self) -> np.ndarray:
+        sizes = [np.empty(0, np.int64)]
+        for start in range(0, len(self.indices), _CELLS_AT_ONCE):
+            indptr, _ = self._index.query(self.indices[start : start + _CELLS_AT_ONCE])
+            sizes.append(np.diff(indptr))
+        return np.concatenate(sizes)
+
+    def _leave_out(self, min_neighbors: int) -> None:
+        """Keep the cells that have so many neighbours."""
+        kept = self._count_neighbors() >= min_neighbors
+        if not kept.any():
+            raise ValueError(f"None of {len(kept)} cells has {min_neighbors} neighbours: make patch_size larger.")
+        if not kept.all():
+            logger.info(
+                f"{(~kept).sum()} of {len(kept)} cells have under {min_neighbors} neighbours and give no item."
+            )
+        self.indices = self.indices[kept]
+
+
+def _chosen(indices: Sequence[int] | np.ndarray | None, n: int) -> np.ndarray:
+    """Turn `indices` into rows of metadata: int64 array."""
+    if indices is None:
+        return np.arange(n)
+    rows = np.asarray(indices)
+    if rows.ndim != 1:
+        raise IndexError(f"indices are one list of rows of metadata, got the shape {rows.shape}.")
+    if rows.dtype == bool:
+        if len(rows) != n:
+            raise IndexError(f"The mask indices has {len(rows)} values; metadata has {n} rows.")
+        return np.flatnonzero(rows)
+    if not len(rows):
+        return np.empty(0, np.int64)
+    if rows.dtype.kind not in "iu":
+        raise IndexError(f"indices are rows of metadata or a boolean mask, got {rows.dtype}.")
+    outside = rows[(rows < -n) | (rows >= n)]
+    if len(outside):
+        raise IndexError(f"indices ask for row {outside[0]}; metadata has {n}.")
+    return rows.astype(np.int64) % n
+
+
+def _gene_ids(adata: AnnData | CellStore) -> list[str] | None:
+    """Tell which gene each column is; None where they are only numbered."""
+    if isinstance(adata, CellStore):
+        return adata.gene_ids.tolist()
+    try:
+        return resolve_genes(adata.var_names, adata.var).gene_ids.tolist()
+    except ValueError:  # row numbers
+        return None
+
+
+def _checked_embeds(embeds: np.ndarray, n: int) -> np.ndarray:
+    """Give embeddings as float32 array (n, d)."""
+    embeds = np.asarray(embeds, np.float32)
+    if embeds.ndim != 2 or len(embeds) != n:
+        raise ValueError(f"cell_embeds has the shape {embeds.shape}; metadata has {n} rows, each has an embedding.")
+    wrong = ~np.isfinite(embeds).all(axis=1)
+    if wrong.any():
+        raise ValueError(f"cell_embeds: {wrong.sum()} of {n} cells have NaN or infinite values.")
+    return embeds
+
+
+def warn_of_units(index: NeighborIndex, cells: np.ndarray, patch_size: Any) -> None:
+    """Warn where nearly no cell has a neighbour in its box, or boxes hold nearly all cells of their sections.
+
+    Parameters
+    ----------
+    index : NeighborIndex
+    cells : int64 array
+        Cells that items are made of; some of them are looked at.
+    patch_size : float or sequence of float
+        For the text.
+    """
+    cells = cells[:: max(1, len(cells) // _CELLS_LOOKED_AT)]
+    n_inside, n_others = index.count(cells)
+    judged = n_others + 1 >= _FEWEST_CELLS
+    if judged.sum() < _FEWEST_CELLS:
+        return
+    cells, n_inside, n_others = cells[judged], n_inside[judged], n_others[judged]
+    alone = (n_inside == 0).mean()
+    if alone >= _NEARLY_ALL:
+        nearest = np.median(index.nearest_distances(cells))
+        logger.warning(
+            f"{alone:.0%} of the cells looked at have no neighbour with patch_size={patch_size}; the nearest cell is "
+            f"{nearest:.3g} away (median): patch_size and the coordinates may be in different units."
+        )
+    elif (n_inside >= _NEARLY_ALL * n_others).mean() >= _NEARLY_ALL:
+        logger.warning(
+            f"Neighbourhoods of patch_size={patch_size} hold nearly all cells of their section (median "
+            f"{np.median(n_inside):.0f} of {np.median(n_others):.0f}): patch_size and the coordinates may be in "
+            "different units."
+        )
+
+
+# ---------------------------------------------------------------------- random subsets
+
+
+def _uniforms(seed: int, epoch: int, cells: np.ndarray, counters: np.ndarray) -> np.ndarray:
+    """Draw uniform numbers, one an element: those of `randomness.uniforms`, which this room may not import."""
+    key = np.array([0x9E3779B97F4A7C15], np.uint64)
+    for part in (seed, epoch, _SUBSET):
+        key = _mix(key ^ np.uint64(part & 0xFFFFFFFFFFFFFFFF))
+    key = _mix(_mix(key ^ cells.astype(np.uint64)) ^ counters.astype(np.uint64))
+    return (key >> np.uint64(11)) * 2.0**-53
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+__all__ = ["CenterMaskSampler", "NeighborhoodBatch", "NeighborhoodMetadata"]

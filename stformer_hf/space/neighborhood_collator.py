@@ -1,0 +1,135 @@
+"""Collates neighbourhoods of cells: brainformr's masks, or a packed form without them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from .center_mask_sampler import NeighborhoodBatch, NeighborhoodMetadata
+
+
+def collate_neighborhoods(
+    items: NeighborhoodBatch | Sequence[NeighborhoodMetadata], packed: bool = False
+) -> dict[str, Any]:
+    """Make a batch of neighbourhoods; also named `collate`.
+
+    B items of N observed cells in all, G genes. Items without observed cells may be among them, or be all.
+
+    Parameters
+    ----------
+    items : NeighborhoodBatch or sequence of NeighborhoodMetadata
+        What a `DataLoader` over a `CenterMaskSampler` gives its collate function, or items one by one.
+    packed : bool, default: False
+        Leave the masks out, whose memory grows with the square of N, and say instead where neighbourhoods begin.
+
+    Returns
+    -------
+    dict
+        `observed_expression` (N, G) and `masked_expression` (B, G), float32; `observed_cell_type` (N,) and
+        `masked_cell_type` (B,), int64; `observed_neighboorhood_lens`, list of B int; `bs`, B. `cell_embeds` (N, d),
+        float32, where the sampler has some.
+
+        Packed: `cu_seq_lens`, int32 (B + 1,): item i has the observed cells `cu_seq_lens[i]:cu_seq_lens[i + 1]`.
+        `segment_ids`, int32 (N,): the item of each observed cell. `max_length`, int: cells of the largest item.
+
+        Else: bool masks, True where one may not attend. They are of
+        the N observed cells, then B cls tokens, then B queries, those of item i in its segment. `full_mask`
+        (N + 2B, N + 2B) is open within segments. `encoder_mask` (N + B, N + B) is its top left, a view of it.
+        `pooling_mask` (B, N + B): row i is open for the observed cells of item i; that of an item without any is
+        wholly closed. `decoder_mask` (2B, 2B), of cls tokens and queries: open for the other one of the same item, and
+        closed for oneself.
+
+    Raises
+    ------
+    ValueError
+        No items; items that differ in their genes, or whose arrays or number of cells do not fit each other.
+        Expression has a row a cell, or is flat (n * G,), as that of no cells is (0,) in brainformr.
+    """
+    if not len(items):
+        raise ValueError("A batch has at least one neighbourhood.")
+    batch = _tensors(items) if isinstance(items, NeighborhoodBatch) else _stacked(items)
+    lengths = batch.pop("lengths")
+    batch["observed_neighboorhood_lens"] = lengths.tolist()
+    if packed:
+        cuts = np.zeros(len(lengths) + 1, np.int32)
+        np.cumsum(lengths, out=cuts[1:])
+        batch["cu_seq_lens"] = torch.from_numpy(cuts)
+        batch["segment_ids"] = torch.from_numpy(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths))
+        batch["max_length"] = int(lengths.max())
+    else:
+        batch.update(_masks(lengths))
+    return {**batch, "bs": len(lengths)}
+
+
+collate = collate_neighborhoods
+
+
+def _tensors(batch: NeighborhoodBatch) -> dict[str, Any]:
+    rows = batch.expression.toarray() if sparse.issparse(batch.expression) else batch.expression
+    observed, masked = torch.from_numpy(rows).split([len(batch.observed_cell_type), len(batch)])
+    tensors = {
+        "masked_expression": masked,  # first: Trainer takes the size of a batch from its first tensor
+        "observed_expression": observed,
+        "observed_cell_type": torch.from_numpy(batch.observed_cell_type),
+        "masked_cell_type": torch.from_numpy(batch.masked_cell_type),
+        "lengths": np.diff(batch.indptr),
+    }
+    if batch.cell_embeds is not None:
+        tensors["cell_embeds"] = torch.from_numpy(batch.cell_embeds)
+    return tensors
+
+
+def _stacked(items: Sequence[NeighborhoodMetadata]) -> dict[str, Any]:
+    masked = [np.asarray(item.masked_expression, np.float32).ravel() for item in items]
+    observed = [np.asarray(item.observed_expression, np.float32) for item in items]
+    types = [np.asarray(item.observed_cell_type, np.int64).ravel() for item in items]
+    n_genes = len(masked[0])
+    for number, (item, one, rows, own) in enumerate(zip(items, masked, observed, types, strict=True)):
+        fits = rows.shape in ((len(own), n_genes), (len(own) * n_genes,))
+        if len(one) != n_genes or not fits or item.num_cells_obs != len(own):
+            raise ValueError(
+                f"Item {number} has {len(own)} cell types, num_cells_obs={item.num_cells_obs}, an "
+                f"observed_expression of shape {rows.shape} and a masked cell of {len(one)} genes; the first item has "
+                f"{n_genes} genes."
+            )
+    rows = [rows.reshape(len(own), n_genes) for rows, own in zip(observed, types, strict=True)]
+    masked_types = [np.asarray(item.masked_cell_type, np.int64).reshape(1) for item in items]
+    return {
+        "masked_expression": torch.from_numpy(np.stack(masked)),
+        "observed_expression": torch.from_numpy(np.concatenate(rows)),
+        "observed_cell_type": torch.from_numpy(np.concatenate(types)),
+        "masked_cell_type": torch.from_numpy(np.concatenate(masked_types)),
+        "lengths": np.array([len(own) for own in types], np.int64),
+    }
+
+
+def _masks(lengths: np.ndarray) -> dict[str, torch.Tensor]:
+    """Make the masks of items of so many observed cells, by filling in what is open."""
+    n_items, n_cells = len(lengths), int(lengths.sum())
+    n_tokens = n_cells + n_items
+    full = np.ones((n_cells + 2 * n_items, n_cells + 2 * n_items), bool)
+    pooling = np.ones((n_items, n_tokens), bool)
+    stops = np.cumsum(lengths)
+    for item, (start, stop) in enumerate(zip((stops - lengths).tolist(), stops.tolist(), strict=True)):
+        own = slice(start, stop)
+        pooling[item, own] = False
+        for rows in (own, n_cells + item, n_tokens + item):
+            for columns in (own, n_cells + item, n_tokens + item):
+                full[rows, columns] = False
+    decoder = np.ones((2 * n_items, 2 * n_items), bool)
+    each = np.arange(n_items)
+    decoder[each, n_items + each] = decoder[n_items + each, each] = False
+    full = torch.from_numpy(full)
+    return {
+        "full_mask": full,
+        "encoder_mask": full[:n_tokens, :n_tokens],
+        "pooling_mask": torch.from_numpy(pooling),
+        "decoder_mask": torch.from_numpy(decoder),
+    }
+
+
+__all__ = ["collate", "collate_neighborhoods"]

@@ -1,0 +1,103 @@
+"""NeighborhoodTrainer: `CellTrainer` for models of cells among their neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ..models.cell_neighborhood.count_likelihoods import pearson_r
+from ..training.cell_trainer import CellTrainer
+from .neighborhood_baselines import mean_of_defined, neighborhood_baselines
+from .neighborhood_collator import collate_neighborhoods
+
+
+class NeighborhoodTrainer(CellTrainer):
+    """Trainer that trains a `CellNeighborhoodForMaskedCell` on the neighbourhoods of a `CenterMaskSampler`.
+
+    Batches are packed. Its evaluations have `pearson_r`: the mean over cells of Pearson's r, over genes, of log1p of
+    the expected and of the true counts. See `CellTrainer` for the order of the cells and for resumption.
+
+    Parameters
+    ----------
+    args : TrainingArguments
+    train_dataset : CenterMaskSampler
+        Its genes, cell types, options and section key are written into the model's configuration where that has none,
+        and are compared with it otherwise.
+    model : CellNeighborhoodForMaskedCell, optional
+        The model to train; `model_init` in its place for hyperparameter search.
+    baselines : bool, default: False
+        Whether to put `neighborhood_baselines` beside the figures of each evaluation.
+    data_collator : callable, default: `collate_neighborhoods` with `packed=True`
+    **kwargs
+        All other arguments of `CellTrainer`.
+
+    Raises
+    ------
+    ValueError
+        Cells that do not fit the model; see `CenterMaskSampler.fit_model`.
+    """
+
+    def __init__(
+        self,
+        args: Any = None,
+        train_dataset: Any = None,
+        *,
+        baselines: bool = False,
+        data_collator: Callable | None = None,
+        **kwargs,
+    ):
+        self.baselines = baselines
+        self._baselines: list[tuple[Any, dict[str, float]]] = []  # of the datasets that were evaluated
+        self._pearson_r: list[np.ndarray] = []  # of the masked cells of the evaluation that is running
+        super().__init__(
+            args=args,
+            train_dataset=train_dataset,
+            data_collator=data_collator or partial(collate_neighborhoods, packed=True),
+            **kwargs,
+        )
+
+    def _is_packed(self) -> bool:
+        return True
+
+    def _order(self) -> dict[str, Any]:
+        return {**super()._order(), "neighbourhoods": getattr(self.train_dataset, "description", None)}
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """As in Trainer; the items are the masked cells."""
+        return super()._get_num_items_in_batch(
+            [{"labels": batch["masked_cell_type"]} for batch in batch_samples if "masked_cell_type" in batch], device
+        )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As in Trainer; keeps Pearson's r of the masked cells during an evaluation."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if not model.training and "expected_counts" in outputs and "masked_expression" in inputs:
+            r = pearson_r(outputs["expected_counts"].detach().log1p(), inputs["masked_expression"].log1p())
+            self._pearson_r.append(self.accelerator.gather_for_metrics(r).cpu().numpy())
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As in Trainer; with `pearson_r`, and the baselines if they are asked for."""
+        self._pearson_r = []
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._pearson_r:
+            metrics = {"pearson_r": mean_of_defined(np.concatenate(self._pearson_r))}
+            if self.baselines:
+                metrics |= self._baselines_on(dataloader.dataset)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def _baselines_on(self, dataset: Any) -> dict[str, float]:
+        """Return the baselines, computed once in each process: they do not depend on the model."""
+        for known, metrics in self._baselines:
+            if known is dataset:
+                return metrics
+        metrics = neighborhood_baselines(self.train_dataset, dataset, seed=self.args.seed)
+        self._baselines.append((dataset, metrics))
+        return metrics
+
+
+__all__ = ["NeighborhoodTrainer"]

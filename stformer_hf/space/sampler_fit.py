@@ -1,0 +1,118 @@
+"""Whether a model and the neighbourhoods of a sampler mean the same genes, cell types and options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..models.gene_bert.gene_columns import strip_versions
+
+
+def fit_sampler(model: PreTrainedModel, sampler: Any, name: str, learn: bool) -> None:
+    """Compare a sampler with a model, and write into the model's configuration what it does not know.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Only models of a `CellNeighborhoodConfig` are looked at.
+    sampler : CenterMaskSampler
+    name : str
+        What the sampler is called in errors.
+    learn : bool
+        Whether to write `gene_ids`, `cell_types`, `neighborhood` and `section_key` where they are None.
+
+    Raises
+    ------
+    ValueError
+        See `check_sampler_fits`.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) != "cell_neighborhood":
+        return
+    check_sampler_fits(model, sampler, name)
+    if not learn:
+        return
+    if config.gene_ids is None and sampler.gene_ids is not None:
+        config.gene_ids = list(sampler.gene_ids)
+    if config.cell_types is None and len(sampler.cell_types or ()) == config.n_cell_types:
+        config.cell_types = list(sampler.cell_types)
+    if config.neighborhood is None:
+        config.neighborhood = dict(sampler.neighborhood)
+    if config.section_key is None:
+        config.section_key = sampler.section_key
+
+
+def check_sampler_fits(model: PreTrainedModel, sampler: Any, name: str = "sampler") -> None:
+    """Compare the genes, types, neighbourhoods and values of a sampler with those that a model knows.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Of a `CellNeighborhoodConfig`.
+    sampler : CenterMaskSampler
+        What it, or the configuration, does not know is not compared.
+    name : str, default: "sampler"
+        What it is called in errors.
+
+    Raises
+    ------
+    ValueError
+        Other genes, or another order of them; other types; other neighbourhoods; counts that are taken the logarithm
+        of twice.
+    """
+    config = model.config
+    if sampler.n_genes != config.n_genes or sampler.n_cell_types > config.n_cell_types:
+        raise ValueError(
+            f"{name} has {sampler.n_genes} genes and {sampler.n_cell_types} cell types, and the model "
+            f"{config.n_genes} and {config.n_cell_types}."
+        )
+    if config.gene_ids is not None and sampler.gene_ids is not None:
+        known, found = strip_versions(config.gene_ids).tolist(), strip_versions(sampler.gene_ids).tolist()
+        if found != known:
+            first = next(i for i, pair in enumerate(zip(found, known, strict=True)) if pair[0] != pair[1])
+            order = "the same genes in another order" if sorted(found) == sorted(known) else "other genes"
+            raise ValueError(
+                f"{name} has {order} than the model: column {first} is {found[first]!r}, and the model reads "
+                f"{known[first]!r} there. Put the columns into the model's order: adata[:, model.config.gene_ids]."
+            )
+    if config.cell_types is not None and sampler.cell_types is not None:
+        if sampler.cell_types != config.cell_types[: len(sampler.cell_types)]:
+            raise ValueError(
+                f"{name} numbers the cell types {_few(sampler.cell_types)}, and the model {_few(config.cell_types)}: "
+                "give the column the model's categories, in their order, adata.obs[key].cat.set_categories("
+                "model.config.cell_types)."
+            )
+    if config.neighborhood is not None:
+        other = {
+            option: value
+            for option, value in _complete(sampler.neighborhood).items()
+            if _complete(config.neighborhood)[option] != value
+        }
+        if other:
+            learnt = _complete(config.neighborhood)
+            found = ", ".join(f"{option}={value!r} instead of {learnt[option]!r}" for option, value in other.items())
+            raise ValueError(
+                f"{name} has other neighbourhoods than those that the model learns from: {found}. Make it with the "
+                "options of model.config.neighborhood; to train the model on other ones, set that to None."
+            )
+    if sampler.normalize is not None and config.apply_log1p:
+        raise ValueError(
+            f"{name} gives log1p of the counts (normalize={sampler.normalize!r}), and the model takes log1p itself "
+            "(apply_log1p=True): make the sampler with normalize=None."
+        )
+
+
+_OF_NEIGHBORHOODS = {"patch_size": None, "shape": "box", "k_nearest": None, "max_num_cells": None, "discretize": False}
+
+
+def _complete(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options.get(name, default) for name, default in _OF_NEIGHBORHOODS.items()}
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (", …" if len(names) > 5 else "")
+
+
+__all__ = ["check_sampler_fits", "fit_sampler"]

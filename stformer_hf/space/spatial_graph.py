@@ -1,0 +1,231 @@
+"""spatial_neighbors: which cells of a tissue section lie next to each other, as a graph in `obsp`."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+from scipy.spatial import Delaunay, QhullError, cKDTree
+
+from ..sources.read_anndata import find_placed_table, section_of
+from .spatial_metadata import warn_of_sections
+
+_METHODS = ("delaunay", "knn", "radius")
+_N_NEIGHBORS = 6  # squidpy's
+_MOST_CELLS_A_PLACE = 1000  # all are neighbours of each other: their edges grow with the square
+
+
+def spatial_neighbors(
+    adata: AnnData,
+    method: str | None = None,
+    *,
+    spatial_key: str = "spatial",
+    section_key: str | None = None,
+    key_added: str = "spatial",
+    n_neighbors: int | None = None,
+    radius: float | None = None,
+    layer: str | None = None,
+) -> None:
+    """Find the neighbours of cells or spots by their coordinates.
+
+    By default two cells are neighbours where an edge of the Delaunay triangulation of their section joins them. Cells
+    at one place are neighbours of each other, and share the neighbours of the place.
+
+    Parameters
+    ----------
+    adata : AnnData, MuData or SpatialData
+        Gets, as from `squidpy.gr.spatial_neighbors`, `obsp["spatial_connectivities"]`, a symmetric CSR matrix of
+        float32 ones without a diagonal; `obsp["spatial_distances"]` (float64, in the unit of the coordinates), which
+        has the same entries, zeros of cells at one place among them; and the settings in `uns["spatial_neighbors"]`.
+        Of a MuData the modality of genes gets them; of a SpatialData the table, and coordinates as well, if it has
+        none, see `add_coordinates`.
+    method : {"delaunay", "knn", "radius"}, optional
+        By default by what is given: `n_neighbors`, `radius`, or neither, which is the triangulation.
+    spatial_key : str, default: "spatial"
+        Key of obsm: coordinates, (n_cells, 2) or (n_cells, 3).
+    section_key : str, optional
+        Column of obs; cells of different sections are never neighbours. By default the regions of a SpatialData's
+        table are sections, and all other cells are of one.
+    key_added : str, default: "spatial"
+        What the keys begin with.
+    n_neighbors : int, optional
+        Of "knn", 6 by default. In place of the triangulation: join each cell with so many nearest ones (with all,
+        where there are fewer), and so with those for which it is one of the nearest. Which of equally distant ones
+        come last is left open.
+    radius : float, optional
+        Of "radius", which needs it. In place of the triangulation: join all cells that are at most so far apart.
+    layer : str, optional
+        Of a MuData or SpatialData: the modality or table.
+
+    Raises
+    ------
+    ValueError
+        No such key in obsm, or column in obs; coordinates of another shape, missing or infinite; cells without a
+        section; over 1,000 cells at one place; an unknown method; `n_neighbors` or `radius` where the method does not
+        read it, both of them, or one that is not positive; "radius" without a `radius`.
+
+    Notes
+    -----
+    Each edge is there once; STFormer counts those twice that two triangles share. Points on one line are joined to a
+    chain; flat 3-D coordinates are triangulated in their plane. Where more than three points lie on an empty circle,
+    as in a square grid, the triangulation is one of several, and Qhull's choice.
+
+    References
+    ----------
+    Barber, Dobkin and Huhdanpaa (1996), The Quickhull algorithm for convex hulls.
+    """
+    if method is None:
+        if n_neighbors is not None and radius is not None:
+            raise ValueError("n_neighbors= and radius= are two ways to find neighbours: give one.")
+    elif method not in _METHODS:
+        raise ValueError(f"method={method!r}: there are {', '.join(map(repr, _METHODS))}.")
+    if method in ("delaunay", "radius") and n_neighbors is not None:
+        raise ValueError(f"n_neighbors={n_neighbors} goes with method='knn', not with {method!r}: leave it out.")
+    if method in ("delaunay", "knn") and radius is not None:
+        raise ValueError(f"radius={radius} goes with method='radius', not with {method!r}: leave it out.")
+    if method == "radius" and radius is None:
+        raise ValueError("method='radius' needs a radius=, in the unit of the coordinates.")
+    if method == "knn" and n_neighbors is None:
+        n_neighbors = _N_NEIGHBORS
+    if n_neighbors is not None and (n_neighbors < 1 or n_neighbors != int(n_neighbors)):
+        raise ValueError(f"n_neighbors={n_neighbors}: a whole number of at least 1 is needed.")
+    if radius is not None and not 0 < radius < np.inf:
+        raise ValueError(f"radius={radius}: a positive distance is needed.")
+    found = find_placed_table(adata, layer)
+    adata, section_key = found.table, section_key or section_of(found.table)
+    if section_key is None:
+        warn_of_sections(adata.obs)
+    coordinates = _coordinates(adata, spatial_key)
+    # At most 1, so that no square overflows; a power of 2 changes no digits.
+    _, exponent = np.frexp(np.abs(coordinates).max(initial=0))
+    points = np.ldexp(coordinates, -exponent)
+    radius_of_points = None if radius is None else np.ldexp(radius, -exponent)
+    pairs = [np.empty((0, 2), np.int64)]
+    for cells in _sections(found.obs, section_key):
+        pairs.append(cells[_pairs(points[cells], n_neighbors, radius_of_points)])
+    connectivities, distances = _graph(np.concatenate(pairs), points)
+    distances.data = np.ldexp(distances.data, exponent)
+    adata.obsp[f"{key_added}_connectivities"] = connectivities
+    adata.obsp[f"{key_added}_distances"] = distances
+    params = {"n_neighbors": n_neighbors, "radius": radius, "spatial_key": spatial_key, "section_key": section_key}
+    adata.uns[f"{key_added}_neighbors"] = {
+        "connectivities_key": f"{key_added}_connectivities",
+        "distances_key": f"{key_added}_distances",
+        "params": {name: value for name, value in params.items() if value is not None},
+    }
+
+
+def _coordinates(adata: AnnData, key: str) -> np.ndarray:
+    """Read coordinates: float64 array (n_cells, 2 or 3)."""
+    if key not in adata.obsm:
+        raise ValueError(f"There is no obsm[{key!r}]; obsm has {', '.join(map(repr, adata.obsm)) or 'nothing'}.")
+    coordinates = np.asarray(adata.obsm[key])
+    if coordinates.ndim != 2 or coordinates.shape[1] not in (2, 3):
+        raise ValueError(f"obsm[{key!r}] has the shape {coordinates.shape}; coordinates have 2 or 3 columns.")
+    try:
+        coordinates = coordinates.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"obsm[{key!r}] does not hold numbers: {error}.") from error
+    wrong = np.flatnonzero(~np.isfinite(coordinates).all(axis=1))
+    if len(wrong):
+        raise ValueError(
+            f"{len(wrong)} of {len(coordinates)} cells have no finite coordinates in obsm[{key!r}], such as "
+            f"{adata.obs_names[wrong[0]]}: leave them out first."
+        )
+    return coordinates
+
+
+def _sections(obs: pd.DataFrame, key: str | None) -> list[np.ndarray]:
+    """Cells of each section."""
+    if key is None:
+        return [np.arange(len(obs))]
+    if key not in obs:
+        raise ValueError(f"There is no obs[{key!r}]; obs has {', '.join(map(repr, obs)) or 'nothing'}.")
+    codes, names = pd.factorize(obs[key])
+    if (codes < 0).any():
+        raise ValueError(f"{(codes < 0).sum()} of {len(codes)} cells have no value in obs[{key!r}].")
+    bounds = np.cumsum(np.bincount(codes, minlength=len(names)))[:-1]
+    return np.split(np.argsort(codes, kind="stable"), bounds)
+
+
+def _pairs(points: np.ndarray, n_neighbors: int | None, radius: float | None) -> np.ndarray:
+    """Find the edges between points: int array (n_edges, 2), an edge perhaps in both directions."""
+    if len(points) < 2:
+        return np.empty((0, 2), np.int64)
+    order = np.lexsort(points.T)
+    is_new = np.concatenate([[True], (np.diff(points[order], axis=0) != 0).any(axis=1)])
+    places = points[order[is_new]]
+    n_cells = np.diff(np.append(np.flatnonzero(is_new), len(points)))
+    if n_cells.max() > _MOST_CELLS_A_PLACE:
+        raise ValueError(f"{n_cells.max()} cells are at one place: these are no coordinates of cells.")
+    if n_neighbors is not None:
+        return _nearest(points, int(n_neighbors))
+    if radius is not None:
+        return cKDTree(points).query_pairs(radius, output_type="ndarray")
+    return _spread(_triangulate(places), order, n_cells)
+
+
+def _nearest(points: np.ndarray, n_neighbors: int) -> np.ndarray:
+    n = len(points)
+    k = min(n_neighbors, n - 1)
+    _, found = cKDTree(points).query(points, k + 1)
+    others = found != np.arange(n)[:, None]
+    others[others.all(axis=1), -1] = False  # among points at one place a point may miss itself
+    return np.column_stack([np.repeat(np.arange(n), k), found[others]])
+
+
+def _triangulate(places: np.ndarray) -> np.ndarray:
+    """Find the edges of a Delaunay triangulation of distinct points: int array (n_edges, 2)."""
+    centred = places - (places.min(axis=0) + places.max(axis=0)) / 2  # Qhull's precision is that of the largest
+    _, _, axes = np.linalg.svd(centred - centred.mean(axis=0), full_matrices=False)
+    for n_dimensions in range(places.shape[1], 1, -1):
+        flat = centred if n_dimensions == places.shape[1] else centred @ axes[:n_dimensions].T
+        with contextlib.suppress(QhullError):  # too few points, or all on one plane or line
+            return _qhull_edges(flat)
+    order = np.argsort(centred @ axes[0], kind="stable")
+    return np.column_stack([order[:-1], order[1:]])
+
+
+def _qhull_edges(places: np.ndarray) -> np.ndarray:
+    triangulation = Delaunay(places)
+    corners = triangulation.simplices
+    edges = [corners[:, [i, j]] for i in range(corners.shape[1]) for j in range(i)]
+    # Points so close to another that they are no corners.
+    return np.concatenate([*edges, triangulation.coplanar[:, [0, 2]]])
+
+
+def _spread(edges: np.ndarray, cells: np.ndarray, n_cells: np.ndarray) -> np.ndarray:
+    """Turn edges between places into edges between all their cells, and join the cells of each place.
+
+    `cells` are sorted by place, and `n_cells` are those of each place.
+    """
+    crowded = np.flatnonzero(n_cells > 1)
+    if not len(crowded):
+        return cells[edges]
+    edges = np.unique(np.sort(edges, axis=1), axis=0)
+    first, second = np.concatenate([edges, np.column_stack([crowded, crowded])]).T
+    starts = np.cumsum(n_cells) - n_cells
+    n_pairs = n_cells[first] * n_cells[second]
+    number = np.arange(n_pairs.sum()) - np.repeat(np.cumsum(n_pairs) - n_pairs, n_pairs)
+    width = np.repeat(n_cells[second], n_pairs)
+    one = cells[np.repeat(starts[first], n_pairs) + number // width]
+    other = cells[np.repeat(starts[second], n_pairs) + number % width]
+    return np.column_stack([one, other])[one != other]
+
+
+def _graph(pairs: np.ndarray, points: np.ndarray) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+    """Make symmetric matrices of edges: ones, and distances."""
+    n = len(points)
+    both = np.concatenate([pairs, pairs[:, ::-1]])
+    graph = sparse.csr_matrix((np.ones(len(both), np.float32), (both[:, 0], both[:, 1])), shape=(n, n))
+    graph.sum_duplicates()
+    graph.data[:] = 1
+    rows = np.repeat(np.arange(n), np.diff(graph.indptr))
+    lengths = np.linalg.norm(points[rows] - points[graph.indices], axis=1)
+    return graph, sparse.csr_matrix((lengths, graph.indices.copy(), graph.indptr.copy()), shape=(n, n))
+
+
+__all__ = ["spatial_neighbors"]

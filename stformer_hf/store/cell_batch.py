@@ -1,0 +1,267 @@
+"""CellBatch: rows of a store as flat arrays, and the collate function that makes tensors of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch.utils.data import get_worker_info
+
+from ..genes.gene_table import GeneTable
+from ..sources.obs_columns import as_objects
+from .worker_slots import SharedArrays
+
+
+@dataclass
+class CellBatch:
+    """Rows of a store, as flat arrays: what a collator gets from a `DataLoader` over a `CellStore`.
+
+    Attributes
+    ----------
+    indptr : int64 array (n + 1,)
+        Cell i has the entries `indptr[i]:indptr[i + 1]` of `genes` and `counts`.
+    genes : uint16 or uint32 array (nnz,)
+        Rows of the gene table, ascending in each cell.
+    counts : uint8, uint16, uint32 or float32 array (nnz,)
+        Counts, none of them 0.
+    cell_id : int64 array (n,)
+        Row numbers in the store (of a selection: in the whole store).
+    obs : dict of str to array (n,)
+        The obs columns; of categorical ones the codes, -1 where missing.
+    categories : dict of str to list of str
+        Names of the codes of the categorical columns.
+    gene_ids, symbols : object array (n_genes,)
+        Of the gene table; the same arrays in every batch of a store.
+    path : Path, optional
+        The store; by it another process finds the names of genes and categories, which are not sent with the cells.
+    names_key : str
+        Changes with these names.
+    neighborhood : (indptr, genes, counts), optional
+        For each cell the sum of its neighbours' counts, as the cells' own: indptr int64 (n + 1,), genes ascending,
+        counts int64 (float64 where there are fractions), none of them 0. A cell is not its own neighbour, and each
+        neighbour counts once, whatever its weight. There from `CellStore.with_neighborhoods`.
+    """
+
+    indptr: np.ndarray
+    genes: np.ndarray
+    counts: np.ndarray
+    cell_id: np.ndarray
+    obs: dict[str, np.ndarray]
+    categories: dict[str, list[str]]
+    gene_ids: np.ndarray
+    symbols: np.ndarray
+    path: Path | None = None
+    names_key: str = ""
+    neighborhood: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.cell_id)
+
+    def __iter__(self) -> Iterator[CellBatch]:
+        """Take the cells one by one: batches of one cell, which the collators take together again."""
+        return (self._cell(i) for i in range(len(self)))
+
+    def _cell(self, i: int) -> CellBatch:
+        def row(indptr: np.ndarray, *flat: np.ndarray) -> tuple[np.ndarray, ...]:
+            own = slice(indptr[i], indptr[i + 1])
+            return indptr[i : i + 2] - indptr[i], *(values[own] for values in flat)
+
+        indptr, genes, counts = row(self.indptr, self.genes, self.counts)
+        return replace(
+            self,
+            indptr=indptr,
+            genes=genes,
+            counts=counts,
+            cell_id=self.cell_id[i : i + 1],
+            obs={name: values[i : i + 1] for name, values in self.obs.items()},
+            neighborhood=None if self.neighborhood is None else row(*self.neighborhood),
+        )
+
+    def __getitem__(self, cell: int) -> NoReturn:
+        """Raise TypeError: torch's and transformers' own collate functions take the first item of a list here."""
+        raise TypeError(
+            "A CellBatch is not a list of cells: give the DataLoader over a CellStore a function that makes tensors "
+            "of it, collate_fn=collate_cells, or a collator of a tokenizer, DataCollatorForPhenotypicMLM(tokenizer)."
+        )
+
+    def __reduce__(self):
+        if self.path is None:
+            return CellBatch, tuple(getattr(self, field.name) for field in fields(self))
+        # Names of genes and categories are the same in every batch, and larger than the cells: read once by the
+        # process that a worker sends its batches to.
+        cells = (self.indptr, self.genes, self.counts, self.cell_id, self.obs)
+        return _batch_of, (self.path, self.names_key, self.neighborhood, *cells)
+
+
+class Cell(Mapping):
+    """A cell of a store, as `store[row]` returns it: reads as a dictionary, and is what a collator can make tokens of.
+
+    It is no `dict`, from which stock Trainer would take all that the model's forward does not name.
+
+    Attributes
+    ----------
+    batch : CellBatch
+        The cell as a batch of one, which knows the names of its genes.
+    """
+
+    def __init__(self, values: dict[str, Any], batch: CellBatch):
+        self._values, self.batch = values, batch
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"Cell({self._values!r})"
+
+
+def as_cell_batch(examples: Any) -> Any:
+    """Join single cells of stores into a `CellBatch`; anything else is returned as it is.
+
+    Parameters
+    ----------
+    examples : list of Cell or of CellBatch, or anything else
+        Cells that came one by one: of a `ConcatDataset` of stores, or through stock Trainer's removal of columns.
+
+    Returns
+    -------
+    CellBatch
+        Categorical columns whose categories differ between the stores are given by name, not by code.
+
+    Raises
+    ------
+    ValueError
+        The cells are of stores with other genes, or other obs columns; some have neighbourhoods, and some have none.
+    """
+    if isinstance(examples, CellBatch) or not isinstance(examples, (list, tuple)) or not len(examples):
+        return examples
+    parts = [example.batch if isinstance(example, Cell) else example for example in examples]
+    if not all(isinstance(part, CellBatch) for part in parts):
+        return examples
+    first = parts[0]
+    for part in parts:
+        same_genes = part.gene_ids is first.gene_ids or np.array_equal(part.gene_ids, first.gene_ids)
+        if not same_genes or list(part.obs) != list(first.obs):
+            raise ValueError(
+                f"Cells of {first.path} and {part.path} are in one batch, and the stores differ in their "
+                f"{'obs columns' if same_genes else 'genes'}: make one of them, CellStore.build(path, stores)."
+            )
+    if len({part.neighborhood is None for part in parts}) > 1:
+        raise ValueError("Some cells of the batch have neighbourhoods, and some have none: see with_neighborhoods.")
+
+    def joined(rows: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+        lengths = np.concatenate([np.diff(indptr) for indptr, *_ in rows])
+        flat = [np.concatenate(values) for values in zip(*(values for _, *values in rows), strict=True)]
+        return np.concatenate([[0], np.cumsum(lengths)]), *flat
+
+    obs, categories = {}, {}
+    for name in first.obs:
+        named = [part.categories.get(name) for part in parts]
+        if all(of == named[0] for of in named):
+            obs[name] = np.concatenate([part.obs[name] for part in parts])
+            if named[0] is not None:
+                categories[name] = named[0]
+        else:
+            obs[name] = np.concatenate([_names_of(part, name) for part in parts])
+    indptr, genes, counts = joined([(part.indptr, part.genes, part.counts) for part in parts])
+    return replace(
+        first,
+        indptr=indptr,
+        genes=genes,
+        counts=counts,
+        cell_id=np.concatenate([part.cell_id for part in parts]),
+        obs=obs,
+        categories=categories,
+        path=first.path if len({part.names_key for part in parts}) == 1 else None,
+        neighborhood=None if first.neighborhood is None else joined([part.neighborhood for part in parts]),
+    )
+
+
+def _names_of(cells: CellBatch, column: str) -> np.ndarray:
+    """Return the values of a column by name, None where missing: object array (n,)."""
+    if column not in cells.categories:
+        return cells.obs[column].astype(object)
+    return np.array([*cells.categories[column], None], object)[cells.obs[column]]
+
+
+def _batch_of(path: Path, names_key: str, neighborhood: tuple | None, *cells) -> CellBatch:
+    return CellBatch(*cells, *_names(path, names_key), path, names_key, neighborhood)
+
+
+@lru_cache(maxsize=8)
+def _names(path: Path, key: str) -> tuple[dict[str, list[str]], np.ndarray, np.ndarray]:
+    genes = GeneTable.from_parquet(path / "genes.parquet")
+    categories = json.loads((path / "manifest.json").read_text())["categories"]
+    return categories, genes.gene_ids, genes.symbols
+
+
+class _Tensors(dict):
+    """Tensors that go from a worker to its loader through one slot of shared memory."""
+
+    def __reduce__(self):
+        tensors = [value for value in self.values() if isinstance(value, torch.Tensor)]
+        if any(tensor.device.type != "cpu" or tensor.dtype == torch.bfloat16 for tensor in tensors):
+            return dict, (dict(self),)
+        arrays = {name: value.numpy() for name, value in self.items() if isinstance(value, torch.Tensor)}
+        others = {name: value for name, value in self.items() if name not in arrays}
+        return _tensors, (arrays if get_worker_info() is None else SharedArrays(arrays), others)
+
+
+def _tensors(arrays: dict[str, np.ndarray], others: dict[str, list]) -> _Tensors:
+    return _Tensors({**{name: torch.from_numpy(array) for name, array in arrays.items()}, **others})
+
+
+def collate_cells(batch: CellBatch) -> dict[str, torch.Tensor | list]:
+    """Make tensors of a batch, without a loop over cells and without dense rows.
+
+    Parameters
+    ----------
+    batch : CellBatch, or list of Cell
+        What a `DataLoader` over a `CellStore`, or over a `ConcatDataset` of stores, gives its collate function.
+
+    Returns
+    -------
+    dict
+        `indptr` and `cell_id`: int64 (n + 1,) and (n,). `genes` (nnz,), rows of the gene table, and `counts` (nnz,),
+        in the narrow types of the store: fewer bytes to a GPU, where `.long()` and `.float()` widen them.
+        `obs_<column>`: codes (int64, -1 where missing) of categorical columns, numbers as they are, lists of strings
+        and of dates.
+        `torch.sparse_csr_tensor(indptr.int(), genes.int(), counts.float(), (n, n_genes))` is the batch as a matrix.
+        `neighborhood_indptr`, `neighborhood_genes` and `neighborhood_counts`, where the batch has them.
+
+    Raises
+    ------
+    TypeError
+        Something other than cells of a store.
+    ValueError
+        Cells of stores that differ in their genes or obs columns.
+    """
+    batch = as_cell_batch(batch)
+    if not isinstance(batch, CellBatch):
+        raise TypeError(f"collate_cells takes cells of a CellStore, not a {type(batch).__name__}.")
+    tensors: dict[str, torch.Tensor | list] = {
+        "indptr": torch.from_numpy(batch.indptr),
+        "genes": torch.from_numpy(batch.genes),
+        "counts": torch.from_numpy(batch.counts),
+        "cell_id": torch.from_numpy(batch.cell_id),
+    }
+    if batch.neighborhood is not None:
+        for name, values in zip(("indptr", "genes", "counts"), batch.neighborhood, strict=True):
+            tensors[f"neighborhood_{name}"] = torch.from_numpy(values)
+    for name, values in batch.obs.items():
+        tensors[f"obs_{name}"] = torch.from_numpy(values) if values.dtype.kind in "iufb" else as_objects(values)
+    return _Tensors(tensors)
+
+
+__all__ = ["Cell", "CellBatch", "as_cell_batch", "collate_cells"]

@@ -1,0 +1,124 @@
+"""CellExpression: rows of expression of an AnnData, in memory or backed, or of a CellStore, in any order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from anndata import AnnData
+from scipy import sparse
+
+from ..sources.formats import anndata_layers
+from ..sources.matrices import Matrix
+from .cell_store import CellStore
+
+
+class CellExpression:
+    """Reads rows of expression, sparse where they are stored so, and checks what it reads.
+
+    Parameters
+    ----------
+    adata : AnnData or CellStore
+        Of an AnnData X is read.
+    normalize : {"log1p", None}
+        "log1p" gives ln(1 + count). None gives the values as they are.
+
+    Attributes
+    ----------
+    names : array (n_cells,)
+        Names of the rows.
+    n_genes : int
+
+    Raises
+    ------
+    TypeError
+        Neither an AnnData nor a store.
+    ValueError
+        There is no X; no such normalization.
+
+    Notes
+    -----
+    A file is opened by each process for itself.
+    """
+
+    def __init__(self, adata: AnnData | CellStore, normalize: str | None):
+        if normalize not in (None, "log1p"):
+            raise ValueError(f"normalize={normalize!r}: 'log1p' or None.")
+        self._normalize = normalize
+        if isinstance(adata, CellStore):
+            self._matrix, self.names, self.n_genes = adata, adata.obs.index.to_numpy(), len(adata.genes)
+        elif isinstance(adata, AnnData):
+            self._matrix, self.names, self.n_genes = _x_of(adata), adata.obs_names.to_numpy(), adata.n_vars
+        else:
+            raise TypeError(f"Expression comes from an AnnData or a CellStore, not {type(adata).__name__}.")
+
+    def read(self, rows: np.ndarray) -> sparse.csr_matrix | sparse.csr_array | np.ndarray:
+        """Read rows.
+
+        Parameters
+        ----------
+        rows : int64 array (n,)
+            In any order, repeats allowed.
+
+        Returns
+        -------
+        csr_matrix, csr_array or array (n, n_genes) of float32
+            A copy; sparse ones have each entry once.
+
+        Raises
+        ------
+        ValueError
+            Values that are not finite, or are to be normalized and are no counts.
+        """
+        if isinstance(self._matrix, CellStore):
+            block = self._matrix.rows(rows)
+        elif isinstance(self._matrix, Matrix):
+            block = self._matrix.take(rows)
+            block.sum_duplicates()
+        else:
+            block = self._matrix[rows]
+        if not sparse.issparse(block):
+            return self._checked(block)
+        block.data = self._checked(block.data)
+        return block
+
+    def _checked(self, values: np.ndarray) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            may_be_infinite = values.dtype.kind == "f" and not np.isfinite(values.sum())  # its sum may overflow
+        if may_be_infinite and not np.isfinite(values).all():
+            raise ValueError(
+                f"X holds {(~np.isfinite(values)).sum()} NaN or infinite values in the rows that were read."
+            )
+        if self._normalize is None:
+            return values.astype(np.float32, copy=False)
+        if values.dtype.kind not in "ub":
+            wrong = (values < 0) | (values != np.rint(values))
+            if wrong.any():
+                raise ValueError(
+                    f"normalize='log1p' takes counts, and X holds {values[wrong][0]:g}: it may be normalized already. "
+                    "Pass normalize=None, or put raw counts into X."
+                )
+        return np.log1p(values, dtype=np.float32)
+
+
+def _x_of(adata: AnnData) -> Any:
+    if adata.isbacked:
+        layers = {layer.name: layer.matrix for layer in anndata_layers(adata)}
+        if "X" in layers:
+            layers["X"].prepare(None)
+            if layers["X"].seekable:  # the others would forget what was prepared
+                layers["X"].close()
+            return layers["X"]
+    elif adata.X is not None:
+        if not sparse.issparse(adata.X):
+            return np.asarray(adata.X)
+        rows = sparse.csr_matrix(adata.X)
+        if not rows.has_canonical_format:
+            rows = rows.copy()
+            rows.sum_duplicates()
+        return rows
+    there = ", ".join(layer.name for layer in anndata_layers(adata)) or "no matrix"
+    raise ValueError(f"There is no X; there is {there}. Put what is needed into X.")
+
+
+__all__ = ["CellExpression"]

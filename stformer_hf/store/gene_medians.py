@@ -1,0 +1,105 @@
+"""estimate_gene_medians: statistics of the genes of stores, files and AnnData objects, a block of cells at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pandas as pd
+from anndata import AnnData
+from tqdm.auto import tqdm
+
+from ..genes.statistics import MAX_MEMORY, GeneStatistics
+from ..genes.unite import unite
+from ..sources.formats import StoredCells, expand, is_source
+from ..sources.open_source import open_source
+
+logger = logging.getLogger(__name__)
+
+_CELLS_AT_ONCE = 1024
+
+
+def estimate_gene_medians(
+    source: AnnData | StoredCells | str | Path | Iterable[AnnData | StoredCells | str | Path],
+    target_sum: float = 1e4,
+    *,
+    method: str = "auto",
+    max_memory: int = MAX_MEMORY,
+    layer: str | None = None,
+    fractional: bool = False,
+    aliases: Mapping[str, str] | pd.DataFrame | str | Path | None = None,
+    unify: str | None = None,
+) -> GeneStatistics:
+    """Estimate the median of the non-zero values of each gene, which the rank scheme of `GeneTokenizer` needs.
+
+    A value is count / total counts of the cell * `target_sum`; cells without counts are skipped. Counts are read block
+    by block and never made dense.
+
+    Parameters
+    ----------
+    source : AnnData, MuData, SpatialData, CellStore, str, Path, or several of them
+        What `CellStore.build` takes: AnnData objects, stores and selections of them, files, folders and patterns.
+        Genes of several are united by id.
+    target_sum : float, default: 10,000
+        What the values of a cell add up to.
+    method : {"auto", "exact", "sketch"}, default: "auto"
+        `exact` keeps every count. `sketch` takes about 4 kB a gene, however many cells there are; its medians are off
+        by at most 0.75 %. `auto` is exact while the counts fit into `max_memory`, then a sketch.
+    max_memory : int, default: 1 GB
+        Bytes that the counts kept by `auto` may take.
+    layer : str, optional
+        Where the counts are, in every source; as in `CellStore.build`.
+    fractional : bool, default: False
+        Allow fractions (RSEM, SoupX).
+    aliases : mapping, DataFrame or file, optional
+        Old gene id (or name) -> new id.
+    unify : "symbol", optional
+        Take genes of different sources that have one symbol under different ids for one.
+
+    Returns
+    -------
+    GeneStatistics
+        Its `medians` go into `GeneTokenizer(…, scheme="rank", medians=…)`; it can be saved, and merged with others.
+
+    Raises
+    ------
+    ValueError
+        No sources, no cells, no counts; values that are not counts; sources of different species; a target sum that is
+        not positive; an unknown method.
+    FileNotFoundError
+        No such file.
+
+    Examples
+    --------
+    >>> medians = estimate_gene_medians(store).medians
+    >>> tokenizer = GeneTokenizer.from_store(store, scheme="rank", medians=medians)
+    """
+    GeneStatistics([], target_sum=target_sum, method=method, max_memory=max_memory)  # raises before files are read
+    sources = [open_source(found, layer, fractional) for found in expand([source] if is_source(source) else source)]
+    if not sources:
+        raise ValueError("No sources: give at least one AnnData, store or file.")
+    united = unite([found.genes for found in sources], [found.name for found in sources], aliases=aliases, unify=unify)
+    statistics = GeneStatistics(
+        united.genes.gene_ids, united.genes.symbols, target_sum=target_sum, method=method, max_memory=max_memory
+    )
+    n_cells = sum(found.shape[0] for found in sources)
+    with tqdm(total=n_cells, desc="gene medians", unit="cell", disable=None) as bar:
+        for found, genes in zip(sources, united.rows, strict=True):
+            try:
+                for block in found.blocks(_CELLS_AT_ONCE):
+                    statistics.add(block, genes)
+                    bar.update(block.shape[0])
+            finally:
+                found.matrix.close()
+    names = ", ".join(found.name for found in sources[:3]) + (", …" if len(sources) > 3 else "")
+    if not n_cells:
+        raise ValueError(f"{names}: no cells.")
+    if not statistics.n_cells:
+        raise ValueError(f"{names}: none of the {n_cells} cells has counts.")
+    if statistics.n_cells < n_cells:
+        logger.warning(f"{n_cells - statistics.n_cells} of {n_cells} cells have no counts; they are skipped.")
+    return statistics
+
+
+__all__ = ["estimate_gene_medians"]

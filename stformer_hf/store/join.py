@@ -1,0 +1,121 @@
+"""Joins stores through a manifest that points at their shards."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..sources.formats import StoredCells
+from .replacing import STORE, check_free, recover, written_at
+from .shards import RowFormat, checksum, has_types, rewrite, widest
+from .writer import write_manifest
+
+
+def join_stores(path: Path, stores: Sequence[StoredCells], overwrite: bool) -> None:
+    """Write the joined store; parameters and errors are those of `CellStore.join`.
+
+    Shards are linked (hard links; over file systems, by their paths). Only those whose counts are of a narrower type
+    than others' are written anew, since a Hugging Face dataset has one type a column.
+    """
+    path = path.resolve()
+    recover(path)
+    check_free(path, STORE, overwrite)
+    stores = _in_order(stores)
+    first = stores[0].manifest
+    for store in stores[1:]:
+        _check_alike(stores[0], store)
+    row_format = RowFormat(
+        gene_type=first["gene_type"],
+        count_type=widest([store.manifest["count_type"] for store in stores]),
+        neighbors=first["neighbors"],
+        obs=first["obs"],
+        categories=first["categories"],
+    )
+    with written_at(path, STORE, overwrite) as building:
+        _write(path, building, stores, row_format)
+        for store in stores:
+            store.must_be_unchanged()  # else links are to the shards of a store that took its place
+
+
+def _write(path: Path, building: Path, stores: Sequence[StoredCells], row_format: RowFormat) -> None:
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    shards, n_cells = [], 0
+    for store in stores:
+        for shard in store.manifest["shards"]:
+            file = (store.path / shard["file"]).resolve()
+            shard = {**shard, "neighbor_shift": shard["neighbor_shift"] + n_cells}
+            own = building / f"joined-{len(shards):05d}.arrow"
+            if has_types(shard, row_format):
+                shard["file"] = own.name
+                try:
+                    os.link(file, own)
+                except OSError:  # on another file system: found where it is
+                    shard["file"] = os.path.relpath(file, path)
+            else:
+                rewrite(file, own, row_format)
+                shard.update(file=own.name, bytes=own.stat().st_size, checksum=checksum(own))
+                shard["count_type"] = row_format.count_type
+            shards.append(shard)
+        n_cells += len(store)
+    facts = {"n_cells": n_cells, "part": None, "build": None, "shuffled": False, "sources": _sources(stores)}
+    write_manifest(building, facts, stores[0].genes, row_format, shards)
+
+
+def _in_order(stores: Sequence[StoredCells]) -> list[StoredCells]:
+    """Put parts in their order; other stores are left as they are."""
+    parts = [store.manifest["part"] for store in stores]
+    if not parts:
+        raise ValueError("No stores to join.")
+    if all(part is None for part in parts):
+        return list(stores)
+    other = next((store for store in stores if store.manifest["build"] != stores[0].manifest["build"]), None)
+    if None in parts or other is not None:
+        other = other or stores[parts.index(None)]
+        raise ValueError(
+            f"{stores[0].path} and {other.path} are not parts of one build: of other sources or settings."
+        )
+    n_parts = {n for _, n in parts}
+    found = sorted(i for i, _ in parts)
+    if len(n_parts) > 1 or found != list(range(parts[0][1])):
+        missing = sorted(set(range(parts[0][1])) - set(found))
+        raise ValueError(
+            f"These are the parts {', '.join(f'{i} of {n}' for i, n in parts)}: every part of one build is needed once"
+            f"{f'; {missing} missing' if missing else ''}."
+        )
+    return sorted(stores, key=lambda store: store.manifest["part"][0])
+
+
+def _check_alike(first: StoredCells, other: StoredCells) -> None:
+    if list(first.gene_ids) != list(other.gene_ids):
+        raise ValueError(
+            f"{other.path} has other genes than {first.path}, or another order. Parts of one build, "
+            "CellStore.build(…, part=(i, n)), have the same; others can be united by CellStore.build(path, stores)."
+        )
+    for name in ("obs", "categories", "neighbors"):
+        if first.manifest[name] != other.manifest[name]:
+            raise ValueError(
+                f"{other.path} has other {name} than {first.path}. Parts of one build have the same; others can be "
+                "united by CellStore.build(path, stores)."
+            )
+
+
+def _sources(stores: Sequence[StoredCells]) -> list[dict]:
+    """Take what the manifests say of the sources; of parts, which have the same sources, summed."""
+    if stores[0].manifest["part"] is None:
+        return [source for store in stores for source in store.manifest["sources"]]
+    merged = []
+    for same in zip(*(store.manifest["sources"] for store in stores), strict=True):
+        total = dict(same[0])
+        for name in ("n_cells", "n_counts", "n_empty"):
+            total[name] = sum(source[name] for source in same)
+        total["total_counts"] = {
+            fate: sum(source["total_counts"][fate] for source in same) for fate in total["total_counts"]
+        }
+        merged.append(total)
+    return merged
+
+
+__all__ = ["join_stores"]

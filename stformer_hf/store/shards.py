@@ -1,0 +1,474 @@
+"""Shards: Arrow stream files of rows of cells. Pieces of sources are written to them, widened and shuffled."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from scipy import sparse
+
+from ..genes.text_files import naming
+from ..genes.unite import FATES
+from ..sources.matrices import Matrix
+from ..sources.obs_columns import as_arrow
+from ..sources.open_source import checked_blocks
+from ..sources.same_cells import describe, row_totals
+
+logger = logging.getLogger(__name__)
+
+COUNT_TYPES = ("uint8", "uint16", "uint32", "float32")  # from narrow to wide
+_WHOLE_IN_FLOAT32 = 1 << 24  # up to here it holds every whole number
+_NO_COMMON_TYPE = (
+    "There are fractions, and elsewhere whole numbers that float32 does not hold: build two stores, or round the "
+    "fractions."
+)
+_MAX_BUCKETS = 512  # files that a shuffle has open at once
+_ROWS_PER_BUCKET = 16_384
+
+
+@dataclass
+class RowFormat:
+    """Columns of a store's rows: what makes the Arrow schema and the Hugging Face features.
+
+    Attributes
+    ----------
+    gene_type, count_type : str
+        Types of `genes` and `counts`.
+    neighbors : bool
+        Whether there are `neighbors` and `neighbor_weights`.
+    obs : dict of str to str
+        Arrow types of the obs columns.
+    categories : dict of str to list of str
+        Names of the codes of the categorical ones.
+    """
+
+    gene_type: str
+    count_type: str
+    neighbors: bool
+    obs: dict[str, str]
+    categories: dict[str, list[str]]
+
+    def features(self):
+        """Hugging Face features of the rows."""
+        from datasets import ClassLabel, Features, List, Value
+
+        features = {"genes": List(Value(self.gene_type)), "counts": List(Value(self.count_type))}
+        features["obs_name"] = Value("string")
+        for name, kind in self.obs.items():
+            if name in self.categories:
+                features[name] = ClassLabel(names=self.categories[name])
+            else:
+                features[name] = Value(kind.replace("double", "float64"))
+        if self.neighbors:
+            features["neighbors"], features["neighbor_weights"] = List(Value("uint32")), List(Value("float32"))
+        return Features(features)
+
+    def schema(self) -> pa.Schema:
+        """Arrow schema of the rows."""
+        return self.features().arrow_schema
+
+    def with_count_type(self, count_type: str) -> RowFormat:
+        """Give the format with another type of counts."""
+        return RowFormat(self.gene_type, count_type, self.neighbors, self.obs, self.categories)
+
+
+def gene_type(n_genes: int) -> str:
+    """Narrowest type of the row numbers of a gene table."""
+    return "uint16" if n_genes <= 1 << 16 else "uint32"
+
+
+def widest(count_types: Sequence[str]) -> str:
+    """Narrowest type that holds all these types exactly (float32: as exactly as it can)."""
+    return max(count_types, key=COUNT_TYPES.index, default=COUNT_TYPES[0])
+
+
+def count_type_of(counts: np.ndarray, name: str) -> str:
+    """Name the narrowest type that holds counts (whole numbers exactly, fractions to float32's precision).
+
+    Raises
+    ------
+    ValueError
+        Counts that do not fit 32 bits.
+    """
+    largest = counts.max(initial=0)
+    if counts.dtype.kind == "f" and (counts != np.rint(counts)).any():
+        if largest > np.finfo(np.float32).max:
+            raise ValueError(f"{name}: the value {largest:g} does not fit float32.")
+        if largest > _WHOLE_IN_FLOAT32:
+            whole = counts[counts == np.rint(counts)]
+            if (whole.astype(np.float32) != whole).any():
+                raise ValueError(f"{name}: {whole.max():.0f} stands beside fractions, and float32 does not hold it.")
+        return "float32"
+    for count_type in COUNT_TYPES[:-1]:
+        if largest <= np.iinfo(count_type).max:
+            return count_type
+    raise ValueError(f"{name}: the count {largest:g} does not fit 32 bits.")
+
+
+@dataclass
+class Piece:
+    """A range of cells of one source, and all that is needed to write it, in this process or in another.
+
+    Attributes
+    ----------
+    record : Path
+        File that tells, once it is there, that the piece is written; its name without suffix begins its shards'.
+    source : int
+        Number of the source.
+    name, counts_in : str
+        Of the source, for messages.
+    matrix : Matrix
+        The source's counts.
+    start, stop : int
+        Cells of the source.
+    genes, fates : int array (n_columns,)
+        Row of the gene table, and fate (`genes.unite`), of each column.
+    n_genes : int
+        Length of the gene table.
+    obs_names : object array (stop - start,)
+        Names of the cells.
+    obs : dict of str to array (stop - start,) or None
+        Obs columns.
+    neighbors : Matrix or None
+        Graph of the source's cells.
+    first_row : int
+        Number in the store of the source's first cell; added to its neighbours' numbers.
+    format : RowFormat
+        Columns; its count type is where the writing begins.
+    fractional : bool
+        Whether counts may be fractions.
+    rows_per_batch, rows_per_shard : int
+        Cells of a record batch, and of a file.
+    describe : bool
+        Whether what tells the cells apart is written, too (`same_cells.describe`).
+    """
+
+    record: Path
+    source: int
+    name: str
+    counts_in: str
+    matrix: Matrix
+    start: int
+    stop: int
+    genes: np.ndarray
+    fates: np.ndarray
+    n_genes: int
+    obs_names: np.ndarray
+    obs: dict[str, np.ndarray | None]
+    neighbors: Matrix | None
+    first_row: int
+    format: RowFormat
+    fractional: bool
+    rows_per_batch: int
+    rows_per_shard: int
+    describe: bool = False
+
+    @property
+    def description(self) -> Path:
+        """File of what tells the cells apart."""
+        return self.record.with_suffix(".npy")
+
+    @property
+    def is_written(self) -> bool:
+        """Whether all that belongs to the piece is there."""
+        return self.record.exists() and (self.description.exists() or not self.describe)
+
+
+def write_piece(piece: Piece, progress: Callable[[int], object] = lambda n_cells: None) -> dict:
+    """Write a piece to shards, and then its record, which is returned."""
+    with told_when_full(piece.record.parent):
+        with naming(piece.name):
+            piece.matrix.prepare(piece.record.parent)
+        writer = ShardWriter(piece.record.parent, piece.record.stem, piece.format, piece.rows_per_shard)
+        per_fate = np.zeros(len(FATES))
+        n_counts = n_empty = 0
+        names = pa.array(piece.obs_names, pa.string())
+        obs = {
+            name: as_arrow(piece.obs[name], kind, piece.stop - piece.start)
+            for name, kind in _obs_types(piece.format).items()
+        }
+        blocks = checked_blocks(
+            piece.matrix,
+            piece.name,
+            piece.counts_in,
+            piece.fractional,
+            piece.rows_per_batch,
+            piece.start,
+            piece.stop,
+        )
+        at, described = 0, [np.empty((0, 2), np.float32)]
+        try:
+            for block in blocks:
+                totals = row_totals(block) if piece.describe else block.data
+                per_fate += _sums(block, piece.fates, totals)
+                block = align(block, piece.genes, piece.n_genes)
+                if piece.describe:
+                    described.append(describe(totals, block.indptr))
+                n = block.shape[0]
+                offsets = pa.array(block.indptr.astype(np.int32))
+                columns = {
+                    "genes": pa.ListArray.from_arrays(offsets, block.indices.astype(piece.format.gene_type)),
+                    "counts": (offsets, block.data),
+                    "obs_name": names[at : at + n],
+                    **{name: values[at : at + n] for name, values in obs.items()},
+                }
+                if piece.neighbors is not None:
+                    graph = piece.neighbors.rows(piece.start + at, piece.start + at + n)
+                    graph.sort_indices()
+                    ends = pa.array(graph.indptr.astype(np.int32))
+                    numbers = (graph.indices.astype(np.int64) + piece.first_row).astype(np.uint32)
+                    columns["neighbors"] = pa.ListArray.from_arrays(ends, numbers)
+                    columns["neighbor_weights"] = pa.ListArray.from_arrays(ends, graph.data.astype(np.float32))
+                writer.write(columns, count_type_of(block.data, piece.name))
+                n_counts += block.nnz
+                n_empty += int((np.diff(block.indptr) == 0).sum())
+                at += n
+                progress(n)
+        finally:
+            writer.close()
+            piece.matrix.close()
+        record = {
+            "source": piece.source,
+            "cells": [piece.start, piece.stop],
+            "n_counts": n_counts,
+            "n_empty": n_empty,
+            "total_counts": dict(zip(FATES, per_fate.tolist(), strict=True)),
+            "shards": writer.shards,
+        }
+        if piece.describe:
+            np.save(piece.description, np.concatenate(described))
+        write_json(piece.record, record)
+    return record
+
+
+def _sums(block: sparse.csr_matrix, fates: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """Sum the counts of the columns of each fate; `totals` has the sum of the block."""
+    if len(fates) and (fates == fates[0]).all():  # most sources; a sum a column costs as much as all else together
+        return np.bincount(fates[:1], [totals.sum(dtype=np.float64)], len(FATES))
+    return np.bincount(fates[block.indices], block.data, len(FATES))
+
+
+def _obs_types(row_format: RowFormat) -> dict[str, pa.DataType]:
+    schema = row_format.schema()
+    return {name: schema.field(name).type for name in row_format.obs}
+
+
+class ShardWriter:
+    """Writes rows to shards, in the narrowest count type met so far.
+
+    Parameters
+    ----------
+    folder : Path
+    stem : str
+        How the names of the files begin.
+    row_format : RowFormat
+    rows_per_shard : int
+    """
+
+    def __init__(self, folder: Path, stem: str, row_format: RowFormat, rows_per_shard: int):
+        self.shards: list[dict] = []
+        self._folder, self._stem, self._rows_per_shard = folder, stem, rows_per_shard
+        self._format = row_format
+        self._schema = row_format.schema()
+        self._writer: pa.ipc.RecordBatchStreamWriter | None = None
+
+    def write(self, columns: dict, count_type: str) -> None:
+        """Write rows; `columns["counts"]` is (offsets, values), of any type that `count_type` holds."""
+        wider = widest([count_type, self._format.count_type]) != self._format.count_type
+        if wider:
+            self._format = self._format.with_count_type(count_type)
+            self._schema = self._format.schema()
+        if wider or not self.shards or self.shards[-1]["rows"] >= self._rows_per_shard:
+            self.open()
+        offsets, counts = columns["counts"]
+        values = counts.astype(self._format.count_type)
+        if (count_type, self._format.count_type) == ("uint32", "float32") and (values != counts).any():
+            raise ValueError(_NO_COMMON_TYPE)
+        columns["counts"] = pa.ListArray.from_arrays(offsets, values)
+        batch = pa.record_batch([columns[name] for name in self._schema.names], schema=self._schema)
+        self._writer.write_batch(batch)
+        self.shards[-1]["rows"] += batch.num_rows
+
+    def open(self) -> None:
+        """Begin a new file."""
+        self.close()
+        file = f"{self._stem}-{len(self.shards):05d}.arrow"
+        self.shards.append({"file": file, "rows": 0, **_types(self._format)})
+        self._file = open(self._folder / file, "wb")
+        self._writer = pa.ipc.new_stream(self._file, self._schema)
+
+    def close(self) -> None:
+        """End the file that is open; it is on the disk before a record says that it is."""
+        if self._writer is not None:
+            with self._file:
+                self._writer.close()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            self._writer = None
+
+
+def _types(row_format: RowFormat) -> dict[str, str]:
+    return {"gene_type": row_format.gene_type, "count_type": row_format.count_type}
+
+
+def has_types(shard: dict, row_format: RowFormat) -> bool:
+    """Whether a shard has the types of a format."""
+    return {name: shard[name] for name in ("gene_type", "count_type")} == _types(row_format)
+
+
+def read_batches(file: Path) -> Iterator[pa.RecordBatch]:
+    """Read the record batches of a shard from a memory map."""
+    with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as reader:
+        yield from reader
+
+
+def rewrite(file: Path, target: Path, row_format: RowFormat) -> None:
+    """Write a shard anew with the types of a format, a record batch at a time."""
+    schema = row_format.schema()
+    part = target.with_name(target.name + ".part")
+    with pa.ipc.new_stream(str(part), schema) as writer:
+        for batch in read_batches(file):
+            try:
+                writer.write_batch(pa.record_batch(batch.columns, batch.schema.remove_metadata()).cast(schema))
+            except pa.ArrowInvalid as error:
+                raise ValueError(_NO_COMMON_TYPE) from error
+    part.replace(target)
+
+
+def shuffle(
+    folder: Path,
+    shards: list[dict],
+    row_format: RowFormat,
+    order: np.ndarray,
+    rows_per_batch: int,
+    rows_per_shard: int,
+) -> list[dict]:
+    """Write all rows anew in another order, out of core.
+
+    Every row goes to the file of its range of the new order; each such file is then put in order in memory.
+
+    Parameters
+    ----------
+    folder : Path
+        Holds the shards.
+    shards : list of dict
+        Their records, in the order of the rows.
+    row_format : RowFormat
+        Of the new shards.
+    order : int array (n_rows,)
+        Old number of each new row.
+    rows_per_batch, rows_per_shard : int
+        Cells of a record batch, and of a file.
+
+    Returns
+    -------
+    list of dict
+        Records of the new shards.
+    """
+    n_rows = len(order)
+    new_number = np.empty(n_rows, np.int64)
+    new_number[order] = np.arange(n_rows)
+    n_buckets = min(max(1, -(-n_rows // _ROWS_PER_BUCKET)), _MAX_BUCKETS)
+    rows_per_bucket = max(1, -(-n_rows // n_buckets))
+    schema = row_format.schema()
+    numbered = schema.append(pa.field("row", pa.int64()))
+    files = [folder / f"bucket-{bucket:05d}" for bucket in range(n_buckets)]
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(pa.ipc.new_stream(str(file), numbered)) for file in files]
+        first = 0
+        for shard in shards:
+            for batch in read_batches(folder / shard["file"]):
+                batch = pa.record_batch(batch.columns, batch.schema.remove_metadata()).cast(schema)
+                numbers = new_number[first : first + batch.num_rows]
+                first += batch.num_rows
+                if row_format.neighbors:
+                    batch = _renumber(batch, new_number)
+                batch = pa.record_batch([*batch.columns, pa.array(numbers)], schema=numbered)
+                bucket = numbers // rows_per_bucket
+                by_bucket = np.argsort(bucket, kind="stable")
+                ends = np.cumsum(np.bincount(bucket, minlength=n_buckets))
+                for writer, start, stop in zip(writers, [0, *ends[:-1]], ends, strict=True):
+                    if stop > start:
+                        writer.write_batch(batch.take(pa.array(by_bucket[start:stop])))
+    shuffled = []
+    writer = None
+    for file in files:
+        rows = pa.Table.from_batches(read_batches(file), numbered)
+        rows = rows.take(pa.array(np.argsort(rows["row"].to_numpy()))).drop_columns("row").combine_chunks()
+        for batch in rows.to_batches(max_chunksize=rows_per_batch):
+            if writer is None or shuffled[-1]["rows"] >= rows_per_shard:
+                if writer is not None:
+                    writer.close()
+                shuffled.append({"file": f"shuffled-{len(shuffled):05d}.arrow", "rows": 0, **_types(row_format)})
+                writer = pa.ipc.new_stream(str(folder / shuffled[-1]["file"]), schema)
+            writer.write_batch(batch)
+            shuffled[-1]["rows"] += batch.num_rows
+        file.unlink()
+    if writer is not None:
+        writer.close()
+    return shuffled
+
+
+def _renumber(batch: pa.RecordBatch, new_number: np.ndarray) -> pa.RecordBatch:
+    at = batch.schema.get_field_index("neighbors")
+    lists = batch.column(at)
+    numbers = pa.array(new_number[lists.flatten().to_numpy()].astype(np.uint32))
+    offsets = lists.offsets.to_numpy()
+    return batch.set_column(
+        at, batch.schema.field(at), pa.ListArray.from_arrays(pa.array(offsets - offsets[0]), numbers)
+    )
+
+
+def align(block: sparse.csr_matrix, genes: np.ndarray, n_genes: int) -> sparse.csr_matrix:
+    """Rename the columns of a block to rows of the gene table; ascending, repeated ones summed."""
+    same = n_genes == block.shape[1] and np.array_equal(genes, np.arange(n_genes))
+    if same and block.has_canonical_format:
+        return block
+    # Sums of narrow integers must not wrap.
+    data = block.data.astype(np.int64) if block.data.dtype.kind in "iub" else block.data.astype(np.float64)
+    aligned = sparse.csr_matrix((data, genes[block.indices], block.indptr.copy()), shape=(block.shape[0], n_genes))
+    aligned.sum_duplicates()
+    return aligned
+
+
+@contextlib.contextmanager
+def told_when_full(folder: Path, what: str = "the store", call: str = "build") -> Iterator[None]:
+    """Say what to do where the disk is full; `folder` is the unfinished one, which may be deleted."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
+        raise OSError(
+            error.errno,
+            f"no space for {what}: {free / 1e6:,.0f} MB are left at {folder}. Make room and call {call} again, which "
+            "goes on where it was, or delete this folder.",
+        ) from error
+
+
+def write_json(path: Path, value) -> None:
+    """Write a JSON file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def checksum(path: Path) -> str:
+    """Checksum of a file, against damage, not against malice: xxh3_128, which is as fast as the file is read."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

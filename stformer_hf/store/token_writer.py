@@ -1,0 +1,321 @@
+"""Writes the tokens of a store: a saved Hugging Face dataset, shard by shard, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from tqdm.auto import tqdm
+
+from ..sources.formats import StoredCells
+from .replacing import Contents, check_free, recover, written_at
+from .shards import checksum, gene_type, read_batches, told_when_full, write_json
+from .writer import prepare, process_pool, write_dataset_files
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+ROWS_PER_BATCH = 1024  # of an Arrow record batch
+_ROWS_AT_A_TIME = 64  # cells that are tokenized at once: what they need stays in the processor's cache
+ROWS_PER_SHARD = 16_384
+_OF_TOKENS = ("input_ids", "token_type_ids", "expression_values")
+_OF_CELLS = ("cell_genes", "cell_counts")
+_OWN_COLUMNS = (*_OF_TOKENS, *_OF_CELLS, "measured_genes", "length", "cell_id")
+_TOKENS = Contents(
+    "a tokenized dataset",
+    "datasets.load_from_disk",
+    ("lengths.json", "tokenizer", "manifest.json", "dataset_info.json", "state.json", "plan.json"),
+)
+
+
+def write_tokens(
+    store: StoredCells,
+    selection: np.ndarray | None,
+    tokenizer: Any,
+    path: Path,
+    *,
+    obs: Sequence[str] | str | None,
+    workers: int,
+    rows_per_shard: int,
+    overwrite: bool,
+) -> None:
+    """Write the tokens of a store's cells; parameters and errors are those of `CellStore.tokenize`.
+
+    `selection` are the rows of a store that is a selection.
+    """
+    path = path.resolve()
+    recover(path)
+    for name, value in (("workers", workers), ("rows_per_shard", rows_per_shard)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: at least 1.")
+    if not hasattr(tokenizer, "encode_cells"):
+        raise TypeError(f"A GeneTokenizer is needed, got {type(tokenizer).__name__}.")
+    check_free(path, _TOKENS, overwrite)
+    columns = _chosen_obs(store, obs)
+    features = _features(store, tokenizer, columns)
+    with written_at(path, _TOKENS, overwrite) as building, told_when_full(building, "the tokens", "tokenize"):
+        prepare(building, _plan(store, selection, tokenizer, columns, rows_per_shard))
+        shards = TokenShards(store, tokenizer, building, columns, features.arrow_schema, rows_per_shard)
+        _finish(building, shards, _write_shards(shards, workers), features)
+    (path / "plan.json").unlink(missing_ok=True)  # only now: without it, a call that is stopped starts anew
+
+
+def _chosen_obs(store: StoredCells, obs: Sequence[str] | str | None) -> list[str]:
+    """Name the obs columns to copy."""
+    known = list(store.manifest["obs"])
+    if obs == "all":
+        left_out = [name for name in known if name in _OWN_COLUMNS]
+        if left_out:
+            logger.warning(f"obs column {', '.join(left_out)} is left out: the tokens use this name.")
+        return [name for name in known if name not in _OWN_COLUMNS]
+    names = [] if obs is None else [obs] if isinstance(obs, str) else list(dict.fromkeys(obs))
+    for name in names:
+        if name not in known:
+            raise ValueError(f"No obs column {name!r} in the store; there are {', '.join(known) or 'none'}.")
+        if name in _OWN_COLUMNS:
+            raise ValueError(f"obs column {name!r}: the tokens use this name. Leave it out; cell_id leads to it.")
+    return names
+
+
+def _features(store: StoredCells, tokenizer: Any, obs: Sequence[str]) -> Features:
+    """Columns of the dataset, in the narrowest types that hold the tokenizer's ids."""
+    from datasets import Features, List, Value
+
+    n_types = tokenizer.type_vocab_size
+    features = {
+        "input_ids": List(Value(gene_type(tokenizer.vocab_size))),
+        "token_type_ids": List(Value("uint8" if n_types <= 1 << 8 else gene_type(n_types))),
+        **({"expression_values": List(Value("float32"))} if tokenizer.values else {}),
+        **(_cell_features(tokenizer) if tokenizer.whole_cell else {}),
+        "length": Value("int32"),
+        "cell_id": Value("int64"),
+    }
+    return Features({**features, **{name: store.dataset.features[name] for name in obs}})
+
+
+def _cell_features(tokenizer: Any) -> dict[str, Any]:
+    """Columns of whole cells; `measured_genes` is null where the store measures all of the tokenizer's genes."""
+    from datasets import List, Value
+
+    return {
+        "cell_genes": List(Value(gene_type(len(tokenizer.genes)))),
+        "cell_counts": List(Value("float32")),
+        "measured_genes": List(Value("bool")),
+    }
+
+
+def _plan(
+    store: StoredCells, selection: np.ndarray | None, tokenizer: Any, obs: Sequence[str], rows_per_shard: int
+) -> dict:
+    """Describe what a writing has in common with an interrupted one that it goes on with."""
+    with tempfile.TemporaryDirectory() as folder:  # all settings are in the files of the vocabulary
+        vocabulary = sorted(map(Path, tokenizer.save_vocabulary(folder)))
+        settings = {file.name: checksum(file) for file in vocabulary}
+    return {
+        "format_version": FORMAT_VERSION,
+        "written_by": _written_by(),
+        "tokenizer": {"fingerprint": tokenizer.fingerprint, **settings},
+        # Checksums of the shards and of the gene table, and the names of the categories.
+        "store": hashlib.sha256(json.dumps(store.manifest, sort_keys=True).encode()).hexdigest(),
+        "selection": None if selection is None else hashlib.sha256(selection.tobytes()).hexdigest(),
+        "n_cells": len(store),
+        "obs": list(obs),
+        "rows_per_shard": rows_per_shard,
+    }
+
+
+def _written_by() -> str:
+    return f"stformer_hf {version('stformer_hf')}"
+
+
+# ---------------------------------------------------------------------- shards
+
+
+@dataclass
+class TokenShards:
+    """Shards of a tokenized dataset, and all that is needed to write them, in this process or in another.
+
+    Attributes
+    ----------
+    store : CellStore
+        The cells, in the order of the rows.
+    tokenizer : GeneTokenizer
+    folder : Path
+        Where the shards are written.
+    obs : list of str
+        Obs columns that are copied.
+    schema : pa.Schema
+        Columns of the rows.
+    rows_per_shard : int
+        Cells of a file.
+    """
+
+    store: StoredCells
+    tokenizer: Any
+    folder: Path
+    obs: list[str]
+    schema: pa.Schema
+    rows_per_shard: int
+
+    def __len__(self) -> int:
+        return max(1, -(-len(self.store) // self.rows_per_shard))  # without a file there is no dataset
+
+    def write(self, number: int, progress: Callable[[int], object] = lambda n_cells: None) -> dict:
+        """Write a shard, unless it is there; returns its record."""
+        start = number * self.rows_per_shard
+        stop = min(start + self.rows_per_shard, len(self.store))
+        file = self.folder / f"data-{number:05d}-of-{len(self):05d}.arrow"
+        if file.exists():
+            progress(stop - start)
+        else:
+            part = file.with_name(file.name + ".part")
+            with (
+                told_when_full(self.folder, "the tokens", "tokenize"),
+                open(part, "wb") as sink,
+                ThreadPoolExecutor(1) as flusher,
+            ):
+                # The disk writes while cells are tokenized; else it would be waited for at the end of every file.
+                flushed = flusher.submit(os.fsync, sink.fileno())
+                with pa.ipc.new_stream(sink, self.schema) as writer:
+                    for first in range(start, stop, ROWS_PER_BATCH):
+                        rows = np.arange(first, min(first + ROWS_PER_BATCH, stop))
+                        writer.write_batch(self._tokenized(rows))
+                        progress(len(rows))
+                        if flushed.done():
+                            flushed.result()
+                            flushed = flusher.submit(os.fsync, sink.fileno())
+                flushed.result()
+                sink.flush()
+                os.fsync(sink.fileno())
+            part.rename(file)
+        return {"file": file.name, "rows": stop - start, "bytes": file.stat().st_size, "checksum": checksum(file)}
+
+    def _tokenized(self, rows: np.ndarray) -> pa.RecordBatch:
+        lists = [name for name in self.schema.names if name in _OF_TOKENS]
+        of_cells = [name for name in self.schema.names if name in _OF_CELLS]
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in (*lists, *of_cells, "length", "cell_id")}
+        n_genes, measured = [], None
+        for start in range(0, len(rows), _ROWS_AT_A_TIME):
+            cells = self.store.__getitems__(rows[start : start + _ROWS_AT_A_TIME])
+            tokens = self.tokenizer.encode_cells(cells, epoch=0)
+            parts["length"].append(np.diff(tokens.indptr).astype(np.int32))
+            parts["cell_id"].append(cells.cell_id)
+            for name in lists:
+                narrow = self.schema.field(name).type.value_type.to_pandas_dtype()
+                parts[name].append(getattr(tokens, name).astype(narrow))
+            if of_cells:
+                n_genes.append(np.diff(tokens.cells.indptr))
+                measured = tokens.measured  # of the store: the same for all cells
+                for name, values in zip(_OF_CELLS, tokens.cells[1:], strict=True):
+                    parts[name].append(values.astype(self.schema.field(name).type.value_type.to_pandas_dtype()))
+        columns: dict[str, Any] = {name: np.concatenate(of) for name, of in parts.items()}
+        lengths = {"tokens": columns["length"], "cells": np.concatenate(n_genes or [np.empty(0, np.int64)])}
+        offsets = {of: pa.array(np.concatenate([[0], np.cumsum(n)]).astype(np.int32)) for of, n in lengths.items()}
+        for of, names in (("tokens", lists), ("cells", of_cells)):
+            columns.update({name: pa.ListArray.from_arrays(offsets[of], columns[name]) for name in names})
+        if of_cells:
+            own = None if measured is None else measured[0].tolist()
+            columns["measured_genes"] = pa.array([own] * len(rows), self.schema.field("measured_genes").type)
+        if self.obs:
+            table = self._obs_columns[rows[0] : rows[-1] + 1]
+            columns.update({name: table.column(name).combine_chunks() for name in self.obs})
+        return pa.record_batch([columns[name] for name in self.schema.names], schema=self.schema)
+
+    @cached_property
+    def _obs_columns(self) -> Dataset:
+        return self.store.dataset.select_columns(self.obs).with_format("arrow")
+
+
+def _write_shards(shards: TokenShards, workers: int) -> list[dict]:
+    """Write what is not written yet; returns the records of all shards, in the order of the cells."""
+    numbers = range(len(shards))
+    with tqdm(total=len(shards.store), desc="tokenize", unit="cell", disable=None) as bar:
+        if workers == 1:
+            return [shards.write(number, bar.update) for number in numbers]
+        with tempfile.TemporaryDirectory() as folder:
+            # Through a file: more than a pipe holds, given to a worker directly, keeps the next one from starting
+            # until the first has imported all that it needs.
+            file = Path(folder, "shards")
+            file.write_bytes(pickle.dumps(shards))
+            with process_pool(workers, _start_worker, (file,)) as pool:
+                running = [pool.submit(_write_shard, number) for number in numbers]
+                for done in as_completed(running):
+                    bar.update(done.result()["rows"])
+    return [done.result() for done in running]
+
+
+_of_worker: TokenShards | None = None  # store and tokenizer are read by a worker once
+
+
+def _start_worker(file: Path) -> None:
+    global _of_worker
+    _of_worker = pickle.loads(file.read_bytes())
+
+
+def _write_shard(number: int) -> dict:
+    return _of_worker.write(number)
+
+
+# ---------------------------------------------------------------------- the end
+
+
+def _finish(building: Path, shards: TokenShards, records: list[dict], features: Features) -> None:
+    """Write what makes the folder a dataset, the manifest last."""
+    n_tokens = _write_lengths(building, records)
+    tokenizer = shards.tokenizer
+    tokenizer.save_pretrained(building / "tokenizer")
+    write_dataset_files(building, features, records)
+    write_json(
+        building / "manifest.json",
+        {
+            "format_version": FORMAT_VERSION,
+            "written_by": _written_by(),
+            "store": shards.store.path.name,
+            "n_cells": len(shards.store),
+            "n_tokens": n_tokens,
+            "tokenizer": {
+                "fingerprint": tokenizer.fingerprint,
+                **{name: getattr(tokenizer, name) for name in ("scheme", "max_length", "truncation", "seed")},
+            },
+            "obs": shards.obs,
+            "shards": records,
+            "complete": True,
+        },
+    )
+
+
+def _write_lengths(building: Path, records: list[dict]) -> int:
+    """Write the numbers of tokens of all cells as a JSON list; returns their sum."""
+    n_tokens = 0
+    with open(building / "lengths.json", "w", encoding="ascii") as file:
+        separator = "["
+        for record in records:
+            for batch in read_batches(building / record["file"]):
+                lengths = batch.column("length").to_numpy()
+                n_tokens += int(lengths.sum(dtype=np.int64))
+                file.write(separator + ", ".join(map(str, lengths.tolist())))
+                separator = ",\n"
+        file.write("]" if separator != "[" else "[]")  # no cells
+        file.flush()
+        os.fsync(file.fileno())
+    return n_tokens
+
+
+__all__ = ["ROWS_PER_SHARD", "write_tokens"]

@@ -1,0 +1,574 @@
+"""Writes a store: sources to Arrow shards, piece by piece, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from ..genes.gene_table import GeneTable
+from ..genes.unite import FATES, UnitedGenes, unite
+from ..sources.formats import StoredCells, expand
+from ..sources.matrices import MemoryMatrix
+from ..sources.obs_columns import ObsColumns, unite_obs
+from ..sources.open_source import Source, open_source
+from ..sources.same_cells import SameCells, check_names, describe, row_totals
+from .replacing import STORE, check_free, recover, written_at
+from .shards import (
+    COUNT_TYPES,
+    Piece,
+    RowFormat,
+    ShardWriter,
+    checksum,
+    count_type_of,
+    gene_type,
+    has_types,
+    rewrite,
+    shuffle,
+    told_when_full,
+    widest,
+    write_json,
+    write_piece,
+)
+
+if TYPE_CHECKING:
+    from datasets import Features
+
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
+ROWS_PER_BATCH = 2048  # rows of an Arrow record batch, and of a block read from a source
+ROWS_PER_SHARD = 65_536
+
+
+@dataclass
+class BuildSettings:
+    """How a store is built; see `CellStore.build`."""
+
+    obs: Sequence[str] | str | None = None
+    classes: Sequence[str] | str = ()
+    layer: str | None = None
+    fractional: bool = False
+    neighbors: str | None = None
+    aliases: Any = None
+    unify: str | None = None
+    species: str | None = None
+    shuffle: bool = False
+    seed: int = 0
+    part: tuple[int, int] | None = None
+    workers: int = 1
+    rows_per_batch: int = ROWS_PER_BATCH
+    rows_per_shard: int = ROWS_PER_SHARD
+    allow_duplicates: bool = False
+
+
+def write_store(
+    path: Path,
+    sources: list[Any],
+    settings: BuildSettings,
+    *,
+    overwrite: bool = False,
+    base: StoredCells | None = None,
+) -> None:
+    """Write a store; parameters and errors are those of `CellStore.build`.
+
+    With a `base`, the store at `path` that is added to, its shards are linked, not copied.
+    """
+    path = path.resolve()
+    recover(path)
+    _check_settings(settings)
+    if settings.shuffle and settings.part and settings.neighbors:
+        raise ValueError("neighbors: a part that is shuffled cannot keep them. Build the parts without shuffle.")
+    overwrite = overwrite or base is not None
+    check_free(path, STORE, overwrite)
+    found = [source for source in expand(sources) if not (isinstance(source, Path) and source.resolve() == path)]
+    if not settings.allow_duplicates:
+        check_names(found)
+    opened = [open_source(source, settings.layer, settings.fractional) for source in found]
+    if not opened:
+        raise ValueError("No sources: give at least one AnnData, store or file.")
+    same = _same_cells(opened, settings, path, base)
+    tables, names = [source.genes for source in opened], [source.name for source in opened]
+    if base is not None:
+        tables, names = [base.genes, *tables], [str(path), *names]
+    united = unite(tables, names, aliases=settings.aliases, unify=settings.unify, species=settings.species)
+    if not len(united.genes):
+        raise ValueError(f"{opened[0].name} has no genes.")
+    if base is not None:
+        if united.genes.gene_ids[: len(base.genes)].tolist() != base.gene_ids.tolist():
+            raise ValueError(
+                f"aliases or unify would rename genes that {path} has. Turn the aliases round (new id: the store's "
+                "id), or build a new store of this one and the sources."
+            )
+        united.rows, united.fates = united.rows[1:], united.fates[1:]
+    known = (None, None) if base is None else (base.categories, base.manifest["obs"])
+    obs = unite_obs(opened, settings.obs, *known, classes=settings.classes)
+    if base is not None and obs.types != base.manifest["obs"]:
+        known, new = base.manifest["obs"], obs.types
+        changed = [f"{name!r} ({known[name]} there, {new[name]} here)" for name in new if new[name] != known[name]]
+        raise ValueError(f"obs column {', '.join(changed)} has another type than in {path}. Convert it.")
+    row_format = RowFormat(
+        gene_type=gene_type(len(united.genes)),
+        count_type=widest([_likely_count_type(source) for source in opened]),
+        neighbors=settings.neighbors is not None,
+        obs=obs.types,
+        categories=obs.categories,
+    )
+    with written_at(path, STORE, overwrite) as building, told_when_full(building):
+        if base is not None:
+            base.must_be_unchanged()  # else what was added to it meanwhile would be lost
+        plan = _plan(opened, settings, united, row_format, base)
+        prepare(building, plan, stale=_may_be_stale(building, plan))
+        pieces = list(_pieces(building, opened, settings, united, obs, row_format, same))
+        written = _watch(same, pieces, opened, path, base)
+        records = _base_records(building, base) + _write_pieces(pieces, opened, settings.workers, written)
+        _finish(building, opened, settings, united, row_format, records, base)
+
+
+def _check_settings(settings: BuildSettings) -> None:
+    for name in ("rows_per_batch", "rows_per_shard", "workers"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name}={getattr(settings, name)}: at least 1.")
+    if settings.seed < 0:
+        raise ValueError(f"seed={settings.seed}: seeds start at 0.")
+    settings.rows_per_batch = min(settings.rows_per_batch, settings.rows_per_shard)
+    _range_of_part(settings.part, 0)
+
+
+def _same_cells(
+    sources: list[Source], settings: BuildSettings, path: Path, base: StoredCells | None
+) -> SameCells | None:
+    """Find the sources whose cells must be told apart, those of the store that is added to included; see `SameCells`.
+
+    None where there are none, or where they are not to be told apart.
+    """
+    if settings.allow_duplicates:
+        return None
+    names = [source.obs.index.astype(str).to_numpy(object) for source in sources]
+    same = SameCells(names if base is None else [*names, base.obs_names])
+    if same.pairs and settings.part is not None:  # the cells to compare may lie in different parts
+        i, j = same.pairs[0]
+        logger.warning(
+            f"{_called(sources, i, path)} and {_called(sources, j, path)} have the same barcodes, and a part does not "
+            "tell whether they hold the same cells."
+        )
+        return None
+    return same if same.pairs else None
+
+
+def _called(sources: list[Source], number: int, path: Path) -> str:
+    """Name a source for a message; the store that is added to comes after all of them."""
+    if number == len(sources):
+        return str(path)
+    name = sources[number].name
+    return name if sum(source.name == name for source in sources) == 1 else f"{name} (source {number + 1})"
+
+
+def _watch(
+    same: SameCells | None, pieces: list[Piece], sources: list[Source], path: Path, base: StoredCells | None
+) -> Callable[[Piece], None]:
+    """Return what is called with each piece that is written: it raises once two sources hold the same cells."""
+    left = Counter(piece.source for piece in pieces)
+
+    def written(piece: Piece) -> None:
+        left[piece.source] -= 1
+        if left[piece.source] or not piece.describe:
+            return
+        parts = [np.load(other.description) for other in pieces if other.source == piece.source]
+        found = same.add(piece.source, np.concatenate(parts))
+        if found:
+            share, i, j = found
+            first, second = _called(sources, i, path), _called(sources, j, path)
+            raise ValueError(
+                f"{first} holds the same cells as {second}: {share:.0%} of its cells have the barcode and, at least "
+                "nearly, the counts of a cell there. Give one of the two (of a raw and a filtered matrix the filtered "
+                "one), or pass allow_duplicates=True."
+            )
+
+    if same is not None and len(sources) in same:
+        others = [source for pair in same.pairs for source in pair if source < len(sources)]
+        same.add(len(sources), _describe_rows(base, same.in_another(len(sources), others)))
+    return written
+
+
+def _describe_rows(store: StoredCells, which: np.ndarray) -> np.ndarray:
+    """Describe some cells of a store, bool array (n,): float32 array (n, 2), zeros for the others."""
+    described = np.zeros((len(store), 2), np.float32)
+    rows = np.flatnonzero(which)
+    for start in range(0, len(rows), ROWS_PER_BATCH):
+        numbers = rows[start : start + ROWS_PER_BATCH]
+        block = store.rows(numbers)
+        described[numbers] = describe(row_totals(block), block.indptr)
+    return described
+
+
+def _likely_count_type(source: Source) -> str:
+    """Count type of some values, so that shards need not be widened later; the values are checked when written."""
+    samples = [count_type_of(values[np.isfinite(values)], source.name) for values in source.matrix.sample()]
+    source.matrix.close()
+    return widest(samples)
+
+
+def _plan(
+    sources: list[Source],
+    settings: BuildSettings,
+    united: UnitedGenes,
+    row_format: RowFormat,
+    base: StoredCells | None,
+) -> dict:
+    """Describe what a build has in common with an interrupted one that it goes on with."""
+    genes = hashlib.sha256("\n".join(united.genes.gene_ids).encode())
+    for rows in united.rows:
+        genes.update(rows.tobytes())
+    return {
+        "format_version": FORMAT_VERSION,
+        "sources": [source.key for source in sources],
+        "counts_in": [source.counts_in for source in sources],
+        "genes": genes.hexdigest(),
+        # An AnnData in memory may have changed, and with it the labels' numbers in the other sources.
+        "categories": row_format.categories,
+        "obs": row_format.obs,
+        "settings": {
+            name: getattr(settings, name)
+            for name in ("fractional", "neighbors", "shuffle", "seed", "rows_per_batch", "rows_per_shard")
+        },
+        "part": None if settings.part is None else list(settings.part),
+        "base": None if base is None else [shard["checksum"] for shard in base.manifest["shards"]],
+    }
+
+
+def prepare(building: Path, plan: dict, stale: bool = False) -> None:
+    """Make the folder of a build, or keep that of an interrupted one with the same plan, unless it is stale."""
+    plan_file = building / "plan.json"
+    if plan_file.exists() and json.loads(plan_file.read_text()) == plan and not stale:
+        return
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    write_json(plan_file, plan)
+
+
+def _may_be_stale(building: Path, plan: dict) -> bool:
+    """Whether an interrupted build holds cells that came from memory, may have changed since, and are not told apart.
+
+    Its shards have their final names: it was stopped in its last phase.
+    """
+    return None in plan["sources"] and any([*building.glob("data-*"), *building.glob("shuffled.json")])
+
+
+def _base_records(building: Path, base: StoredCells | None) -> list[dict]:
+    """Link the shards of a store that is added to; they are a piece that is done."""
+    if base is None:
+        return []
+    shards = []
+    for i, shard in enumerate(base.manifest["shards"]):
+        linked = building / f"base-{i:05d}.arrow"
+        if not linked.exists() and not any(building.glob(f"data-{i:05d}-of-*")):
+            file = (base.path / shard["file"]).resolve()
+            try:
+                os.link(file, linked)
+            except OSError:  # another file system, or one without links
+                shutil.copy2(file, linked.with_name(linked.name + ".part"))
+                linked.with_name(linked.name + ".part").rename(linked)
+        shards.append({**shard, "file": linked.name})
+    return [{"source": -1, "shards": shards}]
+
+
+# ---------------------------------------------------------------------- pieces
+
+
+def _write_pieces(
+    pieces: list[Piece], sources: list[Source], workers: int, written: Callable[[Piece], None]
+) -> list[dict]:
+    """Write what is not written yet; returns the records of all pieces, in the order of the cells."""
+    total = sum(piece.stop - piece.start for piece in pieces)
+    records: dict[Path, dict] = {}
+    with tqdm(total=total, desc="build", unit="cell", disable=None) as bar, process_pool(workers) as pool:
+        running = {}
+        for piece in pieces:
+            if sources[piece.source].key is not None and piece.is_written:
+                records[piece.record] = json.loads(piece.record.read_text())
+                bar.update(piece.stop - piece.start)
+            elif pool is None or sources[piece.source].key is None:
+                records[piece.record] = write_piece(piece, bar.update)
+            else:
+                running[pool.submit(write_piece, piece)] = piece
+                continue
+            written(piece)
+        for done in as_completed(running):
+            piece = running[done]
+            records[piece.record] = done.result()
+            bar.update(piece.stop - piece.start)
+            written(piece)
+    return [records[piece.record] for piece in pieces]
+
+
+@contextmanager
+def process_pool(
+    workers: int, initializer: Callable[..., None] | None = None, arguments: tuple = ()
+) -> Iterator[ProcessPoolExecutor | None]:
+    """Start processes, which end with this one; None for a single worker, which is this process."""
+    if workers <= 1:
+        yield None
+        return
+    # Not forked: threads of Arrow and torch do not survive it.
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, spawn, _start_worker, (initializer, arguments))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(initializer: Callable[..., None] | None, arguments: tuple) -> None:
+    """See that the worker does not outlive a process that was killed: it would write into the next build's folder."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if initializer is not None:
+        initializer(*arguments)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _pieces(
+    building: Path,
+    sources: list[Source],
+    settings: BuildSettings,
+    united: UnitedGenes,
+    obs: ObsColumns,
+    row_format: RowFormat,
+    same: SameCells | None,
+) -> Iterator[Piece]:
+    """Cut the sources: a shard's rows a piece, where rows can be read anywhere; else a source."""
+    n_cells = sum(source.shape[0] for source in sources)
+    first, last = _range_of_part(settings.part, n_cells)
+    start_of_source = 0
+    for i, source in enumerate(sources):
+        start = max(0, first - start_of_source)
+        stop = min(source.shape[0], last - start_of_source)
+        # A piece that other processes cannot share is not cut.
+        whole = not source.matrix.seekable or isinstance(source.matrix, MemoryMatrix)
+        step = max(1, stop - start) if whole else settings.rows_per_shard
+        graph = None if settings.neighbors is None else source.neighbors(settings.neighbors)
+        names = source.obs.index.astype(str).to_numpy(dtype=object)
+        for piece_start in range(start, stop, step):
+            piece_stop = min(piece_start + step, stop)
+            cells = slice(piece_start, piece_stop)
+            yield Piece(
+                record=building / f"source-{i:05d}-{piece_start:09d}.json",
+                source=i,
+                name=source.name,
+                counts_in=source.counts_in,
+                matrix=source.matrix,
+                start=piece_start,
+                stop=piece_stop,
+                genes=united.rows[i],
+                fates=united.fates[i],
+                n_genes=len(united.genes),
+                obs_names=names[cells],
+                obs={name: None if values is None else values[cells] for name, values in obs.values[i].items()},
+                neighbors=graph,
+                first_row=start_of_source,
+                format=row_format,
+                fractional=settings.fractional,
+                rows_per_batch=settings.rows_per_batch,
+                rows_per_shard=settings.rows_per_shard,
+                describe=same is not None and i in same,
+            )
+        start_of_source += source.shape[0]
+
+
+def _range_of_part(part: tuple[int, int] | None, n_cells: int) -> tuple[int, int]:
+    if part is None:
+        return 0, n_cells
+    i, n = part
+    if not 0 <= i < n:
+        raise ValueError(f"part={part}: part i of n has 0 <= i < n.")
+    return i * n_cells // n, (i + 1) * n_cells // n
+
+
+# ---------------------------------------------------------------------- the end
+
+
+def _finish(
+    building: Path,
+    sources: list[Source],
+    settings: BuildSettings,
+    united: UnitedGenes,
+    row_format: RowFormat,
+    records: list[dict],
+    base: StoredCells | None,
+) -> None:
+    """Give all shards one type and their final names, and write what makes the folder a store."""
+    shards = [shard for record in records for shard in record["shards"]]
+    row_format = row_format.with_count_type(widest([shard["count_type"] for shard in shards]))
+    if settings.shuffle:
+        shards = _shuffled(building, shards, row_format, settings)
+    if not shards:  # no cells: a file all the same, without which there is no Hugging Face dataset
+        writer = ShardWriter(building, "source-none", row_format, 1)
+        writer.open()
+        writer.close()
+        shards = writer.shards
+    n_rows = 0
+    for i, shard in enumerate(shards):
+        final = building / f"data-{i:05d}-of-{len(shards):05d}.arrow"
+        # A build stopped while it was here goes on here: a shard that has its final name is done.
+        if not final.exists():
+            if has_types(shard, row_format):
+                (building / shard["file"]).rename(final)
+            else:
+                rewrite(building / shard["file"], final, row_format)
+                (building / shard["file"]).unlink()
+        known = shard.get("checksum") if has_types(shard, row_format) else None
+        shard.update(
+            file=final.name,
+            bytes=final.stat().st_size,
+            checksum=known or checksum(final),
+            gene_type=row_format.gene_type,
+            count_type=row_format.count_type,
+            neighbor_shift=shard.get("neighbor_shift", 0),
+        )
+        n_rows += shard["rows"]
+    first, _ = _range_of_part(settings.part, sum(source.shape[0] for source in sources))
+    for shard in shards[0 if base is None else len(base.manifest["shards"]) :]:
+        shard["neighbor_shift"] = 0 if settings.shuffle else len(base) if base is not None else -first
+
+    manifest = {
+        "n_cells": n_rows,
+        "part": None if settings.part is None else list(settings.part),
+        "build": None if settings.part is None else _build_id(building, sources),
+        "shuffled": settings.shuffle,
+        "sources": ([] if base is None else base.manifest["sources"])
+        + [_describe(source, i, united, records) for i, source in enumerate(sources)],
+    }
+    write_manifest(building, manifest, united.genes, row_format, shards)
+    for leftover in building.iterdir():
+        if leftover.name.startswith(("source-", "base-", "shuffled", "plan", "by-row-")):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _build_id(building: Path, sources: list[Source]) -> str:
+    """Name what the parts of one build have in common, wherever their files lie."""
+    plan = json.loads((building / "plan.json").read_text())
+    plan["sources"] = [[Path(source.name).name, *source.shape] for source in sources]
+    plan.pop("part")
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _shuffled(building: Path, shards: list[dict], row_format: RowFormat, settings: BuildSettings) -> list[dict]:
+    record = building / "shuffled.json"
+    if not record.exists():
+        for leftover in [*building.glob("shuffled-*"), *building.glob("bucket-*")]:
+            leftover.unlink()
+        order = np.random.default_rng([settings.seed, 0x5F1E]).permutation(sum(shard["rows"] for shard in shards))
+        done = shuffle(building, shards, row_format, order, settings.rows_per_batch, settings.rows_per_shard)
+        write_json(record, done)
+    return json.loads(record.read_text())
+
+
+def _describe(source: Source, number: int, united: UnitedGenes, records: list[dict]) -> dict:
+    """Describe a source for the manifest: where its counts were, and what became of its columns."""
+    own = [record for record in records if record["source"] == number]
+    rows = united.rows[number]
+    columns = np.bincount(united.fates[number], minlength=len(FATES)).tolist()
+    return {
+        "name": Path(source.name).name,
+        "counts_in": source.counts_in,
+        "n_cells": sum(record["cells"][1] - record["cells"][0] for record in own),
+        "n_columns": len(rows),
+        "n_genes": len(np.unique(rows)),
+        "n_counts": sum(record["n_counts"] for record in own),
+        "n_empty": sum(record["n_empty"] for record in own),
+        "columns": dict(zip(FATES, columns, strict=True)),
+        "total_counts": {fate: sum(record["total_counts"][fate] for record in own) for fate in FATES},
+    }
+
+
+def write_manifest(
+    folder: Path, facts: Mapping[str, Any], genes: GeneTable, row_format: RowFormat, shards: list[dict]
+) -> None:
+    """Write the files that make a folder of shards a store, the manifest last."""
+    table = folder / "genes.parquet"
+    genes.to_parquet(table)
+    write_dataset_files(folder, row_format.features(), shards)
+    write_json(
+        folder / "manifest.json",
+        {
+            "format_version": FORMAT_VERSION,
+            "written_by": f"stformer_hf {version('stformer_hf')}",
+            **facts,
+            "n_genes": len(genes),
+            "n_counts": sum(source["n_counts"] for source in facts["sources"]),
+            "gene_type": row_format.gene_type,
+            "count_type": row_format.count_type,
+            "neighbors": row_format.neighbors,
+            "obs": row_format.obs,
+            "categories": row_format.categories,
+            "shards": shards,
+            "gene_table": {"file": table.name, "bytes": table.stat().st_size, "checksum": checksum(table)},
+            "complete": True,
+        },
+    )
+
+
+def write_dataset_files(folder: Path, features: Features, shards: list[dict]) -> None:
+    """Write the files that make a folder of shards a saved Hugging Face dataset."""
+    from datasets import DatasetInfo
+
+    DatasetInfo(features=features).write_to_directory(str(folder))
+    fingerprint = hashlib.sha256("".join(shard["checksum"] for shard in shards).encode()).hexdigest()[:16]
+    write_json(
+        folder / "state.json",
+        {
+            "_data_files": [{"filename": shard["file"]} for shard in shards],
+            "_fingerprint": fingerprint,
+            "_format_columns": None,
+            "_format_kwargs": {},
+            "_format_type": None,
+            "_output_all_columns": False,
+            "_split": None,
+        },
+    )
+
+
+def coverage(sources: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Tabulate what became of the columns of each source, and of the counts in them.
+
+    Returns
+    -------
+    DataFrame
+        A row a source: `cells`, `columns`, `genes` (rows of the gene table), then for each fate the number of columns
+        and the share of all counts: `kept` (its own Ensembl id), `mapped` (by `aliases` or symbol), `unmapped` (no
+        Ensembl id; under its name).
+    """
+    rows = []
+    for source in sources:
+        total = sum(source["total_counts"].values()) or 1.0
+        row = {"source": source["name"], "cells": source["n_cells"], "columns": source["n_columns"]}
+        row["genes"] = source["n_genes"]
+        for fate in FATES:
+            row[fate] = source["columns"][fate]
+            row[f"counts {fate}"] = source["total_counts"][fate] / total
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("source")
+
+
+__all__ = ["COUNT_TYPES", "FORMAT_VERSION", "BuildSettings", "coverage", "write_manifest", "write_store"]

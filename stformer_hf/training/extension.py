@@ -1,0 +1,358 @@
+"""More genes and phenotypes for a trained model, which keeps all that it has learnt."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..models.gene_bert.gene_vocabulary import (
+    check_bin_edges,
+    check_symbols,
+    name_phenotypes,
+    phenotype_token,
+    read_medians,
+    sample,
+)
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+
+_ROWS_AT_A_TIME = 1024
+
+
+def extend_vocabulary(
+    model: PreTrainedModel,
+    tokenizer: GeneTokenizer,
+    genes: Sequence[str] = (),
+    phenotypes: Mapping[str, Sequence[Any]] | None = None,
+    *,
+    medians: Any = None,
+    bin_edges: Mapping[str, Sequence[float]] | Sequence[float] | None = None,
+    symbols: Any = None,
+) -> tuple[PreTrainedModel, GeneTokenizer]:
+    """Add genes and phenotypes to a tokenizer, and their embeddings to its model.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        GeneBert with any head or none, or another model with a rank tokenizer (as `load_geneformer` gives them).
+        It is changed in place, as by `resize_token_embeddings`: make its optimizer afterwards.
+    tokenizer : GeneTokenizer
+        Of the model, in either scheme. It stays as it is.
+    genes : sequence of str, optional
+        Gene ids. Those that the tokenizer knows, by id or symbol, are passed over: `store.gene_ids` will do.
+    phenotypes : dict of str to sequence, optional
+        Category -> values, of old categories or new ones. Values that the tokenizer knows are passed over.
+    medians : GeneStatistics, dict of gene to float, path of a .json or .pkl, or sequence (n_genes,)
+        Of the rank scheme: non-zero medians of the new genes. Old genes keep theirs.
+    bin_edges : dict of gene to sequence, or sequence, optional
+        Of a binned tokenizer that has edges a gene: those of each new gene, or of all, no more than an old gene has.
+    symbols : dict of symbol to gene, or GeneTable, optional
+        Other names of the new genes.
+
+    Returns
+    -------
+    model : PreTrainedModel
+        The same object.
+    tokenizer : GeneTokenizer
+        A new one, or the same object if it knew everything. New genes come after the old ones, in the order given;
+        new categories are included in a cell's tokens, after those that were.
+
+    Raises
+    ------
+    TypeError
+        No model of transformers, such as one under adapters.
+    ValueError
+        Nothing is given; a tokenizer that does not fit the model, or has tokens of `add_tokens`; no medians, or of
+        another target sum; edges that are missing or too many; settings of the other scheme; genes or values that
+        cannot be told apart.
+
+    Notes
+    -----
+    Token ids do not move: new ones follow the last. Token types are counted from the categories on, so with a new
+    category the types of those sorted after it, and of all genes, move up, and rows of the embedding with them. Tokens
+    of a dataset tokenized before stay valid unless a category is new.
+
+    Old rows of the embeddings, of the MLM head and of its bias stay bit for bit. New rows are drawn, by torch's
+    generator, from the normal distribution that has the mean and covariance of the old rows of their kind (genes,
+    phenotype values, categories), so that a new gene looks like a gene (Hewitt 2021, "Initializing New Word Embeddings
+    for Pretrained Language Models"). Where there are fewer than two old rows, it is the one that models begin with, of
+    mean 0 and `config.initializer_range`. A new bias is the mean of its kind's.
+
+    A model with `cell_embedding` has no statistics of new genes: they add nothing to `[CLS]` (they have a share of 0),
+    until `initialise_from_store` is run again. Their rows of the cell embedding, and of a wide head, are 0.
+    """
+    phenotypes = phenotypes or {}
+    if not len(genes) and not phenotypes:
+        raise ValueError("There is nothing to add: give genes, phenotypes, or both.")
+    for what, names in [("genes", genes), *((f"phenotypes[{name!r}]", values) for name, values in phenotypes.items())]:
+        if isinstance(names, str):
+            raise ValueError(f"{what} is a list of names, got {names!r}.")
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"A model of transformers is needed, got {type(model).__name__}; merge adapters before.")
+    _check_fits(model, tokenizer)
+    extended = _extend_tokenizer(tokenizer, genes, phenotypes, medians, bin_edges, symbols)
+    if extended is not tokenizer:
+        _extend_words(model, tokenizer, extended)
+        _extend_types(model, tokenizer, extended)
+        if getattr(model.config, "cell_embedding", False):
+            _extend_cells(model, len(extended.genes))
+        if model.config.model_type == "gene_bert":
+            model.config.vocabulary_fingerprint = extended.fingerprint
+            if model.config.token_classes is not None:
+                model.config.token_classes = [*extended.phenotypes, "genes"]
+    return model, extended
+
+
+def _reads_types(model: PreTrainedModel, tokenizer: GeneTokenizer) -> bool:
+    return "token_type_ids" in tokenizer.model_input_names and hasattr(model.config, "type_vocab_size")
+
+
+def _check_fits(model: PreTrainedModel, tokenizer: GeneTokenizer) -> None:
+    """See that a tokenizer is the model's, and has no tokens but those of its vocabulary."""
+    config = model.config
+    n_types = config.type_vocab_size if _reads_types(model, tokenizer) else tokenizer.type_vocab_size
+    if (config.vocab_size, n_types) != (len(tokenizer), tokenizer.type_vocab_size):
+        raise ValueError(
+            f"The tokenizer does not fit the model: {len(tokenizer)} ids and {tokenizer.type_vocab_size} types, where "
+            f"the model has {config.vocab_size} and {n_types}. Load both from one checkpoint."
+        )
+    if getattr(config, "vocabulary_fingerprint", None) not in (None, tokenizer.fingerprint):
+        raise ValueError(
+            "The tokenizer does not fit the model: as many ids and types, but other genes, bins or phenotypes, or "
+            "another order. Load both from one checkpoint."
+        )
+    reads_cells = getattr(config, "cell_embedding", False)
+    if reads_cells != tokenizer.whole_cell or (reads_cells and config.num_genes != len(tokenizer.genes)):
+        raise ValueError(
+            f"The tokenizer does not fit the model: whole_cell={tokenizer.whole_cell} and {len(tokenizer.genes)} "
+            f"genes, where the model has cell_embedding={reads_cells} and num_genes={getattr(config, 'num_genes', 0)}."
+            " Load both from one checkpoint."
+        )
+    added = tokenizer.get_vocab().keys() - tokenizer._token_to_id.keys()
+    if added:
+        raise ValueError(
+            f"The tokenizer has tokens that are not of its vocabulary, from add_tokens: {sample(sorted(added))}. "
+            "Extend the tokenizer as it was before, and give phenotypes in their place."
+        )
+
+
+# ---------------------------------------------------------------------- the tokenizer
+
+
+def _extend_tokenizer(
+    tokenizer: GeneTokenizer,
+    genes: Sequence[str],
+    phenotypes: Mapping[str, Sequence[Any]],
+    medians: Any,
+    bin_edges: Any,
+    symbols: Any,
+) -> GeneTokenizer:
+    settings = tokenizer._vocabulary()
+    genes = [str(gene) for gene in genes]
+    known = tokenizer._matcher.find(genes) >= 0
+    new_genes = [gene for gene, is_known in zip(genes, known, strict=True) if not is_known]
+    all_phenotypes = _merge_phenotypes(tokenizer, phenotypes)
+    wrong = {"bin_edges": bin_edges} if tokenizer.scheme == "rank" else {"medians": medians}
+    for name, value in wrong.items():
+        if value is not None:
+            raise ValueError(f'{name} are settings of the other scheme, and this is "{tokenizer.scheme}".')
+    if not new_genes and all_phenotypes == tokenizer.phenotypes:
+        return tokenizer
+
+    if tokenizer.scheme == "binned" and tokenizer.normalize is not None:
+        settings["totals"] = tokenizer.totals
+    settings["genes"] = tokenizer.genes + new_genes
+    settings["phenotypes"] = all_phenotypes
+    # A name that means an old gene goes on to mean it.
+    settings["symbols"] = {**check_symbols(symbols, new_genes), **tokenizer.symbols}
+    settings["token_ids"] = _old_ids(tokenizer, settings)
+    if new_genes and tokenizer.scheme == "rank":
+        settings["medians"] = _merge_medians(tokenizer, genes, medians)
+    elif new_genes:
+        settings["bin_edges"] = _merge_edges(tokenizer, new_genes, bin_edges)
+    weights = tokenizer.gene_weights
+    if weights is not None:  # a new gene is to carry as much as an old one
+        weights = np.concatenate([weights, np.full(len(new_genes), weights.mean())])
+    extended = type(tokenizer)(
+        **settings,
+        included_phenotypes=tokenizer.included_phenotypes + [c for c in phenotypes if c not in tokenizer.phenotypes],
+        max_length=tokenizer.max_length,
+        truncation=tokenizer.truncation,
+        seed=tokenizer.seed,
+        min_coverage=tokenizer.min_coverage,
+        warn_coverage=tokenizer.warn_coverage,
+        gene_weights=weights,
+        match=tokenizer.match,
+        padding_side=tokenizer.padding_side,
+        model_input_names=tokenizer.model_input_names,
+    )
+    if new_genes and tokenizer.scheme == "rank" and np.isnan(extended.medians[len(tokenizer.genes) :]).all():
+        raise ValueError(f"None of the new genes has a median. They are like {sample(new_genes)}.")
+    return extended
+
+
+def _merge_phenotypes(tokenizer: GeneTokenizer, phenotypes: Mapping[str, Sequence[Any]]) -> dict[str, list[str]]:
+    """Put new values after the old ones of their category; categories sorted."""
+    merged = {category: list(values) for category, values in tokenizer.phenotypes.items()}
+    for category, values in phenotypes.items():
+        old = merged.setdefault(category, [])
+        known = {phenotype_token(value) for value in old}
+        old.extend(str(value) for value in values if phenotype_token(str(value)) not in known)
+    return dict(sorted(merged.items()))
+
+
+def _old_ids(tokenizer: GeneTokenizer, settings: Mapping[str, Any]) -> dict[str, int]:
+    """Give the tokens that the new vocabulary has for what the old one knew their old ids.
+
+    By meaning: where categories share a value, a new category can change the name of an old value's token.
+    """
+    special = list(tokenizer._special_tokens.values())
+    is_rank = tokenizer.scheme == "rank"
+    of_genes = tokenizer.genes if is_rank else [f"bin_{i}" for i in range(tokenizer.n_bins)]
+    names = name_phenotypes(settings["phenotypes"], special + (settings["genes"] if is_rank else []))
+    return {
+        **{token: tokenizer._token_to_id[token] for token in special},
+        **dict(zip(of_genes, tokenizer._expression_ids.tolist(), strict=True)),
+        **{names[of][value]: i for of, values in tokenizer._phenotype_ids.items() for value, i in values.items()},
+    }
+
+
+def _merge_medians(tokenizer: GeneTokenizer, genes: Sequence[str], medians: Any) -> dict[str, float]:
+    """Add the medians of new genes to those of the old ones, which stay: gene -> median."""
+    medians, target_sum = read_medians(medians)
+    if target_sum not in (None, tokenizer.target_sum):
+        raise ValueError(
+            f"The medians were estimated with target_sum {target_sum:g}, and those of the tokenizer with "
+            f"{tokenizer.target_sum:g}: estimate them with target_sum={tokenizer.target_sum:g}."
+        )
+    if not isinstance(medians, Mapping):
+        if len(medians) != len(genes):
+            raise ValueError(f"There are {len(medians)} medians for {len(genes)} genes.")
+        medians = dict(zip(genes, medians, strict=True))
+    # The last of several versions of a gene counts: that of the tokenizer.
+    return {**medians, **dict(zip(tokenizer.genes, tokenizer.medians.tolist(), strict=True))}
+
+
+def _merge_edges(tokenizer: GeneTokenizer, new_genes: list[str], bin_edges: Any) -> Any:
+    """Add the edges of new genes to those of the old ones, if genes have edges of their own."""
+    if not isinstance(tokenizer.bin_edges, dict):
+        if bin_edges is not None:
+            raise ValueError("The tokenizer has the same bin_edges for all genes, new ones too: give none.")
+        return tokenizer.bin_edges
+    if bin_edges is None:
+        raise ValueError("The tokenizer has bin_edges a gene: give bin_edges={gene: edges} for the new genes.")
+    if not isinstance(bin_edges, Mapping):
+        bin_edges = dict.fromkeys(new_genes, bin_edges)
+    new_edges = check_bin_edges(bin_edges, new_genes)
+    most = max(map(len, new_edges.values()))
+    if most >= tokenizer.n_bins:
+        raise ValueError(
+            f"A new gene has {most} bin_edges, and the model bins for {tokenizer.n_bins - 1} at most: give fewer."
+        )
+    return {**tokenizer.bin_edges, **new_edges}
+
+
+# ---------------------------------------------------------------------- the model
+
+
+@torch.no_grad()
+def _extend_words(model: PreTrainedModel, tokenizer: GeneTokenizer, extended: GeneTokenizer) -> None:
+    """Add rows for new token ids to the embedding, and to the MLM head; ids of old tokens are the same in both."""
+    n_old = len(tokenizer)
+    if len(extended) == n_old:
+        return
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    train_bias = bias is not None and bias.requires_grad
+    model.resize_token_embeddings(len(extended), mean_resizing=False)
+    weights = [model.get_input_embeddings().weight]
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not weights[0]:
+        weights.append(head.weight)
+    if bias is not None:
+        head.bias.requires_grad_(train_bias)  # a frozen weight would freeze it
+    for ids in (extended._expression_ids, extended._all_phenotype_ids):
+        ids = torch.tensor(ids, dtype=torch.long)
+        old, new = ids[ids < n_old], ids[ids >= n_old]
+        for weight in weights:
+            _draw_rows(weight, new, weight[old], model.config.initializer_range)
+        if bias is not None and len(old):
+            head.bias[new] = head.bias[old].mean()
+
+
+@torch.no_grad()
+def _extend_types(model: PreTrainedModel, tokenizer: GeneTokenizer, extended: GeneTokenizer) -> None:
+    """Move the rows of old token types to where they are now, and add those of new ones."""
+    if not _reads_types(model, tokenizer) or extended.type_vocab_size == tokenizer.type_vocab_size:
+        return
+    embedding = model.base_model.embeddings.token_type_embeddings
+    old = embedding.weight
+    old_type = {name: i for i, name in enumerate(_name_types(tokenizer))}
+    names = _name_types(extended)
+    origin = torch.tensor([old_type.get(name, -1) for name in names])
+    weight = old.new_empty(len(names), old.shape[1])
+    weight[origin >= 0] = old[origin[origin >= 0]]
+    for kind in ("category", "gene"):
+        of_kind = torch.tensor([name[0] == kind for name in names])
+        rows = old[origin[of_kind & (origin >= 0)]]
+        _draw_rows(weight, torch.where(of_kind & (origin < 0))[0], rows, model.config.initializer_range)
+    embedding.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
+    embedding.num_embeddings = model.config.type_vocab_size = len(names)
+
+
+@torch.no_grad()
+def _extend_cells(model: PreTrainedModel, n_genes: int) -> None:
+    """Add rows of 0 for new genes, which come after the old ones, to what whole cells are summed from."""
+    embedding = model.base_model.cell_embedding
+    tables = [embedding.genes, *([model.wide_head.genes] if hasattr(model, "wide_head") else [])]
+    for table in tables:
+        old = table.weight
+        weight = torch.cat([old, old.new_zeros(n_genes - len(old), old.shape[1])])
+        table.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
+        table.num_embeddings = n_genes
+    statistics = embedding.statistics
+    for name in ("shares", "means"):
+        old = getattr(statistics, name)
+        setattr(statistics, name, torch.cat([old, old.new_zeros(*old.shape[:-1], n_genes - old.shape[-1])], dim=-1))
+    model.config.num_genes = n_genes
+
+
+def _name_types(tokenizer: GeneTokenizer) -> list[tuple[str, ...]]:
+    """Name each token type by its kind and its name within it, which other kinds may have too."""
+    genes = [("gene", gene) for gene in tokenizer.genes] if tokenizer.scheme == "binned" else [("cell",), ("around",)]
+    names = [("special",), *(("category", name) for name in tokenizer.phenotypes), *genes]
+    return names[: tokenizer.type_vocab_size]
+
+
+def _draw_rows(weight: torch.Tensor, new: torch.Tensor, like: torch.Tensor, std: float) -> None:
+    """Draw rows from the normal distribution that has the mean and covariance of other rows.
+
+    Parameters
+    ----------
+    weight : Tensor (n, d)
+        Where to write.
+    new : LongTensor (n_new,)
+        Rows to write.
+    like : Tensor (n_old, d)
+        Rows that the new ones are to resemble.
+    std : float
+        Standard deviation, about 0, where there are fewer than two of these.
+
+    Notes
+    -----
+    With n centred rows X and z ~ N(0, I_n), the covariance of z X / sqrt(n - 1) is that of the rows, also where they
+    do not span all dimensions.
+    """
+    like = like.float()
+    for some in new.split(_ROWS_AT_A_TIME):
+        if len(like) < 2:
+            drawn = std * torch.randn(len(some), weight.shape[1], device=weight.device)
+        else:
+            mean = like.mean(0)
+            z = torch.randn(len(some), len(like), device=weight.device)
+            drawn = mean + z @ (like - mean) / (len(like) - 1) ** 0.5
+        weight[some] = drawn.to(weight.dtype)
+
+
+__all__ = ["extend_vocabulary"]

@@ -1,0 +1,1 @@
+"""Weights that a model starts from, in place of random ones."""

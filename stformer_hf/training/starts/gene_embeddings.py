@@ -1,0 +1,142 @@
+"""Embeddings of genes made elsewhere, such as by a protein model or gene2vec, as a start for GeneBert's own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedModel
+
+from ...genes.text_files import naming, open_text, suffix_of
+from ...models.gene_bert.tokenization_gene_bert import GeneTokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def load_gene_embeddings(
+    model: PreTrainedModel,
+    tokenizer: GeneTokenizer,
+    embeddings: str | os.PathLike | pd.DataFrame | Mapping[str, np.ndarray],
+) -> float:
+    """Initialise a model's embeddings of genes from a table.
+
+    Genes of the table take their place in the embedding of token types (binned scheme) or of tokens (rank scheme);
+    the others keep what they have. The table is centred and scaled to the standard deviation `initializer_range`; of
+    more columns than the model's hidden size its first principal components are taken, of fewer the rest of each
+    embedding stays as it is.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        GeneBert, with or without head, or another model with input embeddings, of the rank scheme.
+    tokenizer : GeneTokenizer
+        Knows the genes, by id, by id with version, or by symbol.
+    embeddings : path, DataFrame or mapping
+        A row a gene: .parquet, .csv, .tsv or .txt with the genes' names in the first column (a gene2vec or word2vec
+        text file too), .npz with an array a gene, a DataFrame indexed by gene, or gene -> vector.
+
+    Returns
+    -------
+    float
+        Share of the tokenizer's genes that were found.
+
+    Raises
+    ------
+    ValueError
+        None of the genes is known, or one only; values that are not numbers; an unknown kind of file.
+    """
+    names, values = _read(embeddings)
+    genes = tokenizer.find_genes(names)
+    known, first = np.unique(genes, return_index=True)  # of a gene that is there twice, the first
+    known, first = known[known >= 0], first[known >= 0]
+    if not len(known):
+        raise ValueError(
+            f"None of the {len(names)} genes of the embeddings, such as {', '.join(names[:3])}, is the tokenizer's, "
+            f"such as {', '.join(tokenizer.genes[:3])}."
+        )
+    if len(known) < 2:
+        raise ValueError(f"Only {tokenizer.genes[known[0]]} of the embeddings' genes is known: one cannot be scaled.")
+    values = values[first]
+    base = getattr(model, model.base_model_prefix, model)
+    if tokenizer.scheme == "rank":
+        weight, rows = model.get_input_embeddings().weight, tokenizer.gene_token_ids[known]
+    else:
+        weight, rows = base.embeddings.token_type_embeddings.weight, known + tokenizer.gene_token_type_offset
+    values = values - values.mean(axis=0)
+    size = weight.shape[1]
+    if values.shape[1] > size:
+        # The right singular vectors, longest first, are the principal components.
+        _, _, components = np.linalg.svd(values, full_matrices=False)
+        values = values @ components[:size].T
+    spread = values.std()
+    if spread > 0:
+        values = values * (model.config.initializer_range / spread)
+    with torch.no_grad():
+        weight[torch.from_numpy(rows), : values.shape[1]] = torch.from_numpy(values).to(weight)
+    share = len(known) / len(tokenizer.genes)
+    logger.info(f"Embeddings of {len(known)} of {len(tokenizer.genes)} genes ({share:.1%}) were initialised.")
+    return share
+
+
+def _read(embeddings) -> tuple[list[str], np.ndarray]:
+    """Give the genes' names, and their vectors, float64 array (n, d)."""
+    what = "the table"
+    if isinstance(embeddings, (str, os.PathLike)):
+        what = path = Path(embeddings)
+        with naming(path, "gene embeddings"):
+            embeddings = _read_file(path)
+    if isinstance(embeddings, Mapping):
+        lengths = {np.size(vector) for vector in embeddings.values()}
+        if len(lengths) != 1:
+            raise ValueError(f"{what}: all embeddings have one length; there are {sorted(lengths) or 'none'}.")
+        embeddings = pd.DataFrame(np.stack([np.ravel(v) for v in embeddings.values()]), index=list(embeddings))
+    try:
+        values = embeddings.to_numpy(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} holds something that is no number: {error}") from error
+    if not np.isfinite(values).all():
+        raise ValueError(f"{what} holds {(~np.isfinite(values)).sum()} values that are NaN or infinite.")
+    return [str(name) for name in embeddings.index], values
+
+
+def _read_file(path: Path) -> pd.DataFrame | dict[str, np.ndarray]:
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    if path.suffix == ".parquet":
+        table = pd.read_parquet(path)
+        return table.set_index(table.columns[0]) if isinstance(table.index, pd.RangeIndex) else table
+    if suffix_of(path) in (".csv", ".tsv", ".txt"):
+        return _read_text(path)
+    raise ValueError(f"{path}: gene embeddings are a .parquet, .csv, .tsv, .txt or .npz file.")
+
+
+def _read_text(path: Path) -> pd.DataFrame:
+    """Read names and numbers, between commas, tabs or spaces; a first row of names, or of sizes, is passed over."""
+    with open_text(path) as file:
+        first = file.readline().decode("utf-8-sig")
+    separator = "," if "," in first else "\t" if "\t" in first else r"\s+"
+    words = first.replace(",", " ").split()
+    sizes = len(words) == 2 and _is_number(words[0])  # word2vec's "n d"
+    header = sizes or not all(map(_is_number, words[1:]))
+    with open_text(path) as file:
+        table = pd.read_csv(
+            file, sep=separator, header=None, skiprows=int(header), converters={0: str}, encoding="utf-8-sig"
+        )
+    return table.set_index(0).dropna(axis=1, how="all")  # a separator at the end of the lines
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+__all__ = ["load_gene_embeddings"]

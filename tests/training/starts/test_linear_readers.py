@@ -1,0 +1,143 @@
+"""Linear readers, and what inner cross-validation chooses."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+
+from stformer_hf.evaluation.readers import rotate_genes
+from stformer_hf.training.starts.classifier_start import _principal_scores
+from stformer_hf.training.starts.linear_readers import PREFERRED, Problem, choose_readers, inner_folds, log_softmax
+
+CLASSES = "single_label_classification"
+
+
+def cells(n: int = 90, n_genes: int = 200, n_classes: int = 3, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % n_classes
+    rates = rng.gamma(1.0, 1.0, (n_classes, n_genes))
+    return sparse.csr_array(np.log1p(rng.poisson(rates[labels])).astype(float)), labels
+
+
+def test_a_reader_of_rotated_genes_is_the_reader_of_the_genes():
+    values, labels = cells()
+    features, to_genes = rotate_genes(values)
+    assert features.shape[1] <= len(labels)
+    reader = Problem(CLASSES, 3).fit(features, labels, 1.0)
+    slow = LogisticRegression(C=1.0, max_iter=5000, tol=1e-8).fit(values.toarray(), labels)
+    weight = to_genes(reader.weight)
+    expected = log_softmax(values @ slow.coef_.T + slow.intercept_)
+    np.testing.assert_allclose(log_softmax(values @ weight + reader.bias), expected, atol=0.02)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([0.01, 0.1, 0.6]), st.integers(1, 50))
+def test_a_rotation_keeps_the_dot_products_of_cells(seed, density, n_genes):
+    values = sparse.random_array((30, n_genes), density=density, format="csr", rng=np.random.default_rng(seed))
+    values = values + sparse.csr_array(
+        ([1.0], ([0], [0])), shape=values.shape
+    )  # eigenvalues are judged by the largest
+    dense = values.toarray()
+    features, to_genes = rotate_genes(sparse.csr_array(values))
+    np.testing.assert_allclose(features @ features.T, dense @ dense.T, atol=1e-6)
+    weight = np.ones((features.shape[1], 2))
+    np.testing.assert_allclose(dense @ to_genes(weight), features @ weight, atol=1e-3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 8))
+def test_scores_from_dot_products_are_those_of_pca(seed, k):
+    rng = np.random.default_rng(seed)
+    matrix = rng.normal(size=(30, 12)) * np.linspace(4, 0.5, 12)
+    train, held_out = np.arange(20), np.arange(20, 30)
+    slow = PCA(k, svd_solver="full").fit(matrix[train])
+    for found, rows in zip(_principal_scores(matrix @ matrix.T, train, held_out, k), (train, held_out), strict=True):
+        np.testing.assert_allclose(np.abs(found), np.abs(slow.transform(matrix[rows])), atol=1e-6)
+
+
+def test_folds_keep_groups_together_and_shares_of_classes():
+    _, labels = cells(120)
+    groups = np.repeat(np.arange(8), 15)
+    problem = Problem(CLASSES, 3)
+    for train, held_out, _ in inner_folds(problem, labels, groups, 0):
+        assert not set(groups[train]) & set(groups[held_out])
+    seen = np.zeros((2, 120), int)
+    for train, held_out, repeat in inner_folds(problem, labels, None, 0):
+        assert not set(train) & set(held_out)
+        seen[repeat, held_out] += 1
+        assert np.ptp(np.bincount(labels[held_out], minlength=3)) <= 1
+    assert (seen == 1).all()
+    with pytest.raises(ValueError, match="two of them, and there is 1"):
+        inner_folds(problem, labels, np.zeros(120), 0)
+
+
+def test_a_reader_that_knows_nothing_is_left_out():
+    """Of two readers, one of noise that claims to be sure, the other is believed."""
+    rng = np.random.default_rng(1)
+    labels = np.arange(300) % 3
+    good = np.eye(3)[labels] + rng.normal(size=(300, 3))
+    noise = 3 * rng.normal(size=(300, 100))
+    problem = Problem(CLASSES, 3)
+    folds = inner_folds(problem, labels, None, 0)
+    for head, genes, knows in ((noise, good, 1), (good, noise, 0)):
+        choice = choose_readers(problem, labels, folds, lambda t, h, of=head: lambda n: (of[t], of[h]), genes, [10])
+        assert choice.weights[knows] > choice.weights[1 - knows] and choice.score > 0.5
+
+
+def test_out_of_fold_predictions_do_not_know_the_cell():
+    """Labels that nothing tells are not found out of fold, though a reader of as many features fits them all."""
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(size=(100, 200)), rng.integers(0, 2, 100)
+    folds = inner_folds(Problem(CLASSES, 2), labels, None, 0)
+    choice = choose_readers(
+        Problem(CLASSES, 2), labels, folds, lambda t, h: lambda n: (features[t], features[h]), features, [10]
+    )
+    assert (choice.out_of_fold.argmax(1) == labels).mean() < 0.7
+    assert Problem(CLASSES, 2).score(Problem(CLASSES, 2).fit(features, labels, 1.0)(features), labels) == 1
+    np.testing.assert_allclose(np.exp(choice.out_of_fold.astype(float)).sum(1), 1, atol=1e-5)
+
+
+def test_the_usual_choice_is_kept_where_nothing_is_clearly_better():
+    values, labels = cells(150)
+    good, _ = rotate_genes(values)
+    folds = inner_folds(Problem(CLASSES, 3), labels, None, 0)
+    choice = choose_readers(
+        Problem(CLASSES, 3), labels, folds, lambda t, h: lambda n: (good[t], good[h]), good, [20, 30, 50]
+    )
+    assert {name: getattr(choice, name) for name in PREFERRED} == PREFERRED
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+def test_numbers_and_several_labels(kind):
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(120, 6))
+    labels = features[:, :2] @ rng.normal(size=(2, 2))
+    if kind == "multi_label_classification":
+        labels = (labels > 0).astype(np.float32)
+    problem = Problem(kind, 2)
+    folds = inner_folds(problem, labels, None, 0)
+    choice = choose_readers(problem, labels, folds, lambda t, h: lambda n: (features[t], features[h]), features, [6])
+    assert choice.score > 0.9
+    reader = problem.fit(features, labels, 1.0)
+    assert reader(features).shape == (120, 2) and problem.score(reader(features), labels) > 0.9
+
+
+def test_classes_that_a_fold_lacks_and_a_single_class():
+    problem = Problem(CLASSES, 4)
+    reader = problem.fit(np.eye(6), np.array([0, 0, 2, 2, 2, 0]), 1.0)
+    assert set(reader(np.eye(6)).argmax(1)) == {0, 2} and (log_softmax(reader(np.eye(6)))[:, [1, 3]] < -10).all()
+    assert (problem.fit(np.eye(3), np.array([1, 1, 1]), 1.0)(np.eye(3)).argmax(1) == 1).all()
+
+
+def test_a_rotation_of_more_cells_gives_the_same_reader():
+    values, labels = cells(150)
+    few, n = slice(0, 90), len(labels)
+    found = []
+    for features, to_genes in (rotate_genes(values[few]), rotate_genes(values)):
+        reader = Problem(CLASSES, 3).fit(features[few], labels[few], 1.0)
+        found.append(log_softmax(values @ to_genes(reader.weight) + reader.bias))
+    assert found[0].shape == (n, 3)
+    np.testing.assert_allclose(*found, atol=0.02)
