@@ -8,9 +8,9 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-from . import _moved
-from . import models as _models  # noqa: F401  (registers the Auto classes)
+from . import _moved, _registration
 
+_registration.register()
 _moved.register()
 
 _MODULES = {

@@ -163,8 +163,34 @@ def test_every_public_name_is_there():
         _ = stformer_hf.Nothing
 
 
-def test_importing_the_package_leaves_heavy_and_optional_modules_alone():
-    code = "import stformer_hf, sys; print([m for m in {!r} if m in sys.modules])"
-    heavy = ["transformers.modeling_utils", "transformers.trainer", "datasets", "matplotlib", "scanpy", "sklearn"]
-    printed = subprocess.run([sys.executable, "-c", code.format(heavy)], capture_output=True, text=True, check=True)
-    assert printed.stdout.strip() == "[]"
+@pytest.mark.parametrize("code", ["import stformer_hf", "from stformer_hf.cli import main; main(['--help'])"])
+def test_importing_the_package_and_the_help_import_nothing_heavy(code):
+    heavy = ["transformers", "torch", "datasets", "anndata", "pandas", "matplotlib", "scanpy", "sklearn"]
+    code += f"; import sys; print([m for m in {heavy} if m in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert printed.stdout.splitlines()[-1] == "[]"
+
+
+MAKE_A_MODEL = """
+from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+small = {"hidden_size": 16, "num_attention_heads": 2}
+bert = AutoModel.from_config(AutoConfig.for_model("gene_bert", num_hidden_layers=1, **small))
+space = AutoModelForPreTraining.from_config(AutoConfig.for_model("cell_neighborhood", **small))
+print(type(bert).__name__, type(space).__name__, TOKENIZER_MAPPING[type(bert.config)].__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import stformer_hf",
+        "import transformers.trainer, stformer_hf",
+        "from stformer_hf import GeneBertForPhenotypicMLM; import transformers.pipelines",
+    ],
+)
+def test_the_auto_classes_know_the_models_whatever_is_imported_first(imports):
+    printed = subprocess.run(
+        [sys.executable, "-c", imports + MAKE_A_MODEL], capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.split() == ["GeneBertModel", "CellNeighborhoodForMaskedCell", "GeneTokenizer"]

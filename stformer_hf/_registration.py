@@ -1,0 +1,129 @@
+"""Registration of the classes of this package with transformers and PEFT, as soon as those are imported.
+
+`import stformer_hf` has to make `AutoConfig`, `AutoTokenizer` and the `AutoModel` family know the models, and
+importing transformers takes seconds. So each registration waits until the module that it writes to has been imported.
+The model classes are registered when the first configuration is made, since importing them costs another second.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+# Layers of both models, by their names in BERT.
+_LAYERS_OF_BERT = {"query": ["q_lin"], "key": ["k_lin"], "value": ["v_lin"], "output.dense": ["out_lin", "lin2"]}
+
+
+def _register_configs() -> None:
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    from .models.cell_neighborhood.configuration_cell_neighborhood import CellNeighborhoodConfig
+    from .models.gene_bert.configuration_gene_bert import GeneBertConfig
+
+    for config in (GeneBertConfig, CellNeighborhoodConfig):
+        AutoConfig.register(config.model_type, config)
+
+
+def _register_tokenizers() -> None:
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
+
+    from .models.gene_bert.configuration_gene_bert import GeneBertConfig
+    from .models.gene_bert.tokenization_gene_bert import GeneTokenizer
+
+    AutoTokenizer.register(GeneBertConfig, GeneTokenizer)
+
+
+def _register_gene_bert() -> None:
+    from transformers import (
+        AutoModel,
+        AutoModelForMaskedLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
+
+    from .models.gene_bert import modeling_gene_bert as models
+    from .models.gene_bert.configuration_gene_bert import GeneBertConfig
+
+    GeneBertConfig.on_init = None
+    AutoModel.register(GeneBertConfig, models.GeneBertModel)
+    AutoModelForMaskedLM.register(GeneBertConfig, models.GeneBertForPhenotypicMLM)
+    AutoModelForSequenceClassification.register(GeneBertConfig, models.GeneBertForClassification)
+    AutoModelForTokenClassification.register(GeneBertConfig, models.GeneBertForTokenClassification)
+
+
+def _register_cell_neighborhood() -> None:
+    from transformers import AutoModel, AutoModelForPreTraining
+
+    from .models.cell_neighborhood import modeling_cell_neighborhood as models
+    from .models.cell_neighborhood.configuration_cell_neighborhood import CellNeighborhoodConfig
+
+    CellNeighborhoodConfig.on_init = None
+    AutoModel.register(CellNeighborhoodConfig, models.CellNeighborhoodModel)
+    AutoModelForPreTraining.register(CellNeighborhoodConfig, models.CellNeighborhoodForMaskedCell)
+
+
+def _register_layers() -> None:
+    """Give PEFT the layers that its methods adapt where no `target_modules` are named: those of BERT."""
+    from peft.utils import constants
+
+    for name, layers in vars(constants).items():
+        of_bert = layers.get("bert") if name.endswith("_MODULES_MAPPING") else None
+        if of_bert is not None and all(layer in _LAYERS_OF_BERT for layer in of_bert):
+            for model_type in ("gene_bert", "cell_neighborhood"):
+                layers.setdefault(model_type, [own for layer in of_bert for own in _LAYERS_OF_BERT[layer]])
+
+
+_CONFIGS = {
+    f"{__package__}.models.gene_bert.configuration_gene_bert": ("GeneBertConfig", _register_gene_bert),
+    f"{__package__}.models.cell_neighborhood.configuration_cell_neighborhood": (
+        *("CellNeighborhoodConfig", _register_cell_neighborhood),
+    ),
+}
+
+
+def _at_the_first_configuration(module: str) -> None:
+    name, function = _CONFIGS[module]
+    getattr(sys.modules[module], name).on_init = function
+
+
+_AFTER: dict[str, Callable[[], None]] = {
+    "transformers.models.auto.configuration_auto": _register_configs,
+    "transformers.models.auto.tokenization_auto": _register_tokenizers,
+    "peft.utils.constants": _register_layers,
+    **{module: partial(_at_the_first_configuration, module) for module in _CONFIGS},
+}
+
+
+class _AfterImport(MetaPathFinder):
+    """Finds modules as usual, and runs a function after one of them was imported."""
+
+    def __init__(self, functions: dict[str, Callable[[], None]]):
+        self._functions = functions
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        function = self._functions.pop(name, None)
+        spec = None if function is None else importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return None
+        run = spec.loader.exec_module
+
+        def run_and_register(module: ModuleType) -> None:
+            run(module)
+            function()
+
+        spec.loader.exec_module = run_and_register
+        return spec
+
+
+def register() -> None:
+    """Register the classes now with what is imported already, and else when it is."""
+    waiting = {name: function for name, function in _AFTER.items() if name not in sys.modules}
+    sys.meta_path.insert(0, _AfterImport(waiting))
+    for name, function in _AFTER.items():
+        if name not in waiting:
+            function()
