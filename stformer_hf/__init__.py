@@ -1,7 +1,16 @@
 """Single-cell and spatial transcriptomics encoders on stock Hugging Face objects.
 
 Importing the package registers its classes with `AutoConfig`, `AutoTokenizer` and the `AutoModel` family. The public
-names are imported at their first use.
+names are imported at their first use:
+
+cells      `CellStore`, `IterableAnnDataset`, `CenterMaskSampler`, `GeneTable`, `estimate_gene_medians`
+models     `GeneTokenizer`, `GeneBertConfig`, `GeneBertModel`, `GeneBertForPhenotypicMLM`, `GeneBertForClassification`,
+           `CellNeighborhoodConfig`, `CellNeighborhoodForMaskedCell`
+training   `STFormerPretrainer`, `CellTrainer`, `NeighborhoodTrainer`, `finetune`, `initialise_from_store`, and the
+           collators `DataCollatorForPhenotypicMLM`, `DataCollatorForGeneRankMLM`, `DataCollatorForCellClassification`
+use        `embed`, `annotate`, `embed_neighborhoods`, `evaluate_embedding`, and `pl` with the plots
+
+The names that PerturbGene, STFormer, brainformr, AnnDataset and BioNeMo-SCDL use can be imported from here too.
 """
 
 from importlib import import_module
@@ -14,70 +23,79 @@ _registration.register()
 _moved.register()
 
 _MODULES = {
-    "cli.parse_args": ["parse_args"],
-    "store.cell_batch": ["CellBatch", "collate_cells"],
-    "compat.ann_dataset": ["AnnDataset"],
+    # cells and genes
     "store.cell_store": ["CellStore"],
-    "space.center_mask_sampler": ["CenterMaskSampler", "NeighborhoodBatch", "NeighborhoodMetadata"],
-    "store.gene_medians": ["estimate_gene_medians"],
     "batches.iterable_ann_dataset": ["IterableAnnDataset"],
-    "space.prepare_metadata": ["prepare_metadata"],
-    "compat.scdl": ["NeighborSamplingStrategy", "SingleCellMemMapDataset"],
-    "compat.scdl_batches": ["collate_neighbor_sparse_matrix_batch", "collate_sparse_matrix_batch"],
-    "compat.scdl_collection": ["SingleCellCollection"],
-    "space.spatial_graph": ["spatial_neighbors"],
-    "compat.transforms": ["Compose", "EncodeLabels", "LogTransform", "NormalizeRowSum", "Transform"],
-    "evaluation.evaluate_embedding": ["evaluate_embedding"],
+    "space.center_mask_sampler": ["CenterMaskSampler"],
     "genes.gene_table": ["GeneTable"],
-    "genes.statistics": ["GeneStatistics"],
-    "inference.annotate": ["annotate"],
-    "space.domains": ["spatial_domains"],
-    "inference.embed": ["embed"],
-    "space.embed_neighborhoods": ["embed_neighborhoods"],
-    "models.cell_neighborhood.configuration_cell_neighborhood": ["CellNeighborhoodConfig"],
-    "models.cell_neighborhood.count_likelihoods": ["nb_log_likelihood", "pearson_r", "zinb_log_likelihood"],
-    "models.cell_neighborhood.modeling_cell_neighborhood": [
-        "CellNeighborhoodForMaskedCell",
-        "CellNeighborhoodModel",
-    ],
+    "store.gene_medians": ["estimate_gene_medians"],
+    # tokenizer and models
+    "models.gene_bert.tokenization_gene_bert": ["GeneTokenizer"],
     "models.gene_bert.configuration_gene_bert": ["GeneBertConfig"],
-    "training.extension": ["extend_vocabulary"],
-    "compat.legacy_weights": ["convert_perturbgene_checkpoint", "load_geneformer"],
     "models.gene_bert.modeling_gene_bert": [
         "GeneBertForClassification",
         "GeneBertForPhenotypicMLM",
-        "GeneBertForTokenClassification",
         "GeneBertModel",
-        "PositionlessEmbeddings",
     ],
-    "models.gene_bert.tokenization_gene_bert": ["GeneTokenizer"],
-    "training.cell_trainer": ["CellTrainer"],
+    "models.cell_neighborhood.configuration_cell_neighborhood": ["CellNeighborhoodConfig"],
+    "models.cell_neighborhood.modeling_cell_neighborhood": ["CellNeighborhoodForMaskedCell"],
+    # training
     "batches.collators": [
         "DataCollatorForCellClassification",
         "DataCollatorForGeneRankMLM",
         "DataCollatorForPhenotypicMLM",
-        "collate_fn_wrapper",
     ],
+    "training.cell_trainer": ["CellTrainer"],
+    "training.pretrainer": ["STFormerPretrainer"],
+    "space.neighborhood_trainer": ["NeighborhoodTrainer"],
+    "training.starts.spectral_start": ["initialise_from_store"],
     "training.finetuning": ["finetune"],
-    "training.starts.gene_embeddings": ["load_gene_embeddings"],
+    # use
+    "inference.annotate": ["annotate"],
+    "inference.embed": ["embed"],
+    "space.embed_neighborhoods": ["embed_neighborhoods"],
+    "evaluation.evaluate_embedding": ["evaluate_embedding"],
+}
+# Names of the systems that this package unites, and of what is needed later than the first week.
+_MORE_MODULES = {
+    "batches.collators": ["collate_fn_wrapper"],
     "batches.length_sampler": ["EvenBatchSampler", "LengthGroupedSampler", "padding_share"],
     "batches.lengths": ["load_example_lengths", "write_example_lengths"],
-    "space.neighborhood_trainer": ["NeighborhoodTrainer"],
-    "space.neighborhood_collator": ["collate", "collate_neighborhoods"],
     "batches.precollator": ["STFormerPreCollator"],
-    "compat.run_setup": ["choose_closest", "make_output_dirs", "setup_environment"],
     "batches.samplers": ["BlockShuffleSampler"],
-    "training.pretrainer": ["STFormerPretrainer"],
-    "training.starts.spectral_start": ["initialise_from_store"],
     "batches.stream_batches": ["TokenBudgetBuffer"],
     "batches.token_budget": ["TokenBudgetBatchSampler"],
+    "cli.parse_args": ["parse_args"],
+    "compat.ann_dataset": ["AnnDataset"],
+    "compat.legacy_weights": ["convert_perturbgene_checkpoint", "load_geneformer"],
+    "compat.run_setup": ["choose_closest", "make_output_dirs", "setup_environment"],
+    "compat.scdl": ["NeighborSamplingStrategy", "SingleCellMemMapDataset"],
+    "compat.scdl_batches": ["collate_neighbor_sparse_matrix_batch", "collate_sparse_matrix_batch"],
+    "compat.scdl_collection": ["SingleCellCollection"],
+    "compat.transforms": ["Compose", "EncodeLabels", "LogTransform", "NormalizeRowSum", "Transform"],
+    "genes.statistics": ["GeneStatistics"],
+    "models.cell_neighborhood.count_likelihoods": ["nb_log_likelihood", "pearson_r", "zinb_log_likelihood"],
+    "models.cell_neighborhood.modeling_cell_neighborhood": ["CellNeighborhoodModel"],
+    "models.gene_bert.modeling_gene_bert": ["GeneBertForTokenClassification", "PositionlessEmbeddings"],
+    "space.center_mask_sampler": ["NeighborhoodBatch", "NeighborhoodMetadata"],
+    "space.domains": ["spatial_domains"],
+    "space.neighborhood_collator": ["collate", "collate_neighborhoods"],
+    "space.prepare_metadata": ["prepare_metadata"],
+    "space.spatial_graph": ["spatial_neighbors"],
+    "store.cell_batch": ["CellBatch", "collate_cells"],
+    "training.extension": ["extend_vocabulary"],
+    "training.starts.gene_embeddings": ["load_gene_embeddings"],
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+_MODULE_OF = {
+    name: module for modules in (_MODULES, _MORE_MODULES) for module, names in modules.items() for name in names
+}
 
-__all__ = sorted([*_MODULE_OF, "__version__"])
+__all__ = sorted([*(name for names in _MODULES.values() for name in names), "__version__", "pl"])
 
 
 def __getattr__(name: str):
+    if name == "pl":
+        return import_module(".inference.plots", __name__)
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

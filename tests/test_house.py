@@ -157,8 +157,10 @@ def _names_of(node: ast.AST) -> set[str]:
 
 
 def test_every_public_name_is_there():
-    for name in stformer_hf.__all__:
+    for name in {*stformer_hf.__all__, *stformer_hf._MODULE_OF}:
         assert getattr(stformer_hf, name) is not None
+    assert len(stformer_hf.__all__) < 30
+    assert all(f"`{name}`" in stformer_hf.__doc__ for name in stformer_hf.__all__ if name != "__version__")
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = stformer_hf.Nothing
 
