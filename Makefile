@@ -1,14 +1,15 @@
 # demo   cells in, a trained model and a report out        test   lint and all tests but slow and gpu ones
 # bench  the project against its peers                     lint   ruff check and format
+# test-transformers   transformers' tests of its own models, from its source distribution, on the models here
 # Each makes .venv if it is absent. PYTHON=python3.12 make … picks the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test test-transformers bench lint format clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 # The stamp says which extras are installed; a change of the dependencies installs anew. Byte code is made at the first
 # import of a module, not here for all of them: that is two thirds of the time of an installation.
@@ -26,6 +27,23 @@ test: lint
 	@echo "== running the tests"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
+# The installed version's. Its tests have markers of their own, and import one package that nothing else here needs.
+TRANSFORMERS = $(shell $(BIN)/python -c "import transformers; print('transformers-' + transformers.__version__)")
+test-transformers: .venv/.dev
+	@$(MAKE) --no-print-directory .transformers_tests/$(TRANSFORMERS)
+	@echo "== running the tests of $(TRANSFORMERS)"
+	@OMP_NUM_THREADS=1 TRANSFORMERS_SOURCES=.transformers_tests/$(TRANSFORMERS) RUN_SLOW=1 HF_HUB_OFFLINE=1 \
+		PYTHONPATH=.transformers_tests/packages $(BIN)/python -m pytest -q -m slow -rx --show-capture=no \
+		-o strict_markers=false -W ignore::pytest.PytestUnknownMarkWarning tests/models/test_transformers_mixins.py
+
+.transformers_tests/transformers-%:
+	@echo "== fetching the source distribution of transformers $*"
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary transformers \
+		--dest .transformers_tests transformers==$*
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target .transformers_tests/packages parameterized
+	@tar -xzf $@.tar.gz -C .transformers_tests transformers-$*/tests
+
 bench: .venv/.bench
 	@echo "== running the benchmarks"
 	@$(BIN)/python -m benchmarks
@@ -40,4 +58,4 @@ format: .venv/.dev
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv demo_output
+	rm -rf .venv .transformers_tests demo_output

@@ -94,6 +94,18 @@ class SingleCellMemMapDataset(Dataset):
     -----
     Genes of files that are put together are united by id, so that there is always one block of rows with the same
     genes. Pickling passes the path, not the data: workers may be spawned.
+
+    What code for BioNeMo-SCDL meets here:
+
+    - files of its own: no memory maps (`data`, `row_index`, `col_index`, `dtypes`), and no empty dataset
+      (`num_rows`, `num_elements`);
+    - columns of a row ascend, and values of a column that a file repeats in a row are summed;
+    - genes have names: a file whose genes are numbered is refused;
+    - `features`, `var_features` and `obs_features` return tables;
+    - X is read, without `use_X_not_raw`, where a file has no raw;
+    - a value that does not fit `data_dtype` is an error, not a warning, and datasets of whole numbers and of fractions
+      may be put together;
+    - the second argument of `concat` is `output_path`.
     """
 
     def __init__(
@@ -251,7 +263,7 @@ class SingleCellMemMapDataset(Dataset):
     def _features(self, names: Sequence[str] | None) -> list[np.ndarray]:
         known = self._gene_variables
         if names is None:
-            return list(known.values())
+            return [values for name, values in known.items() if name not in ("gene_id", "symbol")]
         known = {"feature_id": known["gene_id"], **known}  # SCDL's name of the index of var
         unknown = [name for name in names if name not in known]
         if unknown:
@@ -281,7 +293,7 @@ class SingleCellMemMapDataset(Dataset):
             Give variables of the genes as well.
         feature_vars : sequence of str, optional
             Which: columns of `features()`, where `feature_id` stands for `gene_id` if there is no such column. All by
-            default.
+            default but `gene_id` and `symbol`, which the store adds to those of the file.
         return_obs_features : bool, optional
             Give variables of the cell as well.
         obs_feature_names : sequence of str, optional

@@ -251,6 +251,8 @@ def test_text_that_does_not_tell_the_token_types_is_refused(tokenizer):
     for special in (True, False):
         with pytest.raises(ValueError, match="text has none: tokenize counts"):
             binned.encode("bin_1 bin_1", add_special_tokens=special)
+        with pytest.raises(ValueError, match="1 of the 3 words of the text are neither .* the first is word 2"):
+            tokenizer.encode("a nothing b", add_special_tokens=special)
     with pytest.raises(ValueError, match="text has none"):
         binned.prepare_for_model([5, 5])
     with pytest.raises(ValueError, match="one sequence"):

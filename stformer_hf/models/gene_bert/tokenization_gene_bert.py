@@ -817,18 +817,19 @@ class GeneTokenizer(PreTrainedTokenizer):
         ------
         ValueError
             A tokenizer of the binned scheme, whose genes are token types, which text does not have; a second sequence;
-            a neighbourhood that no separator tells from the cell.
+            a neighbourhood that no separator tells from the cell; words that are neither genes nor tokens.
         """
         if pair_ids is not None:
             raise ValueError("A cell is one sequence; pair_ids has no meaning.")
+        self._check_text(ids)
         encoded = super().prepare_for_model(ids, None, add_special_tokens, **kwargs)
         types = self._types_of_text(encoded["input_ids"])
         if "token_type_ids" in encoded:
             encoded["token_type_ids"] = types
         return BatchEncoding(dict(encoded), tensor_type=return_tensors, prepend_batch_axis=prepend_batch_axis)
 
-    def _types_of_text(self, input_ids: Sequence[int]) -> list[int]:
-        """Return the token types that the counts of a cell of these tokens would get."""
+    def _check_text(self, ids: Sequence[int | None]) -> None:
+        """Refuse text that is no ranked cell; the id of an unknown word is None."""
         if self.scheme == "binned":
             raise ValueError(
                 "In the binned scheme the gene of a token is its token type, and text has none: tokenize counts, as "
@@ -838,6 +839,15 @@ class GeneTokenizer(PreTrainedTokenizer):
             raise ValueError(
                 "Without a separator a text does not tell where the neighbourhood begins: tokenize counts."
             )
+        if None in ids:
+            raise ValueError(
+                f"{sum(i is None for i in ids)} of the {len(ids)} words of the text are neither genes nor tokens of "
+                f"this tokenizer; the first is word {list(ids).index(None) + 1}."
+            )
+
+    def _types_of_text(self, input_ids: Sequence[int]) -> list[int]:
+        """Return the token types that the counts of a cell of these tokens would get."""
+        self._check_text(input_ids)
         category_of = {i: name for name, ids in self._phenotype_ids.items() for i in ids.values()}
         categories, special = list(self.phenotypes), set(self._special_ids.tolist())
         types, gene_type, n_phenotypes, in_front = [], self.gene_token_type_offset, 0, True
