@@ -1,5 +1,6 @@
 """Fixtures: real data where it is, small random cells, stores and models of them."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +51,15 @@ def adata() -> AnnData:
     return make_adata()
 
 
+@pytest.fixture(scope="session")
+def built_store(tmp_path_factory) -> Path:
+    """A store of `adata`, built once; `store` is a copy of it."""
+    return CellStore.build(tmp_path_factory.mktemp("built") / "store", make_adata(), obs=["cell_type", "age"]).path
+
+
 @pytest.fixture
-def store(adata, tmp_path) -> CellStore:
-    return CellStore.build(tmp_path / "store", adata, obs=["cell_type", "age"])
+def store(built_store, tmp_path) -> CellStore:
+    return CellStore(shutil.copytree(built_store, tmp_path / "store"))
 
 
 @pytest.fixture

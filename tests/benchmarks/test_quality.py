@@ -298,6 +298,7 @@ def test_embeddings_are_scored_by_cells_whose_labels_nothing_learned(cells):
     assert poisoned["knn"] == poisoned["probe"] == poisoned["ari"] == 0
 
 
+@pytest.mark.slow
 def test_simulated_cells_are_of_the_size_that_is_promised():
     found = simulate()
     assert found.shape[0] == 2_100 and found.obs[LABEL].nunique() == 9
@@ -314,6 +315,7 @@ def test_the_fine_tuning_of_simulated_cells_is_a_process_that_is_timed():
     assert "stformer-hf finetune" in quality.simulated_table(found)
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_that_fails_shows_its_output():
     with pytest.raises(RuntimeError, match="no_such_flag"):
         quality.time_simulated(["--no_such_flag", "1"], n_cells=60, n_types=2, n_genes=200)

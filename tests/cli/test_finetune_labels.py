@@ -36,7 +36,11 @@ def run(labelled, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("label", "names"),
-    [("cluster", ["7", "8", "9"]), ("is_b", ["False", "True"]), ("partly", ["7", "8", "9"])],
+    [
+        ("cluster", ["7", "8", "9"]),
+        ("is_b", ["False", "True"]),
+        pytest.param("partly", ["7", "8", "9"], marks=pytest.mark.slow),
+    ],
 )
 def test_integers_and_booleans_are_classes(run, labelled, label, names, caplog):
     code, err, output = run(label)

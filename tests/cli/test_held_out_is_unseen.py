@@ -93,7 +93,7 @@ def test_pretraining(tmp_path, name):
     assert seen.tokenizer.fingerprint != run.tokenizer.fingerprint
 
 
-@pytest.mark.parametrize("whole_cell", [True, False])
+@pytest.mark.parametrize("whole_cell", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_finetuning(tmp_path, whole_cell, caplog):
     def fit(adata, folder):
         build(adata, tmp_path / folder)

@@ -139,6 +139,7 @@ def two_kinds_of_cells(n_cells: int = 120) -> AnnData:
     return AnnData(sparse.csr_matrix(counts.astype(np.float32)), var=pd.DataFrame(index=[f"g{i}" for i in range(40)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["rank", "binned"])
 def test_a_model_that_reads_has_a_gap_and_a_deaf_one_has_none(tmp_path, scheme):
     store = CellStore.build(tmp_path / "store", two_kinds_of_cells())

@@ -361,6 +361,7 @@ def test_wrong_input_is_refused_at_the_door(cells):
     refused("no cells", adata=cells[:0])
 
 
+@pytest.mark.slow
 def test_pbmc_of_the_demo():
     pytest.importorskip("scanpy")
     from sklearn.decomposition import PCA as Components

@@ -105,6 +105,7 @@ def test_masked_genes_takes_flat_positions_and_rows():
         load_metric("f1")
 
 
+@pytest.mark.slow
 def test_metrics_load_by_path_without_network(tmp_path):
     code = (
         "import socket, sys, evaluate\n"

@@ -149,7 +149,14 @@ def test_activation_checkpointing_gives_the_same_gradients(plain_config, batches
 # ---------------------------------------------------------------------- torch.compile, ONNX, PEFT
 
 
-@pytest.mark.parametrize(("packing", "vocabulary"), [(False, "small"), (True, "small"), (False, "large")])
+@pytest.mark.parametrize(
+    ("packing", "vocabulary"),
+    [
+        (False, "small"),
+        pytest.param(True, "small", marks=pytest.mark.slow),
+        pytest.param(False, "large", marks=pytest.mark.slow),
+    ],
+)
 def test_compiles_without_a_graph_break(plain_config, batches, packing, vocabulary):
     torch._dynamo.reset()
     plain_config.loss_weights = {"genes": 2.0}

@@ -97,7 +97,8 @@ def test_loss_logits_and_gradients_on_every_backend(tokenizer, store, backend, m
 
 
 @pytest.mark.parametrize(
-    ("model_class", "packing"), [(GeneBertForPhenotypicMLM, True), (GeneBertForClassification, False)]
+    ("model_class", "packing"),
+    [(GeneBertForPhenotypicMLM, True), pytest.param(GeneBertForClassification, False, marks=pytest.mark.slow)],
 )
 def test_compiles_without_a_graph_break(tokenizer, store, packing, model_class):
     torch._dynamo.reset()
@@ -298,6 +299,7 @@ def test_every_weight_and_statistic_is_initialised(tokenizer):
     assert empty.gene_bert.cell_embedding.genes.weight.std() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_class", "with_measured"), [(GeneBertModel, False), (GeneBertForClassification, True)])
 def test_runs_as_onnx_on_other_batches(tokenizer, store, tmp_path, model_class, with_measured):
     pytest.importorskip("onnxscript")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 from anndata import read_h5ad
 
@@ -123,6 +124,7 @@ for path in sys.argv[3:]:
 """
 
 
+@pytest.mark.slow
 def test_other_processes_give_the_same_tokens_of_real_cells(shared_data, tmp_path):
     adata = read_h5ad(shared_data / "pbmc_ifnb.h5ad")
     genes = adata.var["ensembl_id"].tolist()

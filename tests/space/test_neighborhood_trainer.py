@@ -184,6 +184,7 @@ def test_subsets_are_drawn_anew_each_epoch(tmp_path, n_workers):
     np.testing.assert_allclose(losses(trainer), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_learns_from_neighbours_what_types_do_not_tell(tmp_path):
     rng = np.random.default_rng(0)
     adata = section(400)

@@ -128,6 +128,7 @@ def test_accumulated_batches_are_averaged(cells, whole_cells, tmp_path):
     torch.testing.assert_close(gradients[0], (gradients[1] + gradients[2]) / 2, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_training_does_not_collapse_the_embedding_and_the_log_would_show_it(cells, whole_cells, tmp_path, monkeypatch):
     def ranks(folder):
         trainer = make_trainer(
@@ -155,6 +156,7 @@ def test_training_does_not_collapse_the_embedding_and_the_log_would_show_it(cell
     assert contrast_loss is not attraction
 
 
+@pytest.mark.slow
 def test_contrast_learns_to_tell_cells_apart(cells, whole_cells, tmp_path):
     trainer = make_trainer(tmp_path / "run", cells, whole_cells, objectives={"contrast": 1.0}, max_steps=60)
     trainer.train()

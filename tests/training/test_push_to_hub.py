@@ -166,6 +166,7 @@ def as_downloaded(files: dict[str, bytes], folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_end_of_training_is_pushed_with_our_card(pushed, tmp_path):
     files = pushed.files("someone/end")
     assert pushed.asked[0] == "POST /api/repos/create"

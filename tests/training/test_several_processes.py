@@ -39,7 +39,7 @@ _slow = pytest.mark.slow
 @pytest.mark.parametrize(
     "order",
     [
-        "grouped",
+        pytest.param("grouped", marks=_slow),
         "objectives",
         pytest.param("packed", marks=_slow),
         pytest.param("stream", marks=_slow),

@@ -125,6 +125,7 @@ def test_counts_are_those_of_the_batches(store, tokenizer, tmp_path, seen, packi
     assert result.metrics.keys() <= trainer.state.log_history[-1].keys() | {"epoch"}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_counts_what_it_trains_on_and_remembers_the_rest(store, tokenizer, tmp_path, seen):
     whole = make_trainer(tmp_path / "whole", store, tokenizer)
     whole.train()
@@ -154,6 +155,7 @@ class StopAfter(TrainerCallback):
         control.should_training_stop |= state.global_step == self.n_steps
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_before_the_figures_resumes(store, tokenizer, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 5, "max_steps": 10}
     make_trainer(tmp_path, store, tokenizer, **settings).train()

@@ -164,7 +164,7 @@ def test_the_prior_equals_a_sum_over_all_counts():
         assert found[token].item() == pytest.approx(expected, abs=2e-4), token
 
 
-@pytest.mark.parametrize("rows_at_a_time", [3, 512])
+@pytest.mark.parametrize("rows_at_a_time", [pytest.param(3, marks=pytest.mark.slow), 512])
 def test_padded_packed_and_all_positions_give_the_same(cells, rows_at_a_time, monkeypatch):
     monkeypatch.setattr(rank_prior, "_PLACES_AT_A_TIME", rows_at_a_time)
     tokenizer = rank_tokenizer(cells, phenotypes=["cell_type"])
@@ -232,6 +232,7 @@ assert "stformer_hf" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_a_started_model_is_saved_and_runs_without_the_plugin(cells, tmp_path):
     tokenizer = rank_tokenizer(cells)
     model = make_model(tokenizer)
@@ -300,6 +301,7 @@ def test_what_cannot_be_started_is_refused(cells, tmp_path):
 # ---------------------------------------------------------------------- real cells
 
 
+@pytest.mark.slow
 def test_blood_cells_start_below_the_medians_of_their_neighbours(shared_data, tmp_path):
     adata = read_h5ad(shared_data / "pbmc_ifnb.h5ad")[::13].copy()
     store = CellStore.build(tmp_path / "blood", adata)
