@@ -228,6 +228,11 @@ class IterableAnnDataset(IterableDataset):
             self._read_by_workers.fill_(False)
         self._epoch.fill_(epoch)
 
+    @property
+    def obs(self) -> dict[str, np.ndarray]:
+        """The obs columns of all cells, in the order of the files: arrays (n_cells,), codes of categorical ones."""
+        return dict(self._obs)
+
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:

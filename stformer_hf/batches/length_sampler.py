@@ -6,10 +6,13 @@ import hashlib
 import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
-from torch.utils.data import Sampler, Subset
+from torch.utils.data import ConcatDataset, Sampler, Subset
+
+from .parts import gather
 
 logger = logging.getLogger(__name__)
 Drawn = TypeVar("Drawn", int, list[int])
@@ -295,9 +298,9 @@ def known_lengths(lengths: Any, column: str = "length") -> np.ndarray:
 
     Parameters
     ----------
-    lengths : sequence of int, int array (n,), CellStore, datasets.Dataset or torch.utils.data.Subset
+    lengths : sequence of int, int array (n,), CellStore, datasets.Dataset, or a Subset or ConcatDataset of such
         Lengths, or what has them: an attribute `lengths` (a store, whose expressed genes are counted), a column
-        of lengths, or a subset of such.
+        of lengths, or a dataset made of such.
     column : str, default: "length"
         Name of the column.
 
@@ -310,8 +313,8 @@ def known_lengths(lengths: Any, column: str = "length") -> np.ndarray:
     ValueError
         A dataset of neither; something other than whole numbers of 0 or more.
     """
-    if isinstance(lengths, Subset):
-        return known_lengths(lengths.dataset, column)[np.asarray(lengths.indices, np.int64)]
+    if isinstance(lengths, (Subset, ConcatDataset)):
+        return gather(lengths, partial(known_lengths, column=column))
     if hasattr(lengths, "lengths"):
         lengths = lengths.lengths
     elif hasattr(lengths, "column_names"):

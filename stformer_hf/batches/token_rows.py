@@ -6,11 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel
 from datasets import Dataset as HuggingFaceDataset
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import Dataset
 
 from ..sources.obs_columns import ClassCode
 
@@ -46,27 +45,6 @@ class TokenRows(Dataset):
         return self._tables[rows].replace_schema_metadata(self._metadata)
 
 
-def as_token_rows(dataset: Any) -> Any:
-    """Read the tokenized datasets that a dataset is made of as `TokenRows`, so that their rows know their classes.
-
-    Parameters
-    ----------
-    dataset : datasets.Dataset, torch Subset or ConcatDataset of such, or anything else
-        Anything else is returned as it is.
-    """
-    if isinstance(dataset, HuggingFaceDataset):
-        return TokenRows(dataset)
-    if isinstance(dataset, Subset):
-        inner = as_token_rows(dataset.dataset)
-        if isinstance(inner, TokenRows):
-            return TokenRows(inner.dataset.select(np.asarray(dataset.indices, np.int64)))
-    if isinstance(dataset, ConcatDataset):
-        parts = [as_token_rows(part) for part in dataset.datasets]
-        if any(isinstance(part, TokenRows) for part in parts):
-            return ConcatDataset(parts)
-    return dataset
-
-
 def class_names(dataset: Any) -> dict[str, list[str]]:
     """Return the names of the codes of the columns of classes of a store, a stream or a tokenized dataset."""
     features = getattr(dataset, "features", None) or {}
@@ -74,4 +52,4 @@ def class_names(dataset: Any) -> dict[str, list[str]]:
     return found or dict(getattr(dataset, "categories", None) or {})
 
 
-__all__ = ["CLASS_NAMES", "TokenRows", "as_token_rows", "class_names"]
+__all__ = ["CLASS_NAMES", "TokenRows", "class_names"]

@@ -27,9 +27,13 @@ class FinetuneArguments:
 
     data: list[str] = field(metadata={"help": "a store, or h5ad files (a store of them is made in OUTPUT/store)"})
     label: str = field(
-        metadata={"help": "column of obs that holds the classes: categories, strings, integers or booleans"}
+        metadata={"help": "column of obs that holds the classes: categories, strings, integers, booleans; or numbers"}
     )
     output: str = field(metadata={"help": "folder for the checkpoint"})
+    problem_type: Literal["single_label_classification", "regression"] = field(
+        default="single_label_classification",
+        metadata={"help": "regression: the label is a number, such as an age, and is predicted as one"},
+    )
     model: str | None = field(default=None, metadata={"help": "pretrained checkpoint; a new model by default"})
     size: str = field(default="tiny", metadata={"help": "of a new model: tiny, small, base or large"})
     whole_cell: bool = field(
@@ -83,13 +87,24 @@ def main(argv: list[str]) -> None:
 def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     """Fine-tune and save; returns the figures of the run."""
     from ..evaluation.cell_baselines import classification_baselines
-    from ..evaluation.metrics import compute_classification_metrics
+    from ..evaluation.metrics import compute_classification_metrics, compute_regression_metrics
     from ..training.cell_heads import read_head
     from ..training.finetuning import prepare_classifier
     from ..training.loading import load_tokenizer
-    from .runs import finish, open_cells, refuse_flags_of_a_new_model, removing_store, split, training_arguments
+    from .runs import (
+        finish,
+        genes_of_training,
+        open_cells,
+        refuse_flags_of_a_new_model,
+        removing_store,
+        split,
+        training_arguments,
+    )
 
     output = Path(args.output)
+    of_numbers = args.problem_type == "regression"
+    if of_numbers and (args.class_weights != "none" or args.label_smoothing):
+        raise ValueError("--class_weights and --label_smoothing are of classes: leave them out of a regression.")
     refuse_flags_of_a_new_model(args, _OF_A_NEW_MODEL)
     tokenizer = load_tokenizer(args.model) if args.model else None
     whole_cell = args.whole_cell if tokenizer is None else getattr(tokenizer, "whole_cell", False)
@@ -110,17 +125,17 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
             fractional=args.fractional,
             neighbors="spatial_connectivities" if tokenizer is not None and tokenizer.neighborhood else None,
             eval_data=args.eval_data,
-            classes=(args.label,),
+            classes=() if of_numbers else (args.label,),
         )
-        if args.label not in store.categories:
+        if not of_numbers and args.label not in store.categories:
             there = ", ".join(store.categories) or "none"
             raise ValueError(
                 f"The store has no categorical column {args.label!r}; there are {there}. Integers or booleans "
                 "become classes where the store is built: stformer-hf build --classes "
-                f"{args.label}, or give the files as --data."
+                f"{args.label}, or give the files as --data. To predict numbers: --problem_type regression."
             )
         train_cells, held_out_cells = split(
-            store, args.held_out, arguments.seed, args.label, args.eval_data, args.split_by
+            store, args.held_out, arguments.seed, None if of_numbers else args.label, args.eval_data, args.split_by
         )
         if held_out_cells is None:
             arguments.eval_strategy = "no"
@@ -134,14 +149,21 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
             group_key=args.split_by,
             phenotypes=args.phenotypes,
             class_weights=args.class_weights,
+            problem_type=args.problem_type,
             size=args.size,
             max_length=args.max_length or (MAX_LENGTH if whole_cell else 2048),
             model_config={
                 "classifier_label_smoothing": args.label_smoothing,
                 **({"classifier_pooling": args.pooling} if args.pooling else {}),
             },
-            tokenizer_config={"whole_cell": whole_cell, "bin_edges": args.bin_edges},
+            tokenizer_config={
+                "whole_cell": whole_cell,
+                "bin_edges": args.bin_edges,
+                "genes": genes_of_training(store, args.eval_data),
+            },
         )
+        if arguments.process_index == 0:
+            print(_what_is_learnt(args.label, read_head(prepared.model)))
         if held_out_cells is not None:
             held_out_cells = prepared.known(held_out_cells)
         trainer = prepared.trainer(
@@ -150,10 +172,10 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
             gene_dropout=args.gene_dropout,
             packing=args.packing,
             max_tokens_per_batch=args.max_tokens_per_batch,
-            compute_metrics=compute_classification_metrics,
+            compute_metrics=compute_regression_metrics if of_numbers else compute_classification_metrics,
         )
     baselines = {}
-    if held_out_cells is not None:  # before the training, so that they are in a card that is pushed
+    if held_out_cells is not None and not of_numbers:  # before the training, so that they are in a card that is pushed
         found = classification_baselines(prepared.cells, held_out_cells, args.label, seed=arguments.seed)
         baselines = {f"eval_{name}": value for name, value in found.items()}
     card = {"store": store, "base_model": args.model, "metrics": baselines, "settings": prepared.facts}
@@ -163,10 +185,17 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         chosen = {**prepared.facts, "num_train_epochs": prepared.num_train_epochs}
         (output / "fine_tuning.json").write_text(json.dumps(chosen, indent=1), encoding="utf-8")
     metrics = {**finish(trainer, card=card), **baselines}
-    predicted = None if held_out_cells is None else trainer.predict(held_out_cells)
+    predicted = None if held_out_cells is None or of_numbers else trainer.predict(held_out_cells)
     if predicted is not None and trainer.is_world_process_zero():
         _draw_confusion(output, predicted, read_head(prepared.model).names)
     return metrics
+
+
+def _what_is_learnt(label: str, head) -> str:
+    if head.kind == "regression":
+        return f"{label!r} is predicted as a number (--problem_type regression)."
+    names = ", ".join(head.names[:5]) + (", …" if len(head.names) > 5 else "")
+    return f"{label!r} is learnt as {len(head.names)} classes: {names}. For numbers: --problem_type regression."
 
 
 def _draw_confusion(output: Path, found, classes: list[str]) -> None:

@@ -198,7 +198,7 @@ def prepare(args: PretrainArguments, arguments: TrainingArguments) -> PretrainRu
         Flags of a new model beside `--model`; what `open_cells`, `GeneTokenizer` and `split` refuse.
     """
     from ..training.loading import load_tokenizer
-    from .runs import open_cells, refuse_flags_of_a_new_model, removing_store, split
+    from .runs import genes_of_training, open_cells, refuse_flags_of_a_new_model, removing_store, split
 
     refuse_flags_of_a_new_model(args, _OF_A_NEW_MODEL)
     _check_settings(args)
@@ -220,7 +220,7 @@ def prepare(args: PretrainArguments, arguments: TrainingArguments) -> PretrainRu
         )
         train_cells, held_out_cells = split(store, args.held_out, arguments.seed, eval_data=args.eval_data)
         if tokenizer is None:
-            tokenizer = _make_tokenizer(args, store, train_cells)
+            tokenizer = _make_tokenizer(args, train_cells, genes_of_training(store, args.eval_data))
         if held_out_cells is None:
             arguments.eval_strategy = "no"
         views = None
@@ -248,8 +248,8 @@ def _check_settings(args: PretrainArguments) -> None:
         raise ValueError("bin_edges and tokenizer_config both name the edges of the bins: give one of them.")
 
 
-def _make_tokenizer(args: PretrainArguments, store: CellStore, train_cells: CellStore) -> GeneTokenizer:
-    """Make a tokenizer of the store's genes; medians and quantiles that are not given are of the cells in training."""
+def _make_tokenizer(args: PretrainArguments, train_cells: CellStore, genes: list[str]) -> GeneTokenizer:
+    """Make a tokenizer of some of the store's genes; its medians and quantiles are of the cells in training."""
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
     from ..store.gene_medians import estimate_gene_medians
 
@@ -264,6 +264,7 @@ def _make_tokenizer(args: PretrainArguments, store: CellStore, train_cells: Cell
         args.scheme,
         phenotypes=args.phenotypes,
         medians=medians,
+        genes=genes,
         neighborhood=args.neighborhood or None,
         max_length=args.max_length,
         **{"whole_cell": _reads_whole_cells(args), **settings},

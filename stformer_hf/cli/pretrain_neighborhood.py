@@ -126,7 +126,8 @@ def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]
     arguments = training_arguments(Path(args.output), training, args.overwrite)
     with removing_store(arguments):
         cells = open_sections(args, arguments)
-        cells, held_out = _without_unseen_types(cells, choose_held_out(args, cells.metadata, arguments.seed))
+        held_out = choose_held_out(args, cells.metadata, arguments.seed)
+        cells, held_out = _without_unseen_types(*_without_twins(cells, held_out))
         options = {
             "metadata": cells.metadata,
             "adata": cells.store,
@@ -236,6 +237,23 @@ def open_sections(args: PretrainNeighborhoodArguments, arguments: TrainingArgume
     if not typed.all():
         logger.warning(f"{(~typed).sum()} of {len(typed)} cells have no counts or no type and are left out.")
     return Sections(store, metadata[typed].reset_index(drop=True), [str(name) for name in types.categories])
+
+
+def _without_twins(cells: Sections, held_out: np.ndarray) -> tuple[Sections, np.ndarray]:
+    """Leave out the training cells that are held out too: of equal barcode and counts (see `CellStore.twins`)."""
+    import numpy as np
+
+    from ..space.spatial_metadata import match_cells
+
+    rows = match_cells(cells.metadata["cell_label"], cells.store.obs_names, "cell_label")
+    twins = cells.store.select(rows).twins()
+    seen = ~held_out & np.isin(twins, twins[held_out])
+    if not seen.any():
+        return cells, held_out
+    logger.warning(f"{seen.sum()} training cells are held out too, and are left out of training.")
+    if (seen | held_out).all():
+        raise ValueError("All training cells are held out too: none is left to train on.")
+    return cells._replace(metadata=cells.metadata[~seen].reset_index(drop=True)), held_out[~seen]
 
 
 def _without_unseen_types(cells: Sections, held_out: np.ndarray) -> tuple[Sections, np.ndarray]:

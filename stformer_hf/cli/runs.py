@@ -159,6 +159,25 @@ def open_cells(
     return store if neighbors is None else store.with_neighborhoods()
 
 
+def genes_of_training(store: CellStore, eval_data: list[str] | None) -> list[str]:
+    """Return the ids of the genes that a new model learns: those that only `eval_data` measures are left out.
+
+    Parameters
+    ----------
+    store : CellStore
+        As `open_cells` opens it.
+    eval_data : list of str, optional
+    """
+    genes = store.gene_ids.tolist()
+    if not eval_data:
+        return genes
+    last = store.manifest["sources"][-len(expand(eval_data)) - 1]
+    learnt = last.get("n_genes_so_far", len(genes))  # which a store of an earlier version does not know
+    if learnt < len(genes):
+        logger.warning(f"{len(genes) - learnt} genes are only in eval_data, and a new model does not learn them.")
+    return genes[:learnt]
+
+
 def one_layer(layers: list[str | None], asked: str | None) -> str | None:
     """Return the layer of all sources: where it was asked for by the table that it is in, each has found its own."""
     if len(set(layers)) > 1:

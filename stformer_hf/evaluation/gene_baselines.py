@@ -7,15 +7,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import Dataset as HuggingFaceDataset
 from scipy.ndimage import convolve1d
-from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from ..batches.collate import IGNORE, CellCollator, read_tokens
 from ..batches.empty_cells import without_empty_cells
-from ..batches.token_rows import TokenRows
+from ..batches.parts import as_token_rows
 from ..models.gene_bert.cell_counts import is_cell_batch, pad_ragged
+from ..store.cell_batch import as_cell_batch
 
 logger = logging.getLogger(__name__)
 
@@ -137,11 +136,7 @@ def open_rows(dataset: Any) -> Any:
     ValueError
         A stream, or no cells.
     """
-    dataset = without_empty_cells(dataset)
-    if isinstance(dataset, Subset) and isinstance(dataset.dataset, HuggingFaceDataset):
-        dataset = dataset.dataset.select(dataset.indices)
-    if isinstance(dataset, HuggingFaceDataset):
-        dataset = TokenRows(dataset)
+    dataset = as_token_rows(without_empty_cells(dataset))
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ValueError(
             f"Baselines need cells that can be read by number, and a {type(dataset).__name__} is none: give a "
@@ -157,7 +152,8 @@ def read_rows(dataset: Any, rows: np.ndarray, batch_size: int, desc: str | None 
     silent = True if desc is None else None
     for start in tqdm(range(0, len(rows), batch_size), desc=desc, unit="batch", disable=silent):
         some = rows[start : start + batch_size].tolist()
-        yield dataset.__getitems__(some) if hasattr(dataset, "__getitems__") else [dataset[row] for row in some]
+        read = dataset.__getitems__(some) if hasattr(dataset, "__getitems__") else [dataset[row] for row in some]
+        yield as_cell_batch(read)
 
 
 def masked_genes(batch: dict[str, np.ndarray], tokenizer: Any) -> MaskedGenes:

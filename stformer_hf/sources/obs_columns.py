@@ -141,7 +141,7 @@ def _check_classes(name: str, series: Sequence[pd.Series | None]) -> None:
                 raise ValueError(
                     f"obs column {name!r} holds numbers such as {there.iloc[0]}, which are no classes. If they number "
                     f"classes, convert them: adata.obs[{name!r}] = adata.obs[{name!r}].astype('category'). To predict "
-                    "numbers, call stformer_hf.finetune(…, problem_type='regression')."
+                    "numbers, pass problem_type='regression' to finetune (--problem_type regression)."
                 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import operator
 import zlib
@@ -21,6 +22,7 @@ from ..models.gene_bert.gene_columns import resolve_genes
 from ..sources.read_anndata import as_anndata, find_placed_table, section_of
 from ..store.cell_expression import CellExpression
 from ..store.cell_store import CellStore
+from ..training.cell_checksum import checksum, spread_rows
 from .neighbor_index import NeighborIndex, first_of_each
 from .sampler_fit import fit_sampler
 from .spatial_metadata import (
@@ -375,6 +377,12 @@ class CenterMaskSampler(Dataset):
         options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
         return f"{options}, {len(self)} of {len(self._rows)} cells (checksum {zlib.crc32(self.indices.tobytes()):08x})"
 
+    def describe_cells(self) -> str:
+        """Return the number of cells, and a checksum of their names and of the counts of up to 64 of them."""
+        some = sparse.csr_array(self.expression_of(spread_rows(len(self))))
+        values = [self.gene_ids, self._keys[self.indices], some.indptr, some.indices, some.data]
+        return f"{len(self)} cells (checksum {checksum(*values)})"
+
     @property
     def neighborhood(self) -> dict[str, Any]:
         """What a neighbourhood is: the options that a model keeps (`CellNeighborhoodConfig.neighborhood`)."""
@@ -407,6 +415,24 @@ class CenterMaskSampler(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Draw for another epoch; call it before the epoch's first batch."""
         self._epoch.fill_(epoch)
+
+    def select(self, items: Sequence[int]) -> CenterMaskSampler:
+        """Choose items, without copying; their neighbours stay those that they have here.
+
+        Parameters
+        ----------
+        items : sequence of int
+            Numbers of items, as for `__getitems__`.
+
+        Returns
+        -------
+        CenterMaskSampler
+            Of these items, in this order, with an epoch of its own.
+        """
+        chosen = copy.copy(self)
+        chosen.indices, chosen._lengths = self._cells(items), None
+        chosen._epoch = self._epoch.clone().share_memory_()
+        return chosen
 
     def __getitem__(self, item: int) -> NeighborhoodMetadata:
         """Read one neighbourhood; a negative item counts from the end."""

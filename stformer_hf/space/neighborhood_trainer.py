@@ -7,9 +7,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
+from ..batches.collate import IGNORE
+from ..batches.parts import bases
 from ..models.cell_neighborhood.count_likelihoods import pearson_r
 from ..training.cell_trainer import CellTrainer
+from ..training.eval_loss import filling_cells
 from .neighborhood_baselines import mean_of_defined, neighborhood_baselines
 from .neighborhood_collator import collate_neighborhoods
 
@@ -63,13 +67,19 @@ class NeighborhoodTrainer(CellTrainer):
         return True
 
     def _order(self) -> dict[str, Any]:
-        return {**super()._order(), "neighbourhoods": getattr(self.train_dataset, "description", None)}
+        descriptions = "; ".join(sampler.description for sampler in bases(self.train_dataset))
+        return {**super()._order(), "neighbourhoods": descriptions}
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        """As in Trainer; the items are the masked cells."""
+        """As in Trainer; the items are the masked cells, without those that fill up a batch."""
+        masks = [batch.get("loss_mask", torch.ones_like(batch["masked_cell_type"])) for batch in batch_samples]
         return super()._get_num_items_in_batch(
-            [{"labels": batch["masked_cell_type"]} for batch in batch_samples if "masked_cell_type" in batch], device
+            [{"labels": torch.where(mask.bool(), 0, IGNORE)} for mask in masks], device
         )
+
+    def _without_filling_cells(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        rows = filling_cells(self.accelerator, len(inputs["masked_cell_type"]))
+        return inputs if rows is None else {**inputs, "loss_mask": ~rows.to(self.args.device)}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As in Trainer; keeps Pearson's r of the masked cells during an evaluation."""

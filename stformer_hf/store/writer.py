@@ -457,7 +457,7 @@ def _finish(
         "build": None if settings.part is None else _build_id(building, sources),
         "shuffled": settings.shuffle,
         "sources": ([] if base is None else base.manifest["sources"])
-        + [_describe(source, i, united, records) for i, source in enumerate(sources)],
+        + [_describe(source, i, united, records, base) for i, source in enumerate(sources)],
     }
     write_manifest(building, manifest, united.genes, row_format, shards)
     for leftover in building.iterdir():
@@ -484,7 +484,7 @@ def _shuffled(building: Path, shards: list[dict], row_format: RowFormat, setting
     return json.loads(record.read_text())
 
 
-def _describe(source: Source, number: int, united: UnitedGenes, records: list[dict]) -> dict:
+def _describe(source: Source, number: int, united: UnitedGenes, records: list[dict], base: StoredCells | None) -> dict:
     """Describe a source for the manifest: where its counts were, and what became of its columns."""
     own = [record for record in records if record["source"] == number]
     rows = united.rows[number]
@@ -495,6 +495,10 @@ def _describe(source: Source, number: int, united: UnitedGenes, records: list[di
         "n_cells": sum(record["cells"][1] - record["cells"][0] for record in own),
         "n_columns": len(rows),
         "n_genes": len(np.unique(rows)),
+        # The genes of this source and of those before it are so many of the first ones of the table.
+        "n_genes_so_far": max(
+            0 if base is None else len(base.genes), *(int(of.max(initial=-1)) + 1 for of in united.rows[: number + 1])
+        ),
         "n_counts": sum(record["n_counts"] for record in own),
         "n_empty": sum(record["n_empty"] for record in own),
         "columns": dict(zip(FATES, columns, strict=True)),

@@ -23,45 +23,47 @@ def describe_cells(dataset: Any) -> str | None:
     Parameters
     ----------
     dataset : CellStore, datasets.Dataset, Subset or ConcatDataset of such, IterableAnnDataset, or another dataset
+        One with a method `describe_cells`, as `CenterMaskSampler`, is asked for its description.
 
     Returns
     -------
     str or None
         Number of cells and a checksum: of all numbers of cells and of genes expressed, and of the counts of up to 64
-        cells; of a stream, of the numbers of cells and the first cells of up to 64 files. Of other datasets the number
-        of rows; None where nothing is known.
+        cells; of neighbourhoods, of all names of cells and the counts of up to 64; of a stream, of the numbers of
+        cells and the first cells of up to 64 files. Of other datasets the number of rows; None where nothing is
+        known.
     """
     if isinstance(dataset, CellStore):
-        rows = dataset.rows(_some(len(dataset)))
+        rows = dataset.rows(spread_rows(len(dataset)))
         values = [dataset.gene_ids.tolist(), dataset.cell_ids, dataset.lengths, rows.indices, rows.data]
-        return f"{len(dataset)} cells (checksum {_checksum(*values)})"
+        return f"{len(dataset)} cells (checksum {checksum(*values)})"
     if isinstance(dataset, IterableAnnDataset):
         n_cells = dataset.n_cells_of_files
-        heads = [dataset.first_cells(int(file), 8) for file in _some(len(n_cells))]
+        heads = [dataset.first_cells(int(file), 8) for file in spread_rows(len(n_cells))]
         values = [n_cells, dataset.gene_ids.tolist(), *(part for head in heads for part in (head.indices, head.data))]
-        return f"{n_cells.sum()} cells of {len(n_cells)} files (checksum {_checksum(*values)})"
+        return f"{n_cells.sum()} cells of {len(n_cells)} files (checksum {checksum(*values)})"
     if isinstance(dataset, HuggingFaceDataset):
         plain = dataset.with_format(None)
         columns = [plain[name][:] for name in ("cell_id", "length") if name in plain.column_names]
-        rows = [plain[int(row)] for row in _some(len(plain))]
-        return f"{len(plain)} cells (checksum {_checksum(columns, rows)})"
+        rows = [plain[int(row)] for row in spread_rows(len(plain))]
+        return f"{len(plain)} cells (checksum {checksum(columns, rows)})"
+    if hasattr(dataset, "describe_cells"):
+        return dataset.describe_cells()
     if isinstance(dataset, Subset):
-        return f"{len(dataset)} rows (checksum {_checksum(np.asarray(dataset.indices))}) of {_of(dataset.dataset)}"
+        rows = f"{len(dataset)} rows (checksum {checksum(np.asarray(dataset.indices))})"
+        return f"{rows} of {describe_cells(dataset.dataset)}"
     if isinstance(dataset, ConcatDataset):
-        return "; ".join(map(_of, dataset.datasets))
-    return _of(dataset) if hasattr(dataset, "__len__") else None
+        return "; ".join(map(str, map(describe_cells, dataset.datasets)))
+    return f"{len(dataset)} rows" if hasattr(dataset, "__len__") else None
 
 
-def _of(dataset: Any) -> str:
-    known = (CellStore, HuggingFaceDataset, Subset, ConcatDataset)
-    return describe_cells(dataset) if isinstance(dataset, known) else f"{len(dataset)} rows"
-
-
-def _some(n: int) -> np.ndarray:
+def spread_rows(n: int) -> np.ndarray:
+    """Return up to 64 row numbers of n, evenly spread: int64 array."""
     return np.unique(np.linspace(0, n - 1, min(n, _MOST)).astype(np.int64)) if n else np.empty(0, np.int64)
 
 
-def _checksum(*values: Any) -> str:
+def checksum(*values: Any) -> str:
+    """Return the CRC-32 of arrays and other values, as hexadecimal digits."""
     found = 0
     for value in values:
         if isinstance(value, np.ndarray):
@@ -72,4 +74,4 @@ def _checksum(*values: Any) -> str:
     return f"{found:08x}"
 
 
-__all__ = ["describe_cells"]
+__all__ = ["checksum", "describe_cells", "spread_rows"]

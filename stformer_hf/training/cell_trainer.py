@@ -21,10 +21,10 @@ from ..batches.collate import CellCollator
 from ..batches.empty_cells import without_empty_cells
 from ..batches.length_sampler import EvenBatchSampler, LengthGroupedSampler, known_lengths
 from ..batches.lengths import load_example_lengths
+from ..batches.parts import as_selection, as_token_rows, bases, gather
 from ..batches.samplers import BlockShuffleSampler
 from ..batches.stream_batches import StreamBatches, StreamOrder, TokenBudgetBuffer, only
 from ..batches.token_budget import TokenBudgetBatchSampler
-from ..batches.token_rows import as_token_rows
 from ..evaluation.metrics import preprocess_logits_for_metrics, preprocess_logits_with_nll
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
@@ -34,7 +34,14 @@ from .cell_checksum import describe_cells
 from .checkpoints import check_complete, checkpoint_to_resume, mark_unfinished
 from .eval_loss import SumOfLosses, filling_cells, without_labels
 from .float_weights import keep_in_float32
-from .identity import check_tokenizer_fits, check_tokenizers, check_tokens, fit_classes, fit_datasets
+from .identity import (
+    check_stores_together,
+    check_tokenizer_fits,
+    check_tokenizers,
+    check_tokens,
+    fit_classes,
+    fit_datasets,
+)
 from .label_fit import fit_head_to_labels
 from .loading import MODEL_CONFIG
 from .model_card import write_model_card
@@ -62,11 +69,13 @@ class CellTrainer(MeasuredTrainer):
 
     Parameters
     ----------
-    train_dataset, eval_dataset : CellStore, Subset of one, datasets.Dataset, IterableAnnDataset, or another dataset
-        Cells; or rows with `input_ids` and `token_type_ids` (and, better, `cell_id`). Of a stream each process reads
-        all and learns from its part; a stream is taken up where a checkpoint left it. One whose number of batches is
-        unknown needs `max_steps`, and its epochs are not those of the log (nor are they where cells without counts
-        are left out).
+    train_dataset, eval_dataset : CellStore, datasets.Dataset, IterableAnnDataset, or another dataset
+        Cells; or rows with `input_ids` and `token_type_ids` (and, better, `cell_id`); or a Subset (`random_split`) or
+        ConcatDataset of such, whose stores have the same genes. Masks are drawn by the number of a cell in its own
+        store: cells of equal number in two stores are drawn for alike. Of a stream each process
+        reads all and learns from its part; a stream is taken up where a checkpoint left it. One whose number of
+        batches is unknown needs `max_steps`, and its epochs are not those of the log (nor are they where cells
+        without counts are left out).
     lengths : sequence of int, or path of a .json or .pkl, optional
         Tokens of each training row, for `train_sampling_strategy="group_by_length"` and `max_tokens_per_batch`; a
         store, and a dataset with a column `length`, know theirs.
@@ -131,6 +140,7 @@ class CellTrainer(MeasuredTrainer):
         fit_datasets(self.model, self.train_dataset, others)
         for dataset in (self.train_dataset, *others):
             self._check_tokens(dataset)
+            check_stores_together(dataset)
             if dataset is not None:
                 fit_head_to_labels(self.model, self.data_collator, dataset)
         self.data_collator = fit_classes(self.model, self.data_collator, self.train_dataset)
@@ -195,20 +205,21 @@ class CellTrainer(MeasuredTrainer):
 
     def _n_tokens(self, dataset: Any) -> np.ndarray:
         """Tell the tokens of each row: of cells of a store, how many they are at most."""
-        if (
-            self._lengths is None
-            and isinstance(dataset, CellStore)
-            and isinstance(self.processing_class, GeneTokenizer)
-        ):
-            tokenizer = self.processing_class
-            if tokenizer.neighborhood:
-                return np.full(len(dataset), tokenizer.max_length)
-            others = tokenizer.add_cls + tokenizer.add_eos + len(tokenizer.included_phenotypes)
-            return np.minimum(dataset.lengths + others, tokenizer.max_length)
-        lengths = known_lengths(dataset if self._lengths is None else self._lengths, self.args.length_column_name)
+        if self._lengths is None:
+            return gather(dataset, self._n_tokens_of)
+        lengths = known_lengths(self._lengths, self.args.length_column_name)
         if len(lengths) != len(dataset):
             raise ValueError(f"{len(lengths)} lengths for {len(dataset)} rows: write them anew for this dataset.")
         return lengths
+
+    def _n_tokens_of(self, dataset: Any) -> np.ndarray:
+        tokenizer = self.processing_class
+        if not isinstance(dataset, CellStore) or not isinstance(tokenizer, GeneTokenizer):
+            return known_lengths(dataset, self.args.length_column_name)
+        if tokenizer.neighborhood:
+            return np.full(len(dataset), tokenizer.max_length)
+        others = tokenizer.add_cls + tokenizer.add_eos + len(tokenizer.included_phenotypes)
+        return np.minimum(dataset.lengths + others, tokenizer.max_length)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         return SequentialSampler(eval_dataset) if hasattr(eval_dataset, "__len__") else None
@@ -217,10 +228,11 @@ class CellTrainer(MeasuredTrainer):
         self, dataset, description, batch_size, sampler_fn=None, is_training: bool = False, dataloader_key=None
     ) -> DataLoader:
         training_collator = self.data_collator
-        if not is_training:
-            self.data_collator = self._eval_collator
         if not is_training:  # of evaluate and predict too, which may be given any
+            self.data_collator = self._eval_collator
+            dataset = as_selection(dataset)
             self._check_tokens(dataset)
+            check_stores_together(dataset)
             fit_datasets(self.accelerator.unwrap_model(self.model), None, [dataset])
         if isinstance(self.data_collator, CellCollator):
             dataset = as_token_rows(dataset)
@@ -331,8 +343,8 @@ class CellTrainer(MeasuredTrainer):
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the order of the cells, and the collator, which epoch begins (Trainer's loop calls it)."""
-        dataset = None if isinstance(self.train_dataset, IterableDataset) else self.train_dataset
-        for part in (self._train_batches, self.data_collator, dataset):
+        datasets = [base for base in bases(self.train_dataset) if not isinstance(base, IterableDataset)]
+        for part in (self._train_batches, self.data_collator, *datasets):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         if self._stream is not None:
@@ -409,6 +421,10 @@ class CellTrainer(MeasuredTrainer):
             self._check_order(checkpoint)
         if self.model_init is None:  # else call_model_init does it
             self._keep_in_float32(self.model)
+        if self.args.world_size > 1 and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            # An evaluation before marks the bare model, which accelerate then takes for one that is wrapped already:
+            # each process would learn alone.
+            vars(self.model).pop("_is_accelerate_prepared", None)
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:

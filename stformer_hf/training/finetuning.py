@@ -29,6 +29,7 @@ from transformers import (
 from ..batches.collate import pad, read_tokens
 from ..batches.collators import DataCollatorForCellClassification
 from ..batches.evaluating import evaluating
+from ..batches.parts import as_selection
 from ..evaluation.metrics import balanced_class_weights
 from ..models.gene_bert.cell_tables import find_table
 from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
@@ -86,13 +87,14 @@ class Finetuning:
 
     def known(self, cells: CellStore) -> CellStore:
         """Select the cells whose labels the model knows, and those with numbers; tell how many are left out."""
-        if not isinstance(self.label_key, str) or self.label_key not in cells.categories:
-            return cells
         labels = cells.obs[self.label_key]
-        known = labels.isin(list(self.model.config.label2id)).to_numpy()
+        if isinstance(self.label_key, str) and self.label_key in cells.categories:
+            known = labels.isin(list(self.model.config.label2id)).to_numpy()
+            unknown = labels[~known].astype(object).dropna().unique()
+        else:
+            known, unknown = np.isfinite(labels.to_numpy(np.float32).reshape(len(cells), -1)).all(axis=1), []
         if known.all():
             return cells
-        unknown = labels[~known].astype(object).dropna().unique()
         logger.warning(
             f"{(~known).sum()} of {len(cells)} held-out cells have no {self.label_key!r}, or one that no training "
             f"cell has ({', '.join(map(str, unknown[:10])) or 'none of them'}): they are not evaluated."
@@ -101,7 +103,7 @@ class Finetuning:
 
     def trainer(self, arguments: TrainingArguments, eval_cells: CellStore | None = None, **kwargs) -> CellTrainer:
         """Make the trainer; `kwargs` are those of `CellTrainer`, and of its collator `gene_dropout` and `packing`."""
-        eval_cells = None if eval_cells is None else self.known(eval_cells)
+        eval_cells = None if eval_cells is None else self.known(as_selection(eval_cells))
         options = {name: kwargs.pop(name) for name in ("gene_dropout", "packing") if name in kwargs}
         arguments.num_train_epochs = self.num_train_epochs
         return CellTrainer(
@@ -153,7 +155,7 @@ def finetune(
 
     Parameters
     ----------
-    cells : CellStore, AnnData, MuData or SpatialData
+    cells : CellStore (or Subset of one), AnnData, MuData or SpatialData
         Labelled cells; those without a label or without counts are left out.
     label_key : str, or list of str
         Column of obs: classes, or numbers with `problem_type="regression"`. Several columns of 0 and 1 for several
@@ -205,6 +207,7 @@ def finetune(
     ValueError
         No such column; no labelled cells; labels that do not fit the problem; a tokenizer that does not fit.
     """
+    cells = as_selection(cells)
     with tempfile.TemporaryDirectory() as folder:
         if not isinstance(cells, CellStore):
             columns = [label_key] if isinstance(label_key, str) else list(label_key)

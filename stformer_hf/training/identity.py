@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset as HuggingFaceDataset
-from torch.utils.data import ConcatDataset, Subset
 from transformers import PreTrainedModel
 
 from ..batches.iterable_ann_dataset import IterableAnnDataset
-from ..batches.token_rows import TokenRows, class_names
+from ..batches.parts import bases
+from ..batches.token_rows import class_names
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..store.cell_store import CellStore
 
 _UNNAMED = "LABEL_"  # how transformers names the classes of a model that was told none
 _REMEDY = "Load all of them from one checkpoint, or make the model with GeneBertConfig.from_tokenizer(tokenizer)."
@@ -121,7 +122,7 @@ def check_tokens(dataset: Any, model: PreTrainedModel, tokenizer: Any) -> None:
         if isinstance(tokenizer, GeneTokenizer)
         else getattr(getattr(model, "config", None), "vocabulary_fingerprint", None)
     )
-    for part in _parts(dataset):
+    for part in bases(dataset):
         found = _fingerprint_of(part)
         if wanted is not None and found is not None and found != wanted:
             raise ValueError(
@@ -131,15 +132,25 @@ def check_tokens(dataset: Any, model: PreTrainedModel, tokenizer: Any) -> None:
             )
 
 
-def _parts(dataset: Any) -> Iterable[Any]:
-    """List the datasets that a dataset is made of: of a Subset, of a ConcatDataset, and so on."""
-    if isinstance(dataset, ConcatDataset):
-        for part in dataset.datasets:
-            yield from _parts(part)
-    elif isinstance(dataset, (Subset, TokenRows)):
-        yield from _parts(dataset.dataset)
-    elif dataset is not None:
-        yield dataset
+def check_stores_together(dataset: Any) -> None:
+    """Compare the stores of a ConcatDataset, whose cells come in one batch.
+
+    Raises
+    ------
+    ValueError
+        Other genes, or other obs columns.
+    """
+    first, *others = [base for base in bases(dataset) if isinstance(base, CellStore)] or [None]
+    for other in others:
+        for what, of_first, of_other in (
+            ("genes", first.gene_ids.tolist(), other.gene_ids.tolist()),
+            ("obs columns", list(first.obs.columns), list(other.obs.columns)),
+        ):
+            if of_first != of_other:
+                raise ValueError(
+                    f"The stores {first.path} and {other.path} are put together, and differ in their {what}: make "
+                    "one of them, CellStore.build(path, stores)."
+                )
 
 
 def _fingerprint_of(dataset: Any) -> str | None:
@@ -235,7 +246,7 @@ def _numbered(names: Sequence[str] | None) -> dict[str, int] | None:
 
 def _names_of(dataset: Any, column: str) -> list[str] | None:
     """Return the classes of a column, in the order of their codes; None where a part has none, or others."""
-    found = [class_names(part).get(column) for part in _parts(dataset)]
+    found = [class_names(part).get(column) for part in bases(dataset)]
     return found[0] if found and all(names == found[0] for names in found) else None
 
 
@@ -264,12 +275,13 @@ def fit_datasets(model: PreTrainedModel, train: Any, others: Iterable[Any]) -> N
     """
     for name, learn, datasets in (("train_dataset", True, [train]), ("eval_dataset", False, others)):
         for dataset in datasets:
-            for part in _parts(dataset):
+            for part in bases(dataset):
                 if hasattr(part, "fit_model"):
                     part.fit_model(model, name, learn)
 
 
 __all__ = [
+    "check_stores_together",
     "check_tokenizer_fits",
     "check_tokenizers",
     "check_tokens",

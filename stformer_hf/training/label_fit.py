@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from datasets import ClassLabel
 from datasets import Dataset as HuggingFaceDataset
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 
 from ..batches.collators import DataCollatorForCellClassification
+from ..batches.iterable_ann_dataset import IterableAnnDataset
 from ..models.gene_bert.heads import problem_of
 from ..store.cell_store import CellStore
 from .cell_heads import predicts_cells
@@ -26,6 +27,7 @@ class _Labels:
     values: np.ndarray
     names: list[str] | None
     of_store: bool
+    other_order: list[str] | None = None  # of a dataset that is put together with one that has `names` at the start
 
     @property
     def what(self) -> str:
@@ -47,7 +49,7 @@ def fit_head_to_labels(model: Any, collator: Any, dataset: Any) -> None:
         Of another kind than a classifier of cells it is left alone.
     collator : DataCollatorForCellClassification
         With another collator nothing is looked at.
-    dataset : CellStore, datasets.Dataset, or a Subset of one
+    dataset : CellStore, datasets.Dataset, IterableAnnDataset, or a Subset or ConcatDataset of such
         The labels of other datasets cannot be seen beforehand.
 
     Raises
@@ -78,7 +80,14 @@ def fit_head_to_labels(model: Any, collator: Any, dataset: Any) -> None:
                 f"({_some(columns)}): name one, or make the model with problem_type='multi_label_classification'."
             )
         if found[collator.label] is not None:
-            _check_classes(collator.label, found[collator.label], config, all(unnamed))
+            labels = found[collator.label]
+            _check_classes(collator.label, labels, config, all(unnamed))
+            if labels.other_order is not None and all(unnamed) and collator.label2id is None:
+                raise ValueError(
+                    f"The datasets that are put together number the classes of {collator.label!r} in different ways: "
+                    f"{_some(labels.names)}, and {_some(labels.other_order)}. Give the model or the collator the "
+                    "number of each class, label2id={…}."
+                )
     else:
         _check_numbers(found, config, kind)
         if all(unnamed):
@@ -136,15 +145,31 @@ def _check_numbers(found: dict[str, _Labels | None], config: Any, kind: str) -> 
 
 
 def _read(dataset: Any, name: str) -> _Labels | None:
-    """Read a column of labels; None of a dataset whose columns cannot be read as a whole, or that lacks it."""
+    """Read a column of labels; None of a dataset whose columns cannot be read as a whole.
+
+    Raises
+    ------
+    ValueError
+        A store or a stream without the column; a column that is of classes in one part and of numbers in another.
+    """
     if isinstance(dataset, Subset):
         labels = _read(dataset.dataset, name)
-        return labels and _Labels(labels.values[np.asarray(dataset.indices)], labels.names, labels.of_store)
-    if isinstance(dataset, CellStore) and name in dataset.obs:
+        return labels and replace(labels, values=labels.values[np.asarray(dataset.indices, np.int64)])
+    if isinstance(dataset, ConcatDataset):
+        parts = [_read(part, name) for part in dataset.datasets]
+        return None if any(part is None for part in parts) else _joined(name, parts)
+    if isinstance(dataset, (CellStore, IterableAnnDataset)):
+        of_store = isinstance(dataset, CellStore)
+        if name not in dataset.obs:
+            raise ValueError(
+                f"The {'store' if of_store else 'stream'} has no obs column {name!r}; it has "
+                f"{', '.join(dataset.obs) or 'none'}. Name it where it is made, obs=[{name!r}]."
+            )
         values = dataset.obs[name]
         if name in dataset.categories:
-            return _Labels(values.cat.codes.to_numpy(), dataset.categories[name], True)
-        return _Labels(values.to_numpy(), None, True)
+            codes = values.cat.codes.to_numpy() if of_store else values
+            return _Labels(codes, list(dataset.categories[name]), of_store)
+        return _Labels(np.asarray(values), None, of_store)
     if isinstance(dataset, HuggingFaceDataset) and name in dataset.column_names:
         feature = dataset.features[name]
         if getattr(feature, "dtype", None) is None or feature.dtype == "string":
@@ -152,6 +177,24 @@ def _read(dataset: Any, name: str) -> _Labels | None:
         values = np.array([-1 if label is None else label for label in dataset.with_format(None)[name][:]])
         return _Labels(values, feature.names if isinstance(feature, ClassLabel) else None, False)
     return None
+
+
+def _joined(name: str, parts: list[_Labels]) -> _Labels:
+    """Join the labels of several datasets; classes by their names, of which those of the first dataset come first."""
+    named = [part.names is not None for part in parts]
+    if any(named) and not all(named):
+        numbers = parts[named.index(False)].what
+        raise ValueError(
+            f"{name!r} holds {parts[named.index(True)].what} in one of the datasets that are put together, and "
+            f"{numbers} in another: make one store of them, CellStore.build(path, stores)."
+        )
+    of_store = any(part.of_store for part in parts)
+    if not any(named):
+        return _Labels(np.concatenate([part.values for part in parts]), None, of_store)
+    names = list(dict.fromkeys(of for part in parts for of in part.names))
+    values = [np.array([*map(names.index, part.names), -1])[part.values] for part in parts]
+    orders = [part.names for part in parts if part.names != parts[0].names]
+    return _Labels(np.concatenate(values), names, of_store, orders[0] if orders else parts[0].other_order)
 
 
 def _some(names: list[str]) -> str:

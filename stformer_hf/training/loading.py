@@ -228,6 +228,13 @@ def _load_adapter(name: str, adapter: dict[str, Any]) -> PreTrainedModel:
             "peft.PeftModel.from_pretrained(base, folder), and pass the object."
         )
     config = load_config(name)
+    genes_of_base = getattr(load_config(base), "vocabulary_fingerprint", None)
+    genes = getattr(config, "vocabulary_fingerprint", None)
+    if None not in (genes, genes_of_base) and genes != genes_of_base:
+        raise ValueError(
+            f"The adapter {name} was trained in a model of other genes, bins or phenotypes (fingerprint {genes}) than "
+            f"its base {base} has ({genes_of_base}): name the base that it was trained in, in {_ADAPTER}."
+        )
     of_cells = adapter.get("task_type") in ("SEQ_CLS", "TOKEN_CLS")
     has_head = any("Classification" in architecture for architecture in config.architectures or [])
     if of_cells and not (has_head or (Path(name) / MODEL_CONFIG).exists()):

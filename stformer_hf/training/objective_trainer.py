@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
 
+from ..batches.collate import IGNORE
 from ..batches.samplers import SameSourceSampler
 from ..models.gene_bert.heads import pool
 from ..store.cell_store import CellStore
@@ -18,7 +19,7 @@ from .cell_trainer import CellTrainer
 from .checkpoints import mark_unfinished
 from .eval_loss import filling_cells, without_labels
 from .objectives import check_objectives
-from .objectives.contrast import comparable_cells, contrast_loss, contrast_of_totals
+from .objectives.contrast import cells_with_negatives, comparable_cells, contrast_loss, contrast_of_totals
 from .objectives.cross_correlation import cross_correlation_loss
 from .objectives.decode import add_decoder, decode_loss
 from .objectives.views import OF_PAIRS, ViewCollator, sources_of
@@ -35,6 +36,10 @@ class ObjectiveTrainer(CellTrainer):
     Each objective but `mlm` trains `[CLS]`, of two views of each cell (`ViewCollator`); then `config.pooling` becomes
     "cls", and batches have two rows per cell. Every objective is computed for the batch of one process, and averaged
     over processes and accumulated batches, so that it depends on the batches alone.
+
+    In evaluation the losses of `mlm` and `decode` are means over all masked tokens and all views, whatever the
+    batches. Those of `contrast` and `cross_correlation` compare the cells of a batch: their means over cells depend on
+    `per_device_eval_batch_size` and on the number of processes, and can be compared where these are equal.
 
     With such objectives the log has, for training and evaluation, the loss of each (`<objective>_loss`), and
     `contrast_of_totals`, the loss of contrast of a reader that knows the totals of the views alone. Of `[CLS]` of the
@@ -186,17 +191,25 @@ class ObjectiveTrainer(CellTrainer):
         n_accumulated = self.current_gradient_accumulation_steps if model.training else 1
         # Of mlm, the part of this batch in the mean over the labels of all accumulated batches.
         losses = {"mlm": mlm * n_accumulated}
+        n_labels = (inputs["labels"] != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
+        n_terms = {"mlm": torch.as_tensor(n_labels, device=mlm.device)}  # what its mean is over, of all processes
         if "contrast" in self.objectives:
             comparable = comparable_cells(twins, sources, usable)
             losses["contrast"] = contrast_loss(states, comparable)
-            self._add(model.training, "contrast_of_totals", contrast_of_totals(totals, comparable))
+            n_terms["contrast"] = cells_with_negatives(comparable).sum()
+            self._add(
+                model.training, "contrast_of_totals", contrast_of_totals(totals, comparable), n_terms["contrast"]
+            )
         if "cross_correlation" in self.objectives:
             losses["cross_correlation"] = cross_correlation_loss(states, usable)
+            n_terms["cross_correlation"] = usable.sum()
         if "decode" in self.objectives:
             known = cell_embedding_of(self.accelerator.unwrap_model(model)).statistics.shares > 0
-            losses["decode"] = decode_loss(outputs.gene_logits, outputs.log_dispersion, inputs, known, usable)
+            losses["decode"], n_terms["decode"] = decode_loss(
+                outputs.gene_logits, outputs.log_dispersion, inputs, known, usable
+            )
         for name in self.objectives:
-            self._add(model.training, f"{name}_loss", losses[name])
+            self._add(model.training, f"{name}_loss", losses[name], n_terms[name])
         self._watch(model.training, states, totals, usable)
         # Trainer divides no loss of a model that counts its labels: a mean over batches is divided here.
         loss = sum(weight * losses[name] for name, weight in self.objectives.items()) / n_accumulated
@@ -204,8 +217,10 @@ class ObjectiveTrainer(CellTrainer):
             return loss
         return loss, {name: value for name, value in outputs.items() if name != "hidden_states"}  # no predictions
 
-    def _add(self, training: bool, name: str, loss: torch.Tensor) -> None:
-        pair = torch.stack([loss.detach().double(), torch.ones_like(loss, dtype=torch.float64)])
+    def _add(self, training: bool, name: str, loss: torch.Tensor, n_terms: torch.Tensor) -> None:
+        """Add the loss of a batch: in training each batch counts alike, in evaluation each term of its mean."""
+        n_terms = torch.ones_like(n_terms) if training else n_terms
+        pair = torch.stack([loss.detach().double() * n_terms, n_terms.double()])
         sums = self._sums[training]
         sums[name] = sums[name] + pair if name in sums else pair
 
@@ -223,7 +238,7 @@ class ObjectiveTrainer(CellTrainer):
         metrics = {}
         if sums:
             rows = self.accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
-            metrics = {name: total / n for name, (total, n) in zip(sums, rows, strict=True)}
+            metrics = {name: total / max(n, 1) for name, (total, n) in zip(sums, rows, strict=True)}
         if watched:
             states, totals = (torch.cat(parts)[-_CELLS_TO_WATCH:] for parts in zip(*watched, strict=True))
             if len(states):
@@ -245,7 +260,14 @@ class ObjectiveTrainer(CellTrainer):
         averaged = self._average is not None and self.is_in_train
         with self._average.in_place_of_weights(self.model) if averaged else nullcontext():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics.update(self._objective_metrics(False, f"{metric_key_prefix}_"))
+        metrics = self._objective_metrics(False, f"{metric_key_prefix}_")
+        if self._trains_cls:
+            losses = {name: metrics.get(f"{metric_key_prefix}_{name}_loss") for name in self.objectives}
+            if None not in losses.values():
+                output.metrics[f"{metric_key_prefix}_loss"] = sum(
+                    weight * losses[name] for name, weight in self.objectives.items()
+                )
+        output.metrics.update(metrics)
         return output
 
     # ------------------------------------------------------------------ checkpoints

@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..batches.collators import DataCollatorForGeneRankMLM, DataCollatorForPhenotypicMLM
+from ..batches.parts import as_selection
 from ..batches.precollator import STFormerPreCollator
 from ..batches.token_rows import TokenRows
 from ..evaluation.context_swap import context_swap, masked_nll
@@ -99,6 +100,8 @@ class STFormerPretrainer(ObjectiveTrainer):
             if processing_class is not None:
                 raise ValueError("token_dictionary and processing_class both name the tokens: give one of them.")
             processing_class = STFormerPreCollator(token_dictionary)
+        train_dataset = as_selection(train_dataset)
+        eval_datasets = [as_selection(each) for each in _each(kwargs.get("eval_dataset"))]
         if data_collator is None:
             if processing_class is None:
                 raise ValueError(
@@ -118,7 +121,7 @@ class STFormerPretrainer(ObjectiveTrainer):
         if baselines:
             if set(check_objectives(objectives)) != {"mlm"}:
                 raise ValueError("baselines=True masks whole cells, and objectives on [CLS] two views: leave one out.")
-            _check_baselines(train_dataset, kwargs.get("eval_dataset"), data_collator)
+            _check_baselines(train_dataset, eval_datasets, data_collator)
         self.baselines = baselines
         self._baselines: list[tuple[Any, dict[str, float]]] = []  # of the datasets evaluated on
         self._genes_nll = np.zeros(2)  # sum, and number of masked genes, of the evaluation that goes on
@@ -202,8 +205,8 @@ def _each(datasets: Any) -> list[Any]:
     return list(datasets.values()) if isinstance(datasets, dict) else [datasets]
 
 
-def _check_baselines(train_dataset: Any, eval_dataset: Any, collator: Callable) -> None:
-    for cells in _each(eval_dataset):
+def _check_baselines(train_dataset: Any, eval_datasets: Sequence[Any], collator: Callable) -> None:
+    for cells in eval_datasets:
         if isinstance(cells, IterableDataset):
             raise ValueError(
                 f"baselines=True needs held-out cells that can be read by number, and a {type(cells).__name__} is a "

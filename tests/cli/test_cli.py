@@ -251,14 +251,20 @@ def test_twins_are_on_one_side_and_those_of_the_evaluation_data_not_in_training(
 
     adata = make_adata(60)
     adata.obs_names = ["ACGTACGTAC" + "".join("ACGT"[i // 4**k % 4] for k in range(3)) for i in range(60)]
+    adata.obs["donor"] = [f"d{i // 10}" for i in range(60)]
     again = adata[20:40].copy()
+    again.obs["donor"] = [f"again {name}" for name in again.obs["donor"]]
     sources = {}
     for name, cells in (("a", adata), ("b", again)):
         sources[name] = str(tmp_path / f"{name}.h5ad")
         cells.write_h5ad(sources[name])
     store = CellStore.build(
-        tmp_path / "s", list(sources.values()), obs=["cell_type"], report=False, allow_duplicates=True
+        tmp_path / "s", list(sources.values()), obs=["cell_type", "donor"], report=False, allow_duplicates=True
     )
+    for seed in range(5):
+        train, held_out = split(store, 0.3, seed, split_by="donor")
+        assert not set(train.obs_names) & set(held_out.obs_names)
+        assert not set(train.obs["donor"]) & set(held_out.obs["donor"])
     for label in (None, "cell_type"):
         for seed in range(3):
             train, held_out = split(store, 0.3, seed, label)

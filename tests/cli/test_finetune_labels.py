@@ -1,9 +1,12 @@
 """Columns of labels that are no categories, and commands that fail: what the user is told, and what is left."""
 
+import json
+import re
+
 import pandas as pd
 import pytest
 
-from stformer_hf import CellStore, annotate, finetune
+from stformer_hf import CellStore, GeneBertConfig, annotate, finetune
 from stformer_hf.cli import main
 
 SHORT = ["--max_steps", "1", "--per_device_train_batch_size", "8", "--disable_tqdm", "true", "--use_cpu", "true"]
@@ -53,6 +56,24 @@ def test_integers_and_booleans_are_classes(run, labelled, label, names, caplog):
     assert (told in caplog.text) == (label == "partly")
 
 
+def test_numbers_are_predicted_where_it_is_asked_for(run, labelled, tmp_path, caplog):
+    labelled.obs["depth"] = labelled.obs["depth"].where(labelled.obs["age"] > 24)  # of the others it is not known
+    labelled.write_h5ad(tmp_path / "cells.h5ad")
+    code, err, output = run("depth", "--problem_type", "regression", "--held_out", "0.5")
+    assert code == 0, err
+    config = GeneBertConfig.from_pretrained(output)
+    assert (config.problem_type, config.id2label) == ("regression", {0: "depth"})
+    n_known = int((labelled.obs["depth"].notna() & (labelled.X.sum(1).A1 > 0)).sum())
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    figures = {name: value for entry in history for name, value in entry.items()}
+    assert {"eval_mae", "eval_r2"} <= set(figures) and "eval_accuracy" not in figures
+    assert "held-out cells have no 'depth'" in caplog.text and 0 < n_known < 59
+    annotate(labelled, output)
+    assert labelled.obs["stformer_depth"].dtype.kind == "f"
+    code, err, _ = run("cluster", "--problem_type", "regression", "--class_weights", "balanced")
+    assert code == 1 and "are of classes" in err
+
+
 @pytest.mark.parametrize(
     ("label", "words"),
     [
@@ -62,8 +83,6 @@ def test_integers_and_booleans_are_classes(run, labelled, label, names, caplog):
     ],
 )
 def test_a_label_that_is_no_class_is_told_and_leaves_nothing_in_the_way(run, label, words, tmp_path):
-    import re
-
     code, err, output = run(label, output=tmp_path / "run")
     assert code == 1 and re.search(words, err), err
     assert not (output / "store").exists()

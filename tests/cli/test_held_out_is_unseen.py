@@ -93,6 +93,31 @@ def test_pretraining(tmp_path, name):
     assert seen.tokenizer.fingerprint != run.tokenizer.fingerprint
 
 
+@pytest.mark.parametrize("name", ["quantiles of each gene, normalised", "medians"])
+def test_genes_of_evaluation_data(tmp_path, name, caplog):
+    cells = make_cells()
+    train, evaluated = cells[:80, :25].copy(), cells[80:, 3:].copy()  # five genes are only in the latter
+    for part, file in ((train, "train.h5ad"), (evaluated, "evaluated.h5ad")):
+        part.write_h5ad(tmp_path / file)
+
+    def tokenizer(folder, **flags):
+        args = pretrain.PretrainArguments(
+            data=[str(tmp_path / "train.h5ad")],
+            output=str(tmp_path / folder),
+            max_length=16,
+            **SETTINGS[name],
+            **flags,
+        )
+        return pretrain.prepare(args, training_arguments(tmp_path / folder, QUIET, False)).tokenizer
+
+    with_others = tokenizer("with", eval_data=[str(tmp_path / "evaluated.h5ad")])
+    assert len(with_others.genes) <= 25 and "5 genes are only in eval_data" in caplog.text
+    alone = tokenizer("alone", held_out=0.0)
+    assert with_others.fingerprint == alone.fingerprint
+    np.testing.assert_array_equal(with_others.gene_weights, alone.gene_weights)
+    assert with_others.genes == list(train.var_names[np.isin(train.var_names, with_others.genes)])
+
+
 @pytest.mark.parametrize("whole_cell", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_finetuning(tmp_path, whole_cell, caplog):
     def fit(adata, folder):

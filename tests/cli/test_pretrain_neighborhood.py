@@ -63,6 +63,26 @@ def test_files_in_model_out(tmp_path, capsys):
     }
 
 
+def test_twins_of_held_out_cells_are_not_learnt_from(tmp_path, caplog):
+    """A section of which some cells, by barcode and counts, are in another one too."""
+    first, second = make_adata(60), make_adata(60, seed=1)
+    counts = second.X.toarray()
+    counts[10:20] = first.X[10:20].toarray()
+    second.X = counts
+    barcodes = ["".join("ACGT"[i // 4**k % 4] for k in range(8)) for i in range(120)]
+    for part, cells in enumerate((first, second)):
+        own = np.arange(60) + 60 * part
+        own[10:20] = np.arange(10, 20)
+        cells.obs_names = [f"{barcodes[i]}-{part}" for i in own]
+        cells.obs[["x", "y"]] = np.random.default_rng(part).random((60, 2)) * [1, 2]
+        cells.obs["section"] = f"s{part}"
+    store = CellStore.build(tmp_path / "store", [first, second], obs=["x", "y", "section"], report=False)
+    pretrain("--data", store.path, "--output", tmp_path / "model", "--held_out_sections", "s1")
+    assert "10 training cells are held out too, and are left out of training" in caplog.text
+    state = json.loads((tmp_path / "model" / "trainer_state.json").read_text())
+    assert "49 of 108 cells" in json.dumps(state)  # of 60 and 60, each with a cell without counts
+
+
 def test_files_are_sections_of_their_own(tmp_path):
     files = [section(tmp_path, "a", 1), section(tmp_path, "b", 2, section=["up"] * 30 + ["down"] * 30)]
     pretrain("--data", *files, "--output", tmp_path / "model", "--held_out_sections", "b:down")

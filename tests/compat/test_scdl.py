@@ -723,7 +723,8 @@ def test_calls_of_013_get_three_results(file, tmp_path, counts):
 
 def test_neighbours_come_with_features_of_the_cell(linked):
     cells = linked.get_row_with_neighbor(3, return_var_features=True, return_obs_features=True)
-    assert cells["features"] is cells["var_features"] and len(cells["obs_features"]) == linked.obs_features().shape[1]
+    assert cells["features"] is cells["var_features"]
+    assert cells["obs_features"] == linked.obs_features().iloc[3].tolist()
     assert linked.get_row_padded_with_neighbor(3)["obs_features"] is None
 
 

@@ -281,6 +281,15 @@ def test_the_model_takes_log1p_or_is_given_it():
     torch.testing.assert_close(given.loss, counts.loss)
 
 
+def test_a_loss_is_the_mean_over_the_cells_of_its_mask():
+    model, batch = make_model(), make_batch(LENGTHS, "packed")
+    each = [model(**batch, loss_mask=torch.arange(len(LENGTHS)) == i).loss for i in range(len(LENGTHS))]
+    chosen = torch.tensor([True, False, True, True, False, False, False])
+    torch.testing.assert_close(model(**batch, loss_mask=chosen).loss, torch.stack(each)[chosen].mean())
+    torch.testing.assert_close(model(**batch).loss, torch.stack(each).mean())
+    assert model(**batch, loss_mask=torch.zeros(len(LENGTHS), dtype=torch.bool)).loss == 0
+
+
 def test_labels_that_are_no_counts_raise():
     batch = make_batch(LENGTHS, "packed")
     batch["masked_expression"] = batch["masked_expression"].log1p()

@@ -15,15 +15,18 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from stformer_hf import (
     CellTrainer,
     DataCollatorForCellClassification,
+    GeneBertConfig,
     GeneBertForClassification,
     GeneBertForPhenotypicMLM,
     GeneBertModel,
+    GeneTokenizer,
     annotate,
     embed,
     finetune,
 )
 from stformer_hf.training.loading import load_config, load_model, load_tokenizer, name_of, unwrap
 
+SIZE = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
 NAMES = {"id2label": {0: "B cell", 1: "T cell"}, "label2id": {"B cell": 0, "T cell": 1}}
 
 
@@ -144,6 +147,36 @@ def test_an_adapter_without_the_head_that_it_was_trained_with_is_refused(base, a
     save_file(kept, tmp_path / "whole" / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="whole does not fit its base .*pre_classifier"):
         annotate(adata, tmp_path / "whole")
+
+
+def test_what_an_adapter_knows_is_compared_as_that_of_a_model(base, tokenizer, adata, store, lora, tmp_path):
+    classifier = AutoModelForSequenceClassification.from_pretrained(base, **NAMES)
+    adapted = lora(classifier, task_type="SEQ_CLS")
+    other = GeneTokenizer(list(tokenizer.genes)[::-1], bin_edges=[0.5, 1.5, 3.5], phenotypes=tokenizer.phenotypes)
+    other.included_phenotypes = []
+
+    def trainer(tokenizer=tokenizer, **options):
+        return CellTrainer(
+            model=adapted,
+            args=TrainingArguments(tmp_path / "run", max_steps=1, report_to="none", use_cpu=True),
+            train_dataset=store,
+            data_collator=DataCollatorForCellClassification(tokenizer, "cell_type", **options),
+            processing_class=tokenizer,
+        )
+
+    with pytest.raises(ValueError, match="processing_class does not fit the model: as many ids and types, but other"):
+        trainer(other)
+    with pytest.raises(ValueError, match="label2id is 0 'T cell', 1 'B cell', and the model's 0 'B cell', 1 'T cell'"):
+        trainer(label2id={"T cell": 0, "B cell": 1})
+    trainer().save_model(tmp_path / "adapter")
+    annotate(adata, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="does not fit the model"):
+        annotate(adata, tmp_path / "adapter", tokenizer=other)
+    with pytest.raises(ValueError, match="does not fit the model"):
+        annotate(adata, adapted, tokenizer=other)
+    GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(other, **SIZE)).save_pretrained(base)
+    with pytest.raises(ValueError, match="was trained in a model of other genes, .* than its base .*base has"):
+        annotate(adata, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("load", [load_config, load_tokenizer, load_model])

@@ -80,7 +80,7 @@ def test_two_processes_evaluate_each_cell_once(store, tmp_path, order):
     finished(two), finished(one)
     alone = json.loads((tmp_path / "one" / "seen-0.json").read_text())["evaluated"]
     names = ["eval_genes_loss", "eval_genes_accuracy", "eval_cell_type_loss", "eval_cell_type_accuracy"]
-    names += ["eval_loss"] if order == "random" else []
+    names += ["eval_loss"] if order == "random" else ["eval_mlm_loss", "eval_decode_loss"]
     for rank in (0, 1):
         seen = json.loads((tmp_path / "two" / f"seen-{rank}.json").read_text())
         assert seen["world_size"] == 2
@@ -95,6 +95,8 @@ def test_two_processes_learn_of_neighborhoods_what_one_does(store, tmp_path):
     two, one = (json.loads((tmp_path / name / "seen-0.json").read_text()) for name in ("two", "one"))
     assert (two["world_size"], one["world_size"]) == (2, 1) and len(one["losses"]) == 12
     np.testing.assert_allclose(two["losses"], one["losses"], atol=1e-5, rtol=0)
+    for name in ("eval_loss", "eval_pearson_r"):
+        assert two["evaluated"][name] == pytest.approx(one["evaluated"][name], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -80,8 +80,9 @@ def main() -> None:
     )
     if settings["order"] == "neighborhoods":
         trainer = NeighborhoodTrainer(arguments, neighborhoods(store), model=model_of_neighborhoods(store))
+        evaluated = trainer.evaluate(trainer.train_dataset.select(range(21)))  # the last batches are filled up
         trainer.train()
-        return write(folder, arguments, [], trainer, {})
+        return write(folder, arguments, [], trainer, evaluated)
     stream = settings["order"].endswith("stream")
     cells = IterableAnnDataset(store, tokenizer, shuffle=True, buffer_size=16) if stream else store
     trainer = STFormerPretrainer(

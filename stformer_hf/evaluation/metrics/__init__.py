@@ -53,6 +53,20 @@ def compute_classification_metrics(prediction: EvalPrediction) -> dict[str, floa
     return classification_metrics(labels[labelled], np.argmax(logits, axis=-1)[labelled])
 
 
+def compute_regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """`compute_metrics` of a Trainer for numbers per cell: mean absolute error, and R².
+
+    R² is 1 - (sum of squared errors) / (sum of squared deviations from the mean of these cells): 0 is what their mean
+    would score. It is NaN where all cells have the same number.
+    """
+    predicted = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    true = np.asarray(prediction.label_ids, np.float64)
+    error = np.asarray(predicted, np.float64).reshape(true.shape) - true
+    spread = ((true - true.mean(axis=0)) ** 2).sum()
+    r2 = 1 - (error**2).sum() / spread if spread else float("nan")
+    return {"mae": float(np.abs(error).mean()), "r2": float(r2)}
+
+
 def balanced_class_weights(values: Sequence, classes: Sequence) -> list[float]:
     """Weigh classes by n / (n_classes * n of the class), so that the mean weight of the cells is 1.
 
@@ -226,6 +240,7 @@ __all__ = [
     "classification_metrics",
     "compute_classification_metrics",
     "compute_phenotype_metrics",
+    "compute_regression_metrics",
     "load_metric",
     "preprocess_logits_for_metrics",
     "preprocess_logits_with_nll",

@@ -613,6 +613,7 @@ class CellNeighborhoodForMaskedCell(CellNeighborhoodPreTrainedModel):
         masked_expression: torch.Tensor | None = None,
         return_loss: bool = True,
         num_items_in_batch: int | torch.Tensor | None = None,
+        loss_mask: torch.BoolTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CellNeighborhoodForMaskedCellOutput | tuple[torch.Tensor, ...]:
         """Predict the counts of B masked cells.
@@ -627,7 +628,10 @@ class CellNeighborhoodForMaskedCell(CellNeighborhoodPreTrainedModel):
         return_loss : bool, default: True
             Whether to compute the loss, where there are counts.
         num_items_in_batch : int or Tensor (), optional
-            Masked cells of the whole step, by which the loss is divided; B by default. `Trainer` gives it.
+            Masked cells of the whole step, by which the loss is divided; those of `loss_mask` by default. `Trainer`
+            gives it.
+        loss_mask : BoolTensor (B,), optional
+            Masked cells that are in the loss; all by default.
         **kwargs
             `cu_seq_lens`, or `encoder_mask`, `pooling_mask` and `decoder_mask`, and what else
             `CellNeighborhoodModel.forward` takes.
@@ -659,7 +663,9 @@ class CellNeighborhoodForMaskedCell(CellNeighborhoodPreTrainedModel):
                 raise ValueError(f"masked_expression is a tensor {shape}, got {tuple(masked_expression.shape)}.")
             check_counts(masked_expression, "masked_expression")
             of_cells = -counts.log_likelihood(masked_expression).mean(-1)
-            loss = of_cells.sum() / (len(of_cells) if num_items_in_batch is None else num_items_in_batch)
+            if loss_mask is not None:
+                of_cells = of_cells[loss_mask]
+            loss = of_cells.sum() / (max(len(of_cells), 1) if num_items_in_batch is None else num_items_in_batch)
         return CellNeighborhoodForMaskedCellOutput(
             loss=loss,
             expected_counts=counts.expected(),

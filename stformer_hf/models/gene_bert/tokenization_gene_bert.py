@@ -42,6 +42,7 @@ from .gene_vocabulary import (
     read_medians,
     read_token_dictionary,
     read_vocabulary,
+    sample,
 )
 from .legacy_files import load_mapping
 
@@ -373,6 +374,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         bin_edges: Any = None,
         n_bins: int = 10,
         medians: Any = None,
+        genes: Sequence[str] | None = None,
         **kwargs,
     ) -> "GeneTokenizer":
         """Make a tokenizer for the genes, and the chosen phenotypes, of a store.
@@ -393,6 +395,8 @@ class GeneTokenizer(PreTrainedTokenizer):
             Bins of quantiles, `bin_0` not counted; fewer where quantiles fall together.
         medians : GeneStatistics, dict of gene to float, or path of a .json or .pkl
             Of the rank scheme, from `estimate_gene_medians`. Genes without one are left out of the vocabulary.
+        genes : sequence of str, optional
+            Those of the store's gene ids to have in the vocabulary; all by default.
         **kwargs
             As in the constructor.
 
@@ -413,13 +417,18 @@ class GeneTokenizer(PreTrainedTokenizer):
                     f"{', '.join(store.categories) or 'none'}. Build it with obs=[…] to keep more columns."
                 )
             phenotypes = {name: _values_of(store, name) for name in phenotypes}
-        genes = store.gene_ids.tolist()
+        rows = {gene: row for row, gene in enumerate(store.gene_ids.tolist())}
+        genes = list(rows if genes is None else genes)
+        unknown = [gene for gene in genes if gene not in rows]
+        if unknown:
+            raise ValueError(f"{len(unknown)} genes are not in the store, such as {sample(unknown)}.")
+        rows = np.array([rows[gene] for gene in genes], np.int64)
         if scheme == "rank":
             medians, target_sum = read_medians(medians)
             values = check_medians(medians, genes)
             known = np.flatnonzero(~np.isnan(values))
             genes, kwargs["medians"] = [genes[i] for i in known], values[known]
-            kwargs.setdefault("gene_weights", fit_gene_weights(store)[known])
+            kwargs.setdefault("gene_weights", fit_gene_weights(store)[rows[known]])
             kwargs.setdefault("target_sum", target_sum)
         elif medians is not None:
             kwargs["medians"] = medians  # refused by the constructor
@@ -427,7 +436,7 @@ class GeneTokenizer(PreTrainedTokenizer):
             bin_edges = fit_bin_edges(store, bin_edges, n_bins, kwargs.get("normalize"))
         kwargs.setdefault("symbols", store.genes)
         if kwargs.get("gene_weights") is None and hasattr(store, "rows"):  # a stream is read once
-            kwargs["gene_weights"] = fit_gene_weights(store)
+            kwargs["gene_weights"] = fit_gene_weights(store)[rows]
         return cls(genes, scheme=scheme, phenotypes=phenotypes, bin_edges=bin_edges, **kwargs)
 
     @classmethod

@@ -54,6 +54,11 @@ def comparable_cells(twins: torch.Tensor, sources: torch.Tensor, usable: torch.T
     return (others | own) & usable & usable[:, None]
 
 
+def cells_with_negatives(comparable: torch.Tensor) -> torch.Tensor:
+    """Tell which cells have a negative, and so a loss: bool Tensor (n,)."""
+    return comparable.diagonal() & (comparable.sum(1) > 1)
+
+
 def info_nce(logits: torch.Tensor, comparable: torch.Tensor) -> torch.Tensor:
     r"""Cross entropy of each cell among those that it is compared with, in both directions.
 
@@ -69,7 +74,7 @@ def info_nce(logits: torch.Tensor, comparable: torch.Tensor) -> torch.Tensor:
     float32 Tensor ()
         Mean over cells with at least one negative; 0 without any.
     """
-    counting = comparable.diagonal() & (comparable.sum(1) > 1)
+    counting = cells_with_negatives(comparable)
     logits = logits.float().masked_fill(~comparable, -torch.inf)[counting][:, counting]
     if not len(logits):
         return logits.sum()
@@ -105,4 +110,11 @@ def contrast_of_totals(totals: torch.Tensor, comparable: torch.Tensor) -> torch.
     return info_nce(-residuals.square() / (2 * differences.var(correction=0).clamp(min=1e-6)), comparable)
 
 
-__all__ = ["TEMPERATURE", "comparable_cells", "contrast_loss", "contrast_of_totals", "info_nce"]
+__all__ = [
+    "TEMPERATURE",
+    "cells_with_negatives",
+    "comparable_cells",
+    "contrast_loss",
+    "contrast_of_totals",
+    "info_nce",
+]

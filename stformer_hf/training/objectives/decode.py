@@ -38,7 +38,7 @@ def decode_loss(
     batch: Mapping[str, torch.Tensor],
     known: torch.Tensor,
     usable: torch.Tensor,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Negative log likelihood of the counts of the other view, under negative binomials.
 
     The other view has the genes that are absent from this one, or the counts that were thinned away. Its total is
@@ -58,8 +58,10 @@ def decode_loss(
 
     Returns
     -------
-    float32 Tensor ()
+    loss : float32 Tensor ()
         In nats per count, the mean over views of cells; 0 without any.
+    n_views : int64 Tensor ()
+        Views that the mean is over.
 
     Notes
     -----
@@ -84,7 +86,7 @@ def decode_loss(
     totals = counts.new_zeros(n_rows).index_add(0, rows, counts)
     scored = usable.repeat(2) & (totals > 0)
     if not scored.any():
-        return gene_logits.float().sum() * 0 + log_dispersion.sum() * 0
+        return gene_logits.float().sum() * 0 + log_dispersion.sum() * 0, scored.sum()
 
     log_means = (
         gene_logits.float().masked_fill(~targets, torch.finfo(torch.float32).min).log_softmax(-1)
@@ -96,7 +98,7 @@ def decode_loss(
     # Most genes have no count: the others' terms are put in place of those of zeros.
     more = nb_log_likelihood(counts, log_means[rows, genes], log_dispersion[genes]) - of_zero[rows, genes]
     log_likelihood = log_likelihood.index_add(0, rows, more)
-    return -(log_likelihood[scored] / totals[scored]).mean()
+    return -(log_likelihood[scored] / totals[scored]).mean(), scored.sum()
 
 
 __all__ = ["add_decoder", "decode_loss"]
