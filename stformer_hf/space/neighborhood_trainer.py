@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from ..batches.collate import IGNORE
-from ..batches.parts import bases
+from ..batches.parts import as_selection, bases
 from ..models.cell_neighborhood.count_likelihoods import pearson_r
 from ..training.cell_trainer import CellTrainer
 from ..training.eval_loss import filling_cells
+from .center_mask_sampler import CenterMaskSampler
 from .neighborhood_baselines import mean_of_defined, neighborhood_baselines
 from .neighborhood_collator import collate_neighborhoods
 
@@ -41,7 +42,8 @@ class NeighborhoodTrainer(CellTrainer):
     Raises
     ------
     ValueError
-        Cells that do not fit the model; see `CenterMaskSampler.fit_model`.
+        Cells that do not fit the model; see `CenterMaskSampler.fit_model`. Baselines of cells that are not of
+        one `CenterMaskSampler`.
     """
 
     def __init__(
@@ -53,6 +55,9 @@ class NeighborhoodTrainer(CellTrainer):
         data_collator: Callable | None = None,
         **kwargs,
     ):
+        train_dataset = as_selection(train_dataset)
+        if baselines:
+            _check_baselines(train_dataset, kwargs.get("eval_dataset"))
         self.baselines = baselines
         self._baselines: list[tuple[Any, dict[str, float]]] = []  # of the datasets that were evaluated
         self._pearson_r: list[np.ndarray] = []  # of the masked cells of the evaluation that is running
@@ -108,6 +113,16 @@ class NeighborhoodTrainer(CellTrainer):
         metrics = neighborhood_baselines(self.train_dataset, dataset, seed=self.args.seed)
         self._baselines.append((dataset, metrics))
         return metrics
+
+
+def _check_baselines(train_dataset: Any, eval_dataset: Any) -> None:
+    others = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    for cells in (train_dataset, *map(as_selection, others)):
+        if cells is not None and not isinstance(cells, CenterMaskSampler):
+            raise ValueError(
+                f"baselines=True reads neighbourhoods of one CenterMaskSampler, and a {type(cells).__name__} is "
+                "several: make one of all cells, with a section_key."
+            )
 
 
 __all__ = ["NeighborhoodTrainer"]

@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 import torch
 from conftest import make_adata
-from test_neighborhood_training import make_trainer, sampler, section
 from torch.utils.data import ConcatDataset, Subset, random_split
 from transformers import TrainingArguments
 
@@ -21,6 +20,7 @@ from stformer_hf import (
     STFormerPretrainer,
     finetune,
 )
+from tests.space.test_neighborhood_trainer import make_trainer, sampler, section
 
 ROWS = np.random.default_rng(0).permutation(60)[:50]  # one of them, cell 3, has no counts
 
