@@ -1,4 +1,4 @@
-"""All that a checkpoint needs. Importing this package registers the Auto classes."""
+"""Models, configurations and tokenizer: all that a checkpoint needs. Importing this package registers them."""
 
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import is_peft_available
@@ -12,12 +12,12 @@ AutoConfig.register(CellNeighborhoodConfig.model_type, CellNeighborhoodConfig)
 AutoTokenizer.register(GeneBertConfig, GeneTokenizer)
 
 
-# Layers of both models, by the names that BERT has for them.
+# Layers of both models; the names are those of BERT.
 _LAYERS_OF_BERT = {"query": ["q_lin"], "key": ["k_lin"], "value": ["v_lin"], "output.dense": ["out_lin", "lin2"]}
 
 
 def _register_with_peft(model_type: str) -> None:
-    """Give PEFT the layers that its methods adapt where no `target_modules` are named: those of BERT."""
+    """Register the layers that PEFT adapts by default, when no `target_modules` are given: those of BERT."""
     if not is_peft_available():
         return
     from peft.utils import constants
@@ -29,7 +29,7 @@ def _register_with_peft(model_type: str) -> None:
 
 
 def _register_gene_bert() -> None:
-    """Register the model classes, at the first configuration: importing them with the package costs seconds."""
+    """Register the model classes when the first configuration is created, since importing them takes seconds."""
     from transformers import (
         AutoModel,
         AutoModelForMaskedLM,
