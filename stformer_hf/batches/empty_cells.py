@@ -1,4 +1,4 @@
-"""Cells without counts are left out of what a model learns from or is scored on."""
+"""Leave cells without counts out of training and evaluation."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ..store.cell_store import CellStore
 
 
 def without_empty_cells(dataset: Any) -> Any:
-    """Leave the cells without counts out of a store, or of a subset of one; other datasets are returned as they are.
+    """Return a store, or a subset of one, without the cells that have no counts; other datasets are not changed.
 
     Parameters
     ----------
     dataset : CellStore, torch.utils.data.Subset of one, or anything else
-        What to train on.
+        Dataset to train on.
 
     Returns
     -------
-    The dataset itself, if it has no empty cell or is no store, else a selection of the store.
+    The dataset itself, if it has no empty cells or is not a store, else a selection of the store.
     """
     if isinstance(dataset, Subset) and isinstance(dataset.dataset, CellStore):
         dataset = dataset.dataset.select(dataset.indices)
