@@ -220,7 +220,7 @@ def test_missing_and_clashing_obs_columns_raise(tmp_path, adata):
         CellStore.build(tmp_path / "s", adata, obs=["genes"])
     other = make_adata(seed=5)
     other.obs["age"] = "old"
-    with pytest.raises(ValueError, match="'age' has other types"):
+    with pytest.raises(ValueError, match="'age' has different types"):
         CellStore.build(tmp_path / "s", [adata, other], obs=["age"])
 
 

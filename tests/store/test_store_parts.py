@@ -301,7 +301,7 @@ def test_every_column_of_any_source_is_kept_where_all_are_asked_for(tmp_path, ca
         store.obs["batch"].astype(object).where(store.obs["batch"].notna(), None).tolist()[-5:] == ["y"] + [None] * 4
     )
     np.testing.assert_array_equal(store.obs["score"], [np.nan] * 5 + [0.5, np.nan, 1.5, 2.5])
-    assert "'odd' has other types" in caplog.text and "genes is left out" in caplog.text
+    assert "'odd' has different types" in caplog.text and "genes is left out" in caplog.text
 
 
 # ---------------------------------------------------------------------- batches
