@@ -133,9 +133,9 @@ class DataCollatorForPhenotypicMLM(CellCollator):
     This is PerturbGene's masking ("DataCollatorForPhenotypicMLM" of its Code Organization), with these differences.
     Genes are swapped for distinct genes that are certainly not expressed, at most half of those that the cell does not
     express: genes dropped by truncation are known to be expressed, and genes that a store does not measure are left
-    out. In an example with the tokenizer's full `max_length`, whose dropped genes are unknown, no genes are swapped;
-    tokenize in the collator for that. Dropped phenotypes are not attended to. Masks do not depend on the global
-    generator.
+    out. In an example tokenized beforehand to the tokenizer's full `max_length`, whose dropped genes are unknown, no
+    genes are swapped, so tokenize with the same `max_length`. Dropped phenotypes are not attended to. Masks do not
+    depend on the global generator.
 
     Examples without `cell_id` are identified by a checksum of their tokens.
     """
@@ -394,11 +394,11 @@ class DataCollatorForCellClassification(CellCollator):
         max_tokens: int | None = None,
     ):
         super().__init__(tokenizer, gene_dropout, pad_to_multiple_of, seed, packing, max_tokens)
-        told = {label} if isinstance(label, str) else set(label)
-        told &= set(tokenizer.included_phenotypes)
-        if told:
+        included = {label} if isinstance(label, str) else set(label)
+        included &= set(tokenizer.included_phenotypes)
+        if included:
             raise ValueError(
-                f"The tokenizer includes {', '.join(map(repr, told))} in the tokens, so the model would read the "
+                f"The tokenizer includes {', '.join(map(repr, included))} in the tokens, so the model would read the "
                 "answer: remove it from tokenizer.included_phenotypes."
             )
         self.label = label

@@ -49,7 +49,7 @@ class RankPrior(nn.Module):
     This is a forward-backward recursion of a hidden Markov model (Rabiner 1989) whose states are counts, over windows
     instead of whole cells. From the left, far to near, with a the weights of the previous states and a_0 that of no
     state: a'_c = share_c (a_0 + sum of a_i with level_i >= level_c); older states are kept, multiplied by (1 - the sum
-    of the token's shares) and 0.001. F(b) is the weight of the states from the left at or above bin b times that of
+    of the token's shares + 0.001). F(b) is the weight of the states from the left at or above bin b times that of
     those from the right at or below it. The log odds are ln(0.97 r / z + 0.03), where z is the mean of F over the
     bins, and r = sum over the gene's counts of share x F(bin), plus (1 - the sum of the shares) x z, so that z is the
     mean of r weighted by the genes' frequencies. ln(1 + axes_g . p) is added, where p is the mean of the axes of the

@@ -106,7 +106,7 @@ class _Frame(NamedTuple):
     starts: list[np.ndarray]
 
 
-class _Told(set):
+class _Logged(set):
     """Warnings already logged; not pickled, so that calls do not change the hash by which `datasets` caches."""
 
     def __reduce__(self):
@@ -324,7 +324,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         self.match = match or "id"
         if self.match not in ("id", "symbol"):
             raise ValueError(f'match must be "id" or "symbol", got {match!r}.')
-        self._told = _Told()
+        self._logged = _Logged()
 
         kwargs["model_max_length"] = DEFAULT_MAX_LENGTH if max_length is None else max_length
         more = ["expression_values"] * self.values + ["cell_genes", "cell_counts"] * self.whole_cell
@@ -1244,8 +1244,8 @@ class GeneTokenizer(PreTrainedTokenizer):
                 else:
                     tokens[:, i] = [token(value) for value in _exact(values)]
             n_missing = int((tokens[:, i] < 0).sum())
-            if n_missing and category not in self._told:
-                self._told.add(category)
+            if n_missing and category not in self._logged:
+                self._logged.add(category)
                 logger.warning(
                     f"{n_missing} of {n_cells} cells have no known value of phenotype {category!r}; it is left out of "
                     "their tokens. (Logged once.)"
