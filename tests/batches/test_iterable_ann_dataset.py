@@ -539,7 +539,7 @@ def test_values_that_are_no_counts_are_told_while_reading(tmp_path):
     values[700, 1] = 0.5
     with_genes(AnnData(values)).write_h5ad(tmp_path / "a.h5ad")
     dataset = IterableAnnDataset(tmp_path / "a.h5ad", buffer_size=100)
-    with pytest.raises(ValueError, match="a.h5ad: .*X holds fractional values .* in the cells 700 to 799"):
+    with pytest.raises(ValueError, match="a.h5ad: .*X holds fractional values .* in cells 700 to 799"):
         list(dataset)
     cells = list(IterableAnnDataset(tmp_path / "a.h5ad", fractional=True))
     assert cells[700]["counts"].tolist() == [1.0, 0.5]

@@ -216,7 +216,7 @@ def test_values_that_are_no_counts_are_refused(value):
         ({"target_sum": -1}, "positive"),
         ({"target_sum": np.nan}, "positive"),
         ({"target_sum": np.inf}, "positive"),
-        ({"method": "tdigest"}, "method='tdigest': use one of auto, exact, sketch"),
+        ({"method": "tdigest"}, "method='tdigest': must be one of auto, exact, sketch"),
         ({"max_memory": -1}, "max_memory=-1"),
         ({"symbols": ["A"]}, "1 symbols for 3 genes"),
     ],
@@ -455,7 +455,7 @@ def test_parts_hold_no_pickles_and_no_cells_beyond_their_number(counts, tmp_path
 def test_other_kinds_of_files_are_refused_before_anything_is_written(counts, tmp_path):
     statistics = gather(counts)
     for path in (tmp_path / "a.pkl", tmp_path / "a"):
-        with pytest.raises(ValueError, match="must be .json .results. and .npz files"):
+        with pytest.raises(ValueError, match="must be .json .results only. or .npz"):
             statistics.save(path)
         with pytest.raises(ValueError, match="must be .json"):
             GeneStatistics.load(path)

@@ -331,7 +331,7 @@ def test_batches_that_do_not_fit_raise():
         (without(packed, "masked_cell_type"), "masked_cell_type is missing"),
         (without(packed, "observed_cell_type"), "observed_cell_type is missing"),
         (masked | {"encoder_mask": masked["full_mask"]}, r"encoder_mask must be a bool tensor \(27, 27\).*\(34, 34\)"),
-        (masked | {"decoder_mask": masked["decoder_mask"].float()}, "decoder_mask is a bool.*float32"),
+        (masked | {"decoder_mask": masked["decoder_mask"].float()}, "decoder_mask must be a bool.*float32"),
         (packed | {"output_attentions": True}, "Attentions need a batch with masks"),
         (make_batch([], "packed") | {"masked_cell_type": torch.zeros(0, dtype=torch.long)}, "no neighbourhoods"),
     ]

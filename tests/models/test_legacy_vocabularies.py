@@ -33,7 +33,7 @@ class Evil:
 def test_a_malicious_pickle_is_refused_and_names_what_it_wanted(tmp_path, wrap, protocol):
     file = tmp_path / "tokens.pkl"
     file.write_bytes(pickle.dumps(wrap(Evil(tmp_path / "harm")), protocol))
-    with pytest.raises(ValueError, match=r"tokens.pkl is refused: it asks for (posix|nt|os)\.system"):
+    with pytest.raises(ValueError, match=r"tokens.pkl is refused: it refers to (posix|nt|os)\.system"):
         load_pickle(file)
     with pytest.raises(ValueError, match="refused"):
         GeneTokenizer.from_token_dictionary(file, MEDIANS)

@@ -146,7 +146,7 @@ def test_what_a_model_cannot_read_is_told():
     with pytest.raises(ValueError, match="A cell has .* tokens, but the model 20 positions"):
         GeneBertModel(config)(**batch)
     for wrong, said in (
-        ({"norm_type": "batch_norm"}, "norm_type is 'layer_norm' or 'rms_norm'"),
+        ({"norm_type": "batch_norm"}, "norm_type must be 'layer_norm' or 'rms_norm'"),
         ({"position_embedding_type": "absolute"}, "'none' or 'learned' or 'rotary'"),
         ({"position_embedding_type": "rotary", "hidden_size": 6, "num_attention_heads": 2}, "even size"),
         ({"loss_weights": {"cell_type": 2.0}}, "loss_weights has unknown classes cell_type; token_classes are genes"),

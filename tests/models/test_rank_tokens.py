@@ -285,7 +285,7 @@ def test_the_stock_collator_masks_genes_only(tokenizer):
         ({"normalize": "log1p_cp10k"}, "normalize: only for the binned scheme"),
         ({"truncation": "tail"}, "truncation must be one of top, head, random"),
         ({"neighborhood": True, "max_length": 4}, "no room for a gene"),
-        ({"special_tokens": {"pad_token": "<pad>"}}, "mask_token, pad_token are needed"),
+        ({"special_tokens": {"pad_token": "<pad>"}}, "mask_token, pad_token are required"),
         ({"special_tokens": {"pad_token": "a", "mask_token": "b"}}, "name of a special token"),
         ({"token_ids": {"a": 4, "b": 4}}, "id 4 of 'b'"),
         ({"token_ids": {"z": 4}}, "has z, which is not a gene"),
@@ -300,7 +300,7 @@ def test_bad_settings_raise(arguments, words):
 def test_medians_of_other_genes_are_told(caplog):
     genes = [f"ENSG{i:011d}" for i in range(30)]
     symbols = {f"CD{i}": 1.0 for i in range(20)}
-    match = "None of the genes has a median. .*Ensembl ids of human. 0 of 20 medians are .*: they are of CD0, CD1"
+    match = "None of the genes has a median. .*Ensembl ids of human. 0 of 20 medians are .*: they are for CD0, CD1"
     with pytest.raises(ValueError, match=match):
         GeneTokenizer(genes, scheme="rank", medians=symbols)
     GeneTokenizer(genes, scheme="rank", medians={**symbols, f"{genes[0]}.4": 1.0})

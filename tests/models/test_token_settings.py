@@ -86,7 +86,7 @@ def test_edges_a_gene_are_saved_and_must_be_there_for_all(tmp_path):
     assert (back.n_bins, back.normalize, back.fingerprint) == (4, "log1p_cp10k", tokenizer.fingerprint)
     with pytest.raises(ValueError, match="no edges for 1 genes, such as f"):
         GeneTokenizer(GENES, bin_edges={gene: [1] for gene in "abcde"})
-    with pytest.raises(ValueError, match="bin_edges of b are positive"):
+    with pytest.raises(ValueError, match="bin_edges of b must be positive"):
         GeneTokenizer(GENES, bin_edges={**EDGES, "b": [2, 1]})
     with pytest.raises(ValueError, match="normalize must be None or"):
         GeneTokenizer(GENES, normalize="cpm")

@@ -169,7 +169,7 @@ def test_unknown_genes_are_counted_and_an_input_without_the_models_genes_raises(
     with pytest.raises(
         ValueError,
         match=r"has 0 of the model's 6 genes \(0.0%; at least 10% are needed\); 0.0% of the input's counts.*"
-        r"like z, y, x.*model wants genes like a, b, c",
+        r"like z, y, x.*model needs genes like a, b, c",
     ):
         tokenizer(counts, genes=["z", "y", "x"])
     tokenizer.min_coverage = 0.0
@@ -331,7 +331,7 @@ def test_values_that_are_no_counts_raise_and_name_the_layer_that_has_them(tokeni
 
 
 def test_input_of_the_wrong_kind_or_shape_raises(tokenizer):
-    with pytest.raises(TypeError, match="not str"):
+    with pytest.raises(TypeError, match="got str"):
         tokenizer("CD4 CD8A")
     with pytest.raises(ValueError, match="4 columns, but there are 6 gene ids.*genes="):
         tokenizer(np.ones((2, 4)))

@@ -274,7 +274,7 @@ def test_a_modality_and_its_layer_are_named(held, mdata, tokenizer, tmp_path):
     np.testing.assert_array_equal(AnnDataset(source, layer="prot")[0]["X"], PROTEINS[0])
     np.testing.assert_allclose(AnnDataset(source, layer="prot:clr")[0]["X"], np.log1p(PROTEINS[0]))
     assert open_source(source, "rna:counts").counts_in == open_source(source, "counts").counts_in == "counts"
-    with pytest.raises(ValueError, match="modality 'rna' has no layer 'protein'; it has X, counts"):
+    with pytest.raises(ValueError, match="modality 'rna' has no layer 'protein'; available: X, counts"):
         open_source(source, "protein")
 
 
