@@ -1,1 +1,1 @@
-"""Rows to tokens to batches."""
+"""Convert rows to tokens to batches: collators, samplers and streams."""

@@ -1,4 +1,4 @@
-"""From cells or tokens to padded or packed batches, and what all collators share."""
+"""Padded or packed batches from cells or tokens, and the base class of the collators."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PHENOTYPE_DROP_PROB = 0.1
 
 
 class CellCollator:
-    """What the collators share: a seed, an epoch, genes left out anew in each epoch, padding or packing."""
+    """Base class of the collators: seed, epoch, gene dropout, padding or packing."""
 
     def __init__(
         self,
@@ -34,29 +34,29 @@ class CellCollator:
     ):
         check_probability("gene_dropout", gene_dropout)
         if packing and pad_to_multiple_of:
-            raise ValueError("A packed batch is not padded: leave pad_to_multiple_of out.")
+            raise ValueError("A packed batch is not padded: do not set pad_to_multiple_of.")
         self.tokenizer = tokenizer
         self.gene_dropout = gene_dropout
         self.pad_to_multiple_of = pad_to_multiple_of
         self.seed = seed
         self.packing = packing
         self.max_tokens = max_tokens
-        # In shared memory: workers that outlive an epoch see the next one.
+        # In shared memory, so that persistent workers see the next epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @property
     def epoch(self) -> int:
-        """The epoch that random numbers are drawn for."""
+        """Epoch for which random numbers are drawn."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw for another epoch; call it before the epoch's first batch."""
+        """Set the epoch; call it before the first batch of the epoch."""
         self._epoch.fill_(epoch)
 
     def for_evaluation(self) -> CellCollator:
-        """Make a collator that draws the same masks at every evaluation, those of epoch 0, and drops no genes.
+        """Return a collator that draws the same masks at every evaluation, those of epoch 0, and drops no genes.
 
-        It pads, so that predictions have a row a cell.
+        It pads, so that predictions have one row per cell.
         """
         other = copy.copy(self)
         other.gene_dropout, other.packing, other.max_tokens = 0.0, False, None
@@ -72,7 +72,7 @@ class CellCollator:
         return happens(share, self.seed, self.epoch, stream, cell_ids, counters, cells)
 
     def _tokens(self, examples: Any) -> tuple[TokenizedCells, np.ndarray]:
-        """Tokens and ids of the cells, after gene dropout; the arrays may be written to."""
+        """Return tokens and ids of the cells, after gene dropout, as writable arrays."""
         tokens = read_tokens(examples, self.tokenizer, self.epoch)
         cell_ids = _cell_ids(examples, tokens)
         if not self.gene_dropout:
@@ -91,9 +91,9 @@ class CellCollator:
         ), cell_ids
 
     def _drop_from_cells(self, rows: CountRows, cell_ids: np.ndarray) -> CountRows:
-        """Hide the genes of whole cells that gene dropout leaves out: those that it takes from the tokens, and more.
+        """Hide the genes that gene dropout leaves out from the whole cells, whether they are tokens or not.
 
-        Genes that `max_length` cut share the fate of the others; a draw depends on the gene alone.
+        Genes that `max_length` cut are drawn like the others; a draw depends on the gene alone.
         """
         cells = np.repeat(np.arange(len(cell_ids)), np.diff(rows.indptr))
         counters = self.tokenizer.gene_counters(rows.columns)
@@ -101,7 +101,7 @@ class CellCollator:
         return rows._replace(counts=np.where(drop, np.float32(-1), rows.counts))
 
     def _hide(self, tokens: TokenizedCells, positions: np.ndarray, genes: np.ndarray) -> TokenizedCells:
-        """Hide genes (numbers, int64 array (k,)) from the whole cells of the tokens at some positions."""
+        """Hide genes (indices, int64 array (k,)) from the whole cells of the tokens at `positions`."""
         if tokens.cells is None:
             return tokens
         cells = np.searchsorted(tokens.indptr, positions, side="right") - 1
@@ -115,9 +115,9 @@ class CellCollator:
         Returns
         -------
         masked, labels : int64 array (k,)
-            Positions, ascending, and what was there.
+            Positions, ascending, and the original ids.
         left_out : int64 array
-            Positions.
+            Positions of the phenotypes that are left out.
         """
         ids = tokens.input_ids
         at = np.flatnonzero(self.tokenizer.get_phenotypic_tokens_mask(ids))
@@ -138,7 +138,7 @@ class CellCollator:
         labels: tuple[np.ndarray, np.ndarray] | None = None,
         left_out: np.ndarray | None = None,
     ) -> dict[str, torch.Tensor | int]:
-        """Make a padded or a packed batch of tokens; see `pad` and `pack`."""
+        """Make a padded or a packed batch from tokens; see `pad` and `pack`."""
         if self.packing:
             batch = pack(tokens, self.tokenizer, labels, left_out)
         else:
@@ -147,7 +147,7 @@ class CellCollator:
         if self.max_tokens is not None and n_tokens > self.max_tokens:
             raise ValueError(
                 f"A batch of {len(tokens.indptr) - 1} cells has {n_tokens} tokens, more than "
-                f"max_tokens={self.max_tokens}: put fewer cells into a batch, or shorten them (tokenizer.max_length)."
+                f"max_tokens={self.max_tokens}: use fewer cells per batch, or truncate them (tokenizer.max_length)."
             )
         return batch
 
@@ -155,25 +155,25 @@ class CellCollator:
 def check_probability(name: str, value: float) -> None:
     """Raise ValueError for a number outside [0, 1]."""
     if not 0 <= value <= 1:
-        raise ValueError(f"{name} is a probability, got {value}.")
+        raise ValueError(f"{name} must be a probability, got {value}.")
 
 
 def read_tokens(examples: Any, tokenizer: GeneTokenizer, epoch: int = 0) -> TokenizedCells:
-    """Give the flat tokens of a CellBatch, of an Arrow table of tokenized cells, or of a list of examples."""
+    """Return the flat tokens of a CellBatch, of an Arrow table of tokenized cells, or of a list of examples."""
     if is_cell_batch(examples):
         return tokenizer.encode_cells(examples, epoch=epoch)
     names = examples.column_names if isinstance(examples, pa.Table) else list(examples[0])
     if "input_ids" not in names:
         raise ValueError(
-            f"The examples have no input_ids; they have {', '.join(names) or 'nothing'}: give the collator cells of a "
-            "CellStore, or tokenize them first."
+            f"The examples have no input_ids; they have {', '.join(names) or 'nothing'}: pass cells of a CellStore, "
+            "or tokenize them first."
         )
     ids, indptr = _flat_column(examples, "input_ids", np.int64)
 
     def column(name: str, dtype: type) -> np.ndarray:
         flat, cuts = _flat_column(examples, name, dtype)
         if not np.array_equal(cuts, indptr):
-            raise ValueError(f"{len(flat)} {name} for {indptr[-1]} tokens.")
+            raise ValueError(f"There are {len(flat)} {name} for {indptr[-1]} tokens.")
         return flat
 
     if "token_type_ids" in names:
@@ -189,22 +189,22 @@ def read_tokens(examples: Any, tokenizer: GeneTokenizer, epoch: int = 0) -> Toke
         genes, cuts = _flat_column(examples, "cell_genes", np.int64)
         counts, same = _flat_column(examples, "cell_counts", np.float32)
         if not np.array_equal(cuts, same):
-            raise ValueError(f"{len(counts)} cell_counts for {len(genes)} cell_genes.")
+            raise ValueError(f"There are {len(counts)} cell_counts for {len(genes)} cell_genes.")
         measured = _measured_column(examples, len(cuts) - 1, len(tokenizer.genes))
         return tokens._replace(cells=CountRows(cuts, genes, counts), measured=measured)
     if "cell_genes" in tokenizer.model_input_names:
         raise ValueError(
-            f"The model reads whole cells, and the examples have no cell_genes and cell_counts; they have "
+            f"The model reads whole cells, but the examples have no cell_genes and cell_counts; they have "
             f"{', '.join(names)}. Tokenize them with this tokenizer, or train on the store."
         )
     return tokens
 
 
 def _flat_column(examples: Any, name: str, dtype: type) -> tuple[np.ndarray, np.ndarray]:
-    """Read a list a cell: all values, a copy, and where those of each cell begin."""
+    """Return a copy of all values of a list column (one list per cell), and the start of each cell's values."""
     if isinstance(examples, pa.Table):
         lists = examples.column(name).combine_chunks()
-        if isinstance(lists, pa.ChunkedArray):  # of no rows, or too long for one array
+        if isinstance(lists, pa.ChunkedArray):  # without rows, or too long for one array
             lists = pa.concat_arrays(lists.chunks) if lists.num_chunks else pa.array([], lists.type)
         offsets = lists.offsets.to_numpy().astype(np.int64)
         return lists.values.to_numpy()[offsets[0] : offsets[-1]].astype(dtype), offsets - offsets[0]
@@ -215,7 +215,7 @@ def _flat_column(examples: Any, name: str, dtype: type) -> tuple[np.ndarray, np.
 
 
 def _measured_column(examples: Any, n_cells: int, n_genes: int) -> np.ndarray | None:
-    """Read which genes each cell's file measures: bool array (n_cells, n_genes); None where all do."""
+    """Return which genes are measured in each cell's file, bool array (n_cells, n_genes); None for all."""
     name, rows = "measured_genes", None
     if isinstance(examples, pa.Table):
         if name in examples.column_names:
@@ -232,13 +232,13 @@ def _measured_column(examples: Any, n_cells: int, n_genes: int) -> np.ndarray | 
 
 
 def labels_a_cell(examples: Any, name: str) -> np.ndarray:
-    """Read a column of a table or of examples that has a value a cell."""
+    """Return a column with one value per cell from a table or from examples."""
     if isinstance(examples, pa.Table):
         return examples.column(name).to_numpy()
     if name not in examples[0]:
         raise ValueError(
-            f"The examples have no {name!r}; they have {', '.join(examples[0])}. Stock Trainer drops columns that "
-            "the model does not name: TrainingArguments(remove_unused_columns=False) keeps them."
+            f"The examples have no {name!r}; they have {', '.join(examples[0])}. Stock Trainer removes columns that "
+            "the model does not read: TrainingArguments(remove_unused_columns=False) keeps them."
         )
     return np.array([example[name] for example in examples])
 
@@ -254,7 +254,7 @@ def _cell_ids(examples: Any, tokens: TokenizedCells) -> np.ndarray:
 
 
 def select(tokens: TokenizedCells, kept: np.ndarray) -> TokenizedCells:
-    """Keep some tokens, bool array (T,), of all cells."""
+    """Return the tokens of all cells where `kept`, bool array (T,), is True."""
     return tokens._replace(
         input_ids=tokens.input_ids[kept],
         token_type_ids=tokens.token_type_ids[kept],
@@ -264,7 +264,7 @@ def select(tokens: TokenizedCells, kept: np.ndarray) -> TokenizedCells:
 
 
 def take(tokens: TokenizedCells, cells: np.ndarray) -> TokenizedCells:
-    """Choose cells, int64 array (k,), in any order. What truncation left out is not known of them any more."""
+    """Return some cells, int64 array (k,), in any order, without the genes that truncation dropped."""
 
     def chosen(indptr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         lengths = np.diff(indptr)[cells]
@@ -290,7 +290,7 @@ def take(tokens: TokenizedCells, cells: np.ndarray) -> TokenizedCells:
 
 
 def join(parts: Sequence[TokenizedCells]) -> TokenizedCells:
-    """Put cells of several parts, that measure all genes, one after the other."""
+    """Concatenate the cells of multiple parts, all of which measure all genes."""
 
     def cuts(indptrs: Sequence[np.ndarray]) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(np.concatenate([np.diff(indptr) for indptr in indptrs]))])
@@ -322,25 +322,25 @@ def pad(
     labels: tuple[np.ndarray, np.ndarray] | None = None,
     left_out: np.ndarray | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Put the tokens of each cell into a row, and fill the rows up.
+    """Make a padded batch: the tokens of each cell in one row.
 
     Parameters
     ----------
     tokens : TokenizedCells
         T tokens of n cells.
     tokenizer : GeneTokenizer
-        Says what a model reads, what pads it, and on which side.
+        Defines the model inputs, their padding values, and the padding side.
     multiple : int, optional
         Round the length up to a multiple of this.
     labels : (positions, labels), int64 arrays (k,), optional
         Labels of some tokens; -100 for the others.
     left_out : int64 array, optional
-        Positions of tokens that are not to be attended to.
+        Positions of tokens that are not attended to.
 
     Returns
     -------
     dict of str to Tensor (n, length)
-        What `tokenizer.model_input_names` says, and `labels`.
+        The inputs in `tokenizer.model_input_names`, and `labels`.
     """
     indptr, side = tokens.indptr, tokenizer.padding_side
     lengths = np.diff(indptr)
@@ -352,7 +352,7 @@ def pad(
         for name, (flat, value) in tokenizer.columns(tokens).items()
     }
     rows = np.arange(len(lengths))
-    # Token t of row r stands at t + shifts[r] of the flat matrix.
+    # Token t of row r is at t + shifts[r] of the flat matrix.
     shifts = rows * length - indptr[:-1] if side == "right" else (rows + 1) * length - indptr[1:]
 
     def places(at: np.ndarray) -> np.ndarray:
@@ -374,7 +374,7 @@ def pad(
 
 
 def _measured(tokens: TokenizedCells) -> dict[str, torch.Tensor]:
-    """Return which genes the cells' file measures, a row per cell, where it lacks some: bool Tensor (n, n_genes)."""
+    """Return `measured_genes`, bool Tensor (n, n_genes), if the cells' file lacks some genes; else an empty dict."""
     if tokens.cells is None or tokens.measured is None:
         return {}
     shape = len(tokens.indptr) - 1, tokens.measured.shape[1]
@@ -387,18 +387,18 @@ def pack(
     labels: tuple[np.ndarray, np.ndarray] | None = None,
     left_out: np.ndarray | None = None,
 ) -> dict[str, torch.Tensor | int]:
-    """Put the tokens of cells into one row, and say where each cell begins.
+    """Make a packed batch: the tokens of all cells in one row, with the boundaries of the cells.
 
     Parameters
     ----------
     tokens : TokenizedCells
         T tokens of n cells.
     tokenizer : GeneTokenizer
-        Says what a model reads.
+        Defines the model inputs.
     labels : (positions, labels), int64 arrays (k,), optional
         Labels of some tokens; -100 for the others.
     left_out : int64 array, optional
-        Positions of tokens that are not in the row.
+        Positions of tokens to leave out of the row.
 
     Returns
     -------

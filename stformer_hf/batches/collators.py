@@ -1,4 +1,4 @@
-"""Collators: cells or tokens in, masked or labelled batches out, without a Python loop over tokens."""
+"""Collators: masked or labelled batches from cells or tokens, without a Python loop over tokens."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from .collate import CellCollator, check_probability, labels_a_cell, pack, pad, 
 from .gene_swaps import unexpressed_genes
 from .token_rows import CLASS_NAMES
 
-# Streams of `uniforms`, one a decision.
+# Streams of `uniforms`, one per decision.
 _MASK_GENE, _SWAP_SEQUENCE, _SWAP_GENE, _NEW_GENE, _KIND_OF_MASK, _RANDOM_GENE = 0, 1, 2, 3, 7, 8
 _SEQUENCE_SWAP_PROB = 0.9
 _TRUTH = {"0": 0, "1": 1, "false": 0, "true": 1}
 
 
 class MaskedCells(NamedTuple):
-    """What a batch is made of.
+    """Masked tokens of a batch, before padding or packing.
 
     Attributes
     ----------
     tokens : TokenizedCells
-        With `[MASK]` in the places of masked tokens.
+        Tokens, with masked ones replaced by `[MASK]`.
     labels : (positions, labels), int64 arrays (k,)
-        What is to be predicted.
+        Positions to predict, and their original ids.
     left_out : int64 array, or None
         Positions of tokens that are not attended to.
     """
@@ -45,23 +45,23 @@ class MaskedCells(NamedTuple):
 def collate_fn_wrapper(
     tokenizer: GeneTokenizer, pad_to_multiple_of: int | None = None, packing: bool = False
 ) -> Callable[[Any], dict[str, torch.Tensor]]:
-    """Make a collate function that pads examples to the longest (PerturbGene's name), or packs them.
+    """Return a collate function that pads examples to the longest, or packs them (the name is PerturbGene's).
 
     Parameters
     ----------
     tokenizer : GeneTokenizer
-        Gives the padding, and tokenizes cells of a store.
+        Defines the padding, and tokenizes cells of a store.
     pad_to_multiple_of : int, optional
         Round the length up to a multiple of this.
     packing : bool, default: False
-        Give one row of tokens without padding, and where its cells begin; see `pack`.
+        Return one row of tokens without padding, with the boundaries of its cells; see `pack`.
 
     Returns
     -------
     callable
-        Takes a `CellBatch`, or a list of examples with `input_ids`, `token_type_ids` and perhaps `labels` (a label a
-        cell or a label a token). Gives int64 tensors `input_ids` (`[PAD]`), `token_type_ids` (0), `attention_mask`
-        (0) of shape (n, length), and `labels` (-100) if the examples have them.
+        Takes a `CellBatch`, or a list of examples with `input_ids`, `token_type_ids` and optionally `labels` (one
+        label per cell or one per token). Returns int64 tensors `input_ids` (padded with `[PAD]`), `token_type_ids` (0)
+        and `attention_mask` (0) of shape (n, length), and `labels` (-100) if the examples have them.
     """
 
     def collate(examples: Any) -> dict[str, torch.Tensor]:
@@ -74,9 +74,9 @@ def collate_fn_wrapper(
         if labels is not None and labels[0].ndim:
             of_tokens = np.arange(tokens.indptr[-1]), np.concatenate(labels)
             if not np.issubdtype(of_tokens[1].dtype, np.integer):
-                raise ValueError(f"Labels of tokens are whole numbers, got {of_tokens[1].dtype}.")
+                raise ValueError(f"Labels of tokens must be integers, got {of_tokens[1].dtype}.")
             if len(of_tokens[1]) != tokens.indptr[-1]:
-                raise ValueError(f"{len(of_tokens[1])} labels for {tokens.indptr[-1]} tokens.")
+                raise ValueError(f"There are {len(of_tokens[1])} labels for {tokens.indptr[-1]} tokens.")
         if packing:
             batch = pack(tokens, tokenizer, of_tokens)
         else:
@@ -85,57 +85,59 @@ def collate_fn_wrapper(
             batch["labels"] = torch.from_numpy(np.stack(labels))
         return batch
 
-    collate.tokenizer = tokenizer  # for those who compare it with the model's
+    collate.tokenizer = tokenizer  # read by checks against the model's tokenizer
     return collate
 
 
 class DataCollatorForPhenotypicMLM(CellCollator):
     """Masks expression bins and phenotypes for `GeneBertForPhenotypicMLM`.
 
-    Genes: each is masked with `mlm_probability`; a masked one becomes `[MASK]` and its bin is its label. In 9 of 10
-    cells each masked gene is, with probability 1 / n_bins / 0.9, swapped for a gene that the cell does not express
-    and labelled `bin_0`: over a batch `bin_0` is 1 / n_bins of the gene labels (`n_bins` counts `bin_0`). Phenotypes:
-    each is chosen with `phenotype_mask_prob` and becomes `[MASK]`, labelled with itself; one in ten of the chosen is
-    dropped instead: `[PAD]`, type 0, no label, not attended to.
+    Each gene is masked with probability `mlm_probability`: it becomes `[MASK]`, and its bin is the label. In 9 of 10
+    cells each masked gene is, with probability 1 / n_bins / 0.9, swapped for a gene that the cell does not express,
+    with label `bin_0`, so that `bin_0` is 1 / n_bins of the gene labels of a batch (`n_bins` includes `bin_0`). Each
+    phenotype is chosen with `phenotype_mask_prob`: it becomes `[MASK]`, and its id is the label; one in ten of the
+    chosen is dropped instead (`[PAD]`, type 0, no label, not attended to).
 
-    All of it is a function of (seed, epoch, `cell_id`), whatever the batch, the worker or the rank.
+    The masks are a function of (seed, epoch, `cell_id`), independent of batch, worker and rank.
 
     Parameters
     ----------
     tokenizer : GeneTokenizer
-        Tokenizes a `CellBatch`; gives ids and padding.
+        Tokenizes a `CellBatch`; defines ids and padding.
     mlm : bool, default: True
-        Whether to mask; without, `labels` are all -100.
+        Whether to mask; if False, `labels` are all -100.
     mlm_probability : float, default: 0.15
-        Share of the genes to mask.
+        Fraction of the genes to mask.
     phenotype_mask_prob : float, default: 0.5
-        Share of the phenotypes to mask.
+        Fraction of the phenotypes to mask.
     pad_to_multiple_of : int, optional
         Round the padded length up to a multiple of this.
     seed : int, default: 0
-        Of the masks.
+        Seed of the masks.
     gene_dropout : float, default: 0.0
-        Share of a cell's genes to leave out, chosen anew in each epoch: it regularises where cells are few, and makes
-        steps cheaper.
+        Fraction of a cell's genes to leave out, other genes in each epoch. It regularises training on few cells, and
+        makes steps cheaper.
     packing : bool, default: False
-        Give one row of tokens without padding, and where its cells begin, in place of a padded matrix; see `pack`.
+        Return one row of tokens without padding, with the boundaries of its cells, instead of a padded matrix; see
+        `pack`.
     max_tokens : int, optional
-        Most tokens a batch may have, padding included; one with more raises.
+        Maximum number of tokens per batch, including padding; a larger batch raises.
 
     Raises
     ------
     ValueError
-        A probability outside [0, 1]; a tokenizer of the rank scheme.
+        A probability is outside [0, 1], or the tokenizer has the rank scheme.
 
     Notes
     -----
-    PerturbGene's masking ("DataCollatorForPhenotypicMLM" of its Code Organization). Differences: the swap takes
-    distinct genes that are certainly not expressed, at most half of those that the cell does not express (genes lost
-    to truncation are known to be; genes that a store has not measured are left out; an example of full the tokenizer's
-    `max_length`, whose cut genes are not known, swaps none: tokenize with that length); dropped phenotypes are
-    not attended to; masks do not depend on the global generator.
+    This is PerturbGene's masking ("DataCollatorForPhenotypicMLM" of its Code Organization), with these differences.
+    Genes are swapped for distinct genes that are certainly not expressed, at most half of those that the cell does not
+    express: genes dropped by truncation are known to be expressed, and genes that a store does not measure are left
+    out. In an example tokenized beforehand to the tokenizer's full `max_length`, whose dropped genes are unknown, no
+    genes are swapped, so tokenize with the same `max_length`. Dropped phenotypes are not attended to. Masks do not
+    depend on the global generator.
 
-    Examples without `cell_id` are known by a checksum of their tokens.
+    Examples without `cell_id` are identified by a checksum of their tokens.
     """
 
     def __init__(
@@ -153,7 +155,7 @@ class DataCollatorForPhenotypicMLM(CellCollator):
         super().__init__(tokenizer, gene_dropout, pad_to_multiple_of, seed, packing, max_tokens)
         if tokenizer.scheme != "binned":
             raise ValueError(
-                "DataCollatorForPhenotypicMLM masks expression bins, and the tokenizer gives ranks: use "
+                "DataCollatorForPhenotypicMLM masks expression bins, but the tokenizer has the rank scheme: use "
                 "DataCollatorForGeneRankMLM."
             )
         check_probability("mlm_probability", mlm_probability)
@@ -164,7 +166,7 @@ class DataCollatorForPhenotypicMLM(CellCollator):
         self.phenotype_mask_prob = phenotype_mask_prob
 
     def __call__(self, examples: Any) -> dict[str, torch.Tensor]:
-        """Make a batch.
+        """Return a masked batch.
 
         Parameters
         ----------
@@ -174,19 +176,19 @@ class DataCollatorForPhenotypicMLM(CellCollator):
         Returns
         -------
         dict of Tensor int64 (n, length)
-            `input_ids`, `token_type_ids`, `attention_mask`, `labels`; packed, what `pack` gives.
+            `input_ids`, `token_type_ids`, `attention_mask`, `labels`; with `packing`, the output of `pack`.
         """
         return self._batch(*self.masked(examples))
 
     def masked(self, examples: Any, panel: np.ndarray | None = None) -> MaskedCells:
-        """Mask cells, and hide from their counts what is masked.
+        """Mask cells, and hide masked genes from their counts.
 
         Parameters
         ----------
         examples : CellBatch, or list of dict
             As in `__call__`.
         panel : bool array (n_genes,), optional
-            Genes that may be swapped in; all that the store has measured by default.
+            Genes that may be swapped in; by default all that the store measures.
 
         Returns
         -------
@@ -206,15 +208,15 @@ class DataCollatorForPhenotypicMLM(CellCollator):
             measured = np.flatnonzero(panel) if measured is None else measured[panel[measured]]
         types = tokens.token_type_ids.copy()
         genes, gene_labels = self._mask_genes(tokens, cell_ids, is_cell_batch(examples), measured)
-        # A gene that is swapped in is hidden too: its absence would tell that it is bin_0. So is the one whose place
-        # it takes: a gene that counts, and is no token, would tell of the swap.
+        # A gene that is swapped in is hidden too: its absence would reveal that it is bin_0. So is the gene that it
+        # replaces: a gene with a count but without a token would reveal the swap.
         for of in (types, tokens.token_type_ids):
             tokens = self._hide(tokens, genes, of[genes] - self.tokenizer.gene_token_type_offset)
         labels = np.concatenate([masked, genes]), np.concatenate([labels, gene_labels])
         return MaskedCells(tokens, labels, left_out)
 
     def _measured_genes(self, cells: CellBatch) -> np.ndarray | None:
-        """Find the tokenizer's genes that a store has: their numbers, ascending; None for all of them."""
+        """Return the indices of the tokenizer's genes that a store measures, ascending; None for all of them."""
         if self._measured is None or self._measured[0] is not cells.gene_ids:  # one array for all batches of a store
             found = np.unique(self.tokenizer.find_genes(cells.gene_ids, cells.symbols))
             found = found[found >= 0]
@@ -224,11 +226,11 @@ class DataCollatorForPhenotypicMLM(CellCollator):
     def _mask_genes(
         self, tokens, cell_ids, all_genes_known: bool, measured: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Mask genes, in place, and swap some; returns their positions, and their labels."""
+        """Mask genes in place, and swap some; return their positions and labels."""
         tokenizer, types = self.tokenizer, tokens.token_type_ids
         n_bins = tokenizer.n_bins
         cells = np.repeat(np.arange(len(cell_ids)), np.diff(tokens.indptr))
-        # A gene is known by its type, so that its fate does not depend on the tokens around it.
+        # Draws use the type of a gene, so that they do not depend on the tokens around it.
         hit = self._happens(self.mlm_probability, _MASK_GENE, cell_ids, types, cells)
         hit &= tokenizer.get_gene_tokens_mask(tokens.input_ids)
         masked = np.flatnonzero(hit)
@@ -263,32 +265,34 @@ class DataCollatorForPhenotypicMLM(CellCollator):
 class DataCollatorForGeneRankMLM(CellCollator):
     """Masks genes and phenotypes of ranked cells.
 
-    Genes, BERT's way: each is chosen with `mlm_probability` and labelled with itself; of the chosen, 80 % become
-    `[MASK]`, 10 % a random gene of the vocabulary, 10 % stay. Phenotypes, as in `DataCollatorForPhenotypicMLM`: each
-    is chosen with `phenotype_mask_prob` and becomes `[MASK]`; one in ten of the chosen is left out instead.
+    Genes are masked as in BERT: each is chosen with probability `mlm_probability`, and its id is the label; of the
+    chosen, 80 % become `[MASK]`, 10 % a random gene of the vocabulary, and 10 % are unchanged. Phenotypes are masked
+    as in `DataCollatorForPhenotypicMLM`: each is chosen with `phenotype_mask_prob` and becomes `[MASK]`; one in ten of
+    the chosen is left out instead.
 
-    All of it is a function of (seed, epoch, `cell_id`), whatever the batch, the worker or the rank.
+    The masks are a function of (seed, epoch, `cell_id`), independent of batch, worker and rank.
 
     Parameters
     ----------
     tokenizer : GeneTokenizer or STFormerPreCollator
-        Of the rank scheme.
+        Tokenizer with the rank scheme.
     mlm_probability : float, default: 0.15
-        Share of the genes to predict.
+        Fraction of the genes to predict.
     phenotype_mask_prob : float, default: 0.5
-        Share of the phenotypes to mask.
+        Fraction of the phenotypes to mask.
     pad_to_multiple_of, seed, gene_dropout, packing, max_tokens
         As in `DataCollatorForPhenotypicMLM`.
 
     Raises
     ------
     ValueError
-        A probability outside [0, 1]; a tokenizer of the binned scheme.
+        A probability is outside [0, 1], or the tokenizer has the binned scheme.
 
     Notes
     -----
-    Devlin et al. 2019, as STFormer and Geneformer train. transformers' `DataCollatorForLanguageModeling` puts any
-    token in the place of a gene, `[PAD]` and `[MASK]` too; this one only genes.
+    This is the masking of Devlin et al. 2019, which STFormer and Geneformer use. transformers'
+    `DataCollatorForLanguageModeling` replaces genes by any random token, even `[PAD]` and `[MASK]`; this one only by
+    genes.
     """
 
     def __init__(
@@ -305,7 +309,7 @@ class DataCollatorForGeneRankMLM(CellCollator):
         super().__init__(tokenizer, gene_dropout, pad_to_multiple_of, seed, packing, max_tokens)
         if tokenizer.scheme != "rank":
             raise ValueError(
-                "DataCollatorForGeneRankMLM masks ranked genes, and the tokenizer gives bins: use "
+                "DataCollatorForGeneRankMLM masks ranked genes, but the tokenizer has the binned scheme: use "
                 "DataCollatorForPhenotypicMLM."
             )
         check_probability("mlm_probability", mlm_probability)
@@ -314,23 +318,23 @@ class DataCollatorForGeneRankMLM(CellCollator):
         self.phenotype_mask_prob = phenotype_mask_prob
 
     def __call__(self, examples: Any) -> dict[str, torch.Tensor]:
-        """Make a batch; as `DataCollatorForPhenotypicMLM` gives it."""
+        """Return a masked batch, as `DataCollatorForPhenotypicMLM` does."""
         return self._batch(*self.masked(examples))
 
     def masked(self, examples: Any, panel: np.ndarray | None = None) -> MaskedCells:
-        """Mask cells; as `DataCollatorForPhenotypicMLM.masked`, but that random genes are of the whole vocabulary."""
+        """Mask cells as `DataCollatorForPhenotypicMLM.masked`, but with random genes of the whole vocabulary."""
         tokenizer = self.tokenizer
         tokens, cell_ids = self._tokens(as_cell_batch(examples))
         ids = tokens.input_ids
         cells = np.repeat(np.arange(len(cell_ids)), np.diff(tokens.indptr))
-        # A gene may be in a cell and in its neighbourhood; apart from that its fate depends on itself alone.
+        # A gene may be in a cell and in its neighbourhood; apart from that, a draw depends on the gene alone.
         genes = ids + tokens.token_type_ids * tokenizer.vocab_size
         chosen = self._happens(self.mlm_probability, _MASK_GENE, cell_ids, genes, cells)
         chosen &= tokenizer.get_gene_tokens_mask(ids)
         masked = np.flatnonzero(chosen)
         cells, genes, labels = cells[masked], genes[masked], ids[masked]
         if tokens.cells is not None:
-            own = tokens.token_type_ids[masked] == tokenizer.gene_token_type_offset  # not of the neighbourhood
+            own = tokens.token_type_ids[masked] == tokenizer.gene_token_type_offset  # not those of the neighbourhood
             tokens = self._hide(tokens, masked[own], tokenizer.genes_of(labels[own], None))
         kind = self._uniforms(_KIND_OF_MASK, cell_ids, genes, cells)
         random = (self._uniforms(_RANDOM_GENE, cell_ids, genes, cells) * len(tokenizer.gene_token_ids)).astype(
@@ -344,36 +348,38 @@ class DataCollatorForGeneRankMLM(CellCollator):
 
 
 class DataCollatorForCellClassification(CellCollator):
-    """Pads cells and gives the class of each, for `GeneBertForClassification`.
+    """Pads cells and returns the class of each, for `GeneBertForClassification`.
 
     Parameters
     ----------
     tokenizer : GeneTokenizer
-        Tokenizes a `CellBatch`; gives the padding. It must not put the label into the cell's own tokens.
+        Tokenizes a `CellBatch`; defines the padding. It must not include the label in the cell's own tokens.
     label : str or list of str, default: "labels"
-        Obs column of the store, or column of the examples, that holds the class: a categorical one, or numbers to
-        predict (`problem_type="regression"`). Several columns of 0 and 1, or numbers, for several labels a cell.
+        Obs column of the store, or column of the examples, with the label: a categorical column for classes, or
+        numbers for regression (`problem_type="regression"`). A list of columns of 0 and 1, or of numbers, for multiple
+        labels per cell.
     label2id : dict of str to int, optional
-        Number of each class by its name, wherever the cells know the names of their codes (a store, a stream, a
-        tokenized dataset); their own order by default, which `CellTrainer` replaces by the model's. Of several
-        columns, the place of each column in the labels.
+        Index of each class by name, for cells that know the names of their codes (from a store, a stream, a tokenized
+        dataset); by default their own order, which `CellTrainer` replaces by the model's. With a list of columns, the
+        index of each column in the labels.
     pad_to_multiple_of : int, optional
         Round the padded length up to a multiple of this.
     seed : int, default: 0
-        Of the gene dropout.
+        Seed of the gene dropout.
     gene_dropout : float, default: 0.0
-        Share of a cell's genes to leave out, chosen anew in each epoch: it regularises where cells are few, and makes
-        steps cheaper.
+        Fraction of a cell's genes to leave out, other genes in each epoch. It regularises training on few cells, and
+        makes steps cheaper.
     packing : bool, default: False
-        Give one row of tokens without padding, and where its cells begin, in place of a padded matrix; see `pack`.
+        Return one row of tokens without padding, with the boundaries of its cells, instead of a padded matrix; see
+        `pack`.
     max_tokens : int, optional
-        Most tokens a batch may have, padding included; one with more raises.
+        Maximum number of tokens per batch, including padding; a larger batch raises.
 
     Raises
     ------
     ValueError
-        The label is one of the tokenizer's included phenotypes; `label2id` does not number all of several columns; a
-        batch has cells without a label, or classes other than 0 and 1 in one of several columns.
+        The label is one of the tokenizer's included phenotypes; `label2id` does not have every label column; a batch
+        has cells without a label, or values other than 0 and 1 in one of the label columns.
     """
 
     def __init__(
@@ -388,24 +394,24 @@ class DataCollatorForCellClassification(CellCollator):
         max_tokens: int | None = None,
     ):
         super().__init__(tokenizer, gene_dropout, pad_to_multiple_of, seed, packing, max_tokens)
-        told = {label} if isinstance(label, str) else set(label)
-        told &= set(tokenizer.included_phenotypes)
-        if told:
+        included = {label} if isinstance(label, str) else set(label)
+        included &= set(tokenizer.included_phenotypes)
+        if included:
             raise ValueError(
-                f"The tokenizer puts {', '.join(map(repr, told))} into the tokens, and the model would read the "
-                "answer: take it out of tokenizer.included_phenotypes."
+                f"The tokenizer includes {', '.join(map(repr, included))} in the tokens, so the model would read the "
+                "answer: remove it from tokenizer.included_phenotypes."
             )
         self.label = label
         self.label2id = label2id
 
     def __call__(self, examples: Any) -> dict[str, torch.Tensor]:
-        """Make a batch of a `CellBatch` or of examples.
+        """Return a batch with labels from a `CellBatch` or from examples.
 
         Returns
         -------
         dict of Tensor
-            As `DataCollatorForPhenotypicMLM` gives it, with `labels`: int64 (n,), or float32 (n,) where they are
-            numbers, or float32 (n, n_labels).
+            As from `DataCollatorForPhenotypicMLM`, with `labels`: int64 (n,) for classes, float32 (n,) for numbers,
+            or float32 (n, n_labels).
         """
         examples = as_cell_batch(examples)
         tokens = self._tokens(examples)[0]
@@ -419,32 +425,32 @@ class DataCollatorForCellClassification(CellCollator):
         return batch
 
     def _check_tokens(self, examples: Any, tokens: TokenizedCells) -> None:
-        """Refuse cells without tokens, and tokens made beforehand that hold the answer."""
+        """Refuse cells without tokens, and precomputed tokens that include the label."""
         empty = int((np.diff(tokens.indptr) == 0).sum())
         if empty:
-            raise ValueError(f"{empty} cells of the batch have no token to classify them by; leave them out.")
+            raise ValueError(f"{empty} cells of the batch have no tokens to classify; leave them out.")
         if not is_cell_batch(examples):
             for name in [self.label] if isinstance(self.label, str) else self.label:
                 answers = self.tokenizer.phenotype_token_ids(name)
                 if len(answers) and np.isin(tokens.input_ids, answers).any():
                     raise ValueError(
-                        f"The examples hold tokens of {name!r}, and the model would read the answer: tokenize them "
+                        f"The examples have tokens of {name!r}, so the model would read the answer: tokenize them "
                         "without it (tokenizer.included_phenotypes)."
                     )
 
     def _columns(self) -> list[str]:
-        """List the columns of several labels in the order of `label2id`."""
+        """Return the label columns in the order of `label2id`."""
         if self.label2id is None:
             return list(self.label)
         if set(self.label) != set(self.label2id) or sorted(self.label2id.values()) != list(range(len(self.label))):
             raise ValueError(
-                f"label2id numbers {', '.join(map(repr, self.label2id))}, and the labels are the columns "
-                f"{', '.join(map(repr, self.label))}: give each column its place, 0 to {len(self.label) - 1}."
+                f"label2id has {', '.join(map(repr, self.label2id))}, but the labels are the columns "
+                f"{', '.join(map(repr, self.label))}: map each column to its index, 0 to {len(self.label) - 1}."
             )
         return sorted(self.label, key=self.label2id.get)
 
     def _labels(self, examples: Any, name: str) -> np.ndarray:
-        """Read a label a cell: int64 classes, or float32 numbers."""
+        """Return one label per cell: int64 classes, or float32 numbers."""
         names = None
         if is_cell_batch(examples):
             if name not in examples.obs:
@@ -461,23 +467,23 @@ class DataCollatorForCellClassification(CellCollator):
                 labels, names = _united(name, [example[name] for example in examples], may_differ)
         label2id = self.label2id if isinstance(self.label, str) else _zero_or_one(name, names)
         if is_cell_batch(examples) and labels.dtype == object and label2id is not None:
-            # Cells of stores whose classes are in other orders, by name.
+            # By name, for cells of stores whose classes are in other orders.
             labels, names, classes = np.array([label2id.get(of, -1) for of in labels]), list(label2id), True
         elif names is not None and label2id is not None:
             labels = np.array([*(label2id.get(of, -1) for of in names), -1])[labels]
         if not np.issubdtype(labels.dtype, np.number) and labels.dtype != bool:
-            raise ValueError(f"{name!r} holds neither categories nor numbers, but such as {labels[0]!r}.")
+            raise ValueError(f"{name!r} must hold categories or numbers, got {labels[0]!r}.")
         unknown = labels < 0 if classes else ~np.isfinite(labels.astype(np.float64))
         if unknown.any():
-            hint = "" if names is not None else " (whole numbers are classes; numbers to predict are floats)"
+            hint = "" if names is not None else " (integers are classes; numbers to predict must be floats)"
             raise ValueError(f"{unknown.sum()} cells of the batch have no known {name!r}{hint}; leave them out.")
         if not isinstance(self.label, str) and classes and labels.max(initial=0) > 1:
-            raise ValueError(f"{name!r} has more than two classes: of several labels each is 0 or 1.")
+            raise ValueError(f"{name!r} has more than two classes: with several labels per cell, each must be 0 or 1.")
         return labels.astype(np.int64 if classes else np.float32)
 
 
 def _united(name: str, codes: Sequence[ClassCode], may_differ: bool) -> tuple[np.ndarray, list[str]]:
-    """Give cells codes of one list of names: they may be of several datasets, each with an order of its own."""
+    """Return codes over one common list of names, for cells of datasets with different orders."""
     unnamed = sum(not isinstance(code, ClassCode) for code in codes)
     if unnamed:
         raise ValueError(f"{unnamed} cells of the batch have no known {name!r}; leave them out.")
@@ -486,22 +492,22 @@ def _united(name: str, codes: Sequence[ClassCode], may_differ: bool) -> tuple[np
         return np.array(codes, np.int64), names
     if not may_differ:
         raise ValueError(
-            f"The cells of the batch number the classes of {name!r} in different ways, as their datasets do: pass "
-            "label2id, the number of each class."
+            f"The cells of the batch come from datasets with different codes for the classes of {name!r}: pass "
+            "label2id, the index of each class."
         )
     names = sorted({of for code in codes for of in code.names})
     return np.array([-1 if code.name is None else names.index(code.name) for code in codes], np.int64), names
 
 
 def _zero_or_one(name: str, names: Sequence[str] | None) -> dict[str, int] | None:
-    """Read the categories of one of several labels as 0 and 1; None where the column is of numbers."""
+    """Return the categories of one of multiple label columns as 0 and 1; None if the column holds numbers."""
     if names is None:
         return None
     numbers = {of: _TRUTH.get(of.lower()) for of in names}
     if None in numbers.values():
         raise ValueError(
-            f"{name!r} is one of several labels, and its categories are {', '.join(map(repr, names[:5]))}: of several "
-            "labels each is 0 or 1. Make it of numbers, such as (adata.obs[key] == name).astype(int)."
+            f"{name!r} has the categories {', '.join(map(repr, names[:5]))}: with several labels per cell, each must "
+            "be 0 or 1. Convert it, for example with (adata.obs[key] == name).astype(int)."
         )
     return numbers
 

@@ -1,4 +1,4 @@
-"""Cells without counts are left out of what a model learns from or is scored on."""
+"""Leave cells without counts out of training and evaluation."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .parts import as_selection, bases, gather
 
 
 def without_empty_cells(dataset: Any) -> Any:
-    """Leave the cells without counts out of stores, and of Subsets and ConcatDatasets of them.
+    """Return the dataset without cells that have no counts, for stores and Subsets and ConcatDatasets of them.
 
     Parameters
     ----------
     dataset : any dataset
-        What to train on; rows of other kinds than cells of a store all stay.
+        Dataset to train on. Rows that are not cells of a store are all kept.
 
     Returns
     -------
-    The dataset, as a selection of the store where it is a Subset (`as_selection`).
+    The dataset, as a selection of the store if it is a Subset (see `as_selection`).
     """
     dataset = as_selection(dataset)
     if not any(isinstance(base, CellStore) for base in bases(dataset)):

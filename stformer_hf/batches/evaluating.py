@@ -1,4 +1,4 @@
-"""A model in evaluation mode, where it is to run, for as long as it is used."""
+"""Context manager for a model in evaluation mode, on a device."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module, device: str | torch.device | None = None) -> Iterator[nn.Module]:
-    """Put a model into evaluation mode, and on a device; afterwards all is as it was.
+    """Put a model into evaluation mode and on a device; restore both afterwards.
 
     Parameters
     ----------
     model : nn.Module
-        The mode of each of its modules is restored: a part that is kept in evaluation mode while the rest is trained
-        stays so.
+        The model. The mode of each of its modules is restored separately, so a part that is kept in evaluation mode
+        while the rest is trained stays in it.
     device : str or torch.device, optional
-        Where the model runs; where it is by default. A model whose parts are on several devices stays where it is.
+        Device to run on; by default the model is not moved. A model on multiple devices is never moved.
 
     Yields
     ------

@@ -1,4 +1,4 @@
-"""Which gene takes the place of a masked one: one that the cell certainly does not express."""
+"""Draw genes that a cell certainly does not express, to be swapped for masked ones."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def unexpressed_genes(
     uniforms: Callable[[np.ndarray, np.ndarray], np.ndarray],
     measured: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw, for each token to swap, the type of a gene that its cell does not express; distinct in a cell.
+    """Draw for each token to swap the type of a gene that its cell does not express, distinct within a cell.
 
     Parameters
     ----------
     tokens : TokenizedCells
-        Of the binned scheme, before masking.
+        Tokens of the binned scheme, before masking.
     n_genes, offset : int
         Number of genes, and the token type of the first.
     at, cells : int array (k,)
@@ -31,22 +31,22 @@ def unexpressed_genes(
     uniforms : callable
         (counters, cells) -> numbers in [0, 1).
     measured : int array, optional
-        Genes that may be drawn, ascending, the expressed ones among them; all by default.
+        Genes that may be drawn, ascending, including the expressed ones; all by default.
 
     Returns
     -------
     types : int array (k,)
     given : bool array (k,)
-        Which tokens got one: a cell gives at most half of its unexpressed genes.
+        Which tokens got a gene: at most half of the unexpressed genes of a cell are drawn.
     """
-    # Expressed genes of all cells, ascending in each; those that were dropped are expressed too.
+    # Expressed genes of all cells, ascending in each; those dropped by truncation are expressed too.
     is_gene = np.flatnonzero(tokens.token_type_ids >= offset)
     first, expressed = np.searchsorted(is_gene, tokens.indptr), tokens.token_type_ids[is_gene] - offset
     dropped = tokens.dropped_type_ids - offset
-    if measured is not None:  # the genes are those that were measured
+    if measured is not None:  # genes are indices into `measured`
         expressed, dropped, n_genes = (*(np.searchsorted(measured, of) for of in (expressed, dropped)), len(measured))
     gaps = _gaps(expressed, first, n_genes)
-    if len(tokens.dropped_cells) or (gaps[1:] < gaps[:-1]).any():  # genes are missing, out of order, or there twice
+    if len(tokens.dropped_cells) or (gaps[1:] < gaps[:-1]).any():  # genes are missing, out of order, or repeated
         cells_of = np.repeat(np.arange(len(first) - 1), np.diff(first))
         keys = np.concatenate([cells_of * n_genes + expressed, tokens.dropped_cells * n_genes + dropped])
         keys = np.sort(keys)  # np.unique hashes, which takes twice as long
@@ -73,7 +73,7 @@ def unexpressed_genes(
 
 
 def _gaps(expressed: np.ndarray, first: np.ndarray, n_genes: int) -> np.ndarray:
-    """Count, for each expressed gene, the genes before it that its cell does not express; cells n_genes + 1 apart.
+    """Count for each expressed gene the unexpressed genes of its cell before it; cells are offset by n_genes + 1.
 
     The r-th unexpressed gene of a cell is r + the number of its expressed genes with at most r such genes before them.
     """
@@ -85,7 +85,7 @@ def _gaps(expressed: np.ndarray, first: np.ndarray, n_genes: int) -> np.ndarray:
 
 
 def _repeats(cells: np.ndarray, ranks: np.ndarray, settled: np.ndarray, pending: np.ndarray) -> np.ndarray:
-    """Which of the pending draws repeat one of their cell that is settled, or that came before."""
+    """Return which pending draws repeat a settled or earlier draw of their cell."""
     mine = np.flatnonzero(settled)
     waiting = np.zeros(len(cells), bool)
     waiting[pending] = True

@@ -1,4 +1,4 @@
-"""IterableAnnDataset: cells streamed from files, each once an epoch whatever the number of workers and ranks."""
+"""IterableAnnDataset: cells streamed from files, each once per epoch for any number of workers and ranks."""
 
 from __future__ import annotations
 
@@ -34,90 +34,91 @@ _ROWS_PER_BLOCK = 512  # cells read, and tokenized, at once
 
 
 class _File(NamedTuple):
-    """What reading a source needs, without what cannot go to another process."""
+    """The picklable part of a source that is needed to read it."""
 
     name: str
     counts_in: str
     matrix: Matrix
-    genes: np.ndarray  # row of the gene table of each column
+    genes: np.ndarray  # row of the gene table for each column
 
 
 class IterableAnnDataset(IterableDataset):
-    """Cells streamed from files, tokenized on the way, with no more than a buffer of them in memory.
+    """Cells streamed from files, tokenized on the fly, with only a buffer of cells in memory.
 
-    The order of an epoch is a function of (seed, epoch). It is cut into one contiguous range for each worker of each
-    rank, of sizes that differ by at most one: every cell comes exactly once an epoch, with more workers than files
-    too. Where cells are read many times, a `CellStore` is faster and shuffles fully.
+    The order of an epoch is a function of (seed, epoch). It is split into one contiguous range per worker of each
+    rank, with sizes that differ by at most one, so every cell comes exactly once per epoch, even with more workers
+    than files. If cells are read many times, a `CellStore` is faster and shuffles fully.
 
     Parameters
     ----------
-    filenames : str, Path, AnnData, MuData, SpatialData, CellStore, or several of them
-        All that `CellStore.build` takes as sources: files, folders and patterns such as `data/*.h5ad`. Their genes are
-        united by id.
+    filenames : str, Path, AnnData, MuData, SpatialData, CellStore, or an iterable of them
+        Sources as for `CellStore.build`: files, folders and patterns such as `data/*.h5ad`. Their genes are merged by
+        id.
     tokenizer : GeneTokenizer, optional
-        Makes tokens of the cells. Obs needs the columns of its `included_phenotypes`.
+        Tokenizes the cells. Obs must have the columns of its `included_phenotypes`.
     obs : sequence of str or str, optional
-        Columns of obs to give with each cell.
+        Columns of obs to return with each cell.
     categories : mapping of str to list of str, optional
-        Known values of obs columns, such as `train.categories` for a test set: they keep their codes, others come
-        behind. By default values are numbered as the files name them.
+        Known categories of obs columns, such as `train.categories` for a test set: they keep their codes, and new ones
+        are appended. By default categories are numbered in the order of the files.
     layer : str, optional
         Where the counts are, in every file: `X`, `raw` or a layer. By default the first of X, raw and the layer
         `counts` that holds counts.
     fractional : bool, default: False
-        Allow fractions (RSEM, SoupX).
+        Allow fractional counts (RSEM, SoupX).
     aliases : mapping, DataFrame or file, optional
         Old gene id (or name) -> new id.
     unify : "symbol", optional
-        Take genes of different files that have one symbol under different ids for one.
+        Merge genes of different files that have the same symbol under different ids.
     shuffle : bool, default: False
         Permute the files, and then the cells in each window of `buffer_size`.
     buffer_size : int, default: 4096
-        Cells that are read, and mixed, at once; a worker holds so many (at 2,000 genes a cell, 65 MB).
+        Number of cells that are read and mixed at once, and that a worker holds in memory (65 MB at 2,000 genes per
+        cell).
     seed : int, default: 0
-        Of the order.
+        Seed of the order.
     rank, world_size : int, default: 0, 1
-        Which of how many equal parts this process reads. Not taken from `torch.distributed`: accelerate, and so
-        Trainer, lets the main process read an iterable dataset for all, which needs 0 and 1. Give them where each
-        process has a loader of its own that accelerate does not prepare.
+        Which of how many equal parts this process reads. They are not taken from `torch.distributed`: accelerate, and
+        so Trainer, lets the main process read an iterable dataset for all processes, which needs 0 and 1. Pass them if
+        each process has its own loader that is not prepared by accelerate.
     allow_duplicates : bool, default: False
-        Read files that hold the same cells by their names, such as raw and filtered ones of one run.
+        Accept files that hold the same cells by name, such as the raw and filtered files of one run.
 
     Attributes
     ----------
     genes : GeneTable
         Every gene of the files once.
     categories : dict of str to list of str
-        Names of the codes of the categorical columns in `obs`.
+        Categories of the categorical columns in `obs`, in the order of their codes.
 
     Yields
     ------
     dict
-        Without a tokenizer as `CellStore.__getitem__`: `genes` (rows of `genes`, ascending; uint16, or uint32 over
-        65,536 genes), `counts` (uint32; float32 where fractional), `cell_id`, `obs_name` and the obs values. With
-        one, what the package's collators take: `input_ids` and `token_type_ids` (int64), with `values` also
-        `expression_values`, with `whole_cell` also `cell_genes`, `cell_counts` and, where the files lack genes,
-        `measured_genes`, then `cell_id` and the obs values, of categorical columns the codes (-1 where missing; a
-        `ClassCode`, which knows the names). `cell_id` is the number of the cell in the files in the order given, so
-        that masks do not depend on who reads the cell. With `truncation="random"` each epoch draws other genes, those
-        that a store's cells of the same `cell_id` have in this epoch.
+        Without a tokenizer as from `CellStore.__getitem__`: `genes` (rows of `genes`, ascending; uint16, or uint32 for
+        over 65,536 genes), `counts` (uint32; float32 if fractional), `cell_id`, `obs_name` and the obs values. With a
+        tokenizer, the inputs of the package's collators: `input_ids` and `token_type_ids` (int64); with `values` also
+        `expression_values`; with `whole_cell` also `cell_genes`, `cell_counts` and, if the files lack genes,
+        `measured_genes`; then `cell_id` and the obs values, with codes for categorical columns (-1 where missing; a
+        `ClassCode`, which has the names). `cell_id` is the number of the cell in the files in the order given, so that
+        masks do not depend on the process that reads the cell. With `truncation="random"` each epoch draws other
+        genes, the same as for a store's cell with the same `cell_id` in that epoch.
 
     Raises
     ------
     ValueError
-        No files; no counts in one; a missing obs column; sources of different species; a rank, window or seed that
-        cannot be. While reading: values that are not counts.
+        There are no files; a file has no counts; an obs column is missing; sources are of different species; rank,
+        buffer size or seed are invalid. While reading: values are not counts.
     FileNotFoundError
-        No such file.
+        A file does not exist.
 
     Notes
     -----
-    `GeneTokenizer.from_store` takes a dataset without tokenizer in place of a store.
+    `GeneTokenizer.from_store` accepts a dataset without a tokenizer instead of a store.
 
-    Each worker's last batch may be smaller, so a DataLoader of w workers gives up to w - 1 batches more than its
-    length says; Trainer ends the epoch at that length, and leaves them out. Ranks differ by up to one cell. Cells
-    without counts are not left out. A matrix that is stored by columns is regrouped, in temporary files, by every
-    worker that reads of it, in every epoch: build a store of it.
+    The last batch of each worker may be smaller, so a DataLoader with w workers returns up to w - 1 more batches than
+    its length; Trainer ends the epoch at that length, and skips them. Ranks differ by up to one cell. Cells without
+    counts are not left out. A matrix that is stored by columns is regrouped, in temporary files, by every worker that
+    reads from it, in every epoch: build a store from it.
 
     Examples
     --------
@@ -146,16 +147,18 @@ class IterableAnnDataset(IterableDataset):
         allow_duplicates: bool = False,
     ):
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} of world_size={world_size}: ranks are 0 to world_size - 1.")
+            raise ValueError(f"rank={rank} of world_size={world_size}: ranks must be 0 to world_size - 1.")
         if buffer_size < 1 or seed < 0:
-            raise ValueError(f"buffer_size={buffer_size}, seed={seed}: a buffer holds a cell, and seeds start at 0.")
+            raise ValueError(
+                f"buffer_size={buffer_size}, seed={seed}: buffer_size must be at least 1, and seed at least 0."
+            )
         filenames = [filenames] if is_source(filenames) else filenames
         found = expand(filenames)
         if not allow_duplicates:
             check_names(found)
         sources = [open_source(source, layer, fractional) for source in found]
         if not sources:
-            raise ValueError("No files: give at least one file, folder, pattern, AnnData or store.")
+            raise ValueError("No files: pass at least one file, folder, pattern, AnnData or store.")
         self.tokenizer = tokenizer
         self.fractional, self.shuffle, self.buffer_size, self.seed = fractional, shuffle, buffer_size, seed
         self.rank, self.world_size = rank, world_size
@@ -163,7 +166,7 @@ class IterableAnnDataset(IterableDataset):
         names = [source.name for source in sources]
         united = unite([source.genes for source in sources], names, aliases=aliases, unify=unify)
         self.genes: GeneTable = united.genes
-        shared: dict[bytes, np.ndarray] = {}  # most files have the same genes: one array for all of them
+        shared: dict[bytes, np.ndarray] = {}  # most files have the same genes: share one array
         rows = [shared.setdefault(genes.tobytes(), genes) for genes in united.rows]
         self._files = [
             _File(source.name, source.counts_in, source.matrix, genes)
@@ -179,7 +182,7 @@ class IterableAnnDataset(IterableDataset):
         self._obs, self.categories = _read_obs(sources, obs, categories)
         self._phenotypes, self._phenotype_values = {}, {}
         self._obs_names = None
-        if tokenizer is None:  # as Arrow strings, which are small and quickly sent to a worker
+        if tokenizer is None:  # as Arrow strings, which are small and fast to send to a worker
             self._obs_names = pa.concat_arrays(
                 [pa.array(source.obs.index.astype(str), pa.large_string()) for source in sources]
             )
@@ -188,7 +191,7 @@ class IterableAnnDataset(IterableDataset):
                 sources, tokenizer.included_phenotypes, tokenizer.phenotypes
             )
 
-        # In shared memory: workers that outlive an epoch see the next one, and tell this process that they read.
+        # In shared memory: persistent workers see the next epoch, and this process sees that they read.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._read_by_workers = torch.zeros((), dtype=torch.bool).share_memory_()
         self._progress: dict[str, Any] | None = None
@@ -196,7 +199,7 @@ class IterableAnnDataset(IterableDataset):
 
     @property
     def gene_ids(self) -> np.ndarray:
-        """Ids of the gene table, object array (n_genes,)."""
+        """Gene ids of the gene table, object array (n_genes,)."""
         return self.genes.gene_ids
 
     @property
@@ -205,23 +208,23 @@ class IterableAnnDataset(IterableDataset):
         return self._n_cells
 
     def first_cells(self, file: int, n: int) -> sparse.csr_matrix:
-        """Read the counts of the first cells of a file: (at most n, n_genes)."""
+        """Return the counts of the first cells of a file, (at most n, n_genes)."""
         return self._read([(file, 0, int(min(n, self._n_cells[file])))])
 
     def __len__(self) -> int:
-        """Count the cells of an epoch of this rank, in all of its workers together."""
+        """Return the number of cells of this rank in an epoch, over all of its workers."""
         start, stop = self._range(0, 1)
         return stop - start
 
     @property
     def epoch(self) -> int:
-        """The epoch whose order is read."""
+        """Epoch whose order is read."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Read in the order of another epoch; call it before the epoch's first cell. Reaches the workers of a loader.
+        """Set the epoch, also for the workers of a loader; call it before the epoch's first cell.
 
-        A position within another epoch, read or loaded, is forgotten.
+        A position within another epoch is discarded.
         """
         if epoch != self.epoch:
             self._progress = self._resumed_by = None
@@ -236,7 +239,7 @@ class IterableAnnDataset(IterableDataset):
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """Tell where the reading is, in this process.
+        """Return the reading position in this process.
 
         Returns
         -------
@@ -246,12 +249,12 @@ class IterableAnnDataset(IterableDataset):
         Raises
         ------
         RuntimeError
-            Workers of a DataLoader read: only the loader knows what it delivered (see `state_after`).
+            Workers of a DataLoader read, so only the loader knows what it delivered (see `state_after`).
         """
         info = get_worker_info()
         if info is None and self._read_by_workers:
             raise RuntimeError(
-                "Workers of a DataLoader read this dataset, ahead of what the loader has delivered: ask "
+                "Workers of a DataLoader read this dataset ahead of the batches that the loader delivered: use "
                 "state_after(n_batches, batch_size, num_workers)."
             )
         progress = self._progress
@@ -262,20 +265,21 @@ class IterableAnnDataset(IterableDataset):
     def state_after(
         self, n_batches: int, batch_size: int, num_workers: int = 0, drop_last: bool = False
     ) -> dict[str, Any]:
-        """Tell where the reading is when a DataLoader has delivered so many batches of the epoch.
+        """Return the reading position after a DataLoader has delivered a number of batches of the epoch.
 
         Parameters
         ----------
         n_batches : int
-            Batches of this epoch that were used, those before a resumption included.
+            Number of batches of this epoch that were used, including those before a resumption.
         batch_size, num_workers, drop_last
-            Those of the DataLoader (batch_size 1 where it does not batch); `in_order=False` is not covered. The
-            loader that goes on must have the same.
+            Settings of the DataLoader (batch_size 1 if it does not batch); `in_order=False` is not supported. The
+            loader that resumes must have the same.
 
         Returns
         -------
         dict
-            For `load_state_dict`; a new loader over that dataset gives the remaining batches, in the same order.
+            State for `load_state_dict`; a new loader over that dataset then returns the remaining batches, in the same
+            order.
 
         Raises
         ------
@@ -287,8 +291,8 @@ class IterableAnnDataset(IterableDataset):
         n_of_worker = n_cells // batch_size if drop_last else -(-n_cells // batch_size)
         if not 0 <= n_batches <= n_of_worker.sum():
             raise ValueError(f"n_batches={n_batches}: an epoch has {n_of_worker.sum()} batches of {batch_size} cells.")
-        # The loader takes a batch of each worker in turn and passes over those that are done, whose numbers of
-        # batches differ by at most one: only in the last round is anyone passed over.
+        # The loader takes one batch from each worker in turn and skips finished workers. Their numbers of batches
+        # differ by at most one, so workers are skipped only in the last round.
         n_rounds, n_more = divmod(n_batches, n_workers)
         ahead = np.flatnonzero(n_of_worker > n_rounds)[:n_more]
         taken = np.full(n_workers, n_rounds)
@@ -301,33 +305,33 @@ class IterableAnnDataset(IterableDataset):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a state was taken: the next iteration gives the rest of its epoch, later ones whole epochs.
+        """Resume from a state: the next iteration returns the rest of its epoch, later ones whole epochs.
 
-        Workers that run already (`persistent_workers`) do not learn of it: make a new DataLoader.
+        Running workers (`persistent_workers`) do not see it: make a new DataLoader.
 
         Parameters
         ----------
         state : dict
-            From `state_dict` (read on in one process) or `state_after` (with a DataLoader of as many workers).
+            From `state_dict` (to resume in one process) or `state_after` (for a DataLoader with as many workers).
 
         Raises
         ------
         ValueError
-            The state is of other files (by their numbers of cells) or settings. While reading: of another number of
-            workers.
+            The state belongs to other files (by their numbers of cells) or settings. While reading: the number of
+            workers differs.
         """
         settings, saved = self._settings(), state.get("settings", {})
         other = [name for name in settings if saved.get(name) != settings[name]]
         if other:
             found = ", ".join(f"{name} {saved.get(name)!r} instead of {settings[name]!r}" for name in other)
-            raise ValueError(f"The state is of another dataset: {found}. Open the same files, with the same settings.")
+            raise ValueError(f"The state belongs to another dataset: {found}. Open the same files and settings.")
         self._epoch.fill_(state["epoch"])
         self._progress = {"epoch": state["epoch"], "taken": list(state["taken"]), "turn": state["turn"]}
         self._resumed_by = torch.full((len(state["taken"]),), -1, dtype=torch.int64).share_memory_()
         self._read_by_workers.fill_(False)
 
     def _settings(self) -> dict[str, Any]:
-        """Tell what the order depends on, but for the epoch; `files` stands for their numbers of cells."""
+        """Return what the order depends on, except the epoch; `files` stands for their numbers of cells."""
         return {
             "files": hashlib.sha256(self._n_cells.astype("<i8").tobytes()).hexdigest()[:16],
             "seed": self.seed,
@@ -337,25 +341,25 @@ class IterableAnnDataset(IterableDataset):
         }
 
     def _beginning(self, n_workers: int) -> dict[str, Any]:
-        """Give the position at the beginning of an epoch.
+        """Return the position at the beginning of an epoch.
 
-        `taken` are the cells that were taken of each range of this rank, and `turn` is the range that the first
+        `taken` is the number of cells taken from each range of this rank, and `turn` is the range that the first
         worker reads: the one whose batch comes next.
         """
         return {"epoch": self.epoch, "taken": [0] * n_workers, "turn": 0}
 
     def _begin(self, worker: int, n_workers: int, loader: int) -> dict[str, Any]:
-        """Give the position to read from: that of a loaded state once, to one loader; else the beginning.
+        """Return the position to read from: that of a loaded state once, for one loader; else the beginning.
 
-        The process that loaded the state does not see its workers read, so they leave a mark in shared memory, their
-        loader's number: workers of a second loader begin anew.
+        The process that loaded the state does not see its workers read, so they write their loader's number into
+        shared memory: workers of a second loader start at the beginning.
         """
         by = self._resumed_by
         if by is not None and self._progress["epoch"] == self.epoch and bool(((by < 0) | (by == loader)).all()):
             if len(by) != n_workers:
                 raise ValueError(
-                    f"The state was taken with {len(by)} workers reading, and now there are {n_workers}. Make the "
-                    "DataLoader with as many as before (none and one are the same)."
+                    f"The state was taken with {len(by)} workers, but now there are {n_workers}. Make the DataLoader "
+                    "with as many as before (0 and 1 are the same)."
                 )
             if by[worker] < 0:
                 by[worker] = loader
@@ -381,16 +385,16 @@ class IterableAnnDataset(IterableDataset):
                 self._files[file].matrix.close()
 
     def _range(self, part: int, n_parts: int) -> tuple[int, int]:
-        """Give the range of the epoch's order that one of `n_parts` workers of this rank reads."""
+        """Return the range of the epoch's order that one of `n_parts` workers of this rank reads."""
         reader, n_readers = self.rank * n_parts + part, self.world_size * n_parts
         n_cells = int(self._n_cells.sum())
         return reader * n_cells // n_readers, (reader + 1) * n_cells // n_readers
 
     def _windows(self, start: int, stop: int, taken: int) -> Iterator[tuple[list[tuple[int, int, int]], np.ndarray]]:
-        """Cut a range of the epoch's order into windows, without those whose cells are taken; reads nothing.
+        """Split a range of the epoch's order into windows, without those whose cells are taken; read nothing.
 
-        Yields pieces (file, first row, last row + 1) of a window, and the order in which its cells come: positions in
-        the pieces, without those that are taken.
+        Yields pieces (file, first row, last row + 1) of a window, and the order of its cells: positions in the pieces,
+        without those that are taken.
         """
         key = [self.seed, self.epoch]
         n_files = len(self._files)
@@ -406,7 +410,7 @@ class IterableAnnDataset(IterableDataset):
                 if firsts[i] < lasts[i]
             ]
             order = np.arange(last - first)
-            if self.shuffle:  # first + 1: a zero at its end would leave the key that of the files
+            if self.shuffle:  # first + 1: with a trailing zero the key would equal that of the files
                 order = np.random.default_rng([*key, first + 1]).permutation(last - first)
             order = order[max(0, start + taken - first) :]
             if len(order):
@@ -416,7 +420,7 @@ class IterableAnnDataset(IterableDataset):
         return np.concatenate([self._first_cell[file] + np.arange(start, stop) for file, start, stop in pieces])
 
     def _examples(self, pieces: list[tuple[int, int, int]], order: np.ndarray) -> Iterator[dict[str, Any]]:
-        """Read a window and give its cells in an order."""
+        """Read a window and yield its cells in the given order."""
         counts, cell_ids = self._read(pieces), self._cell_ids(pieces)
         give = self._cells if self.tokenizer is None else self._tokens
         for first in range(0, len(order), _ROWS_PER_BLOCK):
@@ -431,9 +435,9 @@ class IterableAnnDataset(IterableDataset):
                 file.matrix, file.name, file.counts_in, self.fractional, _ROWS_PER_BLOCK, start, stop
             ):
                 block = align(block, file.genes, len(self.genes))
-                count_type_of(block.data, file.name)  # raises where they do not fit 32 bits
+                count_type_of(block.data, file.name)  # raises if they do not fit into 32 bits
                 blocks.append(block.astype(np.float32 if self.fractional else np.uint32))
-            if stop == self._n_cells[number]:  # no window goes on with it
+            if stop == self._n_cells[number]:  # no later window reads this file
                 file.matrix.close()
         return blocks[0] if len(blocks) == 1 else sparse.vstack(blocks, format="csr")
 
@@ -447,7 +451,7 @@ class IterableAnnDataset(IterableDataset):
         for i, cell_id in enumerate(cell_ids.tolist()):
             own = slice(*counts.indptr[i : i + 2])
             yield {
-                "genes": genes[own].copy(),  # not a view, which would hold on to the whole block
+                "genes": genes[own].copy(),  # not a view, which would keep the whole block alive
                 "counts": counts.data[own].copy(),
                 "cell_id": cell_id,
                 "obs_name": names[i],
@@ -462,7 +466,7 @@ class IterableAnnDataset(IterableDataset):
             cell_id=cell_ids,
             obs={name: values[cell_ids] for name, values in self._phenotypes.items()},
             categories=self._phenotype_values,
-            gene_ids=self.genes.gene_ids,  # the same array every time, which the tokenizer maps once
+            gene_ids=self.genes.gene_ids,  # the same array every time: the tokenizer maps it once
             symbols=self.genes.symbols,
         )
         tokens = self.tokenizer.encode_cells(cells, epoch=self.epoch)
@@ -486,7 +490,7 @@ class IterableAnnDataset(IterableDataset):
 
 
 def _whole_cell(tokens: Any, cell: int) -> dict[str, np.ndarray]:
-    """Return the counts of a cell of `TokenizedCells` with `whole_cell`, and what its files measure, if not all."""
+    """Return the counts of a cell of `TokenizedCells` with `whole_cell`, and its measured genes, if not all."""
     if tokens.cells is None:
         return {}
     own = slice(*tokens.cells.indptr[cell : cell + 2])
@@ -497,7 +501,7 @@ def _whole_cell(tokens: Any, cell: int) -> dict[str, np.ndarray]:
 def _read_obs(
     sources: Sequence[Source], names: Sequence[str], known: Mapping[str, list[str]] | None
 ) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
-    """Give obs columns of all sources, one after the other (n_cells,), and the names of the codes of labels.
+    """Return the obs columns of all sources, concatenated (n_cells,), and the categories of labels.
 
     Labels are int32 codes, -1 where missing.
     """

@@ -1,4 +1,4 @@
-"""Rows grouped by length: a batch of cells of similar length has little padding."""
+"""Samplers that group rows by length: batches of cells with similar lengths have little padding."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Drawn = TypeVar("Drawn", int, list[int])
 
 
 class ResumableSampler(Sampler[Drawn]):
-    """A sampler whose sequence is a function of (seed, epoch), and which can go on anywhere in it.
+    """Base class of samplers whose sequence is a function of (seed, epoch), and that can resume anywhere in it.
 
-    A subclass gives the sequence of an epoch, its length, and the settings that it depends on.
+    A subclass defines the sequence of an epoch, its length, and the settings that it depends on.
     """
 
     def __init__(self, seed: int, rank: int | None, world_size: int):
         if world_size < 1 or not 0 <= (rank or 0) < world_size:
-            raise ValueError(f"rank={rank} of world_size={world_size}: ranks are 0 to world_size - 1.")
+            raise ValueError(f"rank={rank} of world_size={world_size}: ranks must be 0 to world_size - 1.")
         if seed < 0:
-            raise ValueError(f"seed={seed}: seeds start at 0.")
+            raise ValueError(f"seed={seed}: must be at least 0.")
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch = 0
         self._taken, self._loaded = 0, False
@@ -38,11 +38,11 @@ class ResumableSampler(Sampler[Drawn]):
 
     @abstractmethod
     def _sequence(self, start: int) -> Iterator[Drawn]:
-        """Give what this rank draws in the epoch, from a position on."""
+        """Yield what this rank draws in the epoch, from position `start` on."""
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
-        """Tell what the sequence depends on, but for the epoch and the rank; plain values."""
+        """Return what the sequence depends on, except the epoch and the rank, as plain values."""
 
     def __iter__(self) -> Iterator[Drawn]:
         if not self._loaded:
@@ -53,79 +53,79 @@ class ResumableSampler(Sampler[Drawn]):
             yield drawn
 
     def set_epoch(self, epoch: int) -> None:
-        """Give the order of another epoch; call it before the epoch begins."""
+        """Set the epoch; call it before the epoch begins."""
         if epoch != self.epoch:
             self._taken, self._loaded = 0, False
         self.epoch = epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """Tell how much of the epoch was drawn: plain values, for `load_state_dict`.
+        """Return how much of the epoch was drawn, as plain values for `load_state_dict`.
 
-        A loader with workers, or one that accelerate prepared, draws ahead of the batches that it delivers: there take
-        `state_after`.
+        A loader with workers, or one prepared by accelerate, draws ahead of the batches that it delivers: use
+        `state_after` there.
         """
         return self.state_after(self._taken)
 
     def state_after(self, n_drawn: int) -> dict[str, Any]:
-        """Give the state when so much of the epoch was used, what came before a resumption included.
+        """Return the state after `n_drawn` rows or batches of the epoch, including those before a resumption.
 
         Parameters
         ----------
         n_drawn : int
-            What this rank used: rows of a sampler of rows, batches of a sampler of batches.
+            Number that this rank used: rows for a sampler of rows, batches for a sampler of batches.
 
         Raises
         ------
         ValueError
-            The epoch has less.
+            The epoch has fewer.
         """
         if not 0 <= n_drawn <= len(self):
-            raise ValueError(f"{n_drawn} were used, and an epoch has {len(self)}.")
+            raise ValueError(f"n_drawn={n_drawn}, but an epoch has {len(self)}.")
         return {"epoch": self.epoch, "taken": n_drawn, "settings": self._settings()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a state was taken: the next iteration gives the rest of its epoch, later ones whole epochs.
+        """Resume from a state: the next iteration returns the rest of its epoch, later ones whole epochs.
 
         Raises
         ------
         ValueError
-            The state is of other lengths, or of other settings.
+            The state belongs to other lengths or settings.
         """
         check_settings(self._settings(), state, "sampler")
         self.epoch, self._taken, self._loaded = state["epoch"], state["taken"], True
 
 
 class LengthGroupedSampler(ResumableSampler[int]):
-    """Rows in a random order in which those of a batch have similar lengths.
+    """Rows in a random order in which the rows of a batch have similar lengths.
 
-    A random permutation is cut into mega-batches, and each is sorted by length, descending. The longest row of all
-    comes first, so that memory that does not suffice shows at the first step. The order is a function of (seed,
-    epoch), drawn anew in each epoch.
+    A random permutation is split into mega-batches, and each is sorted by length, descending. The longest row of all
+    comes first, so that running out of memory shows at the first step. The order is a function of (seed, epoch), and
+    differs between epochs.
 
     Parameters
     ----------
     lengths : sequence of int, int array (n,), CellStore, or dataset
-        Tokens a row; see `known_lengths`.
+        Number of tokens per row; see `known_lengths`.
     batch_size : int
-        Rows a batch. Where ranks, or steps of gradient accumulation, take batches in turn from one sampler, give the
-        rows of them all together: then those of a step are alike.
+        Rows per batch. If ranks, or steps of gradient accumulation, take batches in turn from one sampler, pass the
+        rows of all of them together, so that those of a step have similar lengths.
     mega_batch : int, default: 50
-        Most batches a mega-batch. More of them make batches more alike, and the order less random; there are at least
-        four mega-batches, if there are as many batches.
+        Maximum number of batches per mega-batch. Larger values make the lengths in a batch more similar, and the order
+        less random; there are at least four mega-batches, if there are as many batches.
     seed : int, default: 0
-        Of the order.
+        Seed of the order.
     rank, world_size : int, default: 0, 1
-        Which rank's rows to give: of `batch_size * world_size` rows at a time, each takes its `batch_size`. Leave them
-        where accelerate or Trainer prepares the loader, which divides the batches itself.
+        Which rank's rows to return: each rank takes `batch_size` of every `batch_size * world_size` rows. Keep the
+        defaults if accelerate or Trainer prepares the loader, which divides the batches itself.
     drop_last : bool, default: False
-        Leave out the last rows, which do not fill a batch of every rank. Otherwise ranks share them equally, each to
-        within a row; all have equally many batches, and every row comes once. Only where fewer rows than ranks are
-        left do some come twice, which is told.
+        Drop the last rows, which do not fill a batch of every rank. Otherwise ranks share them equally, to within one
+        row; all ranks have equally many batches, and every row comes once. Only if fewer rows than ranks are left do
+        some come twice, which is logged.
 
     Raises
     ------
     ValueError
-        No rows a batch; lengths that are unknown, or no whole numbers; a rank outside the world.
+        The batch size is below 1; lengths are unknown, or not integers; the rank is outside the world.
 
     Notes
     -----
@@ -145,7 +145,7 @@ class LengthGroupedSampler(ResumableSampler[int]):
     ):
         super().__init__(seed, rank, world_size)
         if batch_size < 1 or mega_batch < 1:
-            raise ValueError(f"batch_size={batch_size}, mega_batch={mega_batch}: both are 1 or more.")
+            raise ValueError(f"batch_size={batch_size}, mega_batch={mega_batch}: both must be at least 1.")
         self.lengths = known_lengths(lengths)
         self.batch_size, self.mega_batch, self.drop_last = batch_size, mega_batch, drop_last
         n_left = len(self.lengths) % (batch_size * world_size)
@@ -153,7 +153,7 @@ class LengthGroupedSampler(ResumableSampler[int]):
             _tell_repeats(world_size - n_left, world_size)
 
     def __len__(self) -> int:
-        """Count the rows of an epoch of this rank."""
+        """Return the number of rows of this rank in an epoch."""
         n_steps, n_left = divmod(len(self.lengths), self.batch_size * self.world_size)
         start, stop = self._share(n_left)
         return n_steps * self.batch_size + stop - start
@@ -170,7 +170,7 @@ class LengthGroupedSampler(ResumableSampler[int]):
         yield from np.concatenate([whole, rest])[start:].tolist()
 
     def _order(self) -> np.ndarray:
-        """Order all rows."""
+        """Return all rows in the order of the epoch."""
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.lengths))
         if not len(order):
             return order
@@ -182,7 +182,7 @@ class LengthGroupedSampler(ResumableSampler[int]):
         return order[np.lexsort((-self.lengths[order], mega_batches))]
 
     def _share(self, n_left: int) -> tuple[int, int]:
-        """Tell which of the rows that do not fill a batch of every rank are this rank's."""
+        """Return this rank's range of the last rows, which do not fill a batch of every rank."""
         if n_left and not self.drop_last:
             n_left = max(n_left, self.world_size)
             return self.rank * n_left // self.world_size, (self.rank + 1) * n_left // self.world_size
@@ -202,27 +202,27 @@ class LengthGroupedSampler(ResumableSampler[int]):
 class EvenBatchSampler(Sampler[list[int]]):
     """Batches of the rows of a sampler: equally many for each rank, and every row once.
 
-    accelerate's own division fills the last batches up with rows from the beginning of the epoch, which are then
-    learnt from twice. Here the last batches are split instead.
+    accelerate's own division fills the last batches with rows from the beginning of the epoch, which are then seen
+    twice. Here the last batches are split instead.
 
     Parameters
     ----------
     sampler : Sampler of int
-        Gives the rows, the same on all ranks.
+        Source of the rows, the same on all ranks.
     batch_size : int
-        Most rows a batch.
+        Maximum number of rows per batch.
     rank : int, optional
-        Which rank's batches to give. By default those of all ranks in turn, as accelerate wants them: it gives batch i
+        Which rank's batches to return. By default those of all ranks in turn, as accelerate expects: it passes batch i
         to process i % world_size.
     world_size : int, default: 1
         Number of ranks.
     drop_last : bool, default: False
-        Leave out the last batch that is not full, and then the last batches that not every rank has one of.
+        Drop the last batch if it is not full, and then the last batches that do not go round all ranks.
 
     Raises
     ------
     ValueError
-        No rows a batch; a rank outside the world.
+        The batch size is below 1, or the rank is outside the world.
     """
 
     def __init__(
@@ -235,15 +235,15 @@ class EvenBatchSampler(Sampler[list[int]]):
         drop_last: bool = False,
     ):
         if world_size < 1 or not 0 <= (rank or 0) < world_size:
-            raise ValueError(f"rank={rank} of world_size={world_size}: ranks are 0 to world_size - 1.")
+            raise ValueError(f"rank={rank} of world_size={world_size}: ranks must be 0 to world_size - 1.")
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: a batch has at least one row.")
-        # Not named batch_size and drop_last: by these names accelerate takes batches for equally large.
+            raise ValueError(f"batch_size={batch_size}: a batch needs at least one row.")
+        # Not named batch_size and drop_last: with these names accelerate would assume batches of equal size.
         self.sampler, self._n_rows, self._drop_last = sampler, batch_size, drop_last
         self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
-        """Count the batches of an epoch, of this rank or of all."""
+        """Return the number of batches in an epoch, of this rank or of all."""
         n_rows = len(self.sampler)
         if self._drop_last:
             n_steps = n_rows // self._n_rows // self.world_size
@@ -264,18 +264,18 @@ class EvenBatchSampler(Sampler[list[int]]):
         yield from batches_of_rank(rows, cuts, self.rank, self.world_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Give the order of another epoch, if the sampler has epochs; call it before the epoch begins."""
+        """Set the epoch, if the sampler has epochs; call it before the epoch begins."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 
 
 def padding_share(lengths: Any, batches: Iterable[Sequence[int]]) -> float:
-    """Measure which share of the positions is padding, where each batch is padded to its longest row.
+    """Return the share of positions that are padding if each batch is padded to its longest row.
 
     Parameters
     ----------
     lengths : sequence of int, int array (n,), CellStore, or dataset
-        Tokens a row.
+        Number of tokens per row.
     batches : iterable of sequences of int
         Row numbers of each batch.
 
@@ -294,13 +294,13 @@ def padding_share(lengths: Any, batches: Iterable[Sequence[int]]) -> float:
 
 
 def known_lengths(lengths: Any, column: str = "length") -> np.ndarray:
-    """Take the lengths of rows from where they are known already; tokens are not read.
+    """Return the lengths of rows without reading tokens.
 
     Parameters
     ----------
     lengths : sequence of int, int array (n,), CellStore, datasets.Dataset, or a Subset or ConcatDataset of such
-        Lengths, or what has them: an attribute `lengths` (a store, whose expressed genes are counted), a column
-        of lengths, or a dataset made of such.
+        Lengths, or an object that has them: an attribute `lengths` (for a store, the number of expressed genes per
+        cell), a column of lengths, or a dataset made of such.
     column : str, default: "length"
         Name of the column.
 
@@ -311,7 +311,7 @@ def known_lengths(lengths: Any, column: str = "length") -> np.ndarray:
     Raises
     ------
     ValueError
-        A dataset of neither; something other than whole numbers of 0 or more.
+        The dataset has no lengths, or they are not non-negative integers.
     """
     if isinstance(lengths, (Subset, ConcatDataset)):
         return gather(lengths, partial(known_lengths, column=column))
@@ -323,7 +323,7 @@ def known_lengths(lengths: Any, column: str = "length") -> np.ndarray:
         if column not in lengths.column_names:
             raise ValueError(
                 f"The dataset has no column `{column}`; it has {', '.join(lengths.column_names)}. Add one "
-                "(CellStore.tokenize writes it), or give a list of lengths (load_example_lengths reads one)."
+                "(CellStore.tokenize writes it), or pass a list of lengths (load_example_lengths reads one)."
             )
         lengths = lengths.with_format("arrow")[column][:].to_numpy()
     try:
@@ -334,31 +334,31 @@ def known_lengths(lengths: Any, column: str = "length") -> np.ndarray:
         return np.empty(0, np.int64)
     if values.ndim != 1 or values.dtype.kind not in "iu" or values.min() < 0:
         raise ValueError(
-            f"Lengths are whole numbers of 0 or more, one a row; got {type(lengths).__name__} "
-            f"{np.array2string(values, threshold=5, edgeitems=2)}. Give a list of them, a CellStore, or a dataset "
+            f"Lengths must be non-negative integers, one per row; got {type(lengths).__name__} "
+            f"{np.array2string(values, threshold=5, edgeitems=2)}. Pass a list of them, a CellStore, or a dataset "
             "with a column `length`."
         )
     return values.astype(np.int64)
 
 
 def checksum(lengths: np.ndarray) -> str:
-    """Tell lengths apart from others."""
+    """Return a checksum of lengths."""
     return hashlib.sha256(lengths.astype("<i8").tobytes()).hexdigest()[:16]
 
 
 def check_settings(settings: Mapping[str, Any], state: Mapping[str, Any], of_what: str) -> None:
-    """Compare the settings in a state with those of who is to go on from it.
+    """Check that the settings in a state equal those of the object that resumes from it.
 
     Raises
     ------
     ValueError
-        They differ; the message says in what.
+        They differ; the message names the differences.
     """
     saved = state.get("settings", {})
     other = [name for name in settings if saved.get(name) != settings[name]]
     if other:
         found = ", ".join(f"{name} {saved.get(name)!r} instead of {settings[name]!r}" for name in other)
-        raise ValueError(f"The state is of another {of_what}: {found}.")
+        raise ValueError(f"The state belongs to another {of_what}: {found}.")
 
 
 def even_out(rows: np.ndarray, cuts: np.ndarray, world_size: int, n_before: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -373,12 +373,12 @@ def even_out(rows: np.ndarray, cuts: np.ndarray, world_size: int, n_before: int 
     world_size : int
         Number of ranks.
     n_before : int, default: 0
-        Batches that went before these, and count, but can no longer be split.
+        Number of earlier batches, which count but can no longer be split.
 
     Returns
     -------
     rows, cuts : int array
-        Rows are repeated only where there are fewer than batches are needed; that is told.
+        Rows are repeated only if there are fewer rows than batches; this is logged.
     """
     n_batches = len(cuts) - 1
     wanted = -(-(n_before + n_batches) // world_size) * world_size - n_before
@@ -387,14 +387,14 @@ def even_out(rows: np.ndarray, cuts: np.ndarray, world_size: int, n_before: int 
         _tell_repeats(n_repeats, world_size)
         cuts = np.concatenate([cuts, len(rows) + 1 + np.arange(n_repeats)])
         rows = np.concatenate([rows, np.resize(rows, n_repeats)])
-    first = max(wanted - world_size, 0)  # of the last step
+    first = max(wanted - world_size, 0)  # first batch of the last step
     while first > 0 and cuts[-1] - cuts[first] < wanted - first:  # too few rows to split
         first = max(first - world_size, 0)
     return rows, split(cuts, wanted, first)
 
 
 def split(cuts: np.ndarray, n_batches: int, first: int = 0) -> np.ndarray:
-    """Halve the largest batches, of those from `first` on, until there are so many."""
+    """Halve the largest batches from `first` on, until there are `n_batches`."""
     while (n_more := n_batches - len(cuts) + 1) > 0:
         sizes = np.diff(cuts)
         sizes[:first] = 0
@@ -407,7 +407,7 @@ def split(cuts: np.ndarray, n_batches: int, first: int = 0) -> np.ndarray:
 def batches_of_rank(
     rows: np.ndarray, cuts: np.ndarray, rank: int | None, world_size: int, start: int = 0
 ) -> Iterator[list[int]]:
-    """Give the batches of a rank, or (None) of all of them in turn, from its `start`-th on."""
+    """Yield the batches of a rank, or (None) of all ranks in turn, from its `start`-th batch on."""
     first, step = (0, 1) if rank is None else (rank, world_size)
     for i in range(first + start * step, len(cuts) - 1, step):
         yield rows[cuts[i] : cuts[i + 1]].tolist()
@@ -415,8 +415,8 @@ def batches_of_rank(
 
 def _tell_repeats(n_rows: int, world_size: int) -> None:
     logger.warning(
-        f"{n_rows} rows come twice in an epoch: too few are left for a batch of each of {world_size} ranks. Use fewer "
-        "ranks or smaller batches, or drop_last=True."
+        f"{n_rows} rows come twice in an epoch: too few are left for one batch on each of {world_size} ranks. Use "
+        "fewer ranks or smaller batches, or drop_last=True."
     )
 
 

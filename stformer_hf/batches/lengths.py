@@ -1,4 +1,4 @@
-"""Lengths of examples, which a sampler that groups by length goes by: read and written without reading tokens."""
+"""Read and write lengths of examples, for samplers that group by length, without reading tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def load_example_lengths(file_path: str | Path) -> list[int]:
     Parameters
     ----------
     file_path : str or Path
-        A .json, or a pickle of older runs (.pkl, .pickle), which may hold only data.
+        A .json file, or a pickle of older runs (.pkl, .pickle) that holds only data.
 
     Returns
     -------
@@ -27,7 +27,7 @@ def load_example_lengths(file_path: str | Path) -> list[int]:
     Raises
     ------
     ValueError
-        Something other than a list of whole numbers above or equal to 0; a pickle that holds more than data.
+        The file is not a list of non-negative integers, or a pickle holds more than data.
     """
     path = Path(file_path)
     if path.suffix in (".pkl", ".pickle"):
@@ -36,7 +36,7 @@ def load_example_lengths(file_path: str | Path) -> list[int]:
         try:
             lengths = json.loads(path.read_text())
         except ValueError as error:
-            raise ValueError(f"{path} is no JSON: {error}. A pickle's name ends in .pkl.") from error
+            raise ValueError(f"{path} is not JSON: {error}. The name of a pickle must end in .pkl.") from error
     return _checked(lengths, str(path))
 
 
@@ -46,19 +46,19 @@ def write_example_lengths(lengths: Any, file_path: str | Path) -> None:
     Parameters
     ----------
     lengths : sequence of int, CellStore, or datasets.Dataset
-        Lengths; or a store, whose expressed genes are counted; or a dataset with a column `length`, or else
+        Lengths; or a store (its number of expressed genes per cell); or a dataset with a column `length`, or else
         `input_ids`, whose offsets are read.
     file_path : str or Path
-        Ends in .json.
+        Path that ends in .json.
 
     Raises
     ------
     ValueError
-        Another suffix; a dataset with neither column; something other than whole numbers.
+        The suffix is another one, the dataset has neither column, or lengths are not integers.
     """
     path = Path(file_path)
     if path.suffix != ".json":
-        raise ValueError(f"{path}: lengths are written as .json.")
+        raise ValueError(f"{path}: lengths must be written as .json.")
     if hasattr(lengths, "lengths"):
         lengths = lengths.lengths
     elif hasattr(lengths, "column_names"):
@@ -85,7 +85,7 @@ def _checked(lengths: Iterable, name: str) -> list[int]:
     if array is not None and array.shape == (0,):
         return []
     if array is None or array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0:
-        raise ValueError(f"{name}: a list of whole numbers of 0 or more is needed.")
+        raise ValueError(f"{name}: must be a list of non-negative integers.")
     return array.tolist()
 
 

@@ -1,4 +1,4 @@
-"""STFormerPreCollator: what STFormer uses as a tokenizer of cells that are token ids already."""
+"""STFormerPreCollator: STFormer's stand-in for a tokenizer, for cells that are token ids already."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class STFormerPreCollator:
     Parameters
     ----------
     token_dict : dict of str to int, or path of a .json or .pkl
-        Token -> id; has `<pad>` and `<mask>`. A pickle may hold only data.
+        Token -> id, with `<pad>` and `<mask>`. A pickle may hold only data.
 
     Attributes
     ----------
@@ -35,13 +35,13 @@ class STFormerPreCollator:
     Raises
     ------
     ValueError
-        No `<pad>` or `<mask>`; ids that are no whole numbers, or twice.
+        `<pad>` or `<mask>` is missing; ids are not integers, or not unique.
 
     Notes
     -----
-    STFormer's interface ("Pretraining"). Differences: `pad` heeds its arguments and truncates; special tokens are
-    marked whatever `already_has_special_tokens` says, because the collator that masks asks with True. `GeneTokenizer.
-    from_token_dictionary` makes a tokenizer of cells from the same dictionary.
+    STFormer's interface ("Pretraining"). Differences: `pad` respects its arguments and truncates; special tokens are
+    marked regardless of `already_has_special_tokens`, because the masking collator passes True.
+    `GeneTokenizer.from_token_dictionary` creates a tokenizer of cells from the same dictionary.
     """
 
     pad_token, mask_token, padding_side = "<pad>", "<mask>", "right"
@@ -68,25 +68,25 @@ class STFormerPreCollator:
         return max(self._names) + 1
 
     def get_gene_tokens_mask(self, input_ids: np.ndarray) -> np.ndarray:
-        """Mark ids of genes, those that are not special: bool array."""
+        """Return a mask of gene ids, those that are not special: bool array."""
         return np.isin(input_ids, self.all_special_ids, invert=True)
 
     def get_phenotypic_tokens_mask(self, input_ids: np.ndarray) -> np.ndarray:
-        """Mark nothing: there are no phenotypes."""
+        """Return a mask of all False, since there are no phenotypes."""
         return np.zeros(np.shape(input_ids), bool)
 
     def columns(self, tokens: TokenizedCells) -> dict[str, tuple[np.ndarray, int]]:
-        """Give what a model reads of some tokens: flat arrays, and what pads each."""
+        """Return the model inputs as flat arrays, each with its padding value."""
         return {"input_ids": (tokens.input_ids, self.pad_token_id)}
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | None | list[int | None]:
-        """Look ids up; None for tokens that are not there."""
+        """Return the ids of tokens; None for unknown tokens."""
         if isinstance(tokens, str):
             return self.token_dict.get(tokens)
         return [self.token_dict.get(token) for token in tokens]
 
     def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> str | None | list[str | None]:
-        """Look tokens up; None for ids that are not there."""
+        """Return the tokens of ids; None for unknown ids."""
         if isinstance(ids, (int, np.integer)):
             return self._names.get(int(ids))
         return [self._names.get(int(i)) for i in ids]
@@ -97,7 +97,7 @@ class STFormerPreCollator:
         Parameters
         ----------
         examples : sequence of dict
-            With `input_ids`.
+            Examples with `input_ids`.
 
         Returns
         -------
@@ -120,19 +120,19 @@ class STFormerPreCollator:
         Parameters
         ----------
         encoded_inputs : BatchEncoding, dict of lists, or sequence of dict
-            With `input_ids`; `token_type_ids`, `attention_mask`, `special_tokens_mask` and `labels` (a list a cell)
-            are padded too, other columns are passed on.
+            Examples with `input_ids`; `token_type_ids`, `attention_mask`, `special_tokens_mask` and `labels` (one list
+            per cell) are padded too, other columns are passed on.
         padding : bool or str, default: True
-            True, "longest" or "max_length" pad to `max_length`, or to the longest where there is none; False or
-            "do_not_pad" only truncate.
+            True, "longest" or "max_length" pad to `max_length`, or to the longest if it is None; False or "do_not_pad"
+            only truncate.
         max_length : int, optional
             Length to reach; longer cells lose their last tokens.
         pad_to_multiple_of : int, optional
             Round the length up to a multiple of this.
         return_tensors : {"pt", "np"}, optional
-            Tensors or arrays (n, length) in place of lists.
+            Return tensors or arrays (n, length) instead of lists.
         **kwargs
-            Passed by callers of other tokenizers; not used.
+            Arguments of other tokenizers; ignored.
 
         Returns
         -------
@@ -142,10 +142,10 @@ class STFormerPreCollator:
         Raises
         ------
         ValueError
-            Unknown `padding`, or "max_length" without a length.
+            `padding` is unknown, or "max_length" without a length.
         """
         if padding not in (True, False, "longest", "max_length", "do_not_pad"):
-            raise ValueError(f'padding is True, False, "longest", "max_length" or "do_not_pad", got {padding!r}.')
+            raise ValueError(f'padding must be True, False, "longest", "max_length" or "do_not_pad", got {padding!r}.')
         if padding == "max_length" and max_length is None:
             raise ValueError('padding="max_length" needs max_length.')
         if not len(encoded_inputs):
@@ -154,7 +154,7 @@ class STFormerPreCollator:
             encoded_inputs = {name: [example[name] for example in encoded_inputs] for name in encoded_inputs[0]}
         columns = dict(encoded_inputs)
         if len(columns["input_ids"]) and np.ndim(columns["input_ids"][0]) == 0:
-            raise ValueError("input_ids is a list of cells, each a list of ids.")
+            raise ValueError("input_ids must be a list of cells, each a list of ids.")
         columns.setdefault("attention_mask", [np.ones(len(ids), np.int64) for ids in columns["input_ids"]])
         cut = slice(None) if max_length is None else slice(max_length)
         length = max((len(ids[cut]) for ids in columns["input_ids"]), default=0)
@@ -182,11 +182,11 @@ class STFormerPreCollator:
         token_ids_1: Sequence[int] | None = None,
         already_has_special_tokens: bool = False,
     ) -> list[int]:
-        """Mark special tokens: 1 for `<pad>`, `<mask>`, `<cls>`, `<eos>` and `<sep>`, else 0."""
+        """Return 1 for `<pad>`, `<mask>`, `<cls>`, `<eos>` and `<sep>`, else 0."""
         return [int(i in self.all_special_ids) for i in [*token_ids_0, *(token_ids_1 or [])]]
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> tuple[str]:
-        """Write the vocabulary, as `token_dictionary.json` (`Trainer` calls this beside a checkpoint)."""
+        """Write the vocabulary as `token_dictionary.json` (`Trainer` calls this for each checkpoint)."""
         path = Path(save_directory)
         path.mkdir(parents=True, exist_ok=True)
         path = path / "token_dictionary.json"

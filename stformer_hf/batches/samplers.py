@@ -1,4 +1,4 @@
-"""Samplers: in which order the rows of a store are learnt from."""
+"""Samplers: the order of the rows of a store in training."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from .length_sampler import ResumableSampler, checksum
 
 
 class BlockShuffleSampler(ResumableSampler[int]):
-    """Rows in a random order, but for blocks of neighbours on disk, which stay together and are read at once.
+    """Rows in a random order of blocks; the rows of a block are adjacent on disk, and are read at once.
 
     The order is a function of (seed, epoch); it is that of `CellStore.block_shuffle`.
 
     Parameters
     ----------
     store : CellStore, or anything with a length
-        Whose row numbers are given.
+        The rows to sample.
     block_size : int, default: 16
-        Rows a block; 1 gives a full shuffle.
+        Rows per block; 1 is a full shuffle.
     seed : int, default: 0
-        Of the order.
+        Seed of the order.
     rank, world_size : int, default: 0, 1
-        Which of how many equal parts of the order to give; their sizes differ by at most one row. Leave them where
-        accelerate or Trainer prepares the loader, which divides the batches itself.
+        Which of how many equal parts of the order to return; their sizes differ by at most one row. Keep the defaults
+        if accelerate or Trainer prepares the loader, which divides the batches itself.
 
     Raises
     ------
     ValueError
-        A rank outside the world; no rows in a block.
+        The rank is outside the world, or the block size is below 1.
     """
 
     def __init__(self, store: Sized, block_size: int = 16, seed: int = 0, *, rank: int = 0, world_size: int = 1):
         super().__init__(seed, rank, world_size)
         if block_size < 1:
-            raise ValueError(f"block_size={block_size}: a block has at least one row.")
+            raise ValueError(f"block_size={block_size}: a block needs at least one row.")
         self.store, self.block_size = store, block_size
 
     def __len__(self) -> int:
-        """Count the rows of an epoch of this rank."""
+        """Return the number of rows of this rank in an epoch."""
         start, stop = self._range()
         return stop - start
 
@@ -62,35 +62,35 @@ class BlockShuffleSampler(ResumableSampler[int]):
 
 
 class SameSourceSampler(ResumableSampler[int]):
-    """Rows in a random order in which batches of consecutive rows are of one source.
+    """Rows in a random order in which the rows of a batch come from one source.
 
-    The rows of each source are permuted and cut into batches, and the full batches of all sources come in a random
-    order. The rest of each source follows, source after source: only there can a batch have rows of several sources.
-    The order is a function of (seed, epoch).
+    The rows of each source are permuted and split into batches, and the full batches of all sources come in a random
+    order. The remaining rows follow, source after source; only there can a batch have rows of multiple sources. The
+    order is a function of (seed, epoch).
 
     Parameters
     ----------
     sources : int array (n,)
         Source of each row.
     batch_size : int
-        Rows per batch of one process; `EvenBatchSampler` with as many divides the batches among processes.
+        Rows per batch of one process; `EvenBatchSampler` with the same batch size divides the batches among processes.
     seed : int, default: 0
-        Of the order.
+        Seed of the order.
 
     Raises
     ------
     ValueError
-        No rows in a batch.
+        The batch size is below 1.
     """
 
     def __init__(self, sources: np.ndarray, batch_size: int, seed: int = 0):
         super().__init__(seed, 0, 1)
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: a batch has at least one row.")
+            raise ValueError(f"batch_size={batch_size}: a batch needs at least one row.")
         self.sources, self.batch_size = np.asarray(sources, np.int64), batch_size
 
     def __len__(self) -> int:
-        """Count the rows of an epoch."""
+        """Return the number of rows in an epoch."""
         return len(self.sources)
 
     def _sequence(self, start: int) -> Iterator[int]:

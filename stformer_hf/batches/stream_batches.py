@@ -1,4 +1,4 @@
-"""Batches of a stream, by a budget of tokens or a number of cells, which a run can go on from."""
+"""Resumable batches of a stream, by a token budget or a number of cells."""
 
 from __future__ import annotations
 
@@ -15,41 +15,39 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 from .length_sampler import batches_of_rank, check_settings, even_out
 from .token_budget import batch_of_longest, check_sizes, cut_batches, put_first, reorder, too_long_message
 
-_MOST_MARKS = 256  # windows that a stream can be taken up in again
+_MOST_MARKS = 256  # number of last windows from which a stream can be resumed
 
 
 class TokenBudgetBuffer(IterableDataset):
-    """Batches of a stream of cells, each within a budget of tokens.
+    """Batches of a stream of cells, each within a token budget.
 
-    A window of cells is read, cut into batches as `TokenBudgetBatchSampler` cuts a mega-batch, and the batches are
-    given in a random order; then the next window is read. Which batches there are is a function of the stream's order
-    and of (seed, epoch).
+    A window of cells is read and split into batches as `TokenBudgetBatchSampler` splits a mega-batch; the batches are
+    returned in a random order, then the next window is read. The batches are a function of the stream's order and of
+    (seed, epoch).
 
     Parameters
     ----------
     stream : IterableAnnDataset, datasets.IterableDataset, or another iterable
-        Cells: dictionaries. It must begin anew each time that it is iterated, so no generator.
+        Cells, as dictionaries. It must start from the beginning each time it is iterated, so it cannot be a generator.
     max_tokens_per_batch : int
-        The budget: of the number of cells times the longest, or, packed, of the sum.
+        The budget: number of cells times the longest, or, if packed, the sum.
     packing : bool, default: False
-        Whether the collator packs, so that there is no padding to count.
+        Whether the collator packs, so that padding is not counted.
     max_cells : int, optional
-        Most cells a batch.
+        Maximum number of cells per batch.
     buffer_size : int, default: 2048
-        Cells a window; so many are in memory in each process that reads. The last batch of a window may be small.
+        Cells per window; each reading process holds one window in memory. The last batch of a window may be small.
     n_tokens : callable, optional
-        Tells how many tokens a cell has in a batch, or an upper bound of them; None leaves the
-        cell out. By default its value `length`, else the
-        number of its `input_ids`.
+        Returns the number of tokens of a cell in a batch, or an upper bound; None leaves the cell out. By default the
+        cell's value `length`, else the number of its `input_ids`.
     seed : int, default: 0
-        Of the order of a window's batches.
+        Seed of the order of a window's batches.
     rank : int, optional
-        Which rank's batches to give, of those of all, for which each rank reads the whole stream. By default all in
-        turn: for a single process, and for accelerate (`dispatch_batches=False`), which gives batch i to process
-        i % world_size.
+        Which rank's batches to return; each rank reads the whole stream. By default those of all ranks in turn, for a
+        single process, and for accelerate (`dispatch_batches=False`), which passes batch i to process i % world_size.
     world_size : int, default: 1
-        Number of ranks; the number of batches is a multiple of it, for which the last batches of the last window are
-        split. A cell comes twice only where these have too few cells, which is told.
+        Number of ranks. The number of batches is a multiple of it, for which the last batches of the last window are
+        split. A cell comes twice only if these have too few cells, which is logged.
 
     Yields
     ------
@@ -59,18 +57,18 @@ class TokenBudgetBuffer(IterableDataset):
     Raises
     ------
     ValueError
-        A rank outside the world; no room for a cell. While reading: a cell that alone is over the budget; one without
-        a known length.
+        The rank is outside the world, or there is no room for a cell. While reading: a single cell exceeds the budget,
+        or has no known length.
     TypeError
-        A generator.
+        The stream is a generator.
 
     Notes
     -----
-    Workers of a DataLoader each batch what the stream gives them.
+    Each worker of a DataLoader batches its own part of the stream.
 
-    A state holds no cells: it is the stream's own state where the window began, and how many of its batches were used;
-    going on reads this window again. Of a stream without a state of its own, or one that is not exact (one of
-    `datasets` with a shuffle buffer), the cells before the window are read again and passed over.
+    A state holds no cells: it consists of the stream's own state at the beginning of the window, and the number of its
+    batches that were used; resuming reads this window again. If the stream has no state, or an inexact one (as in
+    `datasets` with a shuffle buffer), the cells before the window are read again and skipped.
 
     Examples
     --------
@@ -93,19 +91,19 @@ class TokenBudgetBuffer(IterableDataset):
         world_size: int = 1,
     ):
         if world_size < 1 or not 0 <= (rank or 0) < world_size:
-            raise ValueError(f"rank={rank} of world_size={world_size}: ranks are 0 to world_size - 1.")
+            raise ValueError(f"rank={rank} of world_size={world_size}: ranks must be 0 to world_size - 1.")
         if seed < 0:
-            raise ValueError(f"seed={seed}: seeds start at 0.")
+            raise ValueError(f"seed={seed}: must be at least 0.")
         if isinstance(stream, Iterator):
             raise TypeError(
-                f"{type(stream).__name__} can be read once only: give what makes it, such as a dataset or a list."
+                f"A {type(stream).__name__} can be read only once: pass an iterable such as a dataset or a list."
             )
         check_sizes(max_tokens_per_batch=max_tokens_per_batch, max_cells=max_cells, buffer_size=buffer_size)
         self.stream = stream
         self.max_tokens_per_batch, self.packing, self.max_cells = max_tokens_per_batch, packing, max_cells
         self.buffer_size, self.n_tokens, self.seed = buffer_size, n_tokens, seed
         self.rank, self.world_size = rank, world_size
-        # In shared memory: workers that outlive an epoch see the next one, and tell this process that they read.
+        # In shared memory: persistent workers see the next epoch, and this process sees that they read.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._read_by_workers = torch.zeros((), dtype=torch.bool).share_memory_()
         self._set_out(_BEGINNING, 0)
@@ -113,11 +111,11 @@ class TokenBudgetBuffer(IterableDataset):
 
     @property
     def epoch(self) -> int:
-        """The epoch whose order is read."""
+        """Epoch whose order is read."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Read another epoch, of the stream too, if it has epochs; call it before the epoch's first batch."""
+        """Set the epoch, also of the stream if it has epochs; call it before the epoch's first batch."""
         if epoch != self.epoch:
             self._set_out(_BEGINNING, 0)
             self._loaded = False
@@ -129,48 +127,48 @@ class TokenBudgetBuffer(IterableDataset):
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """Tell where the reading is: plain values, for `load_state_dict`.
+        """Return the reading position, as plain values for `load_state_dict`.
 
         Raises
         ------
         RuntimeError
-            Workers of a DataLoader read, ahead of what it has delivered.
+            Workers of a DataLoader read ahead of the batches that it delivered.
         """
         return self.state_after(self._n_given)
 
     def state_after(self, n_batches: int) -> dict[str, Any]:
-        """Give the state when so many batches of the epoch were used, those before a resumption included.
+        """Return the state after `n_batches` batches of the epoch, including those before a resumption.
 
-        For a loader that accelerate prepared, which draws ahead of the batches that it delivers.
+        Use it with a loader prepared by accelerate, which draws ahead of the batches that it delivers.
 
         Raises
         ------
         ValueError
-            So many were not given yet, or are too long ago (256 windows are remembered).
+            These batches have not been returned yet, or are too long ago (256 windows are kept).
         RuntimeError
-            Workers of a DataLoader read: the state of a stream can be taken in this process only.
+            Workers of a DataLoader read; the state of a stream is available in this process only.
         """
         if self._read_by_workers and get_worker_info() is None:
             raise RuntimeError(
-                "Workers of a DataLoader read this stream, and only they know where they are: read it in this process "
-                "(num_workers=0), or go on by passing over the batches that were used."
+                "Workers of a DataLoader read this stream, and only they know their position: read it in this process "
+                "(num_workers=0), or resume by skipping the batches that were used."
             )
         n_used = n_batches * self._step
         mark = next((mark for mark in reversed(self._marks) if mark["n_before"] <= n_used), None)
         if mark is None or n_batches > self._n_given:
             raise ValueError(
-                f"n_batches={n_batches}: {self._n_given} were given, and those of the last {len(self._marks)} windows "
-                "are remembered."
+                f"n_batches={n_batches}: {self._n_given} were returned, and only the last {len(self._marks)} windows "
+                "are kept."
             )
         return {"epoch": self.epoch, **mark, "taken": n_used - mark["n_before"], "settings": self._settings()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a state was taken: the next iteration gives the rest of its epoch, later ones whole epochs.
+        """Resume from a state: the next iteration returns the rest of its epoch, later ones whole epochs.
 
         Raises
         ------
         ValueError
-            The state is of other settings. The stream itself may find its part to be of another stream.
+            The state belongs to other settings, or its part for the stream to another stream.
         """
         check_settings(self._settings(), state, "buffer")
         self.set_epoch(state["epoch"])
@@ -190,11 +188,11 @@ class TokenBudgetBuffer(IterableDataset):
 
     @property
     def _step(self) -> int:
-        """Batches of all ranks for one that is given."""
+        """Number of batches over all ranks per returned batch."""
         return 1 if self.rank is None else self.world_size
 
     def _set_out(self, mark: Mapping[str, Any], n_given: int) -> None:
-        """Take a window as the first that is known, after which so many batches were given."""
+        """Start at a window, after `n_given` returned batches."""
         self._marks = deque([dict(mark)], maxlen=_MOST_MARKS)
         self._n_given = n_given
 
@@ -204,13 +202,13 @@ class TokenBudgetBuffer(IterableDataset):
         info = get_worker_info()
         self._read_by_workers.fill_(info is not None)
         if self._loaded and info is not None and info.num_workers > 1:
-            raise RuntimeError("A state was loaded, from which several workers cannot go on: num_workers=0 or 1.")
+            raise RuntimeError("Multiple workers cannot resume from a loaded state: use num_workers=0 or 1.")
         if not self._loaded:
             self._set_out(_BEGINNING, 0)
         self._loaded = False
         mark, n_given = self._marks[-1], self._n_given
         stream, cells = self._open(mark)
-        ahead = list(islice(cells, 1))  # to know the last window
+        ahead = list(islice(cells, 1))  # to detect the last window
         while ahead:
             window = ahead + list(islice(cells, self.buffer_size - 1))
             state = None if stream is None else stream.state_dict()
@@ -230,16 +228,16 @@ class TokenBudgetBuffer(IterableDataset):
                 self._marks.append(mark)
 
     def _open(self, mark: Mapping[str, Any]) -> tuple[Any, Iterator]:
-        """Read the stream from a mark on; gives the stream, or None if its state is not exact, and its cells."""
+        """Open the stream at a mark; return the stream (None if its state is not exact) and its cells."""
         if not _has_exact_state(self.stream):
             return None, islice(self.stream, mark["n_read"], None)
-        # A stream of `datasets` begins each iteration at the state that was loaded last, until that is taken away.
+        # A stream of `datasets` starts each iteration at the state that was loaded last, until it is removed.
         if mark["stream"] is not None or hasattr(self.stream, "_ex_iterable"):
             self.stream.load_state_dict(mark["stream"])
         return self.stream, iter(self.stream)
 
     def _cut(self, window: list[Any], number: int, n_before: int, is_last: bool) -> list[list[Any]]:
-        """Make the batches of a window."""
+        """Split a window into batches."""
         found = [self._length(cell) for cell in window]
         window = [cell for cell, length in zip(window, found, strict=True) if length is not None]
         if not window:
@@ -267,36 +265,36 @@ class TokenBudgetBuffer(IterableDataset):
         if "input_ids" in cell:
             return len(cell["input_ids"])
         raise ValueError(
-            f"A cell of the stream has neither length nor input_ids; it has {', '.join(cell)}. Give the stream a "
-            "tokenizer, or tell by n_tokens how many tokens a cell has."
+            f"A cell of the stream has neither length nor input_ids; it has {', '.join(cell)}. Pass a tokenizer to "
+            "the stream, or a function n_tokens that returns the number of tokens of a cell."
         )
 
 
-# Where an epoch begins: batches, windows and cells before, and the state of the stream.
+# Mark of the beginning of an epoch: numbers of batches, windows and cells before, and the state of the stream.
 _BEGINNING = {"n_before": 0, "window": 0, "n_read": 0, "stream": None}
 
 
 class StreamBatches(Dataset):
-    """Collated batches of a stream by their number, from the first of epoch 0 on, through all epochs.
+    """Collated batches of a stream by their number, counted from the first batch of epoch 0 through all epochs.
 
-    Batches are asked for in ascending order, and those between are passed over. So a DataLoader, accelerate and
-    Trainer treat a stream as rows: each process asks for its own batches, and a resumed run for those that are left.
+    Batches are requested in ascending order, and those between are skipped. So a DataLoader, accelerate and Trainer
+    treat a stream as rows: each process requests its own batches, and a resumed run the remaining ones.
 
     Parameters
     ----------
     batches : TokenBudgetBuffer
-        Of all ranks (`rank=None`).
+        Batches of all ranks (`rank=None`).
     collator : callable
-        Makes a batch of the cells of one. It is told the epoch.
+        Collates the cells of a batch. Its epoch is set.
     mark : dict, optional
-        From `json.loads(batch["stream_mark"])`: where to begin reading, rather than at the beginning.
+        From `json.loads(batch["stream_mark"])`: position to start from, instead of the beginning.
 
     Raises
     ------
     RuntimeError
-        While reading: a batch that was passed over already; more than one worker.
+        While reading: a requested batch was skipped already, or there are multiple workers.
     ValueError
-        While reading: a stream without cells.
+        While reading: the stream has no cells.
     """
 
     def __init__(self, batches: TokenBudgetBuffer, collator: Callable, mark: Mapping[str, Any] | None = None):
@@ -304,14 +302,14 @@ class StreamBatches(Dataset):
         self._reading: Iterator | None = None
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """Make a batch; `stream_mark` in it tells, as JSON, where the batch after it is read from."""
+        """Return a collated batch; its `stream_mark`, as JSON, is the position of the next batch."""
         info = get_worker_info()
         if info is not None and info.num_workers > 1:
-            raise RuntimeError("Several workers would each read the whole stream: num_workers=0 or 1.")
+            raise RuntimeError("Each worker would read the whole stream: use num_workers=0 or 1.")
         if self._reading is None:
             self._set_out(number)
         if number < self._next:
-            raise RuntimeError(f"Batch {number} of the stream was passed over: make a new DataLoader.")
+            raise RuntimeError(f"Batch {number} of the stream was skipped already: make a new DataLoader.")
         cells = self._draw()
         while self._next <= number:
             cells = self._draw()
@@ -332,7 +330,7 @@ class StreamBatches(Dataset):
         self._reading = iter(self.batches)
 
     def _draw(self) -> list[Any]:
-        """Read the next batch, of the next epoch where this one is at its end."""
+        """Return the next batch, from the next epoch if this one has ended."""
         cells = next(self._reading, None)
         if cells is None:
             if not self._n_of_epoch:
@@ -351,7 +349,7 @@ class StreamOrder(Sampler[list[int]]):
     Parameters
     ----------
     n_batches : int
-        Of an epoch, for all ranks.
+        Number of batches in an epoch, over all ranks.
     """
 
     def __init__(self, n_batches: int):
@@ -365,23 +363,23 @@ class StreamOrder(Sampler[list[int]]):
         yield from ([number] for number in range(first, first + self.n_batches))
 
     def set_epoch(self, epoch: int) -> None:
-        """Give the numbers of another epoch."""
+        """Set the epoch."""
         self.epoch = epoch
 
 
 def only(batches: list[Any]) -> Any:
-    """Collate batches that are made already, of which there is one."""
+    """Return the only element of a list: a collate function for ready-made batches."""
     (batch,) = batches
     return batch
 
 
 def _has_exact_state(stream: Any) -> bool:
-    """Tell whether a stream can go on exactly where it was, by a state of its own."""
+    """Return whether a stream can resume exactly from its own state."""
     return hasattr(stream, "state_dict") and not _has_shuffle_buffer(getattr(stream, "_ex_iterable", None))
 
 
 def _has_shuffle_buffer(examples: Any) -> bool:
-    """Tell whether a stream of `datasets` mixes its examples in a buffer, which its state does not hold."""
+    """Return whether a stream of `datasets` has a shuffle buffer, which its state does not hold."""
     if examples is None:
         return False
     within = [getattr(examples, "ex_iterable", None), *getattr(examples, "ex_iterables", ())]

@@ -1,4 +1,4 @@
-"""Batches by their number of tokens: as many cells as fit into a budget, padding included or packed."""
+"""Batches by number of tokens: as many cells as fit into a budget, padded or packed."""
 
 from __future__ import annotations
 
@@ -17,52 +17,53 @@ from .length_sampler import (
     split,
 )
 
-_MEGA_BATCH = {False: 50, True: 200}  # packed, any cells may meet, and fewer batches are left half full
-_MOST_DRAWS = 20  # of an epoch, until one has few enough batches
-_SPARE_BATCHES = 500  # one batch in so many is added to the first epoch's, so that nearly every draw has few enough
-_LEAST_TOGETHER = 10  # batches; the last of a mega-batch is not full
+_MEGA_BATCH = {False: 50, True: 200}  # if packed, any cells can share a batch, so larger windows fill batches better
+_MOST_DRAWS = 20  # permutations tried per epoch, until one has few enough batches
+_SPARE_BATCHES = 500  # one extra batch per so many of the first epoch, so that nearly every draw has few enough
+_LEAST_TOGETHER = 10  # minimum batches per mega-batch, since its last is not full
 
 
 class TokenBudgetBatchSampler(ResumableSampler[list[int]]):
-    """Batches of rows, each within a budget of tokens.
+    """Batches of rows, each within a token budget.
 
-    Padded, a batch costs its number of cells times its longest cell: a random permutation is cut into mega-batches,
-    each is sorted by length, and each batch takes what fits. Packed, a batch costs the sum of its cells: those of a
-    mega-batch are packed, longest first, each into the first batch with room. The batches then come in a random
-    order, but for the one with the longest cell, which comes first.
+    The cost of a padded batch is its number of cells times its longest cell: a random permutation is split into
+    mega-batches, each is sorted by length, and each batch takes the cells that fit. The cost of a packed batch is the
+    sum of its cells: the cells of a mega-batch are packed, longest first, each into the first batch with room. The
+    batches then come in a random order, except for the one with the longest cell, which comes first.
 
-    The batches are a function of (seed, epoch). Every row comes once an epoch, and **every epoch has the same number
-    of batches**, by which Trainer counts: epochs that need fewer have some batches split.
+    The batches are a function of (seed, epoch). Every row comes once per epoch, and **every epoch has the same number
+    of batches**, which Trainer relies on: in epochs that need fewer, some batches are split.
 
     Parameters
     ----------
     lengths : sequence of int, int array (n,), CellStore, or dataset
-        Tokens of each cell in a batch, or an upper bound of them; see `known_lengths`. A store knows the number of
-        expressed genes: add the special tokens, and cut at the tokenizer's `max_length`. Where the collator pads to
-        a multiple, round up to it. A cell without tokens counts as one token.
+        Number of tokens of each cell in a batch, or an upper bound; see `known_lengths`. A store has the number of
+        expressed genes: add the special tokens, and clip at the tokenizer's `max_length`. If the collator pads to a
+        multiple, round up to it. A cell without tokens counts as one token.
     max_tokens_per_batch : int
         The budget.
     packing : bool, default: False
-        Whether the collator packs, so that there is no padding to count.
+        Whether the collator packs, so that padding is not counted.
     max_cells : int, optional
-        Most cells a batch.
+        Maximum number of cells per batch.
     mega_batch : int, default: 50, and 200 for packing
-        Batches, about, that are sorted or packed together: a quarter of them all, if that is less, but not under 10.
+        Approximate number of batches that are sorted or packed together: at most a quarter of all batches, but at
+        least 10.
     seed : int, default: 0
-        Of the batches.
+        Seed of the batches.
     rank : int, optional
-        Which rank's batches to give, of those of all. By default all in turn: for a single process, and for accelerate
-        and Trainer, which give batch i to process i % world_size.
+        Which rank's batches to return. By default those of all ranks in turn, for a single process, and for accelerate
+        and Trainer, which pass batch i to process i % world_size.
     world_size : int, default: 1
-        Number of ranks; the number of batches is a multiple of it, for which the last batches are split. A row comes
-        twice only where there are fewer rows than batches, which is told.
+        Number of ranks. The number of batches is a multiple of it, for which the last batches are split. A row comes
+        twice only if there are fewer rows than batches, which is logged.
     drop_last : bool, default: False
-        Leave out the last batches that not every rank has one of, rather than to split any.
+        Drop the last batches that do not go round all ranks, instead of splitting any.
 
     Raises
     ------
     ValueError
-        A cell that alone is over the budget; lengths that are unknown, or no whole numbers; a rank outside the world.
+        A single cell exceeds the budget; lengths are unknown, or not integers; the rank is outside the world.
 
     Examples
     --------
@@ -96,7 +97,7 @@ class TokenBudgetBatchSampler(ResumableSampler[list[int]]):
         self.mega_batch, self.drop_last = mega_batch or _MEGA_BATCH[packing], drop_last
 
     def __len__(self) -> int:
-        """Count the batches of an epoch, of this rank or of all; the same in every epoch."""
+        """Return the number of batches in an epoch, of this rank or of all; the same in every epoch."""
         n_steps = self._n_batches // self.world_size
         if self._n_batches % self.world_size and not self.drop_last:
             n_steps += 1
@@ -107,7 +108,7 @@ class TokenBudgetBatchSampler(ResumableSampler[list[int]]):
         yield from batches_of_rank(rows, cuts, self.rank, self.world_size, start)
 
     def _batches(self) -> tuple[np.ndarray, np.ndarray]:
-        """Give the epoch's batches for all ranks: rows, and where each batch begins (and the last one ends)."""
+        """Return the epoch's batches for all ranks: rows, and the boundaries of the batches."""
         if not len(self.lengths):
             return np.empty(0, np.int64), np.zeros(1, np.int64)
         rng = np.random.default_rng([self.seed, self.epoch])
@@ -127,7 +128,7 @@ class TokenBudgetBatchSampler(ResumableSampler[list[int]]):
 
     @cached_property
     def _n_batches(self) -> int:
-        """Number of batches of an epoch, before they are made even for the ranks."""
+        """Number of batches in an epoch, before it is rounded to a multiple of the number of ranks."""
         if not len(self.lengths):
             return 0
         n_batches = len(self._draw(np.random.default_rng([self.seed, 0]))[1]) - 1
@@ -137,7 +138,7 @@ class TokenBudgetBatchSampler(ResumableSampler[list[int]]):
 
     @cached_property
     def _n_windows(self) -> int:
-        """Number of mega-batches of an epoch."""
+        """Number of mega-batches in an epoch."""
         n_cells = self.max_tokens_per_batch / np.maximum(self.lengths, 1).mean()
         if self.max_cells is not None:
             n_cells = min(n_cells, self.max_cells)
@@ -145,7 +146,7 @@ class TokenBudgetBatchSampler(ResumableSampler[list[int]]):
         return max(1, round(n_batches / min(self.mega_batch, max(n_batches / 4, _LEAST_TOGETHER))))
 
     def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Cut a random permutation into batches."""
+        """Split a random permutation into batches."""
         rows = rng.permutation(len(self.lengths))
         order, cuts = cut_batches(
             self.lengths[rows], self.max_tokens_per_batch, self.packing, self.max_cells, self._n_windows
@@ -169,33 +170,33 @@ class TokenBudgetBatchSampler(ResumableSampler[list[int]]):
 def cut_batches(
     lengths: np.ndarray, budget: int, packing: bool, max_cells: int | None = None, n_windows: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut cells into batches, each within a budget of tokens.
+    """Split cells into batches, each within a token budget.
 
     Parameters
     ----------
     lengths : int array (n,)
-        Tokens a cell, none over the budget.
+        Number of tokens per cell, none over the budget.
     budget : int
-        Tokens a batch: of the sum if packing, else of the number of cells times the longest.
+        Tokens per batch: the sum if packing, else the number of cells times the longest.
     packing : bool
-        Whether there is no padding to count.
+        Whether batches are packed, so that padding is not counted.
     max_cells : int, optional
-        Most cells a batch.
+        Maximum number of cells per batch.
     n_windows : int, default: 1
-        Number of equal parts of the cells, to within one, that are each sorted by length or packed.
+        Number of parts of equal size (to within one cell) that are each sorted by length or packed.
 
     Returns
     -------
     order : int array (n,)
-        Positions in `lengths`: batch after batch, in each the longest first.
+        Positions in `lengths`, batch after batch, the longest first in each.
     cuts : int array (n_batches + 1,)
         Batch i is `order[cuts[i]:cuts[i + 1]]`.
 
     Notes
     -----
-    Padded, no division of a window into batches has fewer: the longest cell decides how many fit, and those that are
-    left are the shortest. Packed, first-fit decreasing (Johnson 1973), at most 11/9 of the fewest; in all windows at
-    once, so that a step is one numpy operation.
+    If padded, this is the smallest possible number of batches for a window: the longest cell decides how many fit, and
+    the remaining cells are the shortest. If packed, this is first-fit decreasing (Johnson 1973), with at most 11/9 of
+    the smallest number; all windows are processed at once, so that a step is one numpy operation.
     """
     n = len(lengths)
     windows = np.arange(n) * n_windows // max(n, 1)
@@ -225,11 +226,11 @@ def _first_fit(costs: np.ndarray, sizes: np.ndarray, budget: int, max_cells: int
     Parameters
     ----------
     costs : int array (n,)
-        Window after window, descending in each; 1 to the budget.
+        Number of tokens, window after window, descending in each; 1 to the budget.
     sizes : int array (n_windows,)
-        Cells of each window; they differ by at most one.
+        Number of cells of each window; they differ by at most one.
     budget, max_cells
-        Of a bin.
+        Limits of a bin.
 
     Returns
     -------
@@ -259,18 +260,18 @@ def _first_fit(costs: np.ndarray, sizes: np.ndarray, budget: int, max_cells: int
 
 
 def batch_of_longest(lengths: np.ndarray, cuts: np.ndarray) -> int:
-    """Find the batch that holds the longest cell; `lengths` are in the order of the batches."""
+    """Return the index of the batch with the longest cell; `lengths` are in the order of the batches."""
     return int(np.searchsorted(cuts, lengths.argmax(), side="right")) - 1
 
 
 def put_first(order: np.ndarray, value: int) -> None:
-    """Let a value of a permutation change places with its first one."""
+    """Swap a value of a permutation with the first one."""
     place = np.flatnonzero(order == value)[0]
     order[[0, place]] = order[[place, 0]]
 
 
 def reorder(rows: np.ndarray, cuts: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Put batches in another order."""
+    """Return the batches in another order."""
     sizes = np.diff(cuts)[order]
     new_cuts = np.concatenate([[0], np.cumsum(sizes)])
     return rows[np.repeat(cuts[:-1][order] - new_cuts[:-1], sizes) + np.arange(len(rows))], new_cuts
@@ -279,13 +280,13 @@ def reorder(rows: np.ndarray, cuts: np.ndarray, order: np.ndarray) -> tuple[np.n
 def check_sizes(**sizes: int | None) -> None:
     for name, size in sizes.items():
         if size is not None and size < 1:
-            raise ValueError(f"{name}={size}: it is 1 or more.")
+            raise ValueError(f"{name}={size}: must be at least 1.")
 
 
 def too_long_message(name: str, length: int, budget: int) -> str:
     return (
-        f"{name} has {length} tokens, more than max_tokens_per_batch={budget}: raise the budget, shorten cells "
-        "(tokenizer.max_length, and lengths cut at it), or leave such cells out."
+        f"{name} has {length} tokens, more than max_tokens_per_batch={budget}: raise the budget, truncate cells "
+        "(tokenizer.max_length, and lengths clipped at it), or leave such cells out."
     )
 
 

@@ -1,4 +1,4 @@
-"""Rows of a tokenized dataset, read as Arrow tables: no list of a cell's tokens becomes a Python list."""
+"""Read rows of a tokenized dataset as Arrow tables, without converting tokens to Python lists."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TokenRows(Dataset):
     Parameters
     ----------
     dataset : datasets.Dataset
-        With a column `input_ids`.
+        Dataset with a column `input_ids`.
     """
 
     def __init__(self, dataset: HuggingFaceDataset):
@@ -35,18 +35,18 @@ class TokenRows(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """Read a row; codes of classes know their names."""
+        """Return a row; class codes carry their names."""
         example = self.dataset[row]
         known = {name: example[name] for name in self.categories if example[name] is not None}
         return {**example, **{name: ClassCode(code, self.categories[name]) for name, code in known.items()}}
 
     def __getitems__(self, rows: Sequence[int]) -> pa.Table:
-        """Read rows, in the order asked for; the schema's metadata name the classes of `ClassLabel` columns."""
+        """Return rows in the requested order; the schema's metadata hold the names of `ClassLabel` columns."""
         return self._tables[rows].replace_schema_metadata(self._metadata)
 
 
 def class_names(dataset: Any) -> dict[str, list[str]]:
-    """Return the names of the codes of the columns of classes of a store, a stream or a tokenized dataset."""
+    """Return the categories of the class columns of a store, a stream or a tokenized dataset."""
     features = getattr(dataset, "features", None) or {}
     found = {name: of.names for name, of in features.items() if isinstance(of, ClassLabel)}
     return found or dict(getattr(dataset, "categories", None) or {})

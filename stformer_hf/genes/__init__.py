@@ -1,1 +1,1 @@
-"""Which gene is which."""
+"""Gene tables: read, merged and matched; and statistics of genes."""

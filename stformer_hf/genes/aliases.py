@@ -1,4 +1,4 @@
-"""Aliases: other names that genes go by in the sources, read from mappings, tables and files."""
+"""Aliases: other names of genes in the sources, read from mappings, tables and files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _TEXT = (".csv", ".tsv", ".txt")
 _FILES = (".json", *_TEXT, ".parquet")
 _WORDS = set("old new from to alias prev previous current name key value id symbol gene ensembl entrez hgnc".split())
-_LITTLE = 0.1  # of the aliases, or of the genes where these are fewer: less is told
+_LITTLE = 0.1  # share of the aliases, or of the genes if these are fewer, below which a warning is logged
 
 
 def read_aliases(aliases: Mapping[str, str] | pd.DataFrame | str | Path | None) -> dict[str, str]:
@@ -32,28 +32,28 @@ def read_aliases(aliases: Mapping[str, str] | pd.DataFrame | str | Path | None) 
     ----------
     aliases : mapping, DataFrame or file, optional
         Old -> new. A DataFrame, or a csv, tsv, txt or parquet file, has them in its first two columns, or in its index
-        and its only column; a column of row numbers without a name, as `to_csv` and `write.csv` write it, is passed
-        over. In text the first line is a header where it begins with an empty field, or both its fields are words for
-        columns (`old`, `new`, `gene_id`, `symbol`, …); any other is a pair as those below. A json file is one object.
-        Text and json may be compressed by gzip.
+        and its only column; an unnamed column of row numbers, as written by `to_csv` and `write.csv`, is skipped. In
+        text files, the first line is a header if it begins with an empty field, or if both fields are column names
+        (`old`, `new`, `gene_id`, `symbol`, …); otherwise it is a pair like the lines below. A json file is one object.
+        Text and json may be compressed with gzip.
 
     Returns
     -------
     dict of str to str
-        Names as they stand, ids without version. Old names with several new ones are left out, as are pairs without a
-        new name (empty, missing, R's `NA`), with a warning.
+        Names unchanged, ids without version. Old names with multiple new ones are left out, as are pairs without a new
+        name (empty, missing, R's `NA`), with a warning.
 
     Raises
     ------
     ValueError
-        A file of another kind, or one that holds no pairs; row numbers that may be names.
+        The file has another format, or no pairs; a column may hold row numbers or names.
     """
     if aliases is None:
         return {}
     if isinstance(aliases, (str, Path)):
         path = Path(aliases)
         if suffix_of(path) not in _FILES:
-            raise ValueError(f"{path}: aliases are read from {', '.join(_FILES)} files.")
+            raise ValueError(f"{path}: aliases must be in one of {', '.join(_FILES)} files.")
         with naming(path, "aliases"):
             pairs = _read_file(existing_file(path))
         if not pairs:
@@ -66,7 +66,7 @@ def read_aliases(aliases: Mapping[str, str] | pd.DataFrame | str | Path | None) 
 
 
 def warn_of_few_matches(aliases: Mapping[str, str], gene_ids: Iterable[str]) -> None:
-    """Warn where none or few of the aliases are genes of the sources.
+    """Log a warning if none or few of the aliases are genes of the sources.
 
     Parameters
     ----------
@@ -81,9 +81,9 @@ def warn_of_few_matches(aliases: Mapping[str, str], gene_ids: Iterable[str]) -> 
     n = sum(old in gene_ids for old in aliases)
     if n < _LITTLE * min(len(aliases), len(gene_ids)):
         logger.warning(
-            f"{n} of {len(aliases)} aliases are genes of the sources. The aliases are of names like "
-            f"{_some(aliases)}, and the {len(gene_ids)} genes have ids like {_some(sorted(gene_ids))}: aliases are "
-            "{id, or name where there is no id: new id}."
+            f"{n} of {len(aliases)} aliases are genes of the sources. The aliases are for names like "
+            f"{_some(aliases)}, but the {len(gene_ids)} genes have ids like {_some(sorted(gene_ids))}: aliases must "
+            "be {id, or name if there is no id: new id}."
         )
 
 
@@ -92,9 +92,9 @@ def _read_file(path: Path) -> list[tuple[Any, Any]]:
         return _pairs(pq.read_table(path).to_pandas(), named=True)
     if suffix_of(path) == ".json":
         with open_text(path) as file:
-            content = json.loads(file.read(), object_pairs_hook=tuple)  # a name may stand there twice
+            content = json.loads(file.read(), object_pairs_hook=tuple)  # a name may be repeated
         if not isinstance(content, tuple) or not all(isinstance(new, str | int | None) for _, new in content):
-            raise ValueError("it is not one object {old: new}.")
+            raise ValueError("it must be one object {old: new}.")
         return list(content)
     table = read_text_table(path, header=False)
     named = len(table) > 0 and _is_header(table.iloc[0, :2].tolist())
@@ -110,16 +110,16 @@ def _is_header(fields: Sequence[str]) -> bool:
 
 
 def _pairs(table: pd.DataFrame, named: bool) -> list[tuple[Any, Any]]:
-    """Find the columns of old and new names; `named` tells whether the table's columns have names."""
+    """Return pairs from the columns of old and new names; `named` is whether the table's columns have names."""
     if table.shape[1] == 1 and not isinstance(table.index, pd.RangeIndex):
         table = table.reset_index()
     if table.shape[1] > 2 and _is_numbering(table.iloc[:, 0]):
         if not named:
-            raise ValueError("its first column may be row numbers, or names: name the columns in a first line.")
+            raise ValueError("its first column may be row numbers or names: add a first line with column names.")
         if str(table.columns[0]) in ("", "Unnamed: 0"):
             table = table.iloc[:, 1:]
     if table.shape[1] < 2:
-        raise ValueError("a table of aliases has two columns, old id and new id.")
+        raise ValueError("a table of aliases needs two columns, old id and new id.")
     return list(zip(*(whole_numbers(table.iloc[:, i]).tolist() for i in (0, 1)), strict=True))
 
 
@@ -133,16 +133,16 @@ def _unique(pairs: list[tuple[Any, Any]], name: str) -> dict[str, str]:
     missing = [o == "" or n in ("", "NA") for o, n in zip(old, new, strict=True)]
     found: dict[str, set[str]] = {}
     cleaned = clean_names(old)
-    cleaned[cleaned == ""] = old[cleaned == ""]  # as "NA", which a gene may be called in an older release
+    cleaned[cleaned == ""] = old[cleaned == ""]  # such as "NA", a gene name in older releases
     for o, n, absent in zip(cleaned, strip_versions(new), missing, strict=True):
         if not absent:
             found.setdefault(o, set()).add(n)
     several = [o for o, names in found.items() if len(names) > 1]
     if any(missing):
-        logger.warning(f"{name}: {sum(missing)} of {len(missing)} pairs have no old or no new name, and are left out.")
+        logger.warning(f"{name}: {sum(missing)} of {len(missing)} pairs lack the old or new name and are left out.")
     if several:
         logger.warning(
-            f"{name}: {len(several)} old names have several new ones, such as {several[0]} "
+            f"{name}: {len(several)} old names have more than one new name, such as {several[0]} "
             f"({', '.join(sorted(found[several[0]]))}); they are not renamed."
         )
     return {o: next(iter(names)) for o, names in found.items() if len(names) == 1 and o not in names}
@@ -150,7 +150,7 @@ def _unique(pairs: list[tuple[Any, Any]], name: str) -> dict[str, str]:
 
 def _text(name: Any) -> str:
     if not pd.api.types.is_scalar(name):
-        raise ValueError(f"aliases are {{old: new}}, one name each, got {name!r}.")
+        raise ValueError(f"aliases must be {{old: new}}, one name each, got {name!r}.")
     return "" if pd.isna(name) else str(name).strip()
 
 

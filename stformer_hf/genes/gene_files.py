@@ -1,4 +1,4 @@
-"""Reads genes from files: annotations (GTF, GFF3), tables (csv, tsv, parquet) and JSON."""
+"""Read genes from files: annotations (GTF, GFF3), tables (csv, tsv, parquet) and JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .text_files import existing_file, naming, open_text, read_text_table
 
 logger = logging.getLogger(__name__)
 
-# Usual names of columns, the better ones first; case and punctuation do not count.
+# Usual names of columns, the preferred ones first; case and punctuation are ignored.
 ID_COLUMNS = (
     "ensembl_gene_id",  # HGNC, biomaRt
     "ensembl_id",
@@ -62,15 +62,15 @@ def read_gtf(path: str | Path) -> pd.DataFrame:
             fields = line.decode(errors="replace").split("\t")
             if len(fields) == 9 and fields[2].endswith("gene") and not line.startswith(b"#"):
                 attributes = _attributes(fields[8])
-                if "Parent" not in attributes:  # else a transcript of a kind such as processed_pseudogene
+                if "Parent" not in attributes:  # else a transcript with a type such as processed_pseudogene
                     genes.append((fields[0], attributes))
     if not genes:
         seen = _features(path)
         raise ValueError(
-            f"{path} has no gene features{f' (but {seen})' if seen else ': it is not GTF or GFF3'}. Take a GTF with "
-            "gene lines, as Ensembl and GENCODE make, or a table of ids and symbols (GeneTable.from_table)."
+            f"{path} has no gene features{f' (but {seen})' if seen else ': it is not GTF or GFF3'}. Use a GTF with "
+            "gene lines, as from Ensembl or GENCODE, or a table of ids and symbols (GeneTable.from_table)."
         )
-    # GFF3 of Ensembl and NCBI writes the kind of a feature before its id.
+    # GFF3 of Ensembl and NCBI has the type of a feature before its id.
     ids = [of.get("gene_id") or of.get("ID", "").removeprefix("gene:").removeprefix("gene-") for _, of in genes]
     others = {
         "gene_type": [_first(of, "gene_type", "gene_biotype", "biotype") for _, of in genes],
@@ -95,7 +95,7 @@ def _read_frame(frame: pd.DataFrame, name: str, gene_id: str | None, symbol: str
         frame = frame.reset_index()
     seen = f"Its columns are {', '.join(map(str, frame.columns)) or '(none)'}"
     if not frame.columns.is_unique:
-        raise ValueError(f"{name} has columns of one name. {seen}.")
+        raise ValueError(f"{name} has repeated column names. {seen}.")
     if len(frame) == 0:
         raise ValueError(f"{name} has no rows. {seen}.")
     for argument, column in (("gene_id", gene_id), ("symbol", symbol)):
@@ -105,7 +105,7 @@ def _read_frame(frame: pd.DataFrame, name: str, gene_id: str | None, symbol: str
     symbol = _find_symbols(frame, name, seen, gene_id) if symbol is None else symbol
     ids, symbols = _names(frame[gene_id]), _names(frame[symbol])
     if mostly_ids(symbols) and not mostly_ids(ids):
-        raise ValueError(f"{name} has gene ids in {symbol!r}, and not in {gene_id!r}: exchange gene_id= and symbol=.")
+        raise ValueError(f"{name} has gene ids in {symbol!r}, not in {gene_id!r}: swap gene_id= and symbol=.")
     others = frame.drop(columns=[column for column in (gene_id, symbol, "gene_id", "symbol") if column in frame])
     return _unite_rows(ids, symbols, others.rename(columns=str), name)
 
@@ -114,12 +114,12 @@ def read_json(path: str | Path) -> pd.DataFrame:
     """Read genes from a JSON object or list; see `GeneTable.from_json`."""
     path = existing_file(path)
     with naming(path, "JSON"), open_text(path) as file:
-        content = json.loads(file.read(), object_pairs_hook=tuple)  # a symbol may stand there twice
+        content = json.loads(file.read(), object_pairs_hook=tuple)  # a symbol may be repeated
     if isinstance(content, list) and content and all(isinstance(record, tuple) for record in content):
         return _read_frame(pd.DataFrame([dict(record) for record in content]), str(path), None, None)
     if not isinstance(content, tuple) or not all(isinstance(value, str | None) for _, value in content):
         raise ValueError(
-            f"{path} is not {{symbol: id}}, {{id: symbol}}, or a list of records with an id and a symbol."
+            f"{path} must be {{symbol: id}}, {{id: symbol}}, or a list of records with an id and a symbol."
         )
     if not content:
         raise ValueError(f"{path} has no genes.")
@@ -134,9 +134,9 @@ def read_json(path: str | Path) -> pd.DataFrame:
 
 
 def _gene_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Find the lines that may be of genes; most are of exons, and to look at each takes three times as long.
+    """Yield the lines that may be genes; most lines are exons, and parsing each would take three times as long.
 
-    The feature of all kinds of genes ends so: `gene`, Ensembl's `ncRNA_gene` and `pseudogene`.
+    All features of genes end in `gene`, also Ensembl's `ncRNA_gene` and `pseudogene`.
     """
     rest = b""
     while block := file.read(_BLOCK):
@@ -156,7 +156,7 @@ def _lines_with(part: bytes, lines: bytes, end: int) -> Iterator[bytes]:
 
 
 def _attributes(text: str) -> dict[str, str]:
-    """Read the last field of a GTF or GFF3 line."""
+    """Parse the last field of a GTF or GFF3 line."""
     if _GFF3_ATTRIBUTES.match(text):
         pairs = (part.partition("=") for part in text.split(";"))
         return {key.strip(): unquote(value).strip() for key, _, value in pairs}
@@ -164,7 +164,7 @@ def _attributes(text: str) -> dict[str, str]:
 
 
 def _features(path: Path) -> str:
-    """Name the features of an annotation that has no genes."""
+    """Return the feature types of an annotation without genes, for a message."""
     with open_text(path) as file:
         lines = [line.split(b"\t") for line in islice(file, 1000) if not line.startswith(b"#")]
     return ", ".join(sorted({fields[2].decode(errors="replace") for fields in lines if len(fields) == 9}))
@@ -175,19 +175,19 @@ def _first(attributes: Mapping[str, str], *keys: str) -> str:
 
 
 def whole_numbers(column: pd.Series) -> pd.Series:
-    """Give numbers that pandas made fractions, because some are missing, as whole numbers again."""
+    """Convert integers that pandas read as floats, because some are missing, back to integers."""
     return column.astype("Int64") if column.dtype.kind == "f" and (column.dropna() % 1 == 0).all() else column
 
 
 def _names(column: pd.Series) -> np.ndarray:
-    """Read a column as names: object array (n,) of str, empty where missing (R writes `NA`)."""
+    """Return a column as names, object array (n,) of str; "" where missing (R writes `NA`)."""
     column = whole_numbers(column)
     names = column.astype(object).where(column.notna(), "").astype(str).str.strip()
     return names.where(names != "NA", "").to_numpy(dtype=object)
 
 
 def _usual(frame: pd.DataFrame, names: Sequence[str]) -> list:
-    """Columns that have one of the usual names, in the order of these."""
+    """Return the columns that have one of the usual names, in the order of these."""
     columns = {re.sub(r"[^a-z0-9]+", "_", str(name).lower()).strip("_"): name for name in reversed(frame.columns)}
     return [columns[name] for name in names if name in columns]
 
@@ -200,34 +200,34 @@ def _find_ids(frame: pd.DataFrame, name: str, seen: str):
             return column
         others += [f" {column!r} has names like {example!r}." for example in names[names != ""][:1]]
     if are_ids([str(column) for column in frame.columns]).any():
-        others.append(" The first line seems to be a gene: put a line above it with the names of the columns.")
+        others.append(" The first line seems to be a gene: add a line with column names above it.")
     raise ValueError(
-        f"{name} has no gene ids in a column of a usual name, such as ensembl_gene_id. {seen}; name the one with "
-        f"the ids, gene_id=….{''.join(others)}"
+        f"{name} has no gene ids in a column with a usual name, such as ensembl_gene_id. {seen}; pass the name of the "
+        f"column with the ids, gene_id=….{''.join(others)}"
     )
 
 
 def _find_symbols(frame: pd.DataFrame, name: str, seen: str, gene_id):
     for column in _usual(frame, SYMBOL_COLUMNS):
         names = _names(frame[column])
-        if column != gene_id and not are_ids(names[names != ""]).all():  # genes without a symbol may have their id
+        if column != gene_id and not are_ids(names[names != ""]).all():  # some genes have their id as symbol
             return column
     raise ValueError(
-        f"{name} has no symbols in a column of a usual name, such as gene_name. {seen}; name the one with the "
-        "symbols, symbol=…."
+        f"{name} has no symbols in a column with a usual name, such as gene_name. {seen}; pass the name of the "
+        "column with the symbols, symbol=…."
     )
 
 
 def _unite_rows(ids, symbols, others: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Make the frame of a `GeneTable`: ids without version, each pair of id and symbol once."""
-    # GENCODE marks the second copy of a gene that X and Y share.
+    """Return the frame of a `GeneTable`: ids without version, each pair of id and symbol once."""
+    # GENCODE marks the second copy of a gene that is on both X and Y.
     ids = strip_versions(np.array([gene.removesuffix("_PAR_Y") for gene in ids], dtype=object))
     symbols = np.array(symbols, dtype=object)
     known = ids != ""
     if not known.any():
         raise ValueError(f"{name} has no gene ids.")
     if not known.all():
-        logger.warning(f"{name}: {(~known).sum()} of {len(known)} genes have no id, and are left out.")
+        logger.warning(f"{name}: {(~known).sum()} of {len(known)} genes have no id and are left out.")
     names = pd.DataFrame({"gene_id": ids, "symbol": np.where(symbols == "", ids, symbols)}, dtype=object)
     frame = pd.concat([names, others.reset_index(drop=True)], axis=1)[known]
     return frame.drop_duplicates(["gene_id", "symbol"]).reset_index(drop=True)

@@ -1,4 +1,4 @@
-"""GeneTable: the genes of a store or a file, one a row."""
+"""GeneTable: the genes of a store or a file, one per row."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .gene_files import read_gtf, read_json, read_table
 
 
 class GeneTable:
-    """Genes, one a row: `gene_id`, `symbol`, and what the source said of them.
+    """Genes, one per row: `gene_id`, `symbol`, and other columns of the source.
 
     Parameters
     ----------
     frame : DataFrame
-        Has the columns `gene_id` and `symbol` (str).
+        Table with the columns `gene_id` and `symbol` (str).
 
     Raises
     ------
@@ -31,7 +31,9 @@ class GeneTable:
     def __init__(self, frame: pd.DataFrame):
         missing = {"gene_id", "symbol"} - set(frame.columns)
         if missing:
-            raise ValueError(f"A gene table has the columns gene_id and symbol; {', '.join(sorted(missing))} missing.")
+            raise ValueError(
+                f"A gene table needs the columns gene_id and symbol; missing: {', '.join(sorted(missing))}."
+            )
         self.frame = frame.reset_index(drop=True)
         self.gene_ids: np.ndarray = self.frame["gene_id"].to_numpy(dtype=object)
         self.symbols: np.ndarray = self.frame["symbol"].to_numpy(dtype=object)
@@ -46,18 +48,18 @@ class GeneTable:
     def from_var(cls, var: pd.DataFrame) -> GeneTable:
         """Read the genes of `AnnData.var`.
 
-        Which gene a row is, `resolve_genes` says: ids before symbols, without versions; no placeholders, and no row
-        numbers.
+        The gene of a row is found by `resolve_genes`: ids before symbols, without versions; placeholders and row
+        numbers are not names.
 
         Parameters
         ----------
         var : DataFrame (n_vars, …)
-            Genes of an AnnData. Repeated ids are kept as they are.
+            Genes of an AnnData. Repeated ids are kept.
 
         Returns
         -------
         GeneTable
-            With the other columns of `var`, and `genome` where prefixes of references told it.
+            Genes with the other columns of `var`, and `genome` if names have prefixes of references.
 
         Raises
         ------
@@ -80,14 +82,14 @@ class GeneTable:
         Parameters
         ----------
         path : str or Path
-            GTF or GFF3, plain or compressed by gzip. Its lines of genes are read: the id is `gene_id` (in GFF3 else
-            `ID`), the symbol `gene_name`, `Name`, `gene_symbol` or `gene`, the id where there is none.
+            GTF or GFF3, plain or gzipped. Lines of genes are read: the id is `gene_id` (in GFF3 otherwise `ID`), the
+            symbol `gene_name`, `Name`, `gene_symbol` or `gene`, or the id if there is none.
 
         Returns
         -------
         GeneTable
-            With the columns `gene_type` (`gene_type`, `gene_biotype` or `biotype` of the file) and `chromosome`. Ids
-            have no version; each pair of id and symbol stands there once.
+            Genes with the columns `gene_type` (`gene_type`, `gene_biotype` or `biotype` of the file) and
+            `chromosome`. Ids have no version; each pair of id and symbol is there once.
 
         Raises
         ------
@@ -107,24 +109,24 @@ class GeneTable:
         Parameters
         ----------
         path_or_frame : str, Path or DataFrame
-            A csv, tsv or parquet file with a header; text may be compressed by gzip.
+            A csv, tsv or parquet file with a header; text may be compressed with gzip.
         gene_id, symbol : str, optional
-            Names of the columns. By default those of a usual name (`ensembl_gene_id`, `gene_id`, `Gene stable ID`, …;
-            `symbol`, `gene_name`, `Gene name`, …) that hold gene ids, and do not.
+            Names of the columns. By default columns with a usual name (`ensembl_gene_id`, `gene_id`, `Gene stable ID`,
+            … that hold gene ids; `symbol`, `gene_name`, `Gene name`, … that do not).
 
         Returns
         -------
         GeneTable
-            With the other columns of the table. Ids have no version; each pair of id and symbol stands there once,
+            Genes with the other columns of the table. Ids have no version; each pair of id and symbol is there once,
             with the other columns of its first row. Genes without an id are left out, with a warning; those without a
-            symbol have their id for one.
+            symbol get their id as symbol.
 
         Raises
         ------
         FileNotFoundError
             There is no file at the path.
         ValueError
-            No such columns; no gene ids in a column that was not named; a damaged file.
+            A column does not exist; no column with a usual name has gene ids; the file is damaged.
         """
         return cls(read_table(path_or_frame, gene_id, symbol))
 
@@ -135,25 +137,25 @@ class GeneTable:
         Parameters
         ----------
         path : str or Path
-            Plain or compressed by gzip. Of an object's keys and values, those with more gene ids are the ids.
+            Plain or gzipped file. In an object, either the keys or the values are the ids: those with more gene ids.
 
         Returns
         -------
         GeneTable
-            As `from_table` gives it.
+            As from `from_table`.
 
         Raises
         ------
         FileNotFoundError
             There is no file at the path.
         ValueError
-            Another form of JSON; no gene ids, or as many among the keys as among the values.
+            The JSON has another form; there are no gene ids, or as many among the keys as among the values.
         """
         return cls(read_json(path))
 
     @classmethod
     def union(cls, tables: Sequence[GeneTable]) -> GeneTable:
-        """Unite tables by id, in the order in which the ids first appear; the first row of an id is kept.
+        """Merge tables by id, in the order in which the ids first appear; the first row of an id is kept.
 
         Parameters
         ----------
@@ -170,7 +172,7 @@ class GeneTable:
 
     @property
     def species(self) -> str | None:
-        """Species that the prefixes of the Ensembl ids tell; see `guess_species`."""
+        """Species according to the prefixes of the Ensembl ids; see `guess_species`."""
         return guess_species(self.gene_ids)
 
     def to_parquet(self, path: str | Path) -> None:

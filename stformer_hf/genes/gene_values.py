@@ -1,7 +1,7 @@
-"""Values of genes over cells, for their medians: all of them (`AllValues`), or a histogram a gene (`ValueSketch`).
+"""Values of genes over cells, for their medians: all of them (`AllValues`), or one histogram per gene (`ValueSketch`).
 
-Both take blocks of cells, add up, and know their lengths and medians. A value is count / total counts of the cell; the
-target sum comes in at the end.
+Both accept blocks of cells, can be added, and have lengths and medians. A value is count / total counts of the cell;
+the target sum is applied at the end.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 from scipy import sparse
 
 RELATIVE_ERROR = 0.0075  # of a sketch: (r - 1) / (r + 1) for buckets of the ratio r = 2 ** (1 / 47), and a margin
-_BUCKETS = 47  # a doubling
-_FRACTION_BITS = 12  # of a logarithm, whose unit is a bucket
-_FEW_COUNTS = 1 << 16  # whole numbers below have their logarithm in a table
-_SLICE = 1 << 16  # entries at once: what is made of them stays in a processor's cache
-_AT_ONCE = 1 << 22  # values sorted, or counts added up, for medians
+_BUCKETS = 47  # number of buckets per doubling
+_FRACTION_BITS = 12  # fraction bits of a logarithm, whose unit is a bucket
+_FEW_COUNTS = 1 << 16  # logarithms of smaller integers are in a table
+_SLICE = 1 << 16  # entries processed at once: their arrays stay in the processor's cache
+_AT_ONCE = 1 << 22  # values sorted, or counts summed, at once for medians
 
 
 class AllValues:
@@ -33,9 +33,9 @@ class AllValues:
     blocks : list of csr_array (n_genes, n_cells)
         Counts, in narrow types.
     totals : list of float64 array (n_cells,)
-        Of the cells of each block.
+        Totals of the cells of each block.
     n_bytes : int
-        What all these take.
+        Memory of all of these, in bytes.
     """
 
     def __init__(self, n_genes: int):
@@ -50,7 +50,7 @@ class AllValues:
         Parameters
         ----------
         counts : csr_array (n_cells, n_genes)
-            Positive, each gene once a cell.
+            Positive counts, each gene at most once per cell.
         totals : float64 array (n_cells,)
             Sums of the counts.
         """
@@ -63,11 +63,11 @@ class AllValues:
         self.n_bytes += sum(part.nbytes for part in (block.data, block.indices, block.indptr, totals))
 
     def lengths(self) -> np.ndarray:
-        """Count the values of each gene: int64 array (n_genes,)."""
+        """Return the number of values per gene, int64 array (n_genes,)."""
         return sum((np.diff(block.indptr).astype(np.int64) for block in self.blocks), np.zeros(self.n_genes, np.int64))
 
     def medians(self, target_sum: float) -> np.ndarray:
-        """Give the medians: float64 array (n_genes,), NaN where there are no values."""
+        """Return the medians, float64 array (n_genes,); NaN where there are no values."""
         lengths = self.lengths()
         medians = np.full(self.n_genes, np.nan)
         totals = np.concatenate([np.empty(0), *self.totals])
@@ -85,10 +85,10 @@ class AllValues:
         return medians
 
     def placed(self, at: np.ndarray, n_genes: int) -> AllValues:
-        """Give the same over more genes; those of now become the rows `at`."""
+        """Return the same values over more genes; the present genes become the rows `at`."""
         if n_genes == self.n_genes and np.array_equal(at, np.arange(n_genes)):
             return self
-        source = np.full(n_genes, self.n_genes)  # of all others: an empty row behind
+        source = np.full(n_genes, self.n_genes)  # all others are an empty row at the end
         source[at] = np.arange(self.n_genes)
         placed = AllValues(n_genes)
         for block, totals in zip(self.blocks, self.totals, strict=True):
@@ -97,7 +97,7 @@ class AllValues:
         return placed
 
     def plus(self, other: AllValues) -> AllValues:
-        """Give the values of the cells of both, over the same genes."""
+        """Return the values of the cells of both, over the same genes."""
         both = AllValues(self.n_genes)
         for part in (self, other):
             for block, totals in zip(part.blocks, part.totals, strict=True):
@@ -105,14 +105,14 @@ class AllValues:
         return both
 
     def sketch(self) -> ValueSketch:
-        """Give the sketch of these values."""
+        """Return the sketch of these values."""
         sketch = ValueSketch(self.n_genes)
         for block, totals in zip(self.blocks, self.totals, strict=True):
             sketch.add(block.T.tocsr(), totals)
         return sketch
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Give what `from_arrays` reads."""
+        """Return the arrays that `from_arrays` reads."""
         blocks = self.blocks or [sparse.csr_array((self.n_genes, 0), dtype=np.uint8)]
         rows = sparse.hstack(blocks, format="csr")
         totals = np.concatenate([np.empty(0), *self.totals])
@@ -120,21 +120,21 @@ class AllValues:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], n_genes: int) -> AllValues:
-        """Read what `to_arrays` gave."""
+        """Create an object from the arrays of `to_arrays`."""
         read = cls(n_genes)
         totals = arrays["totals"]
         rows = (arrays["counts"], arrays["cells"].astype(arrays["indptr"].dtype), arrays["indptr"])
         if len(totals):
             block = sparse.csr_array(rows, shape=(n_genes, len(totals)))
-            block.check_format()  # cells that are not there would be read from anywhere in memory
+            block.check_format()  # invalid indices would read arbitrary memory
             read._append(block, totals)
         return read
 
 
 class ValueSketch:
-    """How many values of each gene fall into buckets of one ratio (DDSketch).
+    """Number of values of each gene in buckets with a constant ratio of their bounds (DDSketch).
 
-    Bucket i holds values from 2 ** (i / 47) to 2 ** ((i + 1) / 47), before the multiplication with the target sum.
+    Bucket i holds values from 2 ** (i / 47) to 2 ** ((i + 1) / 47), before multiplication by the target sum.
 
     Parameters
     ----------
@@ -143,8 +143,8 @@ class ValueSketch:
     Attributes
     ----------
     counts : uint32 array (n_buckets, n_genes)
-        Number of values; uint64 from 2 ** 32 cells on. Rows are buckets, because most counts of a cell are 1, 2 or 3:
-        what it adds to lies together in memory.
+        Number of values; uint64 from 2 ** 32 cells on. Rows are buckets, because most counts of a cell are 1, 2 or 3,
+        so the numbers that it increases are close in memory.
     first : int
         Bucket of the first row.
     n_cells : int
@@ -178,7 +178,7 @@ class ValueSketch:
             np.add.at(flat, at, one)
 
     def _make_room(self, low: int, high: int, n_cells: int) -> None:
-        """Have rows for the buckets from low to high, and numbers that count so many more cells."""
+        """Allocate rows for the buckets from low to high, and a type that can count `n_cells` more cells."""
         self.n_cells += n_cells
         wide = np.uint64 if self.n_cells > np.iinfo(np.uint32).max else self.counts.dtype
         stop = self.first + len(self.counts)
@@ -187,18 +187,18 @@ class ValueSketch:
         elif self.first <= low and high < stop and wide == self.counts.dtype:
             return
         if low < self.first:
-            low -= _BUCKETS  # rows that are never counted in take no memory
+            low -= _BUCKETS  # unused rows take no memory
         low, high = min(low, self.first), max(high + 1, stop)
         room = np.zeros((high - low, self.counts.shape[1]), wide)
         room[self.first - low : stop - low] = self.counts
         self.first, self.counts = low, room
 
     def lengths(self) -> np.ndarray:
-        """Count the values of each gene: int64 array (n_genes,)."""
+        """Return the number of values per gene, int64 array (n_genes,)."""
         return self.counts.sum(axis=0, dtype=np.int64)
 
     def medians(self, target_sum: float) -> np.ndarray:
-        """Give the medians: float64 array (n_genes,), NaN where there are no values."""
+        """Return the medians, float64 array (n_genes,); NaN where there are no values."""
         lengths = self.lengths()
         lower, upper = np.zeros((2, len(lengths)), np.int64)
         step = max(1, _AT_ONCE // max(1, len(self.counts)))
@@ -208,12 +208,12 @@ class ValueSketch:
             lower[genes] = (up_to <= (lengths[genes] - 1) // 2).sum(axis=0)
             upper[genes] = (up_to <= lengths[genes] // 2).sum(axis=0)
         ratio = 2 ** (1 / _BUCKETS)
-        middle = 2 * ratio / (1 + ratio)  # of a bucket that begins at 1: as far, in ratio, from both ends
+        middle = 2 * ratio / (1 + ratio)  # of a bucket that begins at 1: equally far, in ratio, from both ends
         medians = (2 ** ((self.first + lower) / _BUCKETS) + 2 ** ((self.first + upper) / _BUCKETS)) / 2
         return np.where(lengths > 0, medians * middle * target_sum, np.nan)
 
     def placed(self, at: np.ndarray, n_genes: int) -> ValueSketch:
-        """Give the same over more genes; those of now become the columns `at`."""
+        """Return the same sketch over more genes; the present genes become the columns `at`."""
         if n_genes == self.counts.shape[1] and np.array_equal(at, np.arange(n_genes)):
             return self
         placed = ValueSketch(n_genes)
@@ -223,7 +223,7 @@ class ValueSketch:
         return placed
 
     def plus(self, other: ValueSketch) -> ValueSketch:
-        """Give the sketch of the cells of both, over the same genes."""
+        """Return the sketch of the cells of both, over the same genes."""
         both = ValueSketch(self.counts.shape[1])
         for part in (self, other):
             both._make_room(part.first, part.first + len(part.counts) - 1, part.n_cells)
@@ -232,11 +232,11 @@ class ValueSketch:
         return both
 
     def sketch(self) -> ValueSketch:
-        """Give itself, as the values give their sketch."""
+        """Return itself, as `AllValues.sketch` returns a sketch."""
         return self
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Give what `from_arrays` reads."""
+        """Return the arrays that `from_arrays` reads."""
         rows, genes = self.counts.nonzero()
         return {
             "first": np.array(self.first),
@@ -247,7 +247,7 @@ class ValueSketch:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], n_genes: int) -> ValueSketch:
-        """Read what `to_arrays` gave; `n_cells` is the number of cells."""
+        """Create a sketch from the arrays of `to_arrays`; `n_cells` is the number of cells."""
         read = cls(n_genes)
         lengths, first = arrays["lengths"], arrays["first"].item()
         if len(lengths):
@@ -257,7 +257,7 @@ class ValueSketch:
 
 
 def _log2(values: np.ndarray) -> np.ndarray:
-    """Logarithms in buckets, int32 with `_FRACTION_BITS` behind the point: their sums are exact."""
+    """Return logarithms in units of buckets, int32 with `_FRACTION_BITS` fraction bits, so that sums are exact."""
     return np.rint(np.log2(values, dtype=np.float64) * (_BUCKETS << _FRACTION_BITS)).astype(np.int32)
 
 
@@ -267,7 +267,7 @@ def _few_log2() -> np.ndarray:
 
 
 def _ranges(lengths: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
-    """Cut rows into ranges of at most so many entries, but of one row at least."""
+    """Split rows into ranges of at most `most` entries, but at least one row."""
     ends = np.cumsum(lengths, dtype=np.int64)
     start = 0
     while start < len(ends):
@@ -278,7 +278,7 @@ def _ranges(lengths: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
 
 
 def _narrow(values: np.ndarray) -> np.ndarray:
-    """Give whole numbers the narrowest type that holds them; none of them is negative."""
+    """Return non-negative integers in the narrowest type that holds them."""
     return values if values.dtype.kind == "f" else values.astype(np.min_scalar_type(values.max(initial=0)), copy=False)
 
 

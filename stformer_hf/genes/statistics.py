@@ -1,4 +1,4 @@
-"""GeneStatistics: medians, means and detection rates of genes, gathered block by block, on one machine or on many."""
+"""GeneStatistics: medians, means and detection rates of genes, computed block by block, on one machine or on many."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _COLUMNS = ("mean", "detection_rate", "total")
 
 
 class GeneStatistics:
-    """Statistics of genes over cells, gathered block by block; parts of the cells, from anywhere, can be merged.
+    """Statistics of genes over cells, computed block by block; statistics of parts of the cells can be merged.
 
     Parameters
     ----------
     gene_ids : sequence of str (n_genes,)
-        Each once.
+        Unique gene ids.
     symbols : sequence of str (n_genes,), optional
     target_sum : float, default: 10,000
-        What the values of a cell add up to: a value is count / total counts of the cell * target_sum.
+        Sum of the values of a cell: a value is count / total counts of the cell * target_sum.
     method : {"auto", "exact", "sketch"}, default: "auto"
-        `exact` keeps every count. `sketch` keeps a histogram a gene, whose memory does not grow with the cells; its
-        medians are off by at most 0.75 %. `auto` is exact while the counts fit into `max_memory`, then a sketch.
+        `exact` keeps every count. `sketch` keeps one histogram per gene, whose memory does not grow with the cells;
+        its medians are off by at most 0.75 %. `auto` is exact while the counts fit into `max_memory`, then a sketch.
     max_memory : int, default: 1 GB
-        Bytes that the counts kept by `auto` may take.
+        Limit for the counts that `auto` keeps, in bytes.
 
     Attributes
     ----------
@@ -43,20 +43,20 @@ class GeneStatistics:
     symbols : object array (n_genes,) or None
     target_sum : float
     n_cells : int
-        Cells with counts; those without are skipped.
+        Number of cells with counts; cells without counts are skipped.
     method : {"exact", "sketch"}
-        How the medians are found now.
+        How the medians are computed now.
 
     Raises
     ------
     ValueError
-        Ids that repeat; a target sum that is not positive; an unknown method; a negative `max_memory`.
+        Ids repeat; the target sum is not positive; the method is unknown; `max_memory` is negative.
 
     Notes
     -----
     The median of a gene is that of its non-zero values (Geneformer, Theodoris et al. 2023; STFormer). The sketch is
-    DDSketch (Masson et al. 2019, doi:10.14778/3352063.3352135): buckets of one ratio, 47 a doubling, so that sketches
-    of parts add up to the sketch of the whole. It takes about 4 kB a gene.
+    DDSketch (Masson et al. 2019, doi:10.14778/3352063.3352135): buckets with a constant ratio of their bounds, 47 per
+    doubling, so that sketches of parts add up to the sketch of the whole. It takes about 4 kB per gene.
     """
 
     def __init__(
@@ -69,15 +69,15 @@ class GeneStatistics:
         max_memory: int = MAX_MEMORY,
     ):
         if method not in _METHODS:
-            raise ValueError(f"method={method!r}: use one of {', '.join(_METHODS)}.")
+            raise ValueError(f"method={method!r}: must be one of {', '.join(_METHODS)}.")
         if not 0 < target_sum < np.inf:
-            raise ValueError(f"target_sum={target_sum}: what the values of a cell add up to is positive.")
+            raise ValueError(f"target_sum={target_sum}: must be positive.")
         if max_memory < 0:
-            raise ValueError(f"max_memory={max_memory}: a number of bytes is needed.")
+            raise ValueError(f"max_memory={max_memory}: must be a number of bytes.")
         self.gene_ids = np.array([str(gene) for gene in gene_ids], dtype=object)
         repeated = pd.Index(self.gene_ids).duplicated()
         if repeated.any():
-            raise ValueError(f"{int(repeated.sum())} gene ids repeat, such as {self.gene_ids[repeated][0]}.")
+            raise ValueError(f"{int(repeated.sum())} gene ids are repeated, such as {self.gene_ids[repeated][0]}.")
         self.symbols = None if symbols is None else np.array([str(symbol) for symbol in symbols], dtype=object)
         if self.symbols is not None and len(self.symbols) != len(self.gene_ids):
             raise ValueError(f"There are {len(self.symbols)} symbols for {len(self.gene_ids)} genes.")
@@ -85,7 +85,7 @@ class GeneStatistics:
         self.n_cells = 0
         self._limit = {"exact": np.inf, "sketch": 0.0, "auto": float(max_memory)}[method]
         self._values: AllValues | ValueSketch | None = (AllValues if self._limit else ValueSketch)(len(self.gene_ids))
-        self._sums = np.zeros((len(self.gene_ids), 2))  # of the counts, of the values
+        self._sums = np.zeros((len(self.gene_ids), 2))  # sums of the counts, and of the values
         self._table: pd.DataFrame | None = None
 
     def __len__(self) -> int:
@@ -94,7 +94,7 @@ class GeneStatistics:
     def __repr__(self) -> str:
         return f"GeneStatistics({len(self):,} genes, {self.n_cells:,} cells, {self.method})"
 
-    # ------------------------------------------------------------------ cells in
+    # ------------------------------------------------------------------ adding cells
 
     def add(self, counts: sparse.csr_matrix | sparse.csr_array, columns: np.ndarray | None = None) -> None:
         """Add cells.
@@ -102,20 +102,20 @@ class GeneStatistics:
         Parameters
         ----------
         counts : csr_matrix or csr_array (n_cells, n_columns)
-            Raw counts. Entries that repeat are summed, zeros and cells without counts skipped.
+            Raw counts. Repeated entries are summed; zeros and cells without counts are skipped.
         columns : int array (n_columns,), optional
-            Number of the gene of each column; columns of one gene are summed. By default they are the genes.
+            Gene index of each column; columns of the same gene are summed. By default the columns are the genes.
 
         Raises
         ------
         ValueError
-            Another number of columns; values that are no counts; statistics that were read from a JSON file.
+            The number of columns is wrong; values are not counts; the statistics were read from a JSON file.
         """
         self._must_be_whole()
         counts = _clean(counts, columns, len(self))
         if not counts.shape[0]:
             return
-        with np.errstate(over="ignore"):  # told below
+        with np.errstate(over="ignore"):  # an error is raised below
             totals = np.add.reduceat(counts.data, counts.indptr[:-1], dtype=np.float64)
         if not np.isfinite(totals).all():
             raise ValueError("The counts of a cell add up to more than a float64 holds.")
@@ -125,25 +125,24 @@ class GeneStatistics:
         self._settle()
 
     def merge(self, other: GeneStatistics) -> GeneStatistics:
-        """Give the statistics of the cells of both, over the genes of both.
+        """Return the statistics of the cells of both, over the genes of both.
 
-        Two sketches give the sketch that all cells would have given; counts that are kept are put together; of one of
-        each a sketch is made.
+        Two sketches become the sketch of all cells; kept counts are concatenated; one of each becomes a sketch.
 
         Parameters
         ----------
         other : GeneStatistics
-            Of other cells. Its genes that are not in these come behind them.
+            Statistics of other cells. Genes that are only in `other` are appended.
 
         Returns
         -------
         GeneStatistics
-            A new one; these two stay as they are.
+            A new object; the two are not changed.
 
         Raises
         ------
         ValueError
-            Another target sum; statistics that were read from a JSON file.
+            The target sums differ, or statistics were read from a JSON file.
         """
         if self.target_sum != other.target_sum:
             raise ValueError(
@@ -169,7 +168,7 @@ class GeneStatistics:
         return merged
 
     def _settle(self) -> None:
-        """Forget what followed from the cells before, and make a sketch of counts that are too many to be kept."""
+        """Clear cached results, and convert counts that are too many to be kept to a sketch."""
         self._table = None
         if isinstance(self._values, AllValues) and self._values.n_bytes > self._limit:
             self._values = self._values.sketch()
@@ -177,36 +176,37 @@ class GeneStatistics:
     def _must_be_whole(self) -> None:
         if self._values is None:
             raise ValueError(
-                "These statistics were read from a JSON file, which holds results only: save and load .npz files "
-                "where cells shall be added or parts merged."
+                "These statistics were read from a JSON file, which holds only results: save and load .npz files "
+                "to add cells or merge parts."
             )
 
-    # ------------------------------------------------------------------ results out
+    # ------------------------------------------------------------------ results
 
     @property
     def method(self) -> str:
-        """How the medians are found: `exact` or `sketch`."""
+        """How the medians are computed: `exact` or `sketch`."""
         if self._values is None:
             return self._read_method
         return "exact" if isinstance(self._values, AllValues) else "sketch"
 
     @property
     def relative_error(self) -> float:
-        """Bound of the relative error of a median: 0, or 0.0075 of a sketch."""
+        """Bound of the relative error of a median: 0, or 0.0075 for a sketch."""
         return 0.0 if self.method == "exact" else RELATIVE_ERROR
 
     @property
     def medians(self) -> dict[str, float]:
-        """Median of the non-zero values of each gene that was seen: what `GeneTokenizer(medians=…)` takes."""
+        """Median of the non-zero values of each expressed gene, for `GeneTokenizer(medians=…)`."""
         seen = self.table[["gene_id", "median"]].dropna()
         return dict(zip(seen["gene_id"].tolist(), seen["median"].tolist(), strict=True))
 
     @property
     def table(self) -> pd.DataFrame:
-        """All statistics, one row a gene.
+        """All statistics, one row per gene.
 
-        `gene_id`; `symbol`, where known; `median` of the non-zero values, NaN of a gene never seen; `mean` of the
-        values over all cells; `detection_rate`, the share of the cells with a count; `total`, the sum of the counts.
+        The columns are `gene_id`; `symbol`, if known; `median` of the non-zero values, NaN for a gene without counts;
+        `mean` of the values over all cells; `detection_rate`, the share of the cells with a count; `total`, the sum of
+        the counts.
         """
         if self._table is None:
             n_cells = max(self.n_cells, 1)
@@ -225,18 +225,18 @@ class GeneStatistics:
     # ------------------------------------------------------------------ files
 
     def save(self, path: str | Path) -> None:
-        """Write a file, whole or not at all.
+        """Write a file atomically.
 
         Parameters
         ----------
         path : str or Path
-            `.json` holds the results, to be read by people and programs: `medians` is one object gene id -> median.
-            `.npz` holds everything, so that parts can be merged and cells added.
+            `.json` holds the results, for people and programs: `medians` is one object gene id -> median. `.npz` holds
+            everything, so that parts can be merged and cells added.
 
         Raises
         ------
         ValueError
-            Another kind of file; an `.npz` of statistics that were read from a JSON file.
+            The file has another suffix, or is an `.npz` of statistics that were read from a JSON file.
         """
         path = _checked_path(path)
         if path.suffix == ".json":
@@ -258,14 +258,14 @@ class GeneStatistics:
         Returns
         -------
         GeneStatistics
-            Of a `.json` the results only: nothing can be added to them.
+            The statistics; from a `.json` only the results, to which nothing can be added.
 
         Raises
         ------
         FileNotFoundError
-            No such file.
+            The file does not exist.
         ValueError
-            Another kind of file, one of another format version, or a damaged one.
+            The file has another suffix or format version, or is damaged.
         """
         path = _checked_path(path)
         read, make = (_read_json, cls._from_json) if path.suffix == ".json" else (_read_arrays, cls._from_arrays)
@@ -275,8 +275,8 @@ class GeneStatistics:
             if version == FORMAT_VERSION:
                 return make(found)
         except (ValueError, TypeError, LookupError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{path} holds no gene statistics, or is damaged: {error}.") from error
-        remedy = "Update stformer_hf." if version > FORMAT_VERSION else "Estimate it again."
+            raise ValueError(f"{path} does not hold gene statistics, or is damaged: {error}.") from error
+        remedy = "Update stformer_hf." if version > FORMAT_VERSION else "Estimate the statistics again."
         raise ValueError(f"{path} has format version {version}; this version reads {FORMAT_VERSION}. {remedy}")
 
     def _to_json(self) -> str:
@@ -326,27 +326,27 @@ class GeneStatistics:
         return read
 
 
-# ---------------------------------------------------------------------- counts and files at the door
+# ---------------------------------------------------------------------- checks of counts and files
 
 
 def _clean(counts, columns: np.ndarray | None, n_genes: int) -> sparse.csr_array:
-    """Check counts; entries that repeat summed, without zeros and empty cells, columns renamed to genes."""
+    """Check counts; sum repeated entries, drop zeros and empty cells, and map columns to genes."""
     counts = sparse.csr_array(counts)
     if counts.ndim != 2 or counts.dtype.kind not in "buif":
-        raise ValueError(f"Counts are a matrix of numbers, got shape {counts.shape}, type {counts.dtype}.")
+        raise ValueError(f"Counts must be a matrix of numbers, got shape {counts.shape}, type {counts.dtype}.")
     n_cells, n_columns = counts.shape
     columns = np.arange(n_columns) if columns is None else np.asarray(columns)
     if len(columns) != n_columns or not ((columns >= 0) & (columns < n_genes)).all():
-        raise ValueError(f"{n_columns} columns do not fit {n_genes} genes: say by columns=… which gene each is.")
+        raise ValueError(f"{n_columns} columns do not fit {n_genes} genes: pass the gene of each column, columns=….")
     data = counts.data
     if len(data) and data.dtype.kind in "if" and not 0 <= data.min() <= data.max() < np.inf:
         wrong = data[~((data >= 0) & (data < np.inf))]
-        raise ValueError(f"Counts are finite and not negative, found {wrong[0]}. Pass raw counts.")
+        raise ValueError(f"Counts must be finite and not negative, got {wrong[0]}. Pass raw counts.")
     indices = counts.indices
     if not np.array_equal(columns, np.arange(n_genes)):
         indices = columns.astype(indices.dtype)[indices]
     if not counts.has_canonical_format or np.bincount(columns).max(initial=0) > 1:
-        data = data.astype(np.float64 if data.dtype.kind == "f" else np.uint64)  # sums of narrow ones would wrap
+        data = data.astype(np.float64 if data.dtype.kind == "f" else np.uint64)  # sums of narrow types would overflow
         counts = sparse.csr_array((data, indices.copy(), counts.indptr.copy()), (n_cells, n_genes))
         counts.sum_duplicates()
     elif indices is not counts.indices or data.dtype.kind == "b":
@@ -363,7 +363,7 @@ def _clean(counts, columns: np.ndarray | None, n_genes: int) -> sparse.csr_array
 
 
 def _united_symbols(genes: pd.Index, parts: Sequence[GeneStatistics]) -> np.ndarray | None:
-    """Symbols of the genes of all parts; the id where none is known."""
+    """Return the symbols of the genes of all parts; the id if none is known."""
     known: dict[str, str] = {}
     for part in reversed([part for part in parts if part.symbols is not None]):
         known.update(zip(part.gene_ids, part.symbols, strict=True))
@@ -373,7 +373,7 @@ def _united_symbols(genes: pd.Index, parts: Sequence[GeneStatistics]) -> np.ndar
 def _checked_path(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix not in (".json", ".npz"):
-        raise ValueError(f"{path}: gene statistics are in .json files (results) and .npz files (all, to be merged).")
+        raise ValueError(f"{path}: gene statistics must be .json (results only) or .npz (everything, for merging).")
     return path
 
 

@@ -1,4 +1,4 @@
-"""Text files as they stand: unpacked by what they hold, no name taken for a number, and errors that name the file."""
+"""Read text files unchanged: gzip is detected by content, names are never converted, and errors name the file."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import BinaryIO
 
 import pandas as pd
 
-_OF_THE_SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE}  # no file is to blame
+_OF_THE_SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE}  # errors that no file causes
 
 
 @contextmanager
 def naming(path: str | Path, wanted: str = "") -> Iterator[None]:
-    """Let every error that reading a file raises name the file.
+    """Make every error in reading a file name the file.
 
     Parameters
     ----------
     path : str or Path
         The file.
     wanted : str, optional
-        What it is read as, such as `a table`.
+        Expected contents, such as `a table`.
 
     Raises
     ------
     ValueError
-        In place of any error that does not name the file: a key that is missing, bytes that are no text, and so on.
+        Replaces any error that does not name the file, such as a missing key or bytes that are not text.
     """
     try:
         yield
@@ -43,13 +43,13 @@ def naming(path: str | Path, wanted: str = "") -> Iterator[None]:
         if kind is ValueError:
             raise ValueError(f"{path}{' cannot be read' * bool(wanted)}{what}: {error}") from error
         raise ValueError(
-            f"{path} cannot be read{what}: {kind.__name__}: {str(error).rstrip('.')}. It is damaged, or not what its "
-            "name says: copy or download it again, or write it anew."
+            f"{path} cannot be read{what}: {kind.__name__}: {str(error).rstrip('.')}. It is damaged, or its name has "
+            "the wrong suffix: copy or download it again, or rewrite it."
         ) from error
 
 
 def existing_file(path: str | Path) -> Path:
-    """Take the path of a file that is there."""
+    """Return the path of an existing file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
@@ -57,24 +57,24 @@ def existing_file(path: str | Path) -> Path:
 
 
 def open_text(path: str | Path) -> BinaryIO:
-    """Open a file that may be compressed by gzip, whatever its name says."""
+    """Open a file that may be compressed with gzip, regardless of its name."""
     with open(path, "rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
     return gzip.open(path) if zipped else open(path, "rb")
 
 
 def suffix_of(path: Path) -> str:
-    """Return the suffix that tells the kind of a file, such as `.csv` of `a.csv.gz`."""
+    """Return the suffix of a file without compression, such as `.csv` for `a.csv.gz`."""
     return Path(path.stem if path.suffix == ".gz" else path).suffix.lower()
 
 
 def read_text_table(path: str | Path, header: bool = True) -> pd.DataFrame:
-    """Read a csv or tsv file; all values are strings as they stand: `nan` is a gene of the fruit fly.
+    """Read a csv or tsv file; all values stay unchanged strings, since `nan` is a gene of the fruit fly.
 
     Parameters
     ----------
     path : str or Path
-        Fields are separated by tabs where the first line has one, else by commas, else by semicolons.
+        The file. Fields are separated by tabs if the first line has one, else by commas, else by semicolons.
     header : bool, default: True
         Whether the first line names the columns; otherwise it is a row, and the columns are numbered.
 
@@ -93,14 +93,14 @@ def read_text_table(path: str | Path, header: bool = True) -> pd.DataFrame:
 
 
 def read_columns(path: str | Path, n: int = 1) -> pd.DataFrame:
-    """Read the first columns of a tsv file without header, such as `features.tsv`; lines may be of any lengths.
+    """Read the first columns of a tsv file without a header, such as `features.tsv`; lines may have any length.
 
     Parameters
     ----------
     path : str or Path
-        Quotes mean nothing; empty lines are passed over.
+        The file. Quotes have no meaning; empty lines are skipped.
     n : int, default: 1
-        Most columns to read.
+        Maximum number of columns to read.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Unites the genes of many sources into one table, and says what became of each source's columns."""
+"""Merge the genes of many sources into one table, and record how each source's columns were matched."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from .gene_table import GeneTable
 
 logger = logging.getLogger(__name__)
 
-KEPT, MAPPED, UNMAPPED = range(3)  # what became of a column: see `UnitedGenes.fates`
+KEPT, MAPPED, UNMAPPED = range(3)  # fate of a column: see `UnitedGenes.fates`
 FATES = ("kept", "mapped", "unmapped")
 
 
 @dataclass
 class UnitedGenes:
-    """Genes of many sources.
+    """Merged genes of many sources.
 
     Attributes
     ----------
     genes : GeneTable
-        Every gene once, in the order in which the sources name them.
+        Every gene once, in the order of the sources.
     rows : list of int64 array (n_columns,)
-        For each source, the row of `genes` that each of its columns belongs to.
+        Row of `genes` for each column, per source.
     fates : list of uint8 array (n_columns,)
-        For each source and column: 0 kept under its own Ensembl id, 1 mapped to another id by `aliases` or by symbol,
-        2 unmapped: no Ensembl id, kept under its name.
+        Fate of each column, per source: 0 kept under its own Ensembl id, 1 mapped to another id by `aliases` or by
+        symbol, 2 unmapped (no Ensembl id, kept under its name).
     """
 
     genes: GeneTable
@@ -48,21 +48,21 @@ def unite(
     unify: str | None = None,
     species: str | None = None,
 ) -> UnitedGenes:
-    """Unite gene tables by id.
+    """Merge gene tables by id.
 
     Parameters
     ----------
     tables : sequence of GeneTable
-        One a source; ids may repeat in a table.
+        One table per source; ids may repeat in a table.
     names : sequence of str
         Names of the sources, for messages.
     aliases : mapping, DataFrame or file, optional
         Old id (or name) -> new id; see `read_aliases`.
     unify : "symbol", optional
-        Take genes of different sources that have the same symbol under different ids for one gene. Its id is the
-        first Ensembl id among them. Symbols that one source has under several ids stay as they are.
+        Merge genes of different sources that have the same symbol under different ids. The id of the merged gene is
+        the first Ensembl id among them. Symbols that one source has under more than one id are not merged.
     species : str, optional
-        What all sources must be of, such as `human`. By default they must agree where their ids tell.
+        Species of all sources, such as `human`; by default the species that their Ensembl ids show must agree.
 
     Returns
     -------
@@ -71,10 +71,10 @@ def unite(
     Raises
     ------
     ValueError
-        Other species; an unknown `unify`; aliases that cannot be read.
+        Species differ; `unify` is unknown; aliases cannot be read.
     """
     if unify not in (None, "symbol"):
-        raise ValueError(f"unify={unify!r}: use 'symbol', or None.")
+        raise ValueError(f"unify={unify!r}: must be 'symbol' or None.")
     renamed = read_aliases(aliases)
     warn_of_few_matches(renamed, (gene for table in tables for gene in table.gene_ids))
     ids = [_rename(table.gene_ids, renamed) for table in tables]
@@ -86,7 +86,7 @@ def unite(
         old, new = next(iter(same_symbol.items()))
         logger.warning(
             f"{len(same_symbol)} genes have one symbol under different ids in different sources, such as {old} and "
-            f"{new}; they are kept apart. Unite them with unify='symbol', or with aliases={{old: new}}."
+            f"{new}; they are kept separate. Merge them with unify='symbol', or with aliases={{old: new}}."
         )
     frames = [
         table.frame.assign(gene_id=source).astype({"gene_id": object})
@@ -117,17 +117,17 @@ def _check_species(ids: list[np.ndarray], names: Sequence[str], wanted: str | No
     wrong = {guess: name for guess, name in found.items() if wanted is not None and guess != wanted}
     if wrong:
         guess, name = next(iter(wrong.items()))
-        raise ValueError(f"{name} has {guess} genes, by the prefix of their ids, and species={wanted!r} is wanted.")
+        raise ValueError(f"{name} has {guess} genes, by the prefix of their ids, but species={wanted!r}.")
     if len(found) > 1:
         (first, first_name), (second, second_name) = list(found.items())[:2]
         raise ValueError(
-            f"{first_name} has {first} genes and {second_name} {second} genes, by the prefix of their ids. Build a "
-            "store for each, or map one to the other with aliases={old: new}."
+            f"{first_name} has {first} genes and {second_name} has {second} genes, by the prefix of their ids. Build "
+            "one store per species, or map one to the other with aliases={old: new}."
         )
 
 
 def _distinct(frames: list[pd.DataFrame]) -> list[pd.DataFrame]:
-    """Leave out tables that are like one before; most sources share their genes."""
+    """Return the distinct tables; most sources share their genes."""
     seen, distinct = set(), []
     for frame in frames:
         key = (tuple(frame["gene_id"]), tuple(frame["symbol"]))
@@ -138,7 +138,7 @@ def _distinct(frames: list[pd.DataFrame]) -> list[pd.DataFrame]:
 
 
 def _same_symbol(ids: list[np.ndarray], symbols: list[np.ndarray]) -> dict[str, str]:
-    """Find genes that have one symbol under different ids in different sources: id -> id to unite it with."""
+    """Find genes with one symbol under different ids in different sources: id -> id to merge it with."""
     frames = [
         pd.DataFrame({"gene_id": source, "symbol": names}, dtype=object)
         for source, names in zip(ids, symbols, strict=True)
@@ -148,14 +148,14 @@ def _same_symbol(ids: list[np.ndarray], symbols: list[np.ndarray]) -> dict[str, 
         return {}
     pairs = pd.concat(frames, keys=range(len(frames)), names=["source", "row"]).reset_index("source")
     pairs = pairs[pairs["symbol"] != ""]
-    # A symbol under two ids in one source: two genes.
+    # A symbol with two ids in one source: two genes.
     ambiguous = pairs.loc[pairs.duplicated(["source", "symbol"]), "symbol"].unique()
     pairs = pairs[~pairs["symbol"].isin(ambiguous)]
     groups = pairs.drop_duplicates(["symbol", "gene_id"])
     groups = groups[groups.duplicated("symbol", keep=False)]
     if groups.empty:
         return {}
-    # Two ids of a symbol that one source has both: two genes, the symbol moved from one to the other.
+    # One source has both ids of a symbol: two genes, between which the symbol moved.
     everywhere = pd.concat(frames, keys=range(len(frames)), names=["source", "row"]).reset_index("source")
     everywhere = everywhere[["source", "gene_id"]].drop_duplicates()
     both = groups[["symbol", "gene_id"]].merge(everywhere, on="gene_id")

@@ -1,1 +1,1 @@
-"""Any file or object of cells, opened to blocks of CSR rows, obs and a gene table."""
+"""Open any file or object of cells, as blocks of CSR rows, obs and a gene table."""

@@ -1,4 +1,4 @@
-"""Formats: what is read, one function each. A reader gives the matrices of a file, and reads nothing else yet."""
+"""Registry of file formats, with one reader function each, which opens the matrices of a file without reading them."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ logger = logging.getLogger(__name__)
 
 _BD_FILE = re.compile(r"_MolsPerCell(_Unfiltered)?\.csv(\.gz)?$", re.IGNORECASE)
 _REMOTE = re.compile(r"([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)
-_NOT_HDF5 = {  # how a file begins that is none, and what to do with it
-    b"\x1f\x8b": "It is compressed by gzip: unpack it.",
+_NOT_HDF5 = {  # first bytes of files that are not HDF5, and the remedy
+    b"\x1f\x8b": "It is compressed with gzip: unpack it.",
     b"PK\x03\x04": "It is a zip archive: unpack it.",
     b"version https://git-lfs": "It is a pointer of Git LFS: fetch the file itself (git lfs pull).",
-    b"<": "It is a web page, as a download that failed leaves it: download the file again.",
+    b"<": "It is a web page, as left by a failed download: download the file again.",
 }
-_SPATIAL = ("tables", "table", "images", "labels", "shapes", "points")  # what a SpatialData is made of
+_SPATIAL = ("tables", "table", "images", "labels", "shapes", "points")  # groups of a SpatialData
 _LOOM_CELLS = ("CellID", "Cell_id", "cell_id", "obs_names")
 _LOOM_GENES = ("Gene", "gene_names", "GeneName", "var_names")
 
@@ -58,7 +58,7 @@ class Layer:
     Attributes
     ----------
     name : str
-        `X`, `raw`, the name of a layer; in 10x files a feature type or a genome.
+        `X`, `raw` or the name of a layer; in 10x files a feature type or a genome.
     matrix : Matrix
         Cells by genes.
     genes : callable () -> GeneTable
@@ -66,9 +66,9 @@ class Layer:
     obs : callable () -> DataFrame
         Reads the table of its rows.
     neighbors : callable (key) -> Matrix, optional
-        Opens a graph of its cells (`obsp`); KeyError where there is none of that name.
+        Opens a graph of its cells (`obsp`); KeyError if there is none of that name.
     whole : Matrix, optional
-        The matrix with all its columns, where this layer has those of one feature type.
+        The matrix with all its columns, if this layer has only those of one feature type.
     """
 
     name: str
@@ -81,13 +81,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Tables:
-    """The modalities of a MuData, or the tables of a SpatialData, in a file; one of them is read.
+    """The modalities of a MuData file, or the tables of a SpatialData file; one of them is read.
 
     Attributes
     ----------
     kind : {"modality", "table"}
     places : dict of str to FileHandle
-        Where the AnnData of each is.
+        Location of the AnnData of each.
     obs : callable () -> DataFrame, optional
         Reads the obs of the MuData.
     """
@@ -97,7 +97,7 @@ class Tables:
     obs: Callable[[], pd.DataFrame] | None = None
 
     def choose(self, layer: str | None, source: str) -> tuple[str, str | None]:
-        """Choose one, and the layer in it; see `choose_table`."""
+        """Choose a modality or table, and the layer in it; see `choose_table`."""
         try:
             tables = {name: partial(_read_table, place, "var") for name, place in self.places.items()}
             return choose_table(tables, layer, source, self.kind)
@@ -112,7 +112,7 @@ class Tables:
 
 @dataclass(frozen=True)
 class Format:
-    """A format: its name, how its files are known, and its reader."""
+    """A format: its name, a function that recognises its files, and its reader."""
 
     name: str
     matches: Callable[[Path], bool]
@@ -120,7 +120,7 @@ class Format:
 
 
 class StoredCells(Protocol):
-    """What other modules read of a `CellStore`, or of a selection of one. The store registers its own format."""
+    """The part of `CellStore`'s interface that other modules use. The store registers its own format."""
 
     path: Path
     manifest: dict[str, Any]
@@ -137,10 +137,10 @@ class StoredCells(Protocol):
         """Return a `CellBatch` of cells."""
 
     def rows(self, index: Any) -> sparse.csr_array:
-        """Return the counts of cells: (n_cells, n_genes)."""
+        """Return the counts of cells, (n_cells, n_genes)."""
 
     def neighbors(self, index: Any) -> sparse.csr_array:
-        """Return the weights of the neighbours of cells: (n_cells, len(self))."""
+        """Return the weights of the neighbours of cells, (n_cells, len(self))."""
 
     def must_be_unchanged(self) -> None:
         """Raise a RuntimeError if the store was replaced since it was opened."""
@@ -160,7 +160,7 @@ def reads(name: str, matches: Callable[[Path], bool]):
 
 
 def find_format(path: Path) -> Format | None:
-    """Find the format of a file or folder; None where it has none of those registered."""
+    """Return the format of a file or folder; None if it has no registered format."""
     return next((known for known in FORMATS if known.matches(path)), None)
 
 
@@ -170,12 +170,12 @@ class Found(NamedTuple):
     Attributes
     ----------
     name : str
-        What errors call the source.
+        Name of the source, for errors.
     table : str
-        For errors, after the name: which modality or table was chosen; empty where there is no choice.
+        Name of the chosen modality or table, for errors; empty if there is no choice.
     layers : list of Layer
     layer : str or None
-        The layer asked for.
+        The requested layer.
     """
 
     name: str
@@ -185,7 +185,7 @@ class Found(NamedTuple):
 
 
 def is_source(value: Any) -> bool:
-    """Tell one source from several."""
+    """Return whether a value is a single source, not an iterable of sources."""
     return (
         isinstance(value, (AnnData, str, Path))
         or hasattr(value, "manifest")
@@ -195,20 +195,20 @@ def is_source(value: Any) -> bool:
 
 
 def find_layers(source: Any, layer: str | None = None) -> Found:
-    """Open a source of any kind and give its matrices.
+    """Open a source of any kind and return its matrices.
 
     Parameters
     ----------
     source : AnnData, MuData, SpatialData, CellStore, str or Path
     layer : str, optional
-        The layer that is wanted; of a MuData or SpatialData also the modality or table, see `choose_table`.
+        The requested layer; for MuData and SpatialData also the modality or table, see `choose_table`.
 
     Raises
     ------
     FileNotFoundError
-        No such file.
+        The file does not exist.
     ValueError
-        A format that is not read; a file that is damaged; a MuData or SpatialData without a table to choose.
+        The file format is not supported; the file is damaged; no table of a MuData or SpatialData can be chosen.
     """
     if isinstance(source, (str, Path)):
         name, found = str(source), read_layers(source)
@@ -223,7 +223,7 @@ def find_layers(source: Any, layer: str | None = None) -> Found:
         return Found(str(source.path), "", store_layers(source), layer)
     if not is_source(source):
         raise ValueError(
-            f"A source is a path, an AnnData, MuData, SpatialData or CellStore, not {type(source).__name__}."
+            f"A source must be a path, an AnnData, MuData, SpatialData or CellStore, got {type(source).__name__}."
         )
     chosen = find_table(source, layer)
     name = str(chosen.table.filename) if chosen.table.isbacked else type(source).__name__
@@ -232,14 +232,14 @@ def find_layers(source: Any, layer: str | None = None) -> Found:
 
 
 def read_layers(path: str | Path) -> list[Layer] | Tables:
-    """Open a file or folder and give its matrices, or its tables where it holds several AnnData.
+    """Open a file or folder and return its matrices, or its tables if it can hold multiple AnnData.
 
     Raises
     ------
     FileNotFoundError
-        No such file.
+        The file does not exist.
     ValueError
-        A format that is not read; a file that is damaged.
+        The file format is not supported, or the file is damaged.
     """
     path = local_path(path)
     if not path.exists():
@@ -252,54 +252,54 @@ def read_layers(path: str | Path) -> list[Layer] | Tables:
 
 
 def local_path(path: str | Path) -> Path:
-    """Make a path of what names a file on this machine; refuse the addresses of others.
+    """Return the path of a local file; refuse remote addresses.
 
     Raises
     ------
     ValueError
-        An address such as `s3://…` or `https://…`.
+        The path is an address such as `s3://…` or `https://…`.
     """
     remote = _REMOTE.match(str(path))
     if remote is None or Path(path).exists():
         return Path(path)
     if remote[1].lower() == "file":
-        raise ValueError(f"{path}: give the path alone, without {remote[1]}://.")
+        raise ValueError(f"{path}: pass the path alone, without {remote[1]}://.")
     address = f"{remote[1]}://{str(path)[remote.end() :]}"  # a Path has one slash
     if ".zarr" in address:
         way = f"pass the AnnData that anndata.io.read_zarr({address!r}) reads"
     else:
-        way = f"take what fsspec.open_local('simplecache::{address}', simplecache={{'same_names': True}}) returns"
-    raise ValueError(f"{address}: only files of this machine are read. Download it and give its path, or {way}.")
+        way = f"use fsspec.open_local('simplecache::{address}', simplecache={{'same_names': True}})"
+    raise ValueError(f"{address}: only local files can be read. Download it and pass its path, or {way}.")
 
 
 def _unknown(path: Path) -> ValueError:
     names = ", ".join(known.name for known in FORMATS)
     return ValueError(
-        f"{path}: none of the formats that are read ({names}), and no AnnData. Read it into an AnnData, as in "
+        f"{path}: unsupported file format (supported: {names}). Read it into an AnnData, for example with "
         "anndata.io.read_mtx(path).T or anndata.io.read_csv(path), and pass that or an h5ad of it."
     )
 
 
 def expand(sources: Iterator[Any]) -> list[Any]:
-    """Put files in place of folders and patterns.
+    """Replace folders and patterns by the files that they stand for.
 
     Parameters
     ----------
     sources : iterable of AnnData, MuData, SpatialData, CellStore, str or Path
-        A path may be a file or folder of a known format, another folder (all such files in it, however deep, in
+        A path may be a file or folder of a known format, another folder (for all such files in it, at any depth, in
         alphabetical order) or a pattern such as `data/*.h5ad`.
 
     Returns
     -------
     list
-        Objects as they were; paths of a known format.
+        Objects unchanged, and paths of a known format.
 
     Raises
     ------
     FileNotFoundError
-        Nothing is there.
+        A path does not exist, or a pattern matches nothing.
     ValueError
-        A file of a format that is not read.
+        A file has an unsupported format.
     """
     found = []
     for source in sources:
@@ -327,7 +327,7 @@ def _glob(pattern: Path) -> Iterator[Path]:
 def _walk(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     if find_format(path):
         yield path
-    elif path.is_dir() and path.resolve() not in above:  # a link to a folder above would go round for ever
+    elif path.is_dir() and path.resolve() not in above:  # a link to a parent folder would loop forever
         for inside in sorted(path.iterdir()):
             if inside.name.lower().endswith((".h5ad.gz", ".h5mu.gz", ".h5.gz", ".loom.gz")):
                 logger.warning(f"{inside} is left out: it is compressed. Unpack it (gunzip), or move it away.")
@@ -339,7 +339,7 @@ def _walk(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
 
 
 def anndata_layers(adata: AnnData, obs: pd.DataFrame | None = None) -> list[Layer]:
-    """Give the matrices of an AnnData: in memory or backed, whole or a view; with another obs in place of its own."""
+    """Return the matrices of an AnnData (in memory or backed, whole or a view), optionally with another obs."""
 
     def layer(name: str, matrix: Matrix, var: pd.DataFrame) -> list[Layer]:
         return _by_feature_type(name, matrix, var, lambda: adata.obs if obs is None else obs, neighbors, adata.var)
@@ -349,10 +349,10 @@ def anndata_layers(adata: AnnData, obs: pd.DataFrame | None = None) -> list[Laye
 
     if adata.isbacked:
         rows = columns = None
-        if adata.is_view:  # which rows of the file these are, anndata keeps to itself
+        if adata.is_view:  # anndata does not expose which rows of the file these are
             parent = adata._adata_ref
             rows, columns = np.arange(parent.n_obs)[adata._oidx], np.arange(parent.n_vars)[adata._vidx]
-        # A modality of a MuData is not at the root of its file.
+        # A modality of a MuData is not at the root of the file.
         handle = FileHandle(Path(adata.filename), _open_hdf5, adata.file["obs"].name.removeprefix("/")[: -len("obs")])
         return [
             part
@@ -379,7 +379,7 @@ def _by_feature_type(
     neighbors: Callable[[str], Matrix] | None = None,
     whole_var: pd.DataFrame | None = None,
 ) -> list[Layer]:
-    """Give the genes of a matrix as one layer; of X, antibodies and the like as layers of their own."""
+    """Return the genes of a matrix as one layer; for X also one layer per other feature type, such as antibodies."""
     columns = split_features(var, whole_var if name == "raw" else None)
     if columns is None:
         return [Layer(name, matrix, lambda: GeneTable.from_var(var), obs, neighbors)]
@@ -404,11 +404,11 @@ def _open_hdf5(path: Path) -> h5py.File:
         raise ValueError(f"{path} is open for writing elsewhere. Close it, or open it with backed='r'.") from error
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOENT):
-            raise  # the file is not to blame
+            raise  # not the file's fault
         with open(path, "rb") as file:
             begin = file.read(32).lstrip()
         hint = next((f" {hint}" for known, hint in _NOT_HDF5.items() if begin.startswith(known)), "")
-        raise ValueError(f"{path} is not a readable HDF5 file, or is cut short: {error}.{hint}") from error
+        raise ValueError(f"{path} is not a readable HDF5 file, or is truncated: {error}.{hint}") from error
 
 
 def _open_zarr(path: Path):
@@ -441,10 +441,10 @@ def _read_zarr(path: Path) -> list[Layer] | Tables:
 
 
 def read_anndata_file(path: Path, opener: Callable[[Path], Any] = _open_hdf5) -> list[Layer] | Tables:
-    """Give the matrices of an AnnData on disk, in HDF5 or zarr, of any age; or the tables of a MuData or SpatialData.
+    """Return the matrices of an AnnData on disk (HDF5 or zarr, any version), or the tables of a MuData or SpatialData.
 
-    Each modality of a MuData lies in `mod` as an AnnData, and each table of a SpatialData in `tables`, or alone as
-    `table`, so that counts are read without the packages that wrote them, a block at a time.
+    Each modality of a MuData is an AnnData in `mod`, and each table of a SpatialData one in `tables`, or a single one
+    in `table`, so counts are read block by block without the packages that wrote them.
     """
     handle = FileHandle(path, opener)
     if "mod" in handle:
@@ -454,7 +454,7 @@ def read_anndata_file(path: Path, opener: Callable[[Path], Any] = _open_hdf5) ->
         return Tables("table", {} if kept is None else _places(handle, kept))
     for name in ("obs", "var"):
         if name not in handle:
-            raise ValueError(f"{path} is not a file of an AnnData: it has no {name}.")
+            raise ValueError(f"{path} is not an AnnData file: it has no {name}.")
     return _anndata_layers_at(handle)
 
 
@@ -476,7 +476,7 @@ def _read_table(handle: FileHandle, key: str) -> pd.DataFrame:
 def _anndata_layers_at(
     handle: FileHandle, join: Callable[[pd.DataFrame], pd.DataFrame] = lambda obs: obs
 ) -> list[Layer]:
-    """Give the matrices of the AnnData at a place in a file; `join` adds columns to its obs."""
+    """Return the matrices of the AnnData at a location in a file; `join` adds columns to its obs."""
     if hasattr(handle["obs"], "dtype"):  # one compound array: anndata < 0.7
         return _legacy_layers(handle)
 
@@ -498,7 +498,7 @@ def _anndata_layers_at(
 
 
 def _matrices(handle: FileHandle) -> list[tuple[str, str]]:
-    """Give the matrices of an AnnData file: names, and where they are."""
+    """Return the matrices of an AnnData file: names and keys."""
     if hasattr(handle["obs"], "dtype"):  # one compound array: anndata < 0.7
         return [(name, key) for name, key in (("X", "X"), ("raw", "raw.X")) if key in handle]
     found = [("X", "X")] if "X" in handle and not _is_null(handle["X"]) else []
@@ -508,11 +508,11 @@ def _matrices(handle: FileHandle) -> list[tuple[str, str]]:
 
 
 def _read_obs(handle: FileHandle) -> pd.DataFrame:
-    """Read the table of the cells; a column that cannot be read is left out, and named."""
+    """Read obs; columns that cannot be read are left out, with a warning."""
     node = handle["obs"]
     try:
         return read_elem(node)
-    except Exception:  # whatever anndata, h5py, zarr or pandas make of it
+    except Exception:  # any error of anndata, h5py, zarr or pandas
         if (node.attrs.get("encoding-type"), node.attrs.get("encoding-version")) != ("dataframe", "0.2.0"):
             raise
     index = read_elem(node[node.attrs["_index"]])
@@ -521,13 +521,13 @@ def _read_obs(handle: FileHandle) -> pd.DataFrame:
         try:
             columns[name] = pd.Series(read_elem(node[name]), index)
         except Exception as error:
-            logger.warning(f"{handle.path}: the obs column {name!r} cannot be read, and is left out: {error}")
+            logger.warning(f"{handle.path}: the obs column {name!r} cannot be read and is left out: {error}")
     return pd.DataFrame(columns, index)
 
 
 def _legacy_layers(handle: FileHandle) -> list[Layer]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the file is old
+        warnings.simplefilter("ignore")  # about the old file format
         adata = read_h5ad(handle.path, backed="r")
     obs, var = adata.obs, adata.var
     raw_var = None if adata.raw is None else adata.raw.var
@@ -553,7 +553,7 @@ def _on_disk(handle: FileHandle, key: str) -> Matrix:
     shape = node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
     encoding = str(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
     if shape is None or not encoding.startswith(("csr", "csc")):
-        raise ValueError(f"{handle.path}: {key} is stored as {encoding or 'an unknown layout'}, which is not read.")
+        raise ValueError(f"{handle.path}: {key} is stored as {encoding or 'an unknown layout'}: not supported.")
     return (CompressedMatrix if encoding.startswith("csr") else ColumnMatrix)(handle, key, shape)
 
 
@@ -562,7 +562,7 @@ def _on_disk(handle: FileHandle, key: str) -> Matrix:
 
 @reads("10x h5", lambda path: path.suffix.lower() == ".h5" and path.is_file())
 def _read_tenx_h5(path: Path) -> list[Layer]:
-    """Read a Cell Ranger or Space Ranger file: v3 (`matrix`, features of several types) or v2 (a group a genome)."""
+    """Read a Cell Ranger or Space Ranger file: v3 (`matrix`, multiple feature types) or v2 (one group per genome)."""
     handle = FileHandle(path, _open_hdf5)
     if {"obs", "var"} <= set(handle.file):
         return read_anndata_file(path)
@@ -587,9 +587,7 @@ def _read_tenx_h5(path: Path) -> list[Layer]:
         return _by_feature_type("X", matrix("matrix"), features, obs("matrix"))
     genomes = [name for name, node in handle.file.items() if isinstance(node, h5py.Group) and "barcodes" in node]
     if not genomes:
-        raise ValueError(
-            f"{path} is neither a 10x file (it has no group matrix, and none of a genome) nor an AnnData."
-        )
+        raise ValueError(f"{path} is neither a 10x file (it has no group `matrix` or of a genome) nor an AnnData.")
 
     def genes(genome: str) -> Callable[[], GeneTable]:
         return lambda: GeneTable.from_var(
@@ -601,7 +599,7 @@ def _read_tenx_h5(path: Path) -> list[Layer]:
 
 
 def _matrix_file(path: Path) -> Path | None:
-    """Find the matrix.mtx of a 10x folder; the path may be the folder or the matrix itself."""
+    """Return the matrix.mtx of a 10x folder; the path may be the folder or the matrix itself."""
     if path.is_dir():
         found = sorted(path.glob("*matrix.mtx")) or sorted(path.glob("*matrix.mtx.gz"))
         return found[0] if len(found) == 1 else None
@@ -609,7 +607,7 @@ def _matrix_file(path: Path) -> Path | None:
 
 
 def _file_of(path: Path, *names: str) -> Path | None:
-    """Find a file of one of these names, gzipped or not: the path itself, or in the folder that it is."""
+    """Return a file with one of these names, gzipped or not: the path itself, or a file in this folder."""
     names = [name + end for name in names for end in ("", ".gz")]
     if path.name in names and path.is_file():
         return path
@@ -617,7 +615,7 @@ def _file_of(path: Path, *names: str) -> Path | None:
 
 
 def _beside(file: Path, *names: str) -> Path:
-    """Find the table that goes with a matrix: the first of these names that is there, gzipped or not."""
+    """Return the table that belongs to a matrix: the first of these names that exists, gzipped or not."""
     found = (_file_of(file.parent, name) for name in names)
     table = next((table for table in found if table is not None), None)
     if table is None:
@@ -626,15 +624,15 @@ def _beside(file: Path, *names: str) -> Path:
 
 
 def _rows_of_mtx(file: Path, genes: pd.DataFrame, cells: pd.DataFrame, *, cells_in_rows: bool) -> MtxMatrix:
-    """Open a Matrix Market file, and see that it fits the tables of its genes and cells."""
+    """Open a Matrix Market file, and check that it matches the tables of its genes and cells."""
     matrix = MtxMatrix(file, cells_in_rows)
     n_cells, n_genes = wanted = len(cells), len(genes)
     if matrix.shape != wanted:
-        hint = " Its rows and columns are exchanged: transpose it." if matrix.shape == wanted[::-1] else ""
+        hint = " Its rows and columns are swapped: transpose it." if matrix.shape == wanted[::-1] else ""
         if (n_cells - matrix.shape[0], n_genes - matrix.shape[1]) in ((0, 1), (1, 0), (1, 1)):
-            hint = " A table of one line more may begin with a header: take it away."
+            hint = " A table with one extra line may have a header: remove it."
         raise ValueError(
-            f"{file} has {matrix.shape[1]} features and {matrix.shape[0]} barcodes; the tables beside it have "
+            f"{file} has {matrix.shape[1]} features and {matrix.shape[0]} barcodes, but the tables beside it have "
             f"{n_genes} and {n_cells}.{hint}"
         )
     return matrix
@@ -662,21 +660,21 @@ def _parse_file(path: Path) -> Path | None:
 
 
 def _whole_numbers(column: pd.Series) -> pd.Series:
-    """Make numbers of text where all of it is whole numbers in their usual form: `01` and `1e5` are labels."""
+    """Convert text to numbers if all values are integers in their usual form; `01` and `1e5` are labels."""
     usual = column.str.fullmatch(r"0|-?[1-9]\d{0,17}")
     return column.astype(np.int64) if usual.all() else column
 
 
 @reads("kb-python", lambda path: bool(_kallisto_files(path)))
 def _read_kallisto(path: Path) -> list[Layer]:
-    """Read a folder of kb-python: cells_x_genes.mtx, or one matrix for each kind of molecules (mature, nascent, …)."""
+    """Read a folder of kb-python: cells_x_genes.mtx, or one matrix per kind of molecule (mature, nascent, …)."""
     files = _kallisto_files(path)
     genes = _names_table(_beside(files[0], "cells_x_genes.genes.txt"))
     symbols = _file_of(files[0].parent, "cells_x_genes.genes.names.txt")
     if symbols is not None:
         names = read_columns(symbols)[0].to_numpy(object)
         if len(names) != len(genes):
-            raise ValueError(f"{symbols} has {len(names)} lines; there are {len(genes)} genes.")
+            raise ValueError(f"{symbols} has {len(names)} lines, but there are {len(genes)} genes.")
         genes["gene_symbol"] = names
     cells = _names_table(_beside(files[0], "cells_x_genes.barcodes.txt"))
     return [
@@ -698,7 +696,7 @@ def _kallisto_files(path: Path) -> list[Path]:
 
 
 def _names_table(file: Path) -> pd.DataFrame:
-    """Make a table without columns of a file with one name per line."""
+    """Return a table without columns, indexed by the names in a file with one name per line."""
     return pd.DataFrame(index=pd.Index(read_columns(file)[0], dtype=object, name=None))
 
 
@@ -706,8 +704,8 @@ def _names_table(file: Path) -> pd.DataFrame:
 def _read_alevin_fry(path: Path) -> list[Layer]:
     """Read the folder `alevin` of alevin-fry: quants_mat.mtx, quants_mat_cols.txt and quants_mat_rows.txt.
 
-    In USA mode each gene has three columns: `gene`, `gene-U` and `gene-A`. Which of them are to be counted depends on
-    the experiment, so that there is no X: `spliced+ambiguous` is usual for cells, all three for nuclei.
+    In USA mode each gene has three columns: `gene`, `gene-U` and `gene-A`. Which of them should be counted depends on
+    the experiment, so there is no X: `spliced+ambiguous` is usual for cells, all three for nuclei.
     """
     file = _file_of(path, "quants_mat.mtx")
     genes, cells = (_names_table(_beside(file, f"quants_mat_{kind}.txt")) for kind in ("cols", "rows"))
@@ -721,7 +719,7 @@ def _read_alevin_fry(path: Path) -> list[Layer]:
         return [Layer("X", matrix, lambda: GeneTable.from_var(genes), lambda: cells)]
     parts = dict(zip(("spliced", "unspliced", "ambiguous"), np.arange(3 * n).reshape(3, n), strict=True))
 
-    def layer(*kinds: str) -> Layer:  # columns of one gene are summed, as everywhere
+    def layer(*kinds: str) -> Layer:  # columns of the same gene are summed, as everywhere
         columns = np.concatenate([parts[kind] for kind in kinds])
         var = genes.iloc[columns % n]
         return Layer("+".join(kinds), Selection(matrix, None, columns), lambda: GeneTable.from_var(var), lambda: cells)
@@ -740,7 +738,7 @@ def _read_tenx_mtx(path: Path) -> list[Layer]:
 
 
 def _read_features(file: Path) -> pd.DataFrame:
-    """Read features.tsv or genes.tsv: ids, and where lines have more, `gene_symbol` and `feature_type`, unchanged."""
+    """Read features.tsv or genes.tsv: ids, and if lines have more fields, `gene_symbol` and `feature_type`."""
     table = read_columns(file, 3)
     genes = pd.DataFrame(index=pd.Index(table[0], dtype=object, name=None))
     for column, name in ((1, "gene_symbol"), (2, "feature_type")):
@@ -754,11 +752,11 @@ def _read_features(file: Path) -> pd.DataFrame:
 
 @reads("BD Rhapsody csv", lambda path: _BD_FILE.search(path.name) is not None and path.is_file())
 def _read_rhapsody(path: Path) -> list[Layer]:
-    """Read the table of molecules of BD Rhapsody: cells by genes, dense; antibodies have names that end in pAbO."""
+    """Read the molecule table of BD Rhapsody: cells by genes, dense; names of antibodies end in pAbO."""
     matrix = TextMatrix(path)
     names = pd.Series(matrix.columns, dtype=object)
     kinds = np.where(names.str.endswith("pAbO"), "Antibody Capture", GENES).astype(object)
-    # A gene is written as its symbol, in targeted panels as `symbol|transcript|kind`.
+    # Genes are named by symbol, in targeted panels by `symbol|transcript|kind`.
     genes = np.where(kinds == GENES, names.str.partition("|")[0], names).astype(object)
     var = pd.DataFrame({"feature_type": kinds}, index=pd.Index(genes, dtype=object))
     return _by_feature_type("X", matrix, var, lambda: pd.DataFrame(index=pd.Index(matrix.index, dtype=object)))
@@ -777,7 +775,7 @@ def _read_loom(path: Path) -> list[Layer]:
     def attributes(key: str, index: tuple[str, ...]) -> pd.DataFrame:
         columns = {}
         for name, node in handle[key].items():
-            if node.ndim == 1 and node.dtype.names is None:  # SCope keeps embeddings as compound attributes
+            if node.ndim == 1 and node.dtype.names is None:  # SCope stores embeddings as compound attributes
                 strings = h5py.check_string_dtype(node.dtype) is not None
                 columns[name] = node.asstr()[:].astype(object) if strings else node[:]
         frame = pd.DataFrame(columns)
@@ -799,7 +797,7 @@ def _read_loom(path: Path) -> list[Layer]:
 
 
 def store_layers(store: StoredCells) -> list[Layer]:
-    """Give a `CellStore`, or a selection of one, as a source."""
+    """Return the layers of a `CellStore`, or of a selection of one."""
     return [Layer("X", StoreMatrix(store), lambda: store.genes, lambda: store.obs, lambda key: NeighborMatrix(store))]
 
 
@@ -815,7 +813,7 @@ class StoreMatrix(Matrix):
         return sparse.csr_matrix(self._store.rows(slice(start, stop)))
 
     def sample(self) -> Iterator[np.ndarray]:
-        """Give nothing: what is in a store was checked when it was built."""
+        """Return nothing, since the counts of a store were checked when it was built."""
         yield np.ones(1, np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Matrices of files and of memory, read by rows whatever their layout: CSR, CSC, dense, or entries in any order."""
+"""Matrices in files and in memory, read by rows for any layout: CSR, CSC, dense, or entries in any order."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from scipy import sparse
 
 from .row_buckets import RowBuckets
 
-_VALUES_AT_ONCE = 1 << 22  # of a dense matrix: 32 MB of float64
+_VALUES_AT_ONCE = 1 << 22  # values of a dense matrix: 32 MB of float64
 _ENTRIES_AT_ONCE = 1 << 21
-_SAMPLE = 100_000  # values looked at in the beginning, the middle and the end of a matrix
+_SAMPLE = 100_000  # values checked at the beginning, the middle and the end of a matrix
 
 
 class FileHandle:
-    """A file that is opened at its first use in each process, and again after it was closed.
+    """A file that is opened at first use in each process, and reopened after it was closed.
 
-    HDF5 handles must not cross a fork and cannot be pickled; this object does both.
+    HDF5 handles must not cross a fork and cannot be pickled; this object can do both.
 
     Parameters
     ----------
     path : Path
         The file.
     opener : callable (Path) -> mapping
-        Opens it; picklable.
+        Picklable function that opens it.
     root : str, default: ""
-        What all keys begin with, such as `mod/rna/`: the place of an AnnData in the file.
+        Prefix of all keys, such as `mod/rna/`: the location of an AnnData in the file.
     """
 
     def __init__(self, path: Path, opener: Callable[[Path], Any], root: str = ""):
@@ -45,7 +45,7 @@ class FileHandle:
         return self.root + key in self.file
 
     def inside(self, root: str) -> FileHandle:
-        """Return a handle of its own to a place in the file."""
+        """Return a separate handle to a location in the file."""
         return FileHandle(self.path, self._opener, self.root + root)
 
     @property
@@ -58,7 +58,7 @@ class FileHandle:
     def close(self) -> None:
         """Close the file, if this process opened it."""
         if self._file is not None and self._process == os.getpid():
-            closing = self._file if hasattr(self._file, "close") else self._file.store  # zarr's groups have none
+            closing = self._file if hasattr(self._file, "close") else self._file.store  # zarr groups have no close
             closing.close()
         self._file = None
 
@@ -74,7 +74,7 @@ class Matrix(ABC):
     shape : (int, int)
         Rows, columns.
     seekable : bool
-        Whether rows anywhere cost the same as the first ones.
+        Whether reading any rows costs the same as reading the first ones.
     """
 
     shape: tuple[int, int]
@@ -82,14 +82,14 @@ class Matrix(ABC):
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> sparse.csr_matrix:
-        """Read a range of rows: csr_matrix (stop - start, n_columns)."""
+        """Return a range of rows, csr_matrix (stop - start, n_columns)."""
 
     @abstractmethod
     def sample(self) -> Iterator[np.ndarray]:
-        """Give some of the values, from several places."""
+        """Yield some of the values, from multiple places."""
 
     def take(self, rows: np.ndarray) -> sparse.csr_matrix:
-        """Read rows anywhere: each run of neighbours at once, in ascending order, then put in the order asked for."""
+        """Return any rows: runs of adjacent rows are read at once, in ascending order, and then reordered."""
         wanted, back = np.unique(rows, return_inverse=True)
         if not len(wanted):
             return self.rows(0, 0)
@@ -100,15 +100,15 @@ class Matrix(ABC):
         return found if np.array_equal(back, np.arange(len(wanted))) else found[back]
 
     def _runs(self, runs: list[tuple[int, int]]) -> sparse.csr_matrix:
-        """Read ranges of rows, one behind the other."""
+        """Return ranges of rows, concatenated."""
         found = [self.rows(start, stop) for start, stop in runs]
         return found[0] if len(found) == 1 else sparse.vstack(found, format="csr")
 
     def prepare(self, scratch: Path | None) -> None:  # noqa: B027  (most layouts need nothing)
-        """Do once what reading by rows needs; `scratch` is the folder for large files."""
+        """Prepare reading by rows, once; `scratch` is the folder for large temporary files."""
 
     def close(self) -> None:  # noqa: B027
-        """Let go of files; the matrix can still be read, which opens them again."""
+        """Close files; reading the matrix reopens them."""
 
 
 class MemoryMatrix(Matrix):
@@ -121,7 +121,7 @@ class MemoryMatrix(Matrix):
 
     def __init__(self, values):
         self.shape = tuple(values.shape)
-        # A view of an AnnData's matrix would take its parent with it to another process.
+        # A view of an AnnData's matrix would be pickled with its parent.
         self._values = sparse.csr_matrix(values) if sparse.issparse(values) else _native(np.asarray(values))
 
     def rows(self, start: int, stop: int) -> sparse.csr_matrix:
@@ -143,9 +143,9 @@ class DenseMatrix(Matrix):
     ----------
     handle : FileHandle
     key : str
-        Where it is in the file.
+        Key of the dataset in the file.
     transposed : bool, default: False
-        Whether its rows lie in columns (loom).
+        Whether it is stored as genes by cells (loom).
     """
 
     def __init__(self, handle: FileHandle, key: str, transposed: bool = False):
@@ -188,7 +188,7 @@ class CompressedMatrix(Matrix):
     Raises
     ------
     ValueError
-        Arrays that do not fit each other, or columns outside the matrix.
+        The arrays do not match each other, or there are columns outside the matrix.
     """
 
     def __init__(self, handle: FileHandle, key: str, shape: tuple[int, int]):
@@ -204,7 +204,7 @@ class CompressedMatrix(Matrix):
         node = self._handle[self._key]
         all_data, all_indices = node["data"], node["indices"]
         indptr = node["indptr"]
-        if len(runs) > 1:  # rows anywhere: all ends are read once; a range needs its own only
+        if len(runs) > 1:  # for scattered rows, read all of indptr once; a range needs only its own part
             if self._indptr is None:
                 self._indptr = indptr[:]
             indptr = self._indptr
@@ -214,7 +214,7 @@ class CompressedMatrix(Matrix):
         indices = [all_indices[run[0] : run[-1]] for run in ends]
         data, indices = (parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in (data, indices))
         if (lengths < 0).any() or len(data) != lengths.sum() or len(indices) != len(data):
-            raise ValueError(f"{self._handle.path}: {self._key} is damaged: its arrays do not fit each other.")
+            raise ValueError(f"{self._handle.path}: {self._key} is damaged: its arrays do not match each other.")
         if len(indices) and (indices.min() < 0 or indices.max() >= self.shape[1]):
             raise ValueError(
                 f"{self._handle.path}: {self._key} is damaged: it has columns outside its {self.shape[1]} genes."
@@ -236,9 +236,9 @@ class CompressedMatrix(Matrix):
 
 
 class ScatteredMatrix(Matrix):
-    """A matrix whose entries do not come by rows: regrouped once, out of core, before the first rows are read.
+    """A matrix whose entries are not sorted by row: regrouped once, out of core, before the first rows are read.
 
-    Subclasses set `shape` and give `entries`.
+    Subclasses set `shape` and implement `entries`.
     """
 
     seekable = False
@@ -248,11 +248,11 @@ class ScatteredMatrix(Matrix):
 
     @abstractmethod
     def size(self) -> tuple[int, np.dtype]:
-        """Give the number of entries and their type."""
+        """Return the number of entries and their type."""
 
     @abstractmethod
     def entries(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Give rows, columns and values of all entries, a buffer at a time."""
+        """Yield rows, columns and values of all entries, buffer by buffer."""
 
     def prepare(self, scratch: Path | None) -> None:
         if self._buckets is None:
@@ -279,7 +279,7 @@ class ScatteredMatrix(Matrix):
 
 
 class ColumnMatrix(ScatteredMatrix):
-    """A matrix stored by columns (CSC) in a file; parameters and errors as of `CompressedMatrix`."""
+    """A matrix stored by columns (CSC) in a file; parameters and errors as for `CompressedMatrix`."""
 
     def __init__(self, handle: FileHandle, key: str, shape: tuple[int, int]):
         super().__init__()
@@ -322,7 +322,7 @@ class Selection(Matrix):
     ----------
     matrix : Matrix
     rows, columns : int array, optional
-        Which; all by default.
+        Indices of the selection; all by default.
     """
 
     def __init__(self, matrix: Matrix, rows: np.ndarray | None = None, columns: np.ndarray | None = None):
@@ -348,14 +348,14 @@ class Selection(Matrix):
 
 
 def _native(values: np.ndarray) -> np.ndarray:
-    """Give values in a type that scipy's matrices take: float16 and other byte orders they do not."""
+    """Return values in a type that scipy supports, which excludes float16 and other byte orders."""
     if values.dtype == np.float16:
         return values.astype(np.float32)
     return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
 
 
 def _places(n: int, size: int) -> list[int]:
-    """Give the starts of up to three samples of n values: the beginning, the middle, the end."""
+    """Return the starts of up to three samples of n values: at the beginning, the middle and the end."""
     return sorted({0, n // 2, max(0, n - size)}) if n else []
 
 

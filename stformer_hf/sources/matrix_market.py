@@ -1,4 +1,4 @@
-"""MtxMatrix: a Matrix Market file, read by what its own header says and checked line by line."""
+"""MtxMatrix: a Matrix Market file, read according to its header and checked line by line."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pyarrow import csv
 from ..genes.text_files import naming, open_text
 from .matrices import ScatteredMatrix
 
-# Types of the values by the field that the header names: those of the format, and what STARsolo (float), Julia
-# (double) and fast_matrix_market (unsigned-integer) write.
+# Types of the values by the field in the header: those of the format, and those written by STARsolo (float), Julia
+# (double) and fast_matrix_market (unsigned-integer).
 _TYPES = {
     "integer": pa.int64(),
     "unsigned-integer": pa.int64(),
@@ -32,15 +32,15 @@ class MtxMatrix(ScatteredMatrix):
     Parameters
     ----------
     file : Path
-        Plain or compressed by gzip, whatever its name.
+        Plain or gzipped file, regardless of its name.
     cells_in_rows : bool, default: False
-        Whether it is cells by genes, as kallisto and alevin write it; Cell Ranger and STARsolo write genes by cells.
+        Whether it is cells by genes, as written by kallisto and alevin; Cell Ranger and STARsolo write genes by cells.
 
     Raises
     ------
     ValueError
-        Another format; lines of more or fewer numbers than the header says, or of other kinds; fewer entries than
-        the header says, or more; entries outside the matrix.
+        The format is another one; lines do not have the number and kinds of values in the header; the number of
+        entries differs from the header; entries are outside the matrix.
     """
 
     def __init__(self, file: Path, cells_in_rows: bool = False):
@@ -52,7 +52,7 @@ class MtxMatrix(ScatteredMatrix):
             self._type = self._value_type(first.decode().lower().split())
             if len(sizes) != 3 or not all(size.isdigit() for size in sizes):
                 raise ValueError(
-                    f"{file}: a line with the numbers of rows, columns and entries is needed below the header, not "
+                    f"{file}: the line below the header must hold the numbers of rows, columns and entries, got "
                     f"{b' '.join(sizes).decode()!r}."
                 )
             n_rows, n_columns, self._n_entries = map(int, sizes)
@@ -64,11 +64,11 @@ class MtxMatrix(ScatteredMatrix):
 
     def _value_type(self, header: list[str]) -> pa.DataType | None:
         if len(header) != 5 or header[:2] != ["%%matrixmarket", "matrix"]:
-            raise ValueError(f"{self._file} is not a Matrix Market file: its first line is not like {_EXAMPLE!r}.")
+            raise ValueError(f"{self._file} is not a Matrix Market file: its first line must be like {_EXAMPLE!r}.")
         _, _, layout, field, symmetry = header
         if layout != "coordinate" or field not in _TYPES or symmetry != "general":
             raise ValueError(
-                f"{self._file}: a matrix of counts has a header like {_EXAMPLE!r}; {' '.join(header)!r} is not read."
+                f"{self._file}: the header {' '.join(header)!r} is not supported; expected one like {_EXAMPLE!r}."
             )
         return _TYPES[field]
 
@@ -77,11 +77,11 @@ class MtxMatrix(ScatteredMatrix):
         return 2 if self._type is None else 3
 
     def size(self) -> tuple[int, np.dtype]:
-        """Entries of the header; whole numbers where the header says so."""
+        """Return the number of entries and their type, both according to the header."""
         return self._n_entries, np.dtype(np.float64 if self._type == pa.float64() else np.int64)
 
     def entries(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Give cells, genes and values, a buffer at a time."""
+        """Yield cells, genes and values, buffer by buffer."""
         n_entries = 0
         with naming(self._file, "Matrix Market"), open_text(self._file) as file:
             for _ in range(self._n_header):
@@ -103,11 +103,11 @@ class MtxMatrix(ScatteredMatrix):
                 rows, columns = rows - 1, columns - 1
                 yield (rows, columns, values) if self._cells_in_rows else (columns, rows, values)
         if n_entries != self._n_entries:
-            what = "is cut short" if n_entries < self._n_entries else "is damaged"
+            what = "is truncated" if n_entries < self._n_entries else "is damaged"
             raise ValueError(f"{self._file} {what}: {n_entries} entries of {self._n_entries}.")
 
     def _parse(self, block: bytes, n_before: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Parse whole lines: rows and columns, from 1, and values."""
+        """Parse whole lines to rows and columns, counted from 1, and values."""
         if block[:1] == b" " or any(odd in block for odd in (b"\t", b"  ", b" \n", b" \r", b"\n ")):
             block = b"\n".join(b" ".join(line.split()) for line in block.splitlines()) + b"\n"
         types = {"row": pa.int64(), "column": pa.int64()} | ({} if self._type is None else {"value": self._type})
@@ -129,33 +129,33 @@ class MtxMatrix(ScatteredMatrix):
         return tuple(found) if len(found) == 3 else (*found, np.ones(len(table), np.int64))
 
     def _check_line(self, words: list[bytes], number: int) -> None:
-        """Raise where a line is not an entry."""
+        """Raise ValueError if a line is not an entry."""
         line = f"line {number}, {b' '.join(words).decode(errors='replace')!r},"
         kinds = "row and column" if self._type is None else "row, column and value"
         if len(words) > self._n_numbers:
             raise ValueError(
-                f"{self._file}: {line} has {len(words)} numbers, and an entry has {self._n_numbers} ({kinds}). A file "
-                "that holds several matrices, as STARsolo's Velocyto wrote (spliced, unspliced, ambiguous), is to be "
-                "split: one file with one value per line for each."
+                f"{self._file}: {line} has {len(words)} numbers, but an entry has {self._n_numbers} ({kinds}). "
+                "A file with multiple matrices, as written by STARsolo's Velocyto (spliced, unspliced, ambiguous), "
+                "must be split into one file per matrix, with one value per line."
             )
         if len(words) < self._n_numbers:
             raise ValueError(f"{self._file} is damaged: {line} has fewer than {self._n_numbers} numbers ({kinds}).")
         if not (words[0].isdigit() and words[1].isdigit()):
-            raise ValueError(f"{self._file} is damaged: {line} has no whole numbers of a row and a column.")
+            raise ValueError(f"{self._file} is damaged: {line} has no integers for row and column.")
         if self._type is not None and not _is_number(words[2], whole=self._type == pa.int64()):
             if _is_number(words[2], whole=False):
                 raise ValueError(
-                    f"{self._file}: {line} has a fraction, and the header says integer. Write real into the first "
-                    "line where fractions are right."
+                    f"{self._file}: {line} has a fraction, but the header says integer. If fractions are right, write "
+                    "real into the first line."
                 )
-            raise ValueError(f"{self._file} is damaged: {line} has no number for a value.")
+            raise ValueError(f"{self._file} is damaged: {line} has no numeric value.")
 
 
 _EXAMPLE = "%%MatrixMarket matrix coordinate integer general"
 
 
 def _next_line(lines: BinaryIO, n_before: int) -> tuple[list[bytes], int]:
-    """Find the next line that is no comment and not empty: its words (none at the end), and its number from 1."""
+    """Return the words of the next line that is not a comment or empty (none at the end), and its number from 1."""
     for number, line in enumerate(lines, n_before + 1):
         if line.strip() and not line.startswith(b"%"):
             return line.split(), number
@@ -163,7 +163,7 @@ def _next_line(lines: BinaryIO, n_before: int) -> tuple[list[bytes], int]:
 
 
 def _blocks(file: BinaryIO) -> Iterator[bytes]:
-    """Read a file in blocks of whole lines."""
+    """Yield a file in blocks of whole lines."""
     rest = b""
     while block := file.read(_BLOCK):
         block = rest + block

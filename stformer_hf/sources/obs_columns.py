@@ -1,4 +1,4 @@
-"""Unites chosen obs columns of many sources: one type a column, one list of categories."""
+"""Merge chosen obs columns of many sources: one type and one list of categories per column."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ OWN_COLUMNS = ("genes", "counts", "obs_name", "cell_id", "neighbors", "neighbor_
 
 @dataclass
 class ObsColumns:
-    """Obs columns of a store that is to be.
+    """Obs columns of a store to be built.
 
     Attributes
     ----------
     values : list of dict of str to array (n_cells,) or None
-        For each source, its values, of any type that Arrow casts to the column's; of categorical columns the codes,
-        NaN where missing. None: the source has none.
+        Values per source, in any type that Arrow can cast to the column's; codes for categorical columns, NaN where
+        missing. None if the source lacks the column.
     categories : dict of str to list of str
-        Of the categorical columns, the names of the codes.
+        Categories of the categorical columns, in the order of their codes.
     types : dict of str to str
         Arrow type of every column, in the order of the columns.
     """
@@ -50,20 +50,21 @@ def unite_obs(
     types: Mapping[str, str] | None = None,
     classes: Sequence[str] | str = (),
 ) -> ObsColumns:
-    """Unite obs columns, by their values: a column that is all missing in a source fits any type of the others.
+    """Merge obs columns by their values: a column of only missing values in a source matches any type in the others.
 
     Parameters
     ----------
     sources : sequence of Source
-        Where the columns are.
+        Sources of the columns.
     names : sequence of str, `"all"` or None
-        Columns that every source must have; or all columns of any source, missing where a source has none.
+        Columns that every source must have; or all columns of any source, with missing values where a source lacks
+        them.
     known : mapping of str to list of str, optional
-        Categories that keep their codes, for a store that is added to.
+        Categories that keep their codes, for a store to append to.
     types : mapping of str to str, optional
-        Arrow types that columns should have, where their values allow it.
+        Arrow types that columns should have, if their values allow it.
     classes : sequence of str
-        Columns that become class labels though their values are integers or booleans; they are kept as well.
+        Columns that become class labels although their values are integers or booleans; they are kept as well.
 
     Returns
     -------
@@ -72,8 +73,8 @@ def unite_obs(
     Raises
     ------
     ValueError
-        A column that a source does not have, whose values have no common type that holds them exactly, or whose name
-        the store uses itself; fractions in a column of classes.
+        A source lacks a column; no common type holds the values of a column exactly; the store uses the name of a
+        column itself; a column of classes has fractions.
     """
     known, types = known or {}, types or {}
     everything = names == "all"
@@ -123,7 +124,7 @@ def _has_values(values: pd.Series | None) -> bool:
 
 
 def _are_labels(series: Sequence[pd.Series | None]) -> bool:
-    """Whether a column is of labels: categorical, or strings that repeat (as anndata decides when it writes)."""
+    """Return whether a column holds labels: categorical, or repeated strings (anndata's rule in writing)."""
     there = [values for values in series if values is not None]
     categorical = [isinstance(values.dtype, pd.CategoricalDtype) for values in there]
     strings = [pd.api.types.infer_dtype(values, skipna=True) in ("string", "empty") for values in there]
@@ -133,14 +134,14 @@ def _are_labels(series: Sequence[pd.Series | None]) -> bool:
 
 
 def _check_classes(name: str, series: Sequence[pd.Series | None]) -> None:
-    """Refuse floats as classes, but for integers that a missing value beside them has made floats."""
+    """Refuse floats as classes, except integers that are floats because other values are missing."""
     for values in series:
         if values is not None and pd.api.types.is_float_dtype(values.dtype):
             there = values.dropna()
             if len(there) == len(values) or (there % 1 != 0).any():
                 raise ValueError(
-                    f"obs column {name!r} holds numbers such as {there.iloc[0]}, which are no classes. If they number "
-                    f"classes, convert them: adata.obs[{name!r}] = adata.obs[{name!r}].astype('category'). To predict "
+                    f"obs column {name!r} holds numbers such as {there.iloc[0]}, which are not classes. If they are "
+                    f"codes, convert them: adata.obs[{name!r}] = adata.obs[{name!r}].astype('category'). To predict "
                     "numbers, pass problem_type='regression' to finetune (--problem_type regression)."
                 )
 
@@ -150,7 +151,7 @@ def _add_labels(united: ObsColumns, name: str, series: Sequence[pd.Series | None
     for i, label in enumerate(labels):
         names = [] if label is None else _printed(label.cat.categories)
         if len(set(names)) < len(names):
-            raise ValueError(f"obs column {name!r} has labels that are written alike, such as 1 and '1'.")
+            raise ValueError(f"obs column {name!r} has different labels with the same text, such as 1 and '1'.")
         labels[i] = None if label is None else label.cat.rename_categories(names)
     named = [value for label in labels if label is not None for value in label.cat.categories]
     united.categories[name] = list(dict.fromkeys([*known, *named]))
@@ -162,8 +163,8 @@ def _add_labels(united: ObsColumns, name: str, series: Sequence[pd.Series | None
 
 
 def _printed(labels: pd.Index) -> list[str]:
-    """Write labels; numbers as whole ones where they are: a missing value makes floats of the others."""
-    # Not iterated: pandas would give Python's floats, which print the 0.1 of float32 as 0.10000000149011612.
+    """Return labels as text; whole floats as integers, since missing values turn integers into floats."""
+    # Not iterated: pandas would return Python floats, which print a float32 0.1 as 0.10000000149011612.
     values = labels.to_numpy() if labels.dtype.kind == "f" else labels
     floats = (float, np.floating)
     return [str(int(value)) if isinstance(value, floats) and value.is_integer() else str(value) for value in values]
@@ -175,14 +176,14 @@ def _add_values(united: ObsColumns, name: str, series: Sequence[pd.Series | None
         there = [pa.array(array, from_pandas=True) for array in arrays if array is not None]
     except (pa.ArrowException, OverflowError) as error:
         raise ValueError(f"obs column {name!r} holds values that cannot be stored: {error}.") from error
-    if not there:  # all missing, and added to a store that has a type for it
+    if not there:  # all missing: keep the type of the store to append to
         there = [pa.nulls(0, pa.type_for_alias(wanted))]
     try:
         common = _common_type([array.type for array in there])
     except pa.ArrowException as error:
         found = ", ".join(sorted({str(values.dtype) for values in series if values is not None}))
         raise ValueError(
-            f"obs column {name!r} has other types in other sources: {found}. Convert them to one."
+            f"obs column {name!r} has different types in different sources: {found}. Convert them to one type."
         ) from error
     kinds = [common, pa.float64()] if _is_number(common) else [common]
     if wanted is not None:
@@ -190,18 +191,18 @@ def _add_values(united: ObsColumns, name: str, series: Sequence[pd.Series | None
     kind = next((kind for kind in kinds if all(_fits(array, kind) for array in there)), None)
     if kind is None:
         raise ValueError(
-            f"obs column {name!r} holds numbers that {common}, the type that all share, does not hold exactly. "
-            "Convert them, such as to strings."
+            f"obs column {name!r} holds numbers that {common}, the common type of all sources, cannot hold exactly. "
+            "Convert them, for example to strings."
         )
     if str(kind) not in _STORED:
-        raise ValueError(f"obs column {name!r} is of type {kind}, which is not stored. Convert it.")
+        raise ValueError(f"obs column {name!r} has type {kind}, which cannot be stored. Convert it.")
     for column, array in zip(united.values, arrays, strict=True):
         column[name] = array
     united.types[name] = str(kind)
 
 
 def _exact(values: pd.Series) -> np.ndarray:
-    """Return values as an array that loses nothing: pandas makes floats of integers beside missing ones."""
+    """Return values as an array without loss: pandas converts integers beside missing values to floats."""
     if pd.api.types.is_extension_array_dtype(values.dtype) and values.isna().any():
         return values.astype(object).where(values.notna(), None).to_numpy()
     return values.to_numpy()
@@ -217,7 +218,7 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _is_of_kind(kind: pa.DataType, wanted: pa.DataType) -> bool:
-    """Whether values of a type may be stored as another: numbers as any numbers, times in any unit."""
+    """Return whether values of a type may be stored as another: numbers as any numbers, times in any unit."""
     try:
         return bool(_common_type([kind, wanted]))
     except pa.ArrowException:
@@ -225,7 +226,7 @@ def _is_of_kind(kind: pa.DataType, wanted: pa.DataType) -> bool:
 
 
 def _fits(array: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> bool:
-    """Whether a type holds all values exactly."""
+    """Return whether a type holds all values exactly."""
     try:
         return array.cast(kind).cast(array.type).equals(array)
     except pa.ArrowException:
@@ -240,7 +241,7 @@ def as_arrow(values: np.ndarray | None, kind: pa.DataType, n_cells: int) -> pa.A
 def as_array(column: pa.ChunkedArray) -> np.ndarray:
     """Return an obs column as an array (n,); missing values are NaN, NaT or None.
 
-    Integers beside missing ones become float64 where that holds all of them, else Python's.
+    Integers beside missing values become float64 if that holds all of them exactly, else Python integers.
     """
     if pa.types.is_integer(column.type) and column.null_count:
         return column.to_pandas(integer_object_nulls=not _fits(column, pa.float64())).to_numpy()
@@ -248,23 +249,23 @@ def as_array(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def as_objects(values: np.ndarray) -> list:
-    """List the values of an obs column: Python's own numbers and strings; dates as pandas' `Timestamp`."""
+    """Return the values of an obs column as a list of Python numbers and strings; dates as pandas `Timestamp`."""
     return pd.Series(values).tolist()
 
 
 class ClassCode(int):
-    """The code of a class in a single cell, which knows the names of the codes; -1 where the class is missing.
+    """Class code of a single cell, with the names of the codes; -1 if the class is missing.
 
     Attributes
     ----------
     names : list of str
-        In the order of the codes.
+        Names of the classes, in the order of the codes.
     """
 
     names: list[str]
 
     def __new__(cls, code: int, names: list[str]) -> ClassCode:
-        """Make a code."""
+        """Create a code."""
         self = super().__new__(cls, code)
         self.names = names
         return self
@@ -274,7 +275,7 @@ class ClassCode(int):
 
     @property
     def name(self) -> str | None:
-        """Name of the class; None where it is missing."""
+        """Name of the class; None if it is missing."""
         return self.names[self] if self >= 0 else None
 
 

@@ -1,4 +1,4 @@
-"""Sources: where counts come from. Each is opened to a gene table, obs, and blocks of CSR rows of counts."""
+"""Open sources of counts: each has a gene table, obs, and blocks of CSR rows."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Source:
     name : str
         Path of the file, or `AnnData`.
     counts_in : str
-        Where the counts were found: `X`, `raw`, or the name of a layer.
+        Where the counts are: `X`, `raw`, or the name of a layer.
     genes : GeneTable
-        One row a column of the matrix; an id may occur twice.
+        One row per column of the matrix; ids may repeat.
     obs : DataFrame
-        One row a cell, indexed by the cells' names.
+        One row per cell, indexed by cell name.
     key : dict or None
-        Path, size and time of the file, by which an interrupted build knows it again; None in memory.
+        Path, size and time of the file, by which an interrupted build recognises it; None in memory.
     matrix : Matrix
         The counts, unchecked; `blocks` checks them.
     """
@@ -55,21 +55,21 @@ class Source:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Cells, columns."""
+        """Numbers of cells and columns."""
         return self.matrix.shape
 
     @property
     def is_part(self) -> bool:
-        """Whether the matrix is that of one feature type, of several."""
+        """Whether the matrix holds one of multiple feature types."""
         return self._layer.whole is not None
 
     def neighbors(self, key: str) -> Matrix:
-        """Open a graph of the cells (`obsp[key]`): matrix (n_cells, n_cells) of weights.
+        """Open a graph of the cells (`obsp[key]`), a matrix (n_cells, n_cells) of weights.
 
         Raises
         ------
         ValueError
-            There is none, or it has another shape.
+            The graph does not exist, or has another shape.
         """
         try:
             if self._layer.neighbors is None:
@@ -80,7 +80,7 @@ class Source:
         graph.close()
         if graph.shape != (self.shape[0], self.shape[0]):
             raise ValueError(
-                f"{self.name}: obsp[{key!r}] has the shape {graph.shape}; there are {self.shape[0]} cells."
+                f"{self.name}: obsp[{key!r}] has the shape {graph.shape}, but there are {self.shape[0]} cells."
             )
         return graph
 
@@ -90,19 +90,19 @@ class Source:
         Parameters
         ----------
         rows : int
-            Cells a block.
+            Cells per block.
         start, stop : int, optional
             Range of cells; all by default.
 
         Yields
         ------
         csr_matrix (at most rows, n_columns)
-            Without explicit zeros; whole numbers that were stored as floats are unsigned integers.
+            Counts without explicit zeros; whole numbers that were stored as floats are unsigned integers.
 
         Raises
         ------
         ValueError
-            Values that are not counts.
+            Values are not counts.
         """
         yield from checked_blocks(
             self.matrix,
@@ -118,14 +118,14 @@ class Source:
 def checked_blocks(
     matrix: Matrix, name: str, counts_in: str, fractional: bool, rows: int, start: int, stop: int
 ) -> Iterator[sparse.csr_matrix]:
-    """Read counts of a matrix, a block at a time, and check them; see `Source.blocks`."""
+    """Read the counts of a matrix block by block, and check them; see `Source.blocks`."""
     for first in range(start, stop, rows):
         with naming(name):
             block = matrix.rows(first, min(first + rows, stop))
         values, problem = check_counts(block.data, fractional)
         if problem:
             raise ValueError(
-                f"{name}: counts are needed, and {counts_in} holds {problem} in the cells {first} to "
+                f"{name}: counts are needed, but {counts_in} holds {problem} in cells {first} to "
                 f"{first + block.shape[0] - 1}. Name the layer that holds raw counts, as in layer='counts'."
             )
         if values is not block.data:
@@ -148,24 +148,24 @@ def open_source(
     source : AnnData, MuData, SpatialData, CellStore, str or Path
         An AnnData in memory or backed, a MuData, a SpatialData, a store, or a file of one of the `formats.FORMATS`.
     layer : str, optional
-        Where the counts are: `X`, `raw`, or the name of a layer; in 10x files also a feature type (such as
-        `Antibody Capture`) or, where there are several, a genome; in a MuData or SpatialData also the modality or
-        table, as `prot` or `prot:counts`, see `choose_table`. By default the first of X, raw and the layer
+        Where the counts are: `X`, `raw`, or the name of a layer; for 10x files also a feature type (such as
+        `Antibody Capture`) or, if there are multiple, a genome; for MuData and SpatialData also the modality or
+        table, as in `prot` or `prot:counts`, see `choose_table`. By default the first of X, raw and the layer
         `counts` that holds counts.
     fractional : bool, default: False
-        Whether counts may be fractions (RSEM, SoupX).
+        Whether counts may be fractional (RSEM, SoupX).
 
     Returns
     -------
     Source
-        Its file is closed; reading opens it again.
+        The source. Its file is closed; reading reopens it.
 
     Raises
     ------
     ValueError
-        No counts found; the layer does not exist; a format that is not read; a file that is damaged.
+        There are no counts; the layer does not exist; the file format is not supported; the file is damaged.
     FileNotFoundError
-        No such file.
+        The file does not exist.
     """
     name, table, layers, layer = find_layers(source, layer)
     key = _key(Path(source)) if isinstance(source, (str, Path)) else None
@@ -187,10 +187,10 @@ def open_source(
     opened.obs = opened.obs.set_axis(opened.obs.columns.astype(str), axis=1)
     if (opened.genes.gene_ids == "").any():
         n_nameless = int((opened.genes.gene_ids == "").sum())
-        raise ValueError(f"{name}: {n_nameless} columns have no gene name; leave them out, or name them.")
+        raise ValueError(f"{name}: {n_nameless} columns have no gene name; remove them, or name them.")
     if opened.shape != (len(opened.obs), len(opened.genes)):
         raise ValueError(
-            f"{name} is damaged: {found.name} has the shape {opened.shape}, and there are {len(opened.obs)} cells and "
+            f"{name} is damaged: {found.name} has the shape {opened.shape}, but there are {len(opened.obs)} cells and "
             f"{len(opened.genes)} genes."
         )
     return opened
@@ -206,7 +206,7 @@ def _key(path: Path) -> dict:
 
 
 def _probe(layer: Layer, fractional: bool) -> str | None:
-    """Look at some values of the beginning, the middle and the end; say what is wrong with them."""
+    """Check some values at the beginning, the middle and the end; return what is wrong with them, or None."""
     n_values = 0
     for values in layer.matrix.sample():
         _, problem = check_counts(values, fractional)

@@ -1,4 +1,4 @@
-"""Cells as an AnnData with coordinates, whatever holds them: an h5ad or zarr file, a MuData or a SpatialData."""
+"""Read cells as an AnnData with coordinates, from an h5ad or zarr file, a MuData or a SpatialData."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from mudata import MuData
     from spatialdata import SpatialData
 
-_ATTRS = "spatialdata_attrs"  # where a table says in uns which elements its rows are in
+_ATTRS = "spatialdata_attrs"  # key of uns in which a table names the elements of its rows
 _SYSTEM = "global"  # the coordinate system that every element has by default
-_ELEMENTS = ("shapes", "labels", "points")  # what a table annotates; images, the largest, are left alone
+_ELEMENTS = ("shapes", "labels", "points")  # elements that a table can annotate; images, the largest, are not read
 
 
 def is_anndata_file(path: Path) -> bool:
-    """Tell by its name whether a file is one that `read_anndata` reads."""
+    """Return whether `read_anndata` reads a file, judging by its name."""
     return path.name.lower().endswith((".h5ad", ".h5mu", ".zarr", ".zarr.zip")) and path.exists()
 
 
@@ -36,14 +36,14 @@ def read_anndata(path: str | Path, layer: str | None = None, backed: bool = Fals
     path : str or Path
         `.h5ad`, `.h5mu`, or the `.zarr` of an AnnData, MuData or SpatialData.
     layer : str, optional
-        The layer that will be read, and of a MuData or SpatialData the modality or table; see `choose_table`.
+        The layer to read, and for MuData and SpatialData the modality or table; see `choose_table`.
     backed : bool, default: False
-        Leave the matrix of an h5ad in its file. Of other files the chosen table is read whole.
+        Leave the matrix of an h5ad file on disk. For other files the chosen table is read completely.
 
     Returns
     -------
     adata : AnnData
-        Of a MuData the modality, whose obs has the MuData's columns too; of a SpatialData the table, with
+        For MuData the modality, whose obs also has the MuData's columns; for SpatialData the table, with
         `obsm["spatial"]`, see `add_coordinates`.
     layer : str or None
         The layer in it.
@@ -51,11 +51,12 @@ def read_anndata(path: str | Path, layer: str | None = None, backed: bool = Fals
     Raises
     ------
     FileNotFoundError
-        No such file.
+        The file does not exist.
     ImportError
-        A SpatialData whose table has no coordinates, without the package `spatialdata`.
+        The table of a SpatialData has no coordinates, and the package `spatialdata` is not installed.
     ValueError
-        Another format; a damaged file; no table, or several and no choice; and see `add_coordinates`.
+        The file has another format, or is damaged; there is no table, or the choice is ambiguous; and the errors of
+        `add_coordinates`.
     """
     path = local_path(path)
     if not path.exists():
@@ -78,12 +79,12 @@ def read_anndata(path: str | Path, layer: str | None = None, backed: bool = Fals
 
 
 def find_placed_table(cells: AnnData | MuData | SpatialData, layer: str | None = None) -> CellTable:
-    """Find the table that holds the cells, as `find_table`; that of a SpatialData gets coordinates, if it has none.
+    """Find the table that holds the cells, as `find_table` does; add coordinates to that of a SpatialData.
 
     Raises
     ------
     ValueError
-        What `find_table` and `add_coordinates` raise.
+        See `find_table` and `add_coordinates`.
     """
     found = find_table(cells, layer)
     if is_spatialdata(cells):
@@ -92,7 +93,7 @@ def find_placed_table(cells: AnnData | MuData | SpatialData, layer: str | None =
 
 
 def as_anndata(found: CellTable) -> AnnData:
-    """Return the table with the obs that was found for it: itself, or an AnnData of the same arrays."""
+    """Return the table with the obs found for it: the table itself, or an AnnData that shares its arrays."""
     table = found.table
     if found.obs is table.obs:
         return table
@@ -104,36 +105,36 @@ def as_anndata(found: CellTable) -> AnnData:
 
 
 def section_of(adata: AnnData) -> str | None:
-    """Name the column of obs that tells sections apart: of a SpatialData's table its regions; None of others."""
+    """Return the obs column of tissue sections: the regions for a table of a SpatialData, None for others."""
     key = dict(adata.uns.get(_ATTRS, {})).get("region_key")
     return key if key in adata.obs else None
 
 
 def add_coordinates(table: AnnData, read: Callable[[], SpatialData], name: str) -> None:
-    """Write `obsm["spatial"]` of a SpatialData's table: the centroids of what its rows annotate.
+    """Write `obsm["spatial"]` of a SpatialData's table: the centroids of the instances that its rows annotate.
 
     Parameters
     ----------
     table : AnnData
-        Changed in place: float64 (n_cells, 2 or 3), in the coordinate system "global". Left as it is where it has
+        Changed in place: float64 (n_cells, 2 or 3), in the coordinate system "global". Not changed if it has
         coordinates, or annotates no element.
     read : callable () -> SpatialData
-        Gives the elements.
+        Function that reads the elements.
     name : str
-        Named in errors.
+        Name of the source, for errors.
 
     Raises
     ------
     ValueError
-        An element that is not there, that lacks some of the instances, has one twice, or is not in "global"; elements
-        of 2 and of 3 dimensions.
+        An element does not exist, lacks some of the instances, has one twice, or is not in "global"; elements have
+        both 2 and 3 dimensions.
     """
     attrs = table.uns.get(_ATTRS)
     if "spatial" in table.obsm or not attrs:
         return
     for key in ("region_key", "instance_key"):
         if attrs[key] not in table.obs:
-            raise ValueError(f"{name}: the table's {key} is {attrs[key]!r}, and obs has no such column.")
+            raise ValueError(f"{name}: the table's {key} is {attrs[key]!r}, but obs has no such column.")
     regions, instances = table.obs[attrs["region_key"]].astype(object), table.obs[attrs["instance_key"]]
     if regions.isna().any():
         raise ValueError(f"{name}: {regions.isna().sum()} cells have no region in obs[{attrs['region_key']!r}].")
@@ -143,7 +144,7 @@ def add_coordinates(table: AnnData, read: Callable[[], SpatialData], name: str) 
         places[region] = rows, _centroids(elements, region, instances.iloc[rows], name)
     widths = {region: found.shape[1] for region, (_, found) in places.items()}
     if len(set(widths.values())) > 1:
-        raise ValueError(f"{name}: the elements of its table differ in their dimensions: {widths}.")
+        raise ValueError(f"{name}: the elements of its table differ in their number of dimensions: {widths}.")
     coordinates = np.empty((table.n_obs, max(widths.values(), default=2)))
     for rows, found in places.values():
         coordinates[rows] = found
@@ -151,17 +152,17 @@ def add_coordinates(table: AnnData, read: Callable[[], SpatialData], name: str) 
 
 
 def _centroids(elements: SpatialData, region: str, instances, name: str) -> np.ndarray:
-    """Find the centroids of some instances of an element: float64 (n, 2 or 3)."""
+    """Return the centroids of some instances of an element, float64 (n, 2 or 3)."""
     spatialdata = _import_spatialdata()
     if region not in elements:
         there = ", ".join(repr(found[1]) for found in elements.gen_elements() if found[0] in _ELEMENTS)
-        raise ValueError(f"{name}: its table annotates {region!r}, which is not there; there is {there or 'none'}.")
+        raise ValueError(f"{name}: its table annotates {region!r}, which is missing; available: {there or 'none'}.")
     systems = spatialdata.transformations.get_transformation(elements[region], get_all=True)
     if _SYSTEM not in systems:
         raise ValueError(
             f"{name}: the element {region!r} is not in the coordinate system {_SYSTEM!r}, but in "
             f"{', '.join(map(repr, systems))}. Put the coordinates of the cells into obsm['spatial'] of its table; "
-            "spatialdata.get_centroids(element, coordinate_system=…) makes them."
+            "compute them with spatialdata.get_centroids(element, coordinate_system=…)."
         )
     centroids = spatialdata.get_centroids(elements[region], coordinate_system=_SYSTEM).compute()
     if not centroids.index.is_unique:
@@ -170,9 +171,9 @@ def _centroids(elements: SpatialData, region: str, instances, name: str) -> np.n
     found = centroids.index.get_indexer(instances)
     if (found < 0).any():
         raise ValueError(
-            f"{name}: {(found < 0).sum()} of {len(found)} cells of the region {region!r} are instances that it does "
-            f"not have, such as {instances.iloc[int(np.argmin(found))]}; it has {len(centroids)}, such as "
-            f"{next(iter(centroids.index), 'none')}. Let the table's {instances.name!r} hold the element's index."
+            f"{name}: {(found < 0).sum()} of {len(found)} cells of the region {region!r} have no instance in it, such "
+            f"as {instances.iloc[int(np.argmin(found))]}; it has {len(centroids)}, such as "
+            f"{next(iter(centroids.index), 'none')}. The table's {instances.name!r} must hold the element's index."
         )
     axes = [axis for axis in ("x", "y", "z") if axis in centroids]
     return centroids[axes].to_numpy(np.float64)[found]
@@ -184,8 +185,8 @@ def _import_spatialdata():
         import spatialdata.transformations
     except ImportError as error:
         raise ImportError(
-            "The coordinates of a SpatialData are read by the package spatialdata: pip install "
-            '"stformer_hf[spatialdata]". Stores and streams need only its counts, and are made without it.'
+            "Reading the coordinates of a SpatialData needs the package spatialdata: pip install "
+            '"stformer_hf[spatialdata]". Stores and streams read only its counts, and work without the package.'
         ) from error
     return spatialdata
 

@@ -1,4 +1,4 @@
-"""RowBuckets: entries of a matrix that come in any order, regrouped by row through files."""
+"""RowBuckets: regroup the entries of a matrix by row, through temporary files."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
-_BUCKET_ENTRIES = 1 << 22  # entries a bucket: about 50 MB on disk
+_BUCKET_ENTRIES = 1 << 22  # entries per bucket: about 50 MB on disk
 _MAX_BUCKETS = 512  # files that are open at once
 _ENTRIES_AT_ONCE = 1 << 21
 
 
 class RowBuckets:
-    """Entries of a matrix, written to one file for each range of rows, and read back as rows.
+    """Entries of a matrix, written to one file per range of rows, and read back as rows.
 
-    Memory stays at a buffer's, whatever the size of the matrix. The files go with the object.
+    Only a buffer is in memory, whatever the size of the matrix. The files are deleted with the object.
 
     Parameters
     ----------
     shape : (int, int)
         Rows, columns.
     n_entries : int
-        How many entries are to come; sets the number of files.
+        Expected number of entries, which sets the number of files.
     value_type : dtype
-        Of the values.
+        Type of the values.
     scratch : str or Path, optional
-        Folder for the files; by default that of the system (`TMPDIR`).
+        Folder for the files; the system's temporary folder (`TMPDIR`) by default.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class RowBuckets:
         self._open = [open(file, "wb") for file in self._files]
 
     def add(self, rows: np.ndarray, columns: np.ndarray, values: np.ndarray) -> None:
-        """Write entries; of a row and column that come twice the values are summed on reading."""
+        """Write entries; values of repeated pairs of row and column are summed in reading."""
         entries = np.empty(len(rows), self._entry)
         entries["row"], entries["column"], entries["value"] = rows, columns, values
         bucket = (rows // self._rows_per_bucket).astype(np.uint16)
@@ -57,13 +57,13 @@ class RowBuckets:
             entries[start:stop].tofile(file)
 
     def close(self) -> None:
-        """End the writing; rows can be read from here on."""
+        """Finish writing; rows can be read from here on."""
         for file in self._open:
             file.close()
         self._open = []
 
     def rows(self, start: int, stop: int) -> sparse.csr_matrix:
-        """Read rows; memory is that of the rows asked for, and of a buffer."""
+        """Return rows; only these rows and a buffer are in memory."""
         found: dict[str, list[np.ndarray]] = {name: [np.empty(0, self._entry[name])] for name in self._entry.names}
         for file in self._files[start // self._rows_per_bucket : -(-stop // self._rows_per_bucket)]:
             if not file.stat().st_size:
@@ -78,11 +78,11 @@ class RowBuckets:
         coordinates = (rows, np.concatenate(found.pop("column")).astype(np.int32))
         values = np.concatenate(found.pop("value"))
         if values.dtype.kind in "iub":
-            values = values.astype(np.int64)  # sums of narrow integers must not wrap
+            values = values.astype(np.int64)  # sums of narrow integers must not overflow
         return sparse.coo_matrix((values, coordinates), shape=(stop - start, self.shape[1])).tocsr()
 
 
 def _remove(folder: str, process: int) -> None:
-    """Remove the files, but not in a forked process, whose parent still reads them."""
+    """Remove the files, except in a forked process, whose parent still reads them."""
     if os.getpid() == process:
         shutil.rmtree(folder, ignore_errors=True)

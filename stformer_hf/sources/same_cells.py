@@ -1,4 +1,4 @@
-"""Cells that are there twice: sources of a build that hold the same cells, and twins among the cells of a store."""
+"""Find duplicated cells: sources of a build that hold the same cells, and twins among the cells of a store."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 from xxhash import xxh3_128_digest
 
-SHARE = 0.9  # of a source's cells that agree with cells of another: it holds the same cells
+SHARE = 0.9  # share of a source's cells that match cells of another, from which it holds the same cells
 _KAPPA = 0.5
-_LEAST_SHARED = 50  # cells, for a correlation of their totals
-_CORRELATION = 0.95  # of log totals; sections and lanes that share barcodes have far less
-_EXPECTED = 1e-3  # number of pairs of sources in which as many cells agree by chance
+_LEAST_SHARED = 50  # smallest number of cells for a correlation of their totals
+_CORRELATION = 0.95  # of log totals; it is far lower for sections and lanes that share barcodes
+_EXPECTED = 1e-3  # expected number of pairs of sources in which as many cells match by chance
 _RAW_OR_FILTERED = re.compile(r"(?<![a-z])(raw|unfiltered|filtered)(?![a-z])", re.IGNORECASE)
 _COUNTED_TWICE = re.compile(r"(?<=/)Gene(?:Full\w*)?(?=/)|(?<=/square_)\d{3}um(?=/)")  # STARsolo, Visium HD
 _FORMAT = re.compile(r"(\.h5|/matrix\.mtx|/matrix\.mtx\.gz)$", re.IGNORECASE)
 _BASES = re.compile("[ACGT]{12,}")
 _NUCLEOTIDES = re.compile(r"[ACGTN]{8,}")
-_SUFFIX = re.compile(r"(-\d+)+$")  # what anndata appends to names that occur twice
+_SUFFIX = re.compile(r"(-\d+)+$")  # suffix that anndata appends to repeated names
 _ROWS_AT_A_TIME = 4096
 _REMEDY = "or pass allow_duplicates=True."
 
 
 def check_names(sources: Sequence[Any]) -> None:
-    """Raise ValueError for files that are the same cells by their names: one twice, or raw and filtered ones of a run.
+    """Raise ValueError if file names show the same cells: a repeated file, or raw and filtered files of one run.
 
     These are Cell Ranger's `raw_feature_bc_matrix` and `filtered_feature_bc_matrix`, as folders or `.h5`, STARsolo's
-    `raw` and `filtered`, and any other two paths that differ in such a word alone; STARsolo's `Gene` and `GeneFull`,
+    `raw` and `filtered`, and any other two paths that differ only in such a word; STARsolo's `Gene` and `GeneFull`,
     and the bins of 2, 8 and 16 um of Visium HD.
     """
     seen: dict[str, Path] = {}
@@ -41,17 +41,17 @@ def check_names(sources: Sequence[Any]) -> None:
             continue
         key = source.resolve().as_posix()
         bare = _FORMAT.sub("", key)
-        if _RAW_OR_FILTERED.search(bare.rsplit("/", 1)[-1]):  # the h5 and the folder of one matrix are one
+        if _RAW_OR_FILTERED.search(bare.rsplit("/", 1)[-1]):  # the h5 and the folder of one matrix are the same
             key = bare
         key = _COUNTED_TWICE.sub("*", _RAW_OR_FILTERED.sub("*", key))
         other = seen.setdefault(key, source)
         if other is source:
             continue
         if other.resolve() == source.resolve():
-            raise ValueError(f"{source} is given twice. Give it once, {_REMEDY}")
+            raise ValueError(f"{source} is repeated. Pass it once, {_REMEDY}")
         kept = min(other, source, key=lambda path: (_is_raw(path), str(path)))
         raise ValueError(
-            f"{other} and {source} hold the same cells of one run. Give one of them, such as {kept}, {_REMEDY}"
+            f"{other} and {source} hold the same cells of one run. Pass only one of them, such as {kept}, {_REMEDY}"
         )
 
 
@@ -60,33 +60,33 @@ def _is_raw(path: Path) -> bool:
 
 
 def row_totals(block: sparse.csr_matrix) -> np.ndarray:
-    """Sum the counts of each cell, array (n_cells,); narrow ones in 32 bits, which is as fast as one sum over all."""
+    """Return the total of each cell, array (n_cells,); narrow counts in 32 bits, as fast as one sum over all."""
     kind = np.uint32 if block.dtype.itemsize <= 2 else np.float64 if block.dtype == np.float32 else block.dtype
     totals = np.zeros(block.shape[0], kind)
-    there = np.flatnonzero(np.diff(block.indptr))  # reduceat takes no empty ranges
+    there = np.flatnonzero(np.diff(block.indptr))  # reduceat does not accept empty ranges
     if len(there):
         totals[there] = np.add.reduceat(block.data, block.indptr[there], dtype=kind)
     return totals
 
 
 def describe(totals: np.ndarray, indptr: np.ndarray) -> np.ndarray:
-    """Return what tells cells of one barcode apart, total and number of genes: float32 array (n_cells, 2)."""
+    """Return total and number of genes of each cell, to compare cells with one barcode: float32 (n_cells, 2)."""
     return np.stack([totals, np.diff(indptr)], axis=1).astype(np.float32)
 
 
 class SameCells:
-    """Pairs of sources whose barcodes are alike: which must be looked at, and whether their cells are the same.
+    """Pairs of sources with similar barcodes, and whether their cells are the same.
 
-    Barcodes alone do not tell: lanes draw them from one list, and the spots of all sections have the same. So the
-    sources of such a pair keep total and number of genes of each cell while they are written, 16 bytes with the hash
-    of the barcode. Cells without counts are passed over.
+    Barcodes alone do not decide: lanes draw them from one list, and the spots of all sections share them. So for the
+    sources of such a pair, total and number of genes of each cell are kept while they are written, 16 bytes with the
+    hash of the barcode. Cells without counts are skipped.
 
-    A source holds the same cells as another where at least 90 % of its cells agree in all three with a cell there, and
-    chance does not explain it, which is the probability that a cell there has the total and number of genes of one
-    here: Cohen's kappa [1]_, (share - chance) / (1 - chance), is over 0.5, and no pair is expected in which so many
-    cells agree. By chance agree the droplets of two lanes that hold a molecule or two, and very small sources. Or
-    where at least 90 % have the barcode of a cell there, and the logarithms of their totals correlate by over 0.95, as
-    those of a matrix and of the same one without ambient counts do.
+    A source holds the same cells as another if at least 90 % of its cells match a cell there in all three, and chance
+    does not explain it. Chance is the probability that a cell there has the total and number of genes of a cell here:
+    Cohen's kappa [1]_, (share - chance) / (1 - chance), must be over 0.5, and no pair with as many matching cells may
+    be expected. This excludes droplets of two lanes with one or two molecules, and very small sources, which match by
+    chance. A source also holds the same cells if at least 90 % have the barcode of a cell there, and the logarithms of
+    their totals correlate by over 0.95, as for a matrix with and without ambient counts.
 
     References
     ----------
@@ -114,17 +114,17 @@ class SameCells:
         self._cells: dict[int, np.ndarray] = {}
 
     def __contains__(self, source: int) -> bool:
-        """Whether the cells of a source must be described."""
+        """Return whether the cells of a source must be described."""
         return any(source in pair for pair in self.pairs)
 
     def add(self, source: int, cells: np.ndarray) -> tuple[float, int, int] | None:
-        """Take what `describe` says of all cells of a source.
+        """Add the output of `describe` for all cells of a source.
 
         Returns
         -------
         (float, int, int) or None
-            Share of the cells of a first source that are in a second, if this one has the same cells as one before;
-            where there are several, the largest.
+            Share of the cells of a first source that are in a second, and both sources, if this source has the same
+            cells as an earlier one; the largest share if there are several.
         """
         self._cells[source] = cells
         known = [(i, j) for i, j in self.pairs if source in (i, j) and i in self._cells and j in self._cells]
@@ -132,7 +132,7 @@ class SameCells:
         return max(found, default=None)
 
     def in_another(self, source: int, others: Sequence[int]) -> np.ndarray:
-        """Tell which cells of a source have the barcode of a cell of other sources: bool array (n_cells,)."""
+        """Return which cells of a source have the barcode of a cell of other sources, bool array (n_cells,)."""
         return np.isin(self._barcodes[source], np.concatenate([self._barcodes[other] for other in others]))
 
     def _share(self, i: int, j: int) -> float | None:
@@ -154,9 +154,9 @@ class SameCells:
         return self._share_of_like_totals(i, j)
 
     def _share_of_like_totals(self, i: int, j: int) -> float | None:
-        """Share of cells with the barcode of a cell in the other, if the totals of these go together.
+        """Return the share of cells with the barcode of a cell in the other source, if their totals correlate.
 
-        So do those of a matrix and of the same one without ambient counts, or with fewer genes.
+        They do for a matrix with and without ambient counts, or with fewer genes.
         """
         totals = [
             pd.Series(np.log1p(self._cells[source][:, 0]), self._barcodes[source])[self._cells[source][:, 1] > 0]
@@ -171,13 +171,13 @@ class SameCells:
 
 
 def _hash_barcodes(names: np.ndarray) -> np.ndarray:
-    """Hash the barcodes of cells, uint64 array (n,): the first long run of bases of a name, or all of it."""
+    """Hash the barcodes of cells, uint64 array (n,): the first long run of bases in a name, or the whole name."""
     found = [(match := _BASES.search(name)) and match[0] or name for name in names]
     return pd.util.hash_array(np.array(found, object), categorize=False)
 
 
 def _count_shared(keys: Sequence[np.ndarray]) -> sparse.csr_array:
-    """Count the cells of each source whose key is in another: (n_sources, n_sources)."""
+    """Count the cells of each source whose key is in another, (n_sources, n_sources)."""
     n = len(keys)
     if n < 2:
         return sparse.csr_array((n, n), dtype=np.int64)
@@ -193,17 +193,17 @@ def _count_shared(keys: Sequence[np.ndarray]) -> sparse.csr_array:
 
 
 def find_twins(names: Sequence[str], counts: sparse.csr_array) -> np.ndarray:
-    """Find cells of equal barcode and equal counts, such as a cell that two files share.
+    """Find cells with equal barcode and equal counts, such as a cell that is in two files.
 
-    The barcode is the name's runs of eight or more nucleotide letters; of a name without them, the name up to a
-    trailing "-1", "-1-2", …
+    The barcode consists of the name's runs of eight or more nucleotide letters; for a name without them, it is the
+    name up to a trailing "-1", "-1-2", …
 
     Parameters
     ----------
     names : sequence of str (n_cells,)
         Names of the cells.
     counts : csr_array (n_cells, n_genes)
-        With sorted indices and without explicit zeros.
+        Counts with sorted indices and without explicit zeros.
 
     Returns
     -------
@@ -226,7 +226,7 @@ def _repeated(keys: Sequence[Any]) -> np.ndarray:
 
 
 def find_twins_of_store(names: Sequence[str], n_genes: np.ndarray, read: Callable) -> np.ndarray:
-    """Find twins as `find_twins` does, reading only the cells whose barcode and number of genes others have too.
+    """Find twins as `find_twins` does, reading only cells that share barcode and number of genes with others.
 
     Parameters
     ----------
@@ -234,12 +234,12 @@ def find_twins_of_store(names: Sequence[str], n_genes: np.ndarray, read: Callabl
     n_genes : int array (n_cells,)
         Number of expressed genes.
     read : callable
-        Rows, int64 array -> their counts, csr_array.
+        Function of rows, int64 array, that returns their counts, csr_array.
 
     Returns
     -------
     int64 array (n_cells,)
-        One number per cell; cells with the same number are twins. They ascend: without twins 0, 1, 2, …
+        One number per cell; cells with the same number are twins. Without twins it is 0, 1, 2, …
     """
     barcodes = [_barcode(str(name)) for name in names]
     rows = np.flatnonzero(_repeated(list(zip(barcodes, n_genes.tolist(), strict=True))))
@@ -248,7 +248,7 @@ def find_twins_of_store(names: Sequence[str], n_genes: np.ndarray, read: Callabl
         some = rows[start : start + _ROWS_AT_A_TIME]
         counts = read(some)
         for row, begin, end in zip(some, counts.indptr[:-1], counts.indptr[1:], strict=True):
-            if end > begin:  # a cell without counts is no twin
+            if end > begin:  # cells without counts are not twins
                 keys[row] = (barcodes[row], _digest(counts, begin, end))
     return np.asarray(pd.factorize(pd.Series(keys, dtype=object))[0], np.int64)
 
@@ -259,7 +259,7 @@ def _digest(counts: sparse.csr_array, begin: int, end: int) -> bytes:
 
 
 def join_groups(groups: np.ndarray, twins: np.ndarray) -> np.ndarray:
-    """Give the groups numbers: int array (n_cells,); those that twins connect get one number."""
+    """Return a number per group, int array (n_cells,); groups connected by twins get the same number."""
     codes, _ = pd.factorize(groups)
     n = codes.max() + 1
     links = sparse.csr_array((np.ones(len(codes)), (codes, n + twins)), shape=(n + twins.max() + 1,) * 2)

@@ -1,4 +1,4 @@
-"""TextMatrix: a dense csv table of cells by genes, read a few rows at a time."""
+"""TextMatrix: a dense csv table of cells by genes, read in blocks of rows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _VALUES_AT_ONCE = 1 << 22
 
 
 class TextMatrix(ScatteredMatrix):
-    """A csv file whose first line names the genes and whose first column names the cells.
+    """A csv file with gene names in the first line and cell names in the first column.
 
     Parameters
     ----------
     file : Path
-        Plain or compressed by gzip. Lines that begin with `#` above the first are comments.
+        Plain or gzipped file. Leading lines that begin with `#` are comments.
 
     Attributes
     ----------
@@ -30,7 +30,7 @@ class TextMatrix(ScatteredMatrix):
     Raises
     ------
     ValueError
-        No lines; a line of more or fewer values than there are genes; a value that is no number.
+        The file has no lines; a line has more or fewer values than there are genes; a value is not a number.
     """
 
     def __init__(self, file: Path):
@@ -49,7 +49,7 @@ class TextMatrix(ScatteredMatrix):
                     continue
                 if line.count(b",") != len(self.columns):
                     raise ValueError(
-                        f"{file} is damaged: line {number} has {line.count(b',')} values; there are "
+                        f"{file} is damaged: line {number} has {line.count(b',')} values, but there are "
                         f"{len(self.columns)} genes."
                     )
                 cells.append(line[: line.index(b",")].decode().strip('"'))
@@ -57,11 +57,11 @@ class TextMatrix(ScatteredMatrix):
         self.shape = (len(self.index), len(self.columns))
 
     def size(self) -> tuple[int, np.dtype]:
-        """Most values that there can be."""
+        """Return the maximum number of values and their type."""
         return self.shape[0] * self.shape[1], np.dtype(np.float64)
 
     def entries(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Give cells, genes and values, some rows at a time."""
+        """Yield cells, genes and values, block by block."""
         at = 0
         with naming(self._file, "csv"), open_text(self._file) as lines:
             parts = pd.read_csv(

@@ -1,4 +1,4 @@
-"""ArrowRows: the rows of a store's shards, read straight from the buffers of memory-mapped Arrow files."""
+"""ArrowRows: reads the rows of a store's shards straight from the buffers of memory-mapped Arrow files."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class ArrowRows:
     files : sequence of Path
         Arrow stream files, in the order of the rows.
     neighbor_shifts : sequence of int
-        For each file, what is added to the row numbers in its `neighbors`.
+        Offset per file, added to the row numbers in its `neighbors`.
 
     Raises
     ------
     ValueError
-        A file that is damaged.
+        A file is damaged.
     """
 
     def __init__(self, files: Sequence[Path], neighbor_shifts: Sequence[int]):
@@ -39,7 +39,7 @@ class ArrowRows:
                     self._batches.append(batch)
                     shifts.append(shift)
             except (OSError, KeyError, pa.ArrowException) as error:
-                raise ValueError(f"{file} is damaged: {error}. Copy the store again, or build it again.") from error
+                raise ValueError(f"{file} is damaged: {error}. Copy the store again, or rebuild it.") from error
         self._shifts = np.array(shifts, np.int64)
         self._cells = _Lists(lists)
 
@@ -51,14 +51,14 @@ class ArrowRows:
         return self._cells.lengths()
 
     def gather(self, rows: np.ndarray, gene_type: str, count_type: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Copy rows out.
+        """Return a copy of rows.
 
         Parameters
         ----------
         rows : int64 array (n,)
             Row numbers, in any order.
         gene_type, count_type : str
-            Types of the results: those of the shards.
+            Types of the results, which are those of the shards.
 
         Returns
         -------
@@ -68,7 +68,7 @@ class ArrowRows:
         return self._cells.gather(rows, gene_type, count_type)
 
     def neighbors(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Copy the neighbours of rows out: indptr int64 (n + 1,), numbers int64 and weights float32 (nnz,)."""
+        """Return the neighbours of rows: indptr int64 (n + 1,), row numbers int64 and weights float32 (nnz,)."""
         indptr, numbers, weights = self._neighbors.gather(rows, "uint32", "float32")
         shifts = self._shifts[self._neighbors.batches_of(rows)]
         return indptr, numbers + np.repeat(shifts, np.diff(indptr)), weights
@@ -78,13 +78,13 @@ class ArrowRows:
         return _Lists([_flat(batch, "neighbors", "neighbor_weights") for batch in self._batches])
 
     def column(self, name: str) -> np.ndarray:
-        """Read another column of all rows; see `as_array`."""
+        """Return another column of all rows; see `as_array`."""
         chunks = [batch.column(name) for batch in self._batches]
         return as_array(pa.chunked_array(chunks)) if chunks else np.empty(0, object)
 
 
 def _flat(batch: pa.RecordBatch, first: str, second: str) -> tuple[np.ndarray, memoryview, memoryview]:
-    """Give the offsets of two list columns, and their values."""
+    """Return the offsets of two list columns, and their values."""
     columns = batch.column(first), batch.column(second)
     return columns[0].offsets.to_numpy(), *(memoryview(column.values.to_numpy()) for column in columns)
 
@@ -95,7 +95,7 @@ class _Lists:
     Parameters
     ----------
     lists : sequence of (offsets, first values, second values)
-        A batch each.
+        One entry per record batch.
 
     Attributes
     ----------
@@ -112,7 +112,7 @@ class _Lists:
         self._second = [second for _, _, second in lists]
 
     def batches_of(self, rows: np.ndarray) -> np.ndarray:
-        """Find the batch of each row."""
+        """Return the batch that holds each row."""
         return self.starts.searchsorted(rows, side="right") - 1
 
     def lengths(self) -> np.ndarray:
@@ -122,7 +122,7 @@ class _Lists:
         return self._bounds[rows + 1].astype(np.int64) - self._bounds[rows]
 
     def gather(self, rows: np.ndarray, first_type: str, second_type: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Copy the entries of rows out: indptr, and the two columns, flat."""
+        """Return a copy of the entries of rows: indptr, and the two columns, flat."""
         batches = self.batches_of(rows)
         at = rows + batches
         starts, stops = self._bounds[at], self._bounds[at + 1]
@@ -130,17 +130,17 @@ class _Lists:
         np.cumsum(stops - starts, out=indptr[1:])
         if not indptr[-1]:
             return indptr, np.empty(0, first_type), np.empty(0, second_type)
-        follows = np.diff(at) == 1  # the next row of the same batch: one run
+        follows = np.diff(at) == 1  # the next row of the same batch continues the run
         if follows.any():
             begins, ends = np.flatnonzero(np.r_[True, ~follows]), np.flatnonzero(np.r_[~follows, True])
             batches, starts, stops = batches[begins], starts[begins], stops[ends]
-        # Slices of memoryviews, joined as bytes, cost half of what slices of arrays and np.concatenate do.
+        # Joining slices of memoryviews as bytes costs half as much as np.concatenate of slices of arrays.
         all_first, all_second = self._first, self._second
         first, second = [], []
         for batch, start, stop in zip(batches.tolist(), starts.tolist(), stops.tolist(), strict=True):
             first.append(all_first[batch][start:stop])
             second.append(all_second[batch][start:stop])
-        join = bytearray().join  # a bytearray can be written to, bytes can not
+        join = bytearray().join  # a bytearray is writable, bytes are not
         return indptr, np.frombuffer(join(first), first_type), np.frombuffer(join(second), second_type)
 
 

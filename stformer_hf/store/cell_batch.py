@@ -1,4 +1,4 @@
-"""CellBatch: rows of a store as flat arrays, and the collate function that makes tensors of them."""
+"""CellBatch: rows of a store as flat arrays, and the collate function that converts them to tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .worker_slots import SharedArrays
 
 @dataclass
 class CellBatch:
-    """Rows of a store, as flat arrays: what a collator gets from a `DataLoader` over a `CellStore`.
+    """Rows of a store as flat arrays: the batch that a `DataLoader` over a `CellStore` passes to its collator.
 
     Attributes
     ----------
@@ -29,23 +29,24 @@ class CellBatch:
     genes : uint16 or uint32 array (nnz,)
         Rows of the gene table, ascending in each cell.
     counts : uint8, uint16, uint32 or float32 array (nnz,)
-        Counts, none of them 0.
+        Non-zero counts.
     cell_id : int64 array (n,)
-        Row numbers in the store (of a selection: in the whole store).
+        Row numbers in the whole store, also for batches of a selection.
     obs : dict of str to array (n,)
-        The obs columns; of categorical ones the codes, -1 where missing.
+        The obs columns; categorical ones as codes, -1 where missing.
     categories : dict of str to list of str
-        Names of the codes of the categorical columns.
+        Categories of the categorical columns, in the order of their codes.
     gene_ids, symbols : object array (n_genes,)
-        Of the gene table; the same arrays in every batch of a store.
+        Those of the gene table; the same arrays in every batch of a store.
     path : Path, optional
-        The store; by it another process finds the names of genes and categories, which are not sent with the cells.
+        Path of the store, from which another process reads the names of genes and categories; they are not sent with
+        the cells.
     names_key : str
-        Changes with these names.
+        A checksum of these names.
     neighborhood : (indptr, genes, counts), optional
-        For each cell the sum of its neighbours' counts, as the cells' own: indptr int64 (n + 1,), genes ascending,
-        counts int64 (float64 where there are fractions), none of them 0. A cell is not its own neighbour, and each
-        neighbour counts once, whatever its weight. There from `CellStore.with_neighborhoods`.
+        Sum of the counts of each cell's neighbours, laid out like the cells' own counts: indptr int64 (n + 1,), genes
+        ascending, counts int64 (float64 if there are fractions), all non-zero. A cell is not its own neighbour, and
+        each neighbour counts once, whatever its weight. Set by `CellStore.with_neighborhoods`.
     """
 
     indptr: np.ndarray
@@ -64,7 +65,7 @@ class CellBatch:
         return len(self.cell_id)
 
     def __iter__(self) -> Iterator[CellBatch]:
-        """Take the cells one by one: batches of one cell, which the collators take together again."""
+        """Iterate over the cells, as batches of one cell, which the collators join again."""
         return (self._cell(i) for i in range(len(self)))
 
     def _cell(self, i: int) -> CellBatch:
@@ -84,30 +85,30 @@ class CellBatch:
         )
 
     def __getitem__(self, cell: int) -> NoReturn:
-        """Raise TypeError: torch's and transformers' own collate functions take the first item of a list here."""
+        """Raise TypeError: the collate functions of torch and transformers would take the first item of a list."""
         raise TypeError(
-            "A CellBatch is not a list of cells: give the DataLoader over a CellStore a function that makes tensors "
-            "of it, collate_fn=collate_cells, or a collator of a tokenizer, DataCollatorForPhenotypicMLM(tokenizer)."
+            "A CellBatch is not a list of cells: pass the DataLoader over a CellStore a function that converts it to "
+            "tensors, collate_fn=collate_cells, or a tokenizer's collator, DataCollatorForPhenotypicMLM(tokenizer)."
         )
 
     def __reduce__(self):
         if self.path is None:
             return CellBatch, tuple(getattr(self, field.name) for field in fields(self))
-        # Names of genes and categories are the same in every batch, and larger than the cells: read once by the
-        # process that a worker sends its batches to.
+        # Names of genes and categories are the same in every batch, and larger than the cells: the process that
+        # receives a worker's batches reads them once.
         cells = (self.indptr, self.genes, self.counts, self.cell_id, self.obs)
         return _batch_of, (self.path, self.names_key, self.neighborhood, *cells)
 
 
 class Cell(Mapping):
-    """A cell of a store, as `store[row]` returns it: reads as a dictionary, and is what a collator can make tokens of.
+    """A cell of a store, as `store[row]` returns it: a mapping that collators can tokenize.
 
-    It is no `dict`, from which stock Trainer would take all that the model's forward does not name.
+    It is not a `dict`, because stock Trainer would remove all keys that the model's forward does not name.
 
     Attributes
     ----------
     batch : CellBatch
-        The cell as a batch of one, which knows the names of its genes.
+        The cell as a batch of one, which has the names of its genes.
     """
 
     def __init__(self, values: dict[str, Any], batch: CellBatch):
@@ -127,22 +128,22 @@ class Cell(Mapping):
 
 
 def as_cell_batch(examples: Any) -> Any:
-    """Join single cells of stores into a `CellBatch`; anything else is returned as it is.
+    """Join single cells of stores into a `CellBatch`; return anything else unchanged.
 
     Parameters
     ----------
     examples : list of Cell or of CellBatch, or anything else
-        Cells that came one by one: of a `ConcatDataset` of stores, or through stock Trainer's removal of columns.
+        Cells that came one by one: from a `ConcatDataset` of stores, or through stock Trainer's removal of columns.
 
     Returns
     -------
     CellBatch
-        Categorical columns whose categories differ between the stores are given by name, not by code.
+        Categorical columns whose categories differ between the stores hold names, not codes.
 
     Raises
     ------
     ValueError
-        The cells are of stores with other genes, or other obs columns; some have neighbourhoods, and some have none.
+        The stores of the cells differ in genes or obs columns; only some cells have neighbourhoods.
     """
     if isinstance(examples, CellBatch) or not isinstance(examples, (list, tuple)) or not len(examples):
         return examples
@@ -154,11 +155,11 @@ def as_cell_batch(examples: Any) -> Any:
         same_genes = part.gene_ids is first.gene_ids or np.array_equal(part.gene_ids, first.gene_ids)
         if not same_genes or list(part.obs) != list(first.obs):
             raise ValueError(
-                f"Cells of {first.path} and {part.path} are in one batch, and the stores differ in their "
-                f"{'obs columns' if same_genes else 'genes'}: make one of them, CellStore.build(path, stores)."
+                f"Cells of {first.path} and {part.path} are in one batch, but the stores differ in their "
+                f"{'obs columns' if same_genes else 'genes'}: merge them with CellStore.build(path, stores)."
             )
     if len({part.neighborhood is None for part in parts}) > 1:
-        raise ValueError("Some cells of the batch have neighbourhoods, and some have none: see with_neighborhoods.")
+        raise ValueError("Only some cells of the batch have neighbourhoods: see CellStore.with_neighborhoods.")
 
     def joined(rows: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
         lengths = np.concatenate([np.diff(indptr) for indptr, *_ in rows])
@@ -207,7 +208,7 @@ def _names(path: Path, key: str) -> tuple[dict[str, list[str]], np.ndarray, np.n
 
 
 class _Tensors(dict):
-    """Tensors that go from a worker to its loader through one slot of shared memory."""
+    """Tensors that a worker sends to its loader through one slot of shared memory."""
 
     def __reduce__(self):
         tensors = [value for value in self.values() if isinstance(value, torch.Tensor)]
@@ -223,33 +224,34 @@ def _tensors(arrays: dict[str, np.ndarray], others: dict[str, list]) -> _Tensors
 
 
 def collate_cells(batch: CellBatch) -> dict[str, torch.Tensor | list]:
-    """Make tensors of a batch, without a loop over cells and without dense rows.
+    """Convert a batch to tensors, without a loop over cells and without dense rows.
 
     Parameters
     ----------
     batch : CellBatch, or list of Cell
-        What a `DataLoader` over a `CellStore`, or over a `ConcatDataset` of stores, gives its collate function.
+        The batch that a `DataLoader` over a `CellStore`, or over a `ConcatDataset` of stores, passes to its collate
+        function.
 
     Returns
     -------
     dict
         `indptr` and `cell_id`: int64 (n + 1,) and (n,). `genes` (nnz,), rows of the gene table, and `counts` (nnz,),
-        in the narrow types of the store: fewer bytes to a GPU, where `.long()` and `.float()` widen them.
-        `obs_<column>`: codes (int64, -1 where missing) of categorical columns, numbers as they are, lists of strings
-        and of dates.
+        in the narrow types of the store: fewer bytes go to the GPU, where `.long()` and `.float()` widen them.
+        `obs_<column>`: codes (int64, -1 where missing) of categorical columns, numbers unchanged, strings and dates
+        as lists.
         `torch.sparse_csr_tensor(indptr.int(), genes.int(), counts.float(), (n, n_genes))` is the batch as a matrix.
-        `neighborhood_indptr`, `neighborhood_genes` and `neighborhood_counts`, where the batch has them.
+        `neighborhood_indptr`, `neighborhood_genes` and `neighborhood_counts`, if the batch has them.
 
     Raises
     ------
     TypeError
-        Something other than cells of a store.
+        The input is not cells of a store.
     ValueError
-        Cells of stores that differ in their genes or obs columns.
+        The stores of the cells differ in their genes or obs columns.
     """
     batch = as_cell_batch(batch)
     if not isinstance(batch, CellBatch):
-        raise TypeError(f"collate_cells takes cells of a CellStore, not a {type(batch).__name__}.")
+        raise TypeError(f"collate_cells takes cells of a CellStore, got {type(batch).__name__}.")
     tensors: dict[str, torch.Tensor | list] = {
         "indptr": torch.from_numpy(batch.indptr),
         "genes": torch.from_numpy(batch.genes),

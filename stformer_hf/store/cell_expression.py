@@ -1,4 +1,4 @@
-"""CellExpression: rows of expression of an AnnData, in memory or backed, or of a CellStore, in any order."""
+"""CellExpression: reads rows of expression, in any order, from an AnnData (in memory or backed) or a CellStore."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .cell_store import CellStore
 
 
 class CellExpression:
-    """Reads rows of expression, sparse where they are stored so, and checks what it reads.
+    """Reads rows of expression, sparse if they are stored sparse, and checks the values.
 
     Parameters
     ----------
     adata : AnnData or CellStore
-        Of an AnnData X is read.
+        X of an AnnData is read.
     normalize : {"log1p", None}
-        "log1p" gives ln(1 + count). None gives the values as they are.
+        "log1p" returns ln(1 + count), None the values unchanged.
 
     Attributes
     ----------
@@ -32,25 +32,25 @@ class CellExpression:
     Raises
     ------
     TypeError
-        Neither an AnnData nor a store.
+        The input is neither an AnnData nor a store.
     ValueError
-        There is no X; no such normalization.
+        There is no X, or the normalization is unknown.
 
     Notes
     -----
-    A file is opened by each process for itself.
+    Each process opens the file for itself.
     """
 
     def __init__(self, adata: AnnData | CellStore, normalize: str | None):
         if normalize not in (None, "log1p"):
-            raise ValueError(f"normalize={normalize!r}: 'log1p' or None.")
+            raise ValueError(f"normalize={normalize!r}: must be 'log1p' or None.")
         self._normalize = normalize
         if isinstance(adata, CellStore):
             self._matrix, self.names, self.n_genes = adata, adata.obs.index.to_numpy(), len(adata.genes)
         elif isinstance(adata, AnnData):
             self._matrix, self.names, self.n_genes = _x_of(adata), adata.obs_names.to_numpy(), adata.n_vars
         else:
-            raise TypeError(f"Expression comes from an AnnData or a CellStore, not {type(adata).__name__}.")
+            raise TypeError(f"Expression is read from an AnnData or a CellStore, got {type(adata).__name__}.")
 
     def read(self, rows: np.ndarray) -> sparse.csr_matrix | sparse.csr_array | np.ndarray:
         """Read rows.
@@ -58,17 +58,17 @@ class CellExpression:
         Parameters
         ----------
         rows : int64 array (n,)
-            In any order, repeats allowed.
+            Row numbers, in any order, with repeats.
 
         Returns
         -------
         csr_matrix, csr_array or array (n, n_genes) of float32
-            A copy; sparse ones have each entry once.
+            A copy; sparse matrices have no duplicate entries.
 
         Raises
         ------
         ValueError
-            Values that are not finite, or are to be normalized and are no counts.
+            Values are not finite, or are to be normalized and are not counts.
         """
         if isinstance(self._matrix, CellStore):
             block = self._matrix.rows(rows)
@@ -84,7 +84,7 @@ class CellExpression:
 
     def _checked(self, values: np.ndarray) -> np.ndarray:
         with np.errstate(all="ignore"):
-            may_be_infinite = values.dtype.kind == "f" and not np.isfinite(values.sum())  # its sum may overflow
+            may_be_infinite = values.dtype.kind == "f" and not np.isfinite(values.sum())  # or their sum overflows
         if may_be_infinite and not np.isfinite(values).all():
             raise ValueError(
                 f"X holds {(~np.isfinite(values)).sum()} NaN or infinite values in the rows that were read."
@@ -95,7 +95,7 @@ class CellExpression:
             wrong = (values < 0) | (values != np.rint(values))
             if wrong.any():
                 raise ValueError(
-                    f"normalize='log1p' takes counts, and X holds {values[wrong][0]:g}: it may be normalized already. "
+                    f"normalize='log1p' takes counts, but X holds {values[wrong][0]:g}: is it normalized already? "
                     "Pass normalize=None, or put raw counts into X."
                 )
         return np.log1p(values, dtype=np.float32)
@@ -106,7 +106,7 @@ def _x_of(adata: AnnData) -> Any:
         layers = {layer.name: layer.matrix for layer in anndata_layers(adata)}
         if "X" in layers:
             layers["X"].prepare(None)
-            if layers["X"].seekable:  # the others would forget what was prepared
+            if layers["X"].seekable:  # the other matrices would lose what was prepared
                 layers["X"].close()
             return layers["X"]
     elif adata.X is not None:
@@ -118,7 +118,7 @@ def _x_of(adata: AnnData) -> Any:
             rows.sum_duplicates()
         return rows
     there = ", ".join(layer.name for layer in anndata_layers(adata)) or "no matrix"
-    raise ValueError(f"There is no X; there is {there}. Put what is needed into X.")
+    raise ValueError(f"There is no X (found: {there}). Put the expression into X.")
 
 
 __all__ = ["CellExpression"]

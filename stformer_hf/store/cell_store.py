@@ -40,17 +40,17 @@ _MOST_SOURCES_PRINTED = 20
 
 
 class CellStore:
-    """Cells on disk: a saved Hugging Face dataset of one row a cell, with a gene table and a manifest beside it.
+    """Cells on disk: a saved Hugging Face dataset with one row per cell, a gene table and a manifest.
 
-    `datasets.load_from_disk(path)` opens it without this package: `genes` (row of the gene table, ascending) and
-    `counts` (the narrowest type that holds them exactly), then `obs_name` and the chosen obs columns. As a map-style
-    torch dataset it gives dictionaries for single rows and a `CellBatch` for many (`__getitems__`).
+    `datasets.load_from_disk(path)` opens it without this package. Its columns are `genes` (row of the gene table,
+    ascending), `counts` (the narrowest type that holds them exactly), `obs_name` and the chosen obs columns. As a
+    map-style torch dataset it returns a dictionary for one row and a `CellBatch` for many (`__getitems__`).
 
     Attributes
     ----------
     path : Path
     genes : GeneTable
-        Row j is the gene that the column `genes` calls j.
+        Row j is the gene that has number j in the column `genes`.
     manifest : dict
         Sources, shards, types and checksums, as `manifest.json` holds them.
 
@@ -62,20 +62,20 @@ class CellStore:
     Raises
     ------
     FileNotFoundError
-        There is no store at the path, or its build did not end.
+        There is no store at the path, or its build did not finish.
     ValueError
-        The store has another format, or a shard is cut short.
+        The store has another format version, or a shard is truncated.
 
     Notes
     -----
-    Rows are copied out of the memory map: nothing done to them changes the store. Pickling a store (spawned workers)
-    passes its path, and of a selection the row numbers.
+    Rows are copied out of the memory map, so changing them does not change the store. Pickling a store (as for
+    spawned workers) passes only its path and, for a selection, the row numbers.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(os.path.abspath(path))
         self.manifest: dict[str, Any] = _read_manifest(self.path)
-        self._index: np.ndarray | None = None  # of a selection: its rows in the whole store
+        self._index: np.ndarray | None = None  # for a selection: its rows in the whole store
         self._gives_neighborhoods = False
         self._open()
 
@@ -85,14 +85,14 @@ class CellStore:
             if not file.exists() or file.stat().st_size != shard["bytes"]:
                 size = file.stat().st_size if file.exists() else 0
                 raise ValueError(
-                    f"{file} has {size} bytes instead of {shard['bytes']}: it was cut short or replaced. "
-                    "Copy the store again, or build it again."
+                    f"{file} has {size} bytes instead of {shard['bytes']}: it was truncated or replaced. "
+                    "Copy the store again, or rebuild it."
                 )
         shards = self.manifest["shards"]
-        # Read now: a store that is replaced while it is open would give its old rows new names.
+        # Read now: if the store were replaced while it is open, its old rows would get the new names.
         try:
             self.genes = GeneTable.from_parquet(self.path / "genes.parquet")
-        except (OSError, ValueError) as error:  # Arrow's errors are of these
+        except (OSError, ValueError) as error:  # Arrow's errors are subclasses of these
             raise ValueError(f"{self.path / 'genes.parquet'} is damaged: {error}. Copy the store again.") from error
         self._rows = ArrowRows(
             [self.path / shard["file"] for shard in shards], [shard["neighbor_shift"] for shard in shards]
@@ -114,36 +114,36 @@ class CellStore:
         cells = f"{len(self):,} cells" if self._index is None else f"{len(self):,} of {len(self._rows):,} cells"
         return f"CellStore({str(self.path)!r}: {cells}, {len(self.genes):,} genes, obs: {columns})"
 
-    # ------------------------------------------------------------------ what is in it
+    # ------------------------------------------------------------------ contents
 
     @property
     def gene_ids(self) -> np.ndarray:
-        """Ids of the gene table, object array (n_genes,)."""
+        """Gene ids of the gene table, object array (n_genes,)."""
         return self.genes.gene_ids
 
     @property
     def is_selection(self) -> bool:
-        """Whether it has some of the cells of the store at its path."""
+        """Whether it holds a selection of the cells of the store at its path."""
         return self._index is not None
 
     @property
     def cell_ids(self) -> np.ndarray:
-        """Row number of each cell in the whole store, int64 array (n,): the `cell_id` of its batches."""
+        """Row number of each cell in the whole store, int64 array (n,); batches hold it as `cell_id`."""
         return self._row_numbers(slice(None))
 
     @property
     def categories(self) -> dict[str, list[str]]:
-        """Values of each categorical obs column, in the order of its codes."""
+        """Categories of each categorical obs column, in the order of their codes."""
         return self.manifest["categories"]
 
     @property
     def coverage(self) -> pd.DataFrame:
-        """For each source, how its columns were matched to genes, and the share of the counts in them."""
+        """How the columns of each source were matched to genes, and which share of the counts they hold."""
         return coverage(self.manifest["sources"])
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Number of expressed genes of each cell, int64 array (n,); from the list offsets alone."""
+        """Number of expressed genes per cell, int64 array (n,); read from the list offsets alone."""
         lengths = self._rows.lengths()
         return lengths if self._index is None else lengths[self._index]
 
@@ -155,7 +155,7 @@ class CellStore:
 
     @cached_property
     def obs(self) -> pd.DataFrame:
-        """The chosen obs columns, one row a cell, indexed by the cells' names."""
+        """The chosen obs columns, one row per cell, indexed by cell name."""
         columns = {}
         for name, values in self._columns.items():
             if name in self.categories:
@@ -175,7 +175,7 @@ class CellStore:
 
     @cached_property
     def _columns(self) -> dict[str, np.ndarray]:
-        """Obs columns of the whole store; of categorical ones the codes, -1 where missing."""
+        """Obs columns of the whole store; categorical ones as codes, -1 where missing."""
         columns = {}
         for name in self.manifest["obs"]:
             values = self._rows.column(name)
@@ -184,25 +184,25 @@ class CellStore:
             columns[name] = values
         return columns
 
-    # ------------------------------------------------------------------ rows out
+    # ------------------------------------------------------------------ reading
 
     def rows(self, index) -> sparse.csr_array:
-        """Read cells.
+        """Read the counts of cells.
 
         Parameters
         ----------
         index : int, slice, sequence of int, or boolean mask (n,)
-            Row numbers, in any order, repeats allowed; negative ones count from the end.
+            Row numbers, in any order, with repeats; negative ones count from the end.
 
         Returns
         -------
         csr_array (n_rows, n_genes)
-            Counts, in the order asked for, in the store's own count type. A copy.
+            Counts in the requested order and in the store's count type; a copy.
 
         Raises
         ------
         IndexError
-            A row number beyond the store, or a mask of another length.
+            A row number is outside the store, or a mask has another length.
         """
         rows = self._row_numbers(index)
         indptr, genes, counts = self._gather(rows)
@@ -219,8 +219,8 @@ class CellStore:
         Returns
         -------
         csr_array (n_rows, n_cells)
-            Weights, float32; a weight of 0 is a neighbour too. Neighbours outside a selection, or outside a part that
-            is not joined yet, are left out.
+            Weights, float32; a stored weight of 0 is a neighbour too. Neighbours outside the selection, or outside a
+            part that has not been joined yet, are left out.
 
         Raises
         ------
@@ -238,7 +238,7 @@ class CellStore:
         return _csr(indptr, numbers, weights[inside], len(self))
 
     def _holds(self, numbers: np.ndarray) -> np.ndarray:
-        """Tell which row numbers of the whole store are those of cells here: bool array (n,)."""
+        """Return which row numbers of the whole store belong to cells held here, bool array (n,)."""
         inside = (numbers >= 0) & (numbers < len(self._rows))
         if self._index is not None:
             inside[inside] = self._selected[numbers[inside]]
@@ -251,9 +251,9 @@ class CellStore:
         return selected
 
     def __getitem__(self, row: int) -> Cell:
-        """Read one cell, a mapping of `genes`, `counts`, `cell_id`, `obs_name` and its obs values."""
+        """Return one cell as a mapping of `genes`, `counts`, `cell_id`, `obs_name` and its obs values."""
         if not isinstance(row, (int, np.integer)):
-            raise TypeError(f"A store is indexed by a row number, got {type(row).__name__}; for many use rows(index).")
+            raise TypeError(f"A store is indexed by a row number, got {type(row).__name__}; use rows(index) for many.")
         row = int(row)
         batch = self.__getitems__([row])
         cell = {"genes": batch.genes, "counts": batch.counts, "cell_id": int(batch.cell_id[0])}
@@ -261,7 +261,7 @@ class CellStore:
         return Cell({**cell, **{name: self.obs[name].iat[row] for name in self.obs}}, batch)
 
     def __getitems__(self, index: Sequence[int]) -> CellBatch:
-        """Read many cells for a collator (torch's `DataLoader` calls this with the row numbers of a batch)."""
+        """Return a batch of cells for a collator (torch's `DataLoader` calls this with the row numbers of a batch)."""
         rows = self._row_numbers(index)
         indptr, genes, counts = self._gather(rows)
         return CellBatch(
@@ -279,7 +279,7 @@ class CellStore:
         )
 
     def _neighborhoods(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sum the counts of the neighbours of rows of the whole store; see `CellBatch.neighborhood`."""
+        """Sum the counts of the neighbours of each row of the whole store; see `CellBatch.neighborhood`."""
         indptr, numbers, _ = self._rows.neighbors(rows)
         cells = np.repeat(np.arange(len(rows)), np.diff(indptr))
         others = self._holds(numbers) & (numbers != rows[cells])
@@ -288,19 +288,19 @@ class CellStore:
         return sum_groups(self._gather, cells.searchsorted(np.arange(len(rows) + 1)), numbers, len(self.genes))
 
     def _row_numbers(self, index) -> np.ndarray:
-        """Turn what `rows` takes into row numbers of the whole store."""
+        """Convert an index, as `rows` takes it, to row numbers of the whole store."""
         if isinstance(index, slice):
             rows = np.arange(*index.indices(len(self)), dtype=np.int64)
         else:
             rows = np.atleast_1d(np.asarray(index))
             if rows.ndim > 1:
-                raise IndexError(f"Row numbers are one list, got an array of shape {rows.shape}.")
+                raise IndexError(f"Row numbers must be one-dimensional, got an array of shape {rows.shape}.")
             if rows.dtype == bool:
                 if len(rows) != len(self):
-                    raise IndexError(f"The mask has {len(rows)} values, the store {len(self)} cells.")
+                    raise IndexError(f"The mask has {len(rows)} values, but the store has {len(self)} cells.")
                 rows = np.flatnonzero(rows)
             elif rows.dtype.kind not in "iu" and len(rows):
-                raise IndexError(f"Row numbers are integers, got {rows.dtype}.")
+                raise IndexError(f"Row numbers must be integers, got {rows.dtype}.")
             elif len(rows):
                 if rows.dtype == np.uint64 and rows.max() >= len(self):
                     raise IndexError(f"Row {rows.max()} is outside the store of {len(self)} cells.")
@@ -315,32 +315,32 @@ class CellStore:
     def _gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self._rows.gather(rows, self.manifest["gene_type"], self.manifest["count_type"])
 
-    # ------------------------------------------------------------------ parts of it
+    # ------------------------------------------------------------------ selections
 
     def select(self, index) -> CellStore:
-        """Choose cells, without copying.
+        """Return a selection of cells, without copying them.
 
         Parameters
         ----------
         index : slice, sequence of int, or boolean mask (n,)
-            Which, as for `rows`.
+            Row numbers, as for `rows`.
 
         Returns
         -------
         CellStore
-            Over these cells, in this order. Their `cell_id`, by which masks are drawn, stays that of the whole store.
+            These cells, in this order. They keep their `cell_id` of the whole store, from which masks are drawn.
         """
         return self._like(self._row_numbers(index), self._gives_neighborhoods)
 
     def with_neighborhoods(self) -> CellStore:
-        """Give each cell's neighbourhood with it: the sums of its neighbours' counts.
+        """Return the store with each cell's neighbourhood: the summed counts of its neighbours.
 
         Returns
         -------
         CellStore
-            Of the same cells, whose batches (`__getitems__`, a `DataLoader`) have `CellBatch.neighborhood`, as
-            `GeneTokenizer(neighborhood=True)` needs. Its selections do so too. Neighbours outside a selection are left
-            out: what is held out is not seen.
+            The same cells. Its batches (`__getitems__`, a `DataLoader`), and those of its selections, have
+            `CellBatch.neighborhood`, which `GeneTokenizer(neighborhood=True)` needs. Neighbours outside a selection
+            are left out, so held-out cells are not seen.
 
         Raises
         ------
@@ -361,17 +361,17 @@ class CellStore:
     ) -> dict[str, CellStore]:
         """Split at random into training and held-out cells.
 
-        Cells that are in the store twice, by barcode and counts, are on one side; their number is logged.
+        Cells that are in the store twice (same barcode and counts) are kept on one side; their number is logged.
 
         Parameters
         ----------
         test_size : float, default: 0.1
-            Share of the cells that are held out; with `by`, of the groups.
+            Fraction of the cells to hold out; with `by`, fraction of the groups.
         by : str, optional
-            Obs column, such as `donor`, whose groups are not divided: no group has cells on both sides. Groups that
+            Obs column, such as `donor`, whose groups are kept whole: no group has cells on both sides. Groups that
             share a cell count as one.
         seed : int, default: 0
-            Of the choice.
+            Seed of the split.
 
         Returns
         -------
@@ -381,7 +381,7 @@ class CellStore:
         Raises
         ------
         ValueError
-            No such column, cells without a value in it, or under two groups.
+            The column does not exist, cells have no value in it, or it has fewer than two groups.
         """
         from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit  # a second of imports
 
@@ -393,48 +393,52 @@ class CellStore:
             train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
         else:
             if by not in self.obs:
-                raise ValueError(f"No obs column {by!r}; there are {', '.join(self.obs.columns) or 'none'}.")
+                raise ValueError(f"No obs column {by!r}; available: {', '.join(self.obs.columns) or 'none'}.")
             groups = self.obs[by]
             if groups.isna().any():
-                raise ValueError(f"{int(groups.isna().sum())} cells have no {by!r}: leave them out with select first.")
+                raise ValueError(f"{int(groups.isna().sum())} cells have no {by!r}: remove them with select first.")
             if groups.nunique() < 2:
                 raise ValueError(f"All cells have the same {by!r}: nothing to hold out.")
             groups = groups.astype(str).to_numpy()
             if len(np.unique(twins)) < len(twins):
                 groups = join_groups(groups, twins)
                 if len(np.unique(groups)) < 2:
-                    raise ValueError(f"All groups of {by!r} share cells, by barcode and counts: drop them first.")
+                    raise ValueError(
+                        f"All groups of {by!r} share cells (same barcode and counts): remove the duplicates first."
+                    )
             splitter = GroupShuffleSplit(1, test_size=test_size, random_state=seed)
             train, test = next(splitter.split(np.arange(len(self)), groups=groups))
         return {"train": self.select(np.sort(train)), "test": self.select(np.sort(test))}
 
     def twins(self) -> np.ndarray:
-        """Find cells that are here twice: of equal barcode and equal counts.
+        """Find duplicated cells: those with equal barcode and equal counts.
+
+        The number of duplicates is logged.
 
         Returns
         -------
         int64 array (n,)
-            One number per cell; cells with the same number are twins. Without twins 0, 1, 2, … Their number is logged.
+            One number per cell; cells with the same number are duplicates. Without duplicates it is 0, 1, 2, …
         """
         twins = find_twins_of_store(self.obs_names, self.lengths, self.rows)
         n_twins = len(twins) - len(np.unique(twins))
         if n_twins:
             logger.warning(
-                f"{n_twins} of {len(twins)} cells have barcode and counts of another one: they are kept on its side "
-                "of a split, and a model that learns from them learns from these cells twice."
+                f"{n_twins} of {len(twins)} cells have the barcode and counts of another cell: a split keeps them on "
+                "the same side, and a model trained on them sees these cells twice."
             )
         return twins
 
     def block_shuffle(self, block_size: int = 16, *, seed: int = 0, epoch: int = 0) -> np.ndarray:
-        """Order the rows at random, but for blocks of rows that stay together and are read at once.
+        """Return a random order of blocks of rows; the rows of a block stay together and are read at once.
 
         Parameters
         ----------
         block_size : int, default: 16
-            Rows a block; 1 gives a full shuffle. What lies together on disk is learnt from together, so a small
-            block, or a store that was built with `shuffle=True`, keeps batches mixed.
+            Rows per block; 1 is a full shuffle. Rows that are adjacent on disk end up in the same batch, so use small
+            blocks, or a store built with `shuffle=True`, to keep batches mixed.
         seed, epoch : int, default: 0
-            The order is a function of them.
+            The order is a function of these two.
 
         Returns
         -------
@@ -444,7 +448,7 @@ class CellStore:
         return block_order(len(self), block_size, seed, epoch)
 
     def verify(self) -> None:
-        """Compare every shard, and the gene table, with its checksum.
+        """Check every shard and the gene table against their checksums.
 
         Raises
         ------
@@ -454,7 +458,7 @@ class CellStore:
         files = [self.manifest["gene_table"], *self.manifest["shards"]]
         for shard in tqdm(files, desc="verify", unit="file", disable=None):
             if checksum(self.path / shard["file"]) != shard["checksum"]:
-                raise ValueError(f"{self.path / shard['file']} is damaged: its checksum does not fit.")
+                raise ValueError(f"{self.path / shard['file']} is damaged: its checksum does not match.")
 
     # ------------------------------------------------------------------ building
 
@@ -484,58 +488,58 @@ class CellStore:
     ) -> CellStore:
         """Write a store from files and AnnData objects, block by block.
 
-        The cells keep the order of the sources; the genes are united by id. Everything is written under
-        `.<name>.building` beside the path and renamed when whole. A build that was stopped goes on with the first
-        piece of a file that was not done, if it is called again with the same sources and settings.
+        The cells keep the order of the sources; the gene tables are merged by id. Everything is written under
+        `.<name>.building` beside the path and renamed when complete. An interrupted build resumes at the first
+        unfinished piece of a file when it is called again with the same sources and settings.
 
         Parameters
         ----------
         path : str or Path
-            Folder to make.
-        sources : AnnData, MuData, SpatialData, CellStore, str, Path, or several of them
+            Folder to create.
+        sources : AnnData, MuData, SpatialData, CellStore, str, Path, or an iterable of them
             AnnData objects (in memory or backed, views too), MuData and SpatialData objects, other stores, and files:
             `.h5ad`, `.h5mu`, `.zarr`, 10x `.h5` and `.mtx` folders, `.loom`, folders of Parse, kb-python and
-            alevin-fry, csv files of BD Rhapsody. A folder gives all such files in it; a pattern such as
-            `data/*.h5ad` all that fit.
+            alevin-fry, csv files of BD Rhapsody. A folder stands for all such files in it, a pattern such as
+            `data/*.h5ad` for all that match.
         obs : sequence of str, or "all", optional
-            Columns of obs to keep. Categorical and repeated string columns become class labels.
+            Columns of obs to keep. Categorical columns, and string columns with repeated values, become class labels.
         classes : str or sequence of str, optional
-            Columns of obs to keep as class labels though their values are integers (such as the numbers of clusters)
-            or booleans.
+            Columns of obs to keep as class labels although their values are integers (such as cluster numbers) or
+            booleans.
         layer : str, optional
-            Where the counts are, in every source: `X`, `raw` or a layer; of 10x files also a feature type or a genome;
-            of a MuData or SpatialData also the modality or table, as `prot` or `prot:counts`. By default the first of
-            X, raw and the layer `counts` that holds counts.
+            Where the counts are, in every source: `X`, `raw` or a layer; for 10x files also a feature type or a
+            genome; for MuData and SpatialData also the modality or table, as in `prot` or `prot:counts`. By default
+            the first of X, raw and the layer `counts` that holds counts.
         fractional : bool, default: False
-            Allow fractions (RSEM, SoupX); they are stored as float32.
+            Allow fractional counts (RSEM, SoupX); they are stored as float32.
         neighbors : str, optional
             Key of obsp, such as `spatial_connectivities`, whose graph is kept; see `neighbors`.
         aliases : mapping, DataFrame or file, optional
             Old gene id (or name) -> new id, ids with or without version. A csv, tsv, txt or parquet file has them in
-            its first two columns, a json file is one object. Where few of them are genes of the sources, a warning
-            says how many.
+            its first two columns; a json file is one object. If few of them are genes of the sources, a warning
+            states how many.
         unify : "symbol", optional
-            Take genes of different sources that have one symbol under different ids for one.
+            Merge genes of different sources that have the same symbol under different ids.
         species : str, optional
-            What all sources must be of, such as `human`; by default they must agree where their Ensembl ids tell.
+            Species of all sources, such as `human`; by default the species that their Ensembl ids show must agree.
         shuffle : bool, default: False
             Put all cells in a random order, out of core.
         seed : int, default: 0
-            Of the shuffle.
+            Seed of the shuffle.
         part : (int, int), optional
             (i, n): write only the i-th of n equal parts of the cells, on one of n machines; see `join`.
         workers : int, default: 1
-            Processes that read files. AnnData objects in memory are read by this process. Needs, as all of
-            multiprocessing, a script's main part under `if __name__ == "__main__":`.
+            Number of processes that read files; AnnData objects in memory are read by this process. As always with
+            multiprocessing, the main part of a script must be under `if __name__ == "__main__":`.
         overwrite : bool, default: False
-            Replace a store at the path, once the new one is whole.
+            Replace a store at the path once the new one is complete.
         allow_duplicates : bool, default: False
-            Take sources that hold the same cells: the raw and the filtered matrix of one run, or a source of which at
-            least 90 % of the cells agree with cells of another in barcode, total and number of genes.
+            Accept sources that hold the same cells: the raw and the filtered matrix of one run, or a source in which
+            at least 90 % of the cells match cells of another in barcode, total and number of genes.
         report : bool, default: True
-            Print what became of the columns of each source; it is in `coverage` as well.
+            Print how the columns of each source were matched; `coverage` holds the same table.
         rows_per_batch, rows_per_shard : int
-            Cells of an Arrow record batch (and of a block in memory), and of a file.
+            Cells per Arrow record batch (and per block in memory), and cells per file.
 
         Returns
         -------
@@ -544,13 +548,13 @@ class CellStore:
         Raises
         ------
         FileExistsError
-            There is something at the path, and not `overwrite`.
+            The path exists, and `overwrite` is False.
         ValueError
-            No sources; values that are not counts; a missing obs column, or one whose types do not agree; sources of
-            different species; sources that hold the same cells. The parts already written are kept beside the path,
+            There are no sources; values are not counts; an obs column is missing, or its types do not agree; sources
+            are of different species, or hold the same cells. The parts already written are kept beside the path,
             and a call with `allow_duplicates=True` resumes from them.
         OSError
-            No space is left; what was there before is unharmed.
+            The disk is full; what was there before is unharmed.
         """
         settings = BuildSettings(
             obs=obs,
@@ -587,23 +591,22 @@ class CellStore:
         workers: int = 1,
         allow_duplicates: bool = False,
     ) -> None:
-        """Add the cells of other sources behind those that are there; new genes come behind the known ones.
+        """Append the cells of other sources; new genes are appended to the gene table.
 
-        The shards that are there are linked, not copied, and the store at the path is replaced once the new one is
-        whole. Cells, genes and labels keep their numbers. Parameters and errors are those of `build`; the obs columns
-        are those of the store.
+        The existing shards are linked, not copied, and the store at the path is replaced once the new one is
+        complete. Cells, genes and labels keep their numbers. Parameters and errors are those of `build`; the obs
+        columns are those of the store.
 
         Raises
         ------
         ValueError
-            This is a selection, or a joined store; obs columns of other types; neighbours that one has and the other
-            has not.
+            This is a selection or a joined store; obs columns have other types; only one of the two has neighbours.
         """
         self._must_be_whole("append to")
         self.must_be_unchanged()
         if (neighbors is not None) != self.manifest["neighbors"]:
             has = "has" if self.manifest["neighbors"] else "has no"
-            raise ValueError(f"{self.path} {has} neighbours; what is added must have the same (neighbors=…).")
+            raise ValueError(f"{self.path} {has} neighbours; the sources to append must match (neighbors=…).")
         settings = BuildSettings(
             obs=list(self.manifest["obs"]),
             layer=layer,
@@ -621,15 +624,15 @@ class CellStore:
 
     @classmethod
     def join(cls, path: str | Path, paths: Sequence[str | Path], *, overwrite: bool = False) -> CellStore:
-        """Make one store of several without copying them: a manifest, and links to their shards.
+        """Join stores into one without copying them: a manifest, and links to their shards.
 
         Parameters
         ----------
         path : str or Path
-            Folder to make.
+            Folder to create.
         paths : sequence of str or Path
-            Stores with the same genes, obs columns and labels, such as the parts that `build(part=(i, n))` made of
-            the same sources. Parts are put in their order; others keep the order given. They stay as they are.
+            Stores with the same genes, obs columns and labels, such as the parts that `build(part=(i, n))` wrote from
+            the same sources. Parts are put in their order; other stores keep the order given. They are not changed.
         overwrite : bool, default: False
             Replace a store at the path.
 
@@ -640,18 +643,18 @@ class CellStore:
         Raises
         ------
         ValueError
-            Stores that differ in genes, obs columns or labels; a part that is missing, or of another build.
+            The stores differ in genes, obs columns or labels; a part is missing, or belongs to another build.
         """
         join_stores(Path(path), [cls(part) for part in paths], overwrite)
         return cls(path)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> CellStore:
-        """Write these cells as a store of their own, such as a selection, or a copy of a joined store.
+        """Write these cells as a new store, for example a selection, or a copy of a joined store.
 
         Parameters
         ----------
         path : str or Path
-            Folder to make.
+            Folder to create.
         overwrite : bool, default: False
             Replace a store at the path.
 
@@ -681,43 +684,43 @@ class CellStore:
     ) -> Dataset:
         """Write the tokens of these cells as a Hugging Face dataset, which opens without this package.
 
-        The rows are the cells, in their order; memory is a batch's. As in `build`, everything is written under
-        `.<name>.building` beside the path and renamed when whole, and a call that was stopped goes on with the shards
-        that were not done, if it is made again with the same cells, tokenizer and settings.
+        The rows are the cells, in order; only one batch is in memory at a time. As in `build`, everything is written
+        under `.<name>.building` beside the path and renamed when complete, and an interrupted call resumes with the
+        unfinished shards when it is made again with the same cells, tokenizer and settings.
 
         Parameters
         ----------
         tokenizer : GeneTokenizer
-            One that adds neighbourhoods needs `with_neighborhoods()` of the store. `truncation="random"` chooses as in
-            epoch 0.
+            If it adds neighbourhoods, call this on `store.with_neighborhoods()`. `truncation="random"` chooses genes
+            as in epoch 0.
         path : str or Path
-            Folder to make.
+            Folder to create.
         obs : sequence of str, or "all", optional
             Columns of obs to copy.
         workers : int, default: 1
-            Processes that tokenize. Needs, as all of multiprocessing, a script's main part under
+            Number of processes that tokenize. As always with multiprocessing, the main part of a script must be under
             `if __name__ == "__main__":`.
         rows_per_shard : int, default: 16,384
-            Cells of a file.
+            Cells per file.
         overwrite : bool, default: False
-            Replace a tokenized dataset at the path, once the new one is whole.
+            Replace a tokenized dataset at the path once the new one is complete.
 
         Returns
         -------
         Dataset
-            `input_ids` (lists of uint16, or of uint32 where the vocabulary is larger), `token_type_ids` (lists of the
+            `input_ids` (lists of uint16, or of uint32 if the vocabulary is larger), `token_type_ids` (lists of the
             narrowest unsigned type), `length` (int32, number of tokens), `cell_id` (int64, row number in the whole
-            store), and the obs columns. Beside it are `lengths.json` (the list of lengths), `manifest.json` and the
-            folder `tokenizer`, from which `from_pretrained` loads it.
+            store), and the obs columns. Its folder also holds `lengths.json` (the list of lengths), `manifest.json`
+            and the folder `tokenizer`, which `from_pretrained` loads.
 
         Raises
         ------
         FileExistsError
-            There is something at the path, and not `overwrite`.
+            The path exists, and `overwrite` is False.
         ValueError
-            No such obs column; cells that the tokenizer refuses.
+            An obs column does not exist, or the tokenizer refuses cells.
         OSError
-            No space is left; what was there before is unharmed.
+            The disk is full; what was there before is unharmed.
         """
         from datasets import load_from_disk
 
@@ -735,14 +738,14 @@ class CellStore:
         return load_from_disk(str(path))
 
     def push_to_hub(self, repo_id: str, **kwargs) -> None:
-        """Upload these cells by `datasets.Dataset.push_to_hub`, and the gene table beside them (`genes.parquet`).
+        """Upload these cells with `datasets.Dataset.push_to_hub`, and the gene table as `genes.parquet`.
 
         Parameters
         ----------
         repo_id : str
             `user/name` of a dataset on the Hub.
         **kwargs
-            For `push_to_hub`, such as `private`, `token` or `revision`.
+            Arguments of `push_to_hub`, such as `private`, `token` or `revision`.
         """
         from huggingface_hub import HfApi
 
@@ -758,18 +761,18 @@ class CellStore:
     def _must_have_neighbors(self) -> None:
         if not self.manifest["neighbors"]:
             raise ValueError(
-                f"{self.path} was built without neighbours: call spatial_neighbors(adata), and then "
+                f"{self.path} was built without neighbours: call spatial_neighbors(adata), then "
                 "CellStore.build(…, neighbors='spatial_connectivities')."
             )
 
     def must_be_unchanged(self) -> None:
-        """Raise ValueError where the store at the path is not the one that was opened."""
+        """Raise ValueError if the store at the path is no longer the one that was opened."""
         if _read_manifest(self.path) != self.manifest:
-            raise ValueError(f"{self.path} was replaced since this object opened it: open it again.")
+            raise ValueError(f"{self.path} was replaced after this object opened it: open it again.")
 
     @cached_property
     def _names_key(self) -> str:
-        """Tells the names of genes and categories apart from those of a store that takes this one's place."""
+        """Checksum of the names of genes and categories, to detect that another store took this one's place."""
         categories = hashlib.sha256(json.dumps(self.categories).encode()).hexdigest()  # the same in every process
         return self.manifest["gene_table"]["checksum"] + categories
 
@@ -780,7 +783,7 @@ class CellStore:
             raise ValueError(f"{self.path} is joined from others: {to_do} a saved copy of it (store.save).")
 
     def _report(self, sources: Sequence[Mapping[str, Any]]) -> None:
-        """Print how the genes of sources were matched, and say which cells are empty."""
+        """Print how the genes of the sources were matched, and log how many cells are empty."""
         table = coverage(sources)
         table["counts kept"] = table["counts kept"].map("{:.1%}".format)
         table["counts mapped"] = table["counts mapped"].map("{:.1%}".format)
@@ -790,16 +793,16 @@ class CellStore:
             print(f"… and {len(table) - _MOST_SOURCES_PRINTED} more sources: see store.coverage")
         repeated = sum(source["n_columns"] - source["n_genes"] for source in sources)
         if repeated:
-            logger.warning(f"{repeated} columns repeat a gene id; their counts are summed.")
+            logger.warning(f"{repeated} columns repeat the gene id of another; their counts are summed.")
         n_empty = sum(source["n_empty"] for source in sources)
         if n_empty:
             logger.warning(f"{n_empty} of {len(self)} cells have no counts; they are kept, and training skips them.")
 
 
 def block_order(n: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
-    """Order n rows at random by blocks; see `CellStore.block_shuffle`."""
+    """Return n rows in a random order of blocks, int64 array (n,); see `CellStore.block_shuffle`."""
     if block_size < 1:
-        raise ValueError(f"block_size={block_size}: a block has at least one row.")
+        raise ValueError(f"block_size={block_size}: a block needs at least one row.")
     starts = np.random.default_rng([seed, epoch]).permutation(-(-n // block_size)) * block_size
     rows = (starts[:, None] + np.arange(block_size)).ravel()
     return rows[rows < n]
@@ -818,17 +821,17 @@ def _listed(sources) -> list:
 def _read_manifest(path: Path) -> dict:
     file = path / "manifest.json"
     if not path.exists() and path.with_name(f".{path.name}.old").exists():
-        time.sleep(0.2)  # it may be replaced just now
+        time.sleep(0.2)  # another process may be replacing it just now
         recover(path)
     if not file.exists():
         if building_of(path).exists():
             raise FileNotFoundError(
-                f"{path} is not whole: its build was stopped. Call CellStore.build again; it goes on where it was."
+                f"{path} is incomplete: its build was interrupted. Call CellStore.build again to resume it."
             )
-        raise FileNotFoundError(f"There is no CellStore at {path}; make one with CellStore.build.")
+        raise FileNotFoundError(f"There is no CellStore at {path}; create one with CellStore.build.")
     manifest = json.loads(file.read_text())
     if manifest["format_version"] != FORMAT_VERSION:
-        remedy = "Update stformer_hf." if manifest["format_version"] > FORMAT_VERSION else "Build it again."
+        remedy = "Update stformer_hf." if manifest["format_version"] > FORMAT_VERSION else "Rebuild it."
         raise ValueError(
             f"{path} has store format {manifest['format_version']}; this version reads {FORMAT_VERSION}. {remedy}"
         )

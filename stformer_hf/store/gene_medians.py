@@ -1,4 +1,4 @@
-"""estimate_gene_medians: statistics of the genes of stores, files and AnnData objects, a block of cells at a time."""
+"""estimate_gene_medians: gene statistics of stores, files and AnnData objects, computed block by block."""
 
 from __future__ import annotations
 
@@ -31,44 +31,44 @@ def estimate_gene_medians(
     aliases: Mapping[str, str] | pd.DataFrame | str | Path | None = None,
     unify: str | None = None,
 ) -> GeneStatistics:
-    """Estimate the median of the non-zero values of each gene, which the rank scheme of `GeneTokenizer` needs.
+    """Estimate the median of the non-zero values of each gene, as the rank scheme of `GeneTokenizer` needs.
 
     A value is count / total counts of the cell * `target_sum`; cells without counts are skipped. Counts are read block
-    by block and never made dense.
+    by block and stay sparse.
 
     Parameters
     ----------
-    source : AnnData, MuData, SpatialData, CellStore, str, Path, or several of them
-        What `CellStore.build` takes: AnnData objects, stores and selections of them, files, folders and patterns.
-        Genes of several are united by id.
+    source : AnnData, MuData, SpatialData, CellStore, str, Path, or an iterable of them
+        As in `CellStore.build`: AnnData objects, stores and selections of them, files, folders and patterns. The genes
+        of multiple sources are merged by id.
     target_sum : float, default: 10,000
-        What the values of a cell add up to.
+        Sum of the values of a cell.
     method : {"auto", "exact", "sketch"}, default: "auto"
-        `exact` keeps every count. `sketch` takes about 4 kB a gene, however many cells there are; its medians are off
-        by at most 0.75 %. `auto` is exact while the counts fit into `max_memory`, then a sketch.
+        `exact` keeps every count. `sketch` takes about 4 kB per gene for any number of cells; its medians are off by
+        at most 0.75 %. `auto` is exact while the counts fit into `max_memory`, then a sketch.
     max_memory : int, default: 1 GB
-        Bytes that the counts kept by `auto` may take.
+        Limit for the counts that `auto` keeps, in bytes.
     layer : str, optional
         Where the counts are, in every source; as in `CellStore.build`.
     fractional : bool, default: False
-        Allow fractions (RSEM, SoupX).
+        Allow fractional counts (RSEM, SoupX).
     aliases : mapping, DataFrame or file, optional
         Old gene id (or name) -> new id.
     unify : "symbol", optional
-        Take genes of different sources that have one symbol under different ids for one.
+        Merge genes of different sources that have the same symbol under different ids.
 
     Returns
     -------
     GeneStatistics
-        Its `medians` go into `GeneTokenizer(…, scheme="rank", medians=…)`; it can be saved, and merged with others.
+        Pass its `medians` to `GeneTokenizer(…, scheme="rank", medians=…)`. It can be saved, and merged with others.
 
     Raises
     ------
     ValueError
-        No sources, no cells, no counts; values that are not counts; sources of different species; a target sum that is
-        not positive; an unknown method.
+        There are no sources, no cells or no counts; values are not counts; sources are of different species; the
+        target sum is not positive; the method is unknown.
     FileNotFoundError
-        No such file.
+        A file does not exist.
 
     Examples
     --------
@@ -78,7 +78,7 @@ def estimate_gene_medians(
     GeneStatistics([], target_sum=target_sum, method=method, max_memory=max_memory)  # raises before files are read
     sources = [open_source(found, layer, fractional) for found in expand([source] if is_source(source) else source)]
     if not sources:
-        raise ValueError("No sources: give at least one AnnData, store or file.")
+        raise ValueError("No sources: pass at least one AnnData, store or file.")
     united = unite([found.genes for found in sources], [found.name for found in sources], aliases=aliases, unify=unify)
     statistics = GeneStatistics(
         united.genes.gene_ids, united.genes.symbols, target_sum=target_sum, method=method, max_memory=max_memory

@@ -1,4 +1,4 @@
-"""Joins stores through a manifest that points at their shards."""
+"""Join stores through a manifest that points to their shards."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .writer import write_manifest
 def join_stores(path: Path, stores: Sequence[StoredCells], overwrite: bool) -> None:
     """Write the joined store; parameters and errors are those of `CellStore.join`.
 
-    Shards are linked (hard links; over file systems, by their paths). Only those whose counts are of a narrower type
-    than others' are written anew, since a Hugging Face dataset has one type a column.
+    Shards are linked (by hard links, or by path across file systems). Only those with a narrower count type than
+    others are rewritten, since a Hugging Face dataset has one type per column.
     """
     path = path.resolve()
     recover(path)
@@ -36,7 +36,7 @@ def join_stores(path: Path, stores: Sequence[StoredCells], overwrite: bool) -> N
     with written_at(path, STORE, overwrite) as building:
         _write(path, building, stores, row_format)
         for store in stores:
-            store.must_be_unchanged()  # else links are to the shards of a store that took its place
+            store.must_be_unchanged()  # else the links would point to the shards of a store that took its place
 
 
 def _write(path: Path, building: Path, stores: Sequence[StoredCells], row_format: RowFormat) -> None:
@@ -52,7 +52,7 @@ def _write(path: Path, building: Path, stores: Sequence[StoredCells], row_format
                 shard["file"] = own.name
                 try:
                     os.link(file, own)
-                except OSError:  # on another file system: found where it is
+                except OSError:  # on another file system: refer to it by its path
                     shard["file"] = os.path.relpath(file, path)
             else:
                 rewrite(file, own, row_format)
@@ -65,7 +65,7 @@ def _write(path: Path, building: Path, stores: Sequence[StoredCells], row_format
 
 
 def _in_order(stores: Sequence[StoredCells]) -> list[StoredCells]:
-    """Put parts in their order; other stores are left as they are."""
+    """Sort parts of one build; other stores keep their order."""
     parts = [store.manifest["part"] for store in stores]
     if not parts:
         raise ValueError("No stores to join.")
@@ -75,14 +75,14 @@ def _in_order(stores: Sequence[StoredCells]) -> list[StoredCells]:
     if None in parts or other is not None:
         other = other or stores[parts.index(None)]
         raise ValueError(
-            f"{stores[0].path} and {other.path} are not parts of one build: of other sources or settings."
+            f"{stores[0].path} and {other.path} are not parts of one build: their sources or settings differ."
         )
     n_parts = {n for _, n in parts}
     found = sorted(i for i, _ in parts)
     if len(n_parts) > 1 or found != list(range(parts[0][1])):
         missing = sorted(set(range(parts[0][1])) - set(found))
         raise ValueError(
-            f"These are the parts {', '.join(f'{i} of {n}' for i, n in parts)}: every part of one build is needed once"
+            f"Got the parts {', '.join(f'{i} of {n}' for i, n in parts)}: every part of a build is needed exactly once"
             f"{f'; {missing} missing' if missing else ''}."
         )
     return sorted(stores, key=lambda store: store.manifest["part"][0])
@@ -91,19 +91,19 @@ def _in_order(stores: Sequence[StoredCells]) -> list[StoredCells]:
 def _check_alike(first: StoredCells, other: StoredCells) -> None:
     if list(first.gene_ids) != list(other.gene_ids):
         raise ValueError(
-            f"{other.path} has other genes than {first.path}, or another order. Parts of one build, "
-            "CellStore.build(…, part=(i, n)), have the same; others can be united by CellStore.build(path, stores)."
+            f"{other.path} has other genes than {first.path}, or another gene order. Parts of one build, "
+            "CellStore.build(…, part=(i, n)), have the same; merge other stores with CellStore.build(path, stores)."
         )
     for name in ("obs", "categories", "neighbors"):
         if first.manifest[name] != other.manifest[name]:
             raise ValueError(
-                f"{other.path} has other {name} than {first.path}. Parts of one build have the same; others can be "
-                "united by CellStore.build(path, stores)."
+                f"{other.path} has other {name} than {first.path}. Parts of one build have the same; merge other "
+                "stores with CellStore.build(path, stores)."
             )
 
 
 def _sources(stores: Sequence[StoredCells]) -> list[dict]:
-    """Take what the manifests say of the sources; of parts, which have the same sources, summed."""
+    """Return the sources listed in the manifests; for parts, which share their sources, with the numbers summed."""
     if stores[0].manifest["part"] is None:
         return [source for store in stores for source in store.manifest["sources"]]
     merged = []

@@ -1,4 +1,4 @@
-"""Sums of the counts of groups of cells, such as the neighbours of each cell."""
+"""Sum the counts of groups of cells, such as the neighbours of each cell."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-_GROUPS_AT_ONCE = 64  # cells that are read at once; few, for large neighbourhoods
+_GROUPS_AT_ONCE = 64  # groups that are read at once; few, since neighbourhoods may be large
 
 
 def sum_groups(
@@ -20,26 +20,26 @@ def sum_groups(
     Parameters
     ----------
     gather : callable
-        Reads cells by their numbers: indptr, genes and counts, flat; counts are positive.
+        Function that reads cells by number and returns indptr, genes and counts, flat; counts are positive.
     bounds : int array (n_groups + 1,)
-        Group i are the cells `bounds[i]:bounds[i + 1]`.
+        Group i consists of `cells[bounds[i]:bounds[i + 1]]`.
     cells : int64 array (bounds[-1],)
-        Numbers of cells, group by group.
+        Numbers of the cells, group by group.
     n_genes : int
-        Genes are smaller numbers.
+        Number of genes.
 
     Returns
     -------
     indptr : int64 array (n_groups + 1,)
-    genes : array (nnz,) of the type that `gather` gives
+    genes : array (nnz,) of the type that `gather` returns
         Ascending in each group.
     counts : int64 or float64 array (nnz,)
-        None of them 0.
+        Non-zero sums.
 
     Notes
     -----
-    A dense row a group stays in the processor's cache: four times as fast as a sparse product, whose columns must be
-    sorted. Sums are exact up to 2**53.
+    One dense row per group stays in the processor's cache, which is four times as fast as a sparse product, whose
+    columns must be sorted. Sums are exact up to 2**53.
     """
     all_genes, all_counts = [], []
     for start in range(0, len(bounds) - 1, _GROUPS_AT_ONCE):

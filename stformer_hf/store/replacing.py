@@ -1,4 +1,4 @@
-"""Folders of shards at a path: written by one process at a time, whole or not at all, and never over another's."""
+"""Write folders of shards atomically, by one process at a time, and never over files that are not ours."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
-_NOT_OURS = (".*", "cache-*.arrow")  # hidden files, and what `datasets` keeps beside a dataset that was mapped
+_NOT_OURS = (".*", "cache-*.arrow")  # hidden files, and the cache files of `datasets.Dataset.map`
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a folder with a manifest of shards holds.
+    """Kind of contents of a folder with shards and a manifest.
 
     Attributes
     ----------
     what : str
-        Such as `a store`, for messages.
+        Name for messages, such as `a store`.
     opened_by : str
         The function that opens it.
     other_files : tuple of str
-        What is beside the shards.
+        Files beside the shards.
     """
 
     what: str
@@ -46,7 +46,7 @@ STORE = Contents("a store", "CellStore", ("genes.parquet", "manifest.json", "dat
 
 
 def building_of(path: Path) -> Path:
-    """Return where a folder is written before it gets its name."""
+    """Return the temporary path at which a folder is written."""
     return path.with_name(f".{path.name}.building")
 
 
@@ -56,14 +56,14 @@ def _old_of(path: Path) -> Path:
 
 @contextmanager
 def written_at(path: Path, contents: Contents, overwrite: bool) -> Iterator[Path]:
-    """Lock a path and look at it again; the folder that the body fills gets its name at the end.
+    """Lock a path and check it again; rename the folder that the body fills to it at the end.
 
-    Callers call `check_free` before, at the door: opening sources takes time, in which another process may finish.
+    Callers call `check_free` first, before they open sources, which takes time in which another process may finish.
 
     Parameters
     ----------
     path : Path
-        Resolved.
+        Resolved path of the folder.
     contents : Contents
     overwrite : bool
         Whether the folder at the path may be replaced.
@@ -71,14 +71,14 @@ def written_at(path: Path, contents: Contents, overwrite: bool) -> Iterator[Path
     Yields
     ------
     Path
-        The folder to fill, which may not exist yet, or hold what an interrupted call left.
+        The folder to fill; it may not exist yet, or hold the files of an interrupted call.
 
     Raises
     ------
     BlockingIOError
-        Another process writes there.
+        Another process is writing there.
     FileExistsError
-        There is something at the path that may not be replaced.
+        The path exists and may not be replaced.
     """
     with locked(path):
         _give_name_back(path)
@@ -90,12 +90,12 @@ def written_at(path: Path, contents: Contents, overwrite: bool) -> Iterator[Path
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time write at a path.
+    """Let only one process at a time write at a path.
 
     Raises
     ------
     BlockingIOError
-        Another process writes there.
+        Another process is writing there.
     """
     if fcntl is None:
         yield
@@ -104,7 +104,7 @@ def locked(path: Path) -> Iterator[None]:
     file = path.with_name(f".{path.name}.lock")
     lock = _take(file)
     if lock is None:
-        raise BlockingIOError(f"Another process builds {path} now. Wait for it, or choose another path.")
+        raise BlockingIOError(f"Another process is building {path}. Wait for it, or choose another path.")
     try:
         yield
     finally:
@@ -113,7 +113,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _take(file: Path) -> IO | None:
-    """Open and lock a file; None where another process has the lock."""
+    """Open and lock a file; return None if another process holds the lock."""
     while True:
         lock = open(file, "w")
         try:
@@ -122,9 +122,9 @@ def _take(file: Path) -> IO | None:
             lock.close()
             return None
         except OSError:  # a file system without locks, as some clusters have
-            logger.debug(f"No lock could be taken on {file}.")
+            logger.debug(f"Could not lock {file}.")
             return lock
-        # The process that had the lock may have removed the file between the two calls: then this lock is of no file.
+        # The process that held the lock may have removed the file between the two calls: then this lock is useless.
         try:
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(file)):
                 return lock
@@ -134,9 +134,9 @@ def _take(file: Path) -> IO | None:
 
 
 def check_free(path: Path, contents: Contents, overwrite: bool) -> None:
-    """Raise FileExistsError where a folder must not be written.
+    """Raise FileExistsError if a folder must not be written.
 
-    Something is there, and not `overwrite`; or it is not `contents`, or more than that.
+    That is if the path exists and `overwrite` is False, or if it holds anything other than `contents`.
     """
     if not path.exists():
         return
@@ -145,19 +145,20 @@ def check_free(path: Path, contents: Contents, overwrite: bool) -> None:
             f"{path} exists. Open it with {contents.opened_by}({str(path)!r}), or pass overwrite=True."
         )
     if not (path / "manifest.json").exists():
-        raise FileExistsError(f"{path} exists and is not {contents.what}; it is left as it is. Choose another path.")
+        raise FileExistsError(f"{path} exists and is not {contents.what}; nothing was changed. Choose another path.")
     try:
         shards = json.loads((path / "manifest.json").read_text())["shards"]
         known = {shard["file"] for shard in shards} | set(contents.other_files)
     except (ValueError, TypeError, KeyError) as error:
         raise FileExistsError(
-            f"{path} is left as it is: its manifest.json is damaged, or not of {contents.what}. Choose another path, "
-            "or delete it."
+            f"{path} was not replaced: its manifest.json is damaged, or is not that of {contents.what}. "
+            "Choose another path, or delete it."
         ) from error
     foreign = sorted(file.name for file in path.iterdir() if file.name not in known and not _is_harmless(file))
     if foreign:
         raise FileExistsError(
-            f"{path} holds more than {contents.what} ({', '.join(foreign[:3])}); it is left as it is. Move these away."
+            f"{path} holds more than {contents.what} ({', '.join(foreign[:3])}); nothing was changed. "
+            "Move these files away first."
         )
 
 
@@ -166,20 +167,20 @@ def _is_harmless(file: Path) -> bool:
 
 
 def replace_folder(path: Path, building: Path, overwrite: bool) -> None:
-    """Give a finished folder its name; an older one there goes, but for harmless files that are not ours."""
+    """Rename a finished folder to `path`, replacing an older one; harmless files that are not ours are kept."""
     if not overwrite:
         try:
-            building.rename(path)  # fails over a folder that holds something: also where there are no locks
+            building.rename(path)  # fails if the folder there is not empty, also on file systems without locks
         except OSError as error:
             if path.exists():
                 raise FileExistsError(
-                    f"{path} was written by another process meanwhile; it is left as it is."
+                    f"Another process has written {path} in the meantime; nothing was changed."
                 ) from error
             raise
         return
     old = _old_of(path)
     if path.exists():
-        shutil.rmtree(old, ignore_errors=True)  # left by a process that was stopped once its new folder was whole
+        shutil.rmtree(old, ignore_errors=True)  # left by a process that was stopped after its new folder was complete
         for file in filter(_is_harmless, path.iterdir()):
             _link(file, building / file.name)
         path.rename(old)
@@ -188,7 +189,7 @@ def replace_folder(path: Path, building: Path, overwrite: bool) -> None:
 
 
 def _link(file: Path, target: Path) -> None:
-    """Give a file, or all files of a folder, a second name; copied where links cannot be made."""
+    """Hard-link a file, or all files of a folder; copy them where links cannot be made."""
     if target.is_dir() and not target.is_symlink():
         shutil.rmtree(target)
     target.unlink(missing_ok=True)
@@ -204,9 +205,9 @@ def _link(file: Path, target: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Give a folder its name back, if replacing it was stopped between the two renames of `replace_folder`.
+    """Restore a folder's name if replacing it was stopped between the two renames of `replace_folder`.
 
-    Nothing is done while another process writes there: the folder gets its name from that one.
+    Nothing is done while another process is writing there, since that process restores the name.
     """
     if not path.exists() and _old_of(path).exists():
         try:

@@ -1,4 +1,4 @@
-"""Shards: Arrow stream files of rows of cells. Pieces of sources are written to them, widened and shuffled."""
+"""Shards: Arrow stream files with one row per cell. Pieces of sources are written to them, widened and shuffled."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from ..sources.same_cells import describe, row_totals
 logger = logging.getLogger(__name__)
 
 COUNT_TYPES = ("uint8", "uint16", "uint32", "float32")  # from narrow to wide
-_WHOLE_IN_FLOAT32 = 1 << 24  # up to here it holds every whole number
+_WHOLE_IN_FLOAT32 = 1 << 24  # float32 holds every whole number up to here
 _NO_COMMON_TYPE = (
-    "There are fractions, and elsewhere whole numbers that float32 does not hold: build two stores, or round the "
-    "fractions."
+    "There are fractions, and whole numbers elsewhere that float32 cannot hold exactly: build two stores, or round "
+    "the fractions."
 )
 _MAX_BUCKETS = 512  # files that a shuffle has open at once
 _ROWS_PER_BUCKET = 16_384
@@ -39,7 +39,7 @@ _ROWS_PER_BUCKET = 16_384
 
 @dataclass
 class RowFormat:
-    """Columns of a store's rows: what makes the Arrow schema and the Hugging Face features.
+    """Columns of a store's rows, from which the Arrow schema and the Hugging Face features are made.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class RowFormat:
     obs : dict of str to str
         Arrow types of the obs columns.
     categories : dict of str to list of str
-        Names of the codes of the categorical ones.
+        Categories of the categorical columns, in the order of their codes.
     """
 
     gene_type: str
@@ -79,59 +79,61 @@ class RowFormat:
         return self.features().arrow_schema
 
     def with_count_type(self, count_type: str) -> RowFormat:
-        """Give the format with another type of counts."""
+        """Return the format with another count type."""
         return RowFormat(self.gene_type, count_type, self.neighbors, self.obs, self.categories)
 
 
 def gene_type(n_genes: int) -> str:
-    """Narrowest type of the row numbers of a gene table."""
+    """Return the narrowest type that holds the row numbers of a gene table."""
     return "uint16" if n_genes <= 1 << 16 else "uint32"
 
 
 def widest(count_types: Sequence[str]) -> str:
-    """Narrowest type that holds all these types exactly (float32: as exactly as it can)."""
+    """Return the narrowest type that holds all these types exactly (float32: as exactly as it can)."""
     return max(count_types, key=COUNT_TYPES.index, default=COUNT_TYPES[0])
 
 
 def count_type_of(counts: np.ndarray, name: str) -> str:
-    """Name the narrowest type that holds counts (whole numbers exactly, fractions to float32's precision).
+    """Return the narrowest type that holds counts (whole numbers exactly, fractions to float32's precision).
 
     Raises
     ------
     ValueError
-        Counts that do not fit 32 bits.
+        A count does not fit into 32 bits.
     """
     largest = counts.max(initial=0)
     if counts.dtype.kind == "f" and (counts != np.rint(counts)).any():
         if largest > np.finfo(np.float32).max:
-            raise ValueError(f"{name}: the value {largest:g} does not fit float32.")
+            raise ValueError(f"{name}: the value {largest:g} does not fit into float32.")
         if largest > _WHOLE_IN_FLOAT32:
             whole = counts[counts == np.rint(counts)]
             if (whole.astype(np.float32) != whole).any():
-                raise ValueError(f"{name}: {whole.max():.0f} stands beside fractions, and float32 does not hold it.")
+                raise ValueError(
+                    f"{name}: there are fractions, and float32 cannot hold the value {whole.max():.0f} exactly."
+                )
         return "float32"
     for count_type in COUNT_TYPES[:-1]:
         if largest <= np.iinfo(count_type).max:
             return count_type
-    raise ValueError(f"{name}: the count {largest:g} does not fit 32 bits.")
+    raise ValueError(f"{name}: the count {largest:g} does not fit into 32 bits.")
 
 
 @dataclass
 class Piece:
-    """A range of cells of one source, and all that is needed to write it, in this process or in another.
+    """A range of cells of one source, and all that any process needs to write it.
 
     Attributes
     ----------
     record : Path
-        File that tells, once it is there, that the piece is written; its name without suffix begins its shards'.
+        File that exists once the piece is written; the names of its shards begin with its stem.
     source : int
         Number of the source.
     name, counts_in : str
-        Of the source, for messages.
+        Name of the source, and of the layer with its counts, for messages.
     matrix : Matrix
-        The source's counts.
+        Counts of the source.
     start, stop : int
-        Cells of the source.
+        Range of cells of the source.
     genes, fates : int array (n_columns,)
         Row of the gene table, and fate (`genes.unite`), of each column.
     n_genes : int
@@ -143,15 +145,15 @@ class Piece:
     neighbors : Matrix or None
         Graph of the source's cells.
     first_row : int
-        Number in the store of the source's first cell; added to its neighbours' numbers.
+        Row in the store of the source's first cell; added to the numbers of its neighbours.
     format : RowFormat
-        Columns; its count type is where the writing begins.
+        Columns; writing starts with its count type.
     fractional : bool
         Whether counts may be fractions.
     rows_per_batch, rows_per_shard : int
-        Cells of a record batch, and of a file.
+        Cells per record batch, and per file.
     describe : bool
-        Whether what tells the cells apart is written, too (`same_cells.describe`).
+        Whether to write descriptions of the cells, too, by which duplicates are found (`same_cells.describe`).
     """
 
     record: Path
@@ -176,17 +178,17 @@ class Piece:
 
     @property
     def description(self) -> Path:
-        """File of what tells the cells apart."""
+        """File with the descriptions of the cells."""
         return self.record.with_suffix(".npy")
 
     @property
     def is_written(self) -> bool:
-        """Whether all that belongs to the piece is there."""
+        """Whether all files of the piece exist."""
         return self.record.exists() and (self.description.exists() or not self.describe)
 
 
 def write_piece(piece: Piece, progress: Callable[[int], object] = lambda n_cells: None) -> dict:
-    """Write a piece to shards, and then its record, which is returned."""
+    """Write a piece to shards, then write and return its record."""
     with told_when_full(piece.record.parent):
         with naming(piece.name):
             piece.matrix.prepare(piece.record.parent)
@@ -253,8 +255,8 @@ def write_piece(piece: Piece, progress: Callable[[int], object] = lambda n_cells
 
 
 def _sums(block: sparse.csr_matrix, fates: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """Sum the counts of the columns of each fate; `totals` has the sum of the block."""
-    if len(fates) and (fates == fates[0]).all():  # most sources; a sum a column costs as much as all else together
+    """Sum the counts of the columns of each fate; `totals` adds up to the sum of the block."""
+    if len(fates) and (fates == fates[0]).all():  # most sources; sums per column cost as much as all else together
         return np.bincount(fates[:1], [totals.sum(dtype=np.float64)], len(FATES))
     return np.bincount(fates[block.indices], block.data, len(FATES))
 
@@ -265,13 +267,13 @@ def _obs_types(row_format: RowFormat) -> dict[str, pa.DataType]:
 
 
 class ShardWriter:
-    """Writes rows to shards, in the narrowest count type met so far.
+    """Writes rows to shards, in the narrowest count type that holds the counts so far.
 
     Parameters
     ----------
     folder : Path
     stem : str
-        How the names of the files begin.
+        Beginning of the file names.
     row_format : RowFormat
     rows_per_shard : int
     """
@@ -284,7 +286,7 @@ class ShardWriter:
         self._writer: pa.ipc.RecordBatchStreamWriter | None = None
 
     def write(self, columns: dict, count_type: str) -> None:
-        """Write rows; `columns["counts"]` is (offsets, values), of any type that `count_type` holds."""
+        """Write rows; `columns["counts"]` is (offsets, values), with any type that `count_type` can hold."""
         wider = widest([count_type, self._format.count_type]) != self._format.count_type
         if wider:
             self._format = self._format.with_count_type(count_type)
@@ -301,7 +303,7 @@ class ShardWriter:
         self.shards[-1]["rows"] += batch.num_rows
 
     def open(self) -> None:
-        """Begin a new file."""
+        """Start a new file."""
         self.close()
         file = f"{self._stem}-{len(self.shards):05d}.arrow"
         self.shards.append({"file": file, "rows": 0, **_types(self._format)})
@@ -309,7 +311,7 @@ class ShardWriter:
         self._writer = pa.ipc.new_stream(self._file, self._schema)
 
     def close(self) -> None:
-        """End the file that is open; it is on the disk before a record says that it is."""
+        """Close the open file and sync it to disk, so that no record is written before its file."""
         if self._writer is not None:
             with self._file:
                 self._writer.close()
@@ -323,7 +325,7 @@ def _types(row_format: RowFormat) -> dict[str, str]:
 
 
 def has_types(shard: dict, row_format: RowFormat) -> bool:
-    """Whether a shard has the types of a format."""
+    """Return whether a shard has the types of a format."""
     return {name: shard[name] for name in ("gene_type", "count_type")} == _types(row_format)
 
 
@@ -334,7 +336,7 @@ def read_batches(file: Path) -> Iterator[pa.RecordBatch]:
 
 
 def rewrite(file: Path, target: Path, row_format: RowFormat) -> None:
-    """Write a shard anew with the types of a format, a record batch at a time."""
+    """Rewrite a shard with the types of a format, one record batch at a time."""
     schema = row_format.schema()
     part = target.with_name(target.name + ".part")
     with pa.ipc.new_stream(str(part), schema) as writer:
@@ -354,22 +356,23 @@ def shuffle(
     rows_per_batch: int,
     rows_per_shard: int,
 ) -> list[dict]:
-    """Write all rows anew in another order, out of core.
+    """Rewrite all rows in another order, out of core.
 
-    Every row goes to the file of its range of the new order; each such file is then put in order in memory.
+    Each row is first written to a bucket file that covers a range of the new order; each bucket is then sorted in
+    memory.
 
     Parameters
     ----------
     folder : Path
-        Holds the shards.
+        Folder of the shards.
     shards : list of dict
         Their records, in the order of the rows.
     row_format : RowFormat
-        Of the new shards.
+        Format of the new shards.
     order : int array (n_rows,)
         Old number of each new row.
     rows_per_batch, rows_per_shard : int
-        Cells of a record batch, and of a file.
+        Cells per record batch, and per file.
 
     Returns
     -------
@@ -431,7 +434,7 @@ def _renumber(batch: pa.RecordBatch, new_number: np.ndarray) -> pa.RecordBatch:
 
 
 def align(block: sparse.csr_matrix, genes: np.ndarray, n_genes: int) -> sparse.csr_matrix:
-    """Rename the columns of a block to rows of the gene table; ascending, repeated ones summed."""
+    """Map the columns of a block to rows of the gene table, ascending; repeated ones are summed."""
     same = n_genes == block.shape[1] and np.array_equal(genes, np.arange(n_genes))
     if same and block.has_canonical_format:
         return block
@@ -444,7 +447,7 @@ def align(block: sparse.csr_matrix, genes: np.ndarray, n_genes: int) -> sparse.c
 
 @contextlib.contextmanager
 def told_when_full(folder: Path, what: str = "the store", call: str = "build") -> Iterator[None]:
-    """Say what to do where the disk is full; `folder` is the unfinished one, which may be deleted."""
+    """Add what to do to the error of a full disk; `folder` is the unfinished folder, which may be deleted."""
     try:
         yield
     except OSError as error:
@@ -453,13 +456,13 @@ def told_when_full(folder: Path, what: str = "the store", call: str = "build") -
         free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
         raise OSError(
             error.errno,
-            f"no space for {what}: {free / 1e6:,.0f} MB are left at {folder}. Make room and call {call} again, which "
-            "goes on where it was, or delete this folder.",
+            f"no space for {what}: {free / 1e6:,.0f} MB are left at {folder}. Free some space and call {call} again "
+            "to resume, or delete this folder.",
         ) from error
 
 
 def write_json(path: Path, value) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     part = path.with_name(path.name + ".part")
     with open(part, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
@@ -469,6 +472,6 @@ def write_json(path: Path, value) -> None:
 
 
 def checksum(path: Path) -> str:
-    """Checksum of a file, against damage, not against malice: xxh3_128, which is as fast as the file is read."""
+    """Return the xxh3_128 checksum of a file, as fast as the file is read; it detects damage, not malice."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

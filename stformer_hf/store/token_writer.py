@@ -1,4 +1,4 @@
-"""Writes the tokens of a store: a saved Hugging Face dataset, shard by shard, whole or not at all."""
+"""Write the tokens of a store as a saved Hugging Face dataset, shard by shard, atomically."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-ROWS_PER_BATCH = 1024  # of an Arrow record batch
-_ROWS_AT_A_TIME = 64  # cells that are tokenized at once: what they need stays in the processor's cache
+ROWS_PER_BATCH = 1024  # rows of an Arrow record batch
+_ROWS_AT_A_TIME = 64  # cells that are tokenized at once; their arrays fit into the processor's cache
 ROWS_PER_SHARD = 16_384
 _OF_TOKENS = ("input_ids", "token_type_ids", "expression_values")
 _OF_CELLS = ("cell_genes", "cell_counts")
@@ -58,13 +58,13 @@ def write_tokens(
 ) -> None:
     """Write the tokens of a store's cells; parameters and errors are those of `CellStore.tokenize`.
 
-    `selection` are the rows of a store that is a selection.
+    `selection` holds the row numbers of a selection, None for a whole store.
     """
     path = path.resolve()
     recover(path)
     for name, value in (("workers", workers), ("rows_per_shard", rows_per_shard)):
         if value < 1:
-            raise ValueError(f"{name}={value}: at least 1.")
+            raise ValueError(f"{name}={value}: must be at least 1.")
     if not hasattr(tokenizer, "encode_cells"):
         raise TypeError(f"A GeneTokenizer is needed, got {type(tokenizer).__name__}.")
     check_free(path, _TOKENS, overwrite)
@@ -74,28 +74,30 @@ def write_tokens(
         prepare(building, _plan(store, selection, tokenizer, columns, rows_per_shard))
         shards = TokenShards(store, tokenizer, building, columns, features.arrow_schema, rows_per_shard)
         _finish(building, shards, _write_shards(shards, workers), features)
-    (path / "plan.json").unlink(missing_ok=True)  # only now: without it, a call that is stopped starts anew
+    (path / "plan.json").unlink(missing_ok=True)  # only now: without it, an interrupted call starts over
 
 
 def _chosen_obs(store: StoredCells, obs: Sequence[str] | str | None) -> list[str]:
-    """Name the obs columns to copy."""
+    """Return the names of the obs columns to copy."""
     known = list(store.manifest["obs"])
     if obs == "all":
         left_out = [name for name in known if name in _OWN_COLUMNS]
         if left_out:
-            logger.warning(f"obs column {', '.join(left_out)} is left out: the tokens use this name.")
+            logger.warning(f"obs column {', '.join(left_out)} is not copied: the tokens use this name.")
         return [name for name in known if name not in _OWN_COLUMNS]
     names = [] if obs is None else [obs] if isinstance(obs, str) else list(dict.fromkeys(obs))
     for name in names:
         if name not in known:
-            raise ValueError(f"No obs column {name!r} in the store; there are {', '.join(known) or 'none'}.")
+            raise ValueError(f"No obs column {name!r} in the store; available: {', '.join(known) or 'none'}.")
         if name in _OWN_COLUMNS:
-            raise ValueError(f"obs column {name!r}: the tokens use this name. Leave it out; cell_id leads to it.")
+            raise ValueError(
+                f"obs column {name!r}: the tokens use this name. Leave it out, and look it up in the store by cell_id."
+            )
     return names
 
 
 def _features(store: StoredCells, tokenizer: Any, obs: Sequence[str]) -> Features:
-    """Columns of the dataset, in the narrowest types that hold the tokenizer's ids."""
+    """Return the columns of the dataset, in the narrowest types that hold the tokenizer's ids."""
     from datasets import Features, List, Value
 
     n_types = tokenizer.type_vocab_size
@@ -111,7 +113,7 @@ def _features(store: StoredCells, tokenizer: Any, obs: Sequence[str]) -> Feature
 
 
 def _cell_features(tokenizer: Any) -> dict[str, Any]:
-    """Columns of whole cells; `measured_genes` is null where the store measures all of the tokenizer's genes."""
+    """Return the columns of whole cells; `measured_genes` is null if the store measures all genes of the tokenizer."""
     from datasets import List, Value
 
     return {
@@ -124,8 +126,8 @@ def _cell_features(tokenizer: Any) -> dict[str, Any]:
 def _plan(
     store: StoredCells, selection: np.ndarray | None, tokenizer: Any, obs: Sequence[str], rows_per_shard: int
 ) -> dict:
-    """Describe what a writing has in common with an interrupted one that it goes on with."""
-    with tempfile.TemporaryDirectory() as folder:  # all settings are in the files of the vocabulary
+    """Describe a call, to resume an interrupted one only if the descriptions are equal."""
+    with tempfile.TemporaryDirectory() as folder:  # the vocabulary files hold all settings
         vocabulary = sorted(map(Path, tokenizer.save_vocabulary(folder)))
         settings = {file.name: checksum(file) for file in vocabulary}
     return {
@@ -150,7 +152,7 @@ def _written_by() -> str:
 
 @dataclass
 class TokenShards:
-    """Shards of a tokenized dataset, and all that is needed to write them, in this process or in another.
+    """Shards of a tokenized dataset, and all that any process needs to write them.
 
     Attributes
     ----------
@@ -164,7 +166,7 @@ class TokenShards:
     schema : pa.Schema
         Columns of the rows.
     rows_per_shard : int
-        Cells of a file.
+        Cells per file.
     """
 
     store: StoredCells
@@ -178,7 +180,7 @@ class TokenShards:
         return max(1, -(-len(self.store) // self.rows_per_shard))  # without a file there is no dataset
 
     def write(self, number: int, progress: Callable[[int], object] = lambda n_cells: None) -> dict:
-        """Write a shard, unless it is there; returns its record."""
+        """Write a shard, unless it exists; return its record."""
         start = number * self.rows_per_shard
         stop = min(start + self.rows_per_shard, len(self.store))
         file = self.folder / f"data-{number:05d}-of-{len(self):05d}.arrow"
@@ -191,7 +193,7 @@ class TokenShards:
                 open(part, "wb") as sink,
                 ThreadPoolExecutor(1) as flusher,
             ):
-                # The disk writes while cells are tokenized; else it would be waited for at the end of every file.
+                # Flush while cells are tokenized; else every file would end with a wait for the disk.
                 flushed = flusher.submit(os.fsync, sink.fileno())
                 with pa.ipc.new_stream(sink, self.schema) as writer:
                     for first in range(start, stop, ROWS_PER_BATCH):
@@ -222,7 +224,7 @@ class TokenShards:
                 parts[name].append(getattr(tokens, name).astype(narrow))
             if of_cells:
                 n_genes.append(np.diff(tokens.cells.indptr))
-                measured = tokens.measured  # of the store: the same for all cells
+                measured = tokens.measured  # those of the store: the same for all cells
                 for name, values in zip(_OF_CELLS, tokens.cells[1:], strict=True):
                     parts[name].append(values.astype(self.schema.field(name).type.value_type.to_pandas_dtype()))
         columns: dict[str, Any] = {name: np.concatenate(of) for name, of in parts.items()}
@@ -244,14 +246,14 @@ class TokenShards:
 
 
 def _write_shards(shards: TokenShards, workers: int) -> list[dict]:
-    """Write what is not written yet; returns the records of all shards, in the order of the cells."""
+    """Write the missing shards; return the records of all shards, in the order of the cells."""
     numbers = range(len(shards))
     with tqdm(total=len(shards.store), desc="tokenize", unit="cell", disable=None) as bar:
         if workers == 1:
             return [shards.write(number, bar.update) for number in numbers]
         with tempfile.TemporaryDirectory() as folder:
-            # Through a file: more than a pipe holds, given to a worker directly, keeps the next one from starting
-            # until the first has imported all that it needs.
+            # Passed through a file: arguments larger than a pipe's buffer would keep the next worker from starting
+            # until the first has finished its imports.
             file = Path(folder, "shards")
             file.write_bytes(pickle.dumps(shards))
             with process_pool(workers, _start_worker, (file,)) as pool:
@@ -261,7 +263,7 @@ def _write_shards(shards: TokenShards, workers: int) -> list[dict]:
     return [done.result() for done in running]
 
 
-_of_worker: TokenShards | None = None  # store and tokenizer are read by a worker once
+_of_worker: TokenShards | None = None  # each worker reads store and tokenizer once
 
 
 def _start_worker(file: Path) -> None:
@@ -273,11 +275,11 @@ def _write_shard(number: int) -> dict:
     return _of_worker.write(number)
 
 
-# ---------------------------------------------------------------------- the end
+# ---------------------------------------------------------------------- finishing
 
 
 def _finish(building: Path, shards: TokenShards, records: list[dict], features: Features) -> None:
-    """Write what makes the folder a dataset, the manifest last."""
+    """Write the files that make the folder a dataset, the manifest last."""
     n_tokens = _write_lengths(building, records)
     tokenizer = shards.tokenizer
     tokenizer.save_pretrained(building / "tokenizer")
@@ -302,7 +304,7 @@ def _finish(building: Path, shards: TokenShards, records: list[dict], features: 
 
 
 def _write_lengths(building: Path, records: list[dict]) -> int:
-    """Write the numbers of tokens of all cells as a JSON list; returns their sum."""
+    """Write the number of tokens of each cell as a JSON list; return their sum."""
     n_tokens = 0
     with open(building / "lengths.json", "w", encoding="ascii") as file:
         separator = "["

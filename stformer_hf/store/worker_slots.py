@@ -1,9 +1,9 @@
-"""Worker slots: arrays from a DataLoader's worker to its main process through shared memory that is used again.
+"""Worker slots: send arrays from a DataLoader's worker to its main process through reused shared memory.
 
-Torch gives each tensor of each batch a new shared file and passes its descriptor over a socket; numpy arrays go by way
-of a pipe of 64 KB. Both take longer than reading a batch of cells. Here a worker writes the arrays of a batch into one
-of its slots; the slot itself is sent once, by torch, and after that only its number. The main process uses the arrays
-where they lie, and gives the slot back, by a flag in its first byte, when the last of them is gone.
+Torch creates a new shared file for each tensor of each batch and passes its descriptor over a socket; numpy arrays go
+through a pipe of 64 KB. Both take longer than reading a batch of cells. Here a worker writes the arrays of a batch
+into one of its slots; torch sends the slot itself once, and after that only its number is sent. The main process uses
+the arrays in place, and returns the slot, by a flag in its first byte, when the last of them is deleted.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-_ALIGNMENT = 64  # the flag has the first place
+_ALIGNMENT = 64  # the flag takes the first place
 _numbers = itertools.count()
-_own: dict[int, torch.Tensor] = {}  # of a worker: its slots
-_sent: set[int] = set()  # those that the main process has
-_received: dict[tuple[int, int], torch.Tensor] = {}  # of the main process: (worker's process, number) -> slot
+_own: dict[int, torch.Tensor] = {}  # in a worker: its slots
+_sent: set[int] = set()  # in a worker: the slots that the main process has
+_received: dict[tuple[int, int], torch.Tensor] = {}  # in the main process: (worker's process, number) -> slot
 
 
 class SharedArrays:
-    """Arrays that are pickled through a slot.
+    """Arrays that are sent through a slot when they are pickled.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ class SharedArrays:
 
 
 def _free_slot(size: int) -> int:
-    """Find a slot that the main process has given back and that is large enough; else make one."""
+    """Return the number of a free slot that is large enough; create one if there is none."""
     for number, slot in list(_own.items()):
         if not slot[0]:
             if len(slot) >= size:
@@ -63,10 +63,10 @@ def _free_slot(size: int) -> int:
 
 
 def _receive(process: int, number: int, slot: torch.Tensor | None, places: list[tuple[str, str, Any, int]]):
-    """Find the arrays in a slot."""
+    """Return the arrays of a slot."""
     if slot is not None:
         for key in [key for key in _received if not _is_running(key[0])]:
-            del _received[key]  # of workers that are gone
+            del _received[key]  # its worker has ended
         _received[process, number] = slot
     memory = np.asarray(_Lease(_received[process, number].numpy()))
     return {
@@ -76,7 +76,7 @@ def _receive(process: int, number: int, slot: torch.Tensor | None, places: list[
 
 
 class _Lease:
-    """A slot's memory, as long as an array of it lives; then the worker may write there again."""
+    """A slot's memory, held as long as an array in it exists; then the worker may write there again."""
 
     def __init__(self, memory: np.ndarray):
         self._memory = memory

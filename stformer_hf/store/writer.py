@@ -1,4 +1,4 @@
-"""Writes a store: sources to Arrow shards, piece by piece, whole or not at all."""
+"""Write a store: sources to Arrow shards, piece by piece, atomically."""
 
 from __future__ import annotations
 
@@ -89,13 +89,13 @@ def write_store(
 ) -> None:
     """Write a store; parameters and errors are those of `CellStore.build`.
 
-    With a `base`, the store at `path` that is added to, its shards are linked, not copied.
+    `base` is the store at `path` to append to, if any; its shards are linked, not copied.
     """
     path = path.resolve()
     recover(path)
     _check_settings(settings)
     if settings.shuffle and settings.part and settings.neighbors:
-        raise ValueError("neighbors: a part that is shuffled cannot keep them. Build the parts without shuffle.")
+        raise ValueError("neighbors: a shuffled part cannot keep them. Build the parts without shuffle.")
     overwrite = overwrite or base is not None
     check_free(path, STORE, overwrite)
     found = [source for source in expand(sources) if not (isinstance(source, Path) and source.resolve() == path)]
@@ -103,7 +103,7 @@ def write_store(
         check_names(found)
     opened = [open_source(source, settings.layer, settings.fractional) for source in found]
     if not opened:
-        raise ValueError("No sources: give at least one AnnData, store or file.")
+        raise ValueError("No sources: pass at least one AnnData, store or file.")
     same = _same_cells(opened, settings, path, base)
     tables, names = [source.genes for source in opened], [source.name for source in opened]
     if base is not None:
@@ -114,8 +114,8 @@ def write_store(
     if base is not None:
         if united.genes.gene_ids[: len(base.genes)].tolist() != base.gene_ids.tolist():
             raise ValueError(
-                f"aliases or unify would rename genes that {path} has. Turn the aliases round (new id: the store's "
-                "id), or build a new store of this one and the sources."
+                f"aliases or unify would rename genes of {path}. Reverse the aliases (new id -> the store's id), or "
+                "build a new store from this one and the sources."
             )
         united.rows, united.fates = united.rows[1:], united.fates[1:]
     known = (None, None) if base is None else (base.categories, base.manifest["obs"])
@@ -123,7 +123,7 @@ def write_store(
     if base is not None and obs.types != base.manifest["obs"]:
         known, new = base.manifest["obs"], obs.types
         changed = [f"{name!r} ({known[name]} there, {new[name]} here)" for name in new if new[name] != known[name]]
-        raise ValueError(f"obs column {', '.join(changed)} has another type than in {path}. Convert it.")
+        raise ValueError(f"obs column {', '.join(changed)} has another type than in {path}. Convert it first.")
     row_format = RowFormat(
         gene_type=gene_type(len(united.genes)),
         count_type=widest([_likely_count_type(source) for source in opened]),
@@ -133,7 +133,7 @@ def write_store(
     )
     with written_at(path, STORE, overwrite) as building, told_when_full(building):
         if base is not None:
-            base.must_be_unchanged()  # else what was added to it meanwhile would be lost
+            base.must_be_unchanged()  # else cells appended in the meantime would be lost
         plan = _plan(opened, settings, united, row_format, base)
         prepare(building, plan, stale=_may_be_stale(building, plan))
         pieces = list(_pieces(building, opened, settings, united, obs, row_format, same))
@@ -145,9 +145,9 @@ def write_store(
 def _check_settings(settings: BuildSettings) -> None:
     for name in ("rows_per_batch", "rows_per_shard", "workers"):
         if getattr(settings, name) < 1:
-            raise ValueError(f"{name}={getattr(settings, name)}: at least 1.")
+            raise ValueError(f"{name}={getattr(settings, name)}: must be at least 1.")
     if settings.seed < 0:
-        raise ValueError(f"seed={settings.seed}: seeds start at 0.")
+        raise ValueError(f"seed={settings.seed}: must be at least 0.")
     settings.rows_per_batch = min(settings.rows_per_batch, settings.rows_per_shard)
     _range_of_part(settings.part, 0)
 
@@ -155,9 +155,9 @@ def _check_settings(settings: BuildSettings) -> None:
 def _same_cells(
     sources: list[Source], settings: BuildSettings, path: Path, base: StoredCells | None
 ) -> SameCells | None:
-    """Find the sources whose cells must be told apart, those of the store that is added to included; see `SameCells`.
+    """Find the sources whose cells must be compared, including those of the base store; see `SameCells`.
 
-    None where there are none, or where they are not to be told apart.
+    Return None if there are none, or if duplicates are allowed.
     """
     if settings.allow_duplicates:
         return None
@@ -166,15 +166,15 @@ def _same_cells(
     if same.pairs and settings.part is not None:  # the cells to compare may lie in different parts
         i, j = same.pairs[0]
         logger.warning(
-            f"{_called(sources, i, path)} and {_called(sources, j, path)} have the same barcodes, and a part does not "
-            "tell whether they hold the same cells."
+            f"{_called(sources, i, path)} and {_called(sources, j, path)} have the same barcodes, and one part alone "
+            "cannot show whether they hold the same cells."
         )
         return None
     return same if same.pairs else None
 
 
 def _called(sources: list[Source], number: int, path: Path) -> str:
-    """Name a source for a message; the store that is added to comes after all of them."""
+    """Return the name of a source for a message; the base store comes after all sources."""
     if number == len(sources):
         return str(path)
     name = sources[number].name
@@ -184,7 +184,7 @@ def _called(sources: list[Source], number: int, path: Path) -> str:
 def _watch(
     same: SameCells | None, pieces: list[Piece], sources: list[Source], path: Path, base: StoredCells | None
 ) -> Callable[[Piece], None]:
-    """Return what is called with each piece that is written: it raises once two sources hold the same cells."""
+    """Return a function to call with each written piece, which raises once two sources hold the same cells."""
     left = Counter(piece.source for piece in pieces)
 
     def written(piece: Piece) -> None:
@@ -197,9 +197,9 @@ def _watch(
             share, i, j = found
             first, second = _called(sources, i, path), _called(sources, j, path)
             raise ValueError(
-                f"{first} holds the same cells as {second}: {share:.0%} of its cells have the barcode and, at least "
-                "nearly, the counts of a cell there. Give one of the two (of a raw and a filtered matrix the filtered "
-                "one), or pass allow_duplicates=True."
+                f"{first} holds the same cells as {second}: {share:.0%} of its cells have the barcode and (nearly) "
+                "the counts of a cell there. Pass only one of the two (the filtered rather than the raw matrix), or "
+                "pass allow_duplicates=True."
             )
 
     if same is not None and len(sources) in same:
@@ -209,7 +209,7 @@ def _watch(
 
 
 def _describe_rows(store: StoredCells, which: np.ndarray) -> np.ndarray:
-    """Describe some cells of a store, bool array (n,): float32 array (n, 2), zeros for the others."""
+    """Describe the cells of a store where `which`, bool (n,), is True: float32 array (n, 2), else zeros."""
     described = np.zeros((len(store), 2), np.float32)
     rows = np.flatnonzero(which)
     for start in range(0, len(rows), ROWS_PER_BATCH):
@@ -220,7 +220,7 @@ def _describe_rows(store: StoredCells, which: np.ndarray) -> np.ndarray:
 
 
 def _likely_count_type(source: Source) -> str:
-    """Count type of some values, so that shards need not be widened later; the values are checked when written."""
+    """Return the count type of some of the values, so that shards rarely need widening; writing checks the values."""
     samples = [count_type_of(values[np.isfinite(values)], source.name) for values in source.matrix.sample()]
     source.matrix.close()
     return widest(samples)
@@ -233,7 +233,7 @@ def _plan(
     row_format: RowFormat,
     base: StoredCells | None,
 ) -> dict:
-    """Describe what a build has in common with an interrupted one that it goes on with."""
+    """Describe a build, to resume an interrupted one only if the descriptions are equal."""
     genes = hashlib.sha256("\n".join(united.genes.gene_ids).encode())
     for rows in united.rows:
         genes.update(rows.tobytes())
@@ -242,7 +242,7 @@ def _plan(
         "sources": [source.key for source in sources],
         "counts_in": [source.counts_in for source in sources],
         "genes": genes.hexdigest(),
-        # An AnnData in memory may have changed, and with it the labels' numbers in the other sources.
+        # An AnnData in memory may have changed, and with it the label codes of the other sources.
         "categories": row_format.categories,
         "obs": row_format.obs,
         "settings": {
@@ -255,7 +255,7 @@ def _plan(
 
 
 def prepare(building: Path, plan: dict, stale: bool = False) -> None:
-    """Make the folder of a build, or keep that of an interrupted one with the same plan, unless it is stale."""
+    """Create the folder of a build, or keep that of an interrupted one with the same plan, unless it is stale."""
     plan_file = building / "plan.json"
     if plan_file.exists() and json.loads(plan_file.read_text()) == plan and not stale:
         return
@@ -265,15 +265,15 @@ def prepare(building: Path, plan: dict, stale: bool = False) -> None:
 
 
 def _may_be_stale(building: Path, plan: dict) -> bool:
-    """Whether an interrupted build holds cells that came from memory, may have changed since, and are not told apart.
+    """Return whether an interrupted build may hold outdated cells of an AnnData in memory.
 
-    Its shards have their final names: it was stopped in its last phase.
+    This is so if a source was in memory and the build was stopped in its last phase, which renames the shards.
     """
     return None in plan["sources"] and any([*building.glob("data-*"), *building.glob("shuffled.json")])
 
 
 def _base_records(building: Path, base: StoredCells | None) -> list[dict]:
-    """Link the shards of a store that is added to; they are a piece that is done."""
+    """Link the shards of the base store; they count as a finished piece."""
     if base is None:
         return []
     shards = []
@@ -296,7 +296,7 @@ def _base_records(building: Path, base: StoredCells | None) -> list[dict]:
 def _write_pieces(
     pieces: list[Piece], sources: list[Source], workers: int, written: Callable[[Piece], None]
 ) -> list[dict]:
-    """Write what is not written yet; returns the records of all pieces, in the order of the cells."""
+    """Write the missing pieces; return the records of all pieces, in the order of the cells."""
     total = sum(piece.stop - piece.start for piece in pieces)
     records: dict[Path, dict] = {}
     with tqdm(total=total, desc="build", unit="cell", disable=None) as bar, process_pool(workers) as pool:
@@ -323,11 +323,11 @@ def _write_pieces(
 def process_pool(
     workers: int, initializer: Callable[..., None] | None = None, arguments: tuple = ()
 ) -> Iterator[ProcessPoolExecutor | None]:
-    """Start processes, which end with this one; None for a single worker, which is this process."""
+    """Start processes, which end with this one; yield None for a single worker, which is this process."""
     if workers <= 1:
         yield None
         return
-    # Not forked: threads of Arrow and torch do not survive it.
+    # Not forked: threads of Arrow and torch do not survive a fork.
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, spawn, _start_worker, (initializer, arguments))
     try:
@@ -337,7 +337,7 @@ def process_pool(
 
 
 def _start_worker(initializer: Callable[..., None] | None, arguments: tuple) -> None:
-    """See that the worker does not outlive a process that was killed: it would write into the next build's folder."""
+    """Make the worker end when its parent is killed; else it would write into the folder of the next build."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if initializer is not None:
         initializer(*arguments)
@@ -357,14 +357,14 @@ def _pieces(
     row_format: RowFormat,
     same: SameCells | None,
 ) -> Iterator[Piece]:
-    """Cut the sources: a shard's rows a piece, where rows can be read anywhere; else a source."""
+    """Cut the sources into pieces: one shard each if rows can be read at any position, else one source each."""
     n_cells = sum(source.shape[0] for source in sources)
     first, last = _range_of_part(settings.part, n_cells)
     start_of_source = 0
     for i, source in enumerate(sources):
         start = max(0, first - start_of_source)
         stop = min(source.shape[0], last - start_of_source)
-        # A piece that other processes cannot share is not cut.
+        # A source that other processes cannot read is not cut.
         whole = not source.matrix.seekable or isinstance(source.matrix, MemoryMatrix)
         step = max(1, stop - start) if whole else settings.rows_per_shard
         graph = None if settings.neighbors is None else source.neighbors(settings.neighbors)
@@ -401,11 +401,11 @@ def _range_of_part(part: tuple[int, int] | None, n_cells: int) -> tuple[int, int
         return 0, n_cells
     i, n = part
     if not 0 <= i < n:
-        raise ValueError(f"part={part}: part i of n has 0 <= i < n.")
+        raise ValueError(f"part={part}: part (i, n) needs 0 <= i < n.")
     return i * n_cells // n, (i + 1) * n_cells // n
 
 
-# ---------------------------------------------------------------------- the end
+# ---------------------------------------------------------------------- finishing
 
 
 def _finish(
@@ -417,12 +417,12 @@ def _finish(
     records: list[dict],
     base: StoredCells | None,
 ) -> None:
-    """Give all shards one type and their final names, and write what makes the folder a store."""
+    """Convert all shards to one type, rename them, and write the files that make the folder a store."""
     shards = [shard for record in records for shard in record["shards"]]
     row_format = row_format.with_count_type(widest([shard["count_type"] for shard in shards]))
     if settings.shuffle:
         shards = _shuffled(building, shards, row_format, settings)
-    if not shards:  # no cells: a file all the same, without which there is no Hugging Face dataset
+    if not shards:  # no cells: a Hugging Face dataset still needs one file
         writer = ShardWriter(building, "source-none", row_format, 1)
         writer.open()
         writer.close()
@@ -430,7 +430,7 @@ def _finish(
     n_rows = 0
     for i, shard in enumerate(shards):
         final = building / f"data-{i:05d}-of-{len(shards):05d}.arrow"
-        # A build stopped while it was here goes on here: a shard that has its final name is done.
+        # A build interrupted here resumes here: a shard with its final name is done.
         if not final.exists():
             if has_types(shard, row_format):
                 (building / shard["file"]).rename(final)
@@ -466,7 +466,7 @@ def _finish(
 
 
 def _build_id(building: Path, sources: list[Source]) -> str:
-    """Name what the parts of one build have in common, wherever their files lie."""
+    """Return an id that all parts of one build share, wherever their files are."""
     plan = json.loads((building / "plan.json").read_text())
     plan["sources"] = [[Path(source.name).name, *source.shape] for source in sources]
     plan.pop("part")
@@ -485,7 +485,7 @@ def _shuffled(building: Path, shards: list[dict], row_format: RowFormat, setting
 
 
 def _describe(source: Source, number: int, united: UnitedGenes, records: list[dict], base: StoredCells | None) -> dict:
-    """Describe a source for the manifest: where its counts were, and what became of its columns."""
+    """Describe a source for the manifest: where its counts were, and how its columns were matched."""
     own = [record for record in records if record["source"] == number]
     rows = united.rows[number]
     columns = np.bincount(united.fates[number], minlength=len(FATES)).tolist()
@@ -554,14 +554,14 @@ def write_dataset_files(folder: Path, features: Features, shards: list[dict]) ->
 
 
 def coverage(sources: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Tabulate what became of the columns of each source, and of the counts in them.
+    """Tabulate how the columns of each source, and the counts in them, were matched to genes.
 
     Returns
     -------
     DataFrame
-        A row a source: `cells`, `columns`, `genes` (rows of the gene table), then for each fate the number of columns
-        and the share of all counts: `kept` (its own Ensembl id), `mapped` (by `aliases` or symbol), `unmapped` (no
-        Ensembl id; under its name).
+        One row per source: `cells`, `columns`, `genes` (rows of the gene table), then for each fate the number of
+        columns and their share of all counts: `kept` (its own Ensembl id), `mapped` (by `aliases` or symbol),
+        `unmapped` (no Ensembl id; kept under its name).
     """
     rows = []
     for source in sources:

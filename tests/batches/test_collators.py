@@ -264,7 +264,7 @@ def test_classification_refuses_leaks_and_missing_labels(store, tokenizer):
 
 @pytest.mark.parametrize("name", ["mlm_probability", "phenotype_mask_prob"])
 def test_probabilities_are_checked(tokenizer, name):
-    with pytest.raises(ValueError, match=f"{name} is a probability, got 15"):
+    with pytest.raises(ValueError, match=f"{name} must be a probability, got 15"):
         DataCollatorForPhenotypicMLM(tokenizer, **{name: 15})
 
 
@@ -337,7 +337,7 @@ def test_labels_of_tokenized_datasets(store, tokenizer, tmp_path):
         DataCollatorForCellClassification(tokenizer, "cell_type")(told.__getitems__(rows))
     with pytest.raises(ValueError, match="1 cells of the batch have no token"):
         DataCollatorForCellClassification(bare, "y")([{"input_ids": [], "token_type_ids": [], "y": 1}])
-    with pytest.raises(ValueError, match="whole numbers are classes"):
+    with pytest.raises(ValueError, match="integers are classes"):
         DataCollatorForCellClassification(bare, "y")([{"input_ids": [0], "token_type_ids": [0], "y": -2}])
 
 
@@ -345,8 +345,8 @@ def test_values_are_for_our_collators(store):
     tokenizer = GeneTokenizer.from_store(store, bin_edges=[0.5], values=True)
     tokens = tokenizer(store.rows(range(4)))
     examples = [dict(zip(tokens, one, strict=True)) for one in zip(*tokens.values(), strict=True)]
-    with pytest.raises(ValueError, match="masked by DataCollatorForPhenotypicMLM"):
+    with pytest.raises(ValueError, match="use DataCollatorForPhenotypicMLM"):
         DataCollatorForLanguageModeling(tokenizer)(examples)
     assert "expression_values" in collate_fn_wrapper(tokenizer)(examples)
-    with pytest.raises(ValueError, match="whole numbers, got float64"):
+    with pytest.raises(ValueError, match="must be integers, got float64"):
         collate_fn_wrapper(tokenizer)([{"input_ids": [0], "token_type_ids": [0], "labels": [0.7]}])

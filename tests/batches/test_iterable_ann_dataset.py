@@ -321,7 +321,7 @@ def test_states_of_other_datasets_and_workers_raise(shards, in_worker):
         dataset.load_state_dict({})
     dataset.load_state_dict(dataset.state_after(2, 4, num_workers=2))
     in_worker(0, 3)
-    with pytest.raises(ValueError, match="with 2 workers reading, and now there are 3"):
+    with pytest.raises(ValueError, match="with 2 workers, but now there are 3"):
         next(iter(dataset))
 
 
@@ -539,11 +539,11 @@ def test_values_that_are_no_counts_are_told_while_reading(tmp_path):
     values[700, 1] = 0.5
     with_genes(AnnData(values)).write_h5ad(tmp_path / "a.h5ad")
     dataset = IterableAnnDataset(tmp_path / "a.h5ad", buffer_size=100)
-    with pytest.raises(ValueError, match="a.h5ad: .*X holds fractional values .* in the cells 700 to 799"):
+    with pytest.raises(ValueError, match="a.h5ad: .*X holds fractional values .* in cells 700 to 799"):
         list(dataset)
     cells = list(IterableAnnDataset(tmp_path / "a.h5ad", fractional=True))
     assert cells[700]["counts"].tolist() == [1.0, 0.5]
-    with pytest.raises(ValueError, match="does not fit 32 bits"):
+    with pytest.raises(ValueError, match="does not fit into 32 bits"):
         list(IterableAnnDataset(with_genes(AnnData(sparse.csr_matrix(np.array([[2.0**33]]))))))
 
 

@@ -49,7 +49,7 @@ def test_padding_heeds_its_arguments_and_truncates(collator):
     batch = collator.pad(labelled, return_tensors="np")
     assert batch["labels"][1].tolist() == [5, -100, -100, -100, -100]
     assert batch["length"].tolist() == [1, 1, 1]
-    with pytest.raises(ValueError, match="padding is True"):
+    with pytest.raises(ValueError, match="padding must be True"):
         collator.pad(EXAMPLES, padding="left")
     for wrong in ([], {"input_ids": [4, 4]}):
         with pytest.raises(ValueError, match="no examples|a list of cells"):
@@ -77,10 +77,10 @@ def test_it_is_the_vocabulary_of_a_rank_tokenizer(collator, tmp_path):
 
 
 def test_bad_dictionaries_raise():
-    with pytest.raises(ValueError, match="no <mask>"):
+    with pytest.raises(ValueError, match="<mask>"):
         STFormerPreCollator({"<pad>": 0, "g": 1})
     for wrong in (2.7, True, "7", None, -3):
-        with pytest.raises(ValueError, match="whole number|negative"):
+        with pytest.raises(ValueError, match="must be an integer|negative"):
             STFormerPreCollator({**TOKENS, "x": wrong})
     with pytest.raises(ValueError, match="same id"):
         STFormerPreCollator({"<pad>": 0, "<mask>": 0})
@@ -111,15 +111,15 @@ def test_bad_lengths_raise(tmp_path):
             return os.system, (f"echo harm > {tmp_path / 'harm'}",)
 
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps([1, Evil()]))
-    with pytest.raises(ValueError, match="refused: it asks for (posix|nt).system"):
+    with pytest.raises(ValueError, match="refused: it refers to (posix|nt).system"):
         load_example_lengths(tmp_path / "evil.pkl")
     assert not (tmp_path / "harm").exists()
     for wrong in ([1.5], [-1], [[], []], {"a": 1}, "123", [[1], [2]], 5):
         (tmp_path / "x.json").write_text(json.dumps(wrong))
-        with pytest.raises(ValueError, match=r"x.json: a list of whole numbers"):
+        with pytest.raises(ValueError, match=r"x.json: must be a list of non-negative integers"):
             load_example_lengths(tmp_path / "x.json")
     (tmp_path / "x.json").write_bytes(pickle.dumps([1]))
-    with pytest.raises(ValueError, match="no JSON.*ends in .pkl"):
+    with pytest.raises(ValueError, match="not JSON.*end in .pkl"):
         load_example_lengths(tmp_path / "x.json")
     with pytest.raises(ValueError, match="as .json"):
         write_example_lengths([1], tmp_path / "x.pkl")

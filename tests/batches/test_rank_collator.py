@@ -161,5 +161,5 @@ def test_the_wrong_scheme_and_probability_are_told(store, tokenizer):
     ranks = tokenizer_of(store)
     with pytest.raises(ValueError, match="use DataCollatorForGeneRankMLM"):
         DataCollatorForPhenotypicMLM(ranks)
-    with pytest.raises(ValueError, match="mlm_probability is a probability, got 15"):
+    with pytest.raises(ValueError, match="mlm_probability must be a probability, got 15"):
         DataCollatorForGeneRankMLM(ranks, mlm_probability=15)

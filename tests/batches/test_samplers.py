@@ -109,7 +109,7 @@ def test_other_states_and_arguments_that_cannot_be_raise(store):
     ):
         with pytest.raises(ValueError, match="another sampler: .* instead of"):
             other.load_state_dict(sampler.state_dict())
-    with pytest.raises(ValueError, match="61 were used, and an epoch has 60"):
+    with pytest.raises(ValueError, match="n_drawn=61, but an epoch has 60"):
         sampler.state_after(61)
     with pytest.raises(ValueError, match="rank=1 of world_size=1"):
         BlockShuffleSampler(store, rank=1)

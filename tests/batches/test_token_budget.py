@@ -504,7 +504,7 @@ def test_workers_divide_a_stream(adata, tokenizer):
 
 
 def test_streams_that_cannot_be_batched_raise(adata):
-    with pytest.raises(TypeError, match="generator can be read once only"):
+    with pytest.raises(TypeError, match="generator can be read only once"):
         TokenBudgetBuffer((cell for cell in Cells([1])), BUDGET)
     with pytest.raises(ValueError, match="Cell 1 has 31 tokens, more than max_tokens_per_batch=30"):
         list(TokenBudgetBuffer(Cells([3, 31, 4]), BUDGET))
@@ -519,7 +519,7 @@ def test_streams_that_cannot_be_batched_raise(adata):
             TokenBudgetBuffer([], **{"max_tokens_per_batch": BUDGET, **wrong})
     buffer = TokenBudgetBuffer(Cells([10] * 9), BUDGET)
     next(iter(buffer))
-    with pytest.raises(ValueError, match="n_batches=2: 1 were given"):
+    with pytest.raises(ValueError, match="n_batches=2: 1 were returned"):
         buffer.state_after(2)
     with pytest.raises(ValueError, match="another buffer: buffer_size 2048 instead of 9"):
         TokenBudgetBuffer(Cells([10] * 9), BUDGET, buffer_size=9).load_state_dict(buffer.state_dict())

@@ -354,8 +354,8 @@ def test_medians_are_those_of_the_cells_in_training(adata, tmp_path):
         (["--model_config", "{hiden_size: 5}"], "unknown name 'hiden_size'; the closest known one is hidden_size"),
         (["--tokenizer_config", "{truncate: top}"], "unknown name 'truncate'; the closest known one is truncation"),
         (["--tokenizer_config", "{bin_edges: [1.5]}", "--bin_edges", "2"], "give one of them"),
-        (["--neighborhood"], "settings of the rank scheme"),
-        (["--scheme", "rank", "--bin_edges", "2"], "settings of the binned scheme"),
+        (["--neighborhood"], "only for the rank scheme"),
+        (["--scheme", "rank", "--bin_edges", "2"], "only for the binned scheme"),
     ],
 )
 def test_settings_that_do_not_fit_are_told(adata, tmp_path, capsys, flags, words):

@@ -107,7 +107,7 @@ def test_flags_that_do_not_go_together_are_named(files, tmp_path, capsys, flags,
 def test_other_inputs_are_named(files, tmp_path, capsys):
     output = tmp_path / "out.h5ad"
     assert main(command({**files, "--data": "s3://bucket/a.h5ad"}, output)) == 1
-    assert "s3://bucket/a.h5ad: only files of this machine are read" in capsys.readouterr().err
+    assert "s3://bucket/a.h5ad: only local files can be read" in capsys.readouterr().err
     (tmp_path / "damaged.h5ad").write_bytes(b"x")
     assert main(command({**files, "--data": str(tmp_path / "damaged.h5ad")}, output)) == 1
     error = capsys.readouterr().err

@@ -77,7 +77,7 @@ def test_numbers_are_predicted_where_it_is_asked_for(run, labelled, tmp_path, ca
 @pytest.mark.parametrize(
     ("label", "words"),
     [
-        ("depth", "'depth' holds numbers such as .*, which are no classes. If they number classes, convert them"),
+        ("depth", "'depth' holds numbers such as .*, which are not classes. If they are codes, convert them"),
         ("one", "'one' has one class among the cells to learn from, 'B cell': there is nothing to tell apart"),
         ("cel_type", "no obs column 'cel_type'; it has cell_type, age"),
     ],

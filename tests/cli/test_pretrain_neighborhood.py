@@ -258,7 +258,7 @@ def test_cells_without_a_type_are_left_out(tmp_path, caplog):
         "has no obs\\['slice'\\]": ["--section", "slice"],
         "no obsm\\['places'\\]; its obsm has 'spatial'": ["--spatial_key", "places"],
         "unknown name 'likelyhood'; the closest known one is likelihood": ["--model_config", "{likelyhood: nb}"],
-        "size is one of tiny, base, got 'huge'": ["--size", "huge"],
+        "size must be one of tiny, base, got 'huge'": ["--size", "huge"],
     }.items(),
 )
 def test_what_does_not_fit_is_told(tmp_path, message, argv):

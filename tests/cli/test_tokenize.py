@@ -127,12 +127,12 @@ def test_what_cannot_be_is_told(store, tokenizer, adata, tmp_path, run, capsys):
     for text, words in (
         ("{", "is not JSON"),
         ("[1]", "holds a list"),
-        ('{"a": "b"}', "A median is a number, and 'b'"),
+        ('{"a": "b"}', "Medians must be numbers, got 'b'"),
     ):
         (tmp_path / "medians.json").write_text(text)
         assert words in run("--scheme", "rank", "--medians", tmp_path / "medians.json")
     (tmp_path / "medians.json").write_text(json.dumps(dict.fromkeys(store.gene_ids, 1.0)))
-    assert "settings of the rank scheme" in run("--medians", tmp_path / "medians.json")
+    assert "only for the rank scheme" in run("--medians", tmp_path / "medians.json")
     assert "No such file" in run("--scheme", "rank", "--medians", tmp_path / "none.json")
     assert not (tmp_path / "tokens").exists()
     run()

@@ -516,7 +516,7 @@ def test_other_things_than_sources_raise(adata, tmp_path):
     with pytest.raises(FileNotFoundError, match="No such file"):
         AnnDataset(tmp_path / "none.h5ad")
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ValueError, match="none of the formats that are read"):
+    with pytest.raises(ValueError, match="unsupported file format"):
         AnnDataset(tmp_path / "a.txt")
     (tmp_path / "a.h5ad").write_text("x")
     with pytest.raises(ValueError, match="not a readable HDF5 file"):

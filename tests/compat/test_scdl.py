@@ -246,7 +246,7 @@ def test_values_that_are_no_counts_raise_and_the_conversion_can_be_tried_again(t
     file, matrix = tmp_path / "x.h5ad", np.eye(4)
     matrix[2, 1] = bad
     rewrite_x(file, sparse.csr_matrix(matrix))
-    with pytest.raises(ValueError, match="x.h5ad: counts are needed, and X holds"):
+    with pytest.raises(ValueError, match="x.h5ad: counts are needed, but X holds"):
         SingleCellMemMapDataset(tmp_path / "d", file)
     with pytest.raises(FileNotFoundError, match="no dataset at .*conversion was stopped"):
         SingleCellMemMapDataset(tmp_path / "d")
@@ -271,7 +271,7 @@ def test_paths_that_do_not_fit_raise(data, file, tmp_path, counts):
 
 def test_damaged_files_are_found(data, file, tmp_path):
     (tmp_path / "cut.h5ad").write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(ValueError, match="cut short"):
+    with pytest.raises(ValueError, match="truncated"):
         SingleCellMemMapDataset(tmp_path / "new", tmp_path / "cut.h5ad")
     shard = data.data_path / data.store.manifest["shards"][0]["file"]
     content = bytearray(shard.read_bytes())
@@ -280,7 +280,7 @@ def test_damaged_files_are_found(data, file, tmp_path):
     with pytest.raises(ValueError, match="is damaged"):
         SingleCellMemMapDataset(data.data_path).store.verify()
     shard.write_bytes(content[:-8])
-    with pytest.raises(ValueError, match="cut short"):
+    with pytest.raises(ValueError, match="truncated"):
         SingleCellMemMapDataset(data.data_path)
 
 
@@ -618,7 +618,7 @@ def test_a_file_that_fails_is_named_and_the_others_are_not_converted_again(folde
     good = bad.read_bytes()
     bad.write_bytes(good[:1000])
     collection = SingleCellCollection(tmp_path / "collection")
-    with pytest.raises(RuntimeError, match="b/cells.h5ad could not be converted: .*cut short") as raised:
+    with pytest.raises(RuntimeError, match="b/cells.h5ad could not be converted: .*truncated") as raised:
         collection.load_h5ad_multi(folder, max_workers=1)
     assert isinstance(raised.value.__cause__, ValueError)
     assert collection.number_of_rows() == 0

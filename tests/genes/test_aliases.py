@@ -92,8 +92,8 @@ def test_row_numbers_that_may_be_names_raise(tmp_path):
 def test_pairs_without_a_name_or_with_several_are_left_out(tmp_path, caplog):
     (tmp_path / "a.csv").write_text(f"old,new\nA,{NEW[0]}\nB,NA\n,{NEW[0]}\nNA,{NEW[1]}\nC,X\nC,Y\nD.1,D.1\nD,\n")
     assert read_aliases(tmp_path / "a.csv") == {"A": NEW[0], "NA": NEW[1]}
-    assert "a.csv: 3 of 8 pairs have no old or no new name" in caplog.text
-    assert "1 old names have several new ones, such as C (X, Y)" in caplog.text
+    assert "a.csv: 3 of 8 pairs lack the old or new name" in caplog.text
+    assert "1 old names have more than one new name, such as C (X, Y)" in caplog.text
     versions = {f"{NEW[0]}.1": "X", f"{NEW[0]}.2": "Y", f"{NEW[1]}.4": NEW[1]}
     assert read_aliases(versions) == {}
 
@@ -101,7 +101,7 @@ def test_pairs_without_a_name_or_with_several_are_left_out(tmp_path, caplog):
 def test_aliases_of_other_names_are_told(tmp_path, caplog):
     names = [f"ENSG{i:011d}" for i in range(50)]
     assert ids_of_a_store(tmp_path / "none", names, {"TP53": NEW[0], "MYC": NEW[1]}) == names
-    assert "0 of 2 aliases are genes of the sources. The aliases are of names like 'TP53', 'MYC'" in caplog.text
+    assert "0 of 2 aliases are genes of the sources. The aliases are for names like 'TP53', 'MYC'" in caplog.text
     assert "ids like 'ENSG00000000000'" in caplog.text
     caplog.clear()
     ids_of_a_store(tmp_path / "few", names, {f"x{i}": "y" for i in range(40)} | {names[3]: "z"})
@@ -122,10 +122,10 @@ def test_aliases_of_other_names_are_told(tmp_path, caplog):
         ("a.csv", b"old,new\n\xff\xfe,x\n", "UnicodeDecodeError"),
         ("a.csv.gz", gzip.compress(b"old,new\n" * 99, mtime=0)[:-9], "EOFError"),
         ("a.json", b"{", "JSONDecodeError"),
-        ("a.json", b'["a", "b"]', r"not one object \{old: new\}"),
-        ("a.json", b'{"a": ["b"]}', r"not one object \{old: new\}"),
+        ("a.json", b'["a", "b"]', r"must be one object \{old: new\}"),
+        ("a.json", b'{"a": ["b"]}', r"must be one object \{old: new\}"),
         ("a.parquet", b"PAR1", "Arrow"),
-        ("a.xlsx", b"", "aliases are read from .json, .csv"),
+        ("a.xlsx", b"", "aliases must be in one of .json, .csv"),
     ],
 )
 def test_what_is_no_table_of_aliases_raises(tmp_path, name, content, match):

@@ -194,11 +194,11 @@ def test_tables_without_the_columns_say_which_there_are(tmp_path):
         GeneTable.from_table(pd.DataFrame({"ensembl": [TP53], "x": ["TP53"]}))
     with pytest.raises(ValueError, match=r"no column 'ids' \(gene_id=…\)\. Its columns are gene_id, symbol, other"):
         GeneTable.from_table(names, gene_id="ids")
-    with pytest.raises(ValueError, match="exchange gene_id= and symbol="):
+    with pytest.raises(ValueError, match="swap gene_id= and symbol="):
         GeneTable.from_table(names, gene_id="symbol", symbol="other")
     with pytest.raises(ValueError, match="has no rows"):
         GeneTable.from_table(names[:0])
-    with pytest.raises(ValueError, match="columns of one name"):
+    with pytest.raises(ValueError, match="repeated column names"):
         GeneTable.from_table(pd.DataFrame([[TP53, "A", "B"]], columns=["gene_id", "symbol", "symbol"]))
     with pytest.raises(ValueError, match="has no gene ids"):
         GeneTable.from_table(pd.DataFrame({"id": [None], "symbol": ["A"]}), gene_id="id")
@@ -239,10 +239,10 @@ def test_a_symbol_that_stands_twice_in_json_keeps_both_ids(tmp_path):
     ("text", "match"),
     [
         ("{}", "has no genes"),
-        ("[]", "is not {symbol: id}"),
-        ("[1, 2]", "is not {symbol: id}"),
-        ('"x"', "is not {symbol: id}"),
-        (f'{{"A": ["{TP53}"]}}', "is not {symbol: id}"),
+        ("[]", "must be {symbol: id}"),
+        ("[1, 2]", "must be {symbol: id}"),
+        ('"x"', "must be {symbol: id}"),
+        (f'{{"A": ["{TP53}"]}}', "must be {symbol: id}"),
         ('{"TP53": "P53", "A": "B"}', "no gene ids, only names like 'TP53' and 'P53'"),
         (f'{{"{TP53}": "{ACTB}"}}', "which are the symbols"),
         ('[{"a": 1}]', "no gene ids .*columns are a;"),

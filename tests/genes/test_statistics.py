@@ -200,7 +200,7 @@ def test_columns_that_do_not_fit_are_told():
 @pytest.mark.parametrize("value", [-1, np.nan, np.inf])
 def test_values_that_are_no_counts_are_refused(value):
     statistics = GeneStatistics(names(2))
-    with pytest.raises(ValueError, match="finite and not negative, found"):
+    with pytest.raises(ValueError, match="finite and not negative, got"):
         statistics.add(sparse.csr_array(np.array([[1.0, value]])))
     with pytest.raises(ValueError, match="type complex128"):
         statistics.add(sparse.csr_array(np.array([[1j, 1]])))
@@ -216,7 +216,7 @@ def test_values_that_are_no_counts_are_refused(value):
         ({"target_sum": -1}, "positive"),
         ({"target_sum": np.nan}, "positive"),
         ({"target_sum": np.inf}, "positive"),
-        ({"method": "tdigest"}, "method='tdigest': use one of auto, exact, sketch"),
+        ({"method": "tdigest"}, "method='tdigest': must be one of auto, exact, sketch"),
         ({"max_memory": -1}, "max_memory=-1"),
         ({"symbols": ["A"]}, "1 symbols for 3 genes"),
     ],
@@ -224,7 +224,7 @@ def test_values_that_are_no_counts_are_refused(value):
 def test_wrong_settings_are_told(options, words):
     with pytest.raises(ValueError, match=words):
         GeneStatistics(names(3), **options)
-    with pytest.raises(ValueError, match="1 gene ids repeat, such as a"):
+    with pytest.raises(ValueError, match="1 gene ids are repeated, such as a"):
         GeneStatistics(["a", "b", "a"])
 
 
@@ -387,14 +387,14 @@ def test_results_are_written_for_people_and_programs(counts, tmp_path):
         lambda: statistics.merge(back),
         lambda: back.save(tmp_path / "a.npz"),
     ):
-        with pytest.raises(ValueError, match="a JSON file, which holds results only"):
+        with pytest.raises(ValueError, match="a JSON file, which holds only results"):
             refused()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["again.json", "gene_medians.json"]
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.npz"])
 def test_files_of_another_format_are_told(counts, tmp_path, name, monkeypatch):
-    for version, remedy in [(2, "Update stformer_hf"), (0, "Estimate it again")]:
+    for version, remedy in [(2, "Update stformer_hf"), (0, "Estimate the statistics again")]:
         with monkeypatch.context() as patch:
             patch.setattr("stformer_hf.genes.statistics.FORMAT_VERSION", version)
             gather(counts).save(tmp_path / name)
@@ -419,7 +419,7 @@ def test_damaged_files_are_told(counts, tmp_path, name, method):
         b"\xff\xfe",
     ):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=f"{name} holds no gene statistics, or is damaged"):
+        with pytest.raises(ValueError, match=f"{name} does not hold gene statistics, or is damaged"):
             GeneStatistics.load(path)
     path.unlink()
     with pytest.raises(FileNotFoundError):
@@ -455,9 +455,9 @@ def test_parts_hold_no_pickles_and_no_cells_beyond_their_number(counts, tmp_path
 def test_other_kinds_of_files_are_refused_before_anything_is_written(counts, tmp_path):
     statistics = gather(counts)
     for path in (tmp_path / "a.pkl", tmp_path / "a"):
-        with pytest.raises(ValueError, match="in .json files .results. and .npz files"):
+        with pytest.raises(ValueError, match="must be .json .results only. or .npz"):
             statistics.save(path)
-        with pytest.raises(ValueError, match="in .json files"):
+        with pytest.raises(ValueError, match="must be .json"):
             GeneStatistics.load(path)
     with pytest.raises(FileNotFoundError):
         statistics.save(tmp_path / "no_folder" / "a.json")

@@ -33,7 +33,7 @@ def test_species_must_agree():
     human, mouse, symbols = table(A=ensembl(1)), table(a=ensembl(1, "ENSMUSG")), table(A="A")
     with pytest.raises(ValueError, match="h.h5ad has human genes and m.h5ad mouse genes"):
         unite([human, symbols, mouse], ["h.h5ad", "s.h5ad", "m.h5ad"])
-    with pytest.raises(ValueError, match="m.h5ad has mouse genes.*species='human' is wanted"):
+    with pytest.raises(ValueError, match="m.h5ad has mouse genes.*but species='human'"):
         unite([mouse], ["m.h5ad"], species="human")
     mapped = unite([human, mouse], ["h", "m"], aliases={ensembl(1, "ENSMUSG"): ensembl(1)})
     assert mapped.genes.gene_ids.tolist() == [ensembl(1)]

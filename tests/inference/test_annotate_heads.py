@@ -170,7 +170,7 @@ def test_a_panel_of_few_of_the_models_genes_is_refused_and_one_of_under_half_is_
     assert genes.min_coverage == 0.1  # that of the tokenizer is left alone
     caplog.clear()
     annotate(adata[:, :15].copy(), model, tokenizer=genes)
-    assert "15 of the model's 40 genes" in caplog.text and "at least 50% would be better" in caplog.text
+    assert "15 of the model's 40 genes" in caplog.text and "at least 50% are recommended" in caplog.text
     few.write_h5ad(tmp_path / "few.h5ad")
     argv = ["--data", str(tmp_path / "few.h5ad"), "--model", str(tmp_path / "m"), "--output"]
     for verb in ("annotate", "embed"):

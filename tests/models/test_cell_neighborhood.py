@@ -313,7 +313,7 @@ def test_cell_embeddings_are_read_beside_or_in_place_of_expression_and_get_gradi
     if not use_expression:
         batch.pop("observed_expression")
         assert torch.equal(model(**batch).expected_counts, outputs.expected_counts)
-    with pytest.raises(ValueError, match="cell_embeds is a tensor .*cell_embedding_size.*got nothing"):
+    with pytest.raises(ValueError, match="cell_embeds must be a tensor .*cell_embedding_size.*got nothing"):
         model(**{name: value for name, value in batch.items() if name != "cell_embeds"})
 
 
@@ -325,13 +325,13 @@ def test_batches_that_do_not_fit_raise():
         return {name: value for name, value in batch.items() if name not in names}
 
     cases = [
-        (masked | packed, "neither, both or a part"),
-        (without(packed, "cu_seq_lens"), "neither, both or a part"),
-        (without(masked, "pooling_mask"), "neither, both or a part"),
-        (packed | {"cu_seq_lens": packed["cu_seq_lens"][:-1]}, "has 6 neighbourhoods, with 12 cells"),
+        (masked | packed, "neither, both or only a part"),
+        (without(packed, "cu_seq_lens"), "neither, both or only a part"),
+        (without(masked, "pooling_mask"), "neither, both or only a part"),
+        (packed | {"cu_seq_lens": packed["cu_seq_lens"][:-1]}, "has 6 neighbourhoods, .* add up to 12 cells"),
         (packed | {"observed_neighboorhood_lens": [*LENGTHS[:-1], 7]}, "the batch has 20 cells"),
-        (packed | {"observed_neighboorhood_lens": LENGTHS[::-1]}, "rises by the lengths"),
-        (packed | {"cu_seq_lens": packed["cu_seq_lens"] + 1}, "begins with 0"),
+        (packed | {"observed_neighboorhood_lens": LENGTHS[::-1]}, "increase by the lengths"),
+        (packed | {"cu_seq_lens": packed["cu_seq_lens"] + 1}, "begin with 0"),
         (packed | {"masked_cell_type": packed["masked_cell_type"][:3]}, "3 masked cells for 7 neighbourhoods"),
         (packed | {"observed_expression": packed["observed_expression"][:, :5]}, r"\(20, 7\).*got \(20, 5\)"),
         (packed | {"masked_expression": packed["masked_expression"][:, :5]}, r"\(7, 7\), got \(7, 5\)"),
@@ -339,9 +339,9 @@ def test_batches_that_do_not_fit_raise():
         (packed | {"masked_cell_type": packed["masked_cell_type"] - 1}, "masked_cell_type holds types from -1"),
         (without(packed, "masked_cell_type"), "masked_cell_type is missing"),
         (without(packed, "observed_cell_type"), "observed_cell_type is missing"),
-        (masked | {"encoder_mask": masked["full_mask"]}, r"encoder_mask is a bool tensor \(27, 27\).*\(34, 34\)"),
-        (masked | {"decoder_mask": masked["decoder_mask"].float()}, "decoder_mask is a bool.*float32"),
-        (packed | {"output_attentions": True}, "Attentions are given of a batch with masks"),
+        (masked | {"encoder_mask": masked["full_mask"]}, r"encoder_mask must be a bool tensor \(27, 27\).*\(34, 34\)"),
+        (masked | {"decoder_mask": masked["decoder_mask"].float()}, "decoder_mask must be a bool.*float32"),
+        (packed | {"output_attentions": True}, "Attentions need a batch with masks"),
         (make_batch([], "packed") | {"masked_cell_type": torch.zeros(0, dtype=torch.long)}, "no neighbourhoods"),
     ]
     for batch, message in cases:
@@ -355,9 +355,9 @@ def test_batches_that_do_not_fit_raise():
         ({"likelihood": "poisson"}, '"nb" or "zinb", got \'poisson\''),
         ({"hidden_size": 15}, "even and a multiple"),
         ({"hidden_size": 18, "num_attention_heads": 4}, "even and a multiple"),
-        ({"n_genes": 0}, "n_genes is at least 1, got 0"),
+        ({"n_genes": 0}, "n_genes must be at least 1, got 0"),
         ({"use_expression": False}, "or both"),
-        ({"gene_ids": ["a"]}, "1 gene_ids, and the model has 7"),
+        ({"gene_ids": ["a"]}, "1 gene_ids, but the model has 7"),
         ({"n_cell_types": "many"}, "n_cell_types"),
     ],
 )

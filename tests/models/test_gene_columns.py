@@ -182,7 +182,7 @@ def test_symbols_are_text(column):
 def test_columns_that_are_no_names_are_refused():
     twice = pd.DataFrame([[name, name] for name in IDS], columns=["gene_ids", "gene_ids"])
     for read in (resolve_genes, ColumnNames):
-        with pytest.raises(ValueError, match="is a column there twice"):
+        with pytest.raises(ValueError, match="is a column name repeated"):
             read(SYMBOLS, twice)
         with pytest.raises(ValueError, match="holds ndarrays"):
             read(SYMBOLS, {"gene_ids": pd.Series([np.array([name]) for name in IDS])})
@@ -243,7 +243,7 @@ def test_unknown_feature_types_are_genes():
 
 def test_biotypes_and_blanks_are_no_feature_types(caplog):
     assert feature_types({"feature_type": ["protein_coding", "lncRNA", ""]}) is None
-    assert "lncRNA, protein_coding, no known feature type: taken for genes" in caplog.text
+    assert "unknown feature types, lncRNA, protein_coding: taken as genes" in caplog.text
     assert feature_types({"feature_types": ["", None, np.nan]}) is None
     assert feature_types({"feature_type": ["protein_coding"] * 2, "modality": ["rna", "prot"]}).tolist() == [
         GENES,

@@ -33,7 +33,7 @@ class Evil:
 def test_a_malicious_pickle_is_refused_and_names_what_it_wanted(tmp_path, wrap, protocol):
     file = tmp_path / "tokens.pkl"
     file.write_bytes(pickle.dumps(wrap(Evil(tmp_path / "harm")), protocol))
-    with pytest.raises(ValueError, match=r"tokens.pkl is refused: it asks for (posix|nt|os)\.system"):
+    with pytest.raises(ValueError, match=r"tokens.pkl is refused: it refers to (posix|nt|os)\.system"):
         load_pickle(file)
     with pytest.raises(ValueError, match="refused"):
         GeneTokenizer.from_token_dictionary(file, MEDIANS)
@@ -45,7 +45,7 @@ def test_a_malicious_pickle_is_refused_and_names_what_it_wanted(tmp_path, wrap, 
 @pytest.mark.parametrize("name", ["eval", "exec", "getattr", "__import__", "open", "type"])
 def test_functions_of_python_are_refused(tmp_path, name):
     (tmp_path / "x.pkl").write_bytes(f"cbuiltins\n{name}\n.".encode())
-    with pytest.raises(ValueError, match=f"asks for builtins.{name}"):
+    with pytest.raises(ValueError, match=f"refers to builtins.{name}"):
         load_pickle(tmp_path / "x.pkl")
 
 
@@ -121,14 +121,14 @@ def test_damaged_and_other_files_raise(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_pickle(tmp_path / "none.pkl")
     (tmp_path / "list.json").write_text("[1, 2]")
-    with pytest.raises(ValueError, match="holds a list, and a mapping is needed"):
+    with pytest.raises(ValueError, match="holds a list, but a mapping is needed"):
         load_mapping(tmp_path / "list.json")
     (tmp_path / "x.csv").write_text("a,1")
-    with pytest.raises(ValueError, match="from .json, .pkl or .txt"):
+    with pytest.raises(ValueError, match="must be a .json, .pkl or .txt"):
         load_mapping(tmp_path / "x.csv")
     for name, content in (("x.json", b"\xff{"), ("x.txt", b"\xff"), ("x.txt.gz", gzip.compress(b"a" * 99)[:-9])):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name} is no text, or is damaged"):
+        with pytest.raises(ValueError, match=f"{name} is not text, or is damaged"):
             load_mapping(tmp_path / name)
 
 
@@ -186,11 +186,11 @@ def test_cls_and_eos_of_a_dictionary_are_used_and_phenotypes_come_after(tmp_path
 @pytest.mark.parametrize(
     ("dictionary", "words"),
     [
-        ({"<pad>": 0, "g1": 1}, "no <pad> or no <mask>"),
+        ({"<pad>": 0, "g1": 1}, "lacks <pad> or <mask>"),
         ({**DICTIONARY, "g4": 2}, "id 2 of 'g4'"),
-        ({**DICTIONARY, "g4": 5.5}, "id of 'g4' is 5.5, and a whole number"),
+        ({**DICTIONARY, "g4": 5.5}, "id of 'g4' must be an integer, got 5.5"),
         ({**DICTIONARY, "g4": -1}, "negative"),
-        ({**DICTIONARY, "g4": "5"}, "whole number"),
+        ({**DICTIONARY, "g4": "5"}, "must be an integer"),
     ],
 )
 def test_bad_dictionaries_raise(dictionary, words):

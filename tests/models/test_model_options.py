@@ -140,16 +140,16 @@ def test_what_a_model_cannot_read_is_told():
     config.value_embedding = False
     with pytest.raises(ValueError, match="does not read expression_values"):
         GeneBertModel(config)(**batch, expression_values=values)
-    with pytest.raises(ValueError, match="values: settings of the binned scheme"):
+    with pytest.raises(ValueError, match="values: only for the binned scheme"):
         GeneTokenizer(["a"], scheme="rank", medians=[1.0], values=True)
     config.position_embedding_type, config.max_position_embeddings = "learned", 20
-    with pytest.raises(ValueError, match="A cell has .* tokens, and the model 20 positions"):
+    with pytest.raises(ValueError, match="A cell has .* tokens, but the model 20 positions"):
         GeneBertModel(config)(**batch)
     for wrong, said in (
-        ({"norm_type": "batch_norm"}, "norm_type is 'layer_norm' or 'rms_norm'"),
+        ({"norm_type": "batch_norm"}, "norm_type must be 'layer_norm' or 'rms_norm'"),
         ({"position_embedding_type": "absolute"}, "'none' or 'learned' or 'rotary'"),
         ({"position_embedding_type": "rotary", "hidden_size": 6, "num_attention_heads": 2}, "even size"),
-        ({"loss_weights": {"cell_type": 2.0}}, "loss_weights names cell_type; token_classes are genes"),
+        ({"loss_weights": {"cell_type": 2.0}}, "loss_weights has unknown classes cell_type; token_classes are genes"),
         ({"class_weights": [1.0, 2.0, 3.0]}, "3 class_weights for 2 labels"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -238,7 +238,7 @@ def test_class_weights_regression_and_several_labels_a_cell():
     numbers = torch.randn(6)
     loss, logits = loss_and_logits(numbers, problem_type="regression", num_labels=1, class_weights=None)
     assert loss == pytest.approx((logits[:, 0] - numbers).square().mean().item(), rel=1e-5)
-    with pytest.raises(ValueError, match="whole numbers, got labels of torch.float32"):
+    with pytest.raises(ValueError, match="must be integers, got labels of torch.float32"):
         loss_and_logits(numbers, problem_type="single_label_classification", num_labels=3)
 
 

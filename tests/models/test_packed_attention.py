@@ -210,7 +210,7 @@ def test_cu_seq_lens_alone_is_enough_and_flash_is_told_all(tokenizer, examples, 
 def test_positions_that_begin_anew_need_cu_seq_lens(tokenizer, examples):
     model = model_of(GeneBertForPhenotypicMLM, tokenizer, "sdpa")
     ids = torch.tensor([[0, 5, 6, 0, 5]])
-    with pytest.raises(ValueError, match="begin anew within a row"):
+    with pytest.raises(ValueError, match="restart within a row"):
         model(input_ids=ids, token_type_ids=ids, position_ids=torch.tensor([[0, 1, 2, 0, 1]]))
 
 

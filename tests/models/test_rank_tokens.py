@@ -249,11 +249,11 @@ def test_a_cell_written_as_text_has_the_tokens_of_its_counts(layout, hidden):
 def test_text_that_does_not_tell_the_token_types_is_refused(tokenizer):
     binned = GeneTokenizer(GENES)
     for special in (True, False):
-        with pytest.raises(ValueError, match="text has none: tokenize counts"):
+        with pytest.raises(ValueError, match="text does not have: tokenize counts"):
             binned.encode("bin_1 bin_1", add_special_tokens=special)
         with pytest.raises(ValueError, match="1 of the 3 words of the text are neither .* the first is word 2"):
             tokenizer.encode("a nothing b", add_special_tokens=special)
-    with pytest.raises(ValueError, match="text has none"):
+    with pytest.raises(ValueError, match="text does not have"):
         binned.prepare_for_model([5, 5])
     with pytest.raises(ValueError, match="one sequence"):
         tokenizer.encode("a b", "c")
@@ -283,14 +283,14 @@ def test_the_stock_collator_masks_genes_only(tokenizer):
         ({"medians": dict.fromkeys(GENES, 0.0)}, "not positive numbers, such as 0.0 of a"),
         ({"medians": dict.fromkeys(GENES, np.inf)}, "not positive"),
         ({"medians": {"z": 1.0}}, "None of the genes has a median"),
-        ({"bin_edges": [1.0]}, "bin_edges: settings of the binned scheme"),
-        ({"normalize": "log1p_cp10k"}, "normalize: settings of the binned scheme"),
-        ({"truncation": "tail"}, "truncation is one of top, head, random"),
+        ({"bin_edges": [1.0]}, "bin_edges: only for the binned scheme"),
+        ({"normalize": "log1p_cp10k"}, "normalize: only for the binned scheme"),
+        ({"truncation": "tail"}, "truncation must be one of top, head, random"),
         ({"neighborhood": True, "max_length": 4}, "no room for a gene"),
-        ({"special_tokens": {"pad_token": "<pad>"}}, "mask_token, pad_token are needed"),
+        ({"special_tokens": {"pad_token": "<pad>"}}, "mask_token, pad_token are required"),
         ({"special_tokens": {"pad_token": "a", "mask_token": "b"}}, "name of a special token"),
         ({"token_ids": {"a": 4, "b": 4}}, "id 4 of 'b'"),
-        ({"token_ids": {"z": 4}}, "names z, which no gene"),
+        ({"token_ids": {"z": 4}}, "has z, which is not a gene"),
         ({"token_ids": {"a": 1 << 40}}, "ids up to"),
     ],
 )
@@ -302,15 +302,17 @@ def test_bad_settings_raise(arguments, words):
 def test_medians_of_other_genes_are_told(caplog):
     genes = [f"ENSG{i:011d}" for i in range(30)]
     symbols = {f"CD{i}": 1.0 for i in range(20)}
-    match = "None of the genes has a median. .*Ensembl ids of human. 0 of 20 medians are .*: they are of CD0, CD1"
+    match = "None of the genes has a median. .*Ensembl ids of human. 0 of 20 medians are .*: they are for CD0, CD1"
     with pytest.raises(ValueError, match=match):
         GeneTokenizer(genes, scheme="rank", medians=symbols)
     GeneTokenizer(genes, scheme="rank", medians={**symbols, f"{genes[0]}.4": 1.0})
-    assert "29 of 30 genes have no median" in caplog.text and "1 of 21 medians are of genes of the tok" in caplog.text
+    assert (
+        "29 of 30 genes have no median" in caplog.text and "1 of 21 medians belong to genes of the tok" in caplog.text
+    )
     caplog.clear()
     GeneTokenizer(genes, scheme="rank", medians=dict.fromkeys(genes[:4], 1.0))
     assert "26 of 30 genes have no median, and never become tokens." in caplog.text
-    assert "medians are of genes" not in caplog.text
+    assert "medians belong to genes" not in caplog.text
 
 
 def test_a_store_gives_genes_with_medians_only(store):

@@ -86,9 +86,9 @@ def test_edges_a_gene_are_saved_and_must_be_there_for_all(tmp_path):
     assert (back.n_bins, back.normalize, back.fingerprint) == (4, "log1p_cp10k", tokenizer.fingerprint)
     with pytest.raises(ValueError, match="no edges for 1 genes, such as f"):
         GeneTokenizer(GENES, bin_edges={gene: [1] for gene in "abcde"})
-    with pytest.raises(ValueError, match="bin_edges of b are positive"):
+    with pytest.raises(ValueError, match="bin_edges of b must be positive"):
         GeneTokenizer(GENES, bin_edges={**EDGES, "b": [2, 1]})
-    with pytest.raises(ValueError, match="normalize is None or"):
+    with pytest.raises(ValueError, match="normalize must be None or"):
         GeneTokenizer(GENES, normalize="cpm")
 
 
@@ -158,15 +158,15 @@ def test_a_gene_table_gives_symbols_and_one_of_several_genes_is_not_used():
 def test_symbols_of_other_genes_are_told(caplog):
     mouse = {f"Gene{i}": f"ENSMUSG{i:011d}" for i in range(40)}
     GeneTokenizer(ENSEMBL, symbols=mouse)
-    assert "0 of 40 symbols are of genes of the tokenizer. They are of genes like ENSMUSG00000000000" in caplog.text
-    assert "the tokenizer has genes like ENSG00000000001" in caplog.text and "Give {symbol" not in caplog.text
+    assert "0 of 40 symbols belong to genes of the tokenizer. They belong to genes like ENSMUSG" in caplog.text
+    assert "the tokenizer has genes like ENSG00000000001" in caplog.text and "Pass {symbol" not in caplog.text
     caplog.clear()
     genes = [f"ENSG{i:011d}" for i in range(30)]
     GeneTokenizer(genes, symbols={**mouse, "CD3D": genes[1], "LYZ": genes[2]})
-    assert "2 of 42 symbols are of genes of the tokenizer" in caplog.text
+    assert "2 of 42 symbols belong to genes of the tokenizer" in caplog.text
     caplog.clear()
     tokenizer = GeneTokenizer(ENSEMBL, symbols=dict(zip(ENSEMBL, SYMBOLS, strict=True)))
-    assert "0 of 4 symbols" in caplog.text and "Give {symbol: gene}, not {gene: symbol}." in caplog.text
+    assert "0 of 4 symbols" in caplog.text and "Pass {symbol: gene}, not {gene: symbol}." in caplog.text
     assert tokenizer.symbols == {}
     caplog.clear()
     GeneTokenizer(ENSEMBL, symbols={**mouse, "CD3D": ENSEMBL[0]})  # of few genes, one in ten is enough
@@ -186,7 +186,7 @@ def test_symbols_of_other_genes_are_told(caplog):
 def test_too_few_known_genes_name_what_was_seen_and_what_is_wanted(names, guess):
     tokenizer = GeneTokenizer(ENSEMBL)
     with pytest.raises(
-        ValueError, match=rf"input names.*{names[0]}.*{guess}.*wants.*ENSG00000000001.*Ensembl ids of human"
+        ValueError, match=rf"input has genes like.*{names[0]}.*{guess}.*needs.*ENSG00000000001.*Ensembl ids of human"
     ):
         tokenizer(np.array([[1, 2, 0, 4]]), genes=names)
 
@@ -201,7 +201,7 @@ def test_another_species_is_refused_unless_symbols_are_asked_for(by_symbol, vers
         by_symbol(mouse)
     by_symbol.match = "symbol"
     assert len(by_symbol(mouse)["input_ids"][0]) == 2 + 3
-    with pytest.raises(ValueError, match='match is "id" or "symbol"'):
+    with pytest.raises(ValueError, match='match must be "id" or "symbol"'):
         GeneTokenizer(ENSEMBL, match="name")
 
 
@@ -213,9 +213,9 @@ def test_row_numbers_are_no_names():
 def test_coverage_is_told_once_a_table(by_symbol, caplog):
     for _ in range(3):
         by_symbol(np.array([[1, 2, 1]]), genes=["CD3D", "LYZ", "unknown"])
-    assert caplog.text.count("2 of 3 genes of the input are known to the tokenizer (75.0% of its counts)") == 1
+    assert caplog.text.count("The tokenizer knows 2 of 3 genes of the input (75.0% of its counts)") == 1
     by_symbol(np.array([[1, 2, 1]]), genes=["CD3D", "NKG7", "unknown"])
-    assert caplog.text.count("genes of the input are known") == 2
+    assert caplog.text.count("The tokenizer knows") == 2
 
 
 def test_a_store_gives_its_symbols(shared_data, tmp_path):
@@ -280,10 +280,10 @@ def test_a_gene_counts_in_the_coverage_by_the_training_cells_that_express_it(tmp
             caplog.clear()
             some(np.ones((1, 10), int), genes=genes[:10])
             assert some.last_coverage["weight"] == pytest.approx(1000 / 1010) and not caplog.records
-            with pytest.raises(ValueError, match=r"10 of the model's 20 genes \(1.0%, weighted by .* at least 10%"):
+            with pytest.raises(ValueError, match=r"10 of the model's 20 genes \(1.0% weighted by .* at least 10%"):
                 some(np.ones((1, 10), int), genes=genes[10:])
             some(np.ones((1, 3), int), genes=genes[:3])
-            said = "3 of the model's 20 genes (29.7%, weighted by how much each was expressed in training, where at"
+            said = "3 of the model's 20 genes (29.7% weighted by their expression in training; at"
             assert said in caplog.text and "100.0% of the input's counts are in known genes" in caplog.text
 
 
@@ -343,12 +343,12 @@ def test_missing_phenotypes_of_any_kind_are_left_out(values):
     ("arguments", "words"),
     [
         ({"phenotypes": {"a": ["B"], "cat": ["cat=B", "B"]}}, r"become the token \[cat=B\]"),
-        ({"phenotypes": {"x": "male"}}, "is a list of values, got 'male'"),
-        ({"scheme": "rank", "medians": [1.0] * 6, "target_sum": -1}, "target_sum is a positive number, got -1"),
-        ({"scheme": "rank", "medians": [1.0] * 6, "target_sum": np.nan}, "target_sum is a positive"),
-        ({"scheme": "rank", "medians": [1.0] * 6, "target_sum": 0}, "target_sum is a positive number, got 0"),
+        ({"phenotypes": {"x": "male"}}, "must be a list of values, got 'male'"),
+        ({"scheme": "rank", "medians": [1.0] * 6, "target_sum": -1}, "target_sum must be a positive number, got -1"),
+        ({"scheme": "rank", "medians": [1.0] * 6, "target_sum": np.nan}, "target_sum must be a positive"),
+        ({"scheme": "rank", "medians": [1.0] * 6, "target_sum": 0}, "target_sum must be a positive number, got 0"),
         ({"scheme": "rank", "medians": [1e-300] * 6}, "not positive numbers"),
-        ({"scheme": "rank", "medians": [1.0] * 6, "separator": "<s>"}, "separator goes with neighborhood"),
+        ({"scheme": "rank", "medians": [1.0] * 6, "separator": "<s>"}, "separator needs neighborhood"),
     ],
 )
 def test_bad_settings_raise(arguments, words):

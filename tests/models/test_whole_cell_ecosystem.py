@@ -242,12 +242,12 @@ def test_a_packed_batch_cut_along_the_first_dimension_is_refused(tokenizer, batc
 
     model, batch = make_model(tokenizer), batches[True]
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    with pytest.raises(ValueError, match="packed batch .*cut"):
+    with pytest.raises(ValueError, match="packed batch .*split"):
         model(**slice_tensors(tensors, slice(0, 4)))
-    with pytest.raises(ValueError, match="counts are of 4 cells, and the tokens of 9.* packed batch .*cut"):
+    with pytest.raises(ValueError, match="counts of 4 cells, but tokens of 9.* packed batch .*split"):
         model(**{**tensors, "cell_indptr": tensors["cell_indptr"][[0, 1, 2, 3, 9]]})
     some = {name: tensors[name][:, :20] for name in ("cell_genes", "cell_counts")}
-    with pytest.raises(ValueError, match="packed batch .*cut"):
+    with pytest.raises(ValueError, match="packed batch .*split"):
         model(**{**tensors, **some})
     with pytest.raises(ValueError, match="cell_indptr"):
         model(**{name: value for name, value in tensors.items() if name != "cell_indptr"})

@@ -111,7 +111,7 @@ def test_a_normalised_value_does_not_depend_on_columns_that_the_tokenizer_does_n
     np.testing.assert_allclose([x for x in cut["expression_values"][0] if x], expected[dense[0] > 0], rtol=1e-6)
     columns = GeneTokenizer(list(panel.var_names), totals="columns", **settings)
     assert columns(adata)["expression_values"] != columns(panel)["expression_values"]
-    with pytest.raises(ValueError, match='totals is "genes" or "columns"'):
+    with pytest.raises(ValueError, match='totals must be "genes" or "columns"'):
         GeneTokenizer(["a"], totals="rows")
 
 
@@ -247,10 +247,10 @@ def test_examples_without_counts_are_refused_by_name(store, tmp_path):
     tokenizer = whole_cell_tokenizer(store, 0)
     without = GeneTokenizer(tokenizer.genes, bin_edges=[0.5, 1.5], phenotypes=tokenizer.phenotypes)
     dataset = TokenRows(store.tokenize(without, tmp_path / "tokens"))
-    with pytest.raises(ValueError, match="reads whole cells, and the examples have no cell_genes and cell_counts"):
+    with pytest.raises(ValueError, match="reads whole cells, but the examples have no cell_genes and cell_counts"):
         collate_fn_wrapper(tokenizer)(dataset.__getitems__([0, 1]))
     lists = tokenizer(store.__getitems__(range(3)))
-    with pytest.raises(ValueError, match="cell_counts are padded and masked by DataCollatorForPhenotypicMLM"):
+    with pytest.raises(ValueError, match="cannot handle cell_counts: use DataCollatorForPhenotypicMLM"):
         tokenizer.pad({name: lists[name] for name in lists})
 
 

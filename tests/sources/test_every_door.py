@@ -266,5 +266,5 @@ def test_other_feature_types_are_layers_of_their_own(tokenizer, tmp_path):
     adata.write_h5ad(tmp_path / "cells.h5ad")
     store = CellStore.build(tmp_path / "t", tmp_path / "cells.h5ad", layer="Antibody Capture", report=False)
     assert store.rows(slice(None)).toarray().tolist() == [[80, 9], [70, 4]]
-    with pytest.raises(ValueError, match="has no layer 'Peaks'; it has X, Antibody Capture"):
+    with pytest.raises(ValueError, match="has no layer 'Peaks'; available: X, Antibody Capture"):
         tokenizer(adata, layer="Peaks")

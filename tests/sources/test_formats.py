@@ -100,7 +100,7 @@ def test_tables_that_do_not_fit_the_matrix_raise(tmp_path):
     make_adata().write_h5ad(tmp_path / "a.h5ad")
     with h5py.File(tmp_path / "a.h5ad", "r+") as file:
         file["X"].attrs["shape"] = [60, 41]
-    with pytest.raises(ValueError, match="damaged: X has the shape .60, 41., and there are 60 cells and 40 genes"):
+    with pytest.raises(ValueError, match="damaged: X has the shape .60, 41., but there are 60 cells and 40 genes"):
         open_source(tmp_path / "a.h5ad")
 
 
@@ -181,7 +181,7 @@ def test_mtx_folders(tmp_path, small_buffers, version, zipped):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda lines: lines[:-3], "cut short: .* entries of"),
+        (lambda lines: lines[:-3], "truncated: .* entries of"),
         (lambda lines: [*lines[:-1], "99 1 3\n"], "entries outside the matrix"),
         (lambda lines: [*lines[:-1], "1 0 3\n"], "entries outside the matrix"),
         (lambda lines: [*lines[:-1], "1 one 3\n"], "is damaged"),
@@ -247,12 +247,12 @@ def test_tables_that_do_not_fit_an_mtx_say_why(tmp_path):
     adata = make_adata(5, 4)
     write_mtx_folder(tmp_path, adata)
     (tmp_path / "barcodes.tsv").write_text("barcode\n" + (tmp_path / "barcodes.tsv").read_text())
-    with pytest.raises(ValueError, match="have 4 and 6. A table of one line more may begin with a header"):
+    with pytest.raises(ValueError, match="have 4 and 6. A table with one extra line may have a header"):
         open_source(tmp_path)
     write_mtx_folder(tmp_path, adata.T)
     (tmp_path / "features.tsv").write_text("\n".join(adata.var_names))
     (tmp_path / "barcodes.tsv").write_text("\n".join(adata.obs_names))
-    with pytest.raises(ValueError, match="rows and columns are exchanged: transpose it"):
+    with pytest.raises(ValueError, match="rows and columns are swapped: transpose it"):
         open_source(tmp_path)
 
 
@@ -317,7 +317,7 @@ def test_folders_patterns_and_lists_are_expanded(tmp_path, adata, store, caplog)
     assert len(CellStore.build(tmp_path / "s", tmp_path / "data", allow_duplicates=True)) == 180
     with pytest.raises(FileNotFoundError, match="No such file"):
         expand([tmp_path / "data" / "*.loom"])
-    with pytest.raises(ValueError, match="none of the formats"):
+    with pytest.raises(ValueError, match="unsupported file format"):
         expand([tmp_path / "data" / "notes.txt"])
 
 

@@ -35,7 +35,7 @@ def test_every_name_of_numbers_is_read(tmp_path, field):
 def test_fractions_need_a_header_of_fractions_and_patterns_are_ones(tmp_path):
     fractions = MtxMatrix(write(tmp_path / "m.mtx", "float", "1 1 2.5\n3 2 1e-3\n"))
     np.testing.assert_array_equal(dense(fractions), [[2.5, 0, 0], [0, 0, 0.001]])
-    with pytest.raises(ValueError, match=r"line 5, '1 1 2\.5', has a fraction, and the header says integer"):
+    with pytest.raises(ValueError, match=r"line 5, '1 1 2\.5', has a fraction, but the header says integer"):
         MtxMatrix(write(tmp_path / "m.mtx", "integer", "1 1 2.5\n3 2 1\n"))
     np.testing.assert_array_equal(
         dense(MtxMatrix(write(tmp_path / "m.mtx", "pattern", "1 1\n3 2\n"))), [[1, 0, 0], [0, 0, 1]]
@@ -50,7 +50,7 @@ def test_lines_of_more_numbers_raise(tmp_path, monkeypatch, lines, block):
     """STARsolo's Velocyto wrote spliced, unspliced and ambiguous counts into one line."""
     monkeypatch.setattr(matrix_market, "_BLOCK", block)
     number = 5 if lines.startswith("1 1 2 3") else 6
-    with pytest.raises(ValueError, match=rf"m\.mtx: line {number}, .* numbers, and an entry has 3 .*Velocyto.*split"):
+    with pytest.raises(ValueError, match=rf"m\.mtx: line {number}, .* numbers, but an entry has 3 .*Velocyto.*split"):
         dense(MtxMatrix(write(tmp_path / "m.mtx", "integer", lines)))
 
 
@@ -58,12 +58,12 @@ def test_lines_of_more_numbers_raise(tmp_path, monkeypatch, lines, block):
     ("field", "lines", "match"),
     [
         ("integer", "1 1\n3 2 7\n", "line 5, '1 1', has fewer than 3 numbers"),
-        ("pattern", "1 1 2\n3 2 7\n", r"line 5, '1 1 2', has 3 numbers, and an entry has 2 \(row and column\)"),
-        ("integer", "1 1 2\n3 two 7\n", "line 6, '3 two 7', has no whole numbers of a row and a column"),
-        ("integer", "1 1 2\n3 2 many\n", "line 6, '3 2 many', has no number for a value"),
+        ("pattern", "1 1 2\n3 2 7\n", r"line 5, '1 1 2', has 3 numbers, but an entry has 2 \(row and column\)"),
+        ("integer", "1 1 2\n3 two 7\n", "line 6, '3 two 7', has no integers for row and column"),
+        ("integer", "1 1 2\n3 2 many\n", "line 6, '3 2 many', has no numeric value"),
         ("integer", "1 1 2\n3 3 7\n", "outside the matrix, such as in column 3 of 2"),
         ("integer", "1 1 2\n0 2 7\n", "outside the matrix, such as in row 0 of 3"),
-        ("integer", "1 1 2\n", "is cut short: 1 entries of 2"),
+        ("integer", "1 1 2\n", "is truncated: 1 entries of 2"),
         ("integer", "1 1 2\n2 2 1\n3 2 1\n", "is damaged: 3 entries of 2"),
         ("complex", "1 1 2 0\n3 2 7 0\n", "'%%matrixmarket matrix coordinate complex general' is not read"),
     ],

@@ -274,7 +274,7 @@ def test_a_modality_and_its_layer_are_named(held, mdata, tokenizer, tmp_path):
     np.testing.assert_array_equal(AnnDataset(source, layer="prot")[0]["X"], PROTEINS[0])
     np.testing.assert_allclose(AnnDataset(source, layer="prot:clr")[0]["X"], np.log1p(PROTEINS[0]))
     assert open_source(source, "rna:counts").counts_in == open_source(source, "counts").counts_in == "counts"
-    with pytest.raises(ValueError, match="modality 'rna' has no layer 'protein'; it has X, counts"):
+    with pytest.raises(ValueError, match="modality 'rna' has no layer 'protein'; available: X, counts"):
         open_source(source, "protein")
 
 
@@ -284,7 +284,7 @@ def test_several_modalities_of_genes_are_a_choice(held, mudata, scrna, tokenizer
     both = mudata.MuData({"nuclei": scrna, "whole": scrna[::-1].copy()})
     source = held(both, tmp_path)
     for door in (open_source, AnnDataset, lambda data: CellStore.build(tmp_path / "store", data)):
-        with pytest.raises(ValueError, match="2 modalities that may be meant: 'nuclei', 'whole'.*layer='nuclei'"):
+        with pytest.raises(ValueError, match="2 modalities to choose from: 'nuclei', 'whole'.*layer='nuclei'"):
             door(source)
     with pytest.raises(ValueError, match="'nuclei', 'whole'"):
         tokenizer(both)
@@ -328,7 +328,7 @@ def test_the_longest_name_that_fits_is_the_modality():
 def test_several_tables_are_a_choice(held, sdata, tokenizer, tmp_path):
     sdata.tables["fine"] = sdata.tables["table"][2:].copy()
     source = held(sdata, tmp_path)
-    with pytest.raises(ValueError, match="2 tables that may be meant: .*'fine'.*Name one: layer="):
+    with pytest.raises(ValueError, match="2 tables to choose from: .*'fine'.*Name one: layer="):
         open_source(source)
     assert open_source(source, "fine").shape == (2, 5)
     with pytest.raises(ValueError, match="2 tables"):
@@ -392,7 +392,7 @@ def test_polygons_and_points(spatialdata):
 def test_instances_that_do_not_match(sdata, tmp_path):
     sdata.tables["table"].obs["number"] = [3, 8, 11, 9]
     path = spatialdata_zarr(sdata, tmp_path)
-    expected = "1 of 3 cells of the region 'circles' are instances that it does not have, such as 8"
+    expected = "1 of 3 cells of the region 'circles' have no instance in it, such as 8"
     with pytest.raises(ValueError, match=expected):
         spatial_neighbors(sdata)
     with pytest.raises(ValueError, match=f"tissue.zarr.*{expected}"):
@@ -408,7 +408,7 @@ def test_an_element_that_is_not_there_or_elsewhere(sdata):
     with pytest.raises(ValueError, match="'circles' is not in the coordinate system 'global', but in 'aligned'"):
         spatial_neighbors(sdata)
     del sdata.shapes["circles"]
-    with pytest.raises(ValueError, match="annotates 'circles', which is not there; there is 'labels'"):
+    with pytest.raises(ValueError, match="annotates 'circles', which is missing; available: 'labels'"):
         spatial_neighbors(sdata)
 
 
@@ -462,7 +462,7 @@ def test_a_truncated_h5mu(mdata, tmp_path):
     path = h5mu(mdata, tmp_path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     for door in (open_source, AnnDataset, read_anndata, lambda data: CellStore.build(tmp_path / "store", data)):
-        with pytest.raises(ValueError, match="cells.h5mu is not a readable HDF5 file, or is cut short"):
+        with pytest.raises(ValueError, match="cells.h5mu is not a readable HDF5 file, or is truncated"):
             door(path)
 
 

@@ -68,17 +68,17 @@ def test_a_bad_value_beyond_the_probe_is_found_while_reading(tmp_path):
     values = np.ones((400_000, 2), np.float32)
     values[140_000, 1] = 0.5
     source = open_source(AnnData(values, var=pd.DataFrame(index=["a", "b"])))
-    with pytest.raises(ValueError, match="X holds fractional values .* in the cells 140000 to 141999"):
+    with pytest.raises(ValueError, match="X holds fractional values .* in cells 140000 to 141999"):
         list(source.blocks(2000))
 
 
 def test_unknown_layer_missing_file_and_other_files(adata, tmp_path):
-    with pytest.raises(ValueError, match="no layer 'umi'; it has X"):
+    with pytest.raises(ValueError, match="no layer 'umi'; available: X"):
         open_source(adata, layer="umi")
     with pytest.raises(FileNotFoundError, match="No such file"):
         open_source(tmp_path / "none.h5ad")
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ValueError, match="none of the formats that are read .h5ad, h5mu, zarr, 10x h5"):
+    with pytest.raises(ValueError, match="unsupported file format .supported: h5ad, h5mu, zarr, 10x h5"):
         open_source(tmp_path / "a.txt")
     (tmp_path / "a.h5ad").write_text("x")
     with pytest.raises(ValueError, match="not a readable HDF5 file"):
@@ -89,7 +89,7 @@ def test_a_truncated_file_raises(adata, tmp_path):
     adata.write_h5ad(tmp_path / "a.h5ad")
     whole = (tmp_path / "a.h5ad").read_bytes()
     (tmp_path / "a.h5ad").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="cut short"):
+    with pytest.raises(ValueError, match="truncated"):
         open_source(tmp_path / "a.h5ad")
 
 
@@ -136,7 +136,7 @@ def test_errors_while_blocks_are_read_name_the_file(adata, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("a.h5ad", b"\x1f\x8b\x08", "compressed by gzip: unpack it"),
+        ("a.h5ad", b"\x1f\x8b\x08", "compressed with gzip: unpack it"),
         ("a.h5", b"\n<!DOCTYPE html>", "It is a web page"),
         ("a.h5ad", b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
         ("a.loom", b"PK\x03\x04", "zip archive"),

@@ -526,7 +526,7 @@ def test_normalized_data_are_not_normalized_again(value, as_sparse):
     X = adata.X.toarray()
     X[17, 3] = value
     adata.X = sparse.csr_matrix(X) if as_sparse else X
-    with pytest.raises(ValueError, match=f"takes counts, and X holds {value:g}"):
+    with pytest.raises(ValueError, match=f"takes counts, but X holds {value:g}"):
         CenterMaskSampler(metadata, adata, 9, normalize="log1p")
     CenterMaskSampler(metadata, adata, 9)
 
@@ -536,7 +536,7 @@ def test_what_was_not_looked_at_is_checked_when_it_is_read():
     X = adata.X.toarray()
     cell = int(np.flatnonzero(adata.obs_names == "cell7")[0])
     for value, normalize, message in [
-        (0.5, "log1p", "takes counts, and X holds 0.5"),
+        (0.5, "log1p", "takes counts, but X holds 0.5"),
         (np.nan, None, "1 NaN or infinite values"),
         (-np.inf, None, "1 NaN or infinite values"),
     ]:
@@ -627,10 +627,10 @@ def test_tables_that_do_not_fit():
     )
     raises("holds -1; cell types are integers from 0", of=metadata.assign(cell_type=metadata["cell_type"] - 1))
     raises(
-        "There is no X; there is counts",
+        "There is no X .found: counts",
         source=AnnData(None, obs=adata.obs, layers={"counts": adata.X}, var=adata.var),
     )
-    raises("comes from an AnnData or a CellStore, not DataFrame", TypeError, source=adata.to_df())
+    raises("is read from an AnnData or a CellStore, got DataFrame", TypeError, source=adata.to_df())
 
 
 @pytest.mark.parametrize(

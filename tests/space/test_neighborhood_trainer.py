@@ -406,7 +406,7 @@ def test_only_so_many_training_cells_are_read():
 
 
 def test_what_does_not_fit_raises(tmp_path):
-    with pytest.raises(ValueError, match="log1p.* and the likelihood is of counts|fractional"):
+    with pytest.raises(ValueError, match="log1p.* but the likelihood needs counts|fractional"):
         make_trainer(tmp_path, sampler(normalize="log1p"), model=make_model(apply_log1p=False)).train()
     with pytest.raises(ValueError, match="train_dataset has 12 genes and 3 cell types, and the model 12 and 1"):
         make_trainer(tmp_path, sampler(), model=make_model(n_cell_types=1))

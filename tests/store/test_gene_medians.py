@@ -210,7 +210,7 @@ def test_nothing_to_estimate_from_is_told(adata, tmp_path):
     [
         ({"target_sum": 0}, "target_sum=0"),
         ({"target_sum": -1e4}, "positive"),
-        ({"method": "median"}, "method='median': use one of auto, exact, sketch"),
+        ({"method": "median"}, "method='median': must be one of auto, exact, sketch"),
         ({"max_memory": -5}, "max_memory=-5"),
     ],
 )

@@ -193,7 +193,7 @@ def test_what_was_added_meanwhile_is_not_lost(tmp_path, monkeypatch):
         return unite(*arguments, **settings)
 
     monkeypatch.setattr(unite_obs, slow)
-    with pytest.raises(ValueError, match="was replaced since"):
+    with pytest.raises(ValueError, match="was replaced after"):
         late.append(make_adata(5, seed=2))
     assert len(CellStore(tmp_path / "s")) == 13
     CellStore(tmp_path / "s").verify()
@@ -232,7 +232,7 @@ def test_a_folder_without_locks_is_not_replaced_either(tmp_path, monkeypatch):
     monkeypatch.setattr(replacing, "fcntl", None)
     path = tmp_path / "s"
     with (
-        pytest.raises(FileExistsError, match="meanwhile"),
+        pytest.raises(FileExistsError, match="in the meantime"),
         replacing.written_at(path, replacing.STORE, False) as building,
     ):
         building.mkdir()
@@ -284,6 +284,6 @@ def test_harmless_files_neither_block_nor_are_lost(tmp_path, of):
 def test_a_manifest_that_is_no_store_s_is_left(tmp_path, content):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "manifest.json").write_text(content)
-    with pytest.raises(FileExistsError, match="left as it is: its manifest.json is damaged, or not of a store"):
+    with pytest.raises(FileExistsError, match="was not replaced: its manifest.json is damaged, or is not that of"):
         CellStore.build(tmp_path / "s", make_adata(), overwrite=True, report=False)
     assert (tmp_path / "s" / "manifest.json").read_text() == content

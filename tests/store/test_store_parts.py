@@ -251,7 +251,7 @@ def test_cells_that_are_there_twice_are_on_one_side_of_a_split(tmp_path, by, cap
     adata.obs_names = ["ACGTACGTAC" + "".join("ACGT"[i // 4**k % 4] for k in range(4)) for i in range(100)]
     adata.obs["donor"] = [f"d{i % 10}" for i in range(100)]
     store = CellStore.build(tmp_path / "s", adata, obs=["donor"], report=False)
-    assert np.array_equal(store.twins(), np.arange(100)) and "cells have barcode" not in caplog.text
+    assert np.array_equal(store.twins(), np.arange(100)) and "cells have the barcode" not in caplog.text
     twins = adata[10:40].copy()
     twins.obs_names = [f"run2_{name}-1" for name in twins.obs_names]
     other = adata[40:60].copy()  # barcodes of the list again, and other cells
@@ -265,7 +265,7 @@ def test_cells_that_are_there_twice_are_on_one_side_of_a_split(tmp_path, by, cap
         barcodes = [{name.split("_")[-1].split("-")[0] for name in split[side].obs_names} for side in split]
         assert not barcodes[0] & barcodes[1] & set(adata.obs_names[10:40])
         assert len(split["train"]) + len(split["test"]) == 150 and 15 <= len(split["test"]) <= 50
-        assert "30 of 150 cells have barcode and counts of another one" in caplog.text
+        assert "30 of 150 cells have the barcode and counts of another cell" in caplog.text
     if by is None:
         assert barcodes[0] & barcodes[1]  # equal barcodes alone are no twins
 
@@ -282,7 +282,7 @@ def test_a_split_by_donor_divides_no_donor(tmp_path):
     plain = store.train_test_split(0.25)
     assert (len(plain["train"]), len(plain["test"])) == (150, 50)
     assert not set(plain["train"].obs.index) & set(plain["test"].obs.index)
-    with pytest.raises(ValueError, match="No obs column 'batch'; there are donor, cell_type"):
+    with pytest.raises(ValueError, match="No obs column 'batch'; available: donor, cell_type"):
         store.train_test_split(by="batch")
     with pytest.raises(ValueError, match="same 'donor'"):
         store.select(np.flatnonzero(store.obs["donor"] == "d1")).train_test_split(by="donor")
@@ -301,7 +301,7 @@ def test_every_column_of_any_source_is_kept_where_all_are_asked_for(tmp_path, ca
         store.obs["batch"].astype(object).where(store.obs["batch"].notna(), None).tolist()[-5:] == ["y"] + [None] * 4
     )
     np.testing.assert_array_equal(store.obs["score"], [np.nan] * 5 + [0.5, np.nan, 1.5, 2.5])
-    assert "'odd' has other types" in caplog.text and "genes is left out" in caplog.text
+    assert "'odd' has different types" in caplog.text and "genes is left out" in caplog.text
 
 
 # ---------------------------------------------------------------------- batches
@@ -424,7 +424,7 @@ def test_a_full_disk_is_told_and_the_older_store_stays(small_disk, tmp_path):
         [sys.executable, "-c", FULL, small_disk / "s", tmp_path / "big.h5ad"], capture_output=True, text=True
     )
     assert run.returncode == 3, run.stderr
-    assert "told:" in run.stdout and "no space for the store" in run.stdout and "Make room" in run.stdout
+    assert "told:" in run.stdout and "no space for the store" in run.stdout and "Free some space" in run.stdout
     np.testing.assert_array_equal(dense(CellStore(small_disk / "s")), expected)
     CellStore(small_disk / "s").verify()
 

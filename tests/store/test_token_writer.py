@@ -174,13 +174,13 @@ def test_obs_columns_that_cannot_be_copied(tmp_path, adata, caplog):
     adata.obs["length"] = 1.5
     store = CellStore.build(tmp_path / "s", adata, obs="all")
     tokenizer = GeneTokenizer.from_store(store)
-    with pytest.raises(ValueError, match="No obs column 'donor' in the store; there are cell_type, age, length"):
+    with pytest.raises(ValueError, match="No obs column 'donor' in the store; available: cell_type, age, length"):
         store.tokenize(tokenizer, tmp_path / "t", obs=["donor"])
     with pytest.raises(ValueError, match="'length': the tokens use this name"):
         store.tokenize(tokenizer, tmp_path / "t", obs=["length"])
     assert not (tmp_path / "t").exists() and not (tmp_path / ".t.building").exists()
     dataset = store.tokenize(tokenizer, tmp_path / "t", obs="all")
-    assert dataset.column_names[4:] == ["cell_type", "age"] and "length is left out" in caplog.text
+    assert dataset.column_names[4:] == ["cell_type", "age"] and "length is not copied" in caplog.text
     assert_holds(dataset, store, tokenizer)
 
 
@@ -556,7 +556,7 @@ def test_a_tokenizer_of_other_genes_is_told(store, tmp_path):
 
 def test_a_store_that_was_replaced_is_told(store, tokenizer, tmp_path, adata):
     CellStore.build(store.path, adata[:30].copy(), overwrite=True)
-    with pytest.raises(ValueError, match="was replaced since"):
+    with pytest.raises(ValueError, match="was replaced after"):
         store.tokenize(tokenizer, tmp_path / "t")
 
 
@@ -595,7 +595,7 @@ def test_a_full_disk_is_told_and_the_older_dataset_stays(store, tokenizer, tmp_p
         )
         assert run.returncode == 3, run.stderr
         assert "told:" in run.stdout and "no space for the tokens" in run.stdout
-        assert f"left at {folder / '.t.building'}. Make room and call tokenize again" in run.stdout
+        assert f"left at {folder / '.t.building'}. Free some space and call tokenize again" in run.stdout
         assert_holds(load_from_disk(str(folder / "t")), store, tokenizer)
     finally:
         if limit == "disk":

@@ -588,7 +588,7 @@ def test_bad_input_raises_and_changes_nothing(tokenizer):
         ({}, "nothing to add"),
         ({"genes": "ENSG1"}, "genes is a list of names, got 'ENSG1'"),
         ({"phenotypes": {"tissue": "lung"}}, r"phenotypes\['tissue'\] is a list of names, got 'lung'"),
-        ({"genes": ["x", "x"]}, "occur twice"),
+        ({"genes": ["x", "x"]}, "are repeated"),
         ({"genes": ["x"], "medians": {"x": 1}}, 'medians are settings of the other scheme, and this is "binned"'),
         ({"genes": ["x"], "bin_edges": [1]}, "the same bin_edges for all genes"),
         ({"phenotypes": {"tissue": ["a b", "a_b"]}}, r"both become \[a_b\]"),

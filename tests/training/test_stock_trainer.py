@@ -128,12 +128,12 @@ def test_chains_of_stores_that_differ_are_refused(adata, tmp_path):
     tokenizer = GeneTokenizer.from_store(first)
     chain = ConcatDataset([first, second])
     batch = [chain[29], chain[30]]
-    with pytest.raises(ValueError, match="neither categories nor numbers"):  # which name is class 0?
+    with pytest.raises(ValueError, match="must hold categories or numbers"):  # which name is class 0?
         DataCollatorForCellClassification(tokenizer, "cell_type")(batch)
     fewer = CellStore.build(tmp_path / "fewer", adata[:, 1:].copy(), obs=["cell_type"], report=False)
     without = CellStore.build(tmp_path / "without", adata, report=False)
     for other, words in ((fewer, "differ in their genes"), (without, "differ in their obs columns")):
-        with pytest.raises(ValueError, match=f"{words}: make one of them"):
+        with pytest.raises(ValueError, match=f"{words}: merge them"):
             DataCollatorForPhenotypicMLM(tokenizer)([first[0], other[0]])
 
 

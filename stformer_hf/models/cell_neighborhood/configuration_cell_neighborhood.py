@@ -19,19 +19,19 @@ AUTO_MAP = {
 
 @strict
 class CellNeighborhoodConfig(PreTrainedConfig):
-    r"""Configuration of the CellNeighborhood models: the cells around a masked cell in, its counts out.
+    r"""Configuration of the CellNeighborhood models, which predict a masked cell's counts from the cells around it.
 
-    The defaults are those of the paper (CellTransformer), but for the numbers of genes and cell types.
+    The defaults are those of the paper (CellTransformer), except for the numbers of genes and cell types.
 
     Parameters
     ----------
     n_genes : int, default: 1
-        Number of columns of the expression.
+        Number of genes (columns of the expression).
     n_cell_types : int, default: 1
-        Number of cell types, which are numbered from 0.
+        Number of cell types; they are numbered from 0.
     hidden_size, num_attention_heads, intermediate_size : int
-        Width of the transformer layers, their heads and their feed-forward blocks. Half of a cell's token is its type,
-        half its expression, so `hidden_size` is even.
+        Width of the transformer layers, number of their heads, width of their feed-forward blocks. One half of a
+        cell's token is its type, the other its expression, so `hidden_size` must be even.
     encoder_layers, decoder_layers : int, default: 4
         Layers over the cells of a neighbourhood, and over the pooled neighbourhood and the masked cell.
     hidden_act : str, default: "gelu"
@@ -39,40 +39,40 @@ class CellNeighborhoodConfig(PreTrainedConfig):
     hidden_dropout_prob, attention_probs_dropout_prob : float, default: 0.0
         Dropout after attention and feed-forward blocks, and on attention weights.
     likelihood : {"zinb", "nb"}, default: "zinb"
-        How counts are distributed: negative binomial, with excess zeros or without.
+        Distribution of the counts: negative binomial, with zero inflation or without.
     apply_log1p : bool, default: True
-        Whether the model takes log1p of the observed expression. True where batches hold counts, as those of a sampler
-        with `normalize=None`. False where the observed expression is log1p already. The masked cell's expression is
-        to be counts in both cases: it is what the likelihood is of.
+        Whether the model applies log1p to the observed expression. Use True if batches hold counts, as those of a
+        sampler with `normalize=None` do, and False if the observed expression is log1p already. The masked cell's
+        expression must be counts in both cases, since the likelihood is that of counts.
     use_expression : bool, default: True
         Whether the token of a cell reads its expression.
     cell_embedding_size : int, default: 0
-        Size of an embedding of each observed cell, such as a GeneBert model's, which its token reads beside its
-        expression, or in place of it with `use_expression=False`. 0 for none.
+        Size of an embedding of each observed cell, such as one by a GeneBert model, that its token reads in addition
+        to its expression, or instead of it with `use_expression=False`. 0 for none.
     gene_ids, cell_types : list of str, optional
-        What the columns and the types are, for those who use the model on other data.
+        Names of the columns and of the cell types, for use of the model on other data.
     neighborhood : dict, optional
-        How the neighbourhoods were made that it learnt from: options of `CenterMaskSampler` such as `patch_size`,
-        `shape`, `k_nearest` and `max_num_cells`. Those who use the model take them by default.
+        How the training neighbourhoods were made: options of `CenterMaskSampler` such as `patch_size`, `shape`,
+        `k_nearest` and `max_num_cells`. They are the defaults when the model is used.
     section_key : str, optional
-        Column of obs of the tissue sections that it learnt from. These four are written by `CellTrainer` where they
-        are None, from the sampler of the training cells.
+        Column of obs with the tissue section of the training cells. If these four are None, `CellTrainer` sets them
+        from the sampler of the training cells.
     initializer_range : float, default: 0.02
         Standard deviation of the normal initialisation.
     layer_norm_eps : float, default: 1e-5
         Epsilon of every LayerNorm.
     tie_word_embeddings : bool, default: False
-        There is nothing to tie.
+        Has no effect, since there is nothing to tie.
 
     Notes
     -----
-    CellTransformer (brainformr), Lee et al.: sampler, masks and model as its documents describe them.
+    CellTransformer (brainformr), Lee et al.: sampler, masks and model follow its documentation.
     """
 
     model_type = "cell_neighborhood"
     _auto_class = "AutoConfig"
     attribute_map = {"num_hidden_layers": "encoder_layers"}
-    # What Trainer gathers as predictions is the expected counts alone.
+    # Trainer gathers only the expected counts as predictions.
     keys_to_ignore_at_inference = [
         "mean",
         "dispersion",
@@ -83,7 +83,7 @@ class CellNeighborhoodConfig(PreTrainedConfig):
         "hidden_states",
         "attentions",
     ]
-    # Called after a configuration is made; see `GeneBertConfig.on_init`.
+    # Called after a configuration is created; see `GeneBertConfig.on_init`.
     on_init: ClassVar[Callable[[], None] | None] = None
 
     n_genes: int = 1
@@ -113,37 +113,37 @@ class CellNeighborhoodConfig(PreTrainedConfig):
         self.auto_map = dict(AUTO_MAP)
         for name in ("n_genes", "n_cell_types", "encoder_layers", "decoder_layers"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}.")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.hidden_size % 2 or self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size is even and a multiple of num_attention_heads {self.num_attention_heads}, "
+                f"hidden_size must be even and a multiple of num_attention_heads {self.num_attention_heads}, "
                 f"got {self.hidden_size}."
             )
         if self.likelihood not in ("nb", "zinb"):
-            raise ValueError(f'likelihood is "nb" or "zinb", got {self.likelihood!r}.')
+            raise ValueError(f'likelihood must be "nb" or "zinb", got {self.likelihood!r}.')
         if self.cell_embedding_size < 0 or not (self.use_expression or self.cell_embedding_size):
             raise ValueError(
-                "A cell's token reads its expression (use_expression=True), an embedding of the cell "
+                "A cell's token must read its expression (use_expression=True), an embedding of the cell "
                 f"(cell_embedding_size, got {self.cell_embedding_size}), or both."
             )
         for name, size in (("gene_ids", self.n_genes), ("cell_types", self.n_cell_types)):
             given = getattr(self, name)
             if given is not None and len(given) != size:
-                raise ValueError(f"There are {len(given)} {name}, and the model has {size}.")
+                raise ValueError(f"There are {len(given)} {name}, but the model has {size}.")
         if self.on_init is not None:
             type(self).on_init()
 
     @classmethod
     def from_size(cls, size: str, **kwargs) -> "CellNeighborhoodConfig":
-        """Make the configuration of a named size.
+        """Create a configuration of a named size.
 
         Parameters
         ----------
         size : {"tiny", "base"}
-            (encoder and decoder layers, hidden size): (2 + 2, 64), (4 + 4, 384). tiny is initialised at hidden
-            size ** -0.5 instead of 0.02.
+            (encoder and decoder layers, hidden size): (2 + 2, 64), (4 + 4, 384). tiny is initialised with standard
+            deviation hidden size ** -0.5 instead of 0.02.
         **kwargs
-            Any other field, such as `n_genes` and `n_cell_types`; overrides what the size gives.
+            Any other field, such as `n_genes` and `n_cell_types`; overrides the values of the size.
 
         Returns
         -------
@@ -152,10 +152,10 @@ class CellNeighborhoodConfig(PreTrainedConfig):
         Raises
         ------
         ValueError
-            Unknown size.
+            The size is unknown.
         """
         if size not in SIZES:
-            raise ValueError(f"size is one of {', '.join(SIZES)}, got {size!r}.")
+            raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}.")
         encoder_layers, decoder_layers, heads, hidden, intermediate = SIZES[size]
         fields = {
             "encoder_layers": encoder_layers,

@@ -1,4 +1,4 @@
-"""Distributions of counts: negative binomial with or without excess zeros, a head for them, Pearson r a cell."""
+"""Distributions of counts: negative binomial with or without zero inflation, a head for them, Pearson r per cell."""
 
 import math
 from typing import NamedTuple
@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.nn.functional import logsigmoid
 
-# Bounds of the log dispersion that the head gives. Beyond them a count is as good as Poisson, or as good as 0.
+# Bounds of the log dispersion that the head returns. Beyond them a count is practically Poisson, or practically 0.
 MAX_LOG_DISPERSION = 12.0
 
 
 def _widen(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Cast to 64 bits, where the device has them: differences of log gamma lose most digits of 32."""
+    """Cast to float64 if the device has it: differences of log gamma lose most digits in float32."""
     dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
     return [tensor.to(dtype) for tensor in tensors]
 
@@ -32,7 +32,7 @@ def nb_log_likelihood(counts: torch.Tensor, log_mean: torch.Tensor, log_dispersi
     Returns
     -------
     Tensor (…)
-        In nats, of the type of `log_mean`; computed in 64 bits.
+        In nats, in the dtype of `log_mean`; computed in float64.
 
     Notes
     -----
@@ -63,7 +63,7 @@ def zinb_log_likelihood(
     Returns
     -------
     Tensor (…)
-        In nats, of the type of `log_mean`; computed in 64 bits.
+        In nats, in the dtype of `log_mean`; computed in float64.
 
     Notes
     -----
@@ -75,14 +75,14 @@ def zinb_log_likelihood(
 
 
 class CountDistribution(NamedTuple):
-    """Distributions of the counts of B cells in G genes, one each.
+    """Distributions of the counts of B cells in G genes.
 
     Attributes
     ----------
     log_mean, log_dispersion : float32 Tensor (B, G)
-        Of the negative binomials.
+        Parameters of the negative binomials.
     gate_logits : float32 Tensor (B, G) or None
-        Log odds of an excess zero; None for negative binomials without.
+        Log odds of an excess zero; None for negative binomials without zero inflation.
     """
 
     log_mean: torch.Tensor
@@ -90,22 +90,22 @@ class CountDistribution(NamedTuple):
     gate_logits: torch.Tensor | None
 
     def log_likelihood(self, counts: torch.Tensor) -> torch.Tensor:
-        """Log likelihood (B, G) of counts (B, G), in nats."""
+        """Return the log likelihood (B, G) of counts (B, G), in nats."""
         if self.gate_logits is None:
             return nb_log_likelihood(counts, self.log_mean, self.log_dispersion)
         return zinb_log_likelihood(counts, self.log_mean, self.log_dispersion, self.gate_logits)
 
     def expected(self) -> torch.Tensor:
-        """Give the counts (B, G) to expect: the mean, less the excess zeros."""
+        """Return the expected counts (B, G): the mean times the probability of no excess zero."""
         mean = self.log_mean.exp()
         return mean if self.gate_logits is None else mean * torch.sigmoid(-self.gate_logits)
 
 
 class CountHead(nn.Module):
-    r"""Distribution of each gene's counts from a state, by a linear layer a parameter.
+    r"""Distribution of each gene's counts from a state, with one linear layer per parameter.
 
     The mean is the exponential of a linear layer. It is not a share (softmax) times a library size: the total of a
-    masked cell is part of what is to be predicted, and a head that is told it sees the answer.
+    masked cell is part of the prediction, and a head that reads it would see part of the answer.
 
     Parameters
     ----------
@@ -120,23 +120,23 @@ class CountHead(nn.Module):
         self.gate_logits = nn.Linear(hidden_size, n_genes) if likelihood == "zinb" else None
 
     def forward(self, states: torch.Tensor) -> CountDistribution:
-        """Distributions of B cells from states (B, hidden_size)."""
+        """Return the distributions of B cells from states (B, hidden_size)."""
         log_dispersion = self.log_dispersion(states).float().clamp(-MAX_LOG_DISPERSION, MAX_LOG_DISPERSION)
         gate_logits = None if self.gate_logits is None else self.gate_logits(states).float()
         return CountDistribution(self.log_mean(states).float(), log_dispersion, gate_logits)
 
     @torch.no_grad()
     def start_at(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
-        """Let an untrained head predict what is known of the genes, whatever the state.
+        """Initialise the head so that it predicts the given mean and variance of each gene for any state.
 
-        Its weights become 0, and its biases those of negative binomials of this mean and variance, with an excess
-        zero in twenty. By small steps from elsewhere it comes there late: 1,000 steps of Adam at 1e-3 move a log mean
-        by at most 1.
+        The weights are set to 0, and the biases to negative binomials with this mean and variance and 5 % excess
+        zeros. Training would take long to get there from another start: 1,000 steps of Adam at 1e-3 move a log mean by
+        at most 1.
 
         Parameters
         ----------
         mean, variance : Tensor (n_genes,)
-            Of the training cells' counts. Means below 1e-4 are taken as that.
+            Mean and variance of the training cells' counts. Means are clipped to at least 1e-4.
         """
         mean = mean.double().clamp_min(1e-4)
         # The variance of a negative binomial is mean + mean ** 2 / dispersion.
@@ -150,18 +150,18 @@ class CountHead(nn.Module):
 
 
 def check_counts(counts: torch.Tensor, name: str) -> None:
-    """Check that a likelihood is asked of counts. Not looked at on a GPU, which would have to wait for the answer.
+    """Check that values are counts. Skipped on a GPU, since it would have to synchronise.
 
     Parameters
     ----------
     counts : Tensor
     name : str
-        What the error calls it.
+        Name of the tensor in the error.
 
     Raises
     ------
     ValueError
-        NaN, infinite, negative or fractional values.
+        Values are NaN, infinite, negative or fractional.
     """
     if (
         counts.device.type != "cpu"
@@ -173,27 +173,27 @@ def check_counts(counts: torch.Tensor, name: str) -> None:
         "NaN or infinite" if not torch.isfinite(counts).all() else "negative" if (counts < 0).any() else "fractional"
     )
     raise ValueError(
-        f"{name} holds {unfit} values, and the likelihood is of counts. Make batches of counts (a sampler with "
-        "normalize=None); the model takes log1p of what it reads itself (config.apply_log1p=True)."
+        f"{name} holds {unfit} values, but the likelihood needs counts. Pass batches of counts (a sampler with "
+        "normalize=None); the model applies log1p to its input itself (config.apply_log1p=True)."
     )
 
 
 def pearson_r(predicted: torch.Tensor, observed: torch.Tensor) -> torch.Tensor:
-    """Pearson correlation of each cell's predicted and observed expression, over its genes.
+    """Compute the Pearson correlation of each cell's predicted and observed expression over its genes.
 
     Parameters
     ----------
     predicted, observed : Tensor (B, G)
-        On the same scale, such as counts or their log1p.
+        Expression on the same scale, such as counts or their log1p.
 
     Returns
     -------
     Tensor (B,)
-        float64 (float32 on devices that have no 64 bits). NaN where one of the two is the same for all genes: r is not
-        defined there, as in a cell without counts.
+        float64 (float32 on devices without float64). NaN if one of the two is constant over the genes, as in a cell
+        without counts, since r is not defined there.
     """
     a, b = (part - part.mean(-1, keepdim=True) for part in _widen(predicted, observed))
-    # A constant row may leave rounding errors of its mean behind, and r would be noise.
+    # In a constant row rounding errors of the mean may remain, and r would be noise.
     varies = (predicted != predicted[..., :1]).any(-1) & (observed != observed[..., :1]).any(-1)
     r = nn.functional.cosine_similarity(a, b, dim=-1, eps=0.0)
     return torch.where(varies, r, torch.nan)

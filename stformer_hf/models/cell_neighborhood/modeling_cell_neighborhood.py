@@ -1,6 +1,7 @@
-"""CellNeighborhood models: the cells around a masked cell in, embeddings of the neighbourhood and its counts out.
+"""CellNeighborhood models: embeddings of a neighbourhood, and a masked cell's counts, from the cells around it.
 
-Encoder over the cells of each neighbourhood, attention pooling, decoder on the pooled state and the masked type.
+An encoder over the cells of each neighbourhood, attention pooling, and a decoder on the pooled state and the type of
+the masked cell.
 """
 
 from collections import Counter
@@ -24,15 +25,15 @@ from .count_likelihoods import CountHead, check_counts
 
 @dataclass
 class CellNeighborhoodModelOutput(ModelOutput):
-    """What `CellNeighborhoodModel` gives for N cells in B neighbourhoods.
+    """Output of `CellNeighborhoodModel` for N cells in B neighbourhoods.
 
     Attributes
     ----------
     neighborhood_embedding : Tensor (B, hidden)
-        The pooled neighbourhood. It has seen the cells around the masked cell, and nothing of the masked cell itself.
+        The pooled neighbourhood, computed from the cells around the masked cell, without the masked cell itself.
     typed_neighborhood_embedding : Tensor (B, hidden), optional
-        The decoder's state of the masked cell: what its type and its neighbourhood tell together, and what its counts
-        are predicted from. None where no type was given.
+        The decoder's state of the masked cell, computed from its type and its neighbourhood; its counts are predicted
+        from this state. None if no type was given.
     last_hidden_state : Tensor (N, hidden)
         The encoder's state of each cell.
     hidden_states : tuple of Tensor (N + B, hidden), optional
@@ -50,16 +51,16 @@ class CellNeighborhoodModelOutput(ModelOutput):
 
 @dataclass
 class CellNeighborhoodForMaskedCellOutput(ModelOutput):
-    """What `CellNeighborhoodForMaskedCell` gives for B masked cells and G genes.
+    """Output of `CellNeighborhoodForMaskedCell` for B masked cells and G genes.
 
     Attributes
     ----------
     loss : Tensor ()
-        Mean negative log likelihood of the masked cells' counts, in nats a gene.
+        Mean negative log likelihood of the masked cells' counts, in nats per gene.
     expected_counts : float32 Tensor (B, G)
-        The mean, less the excess zeros.
+        Expected counts: the mean times the probability of no excess zero.
     mean, dispersion : float32 Tensor (B, G)
-        Of the negative binomials; the variance is mean + mean ** 2 / dispersion.
+        Parameters of the negative binomials; the variance is mean + mean ** 2 / dispersion.
     gate : float32 Tensor (B, G), optional
         Probability of an excess zero; None with `likelihood="nb"`.
     neighborhood_embedding, typed_neighborhood_embedding, last_hidden_state, hidden_states, attentions
@@ -78,20 +79,20 @@ class CellNeighborhoodForMaskedCellOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
-# ---------------------------------------------------------------------- who attends to whom
+# ---------------------------------------------------------------------- attention patterns
 
 
 class Block(NamedTuple):
-    """Sequences of one length, side by side in a row of tokens; each attends to itself alone.
+    """Sequences of one length, side by side in a row of tokens; each attends only to itself.
 
     Attributes
     ----------
     count, queries, keys : int
         Number of sequences, and of queries and keys in each.
     mask : bool Tensor (1, 1, queries, keys) or None
-        True = may attend; every row is open somewhere. None where all is open.
+        True = may attend; every row has at least one True. None if everything may attend.
     closed : bool Tensor (queries, 1) or None
-        Queries that may attend to nothing, and get 0.
+        Queries that may attend to nothing; their output is 0.
     """
 
     count: int
@@ -102,21 +103,21 @@ class Block(NamedTuple):
 
 
 class Routes(NamedTuple):
-    """Who attends to whom, in the order of tokens in which attention costs least.
+    """Which token attends to which, with the tokens in the order that makes attention cheapest.
 
     Attributes
     ----------
     encoder, pooling, decoder : list of Block
     order : LongTensor (N + B,) or None
-        Which token (cells, then cls) stands where in the encoder; None where they stay as they are.
+        Token (cells, then cls) at each position of the encoder; None if the order is unchanged.
     place : LongTensor (N + B,) or None
-        Where each token stands.
+        Position of each token, the inverse of `order`.
     pooled_cells : LongTensor (N,) or None
-        Which cells are pooled, block after block; None for all tokens, as they are.
+        Cells to pool, block after block; None for all tokens in their order.
     pooled_place : LongTensor (B,) or None
-        Where each neighbourhood stands among the pooled.
+        Position of each neighbourhood among the pooled ones.
     partners : LongTensor (2 * B,) or None
-        To which token each of the decoder attends; None where its block says so.
+        Token that each decoder token attends to; None if the decoder's block defines it.
     """
 
     encoder: list[Block]
@@ -130,7 +131,7 @@ class Routes(NamedTuple):
 
 
 def _block_of(mask: torch.Tensor) -> Block:
-    """Make a block of a mask whose True = may not attend; rows that are wholly closed are opened and marked."""
+    """Make a block from a mask where True = may not attend; rows that are all True are opened, and marked closed."""
     closed = mask.all(-1, keepdim=True)
     return Block(1, *mask.shape, (~mask | closed)[None, None], closed)
 
@@ -138,12 +139,12 @@ def _block_of(mask: torch.Tensor) -> Block:
 def routes_of_masks(
     encoder_mask: torch.Tensor, pooling_mask: torch.Tensor, decoder_mask: torch.Tensor, n_cells: int
 ) -> Routes:
-    """Read the masks of a batch; see `CellNeighborhoodModel.forward`.
+    """Convert the masks of a batch to routes; see `CellNeighborhoodModel.forward`.
 
     Raises
     ------
     ValueError
-        Masks that are not bool, or of other shapes.
+        Masks are not bool, or have other shapes.
     """
     n_neighborhoods = len(pooling_mask)
     tokens = n_cells + n_neighborhoods
@@ -155,39 +156,39 @@ def routes_of_masks(
     for name, (mask, shape) in shapes.items():
         if mask.dtype != torch.bool or tuple(mask.shape) != shape:
             raise ValueError(
-                f"{name} is a bool tensor {shape} for {n_cells} cells in {n_neighborhoods} neighbourhoods, "
+                f"{name} must be a bool tensor {shape} for {n_cells} cells in {n_neighborhoods} neighbourhoods, "
                 f"True = may not attend; got {mask.dtype} {tuple(mask.shape)}."
             )
     return Routes(*([_block_of(mask)] for mask, _ in shapes.values()))
 
 
 def routes_of_packing(cu_seq_lens: torch.Tensor, lengths: Sequence[int] | None, n_cells: int) -> Routes:
-    """Group neighbourhoods of one length, so that attention takes a call a length, and no memory but its own.
+    """Group neighbourhoods by length, so that attention takes one call per length and needs no mask.
 
     Parameters
     ----------
     cu_seq_lens : int32 Tensor (B + 1,)
         Neighbourhood i has the cells `cu_seq_lens[i]:cu_seq_lens[i + 1]`.
     lengths : sequence of int (B,), optional
-        The same, on the host; saves a GPU from being waited for.
+        The same as lengths, on the host; avoids a synchronisation with the GPU.
     n_cells : int
 
     Raises
     ------
     ValueError
-        Lengths that do not fit each other, or the cells.
+        Lengths do not match each other, or the number of cells.
     """
     if lengths is None:
         lengths = cu_seq_lens.diff().tolist()
     n_neighborhoods = len(lengths)
     if len(cu_seq_lens) != n_neighborhoods + 1 or sum(lengths) != n_cells or min(lengths, default=0) < 0:
         raise ValueError(
-            f"cu_seq_lens has {len(cu_seq_lens) - 1} neighbourhoods, with {sum(lengths)} cells according to their "
-            f"{n_neighborhoods} lengths, and the batch has {n_cells} cells."
+            f"cu_seq_lens has {len(cu_seq_lens) - 1} neighbourhoods, the {n_neighborhoods} lengths add up to "
+            f"{sum(lengths)} cells, but the batch has {n_cells} cells."
         )
     if cu_seq_lens.device.type == "cpu" and not torch.compiler.is_compiling():
         if int(cu_seq_lens[0]) != 0 or cu_seq_lens.diff().tolist() != list(lengths):
-            raise ValueError("cu_seq_lens begins with 0 and rises by the lengths of the neighbourhoods; it does not.")
+            raise ValueError("cu_seq_lens must begin with 0 and increase by the lengths of the neighbourhoods.")
     own = torch.arange(n_neighborhoods, device=cu_seq_lens.device)
     by_length = cu_seq_lens.diff().argsort(stable=True)
     rank = by_length.argsort()
@@ -220,11 +221,11 @@ def eager_attention_forward(
     closed: torch.Tensor | None = None,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention written out; returns the attention weights as well.
+    """Compute softmax attention explicitly; also return the attention weights.
 
     The mask is bool, True = may attend. With `closed` (queries, 1) there is one sequence, whose weights are returned
-    as (heads, queries, keys); those of closed queries are 0. They are what the output is made of, so that gradients
-    reach them.
+    as (heads, queries, keys); those of closed queries are 0. The output is computed from the returned weights, so that
+    gradients reach them.
     """
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
@@ -254,21 +255,21 @@ class CellNeighborhoodAttention(nn.Module):
     def forward(
         self, queries: torch.Tensor, keys: torch.Tensor, blocks: list[Block]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend.
+        """Attend from queries to keys within each block.
 
         Parameters
         ----------
         queries : Tensor (n_queries, hidden)
         keys : Tensor (n_keys, hidden)
         blocks : list of Block
-            They lie one after the other in both.
+            Consecutive blocks of both.
 
         Returns
         -------
         Tensor (n_queries, hidden)
-            A query that may attend to nothing gets the bias of the last layer.
+            Output; the bias of the last layer for a query that may attend to nothing.
         Tensor (heads, n_queries, n_keys) or None
-            Attention weights, on the eager backend, of a single block with a mask.
+            Attention weights, only on the eager backend, for a single block with a mask.
         """
         heads = (self.config.num_attention_heads, self.head_dim)
         query = self.q_lin(queries).view(-1, *heads)
@@ -320,7 +321,7 @@ class CellNeighborhoodLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, blocks: list[Block], partners: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Apply the layer to tokens (T, hidden); `partners` (T,) says where the key of each query is, if elsewhere."""
+        """Apply the layer to tokens (T, hidden); `partners` (T,) are the keys of the queries, if not the tokens."""
         normed = self.attention_norm(hidden_states)
         attended, weights = self.attention(normed, normed if partners is None else normed[partners], blocks)
         hidden_states = hidden_states + self.dropout(attended)
@@ -329,10 +330,10 @@ class CellNeighborhoodLayer(GradientCheckpointingLayer):
 
 
 class CellTokens(nn.Module):
-    """Tokens of cells: half the embedding of the cell's type, half what is known of its expression.
+    """Tokens of cells: one half is the embedding of the cell's type, the other encodes its expression.
 
-    The second half is the sum of an MLP of the expression and of a linear layer on a given embedding of the cell, or
-    one of them. That of a masked cell is a learnt vector.
+    The second half is an MLP of the expression, a linear layer on a given embedding of the cell, or the sum of both.
+    For a masked cell it is a learnt vector.
     """
 
     def __init__(self, config: CellNeighborhoodConfig):
@@ -354,7 +355,7 @@ class CellTokens(nn.Module):
         expression: torch.Tensor | None,
         cell_embeds: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Tokens (N, hidden) of observed cells; see `CellNeighborhoodModel.forward`."""
+        """Return tokens (N, hidden) of observed cells; see `CellNeighborhoodModel.forward`."""
         parts = []
         if self.expression is not None:
             self._check("observed_expression", expression, (len(cell_types), self.config.n_genes), "n_genes")
@@ -369,7 +370,7 @@ class CellTokens(nn.Module):
         return torch.cat([self._embed_types(cell_types, "observed_cell_type"), sum(parts)], dim=-1)
 
     def masked(self, cell_types: torch.LongTensor) -> torch.Tensor:
-        """Tokens (B, hidden) of masked cells of types (B,)."""
+        """Return tokens (B, hidden) of masked cells with types (B,)."""
         types = self._embed_types(cell_types, "masked_cell_type")
         return torch.cat([types, self.masked_expression.expand(len(types), -1)], dim=-1)
 
@@ -379,7 +380,7 @@ class CellTokens(nn.Module):
             least, most = int(cell_types.min()), int(cell_types.max())
             if least < 0 or most >= known:
                 raise ValueError(
-                    f"{name} holds types from {least} to {most}, and the model knows 0 to {known - 1} (n_cell_types)."
+                    f"{name} holds types from {least} to {most}, but the model has 0 to {known - 1} (n_cell_types)."
                 )
         return self.cell_type_embeddings(cell_types)
 
@@ -387,14 +388,14 @@ class CellTokens(nn.Module):
     def _check(name: str, tensor: torch.Tensor | None, shape: tuple[int, int], field: str) -> None:
         if tensor is None or tuple(tensor.shape) != shape:
             found = "nothing" if tensor is None else tuple(tensor.shape)
-            raise ValueError(f"{name} is a tensor {shape} (cells, config.{field}), got {found}.")
+            raise ValueError(f"{name} must be a tensor {shape} (cells, config.{field}), got {found}.")
 
 
 class NeighborhoodPooling(nn.Module):
     """Attention of a learnt query over the cells of a neighbourhood, added to the state of its cls token.
 
-    Of a masked cell without neighbours there is but the cls token, which has seen nothing: all lonely cells get the
-    same learnt state.
+    A masked cell without neighbours has only the cls token, which has seen nothing, so all such cells get the same
+    learnt state.
     """
 
     def __init__(self, config: CellNeighborhoodConfig):
@@ -404,7 +405,7 @@ class NeighborhoodPooling(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, tokens: torch.Tensor, cls: torch.Tensor, routes: Routes) -> torch.Tensor:
-        """Pool encoded tokens (N + B, hidden), whose last are the cls (B, hidden), to (B, hidden)."""
+        """Pool encoded tokens (N + B, hidden), of which the last B are the cls tokens, to (B, hidden)."""
         cells = tokens if routes.pooled_cells is None else tokens[routes.pooled_cells]
         attended, _ = self.attention(self.query.expand(len(cls), -1), cells, routes.pooling)
         if routes.pooled_place is not None:
@@ -416,7 +417,7 @@ class NeighborhoodPooling(nn.Module):
 
 
 class CellNeighborhoodPreTrainedModel(PreTrainedModel):
-    """What all CellNeighborhood models share: configuration, initialisation, supported backends."""
+    """Base class of the CellNeighborhood models: configuration, initialisation, supported backends."""
 
     config: CellNeighborhoodConfig
     config_class = CellNeighborhoodConfig
@@ -425,7 +426,7 @@ class CellNeighborhoodPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["CellNeighborhoodLayer"]
     _supports_sdpa = True
-    # A checkpoint with the head where none is wanted is no surprise. A head that is missing is told.
+    # A checkpoint may have a head that the model lacks, without a warning; a missing head is reported.
     _keys_to_ignore_on_load_unexpected = [r"^count_head\."]
 
     @torch.no_grad()
@@ -441,7 +442,7 @@ class CellNeighborhoodPreTrainedModel(PreTrainedModel):
 
 
 class CellNeighborhoodModel(CellNeighborhoodPreTrainedModel):
-    """Encoder, pooling and decoder, no head: embeddings of neighbourhoods."""
+    """Encoder, pooling and decoder without a head: embeddings of neighbourhoods."""
 
     _auto_class = "AutoModel"
 
@@ -457,7 +458,7 @@ class CellNeighborhoodModel(CellNeighborhoodPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """Embedding of the cell types."""
+        """Return the embedding of the cell types."""
         return self.tokens.cell_type_embeddings
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
@@ -480,38 +481,38 @@ class CellNeighborhoodModel(CellNeighborhoodPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CellNeighborhoodModelOutput | tuple[torch.Tensor, ...]:
-        """Embed B neighbourhoods of N cells together.
+        """Embed B neighbourhoods with N cells in total.
 
-        A batch comes with dense masks or packed, and gives the same numbers. Masks take memory of (N + B) ** 2, the
-        packed form of N.
+        A batch has either dense masks or packed sequences; the results are the same. Masks take (N + B) ** 2 memory,
+        the packed form N.
 
         Parameters
         ----------
         observed_expression : Tensor (N, G)
-            Of the cells around the masked ones, neighbourhood after neighbourhood. Counts, or what
-            `config.apply_log1p` says.
+            Expression of the cells around the masked ones, neighbourhood after neighbourhood: counts, or log1p values
+            with `config.apply_log1p=False`.
         observed_cell_type : LongTensor (N,)
         masked_cell_type : LongTensor (B,), optional
-            Without it there is no typed embedding, and the decoder does not run.
+            Without it the decoder does not run, and there is no typed embedding.
         cu_seq_lens : int32 Tensor (B + 1,), optional
-            Of a packed batch: neighbourhood i has the cells `cu_seq_lens[i]:cu_seq_lens[i + 1]`.
+            Packed batches: neighbourhood i has the cells `cu_seq_lens[i]:cu_seq_lens[i + 1]`.
         encoder_mask : bool Tensor (N + B, N + B), optional
-            Of a masked batch. True = may not attend. Tokens are the cells, then the cls token of each neighbourhood.
+            Masked batches: True = may not attend. Tokens are the cells, then the cls token of each neighbourhood.
         pooling_mask : bool Tensor (B, N + B), optional
-            Which of these tokens each neighbourhood is pooled from. A row that is wholly closed, a cell without
-            neighbours, takes nothing but its cls token.
+            Masked batches: True for tokens that are not pooled into a neighbourhood. A row of all True (a cell without
+            neighbours) uses only its cls token.
         decoder_mask : bool Tensor (2B, 2B), optional
-            Tokens are the pooled neighbourhoods, then the masked cells. As collated, a neighbourhood and its masked
-            cell each attend to the other alone, with a weight of 1.
+            Masked batches: tokens are the pooled neighbourhoods, then the masked cells. As collated, a neighbourhood
+            and its masked cell attend only to each other, with weight 1.
         observed_neighboorhood_lens : list of int (B,), optional
-            Lengths of the neighbourhoods; saves a packed batch on a GPU from being waited for.
+            Lengths of the neighbourhoods; avoids a synchronisation with the GPU for a packed batch.
         cell_embeds : Tensor (N, cell_embedding_size), optional
-            An embedding of each observed cell, for a model with `config.cell_embedding_size`. Computed beforehand it
-            is frozen; gradients flow into what computed it with a graph.
+            An embedding of each observed cell, for a model with `config.cell_embedding_size`. Gradients flow into it
+            if it has a graph; embeddings computed beforehand are frozen.
         output_hidden_states, output_attentions : bool, optional
-            Attentions are given by the eager backend, of a masked batch.
+            Attentions need the eager backend and a masked batch.
         **kwargs
-            Other keys of a batch, such as `segment_ids`, `seq_idx`, `full_mask` and `bs`, are not read.
+            Other keys of a batch, such as `segment_ids`, `seq_idx`, `full_mask` and `bs`, are ignored.
 
         Returns
         -------
@@ -520,8 +521,8 @@ class CellNeighborhoodModel(CellNeighborhoodPreTrainedModel):
         Raises
         ------
         ValueError
-            Both forms or neither; tensors whose shapes, types or lengths do not fit each other or the configuration;
-            cell types that the model does not know (looked at on a CPU); attentions where there are none.
+            Both forms are given, or neither; shapes, types or lengths of tensors do not match each other or the
+            configuration; cell types are unknown to the model (checked on a CPU only); attentions are not available.
         """
         if observed_cell_type is None:
             raise ValueError("observed_cell_type is missing.")
@@ -531,8 +532,8 @@ class CellNeighborhoodModel(CellNeighborhoodPreTrainedModel):
             (mask is None) != (masks[0] is None) for mask in masks
         ):
             raise ValueError(
-                "A batch has either cu_seq_lens (packed) or encoder_mask, pooling_mask and decoder_mask; "
-                "neither, both or a part was given."
+                "A batch needs either cu_seq_lens (packed) or encoder_mask, pooling_mask and decoder_mask; "
+                "got neither, both or only a part of them."
             )
         if cu_seq_lens is not None:
             routes = routes_of_packing(cu_seq_lens, observed_neighboorhood_lens, n_cells)
@@ -549,7 +550,7 @@ class CellNeighborhoodModel(CellNeighborhoodPreTrainedModel):
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_attentions and (cu_seq_lens is not None or self.config._attn_implementation != "eager"):
-            raise ValueError('Attentions are given of a batch with masks, by model.set_attn_implementation("eager").')
+            raise ValueError('Attentions need a batch with masks and model.set_attn_implementation("eager").')
 
         cells = self.tokens(observed_cell_type, observed_expression, cell_embeds)
         tokens = torch.cat([cells, self.cls_token.expand(n_neighborhoods, -1)])
@@ -573,7 +574,7 @@ class CellNeighborhoodModel(CellNeighborhoodPreTrainedModel):
     def _encode(
         self, tokens: torch.Tensor, routes: Routes, output_hidden_states: bool, output_attentions: bool
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
-        """Encode tokens (N + B, hidden); they come back in their order."""
+        """Encode tokens (N + B, hidden); return them in their original order."""
 
         def in_order(tokens: torch.Tensor) -> torch.Tensor:
             return tokens if routes.place is None else tokens[routes.place]
@@ -624,17 +625,17 @@ class CellNeighborhoodForMaskedCell(CellNeighborhoodPreTrainedModel):
             As in `CellNeighborhoodModel.forward`.
         masked_cell_type : LongTensor (B,)
         masked_expression : Tensor (B, G), optional
-            Counts of the masked cells, to predict: whole numbers, 0 or more, whatever `config.apply_log1p` says.
+            Counts of the masked cells, to predict: non-negative integers, regardless of `config.apply_log1p`.
         return_loss : bool, default: True
-            Whether to compute the loss, where there are counts.
+            Whether to compute the loss, if there are counts.
         num_items_in_batch : int or Tensor (), optional
-            Masked cells of the whole step, by which the loss is divided; those of `loss_mask` by default. `Trainer`
-            gives it.
+            Number of masked cells of the whole step, by which the loss is divided; those of `loss_mask` by default.
+            `Trainer` passes it.
         loss_mask : BoolTensor (B,), optional
-            Masked cells that are in the loss; all by default.
+            Masked cells that count in the loss; all by default.
         **kwargs
-            `cu_seq_lens`, or `encoder_mask`, `pooling_mask` and `decoder_mask`, and what else
-            `CellNeighborhoodModel.forward` takes.
+            `cu_seq_lens`, or `encoder_mask`, `pooling_mask` and `decoder_mask`, and other arguments of
+            `CellNeighborhoodModel.forward`.
 
         Returns
         -------
@@ -643,11 +644,11 @@ class CellNeighborhoodForMaskedCell(CellNeighborhoodPreTrainedModel):
         Raises
         ------
         ValueError
-            No type of the masked cells; a masked expression that is not counts (looked at on a CPU), or of another
-            shape; what `CellNeighborhoodModel.forward` raises.
+            The type of the masked cells is missing; the masked expression is not counts (checked on a CPU only), or
+            has another shape; and the errors of `CellNeighborhoodModel.forward`.
         """
         if masked_cell_type is None:
-            raise ValueError("masked_cell_type is missing: the counts of a masked cell are predicted from its type.")
+            raise ValueError("masked_cell_type is missing: a masked cell's type is needed to predict its counts.")
         outputs = self.cell_neighborhood(
             observed_expression=observed_expression,
             observed_cell_type=observed_cell_type,
@@ -660,7 +661,7 @@ class CellNeighborhoodForMaskedCell(CellNeighborhoodPreTrainedModel):
         if masked_expression is not None and return_loss:
             if masked_expression.shape != counts.log_mean.shape:
                 shape = tuple(counts.log_mean.shape)
-                raise ValueError(f"masked_expression is a tensor {shape}, got {tuple(masked_expression.shape)}.")
+                raise ValueError(f"masked_expression must be a tensor {shape}, got {tuple(masked_expression.shape)}.")
             check_counts(masked_expression, "masked_expression")
             of_cells = -counts.log_likelihood(masked_expression).mean(-1)
             if loss_mask is not None:

@@ -1,4 +1,4 @@
-"""Counts of cells, whatever holds them, as flat CSR arrays; and where in an AnnData the counts are."""
+"""Read the counts of cells from any container as flat CSR arrays, and find where the counts of an AnnData are."""
 
 import itertools
 import zlib
@@ -12,7 +12,7 @@ from .cell_tables import find_table, is_mudata, is_spatialdata
 from .gene_columns import GENES, ColumnNames, feature_types
 
 NEIGHBORS = "spatial_connectivities"  # where squidpy keeps the graph of the cells
-NO_COUNTS = "only zeros where it was looked at"
+NO_COUNTS = "only zeros in the part that was checked"
 
 
 class CountRows(NamedTuple):
@@ -23,7 +23,7 @@ class CountRows(NamedTuple):
     indptr : int64 array (n + 1,)
         Cell i has the entries `indptr[i]:indptr[i + 1]`.
     columns : int array (nnz,)
-        Columns, ascending in each cell, each once.
+        Columns, ascending in each cell, without duplicates.
     counts : array (nnz,)
         Counts; zeros are allowed.
     """
@@ -41,13 +41,13 @@ class Cells(NamedTuple):
     rows : CountRows
         Their counts.
     names : ColumnNames, or gene ids and symbols (n_columns,)
-        What the columns are called.
+        Names of the columns.
     obs : DataFrame, CellBatch, dict or None
-        Where phenotypes are looked up.
+        Source of the phenotypes.
     ids : int64 array (n,) or None
-        By which random choices are drawn, those of a store's cells; None: by a checksum of the counts.
+        Ids of a store's cells, from which random choices are drawn; None to draw them from a checksum of the counts.
     neighborhood : CountRows or None
-        For each cell, the sum of its neighbours' counts, over the same columns.
+        Summed counts of each cell's neighbours, over the same columns.
     """
 
     rows: CountRows
@@ -58,7 +58,7 @@ class Cells(NamedTuple):
 
 
 def is_cell_batch(cells) -> bool:
-    """Whether `cells` is what `CellStore.__getitems__` gives: CSR rows with the gene ids of their columns."""
+    """Return whether `cells` is a batch of `CellStore.__getitems__`: CSR rows with the gene ids of their columns."""
     return hasattr(cells, "indptr") and hasattr(cells, "gene_ids")
 
 
@@ -76,12 +76,12 @@ def read_cells(
     has_tables = is_mudata(cells) or is_spatialdata(cells)
     brings_its_own = has_tables or is_cell_batch(cells) or hasattr(cells, "var_names")
     if brings_its_own and not (genes is None and obs is None and neighborhood is None):
-        raise ValueError(f"genes=, obs= and neighborhood= go with a matrix; a {type(cells).__name__} brings its own.")
+        raise ValueError(f"genes=, obs= and neighborhood= are for a matrix; a {type(cells).__name__} has its own.")
     if is_cell_batch(cells):
         around = getattr(cells, "neighborhood", None)
         if with_neighborhood and around is None:
             raise ValueError(
-                "The tokenizer adds each cell's neighbourhood, and these cells come without: take them from "
+                "The tokenizer adds each cell's neighbourhood, but these cells have none: take them from "
                 "store.with_neighborhoods()."
             )
         return Cells(
@@ -99,14 +99,14 @@ def read_cells(
         if with_neighborhood:
             if NEIGHBORS not in adata.obsp:
                 raise ValueError(
-                    f"The tokenizer adds each cell's neighbourhood, and {name} has no obsp[{NEIGHBORS!r}]: make "
+                    f"The tokenizer adds each cell's neighbourhood, but {name} has no obsp[{NEIGHBORS!r}]: compute "
                     "it with stformer_hf.spatial_neighbors(adata), or with squidpy.gr.spatial_neighbors."
                 )
             around = csr_rows(sum_of_neighbors(adata.obsp[NEIGHBORS], matrix))
     elif hasattr(cells, "shape") and len(cells.shape) == 2:
         if with_neighborhood and neighborhood is None:
             raise ValueError(
-                "The tokenizer adds each cell's neighbourhood: pass the sums of its neighbours' counts, neighborhood=…"
+                "The tokenizer adds each cell's neighbourhood: pass its neighbours' summed counts, neighborhood=…"
             )
         if with_neighborhood:
             around = csr_rows(neighborhood)
@@ -119,13 +119,13 @@ def read_cells(
         n_names = len(names[0]) if isinstance(names, tuple) else len(names)
         if n_names != cells.shape[1]:
             raise ValueError(
-                f"The matrix has {cells.shape[1]} columns, and there are {n_names} gene ids for them."
+                f"The matrix has {cells.shape[1]} columns, but there are {n_names} gene ids for them."
                 " Pass genes=[…], the gene ids of its columns."
             )
         _require_counts(rows.counts, "the matrix", fractional)
     else:
         raise TypeError(
-            f"GeneTokenizer takes an AnnData, MuData or SpatialData, a matrix of counts or a CellBatch, not "
+            f"GeneTokenizer takes an AnnData, MuData or SpatialData, a matrix of counts or a CellBatch, got "
             f"{type(cells).__name__}. "
             "For token strings use convert_tokens_to_ids."
         )
@@ -138,17 +138,17 @@ def sum_of_neighbors(graph, matrix):
     Parameters
     ----------
     graph : sparse matrix (n, n)
-        What is stored is a neighbour, whatever its weight; a cell is not its own.
+        Every stored entry is a neighbour, whatever its weight; a cell is not its own neighbour.
     matrix : sparse or dense matrix (n, n_columns)
         Counts.
 
     Returns
     -------
     sparse or dense matrix (n, n_columns)
-        64 bits.
+        Sums, in a 64-bit type.
     """
     if not hasattr(graph, "tocoo"):
-        raise ValueError(f"The graph of the cells is a {type(graph).__name__}; a sparse matrix is needed.")
+        raise ValueError(f"The graph of the cells must be a sparse matrix, got {type(graph).__name__}.")
     graph = graph.tocoo()
     others = graph.row != graph.col
     graph = type(graph)((np.ones(others.sum()), (graph.row[others], graph.col[others])), shape=graph.shape).tocsr()
@@ -159,7 +159,7 @@ def sum_of_neighbors(graph, matrix):
 
 
 def csr_rows(matrix) -> CountRows:
-    """Rows of a sparse, dense or backed matrix; columns ascending, each once."""
+    """Return the rows of a sparse, dense or backed matrix, with columns ascending and without duplicates."""
     matrix = _in_memory(matrix)
     if hasattr(matrix, "tocsr"):
         if matrix.format not in ("csr", "csc"):
@@ -177,12 +177,12 @@ def csr_rows(matrix) -> CountRows:
 
 
 def _widen(matrix):
-    """Copy a matrix to values of 64 bits: sums of narrow ones would wrap."""
+    """Copy a matrix with values of 64 bits: sums of narrow ones would overflow."""
     return matrix.astype(np.float64 if matrix.dtype.kind == "f" else np.int64)
 
 
 def row_sums(rows: CountRows) -> np.ndarray:
-    """Total of each cell: float64 array (n,)."""
+    """Return the total of each cell, float64 array (n,)."""
     wide = np.float64 if rows.counts.dtype.kind == "f" else np.int64
     cuts = rows.indptr.tolist()
     sums = [rows.counts[start:stop].sum(dtype=wide) for start, stop in zip(cuts, cuts[1:], strict=False)]
@@ -197,7 +197,7 @@ def keep(mask: np.ndarray, indptr: np.ndarray, *arrays: np.ndarray) -> tuple[np.
 
 
 def checksums(rows: CountRows) -> np.ndarray:
-    """Compute a checksum of the counts above 0 of each cell: int64 array (n,), whatever their types."""
+    """Compute a checksum of the non-zero counts of each cell, int64 array (n,), independent of their types."""
     indptr, (genes, counts) = keep(rows.counts != 0, rows.indptr, rows.columns, rows.counts)
     both = np.stack([genes.astype(np.float64), counts.astype(np.float64)], axis=1)
     cuts = indptr.tolist()
@@ -210,9 +210,9 @@ def hide(rows: CountRows, cells: np.ndarray, genes: np.ndarray, n_genes: int) ->
     Parameters
     ----------
     rows : CountRows
-        Over genes, ascending in each cell; it stays as it is.
+        Counts over genes, ascending in each cell; not modified.
     cells, genes : int64 array (k,)
-        What to hide, in any order.
+        Pairs of cell and gene to hide, in any order.
     n_genes : int
         Number of all genes.
 
@@ -242,13 +242,13 @@ def pad_ragged(flat: np.ndarray, indptr: np.ndarray, length: int, value: int, si
     Parameters
     ----------
     flat : array (T,)
-        The rows, one after the other.
+        The rows, concatenated.
     indptr : int array (n + 1,)
         Row i is `flat[indptr[i]:indptr[i + 1]]`.
     length : int
         Number of columns; no row may be longer.
     value : int
-        What to pad with.
+        Padding value.
     side : {"right", "left"}, default: "right"
         Where the padding goes.
 
@@ -259,7 +259,7 @@ def pad_ragged(flat: np.ndarray, indptr: np.ndarray, length: int, value: int, si
     n_rows = len(indptr) - 1
     padded = np.full((n_rows, length), value, flat.dtype)
     to, rows = padded.reshape(-1), np.arange(n_rows)
-    # A copy a row takes half the time of an assignment by a mask.
+    # Copying row by row takes half the time of an assignment by a mask.
     begins = rows * length if side == "right" else (rows + 1) * length - np.diff(indptr)
     for start, stop, begin in zip(indptr.tolist(), indptr[1:].tolist(), begins.tolist(), strict=False):
         to[begin : begin + stop - start] = flat[start:stop]
@@ -270,9 +270,9 @@ def pad_ragged(flat: np.ndarray, indptr: np.ndarray, length: int, value: int, si
 
 
 def split_features(var, whole_var=None) -> dict[str, np.ndarray] | None:
-    """Find the columns of each feature type: {"Gene Expression" first: int64 array}; None where all are genes.
+    """Return the columns of each feature type, a dict to int64 arrays, "Gene Expression" first; None if all are genes.
 
-    Those of raw, which often has no feature types of its own, are told by `whole_var`, the var of X, name by name.
+    For raw, which often has no feature types of its own, they are looked up by name in `whole_var`, the var of X.
     """
     types = feature_types(var)
     if types is None and whole_var is not None and (known := feature_types(whole_var)) is not None:
@@ -285,7 +285,7 @@ def split_features(var, whole_var=None) -> dict[str, np.ndarray] | None:
 
 
 def _numbered(names) -> list[tuple[str, int]]:
-    """Tell names that repeat apart, as that of a gene and of its protein's antibody, by their order."""
+    """Return names with a running number for repeats, such as those of a gene and of its protein's antibody."""
     seen, numbered = Counter(), []
     for name in names:
         numbered.append((name, seen[name]))
@@ -294,7 +294,7 @@ def _numbered(names) -> list[tuple[str, int]]:
 
 
 def _find_counts(adata, layer: str | None, fractional: bool, name: str) -> tuple:
-    """Find the counts of an AnnData in memory, as `choose_counts` says: matrix, its rows, and its `var`."""
+    """Find the counts of an AnnData in memory by the rule of `choose_counts`: matrix, its rows, and its `var`."""
     found = {}
     for key, holder in (("X", adata), ("raw", getattr(adata, "raw", None))):
         if holder is not None and holder.X is not None:
@@ -324,24 +324,24 @@ def _find_counts(adata, layer: str | None, fractional: bool, name: str) -> tuple
     chosen = choose_counts({key: (lambda key=key: problem_in(key)) for key in found}, layer, name)
     problem = problem_in(chosen) if chosen not in read else check_counts(read[chosen][1].counts, fractional)[1]
     if problem not in (None, NO_COUNTS):
-        raise ValueError(f"{name}: counts are needed, and {chosen} holds {problem}. {_REMEDY}")
+        raise ValueError(f"{name}: counts are needed, but {chosen} holds {problem}. {_REMEDY}")
     return *read[chosen], found[chosen][1]
 
 
-_REMEDY = "Keep the raw counts in X, raw or a layer, and name it with layer=…; estimated counts need fractional=True."
+_REMEDY = "Put the raw counts into X, raw or a layer, and name it with layer=…; estimated counts need fractional=True."
 
 
 def choose_counts(problems: Mapping[str, Callable[[], str | None]], layer: str | None, source: str) -> str:
-    """Choose the matrix that holds the counts: the one asked for, else the first of X, raw and counts that does.
+    """Choose the matrix that holds the counts: the requested one, else the first of X, raw and counts that does.
 
     Parameters
     ----------
     problems : mapping of str to callable
-        For each matrix what is wrong with its values, None where nothing is; `NO_COUNTS` where it has none.
+        Function per matrix that returns what is wrong with its values, None if nothing is, `NO_COUNTS` if all are 0.
     layer : str, optional
         `X`, `raw`, the name of a layer, or a feature type.
     source : str
-        Named in errors.
+        Name of the source, for errors.
 
     Returns
     -------
@@ -350,11 +350,11 @@ def choose_counts(problems: Mapping[str, Callable[[], str | None]], layer: str |
     Raises
     ------
     ValueError
-        No such matrix; none of the three holds counts.
+        The requested matrix does not exist, or none of the three holds counts.
     """
     if layer is not None:
         if layer not in problems:
-            raise ValueError(f"{source} has no layer {layer!r}; it has {', '.join(problems) or 'no matrix'}.")
+            raise ValueError(f"{source} has no layer {layer!r}; available: {', '.join(problems) or 'no matrix'}.")
         return layer
     found = {}
     for candidate in ("X", "raw", "counts"):
@@ -371,13 +371,13 @@ def choose_counts(problems: Mapping[str, Callable[[], str | None]], layer: str |
 
 
 def check_counts(values: np.ndarray, fractional: bool) -> tuple[np.ndarray, str | None]:
-    """Check that values are counts: the values, floats as narrow integers if they are whole, and what is wrong.
+    """Check that values are counts; return them (whole floats as narrow integers) and what is wrong, or None.
 
     Parameters
     ----------
     values : array (nnz,)
     fractional : bool
-        Whether fractions are counts too (estimates of alevin, RSEM, SoupX, CellBender).
+        Whether fractions are allowed (estimates of alevin, RSEM, SoupX, CellBender).
     """
     kind = values.dtype.kind
     if kind in "ub" or not len(values):
@@ -389,7 +389,7 @@ def check_counts(values: np.ndarray, fractional: bool) -> tuple[np.ndarray, str 
         return values, f"{int((~np.isfinite(values)).sum())} NaN or infinite values"
     if least < 0:
         return values, f"negative values (as low as {least:g})"
-    if kind == "i" or fractional or float(most) >= 2**53:  # so large a count fits no store: told when it is written
+    if kind == "i" or fractional or float(most) >= 2**53:  # too large for any store: writing raises
         return values, None
     whole = values.astype(np.uint8 if most < 256 else np.uint16 if most < 65_536 else np.uint64)
     if not np.array_equal(whole, values):
@@ -400,7 +400,7 @@ def check_counts(values: np.ndarray, fractional: bool) -> tuple[np.ndarray, str 
 def _require_counts(values: np.ndarray, where: str, fractional: bool) -> None:
     problem = check_counts(values, fractional)[1]
     if problem:
-        raise ValueError(f"Counts are needed, and {where} holds {problem}.")
+        raise ValueError(f"Counts are needed, but {where} holds {problem}.")
 
 
 def _in_memory(matrix):
@@ -411,18 +411,18 @@ def _in_memory(matrix):
 
 
 def map_genes(rows: CountRows, column_genes: np.ndarray | None) -> CountRows:
-    """Rename columns to genes: unknown ones dropped, genes ascending, equal ones summed.
+    """Map columns to genes: drop unknown ones, sort genes in ascending order, sum duplicates.
 
     Parameters
     ----------
     rows : CountRows
     column_genes : int array (n_columns,) or None
-        Gene of each column, -1 where unknown; None where column j is gene j.
+        Gene of each column, -1 if unknown; None if column j is gene j.
 
     Returns
     -------
     CountRows
-        Over the genes.
+        Counts over the genes.
     """
     if column_genes is None:
         return rows

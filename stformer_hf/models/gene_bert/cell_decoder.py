@@ -1,19 +1,19 @@
-"""From `[CLS]` back to the counts of all genes."""
+"""Decode `[CLS]` to the counts of all genes."""
 
 import torch
 from torch import nn
 
 from .configuration_gene_bert import GeneBertConfig
 
-_MAX_LOG_DISPERSION = 12.0  # beyond it a count is as good as Poisson, or as good as 0
+_MAX_LOG_DISPERSION = 12.0  # beyond it a count is practically Poisson, or practically 0
 
 
 class CellDecoder(nn.Module):
     """Negative binomials of all genes from the state of a cell, by one linear layer.
 
-    The mean of a gene is its share of the counts, a softmax over the genes that are decoded, times their total in the
-    cell, which is given. The dispersion of a gene is the same in all cells. The weights begin at zero, so that an
-    untrained decoder gives every cell the shares that the bias holds.
+    The mean of a gene is its share of the counts, a softmax over the decoded genes, times the given total of these
+    genes in the cell. The dispersion of a gene is the same in all cells. The weights start at zero, so that an
+    untrained decoder predicts the shares of the bias for every cell.
 
     Notes
     -----

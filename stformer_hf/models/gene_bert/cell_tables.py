@@ -1,4 +1,4 @@
-"""Which table of a MuData or a SpatialData holds the cells: the one rule, for objects and for files."""
+"""Find the table of a MuData or SpatialData that holds the cells: one rule for objects and files."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -18,11 +18,11 @@ class CellTable(NamedTuple):
     table : AnnData
         The AnnData itself, a modality of a MuData or a table of a SpatialData; not a copy.
     obs : DataFrame
-        Its obs; for a modality, with the columns of the MuData's obs that it does not have itself.
+        Its obs; for a modality, joined with those columns of the MuData's obs that it lacks.
     layer : str or None
-        What is left of `layer`: the name of a layer of the table.
+        Rest of `layer`: the name of a layer of the table.
     name : str
-        For errors, such as `MuData, modality 'rna'`.
+        Name for errors, such as `MuData, modality 'rna'`.
     """
 
     table: Any
@@ -32,17 +32,17 @@ class CellTable(NamedTuple):
 
 
 def is_mudata(cells) -> bool:
-    """Whether `cells` is a MuData."""
+    """Return whether `cells` is a MuData."""
     return hasattr(cells, "mod") and hasattr(cells, "obsmap")
 
 
 def is_spatialdata(cells) -> bool:
-    """Whether `cells` is a SpatialData."""
+    """Return whether `cells` is a SpatialData."""
     return hasattr(cells, "tables") and hasattr(cells, "shapes")
 
 
 def find_table(cells, layer: str | None = None) -> CellTable:
-    """Find the table that holds the cells, as `choose_table` says; an AnnData is its own.
+    """Find the table that holds the cells by the rule of `choose_table`; an AnnData is its own table.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ def find_table(cells, layer: str | None = None) -> CellTable:
     Raises
     ------
     ValueError
-        No table, or several and no choice; see `choose_table`.
+        There is no table, or the choice is ambiguous; see `choose_table`.
     """
     if is_mudata(cells):
         kind, tables = "modality", cells.mod
@@ -77,18 +77,18 @@ def choose_table(
 ) -> tuple[str, str | None]:
     """Choose the modality or table that holds the cells.
 
-    The one that `layer` names. Otherwise, of modalities, the one whose features are genes; of several such, the one
-    called `rna`. Otherwise, of tables, the only one.
+    This is the one that `layer` names; else the modality whose features are genes, or among several the one called
+    `rna`; else the only table.
 
     Parameters
     ----------
     tables : mapping of str to callable
-        For each modality or table, reads its `var`.
+        Function per modality or table that reads its `var`.
     layer : str, optional
-        The name of one (`prot`), or of a layer of it (`prot:counts`); anything else is a layer of the table that is
-        chosen without it.
+        Name of a modality or table (`prot`), or of a layer in it (`prot:counts`); any other name is a layer of the
+        table that is chosen by default.
     source : str
-        Named in errors.
+        Name of the source, for errors.
     kind : {"modality", "table"}
 
     Returns
@@ -101,12 +101,12 @@ def choose_table(
     Raises
     ------
     ValueError
-        There is none, or no modality whose features are genes; several, and `layer` names none of them.
+        There is no table, or no modality whose features are genes; or there are several, and `layer` names none.
     """
     kinds = {"modality": "modalities", "table": "tables"}[kind]
     if not tables:
-        remedy = " Make one of its elements, as sdata.aggregate does." if kind == "table" else ""
-        raise ValueError(f"{source} has no {kind}, and so no counts of cells.{remedy}")
+        remedy = " Create one from its elements, for example with sdata.aggregate." if kind == "table" else ""
+        raise ValueError(f"{source} has no {kind}, so it has no counts of cells.{remedy}")
     for name in sorted(tables, key=len, reverse=True):
         if layer is not None and (layer == name or layer.startswith(f"{name}:")):
             return name, layer[len(name) + 1 :] or None
@@ -119,48 +119,48 @@ def choose_table(
         ]
         if not found:
             raise ValueError(
-                f"{source} has no modality whose features are genes; it has {there}. If one is meant, name it: "
+                f"{source} has no modality whose features are genes; it has {there}. To read one of them, name it: "
                 f"layer={next(iter(tables))!r}."
             )
         found = [name for name in found if name.lower() == "rna"] or found
     if len(found) > 1:
         raise ValueError(
-            f"{source} has {len(found)} {kinds} that may be meant: {', '.join(map(repr, found))}. Name one: "
+            f"{source} has {len(found)} {kinds} to choose from: {', '.join(map(repr, found))}. Name one: "
             f"layer={found[0]!r}, or a layer of it, such as layer='{found[0]}:counts'."
         )
     return found[0], layer
 
 
 def join_obs(obs, shared, modality: str):
-    """Add the columns of a MuData's obs to those of a modality, by the names of the cells.
+    """Add the columns of a MuData's obs to those of a modality, by cell name.
 
     Parameters
     ----------
     obs : DataFrame (n,)
-        Of the modality. Its own columns stay, under the MuData's name for them (`rna:n_counts`) too.
+        Obs of the modality. Its own columns win over the MuData's copies of them (`rna:n_counts`).
     shared : DataFrame
-        Of the MuData.
+        Obs of the MuData.
     modality : str
 
     Returns
     -------
     DataFrame (n,)
-        `obs` itself where there is nothing to add. Cells that the MuData does not know have missing values.
+        `obs` itself if there is nothing to add. Cells that are not in the MuData's obs get missing values.
     """
     new = [name for name in shared.columns if str(name).removeprefix(f"{modality}:") not in obs.columns]
     if not new:
         return obs
     if not shared.index.is_unique:
         logger.warning(
-            f"The MuData's obs columns {', '.join(map(repr, new))} are left out: its names of cells are not unique. "
+            f"The MuData's obs columns {', '.join(map(repr, new))} are left out: its cell names are not unique. "
             "Call mdata.obs_names_make_unique()."
         )
         return obs
     n_unknown = int((~obs.index.isin(shared.index)).sum())
     if n_unknown:
         logger.warning(
-            f"{n_unknown} of {len(obs)} cells of the modality {modality!r} are not in the MuData's obs, so that its "
-            "columns are missing for them. Call mdata.update()."
+            f"{n_unknown} of {len(obs)} cells of the modality {modality!r} are not in the MuData's obs, so its "
+            "columns have missing values for them. Call mdata.update()."
         )
     joined = obs.copy()
     for name in new:

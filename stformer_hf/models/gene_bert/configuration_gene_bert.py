@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 # layers, heads, hidden size, feed-forward size, attention dropout. base and large are PerturbGene's; tiny and small
-# are for a laptop: on a CPU attention dropout keeps sdpa from its fast kernel, and a step takes three times as long.
+# are for a laptop: on a CPU, attention dropout disables sdpa's fast kernel, and a step takes three times as long.
 SIZES = {
     "tiny": (2, 4, 128, 512, 0.0),
     "small": (6, 4, 256, 1024, 0.0),
@@ -15,7 +15,7 @@ SIZES = {
     "large": (24, 16, 1024, 4096, 0.1),
 }
 
-# Of a model whose `[CLS]` begins as the whole cell: at step 0 the encoder gives it as it is.
+# For a model whose `[CLS]` starts as the whole cell: at step 0 the encoder returns it unchanged.
 WHOLE_CELL = {
     "cell_embedding": True,
     "pre_norm": True,
@@ -49,62 +49,62 @@ class GeneBertConfig(PreTrainedConfig):
     r"""Configuration of the GeneBert models: a DistilBERT encoder over gene tokens.
 
     A token is the sum of two embeddings: its id (an expression bin, a phenotype value or a special token) and its
-    type (which gene, or which phenotype category). The defaults are PerturbGene's base model, without positions.
+    type (a gene, or a phenotype category). The defaults are PerturbGene's base model, without positions.
 
     Parameters
     ----------
     vocab_size : int, default: 6
         Number of token ids: special tokens, phenotype tokens and expression bins.
     type_vocab_size : int, default: 1
-        Number of token types: one for the special tokens, one a phenotype category, one a gene.
+        Number of token types: one for the special tokens, one per phenotype category, one per gene.
     hidden_size, num_hidden_layers, num_attention_heads, intermediate_size : int
         Shape of the encoder; `from_tokenizer` sets them by name.
     hidden_act : str, default: "gelu"
         Activation of the feed-forward blocks and of the MLM head.
     gated_feed_forward : bool, default: False
-        GeGLU (with "gelu") or SwiGLU (with "silu") feed-forward blocks, of half as many parameters again.
+        GeGLU (with "gelu") or SwiGLU (with "silu") feed-forward blocks, with 1.5 times the parameters.
     pre_norm : bool, default: False
-        Norms before each block and at the end, in place of after each residual.
+        Norms before each block and at the end, instead of after each residual.
     norm_type : {"layer_norm", "rms_norm"}, default: "layer_norm"
-        All norms of the encoder and the MLM head.
+        Type of all norms of the encoder and the MLM head.
     position_embedding_type : {"none", "learned", "rotary"}, default: "none"
-        Whether the place of a token in its cell counts: ranks need it, bins do not. `from_tokenizer` takes "learned"
-        for ranks (BERT's way, and so STFormer's and Geneformer's).
+        Embedding of a token's position in its cell: ranks need it, bins do not. `from_tokenizer` sets "learned" for
+        ranks (as in BERT, and so in STFormer and Geneformer).
     max_position_embeddings : int, default: 2048
-        Longest cell, with learned positions.
+        Maximum number of tokens per cell, with learned positions.
     rotary_base : float, default: 10,000
         Base of the rotary wavelengths.
     value_embedding : bool, default: False
-        Whether the value of each gene is embedded beside its bin; the tokenizer gives it with `values=True`.
+        Whether the value of each gene is embedded in addition to its bin; needs a tokenizer with `values=True`.
     cell_embedding : bool, default: False
-        Whether `[CLS]` begins as the whole cell, whatever genes the tokens show: see `CellEmbedding`. The tokenizer
-        gives the cells' counts with `whole_cell=True`.
+        Whether `[CLS]` starts as the whole cell, regardless of which genes are tokens: see `CellEmbedding`. Needs a
+        tokenizer with `whole_cell=True`, which returns the cells' counts.
     cell_decoder : bool, default: False
         Whether `GeneBertForPhenotypicMLM` also decodes the counts of all genes from `[CLS]`: see `CellDecoder`; needs
         `cell_embedding`.
     num_genes : int, default: 0
-        Genes of the tokenizer; needed with `cell_embedding`.
+        Number of genes of the tokenizer; needed with `cell_embedding`.
     residual_init : {"normal", "zero"}, default: "normal"
-        How the last linear map of each block begins: at zero, the encoder begins as the identity.
+        Initialisation of the last linear map of each block: with zero, the encoder starts as the identity.
     pooling : {"cls", "mean"}, optional
-        What `embed` reads by default: what training made useful. None: what the classifier reads, of a classifier;
+        Default pooling of `embed`, set to what training made useful. None: for a classifier, what its head reads;
         else `[CLS]` with `cell_embedding`, and the mean over the genes without.
     hidden_dropout_prob, attention_probs_dropout_prob : float, default: 0.1
         Dropout on embeddings and feed-forward outputs, and on attention weights.
     classifier_dropout : float, default: 0.2
         Dropout before the last layer of the classification head (DistilBERT's value).
     classifier_pooling : {"cls", "mean"}, default: "cls"
-        What the classification head reads: the hidden state of `[CLS]`, or the mean over all tokens but special ones.
+        Input of the classification head: the hidden state of `[CLS]`, or the mean over all tokens but special ones.
     classifier_head : {"mlp", "linear"}, default: "mlp"
         DistilBERT's two layers, or one.
     wide_head : bool, default: False
-        Whether a linear map of all genes of the cell is a second reader beside the head (`WideHead`); needs
-        `cell_embedding`. Of classes, the weighted log probabilities of both are added; of several labels per cell,
-        the weighted logits; of numbers, the weighted mean is taken.
+        Whether a linear map of all genes of the cell (`WideHead`) is combined with the head; needs `cell_embedding`.
+        For classes, the weighted log probabilities of both are added; for multiple labels per cell, the weighted
+        logits; for regression, the weighted mean is taken.
     reader_weights : list of float, optional
         Weights of the head and of the wide head; 1 and 1 by default.
     temperature : float, default: 1.0
-        What the sum of log probabilities, or of logits, of both readers is divided by.
+        Divisor of the sum of log probabilities, or of logits, of both heads.
     initializer_range : float, default: 0.02
         Standard deviation of the normal initialisation.
     layer_norm_eps : float, default: 1e-12
@@ -112,10 +112,10 @@ class GeneBertConfig(PreTrainedConfig):
     label_smoothing : float, default: 0.0
         Label smoothing of the MLM loss. PerturbGene trains with 0.5.
     classifier_label_smoothing : float, default: 0.0
-        Of the classification loss. PerturbGene's is 0.1.
+        Label smoothing of the classification loss. PerturbGene trains with 0.1.
     token_classes : list of str, optional
         Phenotype categories in the order of their token types, then "genes": classes of tokens whose losses are
-        weighted, and reported, apart.
+        weighted and reported separately.
     loss_weights : dict of str to float, optional
         Weight of the MLM loss of some of `token_classes`; 1 for the others.
     class_weights : list of float, optional
@@ -124,12 +124,12 @@ class GeneBertConfig(PreTrainedConfig):
     sparse_prediction : bool, default: True
         In training, compute MLM logits at the labelled positions only; the output's `logits` are then
         (n_labelled, vocab_size), in row-major order of the positions. In evaluation mode, and without labels, logits
-        are whole.
+        are computed at all positions.
     rank_prior_sizes : list of int, optional
-        Numbers of levels, tokens and axes of the MLM head's `RankPrior`, for ranks; `start_rank_model` sets them. A
-        head without it by default.
+        Numbers of levels, tokens and axes of the MLM head's `RankPrior`, for ranks; `start_rank_model` sets them. By
+        default the head has no prior.
     vocabulary_fingerprint : str, optional
-        `GeneTokenizer.fingerprint` of the tokenizer that the model was made for.
+        `GeneTokenizer.fingerprint` of the tokenizer that the model was created for.
     pad_token_id, eos_token_id : int, default: 3, 1
         Ids of `[PAD]` and `[EOS]`.
     tie_word_embeddings : bool, default: True
@@ -142,8 +142,8 @@ class GeneBertConfig(PreTrainedConfig):
 
     model_type = "gene_bert"
     _auto_class = "AutoConfig"
-    # Called after a configuration is made. The plugin registers the model classes here, so that `import stformer_hf`
-    # need not import them; a checkpoint loaded from the Hub without the plugin leaves it unset.
+    # Called after a configuration is created. The plugin registers the model classes here, so that `import
+    # stformer_hf` need not import them; a checkpoint loaded from the Hub without the plugin leaves it unset.
     on_init: ClassVar[Callable[[], None] | None] = None
     # Trainer gathers all other outputs as predictions.
     keys_to_ignore_at_inference = ["class_statistics", "gene_logits", "log_dispersion"]
@@ -198,7 +198,7 @@ class GeneBertConfig(PreTrainedConfig):
             )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}.")
+                raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}.")
         if self.position_embedding_type == "rotary" and self.hidden_size // self.num_attention_heads % 2:
             raise ValueError(
                 f"Rotary positions need heads of an even size, got {self.hidden_size // self.num_attention_heads}."
@@ -212,33 +212,34 @@ class GeneBertConfig(PreTrainedConfig):
         if self.cell_decoder and not self.cell_embedding:
             raise ValueError("cell_decoder decodes the whole cell: it needs cell_embedding=True.")
         if self.pooling not in (None, "cls", "mean"):
-            raise ValueError(f"pooling is None, 'cls' or 'mean', got {self.pooling!r}.")
+            raise ValueError(f"pooling must be None, 'cls' or 'mean', got {self.pooling!r}.")
         if self.temperature <= 0 or len(self.reader_weights or [1, 1]) != 2:
             raise ValueError(
-                f"temperature is positive and reader_weights are two, got {self.temperature}, {self.reader_weights}."
+                f"temperature must be positive and reader_weights two numbers, got {self.temperature}, "
+                f"{self.reader_weights}."
             )
         unknown = set(self.loss_weights or {}) - set(self.token_classes or ["genes"])
         if unknown:
             raise ValueError(
-                f"loss_weights names {', '.join(sorted(unknown))}; token_classes are "
+                f"loss_weights has unknown classes {', '.join(sorted(unknown))}; token_classes are "
                 f"{', '.join(self.token_classes or ['genes'])}."
             )
         if self.class_weights is not None and len(self.class_weights) != self.num_labels:
-            raise ValueError(f"{len(self.class_weights)} class_weights for {self.num_labels} labels.")
+            raise ValueError(f"There are {len(self.class_weights)} class_weights for {self.num_labels} labels.")
         if self.on_init is not None:
             type(self).on_init()
 
     @classmethod
     def from_size(cls, size: str, **kwargs) -> "GeneBertConfig":
-        """Make the configuration of a named size.
+        """Create a configuration of a named size.
 
         Parameters
         ----------
         size : {"tiny", "small", "base", "large"}
             (layers, hidden size): (2, 128), (6, 256), (12, 768), (24, 1024); tiny and small without attention
-            dropout, and with weights initialised at hidden size ** -0.5 instead of 0.02.
+            dropout, and initialised with standard deviation hidden size ** -0.5 instead of 0.02.
         **kwargs
-            Any other field; overrides what the size gives.
+            Any other field; overrides the values of the size.
 
         Returns
         -------
@@ -247,10 +248,10 @@ class GeneBertConfig(PreTrainedConfig):
         Raises
         ------
         ValueError
-            Unknown size.
+            The size is unknown.
         """
         if size not in SIZES:
-            raise ValueError(f"size is one of {', '.join(SIZES)}, got {size!r}.")
+            raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}.")
         layers, heads, hidden, intermediate, attention_dropout = SIZES[size]
         fields = {
             "num_hidden_layers": layers,
@@ -258,23 +259,23 @@ class GeneBertConfig(PreTrainedConfig):
             "hidden_size": hidden,
             "intermediate_size": intermediate,
             "attention_probs_dropout_prob": attention_dropout,
-            # DistilBERT's 0.02 suits its 768 dimensions; narrower layers need more to tell genes apart.
+            # DistilBERT's 0.02 suits its 768 dimensions; narrower layers need more to distinguish genes.
             "initializer_range": 0.02 if hidden >= 768 else hidden**-0.5,
         }
         return cls(**{**fields, **kwargs})
 
     @classmethod
     def from_tokenizer(cls, tokenizer, size: str = "base", **kwargs) -> "GeneBertConfig":
-        """Make the configuration of a model that fits a tokenizer.
+        """Create the configuration of a model for a tokenizer.
 
         Parameters
         ----------
         tokenizer : GeneTokenizer
-            Gives the vocabulary sizes, the padding id and the fingerprint of the vocabulary.
+            Source of the vocabulary sizes, the padding id and the fingerprint of the vocabulary.
         size : {"tiny", "small", "base", "large"}, default: "base"
             See `from_size`.
         **kwargs
-            Any other field; overrides what size and tokenizer give.
+            Any other field; overrides the values of size and tokenizer.
 
         Returns
         -------
@@ -283,7 +284,7 @@ class GeneBertConfig(PreTrainedConfig):
         Raises
         ------
         ValueError
-            Unknown size.
+            The size is unknown.
         """
         fields = {
             "vocab_size": len(tokenizer),

@@ -1,4 +1,4 @@
-"""What the GeneBert encoder is made of: embeddings, attention, feed-forward block, layer."""
+"""Layers of the GeneBert encoder: embeddings, attention, feed-forward block, transformer layer."""
 
 from collections.abc import Callable
 
@@ -15,16 +15,16 @@ from .packed_attention import PACKED_SDPA, segments_of
 
 
 def make_norm(config: GeneBertConfig) -> nn.Module:
-    """LayerNorm, or RMSNorm (Zhang and Sennrich 2019), over the hidden dimension."""
+    """Return a LayerNorm, or RMSNorm (Zhang and Sennrich 2019), over the hidden dimension."""
     norm = nn.RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
     return norm(config.hidden_size, eps=config.layer_norm_eps)
 
 
 class PositionlessEmbeddings(nn.Module):
-    """Sum of token and token-type embeddings, LayerNorm, dropout. The order of the genes carries no meaning.
+    """Sum of token and token-type embeddings, LayerNorm, dropout. The order of the genes has no meaning.
 
-    Two embeddings more, where the configuration asks for them: of the place of a token in its cell
-    (`position_embedding_type="learned"`, for ranks), and of the value of a gene (`value_embedding`).
+    The configuration can add two embeddings: that of the position of a token in its cell
+    (`position_embedding_type="learned"`, for ranks), and that of the value of a gene (`value_embedding`).
     """
 
     def __init__(self, config: GeneBertConfig):
@@ -54,13 +54,13 @@ class PositionlessEmbeddings(nn.Module):
         input_ids, token_type_ids : LongTensor (batch, length)
             Token ids and types.
         inputs_embeds : Tensor (batch, length, hidden), optional
-            In place of `input_ids`.
+            Used instead of `input_ids`.
         position_ids : LongTensor (batch, length), optional
-            Place of each token in its cell, from 0; read with learned positions.
+            Position of each token in its cell, from 0; used with learned positions.
         expression_values : Tensor (batch, length), optional
-            Value of each gene, 0 for tokens without one; read with `value_embedding`.
+            Value of each gene, 0 for tokens without one; used with `value_embedding`.
         longest : int, optional
-            Tokens of the longest cell, where it is known without asking a GPU; the length by default.
+            Number of tokens of the longest cell, if known without synchronising with a GPU; `length` by default.
 
         Returns
         -------
@@ -69,11 +69,11 @@ class PositionlessEmbeddings(nn.Module):
         Raises
         ------
         ValueError
-            `token_type_ids` are missing: without them a bin belongs to no gene. Values are missing, or given to a
-            model that does not read them; a cell is longer than there are positions.
+            `token_type_ids` are missing, without which the gene of a bin is unknown; values are missing, or passed to
+            a model that does not read them; a cell has more tokens than there are positions.
         """
         if token_type_ids is None:
-            raise ValueError("GeneBert needs token_type_ids: they say which gene each expression bin belongs to.")
+            raise ValueError("GeneBert needs token_type_ids: they are the genes of the expression bins.")
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         embedded = inputs_embeds + self.token_type_embeddings(token_type_ids)
@@ -82,15 +82,15 @@ class PositionlessEmbeddings(nn.Module):
             bound = position_ids.shape[1] if longest is None else longest
             if bound > most and not torch.compiler.is_compiling() and int(position_ids.max()) >= most:
                 raise ValueError(
-                    f"A cell has {int(position_ids.max()) + 1} tokens, and the model {most} positions: shorten cells "
-                    "(tokenizer.model_max_length), or make the model with more max_position_embeddings."
+                    f"A cell has {int(position_ids.max()) + 1} tokens, but the model {most} positions: truncate cells "
+                    "(tokenizer.model_max_length), or create the model with more max_position_embeddings."
                 )
             embedded = embedded + self.position_embeddings(position_ids)
         if hasattr(self, "value_embeddings") != (expression_values is not None):
             raise ValueError(
-                "This model was made with value_embedding=True and needs expression_values: tokenize with values=True."
+                "A model with value_embedding=True needs expression_values: tokenize with values=True."
                 if expression_values is None
-                else "The model does not read expression_values: make it with value_embedding=True."
+                else "The model does not read expression_values: create it with value_embedding=True."
             )
         if expression_values is not None:
             embedded = embedded + self.value_embeddings(expression_values)
@@ -98,7 +98,7 @@ class PositionlessEmbeddings(nn.Module):
 
 
 class ValueEmbedding(nn.Module):
-    """Embedding of a number: Linear, activation, Linear; 0 where the number is 0 (scGPT's continuous values)."""
+    """Embedding of a number: Linear, activation, Linear; 0 if the number is 0 (scGPT's continuous values)."""
 
     def __init__(self, config: GeneBertConfig):
         super().__init__()
@@ -115,9 +115,9 @@ class ValueEmbedding(nn.Module):
 def places_in_cells(
     shape: tuple[int, int], attention_mask: torch.Tensor | None, cu_seq_lens: torch.Tensor | None, device
 ) -> torch.LongTensor:
-    """Count the tokens before each token of its cell: LongTensor (batch, length).
+    """Return the position of each token in its cell, LongTensor (batch, length).
 
-    Padding, on whichever side, and tokens that are not attended to, take no place; in a packed row each cell begins
+    Padding, on either side, and tokens that are not attended to are not counted; in a packed row each cell starts
     at 0.
     """
     if cu_seq_lens is not None:
@@ -134,18 +134,18 @@ def put_first(
     attention_mask: torch.Tensor | None,
     cu_seq_lens: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Put a vector per cell in the place of its first token.
+    """Replace the first token of each cell by a vector.
 
     Parameters
     ----------
     hidden : Tensor (batch, length, hidden)
-        Of the tokens.
+        Embeddings of the tokens.
     cells : Tensor (n_cells, hidden)
-        What to put there.
+        One vector per cell.
     attention_mask : Tensor (batch, length), optional
         1 for tokens, 0 for padding, on either side.
     cu_seq_lens : int32 Tensor (n_cells + 1,), optional
-        Of a packed batch: where its cells begin and end.
+        Boundaries of the cells of a packed batch.
 
     Returns
     -------
@@ -162,7 +162,7 @@ def put_first(
 def rotary_angles(
     position_ids: torch.LongTensor, head_dim: int, base: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of the rotary embedding (Su et al. 2021): Tensor (batch, 1, length, head_dim), each."""
+    """Return cosine and sine of the rotary embedding (Su et al. 2021), each a Tensor (batch, 1, length, head_dim)."""
     steps = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
     angles = position_ids.unsqueeze(-1).float() * base ** (-steps / head_dim)
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
@@ -170,7 +170,7 @@ def rotary_angles(
 
 
 def rotate(heads: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turn queries or keys (batch, heads, length, head_dim) by their positions."""
+    """Rotate queries or keys (batch, heads, length, head_dim) by their positions."""
     cos, sin = angles
     first, second = heads.chunk(2, dim=-1)
     return (heads * cos + torch.cat([-second, first], dim=-1) * sin).to(heads.dtype)  # angles are float32 in autocast
@@ -186,7 +186,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention written out; gives the attention weights as well."""
+    """Compute softmax attention explicitly; also return the attention weights."""
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -218,7 +218,7 @@ class GeneBertAttention(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend; returns the output (batch, length, hidden) and, on the eager backend, the weights."""
+        """Attend; return the output (batch, length, hidden) and, on the eager backend, the weights."""
         batch_and_length = hidden_states.shape[:-1]
         heads = (*batch_and_length, -1, self.head_dim)
         query = self.q_lin(hidden_states).view(heads).transpose(1, 2)
@@ -257,7 +257,7 @@ class GeneBertFeedForward(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Transform each token on its own."""
+        """Transform each token separately."""
         inner = self.lin1(hidden_states)
         if self.gated:
             inner, gate = inner.chunk(2, dim=-1)
@@ -282,7 +282,7 @@ class GeneBertLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
     ) -> torch.Tensor:
-        """Apply the block to (batch, length, hidden)."""
+        """Apply the layer to hidden states (batch, length, hidden)."""
         if self.pre_norm:
             attended, _ = self.attention(self.sa_layer_norm(hidden_states), attention_mask, **kwargs)
             hidden_states = attended + hidden_states

@@ -1,4 +1,4 @@
-"""Which gene each column of a matrix is: the one place that reads the names in `AnnData.var`."""
+"""Find the gene of each column of a matrix: the one place that reads the names in `AnnData.var`."""
 
 import itertools
 import re
@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Ensembl, FlyBase, WormBase, TAIR and SGD. What begins an Ensembl id tells the species.
+# Ensembl, FlyBase, WormBase, TAIR and SGD. The prefix of an Ensembl id shows the species.
 _ID = (
     r"(?:ENS(?P<species>[A-Z]*)G\d{11}(?P<version>\.\d+)?(?P<par>_PAR_Y)?|(?P<fly>FBgn\d{7})|(?P<worm>WBGene\d{8})"
     r"|(?P<cress>AT[1-5CM]G\d{5})|(?P<yeast>Y[A-P][LR]\d{3}[WC](?:-[A-Z])?))$"
@@ -29,17 +29,17 @@ _SPECIES = {
     "GAL": "chicken",
     "CJA": "marmoset",
 }
-_OTHER_ID = re.compile(r"^[A-Za-z]\w*(?:\.\w+)?\d{5}(?:\.\d+)?$")  # of other references, where a column's name says id
-# What stands before the names of a reference: whatever stands before ids, or one of these. Seurat makes - of _.
+_OTHER_ID = re.compile(r"^[A-Za-z]\w*(?:\.\w+)?\d{5}(?:\.\d+)?$")  # other ids, if the column's name says id
+# Prefixes of the names of a reference: whatever comes before ids, or one of these. Seurat replaces _ by -.
 _BEFORE_ID = re.compile(rf"(?P<reference>[A-Za-z][\w.]*?)[_-]+{_ID}")
 _REFERENCE = re.compile(
     r"(GRC[a-z]{1,2}\d+|hg\d{2}|mm\d{1,2}|rn\d|danRer\d+|dm\d|BDGP\d+|ce\d{1,2}|WBcel\d+|sacCer\d|TAIR\d+|Rnor_[\d.]+)"
     r"[_-]+(?=[^_-])"
 )
-_LEAST_SHARE = 0.05  # of the ids of a column that a reference stands before
-_OLD_COPY = re.compile(r"ENSGR(\d{10}(?:\.\d+)?)$")  # of a gene on Y, in GENCODE up to release 24
+_LEAST_SHARE = 0.05  # smallest share of the ids of a column that a reference prefixes
+_OLD_COPY = re.compile(r"ENSGR(\d{10}(?:\.\d+)?)$")  # a gene on Y, in GENCODE up to release 24
 _PLACEHOLDERS = frozenset(("", "nan", "na", "n/a", "none", "null", "<na>", "nat", "-", "--", ".", "unknown"))
-# Names of columns, without case and punctuation. What a column is, its values decide.
+# Names of columns, without case and punctuation. The values decide what a column holds.
 _ID_COLUMNS = (
     *("ensemblid", "ensemblids", "ensembl", "ensemblgeneid", "ensemblgeneids", "ensembleid", "ensembleids"),
     *("geneid", "geneids", "featureid", "featureids", "genestableid", "stableid", "accession", "ensg", "id", "ids"),
@@ -61,23 +61,23 @@ _OTHER_TYPES = frozenset(
     )
 )
 _OTHER_WORDS = frozenset(("antibody", "blank", "codeword", "control", "crispr", "guide", "hashtag", "peak", "peaks"))
-_COUNTED = re.compile(r"(?:\.0|-\d+)$")  # 0.0 of a table read as numbers, 0-1 of joined files
-# Shares of what a model's genes carried in training: with less of them an input is refused, or a warning is logged.
+_COUNTED = re.compile(r"(?:\.0|-\d+)$")  # 0.0 from a table read as numbers, 0-1 from joined files
+# Shares of a model's genes, weighted by training expression, below which an input is refused or a warning is logged.
 MIN_COVERAGE, WARN_COVERAGE = 0.1, 0.5
-_LARGEST_ROW_NUMBER = 200_000  # no reference has so many genes; Entrez ids in ascending order soon pass it
+_LARGEST_ROW_NUMBER = 200_000  # no reference has so many genes; ascending Entrez ids soon exceed it
 
 
 class GeneColumns(NamedTuple):
-    """Which gene each of n columns is.
+    """Genes of n columns.
 
     Attributes
     ----------
     gene_ids : object array of str (n,)
-        Id without a version; of a gene without an id its symbol. "" where a column has no name at all.
+        Id without version; the symbol for a gene without an id, "" for a column without any name.
     symbols : object array of str (n,)
-        Symbol; of a gene without a symbol its id.
+        Symbol; the id for a gene without a symbol.
     genomes : object array of str (n,) or None
-        Reference that prefixes of the names told, "" for names without one; None where no name has one.
+        Reference in the prefix of each name, "" for names without one; None if no name has one.
     """
 
     gene_ids: np.ndarray
@@ -88,32 +88,33 @@ class GeneColumns(NamedTuple):
 def resolve_genes(
     index: Sequence[Any], columns: Mapping[str, Sequence[Any]] | None = None, copies: bool = False
 ) -> GeneColumns:
-    """Decide which gene each column of a matrix is, from the names that a file has for it.
+    """Find the gene of each column of a matrix from the names in `var`.
 
-    The rule, in this order:
+    The rules, in this order:
 
-    1. Names are text without spaces around it. Placeholders ("nan", "NA", "None", "<NA>", "-", "unknown", a missing
-       value, …) are no name. What stands before the names of a reference (`GRCh38_`, `mm10___`, `hg19-`, or whatever
-       stands before 5 % of the ids) is cut, and kept as `genomes`; of two genomes that have one name and no id, both
-       keep it. Of a probe's name (`ENSG00000121410|A1BG|a1b2c3d`) the id is kept.
-    2. Row numbers are no names: an index of numbers below 200,000 (`0`, `0-1`, `0.0`) is passed over for a column with
-       names. Where there is none it is refused if it counts 0, 1, 2, … or 1, 2, 3, … in any order, or ascends.
-    3. Ids before symbols, each gene for itself: an id of the index where over half of its names are ids, else of the
-       columns of a usual name (`gene_ids`, `feature_id`, `ensembl`, `Accession`, …, `gene_ids-0`; case and
-       punctuation do not count), that with most ids first; of one species alone, where nine in ten agree. Where there
-       are none, of a column whose names end in five digits, as Zm00001d027230 does: of such a name, or the index
-       where a column holds symbols. Versions are cut, and `_PAR_Y`: the copies of a gene on X and Y are one gene.
-    4. Symbols are the names of an index that holds no ids, else of columns of a usual name (`gene_symbols`,
+    1. Names are text, stripped of spaces. Placeholders ("nan", "NA", "None", "<NA>", "-", "unknown", a missing value,
+       …) are not names. The prefix of a reference (`GRCh38_`, `mm10___`, `hg19-`, or any prefix of 5 % of the ids) is
+       cut, and kept as `genomes`; genes of two genomes that share a name and have no id keep it. From a probe's name
+       (`ENSG00000121410|A1BG|a1b2c3d`) the id is taken.
+    2. Row numbers are not names: an index of numbers below 200,000 (`0`, `0-1`, `0.0`) is ignored if a column has
+       names. If none has, it is refused if it counts 0, 1, 2, … or 1, 2, 3, … in any order, or ascends.
+    3. Ids are preferred to symbols, separately for each gene. They are taken from the index if over half of its names
+       are ids, else from columns with a usual name (`gene_ids`, `feature_id`, `ensembl`, `Accession`, …, `gene_ids-0`;
+       case and punctuation are ignored), the one with most ids first; from one species only, if nine in ten agree. If
+       there are none, they are taken from a column whose names end in five digits (such as Zm00001d027230): one with a
+       usual name, or the index if a column holds symbols. Versions and `_PAR_Y` are cut: the copies of a gene on X and
+       Y are one gene.
+    4. Symbols are the names of an index that holds no ids, else of columns with a usual name (`gene_symbols`,
        `feature_name`, `features`, …) that hold text.
-    5. A gene without an id goes by its name in an index of ids, else by its symbol, and one without a symbol by its
-       id, each for itself.
+    5. A gene without an id gets its name in an index of ids as id, else its symbol; a gene without a symbol gets its
+       id as symbol.
 
     Parameters
     ----------
     index : sequence (n,)
         `var_names`.
     columns : mapping of str to sequence (n,), optional
-        Columns of `var`; a DataFrame will do. Those without a usual name are not read.
+        Columns of `var`, such as a DataFrame. Those without a usual name are not read.
     copies : bool, default: False
         Keep `_PAR_Y`, for a vocabulary that may have both copies.
 
@@ -124,7 +125,7 @@ def resolve_genes(
     Raises
     ------
     ValueError
-        Row numbers, and no column with names.
+        The names are row numbers, and no column has names.
     """
     usual = _usual_columns(columns)
     texts = [_texts(index), *(_texts(columns[name]) for name, _ in usual)]
@@ -143,9 +144,9 @@ def resolve_genes(
         if not (with_ids or with_other_ids or with_symbols):
             there = ", ".join(map(str, [] if columns is None else columns)) or "none"
             raise ValueError(
-                f"The genes are named {', '.join(own[:3])}, …: these are row numbers. Name them in var_names, or in a "
-                f"column gene_id or gene_symbol of var (its columns: {there}). Entrez ids in ascending order: put a "
-                "word before them, such as entrez:."
+                f"The genes are named {', '.join(own[:3])}, …: these are row numbers. Put gene names into var_names, "
+                f"or into a column gene_id or gene_symbol of var (its columns: {there}). If they are ascending Entrez "
+                "ids, add a prefix such as entrez:."
             )
         own = np.full(len(own), "", object)
     with_ids.sort(key=lambda values: -are_ids(values).sum())
@@ -161,7 +162,9 @@ def resolve_genes(
     if not copies:
         ids, n_copies = _of_x(ids)
         if n_copies:
-            logger.warning(f"{n_copies} genes of the Y chromosome's pseudoautosomal regions (_PAR_Y) count as X's.")
+            logger.warning(
+                f"{n_copies} genes of the Y chromosome's pseudoautosomal regions (_PAR_Y) are counted as those of X."
+            )
     symbols = np.where((symbols == "") | (are_ids(symbols) if own_are_ids else False), ids, symbols)
     if not genomes.any():
         return GeneColumns(ids, symbols, None)
@@ -169,7 +172,7 @@ def resolve_genes(
 
 
 def _first(kinds: list[np.ndarray]) -> np.ndarray:
-    """Take each name from the first kind that has one."""
+    """Return each name from the first kind that has one."""
     found = kinds[0].copy()
     for names in kinds[1:]:
         blank = found == ""
@@ -178,7 +181,7 @@ def _first(kinds: list[np.ndarray]) -> np.ndarray:
 
 
 def _ids_of_one_species(kinds: list[np.ndarray]) -> np.ndarray:
-    """Take each id from the first kind that has one of the first kind's species."""
+    """Return each id from the first kind that has one of the first kind's species."""
     found, species = np.full(len(kinds[0]), "", object), guess_species(kinds[0])
     for names in kinds:
         taken = (found == "") & are_ids(names)
@@ -192,21 +195,21 @@ def _ids_of_one_species(kinds: list[np.ndarray]) -> np.ndarray:
 
 
 def clean_names(values: Sequence[Any]) -> np.ndarray:
-    """Clean names as `resolve_genes` cleans those of an index: object array of str (n,), "" for placeholders."""
+    """Return names cleaned as `resolve_genes` cleans an index, object array of str (n,); "" for placeholders."""
     texts = _texts(values)
     names = strip_versions(_cut(texts, _references(texts), np.full(len(texts), "", object)))
     return _of_x(names)[0]
 
 
 def _of_x(ids: np.ndarray) -> tuple[np.ndarray, int]:
-    """Name genes of both X and Y as those of X; and how many were named as those of Y."""
+    """Rename the copies on Y of genes on X and Y to those on X; also return their number."""
     copied = [i for i, name in enumerate(ids) if name.endswith("_PAR_Y") and is_id(name)]
     ids[copied] = [name.removesuffix("_PAR_Y") for name in ids[copied]]
     return ids, len(copied)
 
 
 def _texts(values: Sequence[Any]) -> list[str]:
-    """Write names as text, "" for placeholders; of probes the id, of copies on Y `_PAR_Y`."""
+    """Return names as text: "" for placeholders, the id for probes, `_PAR_Y` for copies on Y."""
     values = _listed(values)
     if set(map(type, values)) == {str}:  # the fast way for most files
         names = list(map(str.strip, values))
@@ -222,34 +225,34 @@ def _texts(values: Sequence[Any]) -> list[str]:
 
 
 def _listed(values: Sequence[Any]) -> list:
-    """List the names of a column as they are.
+    """Return the names of a column unchanged, as a list.
 
     Raises
     ------
     ValueError
-        Two columns of one name, or arrays in place of names.
+        Two columns have one name, or there are arrays instead of names.
     """
     values = np.asarray(values, dtype=object)
     if values.ndim != 1:
         raise ValueError(
-            f"Names of genes are one column of text, not of shape {values.shape}: is a column there twice?"
+            f"Gene names must be one column of text, got shape {values.shape}: is a column name repeated?"
         )
     values = values.tolist()
     for kind in set(map(type, values)) - {str, float, type(None)}:
         if issubclass(kind, (np.ndarray, list, tuple, dict, set)):
-            raise ValueError(f"Names of genes are text, and a column of var holds {kind.__name__}s.")
+            raise ValueError(f"Gene names must be text, but a column of var holds {kind.__name__}s.")
     return values
 
 
 def _text(value: Any) -> str:
     if type(value) is not str:
-        value = value.decode() if isinstance(value, bytes) else str(value)  # of None, NaN and pandas.NA placeholders
+        value = value.decode() if isinstance(value, bytes) else str(value)  # None, NaN, NA become placeholders
     value = value.strip()
     return "" if value.lower() in _PLACEHOLDERS else value
 
 
 def _references(names: list[str]) -> set[str]:
-    """Find what stands before a good part of the ids."""
+    """Return the prefixes that many of the ids have."""
     found = Counter(
         match.group("reference") for name in names if "_" in name or "-" in name if (match := _BEFORE_ID.match(name))
     )
@@ -257,7 +260,7 @@ def _references(names: list[str]) -> set[str]:
 
 
 def _cut(names: list[str], references: set[str], genomes: np.ndarray) -> np.ndarray:
-    """Cut references, which go to `genomes`: object array of str (n,)."""
+    """Return names without their references, object array of str (n,), and write the references to `genomes`."""
     found = np.empty(len(names), object)
     found[:] = names
     longest_first = sorted(references, key=len, reverse=True)
@@ -271,7 +274,7 @@ def _cut(names: list[str], references: set[str], genomes: np.ndarray) -> np.ndar
 
 
 def _usual_columns(columns: Mapping[str, Any] | None) -> list[tuple[str, set[str]]]:
-    """Find columns of a usual name, in the order of the usual names, and what they may be."""
+    """Return the columns with a usual name, in the order of the usual names, and what they may hold."""
     found = []
     for name in [] if columns is None else columns:
         plain = _plain(name)
@@ -282,7 +285,7 @@ def _usual_columns(columns: Mapping[str, Any] | None) -> list[tuple[str, set[str
 
 
 def _plain(name: Any) -> str:
-    """Write the name of a column without case, punctuation, and the number that joining adds: `gene_ids-0`."""
+    """Return a column name without case, punctuation, and the number that joining adds, as in `gene_ids-0`."""
     return re.sub(r"[^a-z]", "", re.sub(r"-\d+$", "", str(name).lower()))
 
 
@@ -291,13 +294,13 @@ def _all_digits(names: np.ndarray) -> bool:
 
 
 def _holds_text(values: Sequence[Any]) -> bool:
-    """Tell whether a column holds names: numbers, also as text, and truth values are none."""
+    """Return whether a column holds names; numbers, also as text, and booleans are not names."""
     values = [value for value in _listed(values) if isinstance(value, (str, bytes))]
     return bool(values) and not _all_digits(np.array([*map(_text, values), None], object)[:-1])
 
 
 def _are_row_numbers(names: np.ndarray, others: bool) -> bool:
-    """Tell whether an index holds row numbers; whether other columns have names."""
+    """Return whether an index holds row numbers; `others` is whether other columns have names."""
     bare = [_COUNTED.sub("", name) for name in names]
     if not bare or not all(map(str.isdecimal, bare)):
         return False
@@ -311,12 +314,12 @@ def _are_row_numbers(names: np.ndarray, others: bool) -> bool:
 
 
 def _apart(ids: np.ndarray, genomes: np.ndarray) -> np.ndarray:
-    """Give names that genes of two genomes share their genome back."""
+    """Restore the genome before names that genes of two genomes share."""
     first: dict[str, str] = {}
     shared = {name for name, genome in zip(ids, genomes, strict=True) if first.setdefault(name, genome) != genome}
     if shared:
         logger.warning(
-            f"{len(shared)} names are those of genes of two genomes, such as {min(shared)!r}: these genes keep the "
+            f"{len(shared)} names are shared by genes of two genomes, such as {min(shared)!r}: these genes keep the "
             "genome before their name."
         )
         pairs = zip(ids, genomes, strict=True)
@@ -328,17 +331,17 @@ def _apart(ids: np.ndarray, genomes: np.ndarray) -> np.ndarray:
 
 
 def is_id(name: str) -> bool:
-    """Tell whether a name looks like a gene id of Ensembl, FlyBase, WormBase, TAIR or SGD."""
+    """Return whether a name looks like a gene id of Ensembl, FlyBase, WormBase, TAIR or SGD."""
     return _GENE_ID.match(name) is not None
 
 
 def are_ids(names: Sequence[str]) -> np.ndarray:
-    """Tell which names look like gene ids: bool array (n,)."""
+    """Return which names look like gene ids, bool array (n,)."""
     return np.fromiter(map(bool, map(_GENE_ID.match, names)), bool, len(names))
 
 
 def mostly_ids(names: Sequence[str]) -> bool:
-    """Tell whether over half of the names that are not empty look like gene ids."""
+    """Return whether over half of the names that are not empty look like gene ids."""
     return _mostly(_GENE_ID, names)
 
 
@@ -356,14 +359,14 @@ def strip_version(name: str) -> str:
 
 
 def strip_versions(names: Sequence[str]) -> np.ndarray:
-    """Cut versions of the Ensembl ids among names: object array of str (n,)."""
+    """Cut the versions of Ensembl ids among names; return an object array of str (n,)."""
     found = np.empty(len(names), object)
     found[:] = [strip_version(name) if "." in name else name for name in names]
     return found
 
 
 def species_of(name: str) -> str | None:
-    """Tell the species of a gene id: a name such as `human`, or the prefix of one not listed here; None of others."""
+    """Return the species of an Ensembl id: a name such as `human`, or an unlisted prefix; None for other names."""
     match = _GENE_ID.match(name)
     if match is None or match.group("species") is None:
         return match and match.lastgroup
@@ -371,9 +374,9 @@ def species_of(name: str) -> str | None:
 
 
 def guess_species(names: Iterable[str]) -> str | None:
-    """Tell the species of gene ids; see `species_of`.
+    """Return the species of gene ids; see `species_of`.
 
-    None where there are no ids, and where under nine in ten of them agree (mixed species).
+    None if there are no ids, or if fewer than nine in ten of them agree (mixed species).
     """
     found = Counter(map(species_of, names))
     del found[None]
@@ -387,7 +390,7 @@ def guess_species(names: Iterable[str]) -> str | None:
 
 
 def feature_types(columns: Mapping[str, Sequence[Any]] | None) -> np.ndarray | None:
-    """Read what each column of a matrix is a feature of, as 10x files tell it.
+    """Read the feature type of each column of a matrix, as in 10x files.
 
     Parameters
     ----------
@@ -397,8 +400,8 @@ def feature_types(columns: Mapping[str, Sequence[Any]] | None) -> np.ndarray | N
     Returns
     -------
     object array of str (n,) or None
-        `Gene Expression`, or the type as it is written; None where all are genes, as where the column holds no known
-        type (but biotypes, or blanks). A blank among known types is a gene.
+        `Gene Expression`, or another type as written; None if all are genes, also if the column holds no known type
+        (but biotypes, or blanks). A blank among known types is a gene.
     """
     found = _read_types(columns)
     if found is None:
@@ -410,7 +413,7 @@ def feature_types(columns: Mapping[str, Sequence[Any]] | None) -> np.ndarray | N
 
 
 def are_genes(modality: str, columns: Mapping[str, Sequence[Any]] | None) -> bool | None:
-    """Tell whether genes are among the features of a modality: by their feature types, else by its name.
+    """Return whether genes are among the features of a modality: by their feature types, else by its name.
 
     Parameters
     ----------
@@ -422,7 +425,7 @@ def are_genes(modality: str, columns: Mapping[str, Sequence[Any]] | None) -> boo
     Returns
     -------
     bool or None
-        None where neither says it.
+        None if neither shows it.
     """
     found = _read_types(columns)
     if found is not None:
@@ -432,9 +435,9 @@ def are_genes(modality: str, columns: Mapping[str, Sequence[Any]] | None) -> boo
 
 
 def _read_types(columns: Mapping[str, Sequence[Any]] | None) -> tuple[list, dict[Any, str], set[str]] | None:
-    """Read the column of feature types: its values, what each is as text, and which of these are genes.
+    """Read the column of feature types: its values, each value as text, and which of these are genes.
 
-    None where there is no such column, or it holds no known type.
+    None if there is no such column, or it holds no known type.
     """
     for name in [] if columns is None else columns:
         if _plain(name) not in _FEATURE_COLUMNS:
@@ -450,7 +453,7 @@ def _read_types(columns: Mapping[str, Sequence[Any]] | None) -> tuple[list, dict
         unknown = {kind for kind, word in plain.items() if word and word not in _GENE_TYPES and kind not in others}
         if unknown:
             logger.warning(
-                f"var[{name!r}] holds {', '.join(sorted(unknown)[:3])}, no known feature type: taken for genes."
+                f"var[{name!r}] holds unknown feature types, {', '.join(sorted(unknown)[:3])}: taken as genes."
             )
         if unknown != {kind for kind, word in plain.items() if word}:
             return values, types, set(plain) - others
@@ -461,7 +464,7 @@ def _read_types(columns: Mapping[str, Sequence[Any]] | None) -> tuple[list, dict
 
 
 class ColumnNames:
-    """The names that a file has for its columns, which are resolved at their first use.
+    """The names of the columns of a file, resolved at first use.
 
     Parameters
     ----------
@@ -473,7 +476,7 @@ class ColumnNames:
     Attributes
     ----------
     key : hashable
-        Equal where the names are.
+        Equal for equal names.
     """
 
     def __init__(self, index: Sequence[Any], columns: Mapping[str, Sequence[Any]] | None = None):
@@ -486,12 +489,12 @@ class ColumnNames:
         return len(self._index)
 
     def resolve(self) -> tuple[np.ndarray, np.ndarray]:
-        """Resolve the names: gene ids and symbols, object arrays of str (n,)."""
+        """Return gene ids and symbols, object arrays of str (n,)."""
         return resolve_genes(self._index, self._columns, copies=True)[:2]
 
 
 class GeneMatcher:
-    """Finds the genes of a vocabulary among the columns of an input, and tells how many there are.
+    """Finds the genes of a vocabulary among the columns of an input, and measures the coverage.
 
     Parameters
     ----------
@@ -500,14 +503,14 @@ class GeneMatcher:
     symbols : dict of symbol to gene
         Other names of the genes.
     weights : float array (n_genes,), optional
-        How much each gene counts in the coverage of the vocabulary, such as the cells that expressed it in training;
-        all alike by default.
+        Weight of each gene in the coverage of the vocabulary, such as the number of training cells that express it;
+        equal by default.
 
     Attributes
     ----------
     last_coverage : dict or None
-        Of the last table of genes seen: `genes` and `counts`, the shares of it that are known; `vocabulary` and
-        `weight`, the shares of the vocabulary, of its genes and of their weights, that it holds.
+        Coverage of the last input: `genes` and `counts`, the known shares of its genes and counts; `vocabulary` and
+        `weight`, the shares of the vocabulary's genes, and of their weights, that it has.
     """
 
     def __init__(self, genes: Sequence[str], symbols: Mapping[str, str], weights: np.ndarray | None = None):
@@ -528,9 +531,9 @@ class GeneMatcher:
         return {**self.__dict__, "_last": None, "last_coverage": None, "_known_counts": 0.0, "_all_counts": 0.0}
 
     def find(self, names: Iterable[str]) -> np.ndarray:
-        """Find genes by id, else by symbol: int32 array (n_names,), -1 where unknown.
+        """Find genes by id, else by symbol: int32 array (n_names,), -1 if unknown.
 
-        A gene of Y (`_PAR_Y`) that the vocabulary has not is its copy on X.
+        A gene on Y (`_PAR_Y`) that is not in the vocabulary is matched to its copy on X.
         """
         return np.array([self._find(str(name)) for name in names], np.int32)
 
@@ -547,17 +550,17 @@ class GeneMatcher:
         ----------
         gene_ids, symbols : sequence of str (n_columns,)
         match : {"id", "symbol"}, default: "id"
-            "symbol" looks at symbols alone, as for cells of another species.
+            "symbol" uses symbols alone, as for cells of another species.
 
         Returns
         -------
         int32 array (n_columns,)
-            -1 where unknown.
+            Gene of each column, -1 if unknown.
 
         Raises
         ------
         ValueError
-            Ids of another species than the vocabulary's, with `match="id"`.
+            The ids are of another species than the vocabulary's, with `match="id"`.
         """
         if match == "symbol":
             return self.find(symbols)
@@ -569,8 +572,8 @@ class GeneMatcher:
             species = guess_species(gene_ids)
             if species not in (None, self.species):
                 raise ValueError(
-                    f"The input has genes of {species} ({', '.join(map(str, gene_ids[:3]))}), and the tokenizer's are "
-                    f"of {self.species} ({', '.join(self._genes[:3])}). To match genes by symbol all the same, set "
+                    f"The input has genes of {species} ({', '.join(map(str, gene_ids[:3]))}), but the tokenizer's are "
+                    f"of {self.species} ({', '.join(self._genes[:3])}). To match genes by symbol nevertheless, set "
                     "tokenizer.match = 'symbol'."
                 )
         by_symbol = self.find([symbols[i] for i in unknown.tolist()])
@@ -588,11 +591,11 @@ class GeneMatcher:
         match: str = "id",
         warn_coverage: float = 0.0,
     ) -> np.ndarray | None:
-        """Find the gene of each column, and measure the coverage: of the vocabulary, and of the input.
+        """Find the gene of each column, and measure the coverage of the vocabulary and of the input.
 
-        The vocabulary's side decides. A panel's model reads few of the counts of a whole transcriptome, and all that
-        it knows is there; a model of a whole transcriptome knows all counts of a panel, and misses most of what it
-        was trained on.
+        The coverage of the vocabulary decides. A model of a gene panel knows few counts of a whole transcriptome, but
+        all of its genes are there; a model of a whole transcriptome knows all counts of a panel, but lacks most of the
+        genes that it was trained on.
 
         Parameters
         ----------
@@ -600,25 +603,25 @@ class GeneMatcher:
         columns : int array (nnz,)
             Column of each count.
         counts : array (nnz,)
-            For the share that is known.
+            Counts, for the share of known counts.
         min_coverage : float
-            Least share of the vocabulary's weight.
+            Smallest share of the vocabulary's weight.
         key : array, optional
-            The batches of a store share it: they are matched once, and their shares are those of all so far.
+            Shared by the batches of a store: they are matched once, and their coverage is that of all batches so far.
         match : {"id", "symbol"}, default: "id"
             As for `find_columns`.
         warn_coverage : float, default: 0.0
-            Share of the vocabulary's weight under which a warning is logged, once per table of genes.
+            Share of the vocabulary's weight below which a warning is logged, once per gene table.
 
         Returns
         -------
         int32 array (n_columns,) or None
-            -1 where unknown; None where column j is gene j.
+            Gene of each column, -1 if unknown; None if column j is gene j.
 
         Raises
         ------
         ValueError
-            Less than `min_coverage` of the vocabulary's weight is there; genes of another species.
+            The input has less than `min_coverage` of the vocabulary's weight, or genes of another species.
         """
         own = (names.key if key is None else key, (match, min_coverage, warn_coverage))
         seen = self._last is not None and type(self._last[0][0]) is type(own[0]) and self._last[0][1] == own[1]
@@ -626,7 +629,7 @@ class GeneMatcher:
         if seen:
             mapped = self._last[1]
             if mapped is None and key is not None:
-                return None  # all is known
+                return None  # all columns are known
         else:
             gene_ids, symbols = names.resolve() if isinstance(names, ColumnNames) else names
             mapped = self.find_columns(gene_ids, symbols, match)
@@ -645,7 +648,7 @@ class GeneMatcher:
         known_columns = float(known.mean()) if n_columns else 0.0
         share = self._known_counts / self._all_counts if self._all_counts else known_columns
         coverage = {"genes": known_columns, "counts": float(share)}
-        if not tell:  # the genes are those of the last time
+        if not tell:  # same genes as in the last call
             self.last_coverage = {**self.last_coverage, **coverage}
             return
         found = np.arange(n_columns) if mapped is None else np.unique(mapped[known])
@@ -654,22 +657,22 @@ class GeneMatcher:
         check_coverage(self.last_coverage, len(found), self._genes, input_names, *limits, bool(self._symbols))
         if known_columns < 1:
             logger.warning(
-                f"{known.sum()} of {n_columns} genes of the input are known to the tokenizer ({share:.1%} of its "
-                f"counts), {len(found)} of the tokenizer's {len(self._genes)}; the others are left out."
+                f"The tokenizer knows {known.sum()} of {n_columns} genes of the input ({share:.1%} of its counts), "
+                f"{len(found)} of its own {len(self._genes)}; the others are left out."
             )
 
 
 def coverage_of(found: np.ndarray, n_genes: int, weights: np.ndarray | None = None) -> dict[str, float]:
-    """Measure the share of a vocabulary that an input holds.
+    """Return the share of a vocabulary that an input has.
 
     Parameters
     ----------
     found : int array (n_found,)
-        Genes of the vocabulary that are there, each once.
+        Genes of the vocabulary that the input has, without duplicates.
     n_genes : int
         Size of the vocabulary.
     weights : float array (n_genes,), optional
-        How much each counts; all alike by default.
+        Weight of each gene; equal by default.
 
     Returns
     -------
@@ -689,48 +692,48 @@ def check_coverage(
     warn_coverage: float,
     has_symbols: bool = False,
 ) -> None:
-    """Refuse an input that lacks nearly all of what a model knows, and warn of one that lacks much of it.
+    """Refuse an input that lacks nearly all genes of a model, and warn if it lacks many.
 
     Parameters
     ----------
     coverage : dict
-        `weight` and `vocabulary` as `coverage_of` gives them, and `counts`, the share of the input's counts.
+        `weight` and `vocabulary` from `coverage_of`, and `counts`, the known share of the input's counts.
     n_found : int
         Number of the model's genes that the input has.
     genes, input_genes : sequence of str
-        Of the model, and of the input.
+        Genes of the model, and of the input.
     min_coverage, warn_coverage : float
-        Shares of `weight` under which the input is refused, or a warning is logged.
+        Shares of `weight` below which the input is refused, or a warning is logged.
     has_symbols : bool, default: False
         Whether the model knows symbols of its genes.
 
     Raises
     ------
     ValueError
-        Under `min_coverage`.
+        The coverage is below `min_coverage`.
     """
     weight = coverage["weight"]
     if weight >= max(min_coverage, warn_coverage):
         return
-    weighted = "" if weight == coverage["vocabulary"] else " weighted by how much each was expressed in training,"
+    weighted = "" if weight == coverage["vocabulary"] else " weighted by their expression in training"
     both = (
-        f"The input has {n_found} of the model's {len(genes)} genes ({weight:.1%},{weighted} where at least "
+        f"The input has {n_found} of the model's {len(genes)} genes ({weight:.1%}{weighted}; at least "
         f"{min_coverage if weight < min_coverage else warn_coverage:.0%}"
     )
     counts = f"{coverage['counts']:.1%} of the input's counts are in known genes"
     if weight >= min_coverage:
-        logger.warning(f"{both} would be better); {counts}. What the model says rests on these genes alone.")
+        logger.warning(f"{both} are recommended); {counts}. The results are based on these genes alone.")
         return
     more = "" if has_symbols else ", or the genes' symbols (symbols=GeneTable.from_table(…))"
     raise ValueError(
-        f"{both} are needed); {counts}. The input names genes like {describe(input_genes)}. The model wants genes "
-        f"like {describe(genes)}. Give ids of the same kind, species and release{more}; or, if these genes are meant "
-        "to be enough, lower min_coverage (tokenizer.min_coverage, --min_coverage)."
+        f"{both} are needed); {counts}. The input has genes like {describe(input_genes)}. The model needs genes "
+        f"like {describe(genes)}. Pass ids of the same kind, species and release{more}; or, if these genes are "
+        "enough, lower min_coverage (tokenizer.min_coverage, --min_coverage)."
     )
 
 
 def describe(names: Iterable[str]) -> str:
-    """Name some genes, and guess what kind of names they are."""
+    """Return a sample of gene names with a guess of their kind, for messages."""
     names = [str(name) for name in names]
     sample = ", ".join(names[:3]) or "(none)"
     matches = [match for name in names if (match := _GENE_ID.match(name)) and match.group("species") is not None]

@@ -1,4 +1,4 @@
-"""Which genes of a cell become tokens, in which order, and which of them where there is no room for all."""
+"""Select and order the genes of a cell that become tokens, and truncate long cells."""
 
 import itertools
 
@@ -13,12 +13,12 @@ _ENTRIES_AT_A_TIME = 1 << 13
 
 
 class Binner:
-    """Gives counts their bin: `edges[i - 1] <= x < edges[i]` gives i.
+    """Assigns values to bins: x is in bin i if `edges[i - 1] <= x < edges[i]`.
 
     Parameters
     ----------
     edges : float64 array (n_edges,) or (n_genes, n_edges)
-        Ascending; of all genes, or a row a gene, padded with infinity.
+        Ascending edges for all genes, or one row per gene, padded with infinity.
     """
 
     def __init__(self, edges: np.ndarray):
@@ -27,7 +27,7 @@ class Binner:
         self._tables: dict[np.dtype, np.ndarray] = {}
 
     def __call__(self, genes: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Bin values of genes: narrow unsigned array (nnz,)."""
+        """Return the bin of each value, narrow unsigned array (nnz,)."""
         if self._edges.ndim == 2:
             bins = np.zeros(len(values), self._type)
             for edge in self._edges.T:
@@ -35,14 +35,14 @@ class Binner:
             return bins
         if values.dtype not in (np.uint8, np.uint16):
             return np.searchsorted(self._edges, values, side="right").astype(self._type)
-        if values.dtype not in self._tables:  # few distinct values: look the bins up
+        if values.dtype not in self._tables:  # few distinct values: use a lookup table
             every = np.arange(np.iinfo(values.dtype).max + 1)
             self._tables[values.dtype] = np.searchsorted(self._edges, every, side="right").astype(self._type)
         return self._tables[values.dtype].take(values)
 
 
 def log1p_cp10k(rows: CountRows, totals: np.ndarray) -> np.ndarray:
-    """Give ln(1 + count / total * 10,000): float64 array (nnz,)."""
+    """Return ln(1 + count / total * 10,000), float64 array (nnz,)."""
     totals = np.where(totals > 0, totals, 1.0)  # a cell without counts may store zeros
     return np.log1p(rows.counts / np.repeat(totals, np.diff(rows.indptr)) * 1e4)
 
@@ -62,26 +62,27 @@ def write_ranks(
     Parameters
     ----------
     ids : int64 array (T,)
-        Where to write.
+        Output array.
     starts, room : int64 array (n,)
-        Where the genes of each cell begin in `ids`, and how many to write at most.
+        Start of the genes of each cell in `ids`, and their maximum number.
     rows : CountRows
-        Over the genes; counts are positive.
+        Positive counts over the genes.
     totals : float64 array (n,) or None
-        Of all counts of each cell, where some of them are not in `rows`.
+        Total of all counts of each cell, if some of them are not in `rows`.
     medians : float64 array (n_genes,)
-        Positive.
+        Positive medians.
     target_sum : float
     tokens : int64 array (n_genes,)
         Token of each gene.
 
     Notes
     -----
-    The order of the operations, in float64, is Geneformer's: another one rounds otherwise, and may rank otherwise.
+    The order of the operations, in float64, is Geneformer's: another one would round, and possibly rank, differently.
 
-    A positive float64 read as an integer has the same order. Inverted, with its low bits replaced by the token, it is
-    a key that one sort of plain integers puts into descending order, ties by token. Scores that differ only in the
-    bits replaced are put right afterwards. Some cells at a time: their arrays stay in the processor's cache.
+    Positive float64 numbers keep their order when their bits are read as integers. Inverted, and with the low bits
+    replaced by the token, they are keys that one integer sort puts into descending order, ties by token. Scores that
+    differ only in the replaced bits are sorted afterwards. Few cells are processed at a time, so that their arrays
+    stay in the processor's cache.
     """
     indptr, genes, counts = rows
     token_bits = np.uint64((1 << int(tokens.max(initial=1)).bit_length()) - 1)
@@ -122,7 +123,7 @@ def write_ranks(
 
 
 def strongest(values: np.ndarray, room: int) -> np.ndarray:
-    """Choose the `room` largest values, of equal ones the first: bool array (n,)."""
+    """Choose the `room` largest values, the first among equal ones; return a bool array (n,)."""
     threshold = np.sort(values)[len(values) - room]  # faster than numpy.partition, for narrow types
     chosen = values > threshold
     missing = room - np.count_nonzero(chosen)
@@ -133,17 +134,17 @@ def strongest(values: np.ndarray, room: int) -> np.ndarray:
 def choose(
     truncation: str, room: int, counts: np.ndarray, genes: np.ndarray, seed: int, epoch: int, cell_id: int
 ) -> np.ndarray:
-    """Choose genes of a cell that has more than there is room for.
+    """Choose the genes to keep of a cell that has more than there is room for.
 
     Parameters
     ----------
     truncation : {"top", "random"}
         The largest counts (ties in the order of the genes), or a random subset.
     room : int
-        How many; less than n.
+        Number of genes to keep; less than n.
     counts, genes : arrays (n,)
     seed, epoch, cell_id : int
-        Of the random subset.
+        The random subset is a function of these.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""What a tokenizer is made of: genes, bin edges, medians, symbols, and the ids of tokens; checked, found, and read."""
+"""Check, fit and read the parts of a tokenizer: genes, bin edges, medians, symbols, and token ids."""
 
 import json
 import os
@@ -18,9 +18,9 @@ logger = logging.get_logger(__name__)
 FORMAT_VERSION = 2
 _CELLS_TO_FIT = 10_000
 _BELOW_ANY_COUNT = 1e-9  # cells that the edges were not fitted on may have smaller values
-_LITTLE = 0.1  # of a table of genes, or of the tokenizer's genes where these are fewer: less is told
+_LITTLE = 0.1  # share of the smaller of a gene table and the tokenizer's genes; less is logged
 _SCALE = (1e-100, 1e100)  # medians and target sums whose scores neither overflow nor vanish
-# Names that the special tokens have in vocabularies, by role.
+# Names of the special tokens in existing vocabularies, by role.
 NAMES_OF_ROLES = {
     "cls_token": ("<cls>", "[CLS]"),
     "eos_token": ("<eos>", "[EOS]"),
@@ -46,19 +46,19 @@ def read_vocabulary(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def check_genes(genes: Sequence[str] | None) -> list[str]:
-    """Take gene ids, each once."""
+    """Check gene ids, which must be unique; return them as a list."""
     if genes is None or len(genes) == 0:
-        raise ValueError("GeneTokenizer needs genes: a list of gene ids, as CellStore.gene_ids holds them.")
+        raise ValueError("GeneTokenizer needs genes: a list of gene ids, such as CellStore.gene_ids.")
     genes = [str(gene) for gene in genes]
     seen: set[str] = set()
     twice = [gene for gene in genes if (name := strip_version(gene)) in seen or seen.add(name)]
     if twice:
-        raise ValueError(f"{len(twice)} gene ids occur twice (versions do not count): {sample(twice)}.")
+        raise ValueError(f"{len(twice)} gene ids are repeated (versions are ignored): {sample(twice)}.")
     return genes
 
 
 def check_symbols(symbols: Any, genes: Sequence[str]) -> dict[str, str]:
-    """Take other names of the genes, those that name one gene only: symbol -> gene."""
+    """Return other names of the genes, symbol -> gene, without ambiguous ones."""
     if symbols is None:
         return {}
     if hasattr(symbols, "gene_ids"):
@@ -73,9 +73,9 @@ def check_symbols(symbols: Any, genes: Sequence[str]) -> dict[str, str]:
     if n < _LITTLE * min(len(found), len(known)):
         turned = sum(strip_version(symbol) in known for symbol in found) > n
         logger.warning(
-            f"{n} of {len(found)} symbols are of genes of the tokenizer. They are of genes like "
+            f"{n} of {len(found)} symbols belong to genes of the tokenizer. They belong to genes like "
             f"{sample(gene for of in found.values() for gene in of)}; the tokenizer has genes like {sample(genes)}."
-            + " Give {symbol: gene}, not {gene: symbol}."
+            + " Pass {symbol: gene}, not {gene: symbol}."
             * turned
         )
     single = {symbol: known.get(next(iter(of))) for symbol, of in found.items() if len(of) == 1 and symbol}
@@ -83,7 +83,7 @@ def check_symbols(symbols: Any, genes: Sequence[str]) -> dict[str, str]:
 
 
 def read_medians(medians: Any) -> tuple[Any, float | None]:
-    """Find medians in what holds them, and the sum that they were estimated with, where it is told."""
+    """Return the medians in an object, and the target sum that they were estimated with, if it is known."""
     if medians is None:
         raise ValueError("The rank scheme needs medians: pass medians=estimate_gene_medians(store).")
     if isinstance(medians, (str, os.PathLike)):
@@ -95,25 +95,25 @@ def read_medians(medians: Any) -> tuple[Any, float | None]:
     if isinstance(medians, Mapping):
         wrong = [value for value in medians.values() if isinstance(value, (str, list, dict))]
         if wrong:
-            raise ValueError(f"A median is a number, and {wrong[0]!r} is given: pass {{gene: median}}.")
+            raise ValueError(f"Medians must be numbers, got {wrong[0]!r}: pass {{gene: median}}.")
     return medians, target_sum
 
 
 def check_target_sum(target_sum: float) -> float:
-    """Take a sum that scores can be scaled to."""
+    """Check a sum that scores are scaled to."""
     if not _SCALE[0] <= target_sum <= _SCALE[1]:
-        raise ValueError(f"target_sum is a positive number, got {target_sum}.")
+        raise ValueError(f"target_sum must be a positive number, got {target_sum}.")
     return float(target_sum)
 
 
 def check_medians(medians: Any, genes: Sequence[str]) -> np.ndarray:
-    """Take a median a gene: float64 array (n_genes,), NaN where there is none."""
+    """Return one median per gene, float64 array (n_genes,); NaN where there is none."""
     hint = ""
     if isinstance(medians, Mapping):
         of = {strip_version(str(gene)): value for gene, value in medians.items()}
         n = sum(strip_version(gene) in of for gene in genes)
         if n < _LITTLE * min(len(of), len(genes)):
-            hint = f" {n} of {len(of)} medians are of genes of the tokenizer: they are of {describe(of)}."
+            hint = f" {n} of {len(of)} medians belong to genes of the tokenizer: they are for {describe(of)}."
         medians = [of.get(strip_version(gene)) for gene in genes]
     if len(medians) != len(genes):
         raise ValueError(f"There are {len(medians)} medians for {len(genes)} genes.")
@@ -132,14 +132,14 @@ def check_medians(medians: Any, genes: Sequence[str]) -> np.ndarray:
 
 
 def check_gene_weights(weights: Any, genes: Sequence[str]) -> np.ndarray | None:
-    """Take a weight per gene: float64 array (n_genes,), none of them negative; None for genes that count alike."""
+    """Return one non-negative weight per gene, float64 array (n_genes,); None for equal weights."""
     if weights is None:
         return None
     values = np.asarray(weights, np.float64)
     if values.shape != (len(genes),):
         raise ValueError(f"gene_weights has the shape {values.shape} for {len(genes)} genes.")
     if not np.isfinite(values).all() or (values < 0).any():
-        raise ValueError("gene_weights are numbers of at least 0.")
+        raise ValueError("gene_weights must be numbers of at least 0.")
     return values if values.any() else None
 
 
@@ -161,25 +161,25 @@ def _blocks_of_cells(store) -> list[np.ndarray]:
 
 
 def check_bin_edges(bin_edges: Any, genes: Sequence[str]) -> list[float] | dict[str, list[float]]:
-    """Take edges for all genes, or for each."""
+    """Check bin edges, for all genes or per gene."""
     if not isinstance(bin_edges, Mapping):
-        return _check_edges(bin_edges, "bin_edges are")
+        return _check_edges(bin_edges, "bin_edges")
     of = {strip_version(str(gene)): values for gene, values in bin_edges.items()}
     missing = [gene for gene in genes if strip_version(gene) not in of]
     if missing:
-        raise ValueError(f"bin_edges name no edges for {len(missing)} genes, such as {sample(missing)}.")
-    return {gene: _check_edges(of[strip_version(gene)], f"bin_edges of {gene} are") for gene in genes}
+        raise ValueError(f"bin_edges has no edges for {len(missing)} genes, such as {sample(missing)}.")
+    return {gene: _check_edges(of[strip_version(gene)], f"bin_edges of {gene}") for gene in genes}
 
 
 def _check_edges(bin_edges: Sequence[float], what: str) -> list[float]:
     edges = [float(edge) for edge in bin_edges]
     if not edges or edges[0] <= 0 or not np.isfinite(edges).all() or (np.diff(edges) <= 0).any():
-        raise ValueError(f"{what} positive, finite and strictly increasing numbers, got {list(bin_edges)}.")
+        raise ValueError(f"{what} must be positive, finite and strictly increasing numbers, got {list(bin_edges)}.")
     return edges
 
 
 def edge_array(bin_edges: list[float] | dict[str, list[float]]) -> np.ndarray:
-    """Make an array of edges: (n_edges,), or (n_genes, n_edges) padded with infinity."""
+    """Return an array of edges: (n_edges,), or (n_genes, n_edges) padded with infinity."""
     if not isinstance(bin_edges, dict):
         return np.array(bin_edges)
     edges = np.full((len(bin_edges), max(map(len, bin_edges.values()))), np.inf)
@@ -189,11 +189,11 @@ def edge_array(bin_edges: list[float] | dict[str, list[float]]) -> np.ndarray:
 
 
 def fit_bin_edges(store, how: str, n_bins: int, normalize: str | None) -> list[float] | dict[str, list[float]]:
-    """Find edges at quantiles of a store's counts; see `GeneTokenizer.from_store`."""
+    """Compute edges as quantiles of a store's counts; see `GeneTokenizer.from_store`."""
     if how not in ("quantile", "gene_quantile"):
-        raise ValueError(f'bin_edges are numbers, "quantile" or "gene_quantile", got {how!r}.')
+        raise ValueError(f'bin_edges must be numbers, "quantile" or "gene_quantile", got {how!r}.')
     if n_bins < 1:
-        raise ValueError(f"n_bins={n_bins}: there is at least one.")
+        raise ValueError(f"n_bins={n_bins}: must be at least 1.")
     genes, values = [np.empty(0, np.int64)], [np.empty(0)]
     for some in _blocks_of_cells(store):
         matrix = store.rows(some)
@@ -202,7 +202,7 @@ def fit_bin_edges(store, how: str, n_bins: int, normalize: str | None) -> list[f
         values.append(rows.counts if normalize is None else log1p_cp10k(rows, row_sums(rows)))
     genes, values = np.concatenate(genes), np.concatenate(values).astype(np.float64)
     if not len(values):
-        raise ValueError("The store has no counts to find bin_edges in.")
+        raise ValueError("The store has no counts to compute bin_edges from.")
     everywhere = _quantiles(np.sort(values), n_bins)
     if how == "quantile":
         return everywhere
@@ -216,7 +216,7 @@ def fit_bin_edges(store, how: str, n_bins: int, normalize: str | None) -> list[f
 
 
 def _quantiles(ascending: np.ndarray, n_bins: int) -> list[float]:
-    """Smallest values of n_bins parts of equal size, each once; in place of the first, a value below any count."""
+    """Return the distinct lower ends of n_bins equal parts; the first is replaced by a value below any count."""
     least = np.unique(ascending[np.arange(n_bins) * len(ascending) // n_bins])
     return [_BELOW_ANY_COUNT, *least[least > ascending[0]].tolist()]
 
@@ -225,12 +225,12 @@ def _quantiles(ascending: np.ndarray, n_bins: int) -> list[float]:
 
 
 def phenotype_token(value: str) -> str:
-    """Make the token of a phenotype's value, as PerturbGene does."""
+    """Return the token of a phenotype's value, as in PerturbGene."""
     return "[" + value.replace(" ", "_").strip() + "]"
 
 
 def name_phenotypes(phenotypes: Mapping[str, Sequence[str]], taken: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Name the values of categories: category -> token that the value gives -> token of the vocabulary."""
+    """Name the values of categories: category -> token of the value -> token of the vocabulary."""
     taken = set(taken)
     names: dict[str, dict[str, str]] = {}
     for category, values in phenotypes.items():
@@ -252,21 +252,21 @@ def name_phenotypes(phenotypes: Mapping[str, Sequence[str]], taken: Iterable[str
 
 
 def order_tokens(tokens: list[str], token_ids: Mapping[str, int] | None) -> list[str]:
-    """Put tokens at their ids; those without an id come after, and `[unused_i]` stands where there is none."""
+    """Sort tokens by id; those without an id come after, and gaps become `[unused_i]`."""
     if token_ids is None:
         return tokens
     known = set(tokens)
     unknown = [token for token in token_ids if token not in known]
     if unknown:
-        raise ValueError(f"token_ids names {sample(unknown)}, which no gene, phenotype or special token is.")
+        raise ValueError(f"token_ids has {sample(unknown)}, which is not a gene, phenotype or special token.")
     ordered: dict[int, str] = {}
     for token, i in token_ids.items():
         if i < 0 or i in ordered:
-            raise ValueError(f"The id {i} of {token!r} is negative, or that of {ordered.get(i)!r} too.")
+            raise ValueError(f"The id {i} of {token!r} is negative, or shared with {ordered.get(i)!r}.")
         ordered[i] = token
     n_known = max(ordered, default=-1) + 1
     if n_known > 2 * len(ordered) + 1000:
-        raise ValueError(f"token_ids has {len(ordered)} tokens, and ids up to {n_known - 1}.")
+        raise ValueError(f"token_ids has only {len(ordered)} tokens, but ids up to {n_known - 1}.")
     names = [ordered.get(i, f"[unused_{i}]") for i in range(n_known)]
     return names + [token for token in tokens if token not in token_ids]
 
@@ -278,17 +278,17 @@ def read_token_dictionary(
     ids = {}
     for token, value in load_mapping(token_dictionary).items():
         if isinstance(value, (bool, str)) or value is None or value != int(value):
-            raise ValueError(f"The id of {token!r} is {value!r}, and a whole number is needed.")
+            raise ValueError(f"The id of {token!r} must be an integer, got {value!r}.")
         ids[token] = int(value)
     special_tokens = {role: name for role, names in NAMES_OF_ROLES.items() for name in names if name in ids}
     if not {"pad_token", "mask_token"} <= set(special_tokens):
-        raise ValueError("The token dictionary has no <pad> or no <mask>.")
+        raise ValueError("The token dictionary lacks <pad> or <mask>.")
     genes = sorted(ids.keys() - {name for names in NAMES_OF_ROLES.values() for name in names}, key=ids.__getitem__)
     return ids, special_tokens, genes
 
 
 def sample(names: Iterable[str], n: int = 3) -> str:
-    """Name some of many."""
+    """Return a few of the names, for messages."""
     return ", ".join(str(name) for name in list(names)[:n]) or "(none)"
 
 

@@ -1,4 +1,4 @@
-"""From hidden states to predictions and losses: the MLM head, pooling of cells, and the losses of all heads."""
+"""Heads of the GeneBert models: the MLM head, pooling of cells, and the losses of all heads."""
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ IGNORE = -100
 
 
 class GeneBertMLMHead(nn.Module):
-    """Linear, activation, LayerNorm, and a Linear layer to the vocabulary."""
+    """Head for masked tokens: Linear, activation, LayerNorm, and a Linear layer to the vocabulary."""
 
     def __init__(self, config: GeneBertConfig):
         super().__init__()
@@ -25,15 +25,15 @@ class GeneBertMLMHead(nn.Module):
             self.rank_prior = RankPrior(config)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits (…, vocab_size) of hidden states (…, hidden)."""
+        """Return logits (…, vocab_size) of hidden states (…, hidden)."""
         return self.decoder(self.layer_norm(self.activation(self.transform(hidden_states))))
 
 
 class PreClassifier(nn.Module):
     """Linear layer (hidden, hidden) before the classifier, a part of the head.
 
-    It is no `nn.Linear`, so that PEFT's `target_modules="all-linear"` leaves it alone, and `modules_to_save`, which
-    finds it by the end of its name, trains it in full with the classifier: a LoRA on a random layer learns nothing.
+    It is not an `nn.Linear`, so that PEFT's `target_modules="all-linear"` skips it, and `modules_to_save`, which finds
+    it by the end of its name, trains it in full with the classifier: a LoRA on a random layer learns nothing.
     """
 
     def __init__(self, hidden_size: int):
@@ -53,25 +53,26 @@ def masked_lm_loss(
     config: GeneBertConfig,
     num_items_in_batch: torch.Tensor | int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross entropy of masked tokens, and what it is made of.
+    """Compute the cross entropy of masked tokens, and statistics per class of tokens.
 
     Parameters
     ----------
     logits : Tensor (k, vocab_size)
-        Of all positions, or of the labelled ones.
+        Logits of all positions, or of the labelled ones.
     labels, token_types : LongTensor (k,)
-        Of the same positions; labels are -100 where there is nothing to predict.
+        Labels and types of the same positions; labels are -100 where there is nothing to predict.
     config : GeneBertConfig
-        `label_smoothing`, `token_classes` and `loss_weights`.
+        `label_smoothing`, `token_classes` and `loss_weights` are read.
     num_items_in_batch : int or Tensor, optional
-        What the sum is divided by; the number of labels by default.
+        Divisor of the sum; the number of labels by default.
 
     Returns
     -------
     loss : Tensor ()
-        Weighted sum of the positions' smoothed cross entropies, in nats, over `num_items_in_batch`; 0 without any.
+        Weighted sum of the smoothed cross entropies, in nats, divided by `num_items_in_batch`; 0 without labels.
     statistics : Tensor (n_classes, 3)
-        A class of tokens: sum of the plain cross entropies in nats, number of right predictions, number of labels.
+        For each class of tokens: sum of the plain cross entropies in nats, number of correct predictions, number of
+        labels.
     """
     logits = logits.float()
     labels = labels.to(logits.device)
@@ -81,7 +82,7 @@ def masked_lm_loss(
     if smoothing:
         losses = (1 - smoothing) * nll + smoothing * labelled * (logits.logsumexp(-1) - logits.mean(-1))
     names = config.token_classes or ["genes"]
-    # Categories have the types 1, 2, …; all types from there on are of genes.
+    # Categories have the types 1, 2, …; all types after them are genes.
     classes = token_types.to(logits.device).clamp(1, len(names)) - 1
     if config.loss_weights:
         weights = losses.new_tensor([config.loss_weights.get(name, 1.0) for name in names])
@@ -97,9 +98,9 @@ def masked_lm_loss(
 
 
 def problem_of(config: GeneBertConfig) -> str:
-    """Tell what a head that gives one row of outputs per cell predicts: `config.problem_type`, or what it implies.
+    """Return the problem type of a head with one row of outputs per cell: `config.problem_type`, or its default.
 
-    Without one, a head of a single output predicts a number, and any other tells classes apart.
+    By default, a head with a single output is a regression, and any other a single-label classification.
     """
     return config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
 
@@ -110,40 +111,40 @@ def classification_loss(
     config: GeneBertConfig,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """Loss of a classification or regression head, as `config.problem_type` says.
+    """Compute the loss of a classification or regression head, according to `config.problem_type`.
 
     Parameters
     ----------
     logits : Tensor (n, num_labels)
     labels : Tensor
-        Classes, int64 (n,); of several classes at once, 0 or 1, float (n, num_labels); of a regression, float (n,) or
-        (n, num_labels). -100 where there is none.
+        Classes, int64 (n,); 0 or 1 for multiple labels per cell, float (n, num_labels); numbers for regression, float
+        (n,) or (n, num_labels). -100 where there is none.
     config : GeneBertConfig
-        `problem_type` (by the labels and num_labels where it is None), `class_weights`,
-        `classifier_label_smoothing`.
+        `problem_type` (derived from the labels and num_labels if it is None), `class_weights` and
+        `classifier_label_smoothing` are read.
     num_items_in_batch : int or Tensor, optional
-        What the sum is divided by; the number of labels by default.
+        Divisor of the sum; the number of labels by default.
 
     Returns
     -------
     Tensor ()
-        Cross entropy, binary cross entropy, in nats, or squared error: the mean over labels. Class weights scale the
-        labels' losses; the mean is over labels, not weights, so that it is the same however batches are cut.
+        Cross entropy or binary cross entropy, in nats, or squared error: the mean over labels. Class weights scale the
+        labels' losses; the mean is over labels, not weights, so that it does not depend on how batches are split.
 
     Raises
     ------
     ValueError
-        Labels of another kind than the problem's.
+        The labels do not match the problem type.
     """
     labels = labels.to(logits.device)
     problem = problem_of(config)
     if config.problem_type is None and config.num_labels > 1 and labels.is_floating_point():
         problem = "multi_label_classification"
     if problem == "single_label_classification" and labels.is_floating_point():
-        raise ValueError(f"Classes are whole numbers, got labels of {labels.dtype}; see config.problem_type.")
+        raise ValueError(f"Classes must be integers, got labels of {labels.dtype}; see config.problem_type.")
     if problem != "single_label_classification" and labels.numel() != logits.numel():
         raise ValueError(
-            f"Labels of shape {tuple(labels.shape)} do not fit a {problem} head of {config.num_labels} outputs per "
+            f"Labels of shape {tuple(labels.shape)} do not fit a {problem} head with {config.num_labels} outputs per "
             "cell; see config.problem_type and config.num_labels."
         )
     logits = logits.float()
@@ -173,19 +174,19 @@ def classification_loss(
 
 
 def combine_readers(logits: torch.Tensor, wide: torch.Tensor, config: GeneBertConfig) -> torch.Tensor:
-    """Combine what the head and the wide head say of each cell, as `config.wide_head` describes.
+    """Combine the outputs of the head and the wide head for each cell; see `config.wide_head`.
 
     Parameters
     ----------
     logits, wide : Tensor (n, num_labels)
-        Of the head, and of the wide head.
+        Outputs of the head, and of the wide head.
     config : GeneBertConfig
-        `problem_type`, `reader_weights` and `temperature`.
+        `problem_type`, `reader_weights` and `temperature` are read.
 
     Returns
     -------
     float32 Tensor (n, num_labels)
-        Logits; of classes, weighted log probabilities.
+        Logits; for classes, weighted log probabilities.
     """
     of_head, of_wide = config.reader_weights or (1.0, 1.0)
     logits, wide = logits.float(), wide.float()
@@ -204,7 +205,7 @@ def pool(
     pooling: str,
     cu_seq_lens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Reduce the hidden states of a cell's tokens to one.
+    """Pool the hidden states of a cell's tokens into one vector.
 
     Parameters
     ----------
@@ -215,9 +216,9 @@ def pool(
     attention_mask : Tensor (batch, length), optional
         1 for tokens, 0 for padding; `[CLS]` is the first token.
     pooling : {"cls", "mean"}
-        The state of `[CLS]`, or the mean over all tokens but the special ones (0 for a cell that has no other).
+        The state of `[CLS]`, or the mean over all tokens but the special ones (0 for a cell without others).
     cu_seq_lens : int32 Tensor (n_cells + 1,), optional
-        Of a packed batch: where its cells begin and end.
+        Boundaries of the cells of a packed batch.
 
     Returns
     -------
@@ -226,7 +227,7 @@ def pool(
     Raises
     ------
     ValueError
-        Another pooling; "mean" without token types.
+        The pooling is unknown, or "mean" without token types.
     """
     if pooling == "cls":
         if cu_seq_lens is not None:
@@ -234,16 +235,16 @@ def pool(
         if attention_mask is None:
             return hidden[:, 0]
         first = attention_mask.to(hidden.device).long().argmax(1)
-        # Not by row numbers: an exported model would keep those of the batch that it was exported with.
+        # No indexing by row numbers: an exported model would keep those of the batch it was exported with.
         return hidden.gather(1, first[:, None, None].expand(-1, 1, hidden.shape[-1])).squeeze(1)
     if pooling != "mean":
-        raise ValueError(f'pooling is "cls" or "mean", got {pooling!r}.')
+        raise ValueError(f'pooling must be "cls" or "mean", got {pooling!r}.')
     if token_type_ids is None:
-        raise ValueError('pooling="mean" needs token_type_ids: they tell genes from special tokens.')
+        raise ValueError('pooling="mean" needs token_type_ids, to separate genes from special tokens.')
     content = token_type_ids.to(hidden.device) > 0
     if attention_mask is not None:
         content = content & attention_mask.to(hidden.device).bool()
-    # In float32: in bfloat16 a sum of ones stops at 256.
+    # In float32: a sum of ones in bfloat16 stops at 256.
     values, content = hidden.float() * content.unsqueeze(-1), content.float().unsqueeze(-1)
     if cu_seq_lens is None:
         total, n_tokens = values.sum(1), content.sum(1)

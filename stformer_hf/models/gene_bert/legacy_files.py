@@ -1,4 +1,4 @@
-"""Files of older systems: vocabularies, medians and lengths, from JSON, text and pickles that may hold only data."""
+"""Read files of older systems (vocabularies, medians, lengths) from JSON, text and pickles that hold only data."""
 
 import builtins
 import gzip
@@ -15,14 +15,14 @@ import numpy as np
 
 
 class _Dtype:
-    """Stands in for numpy.dtype: numbers and strings of a fixed size, whatever else a pickle says of them."""
+    """Stands in for numpy.dtype: numbers and strings of a fixed size; other state in the pickle is ignored."""
 
     __slots__ = ("numpy",)
 
     def __init__(self, code, *_):
         if not (isinstance(code, str) and _PLAIN_TYPE.fullmatch(code)):
             raise pickle.UnpicklingError(
-                f"it holds numpy data of type {code!r}, and only numbers and strings are loaded"
+                f"it holds numpy data of type {code!r}, but only numbers and strings are loaded"
             )
         self.numpy = np.dtype(code)
 
@@ -32,7 +32,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands in for numpy.ndarray; `load_pickle` puts the array in its place."""
+    """Stands in for numpy.ndarray; `load_pickle` replaces it by the array."""
 
     __slots__ = ("numpy",)
 
@@ -45,7 +45,7 @@ class _Array:
 
 
 class _Scalar:
-    """Stands in for numpy's maker of scalars."""
+    """Stands in for numpy's constructor of scalars."""
 
     __slots__ = ()
 
@@ -54,7 +54,7 @@ class _Scalar:
 
 
 class _Reconstruct:
-    """Stands in for numpy's maker of arrays."""
+    """Stands in for numpy's constructor of arrays."""
 
     __slots__ = ()
 
@@ -63,7 +63,7 @@ class _Reconstruct:
 
 
 class _FromBuffer:
-    """Stands in for numpy's maker of arrays from buffers."""
+    """Stands in for numpy's constructor of arrays from buffers."""
 
     __slots__ = ()
 
@@ -72,7 +72,7 @@ class _FromBuffer:
 
 
 class _Encode:
-    """Stands in for codecs.encode, by which pickles of protocol 2 write bytes."""
+    """Stands in for codecs.encode, with which pickles of protocol 2 write bytes."""
 
     __slots__ = ()
 
@@ -91,12 +91,12 @@ class _DefaultDict:
 
 def _from_bytes(data, dtype, shape, order: str) -> np.ndarray:
     if not (isinstance(dtype, _Dtype) and isinstance(data, (bytes, bytearray))):
-        raise pickle.UnpicklingError("it holds numpy data that are no plain bytes")
+        raise pickle.UnpicklingError("it holds numpy data that are not plain bytes")
     return np.frombuffer(bytes(data), dtype.numpy).reshape(shape, order=order).copy()
 
 
-# What a pickle may ask for: containers, numbers, and stand-ins for what numpy's pickles name. Numpy's own objects
-# would take flags and addresses from the file, and a function attributes. Everything else could run code.
+# Names that a pickle may refer to: containers, numbers, and stand-ins for the names in numpy's pickles. Numpy's own
+# objects would read flags and addresses from the file, and a function attributes. Everything else could run code.
 _PLAIN_TYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c(8|16)|[SU]\d+)")
 _ALLOWED: dict[tuple[str, str], Any] = {
     **{
@@ -123,16 +123,16 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 class _DataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """Give what a pickle asks for, if it is allowed."""
+        """Return the object that a pickle refers to, if it is allowed."""
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(
-                f"it asks for {module}.{name}, and only plain containers, numbers and strings are loaded"
+                f"it refers to {module}.{name}, but only plain containers, numbers and strings are loaded"
             )
         return _ALLOWED[module, name]
 
 
 def _plain(value: Any) -> Any:
-    """Put arrays in place of their stand-ins, and see that nothing else is left."""
+    """Replace stand-ins by arrays, and check that no other objects are left."""
     if isinstance(value, _Array):
         return value.numpy
     if isinstance(value, dict):
@@ -145,7 +145,7 @@ def _plain(value: Any) -> Any:
 
 
 def load_pickle(path: str | os.PathLike) -> Any:
-    """Load a pickle of plain containers, numbers and strings; numpy scalars and arrays of numbers may be among them.
+    """Load a pickle of plain containers, numbers and strings, including numpy scalars and arrays of numbers.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ def load_pickle(path: str | os.PathLike) -> Any:
     Raises
     ------
     ValueError
-        The pickle names anything else (nothing of it was run), or is damaged.
+        The pickle refers to anything else (nothing of it was run), or is damaged.
     """
     try:
         with open(path, "rb") as file:
@@ -170,9 +170,9 @@ def load_pickle(path: str | os.PathLike) -> Any:
 
 
 def load_mapping(source: Mapping | str | os.PathLike) -> dict:
-    """Read a mapping: one in memory, a .json or .pkl file, or a text file whose line numbers are the values.
+    """Read a mapping from memory, a .json or .pkl file, or a text file whose line numbers are the values.
 
-    Text and JSON may be compressed by gzip.
+    Text and JSON may be compressed with gzip.
 
     Parameters
     ----------
@@ -186,7 +186,7 @@ def load_mapping(source: Mapping | str | os.PathLike) -> dict:
     Raises
     ------
     ValueError
-        A file of another kind, or that holds something else.
+        The file has another format, or holds something else.
     """
     if isinstance(source, Mapping):
         found = source
@@ -205,9 +205,9 @@ def load_mapping(source: Mapping | str | os.PathLike) -> dict:
             lines = _read_text(path).splitlines()
             found = {line.strip(): number for number, line in enumerate(lines) if line.strip()}
         else:
-            raise ValueError(f"{path}: a mapping is read from .json, .pkl or .txt files.")
+            raise ValueError(f"{path}: a mapping must be a .json, .pkl or .txt file.")
     if not isinstance(found, Mapping):
-        raise ValueError(f"{source} holds a {type(found).__name__}, and a mapping is needed.")
+        raise ValueError(f"{source} holds a {type(found).__name__}, but a mapping is needed.")
     return {str(key): value for key, value in found.items()}
 
 
@@ -216,7 +216,7 @@ def _read_text(path: Path) -> str:
     try:
         return (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no text, or is damaged: {error}.") from error
+        raise ValueError(f"{path} is not text, or is damaged: {error}.") from error
 
 
 __all__ = ["load_mapping", "load_pickle"]

@@ -1,4 +1,4 @@
-"""GeneBert models: expression bins and phenotypes in, hidden states, masked-token logits or class logits out."""
+"""GeneBert models: hidden states, masked-token logits and class logits from expression bins and phenotypes."""
 
 from dataclasses import dataclass
 
@@ -51,13 +51,13 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class GeneBertMaskedLMOutput(MaskedLMOutput):
-    """`MaskedLMOutput` and what its loss is made of.
+    """`MaskedLMOutput` with statistics of the loss, and the outputs of the cell decoder.
 
     Attributes
     ----------
     class_statistics : Tensor (n_classes, 3)
-        A class of tokens (`config.token_classes`): sum of the labels' cross entropies in nats, without smoothing and
-        weights; number of labels predicted right; number of labels.
+        For each class of tokens (`config.token_classes`): sum of the labels' cross entropies in nats, without
+        smoothing and weights; number of correctly predicted labels; number of labels.
     gene_logits : Tensor (n_cells, n_genes)
         With `config.cell_decoder`, log shares of the genes in each cell's counts, up to a constant per cell.
     log_dispersion : float32 Tensor (n_genes,)
@@ -70,11 +70,11 @@ class GeneBertMaskedLMOutput(MaskedLMOutput):
 
 
 class GeneBertPreTrainedModel(PreTrainedModel):
-    """What all GeneBert models share: configuration, initialisation, supported backends.
+    """Base class of the GeneBert models: configuration, initialisation, supported backends.
 
-    `attn_implementation` is eager, sdpa, flex_attention, flash_attention_2 or _3, or "auto": flash attention where
-    there is a GPU, the package and weights in half precision, else sdpa, which on a packed batch keeps cells apart by
-    itself (under autocast too, which leaves the weights in float32).
+    `attn_implementation` is eager, sdpa, flex_attention, flash_attention_2 or _3, or "auto": flash attention if there
+    are a GPU, the package and weights in half precision, else sdpa, which also separates the cells of a packed batch
+    (under autocast too, which leaves the weights in float32).
     """
 
     config: GeneBertConfig
@@ -82,13 +82,13 @@ class GeneBertPreTrainedModel(PreTrainedModel):
     base_model_prefix = "gene_bert"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GeneBertLayer"]
-    _keep_in_fp32_modules_strict = ["statistics"]  # of the genes
+    _keep_in_fp32_modules_strict = ["statistics"]  # the statistics of the genes
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": GeneBertLayer, "attentions": GeneBertAttention}
-    # A checkpoint with another head, or with one where none is wanted, is no surprise. A head that is missing is told.
+    # A checkpoint may have another head, or one that the model lacks, without a warning; a missing head is reported.
     _keys_to_ignore_on_load_unexpected = [
         r"^mlm_head\.",
         r"^cell_decoder\.",
@@ -115,12 +115,12 @@ class GeneBertPreTrainedModel(PreTrainedModel):
             init.zeros_(module.weight)
 
     def get_position_embeddings(self) -> nn.Embedding:
-        """Return the embedding of the places of tokens in their cell.
+        """Return the embedding of the positions of tokens in their cell.
 
         Raises
         ------
         ValueError
-            The model has none.
+            The model has no position embeddings.
         """
         embeddings = self.base_model.embeddings
         if not hasattr(embeddings, "position_embeddings"):
@@ -131,12 +131,12 @@ class GeneBertPreTrainedModel(PreTrainedModel):
         return embeddings.position_embeddings
 
     def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
-        """Change how many tokens a cell may have; places that are new get new random embeddings.
+        """Change the maximum number of tokens per cell; new positions get random embeddings.
 
         Parameters
         ----------
         new_num_position_embeddings : int
-            Tokens of the longest cell; `config.max_position_embeddings` becomes this.
+            Maximum number of tokens per cell; also written to `config.max_position_embeddings`.
 
         Raises
         ------
@@ -156,7 +156,7 @@ class GeneBertPreTrainedModel(PreTrainedModel):
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         if attn_implementation == "auto":
             attn_implementation = _best_attention(self.config.dtype or torch.get_default_dtype())
-            logger.warning_once(f'attn_implementation="auto" is {attn_implementation!r} here.')
+            logger.warning_once(f'attn_implementation="auto" selects {attn_implementation!r} here.')
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
 
@@ -170,7 +170,7 @@ def _best_attention(dtype: torch.dtype) -> str:
 
 
 class GeneBertModel(GeneBertPreTrainedModel):
-    """The encoder: embeddings and transformer layers, no head."""
+    """The encoder: embeddings and transformer layers without a head."""
 
     _auto_class = "AutoModel"
 
@@ -185,7 +185,7 @@ class GeneBertModel(GeneBertPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """Embedding of the token ids."""
+        """Return the embedding of the token ids."""
         return self.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
@@ -204,12 +204,11 @@ class GeneBertModel(GeneBertPreTrainedModel):
         Raises
         ------
         ValueError
-            There are none.
+            The counts are missing.
         """
         if cell_genes is None or cell_counts is None:
             raise ValueError(
-                "This model was made with cell_embedding=True and needs cell_genes and cell_counts: tokenize with "
-                "whole_cell=True."
+                "A model with cell_embedding=True needs cell_genes and cell_counts: tokenize with whole_cell=True."
             )
         return self.cell_embedding.statistics(cell_genes, cell_counts, cell_indptr, measured_genes)
 
@@ -235,19 +234,19 @@ class GeneBertModel(GeneBertPreTrainedModel):
         Parameters
         ----------
         input_ids, token_type_ids : LongTensor (batch, length)
-            As `GeneTokenizer` gives them.
+            Ids and types as `GeneTokenizer` returns them.
         attention_mask : Tensor (batch, length), optional
-            1 where there is a token, 0 where there is padding.
+            1 for tokens, 0 for padding.
         inputs_embeds : Tensor (batch, length, hidden), optional
-            In place of `input_ids`.
+            Used instead of `input_ids`.
         position_ids : LongTensor (batch, length), optional
-            Place of each token in its cell, for a model with positions; counted from each cell's first token by
-            default, tokens that are not attended to left out.
+            Position of each token in its cell, for a model with positions; by default counted from each cell's first
+            token, without tokens that are not attended to.
         expression_values : Tensor (batch, length), optional
             Value of each gene, for a model with `value_embedding`; 0 for other tokens and for masked ones.
         cu_seq_lens_q : int32 Tensor (n_cells + 1,), optional
-            Of a packed batch, one row: where its cells begin and end. What else backends read (`cu_seq_lens_k`,
-            `max_length_q`, `max_length_k`) follows from it, where the batch does not bring it.
+            Boundaries of the cells of a packed batch, which is one row. Other inputs of backends (`cu_seq_lens_k`,
+            `max_length_q`, `max_length_k`) are derived from it if the batch does not have them.
         cell_genes, cell_counts, cell_indptr, measured_genes : Tensor, optional
             Counts of the whole cells, for a model with `cell_embedding`; see `GeneStatistics.forward`.
 
@@ -259,11 +258,11 @@ class GeneBertModel(GeneBertPreTrainedModel):
         Raises
         ------
         ValueError
-            Neither or both of `input_ids` and `inputs_embeds`, or no `token_type_ids`; a packed batch on a backend
-            that would mix its cells.
+            Neither or both of `input_ids` and `inputs_embeds` are given, or `token_type_ids` are missing; the backend
+            would mix the cells of a packed batch.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either input_ids or inputs_embeds.")
+            raise ValueError("Pass either input_ids or inputs_embeds.")
         shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         check_packing(shape, attention_mask, cu_seq_lens_q, {**kwargs, "position_ids": position_ids})
         positions = self.config.position_embedding_type
@@ -281,14 +280,14 @@ class GeneBertModel(GeneBertPreTrainedModel):
                 n_counted = n_cells if cell_genes is None else len(cell_genes)
             if n_counted != n_cells:
                 raise ValueError(
-                    f"The counts are of {n_counted} cells, and the tokens of {n_cells}. A packed batch needs "
-                    "cell_indptr, and cannot be cut along the first dimension, as torch.nn.DataParallel, "
+                    f"There are counts of {n_counted} cells, but tokens of {n_cells}. A packed batch needs "
+                    "cell_indptr, and cannot be split along the first dimension, as torch.nn.DataParallel, "
                     "dispatch_batches and split_batches do: pad it."
                 )
             cells = self.read_cells(cell_genes, cell_counts, cell_indptr, measured_genes)
             hidden_states = put_first(hidden_states, self.cell_embedding(cells), attention_mask, cu_seq_lens_q)
         elif cell_genes is not None:
-            raise ValueError("The model does not read whole cells: make it with cell_embedding=True.")
+            raise ValueError("The model does not read whole cells: create it with cell_embedding=True.")
         if positions == "rotary":
             head_dim = self.config.hidden_size // self.config.num_attention_heads
             kwargs["rotary"] = rotary_angles(position_ids, head_dim, self.config.rotary_base, hidden_states.dtype)
@@ -351,17 +350,17 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         labels : LongTensor (batch, length), optional
             Ids to predict; -100 where there is nothing to predict.
         num_items_in_batch : int or Tensor, optional
-            Number of labels over the whole accumulated batch; the loss is divided by it (Trainer gives it).
+            Number of labels over the whole accumulated batch; the loss is divided by it (Trainer passes it).
         sparse_prediction : bool, optional
             With labels, compute logits at the labelled positions only. By default `config.sparse_prediction` in
-            training mode, and False in evaluation mode, where logits are gathered batch by batch and meet the labels.
+            training mode, and False in evaluation mode, where logits are gathered and compared with the labels.
 
         Returns
         -------
         GeneBertMaskedLMOutput
             `loss`: mean cross entropy in nats over the labelled positions, 0 if there are none, smoothed and weighted
-            as the configuration says. `logits`: (batch, length, vocab_size), or (n_labelled, vocab_size) with labels
-            and `sparse_prediction` (in a compiled model only if the vocabulary is larger than
+            according to the configuration. `logits`: (batch, length, vocab_size), or (n_labelled, vocab_size) with
+            labels and `sparse_prediction` (in a compiled model only if the vocabulary is larger than
             `config.intermediate_size`). `class_statistics`, `gene_logits` and `log_dispersion`: see the class.
         """
         outputs = self.gene_bert(
@@ -383,8 +382,8 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
             logits = self._predict(hidden_states, order)
         else:
             labels = labels.to(hidden_states.device)
-            # How many labels there are is known when a GPU has counted them, which breaks a compiled graph. There,
-            # where the vocabulary is small, logits of all positions cost little.
+            # The number of labels is known only after a GPU has counted them, which breaks a compiled graph. There,
+            # with a small vocabulary, logits of all positions cost little.
             everywhere = torch.compiler.is_compiling() and self.config.vocab_size <= self.config.intermediate_size
             labelled = slice(None) if everywhere else (labels != IGNORE).flatten().nonzero().squeeze(1)
             if sparse_prediction is None:
@@ -412,13 +411,13 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         )
 
     def _predict(self, states: torch.Tensor, order: tuple, labelled: torch.Tensor | None = None) -> torch.Tensor:
-        """Compute logits of states, with what the order of the genes tells, where the head knows it."""
+        """Compute logits of states, with the prior from the order of the genes, if the head has one."""
         logits = self.mlm_head(states)
         return self.mlm_head.rank_prior(logits, *order, labelled) if self.config.rank_prior_sizes else logits
 
 
 class GeneBertForClassification(GeneBertPreTrainedModel):
-    """GeneBert that assigns each cell to a class, from hidden states pooled as `config.classifier_pooling` says."""
+    """GeneBert that assigns each cell to a class, from hidden states pooled by `config.classifier_pooling`."""
 
     _auto_class = "AutoModelForSequenceClassification"
 
@@ -451,14 +450,14 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
         input_ids, attention_mask, token_type_ids, inputs_embeds
             As in `GeneBertModel.forward`.
         labels : Tensor (batch,), optional
-            Class of each cell; with several classes a cell, or a number to predict, see `classification_loss`.
+            Class of each cell; for multiple labels per cell and for regression, see `classification_loss`.
 
         Returns
         -------
         SequenceClassifierOutput
-            `loss`: of `config.problem_type` (cross entropy in nats by default); `logits` (batch, num_labels).
+            `loss` for `config.problem_type` (cross entropy in nats by default); `logits` (batch, num_labels).
         """
-        # Trainer's count of labels is meant for the loss alone; the encoder would hand it to the attention backend.
+        # Trainer's count of labels is for the loss alone; the encoder would pass it on to the attention backend.
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         outputs = self.gene_bert(
             input_ids=input_ids,
@@ -491,7 +490,7 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         cu_seq_lens: torch.IntTensor | None = None,
     ) -> torch.Tensor:
-        """Return what the head reads of each cell, Tensor (n_cells, hidden), of the hidden states of its tokens."""
+        """Pool the hidden states of each cell's tokens into the input of the head, Tensor (n_cells, hidden)."""
         return pool(hidden_states, token_type_ids, attention_mask, self.config.classifier_pooling, cu_seq_lens)
 
 

@@ -1,4 +1,4 @@
-"""Packed batches: the tokens of many cells in one row, each cell attending to itself alone, on every backend."""
+"""Attention on packed batches: the tokens of many cells in one row, where each cell attends only to itself."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -15,18 +15,18 @@ _HAS_VARLEN = find_spec("torch.nn.attention.varlen") is not None  # torch 2.10
 
 
 def segments_of(cu_seq_lens: torch.Tensor, length: int) -> torch.Tensor:
-    """Give the cell of each token: int32 Tensor (1, length)."""
+    """Return the cell of each token, int32 Tensor (1, length)."""
     at = torch.arange(length, device=cu_seq_lens.device)
     return torch.searchsorted(cu_seq_lens[1:].contiguous(), at, right=True).to(torch.int32)[None]
 
 
 def check_packing(shape: torch.Size, attention_mask, cu_seq_lens: torch.Tensor | None, kwargs: Mapping) -> None:
-    """Check what a forward pass is told of the cells of its row.
+    """Check the packing arguments of a forward pass.
 
     Parameters
     ----------
     shape : (batch, length)
-        Of the tokens.
+        Shape of the tokens.
     attention_mask : Tensor or None
     cu_seq_lens : int32 Tensor (n_cells + 1,) or None
         Cell i has the tokens `cu_seq_lens[i]:cu_seq_lens[i + 1]`; None for a padded batch.
@@ -36,8 +36,8 @@ def check_packing(shape: torch.Size, attention_mask, cu_seq_lens: torch.Tensor |
     Raises
     ------
     ValueError
-        More than one row; half of what a packed batch has; on a CPU, lengths that do not add up to the row's, and
-        positions that tell of cells that nothing else tells of.
+        There is more than one row, or only a part of the packing arguments; on a CPU, lengths do not add up to that of
+        the row, or positions show multiple cells in a row without packing arguments.
     """
     if cu_seq_lens is None:
         half = [name for name in ("seq_idx", "cu_seq_lens_k", "max_length_q") if kwargs.get(name) is not None]
@@ -47,22 +47,22 @@ def check_packing(shape: torch.Size, attention_mask, cu_seq_lens: torch.Tensor |
         if places is not None and attention_mask is None and places.device.type == "cpu":
             if not torch.compiler.is_compiling() and (places[:, 1:] < places[:, :-1]).any():
                 raise ValueError(
-                    "position_ids begin anew within a row: pack cells by cu_seq_lens_q, or give an attention_mask."
+                    "position_ids restart within a row: pack cells with cu_seq_lens_q, or pass an attention_mask."
                 )
         return
     if shape[0] != 1:
-        raise ValueError(f"A packed batch is one row of tokens, got {shape[0]}.")
+        raise ValueError(f"A packed batch must be one row of tokens, got {shape[0]} rows.")
     if attention_mask is not None:
-        raise ValueError("A packed batch has no padding, and no attention_mask.")
+        raise ValueError("A packed batch has no padding: attention_mask must be None.")
     if cu_seq_lens.device.type == "cpu" and not torch.compiler.is_compiling() and int(cu_seq_lens[-1]) != shape[1]:
         raise ValueError(
-            f"cu_seq_lens_q ends at {int(cu_seq_lens[-1])}, and there are {shape[1]} tokens. A packed batch cannot be "
-            "cut along the first dimension, as torch.nn.DataParallel, dispatch_batches and split_batches do: pad it."
+            f"cu_seq_lens_q ends at {int(cu_seq_lens[-1])}, but there are {shape[1]} tokens. A packed batch cannot be "
+            "split along the first dimension, as torch.nn.DataParallel, dispatch_batches and split_batches do: pad it."
         )
 
 
 def packing_of(cu_seq_lens: torch.Tensor, kwargs: Mapping) -> dict:
-    """Give all that tells backends where cells end: flash attention ignores it where a part is missing."""
+    """Return all arguments of backends for packed sequences: flash attention ignores them if one is missing."""
     given = {name: kwargs[name] for name in ("max_length_q", "max_length_k") if kwargs.get(name) is not None}
     if len(given) < 2:
         if torch.compiler.is_compiling():
@@ -74,15 +74,15 @@ def packing_of(cu_seq_lens: torch.Tensor, kwargs: Mapping) -> dict:
 
 
 def packed_mask(config, hidden_states: torch.Tensor, cu_seq_lens: torch.Tensor):
-    """Make the mask that keeps cells apart; None on backends that are told where cells end.
+    """Return the mask that separates the cells; None for backends that take the boundaries of cells.
 
     Raises
     ------
     ValueError
-        A backend that would mix the cells.
+        The backend would mix the cells.
     """
     backend = config._attn_implementation
-    # A compiled step has no loop over cells: it takes a mask where torch's varlen attention does not serve.
+    # A compiled step cannot loop over cells: it uses a mask where torch's varlen attention is not available.
     apart = not torch.compiler.is_compiling() or _varlen_serves(hidden_states, config.attention_probs_dropout_prob)
     if "flash" in backend or (backend == "sdpa" and apart):
         return None
@@ -101,7 +101,7 @@ def packed_mask(config, hidden_states: torch.Tensor, cu_seq_lens: torch.Tensor):
 
 
 def _varlen_serves(states: torch.Tensor, dropout: float) -> bool:
-    """Whether `torch.nn.attention.varlen` can attend: on a GPU, in half precision, without attention dropout."""
+    """Return whether `torch.nn.attention.varlen` works: on a GPU, in half precision, without attention dropout."""
     autocast = states.is_cuda and torch.is_autocast_enabled("cuda")
     dtype = torch.get_autocast_dtype("cuda") if autocast else states.dtype
     return _HAS_VARLEN and states.is_cuda and dtype in (torch.float16, torch.bfloat16) and not dropout
@@ -119,8 +119,8 @@ def packed_sdpa_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Attend within each cell of a packed row.
 
-    On a GPU, in half precision, by `torch.nn.attention.varlen`; else by one call of scaled_dot_product_attention a
-    cell, which costs what the cells cost: a mask would cost the square of the row.
+    Uses `torch.nn.attention.varlen` on a GPU in half precision, else one call of scaled_dot_product_attention per
+    cell, whose cost is that of the cells: a mask would cost the square of the row.
 
     Parameters
     ----------
@@ -136,15 +136,15 @@ def packed_sdpa_attention_forward(
     cu_seq_lens = kwargs["cu_seq_lens_q"]
     if dropout and _varlen_serves(query, 0.0):
         logger.warning_once(
-            "Attention dropout keeps packed batches from torch's varlen attention: one call a cell is made. Set "
-            "attention_probs_dropout_prob=0, or take flash attention."
+            "torch's varlen attention does not support attention dropout: packed batches take one call per cell. Set "
+            "attention_probs_dropout_prob=0, or use flash attention."
         )
     elif _varlen_serves(query, dropout):
         from torch.nn.attention.varlen import varlen_attn
 
         packed = [part[0].transpose(0, 1).to(value.dtype) for part in (query, key, value)]
         longest = kwargs.get("max_length_q")
-        if longest is None:  # a bound is enough
+        if longest is None:  # an upper bound is enough
             longest = query.shape[2] if torch.compiler.is_compiling() else int(cu_seq_lens.diff().max())
         cuts = cu_seq_lens.to(torch.int32)
         return varlen_attn(*packed, cuts, cuts, longest, longest, scale=scaling)[None], None
@@ -157,7 +157,7 @@ def packed_sdpa_attention_forward(
     return torch.cat(attended, dim=2).transpose(1, 2), None
 
 
-# By this name attention layers find it, as they find all others.
+# Attention layers find it by this name, like all other backends.
 PACKED_SDPA = "sdpa_packed"
 AttentionInterface.register(PACKED_SDPA, packed_sdpa_attention_forward)
 

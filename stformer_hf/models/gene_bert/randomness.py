@@ -18,20 +18,20 @@ def uniforms(
     counters: np.ndarray | int = 0,
     samples: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Uniform numbers in [0, 1), one an element, with no state.
+    """Return uniform numbers in [0, 1), one per element, without state.
 
     Parameters
     ----------
     seed, epoch : int
-        Of the run.
+        Seed and epoch of the run.
     stream : int
-        Tells independent uses of the same sample apart.
+        Number of the use, so that different uses of the same sample are independent.
     sample_ids : int array (n_samples,)
         Ids of the samples (cells).
     counters : int array (n,) or int, default: 0
-        Which number of its sample each element is.
+        Number of each element within its sample.
     samples : int array (n,), optional
-        Position in `sample_ids` of each element's sample; element i belongs to sample i by default.
+        Index in `sample_ids` of each element's sample; element i belongs to sample i by default.
 
     Returns
     -------
@@ -54,7 +54,7 @@ def happens(
     counters: np.ndarray | int = 0,
     samples: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Tell where `uniforms(seed, …) < share`, in half the time: bool array (n,)."""
+    """Return `uniforms(seed, …) < share`, bool array (n,), in half the time."""
     drawn = _draw(seed, epoch, stream, sample_ids, counters, samples)
     if share >= 1:
         return np.ones(drawn.shape, bool)
@@ -62,7 +62,7 @@ def happens(
 
 
 def _draw(seed, epoch, stream, sample_ids, counters, samples) -> np.ndarray:
-    """64 random bits an element."""
+    """Return 64 random bits per element."""
     key = np.array([_GOLDEN], np.uint64)
     for part in (seed, epoch, stream):
         key = _mix(key ^ np.uint64(int(part) & _MASK))
@@ -73,7 +73,7 @@ def _draw(seed, epoch, stream, sample_ids, counters, samples) -> np.ndarray:
 
 
 def _mix(z: np.ndarray) -> np.ndarray:
-    """Scramble, in place: a pass over fresh memory costs more than the arithmetic."""
+    """Scramble in place: a pass over new memory costs more than the arithmetic."""
     shifted = np.empty_like(z)
     z += np.uint64(_GOLDEN)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

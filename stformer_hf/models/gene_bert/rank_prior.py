@@ -1,4 +1,4 @@
-"""What a cell's ranked genes tell of a masked one before any training: where it stands, and beside which genes."""
+"""Prior for a masked gene from the ranked genes of its cell, without training: its rank, and the genes beside it."""
 
 import torch
 from torch import nn
@@ -6,57 +6,58 @@ from torch import nn
 from .configuration_gene_bert import GeneBertConfig
 from .packed_attention import segments_of
 
-LEVEL_UNIT = 2.0**-20  # of `level`; whole numbers stay exact when the weights are cast to half precision
+LEVEL_UNIT = 2.0**-20  # unit of `level`; integers stay exact when the weights are cast to half precision
 N_BINS = 4096
 
-_WINDOW = 12  # tokens that are read on either side
-_COUNTS = 16  # most likely counts of each of them
-_TIE = 10  # levels that differ by no more are equal, in units
-_STRAY = 1e-3  # weight of a token that is out of order: a random gene that masking put there
-_FLOOR = 0.03  # share of the prediction that does not trust the ranks
-_SHOWN = 0.02  # of a gene that the cell already shows: a random one, or it would be there twice
-_LEAST_FACTOR = 0.05  # by which a cell's other genes make a gene rarer
+_WINDOW = 12  # number of tokens read on either side
+_COUNTS = 16  # number of most likely counts per token
+_TIE = 10  # levels that differ by at most this are equal, in units
+_STRAY = 1e-3  # weight of a token that is out of order: a random gene put there by masking
+_FLOOR = 0.03  # share of the prediction that ignores the ranks
+_SHOWN = 0.02  # factor for a gene that the cell already shows: one of the two is random
+_LEAST_FACTOR = 0.05  # smallest factor from the other genes of the cell
 _PLACES_AT_A_TIME = 512
 
 
 class RankPrior(nn.Module):
     """Log odds of each gene at a rank, against its frequency, from the other genes of the cell.
 
-    Two parts. The first reads the ranks and knows no biology. The order of a cell is that of count / median. At its
-    rank a gene that has the count c is at the level ln c - ln median, and levels descend along the cell. The counts
-    are not shown, but few are likely, and most of these are out of order: a recursion over the nearest tokens of
-    either side sums over those that are in order. The second reads which genes the cell shows, whatever their ranks,
-    by a correspondence analysis of training cells.
+    There are two parts. The first reads the ranks and knows no biology. A cell is sorted by count / median: a gene
+    with count c has the level ln c - ln median, and levels descend along the cell. The counts are not visible, but few
+    are likely, and most of these would be out of order: a recursion over the nearest tokens on either side sums over
+    those that are in order. The second part reads which genes the cell shows, regardless of their ranks, through a
+    correspondence analysis of training cells.
 
-    A visible gene is penalised, for it comes once. A token without levels (special tokens, phenotypes, genes of an
-    extended vocabulary) is neither near nor far: at its place, and as a prediction, all stays as it is.
+    A visible gene is penalised, since each gene occurs once. A token without levels (special tokens, phenotypes, genes
+    of an extended vocabulary) is ignored: logits at its position, and its own logits, are unchanged.
 
     Attributes
     ----------
     token : int32 Tensor (n,)
-        Token of a gene, ascending; of each gene the likely counts, the most likely first.
+        Token of a gene, ascending; the likely counts of each gene, the most likely first.
     level : int32 Tensor (n,)
         ln count - ln median, in units of 2 ** -20.
     bin : int32 Tensor (n,)
-        Place of the level among 4,096 bins of equal mass (frequency of the gene x share), 0 the highest.
+        Bin of the level among 4,096 bins of equal mass (frequency of the gene x share), 0 is the highest.
     share : Tensor (n,)
-        Share of the count among those that the gene has where it is in a cell's tokens.
+        Share of this count among the counts of the gene in cells that have it as a token.
     axes : Parameter (n_tokens, n_axes)
-        Coordinates of the genes, at first standard coordinates; 0 for other tokens.
+        Coordinates of the genes, initially standard coordinates; 0 for other tokens.
 
     Notes
     -----
-    A forward-backward recursion of a hidden Markov model (Rabiner 1989) whose states are counts, over windows in place
-    of whole cells. From the left, far to near, with a the weights of the last states and a_0 that of none:
-    a'_c = share_c (a_0 + sum of a_i with level_i >= level_c); older states stay, times what the token's shares leave
-    of 1, and 0.001. F(b) is the weight of the states from the left at or above bin b times that of those from the
-    right at or below it. The log odds are ln(0.97 r / z + 0.03), z the mean of F over the bins, and r = sum over the
-    gene's counts of share x F(bin), and what the shares leave of 1 x z; so that z is the mean of r over the genes'
-    frequencies. To them ln(1 + axes_g . p) is added, p the mean of the axes of the genes shown: the reconstitution and
-    the transition formula of correspondence analysis (Greenacre 1984); 1 + axes_g . p is at least 0.05.
+    This is a forward-backward recursion of a hidden Markov model (Rabiner 1989) whose states are counts, over windows
+    instead of whole cells. From the left, far to near, with a the weights of the previous states and a_0 that of no
+    state: a'_c = share_c (a_0 + sum of a_i with level_i >= level_c); older states are kept, multiplied by (1 - the sum
+    of the token's shares + 0.001). F(b) is the weight of the states from the left at or above bin b times that of
+    those from the right at or below it. The log odds are ln(0.97 r / z + 0.03), where z is the mean of F over the
+    bins, and r = sum over the gene's counts of share x F(bin), plus (1 - the sum of the shares) x z, so that z is the
+    mean of r weighted by the genes' frequencies. ln(1 + axes_g . p) is added, where p is the mean of the axes of the
+    visible genes: the reconstitution and the transition formula of correspondence analysis (Greenacre 1984);
+    1 + axes_g . p is at least 0.05.
 
-    `stformer_hf.training.starts.masked_gene_start` estimates all of it from training cells. The axes are trained
-    from there; the first part is not.
+    `stformer_hf.training.starts.masked_gene_start` estimates both parts from training cells. The axes are then
+    trained; the first part is not.
     """
 
     def __init__(self, config: GeneBertConfig):
@@ -82,28 +83,28 @@ class RankPrior(nn.Module):
         Parameters
         ----------
         logits : Tensor (batch, length, vocab_size) or (k, vocab_size)
-            Of all positions; or of the labelled ones, in row-major order.
+            Logits of all positions, or of the labelled ones in row-major order.
         input_ids, token_type_ids : LongTensor (batch, length)
-            A gene is compared with genes of its cell that have its token type.
+            A gene is compared with genes of its cell that have the same token type.
         attention_mask : Tensor (batch, length), optional
             Tokens that are not attended to are not read.
         cu_seq_lens : int32 Tensor (n_cells + 1,), optional
-            Of a packed batch: where its cells begin and end.
+            Boundaries of the cells of a packed batch.
         labelled : LongTensor (n_labelled,), optional
-            Which positions, if not all.
+            The labelled positions, if logits are not of all.
 
         Returns
         -------
         Tensor
-            Of the shape and dtype of `logits`.
+            Logits with the shape and dtype of `logits`.
 
         Raises
         ------
         ValueError
-            No `input_ids`.
+            `input_ids` are missing.
         """
         if input_ids is None:
-            raise ValueError("The model reads the order of the genes (rank_prior_sizes): give input_ids.")
+            raise ValueError("The model reads the order of the genes (rank_prior_sizes): pass input_ids.")
         device, (n_rows, length) = logits.device, input_ids.shape
         vocab_size = logits.shape[-1]
         ids, types = input_ids.to(device), token_type_ids.to(device)
@@ -132,7 +133,7 @@ class RankPrior(nn.Module):
             for some, of in zip(places.split(_PLACES_AT_A_TIME), flat.split(_PLACES_AT_A_TIME), strict=True):
                 with torch.no_grad():
                     odds = self._order_odds(ids, groups, some, starts, 1 - shares)
-                    # What stands at the place itself is not a second one.
+                    # The token at the position itself is not a second occurrence.
                     odds *= penalty[groups[some]].scatter_(1, ids[some].unsqueeze(1), 1.0)[:, :-1]
                 beside = torch.addmm(axes.new_ones(1), points[groups[some]], axes.T).clamp(min=_LEAST_FACTOR)
                 parts.append(of + (beside * odds).log().to(of.dtype))
@@ -146,17 +147,18 @@ class RankPrior(nn.Module):
         starts: torch.Tensor,
         rest: torch.Tensor,
     ) -> torch.Tensor:
-        """Compute the odds that the order gives every token: float32 Tensor (k, vocab_size).
+        """Compute the odds of every token from the order of the genes, float32 Tensor (k, vocab_size).
 
         Parameters
         ----------
         ids, groups : LongTensor (n_tokens,)
-            Tokens of all cells, `vocab_size` where not attended to; and their cell and type.
+            Tokens of all cells, `vocab_size` where not attended to; and the group (cell and type) of each.
         places : LongTensor (k,)
+            Positions to predict.
         starts : LongTensor (vocab_size + 2,)
-            Where the levels of each token begin.
+            Start of the levels of each token.
         rest : float32 Tensor (vocab_size,)
-            What the shares of each token's counts leave of 1.
+            1 - the sum of the shares of each token's counts.
         """
         likely = self._beside(ids, groups, places, starts, -1) * self._beside(ids, groups, places, starts, 1)
         likely *= (1 - _FLOOR) / likely.mean(1, keepdim=True)  # before there are k x vocab_size numbers
@@ -168,7 +170,7 @@ class RankPrior(nn.Module):
     def _beside(
         self, ids: torch.Tensor, groups: torch.Tensor, places: torch.Tensor, starts: torch.Tensor, side: int
     ) -> torch.Tensor:
-        """Compute how likely the tokens on one side are, for a gene in each bin: float32 Tensor (k, N_BINS)."""
+        """Compute the likelihood of the tokens on one side, for a gene in each bin, float32 Tensor (k, N_BINS)."""
         steps = torch.arange(_WINDOW, 0, -1, device=ids.device) * side  # from the farthest to the nearest
         around = places[:, None] + steps
         inside = (around >= 0) & (around < len(ids))
@@ -194,7 +196,7 @@ class RankPrior(nn.Module):
         bins = weight.new_zeros(len(places), N_BINS)
         bins.scatter_add_(1, self.bin[entries].long().flatten(1), weight.flatten(1))
         bins = bins.cumsum(1) if side < 0 else bins.flip(1).cumsum(1).flip(1)
-        return bins + none[:, None] + 1e-12  # tokens in no order at all: nothing is known
+        return bins + none[:, None] + 1e-12  # tokens without any order: no information
 
 
 __all__ = ["LEVEL_UNIT", "N_BINS", "RankPrior"]

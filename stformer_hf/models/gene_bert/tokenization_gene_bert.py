@@ -1,4 +1,4 @@
-"""GeneTokenizer: rows of counts in, gene tokens out, whole batches at a time and without strings."""
+"""GeneTokenizer: converts rows of counts to gene tokens, whole batches at a time and without strings."""
 
 import hashlib
 import itertools
@@ -52,7 +52,7 @@ VOCAB_FILES_NAMES = {"vocab_file": "gene_vocabulary.json"}
 SPECIAL_TOKENS = {"cls_token": "[CLS]", "eos_token": "[EOS]", "mask_token": "[MASK]", "pad_token": "[PAD]"}
 SEPARATOR = "[SEP]"
 DEFAULT_MAX_LENGTH = 2048
-# Settings that belong to one scheme.
+# Settings that apply to one scheme only.
 _ONLY_OF = {
     "binned": ("bin_edges", "normalize", "totals", "values"),
     "rank": ("medians", "target_sum", "neighborhood", "add_cls", "add_eos"),
@@ -65,18 +65,18 @@ class TokenizedCells(NamedTuple):
     Attributes
     ----------
     input_ids, token_type_ids : int64 array (T,)
-        Tokens of all cells, one after the other.
+        Tokens of all cells, concatenated.
     indptr : int64 array (n + 1,)
         Cell i has the tokens `indptr[i]:indptr[i + 1]`.
     dropped_type_ids, dropped_cells : int64 array (D,)
-        Of the binned scheme: token types of the expressed genes that truncation left out, and the cell of each.
+        Binned scheme: token types of the expressed genes that truncation dropped, and the cell of each.
     expression_values : float32 array (T,), optional
         With `values=True`: ln(1 + count) of each gene, or its normalised value; 0 for other tokens.
     cells : CountRows, optional
-        With `whole_cell=True`: the counts of all known genes of the n cells, those that truncation cut included;
-        none of them 0, and -1 for a gene that is hidden from the model (see `hide`).
+        With `whole_cell=True`: the non-zero counts of all known genes of the n cells, including those that truncation
+        dropped; -1 for a gene that is hidden from the model (see `hide`).
     measured : bool array (1 or n, n_genes), optional
-        With `whole_cell=True`: which of the tokenizer's genes the input of the cells, or of each, has; None for all.
+        With `whole_cell=True`: which of the tokenizer's genes the input has, for all cells or per cell; None for all.
     """
 
     input_ids: np.ndarray
@@ -90,15 +90,15 @@ class TokenizedCells(NamedTuple):
 
 
 class _Frame(NamedTuple):
-    """Room for the tokens of n cells.
+    """Allocated arrays for the tokens of n cells.
 
     Attributes
     ----------
     ids, types : int64 array (T,)
     indptr : int64 array (n + 1,)
-        Where the tokens of each cell begin.
+        Cell i has the tokens `indptr[i]:indptr[i + 1]`.
     starts : list of int64 array (n,)
-        Where the genes of each cell begin; second, those of its neighbourhood.
+        Start of the genes of each cell; second, start of the genes of its neighbourhood.
     """
 
     ids: np.ndarray
@@ -107,28 +107,28 @@ class _Frame(NamedTuple):
     starts: list[np.ndarray]
 
 
-class _Told(set):
-    """What was told once. Pickles forget it, so that calls do not change the hash by which `datasets` caches."""
+class _Logged(set):
+    """Warnings already logged; not pickled, so that calls do not change the hash by which `datasets` caches."""
 
     def __reduce__(self):
         return type(self), ()
 
 
 class GeneTokenizer(PreTrainedTokenizer):
-    """Tokenizer of cells, in one of two schemes.
+    """Tokenizer of cells, with two schemes.
 
-    `scheme="binned"` (PerturbGene): an id says how much, or which phenotype; a token type says which gene, or which
-    category. A cell becomes `[CLS]`, its phenotypes in the order of `included_phenotypes`, its expressed genes in the
-    order of `genes`, `[EOS]`. Ids: `[CLS]` 0, `[EOS]` 1, `[MASK]` 2, `[PAD]` 3, then the phenotype tokens (categories
-    sorted by name, values in the order given), then `bin_0` … `bin_n`. Types: 0 for special tokens, one a category
-    (sorted), then one a gene. A value x gets bin i where `bin_edges[i - 1] <= x < bin_edges[i]`; genes of bin 0 are
-    left out.
+    `scheme="binned"` (PerturbGene): a token id is an expression bin or a phenotype value; its token type is the gene
+    or the phenotype category. A cell becomes `[CLS]`, its phenotypes in the order of `included_phenotypes`, its
+    expressed genes in the order of `genes`, `[EOS]`. Ids: `[CLS]` 0, `[EOS]` 1, `[MASK]` 2, `[PAD]` 3, then the
+    phenotype tokens (categories sorted by name, values in the order given), then `bin_0` … `bin_n`. Types: 0 for
+    special tokens, then one per category (sorted), then one per gene. A value x gets bin i if
+    `bin_edges[i - 1] <= x < bin_edges[i]`; genes in bin 0 are left out.
 
-    `scheme="rank"` (STFormer, Geneformer): an id is a gene. A cell becomes `[CLS]`, its phenotypes, its expressed
-    genes by descending count / total * target_sum / median of the gene (ties by id), `[EOS]`; with
-    `neighborhood`, before `[EOS]`, a separator and the genes of its neighbours' summed counts, ranked in the same way.
-    Ids: the special tokens, the genes, then the phenotype tokens. Types: 0 for special tokens, one a category
-    (sorted), one for the cell's genes, one for those of its neighbourhood.
+    `scheme="rank"` (STFormer, Geneformer): a token id is a gene. A cell becomes `[CLS]`, its phenotypes, its expressed
+    genes by descending count / total * target_sum / median of the gene (ties by id), `[EOS]`. With `neighborhood`, a
+    separator and the genes of its neighbours' summed counts, ranked in the same way, come before `[EOS]`. Ids: the
+    special tokens, the genes, then the phenotype tokens. Types: 0 for special tokens, then one per category (sorted),
+    one for the cell's genes, one for those of its neighbourhood.
 
     Parameters
     ----------
@@ -137,84 +137,85 @@ class GeneTokenizer(PreTrainedTokenizer):
     scheme : {"binned", "rank"}, default: "binned"
         How counts become tokens.
     bin_edges : sequence of float, or dict of gene to sequence, default: (0.1,)
-        Of the binned scheme: strictly increasing and positive; for all genes, or for each. One edge, 0.1, tells
-        expressed genes from others (PerturbGene's setting).
+        Binned scheme only: strictly increasing, positive bin edges, for all genes or per gene. A single edge, 0.1,
+        separates expressed genes from others (PerturbGene's setting).
     normalize : {None, "log1p_cp10k"}, default: None
-        Of the binned scheme: what is binned, counts or ln(1 + count / total * 10,000).
+        Binned scheme only: bin the counts (None), or ln(1 + count / total * 10,000).
     totals : {"genes", "columns"}, default: "genes"
-        Of the binned scheme, with `normalize`: what a cell's total is taken over, the genes that the tokenizer knows
-        or all columns of the input. Tokenizers saved before this setting existed have "columns".
+        Binned scheme with `normalize` only: compute a cell's total over the genes that the tokenizer knows, or over
+        all columns of the input. Tokenizers saved before this setting existed use "columns".
     values : bool, default: False
-        Of the binned scheme: whether cells also get `expression_values`, ln(1 + count) of each gene (or what
-        `normalize` makes of it), for a model with `value_embedding`.
+        Binned scheme only: whether to return `expression_values` too, ln(1 + count) of each gene (or its normalised
+        value), for a model with `value_embedding`.
     whole_cell : bool, default: False
-        Whether cells also get `cell_genes` and `cell_counts`, the counts of all of their known genes whatever
-        `max_length` cuts, for a model with `cell_embedding`; and `measured_genes`, where the input lacks some.
+        Whether to return `cell_genes` and `cell_counts` too, the counts of all known genes of a cell regardless of
+        `max_length`, for a model with `cell_embedding`; and `measured_genes`, if the input lacks some genes.
     medians : GeneStatistics, dict of gene to float, path of a .json or .pkl, or sequence (n_genes,)
-        Of the rank scheme: non-zero medians, as `estimate_gene_medians` gives them. Genes without one are never
-        tokens.
+        Rank scheme only: non-zero medians, as `estimate_gene_medians` returns them. Genes without a median never
+        become tokens.
     target_sum : float, default: 10,000
-        Of the rank scheme; the medians were estimated with it.
+        Rank scheme only: the target sum with which the medians were estimated.
     neighborhood : bool, default: False
-        Of the rank scheme: whether neighbours' genes follow the cell's own. Each of the two gets half of the room.
+        Rank scheme only: whether the genes of the neighbours follow the cell's own. Each gets half of the length.
     separator : str or None, default: "[SEP]"
-        What stands between them; None for STFormer's layout.
+        Token between the two; None for STFormer's layout.
     add_cls, add_eos : bool, default: True
-        Of the rank scheme: whether a cell begins with `[CLS]`, and ends with `[EOS]`.
+        Rank scheme only: whether a cell begins with `[CLS]`, and ends with `[EOS]`.
     phenotypes : dict of str to sequence, optional
         Category -> its values.
     included_phenotypes : sequence of str, optional
         Categories that a cell's tokens start with, in this order. All of `phenotypes` by default.
     symbols : dict of symbol to gene, or GeneTable, optional
-        Other names of the genes, by which columns are known whose ids are not. Symbols of several genes are not used.
+        Other names of the genes, to match columns with unknown ids. Symbols shared by multiple genes are not used.
     max_length : int, default: 2048
-        Most tokens a cell may have. `[CLS]`, `[EOS]` and phenotypes are never cut.
+        Maximum number of tokens per cell. `[CLS]`, `[EOS]` and phenotypes are never cut.
     truncation : {"top", "head", "random"}, default: "top"
-        Which genes of longer cells stay, in the scheme's order: the strongest (largest counts, ties by gene order; of
-        ranks the first), the first in the scheme's order (PerturbGene), or a random subset, drawn by (`seed`, epoch,
-        cell).
+        Which genes of longer cells are kept, in the scheme's order: the strongest (largest counts, ties by gene order;
+        with ranks the first ones), the first in the scheme's order (PerturbGene), or a random subset, a function of
+        (`seed`, epoch, cell).
     seed : int, default: 0
-        Of `truncation="random"`. Cells of a store are known by their row in it, others by a checksum of their counts,
-        whatever their row in the call.
+        Seed of `truncation="random"`. Cells of a store are identified by their row in it, others by a checksum of
+        their counts, independent of their row in the call.
     min_coverage : float, default: 0.1
-        Calling the tokenizer raises where less than this share of its genes, weighted by `gene_weights`, is among the
-        columns.
+        Calling the tokenizer raises if the columns cover less than this fraction of its genes, weighted by
+        `gene_weights`.
     warn_coverage : float, default: 0.5
-        It warns where less than this share is.
+        Calling the tokenizer logs a warning below this fraction.
     gene_weights : sequence of float (n_genes,), optional
-        How much each gene carried in training; `from_store` counts the cells that express it. All alike by default.
+        Weight of each gene in the coverage; `from_store` takes the number of cells that express it. Equal by default.
     match : {"id", "symbol"}, default: "id"
-        How columns are matched to genes: by id, else by symbol; or by symbol alone, which is how cells of another
-        species are read. Ids of another species are refused otherwise.
+        How columns are matched to genes: by id, else by symbol; or by symbol alone, as is needed for cells of another
+        species, whose ids are refused otherwise.
     special_tokens : dict of role to token, optional
         Names of the special tokens, in the order of their ids, such as `{"pad_token": "<pad>"}`. Roles: `cls_token`,
         `eos_token`, `mask_token`, `pad_token` and, with a separator, `sep_token`.
     token_ids : dict of str to int, optional
-        Ids that tokens have in a vocabulary made elsewhere; what it lacks gets the ids after.
+        Ids of tokens in an existing vocabulary; tokens that are not in it get the ids after.
     vocab_file : str, optional
-        A `gene_vocabulary.json`, in place of all of the above (`from_pretrained` gives it).
+        A `gene_vocabulary.json`, in place of all of the above (passed by `from_pretrained`).
     **kwargs
         As for `transformers.PreTrainedTokenizer`.
 
     Attributes
     ----------
     last_coverage : dict or None
-        Of the last table of genes seen: `genes` and `counts`, the shares of it that are known to the tokenizer;
-        `vocabulary`, the share of the tokenizer's genes that it holds, and `weight`, the same by `gene_weights`.
+        Coverage of the last input: `genes` and `counts`, the fractions of its genes and counts that the tokenizer
+        knows; `vocabulary`, the fraction of the tokenizer's genes that it has, and `weight`, the same weighted by
+        `gene_weights`.
     gene_weights : float64 array (n_genes,) or None
 
     Raises
     ------
     ValueError
-        Unknown scheme, or settings of the other one; no genes, or one twice; edges not increasing; no medians;
-        phenotypes that cannot be told apart; a maximum length without room for a gene.
+        The scheme is unknown, or a setting belongs to the other one; there are no genes, or duplicates; edges do not
+        increase; medians are missing; phenotype tokens are ambiguous; the maximum length leaves no room for a gene.
 
     Notes
     -----
     The binned vocabulary and layout are PerturbGene's (`data_utils/tokenization.py` of its Code Organization). A value
-    becomes a token as `"[" + value.replace(" ", "_").strip() + "]"`; where two categories share a value, or it reads
-    like another token, the later one becomes `"[category=value]"`, so that every id has a name of its own. The ranks
-    are Geneformer's (Theodoris et al. 2023).
+    becomes a token as `"[" + value.replace(" ", "_").strip() + "]"`; if two categories share a value, or it equals
+    another token, the later one becomes `"[category=value]"`, so that every id has a unique name. The ranks are
+    Geneformer's (Theodoris et al. 2023).
     """
 
     vocab_files_names = VOCAB_FILES_NAMES
@@ -275,7 +276,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         if vocab_file is not None:
             twice = [name for name, value in given.items() if value is not None]
             if twice:
-                raise ValueError(f"{', '.join(twice)} are those of {vocab_file}; they cannot be given too.")
+                raise ValueError(f"{', '.join(twice)}: read from {vocab_file}, so do not pass them too.")
             saved = read_vocabulary(vocab_file)
             given = {name: saved.get(name) for name in given}
             if given["normalize"] is not None and given["totals"] is None:
@@ -284,7 +285,7 @@ class GeneTokenizer(PreTrainedTokenizer):
             included_phenotypes = saved["included_phenotypes"] if included_phenotypes is None else included_phenotypes
             truncation = saved.get("truncation") if truncation is None else truncation
             seed = saved.get("seed") if seed is None else seed
-            # Of files of before `warn_coverage`, 0.5 is the default of another rule.
+            # In files from before `warn_coverage` existed, 0.5 is the default of another rule.
             of_old_rule = "warn_coverage" not in saved and saved.get("min_coverage") == 0.5
             if min_coverage is None and not of_old_rule:
                 min_coverage = saved.get("min_coverage")
@@ -299,7 +300,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         phenotypes = given["phenotypes"] or {}
         for name, values in phenotypes.items():
             if isinstance(values, str):
-                raise ValueError(f"phenotypes[{name!r}] is a list of values, got {values!r}.")
+                raise ValueError(f"phenotypes[{name!r}] must be a list of values, got {values!r}.")
         self.phenotypes = {name: [str(value) for value in values] for name, values in sorted(phenotypes.items())}
         self.symbols = check_symbols(given["symbols"], self.genes)
         self.gene_weights = check_gene_weights(gene_weights, self.genes)
@@ -310,21 +311,21 @@ class GeneTokenizer(PreTrainedTokenizer):
         self.add_eos = ("eos_token" in self._special_tokens) if given["add_eos"] is None else given["add_eos"]
         for role, wanted in (("cls_token", self.add_cls), ("eos_token", self.add_eos)):
             if wanted and role not in self._special_tokens:
-                raise ValueError(f"The vocabulary has no {role}: name it in special_tokens, or do not add it.")
+                raise ValueError(f"The vocabulary has no {role}: set it in special_tokens, or do not add it.")
         if self.whole_cell and not self.add_cls:
-            raise ValueError("whole_cell=True is for a model that begins [CLS] at the whole cell: add_cls is needed.")
+            raise ValueError("whole_cell=True needs add_cls=True: the model initialises [CLS] with the whole cell.")
         self.included_phenotypes = list(phenotypes) if included_phenotypes is None else included_phenotypes
         self.truncation = truncation or "top"
         if self.truncation not in TRUNCATIONS:
-            raise ValueError(f"truncation is one of {', '.join(TRUNCATIONS)}, got {truncation!r}.")
+            raise ValueError(f"truncation must be one of {', '.join(TRUNCATIONS)}, got {truncation!r}.")
         self.seed = seed or 0
 
         self.min_coverage = MIN_COVERAGE if min_coverage is None else min_coverage
         self.warn_coverage = WARN_COVERAGE if warn_coverage is None else warn_coverage
         self.match = match or "id"
         if self.match not in ("id", "symbol"):
-            raise ValueError(f'match is "id" or "symbol", got {match!r}.')
-        self._told = _Told()
+            raise ValueError(f'match must be "id" or "symbol", got {match!r}.')
+        self._logged = _Logged()
 
         kwargs["model_max_length"] = DEFAULT_MAX_LENGTH if max_length is None else max_length
         more = ["expression_values"] * self.values + ["cell_genes", "cell_counts"] * self.whole_cell
@@ -336,27 +337,27 @@ class GeneTokenizer(PreTrainedTokenizer):
         self._check_max_length(self.model_max_length)
 
     def _set_scheme(self, given: Mapping[str, Any], separator: str | None) -> None:
-        """Take the settings of the scheme, and refuse those of the other."""
+        """Set the settings of the scheme, and refuse those of the other."""
         if self.scheme not in _ONLY_OF:
-            raise ValueError(f'scheme is "binned" or "rank", got {self.scheme!r}.')
+            raise ValueError(f'scheme must be "binned" or "rank", got {self.scheme!r}.')
         other = "rank" if self.scheme == "binned" else "binned"
         wrong = [name for name in _ONLY_OF[other] if given[name] is not None]
         if wrong:
-            raise ValueError(f'{", ".join(wrong)}: settings of the {other} scheme, and this is "{self.scheme}".')
+            raise ValueError(f'{", ".join(wrong)}: only for the {other} scheme, but scheme="{self.scheme}".')
         self.normalize, self.neighborhood, self.separator = given["normalize"], bool(given["neighborhood"]), None
         self.values, self.whole_cell = bool(given["values"]), bool(given["whole_cell"])
         if self.scheme == "binned":
             self.totals = given["totals"] or "genes"
             if self.totals not in ("genes", "columns"):
-                raise ValueError(f'totals is "genes" or "columns", got {given["totals"]!r}.')
+                raise ValueError(f'totals must be "genes" or "columns", got {given["totals"]!r}.')
             if self.normalize not in (None, "log1p_cp10k"):
-                raise ValueError(f'normalize is None or "log1p_cp10k", got {self.normalize!r}.')
+                raise ValueError(f'normalize must be None or "log1p_cp10k", got {self.normalize!r}.')
             edges = given["bin_edges"]
             self.bin_edges = check_bin_edges((0.1,) if edges is None else edges, self.genes)
             self._binner = Binner(edge_array(self.bin_edges))
         else:
             if given["separator"] is not None and not self.neighborhood:
-                raise ValueError("separator goes with neighborhood=True.")
+                raise ValueError("separator needs neighborhood=True.")
             self.separator = separator if self.neighborhood else None
             medians, scale = read_medians(given["medians"])
             scale = 1e4 if scale is None else scale
@@ -377,26 +378,26 @@ class GeneTokenizer(PreTrainedTokenizer):
         genes: Sequence[str] | None = None,
         **kwargs,
     ) -> "GeneTokenizer":
-        """Make a tokenizer for the genes, and the chosen phenotypes, of a store.
+        """Create a tokenizer for the genes, and the chosen phenotypes, of a store.
 
         Parameters
         ----------
         store : CellStore
-            Gives the genes in its order with their symbols, and the values of its categorical columns (of a selection
-            those that its cells have: what is held out is not seen).
+            Source of the genes, in its order, with their symbols, and of the values of categorical columns (for a
+            selection only those of its cells, so held-out cells are not seen).
         scheme : {"binned", "rank"}, default: "binned"
             As in the constructor.
         phenotypes : sequence of str, or dict, optional
             Columns of the store's obs that become phenotype categories, or the categories with their values.
         bin_edges : sequence, dict, "quantile" or "gene_quantile", optional
-            Edges, or how to find them: at quantiles of the (normalised) counts above 0 of at most 10,000 cells, evenly
-            spread over the store; of all genes together, or a gene.
+            Edges, or how to compute them: as quantiles of the non-zero (normalised) counts of at most 10,000 cells,
+            evenly spread over the store, over all genes or per gene.
         n_bins : int, default: 10
-            Bins of quantiles, `bin_0` not counted; fewer where quantiles fall together.
+            Number of quantile bins without `bin_0`; fewer if quantiles coincide.
         medians : GeneStatistics, dict of gene to float, or path of a .json or .pkl
-            Of the rank scheme, from `estimate_gene_medians`. Genes without one are left out of the vocabulary.
+            Rank scheme only: from `estimate_gene_medians`. Genes without a median are left out of the vocabulary.
         genes : sequence of str, optional
-            Those of the store's gene ids to have in the vocabulary; all by default.
+            Gene ids of the store to have in the vocabulary; all by default.
         **kwargs
             As in the constructor.
 
@@ -407,7 +408,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         Raises
         ------
         ValueError
-            A phenotype is not a categorical column of the store; no medians.
+            A phenotype is not a categorical column of the store, or medians are missing.
         """
         if phenotypes is not None and not isinstance(phenotypes, Mapping):
             missing = [name for name in phenotypes if name not in store.categories]
@@ -448,13 +449,13 @@ class GeneTokenizer(PreTrainedTokenizer):
         symbols: Any = None,
         **kwargs,
     ) -> "GeneTokenizer":
-        """Make a rank tokenizer of the vocabulary of STFormer or Geneformer: same genes, same ids.
+        """Create a rank tokenizer from the vocabulary of STFormer or Geneformer, with the same genes and ids.
 
         Parameters
         ----------
         token_dictionary : dict, or path of a .pkl, .json or vocab.txt
-            Token -> id. `<pad>` and `<mask>` are needed; with `<cls>` and `<eos>` (Geneformer V2) cells begin and end
-            with them.
+            Token -> id. `<pad>` and `<mask>` are required; if it has `<cls>` and `<eos>` (Geneformer V2), cells begin
+            and end with them.
         medians : GeneStatistics, dict of gene to float, or path of a .pkl or .json
             Non-zero medians.
         symbols : dict, or path of a .pkl or .json, or GeneTable, optional
@@ -469,7 +470,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         Raises
         ------
         ValueError
-            A pickle that holds more than data; ids that are no whole numbers, or twice; no `<pad>` or `<mask>`.
+            A pickle holds more than data; ids are not integers, or not unique; `<pad>` or `<mask>` is missing.
         """
         ids, special_tokens, genes = read_token_dictionary(token_dictionary)
         if "sep_token" in special_tokens and kwargs.get("neighborhood"):
@@ -494,7 +495,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         genes: Sequence[str],
         **kwargs,
     ) -> "GeneTokenizer":
-        """Make a binned tokenizer of PerturbGene's vocabulary: same ids and types.
+        """Create a binned tokenizer from PerturbGene's vocabulary, with the same ids and types.
 
         Parameters
         ----------
@@ -503,7 +504,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         bin_edges : sequence of float, or dict of gene to sequence
             As in the constructor.
         genes : sequence of str
-            Genes in the order of the columns that its models were trained on: PerturbGene did not keep them.
+            Genes in the order of the columns that its models were trained on; PerturbGene did not save them.
         **kwargs
             As in the constructor; `truncation="head"` is PerturbGene's.
 
@@ -514,13 +515,13 @@ class GeneTokenizer(PreTrainedTokenizer):
         Raises
         ------
         ValueError
-            Something that is no token.
+            A value is not a phenotype token.
         """
         phenotypes = {}
         for category, tokens in load_mapping(vocabulary).items():
             wrong = [token for token in tokens if not (token.startswith("[") and token.endswith("]"))]
             if wrong:
-                raise ValueError(f"{category!r} lists {wrong[0]!r}; a phenotype's token is like '[B_cell]'.")
+                raise ValueError(f"{category!r} lists {wrong[0]!r}; expected a phenotype token such as '[B_cell]'.")
             phenotypes[category] = [token[1:-1] for token in tokens]
         return cls(genes, scheme="binned", bin_edges=bin_edges, phenotypes=phenotypes, **kwargs)
 
@@ -535,8 +536,8 @@ class GeneTokenizer(PreTrainedTokenizer):
         required = set(SPECIAL_TOKENS) if self.scheme == "binned" else {"mask_token", "pad_token"}
         if not required <= set(special_tokens) <= {*SPECIAL_TOKENS, "sep_token"}:
             raise ValueError(
-                f"special_tokens has the roles {', '.join(special_tokens)}; {', '.join(sorted(required))} are needed, "
-                f"and there are {', '.join(SPECIAL_TOKENS)} and sep_token."
+                f"special_tokens has the roles {', '.join(special_tokens)}; {', '.join(sorted(required))} are "
+                f"required, and {', '.join(SPECIAL_TOKENS)} and sep_token are allowed."
             )
         self._special_tokens = special_tokens
         tokens = list(special_tokens.values())
@@ -558,7 +559,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         all_ids = [i for of in self._phenotype_ids.values() for i in of.values()]
         self._all_phenotype_ids = np.sort(np.array(all_ids, np.int64))
         of_genes = self.genes if self.scheme == "rank" else [f"bin_{i}" for i in range(self.n_bins)]
-        # Of the rank scheme, the id of each gene; of the binned one, of each bin.
+        # Rank scheme: the id of each gene; binned scheme: the id of each bin.
         self._expression_ids = np.array([ids[token] for token in of_genes], np.int64)
         if self.scheme == "rank":
             self._gene_of_id = np.full(len(self._tokens), -1)
@@ -566,12 +567,12 @@ class GeneTokenizer(PreTrainedTokenizer):
 
     @property
     def last_coverage(self) -> dict[str, float] | None:
-        """Shares of the last table of genes that were known; see the class."""
+        """Coverage of the last input; see the class."""
         return self._matcher.last_coverage
 
     @property
     def n_bins(self) -> int:
-        """Number of bins, `bin_0` counted: one more than there are edges (of the gene that has most)."""
+        """Number of bins including `bin_0`: one more than the number of edges (the largest over genes)."""
         edges = self.bin_edges
         return 1 + (max(map(len, edges.values())) if isinstance(edges, dict) else len(edges))
 
@@ -582,7 +583,7 @@ class GeneTokenizer(PreTrainedTokenizer):
 
     @property
     def gene_token_type_offset(self) -> int:
-        """Token type of the first gene (of the rank scheme, of all genes): 1 + number of phenotype categories."""
+        """Token type of the first gene (rank scheme: of all genes): 1 + number of phenotype categories."""
         return 1 + len(self.phenotypes)
 
     @property
@@ -591,7 +592,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         return self.gene_token_type_offset + (len(self.genes) if self.scheme == "binned" else 1 + self.neighborhood)
 
     def phenotype_token_ids(self, category: str) -> np.ndarray:
-        """Give the token ids of a category's values: int64 array, empty for an unknown category."""
+        """Return the token ids of a category's values, int64 array; empty for an unknown category."""
         return np.array(list(self._phenotype_ids.get(category, {}).values()), np.int64)
 
     @property
@@ -603,15 +604,15 @@ class GeneTokenizer(PreTrainedTokenizer):
     def gene_token_ids(self) -> np.ndarray:
         """Token id of each gene, int64 array (n_genes,)."""
         if self.scheme != "rank":
-            raise AttributeError("In the binned scheme genes are token types: see gene_token_type_offset.")
+            raise AttributeError("In the binned scheme, genes are token types: see gene_token_type_offset.")
         return self._expression_ids
 
     def gene_counters(self, genes: np.ndarray) -> np.ndarray:
-        """Return the token type of genes, of the rank scheme their token id: int64 array (n,), as tokens show them."""
+        """Return the token types of genes (rank scheme: their token ids), int64 array (n,)."""
         return self._expression_ids[genes] if self.scheme == "rank" else genes + self.gene_token_type_offset
 
     def genes_of(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
-        """Return the number of the gene of each gene token: int64 array (n,). Of ranks, the ids tell it."""
+        """Return the gene index of each gene token, int64 array (n,); the rank scheme reads it from the ids."""
         if self.scheme == "binned":
             return token_type_ids - self.gene_token_type_offset
         return self._gene_of_id[input_ids]
@@ -625,7 +626,7 @@ class GeneTokenizer(PreTrainedTokenizer):
 
     @property
     def max_length(self) -> int:
-        """Most tokens a cell may have (`model_max_length` of any tokenizer)."""
+        """Maximum number of tokens per cell (`model_max_length` of any tokenizer)."""
         return self.model_max_length
 
     @property
@@ -638,7 +639,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         unknown = [name for name in categories if name not in self.phenotypes]
         if unknown:
             raise ValueError(
-                f"Unknown phenotype {', '.join(map(repr, unknown))}; the vocabulary has "
+                f"Unknown phenotype {', '.join(map(repr, unknown))}; available: "
                 f"{', '.join(self.phenotypes) or 'none'}."
             )
         if len(set(categories)) < len(categories):
@@ -647,13 +648,13 @@ class GeneTokenizer(PreTrainedTokenizer):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that gives ids and types their meaning; a model keeps it in its configuration."""
+        """Hash of everything that defines the meaning of ids and types; a model keeps it in its configuration."""
         other = ("symbols", "add_cls", "add_eos")
         meaning = {name: value for name, value in self._vocabulary().items() if name not in other}
         return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
 
     def _vocabulary(self) -> dict[str, Any]:
-        """Give what fixes the tokens, as the file holds it."""
+        """Return the settings that define the tokens, as saved in the file."""
         vocabulary = {
             "scheme": self.scheme,
             "special_tokens": self._special_tokens,
@@ -664,7 +665,7 @@ class GeneTokenizer(PreTrainedTokenizer):
             **({"whole_cell": True} if self.whole_cell else {}),
         }
         if self.scheme == "binned":
-            # Only what differs from files of before these settings: their fingerprints stay.
+            # Left out if as in files from before these settings existed, whose fingerprints must not change.
             more = {"values": True} if self.values else {}
             if self.normalize is not None and self.totals != "columns":
                 more["totals"] = self.totals
@@ -680,7 +681,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         }
 
     def get_vocab(self) -> dict[str, int]:
-        """Token -> id."""
+        """Return the vocabulary as a dict of token to id."""
         return {**self._token_to_id, **self._added_tokens_encoder}
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
@@ -697,11 +698,11 @@ class GeneTokenizer(PreTrainedTokenizer):
         return self._tokens[index]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Join tokens by spaces."""
+        """Join tokens with spaces."""
         return " ".join(tokens)
 
     def convert_token_types_to_names(self, token_type_ids: Iterable[int]) -> list[str | None]:
-        """Name each token type: its gene or phenotype category, of ranks `cell` or `neighborhood`; None for type 0."""
+        """Return the name of each token type: gene, category, `cell` or `neighborhood` (ranks); None for type 0."""
         names = [None, *self.phenotypes, *(self.genes if self.scheme == "binned" else ["cell", "neighborhood"])]
         return [names[int(i)] for i in token_type_ids]
 
@@ -718,21 +719,21 @@ class GeneTokenizer(PreTrainedTokenizer):
         Returns
         -------
         int64 array (n,)
-            Place in `genes`; -1 for unknown names.
+            Index in `genes`; -1 for unknown names.
         """
         if symbols is None:
             return self._matcher.find(list(names)).astype(np.int64)
         return self._matcher.find_columns(list(names), list(symbols), self.match).astype(np.int64)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """Write `gene_vocabulary.json`, and `tokenizer.json`, by which any process turns names of tokens into ids.
+        """Write `gene_vocabulary.json`, and `tokenizer.json`, with which any process converts token names to ids.
 
         Parameters
         ----------
         save_directory : str
             An existing folder.
         filename_prefix : str, optional
-            Put before the files' names.
+            Prefix of the file names.
 
         Returns
         -------
@@ -763,29 +764,28 @@ class GeneTokenizer(PreTrainedTokenizer):
         return path, words_path
 
     def pad(self, encoded_inputs, *args, **kwargs) -> BatchEncoding:
-        """As any tokenizer's; refuses `expression_values`, which transformers' collators neither pad nor mask."""
+        """Pad as any tokenizer does; refuse `expression_values`, which transformers' collators do not pad or mask."""
         first = encoded_inputs if hasattr(encoded_inputs, "keys") else next(iter(encoded_inputs), {})
         found = [name for name in ("expression_values", "cell_counts") if name in first]
         if found:
             raise ValueError(
-                f"Cells with {found[0]} are padded and masked by DataCollatorForPhenotypicMLM and the other collators "
-                "of stformer_hf."
+                f"pad cannot handle {found[0]}: use DataCollatorForPhenotypicMLM or another collator of stformer_hf."
             )
         return super().pad(encoded_inputs, *args, **kwargs)
 
     # ------------------------------------------------------------------ masks
 
     def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens: bool = False):
-        """Tell special tokens from others.
+        """Return a mask of the special tokens.
 
         Parameters
         ----------
         token_ids_0 : list of int, array or Tensor
             Token ids.
         token_ids_1 : None
-            A cell is one sequence.
+            Unused, since a cell is one sequence.
         already_has_special_tokens : bool, default: False
-            Whether the ids hold `[CLS]` and `[EOS]`; if not, the mask is of the ids with these added.
+            Whether the ids include `[CLS]` and `[EOS]`; if not, these are added first.
 
         Returns
         -------
@@ -793,19 +793,19 @@ class GeneTokenizer(PreTrainedTokenizer):
             1 for `[CLS]`, `[EOS]`, `[MASK]`, `[PAD]` and `[SEP]`, else 0; booleans for arrays and tensors.
         """
         if token_ids_1 is not None:
-            raise ValueError("A cell is one sequence; token_ids_1 has no meaning.")
+            raise ValueError("A cell is one sequence: token_ids_1 must be None.")
         if not already_has_special_tokens:
             token_ids_0 = self.build_inputs_with_special_tokens(token_ids_0)
         return _among(token_ids_0, self._special_ids)
 
     def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: None = None) -> list[int]:
-        """`[CLS]`, the ids, `[EOS]`."""
+        """Return the ids between `[CLS]` and `[EOS]`."""
         return [self.cls_token_id] * self.add_cls + [*token_ids_0] + [self.eos_token_id] * self.add_eos
 
     # ------------------------------------------------------------------ text to tokens
 
     def create_token_type_ids_from_sequences(self, token_ids_0: list[int], token_ids_1: None = None) -> list[int]:
-        """Token types of a cell that is written as text, with `[CLS]` and `[EOS]`; see `prepare_for_model`."""
+        """Return the token types of a cell written as text, with `[CLS]` and `[EOS]`; see `prepare_for_model`."""
         return self._types_of_text(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
 
     def prepare_for_model(
@@ -818,18 +818,18 @@ class GeneTokenizer(PreTrainedTokenizer):
         prepend_batch_axis: bool = False,
         **kwargs,
     ) -> BatchEncoding:
-        """As any tokenizer's, of the tokens of a ranked cell; their token types are those of the cell's counts.
+        """Prepare the tokens of a ranked cell as any tokenizer does, with the token types that its counts would get.
 
-        A `[MASK]` is a gene's; at the front, in the place of an included phenotype, it is that phenotype's.
+        A `[MASK]` stands for a gene, or at the front, in place of an included phenotype, for that phenotype.
 
         Raises
         ------
         ValueError
-            A tokenizer of the binned scheme, whose genes are token types, which text does not have; a second sequence;
-            a neighbourhood that no separator tells from the cell; words that are neither genes nor tokens.
+            The scheme is binned, where genes are token types, which text does not have; there is a second sequence;
+            the tokenizer adds neighbourhoods without a separator; there are words that are neither genes nor tokens.
         """
         if pair_ids is not None:
-            raise ValueError("A cell is one sequence; pair_ids has no meaning.")
+            raise ValueError("A cell is one sequence: pair_ids must be None.")
         self._check_text(ids)
         encoded = super().prepare_for_model(ids, None, add_special_tokens, **kwargs)
         types = self._types_of_text(encoded["input_ids"])
@@ -838,15 +838,15 @@ class GeneTokenizer(PreTrainedTokenizer):
         return BatchEncoding(dict(encoded), tensor_type=return_tensors, prepend_batch_axis=prepend_batch_axis)
 
     def _check_text(self, ids: Sequence[int | None]) -> None:
-        """Refuse text that is no ranked cell; the id of an unknown word is None."""
+        """Refuse text that is not a ranked cell; the id of an unknown word is None."""
         if self.scheme == "binned":
             raise ValueError(
-                "In the binned scheme the gene of a token is its token type, and text has none: tokenize counts, as "
-                "tokenizer(adata)."
+                "In the binned scheme, the gene of a token is its token type, which text does not have: tokenize "
+                "counts, as in tokenizer(adata)."
             )
         if self.neighborhood and self.separator is None:
             raise ValueError(
-                "Without a separator a text does not tell where the neighbourhood begins: tokenize counts."
+                "Without a separator, text does not show where the neighbourhood begins: tokenize counts."
             )
         if None in ids:
             raise ValueError(
@@ -877,14 +877,14 @@ class GeneTokenizer(PreTrainedTokenizer):
         return types
 
     def get_phenotypic_tokens_mask(self, input_ids):
-        """1 (or True) for ids of phenotype values, in the kind of `input_ids` (list, array, Tensor).
+        """Return 1 (or True) for ids of phenotype values, as the type of `input_ids` (list, array, Tensor).
 
-        A masked phenotype is a special token; its token type still names the category.
+        A masked phenotype is a special token; its token type still shows the category.
         """
         return _among(input_ids, self._all_phenotype_ids)
 
     def get_gene_tokens_mask(self, input_ids):
-        """1 (or True) for ids of expression bins, or of genes, in the kind of `input_ids` (list, array, Tensor)."""
+        """Return 1 (or True) for ids of expression bins or genes, as the type of `input_ids` (list, array, Tensor)."""
         return _among(input_ids, self._expression_ids)
 
     # ------------------------------------------------------------------ cells to tokens
@@ -909,45 +909,45 @@ class GeneTokenizer(PreTrainedTokenizer):
         Parameters
         ----------
         cells : AnnData, MuData, SpatialData, sparse or dense matrix (n, n_columns), or CellBatch
-            Counts. An AnnData or a `CellBatch` (of `CellStore.__getitems__`) brings its own genes and obs.
+            Counts. An AnnData or a `CellBatch` (from `CellStore.__getitems__`) has its own genes and obs.
         genes : sequence of str, optional
-            Gene ids of a matrix's columns; the tokenizer's own genes, in order, by default.
+            Gene ids of a matrix's columns; by default the tokenizer's own genes, in order.
         obs : DataFrame or dict of column to values, optional
             Phenotypes of a matrix's rows.
         layer : str, optional
             Where the counts of an AnnData are: `X`, `raw`, the name of a layer, or a feature type. By default the
-            first of X, raw and the layer `counts` that holds counts. In a MuData or SpatialData also the modality or
-            table, as `prot` or `prot:counts`; by default the modality of genes, or the only table.
+            first of X, raw and the layer `counts` that holds counts. For MuData and SpatialData also the modality or
+            table, as in `prot` or `prot:counts`; by default the modality of genes, or the only table.
         fractional : bool, default: False
-            Whether counts may be fractions, as estimates are (alevin, RSEM, SoupX, CellBender).
+            Whether counts may be fractional, as estimates are (alevin, RSEM, SoupX, CellBender).
         neighborhood : sparse or dense matrix (n, n_columns), optional
-            Sums of the counts of each row's neighbours, for a matrix and a tokenizer that adds neighbourhoods.
+            Summed counts of each row's neighbours, if cells are a matrix and the tokenizer adds neighbourhoods.
         padding : bool, "longest" or "max_length", default: False
             Pad to the longest cell (True, "longest") or to `max_length`.
         max_length : int, optional
-            In place of the tokenizer's own.
+            Overrides the tokenizer's own.
         pad_to_multiple_of : int, optional
             Round the padded length up to a multiple of this.
         return_tensors : {"pt", "np"}, optional
-            Tensors or arrays (n, length) in place of lists. Needs padding, unless all cells are of one length.
+            Return tensors or arrays (n, length) instead of lists. Needs padding, unless all cells have one length.
         return_attention_mask : bool, default: True
-            Whether to give `attention_mask`.
+            Whether to return `attention_mask`.
 
         Returns
         -------
         BatchEncoding
-            `input_ids`, `token_type_ids` (and `attention_mask`, `expression_values`, `cell_genes`, `cell_counts`),
-            those of them that are in `model_input_names`: one list per cell, in the order of the cells. With
-            `whole_cell`, `measured_genes` (n, n_genes) as well, where the input lacks some of the tokenizer's genes.
+            Those of `input_ids`, `token_type_ids`, `attention_mask`, `expression_values`, `cell_genes` and
+            `cell_counts` that are in `model_input_names`: one list per cell, in the order of the cells. With
+            `whole_cell`, also `measured_genes` (n, n_genes), if the input lacks some of the tokenizer's genes.
 
         Raises
         ------
         ValueError
-            Values that are not counts; less than `min_coverage` of the tokenizer's genes, by their weights, among the
-            columns; genes of another species; row numbers for names of genes; shapes that do not fit; tensors of
-            ragged cells without padding.
+            Values are not counts; the columns cover less than `min_coverage` of the tokenizer's genes, by weight;
+            genes are of another species, or named by row numbers; shapes do not match; tensors of cells of different
+            lengths are requested without padding.
         TypeError
-            Something that is not cells, such as text.
+            The input is not cells, but for example text.
         """
         tokens = self.encode_cells(
             cells,
@@ -975,9 +975,9 @@ class GeneTokenizer(PreTrainedTokenizer):
                 }
                 return BatchEncoding({**ragged, **{name: array.tolist() for name, array in more.items()}})
             if len(np.unique(lengths)) > 1:
-                raise ValueError("Cells have different numbers of tokens: pass padding=True to make tensors of them.")
+                raise ValueError("Cells have different numbers of tokens: pass padding=True to return tensors.")
         elif padding not in (True, "longest", "max_length"):
-            raise ValueError(f'padding is True, False, "longest" or "max_length", got {padding!r}.')
+            raise ValueError(f'padding must be True, False, "longest" or "max_length", got {padding!r}.')
 
         length = int(lengths.max(initial=0))
         if padding == "max_length":
@@ -994,9 +994,9 @@ class GeneTokenizer(PreTrainedTokenizer):
         return BatchEncoding(padded, tensor_type=return_tensors)
 
     def columns(self, tokens: TokenizedCells) -> dict[str, tuple[np.ndarray, int | float]]:
-        """Give what a model reads of some tokens, by `model_input_names`: flat arrays, and what pads each.
+        """Return the model inputs in `model_input_names` as flat arrays, each with its padding value.
 
-        The attention mask is not among them: it follows from the padding.
+        The attention mask is not included, since it follows from the padding.
         """
         columns = {
             "input_ids": (tokens.input_ids, self.pad_token_id),
@@ -1006,14 +1006,14 @@ class GeneTokenizer(PreTrainedTokenizer):
         return {name: column for name, column in columns.items() if name in self.model_input_names}
 
     def cell_columns(self, tokens: TokenizedCells) -> dict[str, tuple[np.ndarray, int | float]]:
-        """Return what a model reads of whole cells, flat arrays over `tokens.cells`, and what pads each."""
+        """Return the model inputs of whole cells as flat arrays over `tokens.cells`, each with its padding value."""
         if tokens.cells is None:
             return {}
         columns = {"cell_genes": (tokens.cells.columns, 0), "cell_counts": (tokens.cells.counts, 0.0)}
         return {name: column for name, column in columns.items() if name in self.model_input_names}
 
     def pad_cells(self, tokens: TokenizedCells) -> dict[str, np.ndarray]:
-        """Return `cell_columns` as matrices (n, most genes of a cell), padded on the right."""
+        """Return `cell_columns` as matrices (n, largest number of genes), padded on the right."""
         columns = self.cell_columns(tokens)
         if not columns:
             return {}
@@ -1034,11 +1034,11 @@ class GeneTokenizer(PreTrainedTokenizer):
         epoch: int = 0,
         for_inference: bool = False,
     ) -> TokenizedCells:
-        """Tokenize cells into flat arrays: the fast path under `__call__`, with its parameters and errors.
+        """Tokenize cells into flat arrays: the fast path of `__call__`, with the same parameters and errors.
 
-        `epoch` is for `truncation="random"`, which chooses other genes in each. With `for_inference` the tokens of a
-        cell depend on its counts alone: every included phenotype is `[MASK]`, whatever obs says, and
-        `truncation="random"` becomes "top". `genes` may also be gene ids and symbols as `resolve_genes` gives them.
+        `truncation="random"` chooses other genes in each `epoch`. With `for_inference`, the tokens of a cell depend on
+        its counts alone: every included phenotype is `[MASK]`, regardless of obs, and `truncation="random"` becomes
+        "top". `genes` may also be a pair of gene ids and symbols, as `resolve_genes` returns it.
         """
         max_length = self.max_length if max_length is None else max_length
         self._check_max_length(max_length)
@@ -1070,14 +1070,14 @@ class GeneTokenizer(PreTrainedTokenizer):
         )
 
     def _whole_cells(self, rows: CountRows, column_genes: np.ndarray | None) -> CountRows:
-        """Return the counts of all known genes: int64 genes, ascending, and float32 counts, none of them 0."""
+        """Return the counts of all known genes: int64 genes, ascending, and float32 non-zero counts."""
         indptr, genes, counts = map_genes(rows, column_genes)
         if len(counts) and not counts.all():
             indptr, (genes, counts) = keep(counts > 0, indptr, genes, counts)
         return CountRows(indptr, genes.astype(np.int64), counts.astype(np.float32))
 
     def _measured(self, names: ColumnNames | tuple, column_genes: np.ndarray | None) -> np.ndarray | None:
-        """Tell which genes are among the columns: bool array (1, n_genes); None for all."""
+        """Return which genes are among the columns, bool array (1, n_genes); None for all."""
         measured = np.zeros((1, len(self.genes)), bool)
         if column_genes is None:
             measured[:, : len(names if isinstance(names, ColumnNames) else names[0])] = True
@@ -1091,11 +1091,11 @@ class GeneTokenizer(PreTrainedTokenizer):
         Parameters
         ----------
         store : CellStore
-            With neighbourhoods (`store.with_neighborhoods()`) where the tokenizer adds them.
+            The cells; pass `store.with_neighborhoods()` if the tokenizer adds neighbourhoods.
         path : str or Path
-            Folder to make.
+            Folder to create.
         **kwargs
-            As for `CellStore.tokenize`, such as `workers` and `obs`.
+            Arguments of `CellStore.tokenize`, such as `workers` and `obs`.
 
         Returns
         -------
@@ -1166,7 +1166,7 @@ class GeneTokenizer(PreTrainedTokenizer):
     ) -> TokenizedCells:
         mapped = [map_genes(rows, column_genes) for rows in parts]
         usable = [self._usable(rows) for rows in mapped]
-        # Totals are of all that was counted: where nothing was left out, they are those of the genes.
+        # Totals are over all columns; if no column was left out, they equal the totals of the genes.
         subset = truncation == "random"
         if subset and cell_ids is None:
             cell_ids = checksums(mapped[0])
@@ -1187,7 +1187,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         return TokenizedCells(frame.ids, frame.types, frame.indptr, nothing, nothing)
 
     def _subset(self, rows: CountRows, room: np.ndarray, cell_ids: np.ndarray, epoch: int) -> CountRows:
-        """Leave out genes at random where there is no room for all."""
+        """Drop random genes of cells that are longer than their room."""
         indptr, genes, counts = rows
         chosen = np.ones(len(genes), bool)
         for cell in np.flatnonzero(np.diff(indptr) > room):
@@ -1197,7 +1197,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         return CountRows(indptr, genes, counts)
 
     def _usable(self, rows: CountRows) -> CountRows:
-        """Leave out counts of 0, and genes without a median."""
+        """Drop counts of 0, and genes without a median."""
         usable = rows.counts > 0
         if self._some_without_median:
             usable &= ~np.isnan(self.medians)[rows.columns]
@@ -1207,7 +1207,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         return CountRows(indptr, genes, counts)
 
     def _frame(self, phenotypes: np.ndarray, n_genes: list[np.ndarray]) -> "_Frame":
-        """Make room for `[CLS]`, phenotypes, genes (with a neighbourhood also the separator and its), `[EOS]`."""
+        """Allocate arrays for `[CLS]`, phenotypes, genes (and separator and genes of the neighbourhood), `[EOS]`."""
         n_front = (phenotypes >= 0).sum(axis=1) + int(self.add_cls)
         n_between = int(self.separator is not None)
         indptr = np.zeros(len(n_front) + 1, np.int64)
@@ -1218,7 +1218,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         return _Frame(np.empty(indptr[-1], np.int64), np.zeros(indptr[-1], np.int64), indptr, starts)
 
     def _fill(self, frame: "_Frame", phenotypes: np.ndarray) -> None:
-        """Write what stands around the genes."""
+        """Write the special and phenotype tokens around the genes."""
         ids, types, indptr, starts = frame
         special = []
         if self.add_cls:
@@ -1239,7 +1239,7 @@ class GeneTokenizer(PreTrainedTokenizer):
         types[at] = np.array(of, np.int64)[which]
 
     def _phenotype_tokens(self, obs, n_cells: int) -> np.ndarray:
-        """Token id of each included phenotype of each cell (n_cells, n_included), -1 where there is none."""
+        """Return the token id of each included phenotype of each cell (n_cells, n_included), -1 if it is missing."""
         tokens = np.full((n_cells, len(self._included_phenotypes)), -1, np.int64)
         for i, category in enumerate(self._included_phenotypes):
             ids = self._phenotype_ids[category]
@@ -1249,7 +1249,7 @@ class GeneTokenizer(PreTrainedTokenizer):
                     return -1
                 found = ids.get(phenotype_token(str(value)), -1)
                 if found < 0 and isinstance(value, (float, np.floating)) and value == np.rint(value):
-                    found = ids.get(phenotype_token(str(int(value))), -1)  # whole numbers beside missing ones
+                    found = ids.get(phenotype_token(str(int(value))), -1)  # integers beside missing values are floats
                 return found
 
             if is_cell_batch(obs) and category in obs.categories:  # codes, -1 where missing, and their names
@@ -1258,16 +1258,16 @@ class GeneTokenizer(PreTrainedTokenizer):
                 values = table[category]
                 if len(values) != n_cells:
                     raise ValueError(f"obs has {len(values)} rows for {n_cells} cells.")
-                if hasattr(values, "cat"):  # by its categories: beside a missing value, whole numbers become 1.0, 2.0
+                if hasattr(values, "cat"):  # by category: values would turn integers beside missing ones into floats
                     tokens[:, i] = np.array([*map(token, _exact(values.cat.categories)), -1])[values.cat.codes]
                 else:
                     tokens[:, i] = [token(value) for value in _exact(values)]
             n_missing = int((tokens[:, i] < 0).sum())
-            if n_missing and category not in self._told:
-                self._told.add(category)
+            if n_missing and category not in self._logged:
+                self._logged.add(category)
                 logger.warning(
                     f"{n_missing} of {n_cells} cells have no known value of phenotype {category!r}; it is left out of "
-                    "their tokens. (Told once.)"
+                    "their tokens. (Logged once.)"
                 )
         return tokens
 
@@ -1277,18 +1277,18 @@ class GeneTokenizer(PreTrainedTokenizer):
         needed = n_special + len(self._included_phenotypes) + n_parts
         if max_length < needed:
             raise ValueError(
-                f"max_length {max_length} leaves no room for a gene: {n_special} special tokens, "
+                f"max_length={max_length} leaves no room for a gene: {n_special} special tokens, "
                 f"{len(self._included_phenotypes)} phenotypes and {n_parts} genes need {needed}."
             )
 
 
 def _whole(weights: np.ndarray) -> list[float]:
-    """Write weights, whole ones as such."""
+    """Return weights as a list, whole numbers as int."""
     return [int(weight) if weight.is_integer() else weight for weight in weights.tolist()]
 
 
 def _values_of(store, name: str) -> list[str]:
-    """List the values of a categorical column of a store, of a selection those of its cells, in their order."""
+    """Return the categories of an obs column of a store, in order; for a selection those of its cells only."""
     values = store.categories[name]
     if getattr(store, "is_selection", False):
         codes = store.obs[name].cat.codes.to_numpy()
@@ -1297,7 +1297,7 @@ def _values_of(store, name: str) -> list[str]:
 
 
 def _exact(values: Sequence) -> Sequence:
-    """Return floats as numpy's: pandas iterates Python's, which print the 0.1 of float32 as 0.10000000149011612."""
+    """Return floats as numpy scalars: pandas iterates Python floats, which print a float32 0.1 as 0.10000000149."""
     array = np.asarray(values)
     return array if array.dtype.kind == "f" else values
 
@@ -1310,7 +1310,7 @@ def _is_missing(value) -> bool:
 
 
 def _among(ids, wanted: np.ndarray):
-    """Tell which ids are among some, in the kind of `ids`: a list of 0 and 1, or booleans."""
+    """Return whether each id is wanted, as the type of `ids`: a list of 0 and 1, or booleans."""
     if isinstance(ids, (list, tuple)):
         return _among(np.asarray(ids, np.int64), wanted).astype(int).tolist()
     if not len(wanted):

@@ -1,4 +1,4 @@
-"""The whole cell as one vector: sums over all of its genes, whatever the tokens show, in two views of its counts."""
+"""The whole cell as one vector: sums over all of its genes, not only the tokens, in two views of its counts."""
 
 from typing import NamedTuple
 
@@ -12,28 +12,28 @@ _TARGET_SUM = 1e4
 
 
 class CellValues(NamedTuple):
-    """What the counts of n cells are, under rules that keep absent genes out.
+    """Values of n cells, computed without absent genes.
 
-    A gene is absent from a cell where it is hidden (masked, outside the view, dropped) or not measured. Its count is
-    in no total, and its share in no sum of shares: a cell's depth, total of its present genes / their share of the
-    training cells' counts, is an estimate of its total over all genes.
+    A gene is absent from a cell if it is hidden (masked, outside the view, dropped) or not measured. Neither its count
+    nor its share enters a sum. A cell's depth, the total of its present genes divided by their share of the training
+    cells' counts, estimates its total over all genes.
 
     Attributes
     ----------
     genes : LongTensor (E,)
         Gene of each entry; entries of padding have gene 0.
     offsets : LongTensor (n,)
-        Where the entries of each cell begin.
+        Start of the entries of each cell.
     hidden : bool Tensor (E,)
-        Entries of hidden genes.
+        True for entries of hidden genes.
     measured : bool Tensor (n or 1, n_genes), or None
-        Which genes the cells' files measure; None for all.
+        Genes that are measured in the cells' files; None for all.
     log_values : float32 Tensor (E,)
         ln(1 + 10,000 count / depth), 0 for hidden genes and padding.
     counts : float32 Tensor (E,)
         Count of each entry, 0 for hidden genes and padding.
     mu : float32 Tensor (E,)
-        Count to expect, depth * share; 0 for genes that the training cells lacked or the cell's file does not measure.
+        Expected count, depth * share; 0 for genes that the training cells lacked or the cell's file does not measure.
     depth : float32 Tensor (n,)
         Depth of each cell.
     """
@@ -49,19 +49,19 @@ class CellValues(NamedTuple):
 
 
 class GeneStatistics(nn.Module):
-    """What is known of the genes from the training cells; kept in the checkpoint, never trained.
+    """Statistics of the genes in the training cells; saved in the checkpoint, never trained.
 
     Buffers
     -------
     shares : float32 (n_genes,)
-        Share of each gene in all counts of the training cells. Genes with a share of 0 were never seen; they add
-        nothing to a cell, nor to its total.
+        Share of each gene in all counts of the training cells. Genes with a share of 0 were never seen; they
+        contribute neither to a cell nor to its total.
     means : float32 (2, n_genes)
         Mean of each gene over the training cells: of the log values, and of the Pearson residuals.
     n_cells : float32 ()
         Number of training cells; residuals are clipped at its square root.
 
-    A new model has equal shares, means of 0 and infinitely many cells: `initialise_from_store` sets them.
+    A new model has equal shares, means of 0 and an infinite number of cells; `initialise_from_store` sets them.
     """
 
     def __init__(self, config: GeneBertConfig):
@@ -71,7 +71,7 @@ class GeneStatistics(nn.Module):
         self.register_buffer("n_cells", torch.tensor(torch.inf))
 
     def _apply(self, fn, recurse: bool = True) -> "GeneStatistics":
-        """As in any module, but the numbers stay float32: in half precision rare genes would have a share of 0."""
+        """Apply `fn` but keep float32: in half precision the share of rare genes would become 0."""
         before = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, tensor in before.items():
@@ -81,7 +81,7 @@ class GeneStatistics(nn.Module):
         return self
 
     def measured(self, cells: "CellValues") -> torch.Tensor:
-        """Tell which genes count in cells: bool Tensor (n or 1, n_genes)."""
+        """Return which genes contribute to cells, bool Tensor (n or 1, n_genes)."""
         known = (self.shares > 0)[None]
         return known if cells.measured is None else known & cells.measured
 
@@ -98,13 +98,13 @@ class GeneStatistics(nn.Module):
         Parameters
         ----------
         cell_genes : LongTensor (n, E), or (1, E) with `cell_indptr`
-            Numbers of genes, each at most once in a cell.
+            Gene indices, each at most once per cell.
         cell_counts : Tensor (n, E), or (1, E)
             Their counts; 0 for padding, -1 for a hidden gene, expressed or not.
         cell_indptr : LongTensor (n + 1,), optional
-            Of a packed batch: cell i has the entries `cell_indptr[i]:cell_indptr[i + 1]`.
+            Packed batches: cell i has the entries `cell_indptr[i]:cell_indptr[i + 1]`.
         measured_genes : bool Tensor (n or 1, n_genes), optional
-            Which genes the cells' files measure; all by default.
+            Genes that are measured in the cells' files; all by default.
 
         Returns
         -------
@@ -124,8 +124,8 @@ class GeneStatistics(nn.Module):
         else:
             if genes.device.type == "cpu" and not torch.compiler.is_compiling() and int(cell_indptr[-1]) != len(genes):
                 raise ValueError(
-                    f"cell_indptr ends at {int(cell_indptr[-1])}, and there are {len(genes)} counts. A packed batch "
-                    "cannot be cut along the first dimension: pad it."
+                    f"cell_indptr ends at {int(cell_indptr[-1])}, but there are {len(genes)} counts. A packed batch "
+                    "cannot be split along the first dimension: pad it."
                 )
             offsets, n_cells = cell_indptr[:-1].long(), len(cell_indptr) - 1
             cells = torch.searchsorted(cell_indptr[1:].long().contiguous(), at, right=True)
@@ -143,7 +143,7 @@ class GeneStatistics(nn.Module):
             total, lost = totals.new_zeros(n_cells, 2).index_add(0, cells, totals).unbind(1)
         with torch.autocast(genes.device.type, enabled=False):
             present = shares.sum() if measured_genes is None else measured_genes.float() @ shares
-        # A cell that shows nothing has no depth; 1 keeps the divisions below finite, and its values are 0.
+        # A cell without visible counts has no depth; 1 keeps the divisions below finite, and its values are 0.
         depth = torch.where(total > 0, total / (present - lost).clamp(min=1e-6), torch.ones_like(total))
         depths = depth[cells]
         log_values = torch.log1p(counts / depths * _TARGET_SUM)
@@ -153,15 +153,15 @@ class GeneStatistics(nn.Module):
 class CellEmbedding(nn.Module):
     """Two views of the whole cell, side by side, each centred by gene and scaled to one length.
 
-    For each cell, sums over its present genes g, of count x and depth d (see `CellValues`):
+    For each cell these are sums over its present genes g, with count x and depth d (see `CellValues`):
 
     first half   (ln(1 + 10,000 x / d) - mean of g) * first half of the embedding of g
     second half  (r(x) - mean of g) * second half of the embedding of g, with the Pearson residual
                  r(x) = (x - mu) / sqrt(mu + mu^2 / theta), mu = d * share of g, clipped at +- sqrt(n_cells)
 
-    Genes that the cell does not express count as well, with x = 0: the sum of what they add to the second view is a
-    function of d alone, and is computed from the embeddings at each call, so that it is never stale. An absent gene
-    adds nothing. Each half is scaled to a mean square of 1.
+    Genes that the cell does not express are included, with x = 0: the sum of their terms in the second view is a
+    function of d alone, and is computed from the embeddings at each call, so that it is never stale. Absent genes
+    contribute nothing. Each half is scaled to a mean square of 1.
 
     Notes
     -----
@@ -180,7 +180,7 @@ class CellEmbedding(nn.Module):
         return (sums / sums.square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()).flatten(1)
 
     def view_sums(self, cells: CellValues) -> torch.Tensor:
-        """Sum both views, before they are scaled: float32 Tensor (n, 2, hidden / 2)."""
+        """Return the sums of both views before scaling, float32 Tensor (n, 2, hidden / 2)."""
         with torch.autocast(cells.genes.device.type, enabled=False):
             return self._sum(cells)
 
@@ -195,7 +195,7 @@ class CellEmbedding(nn.Module):
             below = torch.rsqrt(1 / cells.mu + 1 / OVERDISPERSION)
             residuals = (cells.counts / cells.mu.clamp(min=1e-30) - 1) * below
             residuals = torch.where(cells.hidden, of_entries[1], residuals.clamp(-bound, bound))
-            # In place of what the sum over all genes, expressed or not, holds of this one.
+            # Replaces the term of this gene in the sum over all genes, expressed or not.
             changes = residuals + below.clamp(max=bound)
             below = torch.outer(1 / cells.depth, 1 / statistics.shares)
             below = below.add_(1 / OVERDISPERSION).rsqrt_().clamp_(max=bound)
@@ -210,27 +210,27 @@ class CellEmbedding(nn.Module):
 
 
 def sum_by_cell(weight: torch.Tensor, cells: CellValues, factors: torch.Tensor) -> torch.Tensor:
-    """Sum factor x row of a table over the entries of each cell, for parts of the rows apart.
+    """Sum factor x row of a table over the entries of each cell, with a separate factor per part of the row.
 
     Parameters
     ----------
     weight : Tensor (n_genes, v * d)
-        Rows of v parts.
+        Table whose rows have v parts.
     cells : CellValues
-        Of n cells with E entries.
+        Values of n cells with E entries.
     factors : Tensor (v, E)
-        Of each part.
+        Factor of each part and entry.
 
     Returns
     -------
     Tensor (n, v, d)
     """
     n_parts, n_cells = len(factors), len(cells.offsets)
-    # Part i of row g is row g * v + i of the same memory, seen as a table of narrower rows.
+    # Part i of row g is row g * v + i of the same memory, viewed as a table of narrower rows.
     table = weight.reshape(len(weight) * n_parts, -1)
     parts = torch.arange(n_parts, device=weight.device)
     rows = cells.genes * n_parts + parts[:, None]
-    if torch.compiler.is_exporting():  # of a padded batch, in operations that every runtime has
+    if torch.compiler.is_exporting():  # a padded batch, with operations that every runtime has
         picked = (table[rows] * factors[..., None]).view(n_parts, n_cells, -1, table.shape[1])
         return picked.sum(2).transpose(0, 1)
     offsets = (cells.offsets + parts[:, None] * len(cells.genes)).reshape(-1)
@@ -244,7 +244,7 @@ class WideHead(nn.Module):
     """Linear map of all genes of a cell to the classes: a logistic regression on genes.
 
     (ln(1 + 10,000 x / d) - mean of the gene) @ weight + bias, summed over the present genes of a cell; an absent gene
-    adds nothing, as if it had its mean.
+    contributes nothing, as if it had its mean.
     """
 
     def __init__(self, config: GeneBertConfig):

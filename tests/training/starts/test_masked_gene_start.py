@@ -206,7 +206,7 @@ def test_what_is_not_attended_to_is_not_read_and_phenotypes_are_left_alone(cells
         at = model(**batch).logits[:, 1]
     bias = model.mlm_head.decoder.bias.expand_as(at)
     torch.testing.assert_close(at, bias, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="give input_ids"):
+    with pytest.raises(ValueError, match="pass input_ids"):
         model(inputs_embeds=torch.zeros(1, 4, 16), token_type_ids=torch.zeros(1, 4, dtype=torch.long))
 
 
