@@ -1,0 +1,2 @@
+# %% [markdown]
+# # larger_than_memory

@@ -1,0 +1,2 @@
+# %% [markdown]
+# # pretrain_and_evaluate

@@ -1,0 +1,2 @@
+# %% [markdown]
+# # ranks_and_geneformer

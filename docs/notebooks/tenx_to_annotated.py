@@ -1,0 +1,2 @@
+# %% [markdown]
+# # tenx_to_annotated

@@ -1,0 +1,2 @@
+# %% [markdown]
+# # tissue_neighbourhoods
