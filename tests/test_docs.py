@@ -20,6 +20,7 @@ NOT_RUN = {
         "make demo   # cells in; a pretrained model, a classifier, embeddings, plots and demo_output/report.html out",
     ],
     "docs/index.md": ["pip install '.[demo]'"],
+    "docs/migration/perturbgene.md": ["accelerate launch -m stformer_hf.cli.parse_args \\"],
     "docs/scale.md": [
         "accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m stformer_hf.cli pretrain "
         "--config recipes/gene_bert_base.yaml --data atlas --output model"
