@@ -1,14 +1,15 @@
 # demo   cells in, a trained model and a report out        test   lint and all tests but slow and gpu ones
-# bench  the project against its peers                     lint   ruff check and format
+# bench  the project against its peers                     lint   ruff check and format, codespell
+# docs   the documentation, into build/site                notebooks   run them, into build/notebooks
 # Each makes .venv if it is absent. PYTHON=python3.12 make … picks the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench docs notebooks lint format clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 # The stamp says which extras are installed; a change of the dependencies installs anew. Byte code is made at the first
 # import of a module, not here for all of them: that is two thirds of the time of an installation.
@@ -30,14 +31,24 @@ bench: .venv/.bench
 	@echo "== running the benchmarks"
 	@$(BIN)/python -m benchmarks
 
+# Strict: a broken link, or a name of the API that is not there, fails. No network is used.
+docs: .venv/.docs
+	@echo "== building the documentation into build/site"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir build/site
+
+notebooks: .venv/.docs
+	@echo "== running the notebooks into build/notebooks"
+	@$(BIN)/python docs/run_notebooks.py --output build/notebooks
+
 lint: .venv/.dev
-	@echo "== ruff check, ruff format --check"
+	@echo "== ruff check, ruff format --check, codespell"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/codespell
 
 format: .venv/.dev
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv demo_output
+	rm -rf .venv demo_output build

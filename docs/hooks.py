@@ -72,5 +72,7 @@ def notebook_page(path: Path) -> str:
             parts.append(f"```python\n{body.strip()}\n```")
     title, *rest = parts
     source = f"https://github.com/stformer-hf/stformer_hf/blob/main/docs/notebooks/{path.name}"
-    note = f"This page is a notebook: [{path.name}]({source}), which Jupyter opens by jupytext. `make notebooks` runs it."
+    note = (
+        f"This page is a notebook: [{path.name}]({source}), which Jupyter opens by jupytext. `make notebooks` runs it."
+    )
     return "\n\n".join([title, f"!!! note\n    {note}", *rest]) + "\n"

@@ -24,7 +24,9 @@ def gpu(results: dict) -> str:
     rows = {(step["size"], step["way"]): step for step in results["steps"]}
     lines = ["| model | way | tokens/s | cells/s | MFU | peak GB |", "|---|---|---|---|---|---|"]
     for (size, way), step in sorted(rows.items(), key=lambda row: (row[0][0], -row[1]["tokens_per_second"])):
-        figures = f"{step['tokens_per_second']:,} | {step['cells_per_second']:,.0f} | {step['mfu']:.1%}".replace("%", " %")
+        figures = f"{step['tokens_per_second']:,} | {step['cells_per_second']:,.0f} | {step['mfu']:.1%}".replace(
+            "%", " %"
+        )
         lines.append(f"| {size} | {WAYS.get(way, way)} | {figures} | {step['peak_gb']:.1f} |")
     return "\n".join(lines)
 
@@ -33,7 +35,9 @@ def gpu_loader(results: dict) -> str:
     """Return the table of training through the trainer, by the number of worker processes."""
     lines = ["| workers | tokens/s | waiting for data |", "|---|---|---|"]
     for workers, row in results["loader"].items():
-        lines.append(f"| {workers.split()[0]} | {row['tokens_per_second']:,.0f} | {100 * row['data_wait_share']:.1f} % |")
+        lines.append(
+            f"| {workers.split()[0]} | {row['tokens_per_second']:,.0f} | {100 * row['data_wait_share']:.1f} % |"
+        )
     return "\n".join(lines)
 
 

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 # Blocks that need a network, a GPU, a cluster or files of others: the page, and the first line of each.
 NOT_RUN = {
-    "README.md": ["pip install '.[demo]'   # without the extra: no plots and no demo", 
+    "README.md": [
+        "pip install '.[demo]'   # without the extra: no plots and no demo",
         "make demo   # cells in; a pretrained model, a classifier, embeddings, plots and demo_output/report.html out",
     ],
     "docs/index.md": ["pip install '.[demo]'"],
