@@ -13,12 +13,21 @@ from stformer_hf.cli import main
 from stformer_hf.cli.demo import load_cells, split_cells
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+PAGES = [
+    *("README.md", "CONTRIBUTING.md", "recipes/README.md", "benchmarks/README.md"),
+    *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")),
+]
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.py"))
 # Blocks that need a network, a GPU, a cluster or files of others: the page, and the first line of each.
 NOT_RUN = {
     "README.md": [
         "pip install '.[demo]'   # without the extra: no plots and no demo",
         "make demo   # cells in; a pretrained model, a classifier, embeddings, plots and demo_output/report.html out",
+    ],
+    "CONTRIBUTING.md": ["make test         # creates .venv, then lint and all tests except slow and GPU ones"],
+    "recipes/README.md": [
+        "accelerate launch --config_file recipes/accelerate/ddp.yaml -m stformer_hf.cli pretrain "
+        "--config recipes/gene_bert_base.yaml --data atlas --output model"
     ],
     "docs/index.md": ["pip install '.[demo]'"],
     "docs/migration/perturbgene.md": ["accelerate launch -m stformer_hf.cli.parse_args \\"],
@@ -98,18 +107,48 @@ def run_page(page: str, capsys) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", *PAGES])
+@pytest.mark.parametrize("page", PAGES)
 def test_the_blocks_of_a_page_run(page, demo_files, capsys):
     run_page(page, capsys)
 
 
 def test_blocks_that_are_not_run_are_listed():
-    pages = ["README.md", *PAGES]
-    found = {page: [text.splitlines()[0] for _, info, text in blocks(page) if not_run(info)] for page in pages}
+    found = {page: [text.splitlines()[0] for _, info, text in blocks(page) if not_run(info)] for page in PAGES}
     assert {page: lines for page, lines in found.items() if lines} == NOT_RUN
 
 
 def test_every_block_says_what_it_is():
-    for page in ["README.md", *PAGES]:
+    for page in PAGES:
         for language, _, text in blocks(page):
             assert language in ("python", "bash", "text", "yaml", "json"), f"{page}: {text[:60]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    from run_notebooks import run
+
+    assert run(path, tmp_path).exists()
+
+
+@pytest.mark.slow
+def test_the_documentation_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    for path in NOTEBOOKS:
+        assert (tmp_path / "notebooks" / f"{path.stem}.html").exists()
+    loaded = re.findall(r'(?:src|href)="(https?://[^"]+)"', (tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert all(
+        address.startswith("https://github.com/stformer-hf/") for address in loaded if "squidfunk" not in address
+    )
+
+
+def test_the_tables_are_those_of_the_kept_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import make_tables
+
+    text = make_tables.PAGE.read_text(encoding="utf-8")
+    assert make_tables.fill(text) == text
+    assert set(re.findall("<!-- table: (.+?) -->", text)) == set(make_tables.TABLES)
