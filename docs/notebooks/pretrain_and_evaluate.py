@@ -63,8 +63,10 @@ for name in sorted(after):
         print(f"{name:<40} {before[name]:.3f} -> {after[name]:.3f}")
 
 # %% [markdown]
-# Compare the loss with the marginal of the gene: what is below it comes from the context of the cell. With another
-# cell's context the loss must rise, or else the model does not read it.
+# Compare the loss with the marginal of the gene: only what is below it comes from the context of the cell. In our run
+# the loss fell from 2.39 to 1.34 and was still above that marginal, 1.23: after 40 steps, a table of frequencies is
+# better than this model. `stformer-hf pretrain` starts the head of masked genes at these frequencies. With another
+# cell's context the loss must rise, or else the model does not read the context; it rose by 0.11.
 #
 # ## Embeddings
 #

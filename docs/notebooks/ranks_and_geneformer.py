@@ -15,7 +15,6 @@
 import pickle
 from pathlib import Path
 
-import numpy as np
 from transformers import BertConfig, BertForMaskedLM, TrainingArguments
 
 import stformer_hf as sf
@@ -90,11 +89,9 @@ config = BertConfig(
     intermediate_size=64,
 )
 BertForMaskedLM(config).save_pretrained("geneformer")
-of_genes = dict(zip(store.gene_ids, np.nan_to_num(medians.medians, nan=1.0), strict=True))
+known = {gene: float(medians.medians.get(gene, 1.0)) for gene in genes}
 Path("geneformer/token_dictionary.pkl").write_bytes(pickle.dumps(ids))
-Path("geneformer/gene_median_dictionary.pkl").write_bytes(
-    pickle.dumps({name: float(x) for name, x in of_genes.items()})
-)
+Path("geneformer/gene_median_dictionary.pkl").write_bytes(pickle.dumps(known))
 
 # %% [markdown]
 # `load_geneformer` finds the dictionaries beside the weights, and returns a stock BERT and its tokenizer. Pickles may
