@@ -71,6 +71,9 @@ for name, value in sorted(trainer.evaluate().items()):
         print(f"{name:<40} {value:.3f}")
 
 # %% [markdown]
+# In our run the model had 6.45 nats after 30 steps, and B1 6.31: so far it has learned less than how frequent each
+# gene is, and it does not read the context (the loss with another cell's context is the same).
+#
 # ## A checkpoint of Geneformer
 #
 # Geneformer is a BERT with a dictionary of tokens and one of medians. We make a tiny random one, in place of a
