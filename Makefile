@@ -1,15 +1,17 @@
 # demo   cells in, a trained model and a report out        test   lint and all tests but slow and gpu ones
-# bench  the project against its peers                     lint   ruff check and format
+# bench  the project against its peers                     lint   ruff check and format, codespell
+# docs   the documentation, into build/site                notebooks   run them, into build/notebooks
+# test-fast   the quick half of the tests                  test-slow   the slow ones
 # test-transformers   transformers' tests of its own models, from its source distribution, on the models here
 # Each makes .venv if it is absent. PYTHON=python3.12 make … picks the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-transformers bench lint format clean
+.PHONY: demo test test-fast test-slow test-transformers bench docs notebooks lint format clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 # The stamp says which extras are installed; a change of the dependencies installs anew. Byte code is made at the first
 # import of a module, not here for all of them: that is two thirds of the time of an installation.
@@ -26,6 +28,16 @@ demo: .venv/.demo
 test: lint
 	@echo "== running the tests"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# Rooms that need neither training nor a process of their own.
+FAST = $(addprefix tests/,genes sources/test_every_door.py sources/test_matrix_market.py sources/test_obs_columns.py \
+	store/test_cell_store.py models/test_gene_columns.py models/test_tokenization_gene_bert.py models/test_rank_tokens.py \
+	models/test_modeling_gene_bert.py models/test_packed_attention.py batches/test_collators.py batches/test_samplers.py)
+test-fast: .venv/.dev
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(FAST)
+
+test-slow: .venv/.dev
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
 
 # The installed version's. Its tests have markers of their own, and import one package that nothing else here needs.
 TRANSFORMERS = $(shell $(BIN)/python -c "import transformers; print('transformers-' + transformers.__version__)")
@@ -48,14 +60,24 @@ bench: .venv/.bench
 	@echo "== running the benchmarks"
 	@$(BIN)/python -m benchmarks
 
+# Strict: a broken link, or a name of the API that is not there, fails. No network is used.
+docs: .venv/.docs
+	@echo "== building the documentation into build/site"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir build/site
+
+notebooks: .venv/.docs
+	@echo "== running the notebooks into build/notebooks"
+	@$(BIN)/python docs/run_notebooks.py --output build/notebooks
+
 lint: .venv/.dev
-	@echo "== ruff check, ruff format --check"
+	@echo "== ruff check, ruff format --check, codespell"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/codespell
 
 format: .venv/.dev
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .transformers_tests demo_output
+	rm -rf .venv .transformers_tests demo_output build
