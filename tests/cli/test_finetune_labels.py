@@ -53,7 +53,7 @@ def test_integers_and_booleans_are_classes(run, labelled, label, names, caplog):
     ("label", "words"),
     [
         ("depth", "'depth' holds numbers such as .*, which are no classes. If they number classes, convert them"),
-        ("one", "'one' has one class among the cells to learn from, 'B cell': there is nothing to tell apart"),
+        ("one", "'one' has only one class among the training cells, 'B cell': at least two are needed"),
         ("cel_type", "no obs column 'cel_type'; it has cell_type, age"),
     ],
 )
@@ -86,7 +86,7 @@ def test_a_failed_pretraining_leaves_no_store(labelled, tmp_path, capsys):
     ):
         output = tmp_path / verb
         assert main([verb, "--data", str(tmp_path / "cells.h5ad"), "--output", str(output), *SHORT, *flags]) == 1
-        assert "held_out is a share" in capsys.readouterr().err
+        assert "held_out must be a share" in capsys.readouterr().err
         assert not (output / "store").exists()
 
 
