@@ -1,4 +1,4 @@
-"""`stformer-hf VERB …`: one thin command a verb. Heavy imports happen inside the verbs."""
+"""`stformer-hf VERB …`: one thin module per verb, which imports heavy modules only when it runs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from importlib import import_module
 from .. import __version__
 
 VERBS = {
-    "demo": "cells in, a pretrained and fine-tuned model, embeddings, plots and a report out",
-    "build": "make a CellStore from files of cells",
-    "medians": "estimate the gene medians by which rank tokens are ordered",
+    "demo": "pretrain, fine-tune, annotate and embed 700 cells, with plots and a report",
+    "build": "build a CellStore from files of cells",
+    "medians": "estimate the gene medians that order rank tokens",
     "tokenize": "write the tokens of a store as a Hugging Face dataset",
     "pretrain": "train a GeneBert to predict masked genes and phenotypes",
-    "pretrain_neighborhood": "train a CellNeighborhood model to predict cells from those around them",
-    "search": "search the settings of a pretraining",
+    "pretrain_neighborhood": "train a CellNeighborhood model to predict cells from their neighbours",
+    "search": "search the hyperparameters of a pretraining",
     "finetune": "train a classifier of cells",
     "annotate": "label the cells of a file with a classifier",
-    "embed": "write an embedding of every cell of a file, or of the cells around it",
-    "evaluate": "compare embeddings with each other and with simple baselines",
+    "embed": "embed the cells of a file, or their neighbourhoods",
+    "evaluate": "compare embeddings with one another and with simple baselines",
 }
 
 
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     Parameters
     ----------
     argv : list of str, optional
-        The command line without the program's name.
+        Command line without the program's name.
 
     Returns
     -------
@@ -39,9 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, VERBS))
-        print("usage: stformer-hf VERB [options]      (stformer-hf VERB --help tells the options)\n")
+        print("usage: stformer-hf VERB [options]      (stformer-hf VERB --help lists the options)\n")
         print("\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items()))
-        print("\nEach verb takes --config FILE.yaml, which any flag overrides, and --debug for tracebacks.")
+        print("\nEach verb takes --config FILE.yaml, which flags override, and --debug for tracebacks.")
         return 0
     if argv[0] == "--version":
         print(__version__)
@@ -50,23 +50,23 @@ def main(argv: list[str] | None = None) -> int:
     if verb not in VERBS:
         from .arguments import closest
 
-        print(f"stformer-hf: error: no verb {verb!r}{closest(verb, VERBS)}", file=sys.stderr)
+        print(f"stformer-hf: error: unknown verb {verb!r}{closest(verb, VERBS)}", file=sys.stderr)
         return 2
     return guarded(f"stformer-hf {verb}", lambda: import_module(f".{verb}", __name__).main(rest), "--debug" in rest)
 
 
 def guarded(name: str, run: Callable[[], object], debug: bool = False, interrupted: str = "interrupted") -> int:
-    """Run a command, and tell an error in a line.
+    """Run a command, and print an error in one line.
 
     Parameters
     ----------
     name : str
-        Of the command.
+        Name of the command.
     run : callable
     debug : bool, default: False
-        Let errors through, with their traceback.
+        Raise errors, with their traceback.
     interrupted : str
-        What Ctrl-C says.
+        Message on Ctrl-C.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Label the cells of a file with a classifier, or predict numbers with a regression.
+"""Label the cells of a file with a classifier, or predict numbers with a regression model.
 
 stformer-hf annotate --data cells.h5ad --model classifier --output labelled.h5ad
 """
@@ -15,20 +15,20 @@ class AnnotateArguments:
     """Flags of `annotate`."""
 
     data: str = field(metadata={"help": "h5ad or h5mu file, or zarr of an AnnData, MuData or SpatialData"})
-    model: str = field(metadata={"help": "checkpoint of a classifier or regression, or an adapter of one"})
+    model: str = field(metadata={"help": "checkpoint or adapter of a classifier or regression model"})
     output: str = field(
         metadata={
-            "help": 'h5ad file to write: obs["stformer_label"] and obs["stformer_score"], or obs["stformer_NAME"] of '
-            "several labels or of numbers"
+            "help": 'h5ad file to write, with obs["stformer_label"] and obs["stformer_score"], or '
+            'obs["stformer_NAME"] for multiple labels and for numbers'
         }
     )
-    layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
-    fractional: bool = field(default=False, metadata={"help": "allow fractions, as estimated counts are"})
-    batch_size: int = field(default=64, metadata={"help": "cells a batch"})
+    layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})
+    fractional: bool = field(default=False, metadata={"help": "allow fractional counts, such as estimates"})
+    batch_size: int = field(default=64, metadata={"help": "cells per batch"})
     min_coverage: float | None = field(
-        default=None, metadata={"help": "least share of the model's genes that the cells must have (the model's own)"}
+        default=None, metadata={"help": "minimum share of the model's genes in the cells (default: the model's)"}
     )
-    overwrite: bool = field(default=False, metadata={"help": "replace a file that is there"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an existing file"})
 
 
 def main(argv: list[str]) -> None:
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(args: AnnotateArguments):
-    """Label and write; returns the AnnData."""
+    """Label the cells and write the file; return the AnnData."""
     from ..inference.annotate import annotate
     from .files import read, write
 

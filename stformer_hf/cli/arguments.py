@@ -1,4 +1,4 @@
-"""Command lines: a dataclass gives the flags, a YAML file gives their values, flags override the file."""
+"""Command lines: a dataclass defines the flags, a YAML file sets their values, and flags override the file."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ _OWN_KEYS = ("config", "debug")
 def parse(
     argv: list[str], arguments: type, *, verb: str, description: str, training: dict[str, Any] | None = None
 ) -> tuple:
-    """Read a command line.
+    """Parse a command line.
 
     Parameters
     ----------
     argv : list of str
-        The command line after the verb.
+        Command line after the verb.
     arguments : dataclass
         The verb's own flags.
     verb, description : str
-        For the help.
+        Name and description in the help.
     training : dict, optional
-        The verb's defaults for `transformers.TrainingArguments`; given, its fields are flags as well.
+        The verb's defaults for `transformers.TrainingArguments`; if given, its fields are flags as well.
 
     Returns
     -------
     tuple
-        The dataclass, and a dict of training arguments that the command line or the file set over the defaults
-        (empty without `training`).
+        The dataclass, and a dict of the training arguments set by the defaults, the file and the command line (empty
+        without `training`).
 
     Raises
     ------
     ValueError
-        A key of the file that is no flag; a file that is not a mapping.
+        A key of the file is not a flag; the file is not a mapping.
     SystemExit
-        A wrong command line, or `--help`.
+        The command line is invalid, or asks for `--help`.
     """
     parser = _parser(arguments, verb, description, training)
     if any(flag in argv for flag in ("-h", "--help")):
@@ -55,17 +55,17 @@ def parse(
     config_parser.add_argument("--config")
     file = config_parser.parse_known_args(argv)[0].config
     config = _read_config(file) if file else {}
-    if training is not None and "group_by_length" in config:  # of transformers 4
+    if training is not None and "group_by_length" in config:  # a key of transformers 4
         if config.pop("group_by_length"):
             config.setdefault("train_sampling_strategy", "group_by_length")
         logger.warning(f'{file}: group_by_length is now train_sampling_strategy: "group_by_length".')
 
     own = [field.name for field in fields(arguments)]
-    # Of mappings, a flag overrides the names that it gives.
+    # For mappings, a flag overrides only the names that it contains.
     mappings = {name: config.pop(name) or {} for name in _mappings(arguments) if name in config}
     for name, value in mappings.items():
         if not isinstance(value, dict):
-            raise ValueError(f"{file}: {name} is a mapping of names to values, got {value!r}.")
+            raise ValueError(f"{file}: {name} must be a mapping of names to values, got {value!r}.")
     training_names: list[str] = []
     training_parser = None
     if training is not None:
@@ -73,14 +73,14 @@ def parse(
 
         training_parser = HfArgumentParser(TrainingArguments, add_help=False, allow_abbrev=False)
         training_parser.error = parser.error
-        for action in training_parser._actions:  # so that only what was given comes out
+        for action in training_parser._actions:  # so that only given flags are returned
             action.default = argparse.SUPPRESS
         training_names = [field.name for field in fields(TrainingArguments) if field.name not in (*own, "output_dir")]
     for key in config:
         if key not in own and key not in training_names:
             raise ValueError(f"{file}: unknown key {key!r}{closest(key, [*own, *training_names])}.")
 
-    # The file comes first: a required flag may stand in it, and of a flag given twice the last counts.
+    # The file comes first: it may hold required flags, and the last value of a repeated flag counts.
     given, rest = parser.parse_known_args([*_flags(config, own), *argv])
     set_training: dict[str, Any] = dict(training or {})
     if training_parser is not None:
@@ -96,18 +96,18 @@ def parse(
 
 
 def closest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Words that name the known name closest to a wrong one, or nothing if none is close."""
+    """Return a hint that names the known name closest to a wrong one, or an empty string if none is close."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; the closest known one is {prefix}{found[0]}" if found else ""
 
 
 def check_names(flag: str, settings: dict[str, Any] | None, known: Iterable[str]) -> None:
-    """Refuse names in a mapping that nothing has.
+    """Refuse unknown names in a mapping.
 
     Raises
     ------
     ValueError
-        With the known name that is closest.
+        A name is unknown; the message names the closest known one.
     """
     for name in settings or {}:
         if name not in known:
@@ -119,7 +119,7 @@ def _parser(arguments: type, verb: str, description: str, training: dict[str, An
     if training is not None:
         defaults = ", ".join(f"{key} {value}" for key, value in training.items())
         epilog = textwrap.fill(
-            "Every field of transformers.TrainingArguments is a flag and a key as well, such as --learning_rate or "
+            "Every field of transformers.TrainingArguments is a flag and a key too, such as --learning_rate or "
             f"--max_steps; the output folder is --output. Defaults here: {defaults}."
         )
     parser = HfArgumentParser(
@@ -133,24 +133,24 @@ def _parser(arguments: type, verb: str, description: str, training: dict[str, An
     for action in parser._actions:
         if action.dest in _mappings(arguments):
             action.type, action.metavar = _mapping, "{NAME: VALUE, ...}"
-    parser.add_argument("--config", help="YAML file of flags and their values; a flag given overrides it")
+    parser.add_argument("--config", help="YAML file of flags and their values; flags on the command line override it")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def _mappings(arguments: type) -> list[str]:
-    """Fields whose values are mappings: `dict | None`."""
+    """Return the fields whose values are mappings: `dict | None`."""
     return [name for name, kind in get_type_hints(arguments).items() if dict in get_args(kind)]
 
 
 def _mapping(text: str) -> dict[str, Any]:
-    """Read a mapping in YAML's short form, of which JSON is one."""
+    """Parse a mapping in YAML's flow style, which includes JSON."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no mapping; write it as '{{name: value}}'")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a mapping; write it as '{{name: value}}'")
     return value
 
 
@@ -168,7 +168,7 @@ def _read_config(file: str) -> dict[str, Any]:
 
 
 def _flags(config: dict[str, Any], names: list[str]) -> list[str]:
-    """Write the file's keys as a command line, so that argparse checks their types."""
+    """Convert the keys of the file to a command line, so that argparse checks their types."""
     flags = []
     for key, value in config.items():
         if key not in names or value is None:

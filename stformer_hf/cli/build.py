@@ -1,4 +1,4 @@
-"""Make a CellStore from files of cells: h5ad, zarr, 10x h5 and mtx, loom, other pipelines' folders, other stores.
+"""Build a CellStore from files of cells: h5ad, zarr, 10x h5 and mtx, loom, folders of other pipelines, other stores.
 
 stformer-hf build --data a.h5ad b.h5ad --output atlas --obs cell_type donor
 stformer-hf build --data downloads --output atlas --obs all --workers 4
@@ -16,33 +16,35 @@ class BuildArguments:
     """Flags of `build`."""
 
     data: list[str] = field(metadata={"help": "files, folders of files, or patterns, in the order of the cells"})
-    output: str = field(metadata={"help": "folder to make"})
-    obs: list[str] | None = field(default=None, metadata={"help": "columns of obs to keep, or: all"})
+    output: str = field(metadata={"help": "folder to create"})
+    obs: list[str] | None = field(default=None, metadata={"help": "columns of obs to keep, or all"})
     classes: list[str] = field(
         default_factory=list,
-        metadata={"help": "columns of obs to keep as classes though they hold integers or booleans"},
+        metadata={"help": "columns of obs to keep as classes although they hold integers or booleans"},
     )
     layer: str | None = field(
-        default=None, metadata={"help": "where the counts are: X, raw, a layer; in 10x files a feature type or genome"}
+        default=None, metadata={"help": "location of the counts: X, raw, a layer; for 10x a feature type or genome"}
     )
-    fractional: bool = field(default=False, metadata={"help": "allow fractions (RSEM, SoupX)"})
-    neighbors: str | None = field(default=None, metadata={"help": "key of obsp, such as spatial_connectivities"})
+    fractional: bool = field(default=False, metadata={"help": "allow fractional counts (RSEM, SoupX)"})
+    neighbors: str | None = field(
+        default=None, metadata={"help": "graph in obsp to keep, such as spatial_connectivities"}
+    )
     aliases: str | None = field(
-        default=None, metadata={"help": "csv, tsv, json or parquet file: old gene id, new gene id"}
+        default=None, metadata={"help": "csv, tsv, json or parquet file of old and new gene ids"}
     )
     unify: str | None = field(
-        default=None, metadata={"help": "symbol: genes of one symbol under other ids in other files are one"}
+        default=None, metadata={"help": "symbol: merge genes with the same symbol but other ids in other files"}
     )
-    species: str | None = field(default=None, metadata={"help": "what all files must be of, such as human"})
-    shuffle: bool = field(default=False, metadata={"help": "put all cells in a random order, on disk"})
-    seed: int = field(default=0, metadata={"help": "of the shuffle"})
+    species: str | None = field(default=None, metadata={"help": "species that all files must have, such as human"})
+    shuffle: bool = field(default=False, metadata={"help": "store all cells in random order"})
+    seed: int = field(default=0, metadata={"help": "seed of the shuffle"})
     part: list[int] | None = field(
-        default=None, metadata={"help": "i n: only the i-th (from 0) of n equal parts; see CellStore.join"}
+        default=None, metadata={"help": "i n: build only part i (from 0) of n equal parts; see CellStore.join"}
     )
-    workers: int = field(default=1, metadata={"help": "processes that read files"})
-    overwrite: bool = field(default=False, metadata={"help": "replace a store that is there"})
+    workers: int = field(default=1, metadata={"help": "number of processes that read files"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an existing store"})
     allow_duplicates: bool = field(
-        default=False, metadata={"help": "take files that hold the same cells, such as raw and filtered ones of a run"}
+        default=False, metadata={"help": "accept files with the same cells, such as raw and filtered ones of a run"}
     )
 
 
@@ -53,7 +55,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(args: BuildArguments):
-    """Build the store; returns it."""
+    """Build and return the store."""
     from ..store.cell_store import CellStore
 
     if args.part is not None and len(args.part) != 2:

@@ -1,4 +1,4 @@
-"""Make one SingleCellMemMapDataset of all h5ad files in a folder and the folders in it.
+"""Convert all h5ad files of a folder and its subfolders to one SingleCellMemMapDataset.
 
 convert_h5ad_to_scdl --data-path hdf5s --save-path example_dataset
 """
@@ -19,31 +19,31 @@ def main(argv: list[str] | None = None) -> int:
     Parameters
     ----------
     argv : list of str, optional
-        The command line without the program's name.
+        Command line without the program's name.
 
     Returns
     -------
     int
-        Exit status: 0, 1 for an error, 130 if interrupted. A wrong command line exits with 2.
+        Exit status: 0, 1 for an error, 130 if interrupted. An invalid command line exits with 2.
     """
     args = _parser().parse_args(argv)
     return guarded(
         "convert_h5ad_to_scdl",
         lambda: print(run(args)),
         args.debug,
-        interrupted="interrupted; called again, it goes on with the next file",
+        interrupted="interrupted; run it again to resume with the next file",
     )
 
 
 def run(args: argparse.Namespace):
-    """Convert; returns the dataset."""
+    """Convert the files; return the dataset."""
     from ..compat.scdl import SingleCellMemMapDataset
     from ..compat.scdl_building import check_free
     from ..compat.scdl_collection import SingleCellCollection
 
     save_path = Path(args.save_path)
     check_free(save_path, "Choose another --save-path, or delete it.")
-    # Kept where a file cannot be converted, so that the others need not be converted again.
+    # Kept if a file cannot be converted, so that the others need not be converted again.
     parts = save_path.with_name(f".{save_path.name}.parts")
     collection = SingleCellCollection(parts)
     collection.load_h5ad_multi(
@@ -64,21 +64,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "convert_h5ad_to_scdl", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data-path", required=True, help="folder of the h5ad files")
-    parser.add_argument("--save-path", required=True, help="folder to make")
-    parser.add_argument("--num-workers", type=int, default=1, help="files that are read at a time (default: 1)")
-    parser.add_argument("--use-mp", action="store_true", help="read in processes also with one worker")
+    parser.add_argument("--data-path", required=True, help="folder with the h5ad files")
+    parser.add_argument("--save-path", required=True, help="folder to create")
+    parser.add_argument("--num-workers", type=int, default=1, help="number of files read at a time (default: 1)")
+    parser.add_argument("--use-mp", action="store_true", help="read in a separate process even with one worker")
     parser.add_argument(
-        "--paginated-load-cutoff", type=int, default=10_000, help="without effect: no file is read as a whole"
+        "--paginated-load-cutoff", type=int, default=10_000, help="no effect: files are always read in blocks"
     )
     parser.add_argument(
         "--load-block-row-size",
         type=int,
         default=1_000_000,
-        help="most cells in memory at a time; blocks of more than 2,048 are not made",
+        help="maximum number of cells in memory at a time; blocks never exceed 2,048 cells",
     )
-    parser.add_argument("--data-dtype", help="type that all values must fit, such as uint16 (default: float32)")
-    parser.add_argument("--use-X-not-raw", action="store_true", help="take X also where a file has a raw matrix")
+    parser.add_argument("--data-dtype", help="dtype that all values must fit, such as uint16 (default: float32)")
+    parser.add_argument("--use-X-not-raw", action="store_true", help="use X even if a file has a raw matrix")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

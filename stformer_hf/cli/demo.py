@@ -1,9 +1,9 @@
-"""Cells in; a pretrained model, a classifier, embeddings, plots and a report out.
+"""Pretrain, fine-tune, annotate and embed 700 cells, and write plots and a report.
 
 stformer-hf demo --output demo_output
 
-700 labelled cells of human blood, which the scanpy package ships, go through the verbs of this program: build,
-pretrain, finetune, annotate, embed. Each figure stands beside those of simple baselines. No network is used.
+700 labelled cells of human blood, shipped with the scanpy package, go through the verbs build, pretrain, finetune,
+annotate and embed. Results are compared with simple baselines. No network is used.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..evaluation.readers import GenePca
 
 HELD_OUT = 0.25
-# Most counts of this data are 0 to 8; each bin is about twice as wide as the last.
+# Most counts in these data are 0 to 8; each bin is about twice as wide as the previous one.
 PRETRAINING = {"bin_edges": [0.5, 1.5, 2.5, 4.5, 8.5], "max_length": 128, "mlm_probability": 0.3, "baselines": True}
 PRETRAINING_STEPS = {
     "max_steps": 100,
@@ -42,8 +42,8 @@ PRETRAINING_STEPS = {
     "eval_strategy": "steps",
     "eval_steps": 25,
 }
-STEPS = {"save_strategy": "no", "eval_on_start": True, "logging_steps": 10}  # of both
-EPOCHS = 4  # of the fine-tuning that is shown where the classifier chose none
+STEPS = {"save_strategy": "no", "eval_on_start": True, "logging_steps": 10}  # for both
+EPOCHS = 4  # of the fine-tuning shown if the classifier chose none
 N_LABELS = (5, 10, 20)
 N_DRAWS = 3
 
@@ -59,9 +59,9 @@ MADE = (
 class DemoArguments:
     """Flags of `demo`."""
 
-    output: str = field(default="demo_output", metadata={"help": "folder for all that the demo makes"})
+    output: str = field(default="demo_output", metadata={"help": "folder for all output"})
     seed: int = field(
-        default=0, metadata={"help": "of the split, the weights, the masks, the draws of labels and the UMAP"}
+        default=0, metadata={"help": "seed of the split, the weights, the masks, the draws of labels and the UMAP"}
     )
     overwrite: bool = field(default=False, metadata={"help": "replace the folder of an earlier demo"})
 
@@ -74,13 +74,13 @@ class Classifiers(NamedTuple):
     start, trained : str
         Their folders: at linear readers, and trained from there.
     chosen : str
-        The one of both that the classifier chose by its inner cross-validation; its folder is "classifier".
+        The one chosen by inner cross-validation; its folder is "classifier".
     epochs : float
-        Of the trained one.
+        Epochs of the trained one.
     facts : dict
-        How it was chosen: `fine_tuning.json`.
+        Facts of the choice: `fine_tuning.json`.
     figures : dict of str to float
-        Of the run that made the chosen one.
+        Figures of the run that made the chosen one.
     """
 
     start: str
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(args: DemoArguments) -> dict[str, dict[str, float]]:
-    """Run the demo; returns its table: name of a classifier -> accuracy and macro F1, with their intervals."""
+    """Run the demo; return its table: name of a classifier -> accuracy and macro F1, with their intervals."""
     began = time.monotonic()
     try:
         import matplotlib
@@ -109,25 +109,25 @@ def run(args: DemoArguments) -> dict[str, dict[str, float]]:
     import torch
     from transformers.utils import logging
 
-    # Sums depend on the threads in their last digits: MKL chooses its own until torch is told, as `_draw` tells it.
+    # The last digits of sums depend on the threads: MKL chooses their number until torch sets it, as `_draw` does.
     torch.set_num_threads(torch.get_num_threads())
     logging.set_verbosity_error()
     folder = _make_folder(Path(args.output), args.overwrite)
 
-    with _step(1, "cells: 700 PBMCs that the scanpy package ships"):
+    with _step(1, "cells: 700 PBMCs shipped with the scanpy package"):
         cells, residual = load_cells()
         train, held_out = split_cells(cells, args.seed)
         train.write_h5ad(folder / "train.h5ad")
         held_out.write_h5ad(folder / "held_out.h5ad")
         print(f"{len(train)} cells to train on, {len(held_out)} held out; counts recovered to within {residual:.3f}")
-    with _step(2, "build: cells to a CellStore"):
+    with _step(2, "build: a CellStore from the cells"):
         from . import build
 
         store = build.run(build.BuildArguments([str(folder / "train.h5ad")], str(folder / "store"), obs=[LABEL]))
         print(store)
-    with _step(3, "pretrain: from principal components of the training cells, predict masked genes"):
+    with _step(3, "pretrain: start at principal components of the training cells, and predict masked genes"):
         pretraining = _pretrain(folder, args.seed)
-    with _step(4, "finetune: from linear readers of the cells, further where that helps"):
+    with _step(4, "finetune: start at linear readers of the cells, and train further if that helps"):
         classifiers = _finetune(folder, args.seed)
         print(f"inner accuracy of the start {classifiers.facts['inner_score_of_the_start']:.3f}")
         print(f"fine-tuning: {classifiers.facts['fine_tuning']}")
@@ -178,19 +178,19 @@ def run(args: DemoArguments) -> dict[str, dict[str, float]]:
 def load_cells() -> tuple[Any, float]:
     """Read scanpy's 700 PBMCs (10x PBMC 68k, Zheng et al. 2017) and recover their counts.
 
-    The package ships ln(1 + 10,000 count / total); the count is what that gives back, rounded.
+    The package ships ln(1 + 10,000 count / total), which is inverted and rounded.
 
     Returns
     -------
     AnnData (700, 765)
         Counts as CSR float32; ten cell types in `obs["bulk_labels"]`.
     float
-        The largest difference of a recovered count from a whole number.
+        The largest difference between a recovered count and an integer.
 
     Raises
     ------
     ValueError
-        The data that the installed scanpy ships do not give whole numbers.
+        The data of the installed scanpy do not yield integers.
     """
     import numpy as np
     import pandas as pd
@@ -206,7 +206,7 @@ def load_cells() -> tuple[Any, float]:
     counts = np.rint(exact)
     residual = float(np.abs(exact - counts).max())
     if residual > 0.1:
-        raise ValueError(f"scanpy {version('scanpy')} ships other PBMCs: counts come out {residual:.2f} off.")
+        raise ValueError(f"scanpy {version('scanpy')} ships other PBMCs: recovered counts are off by {residual:.2f}.")
     cells = AnnData(
         sparse.csr_matrix(counts.astype(np.float32)),
         obs=shipped.obs[[LABEL]].copy(),
@@ -216,7 +216,7 @@ def load_cells() -> tuple[Any, float]:
 
 
 def split_cells(cells, seed: int):
-    """Split cells into a training and a held-out part with like shares of each type, by the seed."""
+    """Split cells into a training and a held-out part, stratified by type and determined by the seed."""
     import numpy as np
     from sklearn.model_selection import train_test_split
 
@@ -231,7 +231,7 @@ def _make_folder(folder: Path, overwrite: bool) -> Path:
         if not overwrite:
             raise FileExistsError(f"{folder} exists. Choose another --output, or pass --overwrite.")
         if not (folder / "demo.json").exists():
-            raise FileExistsError(f"{folder} holds something other than a demo; it is left as it is.")
+            raise FileExistsError(f"{folder} holds something other than a demo, and is not changed.")
         for name in MADE:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -258,12 +258,12 @@ def _pretrain(folder: Path, seed: int) -> dict[str, float]:
 
 
 def _finetune(folder: Path, seed: int) -> Classifiers:
-    """Make the classifier as it chooses itself, and beside it the other of start and fine-tuned."""
+    """Make the classifier that cross-validation chooses, and the other one of start and fine-tuned."""
     from ..training.defaults import FINETUNING
     from . import finetune
 
     def make(name: str, **epochs) -> dict[str, float]:
-        # Held-out cells are evaluated for the curves; nothing is chosen, or stopped, by them.
+        # Held-out cells are evaluated only for the curves; nothing is chosen or stopped by them.
         args = finetune.FinetuneArguments(
             data=[str(folder / "train.h5ad")],
             eval_data=[str(folder / "held_out.h5ad")],
@@ -286,7 +286,7 @@ def _finetune(folder: Path, seed: int) -> Classifiers:
 def _predict(
     folder: Path, train: AnnData, held_out: AnnData, pca: GenePca, classifiers: Classifiers
 ) -> dict[str, np.ndarray]:
-    """Label the held-out cells by each classifier."""
+    """Label the held-out cells with each classifier."""
     from ..evaluation.cell_baselines import log_normalise, predict_logistic_regression, predict_majority
     from ..evaluation.readers import fit_probe
     from . import annotate
@@ -306,7 +306,7 @@ def _predict(
 
 
 def score(held_out: AnnData, predictions: dict[str, Any], seed: int) -> dict[str, dict[str, float]]:
-    """Score predictions of the held-out cells, all over the same classes: name -> what `score_predictions` gives."""
+    """Score predictions of the held-out cells over the same classes: name -> result of `score_predictions`."""
     from ..evaluation.classifier_scores import score_predictions
 
     true = held_out.obs[LABEL].astype(str)
@@ -333,7 +333,7 @@ def _draw(
     pretraining: dict[str, float],
     args: DemoArguments,
 ) -> dict[str, Path]:
-    """Draw losses beside their baselines, the confusion matrix, the curve of few labels, and the embeddings."""
+    """Plot losses with their baselines, the confusion matrix, the curve of few labels, and the embeddings."""
     import torch
 
     from ..evaluation.cell_baselines import log_normalise
@@ -378,7 +378,7 @@ def _draw(
     embedded.obs[LABEL] = embedded.obs[LABEL].cat.reorder_categories(order)
     n_threads = torch.get_num_threads()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # umap: one thread because of its seed
+        warnings.simplefilter("ignore")  # umap warns that a seed means one thread
         plots.umaps(
             embedded,
             LABEL,
@@ -387,12 +387,12 @@ def _draw(
             random_state=args.seed,
             save=pictures["umap"],
         )
-    torch.set_num_threads(n_threads)  # umap sets torch's to one
+    torch.set_num_threads(n_threads)  # umap sets torch's threads to one
     return pictures
 
 
 def _notes(table: dict[str, Any], chosen: str, classifiers: Classifiers) -> dict[str, str]:
-    """Say of each row of the table what its name does not."""
+    """Return a note for each row of the table."""
     own = {name: "its own choice" if name == chosen else "not its choice" for name in (START, TRAINED)}
     own[TRAINED] = f"{classifiers.epochs:g} epochs, {own[TRAINED]}"
     return {name: own.get(name, "") for name in table}

@@ -1,4 +1,4 @@
-"""The demo's curve of few labels: a classifier's start beside baselines, from the same few labelled cells."""
+"""The demo's curve of few labels: the start of a classifier and baselines, from the same few labelled cells."""
 
 from __future__ import annotations
 
@@ -37,29 +37,29 @@ def label_few(
     n_labels: Sequence[int],
     n_draws: int,
 ) -> pd.DataFrame:
-    """Label held-out cells by classifiers of a few labelled training cells, the same cells for all of them.
+    """Label held-out cells with classifiers trained on the same few labelled cells.
 
-    The other training cells have no labels here: the components of the PCA, and those that the model starts at, are of
-    all of them.
+    The other training cells are unlabelled here; the components of the PCA and of the model's start come from all
+    training cells.
 
     Parameters
     ----------
     store : CellStore
-        The training cells, in the order of `train`.
+        Training cells, in the order of `train`.
     train, held_out : AnnData
     pca : GenePca
-        Of the training cells.
+        PCA of the training cells.
     seed : int
     n_labels : sequence of int
-        Labelled cells per class.
+        Numbers of labelled cells per class.
     n_draws : int
-        Draws of labelled cells for each of these numbers.
+        Number of draws of labelled cells for each of these numbers.
 
     Returns
     -------
     DataFrame
-        `n_labels`, `draw`, `classifier`, `accuracy`; `attrs["classes"]` are those with enough training cells for every
-        number of labels. Cells of other classes are left out.
+        `n_labels`, `draw`, `classifier`, `accuracy`; `attrs["classes"]` are the classes with enough training cells
+        for every number of labels. Cells of other classes are left out.
     """
     torch.manual_seed(seed)
     tokenizer = GeneTokenizer.from_store(store, whole_cell=True, max_length=MAX_LENGTH)
@@ -97,7 +97,7 @@ def label_few(
 
 
 def summarise(few: pd.DataFrame) -> dict[str, dict[int, tuple[float, float]]]:
-    """Mean and standard deviation over draws: classifier -> number of labels -> both."""
+    """Compute the mean and standard deviation over draws: classifier -> number of labels -> both."""
     grouped = few.groupby(["classifier", "n_labels"], sort=False)["accuracy"]
     found: dict[str, dict[int, tuple[float, float]]] = {}
     for (name, n), values in grouped:

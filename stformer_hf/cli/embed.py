@@ -1,4 +1,4 @@
-"""Write an embedding of every cell of a file, or of the cells around it.
+"""Embed every cell of a file, or its neighbourhood.
 
 stformer-hf embed --data cells.h5ad --model pretrained --output embedded.h5ad
 stformer-hf embed --kind neighborhood --data section.h5ad --model model --domains 10 --plot d.png --output out.h5ad
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 _KEYS = {"cells": "X_stformer", "neighborhood": "X_neighborhood"}
-_OWN = {  # flags of one kind
+_OWN = {  # flags of each kind
     "cells": ("hidden_layer", "pooling", "with_phenotypes", "min_coverage"),
     "neighborhood": (
         "spatial_key",
@@ -42,53 +42,55 @@ class EmbedArguments:
     model: str = field(metadata={"help": "checkpoint"})
     output: str = field(metadata={"help": 'h5ad file to write, with obsm["X_stformer"] or obsm["X_neighborhood"]'})
     kind: Literal["cells", "neighborhood"] = field(
-        default="cells", metadata={"help": "what is embedded: the cell, or the cells around it in its tissue section"}
+        default="cells", metadata={"help": "embed each cell, or the cells around it in its section"}
     )
-    layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
-    fractional: bool = field(default=False, metadata={"help": "allow fractions, as estimated counts are"})
-    batch_size: int = field(default=64, metadata={"help": "cells a batch"})
-    overwrite: bool = field(default=False, metadata={"help": "replace a file that is there"})
+    layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})
+    fractional: bool = field(default=False, metadata={"help": "allow fractional counts, such as estimates"})
+    batch_size: int = field(default=64, metadata={"help": "cells per batch"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an existing file"})
     hidden_layer: int = field(
-        default=-1, metadata={"help": "of cells: which hidden state: 0 is the embeddings, -1 the last"}
+        default=-1, metadata={"help": "cells: hidden state; 0 is the input embeddings, -1 the last layer"}
     )
     pooling: Literal["cls", "mean"] | None = field(
-        default=None, metadata={"help": "of cells: cls or mean (default: what the checkpoint's training made useful)"}
+        default=None, metadata={"help": "cells: cls or mean (default: as the model was trained)"}
     )
     with_phenotypes: bool = field(
-        default=False, metadata={"help": "of cells: show the model their phenotypes, which are masked by default"}
+        default=False, metadata={"help": "cells: let the model read their phenotypes, which are masked by default"}
     )
     min_coverage: float | None = field(
         default=None,
-        metadata={"help": "of cells: least share of the model's genes that they must have (the model's own)"},
+        metadata={"help": "cells: minimum share of the model's genes that they must have (default: the model's)"},
     )
-    spatial_key: str = field(default="spatial", metadata={"help": "of neighbourhoods: coordinates in obsm"})
+    spatial_key: str = field(default="spatial", metadata={"help": "neighbourhoods: key of the coordinates in obsm"})
     section: str | None = field(
-        default=None, metadata={"help": "of neighbourhoods: column of obs (default: `section`, if there is one)"}
+        default=None,
+        metadata={"help": "neighbourhoods: column of obs with the section (default: `section`, if present)"},
     )
     cell_type: str | None = field(
-        default=None, metadata={"help": "of neighbourhoods: column of obs, for a model that knows cell types"}
+        default=None, metadata={"help": "neighbourhoods: column of obs with the cell type, for models that use it"}
     )
     with_cell_type: bool = field(
-        default=False, metadata={"help": "of neighbourhoods: the embedding sees the type of the cell itself as well"}
+        default=False, metadata={"help": "neighbourhoods: the embedding also uses the type of the cell itself"}
     )
     patch_size: float | None = field(
-        default=None, metadata={"help": "of neighbourhoods: side of the box around a cell (default: the model's)"}
+        default=None, metadata={"help": "neighbourhoods: side of the box around a cell (default: the model's)"}
     )
     k_nearest: int | None = field(
-        default=None, metadata={"help": "of neighbourhoods: only so many, the nearest (default: the model's)"}
+        default=None, metadata={"help": "neighbourhoods: number of nearest neighbours to use (default: the model's)"}
     )
     max_num_cells: int | None = field(
-        default=None, metadata={"help": "of neighbourhoods: most cells; of more a random part (default: the model's)"}
+        default=None,
+        metadata={"help": "neighbourhoods: maximum number of cells, else a random subset (default: the model's)"},
     )
     domains: int = field(
-        default=0, metadata={"help": 'of neighbourhoods: number of k-means domains, into obs["domain"]; 0: none'}
+        default=0, metadata={"help": 'neighbourhoods: number of k-means domains, written to obs["domain"]; 0: none'}
     )
     domain_method: Literal["kmeans", "leiden"] | None = field(
-        default=None, metadata={"help": "of neighbourhoods: how domains are made; leiden finds their number itself"}
+        default=None, metadata={"help": "neighbourhoods: clustering of domains; leiden finds their number"}
     )
-    resolution: float = field(default=1.0, metadata={"help": "of neighbourhoods: of leiden; more gives more domains"})
+    resolution: float = field(default=1.0, metadata={"help": "neighbourhoods: of leiden; higher means more domains"})
     plot: str | None = field(
-        default=None, metadata={"help": "of neighbourhoods: PNG to write, of the sections coloured by domain"}
+        default=None, metadata={"help": "neighbourhoods: PNG to write, of the sections coloured by domain"}
     )
 
 
@@ -103,7 +105,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(args: EmbedArguments) -> AnnData:
-    """Embed and write; returns the AnnData."""
+    """Embed the cells and write the file; return the AnnData."""
     _check(args)
     from .files import read, write
 
@@ -135,7 +137,7 @@ def _embed_neighborhoods(adata: AnnData, args: EmbedArguments) -> None:
     from ..space.embed_neighborhoods import embed_neighborhoods
 
     method, n_domains = args.domain_method or "kmeans", args.domains or None
-    check_domains(method, n_domains)  # what is missing is told before the work
+    check_domains(method, n_domains)  # before the work
     if args.plot:
         import matplotlib  # noqa: F401
 
@@ -166,17 +168,17 @@ def _wants_domains(args: EmbedArguments) -> bool:
 
 
 def _check(args: EmbedArguments) -> None:
-    """Refuse flags that say nothing, and a picture that is there.
+    """Refuse flags without effect, and an existing picture.
 
     Raises
     ------
     ValueError
-        An unknown kind; flags of the other kind, or of domains where there are none.
+        The kind is unknown; flags of the other kind are given, or flags of domains without domains.
     FileExistsError
-        The picture exists, and not `overwrite`.
+        The picture exists, and `overwrite` is False.
     """
     if args.kind not in _KEYS:
-        raise ValueError(f"--kind {args.kind}: there are {' and '.join(_KEYS)}.")
+        raise ValueError(f"--kind {args.kind} is not one of {' and '.join(_KEYS)}.")
     other = next(kind for kind in _OWN if kind != args.kind)
     defaults = EmbedArguments.__dataclass_fields__
     foreign = [f"--{name}" for name in _OWN[other] if getattr(args, name) != defaults[name].default]
@@ -185,10 +187,10 @@ def _check(args: EmbedArguments) -> None:
             f"--kind {args.kind} does not read {', '.join(foreign)}: pass --kind {other}, or leave it out."
         )
     if args.domains < 0:
-        raise ValueError(f"--domains {args.domains}: a number of domains, or 0 for none.")
+        raise ValueError(f"--domains {args.domains}: must be a number of domains, or 0 for none.")
     if args.plot and not _wants_domains(args):
         raise ValueError("--plot draws domains: pass --domains N, or --domain_method leiden.")
     if args.resolution != defaults["resolution"].default and args.domain_method != "leiden":
-        raise ValueError("--resolution is of --domain_method leiden.")
+        raise ValueError("--resolution needs --domain_method leiden.")
     if args.plot and Path(args.plot).exists() and not args.overwrite:
         raise FileExistsError(f"{args.plot} exists. Choose another --plot, or pass --overwrite.")

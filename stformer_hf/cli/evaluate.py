@@ -1,4 +1,4 @@
-"""Compare embeddings of the cells of a file with each other and with simple baselines.
+"""Compare embeddings of the cells of a file with one another and with simple baselines.
 
 stformer-hf evaluate --data embedded.h5ad --keys X_stformer X_pca --label cell_type --output evaluation
 stformer-hf evaluate --data cells.h5ad --model pretrained --label cell_type --split_by donor --output evaluation
@@ -26,31 +26,31 @@ class EvaluateArguments:
     """Flags of `evaluate`."""
 
     data: str = field(metadata={"help": "file with raw counts: h5ad, h5mu or zarr"})
-    label: str = field(metadata={"help": "column of obs that holds the classes"})
+    label: str = field(metadata={"help": "column of obs with the classes"})
     output: str = field(
         metadata={"help": "folder for evaluation.json, .csv, .md (a section of a model card) and .png"}
     )
     model: str | None = field(
-        default=None, metadata={"help": f'checkpoint that embeds the cells first, into obsm["{_KEY}"]'}
+        default=None, metadata={"help": f'checkpoint to embed the cells with first, into obsm["{_KEY}"]'}
     )
     keys: list[str] | None = field(default=None, metadata={"help": "embeddings in obsm to compare"})
     batch_key: str | None = field(
-        default=None, metadata={"help": "column of obs: also score how well its batches are mixed"}
+        default=None, metadata={"help": "column of obs with batches: also score how well they are mixed"}
     )
     split_by: str | None = field(
-        default=None, metadata={"help": "column of obs, such as the donor, whose cells are on one side of every split"}
+        default=None, metadata={"help": "column of obs, such as the donor: splits keep its groups whole"}
     )
     baselines: list[str] = field(
         default_factory=lambda: ["pca", "logistic_regression"],
-        metadata={"help": "rows to compare with: pca, logistic_regression, scvi (needs its extra)"},
+        metadata={"help": "baselines: pca, logistic_regression, scvi (needs its extra)"},
     )
-    layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
-    n_splits: int = field(default=5, metadata={"help": "folds"})
-    n_repeats: int = field(default=1, metadata={"help": "how often the folds are made again"})
+    layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})
+    n_splits: int = field(default=5, metadata={"help": "number of folds"})
+    n_repeats: int = field(default=1, metadata={"help": "number of repeats with new folds"})
     min_cells: int | None = field(
-        default=None, metadata={"help": "fewest cells of a class that enters (default: the number of folds)"}
+        default=None, metadata={"help": "minimum number of cells of a class (default: the number of folds)"}
     )
-    seed: int = field(default=0, metadata={"help": "of folds, draws and clusters"})
+    seed: int = field(default=0, metadata={"help": "seed of folds, draws and clusters"})
     batch_size: int = field(default=64, metadata={"help": "cells per batch of the model"})
     overwrite: bool = field(default=False, metadata={"help": "replace the files of an earlier evaluation"})
 
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(args: EvaluateArguments) -> EmbeddingEvaluation:
-    """Embed if there is a model, evaluate, and write; returns the evaluation."""
+    """Embed if there is a model, evaluate, and write the results; return the evaluation."""
     from importlib.util import find_spec
 
     from ..evaluation.evaluate_embedding import evaluate_embedding
@@ -71,7 +71,7 @@ def run(args: EvaluateArguments) -> EmbeddingEvaluation:
 
     output = Path(args.output)
     if output.is_file():
-        raise ValueError(f"--output {output} is a file; name a folder.")
+        raise ValueError(f"--output {output} is a file; pass a folder.")
     there = [name for name in _FILES if (output / name).exists()]
     if there and not args.overwrite:
         raise FileExistsError(f"{output / there[0]} exists. Choose another --output, or pass --overwrite.")
@@ -79,7 +79,9 @@ def run(args: EvaluateArguments) -> EmbeddingEvaluation:
     keys = list(args.keys or [])
     if args.model:
         if _KEY in keys:
-            raise ValueError(f"--model writes the embedding {_KEY}: rename the one in the file, or leave it out.")
+            raise ValueError(
+                f"--model writes the embedding {_KEY}: rename the one in the file, or leave it out of --keys."
+            )
         _embed(adata, args)
         keys.insert(0, _KEY)
     found = evaluate_embedding(
@@ -108,7 +110,7 @@ def run(args: EvaluateArguments) -> EmbeddingEvaluation:
 
 
 def _embed(adata: AnnData, args: EvaluateArguments) -> None:
-    """Embed the cells without their obs: the model cannot see a phenotype, the label least of all."""
+    """Embed the cells without their obs, so that the model cannot read phenotypes such as the label."""
     from ..inference.embed import embed
 
     bare = adata.copy()

@@ -1,4 +1,4 @@
-"""h5ad files in and out of the verbs."""
+"""Read and write the h5ad files of the verbs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..sources.read_anndata import read_anndata
 def read(
     data: str, output: str | None = None, overwrite: bool = False, layer: str | None = None
 ) -> tuple[AnnData, str | None]:
-    """Read the input, after a look at where the output, if it is a file, shall go; see `read_anndata`.
+    """Read the input, after checking the path of the output file; see `read_anndata`.
 
     Raises
     ------
     FileExistsError
-        The output exists, and not `overwrite`.
+        The output exists, and `overwrite` is False.
     ValueError
-        The input holds no AnnData; output and input are one file; the output is a folder.
+        The input holds no AnnData; output and input are the same file; the output is a folder.
     """
     if not local_path(data).exists():
         raise FileNotFoundError(f"No such file: {data}")
@@ -31,16 +31,16 @@ def read(
 
 def _check_output(data: str, output: Path, overwrite: bool) -> None:
     if output.is_dir():
-        raise ValueError(f"--output {output} is a folder; name a file in it.")
+        raise ValueError(f"--output {output} is a folder; pass a file in it.")
     if output.exists():
         if output.samefile(data):
-            raise ValueError(f"--output is the input itself, {data}; choose another file.")
+            raise ValueError(f"--output is the input, {data}; choose another file.")
         if not overwrite:
             raise FileExistsError(f"{output} exists. Choose another --output, or pass --overwrite.")
 
 
 def write(adata: AnnData, output: str) -> None:
-    """Write the file whole or not at all."""
+    """Write the file atomically."""
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")

@@ -3,9 +3,9 @@
 stformer-hf finetune --data labelled.h5ad --label cell_type --output classifier
 stformer-hf finetune --data labelled.h5ad --label cell_type --output classifier --model pretrained --split_by donor
 
-A new model begins at linear readers of the cells, chosen by cross-validation within the training cells, and is trained
-further only where that helps there; OUTPUT/fine_tuning.json says what was chosen, and why. --num_train_epochs N
-trains it for so long in any case; 0 keeps the start.
+A new model starts at linear readers of the cells, chosen by cross-validation within the training cells, and is trained
+further only if that helps in the cross-validation; OUTPUT/fine_tuning.json records the choice and the reason.
+--num_train_epochs N trains it for N epochs in any case; 0 keeps the start.
 """
 
 from __future__ import annotations
@@ -25,55 +25,55 @@ _OF_A_NEW_MODEL = ("size", "bin_edges", "max_length", "whole_cell")
 class FinetuneArguments:
     """Flags of `finetune`."""
 
-    data: list[str] = field(metadata={"help": "a store, or h5ad files (a store of them is made in OUTPUT/store)"})
+    data: list[str] = field(metadata={"help": "a store, or h5ad files (built into a store in OUTPUT/store)"})
     label: str = field(
-        metadata={"help": "column of obs that holds the classes: categories, strings, integers, booleans; or numbers"}
+        metadata={"help": "column of obs with the classes: categories, strings, integers or booleans; or numbers"}
     )
     output: str = field(metadata={"help": "folder for the checkpoint"})
     problem_type: Literal["single_label_classification", "regression"] = field(
         default="single_label_classification",
         metadata={"help": "regression: the label is a number, such as an age, and is predicted as one"},
     )
-    model: str | None = field(default=None, metadata={"help": "pretrained checkpoint; a new model by default"})
-    size: str = field(default="tiny", metadata={"help": "of a new model: tiny, small, base or large"})
+    model: str | None = field(default=None, metadata={"help": "pretrained checkpoint (default: a new model)"})
+    size: str = field(default="tiny", metadata={"help": "new model: tiny, small, base or large"})
     whole_cell: bool = field(
         default=True,
-        metadata={"help": "of a new model: [CLS] begins as the whole cell; false: PerturbGene's reference model"},
+        metadata={"help": "new model: [CLS] reads the whole cell; false: PerturbGene's reference model"},
     )
-    bin_edges: list[float] = field(default_factory=lambda: [0.1], metadata={"help": "of a new model's tokenizer"})
+    bin_edges: list[float] = field(default_factory=lambda: [0.1], metadata={"help": "new model: bin edges"})
     max_length: int | None = field(
         default=None,
-        metadata={"help": "of a new model's tokenizer: most tokens per cell (64; 2048 without whole_cell)"},
+        metadata={"help": "new model: maximum number of tokens per cell (default: 8; 2048 without whole_cell)"},
     )
     pooling: Literal["cls", "mean"] | None = field(
-        default=None, metadata={"help": "what the classifier reads: cls, or mean over the genes; the model's own"}
+        default=None, metadata={"help": "input of the classifier: cls, or mean over the genes (default: the model's)"}
     )
     phenotypes: list[str] = field(
         default_factory=list,
-        metadata={"help": "phenotype tokens of the checkpoint that the classifier may read; none by default"},
+        metadata={"help": "phenotype tokens of the checkpoint that the classifier may read (default: none)"},
     )
     gene_dropout: float = field(
-        default=0.0, metadata={"help": "share of a cell's genes to leave out, others in each epoch"}
+        default=0.0, metadata={"help": "share of a cell's genes to drop, drawn again in each epoch"}
     )
     packing: bool = field(default=False, metadata={"help": "train on packed batches, without padding"})
     max_tokens_per_batch: int | None = field(
-        default=None, metadata={"help": "fill batches up to so many tokens, in place of a number of cells"}
+        default=None, metadata={"help": "fill batches up to this many tokens, instead of a number of cells"}
     )
     class_weights: Literal["none", "balanced"] = field(
-        default="none", metadata={"help": "balanced: a class counts in the loss by 1 / frequency (PerturbGene)"}
+        default="none", metadata={"help": "balanced: weight classes in the loss by 1 / frequency (PerturbGene)"}
     )
-    label_smoothing: float = field(default=0.0, metadata={"help": "of the loss (PerturbGene: 0.1)"})
-    layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
-    fractional: bool = field(default=False, metadata={"help": "allow fractions, as estimated counts are"})
-    held_out: float = field(default=0.1, metadata={"help": "share of the cells kept for evaluation"})
+    label_smoothing: float = field(default=0.0, metadata={"help": "label smoothing of the loss (PerturbGene: 0.1)"})
+    layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})
+    fractional: bool = field(default=False, metadata={"help": "allow fractional counts, such as estimates"})
+    held_out: float = field(default=0.1, metadata={"help": "share of the cells held out for evaluation"})
     split_by: str | None = field(
         default=None,
-        metadata={"help": "column of obs, such as the donor: its groups are held out, and cross-validated, whole"},
+        metadata={"help": "column of obs, such as the donor: splits and cross-validation keep its groups whole"},
     )
     eval_data: list[str] | None = field(
-        default=None, metadata={"help": "files or stores to evaluate on, in place of held-out cells of the data"}
+        default=None, metadata={"help": "files or stores to evaluate on, instead of held-out cells of the data"}
     )
-    overwrite: bool = field(default=False, metadata={"help": "replace a model that is in OUTPUT"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an existing model in OUTPUT"})
 
 
 def main(argv: list[str]) -> None:
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
-    """Fine-tune and save; returns the figures of the run."""
+    """Fine-tune and save; return the metrics of the run."""
     from ..evaluation.cell_baselines import classification_baselines
     from ..evaluation.metrics import compute_classification_metrics, compute_regression_metrics
     from ..training.cell_heads import read_head
@@ -130,9 +130,9 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         if not of_numbers and args.label not in store.categories:
             there = ", ".join(store.categories) or "none"
             raise ValueError(
-                f"The store has no categorical column {args.label!r}; there are {there}. Integers or booleans "
-                "become classes where the store is built: stformer-hf build --classes "
-                f"{args.label}, or give the files as --data. To predict numbers: --problem_type regression."
+                f"The store has no categorical column {args.label!r}; those are {there}. To use integers or booleans "
+                f"as classes, build the store with stformer-hf build --classes {args.label}, or pass the files as "
+                "--data. To predict numbers: --problem_type regression."
             )
         train_cells, held_out_cells = split(
             store, args.held_out, arguments.seed, None if of_numbers else args.label, args.eval_data, args.split_by
@@ -175,7 +175,7 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
             compute_metrics=compute_regression_metrics if of_numbers else compute_classification_metrics,
         )
     baselines = {}
-    if held_out_cells is not None and not of_numbers:  # before the training, so that they are in a card that is pushed
+    if held_out_cells is not None and not of_numbers:  # before training, so that a pushed card includes them
         found = classification_baselines(prepared.cells, held_out_cells, args.label, seed=arguments.seed)
         baselines = {f"eval_{name}": value for name, value in found.items()}
     card = {"store": store, "base_model": args.model, "metrics": baselines, "settings": prepared.facts}
@@ -199,7 +199,7 @@ def _what_is_learnt(label: str, head) -> str:
 
 
 def _draw_confusion(output: Path, found, classes: list[str]) -> None:
-    """Draw `confusion.png` of predicted held-out cells, where matplotlib is installed."""
+    """Plot the confusion matrix of held-out cells to `confusion.png`, if matplotlib is installed."""
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:

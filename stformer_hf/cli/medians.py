@@ -1,4 +1,4 @@
-"""Estimate the median of the non-zero values of each gene, by which rank tokens are ordered.
+"""Estimate the median of the non-zero values of each gene, which orders rank tokens.
 
 stformer-hf medians --data a.h5ad b.h5ad --output gene_medians.json
 stformer-hf medians --data a.h5ad --output a.npz       (on one machine, b on another; then merge the parts:)
@@ -18,23 +18,24 @@ class MediansArguments:
     """Flags of `medians`."""
 
     data: list[str] = field(
-        metadata={"help": "files of cells, stores, folders, patterns; or parts (.npz) that this verb wrote"}
+        metadata={"help": "files of cells, stores, folders, patterns; or parts (.npz) written by this verb"}
     )
-    output: str = field(metadata={"help": "gene_medians.json: results, or a .npz: a part, to be merged with others"})
-    target_sum: float = field(default=1e4, metadata={"help": "what the values of a cell add up to"})
+    output: str = field(metadata={"help": ".json file for the results, or .npz file for a part to merge with others"})
+    target_sum: float = field(default=1e4, metadata={"help": "sum to which the values of each cell are scaled"})
     method: str = field(
-        default="auto", metadata={"help": "exact; sketch: off by at most 0.75 percent; auto: exact while it fits"}
+        default="auto",
+        metadata={"help": "exact; sketch: within 0.75 percent; auto: exact while it fits into max_memory"},
     )
-    max_memory: float = field(default=1.0, metadata={"help": "GB that the counts kept by auto may take"})
-    layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
-    fractional: bool = field(default=False, metadata={"help": "allow fractions (RSEM, SoupX)"})
+    max_memory: float = field(default=1.0, metadata={"help": "memory in GB for the counts that auto keeps"})
+    layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})
+    fractional: bool = field(default=False, metadata={"help": "allow fractional counts (RSEM, SoupX)"})
     aliases: str | None = field(
-        default=None, metadata={"help": "csv, tsv, json or parquet file: old gene id, new gene id"}
+        default=None, metadata={"help": "csv, tsv, json or parquet file of old and new gene ids"}
     )
     unify: str | None = field(
-        default=None, metadata={"help": "symbol: genes of one symbol under other ids in other files are one"}
+        default=None, metadata={"help": "symbol: merge genes with the same symbol but other ids in other files"}
     )
-    overwrite: bool = field(default=False, metadata={"help": "replace a file that is there"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an existing file"})
 
 
 def main(argv: list[str]) -> None:
@@ -45,15 +46,15 @@ def main(argv: list[str]) -> None:
 
 
 def run(args: MediansArguments):
-    """Estimate or merge, and write; returns the GeneStatistics."""
+    """Estimate or merge medians, and write them; return the GeneStatistics."""
     output = Path(args.output)
     if output.suffix not in (".json", ".npz"):
-        raise ValueError(f"--output {output}: name a .json file for the results, or a .npz for a part.")
+        raise ValueError(f"--output {output}: pass a .json file for the results, or a .npz file for a part.")
     if output.exists() and not args.overwrite:
         raise FileExistsError(f"{output} exists. Choose another --output, or pass --overwrite.")
     parts = [source for source in args.data if source.endswith(".npz")]
     if parts and len(parts) < len(args.data):
-        raise ValueError("--data are parts (.npz), or cells, not both: make a part of the cells first.")
+        raise ValueError("--data takes parts (.npz) or cells, not both: make a part from the cells first.")
     if parts:
         changed = [
             f"--{option.name}"
@@ -61,9 +62,9 @@ def run(args: MediansArguments):
             if option.name not in ("data", "output", "overwrite") and getattr(args, option.name) != option.default
         ]
         if changed:
-            raise ValueError(f"{', '.join(changed)}: parts are merged as they were made, without settings.")
+            raise ValueError(f"{', '.join(changed)}: not allowed when merging parts.")
         if len({Path(part).resolve() for part in parts}) < len(parts):
-            raise ValueError("--data names a part twice: its cells would count twice.")
+            raise ValueError("--data contains a part twice: its cells would count twice.")
     statistics = _merged(parts) if parts else _estimated(args)
     output.parent.mkdir(parents=True, exist_ok=True)
     statistics.save(output)

@@ -1,4 +1,4 @@
-"""PerturbGene's command line: its arguments read and checked, and a run of this package made of them.
+"""PerturbGene's command line, run with this package.
 
 accelerate launch -m stformer_hf.cli.parse_args \
     --bin_edges 0.1 --pretrained_model_path distilbert_base.json --max_length 1024 --num_top_genes 58604 \
@@ -30,15 +30,15 @@ _RANGE = re.compile(r"(?:(-?\d+)\.\.(-?\d+)|([a-zA-Z])\.\.([a-zA-Z]))(?:\.\.(-?\
 
 
 class BaseConfig(argparse.Namespace):
-    """PerturbGene's arguments, under their own names, checked; braces in paths are expanded.
+    """PerturbGene's arguments under their own names, checked, with braces in paths expanded.
 
     Attributes
     ----------
     subcommand : {"mlm", "cls"} or None
     bin_edges : list of float, or dict of gene to list of float
-        Those of `--bin_edges`, or of the file `--bin_edges_path`.
+        Edges from `--bin_edges`, or from the file `--bin_edges_path`.
     eval_data_paths : list of str
-        Files.
+        Paths of files.
     included_phenotypes : list of str
         Categories of the vocabulary.
     max_length, num_top_genes, vocab_path, output_dir, … :
@@ -46,19 +46,19 @@ class BaseConfig(argparse.Namespace):
     """
 
     def check(self) -> None:
-        """Check what belongs together, and expand the paths.
+        """Check the arguments against each other, and expand the paths.
 
         Raises
         ------
         ValueError
-            Arguments that contradict each other or the vocabulary.
+            Arguments contradict each other or the vocabulary.
         FileNotFoundError
-            A file that is not there.
+            A file does not exist.
         """
         if (self.bin_edges is None) == (self.bin_edges_path is None):
-            raise ValueError("Give one of --bin_edges and --bin_edges_path.")
+            raise ValueError("Pass one of --bin_edges and --bin_edges_path.")
         if (self.pretrained_model_path is None) == (self.model_arch is None):
-            raise ValueError("Give one of --pretrained_model_path and --model_arch.")
+            raise ValueError("Pass one of --pretrained_model_path and --model_arch.")
         for flag in ("bin_edges_path", "vocab_path", "pretrained_model_path"):
             path = getattr(self, flag)
             if path is not None and not Path(path).exists():
@@ -66,7 +66,7 @@ class BaseConfig(argparse.Namespace):
         if self.bin_edges_path is not None:
             self.bin_edges = _read_json("bin_edges_path", self.bin_edges_path)
         elif min(self.bin_edges) < 0:
-            raise ValueError(f"--bin_edges {min(self.bin_edges)}: no count is below 0, and no edge may be.")
+            raise ValueError(f"--bin_edges {min(self.bin_edges)}: edges must not be below 0, as counts never are.")
         self.included_phenotypes = self.included_phenotypes or []
         vocabulary = _read_json("vocab_path", self.vocab_path)
         for name in self.included_phenotypes:
@@ -81,34 +81,36 @@ class BaseConfig(argparse.Namespace):
 
 
 class TrainConfig(BaseConfig):
-    """What `mlm` and `cls` share: `train_data_paths`, the size of the model, the training."""
+    """Arguments that `mlm` and `cls` share: `train_data_paths`, the size of the model, the training."""
 
     def check(self) -> None:
-        """See `BaseConfig.check`; no file may be in training and in evaluation."""
+        """See `BaseConfig.check`; no file may be used for both training and evaluation."""
         super().check()
         self.train_data_paths = _files("train_data_paths", self.train_data_paths)
         both = {Path(path).resolve() for path in self.train_data_paths} & {
             Path(path).resolve() for path in self.eval_data_paths
         }
         if both:
-            raise ValueError(f"{sorted(both)[0]} is in --train_data_paths and in --eval_data_paths.")
+            raise ValueError(f"{sorted(both)[0]} is in both --train_data_paths and --eval_data_paths.")
         if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"--warmup_ratio {self.warmup_ratio}: a share of the steps, at least 0 and below 1.")
+            raise ValueError(
+                f"--warmup_ratio {self.warmup_ratio}: must be a share of the steps, at least 0 and below 1."
+            )
 
 
 class TrainMLMConfig(TrainConfig):
-    """Of `mlm`: `gene_mask_prob` and `phenotype_mask_prob`."""
+    """Arguments of `mlm`: `gene_mask_prob` and `phenotype_mask_prob`."""
 
     def check(self) -> None:
         """See `TrainConfig.check`."""
         super().check()
         for flag in ("gene_mask_prob", "phenotype_mask_prob"):
             if not 0 <= getattr(self, flag) <= 1:
-                raise ValueError(f"--{flag} {getattr(self, flag)}: a probability is between 0 and 1.")
+                raise ValueError(f"--{flag} {getattr(self, flag)}: must be a probability between 0 and 1.")
 
 
 class TrainClassificationConfig(TrainConfig):
-    """Of `cls`: `phenotype_category`, `binary_label`, `balanced_dataset`."""
+    """Arguments of `cls`: `phenotype_category`, `binary_label`, `balanced_dataset`."""
 
     def check(self) -> None:
         """See `TrainConfig.check`."""
@@ -116,40 +118,42 @@ class TrainClassificationConfig(TrainConfig):
         vocabulary, category = _read_json("vocab_path", self.vocab_path), self.phenotype_category
         _check_known("--phenotype_category", category, vocabulary, self.vocab_path)
         if category in self.included_phenotypes:
-            raise ValueError(f"--phenotype_category {category} is among --included_phenotypes: the answer is given.")
+            raise ValueError(
+                f"--phenotype_category {category} is among --included_phenotypes: the model would read the answer."
+            )
         if self.binary_label is not None:
             _check_known("--binary_label", self.binary_label, vocabulary[category], f"{category} of {self.vocab_path}")
 
 
 def parse_args(args: list[str] | None = None) -> BaseConfig:
-    """Read PerturbGene's command line.
+    """Parse PerturbGene's command line.
 
     Parameters
     ----------
     args : list of str, optional
-        The command line; that of the process by default.
+        Command line; by default that of the process.
 
     Returns
     -------
     BaseConfig
-        A `TrainMLMConfig` of `mlm`, a `TrainClassificationConfig` of `cls`, else a `BaseConfig`. `run` trains with it;
-        `to_verb` gives the arguments of `stformer-hf pretrain` or `finetune`.
+        A `TrainMLMConfig` for `mlm`, a `TrainClassificationConfig` for `cls`, else a `BaseConfig`. `run` trains with
+        it; `to_verb` returns the arguments of `stformer-hf pretrain` or `finetune`.
 
     Raises
     ------
     ValueError
-        Arguments that contradict each other or the vocabulary.
+        Arguments contradict each other or the vocabulary.
     FileNotFoundError
-        A file that is not there.
+        A file does not exist.
     SystemExit
-        Unknown or missing arguments, or `--help`.
+        Arguments are unknown or missing, or `--help` is asked for.
 
     Notes
     -----
-    PerturbGene: `configs.py` and `main.py`. Other than there, weights at `pretrained_model_path` are loaded, not their
-    configuration alone; edges may differ by gene; any category of the vocabulary may be classified; a file may not be
-    in training and evaluation at once. `shard_size` is not needed (files are counted), and attention is torch's own
-    without `use_flash_attn`.
+    PerturbGene: `configs.py` and `main.py`. Unlike there, weights at `pretrained_model_path` are loaded, not just the
+    configuration; edges may differ between genes; any category of the vocabulary may be classified; a file may not be
+    used for both training and evaluation. `shard_size` is not needed, since cells are counted, and attention is
+    torch's own with or without `use_flash_attn`.
     """
     config = _parser().parse_args(args)
     kinds = {None: BaseConfig, "mlm": TrainMLMConfig, "cls": TrainClassificationConfig}
@@ -161,21 +165,21 @@ def parse_args(args: list[str] | None = None) -> BaseConfig:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m stformer_hf.cli.parse_args",
-        description="PerturbGene's command line. Arguments without a description are those of TrainingArguments.",
+        description="PerturbGene's command line. Arguments without a description are TrainingArguments.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--bin_edges", nargs="+", type=float, help="edges of the expression bins, for all genes")
-    add("--bin_edges_path", help="JSON file of gene and edges")
-    add("--pretrained_model_path", help="checkpoint to begin from, or JSON file of an architecture")
-    add("--model_arch", choices=["distilbert", "gene_bert"], help="in its place: a new model of DistilBERT's sizes")
-    add("--shard_size", type=int, default=10_000, help="not needed")
+    add("--bin_edges_path", help="JSON file of genes and their edges")
+    add("--pretrained_model_path", help="checkpoint to start from, or JSON file of an architecture")
+    add("--model_arch", choices=["distilbert", "gene_bert"], help="a new model of DistilBERT's size instead")
+    add("--shard_size", type=int, default=10_000, help="no effect")
     add("--eval_data_paths", nargs="+", required=True, help="h5ad files, braces allowed: 'cells_{0..3}.h5ad'")
-    add("--max_length", type=int, required=True, help="most tokens a cell")
-    add("--num_top_genes", type=int, required=True, help="use so many columns, the first ones")
-    add("--vocab_path", required=True, help="JSON file of phenotype category and its tokens")
-    add("--included_phenotypes", nargs="*", help="categories in the model's input")
-    add("--use_flash_attn", action="store_true", help="flash attention 2, where it is installed")
+    add("--max_length", type=int, required=True, help="maximum number of tokens per cell")
+    add("--num_top_genes", type=int, required=True, help="number of columns to use, the first ones")
+    add("--vocab_path", required=True, help="JSON file of phenotype categories and their tokens")
+    add("--included_phenotypes", nargs="*", help="categories that the model reads")
+    add("--use_flash_attn", action="store_true", help="no effect: torch's own attention is used")
     add("--output_dir", required=True)
     add("--per_device_eval_batch_size", type=int, required=True)
     add("--dataloader_num_workers", type=int, default=4)
@@ -193,19 +197,19 @@ def _parser() -> argparse.ArgumentParser:
         add("--gradient_accumulation_steps", type=int, default=1)
         add("--learning_rate", type=float, required=True)
         add("--weight_decay", type=float, required=True)
-        add("--warmup_ratio", type=float, default=0.0, help="share of the steps")
+        add("--warmup_ratio", type=float, default=0.0, help="share of the steps for warmup")
         add("--save_steps", type=int, required=True)
         add("--eval_steps", type=int, required=True)
     mlm.add_argument("--gene_mask_prob", type=float, required=True, help="share of the genes to mask")
     mlm.add_argument("--phenotype_mask_prob", type=float, required=True, help="share of the phenotypes to mask")
     cls.add_argument("--phenotype_category", required=True, help="column of obs to predict")
-    cls.add_argument("--binary_label", help="a token of this category, such as '[lung]': predict it against the rest")
+    cls.add_argument("--binary_label", help="token of this category, such as '[lung]', to predict against the rest")
     cls.add_argument("--balanced_dataset", action="store_true", help="do not weight the classes by 1 / frequency")
     return parser
 
 
 def expand_braces(text: str) -> list[str]:
-    """Write out braces as a shell does: `a_{0..2}.h5ad`, `{00..10..5}`, `{train,test}`, also nested.
+    """Expand braces as a shell does: `a_{0..2}.h5ad`, `{00..10..5}`, `{train,test}`, also nested.
 
     Parameters
     ----------
@@ -214,17 +218,17 @@ def expand_braces(text: str) -> list[str]:
     Returns
     -------
     list of str
-        At least one.
+        At least one string.
 
     Raises
     ------
     ValueError
-        A brace without its other half.
+        A brace is not matched.
     """
     start = text.find("{")
     if start < 0:
         if "}" in text:
-            raise ValueError(f"{text}: a brace without its other half.")
+            raise ValueError(f"{text}: unmatched brace.")
         return [text]
     depth, cuts = 0, [start]
     for end, letter in enumerate(text[start:], start):
@@ -234,7 +238,7 @@ def expand_braces(text: str) -> list[str]:
         if depth == 0:
             break
     else:
-        raise ValueError(f"{text}: a brace without its other half.")
+        raise ValueError(f"{text}: unmatched brace.")
     cuts.append(end)
     inside = [text[a + 1 : b] for a, b in zip(cuts, cuts[1:], strict=False)]
     if len(inside) > 1:
@@ -258,15 +262,15 @@ def _range(first: str, last: str, letter: str, last_letter: str, step: str | Non
 
 
 def _files(flag: str, patterns: list[str]) -> list[str]:
-    """Expand the braces of paths, and see that they are files that are read here."""
+    """Expand the braces of paths, and check that the files exist and have a supported format."""
     from ..sources.formats import expand
 
     found = [path for pattern in patterns for path in expand_braces(pattern)]
     missing = [path for path in found if not Path(path).exists()]
     if missing:
-        raise FileNotFoundError(f"--{flag}: {len(missing)} of {len(found)} files are not there, such as {missing[0]}.")
+        raise FileNotFoundError(f"--{flag}: {len(missing)} of {len(found)} files do not exist, such as {missing[0]}.")
     if any(path.endswith(".json") for path in found):
-        raise ValueError(f"--{flag}: tokenized .json files of PerturbGene are not read; name the h5ad files.")
+        raise ValueError(f"--{flag}: tokenized .json files of PerturbGene are not supported; pass the h5ad files.")
     return [str(path) for path in expand(found)]
 
 
@@ -274,9 +278,9 @@ def _read_json(flag: str, path: str) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"--{flag} {path} is no JSON file: {error}") from error
+        raise ValueError(f"--{flag} {path} is not a JSON file: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"--{flag} {path}: a JSON file of names and lists is needed.")
+        raise ValueError(f"--{flag} {path}: must be a JSON file of names and lists.")
     return content
 
 
@@ -289,16 +293,16 @@ def _check_known(flag: str, name: str, known, where: str) -> None:
 
 
 def run(config: BaseConfig) -> dict[str, float]:
-    """Train with PerturbGene's arguments; returns the figures of the run.
+    """Train with PerturbGene's arguments; return the metrics of the run.
 
-    The checkpoint is in `config.output_dir`; what training began from in its folder `initial`, the cells in `store`.
+    The checkpoint is saved in `config.output_dir`, the initial model in its folder `initial`, the cells in `store`.
 
     Raises
     ------
     ValueError
-        Neither `mlm` nor `cls`; weights that do not fit.
+        The subcommand is neither `mlm` nor `cls`; the weights do not fit.
     FileExistsError
-        There is a model in the folder.
+        The folder already holds a model.
     """
     from accelerate import PartialState
 
@@ -318,14 +322,14 @@ def run(config: BaseConfig) -> dict[str, float]:
 
 
 def to_verb(config: BaseConfig) -> tuple[PretrainArguments | FinetuneArguments, dict[str, Any]]:
-    """Give the arguments of `stformer-hf pretrain` (of `mlm`) or `finetune` (of `cls`), and the training arguments.
+    """Return the arguments of `stformer-hf pretrain` (for `mlm`) or `finetune` (for `cls`), and of training.
 
-    Their model is OUTPUT_DIR/initial, which `make_initial_model` makes.
+    Their model is OUTPUT_DIR/initial, made by `make_initial_model`.
 
     Raises
     ------
     ValueError
-        Neither `mlm` nor `cls`.
+        The subcommand is neither `mlm` nor `cls`.
     """
     from ..training.defaults import FINETUNING
     from . import finetune, pretrain
@@ -352,7 +356,7 @@ def to_verb(config: BaseConfig) -> tuple[PretrainArguments | FinetuneArguments, 
             args.data, args.eval_data = [str(output / "train_cells")], [str(output / "eval_cells")]
         defaults = FINETUNING
     else:
-        raise ValueError("A subcommand is needed to train: mlm or cls.")
+        raise ValueError("Training needs a subcommand: mlm or cls.")
     names = (
         *("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"),
         *("gradient_accumulation_steps", "learning_rate", "weight_decay", "save_steps", "eval_steps"),
@@ -372,13 +376,13 @@ def to_verb(config: BaseConfig) -> tuple[PretrainArguments | FinetuneArguments, 
 
 
 def make_initial_model(config: TrainConfig) -> Path:
-    """Make the checkpoint that training begins from, tokenizer and all: a new one, or of pretrained weights.
+    """Make the checkpoint, with tokenizer, that training starts from: a new model, or pretrained weights.
 
     Parameters
     ----------
     config : TrainConfig
         `pretrained_model_path` may be a JSON file of an architecture (DistilBERT's or GeneBert's names), a folder of
-        PerturbGene's weights, or a checkpoint of this package, which brings its tokenizer.
+        PerturbGene's weights, or a checkpoint of this package with its tokenizer.
 
     Returns
     -------
@@ -388,7 +392,7 @@ def make_initial_model(config: TrainConfig) -> Path:
     Raises
     ------
     ValueError
-        Weights that do not fit the vocabulary, the genes or the size.
+        The weights do not fit the vocabulary, the genes or the size.
     """
     import torch
     from transformers import AutoModel, AutoTokenizer, set_seed
@@ -427,11 +431,11 @@ def make_initial_model(config: TrainConfig) -> Path:
 def _check_size(found, wanted: dict[str, int], path: Path) -> None:
     for name, value in wanted.items():
         if getattr(found, name) != value:
-            raise ValueError(f"--{name} {value}: the weights at {path} are of {getattr(found, name)}.")
+            raise ValueError(f"--{name} {value}: the weights at {path} have {getattr(found, name)}.")
 
 
 def _make_tokenizer(config: TrainConfig):
-    """Make a tokenizer of the vocabulary and of the first `num_top_genes` genes of the training files."""
+    """Make a tokenizer from the vocabulary and the first `num_top_genes` genes of the training files."""
     from ..genes.unite import unite
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
     from ..sources.open_source import open_source
@@ -451,7 +455,7 @@ def _make_tokenizer(config: TrainConfig):
     )
 
 
-# DistilBERT's names of what GeneBertConfig names otherwise.
+# Names in DistilBERT's configuration, and in GeneBertConfig.
 _ARCHITECTURE = {
     "dim": "hidden_size",
     "hidden_dim": "intermediate_size",
@@ -463,7 +467,7 @@ _ARCHITECTURE = {
 
 
 def _architecture(file: Path) -> dict[str, Any]:
-    """Read the shape of a model from its configuration; what else is in it belongs to other vocabularies."""
+    """Read the architecture of a model from its configuration; other fields belong to other vocabularies."""
     saved = _read_json("pretrained_model_path", str(file))
     fields = {_ARCHITECTURE.get(name, name): value for name, value in saved.items() if value is not None}
     known = {*_ARCHITECTURE.values(), "initializer_range", "layer_norm_eps"}
@@ -498,7 +502,7 @@ def _one_against_rest(config: TrainClassificationConfig, files: list[str], folde
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Read PerturbGene's command line, train, print the figures; returns the exit status."""
+    """Parse PerturbGene's command line, train, and print the metrics; return the exit status."""
     from . import guarded
     from .runs import print_figures
 

@@ -1,4 +1,4 @@
-"""Pretrain a GeneBert: predict masked genes (and phenotypes) of cells.
+"""Pretrain a GeneBert to predict masked genes (and phenotypes) of cells.
 
 stformer-hf pretrain --data atlas --output model --size tiny --max_steps 200
 stformer-hf pretrain --config recipes/gene_bert_tiny_cpu.yaml --data a.h5ad --output model
@@ -56,92 +56,97 @@ _OF_A_NEW_MODEL = (
 class PretrainArguments:
     """Flags of `pretrain`."""
 
-    data: list[str] = field(metadata={"help": "a store, or h5ad files (a store of them is made in OUTPUT/store)"})
+    data: list[str] = field(metadata={"help": "a store, or h5ad files (built into a store in OUTPUT/store)"})
     output: str = field(metadata={"help": "folder for the checkpoint"})
-    model: str | None = field(default=None, metadata={"help": "checkpoint to go on from, with its tokenizer"})
+    model: str | None = field(default=None, metadata={"help": "checkpoint to continue from, with its tokenizer"})
     size: str = field(default="tiny", metadata={"help": "tiny, small, base or large"})
     model_config: dict | None = field(
-        default=None, metadata={"help": "fields of GeneBertConfig over those of the size: '{hidden_act: relu}'"}
+        default=None,
+        metadata={"help": "fields of GeneBertConfig, such as '{hidden_act: relu}', that override those of the size"},
     )
     whole_cell: bool | None = field(
         default=None,
         metadata={
-            "help": "[CLS] begins as the whole cell (default, but with neighborhood or without [CLS]); false: the "
+            "help": "[CLS] reads the whole cell (default, except with neighborhood or without [CLS]); false: the "
             "reference models of PerturbGene and STFormer"
         },
     )
     init: Literal["spectral", "random"] | None = field(
         default=None,
         metadata={
-            "help": "where a new model begins: spectral, at the principal components of the training cells and the "
-            "frequencies and order of their genes (default with whole_cell), or at random weights"
+            "help": "start of a new model: spectral, at the principal components of the training cells and the "
+            "frequencies and order of their genes (default with whole_cell), or random weights"
         },
     )
     batch_key: str | None = field(
         default=None,
         metadata={
-            "help": "column of obs: a spectral start leaves out what differs between its batches, and contrast "
-            "compares cells within each of them"
+            "help": "column of obs with batches: a spectral start ignores differences between them, and contrast "
+            "compares cells within each batch"
         },
     )
     scheme: Literal["binned", "rank"] = field(
-        default="binned", metadata={"help": "how counts become tokens: bins (PerturbGene) or ranks (STFormer)"}
+        default="binned", metadata={"help": "tokens of counts: bins (PerturbGene) or ranks (STFormer)"}
     )
     phenotypes: list[str] | None = field(default=None, metadata={"help": "columns of obs that become tokens"})
     bin_edges: list[float] | None = field(
         default=None, metadata={"help": "edges of the expression bins (default: 0.1)"}
     )
     medians: str | None = field(
-        default=None, metadata={"help": "of ranks: json or pkl file of gene and median; of the cells in training"}
+        default=None,
+        metadata={"help": "ranks: json or pkl file of genes and medians (default: those of the training cells)"},
     )
     neighborhood: bool = field(
-        default=False, metadata={"help": "of ranks: genes of a spot's neighbours follow its own (STFormer)"}
+        default=False, metadata={"help": "ranks: append the genes of a spot's neighbours to its own (STFormer)"}
     )
     neighbors: str = field(
         default="spatial_connectivities",
-        metadata={"help": "graph in obsp of the files; a file without is triangulated, by obsm spatial"},
+        metadata={"help": "graph in obsp; if missing, a Delaunay graph is built from obsm['spatial']"},
     )
     section: str | None = field(
-        default=None, metadata={"help": "column of obs: cells of different sections are never neighbours"}
+        default=None, metadata={"help": "column of obs with sections: cells of different sections are not neighbours"}
     )
     tokenizer_config: dict | None = field(
-        default=None, metadata={"help": "further settings of GeneTokenizer: '{add_cls: false, truncation: random}'"}
+        default=None,
+        metadata={"help": "further settings of GeneTokenizer, such as '{add_cls: false, truncation: random}'"},
     )
-    max_length: int = field(default=2048, metadata={"help": "most tokens a cell"})
+    max_length: int = field(default=2048, metadata={"help": "maximum number of tokens per cell"})
     mlm_probability: float = field(default=0.15, metadata={"help": "share of the genes to mask"})
     phenotype_mask_prob: float = field(default=0.5, metadata={"help": "share of the phenotypes to mask"})
     gene_dropout: float = field(
-        default=0.0, metadata={"help": "share of a cell's genes to leave out, anew each epoch"}
+        default=0.0, metadata={"help": "share of a cell's genes to drop, drawn again in each epoch"}
     )
     gene_embeddings: str | None = field(
-        default=None, metadata={"help": "table of genes and vectors that the model's embeddings of genes begin with"}
+        default=None, metadata={"help": "table of genes and vectors to initialise the gene embeddings with"}
     )
     objectives: dict | None = field(
         default=None,
         metadata={
-            "help": "what to train and its weights (default: masked genes): '{mlm: 1.0, contrast: 0.5}'; also decode, "
-            "cross_correlation"
+            "help": "objectives and their weights (default: masked genes), such as '{mlm: 1.0, contrast: 0.5}'; also "
+            "decode, cross_correlation"
         },
     )
     view: Literal["disjoint", "thinning"] = field(
-        default="disjoint", metadata={"help": "of objectives on [CLS]: how a cell is divided into two views"}
+        default="disjoint", metadata={"help": "objectives on [CLS]: how a cell is divided into two views"}
     )
     ema: float | None = field(
         default=None, metadata={"help": "decay of a moving average of the weights, such as 0.999"}
     )
     packing: bool = field(default=False, metadata={"help": "train on packed batches, without padding"})
     max_tokens_per_batch: int | None = field(
-        default=None, metadata={"help": "fill batches up to so many tokens, in place of a number of cells"}
+        default=None, metadata={"help": "fill batches up to this many tokens, instead of a number of cells"}
     )
-    label_smoothing: float = field(default=0.0, metadata={"help": "of the MLM loss (PerturbGene: 0.5)"})
-    layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
-    fractional: bool = field(default=False, metadata={"help": "allow fractions, as estimated counts are"})
-    held_out: float = field(default=0.05, metadata={"help": "share of the cells kept for evaluation"})
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "label smoothing of the MLM loss (PerturbGene: 0.5)"}
+    )
+    layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})
+    fractional: bool = field(default=False, metadata={"help": "allow fractional counts, such as estimates"})
+    held_out: float = field(default=0.05, metadata={"help": "share of the cells held out for evaluation"})
     eval_data: list[str] | None = field(
-        default=None, metadata={"help": "files or stores to evaluate on, in place of held-out cells of the data"}
+        default=None, metadata={"help": "files or stores to evaluate on, instead of held-out cells of the data"}
     )
-    baselines: bool = field(default=False, metadata={"help": "compare the loss on held-out cells with baselines"})
-    overwrite: bool = field(default=False, metadata={"help": "replace a model that is in OUTPUT"})
+    baselines: bool = field(default=False, metadata={"help": "compute baselines for the loss on held-out cells"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an existing model in OUTPUT"})
 
 
 def main(argv: list[str]) -> None:
@@ -153,17 +158,17 @@ def main(argv: list[str]) -> None:
 
 
 class PretrainRun(NamedTuple):
-    """What a run trains on.
+    """Cells and tokenizer of a run.
 
     Attributes
     ----------
     store, train_cells : CellStore
-        All cells, and those in training.
+        All cells, and the training cells.
     held_out_cells : CellStore or None
-        Those kept for evaluation.
+        Cells held out for evaluation.
     tokenizer : GeneTokenizer
     views : SpectralViews or None
-        Of the cells in training, where a new model begins at them.
+        Views of the training cells, if a new model starts at them.
     """
 
     store: CellStore
@@ -174,7 +179,7 @@ class PretrainRun(NamedTuple):
 
 
 def run(args: PretrainArguments, training: dict) -> dict[str, float]:
-    """Pretrain and save; returns the figures of the run."""
+    """Pretrain and save; return the metrics of the run."""
     from transformers import set_seed
 
     from .runs import finish, training_arguments
@@ -190,12 +195,12 @@ def run(args: PretrainArguments, training: dict) -> dict[str, float]:
 def prepare(args: PretrainArguments, arguments: TrainingArguments) -> PretrainRun:
     """Open (or build) the store, make (or load) the tokenizer, split the cells.
 
-    Without cells held out, `arguments.eval_strategy` becomes "no".
+    If no cells are held out, `arguments.eval_strategy` is set to "no".
 
     Raises
     ------
     ValueError
-        Flags of a new model beside `--model`; what `open_cells`, `GeneTokenizer` and `split` refuse.
+        Flags of a new model are combined with `--model`; see also `open_cells`, `GeneTokenizer` and `split`.
     """
     from ..training.loading import load_tokenizer
     from .runs import genes_of_training, open_cells, refuse_flags_of_a_new_model, removing_store, split
@@ -232,24 +237,24 @@ def prepare(args: PretrainArguments, arguments: TrainingArguments) -> PretrainRu
 
 
 def _check_settings(args: PretrainArguments) -> None:
-    """Refuse names that no tokenizer and no model has, before any data are read."""
+    """Refuse unknown settings of tokenizer and model, before any data are read."""
     from inspect import signature
 
     from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 
     tokenizer_names = {*signature(GeneTokenizer).parameters, *signature(GeneTokenizer.from_store).parameters}
-    # What has a flag of its own; edges may also be found ("quantile"), or differ by gene.
+    # These have flags of their own. Edges are allowed too: they may be "quantile", or differ between genes.
     tokenizer_names -= {"genes", "scheme", "medians", "neighborhood", "phenotypes", "max_length", "vocab_file"}
     tokenizer_names -= {"store", "kwargs"}
     check_names("tokenizer_config", args.tokenizer_config, tokenizer_names)
     check_names("model_config", args.model_config, {option.name for option in fields(GeneBertConfig)})
     if args.bin_edges is not None and "bin_edges" in (args.tokenizer_config or {}):
-        raise ValueError("bin_edges and tokenizer_config both name the edges of the bins: give one of them.")
+        raise ValueError("bin_edges and tokenizer_config both set the edges of the bins: pass one of them.")
 
 
 def _make_tokenizer(args: PretrainArguments, train_cells: CellStore, genes: list[str]) -> GeneTokenizer:
-    """Make a tokenizer of some of the store's genes; its medians and quantiles are of the cells in training."""
+    """Make a tokenizer of some of the store's genes; missing medians and quantiles come from the training cells."""
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
     from ..store.gene_medians import estimate_gene_medians
 
@@ -287,18 +292,18 @@ def make_model(
 ) -> PreTrainedModel:
     """Make a new model for the tokenizer, or load the one of `args.model`.
 
-    Its weights are drawn from torch's generator: call `transformers.set_seed` before.
+    Its weights are drawn from torch's generator: call `transformers.set_seed` first.
 
     Parameters
     ----------
     args : PretrainArguments
         `size`, `model_config`, `label_smoothing` and `gene_embeddings` of a new model, or `model`.
     tokenizer : GeneTokenizer
-        Gives the sizes of the embeddings.
+        Determines the sizes of the embeddings.
     run : PretrainRun, optional
-        What a new model starts at, as `args.init` says: its views and training cells. Random weights without it.
+        Views and training cells that a new model starts at, depending on `args.init`. Without it, weights are random.
     **settings
-        Fields of `GeneBertConfig` (and, of a new model, `size`), over those of `args`.
+        Fields of `GeneBertConfig` (and `size` of a new model) that override those of `args`.
 
     Returns
     -------
@@ -307,7 +312,7 @@ def make_model(
     Raises
     ------
     ValueError
-        A name that is no field of `GeneBertConfig`.
+        A name is not a field of `GeneBertConfig`.
     """
     import torch
     from transformers import AutoModelForMaskedLM
@@ -346,7 +351,7 @@ def make_trainer(
     model_init: Callable[..., PreTrainedModel] | None = None,
     **kwargs,
 ) -> STFormerPretrainer:
-    """Make the trainer of a prepared run, of a model or of what makes one; `kwargs` go to `STFormerPretrainer`."""
+    """Make the trainer of a prepared run, for `model` or `model_init`; `kwargs` are passed to `STFormerPretrainer`."""
     from ..training.pretrainer import STFormerPretrainer
 
     if args.baselines:

@@ -1,4 +1,4 @@
-"""Pretrain a CellNeighborhood model: predict the counts of a cell from its type and the cells around it.
+"""Pretrain a CellNeighborhood model to predict the counts of a cell from its type and the cells around it.
 
 stformer-hf pretrain_neighborhood --data section.h5ad --cell_type cell_type --patch_size 50 --output model
 stformer-hf pretrain_neighborhood --config recipes/cell_neighborhood_tiny_cpu.yaml --data section.h5ad --output model
@@ -46,49 +46,53 @@ class PretrainNeighborhoodArguments:
 
     data: list[str] = field(
         metadata={
-            "help": "h5ad files of sections (a store of them is made in OUTPUT/store); or such a store, with x and y "
-            "in obs"
+            "help": "h5ad files of sections (built into a store in OUTPUT/store); or such a store, with x and y in obs"
         }
     )
     output: str = field(metadata={"help": "folder for the checkpoint"})
     patch_size: float | None = field(
-        default=None, metadata={"help": "side of the box around a cell, in the unit of the coordinates"}
+        default=None, metadata={"help": "side of the box around a cell, in the units of the coordinates"}
     )
-    shape: Literal["box", "disc"] = field(default="box", metadata={"help": "a disc has the diameter patch_size"})
-    k_nearest: int | None = field(default=None, metadata={"help": "only so many neighbours, the nearest"})
+    shape: Literal["box", "disc"] = field(default="box", metadata={"help": "a disc has diameter patch_size"})
+    k_nearest: int | None = field(default=None, metadata={"help": "number of nearest neighbours to use"})
     max_num_cells: int | None = field(
-        default=None, metadata={"help": "most neighbours of a cell; of more a random part, anew each epoch"}
+        default=None, metadata={"help": "maximum number of neighbours, else a random subset drawn in each epoch"}
     )
-    min_neighbors: int = field(default=0, metadata={"help": "cells with fewer neighbours are not learnt from"})
-    spatial_key: str = field(default="spatial", metadata={"help": "coordinates in obsm of the files, 2-D or 3-D"})
+    min_neighbors: int = field(default=0, metadata={"help": "cells with fewer neighbours are excluded from training"})
+    spatial_key: str = field(default="spatial", metadata={"help": "key of the coordinates in obsm, 2-D or 3-D"})
     section: str | None = field(
         default=None,
-        metadata={"help": "column of obs, `section` if there is one: cells of different sections are no neighbours"},
+        metadata={
+            "help": "column of obs with sections (default: `section`, if present); cells of different sections are "
+            "not neighbours"
+        },
     )
     cell_type: str | None = field(
-        default=None, metadata={"help": "column of obs; cells without a type are left out (default: one type)"}
+        default=None,
+        metadata={"help": "column of obs with cell types; cells without one are left out (default: one type)"},
     )
-    layer: str | None = field(default=None, metadata={"help": "where the counts are: X, raw or a layer"})
-    held_out: float = field(default=0.1, metadata={"help": "share of the cells kept for evaluation"})
+    layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})
+    held_out: float = field(default=0.1, metadata={"help": "share of the cells held out for evaluation"})
     held_out_by: Literal["region", "cell"] = field(
         default="region",
         metadata={"help": "region: one end of each section, along its longer axis; cell: cells at random"},
     )
     held_out_sections: list[str] | None = field(
-        default=None, metadata={"help": "sections kept for evaluation, in place of a share of the cells"}
+        default=None, metadata={"help": "sections held out for evaluation, instead of a share of the cells"}
     )
     neighbors_from: Literal["all", "indices"] = field(
         default="indices",
-        metadata={"help": "neighbours in training: all cells, or none that are held out (indices)"},
+        metadata={"help": "indices: exclude held-out cells from training neighbourhoods; all: include them"},
     )
     size: str = field(default="tiny", metadata={"help": "tiny or base"})
     model_config: dict | None = field(
-        default=None, metadata={"help": "fields of CellNeighborhoodConfig over those of the size: '{likelihood: nb}'"}
+        default=None,
+        metadata={"help": "fields of CellNeighborhoodConfig, such as '{likelihood: nb}', that override the size"},
     )
     baselines: bool = field(
-        default=False, metadata={"help": "compare with the means of the cell type and of the neighbours"}
+        default=False, metadata={"help": "compute baselines: the means of the cell type and of the neighbours"}
     )
-    overwrite: bool = field(default=False, metadata={"help": "replace a model that is in OUTPUT"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an existing model in OUTPUT"})
 
 
 def main(argv: list[str]) -> None:
@@ -106,7 +110,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]:
-    """Pretrain and save; returns the figures of the run."""
+    """Pretrain and save; return the metrics of the run."""
     from transformers import set_seed
 
     from ..models.cell_neighborhood.configuration_cell_neighborhood import CellNeighborhoodConfig
@@ -165,10 +169,10 @@ def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]
         eval_dataset=evaluated,
         baselines=args.baselines and evaluated is not None,
     )
-    return finish(trainer, card={"store": cells.store, "settings": {**neighborhood, "held out": _told(args)}})
+    return finish(trainer, card={"store": cells.store, "settings": {**neighborhood, "held out": _held_out(args)}})
 
 
-def _told(args: PretrainNeighborhoodArguments) -> str:
+def _held_out(args: PretrainNeighborhoodArguments) -> str:
     if args.held_out_sections:
         return f"sections {', '.join(args.held_out_sections)}"
     return f"{args.held_out:.0%} of the cells, by {args.held_out_by}"
@@ -181,7 +185,7 @@ class Sections(NamedTuple):
     ----------
     store : CellStore
     metadata : DataFrame
-        The cells that have a type, named by `cell_label`: `x`, `y` (and `z`), `section`, `cell_type` (codes).
+        One row per cell with a type: `cell_label`, `x`, `y` (and `z`), `section`, `cell_type` (codes).
     cell_types : list of str
         Names of the codes.
     """
@@ -192,12 +196,12 @@ class Sections(NamedTuple):
 
 
 def open_sections(args: PretrainNeighborhoodArguments, arguments: TrainingArguments) -> Sections:
-    """Open the store of the cells, or build one that knows where they lie.
+    """Open the store of the cells, or build one with their coordinates.
 
     Raises
     ------
     ValueError
-        No coordinates; no such column; no cell with a type; what `open_cells` refuses.
+        Coordinates or a column are missing; no cell has a type; see also `open_cells`.
     """
     import pandas as pd
 
@@ -212,8 +216,8 @@ def open_sections(args: PretrainNeighborhoodArguments, arguments: TrainingArgume
     fewest = min((source["n_genes"] for source in store.manifest["sources"]), default=store.manifest["n_genes"])
     if fewest < store.manifest["n_genes"]:
         logger.warning(
-            f"Sources measure different genes, one only {fewest} of {store.manifest['n_genes']}. What a source does "
-            "not measure counts as 0 there, which a model takes for biology: better keep the genes that all measure."
+            f"Sources measure different genes, one only {fewest} of {store.manifest['n_genes']}. Missing genes "
+            "count as 0, which a model takes for biology: consider keeping only the genes that all sources measure."
         )
     obs = store.obs
     wanted = [*_AXES[:2], *(name for name in (args.section, args.cell_type) if name is not None)]
@@ -257,7 +261,7 @@ def _without_twins(cells: Sections, held_out: np.ndarray) -> tuple[Sections, np.
 
 
 def _without_unseen_types(cells: Sections, held_out: np.ndarray) -> tuple[Sections, np.ndarray]:
-    """Leave out the held-out cells of types that no training cell has: the model does not know these types."""
+    """Leave out held-out cells of types that no training cell has, which the model does not know."""
     import numpy as np
 
     types = cells.metadata["cell_type"].to_numpy()
@@ -267,8 +271,8 @@ def _without_unseen_types(cells: Sections, held_out: np.ndarray) -> tuple[Sectio
         return cells, held_out
     unseen = [cells.cell_types[code] for code in np.unique(types[~known])]
     logger.warning(
-        f"{(~known).sum()} held-out cells are of {len(unseen)} types that no training cell has, such as "
-        f"{', '.join(unseen[:3])}: they are left out, as the model does not know these types."
+        f"{(~known).sum()} held-out cells are left out: they have {len(unseen)} types that no training cell has, such "
+        f"as {', '.join(unseen[:3])}."
     )
     metadata = cells.metadata[known].reset_index(drop=True)
     metadata["cell_type"] = np.searchsorted(seen, types[known])
@@ -276,7 +280,7 @@ def _without_unseen_types(cells: Sections, held_out: np.ndarray) -> tuple[Sectio
 
 
 def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], str | None]:
-    """Open files with the coordinates, and the section, of each cell in obs; and the layer to read in them."""
+    """Open files with the coordinates and section of each cell in obs; return them and the layer to read."""
     import numpy as np
     import pandas as pd
 
@@ -289,7 +293,7 @@ def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], st
     if len(set(names)) < len(names):  # such as sample1/adata.h5ad and sample2/adata.h5ad
         names = [str(path.with_suffix("")) for path in paths]
     if len(set(names)) < len(names):
-        raise ValueError(f"{', '.join(args.data)}: a file is given twice.")
+        raise ValueError(f"{', '.join(args.data)}: a file is repeated.")
     files, layers, section = [], [], args.section or _SECTION
     for path, file in zip(paths, names, strict=True):
         if not is_anndata_file(path):
@@ -297,7 +301,7 @@ def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], st
         adata, layer = read_anndata(path, args.layer, backed=True)
         layers.append(layer)
         if args.spatial_key not in adata.obsm:
-            there = ", ".join(map(repr, adata.obsm)) or "nothing"
+            there = ", ".join(map(repr, adata.obsm)) or "no keys"
             raise ValueError(f"{path} has no obsm[{args.spatial_key!r}]; its obsm has {there}.")
         for name in (args.section, args.cell_type):
             if name is not None and name not in adata.obs:
@@ -305,7 +309,7 @@ def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], st
         places = np.asarray(adata.obsm[args.spatial_key], np.float64)
         if places.ndim != 2 or places.shape[1] not in (2, 3):
             raise ValueError(f"{path}: obsm[{args.spatial_key!r}] has the shape {places.shape}, not 2 or 3 columns.")
-        for axis in _AXES:  # a column z of obs may be anything
+        for axis in _AXES:  # an existing column z may hold anything
             if axis in adata.obs:
                 del adata.obs[axis]
         for axis, values in zip(_AXES, places.T, strict=False):
@@ -322,35 +326,35 @@ def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], st
             adata.obs[section] = pd.Categorical([f"{file}:{name}".rstrip(":") for name in own])
         files.append(adata)
     if len({"z" in adata.obs for adata in files}) > 1:
-        raise ValueError(f"Some files have coordinates of 2 and some of 3 columns in obsm[{args.spatial_key!r}].")
+        raise ValueError(f"Some files have 2 and others 3 columns of coordinates in obsm[{args.spatial_key!r}].")
     cells = pd.Index([name for adata in files for name in adata.obs_names])
-    if len(paths) > 1 and not cells.is_unique:  # barcodes that files share
+    if len(paths) > 1 and not cells.is_unique:  # files share barcodes
         for adata, file in zip(files, names, strict=True):
             adata.obs_names = [f"{file}:{name}" for name in adata.obs_names]
     return files, one_layer(layers, args.layer)
 
 
 def choose_held_out(args: PretrainNeighborhoodArguments, metadata: pd.DataFrame, seed: int) -> np.ndarray:
-    """Choose the cells to evaluate on: bool array (n_cells,).
+    """Choose the held-out cells: bool array (n_cells,).
 
     Raises
     ------
     ValueError
-        A share outside [0, 1); sections that are not there; no cell left to train on.
+        The share is outside [0, 1); a section does not exist; no cell is left to train on.
     """
     import math
 
     import numpy as np
 
     if not 0 <= args.held_out < 1:
-        raise ValueError(f"held_out is a share of the cells, at least 0 and below 1; got {args.held_out}.")
+        raise ValueError(f"held_out must be a share of the cells, at least 0 and below 1; got {args.held_out}.")
     sections = metadata["section"].astype(str).to_numpy()
     held_out = np.zeros(len(metadata), bool)
     if args.held_out_sections is not None:
         unknown = sorted(set(args.held_out_sections) - set(sections))
         if unknown:
             there = ", ".join(map(repr, np.unique(sections)[:10]))
-            raise ValueError(f"held_out_sections: there is no section {unknown[0]!r}; there are {there}.")
+            raise ValueError(f"held_out_sections: there is no section {unknown[0]!r}; sections are {there}.")
         held_out = np.isin(sections, args.held_out_sections)
     elif args.held_out_by == "cell":
         chosen = np.random.default_rng(seed).permutation(len(metadata))[: math.ceil(args.held_out * len(metadata))]
@@ -363,7 +367,7 @@ def choose_held_out(args: PretrainNeighborhoodArguments, metadata: pd.DataFrame,
             n_held_out = min(math.ceil(args.held_out * len(rows)), len(rows) - 1)
             held_out[rows[np.argsort(along, kind="stable")[len(rows) - n_held_out :]]] = True
     if args.held_out and not held_out.any():
-        logger.warning("No cell is held out: sections are of one cell.")
+        logger.warning("No cell is held out: each section has only one cell.")
     if held_out.all():
         raise ValueError("All cells are held out: none is left to train on.")
     return held_out

@@ -1,4 +1,4 @@
-"""What the training verbs share: the arguments, the cells, the split, the run itself."""
+"""Shared parts of the training verbs: arguments, cells, the split, the run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def training_arguments(output: Path, settings: dict, overwrite: bool) -> TrainingArguments:
-    """Make the arguments of a run, and refuse to replace a model that is there, unless asked to or resuming.
+    """Make the arguments of a run, and refuse to replace an existing model unless asked to or resuming.
 
     Raises
     ------
@@ -43,7 +43,7 @@ def training_arguments(output: Path, settings: dict, overwrite: bool) -> Trainin
     if str(arguments.resume_from_checkpoint).lower() == "true":
         whole = last_whole_checkpoint(output) if overwrite else checkpoint_to_resume(output)
         if whole is None:
-            logger.warning(f"{output} holds no checkpoint to resume from: the run begins.")
+            logger.warning(f"{output} holds no checkpoint to resume from: starting a new run.")
         arguments.resume_from_checkpoint = True if whole is None else str(whole)
         if whole is None and (output / "config.json").exists():
             arguments.resume_from_checkpoint = None  # --overwrite replaces the model
@@ -52,7 +52,7 @@ def training_arguments(output: Path, settings: dict, overwrite: bool) -> Trainin
     if arguments.resume_from_checkpoint:
         return arguments
     if overwrite:
-        if arguments.process_index == 0:  # or a later resumption would go on from the run that is replaced
+        if arguments.process_index == 0:  # else a later resumption would continue the replaced run
             for checkpoint in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
                 shutil.rmtree(checkpoint)
         return arguments
@@ -60,7 +60,7 @@ def training_arguments(output: Path, settings: dict, overwrite: bool) -> Trainin
         raise FileExistsError(f"{output} holds a model. Choose another --output, or pass --overwrite.")
     if output.is_dir() and get_last_checkpoint(str(output)):
         raise FileExistsError(
-            f"{output} holds checkpoints. Go on with --resume_from_checkpoint true, choose another --output, or pass "
+            f"{output} holds checkpoints. Resume with --resume_from_checkpoint true, choose another --output, or pass "
             "--overwrite."
         )
     return arguments
@@ -68,9 +68,9 @@ def training_arguments(output: Path, settings: dict, overwrite: bool) -> Trainin
 
 @contextmanager
 def removing_store(arguments: TrainingArguments) -> Iterator[None]:
-    """Remove the store in the output folder, if it was made within, where what follows fails.
+    """Remove the store in the output folder if it was built within the context, and the context fails.
 
-    For the part of a command before the training: its store would be in the way of the corrected command.
+    For the part of a command before training: its store would be in the way of the corrected command.
     """
     path = Path(arguments.output_dir) / "store"
     was_there = path.exists()
@@ -83,23 +83,23 @@ def removing_store(arguments: TrainingArguments) -> Iterator[None]:
 
 
 def refuse_flags_of_a_new_model(args, names: tuple[str, ...]) -> None:
-    """Refuse flags that `--model` leaves without effect: a checkpoint brings its own size and tokenizer.
+    """Refuse flags that have no effect with `--model`: a checkpoint has its own size and tokenizer.
 
     Raises
     ------
     ValueError
-        Flags that differ from their defaults beside `--model`.
+        Such flags differ from their defaults.
     """
     defaults = type(args)(**{field.name: None for field in fields(args) if field.default is field.default_factory})
     given = [name for name in names if getattr(args, name) != getattr(defaults, name)]
     if args.model and given:
         raise ValueError(
-            f"{', '.join('--' + name for name in given)}: of a new model only; the one at {args.model} has its own."
+            f"{', '.join('--' + name for name in given)}: only for a new model; the one at {args.model} has its own."
         )
 
 
 def is_store(data: list[str] | list[AnnData]) -> bool:
-    """Tell whether `data` is the folder of a store."""
+    """Return whether `data` is the folder of a store."""
     return len(data) == 1 and isinstance(data[0], str) and (Path(data[0]) / "manifest.json").exists()
 
 
@@ -115,21 +115,20 @@ def open_cells(
     eval_data: list[str] | None = None,
     classes: tuple[str, ...] = (),
 ) -> CellStore:
-    """Open the store that `data` names, or build one of its files in the output folder (in one process of many).
+    """Open the store at `data`, or build one from its files in the output folder (in one process).
 
-    Those of `eval_data` come last in it, for `split`.
+    The cells of `eval_data` come last, for `split`. Columns of obs in `classes` become class labels, whatever their
+    type.
 
-    Columns of obs in `classes` become class labels, whatever their type.
-
-    With `neighbors`, a key of obsp, the cells come with their neighbourhoods; h5ad files without that graph get one of
-    their coordinates, obsm["spatial"], a column `section` of obs apart.
+    With `neighbors`, a key of obsp, cells are returned with their neighbourhoods. For h5ad files without that graph,
+    it is built from the coordinates obsm["spatial"], within the sections of the obs column `section`.
 
     Raises
     ------
     FileExistsError
-        There is a store in the output folder.
+        The output folder already holds a store.
     ValueError
-        Neighbours are asked for, and the store was built without, or a file has neither graph nor coordinates.
+        Neighbours are asked for, but the store was built without them, or a file has neither graph nor coordinates.
     """
     if not eval_data and is_store(data):
         store = CellStore(data[0])
@@ -139,7 +138,7 @@ def open_cells(
         whole = (path / "manifest.json").exists()
         if arguments.process_index == 0 and not (arguments.resume_from_checkpoint and whole):
             if path.exists() and not overwrite:
-                raise FileExistsError(f"{path} exists: pass it as --data, or pass --overwrite to build it anew.")
+                raise FileExistsError(f"{path} exists: pass it as --data, or pass --overwrite to rebuild it.")
             sources = [*data, *(eval_data or [])]
             if neighbors is not None:
                 found = [_with_graph(source, neighbors, section, layer) for source in sources]
@@ -179,14 +178,14 @@ def genes_of_training(store: CellStore, eval_data: list[str] | None) -> list[str
 
 
 def one_layer(layers: list[str | None], asked: str | None) -> str | None:
-    """Return the layer of all sources: where it was asked for by the table that it is in, each has found its own."""
+    """Return the layer to read in all sources; if a modality or table was asked for, each source has resolved it."""
     if len(set(layers)) > 1:
-        raise ValueError(f"--layer {asked} names a modality or table, and some of the sources have none of that name.")
+        raise ValueError(f"--layer {asked} is a modality or table in some sources only.")
     return layers[0] if layers else asked
 
 
 def _with_graph(source: str, key: str, section: str | None, layer: str | None) -> tuple[AnnData | str, str | None]:
-    """Give a file that has no graph of its cells as an AnnData with one, and the layer in it; others as they are."""
+    """Return a file without a graph of its cells as an AnnData with one, others unchanged; and the layer to read."""
     if not is_anndata_file(Path(source)):
         return source, layer
     adata, own = read_anndata(source, layer, backed=True)
@@ -198,13 +197,11 @@ def _with_graph(source: str, key: str, section: str | None, layer: str | None) -
         return source, layer
     if "spatial" not in adata.obsm:
         raise ValueError(
-            f"{source} has no graph obsp[{key!r}] and no coordinates obsm['spatial']: neighbours cannot be told."
+            f"{source} has no graph obsp[{key!r}] and no coordinates obsm['spatial']: cannot compute neighbours."
         )
     spatial_neighbors(adata, section_key=section, key_added=key.removesuffix("_connectivities"))
     if key not in adata.obsp:
-        raise ValueError(
-            f"{source} has no graph obsp[{key!r}]; one is made under a name that ends in _connectivities."
-        )
+        raise ValueError(f"{source} has no graph obsp[{key!r}]; to build one, its name must end in _connectivities.")
     return adata, own
 
 
@@ -216,22 +213,22 @@ def split(
     eval_data: list[str] | None = None,
     split_by: str | None = None,
 ) -> tuple[CellStore, CellStore | None]:
-    """Split cells with counts (and a label) at random; by the seed, and with like shares of each class.
+    """Split cells with counts (and a label) at random, determined by the seed and stratified by class.
 
-    Cells that are there twice (see `CellStore.twins`) are on one side. A class with one cell is in training; where
-    fewer cells are held out than there are classes, the smallest classes are held out as one. With `split_by`, a
-    column of obs, its groups are held out whole. With `eval_data`, the last sources of the store, their cells are held
-    out in place of a share, and their twins are left out of training. What is left out is logged.
+    Duplicate cells (see `CellStore.twins`) stay on one side. A class with one cell is in training; if fewer cells are
+    held out than there are classes, the smallest classes are stratified as one. With `split_by`, a column of obs,
+    whole groups are held out. With `eval_data`, the last sources of the store, their cells are held out instead of a
+    share, and their twins are left out of training. Cells that are left out are logged.
 
     Raises
     ------
     ValueError
-        A share outside [0, 1); no cells left to train on, or none in `eval_data`.
+        The share is outside [0, 1); no cells are left to train on, or none in `eval_data`.
     """
     from sklearn.model_selection import GroupShuffleSplit, train_test_split
 
     if not 0 <= held_out < 1:
-        raise ValueError(f"held_out is a share of the cells, at least 0 and below 1; got {held_out}.")
+        raise ValueError(f"held_out must be a share of the cells, at least 0 and below 1; got {held_out}.")
     usable = store.lengths > 0
     codes = None
     if label is not None:
@@ -247,25 +244,25 @@ def split(
         twins = store.select(cells).twins()
         in_both = np.isin(twins[: len(train)], twins[len(train) :])
         if in_both.any():
-            logger.warning(f"{in_both.sum()} training cells are in eval_data too, and are left out of training.")
+            logger.warning(f"{in_both.sum()} training cells are also in eval_data, and are left out of training.")
             train = train[~in_both]
         if not (len(train) and len(test)):
             raise ValueError(f"{len(train)} usable cells to train on, and {len(test)} in eval_data: both are needed.")
         return store.select(train), store.select(test)
     n_test = math.ceil(held_out * len(cells))
     if len(cells) - n_test < 1:
-        raise ValueError(f"{len(cells)} usable cells: none is left to train on.")
+        raise ValueError(f"{len(cells)} usable cells: none would be left to train on.")
     if not n_test:
         return store.select(cells), None
     twins = store.select(cells).twins()
     if split_by is not None:
         if split_by not in store.obs:
-            raise ValueError(f"No obs column {split_by!r}; there are {', '.join(store.obs.columns) or 'none'}.")
+            raise ValueError(f"No obs column {split_by!r}; columns are {', '.join(store.obs.columns) or 'none'}.")
         groups = store.obs[split_by].astype(str).to_numpy()[cells]
         if len(np.unique(twins)) < len(twins):
             groups = join_groups(groups, twins)
         if len(np.unique(groups)) < 2:
-            raise ValueError(f"{split_by!r} has one group among the usable cells: none can be held out.")
+            raise ValueError(f"{split_by!r} has only one group among the usable cells: none can be held out.")
         train, test = next(GroupShuffleSplit(1, test_size=held_out, random_state=seed).split(cells, groups=groups))
         return store.select(cells[train]), store.select(cells[test])
     firsts, of_cell = np.unique(twins, return_index=True, return_inverse=True)[1:]
@@ -278,45 +275,47 @@ def split(
         if len(alone):
             names = [store.categories[label][code] for code in alone]
             logger.warning(
-                f"{len(alone)} classes of {label!r} have one cell, which is in training, so that nothing is known of "
-                f"them on held-out cells: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}."
+                f"{len(alone)} classes of {label!r} have only one cell, which is used for training, so they are not "
+                f"evaluated: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}."
             )
         kinds = kinds[n_like > 1]  # a class of one cell cannot be on both sides
         strata = _like_shares(strata[kinds], min(n_test, max(len(kinds) - n_test, 1)), label)
     if len(kinds) <= n_test:
-        raise ValueError(f"Only {len(kinds)} cells are of classes with two: none is left beside {n_test} held out.")
+        raise ValueError(
+            f"Only {len(kinds)} cells are in classes with at least two: none is left beside {n_test} held out."
+        )
     _, test = train_test_split(kinds, test_size=n_test, random_state=seed, stratify=strata)
     held = np.isin(of_cell, test)
     return store.select(cells[~held]), store.select(cells[held])
 
 
 def _like_shares(codes: np.ndarray, most: int, label: str) -> np.ndarray:
-    """Return what both sides have like shares of: the classes, or at most so many, the smallest of them as one."""
+    """Return the strata of a split: the classes, with the smallest merged into one if there are more than `most`."""
     classes, n_cells = np.unique(codes, return_counts=True)
     if most >= len(classes):
         return codes
     smallest = classes[np.argsort(-n_cells, kind="stable")[most - 1 :]]
     logger.warning(
         f"One side of the split has {most} cells, fewer than the {len(classes)} classes of {label!r}: the "
-        f"{len(smallest)} smallest are divided as one, and some of them may be on one side only."
+        f"{len(smallest)} smallest are stratified as one, and some of them may be on one side only."
     )
     return np.where(np.isin(codes, smallest), -1, codes)
 
 
 def finish(trainer: CellTrainer, card: dict | None = None) -> dict[str, float]:
-    """Train, save model, tokenizer and state, gather the figures of the run, write the card, and push if told to.
+    """Train, save model, tokenizer and state, collect the metrics, write the card, and push it if asked to.
 
     Parameters
     ----------
     trainer : CellTrainer
     card : dict, optional
-        What the card cannot see: arguments of `write_model_card` such as `settings`, `store` and `base_model`.
+        Arguments of `write_model_card` that the trainer does not know, such as `settings`, `store` and `base_model`.
 
     Returns
     -------
     dict of str to float
-        `train_loss`, `steps_per_second`, `peak_memory_mb` (resident, of this process), what `Throughput.figures` gives
-        of the whole run, and what evaluation finds.
+        `train_loss`, `steps_per_second`, `peak_memory_mb` (resident, of this process), those of `Throughput.figures`
+        for the whole run, and those of the evaluation.
 
     Raises
     ------
@@ -327,16 +326,16 @@ def finish(trainer: CellTrainer, card: dict | None = None) -> dict[str, float]:
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if trainer.interrupted:
         print(
-            f"Stopped by {trainer.interrupted.name} after step {trainer.state.global_step}, which is saved; resume "
-            "with the same command and --resume_from_checkpoint true.",
+            f"Stopped by {trainer.interrupted.name} after step {trainer.state.global_step}; a checkpoint is saved. "
+            "Resume with the same command and --resume_from_checkpoint true.",
             file=sys.stderr,
         )
         raise SystemExit(128 + trainer.interrupted)
-    trainer.save_model(_internal_call=True)  # it is pushed below, when the card has its figures
+    trainer.save_model(_internal_call=True)  # pushed below, when the card has its metrics
     trainer.save_state()
     speed = {name: f"train_{name}" for name in _SPEED}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    no_step = not result.metrics["train_steps_per_second"]  # all had been made, and the run was resumed
+    no_step = not result.metrics["train_steps_per_second"]  # the resumed run was finished
     metrics = {
         "train_loss": float(np.mean(losses)) if no_step and losses else result.training_loss,
         "steps_per_second": result.metrics["train_steps_per_second"],
@@ -371,6 +370,6 @@ def _is_figure(name: str, value: object) -> bool:
 
 
 def print_figures(output: str, figures: dict[str, float]) -> None:
-    """Print the figures of a run, in one process of many."""
+    """Print the metrics of a run, in the main process only."""
     if PartialState().is_main_process:
         print(f"{output}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))

@@ -1,11 +1,11 @@
-"""Search the settings of a pretraining: sizes of the model, training arguments, mask rates.
+"""Search the hyperparameters of a pretraining: sizes of the model, training arguments, mask rates.
 
 stformer-hf search --config recipes/search_tiny.yaml --data cells.h5ad --output search
 stformer-hf pretrain --config search/best.yaml --output model
 
 Keys are those of pretrain, fixed in all trials, and `space`: a mapping of names to {low: 1, high: 4}, to
-{low: 1.0e-4, high: 1.0e-2, log: true} or to {choices: [64, 128]}. A search that was interrupted goes on with the same
-command. OUTPUT gets best.yaml, trials.csv, trials.png and study.db; trials leave no checkpoints.
+{low: 1.0e-4, high: 1.0e-2, log: true} or to {choices: [64, 128]}. The same command resumes an interrupted search.
+It writes best.yaml, trials.csv, trials.png and study.db to OUTPUT; trials leave no checkpoints.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ..search.search_space import SearchSpace
 
-# Keys that do not change the scores, or are told apart: a study goes on where they differ.
+# Keys that do not change the scores, or are checked elsewhere: a study resumes even if they differ.
 _FREE = ("output", "overwrite", "space", "trials", "metric", "direction", "backend", "pruner", "sampler_seed")
 _FREE_TRAINING = ("logging_", "save_", "dataloader_", "report_to", "disable_tqdm", "run_name")
 
@@ -31,17 +31,19 @@ _FREE_TRAINING = ("logging_", "save_", "dataloader_", "report_to", "disable_tqdm
 class SearchArguments(PretrainArguments):
     """Flags of `search`."""
 
-    output: str = field(default=MISSING, metadata={"help": "folder for the study and its results"})
-    overwrite: bool = field(default=False, metadata={"help": "begin anew where a search is in OUTPUT"})
-    space: dict | None = field(default=None, metadata={"help": "names, and what they may be (see above)"})
-    trials: int = field(default=8, metadata={"help": "in all, with those that are done and those that are pruned"})
-    metric: str = field(default="eval_loss", metadata={"help": "of the evaluation, such as eval_genes_accuracy"})
-    direction: str = field(default="minimize", metadata={"help": "minimize or maximize"})
-    backend: str = field(default="optuna", metadata={"help": "optuna, or ray (trials side by side, no going on)"})
-    pruner: str = field(
-        default="median", metadata={"help": "ends trials early, after an evaluation: median, hyperband or none"}
+    output: str = field(default=MISSING, metadata={"help": "folder of the study and its results"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an existing search in OUTPUT"})
+    space: dict | None = field(default=None, metadata={"help": "names and their possible values (see above)"})
+    trials: int = field(default=8, metadata={"help": "total number of trials, including finished and pruned ones"})
+    metric: str = field(
+        default="eval_loss", metadata={"help": "metric of the evaluation, such as eval_genes_accuracy"}
     )
-    sampler_seed: int = field(default=0, metadata={"help": "of the values that are drawn"})
+    direction: str = field(default="minimize", metadata={"help": "minimize or maximize"})
+    backend: str = field(default="optuna", metadata={"help": "optuna, or ray (parallel trials, cannot resume)"})
+    pruner: str = field(
+        default="median", metadata={"help": "stops trials early, after an evaluation: median, hyperband or none"}
+    )
+    sampler_seed: int = field(default=0, metadata={"help": "seed of the sampled values"})
 
 
 def main(argv: list[str]) -> None:
@@ -55,7 +57,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(args: SearchArguments, training: dict[str, Any]) -> pd.Series:
-    """Search and write the results; returns the row of the best trial."""
+    """Search and write the results; return the row of the best trial."""
     from importlib.util import find_spec
 
     from ..search.search_space import SearchSpace, TrialModel
@@ -64,10 +66,12 @@ def run(args: SearchArguments, training: dict[str, Any]) -> pd.Series:
         if args.backend == module and find_spec(module) is None:
             raise ImportError(f'backend "{module}" needs {module}: pip install "stformer_hf[{extra}]"')
     if not args.space:
-        raise ValueError("search needs a space: names, and what they may be, as in recipes/search_tiny.yaml.")
+        raise ValueError("search needs a space of names and their possible values, as in recipes/search_tiny.yaml.")
     space = SearchSpace(args.space)
     if args.model and space.model:
-        raise ValueError(f"space: {', '.join(space.model)}: of a new model only; the one at {args.model} has its own.")
+        raise ValueError(
+            f"space: {', '.join(space.model)}: only for a new model; the one at {args.model} has its own."
+        )
     space.check_models(lambda **values: _config(args, values))
 
     from ..search.search import best_of, read_trials, search
@@ -76,7 +80,7 @@ def run(args: SearchArguments, training: dict[str, Any]) -> pd.Series:
 
     output = Path(args.output)
     given = _settings(args, training)
-    # The store that an interrupted search has built.
+    # The store built by an interrupted search.
     store, goes_on = output / "store", (output / "study.db").exists() and not args.overwrite
     if goes_on and (store / "manifest.json").exists():
         args.data = [str(store)]
@@ -103,7 +107,7 @@ def run(args: SearchArguments, training: dict[str, Any]) -> pd.Series:
     except (KeyboardInterrupt, SystemExit):
         if args.backend == "optuna":
             n_done = len(read_trials(output, space))
-            print(f"{n_done} of {args.trials} trials are done; the same command goes on with the others.")
+            print(f"{n_done} of {args.trials} trials are done; the same command resumes with the others.")
         raise
     table.to_csv(output / "trials.csv", index=False)
     best = best_of(table, args.direction)
@@ -118,14 +122,14 @@ def run(args: SearchArguments, training: dict[str, Any]) -> pd.Series:
 
 
 def _config(args: SearchArguments, values: dict[str, Any]) -> None:
-    """Make a configuration without data, to see whether it can be."""
+    """Make a configuration without data, to check that it is valid."""
     from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
 
     GeneBertConfig.from_size(**{"size": args.size, **(args.model_config or {}), **values})
 
 
 def _settings(args: SearchArguments, training: dict[str, Any]) -> dict[str, Any]:
-    """Give the fixed settings that scores depend on."""
+    """Return the fixed settings that scores depend on."""
     own = {option.name: getattr(args, option.name) for option in fields(args) if option.name not in _FREE}
     return own | {key: value for key, value in training.items() if not key.startswith(_FREE_TRAINING)}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .arguments import parse
 
-# Flags of a tokenizer that is made from the store.
+# Flags of a new tokenizer, made from the store.
 _OF_A_NEW_TOKENIZER = ("scheme", "medians", "bin_edges", "phenotypes", "max_length", "truncation")
 
 
@@ -19,29 +19,29 @@ _OF_A_NEW_TOKENIZER = ("scheme", "medians", "bin_edges", "phenotypes", "max_leng
 class TokenizeArguments:
     """Flags of `tokenize`."""
 
-    data: str = field(metadata={"help": "a store, which stformer-hf build makes"})
-    output: str = field(metadata={"help": "folder to make"})
+    data: str = field(metadata={"help": "a store made by stformer-hf build"})
+    output: str = field(metadata={"help": "folder to create"})
     tokenizer: str | None = field(
-        default=None, metadata={"help": "folder or checkpoint with a tokenizer; without it, one is made for the store"}
+        default=None, metadata={"help": "folder or checkpoint with a tokenizer (default: make one for the store)"}
     )
-    scheme: str | None = field(default=None, metadata={"help": "of a new tokenizer: binned (default) or rank"})
+    scheme: str | None = field(default=None, metadata={"help": "new tokenizer: binned (default) or rank"})
     medians: str | None = field(
-        default=None, metadata={"help": "of a new rank tokenizer: json or pkl file of gene id and median"}
+        default=None, metadata={"help": "new rank tokenizer: json or pkl file of gene ids and medians"}
     )
     bin_edges: list[float] | None = field(
-        default=None, metadata={"help": "of a new binned tokenizer: edges of the expression bins"}
+        default=None, metadata={"help": "new binned tokenizer: edges of the expression bins"}
     )
     phenotypes: list[str] | None = field(
-        default=None, metadata={"help": "of a new tokenizer: columns of obs that become tokens"}
+        default=None, metadata={"help": "new tokenizer: columns of obs that become tokens"}
     )
-    max_length: int | None = field(default=None, metadata={"help": "of a new tokenizer: most tokens a cell"})
+    max_length: int | None = field(default=None, metadata={"help": "new tokenizer: maximum number of tokens per cell"})
     truncation: str | None = field(
-        default=None, metadata={"help": "of a new tokenizer: which genes of longer cells stay: top, head or random"}
+        default=None, metadata={"help": "new tokenizer: genes kept in longer cells: top, head or random"}
     )
-    obs: list[str] | None = field(default=None, metadata={"help": "columns of obs to copy, or: all"})
-    workers: int = field(default=1, metadata={"help": "processes that tokenize"})
-    rows_per_shard: int | None = field(default=None, metadata={"help": "cells of a file (default: 16384)"})
-    overwrite: bool = field(default=False, metadata={"help": "replace a tokenized dataset that is there"})
+    obs: list[str] | None = field(default=None, metadata={"help": "columns of obs to copy, or all"})
+    workers: int = field(default=1, metadata={"help": "number of processes"})
+    rows_per_shard: int | None = field(default=None, metadata={"help": "cells per file (default: 16384)"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an existing tokenized dataset"})
 
 
 def main(argv: list[str]) -> None:
@@ -52,14 +52,14 @@ def main(argv: list[str]) -> None:
 
 
 def run(args: TokenizeArguments):
-    """Tokenize the store; returns the dataset."""
+    """Tokenize the store; return the dataset."""
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
     from ..training.loading import load_tokenizer
 
     new = {name: getattr(args, name) for name in _OF_A_NEW_TOKENIZER if getattr(args, name) is not None}
     if args.tokenizer and new:
         raise ValueError(
-            f"{', '.join('--' + name for name in new)}: of a new tokenizer only; the one at {args.tokenizer} has its "
+            f"{', '.join('--' + name for name in new)}: only for a new tokenizer; the one at {args.tokenizer} has its "
             "own."
         )
     store = _open(args.data)
@@ -75,12 +75,12 @@ def run(args: TokenizeArguments):
 
 
 def _open(path: str):
-    """Open the store; files of cells are no store yet."""
+    """Open the store, and refuse a file of cells."""
     from ..store.cell_store import CellStore
 
     if Path(path).is_file():
         raise ValueError(
-            f"{path} is a file; tokens are written from a store. Make one first: stformer-hf build --data {path} "
+            f"{path} is a file, but tokenize needs a store. Build one first: stformer-hf build --data {path} "
             "--output STORE."
         )
     return CellStore(path)

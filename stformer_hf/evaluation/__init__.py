@@ -1,1 +1,1 @@
-"""What a figure is worth: metrics, baselines, and evaluations of embeddings."""
+"""Metrics, baselines, and evaluations of embeddings."""

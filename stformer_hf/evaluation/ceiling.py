@@ -1,4 +1,4 @@
-"""The best score that noise allows: what one half of each cell's counts tells of the other half."""
+"""Estimate the best score that noise allows, by predicting one half of each cell's counts from the other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .readers import fit_knn, fit_pca, fit_probe
 
 
 class Ceiling(NamedTuple):
-    """What readers that know one half of every cell, with its label, say of the other half.
+    """Predictions for one half of every cell, by readers fitted to the other half and its label.
 
     Attributes
     ----------
@@ -30,9 +30,10 @@ class Ceiling(NamedTuple):
 
 
 def split_counts(counts: sparse.csr_array, rng: np.random.Generator) -> tuple[sparse.csr_array, sparse.csr_array]:
-    """Give each count to one of two halves by a coin: csr_arrays (n_cells, n_genes) that sum to `counts`.
+    """Divide counts at random into two halves: csr_arrays (n_cells, n_genes) that sum to `counts`.
 
-    Of Poisson counts the halves are independent given the cell's expression (binomial thinning; Neufeld et al. 2024).
+    For Poisson counts, the halves are independent given the cell's expression (binomial thinning; Neufeld et al.
+    2024).
     """
     first = counts.copy()
     first.data = rng.binomial(counts.data.astype(np.int64), 0.5)
@@ -44,20 +45,20 @@ def split_counts(counts: sparse.csr_array, rng: np.random.Generator) -> tuple[sp
 
 
 def measure_ceiling(counts: sparse.csr_array, labels: np.ndarray, seed: int) -> Ceiling:
-    """Fit the baselines on one half of every cell's counts, and read the other halves of the same cells.
+    """Fit the baselines on one half of every cell's counts, and predict the other halves of the same cells.
 
-    The readers have seen each cell and its label, under other noise: what they miss is lost in the noise of the counts
-    (cell-eval's `--ceiling` has this aim; it splits resampled cells, not counts). It is no strict bound: a half has
-    half the depth, so that a reader of whole cells may come out above it, and so may a better reader than these.
+    The readers have seen each cell and its label with other noise: what they miss is lost in the noise of the counts
+    (cell-eval's `--ceiling` has the same aim, but splits resampled cells, not counts). It is not a strict bound: a
+    half has half the depth, so a reader of whole cells may exceed it, and so may a better reader than these.
 
     Parameters
     ----------
     counts : csr_array (n_cells, n_genes)
-        Whole numbers.
+        Integer counts.
     labels : array (n_cells,)
         Class of each cell.
     seed : int
-        Of the split and of the PCA.
+        Seed of the split and of the PCA.
 
     Returns
     -------
@@ -73,7 +74,7 @@ def measure_ceiling(counts: sparse.csr_array, labels: np.ndarray, seed: int) -> 
 
 
 def cluster_agreement(halves: tuple[np.ndarray, np.ndarray], seed: int) -> dict[str, float]:
-    """Compare the Leiden clusters, at resolution 1, of the halves: `leiden_ari` and `leiden_nmi`."""
+    """Compare the Leiden clusters of both halves at resolution 1: `leiden_ari` and `leiden_nmi`."""
     clusters = [leiden(neighbor_graph(half), 1.0, seed) for half in halves]
     return {
         "leiden_ari": float(adjusted_rand_score(*clusters)),

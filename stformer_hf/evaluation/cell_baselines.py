@@ -1,4 +1,4 @@
-"""Simple baselines that every evaluation prints beside the model."""
+"""Simple baselines of cell classification."""
 
 from __future__ import annotations
 
@@ -21,42 +21,42 @@ _ROWS_PER_BLOCK = 4096
 def classification_baselines(
     train: CellStore, held_out: CellStore, label: str, *, max_train_cells: int = 10_000, seed: int = 0
 ) -> dict[str, float]:
-    """Score simple classifiers of cells, to be put beside a model's figures on the same cells.
+    """Score simple classifiers of cells, for comparison with a model on the same cells.
 
     Parameters
     ----------
     train, held_out : CellStore
-        Of the same genes. Cells without the label are left out.
+        Stores with the same genes. Cells without the label are left out.
     label : str
         Categorical column of obs.
     max_train_cells : int, default: 10,000
-        Fit on a random subset of so many training cells, where there are more (told by a warning).
+        Fit to a random subset of this many training cells if there are more (a warning is logged).
     seed : int, default: 0
-        Of the subset.
+        Seed of the subset.
 
     Returns
     -------
     dict of str to float
         `majority_accuracy` and `majority_macro_f1`, of the most frequent training class;
         `logistic_regression_accuracy` and `logistic_regression_macro_f1`, see `predict_logistic_regression`. The macro
-        F1 is the mean of the F1 of the classes that are true or predicted somewhere; with one class in training, the
-        logistic regression is the majority.
+        F1 is the mean over the classes that occur among true or predicted ones; with one training class, the logistic
+        regression is the majority.
 
     Raises
     ------
     ValueError
-        No labelled cells, or no such column; stores of different genes.
+        There are no labelled cells, or no such column; the stores have different genes.
     """
     for cells in (train, held_out):
         if label not in cells.categories:
-            raise ValueError(f"No categorical column {label!r}; there are {', '.join(cells.categories) or 'none'}.")
+            raise ValueError(f"No categorical column {label!r}; those are {', '.join(cells.categories) or 'none'}.")
     if not np.array_equal(train.gene_ids, held_out.gene_ids):
-        raise ValueError("The stores have different genes: build one store of both, and select the cells.")
+        raise ValueError("The stores have different genes: build one store from both, and select the cells.")
     rows, test_rows = (np.flatnonzero(cells.obs[label].cat.codes.to_numpy() >= 0) for cells in (train, held_out))
     if not len(rows) or not len(test_rows):
         raise ValueError(f"{len(rows)} training and {len(test_rows)} held-out cells have a {label!r}.")
     if len(rows) > max_train_cells:
-        logger.warning(f"The baselines learn from {max_train_cells:,} of {len(rows):,} training cells.")
+        logger.warning(f"The baselines are fitted to {max_train_cells:,} of {len(rows):,} training cells.")
     labels, true = (
         cells.obs[label].astype(str).to_numpy()[of] for cells, of in ((train, rows), (held_out, test_rows))
     )
@@ -68,7 +68,7 @@ def classification_baselines(
     if len(np.unique(labels)) > 1:
         classifier = LogisticRegression(max_iter=2000)
         classifier.fit(sparse.vstack(list(_blocks(train, rows)), format="csr"), labels)
-        # Held-out cells may be many: a block at a time.
+        # There may be many held-out cells: predict block by block.
         predicted["logistic_regression"] = np.concatenate(
             [classifier.predict(block) for block in _blocks(held_out, test_rows)]
         )
@@ -80,7 +80,7 @@ def classification_baselines(
 
 
 def _blocks(store: CellStore, rows: np.ndarray):
-    """Read log-normalised cells, some thousands at a time."""
+    """Read log-normalised cells in blocks of some thousands."""
     for start in range(0, len(rows), _ROWS_PER_BLOCK):
         yield log_normalise(store.rows(rows[start : start + _ROWS_PER_BLOCK]))
 
@@ -106,12 +106,12 @@ def predict_majority(train_labels: Sequence, n_test: int) -> np.ndarray:
 def predict_logistic_regression(
     train_counts: sparse.sparray | np.ndarray, train_labels: Sequence, test_counts: sparse.sparray | np.ndarray
 ) -> np.ndarray:
-    """Predict by logistic regression on log-normalised counts, ln(1 + 10,000 count / total), C = 1.
+    """Predict with a logistic regression on log-normalised counts, ln(1 + 10,000 count / total), C = 1.
 
     Parameters
     ----------
     train_counts, test_counts : sparse or dense (n_train, n_genes), (n_test, n_genes)
-        Raw counts, of the same genes.
+        Raw counts of the same genes.
     train_labels : sequence (n_train,)
         Classes of the training cells.
 
@@ -124,7 +124,7 @@ def predict_logistic_regression(
 
 
 def log_normalise(counts: sparse.sparray | np.ndarray) -> sparse.csr_array:
-    """Compute ln(1 + 10,000 count / total of the cell), float64 (n, n_genes); a cell without counts stays 0."""
+    """Compute ln(1 + 10,000 count / total of the cell): float64 (n, n_genes); a cell without counts stays 0."""
     counts = sparse.csr_array(counts).astype(np.float64)
     totals = counts.sum(axis=1)
     scaled = sparse.diags_array(1e4 / np.where(totals > 0, totals, 1)) @ counts

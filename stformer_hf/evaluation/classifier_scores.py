@@ -1,4 +1,4 @@
-"""How good a classifier is on held-out cells, and how sure that is: of all classes together, and of each."""
+"""Score a classifier on held-out cells, with intervals: over all classes, and for each class."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def score_predictions(
     true, predicted : sequence (n,)
         Classes, all among `classes`.
     classes : sequence of str
-        What the macro F1 averages over: the same for all classifiers that are compared.
+        Classes that the macro F1 averages over; use the same for all classifiers to compare.
     n_draws : int, default: 1000
-        Bootstrap draws.
+        Number of bootstrap draws.
     seed : int, default: 0
-        Of the draws; two classifiers get the same ones.
+        Seed of the draws.
 
     Returns
     -------
@@ -36,13 +36,13 @@ def score_predictions(
     Raises
     ------
     ValueError
-        No cells; a class that is not among `classes`.
+        There are no cells; a class is not among `classes`.
 
     Notes
     -----
     The interval of the accuracy is Wilson's (1927, JASA 22:209). That of the macro F1 is the 2.5th to 97.5th
     percentile of a bootstrap of the held-out cells within each true class, so that a rare class is in every draw. Both
-    say how far other held-out cells would change the figure, not other training cells.
+    show how the score varies with other held-out cells, not with other training cells.
     """
     counts = _count(true, predicted, classes)
     low, high = share_interval(int(np.trace(counts)), int(counts.sum()))
@@ -61,13 +61,13 @@ def score_predictions(
 def score_classes(
     true: Sequence, predicted: Sequence, classes: Sequence[str], *, n_draws: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """Score each class by itself, with 95 % intervals; parameters and intervals are those of `score_predictions`.
+    """Score each class separately, with 95 % intervals; parameters and intervals are those of `score_predictions`.
 
     Returns
     -------
     DataFrame
         One row per class, in the order of `classes`: `n_cells`, `n_right`; `recall` with Wilson's interval, NaN
-        without cells; `precision`, NaN where the class was never predicted; `f1` with that of the bootstrap.
+        without cells; `precision`, NaN if the class was never predicted; `f1` with the interval of the bootstrap.
     """
     counts = _count(true, predicted, classes)
     right, n_cells, n_predicted = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
@@ -92,7 +92,7 @@ def score_classes(
 
 
 def share_interval(hits: int, n: int) -> tuple[float, float]:
-    """Compute Wilson's 95 % interval of a share, hits / n; NaN of nothing."""
+    """Compute Wilson's 95 % interval of a share, hits / n; NaN if n is 0."""
     if not n:
         return float("nan"), float("nan")
     found = stats.binomtest(hits, n).proportion_ci(_LEVEL, method="wilson")
@@ -100,18 +100,19 @@ def share_interval(hits: int, n: int) -> tuple[float, float]:
 
 
 def order_classes(cells: np.ndarray, labels: Sequence[str]) -> list[str]:
-    """Order classes so that like ones are neighbours: the leaves of an average linkage of their mean cells.
+    """Order classes so that similar ones are neighbours: the leaves of an average linkage of their mean cells.
 
     Parameters
     ----------
     cells : float array (n, d)
-        An embedding, such as principal components; Euclidean distances between the classes' means count.
+        Embedding, such as principal components; classes are compared by the Euclidean distance of their means.
     labels : sequence of str (n,)
 
     Returns
     -------
     list of str
-        Each class once; leaves are turned so that neighbours are as alike as the tree allows (Bar-Joseph et al. 2001).
+        Each class once; leaves are ordered so that neighbours are as similar as the tree allows (Bar-Joseph et al.
+        2001).
     """
     names, codes = np.unique(np.asarray(labels, str), return_inverse=True)
     if len(names) < 3:
@@ -127,7 +128,7 @@ def _count(true: Sequence, predicted: Sequence, classes: Sequence[str]) -> np.nd
     if not len(rows):
         raise ValueError("There are no cells to score.")
     if len(rows) != len(columns):
-        raise ValueError(f"{len(rows)} true classes, and {len(columns)} predicted ones.")
+        raise ValueError(f"{len(rows)} true classes, but {len(columns)} predicted ones.")
     unknown = sorted({str(value) for value in np.asarray(true)[rows < 0]} | {
         str(value) for value in np.asarray(predicted)[columns < 0]
     })  # fmt: skip
@@ -138,7 +139,7 @@ def _count(true: Sequence, predicted: Sequence, classes: Sequence[str]) -> np.nd
 
 
 def _resample(counts: np.ndarray, n_draws: int, seed: int) -> np.ndarray:
-    """Draw the cells of each true class again: int64 array (n_draws, n_classes, n_classes)."""
+    """Resample the cells of each true class: int64 array (n_draws, n_classes, n_classes)."""
     rng, n_cells = np.random.default_rng(seed), counts.sum(axis=1)
     shares = counts / np.maximum(n_cells, 1)[:, None]
     shares[n_cells == 0, 0] = 1.0
@@ -148,7 +149,7 @@ def _resample(counts: np.ndarray, n_draws: int, seed: int) -> np.ndarray:
 
 
 def _f1(counts: np.ndarray) -> np.ndarray:
-    """Compute the F1 of each class, 2 right / (true + predicted), 0 of a class that is neither."""
+    """Compute the F1 of each class, 2 right / (true + predicted); 0 for a class that is neither."""
     right = np.diagonal(counts, axis1=-2, axis2=-1)
     return 2 * right / np.maximum(counts.sum(axis=-1) + counts.sum(axis=-2), 1)
 

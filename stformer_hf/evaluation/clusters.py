@@ -1,4 +1,4 @@
-"""How well the clusters of an embedding agree with labels: Leiden's, and the silhouette of the labels themselves."""
+"""Measure how well an embedding agrees with labels: Leiden clusters, and the silhouette of the labels."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, s
 from sklearn.neighbors import NearestNeighbors
 
 RESOLUTIONS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.4, 2.0)  # the grid of all rows
-_N_NEIGHBORS = 15  # the cell itself among them, as scanpy counts
+_N_NEIGHBORS = 15  # including the cell itself, as scanpy counts
 _STEPS = 64  # of the bisection
 
 
 def neighbor_graph(embedding: np.ndarray) -> sparse.csr_array:
-    """Weigh the 15 nearest neighbours of each cell as UMAP does (McInnes et al. 2018), as `scanpy.pp.neighbors`.
+    """Build the graph of 15 nearest neighbours with UMAP's weights (McInnes et al. 2018), as `scanpy.pp.neighbors`.
 
-    A neighbour at distance d weighs exp(-(d - rho) / sigma), rho the distance of the nearest other cell and sigma such
-    that a cell's weights sum to log2(15); the weights a and b of two directions become a + b - a b.
+    The weight of a neighbour at distance d is exp(-(d - rho) / sigma), with rho the distance of the nearest other cell
+    and sigma such that the weights of a cell sum to log2(15); the weights a and b of the two directions are combined
+    as a + b - a b.
 
     Parameters
     ----------
@@ -33,7 +34,7 @@ def neighbor_graph(embedding: np.ndarray) -> sparse.csr_array:
     n_others = min(_N_NEIGHBORS, n) - 1
     distances, others = NearestNeighbors(n_neighbors=n_others).fit(embedding).kneighbors()
     apart = np.where(distances > 0, distances, np.inf).min(axis=1)
-    nearest = np.where(np.isfinite(apart), apart, 0.0)  # of distances that are not 0
+    nearest = np.where(np.isfinite(apart), apart, 0.0)  # among distances above 0
     beyond = np.maximum(distances - nearest[:, None], 0)
     wanted = np.log2(n_others + 1)
     low, high, sigma = np.zeros(n), np.full(n, np.inf), np.ones(n)
@@ -41,7 +42,7 @@ def neighbor_graph(embedding: np.ndarray) -> sparse.csr_array:
         too_many = np.exp(-beyond / sigma[:, None]).sum(axis=1) > wanted
         high, low = np.where(too_many, sigma, high), np.where(too_many, low, sigma)
         sigma = np.where(np.isinf(high), sigma * 2, (low + high) / 2)
-    # The cell itself, at distance 0, is among those that the mean is of.
+    # The mean includes the cell itself, at distance 0.
     mean = distances.sum(axis=1) / (n_others + 1)
     sigma = np.maximum(sigma, 1e-3 * np.where(nearest > 0, mean, mean.mean()))
     weights = np.exp(-beyond / np.maximum(sigma, np.finfo(float).tiny)[:, None])
@@ -51,16 +52,16 @@ def neighbor_graph(embedding: np.ndarray) -> sparse.csr_array:
 
 
 def leiden(graph: sparse.csr_array, resolution: float, seed: int) -> np.ndarray:
-    """Cluster cells by Leiden's algorithm (Traag et al. 2019): modularity, two iterations, as scanpy's igraph flavour.
+    """Cluster cells with the Leiden algorithm (Traag et al. 2019): modularity, two iterations, as scanpy with igraph.
 
     Parameters
     ----------
     graph : csr_array (n_cells, n_cells)
         Symmetric weights.
     resolution : float
-        More gives more clusters.
+        Higher values give more clusters.
     seed : int
-        Of the algorithm.
+        Seed of the algorithm.
 
     Returns
     -------
@@ -94,14 +95,14 @@ def cluster_scores(embedding: np.ndarray, labels: np.ndarray, seed: int) -> dict
     labels : array (n_cells,)
         Class of each cell.
     seed : int
-        Of Leiden.
+        Seed of Leiden.
 
     Returns
     -------
     dict of str to float
         `leiden_ari` and `leiden_nmi` at resolution 1; `leiden_ari_best` and `leiden_nmi_best`, the largest over
-        `RESOLUTIONS`: the labels choose the resolution, so that these two are what a user who knows the labels gets.
-        NMI is divided by the arithmetic mean of the entropies.
+        `RESOLUTIONS`, with the resolution chosen by the labels, which a user does not know in practice. NMI is
+        normalised by the arithmetic mean of the entropies.
     """
     graph = neighbor_graph(embedding)
     clusters = {resolution: leiden(graph, resolution, seed) for resolution in RESOLUTIONS}
@@ -116,7 +117,7 @@ def cluster_scores(embedding: np.ndarray, labels: np.ndarray, seed: int) -> dict
 
 
 def silhouette(embedding: np.ndarray, labels: np.ndarray) -> float:
-    """Compute the mean silhouette of the classes by Euclidean distance, -1 to 1 (not rescaled)."""
+    """Compute the mean silhouette of the classes with Euclidean distances, -1 to 1 (not rescaled)."""
     return float(silhouette_score(embedding, labels))
 
 

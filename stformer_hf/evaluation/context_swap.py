@@ -1,4 +1,4 @@
-"""Whether a model reads the cell: what its masked genes cost in their own context, and in that of another cell."""
+"""Test whether a model uses the context: the loss of masked genes in their own cell, and in that of another cell."""
 
 from __future__ import annotations
 
@@ -26,53 +26,53 @@ def context_swap(
 ) -> dict[str, float]:
     """Score masked genes in their own context, and in the context of another cell.
 
-    Masked positions, their labels and what stands around the genes (`[CLS]`, phenotypes, `[EOS]`) are the same in
-    both; only the visible genes differ. A model that ignores them has a gap of 0.
+    Masked positions, their labels and the other tokens (`[CLS]`, phenotypes, `[EOS]`) are the same in both; only the
+    visible genes differ. A model that ignores them has a gap of 0.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Of masked tokens; it is in evaluation mode meanwhile.
+        Model of masked tokens; it is put into evaluation mode meanwhile.
     held_out : CellStore, datasets.Dataset with `input_ids`, or Subset of one
         At least two cells.
     collator : DataCollatorForGeneRankMLM or DataCollatorForPhenotypicMLM
         Tokenizes and masks, as at every evaluation.
     batch_size : int, default: 16
-        Cells a batch; a cell's partner is of the same batch.
+        Cells per batch; the partner of a cell is in the same batch.
     max_cells : int, optional
-        Score a random subset of so many cells, where there are more.
+        Score a random subset of this many cells if there are more.
     seed : int, default: 0
-        Of the subset and of the batches.
+        Seed of the subset and of the batches.
 
     Returns
     -------
     dict of str to float
         `own_context_nll` and `swapped_context_nll`, mean negative log likelihood in nats at the same positions;
-        `context_swap_gap`, the second less the first. Empty where no position can be scored: with one bin edge all
-        visible bins are alike, and there is nothing to swap.
+        `context_swap_gap`, the second minus the first. Empty if no position can be scored: with one bin edge all
+        visible bins are equal, and there is nothing to swap.
 
     Raises
     ------
     ValueError
-        Fewer than two cells; a stream.
+        There are fewer than two cells; the cells are a stream.
 
     Notes
     -----
-    Cells are batched at random; in a batch, cells of like length are partners.
+    Cells are batched at random; within a batch, cells of similar length are partners.
 
-    Ranks: at each rank where both cells have a gene, the visible gene becomes the partner's (as it is before masking).
-    Ranks beyond are attended to in neither. Not scored: genes that the partner shows, for a model that has learnt that
-    a gene comes once would lose there without reading more; and ranks beyond. What is left are genes that the partner
-    lacks or has masked, so that the figures are not those of an evaluation. Since neighbours in rank bracket the
-    median of a gene, a gap proves that the model reads its context, not that it has learnt more than the medians: see
-    B3 of `masked_gene_baselines`.
+    Ranks: at each rank where both cells have a gene, the visible gene is replaced by the partner's (before masking).
+    Higher ranks are attended to in neither context, and not scored. Genes that the partner shows are not scored
+    either: a model that has learnt that a gene occurs once would lose there without using more of the context. The
+    scored genes are thus those that the partner lacks or has masked, so the losses differ from those of an evaluation.
+    Since neighbours in rank bracket the median of a gene, a gap proves that the model uses its context, not that it
+    has learnt more than the medians: see B3 of `masked_gene_baselines`.
 
-    Bins: the visible genes stay, and get the bins that the partner has them in. Genes that the partner does not
-    express, or lost to truncation, are attended to in neither: `bin_0` is never shown.
+    Bins: the visible genes are kept, with the bins that they have in the partner. Genes that the partner does not
+    express, or lost to truncation, are attended to in neither context: `bin_0` is never visible.
     """
     collator, held_out = collator.for_evaluation(), open_rows(held_out)
     if len(held_out) < 2:
-        raise ValueError(f"A context swap needs two cells, and there are {len(held_out)}.")
+        raise ValueError(f"A context swap needs at least two cells, got {len(held_out)}.")
     if collator.tokenizer.scheme == "binned" and collator.tokenizer.n_bins < 3:
         return {}
     batch_size = max(batch_size, 2)
@@ -92,19 +92,19 @@ def context_swap(
 
 
 def masked_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Negative log likelihood of labels, in nats.
+    """Compute the negative log likelihood of labels, in nats.
 
     Parameters
     ----------
     logits : Tensor (n, length, V), or (k, V)
-        Of all positions, or of the labelled ones in row-major order.
+        Logits of all positions, or of the labelled ones in row-major order.
     labels : LongTensor (n, length)
-        -100 where there is none.
+        Labels; -100 where there is none.
 
     Returns
     -------
     float32 Tensor (k,)
-        Of the k labelled positions, in row-major order.
+        Losses of the k labelled positions, in row-major order.
     """
     labelled = labels != IGNORE
     if logits.ndim == 3:
@@ -117,7 +117,7 @@ def _score(model: nn.Module, own: dict, swapped: dict, device: torch.device) -> 
     """Sum the losses of both contexts, and count the positions: float64 array (3,)."""
     sums, options = [], {}
     if "sparse_prediction" in inspect.signature(getattr(model, "module", model).forward).parameters:
-        options["sparse_prediction"] = True  # logits of the labelled positions are all that is read
+        options["sparse_prediction"] = True  # only logits of the labelled positions are needed
     for batch in (own, swapped):
         batch = {name: torch.from_numpy(values).to(device) for name, values in batch.items()}
         sums.append(masked_nll(model(**batch, **options).logits, batch["labels"]).double().sum().item())
@@ -125,13 +125,13 @@ def _score(model: nn.Module, own: dict, swapped: dict, device: torch.device) -> 
 
 
 def _own_and_swapped(examples: Any, collator: CellCollator, swap: Callable) -> tuple[dict, dict]:
-    """Make the two batches of cells."""
+    """Collate the cells in both contexts."""
     tokenizer = collator.tokenizer
     own = {name: tensor.numpy() for name, tensor in collator(examples).items()}
     tokens = read_tokens(examples, tokenizer, collator.epoch)
     found = masked_genes(own, tokenizer)
     own["attention_mask"] = own.get("attention_mask", (own["input_ids"] != tokenizer.pad_token_id).astype(np.int64))
-    # Partners: neighbours by length, two by two; of an odd number the last takes the one before it.
+    # Partners are pairs of neighbours in length; with an odd number, the last takes the one before it.
     order = np.argsort(np.diff(tokens.indptr), kind="stable")
     partner = np.empty(len(order), np.int64)
     other = np.arange(len(order)) ^ 1
@@ -146,12 +146,12 @@ def _own_and_swapped(examples: Any, collator: CellCollator, swap: Callable) -> t
 
 
 def _swap_ranks(own: dict, found, tokens, partner: np.ndarray, tokenizer: Any):
-    """Put the partner's genes into the ranks that both have; a segment is the cell's genes, or its neighbourhood's.
+    """Put the partner's genes at the ranks that both have; a segment is the cell's genes, or its neighbourhood's.
 
     Returns
     -------
     swapped : dict
-        The batch in the other context.
+        Batch in the other context.
     attended, scored : bool array (n, length)
     """
     ids = own["input_ids"]
@@ -163,7 +163,7 @@ def _swap_ranks(own: dict, found, tokens, partner: np.ndarray, tokenizer: Any):
         offset = tokenizer.gene_token_type_offset if n_segments > 1 else 0
         return cells * n_segments + (types - offset if n_segments > 1 else 0)
 
-    # Rank of each gene of the batch in its segment. Chosen genes hold a rank, whatever stands there now.
+    # Rank of each gene of the batch in its segment. Genes chosen for masking keep their rank.
     gene = tokenizer.get_gene_tokens_mask(ids) | found.scored
     cells, columns = np.nonzero(gene)
     types = own.get("token_type_ids", np.zeros_like(ids))
@@ -190,7 +190,7 @@ def _swap_ranks(own: dict, found, tokens, partner: np.ndarray, tokenizer: Any):
 
 
 def _swap_bins(own: dict, found, tokens, partner: np.ndarray, tokenizer: Any):
-    """Give the visible genes the partner's bins; returns as `_swap_ranks`."""
+    """Replace the bins of visible genes by the partner's; return values are those of `_swap_ranks`."""
     n_types = tokenizer.type_vocab_size
     is_gene = np.flatnonzero(tokenizer.get_gene_tokens_mask(tokens.input_ids))
     all_cells = np.repeat(np.arange(len(partner)), np.diff(tokens.indptr))[is_gene]

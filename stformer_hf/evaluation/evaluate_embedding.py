@@ -1,4 +1,4 @@
-"""Embeddings side by side with the baselines that they have to beat, on the same folds of the same cells."""
+"""Compare embeddings with simple baselines, on the same folds of the same cells."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from .splits import Fold, draw_labelled, find_twins, make_folds
 logger = logging.getLogger(__name__)
 
 BASELINES = {"pca": "PCA of genes", "logistic_regression": "LR on genes", "scvi": "scVI"}
-_MORE_CELLS = 20  # of a class beyond the labelled ones, so that it enters the columns of few labels
-_MOST_CELLS = 10_000  # of the figures that compare all cells with one another
+_MORE_CELLS = 20  # per class beyond the labelled ones, to enter the columns of few labels
+_MOST_CELLS = 10_000  # for metrics that compare all cells with one another
 _ROWS_PER_BLOCK = 4096
 
 
@@ -39,9 +39,9 @@ class Row(NamedTuple):
     ----------
     name : str
     represent : callable
-        Training cells (int64 array) -> array or csr_array (n_cells, d) of all cells, fitted on the training cells.
+        Training cells (int64 array) -> array or csr_array (n_cells, d) of all cells, fitted to the training cells.
     embedding : float64 array (n_cells, d), or None
-        For the figures of all cells; None of a row that is a classifier only.
+        For metrics over all cells; None if the row is only a classifier.
     """
 
     name: str
@@ -64,45 +64,45 @@ def evaluate_embedding(
     min_cells: int | None = None,
     seed: int = 0,
 ) -> EmbeddingEvaluation:
-    """Compare embeddings of cells with each other and with simple baselines, by cross-validation.
+    """Compare embeddings of cells with one another and with simple baselines, by cross-validation.
 
-    Embeddings are taken as they are. One that was fitted on all cells of `adata` without their labels (a model
-    pretrained on them, a PCA of all cells) is *transductive*: it has seen the held-out cells, which the baselines,
-    fitted again in each fold, have not. Put a PCA of all cells among the `keys` to compare like with like. One that
-    was fitted with the labels leaks them, and no figure here shows that.
+    Embeddings are used as given. One that was fitted to all cells of `adata` without their labels (a model pretrained
+    on them, a PCA of all cells) is *transductive*: it has seen the held-out cells, which the baselines, refitted in
+    each fold, have not. For a fair comparison, add a PCA of all cells to the `keys`. An embedding that was fitted with
+    the labels leaks them, and no metric here reveals that.
 
-    What is fitted here (variable genes, components, scalers, probes, neighbours) sees the training cells of a fold
-    only. Twins (equal barcode and equal counts) are on one side of every split. Cells without a label, and classes of
-    fewer than `min_cells` cells, are left out of every figure of every row, as are held-out cells whose class has no
-    training cell (with `split_by`); their numbers are in `notes`.
+    Everything fitted here (variable genes, components, scalers, probes, neighbours) sees only the training cells of a
+    fold. Twins (equal barcode and equal counts) are on one side of every split. Cells without a label, classes with
+    fewer than `min_cells` cells, and held-out cells whose class has no training cell (with `split_by`) are left out of
+    every metric of every row; their numbers are in `notes`.
 
     Parameters
     ----------
     adata : AnnData
-        With raw counts in X, raw or a layer. It is not changed.
+        Cells with raw counts in X, raw or a layer. It is not changed.
     keys : sequence of str
         Keys of `obsm`, float (n_obs, d) each; without keys only the baselines are evaluated.
     label_key : str
         Column of obs with the class of each cell.
     batch_key : str, optional
-        Column of obs: adds the integration metrics, see `integration.integration_scores`.
+        Column of obs with batches: adds the integration metrics, see `integration.integration_scores`.
     split_by : str, optional
         Column of obs, such as the donor: cells of one group are on one side of every split. By default cells are
         split, stratified by class.
     baselines : sequence of str, default: ("pca", "logistic_regression")
         "pca": 50 components of 2,000 variable genes, log-normalised. "logistic_regression": on all log-normalised
-        genes, C = 1; the figures of the probe only. "scvi": scVI with its defaults, fitted once on all cells without
-        their labels, so transductive (extra `scvi`).
+        genes, C = 1; only metrics of the probe. "scvi": scVI with its defaults, fitted once to all cells without
+        their labels, so it is transductive (extra `scvi`).
     layer : str, optional
-        Where the counts are: X, raw or a layer. Found by itself by default.
+        Location of the counts: X, raw or a layer; by default it is detected.
     n_splits, n_repeats : int, default: 5, 1
-        Folds, and how often they are made.
+        Number of folds, and of repeats with new folds.
     n_draws : int, default: 4
-        Draws of the few labelled cells per fold; 4 in 5 folds are 20.
+        Draws of few labelled cells per fold; 4 in each of 5 folds are 20.
     min_cells : int, optional
-        Fewest cells of a class that enters; `n_splits` by default (twins count once).
+        Minimum number of cells of a class; `n_splits` by default (twins count once).
     seed : int, default: 0
-        Of folds, draws, components, clusters and the ceiling.
+        Seed of folds, draws, components, clusters and the ceiling.
 
     Returns
     -------
@@ -110,23 +110,23 @@ def evaluate_embedding(
         Its columns (larger is better in all of them):
 
         `knn_accuracy`: vote of the 15 nearest training cells. `probe_5`, `probe_20`, `probe_50`: accuracy of a
-        logistic regression (C = 1, one scale for all dimensions) on so many labelled cells per class, of the held-out
-        cells of classes with at least n + 20 cells (and n training cells in the fold). `probe_all`,
-        `probe_all_macro_f1`: of all training labels; the mean F1 is of the classes held out in the fold.
-        `leiden_ari`, `leiden_nmi` (resolution 1), `leiden_ari_best`, `leiden_nmi_best` (best of one grid),
-        `silhouette` of the classes: of all cells, or of 10,000 random ones. With `batch_key` also
+        logistic regression (C = 1, one scale for all dimensions) trained on this number n of labelled cells per class,
+        on the held-out cells of classes with at least n + 20 cells (and n training cells in the fold). `probe_all`,
+        `probe_all_macro_f1`: trained on all training labels; the F1 is averaged over the classes held out in the fold.
+        `leiden_ari`, `leiden_nmi` (resolution 1), `leiden_ari_best`, `leiden_nmi_best` (best of one grid), and
+        `silhouette` of the classes: over all cells, or 10,000 random ones. With `batch_key` also
         `batch_silhouette`, `batch_ilisi`, `batch_pcr`, `connectivity`; with scib-metrics (extra `scib`) `batch_kbet`.
 
-        The row "ceiling (half depth)" is what one half of a cell's counts tells of the other, see
+        The row "ceiling (half depth)" shows how well one half of a cell's counts predicts the other, see
         `ceiling.measure_ceiling`.
 
     Raises
     ------
     ValueError
-        No counts; a missing column or key; an embedding of another shape or with NaN; fewer than two classes of enough
-        cells, or two batches; too few groups or cells.
+        There are no counts; a column or key is missing; an embedding has another shape or NaN; there are fewer than
+        two classes with enough cells, or fewer than two batches; there are too few groups or cells.
     ImportError
-        "scvi" without its extra.
+        "scvi" is asked for without its extra.
     """
     keys = [keys] if isinstance(keys, str) else list(keys)
     _check_settings(keys, baselines, n_splits, n_repeats, n_draws, n_splits if min_cells is None else min_cells)
@@ -138,7 +138,7 @@ def evaluate_embedding(
     groups = None if split_by is None else _column(adata, split_by)
     for key, values in ((batch_key, batches), (split_by, groups)):
         if values is not None and (values[labels != None] == None).any():  # noqa: E711  (arrays of objects)
-            raise ValueError(f"Labelled cells have no value in obs[{key!r}]: leave them out first.")
+            raise ValueError(f"Labelled cells have no value in obs[{key!r}]: remove them first.")
     counts = _read_counts(adata, layer)
     twins = find_twins(adata.obs_names, counts)
     notes: list[str] = []
@@ -149,7 +149,7 @@ def evaluate_embedding(
     groups = None if groups is None else groups[cells].astype(str)
     batches = None if batches is None else batches[cells].astype(str)
     if batches is not None and len(np.unique(batches)) < 2:
-        raise ValueError(f"obs[{batch_key!r}] has one batch among the cells evaluated: leave batch_key out.")
+        raise ValueError(f"obs[{batch_key!r}] has only one batch among the evaluated cells: leave batch_key out.")
     folds = make_folds(labels, twins, n_splits=n_splits, n_repeats=n_repeats, seed=seed, groups=groups)
     folds = [_without_unseen(fold, labels, notes) for fold in folds]
     few = _few_label_classes(labels, folds, notes)
@@ -212,33 +212,33 @@ def evaluate_embedding(
     return EmbeddingEvaluation(pd.DataFrame(values), settings, notes)
 
 
-# ---------------------------------------------------------------------- what comes in
+# ---------------------------------------------------------------------- inputs
 
 
 def _check_settings(
     keys: list[str], baselines: Sequence[str], n_splits: int, n_repeats: int, n_draws: int, min_cells: int
 ) -> None:
     if len(set(keys)) < len(keys):
-        raise ValueError(f"keys names one twice: {', '.join(keys)}.")
+        raise ValueError(f"keys contains a key twice: {', '.join(keys)}.")
     taken = {*BASELINES.values(), CEILING} & set(keys)
     if taken:
         raise ValueError(f"obsm[{min(taken)!r}] has the name of a baseline: copy it to another key.")
     unknown = [name for name in baselines if name not in BASELINES]
     if unknown or isinstance(baselines, str):
-        raise ValueError(f"baselines is a list of {', '.join(BASELINES)}; got {baselines!r}.")
+        raise ValueError(f"baselines must be a list of {', '.join(BASELINES)}; got {baselines!r}.")
     if not keys and not baselines:
         raise ValueError("Nothing to evaluate: pass keys of obsm, or baselines.")
     for name, value, least in (("n_splits", n_splits, 2), ("n_repeats", n_repeats, 1), ("n_draws", n_draws, 1)):
         if value < least:
-            raise ValueError(f"{name}={value}: at least {least} is needed.")
+            raise ValueError(f"{name}={value}: must be at least {least}.")
     if min_cells < n_splits:
-        raise ValueError(f"min_cells={min_cells}: a class needs a cell in each of {n_splits} folds.")
+        raise ValueError(f"min_cells={min_cells}: a class needs a cell in each of the {n_splits} folds.")
     if "scvi" in baselines:
         _import_scvi()
 
 
 def _read_embedding(adata: AnnData, key: str) -> np.ndarray:
-    """Read an embedding, checked: float64 array (n_obs, d)."""
+    """Read and check an embedding: float64 array (n_obs, d)."""
     if key not in adata.obsm:
         raise ValueError(f"There is no obsm[{key!r}]; obsm has {', '.join(map(repr, adata.obsm)) or 'nothing'}.")
     found = adata.obsm[key]
@@ -253,7 +253,7 @@ def _read_embedding(adata: AnnData, key: str) -> np.ndarray:
     if len(wrong):
         raise ValueError(
             f"obsm[{key!r}] is NaN or infinite for {len(wrong)} of {len(found)} cells, such as "
-            f"{adata.obs_names[wrong[0]]}: leave them out, or embed again."
+            f"{adata.obs_names[wrong[0]]}: remove them, or embed again."
         )
     return found
 
@@ -267,7 +267,7 @@ def _column(adata: AnnData, key: str) -> np.ndarray:
 
 
 def _read_counts(adata: AnnData, layer: str | None) -> sparse.csr_array:
-    """Read the counts of all cells, canonical: int64 csr_array (n_obs, n_genes)."""
+    """Read the counts of all cells: canonical int64 csr_array (n_obs, n_genes)."""
     if not adata.n_obs:
         raise ValueError("The AnnData has no cells.")
     source = open_source(adata, layer)
@@ -278,47 +278,47 @@ def _read_counts(adata: AnnData, layer: str | None) -> sparse.csr_array:
 
 
 def _choose_cells(labels: np.ndarray, twins: np.ndarray, least: int, notes: list[str]) -> np.ndarray:
-    """Choose the cells of classes with enough cells, of which twins count once: bool array (n_obs,)."""
+    """Choose the cells of classes with enough cells, counting twins once: bool array (n_obs,)."""
     there = labels != None  # noqa: E711  (an array of objects)
     if not there.all():
         notes.append(f"{(~there).sum():,} cells without a label are left out.")
     firsts = np.zeros(len(labels), bool)
     firsts[np.unique(twins, return_index=True)[1]] = True
     if (~firsts).any():
-        notes.append(f"{(~firsts).sum():,} cells are twins of others, and stay on their side of every split.")
+        notes.append(f"{(~firsts).sum():,} cells are twins of others, and stay on the same side of every split.")
     sizes = pd.Series(labels[firsts & there]).value_counts()
     rare = sorted(sizes.index[sizes < least])
     if rare:
         shown = ", ".join(rare[:5]) + (", …" if len(rare) > 5 else "")
-        notes.append(f"Classes of fewer than {least} cells are left out ({len(rare)}): {shown}.")
+        notes.append(f"Classes with fewer than {least} cells are left out ({len(rare)}): {shown}.")
     kept = there & np.isin(labels, sizes.index[sizes >= least])
     n_classes = (sizes >= least).sum()
     if n_classes < 2:
-        raise ValueError(f"{n_classes} classes have {least} cells or more; the evaluation needs two.")
+        raise ValueError(f"{n_classes} classes have at least {least} cells; the evaluation needs two.")
     return kept
 
 
 def _without_unseen(fold: Fold, labels: np.ndarray, notes: list[str]) -> Fold:
-    """Leave out held-out cells whose class has no training cell, which no reader can name."""
+    """Leave out held-out cells whose class has no training cell, which no reader can predict."""
     seen = np.isin(labels[fold.test], labels[fold.train])
     if not seen.all():
         notes.append(
-            f"Repeat {fold.repeat}, fold {fold.number}: {(~seen).sum():,} held-out cells are of classes that have no "
-            f"training cell ({', '.join(np.unique(labels[fold.test[~seen]])[:5])}), and are not scored."
+            f"Repeat {fold.repeat}, fold {fold.number}: {(~seen).sum():,} held-out cells are not scored, as their "
+            f"classes have no training cell ({', '.join(np.unique(labels[fold.test[~seen]])[:5])})."
         )
     fold = fold._replace(test=fold.test[seen])
     n_classes = len(np.unique(labels[fold.train]))
     if len(fold.train) < N_NEIGHBORS or not len(fold.test) or n_classes < 2:
         raise ValueError(
             f"Fold {fold.number} has {len(fold.train)} training cells of {n_classes} classes and {len(fold.test)} "
-            f"held-out cells that can be scored; it needs {N_NEIGHBORS} of two classes, and 1: use fewer folds, or "
-            "split by cells."
+            f"held-out cells that can be scored; it needs {N_NEIGHBORS} of two classes, and one held-out cell: use "
+            "fewer folds, or split by cells."
         )
     return fold
 
 
 def _few_label_classes(labels: np.ndarray, folds: list[Fold], notes: list[str]) -> dict[int, list[list[str]]]:
-    """Choose the classes of each fold that enter the columns of few labels: number of labels -> classes per fold."""
+    """Choose the classes of each fold for the columns of few labels: number of labels -> classes per fold."""
     names, sizes = np.unique(labels, return_counts=True)
     chosen: dict[int, list[list[str]]] = {}
     for n in N_LABELS:
@@ -327,8 +327,8 @@ def _few_label_classes(labels: np.ndarray, folds: list[Fold], notes: list[str]) 
         tested = [np.isin(labels[fold.test], classes).any() for fold, classes in zip(folds, of_fold, strict=True)]
         if min(map(len, of_fold)) < 2 or not all(tested):
             notes.append(
-                f"No column of {n} labels: a fold has fewer than two classes of {n + _MORE_CELLS} cells, {n} of them "
-                "for training."
+                f"No column of {n} labels: a fold has fewer than two classes with {n + _MORE_CELLS} cells, {n} "
+                "of them for training."
             )
         else:
             chosen[n] = of_fold
@@ -383,7 +383,7 @@ def _scvi_embedding(counts: sparse.csr_array, batches: np.ndarray | None, seed: 
 def _subset(n_cells: int, seed: int, notes: list[str]) -> np.ndarray:
     if n_cells <= _MOST_CELLS:
         return np.arange(n_cells)
-    notes.append(f"Clusters, silhouette and batches are of {_MOST_CELLS:,} random cells of {n_cells:,}.")
+    notes.append(f"Clusters, silhouette and batches are computed on {_MOST_CELLS:,} random cells of {n_cells:,}.")
     return np.sort(np.random.default_rng(seed).choice(n_cells, _MOST_CELLS, replace=False))
 
 
@@ -397,13 +397,13 @@ def _can_cluster(notes: list[str]) -> bool:
     return False
 
 
-# ---------------------------------------------------------------------- figures
+# ---------------------------------------------------------------------- metrics
 
 
 def _read_labels(
     row: Row, labels: np.ndarray, fold: Fold, few: dict[int, list[str]], n_draws: int, seed: list[int]
 ) -> dict[str, float]:
-    """Score the readers of the labels of one fold's held-out cells."""
+    """Score the readers of labels on the held-out cells of one fold."""
     cells = row.represent(fold.train)
     true = labels[fold.test]
     scores = {}
@@ -436,7 +436,7 @@ def _read_ceiling(ceiling: Ceiling, labels: np.ndarray, fold: Fold) -> dict[str,
 def _compare_cells(
     embedding: np.ndarray, labels: np.ndarray, batches: np.ndarray | None, clusters: bool, seed: int
 ) -> dict[str, float]:
-    """Score what is of all cells together: clusters, silhouette, batches."""
+    """Compute the metrics over all cells: clusters, silhouette, batches."""
     scores = cluster_scores(embedding, labels, seed) if clusters else {}
     scores["silhouette"] = silhouette(embedding, labels)
     if batches is not None:

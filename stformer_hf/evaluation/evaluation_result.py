@@ -1,4 +1,4 @@
-"""The result of an evaluation of embeddings: figures, intervals, paired differences; as text, files, a picture."""
+"""The result of an evaluation of embeddings: metrics, intervals, paired differences; as text, files and a plot."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ _COMPARED = ("knn_accuracy", *(f"probe_{n}" for n in N_LABELS), "probe_all")
 
 @dataclass(frozen=True)
 class EmbeddingEvaluation:
-    """Figures of several embeddings on the same cells and folds; made by `evaluate_embedding`.
+    """Metrics of multiple embeddings on the same cells and folds; made by `evaluate_embedding`.
 
     Attributes
     ----------
     values : DataFrame
-        `row`, `metric`, `repeat`, `fold`, `value`. Figures of labels: one value per fold. Figures of all cells: one
-        value of all (`fold` -1), and but for kBET one without the cells of each fold.
+        `row`, `metric`, `repeat`, `fold`, `value`. Metrics of labels have one value per fold. Metrics over all cells
+        have one value over all (`fold` -1) and, except for kBET, one without the cells of each fold.
     settings : dict
-        What was evaluated, on how many cells and classes.
+        Settings, and numbers of cells and classes.
     notes : list of str
         What was left out, and why.
     """
@@ -67,7 +67,7 @@ class EmbeddingEvaluation:
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """One row per embedding or baseline, one column per metric; `classes_n` are the classes of few labels."""
+        """One row per embedding or baseline, one column per metric; `classes_n` counts the classes of few labels."""
         wide = self.summary.pivot(index="row", columns="metric", values="value")
         wide = wide.loc[self._rows, [metric for metric in METRICS if metric in wide]]
         wide.columns.name = wide.index.name = None
@@ -79,9 +79,9 @@ class EmbeddingEvaluation:
     def summary(self) -> pd.DataFrame:
         """One line per row and metric: `value`, `sd` over folds, `se`, and the 95 % interval `low` to `high`.
 
-        Figures of labels are means over the folds, with the corrected resampled t-test's interval
-        (`intervals.of_folds`); figures of all cells have the jackknife's (`intervals.of_all_cells`), but for
-        kBET, which has none (NaN): it takes too long.
+        Metrics of labels are means over the folds, with the interval of the corrected resampled t-test
+        (`intervals.of_folds`). Metrics over all cells have that of the jackknife (`intervals.of_all_cells`), except
+        for kBET, which has none (NaN), since it takes too long.
         """
         lines = []
         for row, metric in self._scored:
@@ -95,8 +95,8 @@ class EmbeddingEvaluation:
     def comparisons(self) -> pd.DataFrame:
         """Paired differences `row` - `other` of each metric on the same folds, with 95 % intervals and p values.
 
-        By the corrected resampled t-test (Nadeau & Bengio 2003) or the jackknife, see `summary`. The p values are not
-        corrected for the number of comparisons.
+        They use the corrected resampled t-test (Nadeau & Bengio 2003) or the jackknife, see `summary`. The p values
+        are not corrected for the number of comparisons.
         """
         lines = []
         rows = [row for row in self._rows if row != CEILING]
@@ -124,7 +124,7 @@ class EmbeddingEvaluation:
         )
 
     def _values_of(self, row: str, metric: str) -> tuple[float | None, np.ndarray]:
-        """Look up the value of all cells (None of a metric of folds), and those of the folds in their order."""
+        """Return the value over all cells (None for a metric of folds), and those of the folds in their order."""
         found = self._by_name[row, metric].sort_values(["repeat", "fold"], kind="stable")
         whole = found.loc[found["fold"] < 0, "value"]
         return (None if whole.empty else float(whole.iloc[0])), found.loc[found["fold"] >= 0, "value"].to_numpy()
@@ -147,12 +147,12 @@ class EmbeddingEvaluation:
             parts.append(f"{title}\n{_align(cells)}")
         differences = self._differences()
         if differences:
-            parts.append(f"Difference to the baselines, paired by fold\n{_align(differences)}")
-        parts.append("\n".join(["* best of its column.", *self._explanations(), *self.notes]))
+            parts.append(f"Difference from the baselines, paired by fold\n{_align(differences)}")
+        parts.append("\n".join(["* best in its column.", *self._explanations(), *self.notes]))
         return "\n\n".join(parts)
 
     def to_markdown(self) -> str:
-        """Write a section of a model card: tables with the best values in bold, and how they were made."""
+        """Return a section of a model card: tables with the best values in bold, and notes on the methods."""
         parts = ["## Evaluation of embeddings", self._headline()]
         for title, columns in self._sections():
             headings = [name.replace("\n", ", ") for name in columns.values()]
@@ -164,7 +164,7 @@ class EmbeddingEvaluation:
         if differences:
             lines = [differences[0], ["---"] * len(differences[0]), *differences[1:]]
             table = "\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines)
-            parts.append(f"Difference to the baselines, paired by fold:\n\n{table}")
+            parts.append(f"Difference from the baselines, paired by fold:\n\n{table}")
         parts.append("\n".join(f"- {_escape(note)}" for note in [*self._explanations(), *self.notes]))
         return "\n\n".join(parts) + "\n"
 
@@ -173,29 +173,30 @@ class EmbeddingEvaluation:
         by = f"by {facts['split_by']}" if facts["split_by"] else "of cells, stratified"
         repeats = "" if facts["n_repeats"] == 1 else f", {facts['n_repeats']} times"
         return (
-            f"{facts['n_cells']:,} cells, {facts['n_classes']} classes of {facts['label_key']} (the most frequent is "
+            f"{facts['n_cells']:,} cells, {facts['n_classes']} classes of {facts['label_key']} (the most frequent has "
             f"{facts['majority']:.3f} of the cells); {facts['n_splits']} folds {by}{repeats}."
         )
 
     def _explanations(self) -> list[str]:
         explanations = [
-            "± is half of a 95 % interval: of labels by the corrected resampled t-test (Nadeau & Bengio 2003), of all "
-            "cells by the jackknife over folds.",
-            "Baselines are fitted on training cells; embeddings are taken as they are: one that was fitted on all "
-            "cells has seen those held out.",
-            "The ceiling is what one half of each cell's counts tells of the other half, of clusters their agreement; "
-            "a half has half the depth, so whole cells may come out above it.",
+            "± is half of a 95 % interval: for metrics of labels by the corrected resampled t-test (Nadeau & Bengio "
+            "2003), for metrics over all cells by a jackknife over folds.",
+            "Baselines are fitted to training cells; embeddings are used as given: one that was fitted to all cells "
+            "has seen the held-out ones.",
+            "The ceiling shows how well one half of each cell's counts predicts the other half, or how well their "
+            "clusters agree; a half has half the depth, so whole cells may exceed it.",
         ]
         if self.settings["batch_key"]:
             scib = self.settings["scib_metrics"]
-            kbet = f"kBET is of scib-metrics {scib}" if scib else "kBET needs scib-metrics, which is not installed"
+            kbet = f"kBET is from scib-metrics {scib}" if scib else "kBET needs scib-metrics, which is not installed"
             explanations.append(
-                f"Mixing of batches ({self.settings['batch_key']}): plain forms of those of scib-metrics; {kbet}."
+                f"Mixing of batches ({self.settings['batch_key']}): the metrics of scib-metrics, computed without it; "
+                f"{kbet}."
             )
         return explanations
 
     def _sections(self) -> list[tuple[str, dict[str, str]]]:
-        """List the titles of the tables with their columns that have values: metric -> heading."""
+        """Return the titles of the tables with the columns that have values: metric -> heading."""
         found = []
         for title, columns in _SECTIONS.items():
             there = {metric: name for metric, name in columns.items() if metric in self.table}
@@ -225,7 +226,7 @@ class EmbeddingEvaluation:
         return _with_half(marked, line["value"], line["high"])
 
     def _differences(self) -> list[list[str]]:
-        """Tabulate keys against baselines: a heading, and a line for each pair."""
+        """Return a table of keys against baselines: a heading, and a line for each pair."""
         found = self.comparisons
         baselines = self.settings["baselines"]
         found = found[~found["row"].isin(baselines) & found["other"].isin(baselines)]
@@ -247,7 +248,7 @@ class EmbeddingEvaluation:
     # ------------------------------------------------------------------ files
 
     def to_json(self, path: str | Path) -> None:
-        """Write settings, notes, summary, comparisons and the values of the folds; what is NaN becomes null."""
+        """Write settings, notes, summary, comparisons and the values of the folds; NaN becomes null."""
         tables = {name: _records(getattr(self, name)) for name in ("summary", "comparisons", "values")}
         text = json.dumps({"settings": self.settings, "notes": self.notes, **tables}, indent=1, allow_nan=False)
         Path(path).write_text(text + "\n", encoding="utf-8")
@@ -257,7 +258,7 @@ class EmbeddingEvaluation:
         self.summary.to_csv(path, index=False)
 
     def plot(self, *, save: str | Path | None = None) -> Figure:
-        """Draw each metric in a panel of its own: values with their 95 % intervals, the ceiling as a dashed line.
+        """Plot each metric in its own panel: values with their 95 % intervals, the ceiling as a dashed line.
 
         Parameters
         ----------
@@ -297,7 +298,7 @@ class EmbeddingEvaluation:
 
 
 def _align(lines: list[list[str]]) -> str:
-    """Lay out a table in columns, the first to the left and the others to the right."""
+    """Align a table in columns, the first to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
@@ -305,7 +306,7 @@ def _align(lines: list[list[str]]) -> str:
 
 
 def _with_half(text: str, value: float, high: float) -> str:
-    """Add half of an interval to a figure that has one."""
+    """Append half of the interval to a value, if it has one."""
     return text if math.isnan(high) else f"{text} ±{high - value:.3f}"
 
 

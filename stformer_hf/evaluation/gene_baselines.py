@@ -1,4 +1,4 @@
-"""What a masked gene costs those who do not read the cell: losses beside which a model's loss means something."""
+"""Baselines for masked genes: the losses of simple predictors, to compare the loss of a model with."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _RADIUS = 5  # widths beyond which the kernel is 0
 _N_NEAREST = 8
 _FLOOR = 0.1  # share of B2 in B3, so that a gene far from its neighbours has a finite loss
 _CELLS_FOR_WIDTH = 256
-_MASKED_CELLS = 20_000  # fewer training cells are masked anew, up to _MOST_MASKS times, for the marginals of bins
+_MASKED_CELLS = 20_000  # with fewer training cells, masks are redrawn up to _MOST_MASKS times
 _MOST_MASKS = 8
 
 
 class MaskedGenes(NamedTuple):
-    """Which tokens of a padded batch are scored, and which may be read.
+    """Tokens of a padded batch that are scored, and those that are visible.
 
     Attributes
     ----------
     scored : bool array (n, length)
-        Gene labels whose token is `[MASK]`. Of ranked genes those chosen that stayed, or became another gene, are not
-        scored: nothing tells a reader of the batch that they are to be predicted.
+        Gene labels whose token is `[MASK]`. Chosen ranked genes that were kept, or replaced by another gene, are not
+        scored, since a predictor cannot see that they should be predicted.
     visible : bool array (n, length)
-        Genes that the cell has and the batch shows; random genes that stand in place of others are not among them.
+        Genes of the cell that are visible in the batch, without random genes that replace others.
     """
 
     scored: np.ndarray
@@ -53,9 +53,9 @@ def masked_gene_baselines(
     max_train_cells: int | None = None,
     whole_cells: bool = False,
 ) -> dict[str, float]:
-    """Mean negative log likelihood, in nats, of the masked genes of held-out cells under simple baselines.
+    """Compute the mean negative log likelihood, in nats, of masked genes of held-out cells under simple baselines.
 
-    The positions are those that `collator.for_evaluation()` turns into `[MASK]`, the same at every evaluation of a
+    The positions are those that `collator.for_evaluation()` replaces by `[MASK]`, the same at every evaluation of a
     trainer with this collator; see `MaskedGenes`. Nothing is made dense, and memory is that of a batch.
 
     Parameters
@@ -65,46 +65,46 @@ def masked_gene_baselines(
     collator : DataCollatorForGeneRankMLM or DataCollatorForPhenotypicMLM
         Tokenizes and masks.
     batch_size : int, default: 64
-        Cells to read at a time. It changes no figure.
+        Cells to read at a time. It does not change the results.
     max_train_cells : int, optional
-        Estimate from so many training cells, evenly spread, where there are more.
+        Estimate from this many evenly spaced training cells if there are more.
     whole_cells : bool, default: False
-        Whether the genes that `max_length` cuts off are visible too, as to a model that reads whole cells: B2 and B3
-        leave them out, B3 has them at the ranks after the last token, and the cell's marginal counts their bins.
-        Tokenized cells have lost them, for the model as for the baselines.
+        Whether genes cut off by `max_length` are visible too, as they are to a model that reads whole cells: B2 and B3
+        exclude them, B3 places them at the ranks after the last token, and the cell's marginal counts their bins.
+        Tokenized cells have lost them, for the model as well as for the baselines.
 
     Returns
     -------
     dict of str to float
-        Of ranks, `b0_nll`: every gene alike, ln V. `b1_nll`: frequency of the gene in the training cells, as
-        (n + 1) / (N + V). `b2_nll`: the same without the genes that the cell shows, renormalised. `b3_nll`: B2
-        weighted by how near a gene's median is to those at the 8 nearest visible ranks, if the tokenizer has medians;
-        `b3_width` is the width that was chosen.
+        For ranks, `b0_nll`: all genes equally likely, ln V. `b1_nll`: frequency of the gene in the training cells,
+        (n + 1) / (N + V). `b2_nll`: the same without the visible genes of the cell, renormalised. `b3_nll`: B2
+        weighted by how close a gene's median is to those at the 8 nearest visible ranks, if the tokenizer has medians;
+        `b3_width` is the chosen width.
 
-        Of bins, `uniform_nll`: every bin alike. `gene_marginal_nll`: share of the bin among the gene's labels.
-        `cell_marginal_nll`: share of the bin among the bins that the cell shows.
+        For bins, `uniform_nll`: all bins equally likely. `gene_marginal_nll`: share of the bin among the gene's
+        labels. `cell_marginal_nll`: share of the bin among the visible bins of the cell.
 
     Raises
     ------
     ValueError
-        A cell that has a gene twice; no gene masked; no cells; a stream.
+        A cell has a gene twice; no gene is masked; there are no cells; the cells are a stream.
 
     Notes
     -----
-    B3 is 0.9 q + 0.1 B2, q(g) proportional to B2(g) * sum over j of exp(-(ln m_g - ln m_j)^2 / (2 width^2)), where j
-    are the 8 visible genes at the nearest ranks (of two at one distance, the stronger first). ln m is rounded to a
+    B3 is 0.9 q + 0.1 B2, with q(g) proportional to B2(g) * sum over j of exp(-(ln m_g - ln m_j)^2 / (2 width^2)),
+    where j are the 8 visible genes at the nearest ranks (at equal distance, the stronger first). ln m is rounded to a
     tenth of the width, and the kernel is 0 beyond 5 widths. The width is the best of `WIDTHS` for masked genes of at
-    most 256 training cells. Rank tokens leak: where counts are equal, ranks are the order of the medians, and B3 reads
-    it without knowing any biology. Nor is B3 all that leaks: the order of `RankPrior`, which sums over the counts, is
-    2.2 nats below it on cells of pbmc_ifnb and geact_fetal (5.45 where B3 is 7.69). A model below B3 has not thereby
-    learnt what genes do; what it has learnt is how far it is below its own start (`start_rank_model`).
+    most 256 training cells. Rank tokens leak: where counts are equal, genes are ordered by their medians, which B3
+    exploits without any biology. B3 does not exploit all of it: the order of `RankPrior`, which sums over the counts,
+    is 2.2 nats below it on cells of pbmc_ifnb and geact_fetal (5.45 where B3 is 7.69). A model below B3 has therefore
+    not necessarily learnt what genes do; compare it with its own start (`start_rank_model`).
 
-    A gene's marginal of bins is (n_gb + p_b) / (n_g + 1), from labels that the collator makes of the training cells,
-    genes swapped in as `bin_0` among them; p_b is the share of the bin among all labels, (n_b + 1) / (N + n_bins).
-    A cell's marginal gives `bin_0`, which no cell shows, p_0, and other bins (1 - p_0) (n_cb + p_b / (1 - p_0)) /
-    (n_c + 1).
+    The marginal of a gene's bins is (n_gb + p_b) / (n_g + 1), from labels that the collator makes for the training
+    cells, including genes swapped in as `bin_0`; p_b is the share of the bin among all labels, (n_b + 1) /
+    (N + n_bins). The marginal of a cell is p_0 for `bin_0`, which is never visible, and (1 - p_0) (n_cb + p_b /
+    (1 - p_0)) / (n_c + 1) for other bins.
 
-    With neighbourhoods, all of it is of the cell's genes, or of its neighbours' genes, apart.
+    With neighbourhoods, the genes of the cell and those of its neighbours are treated separately.
     """
     collator = collator.for_evaluation()
     train, held_out = open_rows(train), open_rows(held_out)
@@ -129,18 +129,18 @@ def masked_gene_baselines(
 
 
 def open_rows(dataset: Any) -> Any:
-    """Make a dataset give batches that the collators read; cells without counts are left out.
+    """Return a dataset whose batches the collators can read; cells without counts are left out.
 
     Raises
     ------
     ValueError
-        A stream, or no cells.
+        The dataset is a stream, or has no cells.
     """
     dataset = as_token_rows(without_empty_cells(dataset))
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ValueError(
-            f"Baselines need cells that can be read by number, and a {type(dataset).__name__} is none: give a "
-            "CellStore or a tokenized datasets.Dataset."
+            f"Baselines need cells that can be read by number, which a {type(dataset).__name__} does not support: "
+            "pass a CellStore or a tokenized datasets.Dataset."
         )
     if not len(dataset):
         raise ValueError("There are no cells to estimate baselines from, or to score.")
@@ -148,7 +148,7 @@ def open_rows(dataset: Any) -> Any:
 
 
 def read_rows(dataset: Any, rows: np.ndarray, batch_size: int, desc: str | None = None) -> Iterator[Any]:
-    """Read batches of rows of what `open_rows` gives; with a progress bar, where it has a name."""
+    """Read batches of rows of an `open_rows` dataset, with a progress bar if `desc` is given."""
     silent = True if desc is None else None
     for start in tqdm(range(0, len(rows), batch_size), desc=desc, unit="batch", disable=silent):
         some = rows[start : start + batch_size].tolist()
@@ -157,7 +157,7 @@ def read_rows(dataset: Any, rows: np.ndarray, batch_size: int, desc: str | None 
 
 
 def masked_genes(batch: dict[str, np.ndarray], tokenizer: Any) -> MaskedGenes:
-    """Find the genes to score, and those to read, in a padded batch with `labels`."""
+    """Find the scored and the visible genes in a padded batch with `labels`."""
     ids, labels = batch["input_ids"], batch["labels"]
     chosen = labels != IGNORE
     chosen[chosen] = tokenizer.get_gene_tokens_mask(labels[chosen])
@@ -166,7 +166,7 @@ def masked_genes(batch: dict[str, np.ndarray], tokenizer: Any) -> MaskedGenes:
 
 
 def _masked(examples: Any, collator: CellCollator, whole_cells: bool) -> dict[str, np.ndarray]:
-    """Mask cells: a padded batch; of whole cells with the genes that were cut off behind the tokens, visible."""
+    """Mask cells in a padded batch; for whole cells, append the genes that were cut off, as visible ones."""
     batch = {name: tensor.numpy() for name, tensor in collator(examples).items()}
     if not whole_cells or not is_cell_batch(examples):
         return batch
@@ -189,7 +189,7 @@ def _masked(examples: Any, collator: CellCollator, whole_cells: bool) -> dict[st
 
 
 def _evenly(n: int, most: int | None) -> np.ndarray:
-    """Choose at most so many of n rows, evenly spread, ascending."""
+    """Choose at most `most` of n rows, evenly spaced, ascending."""
     return np.unique(np.linspace(0, n - 1, n if most is None else min(n, most)).astype(np.int64))
 
 
@@ -197,7 +197,7 @@ def _evenly(n: int, most: int | None) -> np.ndarray:
 
 
 class _RankBaselines:
-    """B0 to B3 of masked ranked genes. A segment is the cell's genes, or its neighbourhood's; V genes."""
+    """B0 to B3 for masked ranked genes. A segment is the cell's genes, or its neighbourhood's; there are V genes."""
 
     def __init__(self, collator: CellCollator, train: Any, rows: np.ndarray, batch_size: int, whole_cells: bool):
         self.tokenizer = collator.tokenizer
@@ -265,9 +265,9 @@ class _RankBaselines:
         keys = np.unique(seen_groups * n_genes + seen)
         if len(keys) < len(seen) or np.isin(groups * n_genes + genes, keys).any():
             raise ValueError(
-                "A cell has a gene twice, and to leave the visible genes out would then leave the masked one out. "
-                "Baselines need each gene once in a cell, or in its neighbourhood (GeneTokenizer(neighborhood=True) "
-                "tells these apart)."
+                "A cell has a gene twice, so excluding its visible genes would exclude the masked one. Baselines need "
+                "each gene at most once in a cell and once in its neighbourhood (GeneTokenizer(neighborhood=True) "
+                "separates these)."
             )
         n_groups = len(found.scored) * self.n_segments
         seen_frequency = self.frequency[seen_groups % self.n_segments, seen]
@@ -279,10 +279,10 @@ class _RankBaselines:
         )  # fmt: skip
 
     def _near(self, places: _Places, kernel: _Kernel) -> np.ndarray:
-        """Give B3's probabilities of the scored genes: float64 array (k,)."""
+        """Return the probabilities of the scored genes under B3: float64 array (k,)."""
         n_bins = kernel.unseen.shape[1]
         n_groups = int(max(places.groups.max(initial=-1), places.seen_groups.max(initial=-1))) + 1
-        # Frequency of the genes that a cell does not show, by their medians; then how much is near each median.
+        # Frequency of the genes not visible in a cell, by their medians; then the mass near each median.
         seen_bins = kernel.bins[places.seen]
         known = seen_bins >= 0
         shown = places.seen_groups[known] * n_bins + seen_bins[known]
@@ -306,9 +306,9 @@ class _Kernel:
     ----------
     width : float
     bins : int64 array (V,)
-        Of each gene its ln median in tenths of the width, from 0; -1 without a median.
+        ln median of each gene in tenths of the width, from 0; -1 without a median.
     weights : float64 array (52,)
-        Of the distances 0, 1, … in bins; the last is 0, of all farther ones.
+        Weights of the distances 0, 1, … in bins; the last is 0, for all larger ones.
     unseen : float64 array (n_segments, n_bins)
         Frequency of all genes of a bin.
     """
@@ -333,7 +333,7 @@ class _Places(NamedTuple):
     seen, seen_groups, seen_frequency : arrays (v,)
         Visible genes, their groups and frequencies.
     nearest : int64 array (k, 8)
-        Which visible genes are at the nearest ranks; -1 where there are fewer.
+        Visible genes at the nearest ranks; -1 if there are fewer.
     """
 
     genes: np.ndarray

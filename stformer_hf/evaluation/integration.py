@@ -1,4 +1,4 @@
-"""How well an embedding mixes batches: plain forms of the metrics of scib-metrics, and its kBET where it is there."""
+"""Measure how well an embedding mixes batches: the metrics of scib-metrics without it, and its kBET if installed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.metrics import silhouette_samples
 from sklearn.neighbors import NearestNeighbors
 
-_N_CONNECTED, _N_KBET, _N_LISI = 15, 50, 90  # neighbours as scib-metrics counts them, the cell itself among them
+_N_CONNECTED, _N_KBET, _N_LISI = 15, 50, 90  # neighbours including the cell itself, as in scib-metrics
 _STEPS = 60  # of the bisection
 
 
 def scib_version() -> str | None:
-    """Look up the version of scib-metrics, None where it is not installed."""
+    """Return the version of scib-metrics; None if it is not installed."""
     try:
         return version("scib-metrics")
     except PackageNotFoundError:
@@ -23,10 +23,10 @@ def scib_version() -> str | None:
 
 
 def integration_scores(embedding: np.ndarray, labels: np.ndarray, batches: np.ndarray) -> dict[str, float]:
-    """Score the mixing of batches, up to 1, larger is better; see Luecken et al. 2022, Nature Methods 19:41.
+    """Score the mixing of batches, at most 1, larger is better; see Luecken et al. 2022, Nature Methods 19:41.
 
-    A high score is no merit where batches differ in biology: constant or random embeddings mix perfectly. The values
-    are those of scib-metrics, whose jax is not needed for them.
+    A high score is not a merit if batches differ in biology: constant or random embeddings mix perfectly. The values
+    equal those of scib-metrics, but do not need jax.
 
     Parameters
     ----------
@@ -37,11 +37,11 @@ def integration_scores(embedding: np.ndarray, labels: np.ndarray, batches: np.nd
     Returns
     -------
     dict of str to float
-        `batch_silhouette`: 1 - |silhouette of the batches| within a class, mean of the classes (NaN if no class has
-        two batches). `batch_ilisi`: median over cells of the inverse Simpson index of the batches around them, scaled
-        to 0 to 1. `batch_pcr`: 1 - share of the embedding's variance between the means of the batches (principal
-        component regression). `connectivity`: share of a class in the largest part of its graph of 15 neighbours,
-        mean of the classes.
+        `batch_silhouette`: 1 - |silhouette of the batches| within a class, mean over classes (NaN if no class has two
+        batches). `batch_ilisi`: median over cells of the inverse Simpson index of the batches around them, scaled to
+        0 to 1. `batch_pcr`: 1 - share of the embedding's variance between the means of the batches (principal
+        component regression). `connectivity`: share of a class in the largest component of its graph of 15
+        neighbours, mean over classes.
     """
     return {
         "batch_silhouette": batch_silhouette(embedding, labels, batches),
@@ -52,7 +52,7 @@ def integration_scores(embedding: np.ndarray, labels: np.ndarray, batches: np.nd
 
 
 def batch_kbet(embedding: np.ndarray, labels: np.ndarray, batches: np.ndarray) -> float:
-    """Compute the acceptance rate of kBET within the classes (Buettner et al. 2019) with scib-metrics; takes a minute.
+    """Compute the acceptance rate of kBET within classes (Buettner et al. 2019) with scib-metrics; takes a minute.
 
     Raises
     ------
@@ -73,7 +73,7 @@ def batch_kbet(embedding: np.ndarray, labels: np.ndarray, batches: np.ndarray) -
 
 
 def batch_silhouette(embedding: np.ndarray, labels: np.ndarray, batches: np.ndarray) -> float:
-    """Compute 1 - |silhouette of the batches| within each class, the mean of the classes with two batches or more."""
+    """Compute 1 - |silhouette of the batches| within each class, the mean over classes with at least two batches."""
     scores = []
     for name in np.unique(labels):
         here = labels == name
@@ -86,7 +86,8 @@ def batch_silhouette(embedding: np.ndarray, labels: np.ndarray, batches: np.ndar
 def batch_ilisi(embedding: np.ndarray, batches: np.ndarray) -> float:
     """Compute the median inverse Simpson index of the batches around each cell (LISI), scaled to 0 to 1.
 
-    The 89 nearest cells weigh exp(-beta distance), with beta such that the perplexity is 30 (Korsunsky et al. 2019).
+    The 89 nearest cells have weights exp(-beta distance), with beta such that the perplexity is 30 (Korsunsky et al.
+    2019).
     """
     names, codes = np.unique(batches, return_inverse=True)
     n_counted = min(_N_LISI, len(embedding))
@@ -110,8 +111,8 @@ def batch_ilisi(embedding: np.ndarray, batches: np.ndarray) -> float:
 def batch_pcr(embedding: np.ndarray, batches: np.ndarray) -> float:
     """Compute 1 - share of the variance that lies between the means of the batches; NaN for a constant embedding.
 
-    Principal component regression weighs the R^2 of each component by its variance: summed over all components that
-    is the share of the whole variance, and needs no components.
+    Principal component regression weights the R^2 of each component by its variance. Summed over all components, this
+    is the share of the whole variance, so the components are not needed.
     """
     centred = embedding - embedding.mean(axis=0)
     total = (centred**2).sum()
@@ -122,7 +123,7 @@ def batch_pcr(embedding: np.ndarray, batches: np.ndarray) -> float:
 
 
 def connectivity(embedding: np.ndarray, labels: np.ndarray) -> float:
-    """Compute the share of a class in the largest strongly connected part of its graph, mean of the classes."""
+    """Compute the share of a class in the largest strongly connected component of its graph, mean over classes."""
     n_others = min(_N_CONNECTED, len(embedding)) - 1
     cells = _neighbors(embedding, n_others)[1]
     rows = np.repeat(np.arange(len(embedding)), n_others)

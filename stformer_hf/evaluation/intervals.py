@@ -1,4 +1,4 @@
-"""How sure a mean over folds is, and the difference of two rows on the same folds."""
+"""Confidence intervals of means over folds, and of differences between rows on the same folds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scipy import stats
 
 
 class Interval(NamedTuple):
-    """A figure with its 95 % confidence interval; `p` is of the hypothesis that the figure is 0."""
+    """An estimate with its 95 % confidence interval; `p` is for the hypothesis that it is 0."""
 
     estimate: float
     se: float
@@ -21,10 +21,10 @@ class Interval(NamedTuple):
 def of_folds(values: np.ndarray, test_to_train: float) -> Interval:
     """Compute the interval of a mean over folds by the corrected resampled t-test.
 
-    Training sets of different folds share cells, so that their scores vary together and a plain t-test is too sure.
+    Training sets of different folds share cells, so their scores are correlated and a plain t-test is overconfident.
     Its variance s^2 / J is replaced by s^2 (1 / J + n_test / n_train) (Nadeau & Bengio 2003, Machine Learning 52:239;
-    for repeated cross-validation: Bouckaert & Frank 2004), with J - 1 degrees of freedom. It allows for the choice of
-    the training cells as well, which a bootstrap of the test cells would not.
+    for repeated cross-validation: Bouckaert & Frank 2004), with J - 1 degrees of freedom. Unlike a bootstrap of the
+    test cells, it also accounts for the choice of the training cells.
 
     Parameters
     ----------
@@ -43,20 +43,20 @@ def of_folds(values: np.ndarray, test_to_train: float) -> Interval:
 
 
 def of_all_cells(value: float, without_a_fold: np.ndarray, n_splits: int) -> Interval:
-    """Compute the interval of a figure of all cells by the jackknife that leaves out one fold at a time.
+    """Compute the interval of a metric over all cells by a jackknife that leaves out one fold at a time.
 
-    The variance is (n_splits - 1) / n_splits x the sum over the folds of the squared distance of the figure without a
-    fold from their mean (Efron & Tibshirani 1993, chapter 11), averaged over the repeats; n_splits - 1 degrees of
-    freedom. It is approximate for the best of a grid, which is a maximum.
+    The variance is (n_splits - 1) / n_splits times the sum over folds of the squared distance between the value
+    without a fold and their mean (Efron & Tibshirani 1993, chapter 11), averaged over the repeats, with n_splits - 1
+    degrees of freedom. It is approximate for the best of a grid, which is a maximum.
 
     Parameters
     ----------
     value : float
-        Figure, or difference of two figures, of all cells.
+        Value over all cells, or difference of two such values.
     without_a_fold : float array (n_repeats * n_splits,)
-        The same without the cells of a fold, in the order of the folds; without any there is no interval (NaN).
+        The same without the cells of each fold, in the order of the folds; if empty, the interval is NaN.
     n_splits : int
-        Folds of a repeat.
+        Number of folds per repeat.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""What is fitted on training cells: variable genes with their components, and the readers of labels."""
+"""Parts fitted to training cells: variable genes with their components, and readers of labels."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from sklearn.neighbors import KNeighborsClassifier
 N_GENES = 2000
 N_COMPONENTS = 50
 N_NEIGHBORS = 15
-_N_BINS = 20  # of genes by their mean
-_MOST_SPANNED = 4000  # cells whose span is computed
-_DENSE = 0.04  # share of entries above which dense products of cells are the faster ones
+_N_BINS = 20  # of the mean of genes
+_MOST_SPANNED = 4000  # with more cells, their span is not computed
+_DENSE = 0.04  # share of entries above which dense products of cells are faster
 _GENES_AT_ONCE = 2000
 
 
@@ -29,7 +29,7 @@ class GenePca(NamedTuple):
     genes : int64 array (at most 2000,)
         Columns of the variable genes, ascending.
     pca : PCA
-        Of their log-normalised values.
+        PCA of their log-normalised values.
     """
 
     genes: np.ndarray
@@ -41,9 +41,9 @@ class GenePca(NamedTuple):
 
 
 def variable_genes(cells: sparse.csr_array, n_genes: int = N_GENES) -> np.ndarray:
-    """Choose genes by their dispersion among genes of like mean (Satija et al. 2015; Seurat's and scanpy's default).
+    """Choose genes by their dispersion among genes of similar mean (Satija et al. 2015; the default of scanpy).
 
-    Of values count / total x 10,000 the log of variance / mean is standardised within 20 bins of log mean; a gene
+    For values count / total x 10,000, the log of variance / mean is standardised within 20 bins of log mean; a gene
     alone in its bin gets 1.
 
     Parameters
@@ -51,7 +51,7 @@ def variable_genes(cells: sparse.csr_array, n_genes: int = N_GENES) -> np.ndarra
     cells : csr_array (n_cells, n_genes)
         Log-normalised, ln(1 + 10,000 count / total).
     n_genes : int, default: 2000
-        How many to choose; all expressed genes if there are fewer.
+        Number of genes to choose; all expressed genes if there are fewer.
 
     Returns
     -------
@@ -79,13 +79,13 @@ def fit_pca(cells: sparse.csr_array, seed: int) -> GenePca:
     genes = variable_genes(cells)
     most = min(len(genes), cells.shape[0]) - 1
     if most < 1:
-        raise ValueError(f"{len(genes)} genes vary among {cells.shape[0]} cells: a PCA needs two of each.")
+        raise ValueError(f"{len(genes)} genes vary among {cells.shape[0]} cells: a PCA needs at least two of each.")
     pca = PCA(min(N_COMPONENTS, most), svd_solver="arpack", random_state=seed)
     return GenePca(genes, pca.fit(cells[:, genes]))
 
 
 class Scaler(NamedTuple):
-    """Centre, and one scale for all dimensions, so that a probe's C means the same whatever the units.
+    """Centre, and one scale for all dimensions, so that the C of a probe does not depend on the units.
 
     Attributes
     ----------
@@ -103,16 +103,16 @@ class Scaler(NamedTuple):
 
 
 def fit_scaler(cells: np.ndarray) -> Scaler:
-    """Fit the centre and the scale of an embedding (n, d); constant ones have the scale 1."""
+    """Fit the centre and the scale of an embedding (n, d); constant embeddings have the scale 1."""
     mean = cells.mean(axis=0)
     return Scaler(mean, float(np.sqrt(((cells - mean) ** 2).mean())) or 1.0)
 
 
 def rotate_genes(values: sparse.csr_array) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
-    """Turn cells into their own coordinates: as many dimensions as cells, with the same dot products.
+    """Rotate cells into their own span: at most as many dimensions as cells, with the same dot products.
 
-    A reader with an L2 penalty has the same predictions, and the same loss, on these features as on the values, since
-    its weights are a sum of cells; and it is fitted much faster where there are more genes than cells.
+    A reader with an L2 penalty has the same predictions and loss on these features as on the values, since its weights
+    are a linear combination of cells; and it is fitted much faster if there are more genes than cells.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ def _dot_products(values: sparse.csr_array) -> np.ndarray:
 
 
 def fit_probe(cells: np.ndarray | sparse.csr_array, labels: np.ndarray) -> LogisticRegression:
-    """Fit a logistic regression, C = 1; on few cells of many genes in the coordinates of `rotate_genes`."""
+    """Fit a logistic regression, C = 1; for few cells with many genes in the coordinates of `rotate_genes`."""
     classifier = LogisticRegression(max_iter=2000)
     if not sparse.issparse(cells) or cells.shape[0] > min(cells.shape[1], _MOST_SPANNED):
         return classifier.fit(cells, labels)

@@ -1,4 +1,4 @@
-"""Folds of cells that keep twins, and groups such as donors, on one side; and the draws of a few labelled cells."""
+"""Folds of cells that keep twins, and groups such as donors, on one side; and draws of a few labelled cells."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Fold(NamedTuple):
     Attributes
     ----------
     repeat, number : int
-        Which repeat, and which fold of it.
+        Number of the repeat, and of the fold within it.
     train, test : int64 array
         Rows, ascending.
     """
@@ -40,7 +40,7 @@ def make_folds(
     seed: int,
     groups: np.ndarray | None = None,
 ) -> list[Fold]:
-    """Split cells into folds whose classes have like shares, anew in each repeat.
+    """Split cells into folds stratified by class, with new folds in each repeat.
 
     Parameters
     ----------
@@ -49,21 +49,21 @@ def make_folds(
     twins : int array (n_cells,)
         See `find_twins`.
     n_splits, n_repeats : int
-        Folds of a repeat; repeats.
+        Number of folds per repeat, and of repeats.
     seed : int
-        Of the first repeat; the next one has the next seed.
+        Seed of the first repeat; each further one has the next seed.
     groups : array (n_cells,), optional
-        Donor or batch of each cell: one is never on both sides. Groups that share twins count as one.
+        Donor or batch of each cell, which is never on both sides. Groups that share twins count as one.
 
     Returns
     -------
     list of Fold
-        n_repeats * n_splits of them.
+        n_repeats * n_splits folds.
 
     Raises
     ------
     ValueError
-        Fewer groups than folds; repeats of folds that are one group each.
+        There are fewer groups than folds; repeats are asked for, but each fold is one group.
     """
     if groups is not None:
         groups = join_groups(groups, twins)
@@ -92,9 +92,9 @@ def make_folds(
 
 
 def _spread_groups(labels: np.ndarray, groups: np.ndarray, n_splits: int, rng: np.random.Generator) -> np.ndarray:
-    """Give each cell the fold of its group: of 100 random spreads the one whose folds have the likest classes.
+    """Assign groups to folds by the most even of 100 random assignments; return the fold of each cell.
 
-    scikit-learn's StratifiedGroupKFold goes through the groups in one order, and makes the same folds in each repeat.
+    scikit-learn's StratifiedGroupKFold processes the groups in a fixed order, and makes the same folds in each repeat.
     """
     sizes = pd.crosstab(groups, labels).to_numpy()  # (n_groups, n_classes), groups in ascending order
     best, least = np.empty(0, np.int64), np.inf

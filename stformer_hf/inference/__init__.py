@@ -1,1 +1,1 @@
-"""A trained model at work."""
+"""Apply trained models to cells: embed, annotate, plots."""

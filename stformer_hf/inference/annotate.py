@@ -1,4 +1,4 @@
-"""Labels of cells into `obs`."""
+"""Write predictions for cells into `obs`."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ def annotate(
     device: str | None = None,
     min_coverage: float | None = None,
 ) -> None:
-    """Write what a classifier or regression says of every cell into `adata.obs`.
+    """Write the predictions of a classifier or regression model for every cell into `adata.obs`.
 
     Parameters
     ----------
     adata : AnnData, MuData or SpatialData
-        Cells with raw counts in X, raw or a layer. Of a MuData the modality of genes gets the labels, of a
-        SpatialData the table.
+        Cells with raw counts in X, raw or a layer. Labels are written to the gene modality of a MuData, or to the
+        table of a SpatialData.
     model : str or PreTrainedModel
-        A checkpoint of a classifier, or an adapter folder of PEFT, which is loaded with its base; or a classifier,
-        which PEFT or torch may have wrapped. What its head is, the configuration says (`problem_type`, `id2label`).
+        Checkpoint of a classifier, or folder of a PEFT adapter, which is loaded with its base; or a classifier,
+        possibly wrapped by PEFT or torch. Its configuration defines the head (`problem_type`, `id2label`).
     tokenizer : GeneTokenizer, optional
         The checkpoint's own by default.
     key_added : str, default: "stformer"
-        Of one class per cell: `obs[key_added + "_label"]` is the most probable one (categorical; missing for a cell
-        without a known gene), and `obs[key_added + "_score"]` its probability (float32; NaN there). Of several labels
-        per cell: `obs[key_added + "_" + label]`, the probability of each. Of numbers: `obs[key_added + "_" + name]`,
-        the number (`_value` where the model does not name it). The names of the columns and the kind of head go to
-        `uns[key_added + "_annotation"]`.
+        Prefix of the columns. For one class per cell, `obs[key_added + "_label"]` is the most probable one
+        (categorical; missing for a cell without a known gene), and `obs[key_added + "_score"]` its probability
+        (float32; NaN for such a cell). For multiple labels per cell, `obs[key_added + "_" + label]` is the probability
+        of each. For numbers, `obs[key_added + "_" + name]` is the number (`_value` if the model does not name it). The
+        names of the columns and the kind of head are written to `uns[key_added + "_annotation"]`.
     layer, fractional, batch_size, device, min_coverage
         As for `embed`.
 
     Raises
     ------
     ValueError
-        The model is no classifier of cells, or its head was not trained; no counts; too few of the model's genes; a
-        tokenizer that does not fit; outputs that are not finite.
+        The model is not a classifier of cells, or its head was not trained; there are no counts, or too few of the
+        model's genes; the tokenizer does not fit; outputs are not finite.
     FileNotFoundError
-        No such checkpoint.
+        The checkpoint does not exist.
     TypeError
-        Something that is not cells, or no model.
+        `adata` does not hold cells, or `model` is not a model.
     """
     check_cells(adata)
     if is_model(model):
@@ -77,7 +77,7 @@ def annotate(
         batch_size=batch_size,
         device=device,
         desc="annotate",
-        with_phenotypes=True,  # those that it was trained with
+        with_phenotypes=True,  # as in training
     )
     table = find_table(adata, layer).table
     columns = head.columns(predictions, n_genes > 0, key_added)

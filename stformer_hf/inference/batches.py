@@ -1,4 +1,4 @@
-"""Runs a model over the cells of an AnnData, in batches of like length."""
+"""Run a model over the cells of an AnnData, in batches of similar length."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ _ROWS_PER_BLOCK = 4096
 
 
 def load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_class, min_coverage: float | None = None):
-    """Load a checkpoint, or take a model out of its wrappings; returns model and tokenizer.
+    """Load a checkpoint, or unwrap a model object; return model and tokenizer.
 
-    With `min_coverage` the tokenizer is a copy of that setting.
+    With `min_coverage`, the tokenizer is a copy with that setting.
 
     Raises
     ------
     ValueError
-        A model object without a tokenizer; a tokenizer that does not fit; a model of neighbourhoods; weights that the
-        checkpoint does not hold.
+        A model object has no tokenizer; the tokenizer does not fit; the model reads neighbourhoods; the checkpoint
+        lacks weights.
     FileNotFoundError
-        No such checkpoint.
+        The checkpoint does not exist.
     TypeError
-        Something that is no model.
+        `model` is not a model.
     """
     of_object = is_model(model)
     config = unwrap(model).config if of_object else load_config(model)
@@ -72,7 +72,7 @@ def load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_cla
 
 @contextmanager
 def at_work(model: PreTrainedModel, device: str | None) -> Iterator[None]:
-    """Put a model into evaluation mode on a device, by default a GPU if there is one; afterwards all is as it was."""
+    """Put a model into evaluation mode on a device, by default a GPU if there is one, and restore both afterwards."""
     with evaluating(model, device or ("cuda" if torch.cuda.is_available() else "cpu")), torch.inference_mode():
         yield
 
@@ -97,42 +97,42 @@ def run(
     adata : AnnData
         Cells.
     model : PreTrainedModel
-        What `forward` calls; its mode and its device are the same afterwards.
+        The model that `forward` calls; its mode and device are restored afterwards.
     tokenizer : GeneTokenizer
-        Makes their tokens.
+        Tokenizes the cells.
     forward : callable
-        Batch of tensors (n, length) that the model reads, and the token types -> Tensor (n, d).
+        Batch of input tensors (n, length), and the token types -> Tensor (n, d).
     layer : str, optional
-        Where the counts are.
+        Layer of the counts.
     fractional : bool
-        Whether counts may be fractions.
+        Accept fractional counts.
     batch_size : int
-        Cells a batch.
+        Cells per batch.
     device : str, optional
-        Where the model runs; see `at_work`.
+        Device to run the model on; see `at_work`.
     desc : str
-        Of the progress bar.
+        Text of the progress bar.
     with_phenotypes : bool
-        Whether the model sees the phenotypes that obs has; masked otherwise.
+        Whether the model reads the phenotypes in obs; they are masked otherwise.
 
     Returns
     -------
     results : float32 array (n_cells, d)
         In the order of the cells.
     n_tokens : int64 array (n_cells,)
-        Number of genes that each cell gave to the model.
+        Number of genes of each cell that the model read.
     source : Source
-        What was read.
+        Source of the counts.
 
     Raises
     ------
     ValueError
-        A batch size below 1; no cells; outputs that are NaN or infinite.
+        The batch size is below 1; there are no cells; outputs are NaN or infinite.
     TypeError
-        Something that is not an AnnData, MuData or SpatialData, such as a store.
+        `adata` is not an AnnData, MuData or SpatialData.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: at least 1 is needed.")
+        raise ValueError(f"batch_size={batch_size}: must be at least 1.")
     check_cells(adata)
     source = open_source(adata, layer, fractional)
     names = (source.genes.gene_ids, source.genes.symbols)
@@ -178,7 +178,7 @@ def run(
 
 
 def check_cells(cells) -> None:
-    """Refuse what results cannot be written into.
+    """Refuse objects that results cannot be written to.
 
     Raises
     ------
@@ -192,7 +192,7 @@ def check_cells(cells) -> None:
         raise TypeError(f"Results are written into an AnnData, got the path {os.fspath(cells)!r}: read it first.")
     if isinstance(cells, CellStore):
         raise TypeError(
-            f"Results are written into an AnnData, and a {found} is not changed. Make one of its cells: "
+            f"Results are written into an AnnData, not into a {found}. Make an AnnData of its cells: "
             "AnnData(store.rows(slice(None)), obs=store.obs, var=store.genes.frame.set_index('gene_id'))."
         )
     raise TypeError(f"Results are written into an AnnData, MuData or SpatialData, got {found}.")
@@ -201,7 +201,7 @@ def check_cells(cells) -> None:
 def _batch(
     tokens: TokenizedCells, cells: np.ndarray, tokenizer: GeneTokenizer, device: torch.device
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Give what the model reads of some cells, and the token types, which not every model reads."""
+    """Return the input of the model for some cells, and the token types, which not every model reads."""
     chosen = take(tokens, cells)
     batch = {name: tensor.to(device) for name, tensor in pad(chosen, tokenizer).items()}
     types = pad_ragged(chosen.token_type_ids, chosen.indptr, batch["input_ids"].shape[1], 0, tokenizer.padding_side)

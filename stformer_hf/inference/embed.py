@@ -1,4 +1,4 @@
-"""Embeddings of cells into `obsm`."""
+"""Write embeddings of cells into `obsm`."""
 
 from __future__ import annotations
 
@@ -34,59 +34,60 @@ def embed(
     Parameters
     ----------
     adata : AnnData, MuData or SpatialData
-        Cells with raw counts in X, raw or a layer. Of a MuData the modality of genes gets the embedding, of a
-        SpatialData the table.
+        Cells with raw counts in X, raw or a layer. The embedding is written to the gene modality of a MuData, or to
+        the table of a SpatialData.
     model : str or PreTrainedModel
-        A checkpoint (its head, if any, is not used) or an adapter folder of PEFT, which is loaded with its base; or a
-        model, which PEFT or torch may have wrapped.
+        Checkpoint (its head, if any, is not used), or folder of a PEFT adapter, which is loaded with its base; or a
+        model, possibly wrapped by PEFT or torch.
     tokenizer : GeneTokenizer, optional
         The checkpoint's own by default.
     key_added : str, default: "X_stformer"
-        Where in `obsm` the embedding goes, float32 (n_obs, hidden size); the settings go to `uns["stformer"]`.
+        Key of `obsm` for the embedding, float32 (n_obs, hidden size); the settings are written to `uns["stformer"]`.
     hidden_layer : int, default: -1
-        Which hidden state: 0 is the embedding layer, -1 the last layer.
+        Number of the hidden state: 0 is the embedding layer, -1 the last layer.
     pooling : {"cls", "mean"}, optional
-        The hidden state of `[CLS]`, or the mean over all tokens but the special ones. By default what the
-        checkpoint's training made useful, see `GeneBertConfig.pooling`: never a `[CLS]` that no loss has trained.
+        The hidden state of `[CLS]`, or the mean over all tokens except the special ones. By default it depends on how
+        the checkpoint was trained, see `GeneBertConfig.pooling`: an untrained `[CLS]` is never used.
     with_phenotypes : bool, default: False
-        Whether a model with phenotype tokens sees those of the cells. By default they are masked, so that an embedding
-        depends on the counts alone: a label that the model was shown would be found in it.
+        Let a model with phenotype tokens read those of the cells. By default they are masked, so that an embedding
+        depends only on the counts: a label that the model reads could be recovered from it.
     layer : str, optional
-        Where the counts are: X, raw or a layer. Found by itself by default. In a MuData or SpatialData also the
-        modality or table, as `prot` or `prot:counts`.
+        Location of the counts: X, raw or a layer; by default it is detected. For a MuData or SpatialData also the
+        modality or table, such as `prot` or `prot:counts`.
     fractional : bool, default: False
-        Whether counts may be fractions, as estimates are (alevin, RSEM, SoupX, CellBender).
+        Accept fractional counts, such as estimates (alevin, RSEM, SoupX, CellBender).
     batch_size : int, default: 64
-        Cells a batch.
+        Cells per batch.
     device : str, optional
-        cuda where there is one, else cpu. A model object is where it was, and in the mode that it was in, afterwards.
+        Device to run on; by default cuda if available, else cpu. The device and mode of a model object are restored
+        afterwards.
     min_coverage : float, optional
-        In place of the tokenizer's own: the least share of the model's genes, weighted as in `GeneTokenizer`, that the
-        cells must have.
+        Minimum share of the model's genes, weighted as in `GeneTokenizer`, that the cells must have; by default the
+        tokenizer's own.
 
     Raises
     ------
     ValueError
-        No counts; too few of the model's genes; a tokenizer that does not fit; a wrong setting; weights that the
-        checkpoint does not hold; embeddings that are not finite.
+        There are no counts, or too few of the model's genes; the tokenizer does not fit; a setting is invalid; the
+        checkpoint lacks weights; embeddings are not finite.
     FileNotFoundError
-        No such checkpoint.
+        The checkpoint does not exist.
     TypeError
-        Something that is not cells, or no model.
+        `adata` does not hold cells, or `model` is not a model.
     """
     if pooling not in (None, "cls", "mean"):
-        raise ValueError(f'pooling is "cls" or "mean", got {pooling!r}.')
+        raise ValueError(f'pooling must be "cls" or "mean", got {pooling!r}.')
     check_cells(adata)
     name = name_of(model)
     encoder, tokenizer = load(model, tokenizer, AutoModel, min_coverage)
     pooling = pooling or default_pooling(encoder.config)
     if pooling == "cls" and not tokenizer.add_cls:
-        raise ValueError('The tokenizer begins cells with no [CLS]: use pooling="mean".')
+        raise ValueError('The tokenizer adds no [CLS]: use pooling="mean".')
     encoder = getattr(encoder, encoder.base_model_prefix, encoder)
     n_layers = encoder.config.num_hidden_layers
     if not -n_layers - 1 <= hidden_layer <= n_layers:
         raise ValueError(
-            f"hidden_layer {hidden_layer} of a model with {n_layers} layers: give 0 to {n_layers}, or -1."
+            f"hidden_layer {hidden_layer} does not exist in a model of {n_layers} layers: pass 0 to {n_layers}, or -1."
         )
 
     def forward(batch: dict[str, torch.Tensor], types: torch.Tensor) -> torch.Tensor:
@@ -119,7 +120,7 @@ def embed(
 
 
 def default_pooling(config: PreTrainedConfig) -> str:
-    """Return what a model is embedded by: "cls" or "mean", see `GeneBertConfig.pooling`."""
+    """Return the default pooling of a model: "cls" or "mean", see `GeneBertConfig.pooling`."""
     if getattr(config, "pooling", None):
         return config.pooling
     if any("SequenceClassification" in name or "ForClassification" in name for name in config.architectures or []):

@@ -1,4 +1,4 @@
-"""Pictures, in scanpy's manner: each takes data, gives back axes, and writes a file if asked."""
+"""Plots in the style of scanpy: each function takes data, returns axes, and can write a file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def loss_curves(
     title: str = "",
     save: str | Path | None = None,
 ) -> Axes:
-    """Draw training (line) and held-out (dots) losses against the step, with those of baselines as horizontal lines.
+    """Plot training (line) and held-out (dots) losses against the step, with baselines as horizontal lines.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ def loss_curves(
     baselines : dict of str to float, optional
         Name of a baseline -> its loss on the held-out cells.
     title : str, default: ""
-        Of the picture.
+        Title of the plot.
     save : str or Path, optional
         PNG to write.
 
@@ -67,18 +67,18 @@ def loss_curves(
 def confusion(
     true: Sequence, predicted: Sequence, labels: Sequence[str], *, title: str = "", save: str | Path | None = None
 ) -> Axes:
-    """Draw a confusion matrix: rows are true classes, columns predicted ones; colour is the share of the row.
+    """Plot a confusion matrix: rows are true classes, columns predicted ones; colour is the share of the row.
 
-    The title ends in the accuracy.
+    The title ends with the accuracy.
 
     Parameters
     ----------
     true, predicted : sequence (n,)
         Classes.
     labels : sequence of str
-        Order of rows and columns, such as that of `order_classes`.
+        Order of rows and columns, for example from `order_classes`.
     title : str, default: ""
-        Of the picture.
+        Title of the plot.
     save : str or Path, optional
         PNG to write.
 
@@ -89,7 +89,7 @@ def confusion(
     Raises
     ------
     ValueError
-        Cells of a class that is not in `labels`.
+        A class of some cells is not in `labels`.
     """
     unknown = {*true, *predicted} - set(labels)
     if unknown:
@@ -119,25 +119,25 @@ def umap(
     random_state: int = 0,
     save: str | Path | None = None,
 ) -> Axes:
-    """Draw a UMAP of an embedding, coloured by a column of obs.
+    """Plot a UMAP of an embedding, coloured by a column of obs.
 
-    Neighbours and UMAP are scanpy's, with its defaults. They are computed at each call, so that the picture is that of
-    `obsm[use_rep]` as it is now, and coordinates go to `obsm[f"{use_rep}_umap"]`. They also go to `obsm["X_umap"]` if
-    there is none, or the one there was written by this function; another one, `obsp` and `uns["neighbors"]` stay as
-    they are.
+    Neighbours and UMAP are computed by scanpy with its defaults, at each call, so that the plot shows the current
+    `obsm[use_rep]`. Coordinates are written to `obsm[f"{use_rep}_umap"]`, and also to `obsm["X_umap"]` if there is
+    none, or if it was written by this function; any other `obsm["X_umap"]`, `obsp` and `uns["neighbors"]` are not
+    changed.
 
     Parameters
     ----------
     adata : AnnData
-        With `obsm[use_rep]`.
+        Cells with `obsm[use_rep]`.
     color : str
         Column of obs, or gene; coloured as scanpy does.
     use_rep : str, default: "X_stformer"
-        Which embedding.
+        Key of the embedding in obsm.
     title : str, default: ""
-        Of the picture.
+        Title of the plot.
     random_state : int, default: 0
-        Of the UMAP.
+        Seed of the UMAP.
     save : str or Path, optional
         PNG to write.
 
@@ -148,7 +148,7 @@ def umap(
     Raises
     ------
     ValueError
-        No such key.
+        The key is missing.
     """
     import scanpy as sc
 
@@ -189,24 +189,24 @@ def umaps(
     random_state: int = 0,
     save: str | Path | None = None,
 ) -> np.ndarray:
-    """Draw UMAPs of several embeddings of the same cells side by side, with one legend.
+    """Plot UMAPs of multiple embeddings of the same cells side by side, with one legend.
 
-    Neighbours and UMAP are scanpy's, with its defaults; coordinates go to `obsm[f"{key}_umap"]`.
+    Neighbours and UMAP are computed by scanpy with its defaults; coordinates are written to `obsm[f"{key}_umap"]`.
 
     Parameters
     ----------
     adata : AnnData
-        With the embeddings in obsm.
+        Cells with the embeddings in obsm.
     color : str
         Column of obs, or gene; coloured as by `sections`.
     use_reps : dict of str to str
         Title of a panel -> key of obsm.
     outlined : str, optional
-        Column of obs, of booleans: these cells have a black edge, and are drawn last.
+        Boolean column of obs: these cells get a black edge, and are drawn last.
     title : str, default: ""
-        Of the picture.
+        Title of the plot.
     random_state : int, default: 0
-        Of the UMAPs.
+        Seed of the UMAPs.
     save : str or Path, optional
         PNG to write.
 
@@ -217,7 +217,7 @@ def umaps(
     Raises
     ------
     ValueError
-        No such key or column.
+        A key or column is missing.
     """
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
@@ -241,7 +241,7 @@ def umaps(
         for cells, edge in ((order[~edged[order]], "none"), (order[edged[order]], "black")):
             panel.scatter(*places[cells].T, c=colours[cells], s=size, linewidths=0.7, edgecolors=edge, rasterized=True)
         panel.set(xticks=[], yticks=[], title=name)
-        panel.spines[:].set_color("lightgray")  # or a far cluster seems to be of the next panel
+        panel.spines[:].set_color("lightgray")  # separates distant clusters from the next panel
     if isinstance(legend, list):
         if edged.any():
             legend.append(
@@ -260,14 +260,14 @@ def umaps(
 def label_curve(
     points: pd.DataFrame, *, title: str = "", emphasised: str | None = None, save: str | Path | None = None
 ) -> Axes:
-    """Draw accuracy against the number of labelled cells per class: the mean over draws, and each draw as a dot.
+    """Plot accuracy against the number of labelled cells per class: the mean over draws, and each draw as a dot.
 
     Parameters
     ----------
     points : DataFrame
         One row per draw and classifier: `classifier`, `n_labels` and `accuracy`.
     title : str, default: ""
-        Of the picture.
+        Title of the plot.
     emphasised : str, optional
         Classifier whose line is thick.
     save : str or Path, optional
@@ -307,47 +307,48 @@ def sections(
     title: str = "",
     save: str | Path | None = None,
 ) -> Axes | np.ndarray:
-    """Draw the cells of tissue sections where they lie, a panel a section, coloured by a column or a gene.
+    """Plot the cells of tissue sections at their coordinates, one panel per section, coloured by a column or a gene.
 
-    As in scanpy's and squidpy's spatial plots y points down, as in images, and x and y have one scale.
+    As in the spatial plots of scanpy and squidpy, y points down, and x and y have the same scale.
 
     Parameters
     ----------
     adata : AnnData
-        With coordinates in obsm; of 3-D ones x and y are drawn.
+        Cells with coordinates in obsm; for 3-D coordinates, x and y are plotted.
     color : str
-        Column of obs, or gene of var_names, whose values in X are drawn. Numbers are drawn in viridis, from the least
-        to the largest of all sections. Other values are categories, in the colours of `uns[f"{color}_colors"]`, a list
-        or a dict by category; where a list has too few, scanpy's default ones are written there. Missing and infinite
-        values are grey.
+        Column of obs, or gene in var_names, whose values in X are plotted. Numbers are coloured in viridis, from the
+        smallest to the largest over all sections. Other values are categories, in the colours of
+        `uns[f"{color}_colors"]`, a list or a dict by category; if a list is too short, it is replaced by scanpy's
+        default colours. Missing and infinite values are grey.
     spatial_key : str, default: "spatial"
         Key of obsm.
     section_key : str, optional
-        Column of obs; by default all cells are of one section.
+        Column of obs; by default all cells form one section.
     size : float, optional
-        Area of a point in square points; by default by the largest section's extent and number of cells.
+        Area of a point in square points; by default it depends on the extent and number of cells of the largest
+        section.
     n_columns : int, optional
-        Panels in a row; at most 4 by default.
+        Panels per row; at most 4 by default.
     title : str, default: ""
-        Of the picture.
+        Title of the plot.
     save : str or Path, optional
         PNG to write.
 
     Returns
     -------
     Axes, or array of Axes (n_sections,)
-        An array where there is a `section_key`: its categories in their order, else its values, sorted.
+        An array if `section_key` is given: its categories in their order, else its values, sorted.
 
     Raises
     ------
     ValueError
-        No cells; no such key, column or gene; a gene that is twice in var_names; cells without a section or a place;
-        a dict of colours that lacks a category.
+        There are no cells; a key, column or gene is missing; a gene is repeated in var_names; cells have no section or
+        coordinates; a dict of colours lacks a category.
     """
     points = _points(adata, spatial_key)
     section_of_cell = _sections_of(adata, section_key)
     if n_columns is not None and n_columns < 1:
-        raise ValueError(f"n_columns={n_columns}: at least 1 is needed.")
+        raise ValueError(f"n_columns={n_columns}: must be at least 1.")
     colours, order, legend = _colours(adata, color)
 
     import matplotlib.pyplot as plt
@@ -385,7 +386,7 @@ def sections(
 
 
 def _points(adata: AnnData, spatial_key: str) -> np.ndarray:
-    """Give x and y of each cell: array (n_cells, 2)."""
+    """Return x and y of each cell: array (n_cells, 2)."""
     if not adata.n_obs:
         raise ValueError("The AnnData has no cells.")
     if spatial_key not in adata.obsm:
@@ -400,13 +401,13 @@ def _points(adata: AnnData, spatial_key: str) -> np.ndarray:
     if len(wrong):
         raise ValueError(
             f"{len(wrong)} of {len(points)} cells have no finite x and y in obsm[{spatial_key!r}], such as "
-            f"{adata.obs_names[wrong[0]]}: leave them out first."
+            f"{adata.obs_names[wrong[0]]}: remove them first."
         )
     return points
 
 
 def _sections_of(adata: AnnData, section_key: str | None) -> pd.Categorical:
-    """Give the section of each cell; categories are sections that have cells."""
+    """Return the section of each cell; only sections with cells are categories."""
     if section_key is None:
         return pd.Categorical(np.zeros(adata.n_obs, np.int64))
     if section_key not in adata.obs:
@@ -418,16 +419,16 @@ def _sections_of(adata: AnnData, section_key: str | None) -> pd.Categorical:
 
 
 def _colours(adata: AnnData, color: str) -> tuple[np.ndarray, np.ndarray, list[Line2D] | ScalarMappable]:
-    """Choose colours.
+    """Choose the colours, order and legend of cells.
 
     Returns
     -------
     colours : float array (n_cells, 4)
         RGBA.
     order : int array (n_cells,)
-        In which to draw the cells: the missing ones first, of numbers the largest last.
+        Order in which to draw the cells: missing values first, the largest numbers last.
     legend : list of Line2D, or ScalarMappable
-        Of categories, of numbers.
+        A list for categories, a mappable for numbers.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize, to_rgba, to_rgba_array
@@ -441,7 +442,7 @@ def _colours(adata: AnnData, color: str) -> tuple[np.ndarray, np.ndarray, list[L
         colours = scale.to_rgba(np.where(there, values, limits[0]))
         colours[~there] = to_rgba(_MISSING)
         return colours, np.argsort(np.where(there, values, -np.inf), kind="stable"), scale
-    # The code of what is missing is -1.
+    # Missing values have the code -1.
     palette = to_rgba_array([*_palette(adata, f"{color}_colors", values), _MISSING])
 
     def entry(label: str, colour: np.ndarray) -> Line2D:
@@ -455,13 +456,13 @@ def _colours(adata: AnnData, color: str) -> tuple[np.ndarray, np.ndarray, list[L
 
 
 def _palette(adata: AnnData, key: str, values: pd.Categorical) -> Sequence:
-    """Give the colour of each category as uns[key] has it; default ones are written there where it has too few."""
+    """Return the colour of each category from uns[key]; if it has too few, default colours are written there."""
     stored, n = adata.uns.get(key, []), len(values.categories)
     if not isinstance(stored, Mapping):
         if len(stored) < n:
             adata.uns[key] = _default_colours(n)
         return adata.uns[key][:n]
-    # Files have names as keys, whatever the categories are.
+    # Keys read from a file are strings, whatever the categories are.
     colours = [stored.get(name, stored.get(str(name))) for name in values.categories]
     lacking = [code for code in np.unique(values.codes) if code >= 0 and colours[code] is None]
     if lacking:
@@ -473,7 +474,7 @@ def _palette(adata: AnnData, key: str, values: pd.Categorical) -> Sequence:
 
 
 def _values_of(adata: AnnData, color: str) -> np.ndarray | pd.Categorical:
-    """Give the numbers or the categories of a column of obs, or the numbers of a gene."""
+    """Return the numbers or the categories of a column of obs, or the numbers of a gene."""
     if color in adata.obs:
         column = adata.obs[color]
         if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
@@ -481,17 +482,17 @@ def _values_of(adata: AnnData, color: str) -> np.ndarray | pd.Categorical:
         return pd.Categorical(column)
     n_genes = (adata.var_names == color).sum()
     if n_genes > 1:
-        raise ValueError(f"{n_genes} genes are named {color!r}: adata.var_names_make_unique() mends that.")
+        raise ValueError(f"{n_genes} genes are named {color!r}: call adata.var_names_make_unique().")
     if n_genes:
         return np.asarray(adata.obs_vector(color), np.float64)
     raise ValueError(
-        f"There is no column or gene {color!r}; obs has {', '.join(map(repr, adata.obs)) or 'nothing'}, and genes are "
-        f"named like {', '.join(adata.var_names[:3])}."
+        f"There is no column or gene {color!r}; obs has {', '.join(map(repr, adata.obs)) or 'no columns'}, and genes "
+        f"have names like {', '.join(adata.var_names[:3])}."
     )
 
 
 def _default_colours(n: int) -> list[str]:
-    """Give the colours that scanpy gives n categories; without it, or of over 102, some come again."""
+    """Return scanpy's colours for n categories; without scanpy, or for more than 102, some repeat."""
     import matplotlib
     from matplotlib.colors import to_hex
 
@@ -514,7 +515,7 @@ def _axes(width: float, height: float) -> Axes:
 
 
 def _save(ax: Axes, save: str | Path | None) -> Axes:
-    """Write the picture and take it off the screen's list; unsaved ones stay for a notebook to show."""
+    """Write and close the figure if `save` is given; otherwise it stays open for a notebook to show."""
     if save is not None:
         import matplotlib.pyplot as plt
 

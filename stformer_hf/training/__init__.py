@@ -1,1 +1,1 @@
-"""Batches and steps."""
+"""Trainers, callbacks, checkpoints, objectives, starts and model cards."""

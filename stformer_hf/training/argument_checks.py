@@ -1,4 +1,4 @@
-"""TrainingArguments that a trainer of cells cannot follow are refused, each with what to do."""
+"""Refuse TrainingArguments that a trainer of cells does not support, with a remedy for each."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ _OURS = ("gene_bert", "cell_neighborhood")
 
 
 def check_arguments(trainer: Trainer) -> None:
-    """Refuse arguments that would have no effect, or another than their documentation says.
+    """Refuse arguments that would have no effect, or an effect other than documented.
 
     Raises
     ------
     ValueError
-        The argument, and what to do.
+        An argument is not supported; the message names it and says what to do.
     """
     args, config = trainer.args, getattr(trainer.model, "config", None)
     model_type = getattr(config, "model_type", None)
     if getattr(trainer.data_collator, "packing", False) and model_type != "gene_bert":
-        raise ValueError(f"A model of type {model_type!r} would mix the cells of a packed batch: train it padded.")
+        raise ValueError(f"A model of type {model_type!r} would mix the cells of a packed batch: use padded batches.")
     if trainer._is_packed():
         _check_packed(trainer)
     cuts = getattr(args.accelerator_config, "split_batches", None)
@@ -28,21 +28,21 @@ def check_arguments(trainer: Trainer) -> None:
     if args.world_size > 1 and (cuts or even is False):
         raise ValueError(
             f"accelerator_config: {'split_batches=True' if cuts else 'even_batches=False'} is not supported on "
-            "several processes: each has batches of per_device_train_batch_size cells, and as many as the others. "
+            "multiple processes: each has the same number of batches, of per_device_train_batch_size cells. "
             "Leave it out."
         )
     if args.train_sampling_strategy == "batch_rebalance":
-        raise ValueError('train_sampling_strategy="batch_rebalance": give max_tokens_per_batch in its place.')
+        raise ValueError('train_sampling_strategy="batch_rebalance" is not supported: use max_tokens_per_batch.')
     if args.use_liger_kernel and model_type in _OURS:
-        raise ValueError(f"use_liger_kernel: there are no such kernels for {model_type}. Leave it out.")
+        raise ValueError(f"use_liger_kernel: Liger has no kernels for {model_type}. Leave it out.")
     backend = getattr(config, "_attn_implementation", "eager")
     if DebugOption.UNDERFLOW_OVERFLOW in args.debug and model_type in _OURS and backend != "eager":
         raise ValueError(
-            f'debug="underflow_overflow" reads what every layer is given, and {backend} attention is given boolean '
-            'masks. Load the model with attn_implementation="eager".'
+            f'debug="underflow_overflow" does not support the boolean masks of {backend} attention. Load the model '
+            'with attn_implementation="eager".'
         )
     if args.neftune_noise_alpha is not None and model_type == "cell_neighborhood":
-        raise ValueError("neftune_noise_alpha needs embeddings of tokens, and the model has none: leave it out.")
+        raise ValueError("neftune_noise_alpha needs token embeddings, and the model has none: leave it out.")
     if args.label_smoothing_factor:
         _check_smoothing(trainer.model, args.label_smoothing_factor)
 
@@ -51,21 +51,21 @@ def _check_packed(trainer: Trainer) -> None:
     args = trainer.args
     if args.n_gpu > 1:
         raise ValueError(
-            "torch.nn.DataParallel would cut a packed batch across cells: start one process a GPU with "
-            "accelerate launch, or let one GPU be seen (CUDA_VISIBLE_DEVICES=0)."
+            "torch.nn.DataParallel would split a packed batch within cells: start one process per GPU with "
+            "accelerate launch, or make only one GPU visible (CUDA_VISIBLE_DEVICES=0)."
         )
     cuts = [of for of in ("dispatch_batches", "split_batches") if getattr(args.accelerator_config, of, None)]
     if cuts:
-        raise ValueError(f"{cuts[0]} would cut a packed batch across cells: leave it out of accelerator_config.")
+        raise ValueError(f"{cuts[0]} would split a packed batch within cells: leave it out of accelerator_config.")
     if args.neftune_noise_alpha is not None:
         raise ValueError(
             "neftune_noise_alpha: the noise depends on the length of a row, and a packed row holds many cells. Train "
-            "padded, or leave it out."
+            "with padded batches, or leave it out."
         )
 
 
 def smoothing_field(model: nn.Module) -> str | None:
-    """Name the field of the configuration by which a GeneBert's own loss smooths labels; None for other models."""
+    """Return the configuration field that sets the label smoothing of a GeneBert; None for other models."""
     if getattr(getattr(model, "config", None), "model_type", None) != "gene_bert":
         return None
     return "label_smoothing" if hasattr(model, "mlm_head") else "classifier_label_smoothing"
@@ -76,20 +76,20 @@ def _check_smoothing(model: nn.Module, factor: float) -> None:
     field = smoothing_field(model)
     if field is None:
         if getattr(config, "model_type", None) == "cell_neighborhood":
-            raise ValueError("label_smoothing_factor: the model predicts counts, and no classes. Leave it out.")
+            raise ValueError("label_smoothing_factor: the model predicts counts, not classes. Leave it out.")
         return
     of_classes = field == "label_smoothing" or (
         config.problem_type in (None, "single_label_classification") and config.num_labels > 1
     )
     if not of_classes:
         raise ValueError(
-            f"label_smoothing_factor smooths one class per cell, and the model's problem_type is "
+            f"label_smoothing_factor needs one class per cell, but the model's problem_type is "
             f"{config.problem_type or 'regression'!r}. Leave it out."
         )
     if getattr(config, field) not in (0, factor):
         raise ValueError(
-            f"label_smoothing_factor={factor}, and the model was made with {field}={getattr(config, field)}: leave "
-            "one of them out."
+            f"label_smoothing_factor={factor} contradicts {field}={getattr(config, field)} of the model: leave one of "
+            "them out."
         )
 
 

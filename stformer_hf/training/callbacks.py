@@ -1,4 +1,4 @@
-"""What CellTrainer does at moments of Trainer's loop."""
+"""Callbacks of CellTrainer in Trainer's loop."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ logger = logging.getLogger(__name__)
 
 
 class SetEpoch(TrainerCallback):
-    """Tells the trainer which epoch begins, before the epoch's batches are read."""
+    """Set the epoch of the trainer before its batches are read."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        """Set the epoch; after a resumption `state.epoch` is a fraction into the epoch that goes on."""
+        """Set the epoch; after a resumption `state.epoch` is a fraction within the current epoch."""
         self.trainer.set_epoch(math.floor(state.epoch + 1e-9))
 
 
 class SaveOnSignal(TrainerCallback):
-    """Saves and stops after the step in which SIGTERM or SIGINT comes.
+    """Save a checkpoint and stop after the step in which SIGTERM or SIGINT arrives.
 
-    Schedulers send SIGTERM before they take a machine away, and Ctrl-C is SIGINT; a second one interrupts at once.
+    Schedulers send SIGTERM before they reclaim a machine; Ctrl-C sends SIGINT, and a second one interrupts at once.
     """
 
     def __init__(self, trainer: Trainer):
         self.trainer, self._came, self._handlers = trainer, None, {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Listen; only the main thread may. A trial of a search has nothing to save: a signal ends it as ever."""
+        """Install the handlers, in the main thread only; a trial of a search saves nothing, and keeps the defaults."""
         self._came = self.trainer.interrupted = None
         if threading.current_thread() is threading.main_thread() and self.trainer.hp_search_backend is None:
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -47,11 +47,11 @@ class SaveOnSignal(TrainerCallback):
         if number == signal.SIGINT:
             if self._came is not None:
                 raise KeyboardInterrupt
-            logger.warning("A checkpoint is saved after this step. Press Ctrl-C again to stop without one.")
+            logger.warning("Saving a checkpoint after this step. Press Ctrl-C again to stop without one.")
         self._came = signal.Signals(number)
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Stop all processes after the same step, whichever of them was told."""
+        """Stop all processes after the same step, whichever of them received the signal."""
         came = int(self._came or 0)
         if args.world_size > 1:
             came = int(self.trainer.accelerator.gather(torch.tensor([came], device=args.device)).max())
@@ -60,26 +60,26 @@ class SaveOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def stop_listening(self) -> None:
-        """Listen no longer; called after the training, whichever way it ended."""
+        """Restore the previous handlers; called after training, however it ended."""
         while self._handlers:
             signal.signal(*self._handlers.popitem())
 
 
 def take_back_signals(trainer: Trainer) -> None:
-    """Remove Trainer's `enable_jit_checkpoint` callback: `SaveOnSignal` saves, whether it is set or not."""
+    """Remove Trainer's `enable_jit_checkpoint` callback: `SaveOnSignal` saves in any case."""
     callback = trainer.pop_callback(JITCheckpointCallback)
     if callback is not None and callback.jit_manager is not None:
         signal.signal(signal.SIGTERM, callback.jit_manager._original_sigterm_handler)
 
 
 class FillHubFolder(TrainerCallback):
-    """Puts beside the weights what Trainer leaves out where it pushes a checkpoint: the card, and the model's code."""
+    """Add the card and the model's code to a pushed checkpoint, which Trainer leaves out."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
 
     def on_push_begin(self, args, state, control, **kwargs):
-        """Copy the code from the checkpoint, where there is one, and write the card."""
+        """Copy the code from the checkpoint, if there is one, and write the card."""
         if self.trainer.is_world_process_zero():
             for code in (Path(args.output_dir) / f"checkpoint-{state.global_step}").glob("*.py"):
                 shutil.copy(code, args.output_dir)

@@ -1,4 +1,4 @@
-"""What tells the cells of one training set from those of another."""
+"""A checksum of the cells of a training set."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _MOST = 64  # cells, or files, whose values are read
 
 
 def describe_cells(dataset: Any) -> str | None:
-    """Describe cells so that other cells, or another order of them, have another description.
+    """Describe cells by their number and a checksum, which other cells, or another order of them, do not share.
 
-    It depends on the cells and not on where they are: a store that was moved or copied is the same.
+    The description depends on the cells, not on their location: moving or copying a store does not change it.
 
     Parameters
     ----------
@@ -28,10 +28,10 @@ def describe_cells(dataset: Any) -> str | None:
     Returns
     -------
     str or None
-        Number of cells and a checksum: of all numbers of cells and of genes expressed, and of the counts of up to 64
-        cells; of neighbourhoods, of all names of cells and the counts of up to 64; of a stream, of the numbers of
-        cells and the first cells of up to 64 files. Of other datasets the number of rows; None where nothing is
-        known.
+        The number of cells and a checksum. For a store, the checksum is over all cell ids and lengths, the genes, and
+        the counts of up to 64 cells; for neighbourhoods, over all names of cells and the counts of up to 64; for a
+        stream, over the numbers of cells and the first cells of up to 64 files. For other datasets the number of
+        rows; None if even that is unknown.
     """
     if isinstance(dataset, CellStore):
         rows = dataset.rows(spread_rows(len(dataset)))

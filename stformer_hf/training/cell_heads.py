@@ -1,4 +1,4 @@
-"""What the head of a model says of a cell: one reading of its outputs, for annotations, predictions and cards."""
+"""Interpret the outputs of a cell-level head, for annotations, predictions and model cards."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from transformers import PreTrainedModel
 
 from ..models.gene_bert.heads import problem_of
 
-_OF_CELLS = ("ForClassification", "ForSequenceClassification")  # how the classes end whose outputs are of cells
+_OF_CELLS = ("ForClassification", "ForSequenceClassification")  # endings of the names of classes that predict cells
 
 
 @dataclass
 class CellHead:
-    """The head of a model that predicts something of each cell.
+    """The head of a model with outputs for each cell.
 
     Attributes
     ----------
     kind : {"single_label_classification", "multi_label_classification", "regression"}
-        One of several classes; several labels, each of them there or not; one or more numbers.
+        One class; multiple labels, each present or not; one or more numbers.
     names : list of str
         Name of each output: the classes, the labels or the numbers. A single number without a name is "value".
     """
@@ -31,7 +31,7 @@ class CellHead:
     names: list[str]
 
     def predictions(self, logits: torch.Tensor) -> torch.Tensor:
-        """Turn logits into what they say: probabilities of classes or labels, or numbers.
+        """Convert logits to predictions: probabilities of classes or labels, or numbers.
 
         Parameters
         ----------
@@ -44,11 +44,11 @@ class CellHead:
         Raises
         ------
         ValueError
-            Logits of another shape.
+            The logits have another shape.
         """
         if logits.ndim != 2 or logits.shape[1] != len(self.names):
             raise ValueError(
-                f"The model gives outputs of shape {tuple(logits.shape)}, and its configuration names "
+                f"The model returns outputs of shape {tuple(logits.shape)}, but its configuration names "
                 f"{len(self.names)} outputs per cell."
             )
         logits = logits.float()
@@ -57,22 +57,22 @@ class CellHead:
         return logits.sigmoid() if self.kind == "multi_label_classification" else logits.softmax(-1)
 
     def columns(self, predictions: np.ndarray, known: np.ndarray, prefix: str) -> dict[str, Any]:
-        """Make columns of obs of predictions.
+        """Convert predictions to columns of obs.
 
         Parameters
         ----------
         predictions : float array (n, n_outputs)
-            As `predictions` gives them.
+            As returned by `predictions`.
         known : bool array (n,)
-            Which cells the model could read; of the others all values are missing.
+            Whether the model could read each cell; the values of the others are missing.
         prefix : str
-            What the names of the columns begin with.
+            Prefix of the column names.
 
         Returns
         -------
         dict of str to Categorical or float32 array (n,)
-            Of classes `prefix_label`, the most probable, and `prefix_score`, its probability. Of several labels, and
-            of numbers, one column `prefix_NAME` each.
+            For classes, `prefix_label`, the most probable one, and `prefix_score`, its probability. For multiple
+            labels and for numbers, one column `prefix_NAME` each.
         """
         if self.kind == "single_label_classification":
             codes = np.where(known, predictions.argmax(axis=1), -1)
@@ -83,7 +83,7 @@ class CellHead:
 
 
 def read_head(model: PreTrainedModel) -> CellHead:
-    """Read what a model predicts of each cell.
+    """Read the head of a model that predicts cells.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def read_head(model: PreTrainedModel) -> CellHead:
     Raises
     ------
     ValueError
-        A model that predicts nothing of a cell: a classifier of genes, a masked model, an encoder.
+        The model does not predict cells: it is a classifier of genes, a masked model or an encoder.
     """
     check_predicts_cells([type(model).__name__], "The model")
     config = model.config
@@ -108,17 +108,17 @@ def read_head(model: PreTrainedModel) -> CellHead:
 
 
 def predicts_cells(architectures: list[str]) -> bool:
-    """Tell whether one of these classes of models predicts something of each cell, by their names."""
+    """Return whether one of these model classes, given by name, predicts cells."""
     return any(name.endswith(_OF_CELLS) for name in architectures)
 
 
 def check_predicts_cells(architectures: list[str], what: str) -> None:
-    """Refuse models that predict nothing of a cell, by the names of their classes.
+    """Refuse models that do not predict cells, by the names of their classes.
 
     Raises
     ------
     ValueError
-        None of the names is of a classifier of cells.
+        None of the names is that of a classifier of cells.
     """
     if predicts_cells(architectures):
         return
@@ -135,7 +135,7 @@ def check_predicts_cells(architectures: list[str], what: str) -> None:
 
 
 def check_finite(outputs: np.ndarray, known: np.ndarray) -> None:
-    """Refuse outputs of a model that are no numbers.
+    """Refuse outputs of a model that are not finite.
 
     Parameters
     ----------
@@ -146,13 +146,13 @@ def check_finite(outputs: np.ndarray, known: np.ndarray) -> None:
     Raises
     ------
     ValueError
-        NaN or infinity among the outputs of known cells.
+        The outputs of known cells include NaN or infinity.
     """
     n_wrong = int((~np.isfinite(outputs).all(axis=1) & known).sum())
     if n_wrong:
         raise ValueError(
-            f"The model gives NaN or infinite outputs for {n_wrong} of {len(outputs)} cells: its weights are not "
-            "finite (training diverged), or overflow in half precision. Nothing is written."
+            f"The model returns NaN or infinite outputs for {n_wrong} of {len(outputs)} cells: its weights are not "
+            "finite (training diverged), or overflow in half precision. Nothing was written."
         )
 
 

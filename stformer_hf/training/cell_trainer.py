@@ -1,4 +1,4 @@
-"""`transformers.Trainer` on cells: batches in an order that any number of processes, and any resumption, keeps."""
+"""`transformers.Trainer` for cells, with an order of batches that no number of processes and no resumption changes."""
 
 from __future__ import annotations
 
@@ -57,30 +57,30 @@ _NO_BUDGET = 2**48  # tokens
 class CellTrainer(MeasuredTrainer):
     """Trainer for stores of cells and the collators of this package.
 
-    What differs from Trainer: every column reaches the collator, which is told the epoch; the order of the cells is a
-    function of (seed, epoch), whatever the number of processes, and each cell comes once an epoch; evaluation and
-    prediction go by the order of the data, with the collator's `for_evaluation()`, so that their losses can be
-    compared; cells without counts are left out; `resume_from_checkpoint=True` takes the last checkpoint that is
-    whole; SIGTERM, and Ctrl-C, save a checkpoint after the step and end `train`, with the signal in
-    `trainer.interrupted`, and a second Ctrl-C interrupts at once. The loss of an evaluation is the mean over all its
-    labels, whatever the size of the batches. Weights in half precision are trained in float32. Of a masked
-    model the log also has `<class>_loss` and `<class>_accuracy`, a class of tokens (genes, and each phenotype
-    category): mean cross entropy in nats, without smoothing and weights, and share predicted right.
+    It differs from Trainer as follows. Every column and the number of the epoch reach the collator. The order of the
+    cells is a function of (seed, epoch), whatever the number of processes, and each cell is seen once per epoch.
+    Evaluation and prediction keep the order of the dataset and use the collator's `for_evaluation()`, so that losses
+    are comparable. Cells without counts are left out. `resume_from_checkpoint=True` resumes from the last complete
+    checkpoint. SIGTERM and Ctrl-C save a checkpoint after the current step and end `train`, with the signal in
+    `trainer.interrupted`; a second Ctrl-C interrupts at once. The evaluation loss is the mean over all labels,
+    whatever the size of the batches. Half-precision weights are trained in float32. For masked models,
+    `<class>_loss` and `<class>_accuracy` are logged for each class of tokens (genes, and each phenotype category):
+    mean cross entropy in nats, without smoothing and weights, and share of correct predictions.
 
     Parameters
     ----------
     train_dataset, eval_dataset : CellStore, datasets.Dataset, IterableAnnDataset, or another dataset
-        Cells; or rows with `input_ids` and `token_type_ids` (and, better, `cell_id`); or a Subset (`random_split`) or
-        ConcatDataset of such, whose stores have the same genes. Masks are drawn by the number of a cell in its own
-        store: cells of equal number in two stores are drawn for alike. Of a stream each process
-        reads all and learns from its part; a stream is taken up where a checkpoint left it. One whose number of
-        batches is unknown needs `max_steps`, and its epochs are not those of the log (nor are they where cells
-        without counts are left out).
+        Cells; or rows with `input_ids` and `token_type_ids` (and preferably `cell_id`); or a Subset (`random_split`)
+        or ConcatDataset of such, whose stores have the same genes. Masks depend on the number of a cell in its own
+        store, so cells with equal numbers in two stores get equal masks. Each process reads a whole stream and trains
+        on its part of it; on resumption, the stream continues where the checkpoint stopped. A stream with an unknown
+        number of batches needs `max_steps`, and its epochs differ from those in the log (as they do if cells without
+        counts are left out).
     lengths : sequence of int, or path of a .json or .pkl, optional
-        Tokens of each training row, for `train_sampling_strategy="group_by_length"` and `max_tokens_per_batch`; a
-        store, and a dataset with a column `length`, know theirs.
+        Number of tokens of each training row, for `train_sampling_strategy="group_by_length"` and
+        `max_tokens_per_batch`; not needed for a store, or a dataset with a column `length`.
     max_tokens_per_batch : int, optional
-        Fill batches up to so many tokens, padding included, in place of a number of cells
+        Fill batches up to this many tokens, padding included, instead of a number of cells
         (`per_device_train_batch_size`).
     **kwargs
         All other arguments of Trainer.
@@ -88,8 +88,8 @@ class CellTrainer(MeasuredTrainer):
     Raises
     ------
     ValueError
-        A tokenizer (`processing_class`) that does not fit the model; packed batches for a model that cannot keep cells
-        apart, or for several GPUs in one process; lengths that do not fit the dataset; labels that do not fit the head
+        The tokenizer (`processing_class`) does not fit the model; batches are packed, but the model cannot keep cells
+        apart, or one process uses multiple GPUs; the lengths do not fit the dataset; the labels do not fit the head
         of a classifier.
     """
 
@@ -128,12 +128,12 @@ class CellTrainer(MeasuredTrainer):
             self._eval_collator = collator.for_evaluation()
 
     def _check_identities(self) -> None:
-        """Compare what model, tokenizer, collator and datasets mean, and fill in what one knows and another does not.
+        """Check that model, tokenizer, collator and datasets agree, and copy what one of them lacks from the others.
 
         Raises
         ------
         ValueError
-            Two of them differ; see `identity`.
+            Two of them disagree; see `identity`.
         """
         check_tokenizers(self.model, self.processing_class, self.data_collator)
         others = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
@@ -152,7 +152,7 @@ class CellTrainer(MeasuredTrainer):
 
     @property
     def _token_budget(self) -> int | None:
-        """`max_tokens_per_batch`, lowered in the proportion in which `auto_find_batch_size` lowers the batch size."""
+        """`max_tokens_per_batch`, lowered in proportion when `auto_find_batch_size` lowers the batch size."""
         if self.max_tokens_per_batch is None:
             return None
         return self.max_tokens_per_batch * self._train_batch_size // self.args.train_batch_size
@@ -171,13 +171,13 @@ class CellTrainer(MeasuredTrainer):
         return data_collator
 
     def get_train_sampler(self) -> Sampler | None:
-        """Give the order of the training rows.
+        """Return the sampler of the training rows.
 
         Returns
         -------
         TokenBudgetBatchSampler, LengthGroupedSampler, BlockShuffleSampler or None
-            With `max_tokens_per_batch`, batches of rows; else rows, grouped by length if `train_sampling_strategy` is
-            "group_by_length", shuffled if it is "random". None for a stream.
+            Batches of rows with `max_tokens_per_batch`; else rows, grouped by length if `train_sampling_strategy` is
+            "group_by_length", or shuffled if it is "random". None for a stream.
         """
         return self._get_train_sampler()
 
@@ -204,12 +204,12 @@ class CellTrainer(MeasuredTrainer):
         return BlockShuffleSampler(dataset, 1, seed)
 
     def _n_tokens(self, dataset: Any) -> np.ndarray:
-        """Tell the tokens of each row: of cells of a store, how many they are at most."""
+        """Return the number of tokens of each row: int array (n_rows,); an upper bound for the cells of a store."""
         if self._lengths is None:
             return gather(dataset, self._n_tokens_of)
         lengths = known_lengths(self._lengths, self.args.length_column_name)
         if len(lengths) != len(dataset):
-            raise ValueError(f"{len(lengths)} lengths for {len(dataset)} rows: write them anew for this dataset.")
+            raise ValueError(f"{len(lengths)} lengths for {len(dataset)} rows: recompute them for this dataset.")
         return lengths
 
     def _n_tokens_of(self, dataset: Any) -> np.ndarray:
@@ -228,7 +228,7 @@ class CellTrainer(MeasuredTrainer):
         self, dataset, description, batch_size, sampler_fn=None, is_training: bool = False, dataloader_key=None
     ) -> DataLoader:
         training_collator = self.data_collator
-        if not is_training:  # of evaluate and predict too, which may be given any
+        if not is_training:  # evaluate and predict accept any dataset
             self.data_collator = self._eval_collator
             dataset = as_selection(dataset)
             self._check_tokens(dataset)
@@ -240,7 +240,7 @@ class CellTrainer(MeasuredTrainer):
             if not is_training:
                 if isinstance(dataset, IterableDataset) and self.args.world_size > 1:
                     raise ValueError(
-                        f"{type(dataset).__name__}: several processes cannot evaluate on a stream, of which some "
+                        f"{type(dataset).__name__}: multiple processes cannot evaluate on a stream, because some "
                         "cells would count twice. Evaluate on a CellStore or a datasets.Dataset."
                     )
                 drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
@@ -255,14 +255,16 @@ class CellTrainer(MeasuredTrainer):
         args, collator, n_workers = self.args, self.data_collator, self.args.dataloader_num_workers
         if isinstance(dataset, IterableDataset):
             if n_workers > 1:
-                logger.warning(f"One worker reads a stream, in place of {n_workers}: more would each read all of it.")
+                logger.warning(
+                    f"dataloader_num_workers={n_workers} is lowered to 1: each worker would read the whole stream."
+                )
                 n_workers = 1
             dataset, sampler = self._read_stream(dataset, batch_size)
             collator = only
         else:
             sampler = sampler_fn(self.train_dataset)
         if not isinstance(sampler, (StreamOrder, TokenBudgetBatchSampler)):
-            # accelerate's own would fill the last batches with rows that were there before.
+            # accelerate's own sampler would fill the last batches with rows of earlier ones.
             sampler = EvenBatchSampler(
                 sampler, batch_size, world_size=args.world_size, drop_last=args.dataloader_drop_last
             )
@@ -278,32 +280,33 @@ class CellTrainer(MeasuredTrainer):
             multiprocessing_context=args.dataloader_multiprocessing_context,
             in_order=args.dataloader_in_order,
             worker_init_fn=partial(seed_worker, num_workers=n_workers, rank=args.process_index),
-            # Its own: workers that live on draw nothing from torch's, which dropout depends on, and new ones would.
+            # A generator of its own: new workers draw from torch's, which dropout depends on, persistent ones do not.
             generator=torch.Generator(),
         )
         return self.accelerator.prepare(loader)
 
     def _read_stream(self, stream: IterableDataset, batch_size: int) -> tuple[StreamBatches, StreamOrder]:
-        """Give the batches of a stream by their number, and the numbers of an epoch.
+        """Return the batches of a stream, indexed by number, and the batch numbers of an epoch.
 
-        Where nobody knows how many batches an epoch has, `max_steps` are one epoch to Trainer.
+        If the number of batches is unknown, Trainer takes `max_steps` steps as one epoch.
         """
         args = self.args
         if getattr(stream, "world_size", 1) != 1:
             raise ValueError(
-                "The stream gives a rank its part, and the trainer divides it: leave rank and world_size."
+                "The stream is already split between ranks, and the trainer would split it again: leave rank and "
+                "world_size out."
             )
         if getattr(stream, "tokenizer", self) is None:
-            raise ValueError("The stream gives counts: give it the tokenizer, IterableAnnDataset(files, tokenizer).")
+            raise ValueError("The stream yields counts: pass it the tokenizer, IterableAnnDataset(files, tokenizer).")
         if args.dataloader_drop_last:
-            raise ValueError("dataloader_drop_last: a stream is not cut before its end.")
+            raise ValueError("dataloader_drop_last is not supported for a stream.")
         n_cells = len(stream) if hasattr(stream, "__len__") and self.max_tokens_per_batch is None else None
         in_a_step = args.world_size * args.gradient_accumulation_steps
         shared = {
             "n_tokens": partial(_tokens_of, self.processing_class),
             "seed": args.seed if args.data_seed is None else args.data_seed,
-            # To Trainer a stream of unknown length is one epoch, in which a step may begin in a pass and end in the
-            # next: with whole steps a pass, it is the same on any number of processes.
+            # Trainer takes a stream of unknown length as one epoch, so a step could span two passes over the files.
+            # With a whole number of steps per pass, the order is the same on any number of processes.
             "world_size": args.world_size if n_cells is not None else in_a_step,
         }
         if self.max_tokens_per_batch is not None:
@@ -321,12 +324,12 @@ class CellTrainer(MeasuredTrainer):
         elif args.max_steps > 0:
             n_batches = args.max_steps * in_a_step
         else:
-            raise ValueError("How many batches the stream has is not known before it is read: give max_steps.")
+            raise ValueError("The number of batches of a stream is unknown until it has been read: pass max_steps.")
         self._stream = StreamBatches(batches, self.data_collator, self._stream_mark)
         return self._stream, StreamOrder(n_batches)
 
     def _prepare_inputs(self, inputs):
-        """As in Trainer; counts of cells stay what they are, where DeepSpeed has all numbers in half precision."""
+        """Prepare inputs as Trainer does; counts keep their dtype even if DeepSpeed casts to half precision."""
         names = ("masked_expression", "observed_expression", "cell_counts")
         counts = {name: inputs[name] for name in names if name in inputs}
         if not counts:
@@ -335,25 +338,25 @@ class CellTrainer(MeasuredTrainer):
         return {**{name: value.to(self.args.device) for name, value in counts.items()}, **others}
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As in Trainer; takes from the batches of a stream where the next one is read from."""
+        """Draw batches as Trainer does, and record where in a stream the next batch begins."""
         for batch in (drawn := super().get_batch_samples(epoch_iterator, num_batches, device))[0]:
             mark = batch.pop("stream_mark", None)
             self._stream_mark = self._stream_mark if mark is None else json.loads(mark)
         return drawn
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the order of the cells, and the collator, which epoch begins (Trainer's loop calls it)."""
+        """Set the epoch of the sampler, the collator and the datasets (called by Trainer's loop)."""
         datasets = [base for base in bases(self.train_dataset) if not isinstance(base, IterableDataset)]
         for part in (self._train_batches, self.data_collator, *datasets):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         if self._stream is not None:
-            self._stream.mark = self._stream_mark  # for a worker that begins now
+            self._stream.mark = self._stream_mark  # for a worker that starts now
 
     def call_model_init(self, trial=None):
-        """As in Trainer; the model of each trial is to fit the tokenizer."""
+        """Make the model of a trial as Trainer does, and check that it fits the tokenizer."""
         model = super().call_model_init(trial)
-        if getattr(self, "_eval_collator", None) is not None:  # not yet when the trainer is made
+        if getattr(self, "_eval_collator", None) is not None:  # not yet set when the trainer is made
             check_tokenizers(model, self.processing_class, self.data_collator)
             fit_datasets(model, self.train_dataset, [])
             fit_classes(model, self.data_collator, self.train_dataset)
@@ -370,15 +373,16 @@ class CellTrainer(MeasuredTrainer):
         *args,
         **kwargs,
     ):
-        """As in Trainer; by default the objective is `args.metric_for_best_model`, or else the loss of the evaluation.
+        """Search hyperparameters as Trainer does; the default objective is `args.metric_for_best_model`, or the loss.
 
-        Trainer's own default is the sum of all metrics, losses and accuracies alike.
+        Trainer's own default is the sum of all metrics, losses and accuracies alike. The default direction follows
+        from `args.greater_is_better`.
 
         Raises
         ------
         ValueError
-            `direction` contradicts `args.greater_is_better`, which says it by default; during the search: the
-            evaluation does not give the metric.
+            `direction` contradicts `args.greater_is_better`; during the search: the evaluation does not compute the
+            metric.
         """
         if compute_objective is None:
             metric = self.args.metric_for_best_model or "loss"
@@ -386,7 +390,7 @@ class CellTrainer(MeasuredTrainer):
             if direction not in (None, best):
                 raise ValueError(
                     f"direction={direction!r}, and args.greater_is_better={self.args.greater_is_better} of "
-                    f"{metric!r} means {best!r}: leave direction out, or give compute_objective."
+                    f"{metric!r} means {best!r}: leave direction out, or pass compute_objective."
                 )
             metric = metric if metric.startswith("eval_") else f"eval_{metric}"
             compute_objective, direction = partial(score_of, metric=metric), best
@@ -397,14 +401,14 @@ class CellTrainer(MeasuredTrainer):
     # ------------------------------------------------------------------ checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As in Trainer; True resumes from the last checkpoint that is whole, or begins where there is none.
+        """Train as Trainer does; True resumes from the last complete checkpoint, or starts if there is none.
 
         Raises
         ------
         FileExistsError
-            True, where `output_dir` holds a model and no checkpoint.
+            `resume_from_checkpoint` is True, and `output_dir` holds a model but no checkpoint.
         ValueError
-            The checkpoint is of other cells, or of another order of them; its optimizer is missing.
+            The checkpoint was made with other cells, or another order of them; its optimizer is missing.
         """
         if resume_from_checkpoint is True:
             found = checkpoint_to_resume(self.args.output_dir)
@@ -432,7 +436,7 @@ class CellTrainer(MeasuredTrainer):
 
     def _init_training_state(self, max_steps, n_steps, n_epochs, resume_from_checkpoint, trial):
         if resume_from_checkpoint is not None and self.args.auto_find_batch_size:
-            self._check_order(Path(resume_from_checkpoint))  # the batch size may have been lowered once more
+            self._check_order(Path(resume_from_checkpoint))  # the batch size may have been lowered again
         return super()._init_training_state(max_steps, n_steps, n_epochs, resume_from_checkpoint, trial)
 
     def _keep_in_float32(self, model: PreTrainedModel) -> None:
@@ -440,20 +444,20 @@ class CellTrainer(MeasuredTrainer):
             keep_in_float32(model, autocast=self.args.bf16 or self.args.fp16)
 
     def _issue_warnings_after_load(self, load_result):
-        """As in Trainer; a weight that is tied to another is not missing."""
+        """Warn as Trainer does; a weight that is tied to another is not missing."""
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         missing = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def _run_epoch(self, *args, **kwargs):
-        """As in Trainer; a run that had made all its steps, and is resumed, makes none."""
+        """Run an epoch as Trainer does; a resumed run that was finished makes no further step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
 
     def _order(self) -> dict[str, Any]:
-        """Tell by which arguments the cells come, a step's."""
+        """Return the arguments that decide which cells are in each step."""
         args = self.args
         batches = args.gradient_accumulation_steps * args.world_size
         order: dict[str, Any] = {
@@ -474,11 +478,11 @@ class CellTrainer(MeasuredTrainer):
 
     @cached_property
     def _cells(self) -> str | None:
-        """What tells the training cells from others; None where nothing does."""
+        """Checksum of the training cells; None if they have none."""
         return describe_cells(self.train_dataset)
 
     def _check_order(self, checkpoint: Path) -> None:
-        """Refuse a checkpoint after which cells would come twice, or never.
+        """Refuse a checkpoint from which cells of the epoch would be repeated or skipped.
 
         Raises
         ------
@@ -498,8 +502,8 @@ class CellTrainer(MeasuredTrainer):
         if other:
             found = "; ".join(f"{name} was {saved.get(name)} and is {order[name]}" for name in other)
             raise ValueError(
-                f"{checkpoint}: {found}. Cells of the epoch would come twice, or never: resume with the same, or "
-                "give ignore_data_skip=True to begin the epoch anew."
+                f"{checkpoint}: {found}. Cells of the epoch would be repeated or skipped: resume with the same, "
+                "or pass ignore_data_skip=True to restart the epoch."
             )
 
     def _save_checkpoint(self, model, trial):
@@ -514,7 +518,7 @@ class CellTrainer(MeasuredTrainer):
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir=None, state_dict=None):
-        """As in Trainer; beside an adapter the configuration of its model, which says what the head's outputs are."""
+        """Save as Trainer does, and beside an adapter the configuration of its model, which names the outputs."""
         super()._save(output_dir, state_dict)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if hasattr(model, "peft_config"):
@@ -522,7 +526,7 @@ class CellTrainer(MeasuredTrainer):
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # the first process now writes what tells that the checkpoint is whole
+        self.accelerator.wait_for_everyone()  # the first process now marks the checkpoint as complete
 
     def create_model_card(
         self,
@@ -536,14 +540,14 @@ class CellTrainer(MeasuredTrainer):
         dataset=None,
         dataset_args=None,
     ) -> None:
-        """Write this package's card (`write_model_card`) into `output_dir`; a card that somebody edited stays.
+        """Write this package's card (`write_model_card`) into `output_dir`; an edited card is kept.
 
         Parameters
         ----------
         language, license, tags, finetuned_from, dataset_tags
-            As in Trainer; in place of `language`, `license`, `tags`, `base_model` and `datasets` of `card_facts`.
+            As in Trainer; they override `language`, `license`, `tags`, `base_model` and `datasets` of `card_facts`.
         model_name, tasks, dataset, dataset_args
-            Trainer gives them; the card names the model as it is to be loaded, and knows its task.
+            Passed by Trainer and ignored: the card takes the name and the task from the model.
         """
         if not self.is_world_process_zero():
             return
@@ -573,15 +577,15 @@ class CellTrainer(MeasuredTrainer):
     # ------------------------------------------------------------------ losses
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As in Trainer; adds up what the loss is made of, and smooths labels as the model does.
+        """Compute the loss as Trainer does, add up its parts, and smooth labels in the model.
 
-        Trainer's own smoothing has no class weights, no loss weights, and takes the labels from the model.
+        Trainer's own smoothing ignores class weights and loss weights, and takes the labels from the model.
         """
         with self._smoothed_labels():
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         statistics = getattr(outputs, "class_statistics", None)
         if statistics is not None:
-            # A replica gives its own rows.
+            # Each replica returns its own rows.
             total = statistics.detach().double().view(-1, len(self._token_classes()), 3).sum(0)
             before = self._statistics.get(model.training)
             self._statistics[model.training] = total if before is None else before + total
@@ -589,7 +593,7 @@ class CellTrainer(MeasuredTrainer):
 
     @contextmanager
     def _smoothed_labels(self) -> Iterator[None]:
-        """Let the model's own loss apply `args.label_smoothing_factor`, if it is a model of cells."""
+        """Let the loss of the model apply `args.label_smoothing_factor`, if it is a model of this package."""
         model = self.accelerator.unwrap_model(self.model)
         field = smoothing_field(model)
         if not self.args.label_smoothing_factor or field is None:
@@ -605,13 +609,13 @@ class CellTrainer(MeasuredTrainer):
             self.label_smoother = smoother
 
     def log(self, logs, *args, **kwargs):
-        """As in Trainer; with the training losses of the classes of tokens."""
+        """Log as Trainer does, with the training losses of the classes of tokens."""
         if "loss" in logs:
             logs = {**logs, **self._class_metrics(True)}
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """As in Trainer; the loss is the mean over all labels, and the classes of tokens have theirs."""
+        """Evaluate as Trainer does; the loss is the mean over all labels, and each class of tokens has its own."""
         self._statistics.pop(False, None)
         self._eval_losses = SumOfLosses()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -625,7 +629,7 @@ class CellTrainer(MeasuredTrainer):
         return self.accelerator.unwrap_model(self.model).config.token_classes or ["genes"]
 
     def _class_metrics(self, training: bool, prefix: str = "") -> dict[str, float]:
-        """Give the losses and accuracies since the last time, of all processes."""
+        """Return the losses and accuracies since the last call, over all processes."""
         statistics = self._statistics.pop(training, None)
         if statistics is None:
             return {}
@@ -638,9 +642,9 @@ class CellTrainer(MeasuredTrainer):
         return metrics
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """As in Trainer; cells that fill up the last batch of several processes have no labels.
+        """Predict as Trainer does; cells that fill the last batch of multiple processes have no labels.
 
-        MLM logits that are not gathered are of the labelled positions alone.
+        MLM logits that are not gathered cover only the labelled positions.
         """
         inputs = self._without_filling_cells(inputs)
         n_labels = self._get_num_items_in_batch([inputs], self.args.device)
@@ -653,7 +657,7 @@ class CellTrainer(MeasuredTrainer):
             self._eval_losses.add(loss, n_labels, only_finite=self.args.logging_nan_inf_filter)
         return loss, logits, labels
 
-    # Of each batch; objectives that compare cells are means over batches.
+    # False for objectives that compare cells, whose loss is a mean over batches.
     _loss_is_a_mean_over_labels = True
 
     def _without_filling_cells(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -663,7 +667,7 @@ class CellTrainer(MeasuredTrainer):
 
 
 def _tokens_of(tokenizer: Any, cell: Mapping[str, Any]) -> int | None:
-    """Tell how many tokens a cell of a stream has; None where none is a gene, so that it is left out."""
+    """Return the number of tokens of a cell of a stream; None if it has no genes, so that it is left out."""
     n_tokens = len(cell["input_ids"])
     may_be_empty = isinstance(tokenizer, GeneTokenizer) and n_tokens <= 2 + len(tokenizer.included_phenotypes)
     if may_be_empty and not tokenizer.get_gene_tokens_mask(np.asarray(cell["input_ids"], np.int64)).any():

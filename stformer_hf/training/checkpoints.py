@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are whole, and what a run can be resumed from."""
+"""Find complete checkpoints, and those from which a run can resume."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 _STATE = "trainer_state.json"  # the last file that Trainer writes into a checkpoint
 _NAME = re.compile(r"checkpoint-(\d+)")
-# Files and folders of torch, FSDP and DeepSpeed; the last has the schedule in it.
+# Files and folders of torch, FSDP and DeepSpeed; DeepSpeed's include the schedule.
 _OPTIMIZER, _DEEPSPEED = re.compile(r"(rank\d+-of-\d+-)?optimizer"), re.compile(r"global_step\d+")
 
 
 def last_whole_checkpoint(folder: str | Path) -> Path | None:
-    """Find the newest checkpoint of a run that was written to its end.
+    """Find the newest complete checkpoint of a run.
 
     Parameters
     ----------
@@ -23,40 +23,40 @@ def last_whole_checkpoint(folder: str | Path) -> Path | None:
     Returns
     -------
     Path or None
-        The checkpoint of the most steps; None without any.
+        The checkpoint with the most steps; None if there is none.
     """
     whole = [path for path in Path(folder).glob("checkpoint-*") if _NAME.fullmatch(path.name) and _is_whole(path)]
     return max(whole, key=lambda path: int(_NAME.fullmatch(path.name)[1]), default=None)
 
 
 def checkpoint_to_resume(folder: str | Path) -> Path | None:
-    """Find what a run is resumed from: its newest whole checkpoint, or None where it is to begin.
+    """Find the checkpoint from which a run resumes: its newest complete one, or None if the run has to start.
 
     Raises
     ------
     FileExistsError
-        The folder holds a finished model and no checkpoint: a run that begins would replace the model.
+        The folder holds a finished model but no checkpoint: a new run would replace the model.
     """
     found = last_whole_checkpoint(folder)
     if found is None and (Path(folder) / "config.json").exists():
         raise FileExistsError(
-            f"{folder} holds a model and no checkpoint to resume from: a new run would replace the model. "
-            "Choose another folder, or train on from the model's weights."
+            f"{folder} holds a model but no checkpoint to resume from: a new run would replace the model. "
+            "Choose another folder, or start from the model's weights."
         )
     return found
 
 
 def check_complete(checkpoint: str | Path) -> None:
-    """Refuse a checkpoint from which Trainer would resume without what the run had.
+    """Refuse a checkpoint that lacks part of the state of its run, which Trainer would silently reset.
 
     Raises
     ------
     ValueError
-        It is no folder; the state of the trainer, the optimizer or the schedule is missing.
+        It is not a folder; the state of the trainer, the optimizer or the schedule is missing.
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
-        raise ValueError(f"{checkpoint} is not the folder of a checkpoint.")
+        raise ValueError(f"{checkpoint} is not a checkpoint folder.")
     names = [path.name for path in checkpoint.iterdir()]
     missing = [] if _STATE in names else [_STATE]
     if not any(_DEEPSPEED.match(name) for name in names):
@@ -64,14 +64,14 @@ def check_complete(checkpoint: str | Path) -> None:
         missing += [] if "scheduler.pt" in names else ["scheduler.pt"]
     if missing:
         raise ValueError(
-            f"{checkpoint} has no {', '.join(missing)} (save_only_model, or the file was deleted): the run cannot be "
-            "resumed from it. Resume from another checkpoint, or load its weights with from_pretrained and begin a "
-            "new run."
+            f"{checkpoint} has no {', '.join(missing)} (save_only_model, or the file was deleted): the run cannot "
+            "resume from it. Resume from another checkpoint, or load its weights with from_pretrained and start a new "
+            "run."
         )
 
 
 def mark_unfinished(checkpoint: str | Path) -> None:
-    """Take from a checkpoint what tells that it is whole, before it is written anew."""
+    """Remove the file that marks a checkpoint as complete, before it is overwritten."""
     (Path(checkpoint) / _STATE).unlink(missing_ok=True)
 
 

@@ -1,6 +1,6 @@
-"""Settings of training that commands show in their help: importing this file costs nothing."""
+"""Default settings of training, which commands show in their help; this file imports nothing."""
 
-# Of `finetune`. A constant rate, so that a number of steps means the same, however many follow.
+# For `finetune`. The learning rate is constant, so that a step does not depend on how many follow.
 FINETUNING = {
     "learning_rate": 5e-4,
     "lr_scheduler_type": "constant_with_warmup",
@@ -12,12 +12,12 @@ FINETUNING = {
     "save_total_limit": 2,
     "report_to": "none",
 }
-# What differs where [CLS] is not the whole cell, as in PerturbGene's model.
+# Differences for models in which [CLS] is not the whole cell, such as PerturbGene's.
 FINETUNING_REFERENCE = {
     "lr_scheduler_type": "linear",
     "warmup_steps": 0.1,
     "weight_decay": 0.05,
 }
-MAX_LENGTH = 8  # of a new whole-cell classifier: [CLS] reads all genes, and more tokens were not seen to help
+MAX_LENGTH = 8  # for a new whole-cell classifier: [CLS] reads all genes, and more tokens showed no benefit
 
 __all__ = ["FINETUNING", "FINETUNING_REFERENCE", "MAX_LENGTH"]

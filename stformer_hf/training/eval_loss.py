@@ -1,4 +1,4 @@
-"""The loss of an evaluation: the mean over all labels, each counted once, whatever the batches and processes."""
+"""Evaluation loss: the mean over all labels, each counted once, whatever the batches and processes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..batches.collate import IGNORE
 
 
 class SumOfLosses:
-    """Adds up the losses of batches, each the mean over its labels; the sums stay on their device."""
+    """Sum of the losses of batches, each a mean over its labels; the sums stay on their device."""
 
     def __init__(self) -> None:
         self._sums: torch.Tensor | None = None
 
     def add(self, loss: torch.Tensor, n_labels: torch.Tensor | int, only_finite: bool) -> None:
-        """Add a batch: its mean loss, and the number of labels that the mean is over.
+        """Add the mean loss of a batch, and its number of labels.
 
         Parameters
         ----------
@@ -34,7 +34,7 @@ class SumOfLosses:
         self._sums = pair if self._sums is None else self._sums + pair
 
     def mean(self, accelerator: Accelerator) -> float | None:
-        """Return the mean over the labels of all processes; None where none was added."""
+        """Return the mean over the labels of all processes; None if there were none."""
         if self._sums is None:
             return None
         total, n_labels = accelerator.reduce(self._sums, "sum").tolist()
@@ -42,10 +42,10 @@ class SumOfLosses:
 
 
 def filling_cells(accelerator: Accelerator, n_cells: int) -> torch.Tensor | None:
-    """Tell which cells of this process's batch only fill it up, so that every process has as many.
+    """Return which cells of this process's batch are repeated ones, which give every process the same number.
 
-    accelerate takes them from the beginning of the data, and `gather_for_metrics` leaves them out: of the last batch
-    of all processes, those after the remainder.
+    accelerate takes them from the beginning of the data, and `gather_for_metrics` leaves them out: in the last batch
+    of all processes, they are the cells after the remainder.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ def filling_cells(accelerator: Accelerator, n_cells: int) -> torch.Tensor | None
     Returns
     -------
     bool Tensor (n_cells,) or None
-        None where there are none.
+        None if there are no such cells.
     """
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
@@ -66,13 +66,13 @@ def filling_cells(accelerator: Accelerator, n_cells: int) -> torch.Tensor | None
 
 
 def without_labels(inputs: dict[str, Any], names: list[str], rows: torch.Tensor) -> dict[str, Any]:
-    """Take the labels from some rows of a batch; returns another batch.
+    """Return a copy of a batch in which some rows have no labels.
 
     Parameters
     ----------
     inputs : dict of str to Tensor (n, …)
     names : list of str
-        Of the labels.
+        Names of the labels.
     rows : bool Tensor (n,)
     """
     hidden = {name: inputs[name].clone() for name in names if inputs.get(name) is not None}

@@ -1,4 +1,4 @@
-"""More genes and phenotypes for a trained model, which keeps all that it has learnt."""
+"""Add genes and phenotypes to a trained model without changing what it has learnt."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,18 +36,19 @@ def extend_vocabulary(
     Parameters
     ----------
     model : PreTrainedModel
-        GeneBert with any head or none, or another model with a rank tokenizer (as `load_geneformer` gives them).
+        GeneBert with or without a head, or another model with a rank tokenizer (such as `load_geneformer` returns).
         It is changed in place, as by `resize_token_embeddings`: make its optimizer afterwards.
     tokenizer : GeneTokenizer
-        Of the model, in either scheme. It stays as it is.
+        The model's tokenizer, in either scheme. It is not changed.
     genes : sequence of str, optional
-        Gene ids. Those that the tokenizer knows, by id or symbol, are passed over: `store.gene_ids` will do.
+        Gene ids. Those that the tokenizer knows, by id or symbol, are skipped, so `store.gene_ids` is valid.
     phenotypes : dict of str to sequence, optional
-        Category -> values, of old categories or new ones. Values that the tokenizer knows are passed over.
+        Category -> values, of old or new categories. Values that the tokenizer knows are skipped.
     medians : GeneStatistics, dict of gene to float, path of a .json or .pkl, or sequence (n_genes,)
-        Of the rank scheme: non-zero medians of the new genes. Old genes keep theirs.
+        Non-zero medians of the new genes, for the rank scheme. Old genes keep theirs.
     bin_edges : dict of gene to sequence, or sequence, optional
-        Of a binned tokenizer that has edges a gene: those of each new gene, or of all, no more than an old gene has.
+        For a binned tokenizer with edges per gene: edges of each new gene, or the same for all; at most as many as
+        the old genes have.
     symbols : dict of symbol to gene, or GeneTable, optional
         Other names of the new genes.
 
@@ -56,41 +57,41 @@ def extend_vocabulary(
     model : PreTrainedModel
         The same object.
     tokenizer : GeneTokenizer
-        A new one, or the same object if it knew everything. New genes come after the old ones, in the order given;
-        new categories are included in a cell's tokens, after those that were.
+        A new one, or the same object if nothing is new. New genes follow the old ones, in the order given; new
+        categories are included in a cell's tokens, after the old ones.
 
     Raises
     ------
     TypeError
-        No model of transformers, such as one under adapters.
+        The model is not one of transformers, for example because it has adapters.
     ValueError
-        Nothing is given; a tokenizer that does not fit the model, or has tokens of `add_tokens`; no medians, or of
-        another target sum; edges that are missing or too many; settings of the other scheme; genes or values that
-        cannot be told apart.
+        Nothing is given; the tokenizer does not fit the model, or has tokens of `add_tokens`; medians are missing, or
+        have another target sum; edges are missing or too many; settings of the other scheme are given; genes or values
+        are ambiguous.
 
     Notes
     -----
-    Token ids do not move: new ones follow the last. Token types are counted from the categories on, so with a new
-    category the types of those sorted after it, and of all genes, move up, and rows of the embedding with them. Tokens
-    of a dataset tokenized before stay valid unless a category is new.
+    Old token ids do not change: new ones follow the last. Token types number the categories first, so a new category
+    moves up the types of the categories sorted after it, and of all genes, together with their rows of the embedding.
+    A dataset that was tokenized before stays valid unless a category is new.
 
-    Old rows of the embeddings, of the MLM head and of its bias stay bit for bit. New rows are drawn, by torch's
-    generator, from the normal distribution that has the mean and covariance of the old rows of their kind (genes,
+    Old rows of the embeddings, of the MLM head and of its bias are unchanged, bit for bit. New rows are drawn with
+    torch's generator from the normal distribution with the mean and covariance of the old rows of their kind (genes,
     phenotype values, categories), so that a new gene looks like a gene (Hewitt 2021, "Initializing New Word Embeddings
-    for Pretrained Language Models"). Where there are fewer than two old rows, it is the one that models begin with, of
-    mean 0 and `config.initializer_range`. A new bias is the mean of its kind's.
+    for Pretrained Language Models"). If there are fewer than two old rows, the distribution is that of a new model, of
+    mean 0 and standard deviation `config.initializer_range`. A new bias is the mean of those of its kind.
 
-    A model with `cell_embedding` has no statistics of new genes: they add nothing to `[CLS]` (they have a share of 0),
-    until `initialise_from_store` is run again. Their rows of the cell embedding, and of a wide head, are 0.
+    A model with `cell_embedding` has no statistics of new genes: they add nothing to `[CLS]` (their share is 0) until
+    `initialise_from_store` is run again. Their rows of the cell embedding, and of a wide head, are 0.
     """
     phenotypes = phenotypes or {}
     if not len(genes) and not phenotypes:
-        raise ValueError("There is nothing to add: give genes, phenotypes, or both.")
+        raise ValueError("There is nothing to add: pass genes, phenotypes, or both.")
     for what, names in [("genes", genes), *((f"phenotypes[{name!r}]", values) for name, values in phenotypes.items())]:
         if isinstance(names, str):
-            raise ValueError(f"{what} is a list of names, got {names!r}.")
+            raise ValueError(f"{what} must be a list of names, got {names!r}.")
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"A model of transformers is needed, got {type(model).__name__}; merge adapters before.")
+        raise TypeError(f"Expected a transformers model, got {type(model).__name__}; merge adapters first.")
     _check_fits(model, tokenizer)
     extended = _extend_tokenizer(tokenizer, genes, phenotypes, medians, bin_edges, symbols)
     if extended is not tokenizer:
@@ -110,7 +111,7 @@ def _reads_types(model: PreTrainedModel, tokenizer: GeneTokenizer) -> bool:
 
 
 def _check_fits(model: PreTrainedModel, tokenizer: GeneTokenizer) -> None:
-    """See that a tokenizer is the model's, and has no tokens but those of its vocabulary."""
+    """Check that a tokenizer is the model's, and has no tokens beyond its vocabulary."""
     config = model.config
     n_types = config.type_vocab_size if _reads_types(model, tokenizer) else tokenizer.type_vocab_size
     if (config.vocab_size, n_types) != (len(tokenizer), tokenizer.type_vocab_size):
@@ -120,8 +121,8 @@ def _check_fits(model: PreTrainedModel, tokenizer: GeneTokenizer) -> None:
         )
     if getattr(config, "vocabulary_fingerprint", None) not in (None, tokenizer.fingerprint):
         raise ValueError(
-            "The tokenizer does not fit the model: as many ids and types, but other genes, bins or phenotypes, or "
-            "another order. Load both from one checkpoint."
+            "The tokenizer does not fit the model: the same number of ids and types, but other genes, bins or "
+            "phenotypes, or another order. Load both from one checkpoint."
         )
     reads_cells = getattr(config, "cell_embedding", False)
     if reads_cells != tokenizer.whole_cell or (reads_cells and config.num_genes != len(tokenizer.genes)):
@@ -133,8 +134,8 @@ def _check_fits(model: PreTrainedModel, tokenizer: GeneTokenizer) -> None:
     added = tokenizer.get_vocab().keys() - tokenizer._token_to_id.keys()
     if added:
         raise ValueError(
-            f"The tokenizer has tokens that are not of its vocabulary, from add_tokens: {sample(sorted(added))}. "
-            "Extend the tokenizer as it was before, and give phenotypes in their place."
+            f"The tokenizer has tokens from add_tokens that are not in its vocabulary: {sample(sorted(added))}. "
+            "Extend the tokenizer without them, and pass phenotypes instead."
         )
 
 
@@ -157,7 +158,7 @@ def _extend_tokenizer(
     wrong = {"bin_edges": bin_edges} if tokenizer.scheme == "rank" else {"medians": medians}
     for name, value in wrong.items():
         if value is not None:
-            raise ValueError(f'{name} are settings of the other scheme, and this is "{tokenizer.scheme}".')
+            raise ValueError(f'{name} are settings of the other scheme; this tokenizer is "{tokenizer.scheme}".')
     if not new_genes and all_phenotypes == tokenizer.phenotypes:
         return tokenizer
 
@@ -165,7 +166,7 @@ def _extend_tokenizer(
         settings["totals"] = tokenizer.totals
     settings["genes"] = tokenizer.genes + new_genes
     settings["phenotypes"] = all_phenotypes
-    # A name that means an old gene goes on to mean it.
+    # A name of an old gene keeps its meaning.
     settings["symbols"] = {**check_symbols(symbols, new_genes), **tokenizer.symbols}
     settings["token_ids"] = _old_ids(tokenizer, settings)
     if new_genes and tokenizer.scheme == "rank":
@@ -173,7 +174,7 @@ def _extend_tokenizer(
     elif new_genes:
         settings["bin_edges"] = _merge_edges(tokenizer, new_genes, bin_edges)
     weights = tokenizer.gene_weights
-    if weights is not None:  # a new gene is to carry as much as an old one
+    if weights is not None:  # a new gene has the mean weight of the old ones
         weights = np.concatenate([weights, np.full(len(new_genes), weights.mean())])
     extended = type(tokenizer)(
         **settings,
@@ -189,12 +190,12 @@ def _extend_tokenizer(
         model_input_names=tokenizer.model_input_names,
     )
     if new_genes and tokenizer.scheme == "rank" and np.isnan(extended.medians[len(tokenizer.genes) :]).all():
-        raise ValueError(f"None of the new genes has a median. They are like {sample(new_genes)}.")
+        raise ValueError(f"None of the new genes has a median: {sample(new_genes)}.")
     return extended
 
 
 def _merge_phenotypes(tokenizer: GeneTokenizer, phenotypes: Mapping[str, Sequence[Any]]) -> dict[str, list[str]]:
-    """Put new values after the old ones of their category; categories sorted."""
+    """Append new values to the old ones of their category; categories are sorted."""
     merged = {category: list(values) for category, values in tokenizer.phenotypes.items()}
     for category, values in phenotypes.items():
         old = merged.setdefault(category, [])
@@ -204,9 +205,9 @@ def _merge_phenotypes(tokenizer: GeneTokenizer, phenotypes: Mapping[str, Sequenc
 
 
 def _old_ids(tokenizer: GeneTokenizer, settings: Mapping[str, Any]) -> dict[str, int]:
-    """Give the tokens that the new vocabulary has for what the old one knew their old ids.
+    """Return the old id of each token of the new vocabulary that means something the old one knew.
 
-    By meaning: where categories share a value, a new category can change the name of an old value's token.
+    Tokens are matched by meaning: if categories share a value, a new category can rename the token of an old value.
     """
     special = list(tokenizer._special_tokens.values())
     is_rank = tokenizer.scheme == "rank"
@@ -231,7 +232,7 @@ def _merge_medians(tokenizer: GeneTokenizer, genes: Sequence[str], medians: Any)
         if len(medians) != len(genes):
             raise ValueError(f"There are {len(medians)} medians for {len(genes)} genes.")
         medians = dict(zip(genes, medians, strict=True))
-    # The last of several versions of a gene counts: that of the tokenizer.
+    # If a gene is in both, the tokenizer's median counts.
     return {**medians, **dict(zip(tokenizer.genes, tokenizer.medians.tolist(), strict=True))}
 
 
@@ -239,17 +240,17 @@ def _merge_edges(tokenizer: GeneTokenizer, new_genes: list[str], bin_edges: Any)
     """Add the edges of new genes to those of the old ones, if genes have edges of their own."""
     if not isinstance(tokenizer.bin_edges, dict):
         if bin_edges is not None:
-            raise ValueError("The tokenizer has the same bin_edges for all genes, new ones too: give none.")
+            raise ValueError("The tokenizer has the same bin_edges for all genes: leave bin_edges out.")
         return tokenizer.bin_edges
     if bin_edges is None:
-        raise ValueError("The tokenizer has bin_edges a gene: give bin_edges={gene: edges} for the new genes.")
+        raise ValueError("The tokenizer has bin_edges per gene: pass bin_edges={gene: edges} for the new genes.")
     if not isinstance(bin_edges, Mapping):
         bin_edges = dict.fromkeys(new_genes, bin_edges)
     new_edges = check_bin_edges(bin_edges, new_genes)
     most = max(map(len, new_edges.values()))
     if most >= tokenizer.n_bins:
         raise ValueError(
-            f"A new gene has {most} bin_edges, and the model bins for {tokenizer.n_bins - 1} at most: give fewer."
+            f"A new gene has {most} bin_edges, but the model has bins for at most {tokenizer.n_bins - 1}: pass fewer."
         )
     return {**tokenizer.bin_edges, **new_edges}
 
@@ -259,7 +260,7 @@ def _merge_edges(tokenizer: GeneTokenizer, new_genes: list[str], bin_edges: Any)
 
 @torch.no_grad()
 def _extend_words(model: PreTrainedModel, tokenizer: GeneTokenizer, extended: GeneTokenizer) -> None:
-    """Add rows for new token ids to the embedding, and to the MLM head; ids of old tokens are the same in both."""
+    """Add rows for new token ids to the embedding and the MLM head; old tokens keep their ids."""
     n_old = len(tokenizer)
     if len(extended) == n_old:
         return
@@ -283,7 +284,7 @@ def _extend_words(model: PreTrainedModel, tokenizer: GeneTokenizer, extended: Ge
 
 @torch.no_grad()
 def _extend_types(model: PreTrainedModel, tokenizer: GeneTokenizer, extended: GeneTokenizer) -> None:
-    """Move the rows of old token types to where they are now, and add those of new ones."""
+    """Move the rows of old token types to their new positions, and add rows for new types."""
     if not _reads_types(model, tokenizer) or extended.type_vocab_size == tokenizer.type_vocab_size:
         return
     embedding = model.base_model.embeddings.token_type_embeddings
@@ -303,7 +304,7 @@ def _extend_types(model: PreTrainedModel, tokenizer: GeneTokenizer, extended: Ge
 
 @torch.no_grad()
 def _extend_cells(model: PreTrainedModel, n_genes: int) -> None:
-    """Add rows of 0 for new genes, which come after the old ones, to what whole cells are summed from."""
+    """Append rows of 0 for new genes to the cell embedding, the wide head and the statistics."""
     embedding = model.base_model.cell_embedding
     tables = [embedding.genes, *([model.wide_head.genes] if hasattr(model, "wide_head") else [])]
     for table in tables:
@@ -319,30 +320,30 @@ def _extend_cells(model: PreTrainedModel, n_genes: int) -> None:
 
 
 def _name_types(tokenizer: GeneTokenizer) -> list[tuple[str, ...]]:
-    """Name each token type by its kind and its name within it, which other kinds may have too."""
+    """Return the kind and the name of each token type; a name may occur in more than one kind."""
     genes = [("gene", gene) for gene in tokenizer.genes] if tokenizer.scheme == "binned" else [("cell",), ("around",)]
     names = [("special",), *(("category", name) for name in tokenizer.phenotypes), *genes]
     return names[: tokenizer.type_vocab_size]
 
 
 def _draw_rows(weight: torch.Tensor, new: torch.Tensor, like: torch.Tensor, std: float) -> None:
-    """Draw rows from the normal distribution that has the mean and covariance of other rows.
+    """Draw rows from the normal distribution with the mean and covariance of other rows.
 
     Parameters
     ----------
     weight : Tensor (n, d)
-        Where to write.
+        Written in place.
     new : LongTensor (n_new,)
         Rows to write.
     like : Tensor (n_old, d)
-        Rows that the new ones are to resemble.
+        Rows that the new ones should resemble.
     std : float
-        Standard deviation, about 0, where there are fewer than two of these.
+        Standard deviation of the new rows, of mean 0, if `like` has fewer than two rows.
 
     Notes
     -----
-    With n centred rows X and z ~ N(0, I_n), the covariance of z X / sqrt(n - 1) is that of the rows, also where they
-    do not span all dimensions.
+    With n centred rows X and z ~ N(0, I_n), the covariance of z X / sqrt(n - 1) is that of the rows, even if they do
+    not span all dimensions.
     """
     like = like.float()
     for some in new.split(_ROWS_AT_A_TIME):

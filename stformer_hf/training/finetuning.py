@@ -1,4 +1,4 @@
-"""Fine-tune a classifier of cells: it starts where linear readers are, and is trained on only where that helps."""
+"""Fine-tune a classifier of cells, which starts at linear readers and is trained further only if that helps."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Finetuning:
     Attributes
     ----------
     model : PreTrainedModel
-        With its start, and its tokenizer at `model.tokenizer`.
+        Initialised, with its tokenizer at `model.tokenizer`.
     tokenizer : GeneTokenizer
     cells : CellStore
         Training cells, with counts and labels.
@@ -66,13 +66,13 @@ class Finetuning:
     num_train_epochs : float
         As chosen, or as given.
     start : ClassifierStart, optional
-        Of a model that reads whole cells.
+        Start of a model that reads whole cells.
     new_embedding : bool
-        Whether the spectral views are of these cells; False where the model brought its own.
+        Whether the spectral views were fitted to these cells; False if the model has its own.
     balanced : bool
-        Whether each class counts alike, whatever its number of cells.
+        Whether all classes have the same weight, whatever their number of cells.
     facts : dict
-        What a model card says of the above.
+        Settings for the model card.
     """
 
     model: PreTrainedModel
@@ -86,7 +86,7 @@ class Finetuning:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def known(self, cells: CellStore) -> CellStore:
-        """Select the cells whose labels the model knows, and those with numbers; tell how many are left out."""
+        """Select the cells that have a number, or a label that the model knows; the number left out is logged."""
         labels = cells.obs[self.label_key]
         if isinstance(self.label_key, str) and self.label_key in cells.categories:
             known = labels.isin(list(self.model.config.label2id)).to_numpy()
@@ -96,13 +96,13 @@ class Finetuning:
         if known.all():
             return cells
         logger.warning(
-            f"{(~known).sum()} of {len(cells)} held-out cells have no {self.label_key!r}, or one that no training "
-            f"cell has ({', '.join(map(str, unknown[:10])) or 'none of them'}): they are not evaluated."
+            f"{(~known).sum()} of {len(cells)} held-out cells are not evaluated: they have no {self.label_key!r}, or "
+            f"a value that no training cell has ({', '.join(map(str, unknown[:10])) or 'no such value'})."
         )
         return cells.select(known)
 
     def trainer(self, arguments: TrainingArguments, eval_cells: CellStore | None = None, **kwargs) -> CellTrainer:
-        """Make the trainer; `kwargs` are those of `CellTrainer`, and of its collator `gene_dropout` and `packing`."""
+        """Make the trainer; `kwargs` are those of `CellTrainer`, and the collator's `gene_dropout` and `packing`."""
         eval_cells = None if eval_cells is None else self.known(as_selection(eval_cells))
         options = {name: kwargs.pop(name) for name in ("gene_dropout", "packing") if name in kwargs}
         arguments.num_train_epochs = self.num_train_epochs
@@ -150,52 +150,52 @@ def finetune(
 ) -> PreTrainedModel:
     """Fine-tune a classifier of cells.
 
-    A new model starts at linear readers of the training cells (see `start_classifier`); whether, and for how many
-    epochs, training goes beyond that start is chosen by inner cross-validation (see `choose_epochs`).
+    A new model starts at linear readers of the training cells (see `start_classifier`). The number of epochs of
+    further training, possibly 0, is chosen by inner cross-validation (see `choose_epochs`).
 
     Parameters
     ----------
     cells : CellStore (or Subset of one), AnnData, MuData or SpatialData
         Labelled cells; those without a label or without counts are left out.
     label_key : str, or list of str
-        Column of obs: classes, or numbers with `problem_type="regression"`. Several columns of 0 and 1 for several
+        Column of obs: classes, or numbers with `problem_type="regression"`. A list of columns of 0 and 1 for multiple
         labels per cell.
     model : str or PreTrainedModel, optional
-        Pretrained checkpoint, or model; a new one by default. One that reads whole cells keeps its embedding, and its
-        heads start at linear readers of it.
+        Pretrained checkpoint, or model; a new one by default. A model that reads whole cells keeps its embedding, and
+        its heads start at linear readers of it.
     tokenizer : GeneTokenizer, optional
-        Of a model object; by default `model.tokenizer`, or the checkpoint's.
+        Tokenizer of a model object; by default `model.tokenizer`, or the checkpoint's.
     output : str or Path, optional
         Folder to save the model, its tokenizer and `out_of_fold.safetensors` in.
     eval_cells : CellStore, optional
-        Evaluated at the end of each epoch; nothing is chosen on them. Those of classes that no training cell has are
-        left out, with a warning.
+        Held-out cells, evaluated at the end of each epoch; nothing is chosen on them. Cells of classes that no
+        training cell has are left out, with a warning.
     num_train_epochs : float, optional
-        0 is the start alone. By default as chosen; 10 from random weights, and for a model that does not read whole
-        cells.
+        Epochs of training; 0 keeps the start as it is. By default chosen by cross-validation; 10 from random weights,
+        and for a model that does not read whole cells.
     init : {"spectral", "random"}, default: "spectral"
-        How the classifier begins: at linear readers (of a new model, on the spectral views of the cells), or at random
-        weights.
+        Whether the classifier starts at linear readers (for a new model, of the spectral views of the cells), or at
+        random weights.
     group_key : str, optional
-        Obs column, such as the donor: its groups are never in training and validation of a choice at once.
+        Obs column, such as the donor; cells of one group are never in both training and validation of a choice.
     phenotypes : sequence of str, optional
         Phenotype tokens that the model may read; none by default, since a phenotype may be the label by another name.
     class_weights : {"none", "balanced"}, default: "none"
-        Whether each class counts alike, whatever its number of cells.
+        "balanced" gives all classes the same weight, whatever their number of cells.
     problem_type : str, optional
-        "single_label_classification", "multi_label_classification" or "regression"; by the columns by default. With
-        the first, integers of an AnnData are classes, as booleans and categories always are.
+        "single_label_classification", "multi_label_classification" or "regression"; inferred from the columns by
+        default. With the first, integers of an AnnData are classes, as booleans and categories always are.
     size : str, default: "tiny"
-        Of a new model.
-    max_length : int, default: 64
-        Of a new model: tokens per cell. `[CLS]` reads all genes whatever it is.
+        Size of a new model.
+    max_length : int, default: 8
+        Maximum number of tokens per cell, for a new model. `[CLS]` reads all genes in any case.
     layer : str, optional
-        Where the counts of an AnnData are.
+        Layer of the AnnData that holds the counts.
     fractional : bool, default: False
-        Whether counts may be fractions, as estimates are.
+        Accept fractional counts, such as estimates.
     seed : int, default: 0
     training : dict, optional
-        `TrainingArguments` over `training.defaults.FINETUNING`.
+        `TrainingArguments` that override `training.defaults.FINETUNING`.
 
     Returns
     -------
@@ -205,7 +205,7 @@ def finetune(
     Raises
     ------
     ValueError
-        No such column; no labelled cells; labels that do not fit the problem; a tokenizer that does not fit.
+        A column is missing; no cell is labelled; the labels do not fit the problem; the tokenizer does not fit.
     """
     cells = as_selection(cells)
     with tempfile.TemporaryDirectory() as folder:
@@ -280,8 +280,8 @@ def prepare_classifier(
 ) -> Finetuning:
     """Make (or load) the classifier of some cells, start it, and choose how long to train it.
 
-    Parameters are those of `finetune`; `arguments` give the seed and how it is trained, `model_config` fields of
-    `GeneBertConfig`, and `tokenizer_config` settings of `GeneTokenizer` of a new model.
+    Parameters are those of `finetune`; `arguments` hold the seed and the settings of training, `model_config` fields
+    of `GeneBertConfig`, and `tokenizer_config` settings of `GeneTokenizer` for a new model.
 
     Returns
     -------
@@ -304,14 +304,14 @@ def prepare_classifier(
     left_out = [name for name in tokenizer.included_phenotypes if name not in phenotypes]
     if left_out:
         logger.warning(
-            f"The phenotype tokens of {', '.join(left_out)} are left out: one of them may be the label by another "
-            "name. Name those that the model may read: phenotypes=[…], or --phenotypes."
+            f"The phenotype tokens of {', '.join(left_out)} are left out: one of them may be the label under another "
+            "name. List those that the model may read: phenotypes=[…], or --phenotypes."
         )
     tokenizer.included_phenotypes = list(phenotypes)
     model.tokenizer = tokenizer
     facts: dict[str, Any] = {"label": label_key, "pooling": model.config.classifier_pooling}
     if model.config.classifier_pooling == "cls" and not tokenizer.add_cls:
-        raise ValueError("The tokenizer begins cells with no [CLS]: use --pooling mean.")
+        raise ValueError("The tokenizer adds no [CLS]: use --pooling mean.")
     balanced = class_weights == "balanced"
     if balanced and problem_type == "single_label_classification":
         model.config.class_weights = balanced_class_weights(cells.obs[label_key], classes)
@@ -324,7 +324,7 @@ def prepare_classifier(
         _check_columns(cells.obs, [group_key])
         if cells.obs[group_key].isna().any():
             raise ValueError(
-                f"{int(cells.obs[group_key].isna().sum())} cells have no {group_key!r}: leave them out, or fill it."
+                f"{int(cells.obs[group_key].isna().sum())} cells have no {group_key!r}: remove them, or fill it in."
             )
         groups = cells.obs[group_key].astype(str).to_numpy()
     began = time.monotonic()
@@ -354,36 +354,36 @@ def choose_epochs(
 
     In each of 2 inner folds the start is fitted to the fold's training cells, trained for 3 epochs, and scored on the
     fold's other cells at the start and after each epoch. The number of epochs with the best mean score is taken if it
-    is better than the start by more than the standard error of the difference over cells, else 0. It is 0 without
-    the second fold where no epoch is better than the start in the first, and without trying where the median class has
-    fewer than 50 cells, or there is one class.
+    beats the start by more than the standard error of the difference over cells, else 0. If no epoch beats the start
+    in the first fold, the result is 0 without trying the second; if the median class has fewer than 50 cells, or there
+    is only one class, it is 0 without trying.
 
     Parameters
     ----------
     prepared : Finetuning
-        With its start.
+        Classifier with its start.
     labels : array (n, …)
-        Of its cells.
+        Labels of its cells.
     groups : array (n,), optional
         As in `inner_folds`.
     arguments : TrainingArguments
-        How it is trained.
+        Settings of training.
 
     Returns
     -------
     epochs : float
     facts : dict
-        `fine_tuning`, why; `inner_scores`, the mean score at the start and after each epoch, where it was tried.
+        `fine_tuning`, the reason; `inner_scores`, the mean score at the start and after each epoch, if it was tried.
 
     Notes
     -----
-    Whoever calls it may have chosen the readers on the same cells; their regularisation and weights are kept as they
-    are in every fold, and the linear readers themselves, and the axes of the views, are fitted within the fold.
+    The regularisation and weights of the readers may have been chosen on the same cells, and are kept in every fold;
+    the linear readers themselves, and the axes of the views, are fitted within each fold.
     """
     model = prepared.model
     problem = Problem(model.config.problem_type, model.config.num_labels)
     if prepared.start is None:
-        return 0, {"fine_tuning": "none: there is one class"}
+        return 0, {"fine_tuning": "none: there is only one class"}
     per_class = np.bincount(labels) if problem.kind == "single_label_classification" else np.array([len(labels)])
     median = int(np.median(per_class[per_class > 0]))
     if median < FEW_LABELS:
@@ -418,8 +418,8 @@ def _score_epochs(
 ) -> np.ndarray:
     """Train on one part, and score each cell of another at the start and after each epoch: (n_held_out, 1 + epochs).
 
-    The score is 1 for a class predicted right (of several labels their share); of a regression the squared error,
-    negative.
+    The score is 1 for a correct class (for multiple labels, the share that is correct), and the negative squared error
+    for regression.
     """
     model, start = copy.deepcopy(prepared.model), prepared.start
     of_all = len(start.rows) == len(labels)
@@ -467,7 +467,7 @@ def _score_epochs(
             processing_class=prepared.tokenizer,
             callbacks=[ScoreEpochs()],
         )
-        trainer.remove_callback(PrinterCallback)  # its line of training losses reads as that of the final model
+        trainer.remove_callback(PrinterCallback)  # its losses would look like those of the final model
         trainer.train()
     return np.stack(scores, axis=1)
 
@@ -500,14 +500,14 @@ def _check_columns(obs, columns: Sequence[str]) -> None:
     missing = [name for name in columns if name not in obs]
     if missing:
         raise ValueError(
-            f"No obs column {', '.join(map(repr, missing))}; there are {', '.join(map(str, obs.columns)) or 'none'}."
+            f"No obs column {', '.join(map(repr, missing))}; columns are {', '.join(map(str, obs.columns)) or 'none'}."
         )
 
 
 def _labelled(
     cells: CellStore, label_key: str | list[str], problem_type: str | None
 ) -> tuple[CellStore, np.ndarray, list[str] | None, str]:
-    """Select the cells with counts and labels; returns them, their labels, the classes and the kind of problem."""
+    """Select the cells with counts and labels; return them, their labels, the classes and the problem type."""
     several = not isinstance(label_key, str)
     columns = label_key if several else [label_key]
     _check_columns(cells.obs, columns)
@@ -520,22 +520,21 @@ def _labelled(
             kinds = {"b": "booleans", "i": "whole numbers", "u": "whole numbers", "f": "numbers"}
             holds = "" if several else f" (it holds {kinds.get(cells.obs[label_key].dtype.kind, 'other values')})"
             raise ValueError(
-                f"{label_key!r} is not one categorical column{holds}; those are "
-                f"{', '.join(cells.categories) or 'none'}. For numbers pass problem_type='regression'. Integers or "
-                "booleans that are classes: pass problem_type='single_label_classification' with an AnnData, build "
-                "the store with classes=[…] (stformer-hf build --classes), or make them categorical, "
+                f"{label_key!r} is not one categorical column{holds}; categorical columns are "
+                f"{', '.join(cells.categories) or 'none'}. For numbers pass problem_type='regression'. For classes "
+                "stored as integers or booleans pass problem_type='single_label_classification' with an AnnData, "
+                "build the store with classes=[…] (stformer-hf build --classes), or make them categorical, "
                 "adata.obs[key].astype('category')."
             )
         classes = cells.categories[label_key]
         labels = cells.obs[label_key].cat.codes.to_numpy().astype(np.int64)
         usable &= labels >= 0
-        used = np.unique(labels[usable])  # a class that only held-out cells have is none that these cells know
+        used = np.unique(labels[usable])  # classes that only held-out cells have are left out
         unused = [name for i, name in enumerate(classes) if i not in set(used.tolist())]
         classes = [classes[i] for i in used]
         if len(classes) == 1:
             raise ValueError(
-                f"{label_key!r} has one class among the cells to learn from, {classes[0]!r}: there is nothing to tell "
-                "apart."
+                f"{label_key!r} has only one class among the training cells, {classes[0]!r}: at least two are needed."
             )
         if unused:
             logger.warning(
@@ -545,7 +544,7 @@ def _labelled(
         labels = np.searchsorted(used, labels)
     else:
         if any(categorical):
-            raise ValueError(f"{columns} are not all columns of numbers, as {problem_type} needs.")
+            raise ValueError(f"{problem_type} needs columns of numbers, and not all of {columns} are.")
         classes = None
         labels = cells.obs[columns].to_numpy(np.float32)
         usable &= np.isfinite(labels).all(axis=1)
@@ -557,14 +556,14 @@ def _labelled(
         raise ValueError(f"None of the {len(cells)} cells has counts and a {label_key!r}.")
     if not usable.all():
         logger.warning(
-            f"{(~usable).sum()} of {len(cells)} cells have no counts or no {label_key!r}, and are left out of "
+            f"{(~usable).sum()} of {len(cells)} cells have no counts or no {label_key!r}: they are left out of "
             "training."
         )
     return (cells if usable.all() else cells.select(usable)), labels[usable], classes, problem_type
 
 
 def _load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, head: dict[str, Any]):
-    """Load a checkpoint, or take a model object, as a classifier with new heads; returns it and a tokenizer."""
+    """Return a checkpoint or a model object as a classifier with new heads, and its tokenizer."""
     of_object = is_model(model)
     if of_object or is_adapter(model):
         if of_object:

@@ -1,4 +1,4 @@
-"""Weights in half precision are trained in float32: small updates of them would be rounded away."""
+"""Train half-precision weights in float32, since small updates to them would be rounded away."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ logger = logging.getLogger(__name__)
 def keep_in_float32(model: nn.Module, autocast: bool) -> None:
     """Convert a model whose trainable weights are in half precision, with a warning.
 
-    A bfloat16 number has 8 significant bits: an update below 1/512 of a weight leaves it as it is, and with a usual
-    learning rate most are smaller. transformers loads a checkpoint in the precision in which it was saved.
+    A bfloat16 number has 8 significant bits: an update below 1/512 of a weight does not change it, and at usual
+    learning rates most updates are smaller. transformers loads a checkpoint in the precision in which it was saved.
 
     Parameters
     ----------
     model : Module
-        Frozen and quantized weights beside an adapter stay as they are.
+        Frozen and quantized weights beside an adapter are not converted.
     autocast : bool
         Whether the training computes in half precision (`bf16` or `fp16` of TrainingArguments).
 
     Raises
     ------
     ValueError
-        The attention needs half precision, and the training does not compute in it.
+        The attention needs half precision, but training does not compute in it.
     """
     half = (torch.bfloat16, torch.float16)
     weights = list(model.parameters())
@@ -37,12 +37,12 @@ def keep_in_float32(model: nn.Module, autocast: bool) -> None:
     attention = str(getattr(getattr(model, "config", None), "_attn_implementation", None))
     if attention.startswith("flash_attention") and not autocast:
         raise ValueError(
-            f"The weights are {name} and are to be trained in float32, which {attention} does not compute in: pass "
-            "bf16=True to TrainingArguments."
+            f"The {name} weights are trained in float32, which {attention} does not support: pass bf16=True to "
+            "TrainingArguments."
         )
     speed = "" if autocast else " For speed, pass bf16=True to TrainingArguments."
     logger.warning(
-        f"The weights are {name}, in which small updates are rounded away: they are trained, and saved, in float32. "
+        f"The weights are {name}, in which small updates are rounded away: they are trained and saved in float32. "
         f"Load them with dtype=torch.float32 to avoid this warning.{speed}"
     )
     if all(weight.requires_grad or not weight.is_floating_point() for weight in weights) or not hasattr(

@@ -1,7 +1,7 @@
-"""Identity: which genes, bins, phenotypes, classes and neighbourhoods two parts mean, compared where they meet.
+"""Check that models, tokenizers, collators and datasets mean the same genes, bins, phenotypes, classes and neighbours.
 
-Sizes do not tell: a tokenizer of the same genes in another order has as many ids and types. What a part means is its
-tokenizer's fingerprint, the names of its classes, or the genes, types and options of its neighbourhoods.
+Sizes are not enough: a tokenizer with the same genes in another order has the same number of ids and types. Compared
+are the fingerprints of tokenizers, the names of classes, and the genes, types and options of neighbourhoods.
 """
 
 from __future__ import annotations
@@ -21,25 +21,24 @@ from ..batches.token_rows import class_names
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
 
-_UNNAMED = "LABEL_"  # how transformers names the classes of a model that was told none
+_UNNAMED = "LABEL_"  # prefix of transformers' names of unnamed classes
 _REMEDY = "Load all of them from one checkpoint, or make the model with GeneBertConfig.from_tokenizer(tokenizer)."
 
 
 def check_tokenizer_fits(model: PreTrainedModel, tokenizer: GeneTokenizer, name: str = "tokenizer") -> None:
-    """Compare a model's vocabulary with a tokenizer's.
+    """Check that a tokenizer has the vocabulary of a model.
 
     Parameters
     ----------
     model : PreTrainedModel
     tokenizer : GeneTokenizer
     name : str, default: "tokenizer"
-        What the tokenizer is called in errors.
+        Name of the tokenizer in errors.
 
     Raises
     ------
     ValueError
-        The sizes, or the genes, bins or phenotypes themselves, differ; one of the two is for whole cells, and the
-        other is not.
+        The sizes, or the genes, bins or phenotypes themselves, differ; only one of the two is for whole cells.
     """
     config = getattr(model, "config", None)
     if getattr(config, "model_type", None) != "gene_bert" or not isinstance(tokenizer, GeneTokenizer):
@@ -52,10 +51,10 @@ def check_tokenizer_fits(model: PreTrainedModel, tokenizer: GeneTokenizer, name:
         )
     if config.cell_embedding != tokenizer.whole_cell:
         raise ValueError(
-            f"The model reads whole cells (cell_embedding=True), and the {name} does not give them: make it with "
+            f"The model reads whole cells (cell_embedding=True), but the {name} does not return them: make it with "
             "whole_cell=True."
             if config.cell_embedding
-            else f"The {name} gives whole cells (whole_cell=True), and the model does not read them: make the model "
+            else f"The {name} returns whole cells (whole_cell=True), but the model does not read them: make the model "
             "with GeneBertConfig.from_tokenizer(tokenizer), or the tokenizer without whole_cell."
         )
     if config.cell_embedding and config.num_genes != len(tokenizer.genes):
@@ -65,13 +64,13 @@ def check_tokenizer_fits(model: PreTrainedModel, tokenizer: GeneTokenizer, name:
         )
     if config.vocabulary_fingerprint not in (None, tokenizer.fingerprint):
         raise ValueError(
-            f"The {name} does not fit the model: as many ids and types, but other genes, bins or phenotypes, or "
-            f"another order. {_REMEDY}"
+            f"The {name} does not fit the model: the same number of ids and types, but other genes, bins or "
+            f"phenotypes, or another order. {_REMEDY}"
         )
 
 
 def check_tokenizers(model: PreTrainedModel, processing_class: Any, collator: Any) -> None:
-    """Compare the vocabularies of a model, its tokenizer and the tokenizer of its collator.
+    """Check that a model, its tokenizer and the tokenizer of its collator have the same vocabulary.
 
     Raises
     ------
@@ -86,8 +85,8 @@ def check_tokenizers(model: PreTrainedModel, processing_class: Any, collator: An
         return
     if _vocabulary(processing_class) != _vocabulary(of_collator):
         raise ValueError(
-            "The tokenizer of the data_collator is not that of processing_class: other genes, bins or phenotypes, or "
-            "another order. Give both the same tokenizer."
+            "The tokenizer of the data_collator differs from processing_class: other genes, bins or phenotypes, or "
+            "another order. Pass both the same tokenizer."
         )
 
 
@@ -97,20 +96,20 @@ def _vocabulary(tokenizer: Any) -> Any:
     return dict(tokenizer.get_vocab()) if hasattr(tokenizer, "get_vocab") else None
 
 
-# ---------------------------------------------------------------------- tokens that were made before
+# ---------------------------------------------------------------------- tokens of a dataset
 
 
 def check_tokens(dataset: Any, model: PreTrainedModel, tokenizer: Any) -> None:
-    """Compare the tokenizer that made the tokens of a dataset with that of the collator, or of the model.
+    """Check that the tokens of a dataset were made with the tokenizer of the collator, or of the model.
 
     Parameters
     ----------
     dataset : any dataset
-        A stream has its tokenizer; a tokenized dataset the manifest that `CellStore.tokenize` wrote. Other tokens do
-        not say what made them.
+        A stream has its tokenizer, and a tokenized dataset the manifest that `CellStore.tokenize` wrote. The tokens of
+        other datasets cannot be checked.
     model : PreTrainedModel
     tokenizer : GeneTokenizer, optional
-        Of the collator, or `processing_class`.
+        Tokenizer of the collator, or `processing_class`.
 
     Raises
     ------
@@ -126,9 +125,9 @@ def check_tokens(dataset: Any, model: PreTrainedModel, tokenizer: Any) -> None:
         found = _fingerprint_of(part)
         if wanted is not None and found is not None and found != wanted:
             raise ValueError(
-                f"{_named(part)} holds the tokens of another tokenizer (fingerprint {found}) than that of the model "
-                f"and the collator ({wanted}): other genes, bins or phenotypes, or another order. Tokenize the cells "
-                "with this tokenizer, or load the one that lies beside the tokens, in tokenizer/."
+                f"The tokens of {_named(part)} were made with another tokenizer (fingerprint {found}) than that of "
+                f"the model and the collator ({wanted}): other genes, bins or phenotypes, or another order. Tokenize "
+                "the cells with this tokenizer, or load the one saved with the tokens, in tokenizer/."
             )
 
 
@@ -168,20 +167,20 @@ def _fingerprint_of(dataset: Any) -> str | None:
 
 def _named(dataset: Any) -> str:
     files = getattr(dataset, "cache_files", None)
-    return str(Path(files[0]["filename"]).parent) if files else f"The {type(dataset).__name__}"
+    return str(Path(files[0]["filename"]).parent) if files else f"the {type(dataset).__name__}"
 
 
 # ---------------------------------------------------------------------- classes
 
 
 def fit_classes(model: PreTrainedModel, collator: Any, dataset: Any) -> Any:
-    """Give a collator the model's number of each class, and a model without names those of the training cells.
+    """Make a collator number classes as its model does, and name the classes of a model after the training cells.
 
     Parameters
     ----------
     model : PreTrainedModel
-        `config.label2id` is written where its names are transformers' own (LABEL_0, …), and as many as in the
-        dataset.
+        `config.label2id` is set if its names are the default ones of transformers (LABEL_0, …), and as many as the
+        classes of the dataset.
     collator : DataCollatorForCellClassification, or any other
         Others are returned as they are.
     dataset : any dataset
@@ -194,8 +193,8 @@ def fit_classes(model: PreTrainedModel, collator: Any, dataset: Any) -> Any:
     Raises
     ------
     ValueError
-        The collator numbers the classes otherwise than the model; of several labels per cell, columns that are not
-        the model's.
+        The collator and the model number the classes differently; with multiple labels per cell, the columns are not
+        the model's labels.
     """
     label, config = getattr(collator, "label", None), getattr(model, "config", None)
     if label is None or not hasattr(collator, "label2id") or config is None:
@@ -215,14 +214,14 @@ def fit_classes(model: PreTrainedModel, collator: Any, dataset: Any) -> Any:
         of_model = known
     elif collator.label2id is not None and not several and not _agree(collator.label2id, of_model):
         raise ValueError(
-            f"The collator's label2id is {_shown(collator.label2id)}, and the model's {_shown(of_model)}: its "
-            "predictions would go by other names. Leave label2id out, and the model's is taken."
+            f"The collator's label2id is {_shown(collator.label2id)}, but the model's is {_shown(of_model)}: its "
+            "predictions would be misnamed. Leave label2id out to use the model's."
         )
     if several and collator.label2id is None and set(label) != set(of_model):
         raise ValueError(
-            f"The labels are the columns {', '.join(map(repr, label))}, and the model's are "
+            f"The labels are the columns {', '.join(map(repr, label))}, but the model's are "
             f"{', '.join(map(repr, of_model))}: name the model's labels like the columns (id2label and label2id), or "
-            "give the collator the number of each column, label2id={…}."
+            "pass the collator the number of each column, label2id={…}."
         )
     if collator.label2id is not None:
         return collator
@@ -245,20 +244,20 @@ def _numbered(names: Sequence[str] | None) -> dict[str, int] | None:
 
 
 def _names_of(dataset: Any, column: str) -> list[str] | None:
-    """Return the classes of a column, in the order of their codes; None where a part has none, or others."""
+    """Return the classes of a column, in the order of their codes; None if a part has no or other classes."""
     found = [class_names(part).get(column) for part in bases(dataset)]
     return found[0] if found and all(names == found[0] for names in found) else None
 
 
-# ---------------------------------------------------------------------- datasets that know what their rows mean
+# ---------------------------------------------------------------------- datasets that check the model themselves
 
 
 def fit_datasets(model: PreTrainedModel, train: Any, others: Iterable[Any]) -> None:
-    """Let datasets check a model, and the training cells fill in its configuration.
+    """Let datasets check a model, and let the training cells complete its configuration.
 
-    This is the hook for datasets whose rows are not tokens: each dataset, also within a Subset or ConcatDataset, that
-    has a method `fit_model(model, name, learn)` is called with the model, the name of its argument for errors, and
-    whether it is to write into `model.config` what the model does not know yet. `CenterMaskSampler` has it.
+    This is the hook for datasets whose rows are not tokens. If a dataset, or one inside a Subset or ConcatDataset, has
+    a method `fit_model(model, name, learn)`, it is called with the model, the name of the argument for errors, and
+    whether it may add to `model.config` what is missing there. `CenterMaskSampler` has such a method.
 
     Parameters
     ----------
@@ -266,7 +265,7 @@ def fit_datasets(model: PreTrainedModel, train: Any, others: Iterable[Any]) -> N
     train : any dataset
         Training cells.
     others : iterable of datasets
-        All others, such as those to evaluate on.
+        All other datasets, such as those for evaluation.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Whether the labels of cells fit the head that is to learn them: looked at before the first step."""
+"""Check before the first step that the labels of cells fit the head."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHOWN = 5  # names in an error
 
 @dataclass
 class _Labels:
-    """A column of labels: its values, and the names of the classes that they number, if it is categorical."""
+    """A column of labels: its values, and the names of its classes if it is categorical."""
 
     values: np.ndarray
     names: list[str] | None
@@ -38,30 +38,30 @@ class _Labels:
 
 
 def fit_head_to_labels(model: Any, collator: Any, dataset: Any) -> None:
-    """Check that the labels of some cells are those that a head predicts, and let it say what it predicts.
+    """Check that the labels of cells fit a head, and complete its configuration.
 
-    The configuration of a head that does not say it gets `problem_type`, and, of numbers and of several labels per
-    cell, the names of the columns as `id2label`.
+    If they are missing, `problem_type` is set, and, for numbers and for multiple labels per cell, the names of the
+    columns are set as `id2label`.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Of another kind than a classifier of cells it is left alone.
+        Models that are not classifiers of cells are ignored.
     collator : DataCollatorForCellClassification
-        With another collator nothing is looked at.
+        With another collator nothing is checked.
     dataset : CellStore, datasets.Dataset, IterableAnnDataset, or a Subset or ConcatDataset of such
-        The labels of other datasets cannot be seen beforehand.
+        The labels of other datasets cannot be checked beforehand.
 
     Raises
     ------
     ValueError
-        Labels that do not fit the head; the message names both.
+        The labels do not fit the head; the message names both.
     """
     if not isinstance(collator, DataCollatorForCellClassification):
         return
     try:
         model = unwrap(model)
-    except TypeError:  # a model of no kind that is known here
+    except TypeError:  # not a transformers model
         return
     if not predicts_cells([type(model).__name__]):
         return
@@ -76,8 +76,8 @@ def fit_head_to_labels(model: Any, collator: Any, dataset: Any) -> None:
     if kind == "single_label_classification":
         if several:
             raise ValueError(
-                f"The head tells {config.num_labels} classes apart, and {len(columns)} columns of labels are given "
-                f"({_some(columns)}): name one, or make the model with problem_type='multi_label_classification'."
+                f"The head predicts one of {config.num_labels} classes, but {len(columns)} label columns were "
+                f"passed ({_some(columns)}): pass one, or make it with problem_type='multi_label_classification'."
             )
         if found[collator.label] is not None:
             labels = found[collator.label]
@@ -102,7 +102,7 @@ def _check_classes(name: str, labels: _Labels, config: Any, unnamed: bool) -> No
         head += f" ({_some(list(config.id2label.values()))})"
     if labels.names is None and (labels.of_store or labels.values.dtype.kind not in "iu"):
         raise ValueError(
-            f"{name!r} holds {labels.what}, and {head}. Classes are a categorical column: keep it as one, "
+            f"{name!r} holds {labels.what}, but {head}. Classes need a categorical column: "
             f"CellStore.build(…, classes=[{name!r}]) or adata.obs[{name!r}].astype('category'). To predict numbers, "
             "make the model with num_labels=1 and problem_type='regression'."
         )
@@ -111,46 +111,46 @@ def _check_classes(name: str, labels: _Labels, config: Any, unnamed: bool) -> No
         unknown = [labels.names[i] for i in used if labels.names[i] not in config.label2id]
         if unknown:
             raise ValueError(
-                f"{name!r} has classes that the head does not know: {_some(unknown)}; {head}. Leave their cells out, "
-                "or make a model with these classes (id2label, label2id)."
+                f"{name!r} has classes that the head does not know: {_some(unknown)}; {head}. Remove their cells, or "
+                "make a model with these classes (id2label, label2id)."
             )
     elif len(used) and used[-1] >= config.num_labels:
         has = f"has {len(labels.names)} {labels.what}" if labels.names is not None else f"goes up to {used[-1]}"
-        raise ValueError(f"{name!r} {has}, and {head}: make the model with num_labels={used[-1] + 1}.")
+        raise ValueError(f"{name!r} {has}, but {head}: make the model with num_labels={used[-1] + 1}.")
 
 
 def _check_numbers(found: dict[str, _Labels | None], config: Any, kind: str) -> None:
     of_numbers = kind == "regression"
     head = f"the head predicts {config.num_labels} {'numbers' if of_numbers else 'labels'} per cell ({kind})"
     if len(found) != config.num_labels:
-        raise ValueError(f"{len(found)} columns of labels are given ({_some(list(found))}), and {head}.")
+        raise ValueError(f"{len(found)} columns of labels are given ({_some(list(found))}), but {head}.")
     for name, labels in found.items():
         if labels is None:
             continue
         if of_numbers and labels.names is not None:
             raise ValueError(
-                f"{name!r} holds {len(labels.names)} {labels.what}, and {head}: make the model with "
+                f"{name!r} holds {len(labels.names)} {labels.what}, but {head}: make the model with "
                 f"num_labels={len(labels.names)} and problem_type='single_label_classification'."
             )
         if labels.values.dtype.kind not in "biuf":
-            raise ValueError(f"{name!r} holds {labels.what}, and {head}.")
+            raise ValueError(f"{name!r} holds {labels.what}, but {head}.")
         if not of_numbers:
             there = labels.values[np.isfinite(labels.values)] if labels.values.dtype.kind == "f" else labels.values
             if labels.names is not None:
                 there = there[there >= 0]
             if len(there) and (there.min() < 0 or there.max() > 1):
                 raise ValueError(
-                    f"{name!r} holds {labels.what} from {there.min()} to {there.max()}, and {head}: each is 0 or 1."
+                    f"{name!r} holds {labels.what} from {there.min()} to {there.max()}, but {head}, each 0 or 1."
                 )
 
 
 def _read(dataset: Any, name: str) -> _Labels | None:
-    """Read a column of labels; None of a dataset whose columns cannot be read as a whole.
+    """Read a column of labels; None if the dataset lacks it, or its columns cannot be read as a whole.
 
     Raises
     ------
     ValueError
-        A store or a stream without the column; a column that is of classes in one part and of numbers in another.
+        A store or a stream lacks the column; a column holds classes in one part and numbers in another.
     """
     if isinstance(dataset, Subset):
         labels = _read(dataset.dataset, name)

@@ -1,4 +1,4 @@
-"""Models and tokenizers from whatever names or holds them: the one place that tells a model from its wrappings."""
+"""Load models and tokenizers by name, and unwrap models from PEFT and torch wrappers."""
 
 from __future__ import annotations
 
@@ -40,55 +40,55 @@ _CLASS_OF_TASK = {
 
 
 def unwrap(model: Any, merge: bool = False) -> PreTrainedModel:
-    """Take a model out of what is wrapped around it; the adapters of a PEFT model stay at work in it.
+    """Return the model inside its wrappers; the adapters of a PEFT model stay active in it.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Or one that PEFT, `torch.compile`, `DataParallel`, `DistributedDataParallel` or `AveragedModel` has wrapped, in
-        any order.
+        Or one wrapped by PEFT, `torch.compile`, `DataParallel`, `DistributedDataParallel` or `AveragedModel`, in any
+        order.
     merge : bool, default: False
         Merge the adapters into the weights, in a copy of the model.
 
     Returns
     -------
     PreTrainedModel
-        With the same weights, not a copy of them, unless there were adapters to merge.
+        With the same weights, not a copy, unless adapters were merged.
 
     Raises
     ------
     TypeError
-        There is no PreTrainedModel in it.
+        There is no PreTrainedModel inside.
     ValueError
-        A PEFT model of prompts, which are no part of the model that they are put before.
+        It is a PEFT model with prompts, which are not part of the model.
     """
     inner = model
     while not isinstance(inner, PreTrainedModel):
         if hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
             if inner.active_peft_config.is_prompt_learning:
                 raise ValueError(
-                    f"{type(inner).__name__} puts learnt prompts before the tokens, which a cell has no place for: "
-                    "use an adapter of weights, such as LoRA."
+                    f"{type(inner).__name__} puts learnt prompts before the tokens, which cells do not support: "
+                    "use an adapter with weights, such as LoRA."
                 )
             inner = copy.deepcopy(inner).merge_and_unload() if merge else inner.get_base_model()
             continue
         name = next((name for name in _WRAPPED if isinstance(getattr(inner, name, None), nn.Module)), None)
         if name is None:
             raise TypeError(
-                f"A model is the folder of a checkpoint, or a PreTrainedModel (wrapped by PEFT or torch, if so); got "
-                f"{type(model).__name__}."
+                f"A model must be the folder of a checkpoint, or a PreTrainedModel (possibly wrapped by PEFT or "
+                f"torch); got {type(model).__name__}."
             )
         inner = getattr(inner, name)
     return inner
 
 
 def is_model(model: Any) -> bool:
-    """Tell whether something is a model rather than the name of one."""
+    """Return whether something is a model object rather than the name of one."""
     return not isinstance(model, (str, os.PathLike))
 
 
 def name_of(model: Any) -> str:
-    """Name a model: its folder or repository, where it has one, else its class."""
+    """Return the folder or repository of a model if it has one, else the name of its class."""
     if not is_model(model):
         return str(model)
     model = unwrap(model)
@@ -99,7 +99,7 @@ def name_of(model: Any) -> str:
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Tell whether a name can be of a repository on the Hub, and is of no file or folder here."""
+    """Return whether a name is valid for a repository on the Hub, and no local file or folder has it."""
     if not name or os.path.exists(name):
         return False
     try:
@@ -110,17 +110,17 @@ def is_hub_id(name: str | None) -> bool:
 
 
 def is_adapter(model: str | os.PathLike) -> bool:
-    """Tell whether a folder holds a PEFT adapter, and no model."""
+    """Return whether a folder holds a PEFT adapter, and not a model."""
     return _read_adapter(os.fspath(model)) is not None
 
 
 def load_config(model: str | os.PathLike) -> PreTrainedConfig:
-    """Load the configuration of a checkpoint; of an adapter, that of the model that it was trained in.
+    """Load the configuration of a checkpoint; for an adapter, that of the model that it was trained in.
 
     Raises
     ------
     FileNotFoundError
-        No such folder, with the name of the closest one; no checkpoint in it.
+        The folder does not exist (the message names the closest one), or holds no checkpoint.
     """
     name = _checked(model)
     adapter = _read_adapter(name)
@@ -133,12 +133,12 @@ def load_config(model: str | os.PathLike) -> PreTrainedConfig:
 
 
 def load_tokenizer(model: str | os.PathLike) -> Any:
-    """Load the tokenizer of a checkpoint; of an adapter without its own, that of its base.
+    """Load the tokenizer of a checkpoint; for an adapter without its own, that of its base.
 
     Raises
     ------
     FileNotFoundError
-        As `load_config`; a folder without a tokenizer.
+        As for `load_config`; the folder has no tokenizer.
     """
     name = _checked(model, tokenizer=True)
     adapter = _read_adapter(name)
@@ -155,16 +155,16 @@ def load_tokenizer(model: str | os.PathLike) -> Any:
 def load_model(
     model: str | os.PathLike, auto_class: Any = AutoModel, *, new_head: bool = False, **settings: Any
 ) -> PreTrainedModel:
-    """Load a checkpoint whole: no weight of it is left at random.
+    """Load a checkpoint, and refuse it if weights are missing, which would be random.
 
     Parameters
     ----------
     model : str or Path
-        Folder of a checkpoint or of a PEFT adapter, whose base is loaded with it; or the name of one on the Hub.
+        Folder of a checkpoint, or of a PEFT adapter, whose base is loaded too; or the name of one on the Hub.
     auto_class : class, default: AutoModel
-        What it is loaded as. An adapter is loaded as what it was trained in.
+        Auto class to load it with. An adapter is loaded in the class of the model that it was trained in.
     new_head : bool, default: False
-        Whether the head may be new, for a model that is to be trained; and of another size than the checkpoint's.
+        Allow a new head, possibly of another size than the checkpoint's, for a model that will be trained.
     **settings
         As for `from_pretrained`.
 
@@ -176,18 +176,18 @@ def load_model(
     Raises
     ------
     FileNotFoundError
-        As `load_config`.
+        As for `load_config`.
     ValueError
-        Weights that the checkpoint does not hold, such as those of a head that it was not trained with.
+        The checkpoint lacks weights, such as those of a head that it was not trained with.
     ImportError
-        An adapter, and PEFT is not installed.
+        It is an adapter, and PEFT is not installed.
     """
     name = _checked(model)
     adapter = _read_adapter(name)
     if adapter is not None:
         found = _load_adapter(name, adapter)
         if auto_class is not AutoModel and not isinstance(found, auto_class._model_mapping[type(found.config)]):
-            raise ValueError(f"The adapter {name} is of a {type(found).__name__}, which does not do what is wanted.")
+            raise ValueError(f"The adapter {name} belongs to a {type(found).__name__}, which has no such outputs.")
         return found
     if auto_class is AutoModelForSequenceClassification and not new_head:
         check_predicts_cells(load_config(name).architectures or [], name)
@@ -202,12 +202,12 @@ def load_model(
 
 
 def _check_whole(name: str, missing: Any) -> None:
-    # A pooler is read by nothing here, and masked models are saved without.
+    # The pooler is not used here, and masked models are saved without it.
     missing = sorted(key for key in missing if "pooler" not in key.split("."))
     if missing:
         raise ValueError(
-            f"{name} does not hold {', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}: these would be "
-            "random numbers. Train the model with this head first (stformer-hf finetune)."
+            f"{name} does not hold the weights {', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}, which "
+            "would be random. Train the model with this head first (stformer-hf finetune)."
         )
 
 
@@ -239,12 +239,12 @@ def _load_adapter(name: str, adapter: dict[str, Any]) -> PreTrainedModel:
     has_head = any("Classification" in architecture for architecture in config.architectures or [])
     if of_cells and not (has_head or (Path(name) / MODEL_CONFIG).exists()):
         raise ValueError(
-            f"The adapter {name} has a head, and neither it ({MODEL_CONFIG}, which CellTrainer writes) nor its base "
-            f"{base} says what its outputs are. Load it with peft.PeftModel.from_pretrained(base with id2label, "
+            f"The adapter {name} has a head, but neither it ({MODEL_CONFIG}, which CellTrainer writes) nor its base "
+            f"{base} names its outputs. Load it with peft.PeftModel.from_pretrained(base with id2label, "
             "folder), and pass the object."
         )
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would report the head as new, which the adapter holds
+    logging.set_verbosity_error()  # it would report the head as new, but the adapter holds it
     try:
         found, loaded = _of_hub(base, auto_class.from_pretrained, config=config, output_loading_info=True)
     finally:
@@ -260,7 +260,7 @@ def _load_adapter(name: str, adapter: dict[str, Any]) -> PreTrainedModel:
 
 
 def _base_of(name: str, adapter: dict[str, Any]) -> str:
-    """Find the base of an adapter: as it is written, or, where folders were moved together, beside the adapter."""
+    """Find the base of an adapter at its recorded path, or beside the adapter."""
     base = adapter.get("base_model_name_or_path")
     if not base:
         raise ValueError(
@@ -271,7 +271,7 @@ def _base_of(name: str, adapter: dict[str, Any]) -> str:
     if not os.path.exists(base) and (beside / _CONFIG).exists():
         return str(beside)
     if not os.path.exists(base) and not is_hub_id(base):
-        raise FileNotFoundError(f"The base of the adapter {name} is not there: {base}. Correct it in {_ADAPTER}.")
+        raise FileNotFoundError(f"The base of the adapter {name} does not exist: {base}. Correct it in {_ADAPTER}.")
     return base
 
 
@@ -283,25 +283,25 @@ def _read_adapter(name: str) -> dict[str, Any] | None:
 
 
 def _checked(model: str | os.PathLike, tokenizer: bool = False) -> str:
-    """Return the name of a checkpoint, after a look at whether there can be one of that name."""
+    """Return the name of a checkpoint, after checking that it may exist."""
     name = os.fspath(model)
     if os.path.isdir(name):
         wanted = [_CONFIG, _ADAPTER, *(["tokenizer_config.json"] if tokenizer else [])]
         if any(os.path.exists(os.path.join(name, file)) for file in wanted):
             return name
         inner = sorted(path.parent.as_posix() for path in Path(name).glob("*/*onfig.json") if path.name in wanted)
-        hint = f" There are some in it: {', '.join(dict.fromkeys(inner))}." if inner else ""
+        hint = f" It contains: {', '.join(dict.fromkeys(inner))}." if inner else ""
         raise FileNotFoundError(f"The folder {name} holds no checkpoint (no {_CONFIG}).{hint}")
     if os.path.exists(name):
-        raise FileNotFoundError(f"{name} is a file; name the folder of a checkpoint.")
+        raise FileNotFoundError(f"{name} is a file; pass the folder of a checkpoint.")
     parts = Path(name).parts
-    if not is_hub_id(name) or (len(parts) > 1 and os.path.isdir(parts[0])):  # the latter is a folder that is here
+    if not is_hub_id(name) or (len(parts) > 1 and os.path.isdir(parts[0])):  # the latter is a local folder
         raise FileNotFoundError(f"There is no folder {name!r}{_closest(name)}.")
     return name
 
 
 def _closest(name: str) -> str:
-    """Name the checkpoint nearest to a folder that is not there: among its neighbours, else among their neighbours."""
+    """Name the existing folder closest to a missing one, in its parent or the closest existing ancestor."""
     path = Path(name)
     while not path.parent.is_dir():
         path = path.parent
@@ -314,7 +314,7 @@ def _closest(name: str) -> str:
 
 
 def _of_hub(name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
-    """Load by name; where nothing is found, say so of the folder as well."""
+    """Load by name; if nothing is found, the error mentions the missing folder as well."""
     if os.path.exists(name):
         return load(name, *args, **kwargs)
     try:
@@ -322,7 +322,7 @@ def _of_hub(name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"There is no folder {name!r}{_closest(name)}. Nor is it found on the Hub: {first}"
+            f"There is no folder {name!r}{_closest(name)}. It was not found on the Hub either: {first}"
         ) from error
 
 

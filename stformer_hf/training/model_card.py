@@ -33,13 +33,13 @@ _NOT_OF_THE_MODEL = re.compile(
     r"runtime|_per_second$|^epoch$|preparation_time|^peak_memory|^padding_share$|^data_wait_share$|^mfu$"
 )
 _BASELINES = {
-    "b0": "B0: every gene alike",
+    "b0": "B0: all genes equally likely",
     "b1": "B1: frequency of the gene in the training cells",
-    "b2": "B2: B1 without the genes that the cell shows",
-    "b3": "B3: B2 weighted by how near the gene's median is to those at the nearest ranks",
-    "uniform": "every bin alike",
-    "gene_marginal": "bins of the gene in the training cells",
-    "cell_marginal": "bins of the cell",
+    "b2": "B2: B1 without the visible genes of the cell",
+    "b3": "B3: B2 weighted by how close the gene's median is to those at the nearest ranks",
+    "uniform": "all bins equally likely",
+    "gene_marginal": "distribution of the gene's bins in the training cells",
+    "cell_marginal": "distribution of the cell's bins",
     "majority": "most frequent class",
     "logistic_regression": "logistic regression",
     "overall_mean": "mean of the training cells",
@@ -52,7 +52,7 @@ _FIGURES = {
     "loss": "loss",
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
-    "pearson_r": "Pearson r a cell",
+    "pearson_r": "Pearson r per cell",
 }
 _METRIC_TYPES = {"macro_f1": "f1"}  # the Hub's names, where they differ
 
@@ -77,30 +77,30 @@ def write_model_card(
 ) -> Path:
     """Write `README.md` of a checkpoint, with metadata for the Hub.
 
-    A card that somebody edited, or another program wrote, stays; the new one is then `README.new.md`.
+    A card that was edited, or written by another program, is kept; the new one is then `README.new.md`.
 
     Parameters
     ----------
     folder : str or Path
-        The checkpoint.
+        Folder of the checkpoint.
     model : PreTrainedModel
-        What is in it.
+        Model in the checkpoint.
     tokenizer : GeneTokenizer, optional
         Its tokenizer.
     store : CellStore, optional
-        The cells that it was trained on.
+        Training cells.
     settings : dict, optional
-        How it was trained, beside what the trainer knows; names of a row of a table to values.
+        Settings of training beyond those that the trainer knows, one row of the table per entry.
     metrics : dict, optional
-        What came of it. Figures of baselines (`eval_b1_nll`, `eval_majority_accuracy`, …) come beside the model's.
+        Results. Those of baselines (`eval_b1_nll`, `eval_majority_accuracy`, …) are shown beside the model's.
     base_model : str, optional
-        The checkpoint that training began from.
+        Checkpoint that training started from.
     trainer : CellTrainer, optional
-        What trained it: knows settings, steps, tokens, time, hardware, and figures that `metrics` lacks.
+        Trainer of the model: knows settings, steps, tokens, time, hardware, and figures that `metrics` lacks.
     name : str, optional
-        What to load it by; the name of the folder by default.
+        Name to load the model by; the name of the folder by default.
     license, language, tags, datasets : str or sequence of str, optional
-        Metadata that the program cannot know: licence and datasets are ids of the Hub.
+        Metadata that the program cannot know; licence and datasets are ids of the Hub.
     intended_use, limits : str, optional
         Paragraphs to add.
 
@@ -129,7 +129,7 @@ def write_model_card(
     path = folder / "README.md"
     if path.exists() and not is_unchanged_card(path):
         path = folder / "README.new.md"
-        logger.warning(f"{folder / 'README.md'} was edited and stays as it is; the card of this run is {path.name}.")
+        logger.warning(f"{folder / 'README.md'} was edited and is kept; the card of this run is {path.name}.")
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_text(text, encoding="utf-8", newline="\n")
@@ -140,7 +140,7 @@ def write_model_card(
 
 
 def is_unchanged_card(path: str | Path) -> bool:
-    """Tell whether `write_model_card` wrote a file, and nobody edited it."""
+    """Return whether a file was written by `write_model_card` and not edited since."""
     text = Path(path).read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n")
     found = _MARK.search(text)
     return found is not None and _digest(text[: found.start()]) == found[1]
@@ -163,17 +163,17 @@ def _one_line(text: Any) -> str:
 
 
 def _plain(text: Any) -> str:
-    """Give a text on one line, without control characters, and not too long; for code and metadata."""
+    """Return a text as one short line without control characters, for code and metadata."""
     kept = _one_line(text).strip()
     return kept if len(kept) <= _LONGEST else kept[: _LONGEST - 1] + "…"
 
 
 def _escape(value: Any) -> str:
-    """Give a text as it is to be read: no character of it makes Markdown, a table or HTML, but at a line's begin."""
+    """Escape characters that Markdown, a table or HTML would interpret within a line."""
     if isinstance(value, _Markdown):
         return value
     text = re.sub(r"[\\|<>&]", lambda found: f"&#{ord(found[0])};", _one_line(value))
-    # An underscore within a word is no emphasis.
+    # An underscore within a word does not mark emphasis.
     return re.sub(r"[*`\[\]~$@]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9])", r"\\\g<0>", text)
 
 
@@ -197,9 +197,9 @@ def _duration(seconds: float) -> str:
 
 
 def _settings(trainer: Any) -> dict[str, Any]:
-    """Say how a trainer trains."""
+    """Return the settings of a trainer, by their name on the card."""
     args, collator = trainer.args, trainer.data_collator
-    collator = getattr(collator, "collator", collator)  # of views of cells
+    collator = getattr(collator, "collator", collator)  # of a collator of views
     names = {
         "masked genes": "mlm_probability",
         "masked phenotypes": "phenotype_mask_prob",
@@ -239,24 +239,24 @@ def _settings(trainer: Any) -> dict[str, Any]:
 
 
 def _run(trainer: Any) -> dict[str, str]:
-    """Say what passed through the training, on what, in what time; with the runs that it resumed."""
+    """Return the tokens, cells, time, speed and hardware of the training, including the runs that it resumed."""
     args, totals = trainer.args, trainer.throughput.totals
     run = {"tokens seen": f"{totals['tokens']:,}", "cells seen": f"{totals['cells']:,}"}
     if totals["seconds"]:
-        run["time of training"] = _duration(totals["seconds"])
-        run["tokens a second"] = f"{totals['tokens'] / totals['seconds']:,.0f}"
-        run["cells a second"] = f"{totals['cells'] / totals['seconds']:,.1f}"
+        run["training time"] = _duration(totals["seconds"])
+        run["tokens per second"] = f"{totals['tokens'] / totals['seconds']:,.0f}"
+        run["cells per second"] = f"{totals['cells'] / totals['seconds']:,.1f}"
     last = next((entry for entry in reversed(trainer.state.log_history) if "train_runtime" in entry), {})
     for key, name in (("padding_share", "share of padding"), ("mfu", "model FLOPs utilisation, of dense bf16")):
         if f"train_{key}" in last:
             run[name] = f"{last[f'train_{key}']:.1%}"
     if "train_peak_memory_gb" in last:
-        run["peak memory of a process"] = f"{last['train_peak_memory_gb']:.2f} GB"
+        run["peak memory per process"] = f"{last['train_peak_memory_gb']:.2f} GB"
     if args.device.type == "cuda":
         run["hardware"] = f"{max(args.n_gpu, 1) * args.world_size} x {torch.cuda.get_device_name(args.device)}"
     else:
         run["hardware"] = (
-            f"{args.world_size} x {_cpu()} ({args.device.type}, {torch.get_num_threads()} threads a process)"
+            f"{args.world_size} x {_cpu()} ({args.device.type}, {torch.get_num_threads()} threads per process)"
         )
     return run
 
@@ -270,7 +270,7 @@ def _cpu() -> str:
 
 
 def _logged_metrics(trainer: Any) -> dict[str, Any]:
-    """Give what evaluation found last: of the weights that are kept."""
+    """Return the last metrics of evaluation, those of the weights that are kept."""
     history, state = trainer.state.log_history, trainer.state
     ends = [number for number, entry in enumerate(history) if "train_runtime" in entry]
     end = ends[-1] if ends else len(history)
@@ -282,7 +282,7 @@ def _logged_metrics(trainer: Any) -> dict[str, Any]:
 
 
 def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Keep what is a figure of the model, not of its speed."""
+    """Keep the figures of the model, without those of its speed."""
     numbers = (int, float, np.integer, np.floating)
     return {
         name: value
@@ -292,14 +292,14 @@ def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _comparisons(metrics: Mapping[str, Any]) -> tuple[list[dict[str, Any]], set[str]]:
-    """Put each figure of the model beside those of its baselines.
+    """Pair each figure of the model with those of its baselines.
 
     Returns
     -------
     list of dict
         `figure`, `better` ("lower" or "higher"), `model` (value), `baselines` (name -> value), `key` of the figure.
     set of str
-        Names of the metrics that are in them.
+        Names of the metrics used in the list.
     """
     figures = _figures(metrics)
     found: dict[str, dict[str, Any]] = {}
@@ -318,7 +318,7 @@ def _comparisons(metrics: Mapping[str, Any]) -> tuple[list[dict[str, Any]], set[
             continue
         what = (subject or "").replace("_", " ")
         if key.endswith("loss") and subject is None and not key.endswith("genes_loss"):
-            what = "counts of masked cells, a gene"
+            what = "counts of masked cells, per gene"
         elif figure == "nll" and subject in (None, "genes"):
             what = "masked genes"
         entry = found.setdefault(
@@ -347,13 +347,13 @@ def _unbeaten(comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def gene_coverage(store: CellStore, tokenizer: GeneTokenizer) -> dict[str, float]:
-    """Tell which part of the genes of a store a tokenizer knows.
+    """Compute how many of the genes of a store a tokenizer knows.
 
     Returns
     -------
     dict of str to float
-        `genes`: share of the store's genes; `vocabulary`: share of the tokenizer's; `counts`: share of the counts, of
-        at most 1,000 cells evenly spread.
+        `genes`: share of the store's genes; `vocabulary`: share of the tokenizer's genes; `counts`: share of the
+        counts, in at most 1,000 evenly spaced cells.
     """
     found = tokenizer.find_genes(store.gene_ids, store.genes.symbols)
     rows = np.unique(np.linspace(0, len(store) - 1, min(len(store), _CELLS_FOR_COVERAGE), dtype=np.int64))

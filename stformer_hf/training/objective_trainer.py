@@ -31,20 +31,20 @@ _CELLS_TO_WATCH = 1024
 
 
 class ObjectiveTrainer(CellTrainer):
-    """Trainer of a weighted sum of objectives.
+    """Trainer for a weighted sum of objectives.
 
-    Each objective but `mlm` trains `[CLS]`, of two views of each cell (`ViewCollator`); then `config.pooling` becomes
-    "cls", and batches have two rows per cell. Every objective is computed for the batch of one process, and averaged
-    over processes and accumulated batches, so that it depends on the batches alone.
+    All objectives except `mlm` train `[CLS]` on two views of each cell (`ViewCollator`). With them, `config.pooling`
+    is set to "cls", and batches have two rows per cell. Each objective is computed on the batch of one process, and
+    averaged over processes and accumulated batches, so that it depends only on the batches.
 
-    In evaluation the losses of `mlm` and `decode` are means over all masked tokens and all views, whatever the
+    In evaluation, the losses of `mlm` and `decode` are means over all masked tokens and all views, regardless of the
     batches. Those of `contrast` and `cross_correlation` compare the cells of a batch: their means over cells depend on
-    `per_device_eval_batch_size` and on the number of processes, and can be compared where these are equal.
+    `per_device_eval_batch_size` and on the number of processes, and are comparable only if these are equal.
 
-    With such objectives the log has, for training and evaluation, the loss of each (`<objective>_loss`), and
-    `contrast_of_totals`, the loss of contrast of a reader that knows the totals of the views alone. Of `[CLS]` of the
-    first views of up to 1,024 cells since the last log, of one process, it has the `effective_rank`, which falls where
-    the embedding collapses, and `total_r2`, how well the log total of the view is predicted from it.
+    With such objectives, the loss of each (`<objective>_loss`) is logged for training and evaluation, together with
+    `contrast_of_totals`, the contrast loss of a reader that knows only the totals of the views. For the `[CLS]` of the
+    first views of up to 1,024 cells of one process since the last log, `effective_rank`, which falls if the embedding
+    collapses, and `total_r2`, how well it predicts the log total of the view, are logged too.
 
     Parameters
     ----------
@@ -52,22 +52,22 @@ class ObjectiveTrainer(CellTrainer):
         Weights of `mlm` (masked genes and phenotypes), `contrast` (InfoNCE), `decode` (negative binomials of the
         counts that are not in the view) and `cross_correlation`; {"mlm": 1.0} by default.
     view : {"disjoint", "thinning"}, default: "disjoint"
-        How a cell is divided in two; see `ViewCollator`.
+        How a cell is divided into two views; see `ViewCollator`.
     batch_key : str, optional
-        Categorical obs column: the negatives of `contrast` are cells of the same value, and batches are filled with
-        cells of one value (`SameSourceSampler`). The files that the store was built of by default.
+        Categorical obs column: the negatives of `contrast` are cells with the same value, and batches are filled with
+        cells of one value (`SameSourceSampler`). By default, the file that each cell comes from.
     ema : float, optional
-        Decay of a moving average of the weights, such as 0.999. It is evaluated in their place, it is what the model
-        has after the training, and it is saved in checkpoints beside them.
+        Decay of a moving average of the weights, such as 0.999. The average is evaluated instead of the weights,
+        replaces them after training, and is saved beside them in checkpoints.
     **kwargs
         All other arguments of CellTrainer.
 
     Raises
     ------
     ValueError
-        Unknown objectives, view or column; objectives on `[CLS]` for a model without `cell_embedding`, for cells that
-        are not of a store, or on several GPUs in one process; batches by length together with `batch_key`; `ema` of a
-        sharded model.
+        An objective, view or column is unknown; objectives on `[CLS]` are used with a model without `cell_embedding`,
+        with cells that are not in a store, or on multiple GPUs in one process; batches by length are combined with
+        `batch_key`; `ema` is used with a sharded model.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class ObjectiveTrainer(CellTrainer):
         self._trains_cls = any(name != "mlm" for name in self.objectives)
         self.batch_key = batch_key
         if batch_key is not None and not self._trains_cls:
-            raise ValueError("batch_key says which cells are negatives of contrast: give objectives that train [CLS].")
+            raise ValueError("batch_key needs objectives that train [CLS]: it chooses the negatives of contrast.")
         if self._trains_cls:
             data_collator = ViewCollator(data_collator, view, batch_key)
             if model is not None:
                 self._prepare_model(model)
-        self._sums: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}  # of losses, and of their number
+        self._sums: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}  # sums of losses, and their number
         self._watched: dict[bool, list[tuple[torch.Tensor, torch.Tensor]]] = {True: [], False: []}
         self._average = None if ema is None else WeightAverage(ema)
         super().__init__(model=model, data_collator=data_collator, **kwargs)
@@ -99,24 +99,24 @@ class ObjectiveTrainer(CellTrainer):
             self._check_cells()
         if self._average is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError("ema averages whole weights; FSDP and DeepSpeed keep parts of them: leave it out.")
+                raise ValueError("ema averages whole weights, but FSDP and DeepSpeed shard them: leave it out.")
             self._averaging = AverageWeights(self, self._average)
             self.add_callback(self._averaging)
 
     def _prepare_model(self, model: PreTrainedModel) -> None:
-        """Let a model say that `[CLS]` is trained, and give it what objectives need."""
+        """Set the pooling of a model to `[CLS]`, and add the decoder if an objective needs it."""
         if not getattr(model.config, "cell_embedding", False):
             raise ValueError(
-                f"{', '.join(name for name in self.objectives if name != 'mlm')}: these objectives train [CLS] as the "
-                "whole cell, and the model was made without cell_embedding. Make it for a tokenizer with "
-                "whole_cell=True (GeneBertConfig.from_tokenizer)."
+                f"The objectives {', '.join(name for name in self.objectives if name != 'mlm')} train [CLS] as the "
+                "whole cell, but the model has no cell_embedding. Make it for a tokenizer with whole_cell=True "
+                "(GeneBertConfig.from_tokenizer)."
             )
         model.config.pooling = "cls"
         if "decode" in self.objectives:
             add_decoder(model)
 
     def call_model_init(self, trial=None):
-        """As in CellTrainer; with what objectives need."""
+        """Make the model of a trial as CellTrainer does, and prepare it for the objectives."""
         model = super().call_model_init(trial)
         if self._trains_cls:
             self._prepare_model(model)
@@ -126,14 +126,14 @@ class ObjectiveTrainer(CellTrainer):
         args = self.args
         if args.n_gpu > 1:
             raise ValueError(
-                "torch.nn.DataParallel would part the two views of a cell: start one process per GPU with accelerate "
-                "launch, or let one GPU be seen (CUDA_VISIBLE_DEVICES=0)."
+                "torch.nn.DataParallel would separate the two views of a cell: start one process per GPU with "
+                "accelerate launch, or make only one GPU visible (CUDA_VISIBLE_DEVICES=0)."
             )
         datasets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         for cells in (self.train_dataset, *datasets):
             if cells is not None and not isinstance(cells, CellStore):
                 raise ValueError(
-                    f"Two views of a cell are made of its counts: objectives on [CLS] need a CellStore, got "
+                    f"Two views of a cell are made from its counts: objectives on [CLS] need a CellStore, got "
                     f"{type(cells).__name__}."
                 )
             if self.batch_key is not None and cells is not None:
@@ -156,7 +156,7 @@ class ObjectiveTrainer(CellTrainer):
         return SameSourceSampler(sources_of(dataset, self.batch_key), self._train_batch_size, seed)
 
     def _n_tokens(self, dataset: Any):
-        """As in CellTrainer; two views have at most twice the tokens."""
+        """Return the number of tokens of each row; two views have at most twice those of a cell."""
         return super()._n_tokens(dataset) * (2 if self._trains_cls else 1)
 
     def _order(self) -> dict[str, Any]:
@@ -164,7 +164,7 @@ class ObjectiveTrainer(CellTrainer):
         return {**order, "batch_key": self.batch_key, "two views": True} if self._trains_cls else order
 
     def _without_filling_cells(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As in CellTrainer; such a cell has no counts in either view, and is in no objective."""
+        """Remove the labels and counts of filling cells, which excludes them from all objectives."""
         if not self._trains_cls:
             return super()._without_filling_cells(inputs)
         totals = inputs["view_totals"]
@@ -178,7 +178,7 @@ class ObjectiveTrainer(CellTrainer):
     # ------------------------------------------------------------------ losses
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As in CellTrainer; the weighted sum of the objectives."""
+        """Compute the weighted sum of the objectives."""
         if not self._trains_cls:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         totals, twins, sources = (inputs[name] for name in OF_PAIRS)
@@ -189,7 +189,7 @@ class ObjectiveTrainer(CellTrainer):
         )
         usable = (totals > 0).view(2, -1).all(0)
         n_accumulated = self.current_gradient_accumulation_steps if model.training else 1
-        # Of mlm, the part of this batch in the mean over the labels of all accumulated batches.
+        # For mlm, the contribution of this batch to the mean over the labels of all accumulated batches.
         losses = {"mlm": mlm * n_accumulated}
         n_labels = (inputs["labels"] != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
         n_terms = {"mlm": torch.as_tensor(n_labels, device=mlm.device)}  # what its mean is over, of all processes
@@ -211,7 +211,7 @@ class ObjectiveTrainer(CellTrainer):
         for name in self.objectives:
             self._add(model.training, f"{name}_loss", losses[name], n_terms[name])
         self._watch(model.training, states, totals, usable)
-        # Trainer divides no loss of a model that counts its labels: a mean over batches is divided here.
+        # Trainer does not divide the loss of a model that counts its labels, so the mean over batches is taken here.
         loss = sum(weight * losses[name] for name, weight in self.objectives.items()) / n_accumulated
         if not return_outputs:
             return loss
@@ -232,7 +232,7 @@ class ObjectiveTrainer(CellTrainer):
             watched.pop(0)
 
     def _objective_metrics(self, training: bool, prefix: str = "") -> dict[str, float]:
-        """Return losses and figures since the last time."""
+        """Return the losses and diagnostics since the last call."""
         sums, watched = self._sums[training], self._watched[training]
         self._sums[training], self._watched[training] = {}, []
         metrics = {}
@@ -249,13 +249,13 @@ class ObjectiveTrainer(CellTrainer):
         return {prefix + name: value for name, value in metrics.items()}
 
     def log(self, logs, *args, **kwargs):
-        """As in CellTrainer; with the objectives' losses."""
+        """Log as CellTrainer does, with the losses of the objectives."""
         if "loss" in logs:
             logs = {**logs, **self._objective_metrics(True)}
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """As in CellTrainer; with the objectives' losses, of the averaged weights where there are such."""
+        """Evaluate as CellTrainer does, with the losses of the objectives, on the averaged weights if `ema` is set."""
         self._sums[False], self._watched[False] = {}, []
         averaged = self._average is not None and self.is_in_train
         with self._average.in_place_of_weights(self.model) if averaged else nullcontext():

@@ -26,7 +26,7 @@ _CELLS_TO_SWAP = 512
 
 
 class STFormerPretrainer(ObjectiveTrainer):
-    """Trainer that masks cells of a `CellStore`, or of a tokenized dataset, while it trains.
+    """Trainer for masked pretraining on a `CellStore` or a tokenized dataset.
 
     Masks are a function of (args.seed, epoch, cell); evaluation always masks as in epoch 0. See `CellTrainer` for the
     order of the cells, `get_train_sampler`, and resumption, and `ObjectiveTrainer` for objectives that train `[CLS]`.
@@ -36,43 +36,43 @@ class STFormerPretrainer(ObjectiveTrainer):
     args : TrainingArguments
         As for Trainer; `train_sampling_strategy="group_by_length"` groups the cells by length.
     train_dataset : CellStore, datasets.Dataset or torch Dataset
-        Cells; or rows with `input_ids` (and, better, `token_type_ids` and `cell_id`).
+        Cells; or rows with `input_ids` (and preferably `token_type_ids` and `cell_id`).
     token_dictionary : dict of str to int, or path of a .json or .pkl, optional
-        STFormer's vocabulary, for rows of token ids and a model that reads no token types, such as BERT; in place of
+        STFormer's vocabulary, for rows of token ids and a model without token types, such as BERT; instead of
         `processing_class`.
     example_lengths_file : path of a .json or .pkl, or sequence of int, optional
-        Tokens of each row of `train_dataset`; see `lengths` of `CellTrainer`.
+        Number of tokens of each row of `train_dataset`; see `lengths` of `CellTrainer`.
     model : PreTrainedModel, optional
-        What to train.
+        Model to train.
     model_init : callable, optional
-        Makes the model, for hyperparameter search.
+        Function that returns a new model, for hyperparameter search.
     mlm_probability, phenotype_mask_prob, gene_dropout : float, default: 0.15, 0.5, 0.0
-        Shares to mask, and of genes to leave out (see `DataCollatorForPhenotypicMLM`).
+        Shares of genes and of phenotypes to mask, and of genes to drop (see `DataCollatorForPhenotypicMLM`).
     baselines : bool, default: False
-        Put beside the losses of each evaluation what they are to be compared with: `genes_nll`, mean negative log
-        likelihood in nats of the masked genes; that of simple baselines at the same positions
-        (`masked_gene_baselines`, estimated from at most 100,000 training cells, once); and what the genes of another
-        cell do to the model (`context_swap`, of at most 512 cells).
+        Add baselines to the metrics of each evaluation: `genes_nll`, the mean negative log likelihood in nats of the
+        masked genes; the same of simple baselines at the same positions (`masked_gene_baselines`, estimated once from
+        at most 100,000 training cells); and how the loss changes with the genes of another cell (`context_swap`, on
+        at most 512 cells).
     objectives, view, batch_key, ema
-        As for `ObjectiveTrainer`. Without `mlm` no gene is masked. With objectives that train `[CLS]` every phenotype
-        is masked, since both views of a cell would show it.
+        As for `ObjectiveTrainer`. Without `mlm`, no gene is masked. With objectives that train `[CLS]`, every
+        phenotype is masked, since both views of a cell would show it.
     packing : bool, default: False
         Train on packed batches: the cells of a batch in one row, without padding.
     max_tokens_per_batch : int, optional
-        Fill batches up to so many tokens, in place of a number of cells.
+        Fill batches up to this many tokens, instead of a number of cells.
     processing_class : GeneTokenizer
-        Tokenizes the cells; saved beside the model.
+        Tokenizer of the cells; saved beside the model.
     data_collator : callable, optional
-        In place of a `DataCollatorForPhenotypicMLM`, or `DataCollatorForGeneRankMLM`, of the above.
+        Replaces the `DataCollatorForPhenotypicMLM` or `DataCollatorForGeneRankMLM` made from the parameters above.
     **kwargs
         All other arguments of Trainer.
 
     Raises
     ------
     ValueError
-        Neither `model` nor `model_init`; no tokenizer, dictionary or collator, or both of the first two; a tokenizer
-        that does not fit the model; lengths that do not fit the dataset; baselines without training cells that can be
-        read by number, or with a collator that masks no genes.
+        Neither `model` nor `model_init` is given; neither tokenizer, dictionary nor collator is given, or both of the
+        first two; the tokenizer does not fit the model; the lengths do not fit the dataset; baselines are asked for,
+        but the cells are a stream or the collator masks no genes.
     """
 
     def __init__(
@@ -98,15 +98,15 @@ class STFormerPretrainer(ObjectiveTrainer):
             raise ValueError("STFormerPretrainer needs a model, or a model_init that makes one.")
         if token_dictionary is not None:
             if processing_class is not None:
-                raise ValueError("token_dictionary and processing_class both name the tokens: give one of them.")
+                raise ValueError("token_dictionary and processing_class both define the tokens: pass one of them.")
             processing_class = STFormerPreCollator(token_dictionary)
         train_dataset = as_selection(train_dataset)
         eval_datasets = [as_selection(each) for each in _each(kwargs.get("eval_dataset"))]
         if data_collator is None:
             if processing_class is None:
                 raise ValueError(
-                    "STFormerPretrainer needs processing_class=tokenizer (or a data_collator). Neighbourhoods of "
-                    "cells are trained by NeighborhoodTrainer."
+                    "STFormerPretrainer needs processing_class=tokenizer (or a data_collator). For neighbourhoods of "
+                    "cells use NeighborhoodTrainer."
                 )
             chosen = check_objectives(objectives)
             ranks = processing_class.scheme == "rank"
@@ -120,11 +120,14 @@ class STFormerPretrainer(ObjectiveTrainer):
             )
         if baselines:
             if set(check_objectives(objectives)) != {"mlm"}:
-                raise ValueError("baselines=True masks whole cells, and objectives on [CLS] two views: leave one out.")
+                raise ValueError(
+                    "baselines=True masks whole cells, but objectives on [CLS] train on two views of each cell: leave "
+                    "one out."
+                )
             _check_baselines(train_dataset, eval_datasets, data_collator)
         self.baselines = baselines
-        self._baselines: list[tuple[Any, dict[str, float]]] = []  # of the datasets evaluated on
-        self._genes_nll = np.zeros(2)  # sum, and number of masked genes, of the evaluation that goes on
+        self._baselines: list[tuple[Any, dict[str, float]]] = []  # one entry per evaluation dataset
+        self._genes_nll = np.zeros(2)  # sum, and number of masked genes, of the current evaluation
         super().__init__(
             model=model,
             args=args,
@@ -138,8 +141,8 @@ class STFormerPretrainer(ObjectiveTrainer):
         )
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
-        """As in Trainer; with the baselines, if they are asked for."""
-        self._genes_nll = np.zeros(2)  # anew: the arrays of a trainer that ray hands out are read-only
+        """Evaluate as Trainer does, with the baselines if they are asked for."""
+        self._genes_nll = np.zeros(2)  # a new array: in a trainer that ray hands out, arrays are read-only
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         dataset = dataloader.dataset
         dataset = dataset.dataset if isinstance(dataset, TokenRows) else dataset
@@ -154,7 +157,7 @@ class STFormerPretrainer(ObjectiveTrainer):
         return output
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As in Trainer; adds up the losses of masked genes, if they are to be compared with baselines."""
+        """Compute the loss as Trainer does, and add up the losses of masked genes if there are baselines."""
         labels = inputs.get("labels")
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.baselines and not model.training and labels is not None:
@@ -167,12 +170,12 @@ class STFormerPretrainer(ObjectiveTrainer):
         nll = labels.new_zeros(labels.shape, dtype=torch.float32)
         nll[labels != -100] = masked_nll(logits, labels)
         of_cells = torch.stack([(nll * scored).sum(1), scored.float().sum(1)], dim=1)
-        # Of all processes, without the cells that fill up the last batch.
+        # From all processes, without the cells that fill the last batch.
         of_cells = self.accelerator.gather_for_metrics(of_cells)
         self._genes_nll += of_cells.double().sum(0).cpu().numpy()
 
     def _baselines_on(self, dataset: Any) -> dict[str, float]:
-        """Give the baselines, every process by itself; they do not depend on the model, and are computed once."""
+        """Return the baselines, computed once in each process; they do not depend on the model."""
         for known, metrics in self._baselines:
             if known is dataset:
                 return metrics
@@ -209,12 +212,12 @@ def _check_baselines(train_dataset: Any, eval_datasets: Sequence[Any], collator:
     for cells in eval_datasets:
         if isinstance(cells, IterableDataset):
             raise ValueError(
-                f"baselines=True needs held-out cells that can be read by number, and a {type(cells).__name__} is a "
+                f"baselines=True needs held-out cells that can be read by number, but a {type(cells).__name__} is a "
                 "stream."
             )
     if isinstance(train_dataset, IterableDataset) or not hasattr(train_dataset, "__len__"):
-        found = "there is none" if train_dataset is None else f"a {type(train_dataset).__name__} is a stream"
-        raise ValueError(f"baselines=True needs training cells that can be read by number, and {found}.")
+        found = "train_dataset is None" if train_dataset is None else f"a {type(train_dataset).__name__} is a stream"
+        raise ValueError(f"baselines=True needs training cells that can be read by number, but {found}.")
     if not hasattr(collator, "for_evaluation") or not hasattr(collator, "mlm_probability"):
         raise ValueError(
             f"baselines=True needs DataCollatorForGeneRankMLM or DataCollatorForPhenotypicMLM, got "

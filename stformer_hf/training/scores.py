@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 def score_of(metrics: Mapping[str, float], metric: str) -> float:
-    """Read the metric.
+    """Return the value of a metric.
 
     Raises
     ------
@@ -17,7 +17,7 @@ def score_of(metrics: Mapping[str, float], metric: str) -> float:
     if metric not in metrics:
         near = get_close_matches(metric, metrics, n=1, cutoff=0.5)
         hint = f"; the closest known one is {near[0]}" if near else ""
-        raise ValueError(f"The evaluation gives no {metric!r}{hint}; it gives {', '.join(sorted(metrics))}.")
+        raise ValueError(f"The evaluation has no metric {metric!r}{hint}; it has {', '.join(sorted(metrics))}.")
     return float(metrics[metric])
 
 

@@ -1,4 +1,4 @@
-"""How fast training is, and what keeps it: tokens and cells a second, padding, waits for data, memory, MFU."""
+"""Throughput of training: tokens and cells per second, padding, waiting for data, memory, MFU."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from transformers import Trainer
 
 from ..batches.collate import IGNORE
 
-# Dense bf16 peaks of matrix units with float32 sums, FLOP/s, by the name that torch.cuda.get_device_name gives. Of
+# Dense bf16 peaks of matrix units with float32 sums, FLOP/s, by the name that torch.cuda.get_device_name returns. From
 # NVIDIA's data sheets (A100, A30, A40, A10, L4, L40, L40S, H100, H200, GH200) and white papers (GA102: RTX 3090,
-# RTX A6000; Ada: RTX 4090), halved where a sheet counts sparsity. Names must be equal: a laptop's chip, a MIG slice
-# or a vendor's variant of like name has another peak.
+# RTX A6000; Ada: RTX 4090), halved where a sheet counts sparsity. Names must match exactly: a laptop chip, a MIG slice
+# or a vendor's variant with a similar name has another peak.
 BF16_PEAKS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -44,20 +44,20 @@ _SUMS = ("tokens", "squares", "predictions", "positions", "cells", "wait", "elap
 
 
 class ModelFlops:
-    """Floating point operations that a training step needs, whatever the program really does.
+    """Floating point operations that a training step needs, independent of the implementation.
 
-    Of T tokens in cells of lengths s, of which P tokens (or cells) are predicted: 6 N T + 12 L d sum(s ** 2) + 6 H P.
-    N are the encoder's parameters without embeddings, H those of the head, with the output embedding; L layers of
-    width d. Padding and recomputed activations are no work.
+    For T tokens in cells of lengths s, with P predicted tokens (or cells): 6 N T + 12 L d sum(s ** 2) + 6 H P. N is
+    the number of the encoder's parameters without embeddings, H that of the head, with the output embedding; there are
+    L layers of width d. Padding and recomputed activations do not count.
 
     Parameters
     ----------
     model : PreTrainedModel
-        An encoder of `config.num_hidden_layers` layers of `config.hidden_size`, with a head or without.
+        An encoder with `config.num_hidden_layers` layers of `config.hidden_size`, with or without a head.
 
     Notes
     -----
-    Chowdhery et al. 2022 (PaLM), appendix B: 6 N + 12 L H Q T a token, with heads of size Q and d = H Q.
+    Chowdhery et al. 2022 (PaLM), appendix B: 6 N + 12 L H Q T per token, with heads of size Q and d = H Q.
     """
 
     def __init__(self, model: nn.Module):
@@ -77,14 +77,14 @@ class ModelFlops:
         self.attention = config.num_hidden_layers * config.hidden_size
 
     def __call__(self, tokens: int, squares: int, predictions: int) -> int:
-        """Operations, forward and backward, of so many tokens, squared lengths of cells, and predictions."""
+        """Return the operations, forward and backward, from numbers of tokens, squared lengths and predictions."""
         return 6 * self.encoder * tokens + 12 * self.attention * squares + 6 * self.head * predictions
 
 
 class Throughput:
-    """Counts what passes through the training of a trainer, and the time it takes without evaluation and saving.
+    """Counts of tokens and cells in training, and the time it takes without evaluation and saving.
 
-    Sums of tensors stay on their device until they are logged: a step never waits for the GPU because of them.
+    Sums of tensors stay on their device until they are logged, so that steps never wait for the GPU.
 
     Parameters
     ----------
@@ -94,8 +94,8 @@ class Throughput:
     Attributes
     ----------
     totals : dict of str to float
-        Of all processes: `tokens`, `cells` and `seconds`, with those of the run that this one resumed; up to the last
-        log or checkpoint.
+        `tokens`, `cells` and `seconds` over all processes, up to the last log or checkpoint, including those of the
+        run that this one resumed.
     """
 
     def __init__(self, trainer: Trainer):
@@ -104,7 +104,7 @@ class Throughput:
         self.begin()
 
     def begin(self) -> None:
-        """Count from nothing, but for what the trainer's state knows of the run that is resumed."""
+        """Reset all counts, and read the totals of a resumed run from the trainer's state."""
         self._on_device: torch.Tensor | None = None
         self._positions = self._cells = 0
         self._wait = self._elapsed = 0.0
@@ -120,12 +120,12 @@ class Throughput:
     # ------------------------------------------------------------------ time
 
     def start(self) -> None:
-        """Let the clock run, if it does not."""
+        """Start the clock, unless it is running."""
         if self._since is None:
             self._since = time.perf_counter()
 
     def stop(self) -> None:
-        """Stop the clock when the device has done what it was given."""
+        """Stop the clock once the device has finished its work."""
         if self._since is not None:
             if self._trainer.args.device.type == "cuda":
                 torch.cuda.synchronize(self._trainer.args.device)
@@ -134,7 +134,7 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out what takes time and is no training."""
+        """Stop the clock within the context."""
         running = self._since is not None
         self.stop()
         yield
@@ -142,9 +142,9 @@ class Throughput:
             self.start()
 
     def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Give batches, and note how long each was waited for.
+        """Yield batches, and add up the time spent waiting for them.
 
-        Of a resumed run the clock starts at its first batch: those before it are read and thrown away.
+        In a resumed run the clock starts at its first batch: those before it are read and skipped.
         """
         while True:
             began = time.perf_counter()
@@ -162,10 +162,10 @@ class Throughput:
     # ------------------------------------------------------------------ counts
 
     def count(self, batch: Mapping[str, Any]) -> None:
-        """Add a padded, a packed or a neighbourhood batch; a batch of another kind is passed over.
+        """Add a padded, packed or neighbourhood batch; batches of another kind are ignored.
 
-        Tokens are those attended to, of neighbourhoods the observed cells and their cls tokens; cells are cells in the
-        batch, of neighbourhoods the masked ones.
+        Tokens are those attended to, or for neighbourhoods the observed cells and their cls tokens. Cells are those in
+        the batch, or for neighbourhoods the masked ones.
         """
         ids = batch.get("input_ids")
         if ids is None:
@@ -195,21 +195,21 @@ class Throughput:
     # ------------------------------------------------------------------ figures
 
     def figures(self, of_run: bool = False) -> dict[str, float]:
-        """Give the figures since the last time, or of the whole call of `train`; all processes must ask.
+        """Return the figures since the last call, or of the whole call of `train`; all processes must call it.
 
         Returns
         -------
         dict of str to float
-            `tokens_per_second`, `cells_per_second`: of all processes. `padding_share`: of the positions, those that
-            hold no token. `data_wait_share`: of the time, what was spent on waiting for batches.
-            `peak_memory_gb`, in 10 ** 9 bytes: most that torch has allocated on a GPU, or the process on a CPU; of
-            the process that took most. `mfu`: share of the dense bf16 peak of the GPUs, see `ModelFlops`; only of
-            encoders of tokens on GPUs that `BF16_PEAKS` names. Empty where nothing was counted.
+            `tokens_per_second`, `cells_per_second`: over all processes. `padding_share`: share of positions without a
+            token. `data_wait_share`: share of the time spent waiting for batches. `peak_memory_gb`: peak memory in
+            10 ** 9 bytes allocated by torch on a GPU, or used by the process on a CPU; the maximum over processes.
+            `mfu`: share of the dense bf16 peak of the GPUs, see `ModelFlops`; only for token encoders on GPUs that
+            `BF16_PEAKS` lists. Empty if nothing was counted.
         """
         sums, memory = self._gather()
         since = sums if of_run else {name: sums[name] - self._at_last_log[name] for name in sums}
         self._at_last_log = sums
-        world, seconds = self._trainer.args.world_size, since["elapsed"] / 1e6  # a process's, times the processes
+        world, seconds = self._trainer.args.world_size, since["elapsed"] / 1e6  # summed over processes
         if not since["cells"] or not seconds:
             return {}
         figures = {
@@ -226,12 +226,12 @@ class Throughput:
         return figures
 
     def remember(self) -> None:
-        """Write the totals into the trainer's state, for a run that resumes; all processes must call it."""
+        """Write the totals to the trainer's state, for a run that resumes; all processes must call it."""
         self._gather()
         self._trainer.state.stateful_callbacks[_STATE] = dict(self.totals)
 
     def look_at(self, model: nn.Module) -> None:
-        """Learn what a token costs, if the model is an encoder of tokens, and what the GPU can do."""
+        """Set the operations per token, if the model is an encoder of tokens, and the peak of the GPU."""
         device, config = self._trainer.args.device, getattr(model, "config", None)
         if device.type == "cuda" and getattr(model, "main_input_name", None) == "input_ids":
             self._peak = BF16_PEAKS.get(torch.cuda.get_device_name(device))
@@ -239,7 +239,7 @@ class Throughput:
                 self._flops = ModelFlops(model)
 
     def _gather(self) -> tuple[dict[str, int], int]:
-        """Give the sums since `begin` of all processes, and the bytes of the one that took most."""
+        """Return the sums since `begin` over all processes, and the largest peak memory of a process in bytes."""
         device = self._trainer.args.device
         elapsed = self._elapsed + (0.0 if self._since is None else time.perf_counter() - self._since)
         counted = torch.zeros(3, dtype=torch.int64) if self._on_device is None else self._on_device
@@ -258,10 +258,9 @@ class Throughput:
 
 
 class MeasuredTrainer(Trainer):
-    """Trainer whose training logs have the figures of `Throughput.figures`, and `train_` ones at the end.
+    """Trainer that logs the figures of `Throughput.figures`, with the prefix `train_` at the end of training.
 
-    The time is that of training: without evaluation, saving and logging, and without the batches that a resumed run
-    skips.
+    Time excludes evaluation, saving and logging, and the batches that a resumed run skips.
     """
 
     def __init__(self, *args, **kwargs):
@@ -274,7 +273,7 @@ class MeasuredTrainer(Trainer):
         return super()._prepare_for_training(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As in Trainer; counts the batches of a step, and the time that they were waited for."""
+        """Draw batches as Trainer does, count them, and measure the time spent waiting for them."""
         self.throughput.start()
         drawn = super().get_batch_samples(self.throughput.timed(epoch_iterator), num_batches, device)
         for batch in drawn[0]:
@@ -291,22 +290,22 @@ class MeasuredTrainer(Trainer):
             return super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs, *args, **kwargs):
-        """As in Trainer; with the throughput, of a step's log since the last, of the last log of the run."""
+        """Log as Trainer does, with the throughput since the last log, or of the whole run in its last log."""
         if self.is_in_train and "loss" in logs:
             logs = {**logs, **self.throughput.figures()}
         elif self.is_in_train and "train_loss" in logs:
             self.throughput.stop()
-            # In place: `train` returns them.
+            # In place, since `train` returns them.
             logs.update({f"train_{name}": value for name, value in self.throughput.figures(of_run=True).items()})
         super().log(logs, *args, **kwargs)
 
 
 def _numel(parameter: nn.Parameter) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed ZeRO-3 keeps a parameter in parts
+    return getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed ZeRO-3 shards a parameter
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Most bytes that were taken: on the GPUs of this process by torch, else by the process; 0 where nobody knows."""
+    """Return peak memory in bytes: allocated by torch on the GPUs, else used by the process; 0 if unknown."""
     if device.type == "cuda":
         return max(torch.cuda.max_memory_allocated(number) for number in range(torch.cuda.device_count()))
     try:

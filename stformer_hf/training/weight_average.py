@@ -1,4 +1,4 @@
-"""A moving average of the weights, which is what is evaluated and saved in the end."""
+"""A moving average of the weights, which is evaluated and saved in their place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILE = "weight_average.safetensors"  # in a checkpoint
 class WeightAverage:
     r"""Exponential moving average of a model's parameters.
 
-    After each step :math:`a \leftarrow d a + (1 - d) w`; it begins at the weights as they are before the first step.
+    After each step :math:`a \leftarrow d a + (1 - d) w`; it starts at the weights before the first step.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ class WeightAverage:
     Raises
     ------
     ValueError
-        Another decay.
+        The decay is out of range.
 
     Notes
     -----
@@ -36,30 +36,30 @@ class WeightAverage:
 
     def __init__(self, decay: float):
         if not 0 < decay < 1:
-            raise ValueError(f"ema is the decay of a moving average, such as 0.999: above 0, below 1; got {decay}.")
+            raise ValueError(f"ema is the decay of a moving average, above 0 and below 1, such as 0.999; got {decay}.")
         self.decay = decay
         self._average: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def begin(self, model: nn.Module) -> None:
-        """Begin at the weights of a model."""
+        """Start at the weights of a model."""
         self._average = {name: weight.detach().float().clone() for name, weight in model.named_parameters()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take in the weights after a step."""
+        """Add the weights after a step to the average."""
         for name, weight in model.named_parameters():
             self._average[name].lerp_(weight.detach().float(), 1 - self.decay)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Give a model the average for its weights."""
+        """Replace the weights of a model by the average."""
         for name, weight in model.named_parameters():
             weight.copy_(self._average[name])
 
     @contextmanager
     def in_place_of_weights(self, model: nn.Module) -> Iterator[None]:
-        """Let a model have the average for its weights, for a while."""
+        """Replace the weights of a model by the average within the context, then restore them."""
         weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
         self.copy_to(model)
         try:
@@ -80,35 +80,35 @@ class WeightAverage:
         Raises
         ------
         ValueError
-            It has none, or one of another model.
+            It has no average, or that of another model.
         """
         if not (folder / FILE).exists():
-            raise ValueError(f"{folder} has no {FILE}, it was trained without ema: resume without, or begin anew.")
+            raise ValueError(f"{folder} has no {FILE}: resume without ema, or start a new run.")
         found = load_file(folder / FILE)
         weights = dict(model.named_parameters())
         if found.keys() != weights.keys():
-            raise ValueError(f"{folder / FILE} has {len(found)} weights, and the model {len(weights)} of other names.")
+            raise ValueError(f"{folder / FILE} has {len(found)} weights, the model {len(weights)} with other names.")
         self._average = {name: values.to(weights[name].device) for name, values in found.items()}
 
 
 class AverageWeights(TrainerCallback):
-    """Begins the average with the training, takes in each step, and ends with the average in the model."""
+    """Start the average with training, update it after each step, and copy it to the model at the end."""
 
     def __init__(self, trainer: Trainer, average: WeightAverage):
         self.trainer, self.average, self.resumed = trainer, average, False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Begin, unless the average of a checkpoint was read."""
+        """Start the average, unless one was read from a checkpoint."""
         if not self.resumed:
             self.average.begin(self.trainer.model)
         self.resumed = False
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Take in the weights."""
+        """Update the average."""
         self.average.update(self.trainer.model)
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Give the model the average; that of the best checkpoint, where Trainer has loaded its weights."""
+        """Copy the average to the model; that of the best checkpoint if Trainer has loaded its weights."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.average.load(Path(state.best_model_checkpoint), self.trainer.model)
         self.average.copy_to(self.trainer.model)

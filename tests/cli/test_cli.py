@@ -113,7 +113,7 @@ def test_a_flag_overrides_names_of_a_mapping_in_the_file(tmp_path):
         ),
         (["pretrain", "--data", "x", "--output", "y", "--max_steps", "many"], "invalid int value: 'many'"),
         (["build", "--output", "y"], "required: --data"),
-        (["pretrian"], "no verb 'pretrian'; the closest known one is pretrain"),
+        (["pretrian"], "unknown verb 'pretrian'; the closest known one is pretrain"),
     ],
 )
 def test_a_wrong_command_line_exits_with_2_and_names_the_closest(argv, words, capsys):
@@ -155,7 +155,7 @@ def test_bad_input_gives_an_error_and_debug_a_traceback(file, tmp_path, capsys):
     assert main(["finetune", "--data", file, "--label", "fate", "--output", str(tmp_path / "m")]) == 1
     assert "no obs column 'fate'; it has cell_type, age" in capsys.readouterr().err
     assert main(["pretrain", "--data", file, "--output", str(tmp_path / "n"), "--held_out", "1"]) == 1
-    assert "held_out is a share" in capsys.readouterr().err
+    assert "held_out must be a share" in capsys.readouterr().err
 
 
 def test_what_is_there_is_not_replaced_unless_asked(file, tmp_path, capsys):
@@ -172,7 +172,7 @@ def test_what_is_there_is_not_replaced_unless_asked(file, tmp_path, capsys):
     assert main(["embed", "--data", file, "--model", str(model), "--output", str(output)]) == 1
     assert output.read_text() == "mine"
     assert main(["embed", "--data", file, "--model", str(model), "--output", file, "--overwrite"]) == 1
-    assert "is the input itself" in capsys.readouterr().err
+    assert "is the input" in capsys.readouterr().err
 
 
 def test_help_of_every_verb_is_light():
@@ -239,7 +239,8 @@ def test_a_rare_class_does_not_end_the_shares_of_the_others(adata, tmp_path, cap
         assert (train.obs["x"] == "rare").sum() == 1
     assert "3 of 60 cells have no label 'x': they are left out" in caplog.text
     assert (
-        "1 classes of 'x' have one cell, which is in training" in caplog.text and "divided as one" not in caplog.text
+        "1 classes of 'x' have only one cell, which is used for training" in caplog.text
+        and "stratified as one" not in caplog.text
     )
     few = [split(store, 0.03, seed, "x")[1].obs["x"].value_counts() for seed in range(5)]
     assert all(counts["A"] == 1 and counts.sum() == 2 for counts in few)
@@ -273,7 +274,7 @@ def test_twins_are_on_one_side_and_those_of_the_evaluation_data_not_in_training(
     train, held_out = split(store, 0.3, 0, eval_data=[sources["b"]])
     assert held_out.obs_names.tolist() == again.obs_names.tolist()
     assert not set(train.obs_names) & set(held_out.obs_names) and len(train) == 39
-    assert "20 training cells are in eval_data too, and are left out of training" in caplog.text
+    assert "20 training cells are also in eval_data, and are left out of training" in caplog.text
 
 
 def test_flags_reach_the_model_and_the_collator(file, tmp_path):
@@ -353,7 +354,7 @@ def test_medians_are_those_of_the_cells_in_training(adata, tmp_path):
     [
         (["--model_config", "{hiden_size: 5}"], "unknown name 'hiden_size'; the closest known one is hidden_size"),
         (["--tokenizer_config", "{truncate: top}"], "unknown name 'truncate'; the closest known one is truncation"),
-        (["--tokenizer_config", "{bin_edges: [1.5]}", "--bin_edges", "2"], "give one of them"),
+        (["--tokenizer_config", "{bin_edges: [1.5]}", "--bin_edges", "2"], "pass one of them"),
         (["--neighborhood"], "only for the rank scheme"),
         (["--scheme", "rank", "--bin_edges", "2"], "only for the binned scheme"),
     ],
@@ -371,7 +372,7 @@ def test_flags_of_a_new_model_beside_a_checkpoint_are_refused(file, tmp_path, ca
     for verb in (["pretrain"], ["finetune", "--label", "cell_type"]):
         argv = [*verb, "--data", file, "--output", str(tmp_path / "o"), "--model", "m", *flags]
         assert main(argv) == 1
-        assert f"{flags[0]}: of a new model only" in capsys.readouterr().err
+        assert f"{flags[0]}: only for a new model" in capsys.readouterr().err
 
 
 def test_going_on_from_a_checkpoint_keeps_its_phenotypes(file, tmp_path, caplog):
@@ -398,12 +399,12 @@ def test_a_run_leaves_a_store_and_checkpoints_of_another_alone(file, tmp_path, c
     assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 4
     argv[4] = str(tmp_path / "other")
     assert main([*argv, "--resume_from_checkpoint", "true"]) == 0  # nothing yet: it begins
-    assert "no checkpoint to resume from: the run begins" in caplog.text
+    assert "no checkpoint to resume from: starting a new run" in caplog.text
     for checkpoint in (tmp_path / "other").glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     finished = (tmp_path / "other" / "model.safetensors").read_bytes()
     assert main([*argv, "--resume_from_checkpoint", "true"]) == 1  # it would replace the model
-    assert "holds a model and no checkpoint to resume from" in capsys.readouterr().err
+    assert "holds a model but no checkpoint to resume from" in capsys.readouterr().err
     assert (tmp_path / "other" / "model.safetensors").read_bytes() == finished
     # What replaces a run leaves nothing that a later resumption would go on from.
     assert main([*argv, "--save_steps", "1", "--overwrite", "--max_steps", "3"]) == 0

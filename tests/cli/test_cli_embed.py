@@ -92,7 +92,7 @@ def test_leiden_finds_domains(files, tmp_path):
             "--kind cells does not read --section, --cell_type, --domains: pass --kind neighborhood",
         ),
         (["--plot", "a.png"], "--plot draws domains"),
-        (["--domains", "3", "--resolution", "2"], "--resolution is of --domain_method leiden"),
+        (["--domains", "3", "--resolution", "2"], "--resolution needs --domain_method leiden"),
         (["--domains", "-1"], "--domains -1"),
         (["--domains", "3", "--domain_method", "leiden"], "finds the number of domains itself"),
         (["--cell_type", "fate"], "no obs['fate']"),

@@ -39,7 +39,7 @@ def test_keys_of_a_file_beside_the_baselines(files, tmp_path, capsys):
     output = tmp_path / "found"
     assert main(command(files, output, "--keys", "noise")) == 0
     printed = capsys.readouterr().out
-    assert "noise - PCA of genes" in printed and "* best of its column." in printed
+    assert "noise - PCA of genes" in printed and "* best in its column." in printed
     assert {path.name for path in output.iterdir()} >= {"evaluation.json", "evaluation.csv", "evaluation.md"}
     read = json.loads((output / "evaluation.json").read_text())
     assert read["settings"]["keys"] == ["noise"] and read["settings"]["n_splits"] == 3
@@ -70,5 +70,5 @@ def test_errors_say_what_is_wrong(files, tmp_path, capsys):
     assert "no obs['site']" in error("--keys", "noise", "--split_by", "site")
     assert "rename the one in the file" in error("--keys", "X_stformer", "--model", str(tmp_path / "model"))
     (tmp_path / "file").write_text("mine")
-    assert "is a file; name a folder" in error("--keys", "noise", output=tmp_path / "file")
+    assert "is a file; pass a folder" in error("--keys", "noise", output=tmp_path / "file")
     assert not (tmp_path / "found").exists()

@@ -78,7 +78,7 @@ def test_numbers_are_predicted_where_it_is_asked_for(run, labelled, tmp_path, ca
     ("label", "words"),
     [
         ("depth", "'depth' holds numbers such as .*, which are not classes. If they are codes, convert them"),
-        ("one", "'one' has one class among the cells to learn from, 'B cell': there is nothing to tell apart"),
+        ("one", "'one' has only one class among the training cells, 'B cell': at least two are needed"),
         ("cel_type", "no obs column 'cel_type'; it has cell_type, age"),
     ],
 )
@@ -109,7 +109,7 @@ def test_a_failed_pretraining_leaves_no_store(labelled, tmp_path, capsys):
     ):
         output = tmp_path / verb
         assert main([verb, "--data", str(tmp_path / "cells.h5ad"), "--output", str(output), *SHORT, *flags]) == 1
-        assert "held_out is a share" in capsys.readouterr().err
+        assert "held_out must be a share" in capsys.readouterr().err
         assert not (output / "store").exists()
 
 

@@ -151,7 +151,7 @@ def test_finetuning(tmp_path, whole_cell, caplog):
     assert poisoned.config.class_weights == model.config.class_weights
     are_equal(weights_of(model), weights_of(poisoned))
     assert "1 classes of 'cell_type' have no training cell" in caplog.text
-    assert "one that no training cell has (A poisoned type): they are not evaluated" in caplog.text
+    assert "or a value that no training cell has (A poisoned type)" in caplog.text
     assert 0 <= figures["eval_accuracy"] <= 1
 
 
@@ -181,4 +181,7 @@ def test_neighbourhoods(tmp_path, caplog):
     poisoned = fit(poison(clean, held_out), "poisoned")
     assert poisoned.config.cell_types == model.config.cell_types == ["B cell", "T cell"]
     are_equal(weights_of(model), weights_of(poisoned))
-    assert "20 held-out cells are of 1 types that no training cell has, such as A poisoned type" in caplog.text
+    assert (
+        "20 held-out cells are left out: they have 1 types that no training cell has, such as A poisoned type"
+        in caplog.text
+    )

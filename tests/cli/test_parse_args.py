@@ -162,7 +162,7 @@ def test_weights_are_loaded_and_not_their_configuration_alone(folder):
     second = make_initial_model(parse_args(words(folder, "cls", CLS, **changes)))
     was, now = (GeneBertForClassification.from_pretrained(path).gene_bert.state_dict() for path in (first, second))
     assert was.keys() == now.keys() and all(torch.equal(was[name], now[name]) for name in was)
-    with pytest.raises(ValueError, match="--num_hidden_layers 3: the weights at .* are of 1"):
+    with pytest.raises(ValueError, match="--num_hidden_layers 3: the weights at .* have 1"):
         make_initial_model(parse_args(words(folder, "cls", CLS, **changes, num_hidden_layers=3)))
 
 
@@ -219,15 +219,15 @@ def test_edges_may_differ_by_gene(folder):
     ("own", "changes", "error"),
     [
         (MLM, {"bin_edges": None}, "one of --bin_edges and --bin_edges_path"),
-        (MLM, {"bin_edges": "-1 2"}, "no edge may be"),
+        (MLM, {"bin_edges": "-1 2"}, "edges must not be below 0"),
         (MLM, {"model_arch": "distilbert"}, "one of --pretrained_model_path and --model_arch"),
         (MLM, {"max_length": 38}, "at most 37 tokens"),
         (MLM, {"vocab_path": "none.json"}, "--vocab_path: no such file"),
-        (MLM, {"eval_data_paths": "none_{0..2}.h5ad"}, "3 of 3 files are not there, such as none_0.h5ad"),
+        (MLM, {"eval_data_paths": "none_{0..2}.h5ad"}, "3 of 3 files do not exist, such as none_0.h5ad"),
         (MLM, {"included_phenotypes": "celltype"}, "the closest known one is cell_type"),
         (MLM, {"warmup_ratio": 1.5}, "--warmup_ratio 1.5"),
         ("--gene_mask_prob 2 --phenotype_mask_prob 0", {}, "--gene_mask_prob 2.0: a probability"),
-        (CLS, {"included_phenotypes": "cell_type"}, "the answer is given"),
+        (CLS, {"included_phenotypes": "cell_type"}, "the model would read the answer"),
         ("--phenotype_category tissue", {}, "--phenotype_category tissue: .* has cell_type, sex"),
         (f"{CLS} --binary_label [T-cell]", {}, r"the closest known one is \[T_cell\]"),
     ],
@@ -238,7 +238,7 @@ def test_what_contradicts_itself_is_told(folder, own, changes, error):
 
 
 def test_files_are_not_in_training_and_evaluation_at_once(folder):
-    with pytest.raises(ValueError, match="cells_1.h5ad is in --train_data_paths and in --eval_data_paths"):
+    with pytest.raises(ValueError, match="cells_1.h5ad is in both --train_data_paths and --eval_data_paths"):
         parse_args(words(folder, "mlm", MLM, eval_data_paths=folder / "cells_1.h5ad"))
 
 

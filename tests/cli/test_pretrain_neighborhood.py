@@ -183,7 +183,7 @@ def test_three_dimensions_are_those_of_the_coordinates(tmp_path, made):
     deep.write_h5ad(tmp_path / "deep.h5ad")
     pretrain("--data", tmp_path / "deep.h5ad", "--output", tmp_path / "b")
     assert not neighbors_of(made[2])
-    with pytest.raises(ValueError, match="Some files have coordinates of 2 and some of 3"):
+    with pytest.raises(ValueError, match="Some files have 2 and others 3"):
         pretrain("--data", flat, tmp_path / "deep.h5ad", "--output", tmp_path / "c")
 
 
@@ -197,7 +197,7 @@ def test_files_of_one_name_with_the_same_barcodes_stay_apart(tmp_path, made):
     assert store.obs["section"].nunique() == 2 and store.obs.index.is_unique
     assert len(made[0]) == 118
     assert neighbors_of(made[0]) and all((a < 59) == (b < 59) for a, b in neighbors_of(made[0]))
-    with pytest.raises(ValueError, match="a file is given twice"):
+    with pytest.raises(ValueError, match="a file is repeated"):
         pretrain("--data", files[0], files[0], "--output", tmp_path / "again")
 
 
@@ -212,7 +212,7 @@ def test_what_cannot_be_judged_is_told(tmp_path, caplog):
     along = np.random.default_rng(0).random((60, 2))[:, 1]
     kinds = np.where(along > 0.97, "rare", "common")
     pretrain("--data", section(tmp_path, kind=kinds), "--output", tmp_path / "a", "--cell_type", "kind")
-    assert "are of 1 types that no training cell has, such as rare" in caplog.text
+    assert "have 1 types that no training cell has, such as rare" in caplog.text
     alone = section(tmp_path, "alone", section=np.arange(60))
     pretrain("--data", alone, "--output", tmp_path / "b")
     assert "No cell is held out" in caplog.text

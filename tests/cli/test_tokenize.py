@@ -118,7 +118,7 @@ def test_what_cannot_be_is_told(store, tokenizer, adata, tmp_path, run, capsys):
     assert main(["tokenize", "--data", str(tmp_path / "none"), "--output", str(tmp_path / "t")]) == 1
     assert "no CellStore at" in capsys.readouterr().err
     tokenizer.save_pretrained(tmp_path / "model")
-    assert "--scheme, --max_length: of a new tokenizer only" in run(
+    assert "--scheme, --max_length: only for a new tokenizer" in run(
         *("--tokenizer", tmp_path / "model", "--max_length", "9", "--scheme", "binned")
     )
     assert "needs medians" in run("--scheme", "rank")

@@ -43,7 +43,7 @@ def test_all_rows_are_scored_over_the_same_classes():
         score_predictions(["a"], ["b"], ["a"])
     with pytest.raises(ValueError, match="no cells"):
         score_predictions([], [], ["a"])
-    with pytest.raises(ValueError, match="2 true classes, and 1 predicted"):
+    with pytest.raises(ValueError, match="2 true classes, but 1 predicted"):
         score_predictions(["a", "a"], ["a"], ["a"])
 
 

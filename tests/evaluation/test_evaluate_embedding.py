@@ -248,7 +248,10 @@ def test_groups_are_held_out_whole_and_classes_without_training_cells_are_not_sc
     for fold in scored:
         assert not set(donors[fold.train]) & set(donors[fold.test])
         assert "type 3" not in adata.obs["type"].iloc[fold.test].tolist()
-    assert any("30 held-out cells are of classes that have no training cell (type 3)" in note for note in found.notes)
+    assert any(
+        "30 held-out cells are not scored, as their classes have no training cell (type 3)" in note
+        for note in found.notes
+    )
     assert found.settings["classes_of_few_labels"]["5"] == [
         f"type {i}" for i in range(4)
     ]  # type 3 in two of the folds
@@ -265,7 +268,7 @@ def test_cells_without_labels_and_rare_classes_are_left_out(cells):
     found = evaluate_embedding(adata, ["good"], label_key="type", baselines=[], n_splits=4)
     assert found.settings["n_cells"] == 170 and "rare" not in found.settings["classes"]
     assert "7 cells without a label are left out." in found.notes
-    assert "Classes of fewer than 4 cells are left out (1): rare." in found.notes
+    assert "Classes with fewer than 4 cells are left out (1): rare." in found.notes
     more = evaluate_embedding(adata, ["good"], label_key="type", baselines=[], n_splits=4, min_cells=40)
     assert more.settings["n_classes"] == 2
 
@@ -289,7 +292,7 @@ def test_text_and_files_mark_the_best_and_say_what_was_done(found, tmp_path):
     assert f"{best:.3f}* ±" in text and f"**{best:.3f}** ±" in markdown
     lines = [line for line in text.split("\n") if line.startswith(CEILING)]
     assert lines and not any("*" in line for line in lines)
-    assert "180 cells, 4 classes of type (the most frequent is 0.333 of the cells); 4 folds" in text
+    assert "180 cells, 4 classes of type (the most frequent has 0.333 of the cells); 4 folds" in text
     assert "Nadeau & Bengio 2003" in text and "kBET" in text and f"good - {PCA}" in text
     assert markdown.startswith("## Evaluation of embeddings\n") and "| good |" in markdown
     found.to_json(tmp_path / "a.json")
@@ -333,20 +336,20 @@ def test_wrong_input_is_refused_at_the_door(cells):
             evaluate_embedding(adata, list(keys), **{"label_key": "type", **kwargs})
 
     refused(r"no obsm\['X_pca'\]; obsm has 'good', 'worse', 'noise'", ["X_pca"])
-    refused("keys names one twice", ["good", "good"])
+    refused("keys contains a key twice", ["good", "good"])
     refused("Nothing to evaluate", [], baselines=[])
     refused(r"no obs\['fate'\]; obs has 'type'", label_key="fate")
     refused(r"no obs\['site'\]", batch_key="site")
     refused(r"no obs\['site'\]", split_by="site")
-    refused("baselines is a list of pca", baselines=["umap"])
-    refused("baselines is a list of pca", baselines="pca")
+    refused("baselines must be a list of pca", baselines=["umap"])
+    refused("baselines must be a list of pca", baselines="pca")
     refused("n_splits=1: at least 2", n_splits=1)
     refused("min_cells=3: a class needs a cell in each of 5 folds", min_cells=3)
-    refused("0 classes have 500 cells or more; the evaluation needs two", min_cells=500)
+    refused("0 classes have at least 500 cells; the evaluation needs two", min_cells=500)
     adata = cells.copy()
     adata.obs["one"] = "same"
-    refused("1 classes have 5 cells", label_key="one", adata=adata)
-    refused("has one batch among the cells evaluated", batch_key="one", adata=adata)
+    refused("1 classes have at least 5 cells", label_key="one", adata=adata)
+    refused("has only one batch among the evaluated cells", batch_key="one", adata=adata)
     adata.obs["some"] = np.where(np.arange(180) < 3, None, "a")
     refused(r"no value in obs\['some'\]", batch_key="some", adata=adata)
     adata.obsm["nan"] = adata.obsm["good"].copy()

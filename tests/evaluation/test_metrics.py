@@ -210,7 +210,7 @@ def test_phenotype_metrics_are_scikit_learns_a_category():
             "genes_accuracy": np.mean(labels[:, 4] == predicted[:, 4]),
         }
     )
-    with pytest.raises(ValueError, match="or logits are gathered"):
+    with pytest.raises(ValueError, match="else it gathers logits"):
         compute_phenotype_metrics(tokenizer)(EvalPrediction(np.zeros((60, 6, 9)), labels))
     genes_only = np.where(np.arange(6) == 4, labels, -100)
     found = compute_phenotype_metrics(tokenizer)(EvalPrediction(predictions=predicted, label_ids=genes_only))

@@ -31,7 +31,7 @@ HEADS = {
     "labels": (
         {"problem_type": "multi_label_classification", **LABELS},
         ["stformer_cycling", "stformer_doublet"],
-        "which of 2 labels it has, any number of them at once: cycling, doublet",
+        "which of 2 labels each cell has, any number of them at once: cycling, doublet",
     ),
     "number": ({"num_labels": 1}, ["stformer_value"], "It predicts a number for each cell."),
     "named number": (
@@ -124,9 +124,9 @@ def test_a_head_that_the_checkpoint_does_not_hold_is_not_drawn_at_random(genes, 
     for left_out, words in (("classifier.weight", "does not hold classifier.weight"), ("gene_bert.", "gene_bert.")):
         kept = {name: weight for name, weight in weights.items() if not name.startswith(left_out)}
         save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=f"{words}.* would be random numbers"):
+        with pytest.raises(ValueError, match=f"{words}.* would be random"):
             annotate(adata, tmp_path)
-    with pytest.raises(ValueError, match="would be random numbers"):
+    with pytest.raises(ValueError, match="would be random"):
         embed(adata, tmp_path)
 
 
@@ -138,7 +138,9 @@ def test_outputs_that_are_no_numbers_are_refused(genes, adata, value):
     n_wrong = int((adata.X[:, 0].toarray() > 0).sum())
     assert 0 < n_wrong < 59
     for call in (annotate, embed):
-        with pytest.raises(ValueError, match=f"NaN or infinite outputs for {n_wrong} of 60 cells.*Nothing is written"):
+        with pytest.raises(
+            ValueError, match=f"NaN or infinite outputs for {n_wrong} of 60 cells.*Nothing was written"
+        ):
             call(adata, model, tokenizer=genes)
     assert list(adata.obs.columns) == ["cell_type", "age"] and not adata.uns and not adata.obsm
 
@@ -146,7 +148,7 @@ def test_outputs_that_are_no_numbers_are_refused(genes, adata, value):
 def test_outputs_of_another_shape_than_the_configuration_names_are_refused(genes, adata):
     model = make(GeneBertForClassification, genes, num_labels=3)
     model.config.num_labels = 2
-    with pytest.raises(ValueError, match=r"outputs of shape \(\d+, 3\), and its configuration names 2"):
+    with pytest.raises(ValueError, match=r"outputs of shape \(\d+, 3\), but its configuration names 2"):
         annotate(adata, model, tokenizer=genes)
 
 

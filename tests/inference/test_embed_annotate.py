@@ -193,7 +193,7 @@ def test_bad_input_is_refused_and_nothing_is_written(checkpoints, adata, config)
         annotate(adata, checkpoints["mlm"])
     with pytest.raises(ValueError, match='"cls" or "mean"'):
         embed(adata, checkpoints["mlm"], pooling="max")
-    with pytest.raises(ValueError, match="hidden_layer 3 of a model with 2 layers"):
+    with pytest.raises(ValueError, match="hidden_layer 3 does not exist in a model of 2 layers"):
         embed(adata, checkpoints["mlm"], hidden_layer=3)
     with pytest.raises(ValueError, match="needs its tokenizer"):
         embed(adata, GeneBertModel(config))

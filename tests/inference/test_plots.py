@@ -153,7 +153,7 @@ def test_sections_tell_what_is_missing(tissue):
             plots.sections(adata, color, **options)
 
     refuses(
-        "no column or gene 'gene'; obs has 'slice', 'domain', 'score', and genes are named like ACTB", color="gene"
+        "no column or gene 'gene'; obs has 'slice', 'domain', 'score', and genes have names like ACTB", color="gene"
     )
     refuses(r"no obsm\['places'\]", spatial_key="places")
     refuses(r"no obs\['sections'\]", section_key="sections")

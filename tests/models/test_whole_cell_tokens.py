@@ -292,7 +292,7 @@ def test_a_trainer_refuses_what_would_cut_packed_batches(store, tmp_path):
     for name in ("dispatch_batches", "split_batches"):
         arguments = TrainingArguments(tmp_path, report_to=[], use_cpu=True, accelerator_config={name: True})
         settings = {"model": model, "args": arguments, "train_dataset": store, "processing_class": tokenizer}
-        with pytest.raises(ValueError, match=f"{name} would cut a packed batch"):
+        with pytest.raises(ValueError, match=f"{name} would split a packed batch"):
             CellTrainer(
                 **settings, data_collator=DataCollatorForCellClassification(tokenizer, "cell_type", packing=True)
             )
@@ -309,11 +309,11 @@ def test_a_tokenizer_and_a_model_of_which_one_is_for_whole_cells_do_not_fit(stor
     )
     model = GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(whole, "tiny"))
     check_tokenizer_fits(model, whole)
-    with pytest.raises(ValueError, match="the tokenizer does not give them: make it with whole_cell=True"):
+    with pytest.raises(ValueError, match="the tokenizer does not return them: make it with whole_cell=True"):
         check_tokenizer_fits(model, plain)
     reference = GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(plain, "tiny"))
     check_tokenizer_fits(reference, plain)
-    with pytest.raises(ValueError, match="gives whole cells .* and the model does not read them"):
+    with pytest.raises(ValueError, match="returns whole cells .* but the model does not read them"):
         check_tokenizer_fits(reference, whole)
     model.config.num_genes = 39
     with pytest.raises(ValueError, match="40 genes, where the model has 39"):

@@ -233,7 +233,7 @@ def test_an_objective_that_the_evaluation_does_not_give_is_named(make_trainer):
     trainer, space, _ = make_trainer(metric_for_best_model="gene_accuracy")
     trainer.model_init.collator = trainer.data_collator
     with pytest.raises(
-        ValueError, match="gives no 'eval_gene_accuracy'; the closest known one is eval_genes_accuracy"
+        ValueError, match="has no metric 'eval_gene_accuracy'; the closest known one is eval_genes_accuracy"
     ):
         trainer.hyperparameter_search(hp_space=space.hp_space, n_trials=1, backend="optuna")
 

@@ -312,11 +312,11 @@ def test_edges_a_gene():
         _, new = extend_vocabulary(copy.deepcopy(model), old, ["c", "d"], bin_edges=given_edges)
         assert new.bin_edges == {**edges, **dict(zip(["c", "d"], expected, strict=True))}
         assert new.n_bins == 3 and len(new) == len(old)
-    with pytest.raises(ValueError, match="bin_edges a gene: give"):
+    with pytest.raises(ValueError, match="bin_edges per gene: pass"):
         extend_vocabulary(model, old, ["c"])
     with pytest.raises(ValueError, match="no edges for 1 genes, such as d"):
         extend_vocabulary(model, old, ["c", "d"], bin_edges={"c": [1]})
-    with pytest.raises(ValueError, match="has 3 bin_edges, and the model bins for 2 at most"):
+    with pytest.raises(ValueError, match="has 3 bin_edges, but the model has bins for at most 2"):
         extend_vocabulary(model, old, ["c"], bin_edges=[1, 2, 3])
     assert model.config.type_vocab_size == old.type_vocab_size
 
@@ -372,7 +372,7 @@ def test_medians_come_as_statistics_and_as_a_sequence(store, adata, tmp_path):
         extend_vocabulary(model, old, genes, medians=medians)
     with pytest.raises(ValueError, match="needs medians"):
         extend_vocabulary(model, old, genes)
-    with pytest.raises(ValueError, match='bin_edges are settings of the other scheme, and this is "rank"'):
+    with pytest.raises(ValueError, match='bin_edges are settings of the other scheme; this tokenizer is "rank"'):
         extend_vocabulary(model, old, genes, medians=statistics, bin_edges=[1])
     assert model.config.vocab_size == len(old)
 
@@ -586,21 +586,24 @@ def test_bad_input_raises_and_changes_nothing(tokenizer):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     for arguments, words in (
         ({}, "nothing to add"),
-        ({"genes": "ENSG1"}, "genes is a list of names, got 'ENSG1'"),
+        ({"genes": "ENSG1"}, "genes must be a list of names, got 'ENSG1'"),
         ({"phenotypes": {"tissue": "lung"}}, r"phenotypes\['tissue'\] is a list of names, got 'lung'"),
         ({"genes": ["x", "x"]}, "are repeated"),
-        ({"genes": ["x"], "medians": {"x": 1}}, 'medians are settings of the other scheme, and this is "binned"'),
+        (
+            {"genes": ["x"], "medians": {"x": 1}},
+            'medians are settings of the other scheme; this tokenizer is "binned"',
+        ),
         ({"genes": ["x"], "bin_edges": [1]}, "the same bin_edges for all genes"),
         ({"phenotypes": {"tissue": ["a b", "a_b"]}}, r"both become \[a_b\]"),
     ):
         with pytest.raises(ValueError, match=words):
             extend_vocabulary(model, tokenizer, **arguments)
-    with pytest.raises(TypeError, match="A model of transformers is needed, got Linear"):
+    with pytest.raises(TypeError, match="Expected a transformers model, got Linear"):
         extend_vocabulary(nn.Linear(1, 1), tokenizer, ["x"])
     with pytest.raises(ValueError, match="does not fit the model: 9 ids and 42 types"):
         extend_vocabulary(model, GeneTokenizer(tokenizer.genes, bin_edges=[1, 2], phenotypes={"t": ["a", "b"]}), ["x"])
     other = GeneTokenizer(tokenizer.genes, bin_edges=[1, 2, 3], phenotypes={"t": ["a", "b"]})
-    with pytest.raises(ValueError, match="as many ids and types, but other"):
+    with pytest.raises(ValueError, match="same number of ids and types, but other"):
         extend_vocabulary(model, other, ["x"])
     added = copy.deepcopy(tokenizer)
     added.add_tokens(["more"])

@@ -205,7 +205,7 @@ def test_numbers_several_labels_and_one_class(labelled, unseen):
     assert ((outputs > 0) == unseen.obs[["a", "b"]].to_numpy()[_full(unseen)]).mean() > 0.85
     store = _store_of(labelled)  # which knows three classes
     for cells in (store.select(store.obs["type"] == "T1"), labelled[labelled.obs["type"] == "T1"].copy()):
-        with pytest.raises(ValueError, match="one class among the cells to learn from, 'T1'"):
+        with pytest.raises(ValueError, match="one class among the training cells, 'T1'"):
             finetune(cells, "type")
 
 

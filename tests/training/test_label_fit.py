@@ -51,16 +51,16 @@ def trainer_of(cells, label, tmp_path, eval_dataset=None, **head):
         (
             "five",
             {"num_labels": 2},
-            r"'five' has 5 classes \('0', '1', '2', '3', '4'\), and the head has 2 classes: .*=5",
+            r"'five' has 5 classes \('0', '1', '2', '3', '4'\), but the head has 2 classes: .*=5",
         ),
         ("cell_type", ONE_UNKNOWN, r"does not know: 'T cell'; the head has 2 classes \('B cell', 'NK cell'\)"),
-        ("depth", {"num_labels": 2}, "'depth' holds numbers, and the head has 2 classes"),
+        ("depth", {"num_labels": 2}, "'depth' holds numbers, but the head has 2 classes"),
         (
             "is_b",
             {"num_labels": 2},
-            r"'is_b' holds booleans, and the head has 2.*CellStore.build\(…, classes=\['is_b'\]",
+            r"'is_b' holds booleans, but the head has 2.*CellStore.build\(…, classes=\['is_b'\]",
         ),
-        ("cluster", {"num_labels": 5}, "'cluster' holds whole numbers, and the head has 5 classes"),
+        ("cluster", {"num_labels": 5}, "'cluster' holds whole numbers, but the head has 5 classes"),
         (
             "cell_type",
             {"num_labels": 1},
@@ -69,12 +69,16 @@ def trainer_of(cells, label, tmp_path, eval_dataset=None, **head):
         (
             "depth",
             {"problem_type": "regression", "num_labels": 3},
-            "1 columns of labels .*, and the head predicts 3 num",
+            "1 columns of labels .*, but the head predicts 3 num",
         ),
-        (["is_b", "is_t"], {"num_labels": 3}, "2 columns .*, and the head predicts 3 labels"),
-        (["is_b", "is_t"], {"problem_type": "single_label_classification"}, "tells 2 classes apart, and 2 columns"),
-        (["is_b", "depth"], SEVERAL, "'depth' holds numbers from .* to .*: each is 0 or 1"),
-        (["is_t", "five"], SEVERAL, "'five' holds classes .* from 0 to 4, .*: each is 0 or 1"),
+        (["is_b", "is_t"], {"num_labels": 3}, "2 columns .*, but the head predicts 3 labels"),
+        (
+            ["is_b", "is_t"],
+            {"problem_type": "single_label_classification"},
+            "predicts one of 2 classes, but 2 label columns",
+        ),
+        (["is_b", "depth"], SEVERAL, "'depth' holds numbers from .* to .*, each 0 or 1"),
+        (["is_t", "five"], SEVERAL, "'five' holds classes .* from 0 to 4, .*, each 0 or 1"),
     ],
 )
 def test_labels_that_do_not_fit_the_head_are_refused_with_both_named(cells, label, head, words, tmp_path):
@@ -118,9 +122,9 @@ def test_labels_of_a_dataset_are_looked_at(cells, tmp_path):
     assert isinstance(tokens, HuggingFaceDataset) and isinstance(tokens.features["cell_type"], ClassLabel)
     trainer_of(tokens, "cluster", tmp_path, num_labels=5)  # there whole numbers are classes
     for label, head, words in (
-        ("cluster", {"num_labels": 4}, "'cluster' goes up to 4, and the head has 4 classes"),
+        ("cluster", {"num_labels": 4}, "'cluster' goes up to 4, but the head has 4 classes"),
         ("cell_type", ONE_UNKNOWN, "does not know: 'T cell'"),
-        ("depth", {"num_labels": 4}, "'depth' holds numbers, and the head has 4 classes"),
+        ("depth", {"num_labels": 4}, "'depth' holds numbers, but the head has 4 classes"),
     ):
         with pytest.raises(ValueError, match=words):
             trainer_of(tokens, label, tmp_path, **head)

@@ -98,7 +98,7 @@ def test_the_folder_of_an_adapter_is_loaded_with_its_base(base, tokenizer, adata
         shutil.move(tmp_path / folder, tmp_path / "elsewhere" / folder)
     np.testing.assert_allclose(embedding(adata, tmp_path / "elsewhere" / "adapter"), wanted, atol=1e-5)
     shutil.rmtree(tmp_path / "elsewhere" / "base")
-    with pytest.raises(FileNotFoundError, match="The base of the adapter .* is not there"):
+    with pytest.raises(FileNotFoundError, match="The base of the adapter .* does not exist"):
         embed(adata, tmp_path / "elsewhere" / "adapter")
 
 
@@ -128,7 +128,7 @@ def test_a_trained_adapter_knows_its_classes(base, tokenizer, adata, store, lora
     for name, weight in again.gene_bert.state_dict().items():
         torch.testing.assert_close(weight, weights[name])
     (tmp_path / "adapter" / "model_config.json").unlink()
-    with pytest.raises(ValueError, match="says what its outputs are. Load it with peft"):
+    with pytest.raises(ValueError, match="names its outputs. Load it with peft"):
         annotate(adata, tmp_path / "adapter")
     stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=2)
     assert stock.config.num_labels == 2  # what transformers reads of such a folder, it still reads
@@ -140,7 +140,7 @@ def test_an_adapter_without_the_head_that_it_was_trained_with_is_refused(base, a
         lora(classifier, task_type=task).save_pretrained(tmp_path / folder)
         classifier.config.to_json_file(tmp_path / folder / "model_config.json", use_diff=False)
     annotate(adata, tmp_path / "whole")
-    with pytest.raises(ValueError, match="without does not hold classifier.bias, classifier.weight, pre_"):
+    with pytest.raises(ValueError, match="without does not hold the weights classifier.bias, classifier.weight, pre_"):
         annotate(adata, tmp_path / "without")
     weights = load_file(tmp_path / "whole" / "adapter_model.safetensors")
     kept = {name: weight for name, weight in weights.items() if "pre_classifier" not in name}
@@ -191,9 +191,9 @@ def test_a_wrong_name_is_told_with_the_closest_folder(base, load, monkeypatch, t
         "runs/checkpoint-11": "There is no folder 'runs/checkpoint-11'; the closest is runs/checkpoint-10.",
         "base/x/y": "There is no folder 'base/x/y'.",
         "a b": "There is no folder 'a b'.",
-        "file": "file is a file; name the folder of a checkpoint.",
+        "file": "file is a file; pass the folder of a checkpoint.",
         "empty": "The folder empty holds no checkpoint",
-        "runs": "The folder runs holds no checkpoint .* There are some in it: runs/checkpoint-10.",
+        "runs": "The folder runs holds no checkpoint .* It contains: runs/checkpoint-10.",
     }.items():
         with pytest.raises(FileNotFoundError, match=words) as found:
             load(name)
@@ -207,7 +207,10 @@ def test_a_name_that_the_hub_does_not_know_may_be_that_of_a_folder(base, monkeyp
         raise OSError(f"{name} is not a local folder and is not a valid model identifier\nmore lines")
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", not_there)
-    with pytest.raises(FileNotFoundError, match="no folder 'bose'; the closest is base. Nor is it .* identifier$"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="no folder 'bose'; the closest is base. It was not found on the Hub either: .* identifier$",
+    ):
         load_config("bose")
 
 
@@ -227,7 +230,7 @@ def test_what_is_no_model_is_refused_by_its_type(adata, tokenizer, call):
 @pytest.mark.parametrize("call", [embed, annotate])
 def test_what_results_cannot_be_written_into_is_refused(config, adata, store, tokenizer, call, tmp_path):
     model = GeneBertForClassification(config)
-    with pytest.raises(TypeError, match="a CellStore is not changed. Make one of its cells: AnnData"):
+    with pytest.raises(TypeError, match="not into a CellStore. Make an AnnData of its cells: AnnData"):
         call(store, model, tokenizer=tokenizer)
     with pytest.raises(TypeError, match="got the path 'cells.h5ad': read it first"):
         call("cells.h5ad", model, tokenizer=tokenizer)

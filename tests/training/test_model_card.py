@@ -100,12 +100,12 @@ def test_any_trainer_writes_a_card_of_what_it_did(cells, genes, tmp_path):
         "cells seen": "12",
     }
     assert {name: facts[name] for name in wanted} == wanted
-    assert facts["hardware"].startswith("1 x ") and "threads a process" in facts["hardware"]
+    assert facts["hardware"].startswith("1 x ") and "threads per process" in facts["hardware"]
     found = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
     assert rows(path, "Results")["eval_loss"] == f"{found['eval_loss']:.4f}"
     text = path.read_text()
     assert "| AnnData | 60 | 40 | 40 | X |" in text
-    assert "the tokenizer knows 100.0%" in text and f"torch {torch.__version__}" in text
+    assert "The tokenizer knows 100.0%" in text and f"torch {torch.__version__}" in text
     data = ModelCard.load(path).data
     assert (data.library_name, data.license, data.language) == ("transformers", "cc-by-4.0", "en")
     assert data.pipeline_tag == "feature-extraction" and data.tags[-2:] == ["gene_bert", "blood"]
@@ -160,10 +160,10 @@ def test_figures_stand_beside_their_baselines(cells, genes, tmp_path):
     }
     path = write_model_card(tmp_path, model=make_model(genes), tokenizer=genes, store=cells, metrics=metrics)
     text = path.read_text()
-    table = text.split("| figure | of | value |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
+    table = text.split("| metric | model or baseline | value |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
     assert table == [
         "| masked genes: negative log likelihood, nats (lower is better) | this model | 5.0000 |",
-        "| | B0: every gene alike | 9.0000 |",
+        "| | B0: all genes equally likely | 9.0000 |",
         "| | B1: frequency of the gene in the training cells | 4.5000 |",
         "| accuracy (higher is better) | this model | 0.8000 |",
         "| | most frequent class | 0.6000 |",
@@ -174,12 +174,12 @@ def test_figures_stand_beside_their_baselines(cells, genes, tmp_path):
         "| | most frequent class | 0.1000 |",
     ]
     unbeaten = [line for line in text.splitlines() if line.startswith("- It does not beat")]
-    assert [re.search('"(.+)" has (.+)[.]', line).groups() for line in unbeaten] == [
+    assert [re.search('that of "(.+)" (.+)[.]', line).groups() for line in unbeaten] == [
         ("B1: frequency of the gene in the training cells", "4.5000"),
         ("logistic regression", "0.9000"),
         ("logistic regression", "0.7000"),
     ]
-    others = text.split("| figure | value |\n|---|---|\n")[1].split("\n\n")[0]
+    others = text.split("| metric | value |\n|---|---|\n")[1].split("\n\n")[0]
     assert others.splitlines() == [
         "| eval_genes_loss | 5.5000 |",
         "| eval_b3_width | 0.0500 |",
@@ -206,7 +206,7 @@ def neighborhoods(kind):
     ("kind", "task", "says"),
     [
         (GeneBertForPhenotypicMLM, "feature-extraction", "masked expression bins and phenotypes"),
-        ("rank", "feature-extraction", "Scheme rank: genes in the order of count / total x 10,000 / median"),
+        ("rank", "feature-extraction", "Scheme rank: genes in descending order of count / total x 10,000 / median"),
         (GeneBertForClassification, "tabular-classification", "2 classes: B cell, T cell"),
         (GeneBertForTokenClassification, None, "assigns each gene of a cell to one of 2 classes"),
         (CellNeighborhoodModel, "feature-extraction", "collate_neighborhoods(items, packed=True)"),
@@ -215,7 +215,7 @@ def neighborhoods(kind):
             "feature-extraction",
             "Expression of 3 genes, as counts, and the cell types: T, B.",
         ),
-        (BertForMaskedLM, "feature-extraction", "The program was not told where the cells came from."),
+        (BertForMaskedLM, "feature-extraction", "The source of the training cells is not recorded."),
     ],
 )
 def test_each_kind_of_model_has_its_card(cells, genes, tmp_path, kind, task, says):
@@ -332,7 +332,7 @@ def test_an_odd_text_is_shown_as_it_is(cells, genes, tmp_path):
     shown = ["".join(child.content for child in token.children) for token in tokens if token.type == "inline"]
     assert shown[0] == text  # the title
     assert shown.count(text) >= 4  # a source and where its counts are, a setting and its value
-    assert f"Of its makers: {text}" in shown
+    assert f"From its authors: {text}" in shown
     assert f"from_pretrained({text!r})" in path.read_text()
 
 
@@ -346,11 +346,11 @@ def test_a_card_that_somebody_edited_is_not_lost(cells, genes, tmp_path, caplog)
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))  # as git may check it out
     assert write_model_card(tmp_path, settings={"round": 2}, **known) == path
     assert "| round | 2 |" in path.read_text() and not caplog.records
-    edited = path.read_text().replace("None was named.", "CC-BY 4.0.")
+    edited = path.read_text().replace("No licence was given.", "CC-BY 4.0.")
     path.write_text(edited)
     other = write_model_card(tmp_path, settings={"round": 3}, **known)
     assert other.name == "README.new.md" and "| round | 3 |" in other.read_text()
-    assert path.read_text() == edited and "was edited and stays" in caplog.text
+    assert path.read_text() == edited and "was edited and is kept" in caplog.text
     path.write_text("---\nlicense: mit\n---\nMy model.")
     write_model_card(tmp_path, **known)
     assert path.read_text() == "---\nlicense: mit\n---\nMy model."

@@ -278,11 +278,11 @@ def test_what_does_not_fit_is_refused(cells, whole_cells, tmp_path):
     plain = GeneTokenizer.from_store(cells, bin_edges=[0.5])
     with pytest.raises(ValueError, match="whole_cell=True"):
         make_trainer(tmp_path, cells, plain)
-    with pytest.raises(ValueError, match="made without cell_embedding"):
+    with pytest.raises(ValueError, match="has no cell_embedding"):
         make_trainer(tmp_path, cells, whole_cells, model=make_model(cells, plain))
     with pytest.raises(ValueError, match="leave max_tokens_per_batch"):
         make_trainer(tmp_path, cells, whole_cells, batch_key="cell_type", max_tokens_per_batch=500)
-    with pytest.raises(ValueError, match="give objectives that train"):
+    with pytest.raises(ValueError, match="needs objectives that train"):
         make_trainer(tmp_path, cells, whole_cells, objectives=None, batch_key="cell_type")
     with pytest.raises(ValueError, match="need a CellStore, got Subset"):
         make_trainer(
@@ -290,5 +290,5 @@ def test_what_does_not_fit_is_refused(cells, whole_cells, tmp_path):
         )
     with pytest.raises(ValueError, match="baselines=True masks whole cells"):
         make_trainer(tmp_path, cells, whole_cells, baselines=True)
-    with pytest.raises(ValueError, match="'donor' is no categorical"):
+    with pytest.raises(ValueError, match="'donor' is not a categorical"):
         make_trainer(tmp_path, cells, whole_cells, batch_key="donor")

@@ -229,7 +229,7 @@ def test_batches_that_processes_would_divide_unevenly_are_refused(store, tokeniz
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     from stformer_hf.training.argument_checks import check_arguments
 
-    with pytest.raises(ValueError, match=f"{next(iter(config))}=.* is not supported on several processes"):
+    with pytest.raises(ValueError, match=f"{next(iter(config))}=.* is not supported on multiple processes"):
         check_arguments(trainer)
 
 
@@ -280,7 +280,7 @@ def test_smoothing_without_classes_and_twice_is_refused(store, tokenizer, tmp_pa
     age = {"problem_type": "regression", "id2label": {0: "age"}, "label2id": {"age": 0}}
     with pytest.raises(ValueError, match="is 'regression'"):
         classifier(store, tokenizer, tmp_path, age, label="age", label_smoothing_factor=0.1)
-    with pytest.raises(ValueError, match="classifier_label_smoothing=0.3: leave one of them out"):
+    with pytest.raises(ValueError, match="classifier_label_smoothing=0.3 of the model: leave one of them out"):
         settings = {"classifier_label_smoothing": 0.3}
         classifier(store, tokenizer, tmp_path, settings, label_smoothing_factor=0.1)
 

@@ -34,13 +34,13 @@ def test_the_average_is_that_of_all_weights_so_far(tmp_path):
         each.copy_to(other)
         results.append(other.weight.detach())
     assert torch.equal(*results)
-    with pytest.raises(ValueError, match="of other names"):
+    with pytest.raises(ValueError, match="with other names"):
         again.load(tmp_path, nn.Bilinear(2, 2, 2, bias=False))
-    with pytest.raises(ValueError, match="trained without ema"):
+    with pytest.raises(ValueError, match="resume without ema"):
         again.load(tmp_path / "nothing", model)
 
 
 @pytest.mark.parametrize("decay", [0, 1, -0.5, 1.5])
 def test_a_decay_is_between_0_and_1(decay):
-    with pytest.raises(ValueError, match="above 0, below 1"):
+    with pytest.raises(ValueError, match="above 0 and below 1"):
         WeightAverage(decay)

@@ -1,4 +1,4 @@
-"""Metrics of classification and of masked tokens, and what hands predictions to them without their logits."""
+"""Metrics of classification and of masked tokens, and functions that reduce logits before they are gathered."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _IGNORE = -100
 
 
 def classification_metrics(true: Sequence, predicted: Sequence, labels: Sequence | None = None) -> dict[str, float]:
-    """Accuracy and macro F1.
+    """Compute accuracy and macro F1.
 
     Parameters
     ----------
@@ -40,9 +40,9 @@ def classification_metrics(true: Sequence, predicted: Sequence, labels: Sequence
 
 
 def compute_classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """`compute_metrics` of a Trainer for classification: accuracy and macro F1 of the highest logit.
+    """Compute accuracy and macro F1 of the highest logit, as `compute_metrics` of a Trainer for classification.
 
-    Of cells or of tokens; what has the label -100 is left out, and without any label both are NaN.
+    For cells or tokens; those with the label -100 are left out, and without any label both metrics are NaN.
     """
     logits, labels = prediction.predictions, np.asarray(prediction.label_ids)
     if isinstance(logits, tuple):  # with hidden states or attentions after them
@@ -68,19 +68,19 @@ def compute_regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def balanced_class_weights(values: Sequence, classes: Sequence) -> list[float]:
-    """Weigh classes by n / (n_classes * n of the class), so that the mean weight of the cells is 1.
+    """Compute class weights n / (n_classes * n of the class), so that the mean weight of the cells is 1.
 
     Parameters
     ----------
     values : sequence (n,)
-        Class of each cell; missing ones are passed over.
+        Class of each cell; missing ones are ignored.
     classes : sequence
         All classes, in the order of the model's labels.
 
     Returns
     -------
     list of float
-        For `GeneBertConfig.class_weights`; a class without cells weighs 1.
+        Weights for `GeneBertConfig.class_weights`; 1 for a class without cells.
     """
     counts = pd.Series(values).value_counts()
     counts = np.array([counts.get(name, 0) for name in classes])
@@ -92,25 +92,25 @@ def balanced_class_weights(values: Sequence, classes: Sequence) -> list[float]:
 
 
 def preprocess_logits_for_metrics(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Reduce logits of masked tokens to the tokens predicted, before Trainer gathers them.
+    """Reduce logits of masked tokens to the predicted tokens, before Trainer gathers them.
 
     Parameters
     ----------
     logits : Tensor (n, length, V), or (k, V)
-        Of all positions, or of the k labelled ones in row-major order (`config.sparse_prediction`).
+        Logits of all positions, or of the k labelled ones in row-major order (`config.sparse_prediction`).
     labels : LongTensor (n, length)
-        -100 where there is none.
+        Labels; -100 where there is none.
 
     Returns
     -------
     LongTensor (n, length)
-        Token of the highest logit; -100 where there is no label.
+        Token with the highest logit; -100 where there is no label.
     """
     return _put(_at_labels(logits, labels).argmax(-1), labels, _IGNORE)
 
 
 def preprocess_logits_with_nll(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `preprocess_logits_for_metrics`, with the negative log likelihoods.
+    """Reduce logits to predicted tokens as `preprocess_logits_for_metrics`, and to negative log likelihoods.
 
     Returns
     -------
@@ -130,7 +130,7 @@ def _at_labels(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tens
 
 
 def _put(values: torch.Tensor, labels: torch.Tensor, elsewhere: float) -> torch.Tensor:
-    """Put a value a label into its place: Tensor (n, length)."""
+    """Put one value per label at its position: Tensor (n, length)."""
     placed = values.new_full(labels.shape, elsewhere)
     placed[labels != _IGNORE] = values
     return placed
@@ -142,21 +142,21 @@ def compute_phenotype_metrics(tokenizer: Any) -> Callable[[EvalPrediction], dict
     Parameters
     ----------
     tokenizer : GeneTokenizer
-        Names the categories, and the tokens of each.
+        Defines the categories, and the tokens of each.
 
     Returns
     -------
     callable
-        Takes the predictions, int arrays (n, length), and gives `accuracy`, `macro_precision`, `macro_recall` and
-        `macro_f1`: of each phenotype category as `<category>_accuracy`, and so on; of all phenotypes together without
-        a prefix, if there are some; and `genes_accuracy`. A category of which none is masked is left out. Macro
-        figures are over the values of the category that are true or predicted somewhere; a token of something else in
-        the place of a phenotype is wrong, and no class of its own.
+        Takes the predictions, int arrays (n, length), and returns `accuracy`, `macro_precision`, `macro_recall` and
+        `macro_f1`: for each phenotype category with a prefix, such as `<category>_accuracy`; for all phenotypes
+        together without a prefix, if there are any; and `genes_accuracy`. Categories without masked tokens are left
+        out. Macro averages are over the values of the category that occur among true or predicted ones; any other
+        token predicted for a phenotype is wrong, but not a class of its own.
 
     Raises
     ------
     ValueError
-        Predictions that are logits.
+        The predictions are logits.
 
     Examples
     --------
@@ -174,7 +174,7 @@ def compute_phenotype_metrics(tokenizer: Any) -> Callable[[EvalPrediction], dict
         if np.shape(predicted) != np.shape(prediction.label_ids):
             raise ValueError(
                 f"Predictions of shape {np.shape(predicted)} for labels of shape {np.shape(prediction.label_ids)}: "
-                "pass preprocess_logits_for_metrics to the trainer, or logits are gathered."
+                "pass preprocess_logits_for_metrics to the trainer, else it gathers logits."
             )
         labelled = prediction.label_ids != _IGNORE
         true, predicted = prediction.label_ids[labelled], predicted[labelled]
@@ -191,7 +191,7 @@ def compute_phenotype_metrics(tokenizer: Any) -> Callable[[EvalPrediction], dict
 
 
 def _macro(true: np.ndarray, predicted: np.ndarray, ids: np.ndarray, prefix: str = "") -> dict[str, float]:
-    """Score the labels that are among some tokens."""
+    """Score the labels that are in `ids`."""
     among = np.isin(true, ids)
     if not among.any():
         return {}
@@ -213,7 +213,7 @@ def load_metric(name: str, **kwargs) -> EvaluationModule:
     Parameters
     ----------
     name : {"masked_genes", "cell_classification"}
-        Its folder here; `evaluate.load` takes the folder's path as well.
+        Name of its folder; `evaluate.load` also takes the path of the folder.
     **kwargs
         As for `evaluate.load`, such as `keep_in_memory`.
 
@@ -224,14 +224,14 @@ def load_metric(name: str, **kwargs) -> EvaluationModule:
     Raises
     ------
     ValueError
-        Another name.
+        The name is unknown.
     """
     import evaluate
 
     folder = Path(__file__).parent
     names = sorted(path.parent.name for path in folder.glob("*/*.py") if path.stem == path.parent.name)
     if name not in names:
-        raise ValueError(f"The metrics are {', '.join(names)}, got {name!r}.")
+        raise ValueError(f"Unknown metric {name!r}; available are {', '.join(names)}.")
     return evaluate.load(str(folder / name), **kwargs)
 
 

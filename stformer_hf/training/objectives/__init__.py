@@ -19,23 +19,23 @@ def check_objectives(objectives: Mapping[str, float] | None) -> dict[str, float]
     Returns
     -------
     dict of str to float
-        Those of weights above 0, in the order of `OBJECTIVES`.
+        Objectives with a weight above 0, in the order of `OBJECTIVES`.
 
     Raises
     ------
     ValueError
-        An unknown name; a weight that is negative or no number; no objective.
+        A name is unknown; a weight is negative or not a number; there is no objective.
     """
     given = dict({"mlm": 1.0} if objectives is None else objectives)
     unknown = [name for name in given if name not in OBJECTIVES]
     if unknown:
-        raise ValueError(f"Unknown objective {', '.join(map(repr, unknown))}; there are {', '.join(OBJECTIVES)}.")
+        raise ValueError(f"Unknown objective {', '.join(map(repr, unknown))}; valid ones are {', '.join(OBJECTIVES)}.")
     for name, weight in given.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-            raise ValueError(f"The weight of an objective is 0 or more; got {name}: {weight!r}.")
+            raise ValueError(f"The weight of an objective must be 0 or more; got {name}: {weight!r}.")
     chosen = {name: float(given[name]) for name in OBJECTIVES if given.get(name)}
     if not chosen:
-        raise ValueError(f"objectives has no objective of a weight above 0; there are {', '.join(OBJECTIVES)}.")
+        raise ValueError(f"No objective has a weight above 0; valid ones are {', '.join(OBJECTIVES)}.")
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""Contrast: the other view of a cell, among the other views of the cells of its batch."""
+"""Contrast: recognise the other view of a cell among those of the other cells in its batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ TEMPERATURE = 0.1
 
 
 def contrast_loss(states: torch.Tensor, comparable: torch.Tensor, temperature: float = TEMPERATURE) -> torch.Tensor:
-    r"""InfoNCE between two views of cells.
+    r"""Compute InfoNCE between two views of cells.
 
     Parameters
     ----------
@@ -18,36 +18,36 @@ def contrast_loss(states: torch.Tensor, comparable: torch.Tensor, temperature: f
     comparable : bool Tensor (n, n)
         See `comparable_cells`.
     temperature : float, default: 0.1
-        What cosines are divided by.
+        Divisor of the cosines.
 
     Returns
     -------
     float32 Tensor ()
-        In nats, see `info_nce`.
+        Loss in nats, see `info_nce`.
 
     Notes
     -----
-    van den Oord et al. 2018, arXiv 1807.03748; both directions, as Radford et al. 2021 (CLIP). Negatives are those of
-    the batch of one process, so that the loss depends on the batch alone, and not on the number of processes.
+    van den Oord et al. 2018, arXiv 1807.03748; in both directions, as Radford et al. 2021 (CLIP). Negatives come from
+    the batch of one process, so that the loss depends only on the batch, not on the number of processes.
     """
     first, second = nn.functional.normalize(states.float(), dim=-1).chunk(2)
     return info_nce(first @ second.T / temperature, comparable)
 
 
 def comparable_cells(twins: torch.Tensor, sources: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
-    """Tell which cells are negatives of which: those of the same batch, but for twins, cells of equal counts.
+    """Return which cells are negatives of which: cells of the same source, except twins (cells with equal counts).
 
     Parameters
     ----------
     twins, sources : LongTensor (n,)
-        Equal where cells have equal counts, or are of one batch.
+        Equal numbers mark cells with equal counts, and cells of one source.
     usable : bool Tensor (n,)
         Cells with counts in both views.
 
     Returns
     -------
     bool Tensor (n, n)
-        With the usable cells themselves on the diagonal.
+        The diagonal is True for usable cells.
     """
     others = (sources[:, None] == sources) & (twins[:, None] != twins)
     own = torch.eye(len(twins), dtype=torch.bool, device=twins.device)
@@ -60,14 +60,14 @@ def cells_with_negatives(comparable: torch.Tensor) -> torch.Tensor:
 
 
 def info_nce(logits: torch.Tensor, comparable: torch.Tensor) -> torch.Tensor:
-    r"""Cross entropy of each cell among those that it is compared with, in both directions.
+    r"""Compute the cross entropy of each cell among the cells it is compared with, in both directions.
 
     Parameters
     ----------
     logits : Tensor (n, n)
         How well the second view of cell k fits the first view of cell j.
     comparable : bool Tensor (n, n)
-        Symmetric; the diagonal is True where a cell counts.
+        Symmetric; the diagonal is True for cells that count.
 
     Returns
     -------
@@ -84,22 +84,23 @@ def info_nce(logits: torch.Tensor, comparable: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def contrast_of_totals(totals: torch.Tensor, comparable: torch.Tensor) -> torch.Tensor:
-    r"""Loss of a reader that knows the totals of the views alone: what `contrast_loss` is to be compared with.
+    r"""Compute the loss of a reader that knows only the totals of the views, as a baseline for `contrast_loss`.
 
-    Log totals of the two views of a cell differ by a normal of the mean and variance that they have in the batch. So
-    the reader knows these two numbers from the pairs themselves, and its loss is a little too good.
+    The log totals of the two views of a cell are taken to differ by a normal variable with the mean and variance
+    observed in the batch. The reader takes these two numbers from the pairs themselves, so its loss is slightly
+    optimistic.
 
     Parameters
     ----------
     totals : Tensor (2n,)
-        Of the first views, then of the second.
+        Totals of the first views, then of the second.
     comparable : bool Tensor (n, n)
         See `comparable_cells`.
 
     Returns
     -------
     float32 Tensor ()
-        In nats.
+        Loss in nats.
     """
     first, second = totals.float().clamp(min=1).log().chunk(2)
     usable = comparable.diagonal()

@@ -1,4 +1,4 @@
-"""Cross-correlation: each dimension alike in both views of a cell, and unlike the others."""
+"""Cross-correlation: each dimension equal in both views of a cell, and uncorrelated with the others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _EPSILON = 1e-4
 def cross_correlation_loss(
     states: torch.Tensor, usable: torch.Tensor, off_diagonal: float = OFF_DIAGONAL
 ) -> torch.Tensor:
-    r"""Distance of the cross-correlation of two views from the identity.
+    r"""Compute the distance of the cross-correlation of two views from the identity.
 
     Parameters
     ----------
@@ -32,8 +32,8 @@ def cross_correlation_loss(
 
     Notes
     -----
-    Zbontar et al. 2021 (Barlow Twins), arXiv 2103.03230; for cells Svensson 2026, `JointEmbeddingSCVI` of scvi-tools
-    1.5, whose :math:`\lambda` this is.
+    Zbontar et al. 2021 (Barlow Twins), arXiv 2103.03230; for cells, Svensson 2026, `JointEmbeddingSCVI` of scvi-tools
+    1.5, from which :math:`\lambda` is taken.
     """
     first, second = (view[usable] for view in states.float().chunk(2))
     if len(first) < 2:

@@ -15,12 +15,12 @@ from ..starts.spectral_start import cell_embedding_of
 
 @torch.no_grad()
 def add_decoder(model: PreTrainedModel) -> None:
-    """Give a `GeneBertForPhenotypicMLM` a decoder that begins at the genes' shares, where it has none.
+    """Add to a `GeneBertForPhenotypicMLM` a decoder that starts at the shares of the genes, unless it has one.
 
     Parameters
     ----------
     model : PreTrainedModel
-        With a cell embedding; changed in place.
+        Model with a cell embedding; changed in place.
     """
     if model.config.cell_decoder:
         return
@@ -39,34 +39,34 @@ def decode_loss(
     known: torch.Tensor,
     usable: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""Negative log likelihood of the counts of the other view, under negative binomials.
+    r"""Compute the negative log likelihood of the counts of the other view, under negative binomials.
 
-    The other view has the genes that are absent from this one, or the counts that were thinned away. Its total is
-    given, so that only the shares of its genes are predicted. Genes that are masked in it are not predicted.
+    The other view has the genes that are absent from this one, or the counts that thinning removed. Its total is
+    known, so that only the shares of its genes are predicted. Genes that are masked in it are not predicted.
 
     Parameters
     ----------
     gene_logits : Tensor (2n, n_genes), log_dispersion : float32 Tensor (n_genes,)
-        As the model gives them.
+        Outputs of the model.
     batch : mapping
-        `cell_genes`, `cell_counts`, and `cell_indptr` and `measured_genes` where it has them, of the first views of n
-        cells, then of the second.
+        `cell_genes`, `cell_counts`, and if present `cell_indptr` and `measured_genes`, of the first views of n cells,
+        then of the second.
     known : bool Tensor (n_genes,)
-        Genes that the training cells had.
+        Genes that occur in the training cells.
     usable : bool Tensor (n,)
         Cells with counts in both views.
 
     Returns
     -------
     loss : float32 Tensor ()
-        In nats per count, the mean over views of cells; 0 without any.
+        Loss in nats per count, the mean over views of cells; 0 if there are none.
     n_views : int64 Tensor ()
-        Views that the mean is over.
+        Number of views that the mean is over.
 
     Notes
     -----
-    The likelihood of scVI, Lopez et al. 2018, with its observed library size. That decoding whole cells from `[CLS]`
-    serves more than masked genes do: BMFM-RNA, Dandala et al. 2025.
+    The likelihood is that of scVI, Lopez et al. 2018, with the observed library size. Decoding whole cells from
+    `[CLS]` helps more than masked genes: BMFM-RNA, Dandala et al. 2025.
     """
     n_rows, n_genes = gene_logits.shape
     genes, counts = batch["cell_genes"].reshape(-1), batch["cell_counts"].reshape(-1).float()
@@ -80,7 +80,7 @@ def decode_loss(
     targets[rows[counts < 0], genes[counts < 0]] = False
     counted = (counts > 0) & targets[rows, genes]
     genes, counts = genes[counted], counts[counted]
-    # What a view is to predict is in the row of the other one.
+    # The targets of a view are in the row of the other one.
     rows = (rows[counted] + n_rows // 2) % n_rows
     targets = targets.roll(n_rows // 2, 0)
     totals = counts.new_zeros(n_rows).index_add(0, rows, counts)
@@ -95,7 +95,7 @@ def decode_loss(
     log_means = log_means.masked_fill(~targets, 0.0)
     of_zero = log_dispersion.exp() * logsigmoid(log_dispersion - log_means)
     log_likelihood = (of_zero * targets).sum(-1)
-    # Most genes have no count: the others' terms are put in place of those of zeros.
+    # Most genes have no count: start from zeros everywhere, and replace the terms of the others.
     more = nb_log_likelihood(counts, log_means[rows, genes], log_dispersion[genes]) - of_zero[rows, genes]
     log_likelihood = log_likelihood.index_add(0, rows, more)
     return -(log_likelihood[scored] / totals[scored]).mean(), scored.sum()

@@ -1,4 +1,4 @@
-"""Two views of each cell, and the batches of them."""
+"""Two views of each cell, and their batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ...store.cell_batch import CellBatch, as_cell_batch
 from ...store.cell_store import CellStore
 
 VIEWS = ("disjoint", "thinning")
-# What a batch of views has beside what the model reads.
+# Keys of a batch of views that the model does not read.
 OF_PAIRS = ("view_totals", "twins", "sources")
 _FIRST_PANEL, _THIN = 9, 10  # streams of `uniforms`; batches/collate.py and collators.py have 0 to 8
 
@@ -29,8 +29,8 @@ _FIRST_PANEL, _THIN = 9, 10  # streams of `uniforms`; batches/collate.py and col
 def first_panel(seed: int, epoch: int, n_genes: int) -> np.ndarray:
     """Divide the genes into two halves: bool array (n_genes,), True in the first; a function of (seed, epoch, gene).
 
-    All cells of an epoch have the same halves. Were they drawn for each cell, the two views of a cell could be matched
-    by their genes alone, which complement each other, whatever the counts.
+    All cells of an epoch have the same halves. If they were drawn for each cell, the two views of a cell could be
+    matched by their complementary genes, without the counts.
     """
     return happens(0.5, seed, epoch, _FIRST_PANEL, np.zeros(1), np.arange(n_genes), np.zeros(n_genes, np.int64))
 
@@ -57,13 +57,13 @@ def thin(
     Raises
     ------
     ValueError
-        Fractional counts.
+        Counts are fractional.
     """
     drawn = uniforms(seed, epoch, _THIN, cell_ids, genes, cells)
     thinned = np.empty_like(counts)
     for count in np.unique(counts):
         if count != np.rint(count):
-            raise ValueError(f"Thinning draws from whole numbers, and the store has {count}: use disjoint views.")
+            raise ValueError(f"Thinning needs integer counts, but the store has {count}: use disjoint views.")
         at = np.flatnonzero(counts == count)
         thinned[at] = np.searchsorted(_half_binomial(int(count)), drawn[at])
     return thinned
@@ -71,52 +71,52 @@ def thin(
 
 @lru_cache(maxsize=4096)
 def _half_binomial(count: int) -> np.ndarray:
-    """Distribution function of Binomial(count, 1/2): float64 array (count + 1,); the last value is 1."""
+    """Compute the distribution function of Binomial(count, 1/2): float64 array (count + 1,); the last value is 1."""
     return stats.binom.cdf(np.arange(count + 1), count, 0.5)
 
 
 class ViewCollator:
-    """Makes a batch of two views of each cell; no count is in both of them.
+    """Collate two views of each cell, which share no counts.
 
     Views
     -----
     disjoint
-        Half of the genes each (`first_panel`). The genes of the other view are not measured: they are in no total, and
-        the shares of the others are renormalised.
+        Half of the genes each (`first_panel`). The genes of the other view count as not measured: they are left out of
+        totals, and the shares of the others are renormalised.
     thinning
-        Binomial(count, 1/2) of each count, and what is left of it. All genes are measured in both.
+        Binomial(count, 1/2) of each count, and the remainder. All genes are measured in both.
 
     Views are functions of (seed, epoch, `cell_id`). The first n rows of a batch, or the first n cells of a packed one,
-    are the first views of its n cells, the next n the second views. Each is tokenized and masked as a cell of its own,
-    with its own total; in the second view masks are drawn for `~cell_id`.
+    are the first views of its n cells, the next n the second views. Each view is tokenized and masked as a separate
+    cell, with its own total; masks of the second view are drawn for `~cell_id`.
 
-    Beside what the collator gives, a batch has `measured_genes`, bool (2n, n_genes), and for the objectives
-    (`OF_PAIRS`) `view_totals`, float32 (2n,), counts of known genes before masking; `twins`, int64 (n,), equal where
-    cells have equal counts; and `sources`, int64 (n,), equal where cells are of one batch.
+    In addition to the output of the collator, a batch has `measured_genes`, bool (2n, n_genes), and for the objectives
+    (`OF_PAIRS`) `view_totals`, float32 (2n,), the counts of known genes before masking; `twins`, int64 (n,), equal for
+    cells with equal counts; and `sources`, int64 (n,), equal for cells of one source.
 
     Parameters
     ----------
     collator : DataCollatorForPhenotypicMLM or DataCollatorForGeneRankMLM
-        With a tokenizer of whole cells; masks the views.
+        Tokenizes and masks the views; needs a tokenizer of whole cells.
     view : {"disjoint", "thinning"}, default: "disjoint"
     batch_key : str, optional
-        Obs column of the store whose values are the batches; the files that the store was built of by default.
+        Obs column of the store with the source of each cell; by default, the file that the cell comes from.
 
     Raises
     ------
     ValueError
-        Another view; a collator that masks no cells; a tokenizer without whole cells. While collating: cells that are
-        not of a store; no such column, or cells without a value.
+        The view is unknown; the collator does not mask cells; the tokenizer does not return whole cells. While
+        collating: the cells are not from a store; the column is missing, or cells have no value in it.
 
     Notes
     -----
-    Disjoint panels: scConcept. Thinning: Svensson 2026 (`scvi.external.JointEmbeddingSCVI` of scvi-tools 1.5), which
-    thins one view to a random total; here both are halves, so that each can be predicted from the other.
+    Disjoint panels follow scConcept. Thinning follows Svensson 2026 (`scvi.external.JointEmbeddingSCVI` of scvi-tools
+    1.5), which thins one view to a random total; here both are halves, so that each can be predicted from the other.
     """
 
     def __init__(self, collator: Any, view: str = "disjoint", batch_key: str | None = None):
         if view not in VIEWS:
-            raise ValueError(f"view is {' or '.join(map(repr, VIEWS))}, got {view!r}.")
+            raise ValueError(f"view must be {' or '.join(map(repr, VIEWS))}, got {view!r}.")
         if not isinstance(collator, (DataCollatorForPhenotypicMLM, DataCollatorForGeneRankMLM)):
             raise ValueError(
                 "Two views of a cell need DataCollatorForPhenotypicMLM or DataCollatorForGeneRankMLM, got "
@@ -134,23 +134,23 @@ class ViewCollator:
 
     @property
     def epoch(self) -> int:
-        """The epoch that views and masks are drawn for."""
+        """The epoch for which views and masks are drawn."""
         return self.collator.epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw for another epoch; call it before the epoch's first batch."""
+        """Set the epoch; call it before the first batch of the epoch."""
         self.collator.set_epoch(epoch)
 
     def for_evaluation(self) -> ViewCollator:
-        """Make a collator that draws the same views and masks at every evaluation, those of epoch 0; it pads."""
+        """Return a padding collator that draws the views and masks of epoch 0 at every evaluation."""
         return ViewCollator(self.collator.for_evaluation(), self.view, self.batch_key)
 
     def __call__(self, cells: Any) -> dict[str, torch.Tensor | int]:
-        """Make a batch of a `CellBatch`."""
+        """Collate a `CellBatch`."""
         cells = as_cell_batch(cells)
         if not is_cell_batch(cells):
             raise ValueError(
-                "Two views of a cell are made of its counts: train and evaluate on a CellStore, not on tokens or a "
+                "Two views of a cell are made from its counts: train and evaluate on a CellStore, not on tokens or a "
                 "stream of them."
             )
         cells = self._known(cells)
@@ -182,13 +182,13 @@ class ViewCollator:
         return replace(cells, indptr=indptr, genes=genes, counts=counts)
 
     def _gene_of_column(self, cells: CellBatch) -> np.ndarray:
-        """Find the gene of each column of the store: int64 array, -1 where unknown."""
-        if self._genes is None or self._genes[0] is not cells.gene_ids:  # one array for all batches of a store
+        """Return the gene of each column of the store: int64 array, -1 for unknown genes."""
+        if self._genes is None or self._genes[0] is not cells.gene_ids:  # all batches of a store share one array
             self._genes = cells.gene_ids, self.collator.tokenizer.find_genes(cells.gene_ids, cells.symbols)
         return self._genes[1]
 
     def _views(self, cells: CellBatch) -> tuple[list[CellBatch], list[np.ndarray | None]]:
-        """Divide the counts of cells, and say which genes each view measures (None: as the store)."""
+        """Divide the counts of cells; return the views, and the genes that each measures (None: as the store)."""
         seed, epoch = self.collator.seed, self.epoch
         genes = self._gene_of_column(cells)[cells.genes]
         panels: list[np.ndarray | None] = [None, None]
@@ -213,7 +213,7 @@ def _totals(cells: CellBatch) -> np.ndarray:
 
 
 def _checksums(cells: CellBatch) -> np.ndarray:
-    """Tell cells of different counts apart: int64 array (n,)."""
+    """Compute a checksum of the counts of each cell: int64 array (n,)."""
     cuts = cells.indptr.tolist()
     return np.array(
         [
@@ -225,13 +225,13 @@ def _checksums(cells: CellBatch) -> np.ndarray:
 
 
 def sources_of(cells: CellBatch | CellStore, batch_key: str | None) -> np.ndarray:
-    """Tell which batch each cell is of.
+    """Return the source of each cell.
 
     Parameters
     ----------
     cells : CellBatch or CellStore
     batch_key : str, optional
-        A categorical obs column; by default the files that the store was built of.
+        Categorical obs column; by default, the file that the cell comes from.
 
     Returns
     -------
@@ -240,7 +240,7 @@ def sources_of(cells: CellBatch | CellStore, batch_key: str | None) -> np.ndarra
     Raises
     ------
     ValueError
-        No such column, one without categories, or cells without a value.
+        The column is missing or not categorical, or cells have no value in it.
     """
     whole = isinstance(cells, CellStore)
     if batch_key is None:
@@ -250,18 +250,18 @@ def sources_of(cells: CellBatch | CellStore, batch_key: str | None) -> np.ndarra
         )
     if batch_key not in cells.categories:
         raise ValueError(
-            f"batch_key={batch_key!r} is no categorical obs column of the store; there are "
+            f"batch_key={batch_key!r} is not a categorical obs column of the store; those are "
             f"{', '.join(cells.categories) or 'none'}."
         )
     codes = cells.obs[batch_key].cat.codes.to_numpy() if whole else cells.obs[batch_key]
     if (codes < 0).any():
-        raise ValueError(f"{(codes < 0).sum()} cells have no {batch_key!r}: leave them out, or fill the column.")
+        raise ValueError(f"{(codes < 0).sum()} cells have no {batch_key!r}: remove them, or fill it in.")
     return codes.astype(np.int64)
 
 
 @lru_cache(maxsize=8)
 def _file_starts(path: Path) -> np.ndarray:
-    """Row of a store where each of its files but the first begins: int64 array."""
+    """Return the first row of each file of a store, except the first file: int64 array."""
     sizes = [source["n_cells"] for source in json.loads((path / "manifest.json").read_text())["sources"]]
     return np.cumsum(sizes, dtype=np.int64)[:-1]
 

@@ -1,4 +1,4 @@
-"""What the log says of an embedding: whether it has collapsed, and how much of it is the total."""
+"""Diagnostics of an embedding: whether it has collapsed, and how well it predicts the total."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ _PENALTIES = (1.0, 10.0, 100.0, 1e3, 1e4)
 
 @torch.no_grad()
 def effective_rank(states: torch.Tensor) -> float:
-    r"""Exponential of the entropy of the singular values, scaled to sum to 1.
+    r"""Compute the exponential of the entropy of the singular values, scaled to sum to 1.
 
     Parameters
     ----------
     states : Tensor (n, hidden)
-        Embedding of n cells, not centred: one that is the same for all cells has rank 1.
+        Embedding of n cells, not centred: a constant embedding has rank 1.
 
     Returns
     -------
@@ -32,7 +32,7 @@ def effective_rank(states: torch.Tensor) -> float:
 
 @torch.no_grad()
 def total_r2(states: torch.Tensor, totals: torch.Tensor) -> float:
-    r"""Tell how well a linear reader of an embedding predicts the log total of cells that it was not fitted to.
+    r"""Compute how well a linear reader of an embedding predicts the log total of left-out cells.
 
     Parameters
     ----------
@@ -44,13 +44,13 @@ def total_r2(states: torch.Tensor, totals: torch.Tensor) -> float:
     Returns
     -------
     float
-        :math:`R^2` of the left-out cells: 1 is perfect, 0 is what the mean of the others gives, and less is worse. NaN
-        for fewer than 3 cells or equal totals.
+        :math:`R^2` of the left-out cells: 1 is perfect, 0 is as good as the mean of the other cells, negative is
+        worse. NaN for fewer than 3 cells or equal totals.
 
     Notes
     -----
-    Ridge regression on standardised states, of the best of five penalties. Each cell is left out in turn; its residual
-    is that of the fit to all cells over 1 - leverage (Allen 1974, PRESS).
+    Ridge regression on standardised states, with the best of five penalties. Each cell is left out in turn; its
+    residual is that of the fit to all cells, divided by 1 - leverage (Allen 1974, PRESS).
     """
     x, y = states.double(), totals.double().log()
     n = len(y)

@@ -1,4 +1,4 @@
-"""A classifier that begins where simple baselines end: linear readers of the whole cell, and of all of its genes."""
+"""Start a classifier at linear readers of the whole cell and of all its genes."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from .spectral_views import SpectralViews, fit_spectral_views, log_values, pears
 
 logger = logging.getLogger(__name__)
 
-N_COMPONENTS = (20, 30, 50)  # of each view, to choose from
+N_COMPONENTS = (20, 30, 50)  # per view, to choose from
 MOST_CELLS_TO_CHOOSE = 3000
 MOST_CELLS_TO_FIT = 10_000
-_ROTATED = 3000  # up to so many cells, genes are rotated before a fit
+_ROTATED = 3000  # up to this many cells, genes are rotated before a fit
 
 
 Rotated = tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]
@@ -36,18 +36,18 @@ Rotated = tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]
 
 @dataclass
 class ClassifierStart:
-    """What a classifier began with.
+    """The start of a classifier.
 
     Attributes
     ----------
     choice : ReaderChoice
-        Made by inner cross-validation on training cells.
+        Choice of inner cross-validation on training cells.
     rows : int64 array (n,)
-        Training cells that it was made on, by their row in the store.
+        Rows in the store of the cells used for the choice.
     labels : array (n, …)
-        Of these cells.
+        Labels of these cells.
     rotated : (features, callable)
-        What `rotate_genes` makes of these cells.
+        Output of `rotate_genes` for these cells.
     """
 
     choice: ReaderChoice
@@ -73,43 +73,44 @@ def start_classifier(
 
     The head becomes the regularised logistic (ridge) regression on `[CLS]`, the wide head the one on the log values
     of all genes. Regularisation, components of the views, the weights of both readers and a temperature are chosen by
-    inner cross-validation, in which the axes of the views, as the readers, are fitted without the validation cells;
-    then all is fitted to all cells.
+    inner cross-validation, in which the axes of the views and the readers are fitted without the validation cells;
+    then everything is fitted to all cells.
 
     Parameters
     ----------
     model : GeneBertForClassification
-        With `cell_embedding`, a linear head and `wide_head`; changed in place.
+        Model with `cell_embedding`, a linear head and `wide_head`; changed in place.
     tokenizer : GeneTokenizer
-        Of the model.
+        Tokenizer of the model.
     cells : CellStore
         Training cells, all with counts.
     labels : array
-        int64 (n,) classes, float (n, k) labels of 0 and 1, or float (n,) or (n, k) numbers, as `config.problem_type`.
+        int64 (n,) classes, float (n, k) labels of 0 and 1, or float (n,) or (n, k) numbers, by `config.problem_type`.
     groups : array (n,), optional
-        Cells of one group, such as a donor, are never in training and validation at once.
+        Cells of one group, such as a donor, are never in both training and validation.
     new_embedding : bool, default: True
-        Fit the spectral views of these cells too. False keeps the embedding as it is: that of a pretrained model, or
-        one that was started on more cells.
+        Also fit the spectral views to these cells. False keeps the embedding, of a pretrained model or one that was
+        started on more cells.
     seed : int, default: 0
-        Of the folds, and of the subset of many cells.
+        Seed of the folds, and of the subsets of many cells.
     balanced : bool, default: False
-        Whether each class counts alike, whatever its number of cells.
+        Whether all classes have the same weight, whatever their number of cells.
     choice : ReaderChoice, optional
-        Made before; by default it is made here.
+        An earlier choice; by default it is made here.
     rotated : (features, callable), optional
-        What `rotate_genes` made of these cells, or of these and others; by default it is computed here. A rotation
-        tells nothing of the other cells: the readers fitted are the same.
+        Output of `rotate_genes` for these cells, or these and others; computed here by default. A rotation carries no
+        information from the other cells: the fitted readers are the same.
 
     Returns
     -------
     ClassifierStart or None
-        None where there is only one class to learn: the model then predicts it.
+        None if there is only one class, which the model then always predicts.
 
     Notes
     -----
-    "Head at the linear solution first": Kumar et al. 2022 (LP-FT). Of more than 3,000 cells a stratified subset is
-    used to choose, and of more than 10,000 one to fit the readers; the views are always those of all cells.
+    Starting the head at the linear solution: Kumar et al. 2022 (LP-FT). With more than 3,000 cells, a stratified
+    subset is used for the choice, and with more than 10,000 one for fitting the readers; the views are always fitted
+    to all cells.
     """
     config, embedding = model.config, cell_embedding_of(model)
     problem = Problem(config.problem_type, config.num_labels, balanced)
@@ -177,10 +178,10 @@ def start_classifier(
 def _log_values_of(
     model: GeneBertForClassification, tokenizer: GeneTokenizer, cells: CellStore, counts: sparse.csr_array
 ) -> sparse.csr_array:
-    """Compute the log values that a model with statistics of its own reads: csr_array (n, n_genes).
+    """Compute the log values read by a model that has its own statistics: csr_array (n, n_genes).
 
-    ln(1 + 10,000 x / depth), depth being the total over the genes that the model has seen and the store measures, over
-    their share: see `CellValues`.
+    They are ln(1 + 10,000 x / depth). The depth is the total over the genes that the model has seen and the store
+    measures, divided by their share of all counts: see `CellValues`.
     """
     shares = cell_embedding_of(model).statistics.shares.double().cpu().numpy()
     measured = np.zeros(len(shares), bool)
@@ -195,7 +196,7 @@ def _log_values_of(
 
 
 def _subset(problem: Problem, labels: np.ndarray, most: int, seed: int) -> np.ndarray:
-    """Choose at most so many cells, with like shares of each class where each has two: int64 array, ascending."""
+    """Choose a subset of cells, stratified if each class has at least two: int64 array, ascending."""
     if len(labels) <= most:
         return np.arange(len(labels))
     single = problem.kind == "single_label_classification"
@@ -204,7 +205,7 @@ def _subset(problem: Problem, labels: np.ndarray, most: int, seed: int) -> np.nd
 
 
 def scaled(views: list[np.ndarray], half: int) -> np.ndarray:
-    """Scale each view of a cell as `[CLS]` is, and put them side by side: float64 array (n, 2 half)."""
+    """Scale each view of a cell as in `[CLS]`, and concatenate them: float64 array (n, 2 half)."""
     states = np.zeros((len(views[0]), 2 * half))
     for i, scores in enumerate(views):
         norms = np.maximum(np.linalg.norm(scores, axis=1, keepdims=True), 1e-12)
@@ -213,9 +214,9 @@ def scaled(views: list[np.ndarray], half: int) -> np.ndarray:
 
 
 class _ViewsOfFolds:
-    """States of cells whose axes are fitted to training folds, from dot products of cells alone.
+    """States of cells with axes fitted to training folds, computed from dot products of cells.
 
-    Only which genes the views are of, and the shares of the genes, are those of all cells given.
+    Only the choice of genes of the views, and the shares of the genes, come from all cells given.
     """
 
     def __init__(self, counts: sparse.csr_array, values: sparse.csr_array, views: SpectralViews, half: int):
@@ -241,11 +242,11 @@ def _principal_scores(
     Parameters
     ----------
     products : float64 array (n, n)
-        Of all cells, not centred.
+        Dot products of all cells, not centred.
     train, held_out : int64 array
-        Rows; the mean and the axes are those of the first.
+        Rows; the mean and the axes are fitted to the training rows.
     k : int
-        Components, at most one fewer than training cells.
+        Number of components, at most that of the training cells - 1.
 
     Returns
     -------
@@ -268,7 +269,7 @@ def _principal_scores(
 
 @torch.no_grad()
 def cell_states(model: nn.Module, tokenizer: GeneTokenizer, cells: CellStore, batch_size: int = 256) -> np.ndarray:
-    """Read what the head reads of each cell: float64 array (n, hidden), in the order of the cells.
+    """Compute the input of the head for each cell: float64 array (n, hidden), in the order of the cells.
 
     Parameters
     ----------

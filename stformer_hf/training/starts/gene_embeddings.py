@@ -1,4 +1,4 @@
-"""Embeddings of genes made elsewhere, such as by a protein model or gene2vec, as a start for GeneBert's own."""
+"""Initialise the gene embeddings of GeneBert from others, such as those of a protein model or gene2vec."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ def load_gene_embeddings(
 ) -> float:
     """Initialise a model's embeddings of genes from a table.
 
-    Genes of the table take their place in the embedding of token types (binned scheme) or of tokens (rank scheme);
-    the others keep what they have. The table is centred and scaled to the standard deviation `initializer_range`; of
-    more columns than the model's hidden size its first principal components are taken, of fewer the rest of each
-    embedding stays as it is.
+    The rows of genes in the table are written to the embedding of token types (binned scheme) or of tokens (rank
+    scheme); other rows are unchanged. The table is centred and scaled to the standard deviation `initializer_range`.
+    If it has more columns than the model's hidden size, its first principal components are used; if it has fewer, the
+    remaining dimensions are unchanged.
 
     Parameters
     ----------
     model : PreTrainedModel
-        GeneBert, with or without head, or another model with input embeddings, of the rank scheme.
+        GeneBert with or without a head, or, in the rank scheme, another model with input embeddings.
     tokenizer : GeneTokenizer
-        Knows the genes, by id, by id with version, or by symbol.
+        Finds the genes by id, by id with version, or by symbol.
     embeddings : path, DataFrame or mapping
-        A row a gene: .parquet, .csv, .tsv or .txt with the genes' names in the first column (a gene2vec or word2vec
-        text file too), .npz with an array a gene, a DataFrame indexed by gene, or gene -> vector.
+        One row per gene: .parquet, .csv, .tsv or .txt with the names of the genes in the first column (including
+        gene2vec and word2vec text files), .npz with one array per gene, a DataFrame indexed by gene, or a mapping of
+        gene to vector.
 
     Returns
     -------
@@ -48,19 +49,19 @@ def load_gene_embeddings(
     Raises
     ------
     ValueError
-        None of the genes is known, or one only; values that are not numbers; an unknown kind of file.
+        None or only one of the genes is known; values are not numbers; the file format is not supported.
     """
     names, values = _read(embeddings)
     genes = tokenizer.find_genes(names)
-    known, first = np.unique(genes, return_index=True)  # of a gene that is there twice, the first
+    known, first = np.unique(genes, return_index=True)  # the first row of a repeated gene
     known, first = known[known >= 0], first[known >= 0]
     if not len(known):
         raise ValueError(
-            f"None of the {len(names)} genes of the embeddings, such as {', '.join(names[:3])}, is the tokenizer's, "
-            f"such as {', '.join(tokenizer.genes[:3])}."
+            f"The tokenizer knows none of the {len(names)} genes of the embeddings, such as {', '.join(names[:3])}; "
+            f"its genes are like {', '.join(tokenizer.genes[:3])}."
         )
     if len(known) < 2:
-        raise ValueError(f"Only {tokenizer.genes[known[0]]} of the embeddings' genes is known: one cannot be scaled.")
+        raise ValueError(f"Only one gene of the embeddings is known, {tokenizer.genes[known[0]]}: scaling needs two.")
     values = values[first]
     base = getattr(model, model.base_model_prefix, model)
     if tokenizer.scheme == "rank":
@@ -79,12 +80,12 @@ def load_gene_embeddings(
     with torch.no_grad():
         weight[torch.from_numpy(rows), : values.shape[1]] = torch.from_numpy(values).to(weight)
     share = len(known) / len(tokenizer.genes)
-    logger.info(f"Embeddings of {len(known)} of {len(tokenizer.genes)} genes ({share:.1%}) were initialised.")
+    logger.info(f"Initialised the embeddings of {len(known)} of {len(tokenizer.genes)} genes ({share:.1%}).")
     return share
 
 
 def _read(embeddings) -> tuple[list[str], np.ndarray]:
-    """Give the genes' names, and their vectors, float64 array (n, d)."""
+    """Return the names of the genes, and their vectors: float64 array (n, d)."""
     what = "the table"
     if isinstance(embeddings, (str, os.PathLike)):
         what = path = Path(embeddings)
@@ -93,12 +94,12 @@ def _read(embeddings) -> tuple[list[str], np.ndarray]:
     if isinstance(embeddings, Mapping):
         lengths = {np.size(vector) for vector in embeddings.values()}
         if len(lengths) != 1:
-            raise ValueError(f"{what}: all embeddings have one length; there are {sorted(lengths) or 'none'}.")
+            raise ValueError(f"{what}: all embeddings must have the same length; found {sorted(lengths) or 'none'}.")
         embeddings = pd.DataFrame(np.stack([np.ravel(v) for v in embeddings.values()]), index=list(embeddings))
     try:
         values = embeddings.to_numpy(np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} holds something that is no number: {error}") from error
+        raise ValueError(f"{what} holds values that are not numbers: {error}") from error
     if not np.isfinite(values).all():
         raise ValueError(f"{what} holds {(~np.isfinite(values)).sum()} values that are NaN or infinite.")
     return [str(name) for name in embeddings.index], values
@@ -117,7 +118,7 @@ def _read_file(path: Path) -> pd.DataFrame | dict[str, np.ndarray]:
 
 
 def _read_text(path: Path) -> pd.DataFrame:
-    """Read names and numbers, between commas, tabs or spaces; a first row of names, or of sizes, is passed over."""
+    """Read names and numbers separated by commas, tabs or spaces; a first row of names, or of sizes, is skipped."""
     with open_text(path) as file:
         first = file.readline().decode("utf-8-sig")
     separator = "," if "," in first else "\t" if "\t" in first else r"\s+"

@@ -1,4 +1,4 @@
-"""Linear readers of cells: how to regularise them, and how much to believe each, chosen by inner cross-validation."""
+"""Linear readers of cells, with regularisation and weights chosen by inner cross-validation."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tqdm.auto import tqdm
 N_FOLDS = 5
 PENALTIES = {"head": (0.1, 1.0, 10.0), "wide": (0.1, 1.0)}  # C of scikit-learn
 WEIGHTS = ((1.0, 1.0), (1.0, 0.5), (0.5, 1.0), (1.0, 0.0), (0.0, 1.0))  # of head and wide
-# What is kept unless another choice is clearly better: both views of moderate size, and the genes at half the weight,
-# since from few labels a reader of thousands of genes learns less than one of 60 components.
+# Kept unless another choice is clearly better: both views of moderate size, and the genes at half the weight, since
+# from few labels a reader of thousands of genes learns less than one of 60 components.
 PREFERRED = {"n_components": 30, "head": 1.0, "wide": 1.0, "weights": (1.0, 0.5)}
 _TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
 _TOLERANCES = {"choice": 1e-3, "final": 1e-4}  # of lbfgs
-_LOWEST = -15.0  # log probability of a class that a training fold lacks
-_SMALL = 1000  # so few cells are cut into folds twice
+_LOWEST = -15.0  # logit of a class that a training fold lacks
+_SMALL = 1000  # with fewer cells, cross-validation is repeated
 
 
 @dataclass
@@ -50,22 +50,22 @@ class Linear:
 
 @dataclass
 class ReaderChoice:
-    """What inner cross-validation chose.
+    """Settings chosen by inner cross-validation.
 
     Attributes
     ----------
     n_components : int
-        Of each view.
+        Number of components of each view.
     head, wide : float
         C of the reader of `[CLS]`, and of the genes.
     weights : tuple of float
-        Of both readers.
+        Weights of both readers.
     temperature : float
     loss, score : float
-        Mean out-of-fold log loss in nats (squared error of a regression), and accuracy (R^2) of the choice.
+        Mean out-of-fold log loss in nats (squared error for regression), and accuracy (R^2).
     out_of_fold : float32 array (n_cells, n_outputs)
-        What the choice predicts for each cell from folds without it: log probabilities; of several labels per cell
-        logits; of a regression numbers. The mean over repeats.
+        Out-of-fold predictions, the mean over repeats: log probabilities of classes, logits of multiple labels per
+        cell, or numbers for regression.
     """
 
     n_components: int
@@ -79,16 +79,16 @@ class ReaderChoice:
 
 
 class Problem:
-    """What is predicted: classes, several labels per cell, or numbers; and how a linear reader of them is fitted.
+    """A prediction problem (classes, multiple labels per cell, or numbers), and the fit of a linear reader for it.
 
     Parameters
     ----------
     kind : {"single_label_classification", "multi_label_classification", "regression"}
         As `config.problem_type`.
     n_outputs : int
-        Classes, labels or numbers per cell.
+        Number of classes, labels or numbers per cell.
     balanced : bool, default: False
-        Whether each class counts alike in a fit, whatever its number of cells.
+        Whether all classes have the same weight in a fit, whatever their number of cells.
     """
 
     def __init__(self, kind: str, n_outputs: int, balanced: bool = False):
@@ -97,9 +97,9 @@ class Problem:
     def fit(
         self, features: np.ndarray | sparse.csr_array, labels: np.ndarray, penalty: float, purpose: str = "final"
     ) -> Linear:
-        """Fit logistic regression, one per label of several, or ridge regression with alpha = 1 / C.
+        """Fit a logistic regression, one per label if there are multiple, or a ridge regression with alpha = 1 / C.
 
-        The fits of a "choice" stop earlier than a "final" one.
+        Fits with the purpose "choice" stop earlier than a "final" one.
         """
         n_features = features.shape[1]
         if self.kind == "regression":
@@ -134,7 +134,7 @@ class Problem:
         return Linear(weight, bias)
 
     def combine(self, head: np.ndarray, wide: np.ndarray, weights: tuple[float, float]) -> np.ndarray:
-        """Combine the outputs of both readers, as `combine_readers` of the model does at a temperature of 1."""
+        """Combine the outputs of both readers, as the model's `combine_readers` does at a temperature of 1."""
         if self.kind == "regression":
             return (weights[0] * head + weights[1] * wide) / sum(weights)
         if self.kind == "single_label_classification":
@@ -142,7 +142,7 @@ class Problem:
         return weights[0] * head + weights[1] * wide
 
     def loss(self, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Loss of each cell: log loss in nats, or squared error: float64 array (n,)."""
+        """Compute the loss of each cell, log loss in nats or squared error: float64 array (n,)."""
         if self.kind == "regression":
             return ((outputs - labels.reshape(outputs.shape)) ** 2).mean(axis=1)
         if self.kind == "multi_label_classification":
@@ -150,10 +150,10 @@ class Problem:
         return -log_softmax(outputs)[np.arange(len(labels)), labels]
 
     def cell_scores(self, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Score of each cell, whose mean is to be high: float64 array (n,).
+        """Compute the score of each cell, higher is better: float64 array (n,).
 
-        1 for a class predicted right, else 0; of several labels the share that is right; of a regression the squared
-        error, negative.
+        The score is 1 for a correct class, else 0; for multiple labels the share that is correct; for regression the
+        negative squared error.
         """
         if self.kind == "regression":
             return -self.loss(outputs, labels)
@@ -162,7 +162,7 @@ class Problem:
         return (outputs.argmax(axis=1) == labels).astype(np.float64)
 
     def score(self, outputs: np.ndarray, labels: np.ndarray) -> float:
-        """Accuracy; of several labels the mean over labels; of a regression R^2."""
+        """Compute the accuracy, for multiple labels the mean over labels, or R^2 for regression."""
         if self.kind == "regression":
             labels = labels.reshape(outputs.shape)
             return float(1 - ((outputs - labels) ** 2).sum() / max(((labels - labels.mean(axis=0)) ** 2).sum(), 1e-12))
@@ -171,15 +171,15 @@ class Problem:
 
 @contextmanager
 def quick_fits() -> Iterator[None]:
-    """Fit readers in this context: without threads, which for products of few columns wait longer than they work."""
+    """Fit readers in this context without BLAS threads, which slow down products of few columns."""
     with warnings.catch_warnings(), threadpool_limits(1, "blas"):
-        # The last digits of a fit that stops at max_iter change no prediction.
+        # The last digits of a fit that stops at max_iter do not change predictions.
         warnings.simplefilter("ignore", ConvergenceWarning)
         yield
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log probabilities of logits (n, n_classes)."""
+    """Compute the log probabilities of logits: array (n, n_classes)."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
@@ -187,7 +187,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def inner_folds(
     problem: Problem, labels: np.ndarray, groups: np.ndarray | None, seed: int
 ) -> list[tuple[np.ndarray, np.ndarray, int]]:
-    """Cut cells into folds: like shares of each class in each, and no group in two.
+    """Split cells into folds with similar shares of each class, and each group in one fold only.
 
     Parameters
     ----------
@@ -201,12 +201,13 @@ def inner_folds(
     Returns
     -------
     list of (training rows, validation rows, repeat)
-        5 folds (fewer of fewer groups, or where the largest class has fewer cells), twice for fewer than 1,000 cells.
+        5 folds (fewer if there are fewer groups, or fewer cells in the largest class), twice for fewer than 1,000
+        cells.
 
     Raises
     ------
     ValueError
-        Fewer than two groups.
+        There are fewer than two groups.
     """
     n, single = len(labels), problem.kind == "single_label_classification"
     most = int(np.bincount(labels).max()) if single else n
@@ -214,7 +215,7 @@ def inner_folds(
     if groups is not None:
         n_groups = len(np.unique(groups))
         if n_groups < 2:
-            raise ValueError(f"Cross-validation by groups needs two of them, and there is {n_groups}.")
+            raise ValueError(f"Cross-validation by groups needs at least two groups, got {n_groups}.")
         n_folds = min(n_folds, n_groups)
     folds = []
     for repeat in range(2 if n < _SMALL and groups is None else 1):
@@ -224,7 +225,7 @@ def inner_folds(
         else:
             cutter = StratifiedGroupKFold(n_folds, **random) if single else GroupKFold(n_folds)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a class with fewer cells than folds is in some of them
+            warnings.simplefilter("ignore")  # classes with fewer cells than folds
             folds += [(*cut, repeat) for cut in cutter.split(np.zeros(n), labels if single else None, groups)]
     return folds
 
@@ -239,10 +240,10 @@ def choose_readers(
 ) -> ReaderChoice:
     """Choose components, regularisation, weights and temperature by their out-of-fold score.
 
-    `PREFERRED` is kept unless the best score, of equal ones that of the lowest loss, is higher by more than the
-    standard error of the difference over cells (the one-standard-error rule of Breiman et al. 1984): of many choices
-    the best is so by chance as well. The score is accuracy (of several labels per cell their share that is right; of a
-    regression the squared error, negative). The temperature is that of the lowest loss.
+    `PREFERRED` is kept unless the best score (ties are broken by the loss) is higher by more than the standard error
+    of the difference over cells (the one-standard-error rule of Breiman et al. 1984), since the best of many choices
+    is partly so by chance. The score is accuracy (for multiple labels per cell, the share that is correct; for
+    regression, the negative squared error). The temperature is that with the lowest loss.
 
     Parameters
     ----------
@@ -251,17 +252,17 @@ def choose_readers(
     folds : list of (training rows, validation rows, repeat)
         From `inner_folds`.
     head_features : callable
-        (training rows, validation rows) -> (number of components -> features of both), fitted on the first alone.
+        (training rows, validation rows) -> (number of components -> features of both), fitted to the training rows.
     gene_features : float array (n, d)
-        What the wide reader reads: `rotate_genes`.
+        Features of the wide reader, from `rotate_genes`.
     n_components : sequence of int
-        To choose from.
+        Numbers to choose from.
 
     Returns
     -------
     ReaderChoice
     """
-    gene_features = gene_features.astype(np.float32)  # twice as fast, and no choice hangs on the last digits
+    gene_features = gene_features.astype(np.float32)  # twice as fast, and the last digits do not change a choice
     n_repeats = 1 + max(repeat for _, _, repeat in folds)
     shape = (n_repeats, len(labels), problem.n_outputs)
     heads = {key: np.zeros(shape) for key in itertools.product(n_components, PENALTIES["head"])}
@@ -289,7 +290,7 @@ def choose_readers(
     for ((n, head), of_head), (wide, of_wide), weights in itertools.product(heads.items(), wides.items(), WEIGHTS):
         both = problem.combine(*(part.reshape(-1, problem.n_outputs) for part in (of_head, of_wide)), weights)
         loss, temperature = min((float(problem.loss(both / t, every).mean()), t) for t in temperatures)
-        # Of a cell over the repeats: these are not independent.
+        # The mean of each cell over the repeats, which are not independent.
         scores = problem.cell_scores(both, every).reshape(n_repeats, -1).mean(axis=0)
         setting = {"n_components": n, "head": head, "wide": wide, "weights": weights}
         tried.append((scores, -loss, temperature, setting))
@@ -308,7 +309,7 @@ def choose_readers(
         outputs = log_softmax(outputs)
     score, outputs = problem.score(outputs, every), outputs.reshape(shape).mean(axis=0)
     if problem.kind == "single_label_classification":
-        outputs = log_softmax(outputs)  # a mean of log probabilities adds up to less than 1
+        outputs = log_softmax(outputs)  # means of log probabilities are not normalised
     return ReaderChoice(
         n_components=n,
         head=head,

@@ -1,4 +1,4 @@
-"""Where a model of masked genes starts: at the frequencies of the tokens, and of ranks at what their order tells."""
+"""Start a model of masked genes at the frequencies of tokens, and a model of ranks also at the order of genes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ...models.gene_bert.tokenization_gene_bert import GeneTokenizer
 
 _MOST_CELLS = 20_000
 _CELLS_AT_A_TIME = 512
-_MOST_COUNT = 1000  # higher counts are of no level
-_LEAST_SHARE = 0.01  # of a count among those of its gene
-_MOST_COUNTS = 64  # of a gene
-_PRIOR = 2.0  # cells by which a gene's shares of the counts 1 to 8 are drawn to those of all genes
+_MOST_COUNT = 1000  # higher counts have no level
+_LEAST_SHARE = 0.01  # of a count among all counts of its gene
+_MOST_COUNTS = 64  # per gene
+_PRIOR = 2.0  # pseudo-cells that shrink a gene's shares of the counts 1 to 8 to those of all genes
 _MOST_AXES = 64
 _SHRINKAGE = 20.0  # cells
 _PRIOR_COUNTS = np.arange(1, 9)
@@ -29,71 +29,71 @@ _PRIOR_COUNTS = np.arange(1, 9)
 
 @torch.no_grad()
 def start_mlm_bias(model: PreTrainedModel, tokenizer: GeneTokenizer, train_cells: Any) -> None:
-    """Start an MLM head at the log frequencies of the tokens: it predicts these until it is trained.
+    """Start an MLM head at the log frequencies of the tokens, its predictions before training.
 
-    The bias of the last layer becomes the log frequency, and the gain and bias of the norm before it 0, so that the
-    states of the encoder add nothing to the logits at first; they have a gradient from the second step on.
+    The bias of the last layer is set to the log frequencies, and the gain and bias of the norm before it to 0, so that
+    the encoder adds nothing to the logits at first; it has a gradient from the second step on.
 
     Parameters
     ----------
     model : GeneBertForPhenotypicMLM
         Changed in place.
     tokenizer : GeneTokenizer
-        Of either scheme.
+        Tokenizer of either scheme.
     train_cells : CellStore, datasets.Dataset with `input_ids`, or Subset of one
-        Cells in training; at most 20,000, evenly spread, are read.
+        Training cells; at most 20,000, evenly spaced, are read.
 
     Notes
     -----
-    Ranks: (n + 1) / (N + V) of each token, n of N tokens, V of them in the vocabulary: B1 of `masked_gene_baselines`.
-    Bins: the same of the bins that cells have, times 1 - 1 / n_bins, and 1 / n_bins for `bin_0`, which
-    `DataCollatorForPhenotypicMLM` gives that share of the labels.
+    For ranks, the frequency of a token that occurs n times among N tokens is (n + 1) / (N + V), with V tokens in the
+    vocabulary: B1 of `masked_gene_baselines`. For bins, it is the same, times 1 - 1 / n_bins, and 1 / n_bins for
+    `bin_0`, the share that `DataCollatorForPhenotypicMLM` has of it among the labels.
     """
     _set_bias(model, tokenizer, _Statistics(tokenizer, train_cells).tokens)
 
 
 @torch.no_grad()
 def start_rank_model(model: PreTrainedModel, tokenizer: GeneTokenizer, train_cells: Any, seed: int = 0) -> None:
-    """Start a model of ranked genes where the frequencies of the genes, and their order in a cell, are known.
+    """Start a model of ranked genes at the frequencies of the genes and their order in a cell.
 
-    Its first predictions are the log frequencies (`start_mlm_bias`) and the log odds of `RankPrior`, which also knows
-    which genes go together: they are better than B3 of `masked_gene_baselines`, and training begins from there.
+    Its first predictions add the log frequencies (`start_mlm_bias`) and the log odds of `RankPrior`, which also knows
+    which genes occur together. They are better than B3 of `masked_gene_baselines`, and training starts from there.
 
     Parameters
     ----------
     model : GeneBertForPhenotypicMLM
-        Changed in place: `config.rank_prior_sizes` is set, and `mlm_head.rank_prior` made.
+        Changed in place: `config.rank_prior_sizes` and `mlm_head.rank_prior` are set.
     tokenizer : GeneTokenizer
-        Of the rank scheme, without neighbourhoods.
+        Tokenizer of the rank scheme, without neighbourhoods.
     train_cells : CellStore
-        Cells in training, with their counts; at most 20,000, evenly spread, are read.
+        Training cells, with their counts; at most 20,000, evenly spaced, are read.
     seed : int, default: 0
-        Of the random projections.
+        Seed of the random projections.
 
     Raises
     ------
     ValueError
-        Bins, or neighbourhoods; cells without whole counts, such as tokenized ones.
+        The tokenizer has bins or neighbourhoods; the cells have no integer counts, such as tokenized cells.
     """
     if tokenizer.scheme != "rank" or tokenizer.neighborhood:
         found = "neighbourhoods" if tokenizer.scheme == "rank" else "bins"
-        raise ValueError(f"The order of the genes starts models of a cell's own ranked genes, and these are {found}.")
+        raise ValueError(f"start_rank_model needs a tokenizer of a cell's own ranked genes; this one has {found}.")
     statistics = _Statistics(tokenizer, train_cells, with_counts=True)
     _set_bias(model, tokenizer, statistics.tokens)
     _set_rank_prior(model, tokenizer, statistics, seed)
 
 
 class _Statistics:
-    """Numbers of tokens of training cells, and of their genes' counts.
+    """Frequencies of tokens in training cells, and of the counts of their genes.
 
     Attributes
     ----------
     tokens : int64 array (V,)
-        How often each token is there; 0 for special tokens.
+        Number of occurrences of each token; 0 for special tokens.
     pairs, n_pairs : int64 arrays (k,)
-        token x 1,001 + count (1,000 for higher ones), ascending; and how often.
+        token x 1,001 + count (1,000 for higher ones), ascending; and their numbers of occurrences.
     cells : sparse float32 matrix (n_cells, V)
-        1 where a cell has a gene.
+        1 if the cell has the gene.
     """
 
     def __init__(self, tokenizer: GeneTokenizer, train_cells: Any, with_counts: bool = False):
@@ -126,13 +126,12 @@ def _token_counts(examples: Any, tokens: Any, tokenizer: GeneTokenizer) -> np.nd
     """Find the counts of the gene tokens of cells: int64 array (n,) of token x 1,001 + count."""
     if not is_cell_batch(examples):
         raise ValueError(
-            "What the order of genes tells is estimated from their counts, and tokenized cells have none: give a "
-            "CellStore."
+            "The order of genes is estimated from their counts, which tokenized cells do not have: pass a CellStore."
         )
     column_genes = tokenizer.find_genes(examples.gene_ids, examples.symbols)
     rows = map_genes(CountRows(examples.indptr, examples.genes, examples.counts), column_genes)
     if rows.counts.dtype.kind == "f" and (rows.counts != np.rint(rows.counts)).any():
-        raise ValueError("What the order of genes tells is estimated from whole counts, and these have fractions.")
+        raise ValueError("The order of genes is estimated from integer counts, but these have fractions.")
     n_tokens = len(tokenizer)
 
     def keys(indptr: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -160,7 +159,7 @@ def _set_bias(model: PreTrainedModel, tokenizer: GeneTokenizer, n: np.ndarray) -
 
 
 def _set_rank_prior(model: PreTrainedModel, tokenizer: GeneTokenizer, statistics: _Statistics, seed: int) -> None:
-    """Estimate the shares of each gene's counts, and the axes, and put them into the head."""
+    """Estimate the shares of each gene's counts, and the axes, and set them in the head."""
     tokens, counts = statistics.pairs // (_MOST_COUNT + 1), statistics.pairs % (_MOST_COUNT + 1)
     n_of_count = np.bincount(counts, statistics.n_pairs, _MOST_COUNT + 1)
     usual = _PRIOR * n_of_count[_PRIOR_COUNTS] / max(n_of_count.sum(), 1)
@@ -197,10 +196,10 @@ def _set_rank_prior(model: PreTrainedModel, tokenizer: GeneTokenizer, statistics
 def _gene_axes(cells: sparse.csr_matrix, seed: int) -> np.ndarray:
     """Compute standard coordinates of the genes by correspondence analysis: float32 array (V, n_axes).
 
-    With P the cells' shares of genes, f their frequencies, the axes are V / sqrt(f), from the singular value
-    decomposition U D V' of D_r^-1/2 P D_f^-1/2 without its first, constant, axis (Greenacre 1984). A gene in n cells
-    counts as if it were in n + 20: axes of rare genes are shrunk. An axis is scaled by the root of the share of its
-    variance that is not the noise of a cell's few genes, 1 / (genes of a cell), and left out where nothing is.
+    With P the shares of genes in cells and f the frequencies of genes, the axes are V / sqrt(f), from the singular
+    value decomposition U D V' of D_r^-1/2 P D_f^-1/2 without its first, constant, axis (Greenacre 1984). A gene in n
+    cells counts as if it were in n + 20, which shrinks the axes of rare genes. An axis is scaled by the square root of
+    the share of its variance that exceeds the sampling noise, 1 / (genes of a cell), and left out if none does.
     """
     n_genes = cells.sum(axis=1).A1
     cells, n_genes = cells[n_genes > 0], n_genes[n_genes > 0]

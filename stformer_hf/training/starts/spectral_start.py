@@ -1,4 +1,4 @@
-"""A model that begins at the principal components of its training cells."""
+"""Start a model at the principal components of its training cells."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ...sources.open_source import open_source
 from ...store.cell_store import CellStore
 from .spectral_views import SpectralViews, fit_spectral_views
 
-N_COMPONENTS = 50  # of each view, as many as PCA has by custom; with labels, inner validation chooses
+N_COMPONENTS = 50  # per view, the usual number of PCA; with labels, inner validation chooses
 _ROWS_PER_BLOCK = 4096
 
 
@@ -38,30 +38,30 @@ def initialise_from_store(
     model : PreTrainedModel
         GeneBert with any head; changed in place. Only its cell embedding changes.
     tokenizer : GeneTokenizer
-        Of the model, with `whole_cell=True`.
+        Tokenizer of the model, with `whole_cell=True`.
     store : CellStore or AnnData
-        The training cells, read three times in blocks; those without counts are left out.
+        Training cells, read three times in blocks; cells without counts are left out.
     n_components : int, optional
-        Of each of the two views: by default 50, or half of the hidden size, the most there is room for, where that is
-        less. Further dimensions begin at 0.
+        Number of components of each of the two views, at most half of the hidden size; by default 50, or the maximum
+        if that is less. The remaining dimensions start at 0.
     batch_key : str, optional
         Categorical obs column: the components are those of the variance within its batches.
 
     Returns
     -------
     SpectralViews
-        What the embedding was set to.
+        The views that the embedding was set to.
 
     Raises
     ------
     ValueError
-        A model without `cell_embedding`; a tokenizer that does not fit; too many components; fewer than two cells; no
-        such column, or cells without a batch.
+        The model has no `cell_embedding`; the tokenizer does not fit; there are too many components, or fewer than two
+        cells; the column is missing, or cells have no batch.
 
     Notes
     -----
-    See `fit_spectral_views`. It is deterministic. Of two cells whose files measure the same genes, the dot product of
-    either half of `[CLS]` is the cosine of their scores on the components.
+    See `fit_spectral_views`. The result is deterministic. For two cells whose files measure the same genes, the dot
+    product of either half of `[CLS]` is the cosine of their scores on the components.
     """
     embedding = cell_embedding_of(model)
     n_genes, hidden = embedding.genes.weight.shape
@@ -72,7 +72,7 @@ def initialise_from_store(
         )
     n_components = min(N_COMPONENTS, hidden // 2) if n_components is None else n_components
     if not 1 <= n_components <= hidden // 2:
-        raise ValueError(f"n_components is 1 to {hidden // 2}, half of the hidden size; got {n_components}.")
+        raise ValueError(f"n_components must be 1 to {hidden // 2}, half of the hidden size; got {n_components}.")
     views = fit_views(store, tokenizer, n_components, batch_key=batch_key)
     set_views(embedding, views, model.config.initializer_range)
     return views
@@ -85,7 +85,7 @@ def fit_views(
     *,
     batch_key: str | None = None,
 ) -> SpectralViews:
-    """Find the spectral views of cells over a tokenizer's genes; parameters as in `initialise_from_store`."""
+    """Fit the spectral views of cells over a tokenizer's genes; parameters as in `initialise_from_store`."""
     batches = None if batch_key is None else _batches(cells, batch_key)
     return fit_spectral_views(count_blocks(cells, tokenizer), n_components, batches=batches)
 
@@ -113,12 +113,12 @@ def set_views(embedding: CellEmbedding, views: SpectralViews, scale: float) -> N
     Parameters
     ----------
     embedding : CellEmbedding
-        Of as many genes.
+        With the same number of genes.
     views : SpectralViews
-        Of which half of the hidden size is taken, the leading axes, where there are more.
+        Views, of which at most hidden size / 2 leading axes are used.
     scale : float
         Root mean square of the embeddings of the chosen genes. `[CLS]` does not depend on it, since its halves are
-        scaled; an optimiser's steps do.
+        scaled, but the steps of an optimiser do.
     """
     statistics, weight = embedding.statistics, embedding.genes.weight
     statistics.shares.copy_(torch.from_numpy(views.shares))
@@ -137,20 +137,20 @@ def set_views(embedding: CellEmbedding, views: SpectralViews, scale: float) -> N
 def count_blocks(
     cells: CellStore | AnnData, tokenizer: GeneTokenizer, progress: bool = True
 ) -> Callable[[], Iterator[sparse.csr_array]]:
-    """Make a function that reads cells over a tokenizer's genes, some thousands at a time.
+    """Return a function that reads cells over a tokenizer's genes, in blocks of some thousands.
 
     Parameters
     ----------
     cells : CellStore or AnnData
     tokenizer : GeneTokenizer
-        Says which gene each column is; columns of one gene are summed, others left out.
+        Maps columns to genes; columns of one gene are summed, unknown ones left out.
     progress : bool, default: True
-        Show a bar per pass.
+        Show a progress bar for each pass.
 
     Returns
     -------
     callable
-        Gives an iterator over csr_array (n, n_genes).
+        Returns an iterator over csr_array (n, n_genes).
     """
     if isinstance(cells, CellStore):
         n_cells, genes = len(cells), cells.genes
@@ -171,7 +171,7 @@ def count_blocks(
     known = np.flatnonzero(found >= 0)
     if not len(known):
         sample = ", ".join(genes.gene_ids[:3])
-        raise ValueError(f"None of the genes of the cells is known to the tokenizer; they are like {sample}.")
+        raise ValueError(f"The tokenizer knows none of the genes of the cells, such as {sample}.")
     to_genes = sparse.csr_array((np.ones(len(known)), (known, found[known])), shape=(len(found), len(tokenizer.genes)))
 
     same = np.array_equal(found, np.arange(len(tokenizer.genes)))
@@ -187,19 +187,19 @@ def count_blocks(
 
 
 def _batches(cells: CellStore | AnnData, key: str) -> np.ndarray:
-    """Read the batch of each cell: int array (n_cells,), from 0.
+    """Return the batch of each cell: int array (n_cells,), numbered from 0.
 
     Raises
     ------
     ValueError
-        No such column, or cells without a batch.
+        The column is missing, or cells have no batch.
     """
     obs = cells.obs
     if key not in obs:
-        raise ValueError(f"No obs column {key!r}; there are {', '.join(map(str, obs.columns)) or 'none'}.")
+        raise ValueError(f"No obs column {key!r}; columns are {', '.join(map(str, obs.columns)) or 'none'}.")
     codes, _ = pd.factorize(obs[key])
     if (codes < 0).any():
-        raise ValueError(f"{(codes < 0).sum()} cells have no {key!r}: leave them out, or fill the column.")
+        raise ValueError(f"{(codes < 0).sum()} cells have no {key!r}: remove them, or fill it in.")
     return codes
 
 

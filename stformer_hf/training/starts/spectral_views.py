@@ -12,15 +12,15 @@ from scipy.sparse.linalg import eigsh
 from ...models.gene_bert.whole_cell import OVERDISPERSION
 
 N_VARIABLE_GENES = 2000
-_MIN_CELLS = 3  # a gene of fewer cells is not variable: it tells of these alone
+_MIN_CELLS = 3  # a gene in fewer cells is not variable
 _N_BINS = 20  # of mean expression, as scanpy.pp.highly_variable_genes has
 _ENTRIES = 1 << 23  # of a dense block: 32 MB in float32
-_DENSE_EIGH = 500  # up to so many genes all eigenvectors are computed
+_DENSE_EIGH = 500  # up to this many genes, all eigenvectors are computed
 
 
 @dataclass
 class SpectralViews:
-    """What two views of cells are made of.
+    """Parameters of two spectral views of cells.
 
     Attributes
     ----------
@@ -33,7 +33,7 @@ class SpectralViews:
     loadings : list of float64 array (n_genes, k)
         Principal axes of the log values, and of the residuals, by descending variance; 0 for genes not chosen.
     variances : list of float64 array (k,)
-        Of the cells along them.
+        Variance of the cells along each axis.
     """
 
     shares: np.ndarray
@@ -43,9 +43,9 @@ class SpectralViews:
     variances: list[np.ndarray]
 
     def transform(self, counts: sparse.csr_array) -> list[np.ndarray]:
-        """Project cells on the axes of both views, neither scaled: two float64 arrays (n, k).
+        """Project cells on the axes of both views, without scaling: two float64 arrays (n, k).
 
-        The numbers are those of `CellEmbedding.view_sums` for a model that starts at these views, where all genes are
+        The values equal those of `CellEmbedding.view_sums` for a model that starts at these views, if all genes are
         measured and none is hidden.
         """
         scores = [[], []]
@@ -70,18 +70,18 @@ def fit_spectral_views(
     batches: np.ndarray | None = None,
     n_variable: int = N_VARIABLE_GENES,
 ) -> SpectralViews:
-    """Find the principal components of both views, block by block.
+    """Fit the principal components of both views, block by block.
 
     Parameters
     ----------
     blocks : callable
-        Gives the cells, a CSR array (n, n_genes) of counts at a time, the same ones at each of three calls.
+        Returns an iterator over CSR arrays (n, n_genes) of counts, the same at each of three calls.
     n_components : int
-        Of each view, at most; there are no more than variable genes, nor than cells - 1.
+        Maximum number of components per view; limited by the variable genes and by the number of cells - 1.
     batches : int array (n_cells,), optional
         Batch of each cell, 0 to n_batches - 1: the components are those of the variance within batches.
     n_variable : int, default: 2000
-        Genes of each view.
+        Number of genes of each view.
 
     Returns
     -------
@@ -90,22 +90,23 @@ def fit_spectral_views(
     Raises
     ------
     ValueError
-        Fewer than two cells with counts.
+        There are fewer than two cells with counts.
 
     Notes
     -----
-    Log values are ln(1 + 10,000 x / total); their genes are chosen by normalised dispersion, as
-    `scanpy.pp.highly_variable_genes(flavor="seurat")` chooses them (Satija et al. 2015). Residuals: Lause, Berens and
-    Kobak 2021, theta = 100, clipped at the square root of the number of cells; their genes are those of the largest
-    residual variance. Genes in fewer than 3 cells are in neither.
+    Log values are ln(1 + 10,000 x / total); their genes are chosen by normalised dispersion, as in
+    `scanpy.pp.highly_variable_genes(flavor="seurat")` (Satija et al. 2015). Residuals follow Lause, Berens and Kobak
+    2021, with theta = 100, clipped at the square root of the number of cells; their genes are those with the largest
+    residual variance. Genes in fewer than 3 cells are in neither view.
 
-    Three passes: sums of the genes; variances of the residuals; covariances of the chosen genes, (2000, 2000), whose
-    eigenvectors are exact. Memory is that of a block and of the covariances, whatever the number of cells.
+    Three passes over the cells compute the sums of the genes, the variances of the residuals, and the covariances
+    (2000, 2000) of the chosen genes, whose eigenvectors are exact. Memory is that of a block and of the covariances,
+    whatever the number of cells.
     """
     sums = _sum_genes(blocks())
     n_cells = int(sums["n_cells"])
     if n_cells < 2:
-        raise ValueError(f"A spectral start needs two cells with counts, and there are {n_cells}.")
+        raise ValueError(f"A spectral start needs at least two cells with counts, got {n_cells}.")
     shares = sums["counts"] / sums["counts"].sum()
     often = sums["expressed"] >= min(_MIN_CELLS, n_cells)
     means = np.zeros((2, len(shares)))
@@ -126,7 +127,7 @@ def fit_spectral_views(
 
 
 def log_values(counts: sparse.csr_array, genes: np.ndarray | None = None) -> sparse.csr_array:
-    """Compute ln(1 + 10,000 x / total of the cell), float64 (n, n_genes), or (n, k) of some genes only."""
+    """Compute ln(1 + 10,000 x / total of the cell): float64 (n, n_genes), or (n, k) for some genes only."""
     totals = np.maximum(counts.sum(axis=1), 1e-12)
     if genes is not None:
         counts = counts[:, genes]
@@ -143,13 +144,13 @@ def pearson_residuals(
     Parameters
     ----------
     counts : csr_array (n, n_genes)
-        Of all genes: the totals are theirs.
+        Counts of all genes, from which the totals are computed.
     shares : float array (n_genes,)
-        Of each gene in all counts.
+        Share of each gene in all counts.
     n_cells : int
-        Number of cells that the shares are of.
+        Number of cells from which the shares were computed.
     genes : int array (k,), optional
-        Of these genes only.
+        Compute the residuals of these genes only.
 
     Returns
     -------
@@ -158,7 +159,7 @@ def pearson_residuals(
     totals = counts.sum(axis=1, dtype=np.float64)
     if genes is not None:
         counts, shares = counts[:, genes], shares[genes]
-    with np.errstate(divide="ignore"):  # of no total, or no share: mu is 0, and so is the residual
+    with np.errstate(divide="ignore"):  # a zero total or share means mu = 0, and a residual of 0
         residuals = np.multiply.outer((1 / totals).astype(np.float32), (1 / shares).astype(np.float32))
     residuals += np.float32(1 / OVERDISPERSION)
     np.sqrt(residuals, out=residuals)
@@ -174,14 +175,14 @@ def pearson_residuals(
 
 
 def _cut(counts: sparse.csr_array) -> Iterator[sparse.csr_array]:
-    """Cut cells into blocks that may be made dense."""
+    """Split cells into blocks that are small enough to be dense."""
     step = max(_ENTRIES // max(counts.shape[1], 1), 1)
     for start in range(0, counts.shape[0], step):
         yield counts[start : start + step]
 
 
 def _sum_genes(blocks: Iterable[sparse.csr_array]) -> dict[str, np.ndarray]:
-    """Sum over cells, by gene: counts, cells that express it, log values, scaled counts and their squares."""
+    """Sum over cells for each gene: counts, expressing cells, log values, scaled counts and their squares."""
     sums: dict[str, np.ndarray] = {}
     for block in blocks:
         totals = block.sum(axis=1, dtype=np.float64)
@@ -209,12 +210,12 @@ def _dispersion(sums: dict[str, np.ndarray], n_cells: int, often: np.ndarray) ->
             of = dispersion[inside]
             found[inside] = (of - of.mean()) / max(of.std(ddof=1), 1e-12)
         else:
-            found[inside] = 1.0  # a gene alone in its bin is kept before half of the others
+            found[inside] = 1.0  # a gene alone in its bin ranks one standard deviation above the mean
     return found
 
 
 def _largest(values: np.ndarray, often: np.ndarray, n: int) -> np.ndarray:
-    """Choose the n genes of the largest values, of equal ones the first: int64 array, ascending."""
+    """Return the n genes with the largest values, the first of equal ones: int64 array, ascending."""
     order = np.argsort(-np.where(often, values, -np.inf), kind="stable")
     return np.sort(order[: min(n, np.count_nonzero(often))])
 
@@ -241,7 +242,7 @@ def _covariances(
     chosen: list[np.ndarray],
     batches: np.ndarray | None,
 ) -> list[np.ndarray]:
-    """Compute the covariances of the chosen genes of both views, within batches: float64 (k, k), each."""
+    """Compute the covariances of the chosen genes of both views, within batches: a float64 (k, k) for each."""
     n_batches = 1 if batches is None else int(batches.max()) + 1
     products = [np.zeros((len(genes), len(genes))) for genes in chosen]
     sums = [np.zeros((n_batches, len(genes))) for genes in chosen]
@@ -273,7 +274,7 @@ def _with_counts(block: sparse.csr_array) -> sparse.csr_array:
 
 
 def _leading(covariance: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Find the k largest eigenvalues, descending, and eigenvectors, whose largest entries are positive."""
+    """Compute the k largest eigenvalues, descending, and eigenvectors, whose largest entries are positive."""
     n = len(covariance)
     if n <= _DENSE_EIGH or k > n // 4:
         values, vectors = linalg.eigh(covariance, subset_by_index=[n - k, n - 1])

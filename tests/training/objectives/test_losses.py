@@ -114,10 +114,10 @@ def test_decoding_predicts_the_counts_of_the_other_view_from_its_total(packed):
 def test_objectives_are_checked():
     assert check_objectives(None) == {"mlm": 1.0}
     assert check_objectives({"decode": 2, "mlm": 0}) == {"decode": 2.0}
-    with pytest.raises(ValueError, match="Unknown objective 'contrst'; there are mlm, contrast"):
+    with pytest.raises(ValueError, match="Unknown objective 'contrst'; valid ones are mlm, contrast"):
         check_objectives({"contrst": 1.0})
     for wrong in (-1.0, float("nan"), float("inf"), "1", True):
         with pytest.raises(ValueError, match="0 or more; got contrast"):
             check_objectives({"contrast": wrong})
-    with pytest.raises(ValueError, match="no objective of a weight above 0"):
+    with pytest.raises(ValueError, match="No objective has a weight above 0"):
         check_objectives({"mlm": 0})

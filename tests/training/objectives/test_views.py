@@ -176,7 +176,7 @@ def test_twins_and_sources(tmp_path):
     by_type = make_collator(tokenizer, "thinning", batch_key="cell_type")(store.__getitems__(rows))
     codes = adata.obs["cell_type"].cat.codes.to_numpy()[rows]
     assert by_type["sources"].tolist() == codes.tolist() == sources_of(store.select(rows), "cell_type").tolist()
-    with pytest.raises(ValueError, match="'donor' is no categorical obs column of the store; there are cell_type"):
+    with pytest.raises(ValueError, match="'donor' is not a categorical obs column of the store; those are cell_type"):
         sources_of(store, "donor")
 
 

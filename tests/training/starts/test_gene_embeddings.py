@@ -86,9 +86,9 @@ def test_wide_tables_keep_their_distances_and_narrow_ones_leave_the_rest():
 
 def test_what_is_wrong_is_told(tmp_path):
     model, tokenizer = model_of("binned")
-    with pytest.raises(ValueError, match="None of the 2 genes of the embeddings, such as x, y, is the tokenizer's"):
+    with pytest.raises(ValueError, match="The tokenizer knows none of the 2 genes of the embeddings, such as x, y;"):
         load_gene_embeddings(model, tokenizer, {"x": np.ones(4), "y": np.ones(4)})
-    with pytest.raises(ValueError, match=r"one length; there are \[3, 4\]"):
+    with pytest.raises(ValueError, match=r"the same length; found \[3, 4\]"):
         load_gene_embeddings(model, tokenizer, {GENES[0]: np.ones(4), GENES[1]: np.ones(3)})
     with pytest.raises(ValueError, match="1 values that are NaN"):
         load_gene_embeddings(model, tokenizer, {GENES[0]: [1.0, np.nan, 0.0, 0.0]})

@@ -70,7 +70,7 @@ def test_folds_keep_groups_together_and_shares_of_classes():
         seen[repeat, held_out] += 1
         assert np.ptp(np.bincount(labels[held_out], minlength=3)) <= 1
     assert (seen == 1).all()
-    with pytest.raises(ValueError, match="two of them, and there is 1"):
+    with pytest.raises(ValueError, match="at least two groups, got 1"):
         inner_folds(problem, labels, np.zeros(120), 0)
 
 

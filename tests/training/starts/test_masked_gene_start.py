@@ -288,7 +288,7 @@ def test_what_cannot_be_started_is_refused(cells, tmp_path):
     tokens = tokenizer.encode_cells(cells.__getitems__([1, 2]))
     rows = [tokens.input_ids[a:b].tolist() for a, b in itertools.pairwise(tokens.indptr)]
     dataset = Dataset.from_dict({"input_ids": rows, "token_type_ids": [[1] * len(row) for row in rows]})
-    with pytest.raises(ValueError, match="give a CellStore"):
+    with pytest.raises(ValueError, match="pass a CellStore"):
         start_rank_model(make_model(tokenizer), tokenizer, dataset)
     adata = make_adata()
     adata.X = adata.X * 0.5

@@ -189,13 +189,13 @@ def test_what_cannot_be_raises(cells):
         initialise_from_store(model, plain, store)
     with pytest.raises(ValueError, match="has no cell embedding"):
         initialise_from_store(make_model(plain), plain, store)
-    with pytest.raises(ValueError, match="n_components is 1 to 64"):
+    with pytest.raises(ValueError, match="n_components must be 1 to 64"):
         initialise_from_store(model, tokenizer, store, n_components=65)
     with pytest.raises(ValueError, match="No obs column 'donor'; there are batch"):
         initialise_from_store(model, tokenizer, store, batch_key="donor")
-    with pytest.raises(ValueError, match="needs two cells with counts, and there are 1"):
+    with pytest.raises(ValueError, match="needs at least two cells with counts, got 1"):
         initialise_from_store(model, tokenizer, store.select([0, 4]))
-    with pytest.raises(ValueError, match="None of the genes of the cells is known"):
+    with pytest.raises(ValueError, match="knows none of the genes of the cells"):
         initialise_from_store(model, GeneTokenizer([f"g{i}" for i in range(60)], whole_cell=True), store)
 
 

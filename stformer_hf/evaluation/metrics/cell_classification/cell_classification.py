@@ -12,11 +12,11 @@ _INPUTS = """
 Args:
     predictions (list of int): predicted class of each cell.
     references (list of int): true class of each cell; -100 where there is none.
-    labels (list of int, optional): classes to average over; those that are true or predicted by default.
+    labels (list of int, optional): classes to average over; by default those among true or predicted ones.
 
 Returns:
-    accuracy, macro_precision, macro_recall, macro_f1: floats from 0 to 1; NaN without any true class. A class never
-    predicted has the precision 0.
+    accuracy, macro_precision, macro_recall, macro_f1: floats from 0 to 1; NaN without any true class. A class that is
+    never predicted has a precision of 0.
 """
 
 

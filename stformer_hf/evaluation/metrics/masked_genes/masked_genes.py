@@ -15,7 +15,7 @@ Args:
 
 Returns:
     nll: mean over the positions with a true token, in nats; NaN without any.
-    accuracy: share of them predicted right.
+    accuracy: share of correct predictions among them.
     perplexity: exp(nll).
     n_masked: their number.
 """
