@@ -14,7 +14,8 @@ from anndata import AnnData
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..genes.text_files import naming
-from ..sources.formats import Layer, find_layers, is_source
+from ..sources.formats import find_layers, is_source
+from ..sources.registry import Layer
 from ..store.cell_store import CellStore
 from .transforms import Transform, check_transform
 
@@ -30,7 +31,7 @@ class AnnDataset(Dataset):
     Parameters
     ----------
     adata_or_path : AnnData, MuData, SpatialData, str or Path
-        An AnnData in memory or backed, a view of either, or a file of one of the `formats.FORMATS`, such as `.h5ad`.
+        An AnnData in memory or backed, a view of either, or a file of a known format, such as `.h5ad`.
         In a MuData the modality of genes, in a SpatialData its table.
     layer : str, default: "X"
         `X` as it is, whatever its values and the types of its features; `raw`, or the name of a layer; in a MuData or

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..sources.formats import find_format, find_layers
+from ..sources.formats import find_layers
+from ..sources.registry import find_format
 from ..store.cell_store import CellStore
 from ..store.writer import ROWS_PER_BATCH
 

@@ -16,8 +16,10 @@ from scipy import sparse
 from ..genes.gene_table import GeneTable
 from ..genes.text_files import naming
 from ..models.gene_bert.cell_counts import NO_COUNTS, check_counts, choose_counts
-from .formats import Layer, StoredCells, find_layers
+from .formats import find_layers
 from .matrices import Matrix
+from .registry import Layer
+from .stored_cells import StoredCells
 
 if TYPE_CHECKING:
     from mudata import MuData
@@ -146,7 +148,7 @@ def open_source(
     Parameters
     ----------
     source : AnnData, MuData, SpatialData, CellStore, str or Path
-        An AnnData in memory or backed, a MuData, a SpatialData, a store, or a file of one of the `formats.FORMATS`.
+        An AnnData in memory or backed, a MuData, a SpatialData, a store, or a file of one of the `registry.FORMATS`.
     layer : str, optional
         Where the counts are: `X`, `raw`, or the name of a layer; for 10x files also a feature type (such as
         `Antibody Capture`) or, if there are multiple, a genome; for MuData and SpatialData also the modality or

@@ -12,7 +12,8 @@ from anndata.io import read_elem, read_h5ad, read_zarr
 
 from ..genes.text_files import naming
 from ..models.gene_bert.cell_tables import CellTable, find_table, is_spatialdata
-from .formats import Tables, local_path, read_layers
+from .anndata_files import Tables
+from .formats import local_path, read_layers
 
 if TYPE_CHECKING:
     from mudata import MuData

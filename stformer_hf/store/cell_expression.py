@@ -8,7 +8,7 @@ import numpy as np
 from anndata import AnnData
 from scipy import sparse
 
-from ..sources.formats import anndata_layers
+from ..sources.anndata_files import anndata_layers
 from ..sources.matrices import Matrix
 from .cell_store import CellStore
 

@@ -19,8 +19,10 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 from ..genes.gene_table import GeneTable
-from ..sources.formats import Layer, is_source, reads, store_layers
+from ..sources.formats import is_source
+from ..sources.registry import Layer, reads
 from ..sources.same_cells import find_twins_of_store, join_groups
+from ..sources.stored_cells import store_layers
 from .arrow_rows import ArrowRows
 from .cell_batch import Cell, CellBatch
 from .join import join_stores

@@ -12,8 +12,9 @@ from tqdm.auto import tqdm
 
 from ..genes.statistics import MAX_MEMORY, GeneStatistics
 from ..genes.unite import unite
-from ..sources.formats import StoredCells, expand, is_source
+from ..sources.formats import expand, is_source
 from ..sources.open_source import open_source
+from ..sources.stored_cells import StoredCells
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..sources.formats import StoredCells
+from ..sources.stored_cells import StoredCells
 from .replacing import STORE, check_free, recover, written_at
 from .shards import RowFormat, checksum, has_types, rewrite, widest
 from .writer import write_manifest

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from ..sources.formats import StoredCells
+from ..sources.stored_cells import StoredCells
 from .replacing import Contents, check_free, recover, written_at
 from .shards import checksum, gene_type, read_batches, told_when_full, write_json
 from .writer import prepare, process_pool, write_dataset_files

@@ -24,11 +24,12 @@ from tqdm.auto import tqdm
 
 from ..genes.gene_table import GeneTable
 from ..genes.unite import FATES, UnitedGenes, unite
-from ..sources.formats import StoredCells, expand
+from ..sources.formats import expand
 from ..sources.matrices import MemoryMatrix
 from ..sources.obs_columns import ObsColumns, unite_obs
 from ..sources.open_source import Source, open_source
 from ..sources.same_cells import SameCells, check_names, describe, row_totals
+from ..sources.stored_cells import StoredCells
 from .replacing import STORE, check_free, recover, written_at
 from .shards import (
     COUNT_TYPES,

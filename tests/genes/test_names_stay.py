@@ -10,8 +10,8 @@ from scipy import io, sparse
 
 from stformer_hf import CellStore, GeneBertConfig, GeneBertModel, GeneTable, GeneTokenizer, load_gene_embeddings
 from stformer_hf.genes.aliases import read_aliases
-from stformer_hf.sources.formats import _read_features
 from stformer_hf.sources.open_source import open_source
+from stformer_hf.sources.tenx_files import _read_features
 
 LIKE_OTHERS = (
     "MARCH1 SEPT2 DEC1 1-Mar 2-Sep 2001-03-01 inf -inf Infinity 1e5 1E10 2310009E13 TRUE false 007 1.0 0x10 1_000 +5 "

@@ -17,9 +17,10 @@ from conftest import make_adata
 from scipy import io, sparse
 
 from stformer_hf import CellStore
-from stformer_hf.sources import formats, matrices, row_buckets
-from stformer_hf.sources.formats import FORMATS, expand, find_format, reads
+from stformer_hf.sources import matrices, row_buckets, tenx_files
+from stformer_hf.sources.formats import expand
 from stformer_hf.sources.open_source import open_source
+from stformer_hf.sources.registry import FORMATS, find_format, reads
 
 
 def read(source, rows=7) -> np.ndarray:
@@ -233,14 +234,14 @@ def write_mtx_folder(folder, adata, features=None):
 def test_lines_of_features_may_have_any_number_of_fields(tmp_path):
     file = tmp_path / "features.tsv"
     file.write_text('g1\ng2\tS2\tGene Expression\tchr1\t5\ng3\tS3\n\ng4\t"4\t\n')
-    genes = formats._read_features(file)
+    genes = tenx_files._read_features(file)
     assert genes.index.tolist() == ["g1", "g2", "g3", "g4"]
     assert genes["gene_symbol"].tolist() == ["", "S2", "S3", '"4']
     assert genes["feature_type"].tolist() == ["", "Gene Expression", "", ""]
     file.write_text("g1\tS1\t\ng2\n")
-    assert list(formats._read_features(file)) == ["gene_symbol"]  # a third column that is empty is none
+    assert list(tenx_files._read_features(file)) == ["gene_symbol"]  # a third column that is empty is none
     file.write_text("g1\ng2\n")
-    assert formats._read_features(file).shape == (2, 0)
+    assert tenx_files._read_features(file).shape == (2, 0)
 
 
 def test_tables_that_do_not_fit_an_mtx_say_why(tmp_path):
@@ -326,7 +327,7 @@ def test_a_new_format_is_one_function(tmp_path, adata):
 
     @reads("npz", lambda path: path.suffix == ".npz")
     def read_npz(path):
-        from stformer_hf.sources.formats import anndata_layers
+        from stformer_hf.sources.anndata_files import anndata_layers
 
         return anndata_layers(AnnData(sparse.load_npz(path), var=adata.var))
 

@@ -15,8 +15,9 @@ from conftest import make_adata
 from scipy import io, sparse
 
 from stformer_hf import AnnDataset, CellStore
-from stformer_hf.sources.formats import expand, find_format, read_layers
+from stformer_hf.sources.formats import expand, read_layers
 from stformer_hf.sources.open_source import open_source
+from stformer_hf.sources.registry import find_format
 
 
 @pytest.fixture

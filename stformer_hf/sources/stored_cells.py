@@ -1,0 +1,78 @@
+"""A `CellStore` as a source of counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from ..genes.gene_table import GeneTable
+from .matrices import Matrix
+from .registry import Layer
+
+
+class StoredCells(Protocol):
+    """The part of `CellStore`'s interface that other modules use. The store registers its own format."""
+
+    path: Path
+    manifest: dict[str, Any]
+    genes: GeneTable
+    gene_ids: np.ndarray
+    obs: pd.DataFrame
+    obs_names: np.ndarray
+    categories: dict[str, list[str]]
+    dataset: Any
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, index: Sequence[int]) -> Any:
+        """Return a `CellBatch` of cells."""
+
+    def rows(self, index: Any) -> sparse.csr_array:
+        """Return the counts of cells, (n_cells, n_genes)."""
+
+    def neighbors(self, index: Any) -> sparse.csr_array:
+        """Return the weights of the neighbours of cells, (n_cells, len(self))."""
+
+    def must_be_unchanged(self) -> None:
+        """Raise a RuntimeError if the store was replaced since it was opened."""
+
+
+def store_layers(store: StoredCells) -> list[Layer]:
+    """Return the layers of a `CellStore`, or of a selection of one."""
+    return [Layer("X", StoreMatrix(store), lambda: store.genes, lambda: store.obs, lambda key: NeighborMatrix(store))]
+
+
+class StoreMatrix(Matrix):
+    """The counts of a `CellStore`."""
+
+    def __init__(self, store: StoredCells):
+        self._store = store
+        self.shape = (len(store), len(store.genes))
+
+    def rows(self, start: int, stop: int) -> sparse.csr_matrix:
+        """Read a range of rows."""
+        return sparse.csr_matrix(self._store.rows(slice(start, stop)))
+
+    def sample(self) -> Iterator[np.ndarray]:
+        """Return nothing, since the counts of a store were checked when it was built."""
+        yield np.ones(1, np.uint8)
+
+
+class NeighborMatrix(StoreMatrix):
+    """The neighbours of the cells of a `CellStore`."""
+
+    def __init__(self, store: StoredCells):
+        super().__init__(store)
+        self.shape = (len(store), len(store))
+
+    def rows(self, start: int, stop: int) -> sparse.csr_matrix:
+        """Read a range of rows."""
+        return sparse.csr_matrix(self._store.neighbors(slice(start, stop)))
+
+
+__all__ = ["NeighborMatrix", "StoreMatrix", "StoredCells", "store_layers"]
