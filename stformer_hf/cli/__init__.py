@@ -15,6 +15,7 @@ VERBS = {
     "tokenize": "write the tokens of a store as a Hugging Face dataset",
     "pretrain": "train a GeneBert to predict masked genes and phenotypes",
     "pretrain_neighborhood": "train a CellNeighborhood model to predict cells from their neighbours",
+    "recipes": "list or copy the recipes of pretraining, fine-tuning and search",
     "search": "search the hyperparameters of a pretraining",
     "finetune": "train a classifier of cells",
     "annotate": "label the cells of a file with a classifier",

@@ -133,7 +133,10 @@ def _parser(arguments: type, verb: str, description: str, training: dict[str, An
     for action in parser._actions:
         if action.dest in _mappings(arguments):
             action.type, action.metavar = _mapping, "{NAME: VALUE, ...}"
-    parser.add_argument("--config", help="YAML file of flags and their values; flags on the command line override it")
+    parser.add_argument(
+        "--config",
+        help="YAML file of flags and their values, or the name of a recipe; flags on the command line override it",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -154,10 +157,21 @@ def _mapping(text: str) -> dict[str, Any]:
     return value
 
 
+def recipe_files() -> dict[str, Path]:
+    """Return the recipes by name. They are in the package, or beside it in a copy of the repository."""
+    package = Path(__file__).parents[1]
+    folder = next(path for path in (package / "recipes", package.parent / "recipes") if path.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
 def _read_config(file: str) -> dict[str, Any]:
+    """Read a YAML file, or a recipe of this name if there is no such file."""
     path = Path(file)
     if not path.exists():
-        raise FileNotFoundError(f"No such file: {path}")
+        recipes = recipe_files()
+        if file not in recipes:
+            raise FileNotFoundError(f"There is no file and no recipe {file}{closest(file, recipes)}.")
+        path = recipes[file]
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:

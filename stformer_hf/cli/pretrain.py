@@ -4,10 +4,12 @@ stformer-hf pretrain --data atlas --output model --size tiny --max_steps 200
 stformer-hf pretrain --config recipes/gene_bert_tiny_cpu.yaml --data a.h5ad --output model
 stformer-hf pretrain --data a.h5ad --output model --scheme rank --model_config '{position_embedding_type: rotary}'
 accelerate launch -m stformer_hf.cli pretrain --data atlas --output model
+stformer-hf pretrain --kind neighborhood --help    # models of cells among their neighbours
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -151,10 +153,23 @@ class PretrainArguments:
 
 def main(argv: list[str]) -> None:
     """Parse and run."""
+    kind, argv = split_kind(argv)
+    if kind == "neighborhood":
+        from . import pretrain_neighborhood
+
+        return pretrain_neighborhood.main(argv)
     args, training = parse(argv, PretrainArguments, verb="pretrain", description=__doc__, training=TRAINING_DEFAULTS)
     from .runs import print_figures
 
     print_figures(args.output, run(args, training))
+
+
+def split_kind(argv: list[str]) -> tuple[str, list[str]]:
+    """Return `--kind`, "cells" by default, and the other arguments: each kind of model has flags of its own."""
+    parser = argparse.ArgumentParser(prog="stformer-hf pretrain", add_help=False, allow_abbrev=False)
+    parser.add_argument("--kind", choices=("cells", "neighborhood"), default="cells")
+    known, rest = parser.parse_known_args(argv)
+    return known.kind, rest
 
 
 class PretrainRun(NamedTuple):

@@ -199,3 +199,36 @@ def test_two_processes_train_one_model(file, tmp_path):
     state = json.loads((output / "trainer_state.json").read_text())
     assert state["global_step"] == 2
     assert (output / "store" / "manifest.json").exists() and (output / "model.safetensors").exists()
+
+
+def test_recipes_are_listed_found_by_name_and_copied(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.split("\n\n")[0].splitlines()]
+    assert listed == sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    argv = ["--data", "x", "--output", "y", "--seed", "3"]
+    read = {"verb": "pretrain", "description": "", "training": pretrain.TRAINING_DEFAULTS}
+    by_name = parse(["--config", "cell_tiny_cpu", *argv], pretrain.PretrainArguments, **read)
+    by_path = parse(["--config", str(FOLDER / "cell_tiny_cpu.yaml"), *argv], pretrain.PretrainArguments, **read)
+    assert by_name == by_path
+    with pytest.raises(FileNotFoundError, match="no file and no recipe cell_tiny; the closest .* cell_tiny_cpu"):
+        parse(["--config", "cell_tiny", *argv], pretrain.PretrainArguments, **read)
+
+    assert main(["recipes", "--copy", "cell_tiny_cpu"]) == 0
+    assert Path("cell_tiny_cpu.yaml").read_bytes() == (FOLDER / "cell_tiny_cpu.yaml").read_bytes()
+    Path("mine.yaml").write_text("mine")
+    for flags, error in ([["--output", "mine.yaml"], "exists"], [["--copy", "cel_tiny_cpu"], "no recipe"]):
+        assert main(["recipes", "--copy", "cell_tiny_cpu", *flags]) == 1
+        assert error in capsys.readouterr().err
+    assert Path("mine.yaml").read_text() == "mine"
+    assert main(["recipes", "--copy", "search_tiny", "--output", "mine.yaml", "--overwrite"]) == 0
+    assert Path("mine.yaml").read_bytes() == (FOLDER / "search_tiny.yaml").read_bytes()
+
+
+def test_the_kind_of_a_pretraining_chooses_its_flags(capsys):
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--kind", "neighborhood", "--help"])
+    assert "--patch_size" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--kind", "cells", "--help"])
+    assert "--mlm_probability" in capsys.readouterr().out

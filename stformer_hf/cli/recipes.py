@@ -1,0 +1,65 @@
+"""`stformer-hf recipes`: list the recipes that come with the package, or copy one to change it.
+
+stformer-hf recipes
+stformer-hf recipes --copy cell_tiny_cpu --output my_run.yaml
+stformer-hf pretrain --config cell_tiny_cpu --data cells.h5ad --output model
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .arguments import closest, parse, recipe_files
+
+
+@dataclass
+class RecipesArguments:
+    """Flags of `stformer-hf recipes`."""
+
+    copy: str | None = field(default=None, metadata={"help": "name of a recipe to copy"})
+    output: str | None = field(default=None, metadata={"help": "file to copy it to (default: NAME.yaml here)"})
+    overwrite: bool = field(default=False, metadata={"help": "replace the file"})
+
+
+def main(argv: list[str]) -> None:
+    """Parse and run."""
+    args, _ = parse(argv, RecipesArguments, verb="recipes", description=__doc__)
+    if args.copy is not None:
+        print(copy_recipe(args.copy, args.output, args.overwrite))
+        return
+    recipes = recipe_files()
+    width = max(map(len, recipes))
+    for name, path in recipes.items():
+        print(f"{name:<{width}}  {first_sentence(path)}")
+    print("\nstformer-hf pretrain --config NAME runs one; stformer-hf recipes --copy NAME copies one to change it.")
+
+
+def first_sentence(recipe: Path) -> str:
+    """Return the first sentence of the comment at the top of a recipe."""
+    lines = recipe.read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line.removeprefix("#").strip() for line in lines[:4] if line.startswith("#"))
+    return re.split(r"[.:] |  ", comment)[0].rstrip(".:")
+
+
+def copy_recipe(name: str, output: str | None = None, overwrite: bool = False) -> Path:
+    """Copy a recipe to a file, and return its path.
+
+    Raises
+    ------
+    ValueError
+        There is no recipe of this name.
+    FileExistsError
+        The file exists, and `overwrite` is False.
+    """
+    recipes = recipe_files()
+    if name not in recipes:
+        raise ValueError(f"There is no recipe {name!r}{closest(name, recipes)}. `stformer-hf recipes` lists them.")
+    path = Path(output or f"{name}.yaml")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists. Choose another --output, or pass --overwrite.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(recipes[name], path)
+    return path
