@@ -47,7 +47,7 @@ def test_parquet_round_trip_keeps_var_columns(tmp_path):
 
 
 def test_a_table_needs_its_columns():
-    with pytest.raises(ValueError, match="symbol missing"):
+    with pytest.raises(ValueError, match="missing: symbol"):
         GeneTable(pd.DataFrame({"gene_id": ["x"]}))
 
 

@@ -31,7 +31,7 @@ def test_the_species_is_told_by_the_prefix(prefix, species):
 
 def test_species_must_agree():
     human, mouse, symbols = table(A=ensembl(1)), table(a=ensembl(1, "ENSMUSG")), table(A="A")
-    with pytest.raises(ValueError, match="h.h5ad has human genes and m.h5ad mouse genes"):
+    with pytest.raises(ValueError, match="h.h5ad has human genes and m.h5ad has mouse genes"):
         unite([human, symbols, mouse], ["h.h5ad", "s.h5ad", "m.h5ad"])
     with pytest.raises(ValueError, match="m.h5ad has mouse genes.*but species='human'"):
         unite([mouse], ["m.h5ad"], species="human")

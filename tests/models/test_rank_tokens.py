@@ -302,7 +302,7 @@ def test_bad_settings_raise(arguments, words):
 def test_medians_of_other_genes_are_told(caplog):
     genes = [f"ENSG{i:011d}" for i in range(30)]
     symbols = {f"CD{i}": 1.0 for i in range(20)}
-    match = "None of the genes has a median. .*Ensembl ids of human. 0 of 20 medians are .*: they are for CD0, CD1"
+    match = "None of the genes has a median. .*Ensembl ids of human. 0 of 20 medians belong .*: they are for CD0, CD1"
     with pytest.raises(ValueError, match=match):
         GeneTokenizer(genes, scheme="rank", medians=symbols)
     GeneTokenizer(genes, scheme="rank", medians={**symbols, f"{genes[0]}.4": 1.0})

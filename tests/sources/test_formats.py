@@ -188,7 +188,7 @@ def test_mtx_folders(tmp_path, small_buffers, version, zipped):
         (lambda lines: [*lines[:-1], "1 one 3\n"], "is damaged"),
         (
             lambda lines: ["%%MatrixMarket matrix array integer general\n", *lines[1:]],
-            "'%%matrixmarket matrix array integer general' is not read",
+            "'%%matrixmarket matrix array integer general' is not supported",
         ),
         (lambda lines: ["hello\n", *lines[1:]], "not a Matrix Market file"),
         (lambda lines: [*lines, "1 1 3\n"], "is damaged: .* entries of"),

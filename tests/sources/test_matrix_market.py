@@ -65,7 +65,7 @@ def test_lines_of_more_numbers_raise(tmp_path, monkeypatch, lines, block):
         ("integer", "1 1 2\n0 2 7\n", "outside the matrix, such as in row 0 of 3"),
         ("integer", "1 1 2\n", "is truncated: 1 entries of 2"),
         ("integer", "1 1 2\n2 2 1\n3 2 1\n", "is damaged: 3 entries of 2"),
-        ("complex", "1 1 2 0\n3 2 7 0\n", "'%%matrixmarket matrix coordinate complex general' is not read"),
+        ("complex", "1 1 2 0\n3 2 7 0\n", "'%%matrixmarket matrix coordinate complex general' is not supported"),
     ],
 )
 def test_what_is_damaged_says_where(tmp_path, field, lines, match):
