@@ -60,10 +60,10 @@ bench: .venv/.bench
 	@echo "== running the benchmarks"
 	@$(BIN)/python -m benchmarks
 
-# Strict: a broken link, or a name of the API that is not there, fails. No network is used.
+# Strict: a broken link, or a name of the API that is not there, fails (--quiet would hide it). No network is used.
 docs: .venv/.docs
 	@echo "== building the documentation into build/site"
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/site
 
 notebooks: .venv/.docs
 	@echo "== running the notebooks into build/notebooks"
