@@ -182,10 +182,11 @@ def _first(kinds: list[np.ndarray]) -> np.ndarray:
 
 def _ids_of_one_species(kinds: list[np.ndarray]) -> np.ndarray:
     """Return each id from the first kind that has one of the first kind's species."""
-    found, species = np.full(len(kinds[0]), "", object), guess_species(kinds[0])
+    found = np.full(len(kinds[0]), "", object)
+    species = guess_species(kinds[0]) if len(kinds) > 1 else None
     for names in kinds:
         taken = (found == "") & are_ids(names)
-        if species is not None and len(kinds) > 1:
+        if species is not None:
             taken[taken] = [species_of(name) == species for name in names[taken]]
         found[taken] = names[taken]
     return found
