@@ -1,7 +1,7 @@
 """Single-cell and spatial transcriptomics encoders on stock Hugging Face objects.
 
 Importing the package registers its classes with `AutoConfig`, `AutoTokenizer` and the `AutoModel` family. The public
-names are imported at their first use:
+names are imported on first use:
 
 cells      `CellStore`, `IterableAnnDataset`, `CenterMaskSampler`, `GeneTable`, `estimate_gene_medians`
 models     `GeneTokenizer`, `GeneBertConfig`, `GeneBertModel`, `GeneBertForPhenotypicMLM`, `GeneBertForClassification`,

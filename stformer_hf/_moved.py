@@ -1,4 +1,4 @@
-"""Modules of version 0.1.0 under their old paths: importing one warns, and gives the module that took its place.
+"""Modules of version 0.1.0 under their old paths: importing one warns, and returns the new module.
 
 To be removed in version 0.3.
 """
@@ -52,7 +52,7 @@ MOVED = {
 
 
 class _MovedModules(MetaPathFinder, Loader):
-    """Finds the old paths; it is asked last, when there is no such module."""
+    """Finder of the old paths; it comes last, after all others have found nothing."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name == f"{_PACKAGE}.data":
@@ -61,15 +61,19 @@ class _MovedModules(MetaPathFinder, Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         if spec.name not in MOVED:
-            return None  # a room that is gone: an empty package
+            return None  # a package that no longer exists: left empty
         new = MOVED[spec.name]
-        warnings.warn(f"{spec.name} is {new} now, and its old path goes in version 0.3.", FutureWarning, stacklevel=2)
+        warnings.warn(
+            f"{spec.name} has moved to {new}; the old path will be removed in version 0.3.",
+            FutureWarning,
+            stacklevel=2,
+        )
         module = ModuleType(spec.name)
         module.__dict__.update({k: v for k, v in vars(importlib.import_module(new)).items() if k[:2] != "__"})
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Do nothing: the module is there already."""
+        """Do nothing: the module is already complete."""
 
 
 def register() -> None:

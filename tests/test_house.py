@@ -118,7 +118,7 @@ def test_who_opens_sources_knows_stores():
 def test_old_paths_warn_and_lead_to_the_new_modules(old):
     new = importlib.import_module(_moved.MOVED[old])
     sys.modules.pop(old, None)
-    with pytest.warns(FutureWarning, match=f"{old} is {_moved.MOVED[old]} now"):
+    with pytest.warns(FutureWarning, match=f"{old} has moved to {_moved.MOVED[old]}"):
         moved = importlib.import_module(old)
     for name in new.__all__:
         assert getattr(moved, name) is getattr(new, name)

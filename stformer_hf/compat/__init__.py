@@ -1,1 +1,1 @@
-"""The names that other systems use: SCDL, AnnDataset, PerturbGene's and STFormer's set-up and weights."""
+"""Interfaces of other systems: SCDL, AnnDataset, the set-up of STFormer, and weights of PerturbGene and Geneformer."""

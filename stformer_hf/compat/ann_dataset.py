@@ -23,25 +23,25 @@ _NUMBERS = {"boolean", "floating", "integer", "mixed-integer-float"}  # as panda
 
 
 class AnnDataset(Dataset):
-    """Cells of an AnnData, one item a cell: its row of X, dense, and its obs.
+    """Cells of an AnnData, one item per cell: its row of X, dense, and its obs.
 
-    The rows of a batch are read at once and in ascending order, and given in the order asked for, by any `DataLoader`
-    (`__getitems__`). X is given as it is: counts or not.
+    Any `DataLoader` reads the rows of a batch at once, in ascending order, and gets them in the order asked for
+    (`__getitems__`). X is returned unchanged, whether it holds counts or not.
 
     Parameters
     ----------
     adata_or_path : AnnData, MuData, SpatialData, str or Path
         An AnnData in memory or backed, a view of either, or a file of a known format, such as `.h5ad`.
-        In a MuData the modality of genes, in a SpatialData its table.
+        Of a MuData the gene modality is read, of a SpatialData its table.
     layer : str, default: "X"
-        `X` as it is, whatever its values and the types of its features; `raw`, or the name of a layer; in a MuData or
-        SpatialData also the modality or table, as `prot` or `prot:counts`.
+        `X` unchanged, whatever its values and the types of its features; `raw`, or the name of a layer; for a MuData
+        or SpatialData also the modality or table, such as `prot` or `prot:counts`.
     transform : Transform, optional
         Applied to each item.
     obs_subset : int array, boolean mask (n_obs,) or slice, optional
         The cells of the dataset, in this order; negative numbers count from the end. All by default.
     chunk_size : int, default: 6000
-        Rows that are read and made dense at a time; a larger request is read in pieces.
+        Number of rows read and made dense at a time; larger requests are read in pieces.
 
     Attributes
     ----------
@@ -53,25 +53,25 @@ class AnnDataset(Dataset):
     Raises
     ------
     TypeError
-        `transform` is no `Transform`; neither an AnnData nor a path was given.
+        `transform` is not a `Transform`; neither an AnnData nor a path is given.
     ValueError
         The layer does not exist; the file is damaged, or its format is not supported; an obs column occurs twice;
         `chunk_size` is less than 1.
     IndexError
-        `obs_subset` holds numbers beyond the cells, other things than integers, or is a mask of another length.
+        `obs_subset` holds numbers outside the cells, or values that are not integers, or is a mask of another length.
     FileNotFoundError
-        No such file.
+        The file does not exist.
 
     Notes
     -----
-    An item is `{"X": float32 tensor (n_vars,), "obs_<column>": …}`. Columns of numbers or truth values, nullable ones
-    and categories that are numbers too, are tensors () of the column's type; where integers or truth values are
-    missing, the column is float64 with NaN. All others are str, and a missing value is the empty string. Nothing done
-    to an item changes the AnnData. Obs is copied when the dataset is made; X is read whenever a cell is asked for.
+    An item is `{"X": float32 tensor (n_vars,), "obs_<column>": …}`. Columns of numbers or booleans, including nullable
+    ones and numeric categories, are tensors () of the column's type; if integers or booleans are missing, the column
+    is float64 with NaN. All other columns are str, with the empty string for missing values. Changing an item does not
+    change the AnnData. Obs is copied when the dataset is made; X is read whenever a cell is asked for.
 
-    A file is opened by each process for itself, and spawned workers are sent its path; they are sent a copy of an X
-    in memory. An X that is stored by columns is regrouped by rows once, in temporary files, when the dataset is made
-    (again in each spawned worker).
+    Each process opens a file separately, and spawned workers receive its path, or a copy of an X in memory. An X that
+    is stored by columns is regrouped by rows once, in temporary files, when the dataset is made (and again in each
+    spawned worker).
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class AnnDataset(Dataset):
         if transform is not None:
             check_transform(transform)
         if chunk_size < 1:
-            raise ValueError(f"chunk_size={chunk_size}: at least one row is read at a time.")
+            raise ValueError(f"chunk_size={chunk_size}: must be at least 1.")
         self.transform, self.chunk_size = transform, chunk_size
         self._name, found = _find_matrix(adata_or_path, layer)
         self._matrix = found.whole or found.matrix
@@ -97,12 +97,12 @@ class AnnDataset(Dataset):
         self._rows = _chosen_rows(obs_subset, len(obs))
         self._columns = _read_obs(obs, self._rows)
         self._matrix.prepare(None)
-        if self._matrix.seekable:  # the others would forget what was prepared
+        if self._matrix.seekable:  # others would lose the prepared state
             self._matrix.close()
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Cells of the dataset, genes."""
+        """Numbers of cells of the dataset, and of genes."""
         return len(self._rows), self._matrix.shape[1]
 
     def __len__(self) -> int:
@@ -132,9 +132,9 @@ class AnnDataset(Dataset):
         Raises
         ------
         TypeError
-            An index that is no integer.
+            An index is not an integer.
         IndexError
-            An index beyond the dataset.
+            An index is outside the dataset.
         """
         cells = np.array([self._position(number) for number in index], np.int64)
         values = {"X": self._read_x(self._rows[cells])}
@@ -150,13 +150,13 @@ class AnnDataset(Dataset):
         except TypeError:
             position = None
         if position is None or isinstance(index, bool):
-            raise TypeError(f"A cell is an integer, got {index!r} ({type(index).__name__}).")
+            raise TypeError(f"A cell index must be an integer, got {index!r} ({type(index).__name__}).")
         if not -len(self) <= position < len(self):
             raise IndexError(f"Cell {position} is outside the dataset of {len(self)} cells.")
         return position
 
     def _read_x(self, rows: np.ndarray) -> list[torch.Tensor]:
-        """Read rows of X in ascending order; give one float32 tensor (n_vars,) a row, in the order asked for."""
+        """Read rows of X in ascending order; return one float32 tensor (n_vars,) per row, in the order asked for."""
         found: list[Any] = [None] * len(rows)
         order = np.argsort(rows)
         for start in range(0, len(rows), self.chunk_size):
@@ -175,25 +175,25 @@ class AnnDataset(Dataset):
         return changed
 
     def get_collate_fn(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """Give the collate function, for a `DataLoader` of one's own.
+        """Return the collate function, for a custom `DataLoader`.
 
         Returns
         -------
         callable (list of dict) -> dict
-            Stacks tensors to (n, …) and lists strings. ValueError where the items differ in their keys. Can be
-            pickled.
+            Stacks tensors to (n, …) and lists strings. Raises a ValueError if the items differ in their keys. It can
+            be pickled.
         """
         return _collate
 
     def get_optimized_dataloader(self, *, seed: int | None = None, **kwargs: Any) -> DataLoader:
-        """Make a `DataLoader` of this dataset and its collate function.
+        """Make a `DataLoader` with this dataset and its collate function.
 
         Parameters
         ----------
         seed : int, optional
-            Of the shuffle: the same seed gives the same batches in each run, on any number of workers.
+            Seed of the shuffle: the same seed gives the same batches in each run, with any number of workers.
         **kwargs
-            Of `torch.utils.data.DataLoader`, such as `batch_size`, `shuffle` and `num_workers`.
+            Arguments of `torch.utils.data.DataLoader`, such as `batch_size`, `shuffle` and `num_workers`.
 
         Returns
         -------
@@ -215,32 +215,36 @@ def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     for item in items:
         if item.keys() != items[0].keys():
             differing = ", ".join(map(repr, sorted(item.keys() ^ items[0].keys())))
-            raise ValueError(f"{differing} is in some cells of a batch only: a transform must treat all cells alike.")
+            raise ValueError(
+                f"{differing} is missing in some cells of a batch: a transform must return equal keys for all cells."
+            )
     return default_collate(items)
 
 
 def _find_matrix(adata_or_path: AnnData | str | Path, wanted: str) -> tuple[str, Layer]:
-    """Give the name of a source, and a layer of it."""
+    """Return the name of a source, and one of its layers."""
     if not is_source(adata_or_path) or isinstance(adata_or_path, CellStore):
-        raise TypeError(f"An AnnDataset is made of an AnnData or a path, not {type(adata_or_path).__name__}.")
+        raise TypeError(f"An AnnDataset needs an AnnData or a path, got {type(adata_or_path).__name__}.")
     name, table, layers, layer = find_layers(adata_or_path, wanted)
     name, wanted = name + table, layer or "X"
     by_name = {layer.name: layer for layer in layers}
     parts_of_x = [layer for layer in layers if layer.whole is not None and layer.name not in ("raw", "counts")]
-    if "X" not in by_name and parts_of_x:  # of antibodies alone, say
+    if "X" not in by_name and parts_of_x:  # for example, antibodies only
         by_name["X"] = parts_of_x[0]
     if wanted not in by_name:
-        raise ValueError(f"{name} has no {wanted}; it has {', '.join(by_name) or 'no matrix'}: name one, layer=….")
+        raise ValueError(
+            f"{name} has no {wanted}; it has {', '.join(by_name) or 'no matrix'}: choose one with layer=…."
+        )
     return name, by_name[wanted]
 
 
 def _chosen_rows(obs_subset: Sequence[int] | np.ndarray | slice | None, n_obs: int) -> np.ndarray:
-    """Turn `obs_subset` into row numbers: int64 array (n,)."""
+    """Convert `obs_subset` to row numbers: int64 array (n,)."""
     if obs_subset is None or isinstance(obs_subset, slice):
         return np.arange(n_obs)[obs_subset or slice(None)]
     rows = np.asarray(obs_subset)
     if rows.ndim != 1:
-        raise IndexError(f"obs_subset is one array of row numbers, got the shape {rows.shape}.")
+        raise IndexError(f"obs_subset must be one array of row numbers, got the shape {rows.shape}.")
     if rows.dtype == bool:
         if len(rows) != n_obs:
             raise IndexError(f"The mask obs_subset has {len(rows)} values; there are {n_obs} cells.")
@@ -248,15 +252,15 @@ def _chosen_rows(obs_subset: Sequence[int] | np.ndarray | slice | None, n_obs: i
     if not len(rows):
         return np.empty(0, np.int64)
     if rows.dtype.kind not in "iu":
-        raise IndexError(f"obs_subset holds integers, or is a boolean mask or a slice; got {rows.dtype}.")
+        raise IndexError(f"obs_subset must hold integers, or be a boolean mask or a slice; got {rows.dtype}.")
     outside = rows[(rows < -n_obs) | (rows >= n_obs)]
     if len(outside):
-        raise IndexError(f"obs_subset asks for row {outside[0]}; there are {n_obs} cells.")
+        raise IndexError(f"obs_subset contains row {outside[0]}, but there are only {n_obs} cells.")
     return rows.astype(np.int64) % n_obs
 
 
 def _read_obs(obs: pd.DataFrame, rows: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
-    """Give for each column numbers (n,) and None; or codes (n,), and their strings (n_labels + 1,), "" the last.
+    """Return for each column numbers (n,) and None; or codes (n,), and their strings (n_labels + 1,), the last one "".
 
     The type of a column is that of all its rows, so that training and test subsets agree.
     """
@@ -286,11 +290,11 @@ def _read_column(column: pd.Series) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def _as_numbers(column: pd.Series) -> np.ndarray | None:
-    """Give numbers or truth values as torch takes them, NaN where missing; None where the column holds others."""
+    """Return numbers or booleans in a type of torch, with NaN if missing; None if the column holds other values."""
     if pd.api.types.infer_dtype(column, skipna=True) not in _NUMBERS:
         return None
     values = column.to_numpy()
-    if values.dtype == object:  # integers and booleans of which some are missing, or Python's own
+    if values.dtype == object:  # integers and booleans with missing values, or Python objects
         missing = column.isna().any()
         values = column.to_numpy(np.float64, na_value=np.nan) if missing else np.array(column.tolist())
     if values.dtype.kind not in "biuf":  # integers too large for any type

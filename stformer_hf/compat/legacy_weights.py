@@ -1,4 +1,4 @@
-"""Weights of older systems: PerturbGene's loaded into GeneBert, Geneformer's into a stock BERT with its tokenizer."""
+"""Load weights of other systems: PerturbGene's into GeneBert, Geneformer's into a stock BERT with its tokenizer."""
 
 import os
 import re
@@ -20,9 +20,9 @@ from ..models.gene_bert.modeling_gene_bert import (
 )
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 
-# What may stand before the names of the encoder's weights. PerturbGene's heads call it `distilbert`, as DistilBERT's.
+# Possible prefixes of the encoder's weights. PerturbGene's heads use `distilbert`, as DistilBERT does.
 _PREFIXES = ("distilbert.", "gene_bert.", "bert.")
-# Beginnings of names: here, and in PerturbGene. Its blocks and its MLM head are DistilBERT's.
+# Prefixes of names here, and in PerturbGene. Its blocks and its MLM head are DistilBERT's.
 _NAMES = {
     "layers.": "transformer.layer.",
     "mlm_head.transform.": "vocab_transform.",
@@ -32,7 +32,7 @@ _NAMES = {
 _LAYER = re.compile(r"transformer\.layer\.(\d+)\.")
 _WORDS = "embeddings.word_embeddings.weight"
 _DECODER = "vocab_projector.weight"
-# Which axis of which weight tells a field of the configuration.
+# The weight and axis that determine a field of the configuration.
 _SIZES = {
     "vocab_size": (_WORDS, 0),
     "type_vocab_size": ("embeddings.token_type_embeddings.weight", 0),
@@ -48,28 +48,28 @@ _SIZES = {
 def convert_perturbgene_checkpoint(
     checkpoint: Mapping[str, torch.Tensor] | str | os.PathLike, config: GeneBertConfig
 ) -> GeneBertModel | GeneBertForPhenotypicMLM | GeneBertForClassification:
-    """Load weights of PerturbGene into the GeneBert model that gives the same outputs.
+    """Load weights of PerturbGene into a GeneBert model with the same outputs.
 
     Parameters
     ----------
     checkpoint : dict of str to Tensor, or path
-        State dict; a `.safetensors` file, or one of `torch.save` (of which only tensors are loaded); or the folder of
-        a checkpoint. The encoder's names may begin with `distilbert.`, `gene_bert.`, `bert.`, or none of these.
+        State dict; a `.safetensors` file, or one of `torch.save` (from which only tensors are loaded); or the folder
+        of a checkpoint. Names of the encoder may begin with `distilbert.`, `gene_bert.`, `bert.`, or none of these.
     config : GeneBertConfig
-        As `GeneBertConfig.from_tokenizer` gives it for a `GeneTokenizer.from_perturbgene`; it stays as it is.
-        The weights do not tell `num_attention_heads`, nor `num_labels` of a model without a classifier.
+        Configuration from `GeneBertConfig.from_tokenizer` for a `GeneTokenizer.from_perturbgene`; it is not changed.
+        The weights do not determine `num_attention_heads`, nor `num_labels` of a model without a classifier.
 
     Returns
     -------
     GeneBertForPhenotypicMLM, GeneBertForClassification or GeneBertModel
-        Of the head that the checkpoint has, or of none; in evaluation mode. To fine-tune it under another head, save
-        it, and load it with that head's class. PerturbGene does not tie its MLM head to the embedding: where the two
-        differ, `tie_word_embeddings` of the model's configuration is False.
+        Model with the head of the checkpoint, if any; in evaluation mode. To fine-tune it with another head, save it,
+        and load it with that head's class. PerturbGene does not tie its MLM head to the embedding: if the two differ,
+        `tie_word_embeddings` of the model's configuration is set to False.
 
     Raises
     ------
     ValueError
-        Weights that are missing, left over, or of other shapes than the configuration gives; two heads; a file that
+        Weights are missing, unexpected, or have other shapes than the configuration; there are two heads; the file
         holds anything but tensors.
 
     Examples
@@ -80,7 +80,7 @@ def convert_perturbgene_checkpoint(
 
     Notes
     -----
-    PerturbGene: embeddings of its own (`PositionlessEmbeddings`), then DistilBERT's blocks and MLM head (Sanh et al.
+    PerturbGene has its own embeddings (`PositionlessEmbeddings`), then DistilBERT's blocks and MLM head (Sanh et al.
     2019), or a classification head.
     """
     weights = _without_prefix(_read(checkpoint))
@@ -89,18 +89,18 @@ def convert_perturbgene_checkpoint(
         GeneBertForClassification: any(name.startswith(("pre_classifier.", "classifier.")) for name in weights),
     }
     if all(heads.values()):
-        raise ValueError("The checkpoint has an MLM head and a classification head; leave one of them out.")
+        raise ValueError("The checkpoint has an MLM head and a classification head; remove one of them.")
     model_class = next((of for of, found in heads.items() if found), GeneBertModel)
     config = deepcopy(config)
     if heads[GeneBertForPhenotypicMLM] and _WORDS in weights:
-        weights.setdefault(_DECODER, weights[_WORDS])  # tied weights are written once
+        weights.setdefault(_DECODER, weights[_WORDS])  # tied weights are saved once
         if config.tie_word_embeddings and not torch.equal(weights[_DECODER], weights[_WORDS]):
             config.tie_word_embeddings = False
 
     with torch.device("meta"):
         wanted = {_perturbgene_name(name): (name, of.shape) for name, of in model_class(config).state_dict().items()}
     _check_weights(weights, {name: shape for name, (_, shape) in wanted.items()}, config)
-    # Copies: the model would train the very tensors that are given.
+    # Copies, since the model would otherwise train the given tensors.
     state_dict = {wanted[name][0]: tensor.clone() for name, tensor in weights.items()}
     model = model_class.from_pretrained(None, config=config, state_dict=state_dict)
     model.config.name_or_path = ""
@@ -108,7 +108,7 @@ def convert_perturbgene_checkpoint(
 
 
 def _read(checkpoint: Mapping[str, torch.Tensor] | str | os.PathLike) -> dict[str, torch.Tensor]:
-    """Take a state dict, or read one."""
+    """Return a state dict, reading it if it is a path."""
     if isinstance(checkpoint, Mapping):
         source, weights = "The checkpoint", checkpoint
     else:
@@ -117,36 +117,36 @@ def _read(checkpoint: Mapping[str, torch.Tensor] | str | os.PathLike) -> dict[st
             files = [source / name for name in ("model.safetensors", "pytorch_model.bin")]
             source = next((file for file in files if file.exists()), None)
             if source is None:
-                raise ValueError(f"{checkpoint} holds no model.safetensors and no pytorch_model.bin.")
+                raise ValueError(f"{checkpoint} holds neither model.safetensors nor pytorch_model.bin.")
         try:
             weights = load_state_dict(source, weights_only=True)
         except FileNotFoundError:
             raise
         except Exception as error:
-            raise ValueError(f"{source} is refused: {error}") from error
+            raise ValueError(f"Cannot load {source}: {error}") from error
     if not isinstance(weights, Mapping):
-        raise ValueError(f"{source} holds a {type(weights).__name__}, and a state dict is needed.")
+        raise ValueError(f"{source} holds a {type(weights).__name__}, not a state dict.")
     others = [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]
     if others:
-        raise ValueError(f"{source} holds more than tensors by name, such as {sample(others)}: give its state dict.")
+        raise ValueError(f"{source} holds values that are not tensors, such as {sample(others)}: pass its state dict.")
     return dict(weights)
 
 
 def _without_prefix(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Cut what stands before the names of the encoder's weights."""
+    """Remove the prefixes of the encoder's weights."""
     found = {}
     for name, tensor in weights.items():
         short = name
         for prefix in _PREFIXES:
             short = short.removeprefix(prefix)
         if short in found:
-            raise ValueError(f"The checkpoint holds {short} twice, with a prefix and without or with another.")
+            raise ValueError(f"The checkpoint holds {short} twice, under different prefixes.")
         found[short] = tensor
     return found
 
 
 def _perturbgene_name(name: str) -> str:
-    """Name a weight of a GeneBert model as PerturbGene does, without prefix."""
+    """Return PerturbGene's name, without prefix, of a weight of a GeneBert model."""
     name = name.removeprefix("gene_bert.")
     for ours, theirs in _NAMES.items():
         if name.startswith(ours):
@@ -170,7 +170,7 @@ def _check_weights(
         for field, size in sizes.items()
         if getattr(config, field) != size
     ]
-    # What no weight tells.
+    # Fields that no weight determines.
     plain = {
         "position_embedding_type": "none",
         **({"classifier_pooling": "cls"} if "classifier.weight" in weights else {}),
@@ -183,14 +183,14 @@ def _check_weights(
     missing = [name for name in shapes if name not in weights]
     left_over = [name for name in weights if name not in shapes]
     reshaped = [
-        f"{name} {tuple(weights[name].shape)} in place of {tuple(shape)}"
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(shape)}"
         for name, shape in shapes.items()
         if name in weights and weights[name].shape != shape
     ]
     parts = [
         ("In the configuration, ", wrong),
         (f"{len(missing)} weights are missing: ", missing),
-        (f"{len(left_over)} weights have no place: ", left_over),
+        (f"{len(left_over)} weights are unexpected: ", left_over),
         (f"{len(reshaped)} weights have another shape: ", reshaped),
     ]
     told = [f"{what}{sample(names, 20)}." for what, names in parts if names]
@@ -208,32 +208,33 @@ def load_geneformer(
     *,
     symbols: Any = None,
 ) -> tuple[BertForMaskedLM, GeneTokenizer]:
-    """Load a model of Geneformer, or of the same form, as a stock BERT, and its tokenizer.
+    """Load a model of Geneformer, or of the same format, as a stock BERT, and its tokenizer.
 
     Parameters
     ----------
     path : str or Path
         Folder with `config.json` and weights, or a name on the Hub.
     token_dictionary : dict, or path of a .pkl, .json or vocab.txt, optional
-        Gene -> token id. By default the one `token_dictionary*.pkl`, or `vocab.txt`, in the folder or in its
-        subfolder `geneformer`.
+        Gene -> token id. By default `token_dictionary*.pkl`, or `vocab.txt`, in the folder or in its subfolder
+        `geneformer`.
     medians : GeneStatistics, dict of gene to float, or path of a .pkl or .json, optional
-        Non-zero medians. By default the one `gene_median_dictionary*.pkl` there.
+        Non-zero medians. By default `gene_median_dictionary*.pkl` in the same folders.
     symbols : dict, or path of a .pkl or .json, or GeneTable, optional
-        Symbol -> gene. By default the one `gene_name_id_dict*.pkl` there, or none.
+        Symbol -> gene. By default `gene_name_id_dict*.pkl` in the same folders, if present.
 
     Returns
     -------
     model : transformers.BertForMaskedLM
         In evaluation mode.
     tokenizer : GeneTokenizer
-        Of the rank scheme, as long as the model has positions. Its `model_input_names` are `input_ids` and
-        `attention_mask`: Geneformer has no token types.
+        Tokenizer of the rank scheme, with the model's number of positions as `max_length`. Its `model_input_names` are
+        `input_ids` and `attention_mask`: Geneformer has no token types.
 
     Raises
     ------
     ValueError
-        A model that is no BERT, or lacks weights; a dictionary of another size; no dictionary or medians, or several.
+        The model is not a BERT, or lacks weights; the dictionary has another size; there are no files of the
+        dictionary or medians, or more than one.
 
     Notes
     -----
@@ -258,8 +259,8 @@ def load_geneformer(
     )
     if len(tokenizer) != config.vocab_size:
         raise ValueError(
-            f"The token dictionary has {len(tokenizer)} ids, and the model {config.vocab_size}: it is of another "
-            "version of Geneformer. Pass token_dictionary and medians of the model's own."
+            f"The token dictionary has {len(tokenizer)} ids, but the model has {config.vocab_size}: it belongs to "
+            "another version of Geneformer. Pass the model's own token_dictionary and medians."
         )
     model, loaded = BertForMaskedLM.from_pretrained(path, output_loading_info=True)
     if loaded["missing_keys"]:
@@ -273,14 +274,14 @@ def _files(path: str | os.PathLike, pattern: str) -> list[Path]:
 
 
 def _only_file(path: str | os.PathLike, parameter: str, *patterns: str) -> Path:
-    """Find the one file of a pattern in a checkpoint's folder, the first pattern first."""
+    """Find the only file that matches a pattern in the folder of a checkpoint; the first pattern takes precedence."""
     for pattern in patterns:
         found = _files(path, pattern)
         if len(found) > 1:
-            raise ValueError(f"{path} has {len(found)} files {pattern}: choose one by {parameter}=….")
+            raise ValueError(f"{path} has {len(found)} files {pattern}: choose one with {parameter}=….")
         if found:
             return found[0]
-    raise ValueError(f"{path} has no {' and no '.join(patterns)}: pass {parameter}=….")
+    raise ValueError(f"{path} has no {' or '.join(patterns)}: pass {parameter}=….")
 
 
 __all__ = ["convert_perturbgene_checkpoint", "load_geneformer"]

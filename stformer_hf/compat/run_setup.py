@@ -1,4 +1,4 @@
-"""Before a run: seeds, folders, and the choice of a name (STFormer's helpers)."""
+"""STFormer's helpers for setting up a run: seeds, folders, and the choice of a name."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from transformers import set_seed
 
 
 def setup_environment(seed: int) -> None:
-    """Seed Python, NumPy and PyTorch, and set the environment variables that belong to it.
+    """Seed Python, NumPy and PyTorch, and set the related environment variables.
 
     Parameters
     ----------
     seed : int
-        From 0 to 2**32 - 1. Child processes get it as `PYTHONHASHSEED`; this process hashes strings as it did.
+        From 0 to 2**32 - 1. Child processes get it as `PYTHONHASHSEED`; string hashes of this process do not change.
 
     Raises
     ------
     ValueError
-        A seed outside this range.
+        The seed is outside this range.
 
     Notes
     -----
-    `TOKENIZERS_PARALLELISM` becomes "false", so that DataLoader workers can be forked, and `CUBLAS_WORKSPACE_CONFIG`
-    ":4096:8", which deterministic matrix products on CUDA need; either is left alone where it is set.
+    `TOKENIZERS_PARALLELISM` is set to "false", so that DataLoader workers can be forked, and `CUBLAS_WORKSPACE_CONFIG`
+    to ":4096:8", which deterministic matrix products on CUDA need; existing values are kept.
     """
     if not 0 <= seed < 2**32:
-        raise ValueError(f"seed is a whole number from 0 to 2**32 - 1, got {seed}.")
+        raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {seed}.")
     os.environ["PYTHONHASHSEED"] = str(seed)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -37,28 +37,28 @@ def setup_environment(seed: int) -> None:
 
 
 def make_output_dirs(output_dir: str | Path, run_name: str) -> dict[str, Path]:
-    """Make the folders of a run; those that exist stay as they are.
+    """Make the folders of a run; existing ones are kept.
 
     Parameters
     ----------
     output_dir : str or Path
-        Of all runs.
+        Folder of all runs.
     run_name : str
-        Of this one.
+        Name of this run.
 
     Returns
     -------
     dict of str to Path
-        `training`, for checkpoints: OUTPUT_DIR/models/RUN_NAME. `logging`: OUTPUT_DIR/runs/RUN_NAME. `model`, for what
-        comes out: OUTPUT_DIR/models/RUN_NAME/final.
+        `training`, for checkpoints: OUTPUT_DIR/models/RUN_NAME. `logging`: OUTPUT_DIR/runs/RUN_NAME. `model`, for the
+        final model: OUTPUT_DIR/models/RUN_NAME/final.
 
     Raises
     ------
     ValueError
-        A name that is empty or leads out of the folder.
+        The name is empty, or leads out of the folder.
     """
     if not run_name or Path(run_name).is_absolute() or ".." in Path(run_name).parts or Path(run_name) == Path("."):
-        raise ValueError(f"run_name is the name of a folder, got {run_name!r}.")
+        raise ValueError(f"run_name must be the name of a folder, got {run_name!r}.")
     training = Path(output_dir) / "models" / run_name
     folders = {"training": training, "logging": Path(output_dir) / "runs" / run_name, "model": training / "final"}
     for folder in folders.values():
@@ -69,23 +69,23 @@ def make_output_dirs(output_dir: str | Path, run_name: str) -> dict[str, Path]:
 def choose_closest(
     name: str, supported: Sequence[str], unsupported: Sequence[str] | None = None, cutoff: float = 0.4
 ) -> str:
-    """Choose the supported name that is closest to a given one, whatever the case.
+    """Choose the supported name that is closest to a given one, ignoring case.
 
     Parameters
     ----------
     name : str
-        What was asked for.
+        Name to look for.
     supported : sequence of str
-        What there is.
+        Supported names.
     unsupported : sequence of str, optional
-        Names that are refused, however close to a supported one.
+        Names that are refused, even if they are close to a supported one.
     cutoff : float, default: 0.4
-        Least similarity, `difflib.SequenceMatcher.ratio`, from 0 to 1.
+        Minimum similarity, `difflib.SequenceMatcher.ratio`, from 0 to 1.
 
     Returns
     -------
     str
-        One of `supported`, as it is written there: the name itself if it is one of them, else the most similar.
+        One of `supported`, in its spelling: the name itself if it is one of them, else the most similar.
 
     Raises
     ------

@@ -21,7 +21,7 @@ from .scdl_building import append, check_free, check_values, convert, count_neig
 
 
 class NeighborSamplingStrategy(StrEnum):
-    """Which neighbour of a cell is sampled: any, each as likely, or the one with the lowest row number."""
+    """Choice of the sampled neighbour: uniformly at random, or the one with the lowest row number."""
 
     RANDOM = "random"
     FIRST = "first"
@@ -34,45 +34,45 @@ class NeighborSamplingStrategy(StrEnum):
 class SingleCellMemMapDataset(Dataset):
     """Cells on disk with the interface of BioNeMo-SCDL, as a map-style torch dataset: a view of a `CellStore`.
 
-    Its methods are named after what they replace in AnnData (`adata.n_obs` is `data.number_of_rows()`). Rows are
-    copies: nothing done to them changes what is on disk, which is valid at any time, saved or not. Row and column
-    numbers may be negative, as in Python.
+    Its methods replace attributes of AnnData (`adata.n_obs` is `data.number_of_rows()`). Rows are copies: changing
+    them does not change the data on disk, which are always valid, saved or not. Row and column numbers may be
+    negative, as in Python.
 
     Parameters
     ----------
     data_path : str or Path
         Folder of the dataset.
     h5ad_path : str or Path, optional
-        A file to make it of: `.h5ad`, or another of the formats that `CellStore.build` reads. Without it the dataset
-        that is at `data_path` is opened.
+        File to convert: `.h5ad`, or another format that `CellStore.build` reads. Without it, the dataset at
+        `data_path` is opened.
     paginated_load_cutoff : int, default: 10_000
-        Without effect; SCDL reads files under this size (MB) as a whole. Here no file ever is.
+        No effect. SCDL reads files below this size (MB) as a whole; here files are always read in blocks.
     load_block_row_size : int, default: 1_000_000
-        Most cells in memory at a time while a file is read; blocks of more than 2,048 are not made.
+        Maximum number of cells in memory at a time while a file is read; blocks never exceed 2,048 cells.
     load_neighbors : bool, default: False
-        Keep, and use, the neighbours of the cells.
+        Store and use the neighbours of the cells.
     neighbor_key : str, default: "next_cell_ids"
-        Where the file has them: a matrix of weights in obsp. Explicit zeros are neighbours too.
+        Key of the neighbours in the file, a matrix of weights in obsp. Explicit zeros are neighbours too.
     neighbor_sampling_strategy : NeighborSamplingStrategy or str, default: RANDOM
-        How `sample_neighbor_index` chooses.
+        Strategy of `sample_neighbor_index`.
     fallback_to_identity : bool, default: True
-        A cell without neighbours is its own neighbour.
+        Whether a cell without neighbours is its own neighbour.
     data_dtype : str or dtype, optional
-        Type of the values of rows, such as `uint16`, float32 by default. All values must fit it exactly. (Fractions
-        are stored to the precision of float32, whatever the type.)
+        Type of the values of rows, such as `uint16`; float32 by default. All values must fit it exactly. (Fractions
+        are stored with the precision of float32, whatever the type.)
     data_dtype_tolerance : float, default: 1e-8
-        How far a value may be from what `data_dtype` makes of it; beyond, it does not fit.
+        Maximum difference between a value and its conversion to `data_dtype`; beyond, it does not fit.
     use_X_not_raw : bool, default: False
-        Take the counts from X, never from a raw matrix. By default raw is taken where the file has it.
+        Read the counts from X, never from a raw matrix. By default raw is read if the file has it.
     interface : {"0.1.2", "0.1.3"}, optional
-        Version of BioNeMo-SCDL whose results `get_row` and `get_row_padded` return where a call does not tell: two,
-        or three with the features of the cell. A call with a keyword of 0.1.3 (`return_var_features`,
-        `var_feature_names`, `return_obs_features`, `obs_feature_names`) always gets three. By default 0.1.3 for a
-        dataset that is made or opened with a keyword that only 0.1.3 has (`data_dtype`, `data_dtype_tolerance`,
-        `use_X_not_raw`), else 0.1.2.
+        Version of BioNeMo-SCDL that decides whether `get_row` and `get_row_padded` return two results, or three with
+        the features of the cell. A call with a keyword of 0.1.3 (`return_var_features`, `var_feature_names`,
+        `return_obs_features`, `obs_feature_names`) always returns three. The default is 0.1.3 for a dataset that is
+        made or opened with a keyword that only 0.1.3 has (`data_dtype`, `data_dtype_tolerance`, `use_X_not_raw`), else
+        0.1.2.
     seed : int, optional
-        Of the sampling of neighbours; by default it differs each time. In workers of a `DataLoader` it is combined
-        with the worker's own seed, which follows `torch.manual_seed` and differs in every worker and epoch.
+        Seed for sampling neighbours; by default it differs each time. In workers of a `DataLoader` it is combined with
+        the worker's own seed, which follows `torch.manual_seed` and differs between workers and epochs.
 
     Attributes
     ----------
@@ -83,28 +83,28 @@ class SingleCellMemMapDataset(Dataset):
     Raises
     ------
     FileNotFoundError
-        No such file, or no dataset at the path.
+        The file, or the dataset at the path, does not exist.
     FileExistsError
-        A file is given, and there is something at `data_path`. A conversion that failed leaves nothing there.
+        A file is given, but `data_path` exists. A failed conversion leaves nothing there.
     ValueError
-        A file that cannot be read; values that are negative, NaN, infinite, or do not fit `data_dtype`; neighbours
-        wanted that the file has not.
+        The file cannot be read; values are negative, NaN, infinite, or do not fit `data_dtype`; neighbours are asked
+        for, but the file has none.
 
     Notes
     -----
-    Genes of files that are put together are united by id, so that there is always one block of rows with the same
-    genes. Pickling passes the path, not the data: workers may be spawned.
+    Genes of concatenated files are united by id, so that there is always one block of rows with the same genes.
+    Pickling passes the path, not the data, so that workers may be spawned.
 
-    What code for BioNeMo-SCDL meets here:
+    Code for BioNeMo-SCDL meets these differences:
 
     - files of its own: no memory maps (`data`, `row_index`, `col_index`, `dtypes`), and no empty dataset
       (`num_rows`, `num_elements`);
     - columns of a row ascend, and values of a column that a file repeats in a row are summed;
     - genes have names: a file whose genes are numbered is refused;
     - `features`, `var_features` and `obs_features` return tables;
-    - X is read, without `use_X_not_raw`, where a file has no raw;
-    - a value that does not fit `data_dtype` is an error, not a warning, and datasets of whole numbers and of fractions
-      may be put together;
+    - X is read, without `use_X_not_raw`, if a file has no raw;
+    - a value that does not fit `data_dtype` is an error, not a warning, and datasets of integers and of fractions
+      may be concatenated;
     - the second argument of `concat` is `output_path`.
     """
 
@@ -126,7 +126,7 @@ class SingleCellMemMapDataset(Dataset):
         seed: int | None = None,
     ):
         if interface not in (None, "0.1.2", "0.1.3"):
-            raise ValueError(f'interface is "0.1.2" or "0.1.3", got {interface!r}.')
+            raise ValueError(f'interface must be "0.1.2" or "0.1.3", got {interface!r}.')
         of_new = any(given is not None for given in (data_dtype, data_dtype_tolerance, use_X_not_raw))
         self.interface = interface or ("0.1.3" if of_new else "0.1.2")
         self.data_dtype_tolerance = 1e-8 if data_dtype_tolerance is None else data_dtype_tolerance
@@ -139,32 +139,32 @@ class SingleCellMemMapDataset(Dataset):
         self.data_dtype = value_type(data_dtype)
         self.use_X_not_raw = bool(use_X_not_raw)
         self.seed = seed
-        self._generator: tuple[int, np.random.Generator] | None = None  # of which process
+        self._generator: tuple[int, np.random.Generator] | None = None  # with the id of its process
         if h5ad_path is None:
             self.load(data_path)
         else:
             self.load_h5ad(h5ad_path)
 
     def load(self, stored_path: str | Path) -> None:
-        """Open the dataset at a path; this object is that dataset from here on.
+        """Open the dataset at a path, which replaces the current one.
 
         Raises
         ------
         FileNotFoundError
-            There is none, or it is not whole.
+            There is no dataset, or it is incomplete.
         """
         try:
             store = CellStore(stored_path)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"There is no dataset at {stored_path}, or its conversion was stopped. Make it with "
-                f"SingleCellMemMapDataset({str(stored_path)!r}, h5ad_path=…). Archives of BioNeMo-SCDL are not read: "
-                "convert the files that they came from."
+                f"SingleCellMemMapDataset({str(stored_path)!r}, h5ad_path=…). Archives of BioNeMo-SCDL are not "
+                "supported: convert their source files."
             ) from error
         self._use(store)
 
     def load_h5ad(self, anndata_path: str | Path) -> None:
-        """Make the dataset at `data_path` of a file, a block of rows at a time; errors are those of the class."""
+        """Convert a file to the dataset at `data_path`, one block of rows at a time; errors are those of the class."""
         store = convert(
             self.data_path,
             Path(anndata_path),
@@ -177,12 +177,12 @@ class SingleCellMemMapDataset(Dataset):
         self._use(store)
 
     def save(self, output_path: str | Path | None = None) -> None:
-        """Write a copy; without a path there is nothing to do, since what is on disk is always valid.
+        """Write a copy; without a path do nothing, since the data on disk are always valid.
 
         Raises
         ------
         FileExistsError
-            There is something at the path.
+            The path exists.
         """
         if output_path is not None:
             check_free(Path(output_path), "Choose another path, or delete it.")
@@ -201,7 +201,7 @@ class SingleCellMemMapDataset(Dataset):
         n_rows, (n_variables,) = self.shape()
         return f"SingleCellMemMapDataset({str(self.data_path)!r}: {n_rows:,} rows, {n_variables:,} variables)"
 
-    # ------------------------------------------------------------------ how much there is
+    # ------------------------------------------------------------------ sizes
 
     def __len__(self) -> int:
         return len(self.store)
@@ -211,49 +211,49 @@ class SingleCellMemMapDataset(Dataset):
         return len(self.store)
 
     def number_of_variables(self) -> list[int]:
-        """Count the genes of every block of rows with the same genes: a list of one int, as all rows have the same."""
+        """Count the genes of each block of rows with the same genes: a list of one int, as there is one block."""
         return [len(self.store.genes)]
 
     def number_of_values(self) -> int:
-        """Count all values, the zeros too: rows times variables."""
+        """Count all values, including zeros: rows times variables."""
         return len(self.store) * len(self.store.genes)
 
     def number_nonzero_values(self) -> int:
-        """Count the values that are stored; zeros are not."""
+        """Count the stored values, which exclude zeros."""
         return int(self.store.manifest["n_counts"])
 
     def sparsity(self) -> float:
-        """Share of zeros among all values; 0 where there are no values."""
+        """Compute the share of zeros among all values; 0 if there are no values."""
         return 1 - self.number_nonzero_values() / self.number_of_values() if self.number_of_values() else 0.0
 
     def shape(self) -> tuple[int, list[int]]:
-        """Give the number of rows, and `number_of_variables`."""
+        """Return the number of rows, and `number_of_variables`."""
         return self.number_of_rows(), self.number_of_variables()
 
     def version(self) -> str:
-        """Name the software that wrote the dataset, and its version."""
+        """Return the name and version of the software that wrote the dataset."""
         return self.store.manifest["written_by"]
 
     # ------------------------------------------------------------------ genes and cells
 
     def features(self) -> pd.DataFrame:
-        """Give the gene table, DataFrame (n_variables, …): row j is column j of the values.
+        """Return a copy of the gene table, DataFrame (n_variables, …): row j is column j of the values.
 
-        It has `gene_id` and `symbol`, then what the var tables of the files had. A copy.
+        It has `gene_id` and `symbol`, then the columns of var in the files.
         """
         return self.store.genes.frame.copy()
 
     def var_features(self) -> pd.DataFrame:
-        """Give the gene table; see `features`."""
+        """Return the gene table; see `features`."""
         return self.features()
 
     def obs_features(self) -> pd.DataFrame:
-        """Give the cell table, DataFrame (n_rows, …), indexed by the cells' names. A copy."""
+        """Return a copy of the cell table, DataFrame (n_rows, …), indexed by the names of the cells."""
         return self.store.obs.copy()
 
     @cached_property
     def _gene_variables(self) -> dict[str, np.ndarray]:
-        """Columns of the gene table. They go out with every row, uncopied, and so must not be written to."""
+        """Columns of the gene table, read-only, since they are returned with every row without a copy."""
         frame = self.store.genes.frame
         columns = {name: frame[name].to_numpy().view() for name in frame.columns}
         for values in columns.values():
@@ -264,10 +264,10 @@ class SingleCellMemMapDataset(Dataset):
         known = self._gene_variables
         if names is None:
             return [values for name, values in known.items() if name not in ("gene_id", "symbol")]
-        known = {"feature_id": known["gene_id"], **known}  # SCDL's name of the index of var
+        known = {"feature_id": known["gene_id"], **known}  # SCDL's name for the index of var
         unknown = [name for name in names if name not in known]
         if unknown:
-            raise ValueError(f"No gene variable {unknown[0]!r}; there are {', '.join(known)}.")
+            raise ValueError(f"No gene variable {unknown[0]!r}; variables are {', '.join(known)}.")
         return [known[name] for name in names]
 
     # ------------------------------------------------------------------ rows
@@ -290,33 +290,33 @@ class SingleCellMemMapDataset(Dataset):
         index : int
             Row number.
         return_features : bool, default: False
-            Give variables of the genes as well.
+            Also return variables of the genes.
         feature_vars : sequence of str, optional
-            Which: columns of `features()`, where `feature_id` stands for `gene_id` if there is no such column. All by
-            default but `gene_id` and `symbol`, which the store adds to those of the file.
+            Columns of `features()` to return, where `feature_id` stands for `gene_id` if there is no such column. All
+            by default except `gene_id` and `symbol`, which the store adds to those of the file.
         return_obs_features : bool, optional
-            Give variables of the cell as well.
+            Also return variables of the cell.
         obs_feature_names : sequence of str, optional
-            Which: columns of `obs_features()`, where `obs_feature_id` stands for its index if there is no such column.
-            All by default.
+            Columns of `obs_features()` to return, where `obs_feature_id` stands for its index if there is no such
+            column. All by default.
         return_var_features, var_feature_names : optional
-            What 0.1.3 calls `return_features` and `feature_vars`.
+            Names of `return_features` and `feature_vars` in 0.1.3.
 
         Returns
         -------
         (values, columns) : (array (nnz,) of `data_dtype`, int32 array (nnz,))
-            The values that are not zero, and their columns, ascending.
+            The non-zero values, and their columns, ascending.
         features : list of array (n_variables,), or None
-            One array a variable, of all genes: `features[0][columns]` is that of the row. They are not writable.
+            One array per variable, for all genes: `features[0][columns]` is that of the row. They are read-only.
         obs_features : list, or None
             One value per variable. Only with the interface of 0.1.3, see the class.
 
         Raises
         ------
         IndexError
-            No such row.
+            The row does not exist.
         ValueError
-            An unknown variable; values that do not fit `data_dtype`.
+            A variable is unknown; values do not fit `data_dtype`.
         """
         of_new = (return_obs_features, obs_feature_names, return_var_features, var_feature_names)
         _, columns, values = self._read([operator.index(index)])
@@ -334,7 +334,7 @@ class SingleCellMemMapDataset(Dataset):
         known = {"obs_feature_id": obs.index.to_series(), **{name: obs[name] for name in obs}}
         unknown = [name for name in names or [] if name not in known]
         if unknown:
-            raise ValueError(f"No variable of cells {unknown[0]!r}; there are {', '.join(known)}.")
+            raise ValueError(f"No cell variable {unknown[0]!r}; variables are {', '.join(known)}.")
         return [known[name].iloc[number] for name in (list(obs) if names is None else names)]
 
     def get_row_padded(
@@ -368,12 +368,12 @@ class SingleCellMemMapDataset(Dataset):
         index, column : int
             Row and column number.
         impute_missing_zeros : bool, default: True
-            Give 0.0 for a value that is not stored; else None.
+            Return 0.0 for a value that is not stored, else None.
 
         Raises
         ------
         IndexError
-            No such row or column.
+            The row or column does not exist.
         """
         values, columns = self.get_row(index)[0]
         found = values[columns == _number(column, len(self.store.genes), "variables")]
@@ -386,7 +386,7 @@ class SingleCellMemMapDataset(Dataset):
         return self.__getitems__([operator.index(index)])[0]
 
     def __getitems__(self, index: Sequence[int]) -> list[torch.Tensor]:
-        """Read many cells at once (torch's `DataLoader` calls this): a list of float32 tensors (2, nnz).
+        """Read many cells at once (called by torch's `DataLoader`): a list of float32 tensors (2, nnz).
 
         float32 holds column numbers up to 2**24 exactly.
         """
@@ -396,7 +396,7 @@ class SingleCellMemMapDataset(Dataset):
         return list(torch.from_numpy(rows).split(np.diff(indptr).tolist(), dim=1))
 
     def _read(self, index: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Copy rows out: indptr (n + 1,), columns int32 (nnz,), values (nnz,) of the store's type."""
+        """Copy rows: indptr (n + 1,), columns int32 (nnz,), values (nnz,) in the store's dtype."""
         indptr, genes, counts = self.store._gather(self.store._row_numbers(index))
         return indptr, genes.astype(np.int32), counts
 
@@ -418,21 +418,21 @@ class SingleCellMemMapDataset(Dataset):
         return_var_features: bool | None = None,
         var_feature_names: Sequence[str] | None = None,
     ) -> dict[str, Any]:
-        """Read a cell and a neighbour of it that `sample_neighbor_index` chooses.
+        """Read a cell and one of its neighbours, chosen by `sample_neighbor_index`.
 
         Returns
         -------
         dict
-            `current_cell` and `next_cell`: (values, columns), as of `get_row`; `current_cell_index` and
+            `current_cell` and `next_cell`: (values, columns), as from `get_row`; `current_cell_index` and
             `next_cell_index`: their row numbers; `features`, which 0.1.3 calls `var_features`, and `obs_features`,
             or None.
 
         Raises
         ------
         IndexError
-            No such row.
+            The row does not exist.
         ValueError
-            The dataset was made or opened without neighbours; or as of `sample_neighbor_index` and `get_row`.
+            The dataset was made or opened without neighbours; or as for `sample_neighbor_index` and `get_row`.
         """
         number = _number(index, len(self), "rows")
         if not self.load_neighbors:
@@ -468,7 +468,7 @@ class SingleCellMemMapDataset(Dataset):
         return_var_features: bool | None = None,
         var_feature_names: Sequence[str] | None = None,
     ) -> dict[str, Any]:
-        """Read as `get_row_with_neighbor`, but with the zeros: cells are arrays (n_variables,)."""
+        """Read as `get_row_with_neighbor`, but including zeros: cells are arrays (n_variables,)."""
         cells = self.get_row_with_neighbor(
             index,
             return_features,
@@ -482,24 +482,24 @@ class SingleCellMemMapDataset(Dataset):
         return {**cells, **padded}
 
     def get_neighbor_indices_for_cell(self, cell_index: int) -> np.ndarray:
-        """Give the row numbers of the neighbours of a cell.
+        """Return the row numbers of the neighbours of a cell.
 
         Returns
         -------
         int array (n_neighbors,)
-            Ascending; empty where there are none, or where neighbours are not loaded.
+            Ascending; empty if there are none, or if neighbours are not loaded.
 
         Raises
         ------
         IndexError
-            No such row.
+            The row does not exist.
         ValueError
-            Opened with `load_neighbors`, and the dataset was made without.
+            The dataset was opened with `load_neighbors`, but made without.
         """
         return self._neighbors(cell_index)[0]
 
     def get_neighbor_weights_for_cell(self, cell_index: int) -> np.ndarray:
-        """Give the weights of the neighbours of a cell, float32 array; see `get_neighbor_indices_for_cell`."""
+        """Return the weights of the neighbours of a cell, float32 array; see `get_neighbor_indices_for_cell`."""
         return self._neighbors(cell_index)[1]
 
     def _neighbors(self, cell_index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -510,20 +510,20 @@ class SingleCellMemMapDataset(Dataset):
         return found.indices, found.data
 
     def sample_neighbor_index(self, cell_index: int) -> int:
-        """Choose a neighbour of a cell by `neighbor_sampling_strategy`; weights do not count.
+        """Choose a neighbour of a cell by `neighbor_sampling_strategy`; weights are ignored.
 
         Returns
         -------
         int
-            Its row number. That of the cell itself where neighbours are not loaded, and where it has none and
-            `fallback_to_identity`.
+            Its row number; that of the cell itself if neighbours are not loaded, or if it has none and
+            `fallback_to_identity` is True.
 
         Raises
         ------
         IndexError
-            No such row.
+            The row does not exist.
         ValueError
-            The cell has no neighbours, and not `fallback_to_identity`; or as of `get_neighbor_indices_for_cell`.
+            The cell has no neighbours, and `fallback_to_identity` is False; or as for `get_neighbor_indices_for_cell`.
         """
         neighbors = self.get_neighbor_indices_for_cell(cell_index)
         if len(neighbors):
@@ -534,7 +534,7 @@ class SingleCellMemMapDataset(Dataset):
         return _number(cell_index, len(self), "rows")
 
     def _random(self) -> np.random.Generator:
-        # A forked process has a copy of its parent's generator; it must not go on with the same numbers.
+        # A forked process has a copy of its parent's generator, and must not draw the same numbers.
         if self._generator is None or self._generator[0] != os.getpid():
             worker = get_worker_info()
             seeds = [] if self.seed is None else [self.seed]
@@ -548,7 +548,7 @@ class SingleCellMemMapDataset(Dataset):
         Returns
         -------
         dict
-            `has_neighbors`; where it is True also `total_connections`, `min_neighbors_per_cell`,
+            `has_neighbors`; if it is True also `total_connections`, `min_neighbors_per_cell`,
             `max_neighbors_per_cell`, `avg_neighbors_per_cell` and `cells_with_no_neighbors`.
         """
         if not (self.load_neighbors and self.store.manifest["neighbors"]):
@@ -563,7 +563,7 @@ class SingleCellMemMapDataset(Dataset):
             "cells_with_no_neighbors": int((n_neighbors == 0).sum()),
         }
 
-    # ------------------------------------------------------------------ together
+    # ------------------------------------------------------------------ concatenation
 
     def concat(
         self,
@@ -573,32 +573,32 @@ class SingleCellMemMapDataset(Dataset):
         extend_copy_size: int | None = None,
         destroy_on_copy: bool = False,
     ) -> None:
-        """Add the cells of other datasets behind these; genes are united by id, neighbours keep their cells.
+        """Append the cells of other datasets; genes are united by id, and neighbours still refer to the same cells.
 
         Parameters
         ----------
-        other_dataset : SingleCellMemMapDataset, or several
-            They stay as they are.
+        other_dataset : SingleCellMemMapDataset, or sequence of them
+            They are not changed.
         output_path : str or Path, optional
-            Where to write all of them, with the obs columns of all; this object is then the dataset there, and what
-            it was stays on disk. By default the dataset at `data_path` grows, and its obs columns are kept.
+            Path to write all of them to, with the obs columns of all; this object then refers to the new dataset, and
+            the old one is kept on disk. By default the dataset at `data_path` grows, and keeps its obs columns.
         extend_copy_size : int, optional
-            Without effect; SCDL copies so many bytes at a time.
+            No effect; in SCDL, the number of bytes copied at a time.
         destroy_on_copy : bool, default: False
-            Remove the datasets that were copied, once all is written: the others, and with `output_path` this one.
+            Remove the copied datasets once everything is written: the others, and with `output_path` this one.
 
         Raises
         ------
         ValueError
-            Something else than datasets; values that do not fit `data_dtype`; some that have neighbours and some
-            without; obs columns of this dataset that another has not, where it grows.
+            An object is not a dataset; values do not fit `data_dtype`; only some have neighbours; without
+            `output_path`, another dataset lacks obs columns of this one.
         FileExistsError
-            There is something at `output_path`.
+            `output_path` exists.
         """
         others = other_dataset if isinstance(other_dataset, (list, tuple)) else [other_dataset]
         for other in others:
             if not isinstance(other, SingleCellMemMapDataset):
-                raise ValueError(f"Datasets are needed, SingleCellMemMapDataset, not {type(other).__name__}.")
+                raise ValueError(f"Expected a SingleCellMemMapDataset, got {type(other).__name__}.")
             check_values(other.store, self.data_dtype, self.data_dtype_tolerance)
         stores = [other.store for other in others]
         copied = {store.path for store in (self.store, *stores)}
@@ -612,12 +612,12 @@ class SingleCellMemMapDataset(Dataset):
                 shutil.rmtree(path)
 
     def cast_data_to_dtype(self, dtype: str | np.dtype) -> None:
-        """Give the values of rows in another type from here on; what is on disk holds them exactly, and stays.
+        """Change the dtype of the values of rows; the data on disk, which hold them exactly, are not changed.
 
         Raises
         ------
         ValueError
-            No type of numbers; values that do not fit it.
+            The dtype is not numeric; values do not fit it.
         """
         wanted = value_type(dtype)
         check_values(self.store, wanted, self.data_dtype_tolerance)
@@ -625,7 +625,7 @@ class SingleCellMemMapDataset(Dataset):
 
 
 def _number(index: int, n: int, what: str) -> int:
-    """Turn an index that may be negative into a number under n; IndexError if it is outside."""
+    """Convert an index that may be negative to a number below n; raise an IndexError if it is outside."""
     number = operator.index(index)
     if not -n <= number < n:
         raise IndexError(f"{number} is outside the {n} {what}.")

@@ -1,4 +1,4 @@
-"""Collate functions: rows of a `SingleCellMemMapDataset` to sparse torch matrices."""
+"""Collate rows of a `SingleCellMemMapDataset` to sparse torch matrices."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 
 
 def collate_sparse_matrix_batch(batch: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Make a sparse matrix of rows.
+    """Make a sparse matrix from rows.
 
     Parameters
     ----------
     batch : sequence of tensor (2, nnz)
-        Values and columns of each row, as a `SingleCellMemMapDataset` gives them, on the CPU. Column numbers over
+        Values and columns of each row, as returned by a `SingleCellMemMapDataset`, on the CPU. Column numbers above
         2**24 are not exact in float32.
 
     Returns
     -------
     sparse CSR tensor (n_rows, n_columns)
-        Of the type of the rows; up to the last column that occurs (0 columns if none does).
+        Matrix with the dtype of the rows, up to the last column that occurs (0 columns if none does).
     """
     rows = torch.cat(list(batch), dim=1)
     columns = rows[1].numpy().astype(np.int64)
@@ -29,19 +29,19 @@ def collate_sparse_matrix_batch(batch: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def collate_neighbor_sparse_matrix_batch(batch: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Make sparse matrices of cells and their neighbours.
+    """Make sparse matrices from cells and their neighbours.
 
     Parameters
     ----------
     batch : sequence of dict
-        What `SingleCellMemMapDataset.get_row_with_neighbor` gives.
+        Results of `SingleCellMemMapDataset.get_row_with_neighbor`.
 
     Returns
     -------
     dict
         `current_cells` and `next_cells`: float32 sparse CSR tensors (n_rows, n_columns), with the same columns, up to
         the last one that occurs in either; `current_cell_indices` and `next_cell_indices`: lists of row numbers;
-        `batch_size`. Values over 2**24 are rounded to float32.
+        `batch_size`. Values above 2**24 are rounded to float32.
     """
     cells = [item[name] for name in ("current_cell", "next_cell") for item in batch]
     values = torch.from_numpy(np.concatenate([np.asarray(values, np.float32) for values, _ in cells]))
@@ -64,7 +64,7 @@ def _n_columns(columns: np.ndarray) -> int:
 def _csr(values: torch.Tensor, columns: np.ndarray, lengths: Sequence[int], n_columns: int) -> torch.Tensor:
     indptr = torch.from_numpy(np.cumsum([0, *lengths]))
     shape = (len(lengths), n_columns)
-    # Stated, since torch warns where it is not: columns are under n_columns by how that is found.
+    # Set explicitly, since torch warns otherwise; columns are below n_columns by construction.
     return torch.sparse_csr_tensor(indptr, torch.from_numpy(columns), values, shape, check_invariants=False)
 
 

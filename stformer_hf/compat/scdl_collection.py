@@ -1,4 +1,4 @@
-"""SingleCellCollection: datasets of many files in one folder, and one dataset of them all."""
+"""SingleCellCollection: datasets of many files in one folder, and their concatenation."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _RECORD = "collection.json"
 
 
 class SingleCellCollection:
-    """Datasets of many files, one a file, in one folder.
+    """Datasets of many files, one per file, in one folder.
 
     Parameters
     ----------
     data_path : str or Path
-        The folder; made with the first dataset. A file that was converted there before is not converted again, unless
-        it, or the options, changed since.
+        The folder, created with the first dataset. A file that was converted before is not converted again, unless the
+        file or the options have changed.
 
     Attributes
     ----------
     data_path : Path
     datasets : dict of Path to SingleCellMemMapDataset
-        Of each file that was loaded; everything below counts and unites them in the order of the files' paths.
+        The dataset of each loaded file; all methods count and concatenate them in the order of the paths.
     """
 
     def __init__(self, data_path: str | Path):
@@ -47,14 +47,14 @@ class SingleCellCollection:
         Parameters
         ----------
         h5ad_path : str or Path
-            The file.
+            Path of the file.
         **options
-            Of `SingleCellMemMapDataset`, such as `load_neighbors` or `data_dtype`.
+            Options of `SingleCellMemMapDataset`, such as `load_neighbors` or `data_dtype`.
 
         Raises
         ------
         FileNotFoundError, ValueError
-            As of `SingleCellMemMapDataset`.
+            As for `SingleCellMemMapDataset`.
         """
         file = Path(h5ad_path)
         self.datasets[file] = _convert(file, self._place(file, options), options)
@@ -62,27 +62,27 @@ class SingleCellCollection:
     def load_h5ad_multi(
         self, directory_path: str | Path, max_workers: int = 5, use_processes: bool = False, **options: Any
     ) -> None:
-        """Convert all h5ad files in a folder and the folders in it, and add them.
+        """Convert all h5ad files of a folder and its subfolders, and add them.
 
         Parameters
         ----------
         directory_path : str or Path
-            The folder. Hidden files and folders in it are left out.
+            The folder. Hidden files and folders in it are ignored.
         max_workers : int, default: 5
-            Files that are read at a time.
+            Number of files read at a time.
         use_processes : bool, default: False
-            Read in processes, not in threads. Needs, as all of multiprocessing, a script's main part under
-            `if __name__ == "__main__":`.
+            Read in processes instead of threads. As always with multiprocessing, the main part of a script must then
+            be under `if __name__ == "__main__":`.
         **options
-            Of `SingleCellMemMapDataset`, such as `load_neighbors` or `data_dtype`.
+            Options of `SingleCellMemMapDataset`, such as `load_neighbors` or `data_dtype`.
 
         Raises
         ------
         FileNotFoundError
             There is no h5ad file in the folder.
         RuntimeError
-            A file could not be converted; the message names it and says why. No file is added then; called again,
-            those that were done are not converted again.
+            A file could not be converted; the message names it and the reason. No file is then added; converted files
+            are not converted again in the next call.
         """
         files = sorted(_h5ad_files(Path(directory_path)))
         if not files:
@@ -100,17 +100,17 @@ class SingleCellCollection:
         self.datasets.update(datasets)
 
     def _place(self, file: Path, options: dict[str, Any]) -> Path:
-        """Find the folder of a file's dataset, and note that it is this file's.
+        """Choose the folder of a file's dataset, and record it.
 
-        Files of one name in different folders get folders of their own. A dataset that was made of the file as it was,
-        or with other options, goes.
+        Files with the same name in different folders get separate folders. A dataset made from an earlier version of
+        the file, or with other options, is removed.
         """
         record = self.data_path / _RECORD
         known = json.loads(record.read_text()) if record.exists() else {}
         key = {**_key(file), "options": {name: str(value) for name, value in sorted(options.items())}}
         name = next((name for name, other in known.items() if other["path"] == key["path"]), None)
         if name is None:
-            taken = {other.lower() for other in [_RECORD, *known]}  # some file systems do not tell a from A
+            taken = {other.lower() for other in [_RECORD, *known]}  # some file systems are case-insensitive
             names = itertools.chain([file.stem], (f"{file.stem}-{i}" for i in itertools.count(1)))
             name = next(new for new in names if new.lower() not in taken and not (self.data_path / new).exists())
         elif known[name] != key:
@@ -127,20 +127,20 @@ class SingleCellCollection:
         return sum(dataset.number_of_rows() for dataset in self.datasets.values())
 
     def number_of_values(self) -> int:
-        """Count all values, the zeros too: rows times variables of each dataset, summed."""
+        """Count all values, including zeros: rows times variables of each dataset, summed."""
         return sum(dataset.number_of_values() for dataset in self.datasets.values())
 
     def number_nonzero_values(self) -> int:
-        """Count the values that are stored."""
+        """Count the stored values."""
         return sum(dataset.number_nonzero_values() for dataset in self.datasets.values())
 
     def sparsity(self) -> float:
-        """Share of zeros among all values; 0 where there are no values."""
+        """Compute the share of zeros among all values; 0 if there are no values."""
         n_values = self.number_of_values()
         return 1 - self.number_nonzero_values() / n_values if n_values else 0.0
 
     def number_of_variables(self) -> list[int]:
-        """Count the genes of every block of rows with the same genes; `[0]` if there are no rows."""
+        """Count the genes of each block of rows with the same genes; `[0]` if there are no rows."""
         blocks: list[list[str]] = []
         for dataset in self._sorted():
             genes = dataset.store.gene_ids.tolist()
@@ -149,33 +149,33 @@ class SingleCellCollection:
         return [len(genes) for genes in blocks] or [0]
 
     def shape(self) -> tuple[int, list[int]]:
-        """Give the number of rows, and `number_of_variables`."""
+        """Return the number of rows, and `number_of_variables`."""
         return self.number_of_rows(), self.number_of_variables()
 
     def version(self) -> str:
-        """Name the software that writes the datasets, and its version."""
+        """Return the name and version of the software that writes the datasets."""
         return f"stformer_hf {version('stformer_hf')}"
 
     def flatten(
         self, output_path: str | Path, destroy_on_copy: bool = False, extend_copy_size: int | None = None
     ) -> None:
-        """Write all datasets as one, in the order of the files' paths, with the genes and obs columns of all.
+        """Concatenate all datasets, in the order of the paths, with the genes and obs columns of all.
 
         Parameters
         ----------
         output_path : str or Path
-            Folder to make; `SingleCellMemMapDataset(output_path)` opens it.
+            Folder to create; `SingleCellMemMapDataset(output_path)` opens it.
         destroy_on_copy : bool, default: False
-            Remove the datasets of the collection once they are written; it is empty then.
+            Remove the datasets of the collection once they are written; it is then empty.
         extend_copy_size : int, optional
-            Without effect; SCDL copies so many bytes at a time.
+            No effect; in SCDL, the number of bytes copied at a time.
 
         Raises
         ------
         ValueError
-            There are no datasets; some have neighbours and some have none.
+            There are no datasets; only some of them have neighbours.
         FileExistsError
-            There is something at the path.
+            The path exists.
         """
         if not self.datasets:
             raise ValueError(f"The collection at {self.data_path} is empty: load files first.")
@@ -194,13 +194,13 @@ def _h5ad_files(folder: Path) -> Iterator[Path]:
 
 
 def _convert(file: Path, place: Path, options: dict[str, Any]) -> SingleCellMemMapDataset:
-    # What is at the place is whole, and of this file.
+    # An existing dataset is complete, and belongs to this file.
     return SingleCellMemMapDataset(place, None if place.exists() else file, **options)
 
 
 @contextmanager
 def _pool(max_workers: int, use_processes: bool) -> Iterator[Executor]:
-    if use_processes:  # not forked: threads of Arrow and torch do not survive it
+    if use_processes:  # not forked, which threads of Arrow and torch do not survive
         pool: Executor = ProcessPoolExecutor(max_workers, mp_context=multiprocessing.get_context("spawn"))
     else:
         pool = ThreadPoolExecutor(max_workers)

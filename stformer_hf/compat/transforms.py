@@ -1,4 +1,4 @@
-"""Transforms of the items of an `AnnDataset`: each gets the dictionary of one cell and returns it changed."""
+"""Transforms of the items of an `AnnDataset`: each takes the dictionary of one cell and returns a changed one."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-_IGNORED = -100  # the label that torch's cross entropy leaves out
+_IGNORED = -100  # the label that torch's cross entropy ignores
 
 
 class Transform(ABC):
-    """What is done to each cell after it was read.
+    """A transform applied to each cell after reading.
 
-    Subclasses define `__call__`, at the top level of a module if spawned workers are to get them. The dictionary is a
-    cell's own copy: a transform may change it, and the tensors in it, in place.
+    Subclasses define `__call__`; for use in spawned workers, they must be at the top level of a module. The dictionary
+    is a copy: a transform may change it, and the tensors in it, in place.
     """
 
     @abstractmethod
@@ -31,7 +31,7 @@ class Transform(ABC):
         Returns
         -------
         dict
-            The same dictionary or another; the keys must be the same for all cells of a batch.
+            The same or another dictionary; all cells of a batch must have the same keys.
         """
 
     def __repr__(self) -> str:
@@ -39,19 +39,19 @@ class Transform(ABC):
 
 
 class Compose(Transform):
-    """Transforms, one after the other.
+    """Apply multiple transforms in sequence.
 
     Parameters
     ----------
     transforms : iterable of Transform
-        In the order in which they are applied.
+        Transforms in the order of application.
 
     Raises
     ------
     ValueError
-        There are none.
+        There are no transforms.
     TypeError
-        One is not a `Transform`.
+        One of them is not a `Transform`.
     """
 
     def __init__(self, transforms: Iterable[Transform]):
@@ -62,7 +62,7 @@ class Compose(Transform):
             check_transform(transform)
 
     def __call__(self, data_dict: dict[str, Any]) -> dict[str, Any]:
-        """Apply all of them."""
+        """Apply all transforms."""
         for transform in self.transforms:
             data_dict = transform(data_dict)
         return data_dict
@@ -72,14 +72,14 @@ class Compose(Transform):
 
 
 class NormalizeRowSum(Transform):
-    """Scale a cell to a fixed sum: X * target_sum / sum(X), after negative values were set to 0.
+    """Scale a cell to a fixed sum: X * target_sum / sum(X), after setting negative values to 0.
 
     A cell without counts stays 0.
 
     Parameters
     ----------
     target_sum : float, default: 1e4
-        Sum of each cell thereafter, above 0.
+        Sum of each scaled cell, above 0.
 
     Raises
     ------
@@ -89,13 +89,13 @@ class NormalizeRowSum(Transform):
 
     def __init__(self, target_sum: float = 1e4):
         if not target_sum > 0:
-            raise ValueError(f"target_sum={target_sum}: a cell is scaled to a sum above 0.")
+            raise ValueError(f"target_sum={target_sum}: must be above 0.")
         self.target_sum = target_sum
 
     def __call__(self, data_dict: dict[str, Any]) -> dict[str, Any]:
         """Scale `X`."""
         values = torch.clamp(data_dict["X"], min=0)
-        total = values.sum(dim=-1, keepdim=True) + 1e-8  # keeps a cell without counts from 0 / 0
+        total = values.sum(dim=-1, keepdim=True) + 1e-8  # avoids 0 / 0 for cells without counts
         data_dict["X"] = values * (self.target_sum / total)
         return data_dict
 
@@ -113,10 +113,10 @@ class LogTransform(Transform):
 
 
 class EncodeLabels(Transform):
-    """Add the number of a label, beside the label.
+    """Add the number of a label, next to the label.
 
-    Without an encoder, and for cells without the obs column, nothing is added. A missing label (the empty string, of
-    numeric columns NaN) gets -100, which torch's cross entropy leaves out.
+    Without an encoder, and for cells without the obs column, nothing is added. A missing label (the empty string, or
+    NaN in numeric columns) gets -100, which torch's cross entropy ignores.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ class EncodeLabels(Transform):
     encoded_key : str, optional
         Key of the number; `obs_<obs_key>_encoded` by default.
     label_encoder : object with `transform`, optional
-        Fitted, such as sklearn's `LabelEncoder`: turns a list of labels into numbers.
+        Fitted encoder, such as scikit-learn's `LabelEncoder`, which maps a list of labels to numbers.
     """
 
     def __init__(self, obs_key: str = "cell_type", encoded_key: str | None = None, label_encoder: Any = None):
@@ -155,7 +155,7 @@ class EncodeLabels(Transform):
             return int(self.label_encoder.transform([label])[0])
         except (ValueError, KeyError) as error:
             raise ValueError(
-                f"obs column {self.obs_key!r}: the encoder does not know the label {label!r}. Fit it on the labels "
+                f"obs column {self.obs_key!r}: the encoder does not know the label {label!r}. Fit it to the labels "
                 "of all cells, or leave these cells out with obs_subset."
             ) from error
 
@@ -164,11 +164,11 @@ class EncodeLabels(Transform):
 
 
 def check_transform(transform: Any) -> None:
-    """Raise TypeError where something else than a `Transform` was passed."""
+    """Raise a TypeError if an object is not a `Transform`."""
     if not isinstance(transform, Transform):
         raise TypeError(
-            f"A transform is an instance of a subclass of Transform, got {transform!r} "
-            f"({type(transform).__name__}). Put a function into the __call__ of such a class."
+            f"A transform must be an instance of a subclass of Transform, got {transform!r} "
+            f"({type(transform).__name__}). Wrap functions in the __call__ of such a class."
         )
 
 

@@ -1,7 +1,7 @@
-"""Hyperparameter search through `Trainer.hyperparameter_search`: the study, what becomes of it, the plot.
+"""Hyperparameter search with `Trainer.hyperparameter_search`: the study, its results and their table.
 
-A trial trains a model from its first weights, with values of the space, and is scored by a metric of the held-out
-cells. What is held out, and how it is masked, is the same in all trials.
+A trial trains a new model with values of the space, and is scored by a metric on held-out cells. The held-out cells
+and their masks are the same in all trials.
 """
 
 from __future__ import annotations
@@ -44,48 +44,48 @@ def search(
     settings: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> pd.DataFrame:
-    """Search, with a line a trial.
+    """Search hyperparameters, printing one line per trial.
 
-    With optuna the study is kept in OUTPUT/study.db and goes on from there until it has `trials` trials, pruned ones
-    counted; a trial that was broken off is marked as failed, and repeated with the values it had. With ray, whose
-    trials run side by side, each on a CPU (and a GPU, where there are some), a search cannot go on.
+    With optuna, the study is kept in OUTPUT/study.db, and a search resumes from there until it has `trials` trials,
+    including pruned ones; an interrupted trial is marked as failed, and repeated with the same values. With ray,
+    trials run in parallel, each on one CPU (and one GPU, if there are any), and a search cannot be resumed.
 
     Parameters
     ----------
     trainer : CellTrainer
-        Made with a `TrialModel` as `model_init`. No checkpoint is written, whatever its arguments say.
+        Made with a `TrialModel` as `model_init`. No checkpoints are written, whatever its arguments.
     space : SearchSpace
-        The same as the `TrialModel`'s.
+        The space of the `TrialModel`.
     output : str or Path
         Folder for study.db, or ray's folder.
     trials : int, default: 8
-        In all.
+        Total number of trials.
     metric : str, default: "eval_loss"
-        A metric of the evaluation.
+        Metric of the evaluation.
     direction : {"minimize", "maximize"}, default: "minimize"
     backend : {"optuna", "ray"}, default: "optuna"
     pruner : {"median", "hyperband", "none"}, default: "median"
-        Which trials end early, after an evaluation; of ray, "hyperband" is ASHA.
+        Rule to stop trials early, after an evaluation; with ray, "hyperband" is ASHA.
     sampler_seed : int, default: 0
-        Of the values. An interrupted search draws what it would have drawn without the interruption.
+        Seed of the sampled values. A resumed search samples the same values as an uninterrupted one.
     settings : mapping, optional
-        All else that scores depend on (JSON values); a study with other settings is not gone on with.
+        Other settings that scores depend on (JSON values); a study with other settings is not resumed.
     overwrite : bool, default: False
-        Begin anew where a search is in the folder.
+        Replace an existing search in the folder.
 
     Returns
     -------
     pandas.DataFrame
-        A row a trial: `trial` (from 1), `state` (COMPLETE, PRUNED or FAILED), `score`, `seconds`, `reason`, then the
-        values.
+        One row per trial: `trial` (from 1), `state` (COMPLETE, PRUNED or FAILED), `score`, `seconds`, `reason`, then
+        the values.
 
     Raises
     ------
     ValueError
-        A wrong setting; a study of another space, metric or setting; no trial with a score; a metric that the
-        evaluation does not give.
+        A setting is invalid; the study has another space, metric or setting; no trial has a score; the evaluation
+        does not compute the metric.
     FileExistsError
-        Another process searches in the folder; with ray, a search is there.
+        Another process searches in the folder; with ray, the folder holds a search.
     """
     for name, value, known in (
         ("direction", direction, ("minimize", "maximize")),
@@ -93,21 +93,21 @@ def search(
         ("pruner", pruner, PRUNERS),
     ):
         if value not in known:
-            raise ValueError(f"{name} is {', '.join(known)}, got {value!r}.")
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
     if trials < 1:
-        raise ValueError(f"trials is at least 1, got {trials}.")
+        raise ValueError(f"trials must be at least 1, got {trials}.")
     args = trainer.args
     if trainer.eval_dataset is None:
-        raise ValueError(f"{metric} is measured on held-out cells, and none are held out: set held_out above 0.")
+        raise ValueError(f"{metric} is measured on held-out cells, but none are held out: set held_out above 0.")
     if args.world_size > 1:
-        raise ValueError('A search runs in one process, without accelerate launch; backend "ray" uses several CPUs.')
+        raise ValueError('A search runs in one process, without accelerate launch; backend "ray" uses multiple CPUs.')
     if pruner != "none" and args.eval_strategy == "no":
         raise ValueError(
-            f'Pruner "{pruner}" looks at evaluations during training: set eval_strategy to steps, with eval_steps '
+            f'Pruner "{pruner}" needs evaluations during training: set eval_strategy to steps, with eval_steps '
             'below max_steps, or pruner to "none".'
         )
     if not isinstance(trainer.model_init, TrialModel):
-        raise ValueError("The trainer of a search is made with model_init=TrialModel(space, make_model).")
+        raise ValueError("The trainer of a search needs model_init=TrialModel(space, make_model).")
     output = Path(output).resolve()
     output.mkdir(parents=True, exist_ok=True)
     space.prepare(args)
@@ -125,26 +125,26 @@ def search(
 
 
 def best_of(table: pd.DataFrame, direction: str) -> pd.Series:
-    """Give the row of the best trial among those that ran to their end.
+    """Return the row of the best trial among the complete ones.
 
     Raises
     ------
     ValueError
-        None did.
+        No trial is complete.
     """
     complete = table[(table["state"] == "COMPLETE") & table["score"].notna()]
     if complete.empty:
         reasons = "; ".join(table["reason"].dropna().unique()[:3])
-        raise ValueError(f"None of {len(table)} trials ran to its end{': ' + reasons if reasons else ''}.")
+        raise ValueError(f"None of {len(table)} trials is complete{': ' + reasons if reasons else ''}.")
     scores = complete["score"]
     return complete.loc[scores.idxmin() if direction == "minimize" else scores.idxmax()]
 
 
 class _StepBar(ProgressCallback):
-    """Trainer's bar of the steps, without its lines of figures."""
+    """Trainer's progress bar of steps, without its lines of metrics."""
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.training_bar is not None:  # closed already, if the trial was pruned
+        if self.training_bar is not None:  # already closed if the trial was pruned
             super().on_train_end(args, state, control, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -153,18 +153,18 @@ class _StepBar(ProgressCallback):
 
 @contextmanager
 def _only_here(output: Path) -> Iterator[None]:
-    """Keep other processes from the folder; the lock goes with the process, however it ends."""
+    """Lock the folder against other processes; the lock is released when the process ends in any way."""
     with (output / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FileExistsError(f"Another process searches in {output}: wait for it, or stop it.") from None
+            raise FileExistsError(f"Another process is searching in {output}: wait for it, or stop it.") from None
         yield
 
 
 @contextmanager
 def _left_by_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into an exit that passes through what has to be tidied up."""
+    """Convert SIGTERM to SystemExit, so that clean-up code runs."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -192,7 +192,7 @@ def _tell(number: int, trials: int, values: Mapping[str, Any], outcome: str, bes
 def _with_optuna(trainer, space, output, trials, metric, direction, pruner, sampler_seed, settings) -> pd.DataFrame:
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # errors tell themselves
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # trials are printed here
     storage = _storage(output / "study.db")
     study = _study(storage, output / "study.db", space, metric, direction, settings)
     _give_up_running(study)
@@ -229,7 +229,7 @@ def _with_optuna(trainer, space, output, trials, metric, direction, pruner, samp
                     pruner=_pruner(pruner),
                 )
     except ValueError:
-        # Trainer asks for the best trial, and there may be none: best_of tells why.
+        # Trainer asks for the best trial, and there may be none; best_of explains why.
         if len(_finished(study)) < trials or any(trial.state.name == "COMPLETE" for trial in study.trials):
             raise
     finally:
@@ -250,7 +250,7 @@ def _storage(path: Path):
 
 
 def _study(storage, path: Path, space: SearchSpace, metric: str, direction: str, settings: Mapping[str, Any]):
-    """Open the study, or begin it."""
+    """Open the study, or create it."""
     import optuna
 
     entries = {
@@ -274,15 +274,15 @@ def _study(storage, path: Path, space: SearchSpace, metric: str, direction: str,
         found = found or {}
         other = [key for key in (*wanted, *(set(found) - set(wanted))) if found.get(key) != wanted.get(key)]
         raise ValueError(
-            f"{path} is of a search with another {other[0]} ({found.get(other[0])!r}, now {wanted.get(other[0])!r})"
-            f"{', and other ' + ', '.join(other[1:]) if other[1:] else ''}: scores would not compare. Choose another "
-            "--output, or begin anew with --overwrite."
+            f"{path} is a search with another {other[0]} ({found.get(other[0])!r}, now {wanted.get(other[0])!r})"
+            f"{', and other ' + ', '.join(other[1:]) if other[1:] else ''}: scores would not be comparable. Choose "
+            "another --output, or start a new search with --overwrite."
         )
     return study
 
 
 def _give_up_running(study) -> None:
-    """Mark the trials that were broken off as failed."""
+    """Mark interrupted trials as failed."""
     import optuna
 
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
@@ -302,7 +302,7 @@ def _pruner(name: str):
 
 
 def _sampler(study, seed: int, trials: int):
-    """Make a TPE sampler that draws by (seed, trials so far), and tells each trial's end."""
+    """Make a TPE sampler that is seeded by (seed, trials so far), and prints the outcome of each trial."""
     import optuna
 
     class Sampler(optuna.samplers.BaseSampler):
@@ -324,7 +324,7 @@ def _sampler(study, seed: int, trials: int):
             self._tpe.after_trial(study, trial, state, values)
             finished = _finished(study)
             if state.name == "FAIL":
-                return  # the error tells itself
+                return  # the error is raised
             scores = [t.value for t in finished if t.state.name == "COMPLETE"]
             if state.name == "COMPLETE":
                 scores.append(values[0])
@@ -345,7 +345,7 @@ def _reason(trial) -> str | None:
 
 
 def read_trials(output: str | Path, space: SearchSpace) -> pd.DataFrame:
-    """Give the trials of a study so far, as `search` does.
+    """Return the trials of a study so far, as `search` does.
 
     Parameters
     ----------
@@ -378,7 +378,7 @@ def _rows(study) -> list[dict[str, Any]]:
 
 def _table(rows: list[dict[str, Any]], space: SearchSpace) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["trial", "state", "score", "seconds", "reason", *space])
-    whole = {name: "Int64" for name in space if space[name].kind is int}  # a pruned trial may lack some
+    whole = {name: "Int64" for name in space if space[name].kind is int}  # pruned trials may lack values
     return table.astype({"score": float, "seconds": float, **whole})
 
 
@@ -394,8 +394,8 @@ def _with_ray(trainer, space, output, n_trials, metric, direction, pruner, sampl
     folder = output / "ray"
     if folder.exists():
         raise FileExistsError(
-            f'{folder} holds a search, and one of ray cannot go on: use backend "optuna", which can, choose another '
-            "--output, or begin anew with --overwrite."
+            f'{folder} holds a search with ray, which cannot be resumed: use backend "optuna", which can, choose '
+            "another --output, or start a new search with --overwrite."
         )
 
     ended: list[tuple[Any, str]] = []
@@ -405,7 +405,7 @@ def _with_ray(trainer, space, output, n_trials, metric, direction, pruner, sampl
             self._tell(trial, "COMPLETE")
 
         def on_trial_error(self, iteration, trials, trial, **info):
-            self._tell(trial, "FAILED")  # why is written after this
+            self._tell(trial, "FAILED")  # the reason is set after this
 
         def _tell(self, trial, state):
             ended.append((trial, state))
@@ -440,11 +440,11 @@ def _with_ray(trainer, space, output, n_trials, metric, direction, pruner, sampl
             callbacks=[Lines()],
             verbose=0,
             raise_on_failed_trial=False,
-            reuse_actors=True,  # a new process imports for seconds
+            reuse_actors=True,  # a new process takes seconds to import
             **({"scheduler": scheduler()} if scheduler else {}),
         )
     except AttributeError:
-        # Trainer reads the best trial, and there may be none: best_of tells why.
+        # Trainer reads the best trial, and there may be none; best_of explains why.
         if len(ended) < n_trials or any(state == "COMPLETE" for _, state in ended):
             raise
     finally:

@@ -1,4 +1,4 @@
-"""The picture of a search: scores in the order of the trials, and against each hyperparameter."""
+"""Plot a search: scores in the order of the trials, and against each hyperparameter."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def plot_trials(
     metric: str = "eval_loss",
     direction: str = "minimize",
 ) -> None:
-    """Draw the scores by trial with the best so far, and a panel a hyperparameter, into one file.
+    """Plot the scores by trial with the best so far, and one panel per hyperparameter, into one file.
 
-    Pruned trials are open circles at their last evaluation; those without a score are left out. A logarithmic
+    Pruned trials are open circles at their last evaluation; trials without a score are left out. A logarithmic
     hyperparameter has a logarithmic axis. The axis of the scores shows up to ten times the range of the better half:
-    trials beyond it sit on its edge as triangles.
+    trials beyond it are triangles at its edge.
 
     Parameters
     ----------
     table : pandas.DataFrame
-        As `search` gives it.
+        As returned by `search`.
     space : SearchSpace
     path : str or Path
-        Of the picture; its ending tells the format.
+        File to write; its suffix determines the format.
     metric, direction : str
         As in `search`.
     """
@@ -79,7 +79,7 @@ def plot_trials(
 
 
 def _within(score: np.ndarray, direction: str) -> tuple[np.ndarray, np.ndarray]:
-    """Move scores that are far from the better half to an edge; tell which."""
+    """Move scores far from the better half to the edge; return the scores, and which were moved."""
     if len(score) < 4:
         return score, np.zeros(len(score), bool)
     sign = 1 if direction == "minimize" else -1

@@ -1,1 +1,1 @@
-"""Tissue, from neighbourhoods of cells to domains."""
+"""Spatial data: neighbourhoods of cells, their models, embeddings and domains."""

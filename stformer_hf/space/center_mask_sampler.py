@@ -1,4 +1,4 @@
-"""CenterMaskSampler: a cell and the cells around it in its tissue section, one item a cell, as a torch dataset."""
+"""CenterMaskSampler: each cell with the cells around it in its tissue section, as a torch dataset."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ from .spatial_metadata import (
 
 logger = logging.getLogger(__name__)
 
-_CELLS_AT_ONCE = 1024  # whose neighbours are counted at once
-_CELLS_LOOKED_AT = 256  # by which units are judged
-_FEWEST_CELLS = 20  # of a section whose units are judged
+_CELLS_AT_ONCE = 1024  # to count neighbours
+_CELLS_LOOKED_AT = 256  # to check units
+_FEWEST_CELLS = 20  # per section, to check units
 _NEARLY_ALL = 0.95
 _SUBSET = 0x5AB  # stream of the random numbers that choose neighbours
 
 
 class NeighborhoodMetadata(NamedTuple):
-    """A cell that is masked, and the n cells around it that are observed; G genes.
+    """A masked cell, and the n observed cells around it; G genes.
 
     Attributes
     ----------
@@ -66,20 +66,20 @@ class NeighborhoodMetadata(NamedTuple):
 
 @dataclass
 class NeighborhoodBatch(Sequence):
-    """Neighbourhoods as flat arrays, expression as it is stored: what a collate function gets from a `DataLoader`.
+    """Neighbourhoods as flat arrays, with expression as stored: the input of a collate function in a `DataLoader`.
 
-    As a sequence it gives the `NeighborhoodMetadata` of each.
+    As a sequence, its items are the `NeighborhoodMetadata` of each.
 
     Attributes
     ----------
     indptr : int64 array (B + 1,)
         The neighbours of item i are the rows `indptr[i]:indptr[i + 1]` of the N observed cells.
     expression : csr_matrix, csr_array or array (N + B, G) float32
-        Of the observed cells, and below them of the masked cells; sparse ones have each entry once.
+        Rows of the observed cells, followed by those of the masked cells; sparse ones have no duplicate entries.
     observed_cell_type : int64 array (N,)
     masked_cell_type : int64 array (B,)
     cell_embeds : float32 array (N, d), optional
-        Given embeddings of the observed cells; single items are without.
+        Embeddings of the observed cells; single items do not include them.
     """
 
     indptr: np.ndarray
@@ -116,87 +116,88 @@ class NeighborhoodBatch(Sequence):
 
 
 class CenterMaskSampler(Dataset):
-    """Neighbourhoods of cells of tissue sections: item i is the cell `indices[i]`, masked, and the cells around it.
+    """Neighbourhoods of cells in tissue sections: item i is the masked cell `indices[i]`, and the cells around it.
 
-    Cells are around it that lie in a box of size `patch_size` centred on it, borders included, in the same section.
+    The cells around it are those of the same section in a box of size `patch_size` centred on it, borders included.
 
     Parameters
     ----------
     metadata : pandas or polars DataFrame
-        One row a cell, with the columns that are named below.
+        One row per cell, with the columns named below.
     adata : AnnData or CellStore
-        Expression, of an AnnData in memory or backed that of X; rows are found by the cells' names, in any order.
+        Expression: X of an AnnData, in memory or backed, or the counts of a store; rows are matched by the names of
+        the cells, in any order.
     patch_size : float, sequence of float, or None
-        Width and height of the box (and depth, with `z`), in the unit of the coordinates; one number for all sides.
-        None with `k_nearest`: no bounds.
+        Width and height of the box (and depth, with `z`), in the units of the coordinates; one number for all sides.
+        None, with `k_nearest`, means no bounds.
     cell_id_colname : str, default: "cell_label"
-        Column of names of cells; they are compared as strings.
+        Column with the names of cells; they are compared as strings.
     cell_type_colname : str, default: "cell_type"
-        Column of cell types, integers from 0 (`prepare_metadata` makes it).
+        Column of cell types, integers from 0 (made by `prepare_metadata`).
     tissue_section_colname : str or None, default: "brain_section_label"
-        Column of sections; None: all cells are of one.
+        Column of sections; None means that all cells form one section.
     max_num_cells : int, optional
-        Most neighbours of an item. Of more, a uniform random subset is given, a function of the seed, the epoch and
-        the names of the cells, whatever their rows.
+        Maximum number of neighbours of an item. If there are more, a uniform random subset is used, a function of the
+        seed, the epoch and the names of the cells, but not of their rows.
     indices : int array or boolean mask (n_cells,), optional
-        Rows of metadata: the cells that items are made of, such as those to train on. All by default.
+        Rows of metadata of the cells that become items, such as training cells. All by default.
     shape : {"box", "disc"}, default: "box"
-        A disc (in 3-D a ball) has the diameter `patch_size`.
+        A disc (in 3-D a ball) has diameter `patch_size`.
     k_nearest : int, optional
-        Only so many neighbours, the nearest ones; of equally distant ones those whose names have the lowest hashes,
-        whatever their rows.
+        Number of nearest neighbours to use; of equally distant ones, those whose names have the lowest hashes are
+        used, independent of their rows.
     discretize : bool, default: False
-        Cut `patch_size` to whole numbers and round the borders of boxes to them, as brainformr does.
+        Truncate `patch_size` to integers and round the borders of boxes to integers, as brainformr does.
     neighbors_from : {"all", "indices"}, default: "all"
-        Which cells may be neighbours: all of metadata, or those of `indices` only, so that held-out cells are not
-        seen in training.
+        Which cells may be neighbours: all cells of metadata, or only those of `indices`, so that held-out cells are
+        excluded from training neighbourhoods.
     min_neighbors : int, default: 0
-        Cells with fewer neighbours give no item.
+        Cells with fewer neighbours do not become items.
     normalize : {"log1p", None}, default: None
-        "log1p" gives ln(1 + count) of all cells, masked ones too. None gives X as it is, as losses for counts need it.
+        "log1p" returns ln(1 + count) for all cells, including masked ones. None returns X unchanged, as losses for
+        counts need it.
     seed : int, default: 0
-        Of the random subsets.
+        Seed of the random subsets.
     x, y : str, default: "x", "y"
         Columns of coordinates.
     z : str, optional
         Column of the third coordinate; neighbourhoods are then 3-D.
     cell_embeds : float array (n_cells, d), optional
-        An embedding of each row of metadata, such as a GeneBert's, for a model with `cell_embedding_size`: batches
-        have those of the observed cells.
+        An embedding for each row of metadata, such as a GeneBert's, for a model with `cell_embedding_size`: batches
+        include those of the observed cells.
 
     Attributes
     ----------
     indices : int64 array (len(self),)
-        Rows of metadata of the items' cells.
+        Rows of metadata of the items.
     cell_types : list of str or None
-        Names of the cell types, in the order of their codes; known from `from_anndata`.
+        Names of the cell types, in the order of their codes; set by `from_anndata`.
     gene_ids : list of str or None
-        Which gene each column is, see `resolve_genes`; None where columns are only numbered.
+        Gene of each column, see `resolve_genes`; None if columns are only numbered.
     section_key : str or None
-        Column of obs that `from_anndata` took the sections of.
+        Column of obs from which `from_anndata` took the sections.
     n_cell_types, n_genes : int
-        Codes of cell types are smaller numbers; columns of expression.
+        Number of cell types (codes are below it), and of columns of expression.
 
     Raises
     ------
     ValueError
-        A column is missing; names that are not in `adata`, or occur twice; cell types that are no integers; NaN
-        coordinates; a cell without a section; no X; expression that is not finite, or is no counts where they are to
-        be normalized; sizes and options that do not fit. Expression is checked whenever it is read, and some of it
-        at once.
+        A column is missing; names are not in `adata`, or occur twice; cell types are not integers; coordinates are
+        NaN; a cell has no section; X is missing; expression is not finite, or is not counts although it should be
+        normalized; sizes and options do not fit. Expression is checked whenever it is read, and a part of it at once.
     IndexError
-        `indices` beyond metadata, or of another type.
+        `indices` are outside metadata, or of another type.
 
     Warns
     -----
-    By logging, where nearly no cell has a neighbour in its box, or boxes hold nearly all cells of their sections: then
-    patch_size and the coordinates are most likely in different units.
+    A warning is logged if nearly no cell has a neighbour in its box, or if boxes hold nearly all cells of their
+    sections: patch_size and the coordinates are then most likely in different units.
 
     Notes
     -----
-    A `DataLoader` reads a batch with one query of a KD-tree and one gather of rows (`__getitems__`), and hands its
-    collate function a `NeighborhoodBatch`. Neighbours are in the order of metadata. What lies on a border is decided
-    by |x_j - x_i| <= width / 2 in float64, so that i is a neighbour of j where j is one of i.
+    A `DataLoader` reads a batch with one query of a KD-tree and one gather of rows (`__getitems__`), and passes its
+    collate function a `NeighborhoodBatch`. Neighbours are in the order of metadata. Cells on a border are decided by
+    |x_j - x_i| <= width / 2 in float64, so that i is a neighbour of j if j is one of i.
 
     References
     ----------
@@ -227,9 +228,9 @@ class CenterMaskSampler(Dataset):
         cell_embeds: np.ndarray | None = None,
     ):
         if max_num_cells is not None and (max_num_cells != int(max_num_cells) or max_num_cells < 0):
-            raise ValueError(f"max_num_cells={max_num_cells}: a whole number of at least 0 is needed.")
+            raise ValueError(f"max_num_cells={max_num_cells}: must be an integer of at least 0.")
         if neighbors_from not in ("all", "indices"):
-            raise ValueError(f"neighbors_from={neighbors_from!r}: 'all' cells, or those of 'indices'.")
+            raise ValueError(f"neighbors_from={neighbors_from!r}: must be 'all' or 'indices'.")
         self.max_num_cells, self.seed = max_num_cells, operator.index(seed)
         self._lengths: np.ndarray | None = None
         self.cell_types: list[str] | None = None
@@ -253,7 +254,7 @@ class CenterMaskSampler(Dataset):
             sections,
             patch_size,
             shape=shape,
-            k_nearest=1 if max_num_cells == 0 else k_nearest,  # all but one would be found in vain
+            k_nearest=1 if max_num_cells == 0 else k_nearest,  # find no more than needed
             discretize=discretize,
             candidates=candidates,
             keys=self._keys,
@@ -267,9 +268,9 @@ class CenterMaskSampler(Dataset):
             "neighbors_from": neighbors_from,
             "seed": self.seed,
         }
-        # In shared memory: workers that outlive an epoch see the next one.
+        # In shared memory, so that persistent workers see the next epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._expression.read(self._rows[:: max(1, len(self._rows) // _CELLS_LOOKED_AT)])  # some are checked at once
+        self._expression.read(self._rows[:: max(1, len(self._rows) // _CELLS_LOOKED_AT)])  # check some at once
         if patch_size is not None:
             warn_of_units(self._index, self.indices, patch_size)
         if min_neighbors:
@@ -287,26 +288,27 @@ class CenterMaskSampler(Dataset):
         cell_embedding_key: str | None = None,
         **options: Any,
     ) -> CenterMaskSampler:
-        """Make one of what an AnnData holds itself.
+        """Make a sampler from the coordinates, sections and types in an AnnData.
 
         Parameters
         ----------
         adata : AnnData, MuData or SpatialData
-            In memory or backed; or its modality of genes, or its table, see `add_coordinates`.
+            AnnData in memory or backed; of a MuData the gene modality is used, of a SpatialData the table, see
+            `add_coordinates`.
         patch_size : float, sequence of float, or None
             As for the class.
         spatial_key : str, default: "spatial"
             Key of obsm: coordinates, (n_cells, 2) or (n_cells, 3).
         section_key : str, optional
-            Column of obs; by default the regions of a SpatialData's table are sections, and all other cells are of
-            one (with a warning where obs has a column of a usual name, such as "section" or "slide").
+            Column of obs; by default the regions of a SpatialData's table are the sections, and otherwise all cells
+            form one section (with a warning if obs has a column with a usual name, such as "section" or "slide").
         cell_type_key : str, optional
-            Column of obs; the types of a categorical column are its categories in their order, else its values,
-            sorted. By default all cells are of type 0.
+            Column of obs; the types are the categories of a categorical column in their order, else the sorted values.
+            By default all cells have type 0.
         cell_embedding_key : str, optional
-            Key of obsm, such as "X_stformer", whose embeddings batches have as `cell_embeds`.
+            Key of obsm, such as "X_stformer", with the embeddings for `cell_embeds`.
         **options
-            `max_num_cells`, `indices` and the keyword options of the class, but for the names of columns.
+            `max_num_cells`, `indices` and the keyword options of the class, except the names of columns.
 
         Returns
         -------
@@ -316,7 +318,7 @@ class CenterMaskSampler(Dataset):
         Raises
         ------
         ValueError
-            No such key or column; a cell without a type; and as for the class.
+            A key or column is missing; a cell has no type; and as for the class.
         """
         adata = as_anndata(find_placed_table(adata))
         section_key = section_key or section_of(adata)
@@ -342,8 +344,8 @@ class CenterMaskSampler(Dataset):
         types = pd.Categorical(np.full(adata.n_obs, "cell") if cell_type_key is None else adata.obs[cell_type_key])
         if (types.codes < 0).any():
             raise ValueError(
-                f"{(types.codes < 0).sum()} of {len(types)} cells have no type in obs[{cell_type_key!r}]: give them "
-                "one, such as 'unknown', or leave them out."
+                f"{(types.codes < 0).sum()} of {len(types)} cells have no type in obs[{cell_type_key!r}]: fill it in, "
+                "for example with 'unknown', or remove them."
             )
         metadata["cell_type"] = types.codes.astype(np.int64)
         sampler = cls(
@@ -368,12 +370,12 @@ class CenterMaskSampler(Dataset):
 
     @property
     def epoch(self) -> int:
-        """The epoch that random subsets are drawn for."""
+        """The epoch for which random subsets are drawn."""
         return int(self._epoch)
 
     @property
     def description(self) -> str:
-        """Options and cells in a line: that of another sampler differs where its neighbourhoods do."""
+        """Options and cells in one line, which differs between samplers with different neighbourhoods."""
         options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
         return f"{options}, {len(self)} of {len(self._rows)} cells (checksum {zlib.crc32(self.indices.tobytes()):08x})"
 
@@ -385,7 +387,7 @@ class CenterMaskSampler(Dataset):
 
     @property
     def neighborhood(self) -> dict[str, Any]:
-        """What a neighbourhood is: the options that a model keeps (`CellNeighborhoodConfig.neighborhood`)."""
+        """The options of neighbourhoods that a model keeps (`CellNeighborhoodConfig.neighborhood`)."""
         options = {name: self._options[name] for name in ("patch_size", "shape", "k_nearest", "max_num_cells")}
         if self._options["discretize"]:
             options["discretize"] = True
@@ -394,26 +396,26 @@ class CenterMaskSampler(Dataset):
         return {name: value for name, value in options.items() if value is not None}
 
     def fit_model(self, model: PreTrainedModel, name: str = "sampler", learn: bool = False) -> None:
-        """Compare the genes, cell types, options and values with those of a model; trainers call it.
+        """Check that genes, cell types, options and values agree with those of a model; called by trainers.
 
         Parameters
         ----------
         model : PreTrainedModel
-            Only models of a `CellNeighborhoodConfig` are looked at.
+            Only models with a `CellNeighborhoodConfig` are checked.
         name : str, default: "sampler"
-            What errors call these cells.
+            Name of these cells in errors.
         learn : bool, default: False
-            Whether to write into the model's configuration what it does not know.
+            Whether to complete the model's configuration.
 
         Raises
         ------
         ValueError
-            Other genes, types or options, or another order of them; see `check_sampler_fits`.
+            Genes, types or options differ, or their order; see `check_sampler_fits`.
         """
         fit_sampler(model, self, name, learn)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw for another epoch; call it before the epoch's first batch."""
+        """Set the epoch; call it before the first batch of the epoch."""
         self._epoch.fill_(epoch)
 
     def select(self, items: Sequence[int]) -> CenterMaskSampler:
@@ -439,7 +441,7 @@ class CenterMaskSampler(Dataset):
         return self.__getitems__([item])[0]
 
     def __iter__(self) -> Iterator[NeighborhoodMetadata]:
-        """Read all, one by one."""
+        """Read all neighbourhoods, one by one."""
         return (self[item] for item in range(len(self)))
 
     def __getitems__(self, items: Sequence[int]) -> NeighborhoodBatch:
@@ -448,7 +450,7 @@ class CenterMaskSampler(Dataset):
         Parameters
         ----------
         items : sequence of int
-            In any order, repeats allowed; negative ones count from the end.
+            Item numbers in any order, repeats allowed; negative ones count from the end.
 
         Returns
         -------
@@ -457,9 +459,9 @@ class CenterMaskSampler(Dataset):
         Raises
         ------
         IndexError
-            An item beyond the dataset.
+            An item is outside the dataset.
         TypeError
-            An item that is no integer.
+            An item is not an integer.
         """
         centres = self._cells(items)
         indptr, found = self._neighbors(centres)
@@ -474,11 +476,11 @@ class CenterMaskSampler(Dataset):
         )
 
     def expression_of(self, items: Sequence[int]) -> sparse.csr_matrix | sparse.csr_array | np.ndarray:
-        """Read the expression of the items' own cells, without their neighbours: (n_items, G), float32."""
+        """Read the expression of the masked cells of items, without their neighbours: (n_items, G), float32."""
         return self._expression.read(self._rows[self._cells(items)])
 
     def neighbors(self, items: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Find the neighbours of items, as their neighbourhoods have them, without reading expression.
+        """Find the neighbours of items, as in their neighbourhoods, without reading expression.
 
         Parameters
         ----------
@@ -507,10 +509,10 @@ class CenterMaskSampler(Dataset):
         return np.concatenate([[0], np.cumsum(kept)])[indptr], found[kept]
 
     def _cells(self, items: Sequence[int]) -> np.ndarray:
-        """Give the cells of items, rows of metadata."""
+        """Return the cells of items, as rows of metadata."""
         positions = np.asarray(items if len(items) else np.empty(0, np.int64))
         if positions.dtype.kind not in "iu" or positions.ndim != 1:
-            raise TypeError(f"Items are integers, got {items!r}.")
+            raise TypeError(f"Items must be integers, got {items!r}.")
         outside = (positions < -len(self)) | (positions >= len(self))
         if outside.any():
             raise IndexError(f"Item {positions[outside][0]} is outside the dataset of {len(self)} cells.")
@@ -518,9 +520,9 @@ class CenterMaskSampler(Dataset):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each item to a model, its neighbours and itself: int64 array (len(self),).
+        """Number of tokens of each item, its neighbours and itself: int64 array (len(self),).
 
-        All neighbours are looked for when it is first asked for.
+        All neighbours are counted on first access.
         """
         if self._lengths is None:
             sizes = self._count_neighbors()
@@ -536,24 +538,24 @@ class CenterMaskSampler(Dataset):
         return np.concatenate(sizes)
 
     def _leave_out(self, min_neighbors: int) -> None:
-        """Keep the cells that have so many neighbours."""
+        """Keep the cells that have at least this many neighbours."""
         kept = self._count_neighbors() >= min_neighbors
         if not kept.any():
-            raise ValueError(f"None of {len(kept)} cells has {min_neighbors} neighbours: make patch_size larger.")
+            raise ValueError(f"None of {len(kept)} cells has {min_neighbors} neighbours: increase patch_size.")
         if not kept.all():
             logger.info(
-                f"{(~kept).sum()} of {len(kept)} cells have under {min_neighbors} neighbours and give no item."
+                f"{(~kept).sum()} of {len(kept)} cells have fewer than {min_neighbors} neighbours and are left out."
             )
         self.indices = self.indices[kept]
 
 
 def _chosen(indices: Sequence[int] | np.ndarray | None, n: int) -> np.ndarray:
-    """Turn `indices` into rows of metadata: int64 array."""
+    """Convert `indices` to rows of metadata: int64 array."""
     if indices is None:
         return np.arange(n)
     rows = np.asarray(indices)
     if rows.ndim != 1:
-        raise IndexError(f"indices are one list of rows of metadata, got the shape {rows.shape}.")
+        raise IndexError(f"indices must be one list of rows of metadata, got the shape {rows.shape}.")
     if rows.dtype == bool:
         if len(rows) != n:
             raise IndexError(f"The mask indices has {len(rows)} values; metadata has {n} rows.")
@@ -561,15 +563,15 @@ def _chosen(indices: Sequence[int] | np.ndarray | None, n: int) -> np.ndarray:
     if not len(rows):
         return np.empty(0, np.int64)
     if rows.dtype.kind not in "iu":
-        raise IndexError(f"indices are rows of metadata or a boolean mask, got {rows.dtype}.")
+        raise IndexError(f"indices must be rows of metadata or a boolean mask, got {rows.dtype}.")
     outside = rows[(rows < -n) | (rows >= n)]
     if len(outside):
-        raise IndexError(f"indices ask for row {outside[0]}; metadata has {n}.")
+        raise IndexError(f"indices contain row {outside[0]}, but metadata has {n} rows.")
     return rows.astype(np.int64) % n
 
 
 def _gene_ids(adata: AnnData | CellStore) -> list[str] | None:
-    """Tell which gene each column is; None where they are only numbered."""
+    """Return the gene of each column; None if columns are only numbered."""
     if isinstance(adata, CellStore):
         return adata.gene_ids.tolist()
     try:
@@ -579,10 +581,12 @@ def _gene_ids(adata: AnnData | CellStore) -> list[str] | None:
 
 
 def _checked_embeds(embeds: np.ndarray, n: int) -> np.ndarray:
-    """Give embeddings as float32 array (n, d)."""
+    """Check embeddings: float32 array (n, d)."""
     embeds = np.asarray(embeds, np.float32)
     if embeds.ndim != 2 or len(embeds) != n:
-        raise ValueError(f"cell_embeds has the shape {embeds.shape}; metadata has {n} rows, each has an embedding.")
+        raise ValueError(
+            f"cell_embeds has the shape {embeds.shape}, but one row is needed for each of the {n} rows of metadata."
+        )
     wrong = ~np.isfinite(embeds).all(axis=1)
     if wrong.any():
         raise ValueError(f"cell_embeds: {wrong.sum()} of {n} cells have NaN or infinite values.")
@@ -590,15 +594,15 @@ def _checked_embeds(embeds: np.ndarray, n: int) -> np.ndarray:
 
 
 def warn_of_units(index: NeighborIndex, cells: np.ndarray, patch_size: Any) -> None:
-    """Warn where nearly no cell has a neighbour in its box, or boxes hold nearly all cells of their sections.
+    """Warn if nearly no cell has a neighbour in its box, or if boxes hold nearly all cells of their sections.
 
     Parameters
     ----------
     index : NeighborIndex
     cells : int64 array
-        Cells that items are made of; some of them are looked at.
+        Cells that become items; a part of them is checked.
     patch_size : float or sequence of float
-        For the text.
+        For the message.
     """
     cells = cells[:: max(1, len(cells) // _CELLS_LOOKED_AT)]
     n_inside, n_others = index.count(cells)
@@ -610,12 +614,12 @@ def warn_of_units(index: NeighborIndex, cells: np.ndarray, patch_size: Any) -> N
     if alone >= _NEARLY_ALL:
         nearest = np.median(index.nearest_distances(cells))
         logger.warning(
-            f"{alone:.0%} of the cells looked at have no neighbour with patch_size={patch_size}; the nearest cell is "
+            f"{alone:.0%} of the checked cells have no neighbour with patch_size={patch_size}; the nearest cell is "
             f"{nearest:.3g} away (median): patch_size and the coordinates may be in different units."
         )
     elif (n_inside >= _NEARLY_ALL * n_others).mean() >= _NEARLY_ALL:
         logger.warning(
-            f"Neighbourhoods of patch_size={patch_size} hold nearly all cells of their section (median "
+            f"Neighbourhoods with patch_size={patch_size} hold nearly all cells of their section (median "
             f"{np.median(n_inside):.0f} of {np.median(n_others):.0f}): patch_size and the coordinates may be in "
             "different units."
         )
@@ -625,7 +629,7 @@ def warn_of_units(index: NeighborIndex, cells: np.ndarray, patch_size: Any) -> N
 
 
 def _uniforms(seed: int, epoch: int, cells: np.ndarray, counters: np.ndarray) -> np.ndarray:
-    """Draw uniform numbers, one an element: those of `randomness.uniforms`, which this room may not import."""
+    """Draw one uniform number per element, as `randomness.uniforms` does, which this room may not import."""
     key = np.array([0x9E3779B97F4A7C15], np.uint64)
     for part in (seed, epoch, _SUBSET):
         key = _mix(key ^ np.uint64(part & 0xFFFFFFFFFFFFFFFF))

@@ -1,4 +1,4 @@
-"""Spatial domains: groups of cells whose embeddings are alike, into `obs`."""
+"""Spatial domains: cluster cells by their embeddings, and write the clusters into `obs`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 METHODS = ("kmeans", "leiden")
 _N_DOMAINS = 10
-_MOST_CELLS = 100_000  # that k-means looks at all at once
-_BATCH_SIZE = 4096  # of k-means on more cells
+_MOST_CELLS = 100_000  # above, k-means uses mini-batches
+_BATCH_SIZE = 4096  # of mini-batch k-means
 
 
 def spatial_domains(
@@ -31,38 +31,39 @@ def spatial_domains(
     key_added: str = "domain",
     seed: int = 0,
 ) -> None:
-    """Group the cells by their neighbourhoods, and write the groups into `adata.obs[key_added]`.
+    """Cluster the cells by their neighbourhoods, and write the clusters into `adata.obs[key_added]`.
 
     Parameters
     ----------
     adata : AnnData
-        With `obsm[use_rep]`.
+        Cells with `obsm[use_rep]`.
     n_domains : int, optional
-        Of k-means; 10 by default. Leiden finds the number itself.
+        Number of domains for k-means; 10 by default. Leiden chooses the number itself.
     use_rep : str, default: "X_neighborhood"
-        Which embedding; `embed_neighborhoods` makes it.
+        Key of the embedding in obsm, made by `embed_neighborhoods`.
     method : {"kmeans", "leiden"}, default: "kmeans"
-        scikit-learn's k-means, of 10 starts the best (by mini-batches above 100,000 cells); or leiden, by scanpy and
-        igraph, on scanpy's graph of the 15 nearest cells, which stays in the AnnData under `{key_added}_neighbors` and
-        leaves another graph as it is.
+        scikit-learn's k-means, the best of 10 starts (with mini-batches above 100,000 cells); or leiden, with scanpy
+        and igraph, on scanpy's graph of the 15 nearest cells, which is kept in the AnnData under
+        `{key_added}_neighbors`; other graphs are not changed.
     resolution : float, default: 1.0
-        Of leiden: more gives more domains. K-means does not read it.
+        Resolution of leiden: higher values give more domains. Ignored by k-means.
     key_added : str, default: "domain"
-        Column of obs: a categorical of "0", "1", …, the largest domain first. The settings go to `uns[key_added]`.
+        Column of obs: a categorical of "0", "1", …, the largest domain first. The settings are written to
+        `uns[key_added]`.
     seed : int, default: 0
-        Of the random numbers.
+        Random seed.
 
     Raises
     ------
     ValueError
-        No such embedding; one that is not finite, or the same for all cells; more domains than cells; `n_domains` of
-        leiden; an unknown method.
+        The embedding is missing, not finite, or the same for all cells; there are more domains than cells;
+        `n_domains` is given for leiden; the method is unknown.
     ImportError
-        Leiden without scanpy and igraph.
+        Leiden is asked for without scanpy and igraph.
 
     Notes
     -----
-    Where the embedding takes fewer values than there are to be domains, each value is a domain, and this is told.
+    If the embedding has fewer distinct values than domains, each value is a domain, and a warning is logged.
     """
     check_domains(method, n_domains)
     if use_rep not in adata.obsm:
@@ -72,14 +73,14 @@ def spatial_domains(
         )
     embedding = np.asarray(adata.obsm[use_rep])
     if embedding.ndim != 2:
-        raise ValueError(f"obsm[{use_rep!r}] has the shape {embedding.shape}; an embedding has a row a cell.")
+        raise ValueError(f"obsm[{use_rep!r}] has the shape {embedding.shape}; an embedding has one row per cell.")
     finite = np.isfinite(embedding).all(axis=1)
     if not finite.all():
         raise ValueError(f"{(~finite).sum()} of {len(finite)} cells have NaN or infinite values in obsm[{use_rep!r}].")
     if not (embedding != embedding[:1]).any():
         raise ValueError(
-            f"obsm[{use_rep!r}] is the same for all {len(embedding)} cells: there are no domains. Neighbourhoods that "
-            "are all empty give that: look at patch_size and the unit of the coordinates."
+            f"obsm[{use_rep!r}] is the same for all {len(embedding)} cells: there are no domains. This happens if all "
+            "neighbourhoods are empty: check patch_size and the units of the coordinates."
         )
     if method == "kmeans":
         labels = _kmeans(embedding, _N_DOMAINS if n_domains is None else int(n_domains), seed)
@@ -101,22 +102,22 @@ def spatial_domains(
 
 
 def check_domains(method: str, n_domains: int | None) -> None:
-    """Check what `spatial_domains` is asked for, and that what it needs is installed, before long work.
+    """Check the arguments and requirements of `spatial_domains`, before long work.
 
     Raises
     ------
     ValueError
-        An unknown method; a number of domains that is none, or is given for leiden.
+        The method is unknown; the number of domains is invalid, or given for leiden.
     ImportError
-        Leiden without scanpy and igraph.
+        Leiden is asked for without scanpy and igraph.
     """
     if method not in METHODS:
-        raise ValueError(f"method={method!r}: there are {' and '.join(METHODS)}.")
+        raise ValueError(f"method={method!r} is not one of {' and '.join(METHODS)}.")
     if n_domains is not None and (n_domains != int(n_domains) or n_domains < 1):
-        raise ValueError(f"n_domains={n_domains}: a whole number of at least 1 is needed.")
+        raise ValueError(f"n_domains={n_domains}: must be an integer of at least 1.")
     if method == "leiden":
         if n_domains is not None:
-            raise ValueError("Leiden finds the number of domains itself: leave n_domains out; resolution= steers it.")
+            raise ValueError("Leiden chooses the number of domains itself: leave n_domains out, and use resolution=.")
         try:
             import igraph  # noqa: F401
             import scanpy  # noqa: F401
@@ -127,28 +128,30 @@ def check_domains(method: str, n_domains: int | None) -> None:
 
 
 def _kmeans(embedding: np.ndarray, n_domains: int, seed: int) -> np.ndarray:
-    """Give the cluster of each cell: int array (n_cells,)."""
+    """Return the cluster of each cell: int array (n_cells,)."""
     if n_domains > len(embedding):
-        raise ValueError(f"{n_domains} domains of {len(embedding)} cells: make n_domains smaller.")
+        raise ValueError(f"{n_domains} domains for {len(embedding)} cells: reduce n_domains.")
     if len(embedding) > _MOST_CELLS:
         means = MiniBatchKMeans(n_domains, batch_size=_BATCH_SIZE, n_init=10, random_state=seed)
     else:
         means = KMeans(n_domains, n_init=10, random_state=seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # told below
+        warnings.simplefilter("ignore", ConvergenceWarning)  # logged below
         labels = means.fit_predict(embedding)
     n_found = len(np.unique(labels))
     if n_found < n_domains:
-        logger.warning(f"There are {n_found} domains in place of {n_domains}: cells take no more distinct values.")
+        logger.warning(
+            f"There are {n_found} domains instead of {n_domains}: the embedding has no more distinct values."
+        )
     return labels
 
 
 def _leiden(adata: AnnData, use_rep: str, resolution: float, neighbors_key: str, seed: int) -> np.ndarray:
-    """Give the community of each cell: array (n_cells,) of str."""
+    """Return the community of each cell: array (n_cells,) of str."""
     import scanpy as sc
 
     sc.pp.neighbors(adata, use_rep=use_rep, key_added=neighbors_key, random_state=seed)
-    # Under its own names, in an AnnData of its own: leiden writes into obs and uns.
+    # In a separate AnnData, since leiden writes into obs and uns.
     graph = AnnData(obs=pd.DataFrame(index=adata.obs_names))
     graph.obsp["connectivities"] = adata.obsp[f"{neighbors_key}_connectivities"]
     sc.tl.leiden(

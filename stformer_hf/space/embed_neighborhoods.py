@@ -1,4 +1,4 @@
-"""Embeddings of the neighbourhoods of cells into `obsm`."""
+"""Write embeddings of the neighbourhoods of cells into `obsm`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .neighborhood_collator import collate_neighborhoods
 
 logger = logging.getLogger(__name__)
 
-_OPTIONS = ("patch_size", "shape", "k_nearest", "max_num_cells", "discretize", "seed")  # what a neighbourhood is
+_OPTIONS = ("patch_size", "shape", "k_nearest", "max_num_cells", "discretize", "seed")  # options of neighbourhoods
 _ROWS_PER_BLOCK = 4096
 
 
@@ -55,59 +55,59 @@ def embed_neighborhoods(
 ) -> None:
     """Write an embedding of the neighbourhood of every cell into `adata.obsm[key_added]`.
 
-    It has seen the cells around the cell, and nothing of the cell itself. All cells without neighbours get the same
-    embedding.
+    The embedding depends on the cells around a cell, but not on the cell itself. All cells without neighbours get the
+    same embedding.
 
     Parameters
     ----------
     adata : AnnData, MuData or SpatialData
-        Cells with coordinates in obsm, and raw counts in X, raw or a layer. A backed one is read batch by batch where
+        Cells with coordinates in obsm, and raw counts in X, raw or a layer. A backed AnnData is read batch by batch if
         the columns of X are the model's genes in their order; else the counts of these genes are read into memory,
-        sparse. Of a MuData the modality of genes is read and gets the embedding, of a SpatialData the table, which
-        also gets coordinates, if it has none, see `add_coordinates`.
+        sparse. Of a MuData, the gene modality is read and gets the embedding; of a SpatialData the table, which also
+        gets coordinates if it has none, see `add_coordinates`.
     model : str or PreTrainedModel
-        A checkpoint of a CellNeighborhood (its head, if any, is not used), or a model.
+        Checkpoint of a CellNeighborhood (its head, if any, is not used), or a model.
     spatial_key : str, default: "spatial"
-        Key of obsm: coordinates, (n_cells, 2) or (n_cells, 3), in the unit that the model learnt with.
+        Key of obsm: coordinates, (n_cells, 2) or (n_cells, 3), in the units of the model's training data.
     section_key : str, optional
-        Column of obs: the tissue section of each cell. By default the regions of a SpatialData's table, or the column
-        that the model learnt with (`config.section_key`), if obs has it; else all cells are of one section.
+        Column of obs with the tissue section of each cell. By default the regions of a SpatialData's table, or the
+        column that the model was trained with (`config.section_key`), if obs has it; else all cells form one section.
     cell_type_key : str, optional
-        Column of obs: the type of each cell, by the names that the model knows (`config.cell_types`). Of a model that
-        knows none: categories, numbered in their order, or integers, taken as they are. A model of a single type
-        needs no types.
+        Column of obs with the type of each cell, by the names that the model knows (`config.cell_types`). If the model
+        knows no names: categories, numbered in their order, or integers, used as they are. Not needed for a model with
+        a single type.
     cell_embedding_key : str, optional
-        Key of obsm, such as "X_stformer": the embedding of each cell that a model with `cell_embedding_size` reads.
+        Key of obsm, such as "X_stformer": the embedding of each cell, for a model with `cell_embedding_size`.
     key_added : str, default: "X_neighborhood"
-        Where in `obsm` the embedding goes, float32 (n_obs, hidden size); the settings go to
+        Key of `obsm` for the embedding, float32 (n_obs, hidden size); the settings are written to
         `uns["stformer_neighborhood"]`.
     with_cell_type : bool, default: False
-        Write `typed_neighborhood_embedding` instead, which has seen the cell's own type as well: what the model
-        predicts the cell's counts from. Domains and types are then no longer independent.
+        Write `typed_neighborhood_embedding` instead, from which the model predicts the cell's counts, and which also
+        depends on the cell's own type. Domains and types are then no longer independent.
     layer : str, optional
-        Where the counts are: X, raw or a layer. Found by itself by default.
+        Location of the counts: X, raw or a layer; by default it is detected.
     fractional : bool, default: False
-        Whether counts may be fractions, as estimates are.
+        Accept fractional counts, such as estimates.
     batch_size : int, default: 64
-        Cells a batch.
+        Cells per batch.
     device : str, optional
         As for `embed`.
     **neighborhood
-        `patch_size`, `shape`, `k_nearest`, `max_num_cells`, `discretize` and `seed` of `CenterMaskSampler`, in place
-        of those that the model learnt with (`config.neighborhood`).
+        `patch_size`, `shape`, `k_nearest`, `max_num_cells`, `discretize` and `seed` of `CenterMaskSampler`, which
+        override those of the model's training (`config.neighborhood`).
 
     Raises
     ------
     ValueError
-        A model of another kind; options that are unknown, or nowhere given; no counts, or values that are none; under
-        a tenth of the model's genes; cell types that it does not know; and what
-        `CenterMaskSampler.from_anndata` raises: coordinates missing or NaN, no such columns.
+        The model is of another kind; options are unknown, or missing; there are no counts, or values are not counts;
+        the data have under a tenth of the model's genes; cell types are unknown to the model; and as for
+        `CenterMaskSampler.from_anndata`: coordinates are missing or NaN, or columns are missing.
 
     Notes
     -----
-    Columns are matched by Ensembl id without version or by symbol, whichever finds more of `config.gene_ids`; several
-    columns of one gene are summed, and genes that the data lack are 0. With `max_num_cells` the neighbours are those
-    of epoch 0, so that results do not depend on the batches.
+    Columns are matched by Ensembl id without version or by symbol, whichever finds more of `config.gene_ids`; multiple
+    columns of one gene are summed, and missing genes are 0. With `max_num_cells`, the neighbours are those of epoch 0,
+    so that results do not depend on the batches.
     """
     check_cells(adata)
     name = name_of(model)
@@ -116,11 +116,11 @@ def embed_neighborhoods(
     options = _options(config.neighborhood, neighborhood)
     if (cell_embedding_key is None) != (config.cell_embedding_size == 0):
         raise ValueError(
-            f"cell_embedding_key={cell_embedding_key!r}, and the model reads embeddings of cells of size "
-            f"{config.cell_embedding_size}: name the key of obsm that holds them, or none where the size is 0."
+            f"cell_embedding_key={cell_embedding_key!r}, but the model reads cell embeddings of size "
+            f"{config.cell_embedding_size}: pass the key of obsm that holds them, or None if the size is 0."
         )
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: at least 1 is needed.")
+        raise ValueError(f"batch_size={batch_size}: must be at least 1.")
     found = find_placed_table(adata, layer)
     adata, layer, cells = found.table, found.layer, as_anndata(found)
     section_key = section_key or section_of(adata) or _section_key(adata, config)
@@ -142,7 +142,7 @@ def embed_neighborhoods(
     result = "typed_neighborhood_embedding" if with_cell_type else "neighborhood_embedding"
     adata.obsm[key_added] = _embed(encoder, sampler, types, result, batch_size, device)
     settings = {"spatial_key": spatial_key, "section_key": section_key, "cell_type_key": cell_type_key, **options}
-    settings = {key: value for key, value in settings.items() if value is not None}  # a file holds no None
+    settings = {key: value for key, value in settings.items() if value is not None}  # None cannot be written to a file
     adata.uns["stformer_neighborhood"] = {
         "model": str(name),
         "embedding": result,
@@ -161,9 +161,9 @@ def _embed(
     batch_size: int,
     device: str | None,
 ) -> np.ndarray:
-    """Run the model over all cells, and take one of its outputs: float32 (n_cells, hidden).
+    """Run the model over all cells, and return one of its outputs: float32 (n_cells, hidden).
 
-    `types` turns the sampler's types into the model's.
+    `types` maps the sampler's types to the model's.
     """
     embedding = np.empty((len(sampler), encoder.config.hidden_size), np.float32)
     read = ["observed_expression", "observed_cell_type", "cell_embeds", "cu_seq_lens"]
@@ -176,7 +176,7 @@ def _embed(
     ):
         for start in range(0, len(sampler), _ROWS_PER_BLOCK):
             cells = np.arange(start, min(start + _ROWS_PER_BLOCK, len(sampler)))
-            cells = cells[np.argsort(lengths[cells], kind="stable")]  # attention takes a call a length
+            cells = cells[np.argsort(lengths[cells], kind="stable")]  # attention takes one call per length
             for first in range(0, len(cells), batch_size):
                 chosen = cells[first : first + batch_size]
                 items = sampler.__getitems__(chosen)
@@ -193,73 +193,75 @@ def _embed(
     check_finite(embedding, np.ones(len(embedding), bool))
     n_lonely = int((lengths == 1).sum())
     if n_lonely:
-        logger.warning(f"{n_lonely} of {len(sampler)} cells have no neighbours: of these the embedding says nothing.")
+        logger.warning(
+            f"{n_lonely} of {len(sampler)} cells have no neighbours, so their embedding carries no information."
+        )
     return embedding
 
 
 def _load(model: str | PreTrainedModel) -> PreTrainedModel:
-    """Give the model without its head."""
+    """Return the model without its head."""
     of_object = is_model(model)
     config = unwrap(model).config if of_object else load_config(model)
     if config.model_type != "cell_neighborhood":
         raise ValueError(
-            f"The model is a {config.model_type}, and neighbourhoods are embedded by a cell_neighborhood. Cells are "
-            "embedded by embed (stformer-hf embed --kind cells)."
+            f"Neighbourhoods need a model of type cell_neighborhood, but this one is a {config.model_type}. To embed "
+            "cells, use embed (stformer-hf embed --kind cells)."
         )
     model = unwrap(model) if of_object else load_model(model)
     return getattr(model, model.base_model_prefix, model)
 
 
-# ---------------------------------------------------------------------- what a neighbourhood is
+# ---------------------------------------------------------------------- neighbourhoods
 
 
 def _options(learnt: dict | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Give the sampler's options: those that are given, over those that the model learnt with."""
+    """Return the sampler's options: those given override those that the model was trained with."""
     for name in given:
         if name not in _OPTIONS:
             near = get_close_matches(name, _OPTIONS, n=1, cutoff=0.5)
             closest = f"; the closest known one is {near[0]}" if near else ""
-            raise ValueError(f"No option {name!r} of neighbourhoods{closest}. There are {', '.join(_OPTIONS)}.")
+            raise ValueError(f"No option {name!r} of neighbourhoods{closest}. Valid ones are {', '.join(_OPTIONS)}.")
     learnt = learnt or {}
     known = inspect.signature(CenterMaskSampler.__init__).parameters
     unknown = [name for name in learnt if name not in known]
     if unknown:
         raise ValueError(
-            f"The model learnt with neighbourhoods of an option {unknown[0]!r} that CenterMaskSampler does not have: "
-            "a newer version made it."
+            f"The model was trained with an option {unknown[0]!r} of neighbourhoods that CenterMaskSampler does not "
+            "have: it was made with a newer version."
         )
     options = {"patch_size": None, **{name: learnt[name] for name in _OPTIONS if name in learnt}, **given}
     if options["patch_size"] is None and options.get("k_nearest") is None:
         raise ValueError(
-            "The model does not say which neighbourhoods it learnt from (config.neighborhood): pass patch_size, in "
-            "the unit of the coordinates, or k_nearest, and max_num_cells if there was one, as in training."
+            "The model does not record the neighbourhoods of its training (config.neighborhood): pass patch_size, in "
+            "the units of the coordinates, or k_nearest, and max_num_cells if there was one, as in training."
         )
     return options
 
 
 def _section_key(adata: AnnData, config: PreTrainedConfig) -> str | None:
-    """Return the column of sections that the model learnt with; None where there was none, or obs lacks it."""
+    """Return the column of sections that the model was trained with; None if there was none, or obs lacks it."""
     learnt = getattr(config, "section_key", None)
     if learnt is not None and learnt not in adata.obs:
         logger.warning(
-            f"The model learnt from the sections of obs[{learnt!r}], which these cells do not have: unless "
-            "section_key names another column, all of them are taken for those of one section."
+            f"The model was trained with the sections of obs[{learnt!r}], which these cells do not have: all of them "
+            "are treated as one section. Pass section_key to use another column."
         )
         return None
     return learnt
 
 
 def _types(adata: AnnData, key: str | None, config: PreTrainedConfig) -> np.ndarray:
-    """Give the model's number of each type that `CenterMaskSampler.from_anndata` numbers: int64 array.
+    """Return the model's number of each type, in the order of `CenterMaskSampler.from_anndata`: int64 array.
 
-    A type that no cell has may be -1. Missing types and a missing column are left to the sampler.
+    Unused types may be -1. Missing types and a missing column are left to the sampler.
     """
     if key is None:
         if config.n_cell_types > 1:
             some = f", such as {', '.join(config.cell_types[:3])}" if config.cell_types else ""
             raise ValueError(
-                f"The model knows {config.n_cell_types} cell types{some}: name the column of obs that holds them, "
-                "with cell_type_key."
+                f"The model knows {config.n_cell_types} cell types{some}: pass the column of obs that holds them as "
+                "cell_type_key."
             )
         return np.zeros(1, np.int64)
     if key not in adata.obs:
@@ -274,7 +276,7 @@ def _types(adata: AnnData, key: str | None, config: PreTrainedConfig) -> np.ndar
             raise ValueError(
                 f"obs[{key!r}] holds {len(unknown)} types that the model does not know, such as "
                 f"{', '.join(unknown[:3])}. It knows {len(config.cell_types)}: {', '.join(config.cell_types[:10])}"
-                f"{', …' if len(config.cell_types) > 10 else ''}. Rename them, or leave out their cells."
+                f"{', …' if len(config.cell_types) > 10 else ''}. Rename them, or remove their cells."
             )
         return numbers.astype(np.int64)
     if pd.api.types.is_integer_dtype(column.dtype):  # codes, such as those of prepare_metadata
@@ -284,26 +286,25 @@ def _types(adata: AnnData, key: str | None, config: PreTrainedConfig) -> np.ndar
     outside = numbers[used][(numbers[used] < 0) | (numbers[used] >= config.n_cell_types)]
     if len(outside):
         raise ValueError(
-            f"obs[{key!r}] holds a type of number {outside[0]}, and the model knows {config.n_cell_types}, numbered "
-            "from 0, whose names it does not say: pass the types that it learnt with, as a categorical of the same "
-            "categories."
+            f"obs[{key!r}] holds type number {outside[0]}, but the model knows only {config.n_cell_types} types, "
+            "numbered from 0 without names: pass the types of its training, as a categorical with the same categories."
         )
     return numbers
 
 
-# ---------------------------------------------------------------------- which gene is a column
+# ---------------------------------------------------------------------- genes
 
 
 def _in_genes_of(
     adata: AnnData, layer: str | None, fractional: bool, config: PreTrainedConfig
 ) -> tuple[AnnData, Source]:
-    """Give the counts of the model's genes, in the model's order, as X of an AnnData; and where they were found.
+    """Return the counts of the model's genes, in the model's order, as X of an AnnData; and their source.
 
-    All of them are looked at. A matrix that has the model's columns already is taken as it is, else copied, sparse.
+    All counts are checked. A matrix that already has the model's columns is used as it is, else copied, sparse.
     """
     source = open_source(adata, layer, fractional)
     genes = _genes_of_columns(source, config)
-    # Layers are in memory; genes beside antibodies are a part of a matrix.
+    # Layers are in memory; genes next to antibodies are a part of a matrix.
     copied = genes is not None or source.is_part or (adata.isbacked and source.counts_in == "raw")
     totals, parts = np.zeros(source.shape[1]), []
     for block in source.blocks(_ROWS_PER_BLOCK):
@@ -322,12 +323,12 @@ def _in_genes_of(
 
 
 def _genes_of_columns(source: Source, config: PreTrainedConfig) -> np.ndarray | None:
-    """Find the model's gene of each column: int64 (n_columns,), -1 where unknown; None where column j is gene j."""
+    """Return the model's gene of each column: int64 (n_columns,), -1 if unknown; None if column j is gene j."""
     if config.gene_ids is None:
         if source.shape[1] != config.n_genes:
             raise ValueError(
-                f"{source.counts_in} has {source.shape[1]} genes, and the model reads {config.n_genes}, whose names "
-                "it does not say (config.gene_ids): give it the columns that it learnt with, in their order."
+                f"{source.counts_in} has {source.shape[1]} genes, but the model reads {config.n_genes} genes without "
+                "names (config.gene_ids): pass the columns of its training, in their order."
             )
         return None
     wanted = pd.Index(strip_versions(config.gene_ids))
@@ -336,20 +337,20 @@ def _genes_of_columns(source: Source, config: PreTrainedConfig) -> np.ndarray | 
         return None
     if not wanted.is_unique:
         raise ValueError(
-            f"The model reads several columns named {wanted[wanted.duplicated()][0]}, which only their order tells "
-            "apart: give it the columns that it learnt with, in their order."
+            f"The model reads multiple columns named {wanted[wanted.duplicated()][0]}, which differ only in their "
+            "order: pass the columns of its training, in their order."
         )
     return GeneMatcher(config.gene_ids, {}).find_columns(*names).astype(np.int64)
 
 
 def _renaming(genes: np.ndarray, n_genes: int) -> sparse.csr_matrix:
-    """Make the matrix (n_columns, n_genes) that turns columns into genes, and sums those of one gene."""
+    """Return the matrix (n_columns, n_genes) that maps columns to genes, and sums columns of one gene."""
     columns = np.flatnonzero(genes >= 0)
     return sparse.csr_matrix((np.ones(len(columns), np.float32), (columns, genes[columns])), (len(genes), n_genes))
 
 
 def _check_share(genes: np.ndarray, totals: np.ndarray, source: Source, config: PreTrainedConfig) -> None:
-    """Check that the data have the model's genes, and tell what they lack. `totals` are those of the columns."""
+    """Check that the data have the model's genes, and log what they lack; `totals` are those of the columns."""
     known = genes >= 0
     share = totals[known].sum() / totals.sum() if totals.any() else known.mean()
     found = np.unique(genes[known])
@@ -358,13 +359,15 @@ def _check_share(genes: np.ndarray, totals: np.ndarray, source: Source, config: 
     check_coverage(coverage, n_found, config.gene_ids, source.genes.gene_ids, MIN_COVERAGE, WARN_COVERAGE, True)
     if not known.all():
         logger.warning(
-            f"{known.sum()} of {len(genes)} genes of the data are known to the model ({share:.1%} of the counts); the "
-            "others are left out."
+            f"The model knows {known.sum()} of {len(genes)} genes of the data ({share:.1%} of the counts); the others "
+            "are left out."
         )
     if n_found < known.sum():
-        logger.warning(f"{known.sum() - n_found} columns name a gene that another one names too; they are summed.")
+        logger.warning(f"{known.sum() - n_found} columns have the same gene as another column; they are summed.")
     if n_found < config.n_genes:
-        logger.warning(f"{config.n_genes - n_found} of the model's {config.n_genes} genes are not in the data: 0.")
+        logger.warning(
+            f"{config.n_genes - n_found} of the model's {config.n_genes} genes are not in the data, and are set to 0."
+        )
 
 
 __all__ = ["embed_neighborhoods"]

@@ -1,4 +1,4 @@
-"""NeighborIndex: which cells of a section lie in a box or disc around a cell, or nearest to it."""
+"""NeighborIndex: find the cells of a section in a box or disc around a cell, or nearest to it."""
 
 from __future__ import annotations
 
@@ -8,43 +8,43 @@ from itertools import chain
 import numpy as np
 from scipy.spatial import cKDTree
 
-_SLACK = 1e-9  # of what the tree gives to choose from; the choice is by the coordinates themselves
+_SLACK = 1e-9  # of the tree's candidates; the coordinates decide
 
 
 class NeighborIndex:
-    """Finds the neighbours of cells, exactly, for many cells at once.
+    """Exact neighbours of cells, for many cells at once.
 
-    A cell j is in the box around cell i where |x_j - x_i| <= width / 2, in float64, and so on for each axis; in the
-    disc where the sum of the squared differences is at most that of the radius. Borders are included, a cell is not
-    its own neighbour, but others at its place are, and cells of other sections never.
+    A cell j is in the box around cell i if |x_j - x_i| <= width / 2, in float64, on each axis; it is in the disc if
+    the sum of the squared differences is at most the squared radius. Borders are included. A cell is not its own
+    neighbour, but other cells at its place are; cells of other sections never are.
 
     Parameters
     ----------
     points : float64 array (n, 2 or 3)
-        Coordinates; finite.
+        Finite coordinates.
     sections : int64 array (n,)
         Section of each cell, from 0.
     patch_size : float, sequence of float (n_dimensions,), or None
-        Sides of the box, or the diameter of the disc; one number for all sides. None with `k_nearest`: no bounds.
+        Sides of the box, or the diameter of the disc; one number for all sides. None, with `k_nearest`: no bounds.
     shape : {"box", "disc"}
     k_nearest : int, optional
-        Only so many of them, the nearest by Euclidean distance; of equally distant ones those of the lowest key.
+        Number of nearest neighbours to use, by Euclidean distance; ties are broken by the lowest keys.
     discretize : bool
-        Cut the sides of the box to whole numbers, and round its borders to them, halves to even.
+        Truncate the sides of the box to integers, and round its borders to integers, halves to even.
     candidates : int64 array (n_candidates,), optional
-        Cells that may be neighbours, ascending; all by default. `query` is for these cells only.
+        Cells that may be neighbours, ascending; all by default. `query` accepts only these cells.
     keys : array (n,), optional
-        Decide between equally distant cells; their numbers by default.
+        Break ties between equally distant cells; their numbers by default.
 
     Raises
     ------
     ValueError
-        Sizes that are not positive or do not fit the coordinates or the shape.
+        Sizes are not positive, or do not fit the coordinates or the shape.
 
     Notes
     -----
-    One KD-tree holds all sections, in branches of their own: the number of the section is a coordinate more, with
-    steps that no query reaches over.
+    One KD-tree holds all sections in separate branches: the number of the section is an additional coordinate, with
+    steps larger than the reach of any query.
     """
 
     def __init__(
@@ -60,16 +60,16 @@ class NeighborIndex:
         keys: np.ndarray | None = None,
     ):
         if shape not in ("box", "disc"):
-            raise ValueError(f"shape={shape!r}: a neighbourhood is a 'box' or a 'disc'.")
+            raise ValueError(f"shape={shape!r}: must be 'box' or 'disc'.")
         if k_nearest is not None and (k_nearest != int(k_nearest) or k_nearest < 1):
-            raise ValueError(f"k_nearest={k_nearest}: a whole number of at least 1 is needed.")
+            raise ValueError(f"k_nearest={k_nearest}: must be an integer of at least 1.")
         if patch_size is None and k_nearest is None:
-            raise ValueError("Give a patch_size, or k_nearest, or both.")
+            raise ValueError("Pass patch_size, or k_nearest, or both.")
         if discretize and (shape == "disc" or patch_size is None):
-            raise ValueError("discretize=True rounds the borders of a box: it goes with shape='box' and a patch_size.")
+            raise ValueError("discretize=True rounds the borders of a box: it needs shape='box' and a patch_size.")
         self._points, self._sections = points, sections
         self._keys = np.arange(len(points)) if keys is None else keys
-        # Where squares are taken: they neither overflow nor vanish, and a power of 2 changes no digits, so no tie.
+        # Scaling by a power of 2 keeps squares from over- or underflowing, and changes no digits, so no ties.
         _, self._exponent = np.frexp(np.abs(points).max(initial=0))
         self._even = None if k_nearest is None else np.ldexp(points, -self._exponent)
         self._disc, self._discretize = shape == "disc", discretize
@@ -82,21 +82,21 @@ class NeighborIndex:
         if self._half is None:
             self._reach *= 1 + np.linalg.norm(np.ptp(places, axis=0)) if len(places) else 1  # over any section
         self._places = np.column_stack([places, 3 * self._reach * sections])
-        # The cells of a branch side by side in memory: a query then costs nearly the same among many cells.
+        # Cells of a branch are adjacent in memory, so that queries cost nearly the same among many cells.
         rows = np.arange(len(points)) if candidates is None else candidates
         self._rows = rows[cKDTree(self._places[rows]).indices]
         self._tree = cKDTree(self._places[self._rows])
         self._axes = np.ldexp(points[self._rows].T.copy(), -self._disc_exponent)
 
     def _scaled(self) -> np.ndarray:
-        """Give the coordinates from the middle of all, in units of half a side, or of a power of 2."""
+        """Return the centred coordinates, in units of half a side, or of a power of 2."""
         points = self._even if self._half is None else self._points
         if not len(points):
             return points
         centred = points - (points.min(axis=0) / 2 + points.max(axis=0) / 2)
         if self._half is None:
             return centred
-        # Rounding moves a border by half a unit at most.
+        # Rounding moves a border by at most half a unit.
         return centred / (self._half + 0.5 if self._discretize else self._half)
 
     def query(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -109,9 +109,9 @@ class NeighborIndex:
         Returns
         -------
         indptr : int64 array (n_cells + 1,)
-            Cell i of those asked for has the neighbours `found[indptr[i]:indptr[i + 1]]`.
+            `cells[i]` has the neighbours `found[indptr[i]:indptr[i + 1]]`.
         found : int64 array (indptr[-1],)
-            Numbers of cells, ascending for each.
+            Numbers of cells, ascending for each cell.
         """
         reach = self._reach if self._half is not None else self._distances(cells)
         lists = self._tree.query_ball_point(self._places[cells], reach, p=self._norm, return_sorted=False)
@@ -133,7 +133,7 @@ class NeighborIndex:
         return indptr, found
 
     def _is_inside(self, cells: np.ndarray, sizes: np.ndarray, near: np.ndarray) -> np.ndarray:
-        """Tell which of the cells that the tree gave, `sizes` for each of `cells`, are in its box or disc."""
+        """Return which candidates of the tree, `sizes` for each of `cells`, are in its box or disc."""
         if self._half is None:
             return self._sections[self._rows[near]] == np.repeat(self._sections[cells], sizes)
         inside, away = np.ones(len(near), bool), np.zeros(len(near))
@@ -151,27 +151,27 @@ class NeighborIndex:
         return away <= halves[0] ** 2 if self._disc else inside
 
     def _distances(self, cells: np.ndarray) -> np.ndarray:
-        """Give for each cell a little more than the distance to the last of its nearest ones."""
+        """Return slightly more than the distance to the last of the nearest neighbours, for each cell."""
         k = min(self._k + 1, self._tree.n)
         away = self._tree.query(self._places[cells], [k])[0][:, 0]
         margin = 8 * np.finfo(float).eps * np.abs(self._places[cells, :-1]).max(axis=1, initial=0)
-        return np.minimum(away * (1 + _SLACK) + margin, self._reach)  # that of another section's cell is over it
+        return np.minimum(away * (1 + _SLACK) + margin, self._reach)  # cells of other sections are beyond it
 
     def count(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Count neighbours without finding them; those on a border may count or not, and `k_nearest` does not.
+        """Count neighbours without finding them, approximately on borders; `k_nearest` is ignored.
 
-        Needs a patch_size.
+        This needs a patch_size.
 
         Returns
         -------
         n_inside, n_others : int64 array (n_cells,)
-            Cells in the box or disc, and in the whole section, but for the cell itself.
+            Cells in the box or disc, and in the whole section, without the cell itself.
         """
         inside = self._tree.query_ball_point(self._places[cells], self._reach, p=self._norm, return_length=True)
         return inside - 1, np.bincount(self._sections[self._rows])[self._sections[cells]] - 1
 
     def nearest_distances(self, cells: np.ndarray) -> np.ndarray:
-        """Measure how far the nearest other cell of the section is: float64 (n_cells,), infinite where none is."""
+        """Return the distance to the nearest other cell of the section: float64 (n_cells,), infinite if none."""
         other = NeighborIndex(self._points, self._sections, None, k_nearest=1, candidates=np.sort(self._rows))
         indptr, found = other.query(cells)
         away = np.full(len(cells), np.inf)
@@ -183,7 +183,7 @@ class NeighborIndex:
 def first_of_each(
     owners: np.ndarray, values: np.ndarray, n_owners: int, most: int, keys: np.ndarray | None = None
 ) -> np.ndarray:
-    """Choose the elements of the lowest values of each owner, of equal ones those of the lowest keys, or the first.
+    """Choose the elements with the lowest values of each owner; ties are broken by keys, or by order.
 
     Parameters
     ----------
@@ -196,34 +196,34 @@ def first_of_each(
     Returns
     -------
     bool array (n,)
-        At most `most` of each owner.
+        At most `most` per owner.
     """
     order = np.lexsort((values, owners) if keys is None else (keys, values, owners))
     starts = np.searchsorted(owners, np.arange(n_owners))
     kept = np.zeros(len(owners), bool)
-    kept[order] = np.arange(len(owners)) - starts[owners] < most  # `owners` is sorted: its order is that of the ranks
+    kept[order] = np.arange(len(owners)) - starts[owners] < most  # `owners` is sorted, so ranks are in its order
     return kept
 
 
 def _half_sides(patch_size: float | Sequence[float], n_dimensions: int, shape: str, discretize: bool) -> np.ndarray:
-    """Give half of each side: float64 (n_dimensions,)."""
+    """Return half of each side: float64 (n_dimensions,)."""
     sides = np.asarray(patch_size, np.float64)
     if sides.ndim == 0:
         sides = np.full(n_dimensions, sides)
     if sides.shape != (n_dimensions,):
         raise ValueError(
-            f"patch_size={patch_size} and {n_dimensions}-D coordinates: give one number, or {n_dimensions} of them."
+            f"patch_size={patch_size} for {n_dimensions}-D coordinates: pass one number, or {n_dimensions} of them."
         )
     if not (np.isfinite(sides) & (sides > 0)).all():
-        raise ValueError(f"patch_size={patch_size}: sides are positive, in the unit of the coordinates.")
+        raise ValueError(f"patch_size={patch_size}: sides must be positive, in the units of the coordinates.")
     if shape == "disc" and (sides != sides[0]).any():
-        raise ValueError(f"patch_size={patch_size}: a disc has one diameter; give one number.")
+        raise ValueError(f"patch_size={patch_size}: a disc has one diameter; pass one number.")
     if discretize:
         sides = np.floor(sides)
         if not sides.all():
             raise ValueError(
-                f"patch_size={patch_size} is cut to whole numbers by discretize=True, and then it is 0: leave "
-                "discretize out, or scale the coordinates."
+                f"patch_size={patch_size} is truncated to 0 by discretize=True: leave discretize out, or scale the "
+                "coordinates."
             )
     return sides / 2
 

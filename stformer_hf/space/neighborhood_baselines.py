@@ -1,4 +1,4 @@
-"""What the loss of a CellNeighborhood model is compared with: means of all cells, of a type, of the neighbours."""
+"""Baselines for the loss of a CellNeighborhood model: means of all cells, of a type, of the neighbours."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BASELINES = ("overall_mean", "type_mean", "neighbor_mean")
 
 
 class MaskedCells(NamedTuple):
-    """Masked cells, and the sums of those around them; n cells, G genes.
+    """Masked cells, and the sums of the counts around them; n cells, G genes.
 
     Attributes
     ----------
@@ -37,23 +37,23 @@ class MaskedCells(NamedTuple):
 
 
 class CountBaseline:
-    """Negative binomials whose mean is that of a group of cells, with a dispersion a gene.
+    """Negative binomials with the mean of a group of cells, and one dispersion per gene.
 
-    The mean of a group has some pseudo-cells more, which are the mean of all training cells. Their number and the
-    dispersions are those under which training cells are likeliest, each predicted without itself.
+    Pseudo-cells with the mean of all training cells are added to a group. Their number and the dispersions maximise
+    the likelihood of training cells, each predicted without itself.
 
     Parameters
     ----------
     train : MaskedCells
-        At least 200 of them, and as many as make a million values, are predicted.
+        Training cells; the fit uses at least 200 of them, and up to a million values.
     kind : {"overall_mean", "type_mean", "neighbor_mean"}
-        The group: all training cells, those of the masked cell's type, or the cells around it.
+        Group of cells: all training cells, those of the masked cell's type, or the cells around it.
     """
 
     def __init__(self, train: MaskedCells, kind: str):
         self._kind, n_cells = kind, len(train.types)
         self._n_cells = n_cells
-        # Half a count more, so that no count is impossible.
+        # Half a count is added, so that no count is impossible.
         self._total = np.asarray(train.counts.sum(axis=0)).ravel() + 0.5
         n_types = int(train.types.max()) + 1
         of_type = sparse.csr_array((np.ones(n_cells), (train.types, np.arange(n_cells))), shape=(n_types, n_cells))
@@ -68,7 +68,7 @@ class CountBaseline:
         _, self.pseudo_cells, self.log_dispersion = min(fits, key=lambda fit: fit[0])
 
     def _nll(self, train: MaskedCells, cells: np.ndarray, pseudo_cells: float, log_dispersion: float) -> np.ndarray:
-        """Give the negative log likelihood of training cells: float64 array (G,)."""
+        """Compute the negative log likelihood of training cells: float64 array (G,)."""
         total = np.zeros(train.counts.shape[1])
         for start in range(0, len(cells), _CELLS_AT_ONCE):
             rows = cells[start : start + _CELLS_AT_ONCE]
@@ -78,7 +78,7 @@ class CountBaseline:
         return total
 
     def _means(self, of: MaskedCells, rows: np.ndarray, pseudo_cells: float, own: Any = 0.0) -> np.ndarray:
-        """Give the expected counts of cells: float64 array (len(rows), G); `own` counts of training cells left out."""
+        """Compute the expected counts of cells, without the `own` counts of training cells: float64 (len(rows), G)."""
         is_training = int(np.ndim(own) > 0)
         overall = (self._total - own) / (self._n_cells + 1 - is_training)
         if self._kind == "overall_mean":
@@ -93,7 +93,7 @@ class CountBaseline:
         return (sums + pseudo_cells * overall) / (sizes + pseudo_cells)[:, None]
 
     def evaluate(self, of: MaskedCells) -> tuple[float, float]:
-        """Give the negative log likelihood a gene, in nats, and the mean Pearson r a cell of log1p of the counts."""
+        """Return the negative log likelihood per gene in nats, and the mean Pearson r per cell of log1p counts."""
         nll, r = 0.0, []
         for start in range(0, len(of.types), _CELLS_AT_ONCE):
             rows = np.arange(start, min(start + _CELLS_AT_ONCE, len(of.types)))
@@ -106,33 +106,33 @@ class CountBaseline:
 def neighborhood_baselines(
     train: CenterMaskSampler, evaluated: CenterMaskSampler, *, max_train_cells: int = 20_000, seed: int = 0
 ) -> dict[str, float]:
-    """Predict masked cells by means, as negative binomials with a dispersion a gene; see `CountBaseline`.
+    """Predict masked cells by means, as negative binomials with one dispersion per gene; see `CountBaseline`.
 
     Parameters
     ----------
     train, evaluated : CenterMaskSampler
-        Of counts (`normalize=None`). Random subsets of neighbours are those of their epochs.
+        Samplers of counts (`normalize=None`). Random subsets of neighbours are those of their epochs.
     max_train_cells : int, default: 20,000
-        Of more, so many are drawn.
+        If there are more training cells, this many are drawn.
     seed : int, default: 0
-        Of the draw.
+        Seed of the draw.
 
     Returns
     -------
     dict of str to float
         `overall_mean_nll`, `type_mean_nll`, `neighbor_mean_nll`: mean negative log likelihood of the counts of the
-        evaluated cells, in nats a gene. `overall_mean_pearson_r` and so on: mean over these cells of Pearson's r of
-        log1p of the counts and of the mean, over genes; cells for which r is not defined are left out.
+        evaluated cells, in nats per gene. `overall_mean_pearson_r` and so on: mean over these cells of Pearson's r,
+        over genes, between log1p of the counts and of the mean; cells with undefined r are left out.
 
     Raises
     ------
     ValueError
-        No cells; other genes.
+        There are no cells; the genes differ.
     """
     if not (len(train) and len(evaluated)):
-        raise ValueError(f"{len(train)} training cells and {len(evaluated)} to evaluate on: both are needed.")
+        raise ValueError(f"{len(train)} training cells and {len(evaluated)} evaluated cells: both are needed.")
     if train.n_genes != evaluated.n_genes:
-        raise ValueError(f"Training cells have {train.n_genes} genes, and those to evaluate on {evaluated.n_genes}.")
+        raise ValueError(f"Training cells have {train.n_genes} genes, but evaluated cells have {evaluated.n_genes}.")
     train_cells = _read(train, _draw(len(train), max_train_cells, seed), "training cells")
     cells = _read(evaluated, np.arange(len(evaluated)), "held-out cells")
     found = {}
@@ -145,16 +145,16 @@ def neighborhood_baselines(
 def gene_moments(
     train: CenterMaskSampler, *, max_cells: int = 20_000, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give mean and variance of each gene over the cells of a sampler, for `CountHead.start_at`.
+    """Compute mean and variance of each gene over the cells of a sampler, for `CountHead.start_at`.
 
     Parameters
     ----------
     train : CenterMaskSampler
-        Of counts (`normalize=None`).
+        Sampler of counts (`normalize=None`).
     max_cells : int, default: 20,000
-        Of more, so many are drawn.
+        If there are more cells, this many are drawn.
     seed : int, default: 0
-        Of the draw.
+        Seed of the draw.
 
     Returns
     -------
@@ -171,7 +171,7 @@ def gene_moments(
 
 
 def mean_of_defined(r: np.ndarray) -> float:
-    """Give the mean of those that are no NaN; NaN where all are."""
+    """Return the mean of the values that are not NaN; NaN if all are."""
     defined = r[~np.isnan(r)]
     return float(defined.mean()) if len(defined) else float("nan")
 
@@ -195,7 +195,7 @@ def _blocks(sampler: CenterMaskSampler, items: np.ndarray, desc: str) -> Iterato
         batch = sampler.__getitems__(items[start : start + _CELLS_AT_ONCE])
         expression = sparse.csr_array(batch.expression).astype(np.float64)
         n_observed = len(batch.observed_cell_type)
-        # Row i has a 1 for each of its neighbours, which lie side by side.
+        # Row i has a 1 for each of its neighbours, which are adjacent.
         around = sparse.csr_array(
             (np.ones(n_observed), np.arange(n_observed), batch.indptr), shape=(len(batch), n_observed)
         )

@@ -1,4 +1,4 @@
-"""Collates neighbourhoods of cells: brainformr's masks, or a packed form without them."""
+"""Collate neighbourhoods of cells, with brainformr's masks or in a packed form without them."""
 
 from __future__ import annotations
 
@@ -15,42 +15,41 @@ from .center_mask_sampler import NeighborhoodBatch, NeighborhoodMetadata
 def collate_neighborhoods(
     items: NeighborhoodBatch | Sequence[NeighborhoodMetadata], packed: bool = False
 ) -> dict[str, Any]:
-    """Make a batch of neighbourhoods; also named `collate`.
+    """Collate neighbourhoods; also named `collate`.
 
-    B items of N observed cells in all, G genes. Items without observed cells may be among them, or be all.
+    There are B items with N observed cells in total, and G genes. Any or all items may have no observed cells.
 
     Parameters
     ----------
     items : NeighborhoodBatch or sequence of NeighborhoodMetadata
-        What a `DataLoader` over a `CenterMaskSampler` gives its collate function, or items one by one.
+        Batch from a `DataLoader` over a `CenterMaskSampler`, or a sequence of items.
     packed : bool, default: False
-        Leave the masks out, whose memory grows with the square of N, and say instead where neighbourhoods begin.
+        Return the boundaries of neighbourhoods instead of masks, whose memory grows with the square of N.
 
     Returns
     -------
     dict
         `observed_expression` (N, G) and `masked_expression` (B, G), float32; `observed_cell_type` (N,) and
         `masked_cell_type` (B,), int64; `observed_neighboorhood_lens`, list of B int; `bs`, B. `cell_embeds` (N, d),
-        float32, where the sampler has some.
+        float32, if the sampler has them.
 
-        Packed: `cu_seq_lens`, int32 (B + 1,): item i has the observed cells `cu_seq_lens[i]:cu_seq_lens[i + 1]`.
+        If packed: `cu_seq_lens`, int32 (B + 1,): item i has the observed cells `cu_seq_lens[i]:cu_seq_lens[i + 1]`.
         `segment_ids`, int32 (N,): the item of each observed cell. `max_length`, int: cells of the largest item.
 
-        Else: bool masks, True where one may not attend. They are of
-        the N observed cells, then B cls tokens, then B queries, those of item i in its segment. `full_mask`
-        (N + 2B, N + 2B) is open within segments. `encoder_mask` (N + B, N + B) is its top left, a view of it.
-        `pooling_mask` (B, N + B): row i is open for the observed cells of item i; that of an item without any is
-        wholly closed. `decoder_mask` (2B, 2B), of cls tokens and queries: open for the other one of the same item, and
-        closed for oneself.
+        Else: bool masks, True where attention is not allowed. They cover the N observed cells, then B cls tokens, then
+        B queries; those of item i are in its segment. `full_mask` (N + 2B, N + 2B) allows attention within segments.
+        `encoder_mask` (N + B, N + B) is its top left, as a view. `pooling_mask` (B, N + B): row i allows the observed
+        cells of item i, or nothing if it has none. `decoder_mask` (2B, 2B), for cls tokens and queries: allows the
+        other one of the same item, but not the token itself.
 
     Raises
     ------
     ValueError
-        No items; items that differ in their genes, or whose arrays or number of cells do not fit each other.
-        Expression has a row a cell, or is flat (n * G,), as that of no cells is (0,) in brainformr.
+        There are no items; items differ in their genes, or their arrays or numbers of cells do not fit. Expression has
+        one row per cell, or is flat (n * G,), like the (0,) of no cells in brainformr.
     """
     if not len(items):
-        raise ValueError("A batch has at least one neighbourhood.")
+        raise ValueError("A batch needs at least one neighbourhood.")
     batch = _tensors(items) if isinstance(items, NeighborhoodBatch) else _stacked(items)
     lengths = batch.pop("lengths")
     batch["observed_neighboorhood_lens"] = lengths.tolist()
@@ -108,7 +107,7 @@ def _stacked(items: Sequence[NeighborhoodMetadata]) -> dict[str, Any]:
 
 
 def _masks(lengths: np.ndarray) -> dict[str, torch.Tensor]:
-    """Make the masks of items of so many observed cells, by filling in what is open."""
+    """Make the masks of items from their numbers of observed cells."""
     n_items, n_cells = len(lengths), int(lengths.sum())
     n_tokens = n_cells + n_items
     full = np.ones((n_cells + 2 * n_items, n_cells + 2 * n_items), bool)

@@ -1,4 +1,4 @@
-"""NeighborhoodTrainer: `CellTrainer` for models of cells among their neighbours."""
+"""NeighborhoodTrainer: `CellTrainer` for models of cell neighbourhoods."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from .neighborhood_collator import collate_neighborhoods
 
 
 class NeighborhoodTrainer(CellTrainer):
-    """Trainer that trains a `CellNeighborhoodForMaskedCell` on the neighbourhoods of a `CenterMaskSampler`.
+    """Trainer of a `CellNeighborhoodForMaskedCell` on the neighbourhoods of a `CenterMaskSampler`.
 
-    Batches are packed. Its evaluations have `pearson_r`: the mean over cells of Pearson's r, over genes, of log1p of
-    the expected and of the true counts. See `CellTrainer` for the order of the cells and for resumption.
+    Batches are packed. Evaluations include `pearson_r`: the mean over cells of Pearson's r, over genes, between log1p
+    of the expected and of the true counts. See `CellTrainer` for the order of the cells and for resumption.
 
     Parameters
     ----------
     args : TrainingArguments
     train_dataset : CenterMaskSampler
-        Its genes, cell types, options and section key are written into the model's configuration where that has none,
-        and are compared with it otherwise.
+        Its genes, cell types, options and section key are written to the model's configuration if that has none, and
+        compared with it otherwise.
     model : CellNeighborhoodForMaskedCell, optional
-        The model to train; `model_init` in its place for hyperparameter search.
+        The model to train; for hyperparameter search, pass `model_init` instead.
     baselines : bool, default: False
-        Whether to put `neighborhood_baselines` beside the figures of each evaluation.
+        Add `neighborhood_baselines` to the metrics of each evaluation.
     data_collator : callable, default: `collate_neighborhoods` with `packed=True`
     **kwargs
         All other arguments of `CellTrainer`.
@@ -42,8 +42,8 @@ class NeighborhoodTrainer(CellTrainer):
     Raises
     ------
     ValueError
-        Cells that do not fit the model; see `CenterMaskSampler.fit_model`. Baselines of cells that are not of
-        one `CenterMaskSampler`.
+        The cells do not fit the model; see `CenterMaskSampler.fit_model`. Baselines are asked for, and the cells are
+        not those of one `CenterMaskSampler`.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class NeighborhoodTrainer(CellTrainer):
         if baselines:
             _check_baselines(train_dataset, kwargs.get("eval_dataset"))
         self.baselines = baselines
-        self._baselines: list[tuple[Any, dict[str, float]]] = []  # of the datasets that were evaluated
-        self._pearson_r: list[np.ndarray] = []  # of the masked cells of the evaluation that is running
+        self._baselines: list[tuple[Any, dict[str, float]]] = []  # one entry per evaluation dataset
+        self._pearson_r: list[np.ndarray] = []  # of masked cells in the current evaluation
         super().__init__(
             args=args,
             train_dataset=train_dataset,
@@ -76,7 +76,7 @@ class NeighborhoodTrainer(CellTrainer):
         return {**super()._order(), "neighbourhoods": descriptions}
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        """As in Trainer; the items are the masked cells, without those that fill up a batch."""
+        """Count the items as Trainer does; they are the masked cells, without those that fill up a batch."""
         masks = [batch.get("loss_mask", torch.ones_like(batch["masked_cell_type"])) for batch in batch_samples]
         return super()._get_num_items_in_batch(
             [{"labels": torch.where(mask.bool(), 0, IGNORE)} for mask in masks], device
@@ -87,7 +87,7 @@ class NeighborhoodTrainer(CellTrainer):
         return inputs if rows is None else {**inputs, "loss_mask": ~rows.to(self.args.device)}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As in Trainer; keeps Pearson's r of the masked cells during an evaluation."""
+        """Compute the loss as Trainer does, and keep Pearson's r of masked cells during an evaluation."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if not model.training and "expected_counts" in outputs and "masked_expression" in inputs:
             r = pearson_r(outputs["expected_counts"].detach().log1p(), inputs["masked_expression"].log1p())
@@ -95,7 +95,7 @@ class NeighborhoodTrainer(CellTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
-        """As in Trainer; with `pearson_r`, and the baselines if they are asked for."""
+        """Evaluate as Trainer does, with `pearson_r`, and the baselines if they are asked for."""
         self._pearson_r = []
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._pearson_r:

@@ -1,4 +1,4 @@
-"""prepare_metadata: a table of cells as an atlas gives it, made into what `CenterMaskSampler` takes."""
+"""prepare_metadata: convert a table of cells, as atlases provide it, to the input of `CenterMaskSampler`."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ logger = logging.getLogger(__name__)
 
 
 class PreparedMetadata(NamedTuple):
-    """What `prepare_metadata` gives.
+    """Result of `prepare_metadata`.
 
     Attributes
     ----------
     metadata : DataFrame
-        Of the same library as that given: the columns of names (strings), of types, of sections, the integers
+        DataFrame of the same library as the input: the columns of names (strings), of types, of sections, the integers
         `cell_type`, and `x`, `y` (and `z`), float64. The index is new.
     adata : AnnData or CellStore
-        Its cells, in the same order: a view, or a selection.
+        The same cells, in the same order: a view, or a selection.
     encoder : LabelEncoder
-        Gives the codes of cell types; `encoder.classes_` are their names.
+        Encoder of cell types; `encoder.classes_` are their names.
     n_without_expression, n_without_metadata : int
-        Cells of metadata, and of `adata`, that were left out.
+        Numbers of cells of metadata, and of `adata`, that were left out.
     """
 
     metadata: Any
@@ -56,12 +56,12 @@ def prepare_metadata(
     encoder: LabelEncoder | None = None,
     patch_size: float | Sequence[float] | None = None,
 ) -> PreparedMetadata:
-    """Make a table of cells fit for `CenterMaskSampler`, and choose the cells that have both metadata and expression.
+    """Prepare a table of cells for `CenterMaskSampler`, and keep the cells with both metadata and expression.
 
     Parameters
     ----------
     metadata : pandas or polars DataFrame
-        One row a cell.
+        One row per cell.
     adata : AnnData or CellStore
         Expression.
     x, y : str, default: "x", "y"
@@ -69,35 +69,35 @@ def prepare_metadata(
     z : str, optional
         Column of the third coordinate.
     scale : float, default: 1.0
-        What coordinates are multiplied by, such as 1,000 from mm to um.
+        Factor of the coordinates, such as 1,000 from mm to um.
     cell_id_colname : str, default: "cell_label"
-        Column of names of cells; compared as strings.
+        Column with the names of cells; compared as strings.
     cell_type_colname : str, default: "cell_type"
-        Column of types. They are encoded in the column `cell_type`; where this column is that one, the codes take the
-        place of the names.
+        Column of types. They are encoded in the column `cell_type`; if both are the same column, codes replace the
+        names.
     tissue_section_colname : str or None, default: "brain_section_label"
-        Column of sections; None: all cells are of one.
+        Column of sections; None means that all cells form one section.
     encoder : LabelEncoder, optional
-        That of other cells, such as another animal's, for the same codes; by default one is fitted to the cells that
-        are kept.
+        Encoder of other cells, such as another animal's, to get the same codes; by default one is fitted to the cells
+        that are kept.
     patch_size : float or sequence of float, optional
-        That of the sampler to come: a warning is logged where its unit cannot be that of the scaled coordinates.
+        The sampler's patch size: a warning is logged if it cannot be in the units of the scaled coordinates.
 
     Returns
     -------
     PreparedMetadata
-        `CenterMaskSampler(prepared.metadata, prepared.adata, …)` takes it, with the names of columns as here, but
+        Input of `CenterMaskSampler(prepared.metadata, prepared.adata, …)`, with the same names of columns, except
         `cell_type`, `x`, `y` and `z`.
 
     Raises
     ------
     ValueError
-        A column is missing; a name occurs twice; no cell is in both tables; of cells that are kept, coordinates that
-        are not finite, missing types or sections; types that the encoder does not know; a scale that is not positive;
-        a column of names, types or sections that would get the name of another column of the result.
+        A column is missing; a name occurs twice; no cell is in both tables; kept cells have coordinates that are not
+        finite, or missing types or sections; the encoder does not know a type; the scale is not positive; a column of
+        names, types or sections would get the name of another column of the result.
     """
     if not 0 < scale < np.inf:
-        raise ValueError(f"scale={scale}: a positive number is needed.")
+        raise ValueError(f"scale={scale}: must be a positive number.")
     _check_colnames(cell_id_colname, cell_type_colname, tissue_section_colname, "xy" if z is None else "xyz")
     names = column_of(metadata, cell_id_colname)
     types = column_of(metadata, cell_type_colname)
@@ -108,7 +108,7 @@ def prepare_metadata(
     n_without_expression, n_without_metadata = len(rows) - len(kept), len(known) - len(kept)
     if not len(kept):
         examples = f"{_example(names)} and {_example(known)}"
-        raise ValueError(f"No cell is in both tables, whose names are such as {examples}: name the right column.")
+        raise ValueError(f"No cell is in both tables, with names such as {examples}: choose the right column.")
     if n_without_expression or n_without_metadata:
         logger.warning(
             f"{len(kept)} cells are kept; {n_without_expression} without expression and {n_without_metadata} without "
@@ -135,7 +135,7 @@ def prepare_metadata(
 
 
 def _check_colnames(of_ids: str, of_types: str, of_sections: str | None, axes: str) -> None:
-    """Raise where two columns of the result would have one name; codes may take the place of the types."""
+    """Raise if two columns of the result would have the same name; codes may replace the types."""
     made = ["cell_type", *axes]
     for option, name in (("cell_id", of_ids), ("cell_type", of_types), ("tissue_section", of_sections)):
         if name in made and (option, name) != ("cell_type", "cell_type"):
@@ -145,7 +145,9 @@ def _check_colnames(of_ids: str, of_types: str, of_sections: str | None, axes: s
             )
     if of_ids in (of_types, of_sections):
         other = "cell_type" if of_ids == of_types else "tissue_section"
-        raise ValueError(f"cell_id_colname and {other}_colname are both {of_ids!r}: a column of names holds no other.")
+        raise ValueError(
+            f"cell_id_colname and {other}_colname are both {of_ids!r}: the column of names needs to be separate."
+        )
 
 
 def _example(names: Any) -> str:
@@ -153,12 +155,12 @@ def _example(names: Any) -> str:
 
 
 def _encode(types: np.ndarray, name: str, encoder: LabelEncoder | None) -> tuple[np.ndarray, LabelEncoder]:
-    """Turn types into codes: int64 array (n_cells,)."""
+    """Encode types: int64 array (n_cells,)."""
     missing = pd.isna(types)
     if missing.any():
         raise ValueError(
-            f"{missing.sum()} of {len(types)} cells have no type in {name!r}: give them one, such as 'unknown', or "
-            "leave them out of metadata first."
+            f"{missing.sum()} of {len(types)} cells have no type in {name!r}: fill it in, for example with 'unknown', "
+            "or remove them from metadata first."
         )
     if types.dtype == object:
         types = types.astype(str)
@@ -167,8 +169,8 @@ def _encode(types: np.ndarray, name: str, encoder: LabelEncoder | None) -> tuple
     unknown = np.setdiff1d(types, encoder.classes_)
     if len(unknown):
         raise ValueError(
-            f"The encoder does not know {len(unknown)} types of {name!r}, such as {str(unknown[0])!r}: leave their "
-            "cells out, or fit an encoder to the types of all cells (encoder=LabelEncoder().fit(…))."
+            f"The encoder does not know {len(unknown)} types of {name!r}, such as {str(unknown[0])!r}: remove their "
+            "cells, or fit an encoder to the types of all cells (encoder=LabelEncoder().fit(…))."
         )
     return encoder.transform(types).astype(np.int64), encoder
 

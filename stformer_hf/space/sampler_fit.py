@@ -1,4 +1,4 @@
-"""Whether a model and the neighbourhoods of a sampler mean the same genes, cell types and options."""
+"""Check that a model and the neighbourhoods of a sampler have the same genes, cell types and options."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ..models.gene_bert.gene_columns import strip_versions
 
 
 def fit_sampler(model: PreTrainedModel, sampler: Any, name: str, learn: bool) -> None:
-    """Compare a sampler with a model, and write into the model's configuration what it does not know.
+    """Check a sampler against a model, and complete the model's configuration.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Only models of a `CellNeighborhoodConfig` are looked at.
+        Only models with a `CellNeighborhoodConfig` are checked.
     sampler : CenterMaskSampler
     name : str
-        What the sampler is called in errors.
+        Name of the sampler in errors.
     learn : bool
-        Whether to write `gene_ids`, `cell_types`, `neighborhood` and `section_key` where they are None.
+        Whether to set `gene_ids`, `cell_types`, `neighborhood` and `section_key` if they are None.
 
     Raises
     ------
@@ -45,27 +45,26 @@ def fit_sampler(model: PreTrainedModel, sampler: Any, name: str, learn: bool) ->
 
 
 def check_sampler_fits(model: PreTrainedModel, sampler: Any, name: str = "sampler") -> None:
-    """Compare the genes, types, neighbourhoods and values of a sampler with those that a model knows.
+    """Compare the genes, types, neighbourhoods and values of a sampler with those of a model.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Of a `CellNeighborhoodConfig`.
+        Model with a `CellNeighborhoodConfig`.
     sampler : CenterMaskSampler
-        What it, or the configuration, does not know is not compared.
+        Anything unknown to it, or to the configuration, is not compared.
     name : str, default: "sampler"
-        What it is called in errors.
+        Name of the sampler in errors.
 
     Raises
     ------
     ValueError
-        Other genes, or another order of them; other types; other neighbourhoods; counts that are taken the logarithm
-        of twice.
+        The genes or their order, the types or the neighbourhoods differ; the logarithm of counts would be taken twice.
     """
     config = model.config
     if sampler.n_genes != config.n_genes or sampler.n_cell_types > config.n_cell_types:
         raise ValueError(
-            f"{name} has {sampler.n_genes} genes and {sampler.n_cell_types} cell types, and the model "
+            f"{name} has {sampler.n_genes} genes and {sampler.n_cell_types} cell types, but the model has "
             f"{config.n_genes} and {config.n_cell_types}."
         )
     if config.gene_ids is not None and sampler.gene_ids is not None:
@@ -74,14 +73,14 @@ def check_sampler_fits(model: PreTrainedModel, sampler: Any, name: str = "sample
             first = next(i for i, pair in enumerate(zip(found, known, strict=True)) if pair[0] != pair[1])
             order = "the same genes in another order" if sorted(found) == sorted(known) else "other genes"
             raise ValueError(
-                f"{name} has {order} than the model: column {first} is {found[first]!r}, and the model reads "
+                f"{name} has {order} than the model: column {first} is {found[first]!r}, but the model reads "
                 f"{known[first]!r} there. Put the columns into the model's order: adata[:, model.config.gene_ids]."
             )
     if config.cell_types is not None and sampler.cell_types is not None:
         if sampler.cell_types != config.cell_types[: len(sampler.cell_types)]:
             raise ValueError(
-                f"{name} numbers the cell types {_few(sampler.cell_types)}, and the model {_few(config.cell_types)}: "
-                "give the column the model's categories, in their order, adata.obs[key].cat.set_categories("
+                f"{name} numbers the cell types {_few(sampler.cell_types)}, but the model {_few(config.cell_types)}: "
+                "set the model's categories, in their order, adata.obs[key].cat.set_categories("
                 "model.config.cell_types)."
             )
     if config.neighborhood is not None:
@@ -94,12 +93,12 @@ def check_sampler_fits(model: PreTrainedModel, sampler: Any, name: str = "sample
             learnt = _complete(config.neighborhood)
             found = ", ".join(f"{option}={value!r} instead of {learnt[option]!r}" for option, value in other.items())
             raise ValueError(
-                f"{name} has other neighbourhoods than those that the model learns from: {found}. Make it with the "
-                "options of model.config.neighborhood; to train the model on other ones, set that to None."
+                f"{name} has other neighbourhoods than the model was trained with: {found}. Make it with the options "
+                "of model.config.neighborhood; to train the model with other ones, set that to None."
             )
     if sampler.normalize is not None and config.apply_log1p:
         raise ValueError(
-            f"{name} gives log1p of the counts (normalize={sampler.normalize!r}), and the model takes log1p itself "
+            f"{name} returns log1p of the counts (normalize={sampler.normalize!r}), but the model takes log1p itself "
             "(apply_log1p=True): make the sampler with normalize=None."
         )
 

@@ -1,4 +1,4 @@
-"""spatial_neighbors: which cells of a tissue section lie next to each other, as a graph in `obsp`."""
+"""spatial_neighbors: build the graph of neighbouring cells in tissue sections, in `obsp`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..sources.read_anndata import find_placed_table, section_of
 from .spatial_metadata import warn_of_sections
 
 _METHODS = ("delaunay", "knn", "radius")
-_N_NEIGHBORS = 6  # squidpy's
-_MOST_CELLS_A_PLACE = 1000  # all are neighbours of each other: their edges grow with the square
+_N_NEIGHBORS = 6  # as in squidpy
+_MOST_CELLS_A_PLACE = 1000  # all are neighbours of each other: the number of edges grows with the square
 
 
 def spatial_neighbors(
@@ -31,47 +31,46 @@ def spatial_neighbors(
 ) -> None:
     """Find the neighbours of cells or spots by their coordinates.
 
-    By default two cells are neighbours where an edge of the Delaunay triangulation of their section joins them. Cells
-    at one place are neighbours of each other, and share the neighbours of the place.
+    By default, two cells are neighbours if an edge of the Delaunay triangulation of their section joins them. Cells at
+    the same place are neighbours of each other, and share the neighbours of the place.
 
     Parameters
     ----------
     adata : AnnData, MuData or SpatialData
-        Gets, as from `squidpy.gr.spatial_neighbors`, `obsp["spatial_connectivities"]`, a symmetric CSR matrix of
-        float32 ones without a diagonal; `obsp["spatial_distances"]` (float64, in the unit of the coordinates), which
-        has the same entries, zeros of cells at one place among them; and the settings in `uns["spatial_neighbors"]`.
-        Of a MuData the modality of genes gets them; of a SpatialData the table, and coordinates as well, if it has
+        Changed as by `squidpy.gr.spatial_neighbors`: `obsp["spatial_connectivities"]` is a symmetric CSR matrix of
+        float32 ones without a diagonal; `obsp["spatial_distances"]` (float64, in the units of the coordinates) has the
+        same entries, including zeros between cells at the same place; the settings are in `uns["spatial_neighbors"]`.
+        Of a MuData, the gene modality is changed; of a SpatialData the table, which also gets coordinates if it has
         none, see `add_coordinates`.
     method : {"delaunay", "knn", "radius"}, optional
-        By default by what is given: `n_neighbors`, `radius`, or neither, which is the triangulation.
+        By default "knn" if `n_neighbors` is given, "radius" if `radius` is given, else "delaunay".
     spatial_key : str, default: "spatial"
         Key of obsm: coordinates, (n_cells, 2) or (n_cells, 3).
     section_key : str, optional
         Column of obs; cells of different sections are never neighbours. By default the regions of a SpatialData's
-        table are sections, and all other cells are of one.
+        table are the sections, and otherwise all cells form one section.
     key_added : str, default: "spatial"
-        What the keys begin with.
+        Prefix of the keys.
     n_neighbors : int, optional
-        Of "knn", 6 by default. In place of the triangulation: join each cell with so many nearest ones (with all,
-        where there are fewer), and so with those for which it is one of the nearest. Which of equally distant ones
-        come last is left open.
+        For "knn", 6 by default: join each cell with this many nearest ones (or all, if there are fewer), and with
+        those for which it is one of the nearest. Ties in distance are broken arbitrarily.
     radius : float, optional
-        Of "radius", which needs it. In place of the triangulation: join all cells that are at most so far apart.
+        For "radius", which needs it: join all cells that are at most this far apart.
     layer : str, optional
-        Of a MuData or SpatialData: the modality or table.
+        Modality of a MuData, or table of a SpatialData.
 
     Raises
     ------
     ValueError
-        No such key in obsm, or column in obs; coordinates of another shape, missing or infinite; cells without a
-        section; over 1,000 cells at one place; an unknown method; `n_neighbors` or `radius` where the method does not
-        read it, both of them, or one that is not positive; "radius" without a `radius`.
+        A key in obsm or column in obs is missing; coordinates have another shape, or are missing or infinite; cells
+        have no section; over 1,000 cells are at one place; the method is unknown; `n_neighbors` or `radius` is given
+        for another method, both are given, or one is not positive; "radius" has no `radius`.
 
     Notes
     -----
-    Each edge is there once; STFormer counts those twice that two triangles share. Points on one line are joined to a
-    chain; flat 3-D coordinates are triangulated in their plane. Where more than three points lie on an empty circle,
-    as in a square grid, the triangulation is one of several, and Qhull's choice.
+    Each edge occurs once; STFormer counts edges shared by two triangles twice. Points on one line are joined to a
+    chain; flat 3-D coordinates are triangulated in their plane. If more than three points lie on an empty circle, as
+    in a square grid, there are multiple triangulations, and Qhull chooses one.
 
     References
     ----------
@@ -79,27 +78,27 @@ def spatial_neighbors(
     """
     if method is None:
         if n_neighbors is not None and radius is not None:
-            raise ValueError("n_neighbors= and radius= are two ways to find neighbours: give one.")
+            raise ValueError("n_neighbors= and radius= exclude each other: pass one of them.")
     elif method not in _METHODS:
-        raise ValueError(f"method={method!r}: there are {', '.join(map(repr, _METHODS))}.")
+        raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, _METHODS))}.")
     if method in ("delaunay", "radius") and n_neighbors is not None:
-        raise ValueError(f"n_neighbors={n_neighbors} goes with method='knn', not with {method!r}: leave it out.")
+        raise ValueError(f"n_neighbors={n_neighbors} needs method='knn', not {method!r}: leave it out.")
     if method in ("delaunay", "knn") and radius is not None:
-        raise ValueError(f"radius={radius} goes with method='radius', not with {method!r}: leave it out.")
+        raise ValueError(f"radius={radius} needs method='radius', not {method!r}: leave it out.")
     if method == "radius" and radius is None:
-        raise ValueError("method='radius' needs a radius=, in the unit of the coordinates.")
+        raise ValueError("method='radius' needs a radius=, in the units of the coordinates.")
     if method == "knn" and n_neighbors is None:
         n_neighbors = _N_NEIGHBORS
     if n_neighbors is not None and (n_neighbors < 1 or n_neighbors != int(n_neighbors)):
-        raise ValueError(f"n_neighbors={n_neighbors}: a whole number of at least 1 is needed.")
+        raise ValueError(f"n_neighbors={n_neighbors}: must be an integer of at least 1.")
     if radius is not None and not 0 < radius < np.inf:
-        raise ValueError(f"radius={radius}: a positive distance is needed.")
+        raise ValueError(f"radius={radius}: must be a positive distance.")
     found = find_placed_table(adata, layer)
     adata, section_key = found.table, section_key or section_of(found.table)
     if section_key is None:
         warn_of_sections(adata.obs)
     coordinates = _coordinates(adata, spatial_key)
-    # At most 1, so that no square overflows; a power of 2 changes no digits.
+    # Scale to at most 1, so that squares do not overflow; a power of 2 changes no digits.
     _, exponent = np.frexp(np.abs(coordinates).max(initial=0))
     points = np.ldexp(coordinates, -exponent)
     radius_of_points = None if radius is None else np.ldexp(radius, -exponent)
@@ -133,13 +132,13 @@ def _coordinates(adata: AnnData, key: str) -> np.ndarray:
     if len(wrong):
         raise ValueError(
             f"{len(wrong)} of {len(coordinates)} cells have no finite coordinates in obsm[{key!r}], such as "
-            f"{adata.obs_names[wrong[0]]}: leave them out first."
+            f"{adata.obs_names[wrong[0]]}: remove them first."
         )
     return coordinates
 
 
 def _sections(obs: pd.DataFrame, key: str | None) -> list[np.ndarray]:
-    """Cells of each section."""
+    """Return the cells of each section."""
     if key is None:
         return [np.arange(len(obs))]
     if key not in obs:
@@ -152,7 +151,7 @@ def _sections(obs: pd.DataFrame, key: str | None) -> list[np.ndarray]:
 
 
 def _pairs(points: np.ndarray, n_neighbors: int | None, radius: float | None) -> np.ndarray:
-    """Find the edges between points: int array (n_edges, 2), an edge perhaps in both directions."""
+    """Find the edges between points: int array (n_edges, 2); edges may occur in both directions."""
     if len(points) < 2:
         return np.empty((0, 2), np.int64)
     order = np.lexsort(points.T)
@@ -160,7 +159,7 @@ def _pairs(points: np.ndarray, n_neighbors: int | None, radius: float | None) ->
     places = points[order[is_new]]
     n_cells = np.diff(np.append(np.flatnonzero(is_new), len(points)))
     if n_cells.max() > _MOST_CELLS_A_PLACE:
-        raise ValueError(f"{n_cells.max()} cells are at one place: these are no coordinates of cells.")
+        raise ValueError(f"{n_cells.max()} cells are at one place: these cannot be coordinates of cells.")
     if n_neighbors is not None:
         return _nearest(points, int(n_neighbors))
     if radius is not None:
@@ -173,13 +172,13 @@ def _nearest(points: np.ndarray, n_neighbors: int) -> np.ndarray:
     k = min(n_neighbors, n - 1)
     _, found = cKDTree(points).query(points, k + 1)
     others = found != np.arange(n)[:, None]
-    others[others.all(axis=1), -1] = False  # among points at one place a point may miss itself
+    others[others.all(axis=1), -1] = False  # among points at one place, a point may not find itself
     return np.column_stack([np.repeat(np.arange(n), k), found[others]])
 
 
 def _triangulate(places: np.ndarray) -> np.ndarray:
     """Find the edges of a Delaunay triangulation of distinct points: int array (n_edges, 2)."""
-    centred = places - (places.min(axis=0) + places.max(axis=0)) / 2  # Qhull's precision is that of the largest
+    centred = places - (places.min(axis=0) + places.max(axis=0)) / 2  # Qhull's precision is that of the largest value
     _, _, axes = np.linalg.svd(centred - centred.mean(axis=0), full_matrices=False)
     for n_dimensions in range(places.shape[1], 1, -1):
         flat = centred if n_dimensions == places.shape[1] else centred @ axes[:n_dimensions].T
@@ -193,14 +192,14 @@ def _qhull_edges(places: np.ndarray) -> np.ndarray:
     triangulation = Delaunay(places)
     corners = triangulation.simplices
     edges = [corners[:, [i, j]] for i in range(corners.shape[1]) for j in range(i)]
-    # Points so close to another that they are no corners.
+    # Points that are too close to another to be corners.
     return np.concatenate([*edges, triangulation.coplanar[:, [0, 2]]])
 
 
 def _spread(edges: np.ndarray, cells: np.ndarray, n_cells: np.ndarray) -> np.ndarray:
-    """Turn edges between places into edges between all their cells, and join the cells of each place.
+    """Convert edges between places to edges between all their cells, and join the cells of each place.
 
-    `cells` are sorted by place, and `n_cells` are those of each place.
+    `cells` are sorted by place, and `n_cells` are the numbers of cells of each place.
     """
     crowded = np.flatnonzero(n_cells > 1)
     if not len(crowded):
@@ -217,7 +216,7 @@ def _spread(edges: np.ndarray, cells: np.ndarray, n_cells: np.ndarray) -> np.nda
 
 
 def _graph(pairs: np.ndarray, points: np.ndarray) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    """Make symmetric matrices of edges: ones, and distances."""
+    """Return symmetric matrices of edges: ones, and distances."""
     n = len(points)
     both = np.concatenate([pairs, pairs[:, ::-1]])
     graph = sparse.csr_matrix((np.ones(len(both), np.float32), (both[:, 0], both[:, 1])), shape=(n, n))

@@ -182,12 +182,12 @@ def test_a_subset_of_a_backed_view_counts_in_the_view(sources):
 @pytest.mark.parametrize(
     ("subset", "words"),
     [
-        ([0, 31], "asks for row 31; there are 31 cells"),
-        ([-32], "asks for row -32"),
-        (np.array([2**64 - 1], np.uint64), "asks for row 18446744073709551615"),
+        ([0, 31], "contains row 31, but there are only 31 cells"),
+        ([-32], "contains row -32"),
+        (np.array([2**64 - 1], np.uint64), "contains row 18446744073709551615"),
         ([True, False], "mask obs_subset has 2 values; there are 31"),
-        ([0.0, 1.5], "holds integers"),
-        (["cell1"], "holds integers"),
+        ([0.0, 1.5], "must hold integers"),
+        (["cell1"], "must hold integers"),
         ([[0, 1]], "one array"),
         (3, "one array"),
     ],
@@ -205,7 +205,7 @@ def test_cells_beyond_the_dataset_and_other_things_than_integers_raise(sources):
         with pytest.raises(IndexError, match="outside"):
             dataset.__getitems__([0, index])
     for index in (1.0, "1", None, slice(2), [1], True):
-        with pytest.raises(TypeError, match="A cell is an integer"):
+        with pytest.raises(TypeError, match="A cell index must be an integer"):
             dataset[index]
     with pytest.raises(IndexError, match="dataset of 0 cells"):
         AnnDataset(sources("csr")[0], obs_subset=[])[0]
@@ -269,7 +269,7 @@ def test_no_more_than_a_chunk_is_read_at_a_time(sources, reads, chunk_size, size
 
 @pytest.mark.parametrize("chunk_size", [0, -5])
 def test_a_chunk_has_a_row(sources, chunk_size):
-    with pytest.raises(ValueError, match="at least one row"):
+    with pytest.raises(ValueError, match="must be at least 1"):
         AnnDataset(sources("csr")[0], chunk_size=chunk_size)
 
 
@@ -392,7 +392,7 @@ class OnlySome(Transform):
 
 def test_items_of_different_keys_are_no_batch(sources):
     dataset = AnnDataset(sources("csr")[0], transform=OnlySome())
-    with pytest.raises(ValueError, match="'score' is in some cells of a batch only"):
+    with pytest.raises(ValueError, match="'score' is missing in some cells of a batch"):
         next(iter(dataset.get_optimized_dataloader(batch_size=N_CELLS)))
     assert next(iter(dataset.get_optimized_dataloader(batch_size=1))).keys() <= {
         *AnnDataset(sources("csr")[0])[0],
@@ -521,7 +521,7 @@ def test_other_things_than_sources_raise(adata, tmp_path):
     (tmp_path / "a.h5ad").write_text("x")
     with pytest.raises(ValueError, match="not a readable HDF5 file"):
         AnnDataset(tmp_path / "a.h5ad")
-    with pytest.raises(TypeError, match="an AnnData or a path, not csr_matrix"):
+    with pytest.raises(TypeError, match="an AnnData or a path, got csr_matrix"):
         AnnDataset(adata.X)
 
 

@@ -204,7 +204,7 @@ def test_gene_and_cell_tables(file, tmp_path):
     assert lengths.tolist() == adata.var["length"].tolist() and names.tolist() == adata.var_names.tolist()
     _, (lengths,) = data.get_row_padded(4, return_features=True)  # the columns of var, as SCDL
     assert lengths.tolist() == adata.var["length"].tolist()
-    with pytest.raises(ValueError, match="No gene variable 'biotype'; there are .*gene_id, symbol, length"):
+    with pytest.raises(ValueError, match="No gene variable 'biotype'; variables are .*gene_id, symbol, length"):
         data.get_row(4, return_features=True, feature_vars=["gene_id", "biotype"])
 
 
@@ -261,7 +261,7 @@ def test_paths_that_do_not_fit_raise(data, file, tmp_path, counts):
         SingleCellMemMapDataset(tmp_path / "new", tmp_path / "nothing.h5ad")
     with pytest.raises(FileNotFoundError, match="There is no dataset at"):
         SingleCellMemMapDataset(tmp_path / "new")
-    with pytest.raises(ValueError, match="a folder of files is for SingleCellCollection"):
+    with pytest.raises(ValueError, match="for a folder of files use SingleCellCollection"):
         SingleCellMemMapDataset(tmp_path / "new", tmp_path)
     with pytest.raises(ValueError, match="load_block_row_size=0"):
         SingleCellMemMapDataset(tmp_path / "new", file, load_block_row_size=0)
@@ -318,7 +318,7 @@ def test_values_that_do_not_fit_the_type_raise(tmp_path, value, dtype, other):
     file, matrix = tmp_path / "x.h5ad", np.eye(3)
     matrix[2, 1] = value
     rewrite_x(file, sparse.csr_matrix(matrix))
-    message = f"The value {str(value)[:4]}.* does not fit {dtype or 'float32'} exactly. With data_dtype='{other}'"
+    message = f"The value {str(value)[:4]}.* does not fit {dtype or 'float32'} exactly. Use data_dtype='{other}'"
     with pytest.raises(ValueError, match=f"x.h5ad: {message}"):
         SingleCellMemMapDataset(tmp_path / "d", file, data_dtype=dtype)
     assert not (tmp_path / "d").exists()
@@ -330,7 +330,7 @@ def test_values_that_do_not_fit_the_type_raise(tmp_path, value, dtype, other):
 
 @pytest.mark.parametrize("dtype", ["counts", "object", "complex64", "str", "bool"])
 def test_types_that_are_none_of_numbers_raise(file, tmp_path, dtype):
-    with pytest.raises(ValueError, match=f"data_dtype={dtype!r}: use a type of numbers"):
+    with pytest.raises(ValueError, match=f"data_dtype={dtype!r}: use a numeric type"):
         SingleCellMemMapDataset(tmp_path / "d", file, data_dtype=dtype)
 
 
@@ -542,11 +542,11 @@ def test_concat_with_itself_and_with_nothing(datasets, parts):
 
 
 def test_concat_of_what_does_not_fit_changes_nothing(data, linked, tmp_path, counts):
-    with pytest.raises(ValueError, match="linked has neighbours and .*data has none"):
+    with pytest.raises(ValueError, match="linked has neighbours but .*data has none"):
         data.concat(linked)
-    with pytest.raises(ValueError, match="has neighbours and"):
+    with pytest.raises(ValueError, match="has neighbours but"):
         linked.concat(data, output_path=tmp_path / "all")
-    with pytest.raises(ValueError, match="SingleCellMemMapDataset, not PosixPath"):
+    with pytest.raises(ValueError, match="SingleCellMemMapDataset, got PosixPath"):
         data.concat(linked.data_path)
     with pytest.raises(FileExistsError, match="linked exists"):
         data.concat(data, output_path=linked.data_path)
@@ -715,9 +715,9 @@ def test_calls_of_013_get_three_results(file, tmp_path, counts):
         row, genes, cell = data.get_row_padded(-1, return_obs_features=True)
         assert row.tolist() == counts[-1].tolist() and genes is None and len(cell) == obs.shape[1]
         assert data.get_row_column(5, columns[0]) == counts[5, columns[0]]
-        with pytest.raises(ValueError, match="No variable of cells 'weight'"):
+        with pytest.raises(ValueError, match="No cell variable 'weight'"):
             data.get_row(0, return_obs_features=True, obs_feature_names=["weight"])
-    with pytest.raises(ValueError, match='interface is "0.1.2" or "0.1.3"'):
+    with pytest.raises(ValueError, match='interface must be "0.1.2" or "0.1.3"'):
         SingleCellMemMapDataset(tmp_path / "data", interface="1")
 
 

@@ -103,28 +103,31 @@ def make_trainer(store, tokenizer, tmp_path):
         ({}, "mapping of names"),
         ({"hiden_size": {"choices": [8]}}, "unknown name 'hiden_size'; the closest known one is hidden_size"),
         ({"learning_rat": {"low": 1, "high": 2}}, "the closest known one is learning_rate"),
-        ({"label_smoothing_factor": {"low": 0.0, "high": 0.1}}, "Trainer reads it once"),
+        ({"label_smoothing_factor": {"low": 0.0, "high": 0.1}}, "Trainer reads it only once"),
         ({"vocab_size": {"low": 1, "high": 2}}, "unknown name 'vocab_size'"),
-        ({"learning_rate": 1e-3}, "is a mapping with low and high"),
+        ({"learning_rate": 1e-3}, "must be a mapping with low and high"),
         ({"learning_rate": {"min": 1e-3, "high": 1}}, "unknown key 'min'"),
-        ({"learning_rate": {"low": 1e-3}}, "high of learning_rate is a number, got None"),
+        ({"learning_rate": {"low": 1e-3}}, "high of learning_rate must be a number, got None"),
         ({"learning_rate": {}}, "needs {low: …, high: …}"),
         ({"learning_rate": {"low": 1e-3, "high": 1, "choices": [1e-3]}}, "or {choices"),
-        ({"learning_rate": {"low": 1e-2, "high": 1e-3}}, "low of learning_rate is below high, got 0.01 and 0.001"),
+        (
+            {"learning_rate": {"low": 1e-2, "high": 1e-3}},
+            "low of learning_rate must be below high, got 0.01 and 0.001",
+        ),
         ({"learning_rate": {"low": 0.0, "high": 1e-3, "log": True}}, "needs low above 0"),
         ({"learning_rate": {"low": -1.0, "high": 1e-3}}, "at least 0, got -1.0"),
-        ({"learning_rate": {"low": "small", "high": 1e-3}}, "low of learning_rate is a number, got 'small'"),
-        ({"learning_rate": {"low": math.nan, "high": 1e-3}}, "is a number, got nan"),
-        ({"learning_rate": {"low": 1e-3, "high": 1e-2, "step": 1}}, "step of learning_rate is an integer"),
-        ({"hidden_size": {"low": 8, "high": 20, "step": 8}}, "do not reach high of hidden_size, 20; 16 they do"),
+        ({"learning_rate": {"low": "small", "high": 1e-3}}, "low of learning_rate must be a number, got 'small'"),
+        ({"learning_rate": {"low": math.nan, "high": 1e-3}}, "must be a number, got nan"),
+        ({"learning_rate": {"low": 1e-3, "high": 1e-2, "step": 1}}, "step of learning_rate must be an integer"),
+        ({"hidden_size": {"low": 8, "high": 20, "step": 8}}, "do not reach high of hidden_size, 20; use 16"),
         ({"learning_rate": {"choices": []}}, "list of different values"),
         ({"learning_rate": {"choices": [0.1, 0.1]}}, "list of different values"),
         ({"learning_rate": {"choices": [[0.1], 0.2]}}, "words, numbers or booleans"),
-        ({"learning_rate": {"choices": [0.1], "log": True}}, "log and step are of bounds"),
-        ({"max_steps": {"low": 1.5, "high": 3.5}}, "max_steps is an integer"),
+        ({"learning_rate": {"choices": [0.1], "log": True}}, "log and step need bounds"),
+        ({"max_steps": {"low": 1.5, "high": 3.5}}, "max_steps must be an integer"),
         ({"per_device_train_batch_size": {"low": 0, "high": 3}}, "at least 1, got 0"),
-        ({"lr_scheduler_type": {"choices": [1]}}, "lr_scheduler_type is a name"),
-        ({"mlm_probability": {"low": 0.1, "high": 1.1}}, "is a share, from 0 to 1, got 1.1"),
+        ({"lr_scheduler_type": {"choices": [1]}}, "lr_scheduler_type must be a name"),
+        ({"mlm_probability": {"low": 0.1, "high": 1.1}}, "must be a share from 0 to 1, got 1.1"),
     ],
 )
 def test_a_wrong_space_is_an_error_at_the_door(space, words):
@@ -171,7 +174,9 @@ def test_both_backends_draw_from_the_same_values():
 
 def test_all_ends_of_the_model_are_tried_at_the_door():
     space = SearchSpace({"hidden_size": {"choices": [8, 12]}, "num_attention_heads": {"choices": [2, 8]}})
-    with pytest.raises(ValueError, match="no model has hidden_size 12, num_attention_heads 8: .* not a multiple"):
+    with pytest.raises(
+        ValueError, match="invalid model with hidden_size 12, num_attention_heads 8: .* not a multiple"
+    ):
         space.check_models(GeneBertConfig)
     SearchSpace({"hidden_size": {"choices": [8, 16]}, "num_attention_heads": {"choices": [2, 8]}}).check_models(
         GeneBertConfig
@@ -267,7 +272,7 @@ def test_what_cannot_be_and_what_diverges_is_pruned_with_the_reason(make_trainer
     assert table["reason"][broken].str.contains("eval_loss is nan").all()
     assert (table["state"] == np.where(odd | broken, "PRUNED", "COMPLETE")).all()
     assert best_of(table, "minimize")["hidden_size"] == 12
-    with pytest.raises(ValueError, match="None of .* trials ran to its end: no model has hidden_size"):
+    with pytest.raises(ValueError, match="None of .* trials is complete: invalid model with hidden_size"):
         best_of(table[odd], "minimize")
 
 
@@ -331,7 +336,7 @@ def test_a_study_of_something_else_is_not_gone_on_with(make_trainer):
         trainer, space, output = make_trainer(space)
         return search(trainer, space, output, **{"trials": 1, "settings": {"data": ["a"]}, **settings})
 
-    with pytest.raises(ValueError, match="of a search with another data"):
+    with pytest.raises(ValueError, match="a search with another data"):
         again(settings={"data": ["b"]})
     with pytest.raises(ValueError, match="another metric"):
         again(metric="eval_genes_accuracy")
@@ -349,16 +354,16 @@ def test_a_study_of_something_else_is_not_gone_on_with(make_trainer):
 def test_wrong_settings_are_errors_at_the_door(make_trainer):
     trainer, space, output = make_trainer()
     for settings, words in (
-        ({"direction": "down"}, "direction is minimize, maximize, got 'down'"),
-        ({"backend": "wandb"}, "backend is optuna, ray"),
-        ({"pruner": "best"}, "pruner is median, hyperband, none"),
-        ({"trials": 0}, "trials is at least 1"),
-        ({"metric": "eval_los"}, "no 'eval_los'; the closest known one is eval_loss"),
+        ({"direction": "down"}, "direction must be one of minimize, maximize, got 'down'"),
+        ({"backend": "wandb"}, "backend must be one of optuna, ray"),
+        ({"pruner": "best"}, "pruner must be one of median, hyperband, none"),
+        ({"trials": 0}, "trials must be at least 1"),
+        ({"metric": "eval_los"}, "no metric 'eval_los'; the closest known one is eval_loss"),
     ):
         with pytest.raises(ValueError, match=words):
             search(trainer, space, output, **{"trials": 1, **settings})
     trainer, space, output = make_trainer(eval_strategy="no")
-    with pytest.raises(ValueError, match='Pruner "median" looks at evaluations'):
+    with pytest.raises(ValueError, match='Pruner "median" needs evaluations'):
         search(trainer, space, output, trials=1)
     trainer.eval_dataset = None
     with pytest.raises(ValueError, match="none are held out"):
@@ -373,7 +378,7 @@ def test_only_one_process_searches_in_a_folder(make_trainer):
 
     trainer, space, output = make_trainer()
     output.mkdir(exist_ok=True)
-    with _only_here(output), pytest.raises(FileExistsError, match="Another process searches"):
+    with _only_here(output), pytest.raises(FileExistsError, match="Another process is searching"):
         search(trainer, space, output, trials=1)
 
 

@@ -182,7 +182,7 @@ def test_a_fraction_of_a_unit_is_a_size():
     metadata, adata = as_table(points, ["a"] * 5)
     sampler = CenterMaskSampler(metadata, adata, (0.9, 0.9))
     assert sampler.neighbors([0])[1].tolist() == [1, 3]
-    with pytest.raises(ValueError, match="0.9.* is cut to whole numbers by discretize=True, and then it is 0"):
+    with pytest.raises(ValueError, match="0.9.* is truncated to 0 by discretize=True"):
         CenterMaskSampler(metadata, adata, (0.9, 0.9), discretize=True)
 
 
@@ -375,7 +375,7 @@ def test_lonely_cells_can_be_left_out(caplog):
         sampler = CenterMaskSampler(metadata, adata, 4, min_neighbors=2, indices=np.arange(199, -1, -1))
     assert sampler.indices.tolist() == np.flatnonzero(sizes >= 2)[::-1].tolist()
     assert 0 < len(sampler) < 200
-    assert f"{200 - len(sampler)} of 200 cells have under 2 neighbours" in caplog.text
+    assert f"{200 - len(sampler)} of 200 cells have fewer than 2 neighbours" in caplog.text
     with pytest.raises(ValueError, match="None of 200 cells has 100 neighbours"):
         CenterMaskSampler(metadata, adata, 4, min_neighbors=100)
 
@@ -562,7 +562,7 @@ def test_units_that_leave_cells_alone_are_told(caplog):
     assert not caplog.records
     wrong = metadata.assign(x=metadata["x"] * 1000 + np.arange(400), y=metadata["y"] * 1000)
     CenterMaskSampler(wrong, adata, (5, 5))
-    assert "of the cells looked at have no neighbour with patch_size=(5, 5); the nearest cell is" in caplog.text
+    assert "of the checked cells have no neighbour with patch_size=(5, 5); the nearest cell is" in caplog.text
     assert len(caplog.records) == 1
 
 
@@ -605,7 +605,7 @@ def test_tables_that_do_not_fit():
         of=metadata.replace({"cell0": "a0", "cell9": "b"}),
     )
     raises("200 of 200 cells .* expression has names such as", of=metadata.assign(cell_label=np.arange(200)))
-    raises("'cell0' is twice in the column 'cell_label'", of=metadata.replace({"cell9": "cell0"}))
+    raises("'cell0' occurs twice in the column 'cell_label'", of=metadata.replace({"cell9": "cell0"}))
     twice = adata.copy()
     twice.obs_names = twice.obs_names.where(twice.obs_names != "cell9", "cell0")
     raises("'cell0' is the name of two rows", source=twice, of=metadata.drop(index=9))
@@ -625,7 +625,7 @@ def test_tables_that_do_not_fit():
     raises(
         "type float64, some missing", of=metadata.assign(cell_type=metadata["cell_type"].where(metadata.index != 4))
     )
-    raises("holds -1; cell types are integers from 0", of=metadata.assign(cell_type=metadata["cell_type"] - 1))
+    raises("holds -1; cell types must be integers from 0", of=metadata.assign(cell_type=metadata["cell_type"] - 1))
     raises(
         "There is no X .found: counts",
         source=AnnData(None, obs=adata.obs, layers={"counts": adata.X}, var=adata.var),
@@ -636,17 +636,17 @@ def test_tables_that_do_not_fit():
 @pytest.mark.parametrize(
     ("message", "options"),
     [
-        ("sides are positive", {"patch_size": 0}),
-        ("sides are positive", {"patch_size": (9, -1)}),
-        ("sides are positive", {"patch_size": (9, np.nan)}),
-        ("2-D coordinates: give one number, or 2", {"patch_size": (9, 9, 9)}),
-        ("3-D coordinates: give one number, or 3", {"patch_size": (9, 9), "z": "z"}),
+        ("sides must be positive", {"patch_size": 0}),
+        ("sides must be positive", {"patch_size": (9, -1)}),
+        ("sides must be positive", {"patch_size": (9, np.nan)}),
+        ("2-D coordinates: pass one number, or 2", {"patch_size": (9, 9, 9)}),
+        ("3-D coordinates: pass one number, or 3", {"patch_size": (9, 9), "z": "z"}),
         ("a disc has one diameter", {"patch_size": (9, 8), "shape": "disc"}),
-        ("'box' or a 'disc'", {"shape": "hexagon"}),
-        ("Give a patch_size, or k_nearest", {"patch_size": None}),
-        ("k_nearest=0: a whole number", {"k_nearest": 0}),
-        ("goes with shape='box'", {"shape": "disc", "discretize": True}),
-        ("max_num_cells=-1: a whole number", {"max_num_cells": -1}),
+        ("'box' or 'disc'", {"shape": "hexagon"}),
+        ("Pass patch_size, or k_nearest", {"patch_size": None}),
+        ("k_nearest=0: must be an integer", {"k_nearest": 0}),
+        ("needs shape='box'", {"shape": "disc", "discretize": True}),
+        ("max_num_cells=-1: must be an integer", {"max_num_cells": -1}),
         ("neighbors_from='train'", {"neighbors_from": "train"}),
         ("normalize='log2'", {"normalize": "log2"}),
     ],
@@ -659,7 +659,7 @@ def test_options_that_do_not_fit(message, options):
 def test_indices_that_do_not_fit():
     metadata, adata = make_section(20)
     for message, indices in [
-        ("indices ask for row 20; metadata has 20", [0, 20]),
+        ("indices contain row 20, but metadata has 20", [0, 20]),
         ("mask indices has 3 values; metadata has 20", np.ones(3, bool)),
         ("boolean mask, got float64", [0.5]),
         (r"shape \(1, 2\)", [[0, 1]]),

@@ -85,7 +85,7 @@ def test_few_distinct_embeddings_give_few_domains(blobs, caplog):
     with caplog.at_level(logging.WARNING):
         spatial_domains(blobs, 7)
     check_groups(blobs)
-    assert "There are 3 domains in place of 7" in caplog.text and blobs.uns["domain"]["n_domains"] == 3
+    assert "There are 3 domains instead of 7" in caplog.text and blobs.uns["domain"]["n_domains"] == 3
 
 
 def test_bad_input_is_refused_and_nothing_is_written(blobs, monkeypatch):
@@ -99,11 +99,11 @@ def test_bad_input_is_refused_and_nothing_is_written(blobs, monkeypatch):
     refuses("no obsm\\['X_pca'\\]; obsm has 'X_neighborhood', 'same', 'nan'. embed_neighborhoods", use_rep="X_pca")
     refuses("the same for all 100 cells", use_rep="same")
     refuses("2 of 100 cells have NaN", use_rep="nan")
-    refuses("101 domains of 100 cells", 101)
+    refuses("101 domains for 100 cells", 101)
     refuses("n_domains=0", 0)
     refuses("n_domains=2.5", 2.5)
     refuses("method='louvain'", method="louvain")
-    refuses("Leiden finds the number of domains itself", 5, method="leiden")
+    refuses("Leiden chooses the number of domains itself", 5, method="leiden")
     real = builtins.__import__
 
     def without(name, *args, **kwargs):

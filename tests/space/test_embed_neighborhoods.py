@@ -149,7 +149,7 @@ def test_options_are_the_models_and_those_given_go_over_them(section):
     embed_neighborhoods(section, model, **KEYS, patch_size=None, k_nearest=3)
     assert section.uns["stformer_neighborhood"]["k_nearest"] == 3
     bare = make_model(section, neighborhood=None)
-    with pytest.raises(ValueError, match="pass patch_size, in the unit of the coordinates, or k_nearest"):
+    with pytest.raises(ValueError, match="pass patch_size, in the units of the coordinates, or k_nearest"):
         embed_neighborhoods(section, bare, **KEYS)
     embed_neighborhoods(section, bare, **KEYS, patch_size=(8.0, 2.0), key_added="flat")
     expected = expected_of(section, bare, near=lambda apart: abs(apart[0]) <= 4 and abs(apart[1]) <= 1)
@@ -213,7 +213,9 @@ def test_genes_that_are_missing_are_0_and_those_that_come_twice_are_summed(secti
     with caplog.at_level(logging.WARNING, LOGGER):
         embed_neighborhoods(twice, model, **KEYS)
     np.testing.assert_allclose(twice.obsm["X_neighborhood"], expected_of(section, model), atol=1e-5)
-    assert "80 of 83 genes of the data are known" in caplog.text and "40 columns name a gene that" in caplog.text
+    assert (
+        "The model knows 80 of 83 genes of the data" in caplog.text and "40 columns have the same gene" in caplog.text
+    )
 
 
 def test_too_few_known_genes_are_refused(section):
@@ -224,10 +226,10 @@ def test_too_few_known_genes_are_refused(section):
     nameless = make_model(section, gene_ids=None)
     embed_neighborhoods(strange, nameless, **KEYS)  # taken as they come
     np.testing.assert_allclose(strange.obsm["X_neighborhood"], expected_of(section, nameless), atol=1e-5)
-    with pytest.raises(ValueError, match="X has 39 genes, and the model reads 40"):
+    with pytest.raises(ValueError, match="X has 39 genes, but the model reads 40"):
         embed_neighborhoods(strange[:, :39].copy(), nameless, **KEYS)
     repeated = make_model(section, gene_ids=[*section.var_names[:39], section.var_names[0]])
-    with pytest.raises(ValueError, match="several columns named ENSG00000000000"):
+    with pytest.raises(ValueError, match="multiple columns named ENSG00000000000"):
         embed_neighborhoods(section, repeated, **KEYS)
 
 
@@ -328,7 +330,7 @@ def test_types_are_known_by_name_or_by_number(section):
     embed_neighborhoods(section, model, **KEYS)
     np.testing.assert_allclose(ones, section.obsm["X_neighborhood"], atol=1e-6)
     section.obs["number"] = 2
-    with pytest.raises(ValueError, match="a type of number 2, and the model knows 2"):
+    with pytest.raises(ValueError, match="type number 2, but the model knows only 2"):
         embed_neighborhoods(section, nameless, section_key="slice", cell_type_key="number")
     single = make_model(section, n_cell_types=1, cell_types=["cell"])
     embed_neighborhoods(section, single, section_key="slice")
@@ -348,12 +350,12 @@ def test_bad_input_is_refused_and_nothing_is_written(section, config):
 
     refuses("'patchsize' of neighbourhoods; the closest known one is patch_size", patchsize=3)
     refuses("No option 'indices'", indices=[1])
-    refuses("is a gene_bert, and .* embed --kind cells", model=GeneBertModel(config))
-    refuses("cell_embedding_key=None, and the model reads .* size 4", model=make_model(section, cell_embedding_size=4))
-    refuses("cell_embedding_key='spatial', and the model reads .* size 0", cell_embedding_key="spatial")
+    refuses("is a gene_bert. .* embed --kind cells", model=GeneBertModel(config))
+    refuses("cell_embedding_key=None, but the model reads .* size 4", model=make_model(section, cell_embedding_size=4))
+    refuses("cell_embedding_key='spatial', but the model reads .* size 0", cell_embedding_key="spatial")
     refuses("no obsm\\['X_y'\\]", model=make_model(section, cell_embedding_size=4), cell_embedding_key="X_y")
     refuses("'new_option' .* a newer version", model=make_model(section, neighborhood={"new_option": 1}))
-    refuses("knows 2 cell types, such as T cell, B cell: name the column", cell_type_key=None)
+    refuses("knows 2 cell types, such as T cell, B cell: pass the column", cell_type_key=None)
     refuses(r"no obs\['fate'\]", cell_type_key="fate")
     refuses(r"no obs\['slices'\]", section_key="slices")
     refuses(r"no obsm\['places'\]; obsm has 'spatial'", spatial_key="places")

@@ -388,11 +388,11 @@ def test_baselines_of_odd_cells():
     for kind in BASELINES:
         nll, r = CountBaseline(cells, kind).evaluate(cells)
         assert 0 < nll < 0.2 and np.isnan(r)
-    with pytest.raises(ValueError, match="0 training cells and 40 to evaluate on"):
+    with pytest.raises(ValueError, match="0 training cells and 40 evaluated cells"):
         neighborhood_baselines(sampler(indices=[]), sampler())
     other = make_adata()
     other.obsm["spatial"] = np.random.default_rng(0).random((60, 2))
-    with pytest.raises(ValueError, match="12 genes, and those to evaluate on 40"):
+    with pytest.raises(ValueError, match="12 genes, but evaluated cells have 40"):
         neighborhood_baselines(sampler(), sampler(other, cell_type_key=None))
 
 
@@ -408,5 +408,5 @@ def test_only_so_many_training_cells_are_read():
 def test_what_does_not_fit_raises(tmp_path):
     with pytest.raises(ValueError, match="log1p.* but the likelihood needs counts|fractional"):
         make_trainer(tmp_path, sampler(normalize="log1p"), model=make_model(apply_log1p=False)).train()
-    with pytest.raises(ValueError, match="train_dataset has 12 genes and 3 cell types, and the model 12 and 1"):
+    with pytest.raises(ValueError, match="train_dataset has 12 genes and 3 cell types, but the model has 12 and 1"):
         make_trainer(tmp_path, sampler(), model=make_model(n_cell_types=1))

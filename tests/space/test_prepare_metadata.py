@@ -167,10 +167,10 @@ def test_tables_that_do_not_fit():
     raises("no column 'brain_section_label' of tissue sections", tissue_section_colname="brain_section_label")
     raises("no column 'type'", cell_type_colname="type")
     raises(
-        "No cell is in both tables, whose names are such as 'a' and '",
+        "No cell is in both tables, with names such as 'a' and '",
         of=metadata.assign(cell_label=list("a" * 1 + "b" * 0) + [f"c{i}" for i in range(149)]),
     )
-    raises("'30' is twice", of=metadata.replace({"cell_label": {31: 30}}))
+    raises("'30' occurs twice", of=metadata.replace({"cell_label": {31: 30}}))
     raises("scale=0", scale=0)
     missing = metadata["cell_label"] == 40
     raises(

@@ -200,14 +200,14 @@ def test_methods_by_name(method, given, plain, n_dimensions):
 def test_arguments_of_another_method_raise():
     adata = section(np.random.default_rng(0).random((9, 2)))
     for message, method, options in [
-        ("method='voronoi': there are 'delaunay', 'knn', 'radius'", "voronoi", {}),
-        ("n_neighbors=3 goes with method='knn', not with 'delaunay'", "delaunay", {"n_neighbors": 3}),
-        ("radius=0.5 goes with method='radius', not with 'delaunay'", "delaunay", {"radius": 0.5}),
-        ("radius=0.5 goes with method='radius', not with 'knn'", "knn", {"radius": 0.5}),
-        ("n_neighbors=3 goes with method='knn', not with 'radius'", "radius", {"n_neighbors": 3, "radius": 0.5}),
+        ("method='voronoi' is not one of 'delaunay', 'knn', 'radius'", "voronoi", {}),
+        ("n_neighbors=3 needs method='knn', not 'delaunay'", "delaunay", {"n_neighbors": 3}),
+        ("radius=0.5 needs method='radius', not 'delaunay'", "delaunay", {"radius": 0.5}),
+        ("radius=0.5 needs method='radius', not 'knn'", "knn", {"radius": 0.5}),
+        ("n_neighbors=3 needs method='knn', not 'radius'", "radius", {"n_neighbors": 3, "radius": 0.5}),
         ("method='radius' needs a radius=", "radius", {}),
-        ("n_neighbors=0: a whole number", "knn", {"n_neighbors": 0}),
-        ("radius=0: a positive distance", "radius", {"radius": 0}),
+        ("n_neighbors=0: must be an integer", "knn", {"n_neighbors": 0}),
+        ("radius=0: must be a positive distance", "radius", {"radius": 0}),
     ]:
         with pytest.raises(ValueError, match=message):
             spatial_neighbors(adata, method=method, **options)
@@ -298,10 +298,10 @@ def test_what_cannot_be_used_raises():
         spatial_neighbors(adata, section_key="slide")
     with pytest.raises(ValueError, match=r"1 of 5 cells have no value in obs\['section'\]"):
         spatial_neighbors(adata, section_key="section")
-    with pytest.raises(ValueError, match="give one"):
+    with pytest.raises(ValueError, match="pass one"):
         spatial_neighbors(adata, n_neighbors=3, radius=1.0)
     for n_neighbors in (0, -1, 2.5):
-        with pytest.raises(ValueError, match="whole number of at least 1"):
+        with pytest.raises(ValueError, match="integer of at least 1"):
             spatial_neighbors(adata, n_neighbors=n_neighbors)
     for radius in (0, -1.0, np.inf, np.nan):
         with pytest.raises(ValueError, match="positive distance"):
