@@ -44,13 +44,14 @@ def api_page() -> str:
     import stformer_hf
 
     rooms: dict[str, list[str]] = defaultdict(list)
-    for module, names in [*stformer_hf._MODULES.items(), *FROM_ROOMS.items()]:
-        rooms[module.split(".")[0]] += [f"{module}.{name}" for name in names]
+    names = {**stformer_hf._MODULE_OF, **{name: module for module, names in FROM_ROOMS.items() for name in names}}
+    for name, module in names.items():
+        rooms[module.split(".")[0]].append(f"{module}.{name}")
     lines = [
         "# API reference",
         "",
-        "Import these names from `stformer_hf` directly (`import stformer_hf as sf`; `sf.CellStore`), and those of",
-        f"{' and '.join(f'`stformer_hf.{module}`' for module in FROM_ROOMS)} from there.",
+        "Import these names from `stformer_hf` directly (`import stformer_hf as sf`; `sf.CellStore`), plots from",
+        "`sf.pl`, and `Hyperparameter` and `TrialModel` from `stformer_hf.search.search_space`.",
     ]
     for room, title in ROOMS.items():
         if room in rooms:
