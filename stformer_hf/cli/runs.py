@@ -322,6 +322,13 @@ def finish(trainer: CellTrainer, card: dict | None = None) -> dict[str, float]:
     SystemExit
         The run was stopped by SIGTERM or Ctrl-C, after saving a checkpoint.
     """
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    from ..training.log_lines import LogLines
+
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(LogLines())
     trainer.card_facts.update(card or {})
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if trainer.interrupted:

@@ -1,0 +1,43 @@
+"""What a run writes to the screen: a line per log, no dicts."""
+
+import re
+from types import SimpleNamespace
+
+from transformers import TrainerControl, TrainerState
+
+from stformer_hf.training.log_lines import LogLines, describe_logs
+
+LOGS = {"loss": 1.23456, "grad_norm": 2.0, "learning_rate": 1e-3, "cells_per_second": 1234.5, "padding_share": 0.125}
+
+
+def test_a_log_is_one_line(capsys):
+    callback, control = LogLines(), TrainerControl()
+    args, state = SimpleNamespace(disable_tqdm=True), TrainerState(max_steps=300)
+    callback.on_log(args, state, control, logs={"eval_loss": 2.0})  # an evaluation before the training
+    callback.on_train_begin(args, state, control)
+    state.global_step = 20
+    callback.on_step_end(args, state, control)
+    callback.on_log(args, state, control, logs={**LOGS, "epoch": 0.5})
+    state.global_step = 300
+    callback.on_log(args, state, control, logs={"eval_loss": 1.0, "eval_accuracy": 0.5, "eval_runtime": 3.0})
+    callback.on_train_end(args, state, control)
+    before, first, last = capsys.readouterr().out.splitlines()
+    assert before == "step 0/300 | eval loss 2"
+    expected = "step 20/300 | loss 1.235 | learning rate 0.001 | 1,234 cells/s | padding share 12.5%"
+    assert first.startswith(expected) and re.fullmatch(r" \| \d+ (s|min) left", first[len(expected) :])
+    assert last == "step 300/300 | eval loss 1 | eval accuracy 50.0%"
+
+
+def test_the_bar_writes_the_same_line_and_other_processes_write_none(capsys):
+    callback, control = LogLines(), TrainerControl()
+    args, state = SimpleNamespace(disable_tqdm=False), TrainerState(max_steps=2)
+    callback.on_train_begin(args, state, control)
+    state.global_step = 2
+    callback.on_step_end(args, state, control)
+    callback.on_log(args, state, control, logs=LOGS)
+    assert callback.training_bar.n == 2
+    callback.on_train_end(args, state, control)
+    assert callback.training_bar is None
+    assert f"step 2/2 | {' | '.join(describe_logs(LOGS))}" in capsys.readouterr().out
+    callback.on_log(args, TrainerState(is_world_process_zero=False), control, logs=LOGS)
+    assert capsys.readouterr().out == ""
