@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
 import shutil
 import sys
 from collections.abc import Iterator
@@ -325,6 +324,7 @@ def finish(trainer: CellTrainer, card: dict | None = None) -> dict[str, float]:
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from ..training.log_lines import LogLines
+    from ..training.throughput import peak_resident_memory
 
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -347,9 +347,7 @@ def finish(trainer: CellTrainer, card: dict | None = None) -> dict[str, float]:
         "train_loss": float(np.mean(losses)) if no_step and losses else result.training_loss,
         "steps_per_second": result.metrics["train_steps_per_second"],
         **{name: result.metrics[key] for name, key in speed.items() if key in result.metrics},
-        # ru_maxrss is in KiB, on macOS in bytes.
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        / (2**20 if sys.platform == "darwin" else 2**10),
+        "peak_memory_mb": peak_resident_memory() / 2**20,
     }
     if trainer.eval_dataset is not None:
         evaluated = trainer.evaluate()

@@ -6,7 +6,6 @@ and their masks are the same in all trials.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import shutil
@@ -23,6 +22,7 @@ import pandas as pd
 import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ..store.replacing import take_lock
 from ..training.cell_trainer import CellTrainer
 from ..training.scores import score_of
 from .search_space import SearchSpace, TrialModel, in_words, prune
@@ -154,11 +154,10 @@ class _StepBar(ProgressCallback):
 @contextmanager
 def _only_here(output: Path) -> Iterator[None]:
     """Lock the folder against other processes; the lock is released when the process ends in any way."""
-    with (output / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(f"Another process is searching in {output}: wait for it, or stop it.") from None
+    lock = take_lock(output / ".lock")
+    if lock is None:
+        raise FileExistsError(f"Another process is searching in {output}: wait for it, or stop it.")
+    with lock:
         yield
 
 

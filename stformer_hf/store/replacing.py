@@ -97,25 +97,29 @@ def locked(path: Path) -> Iterator[None]:
     BlockingIOError
         Another process is writing there.
     """
-    if fcntl is None:
-        yield
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.with_name(f".{path.name}.lock")
-    lock = _take(file)
+    lock = take_lock(file)
     if lock is None:
         raise BlockingIOError(f"Another process is building {path}. Wait for it, or choose another path.")
     try:
         yield
     finally:
+        if fcntl is None:  # Windows removes no open files
+            lock.close()
         file.unlink(missing_ok=True)
         lock.close()
 
 
-def _take(file: Path) -> IO | None:
-    """Open and lock a file; return None if another process holds the lock."""
+def take_lock(file: Path) -> IO | None:
+    """Open and lock a file; return None if another process holds the lock. On Windows nothing is locked.
+
+    The lock is released when the file is closed, or when the process ends in any way.
+    """
     while True:
         lock = open(file, "w")
+        if fcntl is None:
+            return lock
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -223,4 +227,4 @@ def _give_name_back(path: Path) -> None:
         old.rename(path)
 
 
-__all__ = ["STORE", "Contents", "building_of", "check_free", "recover", "written_at"]
+__all__ = ["STORE", "Contents", "building_of", "check_free", "locked", "recover", "take_lock", "written_at"]

@@ -308,13 +308,18 @@ def _peak_memory(device: torch.device) -> int:
     """Return peak memory in bytes: allocated by torch on the GPUs, else used by the process; 0 if unknown."""
     if device.type == "cuda":
         return max(torch.cuda.max_memory_allocated(number) for number in range(torch.cuda.device_count()))
+    return peak_resident_memory()
+
+
+def peak_resident_memory() -> int:
+    """Return the peak resident memory of this process in bytes; 0 if unknown (Windows)."""
     try:
         import resource
         import sys
-    except ImportError:  # Windows
+    except ImportError:
         return 0
     # ru_maxrss is in KiB, on macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-__all__ = ["BF16_PEAKS", "MeasuredTrainer", "ModelFlops", "Throughput"]
+__all__ = ["BF16_PEAKS", "MeasuredTrainer", "ModelFlops", "Throughput", "peak_resident_memory"]
