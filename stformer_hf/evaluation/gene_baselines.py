@@ -239,7 +239,7 @@ class _RankBaselines:
         return self.gene_of_token[tokens]
 
     def __call__(self, batch: dict[str, np.ndarray], found: MaskedGenes) -> dict[str, np.ndarray]:
-        """Give the losses of the scored positions, float64 array (k,), a baseline."""
+        """Return the losses of the scored positions, one float64 array (k,) per baseline."""
         places = self._places(batch, found)
         losses = {
             "b0_nll": np.full(len(places.genes), np.log(self.frequency.shape[1])),
@@ -387,7 +387,7 @@ class _BinBaselines:
         return genes, batch["labels"][scored] - self.tokenizer.first_bin_id
 
     def __call__(self, batch: dict[str, np.ndarray], found: MaskedGenes) -> dict[str, np.ndarray]:
-        """Give the losses of the scored positions, float64 array (k,), a baseline."""
+        """Return the losses of the scored positions, one float64 array (k,) per baseline."""
         n_cells, n_bins = len(found.scored), len(self.of_all)
         genes, bins = self._labels(batch, found.scored)
         shown = np.nonzero(found.visible)[0] * n_bins + batch["input_ids"][found.visible]

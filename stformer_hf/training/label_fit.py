@@ -48,7 +48,7 @@ def fit_head_to_labels(model: Any, collator: Any, dataset: Any) -> None:
     model : PreTrainedModel
         Models that are not classifiers of cells are ignored.
     collator : DataCollatorForCellClassification
-        With another collator nothing is checked.
+        Nothing is checked with another collator.
     dataset : CellStore, datasets.Dataset, IterableAnnDataset, or a Subset or ConcatDataset of such
         The labels of other datasets cannot be checked beforehand.
 

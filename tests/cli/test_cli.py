@@ -94,7 +94,7 @@ def test_a_flag_overrides_names_of_a_mapping_in_the_file(tmp_path):
     assert read(file, "--model_config", "{hidden_size: 16}") == {"hidden_act": "relu", "hidden_size": 16}
     assert read("", "--model_config", '{"hidden_size": 16}') == {"hidden_size": 16}
     assert read("") is None and read("model_config: {}") is None
-    with pytest.raises(ValueError, match="model_config is a mapping of names to values, got 5"):
+    with pytest.raises(ValueError, match="model_config must be a mapping of names to values, got 5"):
         read("model_config: 5")
     with pytest.raises(SystemExit):
         read("", "--model_config", "relu")

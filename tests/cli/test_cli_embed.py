@@ -94,7 +94,7 @@ def test_leiden_finds_domains(files, tmp_path):
         (["--plot", "a.png"], "--plot draws domains"),
         (["--domains", "3", "--resolution", "2"], "--resolution needs --domain_method leiden"),
         (["--domains", "-1"], "--domains -1"),
-        (["--domains", "3", "--domain_method", "leiden"], "finds the number of domains itself"),
+        (["--domains", "3", "--domain_method", "leiden"], "chooses the number of domains itself"),
         (["--cell_type", "fate"], "no obs['fate']"),
     ],
 )

@@ -94,10 +94,10 @@ def test_wrong_spaces_are_errors_before_any_data_are_read(line, tmp_path, capfd)
     (tmp_path / "cells.h5ad").unlink()
     for space, words in (
         ("{hiden_size: {choices: [8]}}", "unknown name 'hiden_size'; the closest known one is hidden_size"),
-        ("{hidden_size: {choices: [8, 9]}}", "no model has hidden_size 9"),
+        ("{hidden_size: {choices: [8, 9]}}", "invalid model with hidden_size 9"),
         ("{size: {choices: [tiny, huge]}}", "size must be one of tiny, small, base, large, got 'huge'"),
         ("{position_embedding_type: {choices: [none, some]}}", "position_embedding_type"),
-        ("{mlm_probability: {low: 0.5, high: 0.1}}", "low of mlm_probability is below high"),
+        ("{mlm_probability: {low: 0.5, high: 0.1}}", "low of mlm_probability must be below high"),
     ):
         assert main([*line, "--output", str(tmp_path / "search"), "--space", space]) == 1
         assert words in capfd.readouterr().err

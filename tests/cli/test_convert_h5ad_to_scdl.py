@@ -83,7 +83,7 @@ def test_errors_are_told_and_the_command_can_be_called_again(convert, folder, tm
 
     assert "There are no h5ad files in " in told(data=tmp_path / "nothing")
     assert "hdf5s exists. Choose another --save-path" in told(save=folder)
-    assert "data_dtype='number': use a type of numbers" in told("--data-dtype", "number")
+    assert "data_dtype='number': use a numeric type" in told("--data-dtype", "number")
     assert "does not fit uint8 exactly" in told("--use-X-not-raw", "--data-dtype", "uint8")
     good = (folder / "a" / "two.h5ad").read_bytes()
     (folder / "a" / "two.h5ad").write_bytes(good[:2000])

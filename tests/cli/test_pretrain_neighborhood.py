@@ -111,7 +111,7 @@ def test_what_is_held_out():
     assert held_out.tolist() == [False] * 60 + [True] * 40
     assert not choose_held_out(arguments(held_out=0.0), metadata, seed=0).any()
     for message, settings in {
-        "no section 'c'; there are 'a', 'b'": {"held_out_sections": ["c"]},
+        "no section 'c'; sections are 'a', 'b'": {"held_out_sections": ["c"]},
         "none is left to train on": {"held_out_sections": ["a", "b"]},
         "at least 0 and below 1; got 1.0": {"held_out": 1.0},
     }.items():
@@ -267,5 +267,5 @@ def test_what_does_not_fit_is_told(tmp_path, message, argv):
         main([*command, *SMALL, *argv])
     with pytest.raises(ValueError, match="x.csv is not a file of cells with coordinates"):
         main([*command, *SMALL, "--data", "x.csv"])
-    with pytest.raises(ValueError, match="Give a patch_size, or k_nearest"):
+    with pytest.raises(ValueError, match="Pass patch_size, or k_nearest"):
         main([*command, "--debug", "--use_cpu", "true", "--overwrite"])

@@ -343,8 +343,8 @@ def test_wrong_input_is_refused_at_the_door(cells):
     refused(r"no obs\['site'\]", split_by="site")
     refused("baselines must be a list of pca", baselines=["umap"])
     refused("baselines must be a list of pca", baselines="pca")
-    refused("n_splits=1: at least 2", n_splits=1)
-    refused("min_cells=3: a class needs a cell in each of 5 folds", min_cells=3)
+    refused("n_splits=1: must be at least 2", n_splits=1)
+    refused("min_cells=3: a class needs a cell in each of the 5 folds", min_cells=3)
     refused("0 classes have at least 500 cells; the evaluation needs two", min_cells=500)
     adata = cells.copy()
     adata.obs["one"] = "same"

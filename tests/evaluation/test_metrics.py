@@ -101,7 +101,7 @@ def test_masked_genes_takes_flat_positions_and_rows():
     assert flat == pytest.approx(expected, rel=1e-6)
     nothing = load_metric("masked_genes").compute(predictions=[1], references=[-100], nll=[0.0])
     assert nothing["n_masked"] == 0 and np.isnan(nothing["nll"])
-    with pytest.raises(ValueError, match="cell_classification, masked_genes, got 'f1'"):
+    with pytest.raises(ValueError, match="Unknown metric 'f1'; available are cell_classification, masked_genes"):
         load_metric("f1")
 
 

@@ -121,7 +121,10 @@ def test_a_head_that_the_checkpoint_does_not_hold_is_not_drawn_at_random(genes, 
     genes.save_pretrained(tmp_path)
     embed(adata, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    for left_out, words in (("classifier.weight", "does not hold classifier.weight"), ("gene_bert.", "gene_bert.")):
+    for left_out, words in (
+        ("classifier.weight", "does not hold the weights classifier.weight"),
+        ("gene_bert.", "gene_bert."),
+    ):
         kept = {name: weight for name, weight in weights.items() if not name.startswith(left_out)}
         save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=f"{words}.* would be random"):

@@ -587,7 +587,7 @@ def test_bad_input_raises_and_changes_nothing(tokenizer):
     for arguments, words in (
         ({}, "nothing to add"),
         ({"genes": "ENSG1"}, "genes must be a list of names, got 'ENSG1'"),
-        ({"phenotypes": {"tissue": "lung"}}, r"phenotypes\['tissue'\] is a list of names, got 'lung'"),
+        ({"phenotypes": {"tissue": "lung"}}, r"phenotypes\['tissue'\] must be a list of names, got 'lung'"),
         ({"genes": ["x", "x"]}, "are repeated"),
         (
             {"genes": ["x"], "medians": {"x": 1}},
@@ -609,7 +609,7 @@ def test_bad_input_raises_and_changes_nothing(tokenizer):
     added.add_tokens(["more"])
     model.resize_token_embeddings(len(added))
     model.config.vocabulary_fingerprint = None
-    with pytest.raises(ValueError, match="from add_tokens: more"):
+    with pytest.raises(ValueError, match="that are not in its vocabulary: more"):
         extend_vocabulary(model, added, ["x"])
     model.resize_token_embeddings(len(tokenizer))
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in before.items())

@@ -390,14 +390,14 @@ def test_every_sampler_is_the_models_or_refused(tissue, tmp_path, name, place):
     if fits:
         bring_together()
     else:
-        with pytest.raises(ValueError, match="_dataset (has|gives|numbers)"):
+        with pytest.raises(ValueError, match="_dataset (has|returns|numbers)"):
             bring_together()
 
 
 def test_sections_that_were_not_named_are_told(tissue, caplog):
     tissue.obs["Slide"] = tissue.obs["part"]
     CenterMaskSampler.from_anndata(tissue, 4.0)
-    assert "obs['Slide'] has 2 values, and all cells are taken for those of one section" in caplog.text
+    assert "obs['Slide'] has 2 values, but all cells are treated as one section" in caplog.text
     caplog.clear()
     CenterMaskSampler.from_anndata(tissue, 4.0, section_key="part")
     tissue.obs["Slide"] = "one"

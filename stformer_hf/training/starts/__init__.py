@@ -1,1 +1,1 @@
-"""Weights that a model starts from, in place of random ones."""
+"""Initial weights of models, instead of random ones."""

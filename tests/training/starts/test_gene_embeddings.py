@@ -92,7 +92,7 @@ def test_what_is_wrong_is_told(tmp_path):
         load_gene_embeddings(model, tokenizer, {GENES[0]: np.ones(4), GENES[1]: np.ones(3)})
     with pytest.raises(ValueError, match="1 values that are NaN"):
         load_gene_embeddings(model, tokenizer, {GENES[0]: [1.0, np.nan, 0.0, 0.0]})
-    with pytest.raises(ValueError, match="no number"):
+    with pytest.raises(ValueError, match="not numbers"):
         load_gene_embeddings(model, tokenizer, pd.DataFrame({"a": ["x"]}, index=[GENES[0]]))
     with pytest.raises(ValueError, match=r"a .parquet, .csv, .tsv, .txt or .npz file"):
         load_gene_embeddings(model, tokenizer, tmp_path / "genes.pkl")

@@ -282,7 +282,7 @@ def test_models_without_a_start_have_no_prior(cells):
 
 def test_what_cannot_be_started_is_refused(cells, tmp_path):
     bins = GeneTokenizer.from_store(cells)
-    with pytest.raises(ValueError, match="these are bins"):
+    with pytest.raises(ValueError, match="this one has bins"):
         start_rank_model(make_model(bins), bins, cells)
     tokenizer = rank_tokenizer(cells)
     tokens = tokenizer.encode_cells(cells.__getitems__([1, 2]))
