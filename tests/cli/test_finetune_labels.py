@@ -67,7 +67,7 @@ def test_numbers_are_predicted_where_it_is_asked_for(run, labelled, tmp_path, ca
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     figures = {name: value for entry in history for name, value in entry.items()}
     assert {"eval_mae", "eval_r2"} <= set(figures) and "eval_accuracy" not in figures
-    assert "held-out cells have no 'depth'" in caplog.text and 0 < n_known < 59
+    assert "held-out cells are not evaluated: they have no 'depth'" in caplog.text and 0 < n_known < 59
     annotate(labelled, output)
     assert labelled.obs["stformer_depth"].dtype.kind == "f"
     code, err, _ = run("cluster", "--problem_type", "regression", "--class_weights", "balanced")
@@ -96,7 +96,7 @@ def test_a_store_that_was_there_before_a_failed_command_stays(run, labelled, tmp
     assert run("one", data=store.path, output=tmp_path / "run")[0] == 1
     assert CellStore(store.path).categories == {"one": ["B cell"], "cluster": ["7", "8", "9"]}
     code, err, _ = run("is_b", data=store.path, output=tmp_path / "other")
-    assert code == 1 and "no categorical column 'is_b'; there are one, cluster. Integers" in err
+    assert code == 1 and "no categorical column 'is_b'; those are one, cluster. To use integers" in err
     assert run("cluster", data=store.path, output=tmp_path / "other")[0] == 0
 
 

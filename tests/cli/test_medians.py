@@ -53,7 +53,7 @@ def test_what_is_there_is_kept_and_wrong_outputs_are_told_at_once(files, tmp_pat
     for output, sources, words in [
         (mine, ["none.h5ad"], "mine.json exists"),
         (tmp_path / "a.csv", ["none.h5ad"], "pass a .json file for the results"),
-        (tmp_path / "a.json", ["a.npz", files[0]], "parts (.npz), or cells, not both"),
+        (tmp_path / "a.json", ["a.npz", files[0]], "parts (.npz) or cells, not both"),
         (tmp_path / "a.json", [str(tmp_path / "none.npz")], "none.npz"),
     ]:
         assert main(["medians", "--data", *sources, "--output", str(output)]) == 1

@@ -49,7 +49,7 @@ def test_braces_are_written_out_as_the_shell_does(pattern):
 
 def test_braces_without_their_half_are_refused():
     for text in ("a{0..2", "a}b", "a{b{c}"):
-        with pytest.raises(ValueError, match="other half"):
+        with pytest.raises(ValueError, match="unmatched brace"):
             expand_braces(text)
 
 
@@ -226,7 +226,7 @@ def test_edges_may_differ_by_gene(folder):
         (MLM, {"eval_data_paths": "none_{0..2}.h5ad"}, "3 of 3 files do not exist, such as none_0.h5ad"),
         (MLM, {"included_phenotypes": "celltype"}, "the closest known one is cell_type"),
         (MLM, {"warmup_ratio": 1.5}, "--warmup_ratio 1.5"),
-        ("--gene_mask_prob 2 --phenotype_mask_prob 0", {}, "--gene_mask_prob 2.0: a probability"),
+        ("--gene_mask_prob 2 --phenotype_mask_prob 0", {}, "--gene_mask_prob 2.0: must be a probability"),
         (CLS, {"included_phenotypes": "cell_type"}, "the model would read the answer"),
         ("--phenotype_category tissue", {}, "--phenotype_category tissue: .* has cell_type, sex"),
         (f"{CLS} --binary_label [T-cell]", {}, r"the closest known one is \[T_cell\]"),

@@ -227,7 +227,7 @@ def test_bins_equal_a_plain_loop(store, tokenizer, share):
 
 def test_what_cannot_be_scored_is_refused(store, tokenizer):
     collator = DataCollatorForPhenotypicMLM(tokenizer)
-    with pytest.raises(ValueError, match="a IterableDataset is none"):
+    with pytest.raises(ValueError, match="a IterableDataset does not support"):
         masked_gene_baselines(store, IterableDataset.from_generator(lambda: iter([{}])), collator)
     with pytest.raises(ValueError, match="There are no cells"):
         masked_gene_baselines(store, store.select([3]), collator)
@@ -330,7 +330,7 @@ def test_beside_a_model_of_whole_cells_the_baselines_see_the_genes_that_are_cut_
 
 def test_baselines_need_cells_and_a_masking_collator(store, tokenizer, config, tmp_path):
     model = GeneBertForPhenotypicMLM(config)
-    for cells, words in ((None, "there is none"), (iter([]), "is a stream")):
+    for cells, words in ((None, "train_dataset is None"), (iter([]), "is a stream")):
         with pytest.raises(ValueError, match=words):
             STFormerPretrainer(arguments(tmp_path), cells, model=model, processing_class=tokenizer, baselines=True)
     plain = GeneTokenizer(tokenizer.genes, bin_edges=tokenizer.bin_edges)

@@ -147,7 +147,7 @@ def test_labels_of_a_stream_are_looked_at_before_training(adata, tmp_path):
         ("cell_type", UNKNOWN, r"does not know: 'T cell'; the head has 2 classes \('B cell', 'NK cell'\)"),
         ("cell_type", {"num_labels": 1}, "'cell_type' holds 2 classes .* predicts 1 numbers"),
         ("donor", {"num_labels": 3}, "The stream has no obs column 'donor'; it has cell_type, age. Name it"),
-        ("age", {"num_labels": 3}, "'age' goes up to 79, and the head has 3 classes: .*num_labels=80"),
+        ("age", {"num_labels": 3}, "'age' goes up to 79, but the head has 3 classes: .*num_labels=80"),
     ):
         with pytest.raises(ValueError, match=words):
             classifier(stream, tmp_path, label, tokenizer=tokenizer, **head)

@@ -164,9 +164,11 @@ def test_what_an_adapter_knows_is_compared_as_that_of_a_model(base, tokenizer, a
             processing_class=tokenizer,
         )
 
-    with pytest.raises(ValueError, match="processing_class does not fit the model: as many ids and types, but other"):
+    with pytest.raises(
+        ValueError, match="processing_class does not fit the model: the same number of ids and types, but other"
+    ):
         trainer(other)
-    with pytest.raises(ValueError, match="label2id is 0 'T cell', 1 'B cell', and the model's 0 'B cell', 1 'T cell'"):
+    with pytest.raises(ValueError, match="1 'B cell', but the model's is 0 'B cell', 1 'T cell'"):
         trainer(label2id={"T cell": 0, "B cell": 1})
     trainer().save_model(tmp_path / "adapter")
     annotate(adata, tmp_path / "adapter")
@@ -237,7 +239,7 @@ def test_what_results_cannot_be_written_into_is_refused(config, adata, store, to
     with pytest.raises(TypeError, match="got ndarray"):
         call(np.ones((2, 2)), model, tokenizer=tokenizer)
     for size in (0, -1):
-        with pytest.raises(ValueError, match=f"batch_size={size}: at least 1"):
+        with pytest.raises(ValueError, match=f"batch_size={size}: must be at least 1"):
             call(adata, model, tokenizer=tokenizer, batch_size=size)
     of_store = AnnData(store.rows(slice(None)), obs=store.obs, var=store.genes.frame.set_index("gene_id"))
     call(of_store, model, tokenizer=tokenizer)  # as the error says
