@@ -72,9 +72,13 @@ def load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_cla
 
 
 @contextmanager
-def at_work(model: PreTrainedModel, device: str | None) -> Iterator[None]:
-    """Put a model into evaluation mode on a device, by default a GPU if there is one, and restore both afterwards."""
-    with evaluating(model, device or ("cuda" if torch.cuda.is_available() else "cpu")), torch.inference_mode():
+def at_work(model: PreTrainedModel, device: str | None, gradients: bool = False) -> Iterator[None]:
+    """Put a model into evaluation mode on a device, by default a GPU if there is one, and restore both afterwards.
+
+    Without `gradients`, torch is in inference mode.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with evaluating(model, device), torch.enable_grad() if gradients else torch.inference_mode():
         yield
 
 
