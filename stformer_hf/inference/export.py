@@ -68,8 +68,8 @@ def export_onnx(
     adata : AnnData, optional
         Cells to compare the exported model on; by default 32 random ones, for whom labels mean little.
     int8 : bool, default: False
-        Also write `model_int8.onnx`, whose matrix products have int8 weights and activations (dynamic quantisation by
-        onnxruntime). Embeddings stay in float32.
+        Also write `model_int8.onnx`, in which the linear layers of the encoder have int8 weights and activations
+        (dynamic quantisation by onnxruntime). Embeddings, sums over genes and the head stay in float32.
     layer : str, optional
         Location of the counts in `adata`.
 
@@ -163,9 +163,22 @@ def _export(module: nn.Module, example: tuple, names: list[str], output_name: st
 
 
 def _quantise(path: Path, to: Path) -> None:
+    """Quantise the linear layers of the encoder; sums over genes and the head stay in float32."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    quantize_dynamic(path, to, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8, per_channel=True)
+    graph = onnx.load(path, load_external_data=False).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    of_layers = [
+        node.name
+        for node in graph.node
+        if node.op_type in ("MatMul", "Gemm")
+        and node.input[1] in constants
+        and any(".layers." in entry.value for entry in node.metadata_props if entry.key.endswith("name_scopes"))
+    ]
+    if not of_layers:
+        raise ValueError(f"{path} has no linear layers of an encoder to quantise: leave out int8.")
+    quantize_dynamic(path, to, nodes_to_quantize=of_layers, weight_type=QuantType.QInt8, per_channel=True)
 
 
 def _compare(expected: list[np.ndarray], found: list[np.ndarray], of_cells: bool) -> dict[str, float]:
