@@ -72,13 +72,25 @@ def load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_cla
 
 
 @contextmanager
-def at_work(model: PreTrainedModel, device: str | None, gradients: bool = False) -> Iterator[None]:
+def at_work(
+    model: PreTrainedModel, device: str | None, gradients: bool = False, dtype: str | None = None
+) -> Iterator[None]:
     """Put a model into evaluation mode on a device, by default a GPU if there is one, and restore both afterwards.
 
-    Without `gradients`, torch is in inference mode.
+    Without `gradients`, torch is in inference mode. With `dtype`, "bfloat16" or "float16", torch computes in it where
+    that is safe (autocast), and the weights stay as they are.
+
+    Raises
+    ------
+    ValueError
+        The dtype is another one.
     """
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f'dtype must be "float32", "bfloat16" or "float16", got {dtype!r}.')
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with evaluating(model, device), torch.enable_grad() if gradients else torch.inference_mode():
+    half = None if dtype in (None, "float32") else getattr(torch, dtype)
+    autocast = torch.autocast(torch.device(device).type, half, enabled=half is not None)
+    with evaluating(model, device), torch.enable_grad() if gradients else torch.inference_mode(), autocast:
         yield
 
 
@@ -94,6 +106,7 @@ def run(
     device: str | None,
     desc: str,
     with_phenotypes: bool,
+    dtype: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray, Source]:
     """Apply a function to every cell.
 
@@ -119,6 +132,8 @@ def run(
         Text of the progress bar.
     with_phenotypes : bool
         Whether the model reads the phenotypes in obs; they are masked otherwise.
+    dtype : str, optional
+        Precision of the computation; see `at_work`.
 
     Returns
     -------
@@ -139,7 +154,7 @@ def run(
     check_cells(adata)
     source = open_source(adata, layer, fractional)
     results, n_genes = None, np.zeros(source.shape[0], np.int64)
-    with at_work(model, device):
+    with at_work(model, device, dtype=dtype):
         for batch in read_batches(source, tokenizer, batch_size, desc=desc, with_phenotypes=with_phenotypes):
             batch = batch.to(model.device)
             found = forward(batch.inputs, batch.types).float().cpu().numpy()
