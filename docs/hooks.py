@@ -26,6 +26,8 @@ ROOMS = {
 }
 # Documented names that are imported from their room.
 FROM_ROOMS = {
+    "inference.export": ["export_onnx"],
+    "inference.gene_states": ["GeneNetwork", "gene_embeddings", "gene_network", "nearest_genes"],
     "inference.plots": ["confusion", "label_curve", "loss_curves", "sections", "umap", "umaps"],
     "search.search_space": ["Hyperparameter", "TrialModel"],
 }

@@ -74,6 +74,7 @@ _MORE_MODULES = {
     "compat.scdl_collection": ["SingleCellCollection"],
     "compat.transforms": ["Compose", "EncodeLabels", "LogTransform", "NormalizeRowSum", "Transform"],
     "genes.statistics": ["GeneStatistics"],
+    "inference.gene_states": ["gene_embeddings", "gene_network"],
     "models.cell_neighborhood.count_likelihoods": ["nb_log_likelihood", "pearson_r", "zinb_log_likelihood"],
     "models.cell_neighborhood.modeling_cell_neighborhood": ["CellNeighborhoodModel"],
     "models.gene_bert.modeling_gene_bert": ["GeneBertForTokenClassification", "PositionlessEmbeddings"],

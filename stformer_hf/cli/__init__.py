@@ -20,6 +20,9 @@ VERBS = {
     "finetune": "train a classifier of cells",
     "annotate": "label the cells of a file with a classifier",
     "embed": "embed the cells of a file, or their neighbourhoods",
+    "export": "export a classifier or an encoder to ONNX",
+    "info": "print what a file, a store or a model is, and how well they fit",
+    "doctor": "print versions, devices, threads, the attention backend and missing extras",
     "evaluate": "compare embeddings with one another and with simple baselines",
 }
 

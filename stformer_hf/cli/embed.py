@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _KEYS = {"cells": "X_stformer", "neighborhood": "X_neighborhood"}
 _OWN = {  # flags of each kind
-    "cells": ("hidden_layer", "pooling", "with_phenotypes", "min_coverage"),
+    "cells": ("dtype", "hidden_layer", "pooling", "with_phenotypes", "min_coverage"),
     "neighborhood": (
         "spatial_key",
         "section",
@@ -47,6 +47,12 @@ class EmbedArguments:
     layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})
     fractional: bool = field(default=False, metadata={"help": "allow fractional counts, such as estimates"})
     batch_size: int = field(default=64, metadata={"help": "cells per batch"})
+    device: str | None = field(
+        default=None, metadata={"help": "cuda, cuda:1, mps or cpu (default: a GPU if there is one)"}
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None, metadata={"help": "cells: precision of the computation (default: that of the weights)"}
+    )
     overwrite: bool = field(default=False, metadata={"help": "replace an existing file"})
     hidden_layer: int = field(
         default=-1, metadata={"help": "cells: hidden state; 0 is the input embeddings, -1 the last layer"}
@@ -127,6 +133,8 @@ def _embed_cells(adata: AnnData, args: EmbedArguments) -> None:
         pooling=args.pooling,
         with_phenotypes=args.with_phenotypes,
         batch_size=args.batch_size,
+        device=args.device,
+        dtype=args.dtype,
         min_coverage=args.min_coverage,
     )
 
@@ -154,6 +162,7 @@ def _embed_neighborhoods(adata: AnnData, args: EmbedArguments) -> None:
         layer=args.layer,
         fractional=args.fractional,
         batch_size=args.batch_size,
+        device=args.device,
         **{name: value for name, value in options.items() if value is not None},
     )
     if _wants_domains(args):

@@ -2,6 +2,7 @@
 
 stformer-hf finetune --data labelled.h5ad --label cell_type --output classifier
 stformer-hf finetune --data labelled.h5ad --label cell_type --output classifier --model pretrained --split_by donor
+stformer-hf finetune --data labelled.h5ad --label cell_type --output adapter --model pretrained --lora
 
 A new model starts at linear readers of the cells, chosen by cross-validation within the training cells, and is trained
 further only if that helps in the cross-validation; OUTPUT/fine_tuning.json records the choice and the reason.
@@ -35,6 +36,18 @@ class FinetuneArguments:
         metadata={"help": "regression: the label is a number, such as an age, and is predicted as one"},
     )
     model: str | None = field(default=None, metadata={"help": "pretrained checkpoint (default: a new model)"})
+    lora: int | None = field(
+        default=None,
+        metadata={
+            "nargs": "?",
+            "const": 8,
+            "help": "with --model: train LoRA adapters of this rank (8 without a number), and the heads; OUTPUT then "
+            "holds an adapter of the model",
+        },
+    )
+    freeze: int = field(
+        default=0, metadata={"help": "with --model: number of first layers that are not trained, with the embeddings"}
+    )
     size: str = field(default="tiny", metadata={"help": "new model: tiny, small, base or large"})
     whole_cell: bool = field(
         default=True,
@@ -90,7 +103,7 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     from ..evaluation.metrics import compute_classification_metrics, compute_regression_metrics
     from ..training.cell_heads import read_head
     from ..training.finetuning import prepare_classifier
-    from ..training.loading import load_tokenizer
+    from ..training.loading import load_tokenizer, unwrap
     from .runs import (
         finish,
         genes_of_training,
@@ -161,6 +174,8 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
                 "bin_edges": args.bin_edges,
                 "genes": genes_of_training(store, args.eval_data),
             },
+            lora=args.lora,
+            freeze=args.freeze,
         )
         if arguments.process_index == 0:
             print(_what_is_learnt(args.label, read_head(prepared.model)))
@@ -187,7 +202,7 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     metrics = {**finish(trainer, card=card), **baselines}
     predicted = None if held_out_cells is None or of_numbers else trainer.predict(held_out_cells)
     if predicted is not None and trainer.is_world_process_zero():
-        _draw_confusion(output, predicted, read_head(prepared.model).names)
+        _draw_confusion(output, predicted, read_head(unwrap(prepared.model)).names)
     return metrics
 
 

@@ -55,7 +55,7 @@ def training_arguments(output: Path, settings: dict, overwrite: bool) -> Trainin
             for checkpoint in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
                 shutil.rmtree(checkpoint)
         return arguments
-    if (output / "config.json").exists():
+    if (output / "config.json").exists() or (output / "adapter_config.json").exists():
         raise FileExistsError(f"{output} holds a model. Choose another --output, or pass --overwrite.")
     if output.is_dir() and get_last_checkpoint(str(output)):
         raise FileExistsError(

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -71,9 +72,25 @@ def load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_cla
 
 
 @contextmanager
-def at_work(model: PreTrainedModel, device: str | None) -> Iterator[None]:
-    """Put a model into evaluation mode on a device, by default a GPU if there is one, and restore both afterwards."""
-    with evaluating(model, device or ("cuda" if torch.cuda.is_available() else "cpu")), torch.inference_mode():
+def at_work(
+    model: PreTrainedModel, device: str | None, gradients: bool = False, dtype: str | None = None
+) -> Iterator[None]:
+    """Put a model into evaluation mode on a device, by default a GPU if there is one, and restore both afterwards.
+
+    Without `gradients`, torch is in inference mode. With `dtype`, "bfloat16" or "float16", torch computes in it where
+    that is safe (autocast), and the weights stay as they are.
+
+    Raises
+    ------
+    ValueError
+        The dtype is another one.
+    """
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f'dtype must be "float32", "bfloat16" or "float16", got {dtype!r}.')
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    half = None if dtype in (None, "float32") else getattr(torch, dtype)
+    autocast = torch.autocast(torch.device(device).type, half, enabled=half is not None)
+    with evaluating(model, device), torch.enable_grad() if gradients else torch.inference_mode(), autocast:
         yield
 
 
@@ -89,6 +106,7 @@ def run(
     device: str | None,
     desc: str,
     with_phenotypes: bool,
+    dtype: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray, Source]:
     """Apply a function to every cell.
 
@@ -114,6 +132,8 @@ def run(
         Text of the progress bar.
     with_phenotypes : bool
         Whether the model reads the phenotypes in obs; they are masked otherwise.
+    dtype : str, optional
+        Precision of the computation; see `at_work`.
 
     Returns
     -------
@@ -131,50 +151,116 @@ def run(
     TypeError
         `adata` is not an AnnData, MuData or SpatialData.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: must be at least 1.")
     check_cells(adata)
     source = open_source(adata, layer, fractional)
-    names = (source.genes.gene_ids, source.genes.symbols)
-    results, n_genes = [], []
-    start, around = 0, None
-    if tokenizer.neighborhood:
-        graph = source.neighbors(NEIGHBORS).rows(0, source.shape[0])
-        around = sum_of_neighbors(graph, sparse.vstack(list(source.blocks(_ROWS_PER_BLOCK)), format="csr"))
-    with at_work(model, device), tqdm(total=source.shape[0], desc=desc, unit="cell", disable=None) as bar:
-        for block in source.blocks(_ROWS_PER_BLOCK):
-            obs = source.obs.iloc[start : start + block.shape[0]]
-            stop = start + block.shape[0]
-            nearby = None if around is None else around[start:stop]
-            tokens = tokenizer.encode_cells(
-                block,
-                genes=names,
-                obs=obs,
-                fractional=fractional,
-                neighborhood=nearby,
-                for_inference=not with_phenotypes,
-            )
-            start = stop
-            lengths = np.diff(tokens.indptr)
-            order = np.argsort(-lengths, kind="stable")
-            done = []
-            for first in range(0, len(order), batch_size):
-                cells = order[first : first + batch_size]
-                done.append(forward(*_batch(tokens, cells, tokenizer, model.device)).float().cpu().numpy())
-                bar.update(len(cells))
-            block_results = np.concatenate(done)
-            results.append(np.empty_like(block_results))
-            results[-1][order] = block_results
-            is_gene = np.concatenate([[0], np.cumsum(tokenizer.get_gene_tokens_mask(tokens.input_ids))])
-            n_genes.append(is_gene[tokens.indptr[1:]] - is_gene[tokens.indptr[:-1]])
-    if not results:
-        raise ValueError("The AnnData has no cells.")
-    n_genes = np.concatenate(n_genes)
-    results = np.concatenate(results)
+    results, n_genes = None, np.zeros(source.shape[0], np.int64)
+    with at_work(model, device, dtype=dtype):
+        for batch in read_batches(source, tokenizer, batch_size, desc=desc, with_phenotypes=with_phenotypes):
+            batch = batch.to(model.device)
+            found = forward(batch.inputs, batch.types).float().cpu().numpy()
+            if results is None:
+                results = np.empty((source.shape[0], *found.shape[1:]), found.dtype)
+            results[batch.rows] = found
+            n_genes[batch.rows] = (batch.genes >= 0).sum(axis=1)
     check_finite(results, n_genes > 0)
     if (n_genes == 0).any():
         logger.warning(f"{(n_genes == 0).sum()} cells have no counts in genes that the model knows.")
     return results, n_genes, source
+
+
+class TokenBatch(NamedTuple):
+    """Padded tokens of some cells.
+
+    Attributes
+    ----------
+    rows : int64 array (n,)
+        Rows of the cells in their source.
+    inputs : dict of str to Tensor
+        Input of the model.
+    types : LongTensor (n, length)
+        Token types, which not every model reads.
+    genes : int64 array (n, length)
+        Index of the gene of each token; -1 for tokens that are not genes, and padding.
+    """
+
+    rows: np.ndarray
+    inputs: dict[str, torch.Tensor]
+    types: torch.Tensor
+    genes: np.ndarray
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """Return the batch with its tensors on a device."""
+        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        return self._replace(inputs=inputs, types=self.types.to(device))
+
+
+def read_batches(
+    source: Source,
+    tokenizer: GeneTokenizer,
+    batch_size: int,
+    *,
+    desc: str,
+    with_phenotypes: bool = False,
+    max_padded: int | None = None,
+) -> Iterator[TokenBatch]:
+    """Tokenize the cells of a source, and yield them in batches of similar length.
+
+    Parameters
+    ----------
+    source : Source
+        Cells, read in blocks of 4,096.
+    tokenizer : GeneTokenizer
+    batch_size : int
+        Cells per batch.
+    desc : str
+        Text of the progress bar.
+    with_phenotypes : bool, default: False
+        Whether the model reads the phenotypes in obs; they are masked otherwise.
+    max_padded : int, optional
+        Maximum of cells x longest ** 2 in a batch of several cells, for what needs memory by pair of tokens.
+
+    Yields
+    ------
+    TokenBatch
+        Each cell once; within a block, the longest cells come first.
+
+    Raises
+    ------
+    ValueError
+        The batch size is below 1; there are no cells.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1.")
+    if not source.shape[0]:
+        raise ValueError("The AnnData has no cells.")
+    names = (source.genes.gene_ids, source.genes.symbols)
+    start, around = 0, None
+    if tokenizer.neighborhood:
+        graph = source.neighbors(NEIGHBORS).rows(0, source.shape[0])
+        around = sum_of_neighbors(graph, sparse.vstack(list(source.blocks(_ROWS_PER_BLOCK)), format="csr"))
+    with tqdm(total=source.shape[0], desc=desc, unit="cell", disable=None) as bar:
+        for block in source.blocks(_ROWS_PER_BLOCK):
+            stop = start + block.shape[0]
+            tokens = tokenizer.encode_cells(
+                block,
+                genes=names,
+                obs=source.obs.iloc[start:stop],
+                fractional=source.fractional,
+                neighborhood=None if around is None else around[start:stop],
+                for_inference=not with_phenotypes,
+            )
+            lengths = np.diff(tokens.indptr)
+            order = np.argsort(-lengths, kind="stable")
+            first = 0
+            while first < len(order):
+                n = batch_size
+                if max_padded is not None:
+                    n = min(n, max(max_padded // max(int(lengths[order[first]]) ** 2, 1), 1))
+                cells = order[first : first + n]
+                yield _batch(tokens, cells, start, tokenizer)
+                bar.update(len(cells))
+                first += n
+            start = stop
 
 
 def check_cells(cells) -> None:
@@ -198,11 +284,13 @@ def check_cells(cells) -> None:
     raise TypeError(f"Results are written into an AnnData, MuData or SpatialData, got {found}.")
 
 
-def _batch(
-    tokens: TokenizedCells, cells: np.ndarray, tokenizer: GeneTokenizer, device: torch.device
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Return the input of the model for some cells, and the token types, which not every model reads."""
+def _batch(tokens: TokenizedCells, cells: np.ndarray, first_row: int, tokenizer: GeneTokenizer) -> TokenBatch:
     chosen = take(tokens, cells)
-    batch = {name: tensor.to(device) for name, tensor in pad(chosen, tokenizer).items()}
-    types = pad_ragged(chosen.token_type_ids, chosen.indptr, batch["input_ids"].shape[1], 0, tokenizer.padding_side)
-    return batch, torch.from_numpy(types).to(device)
+    inputs = pad(chosen, tokenizer)
+    length, side = inputs["input_ids"].shape[1], tokenizer.padding_side
+    types = pad_ragged(chosen.token_type_ids, chosen.indptr, length, 0, side)
+    of_genes = tokenizer.get_gene_tokens_mask(chosen.input_ids)
+    genes = np.full(len(of_genes), -1, np.int64)
+    genes[of_genes] = tokenizer.genes_of(chosen.input_ids[of_genes], chosen.token_type_ids[of_genes])
+    genes = pad_ragged(genes, chosen.indptr, length, -1, side)
+    return TokenBatch(first_row + cells, inputs, torch.from_numpy(types), genes)

@@ -27,6 +27,7 @@ def embed(
     fractional: bool = False,
     batch_size: int = 64,
     device: str | None = None,
+    dtype: str | None = None,
     min_coverage: float | None = None,
 ) -> None:
     """Write an embedding of every cell into `adata.obsm[key_added]`.
@@ -61,6 +62,8 @@ def embed(
     device : str, optional
         Device to run on; by default cuda if available, else cpu. The device and mode of a model object are restored
         afterwards.
+    dtype : {"float32", "bfloat16", "float16"}, optional
+        Precision of the computation (autocast); the result is float32. By default that of the weights.
     min_coverage : float, optional
         Minimum share of the model's genes, weighted as in `GeneTokenizer`, that the cells must have; by default the
         tokenizer's own.
@@ -103,6 +106,7 @@ def embed(
         fractional=fractional,
         batch_size=batch_size,
         device=device,
+        dtype=dtype,
         desc="embed",
         with_phenotypes=with_phenotypes,
     )

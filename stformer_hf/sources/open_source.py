@@ -61,6 +61,11 @@ class Source:
         return self.matrix.shape
 
     @property
+    def fractional(self) -> bool:
+        """Whether counts may be fractional."""
+        return self._fractional
+
+    @property
     def is_part(self) -> bool:
         """Whether the matrix holds one of multiple feature types."""
         return self._layer.whole is not None

@@ -519,10 +519,18 @@ class CellTrainer(MeasuredTrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """Save as Trainer does, and beside an adapter the configuration of its model, which names the outputs."""
-        super()._save(output_dir, state_dict)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        folder = Path(output_dir or self.args.output_dir)
+        card = folder / "README.md"
+        card_before = card.read_bytes() if card.exists() else None
+        super()._save(output_dir, state_dict)
         if hasattr(model, "peft_config"):
-            model.config.to_json_file(Path(output_dir or self.args.output_dir) / MODEL_CONFIG, use_diff=False)
+            model.config.to_json_file(folder / MODEL_CONFIG, use_diff=False)
+            # PEFT writes an empty card, or changes the card of this package, which would then count as edited.
+            if card_before is None:
+                card.unlink(missing_ok=True)
+            else:
+                card.write_bytes(card_before)
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)

@@ -36,6 +36,7 @@ from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
 from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
+from .adapting import adapt, check_adapts
 from .cell_trainer import CellTrainer
 from .defaults import FINETUNING, MAX_LENGTH
 from .loading import is_adapter, is_model, load_model, load_tokenizer, unwrap
@@ -71,6 +72,10 @@ class Finetuning:
         Whether the spectral views were fitted to these cells; False if the model has its own.
     balanced : bool
         Whether all classes have the same weight, whatever their number of cells.
+    lora : int, optional
+        Rank of the adapters that are trained in place of the encoder; see `adapt`.
+    freeze : int
+        Number of first layers that are not trained.
     facts : dict
         Settings for the model card.
     """
@@ -83,6 +88,8 @@ class Finetuning:
     start: ClassifierStart | None = None
     new_embedding: bool = True
     balanced: bool = False
+    lora: int | None = None
+    freeze: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
 
     def known(self, cells: CellStore) -> CellStore:
@@ -106,6 +113,7 @@ class Finetuning:
         eval_cells = None if eval_cells is None else self.known(as_selection(eval_cells))
         options = {name: kwargs.pop(name) for name in ("gene_dropout", "packing") if name in kwargs}
         arguments.num_train_epochs = self.num_train_epochs
+        self.model = adapt(self.model, self.lora, self.freeze)
         return CellTrainer(
             model=self.model,
             args=arguments,
@@ -147,6 +155,8 @@ def finetune(
     fractional: bool = False,
     seed: int = 0,
     training: Mapping[str, Any] | None = None,
+    lora: int | None = None,
+    freeze: int = 0,
 ) -> PreTrainedModel:
     """Fine-tune a classifier of cells.
 
@@ -196,11 +206,17 @@ def finetune(
     seed : int, default: 0
     training : dict, optional
         `TrainingArguments` that override `training.defaults.FINETUNING`.
+    lora : int, optional
+        Train LoRA adapters of this rank in place of the encoder's weights, and the heads in full; for a checkpoint.
+        `output` then holds the adapter alone, and is loaded with the checkpoint. Needs PEFT.
+    freeze : int, default: 0
+        Number of first layers that are not trained, with the embeddings; for a checkpoint.
 
     Returns
     -------
     PreTrainedModel
-        In evaluation mode, with its tokenizer at `model.tokenizer`, so that `annotate(new, model)` works.
+        In evaluation mode, with its tokenizer at `model.tokenizer`, so that `annotate(new, model)` works. With `lora`,
+        a `peft.PeftModel`.
 
     Raises
     ------
@@ -250,6 +266,8 @@ def finetune(
             problem_type=problem_type,
             size=size,
             max_length=max_length,
+            lora=lora,
+            freeze=freeze,
         )
         trainer = prepared.trainer(arguments, eval_cells)
         if prepared.num_train_epochs > 0:
@@ -277,6 +295,8 @@ def prepare_classifier(
     max_length: int = MAX_LENGTH,
     model_config: Mapping[str, Any] | None = None,
     tokenizer_config: Mapping[str, Any] | None = None,
+    lora: int | None = None,
+    freeze: int = 0,
 ) -> Finetuning:
     """Make (or load) the classifier of some cells, start it, and choose how long to train it.
 
@@ -287,6 +307,7 @@ def prepare_classifier(
     -------
     Finetuning
     """
+    check_adapts(model, lora, freeze)
     label_key = label_key if isinstance(label_key, str) else list(label_key)
     cells, labels, classes, problem_type = _labelled(cells, label_key, problem_type)
     head: dict[str, Any] = {"problem_type": problem_type, "class_weights": None, **(model_config or {})}
@@ -317,7 +338,7 @@ def prepare_classifier(
         model.config.class_weights = balanced_class_weights(cells.obs[label_key], classes)
     if init == "random" or not getattr(model.config, "wide_head", False):
         epochs = _EPOCHS_WITHOUT_START if num_train_epochs is None else num_train_epochs
-        return Finetuning(model, tokenizer, cells, label_key, epochs, facts=facts)
+        return Finetuning(model, tokenizer, cells, label_key, epochs, lora=lora, freeze=freeze, facts=facts)
 
     groups = None
     if group_key is not None:
@@ -341,10 +362,10 @@ def prepare_classifier(
     logger.info(f"The start took {time.monotonic() - began:.0f} s.")
     epochs, facts = num_train_epochs, {**facts, **_facts_of(start)}
     if epochs is None:
-        begun = Finetuning(model, tokenizer, cells, label_key, 0, start, is_new, balanced)
+        begun = Finetuning(model, tokenizer, cells, label_key, 0, start, is_new, balanced, lora, freeze)
         epochs, found = choose_epochs(begun, labels, groups, arguments)
         facts |= found
-    return Finetuning(model, tokenizer, cells, label_key, epochs, start, is_new, balanced, facts)
+    return Finetuning(model, tokenizer, cells, label_key, epochs, start, is_new, balanced, lora, freeze, facts)
 
 
 def choose_epochs(
@@ -435,6 +456,7 @@ def _score_epochs(
         choice=start.choice,
         rotated=(start.rotated[0][train], start.rotated[1]) if of_all else None,
     )
+    model = adapt(model, prepared.lora, prepared.freeze)
     scores: list[np.ndarray] = []
 
     def score() -> None:

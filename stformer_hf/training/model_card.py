@@ -392,8 +392,22 @@ def _shape(config) -> str:
     return ", ".join(parts)
 
 
+def _adapter(model: Any) -> dict[str, Any] | None:
+    """Return the type, rank, base and number of trained parameters of a PEFT model; None for another model."""
+    config = getattr(model, "active_peft_config", None)
+    if config is None:
+        return None
+    base = config.base_model_name_or_path
+    return {
+        "type": getattr(config.peft_type, "value", str(config.peft_type)),
+        "rank": getattr(config, "r", None),
+        "base": base if not base or is_hub_id(base) else _file_name(base),
+        "n_trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+    }
+
+
 def _metadata(
-    *, model, kind, head, name, license, language, tags, datasets, base_model, figures, sources
+    *, model, kind, head, name, license, language, tags, datasets, base_model, adapter, figures, sources
 ) -> ModelCardData:
     """Make the metadata that the Hub reads."""
     spatial = ["spatial-transcriptomics"] if kind == "neighborhoods" else []
@@ -424,6 +438,7 @@ def _metadata(
         ),
         pipeline_tag={"cells": of_cells, "genes": None}.get(kind, "feature-extraction"),
         base_model=base_model if is_hub_id(base_model) else None,
+        **({"base_model_relation": "adapter"} if adapter and is_hub_id(base_model) else {}),
         datasets=list(datasets) or None,
         model_name=name if results else None,
         eval_results=results or None,
@@ -435,6 +450,7 @@ def _render(
 ) -> str:
     import jinja2
 
+    adapter = _adapter(model)
     model = unwrap(model)
     config, kind = model.config, _kind(model)
     head = read_head(model) if kind == "cells" else None
@@ -452,6 +468,7 @@ def _render(
         tags=tags,
         datasets=[dataset for dataset in datasets if is_hub_id(dataset)],
         base_model=base_model,
+        adapter=adapter,
         figures={
             key.removeprefix("eval_"): value
             for key, value in figures.items()
@@ -480,6 +497,7 @@ def _render(
         auto_class=getattr(type(model), "_auto_class", None),
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         shape=_shape(config),
+        adapter=adapter,
         config=config,
         head=head,
         classes=head.names if head is not None else list(config.id2label.values()) if kind == "genes" else [],

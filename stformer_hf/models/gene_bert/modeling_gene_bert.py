@@ -155,12 +155,13 @@ class GeneBertPreTrainedModel(PreTrainedModel):
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         if attn_implementation == "auto":
-            attn_implementation = _best_attention(self.config.dtype or torch.get_default_dtype())
+            attn_implementation = best_attention(self.config.dtype or torch.get_default_dtype())
             logger.warning_once(f'attn_implementation="auto" selects {attn_implementation!r} here.')
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
 
-def _best_attention(dtype: torch.dtype) -> str:
+def best_attention(dtype: torch.dtype) -> str:
+    """Return the backend that `attn_implementation="auto"` selects for weights of a dtype on this machine."""
     if torch.cuda.is_available() and dtype in (torch.float16, torch.bfloat16):
         if is_flash_attn_3_available():
             return "flash_attention_3"

@@ -63,11 +63,8 @@ def load_gene_embeddings(
     if len(known) < 2:
         raise ValueError(f"Only one gene of the embeddings is known, {tokenizer.genes[known[0]]}: scaling needs two.")
     values = values[first]
-    base = getattr(model, model.base_model_prefix, model)
-    if tokenizer.scheme == "rank":
-        weight, rows = model.get_input_embeddings().weight, tokenizer.gene_token_ids[known]
-    else:
-        weight, rows = base.embeddings.token_type_embeddings.weight, known + tokenizer.gene_token_type_offset
+    weight, rows = embedding_of_genes(model, tokenizer)
+    rows = rows[known]
     values = values - values.mean(axis=0)
     size = weight.shape[1]
     if values.shape[1] > size:
@@ -82,6 +79,22 @@ def load_gene_embeddings(
     share = len(known) / len(tokenizer.genes)
     logger.info(f"Initialised the embeddings of {len(known)} of {len(tokenizer.genes)} genes ({share:.1%}).")
     return share
+
+
+def embedding_of_genes(model: PreTrainedModel, tokenizer: GeneTokenizer) -> tuple[torch.Tensor, np.ndarray]:
+    """Return the table that holds the embedding of each gene's token, and the row of each gene in it.
+
+    Returns
+    -------
+    weight : Tensor (n_rows, hidden)
+        Embedding of token types (binned scheme) or of tokens (rank scheme).
+    rows : int64 array (n_genes,)
+    """
+    if tokenizer.scheme == "rank":
+        return model.get_input_embeddings().weight, tokenizer.gene_token_ids
+    base = getattr(model, model.base_model_prefix, model)
+    rows = np.arange(len(tokenizer.genes)) + tokenizer.gene_token_type_offset
+    return base.embeddings.token_type_embeddings.weight, rows
 
 
 def _read(embeddings) -> tuple[list[str], np.ndarray]:

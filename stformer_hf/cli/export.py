@@ -1,0 +1,51 @@
+"""Export a classifier or an encoder to ONNX, and compare it with torch.
+
+stformer-hf export --model classifier --output exported --int8
+stformer-hf export --model classifier --output exported --data cells.h5ad
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .arguments import parse
+
+
+@dataclass
+class ExportArguments:
+    """Flags of `export`."""
+
+    model: str = field(
+        metadata={"help": "checkpoint or adapter; of other models than classifiers the encoder is taken"}
+    )
+    output: str = field(metadata={"help": "folder for the exported model and its tokenizer"})
+    format: Literal["onnx"] = field(default="onnx", metadata={"help": "format"})
+    int8: bool = field(default=False, metadata={"help": "also write a file whose matrix products are in int8"})
+    data: str | None = field(default=None, metadata={"help": "cells to compare it on (default: random ones)"})
+    layer: str | None = field(default=None, metadata={"help": "location of the counts in --data: X, raw or a layer"})
+    overwrite: bool = field(default=False, metadata={"help": "replace files in the folder"})
+
+
+def main(argv: list[str]) -> None:
+    """Parse and run."""
+    args, _ = parse(argv, ExportArguments, verb="export", description=__doc__)
+    for file, compared in run(args)["comparison"].items():
+        labels = f", {compared['same_labels']:.1%} the same label" if "same_labels" in compared else ""
+        size = (Path(args.output) / file).stat().st_size / 2**20
+        print(
+            f"{args.output}/{file} ({size:.1f} MiB): {compared['cells']} cells compared with torch, outputs differ by "
+            f"up to {compared['max_abs_difference']:.2g}{labels}"
+        )
+
+
+def run(args: ExportArguments) -> dict[str, Any]:
+    """Export the model; return the settings."""
+    from ..inference.export import MODEL, export_onnx
+    from .files import read
+
+    if (Path(args.output) / MODEL).exists() and not args.overwrite:
+        raise FileExistsError(f"{args.output} holds an exported model. Choose another --output, or pass --overwrite.")
+    adata, layer = (None, args.layer) if args.data is None else read(args.data, layer=args.layer)
+    return export_onnx(args.model, args.output, adata=adata, int8=args.int8, layer=layer)

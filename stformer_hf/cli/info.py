@@ -1,0 +1,223 @@
+"""Print what a file of cells, a store or a model is, and how well they fit.
+
+stformer-hf info cells.h5ad
+stformer-hf info cells.h5ad --model classifier
+stformer-hf info classifier
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .arguments import parse
+
+_N_SAMPLE = 1_000  # cells whose counts are summarised
+_N_TIMED = 64  # cells that are embedded to estimate the time for all of them
+_WIDTH = 17
+
+
+@dataclass
+class InfoArguments:
+    """Flags of `info`."""
+
+    path: str = field(metadata={"help": "file of cells, store, or model; the flag's name may be left out"})
+    model: str | None = field(
+        default=None, metadata={"help": "compare cells with this model: genes they share, time to embed them"}
+    )
+    layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})
+
+
+def main(argv: list[str]) -> None:
+    """Parse and run."""
+    if argv and not argv[0].startswith("-"):
+        argv = ["--path", *argv]
+    args, _ = parse(argv, InfoArguments, verb="info", description=__doc__)
+    print_facts(run(args))
+
+
+def print_facts(facts: dict[str, Any]) -> None:
+    """Print one fact per line."""
+    for name, value in facts.items():
+        print(f"{name:<{_WIDTH}}  {value}")
+
+
+def run(args: InfoArguments) -> dict[str, Any]:
+    """Return the facts about a path, by name.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file or model.
+    ValueError
+        `--model` or `--layer` is passed with a model; the file's format is not supported.
+    """
+    from ..training.loading import is_adapter
+
+    path = Path(args.path)
+    is_model = (path / "config.json").exists() or is_adapter(args.path)
+    if is_model or (not path.exists() and "/" in args.path and not path.suffix):  # the latter may be on the Hub
+        if args.model or args.layer:
+            raise ValueError(f"{args.path} is a model: --model and --layer are for files of cells.")
+        return {"what": "model", **model_facts(args.path)}
+    facts, source = cell_facts(args.path, args.layer)
+    if args.model:
+        facts |= _fit_facts(source, facts.get("counts"), args)
+    return facts
+
+
+# ---------------------------------------------------------------------- cells
+
+
+def cell_facts(path: str, layer: str | None = None) -> tuple[dict[str, Any], Any]:
+    """Return the facts about cells, and their `Source` (None if there are no counts)."""
+    from ..models.gene_bert.gene_columns import describe
+    from ..sources.formats import find_layers, local_path
+    from ..sources.open_source import open_source
+    from ..sources.registry import find_format
+
+    layers = find_layers(path, layer).layers
+    try:
+        source = open_source(path, layer)
+    except ValueError as error:
+        source, why = None, str(error)
+    first = layers[0]
+    genes, obs = (first.genes(), first.obs()) if source is None else (source.genes, source.obs)
+    facts: dict[str, Any] = {
+        "what": f"cells ({find_format(local_path(path)).name})",
+        "cells": f"{len(obs):,}",
+        "genes": f"{len(genes):,}, such as {describe(genes.gene_ids)}",
+        "species": genes.species or "not shown by the ids",
+        "matrices": ", ".join(f"{one.name} ({_dtype(one.matrix)})" for one in layers),
+    }
+    if source is None:
+        facts["counts"] = f"none: {why}"
+    else:
+        facts["counts"] = f"in {source.counts_in}"
+        facts |= _count_facts(source)
+    facts["obs"] = "; ".join(_column(obs[name]) for name in obs) or "no columns"
+    for one in layers:
+        one.matrix.close()
+    return facts, source
+
+
+def _dtype(matrix: Any) -> np.dtype:
+    return next(iter(matrix.sample()), np.empty(0)).dtype
+
+
+def _count_facts(source: Any) -> dict[str, str]:
+    block = next(source.blocks(_N_SAMPLE, stop=min(_N_SAMPLE, source.shape[0])), None)
+    if block is None:
+        return {}
+    of = "all" if block.shape[0] == source.shape[0] else f"the first {block.shape[0]:,}"
+    totals = np.asarray(block.sum(axis=1)).ravel()
+    return {
+        "per cell": f"{np.median(np.diff(block.indptr)):,.0f} genes and {np.median(totals):,.0f} counts "
+        f"(median of {of} cells), {(totals == 0).sum()} without counts"
+    }
+
+
+def _column(column: Any) -> str:
+    if hasattr(column, "cat"):
+        return f"{column.name} ({len(column.cat.categories)} categories)"
+    return f"{column.name} ({column.dtype})"
+
+
+# ---------------------------------------------------------------------- models
+
+
+def model_facts(name: str) -> dict[str, Any]:
+    """Return the facts about a checkpoint or an adapter."""
+    from ..models.gene_bert.gene_columns import describe, guess_species
+    from ..training.cell_heads import predicts_cells
+    from ..training.loading import is_adapter, load_config, load_tokenizer
+
+    config = load_config(name)
+    architectures = config.architectures or []
+    facts: dict[str, Any] = {"type": ", ".join([config.model_type, *architectures])}
+    if is_adapter(name):
+        adapter = json.loads((Path(name) / "adapter_config.json").read_text(encoding="utf-8"))
+        facts["adapter"] = f"{adapter['peft_type']} of {adapter.get('base_model_name_or_path')}"
+    n_weights = _n_weights(Path(name))
+    if n_weights is not None:
+        facts["weights"] = f"{n_weights:,} numbers in the folder"
+    if config.model_type != "gene_bert":
+        return facts
+    facts["size"] = f"{config.num_hidden_layers} layers of {config.hidden_size}"
+    if predicts_cells(architectures):
+        names = list(config.id2label.values())
+        listed = ", ".join(map(str, names[:8])) + (", …" if len(names) > 8 else "")
+        facts["predicts"] = f"{len(names)} outputs: {listed}"
+    tokenizer = load_tokenizer(name)
+    facts["genes"] = f"{len(tokenizer.genes):,}, such as {describe(tokenizer.genes)}"
+    facts["species"] = guess_species(tokenizer.genes) or "not shown by the ids"
+    facts["tokens"] = f"{tokenizer.scheme}, at most {tokenizer.max_length} per cell"
+    if tokenizer.whole_cell:
+        facts["tokens"] += "; [CLS] reads all genes"
+    facts["phenotypes"] = ", ".join(tokenizer.included_phenotypes) or "none"
+    return facts
+
+
+def _n_weights(folder: Path) -> int | None:
+    """Count the numbers in the safetensors files of a local folder, from their headers."""
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*model*.safetensors"))
+    if not files:
+        return None
+    total = 0
+    for file in files:
+        with safe_open(file, framework="numpy") as weights:
+            total += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+    return total
+
+
+def _fit_facts(source: Any, counts: str | None, args: InfoArguments) -> dict[str, str]:
+    """Compare cells with a model: the genes they share, and the time to embed them, measured on a few."""
+    from ..models.gene_bert.gene_columns import coverage_of
+    from ..training.loading import load_tokenizer
+
+    if source is None:
+        raise ValueError(f"{args.path} has no counts, so --model cannot be compared with it ({counts}).")
+    tokenizer = load_tokenizer(args.model)
+    found = tokenizer.find_genes(source.genes.gene_ids, source.genes.symbols)
+    known = np.unique(found[found >= 0])
+    share = coverage_of(known, len(tokenizer.genes), tokenizer.gene_weights)
+    facts = {
+        "model's genes": f"{len(known):,} of {len(tokenizer.genes):,} are in the file ({share['vocabulary']:.1%}; "
+        f"{share['weight']:.1%} weighted by expression; at least {tokenizer.min_coverage:.0%} are needed)",
+        "file's genes": f"{(found >= 0).mean():.1%} are known to the model",
+    }
+    if share["weight"] >= tokenizer.min_coverage and not tokenizer.neighborhood:
+        seconds, n = _time_embedding(source, args)
+        if n:
+            total = seconds / n * source.shape[0]
+            facts["time to embed"] = (
+                f"about {total:,.1f} s for {source.shape[0]:,} cells: {n} of them took {seconds:.2f} s on this machine"
+            )
+    return facts
+
+
+def _time_embedding(source: Any, args: InfoArguments) -> tuple[float, int]:
+    """Embed some cells twice, and return the seconds of the second time and the number of cells."""
+    from anndata import AnnData
+    from transformers import AutoModel
+
+    from ..inference.batches import load
+    from ..inference.embed import embed
+
+    model, tokenizer = load(args.model, None, AutoModel)
+    rows = np.unique(np.linspace(0, source.shape[0] - 1, min(_N_TIMED, source.shape[0])).astype(np.int64))
+    cells = AnnData(source.matrix.take(rows), obs=source.obs.iloc[rows], var=source.genes.frame.set_index("gene_id"))
+    seconds = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        embed(cells, model, tokenizer=tokenizer, layer="X", fractional=True)
+        seconds = time.perf_counter() - began
+    return seconds, len(rows)

@@ -1,0 +1,225 @@
+"""Export a model of cells to ONNX, optionally with int8 weights, and compare it with torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from anndata import AnnData
+from scipy import sparse
+from torch import nn
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+
+from ..models.gene_bert.gene_columns import is_id
+from ..models.gene_bert.heads import pool
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..sources.open_source import open_source
+from ..training.cell_heads import predicts_cells, read_head
+from ..training.loading import is_model, load_config, name_of, unwrap
+from .batches import TokenBatch, at_work, load, read_batches
+from .embed import default_pooling
+
+logger = logging.getLogger(__name__)
+
+MODEL, MODEL_INT8, SETTINGS = "model.onnx", "model_int8.onnx", "onnx_settings.json"
+_TOLERANCE = 1e-3  # of outputs, relative to the largest one
+_BATCHES = (1, 4, 27)  # cells of the batches that are compared
+
+
+class _ForOnnx(nn.Module):
+    """Cells -> logits, or the pooled state; takes tensors in the order of `names`."""
+
+    def __init__(self, model: PreTrainedModel, names: list[str], pooling: str | None):
+        super().__init__()
+        self.model, self.names, self.pooling = model, names, pooling
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        inputs = dict(zip(self.names, tensors, strict=True))
+        if self.pooling is None:
+            return self.model(**inputs).logits
+        types, mask = inputs.get("token_type_ids"), inputs["attention_mask"]
+        return pool(self.model(**inputs).last_hidden_state, types, mask, self.pooling)
+
+
+def export_onnx(
+    model: str | PreTrainedModel,
+    output: str | Path,
+    *,
+    tokenizer: GeneTokenizer | None = None,
+    adata: AnnData | None = None,
+    int8: bool = False,
+    layer: str | None = None,
+) -> dict[str, Any]:
+    """Write a classifier, or the encoder of any other model, as ONNX for any number of cells and tokens.
+
+    Parameters
+    ----------
+    model : str or PreTrainedModel
+        GeneBert checkpoint, folder of a PEFT adapter, or model.
+    output : str or Path
+        Folder for `model.onnx`, the tokenizer, and `onnx_settings.json`: the names of inputs and output, classes or
+        pooling, and the comparison.
+    tokenizer : GeneTokenizer, optional
+        The checkpoint's own by default.
+    adata : AnnData, optional
+        Cells to compare the exported model on; by default 32 random ones, for whom labels mean little.
+    int8 : bool, default: False
+        Also write `model_int8.onnx`, in which the linear layers of the encoder have int8 weights and activations
+        (dynamic quantisation by onnxruntime). Embeddings, sums over genes and the head stay in float32.
+    layer : str, optional
+        Location of the counts in `adata`.
+
+    Returns
+    -------
+    dict
+        The settings. `comparison` has, for each file, `cells`, `max_abs_difference` of the outputs from torch,
+        and for a classifier `same_labels`, the share of cells with the same most probable class.
+
+    Raises
+    ------
+    ValueError
+        As for `embed`; `model.onnx` does not agree with torch.
+    ImportError
+        onnx, onnxscript or onnxruntime is missing.
+    """
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "Exporting needs onnx, onnxscript and onnxruntime: pip install 'stformer_hf[onnx]'"
+        ) from error
+    of_cells = predicts_cells(
+        [type(unwrap(model)).__name__] if is_model(model) else load_config(model).architectures or []
+    )
+    name = name_of(model)
+    model, tokenizer = load(model, tokenizer, AutoModelForSequenceClassification if of_cells else AutoModel)
+    pooling = None if of_cells else default_pooling(model.config)
+    if not of_cells:
+        model = getattr(model, model.base_model_prefix, model)
+    source = open_source(_random_cells(tokenizer) if adata is None else adata, layer)
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    with at_work(model, "cpu"):
+        batches = [next(read_batches(source, tokenizer, size, desc="compare")) for size in _BATCHES]
+        names = _input_names(batches[0], tokenizer)
+        exported = _ForOnnx(model, names, pooling).eval()
+        expected = [exported(*_tensors(batch, names, tokenizer)).numpy() for batch in batches]
+    with torch.no_grad():
+        example = tuple(tensor.clone() for tensor in _tensors(batches[1], names, tokenizer))
+        _export(exported, example, names, "logits" if of_cells else "embedding", output / MODEL)
+    if int8:
+        _quantise(output / MODEL, output / MODEL_INT8)
+    settings = {
+        "model": str(name),
+        "vocabulary_fingerprint": tokenizer.fingerprint,
+        "inputs": names,
+        "output": "logits" if of_cells else "embedding",
+        **({"problem_type": read_head(model).kind, "labels": read_head(model).names} if of_cells else {}),
+        **({} if of_cells else {"pooling": pooling}),
+        "comparison": {},
+    }
+    for file in (MODEL, MODEL_INT8) if int8 else (MODEL,):
+        found = [run_onnx(output / file, _arrays(batch, names, tokenizer)) for batch in batches]
+        settings["comparison"][file] = _compare(expected, found, of_cells)
+    scale = max(1.0, *(float(np.abs(of).max()) for of in expected))
+    difference = settings["comparison"][MODEL]["max_abs_difference"]
+    if not difference <= _TOLERANCE * scale:
+        raise ValueError(
+            f"{output / MODEL} differs from torch by up to {difference:.3g} (outputs are up to {scale:.3g}): do not "
+            "use it, and report this with your versions (stformer-hf doctor)."
+        )
+    tokenizer.save_pretrained(output)
+    (output / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    return settings
+
+
+def run_onnx(path: str | Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """Run an exported file once: float32 array (n_cells, n_outputs). A server keeps the session instead."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {one.name: inputs[one.name] for one in session.get_inputs()})[0]
+
+
+def _export(module: nn.Module, example: tuple, names: list[str], output_name: str, path: Path) -> None:
+    cells, length, entries = (torch.export.Dim(name, min=2) for name in ("cells", "length", "entries"))
+    second = {"cell_genes": {1: entries}, "cell_counts": {1: entries}, "measured_genes": {}}
+    shapes = tuple({0: cells, **second.get(name, {1: length})} for name in names)
+    program = torch.onnx.export(
+        module,
+        example,
+        dynamo=True,
+        dynamic_shapes=(shapes,),
+        input_names=names,
+        output_names=[output_name],
+        verbose=False,
+    )
+    program.save(path)
+
+
+def _quantise(path: Path, to: Path) -> None:
+    """Quantise the linear layers of the encoder; sums over genes and the head stay in float32."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    graph = onnx.load(path, load_external_data=False).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    of_layers = [
+        node.name
+        for node in graph.node
+        if node.op_type in ("MatMul", "Gemm")
+        and node.input[1] in constants
+        and any(".layers." in entry.value for entry in node.metadata_props if entry.key.endswith("name_scopes"))
+    ]
+    if not of_layers:
+        raise ValueError(f"{path} has no linear layers of an encoder to quantise: leave out int8.")
+    quantize_dynamic(path, to, nodes_to_quantize=of_layers, weight_type=QuantType.QInt8, per_channel=True)
+
+
+def _compare(expected: list[np.ndarray], found: list[np.ndarray], of_cells: bool) -> dict[str, float]:
+    compared = {
+        "cells": sum(map(len, expected)),
+        "max_abs_difference": max(float(np.abs(a - b).max()) for a, b in zip(expected, found, strict=True)),
+    }
+    if of_cells and expected[0].shape[1] > 1:
+        same = [a.argmax(axis=1) == b.argmax(axis=1) for a, b in zip(expected, found, strict=True)]
+        compared["same_labels"] = float(np.concatenate(same).mean())
+    return compared
+
+
+def _input_names(batch: TokenBatch, tokenizer: GeneTokenizer) -> list[str]:
+    return [
+        *batch.inputs,
+        *(["measured_genes"] if tokenizer.whole_cell and "measured_genes" not in batch.inputs else []),
+    ]
+
+
+def _tensors(batch: TokenBatch, names: list[str], tokenizer: GeneTokenizer) -> tuple[torch.Tensor, ...]:
+    """Return the inputs in order; a file with all genes has all of them measured."""
+    every = torch.ones(len(batch.rows), len(tokenizer.genes), dtype=torch.bool)
+    return tuple(batch.inputs.get(name, every) for name in names)
+
+
+def _arrays(batch: TokenBatch, names: list[str], tokenizer: GeneTokenizer) -> dict[str, np.ndarray]:
+    return {name: one.numpy() for name, one in zip(names, _tensors(batch, names, tokenizer), strict=True)}
+
+
+def _random_cells(tokenizer: GeneTokenizer, n_cells: int = 32, n_genes: int = 200) -> AnnData:
+    """Make cells with random counts in random genes of the tokenizer."""
+    rng = np.random.default_rng(0)
+    genes = [gene for gene in tokenizer.genes if is_id(gene)] or list(tokenizer.genes)
+    per_cell = rng.integers(2, max(3, min(n_genes, len(genes))), n_cells)
+    columns = np.concatenate([rng.choice(len(genes), n, replace=False) for n in per_cell])
+    indptr = np.concatenate([[0], np.cumsum(per_cell)])
+    counts = rng.geometric(0.4, len(columns)).astype(np.float32)
+    cells = AnnData(sparse.csr_matrix((counts, columns, indptr), shape=(n_cells, len(genes))))
+    cells.var_names = genes
+    return cells
+
+
+__all__ = ["export_onnx", "run_onnx"]

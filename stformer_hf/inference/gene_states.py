@@ -1,0 +1,655 @@
+"""What a model knows of genes: their embeddings, their states in cells, and networks of gene pairs."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from scipy import sparse
+from scipy.stats import spearmanr
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+
+from ..models.gene_bert.encoder_layers import GeneBertAttention
+from ..models.gene_bert.gene_columns import are_ids
+from ..models.gene_bert.randomness import uniforms
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..sources.open_source import Source, open_source
+from ..training.loading import name_of
+from ..training.starts.gene_embeddings import embedding_of_genes
+from .batches import TokenBatch, at_work, check_cells, load, read_batches
+
+if TYPE_CHECKING:
+    import networkx
+
+MOST_GENES = 5_000  # of a network of one group: a matrix of pairs has 25 million entries
+_PAIRS_OF_TOKENS = 2**22  # cells x length ** 2 of a batch: 128 MiB of attention for 8 heads
+_ROWS_PER_BLOCK = 4096
+_PROBE, _TARGET = 40, 41  # streams of `uniforms`
+
+# ---------------------------------------------------------------------- embeddings
+
+
+def gene_embeddings(
+    model: str | PreTrainedModel,
+    tokenizer: GeneTokenizer | None = None,
+    adata: AnnData | None = None,
+    cell_type_key: str | None = None,
+    *,
+    genes: Sequence[str] | None = None,
+    min_cells: int = 1,
+    hidden_layer: int = -1,
+    layer: str | None = None,
+    fractional: bool = False,
+    batch_size: int = 64,
+    device: str | None = None,
+) -> AnnData:
+    """Return embeddings of genes: the static ones of a model, or their mean states in cells.
+
+    Parameters
+    ----------
+    model : str or PreTrainedModel
+        Checkpoint, folder of a PEFT adapter, or model.
+    tokenizer : GeneTokenizer, optional
+        The checkpoint's own by default.
+    adata : AnnData, MuData or SpatialData, optional
+        Cells with raw counts. Without them, the result is the table of embeddings that the model begins with.
+    cell_type_key : str, optional
+        Column of obs: states are averaged within each of its values. Cells without a value are left out.
+    genes : sequence of str, optional
+        Ids or symbols of the genes to return; all by default.
+    min_cells : int, default: 1
+        With `adata`, a gene is returned for a type if it is a token of at least this many cells of the type.
+    hidden_layer : int, default: -1
+        With `adata`, number of the hidden state: 0 is the embedding layer, -1 the last layer.
+    layer, fractional, batch_size, device
+        As for `embed`.
+
+    Returns
+    -------
+    AnnData (n_rows, hidden size)
+        X is float32. Without `adata`, one row per gene, with `obs["gene_id"]` and `obs["symbol"]`; for a model that
+        reads whole cells, `obsm["X_cell"]` are the embeddings that are summed into `[CLS]`. With `adata`, one row per
+        gene and type, with `obs["n_cells"]`, the number of cells averaged over, and `obs["cell_type"]` if
+        `cell_type_key` is given. `nearest_genes` and `scanpy.pp.neighbors(…, use_rep="X")` find neighbours.
+
+    Raises
+    ------
+    ValueError
+        A gene or the column is unknown; no gene is a token of enough cells; the model reads neighbourhoods; settings
+        of cells are given without cells.
+
+    Notes
+    -----
+    Cells are read in blocks. Memory is that of one float64 vector per gene and type: 360 MB for 20,000 genes, 9 types
+    and a hidden size of 256.
+    """
+    if adata is None and cell_type_key is not None:
+        raise ValueError("cell_type_key needs cells: pass adata.")
+    if adata is not None:
+        check_cells(adata)
+    name = name_of(model)
+    encoder, tokenizer = load(model, tokenizer, AutoModel)
+    _refuse_neighborhoods(tokenizer)
+    chosen = _indices(genes, tokenizer)
+    encoder = getattr(encoder, encoder.base_model_prefix, encoder)
+    if adata is None:
+        found = _static(encoder, tokenizer, chosen)
+    else:
+        source = open_source(adata, layer, fractional)
+        types = _groups(source, cell_type_key)
+        with at_work(encoder, device):
+            batches = read_batches(source, tokenizer, batch_size, desc="gene states")
+            found = _contextual(encoder, tokenizer, batches, types, chosen, hidden_layer, min_cells)
+        if cell_type_key is None:
+            del found.obs["cell_type"]
+    found.uns["gene_embeddings"] = {
+        "model": str(name),
+        "vocabulary_fingerprint": tokenizer.fingerprint,
+        **({} if adata is None else {"layer": hidden_layer, "cell_type_key": cell_type_key or ""}),
+    }
+    return found
+
+
+def _static(encoder: PreTrainedModel, tokenizer: GeneTokenizer, chosen: np.ndarray) -> AnnData:
+    weight, rows = embedding_of_genes(encoder, tokenizer)
+    found = AnnData(_array(weight)[rows[chosen]], obs=_gene_frame(tokenizer, chosen))
+    if hasattr(encoder, "cell_embedding"):
+        found.obsm["X_cell"] = _array(encoder.cell_embedding.genes.weight)[chosen]
+    return found
+
+
+def _array(weight: torch.Tensor) -> np.ndarray:
+    return weight.detach().float().cpu().numpy()
+
+
+def _contextual(
+    encoder: PreTrainedModel,
+    tokenizer: GeneTokenizer,
+    batches: Iterator[TokenBatch],
+    types: pd.Categorical,
+    chosen: np.ndarray,
+    hidden_layer: int,
+    min_cells: int,
+) -> AnnData:
+    """Average the states of genes within types."""
+    n_types, n_genes = len(types.categories), len(chosen)
+    places = np.full(len(tokenizer.genes) + 1, -1)  # the last one is of tokens that are not genes
+    places[chosen] = np.arange(n_genes)
+    sums = np.zeros((n_types * n_genes, encoder.config.hidden_size))
+    n_cells = np.zeros(n_types * n_genes, np.int64)
+    for batch in batches:
+        batch = batch.to(encoder.device)
+        of_token, of_cell = places[batch.genes], types.codes[batch.rows]
+        wanted = (of_token >= 0) & (of_cell >= 0)[:, None]
+        if not wanted.any():
+            continue
+        hidden = encoder(**batch.inputs, output_hidden_states=True).hidden_states[hidden_layer]
+        states = hidden[torch.from_numpy(wanted).to(hidden.device)].double().cpu().numpy()
+        keys = (of_cell[:, None] * n_genes + of_token)[wanted]
+        members = sparse.csr_array((np.ones(len(keys)), (keys, np.arange(len(keys)))), shape=(len(sums), len(keys)))
+        rows = np.unique(keys)
+        sums[rows] += members[rows] @ states
+        n_cells += np.bincount(keys, minlength=len(n_cells))
+    kept = np.flatnonzero(n_cells >= max(min_cells, 1))
+    if not len(kept):
+        raise ValueError(f"No gene is a token of {max(min_cells, 1)} cells of a type: lower min_cells.")
+    frame = _gene_frame(tokenizer, chosen[kept % n_genes])
+    frame["cell_type"] = pd.Categorical.from_codes(kept // n_genes, types.categories)
+    frame["n_cells"] = n_cells[kept]
+    if n_types > 1:
+        frame.index = frame["gene_id"].astype(str) + " in " + frame["cell_type"].astype(str)
+    return AnnData((sums[kept] / n_cells[kept, None]).astype(np.float32), obs=frame)
+
+
+def nearest_genes(states: AnnData, genes: Sequence[str], n_neighbors: int = 10, use_rep: str = "X") -> pd.DataFrame:
+    """Return the nearest genes of some genes by the cosine of their embeddings.
+
+    Parameters
+    ----------
+    states : AnnData
+        As `gene_embeddings` returns it; of several cell types, select one first.
+    genes : sequence of str
+        Ids or symbols.
+    n_neighbors : int, default: 10
+        Neighbours per gene, at most the number of other genes.
+    use_rep : str, default: "X"
+        "X", or a key of obsm.
+
+    Returns
+    -------
+    DataFrame
+        `gene`, `neighbor` (ids), `symbol` (of the neighbour) and `cosine`, nearest first.
+
+    Raises
+    ------
+    ValueError
+        A gene is unknown, or in several rows.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    ids, symbols = (states.obs[name].to_numpy(str) for name in ("gene_id", "symbol"))
+    rows = []
+    for name in genes:
+        found = np.flatnonzero(ids == name) if name in ids else np.flatnonzero(symbols == name)
+        if len(found) != 1:
+            raise ValueError(f"{len(found)} rows are of the gene {name!r}; one is needed. Select one cell type first.")
+        rows.append(found[0])
+    vectors = states.X if use_rep == "X" else states.obsm[use_rep]
+    n_neighbors = min(n_neighbors, len(ids) - 1)
+    search = NearestNeighbors(n_neighbors=n_neighbors + 1, metric="cosine").fit(vectors)
+    distances, near = search.kneighbors(vectors[rows])
+    parts = []
+    for row, away, at in zip(rows, distances, near, strict=True):
+        others = np.flatnonzero(at != row)[:n_neighbors]
+        parts.append(
+            pd.DataFrame(
+                {
+                    "gene": ids[row],
+                    "neighbor": ids[at[others]],
+                    "symbol": symbols[at[others]],
+                    "cosine": 1 - away[others],
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+# ---------------------------------------------------------------------- networks
+
+
+@dataclass
+class GeneNetwork:
+    """Scores of gene pairs in each group of cells, beside their co-expression.
+
+    Attributes
+    ----------
+    genes : DataFrame (n_genes, 2)
+        `gene_id` and `symbol` of each row and column of the matrices.
+    scores : dict of str to float32 array (n_genes, n_genes)
+        Group -> mean score of the pairs (row: the gene that reads; column: the gene that is read). 1 is the mean over
+        the genes of a cell. NaN for pairs in fewer than `min_cells` cells.
+    n_cells : dict of str to int32 array (n_genes, n_genes)
+        Number of cells in which a pair was scored.
+    coexpression : dict of str to float32 array (n_genes, n_genes)
+        Pearson correlation of ln(1 + 10,000 x / total) over the cells of the group; NaN for constant genes.
+    method : str
+    """
+
+    genes: pd.DataFrame
+    scores: dict[str, np.ndarray]
+    n_cells: dict[str, np.ndarray]
+    coexpression: dict[str, np.ndarray]
+    method: str
+
+    def edges(self, n_edges: int = 1_000) -> pd.DataFrame:
+        """Return the pairs with the largest scores in each group.
+
+        Parameters
+        ----------
+        n_edges : int, default: 1,000
+            Edges per group.
+
+        Returns
+        -------
+        DataFrame
+            `group`, `source` and `target` (ids; the target reads the source), their symbols, `score`, `n_cells` and
+            `coexpression`, from the largest score of each group to the smallest.
+        """
+        ids, symbols = self.genes["gene_id"].to_numpy(), self.genes["symbol"].to_numpy()
+        parts = []
+        for group, scores in self.scores.items():
+            flat = scores.ravel()
+            known = np.flatnonzero(np.isfinite(flat))
+            best = known[np.argsort(-flat[known], kind="stable")[:n_edges]]
+            target, source = np.divmod(best, len(ids))
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "group": group,
+                        "source": ids[source],
+                        "target": ids[target],
+                        "source_symbol": symbols[source],
+                        "target_symbol": symbols[target],
+                        "score": flat[best],
+                        "n_cells": self.n_cells[group].ravel()[best],
+                        "coexpression": self.coexpression[group].ravel()[best],
+                    }
+                )
+            )
+        return pd.concat(parts, ignore_index=True)
+
+    def agreement(self) -> pd.DataFrame:
+        """Compare scores with co-expression over all scored pairs of each group.
+
+        Returns
+        -------
+        DataFrame
+            One row per group: `n_pairs` (unordered, scored in at least one direction); `spearman`, the rank
+            correlation of the mean score of both directions with the absolute correlation; and `top_share`, the share
+            of the strongest hundredth of the pairs by score that is also in that by absolute correlation (chance:
+            0.01; NaN for fewer than 100 pairs).
+        """
+        rows = []
+        for group in self.scores:
+            score, expected = symmetric(self.scores[group]), np.abs(pairs_of(self.coexpression[group]))
+            known = np.isfinite(score) & np.isfinite(expected)
+            score, expected = score[known], expected[known]
+            row = {"group": group, "n_pairs": len(score), "spearman": np.nan, "top_share": np.nan}
+            if len(score) > 2:
+                row["spearman"] = float(spearmanr(score, expected).statistic)
+            if len(score) >= 100:
+                n_top = len(score) // 100
+                both = np.intersect1d(*(np.argsort(-of, kind="stable")[:n_top] for of in (score, expected)))
+                row["top_share"] = len(both) / n_top
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def graph(self, group: str | None = None, n_edges: int = 1_000) -> networkx.DiGraph:
+        """Return the edges of a group as a directed graph, with their columns as attributes.
+
+        Raises
+        ------
+        ValueError
+            The group is unknown, or not given although there are several.
+        ImportError
+            networkx is not installed.
+        """
+        import networkx
+
+        if group is None and len(self.scores) == 1:
+            group = next(iter(self.scores))
+        if group not in self.scores:
+            raise ValueError(f"There is no group {group!r}; groups are {', '.join(self.scores)}.")
+        one = GeneNetwork(
+            self.genes,
+            *({group: of[group]} for of in (self.scores, self.n_cells, self.coexpression)),
+            self.method,
+        )
+        edges = one.edges(n_edges)
+        graph = networkx.from_pandas_edgelist(
+            edges, edge_attr=["score", "n_cells", "coexpression"], create_using=networkx.DiGraph
+        )
+        symbol = dict(zip(self.genes["gene_id"], self.genes["symbol"], strict=True))
+        networkx.set_node_attributes(graph, {node: symbol[node] for node in graph}, "symbol")
+        return graph
+
+    def save(self, path: str | Path, group: str | None = None, n_edges: int = 1_000) -> None:
+        """Write the edges: all groups to a .csv, or one group to a .graphml.
+
+        Raises
+        ------
+        ValueError
+            The path has another ending; as for `graph`.
+        """
+        suffix = Path(path).suffix
+        if suffix == ".csv":
+            edges = self.edges(n_edges)
+            edges[edges["group"] == group if group is not None else slice(None)].to_csv(path, index=False)
+        elif suffix == ".graphml":
+            import networkx
+
+            networkx.write_graphml(self.graph(group, n_edges), path)
+        else:
+            raise ValueError(f"{path}: the name must end with .csv or .graphml.")
+
+
+def pairs_of(matrix: np.ndarray) -> np.ndarray:
+    """Return the entries above the diagonal, array (n * (n - 1) / 2,)."""
+    return matrix[np.triu_indices(len(matrix), 1)]
+
+
+def symmetric(scores: np.ndarray) -> np.ndarray:
+    """Return the mean of both directions of each pair, or the one that is known; NaN if none is."""
+    both = np.stack([pairs_of(scores), pairs_of(scores.T)])
+    known = np.isfinite(both)
+    n_known = known.sum(axis=0)
+    return np.where(n_known > 0, np.where(known, both, 0).sum(axis=0) / np.maximum(n_known, 1), np.nan)
+
+
+def gene_network(
+    model: str | PreTrainedModel,
+    adata: AnnData,
+    *,
+    tokenizer: GeneTokenizer | None = None,
+    groups: str | None = None,
+    genes: Sequence[str] | int = 1_000,
+    method: Literal["attention", "gradient"] = "attention",
+    n_targets: int = 16,
+    min_cells: int = 10,
+    seed: int = 0,
+    layer: str | None = None,
+    fractional: bool = False,
+    batch_size: int = 64,
+    device: str | None = None,
+) -> GeneNetwork:
+    """Score pairs of genes by how much a model reads one for the other, in each group of cells.
+
+    Parameters
+    ----------
+    model : str or PreTrainedModel
+        GeneBert checkpoint, folder of a PEFT adapter, or model.
+    adata : AnnData, MuData or SpatialData
+        Cells with raw counts.
+    tokenizer : GeneTokenizer, optional
+        The checkpoint's own by default. Only genes that are tokens of a cell are scored in it: `max_length` matters.
+    groups : str, optional
+        Column of obs: one network per value. Cells without a value are left out.
+    genes : sequence of str, or int, default: 1,000
+        Ids or symbols of the genes of the network; or a number, for the genes that most cells express.
+    method : {"attention", "gradient"}, default: "attention"
+        "attention": attention of the reading gene to the read gene, mean over heads and layers. "gradient": norm of
+        the gradient of the reading gene's last state, projected on random signs, by the read gene's input embedding.
+        Both are divided by their mean over the genes of the cell, so that 1 is what a model has that does not
+        distinguish genes.
+    n_targets : int, default: 16
+        "gradient": number of reading genes per cell, a random choice of those in the network.
+    min_cells : int, default: 10
+        Cells in which a pair must be scored.
+    seed : int, default: 0
+        "gradient": seed of the signs and of the choice of reading genes.
+    layer, fractional, batch_size, device
+        As for `embed`.
+
+    Returns
+    -------
+    GeneNetwork
+
+    Raises
+    ------
+    ValueError
+        There are too many genes for the number of groups (5,000 for one group); a gene or the column is unknown; the
+        model reads neighbourhoods, or is not a GeneBert.
+
+    Notes
+    -----
+    Cells are read in blocks, three times for a number of genes and twice otherwise. Memory is that of four matrices of
+    gene pairs per group, 20 bytes per pair.
+
+    Neither score shows a regulation. Compare with `GeneNetwork.coexpression`, which needs no model.
+    """
+    if method not in ("attention", "gradient"):
+        raise ValueError(f'method must be "attention" or "gradient", got {method!r}.')
+    check_cells(adata)
+    encoder, tokenizer = load(model, tokenizer, AutoModel)
+    _refuse_neighborhoods(tokenizer)
+    encoder = getattr(encoder, encoder.base_model_prefix, encoder)
+    attentions = [module for module in encoder.modules() if isinstance(module, GeneBertAttention)]
+    if not attentions:
+        raise ValueError(f"gene_network reads the attention of GeneBert models, got {type(encoder).__name__}.")
+    source = open_source(adata, layer, fractional)
+    group_of = _groups(source, groups)
+    n_genes = genes if isinstance(genes, int) else len(genes)
+    n_groups = len(group_of.categories)
+    if n_genes < 2:
+        raise ValueError(f"A network needs at least two genes, got {n_genes}.")
+    if n_genes**2 * n_groups > MOST_GENES**2:
+        most = int((MOST_GENES**2 / n_groups) ** 0.5)
+        raise ValueError(
+            f"A network of {n_genes:,} genes in {n_groups} groups has {n_genes**2 * n_groups:,} pairs, more than "
+            f"{MOST_GENES**2:,}: choose at most {most:,} genes, or fewer groups."
+        )
+    columns = tokenizer.find_genes(source.genes.gene_ids, source.genes.symbols)
+    chosen = _most_expressed(source, columns, genes) if isinstance(genes, int) else _indices(genes, tokenizer)
+    places = np.full(len(tokenizer.genes) + 1, -1)
+    places[chosen] = np.arange(len(chosen))
+    sums = np.zeros((n_groups, len(chosen), len(chosen)), np.float32)
+    n_cells = np.zeros(sums.shape, np.int32)
+    batches = read_batches(source, tokenizer, batch_size, desc=f"gene network ({method})", max_padded=_PAIRS_OF_TOKENS)
+    scored = _gradients if method == "gradient" else _attention
+    by_gradient = method == "gradient"
+    with at_work(encoder, device, by_gradient), _backend(encoder, None if by_gradient else "eager"):
+        for batch in batches:
+            group, of_token = group_of.codes[batch.rows], places[batch.genes]
+            if not ((of_token >= 0).any(axis=1) & (group >= 0)).any():
+                continue
+            for cell, targets, rows in scored(
+                encoder, attentions, batch.to(encoder.device), of_token, n_targets, seed
+            ):
+                if group[cell] < 0:
+                    continue
+                read = np.flatnonzero(of_token[cell] >= 0)
+                pairs = np.ix_(of_token[cell, targets], of_token[cell, read])
+                sums[group[cell]][pairs] += rows[:, read]
+                n_cells[group[cell]][pairs] += 1
+    for of_group in n_cells:
+        np.fill_diagonal(of_group, 0)
+    enough = n_cells >= max(min_cells, 1)
+    np.divide(sums, n_cells, out=sums, where=enough, casting="same_kind")
+    sums[~enough] = np.nan
+    names = [str(name) for name in group_of.categories]
+    found = _gene_frame(tokenizer, chosen).reset_index(drop=True)
+    return GeneNetwork(
+        found,
+        dict(zip(names, sums, strict=True)),
+        dict(zip(names, n_cells, strict=True)),
+        dict(zip(names, _coexpression(source, columns, places, group_of, len(chosen)), strict=True)),
+        method,
+    )
+
+
+def _attention(
+    encoder: PreTrainedModel, attentions: list[nn.Module], batch: TokenBatch, of_token: np.ndarray, *_
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield each cell, its tokens that are genes of the network, and their attention: float array (k, length)."""
+    total: list[torch.Tensor] = []
+
+    def add(_, __, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        mean = outputs[1].float().mean(dim=1)
+        total[:] = [mean if not total else total[0].add_(mean)]
+
+    hooks = [module.register_forward_hook(add) for module in attentions]
+    try:
+        encoder(**batch.inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    weights = total[0].cpu().numpy() / len(attentions)
+    for cell, tokens in enumerate(of_token):
+        targets = np.flatnonzero(tokens >= 0)
+        if len(targets):
+            yield cell, targets, _relative(weights[cell, targets], batch.genes[cell] >= 0)
+
+
+def _gradients(
+    encoder: PreTrainedModel, _, batch: TokenBatch, of_token: np.ndarray, n_targets: int, seed: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield each cell, one of its tokens as the target, and the gradient norms of all tokens: float array (1, length).
+
+    One backward pass serves one target in every cell of the batch: cells do not influence one another.
+    """
+    order = np.full(of_token.shape, np.inf)
+    cells, tokens = np.nonzero(of_token >= 0)
+    cell_ids = np.array([zlib.crc32(genes[genes >= 0].tobytes()) for genes in batch.genes])  # in any order of cells
+    order[cells, tokens] = uniforms(seed, 0, _TARGET, cell_ids, of_token[cells, tokens], cells)
+    ranked = np.argsort(order, axis=1)
+    n_known = (of_token >= 0).sum(axis=1)
+    signs = uniforms(seed, 0, _PROBE, np.zeros(1, np.int64), np.arange(encoder.config.hidden_size)) < 0.5
+    signs = torch.from_numpy(np.where(signs, 1.0, -1.0).astype(np.float32)).to(encoder.device)
+    inputs = dict(batch.inputs)
+    embedded = encoder.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
+    states = encoder(inputs_embeds=embedded, **inputs).last_hidden_state.float() @ signs
+    n_passes = int(min(n_targets, n_known.max(initial=0)))
+    for number in range(n_passes):
+        having = np.flatnonzero(n_known > number)
+        at = ranked[having, number]
+        one = states[torch.from_numpy(having), torch.from_numpy(at)].sum()
+        (gradient,) = torch.autograd.grad(one, embedded, retain_graph=number + 1 < n_passes)
+        norms = gradient.float().norm(dim=-1).cpu().numpy()
+        for cell, target in zip(having.tolist(), at.tolist(), strict=True):
+            norms[cell, target] = 0  # the residual stream of the gene itself
+            yield cell, np.array([target]), _relative(norms[cell][None], batch.genes[cell] >= 0)
+
+
+def _relative(rows: np.ndarray, of_genes: np.ndarray) -> np.ndarray:
+    """Divide each row by its mean over the tokens that are genes."""
+    means = rows[:, of_genes].mean(axis=1, keepdims=True)
+    return rows / np.maximum(means, np.finfo(np.float32).tiny)
+
+
+@contextmanager
+def _backend(encoder: PreTrainedModel, name: str | None) -> Iterator[None]:
+    """Use an attention backend within the context; None for the model's own."""
+    before = encoder.config._attn_implementation
+    encoder.set_attn_implementation(name or before)
+    try:
+        yield
+    finally:
+        encoder.set_attn_implementation(before)
+
+
+# ---------------------------------------------------------------------- parts
+
+
+def _log_normalised(source: Source, columns: np.ndarray, places: np.ndarray, n: int) -> Iterator[sparse.csr_array]:
+    """Read ln(1 + 10,000 x / total) of the genes of a network, block by block; totals are over known genes."""
+    target = np.where(columns >= 0, places[columns], -1)
+    at = np.flatnonzero(target >= 0)
+    to_genes = sparse.csr_array((np.ones(len(at)), (at, target[at])), shape=(len(columns), n))
+    for block in source.blocks(_ROWS_PER_BLOCK):
+        block = sparse.csr_array(block, dtype=np.float64)
+        totals = block @ (columns >= 0).astype(np.float64)
+        values = sparse.csr_array(block @ to_genes)
+        values.data = np.log1p(values.data * np.repeat(1e4 / np.maximum(totals, 1e-30), np.diff(values.indptr)))
+        yield values
+
+
+def _coexpression(
+    source: Source, columns: np.ndarray, places: np.ndarray, group_of: pd.Categorical, n: int
+) -> Iterator[np.ndarray]:
+    """Yield the Pearson correlations of each group, float32 array (n, n)."""
+    n_groups = len(group_of.categories)
+    products = np.zeros((n_groups, n, n))
+    sums, n_cells, start = np.zeros((n_groups, n)), np.bincount(group_of.codes[group_of.codes >= 0]), 0
+    for values in _log_normalised(source, columns, places, n):
+        codes = group_of.codes[start : start + values.shape[0]]
+        start += values.shape[0]
+        for group in np.unique(codes[codes >= 0]):
+            of_group = values[np.flatnonzero(codes == group)]
+            products[group] += (of_group.T @ of_group).toarray()
+            sums[group] += of_group.sum(axis=0)
+    for group in range(n_groups):
+        mean = sums[group] / n_cells[group]
+        covariance = products[group] / n_cells[group] - np.outer(mean, mean)
+        spread = np.sqrt(np.maximum(np.diag(covariance), 0))
+        spread[spread < 1e-6] = np.nan
+        yield (covariance / np.outer(spread, spread)).astype(np.float32)
+
+
+def _most_expressed(source: Source, columns: np.ndarray, n: int) -> np.ndarray:
+    """Return the n genes that most cells express, ascending: int64 array."""
+    known = columns >= 0
+    n_cells = np.zeros(columns.max(initial=0) + 1, np.int64)
+    for block in source.blocks(_ROWS_PER_BLOCK):
+        np.add.at(n_cells, columns[known], np.bincount(block.indices, minlength=len(columns))[known])
+    return np.sort(np.argsort(-n_cells, kind="stable")[: min(n, int((n_cells > 0).sum()))])
+
+
+def _groups(source: Source, key: str | None) -> pd.Categorical:
+    """Return the group of each cell; only groups with cells are categories."""
+    if key is None:
+        return pd.Categorical.from_codes(np.zeros(source.shape[0], np.int64), ["all"])
+    if key not in source.obs:
+        raise ValueError(f"There is no obs[{key!r}]; obs has {', '.join(map(repr, source.obs)) or 'nothing'}.")
+    found = pd.Categorical(source.obs[key]).remove_unused_categories()
+    if not len(found.categories):
+        raise ValueError(f"No cell has a value in obs[{key!r}].")
+    return found
+
+
+def _indices(genes: Sequence[str] | None, tokenizer: GeneTokenizer) -> np.ndarray:
+    """Return the indices of genes, by id or symbol, each once: int64 array."""
+    if genes is None:
+        return np.arange(len(tokenizer.genes))
+    names = list(genes)
+    found = tokenizer.find_genes(names)
+    unknown = [name for name, gene in zip(names, found, strict=True) if gene < 0]
+    if unknown:
+        raise ValueError(
+            f"The model does not know {len(unknown)} of {len(names)} genes, such as {', '.join(unknown[:3])}; its "
+            f"genes are like {', '.join(tokenizer.genes[:3])}."
+        )
+    return pd.unique(found)
+
+
+def _gene_frame(tokenizer: GeneTokenizer, chosen: np.ndarray) -> pd.DataFrame:
+    ids = [tokenizer.genes[i] for i in chosen]
+    symbol = {gene: name for name, gene in reversed(tokenizer.symbols.items())}  # the first one stays
+    symbols = [symbol.get(gene, "" if is_id else gene) for gene, is_id in zip(ids, are_ids(ids), strict=True)]
+    return pd.DataFrame({"gene_id": ids, "symbol": symbols}, index=pd.Index(ids, dtype=object))
+
+
+def _refuse_neighborhoods(tokenizer: GeneTokenizer) -> None:
+    if tokenizer.neighborhood:
+        raise ValueError("The model reads the genes of a cell's neighbours too, so a gene has no single token.")
+
+
+__all__ = ["GeneNetwork", "gene_embeddings", "gene_network", "nearest_genes"]

@@ -1,0 +1,101 @@
+"""`stformer-hf info` and `stformer-hf doctor`, as a user types them."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stformer_hf import CellStore, GeneBertForClassification
+from stformer_hf.cli import main
+from stformer_hf.cli.doctor import EXTRAS, _version
+
+
+@pytest.fixture
+def model(tokenizer, config, tmp_path):
+    """A classifier that knows the first 30 of 40 genes, and 10 others."""
+    tokenizer = type(tokenizer)([*tokenizer.genes[:30], *(f"ENSG9{i:010d}" for i in range(10))], bin_edges=[0.5])
+    config = type(config).from_tokenizer(
+        tokenizer,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        hidden_size=16,
+        intermediate_size=32,
+        id2label={0: "B cell", 1: "T cell"},
+    )
+    model = GeneBertForClassification(config)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return model
+
+
+def facts(capsys, *argv) -> dict[str, str]:
+    assert main(["info", *map(str, argv)]) == 0
+    return dict(re.split(r"  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+
+
+def test_a_file_and_its_store(adata, tmp_path, capsys):
+    adata.layers["counts"] = adata.X.astype(np.int16)
+    adata.X = (adata.X * 0.5 - 1e-3 * (adata.X > 0)).astype(np.float32)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    found = facts(capsys, tmp_path / "cells.h5ad")
+    assert (found["cells"], found["species"], found["counts"]) == ("60", "human", "in counts")
+    assert found["genes"].startswith("40, such as ENSG00000000000")
+    assert found["matrices"] == "X (float32), counts (int16)"
+    assert found["obs"] == "cell_type (2 categories); age (int64)"
+    counts = adata.layers["counts"].toarray()
+    median = f"{np.median((counts > 0).sum(1)):,.0f} genes and {np.median(counts.sum(1)):,.0f} counts"
+    assert found["per cell"] == f"{median} (median of all cells), {(counts.sum(1) == 0).sum()} without counts"
+    CellStore.build(tmp_path / "store", tmp_path / "cells.h5ad", obs=["cell_type"])
+    store = facts(capsys, "--path", tmp_path / "store")
+    assert store["what"] == "cells (CellStore)"
+    for name in ("cells", "species", "per cell"):
+        assert store[name] == found[name]
+
+
+def test_a_file_without_counts_says_why(adata, tmp_path, capsys):
+    adata.X = (adata.X * 0.5 - 1e-3 * (adata.X > 0)).astype(np.float32)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    found = facts(capsys, tmp_path / "cells.h5ad")
+    assert found["cells"] == "60" and found["counts"].startswith("none: ")
+    assert "fraction" in found["counts"]
+
+
+def test_a_model_and_how_it_fits(model, adata, tmp_path, capsys):
+    found = facts(capsys, tmp_path / "model")
+    n_weights = sum(parameter.numel() for parameter in model.parameters())
+    assert found["weights"] == f"{n_weights:,} numbers in the folder"
+    assert found["predicts"] == "2 outputs: B cell, T cell"
+    assert found["type"] == "gene_bert, GeneBertForClassification"
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    fit = facts(capsys, tmp_path / "cells.h5ad", "--model", tmp_path / "model")
+    assert fit["model's genes"].startswith("30 of 40 are in the file (75.0%;")
+    assert fit["file's genes"] == "75.0% are known to the model"
+    assert "for 60 cells: 60 of them took" in fit["time to embed"]
+    assert main(["info", str(tmp_path / "model"), "--model", "x"]) == 1
+    assert "is a model" in capsys.readouterr().err
+
+
+def test_what_does_not_exist(tmp_path, capsys):
+    assert main(["info", str(tmp_path / "none.h5ad")]) == 1
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_the_doctor_reads_what_is_there(capsys, monkeypatch):
+    monkeypatch.setattr("stformer_hf.cli.doctor.find_spec", lambda name: None if name == "peft" else object())
+    assert main(["doctor"]) == 0
+    found = dict(re.split(r"  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert found["torch"] == torch.__version__
+    assert found["attention"].startswith('"auto" takes sdpa for float32')
+    assert [name for name in found if name.startswith("extra")] == ["extra lora"]
+    assert found["extra lora"].startswith("missing peft: for finetune --lora")
+    assert found["torch threads"].startswith(f"{torch.get_num_threads()} (")
+    assert _version("no_such_package") == "missing"
+
+
+def test_the_doctor_knows_every_extra():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    of_users = set(project["optional-dependencies"]) - {"demo", "bench", "docs", "dev"}
+    assert set(EXTRAS) == of_users
