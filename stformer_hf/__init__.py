@@ -53,6 +53,7 @@ _MODULES = {
     # use
     "inference.annotate": ["annotate"],
     "inference.embed": ["embed"],
+    "inference.perturb": ["perturb"],
     "space.embed_neighborhoods": ["embed_neighborhoods"],
     "evaluation.evaluate_embedding": ["evaluate_embedding"],
 }
