@@ -20,6 +20,7 @@ VERBS = {
     "finetune": "train a classifier of cells",
     "annotate": "label the cells of a file with a classifier",
     "embed": "embed the cells of a file, or their neighbourhoods",
+    "perturb": "change the counts of genes, and measure how far a model moves the cells",
     "evaluate": "compare embeddings with one another and with simple baselines",
 }
 

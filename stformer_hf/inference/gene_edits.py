@@ -277,8 +277,8 @@ def _columns_of(name: str, genes: list[str], panel: Panel, detected: np.ndarray)
     silent = [gene for gene in genes if not detected[panel.column(gene)]]
     if silent:
         raise ValueError(
-            f"None of the {'cells expresses' if len(silent) == 1 else 'cells express'} {', '.join(silent)}: there is "
-            "nothing to remove, and no level to raise it to. Leave it out."
+            f"No cell expresses {', '.join(silent)}: there is nothing to remove, and no level to raise it to. "
+            "Leave it out."
         )
     return tuple(columns)
 

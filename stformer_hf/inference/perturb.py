@@ -99,9 +99,10 @@ def perturb(
         Class whose probability is measured. By default `goal` if the classifier has such a class, else the class that
         it predicts for each unperturbed cell.
     n_null : int, default: 25
-        Number of other genes that are perturbed too, for comparison, in each tenth of the detection rates (fewer bins for
-        fewer than 300 genes) that `genes` has genes in; for each group of genes, number of random groups with the same detection rates. They multiply
-        the work for few genes; 0 for none. If all genes are perturbed, they are compared with one another.
+        Number of other genes that are perturbed too, for comparison, per bin of detection rates in which `genes` has
+        genes (ten bins, fewer for fewer than 300 genes); for each group of genes, number of random groups with the
+        same detection rates. They multiply the work for few genes; 0 for none. If all genes are perturbed, they are
+        compared with one another.
     output : str or Path, optional
         Folder for the scores, written shard by shard, and the tables. Called again with the same arguments, the
         function resumes from the shards that are there. Needed with several processes (`accelerate launch`), which
@@ -203,7 +204,7 @@ def perturb(
             _write(folder / "null.csv", table[table["null"]].drop(columns="null").to_csv())
             _write(folder / "table.csv", asked.to_csv())
     n_alone = int(asked["p_matched"].isna().sum())
-    if n_alone:
+    if n_alone and n_null:
         logger.warning(
             f"{n_alone} perturbations have no p-value: fewer than 10 genes of the same detection rate were perturbed. "
             "Raise n_null, or perturb more genes."
