@@ -51,7 +51,7 @@ def perturb_simulation(cells: AnnData, with_donors: bool, genes=None, n_null=0) 
 
 @pytest.mark.parametrize("with_donors", [False, True])
 def test_drivers_are_found_and_move_the_cells_to_the_goal(with_donors):
-    cells = simulate(14, 12, 200, 12, 0.3 * with_donors, seed=0)
+    cells = simulate(14, 12, 300, 10, 0.3 * with_donors, seed=0)
     table = perturb_simulation(cells, with_donors)
     driver = cells.var.loc[table.index, "driver"].to_numpy()
     called = (table["fdr"] < 0.05).to_numpy()
