@@ -2,7 +2,7 @@
 
 Speed and memory: simulated cells, a GeneBert of size small with a whole-cell `[CLS]` and 256 attended tokens. One at a
 time means: edit the counts of one cell, call `embed` on it. Its residual branches are random in the rows that read
-tokens, and 0 (the spectral start) in the row that needs `[CLS]` alone.
+tokens, and 0 (the spectral start) in the rows that need `[CLS]` alone.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> None:
         found = {**json.loads(Path(args.output).read_text()), **found}
     parts = {
         "speed": lambda: _speed(args.quick, args.turns),
-        "simulation": lambda: _simulations(1 if args.quick else 5),
+        "simulation": lambda: _simulations(1 if args.quick else 3),
         "interferon": lambda: _interferon(args.interferon),
     }
     for part in args.parts:
@@ -74,27 +74,19 @@ def _speed(quick: bool, turns: int) -> dict:
         "grid, packed": ("benchmarks.perturb:grid", {**size, "start": "random"}),
         "one at a time": ("benchmarks.perturb:one_at_a_time", {**size, "start": "random"}),
         "grid, [CLS] alone": ("benchmarks.perturb:grid", {**size, "start": "zero"}),
-        "one at a time, zero branches": ("benchmarks.perturb:one_at_a_time", {**size, "start": "zero"}),
         f"grid, [CLS] alone, {fewer} genes": ("benchmarks.perturb:grid", {**size, "n_genes": fewer, "start": "zero"}),
         f"grid, [CLS] alone, {most} genes": ("benchmarks.perturb:grid", {**size, "n_genes": most, "start": "zero"}),
-        f"grid, [CLS] alone, {most} genes, all cells": (
-            "benchmarks.perturb:grid",
-            {"n_genes": most, "n_cells": 100 if quick else 1000, "start": "zero"},
-        ),
     }
     try:
         _prepare(folder)
         results = take_turns(contenders, folder, turns)
-        shifts = [np.load(folder / f"{way}_{start}_{n_genes}.npy") for start in ("random", "zero") for way in WAYS]
+        shifts = [np.load(folder / f"{way}_random_{n_genes}.npy") for way in ("grid", "one")]
     finally:
         shutil.rmtree(folder)
     print_table(f"{n_genes} genes x {n_cells} cells: edited cells a second", results, "grid, packed")
-    differences = [float(np.abs(one - other).max()) for one, other in (shifts[:2], shifts[2:])]
-    print(f"largest difference of a mean shift: {max(differences):.1e} (shifts up to {max(shifts[0]):.1e})")
-    return {"rows": results, "largest_difference": differences, "largest_shift": float(max(shifts[0]))}
-
-
-WAYS = ("grid", "one")
+    difference = float(np.abs(shifts[0] - shifts[1]).max())
+    print(f"largest difference of a mean shift: {difference:.1e} (shifts up to {max(shifts[0]):.1e})")
+    return {"rows": results, "largest_difference": difference, "largest_shift": float(max(shifts[0]))}
 
 
 def _prepare(folder: Path) -> None:
@@ -216,7 +208,7 @@ def _simulations(n_draws: int) -> list[dict]:
     from stformer_hf import perturb
 
     rows = []
-    for n_drivers, donor_sd in ((25, 0.0), (25, 0.4), (0, 0.0), (0, 0.4)):
+    for n_drivers, donor_sd in ((25, 0.0), (25, 0.2), (25, 0.4), (0, 0.0), (0, 0.4)):
         for seed in range(n_draws):
             cells = simulate(16, 25, 500, n_drivers, donor_sd, seed)
             model, tokenizer = _started(cells)

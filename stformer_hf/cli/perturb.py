@@ -46,7 +46,7 @@ class PerturbArguments:
     predicted: str | None = field(
         default=None, metadata={"help": "class whose probability is measured (default: the goal, or each cell's own)"}
     )
-    n_null: int = field(default=25, metadata={"help": "genes of the same detection rates to compare with; 0: none"})
+    n_null: int = field(default=25, metadata={"help": "genes of similar expression to compare with, per bin; 0: none"})
     layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})
     fractional: bool = field(default=False, metadata={"help": "allow fractional counts, such as estimates"})
     hidden_layer: int = field(
@@ -55,7 +55,7 @@ class PerturbArguments:
     pooling: Literal["cls", "mean"] | None = field(
         default=None, metadata={"help": "cls or mean (default: as the model was trained)"}
     )
-    max_tokens: int = field(default=16_384, metadata={"help": "tokens per batch"})
+    max_tokens: int = field(default=4096, metadata={"help": "tokens per batch"})
     shard_size: int = field(
         default=20_000, metadata={"help": "edited cells per shard, which a killed run loses at most"}
     )

@@ -15,7 +15,7 @@ from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 # Quantile of the expressing cells that each kind sets a gene to; the names and quartiles are those of Geneformer's
 # in-silico perturbation (Theodoris et al. 2023), which moves a gene in the order of ranks instead.
 QUANTILES = {"delete": None, "inhibit": 0.25, "activate": 0.75, "overexpress": 0.99}
-_MOST_BINS = 10  # of detection rates
+_MOST_BINS = 10  # of mean counts
 _GENES_PER_BIN = 30  # at least, for a centre and a spread
 
 
@@ -28,7 +28,7 @@ class Perturbation(NamedTuple):
     columns : tuple of int
         Their columns in the counts, ascending.
     matched : str
-        Perturbations with the same value have genes of the same detection rates.
+        Perturbations with the same value have genes of similar mean counts.
     is_null : bool
         Drawn for comparison, not asked for.
     """
@@ -130,9 +130,9 @@ class GeneEdits:
         self.totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
 
     @property
-    def detected(self) -> np.ndarray:
-        """Number of cells that express each gene, int64 array (n_columns,)."""
-        return np.diff(self.by_gene.indptr).astype(np.int64)
+    def expression(self) -> np.ndarray:
+        """Mean count of each gene, float64 array (n_columns,)."""
+        return np.asarray(self.counts.mean(axis=0, dtype=np.float64)).ravel()
 
     def change(self, column: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the cells whose count of a gene changes, ascending, and their new counts: arrays (k,)."""
@@ -199,19 +199,20 @@ class GeneEdits:
 def choose_perturbations(
     genes: Sequence[str | Sequence[str]] | Mapping[str, Sequence[str]] | None,
     panel: Panel,
-    detected: np.ndarray,
+    expression: np.ndarray,
     n_null: int,
     seed: int,
 ) -> list[Perturbation]:
-    """Find the genes of the perturbations, and draw genes of the same detection rates for the null.
+    """Find the genes of the perturbations, and draw genes of similar expression for the null.
 
     Parameters
     ----------
     genes, n_null, seed
         See `perturb`.
     panel : Panel
-    detected : int64 array (n_columns,)
-        Number of cells that express each gene.
+    expression : float64 array (n_columns,)
+        Mean count of each gene. Unlike the share of cells that express a gene, it also separates genes that all
+        cells express.
 
     Returns
     -------
@@ -223,11 +224,11 @@ def choose_perturbations(
     ValueError
         A gene is unknown to the model, not measured or not expressed; a name is repeated; there are no genes.
     """
-    expressed = panel.known[detected[panel.known] > 0]
+    expressed = panel.known[expression[panel.known] > 0]
     if genes is None:
         named = [(str(panel.names[column]), (int(column),)) for column in expressed]
     else:
-        named = [(name, _columns_of(name, of, panel, detected)) for name, of in _named(genes)]
+        named = [(name, _columns_of(name, of, panel, expression)) for name, of in _named(genes)]
     if not named:
         raise ValueError("There are no genes to perturb: pass genes=[…].")
     names = [name for name, _ in named]
@@ -236,8 +237,8 @@ def choose_perturbations(
         raise ValueError(f"The perturbation {min(repeated)!r} is repeated.")
 
     n_bins = min(_MOST_BINS, max(1, len(expressed) // _GENES_PER_BIN))
-    edges = np.unique(np.quantile(detected[expressed], np.linspace(0, 1, n_bins + 1)[1:-1]))
-    bins = np.searchsorted(edges, detected, side="left")
+    edges = np.unique(np.quantile(expression[expressed], np.linspace(0, 1, n_bins + 1)[1:-1]))
+    bins = np.searchsorted(edges, expression, side="left")
     asked = {column for _, columns in named for column in columns}
     of_bin: dict[int, list[int]] = {}
     for column in sorted(expressed.tolist(), key=lambda column: str(panel.gene_ids[column])):
@@ -270,11 +271,11 @@ def _named(genes: Sequence | Mapping) -> list[tuple[str, list[str]]]:
     return [("+".join(group), group) for group in groups]
 
 
-def _columns_of(name: str, genes: list[str], panel: Panel, detected: np.ndarray) -> tuple[int, ...]:
+def _columns_of(name: str, genes: list[str], panel: Panel, expression: np.ndarray) -> tuple[int, ...]:
     columns = sorted({panel.column(gene) for gene in genes})
     if not columns:
         raise ValueError(f"The group {name!r} has no genes.")
-    silent = [gene for gene in genes if not detected[panel.column(gene)]]
+    silent = [gene for gene in genes if not expression[panel.column(gene)]]
     if silent:
         raise ValueError(
             f"No cell expresses {', '.join(silent)}: there is nothing to remove, and no level to raise it to. "

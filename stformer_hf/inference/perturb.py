@@ -61,7 +61,7 @@ def perturb(
     pooling: str | None = None,
     layer: str | None = None,
     fractional: bool = False,
-    max_tokens: int = 16_384,
+    max_tokens: int = 4096,
     shard_size: int = 20_000,
     device: str | None = None,
     min_coverage: float | None = None,
@@ -99,9 +99,9 @@ def perturb(
         Class whose probability is measured. By default `goal` if the classifier has such a class, else the class that
         it predicts for each unperturbed cell.
     n_null : int, default: 25
-        Number of other genes that are perturbed too, for comparison, per bin of detection rates in which `genes` has
-        genes (ten bins, fewer for fewer than 300 genes); for each group of genes, number of random groups with the
-        same detection rates. They multiply the work for few genes; 0 for none. If all genes are perturbed, they are
+        Number of other genes that are perturbed too, for comparison, per bin of mean counts in which `genes` has
+        genes (ten bins, fewer for fewer than 300 genes); for each group of genes, number of random groups from the
+        same bins. They multiply the work for few genes; 0 for none. If all genes are perturbed, they are
         compared with one another.
     output : str or Path, optional
         Folder for the scores, written shard by shard, and the tables. Called again with the same arguments, the
@@ -109,8 +109,8 @@ def perturb(
         share the shards. By default a temporary folder.
     tokenizer, hidden_layer, pooling, layer, fractional, device, min_coverage
         As for `embed`. The phenotypes of cells are masked, also for classifiers.
-    max_tokens : int, default: 16,384
-        Tokens per batch.
+    max_tokens : int, default: 4096
+        Tokens per batch; more are faster on a GPU.
     shard_size : int, default: 20,000
         Number of edited cells per shard, which a killed run loses at most.
     seed : int, default: 0
@@ -150,7 +150,7 @@ def perturb(
     Notes
     -----
     The model answers what it has learned, not what a cell would do. A shift is worth something where it is larger
-    than that of genes that are as often expressed, and than the baselines'.
+    than that of genes of similar expression, and than the baselines'.
 
     References
     ----------
@@ -168,7 +168,7 @@ def perturb(
     counts = sparse.vstack([panel.merge(block) for block in source.blocks(_ROWS_PER_BLOCK)], format="csr")
     cells = _choose_cells(source.obs, counts[:, panel.known], goal_key, goal, start, donor_key)
     edits = GeneEdits(counts[cells.perturbed], kind, quantile)
-    perturbations = choose_perturbations(genes, panel, edits.detected, n_null, seed)
+    perturbations = choose_perturbations(genes, panel, edits.expression, n_null, seed)
     reader.choose_class(predicted, goal)
     settings = {
         "version": __version__,
@@ -206,7 +206,7 @@ def perturb(
     n_alone = int(asked["p_matched"].isna().sum())
     if n_alone and n_null:
         logger.warning(
-            f"{n_alone} perturbations have no p-value: fewer than 10 genes of the same detection rate were perturbed. "
+            f"{n_alone} perturbations have no p-value: fewer than 10 genes of similar expression were perturbed. "
             "Raise n_null, or perturb more genes."
         )
     asked.attrs["settings"] = {**settings, "tested": grid.score_names[0], "n_cells": len(cells.perturbed)}

@@ -72,7 +72,7 @@ def test_without_drivers_few_genes_are_called(donor_sd):
     assert table["p"].notna().all()
 
 
-def test_a_driver_among_few_genes_is_compared_with_genes_of_its_detection_rate():
+def test_a_driver_among_few_genes_is_compared_with_genes_of_its_expression():
     cells = simulate(6, 20, 200, 8, 0.0, seed=2)
     genes = cells.var_names[cells.var["driver"]][:3].tolist() + cells.var_names[~cells.var["driver"]][:3].tolist()
     table = perturb_simulation(cells, False, genes, n_null=15)
