@@ -23,8 +23,9 @@ from stformer_hf import (
     initialise_from_store,
     perturb,
 )
+from stformer_hf.cli import main
 from stformer_hf.inference import perturb as grid
-from stformer_hf.inference.gene_edits import GeneEdits
+from stformer_hf.inference.gene_edits import GeneEdits, Panel
 
 QUANTILES = {"inhibit": 0.25, "activate": 0.75, "overexpress": 0.99}
 N = 24
@@ -258,10 +259,30 @@ def test_repeated_columns_are_one_gene(cells):
     np.testing.assert_allclose(found["shift"], wanted["shift"], rtol=1e-4)
 
 
-def test_a_count_may_outgrow_the_type_of_the_file():
-    counts = sparse.csr_matrix(np.array([[200, 50], [1, 900]], np.int32))
-    cells, values = GeneEdits(counts, "overexpress", 1.0).change(0)
-    assert cells.tolist() == [1] and values.tolist() == [round(901 * 0.8)]
+def test_a_count_may_outgrow_the_type_of_the_file(cells):
+    genes = cells.var_names[:2].to_numpy(object)
+    panel = Panel(genes, genes, make_tokenizer(cells, "binned"))
+    counts = panel.merge(sparse.csr_matrix(np.array([[200, 50], [1, 250], [1, 255]], np.uint8)))
+    doubled = sparse.csr_matrix(counts.multiply([[1], [1], [4]]).astype(counts.dtype))
+    rows, values = GeneEdits(doubled, "overexpress", 1.0).change(0)
+    assert rows.tolist() == [1, 2] and values.tolist() == [round(251 * 0.8), round(1024 * 0.8)]
+
+
+def test_the_command_line_writes_the_table_and_the_plot(cells, tmp_path, capsys):
+    tokenizer = make_tokenizer(cells, "binned")
+    model = make_model(tokenizer)
+    for each in (model, tokenizer):
+        each.save_pretrained(tmp_path / "model")
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    genes = cells.var_names[1:4].tolist()
+    flags = ["--data", tmp_path / "cells.h5ad", "--model", tmp_path / "model", "--output", tmp_path / "out"]
+    flags += ["--genes", *genes, "--pairs", "--kind", "activate", "--n_null", "12", "--plot", tmp_path / "plot.png"]
+    assert main(["perturb", *map(str, flags), "--debug"]) == 0
+    table = pd.read_csv(tmp_path / "out" / "table.csv", index_col=0)
+    assert table.index.tolist() == [f"{a}+{b}" for a, b in ((genes[0], genes[1]), (genes[0], genes[2]), genes[1:])]
+    wanted = perturb(cells, model, [genes[:2], genes[::2], genes[1:]], kind="activate", tokenizer=tokenizer, n_null=12)
+    np.testing.assert_allclose(table["shift"], wanted["shift"], rtol=1e-4)
+    assert (tmp_path / "plot.png").exists() and "3 perturbations of 23 cells" in capsys.readouterr().out
 
 
 def test_all_genes_of_a_panel(cells):
