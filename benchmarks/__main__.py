@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-BENCHMARKS = ("data", "tokens", "model", "training", "space", "quality")
+BENCHMARKS = ("data", "tokens", "model", "training", "space", "quality", "perturb")
 OF_FILES = ("objectives", "gpu")  # of files that are named by flags, or of a GPU: only where it is asked for
 
 

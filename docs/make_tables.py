@@ -49,7 +49,55 @@ def objectives(results: dict) -> str:
     return table(results["runs"])
 
 
+def perturb_speed(results: dict) -> str:
+    """Return the table of edited cells per second, and of memory."""
+    rows = results["speed"]["rows"]
+    base = rows["one at a time"]["cells_per_second"]
+    lines = ["| way | edited cells | cells/s | against one at a time | peak MB |", "|---|---|---|---|---|"]
+    for way, row in rows.items():
+        n, rate = row["runs"][0]["cells"], row["cells_per_second"]
+        lines.append(f"| {way} | {n:,.0f} | {rate:,.1f} | {rate / base:,.1f} | {row['peak_mb']:,.0f} |")
+    return "\n".join(lines)
+
+
+def perturb_simulation(results: dict) -> str:
+    """Return recall and false positives at 5 % FDR, summed over draws."""
+    lines = [
+        "| drivers, donors' sd | model | PCA | logistic regression | others with p < .05 |",
+        "|---|---|---|---|---|",
+    ]
+    draws = results["simulation"]
+    for kind in dict.fromkeys((row["drivers"], row["donor_sd"]) for row in draws):
+        of = [row for row in draws if (row["drivers"], row["donor_sd"]) == kind]
+        cells = []
+        for name in ("model", "pca", "linear"):
+            false = sum(row[f"{name}_false"] for row in of) / sum(row["genes"] - row["drivers"] for row in of)
+            recall = f"{sum(row[f'{name}_recall'] for row in of) / len(of):.2f}, " if kind[0] else ""
+            cells.append(f"{recall}{100 * false:.1f} %")
+        share = 100 * sum(row["share_p_05"] for row in of) / len(of)
+        lines.append(f"| {kind[0]}, {kind[1]:g} | {' | '.join(cells)} | {share:.1f} % |")
+    return "\n".join(lines)
+
+
+def perturb_interferon(results: dict) -> str:
+    """Return what deleting interferon genes does to stimulated cells."""
+    lines = [
+        "| score | all together | z | single genes that move to control | of these below 5 % FDR | median z |",
+        "|---|---|---|---|---|---|",
+    ]
+    names = {"model": "model", "pca": "PCA", "linear": "logistic regression, probability"}
+    for key, name in names.items():
+        row = results["interferon"][key]
+        mean, low, high, z = row["all_genes"]
+        counts = f"{row['to_control']} of {row['genes']} | {row['below_fdr_05']} | {row['median_z']:.1f}"
+        lines.append(f"| {name} | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | {z:.1f} | {counts} |")
+    return "\n".join(lines)
+
+
 TABLES = {
+    "perturb_2026-11-28": perturb_speed,
+    "perturb_2026-11-28 simulation": perturb_simulation,
+    "perturb_2026-11-28 interferon": perturb_interferon,
     "gpu_h200_2026-11-28": gpu,
     "gpu_h200_2026-11-28 loader": gpu_loader,
     "objectives_h200_2026-11-28": objectives,

@@ -23,6 +23,7 @@ VERBS = {
     "export": "export a classifier or an encoder to ONNX",
     "info": "print what a file, a store or a model is, and how well they fit",
     "doctor": "print versions, devices, threads, the attention backend and missing extras",
+    "perturb": "change the counts of genes, and measure how far a model moves the cells",
     "evaluate": "compare embeddings with one another and with simple baselines",
 }
 

@@ -508,6 +508,65 @@ def _default_colours(n: int) -> list[str]:
     return [to_hex(palette[i % len(palette)]) for i in range(n)]
 
 
+def volcano(
+    table: pd.DataFrame,
+    effect: str | None = None,
+    *,
+    fdr: float = 0.05,
+    n_names: int = 10,
+    title: str = "",
+    save: str | Path | None = None,
+) -> Axes:
+    """Plot the effects of perturbations against their p-values; those below a false discovery rate are red.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Result of `perturb`.
+    effect : str, optional
+        Score to plot, such as `pca_goal_shift`; by default the tested one.
+    fdr : float, default: 0.05
+        False discovery rate.
+    n_names : int, default: 10
+        Number of perturbations to name, those with the lowest p-values below the rate.
+    title : str, default: ""
+        Title of the plot.
+    save : str or Path, optional
+        PNG to write.
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    ValueError
+        The table has no such score, or no p-values of it.
+    """
+    tested = table.columns[1]
+    effect = tested if effect is None else effect
+    p_column, fdr_column = ("p", "fdr") if effect == tested else (f"{effect}_p_matched", f"{effect}_fdr")
+    if not {effect, p_column, fdr_column} <= set(table.columns):
+        scores = [name.removesuffix("_low") for name in table.columns if name.endswith("_low")]
+        raise ValueError(f"The table has no score {effect!r}; it has {', '.join(scores) or 'none'}.")
+    found = table[table[p_column].notna()].sort_values(p_column)
+    if found.empty:
+        raise ValueError(f"No perturbation has a p-value of {effect}: perturb with n_null=25, or all genes.")
+    heights = -np.log10(np.maximum(found[p_column].to_numpy(np.float64), 1e-300))
+    significant = (found[fdr_column] < fdr).to_numpy()
+    ax = _axes(6, 4.5)
+    for of, colour in ((~significant, "gray"), (significant, "C3")):
+        ax.plot(found[effect].to_numpy()[of], heights[of], ".", color=colour, markersize=6, alpha=0.7)
+    for i in np.flatnonzero(significant)[:n_names]:
+        at = (found[effect].iloc[i], heights[i])
+        ax.annotate(str(found.index[i]), at, xytext=(3, 3), textcoords="offset points", fontsize=8)
+    ax.axvline(0, color=_MISSING, linewidth=1, zorder=0)
+    found_title = f"{significant.sum()} of {len(found)} below a false discovery rate of {fdr:g}"
+    ax.set(xlabel=f"mean {effect.replace('_', ' ')}", ylabel="-log10 p", title=title or found_title)
+    ax.spines[["top", "right"]].set_visible(False)
+    return _save(ax, save)
+
+
 def _axes(width: float, height: float) -> Axes:
     import matplotlib.pyplot as plt
 
@@ -524,4 +583,4 @@ def _save(ax: Axes, save: str | Path | None) -> Axes:
     return ax
 
 
-__all__ = ["confusion", "label_curve", "loss_curves", "sections", "umap", "umaps"]
+__all__ = ["confusion", "label_curve", "loss_curves", "sections", "umap", "umaps", "volcano"]

@@ -1,0 +1,299 @@
+"""Edit the counts of genes in cells: delete, inhibit, activate, overexpress; and choose matched genes for a null."""
+
+from __future__ import annotations
+
+import difflib
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import sparse
+
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+
+# Quantile of the expressing cells that each kind sets a gene to; the names and quartiles are those of Geneformer's
+# in-silico perturbation (Theodoris et al. 2023), which moves a gene in the order of ranks instead.
+QUANTILES = {"delete": None, "inhibit": 0.25, "activate": 0.75, "overexpress": 0.99}
+_MOST_BINS = 10  # of mean counts
+_GENES_PER_BIN = 30  # at least, for a centre and a spread
+
+
+class Perturbation(NamedTuple):
+    """Genes that are edited together.
+
+    Attributes
+    ----------
+    name : str
+    columns : tuple of int
+        Their columns in the counts, ascending.
+    matched : str
+        Perturbations with the same value have genes of similar mean counts.
+    is_null : bool
+        Drawn for comparison, not asked for.
+    """
+
+    name: str
+    columns: tuple[int, ...]
+    matched: str = ""
+    is_null: bool = False
+
+
+class Panel:
+    """Genes of the cells that a model knows, one column each.
+
+    Parameters
+    ----------
+    gene_ids, symbols : object array of str (n_columns,)
+        Names of the columns.
+    tokenizer : GeneTokenizer
+        Tokenizer of the model.
+
+    Attributes
+    ----------
+    gene_ids, symbols : object array of str (n_kept,)
+        Names of the columns that `merge` keeps.
+    names : object array of str (n_kept,)
+        Symbol of each column, or its id if the symbol is missing or repeated.
+    known : int64 array
+        Kept columns of the genes that the model knows.
+    """
+
+    def __init__(self, gene_ids: np.ndarray, symbols: np.ndarray, tokenizer: GeneTokenizer):
+        genes = tokenizer.find_genes(gene_ids, symbols)
+        # The first column of each gene, and every column that the model does not know: it counts in totals.
+        keys = np.where(genes >= 0, genes, -1 - np.arange(len(genes)))
+        _, first, self._kept_of = np.unique(keys, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        self._kept_of = np.argsort(order)[self._kept_of]
+        kept = first[order]
+        self.gene_ids, self.symbols = gene_ids[kept], symbols[kept]
+        self.known = np.flatnonzero(genes[kept] >= 0)
+        values, n_columns = np.unique(self.symbols.astype(str), return_counts=True)
+        repeated = set(values[n_columns > 1]) | {""}
+        pairs = zip(self.gene_ids, self.symbols, strict=True)
+        self.names = np.array([i if str(s) in repeated else s for i, s in pairs], object)
+        self._column_of_gene = {int(genes[kept][column]): int(column) for column in self.known}
+        self._column_of_name = {str(self.names[column]): int(column) for column in self.known}
+        self._tokenizer = tokenizer
+
+    def merge(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
+        """Sum the columns of each gene: int32 counts, or fractional ones as they are, (n_cells, n_kept)."""
+        if counts.dtype.kind != "f":
+            counts = counts.astype(np.int32)  # an edit may need more than the narrow type of the file
+        n_columns, n_kept = len(self._kept_of), len(self.names)
+        if n_kept < n_columns:
+            ones = np.ones(n_columns, counts.dtype)
+            counts = counts @ sparse.csr_matrix((ones, (np.arange(n_columns), self._kept_of)), (n_columns, n_kept))
+        counts = sparse.csr_matrix(counts)
+        counts.sort_indices()
+        return counts
+
+    def column(self, name: str) -> int:
+        """Return the column of a gene.
+
+        Raises
+        ------
+        ValueError
+            The model does not know the gene, or the cells do not measure it.
+        """
+        if name in self._column_of_name:
+            return self._column_of_name[name]
+        gene = int(self._tokenizer.find_genes([name])[0])
+        if gene in self._column_of_gene:
+            return self._column_of_gene[gene]
+        if gene >= 0:
+            raise ValueError(f"The model knows the gene {name!r}, but the cells have no column for it.")
+        known = [*self._column_of_name, *self._tokenizer.genes]
+        by_lower = {other.lower(): other for other in known}
+        close = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.5)
+        hint = f"; the closest known one is {by_lower[close[0]]!r}" if close else ""
+        raise ValueError(f"The model does not know the gene {name!r}{hint}.")
+
+
+class GeneEdits:
+    """The changes that one kind of perturbation makes to the counts of cells.
+
+    Parameters
+    ----------
+    counts : csr_matrix (n_cells, n_columns)
+        Counts, with sorted columns and without explicit zeros.
+    kind : {"delete", "inhibit", "activate", "overexpress"}
+    quantile : float, optional
+        See `perturb`.
+    """
+
+    def __init__(self, counts: sparse.csr_matrix, kind: str, quantile: float | None):
+        self.counts, self.kind, self.quantile = counts, kind, quantile
+        self.by_gene = counts.tocsc()
+        self.by_gene.sort_indices()
+        self.totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+
+    @property
+    def expression(self) -> np.ndarray:
+        """Mean count of each gene, float64 array (n_columns,)."""
+        return np.asarray(self.counts.mean(axis=0, dtype=np.float64)).ravel()
+
+    def change(self, column: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the cells whose count of a gene changes, ascending, and their new counts: arrays (k,)."""
+        part = slice(self.by_gene.indptr[column], self.by_gene.indptr[column + 1])
+        expressing, counts = self.by_gene.indices[part].astype(np.int64), self.by_gene.data[part]
+        if self.kind == "delete" or not len(expressing):
+            return expressing, np.zeros(len(expressing), counts.dtype)
+        level = np.quantile(counts / self.totals[expressing], self.quantile)
+        targets = level * self.totals
+        if self.counts.dtype.kind != "f":
+            targets = np.maximum(np.rint(targets), 1)
+        old = np.zeros(len(self.totals))
+        old[expressing] = counts
+        new = np.minimum(old, targets) if self.kind == "inhibit" else np.maximum(old, targets)
+        new[self.totals == 0] = 0  # an empty cell has no depth to express a gene at
+        new = new.astype(self.counts.dtype)
+        cells = np.flatnonzero(new != old)
+        return cells, new[cells]
+
+    def changes(self, perturbation: Perturbation) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return the cells that a perturbation changes, and its edits.
+
+        Returns
+        -------
+        cells : int64 array (m,)
+            Ascending.
+        rows, columns, values : arrays (k,)
+            Count `columns` of cell `cells[rows]` becomes `values`.
+        """
+        found = [self.change(column) for column in perturbation.columns]
+        cells = np.unique(np.concatenate([of for of, _ in found]))
+        rows = np.concatenate([np.searchsorted(cells, of) for of, _ in found])
+        columns = np.repeat(perturbation.columns, [len(of) for of, _ in found])
+        return cells, rows, columns, np.concatenate([new for _, new in found])
+
+    def edited(
+        self, cells: np.ndarray, rows: np.ndarray, columns: np.ndarray, values: np.ndarray
+    ) -> sparse.csr_matrix:
+        """Return the counts of cells after edits, csr_matrix (m, n_columns); a cell may come several times.
+
+        Parameters
+        ----------
+        cells : int64 array (m,)
+        rows, columns, values : arrays (k,)
+            Count `columns` of row `rows` of the result becomes `values`.
+        """
+        found = self.counts[cells]
+        n_columns = found.shape[1]
+        keys = np.repeat(np.arange(len(cells)), np.diff(found.indptr)) * n_columns + found.indices
+        wanted = rows * n_columns + columns
+        order = np.argsort(wanted)
+        wanted, values = wanted[order], values[order]
+        at = np.searchsorted(keys, wanted)
+        there = keys.take(np.minimum(at, len(keys) - 1)) == wanted if len(keys) else np.zeros(len(wanted), bool)
+        data = found.data.copy()
+        data[at[there]] = values[there]
+        keys = np.insert(keys, at[~there], wanted[~there])
+        data = np.insert(data, at[~there], values[~there])
+        keys, data = keys[data > 0], data[data > 0]
+        indptr = np.concatenate([[0], np.cumsum(np.bincount(keys // n_columns, minlength=len(cells)))])
+        return sparse.csr_matrix((data, keys % n_columns, indptr), found.shape)
+
+
+def choose_perturbations(
+    genes: Sequence[str | Sequence[str]] | Mapping[str, Sequence[str]] | None,
+    panel: Panel,
+    expression: np.ndarray,
+    n_null: int,
+    seed: int,
+) -> list[Perturbation]:
+    """Find the genes of the perturbations, and draw genes of similar expression for the null.
+
+    Parameters
+    ----------
+    genes, n_null, seed
+        See `perturb`.
+    panel : Panel
+    expression : float64 array (n_columns,)
+        Mean count of each gene. Unlike the share of cells that express a gene, it also separates genes that all
+        cells express.
+
+    Returns
+    -------
+    list of Perturbation
+        Those asked for, in their order, then those of the null.
+
+    Raises
+    ------
+    ValueError
+        A gene is unknown to the model, not measured or not expressed; a name is repeated; there are no genes.
+    """
+    expressed = panel.known[expression[panel.known] > 0]
+    if genes is None:
+        named = [(str(panel.names[column]), (int(column),)) for column in expressed]
+    else:
+        named = [(name, _columns_of(name, of, panel, expression)) for name, of in _named(genes)]
+    if not named:
+        raise ValueError("There are no genes to perturb: pass genes=[…].")
+    names = [name for name, _ in named]
+    repeated = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
+    if repeated:
+        raise ValueError(f"The perturbation {min(repeated)!r} is repeated.")
+
+    n_bins = min(_MOST_BINS, max(1, len(expressed) // _GENES_PER_BIN))
+    edges = np.unique(np.quantile(expression[expressed], np.linspace(0, 1, n_bins + 1)[1:-1]))
+    bins = np.searchsorted(edges, expression, side="left")
+    asked = {column for _, columns in named for column in columns}
+    of_bin: dict[int, list[int]] = {}
+    for column in sorted(expressed.tolist(), key=lambda column: str(panel.gene_ids[column])):
+        of_bin.setdefault(int(bins[column]), [])
+        if column not in asked:
+            of_bin[int(bins[column])].append(column)
+    found, null, done = [], [], set()
+    for name, columns in named:
+        ids = "+".join(sorted(str(panel.gene_ids[column]) for column in columns))
+        matched = f"bin {bins[columns[0]]}" if len(columns) == 1 else f"like {ids}"
+        found.append(Perturbation(name, columns, matched))
+        if matched in done:
+            continue
+        done.add(matched)
+        rng = np.random.default_rng([seed, zlib.crc32(matched.encode())])
+        candidates = [of_bin[int(bins[column])] for column in sorted(columns, key=lambda c: str(panel.gene_ids[c]))]
+        for drawn in _draw(candidates, n_null, rng):
+            null.append(Perturbation("+".join(str(panel.names[c]) for c in drawn), drawn, matched, True))
+    null.sort(key=lambda each: (each.matched, each.name))
+    return found + null
+
+
+def _named(genes: Sequence | Mapping) -> list[tuple[str, list[str]]]:
+    """Return the name and the genes of each perturbation."""
+    if isinstance(genes, str):
+        raise ValueError(f"genes must be a list, got the string {genes!r}: pass [{genes!r}].")
+    if isinstance(genes, Mapping):
+        return [(str(name), [of] if isinstance(of, str) else [str(gene) for gene in of]) for name, of in genes.items()]
+    groups = [[each] if isinstance(each, str) else [str(gene) for gene in each] for each in genes]
+    return [("+".join(group), group) for group in groups]
+
+
+def _columns_of(name: str, genes: list[str], panel: Panel, expression: np.ndarray) -> tuple[int, ...]:
+    columns = sorted({panel.column(gene) for gene in genes})
+    if not columns:
+        raise ValueError(f"The group {name!r} has no genes.")
+    silent = [gene for gene in genes if not expression[panel.column(gene)]]
+    if silent:
+        raise ValueError(
+            f"No cell expresses {', '.join(silent)}: there is nothing to remove, and no level to raise it to. "
+            "Leave it out."
+        )
+    return tuple(columns)
+
+
+def _draw(candidates: list[list[int]], n: int, rng: np.random.Generator) -> list[tuple[int, ...]]:
+    """Draw up to n different groups, one gene from each list of candidates."""
+    if len(candidates) == 1:
+        drawn = rng.permutation(np.array(candidates[0], np.int64))[:n]
+        return [(int(column),) for column in drawn]
+    if not all(candidates):
+        return []
+    draws = [tuple(sorted(int(rng.choice(of)) for of in candidates)) for _ in range(2 * n)]
+    different = dict.fromkeys(draw for draw in draws if len(set(draw)) == len(draw))
+    return list(different)[:n]
+
+
+__all__ = ["QUANTILES", "GeneEdits", "Panel", "Perturbation", "choose_perturbations"]

@@ -1,0 +1,629 @@
+"""In-silico perturbation: change the counts of genes, and see how far the model moves the cells."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import PartialState
+from anndata import AnnData
+from scipy import sparse
+from sklearn.linear_model import LogisticRegression
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+
+from .. import __version__
+from ..batches.collate import pack, pad, take
+from ..evaluation.cell_baselines import log_normalise
+from ..evaluation.readers import fit_pca
+from ..models.gene_bert.cell_counts import pad_ragged
+from ..models.gene_bert.heads import pool
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..sources.open_source import open_source
+from ..training.cell_checksum import checksum
+from ..training.cell_heads import check_finite, predicts_cells, read_head
+from ..training.loading import is_model, load_config, name_of, unwrap
+from .batches import at_work, check_cells, load
+from .embed import default_pooling
+from .gene_edits import QUANTILES, GeneEdits, Panel, choose_perturbations
+from .perturb_statistics import DonorGroups, ShardScores, make_table
+
+logger = logging.getLogger(__name__)
+
+_ROWS_PER_BLOCK = 4096
+_CELLS_AT_ONCE = 512  # edited and tokenized together
+
+
+def perturb(
+    adata: AnnData,
+    model: str | PreTrainedModel,
+    genes: Sequence[str | Sequence[str]] | Mapping[str, Sequence[str]] | None = None,
+    *,
+    kind: str = "delete",
+    quantile: float | None = None,
+    goal_key: str | None = None,
+    goal: str | None = None,
+    start: str | None = None,
+    donor_key: str | None = None,
+    predicted: str | None = None,
+    n_null: int = 25,
+    output: str | Path | None = None,
+    tokenizer: GeneTokenizer | None = None,
+    hidden_layer: int = -1,
+    pooling: str | None = None,
+    layer: str | None = None,
+    fractional: bool = False,
+    max_tokens: int = 4096,
+    shard_size: int = 20_000,
+    device: str | None = None,
+    min_coverage: float | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Change the counts of genes in cells, and measure how far a model moves the cells.
+
+    Every perturbation is made in every cell, and the edited counts are tokenized and read as those of a new cell, so
+    that all schemes and models work alike. Cells that an edit leaves as they are (to delete or inhibit a gene that a
+    cell does not express) are not read again; their scores are 0.
+
+    Parameters
+    ----------
+    adata : AnnData, MuData or SpatialData
+        Cells with raw counts, of the goal group too.
+    model : str or PreTrainedModel
+        Checkpoint, adapter or model, as for `embed`. With a classifier of cells, the change of a class's probability
+        is measured too.
+    genes : sequence of str or of sequences of str, or dict of str to sequence, optional
+        Ids or symbols of genes. A sequence in it is a group, such as a pair, whose genes are edited together; a dict
+        names the groups. By default, every gene that the model knows and a cell expresses.
+    kind : {"delete", "inhibit", "activate", "overexpress"}, default: "delete"
+        Set the count of a gene to 0; lower it to a low quantile; raise it to a high one. Quantiles are those of
+        the share of the gene in the counts of a cell, over the perturbed cells that express it; times the total of
+        a cell, and rounded to a whole count of at least 1. Cells that are there already are not changed.
+    quantile : float, optional
+        By default 0.25 for "inhibit", 0.75 for "activate" and 0.99 for "overexpress".
+    goal_key, goal : str, optional
+        Column of obs, and its value in the cells of the goal group, which are not perturbed.
+    start : str, optional
+        Value of `goal_key` in the cells to perturb; by default all cells but the goal group.
+    donor_key : str, optional
+        Column of obs with the donor of each cell: intervals and tests are then over donors.
+    predicted : str, optional
+        Class whose probability is measured. By default `goal` if the classifier has such a class, else the class that
+        it predicts for each unperturbed cell.
+    n_null : int, default: 25
+        Number of other genes that are perturbed too, for comparison, per bin of mean counts in which `genes` has
+        genes (ten bins, fewer for fewer than 300 genes); for each group of genes, number of random groups from the
+        same bins. They multiply the work for few genes; 0 for none. If all genes are perturbed, they are
+        compared with one another.
+    output : str or Path, optional
+        Folder for the scores, written shard by shard, and the tables. Called again with the same arguments, the
+        function resumes from the shards that are there. Needed with several processes (`accelerate launch`), which
+        share the shards. By default a temporary folder.
+    tokenizer, hidden_layer, pooling, layer, fractional, device, min_coverage
+        As for `embed`. The phenotypes of cells are masked, also for classifiers.
+    max_tokens : int, default: 4096
+        Tokens per batch; more are faster on a GPU.
+    shard_size : int, default: 20,000
+        Number of edited cells per shard, which a killed run loses at most.
+    seed : int, default: 0
+        Seed of the genes of the null, and of permutations.
+
+    Returns
+    -------
+    DataFrame
+        One row per perturbation, in the order of `genes`:
+
+        `n_changed`             cells that it changes, of all that are perturbed; the others count as 0 in all means
+        `shift`                 mean cosine distance of the state of a cell to its unperturbed state
+        `goal_shift`            mean change of the cosine to the goal state; positive towards it, negative away
+        `probability`           mean change of the probability of the class
+        `pca_shift`, `pca_goal_shift`   the same shifts in 50 principal components of log-normalised genes
+        `linear_probability`    change of the goal's probability in a logistic regression on log-normalised genes
+        `…_low`, `…_high`       95 % interval, over donors with `donor_key`, else over cells
+        `z`, `p_matched`        comparison with the genes of the null, see `perturb_statistics.compare`
+        `p_donors`              permutation of the groups across donors, see `perturb_statistics.permute_donors`
+        `p_wilcoxon`            signed-rank test against the matched genes, over donors or (dependent) cells
+        `p`, `fdr`              the larger of `p_matched` and `p_donors`, and its Benjamini-Hochberg correction
+        `…_z`, `…_fdr`          the same comparison with matched genes for the other scores
+
+        The tested score is `goal_shift` if there is a goal, else `probability` for a classifier, else `shift`.
+        `attrs["settings"]` has the settings. `output` also has the table of the null, `null.csv`.
+
+    Raises
+    ------
+    ValueError
+        A gene is unknown, not measured or not expressed; a column, group or class does not exist; a setting is
+        invalid; the folder holds other results; as for `embed`.
+    FileNotFoundError
+        The checkpoint does not exist.
+    TypeError
+        `adata` does not hold cells, or `model` is not a model.
+
+    Notes
+    -----
+    The model answers what it has learned, not what a cell would do. A shift is worth something where it is larger
+    than that of genes of similar expression, and than the baselines'.
+
+    References
+    ----------
+    Theodoris et al. 2023, Nature 618:616, for perturbation in silico by deletion and overexpression.
+    """
+    quantile = _check_settings(kind, quantile, n_null, max_tokens, shard_size, goal_key, goal, start, donor_key)
+    check_cells(adata)
+    state = PartialState() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
+    if state is not None and output is None:
+        raise ValueError("Several processes share their results through a folder: pass output=…")
+    reader = _Reader(model, tokenizer, hidden_layer, pooling, max_tokens, fractional, min_coverage)
+    source = open_source(adata, layer, fractional)
+    panel = Panel(np.asarray(source.genes.gene_ids), np.asarray(source.genes.symbols), reader.tokenizer)
+    reader.names = panel.gene_ids, panel.symbols
+    counts = sparse.vstack([panel.merge(block) for block in source.blocks(_ROWS_PER_BLOCK)], format="csr")
+    cells = _choose_cells(source.obs, counts[:, panel.known], goal_key, goal, start, donor_key)
+    edits = GeneEdits(counts[cells.perturbed], kind, quantile)
+    perturbations = choose_perturbations(genes, panel, edits.expression, n_null, seed)
+    reader.choose_class(predicted, goal)
+    settings = {
+        "version": __version__,
+        "model": str(name_of(model)),
+        "kind": kind,
+        "quantile": quantile,
+        "goal_key": goal_key,
+        "goal": goal,
+        "start": start,
+        "donor_key": donor_key,
+        "predicted": reader.class_name,
+        "n_null": n_null,
+        "hidden_layer": hidden_layer,
+        "pooling": reader.pooling,
+        "shard_size": shard_size,
+        "max_tokens": max_tokens,
+        "seed": seed,
+        "counts_in": source.counts_in,
+        "vocabulary_fingerprint": reader.tokenizer.fingerprint,
+        "weights": reader.weights_checksum(),
+        "perturbations": checksum([each.columns for each in perturbations], [each.name for each in perturbations]),
+        "cells": checksum(counts.indptr, counts.indices, counts.data, cells.perturbed, cells.goal, cells.donors),
+    }
+    with tempfile.TemporaryDirectory(prefix="perturb-") as temporary:
+        folder = Path(temporary if output is None else output)
+        _open_folder(folder, settings, state)
+        with at_work(reader.model, device or (None if state is None else str(state.device))):
+            grid = _Grid(folder, reader, edits, counts, cells, perturbations, panel, shard_size)
+            grid.run(state)
+        table = make_table(perturbations, grid.shards, grid.score_names, cells.donors_of(0), grid.donor_groups(), seed)
+        asked = table[~table["null"]].drop(columns=["null", "matched"])
+        if output is not None and (state is None or state.is_main_process):
+            _write(folder / "null.csv", table[table["null"]].drop(columns="null").to_csv())
+            _write(folder / "table.csv", asked.to_csv())
+    n_alone = int(asked["p_matched"].isna().sum())
+    if n_alone and n_null:
+        logger.warning(
+            f"{n_alone} perturbations have no p-value: fewer than 10 genes of similar expression were perturbed. "
+            "Raise n_null, or perturb more genes."
+        )
+    asked.attrs["settings"] = {**settings, "tested": grid.score_names[0], "n_cells": len(cells.perturbed)}
+    return asked
+
+
+class _Cells(NamedTuple):
+    """Rows of the perturbed cells and of the goal's, int64 arrays, and the donor of every cell, -1 for none."""
+
+    perturbed: np.ndarray
+    goal: np.ndarray
+    donors: np.ndarray | None
+
+    def donors_of(self, group: int) -> np.ndarray | None:
+        """Return the donors of the perturbed cells (0) or the goal's (1)."""
+        return None if self.donors is None else self.donors[self[group]]
+
+
+def _choose_cells(obs, known_counts, goal_key, goal, start, donor_key) -> _Cells:
+    """Split the cells into those to perturb and the goal's; cells without counts are in neither."""
+    for key in (goal_key, donor_key):
+        if key is not None and key not in obs:
+            raise ValueError(f"There is no obs[{key!r}]; obs has {', '.join(map(repr, obs)) or 'nothing'}.")
+    full = np.diff(known_counts.indptr) > 0
+    in_goal, perturbed = np.zeros(len(obs), bool), np.ones(len(obs), bool)
+    if goal_key is not None:
+        groups = obs[goal_key].astype(str).to_numpy()
+        in_goal = groups == str(goal)
+        perturbed = ~in_goal if start is None else groups == str(start)
+        for name, of in (("goal", in_goal), ("start", perturbed)):
+            if not (of & full).any():
+                found = ", ".join(map(repr, sorted(set(groups))))
+                raise ValueError(f"No cell is in the {name} group: obs[{goal_key!r}] has {found}.")
+    if not (perturbed & full).any():
+        raise ValueError("There are no cells with counts in genes that the model knows.")
+    if not full.all():
+        logger.warning(f"{(~full).sum()} cells have no counts in genes that the model knows; they are left out.")
+    donors = None
+    if donor_key is not None:
+        donors, _ = pd.factorize(obs[donor_key].astype("category").cat.rename_categories(str), sort=True)
+        donors = donors.astype(np.int64)
+        lost = (donors < 0) & (in_goal | perturbed)
+        if lost.any():
+            raise ValueError(f"{lost.sum()} cells have no donor in obs[{donor_key!r}]: remove them.")
+    return _Cells(np.flatnonzero(perturbed & full), np.flatnonzero(in_goal & full), donors)
+
+
+class _Reader:
+    """A model that reads cells: states of length 1, and probabilities of classes."""
+
+    def __init__(self, model, tokenizer, hidden_layer, pooling, max_tokens, fractional, min_coverage):
+        kinds = [type(unwrap(model)).__name__] if is_model(model) else load_config(model).architectures or []
+        auto_class = AutoModelForSequenceClassification if predicts_cells(kinds) else AutoModel
+        self.model, self.tokenizer = load(model, tokenizer, auto_class, min_coverage)
+        if self.tokenizer.neighborhood:
+            raise ValueError("The tokenizer adds each cell's neighbourhood, which a perturbation does not change.")
+        self.head = read_head(self.model) if predicts_cells([type(self.model).__name__]) else None
+        if self.head is not None and self.head.kind != "single_label_classification":
+            self.head = None
+        self.encoder = getattr(self.model, self.model.base_model_prefix, self.model)
+        if self.head is None:
+            self.model = self.encoder
+        self.pooling = pooling or default_pooling(self.model.config)
+        if self.pooling not in ("cls", "mean"):
+            raise ValueError(f'pooling must be "cls" or "mean", got {pooling!r}.')
+        if self.pooling == "cls" and not self.tokenizer.add_cls:
+            raise ValueError('The tokenizer adds no [CLS]: use pooling="mean".')
+        n_layers = self.model.config.num_hidden_layers
+        if not -n_layers - 1 <= hidden_layer <= n_layers:
+            raise ValueError(f"hidden_layer {hidden_layer} does not exist in a model of {n_layers} layers.")
+        self.hidden_layer, self.max_tokens, self.fractional = hidden_layer, max_tokens, fractional
+        self.names: tuple[np.ndarray, np.ndarray] | None = None
+        self.class_name: str | None = None
+        self.length = self._shortest() if self._reads_cls_alone() else None
+
+    def _reads_cls_alone(self) -> bool:
+        """Return whether states and logits depend on the whole-cell `[CLS]` alone, whatever the other tokens are.
+
+        With residual branches of 0, as at the spectral start, no token reads another: the state of `[CLS]` is a
+        function of the sum over all genes. Its tokens need not be read.
+        """
+        config, pooled = self.model.config, {self.pooling}
+        if self.head is not None:
+            pooled.add(config.classifier_pooling)
+        if not getattr(config, "cell_embedding", False) or pooled != {"cls"}:
+            return False
+        last = [linear for layer in self.encoder.layers for linear in (layer.attention.out_lin, layer.ffn.lin2)]
+        return not any(bool(parameter.any()) for linear in last for parameter in linear.parameters())
+
+    def _shortest(self) -> int:
+        """Return the smallest length that the tokenizer accepts: one gene."""
+        tokenizer = self.tokenizer
+        return int(tokenizer.add_cls) + int(tokenizer.add_eos) + len(tokenizer.included_phenotypes) + 1
+
+    def choose_class(self, predicted: str | None, goal: str | None) -> None:
+        """Choose the class whose probability is measured.
+
+        Raises
+        ------
+        ValueError
+            The class does not exist, or the model has no classes.
+        """
+        names = [] if self.head is None else self.head.names
+        if predicted is not None and predicted not in names:
+            raise ValueError(f"The model has no class {predicted!r}; its classes: {', '.join(names) or 'none'}.")
+        self.class_name = predicted or (str(goal) if goal is not None and str(goal) in names else None)
+
+    def weights_checksum(self) -> str:
+        """Return a checksum of all weights."""
+        return checksum(*(tensor.detach().float().cpu().numpy() for tensor in self.model.state_dict().values()))
+
+    def __call__(self, counts: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray | None]:
+        """Read cells.
+
+        Parameters
+        ----------
+        counts : csr_matrix (n, n_columns)
+
+        Returns
+        -------
+        states : float32 array (n, d)
+            Of length 1.
+        probabilities : float32 array (n, n_classes), or None
+        """
+        tokens = self.tokenizer.encode_cells(
+            counts, genes=self.names, fractional=self.fractional, for_inference=True, max_length=self.length
+        )
+        lengths = np.diff(tokens.indptr)
+        states, probabilities = [], []
+        order = np.argsort(-lengths, kind="stable")
+        packed = self.model.config.model_type == "gene_bert"
+        for cells in _cut(order, lengths, self.max_tokens, packed):
+            of_states, of_classes = self._forward(take(tokens, cells), packed)
+            states.append(of_states)
+            probabilities.append(of_classes)
+        back = np.argsort(order)
+        states = np.concatenate(states)[back]
+        check_finite(states, np.ones(len(states), bool))
+        return states, None if self.head is None else np.concatenate(probabilities)[back]
+
+    def _forward(self, tokens, packed: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        device, types = self.model.device, tokens.token_type_ids
+        batch = pack(tokens, self.tokenizer) if packed else pad(tokens, self.tokenizer)
+        batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+        if packed:
+            types = types[None]
+        else:
+            types = pad_ragged(types, tokens.indptr, batch["input_ids"].shape[1], 0, self.tokenizer.padding_side)
+        outputs = self.model(**batch, output_hidden_states=True)
+        pooled = pool(
+            outputs.hidden_states[self.hidden_layer],
+            torch.from_numpy(types).to(device),
+            batch.get("attention_mask"),
+            self.pooling,
+            batch.get("cu_seq_lens_q"),
+        )
+        states = torch.nn.functional.normalize(pooled.float(), dim=-1).cpu().numpy()
+        return states, None if self.head is None else self.head.predictions(outputs.logits).cpu().numpy()
+
+
+def _cut(order: np.ndarray, lengths: np.ndarray, max_tokens: int, packed: bool) -> Iterator[np.ndarray]:
+    """Cut cells, the longest first, into batches within a number of tokens; a longer cell is a batch of its own."""
+    first = 0
+    while first < len(order):
+        of = lengths[order[first:]]
+        cost = np.cumsum(of) if packed else np.arange(1, len(of) + 1) * of[0]
+        n = max(int(np.searchsorted(cost, max_tokens, side="right")), 1)
+        yield order[first : first + n]
+        first += n
+
+
+class _Linear:
+    """The baselines: principal components, and a logistic regression of the goal, of log-normalised genes."""
+
+    def __init__(self, counts: sparse.csr_matrix, known: np.ndarray, cells: _Cells):
+        self._known = known
+        rows = np.concatenate([cells.perturbed, cells.goal])
+        values = log_normalise(counts[rows][:, known])
+        self._pca = fit_pca(values, 0)
+        self._classifier = None
+        if len(cells.goal):
+            is_goal = np.repeat([0, 1], [len(cells.perturbed), len(cells.goal)])
+            self._classifier = LogisticRegression(max_iter=2000).fit(values, is_goal)
+
+    def __call__(self, counts: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return states of length 1, float64 (n, 50), and the probability of the goal (n, 1), None without a goal."""
+        values = log_normalise(counts[:, self._known])
+        states = self._pca(values)
+        states /= np.maximum(np.linalg.norm(states, axis=1, keepdims=True), 1e-30)
+        return states, None if self._classifier is None else self._classifier.predict_proba(values)[:, 1:]
+
+
+class _Unperturbed(NamedTuple):
+    """What a reader says of the unperturbed cells.
+
+    Attributes
+    ----------
+    states : array (n, d)
+        Of the cells to perturb, of length 1.
+    probabilities : array (n,) or None
+        Of the class that is measured.
+    classes : int64 array (n,) or None
+        Which class that is.
+    goal : float64 array (d,) or None
+        The goal state, of length 1.
+    """
+
+    states: np.ndarray
+    probabilities: np.ndarray | None
+    classes: np.ndarray | None
+    goal: np.ndarray | None
+
+    def scores(self, cells: np.ndarray, states: np.ndarray, probabilities: np.ndarray | None) -> list[np.ndarray]:
+        """Return the scores of edited cells: shift, shift to the goal, change of the probability."""
+        before, after = self.states[cells].astype(np.float64), states.astype(np.float64)
+        found = [0.5 * ((after - before) ** 2).sum(axis=1)]  # 1 - cosine of two vectors of length 1
+        if self.goal is not None:
+            found.append((after - before) @ self.goal)
+        if probabilities is not None:
+            found.append(probabilities[np.arange(len(cells)), self.classes[cells]] - self.probabilities[cells])
+        return found
+
+
+class _Grid:
+    """All perturbations in all cells, shard by shard."""
+
+    def __init__(self, folder, reader, edits, counts, cells, perturbations, panel, shard_size):
+        self.folder, self.reader, self.edits, self.cells = folder, reader, edits, cells
+        self.counts, self.perturbations = counts, perturbations
+        self._linear = _Linear(counts, panel.known, cells)
+        self._shard_size = shard_size
+        self._base: list[_Unperturbed] = []
+        self._samples: DonorGroups | None = None
+        with_goal, with_classes = len(cells.goal) > 0, reader.head is not None
+        own = ["shift", *["goal_shift"] * with_goal, *["probability"] * with_classes]
+        linear = ["pca_shift", *["pca_goal_shift", "linear_probability"] * with_goal]
+        self._names = own + linear
+        # The tested score comes first.
+        first = "goal_shift" if with_goal else "probability" if with_classes else "shift"
+        self._order = sorted(range(len(self._names)), key=lambda i: (self._names[i] != first, i))
+
+    @property
+    def score_names(self) -> list[str]:
+        """Names of the scores, the tested one first."""
+        return [self._names[i] for i in self._order]
+
+    def run(self, state: PartialState | None) -> None:
+        """Write all shards that are not there, those of this process."""
+        sizes = self._sizes()
+        cuts = self._cuts(sizes)
+        files = [self.folder / f"shard_{first:07d}_{stop:07d}.npz" for first, stop in cuts]
+        self._files = files
+        rank, world = (0, 1) if state is None else (state.process_index, state.num_processes)
+        mine = [i for i in range(len(files)) if i % world == rank and not files[i].exists()]
+        self._read_unperturbed()
+        total = sum(int(sizes[slice(*cuts[i])].sum()) for i in mine)
+        with tqdm(total=total, desc="perturb", unit="cell", disable=None if rank == 0 else True) as bar:
+            for i in mine:
+                self._write_shard(files[i], range(*cuts[i]), bar)
+        if state is not None:
+            state.wait_for_everyone()
+
+    def shards(self) -> Iterator[ShardScores]:
+        """Read the shards."""
+        for file in self._files:
+            with np.load(file) as found:
+                yield ShardScores(**{name: found[name] for name in ShardScores._fields})
+
+    def donor_groups(self) -> DonorGroups | None:
+        """Return the mean states of donors in the two groups; None without donors or without a goal."""
+        return self._samples
+
+    def _sizes(self) -> np.ndarray:
+        """Return the number of cells that each perturbation changes, int64 array."""
+        return np.array([len(self.edits.changes(each)[0]) for each in self.perturbations], np.int64)
+
+    def _cuts(self, sizes: np.ndarray) -> list[tuple[int, int]]:
+        """Cut the perturbations into shards of at most `shard_size` edited cells, or of one perturbation."""
+        cuts, first, cost = [], 0, 0
+        for i, size in enumerate(sizes.tolist()):
+            if i > first and cost + size > self._shard_size:
+                cuts.append((first, i))
+                first, cost = i, 0
+            cost += size
+        return [*cuts, (first, len(sizes))]
+
+    def _read_unperturbed(self) -> None:
+        """Read the unperturbed cells and the goal's, once for all perturbations."""
+        names = self.reader.head.names if self.reader.head is not None else []
+        for reader in (self.reader, self._linear):
+            states, probabilities = self._read_all(reader, self.cells.perturbed)
+            classes = None
+            if probabilities is not None:
+                classes = probabilities.argmax(axis=1)
+                if reader is self._linear:
+                    classes[:] = 0
+                elif self.reader.class_name is not None:
+                    classes[:] = names.index(self.reader.class_name)
+                probabilities = probabilities[np.arange(len(classes)), classes]
+            goal = None
+            if len(self.cells.goal):
+                goals = self._read_all(reader, self.cells.goal)[0].astype(np.float64)
+                donors = self.cells.donors_of(1)
+                means = goals if donors is None else _mean_states(goals, donors)[0]
+                goal = means.mean(axis=0)
+                goal /= max(np.linalg.norm(goal), 1e-30)
+                if reader is self.reader and donors is not None:
+                    starts, of_starts = _mean_states(states.astype(np.float64), self.cells.donors_of(0))
+                    of_goals = np.unique(donors)
+                    self._samples = DonorGroups(
+                        np.concatenate([starts, means]),
+                        np.concatenate([of_starts, of_goals]),
+                        np.repeat([False, True], [len(of_starts), len(of_goals)]),
+                    )
+            self._base.append(_Unperturbed(states, probabilities, classes, goal))
+
+    def _read_all(self, reader, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        parts = [reader(self.counts[rows[i : i + _CELLS_AT_ONCE]]) for i in range(0, len(rows), _CELLS_AT_ONCE)]
+        states, probabilities = zip(*parts, strict=True)
+        return np.concatenate(states), None if probabilities[0] is None else np.concatenate(probabilities)
+
+    def _write_shard(self, file: Path, numbers: range, bar: tqdm) -> None:
+        """Read the edited cells of some perturbations, and write their scores."""
+        found = [self.edits.changes(self.perturbations[number]) for number in numbers]
+        n_changed = np.array([len(cells) for cells, *_ in found], np.int64)
+        before = np.concatenate([[0], np.cumsum(n_changed)])
+        cells = np.concatenate([of for of, *_ in found])
+        rows = np.concatenate([of + shift for (_, of, *_), shift in zip(found, before[:-1], strict=True)])
+        columns, values = (np.concatenate([each[i] for each in found]) for i in (2, 3))
+        order = np.argsort(rows, kind="stable")
+        rows, columns, values = rows[order], columns[order], values[order]
+        of_pair = np.repeat(np.arange(len(numbers)), n_changed)
+
+        n_cells = len(self.cells.perturbed)
+        scores = np.zeros((len(numbers), len(self._names), n_cells), np.float32)
+        directions = np.zeros((len(numbers), self._base[0].states.shape[1]))
+        for first in range(0, len(cells), _CELLS_AT_ONCE):
+            some = cells[first : first + _CELLS_AT_ONCE]
+            part = slice(*np.searchsorted(rows, [first, first + len(some)]))
+            edited = self.edits.edited(some, rows[part] - first, columns[part], values[part])
+            of_scores = []
+            for reader, base in zip((self.reader, self._linear), self._base, strict=True):
+                states, probabilities = reader(edited)
+                of_scores += base.scores(some, states, probabilities)
+                if reader is self.reader:
+                    moved = states.astype(np.float64) - base.states[some]
+            of = of_pair[first : first + len(some)]
+            for i, score in enumerate(of_scores):
+                scores[of, i, some] = score
+            np.add.at(directions, of, moved)
+            bar.update(len(some))
+        changed = np.zeros((len(numbers), n_cells), bool)
+        changed[of_pair, cells] = True
+        shard = ShardScores(
+            np.array(numbers, np.int64), n_changed, scores[:, self._order], changed, directions / n_cells
+        )
+        part = file.with_name(f".{file.name}.part")
+        with open(part, "wb") as to:
+            np.savez(to, **shard._asdict())
+        part.replace(file)
+
+
+def _mean_states(states: np.ndarray, donors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean state of each donor (n_donors, d), and the donors."""
+    found, codes = np.unique(donors, return_inverse=True)
+    sums = np.zeros((len(found), states.shape[1]))
+    np.add.at(sums, codes, states)
+    return sums / np.bincount(codes)[:, None], found
+
+
+def _check_settings(kind, quantile, n_null, max_tokens, shard_size, goal_key, goal, start, donor_key) -> float | None:
+    """Refuse invalid settings; return the quantile."""
+    if kind not in QUANTILES:
+        raise ValueError(f"kind must be one of {', '.join(QUANTILES)}, got {kind!r}.")
+    if quantile is not None and (kind == "delete" or not 0 <= quantile <= 1):
+        raise ValueError(f"quantile={quantile}: a number from 0 to 1, for kinds other than delete.")
+    for name, value, least in (("n_null", n_null, 0), ("max_tokens", max_tokens, 1), ("shard_size", shard_size, 1)):
+        if value < least:
+            raise ValueError(f"{name}={value}: must be at least {least}.")
+    if (goal_key is None) != (goal is None):
+        raise ValueError("goal_key and goal belong together: the column of obs, and its value in the goal's cells.")
+    if start is not None and (goal is None or str(start) == str(goal)):
+        raise ValueError("start is another value of goal_key than goal: pass goal_key and goal too.")
+    return QUANTILES[kind] if quantile is None else quantile
+
+
+def _open_folder(folder: Path, settings: dict, state: PartialState | None) -> None:
+    """Create the folder of the results, or check that it holds those of the same settings.
+
+    Raises
+    ------
+    ValueError
+        The folder holds other files, or results of other settings.
+    """
+    manifest = folder / "perturb.json"
+    if state is None or state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not manifest.exists():
+            if any(folder.glob("[!.]*")):
+                raise ValueError(f"{folder} holds other files: choose an empty folder.")
+            _write(manifest, json.dumps(settings, indent=1))
+    if state is not None:
+        state.wait_for_everyone()
+    found = json.loads(manifest.read_text(encoding="utf-8"))
+    other = [name for name in settings if found.get(name) != settings[name]]
+    if other:
+        raise ValueError(
+            f"{folder} holds results with another {other[0]} ({found.get(other[0])!r}, now {settings[other[0]]!r}): "
+            "choose another folder, or remove it."
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file atomically."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+__all__ = ["perturb"]

@@ -1,0 +1,255 @@
+"""What the effects of perturbations are worth: matched genes, donors, intervals, false discovery rates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from .gene_edits import Perturbation
+
+N_PERMUTATIONS = 9999
+_LEAST_REFERENCE = 10  # perturbations that a centre and a spread are computed from
+_NORMAL_MAD = float(stats.norm.ppf(0.75))  # median absolute deviation of a standard normal
+
+
+class ShardScores(NamedTuple):
+    """Scores of some perturbations in all cells.
+
+    Attributes
+    ----------
+    numbers : int64 array (p,)
+        Numbers of the perturbations.
+    n_changed : int64 array (p,)
+        Number of cells that each changes.
+    values : float32 array (p, n_scores, n_cells)
+        Scores, 0 for cells that a perturbation does not change.
+    changed : bool array (p, n_cells)
+        Which cells it changes.
+    directions : float32 array (p, d)
+        Mean change of the cells' states of length 1, over all cells.
+    """
+
+    numbers: np.ndarray
+    n_changed: np.ndarray
+    values: np.ndarray
+    changed: np.ndarray
+    directions: np.ndarray
+
+
+class DonorGroups(NamedTuple):
+    """Mean states of donors in the two groups of cells.
+
+    Attributes
+    ----------
+    states : float64 array (n_samples, d)
+        Mean state of the cells of one donor in one group, each of length 1 before the mean.
+    donors : int64 array (n_samples,)
+        Donor of each sample.
+    is_goal : bool array (n_samples,)
+        Whether the sample's cells are of the goal group.
+    """
+
+    states: np.ndarray
+    donors: np.ndarray
+    is_goal: np.ndarray
+
+
+def make_table(
+    perturbations: Sequence[Perturbation],
+    shards: Callable[[], Iterator[ShardScores]],
+    names: Sequence[str],
+    donors: np.ndarray | None,
+    groups: DonorGroups | None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Summarise the scores of perturbations over cells or donors, and compare them with matched ones.
+
+    Parameters
+    ----------
+    perturbations : sequence of Perturbation
+    shards : callable
+        Returns an iterator over the scores, which is used twice, so that memory does not grow with the genes.
+    names : sequence of str (n_scores,)
+        Name of each score; the first is the one that is tested.
+    donors : int64 array (n_cells,), optional
+        Donor of each perturbed cell.
+    groups : DonorGroups, optional
+        For the permutation of groups across donors.
+    seed : int, default: 0
+        Seed of the permutations.
+
+    Returns
+    -------
+    DataFrame
+        One row per perturbation, see `perturb`.
+    """
+    rows = {}
+    for shard in shards():
+        p_donors = None if groups is None else permute_donors(shard.directions, groups, seed)
+        for i, number in enumerate(shard.numbers.tolist()):
+            rows[number] = {"n_changed": int(shard.n_changed[i])}
+            for name, values in zip(names, shard.values[i], strict=True):
+                mean, low, high = interval(values, donors)
+                rows[number] |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+            if p_donors is not None:
+                rows[number]["p_donors"] = p_donors[i] if shard.n_changed[i] else np.nan
+    table = pd.DataFrame([rows[number] for number in range(len(perturbations))])
+    table.index = pd.Index([each.name for each in perturbations], name="perturbation")
+    table.insert(0, "matched", [each.matched for each in perturbations])
+    table.insert(0, "null", [each.is_null for each in perturbations])
+    tested = names[0]
+    centre = _centre_per_changed_cell(table, tested)
+    wilcoxon = np.full(len(table), np.nan)
+    for shard in shards():
+        for i, number in enumerate(shard.numbers.tolist()):
+            wilcoxon[number] = _wilcoxon(shard.values[i, 0], shard.changed[i], donors, centre[number])
+    for name in names:
+        z, p = compare(table[name].to_numpy(), table["matched"].to_numpy(), table["null"].to_numpy())
+        of = "" if name == tested else f"{name}_"
+        table[f"{of}z"], table[f"{of}p_matched"] = z, p
+    table["p_wilcoxon"] = wilcoxon
+    table["p"] = table["p_matched"]
+    if "p_donors" in table:
+        table["p"] = table[["p_matched", "p_donors"]].max(axis=1, skipna=False)
+    asked = ~table["null"].to_numpy()
+    for name in names:
+        of, p = ("", "p") if name == tested else (f"{name}_", f"{name}_p_matched")
+        table[f"{of}fdr"] = np.nan
+        table.loc[asked, f"{of}fdr"] = benjamini_hochberg(table.loc[asked, p].to_numpy())
+    return table
+
+
+def interval(values: np.ndarray, units: np.ndarray | None = None) -> tuple[float, float, float]:
+    """Return the mean over cells, and its 95 % interval over units, by Student's t.
+
+    Parameters
+    ----------
+    values : float array (n_cells,)
+    units : int64 array (n_cells,), optional
+        Donor of each cell: the interval is that of the mean of the donors' means, moved to the mean over cells. By
+        default each cell is a unit, and the interval says nothing of other donors.
+
+    Returns
+    -------
+    mean, low, high : float
+        NaN bounds for a single unit.
+    """
+    values = np.asarray(values, np.float64)
+    mean = float(values.mean())
+    of_units = values if units is None else _means(values, units)
+    if len(of_units) < 2:
+        return mean, np.nan, np.nan
+    half = stats.t.ppf(0.975, len(of_units) - 1) * of_units.std(ddof=1) / np.sqrt(len(of_units))
+    return mean, float(mean - half), float(mean + half)
+
+
+def compare(effects: np.ndarray, matched: np.ndarray, is_null: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Compare effects with those of matched perturbations, an empirical null (Efron 2004, JASA 99:96).
+
+    Parameters
+    ----------
+    effects : float array (n,)
+    matched : array of str (n,)
+        Perturbations are compared with those of the same value.
+    is_null : bool array (n,)
+        Drawn for the null. Where a value of `matched` has none, all of its perturbations are the reference: the
+        panel's own genes, most of which are assumed to do nothing particular.
+
+    Returns
+    -------
+    z : float array (n,)
+        Distance to the median of the reference, in units of its spread: median absolute deviation / 0.6745, times
+        a factor, common to all, of at least 1, that puts 90 % of the reference within 1.645.
+    p : float array (n,)
+        Two-sided, by the normal distribution. NaN with fewer than 10 perturbations in the reference.
+    """
+    z = np.full(len(effects), np.nan)
+    in_reference = np.zeros(len(effects), bool)
+    for value in np.unique(matched):
+        of = matched == value
+        reference = of & is_null if (of & is_null).any() else of
+        if reference.sum() < _LEAST_REFERENCE:
+            continue
+        centre = np.median(effects[reference])
+        spread = np.median(np.abs(effects[reference] - centre)) / _NORMAL_MAD
+        if spread > 0:
+            z[of] = (effects[of] - centre) / spread
+            in_reference |= reference
+    if in_reference.any():
+        z /= max(1.0, np.quantile(np.abs(z[in_reference]), 0.9) / stats.norm.ppf(0.95))
+    return z, 2 * stats.norm.sf(np.abs(z))
+
+
+def permute_donors(directions: np.ndarray, groups: DonorGroups, seed: int) -> np.ndarray:
+    """Test shifts towards the goal by permuting which donors are the goal's.
+
+    The statistic is the mean change of the cells' states along the difference of the two groups' mean states, each the
+    mean of its donors' means; a permutation changes the difference. Donors of both groups swap them with probability
+    1/2, the groups of the others are permuted. Cells are never permuted: those of one donor resemble one another.
+
+    Parameters
+    ----------
+    directions : float array (p, d)
+        Mean change of the cells' states of length 1.
+    groups : DonorGroups
+    seed : int
+
+    Returns
+    -------
+    float array (p,)
+        Two-sided p-values: the share of 9,999 permutations and the observed groups whose statistic is at least as
+        large. They cannot be much lower than 2 / (number of different permutations), nor lower than 1e-4.
+    """
+    rng = np.random.default_rng(seed)
+    n_of_donor = np.bincount(groups.donors)
+    paired = n_of_donor[groups.donors] == 2
+    labels = np.repeat(groups.is_goal[None], N_PERMUTATIONS + 1, axis=0)
+    swaps = rng.random((N_PERMUTATIONS, len(n_of_donor))) < 0.5
+    labels[1:, paired] ^= swaps[:, groups.donors[paired]]
+    labels[1:, ~paired] = rng.permuted(labels[1:, ~paired], axis=1)
+    n_goal = labels.sum(axis=1, keepdims=True)  # the same in every permutation
+    weights = np.where(labels, 1 / n_goal, -1 / (labels.shape[1] - n_goal))
+    statistics = np.abs(directions.astype(np.float64) @ (weights @ groups.states).T)
+    return (statistics >= statistics[:, :1] * (1 - 1e-9)).mean(axis=1)
+
+
+def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
+    """Return false discovery rates (Benjamini and Hochberg 1995); NaN stays NaN, and does not count as a test."""
+    fdr, known = np.full(len(p), np.nan), ~np.isnan(p)
+    if known.any():
+        fdr[known] = stats.false_discovery_control(p[known])
+    return fdr
+
+
+def _centre_per_changed_cell(table: pd.DataFrame, tested: str) -> np.ndarray:
+    """Return the ratio of the matched perturbations' median effect to their median number of changed cells."""
+    centre = np.zeros(len(table))
+    for value, rows in table.groupby("matched"):
+        reference = rows[rows["null"]] if rows["null"].any() else rows
+        reference = reference[reference["n_changed"] > 0]
+        if len(reference) >= _LEAST_REFERENCE:
+            centre[table["matched"] == value] = (reference[tested] / reference["n_changed"]).median()
+    return centre
+
+
+def _wilcoxon(values: np.ndarray, changed: np.ndarray, donors: np.ndarray | None, centre: float) -> float:
+    """Signed-rank test of the changed cells, or of the donors' means over them, against the matched perturbations."""
+    if not changed.any():
+        return np.nan
+    found = values[changed].astype(np.float64) - centre * len(values)
+    if donors is not None:
+        found = _means(found, donors[changed])
+    return float(stats.wilcoxon(found).pvalue) if len(found) > 1 and found.any() else np.nan
+
+
+def _means(values: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """Return the mean of each unit that has values."""
+    _, codes = np.unique(units, return_inverse=True)
+    return np.bincount(codes, weights=values) / np.bincount(codes)
+
+
+__all__ = ["DonorGroups", "ShardScores", "benjamini_hochberg", "compare", "interval", "make_table", "permute_donors"]

@@ -1,0 +1,361 @@
+"""perturb against edited counts that `embed` and `annotate` read, cell by cell."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make_adata
+from scipy import sparse
+
+import stformer_hf as sf
+from stformer_hf import (
+    GeneBertConfig,
+    GeneBertForClassification,
+    GeneBertModel,
+    GeneTokenizer,
+    embed,
+    initialise_from_store,
+    perturb,
+)
+from stformer_hf.cli import main
+from stformer_hf.inference import perturb as grid
+from stformer_hf.inference.gene_edits import GeneEdits, Panel
+
+QUANTILES = {"inhibit": 0.25, "activate": 0.75, "overexpress": 0.99}
+N = 24
+
+
+@pytest.fixture
+def cells():
+    """Cells of two types; the third has one gene, the fourth none."""
+    cells = make_adata(N, 30, seed=2)
+    counts = cells.X.toarray()
+    counts[2] = 0
+    counts[2, 5] = 4
+    cells.X = sparse.csr_matrix(counts)
+    cells.obs["donor"] = np.tile(["d1", "d2", "d3"], N // 3)
+    return cells
+
+
+def make_tokenizer(cells, scheme: str, **settings) -> GeneTokenizer:
+    genes = cells.var_names.tolist()
+    if scheme == "rank":
+        return GeneTokenizer(genes, scheme="rank", medians=dict.fromkeys(genes, 1.0), max_length=12, **settings)
+    own = {"whole_cell": True} if scheme == "whole" else {}
+    return GeneTokenizer(genes, bin_edges=[0.5, 1.5, 3.5], max_length=12, **own, **settings)
+
+
+def make_model(tokenizer, kind=GeneBertModel, **fields):
+    torch.manual_seed(0)
+    small = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+    whole = {"cell_embedding": True} if tokenizer.whole_cell else {}
+    config = GeneBertConfig.from_tokenizer(tokenizer, **small, **whole, **fields)
+    return kind(config).eval()
+
+
+def edit(cells, genes: list[int], kind: str) -> sparse.csr_matrix:
+    """Edit a dense copy of the counts, as the documentation of `perturb` says."""
+    counts = cells.X.toarray()
+    totals, edited = counts.sum(1), cells.X.toarray()
+    for gene in genes:
+        for cell in range(len(cells)):
+            count = counts[cell, gene]
+            if kind == "delete":
+                edited[cell, gene] = 0
+                continue
+            expressing = counts[:, gene] > 0
+            level = np.quantile(counts[expressing, gene] / totals[expressing], QUANTILES[kind])
+            target = max(np.rint(level * totals[cell]), 1) if totals[cell] else 0
+            if kind == "inhibit":
+                edited[cell, gene] = min(count, target)
+            else:
+                edited[cell, gene] = max(count, target)
+    return sparse.csr_matrix(edited)
+
+
+def unit(states: np.ndarray) -> np.ndarray:
+    return states / np.linalg.norm(states, axis=1, keepdims=True)
+
+
+def states_of(cells, model, tokenizer, counts=None) -> np.ndarray:
+    """Unit states of each cell embedded alone."""
+    found = []
+    for i in range(len(cells)):
+        one = cells[i].copy()
+        if counts is not None:
+            one.X = counts[i]
+        embed(one, model, tokenizer=tokenizer)
+        found.append(one.obsm["X_stformer"])
+    return unit(np.concatenate(found).astype(float))
+
+
+@pytest.mark.parametrize("kind", ["delete", "inhibit", "activate", "overexpress"])
+@pytest.mark.parametrize("scheme", ["binned", "rank", "whole"])
+def test_shifts_are_those_of_edited_counts_read_one_by_one(cells, scheme, kind):
+    cells = cells[np.arange(N) != 3].copy()
+    tokenizer = make_tokenizer(cells, scheme)
+    model = make_model(tokenizer)
+    asked = [[1], [5], [10, 13]]
+    genes = [cells.var_names[of].tolist() for of in asked]
+    start, goal = (cells[cells.obs["cell_type"] == name].copy() for name in ("T cell", "B cell"))
+    table = perturb(
+        cells,
+        model,
+        genes,
+        kind=kind,
+        tokenizer=tokenizer,
+        goal_key="cell_type",
+        goal="B cell",
+        n_null=0,
+        max_tokens=40,
+    )
+    before = states_of(start, model, tokenizer)
+    target = states_of(goal, model, tokenizer).mean(0)
+    target /= np.linalg.norm(target)
+    for of, (name, row) in zip(asked, table.iterrows(), strict=True):
+        assert name == "+".join(cells.var_names[of])
+        counts = edit(start, of, kind)
+        after = states_of(start, model, tokenizer, counts)
+        assert row["n_changed"] == ((counts != start.X).sum(1) > 0).sum() > 0
+        np.testing.assert_allclose(row["shift"], (1 - (before * after).sum(1)).mean(), atol=2e-6)
+        np.testing.assert_allclose(row["goal_shift"], ((after - before) @ target).mean(), atol=2e-6)
+    assert np.abs(table["goal_shift"]).max() > 1e-4
+
+
+def test_the_probability_is_that_of_annotate(cells):
+    cells = cells[np.arange(N) != 3].copy()
+    tokenizer = make_tokenizer(cells, "binned")
+    model = make_model(tokenizer, GeneBertForClassification, id2label={0: "B cell", 1: "T cell", 2: "other"})
+    gene = cells.var_names[1]
+    with torch.no_grad():
+        model.classifier.weight *= 200  # so that a gene changes a probability
+
+    def probabilities(counts):
+        other = cells.copy()
+        other.X = counts
+        tokens = tokenizer(other, return_tensors="pt", padding=True)
+        return model(**tokens).logits.softmax(-1).detach().numpy()
+
+    before, after = probabilities(cells.X), probabilities(edit(cells, [1], "delete"))
+    own = before.argmax(1)
+    at = np.arange(len(cells))
+    table = perturb(cells, model, [gene], tokenizer=tokenizer, n_null=0)
+    np.testing.assert_allclose(table["probability"], [(after - before)[at, own].mean()], atol=1e-6)
+    table = perturb(cells, model, [gene], tokenizer=tokenizer, n_null=0, predicted="other")
+    np.testing.assert_allclose(table["probability"], [(after - before)[:, 2].mean()], atol=1e-6)
+    assert table.columns[1] == "probability" and abs(table["probability"].iloc[0]) > 1e-5
+    table = perturb(
+        cells, model, [gene], tokenizer=tokenizer, n_null=0, goal_key="cell_type", goal="B cell", predicted=None
+    )
+    of_t = (cells.obs["cell_type"] == "T cell").to_numpy()
+    np.testing.assert_allclose(table["probability"], [(after - before)[of_t, 0].mean()], atol=1e-6)
+
+
+@pytest.fixture
+def started(cells):
+    """A spectral start: residual branches are 0."""
+    tokenizer = make_tokenizer(cells, "whole")
+    model = make_model(tokenizer, pre_norm=True, norm_type="rms_norm", residual_init="zero", pooling="cls")
+    initialise_from_store(model, tokenizer, cells, n_components=8)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("kind", ["delete", "overexpress"])
+def test_only_cls_is_read_where_no_token_reads_another(cells, started, kind, monkeypatch):
+    """The fast path equals the path of all tokens, and is left once a residual branch is not 0."""
+    model, tokenizer = started
+    lengths = []
+    forward = model.forward
+
+    def watch(*args, **kwargs):
+        lengths.append(int(kwargs["max_length_q"]))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", watch)
+    settings = {"kind": kind, "tokenizer": tokenizer, "goal_key": "cell_type", "goal": "B cell", "n_null": 0}
+    genes = cells.var_names[1:7].tolist()
+    fast = perturb(cells, model, genes, **settings)
+    assert max(lengths) == 3  # [CLS], one gene, [EOS]
+    monkeypatch.setattr(grid._Reader, "_reads_cls_alone", lambda self: False)
+    plain = perturb(cells, model, genes, **settings)
+    assert max(lengths) == 12
+    pd.testing.assert_frame_equal(fast, plain, rtol=1e-4, atol=1e-7)
+    assert fast["shift"].min() > 1e-6
+    monkeypatch.undo()
+    with torch.no_grad():
+        model.layers[1].ffn.lin2.bias += 1e-3
+    assert not grid._Reader(model, tokenizer, -1, None, 100, False, None)._reads_cls_alone()
+    assert not grid._Reader(model, tokenizer, -1, "mean", 100, False, None)._reads_cls_alone()
+
+
+def settings_of(cells):
+    return {"goal_key": "cell_type", "goal": "B cell", "donor_key": "donor", "n_null": 3, "shard_size": 5}
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 3, 5, 7])
+def test_a_killed_run_resumes_to_the_same_table(cells, tmp_path, fails_at, monkeypatch):
+    tokenizer = make_tokenizer(cells, "binned")
+    model, genes = make_model(tokenizer), cells.var_names[1:7].tolist()
+    settings = {"tokenizer": tokenizer, **settings_of(cells)}
+    whole = perturb(cells, model, genes, **settings)
+    written, write = [], grid._Grid._write_shard
+
+    def fail(self, file, numbers, bar):
+        if len(written) == fails_at:
+            Path(file).with_name(f".{file.name}.part").write_bytes(b"half")
+            raise KeyboardInterrupt
+        written.append(file)
+        write(self, file, numbers, bar)
+
+    monkeypatch.setattr(grid._Grid, "_write_shard", fail)
+    with pytest.raises(KeyboardInterrupt):
+        perturb(cells, model, genes, output=tmp_path / "p", **settings)
+    assert not (tmp_path / "p" / "table.csv").exists()
+    done = {file: file.stat().st_mtime_ns for file in written}
+    monkeypatch.setattr(grid._Grid, "_write_shard", write)
+    resumed = perturb(cells, model, genes, output=tmp_path / "p", **settings)
+    pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
+    assert len(done) == fails_at and all(file.stat().st_mtime_ns == at for file, at in done.items())
+    saved = pd.read_csv(tmp_path / "p" / "table.csv", index_col=0)
+    np.testing.assert_allclose(saved["goal_shift"], whole["goal_shift"])
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight += 0.1
+    with pytest.raises(ValueError, match="holds results with another weights"):
+        perturb(cells, model, genes, output=tmp_path / "p", **settings)
+
+
+def test_the_order_of_cells_and_genes_does_not_matter(cells):
+    tokenizer = make_tokenizer(cells, "rank")
+    model, genes = make_model(tokenizer), cells.var_names[1:6].tolist()
+    settings = {"tokenizer": tokenizer, **settings_of(cells), "n_null": 12}
+    table = perturb(cells, model, genes, **settings)
+    assert table["p"].notna().all()
+    rng = np.random.default_rng(0)
+    mixed = cells[rng.permutation(N), rng.permutation(30)].copy()
+    other = perturb(mixed, model, genes[::-1], **settings)
+    # p_wilcoxon has ties, which rounding breaks
+    columns = table.columns.drop("p_wilcoxon")
+    pd.testing.assert_frame_equal(other.loc[table.index, columns], table[columns], rtol=2e-3, atol=1e-6)
+
+
+def test_repeated_columns_are_one_gene(cells):
+    """Counts of one gene in two columns are edited together."""
+    tokenizer = make_tokenizer(cells, "binned")
+    model, gene = make_model(tokenizer), cells.var_names[1]
+    wanted = perturb(cells, model, [gene], kind="activate", tokenizer=tokenizer, n_null=0)
+    rng = np.random.default_rng(0)
+    counts = cells.X.toarray()
+    part = rng.binomial(counts[:, 1].astype(int), 0.5)
+    counts[:, 1] -= part
+    names = [*cells.var_names, f"{gene}.7"]
+    split = type(cells)(sparse.csr_matrix(np.c_[counts, part]), obs=cells.obs, var=pd.DataFrame(index=names))
+    found = perturb(split, model, [gene], kind="activate", tokenizer=tokenizer, n_null=0)
+    np.testing.assert_allclose(found["shift"], wanted["shift"], rtol=1e-4)
+
+
+def test_a_count_may_outgrow_the_type_of_the_file(cells):
+    genes = cells.var_names[:2].to_numpy(object)
+    panel = Panel(genes, genes, make_tokenizer(cells, "binned"))
+    counts = panel.merge(sparse.csr_matrix(np.array([[200, 50], [1, 250], [1, 255]], np.uint8)))
+    doubled = sparse.csr_matrix(counts.multiply([[1], [1], [4]]).astype(counts.dtype))
+    rows, values = GeneEdits(doubled, "overexpress", 1.0).change(0)
+    assert rows.tolist() == [1, 2] and values.tolist() == [round(251 * 0.8), round(1024 * 0.8)]
+
+
+def test_the_command_line_writes_the_table_and_the_plot(cells, tmp_path, capsys):
+    tokenizer = make_tokenizer(cells, "binned")
+    model = make_model(tokenizer)
+    for each in (model, tokenizer):
+        each.save_pretrained(tmp_path / "model")
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    genes = cells.var_names[1:4].tolist()
+    flags = ["--data", tmp_path / "cells.h5ad", "--model", tmp_path / "model", "--output", tmp_path / "out"]
+    flags += ["--genes", *genes, "--pairs", "--kind", "activate", "--n_null", "12", "--plot", tmp_path / "plot.png"]
+    assert main(["perturb", *map(str, flags), "--debug"]) == 0
+    table = pd.read_csv(tmp_path / "out" / "table.csv", index_col=0)
+    assert table.index.tolist() == [f"{a}+{b}" for a, b in ((genes[0], genes[1]), (genes[0], genes[2]), genes[1:])]
+    wanted = perturb(cells, model, [genes[:2], genes[::2], genes[1:]], kind="activate", tokenizer=tokenizer, n_null=12)
+    np.testing.assert_allclose(table["shift"], wanted["shift"], rtol=1e-4)
+    assert (tmp_path / "plot.png").exists() and "3 perturbations of 23 cells" in capsys.readouterr().out
+
+
+def test_all_genes_of_a_panel(cells):
+    tokenizer = make_tokenizer(cells, "binned")
+    table = perturb(cells, make_model(tokenizer), tokenizer=tokenizer)
+    expressed = np.asarray(cells.X.sum(0)).ravel() > 0
+    assert table.index.tolist() == cells.var_names[expressed].tolist()
+    assert table["fdr"].notna().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"genes": ["ENSG0000000001"]}, "does not know the gene 'ENSG0000000001'; the closest known one is 'ENSG"),
+        ({"genes": ["ENSG00000000029"]}, "No cell expresses ENSG00000000029"),
+        ({"genes": ["ENSG00000000028"]}, "the cells have no column for it"),
+        ({"genes": "ENSG00000000001"}, "must be a list"),
+        ({"genes": []}, "There are no genes"),
+        ({"genes": ["ENSG00000000001"] * 2}, "is repeated"),
+        ({"kind": "remove"}, "kind must be one of delete"),
+        ({"quantile": 0.5}, "for kinds other than delete"),
+        ({"goal": "B cell"}, "goal_key and goal belong together"),
+        ({"goal_key": "cell_type", "goal": "NK"}, "No cell is in the goal group: obs\\['cell_type'\\] has 'B cell'"),
+        ({"donor_key": "person"}, "There is no obs\\['person'\\]"),
+        ({"predicted": "B cell"}, "no class 'B cell'"),
+        ({"n_null": -1}, "n_null=-1"),
+    ],
+)
+def test_errors_at_the_door(cells, change, message):
+    cells = cells[:, :30].copy()
+    counts = cells.X.toarray()
+    counts[:, 29] = 0
+    cells.X = sparse.csr_matrix(counts)
+    tokenizer = make_tokenizer(cells, "binned")
+    model = make_model(tokenizer)
+    cells = cells[:, np.arange(30) != 28].copy()
+    with pytest.raises(ValueError, match=message):
+        perturb(cells, model, **{"genes": ["ENSG00000000001"], "tokenizer": tokenizer, "n_null": 0, **change})
+
+
+def test_a_folder_with_other_files_is_left_alone(cells, tmp_path):
+    (tmp_path / "mine.txt").write_text("kept")
+    tokenizer = make_tokenizer(cells, "binned")
+    with pytest.raises(ValueError, match="holds other files"):
+        perturb(cells, make_model(tokenizer), tokenizer=tokenizer, output=tmp_path)
+    assert os.listdir(tmp_path) == ["mine.txt"]
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_table_of_one(cells, tmp_path):
+    tokenizer = make_tokenizer(cells, "binned")
+    model = make_model(tokenizer)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    flags = "--goal_key cell_type --goal B_cell --donor_key donor --n_null 3 --shard_size 5"
+    genes = cells.var_names[1:7].tolist()
+    tables = []
+    for n in (1, 2):
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(n)]
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += [] if n == 1 else ["--main_process_port", "0"]
+        command += ["-m", "stformer_hf.cli", "perturb", "--data", str(tmp_path / "cells.h5ad")]
+        command += ["--model", str(tmp_path / "model"), "--output", str(tmp_path / str(n)), "--genes", *genes]
+        command += [word.replace("_", " ") if word == "B_cell" else word for word in flags.split()]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        assert not done.returncode, done.stderr[-3000:]
+        assert done.stdout.count("table.csv") == 1
+        tables.append(pd.read_csv(tmp_path / str(n) / "table.csv", index_col=0))
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+    assert tables[0].index.tolist() == genes
+    assert json.loads((tmp_path / "2" / "perturb.json").read_text())["kind"] == "delete"
+
+
+def test_it_is_a_public_name():
+    assert "perturb" in sf.__all__ and sf.perturb is perturb

@@ -1,0 +1,135 @@
+"""Statistics of perturbations: on simulations where the drivers are known, and where there are none."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+from scipy import sparse, stats
+
+from stformer_hf import GeneBertConfig, GeneBertModel, GeneTokenizer, initialise_from_store, perturb
+from stformer_hf.inference.perturb_statistics import (
+    DonorGroups,
+    benjamini_hochberg,
+    compare,
+    interval,
+    permute_donors,
+)
+from stformer_hf.inference.plots import volcano
+
+
+def simulate(n_donors: int, n_cells: int, n_genes: int, n_drivers: int, donor_sd: float, seed: int) -> AnnData:
+    """Cells of sick and healthy donors: drivers are four times as high in the sick, donors differ in all genes."""
+    rng = np.random.default_rng(seed)
+    donors = np.repeat(np.arange(n_donors), n_cells)
+    sick = donors % 2 == 0
+    rates = rng.lognormal(-0.5, 1.0, n_genes)[None] * np.exp(rng.normal(0, donor_sd, (n_donors, n_genes)))[donors]
+    drivers = np.zeros(n_genes, bool)
+    drivers[rng.choice(n_genes, n_drivers, replace=False)] = True
+    rates[np.ix_(sick, drivers)] *= 4
+    rates *= rng.lognormal(0, 0.3, len(donors))[:, None]
+    obs = pd.DataFrame({"state": np.where(sick, "sick", "healthy"), "donor": [f"d{donor}" for donor in donors]})
+    obs.index = [f"c{i}" for i in range(len(donors))]
+    var = pd.DataFrame({"driver": drivers}, index=[f"ENSG{i:011d}" for i in range(n_genes)])
+    return AnnData(sparse.csr_matrix(rng.poisson(rates).astype(np.float32)), obs=obs, var=var)
+
+
+def perturb_simulation(cells: AnnData, with_donors: bool, genes=None, n_null=0) -> pd.DataFrame:
+    """Delete the genes of sick cells, in a model at its spectral start."""
+    tokenizer = GeneTokenizer(cells.var_names.tolist(), bin_edges=[0.5], max_length=8, whole_cell=True)
+    config = GeneBertConfig.from_tokenizer(
+        tokenizer,
+        **{"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 32},
+        **{"cell_embedding": True, "pre_norm": True, "norm_type": "rms_norm", "residual_init": "zero"},
+        pooling="cls",
+    )
+    model = GeneBertModel(config)
+    initialise_from_store(model, tokenizer, cells, n_components=10)
+    donor_key = "donor" if with_donors else None
+    settings = {"goal_key": "state", "goal": "healthy", "donor_key": donor_key, "n_null": n_null}
+    return perturb(cells, model, genes, tokenizer=tokenizer, max_tokens=4096, **settings)
+
+
+@pytest.mark.parametrize("with_donors", [False, True])
+def test_drivers_are_found_and_move_the_cells_to_the_goal(with_donors):
+    cells = simulate(14, 12, 300, 10, 0.3 * with_donors, seed=0)
+    table = perturb_simulation(cells, with_donors)
+    driver = cells.var.loc[table.index, "driver"].to_numpy()
+    called = (table["fdr"] < 0.05).to_numpy()
+    assert called[driver].mean() >= 0.75
+    assert called[~driver].sum() <= stats.binom.ppf(0.99, (~driver).sum(), 0.05)
+    assert (table.loc[called & driver, "goal_shift"] > 0).all()
+    assert ("p_donors" in table) == with_donors
+
+
+@pytest.mark.parametrize("donor_sd", [0.0, 0.6])
+def test_without_drivers_few_genes_are_called(donor_sd):
+    cells = simulate(14, 12, 200, 0, donor_sd, seed=1)
+    table = perturb_simulation(cells, with_donors=donor_sd > 0)
+    most = stats.binom.ppf(0.99, len(table), 0.05)
+    assert (table["p"] < 0.05).sum() <= most
+    assert (table["fdr"] < 0.05).sum() <= 0.05 * len(table)
+    # The test has power against the difference that donors make: without them it calls more, not fewer.
+    assert table["p"].notna().all()
+
+
+def test_a_driver_among_few_genes_is_compared_with_genes_of_its_expression():
+    cells = simulate(6, 20, 200, 8, 0.0, seed=2)
+    genes = cells.var_names[cells.var["driver"]][:3].tolist() + cells.var_names[~cells.var["driver"]][:3].tolist()
+    table = perturb_simulation(cells, False, genes, n_null=15)
+    assert table.index.tolist() == genes
+    assert (table["z"].to_numpy()[:3] > 3).sum() >= 2 and (table["z"].abs().to_numpy()[3:] < 3).all()
+    ax = volcano(table, fdr=0.2)
+    assert ax.get_title().startswith(f"{(table['fdr'] < 0.2).sum()} of 6")
+    with pytest.raises(ValueError, match="no score 'nothing'; it has goal_shift"):
+        volcano(table, "nothing")
+
+
+def test_compare_is_calibrated_also_with_heavy_tails():
+    rng = np.random.default_rng(0)
+    matched = np.repeat(["a", "b"], 2000)
+    effects = np.where(matched == "a", 1.0, 5.0) * rng.standard_t(4, 4000) + (matched == "b")
+    z, p = compare(effects, matched, np.zeros(4000, bool))
+    for value in ("a", "b"):
+        assert abs((p[matched == value] < 0.1).mean() - 0.1) < 0.02
+    # A null that was drawn is the reference, whatever the others do.
+    is_null = np.arange(4000) % 2 == 1
+    effects[:500:2] += 100
+    far, _ = compare(effects, matched, is_null)
+    assert np.median(far[:500:2]) > 50 and abs(np.median(far[2000:])) < 0.1
+    few = compare(effects[:15], matched[:15], np.arange(15) < 9)[1]
+    assert np.isnan(few).all()
+
+
+def groups_of(rng, effect: float, n: int = 7, d: int = 5, paired: bool = False) -> DonorGroups:
+    """States of n donors per group around one direction; the goal's are moved along the first axis."""
+    states = rng.normal(0, 1, (2 * n, d)) + 3
+    states[n:, 0] += effect
+    donors = np.tile(np.arange(n), 2) if paired else np.arange(2 * n)
+    return DonorGroups(states, donors, np.arange(2 * n) >= n)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_donor_permutations_keep_their_level_and_find_an_effect(paired):
+    rng = np.random.default_rng(0)
+    direction = np.eye(5)[:1]
+    under_null = [permute_donors(direction, groups_of(rng, 0.0, paired=paired), 0)[0] for _ in range(200)]
+    assert (np.array(under_null) < 0.05).sum() <= stats.binom.ppf(0.995, 200, 0.05)
+    assert permute_donors(direction, groups_of(rng, 8.0, paired=paired), 0)[0] < 0.03
+    few = permute_donors(direction, groups_of(rng, 8.0, n=2, paired=paired), 0)[0]
+    assert few == pytest.approx(2 / 4 if paired else 2 / 6, abs=0.02)  # two of all permutations
+
+
+def test_an_interval_over_donors_is_wider_than_over_their_cells():
+    rng = np.random.default_rng(0)
+    donors = np.repeat(np.arange(6), 50)
+    values = rng.normal(0, 1, 6)[donors] + rng.normal(0, 0.1, 300)
+    mean, low, high = interval(values)
+    of_donors = interval(values, donors)
+    assert of_donors[0] == mean == pytest.approx(values.mean())
+    assert of_donors[2] - of_donors[1] > 3 * (high - low)
+    expected = stats.t.interval(0.95, 299, mean, values.std(ddof=1) / np.sqrt(300))
+    np.testing.assert_allclose((low, high), expected)
+
+
+def test_false_discovery_rates_leave_missing_tests_out():
+    np.testing.assert_allclose(benjamini_hochberg(np.array([0.01, np.nan, 0.04, 0.5])), [0.03, np.nan, 0.06, 0.5])
