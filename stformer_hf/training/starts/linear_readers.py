@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy import sparse
+from scipy.optimize import minimize_scalar
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
@@ -24,7 +25,7 @@ WEIGHTS = ((1.0, 1.0), (1.0, 0.5), (0.5, 1.0), (1.0, 0.0), (0.0, 1.0))  # of hea
 # Kept unless another choice is clearly better: both views of moderate size, and the genes at half the weight, since
 # from few labels a reader of thousands of genes learns less than one of 60 components.
 PREFERRED = {"n_components": 30, "head": 1.0, "wide": 1.0, "weights": (1.0, 0.5)}
-_TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
+_TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # for the choice of the other settings
 _TOLERANCES = {"choice": 1e-3, "final": 1e-4}  # of lbfgs
 _LOWEST = -15.0  # logit of a class that a training fold lacks
 _SMALL = 1000  # with fewer cells, cross-validation is repeated
@@ -230,6 +231,26 @@ def inner_folds(
     return folds
 
 
+def fit_temperature(problem: Problem, outputs: np.ndarray, labels: np.ndarray) -> float:
+    """Fit the temperature with the lowest mean loss of out-of-fold outputs, between 0.5 and 2.8; 1 for regression.
+
+    Parameters
+    ----------
+    problem : Problem
+    outputs : float array (n, n_outputs)
+        Outputs at a temperature of 1.
+    labels : array (n, …)
+    """
+    if problem.kind == "regression":
+        return 1.0
+    found = minimize_scalar(
+        lambda log: float(problem.loss(outputs / np.exp(log), labels).mean()),
+        bounds=np.log([_TEMPERATURES[0], _TEMPERATURES[-1]]),
+        method="bounded",
+    )
+    return float(np.exp(found.x))
+
+
 def choose_readers(
     problem: Problem,
     labels: np.ndarray,
@@ -243,7 +264,8 @@ def choose_readers(
     `PREFERRED` is kept unless the best score (ties are broken by the loss) is higher by more than the standard error
     of the difference over cells (the one-standard-error rule of Breiman et al. 1984), since the best of many choices
     is partly so by chance. The score is accuracy (for multiple labels per cell, the share that is correct; for
-    regression, the negative squared error). The temperature is that with the lowest loss.
+    regression, the negative squared error). The temperature is that with the lowest loss, see
+    `fit_temperature`.
 
     Parameters
     ----------
@@ -289,22 +311,24 @@ def choose_readers(
     tried = []
     for ((n, head), of_head), (wide, of_wide), weights in itertools.product(heads.items(), wides.items(), WEIGHTS):
         both = problem.combine(*(part.reshape(-1, problem.n_outputs) for part in (of_head, of_wide)), weights)
-        loss, temperature = min((float(problem.loss(both / t, every).mean()), t) for t in temperatures)
+        loss = min(float(problem.loss(both / t, every).mean()) for t in temperatures)
         # The mean of each cell over the repeats, which are not independent.
         scores = problem.cell_scores(both, every).reshape(n_repeats, -1).mean(axis=0)
         setting = {"n_components": n, "head": head, "wide": wide, "weights": weights}
-        tried.append((scores, -loss, temperature, setting))
+        tried.append((scores, -loss, setting))
     best = max(tried, key=lambda one: (round(float(one[0].mean()), 9), one[1]))
-    usual = next(one for one in tried if one[3] == preferred)
+    usual = next(one for one in tried if one[2] == preferred)
     gain = best[0] - usual[0]
     if gain.mean() <= gain.std(ddof=1) / np.sqrt(len(gain)):
         best = usual
-    _, loss, temperature, chosen = best
+    chosen = best[-1]
     n, head, wide, weights = chosen["n_components"], chosen["head"], chosen["wide"], chosen["weights"]
     both = problem.combine(
         heads[n, head].reshape(-1, problem.n_outputs), wides[wide].reshape(-1, problem.n_outputs), weights
     )
-    outputs, loss = both / temperature, -loss
+    temperature = fit_temperature(problem, both, every)
+    outputs = both / temperature
+    loss = float(problem.loss(outputs, every).mean())
     if problem.kind == "single_label_classification":
         outputs = log_softmax(outputs)
     score, outputs = problem.score(outputs, every), outputs.reshape(shape).mean(axis=0)
@@ -327,6 +351,7 @@ __all__ = [
     "Problem",
     "ReaderChoice",
     "choose_readers",
+    "fit_temperature",
     "inner_folds",
     "log_softmax",
     "quick_fits",
