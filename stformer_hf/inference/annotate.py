@@ -12,10 +12,10 @@ from .. import __version__
 from ..models.gene_bert.cell_tables import find_table
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..training.calibration import OutOfFold, load_out_of_fold
-from ..training.cell_heads import CellHead, read_head
+from ..training.cell_heads import read_head
 from ..training.loading import is_model, name_of, unwrap
 from .batches import check_cells, load, run
-from .rejection import UNKNOWN, check_reject, rejection_thresholds
+from .rejection import UNKNOWN, check_reject, rejection_thresholds, typicality
 
 
 def annotate(
@@ -106,8 +106,15 @@ def annotate(
             "checkpoint, or at model.out_of_fold), unless the number of epochs is given: leave it out, or pass 0."
         )
 
+    centroids = None if out_of_fold is None else out_of_fold.centroids
+
     def forward(batch: dict[str, torch.Tensor], types: torch.Tensor) -> torch.Tensor:
-        return head.predictions(classifier(**batch).logits)
+        if centroids is None:
+            return head.predictions(classifier(**batch).logits)
+        outputs = classifier(**batch, output_hidden_states=True)
+        states = classifier.pool(outputs.hidden_states[-1], types, batch["attention_mask"]).double()
+        distances = torch.cdist(states, torch.from_numpy(centroids).to(states)).amin(dim=1, keepdim=True)
+        return torch.cat([head.predictions(outputs.logits), distances.float()], dim=1)
 
     predictions, n_genes, _ = run(
         adata,
@@ -121,12 +128,15 @@ def annotate(
         desc="annotate",
         with_phenotypes=True,  # as in training
     )
+    predictions, distances = predictions[:, : len(head.names)], predictions[:, len(head.names) :]
     columns = head.columns(predictions, n_genes > 0, key_added, top_k)
     if of_classes:
         label = f"{key_added}_label"
         table.obsm[f"{key_added}_probabilities"] = np.where(n_genes[:, None] > 0, predictions, np.float32(np.nan))
         if reject is not None:
-            columns[label] = _reject(columns[label], columns[f"{key_added}_score"], head, out_of_fold, reject)
+            witnesses = np.column_stack([predictions.max(axis=1), -distances])
+            columns[label], typical = _reject(columns[label], witnesses, out_of_fold, reject)
+            columns[f"{key_added}_typicality"] = typical
         if over is not None:
             columns[f"{key_added}_majority"] = majority(columns[label], table.obs[over])
     for column, values in columns.items():
@@ -144,13 +154,19 @@ def annotate(
 
 
 def _reject(
-    labels: pd.Categorical, scores: np.ndarray, head: CellHead, out_of_fold: OutOfFold, reject: float
-) -> pd.Categorical:
-    """Replace the labels of cells with a score below the threshold of their label by "unknown"."""
-    known = out_of_fold.predictions
-    thresholds = rejection_thresholds(np.exp(known.max(axis=1)), known.argmax(axis=1), len(head.names), reject)
-    rejected = (labels.codes >= 0) & (scores < thresholds[labels.codes])
-    return pd.Categorical.from_codes(np.where(rejected, len(head.names), labels.codes), [*head.names, UNKNOWN])
+    labels: pd.Categorical, witnesses: np.ndarray, out_of_fold: OutOfFold, reject: float
+) -> tuple[pd.Categorical, np.ndarray]:
+    """Replace the labels of cells below the threshold of their label by "unknown"; return also the typicality."""
+    known = [np.exp(out_of_fold.predictions.max(axis=1))]
+    if out_of_fold.distances is not None:
+        known.append(-out_of_fold.distances)
+    known, n_classes = np.column_stack(known), len(labels.categories)
+    predicted = out_of_fold.predictions.argmax(axis=1)
+    thresholds = rejection_thresholds(typicality(known, known), predicted, n_classes, reject)
+    is_labelled, typical = labels.codes >= 0, typicality(known, witnesses)
+    rejected = is_labelled & (typical < thresholds[labels.codes])
+    found = pd.Categorical.from_codes(np.where(rejected, n_classes, labels.codes), [*labels.categories, UNKNOWN])
+    return found, np.where(is_labelled, typical, np.nan).astype(np.float32)
 
 
 def majority(labels: pd.Categorical, clusters: pd.Series) -> pd.Categorical:

@@ -24,7 +24,7 @@ from .embed import default_pooling, embed
 from .rejection import UNKNOWN, check_reject, rejection_thresholds
 
 N_NEIGHBORS = 15
-_ARRAYS, _FACTS = "reference.safetensors", "reference.json"
+REFERENCE_FILE, _ARRAYS = "reference.json", "reference.safetensors"
 
 
 class Reference(NamedTuple):
@@ -181,13 +181,13 @@ def save_reference(
         "model_fingerprint": found.fingerprint,
         "version": __version__,
     }
-    (folder / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+    (folder / REFERENCE_FILE).write_text(json.dumps(facts), encoding="utf-8")
 
 
 def _load_reference(folder: Path, encoder: PreTrainedModel, tokenizer: GeneTokenizer) -> Reference:
-    if not (folder / _FACTS).is_file():
-        raise FileNotFoundError(f"{folder} holds no {_FACTS}: make the reference with save_reference.")
-    facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+    if not (folder / REFERENCE_FILE).is_file():
+        raise FileNotFoundError(f"{folder} holds no {REFERENCE_FILE}: make the reference with save_reference.")
+    facts = json.loads((folder / REFERENCE_FILE).read_text(encoding="utf-8"))
     fingerprint = fingerprint_of(encoder, tokenizer)
     if facts["model_fingerprint"] != fingerprint:
         raise ValueError(

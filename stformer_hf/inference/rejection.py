@@ -56,9 +56,29 @@ def rejection_thresholds(scores: np.ndarray, groups: np.ndarray, n_groups: int, 
     return found
 
 
+def typicality(known: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """Combine witnesses of how typical a cell is: the sum of the logs of its conformal p-values (Fisher).
+
+    Parameters
+    ----------
+    known : float array (n, n_witnesses)
+        Witnesses of cells of known types that the model has not seen; higher is more typical.
+    cells : float array (m, n_witnesses)
+
+    Returns
+    -------
+    float64 array (m,)
+        Sum over the witnesses of ln((1 + number of known cells that are as atypical or more) / (1 + n)); at most 0.
+    """
+    found = np.zeros(len(cells))
+    for one, others in zip(known.T, cells.T, strict=True):
+        found += np.log1p(np.searchsorted(np.sort(one), others, side="right")) - np.log1p(len(one))
+    return found
+
+
 def _kth_lowest(scores: np.ndarray, reject: float) -> float | None:
     k = int(np.floor(reject * (len(scores) + 1) + 1e-9))  # 0.05 x 20 is 1, whatever the last digit
     return float(np.partition(scores, k - 1)[k - 1]) if k else None
 
 
-__all__ = ["UNKNOWN", "check_reject", "rejection_thresholds"]
+__all__ = ["UNKNOWN", "check_reject", "rejection_thresholds", "typicality"]

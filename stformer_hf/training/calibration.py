@@ -29,15 +29,23 @@ class OutOfFold:
         Classes, labels or numbers of these cells.
     rows : int64 array (n,)
         Their rows in the store.
+    distances : float32 array (n,), optional
+        Distance of the state of each cell to the nearest centroid of a class, by a model that has not seen it.
+    centroids : float32 array (n_classes, d), optional
+        Mean states of the classes, for the distances of other cells.
     """
 
     predictions: np.ndarray
     labels: np.ndarray
     rows: np.ndarray
+    distances: np.ndarray | None = None
+    centroids: np.ndarray | None = None
 
     def save(self, folder: str | Path) -> None:
         """Write `out_of_fold.safetensors`."""
         arrays = {"predictions": self.predictions, "labels": self.labels, "cell_id": self.rows.astype(np.int64)}
+        if self.distances is not None:
+            arrays |= {"distances": self.distances, "centroids": self.centroids}
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         save_file(arrays, str(Path(folder) / CALIBRATION_FILE))
 
@@ -70,7 +78,9 @@ def load_out_of_fold(model: Any) -> OutOfFold | None:
     if path is None:
         return None
     arrays = load_file(path)
-    return OutOfFold(arrays["predictions"], arrays["labels"], arrays["cell_id"])
+    return OutOfFold(
+        arrays["predictions"], arrays["labels"], arrays["cell_id"], arrays.get("distances"), arrays.get("centroids")
+    )
 
 
 __all__ = ["CALIBRATION_FILE", "OutOfFold", "load_out_of_fold"]

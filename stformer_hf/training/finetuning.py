@@ -363,7 +363,8 @@ def prepare_classifier(
         facts |= found
     out_of_fold, temperature = None, None
     if start is not None and epochs == 0:
-        out_of_fold = OutOfFold(start.choice.out_of_fold, start.labels, start.rows)
+        choice = start.choice
+        out_of_fold = OutOfFold(choice.out_of_fold, start.labels, start.rows, choice.distances, start.centroids)
     elif start is not None and num_train_epochs is None:
         problem = Problem(problem_type, model.config.num_labels)
         scale = fit_temperature(problem, trained.predictions, trained.labels)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from anndata import read_h5ad
 
+import stformer_hf as sf
 from stformer_hf import GeneBertConfig, GeneBertModel, GeneTokenizer, embed, map_to_reference
+from stformer_hf.cli import main
 from stformer_hf.inference.map_to_reference import save_reference, vote
 
 
@@ -129,6 +131,41 @@ def test_bad_references_are_refused(model, cells, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no reference\.json"):
         map_to_reference(query, tmp_path, model)
     assert not list(query.obsm)
+
+
+def test_the_command_maps_and_keeps_the_reference(model, cells, tmp_path):
+    reference, query = cells
+    model.save_pretrained(tmp_path / "m")
+    model.tokenizer.save_pretrained(tmp_path / "m")
+    for name, of in (("ref", reference), ("query", query)):
+        of.write_h5ad(tmp_path / f"{name}.h5ad")
+    kept, common = str(tmp_path / "kept"), ["--data", str(tmp_path / "query.h5ad"), "--model", str(tmp_path / "m")]
+    runs = (
+        ["--reference", str(tmp_path / "ref.h5ad"), "--label", "type", "--save_reference", kept],
+        ["--reference", kept],
+    )
+    for i, flags in enumerate(runs):
+        out = str(tmp_path / f"{i}.h5ad")
+        assert main(["map", *common, *flags, "--output", out, "--reject", "0.2", "--n_neighbors", "5"]) == 0
+    map_to_reference(query, reference, tmp_path / "m", label_key="type", reject=0.2, n_neighbors=5)
+    for i in range(2):
+        found = read_h5ad(tmp_path / f"{i}.h5ad").obs["mapped_label"]
+        assert found.astype(str).tolist() == query.obs["mapped_label"].astype(str).tolist()
+    assert main(["map", *common, *runs[0][:2], "--output", str(tmp_path / "no.h5ad")]) == 1  # without a label
+
+
+def test_both_are_drawn_in_one_picture(model, cells, tmp_path):
+    pytest.importorskip("scanpy")
+    reference, query = cells
+    map_to_reference(query, reference, model, label_key="type")
+    axes = sf.pl.mapping(query, reference, "mapped_label", reference_color="type", save=tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    assert [ax.get_title() for ax in axes] == ["cells", "mapped_label"]
+    assert [len(ax.collections[0].get_offsets()) for ax in axes] == [60, 60]
+    texts = [{text.get_text() for text in ax.get_legend().get_texts()} for ax in axes]
+    assert texts == [{"reference", "query"}, {*reference.obs["type"].dropna(), "missing"}]
+    with pytest.raises(ValueError, match=r"The reference has no obs\['mapped_label'\]"):
+        sf.pl.mapping(query, reference, "mapped_label")
 
 
 def test_neighbours_at_distance_zero_are_the_only_ones_that_count():

@@ -56,23 +56,41 @@ def test_a_group_of_few_cells_has_the_threshold_of_all():
     assert (rejection_thresholds(scores[:18], groups[:18], 3, 0.05) == -np.inf).all()
 
 
-def test_rejected_cells_are_those_below_the_threshold_of_their_label(classifier, adata, tmp_path):
+def p_values(known, cells):
+    return np.array([(1 + (known <= cell).sum()) / (1 + len(known)) for cell in cells])
+
+
+@pytest.mark.parametrize("with_distances", [False, True])
+def test_rejected_cells_are_those_below_the_threshold_of_their_label(classifier, adata, tmp_path, with_distances):
     rng = np.random.default_rng(0)
     known = log_softmax(rng.normal(size=(300, 3)) * 2).astype(np.float32)
     classifier.out_of_fold = OutOfFold(known, rng.integers(0, 3, 300), np.arange(300))
     plain = adata.copy()
     annotate(plain, classifier)
-    annotate(adata, classifier, reject=0.3, top_k=9)
-    scores, labels = plain.obs["stformer_score"], plain.obs["stformer_label"]
+    scores, labels = plain.obs["stformer_score"].to_numpy(), plain.obs["stformer_label"]
     best = np.exp(known.max(axis=1))
+    typical, of_known = np.log(p_values(best, scores)), np.log(p_values(best, best))
+    if with_distances:
+        with torch.no_grad():
+            tokens = [classifier.tokenizer(adata[i], return_tensors="pt") for i in range(60)]
+            hidden = [classifier.base_model(**of).last_hidden_state[0] for of in tokens]
+        states = np.stack([of[0].numpy() for of in hidden])
+        centroids = states[[0, 1, 2]] + rng.normal(size=(3, states.shape[1])).astype(np.float32)
+        distances = np.array([min(np.linalg.norm(state - mean) for mean in centroids) for state in states])
+        seen = rng.normal(distances.mean(), distances.std(), 300).astype(np.float32)
+        typical, of_known = typical + np.log(p_values(-seen, -distances)), of_known + np.log(p_values(-seen, -seen))
+        classifier.out_of_fold = OutOfFold(known, np.zeros(300, int), np.arange(300), seen, centroids)
+    annotate(adata, classifier, reject=0.3, top_k=9)
     expected = labels.astype(object)
     for code, name in enumerate("abc"):
-        own = np.sort(best[known.argmax(axis=1) == code])
+        own = np.sort(of_known[known.argmax(axis=1) == code])
         threshold = own[int(0.3 * (len(own) + 1)) - 1]
-        expected[(labels == name) & (scores < threshold)] = "unknown"
+        expected[(labels == name).to_numpy() & (typical < threshold - 1e-9)] = "unknown"
     assert adata.obs["stformer_label"].astype(object).equals(expected)
     assert 0 < (expected == "unknown").sum() < 59 and adata.obs["stformer_label"].isna().sum() == 1
-    pd.testing.assert_series_equal(adata.obs["stformer_score"], scores)
+    read = ~labels.isna().to_numpy()
+    np.testing.assert_allclose(adata.obs["stformer_typicality"][read], typical[read], rtol=1e-5)
+    np.testing.assert_array_equal(adata.obs["stformer_score"], scores)
     np.testing.assert_array_equal(adata.obsm["stformer_probabilities"], plain.obsm["stformer_probabilities"])
     assert adata.uns["stformer_annotation"]["reject"] == 0.3
 

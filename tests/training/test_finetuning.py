@@ -122,6 +122,16 @@ def test_out_of_fold_predictions_are_kept_only_of_models_trained_alike(labelled,
     assert calibration["predictions"].shape == (238, 3) and len(calibration["labels"]) == 238
     assert (calibration["predictions"].argmax(1) == calibration["labels"]).mean() > 0.8
     np.testing.assert_array_equal(model.out_of_fold.predictions, calibration["predictions"])
+    has_counts = np.asarray(labelled.X.sum(axis=1)).ravel() > 0
+    kept = labelled[labelled.obs["type"].notna().to_numpy() & has_counts].copy()
+    with torch.no_grad():
+        batch = model.tokenizer(kept, padding=True, return_tensors="pt")
+        states = model.base_model(**batch).last_hidden_state[:, 0].double().numpy()
+    centroids = np.stack([states[(kept.obs["type"] == name).to_numpy()].mean(axis=0) for name in ("T0", "T1", "T2")])
+    np.testing.assert_allclose(calibration["centroids"], centroids, atol=1e-4)
+    of_training = np.linalg.norm(states[:, None] - centroids, axis=2).min(axis=1)
+    assert np.corrcoef(of_training, calibration["distances"])[0, 1] > 0.7
+    assert calibration["distances"].mean() == pytest.approx(of_training.mean(), rel=0.1)
     by_object, by_name = unseen.copy(), unseen.copy()
     sf.annotate(by_object, model, reject=0.1)
     sf.annotate(by_name, tmp_path / "m", reject=0.1)

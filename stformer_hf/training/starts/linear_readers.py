@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from scipy import sparse
 from scipy.optimize import minimize_scalar
+from scipy.spatial.distance import cdist
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
@@ -67,6 +68,9 @@ class ReaderChoice:
     out_of_fold : float32 array (n_cells, n_outputs)
         Out-of-fold predictions, the mean over repeats: log probabilities of classes, logits of multiple labels per
         cell, or numbers for regression.
+    distances : float32 array (n_cells,), optional
+        Distance of each cell to the nearest of the centroids of the classes in its training folds, in the features of
+        the head; the mean over repeats. Only for classes.
     """
 
     n_components: int
@@ -77,6 +81,7 @@ class ReaderChoice:
     loss: float
     score: float
     out_of_fold: np.ndarray
+    distances: np.ndarray | None = None
 
 
 class Problem:
@@ -231,6 +236,16 @@ def inner_folds(
     return folds
 
 
+def centroids(states: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Compute the mean of each class that has cells: float64 array (n_classes, d)."""
+    return np.stack([states[labels == label].mean(axis=0) for label in np.unique(labels)])
+
+
+def nearest_centroid(states: np.ndarray, means: np.ndarray) -> np.ndarray:
+    """Compute the Euclidean distance of each cell to the nearest centroid: float64 array (n,)."""
+    return cdist(states, means).min(axis=1)
+
+
 def fit_temperature(problem: Problem, outputs: np.ndarray, labels: np.ndarray) -> float:
     """Fit the temperature with the lowest mean loss of out-of-fold outputs, between 0.5 and 2.8; 1 for regression.
 
@@ -289,6 +304,8 @@ def choose_readers(
     shape = (n_repeats, len(labels), problem.n_outputs)
     heads = {key: np.zeros(shape) for key in itertools.product(n_components, PENALTIES["head"])}
     wides = {penalty: np.zeros(shape) for penalty in PENALTIES["wide"]}
+    of_classes = problem.kind == "single_label_classification"
+    distances = {n: np.zeros(shape[:2]) for n in n_components}
 
     def fit_fold(fold: tuple[np.ndarray, np.ndarray, int]) -> None:
         train, held_out, repeat = fold
@@ -300,6 +317,9 @@ def choose_readers(
             of_train, of_held_out = views(n)
             reader = problem.fit(of_train, labels[train], penalty, "choice")
             outputs[repeat, held_out] = reader(of_held_out)
+        for n in n_components if of_classes else ():
+            of_train, of_held_out = views(n)
+            distances[n][repeat, held_out] = nearest_centroid(of_held_out, centroids(of_train, labels[train]))
 
     with quick_fits(), ThreadPoolExecutor(min(torch.get_num_threads(), len(folds))) as pool:
         list(tqdm(pool.map(fit_fold, folds), "choose the readers", len(folds), unit="fold", disable=None))
@@ -343,6 +363,7 @@ def choose_readers(
         loss=loss,
         score=score,
         out_of_fold=outputs.astype(np.float32),
+        distances=distances[n].mean(axis=0).astype(np.float32) if of_classes else None,
     )
 
 
@@ -350,9 +371,11 @@ __all__ = [
     "Linear",
     "Problem",
     "ReaderChoice",
+    "centroids",
     "choose_readers",
     "fit_temperature",
     "inner_folds",
     "log_softmax",
+    "nearest_centroid",
     "quick_fits",
 ]
