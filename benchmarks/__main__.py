@@ -4,7 +4,11 @@ import importlib
 import sys
 
 BENCHMARKS = ("data", "tokens", "model", "training", "space", "quality")
-OF_FILES = ("objectives", "gpu")  # of files that are named by flags, or of a GPU: only where it is asked for
+OF_FILES = (
+    "objectives",
+    "gpu",
+    "annotate",
+)  # of files that are named by flags, of a GPU, or long: only where asked for
 
 
 def main() -> None:
