@@ -12,6 +12,7 @@ from stformer_hf.evaluation.metrics import expected_calibration_error
 from stformer_hf.inference.annotate import majority
 from stformer_hf.inference.rejection import rejection_thresholds
 from stformer_hf.training.calibration import OutOfFold
+from stformer_hf.training.model_card import write_model_card
 from stformer_hf.training.starts.linear_readers import Problem, fit_temperature, log_softmax
 
 
@@ -172,3 +173,11 @@ def test_the_temperature_undoes_that_of_the_outputs():
     assert fit_temperature(problem, logits * 1.7, labels) == pytest.approx(1.7, rel=0.05)
     facts = OutOfFold(log_softmax(logits).astype(np.float32), labels, np.arange(20_000)).facts(1.7)
     assert facts["calibration_error"] < 0.015 < 0.05 < facts["calibration_error_without_temperature"]
+
+
+def test_the_card_says_what_the_calibration_holds_for(classifier, tmp_path):
+    for settings, told in (({"calibration_error": 0.02}, True), ({}, False)):
+        write_model_card(tmp_path, model=classifier, tokenizer=classifier.tokenizer, settings=settings)
+        text = (tmp_path / "README.md").read_text()
+        assert ("another donor, plate or protocol are not" in text) == told
+        assert ("| calibration_error | 0.02 |" in text) == told
