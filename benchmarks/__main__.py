@@ -4,7 +4,8 @@ import importlib
 import sys
 
 BENCHMARKS = ("data", "tokens", "model", "training", "space", "quality", "perturb")
-OF_FILES = ("objectives", "gpu")  # of files that are named by flags, or of a GPU: only where it is asked for
+# Those that read files named by flags, need a GPU, or are long: only run when asked for.
+OF_FILES = ("objectives", "gpu", "annotate")
 
 
 def main() -> None:

@@ -8,7 +8,8 @@ models     `GeneTokenizer`, `GeneBertConfig`, `GeneBertModel`, `GeneBertForPheno
            `CellNeighborhoodConfig`, `CellNeighborhoodForMaskedCell`
 training   `STFormerPretrainer`, `CellTrainer`, `NeighborhoodTrainer`, `finetune`, `initialise_from_store`, and the
            collators `DataCollatorForPhenotypicMLM`, `DataCollatorForGeneRankMLM`, `DataCollatorForCellClassification`
-use        `embed`, `annotate`, `perturb`, `embed_neighborhoods`, `evaluate_embedding`, and `pl` with the plots
+use        `embed`, `annotate`, `map_to_reference`, `perturb`, `embed_neighborhoods`, `evaluate_embedding`, and
+           `pl` with the plots
 
 The names that PerturbGene, STFormer, brainformr, AnnDataset and BioNeMo-SCDL use can be imported from here too.
 """
@@ -54,6 +55,7 @@ _MODULES = {
     "inference.annotate": ["annotate"],
     "inference.embed": ["embed"],
     "inference.perturb": ["perturb"],
+    "inference.map_to_reference": ["map_to_reference"],
     "space.embed_neighborhoods": ["embed_neighborhoods"],
     "evaluation.evaluate_embedding": ["evaluate_embedding"],
 }

@@ -19,6 +19,7 @@ VERBS = {
     "search": "search the hyperparameters of a pretraining",
     "finetune": "train a classifier of cells",
     "annotate": "label the cells of a file with a classifier",
+    "map": "label the cells of a file by their nearest neighbours in a labelled reference",
     "embed": "embed the cells of a file, or their neighbourhoods",
     "export": "export a classifier or an encoder to ONNX",
     "info": "print what a file, a store or a model is, and how well they fit",

@@ -22,6 +22,15 @@ class AnnotateArguments:
             'obs["stformer_NAME"] for multiple labels and for numbers'
         }
     )
+    top_k: int = field(default=1, metadata={"help": "classes: number of most probable ones to write"})
+    reject: float | None = field(
+        default=None,
+        metadata={"help": 'classes: nominal share of known cells to label "unknown", such as 0.05 (default: none)'},
+    )
+    over: str | None = field(
+        default=None,
+        metadata={"help": "classes: column of obs with clusters, whose most frequent label is also written"},
+    )
     layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})
     fractional: bool = field(default=False, metadata={"help": "allow fractional counts, such as estimates"})
     batch_size: int = field(default=64, metadata={"help": "cells per batch"})
@@ -50,6 +59,9 @@ def run(args: AnnotateArguments):
     annotate(
         adata,
         args.model,
+        top_k=args.top_k,
+        reject=args.reject,
+        over=args.over,
         layer=layer,
         fractional=args.fractional,
         batch_size=args.batch_size,

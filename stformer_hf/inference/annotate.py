@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pandas as pd
 import torch
 from anndata import AnnData
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
@@ -9,9 +11,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from .. import __version__
 from ..models.gene_bert.cell_tables import find_table
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..training.calibration import OutOfFold, load_out_of_fold
 from ..training.cell_heads import read_head
 from ..training.loading import is_model, name_of, unwrap
 from .batches import check_cells, load, run
+from .rejection import UNKNOWN, check_reject, rejection_thresholds, typicality
 
 
 def annotate(
@@ -19,6 +23,9 @@ def annotate(
     model: str | PreTrainedModel,
     *,
     tokenizer: GeneTokenizer | None = None,
+    top_k: int = 1,
+    reject: float | None = None,
+    over: str | None = None,
     key_added: str = "stformer",
     layer: str | None = None,
     fractional: bool = False,
@@ -38,34 +45,76 @@ def annotate(
         possibly wrapped by PEFT or torch. Its configuration defines the head (`problem_type`, `id2label`).
     tokenizer : GeneTokenizer, optional
         The checkpoint's own by default.
+    top_k : int, default: 1
+        Number of most probable classes to write to obs.
+    reject : float, optional
+        Nominal share of the known cells to label "unknown", such as 0.05: those whose score is below that of this
+        share of the training cells with the same predicted label, each predicted by a model that had not seen it. By
+        default no cell is rejected.
+    over : str, optional
+        Column of obs with clusters, such as "leiden": the most frequent label of each cluster, "unknown" included, is
+        also written.
     key_added : str, default: "stformer"
-        Prefix of the columns. For one class per cell, `obs[key_added + "_label"]` is the most probable one
-        (categorical; missing for a cell without a known gene), and `obs[key_added + "_score"]` its probability
-        (float32; NaN for such a cell). For multiple labels per cell, `obs[key_added + "_" + label]` is the probability
+        Prefix of the results. For one class per cell, `obs[key_added + "_label"]` is the most probable one
+        (categorical; missing for a cell without a known gene), `obs[key_added + "_score"]` its probability and
+        `obs[key_added + "_margin"]` the distance to the next probability (float32; NaN for such a cell); with `top_k`,
+        `_label_2`, `_score_2` and so on follow. `obsm[key_added + "_probabilities"]` has the probabilities of all
+        classes (float32, n_obs x n_classes), whose names are in `uns`; a rejected cell keeps its score and
+        probabilities. With `over`, `obs[key_added + "_majority"]` is the label of the cluster. For multiple labels
+        per cell, `obs[key_added + "_" + label]` is the probability
         of each. For numbers, `obs[key_added + "_" + name]` is the number (`_value` if the model does not name it). The
-        names of the columns and the kind of head are written to `uns[key_added + "_annotation"]`.
+        names of the columns and of the classes, and the kind of head are written to `uns[key_added + "_annotation"]`.
     layer, fractional, batch_size, device, min_coverage
         As for `embed`.
 
     Raises
     ------
     ValueError
-        The model is not a classifier of cells, or its head was not trained; there are no counts, or too few of the
+        The model is not a classifier of cells, or its head was not trained; it has no out-of-fold predictions to
+        reject cells by; an option is invalid, or needs classes; there are no counts, or too few of the
         model's genes; the tokenizer does not fit; outputs are not finite.
     FileNotFoundError
         The checkpoint does not exist.
     TypeError
         `adata` does not hold cells, or `model` is not a model.
+
+    Notes
+    -----
+    The share of rejected known cells is that of cross-conformal prediction (Vovk 2015), for each label with enough
+    cells (19 for 0.05), and for the others together. It holds for cells that are exchangeable with the training cells.
+    Those of another donor, plate or protocol are not: more of them are rejected.
     """
     check_cells(adata)
+    table = find_table(adata, layer).table
+    if over is not None and over not in table.obs:
+        raise ValueError(f"There is no obs[{over!r}]; obs has {', '.join(map(repr, table.obs)) or 'no columns'}.")
+    if top_k < 1:
+        raise ValueError(f"top_k={top_k}: must be at least 1.")
     if is_model(model):
         read_head(unwrap(model))  # before the cells are read
     name = name_of(model)
     classifier, tokenizer = load(model, tokenizer, AutoModelForSequenceClassification, min_coverage)
     head = read_head(classifier)
+    of_classes = head.kind == "single_label_classification"
+    if not of_classes and (top_k > 1 or reject is not None or over is not None):
+        raise ValueError(f"top_k, reject and over are for classes, and the model is for {head.kind}: leave them out.")
+    check_reject(reject, head.names)
+    out_of_fold = load_out_of_fold(model) if reject is not None else None
+    if reject is not None and out_of_fold is None:
+        raise ValueError(
+            "The model has no out-of-fold predictions to reject cells by. finetune keeps them (in the folder of the "
+            "checkpoint, or at model.out_of_fold), unless the number of epochs is given: leave it out, or pass 0."
+        )
+
+    centroids = None if out_of_fold is None else out_of_fold.centroids
 
     def forward(batch: dict[str, torch.Tensor], types: torch.Tensor) -> torch.Tensor:
-        return head.predictions(classifier(**batch).logits)
+        if centroids is None:
+            return head.predictions(classifier(**batch).logits)
+        outputs = classifier(**batch, output_hidden_states=True)
+        states = classifier.pool(outputs.hidden_states[-1], types, batch["attention_mask"]).double()
+        distances = torch.cdist(states, torch.from_numpy(centroids).to(states)).amin(dim=1, keepdim=True)
+        return torch.cat([head.predictions(outputs.logits), distances.float()], dim=1)
 
     predictions, n_genes, _ = run(
         adata,
@@ -79,17 +128,59 @@ def annotate(
         desc="annotate",
         with_phenotypes=True,  # as in training
     )
-    table = find_table(adata, layer).table
-    columns = head.columns(predictions, n_genes > 0, key_added)
+    predictions, distances = predictions[:, : len(head.names)], predictions[:, len(head.names) :]
+    columns = head.columns(predictions, n_genes > 0, key_added, top_k)
+    if of_classes:
+        label = f"{key_added}_label"
+        table.obsm[f"{key_added}_probabilities"] = np.where(n_genes[:, None] > 0, predictions, np.float32(np.nan))
+        if reject is not None:
+            witnesses = np.column_stack([predictions.max(axis=1), -distances])
+            columns[label], typical = _reject(columns[label], witnesses, out_of_fold, reject)
+            columns[f"{key_added}_typicality"] = typical
+        if over is not None:
+            columns[f"{key_added}_majority"] = majority(columns[label], table.obs[over])
     for column, values in columns.items():
         table.obs[column] = values
     table.uns[f"{key_added}_annotation"] = {
         "model": name,
         "problem_type": head.kind,
         "columns": list(columns),
+        **({"classes": head.names} if of_classes else {}),
+        **({} if reject is None else {"reject": reject}),
+        **({} if over is None else {"over": over}),
         "version": __version__,
         "vocabulary_fingerprint": tokenizer.fingerprint,
     }
 
 
-__all__ = ["annotate"]
+def _reject(
+    labels: pd.Categorical, witnesses: np.ndarray, out_of_fold: OutOfFold, reject: float
+) -> tuple[pd.Categorical, np.ndarray]:
+    """Replace the labels of cells below the threshold of their label by "unknown"; return also the typicality."""
+    known = [np.exp(out_of_fold.predictions.max(axis=1))]
+    if out_of_fold.distances is not None:
+        known.append(-out_of_fold.distances)
+    known, n_classes = np.column_stack(known), len(labels.categories)
+    predicted = out_of_fold.predictions.argmax(axis=1)
+    thresholds = rejection_thresholds(typicality(known, known), predicted, n_classes, reject)
+    is_labelled, typical = labels.codes >= 0, typicality(known, witnesses)
+    rejected = is_labelled & (typical < thresholds[labels.codes])
+    found = pd.Categorical.from_codes(np.where(rejected, n_classes, labels.codes), [*labels.categories, UNKNOWN])
+    return found, np.where(is_labelled, typical, np.nan).astype(np.float32)
+
+
+def majority(labels: pd.Categorical, clusters: pd.Series) -> pd.Categorical:
+    """Return the most frequent label of the cluster of each cell; of equally frequent ones, the first category.
+
+    It is missing for cells without a cluster, and in clusters without a label.
+    """
+    clusters = pd.Categorical(clusters)
+    counts = np.zeros((len(clusters.categories), len(labels.categories)), np.int64)
+    counted = (clusters.codes >= 0) & (labels.codes >= 0)
+    np.add.at(counts, (clusters.codes[counted], labels.codes[counted]), 1)
+    winners = np.where(counts.any(axis=1), counts.argmax(axis=1), -1)
+    codes = np.where(clusters.codes >= 0, winners[clusters.codes], -1)
+    return pd.Categorical.from_codes(codes, labels.categories)
+
+
+__all__ = ["annotate", "majority"]

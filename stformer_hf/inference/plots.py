@@ -257,6 +257,75 @@ def umaps(
     return panels
 
 
+def mapping(
+    query: AnnData,
+    reference: AnnData,
+    color: str,
+    *,
+    reference_color: str | None = None,
+    use_rep: str = "X_stformer",
+    title: str = "",
+    random_state: int = 0,
+    save: str | Path | None = None,
+) -> np.ndarray:
+    """Plot a query and its reference in one UMAP, coloured by origin, and by label.
+
+    Neighbours and UMAP are computed by scanpy with its defaults, on the cells of both.
+
+    Parameters
+    ----------
+    query, reference : AnnData
+        Cells with `obsm[use_rep]` of the same model, as `map_to_reference` writes.
+    color : str
+        Column of the query's obs, such as "mapped_label".
+    reference_color : str, optional
+        Column of the reference's obs; `color` by default.
+    use_rep : str, default: "X_stformer"
+        Key of the embeddings in obsm.
+    title : str, default: ""
+        Title of the plot.
+    random_state : int, default: 0
+        Seed of the UMAP.
+    save : str or Path, optional
+        PNG to write.
+
+    Returns
+    -------
+    array of Axes (2,)
+
+    Raises
+    ------
+    ValueError
+        A key or column is missing.
+    """
+    import anndata
+    import matplotlib.pyplot as plt
+
+    parts = {}
+    for name, cells, column in (("reference", reference, reference_color or color), ("query", query, color)):
+        if use_rep not in cells.obsm:
+            raise ValueError(f"The {name} has no obsm[{use_rep!r}]: see map_to_reference.")
+        if column not in cells.obs:
+            raise ValueError(f"The {name} has no obs[{column!r}]; it has {', '.join(map(repr, cells.obs)) or 'none'}.")
+        obs = pd.DataFrame({color: cells.obs[column].astype(object)}, index=cells.obs_names)
+        parts[name] = anndata.AnnData(obs=obs, obsm={use_rep: np.asarray(cells.obsm[use_rep])})
+    joint = anndata.concat(parts, label="cells", index_unique=" ")
+    places = _write_umap(joint, use_rep, random_state)
+    size = float(np.clip(20_000 / joint.n_obs, 1, 40))
+    figure, panels = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
+    for panel, column in zip(panels, ("cells", color), strict=True):
+        colours, _, legend = _colours(joint, column)
+        panel.scatter(*places.T, c=colours, s=size, linewidths=0, rasterized=True)  # the query is on top
+        panel.set(xticks=[], yticks=[], title=column)
+        panel.spines[:].set_color("lightgray")
+        columns = -(-len(legend) // _LEGEND_ROWS)
+        panel.legend(handles=legend, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, ncols=columns)
+    if title:
+        figure.suptitle(title)
+    _save(panels[0], save)
+    return panels
+
+
 def label_curve(
     points: pd.DataFrame, *, title: str = "", emphasised: str | None = None, save: str | Path | None = None
 ) -> Axes:
@@ -583,4 +652,4 @@ def _save(ax: Axes, save: str | Path | None) -> Axes:
     return ax
 
 
-__all__ = ["confusion", "label_curve", "loss_curves", "sections", "umap", "umaps", "volcano"]
+__all__ = ["confusion", "label_curve", "loss_curves", "mapping", "sections", "umap", "umaps", "volcano"]

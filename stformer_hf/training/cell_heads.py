@@ -56,7 +56,7 @@ class CellHead:
             return logits
         return logits.sigmoid() if self.kind == "multi_label_classification" else logits.softmax(-1)
 
-    def columns(self, predictions: np.ndarray, known: np.ndarray, prefix: str) -> dict[str, Any]:
+    def columns(self, predictions: np.ndarray, known: np.ndarray, prefix: str, top_k: int = 1) -> dict[str, Any]:
         """Convert predictions to columns of obs.
 
         Parameters
@@ -67,17 +67,29 @@ class CellHead:
             Whether the model could read each cell; the values of the others are missing.
         prefix : str
             Prefix of the column names.
+        top_k : int, default: 1
+            Number of most probable classes; at most all of them.
 
         Returns
         -------
         dict of str to Categorical or float32 array (n,)
-            For classes, `prefix_label`, the most probable one, and `prefix_score`, its probability. For multiple
-            labels and for numbers, one column `prefix_NAME` each.
+            For classes, `prefix_label`, the most probable one, `prefix_score`, its probability, and `prefix_margin`,
+            how much higher that is than the next one (for two classes or more); then `prefix_label_2` and
+            `prefix_score_2`, the next one, up to the `top_k`-th. For multiple labels and for numbers, one column
+            `prefix_NAME` each.
         """
         if self.kind == "single_label_classification":
-            codes = np.where(known, predictions.argmax(axis=1), -1)
-            scores = np.where(known, predictions.max(axis=1), np.nan).astype(np.float32)
-            return {f"{prefix}_label": pd.Categorical.from_codes(codes, self.names), f"{prefix}_score": scores}
+            order = np.argsort(-predictions, axis=1, kind="stable")
+            best = np.where(known[:, None], np.take_along_axis(predictions, order, axis=1), np.nan).astype(np.float32)
+            found = {}
+            for i in range(min(top_k, len(self.names))):
+                rank = f"_{i + 1}" if i else ""
+                codes = np.where(known, order[:, i], -1)
+                found[f"{prefix}_label{rank}"] = pd.Categorical.from_codes(codes, self.names)
+                found[f"{prefix}_score{rank}"] = best[:, i]
+                if i == 0 and len(self.names) > 1:
+                    found[f"{prefix}_margin"] = best[:, 0] - best[:, 1]
+            return found
         values = np.where(known[:, None], predictions, np.nan).astype(np.float32)
         return {f"{prefix}_{name}": values[:, i] for i, name in enumerate(self.names)}
 

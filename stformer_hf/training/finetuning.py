@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
@@ -37,18 +36,18 @@ from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
 from .adapting import adapt, check_adapts
+from .calibration import CALIBRATION_FILE, OutOfFold
 from .cell_trainer import CellTrainer
 from .defaults import FINETUNING, MAX_LENGTH
 from .loading import is_adapter, is_model, load_model, load_tokenizer, unwrap
 from .starts.classifier_start import ClassifierStart, start_classifier
-from .starts.linear_readers import Problem, inner_folds
+from .starts.linear_readers import Problem, fit_temperature, inner_folds, log_softmax
 
 logger = logging.getLogger(__name__)
 
 MOST_EPOCHS = 3
 N_FOLDS = 2
 FEW_LABELS = 50  # cells of the median class: with fewer, fine-tuning lowers the start more often than not
-CALIBRATION_FILE = "out_of_fold.safetensors"
 _EPOCHS_WITHOUT_START = 10
 
 
@@ -76,6 +75,11 @@ class Finetuning:
         Rank of the adapters that are trained in place of the encoder; see `adapt`.
     freeze : int
         Number of first layers that are not trained.
+    out_of_fold : OutOfFold, optional
+        Predictions of training cells by models trained as this one will be. None if there are none: it does not start
+        at linear readers, or is trained for a number of epochs that was given.
+    temperature : float, optional
+        Of the trained model; that of the start by default.
     facts : dict
         Settings for the model card.
     """
@@ -90,6 +94,8 @@ class Finetuning:
     balanced: bool = False
     lora: int | None = None
     freeze: int = 0
+    out_of_fold: OutOfFold | None = None
+    temperature: float | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     def known(self, cells: CellStore) -> CellStore:
@@ -114,6 +120,8 @@ class Finetuning:
         options = {name: kwargs.pop(name) for name in ("gene_dropout", "packing") if name in kwargs}
         arguments.num_train_epochs = self.num_train_epochs
         self.model = adapt(self.model, self.lora, self.freeze)
+        if self.temperature is not None:
+            kwargs["callbacks"] = [*kwargs.get("callbacks", []), _SetTemperature(self.temperature)]
         return CellTrainer(
             model=self.model,
             args=arguments,
@@ -125,14 +133,20 @@ class Finetuning:
         )
 
     def save_calibration(self, folder: str | Path) -> None:
-        """Write the out-of-fold predictions of the start, for calibration: `out_of_fold.safetensors`."""
-        if self.start is not None:
-            arrays = {
-                "predictions": self.start.choice.out_of_fold,
-                "labels": np.ascontiguousarray(self.start.labels),
-                "cell_id": np.ascontiguousarray(self.start.rows.astype(np.int64)),
-            }
-            save_file(arrays, str(Path(folder) / CALIBRATION_FILE))
+        """Write the out-of-fold predictions, `out_of_fold.safetensors`; those of an earlier model are removed."""
+        (Path(folder) / CALIBRATION_FILE).unlink(missing_ok=True)
+        if self.out_of_fold is not None:
+            self.out_of_fold.save(folder)
+
+
+class _SetTemperature(TrainerCallback):
+    """Set the temperature of a model when its training ends."""
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+
+    def on_train_end(self, args, state, control, *, model: PreTrainedModel, **_) -> None:
+        unwrap(model).config.temperature = self.temperature
 
 
 def finetune(
@@ -215,8 +229,10 @@ def finetune(
     Returns
     -------
     PreTrainedModel
-        In evaluation mode, with its tokenizer at `model.tokenizer`, so that `annotate(new, model)` works. With `lora`,
-        a `peft.PeftModel`.
+        In evaluation mode, with its tokenizer at `model.tokenizer`, so that `annotate(new, model)` works, and its
+        out-of-fold predictions at `model.out_of_fold`, so that `annotate(new, model, reject=0.05)` does. There are
+        none (None) without linear readers, and for a number of epochs above 0 that was given. With `lora`, a
+        `peft.PeftModel`.
 
     Raises
     ------
@@ -275,6 +291,7 @@ def finetune(
         if output is not None:
             trainer.save_model(str(output))
             prepared.save_calibration(output)
+        prepared.model.out_of_fold = prepared.out_of_fold
         return prepared.model.eval()
 
 
@@ -363,14 +380,35 @@ def prepare_classifier(
     epochs, facts = num_train_epochs, {**facts, **_facts_of(start)}
     if epochs is None:
         begun = Finetuning(model, tokenizer, cells, label_key, 0, start, is_new, balanced, lora, freeze)
-        epochs, found = choose_epochs(begun, labels, groups, arguments)
+        epochs, found, trained = choose_epochs(begun, labels, groups, arguments)
         facts |= found
-    return Finetuning(model, tokenizer, cells, label_key, epochs, start, is_new, balanced, lora, freeze, facts)
+    out_of_fold, temperature = None, None
+    if start is not None and epochs == 0:
+        choice = start.choice
+        out_of_fold = OutOfFold(choice.out_of_fold, start.labels, start.rows, choice.distances, start.centroids)
+    elif start is not None and num_train_epochs is None:
+        problem = Problem(problem_type, model.config.num_labels)
+        scale = fit_temperature(problem, trained.predictions, trained.labels)
+        temperature = float(model.config.temperature * scale)
+        trained.predictions = (trained.predictions / scale).astype(np.float32)
+        if problem.kind == "single_label_classification":
+            trained.predictions = log_softmax(trained.predictions)
+        out_of_fold = trained
+    if out_of_fold is not None and problem_type == "single_label_classification":
+        facts |= out_of_fold.facts(temperature or model.config.temperature)
+    return Finetuning(
+        *(model, tokenizer, cells, label_key, epochs, start, is_new, balanced),
+        lora=lora,
+        freeze=freeze,
+        out_of_fold=out_of_fold,
+        temperature=temperature,
+        facts=facts,
+    )
 
 
 def choose_epochs(
     prepared: Finetuning, labels: np.ndarray, groups: np.ndarray | None, arguments: TrainingArguments
-) -> tuple[float, dict[str, Any]]:
+) -> tuple[float, dict[str, Any], OutOfFold | None]:
     """Choose for how many epochs to train beyond the start, 0 included.
 
     In each of 2 inner folds the start is fitted to the fold's training cells, trained for 3 epochs, and scored on the
@@ -395,6 +433,8 @@ def choose_epochs(
     epochs : float
     facts : dict
         `fine_tuning`, the reason; `inner_scores`, the mean score at the start and after each epoch, if it was tried.
+    out_of_fold : OutOfFold or None
+        Outputs for the cells of the inner folds after that number of epochs; None if it is 0.
 
     Notes
     -----
@@ -404,15 +444,17 @@ def choose_epochs(
     model = prepared.model
     problem = Problem(model.config.problem_type, model.config.num_labels)
     if prepared.start is None:
-        return 0, {"fine_tuning": "none: there is only one class"}
+        return 0, {"fine_tuning": "none: there is only one class"}, None
     per_class = np.bincount(labels) if problem.kind == "single_label_classification" else np.array([len(labels)])
     median = int(np.median(per_class[per_class > 0]))
     if median < FEW_LABELS:
-        return 0, {"fine_tuning": f"none: the median class has {median} cells, fewer than {FEW_LABELS}"}
+        return 0, {"fine_tuning": f"none: the median class has {median} cells, fewer than {FEW_LABELS}"}, None
     folds = inner_folds(problem, labels, groups, arguments.seed)[:N_FOLDS]
-    scores = []
+    outputs, scores, rows = [], [], []
     for train, held_out, _ in folds:
-        scores.append(_score_epochs(prepared, problem, labels, train, held_out, arguments))
+        outputs.append(_outputs_of_epochs(prepared, labels, train, held_out, arguments))
+        rows.append(held_out)
+        scores.append(np.stack([problem.cell_scores(of, labels[held_out]) for of in outputs[-1]], axis=1))
         if (scores[0].mean(axis=0)[1:] <= scores[0][:, 0].mean()).all():
             break
     gains = np.concatenate([scores_of - scores_of[:, :1] for scores_of in scores])  # (cells, 1 + epochs)
@@ -422,26 +464,20 @@ def choose_epochs(
     overall = np.concatenate(scores).mean(axis=0)
     facts = {"inner_scores": [round(float(score), 4) for score in overall]}
     if best == 0 or means[best] <= error:
-        return 0, {**facts, "fine_tuning": "none: it did not beat the start by more than its standard error"}
-    return best, {
-        **facts,
-        "fine_tuning": f"{best} epochs: {means[best]:+.4f} over the start (standard error {error:.4f})",
-    }
+        return 0, {**facts, "fine_tuning": "none: it did not beat the start by more than its standard error"}, None
+    facts["fine_tuning"] = f"{best} epochs: {means[best]:+.4f} over the start (standard error {error:.4f})"
+    rows = np.concatenate(rows)
+    return best, facts, OutOfFold(np.concatenate([of[best] for of in outputs]), labels[rows], rows)
 
 
-def _score_epochs(
+def _outputs_of_epochs(
     prepared: Finetuning,
-    problem: Problem,
     labels: np.ndarray,
     train: np.ndarray,
     held_out: np.ndarray,
     arguments: TrainingArguments,
 ) -> np.ndarray:
-    """Train on one part, and score each cell of another at the start and after each epoch: (n_held_out, 1 + epochs).
-
-    The score is 1 for a correct class (for multiple labels, the share that is correct), and the negative squared error
-    for regression.
-    """
+    """Train on one part, and predict another at the start and after each epoch: (1 + epochs, n, n_outputs)."""
     model, start = copy.deepcopy(prepared.model), prepared.start
     of_all = len(start.rows) == len(labels)
     cells, others = prepared.cells.select(train), prepared.cells.select(held_out)
@@ -457,12 +493,12 @@ def _score_epochs(
         rotated=(start.rotated[0][train], start.rotated[1]) if of_all else None,
     )
     model = adapt(model, prepared.lora, prepared.freeze)
-    scores: list[np.ndarray] = []
+    outputs: list[np.ndarray] = []
 
-    def score() -> None:
-        scores.append(problem.cell_scores(predict(model, prepared.tokenizer, others), labels[held_out]))
+    def predict_others() -> None:
+        outputs.append(predict(model, prepared.tokenizer, others))
 
-    class ScoreEpochs(TrainerCallback):
+    class PredictEpochs(TrainerCallback):
         def on_train_begin(self, args, state, *_, **__) -> None:
             self.bar = tqdm(total=state.max_steps, desc="try fine-tuning", unit="step", disable=None)
 
@@ -470,12 +506,12 @@ def _score_epochs(
             self.bar.update()
 
         def on_epoch_end(self, *_, **__) -> None:
-            score()
+            predict_others()
 
         def on_train_end(self, *_, **__) -> None:
             self.bar.close()
 
-    score()
+    predict_others()
     with tempfile.TemporaryDirectory() as folder:
         inner = copy.copy(arguments)
         inner.output_dir, inner.num_train_epochs, inner.max_steps = folder, MOST_EPOCHS, -1
@@ -487,11 +523,11 @@ def _score_epochs(
             data_collator=_collator(model, prepared.tokenizer, prepared.label_key, inner.seed),
             train_dataset=cells,
             processing_class=prepared.tokenizer,
-            callbacks=[ScoreEpochs()],
+            callbacks=[PredictEpochs()],
         )
         trainer.remove_callback(PrinterCallback)  # its losses would look like those of the final model
         trainer.train()
-    return np.stack(scores, axis=1)
+    return np.stack(outputs)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ LABELS = {"id2label": {0: "cycling", 1: "doublet"}, "label2id": {"cycling": 0, "
 HEADS = {
     "classes": (
         {"num_labels": 3},
-        ["stformer_label", "stformer_score"],
+        ["stformer_label", "stformer_score", "stformer_margin"],
         "It assigns each cell to one of 3 classes: LABEL_0, LABEL_1",
     ),
     "labels": (
@@ -79,6 +79,12 @@ def test_a_head_is_read_as_what_it_is(genes, adata, head, tmp_path, capsys):
             adata.obs["stformer_score"].to_numpy()[:, None],
             torch.tensor(logits).softmax(1).amax(1)[:, None],
         )
+        probabilities = adata.obsm["stformer_probabilities"]
+        np.testing.assert_allclose(probabilities[known], torch.tensor(logits).softmax(1)[known], atol=1e-5)
+        assert np.isnan(probabilities[3]).all()
+        assert list(adata.uns["stformer_annotation"]["classes"]) == ["LABEL_0", "LABEL_1", "LABEL_2"]
+        best = np.sort(probabilities[known], axis=1)
+        np.testing.assert_allclose(adata.obs["stformer_margin"][known], best[:, -1] - best[:, -2], atol=1e-6)
     else:
         found = adata.obs[columns].to_numpy()
         wanted = 1 / (1 + np.exp(-logits)) if head == "labels" else logits

@@ -112,11 +112,35 @@ def test_training_goes_on_for_the_epochs_asked_for_and_is_saved(labelled, unseen
     batch = model.tokenizer(unseen, padding=True, return_tensors="pt")
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    sf.annotate(unseen, str(tmp_path / "m"))
+    assert (unseen.obs["stformer_label"].astype(str) == unseen.obs["type"].astype(str)).mean() > 0.85
+
+
+def test_out_of_fold_predictions_are_kept_only_of_models_trained_alike(labelled, unseen, tmp_path):
+    model = finetune(labelled, "type", num_train_epochs=0, output=tmp_path / "m")
     calibration = load_file(tmp_path / "m" / "out_of_fold.safetensors")
     assert calibration["predictions"].shape == (238, 3) and len(calibration["labels"]) == 238
     assert (calibration["predictions"].argmax(1) == calibration["labels"]).mean() > 0.8
-    sf.annotate(unseen, str(tmp_path / "m"))
-    assert (unseen.obs["stformer_label"].astype(str) == unseen.obs["type"].astype(str)).mean() > 0.85
+    np.testing.assert_array_equal(model.out_of_fold.predictions, calibration["predictions"])
+    has_counts = np.asarray(labelled.X.sum(axis=1)).ravel() > 0
+    kept = labelled[labelled.obs["type"].notna().to_numpy() & has_counts].copy()
+    with torch.no_grad():
+        batch = model.tokenizer(kept, padding=True, return_tensors="pt")
+        states = model.base_model(**batch).last_hidden_state[:, 0].double().numpy()
+    centroids = np.stack([states[(kept.obs["type"] == name).to_numpy()].mean(axis=0) for name in ("T0", "T1", "T2")])
+    np.testing.assert_allclose(calibration["centroids"], centroids, atol=1e-4)
+    of_training = np.linalg.norm(states[:, None] - centroids, axis=2).min(axis=1)
+    assert np.corrcoef(of_training, calibration["distances"])[0, 1] > 0.7
+    assert calibration["distances"].mean() == pytest.approx(of_training.mean(), rel=0.1)
+    by_object, by_name = unseen.copy(), unseen.copy()
+    sf.annotate(by_object, model, reject=0.1)
+    sf.annotate(by_name, tmp_path / "m", reject=0.1)
+    pd.testing.assert_frame_equal(by_object.obs, by_name.obs)
+    model = finetune(labelled, "type", num_train_epochs=1, output=tmp_path / "m", training={"max_steps": 1})
+    assert model.out_of_fold is None and not (tmp_path / "m" / "out_of_fold.safetensors").exists()
+    for trained in (model, tmp_path / "m"):
+        with pytest.raises(ValueError, match="no out-of-fold predictions"):
+            sf.annotate(by_name, trained, reject=0.1)
 
 
 def test_training_is_chosen_only_where_it_beats_the_start(labelled, monkeypatch):
@@ -125,31 +149,35 @@ def test_training_is_chosen_only_where_it_beats_the_start(labelled, monkeypatch)
     monkeypatch.setattr(finetuning, "FEW_LABELS", 40)
     rng = np.random.default_rng(0)
 
-    def scores(better: float):
-        def of(prepared, problem, labels, train, held_out, arguments):
-            base = (rng.random(len(held_out)) < 0.8).astype(float)
-            return np.stack([base, np.maximum(base, rng.random(len(held_out)) < better)], axis=1)
+    def outputs(better: float):
+        def of(prepared, labels, train, held_out, arguments):
+            base = rng.random(len(held_out)) < 0.8
+            right = np.stack([base, base | (rng.random(len(held_out)) < better)])  # (epochs, cells)
+            return np.eye(3)[np.where(right, labels[held_out], (labels[held_out] + 1) % 3)]
 
         return of
 
     for better, expected in ((0.0, 0), (0.9, 1)):
         tried, trained = [], []
-        score = scores(better)
-        monkeypatch.setattr(finetuning, "_score_epochs", lambda *a, to=tried, of=score: to.append(a[3]) or of(*a))
+        output = outputs(better)
+        monkeypatch.setattr(
+            finetuning, "_outputs_of_epochs", lambda *a, to=tried, of=output: to.append(a[3]) or of(*a)
+        )
         monkeypatch.setattr(finetuning.CellTrainer, "train", lambda self, to=trained, **_: to.append(self))
-        finetune(store_like, "type")
+        model = finetune(store_like, "type")
+        n_kept = len(np.concatenate(tried)) if expected else 178
+        assert len(model.out_of_fold.labels) == n_kept, "the cells of the inner folds, or all"
         assert len(tried) == 1 + expected, "a second fold only after a gain in the first"
         assert len(trained) == expected and all(t.args.num_train_epochs == 1 for t in trained)
     monkeypatch.setattr(finetuning, "FEW_LABELS", 1000)
-    monkeypatch.setattr(finetuning, "_score_epochs", None)
+    monkeypatch.setattr(finetuning, "_outputs_of_epochs", None)
     finetune(store_like, "type")
 
 
-def test_inner_scores_are_those_of_cells_that_the_fold_has_not_seen(labelled, tmp_path):
+def test_inner_outputs_are_those_of_cells_that_the_fold_has_not_seen(labelled, tmp_path):
     from transformers import TrainingArguments
 
     from stformer_hf.training.defaults import FINETUNING
-    from stformer_hf.training.starts.linear_readers import Problem
 
     store = CellStore.build(tmp_path / "store", labelled, obs=["type"], report=False)
     arguments = TrainingArguments(str(tmp_path / "m"), **{**FINETUNING, "use_cpu": True})
@@ -157,10 +185,9 @@ def test_inner_scores_are_those_of_cells_that_the_fold_has_not_seen(labelled, tm
     labels = prepared.cells.obs["type"].cat.codes.to_numpy().astype(np.int64)
     before = {name: value.clone() for name, value in prepared.model.state_dict().items()}
     train, held_out = np.arange(0, 150), np.arange(150, 200)
-    scores = finetuning._score_epochs(
-        prepared, Problem("single_label_classification", 3), labels, train, held_out, arguments
-    )
-    assert scores.shape == (50, 1 + finetuning.MOST_EPOCHS) and scores[:, 0].mean() > 0.7
+    outputs = finetuning._outputs_of_epochs(prepared, labels, train, held_out, arguments)
+    assert outputs.shape == (1 + finetuning.MOST_EPOCHS, 50, 3)
+    assert (outputs[0].argmax(axis=1) == labels[held_out]).mean() > 0.7
     assert all(torch.equal(value, before[name]) for name, value in prepared.model.state_dict().items())
 
 

@@ -39,6 +39,32 @@ def classification_metrics(true: Sequence, predicted: Sequence, labels: Sequence
     }
 
 
+def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, n_bins: int = 15) -> float:
+    """Compute the expected calibration error: the mean distance of the highest probability from the accuracy.
+
+    Parameters
+    ----------
+    probabilities : float array (n, n_classes)
+    labels : int array (n,)
+        True classes.
+    n_bins : int, default: 15
+        Bins of equal width of the highest probability; each counts by its number of cells.
+
+    Returns
+    -------
+    float
+        0 to 1.
+
+    References
+    ----------
+    Guo et al. 2017, On calibration of modern neural networks.
+    """
+    highest = probabilities.max(axis=1)
+    correct = probabilities.argmax(axis=1) == labels
+    bins = np.minimum((highest * n_bins).astype(np.int64), n_bins - 1)
+    return float(np.abs(np.bincount(bins, correct - highest, n_bins)).sum() / len(labels))
+
+
 def compute_classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Compute accuracy and macro F1 of the highest logit, as `compute_metrics` of a Trainer for classification.
 

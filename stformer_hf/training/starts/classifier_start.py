@@ -19,7 +19,7 @@ from ...evaluation.readers import rotate_genes
 from ...models.gene_bert.modeling_gene_bert import GeneBertForClassification
 from ...models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ...store.cell_store import CellStore
-from .linear_readers import Problem, ReaderChoice, choose_readers, inner_folds, quick_fits
+from .linear_readers import Problem, ReaderChoice, centroids, choose_readers, inner_folds, quick_fits
 from .spectral_start import cell_embedding_of, count_blocks, set_views
 from .spectral_views import SpectralViews, fit_spectral_views, log_values, pearson_residuals
 
@@ -48,12 +48,15 @@ class ClassifierStart:
         Labels of these cells.
     rotated : (features, callable)
         Output of `rotate_genes` for these cells.
+    centroids : float32 array (n_classes, d), optional
+        Mean state of the training cells of each class: inputs of the head. Only for classes.
     """
 
     choice: ReaderChoice
     rows: np.ndarray
     labels: np.ndarray
     rotated: Rotated
+    centroids: np.ndarray | None = None
 
 
 def start_classifier(
@@ -172,7 +175,10 @@ def start_classifier(
             wide = problem.fit(values, labels[to_fit], choice.wide)
     _write(model, head, wide)
     config.reader_weights, config.temperature = [float(w) for w in choice.weights], float(choice.temperature)
-    return ClassifierStart(choice, rows, of, (gene_features, to_genes))
+    means = None
+    if problem.kind == "single_label_classification":
+        means = centroids(states, labels[to_fit]).astype(np.float32)
+    return ClassifierStart(choice, rows, of, (gene_features, to_genes), means)
 
 
 def _log_values_of(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy import sparse
+from scipy.optimize import minimize_scalar
+from scipy.spatial.distance import cdist
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
@@ -24,7 +26,7 @@ WEIGHTS = ((1.0, 1.0), (1.0, 0.5), (0.5, 1.0), (1.0, 0.0), (0.0, 1.0))  # of hea
 # Kept unless another choice is clearly better: both views of moderate size, and the genes at half the weight, since
 # from few labels a reader of thousands of genes learns less than one of 60 components.
 PREFERRED = {"n_components": 30, "head": 1.0, "wide": 1.0, "weights": (1.0, 0.5)}
-_TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
+_TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # for the choice of the other settings
 _TOLERANCES = {"choice": 1e-3, "final": 1e-4}  # of lbfgs
 _LOWEST = -15.0  # logit of a class that a training fold lacks
 _SMALL = 1000  # with fewer cells, cross-validation is repeated
@@ -66,6 +68,9 @@ class ReaderChoice:
     out_of_fold : float32 array (n_cells, n_outputs)
         Out-of-fold predictions, the mean over repeats: log probabilities of classes, logits of multiple labels per
         cell, or numbers for regression.
+    distances : float32 array (n_cells,), optional
+        Distance of each cell to the nearest of the centroids of the classes in its training folds, in the features of
+        the head; the mean over repeats. Only for classes.
     """
 
     n_components: int
@@ -76,6 +81,7 @@ class ReaderChoice:
     loss: float
     score: float
     out_of_fold: np.ndarray
+    distances: np.ndarray | None = None
 
 
 class Problem:
@@ -230,6 +236,36 @@ def inner_folds(
     return folds
 
 
+def centroids(states: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Compute the mean of each class that has cells: float64 array (n_classes, d)."""
+    return np.stack([states[labels == label].mean(axis=0) for label in np.unique(labels)])
+
+
+def nearest_centroid(states: np.ndarray, means: np.ndarray) -> np.ndarray:
+    """Compute the Euclidean distance of each cell to the nearest centroid: float64 array (n,)."""
+    return cdist(states, means).min(axis=1)
+
+
+def fit_temperature(problem: Problem, outputs: np.ndarray, labels: np.ndarray) -> float:
+    """Fit the temperature with the lowest mean loss of out-of-fold outputs, between 0.5 and 2.8; 1 for regression.
+
+    Parameters
+    ----------
+    problem : Problem
+    outputs : float array (n, n_outputs)
+        Outputs at a temperature of 1.
+    labels : array (n, …)
+    """
+    if problem.kind == "regression":
+        return 1.0
+    found = minimize_scalar(
+        lambda log: float(problem.loss(outputs / np.exp(log), labels).mean()),
+        bounds=np.log([_TEMPERATURES[0], _TEMPERATURES[-1]]),
+        method="bounded",
+    )
+    return float(np.exp(found.x))
+
+
 def choose_readers(
     problem: Problem,
     labels: np.ndarray,
@@ -243,7 +279,8 @@ def choose_readers(
     `PREFERRED` is kept unless the best score (ties are broken by the loss) is higher by more than the standard error
     of the difference over cells (the one-standard-error rule of Breiman et al. 1984), since the best of many choices
     is partly so by chance. The score is accuracy (for multiple labels per cell, the share that is correct; for
-    regression, the negative squared error). The temperature is that with the lowest loss.
+    regression, the negative squared error). The temperature is that with the lowest loss, see
+    `fit_temperature`.
 
     Parameters
     ----------
@@ -267,6 +304,8 @@ def choose_readers(
     shape = (n_repeats, len(labels), problem.n_outputs)
     heads = {key: np.zeros(shape) for key in itertools.product(n_components, PENALTIES["head"])}
     wides = {penalty: np.zeros(shape) for penalty in PENALTIES["wide"]}
+    of_classes = problem.kind == "single_label_classification"
+    distances = {n: np.zeros(shape[:2]) for n in n_components}
 
     def fit_fold(fold: tuple[np.ndarray, np.ndarray, int]) -> None:
         train, held_out, repeat = fold
@@ -278,6 +317,9 @@ def choose_readers(
             of_train, of_held_out = views(n)
             reader = problem.fit(of_train, labels[train], penalty, "choice")
             outputs[repeat, held_out] = reader(of_held_out)
+        for n in n_components if of_classes else ():
+            of_train, of_held_out = views(n)
+            distances[n][repeat, held_out] = nearest_centroid(of_held_out, centroids(of_train, labels[train]))
 
     with quick_fits(), ThreadPoolExecutor(min(torch.get_num_threads(), len(folds))) as pool:
         list(tqdm(pool.map(fit_fold, folds), "choose the readers", len(folds), unit="fold", disable=None))
@@ -289,22 +331,24 @@ def choose_readers(
     tried = []
     for ((n, head), of_head), (wide, of_wide), weights in itertools.product(heads.items(), wides.items(), WEIGHTS):
         both = problem.combine(*(part.reshape(-1, problem.n_outputs) for part in (of_head, of_wide)), weights)
-        loss, temperature = min((float(problem.loss(both / t, every).mean()), t) for t in temperatures)
+        loss = min(float(problem.loss(both / t, every).mean()) for t in temperatures)
         # The mean of each cell over the repeats, which are not independent.
         scores = problem.cell_scores(both, every).reshape(n_repeats, -1).mean(axis=0)
         setting = {"n_components": n, "head": head, "wide": wide, "weights": weights}
-        tried.append((scores, -loss, temperature, setting))
+        tried.append((scores, -loss, setting))
     best = max(tried, key=lambda one: (round(float(one[0].mean()), 9), one[1]))
-    usual = next(one for one in tried if one[3] == preferred)
+    usual = next(one for one in tried if one[2] == preferred)
     gain = best[0] - usual[0]
     if gain.mean() <= gain.std(ddof=1) / np.sqrt(len(gain)):
         best = usual
-    _, loss, temperature, chosen = best
+    chosen = best[-1]
     n, head, wide, weights = chosen["n_components"], chosen["head"], chosen["wide"], chosen["weights"]
     both = problem.combine(
         heads[n, head].reshape(-1, problem.n_outputs), wides[wide].reshape(-1, problem.n_outputs), weights
     )
-    outputs, loss = both / temperature, -loss
+    temperature = fit_temperature(problem, both, every)
+    outputs = both / temperature
+    loss = float(problem.loss(outputs, every).mean())
     if problem.kind == "single_label_classification":
         outputs = log_softmax(outputs)
     score, outputs = problem.score(outputs, every), outputs.reshape(shape).mean(axis=0)
@@ -319,6 +363,7 @@ def choose_readers(
         loss=loss,
         score=score,
         out_of_fold=outputs.astype(np.float32),
+        distances=distances[n].mean(axis=0).astype(np.float32) if of_classes else None,
     )
 
 
@@ -326,8 +371,11 @@ __all__ = [
     "Linear",
     "Problem",
     "ReaderChoice",
+    "centroids",
     "choose_readers",
+    "fit_temperature",
     "inner_folds",
     "log_softmax",
+    "nearest_centroid",
     "quick_fits",
 ]

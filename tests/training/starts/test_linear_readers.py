@@ -100,6 +100,22 @@ def test_out_of_fold_predictions_do_not_know_the_cell():
     np.testing.assert_allclose(np.exp(choice.out_of_fold.astype(float)).sum(1), 1, atol=1e-5)
 
 
+def test_out_of_fold_distances_are_to_centroids_of_the_other_folds():
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    features = rng.normal(size=(60, 4)) + np.eye(3, 4)[labels]
+    folds = inner_folds(Problem(CLASSES, 3), labels, None, 0)
+    choice = choose_readers(
+        Problem(CLASSES, 3), labels, folds, lambda t, h: lambda n: (features[t], features[h]), features, [4]
+    )
+    expected = np.zeros(60)
+    for train, held_out, _ in folds:  # two repeats
+        means = [features[train][labels[train] == kind].mean(axis=0) for kind in range(3)]
+        for row in held_out:
+            expected[row] += min(np.sqrt(((features[row] - mean) ** 2).sum()) for mean in means) / 2
+    np.testing.assert_allclose(choice.distances, expected, rtol=1e-5)
+
+
 def test_the_usual_choice_is_kept_where_nothing_is_clearly_better():
     values, labels = cells(150)
     good, _ = rotate_genes(values)

@@ -1,0 +1,84 @@
+"""Label the cells of a file by their nearest neighbours in a labelled reference.
+
+stformer-hf map --data query.h5ad --reference atlas.h5ad --label cell_type --model pretrained --output mapped.h5ad
+stformer-hf map --data query.h5ad --reference folder --model pretrained --output mapped.h5ad
+
+--save_reference FOLDER keeps the embedding of the reference, for the next query.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .arguments import parse
+
+
+@dataclass
+class MapArguments:
+    """Flags of `map`."""
+
+    data: str = field(metadata={"help": "query: h5ad or h5mu file, or zarr of an AnnData, MuData or SpatialData"})
+    reference: str = field(metadata={"help": "such a file with labels, or a folder that --save_reference wrote"})
+    model: str = field(metadata={"help": "checkpoint"})
+    output: str = field(metadata={"help": 'h5ad file to write, with obs["mapped_label"] and obs["mapped_score"]'})
+    label: str | None = field(
+        default=None, metadata={"help": "column of the reference's obs; a folder has its labels"}
+    )
+    save_reference: str | None = field(default=None, metadata={"help": "folder for the reference"})
+    n_neighbors: int = field(default=15, metadata={"help": "neighbours of each cell"})
+    reject: float | None = field(
+        default=None,
+        metadata={"help": 'nominal share of known cells to label "unknown", such as 0.05 (default: none)'},
+    )
+    layer: str | None = field(default=None, metadata={"help": "location of the query's counts: X, raw or a layer"})
+    fractional: bool = field(default=False, metadata={"help": "allow fractional counts, such as estimates"})
+    batch_size: int = field(default=64, metadata={"help": "cells per batch"})
+    min_coverage: float | None = field(
+        default=None, metadata={"help": "minimum share of the model's genes in the cells (default: the model's)"}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "replace an existing file"})
+
+
+def main(argv: list[str]) -> None:
+    """Parse and run."""
+    args, _ = parse(argv, MapArguments, verb="map", description=__doc__)
+    print(run(args).obs["mapped_label"].value_counts().to_string())
+
+
+def run(args: MapArguments):
+    """Map the cells and write the file; return the AnnData."""
+    from ..inference.map_to_reference import REFERENCE_FILE, map_to_reference, save_reference
+    from .files import read, write
+
+    is_folder = (Path(args.reference) / REFERENCE_FILE).is_file()
+    if is_folder and args.save_reference:
+        raise ValueError(f"{args.reference} is a saved reference already: leave out --save_reference.")
+    query, layer = read(args.data, args.output, args.overwrite, args.layer)
+    reference = args.reference if is_folder else read(args.reference)[0]
+    if args.save_reference:
+        if args.label is None:
+            raise ValueError("--save_reference needs --label.")
+        save_reference(
+            reference,
+            args.model,
+            args.save_reference,
+            args.label,
+            fractional=args.fractional,
+            batch_size=args.batch_size,
+        )
+        reference = args.save_reference
+    map_to_reference(
+        query,
+        reference,
+        args.model,
+        label_key=None if isinstance(reference, str) and not is_folder else args.label,
+        n_neighbors=args.n_neighbors,
+        reject=args.reject,
+        layer=layer,
+        fractional=args.fractional,
+        batch_size=args.batch_size,
+        min_coverage=args.min_coverage,
+    )
+    write(query, args.output)
+    return query

@@ -1,0 +1,251 @@
+"""Map cells onto a labelled reference: nearest neighbours in the embedding of a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from safetensors.numpy import load_file, save_file
+from sklearn.neighbors import NearestNeighbors
+from transformers import AutoModel, PreTrainedModel
+
+from .. import __version__
+from ..models.gene_bert.cell_tables import find_table
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from .batches import check_cells, load
+from .embed import default_pooling, embed
+from .rejection import UNKNOWN, check_reject, rejection_thresholds
+
+N_NEIGHBORS = 15
+REFERENCE_FILE, _ARRAYS = "reference.json", "reference.safetensors"
+
+
+class Reference(NamedTuple):
+    """Labelled cells in the embedding of a model.
+
+    Attributes
+    ----------
+    embedding : float32 array (n_cells, d)
+    labels : Categorical (n_cells,)
+        All known.
+    names : array of str (n_cells,)
+        Names of the cells.
+    fingerprint : str
+        Of the model, see `fingerprint_of`.
+    """
+
+    embedding: np.ndarray
+    labels: pd.Categorical
+    names: np.ndarray
+    fingerprint: str
+
+
+def map_to_reference(
+    query: AnnData,
+    reference: AnnData | str | Path,
+    model: str | PreTrainedModel,
+    *,
+    label_key: str | None = None,
+    tokenizer: GeneTokenizer | None = None,
+    n_neighbors: int = N_NEIGHBORS,
+    reject: float | None = None,
+    key_added: str = "mapped",
+    layer: str | None = None,
+    fractional: bool = False,
+    batch_size: int = 64,
+    device: str | None = None,
+    min_coverage: float | None = None,
+) -> None:
+    """Label the cells of a query by their nearest neighbours in a labelled reference.
+
+    Parameters
+    ----------
+    query : AnnData, MuData or SpatialData
+        Cells with raw counts in X, raw or a layer.
+    reference : AnnData, MuData, SpatialData, str or Path
+        Cells with raw counts and labels; or a folder written by `save_reference`.
+    model : str or PreTrainedModel
+        As for `embed`.
+    label_key : str, optional
+        Column of the reference's obs. Cells without a label are left out. A folder has its labels.
+    tokenizer : GeneTokenizer, optional
+        The checkpoint's own by default.
+    n_neighbors : int, default: 15
+        Neighbours of each cell, at most the number of cells of the reference - 1.
+    reject : float, optional
+        Nominal share of the known cells to label "unknown", such as 0.05: those further from their neighbours than
+        this share of the reference's own cells with the same label (each without itself). By default no cell is
+        rejected.
+    key_added : str, default: "mapped"
+        Prefix of the results. In `query.obs`: `mapped_label` (categorical), `mapped_score`, the share of the
+        neighbours' weights that have this label, and `mapped_distance`, the mean distance to the neighbours (both
+        float32). In `query.obsm`: `mapped_neighbors`, a DataFrame (n_obs, n_neighbors) of the names of the
+        neighbours, the nearest first, and `mapped_neighbor_distances`, float32. Settings go to `query.uns["mapped"]`.
+    layer, fractional, batch_size, device, min_coverage
+        As for `embed`. `layer` is that of the query.
+
+    Raises
+    ------
+    ValueError
+        The reference belongs to another model; the column is missing; no cell is labelled; as for `embed`.
+    FileNotFoundError
+        The checkpoint, or the folder of the reference, does not exist.
+    TypeError
+        `query` or `reference` does not hold cells, or `model` is not a model.
+
+    Notes
+    -----
+    Both embeddings are written to `obsm["X_stformer"]`. Neighbours are exact, by Euclidean distance, and are weighted
+    by 1 / distance; at distance 0, only the neighbours at distance 0 count. The share of rejected cells holds for
+    cells that are exchangeable with the reference, which those of another donor, plate or protocol are not.
+    """
+    check_cells(query)
+    if n_neighbors < 1:
+        raise ValueError(f"n_neighbors={n_neighbors}: must be at least 1.")
+    encoder, tokenizer = load(model, tokenizer, AutoModel, min_coverage)
+    settings = {"fractional": fractional, "batch_size": batch_size, "device": device}
+    if isinstance(reference, (str, os.PathLike)):
+        if label_key is not None:
+            raise ValueError(f"{reference} has its labels: leave out label_key={label_key!r}.")
+        known = _load_reference(Path(reference), encoder, tokenizer)
+    else:
+        known = _embed_reference(reference, encoder, tokenizer, label_key, settings)
+    classes = list(known.labels.categories)
+    check_reject(reject, classes)
+    embed(query, encoder, tokenizer=tokenizer, layer=layer, **settings)
+    table = find_table(query, layer).table
+
+    n_neighbors = min(n_neighbors, len(known.embedding) - 1)  # of the reference too, each cell without itself
+    index = NearestNeighbors(n_neighbors=n_neighbors).fit(known.embedding.astype(np.float64))
+    distances, rows = index.kneighbors(table.obsm["X_stformer"].astype(np.float64))
+    shares = vote(distances, known.labels.codes[rows], len(classes))
+    codes, spread = shares.argmax(axis=1), distances.mean(axis=1)
+    categories = classes
+    if reject is not None:
+        own, own_rows = index.kneighbors()  # of each cell of the reference, without itself
+        own_codes = vote(own, known.labels.codes[own_rows], len(classes)).argmax(axis=1)
+        thresholds = rejection_thresholds(-own.mean(axis=1), own_codes, len(classes), reject)
+        categories = [*classes, UNKNOWN]
+    table.obs[f"{key_added}_label"] = pd.Categorical.from_codes(
+        codes if reject is None else np.where(-spread < thresholds[codes], len(classes), codes), categories
+    )
+    table.obs[f"{key_added}_score"] = shares.max(axis=1).astype(np.float32)
+    table.obs[f"{key_added}_distance"] = spread.astype(np.float32)
+    columns = [f"neighbor_{i + 1}" for i in range(n_neighbors)]
+    table.obsm[f"{key_added}_neighbors"] = pd.DataFrame(known.names[rows], index=table.obs_names, columns=columns)
+    table.obsm[f"{key_added}_neighbor_distances"] = distances.astype(np.float32)
+    table.uns[key_added] = {
+        "model": table.uns["stformer"]["model"],
+        "model_fingerprint": known.fingerprint,
+        "n_reference": len(known.names),
+        "n_neighbors": n_neighbors,
+        **({} if reject is None else {"reject": reject}),
+        "version": __version__,
+    }
+
+
+def save_reference(
+    reference: AnnData,
+    model: str | PreTrainedModel,
+    folder: str | Path,
+    label_key: str,
+    *,
+    tokenizer: GeneTokenizer | None = None,
+    fractional: bool = False,
+    batch_size: int = 64,
+    device: str | None = None,
+) -> None:
+    """Embed a labelled reference, and write it to a folder for `map_to_reference`.
+
+    The folder holds the embedding, the labels and the names of the cells, and the fingerprint of the model; not the
+    counts. Parameters are those of `map_to_reference`.
+    """
+    encoder, tokenizer = load(model, tokenizer, AutoModel)
+    settings = {"fractional": fractional, "batch_size": batch_size, "device": device}
+    found = _embed_reference(reference, encoder, tokenizer, label_key, settings)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    codes = np.ascontiguousarray(found.labels.codes.astype(np.int64))
+    save_file({"embedding": np.ascontiguousarray(found.embedding), "labels": codes}, str(folder / _ARRAYS))
+    facts = {
+        "label_key": label_key,
+        "classes": list(found.labels.categories),
+        "cells": found.names.tolist(),
+        "model_fingerprint": found.fingerprint,
+        "version": __version__,
+    }
+    (folder / REFERENCE_FILE).write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _load_reference(folder: Path, encoder: PreTrainedModel, tokenizer: GeneTokenizer) -> Reference:
+    if not (folder / REFERENCE_FILE).is_file():
+        raise FileNotFoundError(f"{folder} holds no {REFERENCE_FILE}: make the reference with save_reference.")
+    facts = json.loads((folder / REFERENCE_FILE).read_text(encoding="utf-8"))
+    fingerprint = fingerprint_of(encoder, tokenizer)
+    if facts["model_fingerprint"] != fingerprint:
+        raise ValueError(
+            f"The reference {folder} was embedded by another model (fingerprint {facts['model_fingerprint']}, and not "
+            f"{fingerprint}): embeddings of two models cannot be compared. Save the reference with this model."
+        )
+    arrays = load_file(str(folder / _ARRAYS))
+    labels = pd.Categorical.from_codes(arrays["labels"], facts["classes"])
+    return Reference(arrays["embedding"], labels, np.array(facts["cells"], dtype=object), fingerprint)
+
+
+def _embed_reference(
+    reference: AnnData, encoder: PreTrainedModel, tokenizer: GeneTokenizer, label_key: str | None, settings: dict
+) -> Reference:
+    check_cells(reference)
+    table = find_table(reference, None).table
+    if label_key is None or label_key not in table.obs:
+        asked = "label_key is not given" if label_key is None else f"The reference has no obs column {label_key!r}"
+        raise ValueError(f"{asked}; its columns are {', '.join(map(str, table.obs)) or 'none'}.")
+    labels = pd.Categorical(table.obs[label_key].astype(object).map(str, na_action="ignore"))
+    kept = labels.codes >= 0
+    if kept.sum() < 2:
+        raise ValueError(f"{kept.sum()} cells of the reference have a {label_key!r}: at least two are needed.")
+    embed(reference, encoder, tokenizer=tokenizer, **settings)
+    names = table.obs_names.to_numpy(dtype=object)[kept]
+    return Reference(table.obsm["X_stformer"][kept], labels[kept], names, fingerprint_of(encoder, tokenizer))
+
+
+def vote(distances: np.ndarray, codes: np.ndarray, n_classes: int) -> np.ndarray:
+    """Compute the share of each class among the neighbours of each cell, weighted by 1 / distance.
+
+    Parameters
+    ----------
+    distances : float array (n, k)
+    codes : int array (n, k)
+        Class of each neighbour.
+    n_classes : int
+
+    Returns
+    -------
+    float64 array (n, n_classes)
+        Rows sum to 1. Where neighbours are at distance 0, only these count.
+    """
+    same = distances == 0
+    weights = np.where(same.any(axis=1, keepdims=True), same, 1 / np.where(same, 1, distances))
+    shares = np.zeros((len(distances), n_classes))
+    np.add.at(shares, (np.arange(len(distances))[:, None], codes), weights)
+    return shares / shares.sum(axis=1, keepdims=True)
+
+
+def fingerprint_of(model: PreTrainedModel, tokenizer: GeneTokenizer) -> str:
+    """Return a checksum of what the embedding of a model depends on: its encoder, pooling and tokenizer."""
+    encoder = getattr(model, model.base_model_prefix, model)
+    found = hashlib.blake2b(f"{tokenizer.fingerprint} {default_pooling(model.config)}".encode(), digest_size=8)
+    for name, tensor in sorted(encoder.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().to("cpu", torch.float32).numpy().tobytes())
+    return found.hexdigest()
+
+
+__all__ = ["Reference", "fingerprint_of", "map_to_reference", "save_reference", "vote"]

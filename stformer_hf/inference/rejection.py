@@ -1,0 +1,84 @@
+"""Conformal rejection: thresholds of a score that reject a known share of known cells."""
+
+from __future__ import annotations
+
+import numpy as np
+
+UNKNOWN = "unknown"  # label of a rejected cell
+
+
+def check_reject(reject: float | None, classes: list[str]) -> None:
+    """Refuse a share that is not between 0 and 1, and classes among which is one called "unknown".
+
+    Raises
+    ------
+    ValueError
+        For these reasons.
+    """
+    if reject is None:
+        return
+    if not 0 < reject < 1:
+        raise ValueError(f"reject={reject}: must be a share of the known cells between 0 and 1, such as 0.05.")
+    if UNKNOWN in classes:
+        raise ValueError(f"One of the classes is {UNKNOWN!r}, as rejected cells are: rename it, or leave out reject=…")
+
+
+def rejection_thresholds(scores: np.ndarray, groups: np.ndarray, n_groups: int, reject: float) -> np.ndarray:
+    """Compute the score below which a cell is rejected, for each group.
+
+    Parameters
+    ----------
+    scores : float array (n,)
+        Scores of cells of known types that the model has not seen; higher is more typical.
+    groups : int array (n,)
+        Group of each cell, such as its class.
+    n_groups : int
+    reject : float
+        Share of the known cells that may be rejected.
+
+    Returns
+    -------
+    float64 array (n_groups,)
+        -inf where not even all cells together are enough.
+
+    Notes
+    -----
+    The threshold is the k-th lowest of n scores, k = floor(reject (n + 1)): a further cell of the group is below it
+    with a probability of at most k / (n + 1), if it is exchangeable with the n cells (Vovk et al. 2005). Groups with
+    k = 0 (fewer than 19 cells at 0.05) get the threshold of all cells together.
+    """
+    pooled = _kth_lowest(scores, reject)
+    found = np.full(n_groups, -np.inf if pooled is None else pooled)
+    for group in range(n_groups):
+        own = _kth_lowest(scores[groups == group], reject)
+        if own is not None:
+            found[group] = own
+    return found
+
+
+def typicality(known: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """Combine witnesses of how typical a cell is: the sum of the logs of its conformal p-values (Fisher).
+
+    Parameters
+    ----------
+    known : float array (n, n_witnesses)
+        Witnesses of cells of known types that the model has not seen; higher is more typical.
+    cells : float array (m, n_witnesses)
+
+    Returns
+    -------
+    float64 array (m,)
+        Sum over the witnesses of ln((1 + number of known cells that are as atypical or more) / (1 + n)); at most 0.
+    """
+    found = np.zeros(len(cells))
+    for one, others in zip(known.T, cells.T, strict=True):
+        found += np.log1p(np.searchsorted(np.sort(one), others, side="right")) - np.log1p(len(one))
+    return found
+
+
+def _kth_lowest(scores: np.ndarray, reject: float) -> float | None:
+    k = int(np.floor(reject * (len(scores) + 1) + 1e-9))  # 0.05 x 20 is 1, whatever the last digit
+    return float(np.partition(scores, k - 1)[k - 1]) if k else None
+
+
+__all__ = ["UNKNOWN", "check_reject", "rejection_thresholds", "typicality"]

@@ -1,0 +1,86 @@
+"""Out-of-fold predictions of a classifier of cells: its calibration error, and what it needs to reject cells."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+from transformers.utils import cached_file
+
+from ..evaluation.metrics import expected_calibration_error
+from .starts.linear_readers import log_softmax
+
+CALIBRATION_FILE = "out_of_fold.safetensors"
+
+
+@dataclass
+class OutOfFold:
+    """Predictions of training cells, each by a classifier that has not seen the cell.
+
+    Attributes
+    ----------
+    predictions : float32 array (n, n_outputs)
+        Log probabilities of classes, logits of multiple labels per cell, or numbers.
+    labels : array (n, …)
+        Classes, labels or numbers of these cells.
+    rows : int64 array (n,)
+        Their rows in the store.
+    distances : float32 array (n,), optional
+        Distance of the state of each cell to the nearest centroid of a class, by a model that has not seen it.
+    centroids : float32 array (n_classes, d), optional
+        Mean states of the classes, for the distances of other cells.
+    """
+
+    predictions: np.ndarray
+    labels: np.ndarray
+    rows: np.ndarray
+    distances: np.ndarray | None = None
+    centroids: np.ndarray | None = None
+
+    def save(self, folder: str | Path) -> None:
+        """Write `out_of_fold.safetensors`."""
+        arrays = {"predictions": self.predictions, "labels": self.labels, "cell_id": self.rows.astype(np.int64)}
+        if self.distances is not None:
+            arrays |= {"distances": self.distances, "centroids": self.centroids}
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        save_file(arrays, str(Path(folder) / CALIBRATION_FILE))
+
+    def facts(self, temperature: float) -> dict[str, float]:
+        """Return the temperature of a classifier of classes, and its calibration error without and with it."""
+        errors = [
+            expected_calibration_error(np.exp(log_softmax(self.predictions.astype(np.float64) * scale)), self.labels)
+            for scale in (temperature, 1.0)
+        ]
+        return {
+            "temperature": round(temperature, 3),
+            "calibration_error_without_temperature": round(errors[0], 4),
+            "calibration_error": round(errors[1], 4),
+        }
+
+
+def load_out_of_fold(model: Any) -> OutOfFold | None:
+    """Return the out-of-fold predictions of a checkpoint (folder or name on the Hub) or a model; None if it has none.
+
+    A model that `finetune` returned has them at `model.out_of_fold`.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        return getattr(model, "out_of_fold", None)
+    path = cached_file(
+        os.fspath(model),
+        CALIBRATION_FILE,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
+        return None
+    arrays = load_file(path)
+    return OutOfFold(
+        arrays["predictions"], arrays["labels"], arrays["cell_id"], arrays.get("distances"), arrays.get("centroids")
+    )
+
+
+__all__ = ["CALIBRATION_FILE", "OutOfFold", "load_out_of_fold"]
