@@ -1,6 +1,6 @@
 """Neighbourhoods of cells, and batches of them, against a way of working in pandas.
 
-brainformr is in no package index, so what it does is written here anew from its description: for each cell a scan of
+brainformr is in no package index, so it is reimplemented here from its description: for each cell a scan of
 the table for the cells of its section in its box, expression by their labels from the AnnData, and masks by products
 of the positions of each neighbourhood. Cells are 500 genes wide, 60 of them expressed; sections have at most 50,000
 cells, one in a unit of area. Before the clock starts, both are seen to give the same batches.

@@ -1,7 +1,7 @@
 """Cells to tokens, against the ways of working of Geneformer's and PerturbGene's tokenizers.
 
-Neither is in a package index, so both are written here anew, from their description, with the operations that they are
-described with and nothing that slows them: Geneformer normalises chunks of sparse rows and sorts each cell's scores,
+Neither is in a package index, so both are reimplemented here from their descriptions, with the operations that these
+name and nothing that slows them: Geneformer normalises chunks of sparse rows and sorts each cell's scores,
 and builds its dataset of lists, cut by a map; PerturbGene makes strings of a cell's bins and looks each up. All get
 the same cells: 30,000 x 20,000, about 2,000 counts a cell. What runs on one core is held to one. Before the clock
 starts, each is seen to give our tokens.

@@ -105,7 +105,7 @@ TABLES = {
 
 
 def fill(text: str) -> str:
-    """Return the page with its machine-written tables made anew."""
+    """Return the page with its machine-written tables replaced."""
 
     def make(match: re.Match) -> str:
         name = match["name"]
