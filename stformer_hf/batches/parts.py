@@ -23,7 +23,7 @@ def as_selection(dataset: Any) -> Any:
 
     Returns
     -------
-    The dataset itself, where there is no such Subset in it.
+    The dataset itself if it contains no such Subset.
     """
     if isinstance(dataset, ConcatDataset):
         parts = [as_selection(part) for part in dataset.datasets]
