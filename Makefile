@@ -6,6 +6,8 @@
 # Each makes .venv if it is absent. PYTHON=python3.12 make … picks the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
+# Tests start many processes, which would each compile all modules again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-fast test-slow test-transformers bench docs notebooks lint format clean
 .DEFAULT_GOAL := help

@@ -6,10 +6,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from anndata import AnnData
 from scipy import sparse
 
 from stformer_hf import CellStore, GeneBertConfig, GeneTokenizer
+
+# A loader waits this long (5 s by default) for each worker that raised an error before it ends it.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -14,7 +14,7 @@ from .arguments import parse
 class AnnotateArguments:
     """Flags of `annotate`."""
 
-    data: str = field(metadata={"help": "h5ad or h5mu file, or zarr of an AnnData, MuData or SpatialData"})
+    data: str = field(metadata={"help": "h5ad or h5mu file, zarr of an AnnData, MuData or SpatialData, or a store"})
     model: str = field(metadata={"help": "checkpoint or adapter of a classifier or regression model"})
     output: str = field(
         metadata={
@@ -55,8 +55,8 @@ def run(args: AnnotateArguments):
     from ..inference.annotate import annotate
     from .files import read, write
 
-    adata, layer = read(args.data, args.output, args.overwrite, args.layer)
-    annotate(
+    adata, layer = read(args.data, args.output, args.overwrite, args.layer, blockwise=True)
+    found = annotate(
         adata,
         args.model,
         top_k=args.top_k,
@@ -67,5 +67,6 @@ def run(args: AnnotateArguments):
         batch_size=args.batch_size,
         min_coverage=args.min_coverage,
     )
+    adata = adata if found is None else found
     write(adata, args.output)
     return adata

@@ -15,6 +15,8 @@ from .arguments import parse
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from ..store.cell_store import CellStore
+
 _KEYS = {"cells": "X_stformer", "neighborhood": "X_neighborhood"}
 _OWN = {  # flags of each kind
     "cells": ("dtype", "hidden_layer", "pooling", "with_phenotypes", "min_coverage"),
@@ -38,7 +40,9 @@ _OWN = {  # flags of each kind
 class EmbedArguments:
     """Flags of `embed`."""
 
-    data: str = field(metadata={"help": "h5ad or h5mu file, or zarr of an AnnData, MuData or SpatialData"})
+    data: str = field(
+        metadata={"help": "h5ad or h5mu file, zarr of an AnnData, MuData or SpatialData, or (cells) a store"}
+    )
     model: str = field(metadata={"help": "checkpoint"})
     output: str = field(metadata={"help": 'h5ad file to write, with obsm["X_stformer"] or obsm["X_neighborhood"]'})
     kind: Literal["cells", "neighborhood"] = field(
@@ -115,16 +119,17 @@ def run(args: EmbedArguments) -> AnnData:
     _check(args)
     from .files import read, write
 
-    adata, args.layer = read(args.data, args.output, args.overwrite, args.layer)
-    (_embed_cells if args.kind == "cells" else _embed_neighborhoods)(adata, args)
+    adata, args.layer = read(args.data, args.output, args.overwrite, args.layer, blockwise=args.kind == "cells")
+    found = (_embed_cells if args.kind == "cells" else _embed_neighborhoods)(adata, args)
+    adata = adata if found is None else found
     write(adata, args.output)
     return adata
 
 
-def _embed_cells(adata: AnnData, args: EmbedArguments) -> None:
+def _embed_cells(adata: AnnData | CellStore, args: EmbedArguments) -> AnnData | None:
     from ..inference.embed import embed
 
-    embed(
+    return embed(
         adata,
         args.model,
         layer=args.layer,

@@ -1,19 +1,35 @@
-"""Read and write the h5ad files of the verbs."""
+"""Read the cells of the verbs, and write h5ad files."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import h5py
 from anndata import AnnData
+from anndata.io import write_elem
 
 from ..sources.formats import local_path
 from ..sources.read_anndata import read_anndata
+from ..store.cell_store import CellStore
+
+
+def holds_store(path: str | Path) -> bool:
+    """Return whether a path is the folder of a store."""
+    return (Path(path) / "manifest.json").exists()
 
 
 def read(
-    data: str, output: str | None = None, overwrite: bool = False, layer: str | None = None
-) -> tuple[AnnData, str | None]:
+    data: str,
+    output: str | None = None,
+    overwrite: bool = False,
+    layer: str | None = None,
+    blockwise: bool = False,
+) -> tuple[AnnData | CellStore, str | None]:
     """Read the input, after checking the path of the output file; see `read_anndata`.
+
+    With `blockwise`, the input may be larger than memory: a store is opened, and the matrices of an h5ad file stay on
+    disk.
 
     Raises
     ------
@@ -26,7 +42,14 @@ def read(
         raise FileNotFoundError(f"No such file: {data}")
     if output is not None:
         _check_output(data, Path(output), overwrite)
-    return read_anndata(data, layer)
+    if blockwise and holds_store(data):
+        if layer is not None:
+            raise ValueError(f"--layer {layer}: {data} is a store, which holds the counts of one layer.")
+        return CellStore(data), None
+    adata, layer = read_anndata(data, layer, backed=blockwise)
+    if adata.isbacked and isinstance(adata.file["obs"], h5py.Dataset):  # anndata < 0.7, which `write` cannot add to
+        return adata.to_memory(), layer
+    return adata, layer
 
 
 def _check_output(data: str, output: Path, overwrite: bool) -> None:
@@ -40,12 +63,21 @@ def _check_output(data: str, output: Path, overwrite: bool) -> None:
 
 
 def write(adata: AnnData, output: str) -> None:
-    """Write the file atomically."""
+    """Write the file atomically; for an AnnData on disk, a copy of its file with the new obs, obsm and uns."""
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
-        adata.write_h5ad(part, compression="gzip")
+        if adata.isbacked:
+            source = adata.filename
+            adata.file.close()
+            shutil.copyfile(source, part)
+            with h5py.File(part, "r+") as file:
+                for name in ("obs", "obsm", "uns"):
+                    value = getattr(adata, name)
+                    write_elem(file, name, value if name == "obs" else dict(value))
+        else:
+            adata.write_h5ad(part, compression="gzip")
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

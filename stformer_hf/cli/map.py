@@ -18,8 +18,10 @@ from .arguments import parse
 class MapArguments:
     """Flags of `map`."""
 
-    data: str = field(metadata={"help": "query: h5ad or h5mu file, or zarr of an AnnData, MuData or SpatialData"})
-    reference: str = field(metadata={"help": "such a file with labels, or a folder that --save_reference wrote"})
+    data: str = field(
+        metadata={"help": "query: h5ad or h5mu file, zarr of an AnnData, MuData or SpatialData, or a store"}
+    )
+    reference: str = field(metadata={"help": "such cells with labels, or a folder that --save_reference wrote"})
     model: str = field(metadata={"help": "checkpoint"})
     output: str = field(metadata={"help": 'h5ad file to write, with obs["mapped_label"] and obs["mapped_score"]'})
     label: str | None = field(
@@ -54,8 +56,8 @@ def run(args: MapArguments):
     is_folder = (Path(args.reference) / REFERENCE_FILE).is_file()
     if is_folder and args.save_reference:
         raise ValueError(f"{args.reference} is a saved reference already: leave out --save_reference.")
-    query, layer = read(args.data, args.output, args.overwrite, args.layer)
-    reference = args.reference if is_folder else read(args.reference)[0]
+    query, layer = read(args.data, args.output, args.overwrite, args.layer, blockwise=True)
+    reference = args.reference if is_folder else read(args.reference, blockwise=True)[0]
     if args.save_reference:
         if args.label is None:
             raise ValueError("--save_reference needs --label.")
@@ -68,7 +70,7 @@ def run(args: MapArguments):
             batch_size=args.batch_size,
         )
         reference = args.save_reference
-    map_to_reference(
+    found = map_to_reference(
         query,
         reference,
         args.model,
@@ -80,5 +82,6 @@ def run(args: MapArguments):
         batch_size=args.batch_size,
         min_coverage=args.min_coverage,
     )
+    query = query if found is None else found
     write(query, args.output)
     return query

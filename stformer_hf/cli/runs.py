@@ -25,6 +25,7 @@ from ..space.spatial_graph import spatial_neighbors
 from ..store.cell_store import CellStore
 from ..training.cell_trainer import CellTrainer
 from ..training.checkpoints import checkpoint_to_resume, last_whole_checkpoint
+from .files import holds_store
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def refuse_flags_of_a_new_model(args, names: tuple[str, ...]) -> None:
 
 def is_store(data: list[str] | list[AnnData]) -> bool:
     """Return whether `data` is the folder of a store."""
-    return len(data) == 1 and isinstance(data[0], str) and (Path(data[0]) / "manifest.json").exists()
+    return len(data) == 1 and isinstance(data[0], str) and holds_store(data[0])
 
 
 def open_cells(

@@ -9,17 +9,17 @@ from anndata import AnnData
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from .. import __version__
-from ..models.gene_bert.cell_tables import find_table
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..store.cell_store import CellStore
 from ..training.calibration import OutOfFold, load_out_of_fold
 from ..training.cell_heads import read_head
 from ..training.loading import is_model, name_of, unwrap
-from .batches import check_cells, load, run
+from .batches import load, run, table_of
 from .rejection import UNKNOWN, check_reject, rejection_thresholds, typicality
 
 
 def annotate(
-    adata: AnnData,
+    adata: AnnData | CellStore,
     model: str | PreTrainedModel,
     *,
     tokenizer: GeneTokenizer | None = None,
@@ -32,14 +32,14 @@ def annotate(
     batch_size: int = 64,
     device: str | None = None,
     min_coverage: float | None = None,
-) -> None:
+) -> AnnData | None:
     """Write the predictions of a classifier or regression model for every cell into `adata.obs`.
 
     Parameters
     ----------
-    adata : AnnData, MuData or SpatialData
+    adata : AnnData, MuData, SpatialData or CellStore
         Cells with raw counts in X, raw or a layer. Labels are written to the gene modality of a MuData, or to the
-        table of a SpatialData.
+        table of a SpatialData. A backed AnnData and a store are read in blocks.
     model : str or PreTrainedModel
         Checkpoint of a classifier, or folder of a PEFT adapter, which is loaded with its base; or a classifier,
         possibly wrapped by PEFT or torch. Its configuration defines the head (`problem_type`, `id2label`).
@@ -67,6 +67,11 @@ def annotate(
     layer, fractional, batch_size, device, min_coverage
         As for `embed`.
 
+    Returns
+    -------
+    AnnData or None
+        For a store an AnnData with its obs and genes, without counts, that holds the results; otherwise None.
+
     Raises
     ------
     ValueError
@@ -84,8 +89,7 @@ def annotate(
     cells (19 for 0.05), and for the others together. It holds for cells that are exchangeable with the training cells.
     Those of another donor, plate or protocol are not: more of them are rejected.
     """
-    check_cells(adata)
-    table = find_table(adata, layer).table
+    table = table_of(adata, layer)
     if over is not None and over not in table.obs:
         raise ValueError(f"There is no obs[{over!r}]; obs has {', '.join(map(repr, table.obs)) or 'no columns'}.")
     if top_k < 1:
@@ -151,6 +155,7 @@ def annotate(
         "version": __version__,
         "vocabulary_fingerprint": tokenizer.fingerprint,
     }
+    return table if isinstance(adata, CellStore) else None
 
 
 def _reject(

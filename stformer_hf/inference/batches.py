@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..batches.collate import pad, take
 from ..batches.evaluating import evaluating
 from ..models.gene_bert.cell_counts import NEIGHBORS, pad_ragged, sum_of_neighbors
-from ..models.gene_bert.cell_tables import is_mudata, is_spatialdata
+from ..models.gene_bert.cell_tables import find_table, is_mudata, is_spatialdata
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
 from ..sources.open_source import Source, open_source
 from ..store.cell_store import CellStore
@@ -112,7 +112,7 @@ def run(
 
     Parameters
     ----------
-    adata : AnnData
+    adata : AnnData, MuData, SpatialData or CellStore
         Cells.
     model : PreTrainedModel
         The model that `forward` calls; its mode and device are restored afterwards.
@@ -148,10 +148,7 @@ def run(
     ------
     ValueError
         The batch size is below 1; there are no cells; outputs are NaN or infinite.
-    TypeError
-        `adata` is not an AnnData, MuData or SpatialData.
     """
-    check_cells(adata)
     source = open_source(adata, layer, fractional)
     results, n_genes = None, np.zeros(source.shape[0], np.int64)
     with at_work(model, device, dtype=dtype):
@@ -261,6 +258,24 @@ def read_batches(
                 bar.update(len(cells))
                 first += n
             start = stop
+
+
+def table_of(cells, layer: str | None) -> AnnData:
+    """Return the AnnData that results are written to: that of the cells (see `find_table`), or a new one for a store.
+
+    The new one has the obs and the genes of the store, and no counts, so that the store may be larger than memory.
+
+    Raises
+    ------
+    TypeError
+        `cells` does not hold cells.
+    ValueError
+        See `find_table`.
+    """
+    if isinstance(cells, CellStore):
+        return AnnData(obs=cells.obs.copy(), var=cells.genes.frame.set_index("gene_id"))
+    check_cells(cells)
+    return find_table(cells, layer).table
 
 
 def check_cells(cells) -> None:

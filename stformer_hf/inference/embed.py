@@ -7,15 +7,15 @@ from anndata import AnnData
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .. import __version__
-from ..models.gene_bert.cell_tables import find_table
 from ..models.gene_bert.heads import pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..store.cell_store import CellStore
 from ..training.loading import name_of
-from .batches import check_cells, load, run
+from .batches import load, run, table_of
 
 
 def embed(
-    adata: AnnData,
+    adata: AnnData | CellStore,
     model: str | PreTrainedModel,
     *,
     tokenizer: GeneTokenizer | None = None,
@@ -29,14 +29,14 @@ def embed(
     device: str | None = None,
     dtype: str | None = None,
     min_coverage: float | None = None,
-) -> None:
+) -> AnnData | None:
     """Write an embedding of every cell into `adata.obsm[key_added]`.
 
     Parameters
     ----------
-    adata : AnnData, MuData or SpatialData
+    adata : AnnData, MuData, SpatialData or CellStore
         Cells with raw counts in X, raw or a layer. The embedding is written to the gene modality of a MuData, or to
-        the table of a SpatialData.
+        the table of a SpatialData. A backed AnnData and a store are read in blocks.
     model : str or PreTrainedModel
         Checkpoint (its head, if any, is not used), or folder of a PEFT adapter, which is loaded with its base; or a
         model, possibly wrapped by PEFT or torch.
@@ -68,6 +68,11 @@ def embed(
         Minimum share of the model's genes, weighted as in `GeneTokenizer`, that the cells must have; by default the
         tokenizer's own.
 
+    Returns
+    -------
+    AnnData or None
+        For a store an AnnData with its obs and genes, without counts, that holds the embedding; otherwise None.
+
     Raises
     ------
     ValueError
@@ -80,7 +85,7 @@ def embed(
     """
     if pooling not in (None, "cls", "mean"):
         raise ValueError(f'pooling must be "cls" or "mean", got {pooling!r}.')
-    check_cells(adata)
+    table = table_of(adata, layer)
     name = name_of(model)
     encoder, tokenizer = load(model, tokenizer, AutoModel, min_coverage)
     pooling = pooling or default_pooling(encoder.config)
@@ -110,7 +115,6 @@ def embed(
         desc="embed",
         with_phenotypes=with_phenotypes,
     )
-    table = find_table(adata, layer).table
     table.obsm[key_added] = embedding
     table.uns["stformer"] = {
         "model": str(name),
@@ -121,6 +125,7 @@ def embed(
         "counts_in": source.counts_in,
         "vocabulary_fingerprint": tokenizer.fingerprint,
     }
+    return table if isinstance(adata, CellStore) else None
 
 
 def default_pooling(config: PreTrainedConfig) -> str:

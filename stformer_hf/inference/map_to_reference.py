@@ -17,9 +17,9 @@ from sklearn.neighbors import NearestNeighbors
 from transformers import AutoModel, PreTrainedModel
 
 from .. import __version__
-from ..models.gene_bert.cell_tables import find_table
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
-from .batches import check_cells, load
+from ..store.cell_store import CellStore
+from .batches import load, table_of
 from .embed import default_pooling, embed
 from .rejection import UNKNOWN, check_reject, rejection_thresholds
 
@@ -48,8 +48,8 @@ class Reference(NamedTuple):
 
 
 def map_to_reference(
-    query: AnnData,
-    reference: AnnData | str | Path,
+    query: AnnData | CellStore,
+    reference: AnnData | CellStore | str | Path,
     model: str | PreTrainedModel,
     *,
     label_key: str | None = None,
@@ -62,14 +62,14 @@ def map_to_reference(
     batch_size: int = 64,
     device: str | None = None,
     min_coverage: float | None = None,
-) -> None:
+) -> AnnData | None:
     """Label the cells of a query by their nearest neighbours in a labelled reference.
 
     Parameters
     ----------
-    query : AnnData, MuData or SpatialData
+    query : AnnData, MuData, SpatialData or CellStore
         Cells with raw counts in X, raw or a layer.
-    reference : AnnData, MuData, SpatialData, str or Path
+    reference : AnnData, MuData, SpatialData, CellStore, str or Path
         Cells with raw counts and labels; or a folder written by `save_reference`.
     model : str or PreTrainedModel
         As for `embed`.
@@ -91,6 +91,11 @@ def map_to_reference(
     layer, fractional, batch_size, device, min_coverage
         As for `embed`. `layer` is that of the query.
 
+    Returns
+    -------
+    AnnData or None
+        For a store an AnnData with its obs and genes, without counts, that holds the results; otherwise None.
+
     Raises
     ------
     ValueError
@@ -106,7 +111,7 @@ def map_to_reference(
     by 1 / distance; at distance 0, only the neighbours at distance 0 count. The share of rejected cells holds for
     cells that are exchangeable with the reference, which those of another donor, plate or protocol are not.
     """
-    check_cells(query)
+    table = table_of(query, layer)
     if n_neighbors < 1:
         raise ValueError(f"n_neighbors={n_neighbors}: must be at least 1.")
     encoder, tokenizer = load(model, tokenizer, AutoModel, min_coverage)
@@ -119,8 +124,8 @@ def map_to_reference(
         known = _embed_reference(reference, encoder, tokenizer, label_key, settings)
     classes = list(known.labels.categories)
     check_reject(reject, classes)
-    embed(query, encoder, tokenizer=tokenizer, layer=layer, **settings)
-    table = find_table(query, layer).table
+    found = embed(query, encoder, tokenizer=tokenizer, layer=layer, **settings)
+    table = table if found is None else found
 
     n_neighbors = min(n_neighbors, len(known.embedding) - 1)  # of the reference too, each cell without itself
     index = NearestNeighbors(n_neighbors=n_neighbors).fit(known.embedding.astype(np.float64))
@@ -149,10 +154,11 @@ def map_to_reference(
         **({} if reject is None else {"reject": reject}),
         "version": __version__,
     }
+    return found
 
 
 def save_reference(
-    reference: AnnData,
+    reference: AnnData | CellStore,
     model: str | PreTrainedModel,
     folder: str | Path,
     label_key: str,
@@ -200,10 +206,13 @@ def _load_reference(folder: Path, encoder: PreTrainedModel, tokenizer: GeneToken
 
 
 def _embed_reference(
-    reference: AnnData, encoder: PreTrainedModel, tokenizer: GeneTokenizer, label_key: str | None, settings: dict
+    reference: AnnData | CellStore,
+    encoder: PreTrainedModel,
+    tokenizer: GeneTokenizer,
+    label_key: str | None,
+    settings: dict,
 ) -> Reference:
-    check_cells(reference)
-    table = find_table(reference, None).table
+    table = table_of(reference, None)
     if label_key is None or label_key not in table.obs:
         asked = "label_key is not given" if label_key is None else f"The reference has no obs column {label_key!r}"
         raise ValueError(f"{asked}; its columns are {', '.join(map(str, table.obs)) or 'none'}.")
@@ -211,7 +220,8 @@ def _embed_reference(
     kept = labels.codes >= 0
     if kept.sum() < 2:
         raise ValueError(f"{kept.sum()} cells of the reference have a {label_key!r}: at least two are needed.")
-    embed(reference, encoder, tokenizer=tokenizer, **settings)
+    found = embed(reference, encoder, tokenizer=tokenizer, **settings)
+    table = table if found is None else found
     names = table.obs_names.to_numpy(dtype=object)[kept]
     return Reference(table.obsm["X_stformer"][kept], labels[kept], names, fingerprint_of(encoder, tokenizer))
 

@@ -141,7 +141,7 @@ def test_real_loaders_give_each_cell_once(shards, in_worker, options):
     assert numbers([first, *begun]) == numbers(dataset)
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_that_outlive_an_epoch_see_the_next(shards, in_worker, context):
     dataset = IterableAnnDataset(shards, shuffle=True, buffer_size=7)
     loader = DataLoader(

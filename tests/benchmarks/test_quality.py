@@ -215,6 +215,7 @@ def only_these(cells, monkeypatch):
     monkeypatch.setattr(quality_data, "N_DRAWS", 2)
 
 
+@pytest.mark.slow
 def test_models_get_no_label_and_no_test_cell(cells, only_these, monkeypatch, tmp_path):
     seen = []
 

@@ -183,6 +183,7 @@ def test_accelerate_reads_its_configs(name):
         assert args.use_deepspeed and args.zero_stage == 2
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model(file, tmp_path):
     output = tmp_path / "model"
     argv = [

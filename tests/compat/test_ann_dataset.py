@@ -433,6 +433,7 @@ def test_forked_workers_give_what_numpy_gives(sources, name):
         assert_same(items_of(batches), values, obs, range(len(values)))
 
 
+@pytest.mark.slow
 def test_spawned_workers_give_what_numpy_gives(sources):
     names = ["backed view", "csc file", "csr view"]
     datasets = [AnnDataset(sources(name)[0], obs_subset=slice(4)) for name in names]

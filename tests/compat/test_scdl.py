@@ -575,7 +575,9 @@ def folder(parts, tmp_path) -> Path:
     return tmp_path / "h5ads"
 
 
-@pytest.mark.parametrize("options", [{}, {"max_workers": 1, "use_processes": True}])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"max_workers": 1, "use_processes": True}, marks=pytest.mark.slow)]
+)
 def test_a_collection_of_a_folder(folder, parts, tmp_path, options):
     collection = SingleCellCollection(tmp_path / "collection")
     assert collection.shape() == (0, [0])

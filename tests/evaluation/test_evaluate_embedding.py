@@ -225,6 +225,7 @@ def test_twins_are_not_on_both_sides(monkeypatch):
     assert any(note.startswith("40 cells are twins of others") for note in found.notes)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_figures_and_another_seed_others(cells):
     def run(seed):
         return evaluate_embedding(cells, ["worse"], label_key="type", n_splits=3, n_repeats=2, seed=seed)

@@ -251,3 +251,26 @@ def test_a_stock_bert_of_ranks_is_embedded(store, adata, tmp_path):
             hidden = model.eval().bert(torch.tensor([ids])).last_hidden_state[0]
         np.testing.assert_allclose(adata.obsm["cls"][row], hidden[0], atol=1e-5)
         np.testing.assert_allclose(adata.obsm["mean"][row], hidden[1:-1].mean(0), atol=1e-5)
+
+
+def test_a_store_is_read_in_blocks_and_its_results_are_those_of_the_cells(checkpoints, adata, store, monkeypatch):
+    from stformer_hf.inference import batches
+
+    embed(adata, checkpoints["mlm"])
+    annotate(adata, checkpoints["cls"], top_k=2)
+    monkeypatch.setattr(batches, "_ROWS_PER_BLOCK", 7)
+    embedded, labelled = embed(store, checkpoints["mlm"]), annotate(store, checkpoints["cls"], top_k=2)
+    np.testing.assert_allclose(embedded.obsm["X_stformer"], adata.obsm["X_stformer"], atol=1e-5)
+    assert embedded.obs_names.equals(adata.obs_names) and embedded.var_names.equals(adata.var_names)
+    assert embedded.X is None and list(embedded.obs) == ["cell_type", "age"]
+    pd.testing.assert_series_equal(labelled.obs["stformer_label_2"], adata.obs["stformer_label_2"])
+    found = embed(store.select([5, 2]), checkpoints["mlm"])  # some of its cells, in their order
+    np.testing.assert_allclose(found.obsm["X_stformer"], adata.obsm["X_stformer"][[5, 2]], atol=1e-5)
+
+
+def test_a_backed_file_gives_the_same_embedding(checkpoints, adata, tmp_path):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    embed(adata, checkpoints["mlm"])
+    backed = read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    assert embed(backed, checkpoints["mlm"]) is None
+    np.testing.assert_allclose(backed.obsm["X_stformer"], adata.obsm["X_stformer"], atol=1e-5)

@@ -35,6 +35,7 @@ def run_file(folder, name, adata):
     return session.run(None, {one.name: batch[one.name] for one in session.get_inputs()})[0]
 
 
+@pytest.mark.slow
 def test_a_classifier_labels_as_torch_does(store, adata, tmp_path, capsys):
     labels = {"id2label": {0: "B cell", 1: "T cell"}, "label2id": {"B cell": 0, "T cell": 1}}
     save(tmp_path / "m", store, GeneBertForClassification, True, wide_head=True, **labels)

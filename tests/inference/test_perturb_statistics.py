@@ -49,7 +49,7 @@ def perturb_simulation(cells: AnnData, with_donors: bool, genes=None, n_null=0) 
     return perturb(cells, model, genes, tokenizer=tokenizer, max_tokens=4096, **settings)
 
 
-@pytest.mark.parametrize("with_donors", [False, True])
+@pytest.mark.parametrize("with_donors", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_drivers_are_found_and_move_the_cells_to_the_goal(with_donors):
     cells = simulate(14, 12, 300, 10, 0.3 * with_donors, seed=0)
     table = perturb_simulation(cells, with_donors)
@@ -61,7 +61,7 @@ def test_drivers_are_found_and_move_the_cells_to_the_goal(with_donors):
     assert ("p_donors" in table) == with_donors
 
 
-@pytest.mark.parametrize("donor_sd", [0.0, 0.6])
+@pytest.mark.parametrize("donor_sd", [pytest.param(0.0, marks=pytest.mark.slow), 0.6])
 def test_without_drivers_few_genes_are_called(donor_sd):
     cells = simulate(14, 12, 200, 0, donor_sd, seed=1)
     table = perturb_simulation(cells, with_donors=donor_sd > 0)

@@ -181,6 +181,7 @@ def test_compiles_without_a_graph_break(plain_config, batches, packing, vocabula
         torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_encoder_runs_as_onnx_on_other_batches(plain_config, tokenizer, store, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -219,7 +220,7 @@ def tokenizer_without_phenotypes(tokenizer):
     return tokenizer
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("pooling", ["cls", pytest.param("mean", marks=pytest.mark.slow)])
 def test_a_classifier_runs_as_onnx_on_any_number_of_cells(plain_config, tokenizer, store, pooling):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")

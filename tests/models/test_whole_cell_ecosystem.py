@@ -71,7 +71,7 @@ def batches(tokenizer, store):
 
 
 @pytest.mark.parametrize("model_class", [GeneBertForPhenotypicMLM, GeneBertForClassification])
-@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
 def test_loss_logits_and_gradients_on_every_backend(tokenizer, store, backend, model_class):
     if backend == "flex_attention" and model_class is GeneBertForClassification:
         pytest.skip("compiled for a minute: one model shows it")
@@ -96,9 +96,10 @@ def test_loss_logits_and_gradients_on_every_backend(tokenizer, store, backend, m
             torch.testing.assert_close(gradients, results[0][2], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_class", "packing"),
-    [(GeneBertForPhenotypicMLM, True), pytest.param(GeneBertForClassification, False, marks=pytest.mark.slow)],
+    [(GeneBertForPhenotypicMLM, True), (GeneBertForClassification, False)],
 )
 def test_compiles_without_a_graph_break(tokenizer, store, packing, model_class):
     torch._dynamo.reset()

@@ -246,6 +246,7 @@ def test_a_build_that_allowed_them_and_was_stopped_goes_on_as_one_that_does_not(
         CellStore.build(tmp_path / "s", sources, report=False)
 
 
+@pytest.mark.slow
 def test_workers_find_them_too(tmp_path):
     for i in range(2):
         lane().write_h5ad(tmp_path / f"{i}.h5ad")

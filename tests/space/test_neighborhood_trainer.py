@@ -114,7 +114,7 @@ def test_accumulated_batches_weigh_every_cell_alike(tmp_path):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("n_workers", [0, 2])
+@pytest.mark.parametrize("n_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_resumed_run_sees_the_same_neighbours(tmp_path, n_workers):
     options = {"max_num_cells": 2, "patch_size": 0.6}
     whole = make_trainer(tmp_path / "whole", sampler(**options), save_strategy="no", num_train_epochs=3)

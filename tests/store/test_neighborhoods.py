@@ -189,7 +189,7 @@ def itself(batch):
     return batch
 
 
-@pytest.mark.parametrize(("start", "n_workers"), [("fork", 2), ("spawn", 1)])
+@pytest.mark.parametrize(("start", "n_workers"), [("fork", 2), pytest.param("spawn", 1, marks=pytest.mark.slow)])
 def test_workers_send_neighbourhoods(store, section, counts, start, n_workers):
     loader = DataLoader(
         store.with_neighborhoods(),

@@ -429,6 +429,7 @@ def test_a_full_disk_is_told_and_the_older_store_stays(small_disk, tmp_path):
     CellStore(small_disk / "s").verify()
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_grow_is_told_and_the_older_store_stays(tmp_path):
     """As above, with a limit of the process in place of a disk: where no tmpfs can be mounted."""
     old = CellStore.build(tmp_path / "s", make_adata())

@@ -197,6 +197,7 @@ def test_a_flipped_bit_in_a_header_names_the_shard(store):
             CellStore(store.path).verify()
 
 
+@pytest.mark.slow
 def test_many_files_with_neighbours_need_few_descriptors(tmp_path):
     for i in range(80):
         adata = make_adata(5, 3, seed=i)

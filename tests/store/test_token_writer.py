@@ -275,6 +275,7 @@ def test_no_cells_are_a_dataset_too(tmp_path):
 # ---------------------------------------------------------------------- workers
 
 
+@pytest.mark.slow
 def test_workers_write_the_same_bytes(store, tokenizer, tmp_path):
     backwards = store.select(range(59, -1, -1))
     for name, workers in (("one", 1), ("two", 2)):
@@ -378,6 +379,7 @@ for _ in sys.stdin:  # a call for every line, in a process of its own
 """
 
 
+@pytest.mark.slow
 def test_a_call_killed_at_any_moment_leaves_nothing_that_opens_and_goes_on(store, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     path, building = tmp_path / "t", tmp_path / ".t.building"
@@ -573,7 +575,7 @@ except OSError as error:
 """
 
 
-@pytest.mark.parametrize("limit", ["disk", "file"])
+@pytest.mark.parametrize("limit", ["disk", pytest.param("file", marks=pytest.mark.slow)])
 def test_a_full_disk_is_told_and_the_older_dataset_stays(store, tokenizer, tmp_path, limit):
     folder = tmp_path / "small"
     folder.mkdir()

@@ -158,6 +158,7 @@ def test_labels_of_a_stream_are_looked_at_before_training(adata, tmp_path):
 # ---------------------------------------------------------------------- neighbourhoods
 
 
+@pytest.mark.slow
 def test_a_random_split_of_neighbourhoods_is_that_of_their_indices(tmp_path):
     cells = section(40)
     options = {"max_num_cells": 2, "min_neighbors": 1}

@@ -184,6 +184,7 @@ def test_the_end_of_training_is_pushed_with_our_card(pushed, tmp_path):
     assert len(AutoModelForMaskedLM.from_pretrained(copy).get_input_embeddings().weight) == len(tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
 def test_what_is_pushed_while_training_loads_without_the_plugin(pushed, strategy):
     commits = pushed.commits[f"someone/{strategy}"]

@@ -120,6 +120,7 @@ def test_a_finished_model_is_not_replaced_by_a_resumption(store, tokenizer, conf
         make_trainer(tmp_path, store, tokenizer, config).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_a_batch_size_that_was_found_is_resumed_with(store, tokenizer, config, tmp_path):
     def trainer(most):
         made = make_trainer(tmp_path, store, tokenizer, config, auto_find_batch_size=True)

@@ -40,7 +40,7 @@ _slow = pytest.mark.slow
     "order",
     [
         pytest.param("grouped", marks=_slow),
-        "objectives",
+        pytest.param("objectives", marks=_slow),
         pytest.param("packed", marks=_slow),
         pytest.param("stream", marks=_slow),
         "packed stream",
@@ -70,7 +70,8 @@ def test_two_processes_share_an_epoch_and_learn_what_one_does(store, tmp_path, o
     np.testing.assert_allclose(ranks[0]["losses"], alone["losses"], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("order", ["random", pytest.param("objectives", marks=_slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["random", "objectives"])
 def test_two_processes_evaluate_each_cell_once(store, tmp_path, order):
     # 59 cells: five of the last eight fill up the batches of two processes.
     ddp = {"ddp_find_unused_parameters": False, "ddp_bucket_cap_mb": 1, "ddp_broadcast_buffers": False}

@@ -91,8 +91,7 @@ def seen(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize(("packing", "accumulation"), [(False, 1), (True, 3)])
 def test_counts_are_those_of_the_batches(store, tokenizer, tmp_path, seen, packing, accumulation):
     trainer = make_trainer(tmp_path, store, tokenizer, packing, gradient_accumulation_steps=accumulation)
     batches = Collated(trainer)

@@ -1,0 +1,71 @@
+"""The files that the verbs read and write: larger than memory, and nothing of the input lost."""
+
+import numpy as np
+import pytest
+from anndata import read_h5ad
+from scipy import sparse
+from transformers import set_seed
+
+from stformer_hf import GeneBertForClassification, annotate, embed
+from stformer_hf.cli import files, main
+
+
+@pytest.fixture
+def model(config, tokenizer, tmp_path) -> str:
+    set_seed(0)
+    config.id2label = {0: "B cell", 1: "T cell"}
+    GeneBertForClassification(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def file(adata, tmp_path) -> str:
+    """An h5ad file with everything that an AnnData can hold."""
+    adata.layers["spliced"] = adata.X.copy()
+    adata.raw = adata.copy()
+    adata.obsm["X_pca"], adata.varm["PCs"] = np.ones((60, 2)), np.ones((40, 2))
+    adata.obsp["connectivities"] = sparse.eye(60, format="csr")
+    adata.uns["params"] = {"n": 3, "name": "x"}
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    return str(tmp_path / "cells.h5ad")
+
+
+def run(verb: str, *argv) -> None:
+    assert main([verb, *map(str, argv)]) == 0
+
+
+@pytest.mark.parametrize("verb", ["embed", "annotate"])
+def test_the_matrices_of_a_file_stay_on_disk_and_are_copied(verb, file, model, adata, tmp_path, monkeypatch):
+    """The file that is written is the input with the results, as if it had been read whole."""
+    seen, write = [], files.write
+    monkeypatch.setattr(files, "write", lambda found, output: seen.append(found) or write(found, output))
+    before, output = read_h5ad(file), tmp_path / "out.h5ad"
+    run(verb, "--data", file, "--model", model, "--output", output)
+    assert seen[0].isbacked
+    (embed if verb == "embed" else annotate)(before, model)
+    found = read_h5ad(output)
+    for part in ("obsm", "varm", "obsp", "layers", "uns", "obs", "var"):
+        assert set(getattr(found, part)) == set(getattr(before, part)), part
+    assert (found.X != before.X).nnz == 0 and (found.raw.X != before.raw.X).nnz == 0
+    assert found.uns["params"] == {"n": 3, "name": "x"}
+    if verb == "embed":
+        np.testing.assert_allclose(found.obsm["X_stformer"], before.obsm["X_stformer"], atol=1e-5)
+    else:
+        assert found.obs["stformer_label"].astype(str).equals(before.obs["stformer_label"].astype(str))
+    assert [path.name for path in tmp_path.glob(".*.part")] == []
+    run(verb, "--data", output, "--model", model, "--output", tmp_path / "again.h5ad")  # results are replaced
+
+
+def test_a_store_becomes_a_file_of_its_obs_and_the_results(store, model, tmp_path, capsys):
+    for verb in ("embed", "annotate"):
+        run(verb, "--data", store.path, "--model", model, "--output", tmp_path / f"{verb}.h5ad")
+    embedded, labelled = read_h5ad(tmp_path / "embed.h5ad"), read_h5ad(tmp_path / "annotate.h5ad")
+    expected = embed(store, model)
+    np.testing.assert_allclose(embedded.obsm["X_stformer"], expected.obsm["X_stformer"], atol=1e-5)
+    assert embedded.X is None and embedded.obs["cell_type"].equals(store.obs["cell_type"])
+    assert labelled.obs["stformer_label"].notna().sum() == 59
+    capsys.readouterr()
+    words = ["--data", str(store.path), "--model", model, "--output", str(tmp_path / "c.h5ad")]
+    assert main(["embed", *words, "--layer", "raw"]) == 1
+    assert "is a store, which holds the counts of one layer" in capsys.readouterr().err
