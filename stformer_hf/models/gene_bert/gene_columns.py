@@ -4,6 +4,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -366,6 +367,7 @@ def strip_versions(names: Sequence[str]) -> np.ndarray:
     return found
 
 
+@lru_cache(maxsize=1 << 17)  # the same genes are in most files, and asked for more than once
 def species_of(name: str) -> str | None:
     """Return the species of an Ensembl id: a name such as `human`, or an unlisted prefix; None for other names."""
     match = _GENE_ID.match(name)
