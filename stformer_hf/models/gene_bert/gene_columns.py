@@ -736,21 +736,26 @@ def check_coverage(
 def describe(names: Iterable[str]) -> str:
     """Return a sample of gene names with a guess of their kind, for messages."""
     names = [str(name) for name in names]
-    sample = ", ".join(names[:3]) or "(none)"
+    some = sample(names)
     matches = [match for name in names if (match := _GENE_ID.match(name)) and match.group("species") is not None]
     if len(matches) > len(names) / 2:
         prefix = max({match.group("species") for match in matches}, key=[m.group("species") for m in matches].count)
         versions = " with versions" if any(match.group("version") for match in matches) else ""
-        return f"{sample}: these look like Ensembl ids of {_SPECIES.get(prefix, 'ENS' + prefix)}{versions}"
+        return f"{some}: these look like Ensembl ids of {_SPECIES.get(prefix, 'ENS' + prefix)}{versions}"
     if names and all(name.isdigit() for name in names):
-        return f"{sample}: these look like row numbers or Entrez ids"
+        return f"{some}: these look like row numbers or Entrez ids"
     words = [name for name in names if len(name) > 1 and name[0].isalpha()]
     if len(words) > len(names) / 2:
         for kind, write in (("human", str.upper), ("mouse", str.capitalize)):
             if sum(write(word) == word for word in words) > len(words) / 2:
-                return f"{sample}: these look like {kind} symbols"
-        return f"{sample}: these look like symbols"
-    return sample
+                return f"{some}: these look like {kind} symbols"
+        return f"{some}: these look like symbols"
+    return some
+
+
+def sample(names: Iterable[str], n: int = 3) -> str:
+    """Return a few of the names, for messages."""
+    return ", ".join(str(name) for name in list(names)[:n]) or "(none)"
 
 
 __all__ = [
@@ -769,6 +774,7 @@ __all__ = [
     "is_id",
     "mostly_ids",
     "resolve_genes",
+    "sample",
     "strip_version",
     "strip_versions",
 ]
