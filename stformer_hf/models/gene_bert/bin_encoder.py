@@ -75,12 +75,7 @@ class BinEncoder(CellVocabulary):
         )
 
     def encode(
-        self,
-        cells: Cells,
-        column_genes: np.ndarray | None,
-        layout: CellLayout,
-        max_length: int,
-        truncation: Truncation,
+        self, cells: Cells, column_genes: np.ndarray | None, layout: CellLayout, truncation: Truncation
     ) -> TokenizedCells:
         """Return the tokens of cells.
 
@@ -91,10 +86,8 @@ class BinEncoder(CellVocabulary):
             Gene of each column, -1 if unknown; None if column j is gene j.
         layout : CellLayout
             Tokens around the genes.
-        max_length : int
-            Maximum number of tokens per cell.
         truncation : Truncation
-            Which genes of longer cells are kept.
+            How longer cells are cut.
         """
         settings, rows = self.settings, map_genes(cells.rows, column_genes)
         cell_ids = truncation.cell_ids(cells.ids, rows)
@@ -106,7 +99,7 @@ class BinEncoder(CellVocabulary):
         indptr, genes, counts = rows
         if len(bins) and not bins.min():
             indptr, (genes, counts, bins, measured) = keep(bins > 0, indptr, genes, counts, bins, measured)
-        lengths, room = np.diff(indptr), layout.room(max_length)
+        lengths, room = np.diff(indptr), layout.room(truncation.max_length)
         ids, types, token_indptr, starts = layout.allocate([np.minimum(lengths, room)])
         values = np.zeros(len(ids), np.float32) if settings.values else None
         if settings.values and totals is None:
@@ -152,6 +145,9 @@ class Binner:
         self._edges = edges
         self._type = np.min_scalar_type(edges.shape[-1])
         self._tables: dict[np.dtype, np.ndarray] = {}
+
+    def __reduce__(self):  # without the tables: calls must not change the hash by which `datasets` caches
+        return type(self), (self._edges,)
 
     def __call__(self, genes: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Return the bin of each value, narrow unsigned array (nnz,)."""

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from .gene_columns import GeneMatcher, sample
+from .gene_columns import sample
+from .gene_matcher import GeneMatcher
 from .phenotype_tokens import name_phenotypes
 from .tokenizer_settings import TokenizerSettings
 

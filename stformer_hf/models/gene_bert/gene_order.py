@@ -98,16 +98,19 @@ def strongest(values: np.ndarray, room: int) -> np.ndarray:
 
 
 class Truncation(NamedTuple):
-    """Which genes of a cell are kept that has more than there is room for.
+    """How cells are cut that have more genes than there is room for.
 
     Attributes
     ----------
+    max_length : int
+        Maximum number of tokens per cell.
     how : {"top", "head", "random"}
         The largest counts (ties in the order of the genes), the first genes, or a random subset.
     seed, epoch : int
         The random subset is a function of these and of the cell.
     """
 
+    max_length: int
     how: str
     seed: int
     epoch: int
@@ -119,7 +122,7 @@ class Truncation(NamedTuple):
         return ids
 
     def choose(self, room: int, counts: np.ndarray, genes: np.ndarray, cell_id: int) -> np.ndarray:
-        """Choose `room` of more than as many genes of a cell, the strongest or at random; return a bool array (n,)."""
+        """Choose `room` of the genes of a cell that has more, the strongest or a random subset: bool array (n,)."""
         if self.how == "top":
             return strongest(counts, room)
         numbers = uniforms(self.seed, self.epoch, _TRUNCATE, np.array([cell_id]), genes, np.zeros(len(genes), int))

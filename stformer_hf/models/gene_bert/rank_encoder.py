@@ -9,7 +9,8 @@ from transformers.utils import logging
 
 from .cell_counts import Cells, CountRows, keep, map_genes, row_sums
 from .cell_vocabulary import CellVocabulary
-from .gene_columns import GeneMatcher, describe, strip_version
+from .gene_columns import describe, strip_version
+from .gene_matcher import GeneMatcher
 from .gene_order import Truncation, write_ranks
 from .legacy_files import load_mapping
 from .tokenized_cells import CellLayout, TokenizedCells
@@ -123,15 +124,10 @@ class RankEncoder(CellVocabulary):
         return types
 
     def encode(
-        self,
-        cells: Cells,
-        column_genes: np.ndarray | None,
-        layout: CellLayout,
-        max_length: int,
-        truncation: Truncation,
+        self, cells: Cells, column_genes: np.ndarray | None, layout: CellLayout, truncation: Truncation
     ) -> TokenizedCells:
         """Return the tokens of cells; the parameters are those of `BinEncoder.encode`."""
-        settings, parts, room = self.settings, [cells.rows], layout.room(max_length)
+        settings, parts, room = self.settings, [cells.rows], layout.room(truncation.max_length)
         if settings.neighborhood:
             parts.append(cells.neighborhood)
             room = room // 2

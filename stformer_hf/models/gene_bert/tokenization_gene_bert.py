@@ -171,7 +171,7 @@ class GeneTokenizer(VocabularyTokenizer):
     ):
         given = locals().copy()
         given = {name: given[name] for name in (*OF_MEANING, *OF_READING)}
-        given["values"], given["whole_cell"] = values or None, whole_cell or None
+        given["values"], given["whole_cell"] = values or None, whole_cell or None  # False is the default
         if vocab_file is None:
             settings = TokenizerSettings(**given)
         else:
@@ -494,8 +494,8 @@ class GeneTokenizer(VocabularyTokenizer):
         )
         layout = self._layout(cells.obs, len(cells.rows.indptr) - 1, for_inference)
         how = "top" if for_inference and self.truncation == "random" else self.truncation
-        truncation = Truncation(how, self.seed, epoch)
-        tokens = self.encoder.encode(cells, column_genes, layout, max_length, truncation)
+        truncation = Truncation(max_length, how, self.seed, epoch)
+        tokens = self.encoder.encode(cells, column_genes, layout, truncation)
         return with_whole_cells(tokens, cells, column_genes, len(self.genes)) if self.whole_cell else tokens
 
     def _layout(self, obs, n_cells: int, for_inference: bool) -> CellLayout:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from .gene_columns import MIN_COVERAGE, WARN_COVERAGE, sample, strip_version
+from .gene_columns import sample, strip_version
+from .gene_matcher import MIN_COVERAGE, WARN_COVERAGE
 from .gene_order import TRUNCATIONS
 from .legacy_files import load_mapping
 

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BatchEncoding, PreTrainedTokenizer
 
-from .gene_columns import GeneMatcher
+from .gene_matcher import GeneMatcher
 from .tokenizer_settings import FORMAT_VERSION, OF_MEANING, OF_READING, TokenizerSettings
 
 VOCAB_FILES_NAMES = {"vocab_file": "gene_vocabulary.json"}
