@@ -60,13 +60,7 @@ def values_in_store(store, categories: Sequence[str]) -> dict[str, list[str]]:
 def phenotype_ids(obs: Any, category: str, ids: Mapping[str, int], n_cells: int) -> np.ndarray:
     """Return the id of the value of a category in each cell, int64 array (n_cells,); -1 if missing or unknown.
 
-    Parameters
-    ----------
-    obs : CellBatch, DataFrame, dict of column to values, or None
-    category : str
-    ids : dict of str to int
-        Token of a value -> id.
-    n_cells : int
+    `obs` is a CellBatch, a DataFrame, a dict of columns or None; `ids` has the id of the token of each value.
     """
 
     def find(value) -> int:

@@ -97,13 +97,7 @@ class RankEncoder(CellVocabulary):
     ) -> list[int]:
         """Return the token types that the counts of a cell of these tokens would get.
 
-        Parameters
-        ----------
-        ids : sequence of int
-        mask, separator : int
-            Ids of `[MASK]` and of the separator.
-        included : sequence of str
-            Phenotypes that a cell begins with; a mask may stand for one.
+        `mask` and `separator` are ids; a mask at the front stands for one of the `included` phenotypes.
         """
         category_of = {i: name for name, ids in self.phenotype_ids.items() for i in ids.values()}
         categories, special = list(self.phenotype_ids), set(self.special_ids.tolist())

@@ -501,7 +501,8 @@ class GeneTokenizer(VocabularyTokenizer):
     def _layout(self, obs, n_cells: int, for_inference: bool) -> CellLayout:
         """Return the tokens around the genes of cells, with their phenotypes, or `[MASK]` in place of each."""
         categories = list(self.phenotypes)
-        phenotypes = np.full((n_cells, len(self._included_phenotypes)), self.mask_token_id, np.int64)
+        shape = (n_cells, len(self._included_phenotypes))
+        phenotypes = np.full(shape, self.mask_token_id if for_inference else -1, np.int64)
         for i, category in enumerate([] if for_inference else self._included_phenotypes):
             phenotypes[:, i] = phenotype_ids(obs, category, self.encoder.phenotype_ids[category], n_cells)
             n_missing = int((phenotypes[:, i] < 0).sum())

@@ -98,7 +98,7 @@ class TokenizerSettings:
 
     @classmethod
     def read(cls, path: str | os.PathLike, given: Mapping[str, Any]) -> "TokenizerSettings":
-        """Read a `gene_vocabulary.json`; of the settings, those of how cells are read may be given instead."""
+        """Read a `gene_vocabulary.json`; given settings of how cells are read are preferred, others are refused."""
         given = {**given, "separator": None if given["separator"] == SEPARATOR else given["separator"]}
         twice = [name for name in OF_MEANING if given[name] is not None]
         if twice:

@@ -12,28 +12,22 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BatchEncoding, PreTrainedTokenizer
 
+from .bin_encoder import BinEncoder
 from .gene_matcher import GeneMatcher
+from .rank_encoder import RankEncoder
 from .tokenizer_settings import FORMAT_VERSION, OF_MEANING, OF_READING, TokenizerSettings
 
 VOCAB_FILES_NAMES = {"vocab_file": "gene_vocabulary.json"}
 
 
 class VocabularyTokenizer(PreTrainedTokenizer):
-    """A tokenizer with the vocabulary of an encoder; cells may be written as text, such as `[CLS] TP53 MYC [EOS]`.
-
-    Parameters
-    ----------
-    settings : TokenizerSettings
-    encoder : BinEncoder or RankEncoder
-    **kwargs
-        As for `transformers.PreTrainedTokenizer`.
-    """
+    """A tokenizer with the vocabulary of an encoder; cells may be written as text, such as `[CLS] TP53 MYC [EOS]`."""
 
     vocab_files_names = VOCAB_FILES_NAMES
     model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     padding_side = "right"
 
-    def __init__(self, settings: TokenizerSettings, encoder: Any, **kwargs):
+    def __init__(self, settings: TokenizerSettings, encoder: BinEncoder | RankEncoder, **kwargs):
         self.encoder = encoder
         for name in OF_READING:
             setattr(self, name, getattr(settings, name))
