@@ -11,7 +11,7 @@ import numpy as np
 from transformers import BatchEncoding
 
 from ..models.gene_bert.cell_counts import pad_ragged
-from ..models.gene_bert.gene_vocabulary import read_token_dictionary
+from ..models.gene_bert.legacy_files import read_token_dictionary
 from ..models.gene_bert.tokenization_gene_bert import TokenizedCells
 
 _PADDED_WITH = {"token_type_ids": 0, "attention_mask": 0, "special_tokens_mask": 1, "labels": -100}

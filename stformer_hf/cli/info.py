@@ -180,7 +180,7 @@ def _n_weights(folder: Path) -> int | None:
 
 def _fit_facts(source: Any, counts: str | None, args: InfoArguments) -> dict[str, str]:
     """Compare cells with a model: the genes they share, and the time to embed them, measured on a few."""
-    from ..models.gene_bert.gene_columns import coverage_of
+    from ..models.gene_bert.gene_matcher import coverage_of
     from ..training.loading import load_tokenizer
 
     if source is None:

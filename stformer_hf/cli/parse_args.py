@@ -481,7 +481,7 @@ def _one_against_rest(config: TrainClassificationConfig, files: list[str], folde
     from anndata import read_h5ad
 
     from ..genes.text_files import naming
-    from ..models.gene_bert.gene_vocabulary import phenotype_token
+    from ..models.gene_bert.phenotype_tokens import phenotype_token
     from ..store.cell_store import CellStore
 
     name, wanted = config.phenotype_category, config.binary_label

@@ -12,7 +12,7 @@ from transformers import AutoConfig, BertForMaskedLM
 from transformers.modeling_utils import load_state_dict
 
 from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
-from ..models.gene_bert.gene_vocabulary import sample
+from ..models.gene_bert.gene_columns import sample
 from ..models.gene_bert.modeling_gene_bert import (
     GeneBertForClassification,
     GeneBertForPhenotypicMLM,

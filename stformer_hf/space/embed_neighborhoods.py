@@ -16,14 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import __version__
 from ..inference.batches import at_work, check_cells
-from ..models.gene_bert.gene_columns import (
-    MIN_COVERAGE,
-    WARN_COVERAGE,
-    GeneMatcher,
-    check_coverage,
-    coverage_of,
-    strip_versions,
-)
+from ..models.gene_bert.gene_columns import strip_versions
+from ..models.gene_bert.gene_matcher import MIN_COVERAGE, WARN_COVERAGE, GeneMatcher, check_coverage, coverage_of
 from ..sources.open_source import Source, open_source
 from ..sources.read_anndata import as_anndata, find_placed_table, section_of
 from ..training.cell_heads import check_finite

@@ -8,15 +8,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models.gene_bert.gene_vocabulary import (
-    check_bin_edges,
-    check_symbols,
-    name_phenotypes,
-    phenotype_token,
-    read_medians,
-    sample,
-)
+from ..models.gene_bert.bin_encoder import check_bin_edges
+from ..models.gene_bert.gene_columns import sample
+from ..models.gene_bert.phenotype_tokens import name_phenotypes, phenotype_token
+from ..models.gene_bert.rank_encoder import read_medians
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..models.gene_bert.tokenizer_settings import check_symbols
 
 _ROWS_AT_A_TIME = 1024
 
@@ -131,7 +128,7 @@ def _check_fits(model: PreTrainedModel, tokenizer: GeneTokenizer) -> None:
             f"genes, where the model has cell_embedding={reads_cells} and num_genes={getattr(config, 'num_genes', 0)}."
             " Load both from one checkpoint."
         )
-    added = tokenizer.get_vocab().keys() - tokenizer._token_to_id.keys()
+    added = tokenizer.get_vocab().keys() - tokenizer.encoder.ids.keys()
     if added:
         raise ValueError(
             f"The tokenizer has tokens from add_tokens that are not in its vocabulary: {sample(sorted(added))}. "
@@ -150,7 +147,7 @@ def _extend_tokenizer(
     bin_edges: Any,
     symbols: Any,
 ) -> GeneTokenizer:
-    settings = tokenizer._vocabulary()
+    settings = tokenizer.saved_settings()
     genes = [str(gene) for gene in genes]
     known = tokenizer._matcher.find(genes) >= 0
     new_genes = [gene for gene, is_known in zip(genes, known, strict=True) if not is_known]
@@ -173,19 +170,12 @@ def _extend_tokenizer(
         settings["medians"] = _merge_medians(tokenizer, genes, medians)
     elif new_genes:
         settings["bin_edges"] = _merge_edges(tokenizer, new_genes, bin_edges)
+    settings["included_phenotypes"] += [name for name in phenotypes if name not in tokenizer.phenotypes]
     weights = tokenizer.gene_weights
     if weights is not None:  # a new gene has the mean weight of the old ones
-        weights = np.concatenate([weights, np.full(len(new_genes), weights.mean())])
+        settings["gene_weights"] = np.concatenate([weights, np.full(len(new_genes), weights.mean())])
     extended = type(tokenizer)(
         **settings,
-        included_phenotypes=tokenizer.included_phenotypes + [c for c in phenotypes if c not in tokenizer.phenotypes],
-        max_length=tokenizer.max_length,
-        truncation=tokenizer.truncation,
-        seed=tokenizer.seed,
-        min_coverage=tokenizer.min_coverage,
-        warn_coverage=tokenizer.warn_coverage,
-        gene_weights=weights,
-        match=tokenizer.match,
         padding_side=tokenizer.padding_side,
         model_input_names=tokenizer.model_input_names,
     )
@@ -209,14 +199,14 @@ def _old_ids(tokenizer: GeneTokenizer, settings: Mapping[str, Any]) -> dict[str,
 
     Tokens are matched by meaning: if categories share a value, a new category can rename the token of an old value.
     """
-    special = list(tokenizer._special_tokens.values())
+    encoder, special = tokenizer.encoder, list(tokenizer.special_tokens.values())
     is_rank = tokenizer.scheme == "rank"
     of_genes = tokenizer.genes if is_rank else [f"bin_{i}" for i in range(tokenizer.n_bins)]
     names = name_phenotypes(settings["phenotypes"], special + (settings["genes"] if is_rank else []))
     return {
-        **{token: tokenizer._token_to_id[token] for token in special},
-        **dict(zip(of_genes, tokenizer._expression_ids.tolist(), strict=True)),
-        **{names[of][value]: i for of, values in tokenizer._phenotype_ids.items() for value, i in values.items()},
+        **{token: encoder.ids[token] for token in special},
+        **dict(zip(of_genes, encoder.expression_ids.tolist(), strict=True)),
+        **{names[of][value]: i for of, values in encoder.phenotype_ids.items() for value, i in values.items()},
     }
 
 
@@ -273,7 +263,7 @@ def _extend_words(model: PreTrainedModel, tokenizer: GeneTokenizer, extended: Ge
         weights.append(head.weight)
     if bias is not None:
         head.bias.requires_grad_(train_bias)  # a frozen weight would freeze it
-    for ids in (extended._expression_ids, extended._all_phenotype_ids):
+    for ids in (extended.encoder.expression_ids, extended.encoder.all_phenotype_ids):
         ids = torch.tensor(ids, dtype=torch.long)
         old, new = ids[ids < n_old], ids[ids >= n_old]
         for weight in weights:

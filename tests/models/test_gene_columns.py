@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from stformer_hf.models.gene_bert.gene_columns import (
     GENES,
     ColumnNames,
-    GeneMatcher,
     clean_names,
     feature_types,
     guess_species,
     resolve_genes,
     strip_version,
 )
+from stformer_hf.models.gene_bert.gene_matcher import GeneMatcher
 
 IDS = [f"ENSG{i:011d}" for i in range(1, 5)]
 SYMBOLS = ["CD4", "GAPDH", "ACTB", "CD8A"]

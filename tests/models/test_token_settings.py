@@ -356,9 +356,18 @@ def test_bad_settings_raise(arguments, words):
         GeneTokenizer(GENES, **arguments)
 
 
-def test_calls_do_not_change_the_hash_by_which_datasets_caches(by_symbol):
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8])
+def test_calls_do_not_change_the_hash_by_which_datasets_caches(by_symbol, dtype):
     before, dumped = Hasher.hash(by_symbol), pickle.dumps(by_symbol)
-    tokens = by_symbol(np.array([[1, 2, 1]]), genes=["CD3D", "LYZ", "unknown"])
+    tokens = by_symbol(np.array([[1, 2, 1]], dtype), genes=["CD3D", "LYZ", "unknown"])
     assert by_symbol.last_coverage["counts"] == 0.75
     assert Hasher.hash(by_symbol) == before and pickle.dumps(by_symbol) == dumped
     assert pickle.loads(dumped)(np.array([[1, 2, 1]]), genes=["CD3D", "LYZ", "unknown"]) == tokens
+
+
+def test_what_tokens_mean_is_read_only(by_symbol):
+    ranked = GeneTokenizer(ENSEMBL, scheme="rank", medians=[1.0] * 4)
+    for tokenizer, name in ((by_symbol, "bin_edges"), (by_symbol, "genes"), (ranked, "medians"), (ranked, "add_eos")):
+        with pytest.raises(AttributeError):
+            setattr(tokenizer, name, [2.0])
+    assert (by_symbol.medians, ranked.bin_edges) == (None, None)

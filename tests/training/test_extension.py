@@ -120,10 +120,10 @@ def check_old_cells(old_model, model, old: GeneTokenizer, new: GeneTokenizer, ce
 def extend_a_copy(model, tokenizer, *args, **kwargs):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     original = copy.deepcopy(model)
-    vocabulary = copy.deepcopy(tokenizer._vocabulary())
+    vocabulary = copy.deepcopy(tokenizer.saved_settings())
     same, extended = extend_vocabulary(model, tokenizer, *args, **kwargs)
     assert same is model
-    assert tokenizer._vocabulary() == vocabulary
+    assert tokenizer.saved_settings() == vocabulary
     check_old_rows(before, model, tokenizer, extended)
     if model.config.model_type == "gene_bert":
         assert model.config.vocabulary_fingerprint == extended.fingerprint != tokenizer.fingerprint

@@ -1,50 +1,16 @@
 """Select and order the genes of a cell that become tokens, and truncate long cells."""
 
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 
-from .cell_counts import CountRows
+from .cell_counts import CountRows, checksums
 from .randomness import uniforms
 
 TRUNCATIONS = ("top", "head", "random")
 _TRUNCATE = 64  # stream of `uniforms`; the collators have those below
 _ENTRIES_AT_A_TIME = 1 << 13
-
-
-class Binner:
-    """Assigns values to bins: x is in bin i if `edges[i - 1] <= x < edges[i]`.
-
-    Parameters
-    ----------
-    edges : float64 array (n_edges,) or (n_genes, n_edges)
-        Ascending edges for all genes, or one row per gene, padded with infinity.
-    """
-
-    def __init__(self, edges: np.ndarray):
-        self._edges = edges
-        self._type = np.min_scalar_type(edges.shape[-1])
-        self._tables: dict[np.dtype, np.ndarray] = {}
-
-    def __call__(self, genes: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Return the bin of each value, narrow unsigned array (nnz,)."""
-        if self._edges.ndim == 2:
-            bins = np.zeros(len(values), self._type)
-            for edge in self._edges.T:
-                bins += values >= edge.take(genes)
-            return bins
-        if values.dtype not in (np.uint8, np.uint16):
-            return np.searchsorted(self._edges, values, side="right").astype(self._type)
-        if values.dtype not in self._tables:  # few distinct values: use a lookup table
-            every = np.arange(np.iinfo(values.dtype).max + 1)
-            self._tables[values.dtype] = np.searchsorted(self._edges, every, side="right").astype(self._type)
-        return self._tables[values.dtype].take(values)
-
-
-def log1p_cp10k(rows: CountRows, totals: np.ndarray) -> np.ndarray:
-    """Return ln(1 + count / total * 10,000), float64 array (nnz,)."""
-    totals = np.where(totals > 0, totals, 1.0)  # a cell without counts may store zeros
-    return np.log1p(rows.counts / np.repeat(totals, np.diff(rows.indptr)) * 1e4)
 
 
 def write_ranks(
@@ -131,28 +97,36 @@ def strongest(values: np.ndarray, room: int) -> np.ndarray:
     return chosen
 
 
-def choose(
-    truncation: str, room: int, counts: np.ndarray, genes: np.ndarray, seed: int, epoch: int, cell_id: int
-) -> np.ndarray:
-    """Choose the genes to keep of a cell that has more than there is room for.
+class Truncation(NamedTuple):
+    """How cells are cut that have more genes than there is room for.
 
-    Parameters
+    Attributes
     ----------
-    truncation : {"top", "random"}
-        The largest counts (ties in the order of the genes), or a random subset.
-    room : int
-        Number of genes to keep; less than n.
-    counts, genes : arrays (n,)
-    seed, epoch, cell_id : int
-        The random subset is a function of these.
-
-    Returns
-    -------
-    bool array (n,)
+    max_length : int
+        Maximum number of tokens per cell.
+    how : {"top", "head", "random"}
+        The largest counts (ties in the order of the genes), the first genes, or a random subset.
+    seed, epoch : int
+        The random subset is a function of these and of the cell.
     """
-    if truncation == "top":
-        return strongest(counts, room)
-    return strongest(uniforms(seed, epoch, _TRUNCATE, np.array([cell_id]), genes, np.zeros(len(genes), int)), room)
+
+    max_length: int
+    how: str
+    seed: int
+    epoch: int
+
+    def cell_ids(self, ids: np.ndarray | None, rows: CountRows) -> np.ndarray:
+        """Return the ids of cells, int64 array (n,), from which random subsets are drawn: checksums without `ids`."""
+        if ids is None:
+            return checksums(rows) if self.how == "random" else np.zeros(len(rows.indptr) - 1, np.int64)
+        return ids
+
+    def choose(self, room: int, counts: np.ndarray, genes: np.ndarray, cell_id: int) -> np.ndarray:
+        """Choose `room` of the genes of a cell that has more, the strongest or a random subset: bool array (n,)."""
+        if self.how == "top":
+            return strongest(counts, room)
+        numbers = uniforms(self.seed, self.epoch, _TRUNCATE, np.array([cell_id]), genes, np.zeros(len(genes), int))
+        return strongest(numbers, room)
 
 
-__all__ = ["TRUNCATIONS", "Binner", "choose", "log1p_cp10k", "strongest", "write_ranks"]
+__all__ = ["TRUNCATIONS", "Truncation", "strongest", "write_ranks"]

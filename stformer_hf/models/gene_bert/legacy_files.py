@@ -13,6 +13,15 @@ from typing import Any
 
 import numpy as np
 
+# Names of the special tokens in existing vocabularies, by role.
+_NAMES_OF_ROLES = {
+    "cls_token": ("<cls>", "[CLS]"),
+    "eos_token": ("<eos>", "[EOS]"),
+    "mask_token": ("<mask>", "[MASK]"),
+    "pad_token": ("<pad>", "[PAD]"),
+    "sep_token": ("<sep>", "[SEP]"),
+}
+
 
 class _Dtype:
     """Stands in for numpy.dtype: numbers and strings of a fixed size; other state in the pickle is ignored."""
@@ -219,4 +228,20 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{path} is not text, or is damaged: {error}.") from error
 
 
-__all__ = ["load_mapping", "load_pickle"]
+def read_token_dictionary(
+    token_dictionary: Mapping[str, int] | str | os.PathLike,
+) -> tuple[dict[str, int], dict[str, str], list[str]]:
+    """Read a vocabulary of STFormer or Geneformer: ids by token, special tokens by role, genes by ascending id."""
+    ids = {}
+    for token, value in load_mapping(token_dictionary).items():
+        if isinstance(value, (bool, str)) or value is None or value != int(value):
+            raise ValueError(f"The id of {token!r} must be an integer, got {value!r}.")
+        ids[token] = int(value)
+    special_tokens = {role: name for role, names in _NAMES_OF_ROLES.items() for name in names if name in ids}
+    if not {"pad_token", "mask_token"} <= set(special_tokens):
+        raise ValueError("The token dictionary lacks <pad> or <mask>.")
+    genes = sorted(ids.keys() - {name for names in _NAMES_OF_ROLES.values() for name in names}, key=ids.__getitem__)
+    return ids, special_tokens, genes
+
+
+__all__ = ["load_mapping", "load_pickle", "read_token_dictionary"]

@@ -1,0 +1,256 @@
+"""Find the genes of a vocabulary among the columns of an input, and refuse an input that lacks too many."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from transformers.utils import logging
+
+from .gene_columns import ColumnNames, describe, guess_species, is_id, strip_version
+
+logger = logging.get_logger(__name__)
+
+# Shares of a model's genes, weighted by training expression, below which an input is refused or a warning is logged.
+MIN_COVERAGE, WARN_COVERAGE = 0.1, 0.5
+
+
+class GeneMatcher:
+    """Finds the genes of a vocabulary among the columns of an input, and measures the coverage.
+
+    Parameters
+    ----------
+    genes : sequence of str
+        The vocabulary.
+    symbols : dict of symbol to gene
+        Other names of the genes.
+    weights : float array (n_genes,), optional
+        Weight of each gene in the coverage of the vocabulary, such as the number of training cells that express it;
+        equal by default.
+
+    Attributes
+    ----------
+    last_coverage : dict or None
+        Coverage of the last input: `genes` and `counts`, the known shares of its genes and counts; `vocabulary` and
+        `weight`, the shares of the vocabulary's genes, and of their weights, that it has.
+    """
+
+    def __init__(self, genes: Sequence[str], symbols: Mapping[str, str], weights: np.ndarray | None = None):
+        self._genes = genes
+        self._weights = None if weights is None or not np.any(weights) else np.asarray(weights, np.float64)
+        self._index = {strip_version(gene): i for i, gene in enumerate(genes)}
+        self._symbols = {symbol: self._index[strip_version(gene)] for symbol, gene in symbols.items()}
+        self.species = guess_species(genes)
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the last input."""
+        self._last: tuple[Any, np.ndarray | None] | None = None
+        self.last_coverage: dict[str, float] | None = None
+        self._known_counts = self._all_counts = 0.0
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_last": None, "last_coverage": None, "_known_counts": 0.0, "_all_counts": 0.0}
+
+    def find(self, names: Iterable[str]) -> np.ndarray:
+        """Find genes by id, else by symbol: int32 array (n_names,), -1 if unknown.
+
+        A gene on Y (`_PAR_Y`) that is not in the vocabulary is matched to its copy on X.
+        """
+        return np.array([self._find(str(name)) for name in names], np.int32)
+
+    def _find(self, name: str) -> int:
+        found = self._index.get(strip_version(name))
+        if found is None and name.endswith("_PAR_Y"):
+            found = self._index.get(strip_version(name).removesuffix("_PAR_Y")) if is_id(name) else None
+        return self._symbols.get(name, -1) if found is None else found
+
+    def find_columns(self, gene_ids: Sequence[str], symbols: Sequence[str], match: str = "id") -> np.ndarray:
+        """Find the gene of each column: by its id, else by its symbol, unless another column has that gene's id.
+
+        Parameters
+        ----------
+        gene_ids, symbols : sequence of str (n_columns,)
+        match : {"id", "symbol"}, default: "id"
+            "symbol" uses symbols alone, as for cells of another species.
+
+        Returns
+        -------
+        int32 array (n_columns,)
+            Gene of each column, -1 if unknown.
+
+        Raises
+        ------
+        ValueError
+            The ids are of another species than the vocabulary's, with `match="id"`.
+        """
+        if match == "symbol":
+            return self.find(symbols)
+        found = self.find(gene_ids)
+        unknown = np.flatnonzero(found < 0)
+        if not len(unknown):
+            return found
+        if self.species is not None and 2 * len(unknown) > len(found):
+            species = guess_species(gene_ids)
+            if species not in (None, self.species):
+                raise ValueError(
+                    f"The input has genes of {species} ({', '.join(map(str, gene_ids[:3]))}), but the tokenizer's are "
+                    f"of {self.species} ({', '.join(self._genes[:3])}). To match genes by symbol nevertheless, set "
+                    "tokenizer.match = 'symbol'."
+                )
+        by_symbol = self.find([symbols[i] for i in unknown.tolist()])
+        by_symbol[np.isin(by_symbol, found[found >= 0])] = -1
+        found[unknown] = by_symbol
+        return found
+
+    def match(
+        self,
+        names: ColumnNames | tuple[np.ndarray, np.ndarray],
+        columns: np.ndarray,
+        counts: np.ndarray,
+        min_coverage: float,
+        key: np.ndarray | None,
+        match: str = "id",
+        warn_coverage: float = 0.0,
+    ) -> np.ndarray | None:
+        """Find the gene of each column, and measure the coverage of the vocabulary and of the input.
+
+        The coverage of the vocabulary decides. A model of a gene panel knows few counts of a whole transcriptome, but
+        all of its genes are there; a model of a whole transcriptome knows all counts of a panel, but lacks most of the
+        genes that it was trained on.
+
+        Parameters
+        ----------
+        names : ColumnNames, or gene ids and symbols (n_columns,)
+        columns : int array (nnz,)
+            Column of each count.
+        counts : array (nnz,)
+            Counts, for the share of known counts.
+        min_coverage : float
+            Smallest share of the vocabulary's weight.
+        key : array, optional
+            Shared by the batches of a store: they are matched once, and their coverage is that of all batches so far.
+        match : {"id", "symbol"}, default: "id"
+            As for `find_columns`.
+        warn_coverage : float, default: 0.0
+            Share of the vocabulary's weight below which a warning is logged, once per gene table.
+
+        Returns
+        -------
+        int32 array (n_columns,) or None
+            Gene of each column, -1 if unknown; None if column j is gene j.
+
+        Raises
+        ------
+        ValueError
+            The input has less than `min_coverage` of the vocabulary's weight, or genes of another species.
+        """
+        own = (names.key if key is None else key, (match, min_coverage, warn_coverage))
+        seen = self._last is not None and type(self._last[0][0]) is type(own[0]) and self._last[0][1] == own[1]
+        seen = seen and (self._last[0][0] is own[0] if key is not None else self._last[0][0] == own[0])
+        if seen:
+            mapped = self._last[1]
+            if mapped is None and key is not None:
+                return None  # all columns are known
+        else:
+            gene_ids, symbols = names.resolve() if isinstance(names, ColumnNames) else names
+            mapped = self.find_columns(gene_ids, symbols, match)
+            mapped = None if np.array_equal(mapped, np.arange(len(mapped))) else mapped
+        if not (seen and key is not None):
+            self._known_counts = self._all_counts = 0.0
+        self._measure(mapped, names, columns, counts, (min_coverage, warn_coverage), tell=not seen)
+        self._last = (own, mapped)
+        return mapped
+
+    def _measure(self, mapped, names, columns, counts, limits: tuple[float, float], tell: bool) -> None:
+        n_columns = len(names) if isinstance(names, ColumnNames) else len(names[0])
+        known = np.ones(n_columns, bool) if mapped is None else mapped >= 0
+        self._all_counts += float(counts.sum(dtype=np.float64))
+        self._known_counts += float(counts[known.take(columns)].sum(dtype=np.float64))
+        known_columns = float(known.mean()) if n_columns else 0.0
+        share = self._known_counts / self._all_counts if self._all_counts else known_columns
+        coverage = {"genes": known_columns, "counts": float(share)}
+        if not tell:  # same genes as in the last call
+            self.last_coverage = {**self.last_coverage, **coverage}
+            return
+        found = np.arange(n_columns) if mapped is None else np.unique(mapped[known])
+        self.last_coverage = coverage | coverage_of(found, len(self._genes), self._weights)
+        input_names = names.resolve()[0] if isinstance(names, ColumnNames) else names[0]
+        check_coverage(self.last_coverage, len(found), self._genes, input_names, *limits, bool(self._symbols))
+        if known_columns < 1:
+            logger.warning(
+                f"The tokenizer knows {known.sum()} of {n_columns} genes of the input ({share:.1%} of its counts), "
+                f"{len(found)} of its own {len(self._genes)}; the others are left out."
+            )
+
+
+def coverage_of(found: np.ndarray, n_genes: int, weights: np.ndarray | None = None) -> dict[str, float]:
+    """Return the share of a vocabulary that an input has.
+
+    Parameters
+    ----------
+    found : int array (n_found,)
+        Genes of the vocabulary that the input has, without duplicates.
+    n_genes : int
+        Size of the vocabulary.
+    weights : float array (n_genes,), optional
+        Weight of each gene; equal by default.
+
+    Returns
+    -------
+    dict of str to float
+        `vocabulary`, the share of the genes, and `weight`, the share of the weights.
+    """
+    share = len(found) / n_genes
+    return {"vocabulary": share, "weight": share if weights is None else float(weights[found].sum() / weights.sum())}
+
+
+def check_coverage(
+    coverage: Mapping[str, float],
+    n_found: int,
+    genes: Sequence[str],
+    input_genes: Sequence[str],
+    min_coverage: float,
+    warn_coverage: float,
+    has_symbols: bool = False,
+) -> None:
+    """Refuse an input that lacks nearly all genes of a model, and warn if it lacks many.
+
+    Parameters
+    ----------
+    coverage : dict
+        `weight` and `vocabulary` from `coverage_of`, and `counts`, the known share of the input's counts.
+    n_found : int
+        Number of the model's genes that the input has.
+    genes, input_genes : sequence of str
+        Genes of the model, and of the input.
+    min_coverage, warn_coverage : float
+        Shares of `weight` below which the input is refused, or a warning is logged.
+    has_symbols : bool, default: False
+        Whether the model knows symbols of its genes.
+
+    Raises
+    ------
+    ValueError
+        The coverage is below `min_coverage`.
+    """
+    weight = coverage["weight"]
+    if weight >= max(min_coverage, warn_coverage):
+        return
+    weighted = "" if weight == coverage["vocabulary"] else " weighted by their expression in training"
+    both = (
+        f"The input has {n_found} of the model's {len(genes)} genes ({weight:.1%}{weighted}; at least "
+        f"{min_coverage if weight < min_coverage else warn_coverage:.0%}"
+    )
+    counts = f"{coverage['counts']:.1%} of the input's counts are in known genes"
+    if weight >= min_coverage:
+        logger.warning(f"{both} are recommended); {counts}. The results are based on these genes alone.")
+        return
+    more = "" if has_symbols else ", or the genes' symbols (symbols=GeneTable.from_table(…))"
+    raise ValueError(
+        f"{both} are needed); {counts}. The input has genes like {describe(input_genes)}. The model needs genes "
+        f"like {describe(genes)}. Pass ids of the same kind, species and release{more}; or, if these genes are "
+        "enough, lower min_coverage (tokenizer.min_coverage, --min_coverage)."
+    )
+
+
+__all__ = ["MIN_COVERAGE", "WARN_COVERAGE", "GeneMatcher", "check_coverage", "coverage_of"]

@@ -1,0 +1,121 @@
+"""Tokens of cells as flat arrays, and where the tokens of a cell go."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .cell_counts import Cells, CountRows, keep, map_genes
+from .gene_columns import ColumnNames
+
+
+class TokenizedCells(NamedTuple):
+    """Ragged tokens of n cells, as flat arrays.
+
+    Attributes
+    ----------
+    input_ids, token_type_ids : int64 array (T,)
+        Tokens of all cells, concatenated.
+    indptr : int64 array (n + 1,)
+        Cell i has the tokens `indptr[i]:indptr[i + 1]`.
+    dropped_type_ids, dropped_cells : int64 array (D,)
+        Binned scheme: token types of the expressed genes that truncation dropped, and the cell of each.
+    expression_values : float32 array (T,), optional
+        With `values=True`: ln(1 + count) of each gene, or its normalised value; 0 for other tokens.
+    cells : CountRows, optional
+        With `whole_cell=True`: the non-zero counts of all known genes of the n cells, including those that truncation
+        dropped; -1 for a gene that is hidden from the model (see `hide`).
+    measured : bool array (1 or n, n_genes), optional
+        With `whole_cell=True`: which of the tokenizer's genes the input has, for all cells or per cell; None for all.
+    """
+
+    input_ids: np.ndarray
+    token_type_ids: np.ndarray
+    indptr: np.ndarray
+    dropped_type_ids: np.ndarray
+    dropped_cells: np.ndarray
+    expression_values: np.ndarray | None = None
+    cells: CountRows | None = None
+    measured: np.ndarray | None = None
+
+
+class CellLayout(NamedTuple):
+    """Tokens around the genes of n cells: `[CLS]`, phenotypes, genes (separator, genes of the neighbourhood), `[EOS]`.
+
+    Attributes
+    ----------
+    cls, separator, eos : int or None
+        Ids of the tokens, None for those that cells do not have.
+    phenotypes : int64 array (n, n_included)
+        Ids of the phenotypes, -1 for those that a cell does not have.
+    phenotype_types : int64 array (n_included,)
+    """
+
+    cls: int | None
+    separator: int | None
+    eos: int | None
+    phenotypes: np.ndarray
+    phenotype_types: np.ndarray
+
+    def room(self, max_length: int) -> np.ndarray:
+        """Return how many genes each cell may have, int64 array (n,)."""
+        n_special = sum(token is not None for token in (self.cls, self.separator, self.eos))
+        return max_length - n_special - (self.phenotypes >= 0).sum(axis=1)
+
+    def allocate(self, n_genes: Sequence[np.ndarray]) -> tuple:
+        """Allocate the arrays of the tokens.
+
+        Parameters
+        ----------
+        n_genes : sequence of int64 array (n,)
+            Numbers of genes of the cells, and of their neighbourhoods.
+
+        Returns
+        -------
+        ids, types : int64 array (T,)
+        indptr : int64 array (n + 1,)
+            Cell i has the tokens `indptr[i]:indptr[i + 1]`.
+        starts : list of int64 array (n,)
+            Start of the genes of each cell, and of its neighbourhood.
+        """
+        n_front = (self.phenotypes >= 0).sum(axis=1) + (self.cls is not None)
+        n_between = int(self.separator is not None)
+        indptr = np.zeros(len(n_front) + 1, np.int64)
+        np.cumsum(sum(n_genes) + n_front + n_between + (self.eos is not None), out=indptr[1:])
+        starts = [indptr[:-1] + n_front]
+        if len(n_genes) > 1:
+            starts.append(starts[0] + n_genes[0] + n_between)
+        return np.empty(indptr[-1], np.int64), np.zeros(indptr[-1], np.int64), indptr, starts
+
+    def fill(self, ids: np.ndarray, types: np.ndarray, indptr: np.ndarray, starts: Sequence[np.ndarray]) -> None:
+        """Write the tokens around the genes."""
+        for token, at in ((self.cls, indptr[:-1]), (self.eos, indptr[1:] - 1), (self.separator, starts[-1] - 1)):
+            if token is not None:
+                ids[at] = token
+                types[at] = 0
+        has_phenotype = self.phenotypes >= 0
+        cell, which = np.nonzero(has_phenotype)
+        at = indptr[cell] + has_phenotype.cumsum(axis=1)[cell, which] - 1 + (self.cls is not None)
+        ids[at] = self.phenotypes[cell, which]
+        types[at] = self.phenotype_types[which]
+
+
+def with_whole_cells(
+    tokens: TokenizedCells, cells: Cells, column_genes: np.ndarray | None, n_genes: int
+) -> TokenizedCells:
+    """Add the counts of all known genes of the cells, and which of the `n_genes` genes are among the columns."""
+    indptr, genes, counts = map_genes(cells.rows, column_genes)
+    if len(counts) and not counts.all():
+        indptr, (genes, counts) = keep(counts > 0, indptr, genes, counts)
+    measured = np.zeros((1, n_genes), bool)
+    if column_genes is None:
+        measured[:, : len(cells.names if isinstance(cells.names, ColumnNames) else cells.names[0])] = True
+    else:
+        measured[:, column_genes[column_genes >= 0]] = True
+    return tokens._replace(
+        cells=CountRows(indptr, genes.astype(np.int64), counts.astype(np.float32)),
+        measured=None if measured.all() else measured,
+    )
+
+
+__all__ = ["CellLayout", "TokenizedCells", "with_whole_cells"]
