@@ -31,6 +31,7 @@ from stformer_hf.batches.repeats import NumberedRepeats, RepeatedRows
 from stformer_hf.batches.samplers import SameSourceSampler
 from stformer_hf.batches.token_rows import TokenRows
 from stformer_hf.store.cell_batch import REPEAT
+from stformer_hf.training.objectives.views import sources_of
 
 WEIGHTS = st.lists(st.sampled_from([0.0, 1e-9, 0.5, 1.0, 3.0, 1e9]), min_size=1, max_size=30).filter(any)
 ORDERS = ("rows", "grouped", "budget", "packed", "sources")
@@ -465,3 +466,9 @@ def test_a_repeat_has_the_values_of_its_cell(store):
     plain = store.__getitems__([2, 2, 5])
     assert batch.counts.tolist() == plain.counts.tolist() and batch.obs["age"].tolist() == plain.obs["age"].tolist()
     assert RepeatedRows([{"x": 1}], 3).__getitems__([0, 1]) == [{"x": 1}, {"x": 1}]
+
+
+def test_a_repeat_is_of_the_file_of_its_cell(two_stores, tmp_path):
+    joined = CellStore.build(tmp_path / "joined", two_stores, obs=["cell_type"], report=False)
+    batch = RepeatedRows(joined, 3).__getitems__([2, 42, 35])  # 40 cells
+    assert batch.cell_id.tolist() == [2, 2 + REPEAT, 35] and sources_of(batch, None).tolist() == [0, 0, 1]
