@@ -62,10 +62,11 @@ _MODULES = {
 # Names of the systems that this package unites, and of what is needed later than the first week.
 _MORE_MODULES = {
     "batches.collators": ["collate_fn_wrapper"],
+    "batches.draws": ["WeightedDraw", "group_weights"],
     "batches.length_sampler": ["EvenBatchSampler", "LengthGroupedSampler", "padding_share"],
     "batches.lengths": ["load_example_lengths", "write_example_lengths"],
     "batches.precollator": ["STFormerPreCollator"],
-    "batches.samplers": ["BlockShuffleSampler"],
+    "batches.samplers": ["BlockShuffleSampler", "RowSampler"],
     "batches.stream_batches": ["TokenBudgetBuffer"],
     "batches.token_budget": ["TokenBudgetBatchSampler"],
     "cli.parse_args": ["parse_args"],

@@ -26,8 +26,13 @@ def without_empty_cells(dataset: Any) -> Any:
     dataset = as_selection(dataset)
     if not any(isinstance(base, CellStore) for base in bases(dataset)):
         return dataset
-    full = gather(dataset, lambda base: base.lengths > 0 if isinstance(base, CellStore) else np.ones(len(base), bool))
+    full = have_counts(dataset)
     return dataset if full.all() else as_selection(Subset(dataset, np.flatnonzero(full)))
 
 
-__all__ = ["without_empty_cells"]
+def have_counts(dataset: Any) -> np.ndarray:
+    """Return which rows `without_empty_cells` keeps: bool array (n,)."""
+    return gather(dataset, lambda base: base.lengths > 0 if isinstance(base, CellStore) else np.ones(len(base), bool))
+
+
+__all__ = ["have_counts", "without_empty_cells"]

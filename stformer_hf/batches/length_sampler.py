@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch.utils.data import ConcatDataset, Sampler, Subset
 
+from .draws import Draw, draw_of
 from .parts import gather
 
 logger = logging.getLogger(__name__)
@@ -98,9 +99,9 @@ class ResumableSampler(Sampler[Drawn]):
 class LengthGroupedSampler(ResumableSampler[int]):
     """Rows in a random order in which the rows of a batch have similar lengths.
 
-    A random permutation is split into mega-batches, and each is sorted by length, descending. The longest row of all
-    comes first, so that running out of memory shows at the first step. The order is a function of (seed, epoch), and
-    differs between epochs.
+    The rows of an epoch, by default a random permutation, are split into mega-batches, and each is sorted by length,
+    descending. The longest row of the epoch comes first, so that running out of memory shows at the first step. The
+    order is a function of (seed, epoch), and differs between epochs.
 
     Parameters
     ----------
@@ -121,11 +122,14 @@ class LengthGroupedSampler(ResumableSampler[int]):
         Drop the last rows, which do not fill a batch of every rank. Otherwise ranks share them equally, to within one
         row; all ranks have equally many batches, and every row comes once. Only if fewer rows than ranks are left do
         some come twice, which is logged.
+    draw : Draw, optional
+        The rows of an epoch, such as a `WeightedDraw`; by default every row once.
 
     Raises
     ------
     ValueError
-        The batch size is below 1; lengths are unknown, or not integers; the rank is outside the world.
+        The batch size is below 1; lengths are unknown, or not integers; the rank is outside the world; the draw is of
+        another number of rows.
 
     Notes
     -----
@@ -142,19 +146,21 @@ class LengthGroupedSampler(ResumableSampler[int]):
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = False,
+        draw: Draw | None = None,
     ):
         super().__init__(seed, rank, world_size)
         if batch_size < 1 or mega_batch < 1:
             raise ValueError(f"batch_size={batch_size}, mega_batch={mega_batch}: both must be at least 1.")
         self.lengths = known_lengths(lengths)
+        self.draw = draw_of(draw, len(self.lengths))
         self.batch_size, self.mega_batch, self.drop_last = batch_size, mega_batch, drop_last
-        n_left = len(self.lengths) % (batch_size * world_size)
+        n_left = len(self.draw) % (batch_size * world_size)
         if 0 < n_left < world_size and not drop_last:
             _tell_repeats(world_size - n_left, world_size)
 
     def __len__(self) -> int:
         """Return the number of rows of this rank in an epoch."""
-        n_steps, n_left = divmod(len(self.lengths), self.batch_size * self.world_size)
+        n_steps, n_left = divmod(len(self.draw), self.batch_size * self.world_size)
         start, stop = self._share(n_left)
         return n_steps * self.batch_size + stop - start
 
@@ -170,8 +176,8 @@ class LengthGroupedSampler(ResumableSampler[int]):
         yield from np.concatenate([whole, rest])[start:].tolist()
 
     def _order(self) -> np.ndarray:
-        """Return all rows in the order of the epoch."""
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.lengths))
+        """Return the rows of all ranks in the order of the epoch."""
+        order = self.draw(np.random.default_rng([self.seed, self.epoch]))
         if not len(order):
             return order
         longest = self.lengths[order].argmax()
@@ -196,6 +202,7 @@ class LengthGroupedSampler(ResumableSampler[int]):
             "seed": self.seed,
             "world_size": self.world_size,
             "drop_last": self.drop_last,
+            **self.draw.settings(),
         }
 
 
@@ -355,9 +362,9 @@ def check_settings(settings: Mapping[str, Any], state: Mapping[str, Any], of_wha
         They differ; the message names the differences.
     """
     saved = state.get("settings", {})
-    other = [name for name in settings if saved.get(name) != settings[name]]
+    other = [name for name in {**settings, **saved} if saved.get(name) != settings.get(name)]
     if other:
-        found = ", ".join(f"{name} {saved.get(name)!r} instead of {settings[name]!r}" for name in other)
+        found = ", ".join(f"{name} {saved.get(name)!r} instead of {settings.get(name)!r}" for name in other)
         raise ValueError(f"The state belongs to another {of_what}: {found}.")
 
 

@@ -7,10 +7,61 @@ from collections.abc import Iterator, Sized
 import numpy as np
 
 from ..store.cell_store import block_order
+from .draws import Draw, Permutation, draw_of
 from .length_sampler import ResumableSampler, checksum
 
 
-class BlockShuffleSampler(ResumableSampler[int]):
+class RowSampler(ResumableSampler[int]):
+    """Rows in the order in which they are drawn, such as those of a `WeightedDraw`.
+
+    Parameters
+    ----------
+    draw : Draw
+        The rows of an epoch.
+    seed : int, default: 0
+        Seed of the draw, which is a function of (seed, epoch).
+    rank, world_size : int, default: 0, 1
+        Which of how many equal parts of the rows to return; their sizes differ by at most one row. All ranks draw the
+        same rows, so without replacement theirs are disjoint, and with replacement independent. Keep the defaults if
+        accelerate or Trainer prepares the loader, which divides the batches itself.
+
+    Raises
+    ------
+    ValueError
+        The rank is outside the world.
+    """
+
+    def __init__(self, draw: Draw, seed: int = 0, *, rank: int = 0, world_size: int = 1):
+        super().__init__(seed, rank, world_size)
+        self.draw = draw
+
+    def __len__(self) -> int:
+        """Return the number of rows of this rank in an epoch."""
+        start, stop = self._range()
+        return stop - start
+
+    def _sequence(self, start: int) -> Iterator[int]:
+        first, stop = self._range()
+        yield from self._order()[first + start : stop].tolist()
+
+    def _order(self) -> np.ndarray:
+        """Return the rows of all ranks in the epoch."""
+        return self.draw(np.random.default_rng([self.seed, self.epoch]))
+
+    def _settings(self) -> dict[str, object]:
+        return {
+            "n_rows": self.draw.n_rows,
+            "seed": self.seed,
+            "world_size": self.world_size,
+            **self.draw.settings(),
+        }
+
+    def _range(self) -> tuple[int, int]:
+        n_rows = len(self.draw)
+        return self.rank * n_rows // self.world_size, (self.rank + 1) * n_rows // self.world_size
+
+
+class BlockShuffleSampler(RowSampler):
     """Rows in a random order of blocks; the rows of a block are adjacent on disk, and are read at once.
 
     The order is a function of (seed, epoch); it is that of `CellStore.block_shuffle`.
@@ -34,31 +85,16 @@ class BlockShuffleSampler(ResumableSampler[int]):
     """
 
     def __init__(self, store: Sized, block_size: int = 16, seed: int = 0, *, rank: int = 0, world_size: int = 1):
-        super().__init__(seed, rank, world_size)
+        super().__init__(Permutation(len(store)), seed, rank=rank, world_size=world_size)
         if block_size < 1:
             raise ValueError(f"block_size={block_size}: a block needs at least one row.")
         self.store, self.block_size = store, block_size
 
-    def __len__(self) -> int:
-        """Return the number of rows of this rank in an epoch."""
-        start, stop = self._range()
-        return stop - start
+    def _order(self) -> np.ndarray:
+        return block_order(len(self.draw), self.block_size, self.seed, self.epoch)
 
-    def _sequence(self, start: int) -> Iterator[int]:
-        first, stop = self._range()
-        yield from block_order(len(self.store), self.block_size, self.seed, self.epoch)[first + start : stop].tolist()
-
-    def _settings(self) -> dict[str, int]:
-        return {
-            "n_rows": len(self.store),
-            "block_size": self.block_size,
-            "seed": self.seed,
-            "world_size": self.world_size,
-        }
-
-    def _range(self) -> tuple[int, int]:
-        n_rows = len(self.store)
-        return self.rank * n_rows // self.world_size, (self.rank + 1) * n_rows // self.world_size
+    def _settings(self) -> dict[str, object]:
+        return {**super()._settings(), "block_size": self.block_size}
 
 
 class SameSourceSampler(ResumableSampler[int]):
@@ -76,26 +112,29 @@ class SameSourceSampler(ResumableSampler[int]):
         Rows per batch of one process; `EvenBatchSampler` with the same batch size divides the batches among processes.
     seed : int, default: 0
         Seed of the order.
+    draw : Draw, optional
+        The rows of an epoch; by default every row once.
 
     Raises
     ------
     ValueError
-        The batch size is below 1.
+        The batch size is below 1, or the draw is of another number of rows.
     """
 
-    def __init__(self, sources: np.ndarray, batch_size: int, seed: int = 0):
+    def __init__(self, sources: np.ndarray, batch_size: int, seed: int = 0, *, draw: Draw | None = None):
         super().__init__(seed, 0, 1)
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: a batch needs at least one row.")
         self.sources, self.batch_size = np.asarray(sources, np.int64), batch_size
+        self.draw = draw_of(draw, len(self.sources))
 
     def __len__(self) -> int:
         """Return the number of rows in an epoch."""
-        return len(self.sources)
+        return len(self.draw)
 
     def _sequence(self, start: int) -> Iterator[int]:
         rng = np.random.default_rng([self.seed, self.epoch])
-        rows = rng.permutation(len(self.sources))
+        rows = self.draw(rng)
         rows = rows[np.argsort(self.sources[rows], kind="stable")]
         _, first, sizes = np.unique(self.sources[rows], return_index=True, return_counts=True)
         place = np.arange(len(rows)) - np.repeat(first, sizes)
@@ -104,7 +143,12 @@ class SameSourceSampler(ResumableSampler[int]):
         yield from np.concatenate([full, rows[~in_full]])[start:].tolist()
 
     def _settings(self) -> dict[str, object]:
-        return {"sources": checksum(self.sources), "batch_size": self.batch_size, "seed": self.seed}
+        return {
+            "sources": checksum(self.sources),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            **self.draw.settings(),
+        }
 
 
-__all__ = ["BlockShuffleSampler", "SameSourceSampler"]
+__all__ = ["BlockShuffleSampler", "RowSampler", "SameSourceSampler"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from .draws import Draw, draw_of
 from .length_sampler import (
     ResumableSampler,
     batches_of_rank,
@@ -20,19 +22,21 @@ from .length_sampler import (
 _MEGA_BATCH = {False: 50, True: 200}  # if packed, any cells can share a batch, so larger windows fill batches better
 _MOST_DRAWS = 20  # permutations tried per epoch, until one has few enough batches
 _SPARE_BATCHES = 500  # one extra batch per so many of the first epoch, so that nearly every draw has few enough
+_SPARE_DEVIATIONS = 6  # of the number of batches, where each epoch has other rows
 _LEAST_TOGETHER = 10  # minimum batches per mega-batch, since its last is not full
 
 
 class TokenBudgetBatchSampler(ResumableSampler[list[int]]):
     """Batches of rows, each within a token budget.
 
-    The cost of a padded batch is its number of cells times its longest cell: a random permutation is split into
-    mega-batches, each is sorted by length, and each batch takes the cells that fit. The cost of a packed batch is the
-    sum of its cells: the cells of a mega-batch are packed, longest first, each into the first batch with room. The
-    batches then come in a random order, except for the one with the longest cell, which comes first.
+    The cost of a padded batch is its number of cells times its longest cell: the rows of an epoch, by default a random
+    permutation, are split into mega-batches, each is sorted by length, and each batch takes the cells that fit. The
+    cost of a packed batch is the sum of its cells: the cells of a mega-batch are packed, longest first, each into the
+    first batch with room. The batches then come in a random order, except for the one with the longest cell, which
+    comes first.
 
-    The batches are a function of (seed, epoch). Every row comes once per epoch, and **every epoch has the same number
-    of batches**, which Trainer relies on: in epochs that need fewer, some batches are split.
+    The batches are a function of (seed, epoch). Every row that is drawn comes once, and **every epoch has the same
+    number of batches**, which Trainer relies on: in epochs that need fewer, some batches are split.
 
     Parameters
     ----------
@@ -59,11 +63,15 @@ class TokenBudgetBatchSampler(ResumableSampler[list[int]]):
         twice only if there are fewer rows than batches, which is logged.
     drop_last : bool, default: False
         Drop the last batches that do not go round all ranks, instead of splitting any.
+    draw : Draw, optional
+        The rows of an epoch, such as a `WeightedDraw`; by default every row once. If each epoch has other rows, there
+        are enough batches for six standard deviations of their tokens.
 
     Raises
     ------
     ValueError
-        A single cell exceeds the budget; lengths are unknown, or not integers; the rank is outside the world.
+        A single cell exceeds the budget; lengths are unknown, or not integers; the rank is outside the world; the draw
+        is of another number of rows.
 
     Examples
     --------
@@ -85,10 +93,12 @@ class TokenBudgetBatchSampler(ResumableSampler[list[int]]):
         rank: int | None = None,
         world_size: int = 1,
         drop_last: bool = False,
+        draw: Draw | None = None,
     ):
         super().__init__(seed, rank, world_size)
         check_sizes(max_tokens_per_batch=max_tokens_per_batch, max_cells=max_cells, mega_batch=mega_batch)
         self.lengths = known_lengths(lengths)
+        self.draw = draw_of(draw, len(self.lengths))
         too_long = np.flatnonzero(self.lengths > max_tokens_per_batch)
         if len(too_long):
             name = f"Row {too_long[0]} (one of {len(too_long)} such)"
@@ -109,7 +119,7 @@ class TokenBudgetBatchSampler(ResumableSampler[list[int]]):
 
     def _batches(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the epoch's batches for all ranks: rows, and the boundaries of the batches."""
-        if not len(self.lengths):
+        if not len(self.draw):
             return np.empty(0, np.int64), np.zeros(1, np.int64)
         rng = np.random.default_rng([self.seed, self.epoch])
         for _ in range(_MOST_DRAWS):
@@ -129,25 +139,35 @@ class TokenBudgetBatchSampler(ResumableSampler[list[int]]):
     @cached_property
     def _n_batches(self) -> int:
         """Number of batches in an epoch, before it is rounded to a multiple of the number of ranks."""
-        if not len(self.lengths):
+        if not len(self.draw):
             return 0
         n_batches = len(self._draw(np.random.default_rng([self.seed, 0]))[1]) - 1
-        if self._n_windows > 1:  # else all draws have the same number
-            n_batches = min(n_batches + 1 + n_batches // _SPARE_BATCHES, len(self.lengths))
-        return n_batches
+        spare = 0
+        if self._n_windows > 1 or not self.draw.same_rows:  # else all draws have the same number
+            spare = 1 + n_batches // _SPARE_BATCHES
+        if not self.draw.same_rows:
+            variance = self.draw.mean((self._costs - self.draw.mean(self._costs)) ** 2)
+            deviation = math.sqrt(variance / len(self.draw)) / self.draw.mean(self._costs)  # relative, of an epoch
+            spare += math.ceil(_SPARE_DEVIATIONS * deviation * n_batches)
+        return min(n_batches + spare, len(self.draw))
 
     @cached_property
     def _n_windows(self) -> int:
         """Number of mega-batches in an epoch."""
-        n_cells = self.max_tokens_per_batch / np.maximum(self.lengths, 1).mean()
+        n_cells = self.max_tokens_per_batch / self.draw.mean(self._costs)
         if self.max_cells is not None:
             n_cells = min(n_cells, self.max_cells)
-        n_batches = len(self.lengths) / n_cells
+        n_batches = len(self.draw) / n_cells
         return max(1, round(n_batches / min(self.mega_batch, max(n_batches / 4, _LEAST_TOGETHER))))
 
+    @property
+    def _costs(self) -> np.ndarray:
+        """Number of tokens that each row counts as: int64 array (n,)."""
+        return np.maximum(self.lengths, 1)
+
     def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Split a random permutation into batches."""
-        rows = rng.permutation(len(self.lengths))
+        """Draw rows, and split them into batches."""
+        rows = self.draw(rng)
         order, cuts = cut_batches(
             self.lengths[rows], self.max_tokens_per_batch, self.packing, self.max_cells, self._n_windows
         )
@@ -164,6 +184,7 @@ class TokenBudgetBatchSampler(ResumableSampler[list[int]]):
             "world_size": self.world_size,
             "all_ranks": self.rank is None,
             "drop_last": self.drop_last,
+            **self.draw.settings(),
         }
 
 

@@ -72,6 +72,13 @@ class FinetuneArguments:
     max_tokens_per_batch: int | None = field(
         default=None, metadata={"help": "fill batches up to this many tokens, instead of a number of cells"}
     )
+    sampling: dict | None = field(
+        default=None,
+        metadata={
+            "help": "cells of an epoch: '{by: cell_type}' balances types, '{by: batch, temperature: 2}' less so, "
+            "'{shares: {a.h5ad: 0.7, b.h5ad: 0.3}}' mixes files; also weights, n_draws, replacement"
+        },
+    )
     class_weights: Literal["none", "balanced"] = field(
         default="none", metadata={"help": "balanced: weight classes in the loss by 1 / frequency (PerturbGene)"}
     )
@@ -99,6 +106,7 @@ def main(argv: list[str]) -> None:
 
 def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     """Fine-tune and save; return the metrics of the run."""
+    from ..batches.draws import check_sampling, sampling_columns
     from ..evaluation.cell_baselines import classification_baselines
     from ..evaluation.metrics import compute_classification_metrics, compute_regression_metrics
     from ..training.cell_heads import read_head
@@ -119,6 +127,8 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     if of_numbers and (args.class_weights != "none" or args.label_smoothing):
         raise ValueError("--class_weights and --label_smoothing are of classes: leave them out of a regression.")
     refuse_flags_of_a_new_model(args, _OF_A_NEW_MODEL)
+    check_sampling(args.sampling)
+    split_by = [args.split_by] if args.split_by else []
     tokenizer = load_tokenizer(args.model) if args.model else None
     whole_cell = args.whole_cell if tokenizer is None else getattr(tokenizer, "whole_cell", False)
     reference = {} if whole_cell else FINETUNING_REFERENCE
@@ -132,7 +142,7 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         store = open_cells(
             args.data,
             arguments,
-            list(dict.fromkeys([args.label, *args.phenotypes, *([args.split_by] if args.split_by else [])])),
+            list(dict.fromkeys([args.label, *args.phenotypes, *split_by, *sampling_columns(args.sampling)])),
             args.layer,
             args.overwrite,
             fractional=args.fractional,
@@ -176,6 +186,7 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
             },
             lora=args.lora,
             freeze=args.freeze,
+            sampling=args.sampling,
         )
         if arguments.process_index == 0:
             print(_what_is_learnt(args.label, read_head(prepared.model)))

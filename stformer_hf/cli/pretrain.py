@@ -138,6 +138,13 @@ class PretrainArguments:
     max_tokens_per_batch: int | None = field(
         default=None, metadata={"help": "fill batches up to this many tokens, instead of a number of cells"}
     )
+    sampling: dict | None = field(
+        default=None,
+        metadata={
+            "help": "cells of an epoch: '{by: cell_type}' balances types, '{by: batch, temperature: 2}' less so, "
+            "'{shares: {a.h5ad: 0.7, b.h5ad: 0.3}}' mixes files; also weights, n_draws, replacement"
+        },
+    )
     label_smoothing: float = field(
         default=0.0, metadata={"help": "label smoothing of the MLM loss (PerturbGene: 0.5)"}
     )
@@ -217,6 +224,7 @@ def prepare(args: PretrainArguments, arguments: TrainingArguments) -> PretrainRu
     ValueError
         Flags of a new model are combined with `--model`; see also `open_cells`, `GeneTokenizer` and `split`.
     """
+    from ..batches.draws import sampling_columns
     from ..training.loading import load_tokenizer
     from .runs import genes_of_training, open_cells, refuse_flags_of_a_new_model, removing_store, split
 
@@ -224,7 +232,8 @@ def prepare(args: PretrainArguments, arguments: TrainingArguments) -> PretrainRu
     _check_settings(args)
     tokenizer = load_tokenizer(args.model) if args.model else None
     phenotypes = tokenizer.included_phenotypes if tokenizer else args.phenotypes
-    columns = list(dict.fromkeys([*(phenotypes or []), *([args.batch_key] if args.batch_key else [])]))
+    batch_key = [args.batch_key] if args.batch_key else []
+    columns = list(dict.fromkeys([*(phenotypes or []), *batch_key, *sampling_columns(args.sampling)]))
     neighborhood = tokenizer.neighborhood if tokenizer else args.neighborhood
     graph = {"neighbors": args.neighbors, "section": args.section} if neighborhood else {}
     with removing_store(arguments):
@@ -252,9 +261,10 @@ def prepare(args: PretrainArguments, arguments: TrainingArguments) -> PretrainRu
 
 
 def _check_settings(args: PretrainArguments) -> None:
-    """Refuse unknown settings of tokenizer and model, before any data are read."""
+    """Refuse unknown settings of tokenizer, model and sampling, before any data are read."""
     from inspect import signature
 
+    from ..batches.draws import check_sampling
     from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 
@@ -264,6 +274,7 @@ def _check_settings(args: PretrainArguments) -> None:
     tokenizer_names -= {"store", "kwargs"}
     check_names("tokenizer_config", args.tokenizer_config, tokenizer_names)
     check_names("model_config", args.model_config, {option.name for option in fields(GeneBertConfig)})
+    check_sampling(args.sampling)
     if args.bin_edges is not None and "bin_edges" in (args.tokenizer_config or {}):
         raise ValueError("bin_edges and tokenizer_config both set the edges of the bins: pass one of them.")
 
@@ -386,6 +397,7 @@ def make_trainer(
         ema=args.ema,
         packing=args.packing,
         max_tokens_per_batch=args.max_tokens_per_batch,
+        sampling=args.sampling,
         eval_dataset=run.held_out_cells,
         **kwargs,
     )

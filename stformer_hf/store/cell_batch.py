@@ -17,6 +17,9 @@ from ..genes.gene_table import GeneTable
 from ..sources.obs_columns import as_objects
 from .worker_slots import SharedArrays
 
+# The k-th repeat of a cell in an epoch (`batches.repeats`) has the cell_id + k * REPEAT, for masks of its own.
+REPEAT = 1 << 40
+
 
 @dataclass
 class CellBatch:
@@ -31,7 +34,8 @@ class CellBatch:
     counts : uint8, uint16, uint32 or float32 array (nnz,)
         Non-zero counts.
     cell_id : int64 array (n,)
-        Row numbers in the whole store, also for batches of a selection.
+        Row numbers in the whole store, also for batches of a selection. In a trainer with `sampling`, a cell that
+        comes again in an epoch has this plus a multiple of 2**40, so that it is masked anew.
     obs : dict of str to array (n,)
         The obs columns; categorical ones as codes, -1 where missing.
     categories : dict of str to list of str
@@ -266,4 +270,4 @@ def collate_cells(batch: CellBatch) -> dict[str, torch.Tensor | list]:
     return _Tensors(tensors)
 
 
-__all__ = ["Cell", "CellBatch", "as_cell_batch", "collate_cells"]
+__all__ = ["REPEAT", "Cell", "CellBatch", "as_cell_batch", "collate_cells"]

@@ -33,6 +33,10 @@ def check_arguments(trainer: Trainer) -> None:
         )
     if args.train_sampling_strategy == "batch_rebalance":
         raise ValueError('train_sampling_strategy="batch_rebalance" is not supported: use max_tokens_per_batch.')
+    if trainer.sampling is not None and args.train_sampling_strategy == "sequential":
+        raise ValueError(
+            'train_sampling_strategy="sequential" reads the cells as they are, and sampling draws them: leave one out.'
+        )
     if args.use_liger_kernel and model_type in _OURS:
         raise ValueError(f"use_liger_kernel: Liger has no kernels for {model_type}. Leave it out.")
     backend = getattr(config, "_attn_implementation", "eager")

@@ -18,11 +18,13 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import seed_worker
 
 from ..batches.collate import CellCollator
-from ..batches.empty_cells import without_empty_cells
+from ..batches.draws import WeightedDraw, check_sampling
+from ..batches.empty_cells import have_counts, without_empty_cells
 from ..batches.length_sampler import EvenBatchSampler, LengthGroupedSampler, known_lengths
 from ..batches.lengths import load_example_lengths
 from ..batches.parts import as_selection, as_token_rows, bases, gather
-from ..batches.samplers import BlockShuffleSampler
+from ..batches.repeats import NumberedRepeats, RepeatedRows
+from ..batches.samplers import BlockShuffleSampler, RowSampler
 from ..batches.stream_batches import StreamBatches, StreamOrder, TokenBudgetBuffer, only
 from ..batches.token_budget import TokenBudgetBatchSampler
 from ..evaluation.metrics import preprocess_logits_for_metrics, preprocess_logits_with_nll
@@ -58,14 +60,15 @@ class CellTrainer(MeasuredTrainer):
     """Trainer for stores of cells and the collators of this package.
 
     It differs from Trainer as follows. Every column and the number of the epoch reach the collator. The order of the
-    cells is a function of (seed, epoch), whatever the number of processes, and each cell is seen once per epoch.
-    Evaluation and prediction keep the order of the dataset and use the collator's `for_evaluation()`, so that losses
-    are comparable. Cells without counts are left out. `resume_from_checkpoint=True` resumes from the last complete
-    checkpoint. SIGTERM and Ctrl-C save a checkpoint after the current step and end `train`, with the signal in
-    `trainer.interrupted`; a second Ctrl-C interrupts at once. The evaluation loss is the mean over all labels,
-    whatever the size of the batches. Half-precision weights are trained in float32. For masked models,
-    `<class>_loss` and `<class>_accuracy` are logged for each class of tokens (genes, and each phenotype category):
-    mean cross entropy in nats, without smoothing and weights, and share of correct predictions.
+    cells is a function of (seed, epoch), whatever the number of processes; each cell is seen once per epoch, unless
+    `sampling` says otherwise. Evaluation and prediction keep the order of the dataset and use the collator's
+    `for_evaluation()`, so that losses are comparable. Cells without counts are left out.
+    `resume_from_checkpoint=True` resumes from the last complete checkpoint. SIGTERM and Ctrl-C save a checkpoint after
+    the current step and end `train`, with the signal in `trainer.interrupted`; a second Ctrl-C interrupts at once. The
+    evaluation loss is the mean over all labels, whatever the size of the batches. Half-precision weights are trained
+    in float32. For masked models, `<class>_loss` and `<class>_accuracy` are logged for each class of tokens (genes,
+    and each phenotype category): mean cross entropy in nats, without smoothing and weights, and share of correct
+    predictions.
 
     Parameters
     ----------
@@ -82,6 +85,12 @@ class CellTrainer(MeasuredTrainer):
     max_tokens_per_batch : int, optional
         Fill batches up to this many tokens, padding included, instead of a number of cells
         (`per_device_train_batch_size`).
+    sampling : mapping, optional
+        Which cells an epoch reads, with any order of batches: the arguments of `WeightedDraw.from_dataset`, `by` (a
+        column of obs), `temperature`, `shares`, `weights`, `n_draws` and `replacement`. For example
+        {"by": "cell_type"} for balanced types, {"by": "batch", "temperature": 2}, or {"shares": {"a": 0.7, "b": 0.3}}
+        for the stores of a ConcatDataset. A cell that is drawn several times in an epoch is masked anew each time, if
+        it has a `cell_id`. Not for a stream.
     **kwargs
         All other arguments of Trainer.
 
@@ -89,8 +98,8 @@ class CellTrainer(MeasuredTrainer):
     ------
     ValueError
         The tokenizer (`processing_class`) does not fit the model; batches are packed, but the model cannot keep cells
-        apart, or one process uses multiple GPUs; the lengths do not fit the dataset; the labels do not fit the head
-        of a classifier.
+        apart, or one process uses multiple GPUs; the lengths or `sampling` do not fit the dataset; the labels do not
+        fit the head of a classifier.
     """
 
     def __init__(
@@ -100,23 +109,27 @@ class CellTrainer(MeasuredTrainer):
         eval_dataset: Any = None,
         lengths: Any = None,
         max_tokens_per_batch: int | None = None,
+        sampling: Mapping[str, Any] | None = None,
         **kwargs,
     ):
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: without_empty_cells(dataset) for name, dataset in eval_dataset.items()}
         else:
             eval_dataset = without_empty_cells(eval_dataset)
-        self._train_batches: EvenBatchSampler | TokenBudgetBatchSampler | None = None
+        self._train_batches: EvenBatchSampler | TokenBudgetBatchSampler | NumberedRepeats | None = None
         self._stream: StreamBatches | None = None
         self._stream_mark: dict[str, Any] | None = None  # where the next batch of a stream is read from
         self._lengths = load_example_lengths(lengths) if isinstance(lengths, (str, Path)) else lengths
         self.max_tokens_per_batch = max_tokens_per_batch
+        self.sampling = _sampling_of(sampling, train_dataset)
+        self._drawn: tuple[Any, WeightedDraw] | None = None  # the dataset, and the draw of its rows
         super().__init__(train_dataset=without_empty_cells(train_dataset), eval_dataset=eval_dataset, **kwargs)
         self._check_identities()
         collator = self._eval_collator = self.data_collator
         self._statistics: dict[bool, torch.Tensor] = {}
         self._eval_losses = SumOfLosses()
         check_arguments(self)
+        self._draw(self.train_dataset)  # refused here if it does not fit
         self.interrupted: signal.Signals | None = None
         self.card_facts: dict[str, Any] = {}
         self.add_callback(SetEpoch(self))
@@ -175,9 +188,9 @@ class CellTrainer(MeasuredTrainer):
 
         Returns
         -------
-        TokenBudgetBatchSampler, LengthGroupedSampler, BlockShuffleSampler or None
+        TokenBudgetBatchSampler, LengthGroupedSampler, BlockShuffleSampler, RowSampler or None
             Batches of rows with `max_tokens_per_batch`; else rows, grouped by length if `train_sampling_strategy` is
-            "group_by_length", or shuffled if it is "random". None for a stream.
+            "group_by_length", or shuffled if it is "random" (a RowSampler with `sampling`). None for a stream.
         """
         return self._get_train_sampler()
 
@@ -187,6 +200,7 @@ class CellTrainer(MeasuredTrainer):
             return None
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
+        draw = self._draw(dataset)
         if self.max_tokens_per_batch is not None:
             return TokenBudgetBatchSampler(
                 self._n_tokens(dataset),
@@ -195,13 +209,22 @@ class CellTrainer(MeasuredTrainer):
                 seed=seed,
                 world_size=args.world_size,
                 drop_last=args.dataloader_drop_last,
+                draw=draw,
             )
         if args.train_sampling_strategy == "group_by_length":
             in_a_step = self._train_batch_size * args.world_size * args.gradient_accumulation_steps
-            return LengthGroupedSampler(self._n_tokens(dataset), in_a_step, seed=seed)
+            return LengthGroupedSampler(self._n_tokens(dataset), in_a_step, seed=seed, draw=draw)
         if args.train_sampling_strategy == "sequential":
             return super()._get_train_sampler(dataset)
-        return BlockShuffleSampler(dataset, 1, seed)
+        return BlockShuffleSampler(dataset, 1, seed) if draw is None else RowSampler(draw, seed)
+
+    def _draw(self, dataset: Any) -> WeightedDraw | None:
+        """Return the draw of `sampling` from the training rows; None without it."""
+        if self.sampling is None or dataset is None:
+            return None
+        if self._drawn is None or self._drawn[0] is not dataset:
+            self._drawn = dataset, WeightedDraw.from_dataset(dataset, **self.sampling)
+        return self._drawn[1]
 
     def _n_tokens(self, dataset: Any) -> np.ndarray:
         """Return the number of tokens of each row: int array (n_rows,); an upper bound for the cells of a store."""
@@ -268,6 +291,9 @@ class CellTrainer(MeasuredTrainer):
             sampler = EvenBatchSampler(
                 sampler, batch_size, world_size=args.world_size, drop_last=args.dataloader_drop_last
             )
+        draw = self._draw(self.train_dataset)
+        if draw is not None:
+            dataset, sampler = RepeatedRows(dataset, len(draw)), NumberedRepeats(sampler, len(dataset))
         self._train_batches = sampler
         loader = DataLoader(
             dataset,
@@ -466,6 +492,7 @@ class CellTrainer(MeasuredTrainer):
                 getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)
             ),
             "max_tokens_per_batch": self._token_budget,
+            "sampling": self._describe_sampling(),
             **({} if self._cells is None else {"train_dataset": self._cells}),
         }
         if self.max_tokens_per_batch is None:
@@ -475,6 +502,14 @@ class CellTrainer(MeasuredTrainer):
         else:
             order["gradient_accumulation_steps * processes"] = batches
         return order
+
+    def _describe_sampling(self) -> str | None:
+        """Describe the draws by their number and a checksum of the weights; None without `sampling`."""
+        draw = self._draw(self.train_dataset)
+        if draw is None:
+            return None
+        how = "with" if draw.replacement else "without"
+        return f"{len(draw)} draws {how} replacement (checksum of the weights {draw.settings()['weights']})"
 
     @cached_property
     def _cells(self) -> str | None:
@@ -672,6 +707,19 @@ class CellTrainer(MeasuredTrainer):
         names = [name for name in self.label_names if isinstance(inputs.get(name), torch.Tensor)]
         rows = filling_cells(self.accelerator, len(inputs[names[0]])) if names else None
         return inputs if rows is None else without_labels(inputs, names, rows)
+
+
+def _sampling_of(sampling: Mapping[str, Any] | None, dataset: Any) -> dict[str, Any] | None:
+    """Check the names of `sampling`; an array of weights loses those of the cells without counts, as the cells do."""
+    if sampling is None:
+        return None
+    check_sampling(sampling)
+    weights = sampling.get("weights")
+    if weights is None or isinstance(weights, str) or not hasattr(dataset, "__len__"):
+        return dict(sampling)
+    if len(weights) != len(dataset):
+        raise ValueError(f"sampling: {len(weights)} weights for {len(dataset)} rows: one is needed for each.")
+    return {**sampling, "weights": np.asarray(weights)[have_counts(as_selection(dataset))]}
 
 
 def _tokens_of(tokenizer: Any, cell: Mapping[str, Any]) -> int | None:

@@ -27,6 +27,7 @@ from transformers import (
 
 from ..batches.collate import pad, read_tokens
 from ..batches.collators import DataCollatorForCellClassification
+from ..batches.draws import sampling_columns
 from ..batches.evaluating import evaluating
 from ..batches.parts import as_selection
 from ..evaluation.metrics import balanced_class_weights
@@ -75,6 +76,8 @@ class Finetuning:
         Rank of the adapters that are trained in place of the encoder; see `adapt`.
     freeze : int
         Number of first layers that are not trained.
+    sampling : mapping, optional
+        Which cells an epoch reads; see `CellTrainer`.
     out_of_fold : OutOfFold, optional
         Predictions of training cells by models trained as this one will be. None if there are none: it does not start
         at linear readers, or is trained for a number of epochs that was given.
@@ -94,6 +97,7 @@ class Finetuning:
     balanced: bool = False
     lora: int | None = None
     freeze: int = 0
+    sampling: Mapping[str, Any] | None = None
     out_of_fold: OutOfFold | None = None
     temperature: float | None = None
     facts: dict[str, Any] = field(default_factory=dict)
@@ -129,6 +133,7 @@ class Finetuning:
             train_dataset=self.cells,
             eval_dataset=eval_cells,
             processing_class=self.tokenizer,
+            sampling=self.sampling,
             **kwargs,
         )
 
@@ -171,6 +176,7 @@ def finetune(
     training: Mapping[str, Any] | None = None,
     lora: int | None = None,
     freeze: int = 0,
+    sampling: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Fine-tune a classifier of cells.
 
@@ -225,6 +231,9 @@ def finetune(
         `output` then holds the adapter alone, and is loaded with the checkpoint. Needs PEFT.
     freeze : int, default: 0
         Number of first layers that are not trained, with the embeddings; for a checkpoint.
+    sampling : mapping, optional
+        Which cells an epoch reads, such as {"by": "donor"}; see `CellTrainer`. Weights must be a column. The start at
+        linear readers does not depend on it.
 
     Returns
     -------
@@ -244,6 +253,7 @@ def finetune(
         if not isinstance(cells, CellStore):
             columns = [label_key] if isinstance(label_key, str) else list(label_key)
             columns += [name for name in (group_key, *phenotypes) if name is not None]
+            columns += sampling_columns(sampling)
             _check_columns(find_table(cells, layer).obs, columns)
             of_classes = isinstance(label_key, str) and (
                 problem_type == "single_label_classification" or _is_boolean(cells, label_key, layer)
@@ -284,6 +294,7 @@ def finetune(
             max_length=max_length,
             lora=lora,
             freeze=freeze,
+            sampling=sampling,
         )
         trainer = prepared.trainer(arguments, eval_cells)
         if prepared.num_train_epochs > 0:
@@ -314,6 +325,7 @@ def prepare_classifier(
     tokenizer_config: Mapping[str, Any] | None = None,
     lora: int | None = None,
     freeze: int = 0,
+    sampling: Mapping[str, Any] | None = None,
 ) -> Finetuning:
     """Make (or load) the classifier of some cells, start it, and choose how long to train it.
 
@@ -355,7 +367,13 @@ def prepare_classifier(
         model.config.class_weights = balanced_class_weights(cells.obs[label_key], classes)
     if init == "random" or not getattr(model.config, "wide_head", False):
         epochs = _EPOCHS_WITHOUT_START if num_train_epochs is None else num_train_epochs
-        return Finetuning(model, tokenizer, cells, label_key, epochs, lora=lora, freeze=freeze, facts=facts)
+        return Finetuning(
+            *(model, tokenizer, cells, label_key, epochs),
+            lora=lora,
+            freeze=freeze,
+            sampling=sampling,
+            facts=facts,
+        )
 
     groups = None
     if group_key is not None:
@@ -379,7 +397,7 @@ def prepare_classifier(
     logger.info(f"The start took {time.monotonic() - began:.0f} s.")
     epochs, facts = num_train_epochs, {**facts, **_facts_of(start)}
     if epochs is None:
-        begun = Finetuning(model, tokenizer, cells, label_key, 0, start, is_new, balanced, lora, freeze)
+        begun = Finetuning(model, tokenizer, cells, label_key, 0, start, is_new, balanced, lora, freeze, sampling)
         epochs, found, trained = choose_epochs(begun, labels, groups, arguments)
         facts |= found
     out_of_fold, temperature = None, None
@@ -400,6 +418,7 @@ def prepare_classifier(
         *(model, tokenizer, cells, label_key, epochs, start, is_new, balanced),
         lora=lora,
         freeze=freeze,
+        sampling=sampling,
         out_of_fold=out_of_fold,
         temperature=temperature,
         facts=facts,
@@ -523,6 +542,7 @@ def _outputs_of_epochs(
             data_collator=_collator(model, prepared.tokenizer, prepared.label_key, inner.seed),
             train_dataset=cells,
             processing_class=prepared.tokenizer,
+            sampling=prepared.sampling,
             callbacks=[PredictEpochs()],
         )
         trainer.remove_callback(PrinterCallback)  # its losses would look like those of the final model

@@ -210,6 +210,11 @@ def _settings(trainer: Any) -> dict[str, Any]:
     settings = {key: getattr(collator, name) for key, name in names.items() if hasattr(collator, name)}
     if getattr(trainer, "objectives", {"mlm": 1.0}) != {"mlm": 1.0}:
         settings["objectives"] = ", ".join(f"{name} {weight:g}" for name, weight in trainer.objectives.items())
+    if trainer.sampling is not None:
+        settings["sampling"] = ", ".join(
+            f"{name} {value if isinstance(value, (str, int, float, dict)) else 'as given'}"
+            for name, value in trainer.sampling.items()
+        )
     for key, dataset in (("cells in training", trainer.train_dataset), ("cells held out", trainer.eval_dataset)):
         if hasattr(dataset, "__len__") and not isinstance(dataset, dict):
             settings[key] = len(dataset)

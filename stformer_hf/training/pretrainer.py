@@ -60,6 +60,8 @@ class STFormerPretrainer(ObjectiveTrainer):
         Train on packed batches: the cells of a batch in one row, without padding.
     max_tokens_per_batch : int, optional
         Fill batches up to this many tokens, instead of a number of cells.
+    sampling : mapping, optional
+        Which cells an epoch reads, such as {"by": "cell_type"}; see `CellTrainer`.
     processing_class : GeneTokenizer
         Tokenizer of the cells; saved beside the model.
     data_collator : callable, optional

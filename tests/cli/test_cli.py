@@ -290,20 +290,24 @@ def test_flags_reach_the_model_and_the_collator(file, tmp_path):
     for row in ("masked genes | 0.4", "masked phenotypes | 0.7", "gene dropout | 0.3"):
         assert row in card
     tune = ["finetune", "--data", file, "--label", "cell_type", "--model", str(made), "--output", str(tuned), *SHORT]
-    assert main([*tune, "--pooling", "mean", "--gene_dropout", "0.2"]) == 0
+    sampling = ["--sampling", "{by: cell_type, temperature: 2}"]
+    assert main([*tune, "--pooling", "mean", "--gene_dropout", "0.2", *sampling]) == 0
     assert GeneBertConfig.from_pretrained(tuned).classifier_pooling == "mean"
-    assert "gene dropout | 0.2" in (tuned / "README.md").read_text()
+    card = (tuned / "README.md").read_text()
+    assert "gene dropout | 0.2" in card and "sampling | by cell_type, temperature 2" in card
 
 
 def test_objectives_reach_the_trainer(file, tmp_path, capsys):
     made = tmp_path / "pretrained"
     flags = ["--objectives", "{contrast: 0.5, decode: 1.0}", "--view", "thinning", "--batch_key", "cell_type"]
+    flags += ["--sampling", "{by: age, temperature: inf}"]
     assert main(["pretrain", "--data", file, "--output", str(made), *flags, "--ema", "0.9", *SHORT]) == 0
     out = capsys.readouterr().out
     assert "eval_contrast_loss" in out and "eval_decode_loss" in out and "mlm_loss" not in out
     config = GeneBertConfig.from_pretrained(made)
     assert config.pooling == "cls" and config.cell_decoder
-    assert "| objectives | contrast 0.5, decode 1 |" in (made / "README.md").read_text()
+    card = (made / "README.md").read_text()
+    assert "| objectives | contrast 0.5, decode 1 |" in card and "| sampling | by age, temperature inf |" in card
 
 
 def test_ranks_of_spots_and_neighbours_with_settings_of_tokenizer_and_model(file, tmp_path, capsys):

@@ -45,7 +45,7 @@ def make_trainer(folder, cells, tokenizer, order="random", model=None, **changes
         **{name: value for name, value in ORDERS[order].items() if name.startswith("train_")},
     }
     own = {name: value for name, value in ORDERS[order].items() if not name.startswith("train_")}
-    trainer_settings = {name: changes.pop(name) for name in ("callbacks", "lengths") if name in changes}
+    trainer_settings = {name: changes.pop(name) for name in ("callbacks", "lengths", "sampling") if name in changes}
     if "lengths" in trainer_settings:
         trainer_settings["example_lengths_file"] = trainer_settings.pop("lengths")
     torch.manual_seed(0)

@@ -27,6 +27,7 @@ ORDERS = {
     "random": ({}, {}),
     "grouped": ({"train_sampling_strategy": "group_by_length"}, {}),
     "packed": ({}, {"max_tokens_per_batch": 200, "packing": True}),
+    "balanced": ({"train_sampling_strategy": "group_by_length"}, {"sampling": {"by": "cell_type"}}),
     "stream": ({}, {}),
     "neighborhoods": ({}, {}),
     "objectives": (

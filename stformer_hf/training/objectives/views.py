@@ -17,7 +17,7 @@ from ...batches.collate import join
 from ...batches.collators import DataCollatorForGeneRankMLM, DataCollatorForPhenotypicMLM
 from ...models.gene_bert.cell_counts import is_cell_batch, keep
 from ...models.gene_bert.randomness import happens, uniforms
-from ...store.cell_batch import CellBatch, as_cell_batch
+from ...store.cell_batch import REPEAT, CellBatch, as_cell_batch
 from ...store.cell_store import CellStore
 
 VIEWS = ("disjoint", "thinning")
@@ -244,7 +244,7 @@ def sources_of(cells: CellBatch | CellStore, batch_key: str | None) -> np.ndarra
     """
     whole = isinstance(cells, CellStore)
     if batch_key is None:
-        ids = cells.cell_ids if whole else cells.cell_id
+        ids = cells.cell_ids if whole else cells.cell_id % REPEAT
         return (
             np.zeros(len(ids), np.int64) if cells.path is None else _file_starts(cells.path).searchsorted(ids, "right")
         )
