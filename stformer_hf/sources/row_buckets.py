@@ -45,6 +45,7 @@ class RowBuckets:
         weakref.finalize(self, _remove, folder, os.getpid())
         self._files = [Path(folder, str(bucket)) for bucket in range(n_buckets)]
         self._open = [open(file, "wb") for file in self._files]
+        weakref.finalize(self, _close, self._open)  # before the removal: the last finalizer runs first
 
     def add(self, rows: np.ndarray, columns: np.ndarray, values: np.ndarray) -> None:
         """Write entries; values of repeated pairs of row and column are summed in reading."""
@@ -58,9 +59,7 @@ class RowBuckets:
 
     def close(self) -> None:
         """Finish writing; rows can be read from here on."""
-        for file in self._open:
-            file.close()
-        self._open = []
+        _close(self._open)
 
     def rows(self, start: int, stop: int) -> sparse.csr_matrix:
         """Return rows; only these rows and a buffer are in memory."""
@@ -80,6 +79,12 @@ class RowBuckets:
         if values.dtype.kind in "iub":
             values = values.astype(np.int64)  # sums of narrow integers must not overflow
         return sparse.coo_matrix((values, coordinates), shape=(stop - start, self.shape[1])).tocsr()
+
+
+def _close(files: list) -> None:
+    """Close files, also if an error interrupted writing."""
+    while files:
+        files.pop().close()
 
 
 def _remove(folder: str, process: int) -> None:

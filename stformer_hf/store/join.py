@@ -60,7 +60,8 @@ def _write(path: Path, building: Path, stores: Sequence[StoredCells], row_format
                 shard["count_type"] = row_format.count_type
             shards.append(shard)
         n_cells += len(store)
-    facts = {"n_cells": n_cells, "part": None, "build": None, "shuffled": False, "sources": _sources(stores)}
+    facts = {"n_cells": n_cells, "part": None, "build": None, "sources": _sources(stores)}
+    facts["shuffled"] = any(store.manifest["shuffled"] for store in stores)
     write_manifest(building, facts, stores[0].genes, row_format, shards)
 
 

@@ -135,7 +135,9 @@ def test_a_resumed_run_sees_the_same_neighbours(tmp_path, n_workers):
 def test_counts_stay_whole_where_all_else_is_in_half_precision(tmp_path, monkeypatch):
     """DeepSpeed has Trainer cast every float; 257 and 1,001 are none in bfloat16."""
     adata = section()
-    adata.X[:, 0], adata.X[:, 1] = 257, 1001
+    counts = adata.X.toarray()
+    counts[:, 0], counts[:, 1] = 257, 1001
+    adata.X = sparse.csr_matrix(counts)
     prepare, seen = Trainer._prepare_input, []
 
     def in_half(self, data):

@@ -240,7 +240,8 @@ def sources_of(cells: CellBatch | CellStore, batch_key: str | None) -> np.ndarra
     Raises
     ------
     ValueError
-        The column is missing or not categorical, or cells have no value in it.
+        The column is missing or not categorical, or cells have no value in it; without one, the rows of several files
+        were shuffled.
     """
     whole = isinstance(cells, CellStore)
     if batch_key is None:
@@ -262,7 +263,13 @@ def sources_of(cells: CellBatch | CellStore, batch_key: str | None) -> np.ndarra
 @lru_cache(maxsize=8)
 def _file_starts(path: Path) -> np.ndarray:
     """Return the first row of each file of a store, except the first file: int64 array."""
-    sizes = [source["n_cells"] for source in json.loads((path / "manifest.json").read_text())["sources"]]
+    manifest = json.loads((path / "manifest.json").read_text())
+    sizes = [source["n_cells"] for source in manifest["sources"]]
+    if manifest["shuffled"] and len(sizes) > 1:
+        raise ValueError(
+            "The rows of the store were shuffled when it was built, so the file of a cell is not known: pass "
+            "batch_key, a categorical obs column of the batches."
+        )
     return np.cumsum(sizes, dtype=np.int64)[:-1]
 
 

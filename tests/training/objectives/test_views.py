@@ -187,3 +187,17 @@ def test_what_cannot_be_divided_is_refused(store, whole_cells, tokenizer):
         make_collator(tokenizer, "disjoint")
     with pytest.raises(ValueError, match="CellStore"):
         make_collator(whole_cells, "disjoint")([{"input_ids": [0, 1], "token_type_ids": [0, 0]}])
+
+
+def test_files_whose_rows_are_shuffled_are_not_taken_for_sources(tmp_path):
+    """Also after a store is joined of shuffled ones."""
+    cells = [make_adata(30, seed=0), make_adata(30, seed=1)]
+    mixed = CellStore.build(tmp_path / "mixed", cells, obs=["cell_type"], shuffle=True, report=False)
+    plain = CellStore.build(tmp_path / "plain", cells, obs=["cell_type"], report=False, allow_duplicates=True)
+    joined = CellStore.join(tmp_path / "joined", [mixed.path, plain.path])
+    for store in (mixed, joined):
+        with pytest.raises(ValueError, match="rows of the store were shuffled .* pass batch_key"):
+            sources_of(store, None)
+        assert set(sources_of(store, "cell_type")) == {0, 1}
+    alone = CellStore.build(tmp_path / "alone", cells[:1], shuffle=True, report=False)
+    assert not sources_of(alone, None).any()
