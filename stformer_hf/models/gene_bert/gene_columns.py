@@ -130,28 +130,29 @@ def resolve_genes(
     texts = [_texts(index), *(_texts(columns[name]) for name, _ in usual)]
     references = set().union(*map(_references, texts))
     genomes = np.full(len(index), "", object)
-    own, *others = (_cut(text, references, genomes) for text in texts)
+    own, *others = (_Names.of(_cut(text, references, genomes)) for text in texts)
     with_ids, with_other_ids, with_symbols = [], [], []
     for (name, kinds), values in zip(usual, others, strict=True):
-        if "id" in kinds and mostly_ids(values):
+        if "id" in kinds and values.mostly_ids:
             with_ids.append(values)
-        elif "id" in kinds and _mostly(_OTHER_ID, values):
-            with_other_ids.append(values)
-        elif "symbol" in kinds and values.any() and not mostly_ids(values) and _holds_text(columns[name]):
-            with_symbols.append(values)
-    if _are_row_numbers(own, bool(with_ids or with_other_ids or with_symbols)):
+        elif "id" in kinds and _mostly(_OTHER_ID, values.names):
+            with_other_ids.append(values.names)
+        elif "symbol" in kinds and values.names.any() and not values.mostly_ids and _holds_text(columns[name]):
+            with_symbols.append(values.names)
+    if _are_row_numbers(own.names, bool(with_ids or with_other_ids or with_symbols)):
         if not (with_ids or with_other_ids or with_symbols):
             there = ", ".join(map(str, [] if columns is None else columns)) or "none"
             raise ValueError(
-                f"The genes are named {', '.join(own[:3])}, …: these are row numbers. Put gene names into var_names, "
-                f"or into a column gene_id or gene_symbol of var (its columns: {there}). If they are ascending Entrez "
-                "ids, add a prefix such as entrez:."
+                f"The genes are named {', '.join(own.names[:3])}, …: these are row numbers. Put gene names into "
+                f"var_names, or into a column gene_id or gene_symbol of var (its columns: {there}). If they are "
+                "ascending Entrez ids, add a prefix such as entrez:."
             )
-        own = np.full(len(own), "", object)
-    with_ids.sort(key=lambda values: -are_ids(values).sum())
-    ids, own_are_ids = np.full(len(own), "", object), mostly_ids(own)
+        own = _Names.of(np.full(len(index), "", object))
+    with_ids.sort(key=lambda values: -values.are_ids.sum())
+    ids, own_are_ids = np.full(len(index), "", object), own.mostly_ids
+    kinds, own = [own, *with_ids] if own_are_ids else [*with_ids, own], own.names
     if own_are_ids or with_ids:
-        ids = _ids_of_one_species([own, *with_ids] if own_are_ids else [*with_ids, own])
+        ids = _ids_of_one_species(kinds)
     elif with_other_ids:
         ids = with_other_ids[0]
     elif _all_digits(own) or (with_symbols and _mostly(_OTHER_ID, own)):  # Entrez, RefSeq, maize, …
@@ -179,12 +180,27 @@ def _first(kinds: list[np.ndarray]) -> np.ndarray:
     return found
 
 
-def _ids_of_one_species(kinds: list[np.ndarray]) -> np.ndarray:
+class _Names(NamedTuple):
+    """Names of all columns, object array of str (n,), and which of them are ids, bool array (n,)."""
+
+    names: np.ndarray
+    are_ids: np.ndarray
+
+    @classmethod
+    def of(cls, names: np.ndarray) -> "_Names":
+        return cls(names, are_ids(names))
+
+    @property
+    def mostly_ids(self) -> bool:
+        return 2 * self.are_ids.sum() > (self.names != "").sum()
+
+
+def _ids_of_one_species(kinds: list[_Names]) -> np.ndarray:
     """Return each id from the first kind that has one of the first kind's species."""
-    found = np.full(len(kinds[0]), "", object)
-    species = guess_species(kinds[0]) if len(kinds) > 1 else None
-    for names in kinds:
-        taken = (found == "") & are_ids(names)
+    found = np.full(len(kinds[0].names), "", object)
+    species = guess_species(kinds[0].names) if len(kinds) > 1 else None
+    for names, ids in kinds:
+        taken = (found == "") & ids
         if species is not None:
             taken[taken] = [species_of(name) == species for name in names[taken]]
         found[taken] = names[taken]
@@ -217,6 +233,9 @@ def _texts(values: Sequence[Any]) -> list[str]:
             names = ["" if name.lower() == word else name for name in names]
     else:
         names = list(map(_text, values))
+    together = "\n".join(names)
+    if not any(part in together for part in ("|", "ENSGR", "-PAR-Y")):
+        return names
     for i in [i for i, name in enumerate(names) if "|" in name or name.startswith("ENSGR") or name.endswith("-PAR-Y")]:
         first = names[i].partition("|")[0].replace("-PAR-Y", "_PAR_Y")
         first = _OLD_COPY.sub(r"ENSG0\1_PAR_Y", first)
@@ -301,9 +320,9 @@ def _holds_text(values: Sequence[Any]) -> bool:
 
 def _are_row_numbers(names: np.ndarray, others: bool) -> bool:
     """Return whether an index holds row numbers; `others` is whether other columns have names."""
-    bare = [_COUNTED.sub("", name) for name in names]
-    if not bare or not all(map(str.isdecimal, bare)):
+    if not len(names) or not all(_COUNTED.sub("", name).isdecimal() for name in names):
         return False
+    bare = [_COUNTED.sub("", name) for name in names]
     numbers = list(map(int, bare))
     if others or bare != names.tolist():
         return max(numbers) < _LARGEST_ROW_NUMBER
@@ -365,7 +384,7 @@ def strip_versions(names: Sequence[str]) -> np.ndarray:
     return found
 
 
-@lru_cache(maxsize=1 << 17)  # the same genes are in most files, and asked for more than once
+@lru_cache(maxsize=1 << 17)  # most files have the same genes, and each is asked for more than once
 def species_of(name: str) -> str | None:
     """Return the species of an Ensembl id: a name such as `human`, or an unlisted prefix; None for other names."""
     match = _GENE_ID.match(name)
