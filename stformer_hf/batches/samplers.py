@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sized
 import numpy as np
 
 from ..store.cell_store import block_order
-from .length_sampler import ResumableSampler, checksum
+from .length_sampler import EpochSampler
 
 
-class BlockShuffleSampler(ResumableSampler[int]):
+class BlockShuffleSampler(EpochSampler[int]):
     """Rows in a random order of blocks; the rows of a block are adjacent on disk, and are read at once.
 
     The order is a function of (seed, epoch); it is that of `CellStore.block_shuffle`.
@@ -44,24 +44,16 @@ class BlockShuffleSampler(ResumableSampler[int]):
         start, stop = self._range()
         return stop - start
 
-    def _sequence(self, start: int) -> Iterator[int]:
+    def __iter__(self) -> Iterator[int]:
         first, stop = self._range()
-        yield from block_order(len(self.store), self.block_size, self.seed, self.epoch)[first + start : stop].tolist()
-
-    def _settings(self) -> dict[str, int]:
-        return {
-            "n_rows": len(self.store),
-            "block_size": self.block_size,
-            "seed": self.seed,
-            "world_size": self.world_size,
-        }
+        yield from block_order(len(self.store), self.block_size, self.seed, self.epoch)[first:stop].tolist()
 
     def _range(self) -> tuple[int, int]:
         n_rows = len(self.store)
         return self.rank * n_rows // self.world_size, (self.rank + 1) * n_rows // self.world_size
 
 
-class SameSourceSampler(ResumableSampler[int]):
+class SameSourceSampler(EpochSampler[int]):
     """Rows in a random order in which the rows of a batch come from one source.
 
     The rows of each source are permuted and split into batches, and the full batches of all sources come in a random
@@ -93,7 +85,7 @@ class SameSourceSampler(ResumableSampler[int]):
         """Return the number of rows in an epoch."""
         return len(self.sources)
 
-    def _sequence(self, start: int) -> Iterator[int]:
+    def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng([self.seed, self.epoch])
         rows = rng.permutation(len(self.sources))
         rows = rows[np.argsort(self.sources[rows], kind="stable")]
@@ -101,10 +93,7 @@ class SameSourceSampler(ResumableSampler[int]):
         place = np.arange(len(rows)) - np.repeat(first, sizes)
         in_full = place < np.repeat(sizes // self.batch_size * self.batch_size, sizes)
         full = rng.permutation(rows[in_full].reshape(-1, self.batch_size)).ravel()
-        yield from np.concatenate([full, rows[~in_full]])[start:].tolist()
-
-    def _settings(self) -> dict[str, object]:
-        return {"sources": checksum(self.sources), "batch_size": self.batch_size, "seed": self.seed}
+        yield from np.concatenate([full, rows[~in_full]]).tolist()
 
 
 __all__ = ["BlockShuffleSampler", "SameSourceSampler"]
