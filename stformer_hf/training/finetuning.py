@@ -25,9 +25,7 @@ from transformers import (
     set_seed,
 )
 
-from ..batches.collate import pad, read_tokens
 from ..batches.collators import DataCollatorForCellClassification
-from ..batches.evaluating import evaluating
 from ..batches.parts import as_selection
 from ..evaluation.metrics import balanced_class_weights
 from ..models.gene_bert.cell_tables import find_table
@@ -39,8 +37,8 @@ from .adapting import adapt, check_adapts
 from .calibration import CALIBRATION_FILE, OutOfFold
 from .cell_trainer import CellTrainer
 from .defaults import FINETUNING, MAX_LENGTH
-from .loading import is_adapter, is_model, load_model, load_tokenizer, unwrap
-from .starts.classifier_start import ClassifierStart, start_classifier
+from .loading import is_adapter, is_model, load_model, tokenizer_of, unwrap
+from .starts.classifier_start import ClassifierStart, run_cells, start_classifier
 from .starts.linear_readers import Problem, fit_temperature, inner_folds, log_softmax
 
 logger = logging.getLogger(__name__)
@@ -530,17 +528,9 @@ def _outputs_of_epochs(
     return np.stack(outputs)
 
 
-@torch.no_grad()
 def predict(model: PreTrainedModel, tokenizer: GeneTokenizer, cells: CellStore, batch_size: int = 128) -> np.ndarray:
     """Compute the logits of cells: float64 array (n, num_labels), in the order of the cells."""
-    device, found = next(model.parameters()).device, []
-    with evaluating(model):
-        for start in range(0, len(cells), batch_size):
-            examples = cells.__getitems__(range(start, min(start + batch_size, len(cells))))
-            batch = pad(read_tokens(examples, tokenizer), tokenizer)
-            batch = {name: value.to(device) for name, value in batch.items()}
-            found.append(model(**batch).logits.double().cpu().numpy())
-    return np.concatenate(found)
+    return run_cells(model, tokenizer, cells, lambda batch: model(**batch).logits, batch_size)
 
 
 # ---------------------------------------------------------------------- parts
@@ -623,17 +613,10 @@ def _labelled(
 def _load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, head: dict[str, Any]):
     """Return a checkpoint or a model object as a classifier with new heads, and its tokenizer."""
     of_object = is_model(model)
+    model = unwrap(model, merge=True) if of_object else model
+    tokenizer = tokenizer_of(model, tokenizer)
     if of_object or is_adapter(model):
-        if of_object:
-            model = unwrap(model, merge=True)
-            tokenizer = tokenizer or getattr(model, "tokenizer", None)
-        else:
-            tokenizer = tokenizer or load_tokenizer(model)
-            model = load_model(model)
-        if tokenizer is None:
-            raise ValueError(
-                "A model object needs its tokenizer: pass tokenizer=…, or the checkpoint's path as model."
-            )
+        model = model if of_object else load_model(model)
         tokenizer = copy.deepcopy(tokenizer)
         config = copy.deepcopy(model.config)
         config.update({**head, **({"wide_head": True} if getattr(config, "cell_embedding", False) else {})})
@@ -641,7 +624,6 @@ def _load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, head: d
         classifier = GeneBertForClassification(config)
         classifier.gene_bert.load_state_dict(model.base_model.state_dict())
         return classifier, tokenizer
-    tokenizer = tokenizer or load_tokenizer(model)
     if getattr(tokenizer, "whole_cell", False):
         head = {"wide_head": True, **head}
     classifier = load_model(model, AutoModelForSequenceClassification, new_head=True, dtype=torch.float32, **head)
