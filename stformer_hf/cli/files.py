@@ -6,6 +6,7 @@ from pathlib import Path
 
 from anndata import AnnData
 
+from ..genes.whole_files import whole_file
 from ..sources.formats import local_path
 from ..sources.read_anndata import read_anndata
 
@@ -43,9 +44,5 @@ def write(adata: AnnData, output: str) -> None:
     """Write the file atomically."""
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with whole_file(path) as part:
         adata.write_h5ad(part, compression="gzip")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

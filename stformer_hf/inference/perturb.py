@@ -24,6 +24,7 @@ from .. import __version__
 from ..batches.collate import pack, pad, take
 from ..evaluation.cell_baselines import log_normalise
 from ..evaluation.readers import fit_pca
+from ..genes.whole_files import whole_file
 from ..models.gene_bert.cell_counts import pad_ragged
 from ..models.gene_bert.heads import pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
@@ -563,10 +564,8 @@ class _Grid:
         shard = ShardScores(
             np.array(numbers, np.int64), n_changed, scores[:, self._order], changed, directions / n_cells
         )
-        part = file.with_name(f".{file.name}.part")
-        with open(part, "wb") as to:
+        with whole_file(file) as part, open(part, "wb") as to:
             np.savez(to, **shard._asdict())
-        part.replace(file)
 
 
 def _mean_states(states: np.ndarray, donors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -620,10 +619,8 @@ def _open_folder(folder: Path, settings: dict, state: PartialState | None) -> No
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 __all__ = ["perturb"]
