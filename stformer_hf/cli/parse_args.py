@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..genes.closest import closest
+from ..genes.wrong_names import closest
 
 if TYPE_CHECKING:
     from .finetune import FinetuneArguments

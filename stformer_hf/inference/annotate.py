@@ -9,6 +9,7 @@ from anndata import AnnData
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from .. import __version__
+from ..genes.wrong_names import must_have
 from ..models.gene_bert.cell_tables import find_table
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..training.calibration import OutOfFold, load_out_of_fold
@@ -86,8 +87,7 @@ def annotate(
     """
     check_cells(adata)
     table = find_table(adata, layer).table
-    if over is not None and over not in table.obs:
-        raise ValueError(f"There is no obs[{over!r}]; obs has {', '.join(map(repr, table.obs)) or 'no columns'}.")
+    must_have(table.obs, "obs", over)
     if top_k < 1:
         raise ValueError(f"top_k={top_k}: must be at least 1.")
     if is_model(model):

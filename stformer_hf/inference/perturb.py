@@ -25,6 +25,7 @@ from ..batches.collate import pack, pad, take
 from ..evaluation.cell_baselines import log_normalise
 from ..evaluation.readers import fit_pca
 from ..genes.whole_files import whole_file
+from ..genes.wrong_names import must_have
 from ..models.gene_bert.cell_counts import pad_ragged
 from ..models.gene_bert.heads import pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
@@ -229,8 +230,7 @@ class _Cells(NamedTuple):
 def _choose_cells(obs, known_counts, goal_key, goal, start, donor_key) -> _Cells:
     """Split the cells into those to perturb and the goal's; cells without counts are in neither."""
     for key in (goal_key, donor_key):
-        if key is not None and key not in obs:
-            raise ValueError(f"There is no obs[{key!r}]; obs has {', '.join(map(repr, obs)) or 'nothing'}.")
+        must_have(obs, "obs", key)
     full = np.diff(known_counts.indptr) > 0
     in_goal, perturbed = np.zeros(len(obs), bool), np.ones(len(obs), bool)
     if goal_key is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..genes.closest import closest
+from ..genes.wrong_names import closest
 from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
 
 if TYPE_CHECKING:
