@@ -19,6 +19,7 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 from ..genes.gene_table import GeneTable
+from ..genes.wrong_names import must_have
 from ..sources.formats import is_source
 from ..sources.registry import Layer, reads
 from ..sources.same_cells import find_twins_of_store, join_groups
@@ -375,8 +376,7 @@ class CellStore:
             held_out = np.isin(of_cell, chosen)
             train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
         else:
-            if by not in self.obs:
-                raise ValueError(f"No obs column {by!r}; available: {', '.join(self.obs.columns) or 'none'}.")
+            must_have(self.obs, "obs", by)
             groups = self.obs[by]
             if groups.isna().any():
                 raise ValueError(f"{int(groups.isna().sum())} cells have no {by!r}: remove them with select first.")

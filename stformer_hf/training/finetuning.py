@@ -28,6 +28,7 @@ from transformers import (
 from ..batches.collators import DataCollatorForCellClassification
 from ..batches.parts import as_selection
 from ..evaluation.metrics import balanced_class_weights
+from ..genes.wrong_names import must_have
 from ..models.gene_bert.cell_tables import find_table
 from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
 from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification
@@ -242,7 +243,8 @@ def finetune(
         if not isinstance(cells, CellStore):
             columns = [label_key] if isinstance(label_key, str) else list(label_key)
             columns += [name for name in (group_key, *phenotypes) if name is not None]
-            _check_columns(find_table(cells, layer).obs, columns)
+            for name in columns:
+                must_have(find_table(cells, layer).obs, "obs", name)
             of_classes = isinstance(label_key, str) and (
                 problem_type == "single_label_classification" or _is_boolean(cells, label_key, layer)
             )
@@ -357,7 +359,7 @@ def prepare_classifier(
 
     groups = None
     if group_key is not None:
-        _check_columns(cells.obs, [group_key])
+        must_have(cells.obs, "obs", group_key)
         if cells.obs[group_key].isna().any():
             raise ValueError(
                 f"{int(cells.obs[group_key].isna().sum())} cells have no {group_key!r}: remove them, or fill it in."
@@ -544,21 +546,14 @@ def _is_boolean(cells: Any, name: str, layer: str | None) -> bool:
     return pd.api.types.is_bool_dtype(find_table(cells, layer).obs[name].dtype)
 
 
-def _check_columns(obs, columns: Sequence[str]) -> None:
-    missing = [name for name in columns if name not in obs]
-    if missing:
-        raise ValueError(
-            f"No obs column {', '.join(map(repr, missing))}; columns are {', '.join(map(str, obs.columns)) or 'none'}."
-        )
-
-
 def _labelled(
     cells: CellStore, label_key: str | list[str], problem_type: str | None
 ) -> tuple[CellStore, np.ndarray, list[str] | None, str]:
     """Select the cells with counts and labels; return them, their labels, the classes and the problem type."""
     several = not isinstance(label_key, str)
     columns = label_key if several else [label_key]
-    _check_columns(cells.obs, columns)
+    for name in columns:
+        must_have(cells.obs, "obs", name)
     categorical = [name in cells.categories for name in columns]
     if problem_type is None:
         problem_type = "multi_label_classification" if several else "single_label_classification"
