@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,24 +18,84 @@ logger = logging.getLogger(__name__)
 Drawn = TypeVar("Drawn", int, list[int])
 
 
-class EpochSampler(Sampler[Drawn]):
-    """Base class of samplers whose sequence is a function of (seed, epoch).
+class ResumableSampler(Sampler[Drawn]):
+    """Base class of samplers whose sequence is a function of (seed, epoch), and that can resume anywhere in it.
 
-    A run resumes at any position without a state, by skipping what it has drawn, as Trainer does. A subclass defines
-    `__len__` and `__iter__`.
+    A subclass defines the sequence of an epoch, its length, and the settings that it depends on.
     """
 
     def __init__(self, seed: int, rank: int | None, world_size: int):
-        check_rank(rank, world_size, seed)
+        if world_size < 1 or not 0 <= (rank or 0) < world_size:
+            raise ValueError(f"rank={rank} of world_size={world_size}: ranks must be 0 to world_size - 1.")
+        if seed < 0:
+            raise ValueError(f"seed={seed}: must be at least 0.")
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch = 0
+        self._taken, self._loaded = 0, False
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def _sequence(self, start: int) -> Iterator[Drawn]:
+        """Yield what this rank draws in the epoch, from position `start` on."""
+
+    @abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """Return what the sequence depends on, except the epoch and the rank, as plain values."""
+
+    def __iter__(self) -> Iterator[Drawn]:
+        if not self._loaded:
+            self._taken = 0
+        self._loaded = False
+        for drawn in self._sequence(self._taken):
+            self._taken += 1
+            yield drawn
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch; call it before the epoch begins."""
+        if epoch != self.epoch:
+            self._taken, self._loaded = 0, False
         self.epoch = epoch
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return how much of the epoch was drawn, as plain values for `load_state_dict`.
 
-class LengthGroupedSampler(EpochSampler[int]):
+        A loader with workers, or one prepared by accelerate, draws ahead of the batches that it delivers: use
+        `state_after` there.
+        """
+        return self.state_after(self._taken)
+
+    def state_after(self, n_drawn: int) -> dict[str, Any]:
+        """Return the state after `n_drawn` rows or batches of the epoch, including those before a resumption.
+
+        Parameters
+        ----------
+        n_drawn : int
+            Number that this rank used: rows for a sampler of rows, batches for a sampler of batches.
+
+        Raises
+        ------
+        ValueError
+            The epoch has fewer.
+        """
+        if not 0 <= n_drawn <= len(self):
+            raise ValueError(f"n_drawn={n_drawn}, but an epoch has {len(self)}.")
+        return {"epoch": self.epoch, "taken": n_drawn, "settings": self._settings()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from a state: the next iteration returns the rest of its epoch, later ones whole epochs.
+
+        Raises
+        ------
+        ValueError
+            The state belongs to other lengths or settings.
+        """
+        check_settings(self._settings(), state, "sampler")
+        self.epoch, self._taken, self._loaded = state["epoch"], state["taken"], True
+
+
+class LengthGroupedSampler(ResumableSampler[int]):
     """Rows in a random order in which the rows of a batch have similar lengths.
 
     A random permutation is split into mega-batches, and each is sorted by length, descending. The longest row of all
@@ -96,7 +158,7 @@ class LengthGroupedSampler(EpochSampler[int]):
         start, stop = self._share(n_left)
         return n_steps * self.batch_size + stop - start
 
-    def __iter__(self) -> Iterator[int]:
+    def _sequence(self, start: int) -> Iterator[int]:
         order = self._order()
         in_step = self.batch_size * self.world_size
         n_whole = len(order) // in_step * in_step
@@ -105,7 +167,7 @@ class LengthGroupedSampler(EpochSampler[int]):
         if 0 < len(rest) < self.world_size:
             rest = np.concatenate([rest, np.resize(order, self.world_size - len(rest))])
         rest = rest[slice(*self._share(len(order) - n_whole))]
-        yield from np.concatenate([whole, rest]).tolist()
+        yield from np.concatenate([whole, rest])[start:].tolist()
 
     def _order(self) -> np.ndarray:
         """Return all rows in the order of the epoch."""
@@ -125,6 +187,16 @@ class LengthGroupedSampler(EpochSampler[int]):
             n_left = max(n_left, self.world_size)
             return self.rank * n_left // self.world_size, (self.rank + 1) * n_left // self.world_size
         return 0, 0
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "lengths": checksum(self.lengths),
+            "batch_size": self.batch_size,
+            "mega_batch": self.mega_batch,
+            "seed": self.seed,
+            "world_size": self.world_size,
+            "drop_last": self.drop_last,
+        }
 
 
 class EvenBatchSampler(Sampler[list[int]]):
@@ -162,7 +234,8 @@ class EvenBatchSampler(Sampler[list[int]]):
         world_size: int = 1,
         drop_last: bool = False,
     ):
-        check_rank(rank, world_size)
+        if world_size < 1 or not 0 <= (rank or 0) < world_size:
+            raise ValueError(f"rank={rank} of world_size={world_size}: ranks must be 0 to world_size - 1.")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: a batch needs at least one row.")
         # Not named batch_size and drop_last: with these names accelerate would assume batches of equal size.
@@ -268,12 +341,24 @@ def known_lengths(lengths: Any, column: str = "length") -> np.ndarray:
     return values.astype(np.int64)
 
 
-def check_rank(rank: int | None, world_size: int, seed: int = 0) -> None:
-    """Raise a ValueError if a rank is outside the world, or a seed is negative."""
-    if world_size < 1 or not 0 <= (rank or 0) < world_size:
-        raise ValueError(f"rank={rank} of world_size={world_size}: ranks must be 0 to world_size - 1.")
-    if seed < 0:
-        raise ValueError(f"seed={seed}: must be at least 0.")
+def checksum(lengths: np.ndarray) -> str:
+    """Return a checksum of lengths."""
+    return hashlib.sha256(lengths.astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def check_settings(settings: Mapping[str, Any], state: Mapping[str, Any], of_what: str) -> None:
+    """Check that the settings in a state equal those of the object that resumes from it.
+
+    Raises
+    ------
+    ValueError
+        They differ; the message names the differences.
+    """
+    saved = state.get("settings", {})
+    other = [name for name in settings if saved.get(name) != settings[name]]
+    if other:
+        found = ", ".join(f"{name} {saved.get(name)!r} instead of {settings[name]!r}" for name in other)
+        raise ValueError(f"The state belongs to another {of_what}: {found}.")
 
 
 def even_out(rows: np.ndarray, cuts: np.ndarray, world_size: int, n_before: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -319,10 +404,12 @@ def split(cuts: np.ndarray, n_batches: int, first: int = 0) -> np.ndarray:
     return cuts
 
 
-def batches_of_rank(rows: np.ndarray, cuts: np.ndarray, rank: int | None, world_size: int) -> Iterator[list[int]]:
-    """Yield the batches of a rank, or (None) of all ranks in turn."""
+def batches_of_rank(
+    rows: np.ndarray, cuts: np.ndarray, rank: int | None, world_size: int, start: int = 0
+) -> Iterator[list[int]]:
+    """Yield the batches of a rank, or (None) of all ranks in turn, from its `start`-th batch on."""
     first, step = (0, 1) if rank is None else (rank, world_size)
-    for i in range(first, len(cuts) - 1, step):
+    for i in range(first + start * step, len(cuts) - 1, step):
         yield rows[cuts[i] : cuts[i + 1]].tolist()
 
 
@@ -333,4 +420,4 @@ def _tell_repeats(n_rows: int, world_size: int) -> None:
     )
 
 
-__all__ = ["EvenBatchSampler", "LengthGroupedSampler", "EpochSampler", "known_lengths", "padding_share"]
+__all__ = ["EvenBatchSampler", "LengthGroupedSampler", "ResumableSampler", "known_lengths", "padding_share"]

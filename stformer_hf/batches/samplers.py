@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sized
 import numpy as np
 
 from ..store.cell_store import block_order
-from .length_sampler import EpochSampler
+from .length_sampler import ResumableSampler, checksum
 
 
-class BlockShuffleSampler(EpochSampler[int]):
+class BlockShuffleSampler(ResumableSampler[int]):
     """Rows in a random order of blocks; the rows of a block are adjacent on disk, and are read at once.
 
     The order is a function of (seed, epoch); it is that of `CellStore.block_shuffle`.
@@ -44,16 +44,24 @@ class BlockShuffleSampler(EpochSampler[int]):
         start, stop = self._range()
         return stop - start
 
-    def __iter__(self) -> Iterator[int]:
+    def _sequence(self, start: int) -> Iterator[int]:
         first, stop = self._range()
-        yield from block_order(len(self.store), self.block_size, self.seed, self.epoch)[first:stop].tolist()
+        yield from block_order(len(self.store), self.block_size, self.seed, self.epoch)[first + start : stop].tolist()
+
+    def _settings(self) -> dict[str, int]:
+        return {
+            "n_rows": len(self.store),
+            "block_size": self.block_size,
+            "seed": self.seed,
+            "world_size": self.world_size,
+        }
 
     def _range(self) -> tuple[int, int]:
         n_rows = len(self.store)
         return self.rank * n_rows // self.world_size, (self.rank + 1) * n_rows // self.world_size
 
 
-class SameSourceSampler(EpochSampler[int]):
+class SameSourceSampler(ResumableSampler[int]):
     """Rows in a random order in which the rows of a batch come from one source.
 
     The rows of each source are permuted and split into batches, and the full batches of all sources come in a random
@@ -85,7 +93,7 @@ class SameSourceSampler(EpochSampler[int]):
         """Return the number of rows in an epoch."""
         return len(self.sources)
 
-    def __iter__(self) -> Iterator[int]:
+    def _sequence(self, start: int) -> Iterator[int]:
         rng = np.random.default_rng([self.seed, self.epoch])
         rows = rng.permutation(len(self.sources))
         rows = rows[np.argsort(self.sources[rows], kind="stable")]
@@ -93,7 +101,10 @@ class SameSourceSampler(EpochSampler[int]):
         place = np.arange(len(rows)) - np.repeat(first, sizes)
         in_full = place < np.repeat(sizes // self.batch_size * self.batch_size, sizes)
         full = rng.permutation(rows[in_full].reshape(-1, self.batch_size)).ravel()
-        yield from np.concatenate([full, rows[~in_full]]).tolist()
+        yield from np.concatenate([full, rows[~in_full]])[start:].tolist()
+
+    def _settings(self) -> dict[str, object]:
+        return {"sources": checksum(self.sources), "batch_size": self.batch_size, "seed": self.seed}
 
 
 __all__ = ["BlockShuffleSampler", "SameSourceSampler"]

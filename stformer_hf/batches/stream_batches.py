@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
-from .length_sampler import batches_of_rank, check_rank, even_out
+from .length_sampler import batches_of_rank, check_settings, even_out
 from .token_budget import batch_of_longest, check_sizes, cut_batches, put_first, reorder, too_long_message
 
 _MOST_MARKS = 256  # number of last windows from which a stream can be resumed
@@ -90,7 +90,10 @@ class TokenBudgetBuffer(IterableDataset):
         rank: int | None = None,
         world_size: int = 1,
     ):
-        check_rank(rank, world_size, seed)
+        if world_size < 1 or not 0 <= (rank or 0) < world_size:
+            raise ValueError(f"rank={rank} of world_size={world_size}: ranks must be 0 to world_size - 1.")
+        if seed < 0:
+            raise ValueError(f"seed={seed}: must be at least 0.")
         if isinstance(stream, Iterator):
             raise TypeError(
                 f"A {type(stream).__name__} can be read only once: pass an iterable such as a dataset or a list."
@@ -167,14 +170,7 @@ class TokenBudgetBuffer(IterableDataset):
         ValueError
             The state belongs to other settings, or its part for the stream to another stream.
         """
-        settings, saved = self._settings(), state.get("settings", {})
-        other = [
-            f"{name} {saved.get(name)!r} instead of {settings[name]!r}"
-            for name in settings
-            if saved.get(name) != settings[name]
-        ]
-        if other:
-            raise ValueError(f"The state belongs to another buffer: {', '.join(other)}.")
+        check_settings(self._settings(), state, "buffer")
         self.set_epoch(state["epoch"])
         self._set_out({name: state[name] for name in _BEGINNING}, (state["n_before"] + state["taken"]) // self._step)
         self._loaded = True

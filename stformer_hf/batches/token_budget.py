@@ -8,7 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from .length_sampler import EpochSampler, batches_of_rank, even_out, known_lengths, split
+from .length_sampler import (
+    ResumableSampler,
+    batches_of_rank,
+    checksum,
+    even_out,
+    known_lengths,
+    split,
+)
 
 _MEGA_BATCH = {False: 50, True: 200}  # if packed, any cells can share a batch, so larger windows fill batches better
 _MOST_DRAWS = 20  # permutations tried per epoch, until one has few enough batches
@@ -16,7 +23,7 @@ _SPARE_BATCHES = 500  # one extra batch per so many of the first epoch, so that 
 _LEAST_TOGETHER = 10  # minimum batches per mega-batch, since its last is not full
 
 
-class TokenBudgetBatchSampler(EpochSampler[list[int]]):
+class TokenBudgetBatchSampler(ResumableSampler[list[int]]):
     """Batches of rows, each within a token budget.
 
     The cost of a padded batch is its number of cells times its longest cell: a random permutation is split into
@@ -96,9 +103,9 @@ class TokenBudgetBatchSampler(EpochSampler[list[int]]):
             n_steps += 1
         return n_steps * (self.world_size if self.rank is None else 1)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def _sequence(self, start: int) -> Iterator[list[int]]:
         rows, cuts = self._batches()
-        yield from batches_of_rank(rows, cuts, self.rank, self.world_size)
+        yield from batches_of_rank(rows, cuts, self.rank, self.world_size, start)
 
     def _batches(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the epoch's batches for all ranks: rows, and the boundaries of the batches."""
@@ -145,6 +152,19 @@ class TokenBudgetBatchSampler(EpochSampler[list[int]]):
             self.lengths[rows], self.max_tokens_per_batch, self.packing, self.max_cells, self._n_windows
         )
         return rows[order], cuts
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "lengths": checksum(self.lengths),
+            "max_tokens_per_batch": self.max_tokens_per_batch,
+            "packing": self.packing,
+            "max_cells": self.max_cells,
+            "mega_batch": self.mega_batch,
+            "seed": self.seed,
+            "world_size": self.world_size,
+            "all_ranks": self.rank is None,
+            "drop_last": self.drop_last,
+        }
 
 
 def cut_batches(

@@ -1,5 +1,6 @@
-"""LengthGroupedSampler: like lengths together, every row once, and equal shares for ranks."""
+"""LengthGroupedSampler: like lengths together, every row once, equal shares for ranks, and any position resumes."""
 
+import json
 import logging
 
 import h5py
@@ -10,7 +11,7 @@ from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 
 from stformer_hf.batches.length_sampler import EvenBatchSampler, LengthGroupedSampler, known_lengths, padding_share
 from stformer_hf.batches.samplers import BlockShuffleSampler
@@ -113,7 +114,65 @@ def test_rows_that_come_twice_are_told(caplog):
     assert "1 rows come twice" in caplog.text and "drop_last" in caplog.text
 
 
-def test_arguments_that_cannot_be_raise():
+@settings(max_examples=60, deadline=None)
+@given(lengths=LENGTHS, world_size=st.integers(1, 3), epoch=st.integers(0, 3), data=st.data())
+def test_a_state_at_any_position_gives_the_rest(lengths, world_size, epoch, data):
+    rank = data.draw(st.integers(0, world_size - 1))
+
+    def make():
+        return LengthGroupedSampler(lengths, 3, mega_batch=2, seed=5, rank=rank, world_size=world_size)
+
+    sampler = make()
+    sampler.set_epoch(epoch)
+    n_taken = data.draw(st.integers(0, len(sampler)))
+    rows = iter(sampler)
+    taken = [next(rows) for _ in range(n_taken)]
+    state = json.loads(json.dumps(sampler.state_dict()))
+    assert state == sampler.state_after(n_taken)
+    whole = list(sampler)
+
+    other = make()
+    other.load_state_dict(state)
+    other.set_epoch(epoch)  # as Trainer does when it goes on
+    assert other.state_dict() == state
+    assert taken + list(other) == whole
+    assert list(other) == whole  # a state is for one iteration
+    other.load_state_dict(state)
+    other.set_epoch(epoch + 1)
+    assert len(list(other)) == len(whole)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_that_was_stopped_goes_on(store, num_workers):
+    def loader(sampler):
+        return DataLoader(
+            store, 8, sampler=sampler, num_workers=num_workers, collate_fn=lambda batch: batch.cell_id.tolist()
+        )
+
+    batches = list(loader(grouped(store, 8, mega_batch=3, epoch=1)))
+    assert len(batches) == 8
+    for n_delivered in (1, 4, 7):
+        stopped = grouped(store, 8, mega_batch=3, epoch=1)
+        started = iter(loader(stopped))
+        delivered = [next(started) for _ in range(n_delivered)]
+        other = LengthGroupedSampler(store, 8, mega_batch=3)
+        other.load_state_dict(stopped.state_after(8 * n_delivered))
+        assert delivered + list(loader(other)) == batches
+
+
+def test_other_states_and_arguments_that_cannot_be_raise():
+    sampler = LengthGroupedSampler([3, 1, 2], 2)
+    for other in (
+        LengthGroupedSampler([3, 2, 1], 2),
+        LengthGroupedSampler([3, 1, 2], 3),
+        LengthGroupedSampler([3, 1, 2], 2, seed=1),
+        LengthGroupedSampler([3, 1, 2], 2, mega_batch=1),
+        LengthGroupedSampler([3, 1, 2], 2, world_size=2),
+    ):
+        with pytest.raises(ValueError, match="another sampler: .* instead of"):
+            other.load_state_dict(sampler.state_dict())
+    with pytest.raises(ValueError, match="n_drawn=4, but an epoch has 3"):
+        sampler.state_after(4)
     for wrong in ({"batch_size": 0}, {"mega_batch": 0}, {"rank": 1}, {"rank": -1}, {"world_size": 0}, {"seed": -1}):
         with pytest.raises(ValueError):
             LengthGroupedSampler([3, 1, 2], **{"batch_size": 2, **wrong})

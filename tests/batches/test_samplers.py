@@ -1,4 +1,6 @@
-"""BlockShuffleSampler: blocks stay together, and ranks divide them."""
+"""BlockShuffleSampler: blocks stay together, and any position gives the rest."""
+
+import json
 
 import numpy as np
 import pytest
@@ -37,6 +39,41 @@ def test_a_loader_reads_the_rows(store):
     assert sum(loader, []) == store.block_shuffle(4).tolist()
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(0, 50),
+    block_size=st.integers(1, 9),
+    world_size=st.integers(1, 4),
+    epoch=st.integers(0, 3),
+    data=st.data(),
+)
+def test_a_state_at_any_position_gives_the_rest(n, block_size, world_size, epoch, data):
+    rank = data.draw(st.integers(0, world_size - 1))
+
+    def make():
+        return BlockShuffleSampler(range(n), block_size, seed=5, rank=rank, world_size=world_size)
+
+    sampler = make()
+    sampler.set_epoch(epoch)
+    n_taken = data.draw(st.integers(0, len(sampler)))
+    rows = iter(sampler)
+    taken = [next(rows) for _ in range(n_taken)]
+    state = json.loads(json.dumps(sampler.state_dict()))
+    assert state == sampler.state_after(n_taken)
+    whole = list(sampler)
+    assert len(whole) == len(sampler)
+
+    other = make()
+    other.load_state_dict(state)
+    other.set_epoch(epoch)  # as Trainer does when it goes on
+    assert other.state_dict() == state
+    assert taken + list(other) == whole
+    assert list(other) == whole  # a state is for one iteration
+    other.load_state_dict(state)
+    other.set_epoch(epoch + 1)
+    assert len(list(other)) == len(whole)
+
+
 def test_ranks_divide_the_rows():
     for world_size in range(1, 6):
         parts = [
@@ -46,7 +83,34 @@ def test_ranks_divide_the_rows():
         assert np.ptp([len(part) for part in parts]) <= 1
 
 
-def test_arguments_that_cannot_be_raise(store):
+def test_a_loader_that_was_stopped_goes_on(store):
+    """A loader with workers draws rows ahead; what it delivered is known by its batches."""
+
+    def loader(sampler):
+        return DataLoader(store, 8, sampler=sampler, num_workers=2, collate_fn=lambda batch: batch.cell_id.tolist())
+
+    batches = list(loader(BlockShuffleSampler(store, 4)))
+    stopped = BlockShuffleSampler(store, 4)
+    started = iter(loader(stopped))
+    delivered = [next(started) for _ in range(2)]
+    assert stopped.state_dict()["taken"] > 16
+    other = BlockShuffleSampler(store, 4)
+    other.load_state_dict(stopped.state_after(16))
+    assert delivered + list(loader(other)) == batches
+
+
+def test_other_states_and_arguments_that_cannot_be_raise(store):
+    sampler = BlockShuffleSampler(store, 4)
+    for other in (
+        BlockShuffleSampler(range(59), 4),
+        BlockShuffleSampler(store, 5),
+        BlockShuffleSampler(store, 4, seed=1),
+        BlockShuffleSampler(store, 4, world_size=2),
+    ):
+        with pytest.raises(ValueError, match="another sampler: .* instead of"):
+            other.load_state_dict(sampler.state_dict())
+    with pytest.raises(ValueError, match="n_drawn=61, but an epoch has 60"):
+        sampler.state_after(61)
     with pytest.raises(ValueError, match="rank=1 of world_size=1"):
         BlockShuffleSampler(store, rank=1)
     with pytest.raises(ValueError, match="at least one row"):
@@ -76,6 +140,10 @@ def test_batches_of_one_source(sizes, batch_size, world_size, epoch):
         assert len(batches) % world_size == 0 and sorted(sum(batches, [])) == sorted(rows)
         mixed = sum(len(set(sources[batch])) > 1 for batch in batches)
         assert mixed <= len(batches) - n_full
+        # Any position gives the rest.
+        whole = SameSourceSampler(sources, batch_size, seed=4)
+        whole.load_state_dict(json.loads(json.dumps(sampler.state_after(len(rows) // 2))))
+        assert list(whole) == rows[len(rows) // 2 :]
 
 
 def test_batches_of_one_source_come_in_another_order_each_epoch():

@@ -192,6 +192,63 @@ def test_epochs_have_the_same_number_of_batches_where_draws_differ():
         assert counts == {len(sampler)}
 
 
+@settings(max_examples=60, deadline=None)
+@given(lengths=LENGTHS, packing=st.booleans(), world_size=st.integers(1, 3), epoch=st.integers(0, 2), data=st.data())
+def test_a_state_at_any_batch_gives_the_rest(lengths, packing, world_size, epoch, data):
+    rank = data.draw(st.none() | st.integers(0, world_size - 1))
+
+    def make():
+        return TokenBudgetBatchSampler(
+            lengths, BUDGET, packing=packing, mega_batch=3, seed=5, rank=rank, world_size=world_size
+        )
+
+    sampler = make()
+    sampler.set_epoch(epoch)
+    n_taken = data.draw(st.integers(0, len(sampler)))
+    batches = iter(sampler)
+    taken = [next(batches) for _ in range(n_taken)]
+    state = json.loads(json.dumps(sampler.state_dict()))
+    assert state == sampler.state_after(n_taken)
+    whole = list(sampler)
+
+    other = make()
+    other.load_state_dict(state)
+    other.set_epoch(epoch)
+    assert other.state_dict() == state
+    assert taken + list(other) == whole
+    assert list(other) == whole
+    other.load_state_dict(state)
+    other.set_epoch(epoch + 1)
+    assert len(list(other)) == len(whole)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_loader_that_was_stopped_goes_on(store, packing, num_workers):
+    lengths = store.lengths + 2
+
+    def make():
+        return TokenBudgetBatchSampler(lengths, 80, packing=packing, mega_batch=4)
+
+    def loader(sampler):
+        return DataLoader(
+            store, batch_sampler=sampler, num_workers=num_workers, collate_fn=lambda batch: batch.cell_id.tolist()
+        )
+
+    whole = make()
+    whole.set_epoch(1)
+    batches = list(loader(whole))
+    assert len(loader(whole)) == len(batches) > 8
+    for n_delivered in range(0, len(batches), 3):
+        stopped = make()
+        stopped.set_epoch(1)
+        started = iter(loader(stopped))
+        delivered = [next(started) for _ in range(n_delivered)]
+        other = make()
+        other.load_state_dict(stopped.state_after(n_delivered))
+        assert delivered + list(loader(other)) == batches
+
+
 def test_a_cell_over_the_budget_and_other_impossible_arguments_raise():
     with pytest.raises(ValueError, match=r"Row 1 \(one of 2 such\) has 31 tokens, .*max_tokens_per_batch=30: raise"):
         TokenBudgetBatchSampler([3, 31, 5, 40], BUDGET)
@@ -200,6 +257,17 @@ def test_a_cell_over_the_budget_and_other_impossible_arguments_raise():
     for wrong in [*wrongs, {"max_tokens_per_batch": 0}]:
         with pytest.raises(ValueError):
             TokenBudgetBatchSampler([], **{"max_tokens_per_batch": BUDGET, **wrong})
+    state = TokenBudgetBatchSampler([3, 5], BUDGET).state_dict()
+    for other in (
+        TokenBudgetBatchSampler([5, 3], BUDGET),
+        TokenBudgetBatchSampler([3, 5], BUDGET + 1),
+        TokenBudgetBatchSampler([3, 5], BUDGET, packing=True),
+        TokenBudgetBatchSampler([3, 5], BUDGET, max_cells=2),
+        TokenBudgetBatchSampler([3, 5], BUDGET, seed=1),
+        TokenBudgetBatchSampler([3, 5], BUDGET, world_size=2),
+    ):
+        with pytest.raises(ValueError, match="another sampler: .* instead of"):
+            other.load_state_dict(state)
 
 
 def test_rows_that_come_twice_are_told(caplog):
