@@ -29,7 +29,7 @@ FROM_ROOMS = {
     "inference.export": ["export_onnx"],
     "inference.gene_states": ["GeneNetwork", "gene_embeddings", "gene_network", "nearest_genes"],
     "inference.plots": ["confusion", "label_curve", "loss_curves", "sections", "umap", "umaps"],
-    "search.search_space": ["Hyperparameter", "TrialModel"],
+    "search.search_space": ["SearchSpace", "TrialModel"],
 }
 
 
@@ -53,7 +53,7 @@ def api_page() -> str:
         "# API reference",
         "",
         "Import these names from `stformer_hf` directly (`import stformer_hf as sf`; `sf.CellStore`), plots from",
-        "`sf.pl`, and `Hyperparameter` and `TrialModel` from `stformer_hf.search.search_space`.",
+        "`sf.pl`, and `SearchSpace` and `TrialModel` from `stformer_hf.search.search_space`.",
     ]
     for room, title in ROOMS.items():
         if room in rooms:

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     verb, *rest = argv
     if verb not in VERBS:
-        from .arguments import closest
+        from ..genes.wrong_names import closest
 
         print(f"stformer-hf: error: unknown verb {verb!r}{closest(verb, VERBS)}", file=sys.stderr)
         return 2

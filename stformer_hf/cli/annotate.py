@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .arguments import parse
+from .arguments import OnCells, parse
 
 
-@dataclass
-class AnnotateArguments:
+@dataclass(kw_only=True)
+class AnnotateArguments(OnCells):
     """Flags of `annotate`."""
 
-    data: str = field(metadata={"help": "h5ad or h5mu file, zarr of an AnnData, MuData or SpatialData, or a store"})
     model: str = field(metadata={"help": "checkpoint or adapter of a classifier or regression model"})
     output: str = field(
         metadata={
@@ -31,13 +30,6 @@ class AnnotateArguments:
         default=None,
         metadata={"help": "classes: column of obs with clusters, whose most frequent label is also written"},
     )
-    layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})
-    fractional: bool = field(default=False, metadata={"help": "allow fractional counts, such as estimates"})
-    batch_size: int = field(default=64, metadata={"help": "cells per batch"})
-    min_coverage: float | None = field(
-        default=None, metadata={"help": "minimum share of the model's genes in the cells (default: the model's)"}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "replace an existing file"})
 
 
 def main(argv: list[str]) -> None:
@@ -56,17 +48,7 @@ def run(args: AnnotateArguments):
     from .files import read, write
 
     adata, layer = read(args.data, args.output, args.overwrite, args.layer, blockwise=True)
-    found = annotate(
-        adata,
-        args.model,
-        top_k=args.top_k,
-        reject=args.reject,
-        over=args.over,
-        layer=layer,
-        fractional=args.fractional,
-        batch_size=args.batch_size,
-        min_coverage=args.min_coverage,
-    )
+    found = annotate(adata, args.model, layer=layer, **args.options())
     adata = adata if found is None else found
     write(adata, args.output)
     return adata

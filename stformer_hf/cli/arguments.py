@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import logging
 import textwrap
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
+from ..genes.wrong_names import closest
+
 logger = logging.getLogger(__name__)
 _OWN_KEYS = ("config", "debug")
+
+
+@dataclass(kw_only=True)
+class OnCells:
+    """Flags of the verbs that write what a model says about the cells of a file."""
+
+    data: str = field(metadata={"help": "h5ad or h5mu file, zarr of an AnnData, MuData or SpatialData, or a store"})
+    model: str = field(metadata={"help": "checkpoint"})
+    output: str = field(metadata={"help": "h5ad file to write"})
+    layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})
+    fractional: bool = field(default=False, metadata={"help": "allow fractional counts, such as estimates"})
+    batch_size: int = field(default=64, metadata={"help": "cells per batch"})
+    min_coverage: float | None = field(
+        default=None, metadata={"help": "minimum share of the model's genes in the cells (default: the model's)"}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "replace an existing file"})
+
+    def options(self, *own: str) -> dict[str, Any]:
+        """Return the flags that the function of the verb takes under the same names, so without those named here."""
+        own = ("data", "model", "output", "layer", "overwrite", *own)
+        return {name: value for name, value in vars(self).items() if name not in own}
 
 
 def parse(
@@ -93,12 +115,6 @@ def parse(
     for name, of_file in mappings.items():
         values[name] = {**of_file, **(values[name] or {})} or None
     return arguments(**values), set_training
-
-
-def closest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return a hint that names the known name closest to a wrong one, or an empty string if none is close."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; the closest known one is {prefix}{found[0]}" if found else ""
 
 
 def check_names(flag: str, settings: dict[str, Any] | None, known: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .arguments import parse
+from .arguments import OnCells, parse
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -36,28 +36,20 @@ _OWN = {  # flags of each kind
 }
 
 
-@dataclass
-class EmbedArguments:
+@dataclass(kw_only=True)
+class EmbedArguments(OnCells):
     """Flags of `embed`."""
 
-    data: str = field(
-        metadata={"help": "h5ad or h5mu file, zarr of an AnnData, MuData or SpatialData, or (cells) a store"}
-    )
-    model: str = field(metadata={"help": "checkpoint"})
     output: str = field(metadata={"help": 'h5ad file to write, with obsm["X_stformer"] or obsm["X_neighborhood"]'})
     kind: Literal["cells", "neighborhood"] = field(
         default="cells", metadata={"help": "embed each cell, or the cells around it in its section"}
     )
-    layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})
-    fractional: bool = field(default=False, metadata={"help": "allow fractional counts, such as estimates"})
-    batch_size: int = field(default=64, metadata={"help": "cells per batch"})
     device: str | None = field(
         default=None, metadata={"help": "cuda, cuda:1, mps or cpu (default: a GPU if there is one)"}
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = field(
         default=None, metadata={"help": "cells: precision of the computation (default: that of the weights)"}
     )
-    overwrite: bool = field(default=False, metadata={"help": "replace an existing file"})
     hidden_layer: int = field(
         default=-1, metadata={"help": "cells: hidden state; 0 is the input embeddings, -1 the last layer"}
     )
@@ -66,10 +58,6 @@ class EmbedArguments:
     )
     with_phenotypes: bool = field(
         default=False, metadata={"help": "cells: let the model read their phenotypes, which are masked by default"}
-    )
-    min_coverage: float | None = field(
-        default=None,
-        metadata={"help": "cells: minimum share of the model's genes that they must have (default: the model's)"},
     )
     spatial_key: str = field(default="spatial", metadata={"help": "neighbourhoods: key of the coordinates in obsm"})
     section: str | None = field(
@@ -129,19 +117,7 @@ def run(args: EmbedArguments) -> AnnData:
 def _embed_cells(adata: AnnData | CellStore, args: EmbedArguments) -> AnnData | None:
     from ..inference.embed import embed
 
-    return embed(
-        adata,
-        args.model,
-        layer=args.layer,
-        fractional=args.fractional,
-        hidden_layer=args.hidden_layer,
-        pooling=args.pooling,
-        with_phenotypes=args.with_phenotypes,
-        batch_size=args.batch_size,
-        device=args.device,
-        dtype=args.dtype,
-        min_coverage=args.min_coverage,
-    )
+    return embed(adata, args.model, layer=args.layer, **args.options("kind", *_OWN["neighborhood"]))
 
 
 def _embed_neighborhoods(adata: AnnData, args: EmbedArguments) -> None:

@@ -84,19 +84,9 @@ def run(args: EvaluateArguments) -> EmbeddingEvaluation:
             )
         _embed(adata, args)
         keys.insert(0, _KEY)
-    found = evaluate_embedding(
-        adata,
-        keys,
-        label_key=args.label,
-        batch_key=args.batch_key,
-        split_by=args.split_by,
-        baselines=args.baselines,
-        layer=args.layer,
-        n_splits=args.n_splits,
-        n_repeats=args.n_repeats,
-        min_cells=args.min_cells,
-        seed=args.seed,
-    )
+    own = ("data", "label", "output", "model", "keys", "batch_size", "overwrite")
+    options = {name: value for name, value in vars(args).items() if name not in own}
+    found = evaluate_embedding(adata, keys, label_key=args.label, **options)
     output.mkdir(parents=True, exist_ok=True)
     found.to_json(output / "evaluation.json")
     found.to_csv(output / "evaluation.csv")

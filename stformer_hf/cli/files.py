@@ -9,6 +9,7 @@ import h5py
 from anndata import AnnData
 from anndata.io import write_elem
 
+from ..genes.whole_files import whole_file
 from ..sources.formats import local_path
 from ..sources.read_anndata import read_anndata
 from ..store.cell_store import CellStore
@@ -66,8 +67,7 @@ def write(adata: AnnData, output: str) -> None:
     """Write the file atomically; for an AnnData on disk, a copy of its file with the new obs, obsm and uns."""
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with whole_file(path) as part:
         if adata.isbacked:
             source = adata.filename
             adata.file.close()
@@ -78,6 +78,3 @@ def write(adata: AnnData, output: str) -> None:
                     write_elem(file, name, value if name == "obs" else dict(value))
         else:
             adata.write_h5ad(part, compression="gzip")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

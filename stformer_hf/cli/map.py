@@ -11,18 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .arguments import parse
+from .arguments import OnCells, parse
 
 
-@dataclass
-class MapArguments:
+@dataclass(kw_only=True)
+class MapArguments(OnCells):
     """Flags of `map`."""
 
     data: str = field(
         metadata={"help": "query: h5ad or h5mu file, zarr of an AnnData, MuData or SpatialData, or a store"}
     )
     reference: str = field(metadata={"help": "such cells with labels, or a folder that --save_reference wrote"})
-    model: str = field(metadata={"help": "checkpoint"})
     output: str = field(metadata={"help": 'h5ad file to write, with obs["mapped_label"] and obs["mapped_score"]'})
     label: str | None = field(
         default=None, metadata={"help": "column of the reference's obs; a folder has its labels"}
@@ -33,13 +32,6 @@ class MapArguments:
         default=None,
         metadata={"help": 'nominal share of known cells to label "unknown", such as 0.05 (default: none)'},
     )
-    layer: str | None = field(default=None, metadata={"help": "location of the query's counts: X, raw or a layer"})
-    fractional: bool = field(default=False, metadata={"help": "allow fractional counts, such as estimates"})
-    batch_size: int = field(default=64, metadata={"help": "cells per batch"})
-    min_coverage: float | None = field(
-        default=None, metadata={"help": "minimum share of the model's genes in the cells (default: the model's)"}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "replace an existing file"})
 
 
 def main(argv: list[str]) -> None:
@@ -61,27 +53,12 @@ def run(args: MapArguments):
     if args.save_reference:
         if args.label is None:
             raise ValueError("--save_reference needs --label.")
-        save_reference(
-            reference,
-            args.model,
-            args.save_reference,
-            args.label,
-            fractional=args.fractional,
-            batch_size=args.batch_size,
-        )
+        shared = {"fractional": args.fractional, "batch_size": args.batch_size}
+        save_reference(reference, args.model, args.save_reference, args.label, **shared)
         reference = args.save_reference
-    found = map_to_reference(
-        query,
-        reference,
-        args.model,
-        label_key=None if isinstance(reference, str) and not is_folder else args.label,
-        n_neighbors=args.n_neighbors,
-        reject=args.reject,
-        layer=layer,
-        fractional=args.fractional,
-        batch_size=args.batch_size,
-        min_coverage=args.min_coverage,
-    )
+    label_key = None if isinstance(reference, str) and not is_folder else args.label
+    options = args.options("reference", "label", "save_reference")
+    found = map_to_reference(query, reference, args.model, label_key=label_key, layer=layer, **options)
     query = query if found is None else found
     write(query, args.output)
     return query

@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import closest
+from ..genes.wrong_names import closest
 
 if TYPE_CHECKING:
     from .finetune import FinetuneArguments
@@ -81,7 +81,7 @@ class BaseConfig(argparse.Namespace):
 
 
 class TrainConfig(BaseConfig):
-    """Arguments that `mlm` and `cls` share: `train_data_paths`, the size of the model, the training."""
+    """Arguments of `mlm` and `cls`: `train_data_paths`, the size of the model, the training, the task."""
 
     def check(self) -> None:
         """See `BaseConfig.check`; no file may be used for both training and evaluation."""
@@ -93,28 +93,15 @@ class TrainConfig(BaseConfig):
         if both:
             raise ValueError(f"{sorted(both)[0]} is in both --train_data_paths and --eval_data_paths.")
         if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(
-                f"--warmup_ratio {self.warmup_ratio}: must be a share of the steps, at least 0 and below 1."
-            )
-
-
-class TrainMLMConfig(TrainConfig):
-    """Arguments of `mlm`: `gene_mask_prob` and `phenotype_mask_prob`."""
-
-    def check(self) -> None:
-        """See `TrainConfig.check`."""
-        super().check()
+            raise ValueError(f"--warmup_ratio {self.warmup_ratio}: must be a share, at least 0 and below 1.")
+        if self.subcommand == "cls":
+            self._check_label()
+            return
         for flag in ("gene_mask_prob", "phenotype_mask_prob"):
             if not 0 <= getattr(self, flag) <= 1:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: must be a probability between 0 and 1.")
 
-
-class TrainClassificationConfig(TrainConfig):
-    """Arguments of `cls`: `phenotype_category`, `binary_label`, `balanced_dataset`."""
-
-    def check(self) -> None:
-        """See `TrainConfig.check`."""
-        super().check()
+    def _check_label(self) -> None:
         vocabulary, category = _read_json("vocab_path", self.vocab_path), self.phenotype_category
         _check_known("--phenotype_category", category, vocabulary, self.vocab_path)
         if category in self.included_phenotypes:
@@ -136,8 +123,8 @@ def parse_args(args: list[str] | None = None) -> BaseConfig:
     Returns
     -------
     BaseConfig
-        A `TrainMLMConfig` for `mlm`, a `TrainClassificationConfig` for `cls`, else a `BaseConfig`. `run` trains with
-        it; `to_verb` returns the arguments of `stformer-hf pretrain` or `finetune`.
+        A `TrainConfig` for `mlm` and `cls`. `run` trains with it; `to_verb` returns the arguments of `stformer-hf
+        pretrain` or `finetune`.
 
     Raises
     ------
@@ -155,11 +142,52 @@ def parse_args(args: list[str] | None = None) -> BaseConfig:
     used for both training and evaluation. `shard_size` is not needed, since cells are counted, and attention is
     torch's own with or without `use_flash_attn`.
     """
-    config = _parser().parse_args(args)
-    kinds = {None: BaseConfig, "mlm": TrainMLMConfig, "cls": TrainClassificationConfig}
-    config = kinds[config.subcommand](**vars(config))
+    found = vars(_parser().parse_args(args))
+    config = (TrainConfig if found["subcommand"] else BaseConfig)(**found)
     config.check()
     return config
+
+
+# Flag, the commands that take it, what argparse needs to know. Those without a description are TrainingArguments.
+_REQUIRED = {"required": True}
+_INT, _FLOAT, _PATHS = {"type": int, **_REQUIRED}, {"type": float, **_REQUIRED}, {"nargs": "+", **_REQUIRED}
+_FLAGS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("bin_edges", "all", {"nargs": "+", "type": float, "help": "edges of the expression bins, for all genes"}),
+    ("bin_edges_path", "all", {"help": "JSON file of genes and their edges"}),
+    ("pretrained_model_path", "all", {"help": "checkpoint to start from, or JSON file of an architecture"}),
+    (
+        "model_arch",
+        "all",
+        {"choices": ["distilbert", "gene_bert"], "help": "a new model, of DistilBERT's size"},
+    ),
+    ("shard_size", "all", {"type": int, "default": 10_000, "help": "no effect"}),
+    ("eval_data_paths", "all", {**_PATHS, "help": "h5ad files, braces allowed: 'cells_{0..3}.h5ad'"}),
+    ("max_length", "all", {**_INT, "help": "maximum number of tokens per cell"}),
+    ("num_top_genes", "all", {**_INT, "help": "number of columns to use, the first ones"}),
+    ("vocab_path", "all", {**_REQUIRED, "help": "JSON file of phenotype categories and their tokens"}),
+    ("included_phenotypes", "all", {"nargs": "*", "help": "categories that the model reads"}),
+    ("use_flash_attn", "all", {"action": "store_true", "help": "no effect: torch's own attention is used"}),
+    ("output_dir", "all", {**_REQUIRED, "help": "folder of the model"}),
+    ("per_device_eval_batch_size", "all", _INT),
+    ("dataloader_num_workers", "all", {"type": int, "default": 4}),
+    ("auto_find_batch_size", "all", {"action": "store_true"}),
+    ("train_data_paths", "mlm cls", {**_PATHS, "help": "h5ad files, braces allowed"}),
+    ("num_hidden_layers", "mlm cls", {**_INT, "help": "layers of the model"}),
+    ("num_attention_heads", "mlm cls", {**_INT, "help": "attention heads of each layer"}),
+    ("num_train_epochs", "mlm cls", _INT),
+    ("per_device_train_batch_size", "mlm cls", _INT),
+    ("gradient_accumulation_steps", "mlm cls", {"type": int, "default": 1}),
+    ("learning_rate", "mlm cls", _FLOAT),
+    ("weight_decay", "mlm cls", _FLOAT),
+    ("warmup_ratio", "mlm cls", {"type": float, "default": 0.0, "help": "share of the steps for warmup"}),
+    ("save_steps", "mlm cls", _INT),
+    ("eval_steps", "mlm cls", _INT),
+    ("gene_mask_prob", "mlm", {**_FLOAT, "help": "share of the genes to mask"}),
+    ("phenotype_mask_prob", "mlm", {**_FLOAT, "help": "share of the phenotypes to mask"}),
+    ("phenotype_category", "cls", {**_REQUIRED, "help": "column of obs to predict"}),
+    ("binary_label", "cls", {"help": "token of this category, such as '[lung]', to predict against the rest"}),
+    ("balanced_dataset", "cls", {"action": "store_true", "help": "do not weight the classes by 1 / frequency"}),
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -168,43 +196,13 @@ def _parser() -> argparse.ArgumentParser:
         description="PerturbGene's command line. Arguments without a description are TrainingArguments.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("--bin_edges", nargs="+", type=float, help="edges of the expression bins, for all genes")
-    add("--bin_edges_path", help="JSON file of genes and their edges")
-    add("--pretrained_model_path", help="checkpoint to start from, or JSON file of an architecture")
-    add("--model_arch", choices=["distilbert", "gene_bert"], help="a new model of DistilBERT's size instead")
-    add("--shard_size", type=int, default=10_000, help="no effect")
-    add("--eval_data_paths", nargs="+", required=True, help="h5ad files, braces allowed: 'cells_{0..3}.h5ad'")
-    add("--max_length", type=int, required=True, help="maximum number of tokens per cell")
-    add("--num_top_genes", type=int, required=True, help="number of columns to use, the first ones")
-    add("--vocab_path", required=True, help="JSON file of phenotype categories and their tokens")
-    add("--included_phenotypes", nargs="*", help="categories that the model reads")
-    add("--use_flash_attn", action="store_true", help="no effect: torch's own attention is used")
-    add("--output_dir", required=True)
-    add("--per_device_eval_batch_size", type=int, required=True)
-    add("--dataloader_num_workers", type=int, default=4)
-    add("--auto_find_batch_size", action="store_true")
     commands = parser.add_subparsers(dest="subcommand")
     mlm = commands.add_parser("mlm", description="Train to predict masked genes and phenotypes.", allow_abbrev=False)
     cls = commands.add_parser("cls", description="Train to classify cells.", allow_abbrev=False)
-    for command in (mlm, cls):
-        add = command.add_argument
-        add("--train_data_paths", nargs="+", required=True, help="h5ad files, braces allowed")
-        add("--num_hidden_layers", type=int, required=True)
-        add("--num_attention_heads", type=int, required=True)
-        add("--num_train_epochs", type=int, required=True)
-        add("--per_device_train_batch_size", type=int, required=True)
-        add("--gradient_accumulation_steps", type=int, default=1)
-        add("--learning_rate", type=float, required=True)
-        add("--weight_decay", type=float, required=True)
-        add("--warmup_ratio", type=float, default=0.0, help="share of the steps for warmup")
-        add("--save_steps", type=int, required=True)
-        add("--eval_steps", type=int, required=True)
-    mlm.add_argument("--gene_mask_prob", type=float, required=True, help="share of the genes to mask")
-    mlm.add_argument("--phenotype_mask_prob", type=float, required=True, help="share of the phenotypes to mask")
-    cls.add_argument("--phenotype_category", required=True, help="column of obs to predict")
-    cls.add_argument("--binary_label", help="token of this category, such as '[lung]', to predict against the rest")
-    cls.add_argument("--balanced_dataset", action="store_true", help="do not weight the classes by 1 / frequency")
+    parsers = {"all": parser, "mlm": mlm, "cls": cls}
+    for name, takers, options in _FLAGS:
+        for taker in takers.split():
+            parsers[taker].add_argument(f"--{name}", **options)
     return parser
 
 
@@ -357,14 +355,9 @@ def to_verb(config: BaseConfig) -> tuple[PretrainArguments | FinetuneArguments, 
         defaults = FINETUNING
     else:
         raise ValueError("Training needs a subcommand: mlm or cls.")
-    names = (
-        *("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"),
-        *("gradient_accumulation_steps", "learning_rate", "weight_decay", "save_steps", "eval_steps"),
-        *("dataloader_num_workers", "auto_find_batch_size"),
-    )
     return args, {
         **defaults,
-        **{name: getattr(config, name) for name in names},
+        **{name: getattr(config, name) for name, _, options in _FLAGS if "help" not in options},
         "warmup_steps": config.warmup_ratio,  # below 1: a share
         "eval_strategy": "steps",
         "save_strategy": "steps",
@@ -474,7 +467,7 @@ def _architecture(file: Path) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name in known}
 
 
-def _one_against_rest(config: TrainClassificationConfig, files: list[str], folder: str) -> None:
+def _one_against_rest(config: TrainConfig, files: list[str], folder: str) -> None:
     """Build a store whose labels are `binary_label` and `other`."""
     import numpy as np
     import pandas as pd
@@ -519,9 +512,7 @@ if __name__ == "__main__":
 
 __all__ = [
     "BaseConfig",
-    "TrainClassificationConfig",
     "TrainConfig",
-    "TrainMLMConfig",
     "expand_braces",
     "make_initial_model",
     "parse_args",

@@ -12,7 +12,8 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .arguments import closest, parse, recipe_files
+from ..genes.wrong_names import closest
+from .arguments import parse, recipe_files
 
 
 @dataclass

@@ -18,6 +18,7 @@ from anndata import AnnData
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from ..genes.wrong_names import must_have
 from ..sources.formats import expand
 from ..sources.read_anndata import is_anndata_file, read_anndata
 from ..sources.same_cells import join_groups
@@ -256,8 +257,7 @@ def split(
         return store.select(cells), None
     twins = store.select(cells).twins()
     if split_by is not None:
-        if split_by not in store.obs:
-            raise ValueError(f"No obs column {split_by!r}; columns are {', '.join(store.obs.columns) or 'none'}.")
+        must_have(store.obs, "obs", split_by)
         groups = store.obs[split_by].astype(str).to_numpy()[cells]
         if len(np.unique(twins)) < len(twins):
             groups = join_groups(groups, twins)

@@ -74,7 +74,7 @@ def run(args: SearchArguments, training: dict[str, Any]) -> pd.Series:
         )
     space.check_models(lambda **values: _config(args, values))
 
-    from ..search.search import best_of, read_trials, search
+    from ..search.search import best_of, search
     from .pretrain import make_model, make_trainer, prepare
     from .runs import training_arguments
 
@@ -104,10 +104,9 @@ def run(args: SearchArguments, training: dict[str, Any]) -> pd.Series:
             settings=given,
             overwrite=args.overwrite,
         )
-    except (KeyboardInterrupt, SystemExit):
+    except KeyboardInterrupt:
         if args.backend == "optuna":
-            n_done = len(read_trials(output, space))
-            print(f"{n_done} of {args.trials} trials are done; the same command resumes with the others.")
+            print("The search is interrupted; the same command resumes it.")
         raise
     table.to_csv(output / "trials.csv", index=False)
     best = best_of(table, args.direction)

@@ -17,6 +17,7 @@ from ..genes.text_files import naming
 from ..sources.formats import find_layers, is_source
 from ..sources.registry import Layer
 from ..store.cell_store import CellStore
+from ..store.row_numbers import row_numbers
 from .transforms import Transform, check_transform
 
 _NUMBERS = {"boolean", "floating", "integer", "mixed-integer-float"}  # as pandas calls what a column holds
@@ -94,7 +95,7 @@ class AnnDataset(Dataset):
             obs = found.obs()
         if len(obs) != self._matrix.shape[0]:
             raise ValueError(f"{self._name} is damaged: {layer} has {self._matrix.shape[0]} rows, obs has {len(obs)}.")
-        self._rows = _chosen_rows(obs_subset, len(obs))
+        self._rows = row_numbers(slice(None) if obs_subset is None else obs_subset, len(obs), "dataset")
         self._columns = _read_obs(obs, self._rows)
         self._matrix.prepare(None)
         if self._matrix.seekable:  # others would lose the prepared state
@@ -236,27 +237,6 @@ def _find_matrix(adata_or_path: AnnData | str | Path, wanted: str) -> tuple[str,
             f"{name} has no {wanted}; it has {', '.join(by_name) or 'no matrix'}: choose one with layer=…."
         )
     return name, by_name[wanted]
-
-
-def _chosen_rows(obs_subset: Sequence[int] | np.ndarray | slice | None, n_obs: int) -> np.ndarray:
-    """Convert `obs_subset` to row numbers: int64 array (n,)."""
-    if obs_subset is None or isinstance(obs_subset, slice):
-        return np.arange(n_obs)[obs_subset or slice(None)]
-    rows = np.asarray(obs_subset)
-    if rows.ndim != 1:
-        raise IndexError(f"obs_subset must be one array of row numbers, got the shape {rows.shape}.")
-    if rows.dtype == bool:
-        if len(rows) != n_obs:
-            raise IndexError(f"The mask obs_subset has {len(rows)} values; there are {n_obs} cells.")
-        return np.flatnonzero(rows)
-    if not len(rows):
-        return np.empty(0, np.int64)
-    if rows.dtype.kind not in "iu":
-        raise IndexError(f"obs_subset must hold integers, or be a boolean mask or a slice; got {rows.dtype}.")
-    outside = rows[(rows < -n_obs) | (rows >= n_obs)]
-    if len(outside):
-        raise IndexError(f"obs_subset contains row {outside[0]}, but there are only {n_obs} cells.")
-    return rows.astype(np.int64) % n_obs
 
 
 def _read_obs(obs: pd.DataFrame, rows: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:

@@ -337,27 +337,9 @@ class SingleCellMemMapDataset(Dataset):
             raise ValueError(f"No cell variable {unknown[0]!r}; variables are {', '.join(known)}.")
         return [known[name].iloc[number] for name in (list(obs) if names is None else names)]
 
-    def get_row_padded(
-        self,
-        index: int,
-        return_features: bool = False,
-        feature_vars: Sequence[str] | None = None,
-        return_obs_features: bool | None = None,
-        obs_feature_names: Sequence[str] | None = None,
-        *,
-        return_var_features: bool | None = None,
-        var_feature_names: Sequence[str] | None = None,
-    ) -> tuple:
-        """Read a cell with its zeros: array (n_variables,) of `data_dtype`, and the features; see `get_row`."""
-        row, *features = self.get_row(
-            index,
-            return_features,
-            feature_vars,
-            return_obs_features,
-            obs_feature_names,
-            return_var_features=return_var_features,
-            var_feature_names=var_feature_names,
-        )
+    def get_row_padded(self, index: int, *args, **kwargs) -> tuple:
+        """Read a cell with its zeros: array (n_variables,) of `data_dtype`, and the features; as `get_row`."""
+        row, *features = self.get_row(index, *args, **kwargs)
         return self._padded(*row), *features
 
     def get_row_column(self, index: int, column: int, impute_missing_zeros: bool = True) -> float | None:
@@ -407,18 +389,8 @@ class SingleCellMemMapDataset(Dataset):
 
     # ------------------------------------------------------------------ neighbours
 
-    def get_row_with_neighbor(
-        self,
-        index: int,
-        return_features: bool = False,
-        feature_vars: Sequence[str] | None = None,
-        return_obs_features: bool | None = None,
-        obs_feature_names: Sequence[str] | None = None,
-        *,
-        return_var_features: bool | None = None,
-        var_feature_names: Sequence[str] | None = None,
-    ) -> dict[str, Any]:
-        """Read a cell and one of its neighbours, chosen by `sample_neighbor_index`.
+    def get_row_with_neighbor(self, index: int, *args, **kwargs) -> dict[str, Any]:
+        """Read a cell and one of its neighbours, chosen by `sample_neighbor_index`; arguments of `get_row`.
 
         Returns
         -------
@@ -438,15 +410,7 @@ class SingleCellMemMapDataset(Dataset):
         if not self.load_neighbors:
             raise ValueError(f"The neighbours of {self.data_path} are not loaded: open it with load_neighbors=True.")
         neighbor = self.sample_neighbor_index(number)
-        current_cell, features, of_cell = self.get_row(
-            number,
-            return_features,
-            feature_vars,
-            bool(return_obs_features),
-            obs_feature_names,
-            return_var_features=return_var_features,
-            var_feature_names=var_feature_names,
-        )
+        current_cell, features, *of_cell = self.get_row(number, *args, **kwargs)  # 0.1.2: without of_cell
         return {
             "current_cell": current_cell,
             "next_cell": self.get_row(neighbor)[0],
@@ -454,30 +418,12 @@ class SingleCellMemMapDataset(Dataset):
             "next_cell_index": neighbor,
             "features": features,
             "var_features": features,
-            "obs_features": of_cell,
+            "obs_features": of_cell[0] if of_cell else None,
         }
 
-    def get_row_padded_with_neighbor(
-        self,
-        index: int,
-        return_features: bool = False,
-        feature_vars: Sequence[str] | None = None,
-        return_obs_features: bool | None = None,
-        obs_feature_names: Sequence[str] | None = None,
-        *,
-        return_var_features: bool | None = None,
-        var_feature_names: Sequence[str] | None = None,
-    ) -> dict[str, Any]:
+    def get_row_padded_with_neighbor(self, index: int, *args, **kwargs) -> dict[str, Any]:
         """Read as `get_row_with_neighbor`, but including zeros: cells are arrays (n_variables,)."""
-        cells = self.get_row_with_neighbor(
-            index,
-            return_features,
-            feature_vars,
-            return_obs_features,
-            obs_feature_names,
-            return_var_features=return_var_features,
-            var_feature_names=var_feature_names,
-        )
+        cells = self.get_row_with_neighbor(index, *args, **kwargs)
         padded = {name: self._padded(*cells[name]) for name in ("current_cell", "next_cell")}
         return {**cells, **padded}
 

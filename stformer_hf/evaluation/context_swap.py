@@ -13,6 +13,7 @@ from torch import nn
 from ..batches.collate import IGNORE, CellCollator, read_tokens
 from ..batches.evaluating import evaluating
 from .gene_baselines import masked_genes, open_rows, read_rows
+from .metrics import masked_nll
 
 
 def context_swap(
@@ -89,27 +90,6 @@ def context_swap(
         return {}
     own, swapped = (totals[:2] / totals[2]).tolist()
     return {"own_context_nll": own, "swapped_context_nll": swapped, "context_swap_gap": swapped - own}
-
-
-def masked_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Compute the negative log likelihood of labels, in nats.
-
-    Parameters
-    ----------
-    logits : Tensor (n, length, V), or (k, V)
-        Logits of all positions, or of the labelled ones in row-major order.
-    labels : LongTensor (n, length)
-        Labels; -100 where there is none.
-
-    Returns
-    -------
-    float32 Tensor (k,)
-        Losses of the k labelled positions, in row-major order.
-    """
-    labelled = labels != IGNORE
-    if logits.ndim == 3:
-        logits = logits[labelled]
-    return nn.functional.cross_entropy(logits.float(), labels[labelled], reduction="none")
 
 
 @torch.no_grad()
@@ -213,4 +193,4 @@ def _swap_bins(own: dict, found, tokens, partner: np.ndarray, tokenizer: Any):
     return swapped, attended, found.scored
 
 
-__all__ = ["context_swap", "masked_nll"]
+__all__ = ["context_swap"]

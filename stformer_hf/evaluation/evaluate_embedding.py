@@ -13,6 +13,7 @@ from scipy import sparse
 from sklearn.metrics import f1_score
 from tqdm.auto import tqdm
 
+from ..genes.wrong_names import must_have
 from ..models.gene_bert.cell_tables import find_table
 from ..sources.open_source import open_source
 from ..sources.read_anndata import as_anndata
@@ -239,8 +240,7 @@ def _check_settings(
 
 def _read_embedding(adata: AnnData, key: str) -> np.ndarray:
     """Read and check an embedding: float64 array (n_obs, d)."""
-    if key not in adata.obsm:
-        raise ValueError(f"There is no obsm[{key!r}]; obsm has {', '.join(map(repr, adata.obsm)) or 'nothing'}.")
+    must_have(adata.obsm, "obsm", key)
     found = adata.obsm[key]
     found = found.toarray() if sparse.issparse(found) else np.asarray(found)
     if found.ndim != 2 or not found.shape[1]:
@@ -260,8 +260,7 @@ def _read_embedding(adata: AnnData, key: str) -> np.ndarray:
 
 def _column(adata: AnnData, key: str) -> np.ndarray:
     """Read a column of obs: object array (n_obs,) of str, None where missing."""
-    if key not in adata.obs:
-        raise ValueError(f"There is no obs[{key!r}]; obs has {', '.join(map(repr, adata.obs)) or 'nothing'}.")
+    must_have(adata.obs, "obs", key)
     column = adata.obs[key]
     return np.array([None if missing else str(value) for value, missing in zip(column, column.isna(), strict=True)])
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
 from .gene_values import RELATIVE_ERROR, AllValues, ValueSketch
+from .whole_files import whole_file
 
 FORMAT_VERSION = 1
 MAX_MEMORY = 1_000_000_000
@@ -240,11 +240,13 @@ class GeneStatistics:
         """
         path = _checked_path(path)
         if path.suffix == ".json":
-            _write(path, lambda file: file.write(self._to_json().encode()))
+            with whole_file(path) as part:
+                part.write_bytes(self._to_json().encode())
         else:
             self._must_be_whole()
             arrays = self._to_arrays()
-            _write(path, lambda file: np.savez(file, **arrays))
+            with whole_file(path) as part, open(part, "wb") as file:
+                np.savez(file, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> GeneStatistics:
@@ -384,16 +386,6 @@ def _read_json(path: Path) -> dict:
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:  # numpy leaves a damaged file open
         return dict(arrays)
-
-
-def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 __all__ = ["GeneStatistics"]

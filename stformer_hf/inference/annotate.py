@@ -9,6 +9,7 @@ from anndata import AnnData
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from .. import __version__
+from ..genes.wrong_names import must_have
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
 from ..training.calibration import OutOfFold, load_out_of_fold
@@ -90,8 +91,7 @@ def annotate(
     Those of another donor, plate or protocol are not: more of them are rejected.
     """
     table = table_of(adata, layer)
-    if over is not None and over not in table.obs:
-        raise ValueError(f"There is no obs[{over!r}]; obs has {', '.join(map(repr, table.obs)) or 'no columns'}.")
+    must_have(table.obs, "obs", over)
     if top_k < 1:
         raise ValueError(f"top_k={top_k}: must be at least 1.")
     if is_model(model):

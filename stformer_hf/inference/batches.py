@@ -25,7 +25,7 @@ from ..sources.open_source import Source, open_source
 from ..store.cell_store import CellStore
 from ..training.cell_heads import check_finite
 from ..training.cell_trainer import check_tokenizer_fits
-from ..training.loading import is_model, load_config, load_model, load_tokenizer, unwrap
+from ..training.loading import is_model, load_config, load_model, tokenizer_of, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -54,15 +54,9 @@ def load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_cla
             f"{'The model' if of_object else model} reads the cells around a cell: use embed_neighborhoods, or "
             "stformer-hf embed --kind neighborhood."
         )
-    if of_object:
-        model = unwrap(model)
-        tokenizer = tokenizer or getattr(model, "tokenizer", None)
-        if tokenizer is None:
-            raise ValueError(
-                "A model object needs its tokenizer: pass tokenizer=…, or the checkpoint's path as model."
-            )
-    else:
-        tokenizer = tokenizer or load_tokenizer(model)
+    model = unwrap(model) if of_object else model
+    tokenizer = tokenizer_of(model, tokenizer)
+    if not of_object:
         model = load_model(model, auto_class)
     check_tokenizer_fits(model, tokenizer)
     if min_coverage is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
+from ..genes.wrong_names import closest
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 
 # Quantile of the expressing cells that each kind sets a gene to; the names and quartiles are those of Geneformer's
@@ -105,10 +105,7 @@ class Panel:
         if gene >= 0:
             raise ValueError(f"The model knows the gene {name!r}, but the cells have no column for it.")
         known = [*self._column_of_name, *self._tokenizer.genes]
-        by_lower = {other.lower(): other for other in known}
-        close = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.5)
-        hint = f"; the closest known one is {by_lower[close[0]]!r}" if close else ""
-        raise ValueError(f"The model does not know the gene {name!r}{hint}.")
+        raise ValueError(f"The model does not know the gene {name!r}{closest(name, known)}.")
 
 
 class GeneEdits:

@@ -18,6 +18,7 @@ from scipy.stats import spearmanr
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
+from ..genes.wrong_names import must_have
 from ..models.gene_bert.encoder_layers import GeneBertAttention
 from ..models.gene_bert.gene_columns import are_ids
 from ..models.gene_bert.randomness import uniforms
@@ -617,8 +618,7 @@ def _groups(source: Source, key: str | None) -> pd.Categorical:
     """Return the group of each cell; only groups with cells are categories."""
     if key is None:
         return pd.Categorical.from_codes(np.zeros(source.shape[0], np.int64), ["all"])
-    if key not in source.obs:
-        raise ValueError(f"There is no obs[{key!r}]; obs has {', '.join(map(repr, source.obs)) or 'nothing'}.")
+    must_have(source.obs, "obs", key)
     found = pd.Categorical(source.obs[key]).remove_unused_categories()
     if not len(found.categories):
         raise ValueError(f"No cell has a value in obs[{key!r}].")

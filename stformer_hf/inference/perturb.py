@@ -24,6 +24,8 @@ from .. import __version__
 from ..batches.collate import pack, pad, take
 from ..evaluation.cell_baselines import log_normalise
 from ..evaluation.readers import fit_pca
+from ..genes.whole_files import whole_file
+from ..genes.wrong_names import must_have
 from ..models.gene_bert.cell_counts import pad_ragged
 from ..models.gene_bert.heads import pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
@@ -228,8 +230,7 @@ class _Cells(NamedTuple):
 def _choose_cells(obs, known_counts, goal_key, goal, start, donor_key) -> _Cells:
     """Split the cells into those to perturb and the goal's; cells without counts are in neither."""
     for key in (goal_key, donor_key):
-        if key is not None and key not in obs:
-            raise ValueError(f"There is no obs[{key!r}]; obs has {', '.join(map(repr, obs)) or 'nothing'}.")
+        must_have(obs, "obs", key)
     full = np.diff(known_counts.indptr) > 0
     in_goal, perturbed = np.zeros(len(obs), bool), np.ones(len(obs), bool)
     if goal_key is not None:
@@ -563,10 +564,8 @@ class _Grid:
         shard = ShardScores(
             np.array(numbers, np.int64), n_changed, scores[:, self._order], changed, directions / n_cells
         )
-        part = file.with_name(f".{file.name}.part")
-        with open(part, "wb") as to:
+        with whole_file(file) as part, open(part, "wb") as to:
             np.savez(to, **shard._asdict())
-        part.replace(file)
 
 
 def _mean_states(states: np.ndarray, donors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -620,10 +619,8 @@ def _open_folder(folder: Path, settings: dict, state: PartialState | None) -> No
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 __all__ = ["perturb"]

@@ -11,10 +11,13 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import confusion_matrix
 
+from ..genes.wrong_names import must_have
+
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
 _MISSING = "lightgray"
@@ -170,8 +173,7 @@ def _write_umap(adata: AnnData, key: str, random_state: int) -> np.ndarray:
     import scanpy as sc
     from anndata import AnnData
 
-    if key not in adata.obsm:
-        raise ValueError(f"There is no obsm[{key!r}]; obsm has {', '.join(map(repr, adata.obsm)) or 'nothing'}.")
+    must_have(adata.obsm, "obsm", key)
     bare = AnnData(obs=adata.obs[[]], obsm={key: np.asarray(adata.obsm[key])})
     sc.pp.neighbors(bare, use_rep=key, random_state=random_state)
     sc.tl.umap(bare, random_state=random_state)
@@ -222,13 +224,9 @@ def umaps(
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 
-    missing = [key for key in use_reps.values() if key not in adata.obsm]
-    if missing:
-        raise ValueError(
-            f"There is no obsm[{missing[0]!r}]; obsm has {', '.join(map(repr, adata.obsm)) or 'nothing'}."
-        )
-    if outlined is not None and outlined not in adata.obs:
-        raise ValueError(f"There is no obs[{outlined!r}]; obs has {', '.join(map(repr, adata.obs)) or 'nothing'}.")
+    for key in use_reps.values():
+        must_have(adata.obsm, "obsm", key)
+    must_have(adata.obs, "obs", outlined)
     edged = np.zeros(adata.n_obs, bool) if outlined is None else adata.obs[outlined].to_numpy(bool)
     colours, order, legend = _colours(adata, color)
     figure, panels = plt.subplots(
@@ -242,17 +240,9 @@ def umaps(
             panel.scatter(*places[cells].T, c=colours[cells], s=size, linewidths=0.7, edgecolors=edge, rasterized=True)
         panel.set(xticks=[], yticks=[], title=name)
         panel.spines[:].set_color("lightgray")  # separates distant clusters from the next panel
-    if isinstance(legend, list):
-        if edged.any():
-            legend.append(
-                Line2D([], [], color="none", marker="o", markeredgecolor="black", markersize=8, label=outlined)
-            )
-        columns = -(-len(legend) // _LEGEND_ROWS)
-        figure.legend(handles=legend, loc="outside right center", frameon=False, title=color, ncols=columns)
-    else:
-        figure.colorbar(legend, ax=list(panels), label=color, shrink=0.6)
-    if title:
-        figure.suptitle(title)
+    if isinstance(legend, list) and edged.any():
+        legend.append(Line2D([], [], color="none", marker="o", markeredgecolor="black", markersize=8, label=outlined))
+    _add_legend(figure, panels, legend, color, title)
     _save(panels[0], save)
     return panels
 
@@ -414,7 +404,11 @@ def sections(
         There are no cells; a key, column or gene is missing; a gene is repeated in var_names; cells have no section or
         coordinates; a dict of colours lacks a category.
     """
-    points = _points(adata, spatial_key)
+    from ..sources.read_anndata import coordinates_of
+
+    if not adata.n_obs:
+        raise ValueError("The AnnData has no cells.")
+    points = coordinates_of(adata, spatial_key, n_axes=2)
     section_of_cell = _sections_of(adata, section_key)
     if n_columns is not None and n_columns < 1:
         raise ValueError(f"n_columns={n_columns}: must be at least 1.")
@@ -443,44 +437,16 @@ def sections(
         panel.invert_yaxis()
         if section_key is not None:
             panel.set_title(str(names[number]))
-    if isinstance(legend, list):
-        columns = -(-len(legend) // _LEGEND_ROWS)
-        figure.legend(handles=legend, loc="outside right center", frameon=False, title=color, ncols=columns)
-    else:
-        figure.colorbar(legend, ax=list(panels), label=color, shrink=0.6)
-    if title:
-        figure.suptitle(title)
+    _add_legend(figure, panels, legend, color, title)
     _save(panels[0], save)
     return panels[0] if section_key is None else panels
-
-
-def _points(adata: AnnData, spatial_key: str) -> np.ndarray:
-    """Return x and y of each cell: array (n_cells, 2)."""
-    if not adata.n_obs:
-        raise ValueError("The AnnData has no cells.")
-    if spatial_key not in adata.obsm:
-        raise ValueError(
-            f"There is no obsm[{spatial_key!r}]; obsm has {', '.join(map(repr, adata.obsm)) or 'nothing'}."
-        )
-    points = np.asarray(adata.obsm[spatial_key])
-    if points.ndim != 2 or points.shape[1] not in (2, 3):
-        raise ValueError(f"obsm[{spatial_key!r}] has the shape {points.shape}; coordinates have 2 or 3 columns.")
-    points = points[:, :2].astype(np.float64)
-    wrong = np.flatnonzero(~np.isfinite(points).all(axis=1))
-    if len(wrong):
-        raise ValueError(
-            f"{len(wrong)} of {len(points)} cells have no finite x and y in obsm[{spatial_key!r}], such as "
-            f"{adata.obs_names[wrong[0]]}: remove them first."
-        )
-    return points
 
 
 def _sections_of(adata: AnnData, section_key: str | None) -> pd.Categorical:
     """Return the section of each cell; only sections with cells are categories."""
     if section_key is None:
         return pd.Categorical(np.zeros(adata.n_obs, np.int64))
-    if section_key not in adata.obs:
-        raise ValueError(f"There is no obs[{section_key!r}]; obs has {', '.join(map(repr, adata.obs)) or 'nothing'}.")
+    must_have(adata.obs, "obs", section_key)
     found = pd.Categorical(adata.obs[section_key]).remove_unused_categories()
     if (found.codes < 0).any():
         raise ValueError(f"{(found.codes < 0).sum()} of {len(found)} cells have no section in obs[{section_key!r}].")
@@ -634,6 +600,17 @@ def volcano(
     ax.set(xlabel=f"mean {effect.replace('_', ' ')}", ylabel="-log10 p", title=title or found_title)
     ax.spines[["top", "right"]].set_visible(False)
     return _save(ax, save)
+
+
+def _add_legend(figure: Figure, panels: np.ndarray, legend: list[Line2D] | ScalarMappable, color: str, title: str):
+    """Add the legend of all panels, see `_colours`, and the title."""
+    if isinstance(legend, list):
+        columns = -(-len(legend) // _LEGEND_ROWS)
+        figure.legend(handles=legend, loc="outside right center", frameon=False, title=color, ncols=columns)
+    else:
+        figure.colorbar(legend, ax=list(panels), label=color, shrink=0.6)
+    if title:
+        figure.suptitle(title)
 
 
 def _axes(width: float, height: float) -> Axes:

@@ -9,9 +9,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import signal
-import threading
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +17,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from tqdm import tqdm
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..store.replacing import take_lock
 from ..training.cell_trainer import CellTrainer
+from ..training.log_lines import LogLines
 from ..training.scores import score_of
 from .search_space import SearchSpace, TrialModel, in_words, prune
 
@@ -114,9 +113,10 @@ def search(
     args.save_strategy = "no"
     trainer.model_init.collator = trainer.data_collator
     trainer.remove_callback(PrinterCallback)
-    if trainer.pop_callback(ProgressCallback) and backend == "optuna":
+    trainer.remove_callback(ProgressCallback)
+    if backend == "optuna":
         trainer.add_callback(_StepBar())
-    with _only_here(output), _left_by_sigterm():
+    with _only_here(output):
         if overwrite:
             (output / "study.db").unlink(missing_ok=True)
             shutil.rmtree(output / "ray", ignore_errors=True)
@@ -140,12 +140,8 @@ def best_of(table: pd.DataFrame, direction: str) -> pd.Series:
     return complete.loc[scores.idxmin() if direction == "minimize" else scores.idxmax()]
 
 
-class _StepBar(ProgressCallback):
-    """Trainer's progress bar of steps, without its lines of metrics."""
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.training_bar is not None:  # already closed if the trial was pruned
-            super().on_train_end(args, state, control, **kwargs)
+class _StepBar(LogLines):
+    """Progress bar of steps, without lines of metrics."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Write nothing."""
@@ -161,28 +157,11 @@ def _only_here(output: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _left_by_sigterm() -> Iterator[None]:
-    """Convert SIGTERM to SystemExit, so that clean-up code runs."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(*_):
-        raise SystemExit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _tell(number: int, trials: int, values: Mapping[str, Any], outcome: str, best: float | None) -> None:
-    from tqdm import tqdm
-
-    so_far = "none yet" if best is None else f"{best:.4f}"
-    tqdm.write(f"trial {number} of {trials}: {in_words(values)}: {outcome} (best {so_far})")
+def _tell(
+    number: int, trials: int, values: Mapping[str, Any], outcome: str, scores: list[float], direction: str
+) -> None:
+    best = f"{(min if direction == 'minimize' else max)(scores):.4f}" if scores else "none yet"
+    tqdm.write(f"trial {number} of {trials}: {in_words(values)}: {outcome} (best {best})")
 
 
 # ---------------------------------------------------------------------- optuna
@@ -192,9 +171,13 @@ def _with_optuna(trainer, space, output, trials, metric, direction, pruner, samp
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # trials are printed here
-    storage = _storage(output / "study.db")
-    study = _study(storage, output / "study.db", space, metric, direction, settings)
-    _give_up_running(study)
+    path, state = output / "study.db", optuna.trial.TrialState
+    storage = _storage(path)
+    study = optuna.create_study(storage=storage, study_name="search", direction=direction, load_if_exists=True)
+    values = {name: repr(distribution) for name, distribution in space.distributions.items()}
+    _check_settings(study, path, {"metric": metric, "direction": direction, "space": values, **settings})
+    for trial in study.get_trials(deepcopy=False, states=(state.RUNNING,)):  # the last one of a killed search
+        study.tell(trial.number, state=state.FAIL)
     train = trainer.train
 
     def train_or_prune(*args, trial, **kwargs):
@@ -210,30 +193,36 @@ def _with_optuna(trainer, space, output, trials, metric, direction, pruner, samp
         return score
 
     trainer.train = train_or_prune
+    n_done = len(_finished(study))
     try:
-        left = trials - len(_finished(study))
-        if left > 0:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        for number in tqdm(
+            range(n_done, trials), "trials", total=trials, initial=n_done, disable=trainer.args.disable_tqdm
+        ):
+            # One at a time, seeded by its number, so that a resumed search samples what an uninterrupted one would.
+            seed = np.random.SeedSequence([sampler_seed, number]).generate_state(1)
+            try:
                 trainer.hyperparameter_search(
                     hp_space=space.hp_space,
                     compute_objective=objective,
-                    n_trials=left,
+                    n_trials=1,
                     direction=direction,
                     backend="optuna",
                     study_name=study.study_name,
                     storage=storage,
                     load_if_exists=True,
-                    sampler=_sampler(study, sampler_seed, trials),
+                    sampler=optuna.samplers.TPESampler(seed=int(seed[0])),
                     pruner=_pruner(pruner),
                 )
-    except ValueError:
-        # Trainer asks for the best trial, and there may be none; best_of explains why.
-        if len(_finished(study)) < trials or any(trial.state.name == "COMPLETE" for trial in study.trials):
-            raise
+            except ValueError:
+                # Trainer asks for the best trial even if all were pruned; best_of explains why.
+                if len(_finished(study)) == number:
+                    raise
+            trial = study.trials[-1]
+            outcome = f"{trial.value:.4f}" if trial.state == state.COMPLETE else f"pruned, {_reason(trial)}"
+            scores = [one.value for one in study.get_trials(deepcopy=False, states=(state.COMPLETE,))]
+            _tell(number + 1, trials, trial.params, outcome, scores, direction)
     finally:
         del trainer.train
-        _give_up_running(study)
         storage.remove_session()
     return _table(_rows(study), space)
 
@@ -248,44 +237,19 @@ def _storage(path: Path):
         raise ValueError(f"{path} is not a study of optuna: {error}") from error
 
 
-def _study(storage, path: Path, space: SearchSpace, metric: str, direction: str, settings: Mapping[str, Any]):
-    """Open the study, or create it."""
-    import optuna
-
-    entries = {
-        name: {key: value for key, value in vars(space[name]).items() if key != "name" and value not in (None, False)}
-        for name in space
-    }
-    wanted = json.loads(json.dumps({"metric": metric, "direction": direction, "space": entries, **settings}))
-    known = optuna.get_all_study_names(storage)
-    if not known:
-        study = optuna.create_study(storage=storage, study_name="search", direction=direction)
+def _check_settings(study, path: Path, wanted: dict[str, Any]) -> None:
+    """Write the settings into a new study; an older one must have the same."""
+    wanted = json.loads(json.dumps(wanted))
+    if not study.trials:
         study.set_user_attr("settings", wanted)
-        return study
-    if known != ["search"]:
-        raise ValueError(f"{path} holds other studies ({', '.join(known)}): choose another --output.")
-    study = optuna.load_study(storage=storage, study_name="search")
-    found = study.user_attrs.get("settings")
-    if found is None and not study.trials:  # killed between the two lines above
-        study.set_user_attr("settings", wanted)
-        found = wanted
-    if found != wanted:
-        found = found or {}
-        other = [key for key in (*wanted, *(set(found) - set(wanted))) if found.get(key) != wanted.get(key)]
+    found = study.user_attrs.get("settings", {})
+    other = [key for key in (*wanted, *(set(found) - set(wanted))) if found.get(key) != wanted.get(key)]
+    if other:
         raise ValueError(
             f"{path} is a search with another {other[0]} ({found.get(other[0])!r}, now {wanted.get(other[0])!r})"
             f"{', and other ' + ', '.join(other[1:]) if other[1:] else ''}: scores would not be comparable. Choose "
             "another --output, or start a new search with --overwrite."
         )
-    return study
-
-
-def _give_up_running(study) -> None:
-    """Mark interrupted trials as failed."""
-    import optuna
-
-    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
 
 
 def _finished(study) -> list:
@@ -300,65 +264,11 @@ def _pruner(name: str):
     return optuna.pruners.HyperbandPruner() if name == "hyperband" else optuna.pruners.NopPruner()
 
 
-def _sampler(study, seed: int, trials: int):
-    """Make a TPE sampler that is seeded by (seed, trials so far), and prints the outcome of each trial."""
-    import optuna
-
-    class Sampler(optuna.samplers.BaseSampler):
-        def infer_relative_search_space(self, study, trial):
-            return self._tpe.infer_relative_search_space(study, trial)
-
-        def sample_relative(self, study, trial, search_space):
-            return self._tpe.sample_relative(study, trial, search_space)
-
-        def sample_independent(self, study, trial, name, distribution):
-            return self._tpe.sample_independent(study, trial, name, distribution)
-
-        def before_trial(self, _, trial):
-            state = np.random.SeedSequence([seed, len(_finished(study))]).generate_state(1)
-            self._tpe = optuna.samplers.TPESampler(seed=int(state[0]))
-            self._tpe.before_trial(study, trial)
-
-        def after_trial(self, _, trial, state, values):
-            self._tpe.after_trial(study, trial, state, values)
-            finished = _finished(study)
-            if state.name == "FAIL":
-                return  # the error is raised
-            scores = [t.value for t in finished if t.state.name == "COMPLETE"]
-            if state.name == "COMPLETE":
-                scores.append(values[0])
-                outcome = f"{values[0]:.4f}"
-            else:
-                outcome = f"pruned, {_reason(trial)}"
-            best = (min if study.direction.name == "MINIMIZE" else max)(scores, default=None)
-            _tell(len(finished) + 1, trials, trial.params, outcome, best)
-
-    return Sampler()
-
-
 def _reason(trial) -> str | None:
     reason = trial.user_attrs.get("reason")
     if reason is None and trial.state.name != "COMPLETE" and trial.last_step is not None:
         reason = f"at step {trial.last_step} with {trial.intermediate_values[trial.last_step]:.4f}"
     return reason
-
-
-def read_trials(output: str | Path, space: SearchSpace) -> pd.DataFrame:
-    """Return the trials of a study so far, as `search` does.
-
-    Parameters
-    ----------
-    output : str or Path
-        Folder of study.db.
-    space : SearchSpace
-    """
-    import optuna
-
-    storage = _storage(Path(output).resolve() / "study.db")
-    try:
-        return _table(_rows(optuna.load_study(study_name="search", storage=storage)), space)
-    finally:
-        storage.engine.dispose()
 
 
 def _rows(study) -> list[dict[str, Any]]:
@@ -377,7 +287,7 @@ def _rows(study) -> list[dict[str, Any]]:
 
 def _table(rows: list[dict[str, Any]], space: SearchSpace) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["trial", "state", "score", "seconds", "reason", *space])
-    whole = {name: "Int64" for name in space if space[name].kind is int}  # pruned trials may lack values
+    whole = dict.fromkeys(space.integers(), "Int64")  # pruned trials may lack values
     return table.astype({"score": float, "seconds": float, **whole})
 
 
@@ -409,9 +319,8 @@ def _with_ray(trainer, space, output, n_trials, metric, direction, pruner, sampl
         def _tell(self, trial, state):
             ended.append((trial, state))
             scores = [one.last_result["objective"] for one, state in ended if state == "COMPLETE"]
-            best = (min if direction == "minimize" else max)(scores, default=None)
             outcome = f"{scores[-1]:.4f}" if state == "COMPLETE" else "failed"
-            _tell(len(ended), n_trials, trial.config, outcome, best)
+            _tell(len(ended), n_trials, trial.config, outcome, scores, direction)
 
     worst = math.inf if direction == "minimize" else -math.inf
 
@@ -467,4 +376,4 @@ def _last_line(error: Exception | None) -> str | None:
     return None if error is None else str(error).strip().split("\n")[-1]
 
 
-__all__ = ["best_of", "read_trials", "search"]
+__all__ = ["best_of", "search"]

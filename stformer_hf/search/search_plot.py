@@ -58,13 +58,13 @@ def plot_trials(
 
     for place, name in enumerate(space, _PANELS_A_ROW):
         axes = figure.add_subplot(grid[divmod(place, _PANELS_A_ROW)])
-        choices = space[name].choices
-        values = scored[name]
+        values, distribution = scored[name], space.distributions[name]
+        choices = getattr(distribution, "choices", None)
         if choices is None:
             x = values.to_numpy(float)
-            if space[name].log:
+            if distribution.log:
                 axes.set_xscale("log")
-            elif space[name].kind is int:
+            elif name in space.integers():
                 axes.xaxis.get_major_locator().set_params(integer=True)
         else:  # side by side, so that equal values do not hide each other
             x = np.array([choices.index(value) for value in values], float)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from dataclasses import fields
 from itertools import islice, product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, TrainingArguments
 
+from ..genes.wrong_names import closest
 from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
 
 # Arguments that Trainer reads in each trial, and their types; others are read once, when it is made.
 TRAINING_NAMES = {
@@ -52,175 +55,57 @@ MODEL_NAMES = (
     "size",
     *(name for name in GeneBertConfig.__annotations__ if name not in ("on_init", *_NOT_SEARCHED)),
 )
+_KEYS = ("low", "high", "log", "step", "choices")
 _MOST_COMBINATIONS = 1000  # configurations to check, some milliseconds each
 
 
-@dataclass(frozen=True)
-class Hyperparameter:
-    """A name and its possible values: `choices`, or all values from `low` to `high`, both included.
-
-    Parameters
-    ----------
-    name : str
-        A key of `TRAINING_NAMES`, or one of `MODEL_NAMES` or `COLLATOR_NAMES`.
-    low, high : int or float, optional
-        Integers if both are.
-    log : bool, default: False
-        Sample uniformly on a logarithmic scale.
-    step : int, optional
-        Step between integers.
-    choices : tuple of str, int, float or bool, optional
-
-    Raises
-    ------
-    ValueError
-        The name is unknown; neither choices nor bounds are given, or both; bounds or choices are invalid.
-    """
-
-    name: str
-    low: float | None = None
-    high: float | None = None
-    log: bool = False
-    step: int | None = None
-    choices: tuple | None = None
-
-    def __post_init__(self):
-        known = [*TRAINING_NAMES, *MODEL_NAMES, *COLLATOR_NAMES]
-        if self.name not in known:
-            if self.name in [field.name for field in fields(TrainingArguments)]:
-                raise ValueError(
-                    f"space: {self.name} cannot be searched, as Trainer reads it only once; searchable arguments are "
-                    f"{', '.join(TRAINING_NAMES)}."
-                )
-            near = get_close_matches(self.name, known, n=1, cutoff=0.5)
-            hint = f"; the closest known one is {near[0]}" if near else f"; known are {', '.join(known)}"
-            raise ValueError(f"space: unknown name {self.name!r}{hint}.")
-        if (self.choices is None) == (self.low is None and self.high is None):
-            raise ValueError(
-                f"space: {self.name} needs {{low: …, high: …}} (with log: true, or step: …) or {{choices: […]}}."
-            )
-        if self.choices is not None:
-            self._check_choices()
-        else:
-            self._check_bounds()
-        for value in self.ends:
-            self._check_value(value)
-
-    def _check_choices(self) -> None:
-        if self.log or self.step is not None:
-            raise ValueError(f"space: {self.name} has choices; log and step need bounds.")
-        if not isinstance(self.choices, tuple) or not self.choices or len(set(self.choices)) < len(self.choices):
-            raise ValueError(
-                f"space: choices of {self.name} must be a list of different values, got {self.choices!r}."
-            )
-
-    def _check_bounds(self) -> None:
-        for bound in ("low", "high"):
-            value = getattr(self, bound)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"space: {bound} of {self.name} must be a number, got {value!r}.")
-        if self.low >= self.high:
-            raise ValueError(f"space: low of {self.name} must be below high, got {self.low} and {self.high}.")
-        if self.log and self.low <= 0:
-            raise ValueError(f"space: log of {self.name} needs low above 0, got {self.low}.")
-        if self.step is not None and (self.kind is not int or self.log or type(self.step) is not int or self.step < 1):
-            raise ValueError(
-                f"space: step of {self.name} must be an integer of at least 1, with integer bounds and without log; "
-                f"got {self.step!r}."
-            )
-        if self.step is not None and (self.high - self.low) % self.step:
-            raise ValueError(
-                f"space: steps of {self.step} from {self.low} do not reach high of {self.name}, {self.high}; "
-                f"use {self.high - (self.high - self.low) % self.step}."
-            )
-
-    def _check_value(self, value: Any) -> None:
-        if self.name in COLLATOR_NAMES and (isinstance(value, str | bool) or not 0 <= value <= 1):
-            raise ValueError(f"space: {self.name} must be a share from 0 to 1, got {value!r}.")
-        if self.name not in TRAINING_NAMES:
-            return
-        kind = TRAINING_NAMES[self.name]
-        if kind is str:
-            good = isinstance(value, str)
-        else:
-            good = isinstance(value, int | kind) and not isinstance(value, bool) and value >= (kind is int)
-        if not good:
-            want = {str: "a name", int: "an integer of at least 1", float: "a number of at least 0"}[kind]
-            raise ValueError(f"space: {self.name} must be {want}, got {value!r}.")
-
-    @property
-    def ends(self) -> tuple:
-        """All choices, or both bounds."""
-        return (self.low, self.high) if self.choices is None else self.choices
-
-    @property
-    def kind(self) -> type:
-        """Type of the values: int, float, or object for other choices."""
-        kinds = {type(value) for value in self.ends}
-        return int if kinds == {int} else float if kinds <= {int, float} else object
-
-    def suggest(self, trial: Any) -> Any:
-        """Sample a value from an optuna trial."""
-        if self.choices is not None:
-            return trial.suggest_categorical(self.name, self.choices)
-        if self.kind is int:
-            return trial.suggest_int(self.name, self.low, self.high, step=self.step or 1, log=self.log)
-        return trial.suggest_float(self.name, self.low, self.high, log=self.log)
-
-    def ray_domain(self) -> Any:
-        """Return the equivalent domain of ray.tune, whose upper bounds are exclusive for integers."""
-        from ray import tune
-
-        if self.choices is not None:
-            return tune.choice(list(self.choices))
-        if self.kind is int:
-            if self.step:
-                return tune.choice(list(range(self.low, self.high + 1, self.step)))
-            return (tune.lograndint if self.log else tune.randint)(self.low, self.high + 1)
-        return (tune.loguniform if self.log else tune.uniform)(self.low, self.high)
-
-
 class SearchSpace:
-    """Hyperparameters by name.
+    """Hyperparameters by name, each a distribution of optuna.
 
     Parameters
     ----------
     space : mapping of str to mapping
-        E.g. ``{"learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "hidden_size": {"choices": [64, 128]}}``;
-        see `Hyperparameter`.
+        Names of `TRAINING_NAMES`, `MODEL_NAMES` or `COLLATOR_NAMES`, and their possible values: ``choices`` (words,
+        numbers or booleans), or all values from ``low`` to ``high``, both included, integers if both are. Bounds may
+        have ``log`` (sample uniformly on a logarithmic scale); integers may have ``step``. E.g.
+        ``{"learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "hidden_size": {"choices": [64, 128]}}``.
 
     Raises
     ------
     ValueError
-        The space is empty, or a hyperparameter is invalid (see `Hyperparameter`).
+        The space is empty; a name is unknown; neither choices nor bounds are given, or both; choices or bounds are
+        invalid.
     """
 
     def __init__(self, space: Mapping[str, Mapping[str, Any]]):
         if not isinstance(space, Mapping) or not space:
             raise ValueError(f"space must be a mapping of names to bounds or choices, got {space!r}.")
-        self.names = {name: _hyperparameter(name, entry) for name, entry in space.items()}
-        self.training = [name for name in self.names if name in TRAINING_NAMES]
-        self.model = [name for name in self.names if name in MODEL_NAMES]
-        self.collator = [name for name in self.names if name in COLLATOR_NAMES]
-
-    def __getitem__(self, name: str) -> Hyperparameter:
-        return self.names[name]
+        self.distributions = {name: _distribution(name, entry) for name, entry in space.items()}
+        self.training = [name for name in space if name in TRAINING_NAMES]
+        self.model = [name for name in space if name in MODEL_NAMES]
+        self.collator = [name for name in space if name in COLLATOR_NAMES]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(self.distributions)
 
     def suggest(self, trial: Any, names: list[str]) -> dict[str, Any]:
         """Return the values of some names: sampled from an optuna trial, or read from ray's dict.
 
         `model_init` is called before Trainer reads the space, when `trial.params` is still empty.
         """
-        return {name: trial[name] if isinstance(trial, dict) else self[name].suggest(trial) for name in names}
+        if isinstance(trial, dict):
+            return {name: trial[name] for name in names}
+        return {name: _suggest(trial, name, self.distributions[name]) for name in names}
 
     def hp_space(self, trial: Any) -> dict[str, Any]:
         """Return the training arguments of a trial for `hyperparameter_search`, or all domains for ray (no trial)."""
         if trial is None:
-            return {name: self[name].ray_domain() for name in self}
+            return {name: _ray_domain(distribution) for name, distribution in self.distributions.items()}
         return self.suggest(trial, self.training)
+
+    def integers(self) -> list[str]:
+        """Return the names whose values are all integers."""
+        return [name for name, values in self.distributions.items() if {type(v) for v in _ends(values)} == {int}]
 
     def check_models(self, make_config: Callable[..., Any]) -> None:
         """Make a configuration for every combination of choices and bounds (the first 1,000).
@@ -235,7 +120,8 @@ class SearchSpace:
         ValueError
             A combination is invalid, such as a hidden size that is not a multiple of the heads.
         """
-        for values in islice(product(*(self[name].ends for name in self.model)), _MOST_COMBINATIONS):
+        ends = (_ends(self.distributions[name]) for name in self.model)
+        for values in islice(product(*ends), _MOST_COMBINATIONS):
             sizes = dict(zip(self.model, values, strict=True))
             try:
                 make_config(**sizes)
@@ -251,35 +137,116 @@ class SearchSpace:
             Trainer does not know an optimizer or a schedule.
         """
         for name in self.training:
+            ends = _ends(self.distributions[name])
             if TRAINING_NAMES[name] is not str:  # an int would truncate a share of 0.1 to 0
-                setattr(args, name, self[name].kind(self[name].ends[0]))
+                setattr(args, name, int(ends[0]) if name in self.integers() else float(ends[0]))
                 continue
-            for value in self[name].ends:
+            for value in ends:
                 try:
                     type(getattr(args, name))(value)
                 except ValueError as error:
                     raise ValueError(f"space: {name} {value!r}: {error}") from error
 
 
-def _hyperparameter(name: str, entry: Any) -> Hyperparameter:
-    keys = [field.name for field in fields(Hyperparameter)][1:]
+def _distribution(name: str, entry: Any) -> BaseDistribution:
+    """Return the distribution of a name of the space, checked."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    _check_name(name)
     if not isinstance(entry, Mapping):
         raise ValueError(f"space: {name} must be a mapping with low and high, or choices, got {entry!r}.")
     for key in entry:
-        if key not in keys:
-            raise ValueError(f"space: unknown key {key!r} of {name}; known are {', '.join(keys)}.")
-    entry = dict(entry)
-    if isinstance(entry.get("choices"), list):
-        entry["choices"] = tuple(entry["choices"])
-        if not all(isinstance(value, str | int | float) for value in entry["choices"]):
-            raise ValueError(f"space: choices of {name} must be words, numbers or booleans, got {entry['choices']!r}.")
-    for bound in ("low", "high"):  # YAML reads 1e-4, without a point, as a string
-        if isinstance(entry.get(bound), str):
-            try:
-                entry[bound] = float(entry[bound])
-            except ValueError:
-                raise ValueError(f"space: {bound} of {name} must be a number, got {entry[bound]!r}.") from None
-    return Hyperparameter(name, **entry)
+        if key not in _KEYS:
+            raise ValueError(f"space: unknown key {key!r} of {name}; known are {', '.join(_KEYS)}.")
+    entry = {key: value for key, value in entry.items() if value is not None}
+    if ("choices" in entry) == ("low" in entry or "high" in entry):
+        raise ValueError(f"space: {name} needs {{low: …, high: …}} (with log: true, or step: …) or {{choices: […]}}.")
+    try:
+        if "choices" in entry:
+            if len(entry) > 1:
+                raise ValueError("log and step need bounds, not choices")
+            if not isinstance(entry["choices"], list | tuple):
+                raise ValueError(f"choices must be a list, got {entry['choices']!r}")
+            if not all(isinstance(value, str | int | float) for value in entry["choices"]):
+                raise ValueError(f"choices must be words, numbers or booleans, got {entry['choices']!r}")
+            distribution = CategoricalDistribution(entry["choices"])
+        else:
+            entry |= {bound: _number(bound, entry.get(bound)) for bound in ("low", "high")}
+            whole = type(entry["low"]) is type(entry["high"]) is int
+            if "step" in entry and not (whole and type(entry["step"]) is int):
+                raise ValueError(f"step must be an integer, with integer bounds, got {entry['step']!r}")
+            distribution = (IntDistribution if whole else FloatDistribution)(**entry)
+        for value in _ends(distribution):
+            _check_value(name, value)
+    except ValueError as error:
+        raise ValueError(f"space: {name}: {error}") from error
+    return distribution
+
+
+def _check_name(name: str) -> None:
+    known = [*TRAINING_NAMES, *MODEL_NAMES, *COLLATOR_NAMES]
+    if name in known:
+        return
+    if name in [field.name for field in fields(TrainingArguments)]:
+        raise ValueError(
+            f"space: {name} cannot be searched, as Trainer reads it only once; searchable arguments are "
+            f"{', '.join(TRAINING_NAMES)}."
+        )
+    hint = closest(name, known) or f"; known are {', '.join(known)}"
+    raise ValueError(f"space: unknown name {name!r}{hint}.")
+
+
+def _number(bound: str, value: Any) -> float:
+    """Return a bound; YAML reads 1e-4, without a point, as a string."""
+    try:
+        number = float(value) if isinstance(value, str) else value
+        if not isinstance(number, bool) and math.isfinite(number):
+            return number
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{bound} must be a number, got {value!r}")
+
+
+def _check_value(name: str, value: Any) -> None:
+    if name in COLLATOR_NAMES and (isinstance(value, str | bool) or not 0 <= value <= 1):
+        raise ValueError(f"must be a share from 0 to 1, got {value!r}")
+    if name not in TRAINING_NAMES:
+        return
+    kind = TRAINING_NAMES[name]
+    if kind is str:
+        good = isinstance(value, str)
+    else:
+        good = isinstance(value, int | kind) and not isinstance(value, bool) and value >= (kind is int)
+    if not good:
+        want = {str: "a name", int: "an integer of at least 1", float: "a number of at least 0"}[kind]
+        raise ValueError(f"must be {want}, got {value!r}")
+
+
+def _ends(distribution: BaseDistribution) -> tuple:
+    """Return all choices, or both bounds."""
+    return getattr(distribution, "choices", None) or (distribution.low, distribution.high)
+
+
+def _suggest(trial: Any, name: str, values: BaseDistribution) -> Any:
+    """Sample a value from an optuna trial."""
+    if hasattr(values, "choices"):
+        return trial.suggest_categorical(name, values.choices)
+    if type(values.low) is int:
+        return trial.suggest_int(name, values.low, values.high, step=values.step, log=values.log)
+    return trial.suggest_float(name, values.low, values.high, log=values.log)
+
+
+def _ray_domain(values: BaseDistribution) -> Any:
+    """Return the equivalent domain of ray.tune, whose upper bounds are exclusive for integers."""
+    from ray import tune
+
+    if hasattr(values, "choices"):
+        return tune.choice(list(values.choices))
+    if type(values.low) is not int:
+        return (tune.loguniform if values.log else tune.uniform)(values.low, values.high)
+    if values.step > 1:
+        return tune.choice(list(range(values.low, values.high + 1, values.step)))
+    return (tune.lograndint if values.log else tune.randint)(values.low, values.high + 1)
 
 
 class TrialModel:
@@ -331,4 +298,4 @@ def in_words(values: Mapping[str, Any]) -> str:
     )
 
 
-__all__ = ["COLLATOR_NAMES", "MODEL_NAMES", "TRAINING_NAMES", "Hyperparameter", "SearchSpace", "TrialModel"]
+__all__ = ["COLLATOR_NAMES", "MODEL_NAMES", "TRAINING_NAMES", "SearchSpace", "TrialModel"]

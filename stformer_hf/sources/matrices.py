@@ -84,9 +84,11 @@ class Matrix(ABC):
     def rows(self, start: int, stop: int) -> sparse.csr_matrix:
         """Return a range of rows, csr_matrix (stop - start, n_columns)."""
 
-    @abstractmethod
     def sample(self) -> Iterator[np.ndarray]:
         """Yield some of the values, from multiple places."""
+        n_rows = max(1, _SAMPLE // max(1, self.shape[1]))
+        for start in _places(self.shape[0], n_rows):
+            yield self.rows(start, min(start + n_rows, self.shape[0])).data
 
     def take(self, rows: np.ndarray) -> sparse.csr_matrix:
         """Return any rows: runs of adjacent rows are read at once, in ascending order, and then reordered."""
@@ -130,11 +132,6 @@ class MemoryMatrix(Matrix):
     def take(self, rows: np.ndarray) -> sparse.csr_matrix:
         return sparse.csr_matrix(self._values[rows])
 
-    def sample(self) -> Iterator[np.ndarray]:
-        n_rows = max(1, _SAMPLE // max(1, self.shape[1]))
-        for start in _places(self.shape[0], n_rows):
-            yield self.rows(start, min(start + n_rows, self.shape[0])).data
-
 
 class DenseMatrix(Matrix):
     """A dense matrix in a file.
@@ -164,11 +161,6 @@ class DenseMatrix(Matrix):
         if not parts:
             return sparse.csr_matrix((0, self.shape[1]), dtype=node.dtype)
         return parts[0] if len(parts) == 1 else sparse.vstack(parts, format="csr")
-
-    def sample(self) -> Iterator[np.ndarray]:
-        n_rows = max(1, _SAMPLE // max(1, self.shape[1]))
-        for start in _places(self.shape[0], n_rows):
-            yield self.rows(start, min(start + n_rows, self.shape[0])).data
 
     def close(self) -> None:
         self._handle.close()
@@ -223,9 +215,7 @@ class CompressedMatrix(Matrix):
         return sparse.csr_matrix((_native(data), indices, indptr), shape=(len(lengths), self.shape[1]))
 
     def sample(self) -> Iterator[np.ndarray]:
-        data = self._handle[self._key]["data"]
-        for start in _places(data.shape[0], _SAMPLE):
-            yield data[start : start + _SAMPLE]
+        return _sample_stored(self._handle[self._key]["data"])
 
     def close(self) -> None:
         self._handle.close()
@@ -306,9 +296,7 @@ class ColumnMatrix(ScatteredMatrix):
             yield rows, np.repeat(np.arange(len(lengths)), lengths), node["data"][start:stop]
 
     def sample(self) -> Iterator[np.ndarray]:
-        data = self._handle[self._key]["data"]
-        for start in _places(data.shape[0], _SAMPLE):
-            yield data[start : start + _SAMPLE]
+        return _sample_stored(self._handle[self._key]["data"])
 
     def close(self) -> None:
         super().close()
@@ -335,11 +323,6 @@ class Selection(Matrix):
         block = self._matrix.rows(start, stop) if self._rows is None else self._matrix.take(self._rows[start:stop])
         return block if self._columns is None else block[:, self._columns]
 
-    def sample(self) -> Iterator[np.ndarray]:
-        n_rows = max(1, _SAMPLE // max(1, self.shape[1]))
-        for start in _places(self.shape[0], n_rows):
-            yield self.rows(start, min(start + n_rows, self.shape[0])).data
-
     def prepare(self, scratch: Path | None) -> None:
         self._matrix.prepare(scratch)
 
@@ -357,6 +340,11 @@ def _native(values: np.ndarray) -> np.ndarray:
 def _places(n: int, size: int) -> list[int]:
     """Return the starts of up to three samples of n values: at the beginning, the middle and the end."""
     return sorted({0, n // 2, max(0, n - size)}) if n else []
+
+
+def _sample_stored(data: Any) -> Iterator[np.ndarray]:
+    for start in _places(data.shape[0], _SAMPLE):
+        yield data[start : start + _SAMPLE]
 
 
 def _check_compressed(handle: FileHandle, key: str, n_major: int) -> None:

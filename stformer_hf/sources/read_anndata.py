@@ -11,6 +11,7 @@ from anndata import AnnData
 from anndata.io import read_elem, read_h5ad, read_zarr
 
 from ..genes.text_files import naming
+from ..genes.wrong_names import must_have
 from ..models.gene_bert.cell_tables import CellTable, find_table, is_spatialdata
 from .anndata_files import Tables
 from .formats import local_path, read_layers
@@ -111,6 +112,31 @@ def section_of(adata: AnnData) -> str | None:
     return key if key in adata.obs else None
 
 
+def coordinates_of(adata: AnnData, key: str, n_axes: int = 3) -> np.ndarray:
+    """Read coordinates from obsm: float64 array (n_cells, at most n_axes).
+
+    Raises
+    ------
+    ValueError
+        There are none; they have neither 2 nor 3 columns; they are not numbers, or not finite.
+    """
+    must_have(adata.obsm, "obsm", key)
+    coordinates = np.asarray(adata.obsm[key])
+    if coordinates.ndim != 2 or coordinates.shape[1] not in (2, 3):
+        raise ValueError(f"obsm[{key!r}] has the shape {coordinates.shape}; coordinates have 2 or 3 columns.")
+    try:
+        coordinates = coordinates[:, :n_axes].astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"obsm[{key!r}] does not hold numbers: {error}.") from error
+    wrong = np.flatnonzero(~np.isfinite(coordinates).all(axis=1))
+    if len(wrong):
+        raise ValueError(
+            f"{len(wrong)} of {len(coordinates)} cells have no finite coordinates in obsm[{key!r}], such as "
+            f"{adata.obs_names[wrong[0]]}: remove them first."
+        )
+    return coordinates
+
+
 def add_coordinates(table: AnnData, read: Callable[[], SpatialData], name: str) -> None:
     """Write `obsm["spatial"]` of a SpatialData's table: the centroids of the instances that its rows annotate.
 
@@ -192,4 +218,12 @@ def _import_spatialdata():
     return spatialdata
 
 
-__all__ = ["add_coordinates", "as_anndata", "find_placed_table", "is_anndata_file", "read_anndata", "section_of"]
+__all__ = [
+    "add_coordinates",
+    "as_anndata",
+    "coordinates_of",
+    "find_placed_table",
+    "is_anndata_file",
+    "read_anndata",
+    "section_of",
+]

@@ -18,6 +18,7 @@ from scipy import sparse
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from ..genes.wrong_names import must_have
 from ..models.gene_bert.gene_columns import resolve_genes
 from ..sources.read_anndata import as_anndata, find_placed_table, section_of
 from ..store.cell_expression import CellExpression
@@ -323,10 +324,7 @@ class CenterMaskSampler(Dataset):
         adata = as_anndata(find_placed_table(adata))
         section_key = section_key or section_of(adata)
         for key in (spatial_key, cell_embedding_key):
-            if key is not None and key not in adata.obsm:
-                raise ValueError(
-                    f"There is no obsm[{key!r}]; obsm has {', '.join(map(repr, adata.obsm)) or 'nothing'}."
-                )
+            must_have(adata.obsm, "obsm", key)
         coordinates = np.asarray(adata.obsm[spatial_key])
         if coordinates.ndim != 2 or coordinates.shape[1] not in (2, 3):
             raise ValueError(
@@ -335,8 +333,7 @@ class CenterMaskSampler(Dataset):
         axes = list("xyz"[: coordinates.shape[1]])
         metadata = {"cell_label": adata.obs_names.to_numpy(), **dict(zip(axes, coordinates.T, strict=True))}
         for key in (section_key, cell_type_key):
-            if key is not None and key not in adata.obs:
-                raise ValueError(f"There is no obs[{key!r}]; obs has {', '.join(map(repr, adata.obs)) or 'nothing'}.")
+            must_have(adata.obs, "obs", key)
         if section_key is None:
             warn_of_sections(adata.obs)
         else:

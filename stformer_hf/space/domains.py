@@ -12,6 +12,7 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
 
 from .. import __version__
+from ..genes.wrong_names import must_have
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +67,7 @@ def spatial_domains(
     If the embedding has fewer distinct values than domains, each value is a domain, and a warning is logged.
     """
     check_domains(method, n_domains)
-    if use_rep not in adata.obsm:
-        raise ValueError(
-            f"There is no obsm[{use_rep!r}]; obsm has {', '.join(map(repr, adata.obsm)) or 'nothing'}. "
-            "embed_neighborhoods makes an embedding of neighbourhoods."
-        )
+    must_have(adata.obsm, "obsm", use_rep, " embed_neighborhoods makes an embedding of neighbourhoods.")
     embedding = np.asarray(adata.obsm[use_rep])
     if embedding.ndim != 2:
         raise ValueError(f"obsm[{use_rep!r}] has the shape {embedding.shape}; an embedding has one row per cell.")

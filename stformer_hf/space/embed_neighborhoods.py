@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import __version__
+from ..genes.wrong_names import closest
 from ..inference.batches import at_work, check_cells
 from ..models.gene_bert.gene_columns import strip_versions
 from ..models.gene_bert.gene_matcher import MIN_COVERAGE, WARN_COVERAGE, GeneMatcher, check_coverage, coverage_of
@@ -213,9 +213,9 @@ def _options(learnt: dict | None, given: dict[str, Any]) -> dict[str, Any]:
     """Return the sampler's options: those given override those that the model was trained with."""
     for name in given:
         if name not in _OPTIONS:
-            near = get_close_matches(name, _OPTIONS, n=1, cutoff=0.5)
-            closest = f"; the closest known one is {near[0]}" if near else ""
-            raise ValueError(f"No option {name!r} of neighbourhoods{closest}. Valid ones are {', '.join(_OPTIONS)}.")
+            raise ValueError(
+                f"No option {name!r} of neighbourhoods{closest(name, _OPTIONS)}. Valid ones are {', '.join(_OPTIONS)}."
+            )
     learnt = learnt or {}
     known = inspect.signature(CenterMaskSampler.__init__).parameters
     unknown = [name for name in learnt if name not in known]

@@ -10,7 +10,8 @@ from anndata import AnnData
 from scipy import sparse
 from scipy.spatial import Delaunay, QhullError, cKDTree
 
-from ..sources.read_anndata import find_placed_table, section_of
+from ..genes.wrong_names import must_have
+from ..sources.read_anndata import coordinates_of, find_placed_table, section_of
 from .spatial_metadata import warn_of_sections
 
 _METHODS = ("delaunay", "knn", "radius")
@@ -97,7 +98,7 @@ def spatial_neighbors(
     adata, section_key = found.table, section_key or section_of(found.table)
     if section_key is None:
         warn_of_sections(adata.obs)
-    coordinates = _coordinates(adata, spatial_key)
+    coordinates = coordinates_of(adata, spatial_key)
     # Scale to at most 1, so that squares do not overflow; a power of 2 changes no digits.
     _, exponent = np.frexp(np.abs(coordinates).max(initial=0))
     points = np.ldexp(coordinates, -exponent)
@@ -117,32 +118,11 @@ def spatial_neighbors(
     }
 
 
-def _coordinates(adata: AnnData, key: str) -> np.ndarray:
-    """Read coordinates: float64 array (n_cells, 2 or 3)."""
-    if key not in adata.obsm:
-        raise ValueError(f"There is no obsm[{key!r}]; obsm has {', '.join(map(repr, adata.obsm)) or 'nothing'}.")
-    coordinates = np.asarray(adata.obsm[key])
-    if coordinates.ndim != 2 or coordinates.shape[1] not in (2, 3):
-        raise ValueError(f"obsm[{key!r}] has the shape {coordinates.shape}; coordinates have 2 or 3 columns.")
-    try:
-        coordinates = coordinates.astype(np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"obsm[{key!r}] does not hold numbers: {error}.") from error
-    wrong = np.flatnonzero(~np.isfinite(coordinates).all(axis=1))
-    if len(wrong):
-        raise ValueError(
-            f"{len(wrong)} of {len(coordinates)} cells have no finite coordinates in obsm[{key!r}], such as "
-            f"{adata.obs_names[wrong[0]]}: remove them first."
-        )
-    return coordinates
-
-
 def _sections(obs: pd.DataFrame, key: str | None) -> list[np.ndarray]:
     """Return the cells of each section."""
     if key is None:
         return [np.arange(len(obs))]
-    if key not in obs:
-        raise ValueError(f"There is no obs[{key!r}]; obs has {', '.join(map(repr, obs)) or 'nothing'}.")
+    must_have(obs, "obs", key)
     codes, names = pd.factorize(obs[key])
     if (codes < 0).any():
         raise ValueError(f"{(codes < 0).sum()} of {len(codes)} cells have no value in obs[{key!r}].")

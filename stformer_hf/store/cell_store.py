@@ -19,6 +19,7 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 from ..genes.gene_table import GeneTable
+from ..genes.wrong_names import must_have
 from ..sources.formats import is_source
 from ..sources.registry import Layer, reads
 from ..sources.same_cells import find_twins_of_store, join_groups
@@ -28,6 +29,7 @@ from .cell_batch import Cell, CellBatch
 from .join import join_stores
 from .neighborhoods import sum_groups
 from .replacing import building_of, recover
+from .row_numbers import row_numbers
 from .shards import checksum
 from .token_writer import ROWS_PER_SHARD as TOKEN_ROWS_PER_SHARD
 from .token_writer import write_tokens
@@ -291,28 +293,8 @@ class CellStore:
 
     def _row_numbers(self, index) -> np.ndarray:
         """Convert an index, as `rows` takes it, to row numbers of the whole store."""
-        if isinstance(index, slice):
-            rows = np.arange(*index.indices(len(self)), dtype=np.int64)
-        else:
-            rows = np.atleast_1d(np.asarray(index))
-            if rows.ndim > 1:
-                raise IndexError(f"Row numbers must be one-dimensional, got an array of shape {rows.shape}.")
-            if rows.dtype == bool:
-                if len(rows) != len(self):
-                    raise IndexError(f"The mask has {len(rows)} values, but the store has {len(self)} cells.")
-                rows = np.flatnonzero(rows)
-            elif rows.dtype.kind not in "iu" and len(rows):
-                raise IndexError(f"Row numbers must be integers, got {rows.dtype}.")
-            elif len(rows):
-                if rows.dtype == np.uint64 and rows.max() >= len(self):
-                    raise IndexError(f"Row {rows.max()} is outside the store of {len(self)} cells.")
-                rows = rows.astype(np.int64, copy=False)
-                if not (rows.view(np.uint64) < len(self)).all():  # some are negative, or outside
-                    outside = rows[(rows < -len(self)) | (rows >= len(self))]
-                    if len(outside):
-                        raise IndexError(f"Row {outside[0]} is outside the store of {len(self)} cells.")
-                    rows = np.where(rows < 0, rows + len(self), rows)
-        return rows.astype(np.int64, copy=False) if self._index is None else self._index[rows.astype(np.int64)]
+        rows = row_numbers(index, len(self), "store")
+        return rows if self._index is None else self._index[rows]
 
     def _gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self._rows.gather(rows, self.manifest["gene_type"], self.manifest["count_type"])
@@ -394,8 +376,7 @@ class CellStore:
             held_out = np.isin(of_cell, chosen)
             train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
         else:
-            if by not in self.obs:
-                raise ValueError(f"No obs column {by!r}; available: {', '.join(self.obs.columns) or 'none'}.")
+            must_have(self.obs, "obs", by)
             groups = self.obs[by]
             if groups.isna().any():
                 raise ValueError(f"{int(groups.isna().sum())} cells have no {by!r}: remove them with select first.")

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
+from ..genes.wrong_names import must_have
 from ..sources.stored_cells import StoredCells
 from .replacing import Contents, check_free, recover, written_at
 from .shards import checksum, gene_type, read_batches, told_when_full, write_json
@@ -87,8 +88,7 @@ def _chosen_obs(store: StoredCells, obs: Sequence[str] | str | None) -> list[str
         return [name for name in known if name not in _OWN_COLUMNS]
     names = [] if obs is None else [obs] if isinstance(obs, str) else list(dict.fromkeys(obs))
     for name in names:
-        if name not in known:
-            raise ValueError(f"No obs column {name!r} in the store; available: {', '.join(known) or 'none'}.")
+        must_have(known, "obs", name)
         if name in _OWN_COLUMNS:
             raise ValueError(
                 f"obs column {name!r}: the tokens use this name. Leave it out, and look it up in the store by cell_id."

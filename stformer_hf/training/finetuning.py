@@ -25,12 +25,11 @@ from transformers import (
     set_seed,
 )
 
-from ..batches.collate import pad, read_tokens
 from ..batches.collators import DataCollatorForCellClassification
 from ..batches.draws import sampling_columns
-from ..batches.evaluating import evaluating
 from ..batches.parts import as_selection
 from ..evaluation.metrics import balanced_class_weights
+from ..genes.wrong_names import must_have
 from ..models.gene_bert.cell_tables import find_table
 from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
 from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification
@@ -40,8 +39,8 @@ from .adapting import adapt, check_adapts
 from .calibration import CALIBRATION_FILE, OutOfFold
 from .cell_trainer import CellTrainer
 from .defaults import FINETUNING, MAX_LENGTH
-from .loading import is_adapter, is_model, load_model, load_tokenizer, unwrap
-from .starts.classifier_start import ClassifierStart, start_classifier
+from .loading import is_adapter, is_model, load_model, tokenizer_of, unwrap
+from .starts.classifier_start import ClassifierStart, run_cells, start_classifier
 from .starts.linear_readers import Problem, fit_temperature, inner_folds, log_softmax
 
 logger = logging.getLogger(__name__)
@@ -253,8 +252,8 @@ def finetune(
         if not isinstance(cells, CellStore):
             columns = [label_key] if isinstance(label_key, str) else list(label_key)
             columns += [name for name in (group_key, *phenotypes) if name is not None]
-            columns += sampling_columns(sampling)
-            _check_columns(find_table(cells, layer).obs, columns)
+            for name in [*columns, *sampling_columns(sampling)]:
+                must_have(find_table(cells, layer).obs, "obs", name)
             of_classes = isinstance(label_key, str) and (
                 problem_type == "single_label_classification" or _is_boolean(cells, label_key, layer)
             )
@@ -377,7 +376,7 @@ def prepare_classifier(
 
     groups = None
     if group_key is not None:
-        _check_columns(cells.obs, [group_key])
+        must_have(cells.obs, "obs", group_key)
         if cells.obs[group_key].isna().any():
             raise ValueError(
                 f"{int(cells.obs[group_key].isna().sum())} cells have no {group_key!r}: remove them, or fill it in."
@@ -550,17 +549,9 @@ def _outputs_of_epochs(
     return np.stack(outputs)
 
 
-@torch.no_grad()
 def predict(model: PreTrainedModel, tokenizer: GeneTokenizer, cells: CellStore, batch_size: int = 128) -> np.ndarray:
     """Compute the logits of cells: float64 array (n, num_labels), in the order of the cells."""
-    device, found = next(model.parameters()).device, []
-    with evaluating(model):
-        for start in range(0, len(cells), batch_size):
-            examples = cells.__getitems__(range(start, min(start + batch_size, len(cells))))
-            batch = pad(read_tokens(examples, tokenizer), tokenizer)
-            batch = {name: value.to(device) for name, value in batch.items()}
-            found.append(model(**batch).logits.double().cpu().numpy())
-    return np.concatenate(found)
+    return run_cells(model, tokenizer, cells, lambda batch: model(**batch).logits, batch_size)
 
 
 # ---------------------------------------------------------------------- parts
@@ -574,21 +565,14 @@ def _is_boolean(cells: Any, name: str, layer: str | None) -> bool:
     return pd.api.types.is_bool_dtype(find_table(cells, layer).obs[name].dtype)
 
 
-def _check_columns(obs, columns: Sequence[str]) -> None:
-    missing = [name for name in columns if name not in obs]
-    if missing:
-        raise ValueError(
-            f"No obs column {', '.join(map(repr, missing))}; columns are {', '.join(map(str, obs.columns)) or 'none'}."
-        )
-
-
 def _labelled(
     cells: CellStore, label_key: str | list[str], problem_type: str | None
 ) -> tuple[CellStore, np.ndarray, list[str] | None, str]:
     """Select the cells with counts and labels; return them, their labels, the classes and the problem type."""
     several = not isinstance(label_key, str)
     columns = label_key if several else [label_key]
-    _check_columns(cells.obs, columns)
+    for name in columns:
+        must_have(cells.obs, "obs", name)
     categorical = [name in cells.categories for name in columns]
     if problem_type is None:
         problem_type = "multi_label_classification" if several else "single_label_classification"
@@ -643,17 +627,10 @@ def _labelled(
 def _load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, head: dict[str, Any]):
     """Return a checkpoint or a model object as a classifier with new heads, and its tokenizer."""
     of_object = is_model(model)
+    model = unwrap(model, merge=True) if of_object else model
+    tokenizer = tokenizer_of(model, tokenizer)
     if of_object or is_adapter(model):
-        if of_object:
-            model = unwrap(model, merge=True)
-            tokenizer = tokenizer or getattr(model, "tokenizer", None)
-        else:
-            tokenizer = tokenizer or load_tokenizer(model)
-            model = load_model(model)
-        if tokenizer is None:
-            raise ValueError(
-                "A model object needs its tokenizer: pass tokenizer=…, or the checkpoint's path as model."
-            )
+        model = model if of_object else load_model(model)
         tokenizer = copy.deepcopy(tokenizer)
         config = copy.deepcopy(model.config)
         config.update({**head, **({"wide_head": True} if getattr(config, "cell_embedding", False) else {})})
@@ -661,7 +638,6 @@ def _load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, head: d
         classifier = GeneBertForClassification(config)
         classifier.gene_bert.load_state_dict(model.base_model.state_dict())
         return classifier, tokenizer
-    tokenizer = tokenizer or load_tokenizer(model)
     if getattr(tokenizer, "whole_cell", False):
         head = {"wide_head": True, **head}
     classifier = load_model(model, AutoModelForSequenceClassification, new_head=True, dtype=torch.float32, **head)

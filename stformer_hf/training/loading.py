@@ -132,6 +132,21 @@ def load_config(model: str | os.PathLike) -> PreTrainedConfig:
     return load_config(_base_of(name, adapter))
 
 
+def tokenizer_of(model: Any, tokenizer: Any | None) -> Any:
+    """Return a tokenizer that was given, else that of a model object or of a checkpoint.
+
+    Raises
+    ------
+    ValueError
+        A model object has none.
+    """
+    if tokenizer is None:
+        tokenizer = getattr(model, "tokenizer", None) if is_model(model) else load_tokenizer(model)
+    if tokenizer is None:
+        raise ValueError("A model object needs its tokenizer: pass tokenizer=…, or the checkpoint's path as model.")
+    return tokenizer
+
+
 def load_tokenizer(model: str | os.PathLike) -> Any:
     """Load the tokenizer of a checkpoint; for an adapter without its own, that of its base.
 
@@ -335,5 +350,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "name_of",
+    "tokenizer_of",
     "unwrap",
 ]

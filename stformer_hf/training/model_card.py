@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..genes.whole_files import whole_file
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
 from .cell_heads import predicts_cells, read_head
@@ -130,12 +131,8 @@ def write_model_card(
     if path.exists() and not is_unchanged_card(path):
         path = folder / "README.new.md"
         logger.warning(f"{folder / 'README.md'} was edited and is kept; the card of this run is {path.name}.")
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with whole_file(path) as part:
         part.write_text(text, encoding="utf-8", newline="\n")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

@@ -15,8 +15,9 @@ from ..batches.collators import DataCollatorForGeneRankMLM, DataCollatorForPheno
 from ..batches.parts import as_selection
 from ..batches.precollator import STFormerPreCollator
 from ..batches.token_rows import TokenRows
-from ..evaluation.context_swap import context_swap, masked_nll
+from ..evaluation.context_swap import context_swap
 from ..evaluation.gene_baselines import masked_gene_baselines, masked_genes
+from ..evaluation.metrics import preprocess_logits_with_nll
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from .objective_trainer import ObjectiveTrainer
 from .objectives import check_objectives
@@ -169,8 +170,7 @@ class STFormerPretrainer(ObjectiveTrainer):
     def _add_genes_nll(self, input_ids: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor) -> None:
         batch = {"input_ids": input_ids.cpu().numpy(), "labels": labels.cpu().numpy()}
         scored = torch.from_numpy(masked_genes(batch, self.data_collator.tokenizer).scored).to(labels.device)
-        nll = labels.new_zeros(labels.shape, dtype=torch.float32)
-        nll[labels != -100] = masked_nll(logits, labels)
+        _, nll = preprocess_logits_with_nll(logits, labels)
         of_cells = torch.stack([(nll * scored).sum(1), scored.float().sum(1)], dim=1)
         # From all processes, without the cells that fill the last batch.
         of_cells = self.accelerator.gather_for_metrics(of_cells)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
+
+from ..genes.wrong_names import closest
 
 
 def score_of(metrics: Mapping[str, float], metric: str) -> float:
@@ -15,8 +16,7 @@ def score_of(metrics: Mapping[str, float], metric: str) -> float:
         It is not among the metrics.
     """
     if metric not in metrics:
-        near = get_close_matches(metric, metrics, n=1, cutoff=0.5)
-        hint = f"; the closest known one is {near[0]}" if near else ""
+        hint = closest(metric, metrics)
         raise ValueError(f"The evaluation has no metric {metric!r}{hint}; it has {', '.join(sorted(metrics))}.")
     return float(metrics[metric])
 

@@ -97,7 +97,7 @@ def test_wrong_spaces_are_errors_before_any_data_are_read(line, tmp_path, capfd)
         ("{hidden_size: {choices: [8, 9]}}", "invalid model with hidden_size 9"),
         ("{size: {choices: [tiny, huge]}}", "size must be one of tiny, small, base, large, got 'huge'"),
         ("{position_embedding_type: {choices: [none, some]}}", "position_embedding_type"),
-        ("{mlm_probability: {low: 0.5, high: 0.1}}", "low of mlm_probability must be below high"),
+        ("{mlm_probability: {low: 0.5, high: 0.1}}", "mlm_probability: `low <= high` must hold"),
     ):
         assert main([*line, "--output", str(tmp_path / "search"), "--space", space]) == 1
         assert words in capfd.readouterr().err

@@ -123,7 +123,7 @@ def test_what_cannot_be_is_told(store, tokenizer, adata, tmp_path, run, capsys):
     )
     assert "needs medians" in run("--scheme", "rank")
     assert "'binned' or" in run("--scheme", "ranks").replace('"', "'")
-    assert "No obs column 'donor'" in run("--obs", "donor")
+    assert "There is no obs['donor']" in run("--obs", "donor")
     for text, words in (
         ("{", "is not JSON"),
         ("[1]", "holds a list"),

@@ -182,14 +182,13 @@ def test_a_subset_of_a_backed_view_counts_in_the_view(sources):
 @pytest.mark.parametrize(
     ("subset", "words"),
     [
-        ([0, 31], "contains row 31, but there are only 31 cells"),
-        ([-32], "contains row -32"),
-        (np.array([2**64 - 1], np.uint64), "contains row 18446744073709551615"),
-        ([True, False], "mask obs_subset has 2 values; there are 31"),
-        ([0.0, 1.5], "must hold integers"),
-        (["cell1"], "must hold integers"),
-        ([[0, 1]], "one array"),
-        (3, "one array"),
+        ([0, 31], "Row 31 is outside the dataset of 31 cells"),
+        ([-32], "Row -32 is outside"),
+        (np.array([2**64 - 1], np.uint64), "Row 18446744073709551615 is outside"),
+        ([True, False], "mask has 2 values, but the dataset has 31 cells"),
+        ([0.0, 1.5], "must be integers"),
+        (["cell1"], "must be integers"),
+        ([[0, 1]], "must be one-dimensional"),
     ],
 )
 def test_a_subset_that_there_is_not_raises(sources, subset, words):

@@ -21,7 +21,8 @@ from stformer_hf import (
     STFormerPretrainer,
 )
 from stformer_hf.evaluation import context_swap as swaps
-from stformer_hf.evaluation.context_swap import context_swap, masked_nll
+from stformer_hf.evaluation.context_swap import context_swap
+from stformer_hf.evaluation.metrics import masked_nll
 
 
 def rank_tokenizer(n_genes: int, **kwargs) -> GeneTokenizer:

@@ -164,7 +164,7 @@ def test_sections_tell_what_is_missing(tissue):
     refuses("2 or 3 columns", spatial_key="line")
     tissue.obsm["holes"] = tissue.obsm["spatial"].copy()
     tissue.obsm["holes"][[2, 4], [0, 1]] = np.nan, np.inf
-    refuses(r"2 of 6 cells have no finite x and y in obsm\['holes'\], such as 2", spatial_key="holes")
+    refuses(r"2 of 6 cells have no finite coordinates in obsm\['holes'\], such as 2", spatial_key="holes")
     tissue.var_names = ["ACTB", "ACTB"]
     refuses("2 genes are named 'ACTB'", color="ACTB")
     assert not matplotlib.pyplot.get_fignums()

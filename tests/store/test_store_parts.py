@@ -282,7 +282,7 @@ def test_a_split_by_donor_divides_no_donor(tmp_path):
     plain = store.train_test_split(0.25)
     assert (len(plain["train"]), len(plain["test"])) == (150, 50)
     assert not set(plain["train"].obs.index) & set(plain["test"].obs.index)
-    with pytest.raises(ValueError, match="No obs column 'batch'; available: donor, cell_type"):
+    with pytest.raises(ValueError, match=r"There is no obs\['batch'\]; obs has 'donor', 'cell_type'"):
         store.train_test_split(by="batch")
     with pytest.raises(ValueError, match="same 'donor'"):
         store.select(np.flatnonzero(store.obs["donor"] == "d1")).train_test_split(by="donor")

@@ -174,7 +174,7 @@ def test_obs_columns_that_cannot_be_copied(tmp_path, adata, caplog):
     adata.obs["length"] = 1.5
     store = CellStore.build(tmp_path / "s", adata, obs="all")
     tokenizer = GeneTokenizer.from_store(store)
-    with pytest.raises(ValueError, match="No obs column 'donor' in the store; available: cell_type, age, length"):
+    with pytest.raises(ValueError, match=r"There is no obs\['donor'\]; obs has 'cell_type', 'age', 'length'"):
         store.tokenize(tokenizer, tmp_path / "t", obs=["donor"])
     with pytest.raises(ValueError, match="'length': the tokens use this name"):
         store.tokenize(tokenizer, tmp_path / "t", obs=["length"])

@@ -290,9 +290,9 @@ def test_groups_stay_together_and_bad_input_is_refused(labelled, monkeypatch):
     )
     finetune(labelled, "type", group_key="donor", num_train_epochs=0)
     assert len(set(seen[0])) == 6
-    with pytest.raises(ValueError, match="No obs column 'nothing'"):
+    with pytest.raises(ValueError, match=r"There is no obs\['nothing'\]"):
         finetune(labelled, "nothing")
-    with pytest.raises(ValueError, match="No obs column 'nobody'"):
+    with pytest.raises(ValueError, match=r"There is no obs\['nobody'\]"):
         finetune(labelled, "type", group_key="nobody")
     with pytest.raises(ValueError, match="not one categorical column"):
         finetune(labelled, "depth")

@@ -144,9 +144,16 @@ def preprocess_logits_with_nll(logits: torch.Tensor, labels: torch.Tensor) -> tu
     nll : float32 Tensor (n, length)
         In nats; 0 where there is no label.
     """
-    at_labels = _at_labels(logits, labels)
-    nll = torch.nn.functional.cross_entropy(at_labels.float(), labels[labels != _IGNORE], reduction="none")
-    return _put(at_labels.argmax(-1), labels, _IGNORE), _put(nll, labels, 0)
+    return preprocess_logits_for_metrics(logits, labels), _put(masked_nll(logits, labels), labels, 0)
+
+
+def masked_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Compute the negative log likelihood of labels, in nats: float32 Tensor (k,), in row-major order.
+
+    Parameters are those of `preprocess_logits_for_metrics`.
+    """
+    at_labels = _at_labels(logits, labels).float()
+    return torch.nn.functional.cross_entropy(at_labels, labels[labels != _IGNORE], reduction="none")
 
 
 def _at_labels(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
@@ -268,6 +275,7 @@ __all__ = [
     "compute_phenotype_metrics",
     "compute_regression_metrics",
     "load_metric",
+    "masked_nll",
     "preprocess_logits_for_metrics",
     "preprocess_logits_with_nll",
 ]

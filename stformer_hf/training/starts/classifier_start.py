@@ -273,7 +273,6 @@ def _principal_scores(
     return vectors * scale, outer @ vectors / scale
 
 
-@torch.no_grad()
 def cell_states(model: nn.Module, tokenizer: GeneTokenizer, cells: CellStore, batch_size: int = 256) -> np.ndarray:
     """Compute the input of the head for each cell: float64 array (n, hidden), in the order of the cells.
 
@@ -284,14 +283,25 @@ def cell_states(model: nn.Module, tokenizer: GeneTokenizer, cells: CellStore, ba
     cells : CellStore
     batch_size : int, default: 256
     """
+
+    def pooled(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        hidden = model.base_model(**batch).last_hidden_state
+        return model.pool(hidden, batch["token_type_ids"], batch["attention_mask"])
+
+    return run_cells(model, tokenizer, cells, pooled, batch_size)
+
+
+@torch.no_grad()
+def run_cells(
+    model: nn.Module, tokenizer: GeneTokenizer, cells: CellStore, forward: Callable, batch_size: int
+) -> np.ndarray:
+    """Apply a function of a batch to cells, in batches: float64 array (n, d), in the order of the cells."""
     device, found = next(model.parameters()).device, []
     with evaluating(model):
         for start in range(0, len(cells), batch_size):
             examples = cells.__getitems__(range(start, min(start + batch_size, len(cells))))
-            tokens = read_tokens(examples, tokenizer)
-            batch = {name: value.to(device) for name, value in pad(tokens, tokenizer).items()}
-            hidden = model.base_model(**batch).last_hidden_state
-            states = model.pool(hidden, batch["token_type_ids"], batch["attention_mask"])
+            batch = pad(read_tokens(examples, tokenizer), tokenizer)
+            states = forward({name: value.to(device) for name, value in batch.items()})
             found.append(states.double().cpu().numpy())
     return np.concatenate(found)
 
@@ -315,4 +325,4 @@ def _write(model: GeneBertForClassification, head, wide) -> None:
             bias.copy_(torch.from_numpy(reader.bias + means @ reader.weight))  # the wide head reads centred values
 
 
-__all__ = ["ClassifierStart", "cell_states", "scaled", "start_classifier"]
+__all__ = ["ClassifierStart", "cell_states", "run_cells", "scaled", "start_classifier"]

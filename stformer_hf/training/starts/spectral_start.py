@@ -13,6 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ...genes.wrong_names import must_have
 from ...models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ...models.gene_bert.whole_cell import CellEmbedding
 from ...sources.open_source import open_source
@@ -195,8 +196,7 @@ def _batches(cells: CellStore | AnnData, key: str) -> np.ndarray:
         The column is missing, or cells have no batch.
     """
     obs = cells.obs
-    if key not in obs:
-        raise ValueError(f"No obs column {key!r}; columns are {', '.join(map(str, obs.columns)) or 'none'}.")
+    must_have(obs, "obs", key)
     codes, _ = pd.factorize(obs[key])
     if (codes < 0).any():
         raise ValueError(f"{(codes < 0).sum()} cells have no {key!r}: remove them, or fill it in.")

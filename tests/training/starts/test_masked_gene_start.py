@@ -22,8 +22,8 @@ from stformer_hf import (
     GeneTokenizer,
     estimate_gene_medians,
 )
-from stformer_hf.evaluation.context_swap import masked_nll
 from stformer_hf.evaluation.gene_baselines import masked_gene_baselines, masked_genes
+from stformer_hf.evaluation.metrics import masked_nll
 from stformer_hf.models.gene_bert import rank_prior
 from stformer_hf.models.gene_bert.rank_prior import LEVEL_UNIT, N_BINS, RankPrior
 from stformer_hf.training.extension import extend_vocabulary

@@ -191,7 +191,7 @@ def test_what_cannot_be_raises(cells):
         initialise_from_store(make_model(plain), plain, store)
     with pytest.raises(ValueError, match="n_components must be 1 to 64"):
         initialise_from_store(model, tokenizer, store, n_components=65)
-    with pytest.raises(ValueError, match="No obs column 'donor'; columns are batch"):
+    with pytest.raises(ValueError, match=r"There is no obs\['donor'\]; obs has 'batch'"):
         initialise_from_store(model, tokenizer, store, batch_key="donor")
     with pytest.raises(ValueError, match="needs at least two cells with counts, got 1"):
         initialise_from_store(model, tokenizer, store.select([0, 4]))

@@ -1,0 +1,23 @@
+"""What an error says of a name that is not there: the closest known one, or all of them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable
+
+
+def closest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return a hint that names the known name closest to a wrong one, or an empty string if none is close."""
+    by_lower = {other.lower(): other for other in known}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return f"; the closest known one is {prefix}{by_lower[found[0]]}" if found else ""
+
+
+def must_have(known: Collection[str], where: str, key: str | None, remedy: str = "") -> None:
+    """Raise a ValueError if `known`, such as the `obsm` of an AnnData (`where`), lacks a key; None is no key."""
+    if key is not None and key not in known:
+        has = ", ".join(map(repr, known)) or "nothing"
+        raise ValueError(f"There is no {where}[{key!r}]; {where} has {has}.{remedy}")
+
+
+__all__ = ["closest", "must_have"]

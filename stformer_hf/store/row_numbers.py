@@ -1,0 +1,49 @@
+"""What an index means: the numbers of the rows that it takes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def row_numbers(index, n_rows: int, of: str) -> np.ndarray:
+    """Convert an index to row numbers, int64 array (n,).
+
+    Parameters
+    ----------
+    index : int, slice, sequence of int, or boolean mask (n_rows,)
+        Rows in any order, with repeats; negative ones count from the end.
+    n_rows : int
+        Number of rows.
+    of : str
+        What has the rows, for messages.
+
+    Raises
+    ------
+    IndexError
+        A row number is outside, or a mask has another length; the index holds something else.
+    """
+    if isinstance(index, slice):
+        return np.arange(*index.indices(n_rows), dtype=np.int64)
+    rows = np.atleast_1d(np.asarray(index))
+    if rows.ndim > 1:
+        raise IndexError(f"Row numbers must be one-dimensional, got an array of shape {rows.shape}.")
+    if rows.dtype == bool:
+        if len(rows) != n_rows:
+            raise IndexError(f"The mask has {len(rows)} values, but the {of} has {n_rows} cells.")
+        return np.flatnonzero(rows)
+    if not len(rows):
+        return np.empty(0, np.int64)
+    if rows.dtype.kind not in "iu":
+        raise IndexError(f"Row numbers must be integers, got {rows.dtype}.")
+    if rows.dtype == np.uint64 and rows.max() >= n_rows:
+        raise IndexError(f"Row {rows.max()} is outside the {of} of {n_rows} cells.")
+    rows = rows.astype(np.int64, copy=False)
+    if not (rows.view(np.uint64) < n_rows).all():  # some are negative, or outside
+        outside = rows[(rows < -n_rows) | (rows >= n_rows)]
+        if len(outside):
+            raise IndexError(f"Row {outside[0]} is outside the {of} of {n_rows} cells.")
+        rows = np.where(rows < 0, rows + n_rows, rows)
+    return rows
+
+
+__all__ = ["row_numbers"]
