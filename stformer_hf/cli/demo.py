@@ -300,7 +300,9 @@ def _predict(
     }
     for name, model in ((START, classifiers.start), (TRAINED, classifiers.trained)):
         output = folder / f"held_out_by_{model}.h5ad"
-        args = annotate.AnnotateArguments(str(folder / "held_out.h5ad"), str(folder / model), str(output))
+        args = annotate.AnnotateArguments(
+            data=str(folder / "held_out.h5ad"), model=str(folder / model), output=str(output)
+        )
         predictions[name] = annotate.run(args).obs["stformer_label"].astype(str).to_numpy()
     return predictions
 
@@ -372,7 +374,9 @@ def _draw(
 
     cells.write_h5ad(folder / "cells.h5ad")
     output = folder / "cells_embedded_by_pretrained.h5ad"
-    embedded = embed.run(embed.EmbedArguments(str(folder / "cells.h5ad"), str(folder / "pretrained"), str(output)))
+    embedded = embed.run(
+        embed.EmbedArguments(data=str(folder / "cells.h5ad"), model=str(folder / "pretrained"), output=str(output))
+    )
     embedded.obsm["X_pca"] = pca(log_normalise(cells.X))
     embedded.obs["held out"] = embedded.obs_names.isin(held_out.obs_names)
     embedded.obs[LABEL] = embedded.obs[LABEL].cat.reorder_categories(order)
