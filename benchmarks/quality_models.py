@@ -55,7 +55,7 @@ def classify(row: str, train: AnnData, test: AnnData, seed: int) -> np.ndarray:
     import stformer_hf
 
     groups = GROUP if GROUP in train.obs else None
-    model = stformer_hf.finetune(train, LABEL, seed=seed, group_key=groups, **SETTINGS[row])
+    model = stformer_hf.finetune(train, LABEL, seed=seed, split_by=groups, **SETTINGS[row])
     return _annotate(test, model)
 
 

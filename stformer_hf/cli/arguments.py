@@ -83,6 +83,8 @@ def parse(
         logger.warning(f'{file}: group_by_length is now train_sampling_strategy: "group_by_length".')
 
     own = [field.name for field in fields(arguments)]
+    older = {name.lstrip("-"): field.name for field in fields(arguments) for name in field.metadata.get("aliases", ())}
+    config = {older.get(key, key): value for key, value in config.items()}
     # For mappings, a flag overrides only the names that it contains.
     mappings = {name: config.pop(name) or {} for name in _mappings(arguments) if name in config}
     for name, value in mappings.items():

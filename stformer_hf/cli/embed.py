@@ -22,8 +22,8 @@ _OWN = {  # flags of each kind
     "cells": ("dtype", "hidden_layer", "pooling", "with_phenotypes", "min_coverage"),
     "neighborhood": (
         "spatial_key",
-        "section",
-        "cell_type",
+        "section_key",
+        "cell_type_key",
         "with_cell_type",
         "patch_size",
         "k_nearest",
@@ -60,12 +60,19 @@ class EmbedArguments(OnCells):
         default=False, metadata={"help": "cells: let the model read their phenotypes, which are masked by default"}
     )
     spatial_key: str = field(default="spatial", metadata={"help": "neighbourhoods: key of the coordinates in obsm"})
-    section: str | None = field(
+    section_key: str | None = field(
         default=None,
-        metadata={"help": "neighbourhoods: column of obs with the section (default: `section`, if present)"},
+        metadata={
+            "aliases": ["--section"],
+            "help": "neighbourhoods: column of obs with the section (default: `section`, if present)",
+        },
     )
-    cell_type: str | None = field(
-        default=None, metadata={"help": "neighbourhoods: column of obs with the cell type, for models that use it"}
+    cell_type_key: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--cell_type"],
+            "help": "neighbourhoods: column of obs with the cell type, for models that use it",
+        },
     )
     with_cell_type: bool = field(
         default=False, metadata={"help": "neighbourhoods: the embedding also uses the type of the cell itself"}
@@ -131,14 +138,14 @@ def _embed_neighborhoods(adata: AnnData, args: EmbedArguments) -> None:
         import matplotlib  # noqa: F401
 
         from ..inference.plots import sections
-    section = args.section or section_of(adata) or ("section" if "section" in adata.obs else None)
+    section = args.section_key or section_of(adata) or ("section" if "section" in adata.obs else None)
     options = {name: getattr(args, name) for name in ("patch_size", "k_nearest", "max_num_cells")}
     embed_neighborhoods(
         adata,
         args.model,
         spatial_key=args.spatial_key,
         section_key=section,
-        cell_type_key=args.cell_type,
+        cell_type_key=args.cell_type_key,
         with_cell_type=args.with_cell_type,
         layer=args.layer,
         fractional=args.fractional,

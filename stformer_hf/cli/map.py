@@ -1,6 +1,6 @@
 """Label the cells of a file by their nearest neighbours in a labelled reference.
 
-stformer-hf map --data query.h5ad --reference atlas.h5ad --label cell_type --model pretrained --output mapped.h5ad
+stformer-hf map --data query.h5ad --reference atlas.h5ad --label_key cell_type --model pretrained --output mapped.h5ad
 stformer-hf map --data query.h5ad --reference folder --model pretrained --output mapped.h5ad
 
 --save_reference FOLDER keeps the embedding of the reference, for the next query.
@@ -23,8 +23,9 @@ class MapArguments(OnCells):
     )
     reference: str = field(metadata={"help": "such cells with labels, or a folder that --save_reference wrote"})
     output: str = field(metadata={"help": 'h5ad file to write, with obs["mapped_label"] and obs["mapped_score"]'})
-    label: str | None = field(
-        default=None, metadata={"help": "column of the reference's obs; a folder has its labels"}
+    label_key: str | None = field(
+        default=None,
+        metadata={"aliases": ["--label"], "help": "column of the reference's obs; a folder has its labels"},
     )
     save_reference: str | None = field(default=None, metadata={"help": "folder for the reference"})
     n_neighbors: int = field(default=15, metadata={"help": "neighbours of each cell"})
@@ -51,13 +52,13 @@ def run(args: MapArguments):
     query, layer = read(args.data, args.output, args.overwrite, args.layer, blockwise=True)
     reference = args.reference if is_folder else read(args.reference, blockwise=True)[0]
     if args.save_reference:
-        if args.label is None:
-            raise ValueError("--save_reference needs --label.")
+        if args.label_key is None:
+            raise ValueError("--save_reference needs --label_key.")
         shared = {"fractional": args.fractional, "batch_size": args.batch_size}
-        save_reference(reference, args.model, args.save_reference, args.label, **shared)
+        save_reference(reference, args.model, args.save_reference, args.label_key, **shared)
         reference = args.save_reference
-    label_key = None if isinstance(reference, str) and not is_folder else args.label
-    options = args.options("reference", "label", "save_reference")
+    label_key = None if isinstance(reference, str) and not is_folder else args.label_key
+    options = args.options("reference", "label_key", "save_reference")
     found = map_to_reference(query, reference, args.model, label_key=label_key, layer=layer, **options)
     query = query if found is None else found
     write(query, args.output)

@@ -163,7 +163,7 @@ def finetune(
     eval_cells: CellStore | None = None,
     num_train_epochs: float | None = None,
     init: Literal["spectral", "random"] = "spectral",
-    group_key: str | None = None,
+    split_by: str | None = None,
     phenotypes: Sequence[str] = (),
     class_weights: Literal["none", "balanced"] = "none",
     problem_type: str | None = None,
@@ -205,7 +205,7 @@ def finetune(
     init : {"spectral", "random"}, default: "spectral"
         Whether the classifier starts at linear readers (for a new model, of the spectral views of the cells), or at
         random weights.
-    group_key : str, optional
+    split_by : str, optional
         Obs column, such as the donor; cells of one group are never in both training and validation of a choice.
     phenotypes : sequence of str, optional
         Phenotype tokens that the model may read; none by default, since a phenotype may be the label by another name.
@@ -251,7 +251,7 @@ def finetune(
     with tempfile.TemporaryDirectory() as folder:
         if not isinstance(cells, CellStore):
             columns = [label_key] if isinstance(label_key, str) else list(label_key)
-            columns += [name for name in (group_key, *phenotypes) if name is not None]
+            columns += [name for name in (split_by, *phenotypes) if name is not None]
             for name in [*columns, *sampling_columns(sampling)]:
                 must_have(find_table(cells, layer).obs, "obs", name)
             of_classes = isinstance(label_key, str) and (
@@ -285,7 +285,7 @@ def finetune(
             tokenizer=tokenizer,
             num_train_epochs=num_train_epochs,
             init=init,
-            group_key=group_key,
+            split_by=split_by,
             phenotypes=phenotypes,
             class_weights=class_weights,
             problem_type=problem_type,
@@ -314,7 +314,7 @@ def prepare_classifier(
     tokenizer: GeneTokenizer | None = None,
     num_train_epochs: float | None = None,
     init: str = "spectral",
-    group_key: str | None = None,
+    split_by: str | None = None,
     phenotypes: Sequence[str] = (),
     class_weights: str = "none",
     problem_type: str | None = None,
@@ -375,13 +375,13 @@ def prepare_classifier(
         )
 
     groups = None
-    if group_key is not None:
-        must_have(cells.obs, "obs", group_key)
-        if cells.obs[group_key].isna().any():
+    if split_by is not None:
+        must_have(cells.obs, "obs", split_by)
+        if cells.obs[split_by].isna().any():
             raise ValueError(
-                f"{int(cells.obs[group_key].isna().sum())} cells have no {group_key!r}: remove them, or fill it in."
+                f"{int(cells.obs[split_by].isna().sum())} cells have no {split_by!r}: remove them, or fill it in."
             )
-        groups = cells.obs[group_key].astype(str).to_numpy()
+        groups = cells.obs[split_by].astype(str).to_numpy()
     began = time.monotonic()
     start = start_classifier(
         model,

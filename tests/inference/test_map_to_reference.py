@@ -141,7 +141,7 @@ def test_the_command_maps_and_keeps_the_reference(model, cells, tmp_path):
         of.write_h5ad(tmp_path / f"{name}.h5ad")
     kept, common = str(tmp_path / "kept"), ["--data", str(tmp_path / "query.h5ad"), "--model", str(tmp_path / "m")]
     runs = (
-        ["--reference", str(tmp_path / "ref.h5ad"), "--label", "type", "--save_reference", kept],
+        ["--reference", str(tmp_path / "ref.h5ad"), "--label_key", "type", "--save_reference", kept],
         ["--reference", kept],
     )
     for i, flags in enumerate(runs):

@@ -288,12 +288,12 @@ def test_groups_stay_together_and_bad_input_is_refused(labelled, monkeypatch):
         "start_classifier",
         lambda *args, **kwargs: seen.append(kwargs["groups"]) or original(*args, **kwargs),
     )
-    finetune(labelled, "type", group_key="donor", num_train_epochs=0)
+    finetune(labelled, "type", split_by="donor", num_train_epochs=0)
     assert len(set(seen[0])) == 6
     with pytest.raises(ValueError, match=r"There is no obs\['nothing'\]"):
         finetune(labelled, "nothing")
     with pytest.raises(ValueError, match=r"There is no obs\['nobody'\]"):
-        finetune(labelled, "type", group_key="nobody")
+        finetune(labelled, "type", split_by="nobody")
     with pytest.raises(ValueError, match="not one categorical column"):
         finetune(labelled, "depth")
     with pytest.raises(ValueError, match="needs its tokenizer"):
