@@ -17,6 +17,7 @@ from accelerate import PartialState
 from anndata import AnnData
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils.logging import disable_progress_bar
 
 from ..genes.wrong_names import must_have
 from ..sources.formats import expand
@@ -39,6 +40,7 @@ def training_arguments(output: Path, settings: dict, overwrite: bool) -> Trainin
     FileExistsError
         The output folder holds a model, or checkpoints of an interrupted run.
     """
+    disable_progress_bar()  # of each file of weights; that of the steps stays
     settings = {"dataloader_pin_memory": torch.cuda.is_available(), **settings}
     arguments = TrainingArguments(output_dir=str(output), **settings)
     if str(arguments.resume_from_checkpoint).lower() == "true":

@@ -6,6 +6,8 @@ import copy
 import difflib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -206,9 +208,10 @@ def load_model(
         return found
     if auto_class is AutoModelForSequenceClassification and not new_head:
         check_predicts_cells(load_config(name).architectures or [], name)
-    found, loaded = _of_hub(
-        name, auto_class.from_pretrained, output_loading_info=True, ignore_mismatched_sizes=new_head, **settings
-    )
+    with _without_report():
+        found, loaded = _of_hub(
+            name, auto_class.from_pretrained, output_loading_info=True, ignore_mismatched_sizes=new_head, **settings
+        )
     missing = loaded["missing_keys"]
     if new_head:
         missing = [key for key in missing if key.startswith(f"{found.base_model_prefix}.")]
@@ -258,12 +261,8 @@ def _load_adapter(name: str, adapter: dict[str, Any]) -> PreTrainedModel:
             f"{base} names its outputs. Load it with peft.PeftModel.from_pretrained(base with id2label, "
             "folder), and pass the object."
         )
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would report the head as new, but the adapter holds it
-    try:
+    with _without_report():  # of the head as new: the adapter holds it
         found, loaded = _of_hub(base, auto_class.from_pretrained, config=config, output_loading_info=True)
-    finally:
-        logging.set_verbosity(verbosity)
     held = load_peft_weights(name, device="cpu")
     try:
         merged = PeftModel.from_pretrained(found, name).merge_and_unload()
@@ -326,6 +325,20 @@ def _closest(name: str) -> str:
         return ""
     found = difflib.get_close_matches(path.name, there, n=1, cutoff=0.5)
     return f"; the closest is {path.parent / found[0]}" if found else ""
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Load a model without the report and the bar of transformers: what is missing is checked here."""
+    verbosity, with_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if with_bar:
+            logging.enable_progress_bar()
 
 
 def _of_hub(name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
