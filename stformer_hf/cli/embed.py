@@ -102,7 +102,11 @@ class EmbedArguments(OnCells):
 def main(argv: list[str]) -> None:
     """Parse and run."""
     args, _ = parse(argv, EmbedArguments, verb="embed", description=__doc__)
+    from .files import is_first_process
+
     adata = run(args)
+    if not is_first_process():
+        return
     key = _KEYS[args.kind]
     print(f"{args.output}: obsm[{key!r}] {adata.obsm[key].shape}")
     if _wants_domains(args):
@@ -123,8 +127,10 @@ def run(args: EmbedArguments) -> AnnData:
 
 def _embed_cells(adata: AnnData | CellStore, args: EmbedArguments) -> AnnData | None:
     from ..inference.embed import embed
+    from .files import several_processes
 
-    return embed(adata, args.model, layer=args.layer, **args.options("kind", *_OWN["neighborhood"]))
+    options = args.options("kind", *_OWN["neighborhood"])
+    return embed(adata, args.model, layer=args.layer, distributed=several_processes(), **options)
 
 
 def _embed_neighborhoods(adata: AnnData, args: EmbedArguments) -> None:

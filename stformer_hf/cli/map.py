@@ -38,13 +38,17 @@ class MapArguments(OnCells):
 def main(argv: list[str]) -> None:
     """Parse and run."""
     args, _ = parse(argv, MapArguments, verb="map", description=__doc__)
-    print(run(args).obs["mapped_label"].value_counts().to_string())
+    from .files import is_first_process
+
+    mapped = run(args).obs["mapped_label"]
+    if is_first_process():
+        print(mapped.value_counts().to_string())
 
 
 def run(args: MapArguments):
     """Map the cells and write the file; return the AnnData."""
     from ..inference.map_to_reference import REFERENCE_FILE, map_to_reference, save_reference
-    from .files import read, write
+    from .files import read, several_processes, write
 
     is_folder = (Path(args.reference) / REFERENCE_FILE).is_file()
     if is_folder and args.save_reference:
@@ -59,7 +63,9 @@ def run(args: MapArguments):
         reference = args.save_reference
     label_key = None if isinstance(reference, str) and not is_folder else args.label_key
     options = args.options("reference", "label_key", "save_reference")
-    found = map_to_reference(query, reference, args.model, label_key=label_key, layer=layer, **options)
+    found = map_to_reference(
+        query, reference, args.model, label_key=label_key, layer=layer, **options, distributed=several_processes()
+    )
     query = query if found is None else found
     write(query, args.output)
     return query

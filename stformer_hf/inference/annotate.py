@@ -33,6 +33,7 @@ def annotate(
     batch_size: int = 64,
     device: str | None = None,
     min_coverage: float | None = None,
+    distributed: bool = False,
 ) -> AnnData | None:
     """Write the predictions of a classifier or regression model for every cell into `adata.obs`.
 
@@ -65,7 +66,7 @@ def annotate(
         per cell, `obs[key_added + "_" + label]` is the probability
         of each. For numbers, `obs[key_added + "_" + name]` is the number (`_value` if the model does not name it). The
         names of the columns and of the classes, and the kind of head are written to `uns[key_added + "_annotation"]`.
-    layer, fractional, batch_size, device, min_coverage
+    layer, fractional, batch_size, device, min_coverage, distributed
         As for `embed`.
 
     Returns
@@ -131,6 +132,7 @@ def annotate(
         device=device,
         desc="annotate",
         with_phenotypes=True,  # as in training
+        distributed=distributed,
     )
     predictions, distances = predictions[:, : len(head.names)], predictions[:, len(head.names) :]
     columns = head.columns(predictions, n_genes > 0, key_added, top_k)

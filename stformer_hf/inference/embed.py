@@ -29,6 +29,7 @@ def embed(
     device: str | None = None,
     dtype: str | None = None,
     min_coverage: float | None = None,
+    distributed: bool = False,
 ) -> AnnData | None:
     """Write an embedding of every cell into `adata.obsm[key_added]`.
 
@@ -67,6 +68,9 @@ def embed(
     min_coverage : float, optional
         Minimum share of the model's genes, weighted as in `GeneTokenizer`, that the cells must have; by default the
         tokenizer's own.
+    distributed : bool, default: False
+        Divide the cells among the processes of `accelerate launch`. All of them must call the function, and each gets
+        all results.
 
     Returns
     -------
@@ -114,6 +118,7 @@ def embed(
         dtype=dtype,
         desc="embed",
         with_phenotypes=with_phenotypes,
+        distributed=distributed,
     )
     table.obsm[key_added] = embedding
     table.uns["stformer"] = {
