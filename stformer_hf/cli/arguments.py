@@ -33,6 +33,9 @@ class OnCells:
     min_coverage: float | None = field(
         default=None, metadata={"help": "minimum share of the model's genes in the cells (default: the model's)"}
     )
+    device: str | None = field(
+        default=None, metadata={"help": "cuda, cuda:1, mps or cpu (default: a GPU if there is one)"}
+    )
     overwrite: bool = field(default=False, metadata={"help": "replace an existing file"})
 
     def options(self, *own: str) -> dict[str, Any]:

@@ -44,9 +44,6 @@ class EmbedArguments(OnCells):
     kind: Literal["cells", "neighborhood"] = field(
         default="cells", metadata={"help": "embed each cell, or the cells around it in its section"}
     )
-    device: str | None = field(
-        default=None, metadata={"help": "cuda, cuda:1, mps or cpu (default: a GPU if there is one)"}
-    )
     dtype: Literal["float32", "bfloat16", "float16"] | None = field(
         default=None, metadata={"help": "cells: precision of the computation (default: that of the weights)"}
     )

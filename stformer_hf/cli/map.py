@@ -58,7 +58,7 @@ def run(args: MapArguments):
     if args.save_reference:
         if args.label_key is None:
             raise ValueError("--save_reference needs --label_key.")
-        shared = {"fractional": args.fractional, "batch_size": args.batch_size}
+        shared = {"fractional": args.fractional, "batch_size": args.batch_size, "device": args.device}
         save_reference(reference, args.model, args.save_reference, args.label_key, **shared)
         reference = args.save_reference
     label_key = None if isinstance(reference, str) and not is_folder else args.label_key
