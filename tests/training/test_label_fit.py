@@ -128,3 +128,37 @@ def test_labels_of_a_dataset_are_looked_at(cells, tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             trainer_of(tokens, label, tmp_path, **head)
+
+
+def test_minus_100_is_no_number_to_predict(adata, cells, tmp_path):
+    """It marks cells without a label in transformers, so their losses would be left out."""
+    adata.obs.loc[adata.obs_names[:3], "depth"] = -100.0
+    cells = CellStore.build(tmp_path / "degrees", adata, obs=["depth"], report=False)
+    with pytest.raises(ValueError, match="'depth' is -100 for 3 cells"):
+        trainer_of(cells, "depth", tmp_path, num_labels=1)
+
+
+def test_labels_given_to_evaluate_are_looked_at(cells, adata, tmp_path):
+    trainer = trainer_of(cells, "depth", tmp_path, num_labels=1)
+    adata.obs["depth"] = adata.obs["five"]
+    with pytest.raises(ValueError, match="'depth' holds 5 classes"):
+        trainer.evaluate(CellStore.build(tmp_path / "classes", adata, obs=["depth"], report=False))
+
+
+@pytest.mark.parametrize(
+    ("label", "n_outputs", "kind"),
+    [
+        ("five", 5, "single_label_classification"),
+        ("depth", 1, "regression"),
+        (["is_b", "is_t"], 2, "multi_label_classification"),
+    ],
+)
+def test_the_model_of_a_trial_says_what_it_predicts(cells, label, n_outputs, kind, tmp_path):
+    """It is made anew when training begins, without what the first one has learnt."""
+    trainer = trainer_of(cells, label, tmp_path, num_labels=n_outputs)
+    expected = trainer.model.config
+    trainer.model_init = lambda: GeneBertForClassification(
+        GeneBertConfig.from_tokenizer(trainer.processing_class, size="tiny", num_labels=n_outputs)
+    )
+    config = trainer.call_model_init().config
+    assert config.problem_type == kind and config.id2label == expected.id2label
