@@ -392,6 +392,24 @@ def test_a_trained_model_knows_what_its_sampler_knows(tissue, tmp_path):
     assert tissue.uns["stformer_neighborhood"]["section_key"] == "part"
 
 
+def test_types_are_compared_in_a_model_with_room_for_more(tissue, tmp_path):
+    two = other_types(tissue, ["T0", "T1"])
+    model = neighborhood_model()
+    NeighborhoodTrainer(arguments(tmp_path), sample(two), model=model)
+    assert model.config.cell_types == ["T0", "T1"] and model.config.n_cell_types == 3
+    model.save_pretrained(tmp_path / "m")
+    embed_neighborhoods(two, str(tmp_path / "m"), cell_type_key="type")
+    with pytest.raises(ValueError, match="eval_dataset numbers the cell types 'T1', 'T0', but the model 'T0', 'T1'"):
+        NeighborhoodTrainer(
+            arguments(tmp_path), sample(two), model=model, eval_dataset=sample(other_types(tissue, ["T1", "T0"]))
+        )
+
+
+def test_counts_do_not_reach_a_model_of_their_logarithms(tissue, tmp_path):
+    with pytest.raises(ValueError, match="train_dataset returns counts .*apply_log1p=False"):
+        NeighborhoodTrainer(arguments(tmp_path), sample(tissue), model=neighborhood_model(apply_log1p=False))
+
+
 def test_row_numbers_are_no_genes(tissue, tmp_path):
     tissue.var_names = [str(i) for i in range(12)]
     model = neighborhood_model()
