@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel
-from transformers.trainer_utils import seed_worker
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, seed_worker
 
 from ..batches.collate import CellCollator
 from ..batches.draws import WeightedDraw, check_sampling
@@ -31,6 +31,7 @@ from ..evaluation.metrics import preprocess_logits_for_metrics, preprocess_logit
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
 from .argument_checks import check_arguments, smoothing_field
+from .calibration import OutOfFold, replace_out_of_fold
 from .callbacks import FillHubFolder, SaveOnSignal, SetEpoch, take_back_signals
 from .cell_checksum import describe_cells
 from .checkpoints import check_complete, check_same_meaning, checkpoint_to_resume, mark_unfinished
@@ -132,6 +133,7 @@ class CellTrainer(MeasuredTrainer):
         self._draw(self.train_dataset)  # refused here if it does not fit
         self.interrupted: signal.Signals | None = None
         self.card_facts: dict[str, Any] = {}
+        self.out_of_fold: OutOfFold | None = None  # of the trained model; saved beside it
         self.add_callback(SetEpoch(self))
         take_back_signals(self)
         self._on_signal = SaveOnSignal(self)
@@ -453,6 +455,8 @@ class CellTrainer(MeasuredTrainer):
             found = checkpoint_to_resume(self.args.output_dir)
             resume_from_checkpoint = None if found is None else str(found)
         self._stream_mark = None
+        if hasattr(self.model, "out_of_fold"):  # predictions by another model than it becomes
+            self.model.out_of_fold = None
         if resume_from_checkpoint:
             checkpoint = Path(resume_from_checkpoint)
             check_complete(checkpoint)
@@ -567,12 +571,17 @@ class CellTrainer(MeasuredTrainer):
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir=None, state_dict=None):
-        """Save as Trainer does, and beside an adapter the configuration of its model, which names the outputs."""
+        """Save as Trainer does, with the out-of-fold predictions; beside an adapter the configuration of its model.
+
+        That configuration names the outputs. Out-of-fold predictions of an earlier model are removed.
+        """
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         folder = Path(output_dir or self.args.output_dir)
         card = folder / "README.md"
         card_before = card.read_bytes() if card.exists() else None
         super()._save(output_dir, state_dict)
+        if not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            replace_out_of_fold(folder, self.out_of_fold)
         if hasattr(model, "peft_config"):
             model.config.to_json_file(folder / MODEL_CONFIG, use_diff=False)
             # PEFT writes an empty card, or changes the card of this package, which would then count as edited.
