@@ -174,7 +174,8 @@ class CellTrainer(MeasuredTrainer):
             return
         check_tokens(dataset, model, getattr(collator, "tokenizer", None) or self.processing_class)
         check_stores_together(dataset)
-        fit_head_to_labels(model, collator, dataset)
+        of_training = dataset is self.train_dataset
+        fit_head_to_labels(model, collator, dataset, all_read=not (of_training and self.sampling))
 
     # ------------------------------------------------------------------ batches
 

@@ -662,6 +662,8 @@ def _load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, head: d
                 "A model object needs its tokenizer: pass tokenizer=…, or the checkpoint's path as model."
             )
         tokenizer = copy.deepcopy(tokenizer)
+        if model.config.model_type != "gene_bert":
+            raise ValueError(f"finetune needs a GeneBert, and the model is a {type(model).__name__}.")
         config = copy.deepcopy(model.config)
         config.update({**head, **({"wide_head": True} if getattr(config, "cell_embedding", False) else {})})
         config.num_labels = len(head["id2label"])

@@ -30,6 +30,13 @@ class _Labels:
     other_order: list[str] | None = None  # of a dataset that is put together with one that has `names` at the start
 
     @property
+    def missing(self) -> np.ndarray:
+        """Which cells have no label, bool array (n,)."""
+        if self.names is not None:
+            return self.values < 0
+        return ~np.isfinite(self.values) if self.values.dtype.kind == "f" else np.zeros(len(self.values), bool)
+
+    @property
     def what(self) -> str:
         if self.names is not None:
             return f"classes ({_some(self.names)})"
@@ -37,7 +44,7 @@ class _Labels:
         return kinds.get(self.values.dtype.kind, f"values of type {self.values.dtype}")
 
 
-def fit_head_to_labels(model: Any, collator: Any, dataset: Any) -> None:
+def fit_head_to_labels(model: Any, collator: Any, dataset: Any, all_read: bool = True) -> None:
     """Check that the labels of cells fit a head, and complete its configuration.
 
     If it is missing, `problem_type` is set. `fit_classes` names the outputs.
@@ -50,11 +57,13 @@ def fit_head_to_labels(model: Any, collator: Any, dataset: Any) -> None:
         Nothing is checked with another collator.
     dataset : CellStore, datasets.Dataset, IterableAnnDataset, or a Subset or ConcatDataset of such
         The labels of other datasets cannot be checked beforehand.
+    all_read : bool, default: True
+        Whether all cells are read, so that each needs a label; a draw may leave some out.
 
     Raises
     ------
     ValueError
-        The labels do not fit the head; the message names both.
+        The labels do not fit the head; the message names both. Cells have no label.
     """
     if not isinstance(collator, DataCollatorForCellClassification):
         return
@@ -89,6 +98,13 @@ def fit_head_to_labels(model: Any, collator: Any, dataset: Any) -> None:
                 )
     else:
         _check_numbers(found, config, kind)
+    for name, labels in found.items():
+        n_without = 0 if labels is None or not all_read else int(labels.missing.sum())
+        if n_without:
+            raise ValueError(
+                f"{n_without} of {len(labels.values)} cells have no {name!r}: leave them out, for example with "
+                f"store.select(store.obs[{name!r}].notna())."
+            )
     config.problem_type = kind
 
 

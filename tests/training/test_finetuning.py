@@ -11,6 +11,8 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 import stformer_hf as sf
 from stformer_hf import (
+    CellNeighborhoodConfig,
+    CellNeighborhoodModel,
     CellStore,
     CellTrainer,
     DataCollatorForCellClassification,
@@ -320,6 +322,12 @@ def test_groups_stay_together_and_bad_input_is_refused(labelled, monkeypatch):
 def test_an_option_that_would_have_no_effect_is_refused(labelled, options, words):
     with pytest.raises(ValueError, match=words):
         finetune(labelled, **{"label_key": "type", "num_train_epochs": 0, **options})
+
+
+def test_a_model_of_neighbourhoods_is_not_finetuned(labelled, started):
+    config = CellNeighborhoodConfig.from_size("tiny", n_genes=60)
+    with pytest.raises(ValueError, match="needs a GeneBert, and the model is a CellNeighborhoodModel"):
+        finetune(labelled, "type", model=CellNeighborhoodModel(config), tokenizer=started.tokenizer)
 
 
 def test_the_callers_tokenizer_keeps_its_phenotypes(labelled, tmp_path):

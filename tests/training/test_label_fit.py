@@ -33,7 +33,7 @@ def cells(adata, tmp_path):
     return CellStore.build(tmp_path / "labelled", adata, obs="all", report=False)
 
 
-def trainer_of(cells, label, tmp_path, eval_dataset=None, **head):
+def trainer_of(cells, label, tmp_path, eval_dataset=None, sampling=None, **head):
     tokenizer = GeneTokenizer(list(CellStore(tmp_path / "labelled").gene_ids), bin_edges=[0.5, 1.5], max_length=50)
     return CellTrainer(
         model=GeneBertForClassification(GeneBertConfig.from_tokenizer(tokenizer, size="tiny", **head)),
@@ -42,6 +42,7 @@ def trainer_of(cells, label, tmp_path, eval_dataset=None, **head):
         eval_dataset=eval_dataset,
         data_collator=DataCollatorForCellClassification(tokenizer, label),
         processing_class=tokenizer,
+        sampling=sampling,
     )
 
 
@@ -162,3 +163,21 @@ def test_the_model_of_a_trial_says_what_it_predicts(cells, label, n_outputs, kin
     )
     config = trainer.call_model_init().config
     assert config.problem_type == kind and config.id2label == expected.id2label
+
+
+@pytest.mark.parametrize("label", ["cell_type", "depth"])
+def test_cells_without_a_label_are_refused_before_the_first_step(adata, cells, tmp_path, label):
+    adata.obs.loc[adata.obs_names[:2], label] = None
+    some = CellStore.build(tmp_path / "some", adata, obs=["cell_type", "depth"], report=False)
+    head = {"num_labels": 2 if label == "cell_type" else 1}
+    with pytest.raises(ValueError, match=f"2 of 59 cells have no '{label}': leave them out"):
+        trainer_of(some, label, tmp_path, **head)
+    with pytest.raises(ValueError, match=f"2 of 59 cells have no '{label}'"):
+        trainer_of(cells, label, tmp_path, eval_dataset={"held out": some}, **head)
+    trainer_of(some.select(some.obs[label].notna()), label, tmp_path, **head)
+
+
+def test_a_draw_may_leave_unlabelled_cells_out(adata, cells, tmp_path):
+    adata.obs.loc[adata.obs_names[:2], "cell_type"] = None
+    some = CellStore.build(tmp_path / "some", adata, obs=["cell_type"], report=False)
+    trainer_of(some, "cell_type", tmp_path, sampling={"by": "cell_type"}, num_labels=2).train()
