@@ -210,7 +210,6 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     card = {"store": store, "base_model": args.model, "metrics": baselines, "settings": prepared.facts}
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
-        prepared.save_calibration(output)
         chosen = {**prepared.facts, "num_train_epochs": prepared.num_train_epochs}
         (output / "fine_tuning.json").write_text(json.dumps(chosen, indent=1), encoding="utf-8")
     metrics = {**finish(trainer, card=card), **baselines}

@@ -116,6 +116,11 @@ def is_adapter(model: str | os.PathLike) -> bool:
     return _read_adapter(os.fspath(model)) is not None
 
 
+def holds_model(folder: str | os.PathLike) -> bool:
+    """Return whether a folder holds a model or a PEFT adapter."""
+    return any((Path(folder) / name).exists() for name in (_CONFIG, _ADAPTER))
+
+
 def load_config(model: str | os.PathLike) -> PreTrainedConfig:
     """Load the configuration of a checkpoint; for an adapter, that of the model that it was trained in.
 
@@ -356,6 +361,7 @@ def _of_hub(name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
 
 __all__ = [
     "MODEL_CONFIG",
+    "holds_model",
     "is_adapter",
     "is_hub_id",
     "is_model",

@@ -18,7 +18,7 @@ from stformer_hf import (
     embed,
 )
 from stformer_hf.cli import main
-from stformer_hf.training.cell_heads import read_head
+from stformer_hf.training.cell_heads import check_finite, read_head
 from stformer_hf.training.model_card import write_model_card
 
 LABELS = {"id2label": {0: "cycling", 1: "doublet"}, "label2id": {"cycling": 0, "doublet": 1}}
@@ -159,6 +159,13 @@ def test_outputs_of_another_shape_than_the_configuration_names_are_refused(genes
     model.config.num_labels = 2
     with pytest.raises(ValueError, match=r"outputs of shape \(\d+, 3\), but its configuration names 2"):
         annotate(adata, model, tokenizer=genes)
+
+
+def test_cells_that_the_model_could_not_read_need_no_finite_outputs():
+    outputs = np.array([[0.5], [np.nan]])
+    check_finite(outputs, np.array([True, False]))
+    with pytest.raises(ValueError, match="for 1 of 2 cells"):
+        check_finite(outputs, np.array([True, True]))
 
 
 def test_columns_of_predictions():
