@@ -21,7 +21,7 @@ class AnnotateArguments(OnCells):
             'obs["stformer_NAME"] for multiple labels and for numbers'
         }
     )
-    top_k: int = field(default=1, metadata={"help": "classes: number of most probable ones to write"})
+    top_k: int = field(default=1, metadata={"help": "classes: number of most probable classes to write"})
     reject: float | None = field(
         default=None,
         metadata={"help": 'classes: nominal share of known cells to label "unknown", such as 0.05 (default: none)'},

@@ -82,7 +82,7 @@ class EmbedArguments(OnCells):
     )
     max_num_cells: int | None = field(
         default=None,
-        metadata={"help": "neighbourhoods: maximum number of cells, else a random subset (default: the model's)"},
+        metadata={"help": "neighbourhoods: use a random subset of at most this many cells (default: the model's)"},
     )
     domains: int = field(
         default=0, metadata={"help": 'neighbourhoods: number of k-means domains, written to obs["domain"]; 0: none'}
@@ -90,7 +90,7 @@ class EmbedArguments(OnCells):
     domain_method: Literal["kmeans", "leiden"] | None = field(
         default=None, metadata={"help": "neighbourhoods: clustering of domains; leiden finds their number"}
     )
-    resolution: float = field(default=1.0, metadata={"help": "neighbourhoods: of leiden; higher means more domains"})
+    resolution: float = field(default=1.0, metadata={"help": "neighbourhoods: of leiden; higher makes more domains"})
     plot: str | None = field(
         default=None, metadata={"help": "neighbourhoods: PNG to write, of the sections coloured by domain"}
     )

@@ -1,4 +1,4 @@
-"""Read the cells of the verbs, and write h5ad files."""
+"""Read the cells that commands take, and write h5ad files."""
 
 from __future__ import annotations
 

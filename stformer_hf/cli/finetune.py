@@ -4,7 +4,7 @@ stformer-hf finetune --data labelled.h5ad --label_key cell_type --output classif
 stformer-hf finetune --data labelled.h5ad --label_key cell_type --output classifier --model pretrained --split_by donor
 stformer-hf finetune --data labelled.h5ad --label_key cell_type --output adapter --model pretrained --lora
 
-A new model starts at linear readers of the cells, chosen by cross-validation within the training cells, and is trained
+A new model starts at linear models of the cells, chosen by cross-validation within the training cells, and is trained
 further only if that helps in the cross-validation; OUTPUT/fine_tuning.json records the choice and the reason.
 --num_train_epochs N trains it for N epochs in any case; 0 keeps the start.
 """

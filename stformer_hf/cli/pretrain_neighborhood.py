@@ -56,7 +56,7 @@ class PretrainNeighborhoodArguments:
     shape: Literal["box", "disc"] = field(default="box", metadata={"help": "a disc has diameter patch_size"})
     k_nearest: int | None = field(default=None, metadata={"help": "number of nearest neighbours to use"})
     max_num_cells: int | None = field(
-        default=None, metadata={"help": "maximum number of neighbours, else a random subset drawn in each epoch"}
+        default=None, metadata={"help": "use at most this many neighbours, a random subset drawn in each epoch"}
     )
     min_neighbors: int = field(default=0, metadata={"help": "cells with fewer neighbours are excluded from training"})
     spatial_key: str = field(default="spatial", metadata={"help": "key of the coordinates in obsm, 2-D or 3-D"})

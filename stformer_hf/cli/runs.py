@@ -1,4 +1,4 @@
-"""Shared parts of the training verbs: arguments, cells, the split, the run."""
+"""Shared parts of the commands that train: arguments, cells, the split, the run."""
 
 from __future__ import annotations
 
