@@ -341,7 +341,7 @@ def _shares(names: list[str], sizes: np.ndarray, shares: Mapping[str, float]) ->
         raise ValueError(f"shares: none for {_listed(without)}. Name every group; a share of 0 leaves it out.")
     unknown = [name for name in shares if name not in names]
     if unknown:
-        raise ValueError(f"shares: no row is of {_listed(unknown)}; groups are {_listed(names)}.")
+        raise ValueError(f"shares: no row belongs to {_listed(unknown)}; groups are {_listed(names)}.")
     values = np.array([shares[name] for name in names])
     if not (np.isfinite(values) & (values >= 0)).all() or not values.any():
         raise ValueError(f"shares must be finite, at least 0, and not all 0, got {shares}.")

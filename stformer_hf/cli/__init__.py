@@ -1,4 +1,4 @@
-"""`stformer-hf VERB …`: one thin module per verb, which imports heavy modules only when it runs."""
+"""`stformer-hf COMMAND …`: one thin module per command, which imports heavy modules only when it runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb.
+    """Run a command.
 
     Parameters
     ----------
@@ -45,9 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, VERBS))
-        print("usage: stformer-hf VERB [options]      (stformer-hf VERB --help lists the options)\n")
+        print("usage: stformer-hf COMMAND [options]      (stformer-hf COMMAND --help lists the options)\n")
         print("\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items()))
-        print("\nEach verb takes --config FILE.yaml, which flags override, and --debug for tracebacks.")
+        print("\nEach command takes --config FILE.yaml, which flags override, and --debug for tracebacks.")
         return 0
     if argv[0] == "--version":
         print(__version__)
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     if verb not in VERBS:
         from ..genes.wrong_names import closest
 
-        print(f"stformer-hf: error: unknown verb {verb!r}{closest(verb, VERBS)}", file=sys.stderr)
+        print(f"stformer-hf: error: unknown command {verb!r}{closest(verb, VERBS)}", file=sys.stderr)
         return 2
     return guarded(f"stformer-hf {verb}", lambda: import_module(f".{verb}", __name__).main(rest), "--debug" in rest)
 

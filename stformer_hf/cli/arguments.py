@@ -22,7 +22,7 @@ _OWN_KEYS = ("config", "debug")
 
 @dataclass(kw_only=True)
 class OnCells:
-    """Flags of the verbs that write what a model says about the cells of a file."""
+    """Flags of the commands that write what a model says about the cells of a file."""
 
     data: str = field(metadata={"help": "h5ad or h5mu file, zarr of an AnnData, MuData or SpatialData, or a store"})
     model: str = field(metadata={"help": "checkpoint"})
@@ -39,7 +39,7 @@ class OnCells:
     overwrite: bool = field(default=False, metadata={"help": "replace an existing file"})
 
     def options(self, *own: str) -> dict[str, Any]:
-        """Return the flags that the function of the verb takes under the same names, so without those named here."""
+        """Return the flags that the function of the command takes under the same names, except those named here."""
         own = ("data", "model", "output", "layer", "overwrite", *own)
         return {name: value for name, value in vars(self).items() if name not in own}
 

@@ -128,7 +128,7 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     output = Path(args.output)
     of_numbers = args.problem_type == "regression"
     if of_numbers and (args.class_weights != "none" or args.label_smoothing):
-        raise ValueError("--class_weights and --label_smoothing are of classes: leave them out of a regression.")
+        raise ValueError("--class_weights and --label_smoothing apply to classes: leave them out for a regression.")
     refuse_flags_of_a_new_model(args, _OF_A_NEW_MODEL)
     check_sampling(args.sampling)
     split_by = [args.split_by] if args.split_by else []

@@ -18,7 +18,7 @@ class MediansArguments:
     """Flags of `medians`."""
 
     data: list[str] = field(
-        metadata={"help": "files of cells, stores, folders, patterns; or parts (.npz) written by this verb"}
+        metadata={"help": "files of cells, stores, folders, patterns; or parts (.npz) written by this command"}
     )
     output: str = field(metadata={"help": ".json file for the results, or .npz file for a part to merge with others"})
     target_sum: float = field(default=1e4, metadata={"help": "sum to which the values of each cell are scaled"})

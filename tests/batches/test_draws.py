@@ -306,7 +306,7 @@ def test_proportions_that_cannot_be_raise():
             group_weights(groups, temperature=temperature)
     for shares, message in (
         ({"a": 1}, r"none for b \(1 rows\)"),
-        ({"a": 1, "b": 1, "c": 1}, "no row is of c; groups are a, b"),
+        ({"a": 1, "b": 1, "c": 1}, "no row belongs to c; groups are a, b"),
         ({"a": 1, "b": -1}, "at least 0"),
         ({"a": 0, "b": 0}, "not all 0"),
         ({"a": np.inf, "b": 1}, "finite"),
@@ -381,7 +381,7 @@ def test_parts_and_files_are_mixed_by_shares(two_stores, tmp_path):
     joined = CellStore.build(tmp_path / "joined", two_stores, obs=["cell_type"], report=False)
     chosen = joined.select(rows)
     assert shares_of(WeightedDraw.from_dataset(chosen, shares=shares), parts[rows]) == pytest.approx(shares)
-    with pytest.raises(ValueError, match="no row is of third; groups are first, second"):
+    with pytest.raises(ValueError, match="no row belongs to third; groups are first, second"):
         WeightedDraw.from_dataset(joined, shares={**shares, "third": 1})
     shuffled = CellStore.build(tmp_path / "shuffled", two_stores, obs=["cell_type"], shuffle=True, report=False)
     with pytest.raises(ValueError, match="were shuffled .* pass by"):

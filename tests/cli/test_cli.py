@@ -127,7 +127,7 @@ def test_older_names_of_flags_and_keys_are_read(tmp_path):
         ),
         (["pretrain", "--data", "x", "--output", "y", "--max_steps", "many"], "invalid int value: 'many'"),
         (["build", "--output", "y"], "required: --data"),
-        (["pretrian"], "unknown verb 'pretrian'; the closest known one is pretrain"),
+        (["pretrian"], "unknown command 'pretrian'; the closest known one is pretrain"),
     ],
 )
 def test_a_wrong_command_line_exits_with_2_and_names_the_closest(argv, words, capsys):
