@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,7 +138,7 @@ def _unknown(path: Path) -> ValueError:
     )
 
 
-def expand(sources: Iterator[Any]) -> list[Any]:
+def expand(sources: Iterable[Any]) -> list[Any]:
     """Replace folders and patterns by the files that they stand for.
 
     Parameters
