@@ -130,8 +130,9 @@ class CellNeighborhoodConfig(PreTrainedConfig):
             given = getattr(self, name)
             if given is not None and len(given) != size:
                 raise ValueError(f"There are {len(given)} {name}, but the model has {size}.")
-        if self.on_init is not None:
-            type(self).on_init()
+        on_init = type(self).on_init
+        if on_init is not None:
+            on_init()
 
     @classmethod
     def from_size(cls, size: str, **kwargs) -> "CellNeighborhoodConfig":
