@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ _MASK_PHENOTYPE, _DROP_PHENOTYPE, _DROP_GENE = 4, 5, 6  # streams of `uniforms`;
 _PHENOTYPE_DROP_PROB = 0.1
 
 
-class CellCollator:
+class CellCollator(ABC):
     """Base class of the collators: seed, epoch, gene dropout, padding or packing."""
 
     def __init__(
@@ -43,6 +44,10 @@ class CellCollator:
         self.max_tokens = max_tokens
         # In shared memory, so that persistent workers see the next epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @abstractmethod
+    def __call__(self, examples: Any) -> dict[str, torch.Tensor]:
+        """Return a batch of cells of a store, or of tokenized cells."""
 
     @property
     def epoch(self) -> int:
