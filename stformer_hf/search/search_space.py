@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 
 # Arguments that Trainer reads in each trial, and their types; others are read once, when it is made.
-TRAINING_NAMES = {
+TRAINING_NAMES: dict[str, type[float] | type[int] | type[str]] = {
     "learning_rate": float,
     "weight_decay": float,
     "adam_beta1": float,
@@ -218,7 +218,8 @@ def _check_value(name: str, value: Any) -> None:
     if kind is str:
         good = isinstance(value, str)
     else:
-        good = isinstance(value, int | kind) and not isinstance(value, bool) and value >= int(kind is int)
+        numbers = int if kind is int else int | float
+        good = isinstance(value, numbers) and not isinstance(value, bool) and value >= (kind is int)
     if not good:
         want = {str: "a name", int: "an integer of at least 1", float: "a number of at least 0"}[kind]
         raise ValueError(f"must be {want}, got {value!r}")
