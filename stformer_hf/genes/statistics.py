@@ -248,7 +248,7 @@ class GeneStatistics:
         else:
             arrays = self._to_arrays()
             with whole_file(path) as part, open(part, "wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]  # mypy takes an array for allow_pickle, the next argument
+                np.savez(file, **arrays)  # type: ignore[arg-type]  # mypy takes an array for allow_pickle
 
     @classmethod
     def load(cls, path: str | Path) -> GeneStatistics:
