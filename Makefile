@@ -1,5 +1,5 @@
 # demo   cells in, a trained model and a report out        test   lint and all tests but slow and gpu ones
-# bench  the project against its peers                     lint   ruff check and format, codespell
+# bench  the project against its peers                     lint   ruff check and format, codespell, mypy
 # docs   the documentation, into build/site                notebooks   run them, into build/notebooks
 # test-fast   the quick half of the tests                  test-slow   the slow ones
 # test-transformers   transformers' tests of its own models, from its source distribution, on the models here
@@ -72,10 +72,11 @@ notebooks: .venv/.docs
 	@$(BIN)/python docs/run_notebooks.py --output build/notebooks
 
 lint: .venv/.dev
-	@echo "== ruff check, ruff format --check, codespell"
+	@echo "== ruff check, ruff format --check, codespell, mypy"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/codespell
+	@$(BIN)/mypy
 
 format: .venv/.dev
 	@$(BIN)/ruff check --fix .

@@ -13,7 +13,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_ROOMS = {
+_ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "data": {
         "sources": ("formats", "matrices"),
         "store": ("cell_batch", "cell_store", "gene_medians"),

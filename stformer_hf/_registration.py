@@ -107,7 +107,9 @@ class _AfterImport(MetaPathFinder):
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         function = self._functions.pop(name, None)
-        spec = None if function is None else importlib.util.find_spec(name)
+        if function is None:
+            return None
+        spec = importlib.util.find_spec(name)
         if spec is None or spec.loader is None:
             return None
         run = spec.loader.exec_module
@@ -116,7 +118,7 @@ class _AfterImport(MetaPathFinder):
             run(module)
             function()
 
-        spec.loader.exec_module = run_and_register
+        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]  # of this module's loader alone
         return spec
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ _MASK_PHENOTYPE, _DROP_PHENOTYPE, _DROP_GENE = 4, 5, 6  # streams of `uniforms`;
 _PHENOTYPE_DROP_PROB = 0.1
 
 
-class CellCollator:
+class CellCollator(ABC):
     """Base class of the collators: seed, epoch, gene dropout, padding or packing."""
 
     def __init__(
@@ -43,6 +44,10 @@ class CellCollator:
         self.max_tokens = max_tokens
         # In shared memory, so that persistent workers see the next epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @abstractmethod
+    def __call__(self, examples: Any) -> dict[str, torch.Tensor]:
+        """Return a batch of cells of a store, or of tokenized cells."""
 
     @property
     def epoch(self) -> int:
@@ -139,6 +144,7 @@ class CellCollator:
         left_out: np.ndarray | None = None,
     ) -> dict[str, torch.Tensor | int]:
         """Make a padded or a packed batch from tokens; see `pad` and `pack`."""
+        batch: dict[str, Any]
         if self.packing:
             batch = pack(tokens, self.tokenizer, labels, left_out)
         else:
@@ -208,7 +214,7 @@ def _flat_column(examples: Any, name: str, dtype: type) -> tuple[np.ndarray, np.
             lists = pa.concat_arrays(lists.chunks) if lists.num_chunks else pa.array([], lists.type)
         offsets = lists.offsets.to_numpy().astype(np.int64)
         return lists.values.to_numpy()[offsets[0] : offsets[-1]].astype(dtype), offsets - offsets[0]
-    rows = [np.asarray(example[name], dtype) for example in examples]
+    rows: list[np.ndarray] = [np.asarray(example[name], dtype) for example in examples]
     indptr = np.zeros(len(rows) + 1, np.int64)
     np.cumsum([len(row) for row in rows], out=indptr[1:])
     return np.concatenate(rows), indptr
@@ -300,8 +306,9 @@ def join(parts: Sequence[TokenizedCells]) -> TokenizedCells:
 
     before = np.cumsum([0, *(len(part.indptr) - 1 for part in parts)])
     whole = None
-    if parts[0].cells is not None:
-        rows = [part.cells for part in parts]
+    rows = [part.cells for part in parts if part.cells is not None]
+    if rows:
+        assert len(rows) == len(parts)  # they are of one tokenizer
         columns, counts = (np.concatenate([getattr(of, name) for of in rows]) for name in ("columns", "counts"))
         whole = CountRows(cuts([of.indptr for of in rows]), columns, counts)
     return TokenizedCells(

@@ -85,7 +85,7 @@ def collate_fn_wrapper(
             batch["labels"] = torch.from_numpy(np.stack(labels))
         return batch
 
-    collate.tokenizer = tokenizer  # read by checks against the model's tokenizer
+    collate.tokenizer = tokenizer  # type: ignore[attr-defined]  # read by checks against the model's tokenizer
     return collate
 
 
@@ -200,10 +200,11 @@ class DataCollatorForPhenotypicMLM(CellCollator):
             nothing = np.empty(0, np.int64)
             return MaskedCells(tokens, (nothing, nothing), None)
         masked, labels, left_out = self._mask_phenotypes(tokens, cell_ids, self.phenotype_mask_prob)
+        measured: np.ndarray | None = None
         if tokens.measured is not None:
             measured = np.flatnonzero(tokens.measured.all(axis=0))
-        else:
-            measured = self._measured_genes(examples) if is_cell_batch(examples) else None
+        elif is_cell_batch(examples):
+            measured = self._measured_genes(examples)
         if panel is not None:
             measured = np.flatnonzero(panel) if measured is None else measured[panel[measured]]
         types = tokens.token_type_ids.copy()
@@ -212,8 +213,8 @@ class DataCollatorForPhenotypicMLM(CellCollator):
         # replaces: a gene with a count but without a token would reveal the swap.
         for of in (types, tokens.token_type_ids):
             tokens = self._hide(tokens, genes, of[genes] - self.tokenizer.gene_token_type_offset)
-        labels = np.concatenate([masked, genes]), np.concatenate([labels, gene_labels])
-        return MaskedCells(tokens, labels, left_out)
+        both = np.concatenate([masked, genes]), np.concatenate([labels, gene_labels])
+        return MaskedCells(tokens, both, left_out)
 
     def _measured_genes(self, cells: CellBatch) -> np.ndarray | None:
         """Return the indices of the tokenizer's genes that a store measures, ascending; None for all of them."""
@@ -335,7 +336,8 @@ class DataCollatorForGeneRankMLM(CellCollator):
         cells, genes, labels = cells[masked], genes[masked], ids[masked]
         if tokens.cells is not None:
             own = tokens.token_type_ids[masked] == tokenizer.gene_token_type_offset  # not those of the neighbourhood
-            tokens = self._hide(tokens, masked[own], tokenizer.genes_of(labels[own], None))
+            genes_of_own = tokenizer.genes_of(labels[own], tokens.token_type_ids[masked[own]])
+            tokens = self._hide(tokens, masked[own], genes_of_own)
         kind = self._uniforms(_KIND_OF_MASK, cell_ids, genes, cells)
         random = (self._uniforms(_RANDOM_GENE, cell_ids, genes, cells) * len(tokenizer.gene_token_ids)).astype(
             np.int64
@@ -343,8 +345,8 @@ class DataCollatorForGeneRankMLM(CellCollator):
         becomes = [tokenizer.mask_token_id, tokenizer.gene_token_ids[random]]
         ids[masked] = np.select([kind < 0.8, kind < 0.9], becomes, labels)
         phenotypes, values, left_out = self._mask_phenotypes(tokens, cell_ids, self.phenotype_mask_prob)
-        labels = np.concatenate([masked, phenotypes]), np.concatenate([labels, values])
-        return MaskedCells(tokens, labels, left_out)
+        both = np.concatenate([masked, phenotypes]), np.concatenate([labels, values])
+        return MaskedCells(tokens, both, left_out)
 
 
 class DataCollatorForCellClassification(CellCollator):
@@ -447,7 +449,7 @@ class DataCollatorForCellClassification(CellCollator):
                 f"label2id has {', '.join(map(repr, self.label2id))}, but the labels are the columns "
                 f"{', '.join(map(repr, self.label))}: map each column to its index, 0 to {len(self.label) - 1}."
             )
-        return sorted(self.label, key=self.label2id.get)
+        return sorted(self.label, key=self.label2id.__getitem__)
 
     def _labels(self, examples: Any, name: str) -> np.ndarray:
         """Return one label per cell: int64 classes, or float32 numbers."""
@@ -503,13 +505,12 @@ def _zero_or_one(name: str, names: Sequence[str] | None) -> dict[str, int] | Non
     """Return the categories of one of multiple label columns as 0 and 1; None if the column holds numbers."""
     if names is None:
         return None
-    numbers = {of: _TRUTH.get(of.lower()) for of in names}
-    if None in numbers.values():
+    if not all(of.lower() in _TRUTH for of in names):
         raise ValueError(
             f"{name!r} has the categories {', '.join(map(repr, names[:5]))}: with several labels per cell, each must "
             "be 0 or 1. Convert it, for example with (adata.obs[key] == name).astype(int)."
         )
-    return numbers
+    return {of: _TRUTH[of.lower()] for of in names}
 
 
 __all__ = [

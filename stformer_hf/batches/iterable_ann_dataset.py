@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..genes.gene_table import GeneTable
 from ..genes.unite import unite
-from ..sources.formats import expand, is_source
+from ..sources.formats import expand
 from ..sources.matrices import Matrix
 from ..sources.obs_columns import ClassCode, as_array, as_arrow, as_objects, unite_obs
 from ..sources.open_source import Source, checked_blocks, open_source
@@ -152,7 +152,6 @@ class IterableAnnDataset(IterableDataset):
             raise ValueError(
                 f"buffer_size={buffer_size}, seed={seed}: buffer_size must be at least 1, and seed at least 0."
             )
-        filenames = [filenames] if is_source(filenames) else filenames
         found = expand(filenames)
         if not allow_duplicates:
             check_names(found)
@@ -180,8 +179,9 @@ class IterableAnnDataset(IterableDataset):
         if clash:
             raise ValueError(f"obs column {', '.join(clash)}: the dataset uses this name; rename the column.")
         self._obs, self.categories = _read_obs(sources, obs, categories)
-        self._phenotypes, self._phenotype_values = {}, {}
-        self._obs_names = None
+        self._phenotypes: dict[str, np.ndarray] = {}
+        self._phenotype_values: dict[str, list[str]] = {}
+        self._obs_names: pa.Array | None = None
         if tokenizer is None:  # as Arrow strings, which are small and fast to send to a worker
             self._obs_names = pa.concat_arrays(
                 [pa.array(source.obs.index.astype(str), pa.large_string()) for source in sources]
@@ -354,8 +354,10 @@ class IterableAnnDataset(IterableDataset):
         The process that loaded the state does not see its workers read, so they write their loader's number into
         shared memory: workers of a second loader start at the beginning.
         """
-        by = self._resumed_by
-        if by is not None and self._progress["epoch"] == self.epoch and bool(((by < 0) | (by == loader)).all()):
+        by, progress = self._resumed_by, self._progress
+        if by is None or progress is None:
+            return self._beginning(n_workers)
+        if progress["epoch"] == self.epoch and bool(((by < 0) | (by == loader)).all()):
             if len(by) != n_workers:
                 raise ValueError(
                     f"The state was taken with {len(by)} workers, but now there are {n_workers}. Make the DataLoader "
@@ -363,7 +365,7 @@ class IterableAnnDataset(IterableDataset):
                 )
             if by[worker] < 0:
                 by[worker] = loader
-                return self._progress
+                return progress
         return self._beginning(n_workers)
 
     # ------------------------------------------------------------------ cells
@@ -374,7 +376,7 @@ class IterableAnnDataset(IterableDataset):
         self._read_by_workers.fill_(info is not None)
         progress = self._progress = self._begin(worker, n_workers, loader)
         part = (worker + progress["turn"]) % n_workers
-        pieces = []
+        pieces: list[tuple[int, int, int]] = []
         try:
             for pieces, order in self._windows(*self._range(part, n_workers), progress["taken"][part]):
                 for example in self._examples(pieces, order):
@@ -443,6 +445,7 @@ class IterableAnnDataset(IterableDataset):
 
     def _cells(self, counts: sparse.csr_matrix, cell_ids: np.ndarray) -> Iterator[dict[str, Any]]:
         genes = counts.indices.astype(gene_type(len(self.genes)))
+        assert self._obs_names is not None  # there is no tokenizer
         names = self._obs_names.take(pa.array(cell_ids)).to_pylist()
         obs = {name: values[cell_ids] for name, values in self._obs.items()}
         for name in set(obs) & set(self.categories):

@@ -136,6 +136,8 @@ class LengthGroupedSampler(ResumableSampler[int]):
     The scheme is that of CancerStFormer, and of `group_by_length` in transformers.
     """
 
+    rank: int
+
     def __init__(
         self,
         lengths: Any,

@@ -31,6 +31,8 @@ class RowSampler(ResumableSampler[int]):
         The rank is outside the world.
     """
 
+    rank: int
+
     def __init__(self, draw: Draw, seed: int = 0, *, rank: int = 0, world_size: int = 1):
         super().__init__(seed, rank, world_size)
         self.draw = draw

@@ -6,7 +6,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -331,6 +331,7 @@ class StreamBatches(Dataset):
 
     def _draw(self) -> list[Any]:
         """Return the next batch, from the next epoch if this one has ended."""
+        assert self._reading is not None  # `_set_out` was called
         cells = next(self._reading, None)
         if cells is None:
             if not self._n_of_epoch:
@@ -373,7 +374,13 @@ def only(batches: list[Any]) -> Any:
     return batch
 
 
-def _has_exact_state(stream: Any) -> bool:
+class _Stateful(Protocol):
+    def __iter__(self) -> Iterator: ...
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+def _has_exact_state(stream: Any) -> TypeGuard[_Stateful]:
     """Return whether a stream can resume exactly from its own state."""
     return hasattr(stream, "state_dict") and not _has_shuffle_buffer(getattr(stream, "_ex_iterable", None))
 

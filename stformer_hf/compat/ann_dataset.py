@@ -143,7 +143,7 @@ class AnnDataset(Dataset):
             found = numbers[cells]
             values[key] = torch.from_numpy(found).unbind() if labels is None else labels[found].tolist()
         items = [dict(zip(values, cell, strict=True)) for cell in zip(*values.values(), strict=True)]
-        return items if self.transform is None else [self._transformed(item) for item in items]
+        return items if self.transform is None else [_transformed(item, self.transform) for item in items]
 
     def _position(self, index: int) -> int:
         try:
@@ -168,12 +168,6 @@ class AnnDataset(Dataset):
             for place, values in zip(places, torch.from_numpy(block), strict=True):
                 found[place] = values
         return found
-
-    def _transformed(self, item: dict[str, Any]) -> dict[str, Any]:
-        changed = self.transform(item)
-        if not isinstance(changed, dict):
-            raise TypeError(f"{self.transform!r} returned {type(changed).__name__} instead of the dictionary.")
-        return changed
 
     def get_collate_fn(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Return the collate function, for a custom `DataLoader`.
@@ -210,6 +204,13 @@ class AnnDataset(Dataset):
                 raise ValueError("Pass a seed or a generator, not both: the generator has its own seed.")
             kwargs["generator"] = torch.Generator().manual_seed(seed)
         return DataLoader(self, **{"collate_fn": self.get_collate_fn(), **kwargs})
+
+
+def _transformed(item: dict[str, Any], transform: Transform) -> dict[str, Any]:
+    changed = transform(item)
+    if not isinstance(changed, dict):
+        raise TypeError(f"{transform!r} returned {type(changed).__name__} instead of the dictionary.")
+    return changed
 
 
 def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:

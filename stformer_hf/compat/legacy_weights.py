@@ -112,14 +112,16 @@ def _read(checkpoint: Mapping[str, torch.Tensor] | str | os.PathLike) -> dict[st
     if isinstance(checkpoint, Mapping):
         source, weights = "The checkpoint", checkpoint
     else:
-        source = Path(checkpoint)
-        if source.is_dir():
-            files = [source / name for name in ("model.safetensors", "pytorch_model.bin")]
-            source = next((file for file in files if file.exists()), None)
-            if source is None:
+        path = Path(checkpoint)
+        if path.is_dir():
+            files = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
+            there = [file for file in files if file.exists()]
+            if not there:
                 raise ValueError(f"{checkpoint} holds neither model.safetensors nor pytorch_model.bin.")
+            path = there[0]
+        source = str(path)
         try:
-            weights = load_state_dict(source, weights_only=True)
+            weights = load_state_dict(path, weights_only=True)
         except FileNotFoundError:
             raise
         except Exception as error:

@@ -542,11 +542,12 @@ class SingleCellMemMapDataset(Dataset):
             `output_path` exists.
         """
         others = other_dataset if isinstance(other_dataset, (list, tuple)) else [other_dataset]
+        stores = []
         for other in others:
             if not isinstance(other, SingleCellMemMapDataset):
                 raise ValueError(f"Expected a SingleCellMemMapDataset, got {type(other).__name__}.")
             check_values(other.store, self.data_dtype, self.data_dtype_tolerance)
-        stores = [other.store for other in others]
+            stores.append(other.store)
         copied = {store.path for store in (self.store, *stores)}
         if output_path is not None:
             self._use(unite(Path(output_path), [self.store, *stores]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,8 +138,8 @@ def evaluate_embedding(
     labels = _column(adata, label_key)
     batches = None if batch_key is None else _column(adata, batch_key)
     groups = None if split_by is None else _column(adata, split_by)
-    for key, values in ((batch_key, batches), (split_by, groups)):
-        if values is not None and (values[labels != None] == None).any():  # noqa: E711  (arrays of objects)
+    for key, column in ((batch_key, batches), (split_by, groups)):
+        if column is not None and (column[labels != None] == None).any():  # noqa: E711  (arrays of objects)
             raise ValueError(f"Labelled cells have no value in obs[{key!r}]: remove them first.")
     counts = _read_counts(adata, layer)
     twins = find_twins(adata.obs_names, counts)
@@ -171,22 +172,22 @@ def evaluate_embedding(
                 of_fold = {n: classes[number] for n, classes in few.items()}
                 add(row.name, fold, _read_labels(row, labels, fold, of_fold, n_draws, [seed, number]))
                 bar.update()
-            for fold in [None, *folds]:
-                here = subset if fold is None else np.intersect1d(subset, fold.train)
+            for part in [None, *folds]:
+                here = subset if part is None else np.intersect1d(subset, part.train)
                 if row.embedding is not None:
                     mixed = None if batches is None else batches[here]
-                    found = _compare_cells(row.embedding[here], labels[here], mixed, clusters, seed)
-                    if mixed is not None and fold is None and scib_version():
-                        found["batch_kbet"] = batch_kbet(row.embedding[here], labels[here], mixed)
-                    add(row.name, fold, found)
+                    scores = _compare_cells(row.embedding[here], labels[here], mixed, clusters, seed)
+                    if mixed is not None and part is None and scib_version():
+                        scores["batch_kbet"] = batch_kbet(row.embedding[here], labels[here], mixed)
+                    add(row.name, part, scores)
                 bar.update()
         ceiling = measure_ceiling(counts, labels, seed)
         for fold in folds:
             add(CEILING, fold, _read_ceiling(ceiling, labels, fold))
         if clusters:
-            for fold in [None, *folds]:
-                here = subset if fold is None else np.intersect1d(subset, fold.train)
-                add(CEILING, fold, cluster_agreement(tuple(half[here] for half in ceiling.halves), seed))
+            for part in [None, *folds]:
+                here = subset if part is None else np.intersect1d(subset, part.train)
+                add(CEILING, part, cluster_agreement(tuple(half[here] for half in ceiling.halves), seed))
         bar.update()
     names, sizes = np.unique(labels, return_counts=True)
     settings = {
@@ -343,7 +344,7 @@ def _make_rows(
     seed: int,
 ) -> Iterator[Row]:
     for key, embedding in embeddings.items():
-        yield Row(key, lambda train, embedding=embedding: embedding, embedding)
+        yield Row(key, partial(_whatever_trains, embedding), embedding)
     for name in baselines:
         if name == "pca":
             yield Row(
@@ -355,7 +356,11 @@ def _make_rows(
             yield Row(BASELINES[name], lambda train: normalised, None)
         else:
             embedding = _scvi_embedding(counts, batches, seed)
-            yield Row(BASELINES[name], lambda train, embedding=embedding: embedding, embedding)
+            yield Row(BASELINES[name], partial(_whatever_trains, embedding), embedding)
+
+
+def _whatever_trains(embedding: np.ndarray, train: np.ndarray) -> np.ndarray:
+    return embedding
 
 
 def _import_scvi():

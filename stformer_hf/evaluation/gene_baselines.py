@@ -113,11 +113,12 @@ def masked_gene_baselines(
         logger.warning(f"Baselines are estimated from {len(rows):,} of {len(train):,} training cells.")
     kind = _RankBaselines if collator.tokenizer.scheme == "rank" else _BinBaselines
     baselines = kind(collator, train, rows, batch_size, whole_cells)
-    totals, n_scored = {}, 0
+    totals: dict[str, float] = {}
+    n_scored = 0
     for examples in read_rows(held_out, np.arange(len(held_out)), batch_size, "baselines"):
         batch = _masked(examples, collator, whole_cells)
         found = masked_genes(batch, collator.tokenizer)
-        n_scored += np.count_nonzero(found.scored)
+        n_scored += int(np.count_nonzero(found.scored))
         for name, losses in baselines(batch, found).items():
             totals[name] = totals.get(name, 0.0) + losses.sum()
     if not n_scored:
@@ -229,8 +230,8 @@ class _RankBaselines:
             gene = self.tokenizer.get_gene_tokens_mask(tokens.input_ids)
             segments = self._segments(tokens.token_type_ids[gene])
             counts += np.bincount(segments * n_genes + self._genes(tokens.input_ids[gene]), minlength=len(counts))
-        counts = counts.reshape(self.n_segments, n_genes) + 1
-        return counts / counts.sum(axis=1, keepdims=True)
+        of_segment = counts.reshape(self.n_segments, n_genes) + 1
+        return of_segment / of_segment.sum(axis=1, keepdims=True)
 
     def _segments(self, types: np.ndarray) -> np.ndarray:
         return types - self.offset if self.n_segments > 1 else np.zeros(len(types), np.int64)
@@ -366,7 +367,8 @@ class _BinBaselines:
     """Marginals of the bins of masked genes."""
 
     def __init__(self, collator: CellCollator, train: Any, rows: np.ndarray, batch_size: int, whole_cells: bool):
-        self.tokenizer, self.settings = collator.tokenizer, {}
+        self.tokenizer = collator.tokenizer
+        self.settings: dict[str, float] = {}
         n_genes, n_bins = len(self.tokenizer.genes), self.tokenizer.n_bins
         counts = np.zeros(n_genes * n_bins)
         n_masks = int(np.clip(_MASKED_CELLS // len(rows), 1, _MOST_MASKS))
@@ -377,10 +379,10 @@ class _BinBaselines:
                 batch = {name: tensor.numpy() for name, tensor in other(examples).items()}
                 genes, bins = self._labels(batch, masked_genes(batch, self.tokenizer).scored)
                 counts += np.bincount(genes * n_bins + bins, minlength=len(counts))
-        counts = counts.reshape(n_genes, n_bins)
-        of_all = counts.sum(axis=0) + 1
+        by_gene = counts.reshape(n_genes, n_bins)
+        of_all = by_gene.sum(axis=0) + 1
         self.of_all = of_all / of_all.sum()
-        self.of_gene = (counts + self.of_all) / (counts.sum(axis=1, keepdims=True) + 1)
+        self.of_gene = (by_gene + self.of_all) / (by_gene.sum(axis=1, keepdims=True) + 1)
 
     def _labels(self, batch: dict[str, np.ndarray], scored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         genes = batch["token_type_ids"][scored] - self.tokenizer.gene_token_type_offset

@@ -58,11 +58,9 @@ def read_aliases(aliases: Mapping[str, str] | pd.DataFrame | str | Path | None) 
             pairs = _read_file(existing_file(path))
         if not pairs:
             raise ValueError(f"{path} has no aliases.")
-    elif isinstance(aliases, pd.DataFrame):
-        path, pairs = "aliases", _pairs(aliases, named=True)
-    else:
-        path, pairs = "aliases", list(aliases.items())
-    return _unique(pairs, str(path))
+        return _unique(pairs, str(path))
+    pairs = _pairs(aliases, named=True) if isinstance(aliases, pd.DataFrame) else list(aliases.items())
+    return _unique(pairs, "aliases")
 
 
 def warn_of_few_matches(aliases: Mapping[str, str], gene_ids: Iterable[str]) -> None:

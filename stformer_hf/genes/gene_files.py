@@ -6,9 +6,9 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from io import BufferedIOBase
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import unquote
 
 import numpy as np
@@ -133,7 +133,7 @@ def read_json(path: str | Path) -> pd.DataFrame:
     return _unite_rows(ids, symbols, pd.DataFrame(index=range(len(ids))), str(path))
 
 
-def _gene_lines(file: BinaryIO) -> Iterator[bytes]:
+def _gene_lines(file: BufferedIOBase) -> Iterator[bytes]:
     """Yield the lines that may be genes; most lines are exons, and parsing each would take three times as long.
 
     All features of genes end in `gene`, also Ensembl's `ncRNA_gene` and `pseudogene`.

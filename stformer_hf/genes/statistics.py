@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,10 +59,12 @@ class GeneStatistics:
     doubling, so that sketches of parts add up to the sketch of the whole. It takes about 4 kB per gene.
     """
 
+    _read_method: str  # of statistics that were read from a JSON file
+
     def __init__(
         self,
-        gene_ids: Sequence[str],
-        symbols: Sequence[str] | None = None,
+        gene_ids: Iterable[str],
+        symbols: Iterable[str] | None = None,
         *,
         target_sum: float = 1e4,
         method: str = "auto",
@@ -111,7 +113,7 @@ class GeneStatistics:
         ValueError
             The number of columns is wrong; values are not counts; the statistics were read from a JSON file.
         """
-        self._must_be_whole()
+        values = self._whole_values()
         counts = _clean(counts, columns, len(self))
         if not counts.shape[0]:
             return
@@ -120,7 +122,7 @@ class GeneStatistics:
         if not np.isfinite(totals).all():
             raise ValueError("The counts of a cell add up to more than a float64 holds.")
         self._sums += counts.T @ np.stack([np.ones(len(totals)), self.target_sum / totals], axis=1)
-        self._values.add(counts, totals)
+        values.add(counts, totals)
         self.n_cells += len(totals)
         self._settle()
 
@@ -149,21 +151,21 @@ class GeneStatistics:
                 f"The target sums are {self.target_sum:g} and {other.target_sum:g}: estimate both with the same one."
             )
         parts = (self, other)
-        for part in parts:
-            part._must_be_whole()
+        values = [part._whole_values() for part in parts]
         genes = pd.Index(self.gene_ids, dtype=object).append(pd.Index(other.gene_ids, dtype=object)).unique()
         merged = GeneStatistics(genes, _united_symbols(genes, parts), target_sum=self.target_sum)
         merged._limit = max(part._limit for part in parts)
         merged.n_cells = sum(part.n_cells for part in parts)
         placed = []
-        for part in parts:
+        for part, part_values in zip(parts, values, strict=True):
             at = genes.get_indexer(part.gene_ids)
             merged._sums[at] += part._sums
-            placed.append(part._values.placed(at, len(genes)))
+            placed.append(part_values.placed(at, len(genes)))
         first, second = placed
-        if type(first) is not type(second):
-            first, second = first.sketch(), second.sketch()
-        merged._values = first.plus(second)
+        if isinstance(first, AllValues) and isinstance(second, AllValues):
+            merged._values = first.plus(second)
+        else:
+            merged._values = first.sketch().plus(second.sketch())
         merged._settle()
         return merged
 
@@ -173,12 +175,13 @@ class GeneStatistics:
         if isinstance(self._values, AllValues) and self._values.n_bytes > self._limit:
             self._values = self._values.sketch()
 
-    def _must_be_whole(self) -> None:
+    def _whole_values(self) -> AllValues | ValueSketch:
         if self._values is None:
             raise ValueError(
                 "These statistics were read from a JSON file, which holds only results: save and load .npz files "
                 "to add cells or merge parts."
             )
+        return self._values
 
     # ------------------------------------------------------------------ results
 
@@ -209,14 +212,14 @@ class GeneStatistics:
         the counts.
         """
         if self._table is None:
-            n_cells = max(self.n_cells, 1)
+            n_cells, values = max(self.n_cells, 1), self._whole_values()
             self._table = pd.DataFrame(
                 {
                     "gene_id": self.gene_ids,
                     **({} if self.symbols is None else {"symbol": self.symbols}),
-                    "median": self._values.medians(self.target_sum),
+                    "median": values.medians(self.target_sum),
                     "mean": self._sums[:, 1] / n_cells,
-                    "detection_rate": self._values.lengths() / n_cells,
+                    "detection_rate": values.lengths() / n_cells,
                     "total": self._sums[:, 0],
                 }
             )
@@ -243,10 +246,9 @@ class GeneStatistics:
             with whole_file(path) as part:
                 part.write_bytes(self._to_json().encode())
         else:
-            self._must_be_whole()
             arrays = self._to_arrays()
             with whole_file(path) as part, open(part, "wb") as file:
-                np.savez(file, **arrays)
+                np.savez(file, **arrays)  # type: ignore[arg-type]  # mypy takes an array for allow_pickle
 
     @classmethod
     def load(cls, path: str | Path) -> GeneStatistics:
@@ -306,6 +308,7 @@ class GeneStatistics:
         return read
 
     def _to_arrays(self) -> dict[str, np.ndarray]:
+        values = self._whole_values()
         return {
             "format_version": np.array(FORMAT_VERSION),
             "target_sum": np.array(self.target_sum),
@@ -315,7 +318,7 @@ class GeneStatistics:
             "gene_ids": self.gene_ids.astype(str),
             **({} if self.symbols is None else {"symbols": self.symbols.astype(str)}),
             "sums": self._sums,
-            **self._values.to_arrays(),
+            **values.to_arrays(),
         }
 
     @classmethod
@@ -367,8 +370,9 @@ def _clean(counts, columns: np.ndarray | None, n_genes: int) -> sparse.csr_array
 def _united_symbols(genes: pd.Index, parts: Sequence[GeneStatistics]) -> np.ndarray | None:
     """Return the symbols of the genes of all parts; the id if none is known."""
     known: dict[str, str] = {}
-    for part in reversed([part for part in parts if part.symbols is not None]):
-        known.update(zip(part.gene_ids, part.symbols, strict=True))
+    for part in reversed(parts):
+        if part.symbols is not None:
+            known.update(zip(part.gene_ids, part.symbols, strict=True))
     return np.array([known.get(gene, gene) for gene in genes], dtype=object) if known else None
 
 

@@ -6,8 +6,8 @@ import errno
 import gzip
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 import pandas as pd
 
@@ -56,7 +56,7 @@ def existing_file(path: str | Path) -> Path:
     return path
 
 
-def open_text(path: str | Path) -> BinaryIO:
+def open_text(path: str | Path) -> BufferedIOBase:
     """Open a file that may be compressed with gzip, regardless of its name."""
     with open(path, "rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"

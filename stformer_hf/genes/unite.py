@@ -109,7 +109,7 @@ def _rename(ids: np.ndarray, names: Mapping[str, str]) -> np.ndarray:
 
 
 def _check_species(ids: list[np.ndarray], names: Sequence[str], wanted: str | None) -> None:
-    found = {}
+    found: dict[str, str] = {}
     for source, name in zip(ids, names, strict=True):
         guess = guess_species(source)
         if guess is not None:

@@ -219,7 +219,8 @@ def _with_optuna(trainer, space, output, trials, metric, direction, pruner, samp
                     raise
             trial = study.trials[-1]
             outcome = f"{trial.value:.4f}" if trial.state == state.COMPLETE else f"pruned, {_reason(trial)}"
-            scores = [one.value for one in study.get_trials(deepcopy=False, states=(state.COMPLETE,))]
+            completed = study.get_trials(deepcopy=False, states=(state.COMPLETE,))
+            scores = [one.value for one in completed if one.value is not None]
             _tell(number + 1, trials, trial.params, outcome, scores, direction)
     finally:
         del trainer.train

@@ -53,20 +53,20 @@ def plot_trials(
     best = ends.cummin() if direction == "minimize" else ends.cummax()
     axes.step(trial, best.ffill().to_numpy(float), where="post", color=_BEST, label="best so far")
     axes.set(xlabel="trial", ylabel=metric)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params("x", integer=True)
     axes.legend(frameon=False, fontsize=8)
 
     for place, name in enumerate(space, _PANELS_A_ROW):
         axes = figure.add_subplot(grid[divmod(place, _PANELS_A_ROW)])
         values, distribution = scored[name], space.distributions[name]
-        choices = getattr(distribution, "choices", None)
-        if choices is None:
+        if not hasattr(distribution, "choices"):
             x = values.to_numpy(float)
             if distribution.log:
                 axes.set_xscale("log")
             elif name in space.integers():
-                axes.xaxis.get_major_locator().set_params(integer=True)
+                axes.locator_params("x", integer=True)
         else:  # side by side, so that equal values do not hide each other
+            choices = distribution.choices
             x = np.array([choices.index(value) for value in values], float)
             x += 0.12 * (values.groupby(values, sort=False).cumcount().to_numpy() % 3 - 1)
             axes.set_xticks(range(len(choices)), [str(choice) for choice in choices])

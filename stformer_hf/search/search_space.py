@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import islice, product
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,12 @@ from ..genes.wrong_names import closest
 from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
 
 if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 
 # Arguments that Trainer reads in each trial, and their types; others are read once, when it is made.
-TRAINING_NAMES = {
+TRAINING_NAMES: dict[str, type[float] | type[int] | type[str]] = {
     "learning_rate": float,
     "weight_decay": float,
     "adam_beta1": float,
@@ -148,7 +150,7 @@ class SearchSpace:
                     raise ValueError(f"space: {name} {value!r}: {error}") from error
 
 
-def _distribution(name: str, entry: Any) -> BaseDistribution:
+def _distribution(name: str, entry: Any) -> Distribution:
     """Return the distribution of a name of the space, checked."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -169,7 +171,7 @@ def _distribution(name: str, entry: Any) -> BaseDistribution:
                 raise ValueError(f"choices must be a list, got {entry['choices']!r}")
             if not all(isinstance(value, str | int | float) for value in entry["choices"]):
                 raise ValueError(f"choices must be words, numbers or booleans, got {entry['choices']!r}")
-            distribution = CategoricalDistribution(entry["choices"])
+            distribution: Distribution = CategoricalDistribution(entry["choices"])
         else:
             entry |= {bound: _number(bound, entry.get(bound)) for bound in ("low", "high")}
             whole = type(entry["low"]) is type(entry["high"]) is int
@@ -216,18 +218,19 @@ def _check_value(name: str, value: Any) -> None:
     if kind is str:
         good = isinstance(value, str)
     else:
-        good = isinstance(value, int | kind) and not isinstance(value, bool) and value >= (kind is int)
+        numbers = int if kind is int else int | float
+        good = isinstance(value, numbers) and not isinstance(value, bool) and value >= (kind is int)
     if not good:
         want = {str: "a name", int: "an integer of at least 1", float: "a number of at least 0"}[kind]
         raise ValueError(f"must be {want}, got {value!r}")
 
 
-def _ends(distribution: BaseDistribution) -> tuple:
+def _ends(distribution: Distribution) -> Sequence[Any]:
     """Return all choices, or both bounds."""
-    return getattr(distribution, "choices", None) or (distribution.low, distribution.high)
+    return distribution.choices if hasattr(distribution, "choices") else (distribution.low, distribution.high)
 
 
-def _suggest(trial: Any, name: str, values: BaseDistribution) -> Any:
+def _suggest(trial: Any, name: str, values: Distribution) -> Any:
     """Sample a value from an optuna trial."""
     if hasattr(values, "choices"):
         return trial.suggest_categorical(name, values.choices)
@@ -236,13 +239,14 @@ def _suggest(trial: Any, name: str, values: BaseDistribution) -> Any:
     return trial.suggest_float(name, values.low, values.high, log=values.log)
 
 
-def _ray_domain(values: BaseDistribution) -> Any:
+def _ray_domain(values: Distribution) -> Any:
     """Return the equivalent domain of ray.tune, whose upper bounds are exclusive for integers."""
+    from optuna.distributions import FloatDistribution
     from ray import tune
 
     if hasattr(values, "choices"):
         return tune.choice(list(values.choices))
-    if type(values.low) is not int:
+    if isinstance(values, FloatDistribution):
         return (tune.loguniform if values.log else tune.uniform)(values.low, values.high)
     if values.step > 1:
         return tune.choice(list(range(values.low, values.high + 1, values.step)))

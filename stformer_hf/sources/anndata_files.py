@@ -120,11 +120,15 @@ def by_feature_type(
     columns = split_features(var, whole_var if name == "raw" else None)
     if columns is None:
         return [Layer(name, matrix, lambda: GeneTable.from_var(var), obs, neighbors)]
+
+    def genes_of(some: np.ndarray) -> GeneTable:
+        return GeneTable.from_var(var.iloc[some])
+
     return [
         Layer(
             name if kind == GENES else kind,
             Selection(matrix, None, some),
-            lambda some=some: GeneTable.from_var(var.iloc[some]),
+            partial(genes_of, some),
             obs,
             neighbors,
             matrix,

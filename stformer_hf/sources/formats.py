@@ -138,12 +138,12 @@ def _unknown(path: Path) -> ValueError:
     )
 
 
-def expand(sources: Iterator[Any]) -> list[Any]:
+def expand(sources: Any) -> list[Any]:
     """Replace folders and patterns by the files that they stand for.
 
     Parameters
     ----------
-    sources : iterable of AnnData, MuData, SpatialData, CellStore, str or Path
+    sources : AnnData, MuData, SpatialData, CellStore, str or Path, or an iterable of these
         A path may be a file or folder of a known format, another folder (for all such files in it, at any depth, in
         alphabetical order) or a pattern such as `data/*.h5ad`.
 
@@ -160,7 +160,7 @@ def expand(sources: Iterator[Any]) -> list[Any]:
         A file has an unsupported format.
     """
     found = []
-    for source in sources:
+    for source in [sources] if is_source(sources) else sources:
         if not isinstance(source, (str, Path)):
             found.append(source)
             continue

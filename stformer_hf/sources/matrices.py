@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ class FileHandle:
     def __init__(self, path: Path, opener: Callable[[Path], Any], root: str = ""):
         self.path, self.root = Path(os.path.abspath(path)), root
         self._opener = opener
-        self._file, self._process = None, None
+        self._file: Any = None
+        self._process: int | None = None
 
     def __getitem__(self, key: str) -> Any:
         return self.file[self.root + key]
@@ -147,8 +148,7 @@ class DenseMatrix(Matrix):
 
     def __init__(self, handle: FileHandle, key: str, transposed: bool = False):
         self._handle, self._key, self._transposed = handle, key, transposed
-        shape = tuple(int(n) for n in handle[key].shape)
-        self.shape = shape[::-1] if transposed else shape
+        self.shape = _as_stored(handle[key].shape[::-1] if transposed else handle[key].shape)
 
     def rows(self, start: int, stop: int) -> sparse.csr_matrix:
         node = self._handle[self._key]
@@ -183,9 +183,9 @@ class CompressedMatrix(Matrix):
         The arrays do not match each other, or there are columns outside the matrix.
     """
 
-    def __init__(self, handle: FileHandle, key: str, shape: tuple[int, int]):
+    def __init__(self, handle: FileHandle, key: str, shape: Iterable[int]):
         self._handle, self._key = handle, key
-        self.shape = tuple(int(n) for n in shape)
+        self.shape = _as_stored(shape)
         _check_compressed(handle, key, self.shape[0])
         self._indptr: np.ndarray | None = None
 
@@ -202,9 +202,8 @@ class CompressedMatrix(Matrix):
             indptr = self._indptr
         ends = [indptr[start : stop + 1].astype(np.int64) for start, stop in runs]
         lengths = np.concatenate([np.diff(run) for run in ends])
-        data = [all_data[run[0] : run[-1]] for run in ends]
-        indices = [all_indices[run[0] : run[-1]] for run in ends]
-        data, indices = (parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in (data, indices))
+        both = ([values[run[0] : run[-1]] for run in ends] for values in (all_data, all_indices))
+        data, indices = (parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in both)
         if (lengths < 0).any() or len(data) != lengths.sum() or len(indices) != len(data):
             raise ValueError(f"{self._handle.path}: {self._key} is damaged: its arrays do not match each other.")
         if len(indices) and (indices.min() < 0 or indices.max() >= self.shape[1]):
@@ -254,6 +253,7 @@ class ScatteredMatrix(Matrix):
 
     def rows(self, start: int, stop: int) -> sparse.csr_matrix:
         self.prepare(None)
+        assert self._buckets is not None
         return self._buckets.rows(start, stop)
 
     def sample(self) -> Iterator[np.ndarray]:
@@ -271,10 +271,10 @@ class ScatteredMatrix(Matrix):
 class ColumnMatrix(ScatteredMatrix):
     """A matrix stored by columns (CSC) in a file; parameters and errors as for `CompressedMatrix`."""
 
-    def __init__(self, handle: FileHandle, key: str, shape: tuple[int, int]):
+    def __init__(self, handle: FileHandle, key: str, shape: Iterable[int]):
         super().__init__()
         self._handle, self._key = handle, key
-        self.shape = tuple(int(n) for n in shape)
+        self.shape = _as_stored(shape)
         _check_compressed(handle, key, self.shape[1])
 
     def size(self) -> tuple[int, np.dtype]:
@@ -335,6 +335,11 @@ def _native(values: np.ndarray) -> np.ndarray:
     if values.dtype == np.float16:
         return values.astype(np.float32)
     return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
+
+
+def _as_stored(shape: Iterable[int]) -> tuple[int, int]:
+    """Return the shape in a file; that of a damaged file may be of another length, which opening it refuses."""
+    return tuple(int(n) for n in shape)  # type: ignore[return-value]
 
 
 def _places(n: int, size: int) -> list[int]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -154,7 +154,7 @@ class MtxMatrix(ScatteredMatrix):
 _EXAMPLE = "%%MatrixMarket matrix coordinate integer general"
 
 
-def _next_line(lines: BinaryIO, n_before: int) -> tuple[list[bytes], int]:
+def _next_line(lines: Iterable[bytes], n_before: int) -> tuple[list[bytes], int]:
     """Return the words of the next line that is not a comment or empty (none at the end), and its number from 1."""
     for number, line in enumerate(lines, n_before + 1):
         if line.strip() and not line.startswith(b"%"):
@@ -162,7 +162,7 @@ def _next_line(lines: BinaryIO, n_before: int) -> tuple[list[bytes], int]:
     return [], n_before
 
 
-def _blocks(file: BinaryIO) -> Iterator[bytes]:
+def _blocks(file: BufferedIOBase) -> Iterator[bytes]:
     """Yield a file in blocks of whole lines."""
     rest = b""
     while block := file.read(_BLOCK):

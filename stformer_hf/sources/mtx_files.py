@@ -12,10 +12,10 @@ from .matrix_market import MtxMatrix
 
 def file_of(path: Path, *names: str) -> Path | None:
     """Return a file with one of these names, gzipped or not: the path itself, or a file in this folder."""
-    names = [name + end for name in names for end in ("", ".gz")]
-    if path.name in names and path.is_file():
+    files = [name + end for name in names for end in ("", ".gz")]
+    if path.name in files and path.is_file():
         return path
-    return next((path / name for name in names if (path / name).is_file()), None)
+    return next((path / file for file in files if (path / file).is_file()), None)
 
 
 def beside(file: Path, *names: str) -> Path:

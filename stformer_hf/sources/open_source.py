@@ -219,7 +219,7 @@ def _probe(layer: Layer, fractional: bool) -> str | None:
         _, problem = check_counts(values, fractional)
         if problem:
             return problem
-        n_values += np.count_nonzero(values)
+        n_values += int(np.count_nonzero(values))
     return None if n_values else NO_COUNTS
 
 

@@ -24,6 +24,7 @@ _BD_FILE = re.compile(r"_MolsPerCell(_Unfiltered)?\.csv(\.gz)?$", re.IGNORECASE)
 def _read_parse(path: Path) -> list[Layer]:
     """Read a folder of Parse Biosciences: count_matrix.mtx or DGE.mtx, all_genes.csv and cell_metadata.csv."""
     file = _parse_file(path)
+    assert file is not None  # as for all files of this format
 
     def read_table(name: str, index: str) -> pd.DataFrame:
         table = read_text_table(beside(file, name))
@@ -85,6 +86,7 @@ def _read_alevin_fry(path: Path) -> list[Layer]:
     the experiment, so there is no X: `spliced+ambiguous` is usual for cells, all three for nuclei.
     """
     file = file_of(path, "quants_mat.mtx")
+    assert file is not None  # as for all files of this format
     genes, cells = (names_table(beside(file, f"quants_mat_{kind}.txt")) for kind in ("cols", "rows"))
     matrix = rows_of_mtx(file, genes, cells, cells_in_rows=True)
     n, names = len(genes) // 3, genes.index.to_numpy(object)

@@ -37,7 +37,7 @@ class RowBuckets:
         self, shape: tuple[int, int], n_entries: int, value_type: np.dtype, scratch: str | Path | None = None
     ):
         self.shape = shape
-        value_type = np.float32 if value_type == np.float16 else np.dtype(value_type).newbyteorder("=")
+        value_type = np.dtype(np.float32 if value_type == np.float16 else value_type).newbyteorder("=")
         self._entry = np.dtype([("row", np.uint32), ("column", np.uint32), ("value", value_type)])
         n_buckets = min(max(1, -(-n_entries // _BUCKET_ENTRIES)), _MAX_BUCKETS, max(1, shape[0]))
         self._rows_per_bucket = max(1, -(-shape[0] // n_buckets))
@@ -63,7 +63,8 @@ class RowBuckets:
 
     def rows(self, start: int, stop: int) -> sparse.csr_matrix:
         """Return rows; only these rows and a buffer are in memory."""
-        found: dict[str, list[np.ndarray]] = {name: [np.empty(0, self._entry[name])] for name in self._entry.names}
+        names = ("row", "column", "value")
+        found: dict[str, list[np.ndarray]] = {name: [np.empty(0, self._entry[name])] for name in names}
         for file in self._files[start // self._rows_per_bucket : -(-stop // self._rows_per_bucket)]:
             if not file.stat().st_size:
                 continue
@@ -71,8 +72,8 @@ class RowBuckets:
             for first in range(0, len(entries), _ENTRIES_AT_ONCE):
                 part = entries[first : first + _ENTRIES_AT_ONCE]
                 inside = (part["row"] >= start) & (part["row"] < stop)
-                for name, values in found.items():
-                    values.append(part[name][inside])
+                for name, parts in found.items():
+                    parts.append(part[name][inside])
         rows = (np.concatenate(found.pop("row")) - np.uint32(start)).astype(np.int32)
         coordinates = (rows, np.concatenate(found.pop("column")).astype(np.int32))
         values = np.concatenate(found.pop("value"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ def _count_shared(keys: Sequence[np.ndarray]) -> sparse.csr_array:
 # ---------------------------------------------------------------------- twins
 
 
-def find_twins(names: Sequence[str], counts: sparse.csr_array) -> np.ndarray:
+def find_twins(names: Iterable[str], counts: sparse.csr_array) -> np.ndarray:
     """Find cells with equal barcode and equal counts, such as a cell that is in two files.
 
     The barcode consists of the name's runs of eight or more nucleotide letters; for a name without them, it is the
@@ -225,7 +225,7 @@ def _repeated(keys: Sequence[Any]) -> np.ndarray:
     return pd.Series(keys, dtype=object).duplicated(keep=False).to_numpy()
 
 
-def find_twins_of_store(names: Sequence[str], n_genes: np.ndarray, read: Callable) -> np.ndarray:
+def find_twins_of_store(names: Iterable[str], n_genes: np.ndarray, read: Callable) -> np.ndarray:
     """Find twins as `find_twins` does, reading only cells that share barcode and number of genes with others.
 
     Parameters

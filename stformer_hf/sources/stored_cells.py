@@ -21,15 +21,30 @@ class StoredCells(Protocol):
     path: Path
     manifest: dict[str, Any]
     genes: GeneTable
-    gene_ids: np.ndarray
-    obs: pd.DataFrame
-    obs_names: np.ndarray
-    categories: dict[str, list[str]]
-    dataset: Any
+
+    @property
+    def gene_ids(self) -> np.ndarray:
+        """Gene ids of the columns, object array (n_genes,)."""
+
+    @property
+    def obs(self) -> pd.DataFrame:
+        """Obs columns of the cells."""
+
+    @property
+    def obs_names(self) -> np.ndarray:
+        """Names of the cells, object array (n_cells,)."""
+
+    @property
+    def categories(self) -> dict[str, list[str]]:
+        """Categories of the categorical obs columns, in the order of their codes."""
+
+    @property
+    def dataset(self) -> Any:
+        """The Hugging Face dataset."""
 
     def __len__(self) -> int: ...
 
-    def __getitems__(self, index: Sequence[int]) -> Any:
+    def __getitems__(self, index: Sequence[int] | np.ndarray) -> Any:
         """Return a `CellBatch` of cells."""
 
     def rows(self, index: Any) -> sparse.csr_array:

@@ -11,14 +11,14 @@ import pandas as pd
 
 from ..genes.gene_table import GeneTable
 from ..genes.text_files import read_columns
-from .anndata_files import by_feature_type, open_hdf5, read_anndata_file
+from .anndata_files import Tables, by_feature_type, open_hdf5, read_anndata_file
 from .matrices import CompressedMatrix, FileHandle
 from .mtx_files import beside, names_table, rows_of_mtx
 from .registry import Layer, reads
 
 
 @reads("10x h5", lambda path: path.suffix.lower() == ".h5" and path.is_file())
-def _read_tenx_h5(path: Path) -> list[Layer]:
+def _read_tenx_h5(path: Path) -> list[Layer] | Tables:
     """Read a Cell Ranger or Space Ranger file: v3 (`matrix`, multiple feature types) or v2 (one group per genome)."""
     handle = FileHandle(path, open_hdf5)
     if {"obs", "var"} <= set(handle.file):
@@ -67,6 +67,7 @@ def _matrix_file(path: Path) -> Path | None:
 def _read_tenx_mtx(path: Path) -> list[Layer]:
     """Read a Cell Ranger folder: matrix.mtx, barcodes.tsv, and features.tsv (v3) or genes.tsv (v2); gzipped or not."""
     file = _matrix_file(path)
+    assert file is not None  # as for all files of this format
     prefix = file.name[: file.name.index("matrix.mtx")]
     genes = _read_features(beside(file, prefix + "features.tsv", prefix + "genes.tsv"))
     cells = names_table(beside(file, prefix + "barcodes.tsv"))

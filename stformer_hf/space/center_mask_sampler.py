@@ -92,7 +92,7 @@ class NeighborhoodBatch(Sequence):
     def __len__(self) -> int:
         return len(self.masked_cell_type)
 
-    def __getitem__(self, item: int) -> NeighborhoodMetadata:
+    def __getitem__(self, item: int) -> NeighborhoodMetadata:  # type: ignore[override]  # slices are not needed
         item = range(len(self))[item]
         start, stop = self.indptr[item : item + 2].tolist()
         masked = self.indptr[-1] + item
@@ -105,7 +105,7 @@ class NeighborhoodBatch(Sequence):
         )
 
     def _dense(self, start: int, stop: int) -> np.ndarray:
-        if not sparse.issparse(self.expression):
+        if isinstance(self.expression, np.ndarray):
             return self.expression[start:stop].copy()
         ends = self.expression.indptr[start : stop + 1]
         own = slice(ends[0], ends[-1])
@@ -441,7 +441,7 @@ class CenterMaskSampler(Dataset):
         """Read all neighbourhoods, one by one."""
         return (self[item] for item in range(len(self)))
 
-    def __getitems__(self, items: Sequence[int]) -> NeighborhoodBatch:
+    def __getitems__(self, items: Sequence[int] | np.ndarray) -> NeighborhoodBatch:
         """Read many neighbourhoods (torch's `DataLoader` calls this with the numbers of a batch).
 
         Parameters
@@ -472,7 +472,7 @@ class CenterMaskSampler(Dataset):
             None if self._cell_embeds is None else self._cell_embeds[found],
         )
 
-    def expression_of(self, items: Sequence[int]) -> sparse.csr_matrix | sparse.csr_array | np.ndarray:
+    def expression_of(self, items: Sequence[int] | np.ndarray) -> sparse.csr_matrix | sparse.csr_array | np.ndarray:
         """Read the expression of the masked cells of items, without their neighbours: (n_items, G), float32."""
         return self._expression.read(self._rows[self._cells(items)])
 
@@ -505,7 +505,7 @@ class CenterMaskSampler(Dataset):
         kept[crowded] = first_of_each(owners[crowded], draws, len(cells), self.max_num_cells)
         return np.concatenate([[0], np.cumsum(kept)])[indptr], found[kept]
 
-    def _cells(self, items: Sequence[int]) -> np.ndarray:
+    def _cells(self, items: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return the cells of items, as rows of metadata."""
         positions = np.asarray(items if len(items) else np.empty(0, np.int64))
         if positions.dtype.kind not in "iu" or positions.ndim != 1:

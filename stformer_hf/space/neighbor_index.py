@@ -71,7 +71,7 @@ class NeighborIndex:
         self._keys = np.arange(len(points)) if keys is None else keys
         # Scaling by a power of 2 keeps squares from over- or underflowing, and changes no digits, so no ties.
         _, self._exponent = np.frexp(np.abs(points).max(initial=0))
-        self._even = None if k_nearest is None else np.ldexp(points, -self._exponent)
+        self._even = points if k_nearest is None else np.ldexp(points, -self._exponent)  # read with k_nearest alone
         self._disc, self._discretize = shape == "disc", discretize
         self._k = None if k_nearest is None else int(k_nearest)
         self._half = None if patch_size is None else _half_sides(patch_size, points.shape[1], shape, discretize)
@@ -152,6 +152,7 @@ class NeighborIndex:
 
     def _distances(self, cells: np.ndarray) -> np.ndarray:
         """Return slightly more than the distance to the last of the nearest neighbours, for each cell."""
+        assert self._k is not None
         k = min(self._k + 1, self._tree.n)
         away = self._tree.query(self._places[cells], [k])[0][:, 0]
         margin = 8 * np.finfo(float).eps * np.abs(self._places[cells, :-1]).max(axis=1, initial=0)

@@ -135,7 +135,7 @@ def neighborhood_baselines(
         raise ValueError(f"Training cells have {train.n_genes} genes, but evaluated cells have {evaluated.n_genes}.")
     train_cells = _read(train, _draw(len(train), max_train_cells, seed), "training cells")
     cells = _read(evaluated, np.arange(len(evaluated)), "held-out cells")
-    found = {}
+    found: dict[str, float] = {}
     for kind in BASELINES:
         nll, r = CountBaseline(train_cells, kind).evaluate(cells)
         found |= {f"{kind}_nll": float(nll), f"{kind}_pearson_r": r}

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import sparse
 
 from .center_mask_sampler import NeighborhoodBatch, NeighborhoodMetadata
 
@@ -68,7 +67,7 @@ collate = collate_neighborhoods
 
 
 def _tensors(batch: NeighborhoodBatch) -> dict[str, Any]:
-    rows = batch.expression.toarray() if sparse.issparse(batch.expression) else batch.expression
+    rows = batch.expression if isinstance(batch.expression, np.ndarray) else batch.expression.toarray()
     observed, masked = torch.from_numpy(rows).split([len(batch.observed_cell_type), len(batch)])
     tensors = {
         "masked_expression": masked,  # first: Trainer takes the size of a batch from its first tensor
@@ -95,11 +94,11 @@ def _stacked(items: Sequence[NeighborhoodMetadata]) -> dict[str, Any]:
                 f"observed_expression of shape {rows.shape} and a masked cell of {len(one)} genes; the first item has "
                 f"{n_genes} genes."
             )
-    rows = [rows.reshape(len(own), n_genes) for rows, own in zip(observed, types, strict=True)]
+    of_cells = [rows.reshape(len(own), n_genes) for rows, own in zip(observed, types, strict=True)]
     masked_types = [np.asarray(item.masked_cell_type, np.int64).reshape(1) for item in items]
     return {
         "masked_expression": torch.from_numpy(np.stack(masked)),
-        "observed_expression": torch.from_numpy(np.concatenate(rows)),
+        "observed_expression": torch.from_numpy(np.concatenate(of_cells)),
         "observed_cell_type": torch.from_numpy(np.concatenate(types)),
         "masked_cell_type": torch.from_numpy(np.concatenate(masked_types)),
         "lengths": np.array([len(own) for own in types], np.int64),

@@ -29,7 +29,7 @@ def fit_sampler(model: PreTrainedModel, sampler: Any, name: str, learn: bool) ->
         See `check_sampler_fits`.
     """
     config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) != "cell_neighborhood":
+    if config is None or getattr(config, "model_type", None) != "cell_neighborhood":
         return
     check_sampler_fits(model, sampler, name)
     if not learn:

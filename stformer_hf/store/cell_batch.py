@@ -21,6 +21,9 @@ from .worker_slots import SharedArrays
 REPEAT = 1 << 40
 
 
+_Rows = tuple[np.ndarray, np.ndarray, np.ndarray]  # indptr, genes, counts
+
+
 @dataclass
 class CellBatch:
     """Rows of a store as flat arrays: the batch that a `DataLoader` over a `CellStore` passes to its collator.
@@ -63,7 +66,7 @@ class CellBatch:
     symbols: np.ndarray
     path: Path | None = None
     names_key: str = ""
-    neighborhood: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+    neighborhood: _Rows | None = None
 
     def __len__(self) -> int:
         return len(self.cell_id)
@@ -73,9 +76,9 @@ class CellBatch:
         return (self._cell(i) for i in range(len(self)))
 
     def _cell(self, i: int) -> CellBatch:
-        def row(indptr: np.ndarray, *flat: np.ndarray) -> tuple[np.ndarray, ...]:
+        def row(indptr: np.ndarray, genes: np.ndarray, counts: np.ndarray) -> _Rows:
             own = slice(indptr[i], indptr[i + 1])
-            return indptr[i : i + 2] - indptr[i], *(values[own] for values in flat)
+            return indptr[i : i + 2] - indptr[i], genes[own], counts[own]
 
         indptr, genes, counts = row(self.indptr, self.genes, self.counts)
         return replace(
@@ -162,13 +165,14 @@ def as_cell_batch(examples: Any) -> Any:
                 f"Cells of {first.path} and {part.path} are in one batch, but the stores differ in their "
                 f"{'obs columns' if same_genes else 'genes'}: merge them with CellStore.build(path, stores)."
             )
-    if len({part.neighborhood is None for part in parts}) > 1:
+    neighborhoods = [part.neighborhood for part in parts if part.neighborhood is not None]
+    if len(neighborhoods) not in (0, len(parts)):
         raise ValueError("Only some cells of the batch have neighbourhoods: see CellStore.with_neighborhoods.")
 
-    def joined(rows: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
-        lengths = np.concatenate([np.diff(indptr) for indptr, *_ in rows])
-        flat = [np.concatenate(values) for values in zip(*(values for _, *values in rows), strict=True)]
-        return np.concatenate([[0], np.cumsum(lengths)]), *flat
+    def joined(rows: list[_Rows]) -> _Rows:
+        indptrs, genes, counts = zip(*rows, strict=True)
+        lengths = np.concatenate([np.diff(indptr) for indptr in indptrs])
+        return np.concatenate([[0], np.cumsum(lengths)]), np.concatenate(genes), np.concatenate(counts)
 
     obs, categories = {}, {}
     for name in first.obs:
@@ -189,7 +193,7 @@ def as_cell_batch(examples: Any) -> Any:
         obs=obs,
         categories=categories,
         path=first.path if len({part.names_key for part in parts}) == 1 else None,
-        neighborhood=None if first.neighborhood is None else joined([part.neighborhood for part in parts]),
+        neighborhood=joined(neighborhoods) if neighborhoods else None,
     )
 
 
@@ -200,8 +204,18 @@ def _names_of(cells: CellBatch, column: str) -> np.ndarray:
     return np.array([*cells.categories[column], None], object)[cells.obs[column]]
 
 
-def _batch_of(path: Path, names_key: str, neighborhood: tuple | None, *cells) -> CellBatch:
-    return CellBatch(*cells, *_names(path, names_key), path, names_key, neighborhood)
+def _batch_of(
+    path: Path,
+    names_key: str,
+    neighborhood: _Rows | None,
+    indptr: np.ndarray,
+    genes: np.ndarray,
+    counts: np.ndarray,
+    cell_id: np.ndarray,
+    obs: dict[str, np.ndarray],
+) -> CellBatch:
+    names = _names(path, names_key)
+    return CellBatch(indptr, genes, counts, cell_id, obs, *names, path, names_key, neighborhood)
 
 
 @lru_cache(maxsize=8)

@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 
 from ..genes.gene_table import GeneTable
 from ..genes.wrong_names import must_have
-from ..sources.formats import is_source
 from ..sources.registry import Layer, reads
 from ..sources.same_cells import find_twins_of_store, join_groups
 from ..sources.stored_cells import store_layers
@@ -264,7 +263,7 @@ class CellStore:
         cell["obs_name"] = self.obs.index[row]
         return Cell({**cell, **{name: self.obs[name].iat[row] for name in self.obs}}, batch)
 
-    def __getitems__(self, index: Sequence[int]) -> CellBatch:
+    def __getitems__(self, index: Sequence[int] | np.ndarray) -> CellBatch:
         """Return a batch of cells for a collator (torch's `DataLoader` calls this with the row numbers of a batch)."""
         rows = self._row_numbers(index)
         indptr, genes, counts = self._gather(rows)
@@ -556,7 +555,7 @@ class CellStore:
             rows_per_shard=rows_per_shard,
             allow_duplicates=allow_duplicates,
         )
-        write_store(Path(path), _listed(sources), settings, overwrite=overwrite)
+        write_store(Path(path), sources, settings, overwrite=overwrite)
         store = cls(path)
         if report:
             store._report(store.manifest["sources"])
@@ -600,7 +599,7 @@ class CellStore:
             workers=workers,
             allow_duplicates=allow_duplicates,
         )
-        write_store(self.path, _listed(sources), settings, base=self)
+        write_store(self.path, sources, settings, base=self)
         n_sources = len(self.manifest["sources"])
         self.__dict__ = {**CellStore(self.path).__dict__, "_gives_neighborhoods": self._gives_neighborhoods}
         self._report(self.manifest["sources"][n_sources:])
@@ -806,10 +805,6 @@ def _csr(indptr: np.ndarray, columns: np.ndarray, values: np.ndarray, n_columns:
     index_type = np.int64 if max(len(columns), n_columns) > np.iinfo(np.int32).max else np.int32
     indices = (values, columns.astype(index_type), indptr.astype(index_type))
     return sparse.csr_array(indices, shape=(len(indptr) - 1, n_columns))
-
-
-def _listed(sources) -> list:
-    return [sources] if is_source(sources) else list(sources)
 
 
 def _read_manifest(path: Path) -> dict:

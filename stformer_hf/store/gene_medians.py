@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..genes.statistics import MAX_MEMORY, GeneStatistics
 from ..genes.unite import unite
-from ..sources.formats import expand, is_source
+from ..sources.formats import expand
 from ..sources.open_source import open_source
 from ..sources.stored_cells import StoredCells
 
@@ -77,7 +77,7 @@ def estimate_gene_medians(
     >>> tokenizer = GeneTokenizer.from_store(store, scheme="rank", medians=medians)
     """
     GeneStatistics([], target_sum=target_sum, method=method, max_memory=max_memory)  # raises before files are read
-    sources = [open_source(found, layer, fractional) for found in expand([source] if is_source(source) else source)]
+    sources = [open_source(found, layer, fractional) for found in expand(source)]
     if not sources:
         raise ValueError("No sources: pass at least one AnnData, store or file.")
     united = unite([found.genes for found in sources], [found.name for found in sources], aliases=aliases, unify=unify)

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..sources.stored_cells import StoredCells
 from .replacing import STORE, check_free, recover, written_at
@@ -42,7 +43,8 @@ def join_stores(path: Path, stores: Sequence[StoredCells], overwrite: bool) -> N
 def _write(path: Path, building: Path, stores: Sequence[StoredCells], row_format: RowFormat) -> None:
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    shards, n_cells = [], 0
+    shards: list[dict[str, Any]] = []
+    n_cells = 0
     for store in stores:
         for shard in store.manifest["shards"]:
             file = (store.path / shard["file"]).resolve()

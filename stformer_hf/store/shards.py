@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -302,6 +303,7 @@ class ShardWriter:
             raise ValueError(_NO_COMMON_TYPE)
         columns["counts"] = pa.ListArray.from_arrays(offsets, values)
         batch = pa.record_batch([columns[name] for name in self._schema.names], schema=self._schema)
+        assert self._writer is not None  # `open` was called before the first rows
         self._writer.write_batch(batch)
         self.shards[-1]["rows"] += batch.num_rows
 
@@ -407,7 +409,7 @@ def shuffle(
                 for writer, start, stop in zip(writers, [0, *ends[:-1]], ends, strict=True):
                     if stop > start:
                         writer.write_batch(batch.take(pa.array(by_bucket[start:stop])))
-    shuffled = []
+    shuffled: list[dict[str, Any]] = []
     writer = None
     for file in files:
         rows = pa.Table.from_batches(read_batches(file), numbered)

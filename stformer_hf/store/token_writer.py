@@ -257,6 +257,7 @@ def _write_shards(shards: TokenShards, workers: int) -> list[dict]:
             file = Path(folder, "shards")
             file.write_bytes(pickle.dumps(shards))
             with process_pool(workers, _start_worker, (file,)) as pool:
+                assert pool is not None  # there are several workers
                 running = [pool.submit(_write_shard, number) for number in numbers]
                 for done in as_completed(running):
                     bar.update(done.result()["rows"])
@@ -272,6 +273,7 @@ def _start_worker(file: Path) -> None:
 
 
 def _write_shard(number: int) -> dict:
+    assert _of_worker is not None
     return _of_worker.write(number)
 
 

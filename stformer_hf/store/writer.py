@@ -82,7 +82,7 @@ class BuildSettings:
 
 def write_store(
     path: Path,
-    sources: list[Any],
+    sources: Any,
     settings: BuildSettings,
     *,
     overwrite: bool = False,
@@ -119,10 +119,10 @@ def write_store(
                 "build a new store from this one and the sources."
             )
         united.rows, united.fates = united.rows[1:], united.fates[1:]
-    known = (None, None) if base is None else (base.categories, base.manifest["obs"])
-    obs = unite_obs(opened, settings.obs, *known, classes=settings.classes)
-    if base is not None and obs.types != base.manifest["obs"]:
-        known, new = base.manifest["obs"], obs.types
+    categories, known = (None, None) if base is None else (base.categories, base.manifest["obs"])
+    obs = unite_obs(opened, settings.obs, categories, known, settings.classes)
+    if known is not None and obs.types != known:
+        new = obs.types
         changed = [f"{name!r} ({known[name]} there, {new[name]} here)" for name in new if new[name] != known[name]]
         raise ValueError(f"obs column {', '.join(changed)} has another type than in {path}. Convert it first.")
     row_format = RowFormat(
@@ -186,6 +186,8 @@ def _watch(
     same: SameCells | None, pieces: list[Piece], sources: list[Source], path: Path, base: StoredCells | None
 ) -> Callable[[Piece], None]:
     """Return a function to call with each written piece, which raises once two sources hold the same cells."""
+    if same is None:
+        return lambda piece: None
     left = Counter(piece.source for piece in pieces)
 
     def written(piece: Piece) -> None:
@@ -203,7 +205,7 @@ def _watch(
                 "pass allow_duplicates=True."
             )
 
-    if same is not None and len(sources) in same:
+    if base is not None and len(sources) in same:
         others = [source for pair in same.pairs for source in pair if source < len(sources)]
         same.add(len(sources), _describe_rows(base, same.in_another(len(sources), others)))
     return written
@@ -345,7 +347,9 @@ def _start_worker(initializer: Callable[..., None] | None, arguments: tuple) -> 
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # only workers run this
+    parent.join()
     os._exit(1)
 
 

@@ -348,5 +348,9 @@ def test_values_are_for_our_collators(store):
     with pytest.raises(ValueError, match="use DataCollatorForPhenotypicMLM"):
         DataCollatorForLanguageModeling(tokenizer)(examples)
     assert "expression_values" in collate_fn_wrapper(tokenizer)(examples)
+    without = [{name: example[name] for name in ("input_ids", "token_type_ids")} for example in examples]
+    for packing in (False, True):
+        with pytest.raises(ValueError, match="the tokens have no expression_values"):
+            collate_fn_wrapper(tokenizer, packing=packing)(without)
     with pytest.raises(ValueError, match="must be integers, got float64"):
         collate_fn_wrapper(tokenizer)([{"input_ids": [0], "token_type_ids": [0], "labels": [0.7]}])

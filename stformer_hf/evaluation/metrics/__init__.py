@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 _IGNORE = -100
 
 
-def classification_metrics(true: Sequence, predicted: Sequence, labels: Sequence | None = None) -> dict[str, float]:
+def classification_metrics(
+    true: Sequence | np.ndarray, predicted: Sequence | np.ndarray, labels: Sequence | None = None
+) -> dict[str, float]:
     """Compute accuracy and macro F1.
 
     Parameters

@@ -132,8 +132,9 @@ class CellNeighborhoodConfig(PreTrainedConfig):
             has_room = name == "cell_types" and given is not None and 0 < len(given) < size
             if given is not None and len(given) != size and not has_room:
                 raise ValueError(f"There are {len(given)} {name}, but the model has {size}.")
-        if self.on_init is not None:
-            type(self).on_init()
+        on_init = type(self).on_init
+        if on_init is not None:
+            on_init()
 
     @classmethod
     def from_size(cls, size: str, **kwargs) -> "CellNeighborhoodConfig":

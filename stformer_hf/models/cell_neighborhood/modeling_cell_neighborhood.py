@@ -87,7 +87,7 @@ class Block(NamedTuple):
 
     Attributes
     ----------
-    count, queries, keys : int
+    n_sequences, queries, keys : int
         Number of sequences, and of queries and keys in each.
     mask : bool Tensor (1, 1, queries, keys) or None
         True = may attend; every row has at least one True. None if everything may attend.
@@ -95,7 +95,7 @@ class Block(NamedTuple):
         Queries that may attend to nothing; their output is 0.
     """
 
-    count: int
+    n_sequences: int
     queries: int
     keys: int
     mask: torch.Tensor | None = None
@@ -133,7 +133,8 @@ class Routes(NamedTuple):
 def _block_of(mask: torch.Tensor) -> Block:
     """Make a block from a mask where True = may not attend; rows that are all True are opened, and marked closed."""
     closed = mask.all(-1, keepdim=True)
-    return Block(1, *mask.shape, (~mask | closed)[None, None], closed)
+    queries, keys = mask.shape
+    return Block(1, queries, keys, (~mask | closed)[None, None], closed)
 
 
 def routes_of_masks(
@@ -280,9 +281,9 @@ class CellNeighborhoodAttention(nn.Module):
         )
         parts = zip(
             blocks,
-            query.split([block.count * block.queries for block in blocks]),
-            key.split([block.count * block.keys for block in blocks]),
-            value.split([block.count * block.keys for block in blocks]),
+            query.split([block.n_sequences * block.queries for block in blocks]),
+            key.split([block.n_sequences * block.keys for block in blocks]),
+            value.split([block.n_sequences * block.keys for block in blocks]),
             strict=True,
         )
         attended, weights = [], None
@@ -291,7 +292,7 @@ class CellNeighborhoodAttention(nn.Module):
                 # Zeros that depend on all three, so that every parameter gets a gradient, as with masks.
                 attended.append((0 * (part[0] + part[1].sum() + part[2].sum())).flatten(1))
                 continue
-            shapes = [(block.count, length, *heads) for length in (block.queries, block.keys, block.keys)]
+            shapes = [(block.n_sequences, length, *heads) for length in (block.queries, block.keys, block.keys)]
             out, weights = attention_interface(
                 self,
                 *(tensor.view(shape).transpose(1, 2) for tensor, shape in zip(part, shapes, strict=True)),
@@ -300,7 +301,7 @@ class CellNeighborhoodAttention(nn.Module):
                 scaling=self.scaling,
                 closed=block.closed,
             )
-            out = out.reshape(block.count * block.queries, -1)
+            out = out.reshape(block.n_sequences * block.queries, -1)
             attended.append(out if block.closed is None else out.masked_fill(block.closed, 0))
         return self.out_lin(torch.cat(attended)), weights
 
@@ -358,14 +359,14 @@ class CellTokens(nn.Module):
         """Return tokens (N, hidden) of observed cells; see `CellNeighborhoodModel.forward`."""
         parts = []
         if self.expression is not None:
-            self._check("observed_expression", expression, (len(cell_types), self.config.n_genes), "n_genes")
-            expression = expression.float()
+            shape = (len(cell_types), self.config.n_genes)
+            expression = self._checked("observed_expression", expression, shape, "n_genes").float()
             if self.config.apply_log1p:
                 expression = expression.log1p()
             parts.append(self.expression(expression.to(self.masked_expression.dtype)))
         if self.cell_embedding is not None:
-            size = self.config.cell_embedding_size
-            self._check("cell_embeds", cell_embeds, (len(cell_types), size), "cell_embedding_size")
+            shape = (len(cell_types), self.config.cell_embedding_size)
+            cell_embeds = self._checked("cell_embeds", cell_embeds, shape, "cell_embedding_size")
             parts.append(self.cell_embedding(cell_embeds.to(self.masked_expression.dtype)))
         return torch.cat([self._embed_types(cell_types, "observed_cell_type"), sum(parts)], dim=-1)
 
@@ -385,10 +386,11 @@ class CellTokens(nn.Module):
         return self.cell_type_embeddings(cell_types)
 
     @staticmethod
-    def _check(name: str, tensor: torch.Tensor | None, shape: tuple[int, int], field: str) -> None:
+    def _checked(name: str, tensor: torch.Tensor | None, shape: tuple[int, int], field: str) -> torch.Tensor:
         if tensor is None or tuple(tensor.shape) != shape:
             found = "nothing" if tensor is None else tuple(tensor.shape)
             raise ValueError(f"{name} must be a tensor {shape} (cells, config.{field}), got {found}.")
+        return tensor
 
 
 class NeighborhoodPooling(nn.Module):
@@ -539,6 +541,7 @@ class CellNeighborhoodModel(CellNeighborhoodPreTrainedModel):
             routes = routes_of_packing(cu_seq_lens, observed_neighboorhood_lens, n_cells)
             n_neighborhoods = len(cu_seq_lens) - 1
         else:
+            assert pooling_mask is not None  # checked above
             routes = routes_of_masks(*masks, n_cells)
             n_neighborhoods = len(pooling_mask)
         if not n_neighborhoods:

@@ -36,8 +36,9 @@ class BinEncoder(CellVocabulary):
             raise ValueError(f'totals must be "genes" or "columns", got {settings.totals!r}.')
         if settings.normalize not in (None, "log1p_cp10k"):
             raise ValueError(f'normalize must be None or "log1p_cp10k", got {settings.normalize!r}.')
-        edges = (0.1,) if settings.bin_edges is None else settings.bin_edges
-        settings.bin_edges = check_bin_edges(edges, settings.genes)
+        settings.bin_edges = check_bin_edges(
+            (0.1,) if settings.bin_edges is None else settings.bin_edges, settings.genes
+        )
         edges = _edge_array(settings.bin_edges)
         self.n_bins, self._binner = 1 + edges.shape[-1], Binner(edges)
         super().__init__(settings, [f"bin_{i}" for i in range(self.n_bins)])
@@ -54,7 +55,7 @@ class BinEncoder(CellVocabulary):
         """Return the settings that define the tokens, as saved."""
         settings = self.settings
         # Left out if as in files from before these settings existed, whose fingerprints must not change.
-        more = {"values": True} if settings.values else {}
+        more: dict[str, Any] = {"values": True} if settings.values else {}
         if settings.normalize is not None and settings.totals != "columns":
             more["totals"] = settings.totals
         return {**super().meaning(), "bin_edges": settings.bin_edges, "normalize": settings.normalize, **more}
@@ -107,15 +108,16 @@ class BinEncoder(CellVocabulary):
         dropped, n_dropped = [np.empty(0, np.int64)], np.maximum(lengths - room, 0)
         cuts = zip(indptr.tolist(), indptr[1:].tolist(), starts[0].tolist(), room.tolist(), strict=False)
         for cell, (start, stop, to, most) in enumerate(cuts):
-            of, at, chosen = bins[start:stop], genes[start:stop], slice(None)
+            of, at = bins[start:stop], genes[start:stop]
+            chosen: slice | np.ndarray = slice(None)
             if stop - start > most and truncation.how == "head":
                 chosen = slice(most)
                 dropped.append(at[most:])
                 of, at = of[:most], at[:most]
             elif stop - start > most:
-                chosen = truncation.choose(most, counts[start:stop], at, cell_ids[cell])
-                dropped.append(at.take(np.flatnonzero(~chosen)))
-                chosen = np.flatnonzero(chosen)
+                kept = truncation.choose(most, counts[start:stop], at, cell_ids[cell])
+                dropped.append(at.take(np.flatnonzero(~kept)))
+                chosen = np.flatnonzero(kept)
                 of, at = of.take(chosen), at.take(chosen)
             ids[to : to + len(of)] = of
             types[to : to + len(of)] = at
@@ -207,13 +209,13 @@ def _fit_bin_edges(store, how: str, n_bins: int, normalize: str | None) -> list[
         raise ValueError(f'bin_edges must be numbers, "quantile" or "gene_quantile", got {how!r}.')
     if n_bins < 1:
         raise ValueError(f"n_bins={n_bins}: must be at least 1.")
-    genes, values = [np.empty(0, np.int64)], [np.empty(0)]
+    parts = [(np.empty(0, np.int64), np.empty(0))]
     for some in blocks_of_cells(store):
         matrix = store.rows(some)
         rows = CountRows(matrix.indptr.astype(np.int64), matrix.indices, matrix.data)
-        genes.append(rows.columns)
-        values.append(rows.counts if normalize is None else _log1p_cp10k(rows, row_sums(rows)))
-    genes, values = np.concatenate(genes), np.concatenate(values).astype(np.float64)
+        parts.append((rows.columns, rows.counts if normalize is None else _log1p_cp10k(rows, row_sums(rows))))
+    genes, values = map(np.concatenate, zip(*parts, strict=True))
+    values = values.astype(np.float64)
     if not len(values):
         raise ValueError("The store has no counts to compute bin_edges from.")
     everywhere = _quantiles(np.sort(values), n_bins)

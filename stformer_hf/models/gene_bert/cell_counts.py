@@ -4,12 +4,13 @@ import itertools
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .cell_tables import find_table, is_mudata, is_spatialdata
-from .gene_columns import GENES, ColumnNames, feature_types
+from .gene_columns import GENES, ColumnNames, GeneNames, feature_types
 
 NEIGHBORS = "spatial_connectivities"  # where squidpy keeps the graph of the cells
 NO_COUNTS = "only zeros in the part that was checked"
@@ -51,7 +52,7 @@ class Cells(NamedTuple):
     """
 
     rows: CountRows
-    names: ColumnNames | tuple[Sequence[str], Sequence[str]]
+    names: ColumnNames | tuple[GeneNames, GeneNames]
     obs: Any
     ids: np.ndarray | None
     neighborhood: CountRows | None
@@ -89,13 +90,13 @@ def read_cells(
             (cells.gene_ids, cells.symbols),
             cells,
             cells.cell_id,
-            CountRows(*around) if with_neighborhood else None,
+            CountRows(*around) if with_neighborhood and around is not None else None,
         )
     around = None
     if has_tables or (hasattr(cells, "obs") and hasattr(cells, "var_names")):
         adata, obs, layer, name = find_table(cells, layer)
         matrix, rows, var = _find_counts(adata, layer, fractional, name)
-        names = ColumnNames(var.index, var)
+        names: ColumnNames | tuple[GeneNames, GeneNames] = ColumnNames(var.index, var)
         if with_neighborhood:
             if NEIGHBORS not in adata.obsp:
                 raise ValueError(
@@ -114,8 +115,8 @@ def read_cells(
         rows = csr_rows(cells)
         if genes is None:
             genes = getattr(cells, "columns", None)  # a DataFrame names its genes
-        names = (own_genes, own_genes) if genes is None else genes
-        names = names if isinstance(names, tuple) else ColumnNames(names)
+        genes = (own_genes, own_genes) if genes is None else genes
+        names = genes if isinstance(genes, tuple) else ColumnNames(genes)
         n_names = len(names[0]) if isinstance(names, tuple) else len(names)
         if n_names != cells.shape[1]:
             raise ValueError(
@@ -236,7 +237,7 @@ def hide(rows: CountRows, cells: np.ndarray, genes: np.ndarray, n_genes: int) ->
     )
 
 
-def pad_ragged(flat: np.ndarray, indptr: np.ndarray, length: int, value: int, side: str = "right") -> np.ndarray:
+def pad_ragged(flat: np.ndarray, indptr: np.ndarray, length: int, value: float, side: str = "right") -> np.ndarray:
     """Write ragged rows into a padded matrix.
 
     Parameters
@@ -247,7 +248,7 @@ def pad_ragged(flat: np.ndarray, indptr: np.ndarray, length: int, value: int, si
         Row i is `flat[indptr[i]:indptr[i + 1]]`.
     length : int
         Number of columns; no row may be longer.
-    value : int
+    value : float
         Padding value.
     side : {"right", "left"}, default: "right"
         Where the padding goes.
@@ -286,7 +287,8 @@ def split_features(var, whole_var=None) -> dict[str, np.ndarray] | None:
 
 def _numbered(names) -> list[tuple[str, int]]:
     """Return names with a running number for repeats, such as those of a gene and of its protein's antibody."""
-    seen, numbered = Counter(), []
+    seen: Counter[Any] = Counter()
+    numbered = []
     for name in names:
         numbered.append((name, seen[name]))
         seen[name] += 1
@@ -321,7 +323,7 @@ def _find_counts(adata, layer: str | None, fractional: bool, name: str) -> tuple
         values = read[key][1].counts
         return check_counts(values, fractional)[1] or (None if values.any() else NO_COUNTS)
 
-    chosen = choose_counts({key: (lambda key=key: problem_in(key)) for key in found}, layer, name)
+    chosen = choose_counts({key: partial(problem_in, key) for key in found}, layer, name)
     problem = problem_in(chosen) if chosen not in read else check_counts(read[chosen][1].counts, fractional)[1]
     if problem not in (None, NO_COUNTS):
         raise ValueError(f"{name}: counts are needed, but {chosen} holds {problem}. {_REMEDY}")

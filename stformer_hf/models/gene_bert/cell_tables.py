@@ -1,6 +1,7 @@
 """Find the table of a MuData or SpatialData that holds the cells: one rule for objects and files."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from transformers.utils import logging
@@ -65,8 +66,12 @@ def find_table(cells, layer: str | None = None) -> CellTable:
         kind, tables = "table", cells.tables
     else:
         return CellTable(cells, cells.obs, layer, "The AnnData")
+
+    def var_of(name: str) -> Any:
+        return tables[name].var
+
     source = type(cells).__name__
-    name, layer = choose_table({name: lambda name=name: tables[name].var for name in tables}, layer, source, kind)
+    name, layer = choose_table({name: partial(var_of, name) for name in tables}, layer, source, kind)
     table = tables[name]
     obs = join_obs(table.obs, cells.obs, name) if kind == "modality" else table.obs
     return CellTable(table, obs, layer, f"{source}, {kind} {name!r}")

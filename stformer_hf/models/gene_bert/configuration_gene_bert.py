@@ -226,8 +226,9 @@ class GeneBertConfig(PreTrainedConfig):
             )
         if self.class_weights is not None and len(self.class_weights) != self.num_labels:
             raise ValueError(f"There are {len(self.class_weights)} class_weights for {self.num_labels} labels.")
-        if self.on_init is not None:
-            type(self).on_init()
+        on_init = type(self).on_init
+        if on_init is not None:
+            on_init()
 
     @classmethod
     def from_size(cls, size: str, **kwargs) -> "GeneBertConfig":

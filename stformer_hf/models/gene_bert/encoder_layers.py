@@ -78,6 +78,7 @@ class PositionlessEmbeddings(nn.Module):
             inputs_embeds = self.word_embeddings(input_ids)
         embedded = inputs_embeds + self.token_type_embeddings(token_type_ids)
         if hasattr(self, "position_embeddings"):
+            assert position_ids is not None
             most = self.position_embeddings.num_embeddings
             bound = position_ids.shape[1] if longest is None else longest
             if bound > most and not torch.compiler.is_compiling() and int(position_ids.max()) >= most:

@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -11,6 +11,8 @@ import numpy as np
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+
+GeneNames = Sequence[str] | np.ndarray
 
 # Ensembl, FlyBase, WormBase, TAIR and SGD. The prefix of an Ensembl id shows the species.
 _ID = (
@@ -126,9 +128,10 @@ def resolve_genes(
     ValueError
         The names are row numbers, and no column has names.
     """
+    columns = {} if columns is None else columns
     usual = _usual_columns(columns)
     texts = [_texts(index), *(_texts(columns[name]) for name, _ in usual)]
-    references = set().union(*map(_references, texts))
+    references: set[str] = set().union(*map(_references, texts))
     genomes = np.full(len(index), "", object)
     own, *others = (_Names.of(_cut(text, references, genomes)) for text in texts)
     with_ids, with_other_ids, with_symbols = [], [], []
@@ -141,7 +144,7 @@ def resolve_genes(
             with_symbols.append(values.names)
     if _are_row_numbers(own.names, bool(with_ids or with_other_ids or with_symbols)):
         if not (with_ids or with_other_ids or with_symbols):
-            there = ", ".join(map(str, [] if columns is None else columns)) or "none"
+            there = ", ".join(map(str, columns)) or "none"
             raise ValueError(
                 f"The genes are named {', '.join(own.names[:3])}, …: these are row numbers. Put gene names into "
                 f"var_names, or into a column gene_id or gene_symbol of var (its columns: {there}). If they are "
@@ -150,15 +153,14 @@ def resolve_genes(
         own = _Names.of(np.full(len(index), "", object))
     with_ids.sort(key=lambda values: -values.are_ids.sum())
     ids, own_are_ids = np.full(len(index), "", object), own.mostly_ids
-    kinds, own = [own, *with_ids] if own_are_ids else [*with_ids, own], own.names
     if own_are_ids or with_ids:
-        ids = _ids_of_one_species(kinds)
+        ids = _ids_of_one_species([own, *with_ids] if own_are_ids else [*with_ids, own])
     elif with_other_ids:
         ids = with_other_ids[0]
-    elif _all_digits(own) or (with_symbols and _mostly(_OTHER_ID, own)):  # Entrez, RefSeq, maize, …
-        ids, own_are_ids = own, True
-    symbols = _first([*with_symbols, own] if own_are_ids else [own, *with_symbols])
-    ids = strip_versions(_first([ids, own, symbols] if own_are_ids else [ids, symbols]))
+    elif _all_digits(own.names) or (with_symbols and _mostly(_OTHER_ID, own.names)):  # Entrez, RefSeq, maize, …
+        ids, own_are_ids = own.names, True
+    symbols = _first([*with_symbols, own.names] if own_are_ids else [own.names, *with_symbols])
+    ids = strip_versions(_first([ids, own.names, symbols] if own_are_ids else [ids, symbols]))
     if not copies:
         ids, n_copies = _of_x(ids)
         if n_copies:
@@ -210,7 +212,7 @@ def _ids_of_one_species(kinds: list[_Names]) -> np.ndarray:
 # ---------------------------------------------------------------------- names
 
 
-def clean_names(values: Sequence[Any]) -> np.ndarray:
+def clean_names(values: Sequence[Any] | np.ndarray) -> np.ndarray:
     """Return names cleaned as `resolve_genes` cleans an index, object array of str (n,); "" for placeholders."""
     texts = _texts(values)
     names = strip_versions(_cut(texts, _references(texts), np.full(len(texts), "", object)))
@@ -224,7 +226,7 @@ def _of_x(ids: np.ndarray) -> tuple[np.ndarray, int]:
     return ids, len(copied)
 
 
-def _texts(values: Sequence[Any]) -> list[str]:
+def _texts(values: Sequence[Any] | np.ndarray) -> list[str]:
     """Return names as text: "" for placeholders, the id for probes, `_PAR_Y` for copies on Y."""
     values = _listed(values)
     if set(map(type, values)) == {str}:  # the fast way for most files
@@ -243,7 +245,7 @@ def _texts(values: Sequence[Any]) -> list[str]:
     return names
 
 
-def _listed(values: Sequence[Any]) -> list:
+def _listed(values: Sequence[Any] | np.ndarray) -> list:
     """Return the names of a column unchanged, as a list.
 
     Raises
@@ -251,16 +253,14 @@ def _listed(values: Sequence[Any]) -> list:
     ValueError
         Two columns have one name, or there are arrays instead of names.
     """
-    values = np.asarray(values, dtype=object)
-    if values.ndim != 1:
-        raise ValueError(
-            f"Gene names must be one column of text, got shape {values.shape}: is a column name repeated?"
-        )
-    values = values.tolist()
-    for kind in set(map(type, values)) - {str, float, type(None)}:
+    names = np.asarray(values, dtype=object)
+    if names.ndim != 1:
+        raise ValueError(f"Gene names must be one column of text, got shape {names.shape}: is a column name repeated?")
+    listed = names.tolist()
+    for kind in set(map(type, listed)) - {str, float, type(None)}:
         if issubclass(kind, (np.ndarray, list, tuple, dict, set)):
             raise ValueError(f"Gene names must be text, but a column of var holds {kind.__name__}s.")
-    return values
+    return listed
 
 
 def _text(value: Any) -> str:
@@ -292,10 +292,10 @@ def _cut(names: list[str], references: set[str], genomes: np.ndarray) -> np.ndar
     return found
 
 
-def _usual_columns(columns: Mapping[str, Any] | None) -> list[tuple[str, set[str]]]:
+def _usual_columns(columns: Mapping[str, Any]) -> list[tuple[str, set[str]]]:
     """Return the columns with a usual name, in the order of the usual names, and what they may hold."""
     found = []
-    for name in [] if columns is None else columns:
+    for name in columns:
         plain = _plain(name)
         kinds = {kind for kind, usual in (("id", _ID_COLUMNS), ("symbol", _SYMBOL_COLUMNS)) if plain in usual}
         if kinds:
@@ -354,17 +354,17 @@ def is_id(name: str) -> bool:
     return _GENE_ID.match(name) is not None
 
 
-def are_ids(names: Sequence[str]) -> np.ndarray:
+def are_ids(names: Collection[str]) -> np.ndarray:
     """Return which names look like gene ids, bool array (n,)."""
     return np.fromiter(map(bool, map(_GENE_ID.match, names)), bool, len(names))
 
 
-def mostly_ids(names: Sequence[str]) -> bool:
+def mostly_ids(names: Iterable[str]) -> bool:
     """Return whether over half of the names that are not empty look like gene ids."""
     return _mostly(_GENE_ID, names)
 
 
-def _mostly(pattern: re.Pattern, names: Sequence[str]) -> bool:
+def _mostly(pattern: re.Pattern, names: Iterable[str]) -> bool:
     named = list(filter(None, names))
     return 2 * sum(map(bool, map(pattern.match, named))) > len(named)
 
@@ -377,7 +377,7 @@ def strip_version(name: str) -> str:
     return name[: match.start("version")] + (match.group("par") or "")
 
 
-def strip_versions(names: Sequence[str]) -> np.ndarray:
+def strip_versions(names: Collection[str]) -> np.ndarray:
     """Cut the versions of Ensembl ids among names; return an object array of str (n,)."""
     found = np.empty(len(names), object)
     found[:] = [strip_version(name) if "." in name else name for name in names]
@@ -484,7 +484,8 @@ def _read_types(columns: Mapping[str, Sequence[Any]] | None) -> tuple[list, dict
 
     None if there is no such column, or it holds no known type.
     """
-    for name in [] if columns is None else columns:
+    columns = {} if columns is None else columns
+    for name in columns:
         if _plain(name) not in _FEATURE_COLUMNS:
             continue
         values = _listed(columns[name])
@@ -522,6 +523,7 @@ class ColumnNames:
     """
 
     def __init__(self, index: Sequence[Any], columns: Mapping[str, Sequence[Any]] | None = None):
+        columns = {} if columns is None else columns
         self._index, self._columns = index, columns
         read = [name for name, _ in _usual_columns(columns)]
         names = [_listed(some) for some in (index, *(columns[name] for name in read))]

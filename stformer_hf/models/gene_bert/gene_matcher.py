@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from .gene_columns import ColumnNames, describe, guess_species, is_id, strip_version
+from .gene_columns import ColumnNames, GeneNames, describe, guess_species, is_id, strip_version
 
 logger = logging.get_logger(__name__)
 
@@ -64,7 +64,7 @@ class GeneMatcher:
             found = self._index.get(strip_version(name).removesuffix("_PAR_Y")) if is_id(name) else None
         return self._symbols.get(name, -1) if found is None else found
 
-    def find_columns(self, gene_ids: Sequence[str], symbols: Sequence[str], match: str = "id") -> np.ndarray:
+    def find_columns(self, gene_ids: GeneNames, symbols: GeneNames, match: str = "id") -> np.ndarray:
         """Find the gene of each column: by its id, else by its symbol, unless another column has that gene's id.
 
         Parameters
@@ -104,11 +104,10 @@ class GeneMatcher:
 
     def match(
         self,
-        names: ColumnNames | tuple[np.ndarray, np.ndarray],
+        names: ColumnNames | tuple[GeneNames, GeneNames],
         columns: np.ndarray,
         counts: np.ndarray,
         min_coverage: float,
-        key: np.ndarray | None,
         match: str = "id",
         warn_coverage: float = 0.0,
     ) -> np.ndarray | None:
@@ -121,14 +120,14 @@ class GeneMatcher:
         Parameters
         ----------
         names : ColumnNames, or gene ids and symbols (n_columns,)
+            Arrays are shared by the batches of a store, which are matched once: their coverage is that of all batches
+            so far.
         columns : int array (nnz,)
             Column of each count.
         counts : array (nnz,)
             Counts, for the share of known counts.
         min_coverage : float
             Smallest share of the vocabulary's weight.
-        key : array, optional
-            Shared by the batches of a store: they are matched once, and their coverage is that of all batches so far.
         match : {"id", "symbol"}, default: "id"
             As for `find_columns`.
         warn_coverage : float, default: 0.0
@@ -144,20 +143,22 @@ class GeneMatcher:
         ValueError
             The input has less than `min_coverage` of the vocabulary's weight, or genes of another species.
         """
-        own = (names.key if key is None else key, (match, min_coverage, warn_coverage))
-        seen = self._last is not None and type(self._last[0][0]) is type(own[0]) and self._last[0][1] == own[1]
-        seen = seen and (self._last[0][0] is own[0] if key is not None else self._last[0][0] == own[0])
-        if seen:
-            mapped = self._last[1]
-            if mapped is None and key is not None:
+        shared = not isinstance(names, ColumnNames)
+        own = (names.key if isinstance(names, ColumnNames) else names[0], (match, min_coverage, warn_coverage))
+        last = self._last
+        if last is not None and not _same_names(last[0], own):
+            last = None
+        if last is not None:
+            mapped = last[1]
+            if mapped is None and shared:
                 return None  # all columns are known
         else:
             gene_ids, symbols = names.resolve() if isinstance(names, ColumnNames) else names
             mapped = self.find_columns(gene_ids, symbols, match)
             mapped = None if np.array_equal(mapped, np.arange(len(mapped))) else mapped
-        if not (seen and key is not None):
+        if last is None or not shared:
             self._known_counts = self._all_counts = 0.0
-        self._measure(mapped, names, columns, counts, (min_coverage, warn_coverage), tell=not seen)
+        self._measure(mapped, names, columns, counts, (min_coverage, warn_coverage), tell=last is None)
         self._last = (own, mapped)
         return mapped
 
@@ -169,7 +170,7 @@ class GeneMatcher:
         known_columns = float(known.mean()) if n_columns else 0.0
         share = self._known_counts / self._all_counts if self._all_counts else known_columns
         coverage = {"genes": known_columns, "counts": float(share)}
-        if not tell:  # same genes as in the last call
+        if not tell and self.last_coverage is not None:  # same genes as in the last call
             self.last_coverage = {**self.last_coverage, **coverage}
             return
         found = np.arange(n_columns) if mapped is None else np.unique(mapped[known])
@@ -181,6 +182,14 @@ class GeneMatcher:
                 f"The tokenizer knows {known.sum()} of {n_columns} genes of the input ({share:.1%} of its counts), "
                 f"{len(found)} of its own {len(self._genes)}; the others are left out."
             )
+
+
+def _same_names(one: tuple[Any, tuple], other: tuple[Any, tuple]) -> bool:
+    """Return whether two inputs are matched alike, and have names of equal hash, or the same array of names."""
+    (names, how), (other_names, other_how) = one, other
+    if type(names) is not type(other_names) or how != other_how:
+        return False
+    return names == other_names if isinstance(names, int) else names is other_names
 
 
 def coverage_of(found: np.ndarray, n_genes: int, weights: np.ndarray | None = None) -> dict[str, float]:
@@ -208,7 +217,7 @@ def check_coverage(
     coverage: Mapping[str, float],
     n_found: int,
     genes: Sequence[str],
-    input_genes: Sequence[str],
+    input_genes: Iterable[str],
     min_coverage: float,
     warn_coverage: float,
     has_symbols: bool = False,

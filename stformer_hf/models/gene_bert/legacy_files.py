@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -98,7 +98,7 @@ class _DefaultDict:
         return {}
 
 
-def _from_bytes(data, dtype, shape, order: str) -> np.ndarray:
+def _from_bytes(data, dtype, shape, order: Literal["C", "F"]) -> np.ndarray:
     if not (isinstance(dtype, _Dtype) and isinstance(data, (bytes, bytearray))):
         raise pickle.UnpicklingError("it holds numpy data that are not plain bytes")
     return np.frombuffer(bytes(data), dtype.numpy).reshape(shape, order=order).copy()

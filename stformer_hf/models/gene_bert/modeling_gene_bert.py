@@ -264,12 +264,13 @@ class GeneBertModel(GeneBertPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds.")
-        shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None  # checked above
+        shape = given.shape[:2]
         check_packing(shape, attention_mask, cu_seq_lens_q, {**kwargs, "position_ids": position_ids})
         positions = self.config.position_embedding_type
         if positions != "none" and position_ids is None:
-            device = (input_ids if inputs_embeds is None else inputs_embeds).device
-            position_ids = places_in_cells(shape, attention_mask, cu_seq_lens_q, device)
+            position_ids = places_in_cells(shape, attention_mask, cu_seq_lens_q, given.device)
         hidden_states = self.embeddings(
             input_ids, token_type_ids, inputs_embeds, position_ids, expression_values, kwargs.get("max_length_q")
         )
@@ -382,6 +383,7 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         if labels is None:
             logits = self._predict(hidden_states, order)
         else:
+            assert token_type_ids is not None  # the embeddings need them
             labels = labels.to(hidden_states.device)
             # The number of labels is known only after a GPU has counted them, which breaks a compiled graph. There,
             # with a small vocabulary, logits of all positions cost little.

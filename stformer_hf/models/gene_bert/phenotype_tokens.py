@@ -84,7 +84,7 @@ def phenotype_ids(obs: Any, category: str, ids: Mapping[str, int], n_cells: int)
     return np.array([find(value) for value in _exact(values)], np.int64)
 
 
-def _exact(values: Sequence) -> Sequence:
+def _exact(values: Sequence) -> Sequence | np.ndarray:
     """Return floats as numpy scalars: pandas iterates Python floats, which print a float32 0.1 as 0.10000000149."""
     array = np.asarray(values)
     return array if array.dtype.kind == "f" else values

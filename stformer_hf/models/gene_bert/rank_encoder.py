@@ -122,7 +122,9 @@ class RankEncoder(CellVocabulary):
     ) -> TokenizedCells:
         """Return the tokens of cells; the parameters are those of `BinEncoder.encode`."""
         settings, parts, room = self.settings, [cells.rows], layout.room(truncation.max_length)
+        assert settings.target_sum is not None  # completed by this encoder
         if settings.neighborhood:
+            assert cells.neighborhood is not None  # `read_cells` refuses cells without one
             parts.append(cells.neighborhood)
             room = room // 2
         mapped = [map_genes(rows, column_genes) for rows in parts]

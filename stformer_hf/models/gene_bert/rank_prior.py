@@ -62,6 +62,7 @@ class RankPrior(nn.Module):
 
     def __init__(self, config: GeneBertConfig):
         super().__init__()
+        assert config.rank_prior_sizes is not None
         n_levels, n_tokens, n_axes = config.rank_prior_sizes
         self.n_types = config.type_vocab_size
         for name in ("token", "level", "bin"):

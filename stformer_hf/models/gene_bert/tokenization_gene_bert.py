@@ -22,7 +22,7 @@ from .vocabulary_tokenizer import VocabularyTokenizer
 
 logger = logging.get_logger(__name__)
 
-_ENCODERS = {"binned": BinEncoder, "rank": RankEncoder}
+_ENCODERS: dict[str, type[BinEncoder] | type[RankEncoder]] = {"binned": BinEncoder, "rank": RankEncoder}
 
 
 class _Logged(set):
@@ -413,9 +413,12 @@ class GeneTokenizer(VocabularyTokenizer):
 
         if padding in (False, "do_not_pad"):
             if return_tensors is None:
+                both = [(columns, tokens.indptr)]
+                if tokens.cells is not None:
+                    both.append((of_cells, tokens.cells.indptr))
                 ragged = {
                     name: [flat[start:stop].tolist() for start, stop in itertools.pairwise(indptr.tolist())]
-                    for some, indptr in ((columns, tokens.indptr), (of_cells, tokens.cells and tokens.cells.indptr))
+                    for some, indptr in both
                     for name, (flat, _) in some.items()
                 }
                 return BatchEncoding({**ragged, **{name: array.tolist() for name, array in more.items()}})
@@ -442,12 +445,20 @@ class GeneTokenizer(VocabularyTokenizer):
         """Return the model inputs in `model_input_names` as flat arrays, each with its padding value.
 
         The attention mask is not included, since it follows from the padding.
+
+        Raises
+        ------
+        ValueError
+            The tokens have no expression values, but `model_input_names` has.
         """
-        columns = {
-            "input_ids": (tokens.input_ids, self.pad_token_id),
-            "token_type_ids": (tokens.token_type_ids, 0),
-            "expression_values": (tokens.expression_values, 0.0),
-        }
+        columns = {"input_ids": (tokens.input_ids, self.pad_token_id), "token_type_ids": (tokens.token_type_ids, 0)}
+        if "expression_values" in self.model_input_names:
+            if tokens.expression_values is None:
+                raise ValueError(
+                    "The model reads values, but the tokens have no expression_values: tokenize the cells with this "
+                    "tokenizer, or train on the store."
+                )
+            columns["expression_values"] = (tokens.expression_values, 0.0)
         return {name: column for name, column in columns.items() if name in self.model_input_names}
 
     def cell_columns(self, tokens: TokenizedCells) -> dict[str, tuple[np.ndarray, int | float]]:
@@ -460,7 +471,7 @@ class GeneTokenizer(VocabularyTokenizer):
     def pad_cells(self, tokens: TokenizedCells) -> dict[str, np.ndarray]:
         """Return `cell_columns` as matrices (n, largest number of genes), padded on the right."""
         columns = self.cell_columns(tokens)
-        if not columns:
+        if tokens.cells is None or not columns:
             return {}
         indptr = tokens.cells.indptr
         most = max(int(np.diff(indptr).max(initial=0)), 1)
@@ -488,9 +499,8 @@ class GeneTokenizer(VocabularyTokenizer):
         max_length = self.max_length if max_length is None else max_length
         self._check_max_length(max_length)
         cells = read_cells(cells, genes, obs, layer, neighborhood, self.genes, self.neighborhood, fractional)
-        key = cells.names[0] if isinstance(cells.names, tuple) else None
         column_genes = self._matcher.match(
-            cells.names, cells.rows.columns, cells.rows.counts, self.min_coverage, key, self.match, self.warn_coverage
+            cells.names, cells.rows.columns, cells.rows.counts, self.min_coverage, self.match, self.warn_coverage
         )
         layout = self._layout(cells.obs, len(cells.rows.indptr) - 1, for_inference)
         how = "top" if for_inference and self.truncation == "random" else self.truncation

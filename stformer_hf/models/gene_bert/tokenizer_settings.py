@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -32,33 +32,34 @@ _ONLY_OF = {
 class TokenizerSettings:
     """The parameters of `GeneTokenizer`, which describes them; None stands for the default.
 
-    Those that both schemes have are checked here. The encoder of the scheme checks and completes its own.
+    Those that both schemes have are checked here. The encoder of the scheme checks and completes its own. The types
+    are those of complete settings.
     """
 
-    genes: Any
-    scheme: str | None
+    genes: list[str]
+    scheme: str
     bin_edges: Sequence[float] | Mapping[str, Sequence[float]] | None
     normalize: str | None
     totals: str | None
-    values: bool | None
-    whole_cell: bool | None
+    values: bool
+    whole_cell: bool
     medians: Any
     target_sum: float | None
-    neighborhood: bool | None
+    neighborhood: bool
     separator: str | None
-    add_cls: bool | None
-    add_eos: bool | None
-    phenotypes: Mapping[str, Sequence[Any]] | None
-    included_phenotypes: Sequence[str] | None
-    symbols: Any
-    max_length: int | None
-    truncation: str | None
-    seed: int | None
-    min_coverage: float | None
-    warn_coverage: float | None
-    gene_weights: Any
-    match: str | None
-    special_tokens: Mapping[str, str] | None
+    add_cls: bool
+    add_eos: bool
+    phenotypes: Mapping[str, Sequence[str]]
+    included_phenotypes: Sequence[str]
+    symbols: dict[str, str]
+    max_length: int
+    truncation: str
+    seed: int
+    min_coverage: float
+    warn_coverage: float
+    gene_weights: np.ndarray | None
+    match: str
+    special_tokens: Mapping[str, str]
     token_ids: Mapping[str, int] | None
 
     def __post_init__(self):
@@ -130,8 +131,8 @@ def _check_genes(genes: Sequence[str] | None) -> list[str]:
     if genes is None or len(genes) == 0:
         raise ValueError("GeneTokenizer needs genes: a list of gene ids, such as CellStore.gene_ids.")
     genes = [str(gene) for gene in genes]
-    seen: set[str] = set()
-    twice = [gene for gene in genes if (name := strip_version(gene)) in seen or seen.add(name)]
+    first: dict[str, int] = {}
+    twice = [gene for i, gene in enumerate(genes) if first.setdefault(strip_version(gene), i) != i]
     if twice:
         raise ValueError(f"{len(twice)} gene ids are repeated (versions are ignored): {sample(twice)}.")
     return genes
@@ -142,7 +143,7 @@ def check_symbols(symbols: Any, genes: Sequence[str]) -> dict[str, str]:
     if symbols is None:
         return {}
     if hasattr(symbols, "gene_ids"):
-        pairs = zip(symbols.symbols, symbols.gene_ids, strict=True)
+        pairs: Iterable[tuple[Any, Any]] = zip(symbols.symbols, symbols.gene_ids, strict=True)
     else:
         pairs = load_mapping(symbols).items()
     known = {strip_version(gene): gene for gene in genes}

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -60,17 +60,17 @@ class VocabularyTokenizer(PreTrainedTokenizer):
     @property
     def gene_token_ids(self) -> np.ndarray:
         """Token id of each gene in the rank scheme, int64 array (n_genes,)."""
-        return self.encoder.gene_token_ids
+        return cast(RankEncoder, self.encoder).gene_token_ids
 
     @property
     def n_bins(self) -> int:
         """Number of bins including `bin_0`: one more than the number of edges (the largest over genes)."""
-        return self.encoder.n_bins
+        return cast(BinEncoder, self.encoder).n_bins
 
     @property
     def first_bin_id(self) -> int:
         """Token id of `bin_0`."""
-        return self.encoder.first_bin_id
+        return cast(BinEncoder, self.encoder).first_bin_id
 
     @property
     def max_length(self) -> int:
@@ -139,7 +139,7 @@ class VocabularyTokenizer(PreTrainedTokenizer):
         names = [None, *self.phenotypes, *self.encoder.gene_types]
         return [names[int(i)] for i in token_type_ids]
 
-    def find_genes(self, names: Sequence[str], symbols: Sequence[str] | None = None) -> np.ndarray:
+    def find_genes(self, names: Iterable[str], symbols: Iterable[str] | None = None) -> np.ndarray:
         """Find genes by name.
 
         Parameters
@@ -197,9 +197,11 @@ class VocabularyTokenizer(PreTrainedTokenizer):
         return BatchEncoding(dict(encoded), tensor_type=return_tensors, prepend_batch_axis=prepend_batch_axis)
 
     def _types_of_text(self, input_ids: Sequence[int]) -> list[int]:
-        self.encoder.check_text(input_ids)
+        encoder = self.encoder
+        encoder.check_text(input_ids)
+        assert isinstance(encoder, RankEncoder)  # the other refuses text
         separator = None if self.separator is None else self.sep_token_id
-        return self.encoder.types_of_text(input_ids, self.mask_token_id, separator, self._included_phenotypes)
+        return encoder.types_of_text(input_ids, self.mask_token_id, separator, self._included_phenotypes)
 
     def pad(self, encoded_inputs, *args, **kwargs) -> BatchEncoding:
         """Pad as any tokenizer does; refuse `expression_values`, which transformers' collators do not pad or mask."""
