@@ -230,6 +230,35 @@ def test_a_killed_run_resumes_to_the_same_table(cells, tmp_path, fails_at, monke
         perturb(cells, model, genes, output=tmp_path / "p", **settings)
 
 
+def test_a_folder_of_another_tokenizer_or_of_other_genes_is_not_resumed(cells, tmp_path):
+    tokenizer = make_tokenizer(cells, "binned")
+    model, genes = make_model(tokenizer), cells.var_names[1:3].tolist()
+    settings = {"n_null": 0, "output": tmp_path / "p"}
+    perturb(cells, model, genes, tokenizer=tokenizer, **settings)
+    shorter = make_tokenizer(cells, "binned")
+    shorter.max_length = 9
+    with pytest.raises(ValueError, match="holds results with another tokenizer"):
+        perturb(cells, model, genes, tokenizer=shorter, **settings)
+    renamed = cells.copy()
+    renamed.var_names = [*cells.var_names[:3], *cells.var_names[:2:-1]]
+    with pytest.raises(ValueError, match="holds results with another genes"):
+        perturb(renamed, model, genes, tokenizer=tokenizer, **settings)
+
+
+def test_cells_without_a_group_are_left_out(cells, caplog):
+    tokenizer = make_tokenizer(cells, "binned")
+    model, gene = make_model(tokenizer), cells.var_names[1]
+    settings = {"tokenizer": tokenizer, "goal_key": "cell_type", "goal": "B cell", "n_null": 0}
+    unknown = cells.copy()
+    unknown.obs["cell_type"] = unknown.obs["cell_type"].astype("category")
+    unknown.obs.loc[unknown.obs_names[[0, 1, 8]], "cell_type"] = None
+    found = perturb(unknown, model, [gene], **settings)
+    assert "3 cells have no value in obs['cell_type']" in caplog.text
+    pd.testing.assert_frame_equal(found, perturb(cells[unknown.obs["cell_type"].notna()], model, [gene], **settings))
+    with pytest.raises(ValueError, match="No cell is in the goal group: obs\\['cell_type'\\] has 'B cell', 'T cell'"):
+        perturb(unknown, model, [gene], **{**settings, "goal": "nan"})
+
+
 def test_the_order_of_cells_and_genes_does_not_matter(cells):
     tokenizer = make_tokenizer(cells, "rank")
     model, genes = make_model(tokenizer), cells.var_names[1:6].tolist()
@@ -302,6 +331,8 @@ def test_all_genes_of_a_panel(cells):
         ({"genes": "ENSG00000000001"}, "must be a list"),
         ({"genes": []}, "There are no genes"),
         ({"genes": ["ENSG00000000001"] * 2}, "is repeated"),
+        ({"genes": ["ENSG00000000001", ["ENSG00000000001"] * 2]}, "edit the same genes"),
+        ({"hidden_layer": 3}, "hidden_layer 3 does not exist in a model of 2 layers"),
         ({"kind": "remove"}, "kind must be one of delete"),
         ({"quantile": 0.5}, "for kinds other than delete"),
         ({"goal": "B cell"}, "goal_key and goal belong together"),
