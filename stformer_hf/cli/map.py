@@ -53,7 +53,7 @@ def run(args: MapArguments):
     if args.save_reference:
         if args.label is None:
             raise ValueError("--save_reference needs --label.")
-        shared = {"fractional": args.fractional, "batch_size": args.batch_size}
+        shared = {"fractional": args.fractional, "batch_size": args.batch_size, "overwrite": args.overwrite}
         save_reference(reference, args.model, args.save_reference, args.label, **shared)
         reference = args.save_reference
     label_key = None if isinstance(reference, str) and not is_folder else args.label
