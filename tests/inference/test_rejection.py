@@ -112,6 +112,7 @@ def test_the_label_of_a_cluster_is_its_most_frequent_one():
     clusters = pd.Series(["0", "0", "0", "1", "1", "2", None], dtype="category")
     assert list(majority(labels, clusters).astype(object))[:5] == ["b", "b", "b", "a", "a"]  # a tie: the first
     assert majority(labels, clusters).isna().tolist()[5:] == [True, True]
+    assert majority(labels, pd.Series([None] * 7)).isna().all()
 
 
 def test_options_are_checked_before_the_cells_are_read(classifier, adata, tmp_path):
@@ -149,6 +150,8 @@ def test_the_command_has_the_same_options(classifier, adata, tmp_path):
     assert found.obs["stformer_label"].astype(object).equals(adata.obs["stformer_label"].astype(object))
     majorities = pd.crosstab(found.obs["cell_type"], found.obs["stformer_label"]).idxmax(axis=1)
     assert (found.obs["stformer_majority"].astype(str) == found.obs["cell_type"].map(majorities).astype(str)).all()
+    annotate(found, classifier)  # no column of the former call stays
+    assert list(found.obs) == ["cell_type", "age", "stformer_label", "stformer_score", "stformer_margin"]
 
 
 def test_the_calibration_error_is_that_of_its_definition():
