@@ -106,12 +106,15 @@ def export_onnx(
     output.mkdir(parents=True, exist_ok=True)
     with at_work(model, "cpu"):
         batches = [next(read_batches(source, tokenizer, size, desc="compare")) for size in _BATCHES]
-        names = _input_names(batches[0], tokenizer)
+        random = next(read_batches(open_source(_random_cells(tokenizer)), tokenizer, _BATCHES[1], desc="trace"))
+        names = _input_names(random, tokenizer)
         exported = _ForOnnx(model, names, pooling).eval()
         expected = [exported(*_tensors(batch, names, tokenizer)).numpy() for batch in batches]
     with torch.no_grad():
-        example = tuple(tensor.clone() for tensor in _tensors(batches[1], names, tokenizer))
+        # Of random cells: those to compare on may be too few, or have too few genes, for lengths that vary.
+        example = tuple(tensor.clone() for tensor in _tensors(random, names, tokenizer))
         _export(exported, example, names, "logits" if of_cells else "embedding", output / MODEL)
+    (output / MODEL_INT8).unlink(missing_ok=True)  # of an earlier export
     if int8:
         _quantise(output / MODEL, output / MODEL_INT8)
     settings = {
