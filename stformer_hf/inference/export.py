@@ -114,7 +114,8 @@ def export_onnx(
         # Of random cells: those to compare on may be too few, or have too few genes, for lengths that vary.
         example = tuple(tensor.clone() for tensor in _tensors(random, names, tokenizer))
         _export(exported, example, names, "logits" if of_cells else "embedding", output / MODEL)
-    (output / MODEL_INT8).unlink(missing_ok=True)  # of an earlier export
+    for former in (MODEL_INT8, SETTINGS):  # of another model
+        (output / former).unlink(missing_ok=True)
     if int8:
         _quantise(output / MODEL, output / MODEL_INT8)
     settings = {

@@ -82,7 +82,8 @@ def test_a_file_that_disagrees_is_refused(store, tmp_path, monkeypatch):
     save(tmp_path / "m", store, GeneBertModel, False)
     monkeypatch.setattr(export, "_export", lambda *args: None)
     (tmp_path / "onnx").mkdir()
-    (tmp_path / "onnx" / "model_int8.onnx").write_text("of an earlier model")
+    for former in ("model_int8.onnx", "onnx_settings.json"):
+        (tmp_path / "onnx" / former).write_text("of an earlier model")
     monkeypatch.setattr(export, "run_onnx", lambda path, inputs: np.full((len(inputs["input_ids"]), 16), 9.0))
     with pytest.raises(ValueError, match="differs from torch by up to"):
         export.export_onnx(str(tmp_path / "m"), tmp_path / "onnx")
