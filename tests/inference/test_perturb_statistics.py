@@ -164,6 +164,8 @@ def test_a_perturbation_that_changes_no_cell_is_not_compared():
     table = make_table(perturbations, lambda: iter([shard]), ["goal_shift"], donors, groups_of(rng, 0.0))
     assert table[["z", "p", "p_donors", "fdr"]].isna().all(axis=1).tolist() == [False] * 12 + [True]
     assert table["z"].abs().max() < 5
+    alone = make_table(perturbations, lambda: iter([shard]), ["goal_shift"], None, None)
+    assert alone["p_wilcoxon"][:12].median() > 0.1 > stats.wilcoxon(values[0, 0, :5]).pvalue  # not against 0
 
 
 def test_an_interval_over_donors_is_wider_than_over_their_cells():

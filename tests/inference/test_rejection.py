@@ -10,7 +10,7 @@ from stformer_hf import GeneBertConfig, GeneBertForClassification, GeneTokenizer
 from stformer_hf.cli import main
 from stformer_hf.evaluation.metrics import expected_calibration_error
 from stformer_hf.inference.annotate import majority
-from stformer_hf.inference.rejection import rejection_thresholds
+from stformer_hf.inference.rejection import rejection_thresholds, typicality
 from stformer_hf.training.calibration import OutOfFold
 from stformer_hf.training.model_card import write_model_card
 from stformer_hf.training.starts.linear_readers import Problem, fit_temperature, log_softmax
@@ -55,6 +55,11 @@ def test_a_group_of_few_cells_has_the_threshold_of_all():
     first, second, third = rejection_thresholds(scores, groups, 3, 0.05)
     assert (first, second, third) == (0.0, 2.0, 37.0)  # the lowest of 19; the third of 60; the lowest of 23
     assert (rejection_thresholds(scores[:18], groups[:18], 3, 0.05) == -np.inf).all()
+
+
+def test_a_cell_as_atypical_as_a_known_one_counts_that_one():
+    known, cells = np.array([[1.0, 5.0], [2.0, 5.0], [3.0, 9.0]]), np.array([[2.0, 5.0], [0.0, 10.0]])
+    np.testing.assert_allclose(typicality(known, cells), [np.log(3 / 4) + np.log(3 / 4), np.log(1 / 4)])
 
 
 def p_values(known, cells):
