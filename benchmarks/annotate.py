@@ -145,7 +145,7 @@ def _by_model(training: AnnData, others: AnnData, labels: np.ndarray, group_key:
     import stformer_hf
     from stformer_hf.evaluation.metrics import expected_calibration_error
 
-    model = stformer_hf.finetune(training, LABEL, num_train_epochs=0, group_key=group_key)
+    model = stformer_hf.finetune(training, LABEL, num_train_epochs=0, split_by=group_key)
     stformer_hf.annotate(others, model, reject=REJECT)
     probabilities = others.obsm["stformer_probabilities"]
     classes = np.array(others.uns["stformer_annotation"]["classes"])

@@ -437,7 +437,7 @@ def time_simulated(flags: Sequence[str] = (), **settings: Any) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         data = f"{folder}/cells.h5ad"
         cells.write_h5ad(data)
-        command = [sys.executable, "-m", "stformer_hf.cli", "finetune", "--data", data, "--label", LABEL]
+        command = [sys.executable, "-m", "stformer_hf.cli", "finetune", "--data", data, "--label_key", LABEL]
         command += ["--output", f"{folder}/model", *flags]
         with open(f"{folder}/log", "w+") as log:
             began, peak = time.perf_counter(), 0.0

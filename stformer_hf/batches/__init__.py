@@ -1,1 +1,5 @@
-"""Convert rows to tokens to batches: collators, samplers and streams."""
+"""Convert rows to tokens to batches: collators, samplers and streams.
+
+`collators.py` masks and labels cells; `collate.py` pads and packs them. `draws.py` says which rows an epoch reads;
+`samplers.py` (at random, in blocks), `length_sampler.py` (by length) and `token_budget.py` (by tokens) order them.
+"""

@@ -1,4 +1,4 @@
-"""Read and write lengths of examples, for samplers that group by length, without reading tokens."""
+"""Read and write the lengths of examples, which samplers that group by length need instead of the tokens."""
 
 from __future__ import annotations
 

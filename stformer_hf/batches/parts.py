@@ -1,4 +1,4 @@
-"""Datasets that are made of others, torch's Subset (`random_split`) and ConcatDataset, read as what they hold."""
+"""Read torch's Subset (`random_split`) and ConcatDataset as the datasets that they are made of are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that come several times in an epoch: each time with other masks."""
+"""Rows that are drawn several times in an epoch, each time with different masks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..store.cell_batch import REPEAT, Cell, CellBatch
 
 
 class NumberedRepeats(Sampler[list[int]]):
-    """Batches whose rows are numbered on when they come again: row + k * n_rows after k times in the epoch.
+    """Batches whose row numbers say how often a row was drawn before: row + k * n_rows after k times in the epoch.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Samplers: the order of the rows of a store in training."""
+"""Samplers that do not look at lengths: rows as they are drawn, in shuffled blocks, or from one source per batch."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class AnnotateArguments(OnCells):
             'obs["stformer_NAME"] for multiple labels and for numbers'
         }
     )
-    top_k: int = field(default=1, metadata={"help": "classes: number of most probable ones to write"})
+    top_k: int = field(default=1, metadata={"help": "classes: number of most probable classes to write"})
     reject: float | None = field(
         default=None,
         metadata={"help": 'classes: nominal share of known cells to label "unknown", such as 0.05 (default: none)'},
@@ -35,7 +35,11 @@ class AnnotateArguments(OnCells):
 def main(argv: list[str]) -> None:
     """Parse and run."""
     args, _ = parse(argv, AnnotateArguments, verb="annotate", description=__doc__)
+    from .files import is_first_process
+
     adata = run(args)
+    if not is_first_process():
+        return
     for column in adata.uns["stformer_annotation"]["columns"]:
         values = adata.obs[column]
         summary = values.value_counts() if hasattr(values, "cat") else values.describe().rename_axis(column)
@@ -45,10 +49,10 @@ def main(argv: list[str]) -> None:
 def run(args: AnnotateArguments):
     """Label the cells and write the file; return the AnnData."""
     from ..inference.annotate import annotate
-    from .files import read, write
+    from .files import read, several_processes, write
 
     adata, layer = read(args.data, args.output, args.overwrite, args.layer, blockwise=True)
-    found = annotate(adata, args.model, layer=layer, **args.options())
+    found = annotate(adata, args.model, layer=layer, distributed=several_processes(), **args.options())
     adata = adata if found is None else found
     write(adata, args.output)
     return adata

@@ -33,6 +33,9 @@ class OnCells:
     min_coverage: float | None = field(
         default=None, metadata={"help": "minimum share of the model's genes in the cells (default: the model's)"}
     )
+    device: str | None = field(
+        default=None, metadata={"help": "cuda, cuda:1, mps or cpu (default: a GPU if there is one)"}
+    )
     overwrite: bool = field(default=False, metadata={"help": "replace an existing file"})
 
     def options(self, *own: str) -> dict[str, Any]:
@@ -83,6 +86,8 @@ def parse(
         logger.warning(f'{file}: group_by_length is now train_sampling_strategy: "group_by_length".')
 
     own = [field.name for field in fields(arguments)]
+    older = {name.lstrip("-"): field.name for field in fields(arguments) for name in field.metadata.get("aliases", ())}
+    config = {older.get(key, key): value for key, value in config.items()}
     # For mappings, a flag overrides only the names that it contains.
     mappings = {name: config.pop(name) or {} for name in _mappings(arguments) if name in config}
     for name, value in mappings.items():

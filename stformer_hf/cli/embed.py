@@ -22,8 +22,8 @@ _OWN = {  # flags of each kind
     "cells": ("dtype", "hidden_layer", "pooling", "with_phenotypes", "min_coverage"),
     "neighborhood": (
         "spatial_key",
-        "section",
-        "cell_type",
+        "section_key",
+        "cell_type_key",
         "with_cell_type",
         "patch_size",
         "k_nearest",
@@ -44,9 +44,6 @@ class EmbedArguments(OnCells):
     kind: Literal["cells", "neighborhood"] = field(
         default="cells", metadata={"help": "embed each cell, or the cells around it in its section"}
     )
-    device: str | None = field(
-        default=None, metadata={"help": "cuda, cuda:1, mps or cpu (default: a GPU if there is one)"}
-    )
     dtype: Literal["float32", "bfloat16", "float16"] | None = field(
         default=None, metadata={"help": "cells: precision of the computation (default: that of the weights)"}
     )
@@ -60,12 +57,19 @@ class EmbedArguments(OnCells):
         default=False, metadata={"help": "cells: let the model read their phenotypes, which are masked by default"}
     )
     spatial_key: str = field(default="spatial", metadata={"help": "neighbourhoods: key of the coordinates in obsm"})
-    section: str | None = field(
+    section_key: str | None = field(
         default=None,
-        metadata={"help": "neighbourhoods: column of obs with the section (default: `section`, if present)"},
+        metadata={
+            "aliases": ["--section"],
+            "help": "neighbourhoods: column of obs with the section (default: `section`, if present)",
+        },
     )
-    cell_type: str | None = field(
-        default=None, metadata={"help": "neighbourhoods: column of obs with the cell type, for models that use it"}
+    cell_type_key: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--cell_type"],
+            "help": "neighbourhoods: column of obs with the cell type, for models that use it",
+        },
     )
     with_cell_type: bool = field(
         default=False, metadata={"help": "neighbourhoods: the embedding also uses the type of the cell itself"}
@@ -78,7 +82,7 @@ class EmbedArguments(OnCells):
     )
     max_num_cells: int | None = field(
         default=None,
-        metadata={"help": "neighbourhoods: maximum number of cells, else a random subset (default: the model's)"},
+        metadata={"help": "neighbourhoods: use a random subset of at most this many cells (default: the model's)"},
     )
     domains: int = field(
         default=0, metadata={"help": 'neighbourhoods: number of k-means domains, written to obs["domain"]; 0: none'}
@@ -86,7 +90,7 @@ class EmbedArguments(OnCells):
     domain_method: Literal["kmeans", "leiden"] | None = field(
         default=None, metadata={"help": "neighbourhoods: clustering of domains; leiden finds their number"}
     )
-    resolution: float = field(default=1.0, metadata={"help": "neighbourhoods: of leiden; higher means more domains"})
+    resolution: float = field(default=1.0, metadata={"help": "neighbourhoods: of leiden; higher makes more domains"})
     plot: str | None = field(
         default=None, metadata={"help": "neighbourhoods: PNG to write, of the sections coloured by domain"}
     )
@@ -95,7 +99,11 @@ class EmbedArguments(OnCells):
 def main(argv: list[str]) -> None:
     """Parse and run."""
     args, _ = parse(argv, EmbedArguments, verb="embed", description=__doc__)
+    from .files import is_first_process
+
     adata = run(args)
+    if not is_first_process():
+        return
     key = _KEYS[args.kind]
     print(f"{args.output}: obsm[{key!r}] {adata.obsm[key].shape}")
     if _wants_domains(args):
@@ -116,8 +124,10 @@ def run(args: EmbedArguments) -> AnnData:
 
 def _embed_cells(adata: AnnData | CellStore, args: EmbedArguments) -> AnnData | None:
     from ..inference.embed import embed
+    from .files import several_processes
 
-    return embed(adata, args.model, layer=args.layer, **args.options("kind", *_OWN["neighborhood"]))
+    options = args.options("kind", *_OWN["neighborhood"])
+    return embed(adata, args.model, layer=args.layer, distributed=several_processes(), **options)
 
 
 def _embed_neighborhoods(adata: AnnData, args: EmbedArguments) -> None:
@@ -131,14 +141,14 @@ def _embed_neighborhoods(adata: AnnData, args: EmbedArguments) -> None:
         import matplotlib  # noqa: F401
 
         from ..inference.plots import sections
-    section = args.section or section_of(adata) or ("section" if "section" in adata.obs else None)
+    section = args.section_key or section_of(adata) or ("section" if "section" in adata.obs else None)
     options = {name: getattr(args, name) for name in ("patch_size", "k_nearest", "max_num_cells")}
     embed_neighborhoods(
         adata,
         args.model,
         spatial_key=args.spatial_key,
         section_key=section,
-        cell_type_key=args.cell_type,
+        cell_type_key=args.cell_type_key,
         with_cell_type=args.with_cell_type,
         layer=args.layer,
         fractional=args.fractional,

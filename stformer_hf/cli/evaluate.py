@@ -1,7 +1,7 @@
 """Compare embeddings of the cells of a file with one another and with simple baselines.
 
-stformer-hf evaluate --data embedded.h5ad --keys X_stformer X_pca --label cell_type --output evaluation
-stformer-hf evaluate --data cells.h5ad --model pretrained --label cell_type --split_by donor --output evaluation
+stformer-hf evaluate --data embedded.h5ad --keys X_stformer X_pca --label_key cell_type --output evaluation
+stformer-hf evaluate --data cells.h5ad --model pretrained --label_key cell_type --split_by donor --output evaluation
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class EvaluateArguments:
     """Flags of `evaluate`."""
 
     data: str = field(metadata={"help": "file with raw counts: h5ad, h5mu or zarr"})
-    label: str = field(metadata={"help": "column of obs with the classes"})
+    label_key: str = field(metadata={"aliases": ["--label"], "help": "column of obs with the classes"})
     output: str = field(
         metadata={"help": "folder for evaluation.json, .csv, .md (a section of a model card) and .png"}
     )
@@ -84,9 +84,9 @@ def run(args: EvaluateArguments) -> EmbeddingEvaluation:
             )
         _embed(adata, args)
         keys.insert(0, _KEY)
-    own = ("data", "label", "output", "model", "keys", "batch_size", "overwrite")
+    own = ("data", "output", "model", "keys", "batch_size", "overwrite")
     options = {name: value for name, value in vars(args).items() if name not in own}
-    found = evaluate_embedding(adata, keys, label_key=args.label, **options)
+    found = evaluate_embedding(adata, keys, **options)
     output.mkdir(parents=True, exist_ok=True)
     found.to_json(output / "evaluation.json")
     found.to_csv(output / "evaluation.csv")

@@ -18,7 +18,7 @@ class ExportArguments:
     """Flags of `export`."""
 
     model: str = field(
-        metadata={"help": "checkpoint or adapter; of other models than classifiers the encoder is taken"}
+        metadata={"help": "checkpoint or adapter; for models that are not classifiers, the encoder is exported"}
     )
     output: str = field(metadata={"help": "folder for the exported model and its tokenizer"})
     format: Literal["onnx"] = field(default="onnx", metadata={"help": "format"})

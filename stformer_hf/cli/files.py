@@ -1,11 +1,13 @@
-"""Read the cells of the verbs, and write h5ad files."""
+"""Read the cells that commands take, and write h5ad files."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import h5py
+from accelerate import PartialState
 from anndata import AnnData
 from anndata.io import write_elem
 
@@ -63,8 +65,23 @@ def _check_output(data: str, output: Path, overwrite: bool) -> None:
             raise FileExistsError(f"{output} exists. Choose another --output, or pass --overwrite.")
 
 
+def several_processes() -> bool:
+    """Return whether `accelerate launch` started several processes, which divide the cells."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def is_first_process() -> bool:
+    """Return whether this process prints and writes: the first of several, or the only one."""
+    return not several_processes() or PartialState().is_main_process
+
+
 def write(adata: AnnData, output: str) -> None:
-    """Write the file atomically; for an AnnData on disk, a copy of its file with the new obs, obsm and uns."""
+    """Write the file atomically; for an AnnData on disk, a copy of its file with the new obs, obsm and uns.
+
+    Of several processes the first one writes.
+    """
+    if not is_first_process():
+        return
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as part:

@@ -1,10 +1,10 @@
 """Fine-tune a classifier of cells.
 
-stformer-hf finetune --data labelled.h5ad --label cell_type --output classifier
-stformer-hf finetune --data labelled.h5ad --label cell_type --output classifier --model pretrained --split_by donor
-stformer-hf finetune --data labelled.h5ad --label cell_type --output adapter --model pretrained --lora
+stformer-hf finetune --data labelled.h5ad --label_key cell_type --output classifier
+stformer-hf finetune --data labelled.h5ad --label_key cell_type --output classifier --model pretrained --split_by donor
+stformer-hf finetune --data labelled.h5ad --label_key cell_type --output adapter --model pretrained --lora
 
-A new model starts at linear readers of the cells, chosen by cross-validation within the training cells, and is trained
+A new model starts at linear models of the cells, chosen by cross-validation within the training cells, and is trained
 further only if that helps in the cross-validation; OUTPUT/fine_tuning.json records the choice and the reason.
 --num_train_epochs N trains it for N epochs in any case; 0 keeps the start.
 """
@@ -27,8 +27,11 @@ class FinetuneArguments:
     """Flags of `finetune`."""
 
     data: list[str] = field(metadata={"help": "a store, or h5ad files (built into a store in OUTPUT/store)"})
-    label: str = field(
-        metadata={"help": "column of obs with the classes: categories, strings, integers or booleans; or numbers"}
+    label_key: str = field(
+        metadata={
+            "aliases": ["--label"],
+            "help": "column of obs with the classes: categories, strings, integers or booleans; or numbers",
+        }
     )
     output: str = field(metadata={"help": "folder for the checkpoint"})
     problem_type: Literal["single_label_classification", "regression"] = field(
@@ -142,34 +145,34 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         store = open_cells(
             args.data,
             arguments,
-            list(dict.fromkeys([args.label, *args.phenotypes, *split_by, *sampling_columns(args.sampling)])),
+            list(dict.fromkeys([args.label_key, *args.phenotypes, *split_by, *sampling_columns(args.sampling)])),
             args.layer,
             args.overwrite,
             fractional=args.fractional,
             neighbors="spatial_connectivities" if tokenizer is not None and tokenizer.neighborhood else None,
             eval_data=args.eval_data,
-            classes=() if of_numbers else (args.label,),
+            classes=() if of_numbers else (args.label_key,),
         )
-        if not of_numbers and args.label not in store.categories:
+        if not of_numbers and args.label_key not in store.categories:
             there = ", ".join(store.categories) or "none"
             raise ValueError(
-                f"The store has no categorical column {args.label!r}; those are {there}. To use integers or booleans "
-                f"as classes, build the store with stformer-hf build --classes {args.label}, or pass the files as "
-                "--data. To predict numbers: --problem_type regression."
+                f"The store has no categorical column {args.label_key!r}; those are {there}. To use integers or "
+                f"booleans as classes, build the store with stformer-hf build --classes {args.label_key}, or pass the "
+                "files as --data. To predict numbers: --problem_type regression."
             )
         train_cells, held_out_cells = split(
-            store, args.held_out, arguments.seed, None if of_numbers else args.label, args.eval_data, args.split_by
+            store, args.held_out, arguments.seed, None if of_numbers else args.label_key, args.eval_data, args.split_by
         )
         if held_out_cells is None:
             arguments.eval_strategy = "no"
         given = "num_train_epochs" in training or arguments.max_steps > 0
         prepared = prepare_classifier(
             train_cells,
-            args.label,
+            args.label_key,
             arguments,
             model=args.model,
             num_train_epochs=arguments.num_train_epochs if given else None,
-            group_key=args.split_by,
+            split_by=args.split_by,
             phenotypes=args.phenotypes,
             class_weights=args.class_weights,
             problem_type=args.problem_type,
@@ -189,7 +192,7 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
             sampling=args.sampling,
         )
         if arguments.process_index == 0:
-            print(_what_is_learnt(args.label, read_head(prepared.model)))
+            print(_what_is_learnt(args.label_key, read_head(prepared.model)))
         if held_out_cells is not None:
             held_out_cells = prepared.known(held_out_cells)
         trainer = prepared.trainer(
@@ -202,12 +205,11 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         )
     baselines = {}
     if held_out_cells is not None and not of_numbers:  # before training, so that a pushed card includes them
-        found = classification_baselines(prepared.cells, held_out_cells, args.label, seed=arguments.seed)
+        found = classification_baselines(prepared.cells, held_out_cells, args.label_key, seed=arguments.seed)
         baselines = {f"eval_{name}": value for name, value in found.items()}
     card = {"store": store, "base_model": args.model, "metrics": baselines, "settings": prepared.facts}
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
-        prepared.save_calibration(output)
         chosen = {**prepared.facts, "num_train_epochs": prepared.num_train_epochs}
         (output / "fine_tuning.json").write_text(json.dumps(chosen, indent=1), encoding="utf-8")
     metrics = {**finish(trainer, card=card), **baselines}

@@ -1,6 +1,6 @@
 """Label the cells of a file by their nearest neighbours in a labelled reference.
 
-stformer-hf map --data query.h5ad --reference atlas.h5ad --label cell_type --model pretrained --output mapped.h5ad
+stformer-hf map --data query.h5ad --reference atlas.h5ad --label_key cell_type --model pretrained --output mapped.h5ad
 stformer-hf map --data query.h5ad --reference folder --model pretrained --output mapped.h5ad
 
 --save_reference FOLDER keeps the embedding of the reference, for the next query.
@@ -23,8 +23,9 @@ class MapArguments(OnCells):
     )
     reference: str = field(metadata={"help": "such cells with labels, or a folder that --save_reference wrote"})
     output: str = field(metadata={"help": 'h5ad file to write, with obs["mapped_label"] and obs["mapped_score"]'})
-    label: str | None = field(
-        default=None, metadata={"help": "column of the reference's obs; a folder has its labels"}
+    label_key: str | None = field(
+        default=None,
+        metadata={"aliases": ["--label"], "help": "column of the reference's obs; a folder has its labels"},
     )
     save_reference: str | None = field(default=None, metadata={"help": "folder for the reference"})
     n_neighbors: int = field(default=15, metadata={"help": "neighbours of each cell"})
@@ -37,13 +38,19 @@ class MapArguments(OnCells):
 def main(argv: list[str]) -> None:
     """Parse and run."""
     args, _ = parse(argv, MapArguments, verb="map", description=__doc__)
-    print(run(args).obs["mapped_label"].value_counts().to_string())
+    from .files import is_first_process
+
+    mapped = run(args).obs["mapped_label"]
+    if is_first_process():
+        print(mapped.value_counts().to_string())
 
 
 def run(args: MapArguments):
     """Map the cells and write the file; return the AnnData."""
+    from accelerate import PartialState
+
     from ..inference.map_to_reference import REFERENCE_FILE, map_to_reference, save_reference
-    from .files import read, write
+    from .files import is_first_process, read, several_processes, write
 
     is_folder = (Path(args.reference) / REFERENCE_FILE).is_file()
     if is_folder and args.save_reference:
@@ -51,14 +58,20 @@ def run(args: MapArguments):
     query, layer = read(args.data, args.output, args.overwrite, args.layer, blockwise=True)
     reference = args.reference if is_folder else read(args.reference, blockwise=True)[0]
     if args.save_reference:
-        if args.label is None:
-            raise ValueError("--save_reference needs --label.")
-        shared = {"fractional": args.fractional, "batch_size": args.batch_size, "overwrite": args.overwrite}
-        save_reference(reference, args.model, args.save_reference, args.label, **shared)
+        if args.label_key is None:
+            raise ValueError("--save_reference needs --label_key.")
+        shared = {"fractional": args.fractional, "batch_size": args.batch_size, "device": args.device}
+        shared["overwrite"] = args.overwrite
+        if is_first_process():
+            save_reference(reference, args.model, args.save_reference, args.label_key, **shared)
+        if several_processes():
+            PartialState().wait_for_everyone()
         reference = args.save_reference
-    label_key = None if isinstance(reference, str) and not is_folder else args.label
-    options = args.options("reference", "label", "save_reference")
-    found = map_to_reference(query, reference, args.model, label_key=label_key, layer=layer, **options)
+    label_key = None if isinstance(reference, str) and not is_folder else args.label_key
+    options = args.options("reference", "label_key", "save_reference")
+    found = map_to_reference(
+        query, reference, args.model, label_key=label_key, layer=layer, **options, distributed=several_processes()
+    )
     query = query if found is None else found
     write(query, args.output)
     return query

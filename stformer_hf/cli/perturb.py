@@ -57,7 +57,7 @@ class PerturbArguments:
     )
     max_tokens: int = field(default=4096, metadata={"help": "tokens per batch"})
     shard_size: int = field(
-        default=20_000, metadata={"help": "edited cells per shard, which a killed run loses at most"}
+        default=20_000, metadata={"help": "edited cells per shard; a killed run loses at most one shard"}
     )
     min_coverage: float | None = field(
         default=None, metadata={"help": "minimum share of the model's genes in the cells (default: the model's)"}

@@ -105,8 +105,12 @@ class PretrainArguments:
         default="spatial_connectivities",
         metadata={"help": "graph in obsp; if missing, a Delaunay graph is built from obsm['spatial']"},
     )
-    section: str | None = field(
-        default=None, metadata={"help": "column of obs with sections: cells of different sections are not neighbours"}
+    section_key: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--section"],
+            "help": "column of obs with sections: cells of different sections are not neighbours",
+        },
     )
     tokenizer_config: dict | None = field(
         default=None,
@@ -235,7 +239,7 @@ def prepare(args: PretrainArguments, arguments: TrainingArguments) -> PretrainRu
     batch_key = [args.batch_key] if args.batch_key else []
     columns = list(dict.fromkeys([*(phenotypes or []), *batch_key, *sampling_columns(args.sampling)]))
     neighborhood = tokenizer.neighborhood if tokenizer else args.neighborhood
-    graph = {"neighbors": args.neighbors, "section": args.section} if neighborhood else {}
+    graph = {"neighbors": args.neighbors, "section": args.section_key} if neighborhood else {}
     with removing_store(arguments):
         store = open_cells(
             args.data,

@@ -1,6 +1,6 @@
 """Pretrain a CellNeighborhood model to predict the counts of a cell from its type and the cells around it.
 
-stformer-hf pretrain_neighborhood --data section.h5ad --cell_type cell_type --patch_size 50 --output model
+stformer-hf pretrain_neighborhood --data section.h5ad --cell_type_key cell_type --patch_size 50 --output model
 stformer-hf pretrain_neighborhood --config recipes/cell_neighborhood_tiny_cpu.yaml --data section.h5ad --output model
 accelerate launch -m stformer_hf.cli pretrain_neighborhood --data a.h5ad b.h5ad --patch_size 50 --output model
 """
@@ -56,20 +56,24 @@ class PretrainNeighborhoodArguments:
     shape: Literal["box", "disc"] = field(default="box", metadata={"help": "a disc has diameter patch_size"})
     k_nearest: int | None = field(default=None, metadata={"help": "number of nearest neighbours to use"})
     max_num_cells: int | None = field(
-        default=None, metadata={"help": "maximum number of neighbours, else a random subset drawn in each epoch"}
+        default=None, metadata={"help": "use at most this many neighbours, a random subset drawn in each epoch"}
     )
     min_neighbors: int = field(default=0, metadata={"help": "cells with fewer neighbours are excluded from training"})
     spatial_key: str = field(default="spatial", metadata={"help": "key of the coordinates in obsm, 2-D or 3-D"})
-    section: str | None = field(
+    section_key: str | None = field(
         default=None,
         metadata={
+            "aliases": ["--section"],
             "help": "column of obs with sections (default: `section`, if present); cells of different sections are "
-            "not neighbours"
+            "not neighbours",
         },
     )
-    cell_type: str | None = field(
+    cell_type_key: str | None = field(
         default=None,
-        metadata={"help": "column of obs with cell types; cells without one are left out (default: one type)"},
+        metadata={
+            "aliases": ["--cell_type"],
+            "help": "column of obs with cell types; cells without one are left out (default: one type)",
+        },
     )
     layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})
     held_out: float = field(default=0.1, metadata={"help": "share of the cells held out for evaluation"})
@@ -155,7 +159,7 @@ def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]
             "gene_ids": [str(gene) for gene in cells.store.gene_ids],
             "cell_types": cells.cell_types,
             "neighborhood": neighborhood,
-            "section_key": args.section or (_SECTION if _SECTION in cells.store.obs else None),
+            "section_key": args.section_key or (_SECTION if _SECTION in cells.store.obs else None),
             **(args.model_config or {}),
         },
     )
@@ -207,7 +211,7 @@ def open_sections(args: PretrainNeighborhoodArguments, arguments: TrainingArgume
 
     from .runs import is_store, open_cells
 
-    columns = [*_AXES, args.section or _SECTION, *([] if args.cell_type is None else [args.cell_type])]
+    columns = [*_AXES, args.section_key or _SECTION, *([] if args.cell_type_key is None else [args.cell_type_key])]
     sources, layer = args.data, args.layer
     if not is_store(sources):
         sources, layer = _with_places(args)
@@ -220,12 +224,12 @@ def open_sections(args: PretrainNeighborhoodArguments, arguments: TrainingArgume
             "count as 0, which a model takes for biology: consider keeping only the genes that all sources measure."
         )
     obs = store.obs
-    wanted = [*_AXES[:2], *(name for name in (args.section, args.cell_type) if name is not None)]
+    wanted = [*_AXES[:2], *(name for name in (args.section_key, args.cell_type_key) if name is not None)]
     missing = [name for name in wanted if name not in obs]
     if missing:
         raise ValueError(f"The store has no obs column {missing[0]!r}; it has {', '.join(map(repr, obs)) or 'none'}.")
-    section = args.section or (_SECTION if _SECTION in obs else None)
-    types = pd.Categorical([_ONE_TYPE] * len(obs) if args.cell_type is None else obs[args.cell_type])
+    section = args.section_key or (_SECTION if _SECTION in obs else None)
+    types = pd.Categorical([_ONE_TYPE] * len(obs) if args.cell_type_key is None else obs[args.cell_type_key])
     types = types.remove_unused_categories()
     metadata = pd.DataFrame(
         {
@@ -237,7 +241,7 @@ def open_sections(args: PretrainNeighborhoodArguments, arguments: TrainingArgume
     )
     typed = (types.codes >= 0) & (store.lengths > 0)
     if not typed.any():
-        raise ValueError(f"No cell has counts and a type in obs[{args.cell_type!r}].")
+        raise ValueError(f"No cell has counts and a type in obs[{args.cell_type_key!r}].")
     if not typed.all():
         logger.warning(f"{(~typed).sum()} of {len(typed)} cells have no counts or no type and are left out.")
     return Sections(store, metadata[typed].reset_index(drop=True), [str(name) for name in types.categories])
@@ -294,7 +298,7 @@ def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], st
         names = [str(path.with_suffix("")) for path in paths]
     if len(set(names)) < len(names):
         raise ValueError(f"{', '.join(args.data)}: a file is repeated.")
-    files, layers, section = [], [], args.section or _SECTION
+    files, layers, section = [], [], args.section_key or _SECTION
     for path, file in zip(paths, names, strict=True):
         if not is_anndata_file(path):
             raise ValueError(f"{path} is not a file of cells with coordinates (.h5ad, .h5mu or .zarr) or a store.")
@@ -303,7 +307,7 @@ def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], st
         if args.spatial_key not in adata.obsm:
             there = ", ".join(map(repr, adata.obsm)) or "no keys"
             raise ValueError(f"{path} has no obsm[{args.spatial_key!r}]; its obsm has {there}.")
-        for name in (args.section, args.cell_type):
+        for name in (args.section_key, args.cell_type_key):
             if name is not None and name not in adata.obs:
                 raise ValueError(f"{path} has no obs[{name!r}]; its obs has {', '.join(map(repr, adata.obs))}.")
         places = np.asarray(adata.obsm[args.spatial_key], np.float64)
@@ -314,7 +318,7 @@ def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], st
                 del adata.obs[axis]
         for axis, values in zip(_AXES, places.T, strict=False):
             adata.obs[axis] = values
-        region = None if args.section else section_of(adata)
+        region = None if args.section_key else section_of(adata)
         if region is None and section not in adata.obs:
             warn_of_sections(adata.obs)
         if region is not None:

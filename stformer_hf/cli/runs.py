@@ -1,4 +1,4 @@
-"""Shared parts of the training verbs: arguments, cells, the split, the run."""
+"""Shared parts of the commands that train: arguments, cells, the split, the run."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from accelerate import PartialState
 from anndata import AnnData
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils.logging import disable_progress_bar
 
 from ..genes.wrong_names import must_have
 from ..sources.formats import expand
@@ -26,6 +27,7 @@ from ..space.spatial_graph import spatial_neighbors
 from ..store.cell_store import CellStore
 from ..training.cell_trainer import CellTrainer
 from ..training.checkpoints import checkpoint_to_resume, last_whole_checkpoint
+from ..training.loading import holds_model
 from .files import holds_store
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ def training_arguments(output: Path, settings: dict, overwrite: bool) -> Trainin
     FileExistsError
         The output folder holds a model, or checkpoints of an interrupted run.
     """
+    disable_progress_bar()  # of each file of weights; that of the steps stays
     settings = {"dataloader_pin_memory": torch.cuda.is_available(), **settings}
     arguments = TrainingArguments(output_dir=str(output), **settings)
     if str(arguments.resume_from_checkpoint).lower() == "true":
@@ -46,7 +49,7 @@ def training_arguments(output: Path, settings: dict, overwrite: bool) -> Trainin
         if whole is None:
             logger.warning(f"{output} holds no checkpoint to resume from: starting a new run.")
         arguments.resume_from_checkpoint = True if whole is None else str(whole)
-        if whole is None and (output / "config.json").exists():
+        if whole is None and holds_model(output):
             arguments.resume_from_checkpoint = None  # --overwrite replaces the model
     elif str(arguments.resume_from_checkpoint).lower() == "false":
         arguments.resume_from_checkpoint = None
@@ -57,7 +60,7 @@ def training_arguments(output: Path, settings: dict, overwrite: bool) -> Trainin
             for checkpoint in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
                 shutil.rmtree(checkpoint)
         return arguments
-    if (output / "config.json").exists() or (output / "adapter_config.json").exists():
+    if holds_model(output):
         raise FileExistsError(f"{output} holds a model. Choose another --output, or pass --overwrite.")
     if output.is_dir() and get_last_checkpoint(str(output)):
         raise FileExistsError(

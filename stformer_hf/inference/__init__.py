@@ -1,1 +1,1 @@
-"""Apply trained models to cells: embed, annotate, plots."""
+"""Apply trained models to cells: embed, annotate, map, perturb, gene networks, export and plots."""

@@ -33,6 +33,7 @@ def annotate(
     batch_size: int = 64,
     device: str | None = None,
     min_coverage: float | None = None,
+    distributed: bool = False,
 ) -> AnnData | None:
     """Write the predictions of a classifier or regression model for every cell into `adata.obs`.
 
@@ -66,7 +67,7 @@ def annotate(
         of each. For numbers, `obs[key_added + "_" + name]` is the number (`_value` if the model does not name it). The
         names of the columns and of the classes, and the kind of head are written to `uns[key_added + "_annotation"]`.
         Columns of an earlier call with the same prefix that this one does not write are removed.
-    layer, fractional, batch_size, device, min_coverage
+    layer, fractional, batch_size, device, min_coverage, distributed
         As for `embed`.
 
     Returns
@@ -132,6 +133,7 @@ def annotate(
         device=device,
         desc="annotate",
         with_phenotypes=True,  # as in training
+        distributed=distributed,
     )
     predictions, distances = predictions[:, : len(head.names)], predictions[:, len(head.names) :]
     columns = head.columns(predictions, n_genes > 0, key_added, top_k)

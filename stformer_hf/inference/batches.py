@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from anndata import AnnData
 from scipy import sparse
 from tqdm.auto import tqdm
@@ -110,6 +112,7 @@ def run(
     desc: str,
     with_phenotypes: bool,
     dtype: str | None = None,
+    distributed: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, Source]:
     """Apply a function to every cell.
 
@@ -137,6 +140,9 @@ def run(
         Whether the model reads the phenotypes in obs; they are masked otherwise.
     dtype : str, optional
         Precision of the computation; see `at_work`.
+    distributed : bool, default: False
+        Divide the cells among the processes of `accelerate launch`, all of which call this function and return all
+        results.
 
     Returns
     -------
@@ -153,15 +159,27 @@ def run(
         The batch size is below 1; there are no cells; outputs are NaN or infinite.
     """
     source = open_source(adata, layer, fractional)
-    results, n_genes = None, np.zeros(source.shape[0], np.int64)
+    state, n_cells = PartialState() if distributed else None, source.shape[0]
+    rank, world = (0, 1) if state is None else (state.process_index, state.num_processes)
+    own = range(rank * n_cells // world, (rank + 1) * n_cells // world)
+    if state is not None and device is None:
+        device = str(state.device)
+    results, n_genes = None, np.zeros(n_cells, np.int64)
     with at_work(model, device, dtype=dtype):
-        for batch in read_batches(source, tokenizer, batch_size, desc=desc, with_phenotypes=with_phenotypes):
+        for batch in read_batches(
+            source, tokenizer, batch_size, desc=desc, with_phenotypes=with_phenotypes, cells=own
+        ):
             batch = batch.to(model.device)
             found = forward(batch.inputs, batch.types).float().cpu().numpy()
             if results is None:
-                results = np.empty((source.shape[0], *found.shape[1:]), found.dtype)
+                results = np.empty((n_cells, *found.shape[1:]), found.dtype)
             results[batch.rows] = found
             n_genes[batch.rows] = (batch.genes >= 0).sum(axis=1)
+    if world > 1:
+        part = None if results is None else results[own.start : own.stop]
+        parts = gather_object([(part, n_genes[own.start : own.stop])])  # in the order of the processes
+        results = np.concatenate([part for part, _ in parts if part is not None])
+        n_genes = np.concatenate([part for _, part in parts])
     check_finite(results, n_genes > 0)
     if (n_genes == 0).any():
         logger.warning(f"{(n_genes == 0).sum()} cells have no counts in genes that the model knows.")
@@ -202,6 +220,7 @@ def read_batches(
     desc: str,
     with_phenotypes: bool = False,
     max_padded: int | None = None,
+    cells: range | None = None,
 ) -> Iterator[TokenBatch]:
     """Tokenize the cells of a source, and yield them in batches of similar length.
 
@@ -218,6 +237,8 @@ def read_batches(
         Whether the model reads the phenotypes in obs; they are masked otherwise.
     max_padded : int, optional
         Maximum of cells x longest ** 2 in a batch of several cells, for what needs memory by pair of tokens.
+    cells : range, optional
+        Rows of the cells to read; all by default.
 
     Yields
     ------
@@ -234,12 +255,13 @@ def read_batches(
     if not source.shape[0]:
         raise ValueError("The AnnData has no cells.")
     names = (source.genes.gene_ids, source.genes.symbols)
-    start, around = 0, None
+    cells = range(source.shape[0]) if cells is None else cells
+    start, around = cells.start, None
     if tokenizer.neighborhood:
         graph = source.neighbors(NEIGHBORS).rows(0, source.shape[0])
         around = sum_of_neighbors(graph, sparse.vstack(list(source.blocks(_ROWS_PER_BLOCK)), format="csr"))
-    with tqdm(total=source.shape[0], desc=desc, unit="cell", disable=None) as bar:
-        for block in source.blocks(_ROWS_PER_BLOCK):
+    with tqdm(total=len(cells), desc=desc, unit="cell", disable=True if cells.start else None) as bar:
+        for block in source.blocks(_ROWS_PER_BLOCK, cells.start, cells.stop):
             stop = start + block.shape[0]
             tokens = tokenizer.encode_cells(
                 block,
@@ -256,9 +278,9 @@ def read_batches(
                 n = batch_size
                 if max_padded is not None:
                     n = min(n, max(max_padded // max(int(lengths[order[first]]) ** 2, 1), 1))
-                cells = order[first : first + n]
-                yield _batch(tokens, cells, start, tokenizer)
-                bar.update(len(cells))
+                some = order[first : first + n]
+                yield _batch(tokens, some, start, tokenizer)
+                bar.update(len(some))
                 first += n
             start = stop
 

@@ -30,6 +30,7 @@ def embed(
     device: str | None = None,
     dtype: str | None = None,
     min_coverage: float | None = None,
+    distributed: bool = False,
 ) -> AnnData | None:
     """Write an embedding of every cell into `adata.obsm[key_added]`.
 
@@ -68,6 +69,9 @@ def embed(
     min_coverage : float, optional
         Minimum share of the model's genes, weighted as in `GeneTokenizer`, that the cells must have; by default the
         tokenizer's own.
+    distributed : bool, default: False
+        Divide the cells among the processes of `accelerate launch`. All of them must call the function, and each gets
+        all results.
 
     Returns
     -------
@@ -84,9 +88,21 @@ def embed(
     TypeError
         `adata` does not hold cells, or `model` is not a model.
     """
-    settings = {"layer": layer, "fractional": fractional, "batch_size": batch_size, "device": device, "dtype": dtype}
     return embed_and_count(
-        adata, model, tokenizer, key_added, hidden_layer, pooling, with_phenotypes, min_coverage, **settings
+        adata,
+        model,
+        tokenizer,
+        key_added,
+        hidden_layer,
+        pooling,
+        with_phenotypes,
+        min_coverage,
+        layer=layer,
+        fractional=fractional,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        distributed=distributed,
     )[0]
 
 

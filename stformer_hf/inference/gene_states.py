@@ -1,4 +1,4 @@
-"""What a model knows of genes: their embeddings, their states in cells, and networks of gene pairs."""
+"""What a model knows about genes: their embeddings, their states in cells, and networks of gene pairs."""
 
 from __future__ import annotations
 

@@ -62,6 +62,7 @@ def map_to_reference(
     batch_size: int = 64,
     device: str | None = None,
     min_coverage: float | None = None,
+    distributed: bool = False,
 ) -> AnnData | None:
     """Label the cells of a query by their nearest neighbours in a labelled reference.
 
@@ -90,7 +91,7 @@ def map_to_reference(
         float32). In `query.obsm`: `mapped_neighbors`, a DataFrame (n_obs, n_neighbors) of the names of the
         neighbours, the nearest first, and `mapped_neighbor_distances`, float32. They are missing (names: "") for a
         cell without a known gene. Settings go to `query.uns["mapped"]`.
-    layer, fractional, batch_size, device, min_coverage
+    layer, fractional, batch_size, device, min_coverage, distributed
         As for `embed`. `layer` is that of the query.
 
     Returns
@@ -118,7 +119,7 @@ def map_to_reference(
     if n_neighbors < 1:
         raise ValueError(f"n_neighbors={n_neighbors}: must be at least 1.")
     encoder, tokenizer = load(model, tokenizer, AutoModel, min_coverage)
-    settings = {"fractional": fractional, "batch_size": batch_size, "device": device}
+    settings = {"fractional": fractional, "batch_size": batch_size, "device": device, "distributed": distributed}
     if isinstance(reference, (str, os.PathLike)):
         if label_key is not None:
             raise ValueError(f"{reference} has its labels: leave out label_key={label_key!r}.")

@@ -1,4 +1,4 @@
-"""What the effects of perturbations are worth: matched genes, donors, intervals, false discovery rates."""
+"""Test the effects of perturbations: matched genes, donors, intervals, false discovery rates."""
 
 from __future__ import annotations
 

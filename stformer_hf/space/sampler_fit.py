@@ -36,7 +36,7 @@ def fit_sampler(model: PreTrainedModel, sampler: Any, name: str, learn: bool) ->
         return
     if config.gene_ids is None and sampler.gene_ids is not None:
         config.gene_ids = list(sampler.gene_ids)
-    if config.cell_types is None and len(sampler.cell_types or ()) == config.n_cell_types:
+    if config.cell_types is None and sampler.cell_types:
         config.cell_types = list(sampler.cell_types)
     if config.neighborhood is None:
         config.neighborhood = dict(sampler.neighborhood)
@@ -59,7 +59,8 @@ def check_sampler_fits(model: PreTrainedModel, sampler: Any, name: str = "sample
     Raises
     ------
     ValueError
-        The genes or their order, the types or the neighbourhoods differ; the logarithm of counts would be taken twice.
+        The genes or their order, the types or the neighbourhoods differ; the model would read log1p of log1p, or
+        counts as their logarithms.
     """
     config = model.config
     if sampler.n_genes != config.n_genes or sampler.n_cell_types > config.n_cell_types:
@@ -100,6 +101,11 @@ def check_sampler_fits(model: PreTrainedModel, sampler: Any, name: str = "sample
         raise ValueError(
             f"{name} returns log1p of the counts (normalize={sampler.normalize!r}), but the model takes log1p itself "
             "(apply_log1p=True): make the sampler with normalize=None."
+        )
+    if sampler.normalize is None and not config.apply_log1p:
+        raise ValueError(
+            f"{name} returns counts (normalize=None), but the model reads log1p of counts (apply_log1p=False), which "
+            "embed_neighborhoods passes to it: make the model with apply_log1p=True, and it takes log1p itself."
         )
 
 

@@ -768,10 +768,8 @@ class CellStore:
     def _report(self, sources: Sequence[Mapping[str, Any]]) -> None:
         """Print how the genes of the sources were matched, and log how many cells are empty."""
         table = coverage(sources)
-        table["counts kept"] = table["counts kept"].map("{:.1%}".format)
-        table["counts mapped"] = table["counts mapped"].map("{:.1%}".format)
-        table["counts unmapped"] = table["counts unmapped"].map("{:.1%}".format)
-        print(table.head(_MOST_SOURCES_PRINTED).to_string())
+        for row in table.head(_MOST_SOURCES_PRINTED).reset_index().to_dict("records"):
+            print(f"{row['source']}: {row['cells']:,} cells, {row['genes']:,} genes, {_in_words(row)}")
         if len(table) > _MOST_SOURCES_PRINTED:
             print(f"… and {len(table) - _MOST_SOURCES_PRINTED} more sources: see store.coverage")
         repeated = sum(source["n_columns"] - source["n_genes"] for source in sources)
@@ -780,6 +778,19 @@ class CellStore:
         n_empty = sum(source["n_empty"] for source in sources)
         if n_empty:
             logger.warning(f"{n_empty} of {len(self)} cells have no counts; they are kept, and training skips them.")
+
+
+def _in_words(row: Mapping[str, Any]) -> str:
+    """Return how the columns of a source were matched to genes; `row` is one of `coverage`."""
+    ways = {
+        "kept": "by Ensembl id",
+        "mapped": "mapped to the ids of other sources or of aliases",
+        "unmapped": "kept under their names: no Ensembl id in the file",
+    }
+    found = [fate for fate in ways if row[fate]]
+    if len(found) < 2:
+        return ways[found[0]] if found else "no columns"
+    return "; ".join(f"{row[fate]:,} ({row[f'counts {fate}']:.1%} of the counts) {ways[fate]}" for fate in found)
 
 
 def block_order(n: int, block_size: int, seed: int, epoch: int) -> np.ndarray:

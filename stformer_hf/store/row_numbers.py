@@ -1,4 +1,4 @@
-"""What an index means: the numbers of the rows that it takes."""
+"""Convert an index (row numbers, a slice or a mask) to row numbers."""
 
 from __future__ import annotations
 

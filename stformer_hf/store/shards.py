@@ -1,4 +1,7 @@
-"""Shards: Arrow stream files with one row per cell. Pieces of sources are written to them, widened and shuffled."""
+"""Shards: Arrow stream files with one row per cell. `RowFormat` defines their columns and types.
+
+Pieces of sources are written to shards, widened to a common count type, and shuffled.
+"""
 
 from __future__ import annotations
 

@@ -62,6 +62,13 @@ class OutOfFold:
         }
 
 
+def replace_out_of_fold(folder: str | Path, found: OutOfFold | None) -> None:
+    """Write the out-of-fold predictions of a model into its folder, and remove those of an earlier one."""
+    (Path(folder) / CALIBRATION_FILE).unlink(missing_ok=True)
+    if found is not None:
+        found.save(folder)
+
+
 def load_out_of_fold(model: Any) -> OutOfFold | None:
     """Return the out-of-fold predictions of a checkpoint (folder or name on the Hub) or a model; None if it has none.
 
@@ -83,4 +90,4 @@ def load_out_of_fold(model: Any) -> OutOfFold | None:
     )
 
 
-__all__ = ["CALIBRATION_FILE", "OutOfFold", "load_out_of_fold"]
+__all__ = ["CALIBRATION_FILE", "OutOfFold", "load_out_of_fold", "replace_out_of_fold"]

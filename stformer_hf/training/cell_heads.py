@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.gene_bert.heads import problem_of
 
@@ -119,6 +120,38 @@ def read_head(model: PreTrainedModel) -> CellHead:
     return CellHead(kind, names)
 
 
+def read_numbers(config: PreTrainedConfig) -> dict[str, int] | None:
+    """Return the number of each output of a head by its name; None if its outputs have no names.
+
+    The names are those of `id2label`. If they are all the default ones of transformers (LABEL_0, …), they are those of
+    `label2id`.
+    """
+    ordered = {int(number): str(name) for number, name in (config.id2label or {}).items()}
+    by_name = {name: number for number, name in ordered.items()}
+    for numbers in (by_name, {str(name): int(number) for name, number in (config.label2id or {}).items()}):
+        if any(name != _default_name(number) for name, number in numbers.items()):
+            return numbers
+    return None
+
+
+def name_outputs(config: PreTrainedConfig, numbers: Mapping[str, int]) -> dict[str, int]:
+    """Name the outputs of a head; those without a name in `numbers` keep the default one of transformers.
+
+    Returns
+    -------
+    dict of str to int
+        The number of each output by its name.
+    """
+    names = {int(number): str(name) for name, number in numbers.items()}
+    config.id2label = {number: names.get(number, _default_name(number)) for number in range(config.num_labels)}
+    config.label2id = {name: number for number, name in config.id2label.items()}
+    return dict(config.label2id)
+
+
+def _default_name(number: int) -> str:
+    return f"LABEL_{number}"
+
+
 def predicts_cells(architectures: list[str]) -> bool:
     """Return whether one of these model classes, given by name, predicts cells."""
     return any(name.endswith(_OF_CELLS) for name in architectures)
@@ -168,4 +201,12 @@ def check_finite(outputs: np.ndarray, known: np.ndarray) -> None:
         )
 
 
-__all__ = ["CellHead", "check_finite", "check_predicts_cells", "predicts_cells", "read_head"]
+__all__ = [
+    "CellHead",
+    "check_finite",
+    "check_predicts_cells",
+    "name_outputs",
+    "predicts_cells",
+    "read_head",
+    "read_numbers",
+]

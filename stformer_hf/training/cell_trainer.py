@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel
-from transformers.trainer_utils import seed_worker
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, seed_worker
 
 from ..batches.collate import CellCollator
 from ..batches.draws import WeightedDraw, check_sampling
@@ -31,9 +31,10 @@ from ..evaluation.metrics import preprocess_logits_for_metrics, preprocess_logit
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
 from .argument_checks import check_arguments, smoothing_field
+from .calibration import OutOfFold, replace_out_of_fold
 from .callbacks import FillHubFolder, SaveOnSignal, SetEpoch, take_back_signals
 from .cell_checksum import describe_cells
-from .checkpoints import check_complete, checkpoint_to_resume, mark_unfinished
+from .checkpoints import check_complete, check_same_meaning, checkpoint_to_resume, mark_unfinished
 from .eval_loss import SumOfLosses, filling_cells, without_labels
 from .float_weights import keep_in_float32
 from .identity import (
@@ -124,7 +125,7 @@ class CellTrainer(MeasuredTrainer):
         self.sampling = _sampling_of(sampling, train_dataset)
         self._drawn: tuple[Any, WeightedDraw] | None = None  # the dataset, and the draw of its rows
         super().__init__(train_dataset=without_empty_cells(train_dataset), eval_dataset=eval_dataset, **kwargs)
-        self._check_identities()
+        self.data_collator = self._check_identities(self.model)
         collator = self._eval_collator = self.data_collator
         self._statistics: dict[bool, torch.Tensor] = {}
         self._eval_losses = SumOfLosses()
@@ -132,6 +133,7 @@ class CellTrainer(MeasuredTrainer):
         self._draw(self.train_dataset)  # refused here if it does not fit
         self.interrupted: signal.Signals | None = None
         self.card_facts: dict[str, Any] = {}
+        self.out_of_fold: OutOfFold | None = None  # of the trained model; saved beside it
         self.add_callback(SetEpoch(self))
         take_back_signals(self)
         self._on_signal = SaveOnSignal(self)
@@ -140,26 +142,40 @@ class CellTrainer(MeasuredTrainer):
         if hasattr(collator, "for_evaluation"):
             self._eval_collator = collator.for_evaluation()
 
-    def _check_identities(self) -> None:
+    def _check_identities(self, model: Any) -> Any:
         """Check that model, tokenizer, collator and datasets agree, and copy what one of them lacks from the others.
+
+        Returns
+        -------
+        The collator, with the model's numbers of the classes.
 
         Raises
         ------
         ValueError
             Two of them disagree; see `identity`.
         """
-        check_tokenizers(self.model, self.processing_class, self.data_collator)
-        others = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        fit_datasets(self.model, self.train_dataset, others)
-        for dataset in (self.train_dataset, *others):
-            self._check_tokens(dataset)
-            check_stores_together(dataset)
-            if dataset is not None:
-                fit_head_to_labels(self.model, self.data_collator, dataset)
-        self.data_collator = fit_classes(self.model, self.data_collator, self.train_dataset)
+        collator, (train, *others) = self.data_collator, self._own_datasets()
+        check_tokenizers(model, self.processing_class, collator)
+        fit_datasets(model, train, others)
+        self._check_dataset(train, model, collator)
+        collator = fit_classes(model, collator, train)  # first, so that the others are compared with its names
+        for dataset in others:
+            self._check_dataset(dataset, model, collator)
+        return collator
 
-    def _check_tokens(self, dataset: Any) -> None:
-        check_tokens(dataset, self.model, getattr(self.data_collator, "tokenizer", None) or self.processing_class)
+    def _own_datasets(self) -> list[Any]:
+        """Return the training cells, and those of each evaluation."""
+        others = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        return [self.train_dataset, *others]
+
+    def _check_dataset(self, dataset: Any, model: Any, collator: Any) -> None:
+        """Check that the tokens, the stores and the labels of a dataset fit the model."""
+        if dataset is None:
+            return
+        check_tokens(dataset, model, getattr(collator, "tokenizer", None) or self.processing_class)
+        check_stores_together(dataset)
+        of_training = dataset is self.train_dataset
+        fit_head_to_labels(model, collator, dataset, all_read=not (of_training and self.sampling))
 
     # ------------------------------------------------------------------ batches
 
@@ -253,10 +269,11 @@ class CellTrainer(MeasuredTrainer):
         training_collator = self.data_collator
         if not is_training:  # evaluate and predict accept any dataset
             self.data_collator = self._eval_collator
+            if not any(dataset is own for own in self._own_datasets()):
+                model = self.accelerator.unwrap_model(self.model)
+                self._check_dataset(dataset, model, self.data_collator)
+                fit_datasets(model, None, [dataset])
             dataset = as_selection(dataset)
-            self._check_tokens(dataset)
-            check_stores_together(dataset)
-            fit_datasets(self.accelerator.unwrap_model(self.model), None, [dataset])
         if isinstance(self.data_collator, CellCollator):
             dataset = as_token_rows(dataset)
         try:
@@ -380,12 +397,10 @@ class CellTrainer(MeasuredTrainer):
             self._stream.mark = self._stream_mark  # for a worker that starts now
 
     def call_model_init(self, trial=None):
-        """Make the model of a trial as Trainer does, and check that it fits the tokenizer."""
+        """Make the model of a trial as Trainer does, and check it as the first one."""
         model = super().call_model_init(trial)
         if getattr(self, "_eval_collator", None) is not None:  # not yet set when the trainer is made
-            check_tokenizers(model, self.processing_class, self.data_collator)
-            fit_datasets(model, self.train_dataset, [])
-            fit_classes(model, self.data_collator, self.train_dataset)
+            self._check_identities(model)
         if getattr(self, "is_in_train", False):
             self._keep_in_float32(model)
         return model
@@ -434,15 +449,19 @@ class CellTrainer(MeasuredTrainer):
         FileExistsError
             `resume_from_checkpoint` is True, and `output_dir` holds a model but no checkpoint.
         ValueError
-            The checkpoint was made with other cells, or another order of them; its optimizer is missing.
+            The checkpoint was made with other cells, or another order of them, or its weights mean other genes or
+            classes; its optimizer is missing.
         """
         if resume_from_checkpoint is True:
             found = checkpoint_to_resume(self.args.output_dir)
             resume_from_checkpoint = None if found is None else str(found)
         self._stream_mark = None
+        if hasattr(self.model, "out_of_fold"):  # predictions by another model than it becomes
+            self.model.out_of_fold = None
         if resume_from_checkpoint:
             checkpoint = Path(resume_from_checkpoint)
             check_complete(checkpoint)
+            check_same_meaning(checkpoint, getattr(self.model, "config", None))
             if (checkpoint / _STREAM_MARK).exists():
                 self._stream_mark = json.loads((checkpoint / _STREAM_MARK).read_text())
             if self.args.auto_find_batch_size:  # as Trainer restores it
@@ -553,12 +572,17 @@ class CellTrainer(MeasuredTrainer):
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir=None, state_dict=None):
-        """Save as Trainer does, and beside an adapter the configuration of its model, which names the outputs."""
+        """Save as Trainer does, with the out-of-fold predictions; beside an adapter the configuration of its model.
+
+        That configuration names the outputs. Out-of-fold predictions of an earlier model are removed.
+        """
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         folder = Path(output_dir or self.args.output_dir)
         card = folder / "README.md"
         card_before = card.read_bytes() if card.exists() else None
         super()._save(output_dir, state_dict)
+        if not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            replace_out_of_fold(folder, self.out_of_fold)
         if hasattr(model, "peft_config"):
             model.config.to_json_file(folder / MODEL_CONFIG, use_diff=False)
             # PEFT writes an empty card, or changes the card of this package, which would then count as edited.

@@ -5,9 +5,18 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from .cell_heads import read_numbers
+from .loading import MODEL_CONFIG, holds_model
 
 _STATE = "trainer_state.json"  # the last file that Trainer writes into a checkpoint
 _NAME = re.compile(r"checkpoint-(\d+)")
+_MEANING = ("vocabulary_fingerprint", "problem_type", "gene_ids", "cell_types")  # fields of a configuration
+_MOST = 200  # characters of a value in an error
 # Files and folders of torch, FSDP and DeepSpeed; DeepSpeed's include the schedule.
 _OPTIMIZER, _DEEPSPEED = re.compile(r"(rank\d+-of-\d+-)?optimizer"), re.compile(r"global_step\d+")
 
@@ -38,7 +47,7 @@ def checkpoint_to_resume(folder: str | Path) -> Path | None:
         The folder holds a finished model but no checkpoint: a new run would replace the model.
     """
     found = last_whole_checkpoint(folder)
-    if found is None and (Path(folder) / "config.json").exists():
+    if found is None and holds_model(folder):
         raise FileExistsError(
             f"{folder} holds a model but no checkpoint to resume from: a new run would replace the model. "
             "Choose another folder, or start from the model's weights."
@@ -70,6 +79,45 @@ def check_complete(checkpoint: str | Path) -> None:
         )
 
 
+def check_same_meaning(checkpoint: str | Path, config: PreTrainedConfig | None) -> None:
+    """Refuse a checkpoint whose weights mean other genes, classes or neighbourhoods than the model to continue.
+
+    Parameters
+    ----------
+    checkpoint : str or Path
+        Nothing is checked if it has no configuration.
+    config : PreTrainedConfig or None
+        Configuration of the model. Only what both know is compared; default names of outputs (LABEL_0, …) are unknown.
+
+    Raises
+    ------
+    ValueError
+        They differ; the message names how.
+    """
+    files = [Path(checkpoint) / name for name in (MODEL_CONFIG, "config.json")]  # the first is that of an adapter
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
+        return
+    saved = _meaning(SimpleNamespace(**json.loads(file.read_text(encoding="utf-8"))))
+    for name, now in _meaning(config).items():
+        if None not in (saved[name], now) and saved[name] != now:
+            raise ValueError(
+                f"{checkpoint} has another {name} than the model: {_short(saved[name])}, and not {_short(now)}. Its "
+                "weights would be taken for others: resume with the same tokenizer, classes and columns."
+            )
+
+
+def _meaning(config: Any) -> dict[str, Any]:
+    fields = {name: getattr(config, name, None) for name in _MEANING}
+    labels = SimpleNamespace(**{name: getattr(config, name, None) for name in ("id2label", "label2id")})
+    return {**fields, "label2id": read_numbers(labels)}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _MOST else f"{text[:_MOST]}…"
+
+
 def mark_unfinished(checkpoint: str | Path) -> None:
     """Remove the file that marks a checkpoint as complete, before it is overwritten."""
     (Path(checkpoint) / _STATE).unlink(missing_ok=True)
@@ -82,4 +130,4 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
-__all__ = ["check_complete", "checkpoint_to_resume", "last_whole_checkpoint", "mark_unfinished"]
+__all__ = ["check_complete", "check_same_meaning", "checkpoint_to_resume", "last_whole_checkpoint", "mark_unfinished"]

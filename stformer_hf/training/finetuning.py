@@ -36,7 +36,7 @@ from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
 from .adapting import adapt, check_adapts
-from .calibration import CALIBRATION_FILE, OutOfFold
+from .calibration import OutOfFold
 from .cell_trainer import CellTrainer
 from .defaults import FINETUNING, MAX_LENGTH
 from .loading import is_adapter, is_model, load_model, tokenizer_of, unwrap
@@ -49,6 +49,7 @@ MOST_EPOCHS = 3
 N_FOLDS = 2
 FEW_LABELS = 50  # cells of the median class: with fewer, fine-tuning lowers the start more often than not
 _EPOCHS_WITHOUT_START = 10
+_PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 
 
 @dataclass
@@ -125,7 +126,7 @@ class Finetuning:
         self.model = adapt(self.model, self.lora, self.freeze)
         if self.temperature is not None:
             kwargs["callbacks"] = [*kwargs.get("callbacks", []), _SetTemperature(self.temperature)]
-        return CellTrainer(
+        trainer = CellTrainer(
             model=self.model,
             args=arguments,
             data_collator=_collator(self.model, self.tokenizer, self.label_key, arguments.seed, **options),
@@ -135,12 +136,8 @@ class Finetuning:
             sampling=self.sampling,
             **kwargs,
         )
-
-    def save_calibration(self, folder: str | Path) -> None:
-        """Write the out-of-fold predictions, `out_of_fold.safetensors`; those of an earlier model are removed."""
-        (Path(folder) / CALIBRATION_FILE).unlink(missing_ok=True)
-        if self.out_of_fold is not None:
-            self.out_of_fold.save(folder)
+        trainer.out_of_fold = self.out_of_fold
+        return trainer
 
 
 class _SetTemperature(TrainerCallback):
@@ -163,7 +160,7 @@ def finetune(
     eval_cells: CellStore | None = None,
     num_train_epochs: float | None = None,
     init: Literal["spectral", "random"] = "spectral",
-    group_key: str | None = None,
+    split_by: str | None = None,
     phenotypes: Sequence[str] = (),
     class_weights: Literal["none", "balanced"] = "none",
     problem_type: str | None = None,
@@ -205,7 +202,7 @@ def finetune(
     init : {"spectral", "random"}, default: "spectral"
         Whether the classifier starts at linear readers (for a new model, of the spectral views of the cells), or at
         random weights.
-    group_key : str, optional
+    split_by : str, optional
         Obs column, such as the donor; cells of one group are never in both training and validation of a choice.
     phenotypes : sequence of str, optional
         Phenotype tokens that the model may read; none by default, since a phenotype may be the label by another name.
@@ -251,7 +248,7 @@ def finetune(
     with tempfile.TemporaryDirectory() as folder:
         if not isinstance(cells, CellStore):
             columns = [label_key] if isinstance(label_key, str) else list(label_key)
-            columns += [name for name in (group_key, *phenotypes) if name is not None]
+            columns += [name for name in (split_by, *phenotypes) if name is not None]
             for name in [*columns, *sampling_columns(sampling)]:
                 must_have(find_table(cells, layer).obs, "obs", name)
             of_classes = isinstance(label_key, str) and (
@@ -285,7 +282,7 @@ def finetune(
             tokenizer=tokenizer,
             num_train_epochs=num_train_epochs,
             init=init,
-            group_key=group_key,
+            split_by=split_by,
             phenotypes=phenotypes,
             class_weights=class_weights,
             problem_type=problem_type,
@@ -300,7 +297,6 @@ def finetune(
             trainer.train()
         if output is not None:
             trainer.save_model(str(output))
-            prepared.save_calibration(output)
         prepared.model.out_of_fold = prepared.out_of_fold
         return prepared.model.eval()
 
@@ -314,7 +310,7 @@ def prepare_classifier(
     tokenizer: GeneTokenizer | None = None,
     num_train_epochs: float | None = None,
     init: str = "spectral",
-    group_key: str | None = None,
+    split_by: str | None = None,
     phenotypes: Sequence[str] = (),
     class_weights: str = "none",
     problem_type: str | None = None,
@@ -336,8 +332,14 @@ def prepare_classifier(
     Finetuning
     """
     check_adapts(model, lora, freeze)
+    _check_option("init", init, ("spectral", "random"))
+    _check_option("class_weights", class_weights, ("none", "balanced"))
+    if problem_type is not None:
+        _check_option("problem_type", problem_type, _PROBLEMS)
     label_key = label_key if isinstance(label_key, str) else list(label_key)
     cells, labels, classes, problem_type = _labelled(cells, label_key, problem_type)
+    if class_weights != "none" and problem_type != "single_label_classification":
+        raise ValueError(f"class_weights={class_weights!r} is for classes, and the problem is {problem_type}.")
     head: dict[str, Any] = {"problem_type": problem_type, "class_weights": None, **(model_config or {})}
     names = classes or ([label_key] if isinstance(label_key, str) else label_key)
     head |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
@@ -375,13 +377,13 @@ def prepare_classifier(
         )
 
     groups = None
-    if group_key is not None:
-        must_have(cells.obs, "obs", group_key)
-        if cells.obs[group_key].isna().any():
+    if split_by is not None:
+        must_have(cells.obs, "obs", split_by)
+        if cells.obs[split_by].isna().any():
             raise ValueError(
-                f"{int(cells.obs[group_key].isna().sum())} cells have no {group_key!r}: remove them, or fill it in."
+                f"{int(cells.obs[split_by].isna().sum())} cells have no {split_by!r}: remove them, or fill it in."
             )
-        groups = cells.obs[group_key].astype(str).to_numpy()
+        groups = cells.obs[split_by].astype(str).to_numpy()
     began = time.monotonic()
     start = start_classifier(
         model,
@@ -565,6 +567,11 @@ def _is_boolean(cells: Any, name: str, layer: str | None) -> bool:
     return pd.api.types.is_bool_dtype(find_table(cells, layer).obs[name].dtype)
 
 
+def _check_option(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, known))}.")
+
+
 def _labelled(
     cells: CellStore, label_key: str | list[str], problem_type: str | None
 ) -> tuple[CellStore, np.ndarray, list[str] | None, str]:
@@ -628,10 +635,11 @@ def _load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, head: d
     """Return a checkpoint or a model object as a classifier with new heads, and its tokenizer."""
     of_object = is_model(model)
     model = unwrap(model, merge=True) if of_object else model
-    tokenizer = tokenizer_of(model, tokenizer)
+    tokenizer = copy.deepcopy(tokenizer_of(model, tokenizer))
     if of_object or is_adapter(model):
         model = model if of_object else load_model(model)
-        tokenizer = copy.deepcopy(tokenizer)
+        if model.config.model_type != "gene_bert":
+            raise ValueError(f"finetune needs a GeneBert, and the model is a {type(model).__name__}.")
         config = copy.deepcopy(model.config)
         config.update({**head, **({"wide_head": True} if getattr(config, "cell_embedding", False) else {})})
         config.num_labels = len(head["id2label"])

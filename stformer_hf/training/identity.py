@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from ..batches.iterable_ann_dataset import IterableAnnDataset
 from ..batches.parts import bases
 from ..batches.token_rows import class_names
+from ..models.gene_bert.heads import problem_of
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
+from .cell_heads import name_outputs, read_numbers
 
-_UNNAMED = "LABEL_"  # prefix of transformers' names of unnamed classes
 _REMEDY = "Load all of them from one checkpoint, or make the model with GeneBertConfig.from_tokenizer(tokenizer)."
 
 
@@ -174,13 +175,13 @@ def _named(dataset: Any) -> str:
 
 
 def fit_classes(model: PreTrainedModel, collator: Any, dataset: Any) -> Any:
-    """Make a collator number classes as its model does, and name the classes of a model after the training cells.
+    """Make a collator number classes and columns as its model does; name unnamed outputs after the training cells.
 
     Parameters
     ----------
     model : PreTrainedModel
-        `config.label2id` is set if its names are the default ones of transformers (LABEL_0, …), and as many as the
-        classes of the dataset.
+        `config.id2label` and `config.label2id` are set if the outputs have no names, the collator or the dataset knows
+        them, and the head has room for them.
     collator : DataCollatorForCellClassification, or any other
         Others are returned as they are.
     dataset : any dataset
@@ -193,45 +194,42 @@ def fit_classes(model: PreTrainedModel, collator: Any, dataset: Any) -> Any:
     Raises
     ------
     ValueError
-        The collator and the model number the classes differently; with multiple labels per cell, the columns are not
-        the model's labels.
+        The collator and the model number the classes differently; the columns of numbers, or of multiple labels per
+        cell, are not the model's outputs.
     """
     label, config = getattr(collator, "label", None), getattr(model, "config", None)
     if label is None or not hasattr(collator, "label2id") or config is None:
         return collator
-    several = not isinstance(label, str)
-    if not several and (config.problem_type == "regression" or config.num_labels == 1):
-        return collator
-    of_model = {str(name): int(i) for i, name in (config.id2label or {}).items()}
-    if all(name.startswith(_UNNAMED) for name in of_model):
-        of_model = {str(name): int(i) for name, i in (config.label2id or {}).items()}
-    if all(name.startswith(_UNNAMED) for name in of_model):
-        known = collator.label2id or _numbered(label if several else _names_of(dataset, label))
-        if known is None or sorted(known.values()) != list(range(config.num_labels)):
+    several, given = not isinstance(label, str), collator.label2id
+    of_columns = several or problem_of(config) != "single_label_classification"
+    columns = list(label) if several else [label]
+    of_model = read_numbers(config)
+    if of_model is None:
+        known = given or _numbered(columns if of_columns else _names_of(dataset, label))
+        if known is None or not set(known.values()) <= set(range(config.num_labels)):
             return collator
-        config.label2id = dict(known)
-        config.id2label = {i: name for name, i in known.items()}
         of_model = known
-    elif collator.label2id is not None and not several and not _agree(collator.label2id, of_model):
+    elif given is not None and (not of_columns or set(given) <= set(of_model)) and not _agree(given, of_model):
         raise ValueError(
-            f"The collator's label2id is {_shown(collator.label2id)}, but the model's is {_shown(of_model)}: its "
+            f"The collator's label2id is {_shown(given)}, but the model's is {_shown(of_model)}: its "
             "predictions would be misnamed. Leave label2id out to use the model's."
         )
-    if several and collator.label2id is None and set(label) != set(of_model):
+    elif given is None and of_columns and set(columns) != set(of_model):
         raise ValueError(
-            f"The labels are the columns {', '.join(map(repr, label))}, but the model's are "
+            f"The labels are the columns {', '.join(map(repr, columns))}, but the model's are "
             f"{', '.join(map(repr, of_model))}: name the model's labels like the columns (id2label and label2id), or "
             "pass the collator the number of each column, label2id={…}."
         )
-    if collator.label2id is not None:
+    of_model = name_outputs(config, of_model)
+    if given is not None or (of_columns and not several):
         return collator
     fitted = copy.copy(collator)
     fitted.label2id = of_model
     return fitted
 
 
-def _agree(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
-    return {str(name): int(i) for name, i in one.items()} == dict(other)
+def _agree(some: Mapping[str, int], of_model: Mapping[str, int]) -> bool:
+    return all(of_model.get(str(name)) == int(number) for name, number in some.items())
 
 
 def _shown(numbers: Mapping[str, int]) -> str:

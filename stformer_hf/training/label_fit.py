@@ -12,9 +12,9 @@ from torch.utils.data import ConcatDataset, Subset
 
 from ..batches.collators import DataCollatorForCellClassification
 from ..batches.iterable_ann_dataset import IterableAnnDataset
-from ..models.gene_bert.heads import problem_of
+from ..models.gene_bert.heads import IGNORE, problem_of
 from ..store.cell_store import CellStore
-from .cell_heads import predicts_cells
+from .cell_heads import predicts_cells, read_numbers
 from .loading import unwrap
 
 _SHOWN = 5  # names in an error
@@ -30,6 +30,13 @@ class _Labels:
     other_order: list[str] | None = None  # of a dataset that is put together with one that has `names` at the start
 
     @property
+    def missing(self) -> np.ndarray:
+        """Which cells have no label, bool array (n,)."""
+        if self.names is not None:
+            return self.values < 0
+        return ~np.isfinite(self.values) if self.values.dtype.kind == "f" else np.zeros(len(self.values), bool)
+
+    @property
     def what(self) -> str:
         if self.names is not None:
             return f"classes ({_some(self.names)})"
@@ -37,11 +44,10 @@ class _Labels:
         return kinds.get(self.values.dtype.kind, f"values of type {self.values.dtype}")
 
 
-def fit_head_to_labels(model: Any, collator: Any, dataset: Any) -> None:
+def fit_head_to_labels(model: Any, collator: Any, dataset: Any, all_read: bool = True) -> None:
     """Check that the labels of cells fit a head, and complete its configuration.
 
-    If they are missing, `problem_type` is set, and, for numbers and for multiple labels per cell, the names of the
-    columns are set as `id2label`.
+    If it is missing, `problem_type` is set. `fit_classes` names the outputs.
 
     Parameters
     ----------
@@ -51,11 +57,13 @@ def fit_head_to_labels(model: Any, collator: Any, dataset: Any) -> None:
         Nothing is checked with another collator.
     dataset : CellStore, datasets.Dataset, IterableAnnDataset, or a Subset or ConcatDataset of such
         The labels of other datasets cannot be checked beforehand.
+    all_read : bool, default: True
+        Whether all cells are read, so that each needs a label; a draw may leave some out.
 
     Raises
     ------
     ValueError
-        The labels do not fit the head; the message names both.
+        The labels do not fit the head; the message names both. Cells have no label.
     """
     if not isinstance(collator, DataCollatorForCellClassification):
         return
@@ -68,7 +76,7 @@ def fit_head_to_labels(model: Any, collator: Any, dataset: Any) -> None:
     config = model.config
     several = not isinstance(collator.label, str)
     columns = list(collator.label) if several else [collator.label]
-    unnamed = [config.id2label[i] == f"LABEL_{i}" for i in range(config.num_labels)]
+    numbers = read_numbers(config)
     found = {name: _read(dataset, name) for name in columns}
     kind = problem_of(config)
     if config.problem_type is None and several and config.num_labels > 1:
@@ -81,8 +89,8 @@ def fit_head_to_labels(model: Any, collator: Any, dataset: Any) -> None:
             )
         if found[collator.label] is not None:
             labels = found[collator.label]
-            _check_classes(collator.label, labels, config, all(unnamed))
-            if labels.other_order is not None and all(unnamed) and collator.label2id is None:
+            _check_classes(collator.label, labels, config, numbers)
+            if labels.other_order is not None and numbers is None and collator.label2id is None:
                 raise ValueError(
                     f"The datasets that are put together number the classes of {collator.label!r} in different ways: "
                     f"{_some(labels.names)}, and {_some(labels.other_order)}. Give the model or the collator the "
@@ -90,16 +98,20 @@ def fit_head_to_labels(model: Any, collator: Any, dataset: Any) -> None:
                 )
     else:
         _check_numbers(found, config, kind)
-        if all(unnamed):
-            config.id2label = dict(enumerate(columns))
-            config.label2id = {name: i for i, name in enumerate(columns)}
+    for name, labels in found.items():
+        n_without = 0 if labels is None or not all_read else int(labels.missing.sum())
+        if n_without:
+            raise ValueError(
+                f"{n_without} of {len(labels.values)} cells have no {name!r}: leave them out, for example with "
+                f"store.select(store.obs[{name!r}].notna())."
+            )
     config.problem_type = kind
 
 
-def _check_classes(name: str, labels: _Labels, config: Any, unnamed: bool) -> None:
+def _check_classes(name: str, labels: _Labels, config: Any, numbers: dict[str, int] | None) -> None:
     head = f"the head has {config.num_labels} classes"
-    if not unnamed:
-        head += f" ({_some(list(config.id2label.values()))})"
+    if numbers is not None:
+        head += f" ({_some(sorted(numbers, key=numbers.get))})"
     if labels.names is None and (labels.of_store or labels.values.dtype.kind not in "iu"):
         raise ValueError(
             f"{name!r} holds {labels.what}, but {head}. Classes need a categorical column: "
@@ -107,8 +119,8 @@ def _check_classes(name: str, labels: _Labels, config: Any, unnamed: bool) -> No
             "make the model with num_labels=1 and problem_type='regression'."
         )
     used = np.unique(labels.values[labels.values >= 0]).astype(np.int64)
-    if labels.names is not None and not unnamed:
-        unknown = [labels.names[i] for i in used if labels.names[i] not in config.label2id]
+    if labels.names is not None and numbers is not None:
+        unknown = [labels.names[i] for i in used if labels.names[i] not in numbers]
         if unknown:
             raise ValueError(
                 f"{name!r} has classes that the head does not know: {_some(unknown)}; {head}. Remove their cells, or "
@@ -134,6 +146,11 @@ def _check_numbers(found: dict[str, _Labels | None], config: Any, kind: str) -> 
             )
         if labels.values.dtype.kind not in "biuf":
             raise ValueError(f"{name!r} holds {labels.what}, but {head}.")
+        if of_numbers and (labels.values == IGNORE).any():
+            raise ValueError(
+                f"{name!r} is {IGNORE} for {(labels.values == IGNORE).sum()} cells. This value means that there is no "
+                "label, so these cells would be ignored: leave them out, or rescale the numbers."
+            )
         if not of_numbers:
             there = labels.values[np.isfinite(labels.values)] if labels.values.dtype.kind == "f" else labels.values
             if labels.names is not None:

@@ -6,6 +6,8 @@ import copy
 import difflib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,11 @@ def is_adapter(model: str | os.PathLike) -> bool:
     return _read_adapter(os.fspath(model)) is not None
 
 
+def holds_model(folder: str | os.PathLike) -> bool:
+    """Return whether a folder holds a model or a PEFT adapter."""
+    return any((Path(folder) / name).exists() for name in (_CONFIG, _ADAPTER))
+
+
 def load_config(model: str | os.PathLike) -> PreTrainedConfig:
     """Load the configuration of a checkpoint; for an adapter, that of the model that it was trained in.
 
@@ -206,9 +213,10 @@ def load_model(
         return found
     if auto_class is AutoModelForSequenceClassification and not new_head:
         check_predicts_cells(load_config(name).architectures or [], name)
-    found, loaded = _of_hub(
-        name, auto_class.from_pretrained, output_loading_info=True, ignore_mismatched_sizes=new_head, **settings
-    )
+    with _without_report():
+        found, loaded = _of_hub(
+            name, auto_class.from_pretrained, output_loading_info=True, ignore_mismatched_sizes=new_head, **settings
+        )
     missing = loaded["missing_keys"]
     if new_head:
         missing = [key for key in missing if key.startswith(f"{found.base_model_prefix}.")]
@@ -258,12 +266,8 @@ def _load_adapter(name: str, adapter: dict[str, Any]) -> PreTrainedModel:
             f"{base} names its outputs. Load it with peft.PeftModel.from_pretrained(base with id2label, "
             "folder), and pass the object."
         )
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would report the head as new, but the adapter holds it
-    try:
+    with _without_report():  # of the head as new: the adapter holds it
         found, loaded = _of_hub(base, auto_class.from_pretrained, config=config, output_loading_info=True)
-    finally:
-        logging.set_verbosity(verbosity)
     held = load_peft_weights(name, device="cpu")
     try:
         merged = PeftModel.from_pretrained(found, name).merge_and_unload()
@@ -328,6 +332,20 @@ def _closest(name: str) -> str:
     return f"; the closest is {path.parent / found[0]}" if found else ""
 
 
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Load a model without the report and the bar of transformers: what is missing is checked here."""
+    verbosity, with_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if with_bar:
+            logging.enable_progress_bar()
+
+
 def _of_hub(name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     """Load by name; if nothing is found, the error mentions the missing folder as well."""
     if os.path.exists(name):
@@ -343,6 +361,7 @@ def _of_hub(name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
 
 __all__ = [
     "MODEL_CONFIG",
+    "holds_model",
     "is_adapter",
     "is_hub_id",
     "is_model",

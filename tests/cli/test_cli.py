@@ -39,7 +39,7 @@ def test_from_files_to_labels_and_embeddings(file, tmp_path, capsys):
     assert (config.hidden_size, config.num_hidden_layers) == (128, 2)
     assert GeneTokenizer.from_pretrained(pretrained).included_phenotypes == ["cell_type"]
     out = run(
-        "finetune", "--data", file, "--label", "cell_type", "--model", pretrained, "--output", classifier, *SHORT
+        "finetune", "--data", file, "--label_key", "cell_type", "--model", pretrained, "--output", classifier, *SHORT
     )
     assert "eval_macro_f1" in out
     # The label was a phenotype of the pretraining; the classifier does not read it.
@@ -62,7 +62,7 @@ def test_from_files_to_labels_and_embeddings(file, tmp_path, capsys):
 
 
 def test_a_new_classifier_needs_no_pretrained_model(file, tmp_path):
-    assert main(["finetune", "--data", file, "--label", "cell_type", "--output", str(tmp_path / "m"), *SHORT]) == 0
+    assert main(["finetune", "--data", file, "--label_key", "cell_type", "--output", str(tmp_path / "m"), *SHORT]) == 0
     assert (tmp_path / "m" / "store" / "manifest.json").exists()
     assert (tmp_path / "m" / "model.safetensors").exists()
 
@@ -98,6 +98,20 @@ def test_a_flag_overrides_names_of_a_mapping_in_the_file(tmp_path):
         read("model_config: 5")
     with pytest.raises(SystemExit):
         read("", "--model_config", "relu")
+
+
+def test_older_names_of_flags_and_keys_are_read(tmp_path):
+    """Columns are named as in Python: label_key, section_key, cell_type_key. Underscores and dashes are one."""
+    from stformer_hf.cli.arguments import parse
+    from stformer_hf.cli.finetune import FinetuneArguments
+
+    def read(*flags):
+        argv = ["--data", "x", "--output", "y", *flags]
+        return parse(argv, FinetuneArguments, verb="x", description="")[0].label_key
+
+    (tmp_path / "c.yaml").write_text("label: c")
+    assert [read(flag, "c") for flag in ("--label_key", "--label-key", "--label")] == ["c", "c", "c"]
+    assert read("--config", str(tmp_path / "c.yaml")) == "c"
 
 
 @pytest.mark.parametrize(
@@ -152,7 +166,7 @@ def test_bad_input_gives_an_error_and_debug_a_traceback(file, tmp_path, capsys):
     bad.write_h5ad(tmp_path / "bad.h5ad")
     assert main(["build", "--data", str(tmp_path / "bad.h5ad"), "--output", str(tmp_path / "s")]) == 1
     assert "fractional values" in capsys.readouterr().err
-    assert main(["finetune", "--data", file, "--label", "fate", "--output", str(tmp_path / "m")]) == 1
+    assert main(["finetune", "--data", file, "--label_key", "fate", "--output", str(tmp_path / "m")]) == 1
     assert "no obs column 'fate'; it has cell_type, age" in capsys.readouterr().err
     assert main(["pretrain", "--data", file, "--output", str(tmp_path / "n"), "--held_out", "1"]) == 1
     assert "held_out must be a share" in capsys.readouterr().err
@@ -289,7 +303,8 @@ def test_flags_reach_the_model_and_the_collator(file, tmp_path):
     card = (made / "README.md").read_text()
     for row in ("masked genes | 0.4", "masked phenotypes | 0.7", "gene dropout | 0.3"):
         assert row in card
-    tune = ["finetune", "--data", file, "--label", "cell_type", "--model", str(made), "--output", str(tuned), *SHORT]
+    tune = ["finetune", "--data", file, "--label_key", "cell_type", "--model", str(made)]
+    tune += ["--output", str(tuned), *SHORT]
     sampling = ["--sampling", "{by: cell_type, temperature: 2}"]
     assert main([*tune, "--pooling", "mean", "--gene_dropout", "0.2", *sampling]) == 0
     assert GeneBertConfig.from_pretrained(tuned).classifier_pooling == "mean"
@@ -317,7 +332,7 @@ def test_ranks_of_spots_and_neighbours_with_settings_of_tokenizer_and_model(file
     assert "no graph obsp['spatial_connectivities'] and no coordinates" in capsys.readouterr().err
     adata.obsm["spatial"] = np.random.default_rng(0).random((60, 2))
     adata.write_h5ad(file)
-    assert main([*argv, "--neighborhood", "--section", "cell_type", "--tokenizer_config", "{add_cls: false}"]) == 0
+    assert main([*argv, "--neighborhood", "--section_key", "cell_type", "--tokenizer_config", "{add_cls: false}"]) == 0
     store, tokenizer = CellStore(tmp_path / "m" / "store"), GeneTokenizer.from_pretrained(tmp_path / "m")
     rows, columns = store.neighbors(range(60)).nonzero()
     types = adata.obs["cell_type"].to_numpy()
@@ -374,7 +389,7 @@ def test_settings_that_do_not_fit_are_told(adata, tmp_path, capsys, flags, words
 
 @pytest.mark.parametrize("flags", [["--size", "small"], ["--bin_edges", "7.5"], ["--max_length", "100"]])
 def test_flags_of_a_new_model_beside_a_checkpoint_are_refused(file, tmp_path, capsys, flags):
-    for verb in (["pretrain"], ["finetune", "--label", "cell_type"]):
+    for verb in (["pretrain"], ["finetune", "--label_key", "cell_type"]):
         argv = [*verb, "--data", file, "--output", str(tmp_path / "o"), "--model", "m", *flags]
         assert main(argv) == 1
         assert f"{flags[0]}: only for a new model" in capsys.readouterr().err
@@ -423,7 +438,7 @@ def test_a_checkpoint_in_half_precision_is_trained_in_float32(file, tmp_path, ve
     assert main(["pretrain", "--data", file, "--output", str(first), *SHORT]) == 0
     model = AutoModelForMaskedLM.from_pretrained(first)
     model.to(torch.bfloat16).save_pretrained(first)
-    label = ["--label", "cell_type"] if verb == "finetune" else []
+    label = ["--label_key", "cell_type"] if verb == "finetune" else []
     assert main([verb, "--data", file, "--model", str(first), "--output", str(second), *label, *SHORT]) == 0
     assert AutoModel.from_pretrained(second).dtype == torch.float32
     assert "| precision | fp32 |" in (second / "README.md").read_text()

@@ -36,7 +36,7 @@ def files(adata, tmp_path) -> dict[str, str]:
 
 def command(files, output, *more) -> list[str]:
     given = [word for pair in files.items() for word in pair]
-    flags = ["--kind", "neighborhood", "--section", "slice", "--cell_type", "cell_type"]
+    flags = ["--kind", "neighborhood", "--section_key", "slice", "--cell_type_key", "cell_type"]
     return ["embed", *given, "--output", str(output), *flags, *map(str, more)]
 
 
@@ -89,13 +89,13 @@ def test_leiden_finds_domains(files, tmp_path):
         (["--pooling", "mean"], "--kind neighborhood does not read --pooling: pass --kind cells"),
         (
             ["--kind", "cells", "--domains", "3"],
-            "--kind cells does not read --section, --cell_type, --domains: pass --kind neighborhood",
+            "--kind cells does not read --section_key, --cell_type_key, --domains: pass --kind neighborhood",
         ),
         (["--plot", "a.png"], "--plot draws domains"),
         (["--domains", "3", "--resolution", "2"], "--resolution needs --domain_method leiden"),
         (["--domains", "-1"], "--domains -1"),
         (["--domains", "3", "--domain_method", "leiden"], "chooses the number of domains itself"),
-        (["--cell_type", "fate"], "no obs['fate']"),
+        (["--cell_type_key", "fate"], "no obs['fate']"),
     ],
 )
 def test_flags_that_do_not_go_together_are_named(files, tmp_path, capsys, flags, words):

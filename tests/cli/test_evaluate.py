@@ -28,7 +28,7 @@ def files(tmp_path) -> dict[str, str]:
     )
     GeneBertForPhenotypicMLM(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    return {"--data": str(tmp_path / "cells.h5ad"), "--label": "cell_type", "--n_splits": "3"}
+    return {"--data": str(tmp_path / "cells.h5ad"), "--label_key": "cell_type", "--n_splits": "3"}
 
 
 def command(files, output, *more) -> list[str]:

@@ -1,5 +1,9 @@
 """The files that the verbs read and write: larger than memory, and nothing of the input lost."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from anndata import read_h5ad
@@ -69,3 +73,21 @@ def test_a_store_becomes_a_file_of_its_obs_and_the_results(store, model, tmp_pat
     words = ["--data", str(store.path), "--model", model, "--output", str(tmp_path / "c.h5ad")]
     assert main(["embed", *words, "--layer", "raw"]) == 1
     assert "is a store, which holds the counts of one layer" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["embed", "annotate"])
+def test_two_processes_write_what_one_does(file, model, tmp_path, verb):
+    run(verb, "--data", file, "--model", model, "--output", tmp_path / "one.h5ad")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    words = ["-m", "stformer_hf.cli", verb, "--data", file, "--model", model, "--output", str(tmp_path / "two.h5ad")]
+    done = subprocess.run(
+        [*launch, *words], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (read_h5ad(tmp_path / f"{name}.h5ad") for name in ("one", "two"))
+    if verb == "embed":
+        np.testing.assert_allclose(two.obsm["X_stformer"], one.obsm["X_stformer"], atol=1e-6)
+        assert done.stdout.count("X_stformer") == 1
+    else:
+        assert two.obs["stformer_label"].equals(one.obs["stformer_label"])

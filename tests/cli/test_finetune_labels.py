@@ -30,7 +30,8 @@ def run(labelled, tmp_path, capsys):
 
     def finetune_it(label, *flags, data=None, output=None):
         output = output or tmp_path / f"of_{label}"
-        argv = ["finetune", "--data", str(data or tmp_path / "cells.h5ad"), "--label", label, "--output", str(output)]
+        argv = ["finetune", "--data", str(data or tmp_path / "cells.h5ad"), "--label_key", label]
+        argv += ["--output", str(output)]
         code = main([*argv, *SHORT, *flags])
         return code, capsys.readouterr().err, output
 

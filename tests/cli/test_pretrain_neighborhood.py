@@ -41,7 +41,7 @@ def metrics_of(output) -> dict:
 
 def test_files_in_model_out(tmp_path, capsys):
     file = section(tmp_path)
-    pretrain("--data", file, "--output", tmp_path / "model", "--cell_type", "cell_type", "--baselines")
+    pretrain("--data", file, "--output", tmp_path / "model", "--cell_type_key", "cell_type", "--baselines")
     model = AutoModelForPreTraining.from_pretrained(tmp_path / "model")
     assert model.config.cell_types == ["B cell", "T cell"]
     assert model.config.gene_ids == [f"ENSG{i:011d}" for i in range(40)]
@@ -56,7 +56,7 @@ def test_files_in_model_out(tmp_path, capsys):
     store = CellStore(tmp_path / "model" / "store")
     np.testing.assert_array_equal(store.obs["y"], np.random.default_rng(0).random((60, 2))[:, 1] * 2)
     # The store, given as such, is the same run.
-    pretrain("--data", store.path, "--output", tmp_path / "again", "--cell_type", "cell_type", "--baselines")
+    pretrain("--data", store.path, "--output", tmp_path / "again", "--cell_type_key", "cell_type", "--baselines")
     again, first = metrics_of(tmp_path / "again"), metrics_of(tmp_path / "model")
     assert {name: again[name] for name in again if "second" not in name and "time" not in name} == {
         name: first[name] for name in first if "second" not in name and "time" not in name
@@ -153,7 +153,7 @@ def test_training_does_not_see_what_is_held_out(tmp_path, made):
 def test_the_flags_say_what_a_neighbourhood_is(tmp_path, made):
     file = section(tmp_path, slices=np.arange(60) % 2)
     flags = ["--max_num_cells", "3", "--seed", "5", "--shape", "disc", "--min_neighbors", "2", "--held_out", "0"]
-    pretrain("--data", file, "--output", tmp_path / "model", "--section", "slices", *flags)
+    pretrain("--data", file, "--output", tmp_path / "model", "--section_key", "slices", *flags)
     (train,) = made
     rows = [i for i in range(60) if i != 3]  # which has no counts
     places = np.random.default_rng(0).random((60, 2)) * [1, 2]
@@ -169,7 +169,7 @@ def test_the_flags_say_what_a_neighbourhood_is(tmp_path, made):
     assert found <= near and len(found) == sum(min(sizes[a], 3) for a in train.indices)
     model = AutoModel.from_pretrained(tmp_path / "model")
     assert model.config.neighborhood == {"patch_size": 0.5, "shape": "disc", "max_num_cells": 3}
-    pretrain("--data", file, "--output", tmp_path / "other", "--section", "slices", *flags, "--seed", "6")
+    pretrain("--data", file, "--output", tmp_path / "other", "--section_key", "slices", *flags, "--seed", "6")
     assert neighbors_of(made[1]) != found and len(neighbors_of(made[1])) == len(found)
     assert "0% of the cells" in (tmp_path / "model" / "README.md").read_text()
 
@@ -211,7 +211,7 @@ def test_genes_that_a_file_does_not_measure_are_told(tmp_path, caplog):
 def test_what_cannot_be_judged_is_told(tmp_path, caplog):
     along = np.random.default_rng(0).random((60, 2))[:, 1]
     kinds = np.where(along > 0.97, "rare", "common")
-    pretrain("--data", section(tmp_path, kind=kinds), "--output", tmp_path / "a", "--cell_type", "kind")
+    pretrain("--data", section(tmp_path, kind=kinds), "--output", tmp_path / "a", "--cell_type_key", "kind")
     assert "have 1 types that no training cell has, such as rare" in caplog.text
     alone = section(tmp_path, "alone", section=np.arange(60))
     pretrain("--data", alone, "--output", tmp_path / "b")
@@ -246,7 +246,7 @@ def test_the_model_begins_at_what_training_cells_express(tmp_path, monkeypatch):
 
 def test_cells_without_a_type_are_left_out(tmp_path, caplog):
     types = np.array(["a", "b", None] * 20, dtype=object)
-    pretrain("--data", section(tmp_path, kind=types), "--output", tmp_path / "model", "--cell_type", "kind")
+    pretrain("--data", section(tmp_path, kind=types), "--output", tmp_path / "model", "--cell_type_key", "kind")
     assert "21 of 60 cells have no counts or no type" in caplog.text
     assert AutoModel.from_pretrained(tmp_path / "model").config.cell_types == ["a", "b"]
 
@@ -254,8 +254,8 @@ def test_cells_without_a_type_are_left_out(tmp_path, caplog):
 @pytest.mark.parametrize(
     "message, argv",
     {
-        "has no obs\\['kind'\\]": ["--cell_type", "kind"],
-        "has no obs\\['slice'\\]": ["--section", "slice"],
+        "has no obs\\['kind'\\]": ["--cell_type_key", "kind"],
+        "has no obs\\['slice'\\]": ["--section_key", "slice"],
         "no obsm\\['places'\\]; its obsm has 'spatial'": ["--spatial_key", "places"],
         "unknown name 'likelyhood'; the closest known one is likelihood": ["--model_config", "{likelyhood: nb}"],
         "size must be one of tiny, base, got 'huge'": ["--size", "huge"],

@@ -62,7 +62,7 @@ def parsed(recipe: str, *flags: str):
 def test_a_recipe_of_neighborhoods_runs(recipe, file, tmp_path):
     output, argv = tmp_path / "model", [verb_of(recipe), "--config", str(FOLDER / recipe), *SMALL]
     if "patch_size" in (written := yaml.safe_load((FOLDER / recipe).read_text())):
-        argv += ["--patch_size", "0.3", "--section", "cell_type"]  # of the file's unit
+        argv += ["--patch_size", "0.3", "--section_key", "cell_type"]  # of the file's unit
     small = "{encoder_layers: 1, decoder_layers: 1, hidden_size: 16, num_attention_heads: 2, intermediate_size: 32}"
     argv += ["--data", file, "--output", str(output), "--model_config", small, "--debug"]
     assert main(argv) == 0

@@ -90,7 +90,12 @@ def test_a_store_reports_what_became_of_the_columns(tmp_path, capsys):
     assert row[["columns", "genes", "kept", "mapped", "unmapped"]].tolist() == [4, 3, 2, 1, 1]
     shares = row[["counts kept", "counts mapped", "counts unmapped"]].to_numpy(float)
     np.testing.assert_allclose(shares, np.array([21, 34, 8]) / 63)
-    assert "54.0%" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "54.0%" in printed and "1 (" in printed and "no Ensembl id in the file" in printed
+    named = make_adata(5, 3)
+    named.var_names = ["CD3D", "MS4A1", "NKG7"]
+    CellStore.build(tmp_path / "named", named)  # which is no failure
+    assert "AnnData: 5 cells, 3 genes, kept under their names: no Ensembl id in the file\n" in capsys.readouterr().out
 
 
 def test_two_releases_of_real_tables(shared_data, tmp_path, caplog):

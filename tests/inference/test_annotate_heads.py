@@ -18,7 +18,7 @@ from stformer_hf import (
     embed,
 )
 from stformer_hf.cli import main
-from stformer_hf.training.cell_heads import read_head
+from stformer_hf.training.cell_heads import check_finite, read_head
 from stformer_hf.training.model_card import write_model_card
 
 LABELS = {"id2label": {0: "cycling", 1: "doublet"}, "label2id": {"cycling": 0, "doublet": 1}}
@@ -173,6 +173,13 @@ def test_a_classifier_reads_the_phenotypes_that_it_was_trained_with(tokenizer, a
     other.obs["cell_type"] = adata.obs["cell_type"].map({"T cell": "B cell", "B cell": "T cell"})
     annotate(other, model, tokenizer=tokenizer)
     assert np.abs(other.obsm["stformer_probabilities"][known] - found).max() > 1e-3
+
+
+def test_cells_that_the_model_could_not_read_need_no_finite_outputs():
+    outputs = np.array([[0.5], [np.nan]])
+    check_finite(outputs, np.array([True, False]))
+    with pytest.raises(ValueError, match="for 1 of 2 cells"):
+        check_finite(outputs, np.array([True, True]))
 
 
 def test_columns_of_predictions():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from anndata import AnnData, read_h5ad
 from scipy import sparse
-from transformers import BertConfig, BertForMaskedLM
+from transformers import AutoModel, BertConfig, BertForMaskedLM
 
 from stformer_hf import (
     GeneBertConfig,
@@ -283,3 +283,22 @@ def test_a_backed_file_gives_the_same_embedding(checkpoints, adata, tmp_path):
     backed = read_h5ad(tmp_path / "cells.h5ad", backed="r")
     assert embed(backed, checkpoints["mlm"]) is None
     np.testing.assert_allclose(backed.obsm["X_stformer"], adata.obsm["X_stformer"], atol=1e-5)
+
+
+def test_a_part_of_the_cells_is_read_as_among_all(checkpoints, adata):
+    """What each of several processes reads."""
+    from stformer_hf.inference.batches import load, read_batches
+    from stformer_hf.sources.open_source import open_source
+
+    _, tokenizer = load(checkpoints["mlm"], None, AutoModel, None)
+    source, found = open_source(adata), []
+    for cells in (range(0), range(23), range(23, 60), range(60, 60)):
+        batches = list(read_batches(source, tokenizer, 8, desc="", cells=cells))
+        rows = np.concatenate([batch.rows for batch in batches]) if batches else np.empty(0, int)
+        assert sorted(rows) == list(cells)
+        for batch in batches:
+            found += [(row, *genes[genes >= 0]) for row, genes in zip(batch.rows, batch.genes, strict=True)]
+    (whole,) = read_batches(source, tokenizer, 60, desc="")
+    assert sorted(found) == sorted(
+        (row, *genes[genes >= 0]) for row, genes in zip(whole.rows, whole.genes, strict=True)
+    )

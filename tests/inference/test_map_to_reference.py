@@ -172,7 +172,7 @@ def test_the_command_maps_and_keeps_the_reference(model, cells, tmp_path):
         of.write_h5ad(tmp_path / f"{name}.h5ad")
     kept, common = str(tmp_path / "kept"), ["--data", str(tmp_path / "query.h5ad"), "--model", str(tmp_path / "m")]
     runs = (
-        ["--reference", str(tmp_path / "ref.h5ad"), "--label", "type", "--save_reference", kept],
+        ["--reference", str(tmp_path / "ref.h5ad"), "--label_key", "type", "--save_reference", kept],
         ["--reference", kept],
     )
     for i, flags in enumerate(runs):
@@ -184,7 +184,16 @@ def test_the_command_maps_and_keeps_the_reference(model, cells, tmp_path):
         assert found.astype(str).tolist() == query.obs["mapped_label"].astype(str).tolist()
     assert main(["map", *common, *runs[0][:2], "--output", str(tmp_path / "no.h5ad")]) == 1  # without a label
     before = (tmp_path / "kept" / "reference.json").read_bytes()
-    again = ["map", *common, *runs[0][:2], "--label", "cell_type", *runs[0][4:], "--output", str(tmp_path / "no.h5ad")]
+    again = [
+        "map",
+        *common,
+        *runs[0][:2],
+        "--label_key",
+        "cell_type",
+        *runs[0][4:],
+        "--output",
+        str(tmp_path / "no.h5ad"),
+    ]
     assert main(again) == 1 and (tmp_path / "kept" / "reference.json").read_bytes() == before
     assert main([*again, "--overwrite"]) == 0 and (tmp_path / "kept" / "reference.json").read_bytes() != before
 

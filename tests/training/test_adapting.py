@@ -33,7 +33,7 @@ def test_an_adapter_folder_annotates_and_names_its_base(base, adata, tmp_path, c
     adata.write_h5ad(tmp_path / "cells.h5ad")
     adapter, out = tmp_path / "adapter", tmp_path / "out.h5ad"
     data = ["--data", str(tmp_path / "cells.h5ad")]
-    command = ["finetune", *data, "--label", "cell_type", "--output", str(adapter), *FLAGS]
+    command = ["finetune", *data, "--label_key", "cell_type", "--output", str(adapter), *FLAGS]
     assert main([*command, "--model", str(base), "--lora"]) == 0
     assert "eval_accuracy" in capsys.readouterr().out
     settings = json.loads((adapter / "adapter_config.json").read_text())

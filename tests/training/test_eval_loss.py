@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import TrainingArguments
 
 from stformer_hf import GeneBertForPhenotypicMLM, STFormerPretrainer
+from stformer_hf.training.eval_loss import SumOfLosses
 
 
 def arguments(folder, batch_size, **changes):
@@ -60,3 +62,10 @@ def test_an_infinite_batch_is_left_out_only_if_that_is_asked_for(store, tokenize
     cells = np.flatnonzero(store.lengths)[:11]
     assert np.isnan(loss(False, cells))
     assert loss(True, cells) == pytest.approx(loss(True, cells[:8]), rel=1e-6)
+
+
+def test_a_batch_without_labels_adds_nothing():
+    losses = SumOfLosses()
+    for loss, n_labels in ((2.0, 3), (float("nan"), 0), (6.0, 1)):
+        losses.add(torch.tensor(loss), n_labels, only_finite=False)
+    assert losses.mean(Accelerator(cpu=True)) == 3.0

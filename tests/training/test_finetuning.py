@@ -7,11 +7,21 @@ import torch
 from anndata import AnnData
 from safetensors.numpy import load_file
 from scipy import sparse
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 import stformer_hf as sf
-from stformer_hf import CellStore, GeneBertConfig, GeneBertForPhenotypicMLM, GeneTokenizer
+from stformer_hf import (
+    CellNeighborhoodConfig,
+    CellNeighborhoodModel,
+    CellStore,
+    CellTrainer,
+    DataCollatorForCellClassification,
+    GeneBertConfig,
+    GeneBertForPhenotypicMLM,
+    GeneTokenizer,
+)
 from stformer_hf.training import finetuning
+from stformer_hf.training.calibration import load_out_of_fold
 from stformer_hf.training.finetuning import finetune, predict, prepare_classifier
 from stformer_hf.training.starts.classifier_start import _log_values_of
 from stformer_hf.training.starts.linear_readers import log_softmax
@@ -288,13 +298,62 @@ def test_groups_stay_together_and_bad_input_is_refused(labelled, monkeypatch):
         "start_classifier",
         lambda *args, **kwargs: seen.append(kwargs["groups"]) or original(*args, **kwargs),
     )
-    finetune(labelled, "type", group_key="donor", num_train_epochs=0)
+    finetune(labelled, "type", split_by="donor", num_train_epochs=0)
     assert len(set(seen[0])) == 6
     with pytest.raises(ValueError, match=r"There is no obs\['nothing'\]"):
         finetune(labelled, "nothing")
     with pytest.raises(ValueError, match=r"There is no obs\['nobody'\]"):
-        finetune(labelled, "type", group_key="nobody")
+        finetune(labelled, "type", split_by="nobody")
     with pytest.raises(ValueError, match="not one categorical column"):
         finetune(labelled, "depth")
     with pytest.raises(ValueError, match="needs its tokenizer"):
         finetune(labelled, "type", model=GeneBertForPhenotypicMLM(GeneBertConfig.from_size("tiny")))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"init": "randon"}, "init='randon': must be one of 'spectral', 'random'"),
+        ({"class_weights": "balance"}, "class_weights='balance': must be one of 'none', 'balanced'"),
+        ({"problem_type": "regresion"}, "problem_type='regresion': must be one of"),
+        ({"class_weights": "balanced", "label_key": ["a", "b"]}, "is for classes, and the problem is multi_label"),
+    ],
+)
+def test_an_option_that_would_have_no_effect_is_refused(labelled, options, words):
+    with pytest.raises(ValueError, match=words):
+        finetune(labelled, **{"label_key": "type", "num_train_epochs": 0, **options})
+
+
+def test_a_model_of_neighbourhoods_is_not_finetuned(labelled, started):
+    config = CellNeighborhoodConfig.from_size("tiny", n_genes=60)
+    with pytest.raises(ValueError, match="needs a GeneBert, and the model is a CellNeighborhoodModel"):
+        finetune(labelled, "type", model=CellNeighborhoodModel(config), tokenizer=started.tokenizer)
+
+
+def test_the_callers_tokenizer_keeps_its_phenotypes(labelled, tmp_path):
+    store = CellStore.build(tmp_path / "store", labelled, obs=["type", "donor"], report=False)
+    tokenizer = GeneTokenizer.from_store(store, phenotypes=["donor"], bin_edges=[0.5], max_length=16)
+    GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(tokenizer, size="tiny")).save_pretrained(tmp_path / "m")
+    prepared = prepare_classifier(
+        store, "type", TrainingArguments(str(tmp_path / "run")), model=str(tmp_path / "m"), tokenizer=tokenizer
+    )
+    assert tokenizer.included_phenotypes == ["donor"] and prepared.tokenizer.included_phenotypes == []
+
+
+def test_out_of_fold_predictions_do_not_outlive_their_model(labelled, tmp_path):
+    model = finetune(labelled, "type", num_train_epochs=0, output=tmp_path / "m")
+    assert model.out_of_fold is not None and load_out_of_fold(tmp_path / "m") is not None
+    store = CellStore.build(tmp_path / "store", labelled, obs=["type"], report=False)
+    trainer = CellTrainer(
+        model=model,
+        args=TrainingArguments(
+            str(tmp_path / "m"), max_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True
+        ),
+        train_dataset=store.select(store.obs["type"].notna().to_numpy()),
+        data_collator=DataCollatorForCellClassification(model.tokenizer, "type"),
+        processing_class=model.tokenizer,
+    )
+    trainer.train()
+    assert load_out_of_fold(model) is None
+    trainer.save_model()
+    assert load_out_of_fold(tmp_path / "m") is None

@@ -234,6 +234,60 @@ def test_a_model_without_names_learns_those_of_the_training_cells(cells, tmp_pat
         assert found.tolist() == [{"A": 1, "B": 0}[of] for of in cells.obs["type"]], name
 
 
+def test_a_head_with_room_numbers_classes_by_name(cells, tmp_path):
+    """Also those of another set of cells, which numbers them in another order."""
+    kinds = [every_kind(cells, order, tmp_path / order[0]) for order in (["B", "A"], ["A", "B"])]
+    model = classifier(num_labels=4)
+    found = labels_that_train(model, kinds[1]["store"], train_dataset=kinds[0]["store"], args=arguments(tmp_path))
+    assert found.tolist() == [{"A": 1, "B": 0}[of] for of in cells.obs["type"]]
+    assert model.config.id2label == {0: "B", 1: "A", 2: "LABEL_2", 3: "LABEL_3"}
+    labels_that_train(model, kinds[1]["store"], args=arguments(tmp_path))  # trained on: its names stay
+    assert model.config.label2id["B"] == 0
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"id2label": {0: "B", 1: "A"}},
+        {"label2id": {"B": 0, "A": 1}},
+        {"id2label": {0: "LABEL_1", 1: "LABEL_0"}},  # real names, though they look like the default ones
+    ],
+)
+def test_names_in_one_direction_are_names(cells, tmp_path, names):
+    model = classifier(num_labels=2)
+    for field, value in names.items():
+        setattr(model.config, field, value)
+    expected = {"A": 1, "B": 0}
+    if "LABEL_1" in names.get("id2label", {}).values():
+        cells.obs["type"] = cells.obs["type"].cat.rename_categories({"A": "LABEL_0", "B": "LABEL_1"})
+        expected = {"LABEL_0": 1, "LABEL_1": 0}
+    store = CellStore.build(tmp_path / "named", cells, obs=["type"], report=False)
+    found = labels_that_train(model, store, args=arguments(tmp_path))
+    assert found.tolist() == [expected[of] for of in cells.obs["type"]]
+    assert model.config.label2id == expected and {i: n for n, i in expected.items()} == model.config.id2label
+
+
+def test_columns_of_numbers_are_compared_with_the_names_of_the_outputs(cells, tmp_path):
+    cells.obs["a"], cells.obs["b"] = np.resize([0, 1, 1], 20), np.resize([1, 0], 20)
+    store = CellStore.build(tmp_path / "s", cells, obs=["a", "b"], report=False)
+
+    def trains(label, names, label2id=None, **settings):
+        collator = DataCollatorForCellClassification(make_tokenizer(), label, label2id=label2id)
+        model = classifier(names, **settings)
+        return model, labels_that_train(model, store, collator=collator, args=arguments(tmp_path / "run"))
+
+    several = {"problem_type": "multi_label_classification"}
+    model, found = trains(["b", "a"], None, {"a": 0, "b": 1}, num_labels=2, **several)
+    assert model.config.id2label == {0: "a", 1: "b"} and found.tolist() == cells.obs[["a", "b"]].to_numpy().tolist()
+    with pytest.raises(ValueError, match="label2id is 0 'a', 1 'b', but the model's is 0 'b', 1 'a'"):
+        trains(["b", "a"], ["b", "a"], {"a": 0, "b": 1}, **several)
+    number = {"problem_type": "regression"}
+    with pytest.raises(ValueError, match="labels are the columns 'a', but the model's are 'age'"):
+        trains("a", ["age"], **number)
+    model, found = trains("a", ["age"], {"a": 0}, **number)
+    assert model.config.id2label == {0: "age"} and found.tolist() == cells.obs["a"].tolist()
+
+
 def test_a_collator_that_numbers_classes_otherwise_is_refused(cell_store, tmp_path):
     tokenizer = make_tokenizer()
     for label2id, fits in (({"A": 0, "B": 1}, True), ({"A": 1, "B": 0}, False), ({"A": 0, "C": 1}, False)):
@@ -336,6 +390,24 @@ def test_a_trained_model_knows_what_its_sampler_knows(tissue, tmp_path):
     for adata in (reversed_columns, reordered):
         np.testing.assert_allclose(adata.obsm["X_neighborhood"], tissue.obsm["X_neighborhood"], atol=1e-5)
     assert tissue.uns["stformer_neighborhood"]["section_key"] == "part"
+
+
+def test_types_are_compared_in_a_model_with_room_for_more(tissue, tmp_path):
+    two = other_types(tissue, ["T0", "T1"])
+    model = neighborhood_model()
+    NeighborhoodTrainer(arguments(tmp_path), sample(two), model=model)
+    assert model.config.cell_types == ["T0", "T1"] and model.config.n_cell_types == 3
+    model.save_pretrained(tmp_path / "m")
+    embed_neighborhoods(two, str(tmp_path / "m"), cell_type_key="type")
+    with pytest.raises(ValueError, match="eval_dataset numbers the cell types 'T1', 'T0', but the model 'T0', 'T1'"):
+        NeighborhoodTrainer(
+            arguments(tmp_path), sample(two), model=model, eval_dataset=sample(other_types(tissue, ["T1", "T0"]))
+        )
+
+
+def test_counts_do_not_reach_a_model_of_their_logarithms(tissue, tmp_path):
+    with pytest.raises(ValueError, match="train_dataset returns counts .*apply_log1p=False"):
+        NeighborhoodTrainer(arguments(tmp_path), sample(tissue), model=neighborhood_model(apply_log1p=False))
 
 
 def test_row_numbers_are_no_genes(tissue, tmp_path):

@@ -33,7 +33,7 @@ def cells(adata, tmp_path):
     return CellStore.build(tmp_path / "labelled", adata, obs="all", report=False)
 
 
-def trainer_of(cells, label, tmp_path, eval_dataset=None, **head):
+def trainer_of(cells, label, tmp_path, eval_dataset=None, sampling=None, **head):
     tokenizer = GeneTokenizer(list(CellStore(tmp_path / "labelled").gene_ids), bin_edges=[0.5, 1.5], max_length=50)
     return CellTrainer(
         model=GeneBertForClassification(GeneBertConfig.from_tokenizer(tokenizer, size="tiny", **head)),
@@ -42,6 +42,7 @@ def trainer_of(cells, label, tmp_path, eval_dataset=None, **head):
         eval_dataset=eval_dataset,
         data_collator=DataCollatorForCellClassification(tokenizer, label),
         processing_class=tokenizer,
+        sampling=sampling,
     )
 
 
@@ -128,3 +129,55 @@ def test_labels_of_a_dataset_are_looked_at(cells, tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             trainer_of(tokens, label, tmp_path, **head)
+
+
+def test_minus_100_is_no_number_to_predict(adata, cells, tmp_path):
+    """It marks cells without a label in transformers, so their losses would be left out."""
+    adata.obs.loc[adata.obs_names[:3], "depth"] = -100.0
+    cells = CellStore.build(tmp_path / "degrees", adata, obs=["depth"], report=False)
+    with pytest.raises(ValueError, match="'depth' is -100 for 3 cells"):
+        trainer_of(cells, "depth", tmp_path, num_labels=1)
+
+
+def test_labels_given_to_evaluate_are_looked_at(cells, adata, tmp_path):
+    trainer = trainer_of(cells, "depth", tmp_path, num_labels=1)
+    adata.obs["depth"] = adata.obs["five"]
+    with pytest.raises(ValueError, match="'depth' holds 5 classes"):
+        trainer.evaluate(CellStore.build(tmp_path / "classes", adata, obs=["depth"], report=False))
+
+
+@pytest.mark.parametrize(
+    ("label", "n_outputs", "kind"),
+    [
+        ("five", 5, "single_label_classification"),
+        ("depth", 1, "regression"),
+        (["is_b", "is_t"], 2, "multi_label_classification"),
+    ],
+)
+def test_the_model_of_a_trial_says_what_it_predicts(cells, label, n_outputs, kind, tmp_path):
+    """It is made anew when training begins, without what the first one has learnt."""
+    trainer = trainer_of(cells, label, tmp_path, num_labels=n_outputs)
+    expected = trainer.model.config
+    trainer.model_init = lambda: GeneBertForClassification(
+        GeneBertConfig.from_tokenizer(trainer.processing_class, size="tiny", num_labels=n_outputs)
+    )
+    config = trainer.call_model_init().config
+    assert config.problem_type == kind and config.id2label == expected.id2label
+
+
+@pytest.mark.parametrize("label", ["cell_type", "depth"])
+def test_cells_without_a_label_are_refused_before_the_first_step(adata, cells, tmp_path, label):
+    adata.obs.loc[adata.obs_names[:2], label] = None
+    some = CellStore.build(tmp_path / "some", adata, obs=["cell_type", "depth"], report=False)
+    head = {"num_labels": 2 if label == "cell_type" else 1}
+    with pytest.raises(ValueError, match=f"2 of 59 cells have no '{label}': leave them out"):
+        trainer_of(some, label, tmp_path, **head)
+    with pytest.raises(ValueError, match=f"2 of 59 cells have no '{label}'"):
+        trainer_of(cells, label, tmp_path, eval_dataset={"held out": some}, **head)
+    trainer_of(some.select(some.obs[label].notna()), label, tmp_path, **head)
+
+
+def test_a_draw_may_leave_unlabelled_cells_out(adata, cells, tmp_path):
+    adata.obs.loc[adata.obs_names[:2], "cell_type"] = None
+    some = CellStore.build(tmp_path / "some", adata, obs=["cell_type"], report=False)
+    trainer_of(some, "cell_type", tmp_path, sampling={"by": "cell_type"}, num_labels=2).train()

@@ -1,5 +1,6 @@
 """A checkpoint is tied to the run that made it: its cells, its optimizer, its batch size, the precision of weights."""
 
+import copy
 import logging
 import os
 import signal
@@ -11,7 +12,17 @@ from conftest import make_adata
 from torch.utils.data import ConcatDataset, Subset
 from transformers import AutoModelForMaskedLM, TrainerCallback, TrainingArguments
 
-from stformer_hf import CellStore, GeneBertForPhenotypicMLM, IterableAnnDataset, STFormerPretrainer
+from stformer_hf import (
+    CellStore,
+    CellTrainer,
+    DataCollatorForCellClassification,
+    GeneBertConfig,
+    GeneBertForClassification,
+    GeneBertForPhenotypicMLM,
+    GeneTokenizer,
+    IterableAnnDataset,
+    STFormerPretrainer,
+)
 from stformer_hf.training.cell_checksum import describe_cells
 from stformer_hf.training.checkpoints import checkpoint_to_resume
 
@@ -92,6 +103,49 @@ def test_a_run_is_not_resumed_on_other_cells(store, tokenizer, config, tmp_path,
     )
 
 
+def test_a_run_is_not_resumed_with_genes_in_another_order(store, tokenizer, config, tmp_path):
+    make_trainer(tmp_path, store, tokenizer, config).train()
+    other = GeneTokenizer.from_store(
+        store, genes=tokenizer.genes[::-1], phenotypes=["cell_type"], bin_edges=[0.5, 1.5, 3.5]
+    )
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+    resumed = make_trainer(
+        tmp_path, store, other, GeneBertConfig.from_tokenizer(other, **sizes), ignore_data_skip=True
+    )
+    with pytest.raises(ValueError, match="checkpoint-2 has another vocabulary_fingerprint than the model"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_run_is_not_resumed_with_classes_in_another_order(store, tokenizer, config, tmp_path, adapter):
+    """The model has no names before it is trained, and takes those of the cells that it meets."""
+    tokenizer.included_phenotypes = []
+    renumbered = make_adata()
+    renumbered.obs["cell_type"] = renumbered.obs["cell_type"].cat.reorder_categories(["T cell", "B cell"])
+    renumbered = CellStore.build(tmp_path / "other", renumbered, obs=["cell_type", "age"], report=False)
+
+    def trainer(cells, steps):
+        model = GeneBertForClassification(copy.deepcopy(config))
+        if adapter:
+            peft = pytest.importorskip("peft")
+            settings = peft.LoraConfig(task_type="SEQ_CLS", r=1, modules_to_save=["classifier", "pre_classifier"])
+            model = peft.get_peft_model(model, settings)
+        return CellTrainer(
+            model=model,
+            args=TrainingArguments(
+                str(tmp_path / "run"), max_steps=steps, save_steps=1, report_to="none", disable_tqdm=True, use_cpu=True
+            ),
+            train_dataset=cells,
+            data_collator=DataCollatorForCellClassification(tokenizer, "cell_type"),
+            processing_class=tokenizer,
+        )
+
+    trainer(store, 1).train()
+    with pytest.raises(ValueError, match="has another label2id than the model: {'B cell': 0.*{'T cell': 0"):
+        trainer(renumbered, 2).train(resume_from_checkpoint=True)
+    trainer(store, 2).train(resume_from_checkpoint=True)
+
+
 # ---------------------------------------------------------------------- what a checkpoint must have
 
 
@@ -118,6 +172,9 @@ def test_a_finished_model_is_not_replaced_by_a_resumption(store, tokenizer, conf
     trainer.save_model()
     with pytest.raises(FileExistsError, match="holds a model but no checkpoint"):
         make_trainer(tmp_path, store, tokenizer, config).train(resume_from_checkpoint=True)
+    (tmp_path / "config.json").rename(tmp_path / "adapter_config.json")  # as an adapter is saved
+    with pytest.raises(FileExistsError, match="holds a model but no checkpoint"):
+        checkpoint_to_resume(tmp_path)
 
 
 @pytest.mark.slow

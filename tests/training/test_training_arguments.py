@@ -233,6 +233,12 @@ def test_batches_that_processes_would_divide_unevenly_are_refused(store, tokeniz
         check_arguments(trainer)
 
 
+@pytest.mark.parametrize("name", ["dispatch_batches", "split_batches"])
+def test_packed_batches_are_not_cut(store, tokenizer, tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} would split a packed batch within cells"):
+        pretrainer(tmp_path, store, tokenizer, own={"packing": True}, accelerator_config={name: True})
+
+
 # ---------------------------------------------------------------------- label_smoothing_factor
 
 

@@ -50,7 +50,8 @@ class CellNeighborhoodConfig(PreTrainedConfig):
         Size of an embedding of each observed cell, such as one by a GeneBert model, that its token reads in addition
         to its expression, or instead of it with `use_expression=False`. 0 for none.
     gene_ids, cell_types : list of str, optional
-        Names of the columns and of the cell types, for use of the model on other data.
+        Names of the columns and of the cell types, for use of the model on other data. There may be fewer names of
+        types than `n_cell_types`.
     neighborhood : dict, optional
         How the training neighbourhoods were made: options of `CenterMaskSampler` such as `patch_size`, `shape`,
         `k_nearest` and `max_num_cells`. They are the defaults when the model is used.
@@ -128,7 +129,8 @@ class CellNeighborhoodConfig(PreTrainedConfig):
             )
         for name, size in (("gene_ids", self.n_genes), ("cell_types", self.n_cell_types)):
             given = getattr(self, name)
-            if given is not None and len(given) != size:
+            has_room = name == "cell_types" and given is not None and 0 < len(given) < size
+            if given is not None and len(given) != size and not has_room:
                 raise ValueError(f"There are {len(given)} {name}, but the model has {size}.")
         if self.on_init is not None:
             type(self).on_init()
