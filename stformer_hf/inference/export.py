@@ -99,6 +99,7 @@ def export_onnx(
     name = name_of(model)
     model, tokenizer = load(model, tokenizer, AutoModelForSequenceClassification if of_cells else AutoModel)
     pooling = None if of_cells else default_pooling(model.config)
+    output_name = "logits" if of_cells else "cell_state"  # "embedding" is a value inside the graph
     if not of_cells:
         model = getattr(model, model.base_model_prefix, model)
     source = open_source(_random_cells(tokenizer) if adata is None else adata, layer)
@@ -113,7 +114,7 @@ def export_onnx(
     with torch.no_grad():
         # Of random cells: those to compare on may be too few, or have too few genes, for lengths that vary.
         example = tuple(tensor.clone() for tensor in _tensors(random, names, tokenizer))
-        _export(exported, example, names, "logits" if of_cells else "embedding", output / MODEL)
+        _export(exported, example, names, output_name, output / MODEL)
     for former in (MODEL_INT8, SETTINGS):  # of another model
         (output / former).unlink(missing_ok=True)
     if int8:
@@ -122,7 +123,7 @@ def export_onnx(
         "model": str(name),
         "vocabulary_fingerprint": tokenizer.fingerprint,
         "inputs": names,
-        "output": "logits" if of_cells else "embedding",
+        "output": output_name,
         **({"problem_type": read_head(model).kind, "labels": read_head(model).names} if of_cells else {}),
         **({} if of_cells else {"pooling": pooling}),
         "comparison": {},
