@@ -47,8 +47,10 @@ def main(argv: list[str]) -> None:
 
 def run(args: MapArguments):
     """Map the cells and write the file; return the AnnData."""
+    from accelerate import PartialState
+
     from ..inference.map_to_reference import REFERENCE_FILE, map_to_reference, save_reference
-    from .files import read, several_processes, write
+    from .files import is_first_process, read, several_processes, write
 
     is_folder = (Path(args.reference) / REFERENCE_FILE).is_file()
     if is_folder and args.save_reference:
@@ -59,7 +61,11 @@ def run(args: MapArguments):
         if args.label_key is None:
             raise ValueError("--save_reference needs --label_key.")
         shared = {"fractional": args.fractional, "batch_size": args.batch_size, "device": args.device}
-        save_reference(reference, args.model, args.save_reference, args.label_key, **shared)
+        shared["overwrite"] = args.overwrite
+        if is_first_process():
+            save_reference(reference, args.model, args.save_reference, args.label_key, **shared)
+        if several_processes():
+            PartialState().wait_for_everyone()
         reference = args.save_reference
     label_key = None if isinstance(reference, str) and not is_folder else args.label_key
     options = args.options("reference", "label_key", "save_reference")

@@ -66,6 +66,7 @@ def annotate(
         per cell, `obs[key_added + "_" + label]` is the probability
         of each. For numbers, `obs[key_added + "_" + name]` is the number (`_value` if the model does not name it). The
         names of the columns and of the classes, and the kind of head are written to `uns[key_added + "_annotation"]`.
+        Columns of an earlier call with the same prefix that this one does not write are removed.
     layer, fractional, batch_size, device, min_coverage, distributed
         As for `embed`.
 
@@ -145,6 +146,8 @@ def annotate(
             columns[f"{key_added}_typicality"] = typical
         if over is not None:
             columns[f"{key_added}_majority"] = majority(columns[label], table.obs[over])
+    former = set(table.uns.get(f"{key_added}_annotation", {}).get("columns", ())) - set(columns)
+    table.obs = table.obs.drop(columns=[column for column in former if column in table.obs])
     for column, values in columns.items():
         table.obs[column] = values
     table.uns[f"{key_added}_annotation"] = {
@@ -186,7 +189,7 @@ def majority(labels: pd.Categorical, clusters: pd.Series) -> pd.Categorical:
     counted = (clusters.codes >= 0) & (labels.codes >= 0)
     np.add.at(counts, (clusters.codes[counted], labels.codes[counted]), 1)
     winners = np.where(counts.any(axis=1), counts.argmax(axis=1), -1)
-    codes = np.where(clusters.codes >= 0, winners[clusters.codes], -1)
+    codes = np.append(winners, -1)[clusters.codes]  # the code of no cluster is -1
     return pd.Categorical.from_codes(codes, labels.categories)
 
 

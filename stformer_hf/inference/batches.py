@@ -67,6 +67,15 @@ def load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_cla
     return model, tokenizer
 
 
+def check_hidden_layer(model: PreTrainedModel, hidden_layer: int) -> None:
+    """Raise a ValueError if a model has no such hidden state: 0 is the embedding layer, -1 the last layer."""
+    n_layers = model.config.num_hidden_layers
+    if not -n_layers - 1 <= hidden_layer <= n_layers:
+        raise ValueError(
+            f"hidden_layer {hidden_layer} does not exist in a model of {n_layers} layers: pass 0 to {n_layers}, or -1."
+        )
+
+
 @contextmanager
 def at_work(
     model: PreTrainedModel, device: str | None, gradients: bool = False, dtype: str | None = None
@@ -286,12 +295,17 @@ def table_of(cells, layer: str | None) -> AnnData:
     TypeError
         `cells` does not hold cells.
     ValueError
-        See `find_table`.
+        The AnnData is a view of one on disk; see `find_table`.
     """
     if isinstance(cells, CellStore):
         return AnnData(obs=cells.obs.copy(), var=cells.genes.frame.set_index("gene_id"))
     check_cells(cells)
-    return find_table(cells, layer).table
+    table = find_table(cells, layer).table
+    if table.is_view and table.isbacked:
+        raise ValueError(
+            "Results cannot be written into a view of an AnnData on disk: read its cells first, adata[…].to_memory()."
+        )
+    return table
 
 
 def check_cells(cells) -> None:

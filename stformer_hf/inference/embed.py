@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from anndata import AnnData
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
@@ -11,7 +12,7 @@ from ..models.gene_bert.heads import pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
 from ..training.loading import name_of
-from .batches import load, run, table_of
+from .batches import check_hidden_layer, load, run, table_of
 
 
 def embed(
@@ -87,6 +88,38 @@ def embed(
     TypeError
         `adata` does not hold cells, or `model` is not a model.
     """
+    return embed_and_count(
+        adata,
+        model,
+        tokenizer,
+        key_added,
+        hidden_layer,
+        pooling,
+        with_phenotypes,
+        min_coverage,
+        layer=layer,
+        fractional=fractional,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        distributed=distributed,
+    )[0]
+
+
+def embed_and_count(
+    adata: AnnData | CellStore,
+    model: str | PreTrainedModel,
+    tokenizer: GeneTokenizer | None = None,
+    key_added: str = "X_stformer",
+    hidden_layer: int = -1,
+    pooling: str | None = None,
+    with_phenotypes: bool = False,
+    min_coverage: float | None = None,
+    *,
+    layer: str | None = None,
+    **settings,
+) -> tuple[AnnData | None, np.ndarray]:
+    """Do as `embed`, and return also the number of genes of each cell that the model read: int64 array (n_cells,)."""
     if pooling not in (None, "cls", "mean"):
         raise ValueError(f'pooling must be "cls" or "mean", got {pooling!r}.')
     table = table_of(adata, layer)
@@ -96,29 +129,21 @@ def embed(
     if pooling == "cls" and not tokenizer.add_cls:
         raise ValueError('The tokenizer adds no [CLS]: use pooling="mean".')
     encoder = getattr(encoder, encoder.base_model_prefix, encoder)
-    n_layers = encoder.config.num_hidden_layers
-    if not -n_layers - 1 <= hidden_layer <= n_layers:
-        raise ValueError(
-            f"hidden_layer {hidden_layer} does not exist in a model of {n_layers} layers: pass 0 to {n_layers}, or -1."
-        )
+    check_hidden_layer(encoder, hidden_layer)
 
     def forward(batch: dict[str, torch.Tensor], types: torch.Tensor) -> torch.Tensor:
         hidden = encoder(**batch, output_hidden_states=True).hidden_states[hidden_layer]
         return pool(hidden, types, batch["attention_mask"], pooling)
 
-    embedding, _, source = run(
+    embedding, n_genes, source = run(
         adata,
         encoder,
         tokenizer,
         forward,
         layer=layer,
-        fractional=fractional,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
         desc="embed",
         with_phenotypes=with_phenotypes,
-        distributed=distributed,
+        **settings,
     )
     table.obsm[key_added] = embedding
     table.uns["stformer"] = {
@@ -130,7 +155,7 @@ def embed(
         "counts_in": source.counts_in,
         "vocabulary_fingerprint": tokenizer.fingerprint,
     }
-    return table if isinstance(adata, CellStore) else None
+    return (table if isinstance(adata, CellStore) else None), n_genes
 
 
 def default_pooling(config: PreTrainedConfig) -> str:
@@ -142,4 +167,4 @@ def default_pooling(config: PreTrainedConfig) -> str:
     return "cls" if getattr(config, "cell_embedding", False) else "mean"
 
 
-__all__ = ["default_pooling", "embed"]
+__all__ = ["default_pooling", "embed", "embed_and_count"]

@@ -99,6 +99,7 @@ def export_onnx(
     name = name_of(model)
     model, tokenizer = load(model, tokenizer, AutoModelForSequenceClassification if of_cells else AutoModel)
     pooling = None if of_cells else default_pooling(model.config)
+    output_name = "logits" if of_cells else "cell_state"  # "embedding" is a value inside the graph
     if not of_cells:
         model = getattr(model, model.base_model_prefix, model)
     source = open_source(_random_cells(tokenizer) if adata is None else adata, layer)
@@ -106,19 +107,23 @@ def export_onnx(
     output.mkdir(parents=True, exist_ok=True)
     with at_work(model, "cpu"):
         batches = [next(read_batches(source, tokenizer, size, desc="compare")) for size in _BATCHES]
-        names = _input_names(batches[0], tokenizer)
+        random = next(read_batches(open_source(_random_cells(tokenizer)), tokenizer, _BATCHES[1], desc="trace"))
+        names = _input_names(random, tokenizer)
         exported = _ForOnnx(model, names, pooling).eval()
         expected = [exported(*_tensors(batch, names, tokenizer)).numpy() for batch in batches]
     with torch.no_grad():
-        example = tuple(tensor.clone() for tensor in _tensors(batches[1], names, tokenizer))
-        _export(exported, example, names, "logits" if of_cells else "embedding", output / MODEL)
+        # Of random cells: those to compare on may be too few, or have too few genes, for lengths that vary.
+        example = tuple(tensor.clone() for tensor in _tensors(random, names, tokenizer))
+        _export(exported, example, names, output_name, output / MODEL)
+    for former in (MODEL_INT8, SETTINGS):  # of another model
+        (output / former).unlink(missing_ok=True)
     if int8:
         _quantise(output / MODEL, output / MODEL_INT8)
     settings = {
         "model": str(name),
         "vocabulary_fingerprint": tokenizer.fingerprint,
         "inputs": names,
-        "output": "logits" if of_cells else "embedding",
+        "output": output_name,
         **({"problem_type": read_head(model).kind, "labels": read_head(model).names} if of_cells else {}),
         **({} if of_cells else {"pooling": pooling}),
         "comparison": {},

@@ -219,7 +219,8 @@ def choose_perturbations(
     Raises
     ------
     ValueError
-        A gene is unknown to the model, not measured or not expressed; a name is repeated; there are no genes.
+        A gene is unknown to the model, not measured or not expressed; a name is repeated, or two perturbations edit
+        the same genes; there are no genes.
     """
     expressed = panel.known[expression[panel.known] > 0]
     if genes is None:
@@ -232,6 +233,10 @@ def choose_perturbations(
     repeated = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
     if repeated:
         raise ValueError(f"The perturbation {min(repeated)!r} is repeated.")
+    name_of: dict[tuple[int, ...], str] = {}
+    for name, columns in named:
+        if name_of.setdefault(columns, name) != name:
+            raise ValueError(f"The perturbations {name_of[columns]!r} and {name!r} edit the same genes: keep one.")
 
     n_bins = min(_MOST_BINS, max(1, len(expressed) // _GENES_PER_BIN))
     edges = np.unique(np.quantile(expression[expressed], np.linspace(0, 1, n_bins + 1)[1:-1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,10 +27,12 @@ from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..sources.open_source import Source, open_source
 from ..training.loading import name_of
 from ..training.starts.gene_embeddings import embedding_of_genes
-from .batches import TokenBatch, at_work, check_cells, load, read_batches
+from .batches import TokenBatch, at_work, check_cells, check_hidden_layer, load, read_batches
 
 if TYPE_CHECKING:
     import networkx
+
+logger = logging.getLogger(__name__)
 
 MOST_GENES = 5_000  # of a network of one group: a matrix of pairs has 25 million entries
 _PAIRS_OF_TOKENS = 2**22  # cells x length ** 2 of a batch: 128 MiB of attention for 8 heads
@@ -105,6 +108,7 @@ def gene_embeddings(
     if adata is None:
         found = _static(encoder, tokenizer, chosen)
     else:
+        check_hidden_layer(encoder, hidden_layer)
         source = open_source(adata, layer, fractional)
         types = _groups(source, cell_type_key)
         with at_work(encoder, device):
@@ -328,20 +332,20 @@ class GeneNetwork:
 
         if group is None and len(self.scores) == 1:
             group = next(iter(self.scores))
-        if group not in self.scores:
-            raise ValueError(f"There is no group {group!r}; groups are {', '.join(self.scores)}.")
-        one = GeneNetwork(
-            self.genes,
-            *({group: of[group]} for of in (self.scores, self.n_cells, self.coexpression)),
-            self.method,
-        )
-        edges = one.edges(n_edges)
+        edges = self._of_group(group).edges(n_edges)
         graph = networkx.from_pandas_edgelist(
             edges, edge_attr=["score", "n_cells", "coexpression"], create_using=networkx.DiGraph
         )
         symbol = dict(zip(self.genes["gene_id"], self.genes["symbol"], strict=True))
         networkx.set_node_attributes(graph, {node: symbol[node] for node in graph}, "symbol")
         return graph
+
+    def _of_group(self, group: str | None) -> GeneNetwork:
+        """Return the network of one group."""
+        if group not in self.scores:
+            raise ValueError(f"There is no group {group!r}; groups are {', '.join(self.scores)}.")
+        parts = ({group: of[group]} for of in (self.scores, self.n_cells, self.coexpression))
+        return GeneNetwork(self.genes, *parts, self.method)
 
     def save(self, path: str | Path, group: str | None = None, n_edges: int = 1_000) -> None:
         """Write the edges: all groups to a .csv, or one group to a .graphml.
@@ -353,8 +357,7 @@ class GeneNetwork:
         """
         suffix = Path(path).suffix
         if suffix == ".csv":
-            edges = self.edges(n_edges)
-            edges[edges["group"] == group if group is not None else slice(None)].to_csv(path, index=False)
+            (self if group is None else self._of_group(group)).edges(n_edges).to_csv(path, index=False)
         elif suffix == ".graphml":
             import networkx
 
@@ -427,8 +430,8 @@ def gene_network(
     Raises
     ------
     ValueError
-        There are too many genes for the number of groups (5,000 for one group); a gene or the column is unknown; the
-        model reads neighbourhoods, or is not a GeneBert.
+        There are too many genes for the number of groups (5,000 for one group); a gene or the column is unknown; a
+        number is below 1; the model reads neighbourhoods, or is not a GeneBert.
 
     Notes
     -----
@@ -439,6 +442,8 @@ def gene_network(
     """
     if method not in ("attention", "gradient"):
         raise ValueError(f'method must be "attention" or "gradient", got {method!r}.')
+    if n_targets < 1 or min_cells < 1:
+        raise ValueError(f"n_targets={n_targets} and min_cells={min_cells} must be at least 1.")
     check_cells(adata)
     encoder, tokenizer = load(model, tokenizer, AutoModel)
     _refuse_neighborhoods(tokenizer)
@@ -483,10 +488,13 @@ def gene_network(
                 n_cells[group[cell]][pairs] += 1
     for of_group in n_cells:
         np.fill_diagonal(of_group, 0)
-    enough = n_cells >= max(min_cells, 1)
+    enough = n_cells >= min_cells
     np.divide(sums, n_cells, out=sums, where=enough, casting="same_kind")
     sums[~enough] = np.nan
     names = [str(name) for name in group_of.categories]
+    without = [name for name, of_group in zip(names, enough, strict=True) if not of_group.any()]
+    if without:
+        logger.warning(f"No pair of genes was scored in {min_cells} cells of {', '.join(without)}: lower min_cells.")
     found = _gene_frame(tokenizer, chosen).reset_index(drop=True)
     return GeneNetwork(
         found,

@@ -20,7 +20,7 @@ from .. import __version__
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
 from .batches import load, table_of
-from .embed import default_pooling, embed
+from .embed import default_pooling, embed_and_count
 from .rejection import UNKNOWN, check_reject, rejection_thresholds
 
 N_NEIGHBORS = 15
@@ -75,7 +75,8 @@ def map_to_reference(
     model : str or PreTrainedModel
         As for `embed`.
     label_key : str, optional
-        Column of the reference's obs. Cells without a label are left out. A folder has its labels.
+        Column of the reference's obs, categories, text or whole numbers. Cells without a label or without a known
+        gene are left out. A folder has its labels.
     tokenizer : GeneTokenizer, optional
         The checkpoint's own by default.
     n_neighbors : int, default: 15
@@ -88,7 +89,8 @@ def map_to_reference(
         Prefix of the results. In `query.obs`: `mapped_label` (categorical), `mapped_score`, the share of the
         neighbours' weights that have this label, and `mapped_distance`, the mean distance to the neighbours (both
         float32). In `query.obsm`: `mapped_neighbors`, a DataFrame (n_obs, n_neighbors) of the names of the
-        neighbours, the nearest first, and `mapped_neighbor_distances`, float32. Settings go to `query.uns["mapped"]`.
+        neighbours, the nearest first, and `mapped_neighbor_distances`, float32. They are missing (names: "") for a
+        cell without a known gene. Settings go to `query.uns["mapped"]`.
     layer, fractional, batch_size, device, min_coverage, distributed
         As for `embed`. `layer` is that of the query.
 
@@ -100,7 +102,8 @@ def map_to_reference(
     Raises
     ------
     ValueError
-        The reference belongs to another model; the column is missing; no cell is labelled; as for `embed`.
+        The reference belongs to another model; the column is missing, or holds fractions; fewer than two cells of
+        the reference have a label and a known gene; as for `embed`.
     FileNotFoundError
         The checkpoint, or the folder of the reference, does not exist.
     TypeError
@@ -125,7 +128,7 @@ def map_to_reference(
         known = _embed_reference(reference, encoder, tokenizer, label_key, settings)
     classes = list(known.labels.categories)
     check_reject(reject, classes)
-    found = embed(query, encoder, tokenizer=tokenizer, layer=layer, **settings)
+    found, n_genes = embed_and_count(query, encoder, tokenizer, layer=layer, **settings)
     table = table if found is None else found
 
     n_neighbors = min(n_neighbors, len(known.embedding) - 1)  # of the reference too, each cell without itself
@@ -139,13 +142,15 @@ def map_to_reference(
         own_codes = vote(own, known.labels.codes[own_rows], len(classes)).argmax(axis=1)
         thresholds = rejection_thresholds(-own.mean(axis=1), own_codes, len(classes), reject)
         categories = [*classes, UNKNOWN]
-    table.obs[f"{key_added}_label"] = pd.Categorical.from_codes(
-        codes if reject is None else np.where(-spread < thresholds[codes], len(classes), codes), categories
-    )
-    table.obs[f"{key_added}_score"] = shares.max(axis=1).astype(np.float32)
-    table.obs[f"{key_added}_distance"] = spread.astype(np.float32)
+        codes = np.where(-spread < thresholds[codes], len(classes), codes)
+    empty = n_genes == 0
+    table.obs[f"{key_added}_label"] = pd.Categorical.from_codes(np.where(empty, -1, codes), categories)
+    for name, values in (("score", shares.max(axis=1)), ("distance", spread)):
+        table.obs[f"{key_added}_{name}"] = np.where(empty, np.nan, values).astype(np.float32)
     columns = [f"neighbor_{i + 1}" for i in range(n_neighbors)]
-    table.obsm[f"{key_added}_neighbors"] = pd.DataFrame(known.names[rows], index=table.obs_names, columns=columns)
+    names = np.where(empty[:, None], "", known.names[rows])
+    table.obsm[f"{key_added}_neighbors"] = pd.DataFrame(names, index=table.obs_names, columns=columns)
+    distances[empty] = np.nan
     table.obsm[f"{key_added}_neighbor_distances"] = distances.astype(np.float32)
     table.uns[key_added] = {
         "model": table.uns["stformer"]["model"],
@@ -168,17 +173,26 @@ def save_reference(
     fractional: bool = False,
     batch_size: int = 64,
     device: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Embed a labelled reference, and write it to a folder for `map_to_reference`.
 
     The folder holds the embedding, the labels and the names of the cells, and the fingerprint of the model; not the
     counts. Parameters are those of `map_to_reference`.
+
+    Raises
+    ------
+    FileExistsError
+        The folder holds a reference, and `overwrite` is False.
     """
+    folder = Path(folder)
+    if (folder / REFERENCE_FILE).exists() and not overwrite:
+        raise FileExistsError(f"{folder} holds a reference: choose another folder, or pass overwrite (--overwrite).")
     encoder, tokenizer = load(model, tokenizer, AutoModel)
     settings = {"fractional": fractional, "batch_size": batch_size, "device": device}
     found = _embed_reference(reference, encoder, tokenizer, label_key, settings)
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / REFERENCE_FILE).unlink(missing_ok=True)  # written last: without it the folder is no reference
     codes = np.ascontiguousarray(found.labels.codes.astype(np.int64))
     save_file({"embedding": np.ascontiguousarray(found.embedding), "labels": codes}, str(folder / _ARRAYS))
     facts = {
@@ -217,14 +231,29 @@ def _embed_reference(
     if label_key is None or label_key not in table.obs:
         asked = "label_key is not given" if label_key is None else f"The reference has no obs column {label_key!r}"
         raise ValueError(f"{asked}; its columns are {', '.join(map(str, table.obs)) or 'none'}.")
-    labels = pd.Categorical(table.obs[label_key].astype(object).map(str, na_action="ignore"))
+    column = table.obs[label_key]
+    if column.dtype.kind == "f":
+        if (column.dropna() % 1 != 0).any():
+            raise ValueError(
+                f"{label_key!r} of the reference holds fractions, not labels. If they are labels, make them "
+                "categorical, adata.obs[key].astype('category')."
+            )
+        column = column.astype("Int64")  # whole numbers, some of them missing
+    labels = pd.Categorical(column.astype(object).map(str, na_action="ignore"))
     kept = labels.codes >= 0
     if kept.sum() < 2:
         raise ValueError(f"{kept.sum()} cells of the reference have a {label_key!r}: at least two are needed.")
-    found = embed(reference, encoder, tokenizer=tokenizer, **settings)
+    found, n_genes = embed_and_count(reference, encoder, tokenizer, **settings)
     table = table if found is None else found
+    kept &= n_genes > 0
+    if kept.sum() < 2:
+        raise ValueError(
+            f"{kept.sum()} cells of the reference have a {label_key!r} and counts in genes that the model knows: at "
+            "least two are needed."
+        )
     names = table.obs_names.to_numpy(dtype=object)[kept]
-    return Reference(table.obsm["X_stformer"][kept], labels[kept], names, fingerprint_of(encoder, tokenizer))
+    labels = labels[kept].remove_unused_categories()
+    return Reference(table.obsm["X_stformer"][kept], labels, names, fingerprint_of(encoder, tokenizer))
 
 
 def vote(distances: np.ndarray, codes: np.ndarray, n_classes: int) -> np.ndarray:

@@ -33,7 +33,7 @@ from ..sources.open_source import open_source
 from ..training.cell_checksum import checksum
 from ..training.cell_heads import check_finite, predicts_cells, read_head
 from ..training.loading import is_model, load_config, name_of, unwrap
-from .batches import at_work, check_cells, load
+from .batches import at_work, check_cells, check_hidden_layer, load
 from .embed import default_pooling
 from .gene_edits import QUANTILES, GeneEdits, Panel, choose_perturbations
 from .perturb_statistics import DonorGroups, ShardScores, make_table
@@ -94,7 +94,7 @@ def perturb(
     goal_key, goal : str, optional
         Column of obs, and its value in the cells of the goal group, which are not perturbed.
     start : str, optional
-        Value of `goal_key` in the cells to perturb; by default all cells but the goal group.
+        Value of `goal_key` in the cells to perturb; by default all cells with another value than the goal group.
     donor_key : str, optional
         Column of obs with the donor of each cell: intervals and tests are then over donors.
     predicted : str, optional
@@ -190,6 +190,8 @@ def perturb(
         "seed": seed,
         "counts_in": source.counts_in,
         "vocabulary_fingerprint": reader.tokenizer.fingerprint,
+        "tokenizer": checksum(reader.tokenizer.saved_settings()),
+        "genes": checksum(panel.gene_ids.tolist()),
         "weights": reader.weights_checksum(),
         "perturbations": checksum([each.columns for each in perturbations], [each.name for each in perturbations]),
         "cells": checksum(counts.indptr, counts.indices, counts.data, cells.perturbed, cells.goal, cells.donors),
@@ -208,8 +210,8 @@ def perturb(
     n_alone = int(asked["p_matched"].isna().sum())
     if n_alone and n_null:
         logger.warning(
-            f"{n_alone} perturbations have no p-value: fewer than 10 genes of similar expression were perturbed. "
-            "Raise n_null, or perturb more genes."
+            f"{n_alone} perturbations have no p-value: they change no cell, or fewer than 10 genes of similar "
+            "expression were perturbed, or most of these move no cell. Raise n_null, or perturb more genes."
         )
     asked.attrs["settings"] = {**settings, "tested": grid.score_names[0], "n_cells": len(cells.perturbed)}
     return asked
@@ -234,12 +236,15 @@ def _choose_cells(obs, known_counts, goal_key, goal, start, donor_key) -> _Cells
     full = np.diff(known_counts.indptr) > 0
     in_goal, perturbed = np.zeros(len(obs), bool), np.ones(len(obs), bool)
     if goal_key is not None:
+        known = obs[goal_key].notna().to_numpy()
         groups = obs[goal_key].astype(str).to_numpy()
-        in_goal = groups == str(goal)
-        perturbed = ~in_goal if start is None else groups == str(start)
+        in_goal = known & (groups == str(goal))
+        perturbed = known & (~in_goal if start is None else groups == str(start))
+        if not known.all():
+            logger.warning(f"{(~known).sum()} cells have no value in obs[{goal_key!r}]; they are left out.")
         for name, of in (("goal", in_goal), ("start", perturbed)):
             if not (of & full).any():
-                found = ", ".join(map(repr, sorted(set(groups))))
+                found = ", ".join(map(repr, sorted(set(groups[known]))))
                 raise ValueError(f"No cell is in the {name} group: obs[{goal_key!r}] has {found}.")
     if not (perturbed & full).any():
         raise ValueError("There are no cells with counts in genes that the model knows.")
@@ -275,9 +280,7 @@ class _Reader:
             raise ValueError(f'pooling must be "cls" or "mean", got {pooling!r}.')
         if self.pooling == "cls" and not self.tokenizer.add_cls:
             raise ValueError('The tokenizer adds no [CLS]: use pooling="mean".')
-        n_layers = self.model.config.num_hidden_layers
-        if not -n_layers - 1 <= hidden_layer <= n_layers:
-            raise ValueError(f"hidden_layer {hidden_layer} does not exist in a model of {n_layers} layers.")
+        check_hidden_layer(self.model, hidden_layer)
         self.hidden_layer, self.max_tokens, self.fractional = hidden_layer, max_tokens, fractional
         self.names: tuple[np.ndarray, np.ndarray] | None = None
         self.class_name: str | None = None

@@ -12,6 +12,7 @@ from scipy import stats
 from .gene_edits import Perturbation
 
 N_PERMUTATIONS = 9999
+_AT_ONCE = 256  # perturbations whose permutations are in memory together: 20 MB
 _LEAST_REFERENCE = 10  # perturbations that a centre and a spread are computed from
 _NORMAL_MAD = float(stats.norm.ppf(0.75))  # median absolute deviation of a standard normal
 
@@ -72,7 +73,7 @@ def make_table(
     ----------
     perturbations : sequence of Perturbation
     shards : callable
-        Returns an iterator over the scores, which is used twice, so that memory does not grow with the genes.
+        Returns an iterator over the scores, which is used twice, so that those of all genes are never in memory.
     names : sequence of str (n_scores,)
         Name of each score; the first is the one that is tested.
     donors : int64 array (n_cells,), optional
@@ -88,15 +89,15 @@ def make_table(
         One row per perturbation, see `perturb`.
     """
     rows = {}
+    projections = None if groups is None else np.zeros((len(perturbations), len(groups.states)))
     for shard in shards():
-        p_donors = None if groups is None else permute_donors(shard.directions, groups, seed)
+        if groups is not None:
+            projections[shard.numbers] = shard.directions.astype(np.float64) @ groups.states.T
         for i, number in enumerate(shard.numbers.tolist()):
             rows[number] = {"n_changed": int(shard.n_changed[i])}
             for name, values in zip(names, shard.values[i], strict=True):
                 mean, low, high = interval(values, donors)
                 rows[number] |= {name: mean, f"{name}_low": low, f"{name}_high": high}
-            if p_donors is not None:
-                rows[number]["p_donors"] = p_donors[i] if shard.n_changed[i] else np.nan
     table = pd.DataFrame([rows[number] for number in range(len(perturbations))])
     table.index = pd.Index([each.name for each in perturbations], name="perturbation")
     table.insert(0, "matched", [each.matched for each in perturbations])
@@ -107,8 +108,14 @@ def make_table(
     for shard in shards():
         for i, number in enumerate(shard.numbers.tolist()):
             wilcoxon[number] = _wilcoxon(shard.values[i, 0], shard.changed[i], donors, centre[number])
+    changed = table["n_changed"].to_numpy() > 0  # the others cannot be compared, nor be a comparison
+    if groups is not None:
+        table["p_donors"] = np.nan
+        table.loc[changed, "p_donors"] = permute_donors(projections[changed], groups, seed)
+    compared = table.loc[changed]
     for name in names:
-        z, p = compare(table[name].to_numpy(), table["matched"].to_numpy(), table["null"].to_numpy())
+        z, p = np.full((2, len(table)), np.nan)
+        z[changed], p[changed] = compare(*(compared[column].to_numpy() for column in (name, "matched", "null")))
         of = "" if name == tested else f"{name}_"
         table[f"{of}z"], table[f"{of}p_matched"] = z, p
     table["p_wilcoxon"] = wilcoxon
@@ -184,25 +191,40 @@ def compare(effects: np.ndarray, matched: np.ndarray, is_null: np.ndarray) -> tu
     return z, 2 * stats.norm.sf(np.abs(z))
 
 
-def permute_donors(directions: np.ndarray, groups: DonorGroups, seed: int) -> np.ndarray:
+def permute_donors(projections: np.ndarray, groups: DonorGroups, seed: int) -> np.ndarray:
     """Test shifts towards the goal by permuting which donors are the goal's.
 
-    The statistic is the mean change of the cells' states along the difference of the two groups' mean states, each the
-    mean of its donors' means; a permutation changes the difference. Donors of both groups swap them with probability
-    1/2, the groups of the others are permuted. Cells are never permuted: those of one donor resemble one another.
+    Donors of both groups swap them with probability 1/2, and the groups of the others are permuted. Cells are never
+    permuted: those of one donor resemble one another. The effect of a perturbation is the mean change of the cells'
+    states along the goal's mean states of donors, each less the mean of what it is permuted with.
+
+    Effects are divided by their standard deviation over all permutations. This makes those of different perturbations
+    comparable, so that they share one null: the permuted effects of all of them.
 
     Parameters
     ----------
-    directions : float array (p, d)
-        Mean change of the cells' states of length 1.
+    projections : float array (p, n_samples)
+        Mean change of the cells' states along the state of each sample of `groups`.
     groups : DonorGroups
     seed : int
 
     Returns
     -------
     float array (p,)
-        Two-sided p-values: the share of 9,999 permutations and the observed groups whose statistic is at least as
-        large. They cannot be much lower than 2 / (number of different permutations), nor lower than 1e-4.
+        Two-sided p-values: the share of the effects of all perturbations in 9,999 permutations and in the observed
+        groups that are at least as large. NaN where no permutation has an effect.
+
+    Notes
+    -----
+    The p-value of one perturbation alone cannot be lower than 2 / (number of different permutations). That of one
+    among many can, unless all move the cells the same way. If the groups do not differ, at most a share a of the
+    perturbations have p <= a, on average over permutations of the groups.
+
+    For two separate groups, and for pairs, the order of the effects is that of Student's t over donors.
+
+    References
+    ----------
+    Tusher, Tibshirani and Chu 2001, PNAS 98:5116, for a null that is pooled over genes.
     """
     rng = np.random.default_rng(seed)
     n_of_donor = np.bincount(groups.donors)
@@ -211,10 +233,31 @@ def permute_donors(directions: np.ndarray, groups: DonorGroups, seed: int) -> np
     swaps = rng.random((N_PERMUTATIONS, len(n_of_donor))) < 0.5
     labels[1:, paired] ^= swaps[:, groups.donors[paired]]
     labels[1:, ~paired] = rng.permuted(labels[1:, ~paired], axis=1)
-    n_goal = labels.sum(axis=1, keepdims=True)  # the same in every permutation
-    weights = np.where(labels, 1 / n_goal, -1 / (labels.shape[1] - n_goal))
-    statistics = np.abs(directions.astype(np.float64) @ (weights @ groups.states).T)
-    return (statistics >= statistics[:, :1] * (1 - 1e-9)).mean(axis=1)
+    labels = labels.T.astype(np.float64)
+
+    block_of = np.where(paired, groups.donors, -1)  # a donor of both groups, or all the others
+    blocks = (block_of[:, None] == np.unique(block_of)).astype(np.float64)
+    size, n_goal = blocks.sum(axis=0), groups.is_goal @ blocks
+    of_squares = blocks @ (n_goal * (size - n_goal) / (size * np.maximum(size - 1, 1)))  # variance of a sum
+    to_centre = np.eye(len(blocks)) - (blocks / size) @ blocks.T
+
+    def effects(first: int) -> np.ndarray:
+        found = projections[first : first + _AT_ONCE]
+        least = 1e-9 * np.abs(found).max(axis=1, initial=0)  # rounding
+        found = found @ to_centre
+        scale = np.sqrt(found**2 @ of_squares)
+        scale[scale <= least] = np.nan
+        return np.abs(found @ labels) / scale[:, None]
+
+    parts = range(0, len(projections), _AT_ONCE)
+    observed = np.concatenate([np.zeros(0), *(effects(first)[:, 0] for first in parts)]) * (1 - 1e-9)
+    n_larger, n_all = np.zeros(len(observed), np.int64), 0
+    for first in parts:
+        null = effects(first)
+        null = np.sort(null[~np.isnan(null)])
+        n_larger += len(null) - np.searchsorted(null, observed)
+        n_all += len(null)
+    return np.where(np.isnan(observed), np.nan, n_larger / max(n_all, 1))
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:

@@ -161,6 +161,20 @@ def test_outputs_of_another_shape_than_the_configuration_names_are_refused(genes
         annotate(adata, model, tokenizer=genes)
 
 
+def test_a_classifier_reads_the_phenotypes_that_it_was_trained_with(tokenizer, adata):
+    model = make(GeneBertForClassification, tokenizer, num_labels=3)
+    with torch.no_grad():
+        logits = model(**tokenizer(adata, padding=True, return_tensors="pt")).logits
+    annotate(adata, model, tokenizer=tokenizer)
+    known = np.arange(60) != 3  # which has no counts
+    found = adata.obsm["stformer_probabilities"][known]
+    np.testing.assert_allclose(found, logits.softmax(1).numpy()[known], atol=1e-5)
+    other = adata.copy()
+    other.obs["cell_type"] = adata.obs["cell_type"].map({"T cell": "B cell", "B cell": "T cell"})
+    annotate(other, model, tokenizer=tokenizer)
+    assert np.abs(other.obsm["stformer_probabilities"][known] - found).max() > 1e-3
+
+
 def test_cells_that_the_model_could_not_read_need_no_finite_outputs():
     outputs = np.array([[0.5], [np.nan]])
     check_finite(outputs, np.array([True, False]))

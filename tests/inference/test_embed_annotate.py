@@ -19,6 +19,7 @@ from stformer_hf import (
     load_geneformer,
 )
 from stformer_hf.batches.evaluating import evaluating
+from stformer_hf.inference import batches
 
 
 @pytest.fixture
@@ -266,6 +267,14 @@ def test_a_store_is_read_in_blocks_and_its_results_are_those_of_the_cells(checkp
     pd.testing.assert_series_equal(labelled.obs["stformer_label_2"], adata.obs["stformer_label_2"])
     found = embed(store.select([5, 2]), checkpoints["mlm"])  # some of its cells, in their order
     np.testing.assert_allclose(found.obsm["X_stformer"], adata.obsm["X_stformer"][[5, 2]], atol=1e-5)
+
+
+def test_a_view_of_a_backed_file_is_refused_before_its_cells_are_read(checkpoints, adata, tmp_path, monkeypatch):
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    monkeypatch.setattr(batches, "open_source", None)
+    for use in (embed, annotate):
+        with pytest.raises(ValueError, match="a view of an AnnData on disk"):
+            use(read_h5ad(tmp_path / "a.h5ad", backed="r")[:5], checkpoints["cls"])
 
 
 def test_a_backed_file_gives_the_same_embedding(checkpoints, adata, tmp_path):

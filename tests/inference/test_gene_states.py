@@ -217,9 +217,11 @@ def test_edges_agreement_and_files(model, adata, tmp_path):
         network.graph()
     with pytest.raises(ValueError, match="csv or .graphml"):
         network.save(tmp_path / "edges.txt")
+    with pytest.raises(ValueError, match="There is no group 'NK'"):
+        network.save(tmp_path / "edges.csv", group="NK")
 
 
-def test_what_is_refused(model, adata):
+def test_what_is_refused(model, adata, caplog):
     with pytest.raises(ValueError, match="6,000 genes in 1 groups has 36,000,000 pairs.*at most 5,000"):
         gene_network(model, adata, genes=6_000)
     with pytest.raises(ValueError, match="at most 3,535"):
@@ -230,3 +232,10 @@ def test_what_is_refused(model, adata):
         gene_embeddings(model, adata=adata, cell_type_key="donor")
     with pytest.raises(ValueError, match="needs cells"):
         gene_embeddings(model, cell_type_key="donor")
+    with pytest.raises(ValueError, match="hidden_layer 3 does not exist"):
+        gene_embeddings(model, adata=adata, hidden_layer=3)
+    for numbers in ({"n_targets": 0}, {"min_cells": 0}):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            gene_network(model, adata, **numbers)
+    assert gene_network(model, adata, genes=4, groups="cell_type", min_cells=99).edges().empty
+    assert "No pair of genes was scored in 99 cells of B cell, T cell: lower min_cells" in caplog.text

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from anndata import read_h5ad
+from scipy import sparse
 
 import stformer_hf as sf
 from stformer_hf import GeneBertConfig, GeneBertModel, GeneTokenizer, embed, map_to_reference
@@ -133,6 +134,36 @@ def test_bad_references_are_refused(model, cells, tmp_path):
     assert not list(query.obsm)
 
 
+def test_cells_without_a_known_gene_have_no_label_and_label_none(model, cells):
+    reference, query = cells  # the fourth cell of the reference is empty
+    full = reference[np.arange(40) != 3].copy()
+    query.X = sparse.diags_array(np.arange(20) > 0, dtype=np.float32).tocsr() @ query.X
+    other = query.copy()
+    map_to_reference(query, reference, model, label_key="type", n_neighbors=37, reject=0.2)
+    map_to_reference(other, full, model, label_key="type", n_neighbors=37, reject=0.2)
+    pd.testing.assert_frame_equal(query.obs, other.obs)
+    assert query.uns["mapped"]["n_reference"] == 36
+    columns = ["mapped_label", "mapped_score", "mapped_distance"]
+    assert query.obs[columns].isna().all(axis=1).tolist() == [True] + [False] * 19
+    assert (query.obsm["mapped_neighbors"].iloc[0] == "").all() and np.isnan(
+        query.obsm["mapped_neighbor_distances"][0]
+    ).all()
+    reference.obs["type"] = None
+    reference.obs.iloc[[0, 3], -1] = "one"
+    with pytest.raises(ValueError, match="1 cells of the reference have a 'type' and counts"):
+        map_to_reference(query, reference, model, label_key="type")
+
+
+def test_labels_may_be_whole_numbers_and_no_fractions(model, cells):
+    reference, query = cells
+    reference.obs["type"] = np.where(np.arange(40) < 3, np.nan, np.arange(40) % 2)
+    map_to_reference(query, reference, model, label_key="type")
+    assert set(query.obs["mapped_label"]) <= {"0", "1"}
+    reference.obs["type"] /= 2
+    with pytest.raises(ValueError, match="'type' of the reference holds fractions"):
+        map_to_reference(query, reference, model, label_key="type")
+
+
 def test_the_command_maps_and_keeps_the_reference(model, cells, tmp_path):
     reference, query = cells
     model.save_pretrained(tmp_path / "m")
@@ -152,6 +183,19 @@ def test_the_command_maps_and_keeps_the_reference(model, cells, tmp_path):
         found = read_h5ad(tmp_path / f"{i}.h5ad").obs["mapped_label"]
         assert found.astype(str).tolist() == query.obs["mapped_label"].astype(str).tolist()
     assert main(["map", *common, *runs[0][:2], "--output", str(tmp_path / "no.h5ad")]) == 1  # without a label
+    before = (tmp_path / "kept" / "reference.json").read_bytes()
+    again = [
+        "map",
+        *common,
+        *runs[0][:2],
+        "--label_key",
+        "cell_type",
+        *runs[0][4:],
+        "--output",
+        str(tmp_path / "no.h5ad"),
+    ]
+    assert main(again) == 1 and (tmp_path / "kept" / "reference.json").read_bytes() == before
+    assert main([*again, "--overwrite"]) == 0 and (tmp_path / "kept" / "reference.json").read_bytes() != before
 
 
 def test_both_are_drawn_in_one_picture(model, cells, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import make_adata
 from scipy import sparse
+from sklearn.linear_model import LogisticRegression
 
 import stformer_hf as sf
 from stformer_hf import (
@@ -24,6 +25,8 @@ from stformer_hf import (
     perturb,
 )
 from stformer_hf.cli import main
+from stformer_hf.evaluation.cell_baselines import log_normalise
+from stformer_hf.evaluation.readers import fit_pca
 from stformer_hf.inference import perturb as grid
 from stformer_hf.inference.gene_edits import GeneEdits, Panel
 
@@ -230,6 +233,71 @@ def test_a_killed_run_resumes_to_the_same_table(cells, tmp_path, fails_at, monke
         perturb(cells, model, genes, output=tmp_path / "p", **settings)
 
 
+def test_a_folder_of_another_tokenizer_or_of_other_genes_is_not_resumed(cells, tmp_path):
+    tokenizer = make_tokenizer(cells, "binned")
+    model, genes = make_model(tokenizer), cells.var_names[1:3].tolist()
+    settings = {"n_null": 0, "output": tmp_path / "p"}
+    perturb(cells, model, genes, tokenizer=tokenizer, **settings)
+    shorter = make_tokenizer(cells, "binned")
+    shorter.max_length = 9
+    with pytest.raises(ValueError, match="holds results with another tokenizer"):
+        perturb(cells, model, genes, tokenizer=shorter, **settings)
+    renamed = cells.copy()
+    renamed.var_names = [*cells.var_names[:3], *cells.var_names[:2:-1]]
+    with pytest.raises(ValueError, match="holds results with another genes"):
+        perturb(renamed, model, genes, tokenizer=tokenizer, **settings)
+
+
+def test_cells_without_a_group_are_left_out(cells, caplog):
+    tokenizer = make_tokenizer(cells, "binned")
+    model, gene = make_model(tokenizer), cells.var_names[1]
+    settings = {"tokenizer": tokenizer, "goal_key": "cell_type", "goal": "B cell", "n_null": 0}
+    unknown = cells.copy()
+    unknown.obs["cell_type"] = unknown.obs["cell_type"].astype("category")
+    unknown.obs.loc[unknown.obs_names[[0, 1, 8]], "cell_type"] = None
+    found = perturb(unknown, model, [gene], **settings)
+    assert "3 cells have no value in obs['cell_type']" in caplog.text
+    pd.testing.assert_frame_equal(found, perturb(cells[unknown.obs["cell_type"].notna()], model, [gene], **settings))
+    with pytest.raises(ValueError, match="No cell is in the goal group: obs\\['cell_type'\\] has 'B cell', 'T cell'"):
+        perturb(unknown, model, [gene], **{**settings, "goal": "nan"})
+
+
+def test_the_null_has_no_gene_that_was_asked_for(cells, tmp_path):
+    tokenizer = make_tokenizer(cells, "binned")
+    genes = cells.var_names[1:5].tolist()
+    perturb(cells, make_model(tokenizer), genes, tokenizer=tokenizer, n_null=99, output=tmp_path / "p")
+    null = pd.read_csv(tmp_path / "p" / "null.csv", index_col=0)
+    assert sorted(null.index) == sorted({*cells.var_names[cells.X.sum(axis=0).A1 > 0]} - {*genes})
+
+
+def test_phenotypes_are_masked(cells):
+    tokenizer = make_tokenizer(cells, "binned", phenotypes={"cell_type": ["B cell", "T cell"]})
+    model, genes = make_model(tokenizer), cells.var_names[1:3].tolist()
+    cells = cells[np.arange(N) != 3].copy()
+    table = perturb(cells, model, genes, tokenizer=tokenizer, n_null=0)
+    before, after = (states_of(cells, model, tokenizer, of) for of in (None, edit(cells, [1], "delete")))  # by embed
+    np.testing.assert_allclose(table["shift"].iloc[0], (1 - (before * after).sum(1)).mean(), atol=2e-6)
+
+
+def test_the_baselines_are_components_and_a_regression_of_log_counts(cells):
+    cells = cells[np.arange(N) != 3].copy()
+    tokenizer = make_tokenizer(cells, "binned")
+    settings = {"tokenizer": tokenizer, "goal_key": "cell_type", "goal": "B cell", "n_null": 0}
+    table = perturb(cells, make_model(tokenizer), [cells.var_names[1]], **settings)
+    start, goal = (cells[cells.obs["cell_type"] == name].copy() for name in ("T cell", "B cell"))
+    before, after, others = (log_normalise(of) for of in (start.X, edit(start, [1], "delete"), goal.X))
+    every = sparse.vstack([before, others], format="csr")
+    components = fit_pca(every, 0)
+    regression = LogisticRegression(max_iter=2000).fit(every, np.repeat([0, 1], [start.n_obs, goal.n_obs]))
+    states, moved, target = (unit(components(of)) for of in (before, after, others))
+    target = unit(target.mean(axis=0)[None])[0]
+    change = regression.predict_proba(after)[:, 1] - regression.predict_proba(before)[:, 1]
+    wanted = [(1 - (states * moved).sum(1)).mean(), ((moved - states) @ target).mean(), change.mean()]
+    found = table[["pca_shift", "pca_goal_shift", "linear_probability"]].iloc[0]
+    np.testing.assert_allclose(found, wanted, rtol=1e-3)
+    assert np.abs(wanted).min() > 1e-5
+
+
 def test_the_order_of_cells_and_genes_does_not_matter(cells):
     tokenizer = make_tokenizer(cells, "rank")
     model, genes = make_model(tokenizer), cells.var_names[1:6].tolist()
@@ -302,6 +370,8 @@ def test_all_genes_of_a_panel(cells):
         ({"genes": "ENSG00000000001"}, "must be a list"),
         ({"genes": []}, "There are no genes"),
         ({"genes": ["ENSG00000000001"] * 2}, "is repeated"),
+        ({"genes": ["ENSG00000000001", ["ENSG00000000001"] * 2]}, "edit the same genes"),
+        ({"hidden_layer": 3}, "hidden_layer 3 does not exist in a model of 2 layers"),
         ({"kind": "remove"}, "kind must be one of delete"),
         ({"quantile": 0.5}, "for kinds other than delete"),
         ({"goal": "B cell"}, "goal_key and goal belong together"),

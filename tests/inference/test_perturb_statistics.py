@@ -7,11 +7,15 @@ from anndata import AnnData
 from scipy import sparse, stats
 
 from stformer_hf import GeneBertConfig, GeneBertModel, GeneTokenizer, initialise_from_store, perturb
+from stformer_hf.inference import perturb_statistics
+from stformer_hf.inference.gene_edits import Perturbation
 from stformer_hf.inference.perturb_statistics import (
     DonorGroups,
+    ShardScores,
     benjamini_hochberg,
     compare,
     interval,
+    make_table,
     permute_donors,
 )
 from stformer_hf.inference.plots import volcano
@@ -112,11 +116,56 @@ def groups_of(rng, effect: float, n: int = 7, d: int = 5, paired: bool = False) 
 def test_donor_permutations_keep_their_level_and_find_an_effect(paired):
     rng = np.random.default_rng(0)
     direction = np.eye(5)[:1]
-    under_null = [permute_donors(direction, groups_of(rng, 0.0, paired=paired), 0)[0] for _ in range(200)]
+
+    def p_of(groups: DonorGroups) -> float:
+        return permute_donors(direction @ groups.states.T, groups, 0)[0]
+
+    under_null = [p_of(groups_of(rng, 0.0, paired=paired)) for _ in range(200)]
     assert (np.array(under_null) < 0.05).sum() <= stats.binom.ppf(0.995, 200, 0.05)
-    assert permute_donors(direction, groups_of(rng, 8.0, paired=paired), 0)[0] < 0.03
-    few = permute_donors(direction, groups_of(rng, 8.0, n=2, paired=paired), 0)[0]
+    assert p_of(groups_of(rng, 8.0, paired=paired)) < 0.03
+    few = p_of(groups_of(rng, 8.0, n=2, paired=paired))
     assert few == pytest.approx(2 / 4 if paired else 2 / 6, abs=0.02)  # two of all permutations
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_donor_permutations_are_pooled_over_perturbations(paired, monkeypatch):
+    """Three donors per group: alone, no p-value is below 2 / 20, or 2 / 8 for pairs."""
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(perturb_statistics, "N_PERMUTATIONS", 999)
+    groups = groups_of(rng, 0.0, n=3, paired=paired)
+    scale = rng.lognormal(0, 2, (60, 1))  # perturbations that move the cells much, and little
+
+    def draw(effect: float, sizes: np.ndarray) -> np.ndarray:
+        of_donors = rng.normal(0, 2, (60, 6))[:, groups.donors] if paired else 0
+        noise = of_donors + rng.normal(0, 1, (60, 6))
+        noise[0] += effect * groups.is_goal
+        return sizes * noise
+
+    under_null = np.array([permute_donors(draw(0.0, scale), groups, 0) for _ in range(60)])
+    assert (under_null < 0.05).mean() == pytest.approx(0.05, abs=4 * (0.05 * 0.95 / under_null.size) ** 0.5)
+    scale[0] = 1e-3
+    drivers = draw(20.0, scale)
+    found = permute_donors(drivers, groups, 0)
+    assert found[0] < 0.01 < 2 / 20 <= permute_donors(drivers[:1], groups, 0)[0]
+    monkeypatch.setattr(perturb_statistics, "_AT_ONCE", 7)
+    np.testing.assert_array_equal(permute_donors(drivers, groups, 0), found)
+    assert np.isnan(permute_donors(np.r_[drivers, np.full((1, 6), 0.3)], groups, 0)).tolist() == [False] * 60 + [True]
+
+
+def test_a_perturbation_that_changes_no_cell_is_not_compared():
+    rng = np.random.default_rng(0)
+    n_changed = np.array([5] * 12 + [0])
+    changed = np.arange(8) < n_changed[:, None]
+    values = np.where(changed, 1 + rng.normal(0, 0.1, (13, 8)), 0)[:, None]
+    directions = values.mean(axis=2) * np.eye(5)[:1]
+    shard = ShardScores(np.arange(13), n_changed, values, changed, directions)
+    perturbations = [Perturbation(f"g{i}", (i,), "bin 0") for i in range(13)]
+    donors = np.repeat(np.arange(4), 2)
+    table = make_table(perturbations, lambda: iter([shard]), ["goal_shift"], donors, groups_of(rng, 0.0))
+    assert table[["z", "p", "p_donors", "fdr"]].isna().all(axis=1).tolist() == [False] * 12 + [True]
+    assert table["z"].abs().max() < 5
+    alone = make_table(perturbations, lambda: iter([shard]), ["goal_shift"], None, None)
+    assert alone["p_wilcoxon"][:12].median() > 0.1 > stats.wilcoxon(values[0, 0, :5]).pvalue  # not against 0
 
 
 def test_an_interval_over_donors_is_wider_than_over_their_cells():

@@ -10,7 +10,7 @@ from stformer_hf import GeneBertConfig, GeneBertForClassification, GeneTokenizer
 from stformer_hf.cli import main
 from stformer_hf.evaluation.metrics import expected_calibration_error
 from stformer_hf.inference.annotate import majority
-from stformer_hf.inference.rejection import rejection_thresholds
+from stformer_hf.inference.rejection import rejection_thresholds, typicality
 from stformer_hf.training.calibration import OutOfFold
 from stformer_hf.training.model_card import write_model_card
 from stformer_hf.training.starts.linear_readers import Problem, fit_temperature, log_softmax
@@ -55,6 +55,11 @@ def test_a_group_of_few_cells_has_the_threshold_of_all():
     first, second, third = rejection_thresholds(scores, groups, 3, 0.05)
     assert (first, second, third) == (0.0, 2.0, 37.0)  # the lowest of 19; the third of 60; the lowest of 23
     assert (rejection_thresholds(scores[:18], groups[:18], 3, 0.05) == -np.inf).all()
+
+
+def test_a_cell_as_atypical_as_a_known_one_counts_that_one():
+    known, cells = np.array([[1.0, 5.0], [2.0, 5.0], [3.0, 9.0]]), np.array([[2.0, 5.0], [0.0, 10.0]])
+    np.testing.assert_allclose(typicality(known, cells), [np.log(3 / 4) + np.log(3 / 4), np.log(1 / 4)])
 
 
 def p_values(known, cells):
@@ -112,6 +117,7 @@ def test_the_label_of_a_cluster_is_its_most_frequent_one():
     clusters = pd.Series(["0", "0", "0", "1", "1", "2", None], dtype="category")
     assert list(majority(labels, clusters).astype(object))[:5] == ["b", "b", "b", "a", "a"]  # a tie: the first
     assert majority(labels, clusters).isna().tolist()[5:] == [True, True]
+    assert majority(labels, pd.Series([None] * 7)).isna().all()
 
 
 def test_options_are_checked_before_the_cells_are_read(classifier, adata, tmp_path):
@@ -149,6 +155,8 @@ def test_the_command_has_the_same_options(classifier, adata, tmp_path):
     assert found.obs["stformer_label"].astype(object).equals(adata.obs["stformer_label"].astype(object))
     majorities = pd.crosstab(found.obs["cell_type"], found.obs["stformer_label"]).idxmax(axis=1)
     assert (found.obs["stformer_majority"].astype(str) == found.obs["cell_type"].map(majorities).astype(str)).all()
+    annotate(found, classifier)  # no column of the former call stays
+    assert list(found.obs) == ["cell_type", "age", "stformer_label", "stformer_score", "stformer_margin"]
 
 
 def test_the_calibration_error_is_that_of_its_definition():
