@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -54,6 +55,7 @@ logger = logging.getLogger(__name__)
 _STREAM_MARK = "stream_mark.json"  # in a checkpoint
 _ORDER = "CellOrder"  # among the states of callbacks in trainer_state.json
 _NO_BUDGET = 2**48  # tokens
+_MORE_CELLS = 1.5  # in a batch of one size, than fit on average
 
 
 class CellTrainer(MeasuredTrainer):
@@ -84,7 +86,9 @@ class CellTrainer(MeasuredTrainer):
         `max_tokens_per_batch`; not needed for a store, or a dataset with a column `length`.
     max_tokens_per_batch : int, optional
         Fill batches up to this many tokens, padding included, instead of a number of cells
-        (`per_device_train_batch_size`).
+        (`per_device_train_batch_size`). With packing and `args.torch_compile`, batches have at most 1.5 times as many
+        cells as fit on average, and are filled up to one size, so that the model is compiled once; a collator of
+        `pad_packed_to` does it without `torch_compile`, and must set it for a stream.
     sampling : mapping, optional
         Which cells an epoch reads, with any order of batches: the arguments of `WeightedDraw.from_dataset`, `by` (a
         column of obs), `temperature`, `shares`, `weights`, `n_draws` and `replacement`. For example
@@ -202,10 +206,12 @@ class CellTrainer(MeasuredTrainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         draw = self._draw(dataset)
         if self.max_tokens_per_batch is not None:
+            lengths = self._n_tokens(dataset)
             return TokenBudgetBatchSampler(
-                self._n_tokens(dataset),
+                lengths,
                 self._token_budget,
                 packing=self._is_packed(),
+                max_cells=self._fix_size(lengths),
                 seed=seed,
                 world_size=args.world_size,
                 drop_last=args.dataloader_drop_last,
@@ -217,6 +223,25 @@ class CellTrainer(MeasuredTrainer):
         if args.train_sampling_strategy == "sequential":
             return super()._get_train_sampler(dataset)
         return BlockShuffleSampler(dataset, 1, seed) if draw is None else RowSampler(draw, seed)
+
+    @property
+    def _has_fixed_size(self) -> bool:
+        """Whether all packed batches are filled up to one size, so that the model is compiled once."""
+        collator = self.data_collator
+        if not isinstance(collator, CellCollator) or not collator.packing or self.max_tokens_per_batch is None:
+            return False
+        return collator.pad_packed_to is not None or (
+            self.args.torch_compile and not isinstance(self.train_dataset, IterableDataset)
+        )
+
+    def _fix_size(self, lengths: np.ndarray) -> int | None:
+        """Set the size of the collator's packed batches; return their maximum number of cells, None for any."""
+        if not self._has_fixed_size:
+            return None
+        mean = np.maximum(lengths, 1).mean()
+        n_cells = math.ceil(_MORE_CELLS * self._token_budget / mean)
+        self.data_collator.pad_packed_to = self._token_budget, n_cells
+        return n_cells
 
     def _draw(self, dataset: Any) -> WeightedDraw | None:
         """Return the draw of `sampling` from the training rows; None without it."""
@@ -337,7 +362,8 @@ class CellTrainer(MeasuredTrainer):
         }
         if self.max_tokens_per_batch is not None:
             packing = getattr(self.data_collator, "packing", False)
-            batches = TokenBudgetBuffer(stream, self._token_budget, packing=packing, **shared)
+            most = self.data_collator.pad_packed_to[1] if self._has_fixed_size else None
+            batches = TokenBudgetBuffer(stream, self._token_budget, packing=packing, max_cells=most, **shared)
         elif args.train_sampling_strategy == "group_by_length":
             cells = batch_size * in_a_step
             batches = TokenBudgetBuffer(
@@ -492,6 +518,8 @@ class CellTrainer(MeasuredTrainer):
                 getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)
             ),
             "max_tokens_per_batch": self._token_budget,
+            # Their number of cells is limited; absent from the checkpoints of earlier versions.
+            "filled up to one size": self._has_fixed_size or None,
             "sampling": self._describe_sampling(),
             **({} if self._cells is None else {"train_dataset": self._cells}),
         }

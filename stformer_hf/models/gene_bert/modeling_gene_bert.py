@@ -340,6 +340,7 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         sparse_prediction: bool | None = None,
+        label_positions: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> GeneBertMaskedLMOutput | tuple[torch.Tensor, ...]:
         """Predict masked tokens.
@@ -355,14 +356,18 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         sparse_prediction : bool, optional
             With labels, compute logits at the labelled positions only. By default `config.sparse_prediction` in
             training mode, and False in evaluation mode, where logits are gathered and compared with the labels.
+        label_positions : LongTensor (k,), optional
+            All positions with a label in the flattened batch, ascending, and any without one; by default they are
+            found from the labels, which waits for a GPU.
 
         Returns
         -------
         GeneBertMaskedLMOutput
             `loss`: mean cross entropy in nats over the labelled positions, 0 if there are none, smoothed and weighted
             according to the configuration. `logits`: (batch, length, vocab_size), or (n_labelled, vocab_size) with
-            labels and `sparse_prediction` (in a compiled model only if the vocabulary is larger than
-            `config.intermediate_size`). `class_statistics`, `gene_logits` and `log_dispersion`: see the class.
+            labels and `sparse_prediction` (in a compiled model only if `label_positions` are given, or the vocabulary
+            is larger than `config.intermediate_size`). `class_statistics`, `gene_logits` and `log_dispersion`: see
+            the class.
         """
         outputs = self.gene_bert(
             input_ids=input_ids,
@@ -385,8 +390,12 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
             labels = labels.to(hidden_states.device)
             # The number of labels is known only after a GPU has counted them, which breaks a compiled graph. There,
             # with a small vocabulary, logits of all positions cost little.
-            everywhere = torch.compiler.is_compiling() and self.config.vocab_size <= self.config.intermediate_size
-            labelled = slice(None) if everywhere else (labels != IGNORE).flatten().nonzero().squeeze(1)
+            small = self.config.vocab_size <= self.config.intermediate_size
+            everywhere = label_positions is None and torch.compiler.is_compiling() and small
+            if label_positions is not None:
+                labelled = label_positions.to(hidden_states.device)
+            else:
+                labelled = slice(None) if everywhere else (labels != IGNORE).flatten().nonzero().squeeze(1)
             if sparse_prediction is None:
                 sparse_prediction = self.training and self.config.sparse_prediction
             if sparse_prediction and not everywhere:

@@ -148,8 +148,15 @@ def packed_sdpa_attention_forward(
             longest = query.shape[2] if torch.compiler.is_compiling() else int(cu_seq_lens.diff().max())
         cuts = cu_seq_lens.to(torch.int32)
         return varlen_attn(*packed, cuts, cuts, longest, longest, scale=scaling)[None], None
+    if torch.compiler.is_compiling():  # a layer that is compiled alone
+        cells = segments_of(cu_seq_lens, query.shape[2])
+        same = cells[:, :, None] == cells[:, None, :]
+        attended = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=same[:, None], dropout_p=dropout, scale=scaling
+        )
+        return attended.transpose(1, 2), None
     cuts = cu_seq_lens.tolist()
-    lengths = [stop - start for start, stop in zip(cuts, cuts[1:], strict=False)]
+    lengths = [stop - start for start, stop in zip(cuts, cuts[1:], strict=False) if stop > start]
     attended = [
         nn.functional.scaled_dot_product_attention(*parts, dropout_p=dropout, scale=scaling)
         for parts in zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
