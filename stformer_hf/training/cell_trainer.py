@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import DistributedDataParallelKwargs
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel
 from transformers.trainer_utils import seed_worker
@@ -35,7 +36,7 @@ from .argument_checks import check_arguments, smoothing_field
 from .callbacks import FillHubFolder, SaveOnSignal, SetEpoch, take_back_signals
 from .cell_checksum import describe_cells
 from .checkpoints import check_complete, checkpoint_to_resume, mark_unfinished
-from .eval_loss import SumOfLosses, filling_cells, without_labels
+from .eval_loss import SumOfLosses, filling_cells, sum_dtype, without_labels
 from .float_weights import keep_in_float32
 from .identity import (
     check_stores_together,
@@ -164,6 +165,20 @@ class CellTrainer(MeasuredTrainer):
 
     def _check_tokens(self, dataset: Any) -> None:
         check_tokens(dataset, self.model, getattr(self.data_collator, "tokenizer", None) or self.processing_class)
+
+    def _build_accelerator_args(self, **kwargs) -> dict[str, Any]:
+        """Build them as Trainer does, without DDP's search for unused parameters if there are none."""
+        built = super()._build_accelerator_args(**kwargs)
+        if self.args.ddp_find_unused_parameters is None and self._uses_every_parameter():
+            for handler in built["kwargs_handlers"]:
+                if isinstance(handler, DistributedDataParallelKwargs):
+                    handler.find_unused_parameters = False
+        return built
+
+    def _uses_every_parameter(self) -> bool:
+        """Whether every loss depends on every parameter of the model; False if it is not known."""
+        config = getattr(self.model, "config", None)
+        return getattr(config, "model_type", None) == "gene_bert" and not config.cell_decoder
 
     # ------------------------------------------------------------------ batches
 
@@ -657,7 +672,7 @@ class CellTrainer(MeasuredTrainer):
         statistics = getattr(outputs, "class_statistics", None)
         if statistics is not None:
             # Each replica returns its own rows.
-            total = statistics.detach().double().view(-1, len(self._token_classes()), 3).sum(0)
+            total = statistics.detach().to(sum_dtype(statistics.device)).view(-1, len(self._token_classes()), 3).sum(0)
             before = self._statistics.get(model.training)
             self._statistics[model.training] = total if before is None else before + total
         return (loss, outputs) if return_outputs else loss

@@ -8,9 +8,11 @@ import torch
 from torch._dynamo.utils import counters
 
 from stformer_hf import (
+    DataCollatorForCellClassification,
     DataCollatorForGeneRankMLM,
     DataCollatorForPhenotypicMLM,
     GeneBertConfig,
+    GeneBertForClassification,
     GeneBertForPhenotypicMLM,
     GeneTokenizer,
     estimate_gene_medians,
@@ -96,3 +98,16 @@ def test_a_packed_step_never_asks_for_a_value(store, collators, kind, monkeypatc
     monkeypatch.setattr(packed_attention, "_varlen_serves", lambda *_: False)
     with pytest.raises((NotImplementedError, RuntimeError), match="tolist|item|meta"):
         model(**batch)
+
+
+def test_neither_does_a_classifier_of_numbers(store, monkeypatch):
+    monkeypatch.setattr(packed_attention, "_varlen_serves", lambda *_: True)
+    tokenizer = GeneTokenizer.from_store(store, bin_edges=[0.5, 1.5], max_length=40)
+    collate = DataCollatorForCellClassification(tokenizer, "age", packing=True, pad_packed_to=SIZE)
+    batch = collate(store.__getitems__(range(10, 16)))
+    assert len(batch["labels"]) == len(batch["cu_seq_lens_q"]) - 1 > 6
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 32}
+    model = GeneBertForClassification(GeneBertConfig.from_tokenizer(tokenizer, **shape, num_labels=1))
+    batch = {name: value.to("meta") if torch.is_tensor(value) else value for name, value in batch.items()}
+    model.to("meta", torch.bfloat16)(**batch).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
