@@ -43,7 +43,7 @@ from .heads import (
     masked_lm_loss,
     pool,
 )
-from .packed_attention import check_packing, packed_mask, packing_of
+from .packed_attention import check_packing, lengths_for, packed_mask, packing_of
 from .whole_cell import CellEmbedding, CellValues, GeneStatistics, WideHead
 
 logger = logging.get_logger(__name__)
@@ -299,6 +299,7 @@ class GeneBertModel(GeneBertPreTrainedModel):
         else:
             attention_mask = packed_mask(self.config, hidden_states, cu_seq_lens_q)
             kwargs.update(packing_of(cu_seq_lens_q, kwargs))
+            kwargs.update(lengths_for(self.config, hidden_states, cu_seq_lens_q, self.training))
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
         if self.config.pre_norm:
