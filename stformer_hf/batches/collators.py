@@ -125,8 +125,8 @@ class DataCollatorForPhenotypicMLM(CellCollator):
         Maximum number of tokens per batch, including padding; a larger batch raises.
     pad_packed_to : (n_tokens, n_cells), optional
         With `packing`, fill every batch up to one size with tokens that no cell reads and no loss counts, so that a
-        compiled model is compiled once; see `to_fixed_size`. The batch has `label_positions`, which spare the model
-        a wait for the GPU. More tokens or cells raise.
+        compiled model is compiled once; see `to_fixed_size`. The batch has `predicted_positions`, which spare the
+        model a wait for the GPU. More tokens or cells raise.
 
     Raises
     ------
@@ -383,8 +383,8 @@ class DataCollatorForCellClassification(CellCollator):
         Maximum number of tokens per batch, including padding; a larger batch raises.
     pad_packed_to : (n_tokens, n_cells), optional
         With `packing`, fill every batch up to one size with tokens that no cell reads and no loss counts, so that a
-        compiled model is compiled once; see `to_fixed_size`. The batch has `label_positions`, which spare the model
-        a wait for the GPU. More tokens or cells raise.
+        compiled model is compiled once; see `to_fixed_size`. The batch has `predicted_positions`, which spare the
+        model a wait for the GPU. More tokens or cells raise.
 
     Raises
     ------

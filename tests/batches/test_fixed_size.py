@@ -120,7 +120,7 @@ def test_dead_tokens_are_of_no_cell(store, tokenizers):
     assert lengths.sum() == batch["input_ids"].shape[1] and lengths.max() == batch["max_length_q"] == 30
     assert not batch["cell_counts"][0, batch["cell_indptr"][2] :].any()
     labelled = (batch["labels"][0] != -100).nonzero()[:, 0].tolist()
-    assert batch["label_positions"].unique().tolist() == [*labelled, len(alive) - 1]
+    assert batch["predicted_positions"].unique().tolist() == [*labelled, len(alive) - 1]
 
 
 def test_too_many_cells_or_tokens_raise(store, tokenizers):
@@ -135,8 +135,8 @@ def test_too_many_cells_or_tokens_raise(store, tokenizers):
     assert len(evaluating(store.__getitems__([10, 11]))["input_ids"]) == 2
 
 
-def test_label_positions_have_one_size_for_nearly_every_draw(store, tokenizers):
+def test_predicted_positions_have_one_size_for_nearly_every_draw(store, tokenizers):
     _, fixed = collators(tokenizers["ranks"])
     rng = np.random.default_rng(0)
-    sizes = {len(fixed(store.__getitems__(rng.integers(5, 50, 12)))["label_positions"]) for _ in range(20)}
+    sizes = {len(fixed(store.__getitems__(rng.integers(5, 50, 12)))["predicted_positions"]) for _ in range(20)}
     assert len(sizes) == 1

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from transformers.utils import find_labels
 
 from stformer_hf import (
     DataCollatorForCellClassification,
@@ -80,9 +81,9 @@ def test_a_packed_step_never_asks_for_a_value(store, collators, kind, monkeypatc
     """Tensors on the meta device have no values: what would wait for a GPU raises.
 
     The attention is torch's varlen, as in half precision on a GPU. What still waits, in other steps: labels without
-    `label_positions`, whose number is unknown; attention with one call per cell, which needs their lengths (float32,
-    or dropout on attention weights); transformers' look at the mask of a padded batch, which may be all ones; the
-    copy of `class_weights` to the GPU.
+    `predicted_positions`, whose number is unknown; attention with one call per cell, which needs their lengths
+    (float32, or dropout on attention weights); transformers' look at the mask of a padded batch, which may be all
+    ones; the copy of `class_weights` to the GPU.
     """
     monkeypatch.setattr(packed_attention, "_varlen_serves", lambda *_: True)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which the meta device lacks
@@ -92,7 +93,7 @@ def test_a_packed_step_never_asks_for_a_value(store, collators, kind, monkeypatc
     output = model(**batch, num_items_in_batch=(batch["labels"] != -100).sum())
     output.loss.backward()
     assert output.loss.device.type == "meta" and all(parameter.grad is not None for parameter in model.parameters())
-    without = {name: value for name, value in batch.items() if name != "label_positions"}
+    without = {name: value for name, value in batch.items() if name != "predicted_positions"}
     with pytest.raises((NotImplementedError, RuntimeError), match="nonzero"):
         model(**without)
     monkeypatch.setattr(packed_attention, "_varlen_serves", lambda *_: False)
@@ -112,3 +113,8 @@ def test_neither_does_a_classifier_of_numbers(store, monkeypatch):
     batch = {name: value.to("meta") if torch.is_tensor(value) else value for name, value in batch.items()}
     model.to("meta", torch.bfloat16)(**batch).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_trainer_takes_only_the_labels_for_labels():
+    """It would not compute the loss of a batch without one of them."""
+    assert find_labels(GeneBertForPhenotypicMLM) == ["labels"]
