@@ -2,6 +2,7 @@
 # bench  the project against its peers                     lint   ruff check and format, codespell, mypy
 # docs   the documentation, into build/site                notebooks   run them, into build/notebooks
 # test-fast   the quick half of the tests                  test-slow   the slow ones
+# gpu    the gpu tests, then the GPU benchmark; needs no network, and no .venv
 # test-transformers   transformers' tests of its own models, from its source distribution, on the models here
 # Each makes .venv if it is absent. PYTHON=python3.12 make … picks the interpreter.
 PYTHON ?= python3
@@ -9,11 +10,11 @@ BIN := .venv/bin
 # Tests start many processes, which would each compile all modules again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-fast test-slow test-transformers bench docs notebooks lint format clean
+.PHONY: demo test test-fast test-slow gpu test-transformers bench docs notebooks lint format clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '1,6s/^# //p' Makefile
 
 # The stamp says which extras are installed; a change of the dependencies installs anew. Byte code is made at the first
 # import of a module, not here for all of them: that is two thirds of the time of an installation.
@@ -40,6 +41,19 @@ test-fast: .venv/.dev
 
 test-slow: .venv/.dev
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
+
+# Without .venv, PYTHON's own packages serve, and those of a folder in PYTHONPATH: a machine with a GPU may lack a network.
+# GPU="--device cpu" runs the benchmark on a CPU; the gpu tests, which need a CUDA device, fail there.
+GPU ?= --minutes 8
+GPU_OUT ?= gpu_out
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu:
+	@mkdir -p $(GPU_OUT)
+	@echo "== running the gpu tests, at most 180 s, into $(GPU_OUT)/tests.log"
+	-@HF_HUB_OFFLINE=1 timeout 180 $(GPU_PYTHON) -m pytest -q -m gpu $$(grep -rl 'mark.gpu' tests) 2>&1 \
+		| tee $(GPU_OUT)/tests.log | tail -n 30
+	@echo "== running the benchmark, into $(GPU_OUT)"
+	@HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 timeout 900 $(GPU_PYTHON) -m benchmarks gpu $(GPU) --out $(GPU_OUT)
 
 # The installed version's. Its tests have markers of their own, and import one package that nothing else here needs.
 TRANSFORMERS = $(shell $(BIN)/python -c "import transformers; print('transformers-' + transformers.__version__)")

@@ -5,8 +5,9 @@ python -m benchmarks gpu --minutes 8 --out FOLDER
 A step is forward, backward and fused AdamW in bfloat16 (autocast) on rank tokens, with the head and the masks of
 `python -m benchmarks model`; MFU is counted as there, of useful work alone. "mix" are the cells of `--h5ad`, all
 their genes; "1,024" are made cells cut to 1,024 tokens. A batch has about as many tokens as `TOKENS` says. The parts
-come in the order of their worth and share the minutes; the JSON is written after each row, so that a run that is cut
-short keeps what it has. `--device cpu` runs every line, on few tokens and small models, in float32.
+come in the order of their worth and share the minutes; a part or row that takes longer than `LIMIT` seconds is
+stopped, and the JSON is written after each, so that a run that is cut short keeps what it has. `--device cpu` runs
+every line in about a minute, on few tokens and a tiny model, in float32, compiled without generating code.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import signal
 import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,24 +34,33 @@ from .model import LENGTH_MEDIAN, MASKED, PEAKS, _made_cells, make_model, useful
 
 # layers, heads, hidden size, feed-forward size, attention dropout
 SHAPES = {"19M": (12, 8, 512, 512, 0.0), "85M": (12, 12, 768, 3072, 0.0)}
-CPU_SHAPES = {"tiny": (2, 4, 128, 512, 0.0)}
-TOKENS, CPU_TOKENS = 65_536, 4_096  # of a batch
-N_BATCHES = 6  # distinct ones, of other lengths
-# name -> model, how the batch is laid out, attention, what is compiled
+CPU_SHAPES = {"tiny": (2, 2, 32, 64, 0.0), "small": (2, 2, 64, 64, 0.0)}
+TOKENS, CPU_TOKENS = 65_536, 1_024  # of a batch
+CPU_GENES = 2_000
+LIMIT = 150  # seconds of a part or row
+N_BATCHES, CPU_BATCHES = 6, 2  # distinct ones, of other lengths
+# name -> model, how the batch is laid out, attention, what is compiled. Batches of "one size" are packed and filled up
+# with dead tokens (`pad_packed_to`), so that one compilation serves all.
 CONTENDERS = {
     "packed": ("gene_bert", "packed", "sdpa", None),
-    "packed, layers compiled": ("gene_bert", "packed", "sdpa", "layers"),
+    "packed, compiled": ("gene_bert", "one size", "sdpa", "model"),
+    "packed, layers compiled": ("gene_bert", "one size", "sdpa", "layers"),
     "padded": ("gene_bert", "padded", "sdpa", None),
     "BERT, padded": ("bert", "padded", "sdpa", None),
     "ModernBERT, padded": ("modernbert_sparse", "padded", "sdpa", None),
     "packed, flex": ("gene_bert", "packed", "flex_attention", None),
-    "packed, compiled": ("gene_bert", "packed", "sdpa", "model"),
+    "packed, one size": ("gene_bert", "one size", "sdpa", None),
     "padded, compiled": ("gene_bert", "padded", "sdpa", "model"),
 }
 
 
 def run(arguments: list[str]) -> None:
     """Measure the parts in turn, and write them as JSON after each row."""
+    _Run(parsed(arguments)).all()
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    """Parse the arguments of the command."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,8 +68,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--out", default="gpu_out", help="folder for the figures")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="cuda where there is one")
     parser.add_argument("--h5ad", help="file of counts; .data/pbmc_ifnb.h5ad where there is one, else made cells")
-    args = parser.parse_args(arguments)
-    _Run(args).all()
+    return parser.parse_args(arguments)
 
 
 class _Run:
@@ -68,6 +80,8 @@ class _Run:
         self.on_gpu = self.device == "cuda"
         self.shapes = SHAPES if self.on_gpu else CPU_SHAPES
         self.n_tokens = TOKENS if self.on_gpu else CPU_TOKENS
+        self.n_batches = N_BATCHES if self.on_gpu else CPU_BATCHES
+        self.compiler = "inductor" if self.on_gpu else "aot_eager"
         self.out = Path(args.out)
         self.out.mkdir(parents=True, exist_ok=True)
         default = Path(".data/pbmc_ifnb.h5ad")
@@ -88,17 +102,17 @@ class _Run:
         with tempfile.TemporaryDirectory() as folder:
             self.prepare(Path(folder))
             small, *larger = self.shapes
-            first = [name for name, (*_, compiled) in CONTENDERS.items() if compiled != "model"]
+            first = [name for name in CONTENDERS if name not in ("packed, one size", "padded, compiled")]
             self.part("waits", self.waits, small)
             for name in first:
                 self.step(small, "mix", name)
             self.part("profile", self.profile, small)
             self.part("loader", self.loader, Path(folder), small)
-            for name in [name for name in CONTENDERS if name not in first]:
-                self.step(small, "mix", name)
+            self.step(small, "mix", "packed, one size")
             for size, mix in [(small, "1,024"), *((size, "mix") for size in larger)]:
                 for name in first:
                     self.step(size, mix, name)
+            self.step(small, "mix", "padded, compiled")
         print(f"written to {self.out / 'benchmark_gpu.json'}")
 
     # ------------------------------------------------------------------ data
@@ -108,25 +122,37 @@ class _Run:
         from stformer_hf import CellStore, GeneTokenizer, estimate_gene_medians
 
         self.tokenizers, self.rows, self.stores = {}, {}, {}
-        n_made = 2_000 if self.on_gpu else 200
-        for mix, cells, longest in (("mix", self.h5ad or _made_cells(n_made), 2048), ("1,024", None, 1024)):
-            cells = _made_cells(n_made, 2_000) if cells is None else cells
+        longest = 2048 if self.on_gpu else 256
+        mixes = ("mix", self.h5ad or self.made_cells(LENGTH_MEDIAN), longest), ("1,024", None, longest // 2)
+        for mix, cells, longest in mixes:
+            cells = self.made_cells(2_000) if cells is None else cells
             store = self.stores[mix] = CellStore.build(folder / mix, cells)
             self.tokenizers[mix] = GeneTokenizer.from_store(
                 store, "rank", medians=estimate_gene_medians(store), max_length=longest
             )
             self.rows[mix] = np.random.default_rng(0).permutation(np.flatnonzero(store.lengths))
 
-    def batches(self, mix: str, packing: bool) -> tuple[list[dict], list[np.ndarray]]:
+    def made_cells(self, median: int):
+        """Give made cells; on a CPU few of them, of few genes."""
+        return _made_cells(2_000, median) if self.on_gpu else _made_cells(60, median)[:, :CPU_GENES].copy()
+
+    def batches(self, mix: str, layout: str) -> tuple[list[dict], list[np.ndarray]]:
         """Give batches of about as many tokens, the same cells for all, and the lengths of their cells."""
         from stformer_hf.batches.collators import DataCollatorForGeneRankMLM
 
-        collate = DataCollatorForGeneRankMLM(self.tokenizers[mix], mlm_probability=MASKED, packing=packing)
-        store, made, lengths, at = self.stores[mix], [], [], 0
-        longest = self.tokenizers[mix].model_max_length
-        for _ in range(N_BATCHES):
-            sizes = np.minimum(store.lengths[self.rows[mix][at:]], longest)
-            n = max(1, int(np.searchsorted(np.cumsum(sizes), self.n_tokens)))
+        store, tokenizer, made, lengths, at = self.stores[mix], self.tokenizers[mix], [], [], 0
+        special = tokenizer.add_cls + tokenizer.add_eos
+        n_tokens = np.minimum(store.lengths + special, tokenizer.max_length)
+        n_cells = int(1.5 * self.n_tokens / n_tokens[self.rows[mix]].mean())  # as the trainer has it
+        collate = DataCollatorForGeneRankMLM(
+            tokenizer,
+            mlm_probability=MASKED,
+            packing=layout != "padded",
+            pad_packed_to=(self.n_tokens, n_cells) if layout == "one size" else None,
+        )
+        for _ in range(self.n_batches):
+            sums = np.cumsum(n_tokens[self.rows[mix][at : at + n_cells]])
+            n = max(1, int(np.searchsorted(sums, self.n_tokens, side="right")))
             batch = dict(collate(store.__getitems__(self.rows[mix][at : at + n].tolist())))
             lengths.append(_lengths(batch))
             made.append({k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()})
@@ -154,7 +180,8 @@ class _Run:
             print(f"no time left for {name}", flush=True)
             return
         try:
-            found = work(*arguments)
+            with limited(LIMIT):
+                found = work(*arguments)
         except Exception:  # a part that fails must not cost the others; its error is a result
             found = {"failed": traceback.format_exc()[-3000:]}
         if name == "steps":
@@ -179,18 +206,20 @@ class _Run:
         self.part("steps", work)
 
     def timed_step(self, size: str, mix: str, model: str, layout: str, attention: str, compiled: str | None) -> dict:
-        """Time steps after warming up: at least twelve, and three seconds."""
-        batches, lengths = self.batches(mix, packing=layout == "packed")
+        """Time steps after warming up: each batch at least twice, and on a GPU three seconds."""
+        batches, lengths = self.batches(mix, layout)
         if model.startswith("modernbert"):
             for batch in batches:
                 del batch["token_type_ids"]
         net = self.model(size, mix, model, attention)
         torch._dynamo.reset()
         counters.clear()
+        how = {"dynamic": False, "fullgraph": True} if layout == "one size" else {"dynamic": True}
         if compiled == "layers":  # one graph for all of them
             for layer in net.base_model.layers:
-                layer.compile(dynamic=True)
-        step = self.stepper(torch.compile(net, dynamic=True) if compiled == "model" else net, net)
+                layer.compile(backend=self.compiler, **how)
+        whole = torch.compile(net, backend=self.compiler, **how) if compiled == "model" else net
+        step = self.stepper(whole, net)
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
@@ -199,7 +228,7 @@ class _Run:
         self.wait()
         warming = time.perf_counter() - began
         began, done = time.perf_counter(), 0
-        while done < 12 or (time.perf_counter() - began < 3 and self.on_gpu):
+        while done < 2 * len(batches) or (time.perf_counter() - began < 3 and self.on_gpu):
             for batch in batches:
                 step(batch)
             done += len(batches)
@@ -242,12 +271,16 @@ class _Run:
 
     def waits(self, size: str) -> dict:
         """Count where a packed step waits for the GPU, by the lines of the package that do."""
-        batches, _ = self.batches("mix", packing=True)
+        return {layout: self.waits_of(size, layout) for layout in ("packed", "one size")}
+
+    def waits_of(self, size: str, layout: str) -> dict[str, int]:
+        """Count the waits of a step, by line; a CPU has none."""
+        batches, _ = self.batches("mix", layout)
         net = self.model(size, "mix", "gene_bert", "sdpa")
         step = self.stepper(net, net)
         step(batches[0])
         if not self.on_gpu:
-            return {"lines": {}, "note": "a CPU has nothing to wait for"}
+            return {}
         torch.cuda.set_sync_debug_mode("warn")
         found: Counter[str] = Counter()
 
@@ -265,13 +298,13 @@ class _Run:
         finally:
             warnings.showwarning = shown
             torch.cuda.set_sync_debug_mode("default")
-        return {"lines": dict(found)}
+        return dict(found)
 
     def profile(self, size: str) -> dict:
         """Give the kernels that a packed step spends its time in."""
         from torch.profiler import ProfilerActivity, profile
 
-        batches, _ = self.batches("mix", packing=True)
+        batches, _ = self.batches("mix", "packed")
         net = self.model(size, "mix", "gene_bert", "sdpa")
         step = self.stepper(net, net)
         for batch in batches[:3]:
@@ -296,10 +329,13 @@ class _Run:
         from stformer_hf import STFormerPretrainer
 
         found = {}
-        for n_workers in (8, 4, 0) if self.on_gpu else (2, 0):
+        ways = [(8, True), (8, False), (4, False), (0, False)] if self.on_gpu else [(2, False), (0, True)]
+        for n_workers, compiled in ways:
+            torch._dynamo.reset()
+            counters.clear()
             net = self.model(size, "mix", "gene_bert", "sdpa")
             settings = TrainingArguments(
-                str(folder / f"run-{n_workers}"),
+                str(folder / f"run-{n_workers}-{compiled}"),
                 max_steps=60 if self.on_gpu else 4,
                 logging_steps=20 if self.on_gpu else 2,
                 save_strategy="no",
@@ -310,6 +346,8 @@ class _Run:
                 dataloader_num_workers=n_workers,
                 dataloader_pin_memory=self.on_gpu,
                 optim="adamw_torch_fused",
+                torch_compile=compiled,
+                torch_compile_backend=self.compiler if compiled else None,
             )
             trainer = STFormerPretrainer(
                 settings,
@@ -322,13 +360,32 @@ class _Run:
             trainer.train()
             last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
             kept = ("tokens_per_second", "cells_per_second", "data_wait_share", "mfu", "padding_share")
-            found[f"{n_workers} workers"] = {key: last[key] for key in kept if key in last}
+            way = f"{n_workers} workers" + ", compiled" * compiled
+            found[way] = {key: last[key] for key in kept if key in last}
+            if compiled:
+                found[way]["graphs"] = counters["stats"]["unique_graphs"]
             del trainer, net
         return found
+
+
+@contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in the context after so many seconds."""
+
+    def stop(*_) -> None:
+        raise TimeoutError(f"It took longer than {seconds} s.")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _lengths(batch: dict) -> np.ndarray:
     """Give the tokens of each cell."""
     if "cu_seq_lens_q" in batch:
-        return batch["cu_seq_lens_q"].diff().numpy()
+        return batch["cu_seq_lens_q"].diff()[: batch["seq_idx"].max() + 1].numpy()  # without the dead tokens
     return batch["attention_mask"].sum(1).numpy()

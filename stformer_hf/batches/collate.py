@@ -15,8 +15,8 @@ import torch
 from ..models.gene_bert.cell_counts import CountRows, hide, is_cell_batch, pad_ragged
 from ..models.gene_bert.randomness import happens, uniforms
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
+from .fixed_size import IGNORE, FixedSize, to_fixed_size
 
-IGNORE = -100
 _MASK_PHENOTYPE, _DROP_PHENOTYPE, _DROP_GENE = 4, 5, 6  # streams of `uniforms`; collators.py has 0 to 3, and 7 on
 _PHENOTYPE_DROP_PROB = 0.1
 
@@ -32,16 +32,20 @@ class CellCollator(ABC):
         seed: int,
         packing: bool,
         max_tokens: int | None,
+        pad_packed_to: tuple[int, int] | None = None,
     ):
         check_probability("gene_dropout", gene_dropout)
         if packing and pad_to_multiple_of:
             raise ValueError("A packed batch is not padded: do not set pad_to_multiple_of.")
+        if pad_packed_to is not None and not packing:
+            raise ValueError("pad_packed_to is for packed batches: set packing=True.")
         self.tokenizer = tokenizer
         self.gene_dropout = gene_dropout
         self.pad_to_multiple_of = pad_to_multiple_of
         self.seed = seed
         self.packing = packing
         self.max_tokens = max_tokens
+        self.pad_packed_to = pad_packed_to
         # In shared memory, so that persistent workers see the next epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -64,7 +68,7 @@ class CellCollator(ABC):
         It pads, so that predictions have one row per cell.
         """
         other = copy.copy(self)
-        other.gene_dropout, other.packing, other.max_tokens = 0.0, False, None
+        other.gene_dropout, other.packing, other.max_tokens, other.pad_packed_to = 0.0, False, None, None
         other._epoch = torch.zeros_like(self._epoch)
         return other
 
@@ -155,7 +159,14 @@ class CellCollator(ABC):
                 f"A batch of {len(tokens.indptr) - 1} cells has {n_tokens} tokens, more than "
                 f"max_tokens={self.max_tokens}: use fewer cells per batch, or truncate them (tokenizer.max_length)."
             )
-        return batch
+        return batch if self.pad_packed_to is None else to_fixed_size(batch, self._fixed_size(*self.pad_packed_to))
+
+    def _fixed_size(self, n_tokens: int, n_cells: int) -> FixedSize:
+        """Return the size of a full batch, with the labels that masking is expected to make."""
+        tokenizer = self.tokenizer
+        n_phenotypes = n_cells * len(tokenizer.included_phenotypes) * getattr(self, "phenotype_mask_prob", 0.0)
+        n_labels = n_tokens * getattr(self, "mlm_probability", 0.0) + n_phenotypes
+        return FixedSize(n_tokens, n_cells, tokenizer.max_length, n_labels, tokenizer.pad_token_id)
 
 
 def check_probability(name: str, value: float) -> None:

@@ -15,6 +15,7 @@ from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCe
 from ..sources.obs_columns import ClassCode
 from ..store.cell_batch import CellBatch, as_cell_batch
 from .collate import CellCollator, check_probability, labels_a_cell, pack, pad, read_tokens
+from .fixed_size import fill_labels
 from .gene_swaps import unexpressed_genes
 from .token_rows import CLASS_NAMES
 
@@ -122,6 +123,10 @@ class DataCollatorForPhenotypicMLM(CellCollator):
         `pack`.
     max_tokens : int, optional
         Maximum number of tokens per batch, including padding; a larger batch raises.
+    pad_packed_to : (n_tokens, n_cells), optional
+        With `packing`, fill every batch up to one size with tokens that no cell reads and no loss counts, so that a
+        compiled model is compiled once; see `to_fixed_size`. The batch has `predicted_positions`, which spare the
+        model a wait for the GPU. More tokens or cells raise.
 
     Raises
     ------
@@ -151,8 +156,9 @@ class DataCollatorForPhenotypicMLM(CellCollator):
         gene_dropout: float = 0.0,
         packing: bool = False,
         max_tokens: int | None = None,
+        pad_packed_to: tuple[int, int] | None = None,
     ):
-        super().__init__(tokenizer, gene_dropout, pad_to_multiple_of, seed, packing, max_tokens)
+        super().__init__(tokenizer, gene_dropout, pad_to_multiple_of, seed, packing, max_tokens, pad_packed_to)
         if tokenizer.scheme != "binned":
             raise ValueError(
                 "DataCollatorForPhenotypicMLM masks expression bins, but the tokenizer has the rank scheme: use "
@@ -281,7 +287,7 @@ class DataCollatorForGeneRankMLM(CellCollator):
         Fraction of the genes to predict.
     phenotype_mask_prob : float, default: 0.5
         Fraction of the phenotypes to mask.
-    pad_to_multiple_of, seed, gene_dropout, packing, max_tokens
+    pad_to_multiple_of, seed, gene_dropout, packing, max_tokens, pad_packed_to
         As in `DataCollatorForPhenotypicMLM`.
 
     Raises
@@ -306,8 +312,9 @@ class DataCollatorForGeneRankMLM(CellCollator):
         gene_dropout: float = 0.0,
         packing: bool = False,
         max_tokens: int | None = None,
+        pad_packed_to: tuple[int, int] | None = None,
     ):
-        super().__init__(tokenizer, gene_dropout, pad_to_multiple_of, seed, packing, max_tokens)
+        super().__init__(tokenizer, gene_dropout, pad_to_multiple_of, seed, packing, max_tokens, pad_packed_to)
         if tokenizer.scheme != "rank":
             raise ValueError(
                 "DataCollatorForGeneRankMLM masks ranked genes, but the tokenizer has the binned scheme: use "
@@ -376,6 +383,10 @@ class DataCollatorForCellClassification(CellCollator):
         `pack`.
     max_tokens : int, optional
         Maximum number of tokens per batch, including padding; a larger batch raises.
+    pad_packed_to : (n_tokens, n_cells), optional
+        With `packing`, fill every batch up to one size with tokens that no cell reads and no loss counts, so that a
+        compiled model is compiled once; see `to_fixed_size`. The batch has `predicted_positions`, which spare the
+        model a wait for the GPU. More tokens or cells raise.
 
     Raises
     ------
@@ -394,8 +405,9 @@ class DataCollatorForCellClassification(CellCollator):
         gene_dropout: float = 0.0,
         packing: bool = False,
         max_tokens: int | None = None,
+        pad_packed_to: tuple[int, int] | None = None,
     ):
-        super().__init__(tokenizer, gene_dropout, pad_to_multiple_of, seed, packing, max_tokens)
+        super().__init__(tokenizer, gene_dropout, pad_to_multiple_of, seed, packing, max_tokens, pad_packed_to)
         included = {label} if isinstance(label, str) else set(label)
         included &= set(tokenizer.included_phenotypes)
         if included:
@@ -424,6 +436,8 @@ class DataCollatorForCellClassification(CellCollator):
         else:
             labels = np.stack([self._labels(examples, name) for name in self._columns()], axis=1).astype(np.float32)
         batch["labels"] = torch.from_numpy(labels)
+        if self.pad_packed_to is not None:
+            batch["labels"] = fill_labels(batch["labels"], batch)
         return batch
 
     def _check_tokens(self, examples: Any, tokens: TokenizedCells) -> None:

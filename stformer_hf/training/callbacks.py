@@ -35,10 +35,11 @@ class SaveOnSignal(TrainerCallback):
 
     def __init__(self, trainer: Trainer):
         self.trainer, self._came, self._handlers = trainer, None, {}
+        self._sent: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Install the handlers, in the main thread only; a trial of a search saves nothing, and keeps the defaults."""
-        self._came = self.trainer.interrupted = None
+        self._came = self._sent = self.trainer.interrupted = None
         if threading.current_thread() is threading.main_thread() and self.trainer.hp_search_backend is None:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._handlers.setdefault(number, signal.signal(number, self._come))
@@ -51,10 +52,26 @@ class SaveOnSignal(TrainerCallback):
         self._came = signal.Signals(number)
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Stop all processes after the same step, whichever of them received the signal."""
+        """Stop all processes after the same step, whichever of them received the signal.
+
+        Multiple processes stop one step later: what they tell each other in a step is read in the next, so that none
+        waits until its GPU has done all that was queued.
+        """
         came = int(self._came or 0)
         if args.world_size > 1:
-            came = int(self.trainer.accelerator.gather(torch.tensor([came], device=args.device)).max())
+            of_all = self.trainer.accelerator.gather(torch.full((1,), came, device=args.device)).max()
+            came = 0
+            if self._sent is not None:
+                sent, arrived = self._sent
+                if arrived is not None:
+                    arrived.synchronize()
+                came = int(sent)
+            arrived = None
+            sent = of_all.to("cpu", non_blocking=True)
+            if of_all.device.type == "cuda":
+                arrived = torch.cuda.Event()
+                arrived.record()
+            self._sent = sent, arrived
         if came:
             self.trainer.interrupted = signal.Signals(came)
             control.should_save = control.should_training_stop = True

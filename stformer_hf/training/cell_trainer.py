@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import DistributedDataParallelKwargs
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, seed_worker
@@ -35,7 +37,7 @@ from .calibration import OutOfFold, replace_out_of_fold
 from .callbacks import FillHubFolder, SaveOnSignal, SetEpoch, take_back_signals
 from .cell_checksum import describe_cells
 from .checkpoints import check_complete, check_same_meaning, checkpoint_to_resume, mark_unfinished
-from .eval_loss import SumOfLosses, filling_cells, without_labels
+from .eval_loss import SumOfLosses, filling_cells, sum_dtype, without_labels
 from .float_weights import keep_in_float32
 from .identity import (
     check_stores_together,
@@ -55,6 +57,7 @@ logger = logging.getLogger(__name__)
 _STREAM_MARK = "stream_mark.json"  # in a checkpoint
 _ORDER = "CellOrder"  # among the states of callbacks in trainer_state.json
 _NO_BUDGET = 2**48  # tokens
+_MORE_CELLS = 1.5  # in a batch of one size, than fit on average
 
 
 class CellTrainer(MeasuredTrainer):
@@ -85,7 +88,9 @@ class CellTrainer(MeasuredTrainer):
         `max_tokens_per_batch`; not needed for a store, or a dataset with a column `length`.
     max_tokens_per_batch : int, optional
         Fill batches up to this many tokens, padding included, instead of a number of cells
-        (`per_device_train_batch_size`).
+        (`per_device_train_batch_size`). With packing and `args.torch_compile`, batches have at most 1.5 times as many
+        cells as fit on average, and are filled up to one size, so that the model is compiled once; a collator of
+        `pad_packed_to` does it without `torch_compile`, and must set it for a stream.
     sampling : mapping, optional
         Which cells an epoch reads, with any order of batches: the arguments of `WeightedDraw.from_dataset`, `by` (a
         column of obs), `temperature`, `shares`, `weights`, `n_draws` and `replacement`. For example
@@ -177,6 +182,20 @@ class CellTrainer(MeasuredTrainer):
         of_training = dataset is self.train_dataset
         fit_head_to_labels(model, collator, dataset, all_read=not (of_training and self.sampling))
 
+    def _build_accelerator_args(self, **kwargs) -> dict[str, Any]:
+        """Build them as Trainer does, without DDP's search for unused parameters if there are none."""
+        built = super()._build_accelerator_args(**kwargs)
+        if self.args.ddp_find_unused_parameters is None and self._uses_every_parameter():
+            for handler in built["kwargs_handlers"]:
+                if isinstance(handler, DistributedDataParallelKwargs):
+                    handler.find_unused_parameters = False
+        return built
+
+    def _uses_every_parameter(self) -> bool:
+        """Whether every loss depends on every parameter of the model; False if it is not known."""
+        config = getattr(self.model, "config", None)
+        return getattr(config, "model_type", None) == "gene_bert" and not config.cell_decoder
+
     # ------------------------------------------------------------------ batches
 
     @property
@@ -218,10 +237,12 @@ class CellTrainer(MeasuredTrainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         draw = self._draw(dataset)
         if self.max_tokens_per_batch is not None:
+            lengths = self._n_tokens(dataset)
             return TokenBudgetBatchSampler(
-                self._n_tokens(dataset),
+                lengths,
                 self._token_budget,
                 packing=self._is_packed(),
+                max_cells=self._fix_size(lengths),
                 seed=seed,
                 world_size=args.world_size,
                 drop_last=args.dataloader_drop_last,
@@ -233,6 +254,25 @@ class CellTrainer(MeasuredTrainer):
         if args.train_sampling_strategy == "sequential":
             return super()._get_train_sampler(dataset)
         return BlockShuffleSampler(dataset, 1, seed) if draw is None else RowSampler(draw, seed)
+
+    @property
+    def _has_fixed_size(self) -> bool:
+        """Whether all packed batches are filled up to one size, so that the model is compiled once."""
+        collator = self.data_collator
+        if not isinstance(collator, CellCollator) or not collator.packing or self.max_tokens_per_batch is None:
+            return False
+        return collator.pad_packed_to is not None or (
+            self.args.torch_compile and not isinstance(self.train_dataset, IterableDataset)
+        )
+
+    def _fix_size(self, lengths: np.ndarray) -> int | None:
+        """Set the size of the collator's packed batches; return their maximum number of cells, None for any."""
+        if not self._has_fixed_size:
+            return None
+        mean = np.maximum(lengths, 1).mean()
+        n_cells = math.ceil(_MORE_CELLS * self._token_budget / mean)
+        self.data_collator.pad_packed_to = self._token_budget, n_cells
+        return n_cells
 
     def _draw(self, dataset: Any) -> WeightedDraw | None:
         """Return the draw of `sampling` from the training rows; None without it."""
@@ -354,7 +394,8 @@ class CellTrainer(MeasuredTrainer):
         }
         if self.max_tokens_per_batch is not None:
             packing = getattr(self.data_collator, "packing", False)
-            batches = TokenBudgetBuffer(stream, self._token_budget, packing=packing, **shared)
+            most = self.data_collator.pad_packed_to[1] if self._has_fixed_size else None
+            batches = TokenBudgetBuffer(stream, self._token_budget, packing=packing, max_cells=most, **shared)
         elif args.train_sampling_strategy == "group_by_length":
             cells = batch_size * in_a_step
             batches = TokenBudgetBuffer(
@@ -511,6 +552,8 @@ class CellTrainer(MeasuredTrainer):
                 getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)
             ),
             "max_tokens_per_batch": self._token_budget,
+            # Their number of cells is limited; absent from the checkpoints of earlier versions.
+            "filled up to one size": self._has_fixed_size or None,
             "sampling": self._describe_sampling(),
             **({} if self._cells is None else {"train_dataset": self._cells}),
         }
@@ -653,7 +696,7 @@ class CellTrainer(MeasuredTrainer):
         statistics = getattr(outputs, "class_statistics", None)
         if statistics is not None:
             # Each replica returns its own rows.
-            total = statistics.detach().double().view(-1, len(self._token_classes()), 3).sum(0)
+            total = statistics.detach().to(sum_dtype(statistics.device)).view(-1, len(self._token_classes()), 3).sum(0)
             before = self._statistics.get(model.training)
             self._statistics[model.training] = total if before is None else before + total
         return (loss, outputs) if return_outputs else loss

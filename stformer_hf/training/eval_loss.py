@@ -10,6 +10,11 @@ from accelerate import Accelerator
 from ..batches.collate import IGNORE
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of sums over many batches on a device: float64, or float32 on MPS, which has no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class SumOfLosses:
     """Sum of the losses of batches, each a mean over its labels; the sums stay on their device."""
 
@@ -26,8 +31,8 @@ class SumOfLosses:
         only_finite : bool
             Whether to leave out a batch whose loss is infinite or NaN.
         """
-        loss = loss.detach().double()
-        n_labels = torch.as_tensor(n_labels, device=loss.device).double()
+        loss = loss.detach().to(sum_dtype(loss.device))
+        n_labels = torch.as_tensor(n_labels, device=loss.device).to(loss.dtype)
         pair = torch.stack([torch.where(n_labels > 0, loss * n_labels, 0.0), n_labels])
         if only_finite:
             pair = torch.where(loss.isfinite(), pair, 0.0)
@@ -81,4 +86,4 @@ def without_labels(inputs: dict[str, Any], names: list[str], rows: torch.Tensor)
     return {**inputs, **hidden}
 
 
-__all__ = ["SumOfLosses", "filling_cells", "without_labels"]
+__all__ = ["SumOfLosses", "filling_cells", "sum_dtype", "without_labels"]

@@ -17,7 +17,7 @@ from ..models.gene_bert.heads import pool
 from ..store.cell_store import CellStore
 from .cell_trainer import CellTrainer
 from .checkpoints import mark_unfinished
-from .eval_loss import filling_cells, without_labels
+from .eval_loss import filling_cells, sum_dtype, without_labels
 from .objectives import check_objectives
 from .objectives.contrast import cells_with_negatives, comparable_cells, contrast_loss, contrast_of_totals
 from .objectives.cross_correlation import cross_correlation_loss
@@ -122,8 +122,13 @@ class ObjectiveTrainer(CellTrainer):
             self._prepare_model(model)
         return model
 
+    def _uses_every_parameter(self) -> bool:
+        return super()._uses_every_parameter() and not self._trains_cls  # whose loss may leave out the MLM head
+
     def _check_cells(self) -> None:
         args = self.args
+        if getattr(self.data_collator.collator, "pad_packed_to", None) is not None:
+            raise ValueError("pad_packed_to is not supported with objectives that train [CLS]: leave it out.")
         if args.n_gpu > 1:
             raise ValueError(
                 "torch.nn.DataParallel would separate the two views of a cell: start one process per GPU with "
@@ -221,7 +226,8 @@ class ObjectiveTrainer(CellTrainer):
     def _add(self, training: bool, name: str, loss: torch.Tensor, n_terms: torch.Tensor) -> None:
         """Add the loss of a batch: in training each batch counts alike, in evaluation each term of its mean."""
         n_terms = torch.ones_like(n_terms) if training else n_terms
-        pair = torch.stack([loss.detach().double() * n_terms, n_terms.double()])
+        dtype = sum_dtype(loss.device)
+        pair = torch.stack([loss.detach().to(dtype) * n_terms, n_terms.to(dtype)])
         sums = self._sums[training]
         sums[name] = sums[name] + pair if name in sums else pair
 

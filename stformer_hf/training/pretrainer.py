@@ -174,7 +174,7 @@ class STFormerPretrainer(ObjectiveTrainer):
         of_cells = torch.stack([(nll * scored).sum(1), scored.float().sum(1)], dim=1)
         # From all processes, without the cells that fill the last batch.
         of_cells = self.accelerator.gather_for_metrics(of_cells)
-        self._genes_nll += of_cells.double().sum(0).cpu().numpy()
+        self._genes_nll += of_cells.cpu().double().sum(0).numpy()
 
     def _baselines_on(self, dataset: Any) -> dict[str, float]:
         """Return the baselines, computed once in each process; they do not depend on the model."""

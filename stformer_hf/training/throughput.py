@@ -40,7 +40,7 @@ BF16_PEAKS = {
 }
 
 _STATE = "Throughput"  # among the states of callbacks in trainer_state.json
-_SUMS = ("tokens", "squares", "predictions", "positions", "cells", "wait", "elapsed")  # times in microseconds
+_SUMS = ("tokens", "squares", "predictions", "cells", "positions", "wait", "elapsed")  # times in microseconds
 
 
 class ModelFlops:
@@ -106,7 +106,7 @@ class Throughput:
     def begin(self) -> None:
         """Reset all counts, and read the totals of a resumed run from the trainer's state."""
         self._on_device: torch.Tensor | None = None
-        self._positions = self._cells = 0
+        self._positions = 0
         self._wait = self._elapsed = 0.0
         self._since: float | None = None
         self._at_last_log = dict.fromkeys(_SUMS, 0)
@@ -165,13 +165,14 @@ class Throughput:
         """Add a padded, packed or neighbourhood batch; batches of another kind are ignored.
 
         Tokens are those attended to, or for neighbourhoods the observed cells and their cls tokens. Cells are those in
-        the batch, or for neighbourhoods the masked ones.
+        the batch, or for neighbourhoods the masked ones. Dead tokens of a packed batch (-1 in `seq_idx`) are padding.
         """
         ids = batch.get("input_ids")
         if ids is None:
             observed, masked = batch.get("observed_cell_type"), batch.get("masked_cell_type")
             if observed is not None and masked is not None:
-                self._add(torch.tensor([len(observed) + len(masked), 0, 0]), len(observed) + len(masked), len(masked))
+                n_tokens = len(observed) + len(masked)
+                self._add(torch.tensor([n_tokens, 0, 0, len(masked)]), n_tokens)
             return
         if batch.get("cu_seq_lens_q") is not None:
             lengths = batch["cu_seq_lens_q"].diff().long()
@@ -179,18 +180,21 @@ class Throughput:
             lengths = batch["attention_mask"].sum(-1)
         else:
             lengths = (ids != getattr(self._trainer.processing_class, "pad_token_id", None)).sum(-1)
+        n_cells = torch.full_like(lengths[:1], len(lengths)).sum()
+        if batch.get("cu_seq_lens_q") is not None and batch.get("seq_idx") is not None:
+            n_cells = batch["seq_idx"].max().long() + 1  # dead and empty segments follow them
+            lengths = lengths * (torch.arange(len(lengths), device=lengths.device) < n_cells)
         labels = batch.get("labels")
         if labels is not None and labels.shape == ids.shape:
             predictions = (labels != IGNORE).sum()
         else:
-            predictions = torch.full_like(lengths[:1], len(lengths)).sum()
-        sums = torch.stack([lengths.sum(), lengths.square().sum(), predictions])
-        self._add(sums, ids.numel(), len(lengths))
+            predictions = n_cells
+        sums = torch.stack([lengths.sum(), lengths.square().sum(), predictions, n_cells])
+        self._add(sums, ids.numel())
 
-    def _add(self, sums: torch.Tensor, n_positions: int, n_cells: int) -> None:
+    def _add(self, sums: torch.Tensor, n_positions: int) -> None:
         self._on_device = sums if self._on_device is None else self._on_device + sums
         self._positions += n_positions
-        self._cells += n_cells
 
     # ------------------------------------------------------------------ figures
 
@@ -242,8 +246,8 @@ class Throughput:
         """Return the sums since `begin` over all processes, and the largest peak memory of a process in bytes."""
         device = self._trainer.args.device
         elapsed = self._elapsed + (0.0 if self._since is None else time.perf_counter() - self._since)
-        counted = torch.zeros(3, dtype=torch.int64) if self._on_device is None else self._on_device
-        own = [self._positions, self._cells, round(1e6 * self._wait), round(1e6 * elapsed), _peak_memory(device)]
+        counted = torch.zeros(4, dtype=torch.int64) if self._on_device is None else self._on_device
+        own = [self._positions, round(1e6 * self._wait), round(1e6 * elapsed), _peak_memory(device)]
         row = torch.cat([counted.to(device), torch.tensor(own, dtype=torch.int64, device=device)])
         rows = self._trainer.accelerator.gather(row[None])
         *counts, _ = rows.sum(0).tolist()

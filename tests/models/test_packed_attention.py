@@ -207,6 +207,16 @@ def test_cu_seq_lens_alone_is_enough_and_flash_is_told_all(tokenizer, examples, 
         assert torch.equal(torch.as_tensor(told[name]), torch.as_tensor(batch[name])), name
 
 
+def test_the_lengths_of_the_cells_are_read_once_for_all_layers(tokenizer, examples, monkeypatch):
+    batch = DataCollatorForPhenotypicMLM(tokenizer, packing=True)(examples)
+    model, reads = model_of(GeneBertForPhenotypicMLM, tokenizer, "sdpa"), []
+    assert model.config.num_hidden_layers > 1
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self) or tolist(self))
+    model(**batch)
+    assert len(reads) == 1
+
+
 def test_positions_that_begin_anew_need_cu_seq_lens(tokenizer, examples):
     model = model_of(GeneBertForPhenotypicMLM, tokenizer, "sdpa")
     ids = torch.tensor([[0, 5, 6, 0, 5]])

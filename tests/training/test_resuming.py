@@ -4,13 +4,14 @@ import copy
 import logging
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_adata
 from torch.utils.data import ConcatDataset, Subset
-from transformers import AutoModelForMaskedLM, TrainerCallback, TrainingArguments
+from transformers import AutoModelForMaskedLM, TrainerCallback, TrainerControl, TrainingArguments
 
 from stformer_hf import (
     CellStore,
@@ -220,6 +221,20 @@ def test_a_signal_saves_after_the_step(store, tokenizer, config, tmp_path, numbe
     assert trainer.interrupted is number and trainer.state.global_step == 2
     assert checkpoint_to_resume(tmp_path) == tmp_path / "checkpoint-2"
     assert signal.getsignal(number) is before
+
+
+def test_several_processes_stop_one_step_after_the_signal(store, tokenizer, config, tmp_path):
+    """What they tell each other is read in the next step, so that no step waits for the GPU."""
+    callback = make_trainer(tmp_path, store, tokenizer, config)._on_signal
+    args, control = SimpleNamespace(world_size=2, device=torch.device("cpu")), TrainerControl()
+    stops = []
+    for step in range(4):
+        if step == 1:
+            callback._come(signal.SIGTERM, None)
+        callback.on_step_end(args, None, control)
+        stops.append(control.should_training_stop and control.should_save)
+    assert stops == [False, False, True, True]
+    assert callback.trainer.interrupted is signal.SIGTERM
 
 
 def test_a_second_ctrl_c_interrupts_at_once(store, tokenizer, config, tmp_path):

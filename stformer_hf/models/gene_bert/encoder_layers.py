@@ -146,7 +146,7 @@ def put_first(
     attention_mask : Tensor (batch, length), optional
         1 for tokens, 0 for padding, on either side.
     cu_seq_lens : int32 Tensor (n_cells + 1,), optional
-        Boundaries of the cells of a packed batch.
+        Boundaries of the cells of a packed batch. If its last cells are empty, no cell may have the last token.
 
     Returns
     -------
@@ -154,7 +154,8 @@ def put_first(
     """
     cells = cells.to(hidden.dtype)
     if cu_seq_lens is not None:
-        return hidden.index_copy(1, cu_seq_lens[:-1].long(), cells[None])
+        # An empty segment at the end of a row writes into its last token, which is dead.
+        return hidden.index_copy(1, cu_seq_lens[:-1].long().clamp(max=hidden.shape[1] - 1), cells[None])
     at = torch.arange(hidden.shape[1], device=hidden.device)
     first = 0 if attention_mask is None else attention_mask.to(hidden.device).long().argmax(1, keepdim=True)
     return torch.where((at == first).unsqueeze(-1), cells.unsqueeze(1), hidden)

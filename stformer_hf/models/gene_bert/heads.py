@@ -85,7 +85,8 @@ def masked_lm_loss(
     # Categories have the types 1, 2, …; all types after them are genes.
     classes = token_types.to(logits.device).clamp(1, len(names)) - 1
     if config.loss_weights:
-        weights = losses.new_tensor([config.loss_weights.get(name, 1.0) for name in names])
+        # Filled on the device: copying a list to a GPU waits for it.
+        weights = torch.stack([losses.new_full((), config.loss_weights.get(name, 1.0)) for name in names])
         losses = losses * weights[classes]
     if num_items_in_batch is None:
         num_items_in_batch = labelled.sum()
@@ -167,7 +168,7 @@ def classification_loss(
             losses = nn.functional.mse_loss(logits, labels, reduction="none")
         else:
             losses = nn.functional.binary_cross_entropy_with_logits(logits, labels, weight=weights, reduction="none")
-        total = losses[known].sum()
+        total = losses.where(known, 0.0).sum()  # no index, whose size a GPU would have to count first
     if num_items_in_batch is not None:
         n_labels = torch.as_tensor(num_items_in_batch, device=logits.device)
     return total / n_labels.clamp(min=1)
@@ -231,7 +232,7 @@ def pool(
     """
     if pooling == "cls":
         if cu_seq_lens is not None:
-            return hidden[0, cu_seq_lens[:-1]]
+            return hidden[0, cu_seq_lens[:-1].clamp(max=hidden.shape[1] - 1)]  # a last segment may be empty
         if attention_mask is None:
             return hidden[:, 0]
         first = attention_mask.to(hidden.device).long().argmax(1)

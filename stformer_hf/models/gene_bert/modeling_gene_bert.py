@@ -43,7 +43,7 @@ from .heads import (
     masked_lm_loss,
     pool,
 )
-from .packed_attention import check_packing, packed_mask, packing_of
+from .packed_attention import check_packing, lengths_for, packed_mask, packing_of
 from .whole_cell import CellEmbedding, CellValues, GeneStatistics, WideHead
 
 logger = logging.get_logger(__name__)
@@ -300,6 +300,7 @@ class GeneBertModel(GeneBertPreTrainedModel):
         else:
             attention_mask = packed_mask(self.config, hidden_states, cu_seq_lens_q)
             kwargs.update(packing_of(cu_seq_lens_q, kwargs))
+            kwargs.update(lengths_for(self.config, hidden_states, cu_seq_lens_q, self.training))
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
         if self.config.pre_norm:
@@ -341,6 +342,7 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         sparse_prediction: bool | None = None,
+        predicted_positions: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> GeneBertMaskedLMOutput | tuple[torch.Tensor, ...]:
         """Predict masked tokens.
@@ -356,14 +358,19 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         sparse_prediction : bool, optional
             With labels, compute logits at the labelled positions only. By default `config.sparse_prediction` in
             training mode, and False in evaluation mode, where logits are gathered and compared with the labels.
+        predicted_positions : LongTensor (k,), optional
+            All positions with a label in the flattened batch, ascending, and any without one; by default they are
+            found from the labels, which waits for a GPU. (Trainer takes every argument with "label" in its name for
+            labels, which each batch must have.)
 
         Returns
         -------
         GeneBertMaskedLMOutput
             `loss`: mean cross entropy in nats over the labelled positions, 0 if there are none, smoothed and weighted
             according to the configuration. `logits`: (batch, length, vocab_size), or (n_labelled, vocab_size) with
-            labels and `sparse_prediction` (in a compiled model only if the vocabulary is larger than
-            `config.intermediate_size`). `class_statistics`, `gene_logits` and `log_dispersion`: see the class.
+            labels and `sparse_prediction` (in a compiled model only if `predicted_positions` are given, or the
+            vocabulary is larger than `config.intermediate_size`). `class_statistics`, `gene_logits` and
+            `log_dispersion`: see the class.
         """
         outputs = self.gene_bert(
             input_ids=input_ids,
@@ -387,8 +394,12 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
             labels = labels.to(hidden_states.device)
             # The number of labels is known only after a GPU has counted them, which breaks a compiled graph. There,
             # with a small vocabulary, logits of all positions cost little.
-            everywhere = torch.compiler.is_compiling() and self.config.vocab_size <= self.config.intermediate_size
-            labelled = slice(None) if everywhere else (labels != IGNORE).flatten().nonzero().squeeze(1)
+            small = self.config.vocab_size <= self.config.intermediate_size
+            everywhere = predicted_positions is None and torch.compiler.is_compiling() and small
+            if predicted_positions is not None:
+                labelled = predicted_positions.to(hidden_states.device)
+            else:
+                labelled = slice(None) if everywhere else (labels != IGNORE).flatten().nonzero().squeeze(1)
             if sparse_prediction is None:
                 sparse_prediction = self.training and self.config.sparse_prediction
             if sparse_prediction and not everywhere:

@@ -73,6 +73,15 @@ def packing_of(cu_seq_lens: torch.Tensor, kwargs: Mapping) -> dict:
     return {**given, "cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens if other is None else other}
 
 
+def lengths_for(config, states: torch.Tensor, cu_seq_lens: torch.Tensor, training: bool) -> dict[str, list[int]]:
+    """Return the lengths of the cells if attention runs one call per cell: read once, not in each layer."""
+    dropout = config.attention_probs_dropout_prob if training else 0.0
+    of_cells = config._attn_implementation == "sdpa" and not _varlen_serves(states, dropout)
+    if not of_cells or torch.compiler.is_compiling():
+        return {}
+    return {"cell_lengths": cu_seq_lens.diff().tolist()}
+
+
 def packed_mask(config, hidden_states: torch.Tensor, cu_seq_lens: torch.Tensor):
     """Return the mask that separates the cells; None for backends that take the boundaries of cells.
 
@@ -128,6 +137,8 @@ def packed_sdpa_attention_forward(
     attention_mask : None
     scaling, dropout : float
     cu_seq_lens_q : int32 Tensor (n_cells + 1,)
+    cell_lengths : list of int, optional
+        Number of tokens of each cell, if it is known.
 
     Returns
     -------
@@ -148,8 +159,15 @@ def packed_sdpa_attention_forward(
             longest = query.shape[2] if torch.compiler.is_compiling() else int(cu_seq_lens.diff().max())
         cuts = cu_seq_lens.to(torch.int32)
         return varlen_attn(*packed, cuts, cuts, longest, longest, scale=scaling)[None], None
-    cuts = cu_seq_lens.tolist()
-    lengths = [stop - start for start, stop in zip(cuts, cuts[1:], strict=False)]
+    if torch.compiler.is_compiling():  # a layer that is compiled alone
+        cells = segments_of(cu_seq_lens, query.shape[2])
+        same = cells[:, :, None] == cells[:, None, :]
+        attended = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=same[:, None], dropout_p=dropout, scale=scaling
+        )
+        return attended.transpose(1, 2), None
+    lengths = kwargs.get("cell_lengths") or cu_seq_lens.diff().tolist()
+    lengths = [length for length in lengths if length]
     attended = [
         nn.functional.scaled_dot_product_attention(*parts, dropout_p=dropout, scale=scaling)
         for parts in zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
@@ -161,4 +179,12 @@ def packed_sdpa_attention_forward(
 PACKED_SDPA = "sdpa_packed"
 AttentionInterface.register(PACKED_SDPA, packed_sdpa_attention_forward)
 
-__all__ = ["PACKED_SDPA", "check_packing", "packed_mask", "packing_of", "packed_sdpa_attention_forward", "segments_of"]
+__all__ = [
+    "PACKED_SDPA",
+    "check_packing",
+    "lengths_for",
+    "packed_mask",
+    "packing_of",
+    "packed_sdpa_attention_forward",
+    "segments_of",
+]

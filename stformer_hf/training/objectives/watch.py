@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..eval_loss import sum_dtype
+
 _PENALTIES = (1.0, 10.0, 100.0, 1e3, 1e4)
 
 
@@ -25,7 +27,7 @@ def effective_rank(states: torch.Tensor) -> float:
     -----
     Roy and Vetterli 2007, "The effective rank"; Garrido et al. 2023 (RankMe), arXiv 2210.02885.
     """
-    values = torch.linalg.svdvals(states.double())
+    values = torch.linalg.svdvals(states.to(sum_dtype(states.device)))
     shares = values / values.sum().clamp(min=1e-300)
     return float(torch.special.entr(shares).sum().exp())
 
@@ -52,7 +54,8 @@ def total_r2(states: torch.Tensor, totals: torch.Tensor) -> float:
     Ridge regression on standardised states, with the best of five penalties. Each cell is left out in turn; its
     residual is that of the fit to all cells, divided by 1 - leverage (Allen 1974, PRESS).
     """
-    x, y = states.double(), totals.double().log()
+    dtype = sum_dtype(states.device)
+    x, y = states.to(dtype), totals.to(dtype).log()
     n = len(y)
     if n < 3 or not float(y.var()) > 0:
         return float("nan")

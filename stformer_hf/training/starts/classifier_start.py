@@ -189,7 +189,7 @@ def _log_values_of(
     They are ln(1 + 10,000 x / depth). The depth is the total over the genes that the model has seen and the store
     measures, divided by their share of all counts: see `CellValues`.
     """
-    shares = cell_embedding_of(model).statistics.shares.double().cpu().numpy()
+    shares = cell_embedding_of(model).statistics.shares.cpu().double().numpy()
     measured = np.zeros(len(shares), bool)
     found = tokenizer.find_genes(cells.gene_ids, cells.genes.symbols)
     measured[found[found >= 0]] = True
@@ -302,7 +302,7 @@ def run_cells(
             examples = cells.__getitems__(range(start, min(start + batch_size, len(cells))))
             batch = pad(read_tokens(examples, tokenizer), tokenizer)
             states = forward({name: value.to(device) for name, value in batch.items()})
-            found.append(states.double().cpu().numpy())
+            found.append(states.cpu().double().numpy())
     return np.concatenate(found)
 
 
@@ -320,7 +320,7 @@ def _write(model: GeneBertForClassification, head, wide) -> None:
             layer.genes.weight.zero_()
             bias.zero_()
         else:
-            means = cell_embedding_of(model).statistics.means[0].double().cpu().numpy()
+            means = cell_embedding_of(model).statistics.means[0].cpu().double().numpy()
             layer.genes.weight.copy_(torch.from_numpy(reader.weight))
             bias.copy_(torch.from_numpy(reader.bias + means @ reader.weight))  # the wide head reads centred values
 

@@ -1,0 +1,40 @@
+"""The GPU benchmark, every line of it on a CPU."""
+
+import json
+import time
+
+import pytest
+
+from benchmarks import gpu
+
+
+@pytest.mark.slow
+def test_every_line_runs_on_a_cpu(tmp_path):
+    gpu.run(["--device", "cpu", "--minutes", "10", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "benchmark_gpu.json").read_text())
+    assert (tmp_path / "profile.txt").read_text()
+    assert not [name for name, part in found.items() if isinstance(part, dict) and "failed" in part]
+    rows = {(row["size"], row["cells"], row["way"]): row for row in found["steps"]}
+    assert {way for _, _, way in rows} == set(gpu.CONTENDERS)
+    assert len(rows) == len(found["steps"]) == 2 + 3 * (len(gpu.CONTENDERS) - 2)
+    for (_, _, way), row in rows.items():
+        if "flex" in way:
+            assert "backward" in row["failed"]  # which flex attention has on GPUs only
+            continue
+        assert row["tokens_per_second"] > 0
+        if gpu.CONTENDERS[way][1] == "one size" and gpu.CONTENDERS[way][3]:
+            assert row["graphs"] == 1
+    compiled = found["loader"]["0 workers, compiled"]
+    assert compiled["graphs"] == 1 and 0 < compiled["padding_share"] < 1
+
+
+def test_a_part_that_takes_too_long_is_stopped_and_the_others_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "LIMIT", 1)
+    run = gpu._Run(gpu.parsed(["--device", "cpu", "--out", str(tmp_path)]))
+    run.part("endless", lambda: time.sleep(60))
+    run.part("short", lambda: {"n": 1})
+    found = json.loads((tmp_path / "benchmark_gpu.json").read_text())
+    assert "It took longer than 1 s" in found["endless"]["failed"] and found["short"] == {"n": 1}
+    run.ends = time.monotonic()
+    run.part("late", lambda: {"n": 2})
+    assert "late" not in json.loads((tmp_path / "benchmark_gpu.json").read_text())

@@ -1,0 +1,92 @@
+"""Training on packed batches of one size: one compilation, counts of the cells alone, dtypes of sums."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import TrainingArguments
+
+from stformer_hf import GeneBertConfig, GeneBertForPhenotypicMLM, STFormerPretrainer
+from stformer_hf.training.eval_loss import sum_dtype
+from stformer_hf.training.throughput import ModelFlops
+
+BUDGET = 150
+
+
+def make_trainer(folder, store, tokenizer, compiled=True, **changes):
+    compiling = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+    settings = {"num_train_epochs": 2, "logging_steps": 5, "save_strategy": "no", "report_to": "none"}
+    settings |= {"disable_tqdm": True, "use_cpu": True, **compiling, **changes}
+    torch.manual_seed(0)
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+    return STFormerPretrainer(
+        TrainingArguments(str(folder), **settings),
+        store,
+        model=GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(tokenizer, **shape)),
+        processing_class=tokenizer,
+        packing=True,
+        max_tokens_per_batch=BUDGET,
+    )
+
+
+def test_a_compiled_run_is_compiled_once_and_counts_its_cells(store, tokenizer, tmp_path):
+    torch._dynamo.reset()
+    counters.clear()
+    trainer = make_trainer(tmp_path, store, tokenizer)
+    trainer.get_train_dataloader()
+    n_tokens, n_cells = trainer.data_collator.pad_packed_to
+    assert n_tokens == BUDGET and n_cells > 3
+    sampler = trainer.get_train_sampler()
+    assert sampler.max_cells == n_cells and max(map(len, sampler)) <= n_cells
+    trainer.train()
+    assert trainer.state.global_step == 2 * len(sampler) > 10
+    assert counters["stats"]["unique_graphs"] == 1
+    sums, _ = trainer.throughput._gather()
+    assert sums["cells"] == 2 * 59
+    assert sums["positions"] == trainer.state.global_step * 192  # the multiple of 64 above the budget
+    plain = trainer.data_collator.for_evaluation()
+    alive = sum(int(plain(store.__getitems__(rows))["attention_mask"].sum()) for rows in sampler)
+    assert sums["tokens"] == pytest.approx(2 * alive, rel=0.05)  # training leaves out some phenotypes
+    assert trainer.state.log_history[0]["padding_share"] > 0
+
+
+def test_a_checkpoint_of_another_size_is_refused(store, tokenizer, tmp_path):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, store, tokenizer, compiled=False, **settings).train()
+    settings["max_steps"] = 4
+    with pytest.raises(ValueError, match="filled up to one size was None and is True"):
+        make_trainer(tmp_path, store, tokenizer, **settings).train(resume_from_checkpoint=True)
+    trainer = make_trainer(tmp_path, store, tokenizer, compiled=False, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4 and trainer.data_collator.pad_packed_to is None
+
+
+def test_ddp_does_not_search_for_unused_parameters(store, tokenizer, tmp_path):
+    trainer = make_trainer(tmp_path, store, tokenizer, compiled=False)
+    assert trainer.accelerator.ddp_handler.find_unused_parameters is False
+    asked = make_trainer(tmp_path, store, tokenizer, compiled=False, ddp_find_unused_parameters=True)
+    assert asked.accelerator.ddp_handler.find_unused_parameters is True
+    trainer.model.config.cell_decoder = True  # whose outputs the masked loss does not read
+    assert trainer._build_accelerator_args()["kwargs_handlers"][0].find_unused_parameters is True
+
+
+def test_sums_have_a_dtype_that_the_device_has():
+    assert sum_dtype(torch.device("cpu")) == sum_dtype(torch.device("cuda")) == torch.float64
+    assert sum_dtype(torch.device("mps")) == torch.float32
+
+
+def test_operations_of_a_model_worked_out_by_hand(tokenizer):
+    """12 layers of 512, feed-forward 512; 64 cells of 1,024 tokens, 15 % of them predicted."""
+    config = GeneBertConfig.from_tokenizer(
+        tokenizer, num_hidden_layers=12, num_attention_heads=8, hidden_size=512, intermediate_size=512
+    )
+    with torch.device("meta"):
+        flops = ModelFlops(GeneBertForPhenotypicMLM(config))
+    # A layer: six matrices with biases and two norms; a norm of the embeddings.
+    assert flops.encoder == 12 * (6 * (512 * 512 + 512) + 2 * 2 * 512) + 2 * 512 == 18_936_832
+    assert flops.head == 512 * 512 + 512 + 2 * 512 + (512 + 1) * config.vocab_size
+    n_tokens, n_predicted = 65_536, 9_830
+    of_encoder = 6 * 18_936_832 * 65_536  # 7.45e12
+    of_attention = 12 * 12 * 512 * 64 * 1_024**2  # 12 x layers x hidden x length x tokens: 4.95e12
+    of_head = 6 * flops.head * 9_830
+    assert flops(n_tokens, 64 * 1_024**2, n_predicted) == of_encoder + of_attention + of_head
+    assert of_encoder + of_attention == 12_394_067_656_704
