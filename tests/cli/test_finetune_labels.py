@@ -72,7 +72,7 @@ def test_numbers_are_predicted_where_it_is_asked_for(run, labelled, tmp_path, ca
     annotate(labelled, output)
     assert labelled.obs["stformer_depth"].dtype.kind == "f"
     code, err, _ = run("cluster", "--problem_type", "regression", "--class_weights", "balanced")
-    assert code == 1 and "are of classes" in err
+    assert code == 1 and "apply to classes" in err
 
 
 @pytest.mark.parametrize(

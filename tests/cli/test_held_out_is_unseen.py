@@ -124,7 +124,7 @@ def test_finetuning(tmp_path, whole_cell, caplog):
         build(adata, tmp_path / folder)
         args = finetune.FinetuneArguments(
             data=[str(tmp_path / folder)],
-            label="cell_type",
+            label_key="cell_type",
             output=str(tmp_path / f"{folder}_out"),
             held_out=0.3,
             split_by="donor",
@@ -161,7 +161,7 @@ def test_neighbourhoods(tmp_path, caplog):
         args = pretrain_neighborhood.PretrainNeighborhoodArguments(
             data=[str(tmp_path / folder)],
             output=str(tmp_path / f"{folder}_out"),
-            cell_type="cell_type",
+            cell_type_key="cell_type",
             patch_size=4.0,
             held_out=0.2,
         )

@@ -49,6 +49,7 @@ def test_a_file_and_its_store(adata, tmp_path, capsys):
     median = f"{np.median((counts > 0).sum(1)):,.0f} genes and {np.median(counts.sum(1)):,.0f} counts"
     assert found["per cell"] == f"{median} (median of all cells), {(counts.sum(1) == 0).sum()} without counts"
     CellStore.build(tmp_path / "store", tmp_path / "cells.h5ad", obs=["cell_type"])
+    capsys.readouterr()  # what the build printed
     store = facts(capsys, "--path", tmp_path / "store")
     assert store["what"] == "cells (CellStore)"
     for name in ("cells", "species", "per cell"):
