@@ -151,7 +151,7 @@ class SingleCellMemMapDataset(Dataset):
         Raises
         ------
         FileNotFoundError
-            There is no dataset, or it is incomplete.
+            The dataset does not exist, or is incomplete.
         """
         try:
             store = CellStore(stored_path)
