@@ -36,6 +36,9 @@ class BuildArguments:
         default=None, metadata={"help": "symbol: merge genes with the same symbol but other ids in other files"}
     )
     species: str | None = field(default=None, metadata={"help": "species that all files must have, such as human"})
+    compact: bool = field(
+        default=False, metadata={"help": "write half the bytes or less: faster from a slow disk, slower from memory"}
+    )
     shuffle: bool = field(default=False, metadata={"help": "store all cells in random order"})
     seed: int = field(default=0, metadata={"help": "seed of the shuffle"})
     part: list[int] | None = field(

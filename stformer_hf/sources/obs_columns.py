@@ -21,6 +21,7 @@ _STORED = {
 }
 
 OWN_COLUMNS = ("genes", "counts", "obs_name", "cell_id", "neighbors", "neighbor_weights")
+OWN_COLUMNS += ("cell_codes", "large_counts", "n_expressed")  # of compact rows
 
 
 @dataclass

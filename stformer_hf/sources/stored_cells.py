@@ -35,6 +35,10 @@ class StoredCells(Protocol):
         """Names of the cells, object array (n_cells,)."""
 
     @property
+    def is_compact(self) -> bool:
+        """Whether the rows are compact."""
+
+    @property
     def categories(self) -> dict[str, list[str]]:
         """Categories of the categorical obs columns, in the order of their codes."""
 

@@ -32,7 +32,15 @@ from .row_numbers import row_numbers
 from .shards import checksum
 from .token_writer import ROWS_PER_SHARD as TOKEN_ROWS_PER_SHARD
 from .token_writer import write_tokens
-from .writer import FORMAT_VERSION, ROWS_PER_BATCH, ROWS_PER_SHARD, BuildSettings, coverage, write_store
+from .writer import (
+    COMPACT_FORMAT_VERSION,
+    FORMAT_VERSION,
+    ROWS_PER_BATCH,
+    ROWS_PER_SHARD,
+    BuildSettings,
+    coverage,
+    write_store,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,7 +54,8 @@ class CellStore:
     """Cells on disk: a saved Hugging Face dataset with one row per cell, a gene table and a manifest.
 
     `datasets.load_from_disk(path)` opens it without this package. Its columns are `genes` (row of the gene table,
-    ascending), `counts` (the narrowest type that holds them exactly), `obs_name` and the chosen obs columns. As a
+    ascending), `counts` (the narrowest type that holds them exactly), `obs_name` and the chosen obs columns; see
+    `build` for compact rows. As a
     map-style torch dataset it returns a dictionary for one row and a `CellBatch` for many (`__getitems__`).
 
     Attributes
@@ -128,6 +137,11 @@ class CellStore:
     def is_selection(self) -> bool:
         """Whether it holds a selection of the cells of the store at its path."""
         return self._index is not None
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether its rows are compact, as `build(compact=True)` writes them."""
+        return self.manifest.get("compact", False)
 
     @property
     def cell_ids(self) -> np.ndarray:
@@ -458,6 +472,7 @@ class CellStore:
         aliases: Mapping[str, str] | pd.DataFrame | str | Path | None = None,
         unify: str | None = None,
         species: str | None = None,
+        compact: bool = False,
         shuffle: bool = False,
         seed: int = 0,
         part: tuple[int, int] | None = None,
@@ -504,6 +519,10 @@ class CellStore:
             Merge genes of different sources that have the same symbol under different ids.
         species : str, optional
             Species of all sources, such as `human`; by default the species that their Ensembl ids show must agree.
+        compact : bool, default: False
+            Write about 1.2 to 1.7 bytes per expressed gene in place of 3 or 4. Reading from a slow disk becomes
+            faster, and reading from memory slower. The Hugging Face dataset then holds codes in place of `genes` and
+            `counts`; `compact_rows` documents them.
         shuffle : bool, default: False
             Put all cells in a random order, out of core.
         seed : int, default: 0
@@ -547,6 +566,7 @@ class CellStore:
             aliases=aliases,
             unify=unify,
             species=species,
+            compact=compact,
             shuffle=shuffle,
             seed=seed,
             part=part,
@@ -596,6 +616,7 @@ class CellStore:
             neighbors=neighbors,
             aliases=aliases,
             unify=unify,
+            compact=self.is_compact,
             workers=workers,
             allow_duplicates=allow_duplicates,
         )
@@ -650,6 +671,7 @@ class CellStore:
             obs=list(self.manifest["obs"]),
             fractional=True,
             neighbors="neighbors" if self.manifest["neighbors"] else None,
+            compact=self.is_compact,
             overwrite=overwrite,
             report=False,
         )
@@ -819,10 +841,12 @@ def _read_manifest(path: Path) -> dict:
             )
         raise FileNotFoundError(f"There is no CellStore at {path}; create one with CellStore.build.")
     manifest = json.loads(file.read_text())
-    if manifest["format_version"] != FORMAT_VERSION:
-        remedy = "Update stformer_hf." if manifest["format_version"] > FORMAT_VERSION else "Rebuild it."
+    readable = (FORMAT_VERSION, COMPACT_FORMAT_VERSION)
+    if manifest["format_version"] not in readable:
+        remedy = "Update stformer_hf." if manifest["format_version"] > max(readable) else "Rebuild it."
         raise ValueError(
-            f"{path} has store format {manifest['format_version']}; this version reads {FORMAT_VERSION}. {remedy}"
+            f"{path} has store format {manifest['format_version']}; this version reads {FORMAT_VERSION} and "
+            f"{COMPACT_FORMAT_VERSION}. {remedy}"
         )
     return manifest
 

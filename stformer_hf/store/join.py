@@ -33,6 +33,7 @@ def join_stores(path: Path, stores: Sequence[StoredCells], overwrite: bool) -> N
         neighbors=first["neighbors"],
         obs=first["obs"],
         categories=first["categories"],
+        compact=stores[0].is_compact,
     )
     with written_at(path, STORE, overwrite) as building:
         _write(path, building, stores, row_format)
@@ -96,6 +97,10 @@ def _check_alike(first: StoredCells, other: StoredCells) -> None:
         raise ValueError(
             f"{other.path} has other genes than {first.path}, or another gene order. Parts of one build, "
             "CellStore.build(…, part=(i, n)), have the same; merge other stores with CellStore.build(path, stores)."
+        )
+    if first.is_compact != other.is_compact:
+        raise ValueError(
+            f"One of {first.path} and {other.path} has compact rows: merge them with CellStore.build(path, stores)."
         )
     for name in ("obs", "categories", "neighbors"):
         if first.manifest[name] != other.manifest[name]:

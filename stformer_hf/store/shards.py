@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from ..sources.matrices import Matrix
 from ..sources.obs_columns import as_arrow
 from ..sources.open_source import checked_blocks
 from ..sources.same_cells import describe, row_totals
+from . import compact_rows
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ class RowFormat:
         Arrow types of the obs columns.
     categories : dict of str to list of str
         Categories of the categorical columns, in the order of their codes.
+    compact : bool
+        Whether genes and counts are encoded; see `compact_rows`.
     """
 
     gene_type: str
@@ -62,12 +65,16 @@ class RowFormat:
     neighbors: bool
     obs: dict[str, str]
     categories: dict[str, list[str]]
+    compact: bool = False
 
     def features(self):
         """Hugging Face features of the rows."""
         from datasets import ClassLabel, Features, List, Value
 
-        features = {"genes": List(Value(self.gene_type)), "counts": List(Value(self.count_type))}
+        features: dict[str, Any] = {"genes": List(Value(self.gene_type)), "counts": List(Value(self.count_type))}
+        if self.compact:
+            features = {compact_rows.CODES: List(Value("uint8")), compact_rows.LARGE: List(Value(self.count_type))}
+            features[compact_rows.LENGTH] = Value("int32")
         features["obs_name"] = Value("string")
         for name, kind in self.obs.items():
             if name in self.categories:
@@ -84,7 +91,19 @@ class RowFormat:
 
     def with_count_type(self, count_type: str) -> RowFormat:
         """Return the format with another count type."""
-        return RowFormat(self.gene_type, count_type, self.neighbors, self.obs, self.categories)
+        return replace(self, count_type=count_type)
+
+    def columns_of(self, block: sparse.csr_matrix) -> dict[str, pa.Array]:
+        """Return the columns that hold the counts of cells, (n_cells, n_genes), genes ascending."""
+        genes, counts = block.indices.astype(self.gene_type), block.data.astype(self.count_type)
+        if not self.compact:
+            return {"genes": _lists(block.indptr, genes), "counts": _lists(block.indptr, counts)}
+        code_bounds, codes, large_bounds, large = compact_rows.encode(block.indptr, genes, counts)
+        return {
+            compact_rows.CODES: _lists(code_bounds, codes),
+            compact_rows.LARGE: _lists(large_bounds, large),
+            compact_rows.LENGTH: pa.array(np.diff(block.indptr), pa.int32()),
+        }
 
 
 def gene_type(n_genes: int) -> str:
@@ -222,21 +241,23 @@ def write_piece(piece: Piece, progress: Callable[[int], object] = lambda n_cells
                 if piece.describe:
                     described.append(describe(totals, block.indptr))
                 n = block.shape[0]
-                offsets = pa.array(block.indptr.astype(np.int32))
                 columns = {
-                    "genes": pa.ListArray.from_arrays(offsets, block.indices.astype(piece.format.gene_type)),
-                    "counts": (offsets, block.data),
                     "obs_name": names[at : at + n],
                     **{name: values[at : at + n] for name, values in obs.items()},
                 }
                 if piece.neighbors is not None:
                     graph = piece.neighbors.rows(piece.start + at, piece.start + at + n)
                     graph.sort_indices()
-                    ends = pa.array(graph.indptr.astype(np.int32))
                     numbers = (graph.indices.astype(np.int64) + piece.first_row).astype(np.uint32)
-                    columns["neighbors"] = pa.ListArray.from_arrays(ends, numbers)
-                    columns["neighbor_weights"] = pa.ListArray.from_arrays(ends, graph.data.astype(np.float32))
-                writer.write(columns, count_type_of(block.data, piece.name))
+                    columns["neighbors"] = _lists(graph.indptr, numbers)
+                    columns["neighbor_weights"] = _lists(graph.indptr, graph.data.astype(np.float32))
+                count_type = count_type_of(block.data, piece.name)
+                if piece.format.compact and count_type == "float32":
+                    raise ValueError(
+                        f"{piece.name}: {piece.counts_in} holds fractions, which compact rows cannot hold. Build "
+                        "without compact, or round the counts."
+                    )
+                writer.write(block, columns, count_type)
                 n_counts += block.nnz
                 n_empty += int((np.diff(block.indptr) == 0).sum())
                 at += n
@@ -289,19 +310,18 @@ class ShardWriter:
         self._schema = row_format.schema()
         self._writer: pa.ipc.RecordBatchStreamWriter | None = None
 
-    def write(self, columns: dict, count_type: str) -> None:
-        """Write rows; `columns["counts"]` is (offsets, values), with any type that `count_type` can hold."""
+    def write(self, block: sparse.csr_matrix, columns: dict[str, pa.Array], count_type: str) -> None:
+        """Write cells: their counts, of any type that `count_type` can hold, and their other columns."""
         wider = widest([count_type, self._format.count_type]) != self._format.count_type
         if wider:
             self._format = self._format.with_count_type(count_type)
             self._schema = self._format.schema()
         if wider or not self.shards or self.shards[-1]["rows"] >= self._rows_per_shard:
             self.open()
-        offsets, counts = columns["counts"]
-        values = counts.astype(self._format.count_type)
-        if (count_type, self._format.count_type) == ("uint32", "float32") and (values != counts).any():
-            raise ValueError(_NO_COMMON_TYPE)
-        columns["counts"] = pa.ListArray.from_arrays(offsets, values)
+        if (count_type, self._format.count_type) == ("uint32", "float32"):
+            if (block.data.astype(np.float32) != block.data).any():
+                raise ValueError(_NO_COMMON_TYPE)
+        columns = {**self._format.columns_of(block), **columns}
         batch = pa.record_batch([columns[name] for name in self._schema.names], schema=self._schema)
         assert self._writer is not None  # `open` was called before the first rows
         self._writer.write_batch(batch)
@@ -323,6 +343,10 @@ class ShardWriter:
                 self._file.flush()
                 os.fsync(self._file.fileno())
             self._writer = None
+
+
+def _lists(bounds: np.ndarray, values: np.ndarray) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(bounds.astype(np.int32)), values)
 
 
 def _types(row_format: RowFormat) -> dict[str, str]:

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
+COMPACT_FORMAT_VERSION = 3  # of stores with compact rows, so that versions that cannot read them say so
 ROWS_PER_BATCH = 2048  # rows of an Arrow record batch, and of a block read from a source
 ROWS_PER_SHARD = 65_536
 
@@ -71,6 +72,7 @@ class BuildSettings:
     aliases: Any = None
     unify: str | None = None
     species: str | None = None
+    compact: bool = False
     shuffle: bool = False
     seed: int = 0
     part: tuple[int, int] | None = None
@@ -131,6 +133,7 @@ def write_store(
         neighbors=settings.neighbors is not None,
         obs=obs.types,
         categories=obs.categories,
+        compact=settings.compact,
     )
     with written_at(path, STORE, overwrite) as building, told_when_full(building):
         if base is not None:
@@ -250,7 +253,7 @@ def _plan(
         "obs": row_format.obs,
         "settings": {
             name: getattr(settings, name)
-            for name in ("fractional", "neighbors", "shuffle", "seed", "rows_per_batch", "rows_per_shard")
+            for name in ("fractional", "neighbors", "compact", "shuffle", "seed", "rows_per_batch", "rows_per_shard")
         },
         "part": None if settings.part is None else list(settings.part),
         "base": None if base is None else [shard["checksum"] for shard in base.manifest["shards"]],
@@ -521,13 +524,14 @@ def write_manifest(
     write_json(
         folder / "manifest.json",
         {
-            "format_version": FORMAT_VERSION,
+            "format_version": COMPACT_FORMAT_VERSION if row_format.compact else FORMAT_VERSION,
             "written_by": f"stformer_hf {version('stformer_hf')}",
             **facts,
             "n_genes": len(genes),
             "n_counts": sum(source["n_counts"] for source in facts["sources"]),
             "gene_type": row_format.gene_type,
             "count_type": row_format.count_type,
+            "compact": row_format.compact,
             "neighbors": row_format.neighbors,
             "obs": row_format.obs,
             "categories": row_format.categories,

@@ -58,7 +58,7 @@ def test_rows_are_copies(store, adata):
     rows.data[:] = 9
     np.testing.assert_array_equal(dense(store, [0]), adata.X.toarray()[[0]])
     with pytest.raises(TypeError, match="read-only"):
-        store._rows._cells._second[0][0] = 1
+        store._rows._cells._values[1][0][0] = 1
 
 
 def test_obs_and_lengths_and_genes(store, adata):
@@ -416,7 +416,9 @@ def test_any_matrix_comes_back(tmp_path, counts, form, on_disk, data):
     if on_disk:
         source.write_h5ad(tmp_path / "x.h5ad")
     given_source = tmp_path / "x.h5ad" if on_disk else source
-    store = CellStore.build(tmp_path / "s", given_source, rows_per_batch=5, rows_per_shard=5, overwrite=True)
+    compact = data.draw(st.booleans())
+    how = {"rows_per_batch": 5, "rows_per_shard": 5, "compact": compact, "overwrite": True}
+    store = CellStore.build(tmp_path / "s", given_source, **how)
     expected = pd.DataFrame(counts.astype(np.float64), columns=source.var_names).T.groupby(level=0).sum().T
     assert sorted(store.gene_ids) == list(expected.columns)
     np.testing.assert_array_equal(dense(store, slice(None)), expected[store.gene_ids].to_numpy())

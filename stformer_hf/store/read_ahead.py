@@ -1,0 +1,90 @@
+"""Read-ahead: ask the system for all pages of a batch at once, where they come from a disk.
+
+A memory map reads one page after another, each when it is first touched, so that a disk that could serve many requests
+at once waits for one. Asked for beforehand, the pages of a batch are read together.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow as pa
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+_BATCHES = 128  # after a batch that waited for the disk, so many batches are asked for beforehand
+
+
+class MappedFile:
+    """A memory-mapped file.
+
+    Parameters
+    ----------
+    file : Path
+
+    Attributes
+    ----------
+    buffer : pyarrow.Buffer
+        Its bytes.
+
+    Raises
+    ------
+    OSError
+        The file cannot be read.
+    ValueError
+        The file is empty.
+    """
+
+    def __init__(self, file: Path):
+        with open(file, "rb") as opened:
+            self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        self.buffer = pa.py_buffer(self._map)
+
+    def place(self, values: pa.Array) -> int:
+        """Return where in the file the values of an array of numbers begin, which lies there whole."""
+        return values.buffers()[1].address - self.buffer.address
+
+    def ask_for(self, start: int, stop: int) -> None:
+        """Ask the system to read a range of bytes; return at once."""
+        start -= start % mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_WILLNEED, start, stop - start)
+
+
+class ReadAhead:
+    """Decides whether to ask for the pages of a batch: not where they are in memory, since asking costs time too.
+
+    A batch during which the process waited for pages turns it on, for 128 batches.
+    """
+
+    def __init__(self) -> None:
+        self._left = 0
+        self._waits = 0
+        self._works = resource is not None and hasattr(mmap, "MADV_WILLNEED")
+
+    def ask_for(self, ranges: Iterable[tuple[MappedFile, int, int]]) -> None:
+        """Ask for (file, start, stop) if it is on; call this before the batch is read, and `look` after."""
+        if self._left:
+            self._left -= 1
+            for file, start, stop in ranges:
+                file.ask_for(start, stop)
+        elif self._works:
+            self._waits = _waits()
+
+    def look(self) -> None:
+        """Turn it on if the batch that was just read had to wait."""
+        if self._works and not self._left and _waits() > self._waits:
+            self._left = _BATCHES
+
+
+def _waits() -> int:
+    """Count how often this thread (elsewhere than on Linux: this process) waited for a page."""
+    who = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
+    return resource.getrusage(who).ru_majflt
+
+
+__all__ = ["MappedFile", "ReadAhead"]

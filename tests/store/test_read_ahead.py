@@ -1,0 +1,77 @@
+"""Read-ahead asks for the bytes of a batch, all of them and no others, and only where reading waits for a disk."""
+
+import os
+import sys
+
+import numpy as np
+import pytest
+from conftest import make_adata
+
+from stformer_hf import CellStore
+from stformer_hf.store.read_ahead import ReadAhead
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_the_ranges_are_the_bytes_of_the_rows(tmp_path, compact):
+    store = CellStore.build(tmp_path / "s", make_adata(90, 40), compact=compact, rows_per_batch=20, rows_per_shard=40)
+    rows = [[41], [7, 8, 9], [3], [89]]  # rows that follow each other are asked for together; 3 has no counts
+    lists = [(store._rows._cells, ["cell_codes"]), (store._rows._large, ["large_counts"])]
+    for of, names in lists if compact else [(store._rows._cells, ["genes", "counts"])]:
+        types = [store.dataset.features[name].feature.dtype for name in names]
+        expected = []
+        for run in rows:
+            for name, kind in zip(names, types, strict=True):
+                expected.append(np.concatenate([store.dataset[row][name] for row in run]).astype(kind).tobytes())
+        ranges = of.ranges(of.find(np.concatenate(rows))[1])
+        assert [file.buffer.to_pybytes()[start:stop] for file, start, stop in ranges] == expected
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_rows_are_the_same_with_it(tmp_path, compact):
+    store = CellStore.build(tmp_path / "s", make_adata(90, 40), compact=compact, rows_per_batch=20, rows_per_shard=40)
+    rows = np.random.default_rng(0).integers(0, 90, 50)
+    expected = store.rows(rows).toarray()
+    store._rows._ahead._left = 2
+    np.testing.assert_array_equal(store.rows(rows).toarray(), expected)
+    assert store._rows._ahead._left == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are dropped from the cache by a call of Linux")
+def test_it_is_on_after_a_wait_for_the_disk_and_else_off(tmp_path):
+    import resource
+
+    store = CellStore.build(tmp_path / "s", make_adata(600, 4000), rows_per_batch=100)
+    ahead = store._rows._ahead
+    store.rows([5])
+    store.rows([5])  # in memory now
+    assert ahead._left == 0
+    file = tmp_path / "s" / store.manifest["shards"][0]["file"]
+
+    def drop():
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    del store
+    drop()
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
+    np.memmap(file, np.uint8, "r").sum()
+    if resource.getrusage(resource.RUSAGE_THREAD).ru_majflt == before:
+        pytest.skip("this file system does not drop pages from its cache")
+    store = CellStore(tmp_path / "s")
+    drop()
+    store.rows([350])  # its pages are far from those that opening read
+    assert store._rows._ahead._left == 128
+
+
+def test_nothing_is_asked_while_it_is_off():
+    def never():
+        raise AssertionError
+        yield
+
+    ahead = ReadAhead()
+    ahead.ask_for(never())
+    ahead.look()
+    ahead._left = 1
+    with pytest.raises(AssertionError):
+        ahead.ask_for(never())
