@@ -96,6 +96,12 @@ class ResumableSampler(Sampler[Drawn]):
         self.epoch, self._taken, self._loaded = state["epoch"], state["taken"], True
 
 
+def as_ints(rows: np.ndarray) -> Iterator[int]:
+    """Yield rows as Python integers, of which there are never as many as rows."""
+    for start in range(0, len(rows), 1 << 16):
+        yield from rows[start : start + (1 << 16)].tolist()
+
+
 class LengthGroupedSampler(ResumableSampler[int]):
     """Rows in a random order in which the rows of a batch have similar lengths.
 
@@ -175,7 +181,7 @@ class LengthGroupedSampler(ResumableSampler[int]):
         if 0 < len(rest) < self.world_size:
             rest = np.concatenate([rest, np.resize(order, self.world_size - len(rest))])
         rest = rest[slice(*self._share(len(order) - n_whole))]
-        yield from np.concatenate([whole, rest])[start:].tolist()
+        yield from as_ints(np.concatenate([whole, rest])[start:])
 
     def _order(self) -> np.ndarray:
         """Return the rows of all ranks in the order of the epoch."""

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sized
 
 import numpy as np
 
-from ..store.cell_store import block_order
+from ..store.block_order import block_order
 from .draws import Draw, Permutation, draw_of
-from .length_sampler import ResumableSampler, checksum
+from .length_sampler import ResumableSampler, as_ints, checksum
+
+_AT_ONCE = 1 << 16  # rows whose order is computed at once
 
 
 class RowSampler(ResumableSampler[int]):
@@ -44,11 +46,7 @@ class RowSampler(ResumableSampler[int]):
 
     def _sequence(self, start: int) -> Iterator[int]:
         first, stop = self._range()
-        yield from self._order()[first + start : stop].tolist()
-
-    def _order(self) -> np.ndarray:
-        """Return the rows of all ranks in the epoch."""
-        return self.draw(np.random.default_rng([self.seed, self.epoch]))
+        yield from as_ints(self.draw(np.random.default_rng([self.seed, self.epoch]))[first + start : stop])
 
     def _settings(self) -> dict[str, object]:
         return {
@@ -92,11 +90,14 @@ class BlockShuffleSampler(RowSampler):
             raise ValueError(f"block_size={block_size}: a block needs at least one row.")
         self.store, self.block_size = store, block_size
 
-    def _order(self) -> np.ndarray:
-        return block_order(len(self.draw), self.block_size, self.seed, self.epoch)
+    def _sequence(self, start: int) -> Iterator[int]:
+        first, stop = self._range()
+        for begin in range(first + start, stop, _AT_ONCE):  # the whole order is never in memory
+            end = min(begin + _AT_ONCE, stop)
+            yield from block_order(len(self.draw), self.block_size, self.seed, self.epoch, begin, end).tolist()
 
     def _settings(self) -> dict[str, object]:
-        return {**super()._settings(), "block_size": self.block_size}
+        return {**super()._settings(), "block_size": self.block_size, "order": "feistel"}
 
 
 class SameSourceSampler(ResumableSampler[int]):
@@ -142,7 +143,7 @@ class SameSourceSampler(ResumableSampler[int]):
         place = np.arange(len(rows)) - np.repeat(first, sizes)
         in_full = place < np.repeat(sizes // self.batch_size * self.batch_size, sizes)
         full = rng.permutation(rows[in_full].reshape(-1, self.batch_size)).ravel()
-        yield from np.concatenate([full, rows[~in_full]])[start:].tolist()
+        yield from as_ints(np.concatenate([full, rows[~in_full]])[start:])
 
     def _settings(self) -> dict[str, object]:
         return {

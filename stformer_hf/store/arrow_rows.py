@@ -35,7 +35,7 @@ class ArrowRows:
         self._batches: list[pa.RecordBatch] = []
         self._files: list[MappedFile] = []  # of each batch
         shifts = []
-        wanted = [("genes", "counts")]
+        wanted: list[tuple[str, ...]] = [("genes", "counts")]
         lists: list[list[_List]] = [[], []]
         for file, shift in zip(files, neighbor_shifts, strict=True):
             try:

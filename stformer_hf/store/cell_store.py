@@ -24,6 +24,7 @@ from ..sources.registry import Layer, reads
 from ..sources.same_cells import find_twins_of_store, join_groups
 from ..sources.stored_cells import store_layers
 from .arrow_rows import ArrowRows
+from .block_order import block_order
 from .cell_batch import Cell, CellBatch
 from .join import join_stores
 from .neighborhoods import sum_groups
@@ -814,15 +815,6 @@ def _in_words(row: Mapping[str, Any]) -> str:
     return "; ".join(f"{row[fate]:,} ({row[f'counts {fate}']:.1%} of the counts) {ways[fate]}" for fate in found)
 
 
-def block_order(n: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
-    """Return n rows in a random order of blocks, int64 array (n,); see `CellStore.block_shuffle`."""
-    if block_size < 1:
-        raise ValueError(f"block_size={block_size}: a block needs at least one row.")
-    starts = np.random.default_rng([seed, epoch]).permutation(-(-n // block_size)) * block_size
-    rows = (starts[:, None] + np.arange(block_size)).ravel()
-    return rows[rows < n]
-
-
 def _csr(indptr: np.ndarray, columns: np.ndarray, values: np.ndarray, n_columns: int) -> sparse.csr_array:
     index_type = np.int64 if max(len(columns), n_columns) > np.iinfo(np.int32).max else np.int32
     indices = (values, columns.astype(index_type), indptr.astype(index_type))
@@ -856,4 +848,4 @@ def _read_store(path: Path) -> list[Layer]:
     return store_layers(CellStore(path))
 
 
-__all__ = ["CellStore", "block_order"]
+__all__ = ["CellStore"]

@@ -15,10 +15,12 @@ from datasets import load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
+from scipy.stats import chisquare, kstest
 from torch.utils.data import DataLoader
 
-from stformer_hf import CellStore, collate_cells
+from stformer_hf import BlockShuffleSampler, CellStore, collate_cells
 from stformer_hf.store import shards, worker_slots
+from stformer_hf.store.block_order import block_order
 
 SMALL = {"obs": "all", "neighbors": "spatial_connectivities", "rows_per_batch": 16, "rows_per_shard": 32}
 
@@ -374,14 +376,39 @@ def test_pickled_stores_are_small_whatever_they_hold(tmp_path):
 @given(st.integers(0, 70), st.integers(1, 20), st.integers(0, 5), st.integers(0, 5))
 @settings(max_examples=60, deadline=None)
 def test_block_order_keeps_blocks_together(n, block_size, seed, epoch):
-    from stformer_hf.store.cell_store import block_order
-
     order = block_order(n, block_size, seed, epoch)
     assert sorted(order) == list(range(n))
     starts = [row for row in order if row % block_size == 0]
     expected = [row for start in starts for row in range(start, min(start + block_size, n))]
     assert order.tolist() == expected
-    assert order.tolist() == block_order(n, block_size, seed, epoch).tolist()
+    start, stop = sorted((seed * 7, epoch * 20))
+    assert block_order(n, block_size, seed, epoch, start, stop).tolist() == order[start:stop].tolist()
+
+
+def test_all_orders_of_blocks_are_equally_likely():
+    orders = [tuple(block_order(4, 1, seed, 0)) for seed in range(4_800)]
+    observed = np.unique([int("".join(map(str, order))) for order in orders], return_counts=True)[1]
+    assert len(observed) == 24 and chisquare(observed).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("n", [100, 1_000, 4_097])
+def test_a_row_comes_anywhere(n):
+    orders = np.array([block_order(n, 1, seed, epoch) for seed in range(40) for epoch in range(5)])
+    places = np.argsort(orders, axis=1)  # of each row
+    for row in (0, 1, n // 2, n - 1):
+        assert kstest(places[:, row] / n, "uniform").pvalue > 1e-4
+    steps = np.abs(np.diff(orders, axis=1)).mean(axis=1) / n
+    assert abs(steps.mean() - 1 / 3) < 0.01  # of random rows
+
+
+def test_a_part_of_a_huge_order_takes_no_memory():
+    n = 10**12
+    rows = block_order(n, 16, 3, 1, n - 1_000, n)
+    assert len(np.unique(rows)) == 1_000 and rows.min() >= 0 and rows.max() < n
+    sampler = BlockShuffleSampler(range(n), 16)
+    sampler.load_state_dict(sampler.state_after(n - 100))
+    rows = iter(sampler)  # else `list` would ask for the length, and for memory
+    assert list(rows) == block_order(n, 16, 0, 0, n - 100, n).tolist()
 
 
 def test_blocks_are_mixed_anew_in_each_epoch(store):

@@ -65,15 +65,15 @@ def _draw(seed, epoch, stream, sample_ids, counters, samples) -> np.ndarray:
     """Return 64 random bits per element."""
     key = np.array([_GOLDEN], np.uint64)
     for part in (seed, epoch, stream):
-        key = _mix(key ^ np.uint64(int(part) & _MASK))
-    key = _mix(key ^ np.asarray(sample_ids).astype(np.uint64))
+        key = mix(key ^ np.uint64(int(part) & _MASK))
+    key = mix(key ^ np.asarray(sample_ids).astype(np.uint64))
     if samples is not None:
         key = key.take(samples)
-    return _mix(key ^ np.asarray(counters).astype(np.uint64))
+    return mix(key ^ np.asarray(counters).astype(np.uint64))
 
 
-def _mix(z: np.ndarray) -> np.ndarray:
-    """Scramble in place: a pass over new memory costs more than the arithmetic."""
+def mix(z: np.ndarray) -> np.ndarray:
+    """Scramble uint64 numbers in place, and return them: a pass over new memory costs more than the arithmetic."""
     shifted = np.empty_like(z)
     z += np.uint64(_GOLDEN)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -83,3 +83,6 @@ def _mix(z: np.ndarray) -> np.ndarray:
     np.right_shift(z, np.uint64(31), out=shifted)
     z ^= shifted
     return z
+
+
+__all__ = ["happens", "mix", "uniforms"]
