@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 WAYS = {
@@ -47,6 +49,94 @@ def objectives(results: dict) -> str:
     from benchmarks.objectives import table
 
     return table(results["runs"])
+
+
+SETS = {
+    "demo": "demo",
+    "citeseq": "CITE-seq, gated by antibodies",
+    "starmap": "STARmap cortex",
+    "sympathetic": "sympathetic ganglia",
+    "ifnb": "interferon, of pbmc_ifnb",
+    "geact": "fetal tissues",
+    "geact_plates": "fetal tissues, whole plates held out",
+}
+BASELINES = ("lr", "pca50_lr")
+
+
+def quality_all_labels(results: dict) -> str:
+    """Return mean accuracy / macro F1 with all labels, and the paired difference to the better baseline."""
+    names = {"lr": "LR", "pca50_lr": "PCA50 + LR", "start": "GeneBert, start", "finetuned": "GeneBert, fine-tuned"}
+    lines = [
+        f"| cells, classes | {' | '.join(names.values())} | accuracy, difference |",
+        "|---" * (len(names) + 2) + "|",
+    ]
+    for name, rows in _quality(results, "full"):
+        best = max(np.mean(rows[row]["accuracy"]) for row in names)
+        shown = []
+        for row in names:
+            accuracy, f1 = np.mean(rows[row]["accuracy"]), np.mean(rows[row]["macro_f1"])
+            shown.append(_bold(f"{_short(accuracy)} / {_short(f1)}", accuracy > best - 5e-4))
+        n_test, n_train = (np.mean(rows["lr"][key]) for key in ("n_test", "n_train"))
+        about = f"{SETS[name]}: {max(rows['lr']['n_cells']):,}, {max(rows['lr']['n_classes'])}"
+        lines.append(f"| {about} | {' | '.join(shown)} | {_difference(rows, 'finetuned', n_test / n_train)} |")
+    return "\n".join(lines)
+
+
+def quality_few_labels(results: dict) -> str:
+    """Return accuracy with few labels, and the paired difference to the better baseline."""
+    lines = ["| labels per class | 5 | 20 | 50 |", "|---|---|---|---|"]
+    for name in SETS:
+        shown = []
+        for labels in (5, 20, 50):
+            for _, rows in _quality(results, "few", name, labels):
+                shown.append(f"{_short(np.mean(rows['start']['accuracy']))}, {_difference(rows, 'start', 0, -0.01)}")
+        if shown:
+            lines.append(f"| {SETS[name]} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def quality_embeddings(results: dict) -> str:
+    """Return 15-NN, probe and ARI of embeddings without labels."""
+    lines = ["| cells | PCA50 | GeneBert, start |", "|---|---|---|"]
+    for name, rows in _quality(results, "zero"):
+        means = {row: [np.mean(rows[row][key]) for key in ("knn", "probe", "ari")] for row in ("pca50", "start")}
+        shown = []
+        for row, other in (("pca50", "start"), ("start", "pca50")):
+            pairs = zip(means[row], means[other], strict=True)
+            shown.append(" / ".join(_bold(_short(ours), ours > theirs) for ours, theirs in pairs))
+        lines.append(f"| {SETS[name]} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def _quality(results: dict, table: str, only: str | None = None, labels: int = 0):
+    """Return the rows of each set: row -> figure -> values, in the order of the splits."""
+    for name in SETS if only is None else [only]:
+        records = [r for r in results["results"] if (r["table"], r["set"], r["labels"]) == (table, name, labels)]
+        rows: dict[str, dict[str, list]] = {}
+        for record in sorted(records, key=lambda record: record["split"]):
+            for key, value in record.items():
+                rows.setdefault(record["row"], {}).setdefault(key, []).append(value)
+        if rows:
+            yield name, rows
+
+
+def _difference(rows: dict, row: str, test_to_train: float, bold_below: float = -np.inf) -> str:
+    """Return the paired difference in accuracy to the better baseline, with its 95 % interval."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.quality_statistics import interval
+
+    best = max((rows[name]["accuracy"] for name in BASELINES), key=np.mean)
+    mean, low, high = interval(np.subtract(rows[row]["accuracy"], best), test_to_train)
+    text = " ".join((_short(mean, "+"), f"[{_short(low, '+')}, {_short(high, '+')}]"))
+    return _bold(text, low < bold_below)
+
+
+def _short(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.3f}".replace("0.", ".", 1)
+
+
+def _bold(text: str, is_bold: bool) -> str:
+    return f"**{text}**" if is_bold else text
 
 
 def perturb_speed(results: dict) -> str:
@@ -95,6 +185,9 @@ def perturb_interferon(results: dict) -> str:
 
 
 TABLES = {
+    "quality_2026-11-28": quality_all_labels,
+    "quality_2026-11-28 few": quality_few_labels,
+    "quality_2026-11-28 embeddings": quality_embeddings,
     "perturb_2026-11-28": perturb_speed,
     "perturb_2026-11-28 simulation": perturb_simulation,
     "perturb_2026-11-28 interferon": perturb_interferon,

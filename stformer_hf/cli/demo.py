@@ -34,7 +34,12 @@ if TYPE_CHECKING:
 
 HELD_OUT = 0.25
 # Most counts in these data are 0 to 8; each bin is about twice as wide as the previous one.
-PRETRAINING = {"bin_edges": [0.5, 1.5, 2.5, 4.5, 8.5], "max_length": 128, "mlm_probability": 0.3, "baselines": True}
+PRETRAINING: dict[str, Any] = {
+    "bin_edges": [0.5, 1.5, 2.5, 4.5, 8.5],
+    "max_length": 128,
+    "mlm_probability": 0.3,
+    "baselines": True,
+}
 PRETRAINING_STEPS = {
     "max_steps": 100,
     "learning_rate": 2e-3,
@@ -152,7 +157,7 @@ def run(args: DemoArguments) -> dict[str, dict[str, float]]:
         from ..evaluation.classifier_scores import score_classes
         from .demo_few_labels import summarise
 
-        true = held_out.obs[LABEL].astype(str)
+        true = held_out.obs[LABEL].astype(str).tolist()
         per_class = score_classes(true, predictions[chosen], order, seed=args.seed).drop(columns="precision")
         report = _write_report(
             folder,
@@ -368,7 +373,7 @@ def _draw(
         title=f"Fine-tuning, {classifiers.epochs:g} epochs",
         save=pictures["fine_tuning"],
     )
-    true = held_out.obs[LABEL].astype(str)
+    true = held_out.obs[LABEL].astype(str).tolist()
     plots.confusion(true, predicted, order, title=f"{len(held_out)} held-out cells", save=pictures["confusion"])
     plots.label_curve(few, title="Few labels", emphasised=START, save=pictures["few_labels"])
 

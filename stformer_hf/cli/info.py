@@ -87,10 +87,11 @@ def cell_facts(path: str, layer: str | None = None) -> tuple[dict[str, Any], Any
         source = open_source(path, layer)
     except ValueError as error:
         source, why = None, str(error)
-    first = layers[0]
+    first, known = layers[0], find_format(local_path(path))
+    assert known is not None  # its layers were found
     genes, obs = (first.genes(), first.obs()) if source is None else (source.genes, source.obs)
     facts: dict[str, Any] = {
-        "what": f"cells ({find_format(local_path(path)).name})",
+        "what": f"cells ({known.name})",
         "cells": f"{len(obs):,}",
         "genes": f"{len(genes):,}, such as {describe(genes.gene_ids)}",
         "species": genes.species or "not shown by the ids",
@@ -185,6 +186,7 @@ def _fit_facts(source: Any, counts: str | None, args: InfoArguments) -> dict[str
 
     if source is None:
         raise ValueError(f"{args.path} has no counts, so --model cannot be compared with it ({counts}).")
+    assert args.model is not None  # else nothing is compared
     tokenizer = load_tokenizer(args.model)
     found = tokenizer.find_genes(source.genes.gene_ids, source.genes.symbols)
     known = np.unique(found[found >= 0])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .arguments import OnCells, parse
 
@@ -60,7 +61,7 @@ def run(args: MapArguments):
     if args.save_reference:
         if args.label_key is None:
             raise ValueError("--save_reference needs --label_key.")
-        shared = {"fractional": args.fractional, "batch_size": args.batch_size, "device": args.device}
+        shared: dict[str, Any] = {"fractional": args.fractional, "batch_size": args.batch_size, "device": args.device}
         shared["overwrite"] = args.overwrite
         if is_first_process():
             save_reference(reference, args.model, args.save_reference, args.label_key, **shared)

@@ -45,6 +45,10 @@ class BaseConfig(argparse.Namespace):
         As given.
     """
 
+    bin_edges: Any
+    included_phenotypes: list[str]
+    eval_data_paths: list[str]
+
     def check(self) -> None:
         """Check the arguments against each other, and expand the paths.
 
@@ -82,6 +86,8 @@ class BaseConfig(argparse.Namespace):
 
 class TrainConfig(BaseConfig):
     """Arguments of `mlm` and `cls`: `train_data_paths`, the size of the model, the training, the task."""
+
+    train_data_paths: list[str]
 
     def check(self) -> None:
         """See `BaseConfig.check`; no file may be used for both training and evaluation."""
@@ -307,6 +313,7 @@ def run(config: BaseConfig) -> dict[str, float]:
     from . import finetune, pretrain
 
     args, training = to_verb(config)
+    assert isinstance(config, TrainConfig) and args.model and args.eval_data  # those of `mlm` and `cls`
     state = PartialState()
     if state.is_main_process and Path(args.model).exists():
         raise FileExistsError(f"{args.model} exists. Choose another --output_dir.")
@@ -333,9 +340,13 @@ def to_verb(config: BaseConfig) -> tuple[PretrainArguments | FinetuneArguments, 
     from . import finetune, pretrain
 
     output = Path(config.output_dir)
-    same = {"output": str(output), "model": str(output / "initial"), "eval_data": config.eval_data_paths}
+    same: dict[str, Any] = {
+        "output": str(output),
+        "model": str(output / "initial"),
+        "eval_data": config.eval_data_paths,
+    }
     if config.subcommand == "mlm":
-        args = pretrain.PretrainArguments(
+        args: PretrainArguments | FinetuneArguments = pretrain.PretrainArguments(
             data=config.train_data_paths,
             mlm_probability=config.gene_mask_prob,
             phenotype_mask_prob=config.phenotype_mask_prob,
@@ -415,6 +426,7 @@ def make_initial_model(config: TrainConfig) -> Path:
         if file == pretrained:
             model = GeneBertForPhenotypicMLM(model_config)
         else:
+            assert pretrained is not None  # else there is no file
             model = convert_perturbgene_checkpoint(pretrained, model_config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -93,7 +93,7 @@ def run(args: PerturbArguments):
     own = ("data", "model", "output", "genes", "pairs", "layer", "plot")
     options = {name: value for name, value in vars(args).items() if name not in own}
     genes = None if args.genes is None else [tuple(group.split("+")) for group in args.genes]
-    if args.pairs:
+    if args.pairs and genes is not None:
         genes = [one + other for one, other in combinations(genes, 2)]
     table = perturb(adata, args.model, genes, layer=layer, output=args.output, **options)
     if args.plot:

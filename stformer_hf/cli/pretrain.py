@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .arguments import check_names, parse
 
@@ -239,7 +239,7 @@ def prepare(args: PretrainArguments, arguments: TrainingArguments) -> PretrainRu
     batch_key = [args.batch_key] if args.batch_key else []
     columns = list(dict.fromkeys([*(phenotypes or []), *batch_key, *sampling_columns(args.sampling)]))
     neighborhood = tokenizer.neighborhood if tokenizer else args.neighborhood
-    graph = {"neighbors": args.neighbors, "section": args.section_key} if neighborhood else {}
+    graph: dict[str, Any] = {"neighbors": args.neighbors, "section": args.section_key} if neighborhood else {}
     with removing_store(arguments):
         store = open_cells(
             args.data,
@@ -291,7 +291,7 @@ def _make_tokenizer(args: PretrainArguments, train_cells: CellStore, genes: list
     settings = dict(args.tokenizer_config or {})
     if args.bin_edges is not None:
         settings["bin_edges"] = args.bin_edges
-    medians = args.medians
+    medians: Any = args.medians
     if args.scheme == "rank" and medians is None:
         medians = estimate_gene_medians(train_cells, settings.get("target_sum") or 1e4)
     return GeneTokenizer.from_store(

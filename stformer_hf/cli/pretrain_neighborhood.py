@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .arguments import parse
 
@@ -212,10 +212,12 @@ def open_sections(args: PretrainNeighborhoodArguments, arguments: TrainingArgume
     from .runs import is_store, open_cells
 
     columns = [*_AXES, args.section_key or _SECTION, *([] if args.cell_type_key is None else [args.cell_type_key])]
-    sources, layer = args.data, args.layer
-    if not is_store(sources):
-        sources, layer = _with_places(args)
-        columns = [name for name in columns if name in sources[0].obs]
+    sources: list[Any] = list(args.data)
+    layer = args.layer
+    if not is_store(args.data):
+        placed, layer = _with_places(args)
+        sources = list(placed)
+        columns = [name for name in columns if name in placed[0].obs]
     store = open_cells(sources, arguments, columns, layer, args.overwrite)
     fewest = min((source["n_genes"] for source in store.manifest["sources"]), default=store.manifest["n_genes"])
     if fewest < store.manifest["n_genes"]:

@@ -271,7 +271,7 @@ def split(
     firsts, of_cell = np.unique(twins, return_index=True, return_inverse=True)[1:]
     kinds, n_test = np.arange(len(firsts)), math.ceil(held_out * len(firsts))  # of cells, each once
     strata = None
-    if codes is not None:
+    if codes is not None and label is not None:
         strata = codes[cells[firsts]]
         n_like = np.bincount(strata)[strata]
         alone = np.unique(strata[n_like < 2])

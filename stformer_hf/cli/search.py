@@ -31,7 +31,10 @@ _FREE_TRAINING = ("logging_", "save_", "dataloader_", "report_to", "disable_tqdm
 class SearchArguments(PretrainArguments):
     """Flags of `search`."""
 
-    output: str = field(default=MISSING, metadata={"help": "folder of the study and its results"})
+    output: str = field(  # required, as in `pretrain`
+        default=MISSING,  # type: ignore[assignment]
+        metadata={"help": "folder of the study and its results"},
+    )
     overwrite: bool = field(default=False, metadata={"help": "replace an existing search in OUTPUT"})
     space: dict | None = field(default=None, metadata={"help": "names and their possible values (see above)"})
     trials: int = field(default=8, metadata={"help": "total number of trials, including finished and pruned ones"})

@@ -13,7 +13,12 @@ _LEVEL = 0.95
 
 
 def score_predictions(
-    true: Sequence, predicted: Sequence, classes: Sequence[str], *, n_draws: int = 1000, seed: int = 0
+    true: Sequence | np.ndarray,
+    predicted: Sequence | np.ndarray,
+    classes: Sequence[str],
+    *,
+    n_draws: int = 1000,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Score the predicted classes of cells, with 95 % intervals.
 
@@ -59,7 +64,12 @@ def score_predictions(
 
 
 def score_classes(
-    true: Sequence, predicted: Sequence, classes: Sequence[str], *, n_draws: int = 1000, seed: int = 0
+    true: Sequence | np.ndarray,
+    predicted: Sequence | np.ndarray,
+    classes: Sequence[str],
+    *,
+    n_draws: int = 1000,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Score each class separately, with 95 % intervals; parameters and intervals are those of `score_predictions`.
 
@@ -121,7 +131,7 @@ def order_classes(cells: np.ndarray, labels: Sequence[str]) -> list[str]:
     return names[leaves_list(optimal_leaf_ordering(linkage(means, "average"), means))].tolist()
 
 
-def _count(true: Sequence, predicted: Sequence, classes: Sequence[str]) -> np.ndarray:
+def _count(true: Sequence | np.ndarray, predicted: Sequence | np.ndarray, classes: Sequence[str]) -> np.ndarray:
     """Count the cells of each true (row) and predicted (column) class: int64 array (n_classes, n_classes)."""
     index = pd.Index(classes)
     rows, columns = index.get_indexer(pd.Index(np.asarray(true))), index.get_indexer(pd.Index(np.asarray(predicted)))

@@ -68,7 +68,12 @@ def loss_curves(
 
 
 def confusion(
-    true: Sequence, predicted: Sequence, labels: Sequence[str], *, title: str = "", save: str | Path | None = None
+    true: Sequence | np.ndarray,
+    predicted: Sequence | np.ndarray,
+    labels: Sequence[str],
+    *,
+    title: str = "",
+    save: str | Path | None = None,
 ) -> Axes:
     """Plot a confusion matrix: rows are true classes, columns predicted ones; colour is the share of the row.
 

@@ -20,8 +20,8 @@ _STORED = {
     *(f"timestamp[{unit}]" for unit in ("s", "ms", "us", "ns")),
 }
 
-OWN_COLUMNS = ("genes", "counts", "obs_name", "cell_id", "neighbors", "neighbor_weights")
-OWN_COLUMNS += ("cell_codes", "large_counts", "n_expressed")  # of compact rows
+_OF_COMPACT_ROWS = ("cell_codes", "large_counts", "n_expressed")
+OWN_COLUMNS = ("genes", "counts", "obs_name", "cell_id", "neighbors", "neighbor_weights", *_OF_COMPACT_ROWS)
 
 
 @dataclass
