@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +17,7 @@ from .registry import Layer
 class StoredCells(Protocol):
     """The part of `CellStore`'s interface that other modules use. The store registers its own format."""
 
-    path: Path
+    path: Any  # Path, or RemoteFolder
     manifest: dict[str, Any]
     genes: GeneTable
 
@@ -68,6 +67,12 @@ class StoreMatrix(Matrix):
     def __init__(self, store: StoredCells):
         self._store = store
         self.shape = (len(store), len(store.genes))
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Path and checksums of the store, by which an interrupted build recognises it."""
+        shards = self._store.manifest["shards"]
+        return {"path": str(self._store.path), "checksums": [shard["checksum"] for shard in shards]}
 
     def rows(self, start: int, stop: int) -> sparse.csr_matrix:
         """Read a range of rows."""

@@ -1,4 +1,7 @@
-"""ArrowRows: reads the rows of a store's shards straight from the buffers of memory-mapped Arrow files."""
+"""ArrowRows: reads the rows of a store's shards straight from the buffers of Arrow files.
+
+Local files are mapped to memory; of files on a server only the needed ranges are read.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,20 @@ import numpy as np
 import pyarrow as pa
 
 from ..sources.obs_columns import as_array
+from .remote_batches import RemoteBatch, RemoteValues, read_column, read_headers
+from .remote_files import Range, RemoteFile, fetched
 from .shards import read_batches
+
+Offsets = np.ndarray | Range
+Values = memoryview | RemoteValues
 
 
 class ArrowRows:
-    """Rows of shards, read from their memory maps.
+    """Rows of shards.
 
     Parameters
     ----------
-    files : sequence of Path
+    files : sequence of Path, or of RemoteFile
         Arrow stream files, in the order of the rows.
     neighbor_shifts : sequence of int
         Offset per file, added to the row numbers in its `neighbors`.
@@ -29,12 +37,14 @@ class ArrowRows:
         A file is damaged.
     """
 
-    def __init__(self, files: Sequence[Path], neighbor_shifts: Sequence[int]):
-        self._batches: list[pa.RecordBatch] = []
+    def __init__(self, files: Sequence[Path] | Sequence[RemoteFile], neighbor_shifts: Sequence[int]):
+        self._batches: list[pa.RecordBatch | RemoteBatch] = []
         lists, shifts = [], []
+        self._are_remote = bool(files) and isinstance(files[0], RemoteFile)
+        headers = read_headers(files) if self._are_remote else None
         for file, shift in zip(files, neighbor_shifts, strict=True):
             try:
-                for batch in read_batches(file):
+                for batch in read_batches(file) if headers is None else next(headers):
                     lists.append(_flat(batch, "genes", "counts"))
                     self._batches.append(batch)
                     shifts.append(shift)
@@ -79,12 +89,15 @@ class ArrowRows:
 
     def column(self, name: str) -> np.ndarray:
         """Return another column of all rows; see `as_array`."""
-        chunks = [batch.column(name) for batch in self._batches]
+        batches = self._batches
+        chunks = read_column(batches, name) if self._are_remote else [batch.column(name) for batch in batches]
         return as_array(pa.chunked_array(chunks)) if chunks else np.empty(0, object)
 
 
-def _flat(batch: pa.RecordBatch, first: str, second: str) -> tuple[np.ndarray, memoryview, memoryview]:
+def _flat(batch: pa.RecordBatch | RemoteBatch, first: str, second: str) -> tuple[Offsets, Values, Values]:
     """Return the offsets of two list columns, and their values."""
+    if isinstance(batch, RemoteBatch):
+        return batch.offsets(first), batch.values(first), batch.values(second)
     columns = batch.column(first), batch.column(second)
     return columns[0].offsets.to_numpy(), *(memoryview(column.values.to_numpy()) for column in columns)
 
@@ -103,8 +116,9 @@ class _Lists:
         First row of each batch, and the number of rows.
     """
 
-    def __init__(self, lists: Sequence[tuple[np.ndarray, memoryview, memoryview]]):
-        bounds = [offsets for offsets, _, _ in lists]
+    def __init__(self, lists: Sequence[tuple[Offsets, Values, Values]]):
+        (offsets,) = fetched([offsets for offsets, _, _ in lists])
+        bounds = [np.frombuffer(of, np.int32) for of in offsets]
         self.starts = np.cumsum([0, *(len(offsets) - 1 for offsets in bounds)])
         # Row r of batch b has the entries _bounds[r + b]:_bounds[r + b + 1] of the batch's values.
         self._bounds = np.concatenate(bounds) if bounds else np.zeros(0, np.int32)
@@ -140,6 +154,7 @@ class _Lists:
         for batch, start, stop in zip(batches.tolist(), starts.tolist(), stops.tolist(), strict=True):
             first.append(all_first[batch][start:stop])
             second.append(all_second[batch][start:stop])
+        first, second = fetched(first, second)
         join = bytearray().join  # a bytearray is writable, bytes are not
         return indptr, np.frombuffer(join(first), first_type), np.frombuffer(join(second), second_type)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
 import logging
 import os
@@ -20,13 +20,15 @@ from tqdm.auto import tqdm
 
 from ..genes.gene_table import GeneTable
 from ..genes.wrong_names import must_have
+from ..sources.formats import local_path, remote_folder
 from ..sources.registry import Layer, reads
 from ..sources.same_cells import find_twins_of_store, join_groups
 from ..sources.stored_cells import store_layers
 from .arrow_rows import ArrowRows
-from .cell_batch import Cell, CellBatch
+from .cell_batch import Cell, CellBatch, names_key
 from .join import join_stores
 from .neighborhoods import sum_groups
+from .remote_files import RemoteFolder
 from .replacing import building_of, recover
 from .row_numbers import row_numbers
 from .shards import checksum
@@ -51,7 +53,7 @@ class CellStore:
 
     Attributes
     ----------
-    path : Path
+    path : Path or RemoteFolder
     genes : GeneTable
         Row j is the gene that has number j in the column `genes`.
     manifest : dict
@@ -59,15 +61,19 @@ class CellStore:
 
     Parameters
     ----------
-    path : str or Path
-        A folder that `CellStore.build` made.
+    path : str, Path or RemoteFolder
+        A folder that `CellStore.build` made, or the address of one: `hf://datasets/user/name`, `https://…`, `s3://…`,
+        `gs://…`. Only the needed parts of remote files are fetched, and kept in a local cache; `RemoteFolder` takes
+        credentials, and folder and limit of the cache.
 
     Raises
     ------
     FileNotFoundError
         There is no store at the path, or its build did not finish.
     ValueError
-        The store has another format version, or a shard is truncated.
+        The store has another format version, or a shard is truncated; a remote file was replaced while it is read.
+    ConnectionError
+        The connection to a server was lost, also after several attempts.
 
     Notes
     -----
@@ -75,26 +81,33 @@ class CellStore:
     spawned workers) passes only its path and, for a selection, the row numbers.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(os.path.abspath(path))
+    def __init__(self, path: str | Path | RemoteFolder):
+        address = None if isinstance(path, RemoteFolder) else remote_folder(path)
+        if address is not None:
+            path = RemoteFolder(address)
+        self.path: Any = path if isinstance(path, RemoteFolder) else Path(os.path.abspath(local_path(path)))
         self.manifest: dict[str, Any] = _read_manifest(self.path)
         self._index: np.ndarray | None = None  # for a selection: its rows in the whole store
         self._gives_neighborhoods = False
         self._open()
 
     def _open(self) -> None:
-        for shard in [self.manifest["gene_table"], *self.manifest["shards"]]:
+        files, shards = [self.manifest["gene_table"], *self.manifest["shards"]], self.manifest["shards"]
+        if self.is_remote:
+            self.path.pin(files)
+        for shard in files:
             file = self.path / shard["file"]
-            if not file.exists() or file.stat().st_size != shard["bytes"]:
-                size = file.stat().st_size if file.exists() else 0
+            size = file.size if self.is_remote else file.stat().st_size if file.exists() else 0
+            if size != shard["bytes"]:
                 raise ValueError(
                     f"{file} has {size} bytes instead of {shard['bytes']}: it was truncated or replaced. "
                     "Copy the store again, or rebuild it."
                 )
-        shards = self.manifest["shards"]
         # Read now: if the store were replaced while it is open, its old rows would get the new names.
         try:
-            self.genes = GeneTable.from_parquet(self.path / "genes.parquet")
+            self.genes = GeneTable.from_parquet(io.BytesIO((self.path / "genes.parquet").read_bytes()))
+        except ConnectionError:
+            raise
         except (OSError, ValueError) as error:  # Arrow's errors are subclasses of these
             raise ValueError(f"{self.path / 'genes.parquet'} is damaged: {error}. Copy the store again.") from error
         self._rows = ArrowRows(
@@ -103,10 +116,13 @@ class CellStore:
 
     def __getstate__(self) -> dict:
         kept = ("path", "manifest", "_index", "_gives_neighborhoods")
-        return {name: getattr(self, name) for name in kept}
+        return {**{name: getattr(self, name) for name in kept}, "versions": getattr(self.path, "versions", None)}
 
     def __setstate__(self, state: dict) -> None:
+        versions = state.pop("versions")
         self.__dict__.update(state)
+        if versions is not None:
+            self.path.versions = versions
         self._open()
 
     def __len__(self) -> int:
@@ -123,6 +139,11 @@ class CellStore:
     def gene_ids(self) -> np.ndarray:
         """Gene ids of the gene table, object array (n_genes,)."""
         return self.genes.gene_ids
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether its files are on a server."""
+        return isinstance(self.path, RemoteFolder)
 
     @property
     def is_selection(self) -> bool:
@@ -172,6 +193,7 @@ class CellStore:
         """The store as a `datasets.Dataset`, memory-mapped."""
         from datasets import load_from_disk
 
+        self._must_be_local("opened as a datasets.Dataset")
         self.must_be_unchanged()
         dataset = load_from_disk(str(self.path))
         return dataset if self._index is None else dataset.select(self._index)
@@ -430,7 +452,7 @@ class CellStore:
         return block_order(len(self), block_size, seed, epoch)
 
     def verify(self) -> None:
-        """Check every shard and the gene table against their checksums.
+        """Check every shard and the gene table against their checksums; remote files are downloaded for this.
 
         Raises
         ------
@@ -439,8 +461,10 @@ class CellStore:
         """
         files = [self.manifest["gene_table"], *self.manifest["shards"]]
         for shard in tqdm(files, desc="verify", unit="file", disable=None):
-            if checksum(self.path / shard["file"]) != shard["checksum"]:
-                raise ValueError(f"{self.path / shard['file']} is damaged: its checksum does not match.")
+            file = self.path / shard["file"]
+            found = self.path.checksum(shard["file"]) if self.is_remote else checksum(file)
+            if found != shard["checksum"]:
+                raise ValueError(f"{file} is damaged: its checksum does not match.")
 
     # ------------------------------------------------------------------ building
 
@@ -555,7 +579,7 @@ class CellStore:
             rows_per_shard=rows_per_shard,
             allow_duplicates=allow_duplicates,
         )
-        write_store(Path(path), sources, settings, overwrite=overwrite)
+        write_store(local_path(path), sources, settings, overwrite=overwrite)
         store = cls(path)
         if report:
             store._report(store.manifest["sources"])
@@ -584,6 +608,7 @@ class CellStore:
         ValueError
             This is a selection or a joined store; obs columns have other types; only one of the two has neighbours.
         """
+        self._must_be_local("changed")
         self._must_be_whole("append to")
         self.must_be_unchanged()
         if (neighbors is not None) != self.manifest["neighbors"]:
@@ -627,7 +652,10 @@ class CellStore:
         ValueError
             The stores differ in genes, obs columns or labels; a part is missing, or belongs to another build.
         """
-        join_stores(Path(path), [cls(part) for part in paths], overwrite)
+        stores = [cls(part) for part in paths]
+        for store in stores:
+            store._must_be_local("joined")
+        join_stores(local_path(path), stores, overwrite)
         return cls(path)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> CellStore:
@@ -711,7 +739,7 @@ class CellStore:
             self,
             self._index,
             tokenizer,
-            Path(path),
+            local_path(path),
             obs=obs,
             workers=workers,
             rows_per_shard=rows_per_shard,
@@ -749,14 +777,20 @@ class CellStore:
 
     def must_be_unchanged(self) -> None:
         """Raise ValueError if the store at the path is no longer the one that was opened."""
-        if _read_manifest(self.path) != self.manifest:
+        if _read_manifest(self.path.now() if self.is_remote else self.path) != self.manifest:
             raise ValueError(f"{self.path} was replaced after this object opened it: open it again.")
 
     @cached_property
     def _names_key(self) -> str:
         """Checksum of the names of genes and categories, to detect that another store took this one's place."""
-        categories = hashlib.sha256(json.dumps(self.categories).encode()).hexdigest()  # the same in every process
-        return self.manifest["gene_table"]["checksum"] + categories
+        return names_key(self.manifest)
+
+    def _must_be_local(self, to_be: str) -> None:
+        if self.is_remote:
+            raise ValueError(
+                f"{self.path} is on a server and cannot be {to_be}: copy it first, "
+                f"CellStore({str(self.path)!r}).save('copy')."
+            )
 
     def _must_be_whole(self, to_do: str) -> None:
         if self._index is not None:
@@ -807,7 +841,24 @@ def _csr(indptr: np.ndarray, columns: np.ndarray, values: np.ndarray, n_columns:
     return sparse.csr_array(indices, shape=(len(indptr) - 1, n_columns))
 
 
-def _read_manifest(path: Path) -> dict:
+def _read_manifest(path: Path | RemoteFolder) -> dict:
+    manifest = json.loads(_remote_manifest(path) if isinstance(path, RemoteFolder) else _local_manifest(path))
+    if manifest["format_version"] != FORMAT_VERSION:
+        remedy = "Update stformer_hf." if manifest["format_version"] > FORMAT_VERSION else "Rebuild it."
+        raise ValueError(
+            f"{path} has store format {manifest['format_version']}; this version reads {FORMAT_VERSION}. {remedy}"
+        )
+    return manifest
+
+
+def _remote_manifest(path: RemoteFolder) -> bytes:
+    try:
+        return (path / "manifest.json").read_bytes()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"There is no CellStore at {path}: it has no manifest.json.") from error
+
+
+def _local_manifest(path: Path) -> bytes:
     file = path / "manifest.json"
     if not path.exists() and path.with_name(f".{path.name}.old").exists():
         time.sleep(0.2)  # another process may be replacing it just now
@@ -818,17 +869,15 @@ def _read_manifest(path: Path) -> dict:
                 f"{path} is incomplete: its build was interrupted. Call CellStore.build again to resume it."
             )
         raise FileNotFoundError(f"There is no CellStore at {path}; create one with CellStore.build.")
-    manifest = json.loads(file.read_text())
-    if manifest["format_version"] != FORMAT_VERSION:
-        remedy = "Update stformer_hf." if manifest["format_version"] > FORMAT_VERSION else "Rebuild it."
-        raise ValueError(
-            f"{path} has store format {manifest['format_version']}; this version reads {FORMAT_VERSION}. {remedy}"
-        )
-    return manifest
+    return file.read_bytes()
 
 
-@reads("CellStore", lambda path: (path / "manifest.json").exists() and (path / "dataset_info.json").exists())
-def _read_store(path: Path) -> list[Layer]:
+@reads(
+    "CellStore",
+    lambda path: (path / "manifest.json").exists() and (path / "dataset_info.json").exists(),
+    remote=True,
+)
+def _read_store(path: Path | str) -> list[Layer]:
     return store_layers(CellStore(path))
 
 
