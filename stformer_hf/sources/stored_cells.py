@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from scipy import sparse
 
 from ..genes.gene_table import GeneTable
 from .matrices import Matrix
 from .registry import Layer
+
+if TYPE_CHECKING:
+    from datasets import Features
 
 
 class StoredCells(Protocol):
@@ -38,8 +42,11 @@ class StoredCells(Protocol):
         """Categories of the categorical obs columns, in the order of their codes."""
 
     @property
-    def dataset(self) -> Any:
-        """The Hugging Face dataset."""
+    def features(self) -> Features:
+        """Hugging Face features of the columns."""
+
+    def obs_table(self, names: Sequence[str]) -> pa.Table:
+        """Return obs columns as they are stored."""
 
     def __len__(self) -> int: ...
 

@@ -89,9 +89,13 @@ class ArrowRows:
 
     def column(self, name: str) -> np.ndarray:
         """Return another column of all rows; see `as_array`."""
-        batches = self._batches
-        chunks = read_column(batches, name) if self._are_remote else [batch.column(name) for batch in batches]
+        chunks = self.chunks(name)
         return as_array(pa.chunked_array(chunks)) if chunks else np.empty(0, object)
+
+    def chunks(self, name: str) -> list[pa.Array]:
+        """Return another column as it is stored, one array per record batch."""
+        batches = self._batches
+        return read_column(batches, name) if self._are_remote else [batch.column(name) for batch in batches]
 
 
 def _flat(batch: pa.RecordBatch | RemoteBatch, first: str, second: str) -> tuple[Offsets, Values, Values]:

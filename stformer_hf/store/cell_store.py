@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from anndata import AnnData
 from scipy import sparse
 from tqdm.auto import tqdm
@@ -37,7 +38,7 @@ from .token_writer import write_tokens
 from .writer import FORMAT_VERSION, ROWS_PER_BATCH, ROWS_PER_SHARD, BuildSettings, coverage, write_store
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +198,21 @@ class CellStore:
         self.must_be_unchanged()
         dataset = load_from_disk(str(self.path))
         return dataset if self._index is None else dataset.select(self._index)
+
+    @cached_property
+    def features(self) -> Features:
+        """Columns of the rows as `datasets.Features`."""
+        from datasets import DatasetInfo
+
+        features = DatasetInfo.from_dict(json.loads((self.path / "dataset_info.json").read_bytes())).features
+        assert features is not None  # the writer states them
+        return features
+
+    def obs_table(self, names: Sequence[str]) -> pa.Table:
+        """Return obs columns as they are stored, one row per cell: categorical ones as codes."""
+        chunks = {name: self._rows.chunks(name) for name in names}
+        table = pa.table({name: pa.chunked_array(of, self.features[name].pa_type) for name, of in chunks.items()})
+        return table if self._index is None else table.take(pa.array(self._index))
 
     @cached_property
     def _columns(self) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""A server on the loopback that reads ranges of the files of a folder, counts what it sends, and fails as it is told."""
+"""A server on the loopback that reads ranges of the files of a folder, counts what it sends, and fails on demand."""
 
 import re
 import threading
