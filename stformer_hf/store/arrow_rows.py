@@ -49,6 +49,8 @@ class ArrowRows:
                     self._batches.append(batch)
                     shifts.append(shift)
             except (OSError, KeyError, pa.ArrowException) as error:
+                if self._are_remote and isinstance(error, OSError):
+                    raise  # of the network, or of the cache
                 raise ValueError(f"{file} is damaged: {error}. Copy the store again, or rebuild it.") from error
         self._shifts = np.array(shifts, np.int64)
         self._cells = _Lists(lists)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 _KEPT = 0.9  # share of the limit that is left when blocks are removed, so that not every new block removes one
 _UNSEEN = 0.05  # share of the limit after which a process looks again at what other processes have added
+_SECONDS_OF_A_PART = 3600  # after which it is no longer being written
 
 
 class BlockCache:
@@ -64,19 +67,36 @@ class BlockCache:
                 for start, stop in pieces:
                     file.seek(start)
                     found.append(file.read(stop - start))
-            os.utime(path)
         except FileNotFoundError:
             return None
+        with suppress(FileNotFoundError):  # removed just now
+            os.utime(path)
         if any(len(content) != stop - start for content, (start, stop) in zip(found, pieces, strict=True)):
             return None  # the machine stopped before the block was on disk
         return found
 
     def add(self, key: str, block: int, content: bytes | memoryview) -> None:
-        """Add a block, and remove others if all are larger than the limit."""
+        """Add a block, and remove others if all are larger than the limit.
+
+        Raises
+        ------
+        OSError
+            The disk is full.
+        """
         path = self._path(key, block)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{block}.{os.getpid()}-{threading.get_ident()}.part")
-        part.write_bytes(content)
+        try:
+            part.write_bytes(content)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise OSError(
+                error.errno,
+                f"no space for the cache of remote files at {self.folder}. Free some space, or pass another cache_dir, "
+                "or a smaller cache_bytes, to RemoteFolder.",
+            ) from error
         part.replace(path)
         with self._lock:
             self._unseen += len(content)
@@ -87,13 +107,12 @@ class BlockCache:
         return self.folder / key / str(block)
 
     def _files(self) -> Iterator[tuple[int, int, str]]:
-        """Return time of last use, size and path of all files, also of parts that a killed process left."""
-        for folder in os.scandir(self.folder):
-            with suppress(NotADirectoryError):
-                for file in os.scandir(folder):
-                    with suppress(FileNotFoundError):
-                        stat = file.stat()
-                        yield stat.st_mtime_ns, stat.st_size, file.path
+        """Return time of last use, size and path of all blocks, and of parts that a killed process left."""
+        for file in (file for folder in os.scandir(self.folder) for file in os.scandir(folder)):
+            with suppress(FileNotFoundError):  # removed, or renamed
+                stat = file.stat()
+                if not file.name.endswith(".part") or stat.st_mtime < time.time() - _SECONDS_OF_A_PART:
+                    yield stat.st_mtime_ns, stat.st_size, file.path
 
     def _remove_old(self) -> None:
         """Look at the folder again, and remove the oldest blocks if it is too large."""

@@ -105,10 +105,9 @@ class CellStore:
                     "Copy the store again, or rebuild it."
                 )
         # Read now: if the store were replaced while it is open, its old rows would get the new names.
+        table = (self.path / "genes.parquet").read_bytes()
         try:
-            self.genes = GeneTable.from_parquet(io.BytesIO((self.path / "genes.parquet").read_bytes()))
-        except ConnectionError:
-            raise
+            self.genes = GeneTable.from_parquet(io.BytesIO(table))
         except (OSError, ValueError) as error:  # Arrow's errors are subclasses of these
             raise ValueError(f"{self.path / 'genes.parquet'} is damaged: {error}. Copy the store again.") from error
         self._rows = ArrowRows(
