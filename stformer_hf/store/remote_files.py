@@ -18,6 +18,7 @@ import xxhash
 from fsspec.core import url_to_fs
 from fsspec.registry import known_implementations
 
+from . import block_cache
 from .block_cache import BlockCache
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each new attempt
-BLOCK_BYTES = 1 << 18
 _BLOCKS_AT_ONCE = 16  # adjacent blocks that one request fetches
 _CONNECTIONS = 32
 _DEFAULT_CACHE_GB = 20.0
@@ -71,8 +71,8 @@ class RemoteFolder:
     before anything of it is used or kept, the versions are compared, and they are part of the key of the cache: blocks
     of two versions are never mixed. A repository of the Hub is read at the commit at which it was opened instead.
 
-    The caches of fsspec do less: `blockcache`, `filecache` and `simplecache` have no limit of size, the first keeps
-    its list of blocks in one file that the last process to close wins, and for http none notices a changed file.
+    The caches of fsspec do less: `blockcache`, `filecache` and `simplecache` have no limit of size, the list of blocks
+    of the first is that of the process that closes last, and for http none notices a changed file.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class RemoteFolder:
         all_stated = self._pool.map(lambda file: self.retry(self._stated, file["file"]), new)
         for file, stated in zip(new, all_stated, strict=True):
             size = stated.get("size", file["bytes"])
-            key = json.dumps([self._root, file["file"], stated, file["checksum"]])
+            key = json.dumps([self._root, file["file"], stated, file["checksum"], block_cache.BLOCK_BYTES])
             self.versions[file["file"]] = Version(size, hashlib.sha256(key.encode()).hexdigest()[:32], stated)
 
     def _stated(self, name: str) -> dict[str, str | int]:
@@ -194,7 +194,7 @@ class RemoteFolder:
 
     # ------------------------------------------------------------------ reading
 
-    def read(self, ranges: Sequence[Range]) -> list[bytes]:
+    def read(self, ranges: Sequence[Range]) -> list[Any]:
         """Read ranges of pinned files.
 
         Parameters
@@ -204,7 +204,7 @@ class RemoteFolder:
 
         Returns
         -------
-        list of bytes
+        list of bytes or memoryview
 
         Raises
         ------
@@ -213,50 +213,43 @@ class RemoteFolder:
         ValueError
             A file was replaced on the server, or the server does not read ranges.
         """
-        pieces: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
-        parts: list[list[bytes | memoryview]] = []
-        for number, (file, start, stop) in enumerate(ranges):
-            blocks = range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES) if stop > start else start // BLOCK_BYTES)
-            parts.append([b""] * len(blocks))
-            for block in blocks:
-                first = block * BLOCK_BYTES
-                piece = (number, max(start - first, 0), min(stop - first, BLOCK_BYTES))
-                pieces.setdefault((file.name, block), []).append(piece)
-
-        def take(block: int, number: int, content: bytes | memoryview) -> None:
-            parts[number][block - ranges[number].start // BLOCK_BYTES] = content
-
-        missing = []
-        for (name, block), wanted in pieces.items():
-            found = self.cache.read(self.versions[name].key, block, [(start, stop) for _, start, stop in wanted])
-            if found is None:
-                missing.append((name, block))
-                continue
-            for (number, _, _), content in zip(wanted, found, strict=True):
-                take(block, number, content)
-        for (name, block), content in self._fetch(missing):
-            for number, start, stop in pieces[name, block]:
-                take(block, number, content[start:stop])
-        return [bytes(found[0]) if len(found) == 1 else b"".join(found) for found in parts]
+        size = block_cache.BLOCK_BYTES
+        contents = [self.cache.read(self.versions[file.name].key, start, stop) for file, start, stop in ranges]
+        parts: dict[int, list[Any]] = {}  # of the ranges that are not, or not at one place, in the cache
+        missing: dict[tuple[str, int], list[tuple[int, int, int, int]]] = {}
+        for number in (number for number, content in enumerate(contents) if content is None):
+            file, start, stop = ranges[number]
+            parts[number] = []
+            for block in range(start // size, -(-stop // size)):
+                first, last = max(start, block * size), min(stop, (block + 1) * size)
+                part = self.cache.read(self.versions[file.name].key, first, last)
+                if part is None:
+                    place = (number, len(parts[number]), first - block * size, last - block * size)
+                    missing.setdefault((file.name, block), []).append(place)
+                parts[number].append(part)
+        for block_of, content in self._fetch(list(missing)):
+            for number, i, first, last in missing[block_of]:
+                parts[number][i] = content[first:last]
+        for number, of_range in parts.items():
+            contents[number] = b"".join(of_range)
+        return contents
 
     def _fetch(self, blocks: list[tuple[str, int]]) -> Iterator[tuple[tuple[str, int], memoryview]]:
         """Fetch blocks of files, and add them to the cache; adjacent ones are fetched at once."""
+        size = block_cache.BLOCK_BYTES
         runs: list[list[tuple[str, int]]] = []
         for name, block in sorted(blocks):
             if runs and runs[-1][-1] == (name, block - 1) and len(runs[-1]) < _BLOCKS_AT_ONCE:
                 runs[-1].append((name, block))
             else:
                 runs.append([(name, block)])
-        contents = list(
-            self._pool.map(
-                lambda run: self._get(run[0][0], run[0][1] * BLOCK_BYTES, (run[-1][1] + 1) * BLOCK_BYTES), runs
-            )
-        )
+        requests = [(run[0][0], run[0][1] * size, (run[-1][1] + 1) * size) for run in runs]
+        contents = list(self._pool.map(lambda request: self._get(*request), requests))
         # Before anything is used; after it has arrived, so that it was all of this version.
         list(self._pool.map(lambda name: self.retry(self._must_be_unchanged, name), sorted({of for of, _ in blocks})))
         for run, content in zip(runs, contents, strict=True):
             for i, (name, block) in enumerate(run):
-                part = memoryview(content)[i * BLOCK_BYTES : (i + 1) * BLOCK_BYTES]
+                part = memoryview(content)[i * size : (i + 1) * size]
                 self.cache.add(self.versions[name].key, block, part)
                 yield (name, block), part
 
@@ -291,12 +284,12 @@ class RemoteFolder:
     def whole(self, name: str) -> bytes:
         """Read a file: its pinned version, or what is there now, past the cache."""
         if name in self.versions:
-            return (self / name).read(0, self.versions[name].size)
+            return bytes((self / name).read(0, self.versions[name].size))
         return self.retry(self._cat, name)
 
     def checksum(self, name: str) -> str:
         """Download a pinned file, past the cache, and return its xxh3_128 checksum."""
-        step = BLOCK_BYTES * _BLOCKS_AT_ONCE
+        step = block_cache.BLOCK_BYTES * _BLOCKS_AT_ONCE
         starts = range(0, self.versions[name].size, step)
         found = xxhash.xxh3_128()
         for i in range(0, len(starts), _CONNECTIONS):  # at most so many parts are in memory
@@ -415,8 +408,8 @@ class RemoteFile:
         """Size in bytes of a pinned file."""
         return self.folder.versions[self.name].size
 
-    def read(self, start: int, stop: int) -> bytes:
-        """Read a range of bytes of a pinned file."""
+    def read(self, start: int, stop: int) -> Any:
+        """Read a range of a pinned file: bytes, or a memoryview."""
         return self.folder.read([Range(self, start, stop)])[0]
 
     def read_bytes(self) -> bytes:
@@ -445,4 +438,4 @@ def fetched(*slices: list) -> list[list]:
     return [[next(found) for _ in contents] for contents in slices]
 
 
-__all__ = ["BLOCK_BYTES", "Range", "RemoteFile", "RemoteFolder", "fetched"]
+__all__ = ["Range", "RemoteFile", "RemoteFolder", "fetched"]

@@ -3,7 +3,6 @@
 import re
 import threading
 from collections import Counter
-from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -74,14 +73,17 @@ class Answers(BaseHTTPRequestHandler):
             drops = method == "GET" and server.drop[path.name] > 0
             server.drop[path.name] -= drops
         status = server.status.get(path.name) or (200 if path.is_file() else 404)
-        content = path.read_bytes() if status == 200 else b"no"
-        headers = {"Last-Modified": "Sat, 01 Jan 2000 00:00:00 GMT"}
-        if server.etags:
-            headers["ETag"] = f'"{sha256(content).hexdigest()[:16]}"'
-        if status == 200 and start is not None:
-            status = 206 if start < len(content) else 416
-            headers["Content-Range"] = f"bytes {start}-{min(stop, len(content)) - 1}/{len(content)}"
-            content = content[start:stop]
+        content, headers = b"no", {"Last-Modified": "Sat, 01 Jan 2000 00:00:00 GMT"}
+        if status == 200:
+            size = path.stat().st_size
+            if server.etags:
+                headers["ETag"] = f'"{size}-{path.stat().st_mtime_ns}"'
+            if start is not None:
+                status = 206 if start < size else 416
+                headers["Content-Range"] = f"bytes {start}-{min(stop, size) - 1}/{size}"
+            with open(path, "rb") as file:
+                file.seek(start or 0)
+                content = file.read(None if stop is None else stop - start)
         self.send_response(status)
         for name, value in {**headers, "Content-Length": len(content)}.items():
             self.send_header(name, str(value))

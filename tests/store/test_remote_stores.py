@@ -15,12 +15,13 @@ from range_server import RangeServer
 from torch.utils.data import DataLoader
 
 from stformer_hf import CellStore, GeneTokenizer, collate_cells, estimate_gene_medians
-from stformer_hf.store import remote_files
+from stformer_hf.store import block_cache, remote_files
 from stformer_hf.store.block_cache import BlockCache
 from stformer_hf.store.remote_files import Range, RemoteFolder
 
 N_CELLS = 230
 SHARD = "data-00002-of-00004.arrow"  # of cells 128 to 191
+SEGMENT = 4096 + 8 * 512  # bytes of a segment of the cache, see `small_blocks_and_short_waits`
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,9 @@ def remote(server, tmp_path):
 
 @pytest.fixture(autouse=True)
 def small_blocks_and_short_waits(monkeypatch):
-    monkeypatch.setattr(remote_files, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(block_cache, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(block_cache, "SEGMENT_BLOCKS", 8)
+    monkeypatch.setattr(block_cache, "_SECONDS", 0.0)
     monkeypatch.setattr(remote_files, "WAITS", (0.01,) * 3)
 
 
@@ -100,7 +103,7 @@ def test_opening_reads_headers_and_offsets_only(files, tmp_path, monkeypatch):
     big = make_adata(2000, 300)
     CellStore.build(tmp_path / "big", big, rows_per_batch=1000, report=False)
     size = (tmp_path / "big" / "data-00000-of-00001.arrow").stat().st_size
-    monkeypatch.setattr(remote_files, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(block_cache, "BLOCK_BYTES", 4096)
     with RangeServer(tmp_path) as server:
         store = CellStore(RemoteFolder(f"{server.address}/big", cache_dir=tmp_path / "cache"))
         fetched = sum(stop - start for _, _, start, stop in server.gets(".arrow"))
@@ -173,35 +176,57 @@ def test_tokens_of_a_remote_store(remote, local, tmp_path):
 # ---------------------------------------------------------------------- the cache
 
 
+def disk_bytes(folder) -> int:
+    return sum(file.stat().st_blocks * 512 for file in folder.iterdir())
+
+
 def test_the_cache_keeps_its_limit(server, local, tmp_path):
-    limit = 8 * 512
-    remote = CellStore(RemoteFolder(f"{server.address}/store", cache_dir=tmp_path / "cache", cache_bytes=limit))
+    cache, limit = tmp_path / "cache", 10 * SEGMENT
+    remote = CellStore(RemoteFolder(f"{server.address}/store", cache_dir=cache, cache_bytes=limit))
+    sizes = []
     for start in range(0, N_CELLS, 10):
         assert same_cells(remote, local, slice(start, start + 10))
-        assert sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*") if file.is_file()) <= limit
+        sizes.append(disk_bytes(cache))
+    assert max(sizes) <= limit < 2 * min(sizes[5:])
 
 
-def test_the_least_recently_used_blocks_are_removed(tmp_path):
-    cache = BlockCache(tmp_path, 1000)
-    for block in range(10):
-        cache.add("file", block, bytes(100))
-        cache.read("file", 0, [(0, 1)])
-    cache.add("file", 10, bytes(100))
-    kept = [block for block in range(11) if cache.read("file", block, [(0, 1)]) is not None]
+def test_what_was_not_used_for_longest_is_removed(tmp_path):
+    cache = BlockCache(tmp_path, 10 * SEGMENT)
+    for number in range(11):
+        cache.add(f"file{number}", 0, bytes(512))
+        assert cache.read("file0", 0, 512) == bytes(512)
+    kept = [number for number in range(11) if cache.read(f"file{number}", 0, 1) is not None]
     assert kept == [0, *range(3, 11)]
 
 
-def test_a_damaged_block_is_fetched_again(remote, local, tmp_path):
+def test_a_range_of_several_blocks_and_segments(tmp_path):
+    cache, content = BlockCache(tmp_path, 10**9), bytes(range(256)) * 24
+    for block in (0, 1, 7, 8, 11):
+        cache.add("file", block, content[block * 512 : (block + 1) * 512])
+    assert cache.read("file", 100, 1000) == content[100:1000]
+    assert cache.read("file", 5700, 5704) == content[5700:5704]
+    for missing in ((1000, 1025), (2000, 2001), (8 * 512 - 1, 8 * 512 + 1)):  # the last in two segments
+        assert cache.read("file", *missing) is None
+    assert cache.read("other", 0, 1) is None
+
+
+def test_a_damaged_block_is_fetched_again(server, remote, local, tmp_path):
     assert same_cells(remote, local)
-    for file in (tmp_path / "cache").rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")  # as after a power failure
-    assert same_cells(remote, local)
+    for file in (tmp_path / "cache").iterdir():
+        with open(file, "r+b") as segment:
+            segment.seek(4096 + 700)
+            segment.write(bytes(300))  # as after a power failure
+    server.forget()
+    assert same_cells(CellStore(remote.path.now()), local)
+    assert server.gets(".arrow")
+    server.forget()
+    assert same_cells(CellStore(remote.path.now()), local)
+    assert not server.gets(".arrow")
 
 
 def reads_equal_cells(address: str, path, cache, seed: int) -> bool:
     local = CellStore(path)
-    remote = CellStore(RemoteFolder(address, cache_dir=cache, cache_bytes=16 * 512))
+    remote = CellStore(RemoteFolder(address, cache_dir=cache, cache_bytes=10 * SEGMENT))
     rng = np.random.default_rng(seed)
     return all(same_cells(remote, local, rng.integers(0, len(local), 12)) for _ in range(30))
 
@@ -211,9 +236,7 @@ def test_processes_share_a_cache_that_is_too_small(server, files, tmp_path):
     with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
         running = [pool.submit(reads_equal_cells, *shared, seed) for seed in (1, 2)]
         assert [process.result() for process in running] == [True, True]
-    kept = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in kept) <= 1.1 * 16 * 512
-    assert not [file for file in kept if file.suffix]  # no part is left
+    assert disk_bytes(tmp_path / "cache") <= 11 * SEGMENT
 
 
 # ---------------------------------------------------------------------- failures
@@ -259,11 +282,11 @@ def test_a_shard_that_was_replaced_is_noticed(server, remote, local, change, tmp
     content[-6000:-3000] = bytes(3000)
     shard.write_bytes(content if change == "same size" else content[:3000])
     assert same_cells(remote, local, rows)  # from the cache
-    kept = sorted(tmp_path.joinpath("cache").rglob("*"))
+    kept = {file: file.read_bytes() for file in tmp_path.joinpath("cache").iterdir()}
     for _ in range(2):
         with pytest.raises(ValueError, match=r"data-00002-of-00004.arrow was replaced .*open the store again"):
             remote.rows(slice(128, 192))
-    assert sorted(tmp_path.joinpath("cache").rglob("*")) == kept
+    assert kept == {file: file.read_bytes() for file in tmp_path.joinpath("cache").iterdir()}
     if change == "shorter":
         with pytest.raises(ValueError, match="has 3000 bytes instead of"):
             CellStore(remote.path.now())
