@@ -140,13 +140,13 @@ def local_path(path: str | Path) -> Path:
     if remote[1].lower() == "file":
         raise ValueError(f"{path}: pass the path alone, without {remote[1]}://.")
     address = _address(path, remote)
-    if ".zarr" in address:
+    if remote_folder(path):
+        way = f"if it is a store, copy it with CellStore({address!r}).save(path)"
+    elif ".zarr" in address:
         way = f"pass the AnnData that anndata.io.read_zarr({address!r}) reads"
     else:
         way = f"use fsspec.open_local('simplecache::{address}', simplecache={{'same_names': True}})"
-    raise ValueError(
-        f"{address}: only local files can be read, and stores on a server. Download it and pass its path, or {way}."
-    )
+    raise ValueError(f"{address}: only local files can be read. Download it and pass its path, or {way}.")
 
 
 def _unknown(path: Path) -> ValueError:

@@ -2,19 +2,31 @@
 
 import multiprocessing
 import pickle
+import re
 import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
+import torch
+from anndata import read_h5ad
 from conftest import make_adata
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from range_server import RangeServer
 from torch.utils.data import DataLoader
 
-from stformer_hf import CellStore, GeneTokenizer, collate_cells, estimate_gene_medians
+from stformer_hf import (
+    CellStore,
+    GeneBertConfig,
+    GeneBertForPhenotypicMLM,
+    GeneTokenizer,
+    collate_cells,
+    estimate_gene_medians,
+)
+from stformer_hf.cli import main
+from stformer_hf.cli.runs import open_cells
 from stformer_hf.store import block_cache, remote_files
 from stformer_hf.store.block_cache import BlockCache
 from stformer_hf.store.remote_files import Range, RemoteFolder
@@ -350,3 +362,29 @@ def test_ranges_of_any_shape(server, files, tmp_path):
     spans = [(0, 0), (5, 5), (0, len(content)), (511, 513), (512, 1024), (700, 701), (100, 1500), (0, 1)]
     file = folder / "genes.parquet"
     assert folder.read([Range(file, *span) for span in spans]) == [content[slice(*span)] for span in spans]
+
+
+# ---------------------------------------------------------------------- commands
+
+
+def test_commands_take_an_address(server, local, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("STFORMER_HF_CACHE", str(tmp_path / "cache"))
+    address = f"{server.address}/store"
+    assert main(["info", address]) == 0
+    assert re.search(r"cells \(CellStore\)\ncells +230", capsys.readouterr().out)
+    tokenizer = GeneTokenizer.from_store(local, phenotypes=["cell_type"], bin_edges=[0.5, 1.5])
+    torch.manual_seed(0)
+    config = GeneBertConfig.from_tokenizer(tokenizer, num_hidden_layers=1, num_attention_heads=2, hidden_size=16)
+    model = GeneBertForPhenotypicMLM(config)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    for data in (address, str(local.path)):
+        output = tmp_path / f"{data == address}.h5ad"
+        assert main(["embed", "--data", data, "--model", str(tmp_path / "model"), "--output", str(output)]) == 0
+    embedded, expected = read_h5ad(tmp_path / "True.h5ad"), read_h5ad(tmp_path / "False.h5ad")
+    np.testing.assert_array_equal(embedded.obsm["X_stformer"], expected.obsm["X_stformer"])
+    store = open_cells([address], None, None, None, False)  # of pretrain and finetune
+    assert store.is_remote and same_cells(store, local)
+    assert any((tmp_path / "cache").iterdir())
+    assert main(["evaluate", "--data", address, "--label_key", "cell_type"]) == 1
+    assert f"copy it with CellStore('{address}').save" in capsys.readouterr().err
