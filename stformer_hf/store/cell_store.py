@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -27,6 +28,7 @@ from ..sources.same_cells import find_twins_of_store, join_groups
 from ..sources.stored_cells import store_layers
 from .arrow_rows import ArrowRows
 from .cell_batch import Cell, CellBatch, names_key
+from .hub import push_files
 from .join import join_stores
 from .neighborhoods import sum_groups
 from .remote_files import RemoteFolder
@@ -762,26 +764,53 @@ class CellStore:
         )
         return load_from_disk(str(path))
 
-    def push_to_hub(self, repo_id: str, **kwargs) -> None:
-        """Upload these cells with `datasets.Dataset.push_to_hub`, and the gene table as `genes.parquet`.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload cells",
+    ) -> str:
+        """Upload the files of this store, in one commit, as a dataset of the Hub.
+
+        `CellStore("hf://datasets/user/name")` reads it there, and so do `datasets.load_dataset("user/name")` and the
+        dataset viewer: the card lists the Arrow files as its data. Shards of an earlier store there are removed. A
+        selection, or a store whose shards are elsewhere, is first copied to a temporary folder.
 
         Parameters
         ----------
         repo_id : str
-            `user/name` of a dataset on the Hub.
-        **kwargs
-            Arguments of `push_to_hub`, such as `private`, `token` or `revision`.
-        """
-        from huggingface_hub import HfApi
+            `user/name` of a dataset on the Hub, which is created if there is none.
+        private : bool, optional
+            Whether a new dataset is private.
+        token : str or bool, optional
+            Token of the Hub; by default that of `hf auth login`.
+        revision : str, optional
+            Branch, which must exist; by default `main`.
+        commit_message : str, default: "Upload cells"
 
-        self.dataset.push_to_hub(repo_id, **kwargs)
-        HfApi(token=kwargs.get("token")).upload_file(
-            path_or_fileobj=self.path / "genes.parquet",
-            path_in_repo="genes.parquet",
-            repo_id=repo_id,
-            repo_type="dataset",
-            revision=kwargs.get("revision"),
-        )
+        Returns
+        -------
+        str
+            Address of the commit.
+
+        Raises
+        ------
+        ValueError
+            The store is on a server.
+        """
+        self._must_be_local("uploaded")
+        self.must_be_unchanged()
+        if self._index is not None or self._is_joined:
+            with tempfile.TemporaryDirectory() as folder:
+                copy = self.save(Path(folder) / "store")
+                return copy.push_to_hub(
+                    repo_id, private=private, token=token, revision=revision, commit_message=commit_message
+                )
+        names = [shard["file"] for shard in self.manifest["shards"]]
+        return push_files(self.path, names, repo_id, private, token, revision, commit_message)
 
     def _must_have_neighbors(self) -> None:
         if not self.manifest["neighbors"]:
@@ -807,10 +836,15 @@ class CellStore:
                 f"CellStore({str(self.path)!r}).save('copy')."
             )
 
+    @property
+    def _is_joined(self) -> bool:
+        """Whether shards are in other folders."""
+        return any(os.path.dirname(shard["file"]) for shard in self.manifest["shards"])
+
     def _must_be_whole(self, to_do: str) -> None:
         if self._index is not None:
             raise ValueError(f"This is a selection of {self.path}: {to_do} the whole store, or save the selection.")
-        if any(os.path.dirname(shard["file"]) for shard in self.manifest["shards"]):
+        if self._is_joined:
             raise ValueError(f"{self.path} is joined from others: {to_do} a saved copy of it (store.save).")
 
     def _report(self, sources: Sequence[Mapping[str, Any]]) -> None:
