@@ -88,6 +88,7 @@ _MORE_MODULES = {
     "space.prepare_metadata": ["prepare_metadata"],
     "space.spatial_graph": ["spatial_neighbors"],
     "store.cell_batch": ["CellBatch", "collate_cells"],
+    "store.remote_files": ["RemoteFolder"],
     "training.extension": ["extend_vocabulary"],
     "training.starts.gene_embeddings": ["load_gene_embeddings"],
 }

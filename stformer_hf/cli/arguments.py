@@ -24,7 +24,9 @@ _OWN_KEYS = ("config", "debug")
 class OnCells:
     """Flags of the commands that write what a model says about the cells of a file."""
 
-    data: str = field(metadata={"help": "h5ad or h5mu file, zarr of an AnnData, MuData or SpatialData, or a store"})
+    data: str = field(
+        metadata={"help": "h5ad or h5mu file, zarr of an AnnData, MuData or SpatialData, or a store (path or address)"}
+    )
     model: str = field(metadata={"help": "checkpoint"})
     output: str = field(metadata={"help": "h5ad file to write"})
     layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})

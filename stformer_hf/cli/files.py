@@ -12,14 +12,14 @@ from anndata import AnnData
 from anndata.io import write_elem
 
 from ..genes.whole_files import whole_file
-from ..sources.formats import local_path
+from ..sources.formats import local_path, remote_folder
 from ..sources.read_anndata import read_anndata
 from ..store.cell_store import CellStore
 
 
 def holds_store(path: str | Path) -> bool:
-    """Return whether a path is the folder of a store."""
-    return (Path(path) / "manifest.json").exists()
+    """Return whether a path is the folder of a store, or the address of a folder on a server."""
+    return remote_folder(path) is not None or (Path(path) / "manifest.json").exists()
 
 
 def read(
@@ -41,7 +41,7 @@ def read(
     ValueError
         The input holds no AnnData; output and input are the same file; the output is a folder.
     """
-    if not local_path(data).exists():
+    if remote_folder(data) is None and not local_path(data).exists():
         raise FileNotFoundError(f"No such file: {data}")
     if output is not None:
         _check_output(data, Path(output), overwrite)
@@ -59,7 +59,7 @@ def _check_output(data: str, output: Path, overwrite: bool) -> None:
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder; pass a file in it.")
     if output.exists():
-        if output.samefile(data):
+        if remote_folder(data) is None and output.samefile(data):
             raise ValueError(f"--output is the input, {data}; choose another file.")
         if not overwrite:
             raise FileExistsError(f"{output} exists. Choose another --output, or pass --overwrite.")

@@ -26,7 +26,9 @@ _OF_A_NEW_MODEL = ("size", "bin_edges", "max_length", "whole_cell")
 class FinetuneArguments:
     """Flags of `finetune`."""
 
-    data: list[str] = field(metadata={"help": "a store, or h5ad files (built into a store in OUTPUT/store)"})
+    data: list[str] = field(
+        metadata={"help": "a store (path or address), or h5ad files (built into a store in OUTPUT/store)"}
+    )
     label_key: str = field(
         metadata={
             "aliases": ["--label"],

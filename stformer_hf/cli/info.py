@@ -27,7 +27,9 @@ _WIDTH = 17
 class InfoArguments:
     """Flags of `info`."""
 
-    path: str = field(metadata={"help": "file of cells, store, or model; the flag's name may be left out"})
+    path: str = field(
+        metadata={"help": "file of cells, store (path or address), or model; the flag's name may be left out"}
+    )
     model: str | None = field(
         default=None, metadata={"help": "compare cells with this model: genes they share, time to embed them"}
     )
@@ -58,11 +60,13 @@ def run(args: InfoArguments) -> dict[str, Any]:
     ValueError
         `--model` or `--layer` is passed with a model; the file's format is not supported.
     """
+    from ..sources.formats import remote_folder
     from ..training.loading import is_adapter
 
-    path = Path(args.path)
+    path, is_address = Path(args.path), remote_folder(args.path) is not None
     is_model = (path / "config.json").exists() or is_adapter(args.path)
-    if is_model or (not path.exists() and "/" in args.path and not path.suffix):  # the latter may be on the Hub
+    # A name with a slash may be a model on the Hub.
+    if is_model or (not path.exists() and "/" in args.path and not path.suffix and not is_address):
         if args.model or args.layer:
             raise ValueError(f"{args.path} is a model: --model and --layer are for files of cells.")
         return {"what": "model", **model_facts(args.path)}
@@ -78,7 +82,7 @@ def run(args: InfoArguments) -> dict[str, Any]:
 def cell_facts(path: str, layer: str | None = None) -> tuple[dict[str, Any], Any]:
     """Return the facts about cells, and their `Source` (None if there are no counts)."""
     from ..models.gene_bert.gene_columns import describe
-    from ..sources.formats import find_layers, local_path
+    from ..sources.formats import find_layers, local_path, remote_folder
     from ..sources.open_source import open_source
     from ..sources.registry import find_format
 
@@ -87,7 +91,7 @@ def cell_facts(path: str, layer: str | None = None) -> tuple[dict[str, Any], Any
         source = open_source(path, layer)
     except ValueError as error:
         source, why = None, str(error)
-    first, known = layers[0], find_format(local_path(path))
+    first, known = layers[0], find_format(remote_folder(path) or local_path(path))
     assert known is not None  # its layers were found
     genes, obs = (first.genes(), first.obs()) if source is None else (source.genes, source.obs)
     facts: dict[str, Any] = {

@@ -58,7 +58,9 @@ _OF_A_NEW_MODEL = (
 class PretrainArguments:
     """Flags of `pretrain`."""
 
-    data: list[str] = field(metadata={"help": "a store, or h5ad files (built into a store in OUTPUT/store)"})
+    data: list[str] = field(
+        metadata={"help": "a store (path or address), or h5ad files (built into a store in OUTPUT/store)"}
+    )
     output: str = field(metadata={"help": "folder for the checkpoint"})
     model: str | None = field(default=None, metadata={"help": "checkpoint to continue from, with its tokenizer"})
     size: str = field(default="tiny", metadata={"help": "tiny, small, base or large"})

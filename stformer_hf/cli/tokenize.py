@@ -19,7 +19,7 @@ _OF_A_NEW_TOKENIZER = ("scheme", "medians", "bin_edges", "phenotypes", "max_leng
 class TokenizeArguments:
     """Flags of `tokenize`."""
 
-    data: str = field(metadata={"help": "a store made by stformer-hf build"})
+    data: str = field(metadata={"help": "a store made by stformer-hf build (path or address)"})
     output: str = field(metadata={"help": "folder to create"})
     tokenizer: str | None = field(
         default=None, metadata={"help": "folder or checkpoint with a tokenizer (default: make one for the store)"}

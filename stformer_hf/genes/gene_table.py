@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -186,7 +187,7 @@ class GeneTable:
         pq.write_table(pa.table(arrays), path)
 
     @classmethod
-    def from_parquet(cls, path: str | Path) -> GeneTable:
+    def from_parquet(cls, path: str | Path | BinaryIO) -> GeneTable:
         """Read a table that `to_parquet` wrote."""
         return cls(pq.read_table(path).to_pandas())
 

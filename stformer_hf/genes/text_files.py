@@ -28,11 +28,12 @@ def naming(path: str | Path, wanted: str = "") -> Iterator[None]:
     Raises
     ------
     ValueError
-        Replaces any error that does not name the file, such as a missing key or bytes that are not text.
+        Replaces any error that does not name the file, such as a missing key or bytes that are not text; not one of
+        memory, of a missing package or of the network.
     """
     try:
         yield
-    except (MemoryError, ImportError):
+    except (MemoryError, ImportError, ConnectionError):
         raise
     except Exception as error:
         if isinstance(error, OSError) and (error.filename is not None or error.errno in _OF_THE_SYSTEM):

@@ -20,6 +20,8 @@ from .stored_cells import store_layers
 logger = logging.getLogger(__name__)
 
 _REMOTE = re.compile(r"([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)
+# Names of files, and of folders that are not stores, on a server.
+_NO_STORE = re.compile(r"\.(h5ad|h5mu|h5|loom|zarr|mtx|csv|tsv|txt|zip|tar|gz|parquet|arrow)/?$", re.IGNORECASE)
 
 
 class Found(NamedTuple):
@@ -99,14 +101,29 @@ def read_layers(path: str | Path) -> list[Layer] | Tables:
     ValueError
         The file format is not supported, or the file is damaged.
     """
-    path = local_path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"No such file: {path}")
-    known = find_format(path)
+    place = remote_folder(path) or local_path(path)
+    if isinstance(place, Path) and not place.exists():
+        raise FileNotFoundError(f"No such file: {place}")
+    known = find_format(place)
     if known is None:
         raise _unknown(path)
-    with naming(path):
-        return known.read(path)
+    with naming(place):
+        return known.read(place)
+
+
+def remote_folder(path: str | Path) -> str | None:
+    """Return the address of a folder on a server, which may be a store; None for all other paths.
+
+    Files on a server are not read; for these, `local_path` says what to do.
+    """
+    remote = _REMOTE.match(str(path))
+    if remote is None or remote[1].lower() == "file" or _NO_STORE.search(str(path)) or Path(path).exists():
+        return None
+    return _address(path, remote)
+
+
+def _address(path: str | Path, remote: re.Match) -> str:
+    return f"{remote[1]}://{str(path)[remote.end() :]}"  # a Path has one slash
 
 
 def local_path(path: str | Path) -> Path:
@@ -122,15 +139,17 @@ def local_path(path: str | Path) -> Path:
         return Path(path)
     if remote[1].lower() == "file":
         raise ValueError(f"{path}: pass the path alone, without {remote[1]}://.")
-    address = f"{remote[1]}://{str(path)[remote.end() :]}"  # a Path has one slash
-    if ".zarr" in address:
+    address = _address(path, remote)
+    if remote_folder(path):
+        way = f"if it is a store, copy it with CellStore({address!r}).save(path)"
+    elif ".zarr" in address:
         way = f"pass the AnnData that anndata.io.read_zarr({address!r}) reads"
     else:
         way = f"use fsspec.open_local('simplecache::{address}', simplecache={{'same_names': True}})"
     raise ValueError(f"{address}: only local files can be read. Download it and pass its path, or {way}.")
 
 
-def _unknown(path: Path) -> ValueError:
+def _unknown(path: str | Path) -> ValueError:
     names = ", ".join(known.name for known in FORMATS)
     return ValueError(
         f"{path}: unsupported file format (supported: {names}). Read it into an AnnData, for example with "
@@ -145,12 +164,12 @@ def expand(sources: Any) -> list[Any]:
     ----------
     sources : AnnData, MuData, SpatialData, CellStore, str or Path, or an iterable of these
         A path may be a file or folder of a known format, another folder (for all such files in it, at any depth, in
-        alphabetical order) or a pattern such as `data/*.h5ad`.
+        alphabetical order), a pattern such as `data/*.h5ad`, or the address of a store on a server.
 
     Returns
     -------
     list
-        Objects unchanged, and paths of a known format.
+        Objects unchanged, paths of a known format, and addresses of stores as str.
 
     Raises
     ------
@@ -163,6 +182,9 @@ def expand(sources: Any) -> list[Any]:
     for source in [sources] if is_source(sources) else sources:
         if not isinstance(source, (str, Path)):
             found.append(source)
+            continue
+        if address := remote_folder(source):
+            found.append(address)
             continue
         path = local_path(source)
         paths = (
@@ -193,4 +215,4 @@ def _walk(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
                 yield from _walk(inside, (*above, path.resolve()))
 
 
-__all__ = ["Found", "expand", "find_layers", "is_source", "local_path", "read_layers"]
+__all__ = ["Found", "expand", "find_layers", "is_source", "local_path", "read_layers", "remote_folder"]

@@ -16,10 +16,10 @@ from scipy import sparse
 from ..genes.gene_table import GeneTable
 from ..genes.text_files import naming
 from ..models.gene_bert.cell_counts import NO_COUNTS, check_counts, choose_counts
-from .formats import find_layers
+from .formats import find_layers, remote_folder
 from .matrices import Matrix
 from .registry import Layer
-from .stored_cells import StoredCells
+from .stored_cells import StoredCells, StoreMatrix
 
 if TYPE_CHECKING:
     from mudata import MuData
@@ -175,7 +175,11 @@ def open_source(
         The file does not exist.
     """
     name, table, layers, layer = find_layers(source, layer)
-    key = _key(Path(source)) if isinstance(source, (str, Path)) else None
+    key = None
+    if isinstance(source, (str, Path)):
+        matrix = layers[0].matrix
+        # A store on a server has no time of change; its checksums are in its manifest.
+        key = matrix.key if isinstance(matrix, StoreMatrix) and remote_folder(source) else _key(Path(source))
     with naming(name):
         by_name = {found.name: found for found in layers}
         problems = {name: partial(_probe, found, fractional) for name, found in by_name.items()}

@@ -43,29 +43,36 @@ class Layer:
 
 @dataclass(frozen=True)
 class Format:
-    """A format: its name, a function that recognises its files, and its reader."""
+    """A format: its name, a function that recognises its files, and its reader.
+
+    With `remote`, the reader also takes addresses of folders on a server.
+    """
 
     name: str
     matches: Callable[[Path], bool]
-    read: Callable[[Path], Any]
+    read: Callable[[Any], Any]
+    remote: bool = False
 
 
 FORMATS: list[Format] = []
 
 
-def reads(name: str, matches: Callable[[Path], bool]):
+def reads(name: str, matches: Callable[[Path], bool], remote: bool = False):
     """Register the decorated function as the reader of a format."""
 
-    def register(read: Callable[[Path], Any]) -> Callable[[Path], Any]:
-        FORMATS.append(Format(name, matches, read))
+    def register(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        FORMATS.append(Format(name, matches, read, remote))
         return read
 
     return register
 
 
-def find_format(path: Path) -> Format | None:
-    """Return the format of a file or folder; None if it has no registered format."""
-    return next((known for known in FORMATS if known.matches(path)), None)
+def find_format(path: Path | str) -> Format | None:
+    """Return the format of a file or folder; None if it has no registered format.
+
+    A string is the address of a folder on a server, see `formats.remote_folder`.
+    """
+    return next((known for known in FORMATS if (known.remote if isinstance(path, str) else known.matches(path))), None)
 
 
 __all__ = ["FORMATS", "Format", "Layer", "find_format", "reads"]

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from scipy import sparse
 
 from ..genes.gene_table import GeneTable
 from .matrices import Matrix
 from .registry import Layer
 
+if TYPE_CHECKING:
+    from datasets import Features
+
 
 class StoredCells(Protocol):
     """The part of `CellStore`'s interface that other modules use. The store registers its own format."""
 
-    path: Path
+    path: Any  # Path, or RemoteFolder
     manifest: dict[str, Any]
     genes: GeneTable
 
@@ -43,8 +46,11 @@ class StoredCells(Protocol):
         """Categories of the categorical obs columns, in the order of their codes."""
 
     @property
-    def dataset(self) -> Any:
-        """The Hugging Face dataset."""
+    def features(self) -> Features:
+        """Hugging Face features of the columns."""
+
+    def obs_table(self, names: Sequence[str]) -> pa.Table:
+        """Return obs columns as they are stored."""
 
     def __len__(self) -> int: ...
 
@@ -72,6 +78,12 @@ class StoreMatrix(Matrix):
     def __init__(self, store: StoredCells):
         self._store = store
         self.shape = (len(store), len(store.genes))
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Path and checksums of the store, by which an interrupted build recognises it."""
+        shards = self._store.manifest["shards"]
+        return {"path": str(self._store.path), "checksums": [shard["checksum"] for shard in shards]}
 
     def rows(self, start: int, stop: int) -> sparse.csr_matrix:
         """Read a range of rows."""

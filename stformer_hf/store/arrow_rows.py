@@ -1,4 +1,7 @@
-"""ArrowRows: reads the rows of a store's shards straight from the buffers of memory-mapped Arrow files."""
+"""ArrowRows: reads the rows of a store's shards straight from the buffers of Arrow files.
+
+Local files are mapped to memory; of files on a server only the needed ranges are read.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,18 @@ import pyarrow as pa
 from ..sources.obs_columns import as_array
 from . import compact_rows
 from .read_ahead import MappedFile, ReadAhead
+from .remote_batches import RemoteBatch, RemoteValues, read_column, read_headers
+from .remote_files import Range, RemoteFile, fetched
+
+Slice = memoryview | Range
 
 
 class ArrowRows:
-    """Rows of shards, read from their memory maps.
+    """Rows of shards.
 
     Parameters
     ----------
-    files : sequence of Path
+    files : sequence of Path, or of RemoteFile
         Arrow stream files, in the order of the rows.
     neighbor_shifts : sequence of int
         Offset per file, added to the row numbers in its `neighbors`.
@@ -31,17 +38,20 @@ class ArrowRows:
         A file is damaged.
     """
 
-    def __init__(self, files: Sequence[Path], neighbor_shifts: Sequence[int]):
-        self._batches: list[pa.RecordBatch] = []
-        self._files: list[MappedFile] = []  # of each batch
+    def __init__(self, files: Sequence[Path | RemoteFile], neighbor_shifts: Sequence[int]):
+        self._batches: list[pa.RecordBatch | RemoteBatch] = []
+        self._files: list[MappedFile | None] = []  # of each batch
         shifts = []
         wanted: list[tuple[str, ...]] = [("genes", "counts")]
         lists: list[list[_List]] = [[], []]
+        remote = [file for file in files if isinstance(file, RemoteFile)]  # all or none
+        self._are_remote = bool(remote)
+        headers = read_headers(remote)
         for file, shift in zip(files, neighbor_shifts, strict=True):
             try:
-                mapped = MappedFile(file)
-                for batch in pa.ipc.open_stream(mapped.buffer):
-                    if not self._batches and compact_rows.CODES in batch.schema.names:
+                mapped = None if isinstance(file, RemoteFile) else MappedFile(file)
+                for batch in next(headers) if mapped is None else pa.ipc.open_stream(mapped.buffer):
+                    if not self._batches and compact_rows.CODES in _names(batch):
                         wanted = [(compact_rows.CODES,), (compact_rows.LARGE,)]
                     for of_batches, names in zip(lists, wanted, strict=False):
                         of_batches.append(_List(mapped, batch, names))
@@ -49,6 +59,8 @@ class ArrowRows:
                     self._files.append(mapped)
                     shifts.append(shift)
             except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+                if self._are_remote and isinstance(error, OSError):
+                    raise  # of the network, or of the cache
                 raise ValueError(f"{file} is damaged: {error}. Copy the store again, or rebuild it.") from error
         self._shifts = np.array(shifts, np.int64)
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
@@ -67,7 +79,7 @@ class ArrowRows:
 
     @cached_property
     def _n_expressed(self) -> np.ndarray:
-        return np.concatenate([batch.column(compact_rows.LENGTH).to_numpy() for batch in self._batches])
+        return np.concatenate([lengths.to_numpy() for lengths in self.chunks(compact_rows.LENGTH)])
 
     def gather(self, rows: np.ndarray, gene_type: str, count_type: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return a copy of rows.
@@ -103,15 +115,19 @@ class ArrowRows:
         self, rows: np.ndarray, *wanted: tuple[_Lists, Sequence[str]]
     ) -> list[tuple[np.ndarray, list[np.ndarray]]]:
         """Return the bounds of rows, and a copy of their entries in each column, for list columns and their types."""
+        if not self._batches:
+            return [(np.zeros(1, np.int64), [np.empty(0, kind) for kind in types]) for _, types in wanted]
         found = [lists.find(rows) for lists, _ in wanted]
-        self._ahead.ask_for(
-            chain.from_iterable(lists.ranges(runs) for (lists, _), (_, runs) in zip(wanted, found, strict=True))
-        )
-        read = [
-            (indptr, lists.copy(runs, types)) for (lists, types), (indptr, runs) in zip(wanted, found, strict=True)
-        ]
+        runs = [(lists, its_runs) for (lists, _), (_, its_runs) in zip(wanted, found, strict=True)]
+        self._ahead.ask_for(chain.from_iterable(lists.ranges(its_runs) for lists, its_runs in runs))
+        # Joining slices of memoryviews as bytes costs half as much as np.concatenate of slices of arrays.
+        join = bytearray().join  # a bytearray is writable, bytes are not
+        slices = chain.from_iterable(lists.slices(its_runs) for lists, its_runs in runs)
+        columns = [join(contents) for contents in fetched(*slices)]
         self._ahead.look()
-        return read
+        kinds = chain.from_iterable(types for _, types in wanted)
+        arrays = iter([np.frombuffer(column, kind) for column, kind in zip(columns, kinds, strict=True)])
+        return [(indptr, [next(arrays) for _ in types]) for (indptr, _), (_, types) in zip(found, wanted, strict=True)]
 
     @cached_property
     def _neighbors(self) -> _Lists:
@@ -120,8 +136,18 @@ class ArrowRows:
 
     def column(self, name: str) -> np.ndarray:
         """Return another column of all rows; see `as_array`."""
-        chunks = [batch.column(name) for batch in self._batches]
+        chunks = self.chunks(name)
         return as_array(pa.chunked_array(chunks)) if chunks else np.empty(0, object)
+
+    def chunks(self, name: str) -> list[pa.Array]:
+        """Return another column as it is stored, one array per record batch."""
+        remote = [batch for batch in self._batches if isinstance(batch, RemoteBatch)]  # all or none
+        return read_column(remote, name) if remote else [batch.column(name) for batch in self._batches]  # type: ignore
+
+
+def _names(batch: pa.RecordBatch | RemoteBatch) -> list[str]:
+    """Return the names of the columns."""
+    return list(batch.columns) if isinstance(batch, RemoteBatch) else batch.schema.names
 
 
 class _List:
@@ -129,20 +155,27 @@ class _List:
 
     Attributes
     ----------
-    file : MappedFile
-    bounds : int32 array (n_rows + 1,)
-    values : list of memoryview
+    bounds : int32 array (n_rows + 1,), or the Range that holds it
+    values : list of memoryview or RemoteValues
         Values of each column.
-    places : list of int
-        Where they begin in the file.
+    file : MappedFile or None
+    places : list of (int, int)
+        Where they begin in the file, if it is local, and the bytes of one value.
     """
 
-    def __init__(self, file: MappedFile, batch: pa.RecordBatch, names: Sequence[str]):
-        columns = [batch.column(name) for name in names]
+    def __init__(self, file: MappedFile | None, batch: pa.RecordBatch | RemoteBatch, names: Sequence[str]):
         self.file = file
-        self.bounds = columns[0].offsets.to_numpy()
-        self.values = [memoryview(column.values.to_numpy()) for column in columns]
-        self.places = [file.place(column.values) for column in columns]
+        self.places: list[tuple[int, int]] = []
+        self.bounds: np.ndarray | Range
+        self.values: list[memoryview | RemoteValues]
+        if isinstance(batch, RemoteBatch):
+            self.bounds, self.values = batch.offsets(names[0]), [batch.values(name) for name in names]
+        else:
+            columns = [batch.column(name) for name in names]
+            self.bounds = columns[0].offsets.to_numpy()
+            self.values = [memoryview(column.values.to_numpy()) for column in columns]
+            assert file is not None  # it has the batch
+            self.places = [(file.place(column.values), column.values.type.bit_width // 8) for column in columns]
 
 
 class _Lists:
@@ -150,9 +183,11 @@ class _Lists:
 
     def __init__(self, lists: Sequence[_List]):
         self._lists = lists
-        self._starts = np.cumsum([0, *(len(of.bounds) - 1 for of in lists)])
+        (contents,) = fetched([of.bounds for of in lists])
+        bounds = [np.frombuffer(offsets, np.int32) for offsets in contents]
+        self._starts = np.cumsum([0, *(len(offsets) - 1 for offsets in bounds)])
         # Row r of batch b has the entries _bounds[r + b]:_bounds[r + b + 1] of the batch's values.
-        self._bounds = np.concatenate([of.bounds for of in lists]) if lists else np.zeros(0, np.int32)
+        self._bounds = np.concatenate(bounds) if bounds else np.zeros(0, np.int32)
         self._values = list(zip(*(of.values for of in lists), strict=True))  # of each column, by batch
 
     def lengths(self) -> np.ndarray:
@@ -174,21 +209,18 @@ class _Lists:
             batches, starts, stops = batches[begins], starts[begins], stops[ends]
         return indptr, list(zip(batches.tolist(), starts.tolist(), stops.tolist(), strict=True))
 
-    def copy(self, runs: Sequence[tuple[int, int, int]], types: Sequence[str]) -> list[np.ndarray]:
-        """Return a copy of the entries of runs, flat, for each column, which have these types."""
-        if not runs:
-            return [np.empty(0, kind) for kind in types]
-        # Joining slices of memoryviews as bytes costs half as much as np.concatenate of slices of arrays.
-        join = bytearray().join  # a bytearray is writable, bytes are not
-        columns = [join([values[batch][start:stop] for batch, start, stop in runs]) for values in self._values]
-        return [np.frombuffer(column, kind) for column, kind in zip(columns, types, strict=True)]
+    def slices(self, runs: Sequence[tuple[int, int, int]]) -> Iterator[list[Slice]]:
+        """Return the entries of runs, for each column."""
+        for values in self._values:
+            yield [values[batch][start:stop] for batch, start, stop in runs]
 
     def ranges(self, runs: Sequence[tuple[int, int, int]]) -> Iterator[tuple[MappedFile, int, int]]:
         """Return the bytes that runs of entries take in their files."""
         for batch, start, stop in runs:
             of = self._lists[batch]
-            for values, place in zip(of.values, of.places, strict=True):
-                yield of.file, place + start * values.itemsize, place + stop * values.itemsize
+            if of.file is not None:
+                for place, size in of.places:
+                    yield of.file, place + start * size, place + stop * size
 
 
 __all__ = ["ArrowRows"]

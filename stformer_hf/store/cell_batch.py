@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -15,6 +17,7 @@ from torch.utils.data import get_worker_info
 
 from ..genes.gene_table import GeneTable
 from ..sources.obs_columns import as_objects
+from .remote_files import RemoteFolder
 from .worker_slots import SharedArrays
 
 # The k-th repeat of a cell in an epoch (`batches.repeats`) has the cell_id + k * REPEAT, for masks of its own.
@@ -45,7 +48,7 @@ class CellBatch:
         Categories of the categorical columns, in the order of their codes.
     gene_ids, symbols : object array (n_genes,)
         Those of the gene table; the same arrays in every batch of a store.
-    path : Path, optional
+    path : Path or RemoteFolder, optional
         Path of the store, from which another process reads the names of genes and categories; they are not sent with
         the cells.
     names_key : str
@@ -64,7 +67,7 @@ class CellBatch:
     categories: dict[str, list[str]]
     gene_ids: np.ndarray
     symbols: np.ndarray
-    path: Path | None = None
+    path: Path | RemoteFolder | None = None
     names_key: str = ""
     neighborhood: _Rows | None = None
 
@@ -205,7 +208,7 @@ def _names_of(cells: CellBatch, column: str) -> np.ndarray:
 
 
 def _batch_of(
-    path: Path,
+    path: Path | RemoteFolder,
     names_key: str,
     neighborhood: _Rows | None,
     indptr: np.ndarray,
@@ -219,10 +222,18 @@ def _batch_of(
 
 
 @lru_cache(maxsize=8)
-def _names(path: Path, key: str) -> tuple[dict[str, list[str]], np.ndarray, np.ndarray]:
-    genes = GeneTable.from_parquet(path / "genes.parquet")
-    categories = json.loads((path / "manifest.json").read_text())["categories"]
-    return categories, genes.gene_ids, genes.symbols
+def _names(path: Path | RemoteFolder, key: str) -> tuple[dict[str, list[str]], np.ndarray, np.ndarray]:
+    genes = GeneTable.from_parquet(io.BytesIO((path / "genes.parquet").read_bytes()))
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    if names_key(manifest) != key:
+        raise ValueError(f"{path} was replaced after its cells were read: open it again.")
+    return manifest["categories"], genes.gene_ids, genes.symbols
+
+
+def names_key(manifest: Mapping[str, Any]) -> str:
+    """Return a checksum of the names of genes and categories, to detect that another store took one's place."""
+    categories = hashlib.sha256(json.dumps(manifest["categories"]).encode()).hexdigest()  # the same in every process
+    return manifest["gene_table"]["checksum"] + categories
 
 
 class _Tensors(dict):
@@ -284,4 +295,4 @@ def collate_cells(batch: CellBatch) -> dict[str, torch.Tensor | list]:
     return _Tensors(tensors)
 
 
-__all__ = ["REPEAT", "Cell", "CellBatch", "as_cell_batch", "collate_cells"]
+__all__ = ["REPEAT", "Cell", "CellBatch", "as_cell_batch", "collate_cells", "names_key"]

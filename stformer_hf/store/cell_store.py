@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -14,20 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from anndata import AnnData
 from scipy import sparse
 from tqdm.auto import tqdm
 
 from ..genes.gene_table import GeneTable
 from ..genes.wrong_names import must_have
+from ..sources.formats import local_path, remote_folder
 from ..sources.registry import Layer, reads
 from ..sources.same_cells import find_twins_of_store, join_groups
 from ..sources.stored_cells import store_layers
 from .arrow_rows import ArrowRows
 from .block_order import block_order
-from .cell_batch import Cell, CellBatch
+from .cell_batch import Cell, CellBatch, names_key
+from .hub import push_files
 from .join import join_stores
 from .neighborhoods import sum_groups
+from .remote_files import RemoteFolder
 from .replacing import building_of, recover
 from .row_numbers import row_numbers
 from .shards import checksum
@@ -44,7 +49,7 @@ from .writer import (
 )
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +66,7 @@ class CellStore:
 
     Attributes
     ----------
-    path : Path
+    path : Path or RemoteFolder
     genes : GeneTable
         Row j is the gene that has number j in the column `genes`.
     manifest : dict
@@ -69,15 +74,19 @@ class CellStore:
 
     Parameters
     ----------
-    path : str or Path
-        A folder that `CellStore.build` made.
+    path : str, Path or RemoteFolder
+        A folder that `CellStore.build` made, or the address of one: `hf://datasets/user/name`, `https://…`, `s3://…`,
+        `gs://…`. Only the needed parts of remote files are fetched, and kept in a local cache; `RemoteFolder` takes
+        credentials, and folder and limit of the cache.
 
     Raises
     ------
     FileNotFoundError
         There is no store at the path, or its build did not finish.
     ValueError
-        The store has another format version, or a shard is truncated.
+        The store has another format version, or a shard is truncated; a remote file was replaced while it is read.
+    ConnectionError
+        The connection to a server was lost, also after several attempts.
 
     Notes
     -----
@@ -85,26 +94,32 @@ class CellStore:
     spawned workers) passes only its path and, for a selection, the row numbers.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(os.path.abspath(path))
+    def __init__(self, path: str | Path | RemoteFolder):
+        address = None if isinstance(path, RemoteFolder) else remote_folder(path)
+        if address is not None:
+            path = RemoteFolder(address)
+        self.path: Any = path if isinstance(path, RemoteFolder) else Path(os.path.abspath(local_path(path)))
         self.manifest: dict[str, Any] = _read_manifest(self.path)
         self._index: np.ndarray | None = None  # for a selection: its rows in the whole store
         self._gives_neighborhoods = False
         self._open()
 
     def _open(self) -> None:
-        for shard in [self.manifest["gene_table"], *self.manifest["shards"]]:
+        files, shards = [self.manifest["gene_table"], *self.manifest["shards"]], self.manifest["shards"]
+        if self.is_remote:
+            self.path.pin(files)
+        for shard in files:
             file = self.path / shard["file"]
-            if not file.exists() or file.stat().st_size != shard["bytes"]:
-                size = file.stat().st_size if file.exists() else 0
+            size = file.size if self.is_remote else file.stat().st_size if file.exists() else 0
+            if size != shard["bytes"]:
                 raise ValueError(
                     f"{file} has {size} bytes instead of {shard['bytes']}: it was truncated or replaced. "
                     "Copy the store again, or rebuild it."
                 )
-        shards = self.manifest["shards"]
         # Read now: if the store were replaced while it is open, its old rows would get the new names.
+        table = (self.path / "genes.parquet").read_bytes()
         try:
-            self.genes = GeneTable.from_parquet(self.path / "genes.parquet")
+            self.genes = GeneTable.from_parquet(io.BytesIO(table))
         except (OSError, ValueError) as error:  # Arrow's errors are subclasses of these
             raise ValueError(f"{self.path / 'genes.parquet'} is damaged: {error}. Copy the store again.") from error
         self._rows = ArrowRows(
@@ -113,10 +128,13 @@ class CellStore:
 
     def __getstate__(self) -> dict:
         kept = ("path", "manifest", "_index", "_gives_neighborhoods")
-        return {name: getattr(self, name) for name in kept}
+        return {**{name: getattr(self, name) for name in kept}, "versions": getattr(self.path, "versions", None)}
 
     def __setstate__(self, state: dict) -> None:
+        versions = state.pop("versions")
         self.__dict__.update(state)
+        if versions is not None:
+            self.path.versions = versions
         self._open()
 
     def __len__(self) -> int:
@@ -133,6 +151,11 @@ class CellStore:
     def gene_ids(self) -> np.ndarray:
         """Gene ids of the gene table, object array (n_genes,)."""
         return self.genes.gene_ids
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether its files are on a server."""
+        return isinstance(self.path, RemoteFolder)
 
     @property
     def is_selection(self) -> bool:
@@ -187,9 +210,25 @@ class CellStore:
         """The store as a `datasets.Dataset`, memory-mapped."""
         from datasets import load_from_disk
 
+        self._must_be_local("opened as a datasets.Dataset")
         self.must_be_unchanged()
         dataset = load_from_disk(str(self.path))
         return dataset if self._index is None else dataset.select(self._index)
+
+    @cached_property
+    def features(self) -> Features:
+        """Columns of the rows as `datasets.Features`."""
+        from datasets import DatasetInfo
+
+        features = DatasetInfo.from_dict(json.loads((self.path / "dataset_info.json").read_bytes())).features
+        assert features is not None  # the writer states them
+        return features
+
+    def obs_table(self, names: Sequence[str]) -> pa.Table:
+        """Return obs columns as they are stored, one row per cell: categorical ones as codes."""
+        chunks = {name: self._rows.chunks(name) for name in names}
+        table = pa.table({name: pa.chunked_array(of, self.features[name].pa_type) for name, of in chunks.items()})
+        return table if self._index is None else table.take(pa.array(self._index))
 
     @cached_property
     def _columns(self) -> dict[str, np.ndarray]:
@@ -445,7 +484,7 @@ class CellStore:
         return block_order(len(self), block_size, seed, epoch)
 
     def verify(self) -> None:
-        """Check every shard and the gene table against their checksums.
+        """Check every shard and the gene table against their checksums; remote files are downloaded for this.
 
         Raises
         ------
@@ -454,8 +493,10 @@ class CellStore:
         """
         files = [self.manifest["gene_table"], *self.manifest["shards"]]
         for shard in tqdm(files, desc="verify", unit="file", disable=None):
-            if checksum(self.path / shard["file"]) != shard["checksum"]:
-                raise ValueError(f"{self.path / shard['file']} is damaged: its checksum does not match.")
+            file = self.path / shard["file"]
+            found = self.path.checksum(shard["file"]) if self.is_remote else checksum(file)
+            if found != shard["checksum"]:
+                raise ValueError(f"{file} is damaged: its checksum does not match.")
 
     # ------------------------------------------------------------------ building
 
@@ -576,7 +617,7 @@ class CellStore:
             rows_per_shard=rows_per_shard,
             allow_duplicates=allow_duplicates,
         )
-        write_store(Path(path), sources, settings, overwrite=overwrite)
+        write_store(local_path(path), sources, settings, overwrite=overwrite)
         store = cls(path)
         if report:
             store._report(store.manifest["sources"])
@@ -605,6 +646,7 @@ class CellStore:
         ValueError
             This is a selection or a joined store; obs columns have other types; only one of the two has neighbours.
         """
+        self._must_be_local("changed")
         self._must_be_whole("append to")
         self.must_be_unchanged()
         if (neighbors is not None) != self.manifest["neighbors"]:
@@ -649,7 +691,10 @@ class CellStore:
         ValueError
             The stores differ in genes, obs columns or labels; a part is missing, or belongs to another build.
         """
-        join_stores(Path(path), [cls(part) for part in paths], overwrite)
+        stores = [cls(part) for part in paths]
+        for store in stores:
+            store._must_be_local("joined")
+        join_stores(local_path(path), stores, overwrite)
         return cls(path)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> CellStore:
@@ -734,7 +779,7 @@ class CellStore:
             self,
             self._index,
             tokenizer,
-            Path(path),
+            local_path(path),
             obs=obs,
             workers=workers,
             rows_per_shard=rows_per_shard,
@@ -742,26 +787,53 @@ class CellStore:
         )
         return load_from_disk(str(path))
 
-    def push_to_hub(self, repo_id: str, **kwargs) -> None:
-        """Upload these cells with `datasets.Dataset.push_to_hub`, and the gene table as `genes.parquet`.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload cells",
+    ) -> str:
+        """Upload the files of this store, in one commit, as a dataset of the Hub.
+
+        `CellStore("hf://datasets/user/name")` reads it there, and so do `datasets.load_dataset("user/name")` and the
+        dataset viewer: the card lists the Arrow files as its data. Shards of an earlier store there are removed. A
+        selection, or a store whose shards are elsewhere, is first copied to a temporary folder.
 
         Parameters
         ----------
         repo_id : str
-            `user/name` of a dataset on the Hub.
-        **kwargs
-            Arguments of `push_to_hub`, such as `private`, `token` or `revision`.
-        """
-        from huggingface_hub import HfApi
+            `user/name` of a dataset on the Hub, which is created if there is none.
+        private : bool, optional
+            Whether a new dataset is private.
+        token : str or bool, optional
+            Token of the Hub; by default that of `hf auth login`.
+        revision : str, optional
+            Branch, which must exist; by default `main`.
+        commit_message : str, default: "Upload cells"
 
-        self.dataset.push_to_hub(repo_id, **kwargs)
-        HfApi(token=kwargs.get("token")).upload_file(
-            path_or_fileobj=self.path / "genes.parquet",
-            path_in_repo="genes.parquet",
-            repo_id=repo_id,
-            repo_type="dataset",
-            revision=kwargs.get("revision"),
-        )
+        Returns
+        -------
+        str
+            Address of the commit.
+
+        Raises
+        ------
+        ValueError
+            The store is on a server.
+        """
+        self._must_be_local("uploaded")
+        self.must_be_unchanged()
+        if self._index is not None or self._is_joined:
+            with tempfile.TemporaryDirectory() as folder:
+                copy = self.save(Path(folder) / "store")
+                return copy.push_to_hub(
+                    repo_id, private=private, token=token, revision=revision, commit_message=commit_message
+                )
+        names = [shard["file"] for shard in self.manifest["shards"]]
+        return push_files(self.path, names, repo_id, private, token, revision, commit_message)
 
     def _must_have_neighbors(self) -> None:
         if not self.manifest["neighbors"]:
@@ -772,19 +844,30 @@ class CellStore:
 
     def must_be_unchanged(self) -> None:
         """Raise ValueError if the store at the path is no longer the one that was opened."""
-        if _read_manifest(self.path) != self.manifest:
+        if _read_manifest(self.path.now() if self.is_remote else self.path) != self.manifest:
             raise ValueError(f"{self.path} was replaced after this object opened it: open it again.")
 
     @cached_property
     def _names_key(self) -> str:
         """Checksum of the names of genes and categories, to detect that another store took this one's place."""
-        categories = hashlib.sha256(json.dumps(self.categories).encode()).hexdigest()  # the same in every process
-        return self.manifest["gene_table"]["checksum"] + categories
+        return names_key(self.manifest)
+
+    def _must_be_local(self, to_be: str) -> None:
+        if self.is_remote:
+            raise ValueError(
+                f"{self.path} is on a server and cannot be {to_be}: copy it first, "
+                f"CellStore({str(self.path)!r}).save('copy')."
+            )
+
+    @property
+    def _is_joined(self) -> bool:
+        """Whether shards are in other folders."""
+        return any(os.path.dirname(shard["file"]) for shard in self.manifest["shards"])
 
     def _must_be_whole(self, to_do: str) -> None:
         if self._index is not None:
             raise ValueError(f"This is a selection of {self.path}: {to_do} the whole store, or save the selection.")
-        if any(os.path.dirname(shard["file"]) for shard in self.manifest["shards"]):
+        if self._is_joined:
             raise ValueError(f"{self.path} is joined from others: {to_do} a saved copy of it (store.save).")
 
     def _report(self, sources: Sequence[Mapping[str, Any]]) -> None:
@@ -821,18 +904,8 @@ def _csr(indptr: np.ndarray, columns: np.ndarray, values: np.ndarray, n_columns:
     return sparse.csr_array(indices, shape=(len(indptr) - 1, n_columns))
 
 
-def _read_manifest(path: Path) -> dict:
-    file = path / "manifest.json"
-    if not path.exists() and path.with_name(f".{path.name}.old").exists():
-        time.sleep(0.2)  # another process may be replacing it just now
-        recover(path)
-    if not file.exists():
-        if building_of(path).exists():
-            raise FileNotFoundError(
-                f"{path} is incomplete: its build was interrupted. Call CellStore.build again to resume it."
-            )
-        raise FileNotFoundError(f"There is no CellStore at {path}; create one with CellStore.build.")
-    manifest = json.loads(file.read_text())
+def _read_manifest(path: Path | RemoteFolder) -> dict:
+    manifest = json.loads(_remote_manifest(path) if isinstance(path, RemoteFolder) else _local_manifest(path))
     readable = (FORMAT_VERSION, COMPACT_FORMAT_VERSION)
     if manifest["format_version"] not in readable:
         remedy = "Update stformer_hf." if manifest["format_version"] > max(readable) else "Rebuild it."
@@ -843,8 +916,33 @@ def _read_manifest(path: Path) -> dict:
     return manifest
 
 
-@reads("CellStore", lambda path: (path / "manifest.json").exists() and (path / "dataset_info.json").exists())
-def _read_store(path: Path) -> list[Layer]:
+def _remote_manifest(path: RemoteFolder) -> bytes:
+    try:
+        return (path / "manifest.json").read_bytes()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"There is no CellStore at {path}: it has no manifest.json.") from error
+
+
+def _local_manifest(path: Path) -> bytes:
+    file = path / "manifest.json"
+    if not path.exists() and path.with_name(f".{path.name}.old").exists():
+        time.sleep(0.2)  # another process may be replacing it just now
+        recover(path)
+    if not file.exists():
+        if building_of(path).exists():
+            raise FileNotFoundError(
+                f"{path} is incomplete: its build was interrupted. Call CellStore.build again to resume it."
+            )
+        raise FileNotFoundError(f"There is no CellStore at {path}; create one with CellStore.build.")
+    return file.read_bytes()
+
+
+@reads(
+    "CellStore",
+    lambda path: (path / "manifest.json").exists() and (path / "dataset_info.json").exists(),
+    remote=True,
+)
+def _read_store(path: Path | str) -> list[Layer]:
     return store_layers(CellStore(path))
 
 

@@ -27,7 +27,7 @@ from .shards import checksum, gene_type, read_batches, told_when_full, write_jso
 from .writer import prepare, process_pool, write_dataset_files
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features
+    from datasets import Features
 
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def _features(store: StoredCells, tokenizer: Any, obs: Sequence[str]) -> Feature
         "length": Value("int32"),
         "cell_id": Value("int64"),
     }
-    return Features({**features, **{name: store.dataset.features[name] for name in obs}})
+    return Features({**features, **{name: store.features[name] for name in obs}})
 
 
 def _cell_features(tokenizer: Any) -> dict[str, Any]:
@@ -236,13 +236,13 @@ class TokenShards:
             own = None if measured is None else measured[0].tolist()
             columns["measured_genes"] = pa.array([own] * len(rows), self.schema.field("measured_genes").type)
         if self.obs:
-            table = self._obs_columns[rows[0] : rows[-1] + 1]
+            table = self._obs_columns.slice(rows[0], len(rows))
             columns.update({name: table.column(name).combine_chunks() for name in self.obs})
         return pa.record_batch([columns[name] for name in self.schema.names], schema=self.schema)
 
     @cached_property
-    def _obs_columns(self) -> Dataset:
-        return self.store.dataset.select_columns(self.obs).with_format("arrow")
+    def _obs_columns(self) -> pa.Table:
+        return self.store.obs_table(self.obs)
 
 
 def _write_shards(shards: TokenShards, workers: int) -> list[dict]:
