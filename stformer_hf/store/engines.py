@@ -110,7 +110,7 @@ def _as_completed(submit: _Submit, arguments: Iterable[Any], most: int, ahead: f
 
 
 def _finished(running: dict[Future, int]) -> Iterator[tuple[int, Any]]:
-    for future in wait(running, return_when=FIRST_COMPLETED).done:
+    for future in sorted(wait(running, return_when=FIRST_COMPLETED).done, key=running.__getitem__):
         yield running.pop(future), future.result()
 
 
