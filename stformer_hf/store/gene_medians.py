@@ -178,8 +178,11 @@ class _Work:
             source.matrix.close()
 
 
-def _statistics_of(work: _Work, part: _Part) -> GeneStatistics:
-    statistics = work.begin()
+def _statistics_of(work: _Work, argument: tuple[_Part, bool]) -> GeneStatistics:
+    """Compute the statistics of a part; of those to be sketched, counts are not kept."""
+    part, sketched = argument
+    settings = {**work.settings, "method": "sketch"} if sketched else work.settings
+    statistics = GeneStatistics(work.gene_ids, work.symbols, **settings)
     work.add(statistics, part)
     return statistics
 
@@ -193,7 +196,8 @@ def _by_workers(work: _Work, workers: int, engine: str, progress: Callable[[int]
     statistics, found = work.begin(), {}
     with run_tasks(
         _statistics_of,
-        [parts[number] for number in sent],
+        # What is added to a sketch is sketched by the workers.
+        ((parts[number], statistics.method == "sketch") for number in sent),
         shared=replace(work, sources=readable),
         workers=workers,
         engine=engine,
@@ -201,7 +205,7 @@ def _by_workers(work: _Work, workers: int, engine: str, progress: Callable[[int]
     ) as results:
         for number, part in enumerate(parts):
             if part.source in here:
-                found[number] = _statistics_of(work, part)
+                found[number] = _statistics_of(work, (part, False))
             while number not in found:
                 at, result = next(results)
                 found[sent[at]] = result
