@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from scipy import sparse
 from tqdm.auto import tqdm
 
 from ..genes.statistics import MAX_MEMORY, GeneStatistics
@@ -142,6 +143,10 @@ class _Counts(NamedTuple):
     fractional: bool
     genes: np.ndarray  # row of the gene table for each column
 
+    def blocks(self, start: int, stop: int) -> Iterator[sparse.csr_matrix]:
+        """Read a range of cells, in blocks."""
+        yield from checked_blocks(self.matrix, self.name, self.counts_in, self.fractional, _CELLS_AT_ONCE, start, stop)
+
 
 @dataclass
 class _Work:
@@ -171,7 +176,7 @@ class _Work:
         """Add the cells of a part to statistics."""
         source = self.sources[part.source]
         try:
-            for block in checked_blocks(*source[:4], _CELLS_AT_ONCE, part.start, part.stop):
+            for block in source.blocks(part.start, part.stop):
                 statistics.add(block, source.genes)
                 progress(block.shape[0])
         finally:
