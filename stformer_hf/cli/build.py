@@ -45,6 +45,7 @@ class BuildArguments:
         default=None, metadata={"help": "i n: build only part i (from 0) of n equal parts; see CellStore.join"}
     )
     workers: int = field(default=1, metadata={"help": "number of processes that read files"})
+    engine: str = field(default="local", metadata={"help": "where they run: local, or ray (on a cluster)"})
     overwrite: bool = field(default=False, metadata={"help": "replace an existing store"})
     allow_duplicates: bool = field(
         default=False, metadata={"help": "accept files with the same cells, such as raw and filtered ones of a run"}

@@ -21,7 +21,7 @@ _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "anndata", "nump
 EXTRAS = {
     "plots": (("matplotlib", "scanpy", "leidenalg"), "plots, UMAP, Leiden clusters"),
     "search": (("optuna",), "stformer-hf search"),
-    "ray": (("ray",), "search on several machines"),
+    "ray": (("ray",), "search, and preparation of data, on several machines"),
     "flash": (("flash_attn",), "flash attention on a GPU"),
     "lora": (("peft",), "finetune --lora, and adapters in place of checkpoints"),
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "stformer-hf export"),

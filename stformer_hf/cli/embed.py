@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _KEYS = {"cells": "X_stformer", "neighborhood": "X_neighborhood"}
 _OWN = {  # flags of each kind
-    "cells": ("dtype", "hidden_layer", "pooling", "with_phenotypes", "min_coverage"),
+    "cells": ("dtype", "hidden_layer", "pooling", "with_phenotypes", "min_coverage", "workers", "engine"),
     "neighborhood": (
         "spatial_key",
         "section_key",
@@ -55,6 +55,10 @@ class EmbedArguments(OnCells):
     )
     with_phenotypes: bool = field(
         default=False, metadata={"help": "cells: let the model read their phenotypes, which are masked by default"}
+    )
+    workers: int = field(default=1, metadata={"help": "cells of a store: number of processes"})
+    engine: str = field(
+        default="local", metadata={"help": "cells of a store: where they run: local, or ray (on a cluster)"}
     )
     spatial_key: str = field(default="spatial", metadata={"help": "neighbourhoods: key of the coordinates in obsm"})
     section_key: str | None = field(

@@ -35,6 +35,8 @@ class MediansArguments:
     unify: str | None = field(
         default=None, metadata={"help": "symbol: merge genes with the same symbol but other ids in other files"}
     )
+    workers: int = field(default=1, metadata={"help": "number of processes that read stores and files"})
+    engine: str = field(default="local", metadata={"help": "where they run: local, or ray (on a cluster)"})
     overwrite: bool = field(default=False, metadata={"help": "replace an existing file"})
 
 
@@ -91,4 +93,6 @@ def _estimated(args: MediansArguments):
         fractional=args.fractional,
         aliases=args.aliases,
         unify=args.unify,
+        workers=args.workers,
+        engine=args.engine,
     )

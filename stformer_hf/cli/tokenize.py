@@ -40,6 +40,7 @@ class TokenizeArguments:
     )
     obs: list[str] | None = field(default=None, metadata={"help": "columns of obs to copy, or all"})
     workers: int = field(default=1, metadata={"help": "number of processes"})
+    engine: str = field(default="local", metadata={"help": "where they run: local, or ray (on a cluster)"})
     rows_per_shard: int | None = field(default=None, metadata={"help": "cells per file (default: 16384)"})
     overwrite: bool = field(default=False, metadata={"help": "replace an existing tokenized dataset"})
 
@@ -71,7 +72,9 @@ def run(args: TokenizeArguments):
         store = store.with_neighborhoods()
     shards = {} if args.rows_per_shard is None else {"rows_per_shard": args.rows_per_shard}
     obs = "all" if args.obs == ["all"] else args.obs
-    return store.tokenize(tokenizer, args.output, obs=obs, workers=args.workers, overwrite=args.overwrite, **shards)
+    return store.tokenize(
+        tokenizer, args.output, obs=obs, workers=args.workers, engine=args.engine, overwrite=args.overwrite, **shards
+    )
 
 
 def _open(path: str):

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
+def part_of(path: Path) -> Path:
+    """Return the path at which this process writes a file, before renaming it to `path`.
+
+    No other process has it, also on another machine: a task that was lost and runs again does not write into the same
+    file as the lost one, if that is still alive.
+    """
+    return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.part")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to, which is renamed to `path` at the end; after an error it is removed."""
-    part = path.with_name(f".{path.name}.part")
+    part = part_of(path)
     try:
         yield part
         part.replace(path)
@@ -18,4 +29,4 @@ def whole_file(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-__all__ = ["whole_file"]
+__all__ = ["part_of", "whole_file"]

@@ -114,11 +114,11 @@ def annotate(
 
     centroids = None if out_of_fold is None else out_of_fold.centroids
 
-    def forward(batch: dict[str, torch.Tensor], types: torch.Tensor) -> torch.Tensor:
+    def forward(model: PreTrainedModel, batch: dict[str, torch.Tensor], types: torch.Tensor) -> torch.Tensor:
         if centroids is None:
-            return head.predictions(classifier(**batch).logits)
-        outputs = classifier(**batch, output_hidden_states=True)
-        states = classifier.pool(outputs.hidden_states[-1], types, batch["attention_mask"]).double()
+            return head.predictions(model(**batch).logits)
+        outputs = model(**batch, output_hidden_states=True)
+        states = model.pool(outputs.hidden_states[-1], types, batch["attention_mask"]).double()
         distances = torch.cdist(states, torch.from_numpy(centroids).to(states)).amin(dim=1, keepdim=True)
         return torch.cat([head.predictions(outputs.logits), distances.float()], dim=1)
 

@@ -7,7 +7,8 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from ..models.gene_bert.cell_tables import find_table, is_mudata, is_spatialdata
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
 from ..sources.open_source import Source, open_source
 from ..store.cell_store import CellStore
+from ..store.engines import check_engine, run_tasks, runs_here
 from ..training.cell_heads import check_finite
 from ..training.cell_trainer import check_tokenizer_fits
 from ..training.loading import is_model, load_config, load_model, tokenizer_of, unwrap
@@ -32,6 +34,7 @@ from ..training.loading import is_model, load_config, load_model, tokenizer_of, 
 logger = logging.getLogger(__name__)
 
 _ROWS_PER_BLOCK = 4096
+_BLOCKS_PER_TASK = 4
 
 
 def load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_class, min_coverage: float | None = None):
@@ -103,7 +106,7 @@ def run(
     adata: AnnData,
     model: PreTrainedModel,
     tokenizer: GeneTokenizer,
-    forward: Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor],
+    forward: Callable[[PreTrainedModel, dict[str, torch.Tensor], torch.Tensor], torch.Tensor],
     *,
     layer: str | None,
     fractional: bool,
@@ -113,6 +116,8 @@ def run(
     with_phenotypes: bool,
     dtype: str | None = None,
     distributed: bool = False,
+    workers: int = 1,
+    engine: str = "local",
 ) -> tuple[np.ndarray, np.ndarray, Source]:
     """Apply a function to every cell.
 
@@ -121,11 +126,11 @@ def run(
     adata : AnnData, MuData, SpatialData or CellStore
         Cells.
     model : PreTrainedModel
-        The model that `forward` calls; its mode and device are restored afterwards.
+        The model that `forward` gets; its mode and device are restored afterwards.
     tokenizer : GeneTokenizer
         Tokenizes the cells.
     forward : callable
-        Batch of input tensors (n, length), and the token types -> Tensor (n, d).
+        Model, batch of input tensors (n, length), and the token types -> Tensor (n, d).
     layer : str, optional
         Layer of the counts.
     fractional : bool
@@ -143,6 +148,11 @@ def run(
     distributed : bool, default: False
         Divide the cells among the processes of `accelerate launch`, all of which call this function and return all
         results.
+    workers : int, default: 1
+        Number of processes that read a store, each with a copy of the model, and call `forward`, which must be
+        picklable. A result is that of one process, as far as torch computes the same with as many threads.
+    engine : {"local", "ray"}, default: "local"
+        Where these processes run, see `run_tasks`. With Ray and a `device` of cuda, each has one GPU.
 
     Returns
     -------
@@ -156,34 +166,106 @@ def run(
     Raises
     ------
     ValueError
-        The batch size is below 1; there are no cells; outputs are NaN or infinite.
+        The batch size is below 1; there are no cells; outputs are NaN or infinite; several processes are asked for
+        cells that are not in a store, or in two ways.
     """
+    check_engine(engine, workers)
+    here = runs_here(engine, workers)
+    if not here and not isinstance(adata, CellStore):
+        raise ValueError("workers and engine need a CellStore: build one from the cells first.")
     source = open_source(adata, layer, fractional)
     state, n_cells = PartialState() if distributed else None, source.shape[0]
     rank, world = (0, 1) if state is None else (state.process_index, state.num_processes)
     own = range(rank * n_cells // world, (rank + 1) * n_cells // world)
     if state is not None and device is None:
         device = str(state.device)
-    results, n_genes = None, np.zeros(n_cells, np.int64)
-    with at_work(model, device, dtype=dtype):
-        for batch in read_batches(
-            source, tokenizer, batch_size, desc=desc, with_phenotypes=with_phenotypes, cells=own
-        ):
-            batch = batch.to(model.device)
-            found = forward(batch.inputs, batch.types).float().cpu().numpy()
-            if results is None:
-                results = np.empty((n_cells, *found.shape[1:]), found.dtype)
-            results[batch.rows] = found
-            n_genes[batch.rows] = (batch.genes >= 0).sum(axis=1)
+    work = _Work(model, tokenizer, forward, batch_size, device, dtype, with_phenotypes)
+    if here:
+        parts = [work.run(source, own, desc)]
+    else:
+        if world > 1:
+            raise ValueError("accelerate launch divides the cells already: leave workers and engine out.")
+        parts = _by_workers(work, adata, workers, engine, desc)
     if world > 1:
-        part = None if results is None else results[own.start : own.stop]
-        parts = gather_object([(part, n_genes[own.start : own.stop])])  # in the order of the processes
+        parts = gather_object(parts)  # in the order of the processes
+    results, n_genes = parts[0]
+    if len(parts) > 1:
         results = np.concatenate([part for part, _ in parts if part is not None])
         n_genes = np.concatenate([part for _, part in parts])
     check_finite(results, n_genes > 0)
     if (n_genes == 0).any():
         logger.warning(f"{(n_genes == 0).sum()} cells have no counts in genes that the model knows.")
     return results, n_genes, source
+
+
+@dataclass
+class _Work:
+    """What any process needs to apply a function to cells; see `run`."""
+
+    model: PreTrainedModel
+    tokenizer: GeneTokenizer
+    forward: Callable[[PreTrainedModel, dict[str, torch.Tensor], torch.Tensor], torch.Tensor]
+    batch_size: int
+    device: str | None
+    dtype: str | None
+    with_phenotypes: bool
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Hold the model as its weights: a model that ran has hooks of Transformers, which cannot be pickled."""
+        weights = {name: weight.cpu() for name, weight in self.model.state_dict().items()}
+        return {**self.__dict__, "model": (type(self.model), self.model.config, weights)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        kind, config, weights = state["model"]
+        model = kind(config)
+        model.load_state_dict(weights, assign=True)
+        self.__dict__.update({**state, "model": model})
+
+    def run(self, source: Source, cells: range, desc: str | None) -> tuple[np.ndarray | None, np.ndarray]:
+        """Return the results of a range of cells, None without cells, and the number of genes of each.
+
+        `desc` is the text of the progress bar; None shows none.
+        """
+        results, n_genes = None, np.zeros(len(cells), np.int64)
+        with at_work(self.model, self.device, dtype=self.dtype):
+            batches = read_batches(
+                source, self.tokenizer, self.batch_size, desc=desc, with_phenotypes=self.with_phenotypes, cells=cells
+            )
+            for batch in batches:
+                batch = batch.to(self.model.device)
+                found = self.forward(self.model, batch.inputs, batch.types).float().cpu().numpy()
+                if results is None:
+                    results = np.empty((len(cells), *found.shape[1:]), found.dtype)
+                rows = batch.rows - cells.start
+                results[rows] = found
+                n_genes[rows] = (batch.genes >= 0).sum(axis=1)
+        return results, n_genes
+
+
+def _by_workers(
+    work: _Work, store: CellStore, workers: int, engine: str, desc: str
+) -> list[tuple[np.ndarray | None, np.ndarray]]:
+    """Let workers do the work; return the results of ranges of cells, in order.
+
+    The ranges are of whole blocks, so that the batches are those of one process.
+    """
+    step = _BLOCKS_PER_TASK * _ROWS_PER_BLOCK
+    ranges = [range(start, min(start + step, len(store))) for start in range(0, max(len(store), 1), step)]
+    parts: list = [None] * len(ranges)
+    gpus = 1 if torch.device(work.device or "cpu").type == "cuda" else 0
+    with (
+        tqdm(total=len(store), desc=desc, unit="cell", disable=None) as bar,
+        run_tasks(_run_range, ranges, shared=(work, store), workers=workers, engine=engine, gpus=gpus) as results,
+    ):
+        for number, part in results:
+            parts[number] = part
+            bar.update(len(ranges[number]))
+    return parts
+
+
+def _run_range(shared: tuple[_Work, CellStore], cells: range) -> tuple[np.ndarray | None, np.ndarray]:
+    work, store = shared
+    return work.run(open_source(store), cells, None)
 
 
 class TokenBatch(NamedTuple):
@@ -217,7 +299,7 @@ def read_batches(
     tokenizer: GeneTokenizer,
     batch_size: int,
     *,
-    desc: str,
+    desc: str | None,
     with_phenotypes: bool = False,
     max_padded: int | None = None,
     cells: range | None = None,
@@ -231,8 +313,8 @@ def read_batches(
     tokenizer : GeneTokenizer
     batch_size : int
         Cells per batch.
-    desc : str
-        Text of the progress bar.
+    desc : str, optional
+        Text of the progress bar; None shows none.
     with_phenotypes : bool, default: False
         Whether the model reads the phenotypes in obs; they are masked otherwise.
     max_padded : int, optional
@@ -260,7 +342,7 @@ def read_batches(
     if tokenizer.neighborhood:
         graph = source.neighbors(NEIGHBORS).rows(0, source.shape[0])
         around = sum_of_neighbors(graph, sparse.vstack(list(source.blocks(_ROWS_PER_BLOCK)), format="csr"))
-    with tqdm(total=len(cells), desc=desc, unit="cell", disable=True if cells.start else None) as bar:
+    with tqdm(total=len(cells), desc=desc, unit="cell", disable=True if cells.start or desc is None else None) as bar:
         for block in source.blocks(_ROWS_PER_BLOCK, cells.start, cells.stop):
             stop = start + block.shape[0]
             tokens = tokenizer.encode_cells(

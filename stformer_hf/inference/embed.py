@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from anndata import AnnData
@@ -31,6 +33,8 @@ def embed(
     dtype: str | None = None,
     min_coverage: float | None = None,
     distributed: bool = False,
+    workers: int = 1,
+    engine: str = "local",
 ) -> AnnData | None:
     """Write an embedding of every cell into `adata.obsm[key_added]`.
 
@@ -72,6 +76,11 @@ def embed(
     distributed : bool, default: False
         Divide the cells among the processes of `accelerate launch`. All of them must call the function, and each gets
         all results.
+    workers : int, default: 1
+        For a store: number of processes, each with a copy of the model. As always with multiprocessing, the main part
+        of a script must be under `if __name__ == "__main__":`.
+    engine : {"local", "ray"}, default: "local"
+        Where these processes run; as in `CellStore.build`. With Ray and `device="cuda"`, each has one GPU.
 
     Returns
     -------
@@ -103,6 +112,8 @@ def embed(
         device=device,
         dtype=dtype,
         distributed=distributed,
+        workers=workers,
+        engine=engine,
     )[0]
 
 
@@ -130,16 +141,11 @@ def embed_and_count(
         raise ValueError('The tokenizer adds no [CLS]: use pooling="mean".')
     encoder = getattr(encoder, encoder.base_model_prefix, encoder)
     check_hidden_layer(encoder, hidden_layer)
-
-    def forward(batch: dict[str, torch.Tensor], types: torch.Tensor) -> torch.Tensor:
-        hidden = encoder(**batch, output_hidden_states=True).hidden_states[hidden_layer]
-        return pool(hidden, types, batch["attention_mask"], pooling)
-
     embedding, n_genes, source = run(
         adata,
         encoder,
         tokenizer,
-        forward,
+        partial(_pooled, hidden_layer=hidden_layer, pooling=pooling),
         layer=layer,
         desc="embed",
         with_phenotypes=with_phenotypes,
@@ -156,6 +162,14 @@ def embed_and_count(
         "vocabulary_fingerprint": tokenizer.fingerprint,
     }
     return (table if isinstance(adata, CellStore) else None), n_genes
+
+
+def _pooled(
+    encoder: PreTrainedModel, batch: dict[str, torch.Tensor], types: torch.Tensor, *, hidden_layer: int, pooling: str
+) -> torch.Tensor:
+    """Return the pooled hidden states of a batch, Tensor (n, hidden size)."""
+    hidden = encoder(**batch, output_hidden_states=True).hidden_states[hidden_layer]
+    return pool(hidden, types, batch["attention_mask"], pooling)
 
 
 def default_pooling(config: PreTrainedConfig) -> str:

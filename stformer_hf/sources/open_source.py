@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,8 +38,6 @@ class Source:
         Where the counts are: `X`, `raw`, or the name of a layer.
     genes : GeneTable
         One row per column of the matrix; ids may repeat.
-    obs : DataFrame
-        One row per cell, indexed by cell name.
     key : dict or None
         Path, size and time of the file, by which an interrupted build recognises it; None in memory.
     matrix : Matrix
@@ -49,11 +47,16 @@ class Source:
     name: str
     counts_in: str
     genes: GeneTable
-    obs: pd.DataFrame
     key: dict | None
     matrix: Matrix
     _layer: Layer
     _fractional: bool
+
+    @cached_property
+    def obs(self) -> pd.DataFrame:
+        """Table with one row per cell, indexed by cell name; that of a store is read when it is needed."""
+        obs = self._layer.obs()
+        return obs.set_axis(obs.columns.astype(str), axis=1)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -188,20 +191,20 @@ def open_source(
             name=name,
             counts_in=found.name,
             genes=found.genes(),
-            obs=found.obs(),
             key=key,
             matrix=found.matrix,
             _layer=found,
             _fractional=fractional,
         )
+        # The names of the cells of a store may take more memory than all that is computed from their counts.
+        n_cells = opened.shape[0] if isinstance(found.matrix, StoreMatrix) else len(opened.obs)
         found.matrix.close()
-    opened.obs = opened.obs.set_axis(opened.obs.columns.astype(str), axis=1)
     if (opened.genes.gene_ids == "").any():
         n_nameless = int((opened.genes.gene_ids == "").sum())
         raise ValueError(f"{name}: {n_nameless} columns have no gene name; remove them, or name them.")
-    if opened.shape != (len(opened.obs), len(opened.genes)):
+    if opened.shape != (n_cells, len(opened.genes)):
         raise ValueError(
-            f"{name} is damaged: {found.name} has the shape {opened.shape}, but there are {len(opened.obs)} cells and "
+            f"{name} is damaged: {found.name} has the shape {opened.shape}, but there are {n_cells} cells and "
             f"{len(opened.genes)} genes."
         )
     return opened

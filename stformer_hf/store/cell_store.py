@@ -519,6 +519,7 @@ class CellStore:
         seed: int = 0,
         part: tuple[int, int] | None = None,
         workers: int = 1,
+        engine: str = "local",
         overwrite: bool = False,
         allow_duplicates: bool = False,
         report: bool = True,
@@ -574,6 +575,9 @@ class CellStore:
         workers : int, default: 1
             Number of processes that read files; AnnData objects in memory are read by this process. As always with
             multiprocessing, the main part of a script must be under `if __name__ == "__main__":`.
+        engine : {"local", "ray"}, default: "local"
+            Where these processes run: on this machine, or as tasks on a Ray cluster whose machines see the files under
+            the same paths. A task whose worker is killed runs again. The result is the same, byte for byte.
         overwrite : bool, default: False
             Replace a store at the path once the new one is complete.
         allow_duplicates : bool, default: False
@@ -613,6 +617,7 @@ class CellStore:
             seed=seed,
             part=part,
             workers=workers,
+            engine=engine,
             rows_per_batch=rows_per_batch,
             rows_per_shard=rows_per_shard,
             allow_duplicates=allow_duplicates,
@@ -633,6 +638,7 @@ class CellStore:
         aliases: Mapping[str, str] | pd.DataFrame | str | Path | None = None,
         unify: str | None = None,
         workers: int = 1,
+        engine: str = "local",
         allow_duplicates: bool = False,
     ) -> None:
         """Append the cells of other sources; new genes are appended to the gene table.
@@ -661,6 +667,7 @@ class CellStore:
             unify=unify,
             compact=self.is_compact,
             workers=workers,
+            engine=engine,
             allow_duplicates=allow_duplicates,
         )
         write_store(self.path, sources, settings, base=self)
@@ -729,6 +736,7 @@ class CellStore:
         *,
         obs: Sequence[str] | str | None = None,
         workers: int = 1,
+        engine: str = "local",
         rows_per_shard: int = TOKEN_ROWS_PER_SHARD,
         overwrite: bool = False,
     ) -> Dataset:
@@ -750,6 +758,8 @@ class CellStore:
         workers : int, default: 1
             Number of processes that tokenize. As always with multiprocessing, the main part of a script must be under
             `if __name__ == "__main__":`.
+        engine : {"local", "ray"}, default: "local"
+            Where these processes run; as in `build`.
         rows_per_shard : int, default: 16,384
             Cells per file.
         overwrite : bool, default: False
@@ -782,6 +792,7 @@ class CellStore:
             local_path(path),
             obs=obs,
             workers=workers,
+            engine=engine,
             rows_per_shard=rows_per_shard,
             overwrite=overwrite,
         )

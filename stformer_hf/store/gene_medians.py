@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from anndata import AnnData
+from scipy import sparse
 from tqdm.auto import tqdm
 
 from ..genes.statistics import MAX_MEMORY, GeneStatistics
 from ..genes.unite import unite
 from ..sources.formats import expand
-from ..sources.open_source import open_source
+from ..sources.matrices import Matrix, MemoryMatrix
+from ..sources.open_source import checked_blocks, open_source
 from ..sources.stored_cells import StoredCells
+from .engines import check_engine, run_tasks, runs_here
 
 logger = logging.getLogger(__name__)
 
 _CELLS_AT_ONCE = 1024
+_CELLS_OF_PART = 65_536  # sums are of parts, then of their sums: the same numbers on any number of workers
 
 
 def estimate_gene_medians(
@@ -31,6 +38,8 @@ def estimate_gene_medians(
     fractional: bool = False,
     aliases: Mapping[str, str] | pd.DataFrame | str | Path | None = None,
     unify: str | None = None,
+    workers: int = 1,
+    engine: str = "local",
 ) -> GeneStatistics:
     """Estimate the median of the non-zero values of each gene, as the rank scheme of `GeneTokenizer` needs.
 
@@ -57,6 +66,12 @@ def estimate_gene_medians(
         Old gene id (or name) -> new id.
     unify : "symbol", optional
         Merge genes of different sources that have the same symbol under different ids.
+    workers : int, default: 1
+        Number of processes that read stores and files, 65,536 cells at a time; AnnData objects in memory are read by
+        this process. The result is the same, bit for bit. As always with multiprocessing, the main part of a script
+        must be under `if __name__ == "__main__":`.
+    engine : {"local", "ray"}, default: "local"
+        Where these processes run; as in `CellStore.build`.
 
     Returns
     -------
@@ -76,23 +91,31 @@ def estimate_gene_medians(
     >>> medians = estimate_gene_medians(store).medians
     >>> tokenizer = GeneTokenizer.from_store(store, scheme="rank", medians=medians)
     """
+    check_engine(engine, workers)
     GeneStatistics([], target_sum=target_sum, method=method, max_memory=max_memory)  # raises before files are read
     sources = [open_source(found, layer, fractional) for found in expand(source)]
     if not sources:
         raise ValueError("No sources: pass at least one AnnData, store or file.")
     united = unite([found.genes for found in sources], [found.name for found in sources], aliases=aliases, unify=unify)
-    statistics = GeneStatistics(
-        united.genes.gene_ids, united.genes.symbols, target_sum=target_sum, method=method, max_memory=max_memory
+    settings = {"target_sum": target_sum, "method": method, "max_memory": max_memory}
+    work = _Work(
+        united.genes.gene_ids,
+        united.genes.symbols,
+        settings,
+        [
+            _Counts(found.matrix, found.name, found.counts_in, found.fractional, genes)
+            for found, genes in zip(sources, united.rows, strict=True)
+        ],
     )
     n_cells = sum(found.shape[0] for found in sources)
     with tqdm(total=n_cells, desc="gene medians", unit="cell", disable=None) as bar:
-        for found, genes in zip(sources, united.rows, strict=True):
-            try:
-                for block in found.blocks(_CELLS_AT_ONCE):
-                    statistics.add(block, genes)
-                    bar.update(block.shape[0])
-            finally:
-                found.matrix.close()
+        if runs_here(engine, workers):
+            statistics = work.begin()
+            for part in work.parts():
+                with statistics.as_one_part():
+                    work.add(statistics, part, bar.update)
+        else:
+            statistics = _by_workers(work, workers, engine, bar.update)
     names = ", ".join(found.name for found in sources[:3]) + (", …" if len(sources) > 3 else "")
     if not n_cells:
         raise ValueError(f"{names}: no cells.")
@@ -100,6 +123,99 @@ def estimate_gene_medians(
         raise ValueError(f"{names}: none of the {n_cells} cells has counts.")
     if statistics.n_cells < n_cells:
         logger.warning(f"{n_cells - statistics.n_cells} of {n_cells} cells have no counts; they are skipped.")
+    return statistics
+
+
+class _Part(NamedTuple):
+    """A range of cells of a source."""
+
+    source: int
+    start: int
+    stop: int
+
+
+class _Counts(NamedTuple):
+    """What any process needs to read a source."""
+
+    matrix: Matrix
+    name: str
+    counts_in: str
+    fractional: bool
+    genes: np.ndarray  # row of the gene table for each column
+
+    def blocks(self, start: int, stop: int) -> Iterator[sparse.csr_matrix]:
+        """Read a range of cells, in blocks."""
+        yield from checked_blocks(self.matrix, self.name, self.counts_in, self.fractional, _CELLS_AT_ONCE, start, stop)
+
+
+@dataclass
+class _Work:
+    """Sources, and the statistics to compute of them."""
+
+    gene_ids: np.ndarray
+    symbols: np.ndarray
+    settings: dict[str, Any]
+    sources: list[Any]  # of _Counts; None where another process reads
+
+    def begin(self) -> GeneStatistics:
+        """Return statistics of no cells."""
+        return GeneStatistics(self.gene_ids, self.symbols, **self.settings)
+
+    def parts(self) -> list[_Part]:
+        """Cut the sources into parts, in order."""
+        parts = []
+        for number, source in enumerate(self.sources):
+            n_cells = source.matrix.shape[0]
+            step = _CELLS_OF_PART if source.matrix.seekable else max(1, n_cells)
+            parts += [_Part(number, start, min(start + step, n_cells)) for start in range(0, n_cells, step)]
+        return parts
+
+    def add(
+        self, statistics: GeneStatistics, part: _Part, progress: Callable[[int], object] = lambda n_cells: None
+    ) -> None:
+        """Add the cells of a part to statistics."""
+        source = self.sources[part.source]
+        try:
+            for block in source.blocks(part.start, part.stop):
+                statistics.add(block, source.genes)
+                progress(block.shape[0])
+        finally:
+            source.matrix.close()
+
+
+def _statistics_of(work: _Work, argument: tuple[_Part, bool]) -> GeneStatistics:
+    """Compute the statistics of a part; of those to be sketched, counts are not kept."""
+    part, sketched = argument
+    settings = {**work.settings, "method": "sketch"} if sketched else work.settings
+    statistics = GeneStatistics(work.gene_ids, work.symbols, **settings)
+    work.add(statistics, part)
+    return statistics
+
+
+def _by_workers(work: _Work, workers: int, engine: str, progress: Callable[[int], object]) -> GeneStatistics:
+    """Compute the statistics of the parts, those of files and stores by workers, and merge them in order."""
+    parts = work.parts()
+    here = {number for number, source in enumerate(work.sources) if isinstance(source.matrix, MemoryMatrix)}
+    sent = [number for number, part in enumerate(parts) if part.source not in here]
+    readable = [None if number in here else source for number, source in enumerate(work.sources)]
+    statistics, found = work.begin(), {}
+    with run_tasks(
+        _statistics_of,
+        # What is added to a sketch is sketched by the workers.
+        ((parts[number], statistics.method == "sketch") for number in sent),
+        shared=replace(work, sources=readable),
+        workers=workers,
+        engine=engine,
+        ahead=2 * workers,
+    ) as results:
+        for number, part in enumerate(parts):
+            if part.source in here:
+                found[number] = _statistics_of(work, (part, False))
+            while number not in found:
+                at, result = next(results)
+                found[sent[at]] = result
+            statistics = statistics.merge(found.pop(number))
+            progress(part.stop - part.start)
     return statistics
 
 

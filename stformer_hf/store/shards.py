@@ -24,6 +24,7 @@ from scipy import sparse
 
 from ..genes.text_files import naming
 from ..genes.unite import FATES
+from ..genes.whole_files import part_of
 from ..sources.matrices import Matrix
 from ..sources.obs_columns import as_arrow
 from ..sources.open_source import checked_blocks
@@ -199,6 +200,9 @@ class Piece:
     rows_per_shard: int
     describe: bool = False
 
+    def __len__(self) -> int:
+        return self.stop - self.start
+
     @property
     def description(self) -> Path:
         """File with the descriptions of the cells."""
@@ -274,7 +278,10 @@ def write_piece(piece: Piece, progress: Callable[[int], object] = lambda n_cells
             "shards": writer.shards,
         }
         if piece.describe:
-            np.save(piece.description, np.concatenate(described))
+            part = part_of(piece.description)
+            with open(part, "wb") as file:
+                np.save(file, np.concatenate(described))
+            part.replace(piece.description)
         write_json(piece.record, record)
     return record
 
@@ -332,7 +339,8 @@ class ShardWriter:
         self.close()
         file = f"{self._stem}-{len(self.shards):05d}.arrow"
         self.shards.append({"file": file, "rows": 0, **_types(self._format)})
-        self._file = open(self._folder / file, "wb")
+        self._part = part_of(self._folder / file)
+        self._file = open(self._part, "wb")
         self._writer = pa.ipc.new_stream(self._file, self._schema)
 
     def close(self) -> None:
@@ -343,6 +351,7 @@ class ShardWriter:
                 self._file.flush()
                 os.fsync(self._file.fileno())
             self._writer = None
+            self._part.replace(self._folder / self.shards[-1]["file"])
 
 
 def _lists(bounds: np.ndarray, values: np.ndarray) -> pa.ListArray:
@@ -367,7 +376,7 @@ def read_batches(file: Path) -> Iterator[pa.RecordBatch]:
 def rewrite(file: Path, target: Path, row_format: RowFormat) -> None:
     """Rewrite a shard with the types of a format, one record batch at a time."""
     schema = row_format.schema()
-    part = target.with_name(target.name + ".part")
+    part = part_of(target)
     with pa.ipc.new_stream(str(part), schema) as writer:
         for batch in read_batches(file):
             try:
@@ -492,7 +501,7 @@ def told_when_full(folder: Path, what: str = "the store", call: str = "build") -
 
 def write_json(path: Path, value) -> None:
     """Write a JSON file atomically."""
-    part = path.with_name(path.name + ".part")
+    part = part_of(path)
     with open(part, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
         file.flush()

@@ -6,10 +6,9 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -20,11 +19,13 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
+from ..genes.whole_files import part_of
 from ..genes.wrong_names import must_have
 from ..sources.stored_cells import StoredCells
+from .engines import check_engine, run_tasks, runs_here
 from .replacing import Contents, check_free, recover, written_at
 from .shards import checksum, gene_type, read_batches, told_when_full, write_json
-from .writer import prepare, process_pool, write_dataset_files
+from .writer import prepare, write_dataset_files
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -54,6 +55,7 @@ def write_tokens(
     *,
     obs: Sequence[str] | str | None,
     workers: int,
+    engine: str,
     rows_per_shard: int,
     overwrite: bool,
 ) -> None:
@@ -63,9 +65,9 @@ def write_tokens(
     """
     path = path.resolve()
     recover(path)
-    for name, value in (("workers", workers), ("rows_per_shard", rows_per_shard)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: must be at least 1.")
+    check_engine(engine, workers)
+    if rows_per_shard < 1:
+        raise ValueError(f"rows_per_shard={rows_per_shard}: must be at least 1.")
     if not hasattr(tokenizer, "encode_cells"):
         raise TypeError(f"A GeneTokenizer is needed, got {type(tokenizer).__name__}.")
     check_free(path, _TOKENS, overwrite)
@@ -74,7 +76,7 @@ def write_tokens(
     with written_at(path, _TOKENS, overwrite) as building, told_when_full(building, "the tokens", "tokenize"):
         prepare(building, _plan(store, selection, tokenizer, columns, rows_per_shard))
         shards = TokenShards(store, tokenizer, building, columns, features.arrow_schema, rows_per_shard)
-        _finish(building, shards, _write_shards(shards, workers), features)
+        _finish(building, shards, _write_shards(shards, workers, engine), features)
     (path / "plan.json").unlink(missing_ok=True)  # only now: without it, an interrupted call starts over
 
 
@@ -187,7 +189,7 @@ class TokenShards:
         if file.exists():
             progress(stop - start)
         else:
-            part = file.with_name(file.name + ".part")
+            part = part_of(file)
             with (
                 told_when_full(self.folder, "the tokens", "tokenize"),
                 open(part, "wb") as sink,
@@ -206,7 +208,7 @@ class TokenShards:
                 flushed.result()
                 sink.flush()
                 os.fsync(sink.fileno())
-            part.rename(file)
+            part.replace(file)
         return {"file": file.name, "rows": stop - start, "bytes": file.stat().st_size, "checksum": checksum(file)}
 
     def _tokenized(self, rows: np.ndarray) -> pa.RecordBatch:
@@ -245,36 +247,18 @@ class TokenShards:
         return self.store.obs_table(self.obs)
 
 
-def _write_shards(shards: TokenShards, workers: int) -> list[dict]:
+def _write_shards(shards: TokenShards, workers: int, engine: str) -> list[dict]:
     """Write the missing shards; return the records of all shards, in the order of the cells."""
     numbers = range(len(shards))
     with tqdm(total=len(shards.store), desc="tokenize", unit="cell", disable=None) as bar:
-        if workers == 1:
+        if runs_here(engine, workers):
             return [shards.write(number, bar.update) for number in numbers]
-        with tempfile.TemporaryDirectory() as folder:
-            # Passed through a file: arguments larger than a pipe's buffer would keep the next worker from starting
-            # until the first has finished its imports.
-            file = Path(folder, "shards")
-            file.write_bytes(pickle.dumps(shards))
-            with process_pool(workers, _start_worker, (file,)) as pool:
-                assert pool is not None  # there are several workers
-                running = [pool.submit(_write_shard, number) for number in numbers]
-                for done in as_completed(running):
-                    bar.update(done.result()["rows"])
-    return [done.result() for done in running]
-
-
-_of_worker: TokenShards | None = None  # each worker reads store and tokenizer once
-
-
-def _start_worker(file: Path) -> None:
-    global _of_worker
-    _of_worker = pickle.loads(file.read_bytes())
-
-
-def _write_shard(number: int) -> dict:
-    assert _of_worker is not None
-    return _of_worker.write(number)
+        records: dict[int, dict] = {}
+        with run_tasks(TokenShards.write, numbers, shared=shards, workers=workers, engine=engine) as results:
+            for number, record in results:
+                records[number] = record
+                bar.update(record["rows"])
+    return [records[number] for number in numbers]
 
 
 # ---------------------------------------------------------------------- finishing
@@ -282,6 +266,8 @@ def _write_shard(number: int) -> dict:
 
 def _finish(building: Path, shards: TokenShards, records: list[dict], features: Features) -> None:
     """Write the files that make the folder a dataset, the manifest last."""
+    for leftover in building.glob(".*.part"):  # of workers that were killed
+        leftover.unlink()
     n_tokens = _write_lengths(building, records)
     tokenizer = shards.tokenizer
     tokenizer.save_pretrained(building / "tokenizer")

@@ -5,14 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import shutil
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,12 +20,14 @@ from tqdm.auto import tqdm
 
 from ..genes.gene_table import GeneTable
 from ..genes.unite import FATES, UnitedGenes, unite
+from ..genes.whole_files import part_of
 from ..sources.formats import expand
 from ..sources.matrices import MemoryMatrix
 from ..sources.obs_columns import ObsColumns, unite_obs
 from ..sources.open_source import Source, open_source
 from ..sources.same_cells import SameCells, check_names, describe, row_totals
 from ..sources.stored_cells import StoredCells
+from .engines import check_engine, run_tasks, runs_here
 from .replacing import STORE, check_free, recover, written_at
 from .shards import (
     COUNT_TYPES,
@@ -77,6 +75,7 @@ class BuildSettings:
     seed: int = 0
     part: tuple[int, int] | None = None
     workers: int = 1
+    engine: str = "local"
     rows_per_batch: int = ROWS_PER_BATCH
     rows_per_shard: int = ROWS_PER_SHARD
     allow_duplicates: bool = False
@@ -142,12 +141,13 @@ def write_store(
         prepare(building, plan, stale=_may_be_stale(building, plan))
         pieces = list(_pieces(building, opened, settings, united, obs, row_format, same))
         written = _watch(same, pieces, opened, path, base)
-        records = _base_records(building, base) + _write_pieces(pieces, opened, settings.workers, written)
+        records = _base_records(building, base) + _write_pieces(pieces, opened, settings, written)
         _finish(building, opened, settings, united, row_format, records, base)
 
 
 def _check_settings(settings: BuildSettings) -> None:
-    for name in ("rows_per_batch", "rows_per_shard", "workers"):
+    check_engine(settings.engine, settings.workers)
+    for name in ("rows_per_batch", "rows_per_shard"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name}={getattr(settings, name)}: must be at least 1.")
     if settings.seed < 0:
@@ -290,8 +290,9 @@ def _base_records(building: Path, base: StoredCells | None) -> list[dict]:
             try:
                 os.link(file, linked)
             except OSError:  # another file system, or one without links
-                shutil.copy2(file, linked.with_name(linked.name + ".part"))
-                linked.with_name(linked.name + ".part").rename(linked)
+                part = part_of(linked)
+                shutil.copy2(file, part)
+                part.rename(linked)
         shards.append({**shard, "file": linked.name})
     return [{"source": -1, "shards": shards}]
 
@@ -300,60 +301,36 @@ def _base_records(building: Path, base: StoredCells | None) -> list[dict]:
 
 
 def _write_pieces(
-    pieces: list[Piece], sources: list[Source], workers: int, written: Callable[[Piece], None]
+    pieces: list[Piece], sources: list[Source], settings: BuildSettings, written: Callable[[Piece], None]
 ) -> list[dict]:
     """Write the missing pieces; return the records of all pieces, in the order of the cells."""
-    total = sum(piece.stop - piece.start for piece in pieces)
+    here = runs_here(settings.engine, settings.workers)
+    elsewhere: list[Piece] = []
     records: dict[Path, dict] = {}
-    with tqdm(total=total, desc="build", unit="cell", disable=None) as bar, process_pool(workers) as pool:
-        running = {}
+    with tqdm(total=sum(map(len, pieces)), desc="build", unit="cell", disable=None) as bar:
         for piece in pieces:
-            if sources[piece.source].key is not None and piece.is_written:
+            in_memory = sources[piece.source].key is None
+            if piece.is_written and not in_memory:
                 records[piece.record] = json.loads(piece.record.read_text())
-                bar.update(piece.stop - piece.start)
-            elif pool is None or sources[piece.source].key is None:
+                bar.update(len(piece))
+            elif here or in_memory:
                 records[piece.record] = write_piece(piece, bar.update)
             else:
-                running[pool.submit(write_piece, piece)] = piece
+                elsewhere.append(piece)
                 continue
             written(piece)
-        for done in as_completed(running):
-            piece = running[done]
-            records[piece.record] = done.result()
-            bar.update(piece.stop - piece.start)
-            written(piece)
+        if elsewhere:
+            with run_tasks(_write, elsewhere, workers=settings.workers, engine=settings.engine) as results:
+                for number, record in results:
+                    piece = elsewhere[number]
+                    records[piece.record] = record
+                    bar.update(len(piece))
+                    written(piece)
     return [records[piece.record] for piece in pieces]
 
 
-@contextmanager
-def process_pool(
-    workers: int, initializer: Callable[..., None] | None = None, arguments: tuple = ()
-) -> Iterator[ProcessPoolExecutor | None]:
-    """Start processes, which end with this one; yield None for a single worker, which is this process."""
-    if workers <= 1:
-        yield None
-        return
-    # Not forked: threads of Arrow and torch do not survive a fork.
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn, _start_worker, (initializer, arguments))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(initializer: Callable[..., None] | None, arguments: tuple) -> None:
-    """Make the worker end when its parent is killed; else it would write into the folder of the next build."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    if initializer is not None:
-        initializer(*arguments)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # only workers run this
-    parent.join()
-    os._exit(1)
+def _write(shared: None, piece: Piece) -> dict:
+    return write_piece(piece)
 
 
 def _pieces(
@@ -469,7 +446,7 @@ def _finish(
     }
     write_manifest(building, manifest, united.genes, row_format, shards)
     for leftover in building.iterdir():
-        if leftover.name.startswith(("source-", "base-", "shuffled", "plan", "by-row-")):
+        if leftover.name.startswith(("source-", "base-", "shuffled", "plan", "by-row-")) or leftover.suffix == ".part":
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 

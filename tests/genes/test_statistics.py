@@ -462,3 +462,21 @@ def test_other_kinds_of_files_are_refused_before_anything_is_written(counts, tmp
     with pytest.raises(FileNotFoundError):
         statistics.save(tmp_path / "no_folder" / "a.json")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["exact", "sketch"])
+def test_cells_added_as_one_part_are_a_merged_part_bit_for_bit(method):
+    rng = np.random.default_rng(0)
+    blocks = [sparse.csr_array(rng.poisson(1.0, (7, 30))) for _ in range(12)]
+    genes = [f"g{i}" for i in range(30)]
+    whole, merged, one_by_one = (GeneStatistics(genes, target_sum=1234.5, method=method) for _ in range(3))
+    for first in range(0, 12, 3):
+        part = GeneStatistics(genes, target_sum=1234.5, method=method)
+        with whole.as_one_part():
+            for block in blocks[first : first + 3]:
+                whole.add(block)
+                part.add(block)
+                one_by_one.add(block)
+        merged = merged.merge(part)
+    pd.testing.assert_frame_equal(whole.table, merged.table, check_exact=True)
+    assert (whole.table["mean"] != one_by_one.table["mean"]).any()  # the order of the additions shows
