@@ -34,7 +34,7 @@ NOT_RUN = {
     "docs/scale.md": [
         'atlas.push_to_hub("user/atlas")  # the files themselves: load_dataset and the dataset viewer read them, too',
         "accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m stformer_hf.cli pretrain "
-        "--config recipes/gene_bert_base.yaml --data atlas --output model"
+        "--config recipes/gene_bert_base.yaml --data atlas --output model",
     ],
     "docs/training.md": [
         "accelerate launch --config_file recipes/accelerate/ddp.yaml -m stformer_hf.cli pretrain "
