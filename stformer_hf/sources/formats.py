@@ -149,7 +149,7 @@ def local_path(path: str | Path) -> Path:
     raise ValueError(f"{address}: only local files can be read. Download it and pass its path, or {way}.")
 
 
-def _unknown(path: Path) -> ValueError:
+def _unknown(path: str | Path) -> ValueError:
     names = ", ".join(known.name for known in FORMATS)
     return ValueError(
         f"{path}: unsupported file format (supported: {names}). Read it into an AnnData, for example with "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,8 +37,8 @@ class ArrowRows:
         A file is damaged.
     """
 
-    def __init__(self, files: Sequence[Path] | Sequence[RemoteFile], neighbor_shifts: Sequence[int]):
-        self._batches: list[pa.RecordBatch | RemoteBatch] = []
+    def __init__(self, files: Sequence[Any], neighbor_shifts: Sequence[int]):
+        self._batches: list[Any] = []  # pa.RecordBatch, or RemoteBatch
         lists, shifts = [], []
         self._are_remote = bool(files) and isinstance(files[0], RemoteFile)
         headers = read_headers(files) if self._are_remote else None
