@@ -189,10 +189,23 @@ def test_a_remote_store_is_a_source(server, remote, local, tmp_path):
 
 
 def test_tokens_of_a_remote_store(remote, local, tmp_path):
-    tokenizer = GeneTokenizer.from_store(local, bin_edges=[0.5, 1.5])
-    tokens = remote.tokenize(tokenizer, tmp_path / "tokens", obs=["cell_type", "note"])
-    expected = local.tokenize(tokenizer, tmp_path / "expected", obs=["cell_type", "note"])
+    tokenizer, rows = GeneTokenizer.from_store(local, bin_edges=[0.5, 1.5]), [150, 3, 9]
+    tokens = remote.select(rows).tokenize(tokenizer, tmp_path / "tokens", obs=["cell_type", "note"])
+    expected = local.select(rows).tokenize(tokenizer, tmp_path / "expected", obs=["cell_type", "note"])
     assert tokens[:] == expected[:] and tokens.features == expected.features
+    assert tokens["note"][:] == local.obs["note"].iloc[rows].tolist()
+
+
+def test_a_batch_reads_its_names_where_it_arrives(server, remote, local):
+    pickled, folder = pickle.dumps(remote.__getitems__([3, 150])), server.folder / "store"
+    folder.rename(server.folder / "aside")
+    CellStore.build(folder, make_adata(N_CELLS, 300), report=False)
+    with pytest.raises(ValueError, match="store was replaced after its cells were read"):
+        pickle.loads(pickled)
+    shutil.rmtree(folder)
+    (server.folder / "aside").rename(folder)
+    batch = pickle.loads(pickled)
+    assert batch.gene_ids.tolist() == local.gene_ids.tolist() and batch.categories == local.categories
 
 
 # ---------------------------------------------------------------------- the cache
@@ -327,15 +340,17 @@ def test_a_store_that_was_replaced_is_noticed_and_opens_with_its_new_cells(serve
     assert same_cells(CellStore(remote.path.now()), new)
 
 
-def test_without_etags_the_manifest_tells_versions_apart(server, local, tmp_path):
+def test_without_etags_the_manifest_tells_versions_apart(server, tmp_path):
     server.etags = False
-    folder = RemoteFolder(f"{server.address}/store", cache_dir=tmp_path / "cache")
-    assert same_cells(CellStore(folder), local)
-    shutil.rmtree(server.folder / "store")
-    adata = make_adata(N_CELLS, 400)
-    adata.X.data[:] = adata.X.data[::-1]  # as many bytes
-    new = CellStore.build(server.folder / "store", adata, rows_per_shard=64, report=False)
-    assert same_cells(CellStore(folder.now()), new)
+    adata, folder = make_adata(N_CELLS, 400), server.folder / "store"
+    old = CellStore.build(folder, adata, overwrite=True, report=False)
+    remote = RemoteFolder(f"{server.address}/store", cache_dir=tmp_path / "cache")
+    assert same_cells(CellStore(remote), old)
+    sizes = [shard["bytes"] for shard in old.manifest["shards"]]
+    adata.X.data[:] = adata.X.data[::-1].copy()
+    new = CellStore.build(folder, adata, overwrite=True, report=False)
+    assert [shard["bytes"] for shard in new.manifest["shards"]] == sizes  # nor does the size tell
+    assert same_cells(CellStore(remote.now()), new)
 
 
 def test_a_server_that_reads_no_ranges_is_refused(server, tmp_path):
