@@ -362,7 +362,7 @@ def pad(
     """
     indptr, side = tokens.indptr, tokenizer.padding_side
     lengths = np.diff(indptr)
-    length = int(lengths.max(initial=0))
+    length = int(lengths.max(initial=1))  # models do not read batches without a column
     if multiple:
         length = -(-length // multiple) * multiple
     batch = {

@@ -133,7 +133,7 @@ def embed_and_count(
 
     def forward(batch: dict[str, torch.Tensor], types: torch.Tensor) -> torch.Tensor:
         hidden = encoder(**batch, output_hidden_states=True).hidden_states[hidden_layer]
-        return pool(hidden, types, batch["attention_mask"], pooling)
+        return pool(hidden, types, batch.get("attention_mask"), pooling, batch.get("cu_seq_lens_q"))
 
     embedding, n_genes, source = run(
         adata,
