@@ -23,6 +23,7 @@ VERBS = {
     "embed": "embed the cells of a file, or their neighbourhoods",
     "export": "export a classifier or an encoder to ONNX",
     "info": "print what a file, a store or a model is, and how well they fit",
+    "models": "list the models in folders and in the cache of the Hub",
     "doctor": "print versions, devices, threads, the attention backend and missing extras",
     "perturb": "change the counts of genes, and measure how far a model moves the cells",
     "evaluate": "compare embeddings with one another and with simple baselines",
