@@ -18,12 +18,13 @@ from scipy import sparse
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..batches.collate import pack, pad, take
+from ..batches.collate import pack, pad
 from ..batches.evaluating import evaluating
 from ..models.gene_bert.cell_counts import NEIGHBORS, pad_ragged, sum_of_neighbors
 from ..models.gene_bert.cell_tables import find_table, is_mudata, is_spatialdata
 from ..models.gene_bert.packed_attention import takes_boundaries
-from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..models.gene_bert.tokenized_cells import TokenizedCells, take
 from ..sources.open_source import Source, open_source
 from ..store.cell_store import CellStore
 from ..training.cell_heads import check_finite

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from anndata import AnnData
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from .. import __version__
-from ..models.gene_bert.heads import pool
+from ..models.gene_bert.heads import default_pooling, pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
 from ..training.loading import name_of
@@ -158,13 +158,4 @@ def embed_and_count(
     return (table if isinstance(adata, CellStore) else None), n_genes
 
 
-def default_pooling(config: PreTrainedConfig) -> str:
-    """Return the default pooling of a model: "cls" or "mean", see `GeneBertConfig.pooling`."""
-    if getattr(config, "pooling", None):
-        return config.pooling
-    if any("SequenceClassification" in name or "ForClassification" in name for name in config.architectures or []):
-        return getattr(config, "classifier_pooling", "cls")
-    return "cls" if getattr(config, "cell_embedding", False) else "mean"
-
-
-__all__ = ["default_pooling", "embed", "embed_and_count"]
+__all__ = ["embed", "embed_and_count"]

@@ -21,19 +21,18 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 from .. import __version__
-from ..batches.collate import take
 from ..evaluation.cell_baselines import log_normalise
 from ..evaluation.readers import fit_pca
 from ..genes.whole_files import whole_file
 from ..genes.wrong_names import must_have
-from ..models.gene_bert.heads import pool
-from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
+from ..models.gene_bert.heads import default_pooling, pool
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..models.gene_bert.tokenized_cells import TokenizedCells, take
 from ..sources.open_source import open_source
 from ..training.cell_checksum import checksum
 from ..training.cell_heads import check_finite, predicts_cells, read_head
 from ..training.loading import is_model, load_config, name_of, unwrap
 from .batches import at_work, check_cells, check_hidden_layer, load, make_batch, packs
-from .embed import default_pooling
 from .gene_edits import QUANTILES, GeneEdits, Panel, choose_perturbations
 from .perturb_statistics import DonorGroups, ShardScores, make_table
 
