@@ -8,7 +8,7 @@ from anndata import read_h5ad
 
 from stformer_hf import GeneBertConfig, GeneBertForClassification, GeneTokenizer, annotate
 from stformer_hf.cli import main
-from stformer_hf.inference.ancestors import ancestors_of, read_parents
+from stformer_hf.inference.ancestors import ancestors_of, climb, read_parents
 from stformer_hf.training.calibration import OutOfFold
 from stformer_hf.training.starts.linear_readers import log_softmax
 
@@ -102,6 +102,13 @@ def test_the_label_is_that_of_the_nearest_ancestor_that_accepts_the_cell(classif
     adata.write_h5ad(tmp_path / "a.h5ad")
     table = read_h5ad(tmp_path / "a.h5ad").uns["stformer_annotation"]["parents"]
     assert dict(zip(table["child"], table["parent"], strict=True)) == PARENTS
+
+
+def test_the_nearest_of_several_accepting_ancestors_is_taken():
+    known = np.random.default_rng(0).dirichlet(np.ones(5), 400)
+    cells = np.array([[0.50, 0.48, 0.02, 0, 0], [0.02, 0.02, 0.94, 0.02, 0], [0.02, 0.01, 0.50, 0.47, 0]])
+    found = climb(CLASSES, CHAINS, cells.argmax(1), cells, None, known, None, 0.5)
+    assert found.tolist() == ["CD4", "T cell", "lymphocyte"]  # lymphocyte accepts all three
 
 
 def test_an_ancestor_of_few_known_cells_labels_none(classifier, adata):
