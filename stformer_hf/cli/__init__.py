@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        width = max(map(len, VERBS))
+        width = max(len(verb) for verb in VERBS)  # `map` is the module of a command once it has run
         print("usage: stformer-hf COMMAND [options]      (stformer-hf COMMAND --help lists the options)\n")
         print("\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items()))
         print("\nEach command takes --config FILE.yaml, which flags override, and --debug for tracebacks.")
