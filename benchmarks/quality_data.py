@@ -123,7 +123,7 @@ SETS = {
 }
 
 
-def load(name: str, folder: Path | None, full: bool = False) -> AnnData:
+def load(name: str, folder: Path | None, full: bool = False, names: str | None = None) -> AnnData:
     """Load the labelled cells of a data set.
 
     Parameters
@@ -134,6 +134,8 @@ def load(name: str, folder: Path | None, full: bool = False) -> AnnData:
         Of the data files.
     full : bool, default: False
         All cells, where a random subset is the default.
+    names : str, optional
+        Column of var that names the genes.
 
     Returns
     -------
@@ -158,7 +160,8 @@ def load(name: str, folder: Path | None, full: bool = False) -> AnnData:
     obs = pd.DataFrame({LABEL: labels.iloc[rows].astype(str).astype("category")}, index=cells.obs_names[rows])
     if data.groups:
         obs[GROUP] = cells.obs[data.groups].iloc[rows].astype(str).astype("category")
-    return AnnData(sparse.csr_matrix(cells.X[rows]).astype(np.float32), obs=obs, var=cells.var[[]].copy())
+    var = cells.var[[]].copy() if names is None else pd.DataFrame(index=cells.var[names].astype(str))
+    return AnnData(sparse.csr_matrix(cells.X[rows]).astype(np.float32), obs=obs, var=var)
 
 
 def load_others(folder: Path) -> AnnData:

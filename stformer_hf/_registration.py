@@ -67,6 +67,19 @@ def _register_cell_neighborhood() -> None:
     AutoModelForPreTraining.register(CellNeighborhoodConfig, models.CellNeighborhoodForMaskedCell)
 
 
+def _register_pipelines() -> None:
+    from transformers import AutoModel, AutoModelForSequenceClassification
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    from .models.gene_bert import pipelines_gene_bert as pipelines
+
+    for task, kind, auto_class in (
+        ("cell-embedding", pipelines.CellEmbeddingPipeline, AutoModel),
+        ("cell-classification", pipelines.CellClassificationPipeline, AutoModelForSequenceClassification),
+    ):
+        PIPELINE_REGISTRY.register_pipeline(task, pipeline_class=kind, pt_model=auto_class)
+
+
 def _register_layers() -> None:
     """Give PEFT the layers that its methods adapt where no `target_modules` are named: those of BERT."""
     from peft.utils import constants
@@ -94,6 +107,7 @@ def _at_the_first_configuration(module: str) -> None:
 _AFTER: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": _register_configs,
     "transformers.models.auto.tokenization_auto": _register_tokenizers,
+    "transformers.pipelines": _register_pipelines,
     "peft.utils.constants": _register_layers,
     **{module: partial(_at_the_first_configuration, module) for module in _CONFIGS},
 }

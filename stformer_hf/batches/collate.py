@@ -280,32 +280,6 @@ def select(tokens: TokenizedCells, kept: np.ndarray) -> TokenizedCells:
     )
 
 
-def take(tokens: TokenizedCells, cells: np.ndarray) -> TokenizedCells:
-    """Return some cells, int64 array (k,), in any order, without the genes that truncation dropped."""
-
-    def chosen(indptr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        lengths = np.diff(indptr)[cells]
-        new = np.concatenate([[0], np.cumsum(lengths)])
-        return new, np.arange(new[-1]) + np.repeat(indptr[cells] - new[:-1], lengths)
-
-    indptr, at = chosen(tokens.indptr)
-    rows = tokens.cells
-    if rows is not None:
-        cuts, entries = chosen(rows.indptr)
-        rows = CountRows(cuts, rows.columns[entries], rows.counts[entries])
-    nothing = np.empty(0, np.int64)
-    return TokenizedCells(
-        tokens.input_ids[at],
-        tokens.token_type_ids[at],
-        indptr,
-        nothing,
-        nothing,
-        None if tokens.expression_values is None else tokens.expression_values[at],
-        rows,
-        tokens.measured if tokens.measured is None or len(tokens.measured) == 1 else tokens.measured[cells],
-    )
-
-
 def join(parts: Sequence[TokenizedCells]) -> TokenizedCells:
     """Concatenate the cells of multiple parts, all of which measure all genes."""
 
@@ -362,7 +336,7 @@ def pad(
     """
     indptr, side = tokens.indptr, tokenizer.padding_side
     lengths = np.diff(indptr)
-    length = int(lengths.max(initial=0))
+    length = int(lengths.max(initial=1))  # models do not read batches without a column
     if multiple:
         length = -(-length // multiple) * multiple
     batch = {
@@ -454,4 +428,4 @@ def pack(
     }
 
 
-__all__ = ["CellCollator", "check_probability", "join", "labels_a_cell", "pack", "pad", "read_tokens", "take"]
+__all__ = ["CellCollator", "check_probability", "join", "labels_a_cell", "pack", "pad", "read_tokens"]

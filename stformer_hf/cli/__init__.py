@@ -23,6 +23,7 @@ VERBS = {
     "embed": "embed the cells of a file, or their neighbourhoods",
     "export": "export a classifier or an encoder to ONNX",
     "info": "print what a file, a store or a model is, and how well they fit",
+    "models": "list the models in folders and in the cache of the Hub",
     "doctor": "print versions, devices, threads, the attention backend and missing extras",
     "perturb": "change the counts of genes, and measure how far a model moves the cells",
     "evaluate": "compare embeddings with one another and with simple baselines",
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        width = max(map(len, VERBS))
+        width = max(len(verb) for verb in VERBS)  # `map` is the module of a command once it has run
         print("usage: stformer-hf COMMAND [options]      (stformer-hf COMMAND --help lists the options)\n")
         print("\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items()))
         print("\nEach command takes --config FILE.yaml, which flags override, and --debug for tracebacks.")

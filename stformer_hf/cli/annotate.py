@@ -26,6 +26,10 @@ class AnnotateArguments(OnCells):
         default=None,
         metadata={"help": 'classes: nominal share of known cells to label "unknown", such as 0.05 (default: none)'},
     )
+    parents: str | None = field(
+        default=None,
+        metadata={"help": "classes: CSV of child and parent labels, for a parent in place of unknown (with --reject)"},
+    )
     over: str | None = field(
         default=None,
         metadata={"help": "classes: column of obs with clusters, whose most frequent label is also written"},

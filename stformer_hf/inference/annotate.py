@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import torch
@@ -15,6 +18,7 @@ from ..store.cell_store import CellStore
 from ..training.calibration import OutOfFold, load_out_of_fold
 from ..training.cell_heads import read_head
 from ..training.loading import is_model, name_of, unwrap
+from .ancestors import ancestors_of, climb, read_parents
 from .batches import load, run, table_of
 from .rejection import UNKNOWN, check_reject, rejection_thresholds, typicality
 
@@ -26,6 +30,7 @@ def annotate(
     tokenizer: GeneTokenizer | None = None,
     top_k: int = 1,
     reject: float | None = None,
+    parents: Mapping[str, str] | str | Path | None = None,
     over: str | None = None,
     key_added: str = "stformer",
     layer: str | None = None,
@@ -53,6 +58,10 @@ def annotate(
         Nominal share of the known cells to label "unknown", such as 0.05: those whose score is below that of this
         share of the training cells with the same predicted label, each predicted by a model that had not seen it. By
         default no cell is rejected.
+    parents : mapping, str or Path, optional
+        Parent of each class, and of each parent that has one, such as {"CD4 T cell": "T cell"}; or a CSV file with the
+        columns `child` and `parent`. A rejected cell gets the nearest ancestor of its most probable class that does
+        not reject it, by the sum of the probabilities of the ancestor's classes. Needs `reject`.
     over : str, optional
         Column of obs with clusters, such as "leiden": the most frequent label of each cluster, "unknown" included, is
         also written.
@@ -63,10 +72,10 @@ def annotate(
         `_label_2`, `_score_2` and so on follow. `obsm[key_added + "_probabilities"]` has the probabilities of all
         classes (float32, n_obs x n_classes), whose names are in `uns`; a rejected cell keeps its score and
         probabilities. With `over`, `obs[key_added + "_majority"]` is the label of the cluster. For multiple labels
-        per cell, `obs[key_added + "_" + label]` is the probability
-        of each. For numbers, `obs[key_added + "_" + name]` is the number (`_value` if the model does not name it). The
-        names of the columns and of the classes, and the kind of head are written to `uns[key_added + "_annotation"]`.
-        Columns of an earlier call with the same prefix that this one does not write are removed.
+        per cell, `obs[key_added + "_" + label]` is the probability of each. For numbers,
+        `obs[key_added + "_" + name]` is the number (`_value` if the model does not name it). The names of the columns
+        and of the classes, and the kind of head are written to `uns[key_added + "_annotation"]`. Columns of an earlier
+        call with the same prefix that this one does not write are removed.
     layer, fractional, batch_size, device, min_coverage, distributed
         As for `embed`.
 
@@ -91,6 +100,9 @@ def annotate(
     The share of rejected known cells is that of cross-conformal prediction (Vovk 2015), for each label with enough
     cells (19 for 0.05), and for the others together. It holds for cells that are exchangeable with the training cells.
     Those of another donor, plate or protocol are not: more of them are rejected.
+
+    The threshold of an ancestor comes from the training cells whose predicted label is one of its classes, so it too
+    rejects that share of them; with too few of these it labels no cell. An ancestor of all classes is not used.
     """
     table = table_of(adata, layer)
     must_have(table.obs, "obs", over)
@@ -102,9 +114,15 @@ def annotate(
     classifier, tokenizer = load(model, tokenizer, AutoModelForSequenceClassification, min_coverage)
     head = read_head(classifier)
     of_classes = head.kind == "single_label_classification"
-    if not of_classes and (top_k > 1 or reject is not None or over is not None):
-        raise ValueError(f"top_k, reject and over are for classes, and the model is for {head.kind}: leave them out.")
+    if not of_classes and (top_k > 1 or any(option is not None for option in (reject, parents, over))):
+        raise ValueError(
+            f"top_k, reject, parents and over are for classes, and the model is for {head.kind}: leave them out."
+        )
     check_reject(reject, head.names)
+    if parents is not None and reject is None:
+        raise ValueError("parents are for rejected cells: pass reject too, such as reject=0.05.")
+    parents = None if parents is None else read_parents(parents)
+    ancestors = None if parents is None else ancestors_of(head.names, parents)
     out_of_fold = load_out_of_fold(model) if reject is not None else None
     if reject is not None and out_of_fold is None:
         raise ValueError(
@@ -118,7 +136,8 @@ def annotate(
         if centroids is None:
             return head.predictions(model(**batch).logits)
         outputs = model(**batch, output_hidden_states=True)
-        states = model.pool(outputs.hidden_states[-1], types, batch["attention_mask"]).double()
+        hidden, boundaries = outputs.hidden_states[-1], batch.get("cu_seq_lens_q")
+        states = model.pool(hidden, types, batch.get("attention_mask"), boundaries).double()
         distances = torch.cdist(states, torch.from_numpy(centroids).to(states)).amin(dim=1, keepdim=True)
         return torch.cat([head.predictions(outputs.logits), distances.float()], dim=1)
 
@@ -141,8 +160,7 @@ def annotate(
         label = f"{key_added}_label"
         table.obsm[f"{key_added}_probabilities"] = np.where(n_genes[:, None] > 0, predictions, np.float32(np.nan))
         if reject is not None:
-            witnesses = np.column_stack([predictions.max(axis=1), -distances])
-            columns[label], typical = _reject(columns[label], witnesses, out_of_fold, reject)
+            columns[label], typical = _reject(columns[label], predictions, distances, out_of_fold, reject, ancestors)
             columns[f"{key_added}_typicality"] = typical
         if over is not None:
             columns[f"{key_added}_majority"] = majority(columns[label], table.obs[over])
@@ -156,6 +174,7 @@ def annotate(
         "columns": list(columns),
         **({"classes": head.names} if of_classes else {}),
         **({} if reject is None else {"reject": reject}),
+        **({} if parents is None else {"parents": {"child": [*parents], "parent": [*parents.values()]}}),
         **({} if over is None else {"over": over}),
         "version": __version__,
         "vocabulary_fingerprint": tokenizer.fingerprint,
@@ -164,18 +183,38 @@ def annotate(
 
 
 def _reject(
-    labels: pd.Categorical, witnesses: np.ndarray, out_of_fold: OutOfFold, reject: float
+    labels: pd.Categorical,
+    probabilities: np.ndarray,
+    distances: np.ndarray,
+    out_of_fold: OutOfFold,
+    reject: float,
+    ancestors: list[list[str]] | None,
 ) -> tuple[pd.Categorical, np.ndarray]:
-    """Replace the labels of cells below the threshold of their label by "unknown"; return also the typicality."""
-    known = [np.exp(out_of_fold.predictions.max(axis=1))]
+    """Replace the labels of cells below the threshold of their label by an ancestor or "unknown".
+
+    Return also the typicality. `distances` (n, 1) has no column if the model has no centroids.
+    """
+    of_known = np.exp(out_of_fold.predictions)
+    known, witnesses = [of_known.max(axis=1)], np.column_stack([probabilities.max(axis=1), -distances])
     if out_of_fold.distances is not None:
         known.append(-out_of_fold.distances)
     known, n_classes = np.column_stack(known), len(labels.categories)
     predicted = out_of_fold.predictions.argmax(axis=1)
     thresholds = rejection_thresholds(typicality(known, known), predicted, n_classes, reject)
     is_labelled, typical = labels.codes >= 0, typicality(known, witnesses)
-    rejected = is_labelled & (typical < thresholds[labels.codes])
-    found = pd.Categorical.from_codes(np.where(rejected, n_classes, labels.codes), [*labels.categories, UNKNOWN])
+    rejected = np.flatnonzero(is_labelled & (typical < thresholds[labels.codes]))
+    found = labels.astype(object)
+    found[rejected] = UNKNOWN
+    classes, above = list(labels.categories), []
+    if ancestors is not None:
+        far = None if out_of_fold.distances is None else distances[rejected, 0]
+        accepted = climb(
+            *(classes, ancestors, labels.codes[rejected], probabilities[rejected], far),
+            *(of_known, out_of_fold.distances, reject),
+        )
+        found[rejected] = np.where(accepted == "", UNKNOWN, accepted)
+        above = dict.fromkeys(name for chain in ancestors for name in chain if name not in classes)
+    found = pd.Categorical(found, [*classes, *above, UNKNOWN])
     return found, np.where(is_labelled, typical, np.nan).astype(np.float32)
 
 

@@ -19,11 +19,13 @@ from scipy import sparse
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..batches.collate import pad, take
+from ..batches.collate import pack, pad
 from ..batches.evaluating import evaluating
 from ..models.gene_bert.cell_counts import NEIGHBORS, pad_ragged, sum_of_neighbors
 from ..models.gene_bert.cell_tables import find_table, is_mudata, is_spatialdata
-from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
+from ..models.gene_bert.packed_attention import takes_boundaries
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..models.gene_bert.tokenized_cells import TokenizedCells, take
 from ..sources.open_source import Source, open_source
 from ..store.cell_store import CellStore
 from ..store.engines import check_engine, run_tasks, runs_here
@@ -102,6 +104,18 @@ def at_work(
         yield
 
 
+def packs(model: PreTrainedModel) -> bool:
+    """Return whether inference packs the cells of a batch into one row, with the model's device and precision.
+
+    It does where attention takes the boundaries of cells (flash attention, or sdpa on a GPU in half precision), and
+    with sdpa on a CPU, where one call per cell is faster than the mask of a padded batch. It pads for eager and flex
+    attention, which need a mask over all pairs of tokens of a packed row, and for sdpa on a GPU in float32.
+    """
+    weights = next(model.parameters())
+    on_cpu = model.config._attn_implementation == "sdpa" and weights.device.type == "cpu"
+    return model.config.model_type == "gene_bert" and (on_cpu or takes_boundaries(model.config, weights))
+
+
 def run(
     adata: AnnData,
     model: PreTrainedModel,
@@ -130,7 +144,7 @@ def run(
     tokenizer : GeneTokenizer
         Tokenizes the cells.
     forward : callable
-        Model, batch of input tensors (n, length), and the token types -> Tensor (n, d).
+        Model, inputs of a batch of n cells, padded or packed (see `packs`), and their token types -> Tensor (n, d).
     layer : str, optional
         Layer of the counts.
     fractional : bool
@@ -229,7 +243,13 @@ class _Work:
         results, n_genes = None, np.zeros(len(cells), np.int64)
         with at_work(self.model, self.device, dtype=self.dtype):
             batches = read_batches(
-                source, self.tokenizer, self.batch_size, desc=desc, with_phenotypes=self.with_phenotypes, cells=cells
+                source,
+                self.tokenizer,
+                self.batch_size,
+                desc=desc,
+                with_phenotypes=self.with_phenotypes,
+                cells=cells,
+                packed=packs(self.model),
             )
             for batch in batches:
                 batch = batch.to(self.model.device)
@@ -238,7 +258,7 @@ class _Work:
                     results = np.empty((len(cells), *found.shape[1:]), found.dtype)
                 rows = batch.rows - cells.start
                 results[rows] = found
-                n_genes[rows] = (batch.genes >= 0).sum(axis=1)
+                n_genes[rows] = batch.n_genes
         return results, n_genes
 
 
@@ -269,28 +289,31 @@ def _run_range(shared: tuple[_Work, CellStore], cells: range) -> tuple[np.ndarra
 
 
 class TokenBatch(NamedTuple):
-    """Padded tokens of some cells.
+    """Tokens of n cells: padded, one row per cell, or packed, all T tokens in one row.
 
     Attributes
     ----------
     rows : int64 array (n,)
         Rows of the cells in their source.
-    inputs : dict of str to Tensor
-        Input of the model.
-    types : LongTensor (n, length)
+    inputs : dict of str to Tensor or int
+        Inputs of the model, as made by `pad` or `pack`.
+    types : LongTensor (n, length) or (1, T)
         Token types, which not every model reads.
-    genes : int64 array (n, length)
+    genes : int64 array (n, length) or (1, T)
         Index of the gene of each token; -1 for tokens that are not genes, and padding.
+    n_genes : int64 array (n,)
+        Number of genes of each cell among its tokens.
     """
 
     rows: np.ndarray
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, torch.Tensor | int]
     types: torch.Tensor
     genes: np.ndarray
+    n_genes: np.ndarray
 
     def to(self, device: torch.device) -> TokenBatch:
         """Return the batch with its tensors on a device."""
-        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        inputs = {name: of.to(device) if torch.is_tensor(of) else of for name, of in self.inputs.items()}
         return self._replace(inputs=inputs, types=self.types.to(device))
 
 
@@ -303,6 +326,7 @@ def read_batches(
     with_phenotypes: bool = False,
     max_padded: int | None = None,
     cells: range | None = None,
+    packed: bool = False,
 ) -> Iterator[TokenBatch]:
     """Tokenize the cells of a source, and yield them in batches of similar length.
 
@@ -321,6 +345,8 @@ def read_batches(
         Maximum of cells x longest ** 2 in a batch of several cells, for what needs memory by pair of tokens.
     cells : range, optional
         Rows of the cells to read; all by default.
+    packed : bool, default: False
+        Whether to pack the batches instead of padding them, see `make_batch`.
 
     Yields
     ------
@@ -361,10 +387,30 @@ def read_batches(
                 if max_padded is not None:
                     n = min(n, max(max_padded // max(int(lengths[order[first]]) ** 2, 1), 1))
                 some = order[first : first + n]
-                yield _batch(tokens, some, start, tokenizer)
+                yield make_batch(take(tokens, some), start + some, tokenizer, packed)
                 bar.update(len(some))
                 first += n
             start = stop
+
+
+def make_batch(tokens: TokenizedCells, rows: np.ndarray, tokenizer: GeneTokenizer, packed: bool) -> TokenBatch:
+    """Make a batch of all cells of `tokens`, packed if asked for and if their lengths differ, else padded.
+
+    Cells of one length need no padding, and no mask, which makes the padded batch the faster one.
+    """
+    indptr = tokens.indptr
+    of_genes = tokenizer.get_gene_tokens_mask(tokens.input_ids)
+    genes = np.full(len(of_genes), -1, np.int64)
+    genes[of_genes] = tokenizer.genes_of(tokens.input_ids[of_genes], tokens.token_type_ids[of_genes])
+    n_genes = np.diff(np.concatenate([[0], np.cumsum(of_genes)])[indptr])
+    if packed and np.ptp(np.diff(indptr)):
+        inputs, types, genes = pack(tokens, tokenizer), tokens.token_type_ids[None], genes[None]
+    else:
+        inputs = pad(tokens, tokenizer)
+        length, side = inputs["input_ids"].shape[1], tokenizer.padding_side
+        types = pad_ragged(tokens.token_type_ids, indptr, length, 0, side)
+        genes = pad_ragged(genes, indptr, length, -1, side)
+    return TokenBatch(rows, inputs, torch.from_numpy(types), genes, n_genes)
 
 
 def table_of(cells, layer: str | None) -> AnnData:
@@ -409,15 +455,3 @@ def check_cells(cells) -> None:
             "AnnData(store.rows(slice(None)), obs=store.obs, var=store.genes.frame.set_index('gene_id'))."
         )
     raise TypeError(f"Results are written into an AnnData, MuData or SpatialData, got {found}.")
-
-
-def _batch(tokens: TokenizedCells, cells: np.ndarray, first_row: int, tokenizer: GeneTokenizer) -> TokenBatch:
-    chosen = take(tokens, cells)
-    inputs = pad(chosen, tokenizer)
-    length, side = inputs["input_ids"].shape[1], tokenizer.padding_side
-    types = pad_ragged(chosen.token_type_ids, chosen.indptr, length, 0, side)
-    of_genes = tokenizer.get_gene_tokens_mask(chosen.input_ids)
-    genes = np.full(len(of_genes), -1, np.int64)
-    genes[of_genes] = tokenizer.genes_of(chosen.input_ids[of_genes], chosen.token_type_ids[of_genes])
-    genes = pad_ragged(genes, chosen.indptr, length, -1, side)
-    return TokenBatch(first_row + cells, inputs, torch.from_numpy(types), genes)

@@ -7,10 +7,10 @@ from functools import partial
 import numpy as np
 import torch
 from anndata import AnnData
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from .. import __version__
-from ..models.gene_bert.heads import pool
+from ..models.gene_bert.heads import default_pooling, pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
 from ..training.loading import name_of
@@ -169,16 +169,7 @@ def _pooled(
 ) -> torch.Tensor:
     """Return the pooled hidden states of a batch, Tensor (n, hidden size)."""
     hidden = encoder(**batch, output_hidden_states=True).hidden_states[hidden_layer]
-    return pool(hidden, types, batch["attention_mask"], pooling)
+    return pool(hidden, types, batch.get("attention_mask"), pooling, batch.get("cu_seq_lens_q"))
 
 
-def default_pooling(config: PreTrainedConfig) -> str:
-    """Return the default pooling of a model: "cls" or "mean", see `GeneBertConfig.pooling`."""
-    if getattr(config, "pooling", None):
-        return config.pooling
-    if any("SequenceClassification" in name or "ForClassification" in name for name in config.architectures or []):
-        return getattr(config, "classifier_pooling", "cls")
-    return "cls" if getattr(config, "cell_embedding", False) else "mean"
-
-
-__all__ = ["default_pooling", "embed", "embed_and_count"]
+__all__ = ["embed", "embed_and_count"]

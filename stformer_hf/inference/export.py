@@ -15,13 +15,12 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 from ..models.gene_bert.gene_columns import is_id
-from ..models.gene_bert.heads import pool
+from ..models.gene_bert.heads import default_pooling, pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..sources.open_source import open_source
 from ..training.cell_heads import predicts_cells, read_head
 from ..training.loading import is_model, load_config, name_of, unwrap
 from .batches import TokenBatch, at_work, load, read_batches
-from .embed import default_pooling
 
 logger = logging.getLogger(__name__)
 

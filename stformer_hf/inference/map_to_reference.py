@@ -17,10 +17,11 @@ from sklearn.neighbors import NearestNeighbors
 from transformers import AutoModel, PreTrainedModel
 
 from .. import __version__
+from ..models.gene_bert.heads import default_pooling
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
 from .batches import load, table_of
-from .embed import default_pooling, embed_and_count
+from .embed import embed_and_count
 from .rejection import UNKNOWN, check_reject, rejection_thresholds
 
 N_NEIGHBORS = 15

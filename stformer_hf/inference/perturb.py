@@ -21,20 +21,18 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 from .. import __version__
-from ..batches.collate import pack, pad, take
 from ..evaluation.cell_baselines import log_normalise
 from ..evaluation.readers import fit_pca
 from ..genes.whole_files import whole_file
 from ..genes.wrong_names import must_have
-from ..models.gene_bert.cell_counts import pad_ragged
-from ..models.gene_bert.heads import pool
+from ..models.gene_bert.heads import default_pooling, pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..models.gene_bert.tokenized_cells import TokenizedCells, take
 from ..sources.open_source import open_source
 from ..training.cell_checksum import checksum
 from ..training.cell_heads import check_finite, predicts_cells, read_head
 from ..training.loading import is_model, load_config, name_of, unwrap
-from .batches import at_work, check_cells, check_hidden_layer, load
-from .embed import default_pooling
+from .batches import at_work, check_cells, check_hidden_layer, load, make_batch, packs
 from .gene_edits import QUANTILES, GeneEdits, Panel, choose_perturbations
 from .perturb_statistics import DonorGroups, ShardScores, make_table
 
@@ -341,7 +339,7 @@ class _Reader:
         lengths = np.diff(tokens.indptr)
         states, probabilities = [], []
         order = np.argsort(-lengths, kind="stable")
-        packed = self.model.config.model_type == "gene_bert"
+        packed = packs(self.model)
         for cells in _cut(order, lengths, self.max_tokens, packed):
             of_states, of_classes = self._forward(take(tokens, cells), packed)
             states.append(of_states)
@@ -351,22 +349,12 @@ class _Reader:
         check_finite(states, np.ones(len(states), bool))
         return states, None if self.head is None else np.concatenate(probabilities)[back]
 
-    def _forward(self, tokens, packed: bool) -> tuple[np.ndarray, np.ndarray | None]:
-        device, types = self.model.device, tokens.token_type_ids
-        batch = pack(tokens, self.tokenizer) if packed else pad(tokens, self.tokenizer)
-        batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-        if packed:
-            types = types[None]
-        else:
-            types = pad_ragged(types, tokens.indptr, batch["input_ids"].shape[1], 0, self.tokenizer.padding_side)
-        outputs = self.model(**batch, output_hidden_states=True)
-        pooled = pool(
-            outputs.hidden_states[self.hidden_layer],
-            torch.from_numpy(types).to(device),
-            batch.get("attention_mask"),
-            self.pooling,
-            batch.get("cu_seq_lens_q"),
-        )
+    def _forward(self, tokens: TokenizedCells, packed: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        batch = make_batch(tokens, np.arange(len(tokens.indptr) - 1), self.tokenizer, packed).to(self.model.device)
+        inputs = batch.inputs
+        outputs = self.model(**inputs, output_hidden_states=True)
+        hidden, boundaries = outputs.hidden_states[self.hidden_layer], inputs.get("cu_seq_lens_q")
+        pooled = pool(hidden, batch.types, inputs.get("attention_mask"), self.pooling, boundaries)
         states = torch.nn.functional.normalize(pooled.float(), dim=-1).cpu().numpy()
         return states, None if self.head is None else self.head.predictions(outputs.logits).cpu().numpy()
 

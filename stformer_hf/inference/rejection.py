@@ -47,10 +47,10 @@ def rejection_thresholds(scores: np.ndarray, groups: np.ndarray, n_groups: int, 
     with a probability of at most k / (n + 1), if it is exchangeable with the n cells (Vovk et al. 2005). Groups with
     k = 0 (fewer than 19 cells at 0.05) get the threshold of all cells together.
     """
-    pooled = _kth_lowest(scores, reject)
+    pooled = kth_lowest(scores, reject)
     found = np.full(n_groups, -np.inf if pooled is None else pooled)
     for group in range(n_groups):
-        own = _kth_lowest(scores[groups == group], reject)
+        own = kth_lowest(scores[groups == group], reject)
         if own is not None:
             found[group] = own
     return found
@@ -76,9 +76,10 @@ def typicality(known: np.ndarray, cells: np.ndarray) -> np.ndarray:
     return found
 
 
-def _kth_lowest(scores: np.ndarray, reject: float) -> float | None:
+def kth_lowest(scores: np.ndarray, reject: float) -> float | None:
+    """Return the conformal threshold of one group, see `rejection_thresholds`; None if it has too few cells."""
     k = int(np.floor(reject * (len(scores) + 1) + 1e-9))  # 0.05 x 20 is 1, whatever the last digit
     return float(np.partition(scores, k - 1)[k - 1]) if k else None
 
 
-__all__ = ["UNKNOWN", "check_reject", "rejection_thresholds", "typicality"]
+__all__ = ["UNKNOWN", "check_reject", "kth_lowest", "rejection_thresholds", "typicality"]

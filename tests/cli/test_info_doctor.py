@@ -1,6 +1,8 @@
 """`stformer-hf info` and `stformer-hf doctor`, as a user types them."""
 
+import json
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -100,3 +102,35 @@ def test_the_doctor_knows_every_extra():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     of_users = set(project["optional-dependencies"]) - {"demo", "bench", "docs", "dev"}
     assert set(EXTRAS) == of_users
+
+
+def test_models_lists_those_below_a_folder_and_in_the_cache(model, tokenizer, tmp_path, capsys, monkeypatch):
+    """Configurations of other packages, and files that are none, are passed over; a damaged model is named."""
+    for name, text in (
+        ("other", json.dumps({"model_type": "bert"})),
+        ("list", "[1]"),
+        ("text", "no json"),
+        (".hidden", (tmp_path / "model" / "config.json").read_text()),
+        ("damaged", (tmp_path / "model" / "config.json").read_text()),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+    revision = tmp_path / ".cache" / "models--lab--blood" / "snapshots" / ("0" * 40)
+    shutil.copytree(tmp_path / "model", revision)
+    (revision.parents[1] / "refs").mkdir()
+    (revision.parents[1] / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.utils._cache_manager.HF_HUB_CACHE", str(tmp_path / ".cache"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["models"]) == 0
+    lines = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["model", "type", "size", "genes", "tokens", "predicts"]
+    rows = {line[0]: line[1:] for line in lines[1:]}
+    assert list(rows) == ["damaged", "lab/blood", "model"]
+    kind, size, genes, tokens, predicts = rows["model"]
+    assert rows["lab/blood"] == rows["model"]
+    assert (kind, size, predicts) == ("GeneBertForClassification", "2 layers of 16", "2 outputs: B cell, T cell")
+    assert genes.startswith("40, such as") and tokens.startswith("binned, at most")
+    assert rows["damaged"][0].startswith("cannot be read: ")
+    assert main(["models", "other", "list"]) == 0
+    assert "No model of this package in other, list" in capsys.readouterr().out
+    assert main(["models", "absent"]) == 1 and "There is no folder absent" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .configuration_gene_bert import GeneBertConfig
@@ -199,6 +200,15 @@ def combine_readers(logits: torch.Tensor, wide: torch.Tensor, config: GeneBertCo
     return (of_head * logits + of_wide * wide) / config.temperature
 
 
+def default_pooling(config: PreTrainedConfig) -> str:
+    """Return the default pooling of a model: "cls" or "mean", see `GeneBertConfig.pooling`."""
+    if getattr(config, "pooling", None):
+        return config.pooling
+    if any("SequenceClassification" in name or "ForClassification" in name for name in config.architectures or []):
+        return getattr(config, "classifier_pooling", "cls")
+    return "cls" if getattr(config, "cell_embedding", False) else "mean"
+
+
 def pool(
     hidden: torch.Tensor,
     token_type_ids: torch.Tensor | None,
@@ -262,6 +272,7 @@ __all__ = [
     "PreClassifier",
     "classification_loss",
     "combine_readers",
+    "default_pooling",
     "masked_lm_loss",
     "pool",
     "problem_of",

@@ -73,10 +73,19 @@ def packing_of(cu_seq_lens: torch.Tensor, kwargs: Mapping) -> dict:
     return {**given, "cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens if other is None else other}
 
 
+def takes_boundaries(config, states: torch.Tensor, dropout: float = 0.0) -> bool:
+    """Return whether attention separates the cells of a packed batch by their boundaries: in one call, without a mask.
+
+    Flash attention does, and sdpa where `torch.nn.attention.varlen` works: on a GPU, in half precision.
+    """
+    backend = config._attn_implementation
+    return "flash" in backend or (backend == "sdpa" and _varlen_serves(states, dropout))
+
+
 def lengths_for(config, states: torch.Tensor, cu_seq_lens: torch.Tensor, training: bool) -> dict[str, list[int]]:
     """Return the lengths of the cells if attention runs one call per cell: read once, not in each layer."""
     dropout = config.attention_probs_dropout_prob if training else 0.0
-    of_cells = config._attn_implementation == "sdpa" and not _varlen_serves(states, dropout)
+    of_cells = config._attn_implementation == "sdpa" and not takes_boundaries(config, states, dropout)
     if not of_cells or torch.compiler.is_compiling():
         return {}
     return {"cell_lengths": cu_seq_lens.diff().tolist()}
@@ -187,4 +196,5 @@ __all__ = [
     "packing_of",
     "packed_sdpa_attention_forward",
     "segments_of",
+    "takes_boundaries",
 ]

@@ -404,24 +404,9 @@ class GeneTokenizer(VocabularyTokenizer):
             max_length=max_length,
         )
         lengths = np.diff(tokens.indptr)
-        columns, of_cells = self.columns(tokens), self.cell_columns(tokens)
-        if return_attention_mask and "attention_mask" in self.model_input_names:
-            columns["attention_mask"] = (np.ones(len(tokens.input_ids), np.int64), 0)
-        more = {}
-        if of_cells and tokens.measured is not None:
-            more["measured_genes"] = np.repeat(tokens.measured, len(lengths), axis=0)
-
         if padding in (False, "do_not_pad"):
             if return_tensors is None:
-                both = [(columns, tokens.indptr)]
-                if tokens.cells is not None:
-                    both.append((of_cells, tokens.cells.indptr))
-                ragged = {
-                    name: [flat[start:stop].tolist() for start, stop in itertools.pairwise(indptr.tolist())]
-                    for some, indptr in both
-                    for name, (flat, _) in some.items()
-                }
-                return BatchEncoding({**ragged, **{name: array.tolist() for name, array in more.items()}})
+                return self._ragged(tokens, return_attention_mask)
             if len(np.unique(lengths)) > 1:
                 raise ValueError("Cells have different numbers of tokens: pass padding=True to return tensors.")
         elif padding not in (True, "longest", "max_length"):
@@ -432,14 +417,44 @@ class GeneTokenizer(VocabularyTokenizer):
             length = max_length or self.max_length
         if pad_to_multiple_of:
             length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
-        padded = {
-            name: pad_ragged(flat, tokens.indptr, length, value, self.padding_side)
-            for name, (flat, value) in columns.items()
-        }
-        padded.update(self.pad_cells(tokens), **more)
+        padded = self.pad_tokens(tokens, length, return_attention_mask)
         if return_tensors is None:
             return BatchEncoding({name: array.tolist() for name, array in padded.items()})
         return BatchEncoding(padded, tensor_type=return_tensors)
+
+    def _ragged(self, tokens: TokenizedCells, with_attention_mask: bool) -> BatchEncoding:
+        """Return the model inputs as one list per cell."""
+        both = [(self._masked_columns(tokens, with_attention_mask), tokens.indptr)]
+        if tokens.cells is not None:
+            both.append((self.cell_columns(tokens), tokens.cells.indptr))
+        ragged = {
+            name: [flat[start:stop].tolist() for start, stop in itertools.pairwise(indptr.tolist())]
+            for some, indptr in both
+            for name, (flat, _) in some.items()
+        }
+        return BatchEncoding({**ragged, **{name: array.tolist() for name, array in self._measured(tokens).items()}})
+
+    def pad_tokens(
+        self, tokens: TokenizedCells, length: int | None = None, with_attention_mask: bool = True
+    ) -> dict[str, np.ndarray]:
+        """Return the model inputs as arrays with one row per cell, of a length or as long as the longest cell."""
+        length = int(np.diff(tokens.indptr).max(initial=1)) if length is None else length
+        padded = {
+            name: pad_ragged(flat, tokens.indptr, length, value, self.padding_side)
+            for name, (flat, value) in self._masked_columns(tokens, with_attention_mask).items()
+        }
+        return {**padded, **self.pad_cells(tokens), **self._measured(tokens)}
+
+    def _masked_columns(self, tokens: TokenizedCells, with_attention_mask: bool) -> dict[str, tuple]:
+        columns = self.columns(tokens)
+        if with_attention_mask and "attention_mask" in self.model_input_names:
+            columns["attention_mask"] = (np.ones(len(tokens.input_ids), np.int64), 0)
+        return columns
+
+    def _measured(self, tokens: TokenizedCells) -> dict[str, np.ndarray]:
+        if not self.cell_columns(tokens) or tokens.measured is None:
+            return {}
+        return {"measured_genes": np.repeat(tokens.measured, len(tokens.indptr) - 1, axis=0)}
 
     def columns(self, tokens: TokenizedCells) -> dict[str, tuple[np.ndarray, int | float]]:
         """Return the model inputs in `model_input_names` as flat arrays, each with its padding value.

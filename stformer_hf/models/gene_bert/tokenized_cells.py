@@ -118,4 +118,30 @@ def with_whole_cells(
     )
 
 
-__all__ = ["CellLayout", "TokenizedCells", "with_whole_cells"]
+def take(tokens: TokenizedCells, cells: np.ndarray) -> TokenizedCells:
+    """Return some cells, int64 array (k,), in any order, without the genes that truncation dropped."""
+
+    def chosen(indptr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        lengths = np.diff(indptr)[cells]
+        new = np.concatenate([[0], np.cumsum(lengths)])
+        return new, np.arange(new[-1]) + np.repeat(indptr[cells] - new[:-1], lengths)
+
+    indptr, at = chosen(tokens.indptr)
+    rows = tokens.cells
+    if rows is not None:
+        cuts, entries = chosen(rows.indptr)
+        rows = CountRows(cuts, rows.columns[entries], rows.counts[entries])
+    nothing = np.empty(0, np.int64)
+    return TokenizedCells(
+        tokens.input_ids[at],
+        tokens.token_type_ids[at],
+        indptr,
+        nothing,
+        nothing,
+        None if tokens.expression_values is None else tokens.expression_values[at],
+        rows,
+        tokens.measured if tokens.measured is None or len(tokens.measured) == 1 else tokens.measured[cells],
+    )
+
+
+__all__ = ["CellLayout", "TokenizedCells", "take", "with_whole_cells"]
