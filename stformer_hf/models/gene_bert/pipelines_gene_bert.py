@@ -76,7 +76,7 @@ class CellEmbeddingPipeline(_CellPipeline):
 
     def _read(self, batch: dict[str, torch.Tensor], pooling: str | None = None) -> torch.Tensor:
         encoder = getattr(self.model, self.model.base_model_prefix, self.model)
-        hidden = encoder(**batch).last_hidden_state
+        hidden = encoder(**batch).last_hidden_state  # type: ignore[misc]
         pooling = pooling or default_pooling(self.model.config)
         return pool(hidden, batch["token_type_ids"], batch["attention_mask"], pooling)
 
