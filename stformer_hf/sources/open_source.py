@@ -178,15 +178,17 @@ def open_source(
         The file does not exist.
     """
     name, table, layers, layer = find_layers(source, layer)
-    key = None
-    if isinstance(source, (str, Path)):
-        matrix = layers[0].matrix
-        # A store on a server has no time of change; its checksums are in its manifest.
-        key = matrix.key if isinstance(matrix, StoreMatrix) and remote_folder(source) else _key(Path(source))
     with naming(name):
         by_name = {found.name: found for found in layers}
         problems = {name: partial(_probe, found, fractional) for name, found in by_name.items()}
         found = by_name[choose_counts(problems, layer, name + table)]
+        key = None
+        if isinstance(source, (str, Path)):
+            # A store on a server has no time of change; its checksums are in its manifest.
+            if isinstance(found.matrix, StoreMatrix) and remote_folder(source):
+                key = found.matrix.key
+            else:
+                key = _key(Path(source))
         opened = Source(
             name=name,
             counts_in=found.name,
