@@ -280,6 +280,7 @@ def test_the_printed_difference_is_that_of_the_same_splits(only_these, tmp_path,
     assert "**0.750 ± 0.212**" in full
 
 
+@pytest.mark.slow  # several seconds
 def test_embeddings_are_scored_by_cells_whose_labels_nothing_learned(cells):
     labels = cells.obs[LABEL].astype(str).to_numpy()
     split, rng = full_splits(cells)[0], np.random.default_rng(0)

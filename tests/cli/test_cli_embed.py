@@ -75,6 +75,7 @@ def test_flags_reach_the_neighbourhoods(files, tmp_path):
     assert "domain" not in adata.obs
 
 
+@pytest.mark.slow  # several seconds
 def test_leiden_finds_domains(files, tmp_path):
     pytest.importorskip("scanpy")
     pytest.importorskip("igraph")

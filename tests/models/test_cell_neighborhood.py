@@ -623,6 +623,7 @@ print(json.dumps([*results, outputs.loss.item()]))
 """
 
 
+@pytest.mark.slow  # several seconds
 def test_a_checkpoint_gives_the_same_numbers_without_the_plugin(tmp_path):
     model, batch = make_model(), make_batch(LENGTHS, "packed")
     model.save_pretrained(tmp_path / "checkpoint")

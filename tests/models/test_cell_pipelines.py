@@ -95,6 +95,7 @@ def test_other_heads_return_all_outputs(classifier, adata, problem):
         np.testing.assert_allclose([of[i]["score"] for of in found], adata.obs[f"stformer_{name}"], atol=1e-5)
 
 
+@pytest.mark.slow  # several seconds
 def test_a_saved_pipeline_runs_without_the_plugin(classifier, adata, tmp_path):
     path = classifier()
     adata.write_h5ad(tmp_path / "cells.h5ad")

@@ -300,6 +300,7 @@ for _ in sys.stdin:  # a build for every line, in a process of its own
 """
 
 
+@pytest.mark.slow  # several seconds
 def test_a_build_killed_at_ten_random_moments_leaves_no_store_and_goes_on(tmp_path, monkeypatch):
     files = []
     for i in range(3):

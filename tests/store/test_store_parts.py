@@ -96,6 +96,7 @@ def test_a_shuffle_is_a_permutation_of_everything(whole, sections, tmp_path, mon
     assert np.bincount(files_of).min() > 15
 
 
+@pytest.mark.slow  # test_engines.py starts processes too
 def test_workers_write_the_same_store(whole, sections, tmp_path):
     script = (
         "import sys; from stformer_hf import CellStore\n"

@@ -153,7 +153,13 @@ def test_the_sampler_is_public_and_takes_lengths_from_where_they_are(store, toke
 
 @pytest.mark.parametrize(
     ("source", "order"),
-    [("store", "random"), ("store", "grouped"), ("dataset", "grouped"), ("store", "packed"), ("dataset", "budget")],
+    [
+        ("store", "random"),
+        pytest.param("store", "grouped", marks=pytest.mark.slow),
+        ("dataset", "grouped"),
+        ("store", "packed"),
+        pytest.param("dataset", "budget", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_resumed_anywhere_is_the_uninterrupted_one(store, tokenizer, tmp_path, source, order):
     cells = store if source == "store" else tokenized(store, tokenizer)

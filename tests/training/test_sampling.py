@@ -65,7 +65,9 @@ def test_types_are_balanced_in_any_order(rare, tokenizer, tmp_path, order):
     assert len(set(ids)) == len(ids) == 59 > len(set(epochs[0]))
 
 
-@pytest.mark.parametrize(("order", "source"), [("random", "store"), ("packed", "dataset")])
+@pytest.mark.parametrize(
+    ("order", "source"), [("random", "store"), pytest.param("packed", "dataset", marks=pytest.mark.slow)]
+)
 def test_a_run_resumed_is_the_uninterrupted_one(rare, tokenizer, tmp_path, order, source):
     cells, sampling = rare, {**BALANCED, "temperature": 3}
     if source == "dataset":
