@@ -36,6 +36,7 @@ from .harness import clock, installed, take_turns
 FILE = 100_000  # cells of the file that is given as often as needed
 LABELS = 20
 READ = 20_000  # cells that a reader reads
+SECONDS = 30  # after which it stops, and those that it has read count
 PARTS = ("build", "open", "lengths", "order", "random", "blocks", "tokens")
 
 
@@ -282,12 +283,21 @@ def _batches(rows: np.ndarray) -> Iterator[np.ndarray]:
     return (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
 
 
+def _in_time(batches: Iterable) -> Iterator:
+    """Yield batches until the time is over."""
+    end = time.perf_counter() + SECONDS
+    for batch in batches:
+        yield batch
+        if time.perf_counter() > end:
+            break
+
+
 def _ours(folder: Path, store: str, block_size: int) -> Callable[[], int]:
     from stformer_hf import CellStore, collate_cells
 
     cells = CellStore(folder / store)
     rows = _rows(len(cells), block_size)
-    return lambda: sum(len(collate_cells(cells.__getitems__(batch))["cell_id"]) for batch in _batches(rows))
+    return lambda: sum(len(collate_cells(cells.__getitems__(batch))["cell_id"]) for batch in _in_time(_batches(rows)))
 
 
 def _bytes(folder: Path, store: str, block_size: int) -> Callable[[], int]:
@@ -316,7 +326,7 @@ def _memory_map(folder: Path, store: str, block_size: int) -> Callable[[], int]:
 
     cells = MemoryMap(folder)
     rows = _rows(len(cells), block_size)
-    return lambda: sum(len(cells.__getitems__(batch)[0]) - 1 for batch in _batches(rows))
+    return lambda: sum(len(cells.__getitems__(batch)[0]) - 1 for batch in _in_time(_batches(rows)))
 
 
 def _sc_dataset(folder: Path, store: str, block_size: int) -> Callable[[], int]:
@@ -336,7 +346,7 @@ def _sc_dataset(folder: Path, store: str, block_size: int) -> Callable[[], int]:
 
     def read() -> int:
         n = 0
-        for batch in data:
+        for batch in _in_time(data):
             n += batch.shape[0]
             if n >= READ:
                 break
@@ -352,7 +362,7 @@ def _scdl(folder: Path, store: str, block_size: int) -> Callable[[], int]:
     data = SingleCellMemMapDataset(str(folder / "scdl"))
     rows = _rows(len(data), 1)
     return lambda: sum(
-        collate_sparse_matrix_batch([data[int(row)] for row in batch]).shape[0] for batch in _batches(rows)
+        collate_sparse_matrix_batch([data[int(row)] for row in batch]).shape[0] for batch in _in_time(_batches(rows))
     )
 
 
