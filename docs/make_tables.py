@@ -139,6 +139,33 @@ def _bold(text: str, is_bold: bool) -> str:
     return f"**{text}**" if is_bold else text
 
 
+def scale_sizes(results: dict) -> str:
+    """Return the cost per cell of a store, by its size."""
+    parts = {
+        "build": "build",
+        "open": "open",
+        "lengths": "lengths",
+        "order": "order of an epoch",
+        "random": "random batches",
+        "blocks": "blocks of 16",
+        "tokens": "tokens",
+    }
+    lines = [f"| cells | {' | '.join(parts.values())} | most memory, MB |", "|---" * (len(parts) + 2) + "|"]
+    for n_cells, row in results["tables"]["sizes"].items():
+        shown = " | ".join(f"{row[part]['us_per_cell']:.3g}" for part in parts)
+        lines.append(f"| {int(n_cells):,} | {shown} | {max(row[part]['peak_mb'] for part in parts):.0f} |")
+    return "\n".join(lines)
+
+
+def scale_memory(results: dict) -> str:
+    """Return the speed of reading a store that is larger than memory, with the quality of the shuffle."""
+    lines = ["| reader | cells/s | entropy | distance | peak MB |", "|---|---|---|---|---|"]
+    for reader, row in results["tables"]["memory"]["rows"].items():
+        quality = " | ".join("" if row[key] is None else f"{row[key]:.2f}" for key in ("entropy", "distance"))
+        lines.append(f"| {reader} | {row['cells_per_second']:,.0f} | {quality} | {row['peak_mb']:.0f} |")
+    return "\n".join(lines)
+
+
 def perturb_speed(results: dict) -> str:
     """Return the table of edited cells per second, and of memory."""
     rows = results["speed"]["rows"]
@@ -185,6 +212,8 @@ def perturb_interferon(results: dict) -> str:
 
 
 TABLES = {
+    "scale_2026-11-28": scale_sizes,
+    "scale_2026-11-28 memory": scale_memory,
     "quality_2026-11-28": quality_all_labels,
     "quality_2026-11-28 few": quality_few_labels,
     "quality_2026-11-28 embeddings": quality_embeddings,
