@@ -228,10 +228,20 @@ def test_the_cache_keeps_its_limit(server, local, tmp_path):
 def test_what_was_not_used_for_longest_is_removed(tmp_path):
     cache = BlockCache(tmp_path, 10 * SEGMENT)
     for number in range(11):
-        cache.add(f"file{number}", 0, bytes(512))
-        assert cache.read("file0", 0, 512) == bytes(512)
-    kept = [number for number in range(11) if cache.read(f"file{number}", 0, 1) is not None]
+        cache.add(f"{number:032x}", 0, bytes(512))
+        assert cache.read(f"{0:032x}", 0, 512) == bytes(512)
+    kept = [number for number in range(11) if cache.read(f"{number:032x}", 0, 1) is not None]
     assert kept == [0, *range(3, 11)]
+
+
+def test_files_of_others_in_the_folder_are_left_alone(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "thesis.txt").write_bytes(bytes(10 * SEGMENT))
+    cache = BlockCache(tmp_path, 2 * SEGMENT)
+    for number in range(5):
+        cache.add(f"{number:032x}", 0, bytes(512))
+    assert len(list(tmp_path.iterdir())) == 3 and cache.read(f"{4:032x}", 0, 1) is not None
+    assert (tmp_path / "thesis.txt").stat().st_size == 10 * SEGMENT and (tmp_path / "data").is_dir()
 
 
 def test_a_range_of_several_blocks_and_segments(tmp_path):
