@@ -91,7 +91,8 @@ class CellStore:
     Notes
     -----
     Rows are copied out of the memory map, so changing them does not change the store. Pickling a store (as for
-    spawned workers) passes only its path and, for a selection, the row numbers.
+    spawned workers) passes only its path and, for a selection, the row numbers; if another store has taken its place,
+    unpickling raises a ValueError.
     """
 
     def __init__(self, path: str | Path | RemoteFolder):
@@ -135,6 +136,8 @@ class CellStore:
         self.__dict__.update(state)
         if versions is not None:
             self.path.versions = versions
+        else:
+            self.must_be_unchanged()  # else cells of another store could be read in place of the selected ones
         self._open()
 
     def __len__(self) -> int:
