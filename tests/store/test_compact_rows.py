@@ -12,7 +12,9 @@ from scipy import sparse
 from torch.utils.data import DataLoader
 
 from stformer_hf import CellStore, GeneTokenizer, collate_cells
+from stformer_hf.store import writer
 from stformer_hf.store.compact_rows import decode, encode
+from stformer_hf.store.shards import write_piece
 
 
 def read_plainly(codes: list[int], large: list[int]) -> tuple[list[int], list[int]]:
@@ -125,6 +127,29 @@ def test_append_join_save_and_conversion_keep_the_cells(tmp_path):
     assert saved.is_compact and joined.is_compact and not plain.is_compact
     with pytest.raises(ValueError, match="has compact rows: merge them with CellStore.build"):
         CellStore.join(tmp_path / "k", [plain.path, saved.path])
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_build_does_not_go_on_with_rows_of_the_other_kind(tmp_path, monkeypatch, compact):
+    adata = sparse_cells(9, 0)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    how = {"rows_per_shard": 10, "report": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "write_piece", stop_at(30))
+        with pytest.raises(KeyboardInterrupt):
+            CellStore.build(tmp_path / "s", tmp_path / "a.h5ad", compact=not compact, **how)
+    assert len(list((tmp_path / ".s.building").glob("source-*.json"))) == 3
+    store = CellStore.build(tmp_path / "s", tmp_path / "a.h5ad", compact=compact, **how)
+    assert store.is_compact is compact and (store.rows(slice(None)) != adata.X).nnz == 0
+
+
+def stop_at(cell: int):
+    def write(piece, *progress):
+        if piece.start == cell:
+            raise KeyboardInterrupt
+        return write_piece(piece, *progress)
+
+    return write
 
 
 def test_it_is_a_dataset_of_codes(tmp_path):

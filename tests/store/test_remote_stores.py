@@ -167,6 +167,20 @@ def test_workers_read_a_remote_store(remote, local):
     assert repr(batches(remote, 2)) == repr(expected)
 
 
+def test_a_forked_process_fetches_over_connections_of_its_own(server, remote, local):
+    """Threads and connections do not survive a fork."""
+    remote.rows([150])
+    server.forget()
+    forked = multiprocessing.get_context("fork").Process(
+        target=lambda: sys.exit(0 if same_cells(remote, local, [3, 60, 220]) else 1)
+    )
+    forked.start()
+    forked.join(20)
+    forked.kill()  # if it hangs
+    assert forked.exitcode == 0
+    assert server.gets(".arrow")
+
+
 def test_a_pickled_store_opens_from_the_cache_alone(server, remote, local):
     selection = remote.select([5, 150])
     selection.rows([0, 1])
