@@ -124,7 +124,9 @@ class CellStore:
         except (OSError, ValueError) as error:  # Arrow's errors are subclasses of these
             raise ValueError(f"{self.path / 'genes.parquet'} is damaged: {error}. Copy the store again.") from error
         self._rows = ArrowRows(
-            [self.path / shard["file"] for shard in shards], [shard["neighbor_shift"] for shard in shards]
+            [self.path / shard["file"] for shard in shards],
+            [shard["neighbor_shift"] for shard in shards],
+            self.is_compact,
         )
 
     def __getstate__(self) -> dict:

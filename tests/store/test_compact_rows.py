@@ -152,6 +152,20 @@ def stop_at(cell: int):
     return write
 
 
+def test_only_compact_stores_use_the_names_of_their_columns(tmp_path):
+    adata, other = sparse_cells(9, 0), sparse_cells(9, 1)
+    for each in (adata, other):
+        for name in ("cell_codes", "large_counts", "n_expressed"):
+            each.obs[name] = np.arange(40)
+    store = CellStore.build(tmp_path / "s", adata, obs="all", report=False)
+    store.append(other)
+    saved = store.select(range(40, 80)).save(tmp_path / "saved")
+    assert saved.obs["n_expressed"].tolist() == saved.obs["cell_codes"].tolist() == list(range(40))
+    assert (saved.rows(slice(None)) != other.X).nnz == 0
+    with pytest.raises(ValueError, match="cell_codes, large_counts, n_expressed: the store uses this name"):
+        CellStore.build(tmp_path / "c", store, obs=list(store.obs), compact=True)
+
+
 def test_it_is_a_dataset_of_codes(tmp_path):
     adata = sparse_cells(300, 0)
     store = CellStore.build(tmp_path / "s", adata, compact=True, report=False)
