@@ -81,7 +81,8 @@ class ArrowRows:
 
     @cached_property
     def _n_expressed(self) -> np.ndarray:
-        return np.concatenate([lengths.to_numpy() for lengths in self.chunks(compact_rows.LENGTH)])
+        chunks = [lengths.to_numpy() for lengths in self.chunks(compact_rows.LENGTH)]
+        return np.concatenate(chunks) if chunks else np.empty(0, np.int32)
 
     def gather(self, rows: np.ndarray, gene_type: str, count_type: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return a copy of rows.
