@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sized
 
 import numpy as np
 
-from ..store.block_order import block_order
+from ..store.block_order import ORDER, block_order
 from .draws import Draw, Permutation, draw_of
 from .length_sampler import ResumableSampler, as_ints, checksum
 
@@ -97,7 +97,7 @@ class BlockShuffleSampler(RowSampler):
             yield from block_order(len(self.draw), self.block_size, self.seed, self.epoch, begin, end).tolist()
 
     def _settings(self) -> dict[str, object]:
-        return {**super()._settings(), "block_size": self.block_size, "order": "feistel"}
+        return {**super()._settings(), "block_size": self.block_size, "order": ORDER}
 
 
 class SameSourceSampler(ResumableSampler[int]):

@@ -19,7 +19,8 @@ def read_parents(parents: Mapping[str, str] | str | Path) -> dict[str, str]:
     Parameters
     ----------
     parents : mapping, str or Path
-        Parent of each child; or a CSV file with the columns `child` and `parent`.
+        Parent of each child; or a CSV file with the columns `child` and `parent`. A label at the top may have a
+        missing or empty parent.
 
     Raises
     ------
@@ -29,7 +30,7 @@ def read_parents(parents: Mapping[str, str] | str | Path) -> dict[str, str]:
         The file does not exist.
     """
     if isinstance(parents, Mapping):
-        pairs = [(str(child), str(parent)) for child, parent in parents.items()]
+        pairs = [(str(child), "" if pd.isna(parent) else str(parent)) for child, parent in parents.items()]
     else:
         path = existing_file(os.fspath(parents))
         with naming(path, "a table"):
@@ -39,6 +40,8 @@ def read_parents(parents: Mapping[str, str] | str | Path) -> dict[str, str]:
         pairs = list(zip(table["child"], table["parent"], strict=True))
     found: dict[str, str] = {}
     for child, parent in pairs:
+        if not parent:
+            continue
         if found.setdefault(child, parent) != parent:
             raise ValueError(f"{child!r} has two parents, {found[child]!r} and {parent!r}: keep one of them.")
         if UNKNOWN in (child, parent):

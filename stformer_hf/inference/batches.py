@@ -227,6 +227,14 @@ class _Work:
     def __getstate__(self) -> dict[str, Any]:
         """Hold the model as its weights: a model that ran has hooks of Transformers, which cannot be pickled."""
         weights = {name: weight.cpu() for name, weight in self.model.state_dict().items()}
+        with torch.device("meta"):
+            known = type(self.model)(copy.deepcopy(self.model.config)).state_dict()
+        if weights.keys() != known.keys():
+            other = sorted(weights.keys() ^ known.keys())
+            raise ValueError(
+                f"Workers make a {type(self.model).__name__} from its configuration, and this one has other weights, "
+                f"such as {other[0]}. Merge its adapters first (merge_and_unload), or leave workers and engine out."
+            )
         return {**self.__dict__, "model": (type(self.model), self.model.config, weights)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

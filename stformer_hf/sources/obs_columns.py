@@ -20,8 +20,8 @@ _STORED = {
     *(f"timestamp[{unit}]" for unit in ("s", "ms", "us", "ns")),
 }
 
-_OF_COMPACT_ROWS = ("cell_codes", "large_counts", "n_expressed")
-OWN_COLUMNS = ("genes", "counts", "obs_name", "cell_id", "neighbors", "neighbor_weights", *_OF_COMPACT_ROWS)
+OWN_COLUMNS = ("genes", "counts", "obs_name", "cell_id", "neighbors", "neighbor_weights")
+OF_COMPACT_ROWS = ("cell_codes", "large_counts", "n_expressed")  # own columns of a compact store
 
 
 @dataclass
@@ -50,6 +50,7 @@ def unite_obs(
     known: Mapping[str, list[str]] | None = None,
     types: Mapping[str, str] | None = None,
     classes: Sequence[str] | str = (),
+    compact: bool = False,
 ) -> ObsColumns:
     """Merge obs columns by their values: a column of only missing values in a source matches any type in the others.
 
@@ -66,6 +67,8 @@ def unite_obs(
         Arrow types that columns should have, if their values allow it.
     classes : sequence of str
         Columns that become class labels although their values are integers or booleans; they are kept as well.
+    compact : bool, default: False
+        Whether the store has compact rows, which use other names themselves.
 
     Returns
     -------
@@ -78,17 +81,18 @@ def unite_obs(
         column itself; a column of classes has fractions.
     """
     known, types = known or {}, types or {}
+    own = (*OWN_COLUMNS, *OF_COMPACT_ROWS) if compact else OWN_COLUMNS
     everything = names == "all"
     if everything:
         names = list(dict.fromkeys(str(name) for source in sources for name in source.obs.columns))
-        dropped = [name for name in names if name in OWN_COLUMNS]
-        names = [name for name in names if name not in OWN_COLUMNS]
+        dropped = [name for name in names if name in own]
+        names = [name for name in names if name not in own]
         if dropped:
             logger.warning(f"obs column {', '.join(dropped)} is left out: the store uses this name.")
     names = [] if names is None else [names] if isinstance(names, str) else list(names)
     classes = [classes] if isinstance(classes, str) else list(classes)
     names = list(dict.fromkeys([*names, *classes]))
-    clash = set(names) & set(OWN_COLUMNS)
+    clash = set(names) & set(own)
     if clash:
         raise ValueError(f"obs column {', '.join(sorted(clash))}: the store uses this name; rename the column.")
     united = ObsColumns([{} for _ in sources], {}, {})

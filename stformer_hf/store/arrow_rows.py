@@ -31,6 +31,8 @@ class ArrowRows:
         Arrow stream files, in the order of the rows.
     neighbor_shifts : sequence of int
         Offset per file, added to the row numbers in its `neighbors`.
+    compact : bool
+        Whether the rows are compact.
 
     Raises
     ------
@@ -38,11 +40,13 @@ class ArrowRows:
         A file is damaged.
     """
 
-    def __init__(self, files: Sequence[Path | RemoteFile], neighbor_shifts: Sequence[int]):
+    def __init__(self, files: Sequence[Path | RemoteFile], neighbor_shifts: Sequence[int], compact: bool):
         self._batches: list[pa.RecordBatch | RemoteBatch] = []
         self._files: list[MappedFile | None] = []  # of each batch
         shifts = []
         wanted: list[tuple[str, ...]] = [("genes", "counts")]
+        if compact:
+            wanted = [(compact_rows.CODES,), (compact_rows.LARGE,)]
         lists: list[list[_List]] = [[], []]
         remote = [file for file in files if isinstance(file, RemoteFile)]  # all or none
         self._are_remote = bool(remote)
@@ -51,8 +55,6 @@ class ArrowRows:
             try:
                 mapped = None if isinstance(file, RemoteFile) else MappedFile(file)
                 for batch in next(headers) if mapped is None else pa.ipc.open_stream(mapped.buffer):
-                    if not self._batches and compact_rows.CODES in _names(batch):
-                        wanted = [(compact_rows.CODES,), (compact_rows.LARGE,)]
                     for of_batches, names in zip(lists, wanted, strict=False):
                         of_batches.append(_List(mapped, batch, names))
                     self._batches.append(batch)
@@ -64,7 +66,7 @@ class ArrowRows:
                 raise ValueError(f"{file} is damaged: {error}. Copy the store again, or rebuild it.") from error
         self._shifts = np.array(shifts, np.int64)
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
-        self._is_compact = len(wanted) == 2
+        self._is_compact = compact
         self._cells, self._large = map(_Lists, lists)  # of compact rows: the codes, and the large counts
         self._ahead = ReadAhead()
 
@@ -79,7 +81,8 @@ class ArrowRows:
 
     @cached_property
     def _n_expressed(self) -> np.ndarray:
-        return np.concatenate([lengths.to_numpy() for lengths in self.chunks(compact_rows.LENGTH)])
+        chunks = [lengths.to_numpy() for lengths in self.chunks(compact_rows.LENGTH)]
+        return np.concatenate(chunks) if chunks else np.empty(0, np.int32)
 
     def gather(self, rows: np.ndarray, gene_type: str, count_type: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return a copy of rows.
@@ -143,11 +146,6 @@ class ArrowRows:
         """Return another column as it is stored, one array per record batch."""
         remote = [batch for batch in self._batches if isinstance(batch, RemoteBatch)]  # all or none
         return read_column(remote, name) if remote else [batch.column(name) for batch in self._batches]  # type: ignore
-
-
-def _names(batch: pa.RecordBatch | RemoteBatch) -> list[str]:
-    """Return the names of the columns."""
-    return list(batch.columns) if isinstance(batch, RemoteBatch) else batch.schema.names
 
 
 class _List:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ SEGMENT_BLOCKS = 512  # blocks of one local file, 128 MiB
 _MOST_MAPS = 256  # segments that a process has mapped; each takes a file descriptor
 _KEPT = 0.9  # share of the limit that is left when segments are removed
 _UNSEEN = 0.05  # share of the limit after which a process looks again at what other processes have added
+_SEGMENT = re.compile(r"[0-9a-f]{32}-\d+")  # other files in the folder are not the cache's
 _SECONDS = 1.0  # after which it is noted that a segment is in use, and whether it still exists
 
 
@@ -32,7 +34,7 @@ class BlockCache:
     Parameters
     ----------
     folder : Path
-        Created when the first block is added.
+        Created when the first block is added. Files of others in it do not count, and are left alone.
     limit : int
         Bytes of all blocks. Of several processes each may exceed it by 5 % for a moment.
 
@@ -58,7 +60,7 @@ class BlockCache:
         Parameters
         ----------
         key : str
-            Name of a version of a file.
+            Version of a file: 32 hexadecimal digits.
         start, stop : int
 
         Returns
@@ -123,6 +125,8 @@ class BlockCache:
     def _files(self) -> Iterator[tuple[int, int, str]]:
         """Return time of last use, size and name of all segments."""
         for file in os.scandir(self.folder):
+            if not _SEGMENT.fullmatch(file.name):
+                continue
             with suppress(FileNotFoundError):
                 stat = file.stat()
                 yield stat.st_mtime_ns, _disk_bytes(stat), file.name

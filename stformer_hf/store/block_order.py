@@ -6,6 +6,7 @@ import numpy as np
 
 from ..models.gene_bert.randomness import mix
 
+ORDER = "by position (new in version 0.2)"  # in saved states: that of earlier versions was another one
 _ROUNDS = 6
 _STREAM = 0xB10C
 
@@ -83,4 +84,4 @@ def _feistel(numbers: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     return high << np.uint64(n_low) | low
 
 
-__all__ = ["block_order"]
+__all__ = ["ORDER", "block_order"]

@@ -91,7 +91,8 @@ class CellStore:
     Notes
     -----
     Rows are copied out of the memory map, so changing them does not change the store. Pickling a store (as for
-    spawned workers) passes only its path and, for a selection, the row numbers.
+    spawned workers) passes only its path and, for a selection, the row numbers; if another store has taken its place,
+    unpickling raises a ValueError.
     """
 
     def __init__(self, path: str | Path | RemoteFolder):
@@ -123,7 +124,9 @@ class CellStore:
         except (OSError, ValueError) as error:  # Arrow's errors are subclasses of these
             raise ValueError(f"{self.path / 'genes.parquet'} is damaged: {error}. Copy the store again.") from error
         self._rows = ArrowRows(
-            [self.path / shard["file"] for shard in shards], [shard["neighbor_shift"] for shard in shards]
+            [self.path / shard["file"] for shard in shards],
+            [shard["neighbor_shift"] for shard in shards],
+            self.is_compact,
         )
 
     def __getstate__(self) -> dict:
@@ -135,6 +138,8 @@ class CellStore:
         self.__dict__.update(state)
         if versions is not None:
             self.path.versions = versions
+        else:
+            self.must_be_unchanged()  # else cells of another store could be read in place of the selected ones
         self._open()
 
     def __len__(self) -> int:

@@ -13,7 +13,8 @@ _TEXT = """
 # {name}
 
 Cells of a [stformer_hf](https://github.com/stformer-hf/stformer_hf) store, one per row: `genes` are rows of
-`genes.parquet`, and `counts` their counts.
+`genes.parquet`, and `counts` their counts. A compact store has `cell_codes` and `large_counts` in place of both, which
+`CellStore` decodes.
 
 ```python
 from stformer_hf import CellStore

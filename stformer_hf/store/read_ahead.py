@@ -46,11 +46,13 @@ class MappedFile:
         self.buffer = pa.py_buffer(self._map)
 
     def place(self, values: pa.Array) -> int:
-        """Return where in the file the values of an array of numbers begin, which lies there whole."""
+        """Return where in the file the values of an array of numbers begin, which lies there whole if it has any."""
         return values.buffers()[1].address - self.buffer.address
 
     def ask_for(self, start: int, stop: int) -> None:
         """Ask the system to read a range of bytes; return at once."""
+        if start >= stop:
+            return  # an array without values lies nowhere, see `place`
         start -= start % mmap.PAGESIZE
         self._map.madvise(mmap.MADV_WILLNEED, start, stop - start)
 
@@ -72,7 +74,7 @@ class ReadAhead:
             self._left -= 1
             for file, start, stop in ranges:
                 file.ask_for(start, stop)
-        elif self._works:
+        if self._works and not self._left:
             self._waits = _waits()
 
     def look(self) -> None:

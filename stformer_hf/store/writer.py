@@ -121,7 +121,7 @@ def write_store(
             )
         united.rows, united.fates = united.rows[1:], united.fates[1:]
     categories, known = (None, None) if base is None else (base.categories, base.manifest["obs"])
-    obs = unite_obs(opened, settings.obs, categories, known, settings.classes)
+    obs = unite_obs(opened, settings.obs, categories, known, settings.classes, settings.compact)
     if known is not None and obs.types != known:
         new = obs.types
         changed = [f"{name!r} ({known[name]} there, {new[name]} here)" for name in new if new[name] != known[name]]

@@ -31,6 +31,7 @@ from ..batches.stream_batches import StreamBatches, StreamOrder, TokenBudgetBuff
 from ..batches.token_budget import TokenBudgetBatchSampler
 from ..evaluation.metrics import preprocess_logits_for_metrics, preprocess_logits_with_nll
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..store.block_order import ORDER
 from ..store.cell_store import CellStore
 from .argument_checks import check_arguments, smoothing_field
 from .calibration import OutOfFold, replace_out_of_fold
@@ -557,6 +558,9 @@ class CellTrainer(MeasuredTrainer):
             "sampling": self._describe_sampling(),
             **({} if self._cells is None else {"train_dataset": self._cells}),
         }
+        if self.max_tokens_per_batch is None and args.train_sampling_strategy == "random":
+            # Checkpoints of earlier versions have the rows in another random order.
+            order["random order"] = ORDER if isinstance(self._get_train_sampler(), BlockShuffleSampler) else None
         if self.max_tokens_per_batch is None:
             order["per_device_train_batch_size * gradient_accumulation_steps * processes"] = (
                 self._train_batch_size * batches

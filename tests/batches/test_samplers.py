@@ -109,6 +109,10 @@ def test_other_states_and_arguments_that_cannot_be_raise(store):
     ):
         with pytest.raises(ValueError, match="another sampler: .* instead of"):
             other.load_state_dict(sampler.state_dict())
+    state = sampler.state_dict()
+    del state["settings"]["order"]  # as versions wrote it whose order was another one
+    with pytest.raises(ValueError, match=r"order None instead of 'by position \(new in version 0.2\)'"):
+        sampler.load_state_dict(state)
     with pytest.raises(ValueError, match="n_drawn=61, but an epoch has 60"):
         sampler.state_after(61)
     with pytest.raises(ValueError, match="rank=1 of world_size=1"):

@@ -134,6 +134,12 @@ def test_chains_are_nearest_first_without_the_root():
     assert ancestors_of(["T cell", "CD8"], own) == [[], []]
 
 
+def test_labels_at_the_top_may_have_no_parent(tmp_path):
+    (tmp_path / "parents.csv").write_text("child,parent\nCD8,T cell\nT cell,\nB cell,\n")
+    for parents in (tmp_path / "parents.csv", {"CD8": "T cell", "T cell": None, "B cell": np.nan}):
+        assert read_parents(parents) == {"CD8": "T cell"}
+
+
 def test_tables_that_cannot_be_used_are_refused(classifier, adata, tmp_path):
     (tmp_path / "wrong.csv").write_text("label,above\nCD8,T cell\n")
     for parents, message in (

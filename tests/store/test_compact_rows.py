@@ -12,7 +12,9 @@ from scipy import sparse
 from torch.utils.data import DataLoader
 
 from stformer_hf import CellStore, GeneTokenizer, collate_cells
+from stformer_hf.store import writer
 from stformer_hf.store.compact_rows import decode, encode
+from stformer_hf.store.shards import write_piece
 
 
 def read_plainly(codes: list[int], large: list[int]) -> tuple[list[int], list[int]]:
@@ -125,6 +127,43 @@ def test_append_join_save_and_conversion_keep_the_cells(tmp_path):
     assert saved.is_compact and joined.is_compact and not plain.is_compact
     with pytest.raises(ValueError, match="has compact rows: merge them with CellStore.build"):
         CellStore.join(tmp_path / "k", [plain.path, saved.path])
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_build_does_not_go_on_with_rows_of_the_other_kind(tmp_path, monkeypatch, compact):
+    adata = sparse_cells(9, 0)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    how = {"rows_per_shard": 10, "report": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "write_piece", stop_at(30))
+        with pytest.raises(KeyboardInterrupt):
+            CellStore.build(tmp_path / "s", tmp_path / "a.h5ad", compact=not compact, **how)
+    assert len(list((tmp_path / ".s.building").glob("source-*.json"))) == 3
+    store = CellStore.build(tmp_path / "s", tmp_path / "a.h5ad", compact=compact, **how)
+    assert store.is_compact is compact and (store.rows(slice(None)) != adata.X).nnz == 0
+
+
+def stop_at(cell: int):
+    def write(piece, *progress):
+        if piece.start == cell:
+            raise KeyboardInterrupt
+        return write_piece(piece, *progress)
+
+    return write
+
+
+def test_only_compact_stores_use_the_names_of_their_columns(tmp_path):
+    adata, other = sparse_cells(9, 0), sparse_cells(9, 1)
+    for each in (adata, other):
+        for name in ("cell_codes", "large_counts", "n_expressed"):
+            each.obs[name] = np.arange(40)
+    store = CellStore.build(tmp_path / "s", adata, obs="all", report=False)
+    store.append(other)
+    saved = store.select(range(40, 80)).save(tmp_path / "saved")
+    assert saved.obs["n_expressed"].tolist() == saved.obs["cell_codes"].tolist() == list(range(40))
+    assert (saved.rows(slice(None)) != other.X).nnz == 0
+    with pytest.raises(ValueError, match="cell_codes, large_counts, n_expressed: the store uses this name"):
+        CellStore.build(tmp_path / "c", store, obs=list(store.obs), compact=True)
 
 
 def test_it_is_a_dataset_of_codes(tmp_path):

@@ -70,6 +70,13 @@ def test_engines_that_do_not_exist_and_workers_that_cannot_be(tmp_path, adata, s
         check_engine("ray", 2)
 
 
+def test_workers_refuse_a_model_that_its_configuration_does_not_describe(store, tokenizer, config):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = peft.get_peft_model(GeneBertModel(config), peft.LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="this one has other weights, such as .*merge_and_unload"):
+        embed(store, model, tokenizer=tokenizer, workers=2)
+
+
 # ---------------------------------------------------------------------- what is written is what one process writes
 
 

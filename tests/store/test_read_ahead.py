@@ -8,6 +8,7 @@ import pytest
 from conftest import make_adata
 
 from stformer_hf import CellStore
+from stformer_hf.store import read_ahead
 from stformer_hf.store.read_ahead import ReadAhead
 
 
@@ -34,6 +35,32 @@ def test_rows_are_the_same_with_it(tmp_path, compact):
     store._rows._ahead._left = 2
     np.testing.assert_array_equal(store.rows(rows).toarray(), expected)
     assert store._rows._ahead._left == 1
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_batches_without_values_are_read_with_it(tmp_path, compact):
+    """Cells without counts, and compact ones without large counts."""
+    adata = make_adata(30, 40)
+    adata.X.data[:] = 1
+    adata.X.data[adata.X.indptr[10] : adata.X.indptr[20]] = 0
+    adata.X.eliminate_zeros()
+    store = CellStore.build(tmp_path / "s", adata, compact=compact, rows_per_batch=10, report=False)
+    for row in range(30):
+        store._rows._ahead._left = 2
+        np.testing.assert_array_equal(store.rows([row]).toarray(), adata.X[[row]].toarray())
+
+
+def test_it_turns_off_when_batches_no_longer_wait(monkeypatch):
+    ahead, waits = ReadAhead(), [0]
+    ahead._works = True
+    monkeypatch.setattr(read_ahead, "_waits", lambda: waits[0])
+    is_on = []
+    for batch in range(400):
+        ahead.ask_for([])
+        waits[0] += batch == 3
+        is_on.append(ahead._left > 0)
+        ahead.look()
+    assert is_on == [False] * 4 + [True] * 127 + [False] * 269
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are dropped from the cache by a call of Linux")

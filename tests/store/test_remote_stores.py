@@ -167,6 +167,20 @@ def test_workers_read_a_remote_store(remote, local):
     assert repr(batches(remote, 2)) == repr(expected)
 
 
+def test_a_forked_process_fetches_over_connections_of_its_own(server, remote, local):
+    """Threads and connections do not survive a fork."""
+    remote.rows([150])
+    server.forget()
+    forked = multiprocessing.get_context("fork").Process(
+        target=lambda: sys.exit(0 if same_cells(remote, local, [3, 60, 220]) else 1)
+    )
+    forked.start()
+    forked.join(20)
+    forked.kill()  # if it hangs
+    assert forked.exitcode == 0
+    assert server.gets(".arrow")
+
+
 def test_a_pickled_store_opens_from_the_cache_alone(server, remote, local):
     selection = remote.select([5, 150])
     selection.rows([0, 1])
@@ -228,10 +242,20 @@ def test_the_cache_keeps_its_limit(server, local, tmp_path):
 def test_what_was_not_used_for_longest_is_removed(tmp_path):
     cache = BlockCache(tmp_path, 10 * SEGMENT)
     for number in range(11):
-        cache.add(f"file{number}", 0, bytes(512))
-        assert cache.read("file0", 0, 512) == bytes(512)
-    kept = [number for number in range(11) if cache.read(f"file{number}", 0, 1) is not None]
+        cache.add(f"{number:032x}", 0, bytes(512))
+        assert cache.read(f"{0:032x}", 0, 512) == bytes(512)
+    kept = [number for number in range(11) if cache.read(f"{number:032x}", 0, 1) is not None]
     assert kept == [0, *range(3, 11)]
+
+
+def test_files_of_others_in_the_folder_are_left_alone(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "thesis.txt").write_bytes(bytes(10 * SEGMENT))
+    cache = BlockCache(tmp_path, 2 * SEGMENT)
+    for number in range(5):
+        cache.add(f"{number:032x}", 0, bytes(512))
+    assert len(list(tmp_path.iterdir())) == 3 and cache.read(f"{4:032x}", 0, 1) is not None
+    assert (tmp_path / "thesis.txt").stat().st_size == 10 * SEGMENT and (tmp_path / "data").is_dir()
 
 
 def test_a_range_of_several_blocks_and_segments(tmp_path):

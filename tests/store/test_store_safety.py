@@ -83,6 +83,17 @@ def test_an_open_store_is_not_mixed_with_one_that_replaces_it(tmp_path):
     assert copy.gene_ids.tolist() == list("vwxyz")
 
 
+def test_a_pickled_store_is_not_read_from_one_that_replaced_it(tmp_path):
+    adata = make_adata()
+    store = CellStore.build(tmp_path / "s", adata, report=False)
+    pickled = pickle.dumps(store.select([3, 4]))
+    adata.X.data[:] = adata.X.data[::-1].copy()
+    other = CellStore.build(tmp_path / "s", adata, overwrite=True, report=False)
+    assert [shard["bytes"] for shard in other.manifest["shards"]] == [s["bytes"] for s in store.manifest["shards"]]
+    with pytest.raises(ValueError, match="was replaced after this object opened it"):
+        pickle.loads(pickled)
+
+
 def test_a_store_in_the_folder_of_its_sources_is_not_a_source(tmp_path):
     make_adata(20).write_h5ad(tmp_path / "x.h5ad")
     for _ in range(3):

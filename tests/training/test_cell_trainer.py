@@ -308,6 +308,24 @@ def test_a_checkpoint_of_another_order_is_refused(store, tokenizer, tmp_path):
     )
 
 
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_a_checkpoint_of_an_earlier_version_is_refused_if_its_order_was_another_one(
+    store, tokenizer, tmp_path, strategy
+):
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 4, "train_sampling_strategy": strategy}
+    make_trainer(tmp_path, store, tokenizer, **settings).train()
+    file = tmp_path / "checkpoint-3" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    state["stateful_callbacks"]["CellOrder"].pop("random order", None)  # earlier versions did not write it
+    file.write_text(json.dumps(state))
+    resumed = make_trainer(tmp_path, store, tokenizer, **settings)
+    if strategy == "group_by_length":
+        resumed.train(resume_from_checkpoint=str(file.parent))
+        return
+    with pytest.raises(ValueError, match=r"random order was None and is .*new in version 0.2.*repeated or skipped"):
+        resumed.train(resume_from_checkpoint=str(file.parent))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["store", "dataset", "files", "rows"])
 def test_ten_stops_in_two_epochs(store, adata, tokenizer, tmp_path, source):

@@ -1,0 +1,52 @@
+"""block_order: every order is about as likely as any other, and any part of it needs memory for that part alone."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from stformer_hf.batches import samplers
+from stformer_hf.batches.samplers import BlockShuffleSampler
+from stformer_hf.store.block_order import block_order
+
+
+@pytest.mark.parametrize("of", ["seeds", "epochs"])
+def test_each_row_is_at_each_place_equally_often_and_followed_by_any(of):
+    n, n_orders = 37, 1000
+    keys = [(i, 0) if of == "seeds" else (0, i) for i in range(n_orders)]
+    orders = np.stack([block_order(n, 1, *key) for key in keys])
+    assert (np.sort(orders, axis=1) == np.arange(n)).all()
+    places = np.stack([np.bincount(orders[:, place], minlength=n) for place in range(n)])
+    pairs = np.zeros((n, n))
+    np.add.at(pairs, (orders[:, :-1].ravel(), orders[:, 1:].ravel()), 1)
+    for counts, dof in ((places, (n - 1) ** 2), (pairs[~np.eye(n, dtype=bool)], n * (n - 1) - 1)):
+        chi_square = ((counts - counts.mean()) ** 2).sum() / counts.mean()
+        assert abs(chi_square - dof) < 5 * (2 * dof) ** 0.5
+
+
+def test_the_incomplete_block_may_be_anywhere():
+    places = [np.flatnonzero(block_order(10, 4, seed, 0) == 8)[0] for seed in range(300)]
+    found, counts = np.unique(places, return_counts=True)
+    assert found.tolist() == [0, 4, 8] and counts.min() > 60
+
+
+def test_a_part_of_a_large_order_takes_no_memory_for_the_rest():
+    tracemalloc.start()
+    try:
+        rows = block_order(10**9 + 5, 16, 0, 3, 5 * 10**8 - 7, 5 * 10**8 + 1000)
+        taken = next(iter(BlockShuffleSampler(range(10**9 + 5), 16)))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(set(rows.tolist())) == 1007 and 0 <= min(rows) and max(rows) < 10**9 + 5
+    assert taken == block_order(10**9 + 5, 16, 0, 0, 0, 1)[0]
+    assert peak < 20e6
+
+
+def test_a_sampler_joins_the_parts_that_it_computes(monkeypatch):
+    monkeypatch.setattr(samplers, "_AT_ONCE", 7)
+    sampler = BlockShuffleSampler(range(50), 4, seed=1, rank=1, world_size=2)
+    whole = block_order(50, 4, 1, 0)
+    assert list(sampler) == whole[25:].tolist()
+    sampler.load_state_dict(sampler.state_after(9))
+    assert list(sampler) == whole[34:].tolist()
