@@ -187,7 +187,7 @@ print(type(bert).__name__, type(space).__name__, TOKENIZER_MAPPING[type(bert.con
     "imports",
     [
         pytest.param("import stformer_hf", marks=pytest.mark.slow),  # as in tests/models/test_without_plugin.py
-        "import transformers.trainer, stformer_hf",
+        pytest.param("import transformers.trainer, stformer_hf", marks=pytest.mark.slow),
         "from stformer_hf import GeneBertForPhenotypicMLM; import transformers.pipelines",
     ],
 )

@@ -258,8 +258,8 @@ def write_piece(piece: Piece, progress: Callable[[int], object] = lambda n_cells
                 count_type = count_type_of(block.data, piece.name)
                 if piece.format.compact and count_type == "float32":
                     raise ValueError(
-                        f"{piece.name}: {piece.counts_in} holds fractions, which compact rows cannot hold. Build "
-                        "without compact, or round the counts."
+                        f"{piece.name}: {piece.counts_in} holds fractions, which compact rows cannot hold. Round the "
+                        "counts, or use a store without compact rows."
                     )
                 writer.write(block, columns, count_type)
                 n_counts += block.nnz

@@ -13,6 +13,7 @@ from sklearn.metrics import f1_score  # noqa: E402
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer  # noqa: E402
 
 from stformer_hf.cli import demo, main  # noqa: E402
+from stformer_hf.training.starts import linear_readers  # noqa: E402
 
 PICTURES = ("pretraining", "fine_tuning", "few_labels", "confusion", "umap")
 
@@ -22,6 +23,7 @@ def run_demo(folder, seed):
         patch.setattr(demo, "STEPS", {**demo.STEPS, "logging_steps": 1})
         patch.setattr(demo, "PRETRAINING_STEPS", {**demo.PRETRAINING_STEPS, "max_steps": 3})
         patch.setattr(demo, "EPOCHS", 0.2)
+        patch.setattr(linear_readers, "N_FOLDS", 2)  # of the inner cross-validation
         patch.setattr(demo, "N_LABELS", (5, 10))
         patch.setattr(demo, "N_DRAWS", 2)
         assert main(["demo", "--output", str(folder), "--seed", str(seed), "--debug"]) == 0

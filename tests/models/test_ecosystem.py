@@ -152,7 +152,7 @@ def test_activation_checkpointing_gives_the_same_gradients(plain_config, batches
 @pytest.mark.parametrize(
     ("packing", "vocabulary"),
     [
-        (False, "small"),
+        pytest.param(False, "small", marks=pytest.mark.slow),  # training/test_one_size.py compiles too
         pytest.param(True, "small", marks=pytest.mark.slow),
         pytest.param(False, "large", marks=pytest.mark.slow),
     ],

@@ -67,7 +67,8 @@ def build_and_check(folder, layout: str, n_bytes: int, limit: int, shape: tuple[
     np.testing.assert_array_equal(found, totals)
 
 
-@pytest.mark.parametrize("layout", ["csr", pytest.param("csc", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["csr", "csc"])
 def test_a_file_of_500_mb_in_half_of_that(tmp_path, layout):
     build_and_check(tmp_path, layout, 500 * MB, 250 * MB, (32_000, 10_000))
 
