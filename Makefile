@@ -50,7 +50,7 @@ GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu:
 	@mkdir -p $(GPU_OUT)
 	@echo "== running the gpu tests, at most 180 s, into $(GPU_OUT)/tests.log"
-	@HF_HUB_OFFLINE=1 timeout 180 $(GPU_PYTHON) -m pytest -q -m gpu $$(grep -rl 'mark.gpu' tests) \
+	@HF_HUB_OFFLINE=1 timeout 180 $(GPU_PYTHON) -m pytest -q -m gpu $$(grep -rl --include='*.py' 'mark.gpu' tests) \
 		> $(GPU_OUT)/tests.log 2>&1; echo $$? > $(GPU_OUT)/tests.rc; tail -n 30 $(GPU_OUT)/tests.log
 	@echo "== running the benchmark, into $(GPU_OUT)"
 	@HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 timeout 900 $(GPU_PYTHON) -m benchmarks gpu $(GPU) --out $(GPU_OUT)
