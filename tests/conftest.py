@@ -76,3 +76,9 @@ def config(tokenizer) -> GeneBertConfig:
     return GeneBertConfig.from_tokenizer(
         tokenizer, num_hidden_layers=2, num_attention_heads=2, hidden_size=16, intermediate_size=32
     )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip the tests of a GPU where there is none."""
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
