@@ -78,6 +78,12 @@ def config(tokenizer) -> GeneBertConfig:
     )
 
 
+def checkpoint_activations(model):
+    """Return the method that turns activation checkpointing on; older transformers call it another name."""
+    name = "activation_checkpointing_enable"
+    return getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip the tests of a GPU where there is none."""
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():

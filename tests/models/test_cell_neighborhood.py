@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from conftest import checkpoint_activations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -466,7 +467,7 @@ def test_activation_checkpointing_changes_nothing(form, reentrant):
     model, batch, results = make_model().train(), make_batch(LENGTHS, form), []
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(model)({"use_reentrant": reentrant})
             assert model.cell_neighborhood.encoder[0].gradient_checkpointing
         model.zero_grad()
         loss = model(**batch).loss

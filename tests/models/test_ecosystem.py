@@ -5,6 +5,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from conftest import checkpoint_activations
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from stformer_hf import (
@@ -140,7 +141,7 @@ def test_activation_checkpointing_gives_the_same_gradients(plain_config, batches
         torch.manual_seed(0)
         model = GeneBertForPhenotypicMLM(plain_config).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)()
         model(**batches[packing]).loss.backward()
         gradients.append(torch.cat([parameter.grad.ravel() for parameter in model.parameters()]))
     torch.testing.assert_close(*gradients)

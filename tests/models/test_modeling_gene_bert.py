@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import checkpoint_activations
 from plain_gene_bert import plain_encoder
 from torch import nn
 from torch.nn import functional as F
@@ -211,7 +212,7 @@ def test_activation_checkpointing_changes_nothing(config, batch):
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
     model = GeneBertForPhenotypicMLM(config).train()
     loss = model(**batch, labels=batch["input_ids"]).loss
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)()
     again = model(**batch, labels=batch["input_ids"]).loss
     again.backward()
     assert again.item() == pytest.approx(loss.item(), abs=1e-6)
