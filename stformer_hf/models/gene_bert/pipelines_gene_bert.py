@@ -61,6 +61,7 @@ class _CellPipeline(Pipeline):
         return {"results": results, "n_genes": n_genes}
 
     def _read(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the results of a batch of n cells, Tensor (n, d); each pipeline defines it."""
         raise NotImplementedError
 
 
