@@ -6,8 +6,8 @@ python -m benchmarks quality --data_folder data --output benchmark_quality.json
 cells of types absent from training are counted apart. "few": 5, 20 and 50 labels per class, 20 draws, the same for all
 rows; half of the other cells are test cells, and components are fitted on all cells of the training side. "zero":
 embeddings that saw no label, made of all cells of a set, by 15 neighbours and a linear probe in five folds, and the
-adjusted Rand index of Leiden clusters (mean of five seeds; resolution 1, and the best of five). `--simulated` times
-`stformer-hf finetune` on made cells instead.
+adjusted Rand index of Leiden clusters (mean of five seeds; resolution 1, and the best of five), with scVI beside them
+if it is installed. `--simulated` times `stformer-hf finetune` on made cells instead.
 
 Nothing that is fitted with labels, and with full and few labels nothing that is fitted at all, sees a test cell. The
 macro F1 is over the classes of the test cells, for all rows alike. Differences are paired by split and against the
@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy import sparse
+
+from stformer_hf.evaluation.evaluate_embedding import scvi_embedding
 
 from . import quality_baselines, quality_models
 from .data import _n_cores
@@ -51,7 +54,7 @@ TRIALS = ("trial_k30", "trial_k50")
 ROWS = {
     "full": (*quality_baselines.ROWS, *quality_models.ROWS),
     "few": (*quality_baselines.ROWS[1:], *quality_models.FEW_ROWS),
-    "zero": ("pca50", "views_k30", "start"),
+    "zero": ("pca50", "scvi", "views_k30", "start"),
 }
 KEYS = ["table", "set", "labels", "split", "row"]
 NOT_WORSE_THAN = -0.01  # what an interval is to exclude with few labels
@@ -96,6 +99,9 @@ def run(arguments: list[str]) -> None:
             rows = [row for row in ROWS[table] if row in args.rows]
             if not (SETS[name].transfer and args.data_folder):
                 rows = [row for row in rows if row != "start_elsewhere"]
+            if "scvi" in rows and find_spec("scvi") is None:
+                print("skipped scvi: it is not installed, pip install 'stformer_hf[scvi]'", file=sys.stderr)
+                rows.remove("scvi")
             if table == "full" or SETS[name].few:
                 FILL[table](title, cells, rows, results, args.data_folder)
     results.write()
@@ -128,10 +134,12 @@ def fill_zero(name: str, cells: AnnData, rows: Sequence[str], results: Results, 
         missing = [split for split in splits if results.lacks((*key, split.seed, row))]
         if not missing:
             continue
+        began = time.perf_counter()
         labels, states = cells.obs[LABEL].astype(str).to_numpy(), _embed(row, cells)
+        seconds = round(time.perf_counter() - began, 2)
         clusterings = cluster(states)
         for split in missing:
-            found = score_embedding(states, labels, split, clusterings)
+            found = {**score_embedding(states, labels, split, clusterings), "seconds": seconds}
             results.add((*key, split.seed, row), {**found, **_sizes(cells, split)})
         results.write()
 
@@ -196,6 +204,8 @@ def _embed(row: str, cells: AnnData) -> np.ndarray:
     if row == "views_k30":
         views = [view(cells.X).project(cells.X)[:, :30] for view in (LogView, ResidualView)]
         return np.hstack([view / np.maximum(np.linalg.norm(view, axis=1)[:, None], 1e-9) for view in views])
+    if row == "scvi":
+        return scvi_embedding(sparse.csr_array(cells.X), None, seed=0)
     return quality_models.embed(AnnData(cells.X, obs=cells.obs[[]], var=cells.var), seed=0)
 
 

@@ -355,7 +355,7 @@ def _make_rows(
         elif name == "logistic_regression":
             yield Row(BASELINES[name], lambda train: normalised, None)
         else:
-            embedding = _scvi_embedding(counts, batches, seed)
+            embedding = scvi_embedding(counts, batches, seed)
             yield Row(BASELINES[name], partial(_whatever_trains, embedding), embedding)
 
 
@@ -371,7 +371,7 @@ def _import_scvi():
     return scvi
 
 
-def _scvi_embedding(counts: sparse.csr_array, batches: np.ndarray | None, seed: int) -> np.ndarray:
+def scvi_embedding(counts: sparse.csr_array, batches: np.ndarray | None, seed: int) -> np.ndarray:
     """Train scVI (Lopez et al. 2018) with its defaults, batches included: float64 array (n_cells, d)."""
     scvi = _import_scvi()
     scvi.settings.seed = seed
