@@ -61,15 +61,17 @@ def run(args: InfoArguments) -> dict[str, Any]:
         `--model` or `--layer` is passed with a model; the file's format is not supported.
     """
     from ..sources.formats import remote_folder
-    from ..training.loading import is_adapter
+    from ..training.loading import find_installed, is_adapter
 
     path, is_address = Path(args.path), remote_folder(args.path) is not None
-    is_model = (path / "config.json").exists() or is_adapter(args.path)
+    if not path.exists():
+        path = Path(find_installed(args.path) or args.path)
+    is_model = (path / "config.json").exists() or is_adapter(path)
     # A name with a slash may be a model on the Hub.
     if is_model or (not path.exists() and "/" in args.path and not path.suffix and not is_address):
         if args.model or args.layer:
             raise ValueError(f"{args.path} is a model: --model and --layer are for files of cells.")
-        return {"what": "model", **model_facts(args.path)}
+        return {"what": "model", **model_facts(str(path))}
     facts, source = cell_facts(args.path, args.layer)
     if args.model:
         facts |= _fit_facts(source, facts.get("counts"), args)

@@ -1,4 +1,4 @@
-"""List the models of this package that are in folders, or in the cache of the Hugging Face Hub.
+"""List the models of this package: in folders, in installed packages, or in the cache of the Hugging Face Hub.
 
 stformer-hf models
 stformer-hf models runs classifier
@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from .arguments import parse
@@ -24,7 +25,7 @@ class ModelsArguments:
 
     folders: list[str] | None = field(
         default=None,
-        metadata={"help": "where to look, with all folders below (default: the current folder and the Hub's cache)"},
+        metadata={"help": "where to look, with all folders below (default: here, in packages and the Hub's cache)"},
     )
 
 
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
     args, _ = parse(argv, ModelsArguments, verb="models", description=__doc__)
     found = run(args)
     if not found:
-        where = ", ".join(args.folders or ["this folder", "the Hub's cache"])
+        where = ", ".join(args.folders or ["this folder", "the installed packages", "the Hub's cache"])
         print(f"No model of this package in {where}. stformer-hf pretrain and stformer-hf finetune make one.")
         return
     widths = [max(len(row.get(name, "")) for row in (*found, {name: name})) for name in _COLUMNS]
@@ -57,7 +58,7 @@ def run(args: ModelsArguments) -> list[dict[str, str]]:
             raise FileNotFoundError(f"There is no folder {folder}.")
     models = [(str(path), path) for folder in args.folders or ["."] for path in _in_folder(Path(folder))]
     if args.folders is None:
-        models += _in_cache()
+        models += [*_in_packages(), *_in_cache()]
     return [_facts(name, path) for name, path in sorted(models)]
 
 
@@ -67,6 +68,15 @@ def _in_folder(folder: Path) -> Iterator[Path]:
         below[:] = [name for name in below if not name.startswith(".")]
         if _is_own(Path(at)):
             yield Path(at)
+
+
+def _in_packages() -> Iterator[tuple[str, Path]]:
+    """Find the models that installed packages bring: their names, and their folders."""
+    from ..training.loading import MODEL_PACKAGES, find_installed
+
+    for name in sorted(point.name for point in entry_points(group=MODEL_PACKAGES)):
+        if folder := find_installed(name):
+            yield name, Path(folder)
 
 
 def _in_cache() -> list[tuple[str, Path]]:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from transformers.utils import logging
 from .cell_heads import check_predicts_cells
 
 MODEL_CONFIG = "model_config.json"  # beside an adapter: the configuration of the model that it was trained in
+MODEL_PACKAGES = "stformer_hf.models"  # group of entry points
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _WRAPPED = ("_orig_mod", "module")  # by torch.compile; by DataParallel, DistributedDataParallel, AveragedModel
 _CLASS_OF_TASK = {
@@ -121,6 +123,16 @@ def holds_model(folder: str | os.PathLike) -> bool:
     return any((Path(folder) / name).exists() for name in (_CONFIG, _ADAPTER))
 
 
+def find_installed(name: str) -> str | None:
+    """Return the folder of a model that an installed package brings, by its name; None if there is no such model.
+
+    A package brings a model by an entry point of the group `stformer_hf.models`, whose name is that of the model and
+    whose object is the path of the folder.
+    """
+    found = [os.fspath(point.load()) for point in entry_points(group=MODEL_PACKAGES, name=name)]
+    return found[0] if found else None
+
+
 def load_config(model: str | os.PathLike) -> PreTrainedConfig:
     """Load the configuration of a checkpoint; for an adapter, that of the model that it was trained in.
 
@@ -182,7 +194,8 @@ def load_model(
     Parameters
     ----------
     model : str or Path
-        Folder of a checkpoint, or of a PEFT adapter, whose base is loaded too; or the name of one on the Hub.
+        Folder of a checkpoint, or of a PEFT adapter, whose base is loaded too; or the name of one that an installed
+        package brings, or of one on the Hub.
     auto_class : class, default: AutoModel
         Auto class to load it with. An adapter is loaded in the class of the model that it was trained in.
     new_head : bool, default: False
@@ -217,6 +230,7 @@ def load_model(
         found, loaded = _of_hub(
             name, auto_class.from_pretrained, output_loading_info=True, ignore_mismatched_sizes=new_head, **settings
         )
+    found.config._name_or_path = os.fspath(model)  # for adapters and cards: the path of a package is of one machine
     missing = loaded["missing_keys"]
     if new_head:
         missing = [key for key in missing if key.startswith(f"{found.base_model_prefix}.")]
@@ -289,6 +303,7 @@ def _base_of(name: str, adapter: dict[str, Any]) -> str:
     beside = Path(name).resolve().parent / Path(base).name
     if not os.path.exists(base) and (beside / _CONFIG).exists():
         return str(beside)
+    base = base if os.path.exists(base) else find_installed(base) or base
     if not os.path.exists(base) and not is_hub_id(base):
         raise FileNotFoundError(f"The base of the adapter {name} does not exist: {base}. Correct it in {_ADAPTER}.")
     return base
@@ -302,8 +317,13 @@ def _read_adapter(name: str) -> dict[str, Any] | None:
 
 
 def _checked(model: str | os.PathLike, tokenizer: bool = False) -> str:
-    """Return the name of a checkpoint, after checking that it may exist."""
+    """Return the folder of a checkpoint, or its name on the Hub, after checking that it may exist.
+
+    A folder in the current one comes before a model of an installed package, which comes before the Hub.
+    """
     name = os.fspath(model)
+    if not os.path.exists(name):
+        name = find_installed(name) or name
     if os.path.isdir(name):
         wanted = [_CONFIG, _ADAPTER, *(["tokenizer_config.json"] if tokenizer else [])]
         if any(os.path.exists(os.path.join(name, file)) for file in wanted):
@@ -361,6 +381,8 @@ def _of_hub(name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
 
 __all__ = [
     "MODEL_CONFIG",
+    "MODEL_PACKAGES",
+    "find_installed",
     "holds_model",
     "is_adapter",
     "is_hub_id",

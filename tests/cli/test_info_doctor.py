@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from stformer_hf import CellStore, GeneBertForClassification
 from stformer_hf.cli import main
 from stformer_hf.cli.doctor import EXTRAS, _version
+from stformer_hf.training.loading import load_config, load_model, load_tokenizer
 
 
 @pytest.fixture
@@ -134,3 +136,27 @@ def test_models_lists_those_below_a_folder_and_in_the_cache(model, tokenizer, tm
     assert main(["models", "other", "list"]) == 0
     assert "No model of this package in other, list" in capsys.readouterr().out
     assert main(["models", "absent"]) == 1 and "There is no folder absent" in capsys.readouterr().err
+
+
+def test_a_model_of_an_installed_package_has_a_name_everywhere(model, tokenizer, tmp_path, capsys, monkeypatch):
+    """A folder of the same name comes before it."""
+    package = tmp_path / "packages"
+    (package / "blood-1.0.dist-info").mkdir(parents=True)
+    (package / "blood-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: blood\nVersion: 1.0\n")
+    entry = "[stformer_hf.models]\nblood_of_package = blood:FOLDER\n"
+    (package / "blood-1.0.dist-info" / "entry_points.txt").write_text(entry)
+    (package / "blood.py").write_text(f"FOLDER = {str(tmp_path / 'model')!r}\n")
+    monkeypatch.syspath_prepend(str(package))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    assert len(load_tokenizer("blood_of_package").genes) == 40
+    loaded = load_model("blood_of_package", AutoModelForSequenceClassification)
+    assert loaded.config.name_or_path == "blood_of_package"  # what adapters and cards name as their base
+    assert all(torch.equal(one, other) for one, other in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert main(["models"]) == 0 and "blood_of_package" in capsys.readouterr().out
+    assert main(["info", "blood_of_package"]) == 0 and "B cell, T cell" in capsys.readouterr().out
+
+    (tmp_path / "here" / "blood_of_package").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        load_config("blood_of_package")
