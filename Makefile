@@ -3,6 +3,7 @@
 # docs   the documentation, into build/site                notebooks   run them, into build/notebooks
 # test-fast   the quick half of the tests                  test-slow   the slow ones
 # gpu    the gpu tests, then the GPU benchmark; needs no network, and no .venv
+# model  train the model of packages/fetal_tiny on DATA=geact_fetal.h5ad, and make its wheel
 # test-transformers   transformers' tests of its own models, from its source distribution, on the models here
 # Each makes .venv if it is absent. PYTHON=python3.12 make … picks the interpreter.
 PYTHON ?= python3
@@ -10,11 +11,11 @@ BIN := .venv/bin
 # Tests start many processes, which would each compile all modules again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-fast test-slow gpu test-transformers bench docs notebooks lint format clean
+.PHONY: demo test test-fast test-slow gpu model test-transformers bench docs notebooks lint format clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,6s/^# //p' Makefile
+	@sed -n '1,7s/^# //p' Makefile
 
 # The stamp says which extras are installed; a change of the dependencies installs anew. Byte code is made at the first
 # import of a module, not here for all of them: that is two thirds of the time of an installation.
@@ -55,6 +56,13 @@ gpu:
 	@echo "== running the benchmark, into $(GPU_OUT)"
 	@HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 timeout 900 $(GPU_PYTHON) -m benchmarks gpu $(GPU) --out $(GPU_OUT)
 	@test "$$(cat $(GPU_OUT)/tests.rc)" = 0 || { echo "the gpu tests failed: see $(GPU_OUT)/tests.log"; exit 1; }
+
+model: .venv/.demo
+	@test -f "$(DATA)" || { echo "pass the cells of GeACT: make model DATA=geact_fetal.h5ad"; exit 1; }
+	@rm -rf build/fetal_tiny
+	@$(BIN)/stformer-hf finetune --config recipes/finetune_fetal_tiny.yaml --data $(DATA) --split_by batch --output build/fetal_tiny
+	@$(BIN)/python packages/pack_model.py build/fetal_tiny packages/fetal_tiny
+	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist packages/fetal_tiny
 
 # The installed version's. Its tests have markers of their own, and import one package that nothing else here needs.
 TRANSFORMERS = $(shell $(BIN)/python -c "import transformers; print('transformers-' + transformers.__version__)")

@@ -96,15 +96,19 @@ def quality_few_labels(results: dict) -> str:
 
 
 def quality_embeddings(results: dict) -> str:
-    """Return 15-NN, probe and ARI of embeddings without labels."""
-    lines = ["| cells | PCA50 | GeneBert, start |", "|---|---|---|"]
+    """Return 15-NN, probe and ARI of embeddings without labels, the best of a set in bold."""
+    shown = {"pca50": "PCA50", "scvi": "scVI", "start": "GeneBert, start"}
+    lines = [f"| cells | {' | '.join(shown.values())} |", "|---" * (1 + len(shown)) + "|"]
     for name, rows in _quality(results, "zero"):
-        means = {row: [np.mean(rows[row][key]) for key in ("knn", "probe", "ari")] for row in ("pca50", "start")}
-        shown = []
-        for row, other in (("pca50", "start"), ("start", "pca50")):
-            pairs = zip(means[row], means[other], strict=True)
-            shown.append(" / ".join(_bold(_short(ours), ours > theirs) for ours, theirs in pairs))
-        lines.append(f"| {SETS[name]} | {' | '.join(shown)} |")
+        means = {row: [np.mean(rows[row][key]) for key in ("knn", "probe", "ari")] for row in shown if row in rows}
+        best = np.max(list(means.values()), axis=0)
+        cells = [
+            " / ".join(_bold(_short(mean), mean == top) for mean, top in zip(means[row], best, strict=True))
+            if row in means
+            else "not run"
+            for row in shown
+        ]
+        lines.append(f"| {SETS[name]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

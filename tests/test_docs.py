@@ -30,6 +30,7 @@ NOT_RUN = {
         "--config recipes/gene_bert_base.yaml --data atlas --output model"
     ],
     "docs/index.md": ["pip install '.[demo]'"],
+    "docs/models.md": ["pip install ./packages/fetal_tiny"],
     "docs/migration/perturbgene.md": ["accelerate launch -m stformer_hf.cli.parse_args \\"],
     "docs/scale.md": [
         'atlas.push_to_hub("user/atlas")  # the files themselves: load_dataset and the dataset viewer read them, too',

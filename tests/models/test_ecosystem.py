@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import checkpoint_activations
+from torch import nn
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from stformer_hf import (
@@ -303,3 +304,26 @@ def test_auto_model_takes_all_that_a_config_says(plain_config, tmp_path):
     plain_config.save_pretrained(tmp_path)
     assert GeneBertConfig.from_pretrained(tmp_path).to_dict() == plain_config.to_dict()
     assert type(AutoModel.from_config(plain_config)) is GeneBertModel
+
+
+@pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
+def test_linear_layers_are_quantised_on_loading_but_for_the_head(library, config, tokenizer, store, tmp_path):
+    pytest.importorskip(library, reason=f"needs {library}")
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    model = GeneBertForClassification(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    if library == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        settings = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["classifier"])
+    else:
+        settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["classifier"])
+    quantised = GeneBertForClassification.from_pretrained(tmp_path / "model", quantization_config=settings).eval()
+    kinds = {name: type(module.weight) for name, module in quantised.named_modules() if isinstance(module, nn.Linear)}
+    assert kinds.pop("classifier") is nn.Parameter and nn.Parameter not in kinds.values() and len(kinds) > 4
+    collate = DataCollatorForCellClassification(tokenizer_without_phenotypes(tokenizer), label="cell_type")
+    batch = collate(store.__getitems__(range(9)))
+    with torch.no_grad():
+        found, exact = quantised(**batch).logits, model(**batch).logits
+    assert 0 < (found - exact).abs().max() < 0.02 * exact.abs().max()
