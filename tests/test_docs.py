@@ -29,6 +29,7 @@ NOT_RUN = {
         "accelerate launch --config_file recipes/accelerate/ddp.yaml -m stformer_hf.cli pretrain "
         "--config recipes/gene_bert_base.yaml --data atlas --output model"
     ],
+    "docs/export.md": ["from torchao.quantization import Int8WeightOnlyConfig"],
     "docs/index.md": ["pip install '.[demo]'"],
     "docs/models.md": ["pip install ./packages/fetal_tiny"],
     "docs/migration/perturbgene.md": ["accelerate launch -m stformer_hf.cli.parse_args \\"],

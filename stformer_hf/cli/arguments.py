@@ -25,7 +25,7 @@ class OnCells:
     """Flags of the commands that write what a model says about the cells of a file."""
 
     data: str = field(
-        metadata={"help": "h5ad or h5mu file, zarr of an AnnData, MuData or SpatialData, or a store (path or address)"}
+        metadata={"help": "file of cells (h5ad, h5mu, zarr, 10x, loom, …), or a store (path or address)"}
     )
     model: str = field(metadata={"help": "checkpoint"})
     output: str = field(metadata={"help": "h5ad file to write"})

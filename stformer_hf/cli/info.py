@@ -63,9 +63,7 @@ def run(args: InfoArguments) -> dict[str, Any]:
     from ..sources.formats import remote_folder
     from ..training.loading import find_installed, is_adapter
 
-    path, is_address = Path(args.path), remote_folder(args.path) is not None
-    if not path.exists():
-        path = Path(find_installed(args.path) or args.path)
+    path, is_address = Path(find_installed(args.path) or args.path), remote_folder(args.path) is not None
     is_model = (path / "config.json").exists() or is_adapter(path)
     # A name with a slash may be a model on the Hub.
     if is_model or (not path.exists() and "/" in args.path and not path.suffix and not is_address):

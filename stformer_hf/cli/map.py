@@ -20,9 +20,7 @@ class MapArguments(OnCells):
     """Flags of `map`."""
 
     data: str = field(
-        metadata={
-            "help": "query: h5ad or h5mu file, zarr of an AnnData, MuData or SpatialData, or a store (path or address)"
-        }
+        metadata={"help": "query: file of cells (h5ad, h5mu, zarr, 10x, loom, …), or a store (path or address)"}
     )
     reference: str = field(metadata={"help": "such cells with labels, or a folder that --save_reference wrote"})
     output: str = field(metadata={"help": 'h5ad file to write, with obs["mapped_label"] and obs["mapped_score"]'})

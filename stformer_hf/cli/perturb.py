@@ -18,7 +18,7 @@ from .arguments import parse
 class PerturbArguments:
     """Flags of `perturb`."""
 
-    data: str = field(metadata={"help": "h5ad or h5mu file, or zarr of an AnnData, MuData or SpatialData"})
+    data: str = field(metadata={"help": "file of cells (h5ad, h5mu, zarr, 10x, loom, …)"})
     model: str = field(metadata={"help": "checkpoint or adapter of an encoder or a classifier"})
     output: str = field(
         metadata={"help": "folder for table.csv, null.csv and the shards; the same command resumes a killed run"}

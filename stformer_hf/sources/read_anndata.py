@@ -1,4 +1,4 @@
-"""Read cells as an AnnData with coordinates, from an h5ad or zarr file, a MuData or a SpatialData."""
+"""Read cells as an AnnData: with coordinates from a file of one, a MuData or a SpatialData; else the counts alone."""
 
 from __future__ import annotations
 
@@ -7,19 +7,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 from anndata.io import read_elem, read_h5ad, read_zarr
+from anndata.utils import make_index_unique
+from scipy import sparse
 
 from ..genes.text_files import naming
 from ..genes.wrong_names import must_have
 from ..models.gene_bert.cell_tables import CellTable, find_table, is_spatialdata
 from .anndata_files import Tables
 from .formats import local_path, read_layers
+from .open_source import open_source
+from .registry import find_format
 
 if TYPE_CHECKING:
     from mudata import MuData
     from spatialdata import SpatialData
 
+_ROWS = 8192  # cells that are read at once
 _ATTRS = "spatialdata_attrs"  # key of uns in which a table names the elements of its rows
 _SYSTEM = "global"  # the coordinate system that every element has by default
 _ELEMENTS = ("shapes", "labels", "points")  # elements that a table can annotate; images, the largest, are not read
@@ -31,12 +37,13 @@ def is_anndata_file(path: Path) -> bool:
 
 
 def read_anndata(path: str | Path, layer: str | None = None, backed: bool = False) -> tuple[AnnData, str | None]:
-    """Read a file that holds an AnnData, a MuData or a SpatialData.
+    """Read a file as an AnnData.
 
     Parameters
     ----------
     path : str or Path
-        `.h5ad`, `.h5mu`, or the `.zarr` of an AnnData, MuData or SpatialData.
+        `.h5ad`, `.h5mu`, the `.zarr` of an AnnData, MuData or SpatialData, or any other supported file or folder, such
+        as those of 10x.
     layer : str, optional
         The layer to read, and for MuData and SpatialData the modality or table; see `choose_table`.
     backed : bool, default: False
@@ -46,7 +53,8 @@ def read_anndata(path: str | Path, layer: str | None = None, backed: bool = Fals
     -------
     adata : AnnData
         For MuData the modality, whose obs also has the MuData's columns; for SpatialData the table, with
-        `obsm["spatial"]`, see `add_coordinates`.
+        `obsm["spatial"]`, see `add_coordinates`. For files that hold no AnnData, the counts in X (float32), obs, and
+        in var the columns of the gene table.
     layer : str or None
         The layer in it.
 
@@ -64,6 +72,9 @@ def read_anndata(path: str | Path, layer: str | None = None, backed: bool = Fals
     if not path.exists():
         raise FileNotFoundError(f"No such file: {path}")
     if not (path.suffix.lower() == ".h5mu" or path.name.lower().endswith((".zarr", ".zarr.zip"))):
+        known = find_format(path)
+        if known is not None and known.name != "h5ad":
+            return _read_counts(path, layer), None
         with naming(path, "h5ad"):
             return read_h5ad(path, backed="r" if backed else None), layer
     found = read_layers(path)
@@ -78,6 +89,13 @@ def read_anndata(path: str | Path, layer: str | None = None, backed: bool = Fals
     if found.kind == "table":
         add_coordinates(adata, lambda: _import_spatialdata().read_zarr(path, selection=_ELEMENTS), str(path))
     return adata, layer
+
+
+def _read_counts(path: Path, layer: str | None) -> AnnData:
+    source = open_source(path, layer, fractional=True)  # who uses the counts checks whether they may be fractional
+    X = sparse.vstack(list(source.blocks(_ROWS)), format="csr", dtype=np.float32)
+    var = source.genes.frame.set_axis(make_index_unique(pd.Index(source.genes.gene_ids)), axis=0)
+    return AnnData(X, obs=source.obs.rename_axis(None), var=var)
 
 
 def find_placed_table(cells: AnnData | MuData | SpatialData, layer: str | None = None) -> CellTable:

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from transformers.utils import cached_file
 
 from ..evaluation.metrics import expected_calibration_error
+from .loading import find_installed
 from .starts.linear_readers import log_softmax
 
 CALIBRATION_FILE = "out_of_fold.safetensors"
@@ -77,7 +78,7 @@ def load_out_of_fold(model: Any) -> OutOfFold | None:
     if not isinstance(model, (str, os.PathLike)):
         return getattr(model, "out_of_fold", None)
     path = cached_file(
-        os.fspath(model),
+        find_installed(os.fspath(model)) or os.fspath(model),
         CALIBRATION_FILE,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,

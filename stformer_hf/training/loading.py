@@ -124,11 +124,14 @@ def holds_model(folder: str | os.PathLike) -> bool:
 
 
 def find_installed(name: str) -> str | None:
-    """Return the folder of a model that an installed package brings, by its name; None if there is no such model.
+    """Return the folder of a model that an installed package brings, by its name.
 
-    A package brings a model by an entry point of the group `stformer_hf.models`, whose name is that of the model and
-    whose object is the path of the folder.
+    None if there is no such model, or if a file or folder here has the name, which comes first. A package brings a
+    model by an entry point of the group `stformer_hf.models`, whose name is that of the model and whose object is the
+    path of the folder.
     """
+    if os.path.exists(name):
+        return None
     found = [os.fspath(point.load()) for point in entry_points(group=MODEL_PACKAGES, name=name)]
     return found[0] if found else None
 
@@ -303,7 +306,7 @@ def _base_of(name: str, adapter: dict[str, Any]) -> str:
     beside = Path(name).resolve().parent / Path(base).name
     if not os.path.exists(base) and (beside / _CONFIG).exists():
         return str(beside)
-    base = base if os.path.exists(base) else find_installed(base) or base
+    base = find_installed(base) or base
     if not os.path.exists(base) and not is_hub_id(base):
         raise FileNotFoundError(f"The base of the adapter {name} does not exist: {base}. Correct it in {_ADAPTER}.")
     return base
@@ -317,13 +320,8 @@ def _read_adapter(name: str) -> dict[str, Any] | None:
 
 
 def _checked(model: str | os.PathLike, tokenizer: bool = False) -> str:
-    """Return the folder of a checkpoint, or its name on the Hub, after checking that it may exist.
-
-    A folder in the current one comes before a model of an installed package, which comes before the Hub.
-    """
-    name = os.fspath(model)
-    if not os.path.exists(name):
-        name = find_installed(name) or name
+    """Return the folder of a checkpoint, or its name on the Hub, after checking that it may exist."""
+    name = find_installed(os.fspath(model)) or os.fspath(model)
     if os.path.isdir(name):
         wanted = [_CONFIG, _ADAPTER, *(["tokenizer_config.json"] if tokenizer else [])]
         if any(os.path.exists(os.path.join(name, file)) for file in wanted):

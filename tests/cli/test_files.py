@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from anndata import read_h5ad
 from scipy import sparse
+from scipy.io import mmwrite
 from transformers import set_seed
 
 from stformer_hf import GeneBertForClassification, annotate, embed
@@ -91,3 +92,26 @@ def test_two_processes_write_what_one_does(file, model, tmp_path, verb):
         assert done.stdout.count("X_stformer") == 1
     else:
         assert two.obs["stformer_label"].equals(one.obs["stformer_label"])
+
+
+@pytest.mark.parametrize("fractional", [False, True])
+def test_cells_of_any_format_are_embedded_as_those_of_an_h5ad(fractional, model, adata, tmp_path):
+    """Here the folder of mtx, features and barcodes that Cell Ranger writes; counts are checked as ever."""
+    counts = adata.X.tocsr().astype(np.float64)
+    counts.data[0] += 0.5 * fractional
+    adata.X = counts
+    folder = tmp_path / "filtered_feature_bc_matrix"
+    folder.mkdir()
+    mmwrite(folder / "matrix.mtx", counts.T.tocoo())
+    (folder / "barcodes.tsv").write_text("".join(f"{name}\n" for name in adata.obs_names))
+    (folder / "features.tsv").write_text("".join(f"{gene}\t{gene}\tGene Expression\n" for gene in adata.var_names))
+    flags = ["--data", folder, "--model", model, "--output", tmp_path / "out.h5ad"]
+    if fractional:
+        assert main(["embed", *map(str, flags)]) == 1
+        flags.append("--fractional")
+    run("embed", *flags)
+    embed(adata, model, fractional=fractional)
+    found = read_h5ad(tmp_path / "out.h5ad")
+    np.testing.assert_allclose(found.obsm["X_stformer"], adata.obsm["X_stformer"], atol=1e-5)
+    assert list(found.obs_names) == list(adata.obs_names) and list(found.var_names) == list(adata.var_names)
+    assert (found.X != counts.astype(np.float32)).nnz == 0
