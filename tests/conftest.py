@@ -1,5 +1,6 @@
 """Fixtures: real data where it is, small random cells, stores and models of them."""
 
+import gc
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,13 @@ from stformer_hf import CellStore, GeneBertConfig, GeneTokenizer
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def frozen() -> None:
+    """A run of the trainer ends with gc.collect(), 0.3 s: let it skip the modules, and all else that is there."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
