@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,14 @@ from stformer_hf import CellStore, GeneBertConfig, GeneTokenizer
 
 # A loader waits this long (5 s by default) for each worker that raised an error before it ends it.
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
+
+if find_spec("hypothesis"):  # which a machine with a GPU may lack
+    from hypothesis import HealthCheck, settings
+
+    of_all = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+    settings.register_profile("few", max_examples=30, **of_all)
+    settings.register_profile("many", max_examples=300, **of_all)  # make test-slow
+    settings.load_profile("few")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from anndata import AnnData
 from conftest import make_adata
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse, stats
 from torch.utils.data import DataLoader
@@ -121,7 +121,6 @@ def test_swapped_genes_are_uniform_over_the_unexpressed(many):
     assert stats.chisquare(drawn[1::2]).pvalue > 1e-4
 
 
-@settings(max_examples=60, deadline=None)
 @given(data=st.data(), n_genes=st.integers(1, 12), n_cells=st.integers(1, 6), seed=st.integers(0, 5))
 def test_nearly_full_cells_run_out_of_genes_without_taking_expressed_ones(data, n_genes, n_cells, seed):
     expressed = np.array(

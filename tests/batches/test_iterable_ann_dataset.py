@@ -13,7 +13,7 @@ import pytest
 import torch
 from anndata import AnnData
 from conftest import make_adata, with_genes
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 from torch.utils.data import DataLoader
@@ -210,7 +210,6 @@ def test_files_are_permuted_independently_of_the_first_window():
 sizes_strategy = st.lists(st.integers(0, 9), min_size=1, max_size=5)
 
 
-@settings(max_examples=60, deadline=None)
 @given(sizes=sizes_strategy, buffer_size=st.integers(1, 12), shuffle=st.booleans(), data=st.data())
 def test_a_state_at_any_position_gives_the_rest(sizes, buffer_size, shuffle, data):
     options = {"buffer_size": buffer_size, "shuffle": shuffle}
@@ -232,7 +231,6 @@ def test_a_state_at_any_position_gives_the_rest(sizes, buffer_size, shuffle, dat
     assert numbers(other) == whole  # a state is for one iteration
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     sizes=sizes_strategy,
     buffer_size=st.integers(1, 12),

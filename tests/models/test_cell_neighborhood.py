@@ -178,7 +178,7 @@ def test_packed_and_masked_batches_give_the_same_outputs_and_gradients(backend, 
     torch.testing.assert_close(packed_gradients, gradients, atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.integers(0, 1000))
 def test_any_lengths_packed_equal_masked_and_alone(lengths, seed):
     model = make_model()

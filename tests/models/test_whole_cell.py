@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression
@@ -237,7 +237,7 @@ def test_the_place_of_the_padding_changes_nothing(side):
 
 
 @given(data=st.data())
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10)
 def test_columns_in_any_order_and_unknown_ones_change_no_bit(tokenizer, data):
     model = make_model(tokenizer)
     counts = make_counts(5)
@@ -258,7 +258,7 @@ def test_columns_in_any_order_and_unknown_ones_change_no_bit(tokenizer, data):
     cuts=st.lists(st.integers(0, 12), max_size=4).map(sorted),
     form=st.sampled_from(sorted(FORMS)),
 )
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15)
 def test_a_panel_hides_what_it_does_not_measure_however_batches_are_cut(tokenizer, panel, cuts, form):
     model = make_model(tokenizer)
     counts = make_counts()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_adata
 from datasets import load_from_disk
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 from scipy.stats import chisquare, kstest
@@ -375,7 +375,6 @@ def test_pickled_stores_are_small_whatever_they_hold(tmp_path):
 
 
 @given(st.integers(0, 70), st.integers(1, 20), st.integers(0, 5), st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
 def test_block_order_keeps_blocks_together(n, block_size, seed, epoch):
     order = block_order(n, block_size, seed, epoch)
     assert sorted(order) == list(range(n))
