@@ -13,6 +13,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from stformer_hf import CellStore, GeneBertConfig, GeneTokenizer
+from stformer_hf.training.starts import linear_readers
 
 # A loader waits this long (5 s by default) for each worker that raised an error before it ends it.
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
@@ -33,6 +34,14 @@ def frozen() -> None:
     """A run of the trainer ends with gc.collect(), 0.3 s: let it skip the modules, and all else that is there."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def two_folds():
+    """Let classifiers choose their readers in 2 folds, not 5: the fits of readers take most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_readers, "N_FOLDS", 2)
+        yield
 
 
 @pytest.fixture(scope="session")
