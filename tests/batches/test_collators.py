@@ -111,13 +111,13 @@ def test_swapped_genes_are_uniform_over_the_unexpressed(many):
     store_like = examples_of(tokenizer, np.arange(40)[None] % 2 == 0)
     collator = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.3)
     drawn = np.zeros(40, int)
-    for epoch in range(3000):
+    for epoch in range(1000):
         collator.set_epoch(epoch)
         batch = collator(store_like)
         types = batch["token_type_ids"][batch["labels"] == tokenizer.first_bin_id]
         drawn += np.bincount(types - 1, minlength=40)
     assert drawn[::2].sum() == 0
-    assert drawn.sum() > 3000
+    assert drawn.sum() > 1000
     assert stats.chisquare(drawn[1::2]).pvalue > 1e-4
 
 

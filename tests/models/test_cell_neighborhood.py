@@ -484,7 +484,7 @@ def test_each_dropout_is_there_in_training(dropout):
     assert torch.equal(model(**batch).expected_counts, model(**batch).expected_counts)
 
 
-@pytest.mark.parametrize("likelihood", ["nb", "zinb"])
+@pytest.mark.parametrize("likelihood", [pytest.param("nb", marks=pytest.mark.slow), "zinb"])
 def test_training_learns_what_the_neighbors_tell(likelihood):
     """The counts of a masked cell are those of its neighbours, and its type tells nothing."""
     batch = make_batch([4] * 16, "packed", seed=3)

@@ -310,14 +310,14 @@ def test_every_column_of_any_source_is_kept_where_all_are_asked_for(tmp_path, ca
 # ---------------------------------------------------------------------- batches
 
 
-@pytest.mark.parametrize("context", [None, "fork", "spawn"])
-def test_collated_batches_are_the_cells(whole, sections, context):
+@pytest.mark.parametrize(("context", "n_workers"), [(None, 0), ("fork", 2), ("spawn", 1)])
+def test_collated_batches_are_the_cells(whole, sections, context, n_workers):
     _, counts, _ = sections
     loader = DataLoader(
         whole,
         batch_size=32,
         collate_fn=collate_cells,
-        num_workers=0 if context is None else 2,
+        num_workers=n_workers,
         multiprocessing_context=context,
     )
     seen = []
