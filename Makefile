@@ -1,7 +1,7 @@
 # demo   cells in, a trained model and a report out        test   lint and all tests but slow and gpu ones
 # bench  the project against its peers                     lint   ruff check and format, codespell, mypy
 # docs   the documentation, into build/site                notebooks   run them, into build/notebooks
-# test-fast   the quick half of the tests                  test-slow   the slow ones
+# test-fast   the quick half of the tests                  test-slow   the slow ones, and many more examples
 # gpu    the gpu tests, then the GPU benchmark; needs no network, and no .venv
 # model  train the model of packages/fetal_tiny on DATA=geact_fetal.h5ad, and make its wheel
 # test-transformers   transformers' tests of its own models, from its source distribution, on the models here
@@ -41,7 +41,7 @@ test-fast: .venv/.dev
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(FAST)
 
 test-slow: .venv/.dev
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or hypothesis" --hypothesis-profile many
 
 # Without .venv, PYTHON's own packages serve, and those of a folder in PYTHONPATH: a machine with a GPU may lack a network.
 # GPU="--device cpu" runs the benchmark on a CPU; the gpu tests, which need a CUDA device, fail there.

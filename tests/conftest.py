@@ -1,6 +1,8 @@
 """Fixtures: real data where it is, small random cells, stores and models of them."""
 
+import gc
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,35 @@ from anndata import AnnData
 from scipy import sparse
 
 from stformer_hf import CellStore, GeneBertConfig, GeneTokenizer
+from stformer_hf.training.starts import linear_readers
 
 # A loader waits this long (5 s by default) for each worker that raised an error before it ends it.
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
 
+if find_spec("hypothesis"):  # which a machine with a GPU may lack
+    from hypothesis import HealthCheck, settings
+
+    of_all = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+    settings.register_profile("few", max_examples=30, **of_all)
+    settings.register_profile("many", max_examples=300, **of_all)  # make test-slow
+    settings.load_profile("few")
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def frozen() -> None:
+    """A run of the trainer ends with gc.collect(), 0.3 s: let it skip the modules, and all else that is there."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def two_folds():
+    """Let classifiers choose their readers in 2 folds, not 5: the fits of readers take most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_readers, "N_FOLDS", 2)
+        yield
 
 
 @pytest.fixture(scope="session")

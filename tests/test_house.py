@@ -4,6 +4,7 @@ import ast
 import importlib
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,16 @@ SHARED = {("models", "gene_bert", name) for name in ("gene_columns", "cell_count
 MODEL_FILES_MAY_IMPORT = {"transformers", "torch", "numpy", "huggingface_hub", "tokenizers"} | sys.stdlib_module_names
 
 
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def imports(path: Path) -> list[tuple[str, ...]]:
     """Full names of the modules that a file imports, relative ones resolved."""
     module = ("stformer_hf", *path.relative_to(PACKAGE).with_suffix("").parts)
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found += [tuple(alias.name.split(".")) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -50,7 +56,7 @@ def modules() -> dict[str, Path]:
 def imported_modules(path: Path, known: dict[str, Path]) -> set[str]:
     """Modules of the package that a file imports, also below `if TYPE_CHECKING` and in functions."""
     names = {".".join(name) for name in imports(path)}
-    for node in ast.walk(ast.parse(path.read_text())):  # `from .package import module`
+    for node in nodes(path):  # `from .package import module`
         if isinstance(node, ast.ImportFrom):
             module = ("stformer_hf", *path.relative_to(PACKAGE).with_suffix("").parts)
             base = module[: -node.level] if node.level else ()
@@ -139,7 +145,7 @@ def test_only_the_resolver_reads_names_in_var():
     for path in PACKAGE.rglob("*.py"):
         if path.relative_to(PACKAGE).as_posix() in allowed:
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             of_var = isinstance(node, ast.Subscript | ast.Attribute | ast.Call) and "var" in _names_of(node)
             assert not of_var, f"{path}:{node.lineno} looks at the columns of var"
 

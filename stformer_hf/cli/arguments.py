@@ -153,8 +153,9 @@ def _parser(arguments: type, verb: str, description: str, training: dict[str, An
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    mappings = _mappings(arguments)
     for action in parser._actions:
-        if action.dest in _mappings(arguments):
+        if action.dest in mappings:
             action.type, action.metavar = _mapping, "{NAME: VALUE, ...}"
     parser.add_argument(
         "--config",

@@ -202,10 +202,9 @@ def run(
         parts = _by_workers(work, adata, workers, engine, desc)
     if world > 1:
         parts = gather_object(parts)  # in the order of the processes
-    results, n_genes = parts[0]
-    if len(parts) > 1:
-        results = np.concatenate([part for part, _ in parts if part is not None])
-        n_genes = np.concatenate([part for _, part in parts])
+    outputs = [part for part, _ in parts if part is not None]  # a process may have no cells
+    results = outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
+    n_genes = np.concatenate([part for _, part in parts])
     check_finite(results, n_genes > 0)
     if (n_genes == 0).any():
         logger.warning(f"{(n_genes == 0).sum()} cells have no counts in genes that the model knows.")
@@ -321,7 +320,7 @@ class TokenBatch(NamedTuple):
 
     def to(self, device: torch.device) -> TokenBatch:
         """Return the batch with its tensors on a device."""
-        inputs = {name: of.to(device) if torch.is_tensor(of) else of for name, of in self.inputs.items()}
+        inputs = {name: of if isinstance(of, int) else of.to(device) for name, of in self.inputs.items()}
         return self._replace(inputs=inputs, types=self.types.to(device))
 
 

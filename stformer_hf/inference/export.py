@@ -118,7 +118,7 @@ def export_onnx(
         (output / former).unlink(missing_ok=True)
     if int8:
         _quantise(output / MODEL, output / MODEL_INT8)
-    settings = {
+    settings: dict[str, Any] = {
         "model": str(name),
         "vocabulary_fingerprint": tokenizer.fingerprint,
         "inputs": names,

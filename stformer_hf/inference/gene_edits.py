@@ -137,6 +137,7 @@ class GeneEdits:
         expressing, counts = self.by_gene.indices[part].astype(np.int64), self.by_gene.data[part]
         if self.kind == "delete" or not len(expressing):
             return expressing, np.zeros(len(expressing), counts.dtype)
+        assert self.quantile is not None  # of all kinds but "delete"
         level = np.quantile(counts / self.totals[expressing], self.quantile)
         targets = level * self.totals
         if self.counts.dtype.kind != "f":
@@ -223,6 +224,7 @@ def choose_perturbations(
         the same genes; there are no genes.
     """
     expressed = panel.known[expression[panel.known] > 0]
+    named: list[tuple[str, tuple[int, ...]]]
     if genes is None:
         named = [(str(panel.names[column]), (int(column),)) for column in expressed]
     else:

@@ -313,7 +313,8 @@ class GeneNetwork:
                 row["spearman"] = float(spearmanr(score, expected).statistic)
             if len(score) >= 100:
                 n_top = len(score) // 100
-                both = np.intersect1d(*(np.argsort(-of, kind="stable")[:n_top] for of in (score, expected)))
+                top, top_expected = (np.argsort(-of, kind="stable")[:n_top] for of in (score, expected))
+                both = np.intersect1d(top, top_expected)
                 row["top_share"] = len(both) / n_top
             rows.append(row)
         return pd.DataFrame(rows)
@@ -344,8 +345,8 @@ class GeneNetwork:
         """Return the network of one group."""
         if group not in self.scores:
             raise ValueError(f"There is no group {group!r}; groups are {', '.join(self.scores)}.")
-        parts = ({group: of[group]} for of in (self.scores, self.n_cells, self.coexpression))
-        return GeneNetwork(self.genes, *parts, self.method)
+        scores, n_cells, coexpression = ({group: of[group]} for of in (self.scores, self.n_cells, self.coexpression))
+        return GeneNetwork(self.genes, scores, n_cells, coexpression, self.method)
 
     def save(self, path: str | Path, group: str | None = None, n_edges: int = 1_000) -> None:
         """Write the edges: all groups to a .csv, or one group to a .graphml.

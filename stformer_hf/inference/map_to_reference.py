@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -120,7 +120,12 @@ def map_to_reference(
     if n_neighbors < 1:
         raise ValueError(f"n_neighbors={n_neighbors}: must be at least 1.")
     encoder, tokenizer = load(model, tokenizer, AutoModel, min_coverage)
-    settings = {"fractional": fractional, "batch_size": batch_size, "device": device, "distributed": distributed}
+    settings: dict[str, Any] = {
+        "fractional": fractional,
+        "batch_size": batch_size,
+        "device": device,
+        "distributed": distributed,
+    }
     if isinstance(reference, (str, os.PathLike)):
         if label_key is not None:
             raise ValueError(f"{reference} has its labels: leave out label_key={label_key!r}.")

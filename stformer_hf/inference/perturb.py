@@ -337,17 +337,18 @@ class _Reader:
             counts, genes=self.names, fractional=self.fractional, for_inference=True, max_length=self.length
         )
         lengths = np.diff(tokens.indptr)
-        states, probabilities = [], []
+        of_cells, of_classes = [], []
         order = np.argsort(-lengths, kind="stable")
         packed = packs(self.model)
         for cells in _cut(order, lengths, self.max_tokens, packed):
-            of_states, of_classes = self._forward(take(tokens, cells), packed)
-            states.append(of_states)
-            probabilities.append(of_classes)
+            some, probabilities = self._forward(take(tokens, cells), packed)
+            of_cells.append(some)
+            if probabilities is not None:
+                of_classes.append(probabilities)
         back = np.argsort(order)
-        states = np.concatenate(states)[back]
+        states = np.concatenate(of_cells)[back]
         check_finite(states, np.ones(len(states), bool))
-        return states, None if self.head is None else np.concatenate(probabilities)[back]
+        return states, np.concatenate(of_classes)[back] if of_classes else None
 
     def _forward(self, tokens: TokenizedCells, packed: bool) -> tuple[np.ndarray, np.ndarray | None]:
         batch = make_batch(tokens, np.arange(len(tokens.indptr) - 1), self.tokenizer, packed).to(self.model.device)
@@ -418,6 +419,7 @@ class _Unperturbed(NamedTuple):
         if self.goal is not None:
             found.append((after - before) @ self.goal)
         if probabilities is not None:
+            assert self.probabilities is not None and self.classes is not None  # of the same model
             found.append(probabilities[np.arange(len(cells)), self.classes[cells]] - self.probabilities[cells])
         return found
 
@@ -555,7 +557,7 @@ class _Grid:
         shard = ShardScores(
             np.array(numbers, np.int64), n_changed, scores[:, self._order], changed, directions / n_cells
         )
-        with whole_file(file) as part, open(part, "wb") as to:
+        with whole_file(file) as unfinished, open(unfinished, "wb") as to:
             np.savez(to, **shard._asdict())
 
 

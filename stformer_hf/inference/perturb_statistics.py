@@ -88,8 +88,8 @@ def make_table(
     DataFrame
         One row per perturbation, see `perturb`.
     """
-    rows = {}
-    projections = None if groups is None else np.zeros((len(perturbations), len(groups.states)))
+    rows: dict[int, dict[str, float]] = {}
+    projections = np.zeros((len(perturbations), 0 if groups is None else len(groups.states)))
     for shard in shards():
         if groups is not None:
             projections[shard.numbers] = shard.directions.astype(np.float64) @ groups.states.T
@@ -124,9 +124,9 @@ def make_table(
         table["p"] = table[["p_matched", "p_donors"]].max(axis=1, skipna=False)
     asked = ~table["null"].to_numpy()
     for name in names:
-        of, p = ("", "p") if name == tested else (f"{name}_", f"{name}_p_matched")
+        of, tests = ("", "p") if name == tested else (f"{name}_", f"{name}_p_matched")
         table[f"{of}fdr"] = np.nan
-        table.loc[asked, f"{of}fdr"] = benjamini_hochberg(table.loc[asked, p].to_numpy())
+        table.loc[asked, f"{of}fdr"] = benjamini_hochberg(table.loc[asked, tests].to_numpy())
     return table
 
 

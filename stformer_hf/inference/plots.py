@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -313,6 +313,7 @@ def mapping(
         panel.scatter(*places.T, c=colours, s=size, linewidths=0, rasterized=True)  # the query is on top
         panel.set(xticks=[], yticks=[], title=column)
         panel.spines[:].set_color("lightgray")
+        assert isinstance(legend, list)  # both columns hold categories
         columns = -(-len(legend) // _LEGEND_ROWS)
         panel.legend(handles=legend, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, ncols=columns)
     if title:
@@ -485,7 +486,7 @@ def _colours(adata: AnnData, color: str) -> tuple[np.ndarray, np.ndarray, list[L
     # Missing values have the code -1.
     palette = to_rgba_array([*_palette(adata, f"{color}_colors", values), _MISSING])
 
-    def entry(label: str, colour: np.ndarray) -> Line2D:
+    def entry(label: str, colour: Any) -> Line2D:
         return Line2D([], [], color=colour, linestyle="", marker="o", markersize=8, label=label)
 
     used = np.unique(values.codes)
@@ -541,7 +542,7 @@ def _default_colours(n: int) -> list[str]:
         try:
             from scanpy.plotting import palettes
         except ImportError:
-            palette = matplotlib.colormaps["tab20"].colors
+            palette = matplotlib.color_sequences["tab20"]
         else:
             known = (palettes.default_20, palettes.default_28, palettes.default_102)
             palette = next((palette for palette in known if n <= len(palette)), known[-1])
@@ -628,9 +629,12 @@ def _save(ax: Axes, save: str | Path | None) -> Axes:
     """Write and close the figure if `save` is given; otherwise it stays open for a notebook to show."""
     if save is not None:
         import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
 
-        ax.figure.savefig(save, dpi=120)
-        plt.close(ax.figure)
+        figure = ax.figure
+        assert isinstance(figure, Figure)  # made by these plots, and no part of another
+        figure.savefig(save, dpi=120)
+        plt.close(figure)
     return ax
 
 

@@ -708,18 +708,18 @@ class CellTrainer(MeasuredTrainer):
     @contextmanager
     def _smoothed_labels(self) -> Iterator[None]:
         """Let the loss of the model apply `args.label_smoothing_factor`, if it is a model of this package."""
-        model = self.accelerator.unwrap_model(self.model)
-        field = smoothing_field(model)
-        if not self.args.label_smoothing_factor or field is None:
+        field = smoothing_field(self.model) if self.args.label_smoothing_factor else None
+        if field is None:
             yield
             return
         smoother, self.label_smoother = self.label_smoother, None
-        before = getattr(model.config, field)
-        setattr(model.config, field, self.args.label_smoothing_factor)
+        config = self.model.config
+        before = getattr(config, field)
+        setattr(config, field, self.args.label_smoothing_factor)
         try:
             yield
         finally:
-            setattr(model.config, field, before)
+            setattr(config, field, before)
             self.label_smoother = smoother
 
     def log(self, logs, *args, **kwargs):
@@ -740,7 +740,7 @@ class CellTrainer(MeasuredTrainer):
         return output
 
     def _token_classes(self) -> list[str]:
-        return self.accelerator.unwrap_model(self.model).config.token_classes or ["genes"]
+        return self.model.config.token_classes or ["genes"]
 
     def _class_metrics(self, training: bool, prefix: str = "") -> dict[str, float]:
         """Return the losses and accuracies since the last call, over all processes."""

@@ -10,6 +10,7 @@ import re
 import shlex
 import unicodedata
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -447,11 +448,30 @@ def _metadata(
     )
 
 
+@cache
+def _template() -> Any:
+    """Return the template; it is compiled once."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_escape,
+    )
+    environment.filters |= {
+        "python": lambda text: _Markdown(repr(_plain(text))),
+        "shell": lambda text: _Markdown(shlex.quote(_plain(text))),
+        "number": _number,
+    }
+    text = files("stformer_hf.training").joinpath("model_card_template.md").read_text(encoding="utf-8")
+    return environment.from_string(text)
+
+
 def _render(
     *, model, tokenizer, store, settings, metrics, base_model, run, name, license, language, tags, datasets, **texts
 ) -> str:
-    import jinja2
-
     adapter = _adapter(model)
     model = unwrap(model)
     config, kind = model.config, _kind(model)
@@ -478,21 +498,8 @@ def _render(
         },
         sources=sources,
     )
-    environment = jinja2.Environment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_escape,
-    )
-    environment.filters |= {
-        "python": lambda text: _Markdown(repr(_plain(text))),
-        "shell": lambda text: _Markdown(shlex.quote(_plain(text))),
-        "number": _number,
-    }
-    template = files("stformer_hf.training").joinpath("model_card_template.md").read_text(encoding="utf-8")
     is_gene_tokenizer = isinstance(tokenizer, GeneTokenizer)
-    body = environment.from_string(template).render(
+    body = _template().render(
         name=name or "unnamed",
         kind=kind,
         model_class=type(model).__name__,

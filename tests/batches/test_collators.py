@@ -5,7 +5,7 @@ import pytest
 import torch
 from anndata import AnnData
 from conftest import make_adata
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse, stats
 from torch.utils.data import DataLoader
@@ -111,17 +111,16 @@ def test_swapped_genes_are_uniform_over_the_unexpressed(many):
     store_like = examples_of(tokenizer, np.arange(40)[None] % 2 == 0)
     collator = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.3)
     drawn = np.zeros(40, int)
-    for epoch in range(3000):
+    for epoch in range(1000):
         collator.set_epoch(epoch)
         batch = collator(store_like)
         types = batch["token_type_ids"][batch["labels"] == tokenizer.first_bin_id]
         drawn += np.bincount(types - 1, minlength=40)
     assert drawn[::2].sum() == 0
-    assert drawn.sum() > 3000
+    assert drawn.sum() > 1000
     assert stats.chisquare(drawn[1::2]).pvalue > 1e-4
 
 
-@settings(max_examples=60, deadline=None)
 @given(data=st.data(), n_genes=st.integers(1, 12), n_cells=st.integers(1, 6), seed=st.integers(0, 5))
 def test_nearly_full_cells_run_out_of_genes_without_taking_expressed_ones(data, n_genes, n_cells, seed):
     expressed = np.array(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import make_adata
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch.utils.data import ConcatDataset, DataLoader, Subset
@@ -75,7 +75,6 @@ def plain_draw(weights, n_draws, replacement, rng) -> list[int]:
     return rng.permutation([positive[k] for k in first[:n_draws]]).tolist()
 
 
-@settings(max_examples=80, deadline=None)
 @given(weights=WEIGHTS, seed=st.integers(0, 9), replacement=st.booleans(), data=st.data())
 def test_a_draw_is_that_of_the_definition(weights, seed, replacement, data):
     n_positive = np.count_nonzero(weights)
@@ -156,7 +155,6 @@ def test_frequencies_are_in_proportion_to_the_weights(order, world_size):
             assert chisquare(of_rank[weights > 0], of_rank.sum() * expected).pvalue > 1e-3
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     order=st.sampled_from(ORDERS),
     weights=WEIGHTS,
@@ -211,7 +209,6 @@ def test_workers_deliver_the_same_cells(store, world_size):
         assert batches[0] == batches[1] == list(make("grouped", draw, rank=rank, world_size=world_size, epoch=1))
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     order=st.sampled_from(["rows", "grouped", "budget", "sources"]),
     weights=WEIGHTS,
@@ -280,7 +277,6 @@ def test_a_token_budget_takes_each_epoch_as_it_is_drawn(packing, n_rows, n_draws
 # ---------------------------------------------------------------------- groups
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     groups=st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=40).filter(any),
     temperature=st.sampled_from([0.5, 1, 2, 5.0, np.inf, "inf", None]),
@@ -418,7 +414,6 @@ def test_data_that_cannot_be_sampled_raise(two_stores):
 # ---------------------------------------------------------------------- repeats
 
 
-@settings(max_examples=60, deadline=None)
 @given(batches=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=6), max_size=6))
 def test_repeats_are_numbered_in_the_order_of_the_batches(batches):
     numbered = NumberedRepeats(batches, 5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Subset
 
@@ -48,7 +48,6 @@ def plain_order(lengths, in_mega_batch, seed, epoch) -> list[int]:
     ]
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     lengths=LENGTHS,
     batch_size=st.integers(1, 6),
@@ -79,7 +78,6 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     assert list(sampler) == list(sampler)
 
 
-@settings(max_examples=100, deadline=None)
 @given(lengths=LENGTHS, batch_size=st.integers(1, 6), world_size=st.integers(1, 5), drop_last=st.booleans())
 def test_ranks_have_rows_of_their_own_and_equally_many_batches(lengths, batch_size, world_size, drop_last):
     samplers = [
@@ -114,7 +112,6 @@ def test_rows_that_come_twice_are_told(caplog):
     assert "1 rows come twice" in caplog.text and "drop_last" in caplog.text
 
 
-@settings(max_examples=60, deadline=None)
 @given(lengths=LENGTHS, world_size=st.integers(1, 3), epoch=st.integers(0, 3), data=st.data())
 def test_a_state_at_any_position_gives_the_rest(lengths, world_size, epoch, data):
     rank = data.draw(st.integers(0, world_size - 1))
@@ -181,7 +178,6 @@ def test_other_states_and_arguments_that_cannot_be_raise():
 # ---------------------------------------------------------------------- even batches
 
 
-@settings(max_examples=100, deadline=None)
 @given(n=st.integers(0, 50), batch_size=st.integers(1, 6), world_size=st.integers(1, 5), drop_last=st.booleans())
 def test_even_batches_give_each_rank_as_many_and_every_row_once(n, batch_size, world_size, drop_last):
     def make(rank):
@@ -211,7 +207,6 @@ def test_even_batches_give_each_rank_as_many_and_every_row_once(n, batch_size, w
             assert list(shard) == ranks[rank] and len(shard) == len(ranks[rank])
 
 
-@settings(max_examples=60, deadline=None)
 @given(n=st.integers(0, 60), batch_size=st.integers(1, 6), world_size=st.integers(1, 4))
 def test_a_step_has_the_same_rows_on_any_number_of_ranks(n, batch_size, world_size):
     sampler = LengthGroupedSampler(np.arange(n) % 9, batch_size * world_size, mega_batch=2)
@@ -270,7 +265,6 @@ def test_lengths_that_are_not_known_raise(store):
             known_lengths(wrong)
 
 
-@settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=20), data=st.data())
 def test_padding_share_counts_positions(lengths, data):
     batches = data.draw(st.lists(st.lists(st.integers(0, len(lengths) - 1), max_size=5), max_size=5))

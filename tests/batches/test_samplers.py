@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -39,7 +39,6 @@ def test_a_loader_reads_the_rows(store):
     assert sum(loader, []) == store.block_shuffle(4).tolist()
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(0, 50),
     block_size=st.integers(1, 9),
@@ -121,7 +120,6 @@ def test_other_states_and_arguments_that_cannot_be_raise(store):
         BlockShuffleSampler(store, 0)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 40), min_size=1, max_size=5),
     batch_size=st.integers(1, 9),

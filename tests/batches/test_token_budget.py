@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -56,7 +56,6 @@ def fewest_batches(lengths, budget, packing, max_cells) -> int:
     return place(0, [])
 
 
-@settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(0, 12), max_size=6), max_cells=st.none() | st.integers(1, 3))
 def test_padded_batches_are_the_fewest(lengths, max_cells):
     _, cuts = cut_batches(np.array(lengths, np.int64), 12, False, max_cells)
@@ -75,7 +74,6 @@ def first_fit_decreasing(lengths, budget, max_cells) -> list[list[int]]:
     return bins
 
 
-@settings(max_examples=100, deadline=None)
 @given(lengths=LENGTHS, n_windows=st.integers(1, 5), max_cells=st.none() | st.integers(1, 4))
 def test_packed_batches_are_those_of_first_fit_decreasing(lengths, n_windows, max_cells):
     order, cuts = cut_batches(np.array(lengths, np.int64), BUDGET, True, max_cells, n_windows)
@@ -93,7 +91,6 @@ def test_packed_batches_are_those_of_first_fit_decreasing(lengths, n_windows, ma
 # ---------------------------------------------------------------------- batch sampler
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     lengths=LENGTHS,
     packing=st.booleans(),
@@ -143,7 +140,6 @@ def test_every_row_once_within_the_budget_and_as_many_for_each_rank(
     assert len(n_of_epochs) == 1
 
 
-@settings(max_examples=60, deadline=None)
 @given(lengths=LENGTHS, packing=st.booleans(), world_size=st.integers(2, 4))
 def test_a_step_has_the_same_rows_on_any_number_of_ranks(lengths, packing, world_size):
     one = list(TokenBudgetBatchSampler(lengths, BUDGET, packing=packing))
@@ -192,7 +188,6 @@ def test_epochs_have_the_same_number_of_batches_where_draws_differ():
         assert counts == {len(sampler)}
 
 
-@settings(max_examples=60, deadline=None)
 @given(lengths=LENGTHS, packing=st.booleans(), world_size=st.integers(1, 3), epoch=st.integers(0, 2), data=st.data())
 def test_a_state_at_any_batch_gives_the_rest(lengths, packing, world_size, epoch, data):
     rank = data.draw(st.none() | st.integers(0, world_size - 1))
@@ -338,7 +333,6 @@ def ids(batches) -> list[list[int]]:
     return [[cell["cell_id"] for cell in batch] for batch in batches]
 
 
-@settings(max_examples=120, deadline=None)
 @given(
     lengths=LENGTHS,
     packing=st.booleans(),
@@ -382,7 +376,6 @@ def test_a_stream_gives_every_cell_once_within_the_budget(lengths, packing, max_
         assert max(lengths[row] for row in whole[0]) == max(lengths)
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     lengths=LENGTHS,
     packing=st.booleans(),

@@ -16,6 +16,8 @@ from transformers import AutoModel, AutoModelForMaskedLM
 from stformer_hf import CellStore, GeneBertConfig, GeneTokenizer
 from stformer_hf.cli import VERBS, main
 
+pytestmark = pytest.mark.usefixtures("two_folds")
+
 SHORT = ["--max_steps", "2", "--use_cpu", "true", "--disable_tqdm", "true"]
 
 

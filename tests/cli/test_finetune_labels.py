@@ -9,6 +9,8 @@ import pytest
 from stformer_hf import CellStore, GeneBertConfig, annotate, finetune
 from stformer_hf.cli import main
 
+pytestmark = pytest.mark.usefixtures("two_folds")
+
 SHORT = ["--max_steps", "1", "--per_device_train_batch_size", "8", "--disable_tqdm", "true", "--use_cpu", "true"]
 
 

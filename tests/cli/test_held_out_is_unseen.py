@@ -13,6 +13,8 @@ from stformer_hf import CellStore
 from stformer_hf.cli import finetune, pretrain, pretrain_neighborhood
 from stformer_hf.cli.runs import split, training_arguments
 
+pytestmark = pytest.mark.usefixtures("two_folds")
+
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
 
 

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import torch
 from conftest import make_adata
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stformer_hf import (
@@ -40,7 +40,6 @@ _patterns = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
 @given(_patterns)
 def test_braces_are_written_out_as_the_shell_does(pattern):
     shell = subprocess.run(["bash", "-c", f'printf "%s\\n" x{pattern}y'], capture_output=True, text=True, check=True)

@@ -17,6 +17,8 @@ from stformer_hf.cli import finetune, main, pretrain, pretrain_neighborhood
 from stformer_hf.cli.arguments import parse
 from stformer_hf.training.defaults import FINETUNING
 
+pytestmark = pytest.mark.usefixtures("two_folds")
+
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(path.name for path in FOLDER.glob("*.yaml") if not path.name.startswith("search"))
 ACCELERATE = sorted(path.name for path in (FOLDER / "accelerate").glob("*.yaml"))

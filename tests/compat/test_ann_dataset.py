@@ -11,7 +11,7 @@ import pytest
 import torch
 from anndata import AnnData, read_h5ad
 from conftest import make_adata
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 from sklearn.preprocessing import LabelEncoder
@@ -130,7 +130,6 @@ def reads(monkeypatch) -> Reads:
 
 
 @given(st.data())
-@settings(max_examples=80, deadline=None)
 def test_any_rows_of_any_source_are_those_of_numpy(sources, data):
     source, values, obs = sources(data.draw(st.sampled_from(SOURCES)))
     dataset = AnnDataset(source, chunk_size=data.draw(st.integers(1, 40)))
@@ -157,7 +156,6 @@ subsets = st.one_of(
 
 
 @given(subsets)
-@settings(max_examples=60, deadline=None)
 def test_a_subset_is_what_numpy_takes_of_all_rows(sources, subset):
     adata, values, obs = sources("csr")
     rows = np.arange(N_CELLS)[subset] if len(np.atleast_1d(subset)) else np.arange(0)

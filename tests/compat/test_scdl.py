@@ -11,7 +11,7 @@ import pytest
 import torch
 from anndata import AnnData
 from conftest import make_adata, with_genes
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import sparse
@@ -211,7 +211,6 @@ def test_gene_and_cell_tables(file, tmp_path):
 values = st.sampled_from([0, 0, 0, 0, 1, 2, 255, 256, 65_536]) | st.sampled_from([0, 0.25, 1.5])
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     matrix=hnp.arrays(np.float64, st.tuples(st.integers(1, 7), st.integers(1, 7)), elements=values),
     form=st.sampled_from([sparse.csr_matrix, sparse.csc_matrix, np.array]),

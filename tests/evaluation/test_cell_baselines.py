@@ -15,6 +15,8 @@ from stformer_hf.evaluation.cell_baselines import (
 )
 from stformer_hf.evaluation.metrics import classification_metrics
 
+pytestmark = pytest.mark.usefixtures("two_folds")
+
 
 def test_log_normalise_is_its_formula():
     counts = np.array([[1, 3, 0], [0, 0, 0], [0, 10, 10]])

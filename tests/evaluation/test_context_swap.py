@@ -6,7 +6,7 @@ import pytest
 import torch
 from anndata import AnnData
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 from transformers import TrainingArguments
@@ -71,7 +71,6 @@ def plain_ranks(batch, cells, tokenizer):
     return ids, attended, scored
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=2, max_size=6),
     st.booleans(),

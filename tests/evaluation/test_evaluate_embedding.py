@@ -144,7 +144,7 @@ def test_what_is_fitted_does_not_change_with_held_out_cells(cells, monkeypatch):
     clean = cells.copy()
     clean.obsm["X"] = clean.X.toarray()  # an embedding that is poisoned with the counts
     labels = clean.obs["type"].astype(str).to_numpy()
-    test = next(StratifiedKFold(5, shuffle=True, random_state=0).split(labels, labels))[1]
+    test = next(StratifiedKFold(3, shuffle=True, random_state=0).split(labels, labels))[1]
     poisoned = clean.copy()
     wild = clean.X.toarray()
     wild[test] = np.random.default_rng(9).poisson(200, wild[test].shape)
@@ -152,7 +152,7 @@ def test_what_is_fitted_does_not_change_with_held_out_cells(cells, monkeypatch):
     poisoned.obsm["X"] = wild
     for adata in (clean, poisoned):
         fitted.clear()
-        evaluate_embedding(adata, ["X"], label_key="type", n_splits=5)
+        evaluate_embedding(adata, ["X"], label_key="type", n_splits=3)
         in_order.append([(name, _numbers(what)) for row, name, what in record_rows.of_first_fold()])
     kinds = [name for name, _ in in_order[0]]
     assert kinds.count("fit_knn") == 2 and kinds.count("fit_scaler") == 2 and kinds.count("fit_pca") == 1

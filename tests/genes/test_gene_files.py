@@ -7,7 +7,7 @@ import string
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stformer_hf import GeneTable, GeneTokenizer
@@ -94,7 +94,6 @@ gtf_lines = st.tuples(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=st.lists(gtf_lines, max_size=25), block=st.integers(1, 300), last=st.sampled_from(["", "\n", "\n\n"]))
 def test_blocks_of_any_size_give_the_lines_of_genes(tmp_path, lines, block, last):
     text = "\n".join(lines) + last
@@ -263,7 +262,6 @@ symbols = (
 gene_numbers = st.integers(0, 10**11 - 1)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(genes=st.lists(st.tuples(gene_numbers, symbols), min_size=1, max_size=12))
 def test_what_is_written_is_read(tmp_path, genes):
     names = list(dict.fromkeys((f"ENSG{number:011d}", symbol) for number, symbol in genes))

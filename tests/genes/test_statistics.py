@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
@@ -106,7 +106,6 @@ def dense(matrix: sparse.csr_array) -> np.ndarray:
 # ---------------------------------------------------------------------- against plain numpy
 
 
-@settings(deadline=None, max_examples=100)
 @given(matrix=matrices(), target_sum=st.sampled_from([1.0, 1e4, 1e6]))
 def test_any_counts_give_what_plain_numpy_gives(matrix, target_sum):
     before = matrix.copy()
@@ -123,7 +122,6 @@ def test_any_counts_give_what_plain_numpy_gives(matrix, target_sum):
         np.testing.assert_array_equal(part, same)
 
 
-@settings(deadline=None, max_examples=100)
 @given(matrix=matrices(FRACTIONS, dtypes=(np.float64,)))
 def test_fractions_over_sixty_orders_of_magnitude(matrix):
     expected = slow(dense(matrix))
@@ -174,7 +172,6 @@ def test_a_median_of_an_even_number_lies_between_the_two_in_the_middle():
 # ---------------------------------------------------------------------- columns
 
 
-@settings(deadline=None, max_examples=100)
 @given(matrix=matrices(), data=st.data())
 def test_columns_are_the_genes_they_are_said_to_be(matrix, data):
     n_columns = matrix.shape[1]
@@ -256,7 +253,6 @@ def test_results_follow_the_cells_that_are_added_later(counts):
 # ---------------------------------------------------------------------- merging
 
 
-@settings(deadline=None, max_examples=80)
 @given(
     parts=st.lists(matrices(), min_size=1, max_size=4),
     methods=st.lists(st.sampled_from(["exact", "sketch"]), min_size=4, max_size=4),
@@ -329,7 +325,6 @@ def test_other_target_sums_do_not_merge():
 # ---------------------------------------------------------------------- files
 
 
-@settings(deadline=None, max_examples=50)
 @given(matrix=matrices(), more=matrices(), method=st.sampled_from(["exact", "sketch"]))
 def test_parts_come_back_from_files_and_go_on(matrix, more, method, tmp_path_factory):
     path = tmp_path_factory.mktemp("parts") / "a.npz"

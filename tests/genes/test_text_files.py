@@ -7,7 +7,7 @@ import zlib
 
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stformer_hf.genes.text_files import naming, open_text, read_columns, read_text_table
@@ -64,7 +64,6 @@ def test_errors_that_are_not_of_the_file_pass(error):
 fields = st.text("abc019NA-\"' .", max_size=4)
 
 
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lines=st.lists(st.lists(fields, min_size=1, max_size=5), min_size=1, max_size=12),
     n=st.integers(1, 4),

@@ -98,7 +98,7 @@ def test_embeddings(scheme, truncation, with_phenotypes):
         embed(cells, model, tokenizer=tokenizer, pooling="mean", with_phenotypes=with_phenotypes, batch_size=5)
         return cells.obsm["X_stformer"]
 
-    @settings(deadline=None, max_examples=4)
+    @settings(max_examples=4)
     @given(parts=pieces())
     def check(parts):
         is_settled(call, parts)
@@ -115,7 +115,7 @@ def test_labels(truncation):
         annotate(cells, model, tokenizer=tokenizer, batch_size=7)
         return np.column_stack([cells.obs["stformer_label"].cat.codes, cells.obs["stformer_score"].fillna(-1)])
 
-    @settings(deadline=None, max_examples=6)
+    @settings(max_examples=6)
     @given(parts=pieces())
     def check(parts):
         is_settled(call, parts)
@@ -125,7 +125,7 @@ def test_labels(truncation):
 
 @pytest.mark.parametrize("scheme", ["binned", "rank"])
 @pytest.mark.parametrize("truncation", TRUNCATIONS)
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(parts=pieces(), dtype=st.sampled_from([np.float32, np.uint8, np.int64]))
 def test_tokens(scheme, truncation, parts, dtype):
     tokenizer = make_tokenizer(scheme, truncation=truncation)
@@ -142,7 +142,7 @@ def test_tokens_of_neighbourhoods(truncation):
     tokenizer = make_tokenizer("rank", neighborhood=True, truncation=truncation, max_length=14)
     expected = tokenizer(CELLS)["input_ids"]
 
-    @settings(deadline=None, max_examples=8)
+    @settings(max_examples=8)
     @given(parts=whole_sections())
     def check(parts):
         for part in parts:
@@ -173,7 +173,7 @@ def test_embeddings_of_neighbourhoods(options):
         embed_neighborhoods(cells, model, cell_type_key="cell_type", section_key="section", batch_size=5, **options)
         return cells.obsm["X_neighborhood"]
 
-    @settings(deadline=None, max_examples=8)
+    @settings(max_examples=8)
     @given(parts=whole_sections())
     def check(parts):
         is_settled(call, parts)

@@ -178,7 +178,7 @@ def test_packed_and_masked_batches_give_the_same_outputs_and_gradients(backend, 
     torch.testing.assert_close(packed_gradients, gradients, atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.integers(0, 1000))
 def test_any_lengths_packed_equal_masked_and_alone(lengths, seed):
     model = make_model()
@@ -484,7 +484,7 @@ def test_each_dropout_is_there_in_training(dropout):
     assert torch.equal(model(**batch).expected_counts, model(**batch).expected_counts)
 
 
-@pytest.mark.parametrize("likelihood", ["nb", "zinb"])
+@pytest.mark.parametrize("likelihood", [pytest.param("nb", marks=pytest.mark.slow), "zinb"])
 def test_training_learns_what_the_neighbors_tell(likelihood):
     """The counts of a masked cell are those of its neighbours, and its type tells nothing."""
     batch = make_batch([4] * 16, "packed", seed=3)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -97,7 +97,6 @@ def test_gradients_are_the_numeric_ones():
     assert torch.autograd.gradgradcheck(lambda m, t: nb_log_likelihood(x, m, t), parameters[:2])
 
 
-@settings(max_examples=200)
 @given(counts, st.floats(-80, 80), log_dispersions, st.floats(-200, 200))
 def test_far_parameters_give_finite_values_and_gradients(x, log_mean, log_dispersion, gate):
     parameters = [torch.tensor([value]).requires_grad_() for value in (log_mean, log_dispersion, gate)]

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stformer_hf.models.gene_bert.gene_columns import (
@@ -194,7 +194,6 @@ def test_the_key_of_names_is_of_index_and_columns():
     assert ColumnNames(SYMBOLS).key != ColumnNames(SYMBOLS[::-1]).key
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_order_and_what_surrounds_names_change_no_gene(data):
     """Random columns of ids and symbols, permuted, with versions, prefixes and placeholders."""

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from anndata import AnnData, read_h5ad
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import sparse
@@ -64,7 +64,6 @@ def test_vocabulary_and_layout_by_hand(tokenizer):
     assert tokenizer.get_special_tokens_mask([0, 1, 2, 3, 4], already_has_special_tokens=True) == [1, 1, 1, 1, 0]
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     counts=hnp.arrays(
         st.sampled_from([np.uint8, np.uint16, np.int64, np.float32, np.float64]),
@@ -90,7 +89,6 @@ def test_any_counts_give_the_plain_ranks(counts, form, columns, without_median, 
         assert tokenizer.convert_ids_to_tokens(ids) == wanted
 
 
-@settings(max_examples=40, deadline=None)
 @given(data=st.data(), n_cells=st.sampled_from([1, 3, 700]), at_a_time=st.sampled_from([1, 50, 1 << 13]))
 def test_many_cells_and_many_ties_give_the_plain_ranks(data, n_cells, at_a_time):
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))

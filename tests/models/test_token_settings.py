@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from anndata import AnnData, read_h5ad
 from datasets.fingerprint import Hasher
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import sparse
@@ -26,7 +26,6 @@ def plain_bins(row, edges, normalize):
     return [int(np.digitize(value, edges[gene])) for gene, value in zip(GENES, values, strict=True)]
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     counts=hnp.arrays(
         st.sampled_from([np.uint8, np.uint16, np.int64, np.float32, np.float64]),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from anndata import AnnData, read_h5ad
 from conftest import make_adata
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import sparse
@@ -86,7 +86,6 @@ counts_strategy = hnp.arrays(
 )
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     counts=counts_strategy,
     form=st.sampled_from([np.array, sparse.csr_matrix, sparse.csc_matrix, sparse.coo_array]),

@@ -1,6 +1,5 @@
 """A search: the space, what a trial is, pruning, interruptions, both backends."""
 
-import gc
 import math
 import os
 
@@ -23,14 +22,6 @@ SPACE = {
     "hidden_size": {"choices": [8, 16]},
     "mlm_probability": {"low": 0.1, "high": 0.9},
 }
-
-
-@pytest.fixture(autouse=True)
-def _quick_trials():
-    """A trial ends with gc.collect(), three times: let it skip all that was imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Watch(TrainerCallback):

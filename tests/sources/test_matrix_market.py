@@ -4,7 +4,7 @@ import gzip
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import io, sparse
 
@@ -95,7 +95,6 @@ def test_what_is_no_matrix_names_the_file(tmp_path, content):
 spaces = st.sampled_from([" ", "  ", "\t", " \t"])
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     entries=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 6), st.integers(1, 10**12)), max_size=25),
     block=st.integers(1, 90),

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from anndata import AnnData
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 from transformers import default_data_collator
@@ -109,7 +109,6 @@ whole = st.integers(-(2**63), 2**64 - 1) | st.integers(-9, 9)
 DTYPES = ["int64", "uint64", "Int64", "UInt64", "float64", "object"]
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from(DTYPES), st.lists(whole | st.none(), min_size=4, max_size=4)), min_size=1, max_size=3

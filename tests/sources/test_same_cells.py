@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 from scipy.io import mmwrite
@@ -141,7 +141,6 @@ def test_the_same_cells_in_another_dress_are_refused(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"deposited.h5ad", "run.h5", "s"}
 
 
-@settings(max_examples=25, deadline=None)
 @given(st.integers(70, 100), st.booleans())
 def test_nine_in_ten_cells_that_agree_are_the_same(n_same, swap):
     a, b = lane(100, names=barcodes(100)), lane(150, 1, barcodes(150))

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from anndata import AnnData, read_h5ad
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse, stats
 from torch.utils.data import DataLoader, Subset
@@ -115,7 +115,6 @@ def as_table(points, sections) -> tuple[pd.DataFrame, AnnData]:
 quarters = st.integers(-6, 6)
 
 
-@settings(deadline=None, max_examples=250)
 @given(data=st.data(), n_axes=st.sampled_from([2, 3]), shape=st.sampled_from(["box", "disc"]))
 def test_neighbours_of_any_points(data, n_axes, shape):
     cells = data.draw(st.lists(st.tuples(*[quarters] * n_axes, st.sampled_from("abc")), min_size=1, max_size=25))
@@ -153,7 +152,6 @@ def test_neighbours_of_any_points(data, n_axes, shape):
     )
 
 
-@settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 10**6), n_axes=st.sampled_from([2, 3]), scale=st.sampled_from([1e-7, 1.0, 1e8]))
 def test_neighbours_of_points_anywhere(seed, n_axes, scale):
     rng = np.random.default_rng(seed)
@@ -668,7 +666,6 @@ def test_indices_that_do_not_fit():
             CenterMaskSampler(metadata, adata, 9, indices=indices)
 
 
-@settings(deadline=None, max_examples=120)
 @given(data=st.data(), exponent=st.sampled_from([-1060, -700, -565, 0, 520, 700, 1015]))
 def test_neighbours_at_scales_whose_squares_are_no_numbers(data, exponent):
     """Of exact numbers, so that there are ties and borders; 2.0**±700 is about 1e±211."""

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
@@ -62,7 +62,6 @@ def check_cells(batch, items) -> None:
     assert batch["bs"] == n_items and type(batch["bs"]) is int
 
 
-@settings(deadline=None, max_examples=150)
 @given(lengths=lengths_of_items, seed=st.integers(0, 1000))
 def test_masks_are_those_of_their_definitions(lengths, seed):
     items = make_items(lengths, seed=seed)
@@ -95,7 +94,6 @@ def test_masks_are_those_of_their_definitions(lengths, seed):
     assert {batch[name].dtype for name in batch if name.endswith("mask")} == {torch.bool}
 
 
-@settings(deadline=None, max_examples=100)
 @given(lengths=lengths_of_items)
 def test_packed_batches_say_where_items_are(lengths):
     items = make_items(lengths)

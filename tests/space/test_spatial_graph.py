@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData, read_h5ad
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 from scipy.spatial import Delaunay
@@ -98,7 +98,6 @@ whole = st.integers(-6, 6)
 point_lists = st.lists(st.tuples(whole, whole), max_size=14)
 
 
-@settings(deadline=None, max_examples=300)
 @given(points=point_lists, flat=st.booleans(), shift=st.sampled_from([(0, 0), (5_000, -70_000), (10**9, -(10**10))]))
 def test_the_triangulation_of_any_points_has_empty_circles(points, flat, shift):
     points = [(x + shift[0], y * (not flat) + shift[1]) for x, y in points]
@@ -229,7 +228,6 @@ def test_cells_that_nearly_share_a_place_are_not_lost():
     assert sparse.csgraph.connected_components(graph)[0] == 1
 
 
-@settings(deadline=None, max_examples=150)
 @given(points=point_lists, k=st.integers(1, 8))
 def test_the_nearest_cells(points, k):
     graph = graph_of(np.array(points, np.float64).reshape(-1, 2), n_neighbors=k)
@@ -256,7 +254,6 @@ def test_the_nearest_cells_where_no_two_are_as_near(n_dimensions, k):
     np.testing.assert_array_equal(graph_of(points, n_neighbors=k), expected | expected.T)
 
 
-@settings(deadline=None, max_examples=150)
 @given(points=point_lists, radius=st.integers(1, 9), factor=st.sampled_from([1.0, 2.0**700, 2.0**-700]))
 def test_cells_in_reach(points, radius, factor):
     adata = section(np.array(points, np.float64).reshape(-1, 2) * factor)

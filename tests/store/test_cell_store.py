@@ -15,7 +15,7 @@ import pytest
 from anndata import AnnData
 from conftest import make_adata, with_genes
 from datasets import ClassLabel, load_from_disk
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import sparse
@@ -401,7 +401,6 @@ matrices = hnp.arrays(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     counts=matrices, form=st.sampled_from(["csr", "csc", "dense", "unsorted"]), on_disk=st.booleans(), data=st.data()
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import make_adata
 from datasets import load_from_disk
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 from torch.utils.data import DataLoader
@@ -54,7 +54,6 @@ def cells(draw, n_genes: int):
 
 
 @pytest.mark.parametrize(("n_genes", "gene_type"), [(65_536, "uint16"), (65_537, "uint32"), (300_000, "uint32")])
-@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_cells_come_back_and_bytes_are_as_described(n_genes, gene_type, data):
     found = data.draw(cells(n_genes))

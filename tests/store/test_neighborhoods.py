@@ -7,7 +7,7 @@ import pytest
 import torch
 from anndata import AnnData, read_h5ad
 from conftest import make_adata, with_genes
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 from torch.utils.data import DataLoader
@@ -129,7 +129,6 @@ def test_a_split_keeps_neighbourhoods_apart(store, section, counts):
         )
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), n_cells=st.integers(1, 7), n_genes=st.integers(1, 4), fractional=st.booleans())
 def test_sums_of_any_graph(tmp_path, data, n_cells, n_genes, fractional):
     value = st.sampled_from([0, 0, 1, 2, 255, 70_000, 4_294_967_295] if not fractional else [0, 0, 0.25, 1.5, 3])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from anndata import read_h5ad
 from conftest import make_adata
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from range_server import RangeServer
 from torch.utils.data import DataLoader
@@ -109,7 +109,6 @@ def test_compact_rows_are_read_by_ranges_too(server, local, tmp_path):
     np.testing.assert_array_equal(compact.lengths, local.lengths)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(st.integers(-N_CELLS, N_CELLS - 1), max_size=40))
 def test_any_rows_in_any_order_equal_the_local_ones(rows, remote, local):
     assert same_cells(remote, local, rows)

@@ -139,7 +139,7 @@ class Turns:
             self.changed.notify_all()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.sampled_from(["4", "9"]), max_size=80))
 def test_two_builds_in_step_make_one_store(order):
     turns, done, refused = Turns(order), [], []

@@ -15,7 +15,7 @@ import pytest
 from anndata import AnnData
 from conftest import make_adata
 from datasets import ClassLabel, load_from_disk
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import sparse
@@ -220,7 +220,6 @@ matrices = hnp.arrays(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(counts=matrices, rank=st.booleans(), data=st.data())
 def test_any_cells_come_back(tmp_path, monkeypatch, counts, rank, data):
     """Against a loop over a dense matrix."""

@@ -12,6 +12,8 @@ from stformer_hf import GeneBertConfig, GeneBertForPhenotypicMLM, GeneTokenizer,
 from stformer_hf.cli import main
 from stformer_hf.training.loading import unwrap
 
+pytestmark = pytest.mark.usefixtures("two_folds")
+
 SHORT = {"max_steps": 2, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "learning_rate": 0.05}
 FLAGS = ["--max_steps", "2", "--use_cpu", "true", "--disable_tqdm", "true", "--learning_rate", "0.05"]
 

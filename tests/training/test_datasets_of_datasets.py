@@ -22,6 +22,8 @@ from stformer_hf import (
 )
 from tests.space.test_neighborhood_trainer import make_trainer, sampler, section
 
+pytestmark = pytest.mark.usefixtures("two_folds")
+
 ROWS = np.random.default_rng(0).permutation(60)[:50]  # one of them, cell 3, has no counts
 
 

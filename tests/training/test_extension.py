@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from anndata import AnnData
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 from torch import nn
@@ -456,7 +456,6 @@ categories = st.dictionaries(
 gene_lists = st.lists(st.text("gh.1", min_size=1, max_size=3), min_size=1, max_size=5, unique=True)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     scheme=st.sampled_from(["binned", "rank"]),
     genes=gene_lists,

@@ -28,6 +28,8 @@ from stformer_hf.training.starts.linear_readers import log_softmax
 from stformer_hf.training.starts.spectral_start import count_blocks
 from stformer_hf.training.starts.spectral_views import log_values
 
+pytestmark = pytest.mark.usefixtures("two_folds")
+
 
 def make_cells(n: int = 240, n_genes: int = 60, n_types: int = 3, seed: int = 0) -> AnnData:
     """Types that differ in a few genes; one cell without counts, one without a type."""

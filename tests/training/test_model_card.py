@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_adata
 from huggingface_hub import ModelCard
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments
 
@@ -308,7 +308,6 @@ def plain(cells, genes, tmp_path_factory):
     return folder, model, card_with(folder, cells, genes, PLAIN, model)[1]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=ODD)
 def test_no_text_from_data_makes_markdown_or_breaks_the_metadata(cells, genes, plain, text):
     assume(text not in model_card._BASELINES)  # the metrics of such a class would be taken for those of a baseline

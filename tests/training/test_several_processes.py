@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import train_cells
 
 from stformer_hf.training.checkpoints import last_whole_checkpoint
 
@@ -46,11 +47,13 @@ _slow = pytest.mark.slow
         "packed stream",
     ],
 )
-def test_two_processes_share_an_epoch_and_learn_what_one_does(store, tmp_path, order):
+def test_two_processes_share_an_epoch_and_learn_what_one_does(store, tmp_path, monkeypatch, order):
     n_passes = {"epochs": 3} if order != "packed stream" else {"epochs": 3, "steps": 24}
     two = run_script(store, tmp_path / "two", 2, order=order, accumulation=1, **n_passes)
-    one = run_script(store, tmp_path / "one", 1, order=order, accumulation=2, **n_passes)
-    finished(two), finished(one)
+    one = {"order": order, "accumulation": 2, **n_passes}
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(store.path), str(tmp_path / "one"), json.dumps(one)])
+    train_cells.main()  # here, where all is imported
+    finished(two)
     cells = np.flatnonzero(store.lengths > 0).tolist()
     ranks = [json.loads((tmp_path / "two" / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
     assert [rank["world_size"] for rank in ranks] == [2, 2]

@@ -128,4 +128,5 @@ def write(folder: Path, arguments: TrainingArguments, batches: list, trainer: Ce
     (folder / f"seen-{arguments.process_index}.json").write_text(json.dumps(seen))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -65,7 +65,7 @@ def is_cell_batch(cells) -> bool:
 
 def read_cells(
     cells,
-    genes: Sequence[str] | tuple[Sequence[str], Sequence[str]] | None,
+    genes: Sequence[str] | tuple[Sequence[str] | np.ndarray, Sequence[str] | np.ndarray] | None,
     obs,
     layer: str | None,
     neighborhood,

@@ -496,7 +496,7 @@ class GeneTokenizer(VocabularyTokenizer):
         self,
         cells,
         *,
-        genes: Sequence[str] | tuple[Sequence[str], Sequence[str]] | None = None,
+        genes: Sequence[str] | tuple[Sequence[str] | np.ndarray, Sequence[str] | np.ndarray] | None = None,
         obs=None,
         layer: str | None = None,
         fractional: bool = False,

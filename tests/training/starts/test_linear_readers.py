@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 from sklearn.decomposition import PCA
@@ -33,7 +33,6 @@ def test_a_reader_of_rotated_genes_is_the_reader_of_the_genes():
     np.testing.assert_allclose(log_softmax(values @ weight + reader.bias), expected, atol=0.02)
 
 
-@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([0.01, 0.1, 0.6]), st.integers(1, 50))
 def test_a_rotation_keeps_the_dot_products_of_cells(seed, density, n_genes):
     values = sparse.random_array((30, n_genes), density=density, format="csr", rng=np.random.default_rng(seed))
@@ -47,7 +46,6 @@ def test_a_rotation_keeps_the_dot_products_of_cells(seed, density, n_genes):
     np.testing.assert_allclose(dense @ to_genes(weight), features @ weight, atol=1e-3)
 
 
-@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 8))
 def test_scores_from_dot_products_are_those_of_pca(seed, k):
     rng = np.random.default_rng(seed)
