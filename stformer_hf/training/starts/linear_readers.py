@@ -123,7 +123,7 @@ class Problem:
     def _logistic(self, features, labels: np.ndarray, n_classes: int, penalty: float, purpose: str) -> Linear:
         weight, bias = np.zeros((features.shape[1], n_classes)), np.full(n_classes, _LOWEST)
         present = np.unique(labels)
-        if len(present) == 1:
+        if len(present) < 2:
             bias[present] = 0.0
             return Linear(weight, bias)
         found = LogisticRegression(
@@ -199,7 +199,7 @@ def inner_folds(
     ----------
     problem : Problem
     labels : array (n, …)
-        Classes, labels or numbers of the cells.
+        Classes, labels or numbers of the cells. Classes in several columns, (n, n_columns), are not stratified.
     groups : array (n,), optional
         Cells of one group, such as a donor, stay together.
     seed : int
@@ -215,7 +215,7 @@ def inner_folds(
     ValueError
         There are fewer than two groups.
     """
-    n, single = len(labels), problem.kind == "single_label_classification"
+    n, single = len(labels), problem.kind == "single_label_classification" and labels.ndim == 1
     most = int(np.bincount(labels).max()) if single else n
     n_folds = max(min(N_FOLDS, most), 2)
     if groups is not None:
