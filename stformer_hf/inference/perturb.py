@@ -272,7 +272,9 @@ class _Reader:
         if self.heads and self.heads[0].kind != "single_label_classification":
             self.heads = []
         self.classes = [
-            name if head.column is None else output_name(head.column, name) for head in self.heads for name in head.names
+            name if head.column is None else output_name(head.column, name)
+            for head in self.heads
+            for name in head.names
         ]
         self.encoder = getattr(self.model, self.model.base_model_prefix, self.model)
         if not self.heads:

@@ -107,7 +107,7 @@ def test_older_names_of_flags_and_keys_are_read(tmp_path):
 
     def read(*flags):
         argv = ["--data", "x", "--output", "y", *flags]
-        return parse(argv, FinetuneArguments, verb="x", description="")[0].label_key
+        return parse(argv, FinetuneArguments, verb="x", description="")[0].label_key[0]
 
     (tmp_path / "c.yaml").write_text("label: c")
     assert [read(flag, "c") for flag in ("--label_key", "--label-key", "--label")] == ["c", "c", "c"]

@@ -124,7 +124,7 @@ def test_finetuning(tmp_path, whole_cell, caplog):
         build(adata, tmp_path / folder)
         args = finetune.FinetuneArguments(
             data=[str(tmp_path / folder)],
-            label_key="cell_type",
+            label_key=["cell_type"],
             output=str(tmp_path / f"{folder}_out"),
             held_out=0.3,
             split_by="donor",
