@@ -275,6 +275,7 @@ def split(
     strata = None
     if codes is not None:
         classes, strata = np.unique(codes[cells[firsts]], axis=0, return_inverse=True)
+        strata = strata.reshape(-1)  # numpy 2.0 returns a column
         n_like = np.bincount(strata)[strata]
         alone = np.unique(strata[n_like < 2])
         if len(alone):

@@ -107,7 +107,7 @@ class Finetuning:
 
     def known(self, cells: CellStore) -> CellStore:
         """Select the cells that have a number, or labels that the model knows; the number left out is logged."""
-        heads, unknown = read_heads(self.model), []
+        heads, unknown = read_heads(unwrap(self.model)), []
         names = [head.column or self.label_key for head in heads]
         if all(isinstance(name, str) and name in cells.categories for name in names):
             labels = [cells.obs[name] for name in names]

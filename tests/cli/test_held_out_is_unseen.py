@@ -141,7 +141,7 @@ def test_finetuning(tmp_path, whole_cell, caplog):
 
     clean = make_cells()
     _, model = fit(clean, "clean")
-    _, held = split(build(clean, tmp_path / "again"), 0.3, 42, "cell_type", split_by="donor")
+    _, held = split(build(clean, tmp_path / "again"), 0.3, 42, ["cell_type"], split_by="donor")
     held_out = clean.obs["donor"].isin(held.obs["donor"].unique()).to_numpy()
     assert 20 <= held_out.sum() <= 60
     some = held_out & (np.arange(120) % 3 > 0)  # or no held-out cell could be evaluated
