@@ -71,11 +71,12 @@ def annotate(
         `obs[key_added + "_margin"]` the distance to the next probability (float32; NaN for such a cell); with `top_k`,
         `_label_2`, `_score_2` and so on follow. `obsm[key_added + "_probabilities"]` has the probabilities of all
         classes (float32, n_obs x n_classes), whose names are in `uns`; a rejected cell keeps its score and
-        probabilities. With `over`, `obs[key_added + "_majority"]` is the label of the cluster. For multiple labels
-        per cell, `obs[key_added + "_" + label]` is the probability of each. For numbers,
-        `obs[key_added + "_" + name]` is the number (`_value` if the model does not name it). The names of the columns
-        and of the classes, and the kind of head are written to `uns[key_added + "_annotation"]`. Columns of an earlier
-        call with the same prefix that this one does not write are removed.
+        probabilities. With `over`, `obs[key_added + "_majority"]` is the label of the cluster. A model of several
+        label columns has all of these for each column, with its name after `key_added`. For multiple labels per cell,
+        `obs[key_added + "_" + label]` is the probability of each. For numbers, `obs[key_added + "_" + name]` is the
+        number (`_value` if the model does not name it). The names of the columns and of the classes, and the kind of
+        head are written to `uns[key_added + "_annotation"]`. Columns of an earlier call with the same prefix that this
+        one does not write are removed.
     layer, fractional, batch_size, device, min_coverage, distributed
         As for `embed`.
 

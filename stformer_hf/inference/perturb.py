@@ -98,7 +98,8 @@ def perturb(
         Column of obs with the donor of each cell: intervals and tests are then over donors.
     predicted : str, optional
         Class whose probability is measured. By default `goal` if the classifier has such a class, else the class that
-        it predicts for each unperturbed cell.
+        it predicts for each unperturbed cell. For several label columns, "COLUMN: CLASS"; by default `goal` if
+        `goal_key` is one of the columns.
     n_null : int, default: 25
         Number of other genes that are perturbed too, for comparison, per bin of mean counts in which `genes` has
         genes (ten bins, fewer for fewer than 300 genes); for each group of genes, number of random groups from the

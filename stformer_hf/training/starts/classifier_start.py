@@ -20,16 +20,7 @@ from ...models.gene_bert.modeling_gene_bert import GeneBertForClassification
 from ...models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ...store.cell_store import CellStore
 from .labelled_cells import LabelledCells, labelled_cells
-from .linear_readers import (
-    PREFERRED,
-    Linear,
-    Problem,
-    ReaderChoice,
-    centroids,
-    choose_readers,
-    inner_folds,
-    quick_fits,
-)
+from .linear_readers import Linear, Problem, ReaderChoice, ReaderTrials, centroids, inner_folds, quick_fits
 from .spectral_start import cell_embedding_of, count_blocks, set_views
 from .spectral_views import SpectralViews, fit_spectral_views, log_values, pearson_residuals
 
@@ -90,7 +81,7 @@ def start_classifier(
     inner cross-validation, in which the axes of the views and the readers are fitted without the validation cells;
     then everything is fitted to all cells. For several label columns, all this is done for each of them with the cells
     that have its label, and the axes of the views are fitted to all cells. The number of components is the same for
-    all columns: if their choices differ, it is the default one.
+    all columns: if their choices differ, it is the one of these with the lowest mean loss over the columns.
 
     Parameters
     ----------
@@ -136,16 +127,16 @@ def start_classifier(
     half = embedding.genes.weight.shape[1] // 2
     components = sorted({min(n, half, max(len(cells) - 1, 1)) for n in N_COMPONENTS})
     if choices is not None:
-        components = [min(choices[columns[0].column].n_components, components[-1])]
+        components = [min(next(iter(choices.values())).n_components, components[-1])]
     views = fit_spectral_views(blocks, components[-1]) if new_embedding else None
 
-    learnt = [column for column in columns if not _is_constant(column)]
+    learnt = {column.column: column for column in columns if not _is_constant(column)}
     to_choose, to_fit = (
-        [column.rows[_subset(column.problem, column.labels, most, seed)] for column in learnt]
+        {name: column.rows[_subset(column.problem, column.labels, most, seed)] for name, column in learnt.items()}
         for most in (MOST_CELLS_TO_CHOOSE, MOST_CELLS_TO_FIT)
     )
     if views is None and learnt:
-        components, in_states = [half], np.unique(np.concatenate([*to_choose, *to_fit]))
+        components, in_states = [half], np.unique(np.concatenate([*to_choose.values(), *to_fit.values()]))
         states = cell_states(model, tokenizer, cells.select(in_states))
 
     def read(rows: np.ndarray) -> tuple[sparse.csr_array, sparse.csr_array]:
@@ -153,65 +144,78 @@ def start_classifier(
         counts = sparse.csr_array(sparse.vstack(list(count_blocks(found, tokenizer, progress=False)())))
         return counts, log_values(counts) if views is not None else _log_values_of(model, tokenizer, cells, counts)
 
-    parts: list[_Part] = []
-    for i, (column, rows) in enumerate(zip(learnt, to_choose, strict=True)):
-        if i and np.array_equal(rows, to_choose[i - 1]):
-            parts.append(parts[-1])
+    parts: dict[str | None, _Part] = {}
+    for name, rows in to_choose.items():
+        alike = next((of for of in parts if np.array_equal(to_choose[of], rows)), name)
+        if alike != name:
+            parts[name] = parts[alike]
             continue
         counts, values = read(rows)
-        part = _Part(counts, values, rotate_genes(values) if rotated is None else rotated[column.column])
+        parts[name] = part = _Part(counts, values, rotate_genes(values) if rotated is None else rotated[name])
         if views is None:
             part.features = _StatesOfFolds(states[np.searchsorted(in_states, rows)])
         elif choices is None:
             part.features = _ViewsOfFolds(counts, values, views, half)
-        parts.append(part)
-
-    def choose(column: LabelledCells, rows: np.ndarray, part: _Part, n_components: Sequence[int]) -> ReaderChoice:
-        labels = column.labels_of(rows)
-        folds = inner_folds(column.problem, labels, None if groups is None else groups[rows], seed)
-        return choose_readers(column.problem, labels, folds, part.features, part.rotated[0], n_components)
 
     if choices is None:
-        of_columns = list(zip(learnt, to_choose, parts, strict=True))
-        choices = {column.column: choose(column, *of, components) for column, *of in of_columns}
-        if len({choice.n_components for choice in choices.values()}) > 1:
-            shared = PREFERRED["n_components"] if PREFERRED["n_components"] in components else components[-1]
-            for column, *of in of_columns:
-                if choices[column.column].n_components != shared:
-                    choices[column.column] = choose(column, *of, [shared])
+        trials = {}
+        for name, column in learnt.items():
+            problem, part, rows = column.problem, parts[name], to_choose[name]
+            of = column.labels_of(rows)
+            folds = inner_folds(problem, of, None if groups is None else groups[rows], seed)
+            trials[name] = ReaderTrials(problem, of, folds, part.features, part.rotated[0], components)
+        choices = _choose_together(trials)
     if views is not None:
         kept = min([components[-1], *(choice.n_components for choice in choices.values())])
         views.loadings = [loadings[:, :kept] for loadings in views.loadings]
         set_views(embedding, views, config.initializer_range)
 
     starts: dict[str | None, ClassifierStart] = {}
-    readers = {column.column: _constant_readers(column, model) for column in columns}
-    for column, rows, fitted, part in zip(learnt, to_choose, to_fit, parts, strict=True):
-        problem, choice, labels_of = column.problem, choices[column.column], column.labels_of(fitted)
+    readers = []
+    for column in columns:
+        name, problem = column.column, column.problem
+        if name not in learnt:
+            readers.append((*_constant_readers(column, model), (1.0, 0.0), 1.0))
+            continue
+        rows, fitted, part, choice = to_choose[name], to_fit[name], parts[name], choices[name]
         if len(fitted) < len(column.rows):
             logger.warning(f"The readers are fitted to {len(fitted):,} of {len(column.rows):,} training cells.")
-        is_read = np.array_equal(fitted, rows)
+        is_read, of = np.array_equal(fitted, rows), column.labels_of(fitted)
         counts, values = (part.counts, part.values) if is_read else read(fitted)
         if views is None:
             of_cells = states[np.searchsorted(in_states, fitted)]
         else:
             of_cells = scaled(views.transform(counts), half)
         with quick_fits():
-            head = problem.fit(of_cells, labels_of, choice.head)
+            head = problem.fit(of_cells, of, choice.head)
             if is_read and len(rows) <= _ROTATED:
                 features, to_genes = part.rotated
-                wide = problem.fit(features, labels_of, choice.wide)
+                wide = problem.fit(features, of, choice.wide)
                 wide.weight = to_genes(wide.weight)
             else:
-                wide = problem.fit(values, labels_of, choice.wide)
-        readers[column.column] = head, wide, choice.weights, choice.temperature
-        means = centroids(of_cells, labels_of).astype(np.float32) if problem.kind == _OF_CLASSES else None
-        starts[column.column] = ClassifierStart(choice, rows, column.labels_of(rows), part.rotated, means)
-    heads, wides, weights, temperatures = zip(*readers.values(), strict=True)
+                wide = problem.fit(values, of, choice.wide)
+        readers.append((head, wide, choice.weights, choice.temperature))
+        means = centroids(of_cells, of).astype(np.float32) if problem.kind == _OF_CLASSES else None
+        starts[name] = ClassifierStart(choice, rows, column.labels_of(rows), part.rotated, means)
+    heads, wides, weights, temperatures = zip(*readers, strict=True)
     _write(model, _beside(heads), _beside(wides))
     config.reader_weights = [float(weight) for pair in weights for weight in pair]
     config.temperature = [float(of) for of in temperatures] if config.label_columns else float(temperatures[0])
     return starts
+
+
+def _choose_together(trials: Mapping[str | None, ReaderTrials]) -> dict[str | None, ReaderChoice]:
+    """Choose the readers of each column, with the same number of components.
+
+    If the columns choose different ones, it is the one of these with the lowest mean loss over the columns; columns
+    that chose another one then choose their other settings with it.
+    """
+    alone = {name: of.choose() for name, of in trials.items()}
+    together = [
+        {name: alone[name] if alone[name].n_components == n else of.choose([n]) for name, of in trials.items()}
+        for n in sorted({choice.n_components for choice in alone.values()})
+    ]
+    return min(together, key=lambda choices: sum(choice.loss for choice in choices.values()), default={})
 
 
 @dataclass
@@ -229,18 +233,12 @@ def _is_constant(column: LabelledCells) -> bool:
     return column.problem.kind == _OF_CLASSES and len(np.unique(column.labels)) < 2
 
 
-def _constant_readers(column: LabelledCells, model: GeneBertForClassification) -> tuple:
-    """Return the head, the wide head, their weights and the temperature for a column of at most one class."""
+def _constant_readers(column: LabelledCells, model: GeneBertForClassification) -> tuple[Linear, Linear]:
+    """Return the head and the wide head for a column of one class, or of none."""
     n_genes, width = cell_embedding_of(model).genes.weight.shape
     n_outputs = column.problem.n_outputs
-    bias = np.zeros(n_outputs)
-    if _is_constant(column):
-        bias = column.problem.fit(np.zeros((len(column.labels), 1)), column.labels, 1.0).bias
-    head, wide = (
-        Linear(np.zeros((width, n_outputs)), bias),
-        Linear(np.zeros((n_genes, n_outputs)), np.zeros(n_outputs)),
-    )
-    return head, wide, (1.0, 0.0), 1.0
+    bias = column.problem.fit(np.zeros((len(column.labels), 1)), column.labels, 1.0).bias
+    return Linear(np.zeros((width, n_outputs)), bias), Linear(np.zeros((n_genes, n_outputs)), np.zeros(n_outputs))
 
 
 def _beside(readers: Sequence[Linear]) -> Linear:
