@@ -125,7 +125,7 @@ def _classify_by_reference(train: AnnData, test: AnnData, seed: int) -> np.ndarr
     with tempfile.TemporaryDirectory() as folder:
         data, output = f"{folder}/train.h5ad", f"{folder}/model"
         train.write_h5ad(data)
-        args = finetune.FinetuneArguments(data=[data], label_key=LABEL, output=output, whole_cell=False, **REFERENCE)
+        args = finetune.FinetuneArguments(data=[data], label_key=[LABEL], output=output, whole_cell=False, **REFERENCE)
         finetune.run(args, {**finetune.FINETUNING, **REFERENCE_STEPS, "seed": seed})
         test = test.copy()
         stformer_hf.annotate(test, output)

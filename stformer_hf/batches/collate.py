@@ -248,16 +248,17 @@ def _measured_column(examples: Any, n_cells: int, n_genes: int) -> np.ndarray | 
     return measured
 
 
-def labels_a_cell(examples: Any, name: str) -> np.ndarray:
-    """Return a column with one value per cell from a table or from examples."""
+def labels_a_cell(examples: Any, name: str, missing: int | None = None) -> np.ndarray:
+    """Return a column with one value per cell from a table or from examples, with `missing` where there is none."""
     if isinstance(examples, pa.Table):
-        return examples.column(name).to_numpy()
+        column = examples.column(name)
+        return (column if missing is None else column.fill_null(missing)).to_numpy()
     if name not in examples[0]:
         raise ValueError(
             f"The examples have no {name!r}; they have {', '.join(examples[0])}. Stock Trainer removes columns that "
             "the model does not read: TrainingArguments(remove_unused_columns=False) keeps them."
         )
-    return np.array([example[name] for example in examples])
+    return np.array([missing if example[name] is None else example[name] for example in examples])
 
 
 def _cell_ids(examples: Any, tokens: TokenizedCells) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCe
 from ..sources.obs_columns import ClassCode
 from ..store.cell_batch import CellBatch, as_cell_batch
 from .collate import CellCollator, check_probability, labels_a_cell, pack, pad, read_tokens
-from .fixed_size import fill_labels
+from .fixed_size import IGNORE, fill_labels
 from .gene_swaps import unexpressed_genes
 from .token_rows import CLASS_NAMES
 
@@ -366,11 +366,12 @@ class DataCollatorForCellClassification(CellCollator):
     label : str or list of str, default: "labels"
         Obs column of the store, or column of the examples, with the label: a categorical column for classes, or
         numbers for regression (`problem_type="regression"`). A list of columns of 0 and 1, or of numbers, for multiple
-        labels per cell.
+        labels per cell; of categorical columns, for a class in each of them (`config.label_columns`).
     label2id : dict of str to int, optional
         Index of each class by name, for cells that know the names of their codes (from a store, a stream, a tokenized
         dataset); by default their own order, which `CellTrainer` replaces by the model's. With a list of columns, the
-        index of each column in the labels.
+        index of each column in the labels; for a class in each, a dict of such dicts, one per column, in the order of
+        the labels. A cell without a class in a column, or with one that has no index, then has the label -100 there.
     pad_to_multiple_of : int, optional
         Round the padded length up to a multiple of this.
     seed : int, default: 0
@@ -399,7 +400,7 @@ class DataCollatorForCellClassification(CellCollator):
         self,
         tokenizer: GeneTokenizer,
         label: str | Sequence[str] = "labels",
-        label2id: dict[str, int] | None = None,
+        label2id: dict[str, int] | dict[str, dict[str, int]] | None = None,
         pad_to_multiple_of: int | None = None,
         seed: int = 0,
         gene_dropout: float = 0.0,
@@ -424,8 +425,8 @@ class DataCollatorForCellClassification(CellCollator):
         Returns
         -------
         dict of Tensor
-            As from `DataCollatorForPhenotypicMLM`, with `labels`: int64 (n,) for classes, float32 (n,) for numbers,
-            or float32 (n, n_labels).
+            As from `DataCollatorForPhenotypicMLM`, with `labels`: int64 (n,) for classes, (n, n_columns) for several
+            columns of classes, float32 (n,) for numbers, or float32 (n, n_labels).
         """
         examples = as_cell_batch(examples)
         tokens = self._tokens(examples)[0]
@@ -434,7 +435,8 @@ class DataCollatorForCellClassification(CellCollator):
         if isinstance(self.label, str):
             labels = self._labels(examples, self.label)
         else:
-            labels = np.stack([self._labels(examples, name) for name in self._columns()], axis=1).astype(np.float32)
+            labels = np.stack([self._labels(examples, name) for name in self._columns()], axis=1)
+            labels = labels.astype(np.int64 if self._of_columns else np.float32)
         batch["labels"] = torch.from_numpy(labels)
         if self.pad_packed_to is not None:
             batch["labels"] = fill_labels(batch["labels"], batch)
@@ -454,10 +456,17 @@ class DataCollatorForCellClassification(CellCollator):
                         "without it (tokenizer.included_phenotypes)."
                     )
 
+    @property
+    def _of_columns(self) -> bool:
+        """Whether each of several label columns holds classes."""
+        return isinstance(self.label2id, Mapping) and any(isinstance(of, Mapping) for of in self.label2id.values())
+
     def _columns(self) -> list[str]:
         """Return the label columns in the order of `label2id`."""
         if self.label2id is None:
             return list(self.label)
+        if self._of_columns and set(self.label) == set(self.label2id):
+            return list(self.label2id)
         if set(self.label) != set(self.label2id) or sorted(self.label2id.values()) != list(range(len(self.label))):
             raise ValueError(
                 f"label2id has {', '.join(map(repr, self.label2id))}, but the labels are the columns "
@@ -474,14 +483,17 @@ class DataCollatorForCellClassification(CellCollator):
             labels, names = examples.obs[name], examples.categories.get(name)
             classes = names is not None
         else:
-            labels = labels_a_cell(examples, name)
+            labels = labels_a_cell(examples, name, missing=-1 if self._of_columns else None)
             classes = np.issubdtype(labels.dtype, np.integer)
             if isinstance(examples, pa.Table):
                 names = json.loads((examples.schema.metadata or {}).get(CLASS_NAMES, b"{}")).get(name)
             elif any(isinstance(example[name], ClassCode) for example in examples):
                 may_differ = self.label2id is not None or not isinstance(self.label, str)
                 labels, names = _united(name, [example[name] for example in examples], may_differ)
-        label2id = self.label2id if isinstance(self.label, str) else _zero_or_one(name, names)
+        if isinstance(self.label, str):
+            label2id = self.label2id
+        else:
+            label2id = self.label2id[name] if self._of_columns else _zero_or_one(name, names)
         if is_cell_batch(examples) and labels.dtype == object and label2id is not None:
             # By name, for cells of stores whose classes are in other orders.
             labels, names, classes = np.array([label2id.get(of, -1) for of in labels]), list(label2id), True
@@ -489,6 +501,8 @@ class DataCollatorForCellClassification(CellCollator):
             labels = np.array([*(label2id.get(of, -1) for of in names), -1])[labels]
         if not np.issubdtype(labels.dtype, np.number) and labels.dtype != bool:
             raise ValueError(f"{name!r} must hold categories or numbers, got {labels[0]!r}.")
+        if self._of_columns and classes:
+            return np.where(labels < 0, IGNORE, labels)
         unknown = labels < 0 if classes else ~np.isfinite(labels.astype(np.float64))
         if unknown.any():
             hint = "" if names is not None else " (integers are classes; numbers to predict must be floats)"

@@ -272,7 +272,7 @@ def _finetune(folder: Path, seed: int) -> Classifiers:
         args = finetune.FinetuneArguments(
             data=[str(folder / "train.h5ad")],
             eval_data=[str(folder / "held_out.h5ad")],
-            label_key=LABEL,
+            label_key=[LABEL],
             output=str(folder / name),
             model=str(folder / "pretrained"),
         )

@@ -3,6 +3,7 @@
 stformer-hf finetune --data labelled.h5ad --label_key cell_type --output classifier
 stformer-hf finetune --data labelled.h5ad --label_key cell_type --output classifier --model pretrained --split_by donor
 stformer-hf finetune --data labelled.h5ad --label_key cell_type --output adapter --model pretrained --lora
+stformer-hf finetune --data labelled.h5ad --label_key cell_type condition --output classifier
 
 A new model starts at linear models of the cells, chosen by cross-validation within the training cells, and is trained
 further only if that helps in the cross-validation; OUTPUT/fine_tuning.json records the choice and the reason.
@@ -29,10 +30,11 @@ class FinetuneArguments:
     data: list[str] = field(
         metadata={"help": "a store (path or address), or h5ad files (built into a store in OUTPUT/store)"}
     )
-    label_key: str = field(
+    label_key: list[str] = field(
         metadata={
             "aliases": ["--label"],
-            "help": "column of obs with the classes: categories, strings, integers or booleans; or numbers",
+            "help": "column of obs with the classes: categories, strings, integers or booleans; or numbers. With "
+            "several columns, a class in each is predicted, and a cell may lack some of them",
         }
     )
     output: str = field(metadata={"help": "folder for the checkpoint"})
@@ -113,10 +115,14 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     """Fine-tune and save; return the metrics of the run."""
     from ..batches.draws import check_sampling, sampling_columns
     from ..evaluation.cell_baselines import classification_baselines
-    from ..evaluation.metrics import compute_classification_metrics, compute_regression_metrics
-    from ..training.cell_heads import read_head
+    from ..evaluation.metrics import (
+        compute_classification_metrics,
+        compute_column_metrics,
+        compute_regression_metrics,
+    )
+    from ..training.cell_heads import read_heads
     from ..training.finetuning import prepare_classifier
-    from ..training.loading import load_tokenizer, unwrap
+    from ..training.loading import load_tokenizer
     from .runs import (
         finish,
         genes_of_training,
@@ -129,6 +135,7 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
 
     output = Path(args.output)
     of_numbers = args.problem_type == "regression"
+    labels = list(dict.fromkeys(args.label_key))
     if of_numbers and (args.class_weights != "none" or args.label_smoothing):
         raise ValueError("--class_weights and --label_smoothing apply to classes: leave them out for a regression.")
     refuse_flags_of_a_new_model(args, _OF_A_NEW_MODEL)
@@ -147,30 +154,31 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         store = open_cells(
             args.data,
             arguments,
-            list(dict.fromkeys([args.label_key, *args.phenotypes, *split_by, *sampling_columns(args.sampling)])),
+            list(dict.fromkeys([*labels, *args.phenotypes, *split_by, *sampling_columns(args.sampling)])),
             args.layer,
             args.overwrite,
             fractional=args.fractional,
             neighbors="spatial_connectivities" if tokenizer is not None and tokenizer.neighborhood else None,
             eval_data=args.eval_data,
-            classes=() if of_numbers else (args.label_key,),
+            classes=() if of_numbers else tuple(labels),
         )
-        if not of_numbers and args.label_key not in store.categories:
+        others = [] if of_numbers else [name for name in labels if name not in store.categories]
+        if others:
             there = ", ".join(store.categories) or "none"
             raise ValueError(
-                f"The store has no categorical column {args.label_key!r}; those are {there}. To use integers or "
-                f"booleans as classes, build the store with stformer-hf build --classes {args.label_key}, or pass the "
+                f"The store has no categorical column {others[0]!r}; those are {there}. To use integers or "
+                f"booleans as classes, build the store with stformer-hf build --classes {others[0]}, or pass the "
                 "files as --data. To predict numbers: --problem_type regression."
             )
         train_cells, held_out_cells = split(
-            store, args.held_out, arguments.seed, None if of_numbers else args.label_key, args.eval_data, args.split_by
+            store, args.held_out, arguments.seed, () if of_numbers else labels, args.eval_data, args.split_by
         )
         if held_out_cells is None:
             arguments.eval_strategy = "no"
         given = "num_train_epochs" in training or arguments.max_steps > 0
         prepared = prepare_classifier(
             train_cells,
-            args.label_key,
+            labels if len(labels) > 1 else labels[0],
             arguments,
             model=args.model,
             num_train_epochs=arguments.num_train_epochs if given else None,
@@ -193,8 +201,13 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
             freeze=args.freeze,
             sampling=args.sampling,
         )
+        heads = read_heads(prepared.model)
         if arguments.process_index == 0:
-            print(_what_is_learnt(args.label_key, read_head(prepared.model)))
+            for head in heads:
+                print(_what_is_learnt(head.column or ", ".join(labels), head))
+        compute_metrics = compute_regression_metrics if of_numbers else compute_classification_metrics
+        if len(heads) > 1:
+            compute_metrics = compute_column_metrics({head.column: head.outputs for head in heads})
         if held_out_cells is not None:
             held_out_cells = prepared.known(held_out_cells)
         trainer = prepared.trainer(
@@ -203,12 +216,14 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
             gene_dropout=args.gene_dropout,
             packing=args.packing,
             max_tokens_per_batch=args.max_tokens_per_batch,
-            compute_metrics=compute_regression_metrics if of_numbers else compute_classification_metrics,
+            compute_metrics=compute_metrics,
         )
     baselines = {}
-    if held_out_cells is not None and not of_numbers:  # before training, so that a pushed card includes them
-        found = classification_baselines(prepared.cells, held_out_cells, args.label_key, seed=arguments.seed)
-        baselines = {f"eval_{name}": value for name, value in found.items()}
+    for head in [] if held_out_cells is None or of_numbers else heads:  # before training: a pushed card includes them
+        column, prefix = head.column or labels[0], "eval" if head.column is None else f"eval_{head.column}"
+        if held_out_cells.obs[column].notna().any():
+            found = classification_baselines(prepared.cells, held_out_cells, column, seed=arguments.seed)
+            baselines |= {f"{prefix}_{name}": value for name, value in found.items()}
     card = {"store": store, "base_model": args.model, "metrics": baselines, "settings": prepared.facts}
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
@@ -217,7 +232,7 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     metrics = {**finish(trainer, card=card), **baselines}
     predicted = None if held_out_cells is None or of_numbers else trainer.predict(held_out_cells)
     if predicted is not None and trainer.is_world_process_zero():
-        _draw_confusion(output, predicted, read_head(unwrap(prepared.model)).names)
+        _draw_confusion(output, predicted, heads)
     return metrics
 
 
@@ -228,18 +243,24 @@ def _what_is_learnt(label: str, head) -> str:
     return f"{label!r} is learnt as {len(head.names)} classes: {names}. For numbers: --problem_type regression."
 
 
-def _draw_confusion(output: Path, found, classes: list[str]) -> None:
-    """Plot the confusion matrix of held-out cells to `confusion.png`, if matplotlib is installed."""
+def _draw_confusion(output: Path, found, heads: list) -> None:
+    """Plot the confusion matrix of held-out cells to `confusion.png`, if matplotlib is installed.
+
+    Those of several label columns are plotted to `confusion_COLUMN.png`.
+    """
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
         return
     from ..inference import plots
 
-    plots.confusion(
-        [classes[i] for i in found.label_ids],
-        [classes[i] for i in found.predictions.argmax(axis=-1)],
-        classes,
-        title=f"{len(found.label_ids)} held-out cells",
-        save=output / "confusion.png",
-    )
+    for head, true in zip(heads, found.label_ids.reshape(len(found.label_ids), -1).T, strict=True):
+        known = true >= 0
+        if known.any():
+            plots.confusion(
+                [head.names[i] for i in true[known]],
+                [head.names[i] for i in found.predictions[known, head.outputs].argmax(axis=-1)],
+                head.names,
+                title=f"{known.sum()} held-out cells",
+                save=output / f"{head.named('confusion').replace('/', '_')}.png",
+            )

@@ -140,6 +140,7 @@ def _column(column: Any) -> str:
 def model_facts(name: str) -> dict[str, Any]:
     """Return the facts about a checkpoint or an adapter."""
     from ..models.gene_bert.gene_columns import describe, guess_species
+    from ..models.gene_bert.heads import label_columns_of, output_names
     from ..training.cell_heads import predicts_cells
     from ..training.loading import is_adapter, load_config, load_tokenizer
 
@@ -156,9 +157,12 @@ def model_facts(name: str) -> dict[str, Any]:
         return facts
     facts["size"] = f"{config.num_hidden_layers} layers of {config.hidden_size}"
     if predicts_cells(architectures):
-        names = list(config.id2label.values())
-        listed = ", ".join(map(str, names[:8])) + (", …" if len(names) > 8 else "")
-        facts["predicts"] = f"{len(names)} outputs: {listed}"
+        found = []
+        for column in label_columns_of(config):
+            names = output_names(config, column)
+            listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+            found.append(f"{len(names)} outputs{'' if column.name is None else ' of ' + column.name}: {listed}")
+        facts["predicts"] = "; ".join(found)
     tokenizer = load_tokenizer(name)
     facts["genes"] = f"{len(tokenizer.genes):,}, such as {describe(tokenizer.genes)}"
     facts["species"] = guess_species(tokenizer.genes) or "not shown by the ids"

@@ -356,7 +356,7 @@ def to_verb(config: BaseConfig) -> tuple[PretrainArguments | FinetuneArguments, 
     elif config.subcommand == "cls":
         args = finetune.FinetuneArguments(
             data=config.train_data_paths,
-            label_key=config.phenotype_category,
+            label_key=[config.phenotype_category],
             class_weights="none" if config.balanced_dataset else "balanced",
             label_smoothing=0.0 if config.balanced_dataset else 0.1,
             **same,

@@ -6,7 +6,7 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -213,12 +213,13 @@ def split(
     store: CellStore,
     held_out: float,
     seed: int,
-    label: str | None = None,
+    labels: Sequence[str] = (),
     eval_data: list[str] | None = None,
     split_by: str | None = None,
 ) -> tuple[CellStore, CellStore | None]:
     """Split cells with counts (and a label) at random, determined by the seed and stratified by class.
 
+    With several label columns, a cell needs a label in one of them, and combinations of their classes are strata.
     Duplicate cells (see `CellStore.twins`) stay on one side. A class with one cell is in training; if fewer cells are
     held out than there are classes, the smallest classes are stratified as one. With `split_by`, a column of obs,
     whole groups are held out. With `eval_data`, the last sources of the store, their cells are held out instead of a
@@ -234,13 +235,14 @@ def split(
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out must be a share of the cells, at least 0 and below 1; got {held_out}.")
     usable = store.lengths > 0
-    codes = None
-    if label is not None:
-        codes = store.obs[label].cat.codes.to_numpy()
-        n_without = int((usable & (codes < 0)).sum())
+    codes, label = None, " and ".join(map(repr, labels))
+    if labels:
+        codes = np.stack([store.obs[name].cat.codes.to_numpy() for name in labels], axis=1)
+        labelled = (codes >= 0).any(axis=1)
+        n_without = int((usable & ~labelled).sum())
         if n_without:
-            logger.warning(f"{n_without} of {len(store)} cells have no label {label!r}: they are left out.")
-        usable &= codes >= 0
+            logger.warning(f"{n_without} of {len(store)} cells have no label {label}: they are left out.")
+        usable &= labelled
     cells = np.flatnonzero(usable)
     if eval_data:
         n_last = sum(source["n_cells"] for source in store.manifest["sources"][-len(expand(eval_data)) :])
@@ -271,14 +273,15 @@ def split(
     firsts, of_cell = np.unique(twins, return_index=True, return_inverse=True)[1:]
     kinds, n_test = np.arange(len(firsts)), math.ceil(held_out * len(firsts))  # of cells, each once
     strata = None
-    if codes is not None and label is not None:
-        strata = codes[cells[firsts]]
+    if codes is not None:
+        classes, strata = np.unique(codes[cells[firsts]], axis=0, return_inverse=True)
+        strata = strata.reshape(-1)  # numpy 2.0 returns a column
         n_like = np.bincount(strata)[strata]
         alone = np.unique(strata[n_like < 2])
         if len(alone):
-            names = [store.categories[label][code] for code in alone]
+            names = [_names_of(store, labels, classes[i]) for i in alone]
             logger.warning(
-                f"{len(alone)} classes of {label!r} have only one cell, which is used for training, so they are not "
+                f"{len(alone)} classes of {label} have only one cell, which is used for training, so they are not "
                 f"evaluated: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}."
             )
         kinds = kinds[n_like > 1]  # a class of one cell cannot be on both sides
@@ -292,6 +295,11 @@ def split(
     return store.select(cells[~held]), store.select(cells[held])
 
 
+def _names_of(store: CellStore, labels: Sequence[str], codes: np.ndarray) -> str:
+    """Return the classes of a cell in some columns, without those that it lacks."""
+    return " and ".join(store.categories[name][code] for name, code in zip(labels, codes, strict=True) if code >= 0)
+
+
 def _like_shares(codes: np.ndarray, most: int, label: str) -> np.ndarray:
     """Return the strata of a split: the classes, with the smallest merged into one if there are more than `most`."""
     classes, n_cells = np.unique(codes, return_counts=True)
@@ -299,7 +307,7 @@ def _like_shares(codes: np.ndarray, most: int, label: str) -> np.ndarray:
         return codes
     smallest = classes[np.argsort(-n_cells, kind="stable")[most - 1 :]]
     logger.warning(
-        f"One side of the split has {most} cells, fewer than the {len(classes)} classes of {label!r}: the "
+        f"One side of the split has {most} cells, fewer than the {len(classes)} classes of {label}: the "
         f"{len(smallest)} smallest are stratified as one, and some of them may be on one side only."
     )
     return np.where(np.isin(codes, smallest), -1, codes)

@@ -16,7 +16,7 @@ from ..genes.wrong_names import must_have
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
 from ..training.calibration import OutOfFold, load_out_of_fold
-from ..training.cell_heads import read_head
+from ..training.cell_heads import CellHead, read_heads
 from ..training.loading import is_model, name_of, unwrap
 from .ancestors import ancestors_of, climb, read_parents
 from .batches import load, run, table_of
@@ -71,11 +71,12 @@ def annotate(
         `obs[key_added + "_margin"]` the distance to the next probability (float32; NaN for such a cell); with `top_k`,
         `_label_2`, `_score_2` and so on follow. `obsm[key_added + "_probabilities"]` has the probabilities of all
         classes (float32, n_obs x n_classes), whose names are in `uns`; a rejected cell keeps its score and
-        probabilities. With `over`, `obs[key_added + "_majority"]` is the label of the cluster. For multiple labels
-        per cell, `obs[key_added + "_" + label]` is the probability of each. For numbers,
-        `obs[key_added + "_" + name]` is the number (`_value` if the model does not name it). The names of the columns
-        and of the classes, and the kind of head are written to `uns[key_added + "_annotation"]`. Columns of an earlier
-        call with the same prefix that this one does not write are removed.
+        probabilities. With `over`, `obs[key_added + "_majority"]` is the label of the cluster. A model of several
+        label columns has all of these for each column, with its name after `key_added`. For multiple labels per cell,
+        `obs[key_added + "_" + label]` is the probability of each. For numbers, `obs[key_added + "_" + name]` is the
+        number (`_value` if the model does not name it). The names of the columns and of the classes, and the kind of
+        head are written to `uns[key_added + "_annotation"]`. Columns of an earlier call with the same prefix that this
+        one does not write are removed.
     layer, fractional, batch_size, device, min_coverage, distributed
         As for `embed`.
 
@@ -109,20 +110,23 @@ def annotate(
     if top_k < 1:
         raise ValueError(f"top_k={top_k}: must be at least 1.")
     if is_model(model):
-        read_head(unwrap(model))  # before the cells are read
+        read_heads(unwrap(model))  # before the cells are read
     name = name_of(model)
     classifier, tokenizer = load(model, tokenizer, AutoModelForSequenceClassification, min_coverage)
-    head = read_head(classifier)
-    of_classes = head.kind == "single_label_classification"
+    heads = read_heads(classifier)
+    kind, of_classes = heads[0].kind, heads[0].kind == "single_label_classification"
     if not of_classes and (top_k > 1 or any(option is not None for option in (reject, parents, over))):
         raise ValueError(
-            f"top_k, reject, parents and over are for classes, and the model is for {head.kind}: leave them out."
+            f"top_k, reject, parents and over are for classes, and the model is for {kind}: leave them out."
         )
-    check_reject(reject, head.names)
+    check_reject(reject, [name for head in heads for name in head.names])
     if parents is not None and reject is None:
         raise ValueError("parents are for rejected cells: pass reject too, such as reject=0.05.")
     parents = None if parents is None else read_parents(parents)
-    ancestors = None if parents is None else ancestors_of(head.names, parents)
+    ancestors = {head.column: None for head in heads}
+    if parents is not None:
+        with_parents = [head for head in heads if any(name in parents for name in head.names)]
+        ancestors |= {head.column: ancestors_of(head.names, parents) for head in with_parents or heads}
     out_of_fold = load_out_of_fold(model) if reject is not None else None
     if reject is not None and out_of_fold is None:
         raise ValueError(
@@ -130,16 +134,20 @@ def annotate(
             "checkpoint, or at model.out_of_fold), unless the number of epochs is given: leave it out, or pass 0."
         )
 
-    centroids = None if out_of_fold is None else out_of_fold.centroids
+    of_heads = out_of_fold if isinstance(out_of_fold, dict) else {heads[0].column: out_of_fold}
+    centroids = [None if of is None else of.centroids for of in map(of_heads.get, (head.column for head in heads))]
+    with_states = any(of is not None for of in centroids)
 
     def forward(model: PreTrainedModel, batch: dict[str, torch.Tensor], types: torch.Tensor) -> torch.Tensor:
-        if centroids is None:
-            return head.predictions(model(**batch).logits)
-        outputs = model(**batch, output_hidden_states=True)
-        hidden, boundaries = outputs.hidden_states[-1], batch.get("cu_seq_lens_q")
-        states = model.pool(hidden, types, batch.get("attention_mask"), boundaries).double()
-        distances = torch.cdist(states, torch.from_numpy(centroids).to(states)).amin(dim=1, keepdim=True)
-        return torch.cat([head.predictions(outputs.logits), distances.float()], dim=1)
+        outputs = model(**batch, output_hidden_states=with_states)
+        found = [head.predictions(outputs.logits) for head in heads]
+        if with_states:
+            hidden, boundaries = outputs.hidden_states[-1], batch.get("cu_seq_lens_q")
+            states = model.pool(hidden, types, batch.get("attention_mask"), boundaries).double()
+            for of in centroids:
+                distances = torch.cdist(states, torch.from_numpy(of).to(states))
+                found.append(distances.amin(dim=1, keepdim=True).float())
+        return torch.cat(found, dim=1)
 
     predictions, n_genes, _ = run(
         adata,
@@ -154,25 +162,37 @@ def annotate(
         with_phenotypes=True,  # as in training
         distributed=distributed,
     )
-    predictions, distances = predictions[:, : len(head.names)], predictions[:, len(head.names) :]
-    columns = head.columns(predictions, n_genes > 0, key_added, top_k)
-    if of_classes:
-        label = f"{key_added}_label"
-        table.obsm[f"{key_added}_probabilities"] = np.where(n_genes[:, None] > 0, predictions, np.float32(np.nan))
+    columns, n_outputs = {}, sum(len(head.names) for head in heads)
+    predictions, distances = predictions[:, :n_outputs], predictions[:, n_outputs:]
+    for i, head in enumerate(heads):
+        of_head, prefix = predictions[:, head.outputs], head.named(key_added)
+        columns |= head.columns(of_head, n_genes > 0, prefix, top_k)
+        if not of_classes:
+            continue
+        label = f"{prefix}_label"
+        table.obsm[f"{prefix}_probabilities"] = np.where(n_genes[:, None] > 0, of_head, np.float32(np.nan))
         if reject is not None:
-            columns[label], typical = _reject(columns[label], predictions, distances, out_of_fold, reject, ancestors)
-            columns[f"{key_added}_typicality"] = typical
+            columns[label], columns[f"{prefix}_typicality"] = _reject(
+                *(
+                    columns[label],
+                    of_head,
+                    distances[:, i : i + 1],
+                    of_heads[head.column],
+                    reject,
+                    ancestors[head.column],
+                )
+            )
         if over is not None:
-            columns[f"{key_added}_majority"] = majority(columns[label], table.obs[over])
+            columns[f"{prefix}_majority"] = majority(columns[label], table.obs[over])
     former = set(table.uns.get(f"{key_added}_annotation", {}).get("columns", ())) - set(columns)
     table.obs = table.obs.drop(columns=[column for column in former if column in table.obs])
     for column, values in columns.items():
         table.obs[column] = values
     table.uns[f"{key_added}_annotation"] = {
         "model": name,
-        "problem_type": head.kind,
+        "problem_type": kind,
         "columns": list(columns),
-        **({"classes": head.names} if of_classes else {}),
+        **({"classes": _classes(heads)} if of_classes else {}),
         **({} if reject is None else {"reject": reject}),
         **({} if parents is None else {"parents": {"child": [*parents], "parent": [*parents.values()]}}),
         **({} if over is None else {"over": over}),
@@ -180,6 +200,11 @@ def annotate(
         "vocabulary_fingerprint": tokenizer.fingerprint,
     }
     return table if isinstance(adata, CellStore) else None
+
+
+def _classes(heads: list[CellHead]) -> list[str] | dict[str, list[str]]:
+    """Return the names of the classes; by label column, if there are several."""
+    return heads[0].names if heads[0].column is None else {head.column: head.names for head in heads}
 
 
 def _reject(

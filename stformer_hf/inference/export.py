@@ -18,7 +18,7 @@ from ..models.gene_bert.gene_columns import is_id
 from ..models.gene_bert.heads import default_pooling, pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..sources.open_source import open_source
-from ..training.cell_heads import predicts_cells, read_head
+from ..training.cell_heads import CellHead, predicts_cells, read_heads
 from ..training.loading import is_model, load_config, name_of, unwrap
 from .batches import TokenBatch, at_work, load, read_batches
 
@@ -76,7 +76,8 @@ def export_onnx(
     -------
     dict
         The settings. `comparison` has, for each file, `cells`, `max_abs_difference` of the outputs from torch,
-        and for a classifier `same_labels`, the share of cells with the same most probable class.
+        and for a classifier `same_labels`, the share of cells with the same most probable class (of cells and label
+        columns, if there are several).
 
     Raises
     ------
@@ -98,6 +99,7 @@ def export_onnx(
     name = name_of(model)
     model, tokenizer = load(model, tokenizer, AutoModelForSequenceClassification if of_cells else AutoModel)
     pooling = None if of_cells else default_pooling(model.config)
+    heads = read_heads(model) if of_cells else []
     output_name = "logits" if of_cells else "cell_state"  # "embedding" is a value inside the graph
     if not of_cells:
         model = getattr(model, model.base_model_prefix, model)
@@ -123,13 +125,12 @@ def export_onnx(
         "vocabulary_fingerprint": tokenizer.fingerprint,
         "inputs": names,
         "output": output_name,
-        **({"problem_type": read_head(model).kind, "labels": read_head(model).names} if of_cells else {}),
-        **({} if of_cells else {"pooling": pooling}),
+        **(_describe(heads) if of_cells else {"pooling": pooling}),
         "comparison": {},
     }
     for file in (MODEL, MODEL_INT8) if int8 else (MODEL,):
         found = [run_onnx(output / file, _arrays(batch, names, tokenizer)) for batch in batches]
-        settings["comparison"][file] = _compare(expected, found, of_cells)
+        settings["comparison"][file] = _compare(expected, found, heads)
     scale = max(1.0, *(float(np.abs(of).max()) for of in expected))
     difference = settings["comparison"][MODEL]["max_abs_difference"]
     if not difference <= _TOLERANCE * scale:
@@ -185,13 +186,24 @@ def _quantise(path: Path, to: Path) -> None:
     quantize_dynamic(path, to, nodes_to_quantize=of_layers, weight_type=QuantType.QInt8, per_channel=True)
 
 
-def _compare(expected: list[np.ndarray], found: list[np.ndarray], of_cells: bool) -> dict[str, float]:
+def _describe(heads: list[CellHead]) -> dict[str, Any]:
+    """Return the problem type and the names of the outputs; by label column, in their order, if there are several."""
+    several = {"label_columns": [[head.column, head.names] for head in heads]} if len(heads) > 1 else {}
+    return {"problem_type": heads[0].kind, **(several or {"labels": heads[0].names})}
+
+
+def _compare(expected: list[np.ndarray], found: list[np.ndarray], heads: list[CellHead]) -> dict[str, float]:
     compared = {
         "cells": sum(map(len, expected)),
         "max_abs_difference": max(float(np.abs(a - b).max()) for a, b in zip(expected, found, strict=True)),
     }
-    if of_cells and expected[0].shape[1] > 1:
-        same = [a.argmax(axis=1) == b.argmax(axis=1) for a, b in zip(expected, found, strict=True)]
+    same = [
+        a[:, head.outputs].argmax(axis=1) == b[:, head.outputs].argmax(axis=1)
+        for a, b in zip(expected, found, strict=True)
+        for head in heads
+        if len(head.names) > 1
+    ]
+    if same:
         compared["same_labels"] = float(np.concatenate(same).mean())
     return compared
 

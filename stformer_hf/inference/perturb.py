@@ -25,12 +25,13 @@ from ..evaluation.cell_baselines import log_normalise
 from ..evaluation.readers import fit_pca
 from ..genes.whole_files import whole_file
 from ..genes.wrong_names import must_have
+from ..models.gene_bert.configuration_gene_bert import output_name
 from ..models.gene_bert.heads import default_pooling, pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..models.gene_bert.tokenized_cells import TokenizedCells, take
 from ..sources.open_source import open_source
 from ..training.cell_checksum import checksum
-from ..training.cell_heads import check_finite, predicts_cells, read_head
+from ..training.cell_heads import check_finite, predicts_cells, read_heads
 from ..training.loading import is_model, load_config, name_of, unwrap
 from .batches import at_work, check_cells, check_hidden_layer, load, make_batch, packs
 from .gene_edits import QUANTILES, GeneEdits, Panel, choose_perturbations
@@ -97,7 +98,8 @@ def perturb(
         Column of obs with the donor of each cell: intervals and tests are then over donors.
     predicted : str, optional
         Class whose probability is measured. By default `goal` if the classifier has such a class, else the class that
-        it predicts for each unperturbed cell.
+        it predicts for each unperturbed cell. For several label columns, "COLUMN: CLASS"; by default `goal` if
+        `goal_key` is one of the columns.
     n_null : int, default: 25
         Number of other genes that are perturbed too, for comparison, per bin of mean counts in which `genes` has
         genes (ten bins, fewer for fewer than 300 genes); for each group of genes, number of random groups from the
@@ -169,7 +171,7 @@ def perturb(
     cells = _choose_cells(source.obs, counts[:, panel.known], goal_key, goal, start, donor_key)
     edits = GeneEdits(counts[cells.perturbed], kind, quantile)
     perturbations = choose_perturbations(genes, panel, edits.expression, n_null, seed)
-    reader.choose_class(predicted, goal)
+    reader.choose_class(predicted, goal, goal_key)
     settings = {
         "version": __version__,
         "model": str(name_of(model)),
@@ -267,11 +269,16 @@ class _Reader:
         self.model, self.tokenizer = load(model, tokenizer, auto_class, min_coverage)
         if self.tokenizer.neighborhood:
             raise ValueError("The tokenizer adds each cell's neighbourhood, which a perturbation does not change.")
-        self.head = read_head(self.model) if predicts_cells([type(self.model).__name__]) else None
-        if self.head is not None and self.head.kind != "single_label_classification":
-            self.head = None
+        self.heads = read_heads(self.model) if predicts_cells([type(self.model).__name__]) else []
+        if self.heads and self.heads[0].kind != "single_label_classification":
+            self.heads = []
+        self.classes = [
+            name if head.column is None else output_name(head.column, name)
+            for head in self.heads
+            for name in head.names
+        ]
         self.encoder = getattr(self.model, self.model.base_model_prefix, self.model)
-        if self.head is None:
+        if not self.heads:
             self.model = self.encoder
         self.pooling = pooling or default_pooling(self.model.config)
         if self.pooling not in ("cls", "mean"):
@@ -291,7 +298,7 @@ class _Reader:
         function of the sum over all genes. Its tokens need not be read.
         """
         config, pooled = self.model.config, {self.pooling}
-        if self.head is not None:
+        if self.heads:
             pooled.add(config.classifier_pooling)
         if not getattr(config, "cell_embedding", False) or pooled != {"cls"}:
             return False
@@ -303,18 +310,25 @@ class _Reader:
         tokenizer = self.tokenizer
         return int(tokenizer.add_cls) + int(tokenizer.add_eos) + len(tokenizer.included_phenotypes) + 1
 
-    def choose_class(self, predicted: str | None, goal: str | None) -> None:
+    def choose_class(self, predicted: str | None, goal: str | None, goal_key: str | None) -> None:
         """Choose the class whose probability is measured.
 
         Raises
         ------
         ValueError
-            The class does not exist, or the model has no classes.
+            The class does not exist, or the model has no classes; it has several label columns, and no class is named.
         """
-        names = [] if self.head is None else self.head.names
+        names, several = self.classes, len(self.heads) > 1
         if predicted is not None and predicted not in names:
             raise ValueError(f"The model has no class {predicted!r}; its classes: {', '.join(names) or 'none'}.")
-        self.class_name = predicted or (str(goal) if goal is not None and str(goal) in names else None)
+        of_goal = None if goal is None else output_name(str(goal_key), str(goal)) if several else str(goal)
+        self.class_name = predicted or (of_goal if of_goal in names else None)
+        if several and self.class_name is None:
+            columns = ", ".join(str(head.column) for head in self.heads)
+            raise ValueError(
+                f"The model predicts a class in each of several label columns ({columns}): name the one whose "
+                f"probability is measured, such as predicted={names[0]!r}."
+            )
 
     def weights_checksum(self) -> str:
         """Return a checksum of all weights."""
@@ -357,7 +371,9 @@ class _Reader:
         hidden, boundaries = outputs.hidden_states[self.hidden_layer], inputs.get("cu_seq_lens_q")
         pooled = pool(hidden, batch.types, inputs.get("attention_mask"), self.pooling, boundaries)
         states = torch.nn.functional.normalize(pooled.float(), dim=-1).cpu().numpy()
-        return states, None if self.head is None else self.head.predictions(outputs.logits).cpu().numpy()
+        if not self.heads:
+            return states, None
+        return states, torch.cat([head.predictions(outputs.logits) for head in self.heads], dim=1).cpu().numpy()
 
 
 def _cut(order: np.ndarray, lengths: np.ndarray, max_tokens: int, packed: bool) -> Iterator[np.ndarray]:
@@ -434,7 +450,7 @@ class _Grid:
         self._shard_size = shard_size
         self._base: list[_Unperturbed] = []
         self._samples: DonorGroups | None = None
-        with_goal, with_classes = len(cells.goal) > 0, reader.head is not None
+        with_goal, with_classes = len(cells.goal) > 0, bool(reader.heads)
         own = ["shift", *["goal_shift"] * with_goal, *["probability"] * with_classes]
         linear = ["pca_shift", *["pca_goal_shift", "linear_probability"] * with_goal]
         self._names = own + linear
@@ -489,7 +505,6 @@ class _Grid:
 
     def _read_unperturbed(self) -> None:
         """Read the unperturbed cells and the goal's, once for all perturbations."""
-        names = self.reader.head.names if self.reader.head is not None else []
         for reader in (self.reader, self._linear):
             states, probabilities = self._read_all(reader, self.cells.perturbed)
             classes = None
@@ -498,7 +513,7 @@ class _Grid:
                 if reader is self._linear:
                     classes[:] = 0
                 elif self.reader.class_name is not None:
-                    classes[:] = names.index(self.reader.class_name)
+                    classes[:] = self.reader.classes.index(self.reader.class_name)
                 probabilities = probabilities[np.arange(len(classes)), classes]
             goal = None
             if len(self.cells.goal):

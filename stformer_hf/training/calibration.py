@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,13 @@ class OutOfFold:
 
     def save(self, folder: str | Path) -> None:
         """Write `out_of_fold.safetensors`."""
+        save_file(self._arrays(), str(Path(folder) / CALIBRATION_FILE))
+
+    def _arrays(self) -> dict[str, np.ndarray]:
         arrays = {"predictions": self.predictions, "labels": self.labels, "cell_id": self.rows.astype(np.int64)}
         if self.distances is not None:
             arrays |= {"distances": self.distances, "centroids": self.centroids}
-        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        save_file(arrays, str(Path(folder) / CALIBRATION_FILE))
+        return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
     def facts(self, temperature: float) -> dict[str, float]:
         """Return the temperature of a classifier of classes, and its calibration error without and with it."""
@@ -63,17 +66,29 @@ class OutOfFold:
         }
 
 
-def replace_out_of_fold(folder: str | Path, found: OutOfFold | None) -> None:
-    """Write the out-of-fold predictions of a model into its folder, and remove those of an earlier one."""
-    (Path(folder) / CALIBRATION_FILE).unlink(missing_ok=True)
-    if found is not None:
+def replace_out_of_fold(folder: str | Path, found: OutOfFold | Mapping[str, OutOfFold] | None) -> None:
+    """Write the out-of-fold predictions of a model into its folder, and remove those of an earlier one.
+
+    Parameters
+    ----------
+    folder : str or Path
+    found : OutOfFold, or mapping of str to OutOfFold, optional
+        Of each label column, for a model of several.
+    """
+    path = Path(folder) / CALIBRATION_FILE
+    path.unlink(missing_ok=True)
+    if isinstance(found, OutOfFold):
         found.save(folder)
+    elif found is not None:
+        arrays = {f"{column}/{name}": of for column in found for name, of in found[column]._arrays().items()}
+        save_file(arrays, str(path))
 
 
-def load_out_of_fold(model: Any) -> OutOfFold | None:
+def load_out_of_fold(model: Any) -> OutOfFold | dict[str, OutOfFold] | None:
     """Return the out-of-fold predictions of a checkpoint (folder or name on the Hub) or a model; None if it has none.
 
-    A model that `finetune` returned has them at `model.out_of_fold`.
+    A model that `finetune` returned has them at `model.out_of_fold`. A model of several label columns has those of
+    each.
     """
     if not isinstance(model, (str, os.PathLike)):
         return getattr(model, "out_of_fold", None)
@@ -85,10 +100,15 @@ def load_out_of_fold(model: Any) -> OutOfFold | None:
     )
     if path is None:
         return None
-    arrays = load_file(path)
-    return OutOfFold(
-        arrays["predictions"], arrays["labels"], arrays["cell_id"], arrays.get("distances"), arrays.get("centroids")
-    )
+    columns: dict[str, dict[str, np.ndarray]] = {}
+    for key, array in load_file(path).items():
+        column, _, name = key.rpartition("/")
+        columns.setdefault(column, {})[name] = array
+    found = {
+        column: OutOfFold(of["predictions"], of["labels"], of["cell_id"], of.get("distances"), of.get("centroids"))
+        for column, of in columns.items()
+    }
+    return found.get("", found)
 
 
 __all__ = ["CALIBRATION_FILE", "OutOfFold", "load_out_of_fold", "replace_out_of_fold"]

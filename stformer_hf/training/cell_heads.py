@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,14 +11,14 @@ import pandas as pd
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..models.gene_bert.heads import problem_of
+from ..models.gene_bert.heads import label_columns_of, output_names, problem_of
 
 _OF_CELLS = ("ForClassification", "ForSequenceClassification")  # endings of the names of classes that predict cells
 
 
 @dataclass
 class CellHead:
-    """The head of a model with outputs for each cell.
+    """The head of a model with outputs for each cell; a model of several label columns has one for each.
 
     Attributes
     ----------
@@ -26,17 +26,28 @@ class CellHead:
         One class; multiple labels, each present or not; one or more numbers.
     names : list of str
         Name of each output: the classes, the labels or the numbers. A single number without a name is "value".
+    column : str, optional
+        Label column, if the model has several.
+    outputs : slice
+        Its outputs among those of the model; all by default.
     """
 
     kind: str
     names: list[str]
+    column: str | None = None
+    outputs: slice = field(default_factory=lambda: slice(None))
+
+    def named(self, prefix: str) -> str:
+        """Return a prefix of names with that of the label column, if the model has several."""
+        return prefix if self.column is None else f"{prefix}_{self.column}"
 
     def predictions(self, logits: torch.Tensor) -> torch.Tensor:
         """Convert logits to predictions: probabilities of classes or labels, or numbers.
 
         Parameters
         ----------
-        logits : Tensor (n, n_outputs)
+        logits : Tensor (n, num_labels)
+            Logits of the model.
 
         Returns
         -------
@@ -47,6 +58,7 @@ class CellHead:
         ValueError
             The logits have another shape.
         """
+        logits = logits[:, self.outputs] if logits.ndim == 2 else logits
         if logits.ndim != 2 or logits.shape[1] != len(self.names):
             raise ValueError(
                 f"The model returns outputs of shape {tuple(logits.shape)}, but its configuration names "
@@ -95,8 +107,8 @@ class CellHead:
         return {f"{prefix}_{name}": values[:, i] for i, name in enumerate(self.names)}
 
 
-def read_head(model: PreTrainedModel) -> CellHead:
-    """Read the head of a model that predicts cells.
+def read_heads(model: PreTrainedModel) -> list[CellHead]:
+    """Read the heads of a model that predicts cells.
 
     Parameters
     ----------
@@ -104,7 +116,8 @@ def read_head(model: PreTrainedModel) -> CellHead:
 
     Returns
     -------
-    CellHead
+    list of CellHead
+        One for each of its label columns; else one.
 
     Raises
     ------
@@ -113,11 +126,13 @@ def read_head(model: PreTrainedModel) -> CellHead:
     """
     check_predicts_cells([type(model).__name__], "The model")
     config = model.config
-    names = [str(config.id2label[i]) for i in range(config.num_labels)]
-    kind = problem_of(config)
-    if kind == "regression" and names == ["LABEL_0"]:
-        names = ["value"]
-    return CellHead(kind, names)
+    kind, heads = problem_of(config), []
+    for column in label_columns_of(config):
+        names = output_names(config, column)
+        if kind == "regression" and names == ["LABEL_0"]:
+            names = ["value"]
+        heads.append(CellHead(kind, names, column.name, column.outputs))
+    return heads
 
 
 def read_numbers(config: PreTrainedConfig) -> dict[str, int] | None:
@@ -207,6 +222,6 @@ __all__ = [
     "check_predicts_cells",
     "name_outputs",
     "predicts_cells",
-    "read_head",
+    "read_heads",
     "read_numbers",
 ]

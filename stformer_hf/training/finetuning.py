@@ -32,16 +32,19 @@ from ..evaluation.metrics import balanced_class_weights
 from ..genes.wrong_names import must_have
 from ..models.gene_bert.cell_tables import find_table
 from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
+from ..models.gene_bert.heads import IGNORE, fields_of_columns, label_columns_of
 from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
 from .adapting import adapt, check_adapts
 from .calibration import OutOfFold
+from .cell_heads import read_heads
 from .cell_trainer import CellTrainer
 from .defaults import FINETUNING, MAX_LENGTH
 from .loading import is_adapter, is_model, load_model, tokenizer_of, unwrap
 from .starts.classifier_start import ClassifierStart, run_cells, start_classifier
-from .starts.linear_readers import Problem, fit_temperature, inner_folds, log_softmax
+from .starts.labelled_cells import LabelledCells, labelled_cells
+from .starts.linear_readers import fit_temperature, inner_folds, log_softmax
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +69,8 @@ class Finetuning:
     label_key : str or list of str
     num_train_epochs : float
         As chosen, or as given.
-    start : ClassifierStart, optional
-        Start of a model that reads whole cells.
+    start : dict of str to ClassifierStart, optional
+        Start of a model that reads whole cells, by label column (None if there are not several).
     new_embedding : bool
         Whether the spectral views were fitted to these cells; False if the model has its own.
     balanced : bool
@@ -78,11 +81,11 @@ class Finetuning:
         Number of first layers that are not trained.
     sampling : mapping, optional
         Which cells an epoch reads; see `CellTrainer`.
-    out_of_fold : OutOfFold, optional
-        Predictions of training cells by models trained as this one will be. None if there are none: it does not start
-        at linear readers, or is trained for a number of epochs that was given.
-    temperature : float, optional
-        Of the trained model; that of the start by default.
+    out_of_fold : OutOfFold, or dict of str to OutOfFold, optional
+        Predictions of training cells by models trained as this one will be; by label column if there are several. None
+        if there are none: it does not start at linear readers, or is trained for a number of epochs that was given.
+    temperature : float or list of float, optional
+        Of the trained model, as in its configuration; that of the start by default.
     facts : dict
         Settings for the model card.
     """
@@ -92,24 +95,29 @@ class Finetuning:
     cells: CellStore
     label_key: str | list[str]
     num_train_epochs: float
-    start: ClassifierStart | None = None
+    start: dict[str | None, ClassifierStart] | None = None
     new_embedding: bool = True
     balanced: bool = False
     lora: int | None = None
     freeze: int = 0
     sampling: Mapping[str, Any] | None = None
-    out_of_fold: OutOfFold | None = None
-    temperature: float | None = None
+    out_of_fold: OutOfFold | dict[str, OutOfFold] | None = None
+    temperature: float | list[float] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     def known(self, cells: CellStore) -> CellStore:
-        """Select the cells that have a number, or a label that the model knows; the number left out is logged."""
-        labels = cells.obs[self.label_key]
-        if isinstance(self.label_key, str) and self.label_key in cells.categories:
-            known = labels.isin(list(self.model.config.label2id)).to_numpy()
-            unknown = labels[~known].astype(object).dropna().unique()
+        """Select the cells that have a number, or labels that the model knows; the number left out is logged."""
+        heads, unknown = read_heads(unwrap(self.model)), []
+        names = [head.column or self.label_key for head in heads]
+        if all(isinstance(name, str) and name in cells.categories for name in names):
+            labels = [cells.obs[name] for name in names]
+            knows = [of.isin(head.names).to_numpy() for head, of in zip(heads, labels, strict=True)]
+            others = [~is_known & of.notna().to_numpy() for is_known, of in zip(knows, labels, strict=True)]
+            known = np.any(knows, axis=0) & ~np.any(others, axis=0)
+            unknown = [name for of, other in zip(labels, others, strict=True) for name in of[other].unique()]
         else:
-            known, unknown = np.isfinite(labels.to_numpy(np.float32).reshape(len(cells), -1)).all(axis=1), []
+            numbers = cells.obs[self.label_key].to_numpy(np.float32)
+            known = np.isfinite(numbers.reshape(len(cells), -1)).all(axis=1)
         if known.all():
             return cells
         logger.warning(
@@ -143,7 +151,7 @@ class Finetuning:
 class _SetTemperature(TrainerCallback):
     """Set the temperature of a model when its training ends."""
 
-    def __init__(self, temperature: float):
+    def __init__(self, temperature: float | list[float]):
         self.temperature = temperature
 
     def on_train_end(self, args, state, control, *, model: PreTrainedModel, **_) -> None:
@@ -184,8 +192,9 @@ def finetune(
     cells : CellStore (or Subset of one), AnnData, MuData or SpatialData
         Labelled cells; those without a label or without counts are left out.
     label_key : str, or list of str
-        Column of obs: classes, or numbers with `problem_type="regression"`. A list of columns of 0 and 1 for multiple
-        labels per cell.
+        Column of obs: classes, or numbers with `problem_type="regression"`. A list of columns of categories: the model
+        predicts a class in each, and learns the columns in which a cell has a label. A list of columns of 0 and 1 for
+        multiple labels per cell, each of which must have a value.
     model : str or PreTrainedModel, optional
         Pretrained checkpoint, or model; a new one by default. A model that reads whole cells keeps its embedding, and
         its heads start at linear readers of it.
@@ -207,10 +216,11 @@ def finetune(
     phenotypes : sequence of str, optional
         Phenotype tokens that the model may read; none by default, since a phenotype may be the label by another name.
     class_weights : {"none", "balanced"}, default: "none"
-        "balanced" gives all classes the same weight, whatever their number of cells.
+        "balanced" gives all classes of a column the same weight, whatever their number of cells.
     problem_type : str, optional
         "single_label_classification", "multi_label_classification" or "regression"; inferred from the columns by
-        default. With the first, integers of an AnnData are classes, as booleans and categories always are.
+        default. With the first, integers and booleans of an AnnData are classes, as categories always are; those of a
+        single boolean column are classes by default.
     size : str, default: "tiny"
         Size of a new model.
     max_length : int, default: 8
@@ -251,14 +261,15 @@ def finetune(
             columns += [name for name in (split_by, *phenotypes) if name is not None]
             for name in [*columns, *sampling_columns(sampling)]:
                 must_have(find_table(cells, layer).obs, "obs", name)
-            of_classes = isinstance(label_key, str) and (
-                problem_type == "single_label_classification" or _is_boolean(cells, label_key, layer)
+            one = isinstance(label_key, str)
+            of_classes = problem_type == "single_label_classification" or (
+                problem_type != "regression" and one and _is_boolean(cells, label_key, layer)
             )
             cells = CellStore.build(
                 Path(folder) / "store",
                 cells,
                 obs=list(dict.fromkeys(columns)),
-                classes=[label_key] if problem_type != "regression" and of_classes else [],
+                classes=([label_key] if one else label_key) if of_classes else [],
                 layer=layer,
                 fractional=fractional,
                 report=False,
@@ -336,13 +347,20 @@ def prepare_classifier(
     _check_option("class_weights", class_weights, ("none", "balanced"))
     if problem_type is not None:
         _check_option("problem_type", problem_type, _PROBLEMS)
-    label_key = label_key if isinstance(label_key, str) else list(label_key)
-    cells, labels, classes, problem_type = _labelled(cells, label_key, problem_type)
+    cells, labels, label_key, classes, problem_type = _labelled(cells, label_key, problem_type)
     if class_weights != "none" and problem_type != "single_label_classification":
         raise ValueError(f"class_weights={class_weights!r} is for classes, and the problem is {problem_type}.")
-    head: dict[str, Any] = {"problem_type": problem_type, "class_weights": None, **(model_config or {})}
-    names = classes or ([label_key] if isinstance(label_key, str) else label_key)
-    head |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    head: dict[str, Any] = {
+        "problem_type": problem_type,
+        **{"class_weights": None, "reader_weights": None, "temperature": 1.0, "label_columns": None},
+        **(model_config or {}),
+    }
+    if classes and not isinstance(label_key, str):
+        head |= fields_of_columns(classes)
+    else:
+        columns = [label_key] if isinstance(label_key, str) else label_key
+        names = classes[label_key] if classes else columns
+        head |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     set_seed(arguments.seed)
     is_new = model is None
     if is_new:
@@ -364,8 +382,9 @@ def prepare_classifier(
     if model.config.classifier_pooling == "cls" and not tokenizer.add_cls:
         raise ValueError("The tokenizer adds no [CLS]: use --pooling mean.")
     balanced = class_weights == "balanced"
-    if balanced and problem_type == "single_label_classification":
-        model.config.class_weights = balanced_class_weights(cells.obs[label_key], classes)
+    if balanced and classes:
+        weights = [balanced_class_weights(cells.obs[name], of_column) for name, of_column in classes.items()]
+        model.config.class_weights = [weight for of_column in weights for weight in of_column]
     if init == "random" or not getattr(model.config, "wide_head", False):
         epochs = _EPOCHS_WITHOUT_START if num_train_epochs is None else num_train_epochs
         return Finetuning(
@@ -396,46 +415,56 @@ def prepare_classifier(
         balanced=balanced,
     )
     logger.info(f"The start took {time.monotonic() - began:.0f} s.")
-    epochs, facts = num_train_epochs, {**facts, **_facts_of(start)}
+    epochs, facts = num_train_epochs, {**facts, **_facts_of(start, labelled_cells(model.config, labels))}
     if epochs is None:
         begun = Finetuning(model, tokenizer, cells, label_key, 0, start, is_new, balanced, lora, freeze, sampling)
         epochs, found, trained = choose_epochs(begun, labels, groups, arguments)
         facts |= found
-    out_of_fold, temperature = None, None
-    if start is not None and epochs == 0:
-        choice = start.choice
-        out_of_fold = OutOfFold(choice.out_of_fold, start.labels, start.rows, choice.distances, start.centroids)
-    elif start is not None and num_train_epochs is None:
-        problem = Problem(problem_type, model.config.num_labels)
-        scale = fit_temperature(problem, trained.predictions, trained.labels)
-        temperature = float(model.config.temperature * scale)
-        trained.predictions = (trained.predictions / scale).astype(np.float32)
-        if problem.kind == "single_label_classification":
-            trained.predictions = log_softmax(trained.predictions)
-        out_of_fold = trained
-    if out_of_fold is not None and problem_type == "single_label_classification":
-        facts |= out_of_fold.facts(temperature or model.config.temperature)
+    out_of_fold: dict[str | None, OutOfFold] = {}
+    temperatures = {column.name: column.temperature for column in label_columns_of(model.config)}
+    is_tried = epochs > 0 and num_train_epochs is None
+    for column in labelled_cells(model.config, labels):
+        if column.column not in start:
+            continue
+        if epochs == 0:
+            of, choice = start[column.column], start[column.column].choice
+            found = OutOfFold(choice.out_of_fold, of.labels, of.rows, choice.distances, of.centroids)
+        elif is_tried:
+            found = trained[column.column]
+            scale = fit_temperature(column.problem, found.predictions, found.labels)
+            temperatures[column.column] = float(temperatures[column.column] * scale)
+            found.predictions = (found.predictions / scale).astype(np.float32)
+            if classes:
+                found.predictions = log_softmax(found.predictions)
+        else:
+            continue
+        out_of_fold[column.column] = found
+        if classes:
+            calibration = found.facts(temperatures[column.column])
+            facts |= {column.named(name): value for name, value in calibration.items()}
+    temperature = temperatures.get(None, list(temperatures.values()))
     return Finetuning(
         *(model, tokenizer, cells, label_key, epochs, start, is_new, balanced),
         lora=lora,
         freeze=freeze,
         sampling=sampling,
-        out_of_fold=out_of_fold,
-        temperature=temperature,
+        out_of_fold=out_of_fold.get(None, out_of_fold) or None,
+        temperature=temperature if is_tried else None,
         facts=facts,
     )
 
 
 def choose_epochs(
     prepared: Finetuning, labels: np.ndarray, groups: np.ndarray | None, arguments: TrainingArguments
-) -> tuple[float, dict[str, Any], OutOfFold | None]:
+) -> tuple[float, dict[str, Any], dict[str | None, OutOfFold] | None]:
     """Choose for how many epochs to train beyond the start, 0 included.
 
     In each of 2 inner folds the start is fitted to the fold's training cells, trained for 3 epochs, and scored on the
     fold's other cells at the start and after each epoch. The number of epochs with the best mean score is taken if it
     beats the start by more than the standard error of the difference over cells, else 0. If no epoch beats the start
     in the first fold, the result is 0 without trying the second; if the median class has fewer than 50 cells, or there
-    is only one class, it is 0 without trying.
+    is only one class, it is 0 without trying. For several label columns, the score of a cell is the mean over its
+    labels, and the median class of each column must have 50 cells.
 
     Parameters
     ----------
@@ -453,8 +482,8 @@ def choose_epochs(
     epochs : float
     facts : dict
         `fine_tuning`, the reason; `inner_scores`, the mean score at the start and after each epoch, if it was tried.
-    out_of_fold : OutOfFold or None
-        Outputs for the cells of the inner folds after that number of epochs; None if it is 0.
+    out_of_fold : dict of str to OutOfFold, or None
+        Outputs for the cells of the inner folds after that number of epochs, by label column; None if it is 0.
 
     Notes
     -----
@@ -462,19 +491,32 @@ def choose_epochs(
     the linear readers themselves, and the axes of the views, are fitted within each fold.
     """
     model = prepared.model
-    problem = Problem(model.config.problem_type, model.config.num_labels)
-    if prepared.start is None:
+    if not prepared.start:
         return 0, {"fine_tuning": "none: there is only one class"}, None
-    per_class = np.bincount(labels) if problem.kind == "single_label_classification" else np.array([len(labels)])
-    median = int(np.median(per_class[per_class > 0]))
-    if median < FEW_LABELS:
-        return 0, {"fine_tuning": f"none: the median class has {median} cells, fewer than {FEW_LABELS}"}, None
-    folds = inner_folds(problem, labels, groups, arguments.seed)[:N_FOLDS]
+    columns = labelled_cells(model.config, labels)
+    for column in columns:
+        of_classes = column.problem.kind == "single_label_classification"
+        per_class = np.bincount(column.labels) if of_classes else np.array([len(labels)])
+        median = int(np.median(per_class[per_class > 0]))
+        if median < FEW_LABELS:
+            which = "" if column.column is None else f" of {column.column}"
+            why = f"none: the median class{which} has {median} cells, fewer than {FEW_LABELS}"
+            return 0, {"fine_tuning": why}, None
+
+    def cell_scores(outputs: np.ndarray, cells: np.ndarray) -> np.ndarray:
+        total, n_labels = np.zeros(len(cells)), np.zeros(len(cells))
+        for column in columns:
+            has = np.isin(cells, column.rows)
+            total[has] += column.problem.cell_scores(outputs[has, column.outputs], column.labels_of(cells[has]))
+            n_labels += has
+        return total / n_labels
+
+    folds = inner_folds(columns[0].problem, labels, groups, arguments.seed)[:N_FOLDS]
     outputs, scores, rows = [], [], []
     for train, held_out, _ in folds:
         outputs.append(_outputs_of_epochs(prepared, labels, train, held_out, arguments))
         rows.append(held_out)
-        scores.append(np.stack([problem.cell_scores(of, labels[held_out]) for of in outputs[-1]], axis=1))
+        scores.append(np.stack([cell_scores(of, held_out) for of in outputs[-1]], axis=1))
         if (scores[0].mean(axis=0)[1:] <= scores[0][:, 0].mean()).all():
             break
     gains = np.concatenate([scores_of - scores_of[:, :1] for scores_of in scores])  # (cells, 1 + epochs)
@@ -486,8 +528,12 @@ def choose_epochs(
     if best == 0 or means[best] <= error:
         return 0, {**facts, "fine_tuning": "none: it did not beat the start by more than its standard error"}, None
     facts["fine_tuning"] = f"{best} epochs: {means[best]:+.4f} over the start (standard error {error:.4f})"
-    rows = np.concatenate(rows)
-    return best, facts, OutOfFold(np.concatenate([of[best] for of in outputs]), labels[rows], rows)
+    rows, predictions = np.concatenate(rows), np.concatenate([of[best] for of in outputs])
+    found = {}
+    for column in columns:
+        has = np.isin(rows, column.rows)
+        found[column.column] = OutOfFold(predictions[has, column.outputs], column.labels_of(rows[has]), rows[has])
+    return best, facts, found
 
 
 def _outputs_of_epochs(
@@ -499,8 +545,9 @@ def _outputs_of_epochs(
 ) -> np.ndarray:
     """Train on one part, and predict another at the start and after each epoch: (1 + epochs, n, n_outputs)."""
     model, start = copy.deepcopy(prepared.model), prepared.start
-    of_all = len(start.rows) == len(labels)
     cells, others = prepared.cells.select(train), prepared.cells.select(held_out)
+    of_all = all(len(start[of.column].rows) == len(of.rows) for of in labelled_cells(model.config, labels))
+    rotated = {name: (of.rotated[0][np.isin(of.rows, train)], of.rotated[1]) for name, of in start.items()}
     start_classifier(
         model,
         prepared.tokenizer,
@@ -509,8 +556,8 @@ def _outputs_of_epochs(
         new_embedding=prepared.new_embedding,
         seed=arguments.seed,
         balanced=prepared.balanced,
-        choice=start.choice,
-        rotated=(start.rotated[0][train], start.rotated[1]) if of_all else None,
+        choices={name: of.choice for name, of in start.items()},
+        rotated=rotated if of_all else None,
     )
     model = adapt(model, prepared.lora, prepared.freeze)
     outputs: list[np.ndarray] = []
@@ -552,7 +599,10 @@ def _outputs_of_epochs(
 
 
 def predict(model: PreTrainedModel, tokenizer: GeneTokenizer, cells: CellStore, batch_size: int = 128) -> np.ndarray:
-    """Compute the logits of cells: float64 array (n, num_labels), in the order of the cells."""
+    """Compute the logits of cells: float64 array (n, num_labels), in the order of the cells.
+
+    For several label columns, those of a column are its `CellHead.outputs`; see `read_heads`.
+    """
     return run_cells(model, tokenizer, cells, lambda batch: model(**batch).logits, batch_size)
 
 
@@ -573,51 +623,47 @@ def _check_option(name: str, value: str, known: Sequence[str]) -> None:
 
 
 def _labelled(
-    cells: CellStore, label_key: str | list[str], problem_type: str | None
-) -> tuple[CellStore, np.ndarray, list[str] | None, str]:
-    """Select the cells with counts and labels; return them, their labels, the classes and the problem type."""
+    cells: CellStore, label_key: str | Sequence[str], problem_type: str | None
+) -> tuple[CellStore, np.ndarray, str | list[str], dict[str, list[str]] | None, str]:
+    """Select the cells with counts and labels.
+
+    Return them, their labels, the columns (a list if there are several; of classes in alphabetical order), the classes
+    of each column, and the problem type.
+    """
     several = not isinstance(label_key, str)
-    columns = label_key if several else [label_key]
+    columns = list(label_key) if several else [label_key]
     for name in columns:
         must_have(cells.obs, "obs", name)
-    categorical = [name in cells.categories for name in columns]
+    categorical = [name for name in columns if name in cells.categories]
+    if problem_type is None and several and 0 < len(categorical) < len(columns):
+        raise ValueError(
+            f"{', '.join(map(repr, categorical))} of the label columns hold categories, and "
+            f"{', '.join(repr(name) for name in columns if name not in categorical)} numbers. Columns of classes and "
+            "of 0 and 1 are not learnt together: make all of them categorical, or for whole numbers and booleans pass "
+            "problem_type='single_label_classification' with an AnnData."
+        )
     if problem_type is None:
-        problem_type = "multi_label_classification" if several else "single_label_classification"
+        problem_type = "multi_label_classification" if several and not categorical else "single_label_classification"
     usable = cells.lengths > 0
+    classes = None
     if problem_type == "single_label_classification":
-        if several or not categorical[0]:
-            kinds = {"b": "booleans", "i": "whole numbers", "u": "whole numbers", "f": "numbers"}
-            holds = "" if several else f" (it holds {kinds.get(cells.obs[label_key].dtype.kind, 'other values')})"
-            raise ValueError(
-                f"{label_key!r} is not one categorical column{holds}; categorical columns are "
-                f"{', '.join(cells.categories) or 'none'}. For numbers pass problem_type='regression'. For classes "
-                "stored as integers or booleans pass problem_type='single_label_classification' with an AnnData, "
-                "build the store with classes=[…] (stformer-hf build --classes), or make them categorical, "
-                "adata.obs[key].astype('category')."
-            )
-        classes = cells.categories[label_key]
-        labels = cells.obs[label_key].cat.codes.to_numpy().astype(np.int64)
-        usable &= labels >= 0
-        used = np.unique(labels[usable])  # classes that only held-out cells have are left out
-        unused = [name for i, name in enumerate(classes) if i not in set(used.tolist())]
-        classes = [classes[i] for i in used]
-        if len(classes) == 1:
-            raise ValueError(
-                f"{label_key!r} has only one class among the training cells, {classes[0]!r}: at least two are needed."
-            )
-        if unused:
-            logger.warning(
-                f"{len(unused)} classes of {label_key!r} have no training cell with counts, and the model does not "
-                f"know them: {', '.join(unused[:10])}{', …' if len(unused) > 10 else ''}."
-            )
-        labels = np.searchsorted(used, labels)
+        columns = sorted(set(columns))
+        found = {name: _codes(cells, name, usable) for name in columns}
+        classes = {name: of_column for name, (_, of_column) in found.items()}
+        labels = np.stack([codes for codes, _ in found.values()], axis=1)
+        usable &= (labels != IGNORE).any(axis=1)
+        if len(columns) == 1:
+            label_key, labels = columns[0], labels[:, 0]
+        else:
+            label_key = columns
+            for name, n in zip(columns, (labels[usable] == IGNORE).sum(axis=0), strict=True):
+                logger.info(f"{n} of {usable.sum()} cells have no {name!r}, and are learnt from without it.")
     else:
-        if any(categorical):
+        if categorical:
             raise ValueError(f"{problem_type} needs columns of numbers, and not all of {columns} are.")
-        classes = None
         labels = cells.obs[columns].to_numpy(np.float32)
         usable &= np.isfinite(labels).all(axis=1)
-        labels = labels if several else labels[:, 0]
+        label_key, labels = (columns, labels) if several else (label_key, labels[:, 0])
     n_without = int((~usable & (cells.lengths > 0)).sum())
     if n_without:
         logger.warning(f"{n_without} of {len(cells)} cells have no label {label_key!r}: they are left out.")
@@ -628,7 +674,36 @@ def _labelled(
             f"{(~usable).sum()} of {len(cells)} cells have no counts or no {label_key!r}: they are left out of "
             "training."
         )
-    return (cells if usable.all() else cells.select(usable)), labels[usable], classes, problem_type
+    return (cells if usable.all() else cells.select(usable)), labels[usable], label_key, classes, problem_type
+
+
+def _codes(cells: CellStore, name: str, usable: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Return the class of each cell in a column, int64 (n,) with -100 for none, and the classes of usable cells."""
+    if name not in cells.categories:
+        kinds = {"b": "booleans", "i": "whole numbers", "u": "whole numbers", "f": "numbers"}
+        raise ValueError(
+            f"{name!r} is not one categorical column (it holds {kinds.get(cells.obs[name].dtype.kind, 'other values')}"
+            f"); categorical columns are {', '.join(cells.categories) or 'none'}. For numbers pass "
+            "problem_type='regression'. For classes stored as integers or booleans pass "
+            "problem_type='single_label_classification' with an AnnData, build the store with classes=[…] "
+            "(stformer-hf build --classes), or make them categorical, adata.obs[key].astype('category')."
+        )
+    names, codes = cells.categories[name], cells.obs[name].cat.codes.to_numpy().astype(np.int64)
+    used = np.unique(codes[usable & (codes >= 0)])  # classes that only held-out cells have are left out
+    classes = [names[i] for i in used]
+    if not classes:
+        raise ValueError(f"None of the {len(cells)} cells has counts and a {name!r}.")
+    if len(classes) == 1:
+        raise ValueError(
+            f"{name!r} has only one class among the training cells, {classes[0]!r}: at least two are needed."
+        )
+    unused = [of for i, of in enumerate(names) if i not in set(used.tolist())]
+    if unused:
+        logger.warning(
+            f"{len(unused)} classes of {name!r} have no training cell with counts, and the model does not "
+            f"know them: {', '.join(unused[:10])}{', …' if len(unused) > 10 else ''}."
+        )
+    return np.where(codes < 0, IGNORE, np.searchsorted(used, codes)), classes
 
 
 def _load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, head: dict[str, Any]):
@@ -652,16 +727,18 @@ def _load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, head: d
     return classifier, tokenizer
 
 
-def _facts_of(start: ClassifierStart | None) -> dict[str, Any]:
-    if start is None:
-        return {}
-    choice = start.choice
-    return {
-        "start": "linear readers of [CLS] and of all genes, chosen by inner cross-validation",
-        "components_per_view": choice.n_components,
-        "reader_weights": list(choice.weights),
-        "inner_score_of_the_start": round(choice.score, 4),
-    }
+def _facts_of(start: dict[str | None, ClassifierStart], columns: Sequence[LabelledCells]) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for column in columns:
+        if column.column in start:
+            choice = start[column.column].choice
+            facts |= {
+                "start": "linear readers of [CLS] and of all genes, chosen by inner cross-validation",
+                "components_per_view": choice.n_components,
+                column.named("reader_weights"): list(choice.weights),
+                column.named("inner_score_of_the_start"): round(choice.score, 4),
+            }
+    return facts
 
 
 __all__ = ["Finetuning", "choose_epochs", "finetune", "predict", "prepare_classifier"]

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..batches.iterable_ann_dataset import IterableAnnDataset
 from ..batches.parts import bases
 from ..batches.token_rows import class_names
-from ..models.gene_bert.heads import problem_of
+from ..models.gene_bert.heads import label_columns_of, output_names, problem_of
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
 from .cell_heads import name_outputs, read_numbers
@@ -200,6 +200,8 @@ def fit_classes(model: PreTrainedModel, collator: Any, dataset: Any) -> Any:
     label, config = getattr(collator, "label", None), getattr(model, "config", None)
     if label is None or not hasattr(collator, "label2id") or config is None:
         return collator
+    if getattr(config, "label_columns", None):
+        return _fit_columns(config, collator)
     several, given = not isinstance(label, str), collator.label2id
     of_columns = several or problem_of(config) != "single_label_classification"
     columns = list(label) if several else [label]
@@ -223,6 +225,23 @@ def fit_classes(model: PreTrainedModel, collator: Any, dataset: Any) -> Any:
     of_model = name_outputs(config, of_model)
     if given is not None or (of_columns and not several):
         return collator
+    fitted = copy.copy(collator)
+    fitted.label2id = of_model
+    return fitted
+
+
+def _fit_columns(config: Any, collator: Any) -> Any:
+    """Make a collator number the classes of each label column as the model does."""
+    of_model = {
+        column.name: {name: i for i, name in enumerate(output_names(config, column))}
+        for column in label_columns_of(config)
+    }
+    columns = [collator.label] if isinstance(collator.label, str) else list(collator.label)
+    if set(columns) != set(of_model) or collator.label2id not in (None, of_model):
+        raise ValueError(
+            f"The labels are the column(s) {', '.join(map(repr, columns))}, but the model predicts a class in each of "
+            f"{', '.join(map(repr, of_model))}: pass the collator these columns, without label2id."
+        )
     fitted = copy.copy(collator)
     fitted.label2id = of_model
     return fitted

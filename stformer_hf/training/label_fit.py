@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from ..batches.collators import DataCollatorForCellClassification
 from ..batches.iterable_ann_dataset import IterableAnnDataset
-from ..models.gene_bert.heads import IGNORE, problem_of
+from ..models.gene_bert.heads import IGNORE, label_columns_of, output_names, problem_of
 from ..store.cell_store import CellStore
 from .cell_heads import predicts_cells, read_numbers
 from .loading import unwrap
@@ -81,15 +81,19 @@ def fit_head_to_labels(model: Any, collator: Any, dataset: Any, all_read: bool =
     kind = problem_of(config)
     if config.problem_type is None and several and config.num_labels > 1:
         kind = "multi_label_classification"
+    if getattr(config, "label_columns", None):
+        _check_columns(found, config, all_read)
+        return
     if kind == "single_label_classification":
         if several:
             raise ValueError(
                 f"The head predicts one of {config.num_labels} classes, but {len(columns)} label columns were "
-                f"passed ({_some(columns)}): pass one, or make it with problem_type='multi_label_classification'."
+                f"passed ({_some(columns)}): pass one, or make it with problem_type='multi_label_classification' or "
+                "with label_columns (finetune does)."
             )
         if found[collator.label] is not None:
             labels = found[collator.label]
-            _check_classes(collator.label, labels, config, numbers)
+            _check_classes(collator.label, labels, config.num_labels, numbers)
             if labels.other_order is not None and numbers is None and collator.label2id is None:
                 raise ValueError(
                     f"The datasets that are put together number the classes of {collator.label!r} in different ways: "
@@ -108,8 +112,25 @@ def fit_head_to_labels(model: Any, collator: Any, dataset: Any, all_read: bool =
     config.problem_type = kind
 
 
-def _check_classes(name: str, labels: _Labels, config: Any, numbers: dict[str, int] | None) -> None:
-    head = f"the head has {config.num_labels} classes"
+def _check_columns(found: dict[str, _Labels | None], config: Any, all_read: bool) -> None:
+    """Check the classes in several label columns; a cell needs a label in one of them."""
+    columns = {column.name: output_names(config, column) for column in label_columns_of(config)}
+    if set(found) != set(columns):
+        raise ValueError(f"The head predicts a class in each of {_some(list(columns))}, but got {_some(list(found))}.")
+    missing = []
+    for name, labels in found.items():
+        if labels is None:
+            return
+        numbers = {of: i for i, of in enumerate(columns[name])}
+        _check_classes(name, labels, len(numbers), numbers)
+        missing.append(labels.missing)
+    n_without = int(np.all(missing, axis=0).sum()) if all_read else 0
+    if n_without:
+        raise ValueError(f"{n_without} of {len(missing[0])} cells have none of {_some(list(found))}: leave them out.")
+
+
+def _check_classes(name: str, labels: _Labels, n_classes: int, numbers: dict[str, int] | None) -> None:
+    head = f"the head has {n_classes} classes"
     if numbers is not None:
         head += f" ({_some(sorted(numbers, key=numbers.get))})"
     if labels.names is None and (labels.of_store or labels.values.dtype.kind not in "iu"):
@@ -126,7 +147,7 @@ def _check_classes(name: str, labels: _Labels, config: Any, numbers: dict[str, i
                 f"{name!r} has classes that the head does not know: {_some(unknown)}; {head}. Remove their cells, or "
                 "make a model with these classes (id2label, label2id)."
             )
-    elif len(used) and used[-1] >= config.num_labels:
+    elif len(used) and used[-1] >= n_classes:
         has = f"has {len(labels.names)} {labels.what}" if labels.names is not None else f"goes up to {used[-1]}"
         raise ValueError(f"{name!r} {has}, but {head}: make the model with num_labels={used[-1] + 1}.")
 

@@ -23,7 +23,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from ..genes.whole_files import whole_file
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
-from .cell_heads import predicts_cells, read_head
+from .cell_heads import predicts_cells, read_heads
 from .loading import is_hub_id, unwrap
 
 logger = logging.getLogger(__name__)
@@ -475,7 +475,8 @@ def _render(
     adapter = _adapter(model)
     model = unwrap(model)
     config, kind = model.config, _kind(model)
-    head = read_head(model) if kind == "cells" else None
+    heads = read_heads(model) if kind == "cells" else []
+    head = heads[0] if heads else None
     comparisons, compared = _comparisons(metrics)
     baseline_names = compared - {entry["key"] for entry in comparisons}
     figures = _figures(metrics)
@@ -509,7 +510,9 @@ def _render(
         adapter=adapter,
         config=config,
         head=head,
+        heads=heads,
         classes=head.names if head is not None else list(config.id2label.values()) if kind == "genes" else [],
+        is_calibrated=any(key.endswith("calibration_error") for key in settings),
         tokenizer=tokenizer if is_gene_tokenizer else None,
         store=store,
         coverage=gene_coverage(store, tokenizer) if is_gene_tokenizer and store is not None and len(store) else None,

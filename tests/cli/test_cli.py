@@ -109,7 +109,7 @@ def test_older_names_of_flags_and_keys_are_read(tmp_path):
 
     def read(*flags):
         argv = ["--data", "x", "--output", "y", *flags]
-        return parse(argv, FinetuneArguments, verb="x", description="")[0].label_key
+        return parse(argv, FinetuneArguments, verb="x", description="")[0].label_key[0]
 
     (tmp_path / "c.yaml").write_text("label: c")
     assert [read(flag, "c") for flag in ("--label_key", "--label-key", "--label")] == ["c", "c", "c"]
@@ -228,7 +228,7 @@ def test_the_split_keeps_shares_of_classes_and_leaves_out_empty_cells(adata, tmp
 
     def rows(seed):
         return [
-            side.__getitems__(range(len(side))).cell_id for side in split(store, 0.25, seed=seed, label="cell_type")
+            side.__getitems__(range(len(side))).cell_id for side in split(store, 0.25, seed=seed, labels=["cell_type"])
         ]
 
     train, held_out = rows(1)
@@ -241,6 +241,15 @@ def test_the_split_keeps_shares_of_classes_and_leaves_out_empty_cells(adata, tmp
     assert rows(2)[0].tolist() != train.tolist()
     assert split(store, 0, seed=1)[1] is None
 
+    adata.obs["half"] = pd.Categorical(np.where(np.arange(60) % 2, "odd", "even"))
+    adata.obs.loc[["cell7", "cell8"], "half"] = ["odd", None]
+    columns = ["cell_type", "half"]
+    store = CellStore.build(tmp_path / "two", adata, obs=columns, report=False)
+    train, held_out = split(store, 0.25, 1, columns)
+    assert len(train) + len(held_out) == 59, "cells 7 and 8 have one of the labels"
+    both = pd.concat([train.obs, held_out.obs]).value_counts(columns)
+    assert ((held_out.obs.value_counts(columns) - both / 4).abs() < 1).all()
+
 
 def test_a_rare_class_does_not_end_the_shares_of_the_others(adata, tmp_path, caplog):
     from stformer_hf.cli.runs import split
@@ -251,7 +260,7 @@ def test_a_rare_class_does_not_end_the_shares_of_the_others(adata, tmp_path, cap
     store = CellStore.build(tmp_path / "s", adata, obs=["x"], report=False)
     caplog.clear()
     for seed in range(5):
-        train, held_out = split(store, 0.2, seed, "x")
+        train, held_out = split(store, 0.2, seed, ["x"])
         assert held_out.obs["x"].value_counts()[["A", "B", "rare"]].tolist() == [6, 5, 0]
         assert (train.obs["x"] == "rare").sum() == 1
     assert "3 of 60 cells have no label 'x': they are left out" in caplog.text
@@ -259,7 +268,7 @@ def test_a_rare_class_does_not_end_the_shares_of_the_others(adata, tmp_path, cap
         "1 classes of 'x' have only one cell, which is used for training" in caplog.text
         and "stratified as one" not in caplog.text
     )
-    few = [split(store, 0.03, seed, "x")[1].obs["x"].value_counts() for seed in range(5)]
+    few = [split(store, 0.03, seed, ["x"])[1].obs["x"].value_counts() for seed in range(5)]
     assert all(counts["A"] == 1 and counts.sum() == 2 for counts in few)
     assert "One side of the split has 2 cells, fewer than the 3 classes of 'x': the 2 smallest" in caplog.text
 
@@ -283,9 +292,9 @@ def test_twins_are_on_one_side_and_those_of_the_evaluation_data_not_in_training(
         train, held_out = split(store, 0.3, seed, split_by="donor")
         assert not set(train.obs_names) & set(held_out.obs_names)
         assert not set(train.obs["donor"]) & set(held_out.obs["donor"])
-    for label in (None, "cell_type"):
+    for labels in ((), ["cell_type"]):
         for seed in range(3):
-            train, held_out = split(store, 0.3, seed, label)
+            train, held_out = split(store, 0.3, seed, labels)
             assert not set(train.obs_names) & set(held_out.obs_names)
             assert len(train) + len(held_out) == 79  # one cell has no counts
     train, held_out = split(store, 0.3, 0, eval_data=[sources["b"]])

@@ -32,7 +32,7 @@ def run(labelled, tmp_path, capsys):
 
     def finetune_it(label, *flags, data=None, output=None):
         output = output or tmp_path / f"of_{label}"
-        argv = ["finetune", "--data", str(data or tmp_path / "cells.h5ad"), "--label_key", label]
+        argv = ["finetune", "--data", str(data or tmp_path / "cells.h5ad"), "--label_key", *label.split()]
         argv += ["--output", str(output)]
         code = main([*argv, *SHORT, *flags])
         return code, capsys.readouterr().err, output
@@ -57,6 +57,30 @@ def test_integers_and_booleans_are_classes(run, labelled, label, names, caplog):
     missing = int(labelled.obs[label].isna().sum())
     told = f"{missing - labelled.obs[label].isna().iloc[3]} of 60 cells have no label {label!r}: they are left out."
     assert (told in caplog.text) == (label == "partly")
+
+
+def test_a_class_in_each_of_two_columns(run, labelled, tmp_path, capsys):
+    code, err, output = run("partly cell_type", "--held_out", "0.3", "--num_train_epochs", "1")
+    assert code == 0, err
+    assert GeneBertConfig.from_pretrained(output).label_columns == {"cell_type": 2, "partly": 3}
+    figures = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    figures = {name: value for entry in figures for name, value in entry.items()}
+    assert {"eval_cell_type_accuracy", "eval_partly_macro_f1", "eval_accuracy"} <= set(figures)
+    card = (output / "README.md").read_text()
+    assert "one class in each of 2 label columns" in card and "| partly | 3 | 7, 8, 9 |" in card
+    assert "| cell type: accuracy (higher is better) | this model |" in card and "logistic regression" in card
+    facts = json.loads((output / "fine_tuning.json").read_text())
+    assert facts["label"] == ["cell_type", "partly"] and {"partly_reader_weights", "num_train_epochs"} <= set(facts)
+    assert {path.name for path in output.glob("*.png")} <= {"confusion_cell_type.png", "confusion_partly.png"}
+    assert main(["info", str(output)]) == 0
+    assert "2 outputs of cell_type: B cell, T cell; 3 outputs of partly: 7, 8, 9" in capsys.readouterr().out
+    out = tmp_path / "out.h5ad"
+    assert (
+        main(["annotate", "--data", str(tmp_path / "cells.h5ad"), "--model", str(output), "--output", str(out)]) == 0
+    )
+    assert "stformer_partly_label" in capsys.readouterr().out
+    kept = CellStore(output / "store").obs[["cell_type", "partly"]]
+    assert 0 < kept["partly"].isna().sum() < 60 and kept["cell_type"].notna().all()
 
 
 def test_numbers_are_predicted_where_it_is_asked_for(run, labelled, tmp_path, caplog):

@@ -126,7 +126,7 @@ def test_finetuning(tmp_path, whole_cell, caplog):
         build(adata, tmp_path / folder)
         args = finetune.FinetuneArguments(
             data=[str(tmp_path / folder)],
-            label_key="cell_type",
+            label_key=["cell_type"],
             output=str(tmp_path / f"{folder}_out"),
             held_out=0.3,
             split_by="donor",
@@ -143,7 +143,7 @@ def test_finetuning(tmp_path, whole_cell, caplog):
 
     clean = make_cells()
     _, model = fit(clean, "clean")
-    _, held = split(build(clean, tmp_path / "again"), 0.3, 42, "cell_type", split_by="donor")
+    _, held = split(build(clean, tmp_path / "again"), 0.3, 42, ["cell_type"], split_by="donor")
     held_out = clean.obs["donor"].isin(held.obs["donor"].unique()).to_numpy()
     assert 20 <= held_out.sum() <= 60
     some = held_out & (np.arange(120) % 3 > 0)  # or no held-out cell could be evaluated

@@ -76,7 +76,7 @@ def test_fine_tuning_reports_baselines_and_draws_a_confusion_matrix(tmp_path):
     from stformer_hf.training.defaults import FINETUNING
 
     CellStore.build(tmp_path / "store", make_adata(), obs=["cell_type"])
-    args = finetune.FinetuneArguments([str(tmp_path / "store")], "cell_type", str(tmp_path / "model"), held_out=0.3)
+    args = finetune.FinetuneArguments([str(tmp_path / "store")], ["cell_type"], str(tmp_path / "model"), held_out=0.3)
     found = finetune.run(args, {**FINETUNING, "max_steps": 2, "use_cpu": True, "disable_tqdm": True})
     names = [f"{who}_{what}" for who in ("majority", "logistic_regression") for what in ("accuracy", "macro_f1")]
     assert {f"eval_{name}" for name in [*names, "accuracy", "macro_f1"]} <= found.keys()

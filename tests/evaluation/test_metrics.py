@@ -15,6 +15,7 @@ from stformer_hf import GeneBertForPhenotypicMLM, GeneTokenizer, STFormerPretrai
 from stformer_hf.evaluation import metrics
 from stformer_hf.evaluation.metrics import (
     compute_classification_metrics,
+    compute_column_metrics,
     compute_phenotype_metrics,
     load_metric,
     preprocess_logits_for_metrics,
@@ -54,6 +55,23 @@ def test_cell_classification_is_scikit_learns_batch_by_batch():
     assert some["macro_f1"] == pytest.approx(
         sklearn_metrics.f1_score(true, predicted, labels=[0, 2], average="macro", zero_division=0)
     )
+
+
+def test_each_label_column_is_scored_on_the_cells_that_have_it():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(40, 6)), np.stack([rng.integers(0, 2, 40), rng.integers(0, 3, 40)], axis=1)
+    labels[rng.random((40, 2)) < 0.3] = -100
+    columns = {"a": slice(0, 2), "b": slice(2, 5), "c": slice(5, 6)}
+    labels = np.column_stack([labels, np.full(40, -100)])
+    found = compute_column_metrics(columns)(EvalPrediction((logits, None), labels))
+    own = {}
+    for (name, outputs), of in zip(columns.items(), labels.T, strict=True):
+        own[name] = compute_classification_metrics(EvalPrediction(logits[:, outputs], of))
+        for figure, value in own[name].items():
+            assert found[f"{name}_{figure}"] == pytest.approx(value, nan_ok=True)
+    assert np.isnan(found["c_accuracy"])
+    for figure in ("accuracy", "macro_f1"):
+        assert found[figure] == pytest.approx((own["a"][figure] + own["b"][figure]) / 2)
 
 
 def test_what_has_no_label_is_left_out():

@@ -18,7 +18,7 @@ from stformer_hf import (
     embed,
 )
 from stformer_hf.cli import main
-from stformer_hf.training.cell_heads import check_finite, read_head
+from stformer_hf.training.cell_heads import check_finite, read_heads
 from stformer_hf.training.model_card import write_model_card
 
 LABELS = {"id2label": {0: "cycling", 1: "doublet"}, "label2id": {"cycling": 0, "doublet": 1}}
@@ -185,7 +185,7 @@ def test_cells_that_the_model_could_not_read_need_no_finite_outputs():
 def test_columns_of_predictions():
     """Classes and their names; a cell that the model could not read has none."""
     config = GeneBertConfig(vocab_size=9, type_vocab_size=9, id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1})
-    head = read_head(GeneBertForClassification(config))
+    (head,) = read_heads(GeneBertForClassification(config))
     found = head.columns(np.array([[0.2, 0.8], [0.9, 0.1], [0.5, 0.5]]), np.array([True, True, False]), "x")
     assert pd.Series(found["x_label"]).tolist()[:2] == ["b", "a"] and pd.isna(found["x_label"][2])
     np.testing.assert_array_equal(found["x_score"], np.float32([0.8, 0.9, np.nan]))

@@ -29,6 +29,7 @@ from stformer_hf.evaluation.cell_baselines import log_normalise
 from stformer_hf.evaluation.readers import fit_pca
 from stformer_hf.inference import perturb as grid
 from stformer_hf.inference.gene_edits import GeneEdits, Panel
+from stformer_hf.models.gene_bert.heads import fields_of_columns
 
 QUANTILES = {"inhibit": 0.25, "activate": 0.75, "overexpress": 0.99}
 N = 24
@@ -158,6 +159,35 @@ def test_the_probability_is_that_of_annotate(cells):
     )
     of_t = (cells.obs["cell_type"] == "T cell").to_numpy()
     np.testing.assert_allclose(table["probability"], [(after - before)[of_t, 0].mean()], atol=1e-6)
+
+
+def test_the_probability_of_one_of_several_label_columns(cells):
+    cells = cells[np.arange(N) != 3].copy()
+    tokenizer = make_tokenizer(cells, "binned")
+    head = fields_of_columns({"cell_type": ["B cell", "T cell"], "state": ["B cell", "low", "mid"]})
+    model = make_model(tokenizer, GeneBertForClassification, **head)
+    gene, options = cells.var_names[1], {"tokenizer": tokenizer, "n_null": 0}
+    with torch.no_grad():
+        model.classifier.weight *= 200
+
+    def probabilities(counts):
+        other = cells.copy()
+        other.X = counts
+        with torch.no_grad():
+            logits = model(**tokenizer(other, return_tensors="pt", padding=True)).logits
+        return torch.cat([logits[:, :2].softmax(-1), logits[:, 2:].softmax(-1)], dim=1).numpy()
+
+    change = probabilities(edit(cells, [1], "delete")) - probabilities(cells.X)
+    with pytest.raises(
+        ValueError, match=r"several label columns \(cell_type, state\): name the one .*'cell_type: B cell'"
+    ):
+        perturb(cells, model, [gene], **options)
+    table = perturb(cells, model, [gene], predicted="state: low", **options)
+    np.testing.assert_allclose(table["probability"], [change[:, 3].mean()], atol=1e-6)
+    assert abs(change[:, 3].mean()) > 1e-5
+    table = perturb(cells, model, [gene], goal_key="cell_type", goal="B cell", **options)
+    of_t = (cells.obs["cell_type"] == "T cell").to_numpy()
+    np.testing.assert_allclose(table["probability"], [change[of_t, 0].mean()], atol=1e-6)
 
 
 @pytest.fixture

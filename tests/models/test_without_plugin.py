@@ -17,6 +17,7 @@ from stformer_hf import (
     GeneBertForTokenClassification,
     GeneTokenizer,
 )
+from stformer_hf.models.gene_bert.heads import fields_of_columns
 
 PROCESS = """
 import json, sys
@@ -78,7 +79,8 @@ def test_all_auto_classes_give_the_same_numbers_without_the_plugin(store, adata,
         batch = tokenizer(cells, padding=True, return_tensors="pt")
         for name, model_class in classes.items():
             wide = {"wide_head": True} if tokenizer.whole_cell and name == "cells" else {}
-            config = GeneBertConfig.from_tokenizer(tokenizer, size="tiny", num_labels=3, **wide)
+            head = fields_of_columns({"a": ["b", "c"], "d": ["e", "f"]}) if wide else {"num_labels": 3}
+            config = GeneBertConfig.from_tokenizer(tokenizer, size="tiny", **wide, **head)
             model = model_class(config).eval()
             if wide:
                 torch.nn.init.normal_(model.wide_head.genes.weight)

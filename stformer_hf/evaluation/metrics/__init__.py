@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,13 +72,51 @@ def compute_classification_metrics(prediction: EvalPrediction) -> dict[str, floa
 
     For cells or tokens; those with the label -100 are left out, and without any label both metrics are NaN.
     """
-    logits, labels = prediction.predictions, np.asarray(prediction.label_ids)
+    return _scores_of_labelled(*_logits_and_labels(prediction))
+
+
+def _logits_and_labels(prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
+    logits = prediction.predictions
     if isinstance(logits, tuple):  # with hidden states or attentions after them
         logits = logits[0]
+    return logits, np.asarray(prediction.label_ids)
+
+
+def _scores_of_labelled(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     labelled = labels != _IGNORE
     if not labelled.any():
         return {"accuracy": float("nan"), "macro_f1": float("nan")}
     return classification_metrics(labels[labelled], np.argmax(logits, axis=-1)[labelled])
+
+
+def compute_column_metrics(columns: Mapping[str, slice]) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Make `compute_metrics` for a class in each of several label columns.
+
+    Parameters
+    ----------
+    columns : mapping of str to slice
+        Outputs of each column, in the order of the labels.
+
+    Returns
+    -------
+    callable
+        Returns `<column>_accuracy` and `<column>_macro_f1` over the cells that have the label, NaN if there are none;
+        and `accuracy` and `macro_f1`, their means over the columns that have labels.
+    """
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        logits, labels = _logits_and_labels(prediction)
+        found = {
+            column: _scores_of_labelled(logits[:, outputs], of_column)
+            for (column, outputs), of_column in zip(columns.items(), labels.T, strict=True)
+        }
+        metrics = {f"{column}_{name}": value for column, of in found.items() for name, value in of.items()}
+        for name in ("accuracy", "macro_f1"):
+            known = [of[name] for of in found.values() if not np.isnan(of[name])]
+            metrics[name] = float(np.mean(known)) if known else float("nan")
+        return metrics
+
+    return compute
 
 
 def compute_regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -274,6 +312,7 @@ __all__ = [
     "balanced_class_weights",
     "classification_metrics",
     "compute_classification_metrics",
+    "compute_column_metrics",
     "compute_phenotype_metrics",
     "compute_regression_metrics",
     "load_metric",

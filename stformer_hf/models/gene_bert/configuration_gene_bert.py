@@ -44,6 +44,11 @@ _CHOICES = {
 }
 
 
+def output_name(column: str, name: str) -> str:
+    """Return the name of the output for a class of one of several label columns, such as "cell_type: B cell"."""
+    return f"{column}: {name}"
+
+
 @strict
 class GeneBertConfig(PreTrainedConfig):
     r"""Configuration of the GeneBert models: a DistilBERT encoder over gene tokens.
@@ -102,9 +107,13 @@ class GeneBertConfig(PreTrainedConfig):
         For classes, the weighted log probabilities of both are added; for multiple labels per cell, the weighted
         logits; for regression, the weighted mean is taken.
     reader_weights : list of float, optional
-        Weights of the head and of the wide head; 1 and 1 by default.
-    temperature : float, default: 1.0
-        Divisor of the sum of log probabilities, or of logits, of both heads.
+        Weights of the head and of the wide head; 1 and 1 by default. With `label_columns`, two per column.
+    temperature : float, or list of float, default: 1.0
+        Divisor of the sum of log probabilities, or of logits, of both heads; with `label_columns`, of each column.
+    label_columns : dict of str to int, optional
+        Number of classes of each label column, for a head that predicts a class in each of several columns. They are
+        in alphabetical order, and so are their outputs, `reader_weights` and `temperature`; outputs are named by
+        `output_name`. None if there is one column.
     initializer_range : float, default: 0.02
         Standard deviation of the normal initialisation.
     layer_norm_eps : float, default: 1e-12
@@ -174,7 +183,8 @@ class GeneBertConfig(PreTrainedConfig):
     classifier_head: str = "mlp"
     wide_head: bool = False
     reader_weights: list[float | int] | None = None
-    temperature: float | int = 1.0
+    temperature: float | int | list[float | int] = 1.0
+    label_columns: dict[str, int] | None = None
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     label_smoothing: float | int = 0.0
@@ -213,11 +223,9 @@ class GeneBertConfig(PreTrainedConfig):
             raise ValueError("cell_decoder decodes the whole cell: it needs cell_embedding=True.")
         if self.pooling not in (None, "cls", "mean"):
             raise ValueError(f"pooling must be None, 'cls' or 'mean', got {self.pooling!r}.")
-        if self.temperature <= 0 or len(self.reader_weights or [1, 1]) != 2:
-            raise ValueError(
-                f"temperature must be positive and reader_weights two numbers, got {self.temperature}, "
-                f"{self.reader_weights}."
-            )
+        if self.label_columns is not None:
+            self._check_label_columns()
+        self._check_readers()
         unknown = set(self.loss_weights or {}) - set(self.token_classes or ["genes"])
         if unknown:
             raise ValueError(
@@ -229,6 +237,30 @@ class GeneBertConfig(PreTrainedConfig):
         on_init = type(self).on_init
         if on_init is not None:
             on_init()
+
+    def _check_label_columns(self) -> None:
+        columns = self.label_columns = dict(sorted(self.label_columns.items()))  # config.json has sorted keys
+        if sum(columns.values()) != self.num_labels or min(columns.values(), default=0) < 2:
+            raise ValueError(
+                f"label_columns must have at least two classes each, and {self.num_labels} in all (num_labels), got "
+                f"{columns}. For a head of one column, pass label_columns=None."
+            )
+        wanted = [output_name(column, "") for column, n in columns.items() for _ in range(n)]
+        names = [str(self.id2label[i]) for i in range(self.num_labels)]
+        wrong = [name for name, start in zip(names, wanted, strict=True) if not name.startswith(start)]
+        if wrong or len(set(names)) < len(names):
+            raise ValueError(
+                "The outputs of label_columns must have unique names, in the alphabetical order of the columns, such "
+                f"as {output_name(next(iter(columns)), 'B cell')!r}; got {', '.join(wrong[:5] or names[:5])}, …"
+            )
+
+    def _check_readers(self) -> None:
+        n_columns = len(self.label_columns or [None])
+        temperatures = self.temperature if isinstance(self.temperature, list) else [self.temperature] * n_columns
+        if len(self.reader_weights or [1, 1] * n_columns) != 2 * n_columns:
+            raise ValueError(f"reader_weights must be two numbers per label column, got {self.reader_weights}.")
+        if len(temperatures) != n_columns or min(temperatures) <= 0:
+            raise ValueError(f"temperature must be positive, one number per label column, got {self.temperature}.")
 
     @classmethod
     def from_size(cls, size: str, **kwargs) -> "GeneBertConfig":
@@ -304,4 +336,4 @@ class GeneBertConfig(PreTrainedConfig):
         return cls.from_size(size, **{**fields, **kwargs})
 
 
-__all__ = ["GeneBertConfig"]
+__all__ = ["GeneBertConfig", "output_name"]

@@ -1,11 +1,14 @@
 """Heads of the GeneBert models: the MLM head, pooling of cells, and the losses of all heads."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .configuration_gene_bert import GeneBertConfig
+from .configuration_gene_bert import GeneBertConfig, output_name
 from .encoder_layers import make_norm
 from .packed_attention import segments_of
 from .rank_prior import RankPrior
@@ -107,6 +110,58 @@ def problem_of(config: GeneBertConfig) -> str:
     return config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
 
 
+class LabelColumn(NamedTuple):
+    """One of the label columns of a head of classes, each of which has a softmax of its own.
+
+    Attributes
+    ----------
+    name : str or None
+        None if the head has one column.
+    outputs : slice
+        Its outputs.
+    reader_weights : tuple of float
+        Weights of the head and of the wide head.
+    temperature : float
+    """
+
+    name: str | None
+    outputs: slice
+    reader_weights: tuple[float, float]
+    temperature: float
+
+
+def label_columns_of(config: PreTrainedConfig) -> list[LabelColumn]:
+    """Return the label columns of a head; one that has all outputs if there is no `config.label_columns`."""
+    columns = getattr(config, "label_columns", None)
+    weights, temperature = getattr(config, "reader_weights", None), getattr(config, "temperature", 1.0)
+    if columns is None:
+        of_head, of_wide = weights or (1.0, 1.0)
+        return [LabelColumn(None, slice(None), (of_head, of_wide), temperature)]
+    found, first = [], 0
+    for i, (name, n_classes) in enumerate(columns.items()):
+        of_head, of_wide = (1.0, 1.0) if weights is None else weights[2 * i : 2 * i + 2]
+        own = temperature[i] if isinstance(temperature, list) else temperature
+        found.append(LabelColumn(name, slice(first, first + n_classes), (of_head, of_wide), own))
+        first += n_classes
+    return found
+
+
+def output_names(config: PreTrainedConfig, column: LabelColumn) -> list[str]:
+    """Return the names of the outputs of a column: of its classes, without the name of the column."""
+    names = [str(config.id2label[i]) for i in range(config.num_labels)[column.outputs]]
+    return names if column.name is None else [name.removeprefix(output_name(column.name, "")) for name in names]
+
+
+def fields_of_columns(classes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Return `label_columns`, `id2label` and `label2id` of a configuration for the classes of each label column."""
+    names = [output_name(column, name) for column in sorted(classes) for name in classes[column]]
+    return {
+        "label_columns": {column: len(classes[column]) for column in sorted(classes)},
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+
+
 def classification_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -119,10 +174,10 @@ def classification_loss(
     ----------
     logits : Tensor (n, num_labels)
     labels : Tensor
-        Classes, int64 (n,); 0 or 1 for multiple labels per cell, float (n, num_labels); numbers for regression, float
-        (n,) or (n, num_labels). -100 where there is none.
+        Classes, int64 (n,), or (n, n_columns) with `config.label_columns`; 0 or 1 for multiple labels per cell, float
+        (n, num_labels); numbers for regression, float (n,) or (n, num_labels). -100 where there is none.
     config : GeneBertConfig
-        `problem_type` (derived from the labels and num_labels if it is None), `class_weights` and
+        `problem_type` (derived from the labels and num_labels if it is None), `label_columns`, `class_weights` and
         `classifier_label_smoothing` are read.
     num_items_in_batch : int or Tensor, optional
         Divisor of the sum; the number of labels by default.
@@ -149,17 +204,26 @@ def classification_loss(
             f"Labels of shape {tuple(labels.shape)} do not fit a {problem} head with {config.num_labels} outputs per "
             "cell; see config.problem_type and config.num_labels."
         )
+    if config.label_columns and labels.shape != (len(logits), len(config.label_columns)):
+        raise ValueError(
+            f"Labels of shape {tuple(labels.shape)} do not fit a head of {len(config.label_columns)} label columns "
+            f"({', '.join(config.label_columns)}): pass one class per cell and column, -100 where there is none."
+        )
     logits = logits.float()
     weights = None if config.class_weights is None else logits.new_tensor(config.class_weights)
     if problem == "single_label_classification":
         n_labels = (labels != IGNORE).sum()
-        total = nn.functional.cross_entropy(
-            logits,
-            labels,
-            weight=weights,
-            reduction="sum",
-            ignore_index=IGNORE,
-            label_smoothing=config.classifier_label_smoothing,
+        columns = label_columns_of(config)
+        total = sum(
+            nn.functional.cross_entropy(
+                logits[:, column.outputs],
+                of_column,
+                weight=None if weights is None else weights[column.outputs],
+                reduction="sum",
+                ignore_index=IGNORE,
+                label_smoothing=config.classifier_label_smoothing,
+            )
+            for column, of_column in zip(columns, labels.reshape(len(logits), -1).unbind(1), strict=True)
         )
     else:
         labels = labels.float().view_as(logits)
@@ -183,21 +247,24 @@ def combine_readers(logits: torch.Tensor, wide: torch.Tensor, config: GeneBertCo
     logits, wide : Tensor (n, num_labels)
         Outputs of the head, and of the wide head.
     config : GeneBertConfig
-        `problem_type`, `reader_weights` and `temperature` are read.
+        `problem_type`, `label_columns`, `reader_weights` and `temperature` are read.
 
     Returns
     -------
     float32 Tensor (n, num_labels)
         Logits; for classes, weighted log probabilities.
     """
-    of_head, of_wide = config.reader_weights or (1.0, 1.0)
-    logits, wide = logits.float(), wide.float()
-    problem = problem_of(config)
-    if problem == "regression":
-        return (of_head * logits + of_wide * wide) / (of_head + of_wide)
-    if problem != "multi_label_classification":
-        logits, wide = logits.log_softmax(-1), wide.log_softmax(-1)
-    return (of_head * logits + of_wide * wide) / config.temperature
+    problem, found = problem_of(config), []
+    for column in label_columns_of(config):
+        of_head, of_wide = column.reader_weights
+        head, genes = logits[:, column.outputs].float(), wide[:, column.outputs].float()
+        if problem == "regression":
+            found.append((of_head * head + of_wide * genes) / (of_head + of_wide))
+            continue
+        if problem != "multi_label_classification":
+            head, genes = head.log_softmax(-1), genes.log_softmax(-1)
+        found.append((of_head * head + of_wide * genes) / column.temperature)
+    return torch.cat(found, dim=-1)
 
 
 def default_pooling(config: PreTrainedConfig) -> str:
@@ -269,11 +336,15 @@ def pool(
 
 __all__ = [
     "GeneBertMLMHead",
+    "LabelColumn",
     "PreClassifier",
     "classification_loss",
     "combine_readers",
     "default_pooling",
+    "fields_of_columns",
+    "label_columns_of",
     "masked_lm_loss",
+    "output_names",
     "pool",
     "problem_of",
 ]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers.pipelines import Pipeline
 
-from .heads import default_pooling, pool, problem_of
+from .heads import default_pooling, label_columns_of, output_names, pool, problem_of
 from .tokenized_cells import TokenizedCells, take
 
 _BATCH_SIZE = 64
@@ -91,7 +91,8 @@ class CellClassificationPipeline(_CellPipeline):
 
     Each dict has the `label`, the most probable class, and its `score`; they are None and NaN for a cell without a
     gene that the model knows. With `top_k`, there is a list of that many classes per cell instead; for several labels
-    per cell, and for numbers, always a list of all outputs. Phenotypes are read if the model was trained with them.
+    per cell, and for numbers, always a list of all outputs. For several label columns, there is one dict per cell with
+    the results of each column. Phenotypes are read if the model was trained with them.
     """
 
     _reads_phenotypes = True
@@ -103,12 +104,23 @@ class CellClassificationPipeline(_CellPipeline):
         logits, problem = self.model(**batch).logits.float(), problem_of(self.model.config)
         if problem == "regression":
             return logits
-        return logits.sigmoid() if problem == "multi_label_classification" else logits.softmax(-1)
+        if problem == "multi_label_classification":
+            return logits.sigmoid()
+        columns = label_columns_of(self.model.config)
+        return torch.cat([logits[:, column.outputs].softmax(-1) for column in columns], dim=-1)
 
     def postprocess(self, model_outputs: dict[str, Any], top_k: int | None = None) -> list:
         """Name the outputs of all cells, in their order."""
-        results, n_genes = model_outputs["results"].numpy(), model_outputs["n_genes"]
-        names = [str(self.model.config.id2label[i]) for i in range(results.shape[1])]
+        results, n_genes, config = model_outputs["results"].numpy(), model_outputs["n_genes"], self.model.config
+        found = {
+            column.name: self._named(results[:, column.outputs], output_names(config, column), n_genes, top_k)
+            for column in label_columns_of(config)
+        }
+        if None in found:
+            return found[None]
+        return [dict(zip(found, of_cell, strict=True)) for of_cell in zip(*found.values(), strict=True)]
+
+    def _named(self, results: np.ndarray, names: list[str], n_genes: np.ndarray, top_k: int | None) -> list:
         of_classes = problem_of(self.model.config) == "single_label_classification"
         found = []
         for row, n in zip(results, n_genes, strict=True):

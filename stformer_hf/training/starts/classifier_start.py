@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,8 @@ from ...evaluation.readers import rotate_genes
 from ...models.gene_bert.modeling_gene_bert import GeneBertForClassification
 from ...models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ...store.cell_store import CellStore
-from .linear_readers import Problem, ReaderChoice, centroids, choose_readers, inner_folds, quick_fits
+from .labelled_cells import LabelledCells, labelled_cells
+from .linear_readers import Linear, Problem, ReaderChoice, ReaderTrials, centroids, inner_folds, quick_fits
 from .spectral_start import cell_embedding_of, count_blocks, set_views
 from .spectral_views import SpectralViews, fit_spectral_views, log_values, pearson_residuals
 
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 N_COMPONENTS = (20, 30, 50)  # per view, to choose from
 MOST_CELLS_TO_CHOOSE = 3000
 MOST_CELLS_TO_FIT = 10_000
+_OF_CLASSES = "single_label_classification"
 _ROTATED = 3000  # up to this many cells, genes are rotated before a fit
 
 
@@ -36,7 +38,7 @@ Rotated = tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]
 
 @dataclass
 class ClassifierStart:
-    """The start of a classifier.
+    """The start of a classifier, or of one of its label columns.
 
     Attributes
     ----------
@@ -69,15 +71,17 @@ def start_classifier(
     new_embedding: bool = True,
     seed: int = 0,
     balanced: bool = False,
-    choice: ReaderChoice | None = None,
-    rotated: Rotated | None = None,
-) -> ClassifierStart | None:
+    choices: Mapping[str | None, ReaderChoice] | None = None,
+    rotated: Mapping[str | None, Rotated] | None = None,
+) -> dict[str | None, ClassifierStart]:
     """Start a classifier at linear readers of its training cells.
 
     The head becomes the regularised logistic (ridge) regression on `[CLS]`, the wide head the one on the log values
     of all genes. Regularisation, components of the views, the weights of both readers and a temperature are chosen by
     inner cross-validation, in which the axes of the views and the readers are fitted without the validation cells;
-    then everything is fitted to all cells.
+    then everything is fitted to all cells. For several label columns, all this is done for each of them with the cells
+    that have its label, and the axes of the views are fitted to all cells. The number of components is the same for
+    all columns: if their choices differ, it is the one of these with the lowest mean loss over the columns.
 
     Parameters
     ----------
@@ -88,7 +92,8 @@ def start_classifier(
     cells : CellStore
         Training cells, all with counts.
     labels : array
-        int64 (n,) classes, float (n, k) labels of 0 and 1, or float (n,) or (n, k) numbers, by `config.problem_type`.
+        int64 (n,) classes, float (n, k) labels of 0 and 1, or float (n,) or (n, k) numbers, by `config.problem_type`;
+        with `config.label_columns`, int64 (n, n_columns) classes, -100 where there is none.
     groups : array (n,), optional
         Cells of one group, such as a donor, are never in both training and validation.
     new_embedding : bool, default: True
@@ -98,16 +103,17 @@ def start_classifier(
         Seed of the folds, and of the subsets of many cells.
     balanced : bool, default: False
         Whether all classes have the same weight, whatever their number of cells.
-    choice : ReaderChoice, optional
-        An earlier choice; by default it is made here.
-    rotated : (features, callable), optional
-        Output of `rotate_genes` for these cells, or these and others; computed here by default. A rotation carries no
-        information from the other cells: the fitted readers are the same.
+    choices : mapping of str to ReaderChoice, optional
+        Earlier choices by label column (None if there are not several); by default they are made here.
+    rotated : mapping of str to (features, callable), optional
+        Output of `rotate_genes` for the cells of each label column, or these and others; computed here by default. A
+        rotation carries no information from the other cells: the fitted readers are the same.
 
     Returns
     -------
-    ClassifierStart or None
-        None if there is only one class, which the model then always predicts.
+    dict of str to ClassifierStart
+        By label column (None if there are not several). A column whose cells all have one class has none: the model
+        then always predicts this class.
 
     Notes
     -----
@@ -116,69 +122,131 @@ def start_classifier(
     to all cells.
     """
     config, embedding = model.config, cell_embedding_of(model)
-    problem = Problem(config.problem_type, config.num_labels, balanced)
+    columns = labelled_cells(config, labels, balanced)
     blocks = count_blocks(cells, tokenizer)
     half = embedding.genes.weight.shape[1] // 2
     components = sorted({min(n, half, max(len(cells) - 1, 1)) for n in N_COMPONENTS})
-    if choice is not None:
-        components = [min(choice.n_components, components[-1])]
+    if choices is not None:
+        components = [min(next(iter(choices.values())).n_components, components[-1])]
     views = fit_spectral_views(blocks, components[-1]) if new_embedding else None
-    if problem.kind == "single_label_classification" and len(np.unique(labels)) < 2:
-        if views is not None:
-            set_views(embedding, views, config.initializer_range)
-        _write(model, Problem.fit(problem, np.zeros((len(labels), 1)), labels, 1.0), None)
-        config.reader_weights, config.temperature = [1.0, 0.0], 1.0
-        return None
 
-    def read(rows: np.ndarray) -> sparse.csr_array:
-        chosen = cells.select(rows)
-        return sparse.csr_array(sparse.vstack(list(count_blocks(chosen, tokenizer, progress=False)())))
+    learnt = {column.column: column for column in columns if not _is_constant(column)}
+    to_choose, to_fit = (
+        {name: column.rows[_subset(column.problem, column.labels, most, seed)] for name, column in learnt.items()}
+        for most in (MOST_CELLS_TO_CHOOSE, MOST_CELLS_TO_FIT)
+    )
+    if views is None and learnt:
+        components, in_states = [half], np.unique(np.concatenate([*to_choose.values(), *to_fit.values()]))
+        states = cell_states(model, tokenizer, cells.select(in_states))
 
-    rows = _subset(problem, labels, MOST_CELLS_TO_CHOOSE, seed)
-    counts, of = read(rows), labels[rows]
-    values = log_values(counts) if views is not None else _log_values_of(model, tokenizer, cells, counts)
-    gene_features, to_genes = rotated or rotate_genes(values)
-    if views is None:
-        states = cell_states(model, tokenizer, cells.select(rows))
-        components = [half]
+    def read(rows: np.ndarray) -> tuple[sparse.csr_array, sparse.csr_array]:
+        found = cells.select(rows)
+        counts = sparse.csr_array(sparse.vstack(list(count_blocks(found, tokenizer, progress=False)())))
+        return counts, log_values(counts) if views is not None else _log_values_of(model, tokenizer, cells, counts)
 
-        def features(train: np.ndarray, held_out: np.ndarray) -> Callable:
-            return lambda n_components: (states[train], states[held_out])
+    parts: dict[str | None, _Part] = {}
+    for name, rows in to_choose.items():
+        alike = next((of for of in parts if np.array_equal(to_choose[of], rows)), name)
+        if alike != name:
+            parts[name] = parts[alike]
+            continue
+        counts, values = read(rows)
+        parts[name] = part = _Part(counts, values, rotate_genes(values) if rotated is None else rotated[name])
+        if views is None:
+            part.features = _StatesOfFolds(states[np.searchsorted(in_states, rows)])
+        elif choices is None:
+            part.features = _ViewsOfFolds(counts, values, views, half)
 
-    else:
-        features = _ViewsOfFolds(counts, values, views, half)
-    if choice is None:
-        folds = inner_folds(problem, of, None if groups is None else groups[rows], seed)
-        choice = choose_readers(problem, of, folds, features, gene_features, components)
+    if choices is None:
+        trials = {}
+        for name, column in learnt.items():
+            problem, part, rows = column.problem, parts[name], to_choose[name]
+            of = column.labels_of(rows)
+            folds = inner_folds(problem, of, None if groups is None else groups[rows], seed)
+            trials[name] = ReaderTrials(problem, of, folds, part.features, part.rotated[0], components)
+        choices = _choose_together(trials)
     if views is not None:
-        kept = min(choice.n_components, components[-1])
+        kept = min([components[-1], *(choice.n_components for choice in choices.values())])
         views.loadings = [loadings[:, :kept] for loadings in views.loadings]
         set_views(embedding, views, config.initializer_range)
 
-    to_fit = _subset(problem, labels, MOST_CELLS_TO_FIT, seed)
-    if len(to_fit) < len(labels):
-        logger.warning(f"The readers are fitted to {len(to_fit):,} of {len(labels):,} training cells.")
-    if views is None:
-        states = states if np.array_equal(to_fit, rows) else cell_states(model, tokenizer, cells.select(to_fit))
-    else:
-        states = scaled(views.transform(counts if np.array_equal(to_fit, rows) else read(to_fit)), half)
-    with quick_fits():
-        head = problem.fit(states, labels[to_fit], choice.head)
-    if np.array_equal(to_fit, rows) and len(rows) <= _ROTATED:
+    starts: dict[str | None, ClassifierStart] = {}
+    readers = []
+    for column in columns:
+        name, problem = column.column, column.problem
+        if name not in learnt:
+            readers.append((*_constant_readers(column, model), (1.0, 0.0), 1.0))
+            continue
+        rows, fitted, part, choice = to_choose[name], to_fit[name], parts[name], choices[name]
+        if len(fitted) < len(column.rows):
+            logger.warning(f"The readers are fitted to {len(fitted):,} of {len(column.rows):,} training cells.")
+        is_read, of = np.array_equal(fitted, rows), column.labels_of(fitted)
+        counts, values = (part.counts, part.values) if is_read else read(fitted)
+        if views is None:
+            of_cells = states[np.searchsorted(in_states, fitted)]
+        else:
+            of_cells = scaled(views.transform(counts), half)
         with quick_fits():
-            wide = problem.fit(gene_features, of, choice.wide)
-        wide.weight = to_genes(wide.weight)
-    else:
-        counts = read(to_fit)
-        values = log_values(counts) if views is not None else _log_values_of(model, tokenizer, cells, counts)
-        with quick_fits():
-            wide = problem.fit(values, labels[to_fit], choice.wide)
-    _write(model, head, wide)
-    config.reader_weights, config.temperature = [float(w) for w in choice.weights], float(choice.temperature)
-    means = None
-    if problem.kind == "single_label_classification":
-        means = centroids(states, labels[to_fit]).astype(np.float32)
-    return ClassifierStart(choice, rows, of, (gene_features, to_genes), means)
+            head = problem.fit(of_cells, of, choice.head)
+            if is_read and len(rows) <= _ROTATED:
+                features, to_genes = part.rotated
+                wide = problem.fit(features, of, choice.wide)
+                wide.weight = to_genes(wide.weight)
+            else:
+                wide = problem.fit(values, of, choice.wide)
+        readers.append((head, wide, choice.weights, choice.temperature))
+        means = centroids(of_cells, of).astype(np.float32) if problem.kind == _OF_CLASSES else None
+        starts[name] = ClassifierStart(choice, rows, column.labels_of(rows), part.rotated, means)
+    heads, wides, weights, temperatures = zip(*readers, strict=True)
+    _write(model, _beside(heads), _beside(wides))
+    config.reader_weights = [float(weight) for pair in weights for weight in pair]
+    config.temperature = [float(of) for of in temperatures] if config.label_columns else float(temperatures[0])
+    return starts
+
+
+def _choose_together(trials: Mapping[str | None, ReaderTrials]) -> dict[str | None, ReaderChoice]:
+    """Choose the readers of each column, with the same number of components.
+
+    If the columns choose different ones, it is the one of these with the lowest mean loss over the columns; columns
+    that chose another one then choose their other settings with it.
+    """
+    alone = {name: of.choose() for name, of in trials.items()}
+    together = [
+        {name: alone[name] if alone[name].n_components == n else of.choose([n]) for name, of in trials.items()}
+        for n in sorted({choice.n_components for choice in alone.values()})
+    ]
+    return min(together, key=lambda choices: sum(choice.loss for choice in choices.values()), default={})
+
+
+@dataclass
+class _Part:
+    """Cells to choose the readers of a column by: counts, log values, rotated genes, and features for the head."""
+
+    counts: sparse.csr_array
+    values: sparse.csr_array
+    rotated: Rotated
+    features: Callable | None = None
+
+
+def _is_constant(column: LabelledCells) -> bool:
+    """Return whether all cells of a column have the same class."""
+    return column.problem.kind == _OF_CLASSES and len(np.unique(column.labels)) < 2
+
+
+def _constant_readers(column: LabelledCells, model: GeneBertForClassification) -> tuple[Linear, Linear]:
+    """Return the head and the wide head for a column of one class, or of none."""
+    n_genes, width = cell_embedding_of(model).genes.weight.shape
+    n_outputs = column.problem.n_outputs
+    bias = column.problem.fit(np.zeros((len(column.labels), 1)), column.labels, 1.0).bias
+    return Linear(np.zeros((width, n_outputs)), bias), Linear(np.zeros((n_genes, n_outputs)), np.zeros(n_outputs))
+
+
+def _beside(readers: Sequence[Linear]) -> Linear:
+    """Put the outputs of linear readers of the same features side by side."""
+    return Linear(
+        np.concatenate([reader.weight for reader in readers], axis=1),
+        np.concatenate([reader.bias for reader in readers]),
+    )
 
 
 def _log_values_of(
@@ -273,6 +341,16 @@ def _principal_scores(
     return vectors * scale, outer @ vectors / scale
 
 
+class _StatesOfFolds:
+    """States of cells by a model that was not fitted to them, as `_ViewsOfFolds`."""
+
+    def __init__(self, states: np.ndarray):
+        self._states = states
+
+    def __call__(self, train: np.ndarray, held_out: np.ndarray) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+        return lambda n_components: (self._states[train], self._states[held_out])
+
+
 def cell_states(model: nn.Module, tokenizer: GeneTokenizer, cells: CellStore, batch_size: int = 256) -> np.ndarray:
     """Compute the input of the head for each cell: float64 array (n, hidden), in the order of the cells.
 
@@ -312,13 +390,8 @@ def _write(model: GeneBertForClassification, head, wide) -> None:
     for layer, reader in ((model.classifier, head), (model.wide_head, wide)):
         bias = layer.bias
         if layer is model.classifier:
-            layer.weight.zero_()
-            if reader.weight.shape[0] == layer.weight.shape[1]:
-                layer.weight.copy_(torch.from_numpy(reader.weight.T.copy()))
+            layer.weight.copy_(torch.from_numpy(reader.weight.T.copy()))
             bias.copy_(torch.from_numpy(reader.bias))
-        elif reader is None:
-            layer.genes.weight.zero_()
-            bias.zero_()
         else:
             means = cell_embedding_of(model).statistics.means[0].cpu().double().numpy()
             layer.genes.weight.copy_(torch.from_numpy(reader.weight))

@@ -123,7 +123,7 @@ class Problem:
     def _logistic(self, features, labels: np.ndarray, n_classes: int, penalty: float, purpose: str) -> Linear:
         weight, bias = np.zeros((features.shape[1], n_classes)), np.full(n_classes, _LOWEST)
         present = np.unique(labels)
-        if len(present) == 1:
+        if len(present) < 2:
             bias[present] = 0.0
             return Linear(weight, bias)
         found = LogisticRegression(
@@ -199,7 +199,7 @@ def inner_folds(
     ----------
     problem : Problem
     labels : array (n, …)
-        Classes, labels or numbers of the cells.
+        Classes, labels or numbers of the cells. Classes in several columns, (n, n_columns), are not stratified.
     groups : array (n,), optional
         Cells of one group, such as a donor, stay together.
     seed : int
@@ -215,7 +215,7 @@ def inner_folds(
     ValueError
         There are fewer than two groups.
     """
-    n, single = len(labels), problem.kind == "single_label_classification"
+    n, single = len(labels), problem.kind == "single_label_classification" and labels.ndim == 1
     most = int(np.bincount(labels).max()) if single else n
     n_folds = max(min(N_FOLDS, most), 2)
     if groups is not None:
@@ -266,21 +266,8 @@ def fit_temperature(problem: Problem, outputs: np.ndarray, labels: np.ndarray) -
     return float(np.exp(found.x))
 
 
-def choose_readers(
-    problem: Problem,
-    labels: np.ndarray,
-    folds: Sequence[tuple[np.ndarray, np.ndarray, int]],
-    head_features: Callable[[np.ndarray, np.ndarray], Callable[[int], tuple[np.ndarray, np.ndarray]]],
-    gene_features: np.ndarray,
-    n_components: Sequence[int],
-) -> ReaderChoice:
-    """Choose components, regularisation, weights and temperature by their out-of-fold score.
-
-    `PREFERRED` is kept unless the best score (ties are broken by the loss) is higher by more than the standard error
-    of the difference over cells (the one-standard-error rule of Breiman et al. 1984), since the best of many choices
-    is partly so by chance. The score is accuracy (for multiple labels per cell, the share that is correct; for
-    regression, the negative squared error). The temperature is that with the lowest loss, see
-    `fit_temperature`.
+class ReaderTrials:
+    """Readers with all settings, fitted in all folds, for a choice by their out-of-fold scores.
 
     Parameters
     ----------
@@ -294,85 +281,112 @@ def choose_readers(
         Features of the wide reader, from `rotate_genes`.
     n_components : sequence of int
         Numbers to choose from.
-
-    Returns
-    -------
-    ReaderChoice
     """
-    gene_features = gene_features.astype(np.float32)  # twice as fast, and the last digits do not change a choice
-    n_repeats = 1 + max(repeat for _, _, repeat in folds)
-    shape = (n_repeats, len(labels), problem.n_outputs)
-    heads = {key: np.zeros(shape) for key in itertools.product(n_components, PENALTIES["head"])}
-    wides = {penalty: np.zeros(shape) for penalty in PENALTIES["wide"]}
-    of_classes = problem.kind == "single_label_classification"
-    distances = {n: np.zeros(shape[:2]) for n in n_components}
 
-    def fit_fold(fold: tuple[np.ndarray, np.ndarray, int]) -> None:
-        train, held_out, repeat = fold
-        for penalty, outputs in wides.items():
-            reader = problem.fit(gene_features[train], labels[train], penalty, "choice")
-            outputs[repeat, held_out] = reader(gene_features[held_out])
-        views = head_features(train, held_out)
-        for (n, penalty), outputs in heads.items():
-            of_train, of_held_out = views(n)
-            reader = problem.fit(of_train, labels[train], penalty, "choice")
-            outputs[repeat, held_out] = reader(of_held_out)
-        for n in n_components if of_classes else ():
-            of_train, of_held_out = views(n)
-            distances[n][repeat, held_out] = nearest_centroid(of_held_out, centroids(of_train, labels[train]))
+    def __init__(
+        self,
+        problem: Problem,
+        labels: np.ndarray,
+        folds: Sequence[tuple[np.ndarray, np.ndarray, int]],
+        head_features: Callable[[np.ndarray, np.ndarray], Callable[[int], tuple[np.ndarray, np.ndarray]]],
+        gene_features: np.ndarray,
+        n_components: Sequence[int],
+    ):
+        self.problem, self.labels, self.n_components = problem, labels, n_components
+        gene_features = gene_features.astype(np.float32)  # twice as fast, and the last digits do not change a choice
+        self._n_repeats = 1 + max(repeat for _, _, repeat in folds)
+        self._shape = (self._n_repeats, len(labels), problem.n_outputs)
+        keys = itertools.product(n_components, PENALTIES["head"])
+        self._heads = heads = {key: np.zeros(self._shape) for key in keys}
+        self._wides = wides = {penalty: np.zeros(self._shape) for penalty in PENALTIES["wide"]}
+        of_classes = problem.kind == "single_label_classification"
+        self._distances = {n: np.zeros(self._shape[:2]) for n in n_components} if of_classes else {}
 
-    with quick_fits(), ThreadPoolExecutor(min(torch.get_num_threads(), len(folds))) as pool:
-        list(tqdm(pool.map(fit_fold, folds), "choose the readers", len(folds), unit="fold", disable=None))
-    every = np.concatenate([labels] * n_repeats)
-    preferred = (
-        PREFERRED if PREFERRED["n_components"] in n_components else {**PREFERRED, "n_components": max(n_components)}
-    )
-    temperatures = (1.0,) if problem.kind == "regression" else _TEMPERATURES
-    tried = []
-    for ((n, head), of_head), (wide, of_wide), weights in itertools.product(heads.items(), wides.items(), WEIGHTS):
-        both = problem.combine(*(part.reshape(-1, problem.n_outputs) for part in (of_head, of_wide)), weights)
-        loss = min(float(problem.loss(both / t, every).mean()) for t in temperatures)
-        # The mean of each cell over the repeats, which are not independent.
-        scores = problem.cell_scores(both, every).reshape(n_repeats, -1).mean(axis=0)
-        setting = {"n_components": n, "head": head, "wide": wide, "weights": weights}
-        tried.append((scores, -loss, setting))
-    best = max(tried, key=lambda one: (round(float(one[0].mean()), 9), one[1]))
-    usual = next(one for one in tried if one[2] == preferred)
-    gain = best[0] - usual[0]
-    if gain.mean() <= gain.std(ddof=1) / np.sqrt(len(gain)):
-        best = usual
-    chosen = best[-1]
-    n, head, wide, weights = chosen["n_components"], chosen["head"], chosen["wide"], chosen["weights"]
-    both = problem.combine(
-        heads[n, head].reshape(-1, problem.n_outputs), wides[wide].reshape(-1, problem.n_outputs), weights
-    )
-    temperature = fit_temperature(problem, both, every)
-    outputs = both / temperature
-    loss = float(problem.loss(outputs, every).mean())
-    if problem.kind == "single_label_classification":
-        outputs = log_softmax(outputs)
-    score, outputs = problem.score(outputs, every), outputs.reshape(shape).mean(axis=0)
-    if problem.kind == "single_label_classification":
-        outputs = log_softmax(outputs)  # means of log probabilities are not normalised
-    return ReaderChoice(
-        n_components=n,
-        head=head,
-        wide=wide,
-        weights=weights,
-        temperature=temperature,
-        loss=loss,
-        score=score,
-        out_of_fold=outputs.astype(np.float32),
-        distances=distances[n].mean(axis=0).astype(np.float32) if of_classes else None,
-    )
+        def fit_fold(fold: tuple[np.ndarray, np.ndarray, int]) -> None:
+            train, held_out, repeat = fold
+            for penalty, outputs in wides.items():
+                reader = problem.fit(gene_features[train], labels[train], penalty, "choice")
+                outputs[repeat, held_out] = reader(gene_features[held_out])
+            views = head_features(train, held_out)
+            for (n, penalty), outputs in heads.items():
+                of_train, of_held_out = views(n)
+                reader = problem.fit(of_train, labels[train], penalty, "choice")
+                outputs[repeat, held_out] = reader(of_held_out)
+            for n, distances in self._distances.items():
+                of_train, of_held_out = views(n)
+                distances[repeat, held_out] = nearest_centroid(of_held_out, centroids(of_train, labels[train]))
+
+        with quick_fits(), ThreadPoolExecutor(min(torch.get_num_threads(), len(folds))) as pool:
+            list(tqdm(pool.map(fit_fold, folds), "choose the readers", len(folds), unit="fold", disable=None))
+
+    def choose(self, n_components: Sequence[int] | None = None) -> ReaderChoice:
+        """Choose components, regularisation, weights and temperature by their out-of-fold score.
+
+        `PREFERRED` is kept unless the best score (ties are broken by the loss) is higher by more than the standard
+        error of the difference over cells (the one-standard-error rule of Breiman et al. 1984), since the best of many
+        choices is partly so by chance. The score is accuracy (for multiple labels per cell, the share that is correct;
+        for regression, the negative squared error). The temperature is that with the lowest loss, see
+        `fit_temperature`.
+
+        Parameters
+        ----------
+        n_components : sequence of int, optional
+            Numbers to choose from; by default all.
+        """
+        problem, n_repeats = self.problem, self._n_repeats
+        n_components = self.n_components if n_components is None else n_components
+        every = np.concatenate([self.labels] * n_repeats)
+        n = PREFERRED["n_components"] if PREFERRED["n_components"] in n_components else max(n_components)
+        preferred = {**PREFERRED, "n_components": n}
+        temperatures = (1.0,) if problem.kind == "regression" else _TEMPERATURES
+        heads = {key: outputs for key, outputs in self._heads.items() if key[0] in n_components}
+        tried = []
+        for ((n, head), of_head), (wide, of_wide), weights in itertools.product(
+            heads.items(), self._wides.items(), WEIGHTS
+        ):
+            both = problem.combine(*(part.reshape(-1, problem.n_outputs) for part in (of_head, of_wide)), weights)
+            loss = min(float(problem.loss(both / t, every).mean()) for t in temperatures)
+            # The mean of each cell over the repeats, which are not independent.
+            scores = problem.cell_scores(both, every).reshape(n_repeats, -1).mean(axis=0)
+            setting = {"n_components": n, "head": head, "wide": wide, "weights": weights}
+            tried.append((scores, -loss, setting))
+        best = max(tried, key=lambda one: (round(float(one[0].mean()), 9), one[1]))
+        usual = next(one for one in tried if one[2] == preferred)
+        gain = best[0] - usual[0]
+        if gain.mean() <= gain.std(ddof=1) / np.sqrt(len(gain)):
+            best = usual
+        chosen = best[-1]
+        n, head, wide, weights = chosen["n_components"], chosen["head"], chosen["wide"], chosen["weights"]
+        both = problem.combine(
+            *(part.reshape(-1, problem.n_outputs) for part in (heads[n, head], self._wides[wide])), weights
+        )
+        temperature = fit_temperature(problem, both, every)
+        outputs = both / temperature
+        loss = float(problem.loss(outputs, every).mean())
+        if problem.kind == "single_label_classification":
+            outputs = log_softmax(outputs)
+        score, outputs = problem.score(outputs, every), outputs.reshape(self._shape).mean(axis=0)
+        if problem.kind == "single_label_classification":
+            outputs = log_softmax(outputs)  # means of log probabilities are not normalised
+        return ReaderChoice(
+            n_components=n,
+            head=head,
+            wide=wide,
+            weights=weights,
+            temperature=temperature,
+            loss=loss,
+            score=score,
+            out_of_fold=outputs.astype(np.float32),
+            distances=self._distances[n].mean(axis=0).astype(np.float32) if self._distances else None,
+        )
 
 
 __all__ = [
     "Linear",
     "Problem",
     "ReaderChoice",
+    "ReaderTrials",
     "centroids",
-    "choose_readers",
     "fit_temperature",
     "inner_folds",
     "log_softmax",

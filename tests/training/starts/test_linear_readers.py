@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from stformer_hf.evaluation.readers import rotate_genes
 from stformer_hf.training.starts.classifier_start import _principal_scores
-from stformer_hf.training.starts.linear_readers import PREFERRED, Problem, choose_readers, inner_folds, log_softmax
+from stformer_hf.training.starts.linear_readers import PREFERRED, Problem, ReaderTrials, inner_folds, log_softmax
 
 CLASSES = "single_label_classification"
 
@@ -81,7 +81,9 @@ def test_a_reader_that_knows_nothing_is_left_out():
     problem = Problem(CLASSES, 3)
     folds = inner_folds(problem, labels, None, 0)
     for head, genes, knows in ((noise, good, 1), (good, noise, 0)):
-        choice = choose_readers(problem, labels, folds, lambda t, h, of=head: lambda n: (of[t], of[h]), genes, [10])
+        choice = ReaderTrials(
+            problem, labels, folds, lambda t, h, of=head: lambda n: (of[t], of[h]), genes, [10]
+        ).choose()
         assert choice.weights[knows] > choice.weights[1 - knows] and choice.score > 0.5
 
 
@@ -90,9 +92,9 @@ def test_out_of_fold_predictions_do_not_know_the_cell():
     rng = np.random.default_rng(0)
     features, labels = rng.normal(size=(100, 200)), rng.integers(0, 2, 100)
     folds = inner_folds(Problem(CLASSES, 2), labels, None, 0)
-    choice = choose_readers(
+    choice = ReaderTrials(
         Problem(CLASSES, 2), labels, folds, lambda t, h: lambda n: (features[t], features[h]), features, [10]
-    )
+    ).choose()
     assert (choice.out_of_fold.argmax(1) == labels).mean() < 0.7
     assert Problem(CLASSES, 2).score(Problem(CLASSES, 2).fit(features, labels, 1.0)(features), labels) == 1
     np.testing.assert_allclose(np.exp(choice.out_of_fold.astype(float)).sum(1), 1, atol=1e-5)
@@ -103,9 +105,9 @@ def test_out_of_fold_distances_are_to_centroids_of_the_other_folds():
     labels = np.arange(60) % 3
     features = rng.normal(size=(60, 4)) + np.eye(3, 4)[labels]
     folds = inner_folds(Problem(CLASSES, 3), labels, None, 0)
-    choice = choose_readers(
+    choice = ReaderTrials(
         Problem(CLASSES, 3), labels, folds, lambda t, h: lambda n: (features[t], features[h]), features, [4]
-    )
+    ).choose()
     expected = np.zeros(60)
     for train, held_out, _ in folds:  # two repeats
         means = [features[train][labels[train] == kind].mean(axis=0) for kind in range(3)]
@@ -118,9 +120,9 @@ def test_the_usual_choice_is_kept_where_nothing_is_clearly_better():
     values, labels = cells(150)
     good, _ = rotate_genes(values)
     folds = inner_folds(Problem(CLASSES, 3), labels, None, 0)
-    choice = choose_readers(
+    choice = ReaderTrials(
         Problem(CLASSES, 3), labels, folds, lambda t, h: lambda n: (good[t], good[h]), good, [20, 30, 50]
-    )
+    ).choose()
     assert {name: getattr(choice, name) for name in PREFERRED} == PREFERRED
 
 
@@ -133,7 +135,9 @@ def test_numbers_and_several_labels(kind):
         labels = (labels > 0).astype(np.float32)
     problem = Problem(kind, 2)
     folds = inner_folds(problem, labels, None, 0)
-    choice = choose_readers(problem, labels, folds, lambda t, h: lambda n: (features[t], features[h]), features, [6])
+    choice = ReaderTrials(
+        problem, labels, folds, lambda t, h: lambda n: (features[t], features[h]), features, [6]
+    ).choose()
     assert choice.score > 0.9
     reader = problem.fit(features, labels, 1.0)
     assert reader(features).shape == (120, 2) and problem.score(reader(features), labels) > 0.9

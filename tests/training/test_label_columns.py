@@ -1,0 +1,282 @@
+"""A class in each of several label columns: one model says what one per column says, and cells may lack labels."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from stformer_hf import (
+    CellStore,
+    CellTrainer,
+    DataCollatorForCellClassification,
+    GeneBertConfig,
+    GeneBertForPhenotypicMLM,
+    GeneTokenizer,
+    annotate,
+    finetune,
+    initialise_from_store,
+)
+from stformer_hf.models.gene_bert.heads import IGNORE
+from stformer_hf.training import finetuning
+from stformer_hf.training.calibration import load_out_of_fold
+from stformer_hf.training.finetuning import prepare_classifier
+from stformer_hf.training.label_fit import fit_head_to_labels
+from stformer_hf.training.starts import classifier_start
+from stformer_hf.training.starts.linear_readers import ReaderTrials
+from tests.conftest import make_adata
+
+COLUMNS = {"cell_type": slice(0, 2), "level": slice(2, 5)}  # and their outputs
+SHORT = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_steps": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_size():
+    """The number of components is not chosen, so that it is the same for all columns."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier_start, "N_COMPONENTS", (8,))
+        yield
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """Cells with a type and a level of expression, both of them known for every cell."""
+    cells = make_adata()
+    level = pd.qcut(np.asarray(cells.X[:, :10].sum(axis=1)).ravel(), 3, labels=["low", "mid", "high"])
+    cells.obs["level"] = pd.Categorical(level.astype(str))
+    return cells
+
+
+@pytest.fixture(scope="module")
+def partly(cells):
+    """The same cells, of which some have no type, some no level, and five neither."""
+    cells = cells.copy()
+    cells.obs.loc[cells.obs_names[::3], "cell_type"] = None
+    cells.obs.loc[cells.obs_names[1::4], "level"] = None
+    return cells
+
+
+@pytest.fixture(scope="module")
+def started(cells, tmp_path_factory):
+    """The folder of a model of both columns, and the models of one."""
+    folder = tmp_path_factory.mktemp("joint")
+    settings = {"num_train_epochs": 0, "class_weights": "balanced"}
+    joint = finetune(cells, ["level", "cell_type"], output=folder, **settings)
+    return joint, folder, {name: finetune(cells, name, **settings) for name in COLUMNS}
+
+
+@pytest.fixture
+def pretrained(cells):
+    """An encoder with an embedding of its own."""
+    tokenizer = GeneTokenizer(cells.var_names.tolist(), whole_cell=True, max_length=8)
+    torch.manual_seed(0)
+    model = GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(tokenizer, size="tiny"))
+    initialise_from_store(model, tokenizer, cells)
+    model.tokenizer = tokenizer
+    return model
+
+
+def log_probabilities(model, cells, outputs=slice(None)):
+    batch = model.tokenizer(cells, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        return model(**batch).logits[:, outputs].log_softmax(-1)
+
+
+def test_the_start_of_each_column_is_that_of_a_model_of_its_own(cells, started):
+    joint, _, alone = started
+    assert joint.config.label_columns == {"cell_type": 2, "level": 3}
+    for name, outputs in COLUMNS.items():
+        found = log_probabilities(joint, cells, outputs)
+        torch.testing.assert_close(found, log_probabilities(alone[name], cells), atol=1e-5, rtol=0)
+        np.testing.assert_allclose(joint.out_of_fold[name].predictions, alone[name].out_of_fold.predictions, atol=1e-5)
+    assert joint.config.class_weights == [weight for own in alone.values() for weight in own.config.class_weights]
+
+
+def test_a_column_is_learnt_from_the_cells_that_have_it(partly, cells, pretrained):
+    """With an embedding that is given, nothing of a column depends on cells without it."""
+    joint = finetune(partly, list(COLUMNS), model=pretrained, num_train_epochs=0)
+    kept = (partly.obs[list(COLUMNS)].notna().any(axis=1) & (np.arange(60) != 3)).to_numpy()
+    for name, outputs in COLUMNS.items():
+        own = finetune(partly, name, model=pretrained, num_train_epochs=0)
+        found = log_probabilities(joint, cells, outputs)
+        torch.testing.assert_close(found, log_probabilities(own, cells), atol=1e-5, rtol=0)
+        part = joint.out_of_fold[name]
+        assert part.rows.tolist() == np.flatnonzero(partly.obs[name].notna().to_numpy()[kept]).tolist()
+        np.testing.assert_allclose(part.predictions, own.out_of_fold.predictions, atol=1e-5)
+
+
+def test_columns_that_choose_different_numbers_of_components_share_the_better_one(cells, monkeypatch):
+    losses = {2: {5: 0.5, 8: 0.6}, 3: {5: 0.9, 8: 0.7}}  # by the number of classes, and of components
+    asked = []
+
+    class Trials(ReaderTrials):
+        def choose(self, n_components=(5, 8)):
+            own = losses[self.problem.n_outputs]
+            n = min(n_components, key=own.get)
+            asked.append((self.problem.n_outputs, *n_components))
+            return replace(super().choose([n]), loss=own[n])
+
+    monkeypatch.setattr(classifier_start, "N_COMPONENTS", (5, 8))
+    monkeypatch.setattr(classifier_start, "ReaderTrials", Trials)
+    for better in (8, 5):
+        model = finetune(cells, list(COLUMNS), num_train_epochs=0)
+        used = model.gene_bert.cell_embedding.genes.weight.detach().abs().sum(dim=0)
+        assert (used > 0).sum() == 2 * better  # of two views
+        losses[3] = {5: 0.75, 8: 0.7}
+    assert asked[:4] == [(2, 5, 8), (3, 5, 8), (3, 5), (2, 8)]
+
+
+def test_annotate_writes_each_column_as_a_model_of_its_own(cells, started):
+    _, folder, alone = started
+    options = {"reject": 0.3, "top_k": 2, "over": "age"}
+    parents = {"low": "some", "mid": "some"}
+    together = cells.copy()
+    annotate(together, folder, parents=parents, **options)
+    assert list(together.uns["stformer_annotation"]["classes"]) == list(COLUMNS)
+    for name in COLUMNS:
+        own = cells.copy()
+        annotate(own, alone[name], parents=parents if name == "level" else None, **options)
+        columns = [column for column in own.obs if column.startswith("stformer_")]
+        assert {"stformer_label", "stformer_score_2", "stformer_typicality", "stformer_majority"} <= set(columns)
+        renamed = own.obs[columns].rename(columns=lambda of, name=name: of.replace("former_", f"former_{name}_", 1))
+        pd.testing.assert_frame_equal(together.obs[list(renamed)], renamed, atol=1e-4)
+        assert 0 < (own.obs["stformer_label"] == "unknown").sum() < 59
+        found = together.obsm[f"stformer_{name}_probabilities"]
+        np.testing.assert_allclose(found, own.obsm["stformer_probabilities"], atol=1e-5)
+    assert "some" in set(together.obs["stformer_level_label"])
+    with pytest.raises(ValueError, match="None of the model's classes has a parent"):
+        annotate(together, folder, reject=0.3, parents={"x": "y"})
+
+
+def test_training_reads_the_labels_that_are_there(partly, cells, tmp_path):
+    store = CellStore.build(tmp_path / "store", partly, obs=list(COLUMNS), report=False)
+    arguments = TrainingArguments(str(tmp_path / "m"), **{**SHORT, "max_steps": 20, "learning_rate": 1e-3})
+    prepared = prepare_classifier(store, ["level", "cell_type"], arguments, num_train_epochs=2, init="random")
+    other = cells.copy()
+    other.obs["level"] = other.obs["level"].cat.rename_categories({"mid": "huge"})
+    others = CellStore.build(tmp_path / "other", other, obs=list(COLUMNS), report=False)
+    held_out = prepared.known(others)
+    assert set(held_out.obs["level"]) == {"low", "high"}, "without cells of a class that no training cell has"
+    trainer = prepared.trainer(arguments, held_out)
+    labels = trainer.data_collator(prepared.cells.__getitems__(range(len(prepared.cells))))["labels"].numpy()
+    for of_column, (name, classes) in zip(
+        labels.T, {"cell_type": ["B cell", "T cell"], "level": ["high", "low", "mid"]}.items(), strict=True
+    ):
+        found = [classes[label] if label != IGNORE else None for label in of_column]
+        assert found == [None if pd.isna(of) else of for of in prepared.cells.obs[name]]
+    assert labels.dtype == np.int64 and 0 < (labels == IGNORE).sum()
+    before = trainer.evaluate(prepared.cells)["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate(prepared.cells)["eval_loss"] < before
+    predicted = trainer.predict(held_out)
+    assert predicted.predictions.shape == (len(held_out), 5) and predicted.label_ids.shape == (len(held_out), 2)
+
+    without = store.select(store.obs["level"].isna().to_numpy() & store.obs["cell_type"].isna().to_numpy())
+    with pytest.raises(ValueError, match="5 of 5 cells have none of 'cell_type', 'level'"):
+        fit_head_to_labels(trainer.model, trainer.data_collator, without)
+    with pytest.raises(ValueError, match="a class in each of 'cell_type', 'level', but got 'cell_type'"):
+        CellTrainer(
+            model=trainer.model,
+            args=arguments,
+            train_dataset=prepared.cells,
+            data_collator=DataCollatorForCellClassification(prepared.tokenizer, "cell_type"),
+            processing_class=prepared.tokenizer,
+        )
+
+
+def test_a_fold_without_a_column_predicts_the_others(partly, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetuning, "MOST_EPOCHS", 1)
+    store = CellStore.build(tmp_path / "store", partly, obs=list(COLUMNS), report=False)
+    arguments = TrainingArguments(str(tmp_path / "m"), use_cpu=True, report_to="none")
+    prepared = prepare_classifier(store, list(COLUMNS), arguments, num_train_epochs=0)
+    codes = [prepared.cells.obs[name].cat.codes.to_numpy(np.int64) for name in COLUMNS]
+    labels = np.stack([np.where(of < 0, IGNORE, of) for of in codes], axis=1)
+    train = np.flatnonzero(labels[:, 1] == IGNORE)
+    held_out = np.setdiff1d(np.arange(len(labels)), train)
+    outputs = finetuning._outputs_of_epochs(prepared, labels, train, held_out, arguments)
+    assert outputs.shape == (2, len(held_out), 5) and np.isfinite(outputs).all()
+    np.testing.assert_allclose(outputs[0, :, COLUMNS["level"]], np.log(1 / 3), atol=1e-5)
+    assert np.ptp(outputs[0, :, 0]) > 0.1
+
+
+def test_training_is_chosen_by_all_columns_and_calibrated_for_each(partly, monkeypatch):
+    rng, calls = np.random.default_rng(0), []
+
+    def outputs_of_epochs(prepared, labels, train, held_out, arguments):
+        """Return the types of nine of ten cells at logits of 1; at the start one level, then those of nine, at 9."""
+        calls.append((prepared, labels, arguments, list(prepared.model.config.temperature)))
+        outputs = np.zeros((2, len(held_out), 5))
+        for epoch, (i, size) in ((0, (0, 1.0)), (1, (0, 1.0)), (1, (1, 9.0))):
+            right = np.where((rng.random(len(held_out)) < 0.9) & (labels[held_out, i] >= 0), labels[held_out, i], 0)
+            outputs[epoch][:, list(COLUMNS.values())[i]] = size * np.eye(2 + i)[right]
+        return outputs
+
+    def train(self, **_):
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, finetuning._SetTemperature):
+                callback.on_train_end(self.args, self.state, self.control, model=self.model)
+
+    monkeypatch.setattr(finetuning, "FEW_LABELS", 5)
+    monkeypatch.setattr(finetuning, "_outputs_of_epochs", outputs_of_epochs)
+    monkeypatch.setattr(finetuning.CellTrainer, "train", train)
+    model = finetune(partly, list(COLUMNS))
+    (prepared, labels, arguments, before), _ = calls
+    of_type, of_level = np.array(model.config.temperature) / before
+    assert of_type < 0.7 < 1.5 < of_level
+    for name, part in model.out_of_fold.items():
+        assert len(part.rows) == len(part.labels) == len(part.predictions) and (part.labels >= 0).all()
+        assert (part.predictions.argmax(1) == part.labels).mean() > 0.8, name
+        np.testing.assert_allclose(np.exp(part.predictions.astype(float)).sum(1), 1, atol=1e-5)
+    monkeypatch.setattr(finetuning, "FEW_LABELS", 17)  # more than a level has, and fewer than a type
+    epochs, facts, _ = finetuning.choose_epochs(prepared, labels, None, arguments)
+    assert epochs == 0 and "the median class of level has 16 cells, fewer than 17" in facts["fine_tuning"]
+
+
+def test_which_columns_are_classes(cells, tmp_path):
+    cells = cells.copy()
+    obs = cells.obs
+    obs["is_low"], obs["flag"], obs["n"] = obs["level"] == "low", obs["age"] % 2, obs["age"] % 3
+    obs["one"] = pd.Categorical(["B cell"] * 60)
+    settings = {"init": "random", "num_train_epochs": 0}
+    config = finetune(cells, ["is_low", "flag"], **settings).config
+    assert (config.problem_type, config.label_columns) == ("multi_label_classification", None)
+    with pytest.raises(ValueError, match="'cell_type' of the label columns hold categories, and 'flag', 'n' numbers"):
+        finetune(cells, ["cell_type", "flag", "n"], **settings)
+    config = finetune(cells, ["n", "is_low"], problem_type="single_label_classification", **settings).config
+    assert list(config.id2label.values()) == ["is_low: False", "is_low: True", "n: 0", "n: 1", "n: 2"]
+    with pytest.raises(ValueError, match="'one' has only one class among the training cells"):
+        finetune(cells, ["cell_type", "one"], **settings)
+    config = finetune(cells, ["cell_type"], **settings).config
+    assert (config.label_columns, config.id2label) == (None, {0: "B cell", 1: "T cell"})
+
+
+def test_a_checkpoint_of_several_columns_becomes_one_of_one_column_and_back(cells, started, tmp_path):
+    cells, folder = cells.copy(), started[1]
+    assert set(load_out_of_fold(folder)) == set(COLUMNS)
+    for columns, path in (("level", "one"), (["level", "cell_type"], "two")):
+        settings = {"num_train_epochs": 1, "init": "random", "training": SHORT}
+        finetune(cells, columns, model=folder, output=tmp_path / path, **settings)
+        folder = tmp_path / path
+        config = GeneBertConfig.from_pretrained(folder)
+        assert config.label_columns == (None if path == "one" else {"cell_type": 2, "level": 3})
+        assert config.reader_weights is None and config.temperature == 1.0, "those of a new head"
+        annotate(cells, folder, key_added=path)
+    assert {"one_label", "two_level_label", "two_cell_type_label"} <= set(cells.obs)
+    assert load_out_of_fold(folder) is None
+
+
+def test_adapters_of_several_columns(cells, pretrained, tmp_path):
+    pytest.importorskip("peft")
+    pretrained.save_pretrained(tmp_path / "base")
+    pretrained.tokenizer.save_pretrained(tmp_path / "base")
+    settings = {"output": tmp_path / "a", "num_train_epochs": 1, "init": "random", "training": SHORT}
+    trained = finetune(cells, list(COLUMNS), model=tmp_path / "base", lora=2, **settings)
+    by_object, by_name = cells.copy(), cells.copy()
+    annotate(by_object, trained)
+    annotate(by_name, tmp_path / "a")
+    pd.testing.assert_frame_equal(by_object.obs, by_name.obs, atol=1e-5)
+    fields = json.loads((tmp_path / "a" / "model_config.json").read_text())
+    assert fields["label_columns"] == {"cell_type": 2, "level": 3}
