@@ -400,7 +400,7 @@ class DataCollatorForCellClassification(CellCollator):
         self,
         tokenizer: GeneTokenizer,
         label: str | Sequence[str] = "labels",
-        label2id: dict[str, int] | dict[str, dict[str, int]] | None = None,
+        label2id: dict[str, Any] | None = None,
         pad_to_multiple_of: int | None = None,
         seed: int = 0,
         gene_dropout: float = 0.0,
@@ -493,7 +493,7 @@ class DataCollatorForCellClassification(CellCollator):
         if isinstance(self.label, str):
             label2id = self.label2id
         else:
-            label2id = self.label2id[name] if self._of_columns else _zero_or_one(name, names)
+            label2id = (self.label2id or {})[name] if self._of_columns else _zero_or_one(name, names)
         if is_cell_batch(examples) and labels.dtype == object and label2id is not None:
             # By name, for cells of stores whose classes are in other orders.
             labels, names, classes = np.array([label2id.get(of, -1) for of in labels]), list(label2id), True

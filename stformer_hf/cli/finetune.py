@@ -13,6 +13,7 @@ further only if that helps in the cross-validation; OUTPUT/fine_tuning.json reco
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -205,9 +206,9 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         if arguments.process_index == 0:
             for head in heads:
                 print(_what_is_learnt(head.column or ", ".join(labels), head))
-        compute_metrics = compute_regression_metrics if of_numbers else compute_classification_metrics
+        compute_metrics: Callable = compute_regression_metrics if of_numbers else compute_classification_metrics
         if len(heads) > 1:
-            compute_metrics = compute_column_metrics({head.column: head.outputs for head in heads})
+            compute_metrics = compute_column_metrics({str(head.column): head.outputs for head in heads})
         if held_out_cells is not None:
             held_out_cells = prepared.known(held_out_cells)
         trainer = prepared.trainer(
@@ -218,12 +219,13 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
             max_tokens_per_batch=args.max_tokens_per_batch,
             compute_metrics=compute_metrics,
         )
-    baselines = {}
-    for head in [] if held_out_cells is None or of_numbers else heads:  # before training: a pushed card includes them
-        column, prefix = head.column or labels[0], "eval" if head.column is None else f"eval_{head.column}"
-        if held_out_cells.obs[column].notna().any():
-            found = classification_baselines(prepared.cells, held_out_cells, column, seed=arguments.seed)
-            baselines |= {f"{prefix}_{name}": value for name, value in found.items()}
+    baselines: dict[str, float] = {}
+    if held_out_cells is not None and not of_numbers:  # before training, so that a pushed card includes them
+        for head in heads:
+            column, prefix = head.column or labels[0], head.named("eval")
+            if held_out_cells.obs[column].notna().any():
+                found = classification_baselines(prepared.cells, held_out_cells, column, seed=arguments.seed)
+                baselines |= {f"{prefix}_{name}": value for name, value in found.items()}
     card = {"store": store, "base_model": args.model, "metrics": baselines, "settings": prepared.facts}
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)

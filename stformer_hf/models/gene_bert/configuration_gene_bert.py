@@ -224,7 +224,8 @@ class GeneBertConfig(PreTrainedConfig):
         if self.pooling not in (None, "cls", "mean"):
             raise ValueError(f"pooling must be None, 'cls' or 'mean', got {self.pooling!r}.")
         if self.label_columns is not None:
-            self._check_label_columns()
+            self.label_columns = dict(sorted(self.label_columns.items()))  # config.json has sorted keys
+            self._check_label_columns(self.label_columns)
         self._check_readers()
         unknown = set(self.loss_weights or {}) - set(self.token_classes or ["genes"])
         if unknown:
@@ -238,8 +239,7 @@ class GeneBertConfig(PreTrainedConfig):
         if on_init is not None:
             on_init()
 
-    def _check_label_columns(self) -> None:
-        columns = self.label_columns = dict(sorted(self.label_columns.items()))  # config.json has sorted keys
+    def _check_label_columns(self, columns: dict[str, int]) -> None:
         if sum(columns.values()) != self.num_labels or min(columns.values(), default=0) < 2:
             raise ValueError(
                 f"label_columns must have at least two classes each, and {self.num_labels} in all (num_labels), got "
