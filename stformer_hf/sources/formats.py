@@ -111,6 +111,12 @@ def read_layers(path: str | Path) -> list[Layer] | Tables:
         return known.read(place)
 
 
+def is_format(path: str | Path, name: str) -> bool:
+    """Return whether a path, or the address of a folder on a server, has the registered format of this name."""
+    known = find_format(remote_folder(path) or local_path(path))
+    return known is not None and known.name == name
+
+
 def remote_folder(path: str | Path) -> str | None:
     """Return the address of a folder on a server, which may be a store; None for all other paths.
 
@@ -215,4 +221,4 @@ def _walk(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
                 yield from _walk(inside, (*above, path.resolve()))
 
 
-__all__ = ["Found", "expand", "find_layers", "is_source", "local_path", "read_layers", "remote_folder"]
+__all__ = ["Found", "expand", "find_layers", "is_format", "is_source", "local_path", "read_layers", "remote_folder"]

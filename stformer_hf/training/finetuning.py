@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import tempfile
 import time
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
+from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
@@ -30,11 +32,12 @@ from ..batches.draws import sampling_columns
 from ..batches.parts import as_selection
 from ..evaluation.metrics import balanced_class_weights
 from ..genes.wrong_names import must_have
-from ..models.gene_bert.cell_tables import find_table
 from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
 from ..models.gene_bert.heads import IGNORE, fields_of_columns, label_columns_of
 from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..sources.formats import expand, is_format
+from ..sources.open_source import open_source
 from ..store.cell_store import CellStore
 from .adapting import adapt, check_adapts
 from .calibration import OutOfFold
@@ -159,7 +162,7 @@ class _SetTemperature(TrainerCallback):
 
 
 def finetune(
-    cells: CellStore | AnnData,
+    cells: CellStore | AnnData | str | Path | Sequence[AnnData | str | Path],
     label_key: str | Sequence[str],
     *,
     model: str | PreTrainedModel | None = None,
@@ -189,8 +192,9 @@ def finetune(
 
     Parameters
     ----------
-    cells : CellStore (or Subset of one), AnnData, MuData or SpatialData
-        Labelled cells; those without a label or without counts are left out.
+    cells : CellStore (or Subset of one), AnnData, MuData, SpatialData, path, or list of them
+        Labelled cells; those without a label or without counts are left out. A path is that of a store, or of files
+        as in `CellStore.build`, which are first built into a temporary store.
     label_key : str, or list of str
         Column of obs: classes, or numbers with `problem_type="regression"`. A list of columns of categories: the model
         predicts a class in each, and learns the columns in which a cell has a label. A list of columns of 0 and 1 for
@@ -254,16 +258,24 @@ def finetune(
     ValueError
         A column is missing; no cell is labelled; the labels do not fit the problem; the tokenizer does not fit.
     """
+    if isinstance(cells, IterableDataset):
+        raise ValueError("finetune reads the cells several times: pass the files of the stream, or a store of them.")
     cells = as_selection(cells)
+    if isinstance(cells, (str, Path)) and is_format(cells, "CellStore"):
+        cells = CellStore(cells)
     with tempfile.TemporaryDirectory() as folder:
         if not isinstance(cells, CellStore):
             columns = [label_key] if isinstance(label_key, str) else list(label_key)
             columns += [name for name in (split_by, *phenotypes) if name is not None]
-            for name in [*columns, *sampling_columns(sampling)]:
-                must_have(find_table(cells, layer).obs, "obs", name)
+            columns += sampling_columns(sampling)
+            sources = [open_source(source, layer, fractional) for source in expand(cells)]
+            for source, name in itertools.product(sources, columns):
+                must_have(source.obs, "obs", name, f" ({source.name})")
             one = isinstance(label_key, str)
             of_classes = problem_type == "single_label_classification" or (
-                problem_type != "regression" and one and _is_boolean(cells, label_key, layer)
+                problem_type != "regression"
+                and one
+                and all(pd.api.types.is_bool_dtype(source.obs[label_key].dtype) for source in sources)
             )
             cells = CellStore.build(
                 Path(folder) / "store",
@@ -611,10 +623,6 @@ def predict(model: PreTrainedModel, tokenizer: GeneTokenizer, cells: CellStore, 
 
 def _collator(model, tokenizer, label_key, seed: int, **options) -> DataCollatorForCellClassification:
     return DataCollatorForCellClassification(tokenizer, label_key, seed=seed, **options)
-
-
-def _is_boolean(cells: Any, name: str, layer: str | None) -> bool:
-    return pd.api.types.is_bool_dtype(find_table(cells, layer).obs[name].dtype)
 
 
 def _check_option(name: str, value: str, known: Sequence[str]) -> None:

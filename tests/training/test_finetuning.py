@@ -79,6 +79,24 @@ def test_the_start_alone_classifies_unseen_cells(started, unseen):
     assert started.config.reader_weights and not started.training
 
 
+def test_files_and_stores_are_read_by_their_path(labelled, started, unseen, tmp_path):
+    """The cells in two files, and as a store, give the model of the AnnData."""
+    labelled[:100].write_h5ad(tmp_path / "cells_1.h5ad")
+    labelled[100:].write_h5ad(tmp_path / "cells_2.h5ad")
+    CellStore.build(tmp_path / "store", labelled, obs=["type"])
+    for cells in (str(tmp_path / "cells_*.h5ad"), tmp_path / "store"):
+        found = finetune(cells, "type", num_train_epochs=0)
+        sf.annotate(unseen, found, key_added="by_path")
+        sf.annotate(unseen, started)
+        np.testing.assert_allclose(
+            unseen.obsm["by_path_probabilities"], unseen.obsm["stformer_probabilities"], atol=1e-5
+        )
+    with pytest.raises(ValueError, match="no obs\\['kind'\\].*cells_1.h5ad"):
+        finetune(str(tmp_path / "cells_*.h5ad"), "kind")
+    with pytest.raises(ValueError, match="pass the files of the stream"):
+        finetune(sf.IterableAnnDataset(labelled), "type")
+
+
 def test_the_wide_head_is_the_logistic_regression_that_was_fitted(labelled, started):
     """The model's logits, against the log values of the genes times the weights of the wide head, uncentred."""
     tokenizer = started.tokenizer
