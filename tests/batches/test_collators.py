@@ -1,5 +1,7 @@
 """Collators: rates, what may be swapped, and masks that depend on nothing but seed, epoch and cell."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -206,6 +208,7 @@ def test_batches_of_a_worker_come_through_few_slots_of_shared_memory(store, toke
             assert batch.keys() == of.keys()
             assert all(torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(of[name])) for name in of)
             del batch
+    assert copy.copy(of)["input_ids"] is of["input_ids"]  # as pinning memory copies
     worker = loader._iterator._workers[0].pid
     assert 1 <= sum(process == worker for process, _ in worker_slots._received) <= 5  # of 20 batches
 
