@@ -11,18 +11,26 @@ as its memory, page cache included (in a control group; where none can be made, 
 limit), and with a cold cache. Beside the speed stands the quality of the shuffle: the entropy of a label in batches of
 64, where the store is sorted by 20 labels, and the mean distance in the store of cells that follow each other in the
 epoch; both relative to random rows.
+
+"workers": batches of 64 random cells of about 2,000 expressed genes through a DataLoader with 0, 1 and 2 workers: rows
+alone, and tokenized, masked, padded or packed.
+
+"codecs": such cells in Arrow files with and without compression, by rows per record batch, beside our rows, in memory.
+A random cell needs the decompression of its whole record batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,9 +53,11 @@ def run(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tables", nargs="+", choices=("sizes", "memory"), default=["sizes", "memory"])
+    measures = {"sizes": sizes, "memory": memory, "workers": workers, "codecs": codecs}
+    parser.add_argument("--tables", nargs="+", choices=measures, default=list(measures))
     parser.add_argument("--cells", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="of sizes")
     parser.add_argument("--memory_cells", type=int, default=256_000, help="cells of the table larger than memory")
+    parser.add_argument("--loader_cells", type=int, default=100_000, help="cells of the tables workers and codecs")
     parser.add_argument("--turns", type=int, default=3, help="how often each is run")
     parser.add_argument("--folder", help="where the data are kept; a temporary folder by default")
     parser.add_argument("--output", default="benchmark_scale.json", help="JSON file to write")
@@ -65,8 +75,7 @@ def run(arguments: list[str]) -> None:
         about["tables"] = json.loads(output.read_text())["tables"]
     try:
         for table in args.tables:
-            measure = {"sizes": lambda: sizes(folder, args.cells, args.turns), "memory": lambda: memory(folder, args)}
-            about["tables"][table] = measure[table]()
+            about["tables"][table] = measures[table](folder, args)
             output.write_text(json.dumps(about, indent=1))
     finally:
         if args.folder is None:
@@ -77,10 +86,11 @@ def run(arguments: list[str]) -> None:
 # ---------------------------------------------------------------------- sizes
 
 
-def sizes(folder: Path, numbers: list[int], turns: int) -> dict:
+def sizes(folder: Path, args: argparse.Namespace) -> dict:
     """Measure the cost per cell at each size."""
     found: dict[str, dict] = {}
-    for n_cells in numbers:
+    turns = args.turns
+    for n_cells in args.cells:
         here = folder / f"sizes-{n_cells}"
         here.mkdir(exist_ok=True)
         _small_cells(here.parent / f"file-{min(n_cells, FILE)}.h5ad", min(n_cells, FILE))
@@ -166,10 +176,10 @@ def order_part(folder: Path, n_cells: int) -> float:
 
 def random_part(folder: Path, n_cells: int, block_size: int = 1) -> float:
     """Read random batches from memory, or as much of the store as stays there."""
-    from stformer_hf import CellStore, collate_cells
+    from stformer_hf import BlockShuffleSampler, CellStore, collate_cells
 
     store = CellStore(folder / "store")
-    rows = store.block_shuffle(block_size)[:READ]
+    rows = list(itertools.islice(BlockShuffleSampler(store, block_size), READ))
     batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
     for batch in batches:  # into memory
         store.__getitems__(batch)
@@ -186,15 +196,185 @@ def blocks_part(folder: Path, n_cells: int) -> float:
 
 def tokens_part(folder: Path, n_cells: int) -> float:
     """Tokenize cells from all over the store."""
-    from stformer_hf import CellStore, GeneTokenizer
+    from stformer_hf import BlockShuffleSampler, CellStore, GeneTokenizer
 
     store = CellStore(folder / "store")
     tokenizer = GeneTokenizer(genes=store.gene_ids, scheme="binned", bin_edges=[0.5, 1.5, 3.5], max_length=512)
-    rows = store.block_shuffle(16)[:READ]
+    rows = list(itertools.islice(BlockShuffleSampler(store), READ))
     with clock():
         for start in range(0, len(rows), 256):
             tokenizer(store.__getitems__(rows[start : start + 256]))
     return len(rows)
+
+
+# ---------------------------------------------------------------------- workers
+
+
+BATCHES = {
+    "rows (collate_cells)": "rows",
+    "tokenized, masked and padded": "padded",
+    "tokenized, masked and packed": "packed",
+}
+WORKERS = (0, 1, 2)
+
+
+def workers(folder: Path, args: argparse.Namespace) -> dict:
+    """Measure the same batches with 0, 1 and 2 workers."""
+    folder = _loader_folder(folder, args.loader_cells)
+    contenders = {
+        (label, n): ("benchmarks.scale:load", {"kind": kind, "n_workers": n})
+        for label, kind in BATCHES.items()
+        for n in WORKERS
+    }
+    results = take_turns(contenders, folder, args.turns)
+    found: dict[str, dict] = {label: {} for label in BATCHES}
+    for (label, n), result in results.items():
+        found[label][str(n)] = {
+            "cells_per_second": result["cells_per_second"],
+            "cells_per_second_of_runs": [run["cells"] / run["seconds"] for run in result["runs"]],
+            "peak_mb": result["peak_mb"],
+        }
+    print(f"\ncells/s of a DataLoader in batches of {BATCH}, medians of {args.turns} turns")
+    print(f"{'':<40}" + "".join(f"{n:>10} workers" for n in WORKERS))
+    for label, row in found.items():
+        print(f"{label:<40}" + "".join(f"{row[str(n)]['cells_per_second']:>18,.0f}" for n in WORKERS))
+    return {"cells": args.loader_cells, "rows": found}
+
+
+def _loader_folder(folder: Path, n_cells: int) -> Path:
+    folder = folder / f"loader-{n_cells}"
+    folder.mkdir(exist_ok=True)
+    _make_cells(folder / "cells.h5ad", n_cells)
+    _stores(folder, ["store", "compact"])
+    return folder
+
+
+def load(folder: Path, kind: str, n_workers: int) -> float:
+    """Read batches through a DataLoader, once to start the workers and warm up, and once timed."""
+    from torch.utils.data import DataLoader
+
+    from stformer_hf import CellStore, DataCollatorForPhenotypicMLM, GeneTokenizer, collate_cells
+
+    store = CellStore(folder / "store")
+    collate = collate_cells
+    if kind != "rows":
+        tokenizer = GeneTokenizer(genes=store.gene_ids, scheme="binned", bin_edges=[0.5, 1.5, 3.5], max_length=2048)
+        collate = DataCollatorForPhenotypicMLM(tokenizer, packing=kind == "packed")
+    loader = DataLoader(
+        store,
+        BATCH,
+        sampler=store.block_shuffle(1)[: 5 * READ if kind == "rows" else READ].tolist(),
+        collate_fn=collate,
+        num_workers=n_workers,
+        persistent_workers=n_workers > 0,
+    )
+    for _ in loader:
+        pass
+    with clock():
+        for _ in loader:
+            pass
+    return len(loader.sampler)
+
+
+# ---------------------------------------------------------------------- codecs
+
+
+def codecs(folder: Path, args: argparse.Namespace) -> dict:
+    """Measure bytes and reading of cells in Arrow files, by codec and rows per record batch."""
+    folder = _loader_folder(folder, args.loader_cells)
+    ways: dict[str, dict] = {
+        "CellStore": {"store": "store"},
+        "CellStore, compact=True": {"store": "compact"},
+    }
+    for codec in (None, "lz4", "zstd"):
+        for n_rows in (1000, 100, 10):
+            ways[f"Arrow, {codec or 'no codec'}, {n_rows:,} cells per record batch"] = {
+                "codec": codec,
+                "n_rows": n_rows,
+            }
+    sizes_of = {label: _write_codec(folder, **way) for label, way in ways.items()}
+    contenders = {
+        (label, order): ("benchmarks.scale:read_codec", {**way, "order": order})
+        for label, way in ways.items()
+        for order in ("random", "in order")
+    }
+    results = take_turns(contenders, folder, args.turns)
+    found: dict[str, dict] = {label: {"bytes_per_cell": size} for label, size in sizes_of.items()}
+    for (label, order), result in results.items():
+        found[label][order] = {
+            "cells_per_second": result["cells_per_second"],
+            "cells_per_second_of_runs": [run["cells"] / run["seconds"] for run in result["runs"]],
+        }
+    print(f"\n{'':<50}{'bytes/cell':>12}{'random cells/s':>16}{'in order':>12}")
+    for label, row in found.items():
+        speeds = [row[order]["cells_per_second"] for order in ("random", "in order")]
+        print(f"{label:<50}{row['bytes_per_cell']:>12,.0f}{speeds[0]:>16,.0f}{speeds[1]:>12,.0f}")
+    return {"cells": READ, "rows": found}
+
+
+def _codec_file(folder: Path, codec: str | None, n_rows: int) -> Path:
+    return folder / f"{codec or 'none'}-{n_rows}.arrow"
+
+
+def _write_codec(folder: Path, store: str = "store", codec: str | None = None, n_rows: int = 0) -> float:
+    """Write the first cells of a store to an Arrow file, if it is not one of ours; return the bytes per cell."""
+    import pyarrow as pa
+
+    from stformer_hf import CellStore
+
+    cells = CellStore(folder / store)
+    if not n_rows:
+        return sum(file.stat().st_size for file in (folder / store).glob("*.arrow")) / len(cells)
+    path = _codec_file(folder, codec, n_rows)
+    dataset = cells.dataset.select_columns(["genes", "counts"]).with_format("arrow")
+    schema = dataset.features.arrow_schema.remove_metadata()
+    options = pa.ipc.IpcWriteOptions(compression=codec)
+    with pa.ipc.new_file(str(path), schema, options=options) as writer:
+        for start in range(0, READ, n_rows):
+            writer.write_table(dataset[start : start + n_rows].replace_schema_metadata().combine_chunks())
+    return path.stat().st_size / READ
+
+
+def read_codec(folder: Path, order: str, store: str | None = None, codec: str | None = None, n_rows: int = 0) -> float:
+    """Read genes and counts of cells, in batches of random cells or in order, from memory."""
+    rows = np.arange(READ) if order == "in order" else np.random.default_rng(0).permutation(READ)
+    read = _read_store(folder / store) if store else _read_arrow(_codec_file(folder, codec, n_rows), n_rows)
+    for batch in itertools.islice(_batches(rows), 10):  # starts what is started once
+        read(batch)
+    with clock():
+        return sum(read(batch) for batch in _in_time(_batches(rows)))
+
+
+def _read_store(path: Path) -> Callable[[np.ndarray], int]:
+    from stformer_hf import CellStore
+
+    store = CellStore(path)
+    return lambda rows: len(store.__getitems__(rows))
+
+
+def _read_arrow(path: Path, n_rows: int) -> Callable[[np.ndarray], int]:
+    """Read rows; a record batch is decompressed once for all cells of a batch, and the last one is kept."""
+    import pyarrow as pa
+
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+
+    @lru_cache(1)
+    def columns(number: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        batch = reader.get_batch(number)
+        lists = [batch.column(name) for name in ("genes", "counts")]
+        return [(of.offsets.to_numpy(), of.values.to_numpy()) for of in lists]
+
+    def read(rows: np.ndarray) -> int:
+        found: list[list[np.ndarray]] = [[], []]
+        numbers, within = np.divmod(rows, n_rows)
+        for i in np.argsort(numbers, kind="stable"):
+            for (offsets, values), column in zip(columns(int(numbers[i])), found, strict=True):
+                column.append(values[offsets[within[i]] : offsets[within[i] + 1]])
+        for column in found:
+            np.concatenate(column)
+        return len(rows)
+
+    return read
 
 
 # ---------------------------------------------------------------------- larger than memory
@@ -251,12 +431,13 @@ def memory(folder: Path, args: argparse.Namespace) -> dict:
     return {"cells": args.memory_cells, "limit_mb": limit / 1e6, "limited": limited, "mb": sizes_mb, "rows": found}
 
 
-def _stores(folder: Path) -> None:
+def _stores(folder: Path, names: Sequence[str] = ("store", "compact", "shuffled")) -> None:
     from stformer_hf import CellStore
 
-    for name, settings in (("store", {}), ("compact", {"compact": True}), ("shuffled", {"shuffle": True})):
+    settings = {"store": {}, "compact": {"compact": True}, "shuffled": {"shuffle": True}}
+    for name in names:
         if not (folder / name).exists():
-            CellStore.build(folder / name, folder / "cells.h5ad", report=False, **settings)
+            CellStore.build(folder / name, folder / "cells.h5ad", report=False, **settings[name])
 
 
 def read_cold(folder: Path, reader: str, limit: int, store: str = "store", block_size: int = 1) -> float:

@@ -170,6 +170,26 @@ def scale_memory(results: dict) -> str:
     return "\n".join(lines)
 
 
+def scale_workers(results: dict) -> str:
+    """Return the speed of a DataLoader by its number of workers."""
+    rows = results["tables"]["workers"]["rows"]
+    numbers = list(next(iter(rows.values())))
+    lines = [f"| cells/s | {' | '.join(f'{n} workers' for n in numbers)} |", "|---" * (len(numbers) + 1) + "|"]
+    for batches, row in rows.items():
+        speeds = " | ".join(f"{row[n]['cells_per_second']:,.0f}" for n in numbers)
+        lines.append(f"| {batches} | {speeds} |")
+    return "\n".join(lines)
+
+
+def scale_codecs(results: dict) -> str:
+    """Return the bytes per cell and the speed of reading, by codec and cells per record batch."""
+    lines = ["| cells in | bytes per cell | random, cells/s | in order, cells/s |", "|---|---|---|---|"]
+    for way, row in results["tables"]["codecs"]["rows"].items():
+        speeds = " | ".join(f"{row[order]['cells_per_second']:,.0f}" for order in ("random", "in order"))
+        lines.append(f"| {way} | {row['bytes_per_cell']:,.0f} | {speeds} |")
+    return "\n".join(lines)
+
+
 def perturb_speed(results: dict) -> str:
     """Return the table of edited cells per second, and of memory."""
     rows = results["speed"]["rows"]
@@ -218,6 +238,8 @@ def perturb_interferon(results: dict) -> str:
 TABLES = {
     "scale_2026-11-28": scale_sizes,
     "scale_2026-11-28 memory": scale_memory,
+    "scale_2026-11-28 workers": scale_workers,
+    "scale_2026-11-28 codecs": scale_codecs,
     "quality_2026-11-28": quality_all_labels,
     "quality_2026-11-28 few": quality_few_labels,
     "quality_2026-11-28 embeddings": quality_embeddings,

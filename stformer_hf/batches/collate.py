@@ -15,6 +15,7 @@ import torch
 from ..models.gene_bert.cell_counts import CountRows, hide, is_cell_batch, pad_ragged
 from ..models.gene_bert.randomness import happens, uniforms
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
+from ..store.worker_slots import CollatedBatch
 from .fixed_size import IGNORE, FixedSize, to_fixed_size
 
 _MASK_PHENOTYPE, _DROP_PHENOTYPE, _DROP_GENE = 4, 5, 6  # streams of `uniforms`; collators.py has 0 to 3, and 7 on
@@ -146,7 +147,7 @@ class CellCollator(ABC):
         tokens: TokenizedCells,
         labels: tuple[np.ndarray, np.ndarray] | None = None,
         left_out: np.ndarray | None = None,
-    ) -> dict[str, torch.Tensor | int]:
+    ) -> CollatedBatch:
         """Make a padded or a packed batch from tokens; see `pad` and `pack`."""
         batch: dict[str, Any]
         if self.packing:
@@ -159,7 +160,9 @@ class CellCollator(ABC):
                 f"A batch of {len(tokens.indptr) - 1} cells has {n_tokens} tokens, more than "
                 f"max_tokens={self.max_tokens}: use fewer cells per batch, or truncate them (tokenizer.max_length)."
             )
-        return batch if self.pad_packed_to is None else to_fixed_size(batch, self._fixed_size(*self.pad_packed_to))
+        if self.pad_packed_to is not None:
+            batch = to_fixed_size(batch, self._fixed_size(*self.pad_packed_to))
+        return CollatedBatch(batch)
 
     def _fixed_size(self, n_tokens: int, n_cells: int) -> FixedSize:
         """Return the size of a full batch, with the labels that masking is expected to make."""

@@ -14,6 +14,7 @@ from ..models.gene_bert.cell_counts import is_cell_batch
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
 from ..sources.obs_columns import ClassCode
 from ..store.cell_batch import CellBatch, as_cell_batch
+from ..store.worker_slots import CollatedBatch
 from .collate import CellCollator, check_probability, labels_a_cell, pack, pad, read_tokens
 from .fixed_size import IGNORE, fill_labels
 from .gene_swaps import unexpressed_genes
@@ -84,7 +85,7 @@ def collate_fn_wrapper(
             batch = pad(tokens, tokenizer, pad_to_multiple_of, of_tokens)
         if labels is not None and of_tokens is None:
             batch["labels"] = torch.from_numpy(np.stack(labels))
-        return batch
+        return CollatedBatch(batch)
 
     collate.tokenizer = tokenizer  # type: ignore[attr-defined]  # read by checks against the model's tokenizer
     return collate

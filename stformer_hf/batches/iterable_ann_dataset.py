@@ -183,9 +183,8 @@ class IterableAnnDataset(IterableDataset):
         self._phenotype_values: dict[str, list[str]] = {}
         self._obs_names: pa.Array | None = None
         if tokenizer is None:  # as Arrow strings, which are small and fast to send to a worker
-            self._obs_names = pa.concat_arrays(
-                [pa.array(source.obs.index.astype(str), pa.large_string()) for source in sources]
-            )
+            names = [as_arrow(source.obs_names, pa.large_string(), source.shape[0]) for source in sources]
+            self._obs_names = pa.concat_arrays(names)
         else:
             self._phenotypes, self._phenotype_values = _read_obs(
                 sources, tokenizer.included_phenotypes, tokenizer.phenotypes

@@ -7,6 +7,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -218,7 +219,8 @@ class EvenBatchSampler(Sampler[list[int]]):
     """Batches of the rows of a sampler: equally many for each rank, and every row once.
 
     accelerate's own division fills the last batches with rows from the beginning of the epoch, which are then seen
-    twice. Here the last batches are split instead.
+    twice. Here the last batches are split instead. At most three steps of rows are in memory; what the sampler itself
+    needs comes on top: nothing per row for a `BlockShuffleSampler`, 8 bytes for a permutation.
 
     Parameters
     ----------
@@ -267,15 +269,19 @@ class EvenBatchSampler(Sampler[list[int]]):
         return n_steps * (self.world_size if self.rank is None else 1)
 
     def __iter__(self) -> Iterator[list[int]]:
-        rows = np.fromiter(self.sampler, np.int64)
-        n_whole = len(rows) // self._n_rows
-        cuts = np.arange(n_whole + 1) * self._n_rows
+        drawn, in_step = iter(self.sampler), self._n_rows * self.world_size
+        cuts = np.arange(self.world_size + 1) * self._n_rows
+        rows = np.fromiter(islice(drawn, 2 * in_step), np.int64)
+        first = rows[: self.world_size]
+        while len(step := np.fromiter(islice(drawn, in_step), np.int64)):
+            yield from batches_of_rank(rows[:in_step], cuts, self.rank, self.world_size)
+            rows = np.concatenate([rows[in_step:], step])
+        # Only the last rows, of at least one whole step if there is one, must be known to divide the last batches.
         if self._drop_last:
-            cuts = cuts[: n_whole // self.world_size * self.world_size + 1]
+            cuts = np.arange(len(rows) // in_step * self.world_size + 1) * self._n_rows
         else:
-            if cuts[-1] < len(rows):
-                cuts = np.append(cuts, len(rows))
-            rows, cuts = even_out(rows, cuts, self.world_size)
+            cuts = np.minimum(np.arange(-(-len(rows) // self._n_rows) + 1) * self._n_rows, len(rows))
+            rows, cuts = even_out(rows, cuts, self.world_size, first=first)
         yield from batches_of_rank(rows, cuts, self.rank, self.world_size)
 
     def set_epoch(self, epoch: int) -> None:
@@ -376,7 +382,9 @@ def check_settings(settings: Mapping[str, Any], state: Mapping[str, Any], of_wha
         raise ValueError(f"The state belongs to another {of_what}: {found}.")
 
 
-def even_out(rows: np.ndarray, cuts: np.ndarray, world_size: int, n_before: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def even_out(
+    rows: np.ndarray, cuts: np.ndarray, world_size: int, n_before: int = 0, *, first: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Make the number of batches a multiple of the number of ranks, by splitting the last ones.
 
     Parameters
@@ -389,6 +397,8 @@ def even_out(rows: np.ndarray, cuts: np.ndarray, world_size: int, n_before: int 
         Number of ranks.
     n_before : int, default: 0
         Number of earlier batches, which count but can no longer be split.
+    first : int array, optional
+        Rows to repeat if there are too few, by default the first of `rows`.
 
     Returns
     -------
@@ -401,11 +411,11 @@ def even_out(rows: np.ndarray, cuts: np.ndarray, world_size: int, n_before: int 
     if n_repeats > 0:
         _tell_repeats(n_repeats, world_size)
         cuts = np.concatenate([cuts, len(rows) + 1 + np.arange(n_repeats)])
-        rows = np.concatenate([rows, np.resize(rows, n_repeats)])
-    first = max(wanted - world_size, 0)  # first batch of the last step
-    while first > 0 and cuts[-1] - cuts[first] < wanted - first:  # too few rows to split
-        first = max(first - world_size, 0)
-    return rows, split(cuts, wanted, first)
+        rows = np.concatenate([rows, np.resize(rows if first is None else first, n_repeats)])
+    begin = max(wanted - world_size, 0)  # first batch of the last step
+    while begin > 0 and cuts[-1] - cuts[begin] < wanted - begin:  # too few rows to split
+        begin = max(begin - world_size, 0)
+    return rows, split(cuts, wanted, begin)
 
 
 def split(cuts: np.ndarray, n_batches: int, first: int = 0) -> np.ndarray:

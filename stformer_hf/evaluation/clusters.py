@@ -6,12 +6,14 @@ import random
 
 import numpy as np
 from scipy import sparse
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
+from sklearn import config_context
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_samples
 from sklearn.neighbors import NearestNeighbors
 
 RESOLUTIONS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.4, 2.0)  # the grid of all rows
 _N_NEIGHBORS = 15  # including the cell itself, as scanpy counts
 _STEPS = 64  # of the bisection
+_DISTANCES_MB = 64
 
 
 def neighbor_graph(embedding: np.ndarray) -> sparse.csr_array:
@@ -118,7 +120,13 @@ def cluster_scores(embedding: np.ndarray, labels: np.ndarray, seed: int) -> dict
 
 def silhouette(embedding: np.ndarray, labels: np.ndarray) -> float:
     """Compute the mean silhouette of the classes with Euclidean distances, -1 to 1 (not rescaled)."""
-    return float(silhouette_score(embedding, labels))
+    return float(silhouettes(embedding, labels).mean())
 
 
-__all__ = ["RESOLUTIONS", "cluster_scores", "leiden", "neighbor_graph", "silhouette"]
+def silhouettes(embedding: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Compute the silhouette of each cell, float array (n_cells,), with 64 MB of distances in memory at a time."""
+    with config_context(working_memory=_DISTANCES_MB):  # by default a gigabyte
+        return silhouette_samples(embedding, labels)
+
+
+__all__ = ["RESOLUTIONS", "cluster_scores", "leiden", "neighbor_graph", "silhouette", "silhouettes"]

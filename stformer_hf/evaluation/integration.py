@@ -7,8 +7,9 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
-from sklearn.metrics import silhouette_samples
 from sklearn.neighbors import NearestNeighbors
+
+from .clusters import silhouettes
 
 _N_CONNECTED, _N_KBET, _N_LISI = 15, 50, 90  # neighbours including the cell itself, as in scib-metrics
 _STEPS = 60  # of the bisection
@@ -79,7 +80,7 @@ def batch_silhouette(embedding: np.ndarray, labels: np.ndarray, batches: np.ndar
         here = labels == name
         n_batches = len(np.unique(batches[here]))
         if 1 < n_batches < here.sum():
-            scores.append(np.mean(1 - np.abs(silhouette_samples(embedding[here], batches[here]))))
+            scores.append(np.mean(1 - np.abs(silhouettes(embedding[here], batches[here]))))
     return float(np.mean(scores)) if scores else float("nan")
 
 

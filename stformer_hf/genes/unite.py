@@ -75,6 +75,16 @@ def unite(
     """
     if unify not in (None, "symbol"):
         raise ValueError(f"unify={unify!r}: must be 'symbol' or None.")
+    # Sources that share a table share its arrays.
+    first = {id(table): i for i, table in reversed(list(enumerate(tables)))}
+    which = list(first.values())
+    if len(which) < len(tables):
+        which.sort()
+        found = unite(
+            [tables[i] for i in which], [names[i] for i in which], aliases=aliases, unify=unify, species=species
+        )
+        place = [which.index(first[id(table)]) for table in tables]
+        return UnitedGenes(found.genes, [found.rows[i] for i in place], [found.fates[i] for i in place])
     renamed = read_aliases(aliases)
     warn_of_few_matches(renamed, (gene for table in tables for gene in table.gene_ids))
     ids = [_rename(table.gene_ids, renamed) for table in tables]

@@ -30,16 +30,16 @@ class ObsColumns:
 
     Attributes
     ----------
-    values : list of dict of str to array (n_cells,) or None
-        Values per source, in any type that Arrow can cast to the column's; codes for categorical columns, NaN where
-        missing. None if the source lacks the column.
+    values : list of dict of str to Arrow array (n_cells,) or None
+        Values per source, in any type that Arrow can cast to the column's; codes for categorical columns. None if the
+        source lacks the column.
     categories : dict of str to list of str
         Categories of the categorical columns, in the order of their codes.
     types : dict of str to str
         Arrow type of every column, in the order of the columns.
     """
 
-    values: list[dict[str, np.ndarray | None]]
+    values: list[dict[str, pa.Array | pa.ChunkedArray | None]]
     categories: dict[str, list[str]]
     types: dict[str, str]
 
@@ -89,16 +89,15 @@ def unite_obs(
         names = [name for name in names if name not in own]
         if dropped:
             logger.warning(f"obs column {', '.join(dropped)} is left out: the store uses this name.")
-    names = [] if names is None else [names] if isinstance(names, str) else list(names)
-    classes = [classes] if isinstance(classes, str) else list(classes)
-    names = list(dict.fromkeys([*names, *classes]))
+    classes = as_names(classes)
+    names = list(dict.fromkeys([*as_names(names), *classes]))
     clash = set(names) & set(own)
     if clash:
         raise ValueError(f"obs column {', '.join(sorted(clash))}: the store uses this name; rename the column.")
     united = ObsColumns([{} for _ in sources], {}, {})
     for name in names:
         try:
-            series = [_column(source, name, everything) for source in sources]
+            series = [None if everything and name not in source.obs else source.obs_column(name) for source in sources]
             if name in types or any(_has_values(values) for values in series):
                 series = [values if _has_values(values) else None for values in series]
             if name in classes:
@@ -114,14 +113,9 @@ def unite_obs(
     return united
 
 
-def _column(source: Source, name: str, may_lack: bool) -> pd.Series | None:
-    if name in source.obs:
-        if isinstance(source.obs[name], pd.DataFrame):
-            raise ValueError(f"{source.name} has two obs columns {name!r}.")
-        return source.obs[name]
-    if may_lack:
-        return None
-    raise ValueError(f"{source.name} has no obs column {name!r}; it has {', '.join(map(str, source.obs.columns))}.")
+def as_names(names: Sequence[str] | str | None) -> list[str]:
+    """Return names as a list; a single one may come alone."""
+    return [] if names is None else [names] if isinstance(names, str) else list(names)
 
 
 def _has_values(values: pd.Series | None) -> bool:
@@ -162,9 +156,13 @@ def _add_labels(united: ObsColumns, name: str, series: Sequence[pd.Series | None
     united.categories[name] = list(dict.fromkeys([*known, *named]))
     united.types[name] = "int64"
     index = pd.Index(united.categories[name], dtype=object)
+    kind = np.min_scalar_type(len(index))
     for column, label in zip(united.values, labels, strict=True):
-        codes = None if label is None else index.get_indexer(label.astype(object))
-        column[name] = None if codes is None else np.where(codes < 0, np.nan, codes)  # a missing label is null
+        if label is None:
+            column[name] = None
+        else:
+            codes = np.append(index.get_indexer(label.cat.categories), -1)[label.cat.codes.to_numpy()]
+            column[name] = pa.array(codes.clip(0).astype(kind), mask=codes < 0)
 
 
 def _printed(labels: pd.Index) -> list[str]:
@@ -181,10 +179,9 @@ def _add_values(united: ObsColumns, name: str, series: Sequence[pd.Series | None
         there = [pa.array(array, from_pandas=True) for array in arrays if array is not None]
     except (pa.ArrowException, OverflowError) as error:
         raise ValueError(f"obs column {name!r} holds values that cannot be stored: {error}.") from error
-    if not there:  # all missing: keep the type of the store to append to
-        there = [pa.nulls(0, pa.type_for_alias(wanted))]
+    types = [array.type for array in there] or [pa.type_for_alias(wanted)]  # of the store to append to
     try:
-        common = _common_type([array.type for array in there])
+        common = _common_type(types)
     except pa.ArrowException as error:
         found = ", ".join(sorted({str(values.dtype) for values in series if values is not None}))
         raise ValueError(
@@ -201,8 +198,9 @@ def _add_values(united: ObsColumns, name: str, series: Sequence[pd.Series | None
         )
     if str(kind) not in _STORED:
         raise ValueError(f"obs column {name!r} has type {kind}, which cannot be stored. Convert it.")
+    stored = iter(there)
     for column, array in zip(united.values, arrays, strict=True):
-        column[name] = array
+        column[name] = None if array is None else next(stored)
     united.types[name] = str(kind)
 
 
@@ -238,9 +236,15 @@ def _fits(array: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> bool:
         return False
 
 
-def as_arrow(values: np.ndarray | None, kind: pa.DataType, n_cells: int) -> pa.Array:
-    """Return an obs column of one source, of `ObsColumns.values`, as Arrow stores it."""
-    return pa.nulls(n_cells, kind) if values is None else pa.array(values, kind, from_pandas=True)
+def as_arrow(values: pa.Array | pa.ChunkedArray | None, kind: pa.DataType, n_cells: int) -> pa.Array:
+    """Return a copy of an obs column of one source, or of a part of it, of `ObsColumns.values`, as Arrow stores it.
+
+    A slice would be written with padding from what follows it, so files would depend on the place of their cells.
+    """
+    if values is None or not n_cells:
+        return pa.nulls(n_cells, kind)
+    values = values.cast(kind)
+    return pa.concat_arrays(values.chunks if isinstance(values, pa.ChunkedArray) else [values])
 
 
 def as_array(column: pa.ChunkedArray) -> np.ndarray:
@@ -284,4 +288,4 @@ class ClassCode(int):
         return self.names[self] if self >= 0 else None
 
 
-__all__ = ["OWN_COLUMNS", "ClassCode", "ObsColumns", "as_array", "as_arrow", "as_objects", "unite_obs"]
+__all__ = ["OWN_COLUMNS", "ClassCode", "ObsColumns", "as_array", "as_arrow", "as_names", "as_objects", "unite_obs"]

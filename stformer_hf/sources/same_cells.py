@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 from xxhash import xxh3_128_digest
@@ -25,6 +26,7 @@ _BASES = re.compile("[ACGT]{12,}")
 _NUCLEOTIDES = re.compile(r"[ACGTN]{8,}")
 _SUFFIX = re.compile(r"(-\d+)+$")  # suffix that anndata appends to repeated names
 _ROWS_AT_A_TIME = 4096
+_NAMES_AT_A_TIME = 1 << 16
 _REMEDY = "or pass allow_duplicates=True."
 
 
@@ -94,7 +96,7 @@ class SameCells:
 
     Parameters
     ----------
-    names : sequence of object arrays (n_cells,)
+    names : sequence of Arrow string arrays (n_cells,)
         Names of the cells of each source.
 
     Attributes
@@ -103,7 +105,7 @@ class SameCells:
         The barcodes of at least 90 % of the cells of the first source are in the second.
     """
 
-    def __init__(self, names: Sequence[np.ndarray]):
+    def __init__(self, names: Sequence[pa.Array | pa.ChunkedArray]):
         self._barcodes = [_hash_barcodes(of) for of in names] if len(names) > 1 else []
         shared = _count_shared(self._barcodes).tocoo()
         self.pairs = [
@@ -170,20 +172,31 @@ class SameCells:
         return len(shared) / len(first) if correlation > _CORRELATION else None
 
 
-def _hash_barcodes(names: np.ndarray) -> np.ndarray:
+def _hash_barcodes(names: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """Hash the barcodes of cells, uint64 array (n,): the first long run of bases in a name, or the whole name."""
-    found = [(match := _BASES.search(name)) and match[0] or name for name in names]
-    return pd.util.hash_array(np.array(found, object), categorize=False)
+    hashes = np.empty(len(names), np.uint64)
+    for start in range(0, len(names), _NAMES_AT_A_TIME):
+        some = names[start : start + _NAMES_AT_A_TIME].to_pylist()
+        found = [(match := _BASES.search(name)) and match[0] or name for name in some]
+        hashes[start : start + len(found)] = pd.util.hash_array(np.array(found, object), categorize=False)
+    return hashes
 
 
 def _count_shared(keys: Sequence[np.ndarray]) -> sparse.csr_array:
-    """Count the cells of each source whose key is in another, (n_sources, n_sources)."""
+    """Count the cells of each source whose key is in another, (n_sources, n_sources); the diagonal has no meaning."""
     n = len(keys)
     if n < 2:
         return sparse.csr_array((n, n), dtype=np.int64)
-    kinds, column = np.unique(np.concatenate(keys), return_inverse=True)
-    row = np.repeat(np.arange(n), [len(of) for of in keys])
-    cells = sparse.coo_array((np.ones(len(row), np.int64), (row, column)), shape=(n, len(kinds))).tocsr()
+    of_sources = np.concatenate([np.unique(of) for of in keys])
+    of_sources.sort()
+    shared = np.unique(of_sources[1:][of_sources[1:] == of_sources[:-1]])  # often few, so only these are counted
+    rows, columns = [], []
+    for source, of in enumerate(keys):
+        of = of[np.isin(of, shared)]
+        columns.append(shared.searchsorted(of).astype(np.int32))
+        rows.append(np.full(len(of), source, np.int32))
+    places = np.concatenate(rows), np.concatenate(columns)
+    cells = sparse.coo_array((np.ones(len(places[0]), np.int64), places), shape=(n, len(shared))).tocsr()
     cells.sum_duplicates()
     there = sparse.csr_array((np.ones_like(cells.data), cells.indices, cells.indptr), shape=cells.shape)
     return cells @ there.T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -36,6 +37,14 @@ class StoredCells(Protocol):
     @property
     def obs_names(self) -> np.ndarray:
         """Names of the cells, object array (n_cells,)."""
+
+    @property
+    def cell_ids(self) -> np.ndarray:
+        """Row number of each cell in the whole store, int64 array (n_cells,)."""
+
+    @property
+    def is_selection(self) -> bool:
+        """Whether it holds a selection of the cells of the store at its path."""
 
     @property
     def is_compact(self) -> bool:
@@ -81,9 +90,17 @@ class StoreMatrix(Matrix):
 
     @property
     def key(self) -> dict[str, Any]:
-        """Path and checksums of the store, by which an interrupted build recognises it."""
+        """Path and checksums of the store, and of the selection, by which an interrupted build recognises it."""
         shards = self._store.manifest["shards"]
-        return {"path": str(self._store.path), "checksums": [shard["checksum"] for shard in shards]}
+        key = {"path": str(self._store.path), "checksums": [shard["checksum"] for shard in shards]}
+        if self._store.is_selection:
+            key["cells"] = hashlib.sha256(self._store.cell_ids.astype("<i8").tobytes()).hexdigest()
+        return key
+
+    @property
+    def obs_names(self) -> pa.ChunkedArray:
+        """Names of the cells as Arrow strings (n_cells,), mapped from the store's files."""
+        return self._store.obs_table(["obs_name"])["obs_name"]
 
     def rows(self, start: int, stop: int) -> sparse.csr_matrix:
         """Read a range of rows."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..store.worker_slots import CollatedBatch
 from .center_mask_sampler import NeighborhoodBatch, NeighborhoodMetadata
 
 
@@ -58,9 +59,8 @@ def collate_neighborhoods(
         batch["cu_seq_lens"] = torch.from_numpy(cuts)
         batch["segment_ids"] = torch.from_numpy(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths))
         batch["max_length"] = int(lengths.max())
-    else:
-        batch.update(_masks(lengths))
-    return {**batch, "bs": len(lengths)}
+        return CollatedBatch({**batch, "bs": len(lengths)})
+    return {**batch, **_masks(lengths), "bs": len(lengths)}  # masks are views of one, which a slot would copy
 
 
 collate = collate_neighborhoods

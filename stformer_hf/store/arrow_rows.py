@@ -142,6 +142,15 @@ class ArrowRows:
         chunks = self.chunks(name)
         return as_array(pa.chunked_array(chunks)) if chunks else np.empty(0, object)
 
+    def codes(self, name: str, n_classes: int) -> np.ndarray:
+        """Return a categorical column of all rows, -1 where missing: the narrowest signed integers (n,)."""
+        codes = np.empty(len(self), np.min_scalar_type(-max(n_classes, 1)))
+        start = 0
+        for chunk in self.chunks(name):
+            codes[start : start + len(chunk)] = chunk.fill_null(-1).to_numpy()
+            start += len(chunk)
+        return codes
+
     def chunks(self, name: str) -> list[pa.Array]:
         """Return another column as it is stored, one array per record batch."""
         remote = [batch for batch in self._batches if isinstance(batch, RemoteBatch)]  # all or none
@@ -190,9 +199,10 @@ class _Lists:
 
     def lengths(self) -> np.ndarray:
         """Count the entries of every row: int64 array (n,)."""
-        rows = np.arange(self._starts[-1])
-        rows += np.repeat(np.arange(len(self._starts) - 1), np.diff(self._starts))
-        return self._bounds[rows + 1].astype(np.int64) - self._bounds[rows]
+        lengths = np.empty(self._starts[-1], np.int64)
+        for batch, (start, stop) in enumerate(zip(self._starts[:-1], self._starts[1:], strict=True)):
+            lengths[start:stop] = np.diff(self._bounds[start + batch : stop + batch + 1])
+        return lengths
 
     def find(self, rows: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
         """Return the bounds of rows, int64 array (n + 1,), and the runs of entries: (batch, start, stop)."""

@@ -7,7 +7,8 @@ import numpy as np
 from ..models.gene_bert.randomness import mix
 
 ORDER = "by position (new in version 0.2)"  # in saved states: that of earlier versions was another one
-_ROUNDS = 6
+_ROUNDS = 6  # with five, pairs of rows are not as random as those of a permutation that is drawn
+_FEW = 4096  # up to so many blocks, for which six rounds are too few, the permutation is drawn as a whole
 _STREAM = 0xB10C
 
 
@@ -37,7 +38,8 @@ def block_order(n: int, block_size: int, seed: int, epoch: int, start: int = 0, 
     Notes
     -----
     Blocks are permuted by a Feistel network (Luby and Rackoff 1988) of six rounds on the smallest power of two that
-    holds their numbers. A number outside is permuted again until it is inside (Black and Rogaway 2002).
+    holds their numbers. A number outside is permuted again until it is inside (Black and Rogaway 2002). Up to 4,096
+    blocks are permuted by numpy.
     """
     if block_size < 1:
         raise ValueError(f"block_size={block_size}: a block needs at least one row.")
@@ -64,6 +66,8 @@ def _key(part: int) -> np.ndarray:
 
 def _permuted(numbers: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """Return the images of numbers, uint64, in a random permutation of 0 to n - 1, int64."""
+    if n <= _FEW:
+        return np.random.default_rng(keys).permutation(n)[numbers]
     images = _feistel(numbers, n, keys)
     outside = np.flatnonzero(images >= n)
     while len(outside):
@@ -73,8 +77,8 @@ def _permuted(numbers: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 
 
 def _feistel(numbers: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Permute the numbers of as many bits as n - 1 has, at least two."""
-    n_bits = max(2, (n - 1).bit_length())
+    """Permute the numbers of as many bits as n - 1 has."""
+    n_bits = (n - 1).bit_length()
     n_high = n_bits // 2
     n_low = n_bits - n_high
     high, low = numbers >> np.uint64(n_low), numbers & np.uint64((1 << n_low) - 1)

@@ -13,12 +13,11 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch.utils.data import get_worker_info
 
 from ..genes.gene_table import GeneTable
 from ..sources.obs_columns import as_objects
 from .remote_files import RemoteFolder
-from .worker_slots import SharedArrays
+from .worker_slots import CollatedBatch
 
 # The k-th repeat of a cell in an epoch (`batches.repeats`) has the cell_id + k * REPEAT, for masks of its own.
 REPEAT = 1 << 40
@@ -236,22 +235,6 @@ def names_key(manifest: Mapping[str, Any]) -> str:
     return manifest["gene_table"]["checksum"] + categories
 
 
-class _Tensors(dict):
-    """Tensors that a worker sends to its loader through one slot of shared memory."""
-
-    def __reduce__(self):
-        tensors = [value for value in self.values() if isinstance(value, torch.Tensor)]
-        if any(tensor.device.type != "cpu" or tensor.dtype == torch.bfloat16 for tensor in tensors):
-            return dict, (dict(self),)
-        arrays = {name: value.numpy() for name, value in self.items() if isinstance(value, torch.Tensor)}
-        others = {name: value for name, value in self.items() if name not in arrays}
-        return _tensors, (arrays if get_worker_info() is None else SharedArrays(arrays), others)
-
-
-def _tensors(arrays: dict[str, np.ndarray], others: dict[str, list]) -> _Tensors:
-    return _Tensors({**{name: torch.from_numpy(array) for name, array in arrays.items()}, **others})
-
-
 def collate_cells(batch: CellBatch) -> dict[str, torch.Tensor | list]:
     """Convert a batch to tensors, without a loop over cells and without dense rows.
 
@@ -292,7 +275,7 @@ def collate_cells(batch: CellBatch) -> dict[str, torch.Tensor | list]:
             tensors[f"neighborhood_{name}"] = torch.from_numpy(values)
     for name, values in batch.obs.items():
         tensors[f"obs_{name}"] = torch.from_numpy(values) if values.dtype.kind in "iufb" else as_objects(values)
-    return _Tensors(tensors)
+    return CollatedBatch(tensors)
 
 
 __all__ = ["REPEAT", "Cell", "CellBatch", "as_cell_batch", "collate_cells", "names_key"]

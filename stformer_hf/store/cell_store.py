@@ -237,14 +237,13 @@ class CellStore:
 
     @cached_property
     def _columns(self) -> dict[str, np.ndarray]:
-        """Obs columns of the whole store; categorical ones as codes, -1 where missing."""
-        columns = {}
-        for name in self.manifest["obs"]:
-            values = self._rows.column(name)
-            if name in self.categories:
-                values = np.where(pd.isna(values), -1, values).astype(np.int64)
-            columns[name] = values
-        return columns
+        """Obs columns of the whole store; categorical ones as codes of few bytes, -1 where missing."""
+        return {
+            name: self._rows.codes(name, len(self.categories[name]))
+            if name in self.categories
+            else self._rows.column(name)
+            for name in self.manifest["obs"]
+        }
 
     # ------------------------------------------------------------------ reading
 
@@ -331,7 +330,10 @@ class CellStore:
             genes=genes,
             counts=counts,
             cell_id=rows,
-            obs={name: values[rows] for name, values in self._columns.items()},
+            obs={
+                name: values[rows].astype(np.int64) if name in self.categories else values[rows]
+                for name, values in self._columns.items()
+            },
             categories=self.categories,
             gene_ids=self.gene_ids,
             symbols=self.genes.symbols,
@@ -578,8 +580,9 @@ class CellStore:
         part : (int, int), optional
             (i, n): write only the i-th of n equal parts of the cells, on one of n machines; see `join`.
         workers : int, default: 1
-            Number of processes that read files; AnnData objects in memory are read by this process. As always with
-            multiprocessing, the main part of a script must be under `if __name__ == "__main__":`.
+            Number of processes that read files and stores, `rows_per_shard` cells at a time; AnnData objects in memory
+            are read by this process. As always with multiprocessing, the main part of a script must be under
+            `if __name__ == "__main__":`.
         engine : {"local", "ray"}, default: "local"
             Where these processes run: on this machine, or as tasks on a Ray cluster whose machines see the files under
             the same paths. A task whose worker is killed runs again. The result is the same, byte for byte.

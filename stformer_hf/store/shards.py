@@ -162,9 +162,9 @@ class Piece:
         Row of the gene table, and fate (`genes.unite`), of each column.
     n_genes : int
         Length of the gene table.
-    obs_names : object array (stop - start,)
+    obs_names : Arrow string array (stop - start,)
         Names of the cells.
-    obs : dict of str to array (stop - start,) or None
+    obs : dict of str to Arrow array (stop - start,) or None
         Obs columns.
     neighbors : Matrix or None
         Graph of the source's cells.
@@ -190,8 +190,8 @@ class Piece:
     genes: np.ndarray
     fates: np.ndarray
     n_genes: int
-    obs_names: np.ndarray
-    obs: dict[str, np.ndarray | None]
+    obs_names: pa.Array | pa.ChunkedArray
+    obs: dict[str, pa.Array | pa.ChunkedArray | None]
     neighbors: Matrix | None
     first_row: int
     format: RowFormat
@@ -222,7 +222,7 @@ def write_piece(piece: Piece, progress: Callable[[int], object] = lambda n_cells
         writer = ShardWriter(piece.record.parent, piece.record.stem, piece.format, piece.rows_per_shard)
         per_fate = np.zeros(len(FATES))
         n_counts = n_empty = 0
-        names = pa.array(piece.obs_names, pa.string())
+        names = as_arrow(piece.obs_names, pa.string(), len(piece))
         obs = {
             name: as_arrow(piece.obs[name], kind, piece.stop - piece.start)
             for name, kind in _obs_types(piece.format).items()

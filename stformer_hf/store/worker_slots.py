@@ -15,12 +15,32 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 _ALIGNMENT = 64  # the flag takes the first place
 _numbers = itertools.count()
 _own: dict[int, torch.Tensor] = {}  # in a worker: its slots
 _sent: set[int] = set()  # in a worker: the slots that the main process has
 _received: dict[tuple[int, int], torch.Tensor] = {}  # in the main process: (worker's process, number) -> slot
+
+
+class CollatedBatch(dict):
+    """A collated batch, whose tensors a worker sends to its loader through one slot of shared memory."""
+
+    def __copy__(self) -> CollatedBatch:
+        return CollatedBatch(self)
+
+    def __reduce__(self):
+        tensors = [value for value in self.values() if isinstance(value, torch.Tensor)]
+        if any(tensor.device.type != "cpu" or tensor.dtype == torch.bfloat16 for tensor in tensors):
+            return dict, (dict(self),)
+        arrays = {name: value.numpy() for name, value in self.items() if isinstance(value, torch.Tensor)}
+        others = {name: value for name, value in self.items() if name not in arrays}
+        return _collated_batch, (arrays if get_worker_info() is None else SharedArrays(arrays), others)
+
+
+def _collated_batch(arrays: dict[str, np.ndarray], others: dict[str, Any]) -> CollatedBatch:
+    return CollatedBatch({**{name: torch.from_numpy(array) for name, array in arrays.items()}, **others})
 
 
 class SharedArrays:
@@ -94,4 +114,4 @@ def _is_running(process: int) -> bool:
     return True
 
 
-__all__ = ["SharedArrays"]
+__all__ = ["CollatedBatch", "SharedArrays"]

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from ..genes.unite import FATES, UnitedGenes, unite
 from ..genes.whole_files import part_of
 from ..sources.formats import expand
 from ..sources.matrices import MemoryMatrix
-from ..sources.obs_columns import ObsColumns, unite_obs
+from ..sources.obs_columns import ObsColumns, as_arrow, as_names, unite_obs
 from ..sources.open_source import Source, open_source
 from ..sources.same_cells import SameCells, check_names, describe, row_totals
 from ..sources.stored_cells import StoredCells
@@ -56,6 +56,7 @@ FORMAT_VERSION = 2
 COMPACT_FORMAT_VERSION = 3  # of stores with compact rows, so that versions that cannot read them say so
 ROWS_PER_BATCH = 2048  # rows of an Arrow record batch, and of a block read from a source
 ROWS_PER_SHARD = 65_536
+_OF_SOURCE = ("matrix", "genes", "fates", "neighbors")  # what all pieces of a source share; sent to a process once
 
 
 @dataclass
@@ -103,7 +104,7 @@ def write_store(
     found = [source for source in expand(sources) if not (isinstance(source, Path) and source.resolve() == path)]
     if not settings.allow_duplicates:
         check_names(found)
-    opened = [open_source(source, settings.layer, settings.fractional) for source in found]
+    opened = list(_open(found, settings))
     if not opened:
         raise ValueError("No sources: pass at least one AnnData, store or file.")
     same = _same_cells(opened, settings, path, base)
@@ -122,6 +123,8 @@ def write_store(
         united.rows, united.fates = united.rows[1:], united.fates[1:]
     categories, known = (None, None) if base is None else (base.categories, base.manifest["obs"])
     obs = unite_obs(opened, settings.obs, categories, known, settings.classes, settings.compact)
+    for source in opened:
+        source.keep_obs([])
     if known is not None and obs.types != known:
         new = obs.types
         changed = [f"{name!r} ({known[name]} there, {new[name]} here)" for name in new if new[name] != known[name]]
@@ -156,6 +159,19 @@ def _check_settings(settings: BuildSettings) -> None:
     _range_of_part(settings.part, 0)
 
 
+def _open(found: list[Any], settings: BuildSettings) -> Iterator[Source]:
+    """Open sources, keeping little of each in memory: the names of its cells, and the obs columns to store."""
+    genes = None
+    for path in found:
+        source = open_source(path, settings.layer, settings.fractional)
+        if genes is not None and source.genes.frame.equals(genes.frame):
+            source.genes = genes  # most files have the genes of the last one
+        genes = source.genes
+        if settings.obs != "all":
+            source.keep_obs(list(dict.fromkeys([*as_names(settings.obs), *as_names(settings.classes)])))
+        yield source
+
+
 def _same_cells(
     sources: list[Source], settings: BuildSettings, path: Path, base: StoredCells | None
 ) -> SameCells | None:
@@ -165,8 +181,8 @@ def _same_cells(
     """
     if settings.allow_duplicates:
         return None
-    names = [source.obs.index.astype(str).to_numpy(object) for source in sources]
-    same = SameCells(names if base is None else [*names, base.obs_names])
+    names = [source.obs_names for source in sources]
+    same = SameCells(names if base is None else [*names, base.obs_table(["obs_name"])["obs_name"]])
     if same.pairs and settings.part is not None:  # the cells to compare may lie in different parts
         i, j = same.pairs[0]
         logger.warning(
@@ -320,7 +336,10 @@ def _write_pieces(
                 continue
             written(piece)
         if elsewhere:
-            with run_tasks(_write, elsewhere, workers=settings.workers, engine=settings.engine) as results:
+            of_sources = {piece.source: {name: getattr(piece, name) for name in _OF_SOURCE} for piece in elsewhere}
+            with run_tasks(
+                _write, map(_own_part, elsewhere), shared=of_sources, workers=settings.workers, engine=settings.engine
+            ) as results:
                 for number, record in results:
                     piece = elsewhere[number]
                     records[piece.record] = record
@@ -329,8 +348,17 @@ def _write_pieces(
     return [records[piece.record] for piece in pieces]
 
 
-def _write(shared: None, piece: Piece) -> dict:
-    return write_piece(piece)
+def _own_part(piece: Piece) -> Piece:
+    """Return what a piece does not share with the others of its source."""
+    n = len(piece)
+    names = as_arrow(piece.obs_names, piece.obs_names.type, n)  # copies: Arrow pickles slices with the whole array
+    obs = {name: None if of is None else as_arrow(of, of.type, n) for name, of in piece.obs.items()}
+    of_source: dict[str, Any] = dict.fromkeys(_OF_SOURCE)  # `_write` fills them in
+    return replace(piece, obs_names=names, obs=obs, **of_source)
+
+
+def _write(of_sources: dict[int, dict[str, Any]], piece: Piece) -> dict:
+    return write_piece(replace(piece, **of_sources[piece.source]))
 
 
 def _pieces(
@@ -353,7 +381,6 @@ def _pieces(
         whole = not source.matrix.seekable or isinstance(source.matrix, MemoryMatrix)
         step = max(1, stop - start) if whole else settings.rows_per_shard
         graph = None if settings.neighbors is None else source.neighbors(settings.neighbors)
-        names = source.obs.index.astype(str).to_numpy(dtype=object)
         for piece_start in range(start, stop, step):
             piece_stop = min(piece_start + step, stop)
             cells = slice(piece_start, piece_stop)
@@ -368,7 +395,7 @@ def _pieces(
                 genes=united.rows[i],
                 fates=united.fates[i],
                 n_genes=len(united.genes),
-                obs_names=names[cells],
+                obs_names=source.obs_names[cells],
                 obs={name: None if values is None else values[cells] for name, values in obs.values[i].items()},
                 neighbors=graph,
                 first_row=start_of_source,

@@ -1,5 +1,7 @@
 """Collators: rates, what may be swapped, and masks that depend on nothing but seed, epoch and cell."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from stformer_hf import (
     collate_fn_wrapper,
 )
 from stformer_hf.batches.token_rows import TokenRows
+from stformer_hf.store import worker_slots
 
 
 def examples_of(tokenizer, cells, **columns) -> list[dict]:
@@ -186,6 +189,27 @@ def test_workers_that_outlive_an_epoch_see_the_next(store, tokenizer):
         collator.set_epoch(epoch)
         for batch, start in zip(loader, (0, 20, 40), strict=True):
             assert torch.equal(batch["labels"], collator(store.__getitems__(range(start, start + 20)))["labels"])
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed", "classes", "plain"])
+def test_batches_of_a_worker_come_through_few_slots_of_shared_memory(store, tokenizer, kind):
+    tokenizer.included_phenotypes = []
+    collator = {
+        "padded": lambda: DataCollatorForPhenotypicMLM(tokenizer),
+        "packed": lambda: DataCollatorForPhenotypicMLM(tokenizer, packing=True),
+        "classes": lambda: DataCollatorForCellClassification(tokenizer, label="cell_type"),
+        "plain": lambda: collate_fn_wrapper(tokenizer),
+    }[kind]()
+    expected = [collator(store.__getitems__(range(first, first + 6))) for first in range(0, 60, 6)]
+    loader = DataLoader(store, 6, collate_fn=collator, num_workers=1, persistent_workers=True)
+    for _ in range(2):
+        for batch, of in zip(loader, expected, strict=True):
+            assert batch.keys() == of.keys()
+            assert all(torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(of[name])) for name in of)
+            del batch
+    assert copy.copy(of)["input_ids"] is of["input_ids"]  # as pinning memory copies
+    worker = loader._iterator._workers[0].pid
+    assert 1 <= sum(process == worker for process, _ in worker_slots._received) <= 5  # of 20 batches
 
 
 def test_a_tokenized_example_is_masked_as_its_cell_in_the_store(store, adata, tokenizer):

@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Subset
 
-from stformer_hf.batches.length_sampler import EvenBatchSampler, LengthGroupedSampler, known_lengths, padding_share
+from stformer_hf.batches.length_sampler import (
+    EvenBatchSampler,
+    LengthGroupedSampler,
+    batches_of_rank,
+    even_out,
+    known_lengths,
+    padding_share,
+)
 from stformer_hf.batches.samplers import BlockShuffleSampler
 
 LENGTHS = st.lists(st.integers(0, 30), max_size=70) | st.builds(lambda n: [7] * n, st.integers(0, 40))
@@ -205,6 +212,25 @@ def test_even_batches_give_each_rank_as_many_and_every_row_once(n, batch_size, w
         for rank in range(world_size):
             shard = BatchSamplerShard(make(None), world_size, rank)
             assert list(shard) == ranks[rank] and len(shard) == len(ranks[rank])
+
+
+@given(n=st.integers(0, 60), batch_size=st.integers(1, 5), world_size=st.integers(1, 5))
+def test_even_batches_are_drawn_as_needed_and_are_those_of_the_whole_epoch(n, batch_size, world_size):
+    drawn = []
+
+    class Rows:
+        def __iter__(self):
+            for row in range(n):
+                drawn.append(row)
+                yield row
+
+    found = []
+    for batch in EvenBatchSampler(Rows(), batch_size, world_size=world_size):
+        found.append(batch)
+        n_steps = -(-len(found) // world_size)
+        assert len(drawn) <= (n_steps + 2) * batch_size * world_size
+    cuts = np.append(np.arange(0, n, batch_size), n)
+    assert found == list(batches_of_rank(*even_out(np.arange(n), cuts, world_size), None, world_size))
 
 
 @given(n=st.integers(0, 60), batch_size=st.integers(1, 6), world_size=st.integers(1, 4))

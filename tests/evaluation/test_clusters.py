@@ -1,12 +1,20 @@
 """Graph and clusters against scanpy's."""
 
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
-from sklearn.metrics import adjusted_rand_score
+from sklearn.metrics import adjusted_rand_score, silhouette_samples
 
-from stformer_hf.evaluation.clusters import RESOLUTIONS, cluster_scores, leiden, neighbor_graph, silhouette
+from stformer_hf.evaluation.clusters import (
+    RESOLUTIONS,
+    cluster_scores,
+    leiden,
+    neighbor_graph,
+    silhouette,
+    silhouettes,
+)
 
 pytest.importorskip("igraph")
 
@@ -59,3 +67,17 @@ def test_scores_are_best_where_clusters_are_the_classes():
     shuffled = np.random.default_rng(1).permutation(labels)
     assert abs(cluster_scores(cells, shuffled, seed=0)["leiden_ari_best"]) < 0.05
     assert silhouette(cells, labels) > 0.6 > 0.01 > silhouette(cells, shuffled)
+
+
+def test_silhouettes_need_a_part_of_the_distances_at_a_time():
+    cells, labels = blobs(4000, apart=1.0)
+    expected = silhouette_samples(cells, labels)
+    tracemalloc.start()
+    try:
+        found = silhouettes(cells, labels)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert silhouette(cells, labels) == pytest.approx(expected.mean(), rel=1e-12)
+    assert peak < 90e6  # all distances take 128 MB

@@ -7,11 +7,13 @@ import pytest
 
 from stformer_hf.batches import samplers
 from stformer_hf.batches.samplers import BlockShuffleSampler
+from stformer_hf.store import block_order as block_order_module
 from stformer_hf.store.block_order import block_order
 
 
 @pytest.mark.parametrize("of", ["seeds", "epochs"])
-def test_each_row_is_at_each_place_equally_often_and_followed_by_any(of):
+def test_each_row_is_at_each_place_equally_often_and_followed_by_any(of, monkeypatch):
+    monkeypatch.setattr(block_order_module, "_FEW", 0)
     n, n_orders = 37, 1000
     keys = [(i, 0) if of == "seeds" else (0, i) for i in range(n_orders)]
     orders = np.stack([block_order(n, 1, *key) for key in keys])
@@ -22,6 +24,23 @@ def test_each_row_is_at_each_place_equally_often_and_followed_by_any(of):
     for counts, dof in ((places, (n - 1) ** 2), (pairs[~np.eye(n, dtype=bool)], n * (n - 1) - 1)):
         chi_square = ((counts - counts.mean()) ** 2).sum() / counts.mean()
         assert abs(chi_square - dof) < 5 * (2 * dof) ** 0.5
+
+
+@pytest.mark.parametrize("n", [16, 64, 8192])
+def test_two_rows_differ_by_any_number_whatever_the_places_between_them(n):
+    """With five rounds of the Feistel network, pairs that differ in one half of the bits fail at 8,192 blocks."""
+    n_low = (n - 1).bit_length() // 2 + (n - 1).bit_length() % 2
+    places, n_orders = np.arange(n), min(160_000 // n, 2000)
+    orders = np.stack([block_order(n, 1, seed, 0) for seed in range(n_orders)])
+    for apart in (np.arange(1, 1 << n_low), np.arange(1, n >> n_low) << n_low):
+        counts = np.zeros((len(apart), n >> n_low))
+        for of, distance in zip(counts, apart, strict=True):
+            differences = (orders ^ orders[:, places ^ distance]) >> n_low
+            of += np.bincount(differences.ravel(), minlength=n >> n_low) / 2
+        expected = np.full(n >> n_low, n_orders * n / 2 * (1 << n_low) / (n - 1))
+        expected[0] *= 1 - 1 / (1 << n_low)  # two rows are not the same
+        chi_square, dof = ((counts - expected) ** 2 / expected).sum(), counts.size - len(apart)
+        assert abs(chi_square - dof) < 4.5 * (2 * dof) ** 0.5
 
 
 def test_the_incomplete_block_may_be_anywhere():

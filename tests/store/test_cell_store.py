@@ -339,6 +339,31 @@ def test_a_build_killed_at_ten_random_moments_leaves_no_store_and_goes_on(tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.h5ad", "1.h5ad", "2.h5ad", "store"]
 
 
+def test_an_interrupted_build_of_a_selection_resumes_with_these_cells_alone(store, tmp_path, monkeypatch):
+    written, write_piece = [], store_writer.write_piece
+
+    def stop_at_second(piece, *args):
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        written.append(piece.start)
+        return write_piece(piece, *args)
+
+    for resumed, pieces in ((store.select(range(40)), [20]), (store.select(range(20, 60)), [0, 20])):
+        written.clear()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(store_writer, "write_piece", stop_at_second)
+            CellStore.build(tmp_path / "s", store.select(range(40)), rows_per_shard=20)
+        written.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                store_writer, "write_piece", lambda piece, *a: written.append(piece.start) or write_piece(piece, *a)
+            )
+            built = CellStore.build(tmp_path / "s", resumed, rows_per_shard=20)
+        assert written == pieces
+        np.testing.assert_array_equal(dense(built, slice(None)), dense(resumed, slice(None)))
+        shutil.rmtree(tmp_path / "s")
+
+
 @pytest.fixture
 def stop_while_finishing(monkeypatch):
     """Make the next build stop in its last phase, when some shards have their final names."""

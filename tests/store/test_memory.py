@@ -1,16 +1,21 @@
 """A file that is larger than the memory allowed becomes a store, whatever its layout."""
 
+import gc
 import subprocess
 import sys
+import tracemalloc
 
 import h5py
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 from anndata import AnnData
 from conftest import with_genes
 from scipy import sparse
 
 from stformer_hf import CellStore
+from stformer_hf.store import writer as store_writer
 
 MB = 1_000_000
 BUILD = """
@@ -65,6 +70,51 @@ def build_and_check(folder, layout: str, n_bytes: int, limit: int, shape: tuple[
     store = CellStore(folder / "s")
     found = np.concatenate([store.rows(slice(i, i + 1000)).sum(1) for i in range(0, len(store), 1000)])
     np.testing.assert_array_equal(found, totals)
+
+
+def held_bytes(folder, n_files: int, monkeypatch) -> int:
+    """Return the bytes that a build holds when its files are open, and when they are written; it is one file."""
+    found = []
+
+    def looked_at(call):
+        def call_and_look(*args, **settings):
+            gc.collect()
+            found.append(tracemalloc.get_traced_memory()[0] + pa.total_allocated_bytes() - before)
+            return call(*args, **settings)
+
+        return call_and_look
+
+    with monkeypatch.context() as patch:
+        for name in ("unite", "_finish"):
+            patch.setattr(store_writer, name, looked_at(getattr(store_writer, name)))
+        tracemalloc.start()
+        try:
+            before = pa.total_allocated_bytes()
+            CellStore.build(
+                folder / f"s{n_files}",
+                [folder / "a.h5ad"] * n_files,
+                obs=["label", "score"],
+                classes="cluster",
+                allow_duplicates=True,
+                report=False,
+            )
+        finally:
+            tracemalloc.stop()
+    return max(found)
+
+
+def test_a_build_holds_few_bytes_per_cell_however_many_files(tmp_path, monkeypatch):
+    n, n_genes = 5_000, 3_000
+    adata = with_genes(AnnData(sparse.csr_matrix((np.ones(n), (range(n), [0] * n)), (n, n_genes), np.float32)))
+    adata.obs_names = [f"AAACCTGAGAAACCAT-{i}" for i in range(n)]
+    adata.obs["label"] = pd.Categorical.from_codes(np.arange(n) % 3, ["B", "T", "NK"])
+    adata.obs["cluster"], adata.obs["score"] = (np.arange(n) % 7).astype(np.int8), np.arange(n, dtype=np.float32)
+    for i in range(20):
+        adata.obs[f"unused {i}"] = np.arange(n) / 7
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    _, few, many = (held_bytes(tmp_path, n_files, monkeypatch) for n_files in (1, 2, 8))  # the first imports modules
+    # A name takes 25 bytes, the two classes one each, and the score four.
+    assert (many - few) / (6 * n) < 45
 
 
 @pytest.mark.slow

@@ -99,13 +99,18 @@ def test_a_shuffle_is_a_permutation_of_everything(whole, sections, tmp_path, mon
 @pytest.mark.slow  # test_engines.py starts processes too
 def test_workers_write_the_same_store(whole, sections, tmp_path):
     script = (
-        "import sys; from stformer_hf import CellStore\n"
+        "import sys; from stformer_hf import CellStore; from stformer_hf.store import writer\n"
         "if __name__ == '__main__':\n"
-        f"    CellStore.build(sys.argv[1], sys.argv[2:], workers=2, **{SMALL!r})\n"
+        "    writer.write_piece = None  # nothing is read here\n"
+        f"    settings = dict(workers=2, **{SMALL!r})\n"
+        "    store = CellStore.build(sys.argv[1] + '/files', sys.argv[2:], **settings)\n"
+        "    CellStore.build(sys.argv[1] + '/selection', store.select(slice(270, 30, -1)), **settings)\n"
     )
     (tmp_path / "build.py").write_text(script)
-    subprocess.run([sys.executable, tmp_path / "build.py", tmp_path / "s", *sections[0]], check=True)
-    assert CellStore(tmp_path / "s").manifest["shards"] == whole.manifest["shards"]  # checksums and all
+    subprocess.run([sys.executable, tmp_path / "build.py", tmp_path, *sections[0]], check=True)
+    assert CellStore(tmp_path / "files").manifest["shards"] == whole.manifest["shards"]  # checksums and all
+    selection = CellStore.build(tmp_path / "one", whole.select(slice(270, 30, -1)), **SMALL)
+    assert CellStore(tmp_path / "selection").manifest["shards"] == selection.manifest["shards"]
 
 
 @pytest.mark.parametrize("n_parts", [1, 4, 7])
