@@ -56,6 +56,10 @@ class FinetuneArguments:
     freeze: int = field(
         default=0, metadata={"help": "with --model: number of first layers that are not trained, with the embeddings"}
     )
+    layer_decay: float = field(
+        default=1.0,
+        metadata={"help": "with --model: learning rate of a layer, relative to that of the one above it, such as 0.8"},
+    )
     size: str = field(default="tiny", metadata={"help": "new model: tiny, small, base or large"})
     whole_cell: bool = field(
         default=True,
@@ -200,6 +204,7 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
             },
             lora=args.lora,
             freeze=args.freeze,
+            layer_decay=args.layer_decay,
             sampling=args.sampling,
         )
         heads = read_heads(prepared.model)

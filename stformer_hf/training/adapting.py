@@ -1,29 +1,35 @@
-"""Train a part of a classifier: LoRA adapters in its attention, or its last layers."""
+"""Train a part of a classifier: LoRA adapters in its attention, its last layers, or these faster than the first."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from .loading import is_adapter, is_model
 
 _HEADS = ("classifier", "pre_classifier", "wide_head")  # trained in full, and saved with the adapter
 
 
-def check_adapts(model: Any, lora: int | None, freeze: int) -> None:
-    """Refuse settings of `adapt` that do not fit the `model` argument of `finetune`.
+def check_adapts(model: Any, lora: int | None, freeze: int, layer_decay: float = 1.0) -> None:
+    """Refuse settings of `adapt` and `layer_rates` that do not fit the `model` argument of `finetune`.
 
     Raises
     ------
     ValueError
-        There is no checkpoint whose weights the adapter, or the frozen layers, would keep; a number is negative.
+        There is no checkpoint whose weights would be kept; a number is out of range.
     ImportError
         PEFT is not installed.
     """
     if (lora is not None and lora < 1) or freeze < 0:
         raise ValueError(f"lora={lora} must be a rank of at least 1, and freeze={freeze} a number of layers.")
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay={layer_decay}: must be above 0, and at most 1.")
+    if layer_decay < 1 and model is None:
+        raise ValueError("layer_decay keeps the first layers close to a checkpoint's: pass model=… (--model).")
     if freeze and model is None:
         raise ValueError("freeze keeps the layers of a checkpoint: pass model=… (--model).")
     if lora is None:
@@ -90,4 +96,54 @@ def adapt(model: PreTrainedModel, lora: int | None, freeze: int) -> nn.Module:
     return get_peft_model(model, settings)
 
 
-__all__ = ["adapt", "check_adapts"]
+def layer_rates(
+    model: nn.Module, args: TrainingArguments, layer_decay: float
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Return AdamW with a learning rate per layer, for Trainer.
+
+    Parameters
+    ----------
+    model : Module
+        An encoder with numbered `layers`, with any head, possibly adapted; `requires_grad` is read.
+    args : TrainingArguments
+        `learning_rate`, `weight_decay`, `adam_beta1`, `adam_beta2` and `adam_epsilon` are read.
+    layer_decay : float
+        What is above all layers, such as the heads, has the learning rate of `args`; each layer has `layer_decay`
+        times the rate of the one above it, and the embeddings that of the first layer times `layer_decay`.
+
+    Returns
+    -------
+    (type, dict)
+        Trainer's `optimizer_cls_and_kwargs`.
+
+    Notes
+    -----
+    Howard and Ruder 2018 (discriminative fine-tuning). As in Trainer, biases and norms have no weight decay.
+    """
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    numbers = {name: re.search(r"\blayers\.(\d+)\.", name) for name in trained}
+    n_layers = 1 + max((int(number[1]) for number in numbers.values() if number), default=-1)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, weight in trained.items():
+        number = numbers[name]
+        below = n_layers - int(number[1]) if number else (n_layers + 1 if "embedding" in name else 0)
+        groups.setdefault((below, weight.ndim > 1), []).append(weight)
+    settings = [
+        {
+            "params": weights,
+            "lr": args.learning_rate * layer_decay**below,
+            "weight_decay": args.weight_decay if decays else 0.0,
+        }
+        for (below, decays), weights in groups.items()
+    ]
+    betas = args.adam_beta1, args.adam_beta2
+    return torch.optim.AdamW, {
+        "params": settings,
+        "lr": args.learning_rate,
+        "betas": betas,
+        "eps": args.adam_epsilon,
+        "fused": True,
+    }
+
+
+__all__ = ["adapt", "check_adapts", "layer_rates"]

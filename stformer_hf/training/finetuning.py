@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
+from torch import nn
 from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 from transformers import (
@@ -39,7 +40,7 @@ from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..sources.formats import expand, is_format
 from ..sources.open_source import open_source
 from ..store.cell_store import CellStore
-from .adapting import adapt, check_adapts
+from .adapting import adapt, check_adapts, layer_rates
 from .calibration import OutOfFold
 from .cell_heads import read_heads
 from .cell_trainer import CellTrainer
@@ -82,6 +83,8 @@ class Finetuning:
         Rank of the adapters that are trained in place of the encoder; see `adapt`.
     freeze : int
         Number of first layers that are not trained.
+    layer_decay : float
+        Learning rate of a layer, relative to that of the layer above it; see `layer_rates`.
     sampling : mapping, optional
         Which cells an epoch reads; see `CellTrainer`.
     out_of_fold : OutOfFold, or dict of str to OutOfFold, optional
@@ -103,6 +106,7 @@ class Finetuning:
     balanced: bool = False
     lora: int | None = None
     freeze: int = 0
+    layer_decay: float = 1.0
     sampling: Mapping[str, Any] | None = None
     out_of_fold: OutOfFold | dict[str, OutOfFold] | None = None
     temperature: float | list[float] | None = None
@@ -137,6 +141,7 @@ class Finetuning:
         self.model = adapt(self.model, self.lora, self.freeze)
         if self.temperature is not None:
             kwargs["callbacks"] = [*kwargs.get("callbacks", []), _SetTemperature(self.temperature)]
+        kwargs |= _optimizer(self.model, arguments, self.layer_decay)
         trainer = CellTrainer(
             model=self.model,
             args=arguments,
@@ -183,6 +188,7 @@ def finetune(
     training: Mapping[str, Any] | None = None,
     lora: int | None = None,
     freeze: int = 0,
+    layer_decay: float = 1.0,
     sampling: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Fine-tune a classifier of cells.
@@ -241,6 +247,8 @@ def finetune(
         `output` then holds the adapter alone, and is loaded with the checkpoint. Needs PEFT.
     freeze : int, default: 0
         Number of first layers that are not trained, with the embeddings; for a checkpoint.
+    layer_decay : float, default: 1.0
+        Learning rate of each layer, relative to that of the layer above it, such as 0.8; for a checkpoint.
     sampling : mapping, optional
         Which cells an epoch reads, such as {"by": "donor"}; see `CellTrainer`. Weights must be a column. The start at
         linear readers does not depend on it.
@@ -313,6 +321,7 @@ def finetune(
             max_length=max_length,
             lora=lora,
             freeze=freeze,
+            layer_decay=layer_decay,
             sampling=sampling,
         )
         trainer = prepared.trainer(arguments, eval_cells)
@@ -343,6 +352,7 @@ def prepare_classifier(
     tokenizer_config: Mapping[str, Any] | None = None,
     lora: int | None = None,
     freeze: int = 0,
+    layer_decay: float = 1.0,
     sampling: Mapping[str, Any] | None = None,
 ) -> Finetuning:
     """Make (or load) the classifier of some cells, start it, and choose how long to train it.
@@ -354,7 +364,7 @@ def prepare_classifier(
     -------
     Finetuning
     """
-    check_adapts(model, lora, freeze)
+    check_adapts(model, lora, freeze, layer_decay)
     _check_option("init", init, ("spectral", "random"))
     _check_option("class_weights", class_weights, ("none", "balanced"))
     if problem_type is not None:
@@ -403,6 +413,7 @@ def prepare_classifier(
             *(model, tokenizer, cells, label_key, epochs),
             lora=lora,
             freeze=freeze,
+            layer_decay=layer_decay,
             sampling=sampling,
             facts=facts,
         )
@@ -429,7 +440,9 @@ def prepare_classifier(
     logger.info(f"The start took {time.monotonic() - began:.0f} s.")
     epochs, facts = num_train_epochs, {**facts, **_facts_of(start, labelled_cells(model.config, labels))}
     if epochs is None:
-        begun = Finetuning(model, tokenizer, cells, label_key, 0, start, is_new, balanced, lora, freeze, sampling)
+        begun = Finetuning(
+            *(model, tokenizer, cells, label_key, 0, start, is_new, balanced, lora, freeze, layer_decay, sampling)
+        )
         epochs, found, trained = choose_epochs(begun, labels, groups, arguments)
         facts |= found
     out_of_fold: dict[str | None, OutOfFold] = {}
@@ -459,6 +472,7 @@ def prepare_classifier(
         *(model, tokenizer, cells, label_key, epochs, start, is_new, balanced),
         lora=lora,
         freeze=freeze,
+        layer_decay=layer_decay,
         sampling=sampling,
         out_of_fold=out_of_fold.get(None, out_of_fold) or None,
         temperature=temperature if is_tried else None,
@@ -604,6 +618,7 @@ def _outputs_of_epochs(
             processing_class=prepared.tokenizer,
             sampling=prepared.sampling,
             callbacks=[PredictEpochs()],
+            **_optimizer(model, inner, prepared.layer_decay),
         )
         trainer.remove_callback(PrinterCallback)  # its losses would look like those of the final model
         trainer.train()
@@ -623,6 +638,11 @@ def predict(model: PreTrainedModel, tokenizer: GeneTokenizer, cells: CellStore, 
 
 def _collator(model, tokenizer, label_key, seed: int, **options) -> DataCollatorForCellClassification:
     return DataCollatorForCellClassification(tokenizer, label_key, seed=seed, **options)
+
+
+def _optimizer(model: nn.Module, arguments: TrainingArguments, layer_decay: float) -> dict[str, Any]:
+    """Return the argument of Trainer for one learning rate per layer; none if all have the same."""
+    return {} if layer_decay == 1 else {"optimizer_cls_and_kwargs": layer_rates(model, arguments, layer_decay)}
 
 
 def _check_option(name: str, value: str, known: Sequence[str]) -> None:

@@ -94,3 +94,31 @@ def test_what_is_refused(base, adata):
         finetune(adata, "cell_type", model=base, freeze=2, lora=2, num_train_epochs=1, training=SHORT)
     with pytest.raises(ValueError, match="rank of at least 1"):
         finetune(adata, "cell_type", model=base, lora=0)
+
+
+@pytest.mark.parametrize("lora", [None, 2])
+def test_each_layer_has_the_rate_of_the_one_above_it_times_the_decay(lora, base, adata):
+    """A step of Adam changes some weight by about its learning rate, whatever the size of its gradient."""
+    if lora:
+        pytest.importorskip("peft")
+    settings = {"model": base, "init": "random", "num_train_epochs": 1, "layer_decay": 0.25, "lora": lora, "seed": 0}
+    steps = {"lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0, "adam_epsilon": 1e-12}
+    before, after = (
+        dict(finetune(adata, "cell_type", training={**SHORT, **steps, "max_steps": n}, **settings).named_parameters())
+        for n in (1, 2)
+    )
+    changed = {}
+    for name, weight in after.items():
+        part = next((f"layers.{i}" for i in range(2) if f"layers.{i}." in name), None)
+        part = part or ("embeddings" if "embedding" in name else "heads")
+        changed[part] = max(changed.get(part, 0.0), (weight - before[name]).abs().max().item())
+    rates = {"heads": 0.05, "layers.1": 0.05 / 4, "layers.0": 0.05 / 16, "embeddings": 0.0 if lora else 0.05 / 64}
+    assert changed == pytest.approx(rates, rel=0.5)
+
+
+@pytest.mark.parametrize("layer_decay", [0.0, 1.5, -1.0, float("nan")])
+def test_a_decay_out_of_range_or_without_a_checkpoint_is_refused(layer_decay, base, adata):
+    with pytest.raises(ValueError, match="above 0, and at most 1"):
+        finetune(adata, "cell_type", model=base, layer_decay=layer_decay)
+    with pytest.raises(ValueError, match="pass model="):
+        finetune(adata, "cell_type", layer_decay=0.5)
