@@ -42,10 +42,8 @@ def main(argv: list[str]) -> None:
 
 def run(args: ExportArguments) -> dict[str, Any]:
     """Export the model; return the settings."""
-    from ..inference.export import MODEL, export_onnx
+    from ..inference.export import export_onnx
     from .files import read
 
-    if (Path(args.output) / MODEL).exists() and not args.overwrite:
-        raise FileExistsError(f"{args.output} holds an exported model. Choose another --output, or pass --overwrite.")
     adata, layer = (None, args.layer) if args.data is None else read(args.data, layer=args.layer)
-    return export_onnx(args.model, args.output, adata=adata, int8=args.int8, layer=layer)
+    return export_onnx(args.model, args.output, adata=adata, int8=args.int8, layer=layer, overwrite=args.overwrite)

@@ -103,5 +103,8 @@ def run(args: PerturbArguments):
 
         if PartialState().is_main_process:
             Path(args.plot).parent.mkdir(parents=True, exist_ok=True)
-            volcano(table, save=args.plot)
+            try:
+                volcano(table, save=args.plot)
+            except ValueError as error:
+                raise ValueError(f"The tables in {args.output} are complete, but there is no plot. {error}") from error
     return table

@@ -52,6 +52,7 @@ def export_onnx(
     adata: AnnData | None = None,
     int8: bool = False,
     layer: str | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a classifier, or the encoder of any other model, as ONNX for any number of cells and tokens.
 
@@ -71,6 +72,8 @@ def export_onnx(
         (dynamic quantisation by onnxruntime). Embeddings, sums over genes and the head stay in float32.
     layer : str, optional
         Location of the counts in `adata`.
+    overwrite : bool, default: False
+        Replace a model that was exported to the folder before.
 
     Returns
     -------
@@ -85,7 +88,14 @@ def export_onnx(
         As for `embed`; `model.onnx` does not agree with torch.
     ImportError
         onnx, onnxscript or onnxruntime is missing.
+    FileExistsError
+        The folder holds an exported model, and `overwrite` is False.
     """
+    output = Path(output)
+    if (output / MODEL).exists() and not overwrite:
+        raise FileExistsError(
+            f"{output} holds an exported model. Choose another output, or replace it: overwrite=True (--overwrite)."
+        )
     try:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
@@ -104,7 +114,6 @@ def export_onnx(
     if not of_cells:
         model = getattr(model, model.base_model_prefix, model)
     source = open_source(_random_cells(tokenizer) if adata is None else adata, layer)
-    output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     with at_work(model, "cpu"):
         batches = [next(read_batches(source, tokenizer, size, desc="compare")) for size in _BATCHES]
