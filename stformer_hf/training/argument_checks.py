@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers import Trainer
 from transformers.debug_utils import DebugOption
@@ -76,7 +78,7 @@ def smoothing_field(model: nn.Module) -> str | None:
 
 
 def _check_smoothing(model: nn.Module, factor: float) -> None:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     field = smoothing_field(model)
     if field is None:
         if getattr(config, "model_type", None) == "cell_neighborhood":

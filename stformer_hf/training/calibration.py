@@ -48,7 +48,11 @@ class OutOfFold:
         save_file(self._arrays(), str(Path(folder) / CALIBRATION_FILE))
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        arrays = {"predictions": self.predictions, "labels": self.labels, "cell_id": self.rows.astype(np.int64)}
+        arrays: dict[str, Any] = {
+            "predictions": self.predictions,
+            "labels": self.labels,
+            "cell_id": self.rows.astype(np.int64),
+        }
         if self.distances is not None:
             arrays |= {"distances": self.distances, "centroids": self.centroids}
         return {name: np.ascontiguousarray(array) for name, array in arrays.items()}

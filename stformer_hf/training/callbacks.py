@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
@@ -34,7 +35,9 @@ class SaveOnSignal(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer):
-        self.trainer, self._came, self._handlers = trainer, None, {}
+        self.trainer = trainer
+        self._came: signal.Signals | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
         self._sent: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -34,8 +34,9 @@ def last_whole_checkpoint(folder: str | Path) -> Path | None:
     Path or None
         The checkpoint with the most steps; None if there is none.
     """
-    whole = [path for path in Path(folder).glob("checkpoint-*") if _NAME.fullmatch(path.name) and _is_whole(path)]
-    return max(whole, key=lambda path: int(_NAME.fullmatch(path.name)[1]), default=None)
+    numbers = {path: _NAME.fullmatch(path.name) for path in Path(folder).glob("checkpoint-*")}
+    whole = {path: int(number[1]) for path, number in numbers.items() if number and _is_whole(path)}
+    return max(whole, key=lambda path: whole[path], default=None)
 
 
 def checkpoint_to_resume(folder: str | Path) -> Path | None:

@@ -236,7 +236,7 @@ def _merge_edges(tokenizer: GeneTokenizer, new_genes: list[str], bin_edges: Any)
         raise ValueError("The tokenizer has bin_edges per gene: pass bin_edges={gene: edges} for the new genes.")
     if not isinstance(bin_edges, Mapping):
         bin_edges = dict.fromkeys(new_genes, bin_edges)
-    new_edges = check_bin_edges(bin_edges, new_genes)
+    new_edges: Any = check_bin_edges(bin_edges, new_genes)
     most = max(map(len, new_edges.values()))
     if most >= tokenizer.n_bins:
         raise ValueError(

@@ -258,7 +258,7 @@ def _load_adapter(name: str, adapter: dict[str, Any]) -> PreTrainedModel:
     except ImportError as error:
         raise ImportError(f"{name} is an adapter, which needs PEFT: pip install peft") from error
     base = _base_of(name, adapter)
-    auto_class = _CLASS_OF_TASK.get(adapter.get("task_type"))
+    auto_class = _CLASS_OF_TASK.get(adapter.get("task_type") or "")
     mapping = adapter.get("auto_mapping") or {}
     if auto_class is None and mapping:
         auto_class = getattr(import_module(mapping["parent_library"]), mapping["base_model_class"])

@@ -181,6 +181,7 @@ def _file_name(path: str) -> str:
 
 def _number(value: Any) -> Any:
     if isinstance(value, (float, np.floating)):
+        value = float(value)
         return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
     return value
 
@@ -249,7 +250,9 @@ def _run(trainer: Any) -> dict[str, str]:
         run["training time"] = _duration(totals["seconds"])
         run["tokens per second"] = f"{totals['tokens'] / totals['seconds']:,.0f}"
         run["cells per second"] = f"{totals['cells'] / totals['seconds']:,.1f}"
-    last = next((entry for entry in reversed(trainer.state.log_history) if "train_runtime" in entry), {})
+    last: dict[str, Any] = next(
+        (entry for entry in reversed(trainer.state.log_history) if "train_runtime" in entry), {}
+    )
     for key, name in (("padding_share", "share of padding"), ("mfu", "model FLOPs utilisation, of dense bf16")):
         if f"train_{key}" in last:
             run[name] = f"{last[f'train_{key}']:.1%}"
@@ -284,7 +287,7 @@ def _logged_metrics(trainer: Any) -> dict[str, Any]:
     return {"train_loss": history[end]["train_loss"], **found} if ends else found
 
 
-def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
+def _figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Keep the figures of the model, without those of its speed."""
     numbers = (int, float, np.integer, np.floating)
     return {

@@ -264,15 +264,15 @@ class ObjectiveTrainer(CellTrainer):
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """Evaluate as CellTrainer does, with the losses of the objectives, on the averaged weights if `ema` is set."""
         self._sums[False], self._watched[False] = {}, []
-        averaged = self._average is not None and self.is_in_train
-        with self._average.in_place_of_weights(self.model) if averaged else nullcontext():
+        average = self._average if self.is_in_train else None
+        with nullcontext() if average is None else average.in_place_of_weights(self.model):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self._objective_metrics(False, f"{metric_key_prefix}_")
         if self._trains_cls:
-            losses = {name: metrics.get(f"{metric_key_prefix}_{name}_loss") for name in self.objectives}
-            if None not in losses.values():
+            names = {name: f"{metric_key_prefix}_{name}_loss" for name in self.objectives}
+            if all(name in metrics for name in names.values()):
                 output.metrics[f"{metric_key_prefix}_loss"] = sum(
-                    weight * losses[name] for name, weight in self.objectives.items()
+                    weight * metrics[names[name]] for name, weight in self.objectives.items()
                 )
         output.metrics.update(metrics)
         return output

@@ -101,7 +101,8 @@ def _read(embeddings) -> tuple[list[str], np.ndarray]:
     """Return the names of the genes, and their vectors: float64 array (n, d)."""
     what = "the table"
     if isinstance(embeddings, (str, os.PathLike)):
-        what = path = Path(embeddings)
+        path = Path(embeddings)
+        what = str(path)
         with naming(path, "gene embeddings"):
             embeddings = _read_file(path)
     if isinstance(embeddings, Mapping):

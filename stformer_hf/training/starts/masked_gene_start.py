@@ -116,9 +116,9 @@ class _Statistics:
                 self.n_pairs = np.bincount(inverse, n_pairs).astype(np.int64)
         if with_counts:
             indptr = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-            found = np.concatenate(found)
+            columns = np.concatenate(found)
             self.cells = sparse.csr_matrix(
-                (np.ones(len(found), np.float32), found, indptr), (len(rows), len(self.tokens))
+                (np.ones(len(columns), np.float32), columns, indptr), (len(rows), len(self.tokens))
             )
 
 

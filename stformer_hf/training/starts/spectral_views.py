@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import linalg, sparse
@@ -48,7 +49,7 @@ class SpectralViews:
         The values equal those of `CellEmbedding.view_sums` for a model that starts at these views, if all genes are
         measured and none is hidden.
         """
-        scores = [[], []]
+        scores: list[list[np.ndarray]] = [[], []]
         for block in _cut(counts):
             for view, values in enumerate(self._values(block)):
                 used = np.flatnonzero(self.loadings[view].any(axis=1))
@@ -181,15 +182,15 @@ def _cut(counts: sparse.csr_array) -> Iterator[sparse.csr_array]:
         yield counts[start : start + step]
 
 
-def _sum_genes(blocks: Iterable[sparse.csr_array]) -> dict[str, np.ndarray]:
+def _sum_genes(blocks: Iterable[sparse.csr_array]) -> dict[str, Any]:
     """Sum over cells for each gene: counts, expressing cells, log values, scaled counts and their squares."""
-    sums: dict[str, np.ndarray] = {}
+    sums: dict[str, Any] = {}
     for block in blocks:
         totals = block.sum(axis=1, dtype=np.float64)
         scaled = 1e4 * block.data / np.repeat(np.maximum(totals, 1e-12), np.diff(block.indptr))
         values = {"counts": block.data, "expressed": block.data > 0, "log": np.log1p(scaled)}
         values.update(scaled=scaled, squared=scaled * scaled)
-        found = {name: np.bincount(block.indices, of, block.shape[1]) for name, of in values.items()}
+        found: dict[str, Any] = {name: np.bincount(block.indices, of, block.shape[1]) for name, of in values.items()}
         found["n_cells"] = np.count_nonzero(totals)
         sums = {name: value + sums.get(name, 0) for name, value in found.items()}
     return sums or {"n_cells": 0}
