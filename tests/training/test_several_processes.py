@@ -55,7 +55,9 @@ def run_forks(store, folder, n_processes, **settings) -> list[multiprocessing.Pr
     for rank in map(str, range(n_processes)):
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(n_processes), "HF_HUB_OFFLINE": "1"}
         environment |= {"LOCAL_WORLD_SIZE": str(n_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        processes.append(multiprocessing.get_context("fork").Process(target=run_rank, args=(environment, arguments)))
+        fork = multiprocessing.get_context("fork")
+        # A daemon: if its peer fails, it ends with the tests.
+        processes.append(fork.Process(target=run_rank, args=(environment, arguments), daemon=True))
         processes[-1].start()
     return processes
 
