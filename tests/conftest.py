@@ -45,6 +45,17 @@ def two_folds():
 
 
 @pytest.fixture(scope="session")
+def compiled_umap() -> None:
+    """Keep on disk what numba compiles of umap in each process, for 10 s; umap keeps its other functions there."""
+    pytest.importorskip("umap")
+    from umap import layouts, umap_
+
+    of_layouts = layouts._get_optimize_layout_euclidean_single_epoch_fn()
+    for function in (umap_.smooth_knn_dist, umap_.compute_membership_strengths, of_layouts):
+        function.enable_caching()
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real data for development and CI; users do not have it."""
     if not SHARED.is_dir():

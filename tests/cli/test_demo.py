@@ -21,6 +21,7 @@ PICTURES = ("pretraining", "fine_tuning", "few_labels", "confusion", "umap")
 def run_demo(folder, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "STEPS", {**demo.STEPS, "logging_steps": 1})
+        patch.setattr(demo, "PRETRAINING", {**demo.PRETRAINING, "max_length": 48})  # most of the time
         patch.setattr(demo, "PRETRAINING_STEPS", {**demo.PRETRAINING_STEPS, "max_steps": 3})
         patch.setattr(demo, "EPOCHS", 0.2)
         patch.setattr(linear_readers, "N_FOLDS", 2)  # of the inner cross-validation
@@ -31,7 +32,7 @@ def run_demo(folder, seed):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, compiled_umap):
     return run_demo(tmp_path_factory.mktemp("demo") / "out", 5)
 
 

@@ -25,6 +25,7 @@ def blobs(n: int = 240, apart: float = 12.0) -> tuple[np.ndarray, np.ndarray]:
     return rng.normal(size=(n, 8)) + apart * np.eye(8)[labels], labels.astype(str)
 
 
+@pytest.mark.usefixtures("compiled_umap")
 def test_the_graph_is_that_of_scanpy():
     scanpy = pytest.importorskip("scanpy")
     from anndata import AnnData

@@ -198,6 +198,7 @@ def test_the_command_maps_and_keeps_the_reference(model, cells, tmp_path):
     assert main([*again, "--overwrite"]) == 0 and (tmp_path / "kept" / "reference.json").read_bytes() != before
 
 
+@pytest.mark.usefixtures("compiled_umap")
 def test_both_are_drawn_in_one_picture(model, cells, tmp_path):
     pytest.importorskip("scanpy")
     reference, query = cells

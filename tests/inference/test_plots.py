@@ -197,6 +197,7 @@ def test_the_curve_of_labels_is_of_means_with_all_draws():
     assert [label.get_text() for label in ax.get_xticklabels()] == ["5", "10"]
 
 
+@pytest.mark.usefixtures("compiled_umap")
 def test_umaps_are_panels_of_one_legend_with_edges_of_some_cells(tmp_path):
     pytest.importorskip("scanpy")
     rng = np.random.default_rng(0)
@@ -220,6 +221,7 @@ def test_umaps_are_panels_of_one_legend_with_edges_of_some_cells(tmp_path):
         plots.umaps(adata, "g", {"one": "X_one"}, outlined="seen")
 
 
+@pytest.mark.usefixtures("compiled_umap")
 def test_a_umap_is_that_of_the_embedding_drawn_and_leaves_the_users_own(tmp_path):
     rng = np.random.default_rng(0)
     groups = np.repeat([0, 1], 20), np.tile([0, 1], 20)

@@ -125,7 +125,7 @@ def test_errors_while_blocks_are_read_name_the_file(adata, tmp_path):
     with pytest.raises(ValueError, match=r"a\.zarr cannot be read: RuntimeError"):
         _ = AnnDataset(tmp_path / "a.zarr")[0]
     with pytest.raises(ValueError, match=r"a\.zarr cannot be read: RuntimeError"):
-        CellStore.build(tmp_path / "s", tmp_path / "a.zarr", workers=2)
+        CellStore.build(tmp_path / "s", tmp_path / "a.zarr")
     adata.X = adata.X.tocsc()
     adata.write_zarr(tmp_path / "c.zarr")
     (tmp_path / "c.zarr/X/indices/0").write_bytes(b"junk")

@@ -58,6 +58,7 @@ def test_the_seed_decides(blobs):
     assert sizes == sorted(sizes, reverse=True)
 
 
+@pytest.mark.usefixtures("compiled_umap")
 def test_leiden_finds_the_groups_and_leaves_the_graph_that_is_there(blobs, tmp_path):
     sc = pytest.importorskip("scanpy")
     pytest.importorskip("igraph")

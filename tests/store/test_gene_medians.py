@@ -8,6 +8,7 @@ from conftest import make_adata
 from scipy import sparse
 
 from stformer_hf import CellStore, GeneTokenizer, estimate_gene_medians
+from stformer_hf.genes.statistics import GeneStatistics
 
 BOUND = 0.0075
 
@@ -49,6 +50,11 @@ def fetal_medians(fetal) -> dict[str, float]:
     return medians
 
 
+@pytest.fixture(scope="module")
+def fetal_sketch(fetal) -> GeneStatistics:
+    return estimate_gene_medians(fetal, method="sketch")
+
+
 # ---------------------------------------------------------------------- real cells
 
 
@@ -64,8 +70,8 @@ def test_real_cells_exactly(fetal, fetal_medians, shared_data):
     assert table["symbol"].tolist() == fetal.var_names.tolist()
 
 
-def test_real_cells_sketched_whole_and_in_seven_parts(fetal, fetal_medians):
-    whole = estimate_gene_medians(fetal, method="sketch")
+def test_real_cells_sketched_whole_and_in_seven_parts(fetal, fetal_medians, fetal_sketch):
+    whole = fetal_sketch
     assert_close(whole.medians, fetal_medians, BOUND)
     parts = [
         estimate_gene_medians(fetal[rows], method="sketch")
@@ -80,10 +86,10 @@ def test_real_cells_sketched_whole_and_in_seven_parts(fetal, fetal_medians):
     assert_close(merged.medians, fetal_medians, BOUND)
 
 
-def test_real_cells_that_do_not_fit_into_the_memory_given(fetal, fetal_medians):
+def test_real_cells_that_do_not_fit_into_the_memory_given(fetal, fetal_medians, fetal_sketch):
     statistics = estimate_gene_medians(fetal, max_memory=20_000_000)
     assert statistics.method == "sketch"
-    assert statistics.medians == estimate_gene_medians(fetal, method="sketch").medians
+    assert statistics.medians == fetal_sketch.medians
     assert_close(statistics.medians, fetal_medians, BOUND)
 
 

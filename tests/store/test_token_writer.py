@@ -563,13 +563,15 @@ def test_a_store_that_was_replaced_is_told(store, tokenizer, tmp_path, adata):
 
 # ---------------------------------------------------------------------- a disk that is full, memory that is small
 
-FULL = """
-import sys
+LIMITED = """
+import resource, signal, sys
 from stformer_hf import CellStore, GeneTokenizer
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
 try:
     CellStore(sys.argv[1]).tokenize(GeneTokenizer.from_pretrained(sys.argv[2]), sys.argv[3], overwrite=True)
 except OSError as error:
-    print("told:", error)
+    print(error)
     sys.exit(3)
 """
 
@@ -582,21 +584,20 @@ def test_a_full_disk_is_told_and_the_older_dataset_stays(store, tokenizer, tmp_p
         mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
         if mounted.returncode:
             pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.decode().strip()}")
-        script = FULL
-    else:  # a limit of the process in place of a disk: where no tmpfs can be mounted
-        script = "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        script += "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))\n" + FULL
     try:
         store.tokenize(tokenizer, folder / "t")
         big = CellStore.build(tmp_path / "big", make_adata(40_000), obs=["cell_type"])
-        run = subprocess.run(
-            [sys.executable, "-c", script, big.path, folder / "t" / "tokenizer", folder / "t"],
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 3, run.stderr
-        assert "told:" in run.stdout and "no space for the tokens" in run.stdout
-        assert f"left at {folder / '.t.building'}. Free some space and call tokenize again" in run.stdout
+        if limit == "disk":
+            with pytest.raises(OSError) as raised:
+                big.tokenize(tokenizer, folder / "t", overwrite=True)
+            told = str(raised.value)
+        else:  # a limit of the process in place of a disk: where no tmpfs can be mounted
+            command = [sys.executable, "-c", LIMITED, big.path, folder / "t" / "tokenizer", folder / "t"]
+            run = subprocess.run(command, capture_output=True, text=True)
+            assert run.returncode == 3, run.stderr
+            told = run.stdout
+        assert "no space for the tokens" in told
+        assert f"left at {folder / '.t.building'}. Free some space and call tokenize again" in told
         assert_holds(load_from_disk(str(folder / "t")), store, tokenizer)
     finally:
         if limit == "disk":

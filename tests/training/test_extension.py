@@ -410,11 +410,10 @@ def stock(model_class, tokenizer, **fields):
     config = model_class.config_class(
         vocab_size=len(tokenizer),
         hidden_size=16,
-        num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=32,
         pad_token_id=tokenizer.pad_token_id,
-        **fields,
+        **{"num_hidden_layers": 1, **fields},
     )
     return trained(model_class(config))
 
@@ -436,7 +435,9 @@ def test_a_stock_model_that_reads_token_types(store, adata):
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_a_stock_model_without_token_types(store, adata, with_bias):
     old = GeneTokenizer.from_store(store, "rank", medians=estimate_gene_medians(store), max_length=64)
-    model = stock(ModernBertForMaskedLM, old, decoder_bias=with_bias, eos_token_id=old.eos_token_id)
+    # Two layers: transformers 5.15 refuses a configuration without local attention, which the first layer lacks.
+    fields = {"num_hidden_layers": 2, "eos_token_id": old.eos_token_id}
+    model = stock(ModernBertForMaskedLM, old, decoder_bias=with_bias, **fields)
     original = copy.deepcopy(model)
     _, new = extend_vocabulary(model, old, NEW_GENES, {"age": ["old"]}, medians=dict.fromkeys(NEW_GENES, 0.5))
     assert model.config.vocab_size == len(new) == len(old) + 3

@@ -1,7 +1,9 @@
 """Training in other processes: two against one, and one that is killed while it saves."""
 
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import train_cells
+from accelerate.state import AcceleratorState
 
 from stformer_hf.training.checkpoints import last_whole_checkpoint
 
@@ -34,26 +37,59 @@ def finished(process) -> str:
     return printed
 
 
+def run_rank(environment, arguments) -> None:
+    """Train as one of the processes that torchrun starts, in a fork of this one, where all is imported."""
+    os.environ.update(environment)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the trainers of other tests
+    sys.argv = arguments
+    train_cells.main()
+
+
+def run_forks(store, folder, n_processes, **settings) -> list[multiprocessing.Process]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [str(SCRIPT), str(store.path), str(folder), json.dumps(settings)]
+    folder.mkdir()
+    processes = []
+    for rank in map(str, range(n_processes)):
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(n_processes), "HF_HUB_OFFLINE": "1"}
+        environment |= {"LOCAL_WORLD_SIZE": str(n_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        fork = multiprocessing.get_context("fork")
+        # A daemon: if its peer fails, it ends with the tests.
+        processes.append(fork.Process(target=run_rank, args=(environment, arguments), daemon=True))
+        processes[-1].start()
+    return processes
+
+
 _slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "order",
+    ("order", "launched"),
     [
-        pytest.param("grouped", marks=_slow),
-        pytest.param("objectives", marks=_slow),
-        pytest.param("packed", marks=_slow),
-        pytest.param("stream", marks=_slow),
-        "packed stream",
+        pytest.param("grouped", True, marks=_slow),
+        pytest.param("objectives", True, marks=_slow),
+        pytest.param("packed", True, marks=_slow),
+        pytest.param("stream", True, marks=_slow),
+        pytest.param("packed stream", True, marks=_slow),
+        ("packed stream", False),
+        ("random", False),
     ],
 )
-def test_two_processes_share_an_epoch_and_learn_what_one_does(store, tmp_path, monkeypatch, order):
+def test_two_processes_share_an_epoch_and_learn_what_one_does(store, tmp_path, monkeypatch, order, launched):
     n_passes = {"epochs": 3} if order != "packed stream" else {"epochs": 3, "steps": 24}
-    two = run_script(store, tmp_path / "two", 2, order=order, accumulation=1, **n_passes)
+    two = {"order": order, "accumulation": 1, **n_passes}
+    if launched:
+        finished(run_script(store, tmp_path / "two", 2, **two))
+    else:
+        for process in run_forks(store, tmp_path / "two", 2, **two):
+            process.join(300)
+            process.kill()
+            assert process.exitcode == 0
     one = {"order": order, "accumulation": 2, **n_passes}
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(store.path), str(tmp_path / "one"), json.dumps(one)])
     train_cells.main()  # here, where all is imported
-    finished(two)
     cells = np.flatnonzero(store.lengths > 0).tolist()
     ranks = [json.loads((tmp_path / "two" / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
     assert [rank["world_size"] for rank in ranks] == [2, 2]
