@@ -114,8 +114,8 @@ def is_hub_id(name: str | None) -> bool:
 
 
 def is_adapter(model: str | os.PathLike) -> bool:
-    """Return whether a folder holds a PEFT adapter, and not a model."""
-    return _read_adapter(os.fspath(model)) is not None
+    """Return whether a folder, or that of a model of an installed package, holds a PEFT adapter, and not a model."""
+    return _read_adapter(find_installed(os.fspath(model)) or os.fspath(model)) is not None
 
 
 def holds_model(folder: str | os.PathLike) -> bool:
