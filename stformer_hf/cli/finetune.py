@@ -269,5 +269,5 @@ def _draw_confusion(output: Path, found, heads: list) -> None:
                 [head.names[i] for i in found.predictions[known, head.outputs].argmax(axis=-1)],
                 head.names,
                 title=f"{known.sum()} held-out cells",
-                save=output / f"{head.named('confusion').replace('/', '_')}.png",
+                save=output / f"{head.named('confusion')}.png",
             )

@@ -75,8 +75,8 @@ def annotate(
         label columns has all of these for each column, with its name after `key_added`. For multiple labels per cell,
         `obs[key_added + "_" + label]` is the probability of each. For numbers, `obs[key_added + "_" + name]` is the
         number (`_value` if the model does not name it). The names of the columns and of the classes, and the kind of
-        head are written to `uns[key_added + "_annotation"]`. Columns of an earlier call with the same prefix that this
-        one does not write are removed.
+        head are written to `uns[key_added + "_annotation"]`. What an earlier call with the same prefix wrote to obs
+        and obsm, and this one does not, is removed.
     layer, fractional, batch_size, device, min_coverage, distributed
         As for `embed`.
 
@@ -162,7 +162,7 @@ def annotate(
         with_phenotypes=True,  # as in training
         distributed=distributed,
     )
-    columns, n_outputs = {}, sum(len(head.names) for head in heads)
+    columns, matrices, n_outputs = {}, {}, sum(len(head.names) for head in heads)
     predictions, distances = predictions[:, :n_outputs], predictions[:, n_outputs:]
     for i, head in enumerate(heads):
         of_head, prefix = predictions[:, head.outputs], head.named(key_added)
@@ -170,7 +170,7 @@ def annotate(
         if not of_classes:
             continue
         label = f"{prefix}_label"
-        table.obsm[f"{prefix}_probabilities"] = np.where(n_genes[:, None] > 0, of_head, np.float32(np.nan))
+        matrices[f"{prefix}_probabilities"] = np.where(n_genes[:, None] > 0, of_head, np.float32(np.nan))
         if reject is not None:
             columns[label], columns[f"{prefix}_typicality"] = _reject(
                 *(
@@ -184,14 +184,20 @@ def annotate(
             )
         if over is not None:
             columns[f"{prefix}_majority"] = majority(columns[label], table.obs[over])
-    former = set(table.uns.get(f"{key_added}_annotation", {}).get("columns", ())) - set(columns)
-    table.obs = table.obs.drop(columns=[column for column in former if column in table.obs])
+    former = table.uns.get(f"{key_added}_annotation", {})
+    stale = set(former.get("columns", ())) - set(columns)
+    table.obs = table.obs.drop(columns=[column for column in stale if column in table.obs])
+    for key in set(former.get("obsm", ())) - set(matrices):
+        table.obsm.pop(key, None)
     for column, values in columns.items():
         table.obs[column] = values
+    for name, matrix in matrices.items():
+        table.obsm[name] = matrix
     table.uns[f"{key_added}_annotation"] = {
         "model": name,
         "problem_type": kind,
         "columns": list(columns),
+        "obsm": list(matrices),
         **({"classes": _classes(heads)} if of_classes else {}),
         **({} if reject is None else {"reject": reject}),
         **({} if parents is None else {"parents": {"child": [*parents], "parent": [*parents.values()]}}),

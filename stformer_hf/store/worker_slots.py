@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ import torch
 from torch.utils.data import get_worker_info
 
 _ALIGNMENT = 64  # the flag takes the first place
+_TYPES = {torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.int8, torch.int16, torch.int32, torch.int64}
+_TYPES |= {torch.float16, torch.float32, torch.float64}
 _numbers = itertools.count()
 _own: dict[int, torch.Tensor] = {}  # in a worker: its slots
 _sent: set[int] = set()  # in a worker: the slots that the main process has
@@ -30,44 +33,47 @@ class CollatedBatch(dict):
     def __copy__(self) -> CollatedBatch:
         return CollatedBatch(self)
 
-    def __reduce__(self):
-        tensors = [value for value in self.values() if isinstance(value, torch.Tensor)]
-        if any(tensor.device.type != "cpu" or tensor.dtype == torch.bfloat16 for tensor in tensors):
-            return dict, (dict(self),)
-        arrays = {name: value.numpy() for name, value in self.items() if isinstance(value, torch.Tensor)}
-        others = {name: value for name, value in self.items() if name not in arrays}
-        return _collated_batch, (arrays if get_worker_info() is None else SharedArrays(arrays), others)
+    def __reduce__(self) -> tuple:
+        arrays = {name: value.numpy() for name, value in self.items() if _fits(value)}  # torch cannot pickle uint16
+        return _of_arrays, (arrays, {name: value for name, value in self.items() if name not in arrays})
 
 
-def _collated_batch(arrays: dict[str, np.ndarray], others: dict[str, Any]) -> CollatedBatch:
+def _of_arrays(arrays: dict[str, np.ndarray], others: dict[str, Any]) -> CollatedBatch:
     return CollatedBatch({**{name: torch.from_numpy(array) for name, array in arrays.items()}, **others})
 
 
-class SharedArrays:
-    """Arrays that are sent through a slot when they are pickled.
+def _reduce(batch: CollatedBatch) -> tuple:
+    """Reduce a batch that is sent to another process."""
+    of_arrays, (arrays, others) = batch.__reduce__()
+    if get_worker_info() is None or not arrays:
+        return of_arrays, (arrays, others)
+    places, end = [], _ALIGNMENT
+    for name, array in arrays.items():
+        places.append((name, array.dtype.str, array.shape, end))
+        end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+    number = _free_slot(end)
+    slot = _own[number]
+    memory = slot.numpy()
+    memory[0] = 1
+    for (_, _, _, start), array in zip(places, arrays.values(), strict=True):
+        memory[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    first = number not in _sent
+    _sent.add(number)
+    return _receive, (os.getpid(), number, slot if first else None, places, others)
 
-    Parameters
-    ----------
-    arrays : dict of str to array
-    """
 
-    def __init__(self, arrays: dict[str, np.ndarray]):
-        self.arrays = arrays
+ForkingPickler.register(CollatedBatch, _reduce)  # loaders use it; copies and other pickles do not
 
-    def __reduce__(self):
-        places, end = [], _ALIGNMENT
-        for name, array in self.arrays.items():
-            places.append((name, array.dtype.str, array.shape, end))
-            end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-        number = _free_slot(end)
-        slot = _own[number]
-        memory = slot.numpy()
-        memory[0] = 1
-        for (_, _, _, start), array in zip(places, self.arrays.values(), strict=True):
-            memory[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        first = number not in _sent
-        _sent.add(number)
-        return _receive, (os.getpid(), number, slot if first else None, places)
+
+def _fits(value: Any) -> bool:
+    """Return whether a value is a tensor with an array; torch pickles others in its own way."""
+    return (
+        type(value) is torch.Tensor
+        and value.device.type == "cpu"
+        and value.layout is torch.strided
+        and value.dtype in _TYPES
+        and not value.requires_grad
+    )
 
 
 def _free_slot(size: int) -> int:
@@ -82,17 +88,24 @@ def _free_slot(size: int) -> int:
     return number
 
 
-def _receive(process: int, number: int, slot: torch.Tensor | None, places: list[tuple[str, str, Any, int]]):
-    """Return the arrays of a slot."""
+def _receive(
+    process: int,
+    number: int,
+    slot: torch.Tensor | None,
+    places: list[tuple[str, str, tuple[int, ...], int]],
+    others: dict[str, Any],
+) -> CollatedBatch:
+    """Return the batch of a slot."""
     if slot is not None:
         for key in [key for key in _received if not _is_running(key[0])]:
             del _received[key]  # its worker has ended
         _received[process, number] = slot
     memory = np.asarray(_Lease(_received[process, number].numpy()))
-    return {
+    arrays = {
         name: memory[start : start + np.dtype(dtype).itemsize * math.prod(shape)].view(dtype).reshape(shape)
         for name, dtype, shape, start in places
     }
+    return _of_arrays(arrays, others)
 
 
 class _Lease:
@@ -114,4 +127,4 @@ def _is_running(process: int) -> bool:
     return True
 
 
-__all__ = ["CollatedBatch", "SharedArrays"]
+__all__ = ["CollatedBatch"]

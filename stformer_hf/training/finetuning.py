@@ -114,6 +114,8 @@ class Finetuning:
 
     def known(self, cells: CellStore) -> CellStore:
         """Select the cells that have a number, or labels that the model knows; the number left out is logged."""
+        for name in [self.label_key] if isinstance(self.label_key, str) else self.label_key:
+            must_have(cells.obs, "obs", name, " (held-out cells)")
         heads, unknown = read_heads(unwrap(self.model)), []
         names = [head.column or self.label_key for head in heads]
         if all(isinstance(name, str) and name in cells.categories for name in names):
@@ -173,7 +175,7 @@ def finetune(
     model: str | PreTrainedModel | None = None,
     tokenizer: GeneTokenizer | None = None,
     output: str | Path | None = None,
-    eval_cells: CellStore | None = None,
+    eval_cells: CellStore | str | Path | None = None,
     num_train_epochs: float | None = None,
     init: Literal["spectral", "random"] = "spectral",
     split_by: str | None = None,
@@ -212,7 +214,7 @@ def finetune(
         Tokenizer of a model object; by default `model.tokenizer`, or the checkpoint's.
     output : str or Path, optional
         Folder to save the model, its tokenizer and `out_of_fold.safetensors` in.
-    eval_cells : CellStore, optional
+    eval_cells : CellStore or path of one, optional
         Held-out cells, evaluated at the end of each epoch; nothing is chosen on them. Cells of classes that no
         training cell has are left out, with a warning.
     num_train_epochs : float, optional
@@ -271,6 +273,8 @@ def finetune(
     cells = as_selection(cells)
     if isinstance(cells, (str, Path)) and is_format(cells, "CellStore"):
         cells = CellStore(cells)
+    if isinstance(eval_cells, (str, Path)):
+        eval_cells = CellStore(eval_cells)
     with tempfile.TemporaryDirectory() as folder:
         if not isinstance(cells, CellStore):
             columns = [label_key] if isinstance(label_key, str) else list(label_key)
@@ -426,6 +430,13 @@ def prepare_classifier(
                 f"{int(cells.obs[split_by].isna().sum())} cells have no {split_by!r}: remove them, or fill it in."
             )
         groups = cells.obs[split_by].astype(str).to_numpy()
+        for column in labelled_cells(model.config, labels):
+            found = np.unique(groups[column.rows])
+            if column.column is not None and len(found) < 2:
+                raise ValueError(
+                    f"All cells that have a {column.column!r} are of one {split_by!r}, {found[0]!r}; validation needs "
+                    "those of another. Leave out split_by, or the column."
+                )
     began = time.monotonic()
     start = start_classifier(
         model,
@@ -660,6 +671,8 @@ def _labelled(
     """
     several = not isinstance(label_key, str)
     columns = list(label_key) if several else [label_key]
+    if not columns:
+        raise ValueError("label_key is empty: pass at least one column.")
     for name in columns:
         must_have(cells.obs, "obs", name)
     categorical = [name for name in columns if name in cells.categories]

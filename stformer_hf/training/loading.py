@@ -114,8 +114,8 @@ def is_hub_id(name: str | None) -> bool:
 
 
 def is_adapter(model: str | os.PathLike) -> bool:
-    """Return whether a folder holds a PEFT adapter, and not a model."""
-    return _read_adapter(os.fspath(model)) is not None
+    """Return whether a folder, or that of a model of an installed package, holds a PEFT adapter, and not a model."""
+    return _read_adapter(find_installed(os.fspath(model)) or os.fspath(model)) is not None
 
 
 def holds_model(folder: str | os.PathLike) -> bool:
@@ -284,13 +284,16 @@ def _load_adapter(name: str, adapter: dict[str, Any]) -> PreTrainedModel:
             "folder), and pass the object."
         )
     with _without_report():  # of the head as new: the adapter holds it
-        found, loaded = _of_hub(base, auto_class.from_pretrained, config=config, output_loading_info=True)
+        found, loaded = _of_hub(
+            base, auto_class.from_pretrained, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     held = load_peft_weights(name, device="cpu")
     try:
         merged = PeftModel.from_pretrained(found, name).merge_and_unload()
     except (RuntimeError, KeyError) as error:  # other shapes, or other weights
         raise ValueError(f"The adapter {name} does not fit its base {base}: {error}") from error
-    _check_whole(name, [key for key in loaded["missing_keys"] if f"base_model.model.{key}" not in held])
+    missing = {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}  # of a head of other classes
+    _check_whole(name, [key for key in missing if f"base_model.model.{key}" not in held])
     merged.config._name_or_path = name
     return merged
 

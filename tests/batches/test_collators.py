@@ -1,6 +1,8 @@
 """Collators: rates, what may be swapped, and masks that depend on nothing but seed, epoch and cell."""
 
 import copy
+import io
+import pickle
 
 import numpy as np
 import pytest
@@ -210,6 +212,32 @@ def test_batches_of_a_worker_come_through_few_slots_of_shared_memory(store, toke
     assert copy.copy(of)["input_ids"] is of["input_ids"]  # as pinning memory copies
     worker = loader._iterator._workers[0].pid
     assert 1 <= sum(process == worker for process, _ in worker_slots._received) <= 5  # of 20 batches
+
+
+class CopyingCollator:
+    """A collator of a user, who copies, pickles and saves batches in the worker and adds tensors of other kinds."""
+
+    def __init__(self, collator):
+        self.collator = collator
+
+    def __call__(self, examples):
+        batch = pickle.loads(pickle.dumps(copy.deepcopy(self.collator(examples))))
+        torch.save(batch, io.BytesIO())
+        batch |= {"weight": torch.ones(2, requires_grad=True), "half": torch.ones(2, dtype=torch.bfloat16)}
+        batch["sparse"] = torch.eye(2).to_sparse()
+        return batch
+
+
+def test_a_worker_may_copy_and_pickle_its_batches(store, tokenizer):
+    collator = CopyingCollator(DataCollatorForPhenotypicMLM(tokenizer))
+    expected = collator(store.__getitems__(range(6)))
+    assert type(copy.deepcopy(expected)) is type(expected)
+    loader = DataLoader(store, 6, collate_fn=collator, num_workers=1, persistent_workers=True)
+    first, *others = loader
+    assert first.keys() == expected.keys()
+    assert all(torch.equal(*(torch.as_tensor(of[name]).to_dense() for of in (first, expected))) for name in expected)
+    worker = loader._iterator._workers[0].pid
+    assert {number for process, number in worker_slots._received if process == worker} == set(range(10))  # no other
 
 
 def test_a_tokenized_example_is_masked_as_its_cell_in_the_store(store, adata, tokenizer):

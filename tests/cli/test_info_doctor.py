@@ -15,7 +15,7 @@ from stformer_hf import CellStore, GeneBertForClassification
 from stformer_hf.cli import main
 from stformer_hf.cli.doctor import EXTRAS, _version
 from stformer_hf.training.calibration import OutOfFold, load_out_of_fold
-from stformer_hf.training.loading import load_config, load_model, load_tokenizer
+from stformer_hf.training.loading import is_adapter, load_config, load_model, load_tokenizer
 
 
 @pytest.fixture
@@ -159,6 +159,13 @@ def test_a_model_of_an_installed_package_has_a_name_everywhere(model, tokenizer,
     assert all(torch.equal(one, other) for one, other in zip(loaded.parameters(), model.parameters(), strict=True))
     assert main(["models"]) == 0 and "blood_of_package" in capsys.readouterr().out
     assert main(["info", "blood_of_package"]) == 0 and "B cell, T cell" in capsys.readouterr().out
+
+    assert not is_adapter("blood_of_package")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr("blood.FOLDER", str(adapter))
+    assert is_adapter("blood_of_package")
 
     (tmp_path / "here" / "blood_of_package").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):

@@ -40,6 +40,15 @@ def test_species_must_agree():
     assert [fates.tolist() for fates in mapped.fates] == [[0], [1]]
 
 
+def test_sources_that_share_a_table_have_the_rows_of_its_genes():
+    shared, other = table(A=ensembl(1), B=ensembl(2)), table(C=ensembl(3), B=ensembl(2), A=ensembl(1))
+    tables = [other, shared, shared, table(D=ensembl(4)), other]
+    united = unite(tables, list("vwxyz"))
+    assert united.genes.gene_ids.tolist() == [ensembl(i) for i in (3, 2, 1, 4)]
+    for of, rows, fates in zip(tables, united.rows, united.fates, strict=True):
+        assert united.genes.gene_ids[rows].tolist() == of.gene_ids.tolist() and not fates.any()
+
+
 def test_versions_are_cut_and_other_dots_kept():
     var = pd.DataFrame(index=["ENSG00000000003.15", "ENSG00000000005.2", "RP11-34P13.7"])
     assert GeneTable.from_var(var).gene_ids.tolist() == ["ENSG00000000003", "ENSG00000000005", "RP11-34P13.7"]

@@ -20,6 +20,7 @@ from stformer_hf import CellStore
 from stformer_hf.sources import matrices, row_buckets, tenx_files
 from stformer_hf.sources.formats import expand
 from stformer_hf.sources.open_source import open_source
+from stformer_hf.sources.read_anndata import read_anndata
 from stformer_hf.sources.registry import FORMATS, find_format, reads
 
 
@@ -451,3 +452,27 @@ def test_zarr_of_both_versions_is_read(tmp_path, adata, version):
         adata.write_zarr(tmp_path / "a.zarr")
     assert zarr.open_group(str(tmp_path / "a.zarr"), mode="r").metadata.zarr_format == version
     np.testing.assert_array_equal(read(open_source(tmp_path / "a.zarr")), adata.X.toarray())
+
+
+def test_an_anndata_of_any_format_has_its_counts_obs_and_genes(tmp_path):
+    """The folder of Cell Ranger, with antibodies and a gene in two columns; and a store, which has obs."""
+    counts = np.arange(12).reshape(3, 4)
+    ids, kinds = ["ENSG1", "ENSG2", "ENSG1", "CD3"], ["Gene Expression"] * 3 + ["Antibody Capture"]
+    folder = tmp_path / "filtered_feature_bc_matrix"
+    folder.mkdir()
+    io.mmwrite(folder / "matrix.mtx", sparse.coo_array(counts.T))
+    (folder / "barcodes.tsv").write_text("a\nb\nc\n")
+    rows = [f"{gene}\t{symbol}\t{kind}\n" for gene, symbol, kind in zip(ids, "XYXZ", kinds, strict=True)]
+    (folder / "features.tsv").write_text("".join(rows))
+    cells, layer = read_anndata(folder)
+    assert layer is None and cells.obs_names.tolist() == ["a", "b", "c"]
+    assert cells.var_names.is_unique and cells.var["gene_id"].tolist() == ids[:3]
+    np.testing.assert_array_equal(cells.X.toarray(), counts[:, :3])
+    antibodies = read_anndata(folder, "Antibody Capture")[0]
+    np.testing.assert_array_equal(antibodies.X.toarray(), counts[:, 3:])
+
+    original = make_adata(6, 4)
+    store = CellStore.build(tmp_path / "store", original, obs="all", report=False)
+    found = read_anndata(store.path)[0]
+    pd.testing.assert_frame_equal(found.obs, original.obs, check_dtype=False)
+    np.testing.assert_array_equal(found.X.toarray(), original.X.toarray())

@@ -18,11 +18,19 @@ from scipy.io import mmwrite
 
 from stformer_hf import CellStore, IterableAnnDataset
 from stformer_hf.cli.build import main as build
+from stformer_hf.sources import same_cells
 from stformer_hf.sources.same_cells import row_totals
 from stformer_hf.store import shards
 from stformer_hf.store import writer as store_writer
 
 N_GENES = 60
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_names_at_a_time():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(same_cells, "_NAMES_AT_A_TIME", 16)
+        yield
 
 
 def barcodes(n: int, seed: int = 0) -> list[str]:

@@ -212,6 +212,16 @@ def test_categories_unite_and_missing_ones_stay_missing(tmp_path):
     assert load_from_disk(str(store.path))[2]["kind"] is None
 
 
+@pytest.mark.parametrize("n_classes", [128, 129, 256, 257])
+def test_classes_of_any_number_keep_their_codes(tmp_path, n_classes):
+    """Codes of few bytes: 127 and 255 are the largest of one."""
+    cells = make_adata(n_classes + 1, 4)
+    cells.obs["clone"] = pd.Categorical([f"c{i:03}" for i in range(n_classes)] + [None])
+    store = CellStore.build(tmp_path / "s", cells, obs=["clone"])
+    assert store.obs["clone"].cat.codes.tolist() == [*range(n_classes), -1]
+    assert store.__getitems__(range(n_classes + 1)).obs["clone"].tolist() == [*range(n_classes), -1]
+
+
 def test_missing_and_clashing_obs_columns_raise(tmp_path, adata):
     with pytest.raises(ValueError, match="no obs column 'donor'; it has cell_type, age"):
         CellStore.build(tmp_path / "s", adata, obs=["donor"])

@@ -1,6 +1,7 @@
 """A file that is larger than the memory allowed becomes a store, whatever its layout."""
 
 import gc
+import pickle
 import subprocess
 import sys
 import tracemalloc
@@ -115,6 +116,23 @@ def test_a_build_holds_few_bytes_per_cell_however_many_files(tmp_path, monkeypat
     _, few, many = (held_bytes(tmp_path, n_files, monkeypatch) for n_files in (1, 2, 8))  # the first imports modules
     # A name takes 25 bytes, the two classes one each, and the score four.
     assert (many - few) / (6 * n) < 45
+
+
+def test_a_process_is_sent_the_names_and_columns_of_its_own_piece(tmp_path, monkeypatch):
+    n, sent = 4_000, []
+    cells = with_genes(AnnData(sparse.csr_matrix((np.ones(n), (range(n), [0] * n)), (n, 3), np.float32)))
+    cells.obs["score"] = np.arange(n, dtype=np.float64)
+    cells.write_h5ad(tmp_path / "a.h5ad")
+
+    def send(function, pieces, **_):
+        sent.extend(len(pickle.dumps(piece)) for piece in pieces)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store_writer, "run_tasks", send)
+    with pytest.raises(KeyboardInterrupt):
+        CellStore.build(tmp_path / "s", tmp_path / "a.h5ad", obs="score", workers=2, rows_per_shard=100)
+    # A name takes 4 bytes and its end 4, and a score 8: 32,000 for the names of all cells, and as much for the scores.
+    assert len(sent) == 40 and max(sent) < 10_000
 
 
 @pytest.mark.slow

@@ -253,6 +253,32 @@ def test_which_columns_are_classes(cells, tmp_path):
     assert (config.label_columns, config.id2label) == (None, {0: "B cell", 1: "T cell"})
 
 
+def test_columns_with_few_labels(cells):
+    """One label per class, and folds of one cell."""
+    cells = cells.copy()
+    cells.obs["two"] = pd.Categorical(["u", "v"] + [None] * 58)
+    cells.obs["three"] = pd.Categorical(["u", "v", "v"] + [None] * 57)
+    model = finetune(cells, ["cell_type", "two", "three"], num_train_epochs=0)
+    assert [len(of.rows) for of in model.out_of_fold.values()] == [59, 3, 2]
+    cells.obs["donor"] = pd.Categorical(["d1"] * 20 + ["d2"] * 40)
+    with pytest.raises(ValueError, match="All cells that have a 'two' are of one 'donor', 'd1'"):
+        finetune(cells, ["cell_type", "two"], split_by="donor", num_train_epochs=0)
+
+
+def test_columns_that_are_refused(cells, tmp_path):
+    cells = cells.copy()
+    cells.obs["type/level"] = cells.obs["level"]
+    settings = {"init": "random", "num_train_epochs": 1, "training": SHORT}
+    with pytest.raises(ValueError, match="Rename the label column 'type/level'"):
+        finetune(cells, ["cell_type", "type/level"], **settings)
+    with pytest.raises(ValueError, match="label_key is empty"):
+        finetune(cells, [], **settings)
+    store = CellStore.build(tmp_path / "all", cells, obs=list(COLUMNS), report=False)
+    CellStore.build(tmp_path / "types", store, obs="cell_type", report=False)
+    with pytest.raises(ValueError, match=r"There is no obs\['level'\].*held-out cells"):
+        finetune(store, list(COLUMNS), eval_cells=tmp_path / "types", **settings)
+
+
 def test_a_checkpoint_of_several_columns_becomes_one_of_one_column_and_back(cells, started, tmp_path):
     cells, folder = cells.copy(), started[1]
     assert set(load_out_of_fold(folder)) == set(COLUMNS)
@@ -266,6 +292,8 @@ def test_a_checkpoint_of_several_columns_becomes_one_of_one_column_and_back(cell
         annotate(cells, folder, key_added=path)
     assert {"one_label", "two_level_label", "two_cell_type_label"} <= set(cells.obs)
     assert load_out_of_fold(folder) is None
+    annotate(cells, tmp_path / "one", key_added="two")
+    assert "two_probabilities" in cells.obsm and not [key for key in cells.obsm if key.startswith("two_level")]
 
 
 def test_adapters_of_several_columns(cells, pretrained, tmp_path):
@@ -273,6 +301,8 @@ def test_adapters_of_several_columns(cells, pretrained, tmp_path):
     pretrained.save_pretrained(tmp_path / "base")
     pretrained.tokenizer.save_pretrained(tmp_path / "base")
     settings = {"output": tmp_path / "a", "num_train_epochs": 1, "init": "random", "training": SHORT}
+    of_level = {**settings, "output": tmp_path / "base"}  # the base then has a head of one column
+    finetune(cells, "level", model=tmp_path / "base", **of_level)
     trained = finetune(cells, list(COLUMNS), model=tmp_path / "base", lora=2, **settings)
     by_object, by_name = cells.copy(), cells.copy()
     annotate(by_object, trained)

@@ -153,7 +153,16 @@ def output_names(config: PreTrainedConfig, column: LabelColumn) -> list[str]:
 
 
 def fields_of_columns(classes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Return `label_columns`, `id2label` and `label2id` of a configuration for the classes of each label column."""
+    """Return `label_columns`, `id2label` and `label2id` of a configuration for the classes of each label column.
+
+    Raises
+    ------
+    ValueError
+        The name of a column contains "/".
+    """
+    wrong = [column for column in classes if "/" in column]
+    if wrong:
+        raise ValueError(f'Rename the label column {wrong[0]!r}: files of predictions cannot hold names with "/".')
     names = [output_name(column, name) for column in sorted(classes) for name in classes[column]]
     return {
         "label_columns": {column: len(classes[column]) for column in sorted(classes)},

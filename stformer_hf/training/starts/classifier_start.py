@@ -332,7 +332,7 @@ def _principal_scores(
     outer = products[np.ix_(held_out, train)]
     outer = outer - outer.mean(axis=1, keepdims=True) - means + mean
     k = min(k, len(train) - 1)
-    if k > len(train) // 4:
+    if max(k, 1) > len(train) // 4:
         spread, vectors = np.linalg.eigh(inner)
     else:
         spread, vectors = eigsh(inner, k, v0=np.ones(len(train)) + np.arange(len(train)) / len(train))

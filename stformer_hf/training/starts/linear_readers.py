@@ -217,6 +217,7 @@ def inner_folds(
     """
     n, single = len(labels), problem.kind == "single_label_classification" and labels.ndim == 1
     most = int(np.bincount(labels).max()) if single else n
+    single = single and most > 1  # nothing to stratify
     n_folds = max(min(N_FOLDS, most), 2)
     if groups is not None:
         n_groups = len(np.unique(groups))
