@@ -106,5 +106,5 @@ def run(args: PerturbArguments):
             try:
                 volcano(table, save=args.plot)
             except ValueError as error:
-                raise ValueError(f"The tables in {args.output} are complete, but there is no plot. {error}") from error
+                raise ValueError(f"The tables in {args.output} were written, but the plot was not: {error}") from error
     return table

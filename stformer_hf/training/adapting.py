@@ -20,7 +20,7 @@ def check_adapts(model: Any, lora: int | None, freeze: int, layer_decay: float =
     Raises
     ------
     ValueError
-        There is no checkpoint whose weights would be kept; a number is out of range.
+        The setting needs a checkpoint, and none was passed; a number is out of range.
     ImportError
         PEFT is not installed.
     """
@@ -116,10 +116,18 @@ def layer_rates(
     (type, dict)
         Trainer's `optimizer_cls_and_kwargs`.
 
+    Raises
+    ------
+    ValueError
+        `args.optim` is not AdamW.
+
     Notes
     -----
     Howard and Ruder 2018 (discriminative fine-tuning). As in Trainer, biases and norms have no weight decay.
     """
+    optimizer = getattr(args.optim, "value", args.optim)
+    if not str(optimizer).startswith("adamw_torch"):
+        raise ValueError(f"layer_decay works with AdamW of torch, and optim is {optimizer}: leave out one of them.")
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     numbers = {name: re.search(r"\blayers\.(\d+)\.", name) for name in trained}
     n_layers = 1 + max((int(number[1]) for number in numbers.values() if number), default=-1)

@@ -124,11 +124,11 @@ def holds_model(folder: str | os.PathLike) -> bool:
 
 
 def find_installed(name: str) -> str | None:
-    """Return the folder of a model that an installed package brings, by its name.
+    """Return the folder of a model that an installed package provides, by the name of the model.
 
-    None if there is no such model, or if a file or folder here has the name, which comes first. A package brings a
-    model by an entry point of the group `stformer_hf.models`, whose name is that of the model and whose object is the
-    path of the folder.
+    Return None if there is no such model, or if a local file or folder has this name: local paths come first. A
+    package provides a model with an entry point in the group `stformer_hf.models`, whose name is that of the model and
+    whose object is the path of the folder.
     """
     if os.path.exists(name):
         return None

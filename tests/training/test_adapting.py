@@ -122,3 +122,5 @@ def test_a_decay_out_of_range_or_without_a_checkpoint_is_refused(layer_decay, ba
         finetune(adata, "cell_type", model=base, layer_decay=layer_decay)
     with pytest.raises(ValueError, match="pass model="):
         finetune(adata, "cell_type", layer_decay=0.5)
+    with pytest.raises(ValueError, match="optim is sgd"):
+        finetune(adata, "cell_type", model=base, init="random", layer_decay=0.5, training={**SHORT, "optim": "sgd"})

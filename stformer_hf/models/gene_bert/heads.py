@@ -131,7 +131,7 @@ class LabelColumn(NamedTuple):
 
 
 def label_columns_of(config: PreTrainedConfig) -> list[LabelColumn]:
-    """Return the label columns of a head; one that has all outputs if there is no `config.label_columns`."""
+    """Return the label columns of a head; a single one with all outputs if `config.label_columns` is not set."""
     columns = getattr(config, "label_columns", None)
     weights, temperature = getattr(config, "reader_weights", None), getattr(config, "temperature", 1.0)
     if columns is None:
