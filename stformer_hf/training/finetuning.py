@@ -497,11 +497,13 @@ def choose_epochs(
     """Choose for how many epochs to train beyond the start, 0 included.
 
     In each of 2 inner folds the start is fitted to the fold's training cells, trained for 3 epochs, and scored on the
-    fold's other cells at the start and after each epoch. The number of epochs with the best mean score is taken if it
-    beats the start by more than the standard error of the difference over cells, else 0. If no epoch beats the start
-    in the first fold, the result is 0 without trying the second; if the median class has fewer than 50 cells, or there
-    is only one class, it is 0 without trying. For several label columns, the score of a cell is the mean over its
-    labels, and the median class of each column must have 50 cells.
+    fold's other cells at the start and after each epoch. The number of epochs with the best mean score is taken if
+    training beats the start by more than the standard error of the difference over cells, else 0. That difference is
+    cross-fitted: each fold is scored at the epoch that is best in the other fold, because the best of three epochs
+    flatters training on the cells that chose it. If no epoch beats the start in the first fold, the result is 0
+    without trying the second; if the median class has fewer than 50 cells, or there is only one class, it is 0 without
+    trying. For several label columns, the score of a cell is the mean over its labels, and the median class of each
+    column must have 50 cells.
 
     Parameters
     ----------
@@ -556,21 +558,32 @@ def choose_epochs(
         scores.append(np.stack([cell_scores(of, held_out) for of in outputs[-1]], axis=1))
         if (scores[0].mean(axis=0)[1:] <= scores[0][:, 0].mean()).all():
             break
-    gains = np.concatenate([scores_of - scores_of[:, :1] for scores_of in scores])  # (cells, 1 + epochs)
-    means = gains.mean(axis=0)
-    best = int(means.argmax())
-    error = gains[:, best].std(ddof=1) / np.sqrt(len(gains))
     overall = np.concatenate(scores).mean(axis=0)
+    best = int(overall.argmax())
     facts = {"inner_scores": [round(float(score), 4) for score in overall]}
-    if best == 0 or means[best] <= error:
+    gain, error = _gain_over_start(*scores) if best else (0.0, 0.0)
+    if gain <= error:
         return 0, {**facts, "fine_tuning": "none: it did not beat the start by more than its standard error"}, None
-    facts["fine_tuning"] = f"{best} epochs: {means[best]:+.4f} over the start (standard error {error:.4f})"
+    facts["fine_tuning"] = f"{best} epochs: {gain:+.4f} over the start (standard error {error:.4f})"
     rows, predictions = np.concatenate(rows), np.concatenate([of[best] for of in outputs])
     found = {}
     for column in columns:
         has = np.isin(rows, column.rows)
         found[column.column] = OutOfFold(predictions[has, column.outputs], column.labels_of(rows[has]), rows[has])
     return best, facts, found
+
+
+def _gain_over_start(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
+    """Return the mean gain of training over the start, and its standard error over the cells of two folds.
+
+    Both take the scores of a fold's cells at the start and after each epoch, (n_cells, 1 + epochs). The epoch of one
+    fold is the best of the other fold.
+    """
+    gains = [
+        of[:, 1 + other[:, 1:].mean(axis=0).argmax()] - of[:, 0] for of, other in ((first, second), (second, first))
+    ]
+    gain = np.concatenate(gains)
+    return float(gain.mean()), float(gain.std(ddof=1) / np.sqrt(len(gain)))
 
 
 def _outputs_of_epochs(

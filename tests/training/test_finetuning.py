@@ -204,6 +204,22 @@ def test_training_is_chosen_only_where_it_beats_the_start(labelled, monkeypatch)
     finetune(store_like, "type")
 
 
+def test_the_gain_of_training_is_not_that_of_the_best_of_several_epochs():
+    """With scores of chance the gain is 0 on average, and exceeds its standard error as often as it should."""
+    rng = np.random.default_rng(0)
+    draws = [[rng.random((40, 4)) for _ in range(2)] for _ in range(2000)]
+    found = np.array([finetuning._gain_over_start(*folds) for folds in draws])
+    best = np.array(
+        [(np.concatenate(folds).mean(axis=0)[1:].max() - np.concatenate(folds)[:, 0].mean()) for folds in draws]
+    )
+    standard_error = found[:, 0].std() / np.sqrt(len(draws))
+    assert abs(found[:, 0].mean()) < 4 * standard_error < best.mean(), "the best of three epochs would flatter"
+    assert 0.10 < (found[:, 0] > found[:, 1]).mean() < 0.22, "16 % by chance"
+    first, second = np.array([[0, 1, 0], [0, 1, 0.0]]), np.array([[0, 0, 1], [0, 1, 1.0], [1, 1, 1]])
+    gain, error = finetuning._gain_over_start(first, second)  # epoch 2 in the first fold, and epoch 1 in the second
+    np.testing.assert_allclose([gain, error], [1 / 5, np.std([0, 0, 0, 1, 0], ddof=1) / np.sqrt(5)])
+
+
 def test_inner_outputs_are_those_of_cells_that_the_fold_has_not_seen(labelled, tmp_path):
     from transformers import TrainingArguments
 
