@@ -12,8 +12,8 @@ limit), and with a cold cache. Beside the speed stands the quality of the shuffl
 64, where the store is sorted by 20 labels, and the mean distance in the store of cells that follow each other in the
 epoch; both relative to random rows.
 
-"workers": batches of 64 random cells of about 2,000 expressed genes through a DataLoader with 0, 1 and 2 workers: rows
-alone, and tokenized, masked, padded or packed.
+"workers": random cells of about 2,000 expressed genes through a DataLoader with 0, 1 and 2 workers: rows alone, in
+batches of 64, 256 and 1,024, and batches of 64 that are tokenized, masked, padded or packed.
 
 "codecs": such cells in Arrow files with and without compression, by rows per record batch, beside our rows, in memory.
 A random cell needs the decompression of its whole record batch.
@@ -211,9 +211,11 @@ def tokens_part(folder: Path, n_cells: int) -> float:
 
 
 BATCHES = {
-    "rows (collate_cells)": "rows",
-    "tokenized, masked and padded": "padded",
-    "tokenized, masked and packed": "packed",
+    "rows (collate_cells), batches of 64": ("rows", 64),
+    "rows, batches of 256": ("rows", 256),
+    "rows, batches of 1,024": ("rows", 1024),
+    "tokenized, masked and padded, batches of 64": ("padded", 64),
+    "tokenized, masked and packed, batches of 64": ("packed", 64),
 }
 WORKERS = (0, 1, 2)
 
@@ -222,8 +224,8 @@ def workers(folder: Path, args: argparse.Namespace) -> dict:
     """Measure the same batches with 0, 1 and 2 workers."""
     folder = _loader_folder(folder, args.loader_cells)
     contenders = {
-        (label, n): ("benchmarks.scale:load", {"kind": kind, "n_workers": n})
-        for label, kind in BATCHES.items()
+        (label, n): ("benchmarks.scale:load", {"kind": kind, "batch_size": batch_size, "n_workers": n})
+        for label, (kind, batch_size) in BATCHES.items()
         for n in WORKERS
     }
     results = take_turns(contenders, folder, args.turns)
@@ -234,10 +236,10 @@ def workers(folder: Path, args: argparse.Namespace) -> dict:
             "cells_per_second_of_runs": [run["cells"] / run["seconds"] for run in result["runs"]],
             "peak_mb": result["peak_mb"],
         }
-    print(f"\ncells/s of a DataLoader in batches of {BATCH}, medians of {args.turns} turns")
-    print(f"{'':<40}" + "".join(f"{n:>10} workers" for n in WORKERS))
+    print(f"\ncells/s of a DataLoader, medians of {args.turns} turns")
+    print(f"{'':<45}" + "".join(f"{n:>10} workers" for n in WORKERS))
     for label, row in found.items():
-        print(f"{label:<40}" + "".join(f"{row[str(n)]['cells_per_second']:>18,.0f}" for n in WORKERS))
+        print(f"{label:<45}" + "".join(f"{row[str(n)]['cells_per_second']:>18,.0f}" for n in WORKERS))
     return {"cells": args.loader_cells, "rows": found}
 
 
@@ -249,7 +251,7 @@ def _loader_folder(folder: Path, n_cells: int) -> Path:
     return folder
 
 
-def load(folder: Path, kind: str, n_workers: int) -> float:
+def load(folder: Path, kind: str, batch_size: int, n_workers: int) -> float:
     """Read batches through a DataLoader, once to start the workers and warm up, and once timed."""
     from torch.utils.data import DataLoader
 
@@ -262,7 +264,7 @@ def load(folder: Path, kind: str, n_workers: int) -> float:
         collate = DataCollatorForPhenotypicMLM(tokenizer, packing=kind == "packed")
     loader = DataLoader(
         store,
-        BATCH,
+        batch_size,
         sampler=store.block_shuffle(1)[: 5 * READ if kind == "rows" else READ].tolist(),
         collate_fn=collate,
         num_workers=n_workers,
