@@ -70,6 +70,10 @@ class Tables:
             for place in self.places.values():
                 place.close()
 
+    def layers(self, name: str) -> list[Layer]:
+        """Return the matrices of a modality or table."""
+        return anndata_layers_at(self.places[name], lambda obs: self.join(obs, name))
+
     def join(self, obs: pd.DataFrame, name: str) -> pd.DataFrame:
         """Add the columns of the MuData to the obs of a modality."""
         return obs if self.obs is None else join_obs(obs, self.obs(), name)
@@ -162,9 +166,15 @@ def _open_zarr(path: Path):
 
 
 def _is_zarr(path: Path) -> bool:
-    return path.name.endswith((".zarr", ".zarr.zip")) or any(
+    is_zarr = path.name.endswith((".zarr", ".zarr.zip")) or any(
         (path / name).exists() for name in (".zgroup", "zarr.json")
     )
+    return is_zarr and not _is_collection(path)
+
+
+def _is_collection(path: Path) -> bool:
+    """Return whether a zarr group holds whole AnnData, as annbatch's collections do; it is read as any folder is."""
+    return path.is_dir() and not (path / "obs").exists() and any((part / "obs").exists() for part in path.iterdir())
 
 
 @reads("h5ad", lambda path: path.suffix.lower() == ".h5ad" and path.is_file())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ from anndata import AnnData
 from ..genes.text_files import naming
 from ..models.gene_bert.cell_tables import find_table, is_mudata, is_spatialdata
 from . import anndata_files, loom_files, pipeline_files, tenx_files  # noqa: F401  (register their formats)
-from .anndata_files import Tables, anndata_layers, anndata_layers_at
+from .anndata_files import Tables, anndata_layers
 from .registry import FORMATS, Layer, find_format
+from .soma import Measurements, find_soma, is_soma
 from .stored_cells import store_layers
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ def is_source(value: Any) -> bool:
         or hasattr(value, "manifest")
         or is_mudata(value)
         or is_spatialdata(value)
+        or is_soma(value)
     )
 
 
@@ -59,9 +62,10 @@ def find_layers(source: Any, layer: str | None = None) -> Found:
 
     Parameters
     ----------
-    source : AnnData, MuData, SpatialData, CellStore, str or Path
+    source : AnnData, MuData, SpatialData, Experiment or ExperimentAxisQuery of TileDB-SOMA, CellStore, str or Path
     layer : str, optional
-        The requested layer; for MuData and SpatialData also the modality or table, see `choose_table`.
+        The requested layer; for MuData, SpatialData and experiments also the modality, table or measurement, see
+        `choose_table`.
 
     Raises
     ------
@@ -70,20 +74,20 @@ def find_layers(source: Any, layer: str | None = None) -> Found:
     ValueError
         The file format is not supported; the file is damaged; no table of a MuData or SpatialData can be chosen.
     """
-    if isinstance(source, (str, Path)):
-        name, found = str(source), read_layers(source)
-        if not isinstance(found, Tables):
+    if isinstance(source, (str, Path)) or is_soma(source):
+        name, found = (str(source), read_layers(source)) if isinstance(source, (str, Path)) else find_soma(source)
+        if isinstance(found, list):
             return Found(name, "", found, layer)
         with naming(name):
             table, layer = found.choose(layer, name)
-            place = found.places[table]
-            layers = anndata_layers_at(place, lambda obs: found.join(obs, table))
+            layers = found.layers(table)
         return Found(name, f", {found.kind} {table!r}", layers, layer)
     if hasattr(source, "manifest"):
         return Found(str(source.path), "", store_layers(source), layer)
     if not is_source(source):
         raise ValueError(
-            f"A source must be a path, an AnnData, MuData, SpatialData or CellStore, got {type(source).__name__}."
+            "A source must be a path, an AnnData, MuData, SpatialData, CellStore or experiment of TileDB-SOMA, got "
+            f"{type(source).__name__}."
         )
     chosen = find_table(source, layer)
     name = str(chosen.table.filename) if chosen.table.isbacked else type(source).__name__
@@ -91,8 +95,8 @@ def find_layers(source: Any, layer: str | None = None) -> Found:
     return Found(name, said, anndata_layers(chosen.table, chosen.obs), chosen.layer)
 
 
-def read_layers(path: str | Path) -> list[Layer] | Tables:
-    """Open a file or folder and return its matrices, or its tables if it can hold multiple AnnData.
+def read_layers(path: str | Path) -> list[Layer] | Tables | Measurements:
+    """Open a file or folder and return its matrices, or its tables if it can hold multiple.
 
     Raises
     ------
@@ -156,6 +160,12 @@ def local_path(path: str | Path) -> Path:
 
 
 def _unknown(path: str | Path) -> ValueError:
+    inside = list(itertools.islice(_walk(Path(path)), 2)) if Path(path).is_dir() else []
+    if inside:
+        return ValueError(
+            f"{path} is a folder of files, and one source is needed here: pass a file, such as {inside[0]}, or build "
+            "a store of all of them with CellStore.build(store_path, folder), and pass that."
+        )
     names = ", ".join(known.name for known in FORMATS)
     return ValueError(
         f"{path}: unsupported file format (supported: {names}). Read it into an AnnData, for example with "

@@ -476,3 +476,21 @@ def test_an_anndata_of_any_format_has_its_counts_obs_and_genes(tmp_path):
     found = read_anndata(store.path)[0]
     pd.testing.assert_frame_equal(found.obs, original.obs, check_dtype=False)
     np.testing.assert_array_equal(found.X.toarray(), original.X.toarray())
+
+
+@pytest.mark.parametrize("name", ["collection", "collection.zarr"])
+def test_a_collection_of_annbatch_is_a_folder_of_files(tmp_path, name):
+    """Its zarr group holds one AnnData per data set, and nothing else."""
+    group = zarr.open_group(str(tmp_path / name), mode="w", zarr_format=2)
+    group.attrs.update({"encoding-type": "annbatch-preshuffled", "encoding-version": "0.1.0"})
+    parts = [make_adata(20, 40), make_adata(15, 40)]
+    for i, adata in enumerate(parts):
+        adata.obs_names = [f"{i}-{cell}" for cell in adata.obs_names]
+        adata.write_zarr(tmp_path / name / f"dataset_{i}")
+    store = CellStore.build(tmp_path / "store", tmp_path / name)
+    np.testing.assert_array_equal(
+        store.rows(slice(None)).toarray(), np.concatenate([adata.X.toarray() for adata in parts])
+    )
+    assert store.obs_names.tolist() == [cell for adata in parts for cell in adata.obs_names]
+    with pytest.raises(ValueError, match="is a folder of files, and one source is needed here: .*dataset_0, or build"):
+        open_source(tmp_path / name)

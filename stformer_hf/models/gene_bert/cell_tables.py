@@ -94,7 +94,8 @@ def choose_table(
         table that is chosen by default.
     source : str
         Name of the source, for errors.
-    kind : {"modality", "table"}
+    kind : {"modality", "measurement", "table"}
+        Measurements are those of an experiment of TileDB-SOMA.
 
     Returns
     -------
@@ -108,7 +109,7 @@ def choose_table(
     ValueError
         There is no table, or no modality whose features are genes; or there are several, and `layer` names none.
     """
-    kinds = {"modality": "modalities", "table": "tables"}[kind]
+    kinds = {"modality": "modalities", "measurement": "measurements", "table": "tables"}[kind]
     if not tables:
         remedy = " Create one from its elements, for example with sdata.aggregate." if kind == "table" else ""
         raise ValueError(f"{source} has no {kind}, so it has no counts of cells.{remedy}")
@@ -117,14 +118,14 @@ def choose_table(
             return name, layer[len(name) + 1 :] or None
     there = ", ".join(map(repr, tables))
     found = list(tables)
-    if kind == "modality":
+    if kind != "table":
         genes = {name: are_genes(name, var()) for name, var in tables.items()}
         found = [name for name, known in genes.items() if known] or [
             name for name, known in genes.items() if known is None
         ]
         if not found:
             raise ValueError(
-                f"{source} has no modality whose features are genes; it has {there}. To read one of them, name it: "
+                f"{source} has no {kind} whose features are genes; it has {there}. To read one of them, name it: "
                 f"layer={next(iter(tables))!r}."
             )
         found = [name for name in found if name.lower() == "rna"] or found

@@ -1,0 +1,198 @@
+"""Experiments of TileDB-SOMA, such as those of the CELLxGENE Census, and queries of them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from ..models.gene_bert.cell_tables import choose_table
+from .anndata_files import by_feature_type
+from .matrices import Matrix
+from .registry import Layer, reads
+
+_ID = "soma_joinid"
+# Columns of names: those of tiledbsoma.io, then those of the Census, whose obs has none.
+_CELL_NAMES, _GENE_NAMES = ("obs_id",), ("var_id", "feature_id")
+
+
+@dataclass(frozen=True)
+class SomaPlace:
+    """The address of an experiment, from which each process opens it; open handles cannot be passed on.
+
+    Attributes
+    ----------
+    uri : str
+        Path or address.
+    config : dict
+        TileDB's settings, such as the region of a bucket.
+    timestamp : int, optional
+        The experiment as it was then, in milliseconds since 1970.
+    """
+
+    uri: str
+    config: dict[str, Any]
+    timestamp: int | None
+
+    @classmethod
+    def of(cls, experiment: Any) -> SomaPlace:
+        """Return the place of an open experiment."""
+        return cls(experiment.uri, dict(experiment.context.tiledb_config), experiment.tiledb_timestamp_ms)
+
+    def open(self) -> Any:
+        """Open the experiment for reading."""
+        soma = _import_soma()
+        context = soma.SOMATileDBContext(tiledb_config=self.config)
+        return soma.Experiment.open(self.uri, context=context, tiledb_timestamp=self.timestamp)
+
+
+class SomaMatrix(Matrix):
+    """A matrix of an experiment, read by its rows.
+
+    Parameters
+    ----------
+    place : SomaPlace
+    key : tuple of str
+        Location in the experiment, such as `("ms", "RNA", "X", "raw")`.
+    rows, columns : int64 array
+        Ids (`soma_joinid`) of the rows and columns, ascending.
+    """
+
+    def __init__(self, place: SomaPlace, key: tuple[str, ...], rows: np.ndarray, columns: np.ndarray):
+        self.shape = (len(rows), len(columns))
+        self._place, self._key, self._row_ids, self._column_ids = place, key, rows, columns
+        self._experiment: Any = None
+        self._process: int | None = None
+
+    def rows(self, start: int, stop: int) -> sparse.csr_matrix:
+        """Return a range of rows, csr_matrix (stop - start, n_columns)."""
+        ids = self._row_ids[start:stop]
+        if not len(ids) or not self.shape[1]:
+            return sparse.csr_matrix((len(ids), self.shape[1]), dtype=np.float32)
+        found = self._array().read((_as_slice(ids), _as_slice(self._column_ids))).tables().concat()
+        rows, columns, values = (found[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data"))
+        places = np.searchsorted(ids, rows), np.searchsorted(self._column_ids, columns)
+        return sparse.csr_matrix((values, places), shape=(len(ids), self.shape[1]))
+
+    def _array(self) -> Any:
+        if self._process != os.getpid():  # handles must not cross a fork
+            self._experiment, self._process = self._place.open(), os.getpid()
+        found = self._experiment
+        for name in self._key:
+            found = found[name]
+        return found
+
+    def close(self) -> None:
+        """Close the experiment; reading reopens it."""
+        if self._experiment is not None and self._process == os.getpid():
+            self._experiment.close()
+        self._experiment = self._process = None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_experiment": None, "_process": None}
+
+
+def _as_slice(ids: np.ndarray) -> Any:
+    """Return ids as TileDB reads them fastest: a slice, which includes its end, if there are no gaps."""
+    return slice(int(ids[0]), int(ids[-1])) if ids[-1] - ids[0] == len(ids) - 1 else ids
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """The measurements of an experiment, of which one is read, like one modality of a MuData.
+
+    Attributes
+    ----------
+    place : SomaPlace
+    """
+
+    place: SomaPlace
+    kind = "measurement"
+
+    def choose(self, layer: str | None, source: str) -> tuple[str, str | None]:
+        """Choose a measurement, and the layer in it; see `choose_table`."""
+        with self.place.open() as experiment:
+            tables = {name: partial(_var_of, found) for name, found in experiment.ms.items()}
+            return choose_table(tables, layer, source, self.kind)
+
+    def layers(self, name: str) -> list[Layer]:
+        """Return the matrices of a measurement."""
+        with self.place.open() as experiment:
+            measurement = experiment.ms[name]
+            obs, var = (table.read().concat().to_pandas() for table in (experiment.obs, measurement.var))
+            return _layers(self.place, measurement, name, obs, var)
+
+
+def is_soma(value: Any) -> bool:
+    """Return whether a value is an open experiment of TileDB-SOMA, or a query of one (`experiment.axis_query`)."""
+    return hasattr(value, "axis_query") or _is_query(value)
+
+
+def _is_query(value: Any) -> bool:
+    return hasattr(value, "obs_joinids") and hasattr(value, "measurement_name")
+
+
+def find_soma(source: Any) -> tuple[str, list[Layer] | Measurements]:
+    """Return the address of an experiment and its measurements; for a query, the matrices of its cells and genes."""
+    if not _is_query(source):
+        return source.uri, Measurements(SomaPlace.of(source))
+    experiment, name = source.experiment, source.measurement_name
+    obs, var = (read().concat().to_pandas() for read in (source.obs, source.var))
+    return experiment.uri, _layers(SomaPlace.of(experiment), experiment.ms[name], name, obs, var)
+
+
+@reads("TileDB-SOMA", lambda path: (path / "__tiledb_group.tdb").exists())
+def _read_soma(path: Path) -> Measurements:
+    place = SomaPlace(str(path.resolve()), {}, None)
+    with place.open() as experiment:
+        return Measurements(SomaPlace.of(experiment))
+
+
+def _var_of(measurement: Any) -> pd.DataFrame:
+    return _named(measurement.var.read().concat().to_pandas(), _GENE_NAMES)
+
+
+def _named(table: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
+    """Sort a table by its ids, and index it by the first column of names that it has, else by its ids."""
+    table = table.sort_values(_ID)
+    name = next((name for name in names if name in table), _ID)
+    index = table[name].astype(str).to_numpy(object)
+    return (table if name == _ID else table.drop(columns=name)).set_index(index)
+
+
+def _layers(place: SomaPlace, measurement: Any, name: str, obs: pd.DataFrame, var: pd.DataFrame) -> list[Layer]:
+    """Return the matrices of a measurement, of the cells and genes of two tables."""
+    obs, var = _named(obs, _CELL_NAMES), _named(var, _GENE_NAMES)
+    rows, columns = obs.pop(_ID).to_numpy(), var.pop(_ID).to_numpy()
+    for column in obs.select_dtypes("category"):  # of all cells, also if these are few
+        obs[column] = obs[column].cat.remove_unused_categories()
+
+    def neighbors(key: str) -> Matrix:
+        if key not in graphs:
+            raise KeyError(key)
+        return SomaMatrix(place, ("ms", name, "obsp", key), rows, rows)
+
+    graphs = list(measurement.obsp.keys()) if "obsp" in measurement else []
+    found: list[Layer] = []
+    for key in measurement.X.keys():
+        matrix = SomaMatrix(place, ("ms", name, "X", key), rows, columns)
+        # tiledbsoma.io writes X as `data`
+        found += by_feature_type("X" if key == "data" else key, matrix, var, lambda: obs, neighbors)
+    return found
+
+
+def _import_soma() -> Any:
+    try:
+        import tiledbsoma
+    except ImportError as error:
+        raise ImportError('Experiments of TileDB-SOMA need tiledbsoma: pip install "stformer_hf[soma]"') from error
+    return tiledbsoma
+
+
+__all__ = ["Measurements", "SomaMatrix", "SomaPlace", "find_soma", "is_soma"]

@@ -1,0 +1,181 @@
+"""Experiments of TileDB-SOMA: any cells and genes of any query are those that tiledbsoma itself returns."""
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from anndata import AnnData, read_h5ad
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import sparse
+
+import stformer_hf
+from stformer_hf import CellStore
+from stformer_hf.sources.open_source import open_source
+
+N_CELLS, N_GENES = 60, 25
+
+
+@pytest.fixture(scope="module")
+def soma():
+    return pytest.importorskip("tiledbsoma", reason="experiments need the extra soma")
+
+
+@pytest.fixture(scope="module")
+def path(soma, tmp_path_factory):
+    """Write an experiment of two measurements as tiledbsoma.io does, and add a second matrix."""
+    import tiledbsoma.io
+
+    rng = np.random.default_rng(0)
+    counts = sparse.csr_matrix(rng.poisson(0.4, (N_CELLS, N_GENES)).astype(np.float32))
+    names = [f"c{i}" for i in rng.permutation(N_CELLS)]
+    obs = pd.DataFrame(
+        {"cell_type": pd.Categorical(rng.choice(["B", "T", "NK"], N_CELLS)), "n": range(N_CELLS)}, names
+    )
+    var = pd.DataFrame({"feature_name": [f"g{i}" for i in range(N_GENES)]}, [f"ENSG{i:011d}" for i in range(N_GENES)])
+    adata = AnnData(np.log1p(counts), obs=obs, var=var)
+    adata.obsp["connectivities"] = sparse.random(N_CELLS, N_CELLS, 0.1, "csr", rng=rng)
+    path = str(tmp_path_factory.mktemp("soma") / "experiment")
+    tiledbsoma.io.from_anndata(path, adata, measurement_name="RNA")
+    with soma.Experiment.open(path, "w") as experiment:
+        tiledbsoma.io.add_X_layer(experiment, "RNA", "raw", counts)
+        proteins = experiment.ms.add_new_collection("ADT", soma.Measurement)
+        names = pa.table(
+            {"soma_joinid": pa.array([0, 1], pa.int64()), "var_id": pa.array(["CD3", "CD19"], pa.large_string())}
+        )
+        proteins.add_new_dataframe(
+            "var", schema=names.schema, index_column_names=["soma_joinid"], domain=[[0, 1]]
+        ).write(names)
+        entries = counts[:, :2].tocoo()
+        proteins.add_new_collection("X", soma.Collection).add_new_sparse_ndarray(
+            "data", type=pa.float32(), shape=(N_CELLS, 2)
+        ).write(
+            pa.table(
+                {
+                    "soma_dim_0": entries.row.astype(np.int64),
+                    "soma_dim_1": entries.col.astype(np.int64),
+                    "soma_data": entries.data,
+                }
+            )
+        )
+    return path
+
+
+def read(source, rows: int = 7) -> np.ndarray:
+    return np.concatenate([np.zeros((0, source.shape[1])), *(block.toarray() for block in source.blocks(rows))])
+
+
+def test_an_experiment_is_read_by_path_and_as_an_object(path, soma, tmp_path):
+    with soma.Experiment.open(path) as experiment:
+        expected = experiment.axis_query("RNA").to_anndata("raw")
+        stores = [
+            CellStore.build(tmp_path / f"{i}", source, obs="all", workers=workers)
+            for i, (source, workers) in enumerate([(path, 1), (experiment, 1), (experiment, 2)])
+        ]
+        assert open_source(experiment).key is None and open_source(path).key["path"] == path
+    for store in stores:
+        np.testing.assert_array_equal(store.rows(slice(None)).toarray(), expected.X.toarray())
+        assert store.obs_names.tolist() == expected.obs_names.tolist()
+        assert store.obs["cell_type"].tolist() == expected.obs["cell_type"].tolist()
+        assert store.gene_ids.tolist() == expected.var_names.tolist()
+        assert store.genes.symbols.tolist() == expected.var["feature_name"].tolist()
+        assert store.obs.columns.tolist() == ["cell_type", "n"]
+
+
+def test_layers_and_measurements_are_chosen_by_name(path, soma):
+    """Counts are found behind a matrix of logarithms, as in an AnnData; X is that which tiledbsoma.io calls `data`."""
+    assert open_source(path).counts_in == "raw"
+    with pytest.raises(ValueError, match="X holds fractional values"):
+        read(open_source(path, "X"))
+    assert open_source(path, "X", fractional=True).counts_in == "X"
+    proteins = open_source(path, "ADT")
+    assert proteins.shape == (N_CELLS, 2)
+    np.testing.assert_array_equal(read(proteins), read(open_source(path))[:, :2])
+    with pytest.raises(ValueError, match="'nothing'"):
+        open_source(path, "nothing")
+
+
+@given(data=st.data())
+def test_a_query_holds_its_cells_and_genes(path, soma, data):
+    cells = data.draw(st.lists(st.integers(0, N_CELLS - 1), min_size=1, unique=True))
+    genes = data.draw(st.lists(st.integers(0, N_GENES - 1), min_size=1, unique=True))
+    with soma.Experiment.open(path) as experiment:
+        query = experiment.axis_query(
+            "RNA",
+            obs_query=soma.AxisQuery(coords=(sorted(cells),)),
+            var_query=soma.AxisQuery(coords=(sorted(genes),)),
+        )
+        expected = query.to_anndata("raw")
+        source = open_source(query, "raw")
+    # The query and its experiment are closed: the source opens its own.
+    np.testing.assert_array_equal(read(source, data.draw(st.integers(1, 9))), expected.X.toarray())
+    assert source.obs.index.tolist() == expected.obs_names.tolist()
+    assert source.genes.gene_ids.tolist() == expected.var_names.tolist()
+    some = np.array(data.draw(st.lists(st.integers(0, len(cells) - 1), max_size=5)), int)
+    np.testing.assert_array_equal(source.matrix.take(some).toarray(), expected.X.toarray()[some])
+    matrix = pickle.loads(pickle.dumps(source.matrix))
+    np.testing.assert_array_equal(matrix.rows(0, len(cells)).toarray(), expected.X.toarray())
+
+
+def test_a_query_by_a_label(path, soma):
+    with soma.Experiment.open(path) as experiment:
+        query = experiment.axis_query("RNA", obs_query=soma.AxisQuery(value_filter="cell_type == 'B'"))
+        source = open_source(query)
+        graph = query.obsp("connectivities").coos().concat().to_scipy().tocsr()
+        ids = query.obs_joinids().to_numpy()
+    assert source.obs["cell_type"].cat.categories.tolist() == ["B"], "without the labels of other cells"
+    found = source.neighbors("connectivities").rows(0, len(ids))
+    np.testing.assert_allclose(found.toarray(), graph[ids][:, ids].toarray())
+    with pytest.raises(ValueError, match="no obsp\\['distances'\\]"):
+        source.neighbors("distances")
+
+
+def test_tables_without_names(path, soma, tmp_path):
+    """The Census has no names of cells, and calls those of genes `feature_id`; its rows may come in any order."""
+    from stformer_hf.sources.soma import _named
+
+    table = pd.DataFrame({"soma_joinid": [5, 2, 9], "feature_id": ["x", "y", "z"], "n": [1, 2, 3]})
+    cells, genes = _named(table.drop(columns="feature_id"), ("obs_id",)), _named(table, ("var_id", "feature_id"))
+    assert cells.index.tolist() == ["2", "5", "9"] and cells["n"].tolist() == [2, 1, 3]
+    assert genes.index.tolist() == ["y", "x", "z"] and genes.columns.tolist() == ["soma_joinid", "n"]
+
+
+def test_streams_and_commands_read_experiments(path, tmp_path):
+    from stformer_hf.cli import main
+
+    store = CellStore.build(tmp_path / "s", path, obs=["cell_type"])
+    model = stformer_hf.finetune(store, "cell_type", num_train_epochs=0, output=str(tmp_path / "m"))
+    stream = stformer_hf.IterableAnnDataset([path], model.tokenizer)
+    assert sum(1 for _ in stream) == N_CELLS
+    adata = AnnData(store.rows(slice(None)), var=store.genes.frame.set_index("gene_id"))
+    stformer_hf.annotate(adata, model)
+    main(
+        [
+            "annotate",
+            "--data",
+            path,
+            "--model",
+            str(tmp_path / "m"),
+            "--output",
+            str(tmp_path / "a.h5ad"),
+            "--layer",
+            "raw",
+        ]
+    )
+    found = read_h5ad(tmp_path / "a.h5ad").obs
+    assert found["stformer_label"].tolist() == adata.obs["stformer_label"].tolist()
+    assert found.index.tolist() == store.obs_names.tolist()
+
+
+def test_tiledbsoma_is_imported_for_experiments_alone(path, tmp_path):
+    code = (
+        "import sys; sys.modules['tiledbsoma'] = None\n"
+        "from stformer_hf.sources.open_source import open_source\n"
+        f"open_source({path!r})"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert 'pip install "stformer_hf[soma]"' in found.stderr
