@@ -10,8 +10,8 @@ OF_FILES = ("objectives", "gpu", "annotate", "embed", "scale")
 
 def main() -> None:
     """Run a benchmark with its flags, or all of them."""
-    name, *flags = sys.argv[1:] or [None]
-    if name in ("-h", "--help") or (name is not None and name not in BENCHMARKS + OF_FILES):
+    name, *flags = sys.argv[1:] or [""]
+    if name in ("-h", "--help") or (name and name not in BENCHMARKS + OF_FILES):
         print(f"python -m benchmarks [{' | '.join(BENCHMARKS + OF_FILES)}] [flags; --help tells them]")
         sys.exit(0 if name in ("-h", "--help") else 2)
     for each in [name] if name else BENCHMARKS:

@@ -26,6 +26,8 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -232,9 +234,9 @@ def _reject(
     return classes[codes], scores, scores < thresholds[codes]
 
 
-METHODS = {
+METHODS: dict[str, Callable[[AnnData, AnnData, np.ndarray], tuple]] = {
     "annotate": _by_model,
-    "annotate, folds by plate": lambda *given: _by_model(*given, group_key=GROUP),
+    "annotate, folds by plate": partial(_by_model, group_key=GROUP),
     "lr": _by_lr,
     "pca50_knn": _by_neighbors,
 }

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ class _Run:
         self.h5ad = args.h5ad or (str(default) if default.exists() else None)
         name = torch.cuda.get_device_name() if self.on_gpu else "cpu"
         self.peak = next((value for key, value in PEAKS.items() if key in name), None)
-        self.figures = {
+        self.figures: dict[str, Any] = {
             "device": name,
             "cells": Path(self.h5ad).name if self.h5ad else f"made, median {LENGTH_MEDIAN} genes",
             "tokens a batch": self.n_tokens,

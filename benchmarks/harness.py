@@ -17,12 +17,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 _seconds: list[float] = []
+_Label = TypeVar("_Label", bound=Hashable)
 
 
 @contextmanager
@@ -68,13 +69,15 @@ def run_one(contender: str, folder: str, settings: Mapping[str, Any]) -> dict[st
     return {"cells": cells, "seconds": sum(_seconds), "peak_mb": memory.peak}
 
 
-def take_turns(contenders: Mapping[str, tuple[str, Mapping[str, Any]]], folder: Path, turns: int) -> dict[str, dict]:
+def take_turns(
+    contenders: Mapping[_Label, tuple[str, Mapping[str, Any]]], folder: Path, turns: int
+) -> dict[_Label, dict]:
     """Run contenders in turn, each run in a fresh process.
 
     Parameters
     ----------
-    contenders : mapping of str to (str, mapping)
-        Label -> `module:function` and its settings.
+    contenders : mapping of label to (str, mapping)
+        Label, such as a str -> `module:function` and its settings.
     folder : Path
         Where the data are.
     turns : int
@@ -82,10 +85,10 @@ def take_turns(contenders: Mapping[str, tuple[str, Mapping[str, Any]]], folder: 
 
     Returns
     -------
-    dict of str to dict
+    dict of label to dict
         Label -> cells a second (median), peak private memory in MB (highest), all runs.
     """
-    runs: dict[str, list[dict]] = {label: [] for label in contenders}
+    runs: dict[_Label, list[dict]] = {label: [] for label in contenders}
     for turn in range(turns):
         for label, (contender, settings) in contenders.items():
             print(f"  turn {turn + 1} of {turns}: {label}", file=sys.stderr, flush=True)

@@ -256,8 +256,8 @@ def _time_batches(collate: Callable, data, source: str, lengths: np.ndarray) -> 
     """Time an epoch of random batches on one core; the first batches are seen to hold the cells, masked."""
     _one_core()
     torch.set_num_threads(1)
-    orders = np.random.default_rng(1).permutation(len(data))
-    orders = orders[: len(orders) // BATCH * BATCH].reshape(-1, BATCH).tolist()
+    rows_in_order = np.random.default_rng(1).permutation(len(data))
+    orders = rows_in_order[: len(data) // BATCH * BATCH].reshape(-1, BATCH).tolist()
     if source == "rows":
         rows = [data[i] for i in range(len(data))]
         batches = [[rows[i] for i in order] for order in orders]
@@ -498,7 +498,7 @@ def _encode(encoder, batch: dict) -> None:
 
 def _memory(size: str, folder: Path) -> dict[str, dict]:
     """Let models make a step on few and on many tokens of a large vocabulary: number of cells -> results."""
-    contenders = {
+    contenders: dict[str, dict[str, Any]] = {
         "GeneBert": {"model": "gene_bert"},
         "GeneBert, logits at all positions": {"model": "gene_bert", "sparse": False},
         "BertForMaskedLM": {"model": "bert"},
@@ -507,7 +507,7 @@ def _memory(size: str, folder: Path) -> dict[str, dict]:
     found = {}
     for n_cells in (1, 4):
         settings = {"size": size, "n_cells": n_cells, "note": "memory.json"}
-        table = {}
+        table: dict[str, dict] = {}
         for label, model in contenders.items():
             table |= take_turns({label: ("benchmarks.model:step_of_many_genes", {**model, **settings})}, folder, 1)
             _read_note(folder / "memory.json", table[label])

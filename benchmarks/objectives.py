@@ -35,11 +35,12 @@ from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "size": "tiny",
     "max_length": 34,  # [CLS], 32 genes, [EOS]; [CLS] has the whole cell
     "learning_rate": 3e-4,
@@ -226,8 +227,8 @@ def _run_here(args: argparse.Namespace, folder: Path) -> None:
 
 def _run_prepared(args: argparse.Namespace, folder: Path) -> None:
     """Train in waves of `--jobs` runs; each that ends is written at once, into the archive of its wave."""
-    with tarfile.open(Path(args.prepared) / _ARCHIVE) as file:
-        file.extractall(folder, filter="data")
+    with tarfile.open(Path(args.prepared) / _ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
     output = Path(args.embeddings)
     output.mkdir(parents=True, exist_ok=True)
     store, tokenizer, start, sets = _read_prepared(folder)
@@ -467,7 +468,9 @@ def summary(runs: list[dict]) -> list[dict]:
         mine = [record for record in runs if record["run"] == name]
         row = {"run": name, "seeds": len(mine), "steps": float(np.mean([each["steps"] for each in mine])), "sets": {}}
         for of, before in runs[0]["scores"].items():
-            cells = row["sets"][of] = {"rank": float(np.mean([each["scores"][of]["effective_rank"] for each in mine]))}
+            rank = float(np.mean([each["scores"][of]["effective_rank"] for each in mine]))
+            cells: dict[str, Any] = {"rank": rank}
+            row["sets"][of] = cells
             for kind in _SCORES:
                 values = np.array([each["scores"][of][kind] for each in mine])  # seeds, folds
                 differences = values - before[kind]

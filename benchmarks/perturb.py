@@ -217,7 +217,12 @@ def _simulations(n_draws: int) -> list[dict]:
                 cells, model, tokenizer=tokenizer, goal_key="state", goal="healthy", donor_key=donor_key, seed=seed
             )
             driver = cells.var.loc[table.index, "driver"].to_numpy()
-            row = {"drivers": n_drivers, "donor_sd": donor_sd, "seed": seed, "genes": len(table)}
+            row: dict[str, float | None] = {
+                "drivers": n_drivers,
+                "donor_sd": donor_sd,
+                "seed": seed,
+                "genes": len(table),
+            }
             for name, fdr in (
                 ("model", "fdr"),
                 ("pca", "pca_goal_shift_fdr"),

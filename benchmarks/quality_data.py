@@ -148,10 +148,12 @@ def load(name: str, folder: Path | None, full: bool = False, names: str | None =
         The file is absent, or no folder is given; says which file is needed.
     """
     data = SETS[name]
-    if data.file is not None and (folder is None or not (folder / data.file).is_file()):
-        where = "--data_folder is not given" if folder is None else f"{folder / data.file} is absent"
-        raise FileNotFoundError(f"{where}: {name} needs {data.file}.")
-    cells = data.load(folder / data.file if data.file else Path())
+    path = Path()
+    if data.file is not None:
+        if folder is None or not (path := folder / data.file).is_file():
+            where = "--data_folder is not given" if folder is None else f"{path} is absent"
+            raise FileNotFoundError(f"{where}: {name} needs {data.file}.")
+    cells = data.load(path)
     labels = cells.obs[data.label]
     counts = labels.value_counts()
     rows = np.flatnonzero(labels.isin(counts.index[counts >= data.min_cells]).to_numpy())
@@ -212,8 +214,8 @@ def few_splits(cells: AnnData, n_labels: int) -> list[Split]:
     splits = []
     for seed in range(N_DRAWS):
         rng = np.random.default_rng([seed, n_labels])
-        labelled = [rng.choice(np.flatnonzero(labels == name), n_labels, replace=False) for name in names]
-        labelled = np.sort(np.concatenate(labelled))
+        chosen = [rng.choice(np.flatnonzero(labels == name), n_labels, replace=False) for name in names]
+        labelled = np.sort(np.concatenate(chosen))
         others = rng.permutation(np.setdiff1d(np.flatnonzero(np.isin(labels, names)), labelled))
         unlabelled, test = np.array_split(others, 2)
         splits.append(Split(labelled, np.sort(test), np.sort(unlabelled), seed=seed))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from anndata import AnnData
@@ -18,13 +19,18 @@ from .quality_data import GROUP, LABEL, load_others
 ROWS = ("start", "finetuned", "random_start", "reference")
 FEW_ROWS = ("start", "random_start", "start_elsewhere")
 # Settings of `finetune`. "start" is step 0 of "finetuned", whose number of epochs an inner cross-validation chooses.
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "start": {"num_train_epochs": 0},
     "finetuned": {},
     "random_start": {"init": "random"},
 }
 # The reference configuration: binned tokens, mean pooling, MLP head (that of the demo before spectral starts).
-REFERENCE = {"bin_edges": [0.5, 1.5, 2.5, 4.5, 8.5], "pooling": "mean", "gene_dropout": 0.5, "held_out": 0.0}
+REFERENCE: dict[str, Any] = {
+    "bin_edges": [0.5, 1.5, 2.5, 4.5, 8.5],
+    "pooling": "mean",
+    "gene_dropout": 0.5,
+    "held_out": 0.0,
+}
 REFERENCE_STEPS = {
     "num_train_epochs": 8,
     "learning_rate": 1e-3,

@@ -15,7 +15,7 @@ def scores(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     return {"accuracy": float(np.mean(true == predicted)), "macro_f1": float(f1)}
 
 
-def interval(differences: Sequence[float], test_to_train: float = 0.0) -> tuple[float, float, float]:
+def interval(differences: Sequence[float] | np.ndarray, test_to_train: float = 0.0) -> tuple[float, float, float]:
     """Compute the mean of paired differences and its 95 % interval by Student's t.
 
     Parameters

@@ -33,6 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from anndata import AnnData
@@ -64,7 +65,7 @@ def run(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     folder = Path(args.folder or tempfile.mkdtemp(prefix="benchmark-"))
     folder.mkdir(parents=True, exist_ok=True)
-    about = {
+    about: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "cores": _n_cores(),
         "versions": {name: version(name) for name in ("stformer_hf", "torch", "datasets")},
@@ -414,8 +415,8 @@ def memory(folder: Path, args: argparse.Namespace) -> dict:
         label: {
             "cells_per_second": result["cells_per_second"],
             "cells_per_second_of_runs": [run["cells"] / run["seconds"] for run in result["runs"]],
-            "entropy": None if orders[label] is None else _entropy(orders[label], args.memory_cells),
-            "distance": None if orders[label] is None else _distance(orders[label], args.memory_cells),
+            "entropy": None if (order := orders[label]) is None else _entropy(order, args.memory_cells),
+            "distance": None if order is None else _distance(order, args.memory_cells),
             "peak_mb": result["peak_mb"],
         }
         for label, result in results.items()

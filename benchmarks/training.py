@@ -38,7 +38,7 @@ WHOLE_CELLS = {
     "[CLS] is the whole cell, 512 tokens": (True, 512),
     "[CLS] is the whole cell, 34 tokens": (True, 34),
 }
-ORDERS = {
+ORDERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "random": ({}, {}),
     "random, packed": ({}, {"packing": True}),
     "grouped": ({"train_sampling_strategy": "group_by_length"}, {}),

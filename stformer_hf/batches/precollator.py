@@ -45,7 +45,7 @@ class STFormerPreCollator:
     """
 
     pad_token, mask_token, padding_side = "<pad>", "<mask>", "right"
-    scheme, model_input_names = "rank", ["input_ids", "attention_mask"]
+    scheme, whole_cell, model_input_names = "rank", False, ["input_ids", "attention_mask"]
 
     def __init__(self, token_dict: Mapping[str, int] | str | Path):
         self.token_dict, special_tokens, _ = read_token_dictionary(token_dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -111,7 +112,7 @@ def annotate(
         raise ValueError(f"top_k={top_k}: must be at least 1.")
     if is_model(model):
         read_heads(unwrap(model))  # before the cells are read
-    name = name_of(model)
+    model_name = name_of(model)
     classifier, tokenizer = load(model, tokenizer, AutoModelForSequenceClassification, min_coverage)
     heads = read_heads(classifier)
     kind, of_classes = heads[0].kind, heads[0].kind == "single_label_classification"
@@ -123,7 +124,7 @@ def annotate(
     if parents is not None and reject is None:
         raise ValueError("parents are for rejected cells: pass reject too, such as reject=0.05.")
     parents = None if parents is None else read_parents(parents)
-    ancestors = {head.column: None for head in heads}
+    ancestors: dict[str | None, list[list[str]] | None] = {head.column: None for head in heads}
     if parents is not None:
         with_parents = [head for head in heads if any(name in parents for name in head.names)]
         ancestors |= {head.column: ancestors_of(head.names, parents) for head in with_parents or heads}
@@ -134,14 +135,13 @@ def annotate(
             "checkpoint, or at model.out_of_fold), unless the number of epochs is given: leave it out, or pass 0."
         )
 
-    of_heads = out_of_fold if isinstance(out_of_fold, dict) else {heads[0].column: out_of_fold}
-    centroids = [None if of is None else of.centroids for of in map(of_heads.get, (head.column for head in heads))]
-    with_states = any(of is not None for of in centroids)
+    of_heads = _of_heads(out_of_fold, heads)
+    centroids = [of.centroids for of in of_heads if of.centroids is not None]  # of all label columns, or of none
 
     def forward(model: PreTrainedModel, batch: dict[str, torch.Tensor], types: torch.Tensor) -> torch.Tensor:
-        outputs = model(**batch, output_hidden_states=with_states)
+        outputs = model(**batch, output_hidden_states=bool(centroids))
         found = [head.predictions(outputs.logits) for head in heads]
-        if with_states:
+        if centroids:
             hidden, boundaries = outputs.hidden_states[-1], batch.get("cu_seq_lens_q")
             states = model.pool(hidden, types, batch.get("attention_mask"), boundaries).double()
             for of in centroids:
@@ -162,7 +162,9 @@ def annotate(
         with_phenotypes=True,  # as in training
         distributed=distributed,
     )
-    columns, matrices, n_outputs = {}, {}, sum(len(head.names) for head in heads)
+    columns: dict[str, Any] = {}
+    matrices: dict[str, np.ndarray] = {}
+    n_outputs = sum(len(head.names) for head in heads)
     predictions, distances = predictions[:, :n_outputs], predictions[:, n_outputs:]
     for i, head in enumerate(heads):
         of_head, prefix = predictions[:, head.outputs], head.named(key_added)
@@ -173,14 +175,7 @@ def annotate(
         matrices[f"{prefix}_probabilities"] = np.where(n_genes[:, None] > 0, of_head, np.float32(np.nan))
         if reject is not None:
             columns[label], columns[f"{prefix}_typicality"] = _reject(
-                *(
-                    columns[label],
-                    of_head,
-                    distances[:, i : i + 1],
-                    of_heads[head.column],
-                    reject,
-                    ancestors[head.column],
-                )
+                columns[label], of_head, distances[:, i : i + 1], of_heads[i], reject, ancestors[head.column]
             )
         if over is not None:
             columns[f"{prefix}_majority"] = majority(columns[label], table.obs[over])
@@ -191,10 +186,10 @@ def annotate(
         table.obsm.pop(key, None)
     for column, values in columns.items():
         table.obs[column] = values
-    for name, matrix in matrices.items():
-        table.obsm[name] = matrix
+    for key, matrix in matrices.items():
+        table.obsm[key] = matrix
     table.uns[f"{key_added}_annotation"] = {
-        "model": name,
+        "model": model_name,
         "problem_type": kind,
         "columns": list(columns),
         "obsm": list(matrices),
@@ -210,7 +205,14 @@ def annotate(
 
 def _classes(heads: list[CellHead]) -> list[str] | dict[str, list[str]]:
     """Return the names of the classes; by label column, if there are several."""
-    return heads[0].names if heads[0].column is None else {head.column: head.names for head in heads}
+    return {head.column: head.names for head in heads if head.column is not None} or heads[0].names
+
+
+def _of_heads(out_of_fold: OutOfFold | dict[str, OutOfFold] | None, heads: list[CellHead]) -> list[OutOfFold]:
+    """Return the out-of-fold predictions of each head; none of None."""
+    if isinstance(out_of_fold, dict):
+        return [out_of_fold[head.column] for head in heads if head.column is not None]
+    return [] if out_of_fold is None else [out_of_fold]
 
 
 def _reject(
@@ -226,17 +228,17 @@ def _reject(
     Return also the typicality. `distances` (n, 1) has no column if the model has no centroids.
     """
     of_known = np.exp(out_of_fold.predictions)
-    known, witnesses = [of_known.max(axis=1)], np.column_stack([probabilities.max(axis=1), -distances])
-    if out_of_fold.distances is not None:
-        known.append(-out_of_fold.distances)
-    known, n_classes = np.column_stack(known), len(labels.categories)
+    far_known = [] if out_of_fold.distances is None else [-out_of_fold.distances]
+    known = np.column_stack([of_known.max(axis=1), *far_known])
+    witnesses, n_classes = np.column_stack([probabilities.max(axis=1), -distances]), len(labels.categories)
     predicted = out_of_fold.predictions.argmax(axis=1)
     thresholds = rejection_thresholds(typicality(known, known), predicted, n_classes, reject)
     is_labelled, typical = labels.codes >= 0, typicality(known, witnesses)
     rejected = np.flatnonzero(is_labelled & (typical < thresholds[labels.codes]))
     found = labels.astype(object)
     found[rejected] = UNKNOWN
-    classes, above = list(labels.categories), []
+    classes: list[str] = list(labels.categories)
+    above: list[str] = []
     if ancestors is not None:
         far = None if out_of_fold.distances is None else distances[rejected, 0]
         accepted = climb(
@@ -244,9 +246,9 @@ def _reject(
             *(of_known, out_of_fold.distances, reject),
         )
         found[rejected] = np.where(accepted == "", UNKNOWN, accepted)
-        above = dict.fromkeys(name for chain in ancestors for name in chain if name not in classes)
-    found = pd.Categorical(found, [*classes, *above, UNKNOWN])
-    return found, np.where(is_labelled, typical, np.nan).astype(np.float32)
+        above = list(dict.fromkeys(name for chain in ancestors for name in chain if name not in classes))
+    replaced = pd.Categorical(found, [*classes, *above, UNKNOWN])
+    return replaced, np.where(is_labelled, typical, np.nan).astype(np.float32)
 
 
 def majority(labels: pd.Categorical, clusters: pd.Series) -> pd.Categorical:

@@ -94,8 +94,7 @@ class NeighborhoodTrainer(CellTrainer):
             self._pearson_r.append(self.accelerator.gather_for_metrics(r).cpu().numpy())
         return (loss, outputs) if return_outputs else loss
 
-    # The base class passes its arguments on; Trainer always has the loader among them.
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):  # type: ignore[override]
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         """Evaluate as Trainer does, with `pearson_r`, and the baselines if they are asked for."""
         self._pearson_r = []
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)

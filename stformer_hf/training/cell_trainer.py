@@ -109,6 +109,10 @@ class CellTrainer(MeasuredTrainer):
         fit the head of a classifier.
     """
 
+    # Set by Trainer.
+    _train_batch_size: int
+    label_smoother: Callable[..., torch.Tensor] | None
+
     def __init__(
         self,
         *,
@@ -139,7 +143,7 @@ class CellTrainer(MeasuredTrainer):
         self._draw(self.train_dataset)  # refused here if it does not fit
         self.interrupted: signal.Signals | None = None
         self.card_facts: dict[str, Any] = {}
-        self.out_of_fold: OutOfFold | None = None  # of the trained model; saved beside it
+        self.out_of_fold: OutOfFold | dict[str, OutOfFold] | None = None  # of the trained model; saved beside it
         self.add_callback(SetEpoch(self))
         take_back_signals(self)
         self._on_signal = SaveOnSignal(self)
@@ -195,7 +199,7 @@ class CellTrainer(MeasuredTrainer):
     def _uses_every_parameter(self) -> bool:
         """Whether every loss depends on every parameter of the model; False if it is not known."""
         config = getattr(self.model, "config", None)
-        return getattr(config, "model_type", None) == "gene_bert" and not config.cell_decoder
+        return config is not None and getattr(config, "model_type", None) == "gene_bert" and not config.cell_decoder
 
     # ------------------------------------------------------------------ batches
 
@@ -237,11 +241,12 @@ class CellTrainer(MeasuredTrainer):
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
         draw = self._draw(dataset)
-        if self.max_tokens_per_batch is not None:
+        budget = self._token_budget
+        if budget is not None:
             lengths = self._n_tokens(dataset)
             return TokenBudgetBatchSampler(
                 lengths,
-                self._token_budget,
+                budget,
                 packing=self._is_packed(),
                 max_cells=self._fix_size(lengths),
                 seed=seed,
@@ -268,11 +273,11 @@ class CellTrainer(MeasuredTrainer):
 
     def _fix_size(self, lengths: np.ndarray) -> int | None:
         """Set the size of the collator's packed batches; return their maximum number of cells, None for any."""
-        if not self._has_fixed_size:
+        budget = self._token_budget
+        if budget is None or not self._has_fixed_size:
             return None
-        mean = np.maximum(lengths, 1).mean()
-        n_cells = math.ceil(_MORE_CELLS * self._token_budget / mean)
-        self.data_collator.pad_packed_to = self._token_budget, n_cells
+        n_cells = math.ceil(_MORE_CELLS * budget / np.maximum(lengths, 1).mean())
+        self.data_collator.pad_packed_to = budget, n_cells
         return n_cells
 
     def _draw(self, dataset: Any) -> WeightedDraw | None:
@@ -384,7 +389,8 @@ class CellTrainer(MeasuredTrainer):
             raise ValueError("The stream yields counts: pass it the tokenizer, IterableAnnDataset(files, tokenizer).")
         if args.dataloader_drop_last:
             raise ValueError("dataloader_drop_last is not supported for a stream.")
-        n_cells = len(stream) if hasattr(stream, "__len__") and self.max_tokens_per_batch is None else None
+        budget = self._token_budget
+        n_cells = len(stream) if hasattr(stream, "__len__") and budget is None else None
         in_a_step = args.world_size * args.gradient_accumulation_steps
         shared = {
             "n_tokens": partial(_tokens_of, self.processing_class),
@@ -393,10 +399,10 @@ class CellTrainer(MeasuredTrainer):
             # With a whole number of steps per pass, the order is the same on any number of processes.
             "world_size": args.world_size if n_cells is not None else in_a_step,
         }
-        if self.max_tokens_per_batch is not None:
+        if budget is not None:
             packing = getattr(self.data_collator, "packing", False)
             most = self.data_collator.pad_packed_to[1] if self._has_fixed_size else None
-            batches = TokenBudgetBuffer(stream, self._token_budget, packing=packing, max_cells=most, **shared)
+            batches = TokenBudgetBuffer(stream, budget, packing=packing, max_cells=most, **shared)
         elif args.train_sampling_strategy == "group_by_length":
             cells = batch_size * in_a_step
             batches = TokenBudgetBuffer(
@@ -515,7 +521,7 @@ class CellTrainer(MeasuredTrainer):
         if self.args.world_size > 1 and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             # An evaluation before marks the bare model, which accelerate then takes for one that is wrapped already:
             # each process would learn alone.
-            vars(self.model).pop("_is_accelerate_prepared", None)
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
@@ -728,11 +734,11 @@ class CellTrainer(MeasuredTrainer):
             logs = {**logs, **self._class_metrics(True)}
         super().log(logs, *args, **kwargs)
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         """Evaluate as Trainer does; the loss is the mean over all labels, and each class of tokens has its own."""
         self._statistics.pop(False, None)
         self._eval_losses = SumOfLosses()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss = self._eval_losses.mean(self.accelerator)
         if loss is not None:
             output.metrics[f"{metric_key_prefix}_loss"] = loss

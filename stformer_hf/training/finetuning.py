@@ -147,7 +147,7 @@ class Finetuning:
         trainer = CellTrainer(
             model=self.model,
             args=arguments,
-            data_collator=_collator(self.model, self.tokenizer, self.label_key, arguments.seed, **options),
+            data_collator=_collator(self.tokenizer, self.label_key, arguments.seed, **options),
             train_dataset=self.cells,
             eval_dataset=eval_cells,
             processing_class=self.tokenizer,
@@ -277,23 +277,22 @@ def finetune(
         eval_cells = CellStore(eval_cells)
     with tempfile.TemporaryDirectory() as folder:
         if not isinstance(cells, CellStore):
-            columns = [label_key] if isinstance(label_key, str) else list(label_key)
-            columns += [name for name in (split_by, *phenotypes) if name is not None]
+            keys = [label_key] if isinstance(label_key, str) else list(label_key)
+            columns = [*keys, *(name for name in (split_by, *phenotypes) if name is not None)]
             columns += sampling_columns(sampling)
             sources = [open_source(source, layer, fractional) for source in expand(cells)]
             for source, name in itertools.product(sources, columns):
                 must_have(source.obs, "obs", name, f" ({source.name})")
-            one = isinstance(label_key, str)
             of_classes = problem_type == "single_label_classification" or (
                 problem_type != "regression"
-                and one
+                and isinstance(label_key, str)
                 and all(pd.api.types.is_bool_dtype(source.obs[label_key].dtype) for source in sources)
             )
             cells = CellStore.build(
                 Path(folder) / "store",
                 cells,
                 obs=list(dict.fromkeys(columns)),
-                classes=([label_key] if one else label_key) if of_classes else [],
+                classes=keys if of_classes else [],
                 layer=layer,
                 fractional=fractional,
                 report=False,
@@ -373,7 +372,7 @@ def prepare_classifier(
     _check_option("class_weights", class_weights, ("none", "balanced"))
     if problem_type is not None:
         _check_option("problem_type", problem_type, _PROBLEMS)
-    cells, labels, label_key, classes, problem_type = _labelled(cells, label_key, problem_type)
+    cells, labels, key, classes, problem_type = _labelled(cells, label_key, problem_type)
     if class_weights != "none" and problem_type != "single_label_classification":
         raise ValueError(f"class_weights={class_weights!r} is for classes, and the problem is {problem_type}.")
     head: dict[str, Any] = {
@@ -381,21 +380,21 @@ def prepare_classifier(
         **{"class_weights": None, "reader_weights": None, "temperature": 1.0, "label_columns": None},
         **(model_config or {}),
     }
-    if classes and not isinstance(label_key, str):
+    if classes and not isinstance(key, str):
         head |= fields_of_columns(classes)
     else:
-        columns = [label_key] if isinstance(label_key, str) else label_key
-        names = classes[label_key] if classes else columns
+        columns = [key] if isinstance(key, str) else key
+        names = classes[columns[0]] if classes else columns
         head |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     set_seed(arguments.seed)
-    is_new = model is None
-    if is_new:
+    if model is None:
         settings = {"whole_cell": True, "max_length": max_length, **(tokenizer_config or {})}
         tokenizer = GeneTokenizer.from_store(cells, **settings)
         wide = {"wide_head": True} if tokenizer.whole_cell else {}
-        model = GeneBertForClassification(GeneBertConfig.from_tokenizer(tokenizer, size=size, **wide, **head))
+        classifier = GeneBertForClassification(GeneBertConfig.from_tokenizer(tokenizer, size=size, **wide, **head))
     else:
-        model, tokenizer = _load(model, tokenizer, head)
+        classifier, tokenizer = _load(model, tokenizer, head)
+    config = classifier.config
     left_out = [name for name in tokenizer.included_phenotypes if name not in phenotypes]
     if left_out:
         logger.warning(
@@ -403,18 +402,18 @@ def prepare_classifier(
             "name. List those that the model may read: phenotypes=[…], or --phenotypes."
         )
     tokenizer.included_phenotypes = list(phenotypes)
-    model.tokenizer = tokenizer
-    facts: dict[str, Any] = {"label": label_key, "pooling": model.config.classifier_pooling}
-    if model.config.classifier_pooling == "cls" and not tokenizer.add_cls:
+    classifier.tokenizer = tokenizer
+    facts: dict[str, Any] = {"label": key, "pooling": config.classifier_pooling}
+    if config.classifier_pooling == "cls" and not tokenizer.add_cls:
         raise ValueError("The tokenizer adds no [CLS]: use --pooling mean.")
     balanced = class_weights == "balanced"
     if balanced and classes:
         weights = [balanced_class_weights(cells.obs[name], of_column) for name, of_column in classes.items()]
-        model.config.class_weights = [weight for of_column in weights for weight in of_column]
-    if init == "random" or not getattr(model.config, "wide_head", False):
+        config.class_weights = [weight for of_column in weights for weight in of_column]
+    if init == "random" or not getattr(config, "wide_head", False):
         epochs = _EPOCHS_WITHOUT_START if num_train_epochs is None else num_train_epochs
         return Finetuning(
-            *(model, tokenizer, cells, label_key, epochs),
+            *(classifier, tokenizer, cells, key, epochs),
             lora=lora,
             freeze=freeze,
             layer_decay=layer_decay,
@@ -430,65 +429,61 @@ def prepare_classifier(
                 f"{int(cells.obs[split_by].isna().sum())} cells have no {split_by!r}: remove them, or fill it in."
             )
         groups = cells.obs[split_by].astype(str).to_numpy()
-        for column in labelled_cells(model.config, labels):
-            found = np.unique(groups[column.rows])
-            if column.column is not None and len(found) < 2:
+        for column in labelled_cells(config, labels):
+            has = np.unique(groups[column.rows])
+            if column.column is not None and len(has) < 2:
                 raise ValueError(
-                    f"All cells that have a {column.column!r} are of one {split_by!r}, {found[0]!r}; validation needs "
+                    f"All cells that have a {column.column!r} are of one {split_by!r}, {has[0]!r}; validation needs "
                     "those of another. Leave out split_by, or the column."
                 )
     began = time.monotonic()
     start = start_classifier(
-        model,
+        classifier,
         tokenizer,
         cells,
         labels,
         groups=groups,
-        new_embedding=is_new,
+        new_embedding=model is None,
         seed=arguments.seed,
         balanced=balanced,
     )
     logger.info(f"The start took {time.monotonic() - began:.0f} s.")
-    epochs, facts = num_train_epochs, {**facts, **_facts_of(start, labelled_cells(model.config, labels))}
-    if epochs is None:
-        begun = Finetuning(
-            *(model, tokenizer, cells, label_key, 0, start, is_new, balanced, lora, freeze, layer_decay, sampling)
-        )
-        epochs, found, trained = choose_epochs(begun, labels, groups, arguments)
-        facts |= found
+    facts |= _facts_of(start, labelled_cells(config, labels))
+    prepared = Finetuning(
+        *(classifier, tokenizer, cells, key, num_train_epochs or 0, start, model is None, balanced),
+        *(lora, freeze, layer_decay, sampling),
+        facts=facts,
+    )
+    trained: dict[str | None, OutOfFold] | None = None
+    if num_train_epochs is None:
+        prepared.num_train_epochs, reasons, trained = choose_epochs(prepared, labels, groups, arguments)
+        facts |= reasons
     out_of_fold: dict[str | None, OutOfFold] = {}
-    temperatures = {column.name: column.temperature for column in label_columns_of(model.config)}
-    is_tried = epochs > 0 and num_train_epochs is None
-    for column in labelled_cells(model.config, labels):
+    temperatures = {column.name: column.temperature for column in label_columns_of(config)}
+    for column in labelled_cells(config, labels):
         if column.column not in start:
             continue
-        if epochs == 0:
-            of, choice = start[column.column], start[column.column].choice
-            found = OutOfFold(choice.out_of_fold, of.labels, of.rows, choice.distances, of.centroids)
-        elif is_tried:
+        if trained is not None:
             found = trained[column.column]
             scale = fit_temperature(column.problem, found.predictions, found.labels)
             temperatures[column.column] = float(temperatures[column.column] * scale)
             found.predictions = (found.predictions / scale).astype(np.float32)
             if classes:
                 found.predictions = log_softmax(found.predictions)
+        elif prepared.num_train_epochs == 0:
+            of, choice = start[column.column], start[column.column].choice
+            found = OutOfFold(choice.out_of_fold, of.labels, of.rows, choice.distances, of.centroids)
         else:
             continue
         out_of_fold[column.column] = found
         if classes:
             calibration = found.facts(temperatures[column.column])
             facts |= {column.named(name): value for name, value in calibration.items()}
-    temperature = temperatures.get(None, list(temperatures.values()))
-    return Finetuning(
-        *(model, tokenizer, cells, label_key, epochs, start, is_new, balanced),
-        lora=lora,
-        freeze=freeze,
-        layer_decay=layer_decay,
-        sampling=sampling,
-        out_of_fold=out_of_fold.get(None, out_of_fold) or None,
-        temperature=temperature if is_tried else None,
-        facts=facts,
-    )
+    by_column = {name: found for name, found in out_of_fold.items() if name is not None}
+    prepared.out_of_fold = by_column or out_of_fold.get(None)
+    if trained is not None:
+        prepared.temperature = temperatures.get(None, list(temperatures.values()))
+    return prepared
 
 
 def choose_epochs(
@@ -551,7 +546,9 @@ def choose_epochs(
         return total / n_labels
 
     folds = inner_folds(columns[0].problem, labels, groups, arguments.seed)[:N_FOLDS]
-    outputs, scores, rows = [], [], []
+    outputs: list[np.ndarray] = []
+    scores: list[np.ndarray] = []
+    rows: list[np.ndarray] = []
     for train, held_out, _ in folds:
         outputs.append(_outputs_of_epochs(prepared, labels, train, held_out, arguments))
         rows.append(held_out)
@@ -560,16 +557,17 @@ def choose_epochs(
             break
     overall = np.concatenate(scores).mean(axis=0)
     best = int(overall.argmax())
-    facts = {"inner_scores": [round(float(score), 4) for score in overall]}
+    facts: dict[str, Any] = {"inner_scores": [round(float(score), 4) for score in overall]}
     gain, error = _gain_over_start(*scores) if best else (0.0, 0.0)
     if gain <= error:
         return 0, {**facts, "fine_tuning": "none: it did not beat the start by more than its standard error"}, None
     facts["fine_tuning"] = f"{best} epochs: {gain:+.4f} over the start (standard error {error:.4f})"
-    rows, predictions = np.concatenate(rows), np.concatenate([of[best] for of in outputs])
-    found = {}
+    tried, predictions = np.concatenate(rows), np.concatenate([of[best] for of in outputs])
+    found: dict[str | None, OutOfFold] = {}
     for column in columns:
-        has = np.isin(rows, column.rows)
-        found[column.column] = OutOfFold(predictions[has, column.outputs], column.labels_of(rows[has]), rows[has])
+        has = np.isin(tried, column.rows)
+        own = tried[has]
+        found[column.column] = OutOfFold(predictions[has, column.outputs], column.labels_of(own), own)
     return best, facts, found
 
 
@@ -595,6 +593,7 @@ def _outputs_of_epochs(
 ) -> np.ndarray:
     """Train on one part, and predict another at the start and after each epoch: (1 + epochs, n, n_outputs)."""
     model, start = copy.deepcopy(prepared.model), prepared.start
+    assert start  # without one, choose_epochs tries nothing
     cells, others = prepared.cells.select(train), prepared.cells.select(held_out)
     of_all = all(len(start[of.column].rows) == len(of.rows) for of in labelled_cells(model.config, labels))
     rotated = {name: (of.rotated[0][np.isin(of.rows, train)], of.rotated[1]) for name, of in start.items()}
@@ -637,7 +636,7 @@ def _outputs_of_epochs(
         trainer = CellTrainer(
             model=model,
             args=inner,
-            data_collator=_collator(model, prepared.tokenizer, prepared.label_key, inner.seed),
+            data_collator=_collator(prepared.tokenizer, prepared.label_key, inner.seed),
             train_dataset=cells,
             processing_class=prepared.tokenizer,
             sampling=prepared.sampling,
@@ -660,7 +659,9 @@ def predict(model: PreTrainedModel, tokenizer: GeneTokenizer, cells: CellStore, 
 # ---------------------------------------------------------------------- parts
 
 
-def _collator(model, tokenizer, label_key, seed: int, **options) -> DataCollatorForCellClassification:
+def _collator(
+    tokenizer: GeneTokenizer, label_key: str | list[str], seed: int, **options: Any
+) -> DataCollatorForCellClassification:
     return DataCollatorForCellClassification(tokenizer, label_key, seed=seed, **options)
 
 
@@ -682,8 +683,8 @@ def _labelled(
     Return them, their labels, the columns (a list if there are several; of classes in alphabetical order), the classes
     of each column, and the problem type.
     """
+    columns = [label_key] if isinstance(label_key, str) else list(label_key)
     several = not isinstance(label_key, str)
-    columns = list(label_key) if several else [label_key]
     if not columns:
         raise ValueError("label_key is empty: pass at least one column.")
     for name in columns:
@@ -699,17 +700,15 @@ def _labelled(
     if problem_type is None:
         problem_type = "multi_label_classification" if several and not categorical else "single_label_classification"
     usable = cells.lengths > 0
-    classes = None
+    classes: dict[str, list[str]] | None = None
     if problem_type == "single_label_classification":
         columns = sorted(set(columns))
+        several = len(columns) > 1
         found = {name: _codes(cells, name, usable) for name in columns}
         classes = {name: of_column for name, (_, of_column) in found.items()}
         labels = np.stack([codes for codes, _ in found.values()], axis=1)
         usable &= (labels != IGNORE).any(axis=1)
-        if len(columns) == 1:
-            label_key, labels = columns[0], labels[:, 0]
-        else:
-            label_key = columns
+        if several:
             for name, n in zip(columns, (labels[usable] == IGNORE).sum(axis=0), strict=True):
                 logger.info(f"{n} of {usable.sum()} cells have no {name!r}, and are learnt from without it.")
     else:
@@ -717,18 +716,18 @@ def _labelled(
             raise ValueError(f"{problem_type} needs columns of numbers, and not all of {columns} are.")
         labels = cells.obs[columns].to_numpy(np.float32)
         usable &= np.isfinite(labels).all(axis=1)
-        label_key, labels = (columns, labels) if several else (label_key, labels[:, 0])
+    key = columns if several else columns[0]
+    labels = labels if several else labels[:, 0]
     n_without = int((~usable & (cells.lengths > 0)).sum())
     if n_without:
-        logger.warning(f"{n_without} of {len(cells)} cells have no label {label_key!r}: they are left out.")
+        logger.warning(f"{n_without} of {len(cells)} cells have no label {key!r}: they are left out.")
     if not usable.any():
-        raise ValueError(f"None of the {len(cells)} cells has counts and a {label_key!r}.")
+        raise ValueError(f"None of the {len(cells)} cells has counts and a {key!r}.")
     if not usable.all():
         logger.warning(
-            f"{(~usable).sum()} of {len(cells)} cells have no counts or no {label_key!r}: they are left out of "
-            "training."
+            f"{(~usable).sum()} of {len(cells)} cells have no counts or no {key!r}: they are left out of training."
         )
-    return (cells if usable.all() else cells.select(usable)), labels[usable], label_key, classes, problem_type
+    return (cells if usable.all() else cells.select(usable)), labels[usable], key, classes, problem_type
 
 
 def _codes(cells: CellStore, name: str, usable: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -760,20 +759,22 @@ def _codes(cells: CellStore, name: str, usable: np.ndarray) -> tuple[np.ndarray,
     return np.where(codes < 0, IGNORE, np.searchsorted(used, codes)), classes
 
 
-def _load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, head: dict[str, Any]):
+def _load(
+    model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, head: dict[str, Any]
+) -> tuple[PreTrainedModel, GeneTokenizer]:
     """Return a checkpoint or a model object as a classifier with new heads, and its tokenizer."""
     of_object = is_model(model)
     model = unwrap(model, merge=True) if of_object else model
     tokenizer = copy.deepcopy(tokenizer_of(model, tokenizer))
     if of_object or is_adapter(model):
-        model = model if of_object else load_model(model)
-        if model.config.model_type != "gene_bert":
-            raise ValueError(f"finetune needs a GeneBert, and the model is a {type(model).__name__}.")
-        config = copy.deepcopy(model.config)
+        trained: PreTrainedModel = model if of_object else load_model(model)
+        if trained.config.model_type != "gene_bert":
+            raise ValueError(f"finetune needs a GeneBert, and the model is a {type(trained).__name__}.")
+        config = copy.deepcopy(trained.config)
         config.update({**head, **({"wide_head": True} if getattr(config, "cell_embedding", False) else {})})
         config.num_labels = len(head["id2label"])
         classifier = GeneBertForClassification(config)
-        classifier.gene_bert.load_state_dict(model.base_model.state_dict())
+        classifier.gene_bert.load_state_dict(trained.base_model.state_dict())
         return classifier, tokenizer
     if getattr(tokenizer, "whole_cell", False):
         head = {"wide_head": True, **head}

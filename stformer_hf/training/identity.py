@@ -42,7 +42,11 @@ def check_tokenizer_fits(model: PreTrainedModel, tokenizer: GeneTokenizer, name:
         The sizes, or the genes, bins or phenotypes themselves, differ; only one of the two is for whole cells.
     """
     config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) != "gene_bert" or not isinstance(tokenizer, GeneTokenizer):
+    if (
+        config is None
+        or getattr(config, "model_type", None) != "gene_bert"
+        or not isinstance(tokenizer, GeneTokenizer)
+    ):
         return
     sizes = (config.vocab_size, config.type_vocab_size)
     if sizes != (len(tokenizer), tokenizer.type_vocab_size):
@@ -140,8 +144,9 @@ def check_stores_together(dataset: Any) -> None:
     ValueError
         Other genes, or other obs columns.
     """
-    first, *others = [base for base in bases(dataset) if isinstance(base, CellStore)] or [None]
-    for other in others:
+    stores = [base for base in bases(dataset) if isinstance(base, CellStore)]
+    for other in stores[1:]:
+        first = stores[0]
         for what, of_first, of_other in (
             ("genes", first.gene_ids.tolist(), other.gene_ids.tolist()),
             ("obs columns", list(first.obs.columns), list(other.obs.columns)),
@@ -252,7 +257,7 @@ def _agree(some: Mapping[str, int], of_model: Mapping[str, int]) -> bool:
 
 
 def _shown(numbers: Mapping[str, int]) -> str:
-    names = sorted(numbers, key=numbers.get)
+    names = sorted(numbers, key=numbers.__getitem__)
     return ", ".join(f"{numbers[name]} {name!r}" for name in names[:5]) + (", …" if len(names) > 5 else "")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from datasets import ClassLabel
 from datasets import Dataset as HuggingFaceDataset
 from torch.utils.data import ConcatDataset, Subset
@@ -74,8 +76,8 @@ def fit_head_to_labels(model: Any, collator: Any, dataset: Any, all_read: bool =
     if not predicts_cells([type(model).__name__]):
         return
     config = model.config
+    columns = [collator.label] if isinstance(collator.label, str) else list(collator.label)
     several = not isinstance(collator.label, str)
-    columns = list(collator.label) if several else [collator.label]
     numbers = read_numbers(config)
     found = {name: _read(dataset, name) for name in columns}
     kind = problem_of(config)
@@ -91,20 +93,21 @@ def fit_head_to_labels(model: Any, collator: Any, dataset: Any, all_read: bool =
                 f"passed ({_some(columns)}): pass one, or make it with problem_type='multi_label_classification' or "
                 "with label_columns (finetune does)."
             )
-        if found[collator.label] is not None:
-            labels = found[collator.label]
-            _check_classes(collator.label, labels, config.num_labels, numbers)
-            if labels.other_order is not None and numbers is None and collator.label2id is None:
+        of_classes = found[columns[0]]
+        if of_classes is not None:
+            _check_classes(columns[0], of_classes, config.num_labels, numbers)
+            names, other_order = of_classes.names, of_classes.other_order
+            if names is not None and other_order is not None and numbers is None and collator.label2id is None:
                 raise ValueError(
-                    f"The datasets that are put together number the classes of {collator.label!r} in different ways: "
-                    f"{_some(labels.names)}, and {_some(labels.other_order)}. Give the model or the collator the "
-                    "number of each class, label2id={…}."
+                    f"The datasets that are put together number the classes of {columns[0]!r} in different ways: "
+                    f"{_some(names)}, and {_some(other_order)}. Give the model or the collator the number of each "
+                    "class, label2id={…}."
                 )
     else:
         _check_numbers(found, config, kind)
     for name, labels in found.items():
         n_without = 0 if labels is None or not all_read else int(labels.missing.sum())
-        if n_without:
+        if labels is not None and n_without:
             raise ValueError(
                 f"{n_without} of {len(labels.values)} cells have no {name!r}: leave them out, for example with "
                 f"store.select(store.obs[{name!r}].notna())."
@@ -132,7 +135,8 @@ def _check_columns(found: dict[str, _Labels | None], config: Any, all_read: bool
 def _check_classes(name: str, labels: _Labels, n_classes: int, numbers: dict[str, int] | None) -> None:
     head = f"the head has {n_classes} classes"
     if numbers is not None:
-        head += f" ({_some(sorted(numbers, key=numbers.get))})"
+        by_number = sorted(numbers, key=numbers.__getitem__)
+        head += f" ({_some(by_number)})"
     if labels.names is None and (labels.of_store or labels.values.dtype.kind not in "iu"):
         raise ValueError(
             f"{name!r} holds {labels.what}, but {head}. Classes need a categorical column: "
@@ -194,8 +198,8 @@ def _read(dataset: Any, name: str) -> _Labels | None:
         labels = _read(dataset.dataset, name)
         return labels and replace(labels, values=labels.values[np.asarray(dataset.indices, np.int64)])
     if isinstance(dataset, ConcatDataset):
-        parts = [_read(part, name) for part in dataset.datasets]
-        return None if any(part is None for part in parts) else _joined(name, parts)
+        parts = [part for part in (_read(part, name) for part in dataset.datasets) if part is not None]
+        return _joined(name, parts) if len(parts) == len(dataset.datasets) else None
     if isinstance(dataset, (CellStore, IterableAnnDataset)):
         of_store = isinstance(dataset, CellStore)
         if name not in dataset.obs:
@@ -205,7 +209,7 @@ def _read(dataset: Any, name: str) -> _Labels | None:
             )
         values = dataset.obs[name]
         if name in dataset.categories:
-            codes = values.cat.codes.to_numpy() if of_store else values
+            codes = values.cat.codes.to_numpy() if isinstance(values, pd.Series) else values
             return _Labels(codes, list(dataset.categories[name]), of_store)
         return _Labels(np.asarray(values), None, of_store)
     if isinstance(dataset, HuggingFaceDataset) and name in dataset.column_names:
@@ -219,23 +223,24 @@ def _read(dataset: Any, name: str) -> _Labels | None:
 
 def _joined(name: str, parts: list[_Labels]) -> _Labels:
     """Join the labels of several datasets; classes by their names, of which those of the first dataset come first."""
-    named = [part.names is not None for part in parts]
-    if any(named) and not all(named):
-        numbers = parts[named.index(False)].what
-        raise ValueError(
-            f"{name!r} holds {parts[named.index(True)].what} in one of the datasets that are put together, and "
-            f"{numbers} in another: make one store of them, CellStore.build(path, stores)."
-        )
+    orders = [part.names for part in parts if part.names is not None]
     of_store = any(part.of_store for part in parts)
-    if not any(named):
+    if not orders:
         return _Labels(np.concatenate([part.values for part in parts]), None, of_store)
-    names = list(dict.fromkeys(of for part in parts for of in part.names))
-    values = [np.array([*map(names.index, part.names), -1])[part.values] for part in parts]
-    orders = [part.names for part in parts if part.names != parts[0].names]
-    return _Labels(np.concatenate(values), names, of_store, orders[0] if orders else parts[0].other_order)
+    if len(orders) < len(parts):
+        classes = next(part.what for part in parts if part.names is not None)
+        numbers = next(part.what for part in parts if part.names is None)
+        raise ValueError(
+            f"{name!r} holds {classes} in one of the datasets that are put together, and {numbers} in another: make "
+            "one store of them, CellStore.build(path, stores)."
+        )
+    names = list(dict.fromkeys(of for order in orders for of in order))
+    values = [np.array([*map(names.index, order), -1])[part.values] for part, order in zip(parts, orders, strict=True)]
+    others = [order for order in orders if order != orders[0]]
+    return _Labels(np.concatenate(values), names, of_store, others[0] if others else parts[0].other_order)
 
 
-def _some(names: list[str]) -> str:
+def _some(names: Sequence[str | None]) -> str:
     return ", ".join(map(repr, names[:_SHOWN])) + (", …" if len(names) > _SHOWN else "")
 
 

@@ -261,12 +261,12 @@ class ObjectiveTrainer(CellTrainer):
             logs = {**logs, **self._objective_metrics(True)}
         super().log(logs, *args, **kwargs)
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         """Evaluate as CellTrainer does, with the losses of the objectives, on the averaged weights if `ema` is set."""
         self._sums[False], self._watched[False] = {}, []
         average = self._average if self.is_in_train else None
         with nullcontext() if average is None else average.in_place_of_weights(self.model):
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self._objective_metrics(False, f"{metric_key_prefix}_")
         if self._trains_cls:
             names = {name: f"{metric_key_prefix}_{name}_loss" for name in self.objectives}

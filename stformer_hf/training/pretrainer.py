@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -102,7 +102,8 @@ class STFormerPretrainer(ObjectiveTrainer):
         if token_dictionary is not None:
             if processing_class is not None:
                 raise ValueError("token_dictionary and processing_class both define the tokens: pass one of them.")
-            processing_class = STFormerPreCollator(token_dictionary)
+            # It has what the rank collator, the baselines and Trainer read of a tokenizer.
+            processing_class = cast(GeneTokenizer, STFormerPreCollator(token_dictionary))
         train_dataset = as_selection(train_dataset)
         eval_datasets = [as_selection(each) for each in _each(kwargs.get("eval_dataset"))]
         if data_collator is None:

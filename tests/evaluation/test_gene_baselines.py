@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Subset
-from transformers import TrainingArguments
+from transformers import BertConfig, BertForMaskedLM, TrainingArguments
 
 from stformer_hf import (
     CellStore,
@@ -326,6 +326,24 @@ def test_beside_a_model_of_whole_cells_the_baselines_see_the_genes_that_are_cut_
     found, name = trainer.evaluate(), "cell_marginal_nll"
     of_tokens, of_cells = (masked_gene_baselines(store, store, collator, whole_cells=w)[name] for w in (False, True))
     assert found[f"eval_{name}"] == pytest.approx(of_cells) and abs(of_cells - of_tokens) > 0.01
+
+
+def test_the_token_ids_of_stformer_have_baselines_and_no_objectives(tmp_path):
+    tokens = {"<pad>": 0, "<mask>": 1, **{f"g{i}": i + 2 for i in range(20)}}
+    rng = np.random.default_rng(0)
+    dataset = Dataset.from_dict({"input_ids": [np.sort(rng.permutation(20)[:12]) + 2 for _ in range(24)]})
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model, settings = BertForMaskedLM(BertConfig(vocab_size=22, **small)), {"mlm_probability": 0.5}
+    trainer = STFormerPretrainer(
+        arguments(tmp_path), dataset, tokens, model=model, eval_dataset=dataset, baselines=True, **settings
+    )
+    found = trainer.evaluate()
+    collator = DataCollatorForGeneRankMLM(STFormerPreCollator(tokens), seed=trainer.args.seed, **settings)
+    expected = masked_gene_baselines(dataset, dataset, collator)
+    assert {name: found[f"eval_{name}"] for name in expected} == pytest.approx(expected)
+    assert np.isfinite(found["eval_context_swap_gap"])
+    with pytest.raises(ValueError, match="make the tokenizer with whole_cell=True"):
+        STFormerPretrainer(arguments(tmp_path), dataset, tokens, model=model, objectives={"contrast": 1.0})
 
 
 def test_baselines_need_cells_and_a_masking_collator(store, tokenizer, config, tmp_path):

@@ -159,15 +159,16 @@ class ViewCollator:
         first, second = (part.tokens for part in parts)
         shift = first.indptr[-1]
         tokens = join([first, second])
-        labels = tuple(np.concatenate(each) for each in zip(*(part.labels for part in parts), strict=True))
-        labels[0][len(parts[0].labels[0]) :] += shift
+        positions, labels = (np.concatenate(each) for each in zip(*(part.labels for part in parts), strict=True))
+        positions[len(parts[0].labels[0]) :] += shift
         nothing = np.empty(0, np.int64)
         left_out = [nothing if part.left_out is None else part.left_out for part in parts]
-        batch = self.collator._batch(tokens, labels, np.concatenate([left_out[0], left_out[1] + shift]))
+        batch = self.collator._batch(tokens, (positions, labels), np.concatenate([left_out[0], left_out[1] + shift]))
         if first.measured is not None:
             panels = [first.measured if panel is None else panel & first.measured for panel in panels]
-        if panels[0] is not None:
-            batch["measured_genes"] = torch.from_numpy(np.repeat(np.stack(panels), len(cells), axis=0))
+        measured = [panel for panel in panels if panel is not None]
+        if measured:
+            batch["measured_genes"] = torch.from_numpy(np.repeat(np.stack(measured), len(cells), axis=0))
         batch["view_totals"] = torch.from_numpy(np.concatenate([_totals(view) for view in views]).astype(np.float32))
         batch["twins"] = torch.from_numpy(_checksums(cells))
         batch["sources"] = torch.from_numpy(sources_of(cells, self.batch_key))
@@ -243,9 +244,8 @@ def sources_of(cells: CellBatch | CellStore, batch_key: str | None) -> np.ndarra
         The column is missing or not categorical, or cells have no value in it; without one, the rows of several files
         were shuffled.
     """
-    whole = isinstance(cells, CellStore)
     if batch_key is None:
-        ids = cells.cell_ids if whole else cells.cell_id % REPEAT
+        ids = cells.cell_ids if isinstance(cells, CellStore) else cells.cell_id % REPEAT
         return (
             np.zeros(len(ids), np.int64) if cells.path is None else _file_starts(cells.path).searchsorted(ids, "right")
         )
@@ -254,7 +254,7 @@ def sources_of(cells: CellBatch | CellStore, batch_key: str | None) -> np.ndarra
             f"batch_key={batch_key!r} is not a categorical obs column of the store; those are "
             f"{', '.join(cells.categories) or 'none'}."
         )
-    codes = cells.obs[batch_key].cat.codes.to_numpy() if whole else cells.obs[batch_key]
+    codes = cells.obs[batch_key].cat.codes.to_numpy() if isinstance(cells, CellStore) else cells.obs[batch_key]
     if (codes < 0).any():
         raise ValueError(f"{(codes < 0).sum()} cells have no {batch_key!r}: remove them, or fill it in.")
     return codes.astype(np.int64)

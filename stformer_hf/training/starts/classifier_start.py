@@ -20,7 +20,16 @@ from ...models.gene_bert.modeling_gene_bert import GeneBertForClassification
 from ...models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ...store.cell_store import CellStore
 from .labelled_cells import LabelledCells, labelled_cells
-from .linear_readers import Linear, Problem, ReaderChoice, ReaderTrials, centroids, inner_folds, quick_fits
+from .linear_readers import (
+    FoldFeatures,
+    Linear,
+    Problem,
+    ReaderChoice,
+    ReaderTrials,
+    centroids,
+    inner_folds,
+    quick_fits,
+)
 from .spectral_start import cell_embedding_of, count_blocks, set_views
 from .spectral_views import SpectralViews, fit_spectral_views, log_values, pearson_residuals
 
@@ -163,6 +172,7 @@ def start_classifier(
             problem, part, rows = column.problem, parts[name], to_choose[name]
             of = column.labels_of(rows)
             folds = inner_folds(problem, of, None if groups is None else groups[rows], seed)
+            assert part.features is not None  # set above, where the choice is to be made
             trials[name] = ReaderTrials(problem, of, folds, part.features, part.rotated[0], components)
         choices = _choose_together(trials)
     if views is not None:
@@ -225,7 +235,7 @@ class _Part:
     counts: sparse.csr_array
     values: sparse.csr_array
     rotated: Rotated
-    features: Callable | None = None
+    features: FoldFeatures | None = None
 
 
 def _is_constant(column: LabelledCells) -> bool:
@@ -305,7 +315,14 @@ class _ViewsOfFolds:
 
     def __call__(self, train: np.ndarray, held_out: np.ndarray) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
         of_views = [_principal_scores(products, train, held_out, self._most) for products in self._products]
-        return lambda n: tuple(scaled([scores[part][:, :n] for scores in of_views], self.half) for part in (0, 1))
+
+        def features(n_components: int) -> tuple[np.ndarray, np.ndarray]:
+            of_train, of_held_out = (
+                scaled([scores[part][:, :n_components] for scores in of_views], self.half) for part in (0, 1)
+            )
+            return of_train, of_held_out
+
+        return features
 
 
 def _principal_scores(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -20,12 +21,25 @@ from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, Str
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
+# (training rows, validation rows) -> (number of components -> features of both), fitted to the training rows.
+FoldFeatures = Callable[[np.ndarray, np.ndarray], Callable[[int], tuple[np.ndarray, np.ndarray]]]
+
+
+class _Settings(TypedDict):
+    """What `ReaderTrials.choose` chooses; see `ReaderChoice`."""
+
+    n_components: int
+    head: float
+    wide: float
+    weights: tuple[float, float]
+
+
 N_FOLDS = 5
 PENALTIES = {"head": (0.1, 1.0, 10.0), "wide": (0.1, 1.0)}  # C of scikit-learn
 WEIGHTS = ((1.0, 1.0), (1.0, 0.5), (0.5, 1.0), (1.0, 0.0), (0.0, 1.0))  # of head and wide
 # Kept unless another choice is clearly better: both views of moderate size, and the genes at half the weight, since
 # from few labels a reader of thousands of genes learns less than one of 60 components.
-PREFERRED = {"n_components": 30, "head": 1.0, "wide": 1.0, "weights": (1.0, 0.5)}
+PREFERRED: _Settings = {"n_components": 30, "head": 1.0, "wide": 1.0, "weights": (1.0, 0.5)}
 _TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # for the choice of the other settings
 _TOLERANCES = {"choice": 1e-3, "final": 1e-4}  # of lbfgs
 _LOWEST = -15.0  # logit of a class that a training fold lacks
@@ -52,7 +66,7 @@ class Linear:
 
 @dataclass
 class ReaderChoice:
-    """Settings chosen by inner cross-validation.
+    """_Settings chosen by inner cross-validation.
 
     Attributes
     ----------
@@ -289,7 +303,7 @@ class ReaderTrials:
         problem: Problem,
         labels: np.ndarray,
         folds: Sequence[tuple[np.ndarray, np.ndarray, int]],
-        head_features: Callable[[np.ndarray, np.ndarray], Callable[[int], tuple[np.ndarray, np.ndarray]]],
+        head_features: FoldFeatures,
         gene_features: np.ndarray,
         n_components: Sequence[int],
     ):
@@ -338,18 +352,23 @@ class ReaderTrials:
         n_components = self.n_components if n_components is None else n_components
         every = np.concatenate([self.labels] * n_repeats)
         n = PREFERRED["n_components"] if PREFERRED["n_components"] in n_components else max(n_components)
-        preferred = {**PREFERRED, "n_components": n}
+        preferred: _Settings = {**PREFERRED, "n_components": n}
         temperatures = (1.0,) if problem.kind == "regression" else _TEMPERATURES
         heads = {key: outputs for key, outputs in self._heads.items() if key[0] in n_components}
-        tried = []
+        tried: list[tuple[np.ndarray, float, _Settings]] = []
+
+        def combined(of_head: np.ndarray, of_wide: np.ndarray, weights: tuple[float, float]) -> np.ndarray:
+            n_outputs = problem.n_outputs
+            return problem.combine(of_head.reshape(-1, n_outputs), of_wide.reshape(-1, n_outputs), weights)
+
         for ((n, head), of_head), (wide, of_wide), weights in itertools.product(
             heads.items(), self._wides.items(), WEIGHTS
         ):
-            both = problem.combine(*(part.reshape(-1, problem.n_outputs) for part in (of_head, of_wide)), weights)
+            both = combined(of_head, of_wide, weights)
             loss = min(float(problem.loss(both / t, every).mean()) for t in temperatures)
             # The mean of each cell over the repeats, which are not independent.
             scores = problem.cell_scores(both, every).reshape(n_repeats, -1).mean(axis=0)
-            setting = {"n_components": n, "head": head, "wide": wide, "weights": weights}
+            setting: _Settings = {"n_components": n, "head": head, "wide": wide, "weights": weights}
             tried.append((scores, -loss, setting))
         best = max(tried, key=lambda one: (round(float(one[0].mean()), 9), one[1]))
         usual = next(one for one in tried if one[2] == preferred)
@@ -358,9 +377,7 @@ class ReaderTrials:
             best = usual
         chosen = best[-1]
         n, head, wide, weights = chosen["n_components"], chosen["head"], chosen["wide"], chosen["weights"]
-        both = problem.combine(
-            *(part.reshape(-1, problem.n_outputs) for part in (heads[n, head], self._wides[wide])), weights
-        )
+        both = combined(heads[n, head], self._wides[wide], weights)
         temperature = fit_temperature(problem, both, every)
         outputs = both / temperature
         loss = float(problem.loss(outputs, every).mean())
@@ -383,6 +400,7 @@ class ReaderTrials:
 
 
 __all__ = [
+    "FoldFeatures",
     "Linear",
     "Problem",
     "ReaderChoice",
