@@ -51,6 +51,8 @@ class EvaluateArguments:
         default=None, metadata={"help": "minimum number of cells of a class (default: the number of folds)"}
     )
     seed: int = field(default=0, metadata={"help": "seed of folds, draws and clusters"})
+    workers: int = field(default=1, metadata={"help": "number of tasks that run at once, one per row and fold"})
+    engine: str = field(default="local", metadata={"help": "where they run: local, or ray (on a cluster)"})
     batch_size: int = field(default=64, metadata={"help": "cells per batch of the model"})
     overwrite: bool = field(default=False, metadata={"help": "replace the files of an earlier evaluation"})
 

@@ -18,6 +18,7 @@ from ..genes.wrong_names import must_have
 from ..models.gene_bert.cell_tables import find_table
 from ..sources.open_source import open_source
 from ..sources.read_anndata import as_anndata
+from ..store.engines import check_engine, run_tasks, runs_here
 from .ceiling import Ceiling, cluster_agreement, measure_ceiling
 from .cell_baselines import log_normalise
 from .clusters import cluster_scores, silhouette
@@ -32,6 +33,17 @@ BASELINES = {"pca": "PCA of genes", "logistic_regression": "LR on genes", "scvi"
 _MORE_CELLS = 20  # per class beyond the labelled ones, to enter the columns of few labels
 _MOST_CELLS = 10_000  # for metrics that compare all cells with one another
 _ROWS_PER_BLOCK = 4096
+
+
+class _Task(NamedTuple):
+    """What is scored at once: a row's readers of labels in a fold, a row's cells, or the ceiling (no row).
+
+    Without a fold, all cells are compared with one another.
+    """
+
+    row: int | None
+    fold: int | None
+    reads_labels: bool
 
 
 class Row(NamedTuple):
@@ -51,6 +63,45 @@ class Row(NamedTuple):
     embedding: np.ndarray | None
 
 
+class _Evaluation(NamedTuple):
+    """The evaluated cells, and how they are scored: what all tasks need.
+
+    Attributes
+    ----------
+    rows : list of Row
+    labels, batches : array of str (n_cells,)
+        No batches without `batch_key`.
+    counts : csr_array (n_cells, n_genes)
+    folds : list of Fold
+    few : dict of int to list of list of str
+        See `_few_label_classes`.
+    subset : int64 array
+        Cells that are compared with one another.
+    clusters : bool
+        Whether cells can be clustered.
+    """
+
+    rows: list[Row]
+    labels: np.ndarray
+    batches: np.ndarray | None
+    counts: sparse.csr_array
+    folds: list[Fold]
+    few: dict[int, list[list[str]]]
+    subset: np.ndarray
+    clusters: bool
+    n_draws: int
+    seed: int
+
+    def tasks(self) -> list[_Task]:
+        """Return what is to be scored, in the order of the results."""
+        folds = range(len(self.folds))
+        tasks = []
+        for row, of in enumerate(self.rows):
+            tasks += [_Task(row, fold, True) for fold in folds]
+            tasks += [_Task(row, fold, False) for fold in [None, *folds] if of.embedding is not None]
+        return [*tasks, _Task(None, None, False)]
+
+
 def evaluate_embedding(
     adata: AnnData,
     keys: Sequence[str],
@@ -65,6 +116,8 @@ def evaluate_embedding(
     n_draws: int = 4,
     min_cells: int | None = None,
     seed: int = 0,
+    workers: int = 1,
+    engine: str = "local",
 ) -> EmbeddingEvaluation:
     """Compare embeddings of cells with one another and with simple baselines, by cross-validation.
 
@@ -105,6 +158,10 @@ def evaluate_embedding(
         Minimum number of cells of a class; `n_splits` by default (twins count once).
     seed : int, default: 0
         Seed of folds, draws, components, clusters and the ceiling.
+    workers : int, default: 1
+        Number of tasks that run at once: one per row and fold. Each worker holds the cells.
+    engine : {"local", "ray"}, default: "local"
+        Where more than one worker runs, see `store.engines.run_tasks`. The figures do not depend on it.
 
     Returns
     -------
@@ -126,10 +183,12 @@ def evaluate_embedding(
     ------
     ValueError
         There are no counts; a column or key is missing; an embedding has another shape or NaN; there are fewer than
-        two classes with enough cells, or fewer than two batches; there are too few groups or cells.
+        two classes with enough cells, or fewer than two batches; there are too few groups or cells; the engine is
+        unknown.
     ImportError
-        "scvi" is asked for without its extra.
+        "scvi" or "ray" is asked for without its extra.
     """
+    check_engine(engine, workers)
     keys = [keys] if isinstance(keys, str) else list(keys)
     _check_settings(keys, baselines, n_splits, n_repeats, n_draws, n_splits if min_cells is None else min_cells)
     found = find_table(adata, layer)
@@ -155,40 +214,19 @@ def evaluate_embedding(
     folds = make_folds(labels, twins, n_splits=n_splits, n_repeats=n_repeats, seed=seed, groups=groups)
     folds = [_without_unseen(fold, labels, notes) for fold in folds]
     few = _few_label_classes(labels, folds, notes)
-    normalised = log_normalise(counts)
-    rows = list(_make_rows(embeddings, baselines, normalised, counts, batches, seed))
-    subset = _subset(len(labels), seed, notes)
-    clusters = _can_cluster(notes)
-
-    values: list[dict[str, Any]] = []
-
-    def add(name: str, fold: Fold | None, scores: dict[str, float]) -> None:
-        place = {"repeat": -1, "fold": -1} if fold is None else {"repeat": fold.repeat, "fold": fold.number}
-        values.extend({"row": name, "metric": metric, **place, "value": value} for metric, value in scores.items())
-
-    with tqdm(total=len(rows) * (2 * len(folds) + 1) + 1, desc="evaluate", unit="fit", disable=None) as bar:
-        for row in rows:
-            for number, fold in enumerate(folds):
-                of_fold = {n: classes[number] for n, classes in few.items()}
-                add(row.name, fold, _read_labels(row, labels, fold, of_fold, n_draws, [seed, number]))
-                bar.update()
-            for part in [None, *folds]:
-                here = subset if part is None else np.intersect1d(subset, part.train)
-                if row.embedding is not None:
-                    mixed = None if batches is None else batches[here]
-                    scores = _compare_cells(row.embedding[here], labels[here], mixed, clusters, seed)
-                    if mixed is not None and part is None and scib_version():
-                        scores["batch_kbet"] = batch_kbet(row.embedding[here], labels[here], mixed)
-                    add(row.name, part, scores)
-                bar.update()
-        ceiling = measure_ceiling(counts, labels, seed)
-        for fold in folds:
-            add(CEILING, fold, _read_ceiling(ceiling, labels, fold))
-        if clusters:
-            for part in [None, *folds]:
-                here = subset if part is None else np.intersect1d(subset, part.train)
-                add(CEILING, part, cluster_agreement(tuple(half[here] for half in ceiling.halves), seed))
-        bar.update()
+    evaluation = _Evaluation(
+        rows=list(_make_rows(embeddings, baselines, log_normalise(counts), counts, batches, seed)),
+        labels=labels,
+        batches=batches,
+        counts=counts,
+        folds=folds,
+        few=few,
+        subset=_subset(len(labels), seed, notes),
+        clusters=_can_cluster(notes),
+        n_draws=n_draws,
+        seed=seed,
+    )
+    values = _score_all(evaluation, workers, engine)
     names, sizes = np.unique(labels, return_counts=True)
     settings = {
         "label_key": label_key,
@@ -347,20 +385,21 @@ def _make_rows(
         yield Row(key, partial(_whatever_trains, embedding), embedding)
     for name in baselines:
         if name == "pca":
-            yield Row(
-                BASELINES[name],
-                lambda train: fit_pca(normalised[train], seed)(normalised),
-                fit_pca(normalised, seed)(normalised),
-            )
+            represent = partial(_components, normalised, seed)
+            yield Row(BASELINES[name], represent, represent(np.arange(counts.shape[0])))
         elif name == "logistic_regression":
-            yield Row(BASELINES[name], lambda train: normalised, None)
+            yield Row(BASELINES[name], partial(_whatever_trains, normalised), None)
         else:
             embedding = scvi_embedding(counts, batches, seed)
             yield Row(BASELINES[name], partial(_whatever_trains, embedding), embedding)
 
 
-def _whatever_trains(embedding: np.ndarray, train: np.ndarray) -> np.ndarray:
-    return embedding
+def _components(normalised: sparse.csr_array, seed: int, train: np.ndarray) -> np.ndarray:
+    return fit_pca(normalised[train], seed)(normalised)
+
+
+def _whatever_trains(cells: np.ndarray | sparse.csr_array, train: np.ndarray) -> np.ndarray | sparse.csr_array:
+    return cells
 
 
 def _import_scvi():
@@ -402,6 +441,65 @@ def _can_cluster(notes: list[str]) -> bool:
 
 
 # ---------------------------------------------------------------------- metrics
+
+
+def _score_all(evaluation: _Evaluation, workers: int, engine: str) -> list[dict[str, Any]]:
+    """Compute the figures of all tasks, in the order of the tasks."""
+    tasks = evaluation.tasks()
+    found: dict[int, list[dict[str, Any]]] = {}
+    with tqdm(total=len(tasks), desc="evaluate", unit="fit", disable=None) as bar:
+        if runs_here(engine, workers):
+            for number, task in enumerate(tasks):
+                found[number] = _score(evaluation, task)
+                bar.update()
+        else:
+            with run_tasks(_score, tasks, shared=evaluation, workers=workers, engine=engine) as finished:
+                for number, figures in finished:
+                    found[number] = figures
+                    bar.update()
+    return [figure for number in range(len(tasks)) for figure in found[number]]
+
+
+def _score(evaluation: _Evaluation, task: _Task) -> list[dict[str, Any]]:
+    """Compute the figures of one task: dicts of row, metric, repeat, fold (-1 for all cells) and value."""
+    if task.row is None:
+        return _score_ceiling(evaluation)
+    row = evaluation.rows[task.row]
+    fold = None if task.fold is None else evaluation.folds[task.fold]
+    if task.reads_labels:
+        assert fold is not None and task.fold is not None
+        few = {n: classes[task.fold] for n, classes in evaluation.few.items()}
+        seeds = [evaluation.seed, task.fold]
+        return _figures(row.name, fold, _read_labels(row, evaluation.labels, fold, few, evaluation.n_draws, seeds))
+    assert row.embedding is not None
+    here = _cells_to_compare(evaluation, fold)
+    embedding, labels = row.embedding[here], evaluation.labels[here]
+    batches = None if evaluation.batches is None else evaluation.batches[here]
+    scores = _compare_cells(embedding, labels, batches, evaluation.clusters, evaluation.seed)
+    if batches is not None and fold is None and scib_version():
+        scores["batch_kbet"] = batch_kbet(embedding, labels, batches)
+    return _figures(row.name, fold, scores)
+
+
+def _score_ceiling(evaluation: _Evaluation) -> list[dict[str, Any]]:
+    ceiling = measure_ceiling(evaluation.counts, evaluation.labels, evaluation.seed)
+    found = []
+    for fold in evaluation.folds:
+        found += _figures(CEILING, fold, _read_ceiling(ceiling, evaluation.labels, fold))
+    for part in [None, *evaluation.folds] if evaluation.clusters else []:
+        here = _cells_to_compare(evaluation, part)
+        halves = (ceiling.halves[0][here], ceiling.halves[1][here])
+        found += _figures(CEILING, part, cluster_agreement(halves, evaluation.seed))
+    return found
+
+
+def _cells_to_compare(evaluation: _Evaluation, fold: Fold | None) -> np.ndarray:
+    return evaluation.subset if fold is None else np.intersect1d(evaluation.subset, fold.train)
+
+
+def _figures(name: str, fold: Fold | None, scores: dict[str, float]) -> list[dict[str, Any]]:
+    place = {"repeat": -1, "fold": -1} if fold is None else {"repeat": fold.repeat, "fold": fold.number}
+    return [{"row": name, "metric": metric, **place, "value": value} for metric, value in scores.items()]
 
 
 def _read_labels(

@@ -137,7 +137,7 @@ def test_what_is_fitted_does_not_change_with_held_out_cells(cells, monkeypatch):
         monkeypatch.setattr(module, name, record(name, getattr(module, name)))
     in_order = []
     monkeypatch.setattr(module, "_compare_cells", lambda *args: {})
-    monkeypatch.setattr(module, "measure_ceiling", lambda *args: SimpleNamespace(halves=()))
+    monkeypatch.setattr(module, "measure_ceiling", lambda *args: SimpleNamespace(halves=[np.zeros((180, 1))] * 2))
     monkeypatch.setattr(module, "_read_ceiling", lambda *args: {"probe_all": 1.0})
     monkeypatch.setattr(module, "cluster_agreement", lambda *args: {})
     monkeypatch.setattr(module, "_make_rows", record_rows := _Rows(module._make_rows, fitted))
@@ -237,6 +237,18 @@ def test_the_same_seed_gives_the_same_figures_and_another_seed_others(cells):
     assert folds[["repeat", "fold"]].to_numpy().tolist() == [[r, f] for r in range(2) for f in range(3)]
 
 
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+def test_figures_do_not_depend_on_the_workers(engine):
+    if engine == "ray":
+        pytest.importorskip("ray", reason="the engine ray needs its extra")
+    cells = make_cells((30, 30))
+    options = {"label_key": "type", "batch_key": "batch", "n_splits": 2}
+    alone = evaluate_embedding(cells, ["good"], **options)
+    shared = evaluate_embedding(cells, ["good"], **options, workers=2, engine=engine)
+    pd.testing.assert_frame_equal(shared.values, alone.values, check_exact=True)
+    assert (shared.settings, shared.notes) == (alone.settings, alone.notes)
+
+
 def test_groups_are_held_out_whole_and_classes_without_training_cells_are_not_scored(cells, monkeypatch):
     adata = cells.copy()
     adata.obs["donor"] = np.where(adata.obs["type"] == "type 3", "alone", adata.obs["donor"])
@@ -332,6 +344,9 @@ def test_scvi_without_its_extra_names_it(cells, monkeypatch):
 
 
 def test_wrong_input_is_refused_at_the_door(cells):
+    with pytest.raises(ValueError, match='engine=.slurm.: must be "local" or "ray"'):
+        evaluate_embedding(cells, ["good"], label_key="type", engine="slurm")
+
     def refused(match, keys=("good",), adata=cells, **kwargs):
         with pytest.raises(ValueError, match=match):
             evaluate_embedding(adata, list(keys), **{"label_key": "type", **kwargs})
