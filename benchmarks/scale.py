@@ -68,7 +68,10 @@ def run(arguments: list[str]) -> None:
     about: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "cores": _n_cores(),
-        "versions": {name: version(name) for name in ("stformer_hf", "torch", "datasets")},
+        "versions": {
+            name: version(name)
+            for name in ("stformer_hf", "torch", "datasets", *(["annbatch"] if installed("annbatch") else []))
+        },
         "tables": {},
     }
     output = Path(args.output)
@@ -402,6 +405,10 @@ def memory(folder: Path, args: argparse.Namespace) -> dict:
     }
     if installed("scdataset"):
         readers["scDataset on backed AnnData, blocks of 16"] = {"reader": "sc_dataset"}
+    if installed("annbatch"):
+        if not (folder / "annbatch").exists():
+            _make_collection(folder)
+        readers["annbatch, chunks of 64 of a shuffled collection"] = {"reader": "annbatch", "store": "shuffled"}
     if installed("bionemo") and installed("bionemo.scdl"):
         if not (folder / "scdl").exists():
             build_scdl(folder)
@@ -539,6 +546,37 @@ def _sc_dataset(folder: Path, store: str, block_size: int) -> Callable[[], int]:
     return read
 
 
+def _make_collection(folder: Path) -> None:
+    """Write the cells as annbatch does: shuffled, in sharded zarr."""
+    from annbatch import DatasetCollection
+
+    DatasetCollection(folder / "annbatch").add_adatas([folder / "cells.h5ad"], rng=np.random.default_rng(0))
+
+
+def _annbatch(folder: Path, store: str, block_size: int) -> Callable[[], int]:
+    """Sixteen chunks of 64 cells at a time, with the codecs of zarrs, as its authors advise.
+
+    Its defaults, 32 chunks of 512 cells, do not fit into the memory allowed here.
+    """
+    import zarr
+    from annbatch import DatasetCollection, Loader
+
+    zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
+    loader = Loader(
+        batch_size=BATCH, chunk_size=64, preload_nchunks=16, shuffle=True, rng=np.random.default_rng(0)
+    ).use_collection(DatasetCollection(folder / "annbatch", mode="r"))
+
+    def read() -> int:
+        n = 0
+        for batch in _in_time(loader):
+            n += batch["X"].shape[0]
+            if n >= READ:
+                break
+        return n
+
+    return read
+
+
 def _scdl(folder: Path, store: str, block_size: int) -> Callable[[], int]:
     from bionemo.scdl.io.single_cell_memmap_dataset import SingleCellMemMapDataset
     from bionemo.scdl.util.torch_dataloader_utils import collate_sparse_matrix_batch
@@ -550,7 +588,14 @@ def _scdl(folder: Path, store: str, block_size: int) -> Callable[[], int]:
     )
 
 
-_READERS = {"ours": _ours, "bytes": _bytes, "memory_map": _memory_map, "sc_dataset": _sc_dataset, "scdl": _scdl}
+_READERS = {
+    "ours": _ours,
+    "bytes": _bytes,
+    "memory_map": _memory_map,
+    "sc_dataset": _sc_dataset,
+    "annbatch": _annbatch,
+    "scdl": _scdl,
+}
 
 
 def _drop_pages(folder: Path) -> None:
