@@ -124,6 +124,12 @@ class Finetuning:
             others = [~is_known & of.notna().to_numpy() for is_known, of in zip(knows, labels, strict=True)]
             known = np.any(knows, axis=0) & ~np.any(others, axis=0)
             unknown = [name for of, other in zip(labels, others, strict=True) for name in of[other].unique()]
+        elif getattr(unwrap(self.model).config, "label_columns", None):
+            name = next(name for name in names if name not in cells.categories)
+            raise ValueError(
+                f"{name!r} of the held-out cells is not categorical, but the model predicts classes of it. Build the "
+                f"store with classes=[{name!r}], or make it categorical, adata.obs[key].astype('category')."
+            )
         else:
             numbers = cells.obs[self.label_key].to_numpy(np.float32)
             known = np.isfinite(numbers.reshape(len(cells), -1)).all(axis=1)

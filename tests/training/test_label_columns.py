@@ -160,6 +160,9 @@ def test_training_reads_the_labels_that_are_there(partly, cells, tmp_path):
     others = CellStore.build(tmp_path / "other", other, obs=list(COLUMNS), report=False)
     held_out = prepared.known(others)
     assert set(held_out.obs["level"]) == {"low", "high"}, "without cells of a class that no training cell has"
+    other.obs["level"] = np.arange(other.n_obs) % 3
+    with pytest.raises(ValueError, match="'level' of the held-out cells is not categorical, but the model predicts"):
+        prepared.known(CellStore.build(tmp_path / "numbers", other, obs=list(COLUMNS), report=False))
     trainer = prepared.trainer(arguments, held_out)
     labels = trainer.data_collator(prepared.cells.__getitems__(range(len(prepared.cells))))["labels"].numpy()
     for of_column, (name, classes) in zip(
