@@ -123,11 +123,11 @@ class DataCollatorForPhenotypicMLM(CellCollator):
         Return one row of tokens without padding, with the boundaries of its cells, instead of a padded matrix; see
         `pack`.
     max_tokens : int, optional
-        Maximum number of tokens per batch, including padding; a larger batch raises.
+        Maximum number of tokens per batch, including padding; a larger batch raises an error.
     pad_packed_to : (n_tokens, n_cells), optional
         With `packing`, fill every batch up to one size with tokens that no cell reads and no loss counts, so that a
-        compiled model is compiled once; see `to_fixed_size`. The batch has `predicted_positions`, which spare the
-        model a wait for the GPU. More tokens or cells raise.
+        compiled model is compiled once; see `to_fixed_size`. The batch has `predicted_positions`, so that the model
+        does not wait for the GPU. More tokens or cells raise an error.
 
     Raises
     ------
@@ -384,16 +384,16 @@ class DataCollatorForCellClassification(CellCollator):
         Return one row of tokens without padding, with the boundaries of its cells, instead of a padded matrix; see
         `pack`.
     max_tokens : int, optional
-        Maximum number of tokens per batch, including padding; a larger batch raises.
+        Maximum number of tokens per batch, including padding; a larger batch raises an error.
     pad_packed_to : (n_tokens, n_cells), optional
         With `packing`, fill every batch up to one size with tokens that no cell reads and no loss counts, so that a
-        compiled model is compiled once; see `to_fixed_size`. The batch has `predicted_positions`, which spare the
-        model a wait for the GPU. More tokens or cells raise.
+        compiled model is compiled once; see `to_fixed_size`. The batch has `predicted_positions`, so that the model
+        does not wait for the GPU. More tokens or cells raise an error.
 
     Raises
     ------
     ValueError
-        The label is one of the tokenizer's included phenotypes; `label2id` does not have every label column; a batch
+        The label is one of the tokenizer's included phenotypes; `label2id` lacks a label column; a batch
         has cells without a label, or values other than 0 and 1 in one of the label columns.
     """
 

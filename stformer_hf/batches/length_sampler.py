@@ -98,7 +98,7 @@ class ResumableSampler(Sampler[Drawn]):
 
 
 def as_ints(rows: np.ndarray) -> Iterator[int]:
-    """Yield rows as Python integers, of which there are never as many as rows."""
+    """Yield rows as Python integers, in chunks, so that they are never all in memory."""
     for start in range(0, len(rows), 1 << 16):
         yield from rows[start : start + (1 << 16)].tolist()
 
@@ -135,7 +135,7 @@ class LengthGroupedSampler(ResumableSampler[int]):
     Raises
     ------
     ValueError
-        The batch size is below 1; lengths are unknown, or not integers; the rank is outside the world; the draw is of
+        The batch size is below 1; lengths are unknown, or not integers; the rank is outside the world; the draw has
         another number of rows.
 
     Notes

@@ -71,7 +71,7 @@ class TokenBudgetBatchSampler(ResumableSampler[list[int]]):
     ------
     ValueError
         A single cell exceeds the budget; lengths are unknown, or not integers; the rank is outside the world; the draw
-        is of another number of rows.
+        has another number of rows.
 
     Examples
     --------

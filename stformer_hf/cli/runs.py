@@ -74,7 +74,7 @@ def training_arguments(output: Path, settings: dict, overwrite: bool) -> Trainin
 def removing_store(arguments: TrainingArguments) -> Iterator[None]:
     """Remove the store in the output folder if it was built within the context, and the context fails.
 
-    For the part of a command before training: its store would be in the way of the corrected command.
+    Used before training starts: the store would block the corrected command.
     """
     path = Path(arguments.output_dir) / "store"
     was_there = path.exists()
@@ -223,7 +223,7 @@ def split(
     Duplicate cells (see `CellStore.twins`) stay on one side. A class with one cell is in training; if fewer cells are
     held out than there are classes, the smallest classes are stratified as one. With `split_by`, a column of obs,
     whole groups are held out. With `eval_data`, the last sources of the store, their cells are held out instead of a
-    share, and their twins are left out of training. Cells that are left out are logged.
+    share, and their copies are left out of training. Cells that are left out are logged.
 
     Raises
     ------

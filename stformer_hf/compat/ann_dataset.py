@@ -33,7 +33,7 @@ class AnnDataset(Dataset):
     ----------
     adata_or_path : AnnData, MuData, SpatialData, str or Path
         An AnnData in memory or backed, a view of either, or a file of a known format, such as `.h5ad`.
-        Of a MuData the gene modality is read, of a SpatialData its table.
+        For a MuData the gene modality is read, for a SpatialData its table.
     layer : str, default: "X"
         `X` unchanged, whatever its values and the types of its features; `raw`, or the name of a layer; for a MuData
         or SpatialData also the modality or table, such as `prot` or `prot:counts`.

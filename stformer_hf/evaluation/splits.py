@@ -1,4 +1,4 @@
-"""Folds of cells that keep twins, and groups such as donors, on one side; and draws of a few labelled cells."""
+"""Folds that keep twins (copies of a cell) and groups such as donors together, and draws of a few labelled cells."""
 
 from __future__ import annotations
 

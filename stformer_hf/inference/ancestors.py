@@ -52,7 +52,7 @@ def read_parents(parents: Mapping[str, str] | str | Path) -> dict[str, str]:
 
 
 def ancestors_of(classes: list[str], parents: Mapping[str, str]) -> list[list[str]]:
-    """Return the ancestors of each class, the nearest first, without those of all classes, which say nothing.
+    """Return the ancestors of each class, the nearest first, without those that all classes share, which say nothing.
 
     Raises
     ------

@@ -354,7 +354,7 @@ class GeneNetwork:
         Raises
         ------
         ValueError
-            The path has another ending; as for `graph`.
+            The path ends with neither .csv nor .graphml; as for `graph`.
         """
         suffix = Path(path).suffix
         if suffix == ".csv":

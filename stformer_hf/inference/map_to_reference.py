@@ -39,7 +39,7 @@ class Reference(NamedTuple):
     names : array of str (n_cells,)
         Names of the cells.
     fingerprint : str
-        Of the model, see `fingerprint_of`.
+        Fingerprint of the model, see `fingerprint_of`.
     """
 
     embedding: np.ndarray
@@ -128,7 +128,7 @@ def map_to_reference(
     }
     if isinstance(reference, (str, os.PathLike)):
         if label_key is not None:
-            raise ValueError(f"{reference} has its labels: leave out label_key={label_key!r}.")
+            raise ValueError(f"{reference} already has labels: leave out label_key={label_key!r}.")
         known = _load_reference(Path(reference), encoder, tokenizer)
     else:
         known = _embed_reference(reference, encoder, tokenizer, label_key, settings)
@@ -218,7 +218,7 @@ def _load_reference(folder: Path, encoder: PreTrainedModel, tokenizer: GeneToken
     fingerprint = fingerprint_of(encoder, tokenizer)
     if facts["model_fingerprint"] != fingerprint:
         raise ValueError(
-            f"The reference {folder} was embedded by another model (fingerprint {facts['model_fingerprint']}, and not "
+            f"The reference {folder} was embedded by another model (fingerprint {facts['model_fingerprint']}, not "
             f"{fingerprint}): embeddings of two models cannot be compared. Save the reference with this model."
         )
     arrays = load_file(str(folder / _ARRAYS))

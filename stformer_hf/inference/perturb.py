@@ -268,7 +268,7 @@ class _Reader:
         auto_class = AutoModelForSequenceClassification if predicts_cells(kinds) else AutoModel
         self.model, self.tokenizer = load(model, tokenizer, auto_class, min_coverage)
         if self.tokenizer.neighborhood:
-            raise ValueError("The tokenizer adds each cell's neighbourhood, which a perturbation does not change.")
+            raise ValueError("Models that read neighbourhoods cannot be perturbed.")
         self.heads = read_heads(self.model) if predicts_cells([type(self.model).__name__]) else []
         if self.heads and self.heads[0].kind != "single_label_classification":
             self.heads = []
@@ -344,7 +344,7 @@ class _Reader:
         Returns
         -------
         states : float32 array (n, d)
-            Of length 1.
+            Length 1.
         probabilities : float32 array (n, n_classes), or None
         """
         tokens = self.tokenizer.encode_cells(
@@ -414,9 +414,9 @@ class _Unperturbed(NamedTuple):
     Attributes
     ----------
     states : array (n, d)
-        Of the cells to perturb, of length 1.
+        Those of the cells to perturb, of length 1.
     probabilities : array (n,) or None
-        Of the class that is measured.
+        Probability of the class that is measured.
     classes : int64 array (n,) or None
         Which class that is.
     goal : float64 array (d,) or None
@@ -589,14 +589,14 @@ def _check_settings(kind, quantile, n_null, max_tokens, shard_size, goal_key, go
     if kind not in QUANTILES:
         raise ValueError(f"kind must be one of {', '.join(QUANTILES)}, got {kind!r}.")
     if quantile is not None and (kind == "delete" or not 0 <= quantile <= 1):
-        raise ValueError(f"quantile={quantile}: a number from 0 to 1, for kinds other than delete.")
+        raise ValueError(f"quantile={quantile}: must be a number from 0 to 1, and is not for kind='delete'.")
     for name, value, least in (("n_null", n_null, 0), ("max_tokens", max_tokens, 1), ("shard_size", shard_size, 1)):
         if value < least:
             raise ValueError(f"{name}={value}: must be at least {least}.")
     if (goal_key is None) != (goal is None):
         raise ValueError("goal_key and goal belong together: the column of obs, and its value in the goal's cells.")
     if start is not None and (goal is None or str(start) == str(goal)):
-        raise ValueError("start is another value of goal_key than goal: pass goal_key and goal too.")
+        raise ValueError("start must be a value of goal_key other than goal: pass goal_key and goal too.")
     return QUANTILES[kind] if quantile is None else quantile
 
 
@@ -621,7 +621,7 @@ def _open_folder(folder: Path, settings: dict, state: PartialState | None) -> No
     other = [name for name in settings if found.get(name) != settings[name]]
     if other:
         raise ValueError(
-            f"{folder} holds results with another {other[0]} ({found.get(other[0])!r}, now {settings[other[0]]!r}): "
+            f"{folder} holds results of another {other[0]} ({found.get(other[0])!r}, now {settings[other[0]]!r}): "
             "choose another folder, or remove it."
         )
 

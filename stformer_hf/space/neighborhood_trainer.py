@@ -121,8 +121,8 @@ def _check_baselines(train_dataset: Any, eval_dataset: Any) -> None:
     for cells in (train_dataset, *map(as_selection, others)):
         if cells is not None and not isinstance(cells, CenterMaskSampler):
             raise ValueError(
-                f"baselines=True reads neighbourhoods of one CenterMaskSampler, and a {type(cells).__name__} is "
-                "several: make one of all cells, with a section_key."
+                f"baselines=True needs one CenterMaskSampler, but a {type(cells).__name__} combines several: make one "
+                "of all cells, with a section_key."
             )
 
 

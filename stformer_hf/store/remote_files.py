@@ -267,7 +267,7 @@ class RemoteFolder:
             if len(content) > stop - start:
                 raise ValueError(
                     f"{self / name}: the server sends {len(content)} bytes for a range of {stop - start}, so it does "
-                    "not read ranges. Download the store, or choose another server."
+                    "not support range requests. Download the store, or choose another server."
                 )
             if len(content) < stop - start:
                 self._must_be_unchanged(name)
@@ -355,7 +355,7 @@ class RemoteFolder:
                 problem = str(cause) or type(cause).__name__
                 if wait is None:
                     raise ConnectionError(
-                        f"{what}: the connection was lost {len(WAITS) + 1} times, at last by: {problem}. Check the "
+                        f"{what}: the connection was lost {len(WAITS) + 1} times, last with: {problem}. Check the "
                         "network and the address, and try again: what arrived so far is in the cache."
                     ) from error
                 logger.warning(f"{what}: {problem}; trying again in {wait:g} s.")

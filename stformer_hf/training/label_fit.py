@@ -96,8 +96,8 @@ def fit_head_to_labels(model: Any, collator: Any, dataset: Any, all_read: bool =
             _check_classes(collator.label, labels, config.num_labels, numbers)
             if labels.other_order is not None and numbers is None and collator.label2id is None:
                 raise ValueError(
-                    f"The datasets that are put together number the classes of {collator.label!r} in different ways: "
-                    f"{_some(labels.names)}, and {_some(labels.other_order)}. Give the model or the collator the "
+                    f"The combined datasets number the classes of {collator.label!r} in different ways: "
+                    f"{_some(labels.names)}, and {_some(labels.other_order)}. Pass the model or the collator the "
                     "number of each class, label2id={…}."
                 )
     else:
@@ -223,8 +223,8 @@ def _joined(name: str, parts: list[_Labels]) -> _Labels:
     if any(named) and not all(named):
         numbers = parts[named.index(False)].what
         raise ValueError(
-            f"{name!r} holds {parts[named.index(True)].what} in one of the datasets that are put together, and "
-            f"{numbers} in another: make one store of them, CellStore.build(path, stores)."
+            f"{name!r} holds {parts[named.index(True)].what} in one of the combined datasets, and {numbers} in "
+            "another: merge them with CellStore.build(path, stores)."
         )
     of_store = any(part.of_store for part in parts)
     if not any(named):

@@ -499,7 +499,7 @@ def _read_types(columns: Mapping[str, Sequence[Any]] | None) -> tuple[list, dict
         unknown = {kind for kind, word in plain.items() if word and word not in _GENE_TYPES and kind not in others}
         if unknown:
             logger.warning(
-                f"var[{name!r}] holds unknown feature types, {', '.join(sorted(unknown)[:3])}: taken as genes."
+                f"var[{name!r}] holds unknown feature types, {', '.join(sorted(unknown)[:3])}: treated as genes."
             )
         if unknown != {kind for kind, word in plain.items() if word}:
             return values, types, set(plain) - others

@@ -1,4 +1,4 @@
-"""Start a classifier at linear readers of the whole cell and of all its genes."""
+"""Start a classifier at linear models (readers) of the whole cell and of all its genes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def start_classifier(
     choices: Mapping[str | None, ReaderChoice] | None = None,
     rotated: Mapping[str | None, Rotated] | None = None,
 ) -> dict[str | None, ClassifierStart]:
-    """Start a classifier at linear readers of its training cells.
+    """Start a classifier at linear models (readers) of its training cells.
 
     The head becomes the regularised logistic (ridge) regression on `[CLS]`, the wide head the one on the log values
     of all genes. Regularisation, components of the views, the weights of both readers and a temperature are chosen by
@@ -179,7 +179,7 @@ def start_classifier(
             continue
         rows, fitted, part, choice = to_choose[name], to_fit[name], parts[name], choices[name]
         if len(fitted) < len(column.rows):
-            logger.warning(f"The readers are fitted to {len(fitted):,} of {len(column.rows):,} training cells.")
+            logger.warning(f"The linear models are fitted to {len(fitted):,} of {len(column.rows):,} training cells.")
         is_read, of = np.array_equal(fitted, rows), column.labels_of(fitted)
         counts, values = (part.counts, part.values) if is_read else read(fitted)
         if views is None:
