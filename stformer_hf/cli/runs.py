@@ -132,7 +132,7 @@ def open_cells(
     FileExistsError
         The output folder already holds a store.
     ValueError
-        Neighbours are asked for, but the store was built without them, or a file has neither graph nor coordinates.
+        Neighbours are requested, but the store was built without them, or a file has neither graph nor coordinates.
     """
     if not eval_data and is_store(data):
         store = CellStore(data[0])
@@ -182,7 +182,7 @@ def genes_of_training(store: CellStore, eval_data: list[str] | None) -> list[str
 
 
 def one_layer(layers: list[str | None], asked: str | None) -> str | None:
-    """Return the layer to read in all sources; if a modality or table was asked for, each source has resolved it."""
+    """Return the layer to read in all sources; if a modality or table was requested, each source has resolved it."""
     if len(set(layers)) > 1:
         raise ValueError(f"--layer {asked} is a modality or table in some sources only.")
     return layers[0] if layers else asked

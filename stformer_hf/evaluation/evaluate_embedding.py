@@ -128,7 +128,7 @@ def evaluate_embedding(
         There are no counts; a column or key is missing; an embedding has another shape or NaN; there are fewer than
         two classes with enough cells, or fewer than two batches; there are too few groups or cells.
     ImportError
-        "scvi" is asked for without its extra.
+        "scvi" is requested without its extra.
     """
     keys = [keys] if isinstance(keys, str) else list(keys)
     _check_settings(keys, baselines, n_splits, n_repeats, n_draws, n_splits if min_cells is None else min_cells)

@@ -63,7 +63,7 @@ def make_folds(
     Raises
     ------
     ValueError
-        There are fewer groups than folds; repeats are asked for, but each fold is one group.
+        There are fewer groups than folds; repeats are requested, but each fold is one group.
     """
     if groups is not None:
         groups = join_groups(groups, twins)

@@ -180,7 +180,7 @@ def run(
     Raises
     ------
     ValueError
-        The batch size is below 1; there are no cells; outputs are NaN or infinite; several processes are asked for
+        The batch size is below 1; there are no cells; outputs are NaN or infinite; several processes are requested
         cells that are not in a store, or in two ways.
     """
     check_engine(engine, workers)

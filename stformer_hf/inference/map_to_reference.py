@@ -198,7 +198,7 @@ def save_reference(
     settings = {"fractional": fractional, "batch_size": batch_size, "device": device}
     found = _embed_reference(reference, encoder, tokenizer, label_key, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / REFERENCE_FILE).unlink(missing_ok=True)  # written last: without it the folder is no reference
+    (folder / REFERENCE_FILE).unlink(missing_ok=True)  # written last: without it the folder is not a reference
     codes = np.ascontiguousarray(found.labels.codes.astype(np.int64))
     save_file({"embedding": np.ascontiguousarray(found.embedding), "labels": codes}, str(folder / _ARRAYS))
     facts = {

@@ -42,7 +42,7 @@ class NeighborhoodTrainer(CellTrainer):
     Raises
     ------
     ValueError
-        The cells do not fit the model; see `CenterMaskSampler.fit_model`. Baselines are asked for, and the cells are
+        The cells do not fit the model; see `CenterMaskSampler.fit_model`. Baselines are requested, and the cells are
         not those of one `CenterMaskSampler`.
     """
 
@@ -96,7 +96,7 @@ class NeighborhoodTrainer(CellTrainer):
 
     # The base class passes its arguments on; Trainer always has the loader among them.
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):  # type: ignore[override]
-        """Evaluate as Trainer does, with `pearson_r`, and the baselines if they are asked for."""
+        """Evaluate as Trainer does, with `pearson_r`, and the baselines if they are requested."""
         self._pearson_r = []
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._pearson_r:

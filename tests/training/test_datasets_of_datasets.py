@@ -131,7 +131,7 @@ def test_labels_of_stores_that_are_put_together_go_by_name(two_stores, tmp_path)
         classifier(chain, tmp_path, num_labels=2)
     with pytest.raises(ValueError, match="does not know: 'T cell'; the head has 2 classes"):
         classifier(random_split(chain, [60, 60])[0], tmp_path, **UNKNOWN)
-    with pytest.raises(ValueError, match="'cluster' holds classes .* in one of the combined datasets, and whole numbers in"):
+    with pytest.raises(ValueError, match="'cluster' holds classes .* in one of the combined datasets, and whole"):
         classifier(chain, tmp_path, "cluster", num_labels=2)
     types = np.concatenate([of.obs["cell_type"].astype(str) for of in two_stores])
     classifier(Subset(chain, np.flatnonzero(types == "B cell")), tmp_path, **UNKNOWN)  # of T cells there is none

@@ -384,7 +384,7 @@ def strip_versions(names: Collection[str]) -> np.ndarray:
     return found
 
 
-@lru_cache(maxsize=1 << 17)  # most files have the same genes, and each is asked for more than once
+@lru_cache(maxsize=1 << 17)  # most files have the same genes, and each is read more than once
 def species_of(name: str) -> str | None:
     """Return the species of an Ensembl id: a name such as `human`, or an unlisted prefix; None for other names."""
     match = _GENE_ID.match(name)
