@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import logging
 import operator
@@ -16,6 +15,7 @@ import numpy as np
 import pandas as pd
 from torch.utils.data import IterableDataset
 
+from ..genes.wrong_names import closest
 from ..store.cell_store import CellStore
 from .parts import bases, gather
 from .token_rows import class_names
@@ -303,10 +303,8 @@ def check_sampling(sampling: Mapping[str, Any] | None) -> None:
     """
     for name in sampling or {}:
         if name not in SAMPLING:
-            close = difflib.get_close_matches(name, SAMPLING, n=1)
             raise ValueError(
-                f"sampling: unknown name {name!r}{f'; did you mean {close[0]}?' if close else ''}. Names are "
-                f"{', '.join(SAMPLING)}."
+                f"sampling: unknown name {name!r}{closest(name, SAMPLING)}. Names are {', '.join(SAMPLING)}."
             )
 
 

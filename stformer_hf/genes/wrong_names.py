@@ -14,7 +14,7 @@ def closest(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def must_have(known: Collection[str], where: str, key: str | None, remedy: str = "") -> None:
-    """Raise a ValueError if `known`, such as the `obsm` of an AnnData (`where`), lacks a key, or if it is None."""
+    """Raise a ValueError if `known`, such as the `obsm` of an AnnData (`where`), lacks a key that is not None."""
     if key is not None and key not in known:
         has = ", ".join(map(repr, known)) or "nothing"
         raise ValueError(f"There is no {where}[{key!r}]; {where} has {has}.{remedy}")

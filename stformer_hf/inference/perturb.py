@@ -158,7 +158,7 @@ def perturb(
     ----------
     Theodoris et al. 2023, Nature 618:616, for perturbation in silico by deletion and overexpression.
     """
-    quantile = _check_settings(kind, quantile, n_null, max_tokens, shard_size, goal_key, goal, start, donor_key)
+    quantile = _check_settings(kind, quantile, n_null, max_tokens, shard_size, goal_key, goal, start)
     check_cells(adata)
     state = PartialState() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
     if state is not None and output is None:
@@ -584,7 +584,7 @@ def _mean_states(states: np.ndarray, donors: np.ndarray) -> tuple[np.ndarray, np
     return sums / np.bincount(codes)[:, None], found
 
 
-def _check_settings(kind, quantile, n_null, max_tokens, shard_size, goal_key, goal, start, donor_key) -> float | None:
+def _check_settings(kind, quantile, n_null, max_tokens, shard_size, goal_key, goal, start) -> float | None:
     """Refuse invalid settings; return the quantile."""
     if kind not in QUANTILES:
         raise ValueError(f"kind must be one of {', '.join(QUANTILES)}, got {kind!r}.")

@@ -636,12 +636,12 @@ def _outputs_of_epochs(
     return np.stack(outputs)
 
 
-def predict(model: PreTrainedModel, tokenizer: GeneTokenizer, cells: CellStore, batch_size: int = 128) -> np.ndarray:
+def predict(model: PreTrainedModel, tokenizer: GeneTokenizer, cells: CellStore) -> np.ndarray:
     """Compute the logits of cells: float64 array (n, num_labels), in the order of the cells.
 
     For several label columns, those of a column are its `CellHead.outputs`; see `read_heads`.
     """
-    return run_cells(model, tokenizer, cells, lambda batch: model(**batch).logits, batch_size)
+    return run_cells(model, tokenizer, cells, lambda batch: model(**batch).logits, 128)
 
 
 # ---------------------------------------------------------------------- parts

@@ -351,22 +351,14 @@ class _StatesOfFolds:
         return lambda n_components: (self._states[train], self._states[held_out])
 
 
-def cell_states(model: nn.Module, tokenizer: GeneTokenizer, cells: CellStore, batch_size: int = 256) -> np.ndarray:
-    """Compute the input of the head for each cell: float64 array (n, hidden), in the order of the cells.
-
-    Parameters
-    ----------
-    model : GeneBertForClassification
-    tokenizer : GeneTokenizer
-    cells : CellStore
-    batch_size : int, default: 256
-    """
+def cell_states(model: nn.Module, tokenizer: GeneTokenizer, cells: CellStore) -> np.ndarray:
+    """Compute the input of the head for each cell: float64 array (n, hidden), in the order of the cells."""
 
     def pooled(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         hidden = model.base_model(**batch).last_hidden_state
         return model.pool(hidden, batch["token_type_ids"], batch["attention_mask"])
 
-    return run_cells(model, tokenizer, cells, pooled, batch_size)
+    return run_cells(model, tokenizer, cells, pooled, 256)
 
 
 @torch.no_grad()
