@@ -15,7 +15,7 @@ from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCe
 from ..sources.obs_columns import ClassCode
 from ..store.cell_batch import CellBatch, as_cell_batch
 from ..store.worker_slots import CollatedBatch
-from .collate import CellCollator, check_probability, labels_a_cell, pack, pad, read_tokens
+from .collate import CellCollator, check_probability, labels_per_cell, pack, pad, read_tokens
 from .fixed_size import IGNORE, fill_labels
 from .gene_swaps import unexpressed_genes
 from .token_rows import CLASS_NAMES
@@ -484,7 +484,7 @@ class DataCollatorForCellClassification(CellCollator):
             labels, names = examples.obs[name], examples.categories.get(name)
             classes = names is not None
         else:
-            labels = labels_a_cell(examples, name, missing=-1 if self._of_columns else None)
+            labels = labels_per_cell(examples, name, missing=-1 if self._of_columns else None)
             classes = np.issubdtype(labels.dtype, np.integer)
             if isinstance(examples, pa.Table):
                 names = json.loads((examples.schema.metadata or {}).get(CLASS_NAMES, b"{}")).get(name)

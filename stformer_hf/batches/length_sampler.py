@@ -239,7 +239,7 @@ class EvenBatchSampler(Sampler[list[int]]):
     world_size : int, default: 1
         Number of ranks.
     drop_last : bool, default: False
-        Drop the last batch if it is not full, and then the last batches that do not go round all ranks.
+        Drop the last batch if it is not full, and then more until every rank has equally many.
 
     Raises
     ------

@@ -141,7 +141,7 @@ class TokenBudgetBuffer(IterableDataset):
         Raises
         ------
         ValueError
-            These batches have not been returned yet, or are too long ago (256 windows are kept).
+            These batches have not been returned yet, or are too old (256 windows are kept).
         RuntimeError
             Workers of a DataLoader read; the state of a stream is available in this process only.
         """

@@ -226,13 +226,13 @@ def _reject(
     Return also the typicality. `distances` (n, 1) has no column if the model has no centroids.
     """
     of_known = np.exp(out_of_fold.predictions)
-    known, witnesses = [of_known.max(axis=1)], np.column_stack([probabilities.max(axis=1), -distances])
+    known, measures = [of_known.max(axis=1)], np.column_stack([probabilities.max(axis=1), -distances])
     if out_of_fold.distances is not None:
         known.append(-out_of_fold.distances)
     known, n_classes = np.column_stack(known), len(labels.categories)
     predicted = out_of_fold.predictions.argmax(axis=1)
     thresholds = rejection_thresholds(typicality(known, known), predicted, n_classes, reject)
-    is_labelled, typical = labels.codes >= 0, typicality(known, witnesses)
+    is_labelled, typical = labels.codes >= 0, typicality(known, measures)
     rejected = np.flatnonzero(is_labelled & (typical < thresholds[labels.codes]))
     found = labels.astype(object)
     found[rejected] = UNKNOWN

@@ -77,7 +77,7 @@ def map_to_reference(
         As for `embed`.
     label_key : str, optional
         Column of the reference's obs, categories, text or whole numbers. Cells without a label or without a known
-        gene are left out. A folder has its labels.
+        gene are left out. A saved reference has its own labels.
     tokenizer : GeneTokenizer, optional
         The checkpoint's own by default.
     n_neighbors : int, default: 15

@@ -86,8 +86,8 @@ def perturb(
         names the groups. By default, every gene that the model knows and a cell expresses.
     kind : {"delete", "inhibit", "activate", "overexpress"}, default: "delete"
         Set the count of a gene to 0; lower it to a low quantile; raise it to a high one. Quantiles are those of
-        the share of the gene in the counts of a cell, over the perturbed cells that express it; times the total of
-        a cell, and rounded to a whole count of at least 1. Cells that are there already are not changed.
+        the share of the gene in the counts of a cell, over the perturbed cells that express it, multiplied by the
+        total of a cell and rounded to a whole count of at least 1. Cells already beyond it are not changed.
     quantile : float, optional
         By default 0.25 for "inhibit", 0.75 for "activate" and 0.99 for "overexpress".
     goal_key, goal : str, optional
@@ -114,7 +114,7 @@ def perturb(
     max_tokens : int, default: 4096
         Tokens per batch; more are faster on a GPU.
     shard_size : int, default: 20,000
-        Number of edited cells per shard, which a killed run loses at most.
+        Number of edited cells per shard; a killed run loses at most one shard.
     seed : int, default: 0
         Seed of the genes of the null, and of permutations.
 
@@ -151,8 +151,8 @@ def perturb(
 
     Notes
     -----
-    The model answers what it has learned, not what a cell would do. A shift is worth something where it is larger
-    than that of genes of similar expression, and than the baselines'.
+    The results show what the model has learned, not what a cell would do. A shift means something only if it is larger
+    than that of genes of similar expression, and than that of the baselines.
 
     References
     ----------

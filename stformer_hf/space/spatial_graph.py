@@ -69,7 +69,7 @@ def spatial_neighbors(
 
     Notes
     -----
-    Each edge occurs once; STFormer counts edges shared by two triangles twice. Points on one line are joined to a
+    Each edge occurs once; STFormer counts edges shared by two triangles twice. Points on one line are joined into a
     chain; flat 3-D coordinates are triangulated in their plane. If more than three points lie on an empty circle, as
     in a square grid, there are multiple triangulations, and Qhull chooses one.
 

@@ -71,8 +71,8 @@ class RemoteFolder:
     before anything of it is used or kept, the versions are compared, and they are part of the key of the cache: blocks
     of two versions are never mixed. A repository of the Hub is read at the commit at which it was opened instead.
 
-    The caches of fsspec do less: `blockcache`, `filecache` and `simplecache` have no limit of size, the list of blocks
-    of the first is that of the process that closes last, and for http none notices a changed file.
+    The caches of fsspec do less: `blockcache`, `filecache` and `simplecache` have no size limit, processes overwrite
+    each other's list of blocks in the first, and over http none notices a changed file.
     """
 
     def __init__(
