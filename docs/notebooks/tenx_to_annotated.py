@@ -8,7 +8,7 @@
 # %% [markdown]
 # # From 10x to annotated cells
 #
-# From a folder of Cell Ranger to an `AnnData` with a label and an embedding per cell. The cells are 700
+# This notebook reads a folder of Cell Ranger and adds a label and an embedding to each cell. The cells are 700
 # blood cells that scanpy ships, so that this runs without a network; put your own folder in their place.
 
 # %%
