@@ -34,7 +34,7 @@ PEERS = {"bionemo-scdl": "bionemo.scdl", "scDataset": "scdataset"}
 def run(arguments: list[str]) -> None:
     """Make the data, let all take turns, print the tables and write them as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks data", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="10,000 cells in place of 100,000, and one turn")
+    parser.add_argument("--quick", action="store_true", help="10,000 cells instead of 100,000, and one turn")
     parser.add_argument("--turns", type=int, default=3, help="how often each is run")
     parser.add_argument("--folder", help="where the data are kept; a temporary folder by default")
     parser.add_argument("--output", default="benchmark_data.json", help="JSON file to write")

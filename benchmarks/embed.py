@@ -98,7 +98,7 @@ def embed_cells(folder: Path, way: str) -> float:
     from stformer_hf.inference import batches
 
     torch.set_num_threads(1)
-    batches.packs = lambda model: way == "packed"  # in place of the default of the device
+    batches.packs = lambda model: way == "packed"  # instead of the default of the device
     cells = read_h5ad(folder / "cells.h5ad")
     model, tokenizer = batches.load(str(folder / "model"), None, AutoModel)
     dtype = "bfloat16" if torch.cuda.is_available() else None

@@ -134,11 +134,11 @@ class _Run:
             self.rows[mix] = np.random.default_rng(0).permutation(np.flatnonzero(store.lengths))
 
     def made_cells(self, median: int):
-        """Give made cells; on a CPU few of them, of few genes."""
+        """Return made cells; on a CPU few of them, of few genes."""
         return _made_cells(2_000, median) if self.on_gpu else _made_cells(60, median)[:, :CPU_GENES].copy()
 
     def batches(self, mix: str, layout: str) -> tuple[list[dict], list[np.ndarray]]:
-        """Give batches of about as many tokens, the same cells for all, and the lengths of their cells."""
+        """Return batches of about as many tokens, the same cells for all, and the lengths of their cells."""
         from stformer_hf.batches.collators import DataCollatorForGeneRankMLM
 
         store, tokenizer, made, lengths, at = self.stores[mix], self.tokenizers[mix], [], [], 0
@@ -253,7 +253,7 @@ class _Run:
         return found
 
     def stepper(self, net, owner):
-        """Give a function that makes a training step on a batch."""
+        """Return a function that makes a training step on a batch."""
         optimizer = torch.optim.AdamW(owner.parameters(), 1e-4, fused=True)
 
         def step(batch: dict) -> None:
@@ -302,7 +302,7 @@ class _Run:
         return dict(found)
 
     def profile(self, size: str) -> dict:
-        """Give the kernels that a packed step spends its time in."""
+        """Return the kernels that a packed step spends its time in."""
         from torch.profiler import ProfilerActivity, profile
 
         batches, _ = self.batches("mix", "packed")
@@ -386,7 +386,7 @@ def limited(seconds: int) -> Iterator[None]:
 
 
 def _lengths(batch: dict) -> np.ndarray:
-    """Give the tokens of each cell."""
+    """Return the tokens of each cell."""
     if "cu_seq_lens_q" in batch:
         return batch["cu_seq_lens_q"].diff()[: batch["seq_idx"].max() + 1].numpy()  # without the dead tokens
     return batch["attention_mask"].sum(1).numpy()

@@ -2,7 +2,7 @@
 
 All get the same cells: of `--h5ad`, or made ones, whose numbers of expressed genes are log-normal, as those of real
 cells are. All models have the same number of layers, heads, hidden and feed-forward units (ModernBERT, whose gated
-feed-forward block has three matrices in place of two, two thirds of these: as many weights; and full attention in
+feed-forward block has three matrices instead of two, two thirds of these: as many weights; and full attention in
 each layer), the same vocabulary, tied weights, hidden dropout 0.1 and no attention dropout (which would keep BERT
 from sdpa's fast kernels), the same masks and the same AdamW; sdpa, or flash attention 2 where it is installed.
 Tokens are those of the cells: padding does work, but does not count. "random" are batches of random cells; "grouped"
@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> None:
         prog="python -m benchmarks model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer cells, and one turn")
-    parser.add_argument("--h5ad", help="file of counts whose cells to take, in place of made ones")
+    parser.add_argument("--h5ad", help="file of counts whose cells to take, instead of made ones")
     parser.add_argument("--size", help="of the models: tiny, small, base, large; tiny, or base on a GPU, by default")
     parser.add_argument("--turns", type=int, default=3, help="how often each is run")
     parser.add_argument("--output", default="benchmark_model.json", help="JSON file to write")
@@ -344,7 +344,7 @@ def useful_flops(lengths: np.ndarray, vocab_size: int, size: str | tuple, train:
 
 
 def _shape(size: str | tuple) -> tuple:
-    """Give layers, heads, hidden size, feed-forward size and attention dropout of a size that has a name."""
+    """Return layers, heads, hidden size, feed-forward size and attention dropout of a size that has a name."""
     from stformer_hf.models.gene_bert.configuration_gene_bert import SIZES
 
     return SIZES[size] if isinstance(size, str) else size
@@ -484,7 +484,7 @@ def _train(net, optimizer: torch.optim.Optimizer, batch: dict) -> None:
 
 
 def _encode(encoder, batch: dict) -> None:
-    """Give hidden states."""
+    """Return hidden states."""
     batch = {name: value for name, value in batch.items() if name != "labels"}
     with (
         torch.inference_mode(),

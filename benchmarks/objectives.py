@@ -6,9 +6,9 @@ same start and for as many minutes. The embedding of cells that no run has seen 
 neighbours and of a linear probe (logistic regression), each by the same five folds, and by the adjusted Rand index of
 Leiden clusters at resolution 1.
 
-Of one machine: --blood, --fetal and --citeseq; --minutes are of CPU, one run after the other on one thread.
+On one machine: --blood, --fetal and --citeseq; --minutes are of CPU, one run after the other on one thread.
 
-Of two, where the one with a GPU has neither scanpy nor the data nor much time:
+On two machines, if the one with the GPU has neither scanpy nor the data nor much time:
 
   here   --prepare FOLDER --blood ... --fetal ... --citeseq ...   what the runs need, as one archive
   there  --prepared FOLDER --device cuda --jobs 12 --embeddings FOLDER   --minutes are wall time; several runs at once

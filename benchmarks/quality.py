@@ -73,7 +73,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--tables", nargs="+", choices=list(ROWS), default=list(ROWS), help="all by default")
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS), help="all by default")
     parser.add_argument("--rows", nargs="+", choices=every, default=every, help="all by default")
-    parser.add_argument("--full", action="store_true", help="all cells of ifnb, in place of 3,000")
+    parser.add_argument("--full", action="store_true", help="all cells of ifnb, instead of 3,000")
     parser.add_argument("--overwrite", action="store_true", help="compute again what the output file holds")
     parser.add_argument(
         "--simulated", action="store_true", help="time `stformer-hf finetune` on simulated cells instead"
@@ -441,7 +441,7 @@ def time_simulated(flags: Sequence[str] = (), **settings: Any) -> dict[str, Any]
     flags : sequence of str
         Further ones of the command, which has its defaults otherwise.
     **settings
-        Of `simulate`.
+        Arguments of `simulate`.
     """
     cells = simulate(**settings)
     with tempfile.TemporaryDirectory() as folder:

@@ -48,7 +48,7 @@ class LogView:
     Parameters
     ----------
     counts : csr_matrix (n, n_genes)
-        Of the cells to fit on.
+        Those of the cells to fit on.
     """
 
     def __init__(self, counts: sparse.csr_matrix) -> None:
@@ -75,7 +75,7 @@ class ResidualView:
     Parameters
     ----------
     counts : csr_matrix (n, n_genes)
-        Of the cells to fit on.
+        Those of the cells to fit on.
     """
 
     def __init__(self, counts: sparse.csr_matrix) -> None:
@@ -109,7 +109,7 @@ class Baselines:
     Parameters
     ----------
     counts : csr_matrix (n, n_genes), float32
-        Of the labelled cells.
+        Those of the labelled cells.
     labels : array of str (n,)
     unlabelled : csr_matrix (n_unlabelled, n_genes), float32
         Further cells for what needs no labels (the components); may have no rows.

@@ -131,7 +131,7 @@ def load(name: str, folder: Path | None, full: bool = False, names: str | None =
     name : str
         In `SETS`.
     folder : Path or None
-        Of the data files.
+        Folder of the data files.
     full : bool, default: False
         All cells, where a random subset is the default.
     names : str, optional

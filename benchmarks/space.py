@@ -272,7 +272,7 @@ def _collate_pandas(items: list[tuple]) -> dict:
 
 
 def _checked_pandas(folder: Path, n_cells: int, k: int) -> _PandasSampler:
-    """Give the sampler of pandas, seen to give our batches."""
+    """Return the sampler of pandas, seen to give our batches."""
     from stformer_hf.space.neighborhood_collator import collate
 
     torch.set_num_threads(1)

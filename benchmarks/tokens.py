@@ -33,7 +33,7 @@ EDGES = [0.1]
 def run(arguments: list[str]) -> None:
     """Make the data, let all take turns, print the tables and write them as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks tokens", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="2,000 cells in place of 30,000, and one turn")
+    parser.add_argument("--quick", action="store_true", help="2,000 cells instead of 30,000, and one turn")
     parser.add_argument("--turns", type=int, default=3, help="how often each is run")
     parser.add_argument("--folder", help="where the data are kept; a temporary folder by default")
     parser.add_argument("--output", default="benchmark_tokens.json", help="JSON file to write")
@@ -113,7 +113,7 @@ def _one_core() -> None:
 
 
 def _wanted(folder: Path, scheme: str, n_cells: int = 50) -> list[tuple[list[int], list[int]]]:
-    """Give our tokens of the first cells."""
+    """Return our tokens of the first cells."""
     from stformer_hf import CellStore, GeneTokenizer
 
     tokens = GeneTokenizer.from_pretrained(folder / scheme)(CellStore(folder / "store").__getitems__(range(n_cells)))
@@ -124,7 +124,7 @@ def _check(found: list, folder: Path, scheme: str) -> None:
     """See that a peer gives our tokens."""
     wanted = _wanted(folder, scheme)
     if len(found) != len(wanted):
-        raise RuntimeError(f"{len(found)} cells in place of {len(wanted)}.")
+        raise RuntimeError(f"{len(found)} cells instead of {len(wanted)}.")
     for cell, (ours, theirs) in enumerate(zip(wanted, found, strict=False)):
         if [list(map(int, part)) for part in theirs] != [list(part) for part in ours[: len(theirs)]]:
             raise RuntimeError(f"Cell {cell} has other tokens than ours.")

@@ -53,7 +53,7 @@ def run(arguments: list[str]) -> None:
         prog="python -m benchmarks training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer cells, and one turn")
-    parser.add_argument("--h5ad", help="file of counts whose cells to take, in place of made ones")
+    parser.add_argument("--h5ad", help="file of counts whose cells to take, instead of made ones")
     parser.add_argument("--size", help="of the model: tiny, small, base, large; tiny, or base on a GPU, by default")
     parser.add_argument("--turns", type=int, default=3, help="how often each is run")
     parser.add_argument("--output", default="benchmark_training.json", help="JSON file to write")
@@ -142,7 +142,7 @@ def _useful_shares(lengths: np.ndarray) -> dict[str, float]:
 
 
 def _budget(lengths: np.ndarray) -> int:
-    """Give the tokens that random batches have, and room for the longest cell."""
+    """Return the tokens that random batches have, and room for the longest cell."""
     return max(int(BATCH * lengths.mean()), int(lengths.max()))
 
 

@@ -17,7 +17,7 @@ import stformer_hf  # noqa: F401, registers the models
 
 
 def pack(trained: Path, package: Path, licence: str = "apache-2.0") -> None:
-    """Write the trained model into a package, in place of the one that is there."""
+    """Write the trained model into a package, instead of the one that is there."""
     folder = package / f"stformer_hf_{package.name}" / "model"
     shutil.rmtree(folder, ignore_errors=True)
     model = AutoModelForSequenceClassification.from_pretrained(trained)

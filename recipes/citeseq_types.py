@@ -1,4 +1,4 @@
-"""Fine-tune on cell types that antibodies tell, not RNA: five folds, a new model and a pretrained one.
+"""Fine-tune on cell types defined by antibodies, not by RNA: five folds, a new model and a pretrained one.
 
 python recipes/citeseq_types.py --data 1K_pbmc_citeseq.h5 --model pretrained --output citeseq
 
@@ -39,7 +39,7 @@ FIGURES = ("eval_accuracy", "eval_macro_f1", "eval_logistic_regression_accuracy"
 
 
 def gate(antibodies: CellStore) -> pd.Series:
-    """Give the type of each cell by its antibodies; missing where no gate, or more than one, takes it."""
+    """Return the type of each cell by its antibodies; missing if no gate, or more than one, contains it."""
     counts = antibodies.rows(range(len(antibodies))).toarray()
     levels = pd.DataFrame(np.log1p(counts), columns=list(antibodies.genes.symbols))
 

@@ -32,7 +32,7 @@ _ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "token_budget",
         ),
         "compat": ("run_setup",),
-        "search": ("search",),
+        "search": ("search", "search_space"),
         "space": ("neighborhood_collator",),
         "training.starts": ("gene_embeddings", "spectral_start"),
     },

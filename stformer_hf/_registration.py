@@ -81,7 +81,7 @@ def _register_pipelines() -> None:
 
 
 def _register_layers() -> None:
-    """Give PEFT the layers that its methods adapt where no `target_modules` are named: those of BERT."""
+    """Register with PEFT the layers to adapt if no `target_modules` are named: those of BERT."""
     from peft.utils import constants
 
     for name, layers in vars(constants).items():
@@ -137,7 +137,7 @@ class _AfterImport(MetaPathFinder):
 
 
 def register() -> None:
-    """Register the classes now with what is imported already, and else when it is."""
+    """Register the classes with the modules that are imported already, and with the others on import."""
     waiting = {name: function for name, function in _AFTER.items() if name not in sys.modules}
     sys.meta_path.insert(0, _AfterImport(waiting))
     for name, function in _AFTER.items():

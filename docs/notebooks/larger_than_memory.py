@@ -124,4 +124,4 @@ launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "
 print(subprocess.run(launch, check=True, capture_output=True, text=True).stdout[-200:])
 
 # %% [markdown]
-# On GPUs, take `ddp.yaml`, `fsdp2.yaml` or `deepspeed_zero2.yaml` of `recipes/accelerate` in place of `cpu_2.yaml`.
+# On GPUs, use `ddp.yaml`, `fsdp2.yaml` or `deepspeed_zero2.yaml` of `recipes/accelerate` instead of `cpu_2.yaml`.

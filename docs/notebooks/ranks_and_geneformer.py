@@ -8,8 +8,8 @@
 # %% [markdown]
 # # Rank tokens and Geneformer's checkpoints
 #
-# In the rank scheme a cell is a list of its genes, the most unusual first. This notebook makes such tokens, shows what
-# is easy about predicting them, and reads a checkpoint of Geneformer's form.
+# In the rank scheme a cell is a list of its genes, the most unusual first. This notebook makes such tokens, shows why
+# some of them are easy to predict, and reads a checkpoint in Geneformer's format.
 
 # %%
 import pickle
@@ -76,8 +76,8 @@ for name, value in sorted(trainer.evaluate().items()):
 #
 # ## A checkpoint of Geneformer
 #
-# Geneformer is a BERT with a dictionary of tokens and one of medians. We make a tiny random one, in place of a
-# download:
+# Geneformer is a BERT with a dictionary of tokens and one of medians. We make a tiny random one instead of
+# downloading one:
 
 # %%
 genes = list(train.var_names)

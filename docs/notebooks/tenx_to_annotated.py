@@ -8,7 +8,7 @@
 # %% [markdown]
 # # From 10x to annotated cells
 #
-# A folder of Cell Ranger comes in, and an `AnnData` with a label and an embedding per cell goes out. The cells are 700
+# This notebook reads a folder of Cell Ranger and adds a label and an embedding to each cell. The cells are 700
 # blood cells that scanpy ships, so that this runs without a network; put your own folder in their place.
 
 # %%
@@ -53,8 +53,8 @@ classifier = sf.finetune(labelled, "bulk_labels", output="classifier", num_train
 # %% [markdown]
 # ## Annotate
 #
-# scanpy reads the folder. The tokenizer matches genes by identifier and logs which share of the model's genes it has
-# found.
+# scanpy reads the folder. The tokenizer matches genes by identifier and logs the share of the model's genes that it
+# finds.
 
 # %%
 adata = sc.read_10x_mtx(folder)

@@ -251,7 +251,7 @@ def _measured_column(examples: Any, n_cells: int, n_genes: int) -> np.ndarray | 
     return measured
 
 
-def labels_a_cell(examples: Any, name: str, missing: int | None = None) -> np.ndarray:
+def labels_per_cell(examples: Any, name: str, missing: int | None = None) -> np.ndarray:
     """Return a column with one value per cell from a table or from examples, with `missing` where there is none."""
     if isinstance(examples, pa.Table):
         column = examples.column(name)
@@ -268,7 +268,7 @@ def _cell_ids(examples: Any, tokens: TokenizedCells) -> np.ndarray:
     if is_cell_batch(examples):
         return examples.cell_id
     if "cell_id" in (examples.column_names if isinstance(examples, pa.Table) else examples[0]):
-        return labels_a_cell(examples, "cell_id").astype(np.int64)
+        return labels_per_cell(examples, "cell_id").astype(np.int64)
     both = np.stack([tokens.input_ids, tokens.token_type_ids], axis=1)
     cuts = tokens.indptr.tolist()
     return np.array([zlib.crc32(both[a:b].tobytes()) for a, b in zip(cuts, cuts[1:], strict=False)], np.int64)
@@ -432,4 +432,4 @@ def pack(
     }
 
 
-__all__ = ["CellCollator", "check_probability", "join", "labels_a_cell", "pack", "pad", "read_tokens"]
+__all__ = ["CellCollator", "check_probability", "join", "labels_per_cell", "pack", "pad", "read_tokens"]

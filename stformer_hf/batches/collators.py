@@ -15,7 +15,7 @@ from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCe
 from ..sources.obs_columns import ClassCode
 from ..store.cell_batch import CellBatch, as_cell_batch
 from ..store.worker_slots import CollatedBatch
-from .collate import CellCollator, check_probability, labels_a_cell, pack, pad, read_tokens
+from .collate import CellCollator, check_probability, labels_per_cell, pack, pad, read_tokens
 from .fixed_size import IGNORE, fill_labels
 from .gene_swaps import unexpressed_genes
 from .token_rows import CLASS_NAMES
@@ -123,11 +123,11 @@ class DataCollatorForPhenotypicMLM(CellCollator):
         Return one row of tokens without padding, with the boundaries of its cells, instead of a padded matrix; see
         `pack`.
     max_tokens : int, optional
-        Maximum number of tokens per batch, including padding; a larger batch raises.
+        Maximum number of tokens per batch, including padding; a larger batch raises an error.
     pad_packed_to : (n_tokens, n_cells), optional
         With `packing`, fill every batch up to one size with tokens that no cell reads and no loss counts, so that a
-        compiled model is compiled once; see `to_fixed_size`. The batch has `predicted_positions`, which spare the
-        model a wait for the GPU. More tokens or cells raise.
+        compiled model is compiled once; see `to_fixed_size`. The batch has `predicted_positions`, so that the model
+        does not wait for the GPU. More tokens or cells raise an error.
 
     Raises
     ------
@@ -384,16 +384,16 @@ class DataCollatorForCellClassification(CellCollator):
         Return one row of tokens without padding, with the boundaries of its cells, instead of a padded matrix; see
         `pack`.
     max_tokens : int, optional
-        Maximum number of tokens per batch, including padding; a larger batch raises.
+        Maximum number of tokens per batch, including padding; a larger batch raises an error.
     pad_packed_to : (n_tokens, n_cells), optional
         With `packing`, fill every batch up to one size with tokens that no cell reads and no loss counts, so that a
-        compiled model is compiled once; see `to_fixed_size`. The batch has `predicted_positions`, which spare the
-        model a wait for the GPU. More tokens or cells raise.
+        compiled model is compiled once; see `to_fixed_size`. The batch has `predicted_positions`, so that the model
+        does not wait for the GPU. More tokens or cells raise an error.
 
     Raises
     ------
     ValueError
-        The label is one of the tokenizer's included phenotypes; `label2id` does not have every label column; a batch
+        The label is one of the tokenizer's included phenotypes; `label2id` lacks a label column; a batch
         has cells without a label, or values other than 0 and 1 in one of the label columns.
     """
 
@@ -484,7 +484,7 @@ class DataCollatorForCellClassification(CellCollator):
             labels, names = examples.obs[name], examples.categories.get(name)
             classes = names is not None
         else:
-            labels = labels_a_cell(examples, name, missing=-1 if self._of_columns else None)
+            labels = labels_per_cell(examples, name, missing=-1 if self._of_columns else None)
             classes = np.issubdtype(labels.dtype, np.integer)
             if isinstance(examples, pa.Table):
                 names = json.loads((examples.schema.metadata or {}).get(CLASS_NAMES, b"{}")).get(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import logging
 import operator
@@ -16,6 +15,7 @@ import numpy as np
 import pandas as pd
 from torch.utils.data import IterableDataset
 
+from ..genes.wrong_names import closest
 from ..store.cell_store import CellStore
 from .parts import bases, gather
 from .token_rows import class_names
@@ -95,7 +95,7 @@ class WeightedDraw(Draw):
     replacement : bool, default: True
         Whether a row can be drawn several times. Each row is then drawn independently of the others, with a
         probability in proportion to its weight. Without replacement, rows are drawn one after another from those that
-        are left, so that no row comes twice, and weights count less the more rows are drawn: not at all if all are.
+        are left, so that no row comes twice. The more rows are drawn, the less weights matter: not at all if all are.
 
     Raises
     ------
@@ -159,15 +159,15 @@ class WeightedDraw(Draw):
             Weights that are an array need only a length.
         by : str, optional
             Column of obs (of a tokenized dataset: column) with the group of each row, such as the cell type or the
-            batch. With `temperature` or `shares` alone, groups are the parts of a ConcatDataset, by the names of
-            their stores (or 0, 1, …, where these are not all different), or else the files of a store, by their names.
+            batch. With `temperature` or `shares` but without `by`, groups are the parts of a ConcatDataset, named
+            after their stores (0, 1, … if names repeat), else the files of a store.
             Rows without a value are never drawn, which is logged.
         temperature : float, optional
             See `group_weights`; infinite by default with `by`, so that groups are balanced.
         shares : mapping of str to float, optional
-            Share of each group, in place of a temperature; see `group_weights`.
+            Share of each group, instead of a temperature; see `group_weights`.
         weights : array (n,) or str, optional
-            Weights of the rows, or the column that has them, in place of groups.
+            Weights of the rows, or the column that has them, instead of groups.
         n_draws, replacement
             As for the class. Shares are exact in expectation with replacement.
 
@@ -229,7 +229,7 @@ def draw_of(draw: Draw | None, n_rows: int) -> Draw:
     Raises
     ------
     ValueError
-        It is of another number of rows.
+        It has another number of rows.
     """
     if draw is None:
         return Permutation(n_rows)
@@ -241,17 +241,17 @@ def draw_of(draw: Draw | None, n_rows: int) -> Draw:
 def group_weights(
     groups: Any, *, temperature: float | None = None, shares: Mapping[str, float] | None = None
 ) -> np.ndarray:
-    """Compute a weight for each row, so that groups are drawn in given proportions, and the rows of one alike.
+    """Compute row weights that draw groups in given proportions, and the rows of a group equally often.
 
     Parameters
     ----------
     groups : array (n,)
         Group of each row, such as a column of obs. Rows without one (None, NaN) get weight 0.
     temperature : float, optional
-        Groups of n_g rows are drawn in proportion to n_g ** (1 / temperature): as they are at 1, balanced if infinite
-        (the default), and in between the rare ones more often than they are.
+        Groups of n_g rows are drawn in proportion to n_g ** (1 / temperature): 1 keeps the proportions, infinity (the
+        default) balances the groups, and values between them draw rare groups more often.
     shares : mapping of str to float, optional
-        Share of each group by its name, in place of a temperature. They need not sum to 1. A share of 0 leaves a
+        Share of each group by its name, instead of a temperature. They need not sum to 1. A share of 0 leaves a
         group out; none may be missing.
 
     Returns
@@ -303,10 +303,8 @@ def check_sampling(sampling: Mapping[str, Any] | None) -> None:
     """
     for name in sampling or {}:
         if name not in SAMPLING:
-            close = difflib.get_close_matches(name, SAMPLING, n=1)
             raise ValueError(
-                f"sampling: unknown name {name!r}{f'; did you mean {close[0]}?' if close else ''}. Names are "
-                f"{', '.join(SAMPLING)}."
+                f"sampling: unknown name {name!r}{closest(name, SAMPLING)}. Names are {', '.join(SAMPLING)}."
             )
 
 

@@ -24,6 +24,7 @@ from ..sources.open_source import Source, checked_blocks, open_source
 from ..sources.same_cells import check_names
 from ..store.cell_batch import CellBatch
 from ..store.shards import align, count_type_of, gene_type
+from .length_sampler import check_rank
 
 if TYPE_CHECKING:
     from ..store.cell_store import CellStore
@@ -146,12 +147,9 @@ class IterableAnnDataset(IterableDataset):
         world_size: int = 1,
         allow_duplicates: bool = False,
     ):
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} of world_size={world_size}: ranks must be 0 to world_size - 1.")
-        if buffer_size < 1 or seed < 0:
-            raise ValueError(
-                f"buffer_size={buffer_size}, seed={seed}: buffer_size must be at least 1, and seed at least 0."
-            )
+        check_rank(rank, world_size, seed)
+        if buffer_size < 1:
+            raise ValueError(f"buffer_size={buffer_size}: must be at least 1.")
         found = expand(filenames)
         if not allow_duplicates:
             check_names(found)

@@ -20,6 +20,14 @@ logger = logging.getLogger(__name__)
 Drawn = TypeVar("Drawn", int, list[int])
 
 
+def check_rank(rank: int | None, world_size: int, seed: int = 0) -> None:
+    """Raise ValueError for a rank outside the world, or a negative seed."""
+    if world_size < 1 or not 0 <= (rank or 0) < world_size:
+        raise ValueError(f"rank={rank} of world_size={world_size}: ranks must be 0 to world_size - 1.")
+    if seed < 0:
+        raise ValueError(f"seed={seed}: must be at least 0.")
+
+
 class ResumableSampler(Sampler[Drawn]):
     """Base class of samplers whose sequence is a function of (seed, epoch), and that can resume anywhere in it.
 
@@ -27,10 +35,7 @@ class ResumableSampler(Sampler[Drawn]):
     """
 
     def __init__(self, seed: int, rank: int | None, world_size: int):
-        if world_size < 1 or not 0 <= (rank or 0) < world_size:
-            raise ValueError(f"rank={rank} of world_size={world_size}: ranks must be 0 to world_size - 1.")
-        if seed < 0:
-            raise ValueError(f"seed={seed}: must be at least 0.")
+        check_rank(rank, world_size, seed)
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch = 0
         self._taken, self._loaded = 0, False
@@ -98,7 +103,7 @@ class ResumableSampler(Sampler[Drawn]):
 
 
 def as_ints(rows: np.ndarray) -> Iterator[int]:
-    """Yield rows as Python integers, of which there are never as many as rows."""
+    """Yield rows as Python integers, in chunks, so that they are never all in memory."""
     for start in range(0, len(rows), 1 << 16):
         yield from rows[start : start + (1 << 16)].tolist()
 
@@ -135,7 +140,7 @@ class LengthGroupedSampler(ResumableSampler[int]):
     Raises
     ------
     ValueError
-        The batch size is below 1; lengths are unknown, or not integers; the rank is outside the world; the draw is of
+        The batch size is below 1; lengths are unknown, or not integers; the rank is outside the world; the draw has
         another number of rows.
 
     Notes
@@ -234,7 +239,7 @@ class EvenBatchSampler(Sampler[list[int]]):
     world_size : int, default: 1
         Number of ranks.
     drop_last : bool, default: False
-        Drop the last batch if it is not full, and then the last batches that do not go round all ranks.
+        Drop the last batch if it is not full, and then more until every rank has equally many.
 
     Raises
     ------
@@ -251,8 +256,7 @@ class EvenBatchSampler(Sampler[list[int]]):
         world_size: int = 1,
         drop_last: bool = False,
     ):
-        if world_size < 1 or not 0 <= (rank or 0) < world_size:
-            raise ValueError(f"rank={rank} of world_size={world_size}: ranks must be 0 to world_size - 1.")
+        check_rank(rank, world_size)
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: a batch needs at least one row.")
         # Not named batch_size and drop_last: with these names accelerate would assume batches of equal size.

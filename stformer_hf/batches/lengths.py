@@ -54,7 +54,7 @@ def write_example_lengths(lengths: Any, file_path: str | Path) -> None:
     Raises
     ------
     ValueError
-        The suffix is another one, the dataset has neither column, or lengths are not integers.
+        The suffix is not .json, the dataset has neither column, or lengths are not integers.
     """
     path = Path(file_path)
     if path.suffix != ".json":

@@ -1,4 +1,4 @@
-"""Read torch's Subset (`random_split`) and ConcatDataset as the datasets that they are made of are read."""
+"""Read torch's Subset (`random_split`) and ConcatDataset like the datasets that they combine."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def as_token_rows(dataset: Any) -> Any:
 
 
 def bases(dataset: Any) -> list[Any]:
-    """List the datasets that a dataset is made of, itself if it is not made of others; none of None."""
+    """List the datasets that a dataset combines, or the dataset itself; an empty list for None."""
     if isinstance(dataset, ConcatDataset):
         return [base for part in dataset.datasets for base in bases(part)]
     if isinstance(dataset, (Subset, TokenRows)):

@@ -19,7 +19,7 @@ class NumberedRepeats(Sampler[list[int]]):
     Parameters
     ----------
     batches : sampler of lists of int
-        The batches of all ranks in turn, so that every process counts alike.
+        The batches of all ranks in turn, so that all processes count the same.
     n_rows : int
         Number of rows of the dataset.
     """

@@ -121,7 +121,7 @@ class SameSourceSampler(ResumableSampler[int]):
     Raises
     ------
     ValueError
-        The batch size is below 1, or the draw is of another number of rows.
+        The batch size is below 1, or the draw has another number of rows.
     """
 
     def __init__(self, sources: np.ndarray, batch_size: int, seed: int = 0, *, draw: Draw | None = None):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
-from .length_sampler import batches_of_rank, check_settings, even_out
+from .length_sampler import batches_of_rank, check_rank, check_settings, even_out
 from .token_budget import batch_of_longest, check_sizes, cut_batches, put_first, reorder, too_long_message
 
 _MOST_MARKS = 256  # number of last windows from which a stream can be resumed
@@ -90,10 +90,7 @@ class TokenBudgetBuffer(IterableDataset):
         rank: int | None = None,
         world_size: int = 1,
     ):
-        if world_size < 1 or not 0 <= (rank or 0) < world_size:
-            raise ValueError(f"rank={rank} of world_size={world_size}: ranks must be 0 to world_size - 1.")
-        if seed < 0:
-            raise ValueError(f"seed={seed}: must be at least 0.")
+        check_rank(rank, world_size, seed)
         if isinstance(stream, Iterator):
             raise TypeError(
                 f"A {type(stream).__name__} can be read only once: pass an iterable such as a dataset or a list."
@@ -144,7 +141,7 @@ class TokenBudgetBuffer(IterableDataset):
         Raises
         ------
         ValueError
-            These batches have not been returned yet, or are too long ago (256 windows are kept).
+            These batches have not been returned yet, or are too old (256 windows are kept).
         RuntimeError
             Workers of a DataLoader read; the state of a stream is available in this process only.
         """

@@ -62,7 +62,7 @@ class TokenBudgetBatchSampler(ResumableSampler[list[int]]):
         Number of ranks. The number of batches is a multiple of it, for which the last batches are split. A row comes
         twice only if there are fewer rows than batches, which is logged.
     drop_last : bool, default: False
-        Drop the last batches that do not go round all ranks, instead of splitting any.
+        Drop last batches until every rank has equally many, instead of splitting any.
     draw : Draw, optional
         The rows of an epoch, such as a `WeightedDraw`; by default every row once. If each epoch has other rows, there
         are enough batches for six standard deviations of their tokens.
@@ -71,7 +71,7 @@ class TokenBudgetBatchSampler(ResumableSampler[list[int]]):
     ------
     ValueError
         A single cell exceeds the budget; lengths are unknown, or not integers; the rank is outside the world; the draw
-        is of another number of rows.
+        has another number of rows.
 
     Examples
     --------

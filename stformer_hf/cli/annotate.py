@@ -28,7 +28,7 @@ class AnnotateArguments(OnCells):
     )
     parents: str | None = field(
         default=None,
-        metadata={"help": "classes: CSV of child and parent labels, for a parent in place of unknown (with --reject)"},
+        metadata={"help": "classes: CSV of child and parent labels; rejected cells get a parent (with --reject)"},
     )
     over: str | None = field(
         default=None,

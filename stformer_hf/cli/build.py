@@ -33,7 +33,7 @@ class BuildArguments:
         default=None, metadata={"help": "csv, tsv, json or parquet file of old and new gene ids"}
     )
     unify: str | None = field(
-        default=None, metadata={"help": "symbol: merge genes with the same symbol but other ids in other files"}
+        default=None, metadata={"help": "symbol: merge genes with the same symbol but different ids"}
     )
     species: str | None = field(default=None, metadata={"help": "species that all files must have, such as human"})
     compact: bool = field(
@@ -45,7 +45,7 @@ class BuildArguments:
         default=None, metadata={"help": "i n: build only part i (from 0) of n equal parts; see CellStore.join"}
     )
     workers: int = field(default=1, metadata={"help": "number of processes that read files"})
-    engine: str = field(default="local", metadata={"help": "where they run: local, or ray (on a cluster)"})
+    engine: str = field(default="local", metadata={"help": "where workers run: local, or ray (on a cluster)"})
     overwrite: bool = field(default=False, metadata={"help": "replace an existing store"})
     allow_duplicates: bool = field(
         default=False, metadata={"help": "accept files with the same cells, such as raw and filtered ones of a run"}

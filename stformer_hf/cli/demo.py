@@ -77,7 +77,7 @@ class Classifiers(NamedTuple):
     Attributes
     ----------
     start, trained : str
-        Their folders: at linear readers, and trained from there.
+        Their folders: linear models, and those trained further.
     chosen : str
         The one chosen by inner cross-validation; its folder is "classifier".
     epochs : float
@@ -132,7 +132,7 @@ def run(args: DemoArguments) -> dict[str, dict[str, float]]:
         print(store)
     with _step(3, "pretrain: start at principal components of the training cells, and predict masked genes"):
         pretraining = _pretrain(folder, args.seed)
-    with _step(4, "finetune: start at linear readers of the cells, and train further if that helps"):
+    with _step(4, "finetune: start at linear models of the cells, and train further if that helps"):
         classifiers = _finetune(folder, args.seed)
         print(f"inner accuracy of the start {classifiers.facts['inner_score_of_the_start']:.3f}")
         print(f"fine-tuning: {classifiers.facts['fine_tuning']}")

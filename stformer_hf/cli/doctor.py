@@ -23,7 +23,7 @@ EXTRAS = {
     "search": (("optuna",), "stformer-hf search"),
     "ray": (("ray",), "search, and preparation of data, on several machines"),
     "flash": (("flash_attn",), "flash attention on a GPU"),
-    "lora": (("peft",), "finetune --lora, and adapters in place of checkpoints"),
+    "lora": (("peft",), "finetune --lora, and adapters instead of checkpoints"),
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "stformer-hf export"),
     "scib": (("scib_metrics",), "integration metrics of stformer-hf evaluate"),
     "scvi": (("scvi",), "scVI as a baseline of stformer-hf evaluate"),

@@ -58,7 +58,7 @@ class EmbedArguments(OnCells):
     )
     workers: int = field(default=1, metadata={"help": "cells of a store: number of processes"})
     engine: str = field(
-        default="local", metadata={"help": "cells of a store: where they run: local, or ray (on a cluster)"}
+        default="local", metadata={"help": "cells of a store: where workers run: local, or ray (on a cluster)"}
     )
     spatial_key: str = field(default="spatial", metadata={"help": "neighbourhoods: key of the coordinates in obsm"})
     section_key: str | None = field(
@@ -94,7 +94,9 @@ class EmbedArguments(OnCells):
     domain_method: Literal["kmeans", "leiden"] | None = field(
         default=None, metadata={"help": "neighbourhoods: clustering of domains; leiden finds their number"}
     )
-    resolution: float = field(default=1.0, metadata={"help": "neighbourhoods: of leiden; higher makes more domains"})
+    resolution: float = field(
+        default=1.0, metadata={"help": "neighbourhoods: resolution of leiden (higher: more domains)"}
+    )
     plot: str | None = field(
         default=None, metadata={"help": "neighbourhoods: PNG to write, of the sections coloured by domain"}
     )

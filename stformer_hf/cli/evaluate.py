@@ -25,7 +25,7 @@ _FILES = ("evaluation.json", "evaluation.csv", "evaluation.md", "evaluation.png"
 class EvaluateArguments:
     """Flags of `evaluate`."""
 
-    data: str = field(metadata={"help": "file with raw counts: h5ad, h5mu or zarr"})
+    data: str = field(metadata={"help": "file of cells (h5ad, h5mu, zarr, 10x, loom, …)"})
     label_key: str = field(metadata={"aliases": ["--label"], "help": "column of obs with the classes"})
     output: str = field(
         metadata={"help": "folder for evaluation.json, .csv, .md (a section of a model card) and .png"}

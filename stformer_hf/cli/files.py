@@ -78,7 +78,7 @@ def is_first_process() -> bool:
 def write(adata: AnnData, output: str) -> None:
     """Write the file atomically; for an AnnData on disk, a copy of its file with the new obs, obsm and uns.
 
-    Of several processes the first one writes.
+    With several processes, only the first one writes.
     """
     if not is_first_process():
         return

@@ -53,9 +53,7 @@ class FinetuneArguments:
             "holds an adapter of the model",
         },
     )
-    freeze: int = field(
-        default=0, metadata={"help": "with --model: number of first layers that are not trained, with the embeddings"}
-    )
+    freeze: int = field(default=0, metadata={"help": "with --model: freeze the embeddings and this many first layers"})
     layer_decay: float = field(
         default=1.0,
         metadata={"help": "with --model: learning rate of a layer, relative to that of the one above it, such as 0.8"},

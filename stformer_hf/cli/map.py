@@ -26,7 +26,10 @@ class MapArguments(OnCells):
     output: str = field(metadata={"help": 'h5ad file to write, with obs["mapped_label"] and obs["mapped_score"]'})
     label_key: str | None = field(
         default=None,
-        metadata={"aliases": ["--label"], "help": "column of the reference's obs; a folder has its labels"},
+        metadata={
+            "aliases": ["--label"],
+            "help": "column of the reference's obs (a saved reference has its own)",
+        },
     )
     save_reference: str | None = field(default=None, metadata={"help": "folder for the reference"})
     n_neighbors: int = field(default=15, metadata={"help": "neighbours of each cell"})

@@ -33,10 +33,10 @@ class MediansArguments:
         default=None, metadata={"help": "csv, tsv, json or parquet file of old and new gene ids"}
     )
     unify: str | None = field(
-        default=None, metadata={"help": "symbol: merge genes with the same symbol but other ids in other files"}
+        default=None, metadata={"help": "symbol: merge genes with the same symbol but different ids"}
     )
     workers: int = field(default=1, metadata={"help": "number of processes that read stores and files"})
-    engine: str = field(default="local", metadata={"help": "where they run: local, or ray (on a cluster)"})
+    engine: str = field(default="local", metadata={"help": "where workers run: local, or ray (on a cluster)"})
     overwrite: bool = field(default=False, metadata={"help": "replace an existing file"})
 
 

@@ -139,7 +139,7 @@ def parse_args(args: list[str] | None = None) -> BaseConfig:
     FileNotFoundError
         A file does not exist.
     SystemExit
-        Arguments are unknown or missing, or `--help` is asked for.
+        Arguments are unknown or missing, or `--help` is requested.
 
     Notes
     -----

@@ -74,7 +74,7 @@ def training_arguments(output: Path, settings: dict, overwrite: bool) -> Trainin
 def removing_store(arguments: TrainingArguments) -> Iterator[None]:
     """Remove the store in the output folder if it was built within the context, and the context fails.
 
-    For the part of a command before training: its store would be in the way of the corrected command.
+    Used before training starts: the store would block the corrected command.
     """
     path = Path(arguments.output_dir) / "store"
     was_there = path.exists()
@@ -132,7 +132,7 @@ def open_cells(
     FileExistsError
         The output folder already holds a store.
     ValueError
-        Neighbours are asked for, but the store was built without them, or a file has neither graph nor coordinates.
+        Neighbours are requested, but the store was built without them, or a file has neither graph nor coordinates.
     """
     if not eval_data and is_store(data):
         store = CellStore(data[0])
@@ -182,7 +182,7 @@ def genes_of_training(store: CellStore, eval_data: list[str] | None) -> list[str
 
 
 def one_layer(layers: list[str | None], asked: str | None) -> str | None:
-    """Return the layer to read in all sources; if a modality or table was asked for, each source has resolved it."""
+    """Return the layer to read in all sources; if a modality or table was requested, each source has resolved it."""
     if len(set(layers)) > 1:
         raise ValueError(f"--layer {asked} is a modality or table in some sources only.")
     return layers[0] if layers else asked
@@ -223,7 +223,7 @@ def split(
     Duplicate cells (see `CellStore.twins`) stay on one side. A class with one cell is in training; if fewer cells are
     held out than there are classes, the smallest classes are stratified as one. With `split_by`, a column of obs,
     whole groups are held out. With `eval_data`, the last sources of the store, their cells are held out instead of a
-    share, and their twins are left out of training. Cells that are left out are logged.
+    share, and their copies are left out of training. Cells that are left out are logged.
 
     Raises
     ------

@@ -40,7 +40,7 @@ class TokenizeArguments:
     )
     obs: list[str] | None = field(default=None, metadata={"help": "columns of obs to copy, or all"})
     workers: int = field(default=1, metadata={"help": "number of processes"})
-    engine: str = field(default="local", metadata={"help": "where they run: local, or ray (on a cluster)"})
+    engine: str = field(default="local", metadata={"help": "where workers run: local, or ray (on a cluster)"})
     rows_per_shard: int | None = field(default=None, metadata={"help": "cells per file (default: 16384)"})
     overwrite: bool = field(default=False, metadata={"help": "replace an existing tokenized dataset"})
 

@@ -33,7 +33,7 @@ class AnnDataset(Dataset):
     ----------
     adata_or_path : AnnData, MuData, SpatialData, str or Path
         An AnnData in memory or backed, a view of either, or a file of a known format, such as `.h5ad`.
-        Of a MuData the gene modality is read, of a SpatialData its table.
+        For a MuData the gene modality is read, for a SpatialData its table.
     layer : str, default: "X"
         `X` unchanged, whatever its values and the types of its features; `raw`, or the name of a layer; for a MuData
         or SpatialData also the modality or table, such as `prot` or `prot:counts`.
@@ -68,7 +68,7 @@ class AnnDataset(Dataset):
     An item is `{"X": float32 tensor (n_vars,), "obs_<column>": …}`. Columns of numbers or booleans, including nullable
     ones and numeric categories, are tensors () of the column's type; if integers or booleans are missing, the column
     is float64 with NaN. All other columns are str, with the empty string for missing values. Changing an item does not
-    change the AnnData. Obs is copied when the dataset is made; X is read whenever a cell is asked for.
+    change the AnnData. Obs is copied when the dataset is made; X is read whenever a cell is requested.
 
     Each process opens a file separately, and spawned workers receive its path, or a copy of an X in memory. An X that
     is stored by columns is regrouped by rows once, in temporary files, when the dataset is made (and again in each

@@ -127,9 +127,9 @@ def evaluate_embedding(
     the labels leaks them, and no metric here reveals that.
 
     Everything fitted here (variable genes, components, scalers, probes, neighbours) sees only the training cells of a
-    fold. Twins (equal barcode and equal counts) are on one side of every split. Cells without a label, classes with
-    fewer than `min_cells` cells, and held-out cells whose class has no training cell (with `split_by`) are left out of
-    every metric of every row; their numbers are in `notes`.
+    fold. Copies of a cell (equal barcode and counts) are on one side of every split. Cells without a label, classes
+    with fewer than `min_cells` cells, and held-out cells whose class has no training cell (with `split_by`) are left
+    out of every metric of every row; their numbers are in `notes`.
 
     Parameters
     ----------
@@ -155,7 +155,7 @@ def evaluate_embedding(
     n_draws : int, default: 4
         Draws of few labelled cells per fold; 4 in each of 5 folds are 20.
     min_cells : int, optional
-        Minimum number of cells of a class; `n_splits` by default (twins count once).
+        Minimum number of cells of a class; `n_splits` by default (copies count once).
     seed : int, default: 0
         Seed of folds, draws, components, clusters and the ceiling.
     workers : int, default: 1
@@ -186,7 +186,7 @@ def evaluate_embedding(
         two classes with enough cells, or fewer than two batches; there are too few groups or cells; the engine is
         unknown.
     ImportError
-        "scvi" or "ray" is asked for without its extra.
+        "scvi" or "ray" is requested without its extra.
     """
     check_engine(engine, workers)
     keys = [keys] if isinstance(keys, str) else list(keys)
@@ -323,7 +323,7 @@ def _choose_cells(labels: np.ndarray, twins: np.ndarray, least: int, notes: list
     firsts = np.zeros(len(labels), bool)
     firsts[np.unique(twins, return_index=True)[1]] = True
     if (~firsts).any():
-        notes.append(f"{(~firsts).sum():,} cells are twins of others, and stay on the same side of every split.")
+        notes.append(f"{(~firsts).sum():,} cells are copies of others, and stay on the same side of every split.")
     sizes = pd.Series(labels[firsts & there]).value_counts()
     rare = sorted(sizes.index[sizes < least])
     if rare:
@@ -365,8 +365,8 @@ def _few_label_classes(labels: np.ndarray, folds: list[Fold], notes: list[str]) 
         tested = [np.isin(labels[fold.test], classes).any() for fold, classes in zip(folds, of_fold, strict=True)]
         if min(map(len, of_fold)) < 2 or not all(tested):
             notes.append(
-                f"No column of {n} labels: a fold has fewer than two classes with {n + _MORE_CELLS} cells, {n} "
-                "of them for training."
+                f"No column for {n} labels per class: a fold has fewer than two classes with {n + _MORE_CELLS} cells, "
+                f"{n} of them for training."
             )
         else:
             chosen[n] = of_fold

@@ -1,4 +1,4 @@
-"""Parts fitted to training cells: variable genes with their components, and readers of labels."""
+"""Parts fitted to training cells: variable genes with their components, and models that predict labels (readers)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folds of cells that keep twins, and groups such as donors, on one side; and draws of a few labelled cells."""
+"""Folds that keep twins (copies of a cell) and groups such as donors together, and draws of a few labelled cells."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def make_folds(
     Raises
     ------
     ValueError
-        There are fewer groups than folds; repeats are asked for, but each fold is one group.
+        There are fewer groups than folds; repeats are requested, but each fold is one group.
     """
     if groups is not None:
         groups = join_groups(groups, twins)

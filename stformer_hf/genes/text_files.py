@@ -28,8 +28,8 @@ def naming(path: str | Path, wanted: str = "") -> Iterator[None]:
     Raises
     ------
     ValueError
-        Replaces any error that does not name the file, such as a missing key or bytes that are not text; not one of
-        memory, of a missing package or of the network.
+        Replaces any error that does not name the file, such as a missing key or bytes that are not text, but not
+        errors of memory, missing packages or the network.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What an error says of a name that is not there: the closest known one, or all of them."""
+"""Parts of errors about unknown names: the closest known name, or all of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def closest(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def must_have(known: Collection[str], where: str, key: str | None, remedy: str = "") -> None:
-    """Raise a ValueError if `known`, such as the `obsm` of an AnnData (`where`), lacks a key; None is no key."""
+    """Raise a ValueError if `known`, such as the `obsm` of an AnnData (`where`), lacks a key that is not None."""
     if key is not None and key not in known:
         has = ", ".join(map(repr, known)) or "nothing"
         raise ValueError(f"There is no {where}[{key!r}]; {where} has {has}.{remedy}")

@@ -52,7 +52,7 @@ def read_parents(parents: Mapping[str, str] | str | Path) -> dict[str, str]:
 
 
 def ancestors_of(classes: list[str], parents: Mapping[str, str]) -> list[list[str]]:
-    """Return the ancestors of each class, the nearest first, without those of all classes, which say nothing.
+    """Return the ancestors of each class, the nearest first, without those that all classes share, which say nothing.
 
     Raises
     ------
@@ -130,11 +130,11 @@ def climb(
     def judge(name: str) -> np.ndarray:
         members = [i for i, own in enumerate(classes) if name in (own, *ancestors[i])]
         of = np.isin(known_predicted, members)
-        known = _witnesses(known_probabilities, known_distances, members)[of]
+        known = _measures(known_probabilities, known_distances, members)[of]
         threshold = kth_lowest(typicality(known, known), reject)
         if threshold is None:
             return np.zeros(len(predicted), bool)
-        return typicality(known, _witnesses(probabilities, distances, members)) >= threshold
+        return typicality(known, _measures(probabilities, distances, members)) >= threshold
 
     for depth in range(max(map(len, ancestors))):
         names = np.array([chain[depth] if len(chain) > depth else "" for chain in ancestors], object)
@@ -145,7 +145,7 @@ def climb(
     return found
 
 
-def _witnesses(probabilities: np.ndarray, distances: np.ndarray | None, members: list[int]) -> np.ndarray:
+def _measures(probabilities: np.ndarray, distances: np.ndarray | None, members: list[int]) -> np.ndarray:
     total = probabilities[:, members].sum(axis=1, dtype=np.float64).round(6)  # sums that should be 1 are equal
     return total[:, None] if distances is None else np.column_stack([total, -distances])
 

@@ -230,10 +230,10 @@ def _reject(
     of_known = np.exp(out_of_fold.predictions)
     far_known = [] if out_of_fold.distances is None else [-out_of_fold.distances]
     known = np.column_stack([of_known.max(axis=1), *far_known])
-    witnesses, n_classes = np.column_stack([probabilities.max(axis=1), -distances]), len(labels.categories)
+    measures, n_classes = np.column_stack([probabilities.max(axis=1), -distances]), len(labels.categories)
     predicted = out_of_fold.predictions.argmax(axis=1)
     thresholds = rejection_thresholds(typicality(known, known), predicted, n_classes, reject)
-    is_labelled, typical = labels.codes >= 0, typicality(known, witnesses)
+    is_labelled, typical = labels.codes >= 0, typicality(known, measures)
     rejected = np.flatnonzero(is_labelled & (typical < thresholds[labels.codes]))
     found = labels.astype(object)
     found[rejected] = UNKNOWN

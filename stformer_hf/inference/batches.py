@@ -93,7 +93,7 @@ def at_work(
     Raises
     ------
     ValueError
-        The dtype is another one.
+        The dtype is not supported.
     """
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f'dtype must be "float32", "bfloat16" or "float16", got {dtype!r}.')
@@ -180,7 +180,7 @@ def run(
     Raises
     ------
     ValueError
-        The batch size is below 1; there are no cells; outputs are NaN or infinite; several processes are asked for
+        The batch size is below 1; there are no cells; outputs are NaN or infinite; several processes are requested
         cells that are not in a store, or in two ways.
     """
     check_engine(engine, workers)
@@ -231,7 +231,7 @@ class _Work:
         if weights.keys() != known.keys():
             other = sorted(weights.keys() ^ known.keys())
             raise ValueError(
-                f"Workers make a {type(self.model).__name__} from its configuration, and this one has other weights, "
+                f"Workers make a {type(self.model).__name__} from its configuration, but this one has other weights, "
                 f"such as {other[0]}. Merge its adapters first (merge_and_unload), or leave workers and engine out."
             )
         return {**self.__dict__, "model": (type(self.model), self.model.config, weights)}

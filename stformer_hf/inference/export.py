@@ -122,7 +122,7 @@ def export_onnx(
         exported = _ForOnnx(model, names, pooling).eval()
         expected = [exported(*_tensors(batch, names, tokenizer)).numpy() for batch in batches]
     with torch.no_grad():
-        # Of random cells: those to compare on may be too few, or have too few genes, for lengths that vary.
+        # Random cells: those to compare on may be too few, or have too few genes, for lengths that vary.
         example = tuple(tensor.clone() for tensor in _tensors(random, names, tokenizer))
         _export(exported, example, names, output_name, output / MODEL)
     for former in (MODEL_INT8, SETTINGS):  # of another model

@@ -354,7 +354,7 @@ class GeneNetwork:
         Raises
         ------
         ValueError
-            The path has another ending; as for `graph`.
+            The path ends with neither .csv nor .graphml; as for `graph`.
         """
         suffix = Path(path).suffix
         if suffix == ".csv":
@@ -439,7 +439,7 @@ def gene_network(
     Cells are read in blocks, three times for a number of genes and twice otherwise. Memory is that of four matrices of
     gene pairs per group, 20 bytes per pair.
 
-    Neither score shows a regulation. Compare with `GeneNetwork.coexpression`, which needs no model.
+    Neither score is evidence of regulation. Compare with `GeneNetwork.coexpression`, which needs no model.
     """
     if method not in ("attention", "gradient"):
         raise ValueError(f'method must be "attention" or "gradient", got {method!r}.')

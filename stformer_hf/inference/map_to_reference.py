@@ -39,7 +39,7 @@ class Reference(NamedTuple):
     names : array of str (n_cells,)
         Names of the cells.
     fingerprint : str
-        Of the model, see `fingerprint_of`.
+        Fingerprint of the model, see `fingerprint_of`.
     """
 
     embedding: np.ndarray
@@ -77,7 +77,7 @@ def map_to_reference(
         As for `embed`.
     label_key : str, optional
         Column of the reference's obs, categories, text or whole numbers. Cells without a label or without a known
-        gene are left out. A folder has its labels.
+        gene are left out. A saved reference has its own labels.
     tokenizer : GeneTokenizer, optional
         The checkpoint's own by default.
     n_neighbors : int, default: 15
@@ -128,7 +128,7 @@ def map_to_reference(
     }
     if isinstance(reference, (str, os.PathLike)):
         if label_key is not None:
-            raise ValueError(f"{reference} has its labels: leave out label_key={label_key!r}.")
+            raise ValueError(f"{reference} already has labels: leave out label_key={label_key!r}.")
         known = _load_reference(Path(reference), encoder, tokenizer)
     else:
         known = _embed_reference(reference, encoder, tokenizer, label_key, settings)
@@ -198,7 +198,7 @@ def save_reference(
     settings = {"fractional": fractional, "batch_size": batch_size, "device": device}
     found = _embed_reference(reference, encoder, tokenizer, label_key, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / REFERENCE_FILE).unlink(missing_ok=True)  # written last: without it the folder is no reference
+    (folder / REFERENCE_FILE).unlink(missing_ok=True)  # written last: without it the folder is not a reference
     codes = np.ascontiguousarray(found.labels.codes.astype(np.int64))
     save_file({"embedding": np.ascontiguousarray(found.embedding), "labels": codes}, str(folder / _ARRAYS))
     facts = {
@@ -218,7 +218,7 @@ def _load_reference(folder: Path, encoder: PreTrainedModel, tokenizer: GeneToken
     fingerprint = fingerprint_of(encoder, tokenizer)
     if facts["model_fingerprint"] != fingerprint:
         raise ValueError(
-            f"The reference {folder} was embedded by another model (fingerprint {facts['model_fingerprint']}, and not "
+            f"The reference {folder} was embedded by another model (fingerprint {facts['model_fingerprint']}, not "
             f"{fingerprint}): embeddings of two models cannot be compared. Save the reference with this model."
         )
     arrays = load_file(str(folder / _ARRAYS))

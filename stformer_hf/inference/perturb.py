@@ -86,8 +86,8 @@ def perturb(
         names the groups. By default, every gene that the model knows and a cell expresses.
     kind : {"delete", "inhibit", "activate", "overexpress"}, default: "delete"
         Set the count of a gene to 0; lower it to a low quantile; raise it to a high one. Quantiles are those of
-        the share of the gene in the counts of a cell, over the perturbed cells that express it; times the total of
-        a cell, and rounded to a whole count of at least 1. Cells that are there already are not changed.
+        the share of the gene in the counts of a cell, over the perturbed cells that express it, multiplied by the
+        total of a cell and rounded to a whole count of at least 1. Cells already beyond it are not changed.
     quantile : float, optional
         By default 0.25 for "inhibit", 0.75 for "activate" and 0.99 for "overexpress".
     goal_key, goal : str, optional
@@ -114,7 +114,7 @@ def perturb(
     max_tokens : int, default: 4096
         Tokens per batch; more are faster on a GPU.
     shard_size : int, default: 20,000
-        Number of edited cells per shard, which a killed run loses at most.
+        Number of edited cells per shard; a killed run loses at most one shard.
     seed : int, default: 0
         Seed of the genes of the null, and of permutations.
 
@@ -151,14 +151,14 @@ def perturb(
 
     Notes
     -----
-    The model answers what it has learned, not what a cell would do. A shift is worth something where it is larger
-    than that of genes of similar expression, and than the baselines'.
+    The results show what the model has learned, not what a cell would do. A shift means something only if it is larger
+    than that of genes of similar expression, and than that of the baselines.
 
     References
     ----------
     Theodoris et al. 2023, Nature 618:616, for perturbation in silico by deletion and overexpression.
     """
-    quantile = _check_settings(kind, quantile, n_null, max_tokens, shard_size, goal_key, goal, start, donor_key)
+    quantile = _check_settings(kind, quantile, n_null, max_tokens, shard_size, goal_key, goal, start)
     check_cells(adata)
     state = PartialState() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
     if state is not None and output is None:
@@ -268,7 +268,7 @@ class _Reader:
         auto_class = AutoModelForSequenceClassification if predicts_cells(kinds) else AutoModel
         self.model, self.tokenizer = load(model, tokenizer, auto_class, min_coverage)
         if self.tokenizer.neighborhood:
-            raise ValueError("The tokenizer adds each cell's neighbourhood, which a perturbation does not change.")
+            raise ValueError("Models that read neighbourhoods cannot be perturbed.")
         self.heads = read_heads(self.model) if predicts_cells([type(self.model).__name__]) else []
         if self.heads and self.heads[0].kind != "single_label_classification":
             self.heads = []
@@ -344,7 +344,7 @@ class _Reader:
         Returns
         -------
         states : float32 array (n, d)
-            Of length 1.
+            Length 1.
         probabilities : float32 array (n, n_classes), or None
         """
         tokens = self.tokenizer.encode_cells(
@@ -414,9 +414,9 @@ class _Unperturbed(NamedTuple):
     Attributes
     ----------
     states : array (n, d)
-        Of the cells to perturb, of length 1.
+        Those of the cells to perturb, of length 1.
     probabilities : array (n,) or None
-        Of the class that is measured.
+        Probability of the class that is measured.
     classes : int64 array (n,) or None
         Which class that is.
     goal : float64 array (d,) or None
@@ -584,19 +584,19 @@ def _mean_states(states: np.ndarray, donors: np.ndarray) -> tuple[np.ndarray, np
     return sums / np.bincount(codes)[:, None], found
 
 
-def _check_settings(kind, quantile, n_null, max_tokens, shard_size, goal_key, goal, start, donor_key) -> float | None:
+def _check_settings(kind, quantile, n_null, max_tokens, shard_size, goal_key, goal, start) -> float | None:
     """Refuse invalid settings; return the quantile."""
     if kind not in QUANTILES:
         raise ValueError(f"kind must be one of {', '.join(QUANTILES)}, got {kind!r}.")
     if quantile is not None and (kind == "delete" or not 0 <= quantile <= 1):
-        raise ValueError(f"quantile={quantile}: a number from 0 to 1, for kinds other than delete.")
+        raise ValueError(f"quantile={quantile}: must be a number from 0 to 1, and is not for kind='delete'.")
     for name, value, least in (("n_null", n_null, 0), ("max_tokens", max_tokens, 1), ("shard_size", shard_size, 1)):
         if value < least:
             raise ValueError(f"{name}={value}: must be at least {least}.")
     if (goal_key is None) != (goal is None):
         raise ValueError("goal_key and goal belong together: the column of obs, and its value in the goal's cells.")
     if start is not None and (goal is None or str(start) == str(goal)):
-        raise ValueError("start is another value of goal_key than goal: pass goal_key and goal too.")
+        raise ValueError("start must be a value of goal_key other than goal: pass goal_key and goal too.")
     return QUANTILES[kind] if quantile is None else quantile
 
 
@@ -621,7 +621,7 @@ def _open_folder(folder: Path, settings: dict, state: PartialState | None) -> No
     other = [name for name in settings if found.get(name) != settings[name]]
     if other:
         raise ValueError(
-            f"{folder} holds results with another {other[0]} ({found.get(other[0])!r}, now {settings[other[0]]!r}): "
+            f"{folder} holds results of another {other[0]} ({found.get(other[0])!r}, now {settings[other[0]]!r}): "
             "choose another folder, or remove it."
         )
 

@@ -138,7 +138,7 @@ def interval(values: np.ndarray, units: np.ndarray | None = None) -> tuple[float
     values : float array (n_cells,)
     units : int64 array (n_cells,), optional
         Donor of each cell: the interval is that of the mean of the donors' means, moved to the mean over cells. By
-        default each cell is a unit, and the interval says nothing of other donors.
+        default each cell is a unit, and the interval says nothing about other donors.
 
     Returns
     -------

@@ -57,18 +57,18 @@ def rejection_thresholds(scores: np.ndarray, groups: np.ndarray, n_groups: int, 
 
 
 def typicality(known: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """Combine witnesses of how typical a cell is: the sum of the logs of its conformal p-values (Fisher).
+    """Combine measures of how typical a cell is: the sum of the logs of its conformal p-values (Fisher).
 
     Parameters
     ----------
-    known : float array (n, n_witnesses)
-        Witnesses of cells of known types that the model has not seen; higher is more typical.
-    cells : float array (m, n_witnesses)
+    known : float array (n, n_measures)
+        Measures of cells of known types that the model has not seen; higher is more typical.
+    cells : float array (m, n_measures)
 
     Returns
     -------
     float64 array (m,)
-        Sum over the witnesses of ln((1 + number of known cells that are as atypical or more) / (1 + n)); at most 0.
+        Sum over the measures of ln((1 + number of known cells that are as atypical or more) / (1 + n)); at most 0.
     """
     found = np.zeros(len(cells))
     for one, others in zip(known.T, cells.T, strict=True):

@@ -39,7 +39,7 @@ class MtxMatrix(ScatteredMatrix):
     Raises
     ------
     ValueError
-        The format is another one; lines do not have the number and kinds of values in the header; the number of
+        The format is not supported; lines do not have the number and kinds of values in the header; the number of
         entries differs from the header; entries are outside the matrix.
     """
 

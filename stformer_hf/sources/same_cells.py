@@ -1,4 +1,4 @@
-"""Find duplicated cells: sources of a build that hold the same cells, and twins among the cells of a store."""
+"""Find duplicated cells: sources of a build with the same cells, and twins (copies) among the cells of a store."""
 
 from __future__ import annotations
 

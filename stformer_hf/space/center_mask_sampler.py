@@ -294,7 +294,7 @@ class CenterMaskSampler(Dataset):
         Parameters
         ----------
         adata : AnnData, MuData or SpatialData
-            AnnData in memory or backed; of a MuData the gene modality is used, of a SpatialData the table, see
+            AnnData in memory or backed; for a MuData the gene modality is used, for a SpatialData the table, see
             `add_coordinates`.
         patch_size : float, sequence of float, or None
             As for the class.
@@ -426,7 +426,7 @@ class CenterMaskSampler(Dataset):
         Returns
         -------
         CenterMaskSampler
-            Of these items, in this order, with an epoch of its own.
+            These items, in this order, with a separate epoch.
         """
         chosen = copy.copy(self)
         chosen.indices, chosen._lengths = self._cells(items), None

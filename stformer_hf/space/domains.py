@@ -60,7 +60,7 @@ def spatial_domains(
         The embedding is missing, not finite, or the same for all cells; there are more domains than cells;
         `n_domains` is given for leiden; the method is unknown.
     ImportError
-        Leiden is asked for without scanpy and igraph.
+        Leiden is requested without scanpy and igraph.
 
     Notes
     -----
@@ -106,7 +106,7 @@ def check_domains(method: str, n_domains: int | None) -> None:
     ValueError
         The method is unknown; the number of domains is invalid, or given for leiden.
     ImportError
-        Leiden is asked for without scanpy and igraph.
+        Leiden is requested without scanpy and igraph.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {' and '.join(METHODS)}.")

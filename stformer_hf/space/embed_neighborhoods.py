@@ -57,7 +57,7 @@ def embed_neighborhoods(
     adata : AnnData, MuData or SpatialData
         Cells with coordinates in obsm, and raw counts in X, raw or a layer. A backed AnnData is read batch by batch if
         the columns of X are the model's genes in their order; else the counts of these genes are read into memory,
-        sparse. Of a MuData, the gene modality is read and gets the embedding; of a SpatialData the table, which also
+        sparse. For a MuData, the gene modality is read and gets the embedding; for a SpatialData the table, which also
         gets coordinates if it has none, see `add_coordinates`.
     model : str or PreTrainedModel
         Checkpoint of a CellNeighborhood (its head, if any, is not used), or a model.

@@ -42,7 +42,7 @@ class NeighborhoodTrainer(CellTrainer):
     Raises
     ------
     ValueError
-        The cells do not fit the model; see `CenterMaskSampler.fit_model`. Baselines are asked for, and the cells are
+        The cells do not fit the model; see `CenterMaskSampler.fit_model`. Baselines are requested, and the cells are
         not those of one `CenterMaskSampler`.
     """
 
@@ -95,7 +95,7 @@ class NeighborhoodTrainer(CellTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Evaluate as Trainer does, with `pearson_r`, and the baselines if they are asked for."""
+        """Evaluate as Trainer does, with `pearson_r`, and the baselines if they are requested."""
         self._pearson_r = []
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._pearson_r:
@@ -120,8 +120,8 @@ def _check_baselines(train_dataset: Any, eval_dataset: Any) -> None:
     for cells in (train_dataset, *map(as_selection, others)):
         if cells is not None and not isinstance(cells, CenterMaskSampler):
             raise ValueError(
-                f"baselines=True reads neighbourhoods of one CenterMaskSampler, and a {type(cells).__name__} is "
-                "several: make one of all cells, with a section_key."
+                f"baselines=True needs one CenterMaskSampler, but a {type(cells).__name__} combines several: make one "
+                "of all cells, with a section_key."
             )
 
 

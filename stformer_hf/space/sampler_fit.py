@@ -95,7 +95,7 @@ def check_sampler_fits(model: PreTrainedModel, sampler: Any, name: str = "sample
             found = ", ".join(f"{option}={value!r} instead of {learnt[option]!r}" for option, value in other.items())
             raise ValueError(
                 f"{name} has other neighbourhoods than the model was trained with: {found}. Make it with the options "
-                "of model.config.neighborhood; to train the model with other ones, set that to None."
+                "of model.config.neighborhood; to train the model with others, set that to None."
             )
     if sampler.normalize is not None and config.apply_log1p:
         raise ValueError(

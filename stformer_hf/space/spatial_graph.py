@@ -41,7 +41,7 @@ def spatial_neighbors(
         Changed as by `squidpy.gr.spatial_neighbors`: `obsp["spatial_connectivities"]` is a symmetric CSR matrix of
         float32 ones without a diagonal; `obsp["spatial_distances"]` (float64, in the units of the coordinates) has the
         same entries, including zeros between cells at the same place; the settings are in `uns["spatial_neighbors"]`.
-        Of a MuData, the gene modality is changed; of a SpatialData the table, which also gets coordinates if it has
+        For a MuData, the gene modality is changed; for a SpatialData the table, which also gets coordinates if it has
         none, see `add_coordinates`.
     method : {"delaunay", "knn", "radius"}, optional
         By default "knn" if `n_neighbors` is given, "radius" if `radius` is given, else "delaunay".
@@ -69,7 +69,7 @@ def spatial_neighbors(
 
     Notes
     -----
-    Each edge occurs once; STFormer counts edges shared by two triangles twice. Points on one line are joined to a
+    Each edge occurs once; STFormer counts edges shared by two triangles twice. Points on one line are joined into a
     chain; flat 3-D coordinates are triangulated in their plane. If more than three points lie on an empty circle, as
     in a square grid, there are multiple triangulations, and Qhull chooses one.
 

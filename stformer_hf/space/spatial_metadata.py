@@ -29,7 +29,7 @@ def warn_of_sections(obs: pd.DataFrame) -> None:
             logger.warning(
                 f"obs[{name!r}] has {n_sections} values, but all cells are treated as one section, so that cells of "
                 "different ones may be neighbours: if these are tissue sections, pass "
-                f"section_key={name!r} (or --section)."
+                f"section_key={name!r} (or --section_key)."
             )
             return
 

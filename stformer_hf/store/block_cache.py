@@ -25,7 +25,7 @@ _SECONDS = 1.0  # after which it is noted that a segment is in use, and whether 
 
 
 class BlockCache:
-    """Blocks of files; those that were not used for longest are removed.
+    """Blocks of files; the least recently used ones are removed.
 
     The blocks of a file are kept at their places in sparse local files, segments of 128 MiB, which are mapped to
     memory and removed as a whole. Any number of threads and processes may share a folder. A segment that another
@@ -36,7 +36,7 @@ class BlockCache:
     folder : Path
         Created when the first block is added. Files of others in it do not count, and are left alone.
     limit : int
-        Bytes of all blocks. Of several processes each may exceed it by 5 % for a moment.
+        Bytes of all blocks. Each of several processes may exceed it by 5 % for a moment.
 
     Notes
     -----

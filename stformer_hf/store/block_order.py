@@ -6,7 +6,7 @@ import numpy as np
 
 from ..models.gene_bert.randomness import mix
 
-ORDER = "by position (new in version 0.2)"  # in saved states: that of earlier versions was another one
+ORDER = "by position (new in version 0.2)"  # in saved states: earlier versions had another order
 _ROUNDS = 6  # with five, pairs of rows are not as random as those of a permutation that is drawn
 _FEW = 4096  # up to so many blocks, for which six rounds are too few, the permutation is drawn as a whole
 _STREAM = 0xB10C

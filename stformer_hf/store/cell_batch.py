@@ -96,8 +96,8 @@ class CellBatch:
     def __getitem__(self, cell: int) -> NoReturn:
         """Raise TypeError: the collate functions of torch and transformers would take the first item of a list."""
         raise TypeError(
-            "A CellBatch is not a list of cells: pass the DataLoader over a CellStore a function that converts it to "
-            "tensors, collate_fn=collate_cells, or a tokenizer's collator, DataCollatorForPhenotypicMLM(tokenizer)."
+            "A CellBatch is not a list of cells: pass the DataLoader over a CellStore collate_fn=collate_cells, or a "
+            "tokenizer's collator, such as DataCollatorForPhenotypicMLM(tokenizer)."
         )
 
     def __reduce__(self):

@@ -61,8 +61,8 @@ class CellStore:
 
     `datasets.load_from_disk(path)` opens it without this package. Its columns are `genes` (row of the gene table,
     ascending), `counts` (the narrowest type that holds them exactly), `obs_name` and the chosen obs columns; see
-    `build` for compact rows. As a
-    map-style torch dataset it returns a dictionary for one row and a `CellBatch` for many (`__getitems__`).
+    `build` for compact rows. As a map-style torch dataset it returns a dictionary for one row and a `CellBatch` for
+    many (`__getitems__`).
 
     Attributes
     ----------
@@ -84,7 +84,7 @@ class CellStore:
     FileNotFoundError
         There is no store at the path, or its build did not finish.
     ValueError
-        The store has another format version, or a shard is truncated; a remote file was replaced while it is read.
+        The store has another format version, or a shard is truncated; a remote file was replaced while it was read.
     ConnectionError
         The connection to a server was lost, also after several attempts.
 
@@ -570,8 +570,8 @@ class CellStore:
         species : str, optional
             Species of all sources, such as `human`; by default the species that their Ensembl ids show must agree.
         compact : bool, default: False
-            Write about 1.2 to 1.7 bytes per expressed gene in place of 3 or 4. Reading from a slow disk becomes
-            faster, and reading from memory slower. The Hugging Face dataset then holds codes in place of `genes` and
+            Write about 1.2 to 1.7 bytes per expressed gene instead of 3 or 4. Reading from a slow disk becomes
+            faster, and reading from memory slower. The Hugging Face dataset then holds codes instead of `genes` and
             `counts`; `compact_rows` documents them.
         shuffle : bool, default: False
             Put all cells in a random order, out of core.

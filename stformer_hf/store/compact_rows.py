@@ -1,4 +1,4 @@
-"""Compact rows: about 1.2 to 1.7 bytes per expressed gene in place of 3 or 4, decoded with a few passes of numpy.
+"""Compact rows: about 1.2 to 1.7 bytes per expressed gene instead of 3 or 4, decoded with a few passes of numpy.
 
 A cell is a list of bytes (`cell_codes`), in the order of its genes: byte = 4 * gap + kind, where gap is the number of
 genes between this gene and the one before (0 to 62), and kind is the count minus 1, or 3 if the count is 4 or more.

@@ -13,7 +13,7 @@ _TEXT = """
 # {name}
 
 Cells of a [stformer_hf](https://github.com/stformer-hf/stformer_hf) store, one per row: `genes` are rows of
-`genes.parquet`, and `counts` their counts. A compact store has `cell_codes` and `large_counts` in place of both, which
+`genes.parquet`, and `counts` their counts. A compact store has `cell_codes` and `large_counts` instead of both, which
 `CellStore` decodes.
 
 ```python

@@ -71,8 +71,8 @@ class RemoteFolder:
     before anything of it is used or kept, the versions are compared, and they are part of the key of the cache: blocks
     of two versions are never mixed. A repository of the Hub is read at the commit at which it was opened instead.
 
-    The caches of fsspec do less: `blockcache`, `filecache` and `simplecache` have no limit of size, the list of blocks
-    of the first is that of the process that closes last, and for http none notices a changed file.
+    The caches of fsspec do less: `blockcache`, `filecache` and `simplecache` have no size limit, processes overwrite
+    each other's list of blocks in the first, and over http none notices a changed file.
     """
 
     def __init__(
@@ -267,7 +267,7 @@ class RemoteFolder:
             if len(content) > stop - start:
                 raise ValueError(
                     f"{self / name}: the server sends {len(content)} bytes for a range of {stop - start}, so it does "
-                    "not read ranges. Download the store, or choose another server."
+                    "not support range requests. Download the store, or choose another server."
                 )
             if len(content) < stop - start:
                 self._must_be_unchanged(name)
@@ -355,7 +355,7 @@ class RemoteFolder:
                 problem = str(cause) or type(cause).__name__
                 if wait is None:
                     raise ConnectionError(
-                        f"{what}: the connection was lost {len(WAITS) + 1} times, at last by: {problem}. Check the "
+                        f"{what}: the connection was lost {len(WAITS) + 1} times, last with: {problem}. Check the "
                         "network and the address, and try again: what arrived so far is in the cache."
                     ) from error
                 logger.warning(f"{what}: {problem}; trying again in {wait:g} s.")

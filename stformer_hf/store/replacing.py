@@ -140,7 +140,7 @@ def take_lock(file: Path) -> IO | None:
 def check_free(path: Path, contents: Contents, overwrite: bool) -> None:
     """Raise FileExistsError if a folder must not be written.
 
-    That is if the path exists and `overwrite` is False, or if it holds anything other than `contents`.
+    This is so if the path exists and `overwrite` is False, or if it holds anything other than `contents`.
     """
     if not path.exists():
         return

@@ -24,7 +24,7 @@ from scipy import sparse
 
 from ..genes.text_files import naming
 from ..genes.unite import FATES
-from ..genes.whole_files import part_of
+from ..genes.whole_files import part_of, whole_file
 from ..sources.matrices import Matrix
 from ..sources.obs_columns import as_arrow
 from ..sources.open_source import checked_blocks
@@ -278,10 +278,8 @@ def write_piece(piece: Piece, progress: Callable[[int], object] = lambda n_cells
             "shards": writer.shards,
         }
         if piece.describe:
-            part = part_of(piece.description)
-            with open(part, "wb") as file:
+            with whole_file(piece.description) as part, open(part, "wb") as file:
                 np.save(file, np.concatenate(described))
-            part.replace(piece.description)
         write_json(piece.record, record)
     return record
 
@@ -376,14 +374,12 @@ def read_batches(file: Path) -> Iterator[pa.RecordBatch]:
 def rewrite(file: Path, target: Path, row_format: RowFormat) -> None:
     """Rewrite a shard with the types of a format, one record batch at a time."""
     schema = row_format.schema()
-    part = part_of(target)
-    with pa.ipc.new_stream(str(part), schema) as writer:
+    with whole_file(target) as part, pa.ipc.new_stream(str(part), schema) as writer:
         for batch in read_batches(file):
             try:
                 writer.write_batch(pa.record_batch(batch.columns, batch.schema.remove_metadata()).cast(schema))
             except pa.ArrowInvalid as error:
                 raise ValueError(_NO_COMMON_TYPE) from error
-    part.replace(target)
 
 
 def shuffle(
@@ -501,12 +497,10 @@ def told_when_full(folder: Path, what: str = "the store", call: str = "build") -
 
 def write_json(path: Path, value) -> None:
     """Write a JSON file atomically."""
-    part = part_of(path)
-    with open(part, "w", encoding="utf-8") as file:
+    with whole_file(path) as part, open(part, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
         file.flush()
         os.fsync(file.fileno())
-    part.replace(path)
 
 
 def checksum(path: Path) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from ..genes.whole_files import part_of
+from ..genes.whole_files import whole_file
 from ..genes.wrong_names import must_have
 from ..sources.stored_cells import StoredCells
 from .engines import check_engine, run_tasks, runs_here
@@ -189,8 +189,8 @@ class TokenShards:
         if file.exists():
             progress(stop - start)
         else:
-            part = part_of(file)
             with (
+                whole_file(file) as part,
                 told_when_full(self.folder, "the tokens", "tokenize"),
                 open(part, "wb") as sink,
                 ThreadPoolExecutor(1) as flusher,
@@ -208,7 +208,6 @@ class TokenShards:
                 flushed.result()
                 sink.flush()
                 os.fsync(sink.fileno())
-            part.replace(file)
         return {"file": file.name, "rows": stop - start, "bytes": file.stat().st_size, "checksum": checksum(file)}
 
     def _tokenized(self, rows: np.ndarray) -> pa.RecordBatch:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..genes.gene_table import GeneTable
 from ..genes.unite import FATES, UnitedGenes, unite
-from ..genes.whole_files import part_of
+from ..genes.whole_files import whole_file
 from ..sources.formats import expand
 from ..sources.matrices import MemoryMatrix
 from ..sources.obs_columns import ObsColumns, as_arrow, as_names, unite_obs
@@ -306,9 +306,8 @@ def _base_records(building: Path, base: StoredCells | None) -> list[dict]:
             try:
                 os.link(file, linked)
             except OSError:  # another file system, or one without links
-                part = part_of(linked)
-                shutil.copy2(file, part)
-                part.rename(linked)
+                with whole_file(linked) as part:
+                    shutil.copy2(file, part)
         shards.append({**shard, "file": linked.name})
     return [{"source": -1, "shards": shards}]
 

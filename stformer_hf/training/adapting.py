@@ -1,4 +1,4 @@
-"""Train a part of a classifier: LoRA adapters in its attention, its last layers, or these faster than the first."""
+"""Train a classifier in part: LoRA adapters, the last layers alone, or the first layers at lower learning rates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_adapts(model: Any, lora: int | None, freeze: int, layer_decay: float =
         PEFT is not installed.
     """
     if (lora is not None and lora < 1) or freeze < 0:
-        raise ValueError(f"lora={lora} must be a rank of at least 1, and freeze={freeze} a number of layers.")
+        raise ValueError(f"lora={lora}, freeze={freeze}: lora must be a rank of at least 1, and freeze at least 0.")
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay={layer_decay}: must be above 0, and at most 1.")
     if layer_decay < 1 and model is None:
@@ -35,10 +35,10 @@ def check_adapts(model: Any, lora: int | None, freeze: int, layer_decay: float =
     if lora is None:
         return
     if model is None or is_model(model) or is_adapter(model):
-        found = "an adapter" if model is not None and not is_model(model) else "no checkpoint"
+        found = "an adapter" if model is not None and not is_model(model) else "not a checkpoint"
         raise ValueError(
-            f"LoRA adapts the weights of a checkpoint, which is loaded with the adapter later, and model is {found}: "
-            "pass the folder of a model, or its name on the Hub."
+            f"LoRA adapts a checkpoint, from which the adapter is loaded later, but model is {found}: pass the folder "
+            "of a model, or its name on the Hub."
         )
     try:
         import peft  # noqa: F401
@@ -72,7 +72,7 @@ def adapt(model: PreTrainedModel, lora: int | None, freeze: int) -> nn.Module:
     n_layers = model.config.num_hidden_layers
     if freeze > n_layers or (lora is not None and freeze == n_layers):
         raise ValueError(
-            f"freeze={freeze}: the model has {n_layers} layers" + (", and LoRA needs one." if lora else ".")
+            f"freeze={freeze}: the model has {n_layers} layers" + (", and LoRA needs one of them." if lora else ".")
         )
     if freeze:
         encoder = model.base_model
@@ -127,7 +127,7 @@ def layer_rates(
     """
     optimizer = getattr(args.optim, "value", args.optim)
     if not str(optimizer).startswith("adamw_torch"):
-        raise ValueError(f"layer_decay works with AdamW of torch, and optim is {optimizer}: leave out one of them.")
+        raise ValueError(f"layer_decay needs torch's AdamW, but optim is {optimizer}: leave out one of them.")
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     numbers = {name: re.search(r"\blayers\.(\d+)\.", name) for name in trained}
     n_layers = 1 + max((int(number[1]) for number in numbers.values() if number), default=-1)

@@ -77,7 +77,7 @@ def replace_out_of_fold(folder: str | Path, found: OutOfFold | Mapping[str, OutO
     ----------
     folder : str or Path
     found : OutOfFold, or mapping of str to OutOfFold, optional
-        Of each label column, for a model of several.
+        A mapping by label column for a model of several.
     """
     path = Path(folder) / CALIBRATION_FILE
     path.unlink(missing_ok=True)

@@ -57,8 +57,8 @@ class SaveOnSignal(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Stop all processes after the same step, whichever of them received the signal.
 
-        Multiple processes stop one step later: what they tell each other in a step is read in the next, so that none
-        waits until its GPU has done all that was queued.
+        Multiple processes stop one step later: they exchange signals in one step and read them in the next, so that
+        none has to wait for its GPU.
         """
         came = int(self._came or 0)
         if args.world_size > 1:

@@ -23,7 +23,7 @@ def describe_cells(dataset: Any) -> str | None:
     Parameters
     ----------
     dataset : CellStore, datasets.Dataset, Subset or ConcatDataset of such, IterableAnnDataset, or another dataset
-        One with a method `describe_cells`, as `CenterMaskSampler`, is asked for its description.
+        One with a method `describe_cells`, such as `CenterMaskSampler`, describes itself.
 
     Returns
     -------

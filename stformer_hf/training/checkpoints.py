@@ -103,8 +103,8 @@ def check_same_meaning(checkpoint: str | Path, config: PreTrainedConfig | None) 
     for name, now in _meaning(config).items():
         if None not in (saved[name], now) and saved[name] != now:
             raise ValueError(
-                f"{checkpoint} has another {name} than the model: {_short(saved[name])}, and not {_short(now)}. Its "
-                "weights would be taken for others: resume with the same tokenizer, classes and columns."
+                f"{checkpoint} and the model differ in {name}: {_short(saved[name])} and {_short(now)}. Its weights "
+                "would change their meaning: resume with the same tokenizer, classes and columns."
             )
 
 

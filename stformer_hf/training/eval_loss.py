@@ -47,10 +47,10 @@ class SumOfLosses:
 
 
 def filling_cells(accelerator: Accelerator, n_cells: int) -> torch.Tensor | None:
-    """Return which cells of this process's batch are repeated ones, which give every process the same number.
+    """Return which cells of this process's batch are repeats, added so that all processes have equally many.
 
-    accelerate takes them from the beginning of the data, and `gather_for_metrics` leaves them out: in the last batch
-    of all processes, they are the cells after the remainder.
+    accelerate repeats cells from the beginning of the data, and `gather_for_metrics` leaves them out: in the last
+    batch of all processes, they are the cells after the remainder.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Fine-tune a classifier of cells, which starts at linear readers and is trained further only if that helps."""
+"""Fine-tune a classifier of cells, which starts at linear models and is trained further only if that helps."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Finetuning:
     balanced : bool
         Whether all classes have the same weight, whatever their number of cells.
     lora : int, optional
-        Rank of the adapters that are trained in place of the encoder; see `adapt`.
+        Rank of the adapters that are trained instead of the encoder; see `adapt`.
     freeze : int
         Number of first layers that are not trained.
     layer_decay : float
@@ -89,9 +89,9 @@ class Finetuning:
         Which cells an epoch reads; see `CellTrainer`.
     out_of_fold : OutOfFold, or dict of str to OutOfFold, optional
         Predictions of training cells by models trained as this one will be; by label column if there are several. None
-        if there are none: it does not start at linear readers, or is trained for a number of epochs that was given.
+        if there are none: it does not start at linear models, or the number of epochs was passed.
     temperature : float or list of float, optional
-        Of the trained model, as in its configuration; that of the start by default.
+        Temperature of the trained model, as in its configuration; that of the start by default.
     facts : dict
         Settings for the model card.
     """
@@ -125,10 +125,10 @@ class Finetuning:
             known = np.any(knows, axis=0) & ~np.any(others, axis=0)
             unknown = [name for of, other in zip(labels, others, strict=True) for name in of[other].unique()]
         elif getattr(unwrap(self.model).config, "label_columns", None):
-            name = next(name for name in names if name not in cells.categories)
+            numeric = next(name for name in names if name not in cells.categories)
             raise ValueError(
-                f"{name!r} of the held-out cells is not categorical, but the model predicts classes of it. Build the "
-                f"store with classes=[{name!r}], or make it categorical, adata.obs[key].astype('category')."
+                f"{numeric!r} of the held-out cells is not categorical, but the model predicts classes of it. Build "
+                f"the store with classes=[{numeric!r}], or make it categorical, adata.obs[key].astype('category')."
             )
         else:
             numbers = cells.obs[self.label_key].to_numpy(np.float32)
@@ -137,7 +137,7 @@ class Finetuning:
             return cells
         logger.warning(
             f"{(~known).sum()} of {len(cells)} held-out cells are not evaluated: they have no {self.label_key!r}, or "
-            f"a value that no training cell has ({', '.join(map(str, unknown[:10])) or 'no such value'})."
+            f"a value that no training cell has ({', '.join(map(str, unknown[:10])) or 'none here'})."
         )
         return cells.select(known)
 
@@ -201,7 +201,7 @@ def finetune(
 ) -> PreTrainedModel:
     """Fine-tune a classifier of cells.
 
-    A new model starts at linear readers of the training cells (see `start_classifier`). The number of epochs of
+    A new model starts at linear models of the training cells (see `start_classifier`). The number of epochs of
     further training, possibly 0, is chosen by inner cross-validation (see `choose_epochs`).
 
     Parameters
@@ -215,7 +215,7 @@ def finetune(
         multiple labels per cell, each of which must have a value.
     model : str or PreTrainedModel, optional
         Pretrained checkpoint, or model; a new one by default. A model that reads whole cells keeps its embedding, and
-        its heads start at linear readers of it.
+        its heads start at linear models of it.
     tokenizer : GeneTokenizer, optional
         Tokenizer of a model object; by default `model.tokenizer`, or the checkpoint's.
     output : str or Path, optional
@@ -227,7 +227,7 @@ def finetune(
         Epochs of training; 0 keeps the start as it is. By default chosen by cross-validation; 10 from random weights,
         and for a model that does not read whole cells.
     init : {"spectral", "random"}, default: "spectral"
-        Whether the classifier starts at linear readers (for a new model, of the spectral views of the cells), or at
+        Whether the classifier starts at linear models (for a new model, of the spectral views of the cells), or at
         random weights.
     split_by : str, optional
         Obs column, such as the donor; cells of one group are never in both training and validation of a choice.
@@ -251,7 +251,7 @@ def finetune(
     training : dict, optional
         `TrainingArguments` that override `training.defaults.FINETUNING`.
     lora : int, optional
-        Train LoRA adapters of this rank in place of the encoder's weights, and the heads in full; for a checkpoint.
+        Train LoRA adapters of this rank instead of the encoder's weights, and the heads in full; for a checkpoint.
         `output` then holds the adapter alone, and is loaded with the checkpoint. Needs PEFT.
     freeze : int, default: 0
         Number of first layers that are not trained, with the embeddings; for a checkpoint.
@@ -259,14 +259,14 @@ def finetune(
         Learning rate of each layer, relative to that of the layer above it, such as 0.8; for a checkpoint.
     sampling : mapping, optional
         Which cells an epoch reads, such as {"by": "donor"}; see `CellTrainer`. Weights must be a column. The start at
-        linear readers does not depend on it.
+        linear models does not depend on it.
 
     Returns
     -------
     PreTrainedModel
         In evaluation mode, with its tokenizer at `model.tokenizer`, so that `annotate(new, model)` works, and its
-        out-of-fold predictions at `model.out_of_fold`, so that `annotate(new, model, reject=0.05)` does. There are
-        none (None) without linear readers, and for a number of epochs above 0 that was given. With `lora`, a
+        out-of-fold predictions at `model.out_of_fold`, so that `annotate(new, model, reject=0.05)` does. They are
+        None without linear models, and if `num_train_epochs` is set above 0. With `lora`, a
         `peft.PeftModel`.
 
     Raises
@@ -439,8 +439,8 @@ def prepare_classifier(
             has = np.unique(groups[column.rows])
             if column.column is not None and len(has) < 2:
                 raise ValueError(
-                    f"All cells that have a {column.column!r} are of one {split_by!r}, {has[0]!r}; validation needs "
-                    "those of another. Leave out split_by, or the column."
+                    f"All cells with a {column.column!r} have the same {split_by!r}, {has[0]!r}, but validation "
+                    "needs another. Leave out split_by, or the column."
                 )
     began = time.monotonic()
     start = start_classifier(
@@ -527,8 +527,8 @@ def choose_epochs(
 
     Notes
     -----
-    The regularisation and weights of the readers may have been chosen on the same cells, and are kept in every fold;
-    the linear readers themselves, and the axes of the views, are fitted within each fold.
+    The regularisation and weights of the linear models may have been chosen on the same cells, and are kept in every
+    fold; the models themselves, and the axes of the views, are fitted within each fold.
     """
     model = prepared.model
     if not prepared.start:
@@ -654,12 +654,12 @@ def _outputs_of_epochs(
     return np.stack(outputs)
 
 
-def predict(model: PreTrainedModel, tokenizer: GeneTokenizer, cells: CellStore, batch_size: int = 128) -> np.ndarray:
+def predict(model: PreTrainedModel, tokenizer: GeneTokenizer, cells: CellStore) -> np.ndarray:
     """Compute the logits of cells: float64 array (n, num_labels), in the order of the cells.
 
     For several label columns, those of a column are its `CellHead.outputs`; see `read_heads`.
     """
-    return run_cells(model, tokenizer, cells, lambda batch: model(**batch).logits, batch_size)
+    return run_cells(model, tokenizer, cells, lambda batch: model(**batch).logits, 128)
 
 
 # ---------------------------------------------------------------------- parts
@@ -699,8 +699,8 @@ def _labelled(
     if problem_type is None and several and 0 < len(categorical) < len(columns):
         raise ValueError(
             f"{', '.join(map(repr, categorical))} of the label columns hold categories, and "
-            f"{', '.join(repr(name) for name in columns if name not in categorical)} numbers. Columns of classes and "
-            "of 0 and 1 are not learnt together: make all of them categorical, or for whole numbers and booleans pass "
+            f"{', '.join(repr(name) for name in columns if name not in categorical)} numbers. Classes cannot be "
+            "combined with columns of 0 and 1: make all of them categorical, or for whole numbers and booleans pass "
             "problem_type='single_label_classification' with an AnnData."
         )
     if problem_type is None:
@@ -716,10 +716,10 @@ def _labelled(
         usable &= (labels != IGNORE).any(axis=1)
         if several:
             for name, n in zip(columns, (labels[usable] == IGNORE).sum(axis=0), strict=True):
-                logger.info(f"{n} of {usable.sum()} cells have no {name!r}, and are learnt from without it.")
+                logger.info(f"{n} of {usable.sum()} cells have no {name!r}: they train the other columns only.")
     else:
         if categorical:
-            raise ValueError(f"{problem_type} needs columns of numbers, and not all of {columns} are.")
+            raise ValueError(f"{problem_type} needs columns of numbers, but not all of {columns} are.")
         labels = cells.obs[columns].to_numpy(np.float32)
         usable &= np.isfinite(labels).all(axis=1)
     key = columns if several else columns[0]
@@ -775,7 +775,7 @@ def _load(
     if of_object or is_adapter(model):
         trained: PreTrainedModel = model if of_object else load_model(model)
         if trained.config.model_type != "gene_bert":
-            raise ValueError(f"finetune needs a GeneBert, and the model is a {type(trained).__name__}.")
+            raise ValueError(f"finetune needs a GeneBert, but the model is a {type(trained).__name__}.")
         config = copy.deepcopy(trained.config)
         config.update({**head, **({"wide_head": True} if getattr(config, "cell_embedding", False) else {})})
         config.num_labels = len(head["id2label"])
@@ -794,7 +794,7 @@ def _facts_of(start: dict[str | None, ClassifierStart], columns: Sequence[Labell
         if column.column in start:
             choice = start[column.column].choice
             facts |= {
-                "start": "linear readers of [CLS] and of all genes, chosen by inner cross-validation",
+                "start": "linear models of [CLS] and of all genes, chosen by inner cross-validation",
                 "components_per_view": choice.n_components,
                 column.named("reader_weights"): list(choice.weights),
                 column.named("inner_score_of_the_start"): round(choice.score, 4),

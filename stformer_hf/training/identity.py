@@ -153,8 +153,8 @@ def check_stores_together(dataset: Any) -> None:
         ):
             if of_first != of_other:
                 raise ValueError(
-                    f"The stores {first.path} and {other.path} are put together, and differ in their {what}: make "
-                    "one of them, CellStore.build(path, stores)."
+                    f"The stores {first.path} and {other.path} are combined, but differ in their {what}: merge them "
+                    "with CellStore.build(path, stores)."
                 )
 
 

@@ -99,8 +99,8 @@ def fit_head_to_labels(model: Any, collator: Any, dataset: Any, all_read: bool =
             names, other_order = of_classes.names, of_classes.other_order
             if names is not None and other_order is not None and numbers is None and collator.label2id is None:
                 raise ValueError(
-                    f"The datasets that are put together number the classes of {columns[0]!r} in different ways: "
-                    f"{_some(names)}, and {_some(other_order)}. Give the model or the collator the number of each "
+                    f"The combined datasets number the classes of {columns[0]!r} in different ways: "
+                    f"{_some(names)}, and {_some(other_order)}. Pass the model or the collator the number of each "
                     "class, label2id={…}."
                 )
     else:
@@ -231,8 +231,8 @@ def _joined(name: str, parts: list[_Labels]) -> _Labels:
         classes = next(part.what for part in parts if part.names is not None)
         numbers = next(part.what for part in parts if part.names is None)
         raise ValueError(
-            f"{name!r} holds {classes} in one of the datasets that are put together, and {numbers} in another: make "
-            "one store of them, CellStore.build(path, stores)."
+            f"{name!r} holds {classes} in one of the combined datasets, and {numbers} in another: merge them with "
+            "CellStore.build(path, stores)."
         )
     names = list(dict.fromkeys(of for order in orders for of in order))
     values = [np.array([*map(names.index, order), -1])[part.values] for part, order in zip(parts, orders, strict=True)]

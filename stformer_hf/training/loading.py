@@ -264,7 +264,7 @@ def _load_adapter(name: str, adapter: dict[str, Any]) -> PreTrainedModel:
         auto_class = getattr(import_module(mapping["parent_library"]), mapping["base_model_class"])
     if auto_class is None:
         raise ValueError(
-            f"The adapter {name} does not say what model it was trained in (task_type): load it with "
+            f"The adapter {name} does not say for which kind of model it was trained (task_type): load it with "
             "peft.PeftModel.from_pretrained(base, folder), and pass the object."
         )
     config = load_config(name)
@@ -272,8 +272,8 @@ def _load_adapter(name: str, adapter: dict[str, Any]) -> PreTrainedModel:
     genes = getattr(config, "vocabulary_fingerprint", None)
     if None not in (genes, genes_of_base) and genes != genes_of_base:
         raise ValueError(
-            f"The adapter {name} was trained in a model of other genes, bins or phenotypes (fingerprint {genes}) than "
-            f"its base {base} has ({genes_of_base}): name the base that it was trained in, in {_ADAPTER}."
+            f"The adapter {name} was trained on a model with other genes, bins or phenotypes (fingerprint {genes}) "
+            f"than its base {base} ({genes_of_base}): write the base that it was trained on into {_ADAPTER}."
         )
     of_cells = adapter.get("task_type") in ("SEQ_CLS", "TOKEN_CLS")
     has_head = any("Classification" in architecture for architecture in config.architectures or [])

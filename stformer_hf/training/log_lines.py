@@ -56,7 +56,7 @@ class LogLines(ProgressCallback):
 
 
 def describe_logs(logs: Mapping[str, Any]) -> list[str]:
-    """Return the entries of a log as text, such as `loss 1.234` and `640 cells/s`, without those nobody looks at."""
+    """Return the entries of a log as text, such as `loss 1.234` and `640 cells/s`, without the less useful ones."""
     found = []
     for name, value in logs.items():
         if name in _LEFT_OUT or name.endswith(_LEFT_OUT_ENDS):

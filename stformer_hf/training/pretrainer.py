@@ -74,7 +74,7 @@ class STFormerPretrainer(ObjectiveTrainer):
     ------
     ValueError
         Neither `model` nor `model_init` is given; neither tokenizer, dictionary nor collator is given, or both of the
-        first two; the tokenizer does not fit the model; the lengths do not fit the dataset; baselines are asked for,
+        first two; the tokenizer does not fit the model; the lengths do not fit the dataset; baselines are requested,
         but the cells are a stream or the collator masks no genes.
     """
 
@@ -145,7 +145,7 @@ class STFormerPretrainer(ObjectiveTrainer):
         )
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Evaluate as Trainer does, with the baselines if they are asked for."""
+        """Evaluate as Trainer does, with the baselines if they are requested."""
         self._genes_nll = np.zeros(2)  # a new array: in a trainer that ray hands out, arrays are read-only
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         dataset = dataloader.dataset

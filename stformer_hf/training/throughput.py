@@ -82,7 +82,7 @@ class ModelFlops:
 
 
 class Throughput:
-    """Counts of tokens and cells in training, and the time it takes without evaluation and saving.
+    """Number of tokens and cells seen in training, and its time without evaluation and saving.
 
     Sums of tensors stay on their device until they are logged, so that steps never wait for the GPU.
 

@@ -87,7 +87,10 @@ class WeightAverage:
         found = load_file(folder / FILE)
         weights = dict(model.named_parameters())
         if found.keys() != weights.keys():
-            raise ValueError(f"{folder / FILE} has {len(found)} weights, the model {len(weights)} with other names.")
+            raise ValueError(
+                f"{folder / FILE} belongs to another model: the names of its {len(found)} weights and of the "
+                f"{len(weights)} weights of this model differ."
+            )
         self._average = {name: values.to(weights[name].device) for name, values in found.items()}
 
 

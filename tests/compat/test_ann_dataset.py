@@ -51,7 +51,7 @@ def cells() -> AnnData:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Give what a dataset is made of, its X as a dense array, and its obs, by the name of the source."""
+    """Return what a dataset is made of, its X as a dense array, and its obs, by the name of the source."""
     folder = tmp_path_factory.mktemp("sources")
     csr = cells()
     csc, dense = csr.copy(), csr.copy()

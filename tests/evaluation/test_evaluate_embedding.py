@@ -114,7 +114,7 @@ def test_few_labels_are_of_classes_with_enough_cells_and_the_draws_are_the_same_
         "20": ["type 0", "type 1"],
     }
     assert found.table["classes_5"].tolist() == [3] * 3
-    assert "probe_50" not in found.table and any("No column of 50 labels" in note for note in found.notes)
+    assert "probe_50" not in found.table and any("No column for 50 labels" in note for note in found.notes)
     of_row = len(drawn) // 2
     assert of_row == 2 * 3 * 2  # folds, draws, numbers of labels
     assert drawn[:of_row] == drawn[of_row:]
@@ -222,7 +222,7 @@ def test_twins_are_not_on_both_sides(monkeypatch):
     assert len(folds) == 4
     for fold in folds:
         assert not {i % 80 for i in fold.train} & {i % 80 for i in fold.test}
-    assert any(note.startswith("40 cells are twins of others") for note in found.notes)
+    assert any(note.startswith("40 cells are copies of others") for note in found.notes)
 
 
 @pytest.mark.slow

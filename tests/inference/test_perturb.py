@@ -259,7 +259,7 @@ def test_a_killed_run_resumes_to_the_same_table(cells, tmp_path, fails_at, monke
     np.testing.assert_allclose(saved["goal_shift"], whole["goal_shift"])
     with torch.no_grad():
         model.embeddings.word_embeddings.weight += 0.1
-    with pytest.raises(ValueError, match="holds results with another weights"):
+    with pytest.raises(ValueError, match="holds results of another weights"):
         perturb(cells, model, genes, output=tmp_path / "p", **settings)
 
 
@@ -270,11 +270,11 @@ def test_a_folder_of_another_tokenizer_or_of_other_genes_is_not_resumed(cells, t
     perturb(cells, model, genes, tokenizer=tokenizer, **settings)
     shorter = make_tokenizer(cells, "binned")
     shorter.max_length = 9
-    with pytest.raises(ValueError, match="holds results with another tokenizer"):
+    with pytest.raises(ValueError, match="holds results of another tokenizer"):
         perturb(cells, model, genes, tokenizer=shorter, **settings)
     renamed = cells.copy()
     renamed.var_names = [*cells.var_names[:3], *cells.var_names[:2:-1]]
-    with pytest.raises(ValueError, match="holds results with another genes"):
+    with pytest.raises(ValueError, match="holds results of another genes"):
         perturb(renamed, model, genes, tokenizer=tokenizer, **settings)
 
 
@@ -403,7 +403,7 @@ def test_all_genes_of_a_panel(cells):
         ({"genes": ["ENSG00000000001", ["ENSG00000000001"] * 2]}, "edit the same genes"),
         ({"hidden_layer": 3}, "hidden_layer 3 does not exist in a model of 2 layers"),
         ({"kind": "remove"}, "kind must be one of delete"),
-        ({"quantile": 0.5}, "for kinds other than delete"),
+        ({"quantile": 0.5}, "is not for kind='delete'"),
         ({"goal": "B cell"}, "goal_key and goal belong together"),
         ({"goal_key": "cell_type", "goal": "NK"}, "No cell is in the goal group: obs\\['cell_type'\\] has 'B cell'"),
         ({"donor_key": "person"}, "There is no obs\\['person'\\]"),

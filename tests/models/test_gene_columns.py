@@ -242,7 +242,7 @@ def test_unknown_feature_types_are_genes():
 
 def test_biotypes_and_blanks_are_no_feature_types(caplog):
     assert feature_types({"feature_type": ["protein_coding", "lncRNA", ""]}) is None
-    assert "unknown feature types, lncRNA, protein_coding: taken as genes" in caplog.text
+    assert "unknown feature types, lncRNA, protein_coding: treated as genes" in caplog.text
     assert feature_types({"feature_types": ["", None, np.nan]}) is None
     assert feature_types({"feature_type": ["protein_coding"] * 2, "modality": ["rna", "prot"]}).tolist() == [
         GENES,

@@ -209,7 +209,7 @@ def test_losses_are_weighted_and_reported_a_class_of_tokens(sparse):
     assert outputs.loss.item() == pytest.approx(total.item() / expected[:, 2].sum().item(), rel=1e-5)
 
 
-def test_class_weights_regression_and_several_labels_a_cell():
+def test_class_weights_regression_and_several_labels_per_cell():
     tokenizer, config = make("pre_norm")
     counts, obs = cells()
     batch = dict(tokenizer(counts, obs=obs, padding=True, return_tensors="pt"))

@@ -294,7 +294,7 @@ def test_baselines_are_those_of_a_plain_count():
     everything = np.ones(60, bool)
 
     def group(kind, cell, seen):
-        """Tell which cells the mean is of; never the cell itself."""
+        """Return which cells the mean is of; never the cell itself."""
         others = seen & (np.arange(60) != cell)
         if kind == "overall_mean":
             return others & is_train

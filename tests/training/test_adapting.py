@@ -84,7 +84,7 @@ def test_frozen_layers_stay(base, adata):
 
 def test_what_is_refused(base, adata):
     pytest.importorskip("peft")
-    with pytest.raises(ValueError, match="model is no checkpoint"):
+    with pytest.raises(ValueError, match="model is not a checkpoint"):
         finetune(adata, "cell_type", lora=8)
     with pytest.raises(ValueError, match="freeze keeps the layers"):
         finetune(adata, "cell_type", freeze=1)

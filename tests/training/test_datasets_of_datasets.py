@@ -84,7 +84,7 @@ def test_stores_that_do_not_belong_together_are_refused_before_training(adata, s
     fewer = CellStore.build(tmp_path / "fewer", adata[:, 1:].copy(), obs=["cell_type", "age"], report=False)
     without = CellStore.build(tmp_path / "without", adata, obs=["age"], report=False)
     for other, what in ((fewer, "genes"), (without, "obs columns")):
-        with pytest.raises(ValueError, match=f"differ in their {what}: make one of them"):
+        with pytest.raises(ValueError, match=f"differ in their {what}: merge them"):
             STFormerPretrainer(
                 arguments(tmp_path / "run"),
                 random_split(ConcatDataset([store, other]), [100, 20])[0],
@@ -131,7 +131,7 @@ def test_labels_of_stores_that_are_put_together_go_by_name(two_stores, tmp_path)
         classifier(chain, tmp_path, num_labels=2)
     with pytest.raises(ValueError, match="does not know: 'T cell'; the head has 2 classes"):
         classifier(random_split(chain, [60, 60])[0], tmp_path, **UNKNOWN)
-    with pytest.raises(ValueError, match="'cluster' holds classes .* in one of the datasets .*, and whole numbers in"):
+    with pytest.raises(ValueError, match="'cluster' holds classes .* in one of the combined datasets, and whole"):
         classifier(chain, tmp_path, "cluster", num_labels=2)
     types = np.concatenate([of.obs["cell_type"].astype(str) for of in two_stores])
     classifier(Subset(chain, np.flatnonzero(types == "B cell")), tmp_path, **UNKNOWN)  # of T cells there is none
@@ -182,7 +182,7 @@ def test_a_random_split_of_neighbourhoods_is_that_of_their_indices(tmp_path):
         found[-1] += [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         assert trainer._order()["neighbourhoods"] == given[0].description
     assert found[0] == pytest.approx(found[1], rel=1e-5) and found[2] == pytest.approx(found[1], rel=1e-5)
-    with pytest.raises(ValueError, match="one CenterMaskSampler, and a ConcatDataset is several"):
+    with pytest.raises(ValueError, match="one CenterMaskSampler, but a ConcatDataset combines several"):
         make_trainer(tmp_path, train, baselines=True)
     assert whole.epoch == 0  # each part has its own
 

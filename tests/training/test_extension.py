@@ -38,7 +38,7 @@ NEW_GENES = ["ENSG90000000001", "ENSG90000000000"]
 
 
 def trained(model: nn.Module) -> nn.Module:
-    """Give every weight a value of its own."""
+    """Return every weight a value of its own."""
     torch.manual_seed(1)
     for name, weight in model.named_parameters():
         nn.init.normal_(weight, 1.0 * name.endswith("orm.weight"), 0.3)

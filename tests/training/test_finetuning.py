@@ -1,4 +1,4 @@
-"""Classifiers that start at linear readers, and train on only where that helps."""
+"""Classifiers that start at linear models, and train on only where that helps."""
 
 import numpy as np
 import pandas as pd
@@ -362,7 +362,7 @@ def test_an_option_that_would_have_no_effect_is_refused(labelled, options, words
 
 def test_a_model_of_neighbourhoods_is_not_finetuned(labelled, started):
     config = CellNeighborhoodConfig.from_size("tiny", n_genes=60)
-    with pytest.raises(ValueError, match="needs a GeneBert, and the model is a CellNeighborhoodModel"):
+    with pytest.raises(ValueError, match="needs a GeneBert, but the model is a CellNeighborhoodModel"):
         finetune(labelled, "type", model=CellNeighborhoodModel(config), tokenizer=started.tokenizer)
 
 

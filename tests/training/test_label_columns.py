@@ -264,7 +264,7 @@ def test_columns_with_few_labels(cells):
     model = finetune(cells, ["cell_type", "two", "three"], num_train_epochs=0)
     assert [len(of.rows) for of in model.out_of_fold.values()] == [59, 3, 2]
     cells.obs["donor"] = pd.Categorical(["d1"] * 20 + ["d2"] * 40)
-    with pytest.raises(ValueError, match="All cells that have a 'two' are of one 'donor', 'd1'"):
+    with pytest.raises(ValueError, match="All cells with a 'two' have the same 'donor', 'd1'"):
         finetune(cells, ["cell_type", "two"], split_by="donor", num_train_epochs=0)
 
 

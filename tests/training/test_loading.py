@@ -177,7 +177,7 @@ def test_what_an_adapter_knows_is_compared_as_that_of_a_model(base, tokenizer, a
     with pytest.raises(ValueError, match="does not fit the model"):
         annotate(adata, adapted, tokenizer=other)
     GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(other, **SIZE)).save_pretrained(base)
-    with pytest.raises(ValueError, match="was trained in a model of other genes, .* than its base .*base has"):
+    with pytest.raises(ValueError, match="was trained on a model with other genes, .* than its base .*base"):
         annotate(adata, tmp_path / "adapter")
 
 

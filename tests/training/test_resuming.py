@@ -113,7 +113,7 @@ def test_a_run_is_not_resumed_with_genes_in_another_order(store, tokenizer, conf
     resumed = make_trainer(
         tmp_path, store, other, GeneBertConfig.from_tokenizer(other, **sizes), ignore_data_skip=True
     )
-    with pytest.raises(ValueError, match="checkpoint-2 has another vocabulary_fingerprint than the model"):
+    with pytest.raises(ValueError, match="checkpoint-2 and the model differ in vocabulary_fingerprint"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
@@ -142,7 +142,7 @@ def test_a_run_is_not_resumed_with_classes_in_another_order(store, tokenizer, co
         )
 
     trainer(store, 1).train()
-    with pytest.raises(ValueError, match="has another label2id than the model: {'B cell': 0.*{'T cell': 0"):
+    with pytest.raises(ValueError, match="and the model differ in label2id: {'B cell': 0.*{'T cell': 0"):
         trainer(renumbered, 2).train(resume_from_checkpoint=True)
     trainer(store, 2).train(resume_from_checkpoint=True)
 

@@ -181,7 +181,7 @@ def test_neighbourhoods_are_drawn_too(tmp_path):
 def test_sampling_that_cannot_be_raises_when_the_trainer_is_made(rare, adata, tokenizer, tmp_path):
     stream = IterableAnnDataset(adata, tokenizer)
     for cells, sampling, changes, message in (
-        (rare, {"bye": "cell_type"}, {}, "unknown name 'bye'; did you mean by"),
+        (rare, {"bye": "cell_type"}, {}, "unknown name 'bye'; the closest known one is by"),
         (rare, {"by": "donor"}, {}, "no column 'donor'"),
         (rare, {"weights": [1, 2]}, {}, "2 weights for 60 rows"),
         (rare, {"weights": -np.ones(60)}, {}, "59 of 59 are negative"),

@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 from stformer_hf import (
@@ -15,6 +15,7 @@ from stformer_hf import (
     GeneBertConfig,
     GeneBertForClassification,
     GeneBertForPhenotypicMLM,
+    NeighborhoodTrainer,
     STFormerPretrainer,
 )
 
@@ -347,3 +348,33 @@ def test_one_handler_saves_on_a_signal(store, tokenizer, tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before  # transformers would listen from here on
     trainer.train()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+# Private methods of Trainer that the trainers here override, because no public one or callback does the same.
+OVERRIDDEN = {
+    "_build_accelerator_args": "DDP must not search for unused parameters",
+    "_get_collator_with_removed_columns": "collators read columns that the model does not",
+    "_get_dataloader": "the samplers, collators and streams of this package",
+    "_get_eval_sampler": "the order of the dataset",
+    "_get_num_items_in_batch": "masked cells of neighbourhoods are the items",
+    "_get_train_sampler": "the order of the cells",
+    "_init_training_state": "the order is checked after auto_find_batch_size",
+    "_issue_warnings_after_load": "tied weights are not missing",
+    "_load_from_checkpoint": "the moving average is loaded too",
+    "_maybe_log_save_evaluate": "the clock stops for it",
+    "_prepare_for_training": "the clock is reset",
+    "_prepare_inputs": "DeepSpeed must not cast counts",
+    "_remove_unused_columns": "as _get_collator_with_removed_columns",
+    "_run_epoch": "a finished run makes no step",
+    "_save": "out-of-fold predictions, and cards that PEFT would overwrite",
+    "_save_checkpoint": "an unfinished checkpoint is marked, and the order is saved",
+    "_save_rng_state": "the first process waits for the others",
+    "_update_auto_batch_size": "statistics of the failed attempt are dropped",
+}
+
+
+def test_private_methods_that_are_overridden_exist_and_are_listed():
+    ours = [kind for kind in (STFormerPretrainer, NeighborhoodTrainer) for kind in kind.__mro__]
+    ours = {name for kind in ours if kind.__module__.startswith("stformer_hf") for name in vars(kind)}
+    of_trainer = {name for name in dir(Trainer) if name.startswith("_") and not name.startswith("__")}
+    assert ours & of_trainer == set(OVERRIDDEN)

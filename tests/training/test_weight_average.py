@@ -34,7 +34,7 @@ def test_the_average_is_that_of_all_weights_so_far(tmp_path):
         each.copy_to(other)
         results.append(other.weight.detach())
     assert torch.equal(*results)
-    with pytest.raises(ValueError, match="with other names"):
+    with pytest.raises(ValueError, match="belongs to another model"):
         again.load(tmp_path, nn.Bilinear(2, 2, 2, bias=False))
     with pytest.raises(ValueError, match="resume without ema"):
         again.load(tmp_path / "nothing", model)

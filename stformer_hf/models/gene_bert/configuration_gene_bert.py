@@ -243,7 +243,7 @@ class GeneBertConfig(PreTrainedConfig):
         if sum(columns.values()) != self.num_labels or min(columns.values(), default=0) < 2:
             raise ValueError(
                 f"label_columns must have at least two classes each, and {self.num_labels} in all (num_labels), got "
-                f"{columns}. For a head of one column, pass id2label and label2id in place of num_labels, and "
+                f"{columns}. For a head of one column, pass id2label and label2id instead of num_labels, and "
                 "label_columns=None, reader_weights=None and temperature=1.0; finetune does so."
             )
         wanted = [output_name(column, "") for column, n in columns.items() for _ in range(n)]

@@ -83,8 +83,8 @@ class PositionlessEmbeddings(nn.Module):
             bound = position_ids.shape[1] if longest is None else longest
             if bound > most and not torch.compiler.is_compiling() and int(position_ids.max()) >= most:
                 raise ValueError(
-                    f"A cell has {int(position_ids.max()) + 1} tokens, but the model {most} positions: truncate cells "
-                    "(tokenizer.model_max_length), or create the model with more max_position_embeddings."
+                    f"A cell has {int(position_ids.max()) + 1} tokens, but the model has {most} positions: truncate "
+                    "cells (tokenizer.model_max_length), or create the model with more max_position_embeddings."
                 )
             embedded = embedded + self.position_embeddings(position_ids)
         if hasattr(self, "value_embeddings") != (expression_values is not None):

@@ -384,7 +384,7 @@ def strip_versions(names: Collection[str]) -> np.ndarray:
     return found
 
 
-@lru_cache(maxsize=1 << 17)  # most files have the same genes, and each is asked for more than once
+@lru_cache(maxsize=1 << 17)  # most files have the same genes, and each is read more than once
 def species_of(name: str) -> str | None:
     """Return the species of an Ensembl id: a name such as `human`, or an unlisted prefix; None for other names."""
     match = _GENE_ID.match(name)
@@ -499,7 +499,7 @@ def _read_types(columns: Mapping[str, Sequence[Any]] | None) -> tuple[list, dict
         unknown = {kind for kind, word in plain.items() if word and word not in _GENE_TYPES and kind not in others}
         if unknown:
             logger.warning(
-                f"var[{name!r}] holds unknown feature types, {', '.join(sorted(unknown)[:3])}: taken as genes."
+                f"var[{name!r}] holds unknown feature types, {', '.join(sorted(unknown)[:3])}: treated as genes."
             )
         if unknown != {kind for kind, word in plain.items() if word}:
             return values, types, set(plain) - others

@@ -110,7 +110,7 @@ class GeneTokenizer(VocabularyTokenizer):
     token_ids : dict of str to int, optional
         Ids of tokens in an existing vocabulary; tokens that are not in it get the ids after.
     vocab_file : str, optional
-        A `gene_vocabulary.json`, in place of all of the above (passed by `from_pretrained`).
+        A `gene_vocabulary.json`, instead of all of the above (passed by `from_pretrained`).
     **kwargs
         As for `transformers.PreTrainedTokenizer`.
 

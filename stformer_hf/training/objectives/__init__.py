@@ -1,4 +1,4 @@
-"""Objectives that train `[CLS]` beside masked genes; see `ObjectiveTrainer`."""
+"""Objectives that train `[CLS]` beside masked genes, one file each; `ObjectiveTrainer.compute_loss` calls them."""
 
 from __future__ import annotations
 

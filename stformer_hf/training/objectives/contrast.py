@@ -35,7 +35,7 @@ def contrast_loss(states: torch.Tensor, comparable: torch.Tensor, temperature: f
 
 
 def comparable_cells(twins: torch.Tensor, sources: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
-    """Return which cells are negatives of which: cells of the same source, except twins (cells with equal counts).
+    """Return which cells are negatives of which: cells of the same source, except cells with equal counts.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def comparable_cells(twins: torch.Tensor, sources: torch.Tensor, usable: torch.T
 
 
 def cells_with_negatives(comparable: torch.Tensor) -> torch.Tensor:
-    """Tell which cells have a negative, and so a loss: bool Tensor (n,)."""
+    """Return which cells have a negative, and so a loss: bool Tensor (n,)."""
     return comparable.diagonal() & (comparable.sum(1) > 1)
 
 

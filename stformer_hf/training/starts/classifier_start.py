@@ -1,4 +1,4 @@
-"""Start a classifier at linear readers of the whole cell and of all its genes."""
+"""Start a classifier at linear models (readers) of the whole cell and of all its genes."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def start_classifier(
     choices: Mapping[str | None, ReaderChoice] | None = None,
     rotated: Mapping[str | None, Rotated] | None = None,
 ) -> dict[str | None, ClassifierStart]:
-    """Start a classifier at linear readers of its training cells.
+    """Start a classifier at linear models (readers) of its training cells.
 
     The head becomes the regularised logistic (ridge) regression on `[CLS]`, the wide head the one on the log values
     of all genes. Regularisation, components of the views, the weights of both readers and a temperature are chosen by
@@ -189,7 +189,7 @@ def start_classifier(
             continue
         rows, fitted, part, choice = to_choose[name], to_fit[name], parts[name], choices[name]
         if len(fitted) < len(column.rows):
-            logger.warning(f"The readers are fitted to {len(fitted):,} of {len(column.rows):,} training cells.")
+            logger.warning(f"The linear models are fitted to {len(fitted):,} of {len(column.rows):,} training cells.")
         is_read, of = np.array_equal(fitted, rows), column.labels_of(fitted)
         counts, values = (part.counts, part.values) if is_read else read(fitted)
         if views is None:
@@ -368,22 +368,14 @@ class _StatesOfFolds:
         return lambda n_components: (self._states[train], self._states[held_out])
 
 
-def cell_states(model: nn.Module, tokenizer: GeneTokenizer, cells: CellStore, batch_size: int = 256) -> np.ndarray:
-    """Compute the input of the head for each cell: float64 array (n, hidden), in the order of the cells.
-
-    Parameters
-    ----------
-    model : GeneBertForClassification
-    tokenizer : GeneTokenizer
-    cells : CellStore
-    batch_size : int, default: 256
-    """
+def cell_states(model: nn.Module, tokenizer: GeneTokenizer, cells: CellStore) -> np.ndarray:
+    """Compute the input of the head for each cell: float64 array (n, hidden), in the order of the cells."""
 
     def pooled(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         hidden = model.base_model(**batch).last_hidden_state
         return model.pool(hidden, batch["token_type_ids"], batch["attention_mask"])
 
-    return run_cells(model, tokenizer, cells, pooled, batch_size)
+    return run_cells(model, tokenizer, cells, pooled, 256)
 
 
 @torch.no_grad()

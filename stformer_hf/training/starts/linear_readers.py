@@ -1,4 +1,4 @@
-"""Linear readers of cells, with regularisation and weights chosen by inner cross-validation."""
+"""Linear models of cells (readers), with regularisation and weights chosen by inner cross-validation."""
 
 from __future__ import annotations
 
@@ -332,7 +332,7 @@ class ReaderTrials:
                 distances[repeat, held_out] = nearest_centroid(of_held_out, centroids(of_train, labels[train]))
 
         with quick_fits(), ThreadPoolExecutor(min(torch.get_num_threads(), len(folds))) as pool:
-            list(tqdm(pool.map(fit_fold, folds), "choose the readers", len(folds), unit="fold", disable=None))
+            list(tqdm(pool.map(fit_fold, folds), "choose linear models", len(folds), unit="fold", disable=None))
 
     def choose(self, n_components: Sequence[int] | None = None) -> ReaderChoice:
         """Choose components, regularisation, weights and temperature by their out-of-fold score.
