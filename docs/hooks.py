@@ -28,7 +28,9 @@ ROOMS = {
 FROM_ROOMS = {
     "inference.export": ["export_onnx"],
     "inference.gene_states": ["GeneNetwork", "gene_embeddings", "gene_network", "nearest_genes"],
-    "inference.plots": ["confusion", "label_curve", "loss_curves", "sections", "umap", "umaps"],
+    "inference.plots": [
+        *("confusion", "label_curve", "loss_curves", "mapping", "network", "sections", "umap", "umaps", "volcano"),
+    ],
     "search.search_space": ["SearchSpace", "TrialModel"],
 }
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
+    from .gene_states import GeneNetwork
+
 _MISSING = "lightgray"
 _OWN_UMAP = "stformer_umap"  # in uns: checksum of the obsm["X_umap"] that `umap` wrote
 _MOST_COLUMNS = 4
@@ -608,6 +610,65 @@ def volcano(
     return _save(ax, save)
 
 
+def network(
+    genes: GeneNetwork,
+    group: str | None = None,
+    *,
+    n_edges: int = 50,
+    title: str = "",
+    save: str | Path | None = None,
+) -> Axes:
+    """Plot the edges with the largest scores as arrows from the gene that is read to the gene that reads it.
+
+    The width of an arrow is its score, the colour the co-expression of the genes (gray if it is not defined): what the
+    model adds to co-expression are the wide arrows that are pale.
+
+    Parameters
+    ----------
+    genes : GeneNetwork
+        Result of `gene_network`.
+    group : str, optional
+        Group of cells; needed if there are several.
+    n_edges : int, default: 50
+        Number of edges.
+    title : str, default: ""
+        Title of the plot.
+    save : str or Path, optional
+        PNG to write.
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    ValueError
+        The group is unknown, or not given although there are several; no pair of it was scored.
+    """
+    import networkx
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    graph = genes.graph(group, n_edges)
+    if not graph.number_of_edges():
+        raise ValueError("No pair of genes was scored in this group: lower min_cells of gene_network.")
+    score, coexpression = (
+        np.array(list(networkx.get_edge_attributes(graph, name).values())) for name in ("score", "coexpression")
+    )
+    scale = ScalarMappable(Normalize(-1, 1), "coolwarm")
+    colours = [scale.to_rgba(r) if np.isfinite(r) else _MISSING for r in coexpression]
+    places = networkx.spring_layout(graph.to_undirected(), seed=0)
+    names = {node: symbol or node for node, symbol in graph.nodes(data="symbol")}
+    ax = _axes(8, 7)
+    networkx.draw_networkx_edges(graph, places, ax=ax, edge_color=colours, width=(3 * score / score.max()).tolist())
+    networkx.draw_networkx_labels(graph, places, names, ax=ax, font_size=8)
+    ax.figure.colorbar(scale, ax=ax, label="co-expression (Pearson's r)", shrink=0.6)
+    ax.set(title=title or f"{len(score)} edges by {genes.method}")
+    ax.margins(0.1)
+    ax.axis("off")
+    return _save(ax, save)
+
+
 def _add_legend(figure: Figure, panels: np.ndarray, legend: list[Line2D] | ScalarMappable, color: str, title: str):
     """Add the legend of all panels, see `_colours`, and the title."""
     if isinstance(legend, list):
@@ -638,4 +699,4 @@ def _save(ax: Axes, save: str | Path | None) -> Axes:
     return ax
 
 
-__all__ = ["confusion", "label_curve", "loss_curves", "mapping", "sections", "umap", "umaps", "volcano"]
+__all__ = ["confusion", "label_curve", "loss_curves", "mapping", "network", "sections", "umap", "umaps", "volcano"]

@@ -15,6 +15,7 @@ from scipy import sparse
 
 from ..genes.text_files import naming
 from ..genes.wrong_names import must_have
+from ..models.gene_bert.cell_counts import split_features
 from ..models.gene_bert.cell_tables import CellTable, find_table, is_spatialdata
 from .anndata_files import Tables
 from .formats import local_path, read_layers
@@ -56,7 +57,7 @@ def read_anndata(path: str | Path, layer: str | None = None, backed: bool = Fals
         `obsm["spatial"]`, see `add_coordinates`. For files that hold no AnnData, the counts in X (float32), obs, and
         in var the columns of the gene table.
     layer : str or None
-        The layer in it.
+        The layer in it, with which `open_source` finds the counts: for X of antibodies alone, their feature type.
 
     Raises
     ------
@@ -74,7 +75,7 @@ def read_anndata(path: str | Path, layer: str | None = None, backed: bool = Fals
     if not (path.suffix.lower() == ".h5mu" or path.name.lower().endswith((".zarr", ".zarr.zip"))):
         known = find_format(path)
         if known is not None and known.name != "h5ad":
-            return _read_counts(path, layer), None
+            return _read_counts(path, layer)
         with naming(path, "h5ad"):
             return read_h5ad(path, backed="r" if backed else None), layer
     found = read_layers(path)
@@ -91,11 +92,20 @@ def read_anndata(path: str | Path, layer: str | None = None, backed: bool = Fals
     return adata, layer
 
 
-def _read_counts(path: Path, layer: str | None) -> AnnData:
+def _read_counts(path: Path, layer: str | None) -> tuple[AnnData, str | None]:
+    """Read the counts into memory, where they are once: their arrays grow in place, block by block."""
     source = open_source(path, layer, fractional=True)  # who uses the counts checks whether they may be fractional
-    X = sparse.vstack(list(source.blocks(_ROWS)), format="csr", dtype=np.float32)
+    data, indices, ends = np.empty(0, np.float32), np.empty(0, np.int32), [np.zeros(1, np.int64)]
+    for block in source.blocks(_ROWS):
+        start = len(data)
+        for array, part in ((data, block.data), (indices, block.indices)):
+            array.resize(start + block.nnz, refcheck=False)
+            array[start:] = part
+        ends.append(block.indptr[1:] + np.int64(start))
+    X = sparse.csr_matrix((data, indices, np.concatenate(ends)), shape=source.shape)
     var = source.genes.frame.set_axis(make_index_unique(pd.Index(source.genes.gene_ids)), axis=0)
-    return AnnData(X, obs=source.obs.rename_axis(None), var=var)
+    own = None if split_features(var) is None else source.counts_in  # X without genes has the name of its type
+    return AnnData(X, obs=source.obs.rename_axis(None), var=var), own
 
 
 def find_placed_table(cells: AnnData | MuData | SpatialData, layer: str | None = None) -> CellTable:

@@ -177,6 +177,8 @@ class CenterMaskSampler(Dataset):
         Gene of each column, see `resolve_genes`; None if columns are only numbered.
     section_key : str or None
         Column of obs from which `from_anndata` took the sections.
+    has_sections : bool
+        Whether a column says which section a cell is in; all cells form one section otherwise.
     n_cell_types, n_genes : int
         Number of cell types (codes are below it), and of columns of expression.
 
@@ -236,6 +238,7 @@ class CenterMaskSampler(Dataset):
         self._lengths: np.ndarray | None = None
         self.cell_types: list[str] | None = None
         self.section_key: str | None = None
+        self.has_sections = tissue_section_colname is not None
         self.normalize = normalize
         names = column_of(metadata, cell_id_colname)
         points = read_points(metadata, [x, y] if z is None else [x, y, z], names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,9 +10,13 @@ from transformers import PreTrainedModel
 
 from ..models.gene_bert.gene_columns import strip_versions
 
+logger = logging.getLogger(__name__)
+
 
 def fit_sampler(model: PreTrainedModel, sampler: Any, name: str, learn: bool) -> None:
     """Check a sampler against a model, and complete the model's configuration.
+
+    A warning is logged if the model was trained with sections, and the sampler has none.
 
     Parameters
     ----------
@@ -32,6 +37,11 @@ def fit_sampler(model: PreTrainedModel, sampler: Any, name: str, learn: bool) ->
     if config is None or getattr(config, "model_type", None) != "cell_neighborhood":
         return
     check_sampler_fits(model, sampler, name)
+    if config.section_key is not None and not sampler.has_sections:
+        logger.warning(
+            f"The model was trained with the sections of obs[{config.section_key!r}], and {name} was made without "
+            "sections: all of its cells are treated as one. Make it with section_key if they are of several sections."
+        )
     if not learn:
         return
     if config.gene_ids is None and sampler.gene_ids is not None:

@@ -28,7 +28,10 @@ _received: dict[tuple[int, int], torch.Tensor] = {}  # in the main process: (wor
 
 
 class CollatedBatch(dict):
-    """A collated batch, whose tensors a worker sends to its loader through one slot of shared memory."""
+    """A collated batch, whose tensors a worker sends to its loader through one slot of shared memory.
+
+    To write one to a file that `torch.load` reads, save `dict(batch)`.
+    """
 
     def __copy__(self) -> CollatedBatch:
         return CollatedBatch(self)

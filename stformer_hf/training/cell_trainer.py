@@ -134,6 +134,8 @@ class CellTrainer(MeasuredTrainer):
         self.max_tokens_per_batch = max_tokens_per_batch
         self.sampling = _sampling_of(sampling, train_dataset)
         self._drawn: tuple[Any, WeightedDraw] | None = None  # the dataset, and the draw of its rows
+        if isinstance(kwargs.get("model"), torch.nn.DataParallel):
+            kwargs["model"] = kwargs["model"].module  # which is checked; Trainer wraps it itself for several GPUs
         super().__init__(train_dataset=without_empty_cells(train_dataset), eval_dataset=eval_dataset, **kwargs)
         self.data_collator = self._check_identities(self.model)
         collator = self._eval_collator = self.data_collator

@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 from anndata import AnnData
 
+from stformer_hf.inference.gene_states import GeneNetwork
+
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("agg")
 
@@ -247,3 +249,26 @@ def test_a_umap_is_that_of_the_embedding_drawn_and_leaves_the_users_own(tmp_path
     assert np.array_equal(adata.obsm["X_umap"], own)
     with pytest.raises(ValueError, match="no obsm\\['X_none'\\]"):
         plots.umap(adata, "g", use_rep="X_none")
+
+
+def test_a_network_has_an_arrow_per_edge_with_its_score_and_coexpression(tmp_path):
+    scores = np.array([[np.nan, 4, 2], [1, np.nan, np.nan], [np.nan, 3, np.nan]], np.float32)
+    coexpression = np.array([[1, 0.5, np.nan], [0.5, 1, -1], [np.nan, -1, 1]], np.float32)
+    genes = pd.DataFrame({"gene_id": ["ENSG1", "ENSG2", "ENSG3"], "symbol": ["A", "", "C"]})
+    both = {"T": scores, "none": np.full_like(scores, np.nan)}
+    n_cells, correlations = ({name: of for name in both} for of in (np.ones((3, 3), np.int32), coexpression))
+    found = GeneNetwork(genes, both, n_cells, correlations, "attention")
+    ax = plots.network(found, "T", n_edges=3, save=tmp_path / "n.png")
+    assert sorted(text.get_text() for text in ax.texts) == ["A", "C", "ENSG2"]
+    assert (tmp_path / "n.png").stat().st_size > 1000 and ax.get_title() == "3 edges by attention"
+    colours = matplotlib.colormaps["coolwarm"]
+    # From ENSG2 to A, ENSG2 to C and C to A; the fourth pair is not among the three strongest.
+    expected = {3.0: colours(0.75), 2.25: colours(0.0), 1.5: matplotlib.colors.to_rgba("lightgray")}
+    drawn = {arrow.get_linewidth(): arrow.get_edgecolor() for arrow in ax.patches}
+    assert drawn.keys() == expected.keys()
+    for width, colour in expected.items():
+        np.testing.assert_allclose(drawn[width], colour, atol=0.01)
+    with pytest.raises(ValueError, match="There is no group None; groups are T, none"):
+        plots.network(found)
+    with pytest.raises(ValueError, match="No pair of genes was scored in this group: lower min_cells"):
+        plots.network(found, "none")

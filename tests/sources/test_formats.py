@@ -4,6 +4,7 @@ import gc
 import gzip
 import os
 import shutil
+import tracemalloc
 import zipfile
 
 import anndata
@@ -146,6 +147,19 @@ def test_antibodies_are_kept_apart(tmp_path):
     proteins = open_source(tmp_path / "a.h5", layer="Antibody Capture")
     np.testing.assert_array_equal(read(proteins), adata.X.toarray()[:, 1::2])
     assert proteins.genes.gene_ids.tolist() == adata.var_names[1::2].tolist()
+
+
+def test_counts_that_become_an_anndata_are_in_memory_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(read_anndata.__globals__, "_ROWS", 100)
+    counts = sparse.random(2000, 300, 0.5, "csr", np.float32, np.random.default_rng(0), lambda n: np.arange(n) % 300)
+    genes = pd.DataFrame(index=[f"g{i}" for i in range(300)])
+    write_tenx_h5(tmp_path / "a.h5", AnnData(counts, var=genes))
+    tracemalloc.start()
+    cells, _ = read_anndata(tmp_path / "a.h5")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (cells.X != counts).nnz == 0 and cells.X.dtype == np.float32 and cells.X.indices.dtype == np.int32
+    assert peak < 1.5 * (cells.X.data.nbytes + cells.X.indices.nbytes)
 
 
 def test_several_genomes_are_named(tmp_path):
@@ -468,8 +482,9 @@ def test_an_anndata_of_any_format_has_its_counts_obs_and_genes(tmp_path):
     assert layer is None and cells.obs_names.tolist() == ["a", "b", "c"]
     assert cells.var_names.is_unique and cells.var["gene_id"].tolist() == ids[:3]
     np.testing.assert_array_equal(cells.X.toarray(), counts[:, :3])
-    antibodies = read_anndata(folder, "Antibody Capture")[0]
+    antibodies, layer = read_anndata(folder, "Antibody Capture")
     np.testing.assert_array_equal(antibodies.X.toarray(), counts[:, 3:])
+    np.testing.assert_array_equal(read(open_source(antibodies, layer)), counts[:, 3:])
 
     original = make_adata(6, 4)
     store = CellStore.build(tmp_path / "store", original, obs="all", report=False)

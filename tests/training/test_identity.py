@@ -303,6 +303,17 @@ def test_a_collator_that_numbers_classes_otherwise_is_refused(cell_store, tmp_pa
     assert collator.label2id is None  # the caller's own: it may meet another model
 
 
+def test_a_model_in_data_parallel_is_checked_as_the_model_inside(cell_store, tmp_path):
+    settings = {"args": arguments(tmp_path), "train_dataset": cell_store}
+    model = torch.nn.DataParallel(classifier(["B", "A"]))
+    trainer = CellTrainer(
+        model=model, data_collator=DataCollatorForCellClassification(make_tokenizer(), "type"), **settings
+    )
+    assert trainer.data_collator.label2id == {"B": 0, "A": 1}
+    with pytest.raises(ValueError, match="does not fit the model"):
+        CellTrainer(model=model, processing_class=make_tokenizer("other order"), **settings)
+
+
 def test_several_labels_are_in_the_models_order(cells, tmp_path):
     cells.obs["b"] = np.resize([0, 1, 1], 20)
     cells.obs["a"] = np.resize([1, 0], 20)
@@ -464,6 +475,19 @@ def test_every_sampler_is_the_models_or_refused(tissue, tmp_path, name, place):
     else:
         with pytest.raises(ValueError, match="_dataset (has|returns|numbers)"):
             bring_together()
+
+
+def test_cells_without_the_sections_of_the_model_are_told(tissue, tmp_path, caplog):
+    """Also where the column has no usual name; the sections of a metadata table have no column of obs."""
+    model = neighborhood_model()
+    NeighborhoodTrainer(arguments(tmp_path), sample(tissue), model=model, eval_dataset=sample(tissue[:20].copy()))
+    x, y = tissue.obsm["spatial"].T
+    table = tissue.obs.assign(cell=tissue.obs_names, x=x, y=y, code=0)
+    columns = {"cell_id_colname": "cell", "cell_type_colname": "code", "tissue_section_colname": "part"}
+    trainer = NeighborhoodTrainer(arguments(tmp_path), CenterMaskSampler(table, tissue, 4.0, **columns), model=model)
+    assert "section" not in caplog.text
+    trainer.evaluate(sample(tissue, section_key=None))
+    assert "trained with the sections of obs['part'], and eval_dataset was made without sections" in caplog.text
 
 
 def test_sections_that_were_not_named_are_told(tissue, caplog):
