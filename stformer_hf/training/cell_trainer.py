@@ -219,12 +219,6 @@ class CellTrainer(MeasuredTrainer):
     def _is_packed(self) -> bool:
         return getattr(self.data_collator, "packing", False)
 
-    def _remove_unused_columns(self, dataset, description=None):
-        return dataset  # the collator takes what it needs, such as cell_id
-
-    def _get_collator_with_removed_columns(self, data_collator, description=None):
-        return data_collator
-
     def get_train_sampler(self) -> Sampler | None:
         """Return the sampler of the training rows.
 
@@ -308,9 +302,6 @@ class CellTrainer(MeasuredTrainer):
         others = tokenizer.add_cls + tokenizer.add_eos + len(tokenizer.included_phenotypes)
         return np.minimum(dataset.lengths + others, tokenizer.max_length)
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
-        return SequentialSampler(eval_dataset) if hasattr(eval_dataset, "__len__") else None
-
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training: bool = False, dataloader_key=None
     ) -> DataLoader:
@@ -331,13 +322,15 @@ class CellTrainer(MeasuredTrainer):
                         f"{type(dataset).__name__}: multiple processes cannot evaluate on a stream, because some "
                         "cells would count twice. Evaluate on a CellStore or a datasets.Dataset."
                     )
-                drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-                try:  # every cell is evaluated, and gets a prediction
+                own = self.args.dataloader_drop_last, self.args.remove_unused_columns
+                # Every cell is evaluated, and gets a prediction; the collator takes what it needs, such as cell_id.
+                self.args.dataloader_drop_last = self.args.remove_unused_columns = False
+                try:
                     return super()._get_dataloader(
-                        dataset, description, batch_size, sampler_fn, is_training, dataloader_key
+                        dataset, description, batch_size, _in_order, is_training, dataloader_key
                     )
                 finally:
-                    self.args.dataloader_drop_last = drop_last
+                    self.args.dataloader_drop_last, self.args.remove_unused_columns = own
         finally:
             self.data_collator = training_collator
         args, collator, n_workers = self.args, self.data_collator, self.args.dataloader_num_workers
@@ -786,6 +779,10 @@ class CellTrainer(MeasuredTrainer):
         names = [name for name in self.label_names if isinstance(inputs.get(name), torch.Tensor)]
         rows = filling_cells(self.accelerator, len(inputs[names[0]])) if names else None
         return inputs if rows is None else without_labels(inputs, names, rows)
+
+
+def _in_order(dataset: Any) -> SequentialSampler | None:
+    return SequentialSampler(dataset) if hasattr(dataset, "__len__") else None
 
 
 def _sampling_of(sampling: Mapping[str, Any] | None, dataset: Any) -> dict[str, Any] | None:

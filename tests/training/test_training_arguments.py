@@ -353,9 +353,7 @@ def test_one_handler_saves_on_a_signal(store, tokenizer, tmp_path):
 # Private methods of Trainer that the trainers here override, because no public one or callback does the same.
 OVERRIDDEN = {
     "_build_accelerator_args": "DDP must not search for unused parameters",
-    "_get_collator_with_removed_columns": "collators read columns that the model does not",
     "_get_dataloader": "the samplers, collators and streams of this package",
-    "_get_eval_sampler": "the order of the dataset",
     "_get_num_items_in_batch": "masked cells of neighbourhoods are the items",
     "_get_train_sampler": "the order of the cells",
     "_init_training_state": "the order is checked after auto_find_batch_size",
@@ -364,7 +362,6 @@ OVERRIDDEN = {
     "_maybe_log_save_evaluate": "the clock stops for it",
     "_prepare_for_training": "the clock is reset",
     "_prepare_inputs": "DeepSpeed must not cast counts",
-    "_remove_unused_columns": "as _get_collator_with_removed_columns",
     "_run_epoch": "a finished run makes no step",
     "_save": "out-of-fold predictions, and cards that PEFT would overwrite",
     "_save_checkpoint": "an unfinished checkpoint is marked, and the order is saved",
