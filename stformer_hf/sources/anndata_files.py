@@ -174,7 +174,11 @@ def _is_zarr(path: Path) -> bool:
 
 def _is_collection(path: Path) -> bool:
     """Return whether a zarr group holds whole AnnData, as annbatch's collections do; it is read as any folder is."""
-    return path.is_dir() and not (path / "obs").exists() and any((part / "obs").exists() for part in path.iterdir())
+    return path.is_dir() and not (path / "obs").exists() and any(map(_has_tables, path.iterdir()))
+
+
+def _has_tables(path: Path) -> bool:
+    return (path / "obs").exists() and (path / "var").exists()  # the tables of a SpatialData may have one such name
 
 
 @reads("h5ad", lambda path: path.suffix.lower() == ".h5ad" and path.is_file())

@@ -196,7 +196,7 @@ def open_source(
         Where the counts are: `X`, `raw`, or the name of a layer; for 10x files also a feature type (such as
         `Antibody Capture`) or, if there are multiple, a genome; for MuData and SpatialData also the modality or
         table, as in `prot` or `prot:counts`, see `choose_table`. By default the first of X, raw and the layer
-        `counts` that holds counts.
+        `counts` that holds counts; with `fractional`, the first that holds whole counts, if one does.
     fractional : bool, default: False
         Whether counts may be fractional (RSEM, SoupX).
 
@@ -215,8 +215,8 @@ def open_source(
     name, table, layers, layer = find_layers(source, layer)
     with naming(name):
         by_name = {found.name: found for found in layers}
-        problems = {name: partial(_probe, found, fractional) for name, found in by_name.items()}
-        found = by_name[choose_counts(problems, layer, name + table)]
+        problems = {name: partial(_probe, found) for name, found in by_name.items()}
+        found = by_name[choose_counts(problems, layer, fractional, name + table)]
         key = None
         if isinstance(found.matrix, StoreMatrix):
             key = found.matrix.key

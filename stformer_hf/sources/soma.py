@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from .registry import Layer, reads
 _ID = "soma_joinid"
 # Columns of names: those of tiledbsoma.io, then those of the Census, whose obs has none.
 _CELL_NAMES, _GENE_NAMES = ("obs_id",), ("var_id", "feature_id")
+_REMEDY = "Name a sparse one with layer=…, or write this one again with tiledbsoma.SparseNDArray."
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class SomaPlace:
     """
 
     uri: str
-    config: dict[str, Any]
+    config: dict[str, Any] = field(repr=False)  # it may hold passwords
     timestamp: int | None
 
     @classmethod
@@ -81,11 +83,20 @@ class SomaMatrix(Matrix):
         return sparse.csr_matrix((values, places), shape=(len(ids), self.shape[1]))
 
     def _array(self) -> Any:
+        """Return the open array.
+
+        Raises
+        ------
+        ValueError
+            It is dense.
+        """
         if self._process != os.getpid():  # handles must not cross a fork
             self._experiment, self._process = self._place.open(), os.getpid()
         found = self._experiment
         for name in self._key:
             found = found[name]
+        if not found.is_sparse:
+            raise ValueError(f"{'/'.join(self._key)} is a dense array, and only sparse ones are read. {_REMEDY}")
         return found
 
     def close(self) -> None:
@@ -125,8 +136,13 @@ class Measurements:
         """Return the matrices of a measurement."""
         with self.place.open() as experiment:
             measurement = experiment.ms[name]
-            obs, var = (table.read().concat().to_pandas() for table in (experiment.obs, measurement.var))
-            return _layers(self.place, measurement, name, obs, var)
+            rows = np.sort(experiment.obs.read(column_names=[_ID]).concat()[_ID].to_numpy())
+            var = measurement.var.read().concat().to_pandas()
+            return _layers(self.place, measurement, name, rows, lambda: _obs_of(self._read_obs()), var)
+
+    def _read_obs(self) -> pd.DataFrame:
+        with self.place.open() as experiment:
+            return experiment.obs.read().concat().to_pandas()
 
 
 def is_soma(value: Any) -> bool:
@@ -143,14 +159,20 @@ def find_soma(source: Any) -> tuple[str, list[Layer] | Measurements]:
     if not _is_query(source):
         return source.uri, Measurements(SomaPlace.of(source))
     experiment, name = source.experiment, source.measurement_name
-    obs, var = (read().concat().to_pandas() for read in (source.obs, source.var))
-    return experiment.uri, _layers(SomaPlace.of(experiment), experiment.ms[name], name, obs, var)
+    found, var = (read().concat().to_pandas() for read in (source.obs, source.var))
+    rows, obs = np.sort(found[_ID].to_numpy()), _obs_of(found)
+    return experiment.uri, _layers(SomaPlace.of(experiment), experiment.ms[name], name, rows, lambda: obs, var)
 
 
 @reads("TileDB-SOMA", lambda path: (path / "__tiledb_group.tdb").exists())
 def _read_soma(path: Path) -> Measurements:
-    place = SomaPlace(str(path.resolve()), {}, None)
-    with place.open() as experiment:
+    soma = _import_soma()
+    with soma.open(str(path.resolve())) as experiment:
+        if not isinstance(experiment, soma.Experiment):
+            kind = type(experiment).__name__
+            raise ValueError(
+                f"{path} is a {kind} of TileDB-SOMA, and an Experiment is needed: pass the folder of one."
+            )
         return Measurements(SomaPlace.of(experiment))
 
 
@@ -166,12 +188,25 @@ def _named(table: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
     return (table if name == _ID else table.drop(columns=name)).set_index(index)
 
 
-def _layers(place: SomaPlace, measurement: Any, name: str, obs: pd.DataFrame, var: pd.DataFrame) -> list[Layer]:
-    """Return the matrices of a measurement, of the cells and genes of two tables."""
-    obs, var = _named(obs, _CELL_NAMES), _named(var, _GENE_NAMES)
-    rows, columns = obs.pop(_ID).to_numpy(), var.pop(_ID).to_numpy()
-    for column in obs.select_dtypes("category"):  # of all cells, also if these are few
+def _obs_of(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the obs of some cells, with the categories that these cells have."""
+    obs = _named(table, _CELL_NAMES).drop(columns=_ID)
+    for column in obs.select_dtypes("category"):
         obs[column] = obs[column].cat.remove_unused_categories()
+    return obs
+
+
+def _layers(
+    place: SomaPlace,
+    measurement: Any,
+    name: str,
+    rows: np.ndarray,
+    obs: Callable[[], pd.DataFrame],
+    var: pd.DataFrame,
+) -> list[Layer]:
+    """Return the matrices of a measurement, of the cells with these ids and the genes of a table."""
+    var = _named(var, _GENE_NAMES)
+    columns = var.pop(_ID).to_numpy()
 
     def neighbors(key: str) -> Matrix:
         if key not in graphs:
@@ -183,7 +218,7 @@ def _layers(place: SomaPlace, measurement: Any, name: str, obs: pd.DataFrame, va
     for key in measurement.X.keys():
         matrix = SomaMatrix(place, ("ms", name, "X", key), rows, columns)
         # tiledbsoma.io writes X as `data`
-        found += by_feature_type("X" if key == "data" else key, matrix, var, lambda: obs, neighbors)
+        found += by_feature_type("X" if key == "data" else key, matrix, var, obs, neighbors)
     return found
 
 

@@ -16,6 +16,7 @@ from stformer_hf import (
     SingleCellMemMapDataset,
     embed,
 )
+from stformer_hf.sources.open_source import open_source
 
 IDS = [f"ENSG{i:011d}" for i in range(1, 6)]
 SYMBOLS = ["CD4", "GAPDH", "ACTB", "CD8A", "MS4A1"]
@@ -256,6 +257,18 @@ def test_estimated_counts_pass_every_door_that_is_asked(tokenizer, model, tmp_pa
     np.testing.assert_array_equal(adata.obsm["X_stformer"], plain.obsm["X_stformer"])
     store = CellStore.build(tmp_path / "s", adata, fractional=True, report=False)
     assert tokens_of(tokenizer, tokenizer(store.__getitems__([0, 1]))) == EXPECTED
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_logarithms_are_not_taken_for_estimated_counts(tokenizer, tmp_path):
+    """A door that accepts fractions finds the counts where one finds them that does not."""
+    adata = cells(IDS)
+    adata.layers["counts"], adata.X = adata.X.copy(), np.log1p(adata.X)
+    assert tokens_of(tokenizer, tokenizer(adata, fractional=True)) == EXPECTED
+    store = CellStore.build(tmp_path / "s", adata, fractional=True, report=False)
+    assert tokens_of(tokenizer, tokenizer(store.__getitems__([0, 1]))) == EXPECTED
+    del adata.layers["counts"]
+    assert open_source(adata, fractional=True).counts_in == "X", "if there is nothing better"
 
 
 @pytest.mark.filterwarnings("ignore")

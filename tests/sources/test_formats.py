@@ -509,3 +509,10 @@ def test_a_collection_of_annbatch_is_a_folder_of_files(tmp_path, name):
     assert store.obs_names.tolist() == [cell for adata in parts for cell in adata.obs_names]
     with pytest.raises(ValueError, match="is a folder of files, and one source is needed here: .*dataset_0, or build"):
         open_source(tmp_path / name)
+
+
+def test_a_spatialdata_whose_table_is_named_obs_is_not_a_collection(tmp_path):
+    zarr.open_group(str(tmp_path / "a.zarr"), mode="w", zarr_format=2).create_group("tables")
+    adata = make_adata(5, 4)
+    adata.write_zarr(tmp_path / "a.zarr" / "tables" / "obs")
+    np.testing.assert_array_equal(read(open_source(tmp_path / "a.zarr")), adata.X.toarray())

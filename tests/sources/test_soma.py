@@ -1,5 +1,6 @@
 """Experiments of TileDB-SOMA: any cells and genes of any query are those that tiledbsoma itself returns."""
 
+import gc
 import pickle
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from scipy import sparse
 import stformer_hf
 from stformer_hf import CellStore
 from stformer_hf.sources.open_source import open_source
+from stformer_hf.sources.read_anndata import read_anndata
+from stformer_hf.sources.soma import SomaPlace
 
 N_CELLS, N_GENES = 60, 25
 
@@ -92,6 +95,7 @@ def test_layers_and_measurements_are_chosen_by_name(path, soma):
     with pytest.raises(ValueError, match="X holds fractional values"):
         read(open_source(path, "X"))
     assert open_source(path, "X", fractional=True).counts_in == "X"
+    assert read_anndata(path)[0].X.max() == read(open_source(path)).max(), "the same counts as of a build"
     proteins = open_source(path, "ADT")
     assert proteins.shape == (N_CELLS, 2)
     np.testing.assert_array_equal(read(proteins), read(open_source(path))[:, :2])
@@ -144,6 +148,31 @@ def test_tables_without_names(path, soma, tmp_path):
     assert genes.index.tolist() == ["y", "x", "z"] and genes.columns.tolist() == ["soma_joinid", "n"]
 
 
+def test_what_is_not_read_is_named(path, soma, tmp_path):
+    import tiledbsoma.io
+
+    dense = AnnData(np.ones((3, 2)), var=pd.DataFrame(index=["a", "b"]))
+    tiledbsoma.io.from_anndata(str(tmp_path / "e"), dense, measurement_name="RNA", X_kind=soma.DenseNDArray)
+    with pytest.raises(ValueError, match="ms/RNA/X/data is a dense array, and only sparse ones are read"):
+        open_source(tmp_path / "e")
+    with pytest.raises(ValueError, match="ms is a Collection of TileDB-SOMA, and an Experiment is needed"):
+        open_source(f"{path}/ms")
+
+
+def test_an_open_experiment_leaves_obs_on_disk(path, soma):
+    def tables() -> int:
+        gc.collect()
+        return sum(isinstance(found, pd.DataFrame) and "cell_type" in found for found in gc.get_objects())
+
+    before = tables()
+    source = open_source(path)
+    assert source.obs["n"].size == N_CELLS and tables() > before
+    source.keep_obs([])
+    assert tables() == before
+    with soma.Experiment.open(path, context=soma.SOMATileDBContext({"vfs.s3.aws_secret_access_key": "pw"})) as found:
+        assert "pw" not in repr(SomaPlace.of(found)) and "pw" in SomaPlace.of(found).config.values()
+
+
 def test_streams_and_commands_read_experiments(path, tmp_path):
     from stformer_hf.cli import main
 
@@ -153,19 +182,7 @@ def test_streams_and_commands_read_experiments(path, tmp_path):
     assert sum(1 for _ in stream) == N_CELLS
     adata = AnnData(store.rows(slice(None)), var=store.genes.frame.set_index("gene_id"))
     stformer_hf.annotate(adata, model)
-    main(
-        [
-            "annotate",
-            "--data",
-            path,
-            "--model",
-            str(tmp_path / "m"),
-            "--output",
-            str(tmp_path / "a.h5ad"),
-            "--layer",
-            "raw",
-        ]
-    )
+    main(["annotate", "--data", path, "--model", str(tmp_path / "m"), "--output", str(tmp_path / "a.h5ad")])
     found = read_h5ad(tmp_path / "a.h5ad").obs
     assert found["stformer_label"].tolist() == adata.obs["stformer_label"].tolist()
     assert found.index.tolist() == store.obs_names.tolist()

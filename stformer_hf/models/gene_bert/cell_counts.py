@@ -317,14 +317,15 @@ def _find_counts(adata, layer: str | None, fractional: bool, name: str) -> tuple
             del found[key]
     read: dict[str, tuple] = {}
 
-    def problem_in(key: str) -> str | None:
-        matrix = found[key][0]()
-        read[key] = matrix, csr_rows(matrix)
+    def problem_in(key: str, fractional: bool) -> str | None:
+        if key not in read:
+            matrix = found[key][0]()
+            read[key] = matrix, csr_rows(matrix)
         values = read[key][1].counts
         return check_counts(values, fractional)[1] or (None if values.any() else NO_COUNTS)
 
-    chosen = choose_counts({key: partial(problem_in, key) for key in found}, layer, name)
-    problem = problem_in(chosen) if chosen not in read else check_counts(read[chosen][1].counts, fractional)[1]
+    chosen = choose_counts({key: partial(problem_in, key) for key in found}, layer, fractional, name)
+    problem = problem_in(chosen, fractional)
     if problem not in (None, NO_COUNTS):
         raise ValueError(f"{name}: counts are needed, but {chosen} holds {problem}. {_REMEDY}")
     return *read[chosen], found[chosen][1]
@@ -333,15 +334,22 @@ def _find_counts(adata, layer: str | None, fractional: bool, name: str) -> tuple
 _REMEDY = "Put the raw counts into X, raw or a layer, and name it with layer=…; estimated counts need fractional=True."
 
 
-def choose_counts(problems: Mapping[str, Callable[[], str | None]], layer: str | None, source: str) -> str:
+def choose_counts(
+    problems: Mapping[str, Callable[[bool], str | None]], layer: str | None, fractional: bool, source: str
+) -> str:
     """Choose the matrix that holds the counts: the requested one, else the first of X, raw and counts that does.
+
+    Logarithms look like fractional counts, so a matrix of whole numbers is preferred, wherever it is.
 
     Parameters
     ----------
     problems : mapping of str to callable
-        Function per matrix that returns what is wrong with its values, None if nothing is, `NO_COUNTS` if all are 0.
+        Function per matrix that returns what is wrong with its values, None if nothing is, `NO_COUNTS` if all are 0;
+        its argument is whether they may be fractional.
     layer : str, optional
         `X`, `raw`, the name of a layer, or a feature type.
+    fractional : bool
+        Whether counts may be fractional.
     source : str
         Name of the source, for errors.
 
@@ -358,15 +366,16 @@ def choose_counts(problems: Mapping[str, Callable[[], str | None]], layer: str |
         if layer not in problems:
             raise ValueError(f"{source} has no layer {layer!r}; available: {', '.join(problems) or 'no matrix'}.")
         return layer
-    found = {}
-    for candidate in ("X", "raw", "counts"):
-        if candidate in problems:
-            found[candidate] = problems[candidate]()
-            if found[candidate] is None:
-                return candidate
+    found: dict[str, str | None] = {}
+    for allowed in (False, True) if fractional else (False,):
+        for candidate in ("X", "raw", "counts"):
+            if candidate in problems:
+                found[candidate] = problems[candidate](allowed)
+                if found[candidate] is None:
+                    return candidate
     if NO_COUNTS in found.values():  # no counts, and none elsewhere
         return next(name for name, problem in found.items() if problem == NO_COUNTS)
-    holders = [name for name, problem in problems.items() if name not in found and problem() is None]
+    holders = [name for name, problem in problems.items() if name not in found and problem(fractional) is None]
     said = "; ".join(f"{where} holds {problem}" for where, problem in found.items()) or "it has no X"
     remedy = f"{', '.join(map(repr, holders))} holds counts: pass layer={holders[0]!r}." if holders else _REMEDY
     raise ValueError(f"{source}: no counts found: {said}. {remedy}")
