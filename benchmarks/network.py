@@ -139,8 +139,8 @@ def _compare(folder: Path, method: str, seeds: list[int]) -> dict[str, Any]:
         known = np.isfinite(scores).all(axis=0)
         scores = [of[known] for of in scores]
         n_top = len(scores[0]) // 100
-        top = [np.argsort(-of, kind="stable")[:n_top] for of in scores]
+        first, second = (np.argsort(-of, kind="stable")[:n_top] for of in scores)
         stability["spearman"].append(float(spearmanr(*scores).statistic))
-        stability["top_share"].append(len(np.intersect1d(*top)) / n_top)
+        stability["top_share"].append(len(np.intersect1d(first, second)) / n_top)
         stability["same_edges"].append(float(len(np.intersect1d(*(of["edges"][:FEW_EDGES] for of in (one, other))))))
     return {**figures, **{f"stability_{name}": of for name, of in stability.items()}}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -291,7 +292,7 @@ def network(results: dict) -> str:
     return "\n".join([*lines, f"| peak memory, MB | {' | '.join(f'{peak:,.0f}' for peak in peaks.values())} |"])
 
 
-TABLES = {
+TABLES: dict[str, Callable[[dict], str]] = {
     "annotate_2026-11-29": annotate_rejection,
     "annotate_2026-11-29 mapping": annotate_mapping,
     "annotate_2026-11-29 across": partial(annotate_mapping, across=True),
