@@ -11,6 +11,7 @@ from scipy import linalg, sparse
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from threadpoolctl import threadpool_limits
 
 N_GENES = 2000
 N_COMPONENTS = 50
@@ -124,7 +125,10 @@ def rotate_genes(values: sparse.csr_array) -> tuple[np.ndarray, Callable[[np.nda
     to_genes : callable
         Weights (d, k) of a reader of the features -> its weights (n_genes, k).
     """
-    spread, vectors = linalg.eigh(_dot_products(values), overwrite_a=True)
+    with threadpool_limits(
+        1, "blas"
+    ):  # else the basis, and what is fitted to few digits in it, depends on the threads
+        spread, vectors = linalg.eigh(_dot_products(values), overwrite_a=True)
     kept = spread > spread[-1] * 1e-10
     scale, vectors = np.sqrt(spread[kept]), vectors[:, kept]
     return vectors * scale, lambda weights: values.T @ (vectors @ (weights / scale[:, None]))

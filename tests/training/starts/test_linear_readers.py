@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from scipy import sparse
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_info, threadpool_limits
 
+from stformer_hf.evaluation import readers
 from stformer_hf.evaluation.readers import rotate_genes
 from stformer_hf.training.starts.classifier_start import _principal_scores
 from stformer_hf.training.starts.linear_readers import PREFERRED, Problem, ReaderTrials, inner_folds, log_softmax
@@ -31,6 +33,20 @@ def test_a_reader_of_rotated_genes_is_the_reader_of_the_genes():
     weight = to_genes(reader.weight)
     expected = log_softmax(values @ slow.coef_.T + slow.intercept_)
     np.testing.assert_allclose(log_softmax(values @ weight + reader.bias), expected, atol=0.02)
+
+
+def test_a_rotation_uses_one_thread(monkeypatch):
+    """With 2 threads the basis of 2,100 cells is another, and readers fitted to few digits make other choices."""
+    threads, solve = [], readers.linalg.eigh
+
+    def eigh(*args, **kwargs):
+        threads.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr(readers.linalg, "eigh", eigh)
+    with threadpool_limits(2, "blas"):
+        rotate_genes(cells()[0])
+    assert threads and set(threads) == {1}
 
 
 @given(st.integers(0, 10_000), st.sampled_from([0.01, 0.1, 0.6]), st.integers(1, 50))
