@@ -621,8 +621,8 @@ def _open_folder(folder: Path, settings: dict, state: PartialState | None) -> No
     other = [name for name in settings if found.get(name) != settings[name]]
     if other:
         raise ValueError(
-            f"{folder} holds results of another {other[0]} ({found.get(other[0])!r}, now {settings[other[0]]!r}): "
-            "choose another folder, or remove it."
+            f"{folder} holds results of other settings: {other[0]} was {found.get(other[0])!r} and is "
+            f"{settings[other[0]]!r}. Choose another folder, or remove it."
         )
 
 

@@ -259,7 +259,7 @@ def test_a_killed_run_resumes_to_the_same_table(cells, tmp_path, fails_at, monke
     np.testing.assert_allclose(saved["goal_shift"], whole["goal_shift"])
     with torch.no_grad():
         model.embeddings.word_embeddings.weight += 0.1
-    with pytest.raises(ValueError, match="holds results of another weights"):
+    with pytest.raises(ValueError, match="holds results of other settings: weights was"):
         perturb(cells, model, genes, output=tmp_path / "p", **settings)
 
 
@@ -270,11 +270,11 @@ def test_a_folder_of_another_tokenizer_or_of_other_genes_is_not_resumed(cells, t
     perturb(cells, model, genes, tokenizer=tokenizer, **settings)
     shorter = make_tokenizer(cells, "binned")
     shorter.max_length = 9
-    with pytest.raises(ValueError, match="holds results of another tokenizer"):
+    with pytest.raises(ValueError, match="holds results of other settings: tokenizer was"):
         perturb(cells, model, genes, tokenizer=shorter, **settings)
     renamed = cells.copy()
     renamed.var_names = [*cells.var_names[:3], *cells.var_names[:2:-1]]
-    with pytest.raises(ValueError, match="holds results of another genes"):
+    with pytest.raises(ValueError, match="holds results of other settings: genes was"):
         perturb(renamed, model, genes, tokenizer=tokenizer, **settings)
 
 

@@ -66,7 +66,7 @@ class Linear:
 
 @dataclass
 class ReaderChoice:
-    """_Settings chosen by inner cross-validation.
+    """Settings chosen by inner cross-validation.
 
     Attributes
     ----------
