@@ -26,7 +26,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -73,11 +73,16 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), help="all by default")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--types", type=int, default=6, help="types of a set that are left out, one after the other")
-    parser.add_argument("--output", type=Path, default="benchmark_annotate.json", help="JSON file to write")
+    parser.add_argument(
+        "--output", type=Path, default="benchmark_annotate.json", help="JSON file to write; other rows in it are kept"
+    )
     args = parser.parse_args(arguments)
-    about = {"python": platform.python_version(), "reject": REJECT, "types": args.types}
+    about = {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "reject": REJECT}
     about |= {name: version(name) for name in ("stformer_hf", "torch", "scikit-learn")}
-    found: dict[str, Any] = {"about": about, "rejection": [], "mapping": []}
+    found: dict[str, Any] = {"rejection": [], "mapping": []}
+    if args.output.exists():
+        found = json.loads(args.output.read_text(encoding="utf-8"))
+    found["about"] = about
     for name in args.sets:
         try:
             cells = load(name, args.data_folder)
@@ -86,20 +91,24 @@ def run(arguments: list[str]) -> None:
             continue
         if "rejection" in args.tables:
             for left_out in choose_types(cells, args.types):
-                found["rejection"] += leave_out(name, cells, left_out)
-                _write(args.output, found)
+                _add(args.output, found, "rejection", leave_out(name, cells, left_out))
         if "mapping" in args.tables and GROUP in cells.obs:
             for split in full_splits(cells):
-                found["mapping"] += map_split(name, cells, split)
-                _write(args.output, found)
+                _add(args.output, found, "mapping", map_split(name, cells, split))
     if "across" in args.tables and {"demo", "citeseq"} <= set(args.sets):
-        found["mapping"] += map_across(args.data_folder)
-        _write(args.output, found)
+        _add(args.output, found, "mapping", map_across(args.data_folder))
     print(tables(found))
 
 
-def _write(path: Path, found: dict[str, Any]) -> None:
-    Path(path).write_text(json.dumps(found, indent=1), encoding="utf-8")
+def _add(path: Path, found: dict[str, Any], table: str, rows: list[dict[str, Any]]) -> None:
+    """Add rows to a table, in place of those of an earlier run, and write the file."""
+
+    def key(row: dict[str, Any]) -> tuple:
+        return row["set"], row.get("left_out", row.get("seed")), row["method"]
+
+    made = {key(row) for row in rows}
+    found[table] = [row for row in found[table] if key(row) not in made] + rows
+    path.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 def choose_types(cells: AnnData, n_types: int) -> list[str]:
@@ -335,18 +344,21 @@ def map_onto(name: str, seed: int, reference: AnnData, query: AnnData) -> list[d
 
 
 def tables(found: dict[str, Any]) -> str:
-    """Write the records as tables: means over the left-out types, and over the seeds."""
-    lines = []
-    if found["rejection"]:
-        lines += [
-            "| set | method | types | AUROC | known rejected | most in a class | unknown accepted | accuracy | ECE |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
-    for key in dict.fromkeys((one["set"], one["method"]) for one in found["rejection"]):
-        of = [one for one in found["rejection"] if (one["set"], one["method"]) == key]
+    """Write the records as tables."""
+    return "\n\n".join([rejection_table(found["rejection"]), mapping_table(found["mapping"])])
+
+
+def rejection_table(records: list[dict[str, Any]]) -> str:
+    """Return means over the left-out types; "most in a class" is of the known classes with 20 test cells or more."""
+    lines = [
+        "| set | method | types | AUROC | known rejected | most in a class | unknown accepted | accuracy | "
+        "ECE without -> with temperature |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, method, of in _by_method(records):
         mean = {
-            name: np.mean([one[name] for one in of])
-            for name in ("auroc", "known_rejected", "unknown_accepted", "accuracy")
+            key: np.mean([one[key] for one in of])
+            for key in ("auroc", "known_rejected", "unknown_accepted", "accuracy")
         }
         classes: dict[str, list] = {}
         for one in of:
@@ -359,23 +371,29 @@ def tables(found: dict[str, Any]) -> str:
         ]
         ece = ""
         if "ece" in of[0]:
-            ece = " -> ".join(
-                f"{np.mean([one[name] for one in of]):.3f}" for name in ("ece_without_temperature", "ece")
-            )
+            ece = " -> ".join(f"{np.mean([one[key] for one in of]):.3f}" for key in ("ece_without_temperature", "ece"))
+        most = f"{max(large):.3f}" if large else ""
         lines.append(
-            f"| {key[0]} | {key[1]} | {len(of)} | {mean['auroc']:.3f} | {mean['known_rejected']:.3f} | "
-            f"{max(large, default=float('nan')):.3f} | {mean['unknown_accepted']:.3f} | {mean['accuracy']:.3f} | "
-            f"{ece} |"
+            f"| {name} | {method} | {len(of)} | {mean['auroc']:.3f} | {mean['known_rejected']:.3f} | {most} | "
+            f"{mean['unknown_accepted']:.3f} | {mean['accuracy']:.3f} | {ece} |"
         )
-    if found["mapping"]:
-        lines += ["", "| set | method | accuracy | by seed | balanced | known rejected |", "|---|---|---|---|---|---|"]
-    for key in dict.fromkeys((one["set"], one["method"]) for one in found["mapping"]):
-        of = [one for one in found["mapping"] if (one["set"], one["method"]) == key]
+    return "\n".join(lines)
+
+
+def mapping_table(records: list[dict[str, Any]]) -> str:
+    """Return means over the seeds."""
+    lines = ["| set | method | accuracy | by seed | balanced | known rejected |", "|---|---|---|---|---|---|"]
+    for name, method, of in _by_method(records):
         each = ", ".join(f"{one['accuracy']:.3f}" for one in of)
         rejected = [one["known_rejected"] for one in of if one["known_rejected"] is not None]
         lines.append(
-            f"| {key[0]} | {key[1]} | {np.mean([one['accuracy'] for one in of]):.3f} | {each} | "
+            f"| {name} | {method} | {np.mean([one['accuracy'] for one in of]):.3f} | {each} | "
             f"{np.mean([one['balanced_accuracy'] for one in of]):.3f} | "
             f"{f'{np.mean(rejected):.3f}' if rejected else ''} |"
         )
     return "\n".join(lines)
+
+
+def _by_method(records: list[dict[str, Any]]) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+    for key in dict.fromkeys((one["set"], one["method"]) for one in records):
+        yield *key, [one for one in records if (one["set"], one["method"]) == key]

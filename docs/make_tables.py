@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -235,7 +237,66 @@ def perturb_interferon(results: dict) -> str:
     return "\n".join(lines)
 
 
-TABLES = {
+METHODS = {
+    "annotate": "`annotate(reject=0.05)`",
+    "annotate, folds by plate": "the same, `split_by` the plate",
+    "map_to_reference, classifier": "`map_to_reference`, embedding of a classifier of the reference",
+    "map_to_reference, no labels": "`map_to_reference`, embedding that saw no labels",
+    "lr": "logistic regression",
+    "pca50_knn": "15-NN in 50 PCs",
+}
+
+
+def annotate_rejection(results: dict) -> str:
+    """Return what is rejected of known cells, and accepted of cells of types that were left out."""
+    return _of_annotate(results["rejection"], "rejection_table")
+
+
+def annotate_mapping(results: dict, across: bool = False) -> str:
+    """Return the accuracy of labels mapped from other plates, or from another experiment."""
+    return _of_annotate([row for row in results["mapping"] if (" onto " in row["set"]) == across], "mapping_table")
+
+
+def _of_annotate(records: list[dict], table: str) -> str:
+    sys.path.insert(0, str(ROOT))
+    from benchmarks import annotate
+
+    return getattr(annotate, table)([{**row, "method": METHODS[row["method"]]} for row in records])
+
+
+def network(results: dict) -> str:
+    """Return the agreement, stability and cost of networks of genes, means over models or pairs of them."""
+    rows = {
+        "pairs": ("n_pairs", "{:,.0f}"),
+        "agreement, Spearman": ("spearman", "{:+.2f}"),
+        "agreement, strongest 1 % of the pairs (chance: .01)": ("top_share", "{:.2f}"),
+        "median absolute correlation, 1,000 strongest edges": ("of_edges", "{:.2f}"),
+        "median absolute correlation, all pairs": ("of_all", "{:.2f}"),
+        "stability, Spearman": ("stability_spearman", "{:.2f}"),
+        "stability, strongest 1 % of the pairs": ("stability_top_share", "{:.2f}"),
+        "stability, the same edges among the 100 strongest": ("stability_same_edges", "{:.0f}"),
+        "processor time, s": ("cpu_seconds", "{:,.0f}"),
+    }
+    methods = results["methods"]
+    lines = [f"| mean (range) | {' | '.join(methods)} |", "|---" * (len(methods) + 1) + "|"]
+    for name, (key, shown) in rows.items():
+        cells = []
+        for of in methods.values():
+            low, mean, high = (shown.format(value) for value in (min(of[key]), np.mean(of[key]), max(of[key])))
+            cells.append(mean if low == high else f"{mean} ({low} to {high})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    peaks = {
+        method: max(row["peak_mb"] for way, row in results["scored"].items() if way.startswith(method))
+        for method in methods
+    }
+    return "\n".join([*lines, f"| peak memory, MB | {' | '.join(f'{peak:,.0f}' for peak in peaks.values())} |"])
+
+
+TABLES: dict[str, Callable[[dict], str]] = {
+    "annotate_2026-11-29": annotate_rejection,
+    "annotate_2026-11-29 mapping": annotate_mapping,
+    "annotate_2026-11-29 across": partial(annotate_mapping, across=True),
+    "network_2026-11-28": network,
     "scale_2026-11-28": scale_sizes,
     "scale_2026-11-28 memory": scale_memory,
     "scale_2026-11-28 workers": scale_workers,

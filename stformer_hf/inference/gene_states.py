@@ -153,7 +153,7 @@ def _contextual(
     n_cells = np.zeros(n_types * n_genes, np.int64)
     for batch in batches:
         batch = batch.to(encoder.device)
-        of_token, of_cell = places[batch.genes], types.codes[batch.rows]
+        of_token, of_cell = places[batch.genes], types.codes[batch.rows].astype(np.int64)
         wanted = (of_token >= 0) & (of_cell >= 0)[:, None]
         if not wanted.any():
             continue
@@ -432,7 +432,7 @@ def gene_network(
     ------
     ValueError
         There are too many genes for the number of groups (5,000 for one group); a gene or the column is unknown; a
-        number is below 1; the model reads neighbourhoods, or is not a GeneBert.
+        number is below 1; the model reads neighbourhoods, is not a GeneBert, or is one whose attention has no effect.
 
     Notes
     -----
@@ -452,6 +452,13 @@ def gene_network(
     attentions = [module for module in encoder.modules() if isinstance(module, GeneBertAttention)]
     if not attentions:
         raise ValueError(f"gene_network reads the attention of GeneBert models, got {type(encoder).__name__}.")
+    unit = torch.eye(encoder.config.hidden_size, device=encoder.device, dtype=encoder.dtype)
+    if not any(_has_effect(module, unit) for module in attentions):
+        raise ValueError(
+            "No gene has an effect on the state of another in this model: the outputs of its attention are 0, as in a "
+            "whole-cell model at its start, before the first step (and after finetune, if cross-validation chose no "
+            "training). Train it first, or pass a pretrained model."
+        )
     source = open_source(adata, layer, fractional)
     group_of = _groups(source, groups)
     n_genes = genes if isinstance(genes, int) else len(genes)
@@ -504,6 +511,12 @@ def gene_network(
         dict(zip(names, _coexpression(source, columns, places, group_of, len(chosen)), strict=True)),
         method,
     )
+
+
+@torch.no_grad()
+def _has_effect(attention: GeneBertAttention, unit: torch.Tensor) -> bool:
+    """Return whether any input changes the output of an attention, its adapters included."""
+    return bool((attention.out_lin(unit) != attention.out_lin(torch.zeros_like(unit))).any())
 
 
 def _attention(

@@ -100,6 +100,22 @@ def test_states_are_means_within_cell_types(model, adata):
     assert "cell_type" not in over_all.obs and over_all.obs_names.is_unique
 
 
+def test_states_of_more_genes_than_a_byte_can_number():
+    adata = make_adata(9, 300)
+    tokenizer = GeneTokenizer(adata.var_names.tolist(), bin_edges=[0.5], max_length=12)
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+    model = GeneBertModel(GeneBertConfig.from_tokenizer(tokenizer, **sizes)).eval()
+    model.tokenizer = tokenizer
+    found = gene_embeddings(model, adata=adata, cell_type_key="cell_type")
+    kinds = adata.obs["cell_type"]
+    tokens = [
+        (adata.var_names[i], kinds.iloc[row]) for row, genes, _ in one_by_one(model, adata) for i in genes[genes >= 0]
+    ]
+    expected = pd.Series(tokens).value_counts().to_dict()
+    rows = zip(found.obs["gene_id"], found.obs["cell_type"], strict=True)
+    assert dict(zip(rows, found.obs["n_cells"], strict=True)) == expected
+
+
 def test_nearest_genes_by_their_cosine(model):
     states = gene_embeddings(model)
     found = nearest_genes(states, ["SYM3"], n_neighbors=4)
@@ -219,6 +235,17 @@ def test_edges_agreement_and_files(model, adata, tmp_path):
         network.save(tmp_path / "edges.txt")
     with pytest.raises(ValueError, match="There is no group 'NK'"):
         network.save(tmp_path / "edges.csv", group="NK")
+
+
+def test_a_model_whose_genes_have_no_effect_on_one_another_has_no_network(model, adata):
+    attentions = [layer.attention for layer in model.layers]
+    for attention in attentions:
+        torch.nn.init.zeros_(attention.out_lin.weight)
+    for method in ("attention", "gradient"):
+        with pytest.raises(ValueError, match="No gene has an effect .* the outputs of its attention are 0"):
+            gene_network(model, adata, genes=4, min_cells=1, method=method)
+    torch.nn.init.eye_(attentions[-1].out_lin.weight)
+    assert np.nanmax(gene_network(model, adata, genes=4, min_cells=1, method="gradient").scores["all"]) > 0
 
 
 def test_what_is_refused(model, adata, caplog):

@@ -143,20 +143,6 @@ def test_numbers_and_several_labels(kind):
     assert reader(features).shape == (120, 2) and problem.score(reader(features), labels) > 0.9
 
 
-@pytest.mark.usefixtures("two_folds")
-def test_the_last_digits_of_the_genes_do_not_change_the_readers():
-    """The order of a sum, which depends on the number of threads, is that of the columns here."""
-    values, labels = cells(100)
-    genes, _ = rotate_genes(values)
-    problem = Problem(CLASSES, 3)
-    folds = inner_folds(problem, labels, None, 0)
-    one, other = (
-        ReaderTrials(problem, labels, folds, lambda t, h: lambda n: (genes[t, :5], genes[h, :5]), of, [5])
-        for of in (genes, np.ascontiguousarray(genes[:, ::-1]))
-    )
-    np.testing.assert_allclose(one._wides[1.0], other._wides[1.0], atol=1e-8)
-
-
 def test_classes_that_a_fold_lacks_and_a_single_class():
     problem = Problem(CLASSES, 4)
     reader = problem.fit(np.eye(6), np.array([0, 0, 2, 2, 2, 0]), 1.0)
