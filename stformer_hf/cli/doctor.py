@@ -27,6 +27,7 @@ EXTRAS = {
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "stformer-hf export"),
     "scib": (("scib_metrics",), "integration metrics of stformer-hf evaluate"),
     "scvi": (("scvi",), "scVI as a baseline of stformer-hf evaluate"),
+    "soma": (("tiledbsoma",), "experiments of TileDB-SOMA as input"),
     "spatialdata": (("spatialdata",), "SpatialData as input"),
 }
 

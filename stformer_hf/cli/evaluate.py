@@ -52,7 +52,7 @@ class EvaluateArguments:
     )
     seed: int = field(default=0, metadata={"help": "seed of folds, draws and clusters"})
     workers: int = field(default=1, metadata={"help": "number of tasks that run at once, one per row and fold"})
-    engine: str = field(default="local", metadata={"help": "where they run: local, or ray (on a cluster)"})
+    engine: str = field(default="local", metadata={"help": "where workers run: local, or ray (on a cluster)"})
     batch_size: int = field(default=64, metadata={"help": "cells per batch of the model"})
     overwrite: bool = field(default=False, metadata={"help": "replace the files of an earlier evaluation"})
 

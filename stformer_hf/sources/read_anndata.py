@@ -17,7 +17,6 @@ from ..genes.text_files import naming
 from ..genes.wrong_names import must_have
 from ..models.gene_bert.cell_counts import split_features
 from ..models.gene_bert.cell_tables import CellTable, find_table, is_spatialdata
-from ..models.gene_bert.gene_columns import GENES
 from .anndata_files import Tables
 from .formats import local_path, read_layers
 from .open_source import open_source
@@ -105,8 +104,7 @@ def _read_counts(path: Path, layer: str | None) -> tuple[AnnData, str | None]:
         ends.append(block.indptr[1:] + np.int64(start))
     X = sparse.csr_matrix((data, indices, np.concatenate(ends)), shape=source.shape)
     var = source.genes.frame.set_axis(make_index_unique(pd.Index(source.genes.gene_ids)), axis=0)
-    kinds = list(split_features(var) or [GENES])
-    own = None if GENES in kinds else kinds[0]  # the name of X
+    own = None if split_features(var) is None else source.counts_in  # X without genes has the name of its type
     return AnnData(X, obs=source.obs.rename_axis(None), var=var), own
 
 

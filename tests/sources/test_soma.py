@@ -103,19 +103,6 @@ def test_layers_and_measurements_are_chosen_by_name(path, soma):
         open_source(path, "nothing")
 
 
-def test_counts_beside_antibodies_become_an_anndata(soma, tmp_path):
-    import tiledbsoma.io
-
-    counts = sparse.csr_matrix(np.arange(6, dtype=np.float32).reshape(2, 3))
-    var = pd.DataFrame({"feature_types": ["Gene Expression", "Antibody Capture", "Gene Expression"]}, list("abc"))
-    tiledbsoma.io.from_anndata(str(tmp_path / "e"), AnnData(np.log1p(counts), var=var), measurement_name="RNA")
-    with soma.Experiment.open(str(tmp_path / "e"), "w") as experiment:
-        tiledbsoma.io.add_X_layer(experiment, "RNA", "raw", counts)
-    adata, layer = read_anndata(tmp_path / "e")
-    source = open_source(adata, layer)
-    np.testing.assert_array_equal(read(source), counts[:, [0, 2]].toarray())
-
-
 @given(data=st.data())
 def test_a_query_holds_its_cells_and_genes(path, soma, data):
     cells = data.draw(st.lists(st.integers(0, N_CELLS - 1), min_size=1, unique=True))

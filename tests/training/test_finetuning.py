@@ -204,6 +204,22 @@ def test_training_is_chosen_only_where_it_beats_the_start(labelled, monkeypatch)
     finetune(store_like, "type")
 
 
+@pytest.mark.usefixtures("two_folds")
+def test_training_is_not_chosen_by_the_fold_that_it_is_judged_on(monkeypatch):
+    """The first epoch is the best over all cells, but in neither fold is the best one of the other better."""
+    shares = iter([(0.5, 1.0, 0.0), (0.5, 0.4, 1.0)])  # of cells that are right at the start and after each epoch
+
+    def outputs(prepared, labels, train, held_out, arguments):
+        right = np.arange(len(held_out)) < len(held_out) * np.array(next(shares))[:, None]
+        return np.eye(3)[np.where(right, labels[held_out], (labels[held_out] + 1) % 3)]
+
+    monkeypatch.setattr(finetuning, "FEW_LABELS", 40)
+    monkeypatch.setattr(finetuning, "_outputs_of_epochs", outputs)
+    monkeypatch.setattr(finetuning.CellTrainer, "train", None)
+    model = finetune(make_cells(180), "type")
+    assert next(shares, None) is None and model.out_of_fold is not None
+
+
 def test_the_gain_of_training_is_not_that_of_the_best_of_several_epochs():
     """With scores of chance the gain is 0 on average, and exceeds its standard error as often as it should."""
     rng = np.random.default_rng(0)
