@@ -29,6 +29,7 @@ NOT_RUN = {
         "accelerate launch --config_file recipes/accelerate/ddp.yaml -m stformer_hf.cli pretrain "
         "--config recipes/gene_bert_base.yaml --data atlas --output model"
     ],
+    "docs/data.md": ["import cellxgene_census, tiledbsoma"],
     "docs/export.md": ["from torchao.quantization import Int8WeightOnlyConfig"],
     "docs/index.md": ["pip install '.[demo]'"],
     "docs/models.md": ["pip install ./packages/fetal_tiny"],

@@ -143,7 +143,7 @@ def test_what_a_model_cannot_read_is_told():
     with pytest.raises(ValueError, match="values: only for the binned scheme"):
         GeneTokenizer(["a"], scheme="rank", medians=[1.0], values=True)
     config.position_embedding_type, config.max_position_embeddings = "learned", 20
-    with pytest.raises(ValueError, match="A cell has .* tokens, but the model 20 positions"):
+    with pytest.raises(ValueError, match="A cell has .* tokens, but the model has 20 positions"):
         GeneBertModel(config)(**batch)
     for wrong, said in (
         ({"norm_type": "batch_norm"}, "norm_type must be 'layer_norm' or 'rms_norm'"),

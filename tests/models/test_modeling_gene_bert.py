@@ -163,7 +163,7 @@ def test_position_embeddings_are_resized(config, tmp_path):
         short = {name: tensor[:, :8] for name, tensor in batch.items()}
         with torch.no_grad():
             before = model(**short)[0]
-            with pytest.raises(ValueError, match="the model 8 positions"):
+            with pytest.raises(ValueError, match="the model has 8 positions"):
                 model(**batch)
             model.resize_position_embeddings(12)
             torch.testing.assert_close(model(**short)[0], before)
