@@ -298,7 +298,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "annotate_2026-11-29 across": partial(annotate_mapping, across=True),
     "network_2026-11-28": network,
     "scale_2026-11-28": scale_sizes,
-    "scale_2026-11-28 memory": scale_memory,
+    "scale_cold_2026-11-29": scale_memory,
     "scale_2026-11-28 workers": scale_workers,
     "scale_2026-11-28 codecs": scale_codecs,
     "quality_2026-11-28": quality_all_labels,
