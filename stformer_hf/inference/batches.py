@@ -180,8 +180,8 @@ def run(
     Raises
     ------
     ValueError
-        The batch size is below 1; there are no cells; outputs are NaN or infinite; several processes are requested
-        cells that are not in a store, or in two ways.
+        The batch size is below 1; there are no cells; outputs are NaN or infinite; `workers` or `engine` is set for
+        cells that are not in a store, or under accelerate, which divides the cells itself.
     """
     check_engine(engine, workers)
     here = runs_here(engine, workers)

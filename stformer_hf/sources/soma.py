@@ -110,13 +110,13 @@ class SomaMatrix(Matrix):
 
 
 def _as_slice(ids: np.ndarray) -> Any:
-    """Return ids as TileDB reads them fastest: a slice, which includes its end, if there are no gaps."""
+    """Return consecutive ids as a slice with its end included, which TileDB reads fastest; return others unchanged."""
     return slice(int(ids[0]), int(ids[-1])) if ids[-1] - ids[0] == len(ids) - 1 else ids
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """The measurements of an experiment, of which one is read, like one modality of a MuData.
+    """The measurements of an experiment. One of them is read, as one modality of a MuData is.
 
     Attributes
     ----------

@@ -38,7 +38,7 @@ def _headers_of(file: RemoteFile) -> list[RemoteBatch]:
         header = file.read(at, min(at + _HEADER_BYTES, file.size))
         mark, length = np.frombuffer(header, "<i4", 2).tolist()
         if mark != -1 or length < 0 or at + 8 + length > file.size:
-            raise pa.ArrowInvalid(f"there is no message header at byte {at}")
+            raise pa.ArrowInvalid(f"no message header at byte {at}")
         if length == 0:  # the end of the stream
             break
         if 8 + length > len(header):

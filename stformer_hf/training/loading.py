@@ -126,7 +126,7 @@ def holds_model(folder: str | os.PathLike) -> bool:
 def find_installed(name: str) -> str | None:
     """Return the folder of a model that an installed package provides, by the name of the model.
 
-    Return None if there is no such model, or if a local file or folder has this name: local paths come first. A
+    Return None if no package provides it, or if a local file or folder has the same name, as local paths come first. A
     package provides a model with an entry point in the group `stformer_hf.models`, whose name is that of the model and
     whose object is the path of the folder.
     """
