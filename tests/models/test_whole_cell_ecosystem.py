@@ -274,10 +274,10 @@ def test_saved_and_loaded_by_the_auto_classes(tokenizer, batches, tmp_path, mode
         assert torch.equal(again.state_dict()[name], tensor), name
     for packing in (False, True):
         batch = {name: value for name, value in batches[packing].items() if name != "labels"}
-        with torch.no_grad():
-            assert torch.equal(again(**batch)[0], model(**batch)[0])
-            encoder = AutoModel.from_pretrained(tmp_path).eval()
-            assert torch.equal(encoder(**batch)[0], model.base_model(**batch)[0])
+        encoder = AutoModel.from_pretrained(tmp_path).eval()
+        with torch.no_grad():  # the weights are equal, but on some processors the sums depend on where they lie in memory
+            torch.testing.assert_close(again(**batch)[0], model(**batch)[0], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(encoder(**batch)[0], model.base_model(**batch)[0], rtol=1e-5, atol=1e-6)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.whole_cell
     assert loaded.fingerprint == tokenizer.fingerprint == again.config.vocabulary_fingerprint
