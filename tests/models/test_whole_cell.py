@@ -199,7 +199,7 @@ def test_a_cell_without_counts_is_finite_and_a_cell_of_hidden_genes_is_like_it(t
         assert np.abs(states - dense_views(model, counts * ~hidden, hidden)).max() < 1e-5
     everything = np.ones(counts.shape, bool)
     states = first_states(model, batch_of(tokenizer, counts, everything))
-    # All genes are absent: what rounding leaves of the sums, some 1e-8, is divided by 1e-6. A state of a cell is about 1.
+    # All genes are absent: what rounding leaves of the sums, about 1e-8, is divided by 1e-6. Cells have about 1.
     assert np.abs(states).max() < 0.2
 
 

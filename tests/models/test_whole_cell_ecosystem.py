@@ -275,7 +275,7 @@ def test_saved_and_loaded_by_the_auto_classes(tokenizer, batches, tmp_path, mode
     for packing in (False, True):
         batch = {name: value for name, value in batches[packing].items() if name != "labels"}
         encoder = AutoModel.from_pretrained(tmp_path).eval()
-        with torch.no_grad():  # the weights are equal, but on some processors the sums depend on where they lie in memory
+        with torch.no_grad():  # equal weights; on some processors, sums depend on their place in memory
             torch.testing.assert_close(again(**batch)[0], model(**batch)[0], rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(encoder(**batch)[0], model.base_model(**batch)[0], rtol=1e-5, atol=1e-6)
     loaded = AutoTokenizer.from_pretrained(tmp_path)

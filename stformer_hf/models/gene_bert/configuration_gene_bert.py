@@ -23,6 +23,7 @@ WHOLE_CELL = {
     "residual_init": "zero",
     "classifier_head": "linear",
     "classifier_dropout": 0.0,
+    "attention_probs_dropout_prob": 0.0,  # so that packed batches run on torch's varlen attention
 }
 
 # Every Auto class that a checkpoint answers to, so that it loads with `trust_remote_code=True` and no plugin.
@@ -309,7 +310,8 @@ class GeneBertConfig(PreTrainedConfig):
         size : {"tiny", "small", "base", "large"}, default: "base"
             See `from_size`.
         **kwargs
-            Any other field; overrides the values of size and tokenizer.
+            Any other field; overrides the values of size and tokenizer. Models for a whole-cell tokenizer have no
+            attention dropout in any size.
 
         Returns
         -------
