@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 
 import numpy as np
 
@@ -74,6 +74,10 @@ class BlockShuffleSampler(RowSampler):
         Rows per block; 1 is a full shuffle.
     seed : int, default: 0
         Seed of the order.
+    window : int, default: 1
+        Number of blocks whose rows are shuffled together. 512 blocks of 16 rows mix batches almost as a full shuffle
+        does, and are read from the disk as blocks: while a window is read, the blocks of the next one are asked for
+        (`CellStore.read_ahead`), so that the memory should hold two windows.
     rank, world_size : int, default: 0, 1
         Which of how many equal parts of the order to return; their sizes differ by at most one row. Keep the defaults
         if accelerate or Trainer prepares the loader, which divides the batches itself.
@@ -81,23 +85,52 @@ class BlockShuffleSampler(RowSampler):
     Raises
     ------
     ValueError
-        The rank is outside the world, or the block size is below 1.
+        The rank is outside the world, or the block size or the window is below 1.
     """
 
-    def __init__(self, store: Sized, block_size: int = 16, seed: int = 0, *, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        store: Sized,
+        block_size: int = 16,
+        seed: int = 0,
+        *,
+        window: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         super().__init__(Permutation(len(store)), seed, rank=rank, world_size=world_size)
-        if block_size < 1:
-            raise ValueError(f"block_size={block_size}: a block needs at least one row.")
-        self.store, self.block_size = store, block_size
+        self.store, self.block_size, self.window = store, block_size, window
+        self._order(0, 0)  # which checks both numbers
+
+    def _order(self, start: int, stop: int, window: int | None = None) -> np.ndarray:
+        window = self.window if window is None else window
+        return block_order(len(self.draw), self.block_size, self.seed, self.epoch, start, stop, window=window)
 
     def _sequence(self, start: int) -> Iterator[int]:
         first, stop = self._range()
+        read_ahead = getattr(self.store, "read_ahead", None)
+        if self.window > 1 and read_ahead is not None:
+            yield from self._in_windows(first + start, stop, read_ahead)
+            return
         for begin in range(first + start, stop, _AT_ONCE):  # the whole order is never in memory
-            end = min(begin + _AT_ONCE, stop)
-            yield from block_order(len(self.draw), self.block_size, self.seed, self.epoch, begin, end).tolist()
+            yield from self._order(begin, min(begin + _AT_ONCE, stop)).tolist()
+
+    def _in_windows(self, start: int, stop: int, read_ahead: Callable[[np.ndarray], None]) -> Iterator[int]:
+        """Yield the rows from start to stop; with the rows of each block, ask for a block of the next window."""
+        size = self.window * self.block_size
+        first = start // size * size
+        read_ahead(self._order(first, first + size, window=1))
+        for begin in range(first, stop, size):
+            end = begin + size
+            rows = self._order(max(begin, start), min(end, stop))
+            following = self._order(end, end + size if end < stop else end, window=1)
+            for block in range(0, max(len(rows), len(following)), self.block_size):
+                read_ahead(following[block : block + self.block_size])
+                yield from rows[block : block + self.block_size].tolist()
 
     def _settings(self) -> dict[str, object]:
-        return {**super()._settings(), "block_size": self.block_size, "order": ORDER}
+        windows = {"window": self.window} if self.window > 1 else {}  # absent from the states of earlier versions
+        return {**super()._settings(), "block_size": self.block_size, "order": ORDER, **windows}
 
 
 class SameSourceSampler(ResumableSampler[int]):

@@ -108,6 +108,11 @@ class ArrowRows:
         np.cumsum(lengths, out=indptr[1:])
         return indptr, *compact_rows.decode(bounds, codes, lengths, large, gene_type, count_type)
 
+    def read_ahead(self, rows: np.ndarray) -> None:
+        """Ask the system to read rows, of local files; return at once."""
+        for lists in (self._cells, self._large) if self._is_compact else (self._cells,):
+            self._ahead.ask_now(lists.ranges(lists.find(rows)[1]))
+
     def neighbors(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the neighbours of rows: indptr int64 (n + 1,), row numbers int64 and weights float32 (nnz,)."""
         [(indptr, (numbers, weights))] = self._gather(rows, (self._neighbors, ("uint32", "float32")))

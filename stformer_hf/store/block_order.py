@@ -12,7 +12,9 @@ _FEW = 4096  # up to so many blocks, for which six rounds are too few, the permu
 _STREAM = 0xB10C
 
 
-def block_order(n: int, block_size: int, seed: int, epoch: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+def block_order(
+    n: int, block_size: int, seed: int, epoch: int, start: int = 0, stop: int | None = None, *, window: int = 1
+) -> np.ndarray:
     """Return n rows in a random order of blocks; see `CellStore.block_shuffle`.
 
     Parameters
@@ -25,6 +27,8 @@ def block_order(n: int, block_size: int, seed: int, epoch: int, start: int = 0, 
         What the order depends on.
     start, stop : int
         Part of the order to return; by default all of it.
+    window : int, default: 1
+        Number of consecutive blocks whose rows are shuffled together.
 
     Returns
     -------
@@ -33,7 +37,7 @@ def block_order(n: int, block_size: int, seed: int, epoch: int, start: int = 0, 
     Raises
     ------
     ValueError
-        The block size is below 1.
+        The block size or the window is below 1.
 
     Notes
     -----
@@ -43,9 +47,25 @@ def block_order(n: int, block_size: int, seed: int, epoch: int, start: int = 0, 
     """
     if block_size < 1:
         raise ValueError(f"block_size={block_size}: a block needs at least one row.")
+    if window < 1:
+        raise ValueError(f"window={window}: a window needs at least one block.")
     stop = n if stop is None else min(stop, n)
-    n_whole, n_rest = divmod(n, block_size)
     keys = mix(np.arange(_ROUNDS + 1, dtype=np.uint64) ^ mix(_key(seed) ^ mix(_key(epoch) ^ mix(_key(_STREAM)))))
+    if window == 1:
+        return _in_blocks(n, block_size, keys, start, stop)
+    size = window * block_size
+    parts = [np.empty(0, np.int64)]
+    for number in range(start // size, -(-stop // size)):
+        first = number * size
+        rows = _in_blocks(n, block_size, keys, first, min(first + size, n))
+        rows = np.random.default_rng([*keys.tolist(), number]).permutation(rows)
+        parts.append(rows[max(start - first, 0) : stop - first])
+    return np.concatenate(parts)
+
+
+def _in_blocks(n: int, block_size: int, keys: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Return a part of the order of blocks, whose rows stay together."""
+    n_whole, n_rest = divmod(n, block_size)
     # The rows of the incomplete block come after so many rows of whole blocks.
     rest = int(keys[-1]) % (n_whole + 1) * block_size
     parts = []

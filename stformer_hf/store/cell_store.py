@@ -472,14 +472,26 @@ class CellStore:
             )
         return twins
 
-    def block_shuffle(self, block_size: int = 16, *, seed: int = 0, epoch: int = 0) -> np.ndarray:
+    def read_ahead(self, index) -> None:
+        """Ask the system to read rows from the disk, and return at once; does nothing for a remote store.
+
+        Parameters
+        ----------
+        index : slice, or array of int or bool
+            Rows that will be read soon.
+        """
+        self._rows.read_ahead(self._row_numbers(index))
+
+    def block_shuffle(self, block_size: int = 16, *, seed: int = 0, epoch: int = 0, window: int = 1) -> np.ndarray:
         """Return a random order of blocks of rows; the rows of a block stay together and are read at once.
 
         Parameters
         ----------
         block_size : int, default: 16
             Rows per block; 1 is a full shuffle. Rows that are adjacent on disk end up in the same batch, so use small
-            blocks, or a store built with `shuffle=True`, to keep batches mixed.
+            blocks, a `window`, or a store built with `shuffle=True`, to keep batches mixed.
+        window : int, default: 1
+            Number of consecutive blocks whose rows are shuffled together.
         seed, epoch : int, default: 0
             The order is a function of these two.
 
@@ -488,7 +500,7 @@ class CellStore:
         int64 array (n,)
             Every row once.
         """
-        return block_order(len(self), block_size, seed, epoch)
+        return block_order(len(self), block_size, seed, epoch, window=window)
 
     def verify(self) -> None:
         """Check every shard and the gene table against their checksums; remote files are downloaded for this.

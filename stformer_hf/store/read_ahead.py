@@ -72,10 +72,15 @@ class ReadAhead:
         """Ask for (file, start, stop) if it is on; call this before the batch is read, and `look` after."""
         if self._left:
             self._left -= 1
-            for file, start, stop in ranges:
-                file.ask_for(start, stop)
+            self.ask_now(ranges)
         if self._works and not self._left:
             self._waits = _waits()
+
+    def ask_now(self, ranges: Iterable[tuple[MappedFile, int, int]]) -> None:
+        """Ask for (file, start, stop) in any case."""
+        if self._works:
+            for file, start, stop in ranges:
+                file.ask_for(start, stop)
 
     def look(self) -> None:
         """Turn it on if the batch that was just read had to wait."""

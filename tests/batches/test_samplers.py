@@ -1,6 +1,7 @@
 """BlockShuffleSampler: blocks stay together, and any position gives the rest."""
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from torch.utils.data import DataLoader
 
 from stformer_hf import EvenBatchSampler
 from stformer_hf.batches.samplers import BlockShuffleSampler, SameSourceSampler
+from stformer_hf.store.block_order import block_order
+from stformer_hf.store.read_ahead import MappedFile
 
 
 def test_blocks_stay_together_in_the_order_of_the_store(store):
@@ -37,6 +40,59 @@ def test_a_loader_reads_the_rows(store):
     loader = DataLoader(store, batch_size=16, sampler=sampler, collate_fn=lambda batch: batch.cell_id.tolist())
     assert len(loader) == 4
     assert sum(loader, []) == store.block_shuffle(4).tolist()
+
+
+class Asked(Sequence):
+    """Rows that are also asked for beforehand, as those of a store on a disk."""
+
+    def __init__(self, n):
+        self.n, self.asked = n, []
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, row):
+        return row
+
+    def read_ahead(self, rows):
+        self.asked += rows.tolist()
+
+
+@given(
+    n=st.integers(0, 90),
+    block_size=st.integers(1, 6),
+    window=st.integers(2, 5),
+    world_size=st.integers(1, 3),
+    data=st.data(),
+)
+def test_the_rows_of_a_window_are_asked_for_before_they_are_read(n, block_size, window, world_size, data):
+    rank = data.draw(st.integers(0, world_size - 1))
+    store = Asked(n)
+    sampler = BlockShuffleSampler(store, block_size, 7, window=window, rank=rank, world_size=world_size)
+    order = block_order(n, block_size, 7, 0, window=window).tolist()
+    expected = order[rank * n // world_size : (rank + 1) * n // world_size]
+    n_taken = data.draw(st.integers(0, len(expected)))
+    sampler.load_state_dict(sampler.state_after(n_taken))
+    rows = []
+    for row in sampler:
+        assert row in store.asked
+        rows.append(row)
+    assert rows == expected[n_taken:]
+    size = window * block_size
+    assert len(set(store.asked)) == len(store.asked) <= len(rows) + 2 * size, "each once, and not the whole store"
+
+
+def test_a_store_is_asked_for_the_bytes_of_the_next_window(store, monkeypatch):
+    ranges = []
+    monkeypatch.setattr(MappedFile, "ask_for", lambda file, start, stop: ranges.append((start, stop)))
+    rows = list(BlockShuffleSampler(store, 4, window=3))
+    assert sorted(rows) == list(range(len(store)))
+    asked = sum(stop - start for start, stop in ranges)
+    one = ranges.copy()
+    ranges.clear()
+    store.read_ahead(slice(None))
+    assert asked == sum(stop - start for start, stop in ranges) > 0
+    assert len(one) > len(ranges), "block after block"
 
 
 @given(

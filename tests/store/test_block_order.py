@@ -4,6 +4,9 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 
 from stformer_hf.batches import samplers
 from stformer_hf.batches.samplers import BlockShuffleSampler
@@ -69,3 +72,28 @@ def test_a_sampler_joins_the_parts_that_it_computes(monkeypatch):
     assert list(sampler) == whole[25:].tolist()
     sampler.load_state_dict(sampler.state_after(9))
     assert list(sampler) == whole[34:].tolist()
+
+
+@given(
+    n=st.integers(0, 60),
+    block_size=st.integers(1, 7),
+    window=st.integers(1, 8),
+    seed=st.integers(0, 5),
+    data=st.data(),
+)
+def test_a_window_shuffles_the_rows_of_its_blocks(n, block_size, window, seed, data):
+    whole = block_order(n, block_size, seed, 1, window=window)
+    blocks, size = block_order(n, block_size, seed, 1), window * block_size
+    for first in range(0, n, size):
+        assert sorted(whole[first : first + size]) == sorted(blocks[first : first + size])
+    start = data.draw(st.integers(0, n))
+    stop = data.draw(st.integers(start, n))
+    np.testing.assert_array_equal(block_order(n, block_size, seed, 1, start, stop, window=window), whole[start:stop])
+
+
+def test_rows_of_a_window_are_at_each_place_equally_often():
+    orders = np.stack([block_order(12, 3, seed, 0, window=4) for seed in range(400)])
+    counts = np.stack([np.bincount(places, minlength=12) for places in orders.T])
+    expected = len(orders) / 12
+    assert ((counts - expected) ** 2 / expected).sum() < stats.chi2.ppf(0.999, 11 * 11)
+    assert len({tuple(block_order(12, 3, 0, epoch, window=4)) for epoch in range(9)}) == 9
