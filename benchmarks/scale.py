@@ -397,8 +397,15 @@ def memory(folder: Path, args: argparse.Namespace) -> dict:
     readers: dict[str, dict] = {
         "CellStore, random": {"reader": "ours"},
         "CellStore, blocks of 16": {"reader": "ours", "block_size": 16},
+        "CellStore, blocks of 16 in windows of 512": {"reader": "ours", "block_size": 16, "window": 512},
         "compact CellStore, random": {"reader": "ours", "store": "compact"},
         "compact CellStore, blocks of 16": {"reader": "ours", "store": "compact", "block_size": 16},
+        "compact CellStore, blocks of 16 in windows of 512": {
+            "reader": "ours",
+            "store": "compact",
+            "block_size": 16,
+            "window": 512,
+        },
         "shuffled CellStore, in order": {"reader": "ours", "store": "shuffled", "block_size": 0},
         "the same bytes, 16 threads, no cells made": {"reader": "bytes"},
         "bare int32 + float32 memory map, random": {"reader": "memory_map"},
@@ -434,10 +441,10 @@ def memory(folder: Path, args: argparse.Namespace) -> dict:
         for name in ("store", "compact", "shuffled")
     }
     print(f"\n{args.memory_cells:,} cells, {sizes_mb} MB, memory of {limit / 1e6:.0f} MB: {limited}, cold")
-    print(f"{'':<46}{'cells/s':>10}{'entropy':>9}{'distance':>10}{'peak MB':>9}")
+    print(f"{'':<50}{'cells/s':>10}{'entropy':>9}{'distance':>10}{'peak MB':>9}")
     for label, row in found.items():
         quality = f"{'':>19}" if row["entropy"] is None else f"{row['entropy']:>9.3f}{row['distance']:>10.3f}"
-        print(f"{label:<46}{row['cells_per_second']:>10,.0f}{quality}{row['peak_mb']:>9,.0f}")
+        print(f"{label:<50}{row['cells_per_second']:>10,.0f}{quality}{row['peak_mb']:>9,.0f}")
     return {"cells": args.memory_cells, "limit_mb": limit / 1e6, "limited": limited, "mb": sizes_mb, "rows": found}
 
 
@@ -450,12 +457,17 @@ def _stores(folder: Path, names: Sequence[str] = ("store", "compact", "shuffled"
             CellStore.build(folder / name, folder / "cells.h5ad", report=False, **settings[name])
 
 
-def read_cold(folder: Path, reader: str, limit: int, store: str = "store", block_size: int = 1) -> float:
+def read_cold(
+    folder: Path, reader: str, limit: int, store: str = "store", block_size: int = 1, window: int = 1
+) -> float:
     """Read cells from a cold cache, in this process, whose memory is limited first."""
     limited = _limit_memory(limit)
     (folder / "limited.json").write_text(json.dumps(limited))
     try:
-        read = _READERS[reader](folder, store, block_size)  # imports, opening
+        if reader == "ours":  # imports, opening
+            read = _ours(folder, store, block_size, window)
+        else:
+            read = _READERS[reader](folder, store, block_size)
         _drop_pages(folder)
         with clock():
             return read()
@@ -463,11 +475,15 @@ def read_cold(folder: Path, reader: str, limit: int, store: str = "store", block
         _drop_pages(folder)
 
 
-def _rows(n_cells: int, block_size: int) -> np.ndarray:
+def _rows(n_cells: int, block_size: int, window: int = 1) -> np.ndarray:
     """Return the rows to read: a part of a random order, or for block size 0 the first ones."""
     from stformer_hf.store.block_order import block_order
 
-    return np.arange(n_cells)[:READ] if block_size == 0 else block_order(n_cells, block_size, 0, 0)[:READ]
+    return (
+        np.arange(min(n_cells, READ))
+        if block_size == 0
+        else block_order(n_cells, block_size, 0, 0, 0, READ, window=window)
+    )
 
 
 def _batches(rows: np.ndarray) -> Iterator[np.ndarray]:
@@ -483,12 +499,15 @@ def _in_time(batches: Iterable) -> Iterator:
             break
 
 
-def _ours(folder: Path, store: str, block_size: int) -> Callable[[], int]:
-    from stformer_hf import CellStore, collate_cells
+def _ours(folder: Path, store: str, block_size: int, window: int) -> Callable[[], int]:
+    from torch.utils.data import BatchSampler
+
+    from stformer_hf import BlockShuffleSampler, CellStore, collate_cells
 
     cells = CellStore(folder / store)
-    rows = _rows(len(cells), block_size)
-    return lambda: sum(len(collate_cells(cells.__getitems__(batch))["cell_id"]) for batch in _in_time(_batches(rows)))
+    order = BlockShuffleSampler(cells, block_size, window=window) if block_size else range(len(cells))
+    batches = BatchSampler(itertools.islice(order, READ), BATCH, drop_last=False)
+    return lambda: sum(len(collate_cells(cells.__getitems__(batch))["cell_id"]) for batch in _in_time(batches))
 
 
 def _bytes(folder: Path, store: str, block_size: int) -> Callable[[], int]:
@@ -589,7 +608,6 @@ def _scdl(folder: Path, store: str, block_size: int) -> Callable[[], int]:
 
 
 _READERS = {
-    "ours": _ours,
     "bytes": _bytes,
     "memory_map": _memory_map,
     "sc_dataset": _sc_dataset,
@@ -633,7 +651,7 @@ def _order_of(settings: dict, n_cells: int) -> np.ndarray | None:
         fetch = 16 * BATCH
         rng = np.random.default_rng(0)
         return np.concatenate([rng.permutation(rows[start : start + fetch]) for start in range(0, READ, fetch)])
-    return _rows(n_cells, settings.get("block_size", 1))
+    return _rows(n_cells, settings.get("block_size", 1), settings.get("window", 1))
 
 
 def _entropy(order: np.ndarray, n_cells: int) -> float:
