@@ -11,6 +11,7 @@ from .draws import Draw, Permutation, draw_of
 from .length_sampler import ResumableSampler, as_ints, checksum
 
 _AT_ONCE = 1 << 16  # rows whose order is computed at once
+_ASKED = 64  # rows that are asked for at once
 
 
 class RowSampler(ResumableSampler[int]):
@@ -116,7 +117,7 @@ class BlockShuffleSampler(RowSampler):
             yield from self._order(begin, min(begin + _AT_ONCE, stop)).tolist()
 
     def _in_windows(self, start: int, stop: int, read_ahead: Callable[[np.ndarray], None]) -> Iterator[int]:
-        """Yield the rows from start to stop; with the rows of each block, ask for a block of the next window."""
+        """Yield the rows from start to stop, and ask for those of the next window a few at a time."""
         size = self.window * self.block_size
         first = start // size * size
         read_ahead(self._order(first, first + size, window=1))
@@ -124,9 +125,9 @@ class BlockShuffleSampler(RowSampler):
             end = begin + size
             rows = self._order(max(begin, start), min(end, stop))
             following = self._order(end, end + size if end < stop else end, window=1)
-            for block in range(0, max(len(rows), len(following)), self.block_size):
-                read_ahead(following[block : block + self.block_size])
-                yield from rows[block : block + self.block_size].tolist()
+            for at in range(0, max(len(rows), len(following)), _ASKED):
+                read_ahead(following[at : at + _ASKED])
+                yield from rows[at : at + _ASKED].tolist()
 
     def _settings(self) -> dict[str, object]:
         windows = {"window": self.window} if self.window > 1 else {}  # absent from the states of earlier versions
