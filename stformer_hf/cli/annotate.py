@@ -5,35 +5,28 @@ stformer-hf annotate --data cells.h5ad --model classifier --output labelled.h5ad
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from .arguments import OnCells, parse
+from .arguments import OnCells, flag, parse
 
 
 @dataclass(kw_only=True)
 class AnnotateArguments(OnCells):
     """Flags of `annotate`."""
 
-    model: str = field(metadata={"help": "checkpoint or adapter of a classifier or regression model"})
-    output: str = field(
-        metadata={
-            "help": 'h5ad file to write, with obs["stformer_label"] and obs["stformer_score"], or '
-            'obs["stformer_NAME"] for multiple labels and for numbers'
-        }
+    model: str = flag("checkpoint or adapter of a classifier or regression model")
+    output: str = flag(
+        'h5ad file to write, with obs["stformer_label"] and obs["stformer_score"], or obs["stformer_NAME"] for '
+        "multiple labels and for numbers",
     )
-    top_k: int = field(default=1, metadata={"help": "classes: number of most probable classes to write"})
-    reject: float | None = field(
-        default=None,
-        metadata={"help": 'classes: nominal share of known cells to label "unknown", such as 0.05 (default: none)'},
+    top_k: int = flag("classes: number of most probable classes to write", 1)
+    reject: float | None = flag(
+        'classes: nominal share of known cells to label "unknown", such as 0.05 (default: none)', None
     )
-    parents: str | None = field(
-        default=None,
-        metadata={"help": "classes: CSV of child and parent labels; rejected cells get a parent (with --reject)"},
+    parents: str | None = flag(
+        "classes: CSV of child and parent labels; rejected cells get a parent (with --reject)", None
     )
-    over: str | None = field(
-        default=None,
-        metadata={"help": "classes: column of obs with clusters, whose most frequent label is also written"},
-    )
+    over: str | None = flag("classes: column of obs with clusters, whose most frequent label is also written", None)
 
 
 def main(argv: list[str]) -> None:

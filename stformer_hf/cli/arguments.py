@@ -7,7 +7,7 @@ import json
 import logging
 import textwrap
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -18,27 +18,45 @@ from ..genes.wrong_names import closest
 
 logger = logging.getLogger(__name__)
 _OWN_KEYS = ("config", "debug")
+# Help of fields without a `flag`: those that mean the same in several commands.
+_SHARED_HELP = {
+    "layer": "location of the counts: X, raw or a layer",
+    "fractional": "allow fractional counts, such as estimates (RSEM, SoupX)",
+    "min_coverage": "minimum share of the model's genes in the cells (default: the model's)",
+    "aliases": "csv, tsv, json or parquet file of old and new gene ids",
+    "unify": "symbol: merge genes with the same symbol but different ids",
+    "gene_dropout": "share of a cell's genes to drop, drawn again in each epoch",
+    "packing": "train on packed batches, without padding",
+    "max_tokens_per_batch": "fill batches up to this many tokens, instead of a number of cells",
+    "sampling": "cells of an epoch: '{by: cell_type}' balances types, '{by: batch, temperature: 2}' less so, "
+    "'{shares: {a.h5ad: 0.7, b.h5ad: 0.3}}' mixes files; also weights, n_draws, replacement",
+    "held_out": "share of the cells held out for evaluation",
+    "eval_data": "files or stores to evaluate on, instead of held-out cells of the data",
+    "engine": "where workers run: local, or ray (on a cluster)",
+}
+
+
+def flag(help: str, default: Any = MISSING, **options: Any) -> Any:
+    """Define a flag as a field of a dataclass, required without a default; `options` are those of argparse."""
+    metadata = {"help": help, **options}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(kw_only=True)
 class OnCells:
     """Flags of the commands that write what a model says about the cells of a file."""
 
-    data: str = field(
-        metadata={"help": "file of cells (h5ad, h5mu, zarr, 10x, loom, …), or a store (path or address)"}
-    )
-    model: str = field(metadata={"help": "checkpoint"})
-    output: str = field(metadata={"help": "h5ad file to write"})
-    layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})
-    fractional: bool = field(default=False, metadata={"help": "allow fractional counts, such as estimates"})
-    batch_size: int = field(default=64, metadata={"help": "cells per batch"})
-    min_coverage: float | None = field(
-        default=None, metadata={"help": "minimum share of the model's genes in the cells (default: the model's)"}
-    )
-    device: str | None = field(
-        default=None, metadata={"help": "cuda, cuda:1, mps or cpu (default: a GPU if there is one)"}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "replace an existing file"})
+    data: str = flag("file of cells (h5ad, h5mu, zarr, 10x, loom, …), or a store (path or address)")
+    model: str = flag("checkpoint")
+    output: str = flag("h5ad file to write")
+    layer: str | None = None
+    fractional: bool = False
+    batch_size: int = flag("cells per batch", 64)
+    min_coverage: float | None = None
+    device: str | None = flag("cuda, cuda:1, mps or cpu (default: a GPU if there is one)", None)
+    overwrite: bool = flag("replace an existing file", False)
 
     def options(self, *own: str) -> dict[str, Any]:
         """Return the flags that the function of the command takes under the same names, except those named here."""
@@ -155,6 +173,7 @@ def _parser(arguments: type, verb: str, description: str, training: dict[str, An
     )
     mappings = _mappings(arguments)
     for action in parser._actions:
+        action.help = action.help or _SHARED_HELP.get(action.dest)
         if action.dest in mappings:
             action.type, action.metavar = _mapping, "{NAME: VALUE, ...}"
     parser.add_argument(

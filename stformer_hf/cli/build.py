@@ -6,50 +6,33 @@ stformer-hf build --data downloads --output atlas --obs all --workers 4
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from .arguments import parse
+from .arguments import flag, parse
 
 
 @dataclass
 class BuildArguments:
     """Flags of `build`."""
 
-    data: list[str] = field(metadata={"help": "files, folders of files, or patterns, in the order of the cells"})
-    output: str = field(metadata={"help": "folder to create"})
-    obs: list[str] | None = field(default=None, metadata={"help": "columns of obs to keep, or all"})
-    classes: list[str] = field(
-        default_factory=list,
-        metadata={"help": "columns of obs to keep as classes although they hold integers or booleans"},
-    )
-    layer: str | None = field(
-        default=None, metadata={"help": "location of the counts: X, raw, a layer; for 10x a feature type or genome"}
-    )
-    fractional: bool = field(default=False, metadata={"help": "allow fractional counts (RSEM, SoupX)"})
-    neighbors: str | None = field(
-        default=None, metadata={"help": "graph in obsp to keep, such as spatial_connectivities"}
-    )
-    aliases: str | None = field(
-        default=None, metadata={"help": "csv, tsv, json or parquet file of old and new gene ids"}
-    )
-    unify: str | None = field(
-        default=None, metadata={"help": "symbol: merge genes with the same symbol but different ids"}
-    )
-    species: str | None = field(default=None, metadata={"help": "species that all files must have, such as human"})
-    compact: bool = field(
-        default=False, metadata={"help": "write half the bytes or less: faster from a slow disk, slower from memory"}
-    )
-    shuffle: bool = field(default=False, metadata={"help": "store all cells in random order"})
-    seed: int = field(default=0, metadata={"help": "seed of the shuffle"})
-    part: list[int] | None = field(
-        default=None, metadata={"help": "i n: build only part i (from 0) of n equal parts; see CellStore.join"}
-    )
-    workers: int = field(default=1, metadata={"help": "number of processes that read files"})
-    engine: str = field(default="local", metadata={"help": "where workers run: local, or ray (on a cluster)"})
-    overwrite: bool = field(default=False, metadata={"help": "replace an existing store"})
-    allow_duplicates: bool = field(
-        default=False, metadata={"help": "accept files with the same cells, such as raw and filtered ones of a run"}
-    )
+    data: list[str] = flag("files, folders of files, or patterns, in the order of the cells")
+    output: str = flag("folder to create")
+    obs: list[str] | None = flag("columns of obs to keep, or all", None)
+    classes: list[str] = flag("columns of obs to keep as classes although they hold integers or booleans", [])
+    layer: str | None = flag("location of the counts: X, raw, a layer; for 10x a feature type or genome", None)
+    fractional: bool = False
+    neighbors: str | None = flag("graph in obsp to keep, such as spatial_connectivities", None)
+    aliases: str | None = None
+    unify: str | None = None
+    species: str | None = flag("species that all files must have, such as human", None)
+    compact: bool = flag("write half the bytes or less: faster from a slow disk, slower from memory", False)
+    shuffle: bool = flag("store all cells in random order", False)
+    seed: int = flag("seed of the shuffle", 0)
+    part: list[int] | None = flag("i n: build only part i (from 0) of n equal parts; see CellStore.join", None)
+    workers: int = flag("number of processes that read files", 1)
+    engine: str = "local"
+    overwrite: bool = flag("replace an existing store", False)
+    allow_duplicates: bool = flag("accept files with the same cells, such as raw and filtered ones of a run", False)
 
 
 def main(argv: list[str]) -> None:

@@ -16,13 +16,13 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .arguments import parse
+from .arguments import flag, parse
 from .demo_rows import GENES, LABEL, MAJORITY, PCA, START, TRAINED
 
 if TYPE_CHECKING:
@@ -64,11 +64,9 @@ MADE = (
 class DemoArguments:
     """Flags of `demo`."""
 
-    output: str = field(default="demo_output", metadata={"help": "folder for all output"})
-    seed: int = field(
-        default=0, metadata={"help": "seed of the split, the weights, the masks, the draws of labels and the UMAP"}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "replace the folder of an earlier demo"})
+    output: str = flag("folder for all output", "demo_output")
+    seed: int = flag("seed of the split, the weights, the masks, the draws of labels and the UMAP", 0)
+    overwrite: bool = flag("replace the folder of an earlier demo", False)
 
 
 class Classifiers(NamedTuple):

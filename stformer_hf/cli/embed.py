@@ -6,11 +6,11 @@ stformer-hf embed --kind neighborhood --data section.h5ad --model model --domain
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .arguments import OnCells, parse
+from .arguments import OnCells, flag, parse
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -40,66 +40,35 @@ _OWN = {  # flags of each kind
 class EmbedArguments(OnCells):
     """Flags of `embed`."""
 
-    output: str = field(metadata={"help": 'h5ad file to write, with obsm["X_stformer"] or obsm["X_neighborhood"]'})
-    kind: Literal["cells", "neighborhood"] = field(
-        default="cells", metadata={"help": "embed each cell, or the cells around it in its section"}
+    output: str = flag('h5ad file to write, with obsm["X_stformer"] or obsm["X_neighborhood"]')
+    kind: Literal["cells", "neighborhood"] = flag("embed each cell, or the cells around it in its section", "cells")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = flag(
+        "cells: precision of the computation (default: that of the weights)", None
     )
-    dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None, metadata={"help": "cells: precision of the computation (default: that of the weights)"}
+    hidden_layer: int = flag("cells: hidden state; 0 is the input embeddings, -1 the last layer", -1)
+    pooling: Literal["cls", "mean"] | None = flag("cells: cls or mean (default: as the model was trained)", None)
+    with_phenotypes: bool = flag("cells: let the model read their phenotypes, which are masked by default", False)
+    workers: int = flag("cells of a store: number of processes", 1)
+    engine: str = flag("cells of a store: where workers run: local, or ray (on a cluster)", "local")
+    spatial_key: str = flag("neighbourhoods: key of the coordinates in obsm", "spatial")
+    section_key: str | None = flag(
+        "neighbourhoods: column of obs with the section (default: `section`, if present)", None, aliases=["--section"]
     )
-    hidden_layer: int = field(
-        default=-1, metadata={"help": "cells: hidden state; 0 is the input embeddings, -1 the last layer"}
+    cell_type_key: str | None = flag(
+        "neighbourhoods: column of obs with the cell type, for models that use it", None, aliases=["--cell_type"]
     )
-    pooling: Literal["cls", "mean"] | None = field(
-        default=None, metadata={"help": "cells: cls or mean (default: as the model was trained)"}
+    with_cell_type: bool = flag("neighbourhoods: the embedding also uses the type of the cell itself", False)
+    patch_size: float | None = flag("neighbourhoods: side of the box around a cell (default: the model's)", None)
+    k_nearest: int | None = flag("neighbourhoods: number of nearest neighbours to use (default: the model's)", None)
+    max_num_cells: int | None = flag(
+        "neighbourhoods: use a random subset of at most this many cells (default: the model's)", None
     )
-    with_phenotypes: bool = field(
-        default=False, metadata={"help": "cells: let the model read their phenotypes, which are masked by default"}
+    domains: int = flag('neighbourhoods: number of k-means domains, written to obs["domain"]; 0: none', 0)
+    domain_method: Literal["kmeans", "leiden"] | None = flag(
+        "neighbourhoods: clustering of domains; leiden finds their number", None
     )
-    workers: int = field(default=1, metadata={"help": "cells of a store: number of processes"})
-    engine: str = field(
-        default="local", metadata={"help": "cells of a store: where workers run: local, or ray (on a cluster)"}
-    )
-    spatial_key: str = field(default="spatial", metadata={"help": "neighbourhoods: key of the coordinates in obsm"})
-    section_key: str | None = field(
-        default=None,
-        metadata={
-            "aliases": ["--section"],
-            "help": "neighbourhoods: column of obs with the section (default: `section`, if present)",
-        },
-    )
-    cell_type_key: str | None = field(
-        default=None,
-        metadata={
-            "aliases": ["--cell_type"],
-            "help": "neighbourhoods: column of obs with the cell type, for models that use it",
-        },
-    )
-    with_cell_type: bool = field(
-        default=False, metadata={"help": "neighbourhoods: the embedding also uses the type of the cell itself"}
-    )
-    patch_size: float | None = field(
-        default=None, metadata={"help": "neighbourhoods: side of the box around a cell (default: the model's)"}
-    )
-    k_nearest: int | None = field(
-        default=None, metadata={"help": "neighbourhoods: number of nearest neighbours to use (default: the model's)"}
-    )
-    max_num_cells: int | None = field(
-        default=None,
-        metadata={"help": "neighbourhoods: use a random subset of at most this many cells (default: the model's)"},
-    )
-    domains: int = field(
-        default=0, metadata={"help": 'neighbourhoods: number of k-means domains, written to obs["domain"]; 0: none'}
-    )
-    domain_method: Literal["kmeans", "leiden"] | None = field(
-        default=None, metadata={"help": "neighbourhoods: clustering of domains; leiden finds their number"}
-    )
-    resolution: float = field(
-        default=1.0, metadata={"help": "neighbourhoods: resolution of leiden (higher: more domains)"}
-    )
-    plot: str | None = field(
-        default=None, metadata={"help": "neighbourhoods: PNG to write, of the sections coloured by domain"}
-    )
+    resolution: float = flag("neighbourhoods: resolution of leiden (higher: more domains)", 1.0)
+    plot: str | None = flag("neighbourhoods: PNG to write, of the sections coloured by domain", None)
 
 
 def main(argv: list[str]) -> None:

@@ -6,11 +6,11 @@ stformer-hf evaluate --data cells.h5ad --model pretrained --label_key cell_type 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import parse
+from .arguments import flag, parse
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -25,36 +25,25 @@ _FILES = ("evaluation.json", "evaluation.csv", "evaluation.md", "evaluation.png"
 class EvaluateArguments:
     """Flags of `evaluate`."""
 
-    data: str = field(metadata={"help": "file of cells (h5ad, h5mu, zarr, 10x, loom, …)"})
-    label_key: str = field(metadata={"aliases": ["--label"], "help": "column of obs with the classes"})
-    output: str = field(
-        metadata={"help": "folder for evaluation.json, .csv, .md (a section of a model card) and .png"}
+    data: str = flag("file of cells (h5ad, h5mu, zarr, 10x, loom, …)")
+    label_key: str = flag("column of obs with the classes", aliases=["--label"])
+    output: str = flag("folder for evaluation.json, .csv, .md (a section of a model card) and .png")
+    model: str | None = flag(f'checkpoint to embed the cells with first, into obsm["{_KEY}"]', None)
+    keys: list[str] | None = flag("embeddings in obsm to compare", None)
+    batch_key: str | None = flag("column of obs with batches: also score how well they are mixed", None)
+    split_by: str | None = flag("column of obs, such as the donor: splits keep its groups whole", None)
+    baselines: list[str] = flag(
+        "baselines: pca, logistic_regression, scvi (needs its extra)", ["pca", "logistic_regression"]
     )
-    model: str | None = field(
-        default=None, metadata={"help": f'checkpoint to embed the cells with first, into obsm["{_KEY}"]'}
-    )
-    keys: list[str] | None = field(default=None, metadata={"help": "embeddings in obsm to compare"})
-    batch_key: str | None = field(
-        default=None, metadata={"help": "column of obs with batches: also score how well they are mixed"}
-    )
-    split_by: str | None = field(
-        default=None, metadata={"help": "column of obs, such as the donor: splits keep its groups whole"}
-    )
-    baselines: list[str] = field(
-        default_factory=lambda: ["pca", "logistic_regression"],
-        metadata={"help": "baselines: pca, logistic_regression, scvi (needs its extra)"},
-    )
-    layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})
-    n_splits: int = field(default=5, metadata={"help": "number of folds"})
-    n_repeats: int = field(default=1, metadata={"help": "number of repeats with new folds"})
-    min_cells: int | None = field(
-        default=None, metadata={"help": "minimum number of cells of a class (default: the number of folds)"}
-    )
-    seed: int = field(default=0, metadata={"help": "seed of folds, draws and clusters"})
-    workers: int = field(default=1, metadata={"help": "number of tasks that run at once, one per row and fold"})
-    engine: str = field(default="local", metadata={"help": "where workers run: local, or ray (on a cluster)"})
-    batch_size: int = field(default=64, metadata={"help": "cells per batch of the model"})
-    overwrite: bool = field(default=False, metadata={"help": "replace the files of an earlier evaluation"})
+    layer: str | None = None
+    n_splits: int = flag("number of folds", 5)
+    n_repeats: int = flag("number of repeats with new folds", 1)
+    min_cells: int | None = flag("minimum number of cells of a class (default: the number of folds)", None)
+    seed: int = flag("seed of folds, draws and clusters", 0)
+    workers: int = flag("number of tasks that run at once, one per row and fold", 1)
+    engine: str = "local"
+    batch_size: int = flag("cells per batch of the model", 64)
+    overwrite: bool = flag("replace the files of an earlier evaluation", False)
 
 
 def main(argv: list[str]) -> None:

@@ -6,26 +6,24 @@ stformer-hf export --model classifier --output exported --data cells.h5ad
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .arguments import parse
+from .arguments import flag, parse
 
 
 @dataclass
 class ExportArguments:
     """Flags of `export`."""
 
-    model: str = field(
-        metadata={"help": "checkpoint or adapter; for models that are not classifiers, the encoder is exported"}
-    )
-    output: str = field(metadata={"help": "folder for the exported model and its tokenizer"})
-    format: Literal["onnx"] = field(default="onnx", metadata={"help": "format"})
-    int8: bool = field(default=False, metadata={"help": "also write a file whose matrix products are in int8"})
-    data: str | None = field(default=None, metadata={"help": "cells to compare it on (default: random ones)"})
-    layer: str | None = field(default=None, metadata={"help": "location of the counts in --data: X, raw or a layer"})
-    overwrite: bool = field(default=False, metadata={"help": "replace files in the folder"})
+    model: str = flag("checkpoint or adapter; for models that are not classifiers, the encoder is exported")
+    output: str = flag("folder for the exported model and its tokenizer")
+    format: Literal["onnx"] = flag("format", "onnx")
+    int8: bool = flag("also write a file whose matrix products are in int8", False)
+    data: str | None = flag("cells to compare it on (default: random ones)", None)
+    layer: str | None = flag("location of the counts in --data: X, raw or a layer", None)
+    overwrite: bool = flag("replace files in the folder", False)
 
 
 def main(argv: list[str]) -> None:

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from ..training.defaults import FINETUNING, FINETUNING_REFERENCE, MAX_LENGTH
-from .arguments import parse
+from .arguments import flag, parse
 
 _OF_A_NEW_MODEL = ("size", "bin_edges", "max_length", "whole_cell")
 
@@ -28,82 +28,54 @@ _OF_A_NEW_MODEL = ("size", "bin_edges", "max_length", "whole_cell")
 class FinetuneArguments:
     """Flags of `finetune`."""
 
-    data: list[str] = field(
-        metadata={"help": "a store (path or address), or h5ad files (built into a store in OUTPUT/store)"}
+    data: list[str] = flag("a store (path or address), or h5ad files (built into a store in OUTPUT/store)")
+    label_key: list[str] = flag(
+        "column of obs with the classes: categories, strings, integers or booleans; or numbers. With several "
+        "columns, a class in each is predicted, and a cell may lack some of them",
+        aliases=["--label"],
     )
-    label_key: list[str] = field(
-        metadata={
-            "aliases": ["--label"],
-            "help": "column of obs with the classes: categories, strings, integers or booleans; or numbers. With "
-            "several columns, a class in each is predicted, and a cell may lack some of them",
-        }
+    output: str = flag("folder for the checkpoint")
+    problem_type: Literal["single_label_classification", "regression"] = flag(
+        "regression: the label is a number, such as an age, and is predicted as one", "single_label_classification"
     )
-    output: str = field(metadata={"help": "folder for the checkpoint"})
-    problem_type: Literal["single_label_classification", "regression"] = field(
-        default="single_label_classification",
-        metadata={"help": "regression: the label is a number, such as an age, and is predicted as one"},
+    model: str | None = flag("pretrained checkpoint (default: a new model)", None)
+    lora: int | None = flag(
+        "with --model: train LoRA adapters of this rank (8 without a number), and the heads; OUTPUT then holds an "
+        "adapter of the model",
+        None,
+        nargs="?",
+        const=8,
     )
-    model: str | None = field(default=None, metadata={"help": "pretrained checkpoint (default: a new model)"})
-    lora: int | None = field(
-        default=None,
-        metadata={
-            "nargs": "?",
-            "const": 8,
-            "help": "with --model: train LoRA adapters of this rank (8 without a number), and the heads; OUTPUT then "
-            "holds an adapter of the model",
-        },
+    freeze: int = flag("with --model: freeze the embeddings and this many first layers", 0)
+    layer_decay: float = flag(
+        "with --model: learning rate of a layer, relative to that of the one above it, such as 0.8", 1.0
     )
-    freeze: int = field(default=0, metadata={"help": "with --model: freeze the embeddings and this many first layers"})
-    layer_decay: float = field(
-        default=1.0,
-        metadata={"help": "with --model: learning rate of a layer, relative to that of the one above it, such as 0.8"},
+    size: str = flag("new model: tiny, small, base or large", "tiny")
+    whole_cell: bool = flag("new model: [CLS] reads the whole cell; false: PerturbGene's reference model", True)
+    bin_edges: list[float] = flag("new model: bin edges", [0.1])
+    max_length: int | None = flag(
+        "new model: maximum number of tokens per cell (default: 8; 2048 without whole_cell)", None
     )
-    size: str = field(default="tiny", metadata={"help": "new model: tiny, small, base or large"})
-    whole_cell: bool = field(
-        default=True,
-        metadata={"help": "new model: [CLS] reads the whole cell; false: PerturbGene's reference model"},
+    pooling: Literal["cls", "mean"] | None = flag(
+        "input of the classifier: cls, or mean over the genes (default: the model's)", None
     )
-    bin_edges: list[float] = field(default_factory=lambda: [0.1], metadata={"help": "new model: bin edges"})
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "new model: maximum number of tokens per cell (default: 8; 2048 without whole_cell)"},
+    phenotypes: list[str] = flag("phenotype tokens of the checkpoint that the classifier may read (default: none)", [])
+    gene_dropout: float = 0.0
+    packing: bool = False
+    max_tokens_per_batch: int | None = None
+    sampling: dict | None = None
+    class_weights: Literal["none", "balanced"] = flag(
+        "balanced: weight classes in the loss by 1 / frequency (PerturbGene)", "none"
     )
-    pooling: Literal["cls", "mean"] | None = field(
-        default=None, metadata={"help": "input of the classifier: cls, or mean over the genes (default: the model's)"}
+    label_smoothing: float = flag("label smoothing of the loss (PerturbGene: 0.1)", 0.0)
+    layer: str | None = None
+    fractional: bool = False
+    held_out: float = 0.1
+    split_by: str | None = flag(
+        "column of obs, such as the donor: splits and cross-validation keep its groups whole", None
     )
-    phenotypes: list[str] = field(
-        default_factory=list,
-        metadata={"help": "phenotype tokens of the checkpoint that the classifier may read (default: none)"},
-    )
-    gene_dropout: float = field(
-        default=0.0, metadata={"help": "share of a cell's genes to drop, drawn again in each epoch"}
-    )
-    packing: bool = field(default=False, metadata={"help": "train on packed batches, without padding"})
-    max_tokens_per_batch: int | None = field(
-        default=None, metadata={"help": "fill batches up to this many tokens, instead of a number of cells"}
-    )
-    sampling: dict | None = field(
-        default=None,
-        metadata={
-            "help": "cells of an epoch: '{by: cell_type}' balances types, '{by: batch, temperature: 2}' less so, "
-            "'{shares: {a.h5ad: 0.7, b.h5ad: 0.3}}' mixes files; also weights, n_draws, replacement"
-        },
-    )
-    class_weights: Literal["none", "balanced"] = field(
-        default="none", metadata={"help": "balanced: weight classes in the loss by 1 / frequency (PerturbGene)"}
-    )
-    label_smoothing: float = field(default=0.0, metadata={"help": "label smoothing of the loss (PerturbGene: 0.1)"})
-    layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})
-    fractional: bool = field(default=False, metadata={"help": "allow fractional counts, such as estimates"})
-    held_out: float = field(default=0.1, metadata={"help": "share of the cells held out for evaluation"})
-    split_by: str | None = field(
-        default=None,
-        metadata={"help": "column of obs, such as the donor: splits and cross-validation keep its groups whole"},
-    )
-    eval_data: list[str] | None = field(
-        default=None, metadata={"help": "files or stores to evaluate on, instead of held-out cells of the data"}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "replace an existing model in OUTPUT"})
+    eval_data: list[str] | None = None
+    overwrite: bool = flag("replace an existing model in OUTPUT", False)
 
 
 def main(argv: list[str]) -> None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .arguments import parse
+from .arguments import flag, parse
 
 _N_SAMPLE = 1_000  # cells whose counts are summarised
 _N_TIMED = 64  # cells that are embedded to estimate the time for all of them
@@ -27,13 +27,9 @@ _WIDTH = 17
 class InfoArguments:
     """Flags of `info`."""
 
-    path: str = field(
-        metadata={"help": "file of cells, store (path or address), or model; the flag's name may be left out"}
-    )
-    model: str | None = field(
-        default=None, metadata={"help": "compare cells with this model: genes they share, time to embed them"}
-    )
-    layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})
+    path: str = flag("file of cells, store (path or address), or model; the flag's name may be left out")
+    model: str | None = flag("compare cells with this model: genes they share, time to embed them", None)
+    layer: str | None = None
 
 
 def main(argv: list[str]) -> None:

@@ -8,35 +8,26 @@ stformer-hf map --data query.h5ad --reference folder --model pretrained --output
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .arguments import OnCells, parse
+from .arguments import OnCells, flag, parse
 
 
 @dataclass(kw_only=True)
 class MapArguments(OnCells):
     """Flags of `map`."""
 
-    data: str = field(
-        metadata={"help": "query: file of cells (h5ad, h5mu, zarr, 10x, loom, …), or a store (path or address)"}
+    data: str = flag("query: file of cells (h5ad, h5mu, zarr, 10x, loom, …), or a store (path or address)")
+    reference: str = flag("such cells with labels, or a folder that --save_reference wrote")
+    output: str = flag('h5ad file to write, with obs["mapped_label"] and obs["mapped_score"]')
+    label_key: str | None = flag(
+        "column of the reference's obs (a saved reference has its own)", None, aliases=["--label"]
     )
-    reference: str = field(metadata={"help": "such cells with labels, or a folder that --save_reference wrote"})
-    output: str = field(metadata={"help": 'h5ad file to write, with obs["mapped_label"] and obs["mapped_score"]'})
-    label_key: str | None = field(
-        default=None,
-        metadata={
-            "aliases": ["--label"],
-            "help": "column of the reference's obs (a saved reference has its own)",
-        },
-    )
-    save_reference: str | None = field(default=None, metadata={"help": "folder for the reference"})
-    n_neighbors: int = field(default=15, metadata={"help": "neighbours of each cell"})
-    reject: float | None = field(
-        default=None,
-        metadata={"help": 'nominal share of known cells to label "unknown", such as 0.05 (default: none)'},
-    )
+    save_reference: str | None = flag("folder for the reference", None)
+    n_neighbors: int = flag("neighbours of each cell", 15)
+    reject: float | None = flag('nominal share of known cells to label "unknown", such as 0.05 (default: none)', None)
 
 
 def main(argv: list[str]) -> None:

@@ -7,37 +7,28 @@ stformer-hf medians --data a.npz b.npz --output gene_medians.json
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from .arguments import parse
+from .arguments import flag, parse
 
 
 @dataclass
 class MediansArguments:
     """Flags of `medians`."""
 
-    data: list[str] = field(
-        metadata={"help": "files of cells, stores, folders, patterns; or parts (.npz) written by this command"}
-    )
-    output: str = field(metadata={"help": ".json file for the results, or .npz file for a part to merge with others"})
-    target_sum: float = field(default=1e4, metadata={"help": "sum to which the values of each cell are scaled"})
-    method: str = field(
-        default="auto",
-        metadata={"help": "exact; sketch: within 0.75 percent; auto: exact while it fits into max_memory"},
-    )
-    max_memory: float = field(default=1.0, metadata={"help": "memory in GB for the counts that auto keeps"})
-    layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})
-    fractional: bool = field(default=False, metadata={"help": "allow fractional counts (RSEM, SoupX)"})
-    aliases: str | None = field(
-        default=None, metadata={"help": "csv, tsv, json or parquet file of old and new gene ids"}
-    )
-    unify: str | None = field(
-        default=None, metadata={"help": "symbol: merge genes with the same symbol but different ids"}
-    )
-    workers: int = field(default=1, metadata={"help": "number of processes that read stores and files"})
-    engine: str = field(default="local", metadata={"help": "where workers run: local, or ray (on a cluster)"})
-    overwrite: bool = field(default=False, metadata={"help": "replace an existing file"})
+    data: list[str] = flag("files of cells, stores, folders, patterns; or parts (.npz) written by this command")
+    output: str = flag(".json file for the results, or .npz file for a part to merge with others")
+    target_sum: float = flag("sum to which the values of each cell are scaled", 1e4)
+    method: str = flag("exact; sketch: within 0.75 percent; auto: exact while it fits into max_memory", "auto")
+    max_memory: float = flag("memory in GB for the counts that auto keeps", 1.0)
+    layer: str | None = None
+    fractional: bool = False
+    aliases: str | None = None
+    unify: str | None = None
+    workers: int = flag("number of processes that read stores and files", 1)
+    engine: str = "local"
+    overwrite: bool = flag("replace an existing file", False)
 
 
 def main(argv: list[str]) -> None:

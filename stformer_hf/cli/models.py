@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from .arguments import parse
+from .arguments import flag, parse
 
 _OWN_TYPES = ("gene_bert", "cell_neighborhood")
 _COLUMNS = ("model", "type", "size", "genes", "tokens", "predicts")
@@ -23,9 +23,8 @@ _COLUMNS = ("model", "type", "size", "genes", "tokens", "predicts")
 class ModelsArguments:
     """Flags of `models`."""
 
-    folders: list[str] | None = field(
-        default=None,
-        metadata={"help": "where to look, with all folders below (default: here, in packages and the Hub's cache)"},
+    folders: list[str] | None = flag(
+        "where to look, with all folders below (default: here, in packages and the Hub's cache)", None
     )
 
 

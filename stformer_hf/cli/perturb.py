@@ -6,64 +6,44 @@ stformer-hf perturb --data cells.h5ad --model model --genes ISG15 IFI6 STAT1+STA
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
-from .arguments import parse
+from .arguments import flag, parse
 
 
 @dataclass
 class PerturbArguments:
     """Flags of `perturb`."""
 
-    data: str = field(metadata={"help": "file of cells (h5ad, h5mu, zarr, 10x, loom, …)"})
-    model: str = field(metadata={"help": "checkpoint or adapter of an encoder or a classifier"})
-    output: str = field(
-        metadata={"help": "folder for table.csv, null.csv and the shards; the same command resumes a killed run"}
+    data: str = flag("file of cells (h5ad, h5mu, zarr, 10x, loom, …)")
+    model: str = flag("checkpoint or adapter of an encoder or a classifier")
+    output: str = flag("folder for table.csv, null.csv and the shards; the same command resumes a killed run")
+    genes: list[str] | None = flag(
+        "ids or symbols of genes; A+B edits both together (default: all genes that cells express)", None
     )
-    genes: list[str] | None = field(
-        default=None,
-        metadata={"help": "ids or symbols of genes; A+B edits both together (default: all genes that cells express)"},
+    pairs: bool = flag("edit all pairs of the genes instead of each alone", False)
+    kind: Literal["delete", "inhibit", "activate", "overexpress"] = flag(
+        "set counts to 0, lower them to a low quantile, or raise them to a high or very high one", "delete"
     )
-    pairs: bool = field(default=False, metadata={"help": "edit all pairs of the genes instead of each alone"})
-    kind: Literal["delete", "inhibit", "activate", "overexpress"] = field(
-        default="delete",
-        metadata={"help": "set counts to 0, lower them to a low quantile, or raise them to a high or very high one"},
-    )
-    quantile: float | None = field(
-        default=None, metadata={"help": "quantile over the cells that express the gene (default: .25, .75 and .99)"}
-    )
-    goal_key: str | None = field(default=None, metadata={"help": "column of obs with the goal group"})
-    goal: str | None = field(default=None, metadata={"help": "value of goal_key in the goal's cells"})
-    start: str | None = field(
-        default=None, metadata={"help": "value of goal_key in the cells to perturb (default: all but the goal's)"}
-    )
-    donor_key: str | None = field(
-        default=None, metadata={"help": "column of obs with the donor: tests are over donors"}
-    )
-    predicted: str | None = field(
-        default=None, metadata={"help": "class whose probability is measured (default: the goal, or each cell's own)"}
-    )
-    n_null: int = field(default=25, metadata={"help": "genes of similar expression to compare with, per bin; 0: none"})
-    layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})
-    fractional: bool = field(default=False, metadata={"help": "allow fractional counts, such as estimates"})
-    hidden_layer: int = field(
-        default=-1, metadata={"help": "hidden state; 0 is the input embeddings, -1 the last layer"}
-    )
-    pooling: Literal["cls", "mean"] | None = field(
-        default=None, metadata={"help": "cls or mean (default: as the model was trained)"}
-    )
-    max_tokens: int = field(default=4096, metadata={"help": "tokens per batch"})
-    shard_size: int = field(
-        default=20_000, metadata={"help": "edited cells per shard; a killed run loses at most one shard"}
-    )
-    min_coverage: float | None = field(
-        default=None, metadata={"help": "minimum share of the model's genes in the cells (default: the model's)"}
-    )
-    seed: int = field(default=0, metadata={"help": "seed of the genes to compare with, and of permutations"})
-    plot: str | None = field(default=None, metadata={"help": "PNG to write, a volcano plot"})
+    quantile: float | None = flag("quantile over the cells that express the gene (default: .25, .75 and .99)", None)
+    goal_key: str | None = flag("column of obs with the goal group", None)
+    goal: str | None = flag("value of goal_key in the goal's cells", None)
+    start: str | None = flag("value of goal_key in the cells to perturb (default: all but the goal's)", None)
+    donor_key: str | None = flag("column of obs with the donor: tests are over donors", None)
+    predicted: str | None = flag("class whose probability is measured (default: the goal, or each cell's own)", None)
+    n_null: int = flag("genes of similar expression to compare with, per bin; 0: none", 25)
+    layer: str | None = None
+    fractional: bool = False
+    hidden_layer: int = flag("hidden state; 0 is the input embeddings, -1 the last layer", -1)
+    pooling: Literal["cls", "mean"] | None = flag("cls or mean (default: as the model was trained)", None)
+    max_tokens: int = flag("tokens per batch", 4096)
+    shard_size: int = flag("edited cells per shard; a killed run loses at most one shard", 20_000)
+    min_coverage: float | None = None
+    seed: int = flag("seed of the genes to compare with, and of permutations", 0)
+    plot: str | None = flag("PNG to write, a volcano plot", None)
 
 
 def main(argv: list[str]) -> None:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from .arguments import check_names, parse
+from .arguments import check_names, flag, parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -58,110 +58,68 @@ _OF_A_NEW_MODEL = (
 class PretrainArguments:
     """Flags of `pretrain`."""
 
-    data: list[str] = field(
-        metadata={"help": "a store (path or address), or h5ad files (built into a store in OUTPUT/store)"}
+    data: list[str] = flag("a store (path or address), or h5ad files (built into a store in OUTPUT/store)")
+    output: str = flag("folder for the checkpoint")
+    model: str | None = flag("checkpoint to continue from, with its tokenizer", None)
+    size: str = flag("tiny, small, base or large", "tiny")
+    model_config: dict | None = flag(
+        "fields of GeneBertConfig, such as '{hidden_act: relu}', that override those of the size", None
     )
-    output: str = field(metadata={"help": "folder for the checkpoint"})
-    model: str | None = field(default=None, metadata={"help": "checkpoint to continue from, with its tokenizer"})
-    size: str = field(default="tiny", metadata={"help": "tiny, small, base or large"})
-    model_config: dict | None = field(
-        default=None,
-        metadata={"help": "fields of GeneBertConfig, such as '{hidden_act: relu}', that override those of the size"},
+    whole_cell: bool | None = flag(
+        "[CLS] reads the whole cell (default, except with neighborhood or without [CLS]); false: the reference "
+        "models of PerturbGene and STFormer",
+        None,
     )
-    whole_cell: bool | None = field(
-        default=None,
-        metadata={
-            "help": "[CLS] reads the whole cell (default, except with neighborhood or without [CLS]); false: the "
-            "reference models of PerturbGene and STFormer"
-        },
+    init: Literal["spectral", "random"] | None = flag(
+        "start of a new model: spectral, at the principal components of the training cells and the frequencies and "
+        "order of their genes (default with whole_cell), or random weights",
+        None,
     )
-    init: Literal["spectral", "random"] | None = field(
-        default=None,
-        metadata={
-            "help": "start of a new model: spectral, at the principal components of the training cells and the "
-            "frequencies and order of their genes (default with whole_cell), or random weights"
-        },
+    batch_key: str | None = flag(
+        "column of obs with batches: a spectral start ignores differences between them, and contrast compares cells "
+        "within each batch",
+        None,
     )
-    batch_key: str | None = field(
-        default=None,
-        metadata={
-            "help": "column of obs with batches: a spectral start ignores differences between them, and contrast "
-            "compares cells within each batch"
-        },
+    scheme: Literal["binned", "rank"] = flag("tokens of counts: bins (PerturbGene) or ranks (STFormer)", "binned")
+    phenotypes: list[str] | None = flag("columns of obs that become tokens", None)
+    bin_edges: list[float] | None = flag("edges of the expression bins (default: 0.1)", None)
+    medians: str | None = flag(
+        "ranks: json or pkl file of genes and medians (default: those of the training cells)", None
     )
-    scheme: Literal["binned", "rank"] = field(
-        default="binned", metadata={"help": "tokens of counts: bins (PerturbGene) or ranks (STFormer)"}
+    neighborhood: bool = flag("ranks: append the genes of a spot's neighbours to its own (STFormer)", False)
+    neighbors: str = flag(
+        "graph in obsp; if missing, a Delaunay graph is built from obsm['spatial']", "spatial_connectivities"
     )
-    phenotypes: list[str] | None = field(default=None, metadata={"help": "columns of obs that become tokens"})
-    bin_edges: list[float] | None = field(
-        default=None, metadata={"help": "edges of the expression bins (default: 0.1)"}
+    section_key: str | None = flag(
+        "column of obs with sections: cells of different sections are not neighbours", None, aliases=["--section"]
     )
-    medians: str | None = field(
-        default=None,
-        metadata={"help": "ranks: json or pkl file of genes and medians (default: those of the training cells)"},
+    tokenizer_config: dict | None = flag(
+        "further settings of GeneTokenizer, such as '{add_cls: false, truncation: random}'", None
     )
-    neighborhood: bool = field(
-        default=False, metadata={"help": "ranks: append the genes of a spot's neighbours to its own (STFormer)"}
+    max_length: int = flag("maximum number of tokens per cell", 2048)
+    mlm_probability: float = flag("share of the genes to mask", 0.15)
+    phenotype_mask_prob: float = flag("share of the phenotypes to mask", 0.5)
+    gene_dropout: float = 0.0
+    gene_embeddings: str | None = flag("table of genes and vectors to initialise the gene embeddings with", None)
+    objectives: dict | None = flag(
+        "objectives and their weights (default: masked genes), such as '{mlm: 1.0, contrast: 0.5}'; also decode, "
+        "cross_correlation",
+        None,
     )
-    neighbors: str = field(
-        default="spatial_connectivities",
-        metadata={"help": "graph in obsp; if missing, a Delaunay graph is built from obsm['spatial']"},
+    view: Literal["disjoint", "thinning"] = flag(
+        "objectives on [CLS]: how a cell is divided into two views", "disjoint"
     )
-    section_key: str | None = field(
-        default=None,
-        metadata={
-            "aliases": ["--section"],
-            "help": "column of obs with sections: cells of different sections are not neighbours",
-        },
-    )
-    tokenizer_config: dict | None = field(
-        default=None,
-        metadata={"help": "further settings of GeneTokenizer, such as '{add_cls: false, truncation: random}'"},
-    )
-    max_length: int = field(default=2048, metadata={"help": "maximum number of tokens per cell"})
-    mlm_probability: float = field(default=0.15, metadata={"help": "share of the genes to mask"})
-    phenotype_mask_prob: float = field(default=0.5, metadata={"help": "share of the phenotypes to mask"})
-    gene_dropout: float = field(
-        default=0.0, metadata={"help": "share of a cell's genes to drop, drawn again in each epoch"}
-    )
-    gene_embeddings: str | None = field(
-        default=None, metadata={"help": "table of genes and vectors to initialise the gene embeddings with"}
-    )
-    objectives: dict | None = field(
-        default=None,
-        metadata={
-            "help": "objectives and their weights (default: masked genes), such as '{mlm: 1.0, contrast: 0.5}'; also "
-            "decode, cross_correlation"
-        },
-    )
-    view: Literal["disjoint", "thinning"] = field(
-        default="disjoint", metadata={"help": "objectives on [CLS]: how a cell is divided into two views"}
-    )
-    ema: float | None = field(
-        default=None, metadata={"help": "decay of a moving average of the weights, such as 0.999"}
-    )
-    packing: bool = field(default=False, metadata={"help": "train on packed batches, without padding"})
-    max_tokens_per_batch: int | None = field(
-        default=None, metadata={"help": "fill batches up to this many tokens, instead of a number of cells"}
-    )
-    sampling: dict | None = field(
-        default=None,
-        metadata={
-            "help": "cells of an epoch: '{by: cell_type}' balances types, '{by: batch, temperature: 2}' less so, "
-            "'{shares: {a.h5ad: 0.7, b.h5ad: 0.3}}' mixes files; also weights, n_draws, replacement"
-        },
-    )
-    label_smoothing: float = field(
-        default=0.0, metadata={"help": "label smoothing of the MLM loss (PerturbGene: 0.5)"}
-    )
-    layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})
-    fractional: bool = field(default=False, metadata={"help": "allow fractional counts, such as estimates"})
-    held_out: float = field(default=0.05, metadata={"help": "share of the cells held out for evaluation"})
-    eval_data: list[str] | None = field(
-        default=None, metadata={"help": "files or stores to evaluate on, instead of held-out cells of the data"}
-    )
-    baselines: bool = field(default=False, metadata={"help": "compute baselines for the loss on held-out cells"})
-    overwrite: bool = field(default=False, metadata={"help": "replace an existing model in OUTPUT"})
+    ema: float | None = flag("decay of a moving average of the weights, such as 0.999", None)
+    packing: bool = False
+    max_tokens_per_batch: int | None = None
+    sampling: dict | None = None
+    label_smoothing: float = flag("label smoothing of the MLM loss (PerturbGene: 0.5)", 0.0)
+    layer: str | None = None
+    fractional: bool = False
+    held_out: float = 0.05
+    eval_data: list[str] | None = None
+    baselines: bool = flag("compute baselines for the loss on held-out cells", False)
+    overwrite: bool = flag("replace an existing model in OUTPUT", False)
 
 
 def main(argv: list[str]) -> None:

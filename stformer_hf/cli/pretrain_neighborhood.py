@@ -8,11 +8,11 @@ accelerate launch -m stformer_hf.cli pretrain_neighborhood --data a.h5ad b.h5ad 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from .arguments import parse
+from .arguments import flag, parse
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,59 +44,43 @@ _ONE_TYPE = "cell"
 class PretrainNeighborhoodArguments:
     """Flags of `pretrain_neighborhood`."""
 
-    data: list[str] = field(
-        metadata={
-            "help": "h5ad files of sections (built into a store in OUTPUT/store); or such a store, with x and y in obs"
-        }
+    data: list[str] = flag(
+        "h5ad files of sections (built into a store in OUTPUT/store); or such a store, with x and y in obs"
     )
-    output: str = field(metadata={"help": "folder for the checkpoint"})
-    patch_size: float | None = field(
-        default=None, metadata={"help": "side of the box around a cell, in the units of the coordinates"}
+    output: str = flag("folder for the checkpoint")
+    patch_size: float | None = flag("side of the box around a cell, in the units of the coordinates", None)
+    shape: Literal["box", "disc"] = flag("a disc has diameter patch_size", "box")
+    k_nearest: int | None = flag("number of nearest neighbours to use", None)
+    max_num_cells: int | None = flag("use at most this many neighbours, a random subset drawn in each epoch", None)
+    min_neighbors: int = flag("cells with fewer neighbours are excluded from training", 0)
+    spatial_key: str = flag("key of the coordinates in obsm, 2-D or 3-D", "spatial")
+    section_key: str | None = flag(
+        "column of obs with sections (default: `section`, if present); cells of different sections are not neighbours",
+        None,
+        aliases=["--section"],
     )
-    shape: Literal["box", "disc"] = field(default="box", metadata={"help": "a disc has diameter patch_size"})
-    k_nearest: int | None = field(default=None, metadata={"help": "number of nearest neighbours to use"})
-    max_num_cells: int | None = field(
-        default=None, metadata={"help": "use at most this many neighbours, a random subset drawn in each epoch"}
+    cell_type_key: str | None = flag(
+        "column of obs with cell types; cells without one are left out (default: one type)",
+        None,
+        aliases=["--cell_type"],
     )
-    min_neighbors: int = field(default=0, metadata={"help": "cells with fewer neighbours are excluded from training"})
-    spatial_key: str = field(default="spatial", metadata={"help": "key of the coordinates in obsm, 2-D or 3-D"})
-    section_key: str | None = field(
-        default=None,
-        metadata={
-            "aliases": ["--section"],
-            "help": "column of obs with sections (default: `section`, if present); cells of different sections are "
-            "not neighbours",
-        },
+    layer: str | None = None
+    held_out: float = 0.1
+    held_out_by: Literal["region", "cell"] = flag(
+        "region: one end of each section, along its longer axis; cell: cells at random", "region"
     )
-    cell_type_key: str | None = field(
-        default=None,
-        metadata={
-            "aliases": ["--cell_type"],
-            "help": "column of obs with cell types; cells without one are left out (default: one type)",
-        },
+    held_out_sections: list[str] | None = flag(
+        "sections held out for evaluation, instead of a share of the cells", None
     )
-    layer: str | None = field(default=None, metadata={"help": "location of the counts: X, raw or a layer"})
-    held_out: float = field(default=0.1, metadata={"help": "share of the cells held out for evaluation"})
-    held_out_by: Literal["region", "cell"] = field(
-        default="region",
-        metadata={"help": "region: one end of each section, along its longer axis; cell: cells at random"},
+    neighbors_from: Literal["all", "indices"] = flag(
+        "indices: exclude held-out cells from training neighbourhoods; all: include them", "indices"
     )
-    held_out_sections: list[str] | None = field(
-        default=None, metadata={"help": "sections held out for evaluation, instead of a share of the cells"}
+    size: str = flag("tiny or base", "tiny")
+    model_config: dict | None = flag(
+        "fields of CellNeighborhoodConfig, such as '{likelihood: nb}', that override the size", None
     )
-    neighbors_from: Literal["all", "indices"] = field(
-        default="indices",
-        metadata={"help": "indices: exclude held-out cells from training neighbourhoods; all: include them"},
-    )
-    size: str = field(default="tiny", metadata={"help": "tiny or base"})
-    model_config: dict | None = field(
-        default=None,
-        metadata={"help": "fields of CellNeighborhoodConfig, such as '{likelihood: nb}', that override the size"},
-    )
-    baselines: bool = field(
-        default=False, metadata={"help": "compute baselines: the means of the cell type and of the neighbours"}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "replace an existing model in OUTPUT"})
+    baselines: bool = flag("compute baselines: the means of the cell type and of the neighbours", False)
+    overwrite: bool = flag("replace an existing model in OUTPUT", False)
 
 
 def main(argv: list[str]) -> None:

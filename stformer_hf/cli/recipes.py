@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..genes.wrong_names import closest
-from .arguments import parse, recipe_files
+from .arguments import flag, parse, recipe_files
 
 
 @dataclass
 class RecipesArguments:
     """Flags of `stformer-hf recipes`."""
 
-    copy: str | None = field(default=None, metadata={"help": "name of a recipe to copy"})
-    output: str | None = field(default=None, metadata={"help": "file to copy it to (default: NAME.yaml here)"})
-    overwrite: bool = field(default=False, metadata={"help": "replace the file"})
+    copy: str | None = flag("name of a recipe to copy", None)
+    output: str | None = flag("file to copy it to (default: NAME.yaml here)", None)
+    overwrite: bool = flag("replace the file", False)
 
 
 def main(argv: list[str]) -> None:

@@ -10,11 +10,11 @@ It writes best.yaml, trials.csv, trials.png and study.db to OUTPUT; trials leave
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import parse
+from .arguments import flag, parse
 from .pretrain import TRAINING_DEFAULTS, PretrainArguments
 
 if TYPE_CHECKING:
@@ -31,22 +31,15 @@ _FREE_TRAINING = ("logging_", "save_", "dataloader_", "report_to", "disable_tqdm
 class SearchArguments(PretrainArguments):
     """Flags of `search`."""
 
-    output: str = field(  # required, as in `pretrain`
-        default=MISSING,  # type: ignore[assignment]
-        metadata={"help": "folder of the study and its results"},
-    )
-    overwrite: bool = field(default=False, metadata={"help": "replace an existing search in OUTPUT"})
-    space: dict | None = field(default=None, metadata={"help": "names and their possible values (see above)"})
-    trials: int = field(default=8, metadata={"help": "total number of trials, including finished and pruned ones"})
-    metric: str = field(
-        default="eval_loss", metadata={"help": "metric of the evaluation, such as eval_genes_accuracy"}
-    )
-    direction: str = field(default="minimize", metadata={"help": "minimize or maximize"})
-    backend: str = field(default="optuna", metadata={"help": "optuna, or ray (parallel trials, cannot resume)"})
-    pruner: str = field(
-        default="median", metadata={"help": "stops trials early, after an evaluation: median, hyperband or none"}
-    )
-    sampler_seed: int = field(default=0, metadata={"help": "seed of the sampled values"})
+    output: str = flag("folder of the study and its results")
+    overwrite: bool = flag("replace an existing search in OUTPUT", False)
+    space: dict | None = flag("names and their possible values (see above)", None)
+    trials: int = flag("total number of trials, including finished and pruned ones", 8)
+    metric: str = flag("metric of the evaluation, such as eval_genes_accuracy", "eval_loss")
+    direction: str = flag("minimize or maximize", "minimize")
+    backend: str = flag("optuna, or ray (parallel trials, cannot resume)", "optuna")
+    pruner: str = flag("stops trials early, after an evaluation: median, hyperband or none", "median")
+    sampler_seed: int = flag("seed of the sampled values", 0)
 
 
 def main(argv: list[str]) -> None:

@@ -6,10 +6,10 @@ stformer-hf tokenize --data atlas --scheme rank --medians gene_medians.json --ou
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from .arguments import parse
+from .arguments import flag, parse
 
 # Flags of a new tokenizer, made from the store.
 _OF_A_NEW_TOKENIZER = ("scheme", "medians", "bin_edges", "phenotypes", "max_length", "truncation")
@@ -19,30 +19,20 @@ _OF_A_NEW_TOKENIZER = ("scheme", "medians", "bin_edges", "phenotypes", "max_leng
 class TokenizeArguments:
     """Flags of `tokenize`."""
 
-    data: str = field(metadata={"help": "a store made by stformer-hf build (path or address)"})
-    output: str = field(metadata={"help": "folder to create"})
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "folder or checkpoint with a tokenizer (default: make one for the store)"}
-    )
-    scheme: str | None = field(default=None, metadata={"help": "new tokenizer: binned (default) or rank"})
-    medians: str | None = field(
-        default=None, metadata={"help": "new rank tokenizer: json or pkl file of gene ids and medians"}
-    )
-    bin_edges: list[float] | None = field(
-        default=None, metadata={"help": "new binned tokenizer: edges of the expression bins"}
-    )
-    phenotypes: list[str] | None = field(
-        default=None, metadata={"help": "new tokenizer: columns of obs that become tokens"}
-    )
-    max_length: int | None = field(default=None, metadata={"help": "new tokenizer: maximum number of tokens per cell"})
-    truncation: str | None = field(
-        default=None, metadata={"help": "new tokenizer: genes kept in longer cells: top, head or random"}
-    )
-    obs: list[str] | None = field(default=None, metadata={"help": "columns of obs to copy, or all"})
-    workers: int = field(default=1, metadata={"help": "number of processes"})
-    engine: str = field(default="local", metadata={"help": "where workers run: local, or ray (on a cluster)"})
-    rows_per_shard: int | None = field(default=None, metadata={"help": "cells per file (default: 16384)"})
-    overwrite: bool = field(default=False, metadata={"help": "replace an existing tokenized dataset"})
+    data: str = flag("a store made by stformer-hf build (path or address)")
+    output: str = flag("folder to create")
+    tokenizer: str | None = flag("folder or checkpoint with a tokenizer (default: make one for the store)", None)
+    scheme: str | None = flag("new tokenizer: binned (default) or rank", None)
+    medians: str | None = flag("new rank tokenizer: json or pkl file of gene ids and medians", None)
+    bin_edges: list[float] | None = flag("new binned tokenizer: edges of the expression bins", None)
+    phenotypes: list[str] | None = flag("new tokenizer: columns of obs that become tokens", None)
+    max_length: int | None = flag("new tokenizer: maximum number of tokens per cell", None)
+    truncation: str | None = flag("new tokenizer: genes kept in longer cells: top, head or random", None)
+    obs: list[str] | None = flag("columns of obs to copy, or all", None)
+    workers: int = flag("number of processes", 1)
+    engine: str = "local"
+    rows_per_shard: int | None = flag("cells per file (default: 16384)", None)
+    overwrite: bool = flag("replace an existing tokenized dataset", False)
 
 
 def main(argv: list[str]) -> None:
