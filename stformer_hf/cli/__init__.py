@@ -31,17 +31,9 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command.
+    """Run a command; `argv` is the command line without the program's name.
 
-    Parameters
-    ----------
-    argv : list of str, optional
-        Command line without the program's name.
-
-    Returns
-    -------
-    int
-        Exit status: 0, 1 for an error, 2 for a wrong command line, 130 if interrupted.
+    Return the exit status: 0, 1 for an error, 2 for a wrong command line, 130 if interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
@@ -63,22 +55,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def guarded(name: str, run: Callable[[], object], debug: bool = False, interrupted: str = "interrupted") -> int:
-    """Run a command, and print an error in one line.
+    """Run a command, and print an error in one line, or `interrupted` on Ctrl-C; with `debug`, errors are raised.
 
-    Parameters
-    ----------
-    name : str
-        Name of the command.
-    run : callable
-    debug : bool, default: False
-        Raise errors, with their traceback.
-    interrupted : str
-        Message on Ctrl-C.
-
-    Returns
-    -------
-    int
-        Exit status: 0, 1 for an error, 130 if interrupted.
+    Return the exit status: 0, 1 for an error, 130 if interrupted.
     """
     try:
         run()

@@ -17,7 +17,7 @@ class AnnotateArguments(OnCells):
     model: str = flag("checkpoint or adapter of a classifier or regression model")
     output: str = flag(
         'h5ad file to write, with obs["stformer_label"] and obs["stformer_score"], or obs["stformer_NAME"] for '
-        "multiple labels and for numbers",
+        "multiple labels and for numbers"
     )
     top_k: int = flag("classes: number of most probable classes to write", 1)
     reject: float | None = flag(

@@ -34,6 +34,17 @@ _SHARED_HELP = {
     "eval_data": "files or stores to evaluate on, instead of held-out cells of the data",
     "engine": "where workers run: local, or ray (on a cluster)",
 }
+# Arguments of training that the commands of pretraining share.
+PRETRAINING = {
+    "learning_rate": 1e-3,
+    "warmup_steps": 0.1,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "logging_steps": 10,
+    "eval_strategy": "epoch",
+    "save_total_limit": 2,
+    "report_to": "none",
+}
 
 
 def flag(help: str, default: Any = MISSING, **options: Any) -> Any:
@@ -60,31 +71,21 @@ class OnCells:
 
     def options(self, *own: str) -> dict[str, Any]:
         """Return the flags that the function of the command takes under the same names, except those named here."""
-        own = ("data", "model", "output", "layer", "overwrite", *own)
-        return {name: value for name, value in vars(self).items() if name not in own}
+        return options_of(self, "data", "model", "output", "layer", "overwrite", *own)
+
+
+def options_of(args: Any, *own: str) -> dict[str, Any]:
+    """Return the flags of a command as options of a function, without the command's own."""
+    return {name: value for name, value in vars(args).items() if name not in own}
 
 
 def parse(
     argv: list[str], arguments: type, *, verb: str, description: str, training: dict[str, Any] | None = None
 ) -> tuple:
-    """Parse a command line.
+    """Parse the command line of a verb into its dataclass of flags.
 
-    Parameters
-    ----------
-    argv : list of str
-        Command line after the verb.
-    arguments : dataclass
-        The verb's own flags.
-    verb, description : str
-        Name and description in the help.
-    training : dict, optional
-        The verb's defaults for `transformers.TrainingArguments`; if given, its fields are flags as well.
-
-    Returns
-    -------
-    tuple
-        The dataclass, and a dict of the training arguments set by the defaults, the file and the command line (empty
-        without `training`).
+    With `training`, the verb's defaults for `transformers.TrainingArguments`, its fields are flags as well; return
+    also a dict of those that the defaults, the file and the command line set.
 
     Raises
     ------
@@ -142,14 +143,30 @@ def parse(
     return arguments(**values), set_training
 
 
-def check_names(flag: str, settings: dict[str, Any] | None, known: Iterable[str]) -> None:
-    """Refuse unknown names in a mapping.
+def changed_flags(args: Any, names: Iterable[str]) -> list[str]:
+    """Return the flags, such as "--size", of the names whose values in a dataclass are not their defaults."""
+    defaults = {
+        option.name: option.default if option.default_factory is MISSING else option.default_factory()
+        for option in fields(args)
+    }
+    return [f"--{name}" for name in names if getattr(args, name) != defaults[name]]
 
-    Raises
-    ------
-    ValueError
-        A name is unknown; the message names the closest known one.
-    """
+
+def refuse_flags_of_new(what: str, args: Any, names: Iterable[str]) -> None:
+    """Raise a ValueError for flags of a new model or tokenizer (`what`), if one is loaded, which has its own."""
+    given, loaded = changed_flags(args, names), getattr(args, what)
+    if loaded and given:
+        raise ValueError(f"{', '.join(given)}: only for a new {what}; the one at {loaded} has its own.")
+
+
+def check_free(path: str | Path, overwrite: bool, flag: str = "--output") -> None:
+    """Raise a FileExistsError if a path exists, unless it may be replaced."""
+    if Path(path).exists() and not overwrite:
+        raise FileExistsError(f"{path} exists. Choose another {flag}, or pass --overwrite.")
+
+
+def check_names(flag: str, settings: dict[str, Any] | None, known: Iterable[str]) -> None:
+    """Raise a ValueError for an unknown name in a mapping."""
     for name in settings or {}:
         if name not in known:
             raise ValueError(f"{flag}: unknown name {name!r}{closest(name, sorted(known))}.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .arguments import flag, parse
+from .arguments import flag, options_of, parse
 
 
 @dataclass
@@ -47,7 +47,7 @@ def run(args: BuildArguments):
 
     if args.part is not None and len(args.part) != 2:
         raise ValueError(f"--part takes two numbers, such as 0 4 for the first of four; got {args.part}.")
-    settings = {name: value for name, value in vars(args).items() if name not in ("data", "output")}
-    settings["obs"] = "all" if args.obs == ["all"] else args.obs
-    settings["part"] = None if args.part is None else tuple(args.part)
-    return CellStore.build(args.output, args.data, **settings)
+    options = options_of(args, "data", "output")
+    options["obs"] = "all" if args.obs == ["all"] else args.obs
+    options["part"] = None if args.part is None else tuple(args.part)
+    return CellStore.build(args.output, args.data, **options)

@@ -14,18 +14,7 @@ from . import guarded
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse and run.
-
-    Parameters
-    ----------
-    argv : list of str, optional
-        Command line without the program's name.
-
-    Returns
-    -------
-    int
-        Exit status: 0, 1 for an error, 130 if interrupted. An invalid command line exits with 2.
-    """
+    """Parse and run; return the exit status as `stformer_hf.cli.main` does."""
     args = _parser().parse_args(argv)
     return guarded(
         "convert_h5ad_to_scdl",

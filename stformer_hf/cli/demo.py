@@ -22,7 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .arguments import flag, parse
+from .arguments import check_free, flag, parse
 from .demo_rows import GENES, LABEL, MAJORITY, PCA, START, TRAINED
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ STEPS = {"save_strategy": "no", "eval_on_start": True, "logging_steps": 10}  # f
 EPOCHS = 4  # of the fine-tuning shown if the classifier chose none
 N_LABELS = (5, 10, 20)
 N_DRAWS = 3
+VERSIONS = ("stformer_hf", "torch", "transformers", "datasets", "anndata", "scanpy")
 
 MODELS = ("pretrained", "classifier", "classifier_start", "classifier_trained")
 MADE = (
@@ -70,28 +71,13 @@ class DemoArguments:
 
 
 class Classifiers(NamedTuple):
-    """The two classifiers of the demo.
+    """The two classifiers of the demo, of which inner cross-validation chose the one in the folder "classifier"."""
 
-    Attributes
-    ----------
-    start, trained : str
-        Their folders: linear models, and those trained further.
-    chosen : str
-        The one chosen by inner cross-validation; its folder is "classifier".
-    epochs : float
-        Epochs of the trained one.
-    facts : dict
-        Facts of the choice: `fine_tuning.json`.
-    figures : dict of str to float
-        Figures of the run that made the chosen one.
-    """
-
-    start: str
-    trained: str
-    chosen: str
-    epochs: float
-    facts: dict[str, Any]
-    figures: dict[str, float]
+    start: str  # folder of the linear models
+    trained: str  # folder of those trained further
+    epochs: float  # of the trained one
+    facts: dict[str, Any]  # of the choice: `fine_tuning.json`
+    figures: dict[str, float]  # of the run that made the chosen one
 
 
 def main(argv: list[str]) -> None:
@@ -148,11 +134,12 @@ def run(args: DemoArguments) -> dict[str, dict[str, float]]:
         for name, row in table.items():
             print(f"{name:<30} accuracy {row['accuracy']:.3f}  macro F1 {row['macro_f1']:.3f}")
     with _step(7, "embed all cells, and draw"):
-        order = _order_classes(train, pca)
-        chosen = START if classifiers.chosen == classifiers.start else TRAINED
+        from ..evaluation.classifier_scores import order_classes, score_classes
+
+        order = order_classes(pca(log_normalise(train.X)), train.obs[LABEL].astype(str))
+        chosen = START if classifiers.start == "classifier" else TRAINED
         pictures = _draw(folder, cells, held_out, pca, predictions[chosen], order, few, classifiers, pretraining, args)
     with _step(8, "report"):
-        from ..evaluation.classifier_scores import score_classes
         from .demo_few_labels import summarise
 
         true = held_out.obs[LABEL].astype(str).tolist()
@@ -181,14 +168,8 @@ def run(args: DemoArguments) -> dict[str, dict[str, float]]:
 def load_cells() -> tuple[Any, float]:
     """Read scanpy's 700 PBMCs (10x PBMC 68k, Zheng et al. 2017) and recover their counts.
 
-    The package ships ln(1 + 10,000 count / total), which is inverted and rounded.
-
-    Returns
-    -------
-    AnnData (700, 765)
-        Counts as CSR float32; ten cell types in `obs["bulk_labels"]`.
-    float
-        The largest difference between a recovered count and an integer.
+    The package ships ln(1 + 10,000 count / total), which is inverted and rounded. Return the AnnData (700, 765), CSR
+    float32 with ten cell types in `obs["bulk_labels"]`, and the largest distance of a recovered count to an integer.
 
     Raises
     ------
@@ -231,8 +212,7 @@ def split_cells(cells, seed: int):
 
 def _make_folder(folder: Path, overwrite: bool) -> Path:
     if folder.exists() and any(folder.iterdir()):
-        if not overwrite:
-            raise FileExistsError(f"{folder} exists. Choose another --output, or pass --overwrite.")
+        check_free(folder, overwrite)
         if not (folder / "demo.json").exists():
             raise FileExistsError(f"{folder} holds something other than a demo, and is not changed.")
         for name in MADE:
@@ -281,9 +261,9 @@ def _finetune(folder: Path, seed: int) -> Classifiers:
     chosen = facts["num_train_epochs"]
     if chosen:
         make("classifier_start", num_train_epochs=0)
-        return Classifiers("classifier_start", "classifier", "classifier", chosen, facts, figures)
+        return Classifiers("classifier_start", "classifier", chosen, facts, figures)
     make("classifier_trained", num_train_epochs=EPOCHS)
-    return Classifiers("classifier", "classifier_trained", "classifier", EPOCHS, facts, figures)
+    return Classifiers("classifier", "classifier_trained", EPOCHS, facts, figures)
 
 
 def _predict(
@@ -317,13 +297,6 @@ def score(held_out: AnnData, predictions: dict[str, Any], seed: int) -> dict[str
     true = held_out.obs[LABEL].astype(str)
     classes = list(held_out.obs[LABEL].cat.categories)
     return {name: score_predictions(true, labels, classes, seed=seed) for name, labels in predictions.items()}
-
-
-def _order_classes(train: AnnData, pca: GenePca) -> list[str]:
-    from ..evaluation.cell_baselines import log_normalise
-    from ..evaluation.classifier_scores import order_classes
-
-    return order_classes(pca(log_normalise(train.X)), train.obs[LABEL].astype(str))
 
 
 def _draw(
@@ -418,13 +391,7 @@ def _write_report(folder: Path, *, pictures: dict[str, Path], **facts) -> Path:
     settings = {
         "pretraining": PRETRAINING | PRETRAINING_STEPS,
         "fine-tuning": FINETUNING,
-        "versions": {
-            "python": platform.python_version(),
-            **{
-                name: version(name)
-                for name in ("stformer_hf", "torch", "transformers", "datasets", "anndata", "scanpy")
-            },
-        },
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
     }
     report = folder / "report.html"
     config = json.loads((folder / "pretrained" / "config.json").read_text())

@@ -40,20 +40,8 @@ def label_few(
     """Label held-out cells with classifiers trained on the same few labelled cells.
 
     The other training cells are unlabelled here; the components of the PCA and of the model's start come from all
-    training cells.
-
-    Parameters
-    ----------
-    store : CellStore
-        Training cells, in the order of `train`.
-    train, held_out : AnnData
-    pca : GenePca
-        PCA of the training cells.
-    seed : int
-    n_labels : sequence of int
-        Numbers of labelled cells per class.
-    n_draws : int
-        Number of draws of labelled cells for each of these numbers.
+    training cells (`store` and `train`, in the same order). For each number of labelled cells per class in `n_labels`,
+    there are `n_draws` draws.
 
     Returns
     -------
@@ -98,8 +86,5 @@ def label_few(
 
 def summarise(few: pd.DataFrame) -> dict[str, dict[int, tuple[float, float]]]:
     """Compute the mean and standard deviation over draws: classifier -> number of labels -> both."""
-    grouped = few.groupby(["classifier", "n_labels"], sort=False)["accuracy"]
-    found: dict[str, dict[int, tuple[float, float]]] = {}
-    for (name, n), values in grouped:
-        found.setdefault(name, {})[int(n)] = (float(values.mean()), float(values.std(ddof=1)))
-    return found
+    of_draws = few.pivot(index="draw", columns=["classifier", "n_labels"], values="accuracy").agg(["mean", "std"])
+    return {name: {n: tuple(of_draws[name, n]) for n in of_draws[name]} for name in few["classifier"].unique()}

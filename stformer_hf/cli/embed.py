@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .arguments import OnCells, flag, parse
+from .arguments import OnCells, changed_flags, check_free, flag, parse
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -117,20 +117,10 @@ def _embed_neighborhoods(adata: AnnData, args: EmbedArguments) -> None:
 
         from ..inference.plots import sections
     section = args.section_key or section_of(adata) or ("section" if "section" in adata.obs else None)
-    options = {name: getattr(args, name) for name in ("patch_size", "k_nearest", "max_num_cells")}
-    embed_neighborhoods(
-        adata,
-        args.model,
-        spatial_key=args.spatial_key,
-        section_key=section,
-        cell_type_key=args.cell_type_key,
-        with_cell_type=args.with_cell_type,
-        layer=args.layer,
-        fractional=args.fractional,
-        batch_size=args.batch_size,
-        device=args.device,
-        **{name: value for name, value in options.items() if value is not None},
-    )
+    own = ("kind", "section_key", "domains", "domain_method", "resolution", "plot")
+    options = args.options(*own, *_OWN["cells"])
+    options = {name: value for name, value in options.items() if value is not None}  # by default, those of the model
+    embed_neighborhoods(adata, args.model, section_key=section, layer=args.layer, **options)
     if _wants_domains(args):
         spatial_domains(adata, n_domains, method=method, resolution=args.resolution)
     if args.plot:
@@ -143,20 +133,9 @@ def _wants_domains(args: EmbedArguments) -> bool:
 
 
 def _check(args: EmbedArguments) -> None:
-    """Refuse flags without effect, and an existing picture.
-
-    Raises
-    ------
-    ValueError
-        The kind is unknown; flags of the other kind are given, or flags of domains without domains.
-    FileExistsError
-        The picture exists, and `overwrite` is False.
-    """
-    if args.kind not in _KEYS:
-        raise ValueError(f"--kind {args.kind} is not one of {' and '.join(_KEYS)}.")
+    """Refuse flags without effect, and an existing picture."""
     other = next(kind for kind in _OWN if kind != args.kind)
-    defaults = EmbedArguments.__dataclass_fields__
-    foreign = [f"--{name}" for name in _OWN[other] if getattr(args, name) != defaults[name].default]
+    foreign = changed_flags(args, _OWN[other])
     if foreign:
         raise ValueError(
             f"--kind {args.kind} does not read {', '.join(foreign)}: pass --kind {other}, or leave it out."
@@ -165,7 +144,7 @@ def _check(args: EmbedArguments) -> None:
         raise ValueError(f"--domains {args.domains}: must be a number of domains, or 0 for none.")
     if args.plot and not _wants_domains(args):
         raise ValueError("--plot draws domains: pass --domains N, or --domain_method leiden.")
-    if args.resolution != defaults["resolution"].default and args.domain_method != "leiden":
+    if changed_flags(args, ["resolution"]) and args.domain_method != "leiden":
         raise ValueError("--resolution needs --domain_method leiden.")
-    if args.plot and Path(args.plot).exists() and not args.overwrite:
-        raise FileExistsError(f"{args.plot} exists. Choose another --plot, or pass --overwrite.")
+    if args.plot:
+        check_free(args.plot, args.overwrite, "--plot")

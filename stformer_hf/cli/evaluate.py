@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import flag, parse
+from .arguments import check_free, flag, options_of, parse
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -63,9 +63,8 @@ def run(args: EvaluateArguments) -> EmbeddingEvaluation:
     output = Path(args.output)
     if output.is_file():
         raise ValueError(f"--output {output} is a file; pass a folder.")
-    there = [name for name in _FILES if (output / name).exists()]
-    if there and not args.overwrite:
-        raise FileExistsError(f"{output / there[0]} exists. Choose another --output, or pass --overwrite.")
+    for name in _FILES:
+        check_free(output / name, args.overwrite)
     adata, args.layer = read(args.data, layer=args.layer)
     keys = list(args.keys or [])
     if args.model:
@@ -75,8 +74,7 @@ def run(args: EvaluateArguments) -> EmbeddingEvaluation:
             )
         _embed(adata, args)
         keys.insert(0, _KEY)
-    own = ("data", "output", "model", "keys", "batch_size", "overwrite")
-    options = {name: value for name, value in vars(args).items() if name not in own}
+    options = options_of(args, "data", "output", "model", "keys", "batch_size", "overwrite")
     found = evaluate_embedding(adata, keys, **options)
     output.mkdir(parents=True, exist_ok=True)
     found.to_json(output / "evaluation.json")

@@ -15,6 +15,7 @@ from ..genes.whole_files import whole_file
 from ..sources.formats import local_path, remote_folder
 from ..sources.read_anndata import read_anndata
 from ..store.cell_store import CellStore
+from .arguments import check_free
 
 
 def holds_store(path: str | Path) -> bool:
@@ -23,11 +24,7 @@ def holds_store(path: str | Path) -> bool:
 
 
 def read(
-    data: str,
-    output: str | None = None,
-    overwrite: bool = False,
-    layer: str | None = None,
-    blockwise: bool = False,
+    data: str, output: str | None = None, overwrite: bool = False, layer: str | None = None, blockwise: bool = False
 ) -> tuple[AnnData | CellStore, str | None]:
     """Read the input, after checking the path of the output file; see `read_anndata`.
 
@@ -61,8 +58,7 @@ def _check_output(data: str, output: Path, overwrite: bool) -> None:
     if output.exists():
         if remote_folder(data) is None and output.samefile(data):
             raise ValueError(f"--output is the input, {data}; choose another file.")
-        if not overwrite:
-            raise FileExistsError(f"{output} exists. Choose another --output, or pass --overwrite.")
+        check_free(output, overwrite)
 
 
 def several_processes() -> bool:

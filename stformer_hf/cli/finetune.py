@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..genes.wrong_names import some_of
 from ..training.defaults import FINETUNING, FINETUNING_REFERENCE, MAX_LENGTH
-from .arguments import flag, parse
+from .arguments import flag, parse, refuse_flags_of_new
 
 _OF_A_NEW_MODEL = ("size", "bin_edges", "max_length", "whole_cell")
 
@@ -90,30 +91,18 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     """Fine-tune and save; return the metrics of the run."""
     from ..batches.draws import check_sampling, sampling_columns
     from ..evaluation.cell_baselines import classification_baselines
-    from ..evaluation.metrics import (
-        compute_classification_metrics,
-        compute_column_metrics,
-        compute_regression_metrics,
-    )
+    from ..evaluation.metrics import compute_classification_metrics, compute_column_metrics, compute_regression_metrics
     from ..training.cell_heads import read_heads
     from ..training.finetuning import prepare_classifier
     from ..training.loading import load_tokenizer
-    from .runs import (
-        finish,
-        genes_of_training,
-        open_cells,
-        refuse_flags_of_a_new_model,
-        removing_store,
-        split,
-        training_arguments,
-    )
+    from .runs import finish, genes_of_training, open_cells, removing_store, split, training_arguments
 
     output = Path(args.output)
     of_numbers = args.problem_type == "regression"
     labels = list(dict.fromkeys(args.label_key))
     if of_numbers and (args.class_weights != "none" or args.label_smoothing):
         raise ValueError("--class_weights and --label_smoothing apply to classes: leave them out for a regression.")
-    refuse_flags_of_a_new_model(args, _OF_A_NEW_MODEL)
+    refuse_flags_of_new("model", args, _OF_A_NEW_MODEL)
     check_sampling(args.sampling)
     split_by = [args.split_by] if args.split_by else []
     tokenizer = load_tokenizer(args.model) if args.model else None
@@ -216,8 +205,8 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
 def _what_is_learnt(label: str, head) -> str:
     if head.kind == "regression":
         return f"{label!r} is predicted as a number (--problem_type regression)."
-    names = ", ".join(head.names[:5]) + (", …" if len(head.names) > 5 else "")
-    return f"{label!r} is learnt as {len(head.names)} classes: {names}. For numbers: --problem_type regression."
+    classes = f"{len(head.names)} classes: {some_of(head.names)}"
+    return f"{label!r} is learnt as {classes}. For numbers: --problem_type regression."
 
 
 def _draw_confusion(output: Path, found, heads: list) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..genes.wrong_names import some_of
 from .arguments import flag, parse
 
 _N_SAMPLE = 1_000  # cells whose counts are summarised
@@ -156,8 +157,8 @@ def model_facts(name: str) -> dict[str, Any]:
         found = []
         for column in label_columns_of(config):
             names = output_names(config, column)
-            listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
-            found.append(f"{len(names)} outputs{'' if column.name is None else ' of ' + column.name}: {listed}")
+            of = "" if column.name is None else f" of {column.name}"
+            found.append(f"{len(names)} outputs{of}: {some_of(names, 8)}")
         facts["predicts"] = "; ".join(found)
     tokenizer = load_tokenizer(name)
     facts["genes"] = f"{len(tokenizer.genes):,}, such as {describe(tokenizer.genes)}"

@@ -7,10 +7,10 @@ stformer-hf medians --data a.npz b.npz --output gene_medians.json
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from .arguments import flag, parse
+from .arguments import changed_flags, check_free, flag, options_of, parse
 
 
 @dataclass
@@ -43,17 +43,12 @@ def run(args: MediansArguments):
     output = Path(args.output)
     if output.suffix not in (".json", ".npz"):
         raise ValueError(f"--output {output}: pass a .json file for the results, or a .npz file for a part.")
-    if output.exists() and not args.overwrite:
-        raise FileExistsError(f"{output} exists. Choose another --output, or pass --overwrite.")
+    check_free(output, args.overwrite)
     parts = [source for source in args.data if source.endswith(".npz")]
     if parts and len(parts) < len(args.data):
         raise ValueError("--data takes parts (.npz) or cells, not both: make a part from the cells first.")
     if parts:
-        changed = [
-            f"--{option.name}"
-            for option in fields(args)
-            if option.name not in ("data", "output", "overwrite") and getattr(args, option.name) != option.default
-        ]
+        changed = changed_flags(args, options_of(args, "data", "output", "overwrite"))
         if changed:
             raise ValueError(f"{', '.join(changed)}: not allowed when merging parts.")
         if len({Path(part).resolve() for part in parts}) < len(parts):
@@ -75,15 +70,5 @@ def _merged(parts: list[str]):
 def _estimated(args: MediansArguments):
     from ..store.gene_medians import estimate_gene_medians
 
-    return estimate_gene_medians(
-        args.data,
-        args.target_sum,
-        method=args.method,
-        max_memory=int(args.max_memory * 1e9),
-        layer=args.layer,
-        fractional=args.fractional,
-        aliases=args.aliases,
-        unify=args.unify,
-        workers=args.workers,
-        engine=args.engine,
-    )
+    options = options_of(args, "data", "output", "overwrite") | {"max_memory": int(args.max_memory * 1e9)}
+    return estimate_gene_medians(args.data, **options)

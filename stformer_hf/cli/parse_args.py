@@ -161,11 +161,7 @@ _FLAGS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("bin_edges", "all", {"nargs": "+", "type": float, "help": "edges of the expression bins, for all genes"}),
     ("bin_edges_path", "all", {"help": "JSON file of genes and their edges"}),
     ("pretrained_model_path", "all", {"help": "checkpoint to start from, or JSON file of an architecture"}),
-    (
-        "model_arch",
-        "all",
-        {"choices": ["distilbert", "gene_bert"], "help": "a new model, of DistilBERT's size"},
-    ),
+    ("model_arch", "all", {"choices": ["distilbert", "gene_bert"], "help": "a new model, of DistilBERT's size"}),
     ("shard_size", "all", {"type": int, "default": 10_000, "help": "no effect"}),
     ("eval_data_paths", "all", {**_PATHS, "help": "h5ad files, braces allowed: 'cells_{0..3}.h5ad'"}),
     ("max_length", "all", {**_INT, "help": "maximum number of tokens per cell"}),
@@ -214,15 +210,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def expand_braces(text: str) -> list[str]:
     """Expand braces as a shell does: `a_{0..2}.h5ad`, `{00..10..5}`, `{train,test}`, also nested.
-
-    Parameters
-    ----------
-    text : str
-
-    Returns
-    -------
-    list of str
-        At least one string.
 
     Raises
     ------
@@ -380,18 +367,10 @@ def to_verb(config: BaseConfig) -> tuple[PretrainArguments | FinetuneArguments, 
 
 
 def make_initial_model(config: TrainConfig) -> Path:
-    """Make the checkpoint, with tokenizer, that training starts from: a new model, or pretrained weights.
+    """Make the checkpoint, with tokenizer, that training starts from, OUTPUT_DIR/initial; return its path.
 
-    Parameters
-    ----------
-    config : TrainConfig
-        `pretrained_model_path` may be a JSON file of an architecture (DistilBERT's or GeneBert's names), a folder of
-        PerturbGene's weights, or a checkpoint of this package with its tokenizer.
-
-    Returns
-    -------
-    Path
-        OUTPUT_DIR/initial.
+    `pretrained_model_path` may be a JSON file of an architecture (DistilBERT's or GeneBert's names), a folder of
+    PerturbGene's weights, or a checkpoint of this package with its tokenizer.
 
     Raises
     ------
@@ -522,12 +501,4 @@ if __name__ == "__main__":
     raise SystemExit(main())
 
 
-__all__ = [
-    "BaseConfig",
-    "TrainConfig",
-    "expand_braces",
-    "make_initial_model",
-    "parse_args",
-    "run",
-    "to_verb",
-]
+__all__ = ["BaseConfig", "TrainConfig", "expand_braces", "make_initial_model", "parse_args", "run", "to_verb"]

@@ -11,7 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
-from .arguments import flag, parse
+from .arguments import flag, options_of, parse
 
 
 @dataclass
@@ -50,9 +50,9 @@ def main(argv: list[str]) -> None:
     """Parse and run."""
     args, _ = parse(argv, PerturbArguments, verb="perturb", description=__doc__)
     table = run(args)
-    from accelerate import PartialState
+    from .files import is_first_process
 
-    if PartialState().is_main_process:
+    if is_first_process():
         shown = table.reindex(table.iloc[:, 1].abs().sort_values(ascending=False).index)
         print(shown[[*table.columns[:4], "z", "fdr"]].head(10).to_string())
         n_cells = table.attrs["settings"]["n_cells"]
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
 def run(args: PerturbArguments):
     """Perturb the cells, write the tables and the plot; return the table."""
     from ..inference.perturb import perturb
-    from .files import read
+    from .files import is_first_process, read
 
     if args.pairs and not args.genes:
         raise ValueError("--pairs needs --genes: all pairs of a panel are too many.")
@@ -70,21 +70,17 @@ def run(args: PerturbArguments):
         import matplotlib  # noqa: F401  before the work
 
     adata, layer = read(args.data, layer=args.layer)
-    own = ("data", "model", "output", "genes", "pairs", "layer", "plot")
-    options = {name: value for name, value in vars(args).items() if name not in own}
+    options = options_of(args, "data", "model", "output", "genes", "pairs", "layer", "plot")
     genes = None if args.genes is None else [tuple(group.split("+")) for group in args.genes]
     if args.pairs and genes is not None:
         genes = [one + other for one, other in combinations(genes, 2)]
     table = perturb(adata, args.model, genes, layer=layer, output=args.output, **options)
-    if args.plot:
-        from accelerate import PartialState
-
+    if args.plot and is_first_process():
         from ..inference.plots import volcano
 
-        if PartialState().is_main_process:
-            Path(args.plot).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                volcano(table, save=args.plot)
-            except ValueError as error:
-                raise ValueError(f"The tables in {args.output} were written, but the plot was not: {error}") from error
+        Path(args.plot).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            volcano(table, save=args.plot)
+        except ValueError as error:
+            raise ValueError(f"The tables in {args.output} were written, but the plot was not: {error}") from error
     return table

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from .arguments import check_names, flag, parse
+from .arguments import PRETRAINING, check_names, flag, parse, refuse_flags_of_new
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -25,17 +25,7 @@ if TYPE_CHECKING:
     from ..training.pretrainer import STFormerPretrainer
     from ..training.starts.spectral_views import SpectralViews
 
-TRAINING_DEFAULTS = {
-    "learning_rate": 1e-3,
-    "weight_decay": 0.05,
-    "warmup_steps": 0.1,
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 64,
-    "logging_steps": 10,
-    "eval_strategy": "epoch",
-    "save_total_limit": 2,
-    "report_to": "none",
-}
+TRAINING_DEFAULTS = {**PRETRAINING, "weight_decay": 0.05}
 
 _OF_A_NEW_MODEL = (
     "size",
@@ -144,24 +134,13 @@ def split_kind(argv: list[str]) -> tuple[str, list[str]]:
 
 
 class PretrainRun(NamedTuple):
-    """Cells and tokenizer of a run.
+    """Cells and tokenizer of a run."""
 
-    Attributes
-    ----------
-    store, train_cells : CellStore
-        All cells, and the training cells.
-    held_out_cells : CellStore or None
-        Cells held out for evaluation.
-    tokenizer : GeneTokenizer
-    views : SpectralViews or None
-        Views of the training cells, if a new model starts at them.
-    """
-
-    store: CellStore
+    store: CellStore  # all cells
     train_cells: CellStore
     held_out_cells: CellStore | None
     tokenizer: GeneTokenizer
-    views: SpectralViews | None
+    views: SpectralViews | None  # of the training cells, if a new model starts at them
 
 
 def run(args: PretrainArguments, training: dict) -> dict[str, float]:
@@ -173,7 +152,7 @@ def run(args: PretrainArguments, training: dict) -> dict[str, float]:
     arguments = training_arguments(Path(args.output), training, args.overwrite)
     prepared = prepare(args, arguments)
     set_seed(arguments.seed)
-    model = make_model(args, prepared.tokenizer, prepared)
+    model = make_model(args, prepared)
     trainer = make_trainer(args, arguments, prepared, model=model)
     return finish(trainer, card={"store": prepared.store, "base_model": args.model})
 
@@ -190,9 +169,9 @@ def prepare(args: PretrainArguments, arguments: TrainingArguments) -> PretrainRu
     """
     from ..batches.draws import sampling_columns
     from ..training.loading import load_tokenizer
-    from .runs import genes_of_training, open_cells, refuse_flags_of_a_new_model, removing_store, split
+    from .runs import genes_of_training, open_cells, removing_store, split
 
-    refuse_flags_of_a_new_model(args, _OF_A_NEW_MODEL)
+    refuse_flags_of_new("model", args, _OF_A_NEW_MODEL)
     _check_settings(args)
     tokenizer = load_tokenizer(args.model) if args.model else None
     phenotypes = tokenizer.included_phenotypes if tokenizer else args.phenotypes
@@ -277,32 +256,12 @@ def _starts_at_cells(args: PretrainArguments) -> bool:
     return init == "spectral" and not args.model
 
 
-def make_model(
-    args: PretrainArguments, tokenizer: GeneTokenizer, run: PretrainRun | None = None, **settings
-) -> PreTrainedModel:
-    """Make a new model for the tokenizer, or load the one of `args.model`.
+def make_model(args: PretrainArguments, run: PretrainRun, **settings) -> PreTrainedModel:
+    """Make a new model for the tokenizer of a prepared run, or load the one of `args.model`.
 
-    Its weights are drawn from torch's generator: call `transformers.set_seed` first.
-
-    Parameters
-    ----------
-    args : PretrainArguments
-        `size`, `model_config`, `label_smoothing` and `gene_embeddings` of a new model, or `model`.
-    tokenizer : GeneTokenizer
-        Determines the sizes of the embeddings.
-    run : PretrainRun, optional
-        Views and training cells that a new model starts at, depending on `args.init`. Without it, weights are random.
-    **settings
-        Fields of `GeneBertConfig` (and `size` of a new model) that override those of `args`.
-
-    Returns
-    -------
-    PreTrainedModel
-
-    Raises
-    ------
-    ValueError
-        A name is not a field of `GeneBertConfig`.
+    Its weights are drawn from torch's generator: call `transformers.set_seed` first. Depending on `args.init`, it
+    starts at the views and training cells of `run`. `settings`, fields of `GeneBertConfig` (and `size` of a new
+    model), override those of `args`.
     """
     import torch
     from transformers import AutoModelForMaskedLM
@@ -315,20 +274,17 @@ def make_model(
     from ..training.starts.spectral_start import cell_embedding_of, set_views
 
     settings = {**(args.model_config or {}), **settings}
-    check_names("model_config", settings, {"size", *(option.name for option in fields(GeneBertConfig))})
     if args.model:
         return load_model(args.model, AutoModelForMaskedLM, new_head=True, dtype=torch.float32, **settings)
     settings = {"size": args.size, "label_smoothing": args.label_smoothing, **settings}
-    model = GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(tokenizer, **settings))
-    if run is not None and run.views is not None:
+    model = GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(run.tokenizer, **settings))
+    if run.views is not None:
         set_views(cell_embedding_of(model), run.views, model.config.initializer_range)
-    if run is not None and _starts_at_cells(args):
-        if tokenizer.scheme == "rank":
-            start_rank_model(model, tokenizer, run.train_cells)
-        else:
-            start_mlm_bias(model, tokenizer, run.train_cells)
+    if _starts_at_cells(args):
+        start = start_rank_model if run.tokenizer.scheme == "rank" else start_mlm_bias
+        start(model, run.tokenizer, run.train_cells)
     if args.gene_embeddings:
-        load_gene_embeddings(model, tokenizer, args.gene_embeddings)
+        load_gene_embeddings(model, run.tokenizer, args.gene_embeddings)
     return model
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from .arguments import flag, parse
+from .arguments import PRETRAINING, check_names, flag, parse
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,17 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TRAINING_DEFAULTS = {
-    "learning_rate": 1e-3,
-    "weight_decay": 0.0,
-    "warmup_steps": 0.1,
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 64,
-    "logging_steps": 10,
-    "eval_strategy": "epoch",
-    "save_total_limit": 2,
-    "report_to": "none",
-}
+TRAINING_DEFAULTS = {**PRETRAINING, "weight_decay": 0.0}
 _AXES = ("x", "y", "z")
 _SECTION = "section"
 _ONE_TYPE = "cell"
@@ -106,7 +96,6 @@ def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]
     from ..space.center_mask_sampler import CenterMaskSampler
     from ..space.neighborhood_baselines import gene_moments
     from ..space.neighborhood_trainer import NeighborhoodTrainer
-    from .arguments import check_names
     from .runs import finish, removing_store, training_arguments
 
     check_names("model_config", args.model_config, [option.name for option in fields(CellNeighborhoodConfig)])
@@ -151,11 +140,7 @@ def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]
     model = CellNeighborhoodForMaskedCell(config)
     model.count_head.start_at(*gene_moments(train, seed=arguments.seed))
     trainer = NeighborhoodTrainer(
-        arguments,
-        train,
-        model=model,
-        eval_dataset=evaluated,
-        baselines=args.baselines and evaluated is not None,
+        arguments, train, model=model, eval_dataset=evaluated, baselines=args.baselines and evaluated is not None
     )
     return finish(trainer, card={"store": cells.store, "settings": {**neighborhood, "held out": _held_out(args)}})
 
@@ -167,30 +152,15 @@ def _held_out(args: PretrainNeighborhoodArguments) -> str:
 
 
 class Sections(NamedTuple):
-    """Cells of tissue sections.
-
-    Attributes
-    ----------
-    store : CellStore
-    metadata : DataFrame
-        One row per cell with a type: `cell_label`, `x`, `y` (and `z`), `section`, `cell_type` (codes).
-    cell_types : list of str
-        Names of the codes.
-    """
+    """Cells of tissue sections."""
 
     store: CellStore
-    metadata: pd.DataFrame
-    cell_types: list[str]
+    metadata: pd.DataFrame  # of cells with a type: `cell_label`, `x`, `y` (and `z`), `section`, `cell_type` (codes)
+    cell_types: list[str]  # names of the codes
 
 
 def open_sections(args: PretrainNeighborhoodArguments, arguments: TrainingArguments) -> Sections:
-    """Open the store of the cells, or build one with their coordinates.
-
-    Raises
-    ------
-    ValueError
-        Coordinates or a column are missing; no cell has a type; see also `open_cells`.
-    """
+    """Open the store of the cells, or build one with their coordinates."""
     import pandas as pd
 
     from .runs import is_store, open_cells
@@ -325,13 +295,7 @@ def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], st
 
 
 def choose_held_out(args: PretrainNeighborhoodArguments, metadata: pd.DataFrame, seed: int) -> np.ndarray:
-    """Choose the held-out cells: bool array (n_cells,).
-
-    Raises
-    ------
-    ValueError
-        The share is outside [0, 1); a section does not exist; no cell is left to train on.
-    """
+    """Choose the held-out cells: bool array (n_cells,)."""
     import math
 
     import numpy as np

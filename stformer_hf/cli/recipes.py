@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..genes.wrong_names import closest
-from .arguments import flag, parse, recipe_files
+from .arguments import check_free, flag, parse, recipe_files
 
 
 @dataclass
@@ -59,8 +59,7 @@ def copy_recipe(name: str, output: str | None = None, overwrite: bool = False) -
     if name not in recipes:
         raise ValueError(f"There is no recipe {name!r}{closest(name, recipes)}. `stformer-hf recipes` lists them.")
     path = Path(output or f"{name}.yaml")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists. Choose another --output, or pass --overwrite.")
+    check_free(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(recipes[name], path)
     return path

@@ -8,7 +8,6 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
-from ..genes.wrong_names import must_have
+from ..genes.wrong_names import must_have, some_of
 from ..sources.formats import expand
 from ..sources.read_anndata import is_anndata_file, read_anndata
 from ..sources.same_cells import join_groups
@@ -86,22 +85,6 @@ def removing_store(arguments: TrainingArguments) -> Iterator[None]:
         raise
 
 
-def refuse_flags_of_a_new_model(args, names: tuple[str, ...]) -> None:
-    """Refuse flags that have no effect with `--model`: a checkpoint has its own size and tokenizer.
-
-    Raises
-    ------
-    ValueError
-        Such flags differ from their defaults.
-    """
-    defaults = type(args)(**{field.name: None for field in fields(args) if field.default is field.default_factory})
-    given = [name for name in names if getattr(args, name) != getattr(defaults, name)]
-    if args.model and given:
-        raise ValueError(
-            f"{', '.join('--' + name for name in given)}: only for a new model; the one at {args.model} has its own."
-        )
-
-
 def is_store(data: list[str] | list[AnnData]) -> bool:
     """Return whether `data` is the folder of a store."""
     return len(data) == 1 and isinstance(data[0], str) and holds_store(data[0])
@@ -163,14 +146,7 @@ def open_cells(
 
 
 def genes_of_training(store: CellStore, eval_data: list[str] | None) -> list[str]:
-    """Return the ids of the genes that a new model learns: those that only `eval_data` measures are left out.
-
-    Parameters
-    ----------
-    store : CellStore
-        As `open_cells` opens it.
-    eval_data : list of str, optional
-    """
+    """Return the ids of a store's genes that a new model learns: those that only `eval_data` measures are left out."""
     genes = store.gene_ids.tolist()
     if not eval_data:
         return genes
@@ -282,7 +258,7 @@ def split(
             names = [_names_of(store, labels, classes[i]) for i in alone]
             logger.warning(
                 f"{len(alone)} classes of {label} have only one cell, which is used for training, so they are not "
-                f"evaluated: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}."
+                f"evaluated: {some_of(names, 10)}."
             )
         kinds = kinds[n_like > 1]  # a class of one cell cannot be on both sides
         strata = _like_shares(strata[kinds], min(n_test, max(len(kinds) - n_test, 1)), label)
@@ -316,17 +292,9 @@ def _like_shares(codes: np.ndarray, most: int, label: str) -> np.ndarray:
 def finish(trainer: CellTrainer, card: dict | None = None) -> dict[str, float]:
     """Train, save model, tokenizer and state, collect the metrics, write the card, and push it if asked to.
 
-    Parameters
-    ----------
-    trainer : CellTrainer
-    card : dict, optional
-        Arguments of `write_model_card` that the trainer does not know, such as `settings`, `store` and `base_model`.
-
-    Returns
-    -------
-    dict of str to float
-        `train_loss`, `steps_per_second`, `peak_memory_mb` (resident, of this process), those of `Throughput.figures`
-        for the whole run, and those of the evaluation.
+    `card` has arguments of `write_model_card` that the trainer does not know, such as `settings`, `store` and
+    `base_model`. Return `train_loss`, `steps_per_second`, `peak_memory_mb` (resident, of this process), the figures
+    of `Throughput` for the whole run, and those of the evaluation.
 
     Raises
     ------
@@ -352,13 +320,12 @@ def finish(trainer: CellTrainer, card: dict | None = None) -> dict[str, float]:
         raise SystemExit(128 + trainer.interrupted)
     trainer.save_model(_internal_call=True)  # pushed below, when the card has its metrics
     trainer.save_state()
-    speed = {name: f"train_{name}" for name in _SPEED}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     no_step = not result.metrics["train_steps_per_second"]  # the resumed run was finished
     metrics = {
         "train_loss": float(np.mean(losses)) if no_step and losses else result.training_loss,
         "steps_per_second": result.metrics["train_steps_per_second"],
-        **{name: result.metrics[key] for name, key in speed.items() if key in result.metrics},
+        **{name: result.metrics[f"train_{name}"] for name in _SPEED if f"train_{name}" in result.metrics},
         "peak_memory_mb": peak_resident_memory() / 2**20,
     }
     if trainer.eval_dataset is not None:
@@ -371,14 +338,7 @@ def finish(trainer: CellTrainer, card: dict | None = None) -> dict[str, float]:
     return metrics
 
 
-_SPEED = (
-    "tokens_per_second",
-    "cells_per_second",
-    "padding_share",
-    "data_wait_share",
-    "peak_memory_gb",
-    "mfu",
-)
+_SPEED = ("tokens_per_second", "cells_per_second", "padding_share", "data_wait_share", "peak_memory_gb", "mfu")
 
 
 def _is_figure(name: str, value: object) -> bool:

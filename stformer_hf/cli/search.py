@@ -84,7 +84,7 @@ def run(args: SearchArguments, training: dict[str, Any]) -> pd.Series:
     prepared = prepare(args, arguments)
     if (store / "manifest.json").exists():
         args.data = [str(store)]
-    model_init = TrialModel(space, lambda **values: make_model(args, prepared.tokenizer, prepared, **values))
+    model_init = TrialModel(space, lambda **values: make_model(args, prepared, **values))
     trainer = make_trainer(args, arguments, prepared, model_init=model_init)
     try:
         table = search(

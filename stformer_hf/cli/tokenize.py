@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .arguments import flag, parse
+from .arguments import flag, parse, refuse_flags_of_new
 
 # Flags of a new tokenizer, made from the store.
 _OF_A_NEW_TOKENIZER = ("scheme", "medians", "bin_edges", "phenotypes", "max_length", "truncation")
@@ -47,17 +47,13 @@ def run(args: TokenizeArguments):
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
     from ..training.loading import load_tokenizer
 
-    new = {name: getattr(args, name) for name in _OF_A_NEW_TOKENIZER if getattr(args, name) is not None}
-    if args.tokenizer and new:
-        raise ValueError(
-            f"{', '.join('--' + name for name in new)}: only for a new tokenizer; the one at {args.tokenizer} has its "
-            "own."
-        )
+    refuse_flags_of_new("tokenizer", args, _OF_A_NEW_TOKENIZER)
     store = _open(args.data)
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer)
     else:
-        tokenizer = GeneTokenizer.from_store(store, **new)
+        settings = {name: getattr(args, name) for name in _OF_A_NEW_TOKENIZER if getattr(args, name) is not None}
+        tokenizer = GeneTokenizer.from_store(store, **settings)
     if tokenizer.neighborhood:
         store = store.with_neighborhoods()
     shards = {} if args.rows_per_shard is None else {"rows_per_shard": args.rows_per_shard}

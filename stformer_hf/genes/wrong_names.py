@@ -1,4 +1,4 @@
-"""Parts of errors about unknown names: the closest known name, or all of them."""
+"""Parts of messages about names: the closest known one, some of them, or all of them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ def closest(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"; the closest known one is {prefix}{by_lower[found[0]]}" if found else ""
 
 
+def some_of(names: Iterable[object], most: int = 5) -> str:
+    """Return the first names, and an ellipsis if there are more."""
+    texts = list(map(str, names))
+    return ", ".join(texts[:most]) + (", …" if len(texts) > most else "")
+
+
 def must_have(known: Collection[str], where: str, key: str | None, remedy: str = "") -> None:
     """Raise a ValueError if `known`, such as the `obsm` of an AnnData (`where`), lacks a key that is not None."""
     if key is not None and key not in known:
@@ -20,4 +26,4 @@ def must_have(known: Collection[str], where: str, key: str | None, remedy: str =
         raise ValueError(f"There is no {where}[{key!r}]; {where} has {has}.{remedy}")
 
 
-__all__ = ["closest", "must_have"]
+__all__ = ["closest", "must_have", "some_of"]

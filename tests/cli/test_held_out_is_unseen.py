@@ -78,7 +78,7 @@ def test_pretraining(tmp_path, name):
         )
         run = pretrain.prepare(args, training_arguments(tmp_path / f"{folder}_out", QUIET, False))
         torch.manual_seed(0)
-        return run, pretrain.make_model(args, run.tokenizer, run)
+        return run, pretrain.make_model(args, run)
 
     clean = make_cells()
     run, model = fit(clean, "clean")
