@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from ..models.gene_bert.gene_columns import clean_names, strip_versions
-from .gene_files import ID_COLUMNS, SYMBOL_COLUMNS, whole_numbers
+from ..models.gene_bert.gene_columns import clean_names, sample, strip_versions
+from .gene_files import ID_COLUMNS, SYMBOL_COLUMNS, plain_name, whole_numbers
 from .text_files import existing_file, naming, open_text, read_text_table, suffix_of
 
 logger = logging.getLogger(__name__)
@@ -64,15 +63,7 @@ def read_aliases(aliases: Mapping[str, str] | pd.DataFrame | str | Path | None) 
 
 
 def warn_of_few_matches(aliases: Mapping[str, str], gene_ids: Iterable[str]) -> None:
-    """Log a warning if none or few of the aliases are genes of the sources.
-
-    Parameters
-    ----------
-    aliases : dict of str to str
-        As `read_aliases` returns them.
-    gene_ids : iterable of str
-        All gene ids of the sources.
-    """
+    """Log a warning if none or few of the aliases, as `read_aliases` returns them, are genes of the sources."""
     if not aliases:
         return
     gene_ids = set(gene_ids)
@@ -80,8 +71,8 @@ def warn_of_few_matches(aliases: Mapping[str, str], gene_ids: Iterable[str]) -> 
     if n < _LITTLE * min(len(aliases), len(gene_ids)):
         logger.warning(
             f"{n} of {len(aliases)} aliases are genes of the sources. The aliases are for names like "
-            f"{_some(aliases)}, but the {len(gene_ids)} genes have ids like {_some(sorted(gene_ids))}: aliases must "
-            "be {id, or name if there is no id: new id}."
+            f"{sample(map(repr, aliases))}, but the {len(gene_ids)} genes have ids like "
+            f"{sample(map(repr, sorted(gene_ids)))}: aliases must be {{id, or name if there is no id: new id}}."
         )
 
 
@@ -102,7 +93,7 @@ def _read_file(path: Path) -> list[tuple[Any, Any]]:
 
 
 def _is_header(fields: Sequence[str]) -> bool:
-    words = [re.sub(r"[^a-z0-9]+", "_", field.lower()).strip("_") for field in fields]
+    words = [plain_name(field) for field in fields]
     usual = {*ID_COLUMNS, *SYMBOL_COLUMNS}
     return fields[0].strip() == "" or all(word in usual or set(word.split("_")) <= _WORDS for word in words)
 
@@ -150,10 +141,6 @@ def _text(name: Any) -> str:
     if not pd.api.types.is_scalar(name):
         raise ValueError(f"aliases must be {{old: new}}, one name each, got {name!r}.")
     return "" if pd.isna(name) else str(name).strip()
-
-
-def _some(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, list(names)[:3])) or "(none)"
 
 
 __all__ = ["read_aliases", "warn_of_few_matches"]

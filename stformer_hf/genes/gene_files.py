@@ -186,9 +186,14 @@ def _names(column: pd.Series) -> np.ndarray:
     return names.where(names != "NA", "").to_numpy(dtype=object)
 
 
+def plain_name(name: object) -> str:
+    """Return the name of a column in lower case, with underscores for all but letters and digits."""
+    return re.sub(r"[^a-z0-9]+", "_", str(name).lower()).strip("_")
+
+
 def _usual(frame: pd.DataFrame, names: Sequence[str]) -> list:
     """Return the columns that have one of the usual names, in the order of these."""
-    columns = {re.sub(r"[^a-z0-9]+", "_", str(name).lower()).strip("_"): name for name in reversed(frame.columns)}
+    columns = {plain_name(name): name for name in reversed(frame.columns)}
     return [columns[name] for name in names if name in columns]
 
 
@@ -233,4 +238,4 @@ def _unite_rows(ids, symbols, others: pd.DataFrame, name: str) -> pd.DataFrame:
     return frame.drop_duplicates(["gene_id", "symbol"]).reset_index(drop=True)
 
 
-__all__ = ["ID_COLUMNS", "SYMBOL_COLUMNS", "read_gtf", "read_json", "read_table", "whole_numbers"]
+__all__ = ["ID_COLUMNS", "SYMBOL_COLUMNS", "plain_name", "read_gtf", "read_json", "read_table", "whole_numbers"]

@@ -22,38 +22,16 @@ _AT_ONCE = 1 << 22  # values sorted, or counts summed, at once for medians
 
 
 class AllValues:
-    """All counts of cells, and the cells' totals: medians of their values are exact.
-
-    Parameters
-    ----------
-    n_genes : int
-
-    Attributes
-    ----------
-    blocks : list of csr_array (n_genes, n_cells)
-        Counts, in narrow types.
-    totals : list of float64 array (n_cells,)
-        Totals of the cells of each block.
-    n_bytes : int
-        Memory of all of these, in bytes.
-    """
+    """All counts of cells, and the cells' totals: medians of their values are exact."""
 
     def __init__(self, n_genes: int):
         self.n_genes = n_genes
-        self.blocks: list[sparse.csr_array] = []
-        self.totals: list[np.ndarray] = []
-        self.n_bytes = 0
+        self.blocks: list[sparse.csr_array] = []  # counts in narrow types, (n_genes, n_cells) each
+        self.totals: list[np.ndarray] = []  # of the cells of each block: float64 (n_cells,)
+        self.n_bytes = 0  # memory of all of these
 
     def add(self, counts: sparse.csr_array, totals: np.ndarray) -> None:
-        """Add cells.
-
-        Parameters
-        ----------
-        counts : csr_array (n_cells, n_genes)
-            Positive counts, each gene at most once per cell.
-        totals : float64 array (n_cells,)
-            Sums of the counts.
-        """
+        """Add cells: positive counts (n_cells, n_genes), each gene at most once per cell, and their float64 sums."""
         narrow = sparse.csr_array((_narrow(counts.data), counts.indices, counts.indptr), shape=counts.shape)
         self._append(narrow.T.tocsr(), totals)
 
@@ -135,23 +113,12 @@ class ValueSketch:
     """Number of values of each gene in buckets with a constant ratio of their bounds (DDSketch).
 
     Bucket i holds values from 2 ** (i / 47) to 2 ** ((i + 1) / 47), before multiplication by the target sum.
-
-    Parameters
-    ----------
-    n_genes : int
-
-    Attributes
-    ----------
-    counts : uint32 array (n_buckets, n_genes)
-        Number of values; uint64 from 2 ** 32 cells on. Rows are buckets, because most counts of a cell are 1, 2 or 3,
-        so the numbers that it increases are close in memory.
-    first : int
-        Bucket of the first row.
-    n_cells : int
     """
 
     def __init__(self, n_genes: int):
-        self.first = 0
+        self.first = 0  # bucket of the first row
+        # Number of values (n_buckets, n_genes); uint64 from 2 ** 32 cells on. Rows are buckets, because most counts of
+        # a cell are 1, 2 or 3, so the numbers that it increases are close in memory.
         self.counts = np.zeros((0, n_genes), np.uint32)
         self.n_cells = 0
 

@@ -72,17 +72,8 @@ def suffix_of(path: Path) -> str:
 def read_text_table(path: str | Path, header: bool = True) -> pd.DataFrame:
     """Read a csv or tsv file; all values stay unchanged strings, since `nan` is a gene of the fruit fly.
 
-    Parameters
-    ----------
-    path : str or Path
-        The file. Fields are separated by tabs if the first line has one, else by commas, else by semicolons.
-    header : bool, default: True
-        Whether the first line names the columns; otherwise it is a row, and the columns are numbered.
-
-    Returns
-    -------
-    DataFrame of str
-        Missing fields at the end of a line are empty.
+    Fields are separated by tabs if the first line has one, else by commas, else by semicolons; missing fields at the
+    end of a line are empty. Without `header`, the first line is a row, and the columns are numbered.
     """
     with open_text(path) as file:
         first = file.readline()
@@ -94,19 +85,10 @@ def read_text_table(path: str | Path, header: bool = True) -> pd.DataFrame:
 
 
 def read_columns(path: str | Path, n: int = 1) -> pd.DataFrame:
-    """Read the first columns of a tsv file without a header, such as `features.tsv`; lines may have any length.
+    """Read the first n columns of a tsv file without a header, such as `features.tsv`; lines may have any length.
 
-    Parameters
-    ----------
-    path : str or Path
-        The file. Quotes have no meaning; empty lines are skipped.
-    n : int, default: 1
-        Maximum number of columns to read.
-
-    Returns
-    -------
-    DataFrame of str (n_lines, at most n)
-        Fields that a line lacks are empty; columns that no line has are left out.
+    Values are strings, and quotes have no meaning. Empty lines are skipped, fields that a line lacks are empty, and
+    columns that no line has are left out.
     """
     if n > 1:
         with open_text(path) as file:

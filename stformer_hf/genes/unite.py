@@ -22,22 +22,15 @@ FATES = ("kept", "mapped", "unmapped")
 
 @dataclass
 class UnitedGenes:
-    """Merged genes of many sources.
+    """Merged genes of many sources; `rows` and `fates` are of the columns of each source.
 
-    Attributes
-    ----------
-    genes : GeneTable
-        Every gene once, in the order of the sources.
-    rows : list of int64 array (n_columns,)
-        Row of `genes` for each column, per source.
-    fates : list of uint8 array (n_columns,)
-        Fate of each column, per source: 0 kept under its own Ensembl id, 1 mapped to another id by `aliases` or by
-        symbol, 2 unmapped (no Ensembl id, kept under its name).
+    The fate of a column is 0 if it is kept under its own Ensembl id, 1 if it is mapped to another id by `aliases` or
+    by symbol, 2 if it is unmapped (no Ensembl id, kept under its name).
     """
 
-    genes: GeneTable
-    rows: list[np.ndarray]
-    fates: list[np.ndarray]
+    genes: GeneTable  # every gene once, in the order of the sources
+    rows: list[np.ndarray]  # row of `genes` for each column: int64 (n_columns,)
+    fates: list[np.ndarray]  # uint8 (n_columns,)
 
 
 def unite(
@@ -48,14 +41,10 @@ def unite(
     unify: str | None = None,
     species: str | None = None,
 ) -> UnitedGenes:
-    """Merge gene tables by id.
+    """Merge gene tables, one per source, by id; ids may repeat in a table. `names` are those of the sources.
 
     Parameters
     ----------
-    tables : sequence of GeneTable
-        One table per source; ids may repeat in a table.
-    names : sequence of str
-        Names of the sources, for messages.
     aliases : mapping, DataFrame or file, optional
         Old id (or name) -> new id; see `read_aliases`.
     unify : "symbol", optional
@@ -63,10 +52,6 @@ def unite(
         the first Ensembl id among them. Symbols that one source has under more than one id are not merged.
     species : str, optional
         Species of all sources, such as `human`; by default the species that their Ensembl ids show must agree.
-
-    Returns
-    -------
-    UnitedGenes
 
     Raises
     ------
@@ -156,8 +141,8 @@ def _same_symbol(ids: list[np.ndarray], symbols: list[np.ndarray]) -> dict[str, 
     frames = [frame.drop_duplicates() for frame in _distinct(frames)]
     if len(frames) < 2:
         return {}
-    pairs = pd.concat(frames, keys=range(len(frames)), names=["source", "row"]).reset_index("source")
-    pairs = pairs[pairs["symbol"] != ""]
+    everywhere = pd.concat(frames, keys=range(len(frames)), names=["source", "row"]).reset_index("source")
+    pairs = everywhere[everywhere["symbol"] != ""]
     # A symbol with two ids in one source: two genes.
     ambiguous = pairs.loc[pairs.duplicated(["source", "symbol"]), "symbol"].unique()
     pairs = pairs[~pairs["symbol"].isin(ambiguous)]
@@ -166,9 +151,7 @@ def _same_symbol(ids: list[np.ndarray], symbols: list[np.ndarray]) -> dict[str, 
     if groups.empty:
         return {}
     # One source has both ids of a symbol: two genes, between which the symbol moved.
-    everywhere = pd.concat(frames, keys=range(len(frames)), names=["source", "row"]).reset_index("source")
-    everywhere = everywhere[["source", "gene_id"]].drop_duplicates()
-    both = groups[["symbol", "gene_id"]].merge(everywhere, on="gene_id")
+    both = groups[["symbol", "gene_id"]].merge(everywhere[["source", "gene_id"]].drop_duplicates(), on="gene_id")
     both = both.loc[both.duplicated(["source", "symbol"]), "symbol"].unique()
     groups = groups[~groups["symbol"].isin(both)]
     groups = groups.assign(by_name=~are_ids(groups["gene_id"].to_numpy()))
