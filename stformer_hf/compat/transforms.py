@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-_IGNORED = -100  # the label that torch's cross entropy ignores
+from ..models.gene_bert.heads import IGNORE
 
 
 class Transform(ABC):
@@ -147,7 +147,7 @@ class EncodeLabels(Transform):
         if isinstance(label, torch.Tensor):
             label = label.item()
         missing = label == "" or (isinstance(label, float) and math.isnan(label))
-        data_dict[self.encoded_key] = torch.tensor(_IGNORED if missing else self._number(label), dtype=torch.long)
+        data_dict[self.encoded_key] = torch.tensor(IGNORE if missing else self._number(label), dtype=torch.long)
         return data_dict
 
     def _number(self, label: Any) -> int:

@@ -6,27 +6,18 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import sparse
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from .cell_baselines import log_normalise
-from .clusters import leiden, neighbor_graph
+from .clusters import agreement, leiden, neighbor_graph
 from .readers import fit_knn, fit_pca, fit_probe
 
 
 class Ceiling(NamedTuple):
-    """Predictions for one half of every cell, by readers fitted to the other half and its label.
+    """Predictions for one half of every cell, by readers fitted to the other half and its label."""
 
-    Attributes
-    ----------
-    knn, probe : array (n_cells,)
-        Predicted class of each cell.
-    halves : tuple of float64 array (n_cells, n_components)
-        Principal components of each half, each fitted on its own.
-    """
-
-    knn: np.ndarray
+    knn: np.ndarray  # predicted class of each cell (n_cells,)
     probe: np.ndarray
-    halves: tuple[np.ndarray, np.ndarray]
+    halves: tuple[np.ndarray, np.ndarray]  # components of each, fitted on its own: float64 (n_cells, n_components)
 
 
 def split_counts(counts: sparse.csr_array, rng: np.random.Generator) -> tuple[sparse.csr_array, sparse.csr_array]:
@@ -51,18 +42,7 @@ def measure_ceiling(counts: sparse.csr_array, labels: np.ndarray, seed: int) -> 
     (cell-eval's `--ceiling` has the same aim, but splits resampled cells, not counts). It is not a strict bound: a
     half has half the depth, so a reader of whole cells may exceed it, and so may a better reader than these.
 
-    Parameters
-    ----------
-    counts : csr_array (n_cells, n_genes)
-        Integer counts.
-    labels : array (n_cells,)
-        Class of each cell.
-    seed : int
-        Seed of the split and of the PCA.
-
-    Returns
-    -------
-    Ceiling
+    `counts` (n_cells, n_genes) are integers; `seed` is that of the split and of the PCA.
     """
     first, second = map(log_normalise, split_counts(counts, np.random.default_rng(seed)))
     pca = fit_pca(first, seed)
@@ -75,11 +55,7 @@ def measure_ceiling(counts: sparse.csr_array, labels: np.ndarray, seed: int) -> 
 
 def cluster_agreement(halves: tuple[np.ndarray, np.ndarray], seed: int) -> dict[str, float]:
     """Compare the Leiden clusters of both halves at resolution 1: `leiden_ari` and `leiden_nmi`."""
-    clusters = [leiden(neighbor_graph(half), 1.0, seed) for half in halves]
-    return {
-        "leiden_ari": float(adjusted_rand_score(*clusters)),
-        "leiden_nmi": float(normalized_mutual_info_score(*clusters)),
-    }
+    return agreement(*(leiden(neighbor_graph(half), 1.0, seed) for half in halves))
 
 
 __all__ = ["Ceiling", "cluster_agreement", "measure_ceiling", "split_counts"]

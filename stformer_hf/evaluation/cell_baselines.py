@@ -23,16 +23,8 @@ def classification_baselines(
 ) -> dict[str, float]:
     """Score simple classifiers of cells, for comparison with a model on the same cells.
 
-    Parameters
-    ----------
-    train, held_out : CellStore
-        Stores with the same genes. Cells without the label are left out.
-    label : str
-        Categorical column of obs.
-    max_train_cells : int, default: 10,000
-        Fit to a random subset of this many training cells if there are more (a warning is logged).
-    seed : int, default: 0
-        Seed of the subset.
+    Both stores have the same genes, and the categorical column `label`; cells without a label are left out. If there
+    are more than `max_train_cells` training cells, a random subset of `seed` is used, and a warning is logged.
 
     Returns
     -------
@@ -55,13 +47,12 @@ def classification_baselines(
     rows, test_rows = (np.flatnonzero(cells.obs[label].cat.codes.to_numpy() >= 0) for cells in (train, held_out))
     if not len(rows) or not len(test_rows):
         raise ValueError(f"{len(rows)} training and {len(test_rows)} held-out cells have a {label!r}.")
-    if len(rows) > max_train_cells:
-        logger.warning(f"The baselines are fitted to {max_train_cells:,} of {len(rows):,} training cells.")
     labels, true = (
         cells.obs[label].astype(str).to_numpy()[of] for cells, of in ((train, rows), (held_out, test_rows))
     )
     predicted = {"majority": predict_majority(labels, len(true))}
     if len(rows) > max_train_cells:
+        logger.warning(f"The baselines are fitted to {max_train_cells:,} of {len(rows):,} training cells.")
         chosen = np.sort(np.random.default_rng(seed).choice(len(rows), max_train_cells, replace=False))
         rows, labels = rows[chosen], labels[chosen]
     predicted["logistic_regression"] = predicted["majority"]
@@ -86,19 +77,7 @@ def _blocks(store: CellStore, rows: np.ndarray):
 
 
 def predict_majority(train_labels: Sequence, n_test: int) -> np.ndarray:
-    """Predict the most frequent training class for every cell.
-
-    Parameters
-    ----------
-    train_labels : sequence (n_train,)
-        Classes of the training cells.
-    n_test : int
-        Number of cells to label.
-
-    Returns
-    -------
-    array (n_test,)
-    """
+    """Predict the most frequent training class for every cell: array (n_test,)."""
     empty = np.zeros((len(train_labels), 1))
     return DummyClassifier(strategy="most_frequent").fit(empty, train_labels).predict(np.zeros((n_test, 1)))
 
@@ -123,10 +102,13 @@ def predict_logistic_regression(
     return classifier.fit(log_normalise(train_counts), train_labels).predict(log_normalise(test_counts))
 
 
-def log_normalise(counts: sparse.sparray | np.ndarray) -> sparse.csr_array:
-    """Compute ln(1 + 10,000 count / total of the cell): float64 (n, n_genes); a cell without counts stays 0."""
+def log_normalise(counts: sparse.sparray | np.ndarray, totals: np.ndarray | None = None) -> sparse.csr_array:
+    """Compute ln(1 + 10,000 count / total of the cell): float64 (n, n_genes); a cell without counts stays 0.
+
+    The totals (n,) are the sums of the counts by default.
+    """
     counts = sparse.csr_array(counts).astype(np.float64)
-    totals = counts.sum(axis=1)
+    totals = counts.sum(axis=1) if totals is None else totals
     scaled = sparse.diags_array(1e4 / np.where(totals > 0, totals, 1)) @ counts
     return sparse.csr_array(scaled).log1p()
 

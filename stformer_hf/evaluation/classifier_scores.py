@@ -20,23 +20,10 @@ def score_predictions(
     n_draws: int = 1000,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Score the predicted classes of cells, with 95 % intervals.
+    """Score the predicted classes (n,) of cells: `accuracy` and `macro_f1`, each with `…_low` and `…_high`, 95 %.
 
-    Parameters
-    ----------
-    true, predicted : sequence (n,)
-        Classes, all among `classes`.
-    classes : sequence of str
-        Classes that the macro F1 averages over; use the same for all classifiers to compare.
-    n_draws : int, default: 1000
-        Number of bootstrap draws.
-    seed : int, default: 0
-        Seed of the draws.
-
-    Returns
-    -------
-    dict of str to float
-        `accuracy` and `macro_f1`, each with `…_low` and `…_high`.
+    The macro F1 averages over `classes`; use the same for all classifiers to compare. `n_draws` and `seed` are those
+    of a bootstrap.
 
     Raises
     ------
@@ -112,17 +99,8 @@ def share_interval(hits: int, n: int) -> tuple[float, float]:
 def order_classes(cells: np.ndarray, labels: Sequence[str]) -> list[str]:
     """Order classes so that similar ones are neighbours: the leaves of an average linkage of their mean cells.
 
-    Parameters
-    ----------
-    cells : float array (n, d)
-        Embedding, such as principal components; classes are compared by the Euclidean distance of their means.
-    labels : sequence of str (n,)
-
-    Returns
-    -------
-    list of str
-        Each class once; leaves are ordered so that neighbours are as similar as the tree allows (Bar-Joseph et al.
-        2001).
+    Means of an embedding (n, d), such as principal components, are compared by their Euclidean distance; leaves are
+    ordered so that neighbours are as similar as the tree allows (Bar-Joseph et al. 2001).
     """
     names, codes = np.unique(np.asarray(labels, str), return_inverse=True)
     if len(names) < 3:

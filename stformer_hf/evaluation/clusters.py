@@ -21,20 +21,11 @@ def neighbor_graph(embedding: np.ndarray) -> sparse.csr_array:
 
     The weight of a neighbour at distance d is exp(-(d - rho) / sigma), with rho the distance of the nearest other cell
     and sigma such that the weights of a cell sum to log2(15); the weights a and b of the two directions are combined
-    as a + b - a b.
-
-    Parameters
-    ----------
-    embedding : array (n_cells, d)
-
-    Returns
-    -------
-    csr_array (n_cells, n_cells)
-        Symmetric.
+    as a + b - a b. Of an embedding (n_cells, d), a symmetric csr_array (n_cells, n_cells).
     """
     n = len(embedding)
     n_others = min(_N_NEIGHBORS, n) - 1
-    distances, others = NearestNeighbors(n_neighbors=n_others).fit(embedding).kneighbors()
+    distances, others = nearest_others(embedding, n_others)
     apart = np.where(distances > 0, distances, np.inf).min(axis=1)
     nearest = np.where(np.isfinite(apart), apart, 0.0)  # among distances above 0
     beyond = np.maximum(distances - nearest[:, None], 0)
@@ -53,21 +44,15 @@ def neighbor_graph(embedding: np.ndarray) -> sparse.csr_array:
     return sparse.csr_array(graph + graph.T - graph * graph.T)
 
 
+def nearest_others(embedding: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Find the n nearest other cells of each: distances and rows, (n_cells, n) each."""
+    return NearestNeighbors(n_neighbors=n).fit(embedding).kneighbors()
+
+
 def leiden(graph: sparse.csr_array, resolution: float, seed: int) -> np.ndarray:
     """Cluster cells with the Leiden algorithm (Traag et al. 2019): modularity, two iterations, as scanpy with igraph.
 
-    Parameters
-    ----------
-    graph : csr_array (n_cells, n_cells)
-        Symmetric weights.
-    resolution : float
-        Higher values give more clusters.
-    seed : int
-        Seed of the algorithm.
-
-    Returns
-    -------
-    int64 array (n_cells,)
+    `graph` (n_cells, n_cells) has symmetric weights; a higher resolution gives more clusters: int64 array (n_cells,).
 
     Raises
     ------
@@ -89,32 +74,22 @@ def leiden(graph: sparse.csr_array, resolution: float, seed: int) -> np.ndarray:
 
 
 def cluster_scores(embedding: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, float]:
-    """Compare Leiden clusters with labels.
+    """Compare the Leiden clusters of an embedding (n_cells, d) with labels (n_cells,).
 
-    Parameters
-    ----------
-    embedding : array (n_cells, d)
-    labels : array (n_cells,)
-        Class of each cell.
-    seed : int
-        Seed of Leiden.
-
-    Returns
-    -------
-    dict of str to float
-        `leiden_ari` and `leiden_nmi` at resolution 1; `leiden_ari_best` and `leiden_nmi_best`, the largest over
-        `RESOLUTIONS`, with the resolution chosen by the labels, which a user does not know in practice. NMI is
-        normalised by the arithmetic mean of the entropies.
+    Return `leiden_ari` and `leiden_nmi` at resolution 1; and `leiden_ari_best` and `leiden_nmi_best`, the largest over
+    `RESOLUTIONS`, with the resolution chosen by the labels, which a user does not know in practice.
     """
     graph = neighbor_graph(embedding)
-    clusters = {resolution: leiden(graph, resolution, seed) for resolution in RESOLUTIONS}
-    ari = {resolution: adjusted_rand_score(labels, found) for resolution, found in clusters.items()}
-    nmi = {resolution: normalized_mutual_info_score(labels, found) for resolution, found in clusters.items()}
+    found = {resolution: agreement(labels, leiden(graph, resolution, seed)) for resolution in RESOLUTIONS}
+    best = {f"{name}_best": max(of[name] for of in found.values()) for name in found[1.0]}
+    return {**found[1.0], **best}
+
+
+def agreement(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
+    """Compute `leiden_ari` and `leiden_nmi`, the latter normalised by the arithmetic mean of the entropies."""
     return {
-        "leiden_ari": float(ari[1.0]),
-        "leiden_nmi": float(nmi[1.0]),
-        "leiden_ari_best": float(max(ari.values())),
-        "leiden_nmi_best": float(max(nmi.values())),
+        "leiden_ari": float(adjusted_rand_score(labels, clusters)),
+        "leiden_nmi": float(normalized_mutual_info_score(labels, clusters)),
     }
 
 
@@ -129,4 +104,7 @@ def silhouettes(embedding: np.ndarray, labels: np.ndarray) -> np.ndarray:
         return silhouette_samples(embedding, labels)
 
 
-__all__ = ["RESOLUTIONS", "cluster_scores", "leiden", "neighbor_graph", "silhouette", "silhouettes"]
+__all__ = [
+    *("RESOLUTIONS", "agreement", "cluster_scores", "leiden", "nearest_others", "neighbor_graph"),
+    *("silhouette", "silhouettes"),
+]

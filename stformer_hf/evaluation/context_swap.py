@@ -34,10 +34,8 @@ def context_swap(
     ----------
     model : PreTrainedModel
         Model of masked tokens; it is put into evaluation mode meanwhile.
-    held_out : CellStore, datasets.Dataset with `input_ids`, or Subset of one
-        At least two cells.
-    collator : DataCollatorForGeneRankMLM or DataCollatorForPhenotypicMLM
-        Tokenizes and masks, as at every evaluation.
+    held_out, collator
+        As for `masked_gene_baselines`; at least two cells.
     batch_size : int, default: 16
         Cells per batch; the partner of a cell is in the same batch.
     max_cells : int, optional
@@ -128,11 +126,7 @@ def _own_and_swapped(examples: Any, collator: CellCollator, swap: Callable) -> t
 def _swap_ranks(own: dict, found, tokens, partner: np.ndarray, tokenizer: Any):
     """Put the partner's genes at the ranks that both have; a segment is the cell's genes, or its neighbourhood's.
 
-    Returns
-    -------
-    swapped : dict
-        Batch in the other context.
-    attended, scored : bool array (n, length)
+    Return the batch in the other context, and which tokens are attended to and scored, bool arrays (n, length).
     """
     ids = own["input_ids"]
     n_cells, length = ids.shape

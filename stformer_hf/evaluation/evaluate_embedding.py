@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy import sparse
-from sklearn.metrics import f1_score
 from tqdm.auto import tqdm
 
-from ..genes.wrong_names import must_have
+from ..genes.wrong_names import must_have, some_of
 from ..models.gene_bert.cell_tables import find_table
 from ..sources.open_source import open_source
 from ..sources.read_anndata import as_anndata
@@ -24,6 +22,7 @@ from .cell_baselines import log_normalise
 from .clusters import cluster_scores, silhouette
 from .evaluation_result import CEILING, N_LABELS, EmbeddingEvaluation
 from .integration import batch_kbet, integration_scores, scib_version
+from .metrics import classification_metrics
 from .readers import N_NEIGHBORS, fit_knn, fit_pca, fit_probe, fit_scaler
 from .splits import Fold, draw_labelled, find_twins, make_folds
 
@@ -36,59 +35,37 @@ _ROWS_PER_BLOCK = 4096
 
 
 class _Task(NamedTuple):
-    """What is scored at once: a row's readers of labels in a fold, a row's cells, or the ceiling (no row).
+    """What is scored at once: a row's readers of labels in a fold, a row's cells, or the ceiling."""
 
-    Without a fold, all cells are compared with one another.
-    """
-
-    row: int | None
-    fold: int | None
+    row: int | None  # None: the ceiling
+    fold: int | None  # None: all cells are compared with one another
     reads_labels: bool
 
 
 class Row(NamedTuple):
-    """One row of the table.
-
-    Attributes
-    ----------
-    name : str
-    represent : callable
-        Training cells (int64 array) -> array or csr_array (n_cells, d) of all cells, fitted to the training cells.
-    embedding : float64 array (n_cells, d), or None
-        For metrics over all cells; None if the row is only a classifier.
-    """
+    """One row of the table."""
 
     name: str
-    represent: Callable[[np.ndarray], np.ndarray | sparse.csr_array]
-    embedding: np.ndarray | None
+    cells: np.ndarray | sparse.csr_array  # (n_cells, d), for readers of labels
+    embedding: np.ndarray | None  # float64 (n_cells, d), for metrics over all cells; None for a mere classifier
+    pca_seed: int | None = None  # if given, readers get principal components of `cells`
+
+    def represent(self, train: np.ndarray) -> np.ndarray | sparse.csr_array:
+        """Return all cells as readers get them, fitted to the training cells (int64 array)."""
+        return self.cells if self.pca_seed is None else fit_pca(self.cells[train], self.pca_seed)(self.cells)
 
 
 class _Evaluation(NamedTuple):
-    """The evaluated cells, and how they are scored: what all tasks need.
-
-    Attributes
-    ----------
-    rows : list of Row
-    labels, batches : array of str (n_cells,)
-        No batches without `batch_key`.
-    counts : csr_array (n_cells, n_genes)
-    folds : list of Fold
-    few : dict of int to list of list of str
-        See `_few_label_classes`.
-    subset : int64 array
-        Cells that are compared with one another.
-    clusters : bool
-        Whether cells can be clustered.
-    """
+    """The evaluated cells, and how they are scored: what all tasks need."""
 
     rows: list[Row]
-    labels: np.ndarray
-    batches: np.ndarray | None
-    counts: sparse.csr_array
+    labels: np.ndarray  # str (n_cells,)
+    batches: np.ndarray | None  # str (n_cells,)
+    counts: sparse.csr_array  # (n_cells, n_genes)
     folds: list[Fold]
-    few: dict[int, list[list[str]]]
-    subset: np.ndarray
-    clusters: bool
+    few: dict[int, list[list[str]]]  # see `_few_label_classes`
+    subset: np.ndarray  # int64, the cells that are compared with one another
+    clusters: bool  # whether cells can be clustered
     n_draws: int
     seed: int
 
@@ -327,8 +304,7 @@ def _choose_cells(labels: np.ndarray, twins: np.ndarray, least: int, notes: list
     sizes = pd.Series(labels[firsts & there]).value_counts()
     rare = sorted(sizes.index[sizes < least])
     if rare:
-        shown = ", ".join(rare[:5]) + (", …" if len(rare) > 5 else "")
-        notes.append(f"Classes with fewer than {least} cells are left out ({len(rare)}): {shown}.")
+        notes.append(f"Classes with fewer than {least} cells are left out ({len(rare)}): {some_of(rare)}.")
     kept = there & np.isin(labels, sizes.index[sizes >= least])
     n_classes = (sizes >= least).sum()
     if n_classes < 2:
@@ -382,24 +358,15 @@ def _make_rows(
     seed: int,
 ) -> Iterator[Row]:
     for key, embedding in embeddings.items():
-        yield Row(key, partial(_whatever_trains, embedding), embedding)
+        yield Row(key, embedding, embedding)
     for name in baselines:
         if name == "pca":
-            represent = partial(_components, normalised, seed)
-            yield Row(BASELINES[name], represent, represent(np.arange(counts.shape[0])))
+            yield Row(BASELINES[name], normalised, fit_pca(normalised, seed)(normalised), pca_seed=seed)
         elif name == "logistic_regression":
-            yield Row(BASELINES[name], partial(_whatever_trains, normalised), None)
+            yield Row(BASELINES[name], normalised, None)
         else:
             embedding = scvi_embedding(counts, batches, seed)
-            yield Row(BASELINES[name], partial(_whatever_trains, embedding), embedding)
-
-
-def _components(normalised: sparse.csr_array, seed: int, train: np.ndarray) -> np.ndarray:
-    return fit_pca(normalised[train], seed)(normalised)
-
-
-def _whatever_trains(cells: np.ndarray | sparse.csr_array, train: np.ndarray) -> np.ndarray | sparse.csr_array:
-    return cells
+            yield Row(BASELINES[name], embedding, embedding)
 
 
 def _import_scvi():
@@ -525,8 +492,8 @@ def _read_labels(
 
 
 def _probe_scores(true: np.ndarray, found: np.ndarray) -> dict[str, float]:
-    macro = f1_score(true, found, labels=np.unique(true), average="macro", zero_division=0)
-    return {"probe_all": float(np.mean(found == true)), "probe_all_macro_f1": float(macro)}
+    scores = classification_metrics(true, found, np.unique(true))
+    return {"probe_all": scores["accuracy"], "probe_all_macro_f1": scores["macro_f1"]}
 
 
 def _read_ceiling(ceiling: Ceiling, labels: np.ndarray, fold: Fold) -> dict[str, float]:

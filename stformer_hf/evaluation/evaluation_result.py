@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, zip_longest
@@ -139,32 +140,19 @@ class EmbeddingEvaluation:
 
     def __str__(self) -> str:
         parts = [self._headline()]
-        for title, columns in self._sections():
-            headings = (name.split("\n") for name in columns.values())
-            cells = [list(line) for line in zip_longest([""], *headings, fillvalue="")]
-            for row in self._rows:
-                cells.append([row, *(self._cell(row, metric, "{}*") for metric in columns)])
-            parts.append(f"{title}\n{_align(cells)}")
-        differences = self._differences()
-        if differences:
-            parts.append(f"Difference from the baselines, paired by fold\n{_align(differences)}")
+        for title, (headings, *lines) in self._tables("{}*"):
+            of_headings = zip_longest(*(name.split("\n") for name in headings), fillvalue="")
+            parts.append(f"{title}\n{_align([*map(list, of_headings), *lines])}")
         parts.append("\n".join(["* best in its column.", *self._explanations(), *self.notes]))
         return "\n\n".join(parts)
 
     def to_markdown(self) -> str:
         """Return a section of a model card: tables with the best values in bold, and notes on the methods."""
         parts = ["## Evaluation of embeddings", self._headline()]
-        for title, columns in self._sections():
-            headings = [name.replace("\n", ", ") for name in columns.values()]
-            lines = [["", *headings], ["---"] * (len(columns) + 1)]
-            for row in self._rows:
-                lines.append([_escape(row), *(self._cell(row, metric, "**{}**") for metric in columns)])
-            parts.append(f"{title}:\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
-        differences = self._differences()
-        if differences:
-            lines = [differences[0], ["---"] * len(differences[0]), *differences[1:]]
-            table = "\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines)
-            parts.append(f"Difference from the baselines, paired by fold:\n\n{table}")
+        for title, (headings, *lines) in self._tables("**{}**"):
+            head = [[name.replace("\n", ", ") for name in headings], ["---"] * len(headings)]
+            table = [*head, *([_escape(name), *cells] for name, *cells in lines)]
+            parts.append(f"{title}:\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in table))
         parts.append("\n".join(f"- {_escape(note)}" for note in [*self._explanations(), *self.notes]))
         return "\n\n".join(parts) + "\n"
 
@@ -194,6 +182,14 @@ class EmbeddingEvaluation:
                 f"{kbet}."
             )
         return explanations
+
+    def _tables(self, best: str) -> Iterator[tuple[str, list[list[str]]]]:
+        """Yield the title and the lines of each table, the headings first; `best` formats the best of a column."""
+        for title, columns in self._sections():
+            lines = [[row, *(self._cell(row, metric, best) for metric in columns)] for row in self._rows]
+            yield title, [["", *columns.values()], *lines]
+        if differences := self._differences():
+            yield "Difference from the baselines, paired by fold", differences
 
     def _sections(self) -> list[tuple[str, dict[str, str]]]:
         """Return the titles of the tables with the columns that have values: metric -> heading."""
@@ -264,10 +260,6 @@ class EmbeddingEvaluation:
         ----------
         save : str or Path, optional
             PNG to write.
-
-        Returns
-        -------
-        Figure
         """
         import matplotlib.pyplot as plt
 

@@ -29,18 +29,12 @@ _MOST_MASKS = 8
 
 
 class MaskedGenes(NamedTuple):
-    """Tokens of a padded batch that are scored, and those that are visible.
+    """Tokens of a padded batch that are scored, and those that are visible: bool arrays (n, length)."""
 
-    Attributes
-    ----------
-    scored : bool array (n, length)
-        Gene labels whose token is `[MASK]`. Chosen ranked genes that were kept, or replaced by another gene, are not
-        scored, since a predictor cannot see that they should be predicted.
-    visible : bool array (n, length)
-        Genes of the cell that are visible in the batch, without random genes that replace others.
-    """
-
+    # Gene labels whose token is `[MASK]`. Chosen ranked genes that were kept, or replaced by another gene, are not
+    # scored, since a predictor cannot see that they should be predicted.
     scored: np.ndarray
+    # Genes of the cell, without random genes that replace others.
     visible: np.ndarray
 
 
@@ -130,13 +124,7 @@ def masked_gene_baselines(
 
 
 def open_rows(dataset: Any) -> Any:
-    """Return a dataset whose batches the collators can read; cells without counts are left out.
-
-    Raises
-    ------
-    ValueError
-        The dataset is a stream, or has no cells.
-    """
+    """Return a dataset whose batches the collators can read, without the cells that have no counts."""
     dataset = as_token_rows(without_empty_cells(dataset))
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ValueError(
@@ -229,15 +217,14 @@ class _RankBaselines:
             tokens = read_tokens(examples, self.tokenizer)
             gene = self.tokenizer.get_gene_tokens_mask(tokens.input_ids)
             segments = self._segments(tokens.token_type_ids[gene])
-            counts += np.bincount(segments * n_genes + self._genes(tokens.input_ids[gene]), minlength=len(counts))
+            counts += np.bincount(
+                segments * n_genes + self.gene_of_token[tokens.input_ids[gene]], minlength=len(counts)
+            )
         of_segment = counts.reshape(self.n_segments, n_genes) + 1
         return of_segment / of_segment.sum(axis=1, keepdims=True)
 
     def _segments(self, types: np.ndarray) -> np.ndarray:
         return types - self.offset if self.n_segments > 1 else np.zeros(len(types), np.int64)
-
-    def _genes(self, tokens: np.ndarray) -> np.ndarray:
-        return self.gene_of_token[tokens]
 
     def __call__(self, batch: dict[str, np.ndarray], found: MaskedGenes) -> dict[str, np.ndarray]:
         """Return the losses of the scored positions, one float64 array (k,) per baseline."""
@@ -259,7 +246,7 @@ class _RankBaselines:
         def look(mask: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             at = np.flatnonzero(mask)
             groups = at // max(length, 1) * self.n_segments + self._segments(types.reshape(-1)[at])
-            return at, groups, self._genes(ids.reshape(-1)[at])
+            return at, groups, self.gene_of_token[ids.reshape(-1)[at]]
 
         seen_at, seen_groups, seen = look(found.visible, batch["input_ids"])
         at, groups, genes = look(found.scored, batch["labels"])
@@ -301,50 +288,31 @@ class _RankBaselines:
 
 
 class _Kernel:
-    """A Gaussian on ln median, rounded.
-
-    Attributes
-    ----------
-    width : float
-    bins : int64 array (V,)
-        ln median of each gene in tenths of the width, from 0; -1 without a median.
-    weights : float64 array (52,)
-        Weights of the distances 0, 1, … in bins; the last is 0, for all larger ones.
-    unseen : float64 array (n_segments, n_bins)
-        Frequency of all genes of a bin.
-    """
+    """A Gaussian on ln median, rounded to tenths of its width."""
 
     def __init__(self, medians: np.ndarray, frequency: np.ndarray, width: float):
         self.width = width
+        # ln median of each gene in tenths of the width, from 0; -1 without a median: int64 (V,).
         bins = np.rint(np.log(medians) * (_STEPS / width))
         self.bins = np.where(np.isnan(bins), -1, bins - np.nanmin(bins)).astype(np.int64)
         n_bins, known = int(self.bins.max()) + 1, self.bins >= 0
+        # Weights of the distances 0, 1, … in bins; the last is 0, for all larger ones: float64 (52,).
         self.weights = np.append(np.exp(-0.5 * (np.arange(_RADIUS * _STEPS + 1) / _STEPS) ** 2), 0)
+        # Frequency of all genes of a bin: float64 (n_segments, n_bins).
         self.unseen = np.stack([np.bincount(self.bins[known], of[known], n_bins) for of in frequency])
 
 
 class _Places(NamedTuple):
-    """Scored positions (k,) and visible ones (v,) of a batch; a group is a segment of a cell.
+    """Scored positions (k,) and visible ones (v,) of a batch; a group is a segment of a cell."""
 
-    Attributes
-    ----------
-    genes, groups : int64 array (k,)
-    frequency, unseen : float64 array (k,)
-        Probability of the gene under B1 and B2.
-    seen, seen_groups, seen_frequency : arrays (v,)
-        Visible genes, their groups and frequencies.
-    nearest : int64 array (k, 8)
-        Visible genes at the nearest ranks; -1 if there are fewer.
-    """
-
-    genes: np.ndarray
-    groups: np.ndarray
-    frequency: np.ndarray
-    unseen: np.ndarray
-    seen: np.ndarray
-    seen_groups: np.ndarray
-    seen_frequency: np.ndarray
-    nearest: np.ndarray
+    genes: np.ndarray  # int64 (k,)
+    groups: np.ndarray  # int64 (k,)
+    frequency: np.ndarray  # float64 (k,), probability of the gene under B1
+    unseen: np.ndarray  # float64 (k,), under B2
+    seen: np.ndarray  # int64 (v,), the visible genes
+    seen_groups: np.ndarray  # int64 (v,)
+    seen_frequency: np.ndarray  # float64 (v,)
+    nearest: np.ndarray  # int64 (k, 8), visible genes at the nearest ranks; -1 if there are fewer
 
 
 def _nearest(at: np.ndarray, groups: np.ndarray, seen_at: np.ndarray, seen_groups: np.ndarray) -> np.ndarray:

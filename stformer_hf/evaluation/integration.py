@@ -7,9 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
-from sklearn.neighbors import NearestNeighbors
 
-from .clusters import silhouettes
+from .clusters import nearest_others, silhouettes
 
 _N_CONNECTED, _N_KBET, _N_LISI = 15, 50, 90  # neighbours including the cell itself, as in scib-metrics
 _STEPS = 60  # of the bisection
@@ -65,7 +64,7 @@ def batch_kbet(embedding: np.ndarray, labels: np.ndarray, batches: np.ndarray) -
         from scib_metrics.nearest_neighbors import NeighborsResults
     except ImportError as error:
         raise ImportError(f"kBET needs its extra: pip install 'stformer_hf[scib]' ({error}).") from error
-    distances, cells = _neighbors(embedding, min(_N_KBET, len(embedding)) - 1)
+    distances, cells = nearest_others(embedding, min(_N_KBET, len(embedding)) - 1)
     itself = np.arange(len(embedding))[:, None]
     found = NeighborsResults(
         indices=np.hstack([itself, cells]), distances=np.hstack([np.zeros_like(distances[:, :1]), distances])
@@ -92,7 +91,7 @@ def batch_ilisi(embedding: np.ndarray, batches: np.ndarray) -> float:
     """
     names, codes = np.unique(batches, return_inverse=True)
     n_counted = min(_N_LISI, len(embedding))
-    distances, cells = _neighbors(embedding, n_counted - 1)
+    distances, cells = nearest_others(embedding, n_counted - 1)
     wanted = np.log(n_counted // 3)
     n = len(embedding)
     low, high, beta = np.zeros(n), np.full(n, np.inf), np.ones(n)
@@ -126,7 +125,7 @@ def batch_pcr(embedding: np.ndarray, batches: np.ndarray) -> float:
 def connectivity(embedding: np.ndarray, labels: np.ndarray) -> float:
     """Compute the share of a class in the largest strongly connected component of its graph, mean over classes."""
     n_others = min(_N_CONNECTED, len(embedding)) - 1
-    cells = _neighbors(embedding, n_others)[1]
+    cells = nearest_others(embedding, n_others)[1]
     rows = np.repeat(np.arange(len(embedding)), n_others)
     graph = sparse.csr_array((np.ones(cells.size), (rows, cells.ravel())), shape=(len(embedding),) * 2)
     shares = []
@@ -135,11 +134,6 @@ def connectivity(embedding: np.ndarray, labels: np.ndarray) -> float:
         parts = connected_components(graph[here][:, here], connection="strong")[1]
         shares.append(np.bincount(parts).max() / len(here))
     return float(np.mean(shares))
-
-
-def _neighbors(embedding: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Find the n nearest other cells: distances and rows, (n_cells, n) each."""
-    return NearestNeighbors(n_neighbors=n).fit(embedding).kneighbors()
 
 
 __all__ = ["batch_kbet", "integration_scores", "scib_version"]

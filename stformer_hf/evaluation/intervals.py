@@ -26,16 +26,8 @@ def of_folds(values: np.ndarray, test_to_train: float) -> Interval:
     for repeated cross-validation: Bouckaert & Frank 2004), with J - 1 degrees of freedom. Unlike a bootstrap of the
     test cells, it also accounts for the choice of the training cells.
 
-    Parameters
-    ----------
-    values : float array (J,)
-        One score, or one difference of two scores, per fold of all repeats.
-    test_to_train : float
-        Test cells / training cells.
-
-    Returns
-    -------
-    Interval
+    `values` (J,) are a score, or a difference of two, for each fold of all repeats; `test_to_train` is n_test /
+    n_train.
     """
     values = np.asarray(values, np.float64)
     se = float(np.std(values, ddof=1) * np.sqrt(1 / len(values) + test_to_train))
@@ -49,18 +41,8 @@ def of_all_cells(value: float, without_a_fold: np.ndarray, n_splits: int) -> Int
     without a fold and their mean (Efron & Tibshirani 1993, chapter 11), averaged over the repeats, with n_splits - 1
     degrees of freedom. It is approximate for the best of a grid, which is a maximum.
 
-    Parameters
-    ----------
-    value : float
-        Value over all cells, or difference of two such values.
-    without_a_fold : float array (n_repeats * n_splits,)
-        The same without the cells of each fold, in the order of the folds; if empty, the interval is NaN.
-    n_splits : int
-        Number of folds per repeat.
-
-    Returns
-    -------
-    Interval
+    `value` is that over all cells, or the difference of two such values; `without_a_fold` (n_repeats * n_splits,) are
+    the same without the cells of each fold, in the order of the folds. If these are empty, the interval is NaN.
     """
     if not len(without_a_fold):
         return Interval(float(value), *[float("nan")] * 4)

@@ -23,17 +23,9 @@ _GENES_AT_ONCE = 2000
 
 
 class GenePca(NamedTuple):
-    """Principal components of variable genes.
+    """Principal components of variable genes, of their log-normalised values."""
 
-    Attributes
-    ----------
-    genes : int64 array (at most 2000,)
-        Columns of the variable genes, ascending.
-    pca : PCA
-        PCA of their log-normalised values.
-    """
-
-    genes: np.ndarray
+    genes: np.ndarray  # columns of the variable genes, ascending: int64 (at most 2000,)
     pca: PCA
 
     def __call__(self, cells: sparse.csr_array) -> np.ndarray:
@@ -45,19 +37,8 @@ def variable_genes(cells: sparse.csr_array, n_genes: int = N_GENES) -> np.ndarra
     """Choose genes by their dispersion among genes of similar mean (Satija et al. 2015; the default of scanpy).
 
     For values count / total x 10,000, the log of variance / mean is standardised within 20 bins of log mean; a gene
-    alone in its bin gets 1.
-
-    Parameters
-    ----------
-    cells : csr_array (n_cells, n_genes)
-        Log-normalised, ln(1 + 10,000 count / total).
-    n_genes : int, default: 2000
-        Number of genes to choose; all expressed genes if there are fewer.
-
-    Returns
-    -------
-    int64 array
-        Columns, ascending.
+    alone in its bin gets 1. `cells` (n_cells, n_genes) are log-normalised; return the columns, ascending, as an int64
+    array: all expressed genes if there are fewer.
     """
     values = cells.copy()
     values.data = np.expm1(values.data)
@@ -86,17 +67,10 @@ def fit_pca(cells: sparse.csr_array, seed: int) -> GenePca:
 
 
 class Scaler(NamedTuple):
-    """Centre, and one scale for all dimensions, so that the C of a probe does not depend on the units.
+    """Centre, and one scale for all dimensions, so that the C of a probe does not depend on the units."""
 
-    Attributes
-    ----------
-    mean : float64 array (d,)
-    scale : float
-        Root mean square of the centred values.
-    """
-
-    mean: np.ndarray
-    scale: float
+    mean: np.ndarray  # float64 (d,)
+    scale: float  # root mean square of the centred values
 
     def __call__(self, cells: np.ndarray) -> np.ndarray:
         """Scale cells (n, d)."""

@@ -15,20 +15,12 @@ _SPREADS = 100
 
 
 class Fold(NamedTuple):
-    """One split of the cells.
-
-    Attributes
-    ----------
-    repeat, number : int
-        Number of the repeat, and of the fold within it.
-    train, test : int64 array
-        Rows, ascending.
-    """
+    """One split of the cells; rows ascend."""
 
     repeat: int
-    number: int
-    train: np.ndarray
-    test: np.ndarray
+    number: int  # within the repeat
+    train: np.ndarray  # int64
+    test: np.ndarray  # int64
 
 
 def make_folds(
@@ -40,25 +32,10 @@ def make_folds(
     seed: int,
     groups: np.ndarray | None = None,
 ) -> list[Fold]:
-    """Split cells into folds stratified by class, with new folds in each repeat.
+    """Split cells into folds stratified by class (`labels`), with new folds, of the next seed, in each repeat.
 
-    Parameters
-    ----------
-    labels : array (n_cells,)
-        Class of each cell.
-    twins : int array (n_cells,)
-        See `find_twins`.
-    n_splits, n_repeats : int
-        Number of folds per repeat, and of repeats.
-    seed : int
-        Seed of the first repeat; each further one has the next seed.
-    groups : array (n_cells,), optional
-        Donor or batch of each cell, which is never on both sides. Groups that share twins count as one.
-
-    Returns
-    -------
-    list of Fold
-        n_repeats * n_splits folds.
+    Twins, int array (n_cells,) of `find_twins`, are never on both sides, nor are `groups`, such as the donors of the
+    cells; groups that share twins count as one.
 
     Raises
     ------

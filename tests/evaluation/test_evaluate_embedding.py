@@ -140,7 +140,13 @@ def test_what_is_fitted_does_not_change_with_held_out_cells(cells, monkeypatch):
     monkeypatch.setattr(module, "measure_ceiling", lambda *args: SimpleNamespace(halves=[np.zeros((180, 1))] * 2))
     monkeypatch.setattr(module, "_read_ceiling", lambda *args: {"probe_all": 1.0})
     monkeypatch.setattr(module, "cluster_agreement", lambda *args: {})
-    monkeypatch.setattr(module, "_make_rows", record_rows := _Rows(module._make_rows, fitted))
+    represent = module.Row.represent
+
+    def marked(row, train):  # where each row is asked for the cells of a fold
+        fitted.append(("fold", row.name))
+        return represent(row, train)
+
+    monkeypatch.setattr(module.Row, "represent", marked)
     clean = cells.copy()
     clean.obsm["X"] = clean.X.toarray()  # an embedding that is poisoned with the counts
     labels = clean.obs["type"].astype(str).to_numpy()
@@ -153,7 +159,7 @@ def test_what_is_fitted_does_not_change_with_held_out_cells(cells, monkeypatch):
     for adata in (clean, poisoned):
         fitted.clear()
         evaluate_embedding(adata, ["X"], label_key="type", n_splits=3)
-        in_order.append([(name, _numbers(what)) for row, name, what in record_rows.of_first_fold()])
+        in_order.append([(name, _numbers(what)) for name, what in _of_first_fold(fitted)])
     kinds = [name for name, _ in in_order[0]]
     assert kinds.count("fit_knn") == 2 and kinds.count("fit_scaler") == 2 and kinds.count("fit_pca") == 1
     assert kinds.count("fit_probe") == 3 * (1 + 2 * 4)  # all labels, and four draws of 5 and of 20
@@ -163,33 +169,16 @@ def test_what_is_fitted_does_not_change_with_held_out_cells(cells, monkeypatch):
             assert np.array_equal(one, other), name
 
 
-class _Rows:
-    """Makes the rows, and marks in the record where each is asked for the cells of a fold."""
-
-    def __init__(self, make, fitted):
-        self.make, self.fitted = make, fitted
-
-    def __call__(self, *args):
-        for row in self.make(*args):
-            yield row._replace(represent=self._marked(row))
-
-    def _marked(self, row):
-        def represent(train):
-            self.fitted.append(("fold", row.name))
-            return row.represent(train)
-
-        return represent
-
-    def of_first_fold(self):
-        """What each row fitted between its first mark and its second."""
-        seen: dict[str, int] = {}
-        row = None
-        for name, what in self.fitted:
-            if name == "fold":
-                row = what
-                seen[row] = seen.get(row, 0) + 1
-            elif row is not None and seen[row] == 1:
-                yield row, name, what
+def _of_first_fold(fitted):
+    """What each row fitted between its first mark and its second."""
+    seen: dict[str, int] = {}
+    row = None
+    for name, what in fitted:
+        if name == "fold":
+            row = what
+            seen[row] = seen.get(row, 0) + 1
+        elif row is not None and seen[row] == 1:
+            yield name, what
 
 
 def _numbers(what) -> list[np.ndarray]:

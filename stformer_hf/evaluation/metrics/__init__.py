@@ -11,29 +11,19 @@ import pandas as pd
 import torch
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
+from ...models.gene_bert.heads import IGNORE
+
 if TYPE_CHECKING:
     from evaluate import EvaluationModule
     from transformers import EvalPrediction
 
-_IGNORE = -100
-
 
 def classification_metrics(
-    true: Sequence | np.ndarray, predicted: Sequence | np.ndarray, labels: Sequence | None = None
+    true: Sequence | np.ndarray, predicted: Sequence | np.ndarray, labels: Sequence | np.ndarray | None = None
 ) -> dict[str, float]:
-    """Compute accuracy and macro F1.
+    """Compute `accuracy`, and `macro_f1`: the unweighted mean of the classes' F1, 0 for a class never predicted.
 
-    Parameters
-    ----------
-    true, predicted : sequence (n,)
-        Classes.
-    labels : sequence, optional
-        Classes that the macro F1 averages over; those that occur in `true` or `predicted` by default.
-
-    Returns
-    -------
-    dict
-        `accuracy`, and `macro_f1`: the unweighted mean of the classes' F1, 0 for a class never predicted.
+    The classes are `labels`; by default those that occur in `true` or `predicted`, sequences (n,).
     """
     return {
         "accuracy": float(accuracy_score(true, predicted)),
@@ -42,24 +32,10 @@ def classification_metrics(
 
 
 def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, n_bins: int = 15) -> float:
-    """Compute the expected calibration error: the mean distance of the highest probability from the accuracy.
+    """Compute the mean distance, 0 to 1, of the highest probability from the accuracy (Guo et al. 2017).
 
-    Parameters
-    ----------
-    probabilities : float array (n, n_classes)
-    labels : int array (n,)
-        True classes.
-    n_bins : int, default: 15
-        Bins of equal width of the highest probability; each counts by its number of cells.
-
-    Returns
-    -------
-    float
-        0 to 1.
-
-    References
-    ----------
-    Guo et al. 2017, On calibration of modern neural networks.
+    Means are over bins of equal width of the highest of the probabilities (n, n_classes); each bin counts by its
+    number of cells. `labels` (n,) are the true classes, int.
     """
     highest = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == labels
@@ -72,40 +48,30 @@ def compute_classification_metrics(prediction: EvalPrediction) -> dict[str, floa
 
     For cells or tokens; those with the label -100 are left out, and without any label both metrics are NaN.
     """
-    return _scores_of_labelled(*_logits_and_labels(prediction))
+    return _scores_of_labelled(_first(prediction.predictions), np.asarray(prediction.label_ids))
 
 
-def _logits_and_labels(prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
-    logits = prediction.predictions
-    if isinstance(logits, tuple):  # with hidden states or attentions after them
-        logits = logits[0]
-    return logits, np.asarray(prediction.label_ids)
+def _first(outputs: Any) -> Any:
+    """Return the logits of a model, without the hidden states or attentions that may follow."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def _scores_of_labelled(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    labelled = labels != _IGNORE
+    labelled = labels != IGNORE
     if not labelled.any():
         return {"accuracy": float("nan"), "macro_f1": float("nan")}
     return classification_metrics(labels[labelled], np.argmax(logits, axis=-1)[labelled])
 
 
 def compute_column_metrics(columns: Mapping[str, slice]) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Make `compute_metrics` for a class in each of several label columns.
+    """Make `compute_metrics` for a class in each of several label columns, whose outputs are `columns`, in order.
 
-    Parameters
-    ----------
-    columns : mapping of str to slice
-        Outputs of each column, in the order of the labels.
-
-    Returns
-    -------
-    callable
-        Returns `<column>_accuracy` and `<column>_macro_f1` over the cells that have the label, NaN if there are none;
-        and `accuracy` and `macro_f1`, their means over the columns that have labels.
+    It returns `<column>_accuracy` and `<column>_macro_f1` over the cells that have the label, NaN if there are none;
+    and `accuracy` and `macro_f1`, their means over the columns that have labels.
     """
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
-        logits, labels = _logits_and_labels(prediction)
+        logits, labels = _first(prediction.predictions), np.asarray(prediction.label_ids)
         found = {
             column: _scores_of_labelled(logits[:, outputs], of_column)
             for (column, outputs), of_column in zip(columns.items(), labels.T, strict=True)
@@ -125,9 +91,8 @@ def compute_regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
     R² is 1 - (sum of squared errors) / (sum of squared deviations from the mean of these cells): 0 is what their mean
     would score. It is NaN where all cells have the same number.
     """
-    predicted = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     true = np.asarray(prediction.label_ids, np.float64)
-    error = np.asarray(predicted, np.float64).reshape(true.shape) - true
+    error = np.asarray(_first(prediction.predictions), np.float64).reshape(true.shape) - true
     spread = ((true - true.mean(axis=0)) ** 2).sum()
     r2 = 1 - (error**2).sum() / spread if spread else float("nan")
     return {"mae": float(np.abs(error).mean()), "r2": float(r2)}
@@ -136,17 +101,8 @@ def compute_regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
 def balanced_class_weights(values: Sequence, classes: Sequence) -> list[float]:
     """Compute class weights n / (n_classes * n of the class), so that the mean weight of the cells is 1.
 
-    Parameters
-    ----------
-    values : sequence (n,)
-        Class of each cell; missing ones are ignored.
-    classes : sequence
-        All classes, in the order of the model's labels.
-
-    Returns
-    -------
-    list of float
-        Weights for `GeneBertConfig.class_weights`; 1 for a class without cells.
+    `values` (n,) are the classes of the cells, missing ones ignored; the weights, for `GeneBertConfig.class_weights`,
+    are in the order of `classes`, and 1 for a class without cells.
     """
     counts = pd.Series(values).value_counts()
     counts = np.array([counts.get(name, 0) for name in classes])
@@ -172,7 +128,7 @@ def preprocess_logits_for_metrics(logits: torch.Tensor, labels: torch.Tensor) ->
     LongTensor (n, length)
         Token with the highest logit; -100 where there is no label.
     """
-    return _put(_at_labels(logits, labels).argmax(-1), labels, _IGNORE)
+    return _put(_at_labels(logits, labels).argmax(-1), labels, IGNORE)
 
 
 def preprocess_logits_with_nll(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,19 +149,18 @@ def masked_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     Parameters are those of `preprocess_logits_for_metrics`.
     """
     at_labels = _at_labels(logits, labels).float()
-    return torch.nn.functional.cross_entropy(at_labels, labels[labels != _IGNORE], reduction="none")
+    return torch.nn.functional.cross_entropy(at_labels, labels[labels != IGNORE], reduction="none")
 
 
 def _at_labels(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
-    if isinstance(logits, tuple):  # with hidden states or attentions after them
-        logits = logits[0]
-    return logits[labels != _IGNORE] if logits.ndim == 3 else logits
+    logits = _first(logits)
+    return logits[labels != IGNORE] if logits.ndim == 3 else logits
 
 
 def _put(values: torch.Tensor, labels: torch.Tensor, elsewhere: float) -> torch.Tensor:
     """Put one value per label at its position: Tensor (n, length)."""
     placed = values.new_full(labels.shape, elsewhere)
-    placed[labels != _IGNORE] = values
+    placed[labels != IGNORE] = values
     return placed
 
 
@@ -242,14 +197,13 @@ def compute_phenotype_metrics(tokenizer: Any) -> Callable[[EvalPrediction], dict
     values = {category: tokenizer.phenotype_token_ids(category) for category in tokenizer.phenotypes}
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
-        predicted = prediction.predictions
-        predicted = predicted[0] if isinstance(predicted, tuple) else predicted
+        predicted = _first(prediction.predictions)
         if np.shape(predicted) != np.shape(prediction.label_ids):
             raise ValueError(
                 f"Predictions of shape {np.shape(predicted)} for labels of shape {np.shape(prediction.label_ids)}: "
                 "pass preprocess_logits_for_metrics to the trainer, else it gathers logits."
             )
-        labelled = prediction.label_ids != _IGNORE
+        labelled = prediction.label_ids != IGNORE
         true, predicted = prediction.label_ids[labelled], predicted[labelled]
         metrics = {}
         for category, ids in values.items():
