@@ -14,13 +14,7 @@ from .rejection import UNKNOWN, kth_lowest, typicality
 
 
 def read_parents(parents: Mapping[str, str] | str | Path) -> dict[str, str]:
-    """Return the parent of each label.
-
-    Parameters
-    ----------
-    parents : mapping, str or Path
-        Parent of each child; or a CSV file with the columns `child` and `parent`. A label at the top may have a
-        missing or empty parent.
+    """Return the parent of each label; see `annotate`. A label at the top may have a missing or empty parent.
 
     Raises
     ------
@@ -95,27 +89,20 @@ def climb(
     known_distances: np.ndarray | None,
     reject: float,
 ) -> np.ndarray:
-    """Find the nearest ancestor that accepts each cell.
+    """Find the nearest ancestor that accepts each cell: object array (n,) of names, "" where none accepts it.
 
     Parameters
     ----------
-    classes : list of str (n_classes,)
     ancestors : list of list of str (n_classes,)
         As returned by `ancestors_of`.
     predicted : int array (n,)
         Most probable class of each cell.
-    probabilities : float array (n, n_classes)
-    distances : float array (n,), optional
-        Distance of each cell to the nearest centroid of a class.
+    probabilities, distances : float array (n, n_classes), (n,)
+        Distances, if any, are those to the nearest centroid of a class.
     known_probabilities, known_distances : float array (m, n_classes), (m,)
         The same of cells of known types that the model has not seen.
     reject : float
         Share of the known cells of each ancestor that it may reject.
-
-    Returns
-    -------
-    object array (n,)
-        Names of the ancestors; "" where none accepts the cell.
 
     Notes
     -----

@@ -92,10 +92,8 @@ def annotate(
         The model is not a classifier of cells, or its head was not trained; it has no out-of-fold predictions to
         reject cells by; an option is invalid, or needs classes; there are no counts, or too few of the
         model's genes; the tokenizer does not fit; outputs are not finite.
-    FileNotFoundError
-        The checkpoint does not exist.
-    TypeError
-        `adata` does not hold cells, or `model` is not a model.
+    FileNotFoundError, TypeError
+        As for `embed`.
 
     Notes
     -----

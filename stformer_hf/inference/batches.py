@@ -23,13 +23,14 @@ from ..batches.collate import pack, pad
 from ..batches.evaluating import evaluating
 from ..models.gene_bert.cell_counts import NEIGHBORS, pad_ragged, sum_of_neighbors
 from ..models.gene_bert.cell_tables import find_table, is_mudata, is_spatialdata
+from ..models.gene_bert.heads import default_pooling
 from ..models.gene_bert.packed_attention import takes_boundaries
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..models.gene_bert.tokenized_cells import TokenizedCells, take
 from ..sources.open_source import Source, open_source
 from ..store.cell_store import CellStore
 from ..store.engines import check_engine, run_tasks, runs_here
-from ..training.cell_heads import check_finite
+from ..training.cell_heads import check_finite, predicts_cells
 from ..training.cell_trainer import check_tokenizer_fits
 from ..training.loading import is_model, load_config, load_model, tokenizer_of, unwrap
 
@@ -70,6 +71,23 @@ def load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_cla
         tokenizer = copy.copy(tokenizer)
         tokenizer.min_coverage = min_coverage
     return model, tokenizer
+
+
+def is_classifier(model: str | PreTrainedModel) -> bool:
+    """Return whether a checkpoint or a model predicts classes or numbers of cells."""
+    return predicts_cells(
+        [type(unwrap(model)).__name__] if is_model(model) else load_config(model).architectures or []
+    )
+
+
+def choose_pooling(pooling: str | None, model: PreTrainedModel, tokenizer: GeneTokenizer) -> str:
+    """Return the pooling, by default as the model was trained; raise a ValueError for one that is not possible."""
+    if pooling not in (None, "cls", "mean"):
+        raise ValueError(f'pooling must be "cls" or "mean", got {pooling!r}.')
+    pooling = pooling or default_pooling(model.config)
+    if pooling == "cls" and not tokenizer.add_cls:
+        raise ValueError('The tokenizer adds no [CLS]: use pooling="mean".')
+    return pooling
 
 
 def check_hidden_layer(model: PreTrainedModel, hidden_layer: int) -> None:
@@ -133,46 +151,21 @@ def run(
     workers: int = 1,
     engine: str = "local",
 ) -> tuple[np.ndarray, np.ndarray, Source]:
-    """Apply a function to every cell.
+    """Apply a function to every cell; the other parameters are those of `embed`.
 
     Parameters
     ----------
-    adata : AnnData, MuData, SpatialData or CellStore
-        Cells.
-    model : PreTrainedModel
-        The model that `forward` gets; its mode and device are restored afterwards.
-    tokenizer : GeneTokenizer
-        Tokenizes the cells.
     forward : callable
         Model, inputs of a batch of n cells, padded or packed (see `packs`), and their token types -> Tensor (n, d).
-    layer : str, optional
-        Layer of the counts.
-    fractional : bool
-        Accept fractional counts.
-    batch_size : int
-        Cells per batch.
-    device : str, optional
-        Device to run the model on; see `at_work`.
+        With more than one worker, it must be picklable.
     desc : str
         Text of the progress bar.
-    with_phenotypes : bool
-        Whether the model reads the phenotypes in obs; they are masked otherwise.
-    dtype : str, optional
-        Precision of the computation; see `at_work`.
-    distributed : bool, default: False
-        Divide the cells among the processes of `accelerate launch`, all of which call this function and return all
-        results.
-    workers : int, default: 1
-        Number of processes that read a store, each with a copy of the model, and call `forward`, which must be
-        picklable. A result is that of one process, as far as torch computes the same with as many threads.
-    engine : {"local", "ray"}, default: "local"
-        Where these processes run, see `run_tasks`. With Ray and a `device` of cuda, each has one GPU.
 
     Returns
     -------
     results : float32 array (n_cells, d)
-        In the order of the cells.
-    n_tokens : int64 array (n_cells,)
+        In the order of the cells, whatever the processes, as far as torch computes the same with as many threads.
+    n_genes : int64 array (n_cells,)
         Number of genes of each cell that the model read.
     source : Source
         Source of the counts.
@@ -296,27 +289,13 @@ def _run_range(shared: tuple[_Work, CellStore], cells: range) -> tuple[np.ndarra
 
 
 class TokenBatch(NamedTuple):
-    """Tokens of n cells: padded, one row per cell, or packed, all T tokens in one row.
+    """Tokens of n cells: padded, one row per cell (n, length), or packed, all T tokens in one row (1, T)."""
 
-    Attributes
-    ----------
-    rows : int64 array (n,)
-        Rows of the cells in their source.
-    inputs : dict of str to Tensor or int
-        Inputs of the model, as made by `pad` or `pack`.
-    types : LongTensor (n, length) or (1, T)
-        Token types, which not every model reads.
-    genes : int64 array (n, length) or (1, T)
-        Index of the gene of each token; -1 for tokens that are not genes, and padding.
-    n_genes : int64 array (n,)
-        Number of genes of each cell among its tokens.
-    """
-
-    rows: np.ndarray
-    inputs: dict[str, torch.Tensor | int]
-    types: torch.Tensor
-    genes: np.ndarray
-    n_genes: np.ndarray
+    rows: np.ndarray  # of the cells in their source: int64 (n,)
+    inputs: dict[str, torch.Tensor | int]  # of the model, as made by `pad` or `pack`
+    types: torch.Tensor  # token types, which not every model reads
+    genes: np.ndarray  # int64 index of the gene of each token; -1 for tokens that are not genes, and padding
+    n_genes: np.ndarray  # number of genes of each cell among its tokens: int64 (n,)
 
     def to(self, device: torch.device) -> TokenBatch:
         """Return the batch with its tensors on a device."""
@@ -341,9 +320,6 @@ def read_batches(
     ----------
     source : Source
         Cells, read in blocks of 4,096.
-    tokenizer : GeneTokenizer
-    batch_size : int
-        Cells per batch.
     desc : str, optional
         Text of the progress bar; None shows none.
     with_phenotypes : bool, default: False
@@ -444,13 +420,7 @@ def table_of(cells, layer: str | None) -> AnnData:
 
 
 def check_cells(cells) -> None:
-    """Refuse objects that results cannot be written to.
-
-    Raises
-    ------
-    TypeError
-        A store, a path, or anything else that is not an AnnData, MuData or SpatialData.
-    """
+    """Raise a TypeError for objects that results cannot be written to: all but an AnnData, MuData or SpatialData."""
     if isinstance(cells, AnnData) or is_mudata(cells) or is_spatialdata(cells):
         return
     found = type(cells).__name__

@@ -10,11 +10,11 @@ from anndata import AnnData
 from transformers import AutoModel, PreTrainedModel
 
 from .. import __version__
-from ..models.gene_bert.heads import default_pooling, pool
+from ..models.gene_bert.heads import pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
 from ..training.loading import name_of
-from .batches import check_hidden_layer, load, run, table_of
+from .batches import check_hidden_layer, choose_pooling, load, run, table_of
 
 
 def embed(
@@ -131,15 +131,11 @@ def embed_and_count(
     **settings,
 ) -> tuple[AnnData | None, np.ndarray]:
     """Do as `embed`, and return also the number of genes of each cell that the model read: int64 array (n_cells,)."""
-    if pooling not in (None, "cls", "mean"):
-        raise ValueError(f'pooling must be "cls" or "mean", got {pooling!r}.')
     table = table_of(adata, layer)
     name = name_of(model)
     encoder, tokenizer = load(model, tokenizer, AutoModel, min_coverage)
-    pooling = pooling or default_pooling(encoder.config)
-    if pooling == "cls" and not tokenizer.add_cls:
-        raise ValueError('The tokenizer adds no [CLS]: use pooling="mean".')
-    encoder = getattr(encoder, encoder.base_model_prefix, encoder)
+    pooling = choose_pooling(pooling, encoder, tokenizer)
+    encoder = encoder.base_model
     check_hidden_layer(encoder, hidden_layer)
     embedding, n_genes, source = run(
         adata,

@@ -18,9 +18,9 @@ from ..models.gene_bert.gene_columns import is_id
 from ..models.gene_bert.heads import default_pooling, pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..sources.open_source import open_source
-from ..training.cell_heads import CellHead, predicts_cells, read_heads
-from ..training.loading import is_model, load_config, name_of, unwrap
-from .batches import TokenBatch, at_work, load, read_batches
+from ..training.cell_heads import CellHead, read_heads
+from ..training.loading import name_of
+from .batches import TokenBatch, at_work, is_classifier, load, read_batches
 
 logger = logging.getLogger(__name__)
 
@@ -103,16 +103,14 @@ def export_onnx(
         raise ImportError(
             "Exporting needs onnx, onnxscript and onnxruntime: pip install 'stformer_hf[onnx]'"
         ) from error
-    of_cells = predicts_cells(
-        [type(unwrap(model)).__name__] if is_model(model) else load_config(model).architectures or []
-    )
+    of_cells = is_classifier(model)
     name = name_of(model)
     model, tokenizer = load(model, tokenizer, AutoModelForSequenceClassification if of_cells else AutoModel)
     pooling = None if of_cells else default_pooling(model.config)
     heads = read_heads(model) if of_cells else []
     output_name = "logits" if of_cells else "cell_state"  # "embedding" is a value inside the graph
     if not of_cells:
-        model = getattr(model, model.base_model_prefix, model)
+        model = model.base_model
     source = open_source(_random_cells(tokenizer) if adata is None else adata, layer)
     output.mkdir(parents=True, exist_ok=True)
     with at_work(model, "cpu"):

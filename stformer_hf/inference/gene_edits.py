@@ -20,43 +20,20 @@ _GENES_PER_BIN = 30  # at least, for a centre and a spread
 
 
 class Perturbation(NamedTuple):
-    """Genes that are edited together.
-
-    Attributes
-    ----------
-    name : str
-    columns : tuple of int
-        Their columns in the counts, ascending.
-    matched : str
-        Perturbations with the same value have genes of similar mean counts.
-    is_null : bool
-        Drawn for comparison, not asked for.
-    """
+    """Genes that are edited together."""
 
     name: str
-    columns: tuple[int, ...]
-    matched: str = ""
-    is_null: bool = False
+    columns: tuple[int, ...]  # of the counts, ascending
+    matched: str = ""  # perturbations with the same value have genes of similar mean counts
+    is_null: bool = False  # drawn for comparison, not asked for
 
 
 class Panel:
     """Genes of the cells that a model knows, one column each.
 
-    Parameters
-    ----------
-    gene_ids, symbols : object array of str (n_columns,)
-        Names of the columns.
-    tokenizer : GeneTokenizer
-        Tokenizer of the model.
-
-    Attributes
-    ----------
-    gene_ids, symbols : object array of str (n_kept,)
-        Names of the columns that `merge` keeps.
-    names : object array of str (n_kept,)
-        Symbol of each column, or its id if the symbol is missing or repeated.
-    known : int64 array
-        Kept columns of the genes that the model knows.
+    Of the columns named `gene_ids` and `symbols`, object arrays of str, `merge` keeps some; their names are the
+    attributes `gene_ids`, `symbols`, and `names`: symbols, or ids where the symbol is missing or repeated. `known` are
+    the kept columns of genes that the model knows, int64.
     """
 
     def __init__(self, gene_ids: np.ndarray, symbols: np.ndarray, tokenizer: GeneTokenizer):
@@ -109,15 +86,9 @@ class Panel:
 
 
 class GeneEdits:
-    """The changes that one kind of perturbation makes to the counts of cells.
+    """The changes that one kind of perturbation makes to the counts of cells; `kind` and `quantile` as for `perturb`.
 
-    Parameters
-    ----------
-    counts : csr_matrix (n_cells, n_columns)
-        Counts, with sorted columns and without explicit zeros.
-    kind : {"delete", "inhibit", "activate", "overexpress"}
-    quantile : float, optional
-        See `perturb`.
+    The counts (n_cells, n_columns) have sorted columns and no explicit zeros.
     """
 
     def __init__(self, counts: sparse.csr_matrix, kind: str, quantile: float | None):
@@ -207,7 +178,6 @@ def choose_perturbations(
     ----------
     genes, n_null, seed
         See `perturb`.
-    panel : Panel
     expression : float64 array (n_columns,)
         Mean count of each gene. Unlike the share of cells that express a gene, it also separates genes that all
         cells express.

@@ -19,6 +19,7 @@ from scipy.stats import spearmanr
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
+from ..evaluation.cell_baselines import log_normalise
 from ..genes.wrong_names import must_have
 from ..models.gene_bert.encoder_layers import GeneBertAttention
 from ..models.gene_bert.gene_columns import are_ids
@@ -104,7 +105,7 @@ def gene_embeddings(
     encoder, tokenizer = load(model, tokenizer, AutoModel)
     _refuse_neighborhoods(tokenizer)
     chosen = _indices(genes, tokenizer)
-    encoder = getattr(encoder, encoder.base_model_prefix, encoder)
+    encoder = encoder.base_model
     if adata is None:
         found = _static(encoder, tokenizer, chosen)
     else:
@@ -212,20 +213,13 @@ def nearest_genes(states: AnnData, genes: Sequence[str], n_neighbors: int = 10, 
     n_neighbors = min(n_neighbors, len(ids) - 1)
     search = NearestNeighbors(n_neighbors=n_neighbors + 1, metric="cosine").fit(vectors)
     distances, near = search.kneighbors(vectors[rows])
-    parts = []
-    for row, away, at in zip(rows, distances, near, strict=True):
-        others = np.flatnonzero(at != row)[:n_neighbors]
-        parts.append(
-            pd.DataFrame(
-                {
-                    "gene": ids[row],
-                    "neighbor": ids[at[others]],
-                    "symbol": symbols[at[others]],
-                    "cosine": 1 - away[others],
-                }
-            )
-        )
-    return pd.concat(parts, ignore_index=True)
+    asked, at = np.repeat(np.arange(len(rows)), near.shape[1]), near.ravel()
+    of = np.array(rows)[asked]
+    found = pd.DataFrame(
+        {"gene": ids[of], "neighbor": ids[at], "symbol": symbols[at], "cosine": 1 - distances.ravel()}
+    )
+    others = at != of
+    return found[others].groupby(asked[others]).head(n_neighbors).reset_index(drop=True)
 
 
 # ---------------------------------------------------------------------- networks
@@ -269,28 +263,28 @@ class GeneNetwork:
             `group`, `source` and `target` (ids; the target reads the source), their symbols, `score`, `n_cells` and
             `coexpression`, from the largest score of each group to the smallest.
         """
+        return pd.concat([self._edges_of(group, n_edges) for group in self.scores], ignore_index=True)
+
+    def _edges_of(self, group: str | None, n_edges: int) -> pd.DataFrame:
+        if group not in self.scores:
+            raise ValueError(f"There is no group {group!r}; groups are {', '.join(self.scores)}.")
         ids, symbols = self.genes["gene_id"].to_numpy(), self.genes["symbol"].to_numpy()
-        parts = []
-        for group, scores in self.scores.items():
-            flat = scores.ravel()
-            known = np.flatnonzero(np.isfinite(flat))
-            best = known[np.argsort(-flat[known], kind="stable")[:n_edges]]
-            target, source = np.divmod(best, len(ids))
-            parts.append(
-                pd.DataFrame(
-                    {
-                        "group": group,
-                        "source": ids[source],
-                        "target": ids[target],
-                        "source_symbol": symbols[source],
-                        "target_symbol": symbols[target],
-                        "score": flat[best],
-                        "n_cells": self.n_cells[group].ravel()[best],
-                        "coexpression": self.coexpression[group].ravel()[best],
-                    }
-                )
-            )
-        return pd.concat(parts, ignore_index=True)
+        flat = self.scores[group].ravel()
+        known = np.flatnonzero(np.isfinite(flat))
+        best = known[np.argsort(-flat[known], kind="stable")[:n_edges]]
+        target, source = np.divmod(best, len(ids))
+        return pd.DataFrame(
+            {
+                "group": group,
+                "source": ids[source],
+                "target": ids[target],
+                "source_symbol": symbols[source],
+                "target_symbol": symbols[target],
+                "score": flat[best],
+                "n_cells": self.n_cells[group].ravel()[best],
+                "coexpression": self.coexpression[group].ravel()[best],
+            }
+        )
 
     def agreement(self) -> pd.DataFrame:
         """Compare scores with co-expression over all scored pairs of each group.
@@ -333,20 +327,13 @@ class GeneNetwork:
 
         if group is None and len(self.scores) == 1:
             group = next(iter(self.scores))
-        edges = self._of_group(group).edges(n_edges)
+        edges = self._edges_of(group, n_edges)
         graph = networkx.from_pandas_edgelist(
             edges, edge_attr=["score", "n_cells", "coexpression"], create_using=networkx.DiGraph
         )
         symbol = dict(zip(self.genes["gene_id"], self.genes["symbol"], strict=True))
         networkx.set_node_attributes(graph, {node: symbol[node] for node in graph}, "symbol")
         return graph
-
-    def _of_group(self, group: str | None) -> GeneNetwork:
-        """Return the network of one group."""
-        if group not in self.scores:
-            raise ValueError(f"There is no group {group!r}; groups are {', '.join(self.scores)}.")
-        scores, n_cells, coexpression = ({group: of[group]} for of in (self.scores, self.n_cells, self.coexpression))
-        return GeneNetwork(self.genes, scores, n_cells, coexpression, self.method)
 
     def save(self, path: str | Path, group: str | None = None, n_edges: int = 1_000) -> None:
         """Write the edges: all groups to a .csv, or one group to a .graphml.
@@ -358,7 +345,8 @@ class GeneNetwork:
         """
         suffix = Path(path).suffix
         if suffix == ".csv":
-            (self if group is None else self._of_group(group)).edges(n_edges).to_csv(path, index=False)
+            edges = self.edges(n_edges) if group is None else self._edges_of(group, n_edges)
+            edges.to_csv(path, index=False)
         elif suffix == ".graphml":
             import networkx
 
@@ -374,10 +362,8 @@ def pairs_of(matrix: np.ndarray) -> np.ndarray:
 
 def symmetric(scores: np.ndarray) -> np.ndarray:
     """Return the mean of both directions of each pair, or the one that is known; NaN if none is."""
-    both = np.stack([pairs_of(scores), pairs_of(scores.T)])
-    known = np.isfinite(both)
-    n_known = known.sum(axis=0)
-    return np.where(n_known > 0, np.where(known, both, 0).sum(axis=0) / np.maximum(n_known, 1), np.nan)
+    both = np.ma.masked_invalid([pairs_of(scores), pairs_of(scores.T)])
+    return both.mean(axis=0).filled(np.nan)
 
 
 def gene_network(
@@ -424,10 +410,6 @@ def gene_network(
     layer, fractional, batch_size, device
         As for `embed`.
 
-    Returns
-    -------
-    GeneNetwork
-
     Raises
     ------
     ValueError
@@ -448,7 +430,7 @@ def gene_network(
     check_cells(adata)
     encoder, tokenizer = load(model, tokenizer, AutoModel)
     _refuse_neighborhoods(tokenizer)
-    encoder = getattr(encoder, encoder.base_model_prefix, encoder)
+    encoder = encoder.base_model
     attentions = [module for module in encoder.modules() if isinstance(module, GeneBertAttention)]
     if not attentions:
         raise ValueError(f"gene_network reads the attention of GeneBert models, got {type(encoder).__name__}.")
@@ -599,10 +581,7 @@ def _log_normalised(source: Source, columns: np.ndarray, places: np.ndarray, n: 
     to_genes = sparse.csr_array((np.ones(len(at)), (at, target[at])), shape=(len(columns), n))
     for block in source.blocks(_ROWS_PER_BLOCK):
         block = sparse.csr_array(block, dtype=np.float64)
-        totals = block @ (columns >= 0).astype(np.float64)
-        values = sparse.csr_array(block @ to_genes)
-        values.data = np.log1p(values.data * np.repeat(1e4 / np.maximum(totals, 1e-30), np.diff(values.indptr)))
-        yield values
+        yield log_normalise(block @ to_genes, block @ (columns >= 0).astype(np.float64))
 
 
 def _coexpression(

@@ -29,23 +29,12 @@ REFERENCE_FILE, _ARRAYS = "reference.json", "reference.safetensors"
 
 
 class Reference(NamedTuple):
-    """Labelled cells in the embedding of a model.
+    """Labelled cells in the embedding of a model."""
 
-    Attributes
-    ----------
-    embedding : float32 array (n_cells, d)
-    labels : Categorical (n_cells,)
-        All known.
-    names : array of str (n_cells,)
-        Names of the cells.
-    fingerprint : str
-        Fingerprint of the model, see `fingerprint_of`.
-    """
-
-    embedding: np.ndarray
-    labels: pd.Categorical
-    names: np.ndarray
-    fingerprint: str
+    embedding: np.ndarray  # float32 (n_cells, d)
+    labels: pd.Categorical  # (n_cells,), all known
+    names: np.ndarray  # of the cells: str (n_cells,)
+    fingerprint: str  # of the model, see `fingerprint_of`
 
 
 def map_to_reference(
@@ -263,19 +252,9 @@ def _embed_reference(
 
 
 def vote(distances: np.ndarray, codes: np.ndarray, n_classes: int) -> np.ndarray:
-    """Compute the share of each class among the neighbours of each cell, weighted by 1 / distance.
+    """Compute the share of each class among the k neighbours of each cell, weighted by 1 / distance: (n, n_classes).
 
-    Parameters
-    ----------
-    distances : float array (n, k)
-    codes : int array (n, k)
-        Class of each neighbour.
-    n_classes : int
-
-    Returns
-    -------
-    float64 array (n, n_classes)
-        Rows sum to 1. Where neighbours are at distance 0, only these count.
+    Distances and class codes are (n, k). Where neighbours are at distance 0, only these count.
     """
     same = distances == 0
     weights = np.where(same.any(axis=1, keepdims=True), same, 1 / np.where(same, 1, distances))
@@ -286,7 +265,7 @@ def vote(distances: np.ndarray, codes: np.ndarray, n_classes: int) -> np.ndarray
 
 def fingerprint_of(model: PreTrainedModel, tokenizer: GeneTokenizer) -> str:
     """Return a checksum of what the embedding of a model depends on: its encoder, pooling and tokenizer."""
-    encoder = getattr(model, model.base_model_prefix, model)
+    encoder = model.base_model
     found = hashlib.blake2b(f"{tokenizer.fingerprint} {default_pooling(model.config)}".encode(), digest_size=8)
     for name, tensor in sorted(encoder.state_dict().items()):
         found.update(name.encode())

@@ -26,14 +26,14 @@ from ..evaluation.readers import fit_pca
 from ..genes.whole_files import whole_file
 from ..genes.wrong_names import must_have
 from ..models.gene_bert.configuration_gene_bert import output_name
-from ..models.gene_bert.heads import default_pooling, pool
+from ..models.gene_bert.heads import pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..models.gene_bert.tokenized_cells import TokenizedCells, take
 from ..sources.open_source import open_source
 from ..training.cell_checksum import checksum
-from ..training.cell_heads import check_finite, predicts_cells, read_heads
-from ..training.loading import is_model, load_config, name_of, unwrap
-from .batches import at_work, check_cells, check_hidden_layer, load, make_batch, packs
+from ..training.cell_heads import check_finite, read_heads
+from ..training.loading import name_of
+from .batches import at_work, check_cells, check_hidden_layer, choose_pooling, is_classifier, load, make_batch, packs
 from .gene_edits import QUANTILES, GeneEdits, Panel, choose_perturbations
 from .perturb_statistics import DonorGroups, ShardScores, make_table
 
@@ -144,10 +144,8 @@ def perturb(
     ValueError
         A gene is unknown, not measured or not expressed; a column, group or class does not exist; a setting is
         invalid; the folder holds other results; as for `embed`.
-    FileNotFoundError
-        The checkpoint does not exist.
-    TypeError
-        `adata` does not hold cells, or `model` is not a model.
+    FileNotFoundError, TypeError
+        As for `embed`.
 
     Notes
     -----
@@ -202,7 +200,7 @@ def perturb(
         with at_work(reader.model, device or (None if state is None else str(state.device))):
             grid = _Grid(folder, reader, edits, counts, cells, perturbations, panel, shard_size)
             grid.run(state)
-        table = make_table(perturbations, grid.shards, grid.score_names, cells.donors_of(0), grid.donor_groups(), seed)
+        table = make_table(perturbations, grid.shards, grid.score_names, cells.donors_of(0), grid.donor_groups, seed)
         asked = table[~table["null"]].drop(columns=["null", "matched"])
         if output is not None and (state is None or state.is_main_process):
             _write(folder / "null.csv", table[table["null"]].drop(columns="null").to_csv())
@@ -264,12 +262,12 @@ class _Reader:
     """A model that reads cells: states of length 1, and probabilities of classes."""
 
     def __init__(self, model, tokenizer, hidden_layer, pooling, max_tokens, fractional, min_coverage):
-        kinds = [type(unwrap(model)).__name__] if is_model(model) else load_config(model).architectures or []
-        auto_class = AutoModelForSequenceClassification if predicts_cells(kinds) else AutoModel
+        of_cells = is_classifier(model)
+        auto_class = AutoModelForSequenceClassification if of_cells else AutoModel
         self.model, self.tokenizer = load(model, tokenizer, auto_class, min_coverage)
         if self.tokenizer.neighborhood:
             raise ValueError("Models that read neighbourhoods cannot be perturbed.")
-        self.heads = read_heads(self.model) if predicts_cells([type(self.model).__name__]) else []
+        self.heads = read_heads(self.model) if of_cells else []
         if self.heads and self.heads[0].kind != "single_label_classification":
             self.heads = []
         self.classes = [
@@ -277,14 +275,10 @@ class _Reader:
             for head in self.heads
             for name in head.names
         ]
-        self.encoder = getattr(self.model, self.model.base_model_prefix, self.model)
+        self.encoder = self.model.base_model
         if not self.heads:
             self.model = self.encoder
-        self.pooling = pooling or default_pooling(self.model.config)
-        if self.pooling not in ("cls", "mean"):
-            raise ValueError(f'pooling must be "cls" or "mean", got {pooling!r}.')
-        if self.pooling == "cls" and not self.tokenizer.add_cls:
-            raise ValueError('The tokenizer adds no [CLS]: use pooling="mean".')
+        self.pooling = choose_pooling(pooling, self.model, self.tokenizer)
         check_hidden_layer(self.model, hidden_layer)
         self.hidden_layer, self.max_tokens, self.fractional = hidden_layer, max_tokens, fractional
         self.names: tuple[np.ndarray, np.ndarray] | None = None
@@ -311,13 +305,7 @@ class _Reader:
         return int(tokenizer.add_cls) + int(tokenizer.add_eos) + len(tokenizer.included_phenotypes) + 1
 
     def choose_class(self, predicted: str | None, goal: str | None, goal_key: str | None) -> None:
-        """Choose the class whose probability is measured.
-
-        Raises
-        ------
-        ValueError
-            The class does not exist, or the model has no classes; it has several label columns, and no class is named.
-        """
+        """Choose the class whose probability is measured; with several label columns, one must be named."""
         names, several = self.classes, len(self.heads) > 1
         if predicted is not None and predicted not in names:
             raise ValueError(f"The model has no class {predicted!r}; its classes: {', '.join(names) or 'none'}.")
@@ -335,18 +323,7 @@ class _Reader:
         return checksum(*(tensor.detach().float().cpu().numpy() for tensor in self.model.state_dict().values()))
 
     def __call__(self, counts: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray | None]:
-        """Read cells.
-
-        Parameters
-        ----------
-        counts : csr_matrix (n, n_columns)
-
-        Returns
-        -------
-        states : float32 array (n, d)
-            Length 1.
-        probabilities : float32 array (n, n_classes), or None
-        """
+        """Return the states of cells, float32 (n, d) of length 1, and the probabilities (n, n_classes), or None."""
         tokens = self.tokenizer.encode_cells(
             counts, genes=self.names, fractional=self.fractional, for_inference=True, max_length=self.length
         )
@@ -409,24 +386,12 @@ class _Linear:
 
 
 class _Unperturbed(NamedTuple):
-    """What a reader says of the unperturbed cells.
+    """What a reader says of the n unperturbed cells; states have the length 1."""
 
-    Attributes
-    ----------
-    states : array (n, d)
-        Those of the cells to perturb, of length 1.
-    probabilities : array (n,) or None
-        Probability of the class that is measured.
-    classes : int64 array (n,) or None
-        Which class that is.
-    goal : float64 array (d,) or None
-        The goal state, of length 1.
-    """
-
-    states: np.ndarray
-    probabilities: np.ndarray | None
-    classes: np.ndarray | None
-    goal: np.ndarray | None
+    states: np.ndarray  # (n, d)
+    probabilities: np.ndarray | None  # of the class that is measured (n,)
+    classes: np.ndarray | None  # which class that is: int64 (n,)
+    goal: np.ndarray | None  # the goal state: float64 (d,)
 
     def scores(self, cells: np.ndarray, states: np.ndarray, probabilities: np.ndarray | None) -> list[np.ndarray]:
         """Return the scores of edited cells: shift, shift to the goal, change of the probability."""
@@ -449,7 +414,7 @@ class _Grid:
         self._linear = _Linear(counts, panel.known, cells)
         self._shard_size = shard_size
         self._base: list[_Unperturbed] = []
-        self._samples: DonorGroups | None = None
+        self.donor_groups: DonorGroups | None = None  # of the two groups, with donors and a goal
         with_goal, with_classes = len(cells.goal) > 0, bool(reader.heads)
         own = ["shift", *["goal_shift"] * with_goal, *["probability"] * with_classes]
         linear = ["pca_shift", *["pca_goal_shift", "linear_probability"] * with_goal]
@@ -457,15 +422,11 @@ class _Grid:
         # The tested score comes first.
         first = "goal_shift" if with_goal else "probability" if with_classes else "shift"
         self._order = sorted(range(len(self._names)), key=lambda i: (self._names[i] != first, i))
-
-    @property
-    def score_names(self) -> list[str]:
-        """Names of the scores, the tested one first."""
-        return [self._names[i] for i in self._order]
+        self.score_names = [self._names[i] for i in self._order]
 
     def run(self, state: PartialState | None) -> None:
         """Write all shards that are not there, those of this process."""
-        sizes = self._sizes()
+        sizes = np.array([len(self.edits.changes(each)[0]) for each in self.perturbations], np.int64)
         cuts = self._cuts(sizes)
         files = [self.folder / f"shard_{first:07d}_{stop:07d}.npz" for first, stop in cuts]
         self._files = files
@@ -484,14 +445,6 @@ class _Grid:
         for file in self._files:
             with np.load(file) as found:
                 yield ShardScores(**{name: found[name] for name in ShardScores._fields})
-
-    def donor_groups(self) -> DonorGroups | None:
-        """Return the mean states of donors in the two groups; None without donors or without a goal."""
-        return self._samples
-
-    def _sizes(self) -> np.ndarray:
-        """Return the number of cells that each perturbation changes, int64 array."""
-        return np.array([len(self.edits.changes(each)[0]) for each in self.perturbations], np.int64)
 
     def _cuts(self, sizes: np.ndarray) -> list[tuple[int, int]]:
         """Cut the perturbations into shards of at most `shard_size` edited cells, or of one perturbation."""
@@ -525,7 +478,7 @@ class _Grid:
                 if reader is self.reader and donors is not None:
                     starts, of_starts = _mean_states(states.astype(np.float64), self.cells.donors_of(0))
                     of_goals = np.unique(donors)
-                    self._samples = DonorGroups(
+                    self.donor_groups = DonorGroups(
                         np.concatenate([starts, means]),
                         np.concatenate([of_starts, of_goals]),
                         np.repeat([False, True], [len(of_starts), len(of_goals)]),
@@ -601,13 +554,7 @@ def _check_settings(kind, quantile, n_null, max_tokens, shard_size, goal_key, go
 
 
 def _open_folder(folder: Path, settings: dict, state: PartialState | None) -> None:
-    """Create the folder of the results, or check that it holds those of the same settings.
-
-    Raises
-    ------
-    ValueError
-        The folder holds other files, or results of other settings.
-    """
+    """Create the folder of the results, or check that it holds those of the same settings, and nothing else."""
     manifest = folder / "perturb.json"
     if state is None or state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)

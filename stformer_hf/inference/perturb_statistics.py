@@ -18,45 +18,21 @@ _NORMAL_MAD = float(stats.norm.ppf(0.75))  # median absolute deviation of a stan
 
 
 class ShardScores(NamedTuple):
-    """Scores of some perturbations in all cells.
+    """Scores of p perturbations in all cells."""
 
-    Attributes
-    ----------
-    numbers : int64 array (p,)
-        Numbers of the perturbations.
-    n_changed : int64 array (p,)
-        Number of cells that each changes.
-    values : float32 array (p, n_scores, n_cells)
-        Scores, 0 for cells that a perturbation does not change.
-    changed : bool array (p, n_cells)
-        Which cells it changes.
-    directions : float32 array (p, d)
-        Mean change of the cells' states of length 1, over all cells.
-    """
-
-    numbers: np.ndarray
-    n_changed: np.ndarray
-    values: np.ndarray
-    changed: np.ndarray
-    directions: np.ndarray
+    numbers: np.ndarray  # int64 (p,), of the perturbations
+    n_changed: np.ndarray  # int64 (p,), number of cells that each changes
+    values: np.ndarray  # float32 (p, n_scores, n_cells), 0 for cells that a perturbation does not change
+    changed: np.ndarray  # bool (p, n_cells), which cells it changes
+    directions: np.ndarray  # float64 (p, d), mean change of the cells' states of length 1, over all cells
 
 
 class DonorGroups(NamedTuple):
-    """Mean states of donors in the two groups of cells.
+    """Samples: the cells of one donor in one of the two groups."""
 
-    Attributes
-    ----------
-    states : float64 array (n_samples, d)
-        Mean state of the cells of one donor in one group, each of length 1 before the mean.
-    donors : int64 array (n_samples,)
-        Donor of each sample.
-    is_goal : bool array (n_samples,)
-        Whether the sample's cells are of the goal group.
-    """
-
-    states: np.ndarray
-    donors: np.ndarray
-    is_goal: np.ndarray
+    states: np.ndarray  # mean of the cells' states, each of length 1 before: float64 (n_samples, d)
+    donors: np.ndarray  # int64 (n_samples,)
+    is_goal: np.ndarray  # whether the cells are of the goal group: bool (n_samples,)
 
 
 def make_table(
@@ -72,21 +48,15 @@ def make_table(
     Parameters
     ----------
     perturbations : sequence of Perturbation
+        Rows of the table, see `perturb`.
     shards : callable
         Returns an iterator over the scores, which is used twice, so that those of all genes are never in memory.
     names : sequence of str (n_scores,)
         Name of each score; the first is the one that is tested.
     donors : int64 array (n_cells,), optional
         Donor of each perturbed cell.
-    groups : DonorGroups, optional
-        For the permutation of groups across donors.
-    seed : int, default: 0
-        Seed of the permutations.
-
-    Returns
-    -------
-    DataFrame
-        One row per perturbation, see `perturb`.
+    groups, seed
+        For `permute_donors`.
     """
     rows: dict[int, dict[str, float]] = {}
     projections = np.zeros((len(perturbations), 0 if groups is None else len(groups.states)))
@@ -131,19 +101,10 @@ def make_table(
 
 
 def interval(values: np.ndarray, units: np.ndarray | None = None) -> tuple[float, float, float]:
-    """Return the mean over cells, and its 95 % interval over units, by Student's t.
+    """Return the mean over cells, and its 95 % interval over units, by Student's t; NaN bounds for a single unit.
 
-    Parameters
-    ----------
-    values : float array (n_cells,)
-    units : int64 array (n_cells,), optional
-        Donor of each cell: the interval is that of the mean of the donors' means, moved to the mean over cells. By
-        default each cell is a unit, and the interval says nothing about other donors.
-
-    Returns
-    -------
-    mean, low, high : float
-        NaN bounds for a single unit.
+    With the donors of the cells as units (int64), the interval is that of the mean of the donors' means, moved to the
+    mean over cells. By default each cell is a unit, and the interval says nothing about other donors.
     """
     values = np.asarray(values, np.float64)
     mean = float(values.mean())
@@ -155,16 +116,11 @@ def interval(values: np.ndarray, units: np.ndarray | None = None) -> tuple[float
 
 
 def compare(effects: np.ndarray, matched: np.ndarray, is_null: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compare effects with those of matched perturbations, an empirical null (Efron 2004, JASA 99:96).
+    """Compare effects (n,) with those of matched perturbations, an empirical null (Efron 2004, JASA 99:96).
 
-    Parameters
-    ----------
-    effects : float array (n,)
-    matched : array of str (n,)
-        Perturbations are compared with those of the same value.
-    is_null : bool array (n,)
-        Drawn for the null. Where a value of `matched` has none, all of its perturbations are the reference: the
-        panel's own genes, most of which are assumed to do nothing particular.
+    Perturbations are compared with those of the same value of `matched` that were drawn for the null (`is_null`).
+    Where there are none, all with this value are the reference: the panel's own genes, most of which are assumed to do
+    nothing particular.
 
     Returns
     -------

@@ -47,10 +47,6 @@ def loss_curves(
         Title of the plot.
     save : str or Path, optional
         PNG to write.
-
-    Returns
-    -------
-    Axes
     """
     ax = _axes(6, 4)
     for name, history in histories.items():
@@ -87,14 +83,8 @@ def confusion(
         Classes.
     labels : sequence of str
         Order of rows and columns, for example from `order_classes`.
-    title : str, default: ""
-        Title of the plot.
-    save : str or Path, optional
-        PNG to write.
-
-    Returns
-    -------
-    Axes
+    title, save
+        As for `loss_curves`.
 
     Raises
     ------
@@ -144,16 +134,10 @@ def umap(
         Column of obs, or gene; coloured as scanpy does.
     use_rep : str, default: "X_stformer"
         Key of the embedding in obsm.
-    title : str, default: ""
-        Title of the plot.
     random_state : int, default: 0
         Seed of the UMAP.
-    save : str or Path, optional
-        PNG to write.
-
-    Returns
-    -------
-    Axes
+    title, save
+        As for `loss_curves`.
 
     Raises
     ------
@@ -212,12 +196,10 @@ def umaps(
         Title of a panel -> key of obsm.
     outlined : str, optional
         Boolean column of obs: these cells get a black edge, and are drawn last.
-    title : str, default: ""
-        Title of the plot.
     random_state : int, default: 0
         Seed of the UMAPs.
-    save : str or Path, optional
-        PNG to write.
+    title, save
+        As for `loss_curves`.
 
     Returns
     -------
@@ -279,12 +261,10 @@ def mapping(
         Column of the reference's obs; `color` by default.
     use_rep : str, default: "X_stformer"
         Key of the embeddings in obsm.
-    title : str, default: ""
-        Title of the plot.
     random_state : int, default: 0
         Seed of the UMAP.
-    save : str or Path, optional
-        PNG to write.
+    title, save
+        As for `loss_curves`.
 
     Returns
     -------
@@ -339,10 +319,6 @@ def label_curve(
         Classifier whose line is thick.
     save : str or Path, optional
         PNG to write.
-
-    Returns
-    -------
-    Axes
     """
     ax = _axes(6, 4)
     names = points["classifier"].unique()
@@ -396,10 +372,8 @@ def sections(
         section.
     n_columns : int, optional
         Panels per row; at most 4 by default.
-    title : str, default: ""
-        Title of the plot.
-    save : str or Path, optional
-        PNG to write.
+    title, save
+        As for `loss_curves`.
 
     Returns
     -------
@@ -572,14 +546,8 @@ def volcano(
         False discovery rate.
     n_names : int, default: 10
         Number of perturbations to name, those with the lowest p-values below the rate.
-    title : str, default: ""
-        Title of the plot.
-    save : str or Path, optional
-        PNG to write.
-
-    Returns
-    -------
-    Axes
+    title, save
+        As for `loss_curves`.
 
     Raises
     ------
@@ -611,12 +579,7 @@ def volcano(
 
 
 def network(
-    genes: GeneNetwork,
-    group: str | None = None,
-    *,
-    n_edges: int = 50,
-    title: str = "",
-    save: str | Path | None = None,
+    genes: GeneNetwork, group: str | None = None, *, n_edges: int = 50, title: str = "", save: str | Path | None = None
 ) -> Axes:
     """Plot the edges with the largest scores as arrows from the gene that is read to the gene that reads it.
 
@@ -631,14 +594,8 @@ def network(
         Group of cells; needed if there are several.
     n_edges : int, default: 50
         Number of edges.
-    title : str, default: ""
-        Title of the plot.
-    save : str or Path, optional
-        PNG to write.
-
-    Returns
-    -------
-    Axes
+    title, save
+        As for `loss_curves`.
 
     Raises
     ------

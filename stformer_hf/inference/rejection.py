@@ -8,13 +8,7 @@ UNKNOWN = "unknown"  # label of a rejected cell
 
 
 def check_reject(reject: float | None, classes: list[str]) -> None:
-    """Refuse a share that is not between 0 and 1, and classes among which is one called "unknown".
-
-    Raises
-    ------
-    ValueError
-        For these reasons.
-    """
+    """Raise a ValueError for a share that is not between 0 and 1, and for a class called "unknown"."""
     if reject is None:
         return
     if not 0 < reject < 1:
@@ -24,28 +18,14 @@ def check_reject(reject: float | None, classes: list[str]) -> None:
 
 
 def rejection_thresholds(scores: np.ndarray, groups: np.ndarray, n_groups: int, reject: float) -> np.ndarray:
-    """Compute the score below which a cell is rejected, for each group.
+    """Compute the score below which a cell is rejected, for each group: float64 array (n_groups,).
 
-    Parameters
-    ----------
-    scores : float array (n,)
-        Scores of cells of known types that the model has not seen; higher is more typical.
-    groups : int array (n,)
-        Group of each cell, such as its class.
-    n_groups : int
-    reject : float
-        Share of the known cells that may be rejected.
+    `scores` (n,) are those of cells of known types that the model has not seen, higher is more typical; `groups` (n,),
+    int, are such as their classes; `reject` is the share of these cells that may be rejected.
 
-    Returns
-    -------
-    float64 array (n_groups,)
-        -inf where not even all cells together are enough.
-
-    Notes
-    -----
     The threshold is the k-th lowest of n scores, k = floor(reject (n + 1)): a further cell of the group is below it
     with a probability of at most k / (n + 1), if it is exchangeable with the n cells (Vovk et al. 2005). Groups with
-    k = 0 (fewer than 19 cells at 0.05) get the threshold of all cells together.
+    k = 0 (fewer than 19 cells at 0.05) get the threshold of all cells together, -inf if these are too few as well.
     """
     pooled = kth_lowest(scores, reject)
     found = np.full(n_groups, -np.inf if pooled is None else pooled)
@@ -57,18 +37,10 @@ def rejection_thresholds(scores: np.ndarray, groups: np.ndarray, n_groups: int, 
 
 
 def typicality(known: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """Combine measures of how typical a cell is: the sum of the logs of its conformal p-values (Fisher).
+    """Combine measures of how typical each of m cells is: the sum of the logs of its conformal p-values (Fisher).
 
-    Parameters
-    ----------
-    known : float array (n, n_measures)
-        Measures of cells of known types that the model has not seen; higher is more typical.
-    cells : float array (m, n_measures)
-
-    Returns
-    -------
-    float64 array (m,)
-        Sum over the measures of ln((1 + number of known cells that are as atypical or more) / (1 + n)); at most 0.
+    `known` (n, n_measures) are those of cells of known types that the model has not seen; higher is more typical. The
+    sum, at most 0, is of ln((1 + number of known cells that are as atypical or more) / (1 + n)).
     """
     found = np.zeros(len(cells))
     for one, others in zip(known.T, cells.T, strict=True):
