@@ -190,10 +190,6 @@ class AnnDataset(Dataset):
         **kwargs
             Arguments of `torch.utils.data.DataLoader`, such as `batch_size`, `shuffle` and `num_workers`.
 
-        Returns
-        -------
-        DataLoader
-
         Raises
         ------
         ValueError

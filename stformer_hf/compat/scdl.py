@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +36,7 @@ class SingleCellMemMapDataset(Dataset):
 
     Its methods replace attributes of AnnData (`adata.n_obs` is `data.number_of_rows()`). Rows are copies: changing
     them does not change the data on disk, which are always valid, saved or not. Row and column numbers may be
-    negative, as in Python.
+    negative, as in Python; one that does not exist raises an IndexError.
 
     Parameters
     ----------
@@ -264,11 +264,7 @@ class SingleCellMemMapDataset(Dataset):
         known = self._gene_variables
         if names is None:
             return [values for name, values in known.items() if name not in ("gene_id", "symbol")]
-        known = {"feature_id": known["gene_id"], **known}  # SCDL's name for the index of var
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise ValueError(f"No gene variable {unknown[0]!r}; variables are {', '.join(known)}.")
-        return [known[name] for name in names]
+        return _choose({"feature_id": known["gene_id"], **known}, names, "gene")  # SCDL's name for the index of var
 
     # ------------------------------------------------------------------ rows
 
@@ -313,8 +309,6 @@ class SingleCellMemMapDataset(Dataset):
 
         Raises
         ------
-        IndexError
-            The row does not exist.
         ValueError
             A variable is unknown; values do not fit `data_dtype`.
         """
@@ -332,10 +326,7 @@ class SingleCellMemMapDataset(Dataset):
         obs = self.store.obs
         number = _number(index, len(obs), "rows")
         known = {"obs_feature_id": obs.index.to_series(), **{name: obs[name] for name in obs}}
-        unknown = [name for name in names or [] if name not in known]
-        if unknown:
-            raise ValueError(f"No cell variable {unknown[0]!r}; variables are {', '.join(known)}.")
-        return [known[name].iloc[number] for name in (list(obs) if names is None else names)]
+        return [values.iloc[number] for values in _choose(known, list(obs) if names is None else names, "cell")]
 
     def get_row_padded(self, index: int, *args, **kwargs) -> tuple:
         """Read a cell with its zeros: array (n_variables,) of `data_dtype`, and the features; as `get_row`."""
@@ -351,11 +342,6 @@ class SingleCellMemMapDataset(Dataset):
             Row and column number.
         impute_missing_zeros : bool, default: True
             Return 0.0 for a value that is not stored, else None.
-
-        Raises
-        ------
-        IndexError
-            The row or column does not exist.
         """
         values, columns = self.get_row(index)[0]
         found = values[columns == _number(column, len(self.store.genes), "variables")]
@@ -401,8 +387,6 @@ class SingleCellMemMapDataset(Dataset):
 
         Raises
         ------
-        IndexError
-            The row does not exist.
         ValueError
             The dataset was made or opened without neighbours; or as for `sample_neighbor_index` and `get_row`.
         """
@@ -437,8 +421,6 @@ class SingleCellMemMapDataset(Dataset):
 
         Raises
         ------
-        IndexError
-            The row does not exist.
         ValueError
             The dataset was opened with `load_neighbors`, but made without.
         """
@@ -466,8 +448,6 @@ class SingleCellMemMapDataset(Dataset):
 
         Raises
         ------
-        IndexError
-            The row does not exist.
         ValueError
             The cell has no neighbours, and `fallback_to_identity` is False; or as for `get_neighbor_indices_for_cell`.
         """
@@ -569,6 +549,14 @@ class SingleCellMemMapDataset(Dataset):
         wanted = value_type(dtype)
         check_values(self.store, wanted, self.data_dtype_tolerance)
         self.data_dtype = wanted
+
+
+def _choose(known: Mapping[str, Any], names: Sequence[str], of: str) -> list:
+    """Return the variables of genes or cells with these names; raise a ValueError if there is no such variable."""
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"No {of} variable {unknown[0]!r}; variables are {', '.join(known)}.")
+    return [known[name] for name in names]
 
 
 def _number(index: int, n: int, what: str) -> int:

@@ -25,17 +25,7 @@ def plot_trials(
 
     Pruned trials are open circles at their last evaluation; trials without a score are left out. A logarithmic
     hyperparameter has a logarithmic axis. The axis of the scores shows up to ten times the range of the better half:
-    trials beyond it are triangles at its edge.
-
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        As returned by `search`.
-    space : SearchSpace
-    path : str or Path
-        File to write; its suffix determines the format.
-    metric, direction : str
-        As in `search`.
+    trials beyond it are triangles at its edge. The table is that of `search`, and so are `metric` and `direction`.
     """
     from matplotlib.figure import Figure
 
