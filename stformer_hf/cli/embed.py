@@ -21,17 +21,8 @@ _KEYS = {"cells": "X_stformer", "neighborhood": "X_neighborhood"}
 _OWN = {  # flags of each kind
     "cells": ("dtype", "hidden_layer", "pooling", "with_phenotypes", "min_coverage", "workers", "engine"),
     "neighborhood": (
-        "spatial_key",
-        "section_key",
-        "cell_type_key",
-        "with_cell_type",
-        "patch_size",
-        "k_nearest",
-        "max_num_cells",
-        "domains",
-        "domain_method",
-        "resolution",
-        "plot",
+        *("spatial_key", "section_key", "cell_type_key", "with_cell_type", "patch_size", "k_nearest", "max_num_cells"),
+        *("domains", "domain_method", "resolution", "plot"),
     ),
 }
 

@@ -28,19 +28,8 @@ if TYPE_CHECKING:
 TRAINING_DEFAULTS = {**PRETRAINING, "weight_decay": 0.05}
 
 _OF_A_NEW_MODEL = (
-    "size",
-    "model_config",
-    "whole_cell",
-    "init",
-    "scheme",
-    "phenotypes",
-    "bin_edges",
-    "medians",
-    "neighborhood",
-    "tokenizer_config",
-    "max_length",
-    "label_smoothing",
-    "gene_embeddings",
+    *("size", "model_config", "whole_cell", "init", "scheme", "phenotypes", "bin_edges", "medians", "neighborhood"),
+    *("tokenizer_config", "max_length", "label_smoothing", "gene_embeddings"),
 )
 
 

@@ -280,10 +280,8 @@ def mapping(
 
     parts = {}
     for name, cells, column in (("reference", reference, reference_color or color), ("query", query, color)):
-        if use_rep not in cells.obsm:
-            raise ValueError(f"The {name} has no obsm[{use_rep!r}]: see map_to_reference.")
-        if column not in cells.obs:
-            raise ValueError(f"The {name} has no obs[{column!r}]; it has {', '.join(map(repr, cells.obs)) or 'none'}.")
+        must_have(cells.obsm, f"{name}.obsm", use_rep, " See map_to_reference.")
+        must_have(cells.obs, f"{name}.obs", column)
         obs = pd.DataFrame({color: cells.obs[column].astype(object)}, index=cells.obs_names)
         parts[name] = anndata.AnnData(obs=obs, obsm={use_rep: np.asarray(cells.obsm[use_rep])})
     joint = anndata.concat(parts, label="cells", index_unique=" ")
@@ -313,12 +311,10 @@ def label_curve(
     ----------
     points : DataFrame
         One row per draw and classifier: `classifier`, `n_labels` and `accuracy`.
-    title : str, default: ""
-        Title of the plot.
     emphasised : str, optional
         Classifier whose line is thick.
-    save : str or Path, optional
-        PNG to write.
+    title, save
+        As for `loss_curves`.
     """
     ax = _axes(6, 4)
     names = points["classifier"].unique()

@@ -37,20 +37,9 @@ TRAINING_NAMES: dict[str, type[float] | type[int] | type[str]] = {
 COLLATOR_NAMES = ("mlm_probability", "phenotype_mask_prob", "gene_dropout")
 # Fields of a configuration that the tokenizer, or the task, determines.
 _NOT_SEARCHED = (
-    "vocab_size",
-    "type_vocab_size",
-    "token_classes",
-    "class_weights",
-    "loss_weights",
-    "vocabulary_fingerprint",
-    "pad_token_id",
-    "eos_token_id",
-    "value_embedding",
-    "max_position_embeddings",
-    "sparse_prediction",
-    "classifier_dropout",
-    "classifier_pooling",
-    "classifier_label_smoothing",
+    *("vocab_size", "type_vocab_size", "token_classes", "class_weights", "loss_weights", "vocabulary_fingerprint"),
+    *("pad_token_id", "eos_token_id", "value_embedding", "max_position_embeddings", "sparse_prediction"),
+    *("classifier_dropout", "classifier_pooling", "classifier_label_smoothing"),
     "label_smoothing",  # losses with and without it cannot be compared
 )
 MODEL_NAMES = (

@@ -209,7 +209,7 @@ def test_both_are_drawn_in_one_picture(model, cells, tmp_path):
     assert [len(ax.collections[0].get_offsets()) for ax in axes] == [60, 60]
     texts = [{text.get_text() for text in ax.get_legend().get_texts()} for ax in axes]
     assert texts == [{"reference", "query"}, {*reference.obs["type"].dropna(), "missing"}]
-    with pytest.raises(ValueError, match=r"The reference has no obs\['mapped_label'\]"):
+    with pytest.raises(ValueError, match=r"There is no reference.obs\['mapped_label'\]; reference.obs has"):
         sf.pl.mapping(query, reference, "mapped_label")
 
 
