@@ -244,6 +244,8 @@ def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], st
     import numpy as np
     import pandas as pd
 
+    from ..genes.text_files import naming
+    from ..genes.wrong_names import must_have
     from ..sources.read_anndata import is_anndata_file, read_anndata, section_of
     from ..space.spatial_metadata import warn_of_sections
     from .runs import one_layer
@@ -260,20 +262,15 @@ def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], st
             raise ValueError(f"{path} is not a file of cells with coordinates (.h5ad, .h5mu or .zarr) or a store.")
         adata, layer = read_anndata(path, args.layer, backed=True)
         layers.append(layer)
-        if args.spatial_key not in adata.obsm:
-            there = ", ".join(map(repr, adata.obsm)) or "no keys"
-            raise ValueError(f"{path} has no obsm[{args.spatial_key!r}]; its obsm has {there}.")
-        for name in (args.section_key, args.cell_type_key):
-            if name is not None and name not in adata.obs:
-                raise ValueError(f"{path} has no obs[{name!r}]; its obs has {', '.join(map(repr, adata.obs))}.")
-        places = np.asarray(adata.obsm[args.spatial_key], np.float64)
+        with naming(path):
+            must_have(adata.obsm, "obsm", args.spatial_key)
+            must_have(adata.obs, "obs", args.section_key)
+            must_have(adata.obs, "obs", args.cell_type_key)
+        places = np.asarray(adata.obsm[args.spatial_key], np.float64)  # of cells that are left out, they may be NaN
         if places.ndim != 2 or places.shape[1] not in (2, 3):
             raise ValueError(f"{path}: obsm[{args.spatial_key!r}] has the shape {places.shape}, not 2 or 3 columns.")
-        for axis in _AXES:  # an existing column z may hold anything
-            if axis in adata.obs:
-                del adata.obs[axis]
-        for axis, values in zip(_AXES, places.T, strict=False):
-            adata.obs[axis] = values
+        others = adata.obs.drop(columns=[axis for axis in _AXES if axis in adata.obs])  # a column z may hold anything
+        adata.obs = others.assign(**dict(zip(_AXES, places.T, strict=False)))
         region = None if args.section_key else section_of(adata)
         if region is None and section not in adata.obs:
             warn_of_sections(adata.obs)

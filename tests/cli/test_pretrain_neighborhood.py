@@ -254,9 +254,9 @@ def test_cells_without_a_type_are_left_out(tmp_path, caplog):
 @pytest.mark.parametrize(
     "message, argv",
     {
-        "has no obs\\['kind'\\]": ["--cell_type_key", "kind"],
-        "has no obs\\['slice'\\]": ["--section_key", "slice"],
-        "no obsm\\['places'\\]; its obsm has 'spatial'": ["--spatial_key", "places"],
+        "section.h5ad: There is no obs\\['kind'\\]": ["--cell_type_key", "kind"],
+        "There is no obs\\['slice'\\]": ["--section_key", "slice"],
+        "no obsm\\['places'\\]; obsm has 'spatial'": ["--spatial_key", "places"],
         "unknown name 'likelyhood'; the closest known one is likelihood": ["--model_config", "{likelyhood: nb}"],
         "size must be one of tiny, base, got 'huge'": ["--size", "huge"],
     }.items(),
