@@ -20,6 +20,7 @@ from stformer_hf.models.cell_neighborhood.modeling_cell_neighborhood import (
     CellNeighborhoodForMaskedCell,
     CellNeighborhoodModel,
     SparseRows,
+    _SparseProduct,
 )
 
 G, TYPES, EMBEDDING = 7, 5, 6
@@ -462,6 +463,18 @@ def test_sparse_expression_is_never_dense_and_sums_in_float32():
     assert recorder.largest < expression.numel() / 10
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(first(rows), (first.double()(expression.double())).float(), atol=1e-2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_gradients_of_the_sparse_product_are_the_numeric_ones(dtype):
+    table, values = (torch.rand(shape, dtype=torch.float64).requires_grad_() for shape in ((6, 3), (5,)))
+    indptr, genes = (torch.tensor(part, dtype=dtype) for part in ([0, 2, 2, 5], [1, 4, 0, 5, 4]))
+
+    def product(table, values):
+        return _SparseProduct.apply(table, indptr, genes, values)
+
+    torch.testing.assert_close(product(table, values), SparseRows(indptr, genes, values).to_dense(6) @ table)
+    assert torch.autograd.gradcheck(product, (table, values))
 
 
 def test_tokens_of_sparse_expression_compile_whole_and_once():

@@ -102,7 +102,8 @@ def nb_log_likelihood(counts: torch.Tensor, log_mean: torch.Tensor, log_dispersi
 
     For counts up to 100,000 and logs m of the mean and t of the dispersion within -12 and 12, a float32 value l is
     exact to 1e-6 (1 + |l| + |dl/dm|), about what one rounding of m changes; dl/dm is exact to
-    1e-6 (|dl/dm| + :math:`\mu \theta / (\mu + \theta)`), and dl/dt to 3e-6 (1 + |dl/dt| + |dl/dm|).
+    1e-6 (|dl/dm| + :math:`\mu \theta / (\mu + \theta)`), and dl/dt to 3e-6 (1 + |dl/dt| + |dl/dm|). In
+    float64 the bounds are 3e-9 and 9e-9.
 
     References
     ----------

@@ -352,11 +352,46 @@ class SparseRows(NamedTuple):
 
     def to_dense(self, n_genes: int) -> torch.Tensor:
         """Return the values as a float32 Tensor (N, n_genes)."""
-        n_cells = len(self.indptr) - 1
-        cells = torch.repeat_interleave(
-            torch.arange(n_cells, device=self.genes.device), self.indptr.diff(), output_size=len(self.genes)
-        )
-        return self.values.new_zeros(n_cells, n_genes).index_put((cells, self.genes.long()), self.values)
+        zeros = self.values.new_zeros(len(self.indptr) - 1, n_genes)
+        return zeros.index_put((_rows_of(self.indptr, self.genes).long(), self.genes.long()), self.values)
+
+
+def _rows_of(indptr: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return the row of each value of a CSR matrix, in the dtype of its columns."""
+    rows = torch.arange(len(indptr) - 1, device=columns.device, dtype=columns.dtype)
+    return torch.repeat_interleave(rows, indptr.diff(), output_size=len(columns))
+
+
+class _SparseProduct(torch.autograd.Function):
+    """CSR matrix (N, G) @ table (G, d).
+
+    The gradient of the table is the product of the transposed matrix and the gradient of the result: on a CPU, sorting
+    the values by column for it takes half the time of the gradient of `embedding_bag`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, table: torch.Tensor, indptr: torch.Tensor, columns: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(table, indptr, columns, values)
+        return _sum_rows(table, indptr, columns, values)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        table, indptr, columns, values = ctx.saved_tensors
+        rows = _rows_of(indptr, columns)
+        ordered, order = columns.sort(stable=True)
+        each = torch.arange(len(table) + 1, device=columns.device, dtype=columns.dtype)
+        cuts = torch.searchsorted(ordered, each).to(columns.dtype)
+        of_table = _sum_rows(gradient.contiguous(), cuts, rows.index_select(0, order), values.index_select(0, order))
+        of_values = (table[columns] * gradient[rows]).sum(-1) if ctx.needs_input_grad[3] else None
+        return of_table, None, None, of_values
+
+
+def _sum_rows(table: torch.Tensor, indptr: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return nn.functional.embedding_bag(
+        columns, table, indptr, per_sample_weights=values, mode="sum", include_last_offset=True
+    )
 
 
 class ExpressionLinear(nn.Linear):
@@ -366,15 +401,9 @@ class ExpressionLinear(nn.Linear):
         """Map expression, dense or sparse (N, in_features), to (N, out_features)."""
         if not isinstance(expression, SparseRows):
             return super().forward(expression)
-        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-        sums = nn.functional.embedding_bag(
-            expression.genes,
-            weight.t().contiguous(),
-            expression.indptr,
-            per_sample_weights=expression.values.to(weight.dtype),
-            mode="sum",
-            include_last_offset=True,
-        )
+        indptr, genes, values = expression
+        table = self.weight.t().to(torch.promote_types(self.weight.dtype, torch.float32)).contiguous()
+        sums = _SparseProduct.apply(table, indptr, genes, values.to(table.dtype))
         return (sums + self.bias).to(self.weight.dtype)
 
 
