@@ -5,12 +5,15 @@ the table for the cells of its section in its box, expression by their labels fr
 of the positions of each neighbourhood. Cells are 500 genes wide, 60 of them expressed; sections have at most 50,000
 cells, one in a unit of area. Before the clock starts, both are seen to give the same batches.
 
-A training step of CellTransformer's model (base) takes packed batches, and the same batches with dense masks.
+A training step of CellTransformer's model (base) takes packed batches, and the same batches with dense masks. Then
+packed batches of 64 cells with 100 neighbours and 5,000 genes, 400 of them expressed, are collated and trained on with
+sparse expression and with the same expression made dense.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -29,7 +32,10 @@ from scipy import sparse
 from .data import _n_cores
 from .harness import clock, print_table, take_turns
 
-N_GENES, N_EXPRESSED, SECTION, BATCH = 500, 60, 50_000, 32
+SECTION, BATCH = 50_000, 32
+N_GENES, WIDE_GENES = 500, 5_000
+N_EXPRESSED = {N_GENES: 60, WIDE_GENES: 400}
+WIDE_NEIGHBORS, WIDE_BATCH = 100, 64
 _BATCHES = {"ours": 100, "pandas": 4}  # that are timed
 _STEPS = 3
 
@@ -54,6 +60,7 @@ def run(arguments: list[str]) -> None:
             for k in neighbors:
                 tables[f"{n_cells} cells, {k} neighbours"] = _results(folder, n_cells, k, turns)
         steps = {k: _steps(folder, sizes[0], k, turns) for k in neighbors}
+        wide = _wide(folder, sizes[0], turns)
     finally:
         if args.folder is None:
             shutil.rmtree(folder)
@@ -68,12 +75,17 @@ def run(arguments: list[str]) -> None:
             print_table(title, {name: found for name, found in results.items() if name.startswith(kind)}, ours)
     for k, results in steps.items():
         print_table(f"Training steps, base model, {BATCH} cells a batch, {k} neighbours", results, "packed")
+    for kind, ours in (("collate", "collate: sparse"), ("step", "step: sparse")):
+        title = f"{WIDE_BATCH} cells a batch, {WIDE_NEIGHBORS} neighbours, {WIDE_GENES:,} genes"
+        print_table(title, {name: found for name, found in wide.items() if name.startswith(kind)}, ours, ["batch MB"])
     growth = {k: _growth(tables, sizes, k) for k in neighbors}
     for k, factor in growth.items():
         print(
             f"{k} neighbours: an item takes {factor:.2f} times as long among {sizes[-1]:,} cells as among {sizes[0]:,}"
         )
-    Path(args.output).write_text(json.dumps({**about, "tables": tables, "steps": steps, "growth": growth}, indent=1))
+    Path(args.output).write_text(
+        json.dumps({**about, "tables": tables, "steps": steps, "wide": wide, "growth": growth}, indent=1)
+    )
     print(f"\nwritten to {args.output}")
 
 
@@ -104,6 +116,27 @@ def _steps(folder: Path, n_cells: int, k: int, turns: int) -> dict[str, dict]:
     )
 
 
+def _wide(folder: Path, n_cells: int, turns: int) -> dict[str, dict]:
+    _make_cells(folder, n_cells, WIDE_GENES)
+    kinds = {"sparse": False, "dense": True}
+    results = take_turns(
+        {
+            f"{work}: {kind}": (f"benchmarks.space:{work}_wide", {"n_cells": n_cells, "dense": dense})
+            for work in ("collate", "step")
+            for kind, dense in kinds.items()
+        },
+        folder,
+        turns,
+    )
+    for kind, dense in kinds.items():
+        (batch,) = _wide_batches(folder, n_cells, 1)
+        values = _collate_wide(batch, dense).values()
+        size = sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+        for work in ("collate", "step"):
+            results[f"{work}: {kind}"]["batch MB"] = round(size / 1e6, 1)
+    return results
+
+
 def _growth(tables: dict[str, dict], sizes: list[int], k: int) -> float:
     few, many = (
         tables[f"{n} cells, {k} neighbours"]["items: batches"]["cells_per_second"] for n in (sizes[0], sizes[-1])
@@ -114,14 +147,14 @@ def _growth(tables: dict[str, dict], sizes: list[int], k: int) -> float:
 # ---------------------------------------------------------------------- the data
 
 
-def _make_cells(folder: Path, n_cells: int) -> None:
+def _make_cells(folder: Path, n_cells: int, n_genes: int = N_GENES) -> None:
     """Write cells as plain arrays."""
-    path = folder / f"space-{n_cells}.npz"
+    path, n_expressed = folder / f"space-{n_cells}-{n_genes}.npz", N_EXPRESSED[n_genes]
     if path.exists():
         return
     rng = np.random.default_rng(0)
-    step = N_GENES // N_EXPRESSED
-    genes = np.arange(N_EXPRESSED) * step + rng.integers(0, step, (n_cells, N_EXPRESSED))
+    step = n_genes // n_expressed
+    genes = np.arange(n_expressed) * step + rng.integers(0, step, (n_cells, n_expressed))
     sections = np.arange(n_cells) // SECTION
     sides = np.bincount(sections)[sections] ** 0.5
     order = rng.permutation(n_cells)  # sections lie anywhere in the table
@@ -129,7 +162,7 @@ def _make_cells(folder: Path, n_cells: int) -> None:
     np.savez(
         part,
         genes=genes.astype(np.int32).ravel(),
-        counts=rng.geometric(0.4, n_cells * N_EXPRESSED).astype(np.float32),
+        counts=rng.geometric(0.4, n_cells * n_expressed).astype(np.float32),
         types=rng.integers(0, 20, n_cells),
         sections=sections[order],
         points=(rng.random((n_cells, 2)) * sides[:, None])[order],
@@ -137,10 +170,10 @@ def _make_cells(folder: Path, n_cells: int) -> None:
     part.rename(path)
 
 
-def _tables(folder: Path, n_cells: int) -> tuple[pd.DataFrame, AnnData]:
-    with np.load(folder / f"space-{n_cells}.npz") as arrays:
-        indptr = np.arange(n_cells + 1) * N_EXPRESSED
-        counts = sparse.csr_matrix((arrays["counts"], arrays["genes"], indptr), shape=(n_cells, N_GENES))
+def _tables(folder: Path, n_cells: int, n_genes: int = N_GENES) -> tuple[pd.DataFrame, AnnData]:
+    with np.load(folder / f"space-{n_cells}-{n_genes}.npz") as arrays:
+        indptr = np.arange(n_cells + 1) * N_EXPRESSED[n_genes]
+        counts = sparse.csr_matrix((arrays["counts"], arrays["genes"], indptr), shape=(n_cells, n_genes))
         names = pd.Index([f"cell{i}" for i in range(n_cells)])
         metadata = pd.DataFrame(
             {
@@ -154,28 +187,28 @@ def _tables(folder: Path, n_cells: int) -> tuple[pd.DataFrame, AnnData]:
     return metadata, AnnData(counts, obs=pd.DataFrame(index=names))
 
 
-def _batches(n_cells: int, n_batches: int) -> list[list[int]]:
+def _batches(n_cells: int, n_batches: int, size: int = BATCH) -> list[list[int]]:
     """Choose the cells of batches at random, as a shuffled `DataLoader` does."""
-    cells = np.random.default_rng(1).permutation(n_cells)[: n_batches * BATCH]
-    return cells.reshape(-1, BATCH).tolist()
+    cells = np.random.default_rng(1).permutation(n_cells)[: n_batches * size]
+    return cells.reshape(-1, size).tolist()
 
 
-def _time(work: Callable, batches: list) -> float:
+def _time(work: Callable, batches: list, size: int = BATCH) -> float:
     for batch in batches[: max(1, len(batches) // 10)]:
         work(batch)
     with clock():
         for batch in batches:
             work(batch)
-    return len(batches) * BATCH
+    return len(batches) * size
 
 
 # ---------------------------------------------------------------------- ours
 
 
-def _sampler(folder: Path, n_cells: int, k: int):
+def _sampler(folder: Path, n_cells: int, k: int, n_genes: int = N_GENES):
     from stformer_hf.space.center_mask_sampler import CenterMaskSampler
 
-    return CenterMaskSampler(*_tables(folder, n_cells), (k**0.5, k**0.5))
+    return CenterMaskSampler(*_tables(folder, n_cells, n_genes), (k**0.5, k**0.5))
 
 
 def items_ours(folder: Path, n_cells: int, k: int, one_by_one: bool = False) -> float:
@@ -201,17 +234,22 @@ def collate_ours(folder: Path, n_cells: int, k: int, packed: bool) -> float:
 
 def step(folder: Path, n_cells: int, k: int, packed: bool) -> float:
     """Forward, backward and step of the optimizer, on batches that were collated before."""
-    from stformer_hf import CellNeighborhoodConfig, CellNeighborhoodForMaskedCell
     from stformer_hf.space.neighborhood_collator import collate_neighborhoods
 
-    torch.set_num_threads(2)
-    torch.manual_seed(0)
     sampler = _sampler(folder, n_cells, k)
     batches = [
         collate_neighborhoods(sampler.__getitems__(batch), packed=packed) for batch in _batches(n_cells, _STEPS)
     ]
+    return _time(_learner(N_GENES, sampler.n_cell_types), batches)
+
+
+def _learner(n_genes: int, n_cell_types: int) -> Callable:
+    from stformer_hf import CellNeighborhoodConfig, CellNeighborhoodForMaskedCell
+
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
     model = CellNeighborhoodForMaskedCell(
-        CellNeighborhoodConfig.from_size("base", n_genes=N_GENES, n_cell_types=sampler.n_cell_types)
+        CellNeighborhoodConfig.from_size("base", n_genes=n_genes, n_cell_types=n_cell_types)
     )
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
 
@@ -220,7 +258,34 @@ def step(folder: Path, n_cells: int, k: int, packed: bool) -> float:
         optimizer.step()
         optimizer.zero_grad()
 
-    return _time(learn, batches)
+    return learn
+
+
+def _wide_batches(folder: Path, n_cells: int, n_batches: int) -> list:
+    sampler = _sampler(folder, n_cells, WIDE_NEIGHBORS, WIDE_GENES)
+    return [sampler.__getitems__(batch) for batch in _batches(n_cells, n_batches, WIDE_BATCH)]
+
+
+def _collate_wide(batch, dense: bool) -> dict:
+    from stformer_hf.space.neighborhood_collator import collate_neighborhoods
+
+    if dense:
+        batch = dataclasses.replace(batch, expression=batch.expression.toarray())
+    return collate_neighborhoods(batch, packed=True)
+
+
+def collate_wide(folder: Path, n_cells: int, dense: bool) -> float:
+    """Collate batches that were read before."""
+    torch.set_num_threads(1)
+    batches = _wide_batches(folder, n_cells, 10)
+    return _time(lambda batch: _collate_wide(batch, dense), batches, WIDE_BATCH)
+
+
+def step_wide(folder: Path, n_cells: int, dense: bool) -> float:
+    """Collate, forward, backward and step of the optimizer."""
+    batches = _wide_batches(folder, n_cells, _STEPS)
+    learn = _learner(WIDE_GENES, 20)
+    return _time(lambda batch: learn(_collate_wide(batch, dense)), batches, WIDE_BATCH)
 
 
 # ---------------------------------------------------------------------- pandas

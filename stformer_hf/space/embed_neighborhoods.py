@@ -160,7 +160,8 @@ def _embed(
     `types` maps the sampler's types to the model's.
     """
     embedding = np.empty((len(sampler), encoder.config.hidden_size), np.float32)
-    read = ["observed_expression", "observed_cell_type", "cell_embeds", "cu_seq_lens"]
+    read = ["observed_expression", "observed_indptr", "observed_genes", "observed_values"]
+    read += ["observed_cell_type", "cell_embeds", "cu_seq_lens"]
     if result == "typed_neighborhood_embedding":
         read.append("masked_cell_type")
     lengths = sampler.lengths

@@ -24,7 +24,8 @@ def collate_neighborhoods(
     items : NeighborhoodBatch or sequence of NeighborhoodMetadata
         Batch from a `DataLoader` over a `CenterMaskSampler`, or a sequence of items.
     packed : bool, default: False
-        Return the boundaries of neighbourhoods instead of masks, whose memory grows with the square of N.
+        Return the boundaries of neighbourhoods instead of masks, whose memory grows with the square of N, and keep the
+        expression of observed cells sparse if it is stored sparse.
 
     Returns
     -------
@@ -34,7 +35,11 @@ def collate_neighborhoods(
         float32, if the sampler has them.
 
         If packed: `cu_seq_lens`, int32 (B + 1,): item i has the observed cells `cu_seq_lens[i]:cu_seq_lens[i + 1]`.
-        `segment_ids`, int32 (N,): the item of each observed cell. `max_length`, int: cells of the largest item.
+        `segment_ids`, int32 (N,): the item of each observed cell. `max_length`, int: cells of the largest item. From
+        a `NeighborhoodBatch` with sparse expression, there is no `observed_expression`, but its rows, with E values
+        that are not 0: `observed_indptr`, int32 (N + 1,): observed cell i has the values
+        `observed_indptr[i]:observed_indptr[i + 1]`; `observed_genes`, int32 (E,), their genes; `observed_values`,
+        float32 (E,); `n_genes`, int, G.
 
         Else: bool masks, True where attention is not allowed. They cover the N observed cells, then B cls tokens, then
         B queries; those of item i are in its segment. `full_mask` (N + 2B, N + 2B) allows attention within segments.
@@ -50,7 +55,7 @@ def collate_neighborhoods(
     """
     if not len(items):
         raise ValueError("A batch needs at least one neighbourhood.")
-    batch = _tensors(items) if isinstance(items, NeighborhoodBatch) else _stacked(items)
+    batch = _tensors(items, packed) if isinstance(items, NeighborhoodBatch) else _stacked(items)
     lengths = batch.pop("lengths")
     batch["observed_neighboorhood_lens"] = lengths.tolist()
     if packed:
@@ -66,12 +71,25 @@ def collate_neighborhoods(
 collate = collate_neighborhoods
 
 
-def _tensors(batch: NeighborhoodBatch) -> dict[str, Any]:
-    rows = batch.expression if isinstance(batch.expression, np.ndarray) else batch.expression.toarray()
-    observed, masked = torch.from_numpy(rows).split([len(batch.observed_cell_type), len(batch)])
+def _tensors(batch: NeighborhoodBatch, packed: bool) -> dict[str, Any]:
+    n_cells, rows = len(batch.observed_cell_type), batch.expression
+    observed: dict[str, Any]
+    if packed and not isinstance(rows, np.ndarray):
+        n_values = rows.indptr[n_cells]
+        observed = {
+            "observed_indptr": torch.from_numpy(rows.indptr[: n_cells + 1].astype(np.int32)),
+            "observed_genes": torch.from_numpy(rows.indices[:n_values].astype(np.int32, copy=False)),
+            "observed_values": torch.from_numpy(rows.data[:n_values]),
+            "n_genes": rows.shape[1],
+        }
+        masked = rows[n_cells:].toarray()
+    else:
+        dense = rows if isinstance(rows, np.ndarray) else rows.toarray()
+        observed, masked = {"observed_expression": torch.from_numpy(dense[:n_cells])}, dense[n_cells:]
     tensors = {
-        "masked_expression": masked,  # first: Trainer takes the size of a batch from its first tensor
-        "observed_expression": observed,
+        # First, since Trainer takes the size of a batch from its first tensor.
+        "masked_expression": torch.from_numpy(masked),
+        **observed,
         "observed_cell_type": torch.from_numpy(batch.observed_cell_type),
         "masked_cell_type": torch.from_numpy(batch.masked_cell_type),
         "lengths": np.diff(batch.indptr),

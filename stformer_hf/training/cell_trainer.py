@@ -416,7 +416,7 @@ class CellTrainer(MeasuredTrainer):
 
     def _prepare_inputs(self, inputs):
         """Prepare inputs as Trainer does; counts keep their dtype even if DeepSpeed casts to half precision."""
-        names = ("masked_expression", "observed_expression", "cell_counts")
+        names = ("masked_expression", "observed_expression", "observed_values", "cell_counts")
         counts = {name: inputs[name] for name in names if name in inputs}
         if not counts:
             return super()._prepare_inputs(inputs)

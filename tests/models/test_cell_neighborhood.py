@@ -9,6 +9,7 @@ import torch
 from conftest import checkpoint_activations
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, Trainer, TrainingArguments
@@ -18,11 +19,14 @@ from stformer_hf.models.cell_neighborhood.count_likelihoods import pearson_r
 from stformer_hf.models.cell_neighborhood.modeling_cell_neighborhood import (
     CellNeighborhoodForMaskedCell,
     CellNeighborhoodModel,
+    SparseRows,
+    _SparseProduct,
 )
 
 G, TYPES, EMBEDDING = 7, 5, 6
 LENGTHS = [3, 0, 5, 3, 1, 0, 8]
 FORMS = ["masked", "packed"]
+ALL_FORMS = [*FORMS, "sparse"]  # packed, with sparse expression
 EMBEDDINGS = ["neighborhood_embedding", "typed_neighborhood_embedding"]
 
 
@@ -48,7 +52,13 @@ def make_batch(lengths, form, seed=0) -> dict:
         "cell_embeds": torch.randn((n, EMBEDDING), generator=generator),
     }
     of_cell = [i for i, length in enumerate(lengths) for _ in range(length)]
-    if form == "packed":
+    if form == "sparse":
+        expression = batch.pop("observed_expression")
+        batch["observed_indptr"] = torch.tensor([0, *(expression > 0).sum(1)]).cumsum(0).to(torch.int32)
+        batch["observed_genes"] = expression.nonzero()[:, 1].to(torch.int32)
+        batch["observed_values"] = expression[expression > 0]
+        batch["n_genes"] = G
+    if form != "masked":
         batch["cu_seq_lens"] = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
         batch["seq_idx"] = torch.tensor(of_cell, dtype=torch.int64)
         return batch
@@ -161,21 +171,23 @@ def test_every_output_is_that_of_the_plain_model_on_each_neighborhood_alone(form
 @pytest.mark.parametrize("lengths", [LENGTHS, [4], [0], [0, 0, 0], [2, 2, 2], [1, 30, 1]])
 def test_packed_and_masked_batches_give_the_same_outputs_and_gradients(backend, likelihood, lengths):
     model, results = make_model(backend=backend, likelihood=likelihood), []
-    for form in FORMS:
+    for form in ALL_FORMS:
         model.zero_grad()
         outputs = model(**make_batch(lengths, form), output_hidden_states=True)
         outputs.loss.backward()
         results.append((outputs, gradients_of(model)))
-    (masked, gradients), (packed, packed_gradients) = results
-    assert set(masked) == set(packed)
+    (masked, gradients), *others = results
     assert len(masked.hidden_states) == model.config.encoder_layers + 1
     for name in masked:
-        torch.testing.assert_close(packed[name], masked[name], atol=1e-5, rtol=1e-5)
         assert all(
             torch.isfinite(part).all() for part in (masked[name] if name == "hidden_states" else [masked[name]])
         )
     assert torch.isfinite(gradients).all() and gradients.abs().max() > 1e-3
-    torch.testing.assert_close(packed_gradients, gradients, atol=1e-5, rtol=1e-5)
+    for packed, packed_gradients in others:
+        assert set(masked) == set(packed)
+        for name in masked:
+            torch.testing.assert_close(packed[name], masked[name], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(packed_gradients, gradients, atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=15)
@@ -183,9 +195,10 @@ def test_packed_and_masked_batches_give_the_same_outputs_and_gradients(backend, 
 def test_any_lengths_packed_equal_masked_and_alone(lengths, seed):
     model = make_model()
     with torch.no_grad():
-        masked, packed = (model(**make_batch(lengths, form, seed)) for form in FORMS)
+        masked, packed, sparse = (model(**make_batch(lengths, form, seed)) for form in ALL_FORMS)
         for name in masked:
             torch.testing.assert_close(packed[name], masked[name], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(sparse[name], masked[name], atol=1e-5, rtol=1e-5)
         batch, start = make_batch(lengths, "packed", seed), 0
         for i, length in enumerate(lengths):
             cells = slice(start, start + length)
@@ -273,9 +286,10 @@ def test_the_cells_of_a_neighborhood_matter_and_those_of_others_do_not():
 # ---------------------------------------------------------------------- inputs
 
 
-def test_the_model_takes_log1p_or_is_given_it():
-    batch = make_batch(LENGTHS, "packed")
-    logged = batch | {"observed_expression": batch["observed_expression"].log1p()}
+@pytest.mark.parametrize(("form", "name"), [("packed", "observed_expression"), ("sparse", "observed_values")])
+def test_the_model_takes_log1p_or_is_given_it(form, name):
+    batch = make_batch(LENGTHS, form)
+    logged = batch | {name: batch[name].log1p()}
     with torch.no_grad():
         counts, given = make_model()(**batch), make_model(apply_log1p=False)(**logged)
     torch.testing.assert_close(given.expected_counts, counts.expected_counts)
@@ -320,7 +334,7 @@ def test_cell_embeddings_are_read_beside_or_in_place_of_expression_and_get_gradi
 
 def test_batches_that_do_not_fit_raise():
     model = make_model()
-    masked, packed = (make_batch(LENGTHS, form) for form in FORMS)
+    masked, packed, sparse = (make_batch(LENGTHS, form) for form in ALL_FORMS)
 
     def without(batch, *names):
         return {name: value for name, value in batch.items() if name not in names}
@@ -335,6 +349,12 @@ def test_batches_that_do_not_fit_raise():
         (packed | {"cu_seq_lens": packed["cu_seq_lens"] + 1}, "begin with 0"),
         (packed | {"masked_cell_type": packed["masked_cell_type"][:3]}, "3 masked cells for 7 neighbourhoods"),
         (packed | {"observed_expression": packed["observed_expression"][:, :5]}, r"\(20, 7\).*got \(20, 5\)"),
+        (packed | sparse, "either observed_expression or observed_values"),
+        (without(sparse, "observed_genes"), r"tensors \(21,\), \(E,\) and .* got \(21,\), nothing, "),
+        (sparse | {"observed_indptr": sparse["observed_indptr"][1:]}, r"\(21,\), .* for 20 cells, got \(20,\)"),
+        (sparse | {"observed_genes": sparse["observed_genes"][1:]}, "observed_genes and observed_values must be"),
+        (sparse | {"observed_indptr": sparse["observed_indptr"] - 1}, "observed_indptr ends at .*cannot be split"),
+        (sparse | {"n_genes": 8}, "observed cells have 8 genes, but the model has 7"),
         (packed | {"masked_expression": packed["masked_expression"][:, :5]}, r"\(7, 7\), got \(7, 5\)"),
         (packed | {"observed_cell_type": packed["observed_cell_type"] + 1}, "observed_cell_type holds types from"),
         (packed | {"masked_cell_type": packed["masked_cell_type"] - 1}, "masked_cell_type holds types from -1"),
@@ -429,7 +449,60 @@ def test_the_memory_of_a_packed_batch_grows_with_its_cells_alone():
     assert largest[0] < largest[1] <= 8 * largest[0]
 
 
-@pytest.mark.parametrize("form", FORMS)
+def test_sparse_expression_is_never_dense_and_sums_in_float32():
+    model = make_model(n_genes=3000)
+    expression = torch.zeros(400, 3000)
+    expression[:, ::100] = torch.poisson(torch.full((400, 30), 300.0))
+    rows = SparseRows(torch.arange(0, 12_001, 30).int(), torch.arange(0, 3000, 100).int().repeat(400), torch.empty(0))
+    rows = rows._replace(values=expression[:, ::100].reshape(-1))
+    assert torch.equal(rows.to_dense(3000), expression)
+    types, tokens = torch.zeros(400, dtype=torch.long), model.cell_neighborhood.tokens
+    first = tokens.expression[0]
+    with torch.autocast("cpu", torch.bfloat16), LargestTensor() as recorder:
+        tokens(types, rows, None).sum().backward()
+    assert recorder.largest < expression.numel() / 10
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(first(rows), (first.double()(expression.double())).float(), atol=1e-2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_gradients_of_the_sparse_product_are_the_numeric_ones(dtype):
+    table, values = (torch.rand(shape, dtype=torch.float64).requires_grad_() for shape in ((6, 3), (5,)))
+    indptr, genes = (torch.tensor(part, dtype=dtype) for part in ([0, 2, 2, 5], [1, 4, 0, 5, 4]))
+
+    def product(table, values):
+        return _SparseProduct.apply(table, indptr, genes, values)
+
+    torch.testing.assert_close(product(table, values), SparseRows(indptr, genes, values).to_dense(6) @ table)
+    assert torch.autograd.gradcheck(product, (table, values))
+
+
+def test_tokens_of_sparse_expression_compile_whole_and_once():
+    model, counter = make_model(), CompileCounterWithBackend("aot_eager")
+    tokens = model.cell_neighborhood.tokens
+    compiled, counts = torch.compile(tokens, fullgraph=True, dynamic=True, backend=counter), []
+    for lengths in (LENGTHS, [4, 9], [30]):
+        batch, found = make_batch(lengths, "sparse"), []
+        rows = SparseRows(*(batch[f"observed_{name}"] for name in SparseRows._fields))
+        for of in (tokens, compiled):
+            model.zero_grad()
+            of(batch["observed_cell_type"], rows, None).square().sum().backward()
+            found.append([parameter.grad for parameter in tokens.parameters() if parameter.grad is not None])
+        torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[-1]
+
+
+def test_adapters_of_the_first_layer_read_sparse_expression_too():
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(target_modules=["expression.0"], r=2, init_lora_weights=False)
+    model = peft.get_peft_model(make_model(), settings)
+    with torch.no_grad():
+        packed, sparse = (model(**make_batch(LENGTHS, form)) for form in ALL_FORMS[1:])
+    torch.testing.assert_close(sparse.expected_counts, packed.expected_counts)
+
+
+@pytest.mark.parametrize("form", ALL_FORMS)
 def test_half_precision_stays_near_and_trains(form):
     batch = make_batch(LENGTHS, form)
     whole = make_model(CellNeighborhoodForMaskedCell, initializer_range=0.05)
@@ -453,7 +526,7 @@ def test_half_precision_stays_near_and_trains(form):
 # ---------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL_FORMS)
 @pytest.mark.parametrize("lengths", [LENGTHS, [0, 0], [4]])
 def test_every_parameter_gets_a_gradient(form, lengths):
     model = make_model(cell_embedding_size=EMBEDDING)
@@ -461,7 +534,7 @@ def test_every_parameter_gets_a_gradient(form, lengths):
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL_FORMS)
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_changes_nothing(form, reentrant):
     model, batch, results = make_model().train(), make_batch(LENGTHS, form), []

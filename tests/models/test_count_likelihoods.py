@@ -8,6 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stformer_hf.models.cell_neighborhood.count_likelihoods import (
     MAX_LOG_DISPERSION,
@@ -86,6 +88,65 @@ def test_parameters_in_32_bits_lose_no_more_than_their_own_rounding():
         assert narrow.dtype == torch.float32
         wide = function(x.double(), *(parameter.double() for parameter in parameters))
         torch.testing.assert_close(narrow.double(), wide, rtol=1e-6, atol=1e-6)
+
+
+def nb_by_gammas(x, m, t):
+    theta = t.exp()
+    choose = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+    return choose + theta * F.logsigmoid(t - m) + x * F.logsigmoid(m - t)
+
+
+logs = st.floats(-12, 12, width=32)
+points = st.tuples(st.integers(0, 10**5), logs, st.floats(-MAX_LOG_DISPERSION, MAX_LOG_DISPERSION, width=32))
+near = st.tuples(st.just(-1), logs, logs)  # the count is the mean, where the terms cancel
+
+
+@given(st.lists(points | near, min_size=1, max_size=40), st.integers(0, 2**32 - 1))
+def test_values_and_slopes_are_as_exact_as_said(found, seed):
+    """Against the plain formula in float64, which loses 1e-10 at most here."""
+    rng = np.random.default_rng(seed)
+    m, t = rng.uniform(-12, 12, (2, 200)).astype(np.float32)
+    drawn = rng.poisson(np.minimum(rng.gamma(np.exp(t), np.exp(m - t)), 1e5)).clip(max=10**5)
+    x, m, t = (
+        torch.tensor(np.concatenate(pair)) for pair in zip(zip(*found, strict=True), (drawn, m, t), strict=True)
+    )
+    x, m, t = torch.where(x < 0, m.exp().round(), x).float(), m.float(), t.float()
+
+    def value_and_slopes(function, *parameters):
+        m, t = (parameter.detach().requires_grad_() for parameter in parameters)
+        value = function(x.to(m.dtype), m, t)
+        return [part.detach().double() for part in (value, *torch.autograd.grad(value.sum(), (m, t)))]
+
+    exact, exact_of_mean, exact_of_dispersion = value_and_slopes(nb_by_gammas, m.double(), t.double())
+    steep, variance = exact_of_mean.abs(), 1 / ((-m.double()).exp() + (-t.double()).exp())
+    for parameters, bound in (((m, t), 1e-6), ((m.double(), t.double()), 3e-9)):
+        value, of_mean, of_dispersion = value_and_slopes(nb_log_likelihood, *parameters)
+        assert ((value - exact).abs() <= bound * (1 + exact.abs() + steep)).all()
+        assert ((of_mean - exact_of_mean).abs() <= bound * (steep + variance)).all()
+        assert (
+            (of_dispersion - exact_of_dispersion).abs() <= 3 * bound * (1 + exact_of_dispersion.abs() + steep)
+        ).all()
+
+
+def test_the_likelihoods_compile_whole_and_need_no_float64():
+    x, m, t, g = torch.randint(0, 5, (6, 4)), *torch.randn(3, 6, 4)
+    compiled = torch.compile(zinb_log_likelihood, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for function in (zinb_log_likelihood, compiled):
+        parameters = [part.clone().requires_grad_() for part in (m, t, g)]
+        function(x, *parameters).sum().backward()
+        gradients.append(torch.stack([parameter.grad for parameter in parameters]))
+    torch.testing.assert_close(*gradients)
+    with NoFloat64():  # as on MPS
+        nb_log_likelihood(x, m.requires_grad_(), t.bfloat16()).sum().backward()
+        assert nb_log_likelihood(x, m.bfloat16(), t[0]).dtype == torch.bfloat16
+
+
+class NoFloat64(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        assert not isinstance(result, torch.Tensor) or result.dtype != torch.float64
+        return result
 
 
 def test_gradients_are_the_numeric_ones():

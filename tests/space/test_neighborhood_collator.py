@@ -115,7 +115,28 @@ def test_flat_arrays_give_what_items_give(lengths, kind, packed):
     for one, two in zip(batch, items, strict=True):
         for ours, theirs in zip(one, two, strict=True):
             np.testing.assert_array_equal(ours, theirs)
-    same(collate_neighborhoods(batch, packed=packed), collate_neighborhoods(items, packed=packed))
+    made = collate_neighborhoods(batch, packed=packed)
+    assert next(iter(made)) == "masked_expression"  # Trainer takes the size of a batch from it
+    if packed and kind == "sparse":
+        made = {"masked_expression": made.pop("masked_expression"), "observed_expression": dense(made), **made}
+    same(made, collate_neighborhoods(items, packed=packed))
+
+
+def dense(batch) -> torch.Tensor:
+    """Take the sparse expression out of a batch, and make it dense."""
+    indptr, genes, values = (batch.pop(f"observed_{name}") for name in ("indptr", "genes", "values"))
+    assert indptr.dtype == genes.dtype == torch.int32 and values.dtype == torch.float32
+    rows = sparse.csr_matrix((values, genes, indptr), (len(indptr) - 1, batch.pop("n_genes")))
+    return torch.from_numpy(rows.toarray())
+
+
+def test_a_packed_batch_takes_the_memory_of_the_expressed_genes():
+    items = make_items([40, 50], n_genes=1000)
+    for item in items:
+        item.observed_expression[:, 20:] = 0
+    made = collate_neighborhoods(as_batch(items, "sparse"), packed=True)
+    taken = sum(value.nbytes for value in made.values() if isinstance(value, torch.Tensor))
+    assert taken - made["masked_expression"].nbytes < 90 * 20 * 8 + 4000 < items[0].observed_expression.nbytes
 
 
 def test_a_lonely_cell_of_another_maker():

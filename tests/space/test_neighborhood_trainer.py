@@ -149,8 +149,36 @@ def test_counts_stay_whole_where_all_else_is_in_half_precision(tmp_path, monkeyp
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda **inputs: (seen.append(inputs), forward(**inputs))[1])
     make_trainer(tmp_path, sampler(adata), model=model, max_steps=1, save_strategy="no").train()
-    for name in ("masked_expression", "observed_expression"):
-        assert (seen[0][name][:, :2] == torch.tensor([257, 1001])).all()
+    values, genes = seen[0]["observed_values"].double(), seen[0]["observed_genes"]  # 257 would be compared in bfloat16
+    assert (values[genes == 0] == 257).all() and (values[genes == 1] == 1001).all() and len(values)
+    assert (seen[0]["masked_expression"][:, :2].double() == torch.tensor([257, 1001])).all()
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_sparse_expression_trains_as_dense_expression_does(tmp_path, n_workers):
+    adata, found = section(), []
+    for name, matrix in (("sparse", adata.X), ("dense", adata.X.toarray())):
+        adata.X = matrix
+        trainer = make_trainer(
+            tmp_path / name,
+            sampler(adata),
+            eval_dataset=sampler(adata),
+            dataloader_num_workers=n_workers,
+            save_strategy="no",
+            include_num_input_tokens_seen="all",
+        )
+        trainer.train()
+        found.append((losses(trainer), trainer.evaluate(), trainer.state.num_input_tokens_seen))
+    (one, scores, n_cells), (other, other_scores, _) = found
+    np.testing.assert_allclose(one, other, rtol=1e-4)
+    assert scores["eval_pearson_r"] == pytest.approx(other_scores["eval_pearson_r"], abs=1e-4)
+    assert n_cells == 2 * (sampler(adata).lengths - 1).sum()
+
+
+@pytest.mark.parametrize("name", ["dispatch_batches", "split_batches"])
+def test_what_would_cut_a_batch_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} would split a packed batch"):
+        make_trainer(tmp_path, sampler(), accelerator_config={name: True})
 
 
 def stop_after(step: int):

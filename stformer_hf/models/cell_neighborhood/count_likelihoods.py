@@ -11,10 +11,68 @@ from torch.nn.functional import logsigmoid
 MAX_LOG_DISPERSION = 12.0
 
 
-def _widen(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Cast to float64 if the device has it: differences of log gamma lose most digits in float32."""
-    dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
-    return [tensor.to(dtype) for tensor in tensors]
+_FARTHEST_LOG = 40.0  # parameters beyond it count as it, so that nothing overflows
+_SHIFT = 4  # f(z) is computed from Stirling's series at z + 4, where four of its terms are exact to 3e-9
+
+
+def _bounded_exp(logs: torch.Tensor) -> torch.Tensor:
+    return logs.clamp(-_FARTHEST_LOG, _FARTHEST_LOG).exp()
+
+
+def _gamma_parts(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a and b of log Gamma(z) - z log z + z = a - log(b) / 2 + log(2 pi) / 2 - 4."""
+    shifted = z + _SHIFT
+    r = 1 / shifted
+    s, y = r * r, z * (z + 3)  # y (y + 2) = z (z + 1) (z + 2) (z + 3)
+    series = r * (1 / 12 - s * (1 / 360 - s * (1 / 1260 - s / 1680)))
+    return z * torch.log1p(_SHIFT / z) + series, (y * s * ((y + 2) * s)).square() * shifted
+
+
+def _gamma_slope(z: torch.Tensor) -> torch.Tensor:
+    """Return the derivative of log Gamma(z) - z log z + z, digamma(z) - log z."""
+    r, y = 1 / (z + _SHIFT), z * (z + 3)
+    s = r * r
+    series = r / 2 + s * (1 / 12 - s * (1 / 120 - s * (1 / 252 - s / 240)))
+    return torch.log1p(_SHIFT / z) - series - (2 * z + 3) * (1 / y + 1 / (y + 2))
+
+
+class _NegativeBinomial(torch.autograd.Function):
+    r"""Log likelihood of counts x in the dtype of all three tensors, without differences of large numbers.
+
+    With :math:`f(z) = \log \Gamma(z) - z \log z + z`, and f + log x in place of f for the last one, it is
+
+    .. math:: f(x + \theta) - f(\theta) - (f(x) + \log x) - D, \quad
+        D = x \log \frac{x (\mu + \theta)}{\mu (x + \theta)} - \theta \log \frac{x + \theta}{\mu + \theta} \ge 0
+
+    where the logarithms of D are those of 1 + |x - mu| / something. No term is much larger than the result, as in the
+    binomial of Loader 2000; float32 is as exact as its parameters.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor, log_mean: torch.Tensor, log_dispersion: torch.Tensor) -> torch.Tensor:
+        mu, theta = _bounded_exp(log_mean), _bounded_exp(log_dispersion)
+        some, lower, upper = x.clamp(min=1), torch.minimum(x, mu), torch.maximum(x, mu)
+        apart = upper - lower
+        of_x = x * torch.log1p(apart / torch.minimum(some, mu) * (theta / (upper + theta)))
+        deviance = (of_x - theta * torch.log1p(apart / (lower + theta))).abs()
+        (a_both, b_both), (a, b), (a_x, b_x) = (_gamma_parts(z) for z in (x + theta, theta, some))
+        factorial = a_x - _SHIFT + (math.log(2 * math.pi) - torch.log(b_x / some.square())) / 2
+        return a_both - a + torch.log(b / b_both) / 2 - factorial * x.clamp(max=1) - deviance
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        x, log_mean, log_dispersion = ctx.saved_tensors
+        mu, theta = _bounded_exp(log_mean), _bounded_exp(log_dispersion)
+        away = (x - mu) / (mu + theta)
+        log_ratio = torch.copysign(torch.log1p((x - mu).abs() / (torch.minimum(x, mu) + theta)), away)
+        of_dispersion = _gamma_slope(x + theta) - _gamma_slope(theta) + log_ratio - away
+        return None, gradient * theta * away, gradient * theta * of_dispersion
 
 
 def nb_log_likelihood(counts: torch.Tensor, log_mean: torch.Tensor, log_dispersion: torch.Tensor) -> torch.Tensor:
@@ -27,12 +85,13 @@ def nb_log_likelihood(counts: torch.Tensor, log_mean: torch.Tensor, log_dispersi
     log_mean : Tensor (…)
         Log of the mean :math:`\mu`.
     log_dispersion : Tensor (…)
-        Log of the dispersion :math:`\theta`: the variance is :math:`\mu + \mu^2 / \theta`.
+        Log of the dispersion :math:`\theta`: the variance is :math:`\mu + \mu^2 / \theta`. Both logs count as -40 or
+        40 beyond these, with the gradient of there, which is not 0.
 
     Returns
     -------
     Tensor (…)
-        In nats, in the dtype of `log_mean`; computed in float64.
+        In nats, in the dtype of `log_mean`; computed in float64 if that is its dtype, else in float32.
 
     Notes
     -----
@@ -40,11 +99,19 @@ def nb_log_likelihood(counts: torch.Tensor, log_mean: torch.Tensor, log_dispersi
         + \theta \log \frac{\theta}{\theta + \mu} + x \log \frac{\mu}{\theta + \mu}
 
     `scipy.stats.nbinom` calls :math:`\theta` n, and :math:`\theta / (\theta + \mu)` p.
+
+    For counts up to 100,000 and logs m of the mean and t of the dispersion within -12 and 12, a float32 value l is
+    exact to 1e-6 (1 + |l| + |dl/dm|), about what one rounding of m changes; dl/dm is exact to
+    1e-6 (|dl/dm| + :math:`\mu \theta / (\mu + \theta)`), and dl/dt to 3e-6 (1 + |dl/dt| + |dl/dm|). In
+    float64 the bounds are 3e-9 and 9e-9.
+
+    References
+    ----------
+    Loader 2000, Fast and accurate computation of binomial probabilities.
     """
-    x, m, t = _widen(counts, log_mean, log_dispersion)
-    theta = t.exp()
-    choose = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
-    return (choose + theta * logsigmoid(t - m) + x * logsigmoid(m - t)).to(log_mean.dtype)
+    dtype = torch.promote_types(log_mean.dtype, torch.float32)
+    tensors = torch.broadcast_tensors(counts, log_mean, log_dispersion)
+    return _NegativeBinomial.apply(*(tensor.to(dtype) for tensor in tensors)).to(log_mean.dtype)
 
 
 def zinb_log_likelihood(
@@ -63,15 +130,16 @@ def zinb_log_likelihood(
     Returns
     -------
     Tensor (…)
-        In nats, in the dtype of `log_mean`; computed in float64.
+        In nats, in the dtype of `log_mean`; computed as by `nb_log_likelihood`.
 
     Notes
     -----
     :math:`\log(\pi + (1 - \pi) \mathrm{NB}(0))` for a zero, :math:`\log(1 - \pi) + \log \mathrm{NB}(x)` else.
     """
-    x, m, t, g = _widen(counts, log_mean, log_dispersion, gate_logits)
-    drawn = logsigmoid(-g) + nb_log_likelihood(x, m, t)
-    return torch.where(x == 0, torch.logaddexp(logsigmoid(g), drawn), drawn).to(log_mean.dtype)
+    dtype = torch.promote_types(log_mean.dtype, torch.float32)
+    gate = gate_logits.to(dtype)
+    drawn = logsigmoid(-gate) + nb_log_likelihood(counts, log_mean.to(dtype), log_dispersion)
+    return torch.where(counts == 0, torch.logaddexp(logsigmoid(gate), drawn), drawn).to(log_mean.dtype)
 
 
 class CountDistribution(NamedTuple):
@@ -192,7 +260,8 @@ def pearson_r(predicted: torch.Tensor, observed: torch.Tensor) -> torch.Tensor:
         float64 (float32 on devices without float64). NaN if one of the two is constant over the genes, as in a cell
         without counts, since r is not defined there.
     """
-    a, b = (part - part.mean(-1, keepdim=True) for part in _widen(predicted, observed))
+    dtype = torch.float32 if predicted.device.type == "mps" else torch.float64
+    a, b = (part - part.mean(-1, keepdim=True) for part in (predicted.to(dtype), observed.to(dtype)))
     # In a constant row rounding errors of the mean may remain, and r would be noise.
     varies = (predicted != predicted[..., :1]).any(-1) & (observed != observed[..., :1]).any(-1)
     r = nn.functional.cosine_similarity(a, b, dim=-1, eps=0.0)

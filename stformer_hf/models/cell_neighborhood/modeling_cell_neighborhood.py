@@ -330,6 +330,83 @@ class CellNeighborhoodLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(transformed), weights
 
 
+class SparseRows(NamedTuple):
+    """Expression of N cells without its zeros, as in a CSR matrix (N, G).
+
+    Attributes
+    ----------
+    indptr : int32 Tensor (N + 1,)
+        Cell i has the values `indptr[i]:indptr[i + 1]`.
+    genes : int32 Tensor (E,)
+        Gene of each value; each gene is at most once in a cell.
+    values : float32 Tensor (E,)
+    """
+
+    indptr: torch.Tensor
+    genes: torch.Tensor
+    values: torch.Tensor
+
+    def log1p(self) -> "SparseRows":
+        """Return log1p of all values; that of the zeros is 0."""
+        return self._replace(values=self.values.log1p())
+
+    def to_dense(self, n_genes: int) -> torch.Tensor:
+        """Return the values as a float32 Tensor (N, n_genes)."""
+        zeros = self.values.new_zeros(len(self.indptr) - 1, n_genes)
+        return zeros.index_put((_rows_of(self.indptr, self.genes).long(), self.genes.long()), self.values)
+
+
+def _rows_of(indptr: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return the row of each value of a CSR matrix, in the dtype of its columns."""
+    rows = torch.arange(len(indptr) - 1, device=columns.device, dtype=columns.dtype)
+    return torch.repeat_interleave(rows, indptr.diff(), output_size=len(columns))
+
+
+class _SparseProduct(torch.autograd.Function):
+    """CSR matrix (N, G) @ table (G, d).
+
+    The gradient of the table is the product of the transposed matrix and the gradient of the result: on a CPU, sorting
+    the values by column for it takes half the time of the gradient of `embedding_bag`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, table: torch.Tensor, indptr: torch.Tensor, columns: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(table, indptr, columns, values)
+        return _sum_rows(table, indptr, columns, values)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        table, indptr, columns, values = ctx.saved_tensors
+        rows = _rows_of(indptr, columns)
+        ordered, order = columns.sort(stable=True)
+        each = torch.arange(len(table) + 1, device=columns.device, dtype=columns.dtype)
+        cuts = torch.searchsorted(ordered, each).to(columns.dtype)
+        of_table = _sum_rows(gradient.contiguous(), cuts, rows.index_select(0, order), values.index_select(0, order))
+        of_values = (table[columns] * gradient[rows]).sum(-1) if ctx.needs_input_grad[3] else None
+        return of_table, None, None, of_values
+
+
+def _sum_rows(table: torch.Tensor, indptr: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return nn.functional.embedding_bag(
+        columns, table, indptr, per_sample_weights=values, mode="sum", include_last_offset=True
+    )
+
+
+class ExpressionLinear(nn.Linear):
+    """Linear layer that also reads `SparseRows`: sums of value x column of the weight, in float32 or float64."""
+
+    def forward(self, expression: torch.Tensor | SparseRows) -> torch.Tensor:
+        """Map expression, dense or sparse (N, in_features), to (N, out_features)."""
+        if not isinstance(expression, SparseRows):
+            return super().forward(expression)
+        indptr, genes, values = expression
+        table = self.weight.t().to(torch.promote_types(self.weight.dtype, torch.float32)).contiguous()
+        sums = _SparseProduct.apply(table, indptr, genes, values.to(table.dtype))
+        return (sums + self.bias).to(self.weight.dtype)
+
+
 class CellTokens(nn.Module):
     """Tokens of cells: one half is the embedding of the cell's type, the other encodes its expression.
 
@@ -345,7 +422,7 @@ class CellTokens(nn.Module):
         self.expression = None
         if config.use_expression:
             self.expression = nn.Sequential(
-                nn.Linear(config.n_genes, half), ACT2FN[config.hidden_act], nn.Linear(half, half)
+                ExpressionLinear(config.n_genes, half), ACT2FN[config.hidden_act], nn.Linear(half, half)
             )
         self.cell_embedding = nn.Linear(config.cell_embedding_size, half) if config.cell_embedding_size else None
         self.masked_expression = nn.Parameter(torch.empty(half))
@@ -353,17 +430,22 @@ class CellTokens(nn.Module):
     def forward(
         self,
         cell_types: torch.LongTensor,
-        expression: torch.Tensor | None,
+        expression: torch.Tensor | SparseRows | None,
         cell_embeds: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return tokens (N, hidden) of observed cells; see `CellNeighborhoodModel.forward`."""
         parts = []
         if self.expression is not None:
             shape = (len(cell_types), self.config.n_genes)
-            expression = self._checked("observed_expression", expression, shape, "n_genes").float()
+            if not isinstance(expression, SparseRows):
+                expression = self._checked("observed_expression", expression, shape, "n_genes").float()
+            elif not isinstance(self.expression[0], ExpressionLinear):  # replaced, as by PEFT
+                expression = expression.to_dense(shape[1])
             if self.config.apply_log1p:
                 expression = expression.log1p()
-            parts.append(self.expression(expression.to(self.masked_expression.dtype)))
+            if isinstance(expression, torch.Tensor):
+                expression = expression.to(self.masked_expression.dtype)
+            parts.append(self.expression(expression))
         if self.cell_embedding is not None:
             shape = (len(cell_types), self.config.cell_embedding_size)
             cell_embeds = self._checked("cell_embeds", cell_embeds, shape, "cell_embedding_size")
@@ -424,7 +506,7 @@ class CellNeighborhoodPreTrainedModel(PreTrainedModel):
     config: CellNeighborhoodConfig
     config_class = CellNeighborhoodConfig
     base_model_prefix = "cell_neighborhood"
-    main_input_name = "observed_expression"
+    main_input_name = "observed_cell_type"  # Trainer counts its elements as tokens
     supports_gradient_checkpointing = True
     _no_split_modules = ["CellNeighborhoodLayer"]
     _supports_sdpa = True
@@ -479,6 +561,10 @@ class CellNeighborhoodModel(CellNeighborhoodPreTrainedModel):
         decoder_mask: torch.BoolTensor | None = None,
         observed_neighboorhood_lens: Sequence[int] | None = None,
         cell_embeds: torch.Tensor | None = None,
+        observed_indptr: torch.IntTensor | None = None,
+        observed_genes: torch.IntTensor | None = None,
+        observed_values: torch.Tensor | None = None,
+        n_genes: int | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -511,6 +597,11 @@ class CellNeighborhoodModel(CellNeighborhoodPreTrainedModel):
         cell_embeds : Tensor (N, cell_embedding_size), optional
             An embedding of each observed cell, for a model with `config.cell_embedding_size`. Gradients flow into it
             if it has a graph; embeddings computed beforehand are frozen.
+        observed_indptr, observed_genes, observed_values : int32 (N + 1,), int32 (E,) and float32 (E,) Tensor, optional
+            The observed expression without its zeros, in place of `observed_expression`: cell i has the values
+            `observed_indptr[i]:observed_indptr[i + 1]`. It is embedded without ever being dense.
+        n_genes : int, optional
+            Number of genes G of the sparse expression, to be compared with the configuration.
         output_hidden_states, output_attentions : bool, optional
             Attentions need the eager backend and a masked batch.
         **kwargs
@@ -555,7 +646,12 @@ class CellNeighborhoodModel(CellNeighborhoodPreTrainedModel):
         if output_attentions and (cu_seq_lens is not None or self.config._attn_implementation != "eager"):
             raise ValueError('Attentions need a batch with masks and model.set_attn_implementation("eager").')
 
-        cells = self.tokens(observed_cell_type, observed_expression, cell_embeds)
+        expression = observed_expression
+        if observed_values is not None:
+            if observed_expression is not None:
+                raise ValueError("Pass either observed_expression or observed_values, not both.")
+            expression = self._sparse_rows(observed_indptr, observed_genes, observed_values, n_cells, n_genes)
+        cells = self.tokens(observed_cell_type, expression, cell_embeds)
         tokens = torch.cat([cells, self.cls_token.expand(n_neighborhoods, -1)])
         tokens, hidden_states, attentions = self._encode(tokens, routes, output_hidden_states, output_attentions)
         cells, cls = tokens.split([n_cells, n_neighborhoods])
@@ -573,6 +669,30 @@ class CellNeighborhoodModel(CellNeighborhoodPreTrainedModel):
             hidden_states=hidden_states,
             attentions=attentions,
         )
+
+    def _sparse_rows(
+        self,
+        indptr: torch.Tensor | None,
+        genes: torch.Tensor | None,
+        values: torch.Tensor,
+        n_cells: int,
+        n_genes: int | None,
+    ) -> SparseRows:
+        """Check the arrays of sparse expression; their contents on a CPU only."""
+        if indptr is None or genes is None or len(indptr) != n_cells + 1 or len(genes) != len(values):
+            found = ["nothing" if part is None else tuple(part.shape) for part in (indptr, genes, values)]
+            raise ValueError(
+                f"observed_indptr, observed_genes and observed_values must be tensors ({n_cells + 1},), (E,) and (E,) "
+                f"for {n_cells} cells, got {', '.join(map(str, found))}."
+            )
+        if n_genes not in (None, self.config.n_genes):
+            raise ValueError(f"The observed cells have {n_genes} genes, but the model has {self.config.n_genes}.")
+        if indptr.device.type == "cpu" and not torch.compiler.is_compiling() and int(indptr[-1]) != len(genes):
+            raise ValueError(
+                f"observed_indptr ends at {int(indptr[-1])}, but there are {len(genes)} values. A packed batch cannot "
+                "be split along the first dimension."
+            )
+        return SparseRows(indptr, genes, values.float())
 
     def _encode(
         self, tokens: torch.Tensor, routes: Routes, output_hidden_states: bool, output_attentions: bool
@@ -625,7 +745,7 @@ class CellNeighborhoodForMaskedCell(CellNeighborhoodPreTrainedModel):
         Parameters
         ----------
         observed_expression, observed_cell_type
-            As in `CellNeighborhoodModel.forward`.
+            As in `CellNeighborhoodModel.forward`; sparse expression is among `kwargs`.
         masked_cell_type : LongTensor (B,)
         masked_expression : Tensor (B, G), optional
             Counts of the masked cells, to predict: non-negative integers, regardless of `config.apply_log1p`.
