@@ -53,7 +53,7 @@ def run() -> dict[str, Any]:
         "stformer_hf": __version__,
         "python": f"{platform.python_version()}, {platform.platform()}",
     }
-    facts |= {name: _version(name) for name in _PACKAGES}
+    facts |= {name: _version(name) for name in _PACKAGES} | {"torch": torch.__version__}  # with its CUDA
     facts["processors"] = f"{os.cpu_count()}, of which {_usable_processors()} may be used"
     threads = os.environ.get("OMP_NUM_THREADS")
     facts["torch threads"] = f"{torch.get_num_threads()} (OMP_NUM_THREADS is {threads or 'not set'})"

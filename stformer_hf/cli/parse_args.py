@@ -476,7 +476,7 @@ def _one_against_rest(config: TrainConfig, files: list[str], folder: str) -> Non
         if name not in adata.obs:
             raise ValueError(f"{file} has no obs column {name!r}; it has {', '.join(adata.obs)}.")
         labels = adata.obs[name]
-        is_it = labels.astype(str).map(phenotype_token) == wanted
+        is_it = labels.astype(object).map(lambda label: phenotype_token(str(label))) == wanted
         classes = pd.Series(np.where(is_it, wanted[1:-1], "other"), index=labels.index).where(labels.notna())
         adata.obs[name] = pd.Categorical(classes, categories=["other", wanted[1:-1]])
         cells.append(adata)

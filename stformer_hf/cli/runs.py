@@ -239,7 +239,7 @@ def split(
     twins = store.select(cells).twins()
     if split_by is not None:
         must_have(store.obs, "obs", split_by)
-        groups = store.obs[split_by].astype(str).to_numpy()[cells]
+        groups = store.obs[split_by].astype(object).map(str).to_numpy()[cells]
         if len(np.unique(twins)) < len(twins):
             groups = join_groups(groups, twins)
         if len(np.unique(groups)) < 2:

@@ -113,7 +113,7 @@ def _pairs(table: pd.DataFrame, named: bool) -> list[tuple[Any, Any]]:
 
 
 def _is_numbering(column: pd.Series) -> bool:
-    names = column.astype(str).tolist()
+    names = list(map(str, column))
     return len(names) > 0 and names in ([str(i + first) for i in range(len(names))] for first in (0, 1))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 from sklearn.metrics import confusion_matrix
 
 from ..genes.wrong_names import must_have
@@ -497,7 +498,8 @@ def _values_of(adata: AnnData, color: str) -> np.ndarray | pd.Categorical:
     if n_genes > 1:
         raise ValueError(f"{n_genes} genes are named {color!r}: call adata.var_names_make_unique().")
     if n_genes:
-        return np.asarray(adata.obs_vector(color), np.float64)
+        values = adata[:, adata.var_names == color].X
+        return np.asarray(values.todense() if sparse.issparse(values) else values, np.float64).ravel()
     raise ValueError(
         f"There is no column or gene {color!r}; obs has {', '.join(map(repr, adata.obs)) or 'no columns'}, and genes "
         f"have names like {', '.join(adata.var_names[:3])}."

@@ -107,7 +107,7 @@ def anndata_layers(adata: AnnData, obs: pd.DataFrame | None = None) -> list[Laye
     found = [] if adata.X is None else layer("X", MemoryMatrix(adata.X), adata.var)
     if adata.raw is not None:
         found += layer("raw", MemoryMatrix(adata.raw.X), adata.raw.var)
-    for name in adata.layers:
+    for name in filter(None, adata.layers):  # from anndata 0.13 on, X is among them, as None
         found += layer(name, MemoryMatrix(adata.layers[name]), adata.var)
     return found
 

@@ -531,6 +531,7 @@ def _render(
         versions={
             "python": platform.python_version(),
             **{name: version(name) for name in ("stformer_hf", "transformers", "torch", "datasets", "accelerate")},
+            "torch": torch.__version__,  # with its CUDA
         },
         **texts,
     )

@@ -176,8 +176,8 @@ def test_rows_cannot_be_written_through(data, counts):
         values[:], columns[:] = 9, 9
         data[0].fill_(9)
         data.__getitems__([0, 1])[0].fill_(9)
-        data.features()["gene_id"] = "x"
-        data.obs_features()["age"] = 0
+        genes, cells = data.features(), data.obs_features()
+        genes["gene_id"], cells["age"] = "x", 0
         with pytest.raises(ValueError, match="read-only"):
             features[0][0] = "x"
     data.store.verify()

@@ -85,7 +85,7 @@ def test_the_label_is_that_of_the_nearest_ancestor_that_accepts_the_cell(classif
     flat = adata.copy()
     annotate(flat, classifier, reject=reject)
     probabilities = flat.obsm["stformer_probabilities"]
-    expected = flat.obs["stformer_label"].astype(object).to_numpy()
+    expected = np.array(flat.obs["stformer_label"], object)
     for cell in np.flatnonzero(expected == "unknown"):
         own = int(probabilities[cell].argmax())
         for name in CHAINS[own]:

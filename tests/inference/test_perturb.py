@@ -283,8 +283,8 @@ def test_cells_without_a_group_are_left_out(cells, caplog):
     model, gene = make_model(tokenizer), cells.var_names[1]
     settings = {"tokenizer": tokenizer, "goal_key": "cell_type", "goal": "B cell", "n_null": 0}
     unknown = cells.copy()
-    unknown.obs["cell_type"] = unknown.obs["cell_type"].astype("category")
-    unknown.obs.loc[unknown.obs_names[[0, 1, 8]], "cell_type"] = None
+    types = unknown.obs["cell_type"].astype(object).where(~np.isin(np.arange(len(unknown)), [0, 1, 8]))
+    unknown.obs["cell_type"] = types.astype("category")
     found = perturb(unknown, model, [gene], **settings)
     assert "3 cells have no value in obs['cell_type']" in caplog.text
     pd.testing.assert_frame_equal(found, perturb(cells[unknown.obs["cell_type"].notna()], model, [gene], **settings))

@@ -159,7 +159,8 @@ def test_counts_that_become_an_anndata_are_in_memory_once(tmp_path, monkeypatch)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (cells.X != counts).nnz == 0 and cells.X.dtype == np.float32 and cells.X.indices.dtype == np.int32
-    assert peak < 1.5 * (cells.X.data.nbytes + cells.X.indices.nbytes)
+    # One of the two arrays may be in memory twice while it grows; both, or a copy of both, never are.
+    assert peak < 1.8 * (cells.X.data.nbytes + cells.X.indices.nbytes)
 
 
 def test_several_genomes_are_named(tmp_path):
@@ -460,6 +461,7 @@ def test_chosen_genomes_and_antibodies_of_real_files(shared_data, tmp_path):
     assert (sparse.csr_matrix(store.rows(slice(None))) != expected).nnz == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*will be removed.*0.14:DeprecationWarning")  # of anndata 0.13
 @pytest.mark.parametrize("version", [2, 3])
 def test_zarr_of_both_versions_is_read(tmp_path, adata, version):
     with anndata.settings.override(zarr_write_format=version):
@@ -489,7 +491,7 @@ def test_an_anndata_of_any_format_has_its_counts_obs_and_genes(tmp_path):
     original = make_adata(6, 4)
     store = CellStore.build(tmp_path / "store", original, obs="all", report=False)
     found = read_anndata(store.path)[0]
-    pd.testing.assert_frame_equal(found.obs, original.obs, check_dtype=False)
+    pd.testing.assert_frame_equal(found.obs, original.obs, check_dtype=False, check_index_type=False)
     np.testing.assert_array_equal(found.X.toarray(), original.X.toarray())
 
 
@@ -512,7 +514,9 @@ def test_a_collection_of_annbatch_is_a_folder_of_files(tmp_path, name):
 
 
 def test_a_spatialdata_whose_table_is_named_obs_is_not_a_collection(tmp_path):
-    zarr.open_group(str(tmp_path / "a.zarr"), mode="w", zarr_format=2).create_group("tables")
     adata = make_adata(5, 4)
     adata.write_zarr(tmp_path / "a.zarr" / "tables" / "obs")
+    version = zarr.open_group(tmp_path / "a.zarr" / "tables" / "obs", mode="r").metadata.zarr_format
+    for place in (tmp_path / "a.zarr", tmp_path / "a.zarr" / "tables"):
+        zarr.open_group(place, mode="a", zarr_format=version)
     np.testing.assert_array_equal(read(open_source(tmp_path / "a.zarr")), adata.X.toarray())

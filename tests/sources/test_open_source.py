@@ -116,20 +116,26 @@ def test_every_error_of_a_damaged_file_names_it(adata, tmp_path, what):
                 door(path)
 
 
+def damage(path):
+    """Overwrite the first chunk of the indices, whose place depends on the version of zarr's format."""
+    chunk = next(path / "X/indices" / name for name in ("0", "c/0") if (path / "X/indices" / name).exists())
+    chunk.write_bytes(b"junk")
+
+
 def test_errors_while_blocks_are_read_name_the_file(adata, tmp_path):
     adata.write_zarr(tmp_path / "a.zarr")
-    (tmp_path / "a.zarr/X/indices/0").write_bytes(b"junk")
+    damage(tmp_path / "a.zarr")
     source = open_source(tmp_path / "a.zarr")
-    with pytest.raises(ValueError, match=r"a\.zarr cannot be read: RuntimeError"):
+    with pytest.raises(ValueError, match=r"a\.zarr( cannot be read: RuntimeError|: The stored shard is)"):
         list(source.blocks(10))
-    with pytest.raises(ValueError, match=r"a\.zarr cannot be read: RuntimeError"):
+    with pytest.raises(ValueError, match=r"a\.zarr( cannot be read: RuntimeError|: The stored shard is)"):
         _ = AnnDataset(tmp_path / "a.zarr")[0]
-    with pytest.raises(ValueError, match=r"a\.zarr cannot be read: RuntimeError"):
+    with pytest.raises(ValueError, match=r"a\.zarr( cannot be read: RuntimeError|: The stored shard is)"):
         CellStore.build(tmp_path / "s", tmp_path / "a.zarr")
     adata.X = adata.X.tocsc()
     adata.write_zarr(tmp_path / "c.zarr")
-    (tmp_path / "c.zarr/X/indices/0").write_bytes(b"junk")
-    with pytest.raises(ValueError, match=r"c\.zarr cannot be read: RuntimeError"):
+    damage(tmp_path / "c.zarr")
+    with pytest.raises(ValueError, match=r"c\.zarr( cannot be read: RuntimeError|: The stored shard is)"):
         CellStore.build(tmp_path / "s", tmp_path / "c.zarr")
 
 

@@ -206,7 +206,8 @@ def test_tokens_of_a_remote_store(remote, local, tmp_path):
     tokens = remote.select(rows).tokenize(tokenizer, tmp_path / "tokens", obs=["cell_type", "note"])
     expected = local.select(rows).tokenize(tokenizer, tmp_path / "expected", obs=["cell_type", "note"])
     assert tokens[:] == expected[:] and tokens.features == expected.features
-    assert tokens["note"][:] == local.obs["note"].iloc[rows].tolist()
+    notes = local.obs["note"].iloc[rows]
+    assert tokens["note"][:] == notes.astype(object).where(notes.notna(), None).tolist()
 
 
 def test_a_batch_reads_its_names_where_it_arrives(server, remote, local):

@@ -73,8 +73,8 @@ def started(labelled):
 
 def test_the_start_alone_classifies_unseen_cells(started, unseen):
     sf.annotate(unseen, started)
-    found = unseen.obs["stformer_label"].astype(str)
-    known = found != "nan"
+    found = unseen.obs["stformer_label"].astype(object)
+    known = found.notna()
     assert known.sum() == 89 and (found == unseen.obs["type"].astype(str))[known].mean() > 0.85
     assert started.config.reader_weights and not started.training
 

@@ -301,7 +301,7 @@ def _find_counts(adata, layer: str | None, fractional: bool, name: str) -> tuple
     for key, holder in (("X", adata), ("raw", getattr(adata, "raw", None))):
         if holder is not None and holder.X is not None:
             found[key] = (lambda holder=holder: holder.X), holder.var
-    for key in adata.layers:
+    for key in filter(None, adata.layers):  # from anndata 0.13 on, X is among them, as None
         found[key] = (lambda key=key: adata.layers[key]), adata.var
     for key, (matrix, var) in list(found.items()):
         columns = split_features(var, adata.var if key == "raw" else None)

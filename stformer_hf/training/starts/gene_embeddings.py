@@ -140,10 +140,12 @@ def _read_text(path: Path) -> pd.DataFrame:
     sizes = len(words) == 2 and _is_number(words[0])  # word2vec's "n d"
     header = sizes or not all(map(_is_number, words[1:]))
     with open_text(path) as file:
+        # From pandas 3 on, a name such as "NA" would be missing, also if a converter returns it.
         table = pd.read_csv(
-            file, sep=separator, header=None, skiprows=int(header), converters={0: str}, encoding="utf-8-sig"
+            file, sep=separator, header=None, skiprows=int(header), converters={0: "'{}".format}, encoding="utf-8-sig"
         )
-    return table.set_index(0).dropna(axis=1, how="all")  # a separator at the end of the lines
+    table.index = [name[1:] for name in table.pop(0)]
+    return table.dropna(axis=1, how="all")  # a separator at the end of the lines
 
 
 def _is_number(word: str) -> bool:
