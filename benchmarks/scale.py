@@ -13,7 +13,8 @@ limit), and with a cold cache. Beside the speed stands the quality of the shuffl
 epoch; both relative to random rows.
 
 "workers": random cells of about 2,000 expressed genes through a DataLoader with 0, 1 and 2 workers: rows alone, in
-batches of 64, 256 and 1,024, and batches of 64 that are tokenized, masked, padded or packed.
+batches of 64 (also read eight at a time), 256 and 1,024, and batches of 64 that are tokenized, masked, padded or
+packed.
 
 "codecs": such cells in Arrow files with and without compression, by rows per record batch, beside our rows, in memory.
 A random cell needs the decompression of its whole record batch.
@@ -216,6 +217,7 @@ def tokens_part(folder: Path, n_cells: int) -> float:
 
 BATCHES = {
     "rows (collate_cells), batches of 64": ("rows", 64),
+    "the same, read 8 at a time (small_batches)": ("small", 64),
     "rows, batches of 256": ("rows", 256),
     "rows, batches of 1,024": ("rows", 1024),
     "tokenized, masked and padded, batches of 64": ("padded", 64),
@@ -259,26 +261,29 @@ def load(folder: Path, kind: str, batch_size: int, n_workers: int) -> float:
     """Read batches through a DataLoader, once to start the workers and warm up, and once timed."""
     from torch.utils.data import DataLoader
 
-    from stformer_hf import CellStore, DataCollatorForPhenotypicMLM, GeneTokenizer, collate_cells
+    from stformer_hf import CellStore, DataCollatorForPhenotypicMLM, GeneTokenizer, collate_cells, small_batches
 
     store = CellStore(folder / "store")
-    collate = collate_cells
-    if kind != "rows":
+    collate, is_tokenized = collate_cells, kind in ("padded", "packed")
+    if is_tokenized:
         tokenizer = GeneTokenizer(genes=store.gene_ids, scheme="binned", bin_edges=[0.5, 1.5, 3.5], max_length=2048)
         collate = DataCollatorForPhenotypicMLM(tokenizer, packing=kind == "packed")
     loader = DataLoader(
         store,
-        batch_size,
-        sampler=store.block_shuffle(1)[: 5 * READ if kind == "rows" else READ].tolist(),
+        8 * batch_size if kind == "small" else batch_size,
+        sampler=store.block_shuffle(1)[: READ if is_tokenized else 5 * READ].tolist(),
         collate_fn=collate,
         num_workers=n_workers,
         persistent_workers=n_workers > 0,
     )
-    for _ in loader:
-        pass
-    with clock():
-        for _ in loader:
+
+    def read() -> None:
+        for _ in small_batches(loader, batch_size) if kind == "small" else loader:
             pass
+
+    read()
+    with clock():
+        read()
     return len(loader.sampler)
 
 

@@ -87,7 +87,7 @@ _MORE_MODULES = {
     "space.neighborhood_collator": ["collate", "collate_neighborhoods"],
     "space.prepare_metadata": ["prepare_metadata"],
     "space.spatial_graph": ["spatial_neighbors"],
-    "store.cell_batch": ["CellBatch", "collate_cells"],
+    "store.cell_batch": ["CellBatch", "collate_cells", "small_batches"],
     "store.remote_files": ["RemoteFolder"],
     "training.extension": ["extend_vocabulary"],
     "training.starts.gene_embeddings": ["load_gene_embeddings"],

@@ -18,7 +18,7 @@ from scipy import sparse
 from scipy.stats import chisquare, kstest
 from torch.utils.data import DataLoader
 
-from stformer_hf import BlockShuffleSampler, CellStore, collate_cells
+from stformer_hf import BlockShuffleSampler, CellStore, collate_cells, small_batches
 from stformer_hf.store import shards, worker_slots
 from stformer_hf.store.block_order import block_order
 
@@ -360,6 +360,30 @@ def test_slots_of_batches_that_are_gone_are_used_again(whole):
     worker = loader._iterator._workers[0].pid
     n_slots = sum(process == worker for process, _ in worker_slots._received)
     assert 1 <= n_slots <= 8  # of 114 batches
+
+
+@given(n=st.integers(1, 40), batch_size=st.integers(1, 9), n_at_once=st.integers(1, 5))
+def test_small_batches_are_those_of_a_small_loader(whole, n, batch_size, n_at_once):
+    cells = whole.with_neighborhoods().select(np.random.default_rng(n).permutation(303)[:n])
+
+    def loader(size):
+        return DataLoader(cells, size, collate_fn=collate_cells)
+
+    for batch, of in zip(small_batches(loader(batch_size * n_at_once), batch_size), loader(batch_size), strict=True):
+        assert list(batch) == list(of)
+        for name, values in of.items():
+            assert torch.equal(batch[name], values) if torch.is_tensor(values) else batch[name] == values
+
+
+def test_small_batches_of_workers_are_not_written_over(whole):
+    loader = DataLoader(whole, 32, collate_fn=collate_cells, num_workers=2, persistent_workers=True)
+    delivered = (batch for _ in range(3) for batch in small_batches(loader, 8))
+    kept = [batch for i, batch in enumerate(delivered) if i % 9 == 5]
+    expected = list(DataLoader(whole, 8, collate_fn=collate_cells)) * 3
+    for batch, of in zip(kept, expected[5::9], strict=True):
+        assert all(torch.equal(batch[name], of[name]) for name in of)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        next(small_batches(loader, 0))
 
 
 def test_a_batch_from_a_worker_brings_cells_not_names(whole):
