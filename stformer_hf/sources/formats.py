@@ -127,7 +127,7 @@ def remote_folder(path: str | Path) -> str | None:
     Files on a server are not read; for these, `local_path` says what to do.
     """
     remote = _REMOTE.match(str(path))
-    if remote is None or remote[1].lower() == "file" or _NO_STORE.search(str(path)) or Path(path).exists():
+    if remote is None or remote[1].lower() in ("file", "tiledb") or _NO_STORE.search(str(path)) or Path(path).exists():
         return None
     return _address(path, remote)
 
@@ -150,7 +150,9 @@ def local_path(path: str | Path) -> Path:
     if remote[1].lower() == "file":
         raise ValueError(f"{path}: pass the path alone, without {remote[1]}://.")
     address = _address(path, remote)
-    if remote_folder(path):
+    if remote[1].lower() == "tiledb":
+        way = f"pass the experiment that tiledbsoma.Experiment.open({address!r}) opens"
+    elif remote_folder(path):
         way = f"if it is a store, copy it with CellStore({address!r}).save(path)"
     elif ".zarr" in address:
         way = f"pass the AnnData that anndata.io.read_zarr({address!r}) reads"

@@ -20,6 +20,7 @@ from ..models.gene_bert.cell_counts import NO_COUNTS, check_counts, choose_count
 from .formats import find_layers
 from .matrices import Matrix
 from .registry import Layer
+from .soma import is_soma, soma_key
 from .stored_cells import StoredCells, StoreMatrix
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ class Source:
     genes : GeneTable
         One row per column of the matrix; ids may repeat.
     key : dict or None
-        Path, size and time of the file, or path and checksums of a store, by which an interrupted build recognises
-        it; None for an AnnData.
+        Path, size and time of the file, path and checksums of a store, or address, time and cells of an experiment of
+        TileDB-SOMA, by which an interrupted build recognises it; None for an AnnData.
     matrix : Matrix
         The counts, unchecked; `blocks` checks them.
     is_part : bool
@@ -222,6 +223,8 @@ def open_source(
             key = found.matrix.key
         elif isinstance(source, (str, Path)):
             key = _key(Path(source))
+        elif is_soma(source):
+            key = soma_key(source)
         opened = Source(
             name=name,
             counts_in=found.name,

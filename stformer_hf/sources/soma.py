@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -164,15 +165,29 @@ def find_soma(source: Any) -> tuple[str, list[Layer] | Measurements]:
     return experiment.uri, _layers(SomaPlace.of(experiment), experiment.ms[name], name, rows, lambda: obs, var)
 
 
-@reads("TileDB-SOMA", lambda path: (path / "__tiledb_group.tdb").exists())
+def soma_key(source: Any) -> dict[str, Any]:
+    """Describe the cells of an experiment or of a query, by which an interrupted build recognises them.
+
+    What an experiment held at a time does not change, so only one that is opened at the same time is the same.
+    """
+    is_query = _is_query(source)
+    experiment = source.experiment if is_query else source
+    ids = [source.obs_joinids(), source.var_joinids()] if is_query else []
+    return {
+        "path": experiment.uri,
+        "timestamp": experiment.tiledb_timestamp_ms,
+        "ids": [hashlib.sha256(np.sort(found.to_numpy()).tobytes()).hexdigest() for found in ids],
+    }
+
+
+def _is_experiment(path: Path) -> bool:
+    """Return whether a folder is an experiment; other groups of TileDB are read as any folder is."""
+    return (path / "__tiledb_group.tdb").exists() and _import_soma().Experiment.exists(str(path.resolve()))
+
+
+@reads("TileDB-SOMA", _is_experiment)
 def _read_soma(path: Path) -> Measurements:
-    soma = _import_soma()
-    with soma.open(str(path.resolve())) as experiment:
-        if not isinstance(experiment, soma.Experiment):
-            kind = type(experiment).__name__
-            raise ValueError(
-                f"{path} is a {kind} of TileDB-SOMA, and an Experiment is needed: pass the folder of one."
-            )
+    with _import_soma().Experiment.open(str(path.resolve())) as experiment:
         return Measurements(SomaPlace.of(experiment))
 
 
@@ -215,10 +230,11 @@ def _layers(
 
     graphs = list(measurement.obsp.keys()) if "obsp" in measurement else []
     found: list[Layer] = []
-    for key in measurement.X.keys():
+    keys = list(measurement.X.keys())
+    for key in keys:
         matrix = SomaMatrix(place, ("ms", name, "X", key), rows, columns)
-        # tiledbsoma.io writes X as `data`
-        found += by_feature_type("X" if key == "data" else key, matrix, var, obs, neighbors)
+        layer = "X" if key == "data" and "X" not in keys else key  # tiledbsoma.io writes X as `data`
+        found += by_feature_type(layer, matrix, var, obs, neighbors)
     return found
 
 
@@ -230,4 +246,4 @@ def _import_soma() -> Any:
     return tiledbsoma
 
 
-__all__ = ["Measurements", "SomaMatrix", "SomaPlace", "find_soma", "is_soma"]
+__all__ = ["Measurements", "SomaMatrix", "SomaPlace", "find_soma", "is_soma", "soma_key"]

@@ -549,7 +549,9 @@ class CellStore:
 
         The cells keep the order of the sources; the gene tables are merged by id. Everything is written under
         `.<name>.building` beside the path and renamed when complete. An interrupted build resumes at the first
-        unfinished piece of a file when it is called again with the same sources and settings.
+        unfinished piece of a file when it is called again with the same sources and settings. Pieces of AnnData
+        objects are written again, and so are those of open experiments of TileDB-SOMA, unless these are opened with
+        the same `tiledb_timestamp`.
 
         Parameters
         ----------

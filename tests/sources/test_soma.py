@@ -2,6 +2,7 @@
 
 import gc
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from anndata import AnnData, read_h5ad
+from conftest import make_adata
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
@@ -19,6 +21,7 @@ from stformer_hf import CellStore
 from stformer_hf.sources.open_source import open_source
 from stformer_hf.sources.read_anndata import read_anndata
 from stformer_hf.sources.soma import SomaPlace
+from stformer_hf.store import writer
 
 N_CELLS, N_GENES = 60, 25
 
@@ -79,7 +82,7 @@ def test_an_experiment_is_read_by_path_and_as_an_object(path, soma, tmp_path):
             CellStore.build(tmp_path / f"{i}", source, obs="all", workers=workers)
             for i, (source, workers) in enumerate([(path, 1), (experiment, 1), (experiment, 2)])
         ]
-        assert open_source(experiment).key is None and open_source(path).key["path"] == path
+        assert open_source(path).key["path"] == path
     for store in stores:
         np.testing.assert_array_equal(store.rows(slice(None)).toarray(), expected.X.toarray())
         assert store.obs_names.tolist() == expected.obs_names.tolist()
@@ -155,8 +158,68 @@ def test_what_is_not_read_is_named(path, soma, tmp_path):
     tiledbsoma.io.from_anndata(str(tmp_path / "e"), dense, measurement_name="RNA", X_kind=soma.DenseNDArray)
     with pytest.raises(ValueError, match="ms/RNA/X/data is a dense array, and only sparse ones are read"):
         open_source(tmp_path / "e")
-    with pytest.raises(ValueError, match="ms is a Collection of TileDB-SOMA, and an Experiment is needed"):
+    with pytest.raises(ValueError, match="ms: unsupported file format"):
         open_source(f"{path}/ms")
+    for read_it in (open_source, CellStore, lambda address: CellStore.build(tmp_path / "s", address)):
+        with pytest.raises(ValueError, match=r"pass the experiment that tiledbsoma.Experiment.open\('tiledb://a/b'\)"):
+            read_it("tiledb://a/b")
+
+
+def test_groups_that_are_no_experiments_are_read_as_folders(path, soma, tmp_path):
+    """A build of a folder finds the experiments in a collection, as in the Census, and passes other groups by."""
+    expected = read(open_source(path))
+    with soma.Collection.create(str(tmp_path / "data")) as census:
+        census.add_new_collection("empty")
+        shutil.copytree(path, tmp_path / "data" / "human")
+        census.set("human", soma.open(str(tmp_path / "data" / "human")))
+    make_adata(5, N_GENES).write_h5ad(tmp_path / "data" / "other.h5ad")
+    store = CellStore.build(tmp_path / "s", tmp_path / "data", report=False)
+    assert len(store) == N_CELLS + 5
+    np.testing.assert_array_equal(store.rows(range(N_CELLS))[:, :N_GENES].toarray(), expected)
+
+
+def test_matrices_named_data_and_x_are_told_apart(path, soma, tmp_path):
+    import tiledbsoma.io
+
+    both = shutil.copytree(path, tmp_path / "e")
+    other = sparse.random(N_CELLS, N_GENES, 0.5, "csr", np.float32, random_state=1)
+    with soma.Experiment.open(str(both), "w") as experiment:
+        tiledbsoma.io.add_X_layer(experiment, "RNA", "X", other)
+    np.testing.assert_array_equal(read(open_source(both, "X", fractional=True)), other.toarray())
+    found = read(open_source(both, "data", fractional=True))
+    np.testing.assert_array_equal(found, read(open_source(path, "X", fractional=True)))
+
+
+def test_a_build_of_an_experiment_resumes_if_it_is_opened_at_the_same_time(path, soma, tmp_path, monkeypatch):
+    written = []
+    write_piece = writer.write_piece
+
+    def counted(piece, *args):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(piece)
+        return write_piece(piece, *args)
+
+    def n_written(chosen=slice(None), **when) -> int:
+        written.clear()
+        with soma.Experiment.open(path, **when) as experiment:
+            query = experiment.axis_query("RNA", obs_query=soma.AxisQuery(coords=(chosen,)))
+            CellStore.build(tmp_path / "s", query, rows_per_shard=16, rows_per_batch=16, report=False, overwrite=True)
+        return len(written)
+
+    with soma.Experiment.open(path) as experiment:
+        now = experiment.tiledb_timestamp_ms
+    for later, n in (
+        ({"tiledb_timestamp": now}, 2),
+        ({"tiledb_timestamp": now + 1}, 4),
+        ({"tiledb_timestamp": now, "chosen": slice(0, 55)}, 4),
+    ):
+        monkeypatch.setattr(writer, "write_piece", counted)
+        with pytest.raises(KeyboardInterrupt):
+            n_written(tiledb_timestamp=now)
+        monkeypatch.setattr(writer, "write_piece", lambda *args: (written.append(args), write_piece(*args))[1])
+        assert n_written(**later) == n
+        assert len(CellStore(tmp_path / "s")) == (N_CELLS if "chosen" not in later else 56)
 
 
 def test_an_open_experiment_leaves_obs_on_disk(path, soma):
