@@ -257,6 +257,9 @@ class CellTrainer(MeasuredTrainer):
             return super()._get_train_sampler(dataset)
         return BlockShuffleSampler(dataset, 1, seed) if draw is None else RowSampler(draw, seed)
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        return SequentialSampler(eval_dataset) if hasattr(eval_dataset, "__len__") else None
+
     @property
     def _has_fixed_size(self) -> bool:
         """Whether all packed batches are filled up to one size, so that the model is compiled once."""
@@ -327,7 +330,7 @@ class CellTrainer(MeasuredTrainer):
                 self.args.dataloader_drop_last = self.args.remove_unused_columns = False
                 try:
                     return super()._get_dataloader(
-                        dataset, description, batch_size, _in_order, is_training, dataloader_key
+                        dataset, description, batch_size, sampler_fn, is_training, dataloader_key
                     )
                 finally:
                     self.args.dataloader_drop_last, self.args.remove_unused_columns = own
@@ -779,10 +782,6 @@ class CellTrainer(MeasuredTrainer):
         names = [name for name in self.label_names if isinstance(inputs.get(name), torch.Tensor)]
         rows = filling_cells(self.accelerator, len(inputs[names[0]])) if names else None
         return inputs if rows is None else without_labels(inputs, names, rows)
-
-
-def _in_order(dataset: Any) -> SequentialSampler | None:
-    return SequentialSampler(dataset) if hasattr(dataset, "__len__") else None
 
 
 def _sampling_of(sampling: Mapping[str, Any] | None, dataset: Any) -> dict[str, Any] | None:

@@ -329,6 +329,17 @@ def test_no_cell_is_dropped_from_an_evaluation(store, tokenizer, tmp_path):
     assert dropping.state.global_step == 59 // 8
 
 
+def test_a_subclass_may_choose_the_cells_to_evaluate(store, tokenizer, tmp_path):
+    class First(STFormerPretrainer):
+        def _get_eval_sampler(self, eval_dataset):
+            return range(3)
+
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    model = GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(tokenizer, size="tiny"))
+    trainer = First(arguments, store, model=model, eval_dataset=store, processing_class=tokenizer)
+    assert [len(batch["input_ids"]) for batch in trainer.get_eval_dataloader()] == [3]
+
+
 def test_lengths_are_of_the_column_that_is_named(store, tokenizer, tmp_path):
     tokens = store.tokenize(tokenizer, tmp_path / "tokens")
     tokens = tokens.rename_column("length", "n_tokens")
@@ -354,6 +365,7 @@ def test_one_handler_saves_on_a_signal(store, tokenizer, tmp_path):
 OVERRIDDEN = {
     "_build_accelerator_args": "DDP must not search for unused parameters",
     "_get_dataloader": "the samplers, collators and streams of this package",
+    "_get_eval_sampler": "cells are evaluated in their order, also if training groups them by length",
     "_get_num_items_in_batch": "masked cells of neighbourhoods are the items",
     "_get_train_sampler": "the order of the cells",
     "_init_training_state": "the order is checked after auto_find_batch_size",
