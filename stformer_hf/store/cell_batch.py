@@ -282,8 +282,8 @@ def collate_cells(batch: CellBatch) -> dict[str, torch.Tensor | list]:
 def small_batches(batches: Iterable[dict[str, Any]], batch_size: int) -> Iterator[dict[str, Any]]:
     """Split the batches of `collate_cells` into smaller ones, without copying them.
 
-    A batch from a worker costs the main process about as much as reading 64 cells. Small batches are therefore read
-    several at a time: a loader of 512 cells, split by 64, gives the batches of a loader of 64.
+    Getting a batch from a worker takes about as long as reading 64 cells, so small batches are best read several at a
+    time: a loader of 512 cells, split by 64, gives the batches of a loader of 64. Without workers nothing is gained.
 
     Parameters
     ----------

@@ -9,6 +9,7 @@ the arrays in place, and returns the slot, by a flag in its first byte, when the
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -21,24 +22,9 @@ _ALIGNMENT = 64  # the flag takes the first place
 _TYPES = {torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.int8, torch.int16, torch.int32, torch.int64}
 _TYPES |= {torch.float16, torch.float32, torch.float64}
 _numbers = itertools.count()
-_own: dict[int, _Slot] = {}  # in a worker: its slots
-_received: dict[tuple[int, int], np.ndarray] = {}  # in the main process: (worker's process, number) -> slot
-
-
-class _Slot:
-    """In a worker: shared memory for a batch.
-
-    Attributes
-    ----------
-    tensor : uint8 Tensor (n,), or None
-        The memory, until it has been sent to the main process.
-    memory : memoryview
-        The same; its first byte is 1 while a batch is in it.
-    """
-
-    def __init__(self, size: int):
-        self.tensor: torch.Tensor | None = torch.zeros(size, dtype=torch.uint8).share_memory_()
-        self.memory = memoryview(self.tensor.numpy())
+_own: dict[int, torch.Tensor] = {}  # in a worker: its slots
+_sent: set[int] = set()  # in a worker: the slots that the main process has
+_received: dict[tuple[int, int], torch.Tensor] = {}  # in the main process: (worker's process, number) -> slot
 
 
 class CollatedBatch(dict):
@@ -66,15 +52,17 @@ def _reduce(batch: CollatedBatch) -> tuple:
         return of_arrays, (arrays, others)
     places, end = [], _ALIGNMENT
     for name, array in arrays.items():
-        places.append((name, array.dtype.char, array.shape, end))
+        places.append((name, array.dtype.str, array.shape, end))
         end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
     number = _free_slot(end)
     slot = _own[number]
-    slot.memory[0] = 1
-    for (_, kind, shape, start), array in zip(places, arrays.values(), strict=True):
-        np.ndarray(shape, kind, slot.memory, start)[...] = array
-    tensor, slot.tensor = slot.tensor, None
-    return _receive, (os.getpid(), number, tensor, places, others)
+    memory = slot.numpy()
+    memory[0] = 1
+    for (_, _, _, start), array in zip(places, arrays.values(), strict=True):
+        memory[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    first = number not in _sent
+    _sent.add(number)
+    return _receive, (os.getpid(), number, slot if first else None, places, others)
 
 
 ForkingPickler.register(CollatedBatch, _reduce)  # loaders use it; copies and other pickles do not
@@ -94,12 +82,12 @@ def _fits(value: Any) -> bool:
 def _free_slot(size: int) -> int:
     """Return the number of a free slot that is large enough; create one if there is none."""
     for number, slot in list(_own.items()):
-        if not slot.memory[0]:
-            if len(slot.memory) >= size:
+        if not slot[0]:
+            if len(slot) >= size:
                 return number
             del _own[number]
     number = next(_numbers)
-    _own[number] = _Slot(size + size // 4)
+    _own[number] = torch.zeros(size + size // 4, dtype=torch.uint8).share_memory_()
     return number
 
 
@@ -114,9 +102,12 @@ def _receive(
     if slot is not None:
         for key in [key for key in _received if not _is_running(key[0])]:
             del _received[key]  # its worker has ended
-        _received[process, number] = slot.numpy()
-    memory = np.asarray(_Lease(_received[process, number]))
-    arrays = {name: np.ndarray(shape, kind, memory, start) for name, kind, shape, start in places}
+        _received[process, number] = slot
+    memory = np.asarray(_Lease(_received[process, number].numpy()))
+    arrays = {
+        name: memory[start : start + np.dtype(dtype).itemsize * math.prod(shape)].view(dtype).reshape(shape)
+        for name, dtype, shape, start in places
+    }
     return _of_arrays(arrays, others)
 
 
