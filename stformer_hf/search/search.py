@@ -171,8 +171,21 @@ def _with_optuna(trainer, space, output, trials, metric, direction, pruner, samp
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # trials are printed here
-    path, state = output / "study.db", optuna.trial.TrialState
+    path = output / "study.db"
     storage = _storage(path)
+    try:
+        return _continue_study(trainer, space, path, storage, trials, metric, direction, pruner, sampler_seed, settings)
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()  # closes the file
+
+
+def _continue_study(
+    trainer, space, path, storage, trials, metric, direction, pruner, sampler_seed, settings
+) -> pd.DataFrame:
+    import optuna
+
+    state = optuna.trial.TrialState
     study = optuna.create_study(storage=storage, study_name="search", direction=direction, load_if_exists=True)
     values = {name: repr(distribution) for name, distribution in space.distributions.items()}
     _check_settings(study, path, {"metric": metric, "direction": direction, "space": values, **settings})
@@ -224,7 +237,6 @@ def _with_optuna(trainer, space, output, trials, metric, direction, pruner, samp
             _tell(number + 1, trials, trial.params, outcome, scores, direction)
     finally:
         del trainer.train
-        storage.remove_session()
     return _table(_rows(study), space)
 
 
