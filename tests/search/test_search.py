@@ -48,6 +48,21 @@ class Watch(TrainerCallback):
 
 
 @pytest.fixture
+def load_study():
+    """Load the study of a search, and close its file at the end of the test."""
+    opened = []
+
+    def load(output):
+        opened.append(optuna.storages.RDBStorage(f"sqlite:///{output}/study.db"))
+        return optuna.load_study(study_name="search", storage=opened[-1])
+
+    yield load
+    for storage in opened:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+@pytest.fixture
 def make_trainer(store, tokenizer, tmp_path):
     def make(space=SPACE, watch=None, eval_steps=2, **settings):
         def make_model(**sizes):
@@ -174,7 +189,7 @@ def test_all_ends_of_the_model_are_tried_at_the_door():
 # ---------------------------------------------------------------------- a trial
 
 
-def test_size_arguments_and_masks_follow_the_trial_and_evaluation_does_not(make_trainer, capfd):
+def test_size_arguments_and_masks_follow_the_trial_and_evaluation_does_not(make_trainer, load_study, capfd):
     watch = Watch()
     space = {**SPACE, "num_hidden_layers": {"low": 1, "high": 2}, "warmup_steps": {"low": 0.1, "high": 0.6}}
     trainer, space, output = make_trainer(space, watch)
@@ -188,7 +203,7 @@ def test_size_arguments_and_masks_follow_the_trial_and_evaluation_does_not(make_
     assert (table["state"] == "COMPLETE").all()
     assert table["trial"].tolist() == [1, 2, 3]
     # The score is of the last step, also where eval_steps=2 does not divide it; no checkpoint is written.
-    assert optuna.load_study(study_name="search", storage=f"sqlite:///{output}/study.db").trials[0].last_step == 3
+    assert load_study(output).trials[0].last_step == 3
     assert {path.name for path in output.iterdir()} == {".lock", "study.db"}
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("trial ")]
     assert len(lines) == 3
@@ -264,10 +279,10 @@ def test_what_cannot_be_and_what_diverges_is_pruned_with_the_reason(make_trainer
         best_of(table[odd], "minimize")
 
 
-def test_pruned_trials_are_those_behind_the_median(make_trainer):
+def test_pruned_trials_are_those_behind_the_median(make_trainer, load_study):
     trainer, space, output = make_trainer({"learning_rate": SPACE["learning_rate"]}, eval_steps=1)
     table = search(trainer, space, output, trials=7)
-    study = optuna.load_study(study_name="search", storage=f"sqlite:///{output}/study.db")
+    study = load_study(output)
     n_pruned = 0
     for i, trial in enumerate(study.trials):
         before = [t.intermediate_values for t in study.trials[:i] if t.state.name == "COMPLETE"]
@@ -289,7 +304,7 @@ def test_pruned_trials_are_those_behind_the_median(make_trainer):
 
 
 @pytest.mark.parametrize("how", [KeyboardInterrupt, SystemExit])  # a kill leaves a trial running, as SystemExit does
-def test_an_interrupted_search_goes_on_to_the_trials_it_would_have_had(make_trainer, tmp_path, how):
+def test_an_interrupted_search_goes_on_to_the_trials_it_would_have_had(make_trainer, load_study, tmp_path, how):
     def stop(n):
         if n == 2:
             raise how
@@ -298,12 +313,12 @@ def test_an_interrupted_search_goes_on_to_the_trials_it_would_have_had(make_trai
     trainer, space, output = make_trainer(watch=Watch(stop), **short)
     with pytest.raises(how):
         search(trainer, space, output, trials=3, pruner="none")
-    stopped = optuna.load_study(study_name="search", storage=f"sqlite:///{output}/study.db").trials
+    stopped = load_study(output).trials
     states = [trial.state.name for trial in stopped]
     assert states == ["COMPLETE", "FAIL" if how is KeyboardInterrupt else "RUNNING"]
     trainer, space, output = make_trainer(**short)
     table = search(trainer, space, output, trials=3, pruner="none")
-    study = optuna.load_study(study_name="search", storage=f"sqlite:///{output}/study.db")
+    study = load_study(output)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     assert study.trials[1].params == study.trials[2].params
     trainer, space, _ = make_trainer(**short)
