@@ -174,7 +174,9 @@ def _with_optuna(trainer, space, output, trials, metric, direction, pruner, samp
     path = output / "study.db"
     storage = _storage(path)
     try:
-        return _continue_study(trainer, space, path, storage, trials, metric, direction, pruner, sampler_seed, settings)
+        return _continue_study(
+            trainer, space, path, storage, trials, metric, direction, pruner, sampler_seed, settings
+        )
     finally:
         storage.remove_session()
         storage.engine.dispose()  # closes the file
