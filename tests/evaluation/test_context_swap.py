@@ -153,9 +153,9 @@ def test_a_model_that_reads_has_a_gap_and_a_deaf_one_has_none(tmp_path, scheme):
     trainer = STFormerPretrainer(
         TrainingArguments(
             str(tmp_path / "m"),
-            num_train_epochs=12,
+            num_train_epochs=40,
             per_device_train_batch_size=16,
-            learning_rate=1e-2,
+            learning_rate=3e-3,
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
