@@ -42,7 +42,8 @@ class Source:
         One row per column of the matrix; ids may repeat.
     key : dict or None
         Path, size and time of the file, path and checksums of a store, or address, time and cells of an experiment of
-        TileDB-SOMA, by which an interrupted build recognises it; None for an AnnData.
+        TileDB-SOMA, and the modality or measurement if there may be several, by which an interrupted build recognises
+        it; None for an AnnData.
     matrix : Matrix
         The counts, unchecked; `blocks` checks them.
     is_part : bool
@@ -225,6 +226,8 @@ def open_source(
             key = _key(Path(source))
         elif is_soma(source):
             key = soma_key(source)
+        if key is not None and table:
+            key = {**key, "table": table}  # another modality of the same file may have the same genes
         opened = Source(
             name=name,
             counts_in=found.name,

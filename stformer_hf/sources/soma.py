@@ -176,6 +176,7 @@ def soma_key(source: Any) -> dict[str, Any]:
     return {
         "path": experiment.uri,
         "timestamp": experiment.tiledb_timestamp_ms,
+        "measurement": source.measurement_name if is_query else None,
         "ids": [hashlib.sha256(np.sort(found.to_numpy()).tobytes()).hexdigest() for found in ids],
     }
 

@@ -20,7 +20,7 @@ import stformer_hf
 from stformer_hf import CellStore
 from stformer_hf.sources.open_source import open_source
 from stformer_hf.sources.read_anndata import read_anndata
-from stformer_hf.sources.soma import SomaPlace
+from stformer_hf.sources.soma import SomaPlace, soma_key
 from stformer_hf.store import writer
 
 N_CELLS, N_GENES = 60, 25
@@ -220,6 +220,14 @@ def test_a_build_of_an_experiment_resumes_if_it_is_opened_at_the_same_time(path,
         monkeypatch.setattr(writer, "write_piece", lambda *args: (written.append(args), write_piece(*args))[1])
         assert n_written(**later) == n
         assert len(CellStore(tmp_path / "s")) == (N_CELLS if "chosen" not in later else 56)
+
+
+def test_measurements_with_the_same_genes_are_told_apart_by_a_build(path, soma):
+    with soma.Experiment.open(path) as experiment:
+        both = soma.AxisQuery(coords=(slice(0, 1),))
+        queries = [experiment.axis_query(name, var_query=both) for name in ("RNA", "ADT")]
+        assert soma_key(queries[0]) != soma_key(queries[1])
+        assert open_source(experiment, "RNA:raw").key != open_source(experiment, "ADT").key
 
 
 def test_an_open_experiment_leaves_obs_on_disk(path, soma):

@@ -191,6 +191,12 @@ def test_a_mudata_gives_its_own_obs_too(mdata, tmp_path):
         assert sorted(store.obs.columns) == ["donor", "state"]
 
 
+def test_modalities_of_a_file_are_told_apart_by_an_interrupted_build(mudata, scrna, tmp_path):
+    file = h5mu(mudata.MuData({"rna": scrna, "velocity": scrna.copy()}), tmp_path)
+    assert open_source(file, "rna:counts").key == open_source(file, "rna:counts").key
+    assert open_source(file, "rna:counts").key != open_source(file, "velocity:counts").key
+
+
 def test_a_stream_and_its_medians(cells):
     stream = IterableAnnDataset(cells)
     found = np.zeros((4, 5))
