@@ -502,6 +502,25 @@ def test_adapters_of_the_first_layer_read_sparse_expression_too():
     torch.testing.assert_close(sparse.expected_counts, packed.expected_counts)
 
 
+class OnlyLinear(torch.Tensor):
+    """A weight that has products with dense matrices alone, as those of torchao."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.t, F.embedding_bag):
+            raise NotImplementedError(func.__name__)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_quantised_weights_read_sparse_expression_too():
+    model = make_model()
+    first = model.cell_neighborhood.tokens.expression[0]
+    first.weight = torch.nn.Parameter(first.weight.detach().as_subclass(OnlyLinear))
+    with torch.no_grad():
+        packed, sparse = (model(**make_batch(LENGTHS, form)) for form in ALL_FORMS[1:])
+    torch.testing.assert_close(sparse.expected_counts, packed.expected_counts)
+
+
 @pytest.mark.parametrize("form", ALL_FORMS)
 def test_half_precision_stays_near_and_trains(form):
     batch = make_batch(LENGTHS, form)
