@@ -161,6 +161,7 @@ def test_other_states_and_arguments_that_cannot_be_raise(store):
         BlockShuffleSampler(store, 5),
         BlockShuffleSampler(store, 4, seed=1),
         BlockShuffleSampler(store, 4, world_size=2),
+        BlockShuffleSampler(store, 4, window=2),
     ):
         with pytest.raises(ValueError, match="another sampler: .* instead of"):
             other.load_state_dict(sampler.state_dict())
@@ -174,6 +175,8 @@ def test_other_states_and_arguments_that_cannot_be_raise(store):
         BlockShuffleSampler(store, rank=1)
     with pytest.raises(ValueError, match="at least one row"):
         BlockShuffleSampler(store, 0)
+    with pytest.raises(ValueError, match="at least one block"):
+        BlockShuffleSampler(store, window=0)
 
 
 @given(

@@ -126,6 +126,9 @@ def test_nearest_genes_by_their_cosine(model):
     np.testing.assert_allclose(found["cosine"], cosine[best], atol=1e-5)
     with pytest.raises(ValueError, match="0 rows are of the gene 'TP53'"):
         nearest_genes(states, ["TP53"])
+    states.X[:] = states.X[0]  # a gene need not be among its nearest
+    found = nearest_genes(states, ["SYM3", "SYM9"], n_neighbors=4)
+    assert (found["gene"] != found["neighbor"]).all() and found["gene"].value_counts().tolist() == [4, 4]
 
 
 # ---------------------------------------------------------------------- networks
