@@ -14,7 +14,7 @@ from conftest import make_adata
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from stformer_hf import CellStore, GeneBertConfig, GeneTokenizer
-from stformer_hf.cli import VERBS, main
+from stformer_hf.cli import VERBS, arguments, main
 
 pytestmark = pytest.mark.usefixtures("two_folds")
 
@@ -212,6 +212,16 @@ for verb in {list(VERBS)}:
             assert flag in text
         assert ("--output" in text) == (text.split()[0] not in ("info", "doctor", "models"))  # which print
         assert "heavy: []" in text
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_flag_has_help(verb, monkeypatch):
+    made, make = [], arguments._parser
+    monkeypatch.setattr(arguments, "_parser", lambda *args: made.append(make(*args)) or made[-1])
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    assert [action.dest for parser in made for action in parser._actions if not action.help] == []
+    assert len(made) == 1
 
 
 def test_help_and_version(capsys):

@@ -240,6 +240,13 @@ def test_edges_agreement_and_files(model, adata, tmp_path):
         network.save(tmp_path / "edges.csv", group="NK")
 
 
+def test_both_directions_of_a_pair_count_as_one():
+    nan = np.nan
+    scores = np.array([[9, 1, nan, nan], [4, 9, 2, nan], [3, nan, 9, nan], [nan, nan, 5, 9]], np.float32)
+    np.testing.assert_array_equal(symmetric(scores), [2.5, 3, nan, 2, nan, 5])
+    assert symmetric(scores[:1, :1]).shape == (0,)
+
+
 def test_a_model_whose_genes_have_no_effect_on_one_another_has_no_network(model, adata):
     attentions = [layer.attention for layer in model.layers]
     for attention in attentions:

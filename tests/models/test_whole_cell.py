@@ -87,6 +87,13 @@ def tokenizer():
     return GeneTokenizer(GENES, bin_edges=[0.5, 1.5, 3.5], whole_cell=True, max_length=20)
 
 
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
+def test_no_size_has_attention_dropout_unless_asked_for(tokenizer, size):
+    assert GeneBertConfig.from_tokenizer(tokenizer, size).attention_probs_dropout_prob == 0
+    asked = GeneBertConfig.from_tokenizer(tokenizer, size, attention_probs_dropout_prob=0.2)
+    assert asked.attention_probs_dropout_prob == 0.2
+
+
 def make_model(tokenizer, model_class=GeneBertModel, *, n_training_cells=1000.0, seed=0, **fields):
     """Make a model whose statistics and zeros are random numbers, so that nothing cancels by chance."""
     torch.manual_seed(seed)

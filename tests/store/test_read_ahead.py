@@ -9,7 +9,7 @@ from conftest import make_adata
 
 from stformer_hf import CellStore
 from stformer_hf.store import read_ahead
-from stformer_hf.store.read_ahead import ReadAhead
+from stformer_hf.store.read_ahead import MappedFile, ReadAhead
 
 
 @pytest.mark.parametrize("compact", [False, True])
@@ -35,6 +35,22 @@ def test_rows_are_the_same_with_it(tmp_path, compact):
     store._rows._ahead._left = 2
     np.testing.assert_array_equal(store.rows(rows).toarray(), expected)
     assert store._rows._ahead._left == 1
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_rows_of_a_selection_are_asked_for_by_their_numbers_in_it(tmp_path, compact, monkeypatch):
+    adata = make_adata(90, 40)
+    adata.X.data[::3] = 1000  # compact rows hold large counts apart
+    store = CellStore.build(tmp_path / "s", adata, compact=compact, rows_per_batch=20, rows_per_shard=40)
+    asked: list[bytes] = []
+    monkeypatch.setattr(MappedFile, "ask_for", lambda file, *of: asked.append(file.buffer.to_pybytes()[slice(*of)]))
+    store.select([50, 8, 77]).read_ahead(np.array([2, 0]))
+    both = (store._rows._cells, store._rows._large) if compact else (store._rows._cells,)
+    ranges = [found for lists in both for found in lists.ranges(lists.find(np.array([77, 50]))[1])]
+    assert asked == [file.buffer.to_pybytes()[start:stop] for file, start, stop in ranges]
+    assert len(asked) == 4 and all(asked)
+    with pytest.raises(IndexError, match="outside the store of 3 cells"):
+        store.select([50, 8, 77]).read_ahead([3])
 
 
 @pytest.mark.parametrize("compact", [False, True])

@@ -401,7 +401,7 @@ class ExpressionLinear(nn.Linear):
         """Map expression, dense or sparse (N, in_features), to (N, out_features)."""
         if not isinstance(expression, SparseRows):
             return super().forward(expression)
-        if type(self.weight) not in (nn.Parameter, torch.Tensor):  # quantised, as by torchao: it has dense products only
+        if type(self.weight) not in (nn.Parameter, torch.Tensor):  # quantised: dense products only
             return super().forward(expression.to_dense(self.in_features).to(self.weight.dtype))
         indptr, genes, values = expression
         table = self.weight.t().to(torch.promote_types(self.weight.dtype, torch.float32)).contiguous()
