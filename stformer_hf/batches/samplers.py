@@ -78,7 +78,7 @@ class BlockShuffleSampler(RowSampler):
     window : int, default: 1
         Number of blocks whose rows are shuffled together. 512 blocks of 16 rows mix batches almost as a full shuffle
         does, and are read from the disk as blocks: while a window is read, the blocks of the next one are asked for
-        (`CellStore.read_ahead`), so that the memory should hold two windows.
+        (`CellStore.read_ahead`). Two windows should fit into the memory.
     rank, world_size : int, default: 0, 1
         Which of how many equal parts of the order to return; their sizes differ by at most one row. Keep the defaults
         if accelerate or Trainer prepares the loader, which divides the batches itself.

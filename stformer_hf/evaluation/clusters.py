@@ -21,7 +21,7 @@ def neighbor_graph(embedding: np.ndarray) -> sparse.csr_array:
 
     The weight of a neighbour at distance d is exp(-(d - rho) / sigma), with rho the distance of the nearest other cell
     and sigma such that the weights of a cell sum to log2(15); the weights a and b of the two directions are combined
-    as a + b - a b. Of an embedding (n_cells, d), a symmetric csr_array (n_cells, n_cells).
+    as a + b - a b. Return a symmetric csr_array (n_cells, n_cells) for an embedding (n_cells, d).
     """
     n = len(embedding)
     n_others = min(_N_NEIGHBORS, n) - 1
@@ -52,7 +52,8 @@ def nearest_others(embedding: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarra
 def leiden(graph: sparse.csr_array, resolution: float, seed: int) -> np.ndarray:
     """Cluster cells with the Leiden algorithm (Traag et al. 2019): modularity, two iterations, as scanpy with igraph.
 
-    `graph` (n_cells, n_cells) has symmetric weights; a higher resolution gives more clusters: int64 array (n_cells,).
+    `graph` (n_cells, n_cells) has symmetric weights; a higher resolution gives more clusters. Return the cluster of
+    each cell, int64 array (n_cells,).
 
     Raises
     ------

@@ -31,9 +31,9 @@ class Perturbation(NamedTuple):
 class Panel:
     """Genes of the cells that a model knows, one column each.
 
-    Of the columns named `gene_ids` and `symbols`, object arrays of str, `merge` keeps some; their names are the
-    attributes `gene_ids`, `symbols`, and `names`: symbols, or ids where the symbol is missing or repeated. `known` are
-    the kept columns of genes that the model knows, int64.
+    `gene_ids` and `symbols` (object arrays of str) name all columns, of which `merge` keeps some. The attributes of
+    the same names are those of the kept columns, and so are `names`: symbols, or ids where the symbol is missing or
+    repeated. `known`, an int64 array, are the kept columns of genes that the model knows.
     """
 
     def __init__(self, gene_ids: np.ndarray, symbols: np.ndarray, tokenizer: GeneTokenizer):

@@ -20,8 +20,8 @@ def check_reject(reject: float | None, classes: list[str]) -> None:
 def rejection_thresholds(scores: np.ndarray, groups: np.ndarray, n_groups: int, reject: float) -> np.ndarray:
     """Compute the score below which a cell is rejected, for each group: float64 array (n_groups,).
 
-    `scores` (n,) are those of cells of known types that the model has not seen, higher is more typical; `groups` (n,),
-    int, are such as their classes; `reject` is the share of these cells that may be rejected.
+    `scores` (n,) are those of cells of known types that the model has not seen; higher is more typical. `groups` (n,),
+    int, are the groups of these cells, such as their classes. `reject` is the share of them that may be rejected.
 
     The threshold is the k-th lowest of n scores, k = floor(reject (n + 1)): a further cell of the group is below it
     with a probability of at most k / (n + 1), if it is exchangeable with the n cells (Vovk et al. 2005). Groups with

@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 MAX_LOG_DISPERSION = 12.0
 
 
-_FARTHEST_LOG = 40.0  # parameters beyond it count as it, so that nothing overflows
+_FARTHEST_LOG = 40.0  # logs are clipped to it, so that nothing overflows
 _SHIFT = 4  # f(z) is computed from Stirling's series at z + 4, where four of its terms are exact to 3e-9
 
 
@@ -85,8 +85,8 @@ def nb_log_likelihood(counts: torch.Tensor, log_mean: torch.Tensor, log_dispersi
     log_mean : Tensor (…)
         Log of the mean :math:`\mu`.
     log_dispersion : Tensor (…)
-        Log of the dispersion :math:`\theta`: the variance is :math:`\mu + \mu^2 / \theta`. Both logs count as -40 or
-        40 beyond these, with the gradient of there, which is not 0.
+        Log of the dispersion :math:`\theta`: the variance is :math:`\mu + \mu^2 / \theta`. Both logs are clipped to
+        -40 and 40; beyond these the gradient is that at -40 or 40, not 0.
 
     Returns
     -------
