@@ -6,9 +6,11 @@ at once waits for one. Asked for beforehand, the pages of a batch are read toget
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -17,6 +19,7 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
+_libc: Any = None if resource is None else ctypes.CDLL(None)
 _BATCHES = 128  # after a batch that waited for the disk, so many batches are asked for beforehand
 
 
@@ -36,14 +39,12 @@ class MappedFile:
     ------
     OSError
         The file cannot be read.
-    ValueError
-        The file is empty.
     """
 
     def __init__(self, file: Path):
-        with open(file, "rb") as opened:
-            self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        self.buffer = pa.py_buffer(self._map)
+        # Unlike Python's mmap, it needs no open file: a store may have more files than a process may have open.
+        with pa.memory_map(str(file)) as opened:
+            self.buffer = opened.read_buffer()
 
     def place(self, values: pa.Array) -> int:
         """Return where in the file the values of an array of numbers begin, which lies there whole if it has any."""
@@ -54,7 +55,7 @@ class MappedFile:
         if start >= stop:
             return  # an array without values lies nowhere, see `place`
         start -= start % mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_WILLNEED, start, stop - start)
+        _libc.madvise(ctypes.c_void_p(self.buffer.address + start), ctypes.c_size_t(stop - start), mmap.MADV_WILLNEED)
 
 
 class ReadAhead:
@@ -66,7 +67,7 @@ class ReadAhead:
     def __init__(self) -> None:
         self._left = 0
         self._waits = 0
-        self._works = resource is not None and hasattr(mmap, "MADV_WILLNEED")
+        self._works = resource is not None and hasattr(mmap, "MADV_WILLNEED") and hasattr(_libc, "madvise")
 
     def ask_for(self, ranges: Iterable[tuple[MappedFile, int, int]]) -> None:
         """Ask for (file, start, stop) if it is on; call this before the batch is read, and `look` after."""

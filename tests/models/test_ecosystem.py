@@ -203,7 +203,7 @@ def test_the_encoder_runs_as_onnx_on_other_batches(plain_config, tokenizer, stor
     sizes = {0: torch.export.Dim("cells", min=2), 1: torch.export.Dim("length", min=2)}
     path = tmp_path / "encoder.onnx"
     program = torch.onnx.export(
-        Encoder(), tuple(batch[name] for name in names), dynamo=True, dynamic_shapes=[sizes] * 3, verbose=False
+        Encoder().eval(), tuple(batch[name] for name in names), dynamo=True, dynamic_shapes=[sizes] * 3, verbose=False
     )
     program.save(path)
     session = onnxruntime.InferenceSession(path)

@@ -1,7 +1,10 @@
 """Read-ahead asks for the bytes of a batch, all of them and no others, and only where reading waits for a disk."""
 
+import mmap
 import os
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,3 +121,21 @@ def test_nothing_is_asked_while_it_is_off():
     ahead._left = 1
     with pytest.raises(AssertionError):
         ahead.ask_for(never())
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_WILLNEED"), reason="the system has no madvise")
+def test_the_system_accepts_what_it_is_asked(tmp_path, monkeypatch):
+    store = CellStore.build(tmp_path / "s", make_adata(50, 40))
+    answers, system = [], read_ahead._libc
+    recorder = SimpleNamespace(madvise=lambda *of: answers.append(system.madvise(*of)))
+    monkeypatch.setattr(read_ahead, "_libc", recorder)
+    store.read_ahead([3, 4, 20])
+    assert answers == [0] * 4  # two runs of rows, in genes and in counts
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux lists open files")
+def test_an_open_store_keeps_no_file_open(tmp_path):
+    CellStore.build(tmp_path / "s", make_adata(50, 40))
+    before = os.listdir("/proc/self/fd")
+    store = CellStore(tmp_path / "s")
+    assert len(os.listdir("/proc/self/fd")) == len(before) and store.rows([1]).nnz
