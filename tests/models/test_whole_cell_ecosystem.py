@@ -323,7 +323,7 @@ def test_runs_as_onnx_on_other_batches(tokenizer, store, tmp_path, model_class, 
     cells, length, entries = (torch.export.Dim(name, min=2) for name in ("cells", "length", "entries"))
     sizes = [{0: cells, 1: length}] * 3 + [{0: cells, 1: entries}] * 2 + [{0: cells}] * with_measured
     program = torch.onnx.export(
-        Exported(), tuple(batch[name] for name in names), dynamo=True, dynamic_shapes=sizes, verbose=False
+        Exported().eval(), tuple(batch[name] for name in names), dynamo=True, dynamic_shapes=sizes, verbose=False
     )
     program.save(tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
