@@ -61,6 +61,7 @@ def guarded(name: str, run: Callable[[], object], debug: bool = False, interrupt
     """
     try:
         run()
+        _leave_process_group()
     except KeyboardInterrupt:
         print(f"{name}: {interrupted}", file=sys.stderr)
         return 130
@@ -72,3 +73,10 @@ def guarded(name: str, run: Callable[[], object], debug: bool = False, interrupt
         print("(--debug shows the traceback)", file=sys.stderr)
         return 1
     return 0
+
+
+def _leave_process_group() -> None:
+    """Leave the group of processes that torchrun started, if there is one: a process that ends in it may be aborted."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -14,7 +14,7 @@ from conftest import make_adata
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from stformer_hf import CellStore, GeneBertConfig, GeneTokenizer
-from stformer_hf.cli import VERBS, arguments, main
+from stformer_hf.cli import VERBS, arguments, guarded, main
 
 pytestmark = pytest.mark.usefixtures("two_folds")
 
@@ -471,3 +471,13 @@ def test_a_folder_is_no_output_file(file, tmp_path, capsys):
     argv = ["embed", "--data", file, "--model", "m", "--output", str(tmp_path / "out.h5ad"), "--overwrite"]
     assert main(argv) == 1
     assert "is a folder" in capsys.readouterr().err
+
+
+def test_a_command_leaves_the_group_of_its_processes(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        assert guarded("a command", lambda: None) == 0
+        assert not torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
