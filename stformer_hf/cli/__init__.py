@@ -76,7 +76,7 @@ def guarded(name: str, run: Callable[[], object], debug: bool = False, interrupt
 
 
 def _leave_process_group() -> None:
-    """Leave the group of processes that torchrun started, if there is one: a process that ends in it may be aborted."""
+    """Leave the group of processes that torchrun started: a process that ends in it may be aborted."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
