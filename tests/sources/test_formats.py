@@ -159,8 +159,11 @@ def test_counts_that_become_an_anndata_are_in_memory_once(tmp_path, monkeypatch)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (cells.X != counts).nnz == 0 and cells.X.dtype == np.float32 and cells.X.indices.dtype == np.int32
-    # One of the two arrays may be in memory twice while it grows; both, or a copy of both, never are.
-    assert peak < 1.8 * (cells.X.data.nbytes + cells.X.indices.nbytes)
+    tracemalloc.start()
+    np.empty(1_000_000, np.int8).resize(1_000_001, refcheck=False)
+    counted_twice = tracemalloc.get_traced_memory()[1] > 1_500_000  # an array that grows in place, by newer versions
+    tracemalloc.stop()
+    assert peak < (1.8 if counted_twice else 1.5) * (cells.X.data.nbytes + cells.X.indices.nbytes)
 
 
 def test_several_genomes_are_named(tmp_path):
