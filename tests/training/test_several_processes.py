@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import train_cells
 from accelerate.state import AcceleratorState
 
+from stformer_hf import CellStore
 from stformer_hf.training.checkpoints import last_whole_checkpoint
 
 SCRIPT = Path(__file__).with_name("train_cells.py")
@@ -136,6 +138,28 @@ def test_two_processes_learn_of_neighborhoods_what_one_does(store, tmp_path):
     assert (two["world_size"], one["world_size"]) == (2, 1) and len(one["losses"]) == 12
     np.testing.assert_allclose(two["losses"], one["losses"], atol=1e-5, rtol=0)
     for name in ("eval_loss", "eval_pearson_r"):
+        assert two["evaluated"][name] == pytest.approx(one["evaluated"][name], rel=1e-5)
+
+
+@pytest.mark.parametrize("order", ["labels", "labels stream"])
+def test_two_processes_learn_of_label_columns_what_one_does(adata, tmp_path, monkeypatch, order):
+    """The labels that are missing are not spread evenly over the processes, and are not counted."""
+    adata.obs["level"] = pd.Categorical(np.take(["high", "low", "mid"], np.arange(60) % 3))
+    adata.obs.loc[adata.obs_names[:40], "level"] = None
+    adata.obs.loc[adata.obs_names[41::5], "cell_type"] = None
+    store = CellStore.build(tmp_path / "store", adata, obs=["cell_type", "level"], report=False)
+    settings = {"order": order, "epochs": 3, "steps": 12}
+    for process in run_forks(store, tmp_path / "two", 2, accumulation=1, **settings):
+        process.join(300)
+        process.kill()
+        assert process.exitcode == 0
+    arguments = json.dumps({"accumulation": 2, **settings})
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(store.path), str(tmp_path / "one"), arguments])
+    train_cells.main()
+    two, one = (json.loads((tmp_path / name / "seen-0.json").read_text()) for name in ("two", "one"))
+    assert (two["world_size"], one["world_size"]) == (2, 1) and len(one["losses"]) == 12
+    np.testing.assert_allclose(two["losses"], one["losses"], atol=1e-5, rtol=0)
+    for name in ("eval_loss", "eval_cell_type_accuracy", "eval_level_accuracy"):
         assert two["evaluated"][name] == pytest.approx(one["evaluated"][name], rel=1e-5)
 
 

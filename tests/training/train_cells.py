@@ -15,14 +15,19 @@ from stformer_hf import (
     CellStore,
     CellTrainer,
     CenterMaskSampler,
+    DataCollatorForCellClassification,
     GeneBertConfig,
+    GeneBertForClassification,
     GeneBertForPhenotypicMLM,
     GeneTokenizer,
     IterableAnnDataset,
     NeighborhoodTrainer,
     STFormerPretrainer,
 )
+from stformer_hf.evaluation.metrics import compute_column_metrics
+from stformer_hf.models.gene_bert.heads import fields_of_columns
 
+LABELS = {"cell_type": slice(0, 2), "level": slice(2, 5)}  # label columns, and their outputs
 ORDERS = {
     "random": ({}, {}),
     "grouped": ({"train_sampling_strategy": "group_by_length"}, {}),
@@ -30,6 +35,8 @@ ORDERS = {
     "balanced": ({"train_sampling_strategy": "group_by_length"}, {"sampling": {"by": "cell_type"}}),
     "stream": ({}, {}),
     "neighborhoods": ({}, {}),
+    "labels": ({}, {}),
+    "labels stream": ({}, {}),
     "objectives": (
         {},
         {
@@ -51,15 +58,16 @@ def main() -> None:
         store, phenotypes=["cell_type"], bin_edges=[0.5, 1.5, 3.5], whole_cell=whole_cell
     )
     torch.manual_seed(0)
-    config = GeneBertConfig.from_tokenizer(
-        tokenizer,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        hidden_size=settings.get("hidden_size", 16),
-        intermediate_size=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    sizes = {
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "hidden_size": settings.get("hidden_size", 16),
+        "intermediate_size": 32,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "classifier_dropout": 0.0,
+    }
+    config = GeneBertConfig.from_tokenizer(tokenizer, **sizes)
     sampling, own = ORDERS[settings["order"]]
     arguments = TrainingArguments(
         str(folder),
@@ -84,6 +92,10 @@ def main() -> None:
         evaluated = trainer.evaluate(trainer.train_dataset.select(range(21)))  # the last batches are filled up
         trainer.train()
         return write(folder, arguments, [], trainer, evaluated)
+    if settings["order"].startswith("labels"):
+        trainer = trainer_of_labels(store, sizes, arguments, settings["order"] == "labels stream")
+        trainer.train()
+        return write(folder, arguments, [], trainer, trainer.evaluate(store.select(range(30, 51))))
     stream = settings["order"].endswith("stream")
     cells = IterableAnnDataset(store, tokenizer, shuffle=True, buffer_size=16) if stream else store
     trainer = STFormerPretrainer(
@@ -103,6 +115,23 @@ def main() -> None:
     collator._tokens = watch
     trainer.train(resume_from_checkpoint=bool(settings.get("save")))
     write(folder, arguments, batches, trainer, evaluated)
+
+
+def trainer_of_labels(store: CellStore, sizes: dict, arguments: TrainingArguments, stream: bool) -> CellTrainer:
+    """Make the trainer of a classifier with two label columns, of which a cell may have one or none."""
+    tokenizer = GeneTokenizer.from_store(store, bin_edges=[0.5, 1.5, 3.5])
+    fields = fields_of_columns({name: store.categories[name] for name in LABELS})
+    model = GeneBertForClassification(GeneBertConfig.from_tokenizer(tokenizer, **sizes, **fields))
+    return CellTrainer(
+        model=model,
+        args=arguments,
+        data_collator=DataCollatorForCellClassification(tokenizer, list(LABELS)),
+        train_dataset=IterableAnnDataset(store, tokenizer, obs=list(LABELS), shuffle=True, buffer_size=16)
+        if stream
+        else store,
+        processing_class=tokenizer,
+        compute_metrics=compute_column_metrics(LABELS),
+    )
 
 
 def neighborhoods(store: CellStore) -> CenterMaskSampler:
