@@ -75,14 +75,10 @@ class ArrowRows:
 
     def lengths(self) -> np.ndarray:
         """Count the entries of every row: int64 array (n,)."""
-        if self._is_compact:
-            return self._n_expressed.astype(np.int64)
-        return self._cells.lengths()
-
-    @cached_property
-    def _n_expressed(self) -> np.ndarray:
+        if not self._is_compact:
+            return self._cells.lengths()
         chunks = [lengths.to_numpy() for lengths in self.chunks(compact_rows.LENGTH)]
-        return np.concatenate(chunks) if chunks else np.empty(0, np.int32)
+        return np.concatenate([np.empty(0, np.int64), *chunks])
 
     def gather(self, rows: np.ndarray, gene_type: str, count_type: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return a copy of rows.
@@ -103,10 +99,7 @@ class ArrowRows:
             [(indptr, (genes, counts))] = self._gather(rows, (self._cells, (gene_type, count_type)))
             return indptr, genes, counts
         (bounds, (codes,)), (_, (large,)) = self._gather(rows, (self._cells, ("uint8",)), (self._large, (count_type,)))
-        lengths = self._n_expressed[rows]
-        indptr = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum(lengths, out=indptr[1:])
-        return indptr, *compact_rows.decode(bounds, codes, lengths, large, gene_type, count_type)
+        return compact_rows.decode(bounds, codes, large, gene_type, count_type)
 
     def read_ahead(self, rows: np.ndarray) -> None:
         """Ask the system to read rows, of local files; return at once."""

@@ -55,8 +55,8 @@ def encode(
 
 
 def decode(
-    bounds: np.ndarray, codes: np.ndarray, lengths: np.ndarray, large: np.ndarray, gene_type: str, count_type: str
-) -> tuple[np.ndarray, np.ndarray]:
+    bounds: np.ndarray, codes: np.ndarray, large: np.ndarray, gene_type: str, count_type: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Decode cells.
 
     Parameters
@@ -64,8 +64,6 @@ def decode(
     bounds : int64 array (n + 1,)
         Bounds of the codes of each cell.
     codes : uint8 array (n_codes,)
-    lengths : int array (n,)
-        Number of expressed genes of each cell.
     large : array (n_large,)
         Counts of at least 4.
     gene_type, count_type : str
@@ -73,6 +71,8 @@ def decode(
 
     Returns
     -------
+    indptr : int64 array (n + 1,)
+        Bounds of the cells.
     genes, counts : arrays (nnz,)
     """
     is_skip = codes == _SKIP
@@ -81,21 +81,22 @@ def decode(
     wide = gene_type != "uint16"
     sums = torch.cumsum(torch.from_numpy(steps), 0, dtype=torch.int32 if wide else torch.int16).numpy()
     genes = sums.view(gene_type)
-    before = np.zeros(len(lengths), gene_type)
+    before = np.zeros(len(bounds) - 1, gene_type)
     begun = bounds[:-1] > 0
     before[begun] = genes[bounds[:-1][begun] - 1]
     kinds = codes & np.uint8(3)
     counts = (kinds + np.uint8(1)).astype(count_type)
     counts[np.flatnonzero(kinds == _LARGE)] = large
-    n_skips = np.count_nonzero(is_skip)
-    if n_skips:
+    skips = np.flatnonzero(is_skip)
+    if len(skips):
         kept = ~is_skip
-        if 8 * n_skips > len(codes):  # numpy selects by a mask fast only where it rarely changes
+        if 8 * len(skips) > len(codes):  # numpy selects by a mask fast only where it rarely changes
             kept = np.flatnonzero(kept)
         genes, counts = genes[kept], counts[kept]
-    genes -= np.repeat(before, lengths)
+    indptr = bounds - skips.searchsorted(bounds)
+    genes -= np.repeat(before, np.diff(indptr))
     genes -= np.ones(1, gene_type)
-    return genes, counts
+    return indptr, genes, counts
 
 
 __all__ = ["CODES", "LARGE", "LENGTH", "decode", "encode"]

@@ -67,8 +67,9 @@ def test_cells_come_back_and_bytes_are_as_described(n_genes, gene_type, data):
             its_genes,
             its_counts,
         )
-    read_genes, read_counts = decode(bounds, codes, np.diff(indptr), large, gene_type, "uint32")
-    assert (read_genes.dtype, read_counts.dtype) == (gene_type, "uint32")
+    read_indptr, read_genes, read_counts = decode(bounds, codes, large, gene_type, "uint32")
+    assert (read_indptr.dtype, read_genes.dtype, read_counts.dtype) == ("int64", gene_type, "uint32")
+    np.testing.assert_array_equal(read_indptr, indptr)
     np.testing.assert_array_equal(read_genes, genes)
     np.testing.assert_array_equal(read_counts, counts)
 
