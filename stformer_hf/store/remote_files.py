@@ -279,7 +279,8 @@ class RemoteFolder:
     def _cat(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
         # File systems without asynchronous requests open the file, and would read ahead.
         options = {} if self._fs.async_impl else {"cache_type": "none"}
-        return self._fs.cat_file(self._path(name), start, stop, **options)
+        # By name: in the file system of S3, the second argument is the version.
+        return self._fs.cat_file(self._path(name), start=start, end=stop, **options)
 
     def whole(self, name: str) -> bytes:
         """Read a file: its pinned version, or what is there now, past the cache."""
@@ -369,9 +370,12 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _status(error: BaseException) -> int | None:
-    """Return the status of http of a failed call, of aiohttp or httpx; None if there was no answer."""
+    """Return the status of http of a failed call, of aiohttp, httpx or botocore; None if there was no answer."""
     cause = _cause(error)
-    return getattr(cause, "status", getattr(getattr(cause, "response", None), "status_code", None))
+    answer = getattr(cause, "response", None) or getattr(cause.__cause__, "response", None)  # s3fs: the cause has it
+    if isinstance(answer, dict):
+        return answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return getattr(cause, "status", getattr(answer, "status_code", None))
 
 
 def _reopen(address: str, options: dict, cache: BlockCache, root: str, is_pinned: bool) -> RemoteFolder:
