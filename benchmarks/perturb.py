@@ -1,4 +1,4 @@
-"""Perturbation in silico: cells x genes a second and memory, drivers of a simulation, interferon genes of PBMC.
+"""Perturbation in silico: speed and memory, drivers of a simulation, interferon genes of PBMC, groups without an effect.
 
 Speed and memory: simulated cells, a GeneBert of size small with a whole-cell `[CLS]` and 256 attended tokens. One at a
 time means: edit the counts of one cell, call `embed` on it. Its residual branches are random in the rows that read
@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="5 genes x 10 cells, and one simulation")
     parser.add_argument("--turns", type=int, default=1, help="how often each is run")
     parser.add_argument("--interferon", help="pbmc_ifnb.h5ad; left out by default")
-    parser.add_argument("--parts", nargs="+", default=["speed", "simulation", "interferon"], help="what to measure")
+    parser.add_argument("--parts", nargs="+", default=["speed", "simulation", "interferon", "no_effect"])
     parser.add_argument("--output", default="benchmark_perturb.json", help="JSON file to write")
     args = parser.parse_args(arguments)
     found = {
@@ -53,9 +53,10 @@ def run(arguments: list[str]) -> None:
         "speed": lambda: _speed(args.quick, args.turns),
         "simulation": lambda: _simulations(1 if args.quick else 3),
         "interferon": lambda: _interferon(args.interferon),
+        "no_effect": lambda: _no_effect(args.interferon),
     }
     for part in args.parts:
-        if part == "interferon" and not args.interferon:
+        if part in ("interferon", "no_effect") and not args.interferon:
             continue
         found[part] = parts[part]()
         Path(args.output).write_text(json.dumps(found, indent=1))
@@ -272,3 +273,37 @@ def _interferon(path: str, n_cells: int = 300) -> dict:
     found["single"] = json.loads(table[["n_changed", "goal_shift", "z", "fdr"]].to_json(orient="index"))
     print(json.dumps({name: of for name, of in found.items() if name != "single"}, indent=1))
     return found
+
+
+def _no_effect(path: str, n_splits: int = 10, n_cells: int = 300, n_genes: int = 150, least: int = 15) -> list[dict]:
+    """Split unstimulated PBMC at random into perturbed cells and goal, so that no gene can move them to the goal."""
+    from stformer_hf import perturb
+
+    cells = read_h5ad(path)
+    rng = np.random.default_rng(0)
+    cells = cells[rng.choice(np.flatnonzero(cells.obs["condition"] == "ctrl"), n_cells, False)].copy()
+    model, tokenizer = _started(cells)
+    rows = []
+    for split in range(n_splits):
+        cells.obs["half"] = np.where(rng.random(n_cells) < 0.5, "start", "goal")
+        expressed = np.diff(cells[cells.obs["half"] == "start"].X.tocsc().indptr)
+        expressed = cells.var_names[expressed >= least].tolist()
+        for way, genes, n_null in (
+            ("genes drawn for the null", rng.choice(expressed, n_genes, False).tolist(), 25),
+            ("all genes", expressed, 0),
+        ):
+            table = perturb(cells, model, genes, tokenizer=tokenizer, goal_key="half", goal="goal", n_null=n_null)
+            row: dict[str, str | int | float] = {"split": split, "compared": way, "genes": len(table)}
+            for name in (
+                "p",
+                "p_matched",
+                "p_cells",
+                "fdr",
+                "shift_fdr",
+                "pca_goal_shift_fdr",
+                "linear_probability_fdr",
+            ):
+                row[name] = float((table[name] < 0.05).mean())
+            rows.append(row)
+            print(row, flush=True)
+    return rows

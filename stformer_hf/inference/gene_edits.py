@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -88,14 +89,15 @@ class Panel:
 class GeneEdits:
     """The changes that one kind of perturbation makes to the counts of cells; `kind` and `quantile` as for `perturb`.
 
-    The counts (n_cells, n_columns) have sorted columns and no explicit zeros.
+    The counts (n_cells, n_columns) have sorted columns and no explicit zeros. `cells` are the rows to perturb; the
+    others only show at which level a gene is expressed that none of these express.
     """
 
-    def __init__(self, counts: sparse.csr_matrix, kind: str, quantile: float | None):
-        self.counts, self.kind, self.quantile = counts, kind, quantile
-        self.by_gene = counts.tocsc()
+    def __init__(self, counts: sparse.csr_matrix, cells: np.ndarray, kind: str, quantile: float | None):
+        self._all_counts, self.counts, self.kind, self.quantile = counts, counts[cells], kind, quantile
+        self.by_gene = self.counts.tocsc()
         self.by_gene.sort_indices()
-        self.totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+        self.totals = _totals(self.counts)
 
     @property
     def expression(self) -> np.ndarray:
@@ -106,11 +108,13 @@ class GeneEdits:
         """Return the cells whose count of a gene changes, ascending, and their new counts: arrays (k,)."""
         part = slice(self.by_gene.indptr[column], self.by_gene.indptr[column + 1])
         expressing, counts = self.by_gene.indices[part].astype(np.int64), self.by_gene.data[part]
-        if self.kind == "delete" or not len(expressing):
+        shares = counts / self.totals[expressing]
+        if not len(expressing) and self.kind in ("activate", "overexpress"):
+            shares = self._shares_of_all_cells(column)
+        if self.kind == "delete" or not len(shares):
             return expressing, np.zeros(len(expressing), counts.dtype)
         assert self.quantile is not None  # of all kinds but "delete"
-        level = np.quantile(counts / self.totals[expressing], self.quantile)
-        targets = level * self.totals
+        targets = np.quantile(shares, self.quantile) * self.totals
         if self.counts.dtype.kind != "f":
             targets = np.maximum(np.rint(targets), 1)
         old = np.zeros(len(self.totals))
@@ -120,6 +124,16 @@ class GeneEdits:
         new = new.astype(self.counts.dtype)
         cells = np.flatnonzero(new != old)
         return cells, new[cells]
+
+    def _shares_of_all_cells(self, column: int) -> np.ndarray:
+        """Return the share of a gene in the counts of all cells that express it: float64 array (k,)."""
+        by_gene, totals = self._all_by_gene
+        part = slice(by_gene.indptr[column], by_gene.indptr[column + 1])
+        return by_gene.data[part] / totals[by_gene.indices[part]]
+
+    @cached_property
+    def _all_by_gene(self) -> tuple[sparse.csc_matrix, np.ndarray]:
+        return self._all_counts.tocsc(), _totals(self._all_counts)
 
     def changes(self, perturbation: Perturbation) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Return the cells that a perturbation changes, and its edits.
@@ -165,6 +179,11 @@ class GeneEdits:
         return sparse.csr_matrix((data, keys % n_columns, indptr), found.shape)
 
 
+def _totals(counts: sparse.csr_matrix) -> np.ndarray:
+    """Return the total of each cell, float64 array (n_cells,)."""
+    return np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+
+
 def choose_perturbations(
     genes: Sequence[str | Sequence[str]] | Mapping[str, Sequence[str]] | None,
     panel: Panel,
@@ -190,15 +209,15 @@ def choose_perturbations(
     Raises
     ------
     ValueError
-        A gene is unknown to the model, not measured or not expressed; a name is repeated, or two perturbations edit
-        the same genes; there are no genes.
+        A gene is unknown to the model, or not measured; a name is repeated, or two perturbations edit the same genes;
+        there are no genes.
     """
     expressed = panel.known[expression[panel.known] > 0]
     named: list[tuple[str, tuple[int, ...]]]
     if genes is None:
         named = [(str(panel.names[column]), (int(column),)) for column in expressed]
     else:
-        named = [(name, _columns_of(name, of, panel, expression)) for name, of in _named(genes)]
+        named = [(name, _columns_of(name, of, panel)) for name, of in _named(genes)]
     if not named:
         raise ValueError("There are no genes to perturb: pass genes=[…].")
     names = [name for name, _ in named]
@@ -245,16 +264,10 @@ def _named(genes: Sequence | Mapping) -> list[tuple[str, list[str]]]:
     return [("+".join(group), group) for group in groups]
 
 
-def _columns_of(name: str, genes: list[str], panel: Panel, expression: np.ndarray) -> tuple[int, ...]:
+def _columns_of(name: str, genes: list[str], panel: Panel) -> tuple[int, ...]:
     columns = sorted({panel.column(gene) for gene in genes})
     if not columns:
         raise ValueError(f"The group {name!r} has no genes.")
-    silent = [gene for gene in genes if not expression[panel.column(gene)]]
-    if silent:
-        raise ValueError(
-            f"No cell expresses {', '.join(silent)}: there is nothing to remove, and no level to raise it to. "
-            "Leave it out."
-        )
     return tuple(columns)
 
 

@@ -35,7 +35,7 @@ from ..training.cell_heads import check_finite, read_heads
 from ..training.loading import name_of
 from .batches import at_work, check_cells, check_hidden_layer, choose_pooling, is_classifier, load, make_batch, packs
 from .gene_edits import QUANTILES, GeneEdits, Panel, choose_perturbations
-from .perturb_statistics import DonorGroups, ShardScores, make_table
+from .perturb_statistics import CellGroups, DonorGroups, ShardScores, cell_statistics, make_table
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +86,9 @@ def perturb(
         names the groups. By default, every gene that the model knows and a cell expresses.
     kind : {"delete", "inhibit", "activate", "overexpress"}, default: "delete"
         Set the count of a gene to 0; lower it to a low quantile; raise it to a high one. Quantiles are those of
-        the share of the gene in the counts of a cell, over the perturbed cells that express it, multiplied by the
-        total of a cell and rounded to a whole count of at least 1. Cells already beyond it are not changed.
+        the share of the gene in the counts of a cell, over the perturbed cells that express it (if there are none,
+        over all cells that do), multiplied by the total of a cell and rounded to a whole count of at least 1. Cells
+        already beyond it are not changed.
     quantile : float, optional
         By default 0.25 for "inhibit", 0.75 for "activate" and 0.99 for "overexpress".
     goal_key, goal : str, optional
@@ -103,8 +104,8 @@ def perturb(
     n_null : int, default: 25
         Number of other genes that are perturbed too, for comparison, per bin of mean counts in which `genes` has
         genes (ten bins, fewer for fewer than 300 genes); for each group of genes, number of random groups from the
-        same bins. They multiply the work for few genes; 0 for none. If all genes are perturbed, they are
-        compared with one another.
+        same bins. They multiply the work for few genes; 0 for none. No p-value is below 1 / (1 + their number). If
+        all genes are perturbed, they are compared with one another.
     output : str or Path, optional
         Folder for the scores, written shard by shard, and the tables. Called again with the same arguments, the
         function resumes from the shards that are there. Needed with several processes (`accelerate launch`), which
@@ -132,8 +133,10 @@ def perturb(
         `…_low`, `…_high`       95 % interval, over donors with `donor_key`, else over cells
         `z`, `p_matched`        comparison with the genes of the null, see `perturb_statistics.compare`
         `p_donors`              permutation of the groups across donors, see `perturb_statistics.permute_donors`
+        `p_cells`               without donors: do cells of the groups differ along the shift, see `compare_groups`
         `p_wilcoxon`            signed-rank test against the matched genes, over donors or (dependent) cells
-        `p`, `fdr`              the larger of `p_matched` and `p_donors`, and its Benjamini-Hochberg correction
+        `p`, `fdr`              the larger of `p_matched` and `p_donors` or `p_cells`, and its Benjamini-Hochberg
+                                correction
         `…_z`, `…_fdr`          the same comparison with matched genes for the other scores
 
         The tested score is `goal_shift` if there is a goal, else `probability` for a classifier, else `shift`.
@@ -142,8 +145,8 @@ def perturb(
     Raises
     ------
     ValueError
-        A gene is unknown, not measured or not expressed; a column, group or class does not exist; a setting is
-        invalid; the folder holds other results; as for `embed`.
+        A gene is unknown or not measured; a column, group or class does not exist; a setting is invalid; the folder
+        holds other results; as for `embed`.
     FileNotFoundError, TypeError
         As for `embed`.
 
@@ -167,7 +170,7 @@ def perturb(
     reader.names = panel.gene_ids, panel.symbols
     counts = sparse.vstack([panel.merge(block) for block in source.blocks(_ROWS_PER_BLOCK)], format="csr")
     cells = _choose_cells(source.obs, counts[:, panel.known], goal_key, goal, start, donor_key)
-    edits = GeneEdits(counts[cells.perturbed], kind, quantile)
+    edits = GeneEdits(counts, cells.perturbed, kind, quantile)
     perturbations = choose_perturbations(genes, panel, edits.expression, n_null, seed)
     reader.choose_class(predicted, goal, goal_key)
     settings = {
@@ -200,7 +203,7 @@ def perturb(
         with at_work(reader.model, device or (None if state is None else str(state.device))):
             grid = _Grid(folder, reader, edits, counts, cells, perturbations, panel, shard_size)
             grid.run(state)
-        table = make_table(perturbations, grid.shards, grid.score_names, cells.donors_of(0), grid.donor_groups, seed)
+        table = make_table(perturbations, grid.shards, grid.score_names, cells.donors_of(0), grid.groups, seed)
         asked = table[~table["null"]].drop(columns=["null", "matched"])
         if output is not None and (state is None or state.is_main_process):
             _write(folder / "null.csv", table[table["null"]].drop(columns="null").to_csv())
@@ -208,8 +211,8 @@ def perturb(
     n_alone = int(asked["p_matched"].isna().sum())
     if n_alone and n_null:
         logger.warning(
-            f"{n_alone} perturbations have no p-value: they change no cell, or fewer than 10 genes of similar "
-            "expression were perturbed, or most of these move no cell. Raise n_null, or perturb more genes."
+            f"{n_alone} perturbations have no p-value: they change fewer than 3 cells, or fewer than 10 genes of "
+            "similar expression were perturbed, or most of these move no cell. Raise n_null, or perturb more genes."
         )
     asked.attrs["settings"] = {**settings, "tested": grid.score_names[0], "n_cells": len(cells.perturbed)}
     return asked
@@ -414,7 +417,7 @@ class _Grid:
         self._linear = _Linear(counts, panel.known, cells)
         self._shard_size = shard_size
         self._base: list[_Unperturbed] = []
-        self.donor_groups: DonorGroups | None = None  # of the two groups, with donors and a goal
+        self.groups: CellGroups | DonorGroups | None = None  # with a goal
         with_goal, with_classes = len(cells.goal) > 0, bool(reader.heads)
         own = ["shift", *["goal_shift"] * with_goal, *["probability"] * with_classes]
         linear = ["pca_shift", *["pca_goal_shift", "linear_probability"] * with_goal]
@@ -475,10 +478,13 @@ class _Grid:
                 means = goals if donors is None else _mean_states(goals, donors)[0]
                 goal = means.mean(axis=0)
                 goal /= max(np.linalg.norm(goal), 1e-30)
-                if reader is self.reader and donors is not None:
+                if reader is self.reader and donors is None:
+                    self.groups = CellGroups(cell_statistics(states.astype(np.float64)), cell_statistics(goals))
+                elif reader is self.reader:
+                    assert donors is not None
                     starts, of_starts = _mean_states(states.astype(np.float64), self.cells.donors_of(0))
                     of_goals = np.unique(donors)
-                    self.donor_groups = DonorGroups(
+                    self.groups = DonorGroups(
                         np.concatenate([starts, means]),
                         np.concatenate([of_starts, of_goals]),
                         np.repeat([False, True], [len(of_starts), len(of_goals)]),

@@ -14,6 +14,8 @@ from .gene_edits import Perturbation
 N_PERMUTATIONS = 9999
 _AT_ONCE = 256  # perturbations whose permutations are in memory together: 20 MB
 _LEAST_REFERENCE = 10  # perturbations that a centre and a spread are computed from
+_LEAST_CHANGED = 3  # cells that a perturbation must change to be tested
+_LEAST_P = 1e-16  # of the normal distribution; how far out it is beyond that says nothing
 _NORMAL_MAD = float(stats.norm.ppf(0.75))  # median absolute deviation of a standard normal
 
 
@@ -25,6 +27,21 @@ class ShardScores(NamedTuple):
     values: np.ndarray  # float32 (p, n_scores, n_cells), 0 for cells that a perturbation does not change
     changed: np.ndarray  # bool (p, n_cells), which cells it changes
     directions: np.ndarray  # float64 (p, d), mean change of the cells' states of length 1, over all cells
+
+
+class CellGroups(NamedTuple):
+    """The two groups as cells, each with a state of length 1; the first are the perturbed ones, the second the goal's.
+
+    The statistics of both are those of `cell_statistics`.
+    """
+
+    perturbed: tuple[int, np.ndarray, np.ndarray]
+    goal: tuple[int, np.ndarray, np.ndarray]
+
+
+def cell_statistics(states: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    """Return the number n of states (n, d), their mean (d,), and their covariance (d, d)."""
+    return len(states), states.mean(axis=0), np.cov(states, rowvar=False, ddof=1)
 
 
 class DonorGroups(NamedTuple):
@@ -40,7 +57,7 @@ def make_table(
     shards: Callable[[], Iterator[ShardScores]],
     names: Sequence[str],
     donors: np.ndarray | None,
-    groups: DonorGroups | None,
+    groups: CellGroups | DonorGroups | None,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Summarise the scores of perturbations over cells or donors, and compare them with matched ones.
@@ -55,14 +72,20 @@ def make_table(
         Name of each score; the first is the one that is tested.
     donors : int64 array (n_cells,), optional
         Donor of each perturbed cell.
-    groups, seed
-        For `permute_donors`.
+    groups : CellGroups or DonorGroups, optional
+        Perturbed cells and goal, as cells or as donors.
+    seed : int, default: 0
+        Seed of the permutations of donors.
     """
     rows: dict[int, dict[str, float]] = {}
-    projections = np.zeros((len(perturbations), 0 if groups is None else len(groups.states)))
+    of_donors = isinstance(groups, DonorGroups)
+    projections = np.zeros((len(perturbations), len(groups.states) if isinstance(groups, DonorGroups) else 0))
+    p_cells = np.full(len(perturbations), np.nan)
     for shard in shards():
-        if groups is not None:
-            projections[shard.numbers] = shard.directions.astype(np.float64) @ groups.states.T
+        if isinstance(groups, DonorGroups):
+            projections[shard.numbers] = shard.directions @ groups.states.T
+        elif groups is not None:
+            p_cells[shard.numbers] = compare_groups(shard.directions, groups)
         for i, number in enumerate(shard.numbers.tolist()):
             rows[number] = {"n_changed": int(shard.n_changed[i])}
             for name, values in zip(names, shard.values[i], strict=True):
@@ -78,10 +101,12 @@ def make_table(
     for shard in shards():
         for i, number in enumerate(shard.numbers.tolist()):
             wilcoxon[number] = _wilcoxon(shard.values[i, 0], shard.changed[i], donors, centre[number])
-    changed = table["n_changed"].to_numpy() > 0  # the others cannot be compared, nor be a comparison
+    changed = table["n_changed"].to_numpy() >= _LEAST_CHANGED  # the others cannot be tested, nor be a comparison
+    of_groups = "p_donors" if of_donors else "p_cells"
     if groups is not None:
-        table["p_donors"] = np.nan
-        table.loc[changed, "p_donors"] = permute_donors(projections[changed], groups, seed)
+        table[of_groups] = np.where(changed, p_cells, np.nan)
+    if isinstance(groups, DonorGroups):
+        table.loc[changed, of_groups] = permute_donors(projections[changed], groups, seed)
     compared = table.loc[changed]
     for name in names:
         z, p = np.full((2, len(table)), np.nan)
@@ -89,9 +114,8 @@ def make_table(
         of = "" if name == tested else f"{name}_"
         table[f"{of}z"], table[f"{of}p_matched"] = z, p
     table["p_wilcoxon"] = wilcoxon
-    table["p"] = table["p_matched"]
-    if "p_donors" in table:
-        table["p"] = table[["p_matched", "p_donors"]].max(axis=1, skipna=False)
+    both = ["p_matched", *[of_groups] * (groups is not None)]
+    table["p"] = table[both].max(axis=1, skipna=False)
     asked = ~table["null"].to_numpy()
     for name in names:
         of, tests = ("", "p") if name == tested else (f"{name}_", f"{name}_p_matched")
@@ -116,7 +140,7 @@ def interval(values: np.ndarray, units: np.ndarray | None = None) -> tuple[float
 
 
 def compare(effects: np.ndarray, matched: np.ndarray, is_null: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compare effects (n,) with those of matched perturbations, an empirical null (Efron 2004, JASA 99:96).
+    """Compare effects (n,) with those of matched perturbations.
 
     Perturbations are compared with those of the same value of `matched` that were drawn for the null (`is_null`).
     Where there are none, all with this value are the reference: the panel's own genes, most of which are assumed to do
@@ -125,26 +149,96 @@ def compare(effects: np.ndarray, matched: np.ndarray, is_null: np.ndarray) -> tu
     Returns
     -------
     z : float array (n,)
-        Distance to the median of the reference, in units of its spread: median absolute deviation / 0.6745, times
-        a factor, common to all, of at least 1, that puts 90 % of the reference within 1.645.
+        Distance to the median of the reference, in units of its spread: median absolute deviation / 0.6745. Without a
+        null that was drawn, the spread is multiplied by a factor, common to all, of at least 1, that puts 90 % of the
+        reference within 1.645.
     p : float array (n,)
-        Two-sided, by the normal distribution. NaN with fewer than 10 perturbations in the reference.
+        Two-sided. NaN with fewer than 10 perturbations in the reference. If n were drawn for the null, the share of
+        1 + n that is at least as far out, itself included: no effect, however large, has a p below 1 / (1 + n). The
+        null of all values of `matched` is pooled, and each of its z is the distance to the others. Otherwise by the
+        normal distribution, an empirical null.
+
+    Notes
+    -----
+    The effects of random genes have far heavier tails than a normal distribution, since a few move a cell much further
+    than others, in any direction. The first p holds for any distribution, as long as a gene without a particular
+    effect is one of many like those that were drawn. The second is too small for genes that move cells far.
+
+    References
+    ----------
+    Bates et al. 2023, Annals of Statistics 51:149, for p-values by rank among a reference, and their false discovery
+    rates. Efron 2004, JASA 99:96, for the empirical null.
     """
-    z = np.full(len(effects), np.nan)
-    in_reference = np.zeros(len(effects), bool)
+    z, of_null = np.full(len(effects), np.nan), np.zeros(0)
+    drawn, by_itself = np.zeros((2, len(effects)), bool)  # compared with a null that was drawn, or with one another
     for value in np.unique(matched):
         of = matched == value
-        reference = of & is_null if (of & is_null).any() else of
-        if reference.sum() < _LEAST_REFERENCE:
+        reference = effects[of & is_null] if (of & is_null).any() else effects[of]
+        if len(reference) < _LEAST_REFERENCE:
             continue
-        centre = np.median(effects[reference])
-        spread = np.median(np.abs(effects[reference] - centre)) / _NORMAL_MAD
+        centre, spread = _centre_and_spread(reference)
+        if spread == 0:
+            continue
+        z[of] = (effects[of] - centre) / spread
+        if (of & is_null).any():
+            drawn |= of
+            of_null = np.append(of_null, _distances_to_others(reference))
+        else:
+            by_itself |= of
+    p = np.full(len(effects), np.nan)
+    if drawn.any():
+        n_farther = len(of_null) - np.searchsorted(np.sort(np.abs(of_null)), np.abs(z[drawn]))
+        p[drawn] = (1 + n_farther) / (1 + len(of_null))
+    if by_itself.any():
+        z[by_itself] /= max(1.0, np.quantile(np.abs(z[by_itself]), 0.9) / stats.norm.ppf(0.95))
+        p[by_itself] = np.maximum(2 * stats.norm.sf(np.abs(z[by_itself])), _LEAST_P)
+    return z, p
+
+
+def _centre_and_spread(values: np.ndarray) -> tuple[float, float]:
+    """Return median, and median absolute deviation in units of a normal distribution's standard deviation."""
+    centre = np.median(values)
+    return centre, np.median(np.abs(values - centre)) / _NORMAL_MAD
+
+
+def _distances_to_others(values: np.ndarray) -> np.ndarray:
+    """Return the z of each value among the others, of which the spread is not 0: float array (at most n,)."""
+    found = []
+    for i, value in enumerate(values):
+        centre, spread = _centre_and_spread(np.delete(values, i))
         if spread > 0:
-            z[of] = (effects[of] - centre) / spread
-            in_reference |= reference
-    if in_reference.any():
-        z /= max(1.0, np.quantile(np.abs(z[in_reference]), 0.9) / stats.norm.ppf(0.95))
-    return z, 2 * stats.norm.sf(np.abs(z))
+            found.append((value - centre) / spread)
+    return np.array(found)
+
+
+def compare_groups(directions: np.ndarray, groups: CellGroups) -> np.ndarray:
+    """Test whether the cells of the two groups differ along the shift of each perturbation, by Welch's t-test.
+
+    If they do not, a perturbation cannot move cells from one group to the other, however far it moves them. The units
+    are cells, those of one donor are not independent, and nothing follows for other donors.
+
+    Parameters
+    ----------
+    directions : float64 array (p, d)
+        Mean change of the cells' states.
+    groups : CellGroups
+
+    Returns
+    -------
+    float array (p,)
+        Two-sided p-values; NaN where a group has a single cell, or no cell differs from the others.
+    """
+    (n_start, of_start, spread_start), (n_goal, of_goal, spread_goal) = groups
+    if min(n_start, n_goal) < 2:
+        return np.full(len(directions), np.nan)
+    variances = [
+        np.einsum("pd,de,pe->p", directions, spread, directions, optimize=True) / n
+        for n, spread in ((n_start, spread_start), (n_goal, spread_goal))
+    ]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = directions @ (of_goal - of_start) / np.sqrt(sum(variances))
+        freedom = sum(variances) ** 2 / (variances[0] ** 2 / (n_start - 1) + variances[1] ** 2 / (n_goal - 1))
+    return np.maximum(2 * stats.t.sf(np.abs(t), freedom), _LEAST_P)
 
 
 def permute_donors(projections: np.ndarray, groups: DonorGroups, seed: int) -> np.ndarray:
@@ -251,4 +345,15 @@ def _means(values: np.ndarray, units: np.ndarray) -> np.ndarray:
     return np.bincount(codes, weights=values) / np.bincount(codes)
 
 
-__all__ = ["DonorGroups", "ShardScores", "benjamini_hochberg", "compare", "interval", "make_table", "permute_donors"]
+__all__ = [
+    "CellGroups",
+    "DonorGroups",
+    "ShardScores",
+    "benjamini_hochberg",
+    "cell_statistics",
+    "compare",
+    "compare_groups",
+    "interval",
+    "make_table",
+    "permute_donors",
+]
