@@ -1,4 +1,4 @@
-"""Perturbation in silico: speed and memory, drivers of a simulation, interferon genes of PBMC, groups without an effect.
+"""Perturbation in silico: speed, memory, drivers of a simulation, interferon genes of PBMC, groups without an effect.
 
 Speed and memory: simulated cells, a GeneBert of size small with a whole-cell `[CLS]` and 256 attended tokens. One at a
 time means: edit the counts of one cell, call `embed` on it. Its residual branches are random in the rows that read
