@@ -267,6 +267,7 @@ def _interferon(path: str, n_cells: int = 300) -> dict:
             "all_genes": [float(table.loc["all", column]) for column in (of, f"{of}_low", f"{of}_high", z)],
             "to_control": int((single[of] > 0).sum()),
             "below_fdr_05": int(((single[fdr] < 0.05) & (single[of] > 0)).sum()),
+            "below_fdr_10": int(((single[fdr] < 0.1) & (single[of] > 0)).sum()),
             "genes": len(single),
             "median_z": float(single[z].median()),
         }

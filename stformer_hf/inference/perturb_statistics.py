@@ -16,7 +16,6 @@ _AT_ONCE = 256  # perturbations whose permutations are in memory together: 20 MB
 _LEAST_REFERENCE = 10  # perturbations that a centre and a spread are computed from
 _LEAST_CHANGED = 3  # cells that a perturbation must change to be tested
 _LEAST_P = 1e-16  # of the normal distribution; how far out it is beyond that says nothing
-_NORMAL_MAD = float(stats.norm.ppf(0.75))  # median absolute deviation of a standard normal
 
 
 class ShardScores(NamedTuple):
@@ -149,9 +148,9 @@ def compare(effects: np.ndarray, matched: np.ndarray, is_null: np.ndarray) -> tu
     Returns
     -------
     z : float array (n,)
-        Distance to the median of the reference, in units of its spread: median absolute deviation / 0.6745. Without a
-        null that was drawn, the spread is multiplied by a factor, common to all, of at least 1, that puts 90 % of the
-        reference within 1.645.
+        Distance to the median of the reference, in units of its spread. With a null that was drawn, 90 % of it are
+        within 1.645. Otherwise the spread is the median absolute deviation / 0.6745, times a factor, common to all, of
+        at least 1, that puts 90 % of the reference within 1.645.
     p : float array (n,)
         Two-sided. NaN with fewer than 10 perturbations in the reference. If n were drawn for the null, the share of
         1 + n that is at least as far out, itself included: no effect, however large, has a p below 1 / (1 + n). The
@@ -176,11 +175,12 @@ def compare(effects: np.ndarray, matched: np.ndarray, is_null: np.ndarray) -> tu
         reference = effects[of & is_null] if (of & is_null).any() else effects[of]
         if len(reference) < _LEAST_REFERENCE:
             continue
-        centre, spread = _centre_and_spread(reference)
+        was_drawn = (of & is_null).any()
+        centre, spread = _centre_and_spread(reference, 0.9 if was_drawn else 0.5)
         if spread == 0:
             continue
         z[of] = (effects[of] - centre) / spread
-        if (of & is_null).any():
+        if was_drawn:
             drawn |= of
             of_null = np.append(of_null, _distances_to_others(reference))
         else:
@@ -195,17 +195,17 @@ def compare(effects: np.ndarray, matched: np.ndarray, is_null: np.ndarray) -> tu
     return z, p
 
 
-def _centre_and_spread(values: np.ndarray) -> tuple[float, float]:
-    """Return median, and median absolute deviation in units of a normal distribution's standard deviation."""
+def _centre_and_spread(values: np.ndarray, share: float) -> tuple[float, float]:
+    """Return the median, and the distance to it of a share of the values, divided by that of a normal distribution."""
     centre = np.median(values)
-    return centre, np.median(np.abs(values - centre)) / _NORMAL_MAD
+    return centre, np.quantile(np.abs(values - centre), share) / stats.norm.ppf((1 + share) / 2)
 
 
 def _distances_to_others(values: np.ndarray) -> np.ndarray:
     """Return the z of each value among the others, of which the spread is not 0: float array (at most n,)."""
     found = []
     for i, value in enumerate(values):
-        centre, spread = _centre_and_spread(np.delete(values, i))
+        centre, spread = _centre_and_spread(np.delete(values, i), 0.9)
         if spread > 0:
             found.append((value - centre) / spread)
     return np.array(found)

@@ -86,7 +86,7 @@ def test_a_driver_among_few_genes_is_compared_with_genes_of_its_expression():
     genes = cells.var_names[cells.var["driver"]][:3].tolist() + cells.var_names[~cells.var["driver"]][:3].tolist()
     table = perturb_simulation(cells, False, genes, n_null=15)
     assert table.index.tolist() == genes
-    assert (table["z"].to_numpy()[:3] > 3).sum() >= 2 and (table["z"].abs().to_numpy()[3:] < 3).all()
+    assert (table["z"].to_numpy()[:3] > 1.7).all() and (table["z"].abs().to_numpy()[3:] < 1.7).all()
     ax = volcano(table, fdr=0.2)
     assert ax.get_title().startswith(f"{(table['fdr'] < 0.2).sum()} of 6")
     with pytest.raises(ValueError, match="no score 'nothing'; it has goal_shift"):
@@ -115,7 +115,7 @@ def test_compare_ranks_effects_among_a_null_that_was_drawn(seed):
 
     def distance(value, others):
         centre = np.median(others)
-        return abs(value - centre) / np.median(np.abs(others - centre))
+        return abs(value - centre) / np.quantile(np.abs(others - centre), 0.9)
 
     null = {value: effects[(matched == value) & is_null] for value in ("a", "b")}
     of_null = [distance(x, np.delete(of, i)) for of in null.values() for i, x in enumerate(of)]
