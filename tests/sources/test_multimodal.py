@@ -31,6 +31,12 @@ from stformer_hf.models.gene_bert.cell_tables import choose_table
 from stformer_hf.sources.open_source import open_source
 from stformer_hf.sources.read_anndata import read_anndata
 
+pytestmark = [
+    # Of the packages that SpatialData objects are made and written by.
+    pytest.mark.filterwarnings("ignore:Call to deprecated class Scaler:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The index of the dataframe is not monotonic:UserWarning"),
+]
+
 GENES = [f"ENSG{i:011d}" for i in range(1, 6)]
 COUNTS = np.array([[1, 5, 2, 0, 3], [0, 7, 4, 2, 0], [2, 0, 0, 1, 6], [4, 1, 0, 8, 2]], np.float32)
 CELLS = list("wxyz")
