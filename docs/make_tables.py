@@ -225,15 +225,36 @@ def perturb_simulation(results: dict) -> str:
 def perturb_interferon(results: dict) -> str:
     """Return what deleting interferon genes does to stimulated cells."""
     lines = [
-        "| score | all together | z | single genes that move to control | of these below 5 % FDR | median z |",
+        "| score | all together | z | single genes that move to control | of these below 5 %, 10 % FDR | median z |",
         "|---|---|---|---|---|---|",
     ]
     names = {"model": "model", "pca": "PCA", "linear": "logistic regression, probability"}
     for key, name in names.items():
         row = results["interferon"][key]
         mean, low, high, z = row["all_genes"]
-        counts = f"{row['to_control']} of {row['genes']} | {row['below_fdr_05']} | {row['median_z']:.1f}"
+        below = f"{row['below_fdr_05']}, {row['below_fdr_10']}"
+        counts = f"{row['to_control']} of {row['genes']} | {below} | {row['median_z']:.1f}"
         lines.append(f"| {name} | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | {z:.1f} | {counts} |")
+    return "\n".join(lines)
+
+
+def perturb_no_effect(results: dict) -> str:
+    """Return which shares of genes are called where the groups do not differ: mean over splits, and the largest."""
+    names = {
+        "p": "p < .05",
+        "p_matched": "p_matched < .05",
+        "p_cells": "p_cells < .05",
+        "fdr": "FDR < 5 %",
+        "shift_fdr": "FDR of the shift",
+        "pca_goal_shift_fdr": "FDR of PCA",
+        "linear_probability_fdr": "FDR of logistic regression",
+    }
+    lines = [f"| compared with | {' | '.join(names.values())} |", "|---" * (1 + len(names)) + "|"]
+    for way in dict.fromkeys(row["compared"] for row in results["no_effect"]):
+        of = [row for row in results["no_effect"] if row["compared"] == way]
+        shares = ([100 * row[name] for row in of] for name in names)
+        cells = (f"{sum(each) / len(each):.1f} %, {max(each):.1f} %" for each in shares)
+        lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -305,8 +326,9 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "quality_2026-11-28 few": quality_few_labels,
     "quality_2026-11-28 embeddings": quality_embeddings,
     "perturb_2026-11-28": perturb_speed,
-    "perturb_2026-11-28 simulation": perturb_simulation,
-    "perturb_2026-11-28 interferon": perturb_interferon,
+    "perturb_2026-11-29 simulation": perturb_simulation,
+    "perturb_2026-11-29 interferon": perturb_interferon,
+    "perturb_2026-11-29 no_effect": perturb_no_effect,
     "gpu_h200_2026-11-28": gpu,
     "gpu_h200_2026-11-28 loader": gpu_loader,
     "objectives_h200_2026-11-28": objectives,
