@@ -100,8 +100,7 @@ class ObjectiveTrainer(CellTrainer):
         if self._average is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError("ema averages whole weights, but FSDP and DeepSpeed shard them: leave it out.")
-            self._averaging = AverageWeights(self, self._average)
-            self.add_callback(self._averaging)
+            self.add_callback(AverageWeights(self, self._average))
 
     def _prepare_model(self, model: PreTrainedModel) -> None:
         """Set the pooling of a model to `[CLS]`, and add the decoder if an objective needs it."""
@@ -134,14 +133,15 @@ class ObjectiveTrainer(CellTrainer):
                 "torch.nn.DataParallel would separate the two views of a cell: start one process per GPU with "
                 "accelerate launch, or make only one GPU visible (CUDA_VISIBLE_DEVICES=0)."
             )
-        datasets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        for cells in (self.train_dataset, *datasets):
-            if cells is not None and not isinstance(cells, CellStore):
+        for cells in self._own_datasets():
+            if cells is None:
+                continue
+            if not isinstance(cells, CellStore):
                 raise ValueError(
                     f"Two views of a cell are made from its counts: objectives on [CLS] need a CellStore, got "
                     f"{type(cells).__name__}."
                 )
-            if self.batch_key is not None and cells is not None:
+            if self.batch_key is not None:
                 sources_of(cells, self.batch_key)
         by_length = self.max_tokens_per_batch is not None or args.train_sampling_strategy != "random"
         if self.batch_key is not None and by_length:
@@ -157,9 +157,8 @@ class ObjectiveTrainer(CellTrainer):
         in_random_order = self.max_tokens_per_batch is None and self.args.train_sampling_strategy == "random"
         if not self._trains_cls or not in_random_order or isinstance(dataset, IterableDataset) or dataset is None:
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         sources = sources_of(dataset, self.batch_key)
-        return SameSourceSampler(sources, self._train_batch_size, seed, draw=self._draw(dataset))
+        return SameSourceSampler(sources, self._train_batch_size, self._seed_of_order, draw=self._draw(dataset))
 
     def _n_tokens(self, dataset: Any):
         """Return the number of tokens of each row; two views have at most twice those of a cell."""
@@ -286,11 +285,14 @@ class ObjectiveTrainer(CellTrainer):
             self._average.save(checkpoint)
         super()._save_checkpoint(model, trial)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self._average is not None:
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        self._sums[True], self._watched[True] = {}, []  # of an attempt that ran out of memory
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self._average is not None and resume_from_checkpoint is None:
+            self._average.begin(self.model)
+        elif self._average is not None:
             self._average.load(Path(resume_from_checkpoint), self.model)
-            self._averaging.resumed = True
+        return prepared
 
 
 __all__ = ["ObjectiveTrainer"]
