@@ -205,7 +205,8 @@ class CellTrainer(LossTrainer):
         return self.max_tokens_per_batch * self._train_batch_size // self.args.train_batch_size
 
     @property
-    def _seed_of_order(self) -> int:
+    def seed_of_order(self) -> int:
+        """Seed of the order of the cells: `args.data_seed`, or else `args.seed`."""
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _is_packed(self) -> bool:
@@ -226,7 +227,7 @@ class CellTrainer(LossTrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             return None
-        args, seed, draw = self.args, self._seed_of_order, self._draw(dataset)
+        args, seed, draw = self.args, self.seed_of_order, self._draw(dataset)
         if self.max_tokens_per_batch is not None:
             lengths = self._n_tokens(dataset)
             return TokenBudgetBatchSampler(
@@ -386,7 +387,7 @@ class CellTrainer(LossTrainer):
         batches = TokenBudgetBuffer(
             stream,
             n_tokens=partial(_tokens_of, self.processing_class),
-            seed=self._seed_of_order,
+            seed=self.seed_of_order,
             # Trainer takes a stream of unknown length as one epoch, so a step could span two passes over the files.
             # With a whole number of steps per pass, the order is the same on any number of processes.
             world_size=args.world_size if n_cells is not None else in_a_step,
@@ -536,7 +537,7 @@ class CellTrainer(LossTrainer):
         args, by_cells = self.args, self.max_tokens_per_batch is None
         strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
         order: dict[str, Any] = {
-            "seed": self._seed_of_order,
+            "seed": self.seed_of_order,
             "train_sampling_strategy": strategy,
             "max_tokens_per_batch": self._token_budget,
             # Their number of cells is limited; absent from the checkpoints of earlier versions.

@@ -158,7 +158,7 @@ class ObjectiveTrainer(CellTrainer):
         if not self._trains_cls or not in_random_order or isinstance(dataset, IterableDataset) or dataset is None:
             return super()._get_train_sampler(train_dataset)
         sources = sources_of(dataset, self.batch_key)
-        return SameSourceSampler(sources, self._train_batch_size, self._seed_of_order, draw=self._draw(dataset))
+        return SameSourceSampler(sources, self._train_batch_size, self.seed_of_order, draw=self._draw(dataset))
 
     def _n_tokens(self, dataset: Any):
         """Return the number of tokens of each row; two views have at most twice those of a cell."""
