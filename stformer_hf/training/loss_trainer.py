@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
+from ..batches.collate import IGNORE
 from ..evaluation.metrics import preprocess_logits_for_metrics, preprocess_logits_with_nll
 from .argument_checks import smoothing_field
-from .eval_loss import SumOfLosses, filling_cells, sum_dtype, without_labels
 from .throughput import MeasuredTrainer
 
 
@@ -23,12 +24,11 @@ class LossTrainer(MeasuredTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # Sums over the batches of training (True) and of an evaluation (False) since the last log.
-        self._statistics: dict[bool, torch.Tensor] = {}
-        self._eval_losses = SumOfLosses()
+        # Of the batches of training (True) and of an evaluation (False) since the last log, by name.
+        self._sums: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}
 
     def _prepare_for_training(self, *args, **kwargs):
-        self._statistics.clear()  # of an attempt that ran out of memory (auto_find_batch_size)
+        self._sums[True] = {}  # those of an attempt that ran out of memory (auto_find_batch_size) do not count
         return super()._prepare_for_training(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -40,10 +40,9 @@ class LossTrainer(MeasuredTrainer):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         statistics = getattr(outputs, "class_statistics", None)
         if statistics is not None:
+            statistics = statistics.to(sum_dtype(statistics.device))
             # Each replica returns its own rows.
-            total = statistics.detach().to(sum_dtype(statistics.device)).view(-1, len(self._token_classes()), 3).sum(0)
-            before = self._statistics.get(model.training)
-            self._statistics[model.training] = total if before is None else before + total
+            self._add(model.training, "classes", statistics.view(-1, len(self._token_classes()), 3).sum(0))
         return (loss, outputs) if return_outputs else loss
 
     @contextmanager
@@ -63,39 +62,6 @@ class LossTrainer(MeasuredTrainer):
             setattr(config, field, before)
             self.label_smoother = smoother
 
-    def log(self, logs, *args, **kwargs):
-        """Log as Trainer does, with the training losses of the classes of tokens."""
-        if "loss" in logs:
-            logs = {**logs, **self._class_metrics(True)}
-        super().log(logs, *args, **kwargs)
-
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Evaluate as Trainer does; the loss is the mean over all labels, and each class of tokens has its own."""
-        self._statistics.pop(False, None)
-        self._eval_losses = SumOfLosses()
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        loss = self._eval_losses.mean(self.accelerator)
-        if loss is not None:
-            output.metrics[f"{metric_key_prefix}_loss"] = loss
-        output.metrics.update(self._class_metrics(False, f"{metric_key_prefix}_"))
-        return output
-
-    def _token_classes(self) -> list[str]:
-        return self.model.config.token_classes or ["genes"]
-
-    def _class_metrics(self, training: bool, prefix: str = "") -> dict[str, float]:
-        """Return the losses and accuracies since the last call, over all processes."""
-        statistics = self._statistics.pop(training, None)
-        if statistics is None:
-            return {}
-        rows = self.accelerator.reduce(statistics, "sum").tolist()
-        metrics = {}
-        for name, (nll, n_right, n_labels) in zip(self._token_classes(), rows, strict=True):
-            if n_labels:
-                metrics[f"{prefix}{name}_loss"] = nll / n_labels
-                metrics[f"{prefix}{name}_accuracy"] = n_right / n_labels
-        return metrics
-
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Predict as Trainer does; cells that fill the last batch of multiple processes have no labels.
 
@@ -109,7 +75,7 @@ class LossTrainer(MeasuredTrainer):
             inputs = {**inputs, "sparse_prediction": self.model.config.sparse_prediction}
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if self._loss_is_a_mean_over_labels and loss is not None and n_labels is not None:
-            self._eval_losses.add(loss, n_labels, only_finite=self.args.logging_nan_inf_filter)
+            self._add(False, "loss", loss_of_batch(loss, n_labels, self.args.logging_nan_inf_filter))
         return loss, logits, labels
 
     def _without_filling_cells(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -117,5 +83,107 @@ class LossTrainer(MeasuredTrainer):
         rows = filling_cells(self.accelerator, len(inputs[names[0]])) if names else None
         return inputs if rows is None else without_labels(inputs, names, rows)
 
+    # ------------------------------------------------------------------ figures
 
-__all__ = ["LossTrainer"]
+    def _token_classes(self) -> list[str]:
+        return self.model.config.token_classes or ["genes"]
+
+    def _add(self, training: bool, name: str, sums: torch.Tensor) -> None:
+        """Add the sum of a loss and the number of its terms in a batch; they stay on their device until a log."""
+        sums, before = sums.detach(), self._sums[training].get(name)
+        self._sums[training][name] = sums if before is None else before + sums
+
+    def _means(self, training: bool, prefix: str = "") -> dict[str, float]:
+        """Return the mean losses and accuracies since the last call, over all processes."""
+        sums, self._sums[training] = self._sums[training], {}
+        rows = {name: self.accelerator.reduce(of, "sum").tolist() for name, of in sums.items()}
+        means = {}
+        classes = self._token_classes() if "classes" in rows else []
+        for name, (nll, n_right, n_labels) in zip(classes, rows.pop("classes", []), strict=True):
+            if n_labels:
+                means[f"{prefix}{name}_loss"] = nll / n_labels
+                means[f"{prefix}{name}_accuracy"] = n_right / n_labels
+        return means | {prefix + name: total / n for name, (total, n) in rows.items() if n}
+
+    def log(self, logs, *args, **kwargs):
+        """Log as Trainer does, with the training losses of the classes of tokens."""
+        if "loss" in logs:
+            logs = {**logs, **self._means(True)}
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Evaluate as Trainer does; the loss is the mean over all labels, and each class of tokens has its own."""
+        self._sums[False] = {}
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update(self._means(False, f"{metric_key_prefix}_"))
+        return output
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of sums over many batches on a device: float64, or float32 on MPS, which has no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def loss_of_batch(loss: torch.Tensor, n_labels: torch.Tensor | int, only_finite: bool) -> torch.Tensor:
+    """Return the sum of the loss over the labels of a batch, and their number, for a mean over several batches.
+
+    Parameters
+    ----------
+    loss : Tensor ()
+        Mean over the labels.
+    n_labels : int or Tensor ()
+    only_finite : bool
+        Whether to leave out a batch whose loss is infinite or NaN.
+
+    Returns
+    -------
+    Tensor (2,)
+        On the device of the loss; zeros for a batch that is left out or has no labels.
+    """
+    loss = loss.detach().to(sum_dtype(loss.device))
+    n_labels = torch.as_tensor(n_labels, device=loss.device).to(loss.dtype)
+    counts = (n_labels > 0) & loss.isfinite() if only_finite else n_labels > 0
+    return torch.where(counts, torch.stack([loss * n_labels, n_labels]), 0.0)
+
+
+def filling_cells(accelerator: Accelerator, n_cells: int) -> torch.Tensor | None:
+    """Return which cells of this process's batch are repeats, added so that all processes have equally many.
+
+    accelerate repeats cells from the beginning of the data, and `gather_for_metrics` leaves them out: in the last
+    batch of all processes, they are the cells after the remainder.
+
+    Parameters
+    ----------
+    accelerator : Accelerator
+    n_cells : int
+        Cells in the batch of this process.
+
+    Returns
+    -------
+    bool Tensor (n_cells,) or None
+        None if there are no such cells.
+    """
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return None
+    number = accelerator.process_index * n_cells + torch.arange(n_cells)
+    return number >= state.remainder
+
+
+def without_labels(inputs: dict[str, Any], names: list[str], rows: torch.Tensor) -> dict[str, Any]:
+    """Return a copy of a batch in which some rows have no labels.
+
+    Parameters
+    ----------
+    inputs : dict of str to Tensor (n, …)
+    names : list of str
+        Names of the labels.
+    rows : bool Tensor (n,)
+    """
+    hidden = {name: inputs[name].clone() for name in names if inputs.get(name) is not None}
+    for labels in hidden.values():
+        labels[rows.to(labels.device)] = IGNORE
+    return {**inputs, **hidden}
+
+
+__all__ = ["LossTrainer", "filling_cells", "loss_of_batch", "sum_dtype", "without_labels"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..eval_loss import sum_dtype
+from ..loss_trainer import sum_dtype
 
 _PENALTIES = (1.0, 10.0, 100.0, 1e3, 1e4)
 
