@@ -131,7 +131,8 @@ def loss_of_batch(loss: torch.Tensor, n_labels: torch.Tensor | int, only_finite:
     ----------
     loss : Tensor ()
         Mean over the labels.
-    n_labels : int or Tensor ()
+    n_labels : int, or Tensor () or (n_gpu, 1)
+        Number of labels, possibly repeated.
     only_finite : bool
         Whether to leave out a batch whose loss is infinite or NaN.
 
@@ -141,7 +142,8 @@ def loss_of_batch(loss: torch.Tensor, n_labels: torch.Tensor | int, only_finite:
         On the device of the loss; zeros for a batch that is left out or has no labels.
     """
     loss = loss.detach().to(sum_dtype(loss.device))
-    n_labels = torch.as_tensor(n_labels, device=loss.device).to(loss.dtype)
+    # With DataParallel, Trainer repeats the number for each GPU.
+    n_labels = torch.as_tensor(n_labels, device=loss.device).to(loss.dtype).reshape(-1)[0]
     counts = (n_labels > 0) & loss.isfinite() if only_finite else n_labels > 0
     return torch.where(counts, torch.stack([loss * n_labels, n_labels]), 0.0)
 

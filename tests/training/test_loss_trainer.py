@@ -67,3 +67,9 @@ def test_a_batch_without_labels_adds_nothing():
     batches = ((2.0, 3), (float("nan"), 0), (6.0, 1))
     total, n_labels = sum(loss_of_batch(torch.tensor(loss), n, only_finite=False) for loss, n in batches)
     assert total / n_labels == 3.0
+
+
+def test_the_number_of_labels_may_be_repeated_for_each_gpu():
+    """Trainer does so with DataParallel, which needs several GPUs."""
+    found = loss_of_batch(torch.tensor(2.0), torch.full((2, 1), 3.0), only_finite=True)
+    assert found.tolist() == [6.0, 3.0]
