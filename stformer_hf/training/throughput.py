@@ -100,13 +100,11 @@ class Throughput:
 
     def __init__(self, trainer: Trainer):
         self._trainer = trainer
-        self.totals = {"tokens": 0, "cells": 0, "seconds": 0.0}
         self.begin()
 
     def begin(self) -> None:
         """Reset all counts, and read the totals of a resumed run from the trainer's state."""
-        self._on_device: torch.Tensor | None = None
-        self._positions = 0
+        self._counts, self._positions = torch.zeros(4, dtype=torch.int64), 0
         self._wait = self._elapsed = 0.0
         self._since: float | None = None
         self._at_last_log = dict.fromkeys(_SUMS, 0)
@@ -174,26 +172,24 @@ class Throughput:
                 n_tokens = len(observed) + len(masked)
                 self._add(torch.tensor([n_tokens, 0, 0, len(masked)]), n_tokens)
             return
-        if batch.get("cu_seq_lens_q") is not None:
+        packed = batch.get("cu_seq_lens_q") is not None
+        if packed:
             lengths = batch["cu_seq_lens_q"].diff().long()
         elif batch.get("attention_mask") is not None:
             lengths = batch["attention_mask"].sum(-1)
         else:
             lengths = (ids != getattr(self._trainer.processing_class, "pad_token_id", None)).sum(-1)
         n_cells = torch.full_like(lengths[:1], len(lengths)).sum()
-        if batch.get("cu_seq_lens_q") is not None and batch.get("seq_idx") is not None:
+        if packed and batch.get("seq_idx") is not None:
             n_cells = batch["seq_idx"].max().long() + 1  # dead and empty segments follow them
             lengths = lengths * (torch.arange(len(lengths), device=lengths.device) < n_cells)
         labels = batch.get("labels")
-        if labels is not None and labels.shape == ids.shape:
-            predictions = (labels != IGNORE).sum()
-        else:
-            predictions = n_cells
-        sums = torch.stack([lengths.sum(), lengths.square().sum(), predictions, n_cells])
-        self._add(sums, ids.numel())
+        per_token = labels is not None and labels.shape == ids.shape
+        predictions = (labels != IGNORE).sum() if per_token else n_cells
+        self._add(torch.stack([lengths.sum(), lengths.square().sum(), predictions, n_cells]), ids.numel())
 
-    def _add(self, sums: torch.Tensor, n_positions: int) -> None:
-        self._on_device = sums if self._on_device is None else self._on_device + sums
+    def _add(self, counts: torch.Tensor, n_positions: int) -> None:
+        self._counts = self._counts.to(counts.device) + counts
         self._positions += n_positions
 
     # ------------------------------------------------------------------ figures
@@ -246,18 +242,13 @@ class Throughput:
         """Return the sums since `begin` over all processes, and the largest peak memory of a process in bytes."""
         device = self._trainer.args.device
         elapsed = self._elapsed + (0.0 if self._since is None else time.perf_counter() - self._since)
-        counted = torch.zeros(4, dtype=torch.int64) if self._on_device is None else self._on_device
         own = [self._positions, round(1e6 * self._wait), round(1e6 * elapsed), _peak_memory(device)]
-        row = torch.cat([counted.to(device), torch.tensor(own, dtype=torch.int64, device=device)])
+        row = torch.cat([self._counts.to(device), torch.tensor(own, device=device)])
         rows = self._trainer.accelerator.gather(row[None])
         *counts, _ = rows.sum(0).tolist()
         sums = dict(zip(_SUMS, counts, strict=True))
-        seconds = sums["elapsed"] / 1e6 / self._trainer.args.world_size
-        self.totals = {
-            "tokens": self._before["tokens"] + sums["tokens"],
-            "cells": self._before["cells"] + sums["cells"],
-            "seconds": self._before["seconds"] + seconds,
-        }
+        done = {**sums, "seconds": sums["elapsed"] / 1e6 / self._trainer.args.world_size}
+        self.totals = {name: before + done[name] for name, before in self._before.items()}
         return sums, int(rows[:, -1].max())
 
 
