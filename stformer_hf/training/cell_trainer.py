@@ -228,11 +228,12 @@ class CellTrainer(LossTrainer):
         if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             return None
         args, seed, draw = self.args, self.seed_of_order, self._draw(dataset)
-        if self.max_tokens_per_batch is not None:
+        budget = self._token_budget
+        if budget is not None:
             lengths = self._n_tokens(dataset)
             return TokenBudgetBatchSampler(
                 lengths,
-                self._token_budget,
+                budget,
                 packing=self._is_packed(),
                 max_cells=self._fix_size(lengths),
                 seed=seed,

@@ -271,7 +271,8 @@ def prepare_classifier(
     if classes and not isinstance(key, str):
         head |= fields_of_columns(classes)
     else:
-        names = classes[key] if classes else [key] if isinstance(key, str) else key
+        columns = [key] if isinstance(key, str) else key
+        names = classes[columns[0]] if classes else columns
         head |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     set_seed(arguments.seed)
     if model is None:

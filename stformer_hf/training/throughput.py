@@ -184,8 +184,10 @@ class Throughput:
             n_cells = batch["seq_idx"].max().long() + 1  # dead and empty segments follow them
             lengths = lengths * (torch.arange(len(lengths), device=lengths.device) < n_cells)
         labels = batch.get("labels")
-        per_token = labels is not None and labels.shape == ids.shape
-        predictions = (labels != IGNORE).sum() if per_token else n_cells
+        if labels is not None and labels.shape == ids.shape:
+            predictions = (labels != IGNORE).sum()
+        else:
+            predictions = n_cells
         self._add(torch.stack([lengths.sum(), lengths.square().sum(), predictions, n_cells]), ids.numel())
 
     def _add(self, counts: torch.Tensor, n_positions: int) -> None:
