@@ -57,13 +57,9 @@ class OutOfFold:
 
 
 def replace_out_of_fold(folder: str | Path, found: OutOfFold | Mapping[str, OutOfFold] | None) -> None:
-    """Write the out-of-fold predictions of a model into its folder, and remove those of an earlier one.
+    """Write the out-of-fold predictions of a model, by label column if it has several, into its folder.
 
-    Parameters
-    ----------
-    folder : str or Path
-    found : OutOfFold, or mapping of str to OutOfFold, optional
-        A mapping by label column for a model of several.
+    Those of an earlier model are removed.
     """
     path = Path(folder) / CALIBRATION_FILE
     path.unlink(missing_ok=True)

@@ -22,18 +22,7 @@ _OPTIMIZER, _DEEPSPEED = re.compile(r"(rank\d+-of-\d+-)?optimizer"), re.compile(
 
 
 def last_whole_checkpoint(folder: str | Path) -> Path | None:
-    """Find the newest complete checkpoint of a run.
-
-    Parameters
-    ----------
-    folder : str or Path
-        `output_dir` of a run.
-
-    Returns
-    -------
-    Path or None
-        The checkpoint with the most steps; None if there is none.
-    """
+    """Return the complete checkpoint with the most steps in the `output_dir` of a run; None if there is none."""
     paths = [path for path in Path(folder).glob("checkpoint-*") if _NAME.fullmatch(path.name) and _is_whole(path)]
     return max(paths, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
@@ -85,12 +74,7 @@ def check_complete(checkpoint: str | Path) -> None:
 def check_same_meaning(checkpoint: str | Path, config: PreTrainedConfig | None) -> None:
     """Refuse a checkpoint whose weights mean other genes, classes or neighbourhoods than the model to continue.
 
-    Parameters
-    ----------
-    checkpoint : str or Path
-        Nothing is checked if it has no configuration.
-    config : PreTrainedConfig or None
-        Configuration of the model. Only what both know is compared; default names of outputs (LABEL_0, …) are unknown.
+    Only what the configurations of both know is compared; default names of outputs (LABEL_0, …) are unknown.
 
     Raises
     ------

@@ -309,23 +309,11 @@ def _name_types(tokenizer: GeneTokenizer) -> list[tuple[str, ...]]:
 
 
 def _draw_rows(weight: torch.Tensor, new: torch.Tensor, like: torch.Tensor, std: float) -> None:
-    """Draw rows from the normal distribution with the mean and covariance of other rows.
+    """Draw rows `new` of a weight, in place, from the normal distribution with the mean and covariance of other rows.
 
-    Parameters
-    ----------
-    weight : Tensor (n, d)
-        Written in place.
-    new : LongTensor (n_new,)
-        Rows to write.
-    like : Tensor (n_old, d)
-        Rows that the new ones should resemble.
-    std : float
-        Standard deviation of the new rows, of mean 0, if `like` has fewer than two rows.
-
-    Notes
-    -----
-    With n centred rows X and z ~ N(0, I_n), the covariance of z X / sqrt(n - 1) is that of the rows, even if they do
-    not span all dimensions.
+    If there are fewer than two rows that they should be `like`, the mean is 0 and the standard deviation `std`. With n
+    centred rows X and z ~ N(0, I_n), the covariance of z X / sqrt(n - 1) is that of the rows, even if they do not span
+    all dimensions.
     """
     like = like.float()
     for some in new.split(_ROWS_AT_A_TIME):

@@ -28,14 +28,7 @@ _REMEDY = "Load all of them from one checkpoint, or make the model with GeneBert
 
 
 def check_tokenizer_fits(model: PreTrainedModel, tokenizer: GeneTokenizer, name: str = "tokenizer") -> None:
-    """Check that a tokenizer has the vocabulary of a model.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-    tokenizer : GeneTokenizer
-    name : str, default: "tokenizer"
-        Name of the tokenizer in errors.
+    """Check that a tokenizer, which errors call `name`, has the vocabulary of a model.
 
     Raises
     ------
@@ -104,14 +97,8 @@ def _vocabulary(tokenizer: Any) -> Any:
 def check_tokens(dataset: Any, model: PreTrainedModel, tokenizer: Any) -> None:
     """Check that the tokens of a dataset were made with the tokenizer of the collator, or of the model.
 
-    Parameters
-    ----------
-    dataset : any dataset
-        A stream has its tokenizer, and a tokenized dataset the manifest that `CellStore.tokenize` wrote. The tokens of
-        other datasets cannot be checked.
-    model : PreTrainedModel
-    tokenizer : GeneTokenizer, optional
-        Tokenizer of the collator, or `processing_class`.
+    A stream has its tokenizer, and a tokenized dataset the manifest that `CellStore.tokenize` wrote. The tokens of
+    other datasets cannot be checked.
 
     Raises
     ------
@@ -179,19 +166,12 @@ def _named(dataset: Any) -> str:
 def fit_classes(model: PreTrainedModel, collator: Any, dataset: Any) -> Any:
     """Make a collator number classes and columns as its model does; name unnamed outputs after the training cells.
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-        `config.id2label` and `config.label2id` are set if the outputs have no names, the collator or the dataset knows
-        them, and the head has room for them.
-    collator : DataCollatorForCellClassification, or any other
-        Others are returned as they are.
-    dataset : any dataset
-        Training cells.
+    `config.id2label` and `config.label2id` are set if the outputs have no names, the collator or the training cells
+    (`dataset`) know them, and the head has room for them.
 
     Returns
     -------
-    The collator, or a copy with `label2id`.
+    A copy of a `DataCollatorForCellClassification` with `label2id`, if it had none; any other collator itself.
 
     Raises
     ------
@@ -265,14 +245,6 @@ def fit_datasets(model: PreTrainedModel, train: Any, others: Iterable[Any]) -> N
     This is the hook for datasets whose rows are not tokens. If a dataset, or one inside a Subset or ConcatDataset, has
     a method `fit_model(model, name, learn)`, it is called with the model, the name of the argument for errors, and
     whether it may add to `model.config` what is missing there. `CenterMaskSampler` has such a method.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-    train : any dataset
-        Training cells.
-    others : iterable of datasets
-        All other datasets, such as those for evaluation.
 
     Raises
     ------

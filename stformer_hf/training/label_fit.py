@@ -45,20 +45,12 @@ class _Labels:
 
 
 def fit_head_to_labels(model: Any, collator: Any, dataset: Any, all_read: bool = True) -> None:
-    """Check that the labels of cells fit a head, and complete its configuration.
+    """Check that the labels of cells fit a head, and set `problem_type` of its configuration if it is missing.
 
-    If it is missing, `problem_type` is set. `fit_classes` names the outputs.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        Models that are not classifiers of cells are ignored.
-    collator : DataCollatorForCellClassification
-        Nothing is checked with another collator.
-    dataset : CellStore, datasets.Dataset, IterableAnnDataset, or a Subset or ConcatDataset of such
-        The labels of other datasets cannot be checked beforehand.
-    all_read : bool, default: True
-        Whether all cells are read, so that each needs a label; a draw may leave some out.
+    `fit_classes` names the outputs. Nothing is checked of models that are not classifiers of cells, or with a collator
+    that is not a `DataCollatorForCellClassification`; labels can be read from a store, a stream, a `datasets.Dataset`,
+    and a Subset or ConcatDataset of such. `all_read` says whether all cells are read, so that each needs a label; a
+    draw may leave some out.
 
     Raises
     ------

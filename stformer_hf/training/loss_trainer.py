@@ -125,21 +125,10 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 
 
 def loss_of_batch(loss: torch.Tensor, n_labels: torch.Tensor | int, only_finite: bool) -> torch.Tensor:
-    """Return the sum of the loss over the labels of a batch, and their number, for a mean over several batches.
+    """Return the sum of the loss over the labels of a batch, and their number, for a mean over batches: Tensor (2,).
 
-    Parameters
-    ----------
-    loss : Tensor ()
-        Mean over the labels.
-    n_labels : int, or Tensor () or (n_gpu, 1)
-        Number of labels, possibly repeated.
-    only_finite : bool
-        Whether to leave out a batch whose loss is infinite or NaN.
-
-    Returns
-    -------
-    Tensor (2,)
-        On the device of the loss; zeros for a batch that is left out or has no labels.
+    Both are 0 for a batch without labels, or, with `only_finite`, whose loss is infinite or NaN. `loss` (), the mean
+    over the labels, has the device of the result; `n_labels` may be repeated, (n_gpu, 1).
     """
     loss = loss.detach().to(sum_dtype(loss.device))
     # With DataParallel, Trainer repeats the number for each GPU.
@@ -149,21 +138,11 @@ def loss_of_batch(loss: torch.Tensor, n_labels: torch.Tensor | int, only_finite:
 
 
 def filling_cells(accelerator: Accelerator, n_cells: int) -> torch.Tensor | None:
-    """Return which cells of this process's batch are repeats, added so that all processes have equally many.
+    """Return which of the `n_cells` in this process's batch are repeats: bool Tensor (n_cells,), or None without any.
 
-    accelerate repeats cells from the beginning of the data, and `gather_for_metrics` leaves them out: in the last
-    batch of all processes, they are the cells after the remainder.
-
-    Parameters
-    ----------
-    accelerator : Accelerator
-    n_cells : int
-        Cells in the batch of this process.
-
-    Returns
-    -------
-    bool Tensor (n_cells,) or None
-        None if there are no such cells.
+    They are added so that all processes have equally many: accelerate repeats cells from the beginning of the data,
+    and `gather_for_metrics` leaves them out: in the last batch of all processes, they are the cells after the
+    remainder.
     """
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
@@ -173,15 +152,7 @@ def filling_cells(accelerator: Accelerator, n_cells: int) -> torch.Tensor | None
 
 
 def without_labels(inputs: dict[str, Any], names: list[str], rows: torch.Tensor) -> dict[str, Any]:
-    """Return a copy of a batch in which some rows have no labels.
-
-    Parameters
-    ----------
-    inputs : dict of str to Tensor (n, …)
-    names : list of str
-        Names of the labels.
-    rows : bool Tensor (n,)
-    """
+    """Return a copy of a batch in which some rows, bool Tensor (n,), have none of the labels `names`."""
     hidden = {name: inputs[name].clone() for name in names if inputs.get(name) is not None}
     for labels in hidden.values():
         labels[rows.to(labels.device)] = IGNORE

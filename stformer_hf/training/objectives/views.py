@@ -38,21 +38,11 @@ def first_panel(seed: int, epoch: int, n_genes: int) -> np.ndarray:
 def thin(
     counts: np.ndarray, genes: np.ndarray, cells: np.ndarray, cell_ids: np.ndarray, seed: int, epoch: int
 ) -> np.ndarray:
-    """Draw Binomial(count, 1/2) for each entry, as a function of (seed, epoch, cell, gene).
+    """Draw Binomial(count, 1/2) for each entry, as a function of (seed, epoch, cell, gene): an array like `counts`.
 
-    Parameters
-    ----------
-    counts : array (nnz,)
-        Whole numbers.
-    genes, cells : int64 array (nnz,)
-        Gene of each entry, and the position of its cell in `cell_ids`.
-    cell_ids : int64 array (n,)
-    seed, epoch : int
-
-    Returns
-    -------
-    array (nnz,) of the dtype of `counts`
-        The smallest k with P(at most k) >= u, for the uniform number u of the entry.
+    `counts` (nnz,) are whole numbers; `genes` and `cells`, int64 (nnz,), are the gene of each entry, and the position
+    of its cell in `cell_ids`, int64 (n,). The result is the smallest k with P(at most k) >= u, for the uniform number
+    u of the entry.
 
     Raises
     ------
@@ -226,17 +216,13 @@ def _checksums(cells: CellBatch) -> np.ndarray:
 
 
 def sources_of(cells: CellBatch | CellStore, batch_key: str | None) -> np.ndarray:
-    """Return the source of each cell.
+    """Return the source of each cell: int64 array (n,).
 
     Parameters
     ----------
     cells : CellBatch or CellStore
     batch_key : str, optional
         Categorical obs column; by default, the file that the cell comes from.
-
-    Returns
-    -------
-    int64 array (n,)
 
     Raises
     ------

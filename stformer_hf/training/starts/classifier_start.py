@@ -302,7 +302,7 @@ def _features_of_views(
     )
     products, most = [matrix @ matrix.T for matrix in matrices], views.loadings[0].shape[1]
 
-    def of_fold(train: np.ndarray, held_out: np.ndarray) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+    def of_fold(train: np.ndarray, held_out: np.ndarray) -> Callable[[int], tuple[np.ndarray, ...]]:
         of_views = [_principal_scores(of, train, held_out, most) for of in products]
         return lambda n: tuple(scaled([scores[part][:, :n] for scores in of_views], half) for part in (0, 1))
 
@@ -312,20 +312,10 @@ def _features_of_views(
 def _principal_scores(
     products: np.ndarray, train: np.ndarray, held_out: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the principal component scores of training and other cells from dot products of cells.
+    """Compute k principal component scores of training and other cells from their dot products (n, n), not centred.
 
-    Parameters
-    ----------
-    products : float64 array (n, n)
-        Dot products of all cells, not centred.
-    train, held_out : int64 array
-        Rows; the mean and the axes are fitted to the training rows.
-    k : int
-        Number of components, at most that of the training cells - 1.
-
-    Returns
-    -------
-    of_train (n_train, k), of_held_out (n_held_out, k)
+    The mean and the axes are fitted to the training rows; there are at most as many components as these - 1. Return
+    arrays (n_train, k) and (n_held_out, k).
     """
     inner = products[np.ix_(train, train)]
     means, mean = inner.mean(axis=0), inner.mean()

@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 # (training rows, validation rows) -> (number of components -> features of both), fitted to the training rows.
-FoldFeatures = Callable[[np.ndarray, np.ndarray], Callable[[int], tuple[np.ndarray, np.ndarray]]]
+FoldFeatures = Callable[[np.ndarray, np.ndarray], Callable[[int], tuple[np.ndarray, ...]]]
 
 
 class _Settings(TypedDict):
@@ -254,12 +254,7 @@ def centroids(states: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def fit_temperature(problem: Problem, outputs: np.ndarray, labels: np.ndarray) -> float:
     """Fit the temperature with the lowest mean loss of out-of-fold outputs, between 0.5 and 2.8; 1 for regression.
 
-    Parameters
-    ----------
-    problem : Problem
-    outputs : float array (n, n_outputs)
-        Outputs at a temperature of 1.
-    labels : array (n, …)
+    `outputs`, float (n, n_outputs), are those at a temperature of 1.
     """
     if problem.kind == "regression":
         return 1.0

@@ -109,17 +109,10 @@ def cell_embedding_of(model: nn.Module) -> CellEmbedding:
 
 @torch.no_grad()
 def set_views(embedding: CellEmbedding, views: SpectralViews, scale: float) -> None:
-    """Write views into a cell embedding.
+    """Write views, of which at most hidden size / 2 leading axes are used, into a cell embedding of the same genes.
 
-    Parameters
-    ----------
-    embedding : CellEmbedding
-        With the same number of genes.
-    views : SpectralViews
-        Views, of which at most hidden size / 2 leading axes are used.
-    scale : float
-        Root mean square of the embeddings of the chosen genes. `[CLS]` does not depend on it, since its halves are
-        scaled, but the steps of an optimiser do.
+    `scale` is the root mean square of the embeddings of the chosen genes. `[CLS]` does not depend on it, since its
+    halves are scaled, but the steps of an optimiser do.
     """
     statistics, weight = embedding.statistics, embedding.genes.weight
     statistics.shares.copy_(torch.from_numpy(views.shares))
@@ -138,20 +131,9 @@ def set_views(embedding: CellEmbedding, views: SpectralViews, scale: float) -> N
 def count_blocks(
     cells: CellStore | AnnData, tokenizer: GeneTokenizer, progress: bool = True
 ) -> Callable[[], Iterator[sparse.csr_array]]:
-    """Return a function that reads cells over a tokenizer's genes, in blocks of some thousands.
+    """Return a function that reads cells over a tokenizer's genes, in blocks of thousands: csr_arrays (n, n_genes).
 
-    Parameters
-    ----------
-    cells : CellStore or AnnData
-    tokenizer : GeneTokenizer
-        Maps columns to genes; columns of one gene are summed, unknown ones left out.
-    progress : bool, default: True
-        Show a progress bar for each pass.
-
-    Returns
-    -------
-    callable
-        Returns an iterator over csr_array (n, n_genes).
+    Columns of one gene are summed, unknown ones left out. Each pass shows a progress bar, unless `progress` is False.
     """
     if isinstance(cells, CellStore):
         n_cells, genes = len(cells), cells.genes

@@ -140,22 +140,10 @@ def log_values(counts: sparse.csr_array, genes: np.ndarray | None = None) -> spa
 def pearson_residuals(
     counts: sparse.csr_array, shares: np.ndarray, n_cells: int, genes: np.ndarray | None = None
 ) -> np.ndarray:
-    """Compute (x - mu) / sqrt(mu + mu^2 / 100), mu = total x share, clipped at +- sqrt(n_cells): float32, dense.
+    """Compute (x - mu) / sqrt(mu + mu^2 / 100), mu = total x share, clipped at +- sqrt(n_cells): float32 array (n, k).
 
-    Parameters
-    ----------
-    counts : csr_array (n, n_genes)
-        Counts of all genes, from which the totals are computed.
-    shares : float array (n_genes,)
-        Share of each gene in all counts.
-    n_cells : int
-        Number of cells from which the shares were computed.
-    genes : int array (k,), optional
-        Compute the residuals of these genes only.
-
-    Returns
-    -------
-    float32 array (n, k)
+    `counts` (n, n_genes) of all genes give the totals; `shares` (n_genes,) are those of the genes in the counts of the
+    `n_cells` cells. With `genes`, int (k,), only their residuals are computed.
     """
     totals = counts.sum(axis=1, dtype=np.float64)
     if genes is not None:
