@@ -20,8 +20,9 @@ def describe_cells(dataset: Any) -> str | None:
 
     The description depends on the cells, not on their location: moving or copying a store does not change it. For a
     store, the checksum is over all cell ids and lengths, the genes, and the counts of up to 64 cells; for a stream,
-    over the numbers of cells and the first cells of up to 64 files. A dataset with a method `describe_cells`, such as
-    `CenterMaskSampler`, describes itself. Other datasets have a number of rows; None if even that is unknown.
+    over the numbers of cells and the first cells of up to 64 files; for a `datasets.Dataset`, over the columns
+    `cell_id` and `length`, and up to 64 rows. A dataset with a method `describe_cells`, such as `CenterMaskSampler`,
+    describes itself. Other datasets have a number of rows; None if even that is unknown.
     """
     if isinstance(dataset, CellStore):
         rows = dataset.rows(spread_rows(len(dataset)))

@@ -149,14 +149,7 @@ class CellTrainer(LossTrainer):
     def _check_identities(self, model: Any) -> Any:
         """Check that model, tokenizer, collator and datasets agree, and copy what one of them lacks from the others.
 
-        Returns
-        -------
-        The collator, with the model's numbers of the classes.
-
-        Raises
-        ------
-        ValueError
-            Two of them disagree; see `identity`.
+        Return the collator, with the model's numbers of the classes. A ValueError says which of them disagree.
         """
         collator, (train, *others) = self.data_collator, self._own_datasets()
         check_tokenizers(model, self.processing_class, collator)
@@ -536,6 +529,11 @@ class CellTrainer(LossTrainer):
     def _order(self) -> dict[str, Any]:
         """Return the arguments that decide which cells are in each step."""
         args, by_cells = self.args, self.max_tokens_per_batch is None
+        draw, sampling = self._draw(self.train_dataset), None
+        if draw is not None:
+            how = "with" if draw.replacement else "without"
+            weights = draw.settings()["weights"]
+            sampling = f"{len(draw)} draws {how} replacement (checksum of the weights {weights})"
         strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
         order: dict[str, Any] = {
             "seed": self.seed_of_order,
@@ -543,7 +541,7 @@ class CellTrainer(LossTrainer):
             "max_tokens_per_batch": self._token_budget,
             # Their number of cells is limited; absent from the checkpoints of earlier versions.
             "filled up to one size": self._has_fixed_size or None,
-            "sampling": self._describe_sampling(),
+            "sampling": sampling,
         }
         if self._cells is not None:
             order["train_dataset"] = self._cells
@@ -555,26 +553,15 @@ class CellTrainer(LossTrainer):
             name, size = f"per_device_train_batch_size * {name}", self._train_batch_size * size
         return {**order, name: size}
 
-    def _describe_sampling(self) -> str | None:
-        """Describe the draws by their number and a checksum of the weights; None without `sampling`."""
-        draw = self._draw(self.train_dataset)
-        if draw is None:
-            return None
-        how = "with" if draw.replacement else "without"
-        return f"{len(draw)} draws {how} replacement (checksum of the weights {draw.settings()['weights']})"
-
     @cached_property
     def _cells(self) -> str | None:
         """Checksum of the training cells; None if they have none."""
         return describe_cells(self.train_dataset)
 
     def _check_order(self, checkpoint: str | Path, states: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint from which cells of the epoch would be repeated or skipped, by its states of callbacks.
+        """Raise a ValueError for a checkpoint from which cells of the epoch would be repeated or skipped.
 
-        Raises
-        ------
-        ValueError
-            It was made with other cells or arguments.
+        It was made with other cells or arguments, as its states of callbacks say.
         """
         saved = states.get(_ORDER)
         if saved is None or self.args.ignore_data_skip:

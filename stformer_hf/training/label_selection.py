@@ -17,23 +17,14 @@ logger = logging.getLogger(__name__)
 def select_labelled(
     cells: CellStore, label_key: str | Sequence[str], problem_type: str | None
 ) -> tuple[CellStore, np.ndarray, str | list[str], dict[str, list[str]] | None, str]:
-    """Select the cells with counts and labels, whose number is logged if some are left out.
-
-    Parameters
-    ----------
-    cells : CellStore
-    label_key, problem_type
-        As for `finetune`.
+    """Select the cells with counts and labels; arguments as for `finetune`.
 
     Returns
     -------
     cells : CellStore
-    labels : array
-        int64 classes, or float32 labels or numbers: (n,), or (n, n_columns) for several columns.
-    key : str or list of str
-        The column, or the columns; those of classes in alphabetical order.
-    classes : dict of str to list of str, or None
-        Classes of each column.
+    labels : int64 array of classes, or float32 array of labels or numbers, (n,), or (n, n_columns) for several columns
+    key : the column, or the columns, those of classes in alphabetical order
+    classes : the classes of each column, or None
     problem_type : str
 
     Raises

@@ -48,12 +48,7 @@ def unwrap(model: Any, merge: bool = False) -> PreTrainedModel:
         Or one wrapped by PEFT, `torch.compile`, `DataParallel`, `DistributedDataParallel` or `AveragedModel`, in any
         order.
     merge : bool, default: False
-        Merge the adapters into the weights, in a copy of the model.
-
-    Returns
-    -------
-    PreTrainedModel
-        With the same weights, not a copy, unless adapters were merged.
+        Merge the adapters into the weights, in a copy of the model. Otherwise the weights are shared, not copied.
 
     Raises
     ------

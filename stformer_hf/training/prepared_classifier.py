@@ -33,17 +33,15 @@ class Finetuning:
     ----------
     model : PreTrainedModel
         Initialised, with its tokenizer at `model.tokenizer`.
-    tokenizer : GeneTokenizer
     cells : CellStore
         Training cells, with counts and labels.
-    label_key : str or list of str
     num_train_epochs : float
         As chosen, or as given.
     start : dict of str to ClassifierStart, optional
         Start of a model that reads whole cells, by label column (None if there are not several).
-    new_embedding, balanced : bool
+    new_embedding, balanced
         As for `start_classifier`.
-    lora, freeze, layer_decay, sampling
+    label_key, lora, freeze, layer_decay, sampling
         As for `finetune`.
     out_of_fold : OutOfFold, or dict of str to OutOfFold, optional
         Predictions of training cells by models trained as this one will be; by label column if there are several. None

@@ -112,7 +112,7 @@ def start_classifier(
     balanced : bool, default: False
         Whether all classes have the same weight, whatever their number of cells.
     choices : mapping of str to ReaderChoice, optional
-        Earlier choices by label column (None if there are not several); by default they are made here.
+        Earlier choices by label column; by default they are made here.
     rotated : mapping of str to (features, callable), optional
         Output of `rotate_genes` for the cells of each label column, or these and others; computed here by default. A
         rotation carries no information from the other cells: the fitted readers are the same.

@@ -170,13 +170,7 @@ def count_blocks(
 
 
 def _batches(cells: CellStore | AnnData, key: str) -> np.ndarray:
-    """Return the batch of each cell: int array (n_cells,), numbered from 0.
-
-    Raises
-    ------
-    ValueError
-        The column is missing, or cells have no batch.
-    """
+    """Return the batch of each cell, int array (n_cells,) numbered from 0; each cell must have one."""
     obs = cells.obs
     must_have(obs, "obs", key)
     codes, _ = pd.factorize(obs[key])
