@@ -200,15 +200,14 @@ def _each(datasets: Any) -> list[Any]:
 
 
 def _check_baselines(train_dataset: Any, eval_datasets: Sequence[Any], collator: Callable) -> None:
-    for cells in eval_datasets:
-        if isinstance(cells, IterableDataset):
+    if train_dataset is None:
+        raise ValueError("baselines=True needs training cells, but train_dataset is None.")
+    for which, cells in (*(("held-out", cells) for cells in eval_datasets), ("training", train_dataset)):
+        if cells is not None and (isinstance(cells, IterableDataset) or not hasattr(cells, "__len__")):
             raise ValueError(
-                f"baselines=True needs held-out cells that can be read by number, but a {type(cells).__name__} is a "
+                f"baselines=True needs {which} cells that can be read by number, but a {type(cells).__name__} is a "
                 "stream."
             )
-    if isinstance(train_dataset, IterableDataset) or not hasattr(train_dataset, "__len__"):
-        found = "train_dataset is None" if train_dataset is None else f"a {type(train_dataset).__name__} is a stream"
-        raise ValueError(f"baselines=True needs training cells that can be read by number, but {found}.")
     if not hasattr(collator, "for_evaluation") or not hasattr(collator, "mlm_probability"):
         raise ValueError(
             f"baselines=True needs DataCollatorForGeneRankMLM or DataCollatorForPhenotypicMLM, got "

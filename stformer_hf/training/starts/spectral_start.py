@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -135,21 +136,8 @@ def count_blocks(
 
     Columns of one gene are summed, unknown ones left out. Each pass shows a progress bar, unless `progress` is False.
     """
-    if isinstance(cells, CellStore):
-        n_cells, genes = len(cells), cells.genes
-
-        def read() -> Iterator[sparse.csr_array]:
-            for start in range(0, n_cells, _ROWS_PER_BLOCK):
-                yield cells.rows(slice(start, start + _ROWS_PER_BLOCK))
-
-    else:
-        source = open_source(cells)
-        n_cells = source.shape[0]
-        genes = source.genes
-
-        def read() -> Iterator[sparse.csr_array]:
-            yield from source.blocks(_ROWS_PER_BLOCK)
-
+    source = cells if isinstance(cells, CellStore) else open_source(cells)
+    n_cells, genes = len(cells), source.genes
     found = tokenizer.find_genes(genes.gene_ids, genes.symbols)
     known = np.flatnonzero(found >= 0)
     if not len(known):
@@ -160,8 +148,13 @@ def count_blocks(
     same = np.array_equal(found, np.arange(len(tokenizer.genes)))
 
     def blocks() -> Iterator[sparse.csr_array]:
+        if isinstance(source, CellStore):
+            starts = range(0, n_cells, _ROWS_PER_BLOCK)
+            read: Iterator[Any] = (source.rows(slice(start, start + _ROWS_PER_BLOCK)) for start in starts)
+        else:
+            read = source.blocks(_ROWS_PER_BLOCK)
         with tqdm(total=n_cells, desc="spectral start", unit="cell", disable=None if progress else True) as bar:
-            for rows in read():
+            for rows in read:
                 rows = sparse.csr_array(rows, dtype=np.float64)
                 yield rows if same else rows @ to_genes
                 bar.update(rows.shape[0])

@@ -49,19 +49,12 @@ class SpectralViews:
         The values equal those of `CellEmbedding.view_sums` for a model that starts at these views, if all genes are
         measured and none is hidden.
         """
+        used = [np.flatnonzero(loadings.any(axis=1)) for loadings in self.loadings]
         scores: list[list[np.ndarray]] = [[], []]
         for block in _cut(counts):
-            for view, values in enumerate(self._values(block)):
-                used = np.flatnonzero(self.loadings[view].any(axis=1))
-                centred = values(used) - self.means[view, used]
-                scores[view].append(centred @ self.loadings[view][used])
+            for view, values in enumerate(_dense_views(block, self.shares, self.n_cells, used)):
+                scores[view].append((values - self.means[view, used[view]]) @ self.loadings[view][used[view]])
         return [np.concatenate(some) for some in scores]
-
-    def _values(self, block: sparse.csr_array) -> list[Callable[[np.ndarray], np.ndarray]]:
-        return [
-            lambda genes: log_values(block, genes).toarray(),
-            lambda genes: pearson_residuals(block, self.shares, self.n_cells, genes),
-        ]
 
 
 def fit_spectral_views(
@@ -170,6 +163,13 @@ def _cut(counts: sparse.csr_array) -> Iterator[sparse.csr_array]:
         yield counts[start : start + step]
 
 
+def _dense_views(
+    block: sparse.csr_array, shares: np.ndarray, n_cells: int, genes: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the log values (float64) and the residuals (float32) of some genes each: arrays (n, k)."""
+    return log_values(block, genes[0]).toarray(), pearson_residuals(block, shares, n_cells, genes[1])
+
+
 def _sum_genes(blocks: Iterable[sparse.csr_array]) -> dict[str, Any]:
     """Sum over cells for each gene: counts, expressing cells, log values, scaled counts and their squares."""
     sums: dict[str, Any] = {}
@@ -246,11 +246,8 @@ def _covariances(
             start += block.shape[0]
             member = sparse.csr_array((np.ones(len(of)), (of, np.arange(len(of)))), shape=(n_batches, len(of)))
             sizes += member.sum(axis=1)
-            views = (
-                log_values(block, chosen[0]).toarray().astype(np.float32),
-                pearson_residuals(block, shares, n_cells, chosen[1]),
-            )
-            for view, values in enumerate(views):
+            for view, values in enumerate(_dense_views(block, shares, n_cells, chosen)):
+                values = values.astype(np.float32, copy=False)
                 products[view] += values.T @ values
                 sums[view] += member @ values.astype(np.float64)
     sizes = np.maximum(sizes, 1)[:, None]
