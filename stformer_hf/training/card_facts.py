@@ -67,20 +67,15 @@ def settings_of(trainer: Any) -> dict[str, Any]:
     for key, dataset in (("cells in training", trainer.train_dataset), ("cells held out", trainer.eval_dataset)):
         if hasattr(dataset, "__len__") and not isinstance(dataset, dict):
             settings[key] = len(dataset)
-    settings |= {
-        "epochs": round(trainer.state.epoch or 0, 2),
-        "steps": trainer.state.global_step,
-        "batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-    }
-    if trainer.max_tokens_per_batch is not None:
-        settings["batch"] = (
-            f"up to {trainer.max_tokens_per_batch * args.gradient_accumulation_steps * args.world_size} tokens"
-        )
+    n_batches, budget = args.gradient_accumulation_steps * args.world_size, trainer.max_tokens_per_batch
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     weights = str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
     if weights != "float32":
         precision = f"{precision}, weights in {weights}" if args.bf16 or args.fp16 else weights
     return settings | {
+        "epochs": round(trainer.state.epoch or 0, 2),
+        "steps": trainer.state.global_step,
+        "batch": args.train_batch_size * n_batches if budget is None else f"up to {budget * n_batches} tokens",
         "order of the cells": str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)),
         "optimizer": str(getattr(args.optim, "value", args.optim)),
         "learning rate": args.learning_rate,
@@ -111,9 +106,8 @@ def run_of(trainer: Any) -> dict[str, str]:
     if args.device.type == "cuda":
         run["hardware"] = f"{max(args.n_gpu, 1) * args.world_size} x {torch.cuda.get_device_name(args.device)}"
     else:
-        run["hardware"] = (
-            f"{args.world_size} x {_cpu()} ({args.device.type}, {torch.get_num_threads()} threads per process)"
-        )
+        threads = f"{args.device.type}, {torch.get_num_threads()} threads per process"
+        run["hardware"] = f"{args.world_size} x {_cpu()} ({threads})"
     return run
 
 

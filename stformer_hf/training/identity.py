@@ -200,7 +200,10 @@ def fit_classes(model: PreTrainedModel, collator: Any, dataset: Any) -> Any:
         of_model = given or {str(name): i for i, name in enumerate(names)}
         if not of_model or not set(of_model.values()) <= set(range(config.num_labels)):
             return collator
-    elif given is not None and (not of_columns or set(given) <= set(of_model)) and not _agree(given, of_model):
+    elif given is not None and (
+        any(of_model.get(str(name)) != int(number) for name, number in given.items())
+        and (not of_columns or set(given) <= set(of_model))
+    ):
         raise ValueError(
             f"The collator's label2id is {_shown(given)}, but the model's is {_shown(of_model)}: its "
             "predictions would be misnamed. Leave label2id out to use the model's."
@@ -220,10 +223,6 @@ def _numbering(collator: Any, numbers: Mapping[str, Any]) -> Any:
     fitted = copy.copy(collator)
     fitted.label2id = numbers
     return fitted
-
-
-def _agree(some: Mapping[str, int], of_model: Mapping[str, int]) -> bool:
-    return all(of_model.get(str(name)) == int(number) for name, number in some.items())
 
 
 def _shown(numbers: Mapping[str, int]) -> str:

@@ -62,15 +62,10 @@ class ModelFlops:
 
     def __init__(self, model: nn.Module):
         config, base = model.config, getattr(model, "base_model", model)
-        own = {id(parameter) for parameter in base.parameters()}
-        embeddings = {
-            id(parameter)
-            for part in base.modules()
-            if isinstance(part, nn.Embedding)
-            for parameter in part.parameters()
-        }
-        self.encoder = sum(_numel(parameter) for parameter in base.parameters() if id(parameter) not in embeddings)
-        self.head = sum(_numel(parameter) for parameter in model.parameters() if id(parameter) not in own)
+        own = {id(of) for of in base.parameters()}
+        embeddings = {id(part.weight) for part in base.modules() if isinstance(part, nn.Embedding)}
+        self.encoder = sum(_numel(of) for of in base.parameters() if id(of) not in embeddings)
+        self.head = sum(_numel(of) for of in model.parameters() if id(of) not in own)
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if output is not None and id(output.weight) in own:
             self.head += _numel(output.weight)
@@ -109,7 +104,6 @@ class Throughput:
         self._since: float | None = None
         self._at_last_log = dict.fromkeys(_SUMS, 0)
         self._flops: ModelFlops | None = None
-        self._peak: float | None = None
         state = self._trainer.state
         self._resumed = state.global_step > 0
         self._before = {"tokens": 0, "cells": 0, "seconds": 0.0, **state.stateful_callbacks.get(_STATE, {})}
@@ -222,9 +216,10 @@ class Throughput:
         }
         if memory:
             figures["peak_memory_gb"] = memory / 1e9
-        if self._flops is not None and self._peak is not None:
+        if self._flops is not None:
+            peak = BF16_PEAKS[torch.cuda.get_device_name(self._trainer.args.device)]
             done = self._flops(since["tokens"], since["squares"], since["predictions"])
-            figures["mfu"] = done / seconds / (self._peak * max(self._trainer.args.n_gpu, 1))
+            figures["mfu"] = done / seconds / (peak * max(self._trainer.args.n_gpu, 1))
         return figures
 
     def remember(self) -> None:
@@ -233,12 +228,12 @@ class Throughput:
         self._trainer.state.stateful_callbacks[_STATE] = dict(self.totals)
 
     def look_at(self, model: nn.Module) -> None:
-        """Set the operations per token, if the model is an encoder of tokens, and the peak of the GPU."""
+        """Set the operations per token, if the model is an encoder of tokens, and the peak of the GPU is known."""
         device, config = self._trainer.args.device, getattr(model, "config", None)
-        if device.type == "cuda" and getattr(model, "main_input_name", None) == "input_ids":
-            self._peak = BF16_PEAKS.get(torch.cuda.get_device_name(device))
-            if hasattr(config, "num_hidden_layers") and hasattr(config, "hidden_size"):
-                self._flops = ModelFlops(model)
+        is_encoder = hasattr(config, "num_hidden_layers") and hasattr(config, "hidden_size")
+        of_tokens = is_encoder and getattr(model, "main_input_name", None) == "input_ids"
+        if device.type == "cuda" and of_tokens and torch.cuda.get_device_name(device) in BF16_PEAKS:
+            self._flops = ModelFlops(model)
 
     def _gather(self) -> tuple[dict[str, int], int]:
         """Return the sums since `begin` over all processes, and the largest peak memory of a process in bytes."""
