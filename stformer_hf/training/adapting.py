@@ -47,7 +47,7 @@ def check_adapts(model: Any, lora: int | None, freeze: int, layer_decay: float =
 
 
 def adapt(model: PreTrainedModel, lora: int | None, freeze: int) -> nn.Module:
-    """Freeze layers of a classifier, and add LoRA (Hu et al. 2021) to the others, in a `peft.PeftModel` around it.
+    """Freeze layers of a classifier, and add LoRA (Hu et al. 2021) to the others.
 
     Parameters
     ----------
@@ -55,7 +55,8 @@ def adapt(model: PreTrainedModel, lora: int | None, freeze: int) -> nn.Module:
         Classifier with an encoder at `base_model`.
     lora : int or None
         Rank. Query and value projections (the layers that PEFT knows for the model) get adapters, whose outputs are
-        scaled by 2; the encoder is frozen, and the heads are trained in full. None adds nothing.
+        scaled by 2; the encoder is frozen, and the heads are trained in full. The result is then a
+        `peft.PeftModel` around the model; None returns the model itself.
     freeze : int
         Number of first layers to freeze, with the embeddings; 0 freezes nothing.
 

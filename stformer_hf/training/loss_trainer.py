@@ -24,11 +24,11 @@ class LossTrainer(MeasuredTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # Of the batches of training (True) and of an evaluation (False) since the last log, by name.
+        # Sums over batches since the last log, by name: those of training (True), and of an evaluation (False).
         self._sums: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}
 
     def _prepare_for_training(self, *args, **kwargs):
-        self._sums[True] = {}  # those of an attempt that ran out of memory (auto_find_batch_size) do not count
+        self._sums[True] = {}  # forget an attempt that ran out of memory (auto_find_batch_size)
         return super()._prepare_for_training(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -140,9 +140,8 @@ def loss_of_batch(loss: torch.Tensor, n_labels: torch.Tensor | int, only_finite:
 def filling_cells(accelerator: Accelerator, n_cells: int) -> torch.Tensor | None:
     """Return which of the `n_cells` in this process's batch are repeats: bool Tensor (n_cells,), or None without any.
 
-    They are added so that all processes have equally many: accelerate repeats cells from the beginning of the data,
-    and `gather_for_metrics` leaves them out: in the last batch of all processes, they are the cells after the
-    remainder.
+    accelerate repeats cells from the beginning of the data, so that all processes have equally many. In the last batch
+    of all processes, they are the cells after the remainder; `gather_for_metrics` leaves them out.
     """
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:

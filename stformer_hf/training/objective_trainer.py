@@ -236,7 +236,7 @@ class ObjectiveTrainer(CellTrainer):
         """Return the means of LossTrainer and the diagnostics since the last call."""
         if not self._trains_cls:
             return super()._means(training, prefix)
-        # The loss of an objective that no cell had a term of is 0.
+        # The loss of an objective is 0 if no cell had a loss.
         nothing = {prefix + name: 0.0 for name in self._sums[training] if name != "classes"}
         means = nothing | super()._means(training, prefix)
         watched, self._watched[training] = self._watched[training], []
@@ -269,7 +269,7 @@ class ObjectiveTrainer(CellTrainer):
         super()._save_checkpoint(model, trial)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        self._watched[True] = []  # those of an attempt that ran out of memory
+        self._watched[True] = []  # forget an attempt that ran out of memory
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self._average is not None and resume_from_checkpoint is None:
             self._average.begin(self.model)
