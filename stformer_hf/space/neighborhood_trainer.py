@@ -13,7 +13,7 @@ from ..batches.collate import IGNORE
 from ..batches.parts import as_selection, bases
 from ..models.cell_neighborhood.count_likelihoods import pearson_r
 from ..training.cell_trainer import CellTrainer
-from ..training.eval_loss import filling_cells
+from ..training.loss_trainer import filling_cells
 from .center_mask_sampler import CenterMaskSampler
 from .neighborhood_baselines import mean_of_defined, neighborhood_baselines
 from .neighborhood_collator import collate_neighborhoods

@@ -15,7 +15,7 @@ _HEADS = ("classifier", "pre_classifier", "wide_head")  # trained in full, and s
 
 
 def check_adapts(model: Any, lora: int | None, freeze: int, layer_decay: float = 1.0) -> None:
-    """Refuse settings of `adapt` and `layer_rates` that do not fit the `model` argument of `finetune`.
+    """Refuse settings of `adapt` and `layer_rates` that are out of range, or that need a checkpoint as `model`.
 
     Raises
     ------
@@ -55,14 +55,10 @@ def adapt(model: PreTrainedModel, lora: int | None, freeze: int) -> nn.Module:
         Classifier with an encoder at `base_model`.
     lora : int or None
         Rank. Query and value projections (the layers that PEFT knows for the model) get adapters, whose outputs are
-        scaled by 2; the encoder is frozen, and the heads are trained in full.
+        scaled by 2; the encoder is frozen, and the heads are trained in full. The result is then a
+        `peft.PeftModel` around the model; None returns the model itself.
     freeze : int
         Number of first layers to freeze, with the embeddings; 0 freezes nothing.
-
-    Returns
-    -------
-    Module
-        The model, or a `peft.PeftModel` around it.
 
     Raises
     ------
@@ -99,22 +95,11 @@ def adapt(model: PreTrainedModel, lora: int | None, freeze: int) -> nn.Module:
 def layer_rates(
     model: nn.Module, args: TrainingArguments, layer_decay: float
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """Return AdamW with a learning rate per layer, for Trainer.
+    """Return AdamW with a learning rate per layer: Trainer's `optimizer_cls_and_kwargs`.
 
-    Parameters
-    ----------
-    model : Module
-        An encoder with numbered `layers`, with any head, possibly adapted; `requires_grad` is read.
-    args : TrainingArguments
-        `learning_rate`, `weight_decay`, `adam_beta1`, `adam_beta2` and `adam_epsilon` are read.
-    layer_decay : float
-        What is above all layers, such as the heads, has the learning rate of `args`; each layer has `layer_decay`
-        times the rate of the one above it, and the embeddings that of the first layer times `layer_decay`.
-
-    Returns
-    -------
-    (type, dict)
-        Trainer's `optimizer_cls_and_kwargs`.
+    What is above all layers, such as the heads, has the learning rate of `args`; each layer has `layer_decay` times
+    the rate of the one above it, and the embeddings that of the first layer times `layer_decay`. As in Trainer, biases
+    and norms have no weight decay.
 
     Raises
     ------
@@ -123,7 +108,7 @@ def layer_rates(
 
     Notes
     -----
-    Howard and Ruder 2018 (discriminative fine-tuning). As in Trainer, biases and norms have no weight decay.
+    Howard and Ruder 2018 (discriminative fine-tuning).
     """
     optimizer = getattr(args.optim, "value", args.optim)
     if not str(optimizer).startswith("adamw_torch"):

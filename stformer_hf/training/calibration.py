@@ -43,20 +43,6 @@ class OutOfFold:
     distances: np.ndarray | None = None
     centroids: np.ndarray | None = None
 
-    def save(self, folder: str | Path) -> None:
-        """Write `out_of_fold.safetensors`."""
-        save_file(self._arrays(), str(Path(folder) / CALIBRATION_FILE))
-
-    def _arrays(self) -> dict[str, np.ndarray]:
-        arrays: dict[str, Any] = {
-            "predictions": self.predictions,
-            "labels": self.labels,
-            "cell_id": self.rows.astype(np.int64),
-        }
-        if self.distances is not None:
-            arrays |= {"distances": self.distances, "centroids": self.centroids}
-        return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-
     def facts(self, temperature: float) -> dict[str, float]:
         """Return the temperature of a classifier of classes, and its calibration error without and with it."""
         errors = [
@@ -71,21 +57,25 @@ class OutOfFold:
 
 
 def replace_out_of_fold(folder: str | Path, found: OutOfFold | Mapping[str, OutOfFold] | None) -> None:
-    """Write the out-of-fold predictions of a model into its folder, and remove those of an earlier one.
+    """Write the out-of-fold predictions of a model, by label column if it has several, into its folder.
 
-    Parameters
-    ----------
-    folder : str or Path
-    found : OutOfFold, or mapping of str to OutOfFold, optional
-        A mapping by label column for a model of several.
+    Those of an earlier model are removed.
     """
     path = Path(folder) / CALIBRATION_FILE
     path.unlink(missing_ok=True)
-    if isinstance(found, OutOfFold):
-        found.save(folder)
-    elif found is not None:
-        arrays = {f"{column}/{name}": of for column in found for name, of in found[column]._arrays().items()}
-        save_file(arrays, str(path))
+    if found is None:
+        return
+    arrays: dict[str, np.ndarray] = {}
+    for column, of in ({"": found} if isinstance(found, OutOfFold) else found).items():
+        prefix = f"{column}/" if column else ""
+        fields: dict[str, Any] = {
+            "predictions": of.predictions,
+            "labels": of.labels,
+            "cell_id": of.rows.astype(np.int64),
+        }
+        fields |= {} if of.distances is None else {"distances": of.distances, "centroids": of.centroids}
+        arrays |= {prefix + name: np.ascontiguousarray(array) for name, array in fields.items()}
+    save_file(arrays, str(path))
 
 
 def load_out_of_fold(model: Any) -> OutOfFold | dict[str, OutOfFold] | None:

@@ -18,20 +18,11 @@ _MOST = 64  # cells, or files, whose values are read
 def describe_cells(dataset: Any) -> str | None:
     """Describe cells by their number and a checksum, which other cells, or another order of them, do not share.
 
-    The description depends on the cells, not on their location: moving or copying a store does not change it.
-
-    Parameters
-    ----------
-    dataset : CellStore, datasets.Dataset, Subset or ConcatDataset of such, IterableAnnDataset, or another dataset
-        One with a method `describe_cells`, such as `CenterMaskSampler`, describes itself.
-
-    Returns
-    -------
-    str or None
-        The number of cells and a checksum. For a store, the checksum is over all cell ids and lengths, the genes, and
-        the counts of up to 64 cells; for neighbourhoods, over all names of cells and the counts of up to 64; for a
-        stream, over the numbers of cells and the first cells of up to 64 files. For other datasets the number of
-        rows; None if even that is unknown.
+    The description depends on the cells, not on their location: moving or copying a store does not change it. For a
+    store, the checksum is over all cell ids and lengths, the genes, and the counts of up to 64 cells; for a stream,
+    over the numbers of cells and the first cells of up to 64 files; for a `datasets.Dataset`, over the columns
+    `cell_id` and `length`, and up to 64 rows. A dataset with a method `describe_cells`, such as `CenterMaskSampler`,
+    describes itself. Other datasets have a number of rows; None if even that is unknown.
     """
     if isinstance(dataset, CellStore):
         rows = dataset.rows(spread_rows(len(dataset)))

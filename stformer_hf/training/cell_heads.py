@@ -42,16 +42,7 @@ class CellHead:
         return prefix if self.column is None else f"{prefix}_{self.column}"
 
     def predictions(self, logits: torch.Tensor) -> torch.Tensor:
-        """Convert logits to predictions: probabilities of classes or labels, or numbers.
-
-        Parameters
-        ----------
-        logits : Tensor (n, num_labels)
-            Logits of the model.
-
-        Returns
-        -------
-        float32 Tensor (n, n_outputs)
+        """Convert logits (n, num_labels) to probabilities of classes or labels, or to numbers: float32 (n, n_outputs).
 
         Raises
         ------
@@ -108,16 +99,7 @@ class CellHead:
 
 
 def read_heads(model: PreTrainedModel) -> list[CellHead]:
-    """Read the heads of a model that predicts cells.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-
-    Returns
-    -------
-    list of CellHead
-        One for each of its label columns; else one.
+    """Read the heads of a model that predicts cells: one for each of its label columns, else one.
 
     Raises
     ------
@@ -150,12 +132,9 @@ def read_numbers(config: PreTrainedConfig) -> dict[str, int] | None:
 
 
 def name_outputs(config: PreTrainedConfig, numbers: Mapping[str, int]) -> dict[str, int]:
-    """Name the outputs of a head; those without a name in `numbers` keep the default one of transformers.
+    """Name the outputs of a head, and return the number of each by its name.
 
-    Returns
-    -------
-    dict of str to int
-        The number of each output by its name.
+    Those without a name in `numbers` keep the default one of transformers.
     """
     names = {int(number): str(name) for name, number in numbers.items()}
     config.id2label = {number: names.get(number, _default_name(number)) for number in range(config.num_labels)}
@@ -195,18 +174,12 @@ def check_predicts_cells(architectures: list[str], what: str) -> None:
 
 
 def check_finite(outputs: np.ndarray, known: np.ndarray) -> None:
-    """Refuse outputs of a model that are not finite.
-
-    Parameters
-    ----------
-    outputs : float array (n, d)
-    known : bool array (n,)
-        Cells that the model could read.
+    """Refuse outputs, float (n, d), that are NaN or infinite for cells that the model could read, `known`, bool (n,).
 
     Raises
     ------
     ValueError
-        The outputs of known cells include NaN or infinity.
+        There are such cells; the message says how many.
     """
     n_wrong = int((~np.isfinite(outputs).all(axis=1) & known).sum())
     if n_wrong:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,7 @@ import numpy as np
 import torch
 from accelerate import DistributedDataParallelKwargs
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
-from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, seed_worker
+from transformers.trainer_utils import seed_worker
 
 from ..batches.collate import CellCollator
 from ..batches.draws import WeightedDraw, check_sampling
@@ -29,17 +26,12 @@ from ..batches.repeats import NumberedRepeats, RepeatedRows
 from ..batches.samplers import BlockShuffleSampler, RowSampler
 from ..batches.stream_batches import StreamBatches, StreamOrder, TokenBudgetBuffer, only
 from ..batches.token_budget import TokenBudgetBatchSampler
-from ..evaluation.metrics import preprocess_logits_for_metrics, preprocess_logits_with_nll
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.block_order import ORDER
 from ..store.cell_store import CellStore
-from .argument_checks import check_arguments, smoothing_field
-from .calibration import OutOfFold, replace_out_of_fold
-from .callbacks import FillHubFolder, SaveOnSignal, SetEpoch, take_back_signals
+from .argument_checks import check_arguments
+from .callbacks import SetEpoch
 from .cell_checksum import describe_cells
-from .checkpoints import check_complete, check_same_meaning, checkpoint_to_resume, mark_unfinished
-from .eval_loss import SumOfLosses, filling_cells, sum_dtype, without_labels
-from .float_weights import keep_in_float32
 from .identity import (
     check_stores_together,
     check_tokenizer_fits,
@@ -49,19 +41,16 @@ from .identity import (
     fit_datasets,
 )
 from .label_fit import fit_head_to_labels
-from .loading import MODEL_CONFIG
 from .model_card import write_model_card
+from .resumable_trainer import ResumableTrainer
 from .scores import score_of
-from .throughput import MeasuredTrainer
 
 logger = logging.getLogger(__name__)
-_STREAM_MARK = "stream_mark.json"  # in a checkpoint
-_ORDER = "CellOrder"  # among the states of callbacks in trainer_state.json
 _NO_BUDGET = 2**48  # tokens
 _MORE_CELLS = 1.5  # in a batch of one size, than fit on average
 
 
-class CellTrainer(MeasuredTrainer):
+class CellTrainer(ResumableTrainer):
     """Trainer for stores of cells and the collators of this package.
 
     It differs from Trainer as follows. Every column and the number of the epoch reach the collator. The order of the
@@ -109,10 +98,6 @@ class CellTrainer(MeasuredTrainer):
         fit the head of a classifier.
     """
 
-    # Set by Trainer.
-    _train_batch_size: int
-    label_smoother: Callable[..., torch.Tensor] | None
-
     def __init__(
         self,
         *,
@@ -129,7 +114,6 @@ class CellTrainer(MeasuredTrainer):
             eval_dataset = without_empty_cells(eval_dataset)
         self._train_batches: EvenBatchSampler | TokenBudgetBatchSampler | NumberedRepeats | None = None
         self._stream: StreamBatches | None = None
-        self._stream_mark: dict[str, Any] | None = None  # where the next batch of a stream is read from
         self._lengths = load_example_lengths(lengths) if isinstance(lengths, (str, Path)) else lengths
         self.max_tokens_per_batch = max_tokens_per_batch
         self.sampling = _sampling_of(sampling, train_dataset)
@@ -138,33 +122,17 @@ class CellTrainer(MeasuredTrainer):
             kwargs["model"] = kwargs["model"].module  # which is checked; Trainer wraps it itself for several GPUs
         super().__init__(train_dataset=without_empty_cells(train_dataset), eval_dataset=eval_dataset, **kwargs)
         self.data_collator = self._check_identities(self.model)
-        collator = self._eval_collator = self.data_collator
-        self._statistics: dict[bool, torch.Tensor] = {}
-        self._eval_losses = SumOfLosses()
+        collator = self.data_collator
+        self._eval_collator = collator.for_evaluation() if hasattr(collator, "for_evaluation") else collator
         check_arguments(self)
         self._draw(self.train_dataset)  # refused here if it does not fit
-        self.interrupted: signal.Signals | None = None
         self.card_facts: dict[str, Any] = {}
-        self.out_of_fold: OutOfFold | dict[str, OutOfFold] | None = None  # of the trained model; saved beside it
         self.add_callback(SetEpoch(self))
-        take_back_signals(self)
-        self._on_signal = SaveOnSignal(self)
-        self.add_callback(self._on_signal)
-        self.add_callback(FillHubFolder(self))
-        if hasattr(collator, "for_evaluation"):
-            self._eval_collator = collator.for_evaluation()
 
     def _check_identities(self, model: Any) -> Any:
         """Check that model, tokenizer, collator and datasets agree, and copy what one of them lacks from the others.
 
-        Returns
-        -------
-        The collator, with the model's numbers of the classes.
-
-        Raises
-        ------
-        ValueError
-            Two of them disagree; see `identity`.
+        Return the collator, with the model's numbers of the classes. A ValueError says which of them disagree.
         """
         collator, (train, *others) = self.data_collator, self._own_datasets()
         check_tokenizers(model, self.processing_class, collator)
@@ -212,9 +180,10 @@ class CellTrainer(MeasuredTrainer):
             return None
         return self.max_tokens_per_batch * self._train_batch_size // self.args.train_batch_size
 
-    def _update_auto_batch_size(self, batch_size):
-        super()._update_auto_batch_size(batch_size)
-        self._statistics.clear()  # of the attempt that ran out of memory
+    @property
+    def seed_of_order(self) -> int:
+        """Seed of the order of the cells: `args.data_seed`, or else `args.seed`."""
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _is_packed(self) -> bool:
         return getattr(self.data_collator, "packing", False)
@@ -234,9 +203,7 @@ class CellTrainer(MeasuredTrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             return None
-        args = self.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        draw = self._draw(dataset)
+        args, seed, draw = self.args, self.seed_of_order, self._draw(dataset)
         budget = self._token_budget
         if budget is not None:
             lengths = self._n_tokens(dataset)
@@ -308,35 +275,31 @@ class CellTrainer(MeasuredTrainer):
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training: bool = False, dataloader_key=None
     ) -> DataLoader:
-        training_collator = self.data_collator
-        if not is_training:  # evaluate and predict accept any dataset
-            self.data_collator = self._eval_collator
-            if not any(dataset is own for own in self._own_datasets()):
-                model = self.accelerator.unwrap_model(self.model)
-                self._check_dataset(dataset, model, self.data_collator)
-                fit_datasets(model, None, [dataset])
-            dataset = as_selection(dataset)
-        if isinstance(self.data_collator, CellCollator):
-            dataset = as_token_rows(dataset)
+        if is_training:
+            return self._get_training_batches(dataset, batch_size, sampler_fn)
+        if not any(dataset is own for own in self._own_datasets()):  # evaluate and predict accept any dataset
+            model = self.accelerator.unwrap_model(self.model)
+            self._check_dataset(dataset, model, self._eval_collator)
+            fit_datasets(model, None, [dataset])
+        if isinstance(dataset, IterableDataset) and self.args.world_size > 1:
+            raise ValueError(
+                f"{type(dataset).__name__}: multiple processes cannot evaluate on a stream, because some cells would "
+                "count twice. Evaluate on a CellStore or a datasets.Dataset."
+            )
+        args, collator = self.args, self._eval_collator
+        dataset = as_token_rows(dataset) if isinstance(collator, CellCollator) else as_selection(dataset)
+        own = self.data_collator, args.dataloader_drop_last, args.remove_unused_columns
+        # Every cell is evaluated, and gets a prediction; the collator takes what it needs, such as cell_id.
+        self.data_collator, args.dataloader_drop_last, args.remove_unused_columns = collator, False, False
         try:
-            if not is_training:
-                if isinstance(dataset, IterableDataset) and self.args.world_size > 1:
-                    raise ValueError(
-                        f"{type(dataset).__name__}: multiple processes cannot evaluate on a stream, because some "
-                        "cells would count twice. Evaluate on a CellStore or a datasets.Dataset."
-                    )
-                own = self.args.dataloader_drop_last, self.args.remove_unused_columns
-                # Every cell is evaluated, and gets a prediction; the collator takes what it needs, such as cell_id.
-                self.args.dataloader_drop_last = self.args.remove_unused_columns = False
-                try:
-                    return super()._get_dataloader(
-                        dataset, description, batch_size, sampler_fn, is_training, dataloader_key
-                    )
-                finally:
-                    self.args.dataloader_drop_last, self.args.remove_unused_columns = own
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, False, dataloader_key)
         finally:
-            self.data_collator = training_collator
+            self.data_collator, args.dataloader_drop_last, args.remove_unused_columns = own
+
+    def _get_training_batches(self, dataset: Any, batch_size: int, sampler_fn: Callable) -> DataLoader:
         args, collator, n_workers = self.args, self.data_collator, self.args.dataloader_num_workers
+        if isinstance(collator, CellCollator):
+            dataset = as_token_rows(dataset)
         if isinstance(dataset, IterableDataset):
             if n_workers > 1:
                 logger.warning(
@@ -387,29 +350,28 @@ class CellTrainer(MeasuredTrainer):
             raise ValueError("The stream yields counts: pass it the tokenizer, IterableAnnDataset(files, tokenizer).")
         if args.dataloader_drop_last:
             raise ValueError("dataloader_drop_last is not supported for a stream.")
-        budget = self._token_budget
+        budget, in_a_step = self._token_budget, args.world_size * args.gradient_accumulation_steps
         n_cells = len(stream) if hasattr(stream, "__len__") and budget is None else None
-        in_a_step = args.world_size * args.gradient_accumulation_steps
-        shared = {
-            "n_tokens": partial(_tokens_of, self.processing_class),
-            "seed": args.seed if args.data_seed is None else args.data_seed,
+        window: dict[str, Any]
+        if budget is not None:
+            most = self.data_collator.pad_packed_to[1] if self._has_fixed_size else None
+            window = {"max_tokens_per_batch": budget, "packing": self._is_packed(), "max_cells": most}
+        else:  # without grouping by length, a window is a batch, in the order of the stream
+            cells = batch_size * in_a_step
+            by_length = args.train_sampling_strategy == "group_by_length"
+            size = cells * max(1, 2048 // cells) if by_length else batch_size
+            window = {"max_tokens_per_batch": _NO_BUDGET, "max_cells": batch_size, "buffer_size": size}
+        batches = TokenBudgetBuffer(
+            stream,
+            n_tokens=partial(_tokens_of, self.processing_class),
+            seed=self.seed_of_order,
             # Trainer takes a stream of unknown length as one epoch, so a step could span two passes over the files.
             # With a whole number of steps per pass, the order is the same on any number of processes.
-            "world_size": args.world_size if n_cells is not None else in_a_step,
-        }
-        if budget is not None:
-            packing = getattr(self.data_collator, "packing", False)
-            most = self.data_collator.pad_packed_to[1] if self._has_fixed_size else None
-            batches = TokenBudgetBuffer(stream, budget, packing=packing, max_cells=most, **shared)
-        elif args.train_sampling_strategy == "group_by_length":
-            cells = batch_size * in_a_step
-            batches = TokenBudgetBuffer(
-                stream, _NO_BUDGET, max_cells=batch_size, buffer_size=cells * max(1, 2048 // cells), **shared
-            )
-        else:  # a window is a batch, in the order of the stream
-            batches = TokenBudgetBuffer(stream, _NO_BUDGET, max_cells=batch_size, buffer_size=batch_size, **shared)
+            world_size=args.world_size if n_cells is not None else in_a_step,
+            **window,
+        )
         if n_cells is not None:
-            n_batches = -(-n_cells // (batch_size * args.world_size)) * args.world_size
+            n_batches = math.ceil(n_cells / (batch_size * args.world_size)) * args.world_size
         elif args.max_steps > 0:
             n_batches = args.max_steps * in_a_step
         else:
@@ -485,178 +447,42 @@ class CellTrainer(MeasuredTrainer):
             hp_space, compute_objective, n_trials, direction or "minimize", *args, **kwargs
         )
 
-    # ------------------------------------------------------------------ checkpoints
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train as Trainer does; True resumes from the last complete checkpoint, or starts if there is none.
-
-        Raises
-        ------
-        FileExistsError
-            `resume_from_checkpoint` is True, and `output_dir` holds a model but no checkpoint.
-        ValueError
-            The checkpoint was made with other cells, or another order of them, or its weights mean other genes or
-            classes; its optimizer is missing.
-        """
-        if resume_from_checkpoint is True:
-            found = checkpoint_to_resume(self.args.output_dir)
-            resume_from_checkpoint = None if found is None else str(found)
-        self._stream_mark = None
-        if hasattr(self.model, "out_of_fold"):  # predictions by another model than it becomes
-            self.model.out_of_fold = None
-        if resume_from_checkpoint:
-            checkpoint = Path(resume_from_checkpoint)
-            check_complete(checkpoint)
-            check_same_meaning(checkpoint, getattr(self.model, "config", None))
-            if (checkpoint / _STREAM_MARK).exists():
-                self._stream_mark = json.loads((checkpoint / _STREAM_MARK).read_text())
-            if self.args.auto_find_batch_size:  # as Trainer restores it
-                state = json.loads((checkpoint / "trainer_state.json").read_text())
-                self._train_batch_size = state.get("train_batch_size") or self._train_batch_size
-            self._check_order(checkpoint)
-        if self.model_init is None:  # else call_model_init does it
-            self._keep_in_float32(self.model)
-        if self.args.world_size > 1 and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            # An evaluation before marks the bare model, which accelerate then takes for one that is wrapped already:
-            # each process would learn alone.
-            self.model.__dict__.pop("_is_accelerate_prepared", None)
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        finally:
-            self._on_signal.stop_listening()
-
-    def _init_training_state(self, max_steps, n_steps, n_epochs, resume_from_checkpoint, trial):
-        if resume_from_checkpoint is not None and self.args.auto_find_batch_size:
-            self._check_order(Path(resume_from_checkpoint))  # the batch size may have been lowered again
-        return super()._init_training_state(max_steps, n_steps, n_epochs, resume_from_checkpoint, trial)
-
-    def _keep_in_float32(self, model: PreTrainedModel) -> None:
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # which keep float32 weights of their own
-            keep_in_float32(model, autocast=self.args.bf16 or self.args.fp16)
-
-    def _issue_warnings_after_load(self, load_result):
-        """Warn as Trainer does; a weight that is tied to another is not missing."""
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-        missing = [name for name in load_result.missing_keys if name not in tied]
-        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
-
-    def _run_epoch(self, *args, **kwargs):
-        """Run an epoch as Trainer does; a resumed run that was finished makes no further step."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
+    # ------------------------------------------------------------------ the run
 
     def _order(self) -> dict[str, Any]:
         """Return the arguments that decide which cells are in each step."""
-        args = self.args
-        batches = args.gradient_accumulation_steps * args.world_size
+        args, by_cells = self.args, self.max_tokens_per_batch is None
+        draw, sampling = self._draw(self.train_dataset), None
+        if draw is not None:
+            how = "with" if draw.replacement else "without"
+            weights = draw.settings()["weights"]
+            sampling = f"{len(draw)} draws {how} replacement (checksum of the weights {weights})"
+        strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
         order: dict[str, Any] = {
-            "seed": args.seed if args.data_seed is None else args.data_seed,
-            "train_sampling_strategy": str(
-                getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)
-            ),
+            "seed": self.seed_of_order,
+            "train_sampling_strategy": strategy,
             "max_tokens_per_batch": self._token_budget,
             # Their number of cells is limited; absent from the checkpoints of earlier versions.
             "filled up to one size": self._has_fixed_size or None,
-            "sampling": self._describe_sampling(),
-            **({} if self._cells is None else {"train_dataset": self._cells}),
+            "sampling": sampling,
         }
-        if self.max_tokens_per_batch is None and args.train_sampling_strategy == "random":
+        if self._cells is not None:
+            order["train_dataset"] = self._cells
+        if by_cells and strategy == "random":
             # Checkpoints of earlier versions have the rows in another random order.
             order["random order"] = ORDER if isinstance(self._get_train_sampler(), BlockShuffleSampler) else None
-        if self.max_tokens_per_batch is None:
-            order["per_device_train_batch_size * gradient_accumulation_steps * processes"] = (
-                self._train_batch_size * batches
-            )
-        else:
-            order["gradient_accumulation_steps * processes"] = batches
-        return order
-
-    def _describe_sampling(self) -> str | None:
-        """Describe the draws by their number and a checksum of the weights; None without `sampling`."""
-        draw = self._draw(self.train_dataset)
-        if draw is None:
-            return None
-        how = "with" if draw.replacement else "without"
-        return f"{len(draw)} draws {how} replacement (checksum of the weights {draw.settings()['weights']})"
+        name, size = "gradient_accumulation_steps * processes", args.gradient_accumulation_steps * args.world_size
+        if by_cells:
+            name, size = f"per_device_train_batch_size * {name}", self._train_batch_size * size
+        return {**order, name: size}
 
     @cached_property
     def _cells(self) -> str | None:
         """Checksum of the training cells; None if they have none."""
         return describe_cells(self.train_dataset)
 
-    def _check_order(self, checkpoint: Path) -> None:
-        """Refuse a checkpoint from which cells of the epoch would be repeated or skipped.
-
-        Raises
-        ------
-        ValueError
-            It was made with other cells or arguments.
-        """
-        if self.args.ignore_data_skip:
-            return
-        saved = json.loads((checkpoint / "trainer_state.json").read_text())
-        saved = saved.get("stateful_callbacks", {}).get(_ORDER)
-        if saved is None:
-            return
-        order = self._order()
-        if "train_dataset" not in saved:  # a checkpoint of an earlier version
-            order.pop("train_dataset", None)
-        other = [name for name in order if saved.get(name) != order[name]]
-        if other:
-            found = "; ".join(f"{name} was {saved.get(name)} and is {order[name]}" for name in other)
-            raise ValueError(
-                f"{checkpoint}: {found}. Cells of the epoch would be repeated or skipped: resume with the same, "
-                "or pass ignore_data_skip=True to restart the epoch."
-            )
-
-    def _save_checkpoint(self, model, trial):
-        if self.args.should_save:
-            checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            self.state.stateful_callbacks[_ORDER] = self._order()
-            mark_unfinished(checkpoint)
-            if self._stream_mark is not None:
-                checkpoint.mkdir(parents=True, exist_ok=True)
-                (checkpoint / _STREAM_MARK).write_text(json.dumps(self._stream_mark))
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-
-    def _save(self, output_dir=None, state_dict=None):
-        """Save as Trainer does, with the out-of-fold predictions; beside an adapter the configuration of its model.
-
-        That configuration names the outputs. Out-of-fold predictions of an earlier model are removed.
-        """
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        folder = Path(output_dir or self.args.output_dir)
-        card = folder / "README.md"
-        card_before = card.read_bytes() if card.exists() else None
-        super()._save(output_dir, state_dict)
-        if not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-            replace_out_of_fold(folder, self.out_of_fold)
-        if hasattr(model, "peft_config"):
-            model.config.to_json_file(folder / MODEL_CONFIG, use_diff=False)
-            # PEFT writes an empty card, or changes the card of this package, which would then count as edited.
-            if card_before is None:
-                card.unlink(missing_ok=True)
-            else:
-                card.write_bytes(card_before)
-
-    def _save_rng_state(self, output_dir):
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # the first process now marks the checkpoint as complete
-
     def create_model_card(
-        self,
-        language=None,
-        license=None,
-        tags=None,
-        model_name=None,
-        finetuned_from=None,
-        tasks=None,
-        dataset_tags=None,
-        dataset=None,
-        dataset_args=None,
+        self, language=None, license=None, tags=None, model_name=None, finetuned_from=None, *, dataset_tags=None, **_
     ) -> None:
         """Write this package's card (`write_model_card`) into `output_dir`; an edited card is kept.
 
@@ -664,8 +490,7 @@ class CellTrainer(MeasuredTrainer):
         ----------
         language, license, tags, finetuned_from, dataset_tags
             As in Trainer; they override `language`, `license`, `tags`, `base_model` and `datasets` of `card_facts`.
-        model_name, tasks, dataset, dataset_args
-            Passed by Trainer and ignored: the card takes the name and the task from the model.
+            All others that Trainer passes are ignored: the card takes the name and the task from the model.
         """
         if not self.is_world_process_zero():
             return
@@ -677,111 +502,14 @@ class CellTrainer(MeasuredTrainer):
             "datasets": dataset_tags,
         }
         model = self.accelerator.unwrap_model(self.model)
-        origin = getattr(model.config, "_name_or_path", None)
-        write_model_card(
-            self.args.output_dir,
-            model=model,
-            tokenizer=self.processing_class,
-            trainer=self,
-            **{
-                "store": self.train_dataset if isinstance(self.train_dataset, CellStore) else None,
-                "name": self.hub_model_id or self.args.hub_model_id,
-                "base_model": origin or None,
-                **self.card_facts,
-                **{name: value for name, value in given.items() if value},
-            },
-        )
-
-    # ------------------------------------------------------------------ losses
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Compute the loss as Trainer does, add up its parts, and smooth labels in the model.
-
-        Trainer's own smoothing ignores class weights and loss weights, and takes the labels from the model.
-        """
-        with self._smoothed_labels():
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        statistics = getattr(outputs, "class_statistics", None)
-        if statistics is not None:
-            # Each replica returns its own rows.
-            total = statistics.detach().to(sum_dtype(statistics.device)).view(-1, len(self._token_classes()), 3).sum(0)
-            before = self._statistics.get(model.training)
-            self._statistics[model.training] = total if before is None else before + total
-        return (loss, outputs) if return_outputs else loss
-
-    @contextmanager
-    def _smoothed_labels(self) -> Iterator[None]:
-        """Let the loss of the model apply `args.label_smoothing_factor`, if it is a model of this package."""
-        field = smoothing_field(self.model) if self.args.label_smoothing_factor else None
-        if field is None:
-            yield
-            return
-        smoother, self.label_smoother = self.label_smoother, None
-        config = self.model.config
-        before = getattr(config, field)
-        setattr(config, field, self.args.label_smoothing_factor)
-        try:
-            yield
-        finally:
-            setattr(config, field, before)
-            self.label_smoother = smoother
-
-    def log(self, logs, *args, **kwargs):
-        """Log as Trainer does, with the training losses of the classes of tokens."""
-        if "loss" in logs:
-            logs = {**logs, **self._class_metrics(True)}
-        super().log(logs, *args, **kwargs)
-
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Evaluate as Trainer does; the loss is the mean over all labels, and each class of tokens has its own."""
-        self._statistics.pop(False, None)
-        self._eval_losses = SumOfLosses()
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        loss = self._eval_losses.mean(self.accelerator)
-        if loss is not None:
-            output.metrics[f"{metric_key_prefix}_loss"] = loss
-        output.metrics.update(self._class_metrics(False, f"{metric_key_prefix}_"))
-        return output
-
-    def _token_classes(self) -> list[str]:
-        return self.model.config.token_classes or ["genes"]
-
-    def _class_metrics(self, training: bool, prefix: str = "") -> dict[str, float]:
-        """Return the losses and accuracies since the last call, over all processes."""
-        statistics = self._statistics.pop(training, None)
-        if statistics is None:
-            return {}
-        rows = self.accelerator.reduce(statistics, "sum").tolist()
-        metrics = {}
-        for name, (nll, n_right, n_labels) in zip(self._token_classes(), rows, strict=True):
-            if n_labels:
-                metrics[f"{prefix}{name}_loss"] = nll / n_labels
-                metrics[f"{prefix}{name}_accuracy"] = n_right / n_labels
-        return metrics
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Predict as Trainer does; cells that fill the last batch of multiple processes have no labels.
-
-        MLM logits that are not gathered cover only the labelled positions.
-        """
-        inputs = self._without_filling_cells(inputs)
-        n_labels = self._get_num_items_in_batch([inputs], self.args.device)
-        self._set_signature_columns_if_needed()
-        reduced = self.preprocess_logits_for_metrics in (preprocess_logits_for_metrics, preprocess_logits_with_nll)
-        if (prediction_loss_only or reduced) and "sparse_prediction" in self._signature_columns:
-            inputs = {**inputs, "sparse_prediction": self.model.config.sparse_prediction}
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if self._loss_is_a_mean_over_labels and loss is not None and n_labels is not None:
-            self._eval_losses.add(loss, n_labels, only_finite=self.args.logging_nan_inf_filter)
-        return loss, logits, labels
-
-    # False for objectives that compare cells, whose loss is a mean over batches.
-    _loss_is_a_mean_over_labels = True
-
-    def _without_filling_cells(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        names = [name for name in self.label_names if isinstance(inputs.get(name), torch.Tensor)]
-        rows = filling_cells(self.accelerator, len(inputs[names[0]])) if names else None
-        return inputs if rows is None else without_labels(inputs, names, rows)
+        facts = {
+            "store": self.train_dataset if isinstance(self.train_dataset, CellStore) else None,
+            "name": self.hub_model_id or self.args.hub_model_id,
+            "base_model": getattr(model.config, "_name_or_path", None) or None,
+            **self.card_facts,
+            **{name: value for name, value in given.items() if value},
+        }
+        write_model_card(self.args.output_dir, model=model, tokenizer=self.processing_class, trainer=self, **facts)
 
 
 def _sampling_of(sampling: Mapping[str, Any] | None, dataset: Any) -> dict[str, Any] | None:

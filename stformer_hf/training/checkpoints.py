@@ -14,7 +14,7 @@ from .cell_heads import read_numbers
 from .loading import MODEL_CONFIG, holds_model
 
 _STATE = "trainer_state.json"  # the last file that Trainer writes into a checkpoint
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-\d+")
 _MEANING = ("vocabulary_fingerprint", "problem_type", "gene_ids", "cell_types")  # fields of a configuration
 _MOST = 200  # characters of a value in an error
 # Files and folders of torch, FSDP and DeepSpeed; DeepSpeed's include the schedule.
@@ -22,21 +22,9 @@ _OPTIMIZER, _DEEPSPEED = re.compile(r"(rank\d+-of-\d+-)?optimizer"), re.compile(
 
 
 def last_whole_checkpoint(folder: str | Path) -> Path | None:
-    """Find the newest complete checkpoint of a run.
-
-    Parameters
-    ----------
-    folder : str or Path
-        `output_dir` of a run.
-
-    Returns
-    -------
-    Path or None
-        The checkpoint with the most steps; None if there is none.
-    """
-    numbers = {path: _NAME.fullmatch(path.name) for path in Path(folder).glob("checkpoint-*")}
-    whole = {path: int(number[1]) for path, number in numbers.items() if number and _is_whole(path)}
-    return max(whole, key=lambda path: whole[path], default=None)
+    """Return the complete checkpoint with the most steps in the `output_dir` of a run; None if there is none."""
+    paths = [path for path in Path(folder).glob("checkpoint-*") if _NAME.fullmatch(path.name) and _is_whole(path)]
+    return max(paths, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
 def checkpoint_to_resume(folder: str | Path) -> Path | None:
@@ -68,10 +56,13 @@ def check_complete(checkpoint: str | Path) -> None:
     if not checkpoint.is_dir():
         raise ValueError(f"{checkpoint} is not a checkpoint folder.")
     names = [path.name for path in checkpoint.iterdir()]
-    missing = [] if _STATE in names else [_STATE]
-    if not any(_DEEPSPEED.match(name) for name in names):
-        missing += [] if any(_OPTIMIZER.match(name) for name in names) else ["optimizer.pt"]
-        missing += [] if "scheduler.pt" in names else ["scheduler.pt"]
+    of_deepspeed = any(_DEEPSPEED.match(name) for name in names)
+    found = {
+        _STATE: _STATE in names,
+        "optimizer.pt": of_deepspeed or any(_OPTIMIZER.match(name) for name in names),
+        "scheduler.pt": of_deepspeed or "scheduler.pt" in names,
+    }
+    missing = [name for name, is_there in found.items() if not is_there]
     if missing:
         raise ValueError(
             f"{checkpoint} has no {', '.join(missing)} (save_only_model, or the file was deleted): the run cannot "
@@ -83,12 +74,7 @@ def check_complete(checkpoint: str | Path) -> None:
 def check_same_meaning(checkpoint: str | Path, config: PreTrainedConfig | None) -> None:
     """Refuse a checkpoint whose weights mean other genes, classes or neighbourhoods than the model to continue.
 
-    Parameters
-    ----------
-    checkpoint : str or Path
-        Nothing is checked if it has no configuration.
-    config : PreTrainedConfig or None
-        Configuration of the model. Only what both know is compared; default names of outputs (LABEL_0, …) are unknown.
+    Only what the configurations of both know is compared; default names of outputs (LABEL_0, …) are unknown.
 
     Raises
     ------
@@ -109,9 +95,8 @@ def check_same_meaning(checkpoint: str | Path, config: PreTrainedConfig | None) 
 
 
 def _meaning(config: Any) -> dict[str, Any]:
-    fields = {name: getattr(config, name, None) for name in _MEANING}
-    labels = SimpleNamespace(**{name: getattr(config, name, None) for name in ("id2label", "label2id")})
-    return {**fields, "label2id": read_numbers(labels)}
+    fields = {name: getattr(config, name, None) for name in (*_MEANING, "id2label", "label2id")}
+    return {**{name: fields[name] for name in _MEANING}, "label2id": read_numbers(SimpleNamespace(**fields))}
 
 
 def _short(value: Any) -> str:

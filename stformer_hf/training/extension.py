@@ -14,6 +14,7 @@ from ..models.gene_bert.phenotype_tokens import name_phenotypes, phenotype_token
 from ..models.gene_bert.rank_encoder import read_medians
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..models.gene_bert.tokenizer_settings import check_symbols
+from .identity import check_tokenizer_fits
 
 _ROWS_AT_A_TIME = 1024
 
@@ -110,23 +111,14 @@ def _reads_types(model: PreTrainedModel, tokenizer: GeneTokenizer) -> bool:
 def _check_fits(model: PreTrainedModel, tokenizer: GeneTokenizer) -> None:
     """Check that a tokenizer is the model's, and has no tokens beyond its vocabulary."""
     config = model.config
+    check_tokenizer_fits(model, tokenizer)
     n_types = config.type_vocab_size if _reads_types(model, tokenizer) else tokenizer.type_vocab_size
-    if (config.vocab_size, n_types) != (len(tokenizer), tokenizer.type_vocab_size):
+    reads_cells, fits = getattr(config, "cell_embedding", False), (len(tokenizer), tokenizer.type_vocab_size)
+    if (config.vocab_size, n_types) != fits or reads_cells != tokenizer.whole_cell:  # of a model of transformers
         raise ValueError(
-            f"The tokenizer does not fit the model: {len(tokenizer)} ids and {tokenizer.type_vocab_size} types, where "
-            f"the model has {config.vocab_size} and {n_types}. Load both from one checkpoint."
-        )
-    if getattr(config, "vocabulary_fingerprint", None) not in (None, tokenizer.fingerprint):
-        raise ValueError(
-            "The tokenizer does not fit the model: the same number of ids and types, but other genes, bins or "
-            "phenotypes, or another order. Load both from one checkpoint."
-        )
-    reads_cells = getattr(config, "cell_embedding", False)
-    if reads_cells != tokenizer.whole_cell or (reads_cells and config.num_genes != len(tokenizer.genes)):
-        raise ValueError(
-            f"The tokenizer does not fit the model: whole_cell={tokenizer.whole_cell} and {len(tokenizer.genes)} "
-            f"genes, where the model has cell_embedding={reads_cells} and num_genes={getattr(config, 'num_genes', 0)}."
-            " Load both from one checkpoint."
+            f"The tokenizer does not fit the model: {fits[0]} ids, {fits[1]} types and whole_cell="
+            f"{tokenizer.whole_cell}, where the model has {config.vocab_size}, {n_types} and {reads_cells}. Load both "
+            "from one checkpoint."
         )
     added = tokenizer.get_vocab().keys() - tokenizer.encoder.ids.keys()
     if added:
@@ -317,23 +309,11 @@ def _name_types(tokenizer: GeneTokenizer) -> list[tuple[str, ...]]:
 
 
 def _draw_rows(weight: torch.Tensor, new: torch.Tensor, like: torch.Tensor, std: float) -> None:
-    """Draw rows from the normal distribution with the mean and covariance of other rows.
+    """Draw rows `new` of a weight, in place, from the normal distribution with the mean and covariance of other rows.
 
-    Parameters
-    ----------
-    weight : Tensor (n, d)
-        Written in place.
-    new : LongTensor (n_new,)
-        Rows to write.
-    like : Tensor (n_old, d)
-        Rows that the new ones should resemble.
-    std : float
-        Standard deviation of the new rows, of mean 0, if `like` has fewer than two rows.
-
-    Notes
-    -----
-    With n centred rows X and z ~ N(0, I_n), the covariance of z X / sqrt(n - 1) is that of the rows, even if they do
-    not span all dimensions.
+    If there are fewer than two rows that they should be `like`, the mean is 0 and the standard deviation `std`. With n
+    centred rows X and z ~ N(0, I_n), the covariance of z X / sqrt(n - 1) is that of the rows, even if they do not span
+    all dimensions.
     """
     like = like.float()
     for some in new.split(_ROWS_AT_A_TIME):

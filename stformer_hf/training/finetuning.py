@@ -8,7 +8,6 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,162 +15,35 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from torch import nn
 from torch.utils.data import IterableDataset
-from tqdm.auto import tqdm
-from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    PrinterCallback,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainingArguments, set_seed
 
-from ..batches.collators import DataCollatorForCellClassification
 from ..batches.draws import sampling_columns
 from ..batches.parts import as_selection
 from ..evaluation.metrics import balanced_class_weights
 from ..genes.wrong_names import must_have
 from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
-from ..models.gene_bert.heads import IGNORE, fields_of_columns, label_columns_of
+from ..models.gene_bert.heads import fields_of_columns, label_columns_of
 from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..sources.formats import expand, is_format
 from ..sources.open_source import open_source
 from ..store.cell_store import CellStore
-from .adapting import adapt, check_adapts, layer_rates
+from .adapting import check_adapts
 from .calibration import OutOfFold
-from .cell_heads import read_heads
-from .cell_trainer import CellTrainer
 from .defaults import FINETUNING, MAX_LENGTH
+from .epoch_choice import choose_epochs
+from .label_selection import select_labelled
 from .loading import is_adapter, is_model, load_model, tokenizer_of, unwrap
-from .starts.classifier_start import ClassifierStart, run_cells, start_classifier
+from .prepared_classifier import Finetuning, predict
+from .starts.classifier_start import start_classifier
 from .starts.labelled_cells import LabelledCells, labelled_cells
-from .starts.linear_readers import fit_temperature, inner_folds, log_softmax
+from .starts.linear_readers import fit_temperature, log_softmax
 
 logger = logging.getLogger(__name__)
 
-MOST_EPOCHS = 3
-N_FOLDS = 2
-FEW_LABELS = 50  # cells of the median class: with fewer, fine-tuning lowers the start more often than not
 _EPOCHS_WITHOUT_START = 10
 _PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
-
-
-@dataclass
-class Finetuning:
-    """A classifier that is ready to train.
-
-    Attributes
-    ----------
-    model : PreTrainedModel
-        Initialised, with its tokenizer at `model.tokenizer`.
-    tokenizer : GeneTokenizer
-    cells : CellStore
-        Training cells, with counts and labels.
-    label_key : str or list of str
-    num_train_epochs : float
-        As chosen, or as given.
-    start : dict of str to ClassifierStart, optional
-        Start of a model that reads whole cells, by label column (None if there are not several).
-    new_embedding : bool
-        Whether the spectral views were fitted to these cells; False if the model has its own.
-    balanced : bool
-        Whether all classes have the same weight, whatever their number of cells.
-    lora : int, optional
-        Rank of the adapters that are trained instead of the encoder; see `adapt`.
-    freeze : int
-        Number of first layers that are not trained.
-    layer_decay : float
-        Learning rate of a layer, relative to that of the layer above it; see `layer_rates`.
-    sampling : mapping, optional
-        Which cells an epoch reads; see `CellTrainer`.
-    out_of_fold : OutOfFold, or dict of str to OutOfFold, optional
-        Predictions of training cells by models trained as this one will be; by label column if there are several. None
-        if there are none: it does not start at linear models, or the number of epochs was passed.
-    temperature : float or list of float, optional
-        Temperature of the trained model, as in its configuration; that of the start by default.
-    facts : dict
-        Settings for the model card.
-    """
-
-    model: PreTrainedModel
-    tokenizer: GeneTokenizer
-    cells: CellStore
-    label_key: str | list[str]
-    num_train_epochs: float
-    start: dict[str | None, ClassifierStart] | None = None
-    new_embedding: bool = True
-    balanced: bool = False
-    lora: int | None = None
-    freeze: int = 0
-    layer_decay: float = 1.0
-    sampling: Mapping[str, Any] | None = None
-    out_of_fold: OutOfFold | dict[str, OutOfFold] | None = None
-    temperature: float | list[float] | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def known(self, cells: CellStore) -> CellStore:
-        """Select the cells that have a number, or labels that the model knows; the number left out is logged."""
-        for name in [self.label_key] if isinstance(self.label_key, str) else self.label_key:
-            must_have(cells.obs, "obs", name, " (held-out cells)")
-        heads, unknown = read_heads(unwrap(self.model)), []
-        names = [head.column or self.label_key for head in heads]
-        if all(isinstance(name, str) and name in cells.categories for name in names):
-            labels = [cells.obs[name] for name in names]
-            knows = [of.isin(head.names).to_numpy() for head, of in zip(heads, labels, strict=True)]
-            others = [~is_known & of.notna().to_numpy() for is_known, of in zip(knows, labels, strict=True)]
-            known = np.any(knows, axis=0) & ~np.any(others, axis=0)
-            unknown = [name for of, other in zip(labels, others, strict=True) for name in of[other].unique()]
-        elif getattr(unwrap(self.model).config, "label_columns", None):
-            numeric = next(name for name in names if name not in cells.categories)
-            raise ValueError(
-                f"{numeric!r} of the held-out cells is not categorical, but the model predicts classes of it. Build "
-                f"the store with classes=[{numeric!r}], or make it categorical, adata.obs[key].astype('category')."
-            )
-        else:
-            numbers = cells.obs[self.label_key].to_numpy(np.float32)
-            known = np.isfinite(numbers.reshape(len(cells), -1)).all(axis=1)
-        if known.all():
-            return cells
-        logger.warning(
-            f"{(~known).sum()} of {len(cells)} held-out cells are not evaluated: they have no {self.label_key!r}, or "
-            f"a value that no training cell has ({', '.join(map(str, unknown[:10])) or 'none here'})."
-        )
-        return cells.select(known)
-
-    def trainer(self, arguments: TrainingArguments, eval_cells: CellStore | None = None, **kwargs) -> CellTrainer:
-        """Make the trainer; `kwargs` are those of `CellTrainer`, and the collator's `gene_dropout` and `packing`."""
-        eval_cells = None if eval_cells is None else self.known(as_selection(eval_cells))
-        options = {name: kwargs.pop(name) for name in ("gene_dropout", "packing") if name in kwargs}
-        arguments.num_train_epochs = self.num_train_epochs
-        self.model = adapt(self.model, self.lora, self.freeze)
-        if self.temperature is not None:
-            kwargs["callbacks"] = [*kwargs.get("callbacks", []), _SetTemperature(self.temperature)]
-        kwargs |= _optimizer(self.model, arguments, self.layer_decay)
-        trainer = CellTrainer(
-            model=self.model,
-            args=arguments,
-            data_collator=_collator(self.tokenizer, self.label_key, arguments.seed, **options),
-            train_dataset=self.cells,
-            eval_dataset=eval_cells,
-            processing_class=self.tokenizer,
-            sampling=self.sampling,
-            **kwargs,
-        )
-        trainer.out_of_fold = self.out_of_fold
-        return trainer
-
-
-class _SetTemperature(TrainerCallback):
-    """Set the temperature of a model when its training ends."""
-
-    def __init__(self, temperature: float | list[float]):
-        self.temperature = temperature
-
-    def on_train_end(self, args, state, control, *, model: PreTrainedModel, **_) -> None:
-        unwrap(model).config.temperature = self.temperature
 
 
 def finetune(
@@ -283,26 +155,8 @@ def finetune(
         eval_cells = CellStore(eval_cells)
     with tempfile.TemporaryDirectory() as folder:
         if not isinstance(cells, CellStore):
-            keys = [label_key] if isinstance(label_key, str) else list(label_key)
-            columns = [*keys, *(name for name in (split_by, *phenotypes) if name is not None)]
-            columns += sampling_columns(sampling)
-            sources = [open_source(source, layer, fractional) for source in expand(cells)]
-            for source, name in itertools.product(sources, columns):
-                must_have(source.obs, "obs", name, f" ({source.name})")
-            of_classes = problem_type == "single_label_classification" or (
-                problem_type != "regression"
-                and isinstance(label_key, str)
-                and all(pd.api.types.is_bool_dtype(source.obs[label_key].dtype) for source in sources)
-            )
-            cells = CellStore.build(
-                Path(folder) / "store",
-                cells,
-                obs=list(dict.fromkeys(columns)),
-                classes=keys if of_classes else [],
-                layer=layer,
-                fractional=fractional,
-                report=False,
-            )
+            others = [*([] if split_by is None else [split_by]), *phenotypes, *sampling_columns(sampling)]
+            cells = _build_store(Path(folder) / "store", cells, label_key, others, problem_type, layer, fractional)
         arguments = TrainingArguments(
             output_dir=str(output or folder),
             **{
@@ -342,6 +196,30 @@ def finetune(
         return prepared.model.eval()
 
 
+def _build_store(
+    path: Path,
+    cells: Any,
+    label_key: str | Sequence[str],
+    others: Sequence[str],
+    problem_type: str | None,
+    layer: str | None,
+    fractional: bool,
+) -> CellStore:
+    """Build a store of files or AnnData objects with the label columns and others."""
+    keys = [label_key] if isinstance(label_key, str) else list(label_key)
+    columns = list(dict.fromkeys([*keys, *others]))
+    sources = [open_source(source, layer, fractional) for source in expand(cells)]
+    for source, name in itertools.product(sources, columns):
+        must_have(source.obs, "obs", name, f" ({source.name})")
+    of_classes = problem_type == "single_label_classification" or (
+        problem_type != "regression"
+        and isinstance(label_key, str)
+        and all(pd.api.types.is_bool_dtype(source.obs[label_key].dtype) for source in sources)
+    )
+    classes = keys if of_classes else []
+    return CellStore.build(path, cells, obs=columns, classes=classes, layer=layer, fractional=fractional, report=False)
+
+
 def prepare_classifier(
     cells: CellStore,
     label_key: str | Sequence[str],
@@ -374,12 +252,16 @@ def prepare_classifier(
     Finetuning
     """
     check_adapts(model, lora, freeze, layer_decay)
-    _check_option("init", init, ("spectral", "random"))
-    _check_option("class_weights", class_weights, ("none", "balanced"))
-    if problem_type is not None:
-        _check_option("problem_type", problem_type, _PROBLEMS)
-    cells, labels, key, classes, problem_type = _labelled(cells, label_key, problem_type)
-    if class_weights != "none" and problem_type != "single_label_classification":
+    for name, value, known in (
+        ("init", init, ("spectral", "random")),
+        ("class_weights", class_weights, ("none", "balanced")),
+        ("problem_type", problem_type, (None, *_PROBLEMS)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(repr(of) for of in known if of)}.")
+    cells, labels, key, classes, problem_type = select_labelled(cells, label_key, problem_type)
+    balanced = class_weights == "balanced"
+    if balanced and problem_type != "single_label_classification":
         raise ValueError(f"class_weights={class_weights!r} is for classes, and the problem is {problem_type}.")
     head: dict[str, Any] = {
         "problem_type": problem_type,
@@ -409,360 +291,103 @@ def prepare_classifier(
         )
     tokenizer.included_phenotypes = list(phenotypes)
     classifier.tokenizer = tokenizer
-    facts: dict[str, Any] = {"label": key, "pooling": config.classifier_pooling}
     if config.classifier_pooling == "cls" and not tokenizer.add_cls:
         raise ValueError("The tokenizer adds no [CLS]: use --pooling mean.")
-    balanced = class_weights == "balanced"
     if balanced and classes:
         weights = [balanced_class_weights(cells.obs[name], of_column) for name, of_column in classes.items()]
         config.class_weights = [weight for of_column in weights for weight in of_column]
-    if init == "random" or not getattr(config, "wide_head", False):
-        epochs = _EPOCHS_WITHOUT_START if num_train_epochs is None else num_train_epochs
-        return Finetuning(
-            *(classifier, tokenizer, cells, key, epochs),
-            lora=lora,
-            freeze=freeze,
-            layer_decay=layer_decay,
-            sampling=sampling,
-            facts=facts,
-        )
+    starts = init == "spectral" and getattr(config, "wide_head", False)
+    prepared = Finetuning(
+        *(classifier, tokenizer, cells, key, num_train_epochs or 0),
+        new_embedding=model is None,
+        balanced=balanced,
+        lora=lora,
+        freeze=freeze,
+        layer_decay=layer_decay,
+        sampling=sampling,
+        facts={"label": key, "pooling": config.classifier_pooling},
+    )
+    if starts:
+        _start(prepared, labels, arguments, num_train_epochs is None, split_by)
+    elif num_train_epochs is None:
+        prepared.num_train_epochs = _EPOCHS_WITHOUT_START
+    return prepared
 
-    groups = None
-    if split_by is not None:
-        must_have(cells.obs, "obs", split_by)
-        if cells.obs[split_by].isna().any():
-            raise ValueError(
-                f"{int(cells.obs[split_by].isna().sum())} cells have no {split_by!r}: remove them, or fill it in."
-            )
-        groups = cells.obs[split_by].astype(str).to_numpy()
-        for column in labelled_cells(config, labels):
-            has = np.unique(groups[column.rows])
-            if column.column is not None and len(has) < 2:
-                raise ValueError(
-                    f"All cells with a {column.column!r} have the same {split_by!r}, {has[0]!r}, but validation "
-                    "needs another. Leave out split_by, or the column."
-                )
-    began = time.monotonic()
-    start = start_classifier(
-        classifier,
-        tokenizer,
-        cells,
+
+def _start(
+    prepared: Finetuning,
+    labels: np.ndarray,
+    arguments: TrainingArguments,
+    chooses_epochs: bool,
+    split_by: str | None,
+) -> None:
+    """Start a classifier at linear models, choose the number of epochs, and keep the out-of-fold predictions."""
+    config, began = prepared.model.config, time.monotonic()
+    columns = labelled_cells(config, labels)
+    groups = None if split_by is None else _groups(prepared.cells, split_by, columns)
+    prepared.start = start = start_classifier(
+        prepared.model,
+        prepared.tokenizer,
+        prepared.cells,
         labels,
         groups=groups,
-        new_embedding=model is None,
+        new_embedding=prepared.new_embedding,
         seed=arguments.seed,
-        balanced=balanced,
+        balanced=prepared.balanced,
     )
     logger.info(f"The start took {time.monotonic() - began:.0f} s.")
-    facts |= _facts_of(start, labelled_cells(config, labels))
-    prepared = Finetuning(
-        *(classifier, tokenizer, cells, key, num_train_epochs or 0, start, model is None, balanced),
-        *(lora, freeze, layer_decay, sampling),
-        facts=facts,
-    )
+    started = [column for column in columns if column.column in start]
+    for column in started:
+        choice = start[column.column].choice
+        prepared.facts |= {
+            "start": "linear models of [CLS] and of all genes, chosen by inner cross-validation",
+            "components_per_view": choice.n_components,
+            column.named("reader_weights"): list(choice.weights),
+            column.named("inner_score_of_the_start"): round(choice.score, 4),
+        }
     trained: dict[str | None, OutOfFold] | None = None
-    if num_train_epochs is None:
+    if chooses_epochs:
         prepared.num_train_epochs, reasons, trained = choose_epochs(prepared, labels, groups, arguments)
-        facts |= reasons
-    out_of_fold: dict[str | None, OutOfFold] = {}
+        prepared.facts |= reasons
+    if trained is None and prepared.num_train_epochs > 0:
+        return  # no model was trained as this one will be
+    out_of_fold: dict[Any, OutOfFold] = {}
     temperatures = {column.name: column.temperature for column in label_columns_of(config)}
-    for column in labelled_cells(config, labels):
-        if column.column not in start:
-            continue
-        if trained is not None:
+    for column in started:
+        if trained is None:
+            of = start[column.column]
+            found = OutOfFold(of.choice.out_of_fold, of.labels, of.rows, of.choice.distances, of.centroids)
+        else:
             found = trained[column.column]
             scale = fit_temperature(column.problem, found.predictions, found.labels)
             temperatures[column.column] = float(temperatures[column.column] * scale)
             found.predictions = (found.predictions / scale).astype(np.float32)
-            if classes:
+            if config.problem_type == "single_label_classification":
                 found.predictions = log_softmax(found.predictions)
-        elif prepared.num_train_epochs == 0:
-            of, choice = start[column.column], start[column.column].choice
-            found = OutOfFold(choice.out_of_fold, of.labels, of.rows, choice.distances, of.centroids)
-        else:
-            continue
         out_of_fold[column.column] = found
-        if classes:
+        if config.problem_type == "single_label_classification":
             calibration = found.facts(temperatures[column.column])
-            facts |= {column.named(name): value for name, value in calibration.items()}
-    by_column = {name: found for name, found in out_of_fold.items() if name is not None}
-    prepared.out_of_fold = by_column or out_of_fold.get(None)
+            prepared.facts |= {column.named(name): value for name, value in calibration.items()}
+    prepared.out_of_fold = out_of_fold[None] if None in out_of_fold else out_of_fold or None
     if trained is not None:
         prepared.temperature = temperatures.get(None, list(temperatures.values()))
-    return prepared
 
 
-def choose_epochs(
-    prepared: Finetuning, labels: np.ndarray, groups: np.ndarray | None, arguments: TrainingArguments
-) -> tuple[float, dict[str, Any], dict[str | None, OutOfFold] | None]:
-    """Choose for how many epochs to train beyond the start, 0 included.
-
-    In each of 2 inner folds the start is fitted to the fold's training cells, trained for 3 epochs, and scored on the
-    fold's other cells at the start and after each epoch. The number of epochs with the best mean score is taken if
-    training beats the start by more than the standard error of the difference over cells, else 0. That difference is
-    cross-fitted: each fold is scored at the epoch that is best in the other fold, because the best of three epochs
-    flatters training on the cells that chose it. If no epoch beats the start in the first fold, the result is 0
-    without trying the second; if the median class has fewer than 50 cells, or there is only one class, it is 0 without
-    trying. For several label columns, the score of a cell is the mean over its labels, and the median class of each
-    column must have 50 cells.
-
-    Parameters
-    ----------
-    prepared : Finetuning
-        Classifier with its start.
-    labels : array (n, …)
-        Labels of its cells.
-    groups : array (n,), optional
-        As in `inner_folds`.
-    arguments : TrainingArguments
-        Settings of training.
-
-    Returns
-    -------
-    epochs : float
-    facts : dict
-        `fine_tuning`, the reason; `inner_scores`, the mean score at the start and after each epoch, if it was tried.
-    out_of_fold : dict of str to OutOfFold, or None
-        Outputs for the cells of the inner folds after that number of epochs, by label column; None if it is 0.
-
-    Notes
-    -----
-    The regularisation and weights of the linear models may have been chosen on the same cells, and are kept in every
-    fold; the models themselves, and the axes of the views, are fitted within each fold.
-    """
-    model = prepared.model
-    if not prepared.start:
-        return 0, {"fine_tuning": "none: there is only one class"}, None
-    columns = labelled_cells(model.config, labels)
-    for column in columns:
-        of_classes = column.problem.kind == "single_label_classification"
-        per_class = np.bincount(column.labels) if of_classes else np.array([len(labels)])
-        median = int(np.median(per_class[per_class > 0]))
-        if median < FEW_LABELS:
-            which = "" if column.column is None else f" of {column.column}"
-            why = f"none: the median class{which} has {median} cells, fewer than {FEW_LABELS}"
-            return 0, {"fine_tuning": why}, None
-
-    def cell_scores(outputs: np.ndarray, cells: np.ndarray) -> np.ndarray:
-        total, n_labels = np.zeros(len(cells)), np.zeros(len(cells))
-        for column in columns:
-            has = np.isin(cells, column.rows)
-            total[has] += column.problem.cell_scores(outputs[has, column.outputs], column.labels_of(cells[has]))
-            n_labels += has
-        return total / n_labels
-
-    folds = inner_folds(columns[0].problem, labels, groups, arguments.seed)[:N_FOLDS]
-    outputs: list[np.ndarray] = []
-    scores: list[np.ndarray] = []
-    rows: list[np.ndarray] = []
-    for train, held_out, _ in folds:
-        outputs.append(_outputs_of_epochs(prepared, labels, train, held_out, arguments))
-        rows.append(held_out)
-        scores.append(np.stack([cell_scores(of, held_out) for of in outputs[-1]], axis=1))
-        if (scores[0].mean(axis=0)[1:] <= scores[0][:, 0].mean()).all():
-            break
-    overall = np.concatenate(scores).mean(axis=0)
-    best = int(overall.argmax())
-    facts: dict[str, Any] = {"inner_scores": [round(float(score), 4) for score in overall]}
-    gain, error = _gain_over_start(*scores) if best else (0.0, 0.0)
-    if gain <= error:
-        return 0, {**facts, "fine_tuning": "none: it did not beat the start by more than its standard error"}, None
-    facts["fine_tuning"] = f"{best} epochs: {gain:+.4f} over the start (standard error {error:.4f})"
-    tried, predictions = np.concatenate(rows), np.concatenate([of[best] for of in outputs])
-    found: dict[str | None, OutOfFold] = {}
-    for column in columns:
-        has = np.isin(tried, column.rows)
-        own = tried[has]
-        found[column.column] = OutOfFold(predictions[has, column.outputs], column.labels_of(own), own)
-    return best, facts, found
-
-
-def _gain_over_start(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """Return the mean gain of training over the start, and its standard error over the cells of two folds.
-
-    Both take the scores of a fold's cells at the start and after each epoch, (n_cells, 1 + epochs). The epoch of one
-    fold is the best of the other fold.
-    """
-    gains = [
-        of[:, 1 + other[:, 1:].mean(axis=0).argmax()] - of[:, 0] for of, other in ((first, second), (second, first))
-    ]
-    gain = np.concatenate(gains)
-    return float(gain.mean()), float(gain.std(ddof=1) / np.sqrt(len(gain)))
-
-
-def _outputs_of_epochs(
-    prepared: Finetuning,
-    labels: np.ndarray,
-    train: np.ndarray,
-    held_out: np.ndarray,
-    arguments: TrainingArguments,
-) -> np.ndarray:
-    """Train on one part, and predict another at the start and after each epoch: (1 + epochs, n, n_outputs)."""
-    model, start = copy.deepcopy(prepared.model), prepared.start
-    assert start  # without one, choose_epochs tries nothing
-    cells, others = prepared.cells.select(train), prepared.cells.select(held_out)
-    of_all = all(len(start[of.column].rows) == len(of.rows) for of in labelled_cells(model.config, labels))
-    rotated = {name: (of.rotated[0][np.isin(of.rows, train)], of.rotated[1]) for name, of in start.items()}
-    start_classifier(
-        model,
-        prepared.tokenizer,
-        cells,
-        labels[train],
-        new_embedding=prepared.new_embedding,
-        seed=arguments.seed,
-        balanced=prepared.balanced,
-        choices={name: of.choice for name, of in start.items()},
-        rotated=rotated if of_all else None,
-    )
-    model = adapt(model, prepared.lora, prepared.freeze)
-    outputs: list[np.ndarray] = []
-
-    def predict_others() -> None:
-        outputs.append(predict(model, prepared.tokenizer, others))
-
-    class PredictEpochs(TrainerCallback):
-        def on_train_begin(self, args, state, *_, **__) -> None:
-            self.bar = tqdm(total=state.max_steps, desc="try fine-tuning", unit="step", disable=None)
-
-        def on_step_end(self, *_, **__) -> None:
-            self.bar.update()
-
-        def on_epoch_end(self, *_, **__) -> None:
-            predict_others()
-
-        def on_train_end(self, *_, **__) -> None:
-            self.bar.close()
-
-    predict_others()
-    with tempfile.TemporaryDirectory() as folder:
-        inner = copy.copy(arguments)
-        inner.output_dir, inner.num_train_epochs, inner.max_steps = folder, MOST_EPOCHS, -1
-        inner.save_strategy = inner.eval_strategy = inner.logging_strategy = "no"
-        inner.push_to_hub, inner.report_to, inner.disable_tqdm = False, [], True
-        trainer = CellTrainer(
-            model=model,
-            args=inner,
-            data_collator=_collator(prepared.tokenizer, prepared.label_key, inner.seed),
-            train_dataset=cells,
-            processing_class=prepared.tokenizer,
-            sampling=prepared.sampling,
-            callbacks=[PredictEpochs()],
-            **_optimizer(model, inner, prepared.layer_decay),
-        )
-        trainer.remove_callback(PrinterCallback)  # its losses would look like those of the final model
-        trainer.train()
-    return np.stack(outputs)
-
-
-def predict(model: PreTrainedModel, tokenizer: GeneTokenizer, cells: CellStore) -> np.ndarray:
-    """Compute the logits of cells: float64 array (n, num_labels), in the order of the cells.
-
-    For several label columns, those of a column are its `CellHead.outputs`; see `read_heads`.
-    """
-    return run_cells(model, tokenizer, cells, lambda batch: model(**batch).logits, 128)
-
-
-# ---------------------------------------------------------------------- parts
-
-
-def _collator(
-    tokenizer: GeneTokenizer, label_key: str | list[str], seed: int, **options: Any
-) -> DataCollatorForCellClassification:
-    return DataCollatorForCellClassification(tokenizer, label_key, seed=seed, **options)
-
-
-def _optimizer(model: nn.Module, arguments: TrainingArguments, layer_decay: float) -> dict[str, Any]:
-    """Return the argument of Trainer for one learning rate per layer; none if all have the same."""
-    return {} if layer_decay == 1 else {"optimizer_cls_and_kwargs": layer_rates(model, arguments, layer_decay)}
-
-
-def _check_option(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, known))}.")
-
-
-def _labelled(
-    cells: CellStore, label_key: str | Sequence[str], problem_type: str | None
-) -> tuple[CellStore, np.ndarray, str | list[str], dict[str, list[str]] | None, str]:
-    """Select the cells with counts and labels.
-
-    Return them, their labels, the columns (a list if there are several; of classes in alphabetical order), the classes
-    of each column, and the problem type.
-    """
-    columns = [label_key] if isinstance(label_key, str) else list(label_key)
-    several = not isinstance(label_key, str)
-    if not columns:
-        raise ValueError("label_key is empty: pass at least one column.")
-    for name in columns:
-        must_have(cells.obs, "obs", name)
-    categorical = [name for name in columns if name in cells.categories]
-    if problem_type is None and several and 0 < len(categorical) < len(columns):
-        raise ValueError(
-            f"{', '.join(map(repr, categorical))} of the label columns hold categories, and "
-            f"{', '.join(repr(name) for name in columns if name not in categorical)} numbers. Classes cannot be "
-            "combined with columns of 0 and 1: make all of them categorical, or for whole numbers and booleans pass "
-            "problem_type='single_label_classification' with an AnnData."
-        )
-    if problem_type is None:
-        problem_type = "multi_label_classification" if several and not categorical else "single_label_classification"
-    usable = cells.lengths > 0
-    classes: dict[str, list[str]] | None = None
-    if problem_type == "single_label_classification":
-        columns = sorted(set(columns))
-        several = len(columns) > 1
-        found = {name: _codes(cells, name, usable) for name in columns}
-        classes = {name: of_column for name, (_, of_column) in found.items()}
-        labels = np.stack([codes for codes, _ in found.values()], axis=1)
-        usable &= (labels != IGNORE).any(axis=1)
-        if several:
-            for name, n in zip(columns, (labels[usable] == IGNORE).sum(axis=0), strict=True):
-                logger.info(f"{n} of {usable.sum()} cells have no {name!r}: they train the other columns only.")
-    else:
-        if categorical:
-            raise ValueError(f"{problem_type} needs columns of numbers, but not all of {columns} are.")
-        labels = cells.obs[columns].to_numpy(np.float32)
-        usable &= np.isfinite(labels).all(axis=1)
-    key = columns if several else columns[0]
-    labels = labels if several else labels[:, 0]
-    n_without = int((~usable & (cells.lengths > 0)).sum())
+def _groups(cells: CellStore, split_by: str, columns: Sequence[LabelledCells]) -> np.ndarray:
+    """Return the group of each cell, after checking that validation has a group other than that of training."""
+    must_have(cells.obs, "obs", split_by)
+    n_without = int(cells.obs[split_by].isna().sum())
     if n_without:
-        logger.warning(f"{n_without} of {len(cells)} cells have no label {key!r}: they are left out.")
-    if not usable.any():
-        raise ValueError(f"None of the {len(cells)} cells has counts and a {key!r}.")
-    if not usable.all():
-        logger.warning(
-            f"{(~usable).sum()} of {len(cells)} cells have no counts or no {key!r}: they are left out of training."
-        )
-    return (cells if usable.all() else cells.select(usable)), labels[usable], key, classes, problem_type
-
-
-def _codes(cells: CellStore, name: str, usable: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Return the class of each cell in a column, int64 (n,) with -100 for none, and the classes of usable cells."""
-    if name not in cells.categories:
-        kinds = {"b": "booleans", "i": "whole numbers", "u": "whole numbers", "f": "numbers"}
-        raise ValueError(
-            f"{name!r} is not one categorical column (it holds {kinds.get(cells.obs[name].dtype.kind, 'other values')}"
-            f"); categorical columns are {', '.join(cells.categories) or 'none'}. For numbers pass "
-            "problem_type='regression'. For classes stored as integers or booleans pass "
-            "problem_type='single_label_classification' with an AnnData, build the store with classes=[…] "
-            "(stformer-hf build --classes), or make them categorical, adata.obs[key].astype('category')."
-        )
-    names, codes = cells.categories[name], cells.obs[name].cat.codes.to_numpy().astype(np.int64)
-    used = np.unique(codes[usable & (codes >= 0)])  # classes that only held-out cells have are left out
-    classes = [names[i] for i in used]
-    if not classes:
-        raise ValueError(f"None of the {len(cells)} cells has counts and a {name!r}.")
-    if len(classes) == 1:
-        raise ValueError(
-            f"{name!r} has only one class among the training cells, {classes[0]!r}: at least two are needed."
-        )
-    unused = [of for i, of in enumerate(names) if i not in set(used.tolist())]
-    if unused:
-        logger.warning(
-            f"{len(unused)} classes of {name!r} have no training cell with counts, and the model does not "
-            f"know them: {', '.join(unused[:10])}{', …' if len(unused) > 10 else ''}."
-        )
-    return np.where(codes < 0, IGNORE, np.searchsorted(used, codes)), classes
+        raise ValueError(f"{n_without} cells have no {split_by!r}: remove them, or fill it in.")
+    groups = cells.obs[split_by].astype(str).to_numpy()
+    for column in columns:
+        has = np.unique(groups[column.rows])
+        if column.column is not None and len(has) < 2:
+            raise ValueError(
+                f"All cells with a {column.column!r} have the same {split_by!r}, {has[0]!r}, but validation "
+                "needs another. Leave out split_by, or the column."
+            )
+    return groups
 
 
 def _load(
@@ -786,20 +411,6 @@ def _load(
         head = {"wide_head": True, **head}
     classifier = load_model(model, AutoModelForSequenceClassification, new_head=True, dtype=torch.float32, **head)
     return classifier, tokenizer
-
-
-def _facts_of(start: dict[str | None, ClassifierStart], columns: Sequence[LabelledCells]) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
-    for column in columns:
-        if column.column in start:
-            choice = start[column.column].choice
-            facts |= {
-                "start": "linear models of [CLS] and of all genes, chosen by inner cross-validation",
-                "components_per_view": choice.n_components,
-                column.named("reader_weights"): list(choice.weights),
-                column.named("inner_score_of_the_start"): round(choice.score, 4),
-            }
-    return facts
 
 
 __all__ = ["Finetuning", "choose_epochs", "finetune", "predict", "prepare_classifier"]

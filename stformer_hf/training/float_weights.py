@@ -15,13 +15,8 @@ def keep_in_float32(model: nn.Module, autocast: bool) -> None:
 
     A bfloat16 number has 8 significant bits: an update below 1/512 of a weight does not change it, and at usual
     learning rates most updates are smaller. transformers loads a checkpoint in the precision in which it was saved.
-
-    Parameters
-    ----------
-    model : Module
-        Frozen and quantized weights beside an adapter are not converted.
-    autocast : bool
-        Whether the training computes in half precision (`bf16` or `fp16` of TrainingArguments).
+    Frozen and quantized weights beside an adapter are not converted. `autocast` says whether the training computes in
+    half precision (`bf16` or `fp16` of TrainingArguments).
 
     Raises
     ------

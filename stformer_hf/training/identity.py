@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..batches.iterable_ann_dataset import IterableAnnDataset
 from ..batches.parts import bases
 from ..batches.token_rows import class_names
+from ..genes.wrong_names import some_of
 from ..models.gene_bert.heads import label_columns_of, output_names, problem_of
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
@@ -27,26 +28,15 @@ _REMEDY = "Load all of them from one checkpoint, or make the model with GeneBert
 
 
 def check_tokenizer_fits(model: PreTrainedModel, tokenizer: GeneTokenizer, name: str = "tokenizer") -> None:
-    """Check that a tokenizer has the vocabulary of a model.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-    tokenizer : GeneTokenizer
-    name : str, default: "tokenizer"
-        Name of the tokenizer in errors.
+    """Check that a tokenizer, which errors call `name`, has the vocabulary of a model.
 
     Raises
     ------
     ValueError
         The sizes, or the genes, bins or phenotypes themselves, differ; only one of the two is for whole cells.
     """
-    config = getattr(model, "config", None)
-    if (
-        config is None
-        or getattr(config, "model_type", None) != "gene_bert"
-        or not isinstance(tokenizer, GeneTokenizer)
-    ):
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "model_type", None) != "gene_bert" or not isinstance(tokenizer, GeneTokenizer):
         return
     sizes = (config.vocab_size, config.type_vocab_size)
     if sizes != (len(tokenizer), tokenizer.type_vocab_size):
@@ -62,10 +52,10 @@ def check_tokenizer_fits(model: PreTrainedModel, tokenizer: GeneTokenizer, name:
             else f"The {name} returns whole cells (whole_cell=True), but the model does not read them: make the model "
             "with GeneBertConfig.from_tokenizer(tokenizer), or the tokenizer without whole_cell."
         )
-    if config.cell_embedding and config.num_genes != len(tokenizer.genes):
+    n_genes = len(tokenizer.genes)
+    if config.cell_embedding and config.num_genes != n_genes:
         raise ValueError(
-            f"The {name} does not fit the model: {len(tokenizer.genes)} genes, where the model has "
-            f"{config.num_genes}. {_REMEDY}"
+            f"The {name} does not fit the model: {n_genes} genes, where the model has {config.num_genes}. {_REMEDY}"
         )
     if config.vocabulary_fingerprint not in (None, tokenizer.fingerprint):
         raise ValueError(
@@ -107,14 +97,8 @@ def _vocabulary(tokenizer: Any) -> Any:
 def check_tokens(dataset: Any, model: PreTrainedModel, tokenizer: Any) -> None:
     """Check that the tokens of a dataset were made with the tokenizer of the collator, or of the model.
 
-    Parameters
-    ----------
-    dataset : any dataset
-        A stream has its tokenizer, and a tokenized dataset the manifest that `CellStore.tokenize` wrote. The tokens of
-        other datasets cannot be checked.
-    model : PreTrainedModel
-    tokenizer : GeneTokenizer, optional
-        Tokenizer of the collator, or `processing_class`.
+    A stream has its tokenizer, and a tokenized dataset the manifest that `CellStore.tokenize` wrote. The tokens of
+    other datasets cannot be checked.
 
     Raises
     ------
@@ -146,16 +130,16 @@ def check_stores_together(dataset: Any) -> None:
     """
     stores = [base for base in bases(dataset) if isinstance(base, CellStore)]
     for other in stores[1:]:
-        first = stores[0]
-        for what, of_first, of_other in (
-            ("genes", first.gene_ids.tolist(), other.gene_ids.tolist()),
-            ("obs columns", list(first.obs.columns), list(other.obs.columns)),
-        ):
-            if of_first != of_other:
-                raise ValueError(
-                    f"The stores {first.path} and {other.path} are combined, but differ in their {what}: merge them "
-                    "with CellStore.build(path, stores)."
-                )
+        first, differ = stores[0], ""
+        if first.gene_ids.tolist() != other.gene_ids.tolist():
+            differ = "genes"
+        elif list(first.obs.columns) != list(other.obs.columns):
+            differ = "obs columns"
+        if differ:
+            raise ValueError(
+                f"The stores {first.path} and {other.path} are combined, but differ in their {differ}: merge them "
+                "with CellStore.build(path, stores)."
+            )
 
 
 def _fingerprint_of(dataset: Any) -> str | None:
@@ -182,19 +166,12 @@ def _named(dataset: Any) -> str:
 def fit_classes(model: PreTrainedModel, collator: Any, dataset: Any) -> Any:
     """Make a collator number classes and columns as its model does; name unnamed outputs after the training cells.
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-        `config.id2label` and `config.label2id` are set if the outputs have no names, the collator or the dataset knows
-        them, and the head has room for them.
-    collator : DataCollatorForCellClassification, or any other
-        Others are returned as they are.
-    dataset : any dataset
-        Training cells.
+    `config.id2label` and `config.label2id` are set if the outputs have no names, the collator or the training cells
+    (`dataset`) know them, and the head has room for them.
 
     Returns
     -------
-    The collator, or a copy with `label2id`.
+    A copy of a `DataCollatorForCellClassification` with `label2id`, if it had none; any other collator itself.
 
     Raises
     ------
@@ -205,18 +182,28 @@ def fit_classes(model: PreTrainedModel, collator: Any, dataset: Any) -> Any:
     label, config = getattr(collator, "label", None), getattr(model, "config", None)
     if label is None or not hasattr(collator, "label2id") or config is None:
         return collator
-    if getattr(config, "label_columns", None):
-        return _fit_columns(config, collator)
     several, given = not isinstance(label, str), collator.label2id
-    of_columns = several or problem_of(config) != "single_label_classification"
     columns = list(label) if several else [label]
+    if getattr(config, "label_columns", None):
+        of_column = {str(column.name): output_names(config, column) for column in label_columns_of(config)}
+        numbers = {column: {name: i for i, name in enumerate(names)} for column, names in of_column.items()}
+        if set(columns) != set(numbers) or given not in (None, numbers):
+            raise ValueError(
+                f"The labels are the column(s) {', '.join(map(repr, columns))}, but the model predicts a class in "
+                f"each of {', '.join(map(repr, numbers))}: pass the collator these columns, without label2id."
+            )
+        return _numbering(collator, numbers)
+    of_columns = several or problem_of(config) != "single_label_classification"
     of_model = read_numbers(config)
     if of_model is None:
-        known = given or _numbered(columns if of_columns else _names_of(dataset, label))
-        if known is None or not set(known.values()) <= set(range(config.num_labels)):
+        names = (columns if of_columns else _names_of(dataset, label)) or []
+        of_model = given or {str(name): i for i, name in enumerate(names)}
+        if not of_model or not set(of_model.values()) <= set(range(config.num_labels)):
             return collator
-        of_model = known
-    elif given is not None and (not of_columns or set(given) <= set(of_model)) and not _agree(given, of_model):
+    elif given is not None and (
+        any(of_model.get(str(name)) != int(number) for name, number in given.items())
+        and (not of_columns or set(given) <= set(of_model))
+    ):
         raise ValueError(
             f"The collator's label2id is {_shown(given)}, but the model's is {_shown(of_model)}: its "
             "predictions would be misnamed. Leave label2id out to use the model's."
@@ -228,41 +215,18 @@ def fit_classes(model: PreTrainedModel, collator: Any, dataset: Any) -> Any:
             "pass the collator the number of each column, label2id={…}."
         )
     of_model = name_outputs(config, of_model)
-    if given is not None or (of_columns and not several):
-        return collator
+    return collator if given is not None or (of_columns and not several) else _numbering(collator, of_model)
+
+
+def _numbering(collator: Any, numbers: Mapping[str, Any]) -> Any:
+    """Return a copy of a collator that has `label2id`."""
     fitted = copy.copy(collator)
-    fitted.label2id = of_model
+    fitted.label2id = numbers
     return fitted
-
-
-def _fit_columns(config: Any, collator: Any) -> Any:
-    """Make a collator number the classes of each label column as the model does."""
-    of_model = {
-        column.name: {name: i for i, name in enumerate(output_names(config, column))}
-        for column in label_columns_of(config)
-    }
-    columns = [collator.label] if isinstance(collator.label, str) else list(collator.label)
-    if set(columns) != set(of_model) or collator.label2id not in (None, of_model):
-        raise ValueError(
-            f"The labels are the column(s) {', '.join(map(repr, columns))}, but the model predicts a class in each of "
-            f"{', '.join(map(repr, of_model))}: pass the collator these columns, without label2id."
-        )
-    fitted = copy.copy(collator)
-    fitted.label2id = of_model
-    return fitted
-
-
-def _agree(some: Mapping[str, int], of_model: Mapping[str, int]) -> bool:
-    return all(of_model.get(str(name)) == int(number) for name, number in some.items())
 
 
 def _shown(numbers: Mapping[str, int]) -> str:
-    names = sorted(numbers, key=numbers.__getitem__)
-    return ", ".join(f"{numbers[name]} {name!r}" for name in names[:5]) + (", …" if len(names) > 5 else "")
-
-
-def _numbered(names: Sequence[str] | None) -> dict[str, int] | None:
-    return None if names is None else {str(name): i for i, name in enumerate(names)}
+    return some_of(f"{numbers[name]} {name!r}" for name in sorted(numbers, key=numbers.__getitem__))
 
 
 def _names_of(dataset: Any, column: str) -> list[str] | None:
@@ -280,14 +244,6 @@ def fit_datasets(model: PreTrainedModel, train: Any, others: Iterable[Any]) -> N
     This is the hook for datasets whose rows are not tokens. If a dataset, or one inside a Subset or ConcatDataset, has
     a method `fit_model(model, name, learn)`, it is called with the model, the name of the argument for errors, and
     whether it may add to `model.config` what is missing there. `CenterMaskSampler` has such a method.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-    train : any dataset
-        Training cells.
-    others : iterable of datasets
-        All other datasets, such as those for evaluation.
 
     Raises
     ------

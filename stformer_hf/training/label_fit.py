@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from datasets import ClassLabel
 from datasets import Dataset as HuggingFaceDataset
 from torch.utils.data import ConcatDataset, Subset
 
 from ..batches.collators import DataCollatorForCellClassification
 from ..batches.iterable_ann_dataset import IterableAnnDataset
+from ..genes.wrong_names import some_of
 from ..models.gene_bert.heads import IGNORE, label_columns_of, output_names, problem_of
 from ..store.cell_store import CellStore
 from .cell_heads import predicts_cells, read_numbers
 from .loading import unwrap
-
-_SHOWN = 5  # names in an error
 
 
 @dataclass
@@ -47,20 +45,12 @@ class _Labels:
 
 
 def fit_head_to_labels(model: Any, collator: Any, dataset: Any, all_read: bool = True) -> None:
-    """Check that the labels of cells fit a head, and complete its configuration.
+    """Check that the labels of cells fit a head, and set `problem_type` of its configuration if it is missing.
 
-    If it is missing, `problem_type` is set. `fit_classes` names the outputs.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        Models that are not classifiers of cells are ignored.
-    collator : DataCollatorForCellClassification
-        Nothing is checked with another collator.
-    dataset : CellStore, datasets.Dataset, IterableAnnDataset, or a Subset or ConcatDataset of such
-        The labels of other datasets cannot be checked beforehand.
-    all_read : bool, default: True
-        Whether all cells are read, so that each needs a label; a draw may leave some out.
+    `fit_classes` names the outputs. Nothing is checked of models that are not classifiers of cells, or with a collator
+    that is not a `DataCollatorForCellClassification`; labels can be read from a store, a stream, a `datasets.Dataset`,
+    and a Subset or ConcatDataset of such. `all_read` says whether all cells are read, so that each needs a label; a
+    draw may leave some out.
 
     Raises
     ------
@@ -75,17 +65,15 @@ def fit_head_to_labels(model: Any, collator: Any, dataset: Any, all_read: bool =
         return
     if not predicts_cells([type(model).__name__]):
         return
-    config = model.config
+    config, several = model.config, not isinstance(collator.label, str)
     columns = [collator.label] if isinstance(collator.label, str) else list(collator.label)
-    several = not isinstance(collator.label, str)
-    numbers = read_numbers(config)
     found = {name: _read(dataset, name) for name in columns}
-    kind = problem_of(config)
-    if config.problem_type is None and several and config.num_labels > 1:
-        kind = "multi_label_classification"
     if getattr(config, "label_columns", None):
         _check_columns(found, config, all_read)
         return
+    kind, numbers = problem_of(config), read_numbers(config)
+    if config.problem_type is None and several and config.num_labels > 1:
+        kind = "multi_label_classification"
     if kind == "single_label_classification":
         if several:
             raise ValueError(
@@ -106,8 +94,8 @@ def fit_head_to_labels(model: Any, collator: Any, dataset: Any, all_read: bool =
     else:
         _check_numbers(found, config, kind)
     for name, labels in found.items():
-        n_without = 0 if labels is None or not all_read else int(labels.missing.sum())
-        if labels is not None and n_without:
+        n_without = 0 if labels is None else int(labels.missing.sum())
+        if labels is not None and all_read and n_without:
             raise ValueError(
                 f"{n_without} of {len(labels.values)} cells have no {name!r}: leave them out, for example with "
                 f"store.select(store.obs[{name!r}].notna())."
@@ -177,9 +165,7 @@ def _check_numbers(found: dict[str, _Labels | None], config: Any, kind: str) -> 
                 "label, so these cells would be ignored: leave them out, or rescale the numbers."
             )
         if not of_numbers:
-            there = labels.values[np.isfinite(labels.values)] if labels.values.dtype.kind == "f" else labels.values
-            if labels.names is not None:
-                there = there[there >= 0]
+            there = labels.values[~labels.missing]
             if len(there) and (there.min() < 0 or there.max() > 1):
                 raise ValueError(
                     f"{name!r} holds {labels.what} from {there.min()} to {there.max()}, but {head}, each 0 or 1."
@@ -207,10 +193,11 @@ def _read(dataset: Any, name: str) -> _Labels | None:
                 f"The {'store' if of_store else 'stream'} has no obs column {name!r}; it has "
                 f"{', '.join(dataset.obs) or 'none'}. Name it where it is made, obs=[{name!r}]."
             )
-        values = dataset.obs[name]
+        values: Any = dataset.obs[name]
         if name in dataset.categories:
-            codes = values.cat.codes.to_numpy() if isinstance(values, pd.Series) else values
-            return _Labels(codes, list(dataset.categories[name]), of_store)
+            return _Labels(
+                values.cat.codes.to_numpy() if of_store else values, list(dataset.categories[name]), of_store
+            )
         return _Labels(np.asarray(values), None, of_store)
     if isinstance(dataset, HuggingFaceDataset) and name in dataset.column_names:
         feature = dataset.features[name]
@@ -240,8 +227,8 @@ def _joined(name: str, parts: list[_Labels]) -> _Labels:
     return _Labels(np.concatenate(values), names, of_store, others[0] if others else parts[0].other_order)
 
 
-def _some(names: Sequence[str | None]) -> str:
-    return ", ".join(map(repr, names[:_SHOWN])) + (", …" if len(names) > _SHOWN else "")
+def _some(names: Iterable[str | None]) -> str:
+    return some_of(map(repr, names))
 
 
 __all__ = ["fit_head_to_labels"]

@@ -31,13 +31,9 @@ from .cell_heads import check_predicts_cells
 
 MODEL_CONFIG = "model_config.json"  # beside an adapter: the configuration of the model that it was trained in
 MODEL_PACKAGES = "stformer_hf.models"  # group of entry points
-_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
+_CONFIG, _ADAPTER, _TOKENIZER = "config.json", "adapter_config.json", "tokenizer_config.json"
 _WRAPPED = ("_orig_mod", "module")  # by torch.compile; by DataParallel, DistributedDataParallel, AveragedModel
-_CLASS_OF_TASK = {
-    "SEQ_CLS": AutoModelForSequenceClassification,
-    "TOKEN_CLS": AutoModelForTokenClassification,
-    "FEATURE_EXTRACTION": AutoModel,
-}
+_OF_TASK = {"SEQ_CLS": AutoModelForSequenceClassification, "TOKEN_CLS": AutoModelForTokenClassification}
 
 
 # ---------------------------------------------------------------------- objects
@@ -52,12 +48,7 @@ def unwrap(model: Any, merge: bool = False) -> PreTrainedModel:
         Or one wrapped by PEFT, `torch.compile`, `DataParallel`, `DistributedDataParallel` or `AveragedModel`, in any
         order.
     merge : bool, default: False
-        Merge the adapters into the weights, in a copy of the model.
-
-    Returns
-    -------
-    PreTrainedModel
-        With the same weights, not a copy, unless adapters were merged.
+        Merge the adapters into the weights, in a copy of the model. Otherwise the weights are shared, not copied.
 
     Raises
     ------
@@ -130,10 +121,8 @@ def find_installed(name: str) -> str | None:
     package provides a model with an entry point in the group `stformer_hf.models`, whose name is that of the model and
     whose object is the path of the folder.
     """
-    if os.path.exists(name):
-        return None
-    found = [os.fspath(point.load()) for point in entry_points(group=MODEL_PACKAGES, name=name)]
-    return found[0] if found else None
+    points = () if os.path.exists(name) else entry_points(group=MODEL_PACKAGES, name=name)
+    return next((os.fspath(point.load()) for point in points), None)
 
 
 def load_config(model: str | os.PathLike) -> PreTrainedConfig:
@@ -178,12 +167,12 @@ def load_tokenizer(model: str | os.PathLike) -> Any:
         As for `load_config`; the folder has no tokenizer.
     """
     name = _checked(model, tokenizer=True)
-    adapter = _read_adapter(name)
-    if adapter is not None and not (Path(name) / "tokenizer_config.json").exists():
-        return load_tokenizer(_base_of(name, adapter))
-    if os.path.isdir(name) and not (Path(name) / "tokenizer_config.json").exists():
+    if os.path.isdir(name) and not (Path(name) / _TOKENIZER).exists():
+        adapter = _read_adapter(name)
+        if adapter is not None:
+            return load_tokenizer(_base_of(name, adapter))
         raise FileNotFoundError(
-            f"{name} holds no tokenizer (tokenizer_config.json): save it beside the model, "
+            f"{name} holds no tokenizer ({_TOKENIZER}): save it beside the model, "
             f"tokenizer.save_pretrained({name!r}), or pass tokenizer=…"
         )
     return _of_hub(name, AutoTokenizer.from_pretrained)
@@ -258,11 +247,12 @@ def _load_adapter(name: str, adapter: dict[str, Any]) -> PreTrainedModel:
     except ImportError as error:
         raise ImportError(f"{name} is an adapter, which needs PEFT: pip install peft") from error
     base = _base_of(name, adapter)
-    auto_class = _CLASS_OF_TASK.get(adapter.get("task_type") or "")
-    mapping = adapter.get("auto_mapping") or {}
-    if auto_class is None and mapping:
+    task, mapping = adapter.get("task_type"), adapter.get("auto_mapping")
+    if task in (*_OF_TASK, "FEATURE_EXTRACTION"):
+        auto_class = _OF_TASK.get(task, AutoModel)
+    elif mapping:
         auto_class = getattr(import_module(mapping["parent_library"]), mapping["base_model_class"])
-    if auto_class is None:
+    else:
         raise ValueError(
             f"The adapter {name} does not say for which kind of model it was trained (task_type): load it with "
             "peft.PeftModel.from_pretrained(base, folder), and pass the object."
@@ -275,9 +265,8 @@ def _load_adapter(name: str, adapter: dict[str, Any]) -> PreTrainedModel:
             f"The adapter {name} was trained on a model with other genes, bins or phenotypes (fingerprint {genes}) "
             f"than its base {base} ({genes_of_base}): write the base that it was trained on into {_ADAPTER}."
         )
-    of_cells = adapter.get("task_type") in ("SEQ_CLS", "TOKEN_CLS")
-    has_head = any("Classification" in architecture for architecture in config.architectures or [])
-    if of_cells and not (has_head or (Path(name) / MODEL_CONFIG).exists()):
+    names_outputs = (Path(name) / MODEL_CONFIG).exists() or "Classification" in "".join(config.architectures or [])
+    if task in _OF_TASK and not names_outputs:
         raise ValueError(
             f"The adapter {name} has a head, but neither it ({MODEL_CONFIG}, which CellTrainer writes) nor its base "
             f"{base} names its outputs. Load it with peft.PeftModel.from_pretrained(base with id2label, "
@@ -326,8 +315,8 @@ def _checked(model: str | os.PathLike, tokenizer: bool = False) -> str:
     """Return the folder of a checkpoint, or its name on the Hub, after checking that it may exist."""
     name = find_installed(os.fspath(model)) or os.fspath(model)
     if os.path.isdir(name):
-        wanted = [_CONFIG, _ADAPTER, *(["tokenizer_config.json"] if tokenizer else [])]
-        if any(os.path.exists(os.path.join(name, file)) for file in wanted):
+        wanted = [_CONFIG, _ADAPTER, *([_TOKENIZER] if tokenizer else [])]
+        if any((Path(name) / file).exists() for file in wanted):
             return name
         inner = sorted(path.parent.as_posix() for path in Path(name).glob("*/*onfig.json") if path.name in wanted)
         hint = f" It contains: {', '.join(dict.fromkeys(inner))}." if inner else ""
@@ -369,11 +358,11 @@ def _without_report() -> Iterator[None]:
 
 def _of_hub(name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     """Load by name; if nothing is found, the error mentions the missing folder as well."""
-    if os.path.exists(name):
-        return load(name, *args, **kwargs)
     try:
         return load(name, *args, **kwargs)
     except OSError as error:
+        if os.path.exists(name):
+            raise
         first = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
             f"There is no folder {name!r}{_closest(name)}. It was not found on the Hub either: {first}"

@@ -59,16 +59,10 @@ def muon_for_matrices(
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """One optimizer of two: Muon for some matrices, fused AdamW for all other parameters.
+    """One optimizer of two: Muon for some of the parameters, the `matrices`, fused AdamW for all others.
 
-    Parameters
-    ----------
-    params : iterable of parameters or of parameter groups
-        All parameters to train; groups may set `weight_decay`.
-    matrices : sequence of Parameter
-        Those that Muon trains.
-    lr, betas, eps, momentum, weight_decay
-        As in `torch.optim.AdamW` and `torch.optim.Muon`.
+    Groups of parameters may set `weight_decay`. Other arguments are those of `torch.optim.AdamW` and
+    `torch.optim.Muon`.
 
     Raises
     ------

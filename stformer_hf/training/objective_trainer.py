@@ -17,7 +17,7 @@ from ..models.gene_bert.heads import pool
 from ..store.cell_store import CellStore
 from .cell_trainer import CellTrainer
 from .checkpoints import mark_unfinished
-from .eval_loss import filling_cells, sum_dtype, without_labels
+from .loss_trainer import filling_cells, sum_dtype, without_labels
 from .objectives import check_objectives
 from .objectives.contrast import cells_with_negatives, comparable_cells, contrast_loss, contrast_of_totals
 from .objectives.cross_correlation import cross_correlation_loss
@@ -90,7 +90,6 @@ class ObjectiveTrainer(CellTrainer):
             data_collator = ViewCollator(data_collator, view, batch_key)
             if model is not None:
                 self._prepare_model(model)
-        self._sums: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}  # sums of losses, and their number
         self._watched: dict[bool, list[tuple[torch.Tensor, torch.Tensor]]] = {True: [], False: []}
         self._average = None if ema is None else WeightAverage(ema)
         super().__init__(model=model, data_collator=data_collator, **kwargs)
@@ -100,8 +99,7 @@ class ObjectiveTrainer(CellTrainer):
         if self._average is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError("ema averages whole weights, but FSDP and DeepSpeed shard them: leave it out.")
-            self._averaging = AverageWeights(self, self._average)
-            self.add_callback(self._averaging)
+            self.add_callback(AverageWeights(self, self._average))
 
     def _prepare_model(self, model: PreTrainedModel) -> None:
         """Set the pooling of a model to `[CLS]`, and add the decoder if an objective needs it."""
@@ -134,14 +132,15 @@ class ObjectiveTrainer(CellTrainer):
                 "torch.nn.DataParallel would separate the two views of a cell: start one process per GPU with "
                 "accelerate launch, or make only one GPU visible (CUDA_VISIBLE_DEVICES=0)."
             )
-        datasets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        for cells in (self.train_dataset, *datasets):
-            if cells is not None and not isinstance(cells, CellStore):
+        for cells in self._own_datasets():
+            if cells is None:
+                continue
+            if not isinstance(cells, CellStore):
                 raise ValueError(
                     f"Two views of a cell are made from its counts: objectives on [CLS] need a CellStore, got "
                     f"{type(cells).__name__}."
                 )
-            if self.batch_key is not None and cells is not None:
+            if self.batch_key is not None:
                 sources_of(cells, self.batch_key)
         by_length = self.max_tokens_per_batch is not None or args.train_sampling_strategy != "random"
         if self.batch_key is not None and by_length:
@@ -157,9 +156,8 @@ class ObjectiveTrainer(CellTrainer):
         in_random_order = self.max_tokens_per_batch is None and self.args.train_sampling_strategy == "random"
         if not self._trains_cls or not in_random_order or isinstance(dataset, IterableDataset) or dataset is None:
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         sources = sources_of(dataset, self.batch_key)
-        return SameSourceSampler(sources, self._train_batch_size, seed, draw=self._draw(dataset))
+        return SameSourceSampler(sources, self._train_batch_size, self.seed_of_order, draw=self._draw(dataset))
 
     def _n_tokens(self, dataset: Any):
         """Return the number of tokens of each row; two views have at most twice those of a cell."""
@@ -203,9 +201,8 @@ class ObjectiveTrainer(CellTrainer):
             comparable = comparable_cells(twins, sources, usable)
             losses["contrast"] = contrast_loss(states, comparable)
             n_terms["contrast"] = cells_with_negatives(comparable).sum()
-            self._add(
-                model.training, "contrast_of_totals", contrast_of_totals(totals, comparable), n_terms["contrast"]
-            )
+            of_totals = contrast_of_totals(totals, comparable)
+            self._add_loss(model.training, "contrast_of_totals", of_totals, n_terms["contrast"])
         if "cross_correlation" in self.objectives:
             losses["cross_correlation"] = cross_correlation_loss(states, usable)
             n_terms["cross_correlation"] = usable.sum()
@@ -215,7 +212,7 @@ class ObjectiveTrainer(CellTrainer):
                 outputs.gene_logits, outputs.log_dispersion, inputs, known, usable
             )
         for name in self.objectives:
-            self._add(model.training, f"{name}_loss", losses[name], n_terms[name])
+            self._add_loss(model.training, f"{name}_loss", losses[name], n_terms[name])
         self._watch(model.training, states, totals, usable)
         # Trainer does not divide the loss of a model that counts its labels, so the mean over batches is taken here.
         loss = sum(weight * losses[name] for name, weight in self.objectives.items()) / n_accumulated
@@ -223,13 +220,10 @@ class ObjectiveTrainer(CellTrainer):
             return loss
         return loss, {name: value for name, value in outputs.items() if name != "hidden_states"}  # no predictions
 
-    def _add(self, training: bool, name: str, loss: torch.Tensor, n_terms: torch.Tensor) -> None:
+    def _add_loss(self, training: bool, name: str, loss: torch.Tensor, n_terms: torch.Tensor) -> None:
         """Add the loss of a batch: in training each batch counts alike, in evaluation each term of its mean."""
-        n_terms = torch.ones_like(n_terms) if training else n_terms
-        dtype = sum_dtype(loss.device)
-        pair = torch.stack([loss.detach().to(dtype) * n_terms, n_terms.to(dtype)])
-        sums = self._sums[training]
-        sums[name] = sums[name] + pair if name in sums else pair
+        n_terms = (torch.ones_like(n_terms) if training else n_terms).to(sum_dtype(loss.device))
+        self._add(training, name, torch.stack([loss * n_terms, n_terms]))
 
     def _watch(self, training: bool, states: torch.Tensor, totals: torch.Tensor, usable: torch.Tensor) -> None:
         watched = self._watched[training]
@@ -238,44 +232,32 @@ class ObjectiveTrainer(CellTrainer):
         while sum(len(of) for _, of in watched[1:]) >= _CELLS_TO_WATCH:
             watched.pop(0)
 
-    def _objective_metrics(self, training: bool, prefix: str = "") -> dict[str, float]:
-        """Return the losses and diagnostics since the last call."""
-        sums, watched = self._sums[training], self._watched[training]
-        self._sums[training], self._watched[training] = {}, []
-        metrics = {}
-        if sums:
-            rows = self.accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
-            metrics = {name: total / max(n, 1) for name, (total, n) in zip(sums, rows, strict=True)}
+    def _means(self, training: bool, prefix: str = "") -> dict[str, float]:
+        """Return the means of LossTrainer and the diagnostics since the last call."""
+        if not self._trains_cls:
+            return super()._means(training, prefix)
+        # The loss of an objective is 0 if no cell had a loss.
+        nothing = {prefix + name: 0.0 for name in self._sums[training] if name != "classes"}
+        means = nothing | super()._means(training, prefix)
+        watched, self._watched[training] = self._watched[training], []
         if watched:
             states, totals = (torch.cat(parts)[-_CELLS_TO_WATCH:] for parts in zip(*watched, strict=True))
             if len(states):
-                metrics["effective_rank"] = effective_rank(states)
+                means[f"{prefix}effective_rank"] = effective_rank(states)
             r2 = total_r2(states, totals)
             if r2 == r2:
-                metrics["total_r2"] = r2
-        return {prefix + name: value for name, value in metrics.items()}
+                means[f"{prefix}total_r2"] = r2
+        losses = {name: f"{prefix}{name}_loss" for name in self.objectives}
+        if not training and set(losses.values()) <= means.keys():
+            means[f"{prefix}loss"] = sum(weight * means[losses[name]] for name, weight in self.objectives.items())
+        return means
 
-    def log(self, logs, *args, **kwargs):
-        """Log as CellTrainer does, with the losses of the objectives."""
-        if "loss" in logs:
-            logs = {**logs, **self._objective_metrics(True)}
-        super().log(logs, *args, **kwargs)
-
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Evaluate as CellTrainer does, with the losses of the objectives, on the averaged weights if `ema` is set."""
-        self._sums[False], self._watched[False] = {}, []
+    def evaluation_loop(self, *args, **kwargs):
+        """Evaluate as CellTrainer does, on the averaged weights if `ema` is set."""
+        self._watched[False] = []
         average = self._average if self.is_in_train else None
         with nullcontext() if average is None else average.in_place_of_weights(self.model):
-            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = self._objective_metrics(False, f"{metric_key_prefix}_")
-        if self._trains_cls:
-            names = {name: f"{metric_key_prefix}_{name}_loss" for name in self.objectives}
-            if all(name in metrics for name in names.values()):
-                output.metrics[f"{metric_key_prefix}_loss"] = sum(
-                    weight * metrics[names[name]] for name, weight in self.objectives.items()
-                )
-        output.metrics.update(metrics)
-        return output
+            return super().evaluation_loop(*args, **kwargs)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -286,11 +268,14 @@ class ObjectiveTrainer(CellTrainer):
             self._average.save(checkpoint)
         super()._save_checkpoint(model, trial)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self._average is not None:
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        self._watched[True] = []  # forget an attempt that ran out of memory
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self._average is not None and resume_from_checkpoint is None:
+            self._average.begin(self.model)
+        elif self._average is not None:
             self._average.load(Path(resume_from_checkpoint), self.model)
-            self._averaging.resumed = True
+        return prepared
 
 
 __all__ = ["ObjectiveTrainer"]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
@@ -19,6 +18,7 @@ from ..evaluation.context_swap import context_swap
 from ..evaluation.gene_baselines import masked_gene_baselines, masked_genes
 from ..evaluation.metrics import preprocess_logits_with_nll
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from .loss_trainer import sum_dtype
 from .objective_trainer import ObjectiveTrainer
 from .objectives import check_objectives
 
@@ -131,7 +131,6 @@ class STFormerPretrainer(ObjectiveTrainer):
             _check_baselines(train_dataset, eval_datasets, data_collator)
         self.baselines = baselines
         self._baselines: list[tuple[Any, dict[str, float]]] = []  # one entry per evaluation dataset
-        self._genes_nll = np.zeros(2)  # sum, and number of masked genes, of the current evaluation
         super().__init__(
             model=model,
             args=args,
@@ -146,18 +145,12 @@ class STFormerPretrainer(ObjectiveTrainer):
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         """Evaluate as Trainer does, with the baselines if they are requested."""
-        self._genes_nll = np.zeros(2)  # a new array: in a trainer that ray hands out, arrays are read-only
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        dataset = dataloader.dataset
-        dataset = dataset.dataset if isinstance(dataset, TokenRows) else dataset
-        metrics = {}
-        if self.baselines and self._genes_nll[1]:
-            metrics = {
-                "genes_nll": self._genes_nll[0] / self._genes_nll[1],
-                **self._baselines_on(dataset),
-                **self._context_swap(dataset),
-            }
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        if f"{metric_key_prefix}_genes_nll" in output.metrics:
+            dataset = dataloader.dataset
+            dataset = dataset.dataset if isinstance(dataset, TokenRows) else dataset
+            found = {**self._baselines_on(dataset), **self._context_swap(dataset)}
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -165,17 +158,12 @@ class STFormerPretrainer(ObjectiveTrainer):
         labels = inputs.get("labels")
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.baselines and not model.training and labels is not None:
-            self._add_genes_nll(inputs["input_ids"], labels, outputs.logits.detach())
+            batch = {"input_ids": inputs["input_ids"].cpu().numpy(), "labels": labels.cpu().numpy()}
+            scored = torch.from_numpy(masked_genes(batch, self.data_collator.tokenizer).scored).to(labels.device)
+            _, nll = preprocess_logits_with_nll(outputs.logits.detach(), labels)
+            of_cells = torch.stack([(nll * scored).sum(1), scored.float().sum(1)])
+            self._add(False, "genes_nll", of_cells.to(sum_dtype(labels.device)).sum(1))
         return (loss, outputs) if return_outputs else loss
-
-    def _add_genes_nll(self, input_ids: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor) -> None:
-        batch = {"input_ids": input_ids.cpu().numpy(), "labels": labels.cpu().numpy()}
-        scored = torch.from_numpy(masked_genes(batch, self.data_collator.tokenizer).scored).to(labels.device)
-        _, nll = preprocess_logits_with_nll(logits, labels)
-        of_cells = torch.stack([(nll * scored).sum(1), scored.float().sum(1)], dim=1)
-        # From all processes, without the cells that fill the last batch.
-        of_cells = self.accelerator.gather_for_metrics(of_cells)
-        self._genes_nll += of_cells.cpu().double().sum(0).numpy()
 
     def _baselines_on(self, dataset: Any) -> dict[str, float]:
         """Return the baselines, computed once in each process; they do not depend on the model."""
@@ -212,15 +200,14 @@ def _each(datasets: Any) -> list[Any]:
 
 
 def _check_baselines(train_dataset: Any, eval_datasets: Sequence[Any], collator: Callable) -> None:
-    for cells in eval_datasets:
-        if isinstance(cells, IterableDataset):
+    if train_dataset is None:
+        raise ValueError("baselines=True needs training cells, but train_dataset is None.")
+    for which, cells in (*(("held-out", cells) for cells in eval_datasets), ("training", train_dataset)):
+        if cells is not None and (isinstance(cells, IterableDataset) or not hasattr(cells, "__len__")):
             raise ValueError(
-                f"baselines=True needs held-out cells that can be read by number, but a {type(cells).__name__} is a "
+                f"baselines=True needs {which} cells that can be read by number, but a {type(cells).__name__} is a "
                 "stream."
             )
-    if isinstance(train_dataset, IterableDataset) or not hasattr(train_dataset, "__len__"):
-        found = "train_dataset is None" if train_dataset is None else f"a {type(train_dataset).__name__} is a stream"
-        raise ValueError(f"baselines=True needs training cells that can be read by number, but {found}.")
     if not hasattr(collator, "for_evaluation") or not hasattr(collator, "mlm_probability"):
         raise ValueError(
             f"baselines=True needs DataCollatorForGeneRankMLM or DataCollatorForPhenotypicMLM, got "

@@ -62,15 +62,10 @@ class ModelFlops:
 
     def __init__(self, model: nn.Module):
         config, base = model.config, getattr(model, "base_model", model)
-        own = {id(parameter) for parameter in base.parameters()}
-        embeddings = {
-            id(parameter)
-            for part in base.modules()
-            if isinstance(part, nn.Embedding)
-            for parameter in part.parameters()
-        }
-        self.encoder = sum(_numel(parameter) for parameter in base.parameters() if id(parameter) not in embeddings)
-        self.head = sum(_numel(parameter) for parameter in model.parameters() if id(parameter) not in own)
+        own = {id(of) for of in base.parameters()}
+        embeddings = {id(part.weight) for part in base.modules() if isinstance(part, nn.Embedding)}
+        self.encoder = sum(_numel(of) for of in base.parameters() if id(of) not in embeddings)
+        self.head = sum(_numel(of) for of in model.parameters() if id(of) not in own)
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if output is not None and id(output.weight) in own:
             self.head += _numel(output.weight)
@@ -100,18 +95,15 @@ class Throughput:
 
     def __init__(self, trainer: Trainer):
         self._trainer = trainer
-        self.totals = {"tokens": 0, "cells": 0, "seconds": 0.0}
         self.begin()
 
     def begin(self) -> None:
         """Reset all counts, and read the totals of a resumed run from the trainer's state."""
-        self._on_device: torch.Tensor | None = None
-        self._positions = 0
+        self._counts, self._positions = torch.zeros(4, dtype=torch.int64), 0
         self._wait = self._elapsed = 0.0
         self._since: float | None = None
         self._at_last_log = dict.fromkeys(_SUMS, 0)
         self._flops: ModelFlops | None = None
-        self._peak: float | None = None
         state = self._trainer.state
         self._resumed = state.global_step > 0
         self._before = {"tokens": 0, "cells": 0, "seconds": 0.0, **state.stateful_callbacks.get(_STATE, {})}
@@ -174,14 +166,15 @@ class Throughput:
                 n_tokens = len(observed) + len(masked)
                 self._add(torch.tensor([n_tokens, 0, 0, len(masked)]), n_tokens)
             return
-        if batch.get("cu_seq_lens_q") is not None:
+        packed = batch.get("cu_seq_lens_q") is not None
+        if packed:
             lengths = batch["cu_seq_lens_q"].diff().long()
         elif batch.get("attention_mask") is not None:
             lengths = batch["attention_mask"].sum(-1)
         else:
             lengths = (ids != getattr(self._trainer.processing_class, "pad_token_id", None)).sum(-1)
         n_cells = torch.full_like(lengths[:1], len(lengths)).sum()
-        if batch.get("cu_seq_lens_q") is not None and batch.get("seq_idx") is not None:
+        if packed and batch.get("seq_idx") is not None:
             n_cells = batch["seq_idx"].max().long() + 1  # dead and empty segments follow them
             lengths = lengths * (torch.arange(len(lengths), device=lengths.device) < n_cells)
         labels = batch.get("labels")
@@ -189,11 +182,10 @@ class Throughput:
             predictions = (labels != IGNORE).sum()
         else:
             predictions = n_cells
-        sums = torch.stack([lengths.sum(), lengths.square().sum(), predictions, n_cells])
-        self._add(sums, ids.numel())
+        self._add(torch.stack([lengths.sum(), lengths.square().sum(), predictions, n_cells]), ids.numel())
 
-    def _add(self, sums: torch.Tensor, n_positions: int) -> None:
-        self._on_device = sums if self._on_device is None else self._on_device + sums
+    def _add(self, counts: torch.Tensor, n_positions: int) -> None:
+        self._counts = self._counts.to(counts.device) + counts
         self._positions += n_positions
 
     # ------------------------------------------------------------------ figures
@@ -224,9 +216,10 @@ class Throughput:
         }
         if memory:
             figures["peak_memory_gb"] = memory / 1e9
-        if self._flops is not None and self._peak is not None:
+        if self._flops is not None:
+            peak = BF16_PEAKS[torch.cuda.get_device_name(self._trainer.args.device)]
             done = self._flops(since["tokens"], since["squares"], since["predictions"])
-            figures["mfu"] = done / seconds / (self._peak * max(self._trainer.args.n_gpu, 1))
+            figures["mfu"] = done / seconds / (peak * max(self._trainer.args.n_gpu, 1))
         return figures
 
     def remember(self) -> None:
@@ -235,29 +228,24 @@ class Throughput:
         self._trainer.state.stateful_callbacks[_STATE] = dict(self.totals)
 
     def look_at(self, model: nn.Module) -> None:
-        """Set the operations per token, if the model is an encoder of tokens, and the peak of the GPU."""
+        """Set the operations per token, if the model is an encoder of tokens, and the peak of the GPU is known."""
         device, config = self._trainer.args.device, getattr(model, "config", None)
-        if device.type == "cuda" and getattr(model, "main_input_name", None) == "input_ids":
-            self._peak = BF16_PEAKS.get(torch.cuda.get_device_name(device))
-            if hasattr(config, "num_hidden_layers") and hasattr(config, "hidden_size"):
-                self._flops = ModelFlops(model)
+        is_encoder = hasattr(config, "num_hidden_layers") and hasattr(config, "hidden_size")
+        of_tokens = is_encoder and getattr(model, "main_input_name", None) == "input_ids"
+        if device.type == "cuda" and of_tokens and torch.cuda.get_device_name(device) in BF16_PEAKS:
+            self._flops = ModelFlops(model)
 
     def _gather(self) -> tuple[dict[str, int], int]:
         """Return the sums since `begin` over all processes, and the largest peak memory of a process in bytes."""
         device = self._trainer.args.device
         elapsed = self._elapsed + (0.0 if self._since is None else time.perf_counter() - self._since)
-        counted = torch.zeros(4, dtype=torch.int64) if self._on_device is None else self._on_device
         own = [self._positions, round(1e6 * self._wait), round(1e6 * elapsed), _peak_memory(device)]
-        row = torch.cat([counted.to(device), torch.tensor(own, dtype=torch.int64, device=device)])
+        row = torch.cat([self._counts.to(device), torch.tensor(own, device=device)])
         rows = self._trainer.accelerator.gather(row[None])
         *counts, _ = rows.sum(0).tolist()
         sums = dict(zip(_SUMS, counts, strict=True))
-        seconds = sums["elapsed"] / 1e6 / self._trainer.args.world_size
-        self.totals = {
-            "tokens": self._before["tokens"] + sums["tokens"],
-            "cells": self._before["cells"] + sums["cells"],
-            "seconds": self._before["seconds"] + seconds,
-        }
+        done = {**sums, "seconds": sums["elapsed"] / 1e6 / self._trainer.args.world_size}
+        self.totals = {name: before + done[name] for name, before in self._before.items()}
         return sums, int(rows[:, -1].max())
 
 

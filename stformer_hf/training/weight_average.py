@@ -95,16 +95,10 @@ class WeightAverage:
 
 
 class AverageWeights(TrainerCallback):
-    """Start the average with training, update it after each step, and copy it to the model at the end."""
+    """Update the average after each step, and copy it to the model at the end of training."""
 
     def __init__(self, trainer: Trainer, average: WeightAverage):
-        self.trainer, self.average, self.resumed = trainer, average, False
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Start the average, unless one was read from a checkpoint."""
-        if not self.resumed:
-            self.average.begin(self.trainer.model)
-        self.resumed = False
+        self.trainer, self.average = trainer, average
 
     def on_step_end(self, args, state, control, **kwargs):
         """Update the average."""

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from stformer_hf import CellStore, GeneBertForClassification
 from stformer_hf.cli import main
 from stformer_hf.cli.doctor import EXTRAS, _version
-from stformer_hf.training.calibration import OutOfFold, load_out_of_fold
+from stformer_hf.training.calibration import OutOfFold, load_out_of_fold, replace_out_of_fold
 from stformer_hf.training.loading import is_adapter, load_config, load_model, load_tokenizer
 
 
@@ -152,7 +152,8 @@ def test_a_model_of_an_installed_package_has_a_name_everywhere(model, tokenizer,
     monkeypatch.chdir(tmp_path / "here")
 
     assert len(load_tokenizer("blood_of_package").genes) == 40
-    OutOfFold(np.zeros((4, 2), np.float32), np.zeros(4, np.int64), np.arange(4)).save(tmp_path / "model")
+    found = OutOfFold(np.zeros((4, 2), np.float32), np.zeros(4, np.int64), np.arange(4))
+    replace_out_of_fold(tmp_path / "model", found)
     assert len(load_out_of_fold("blood_of_package").labels) == 4
     loaded = load_model("blood_of_package", AutoModelForSequenceClassification)
     assert loaded.config.name_or_path == "blood_of_package"  # what adapters and cards name as their base

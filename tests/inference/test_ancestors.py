@@ -9,7 +9,7 @@ from anndata import read_h5ad
 from stformer_hf import GeneBertConfig, GeneBertForClassification, GeneTokenizer, annotate
 from stformer_hf.cli import main
 from stformer_hf.inference.ancestors import ancestors_of, climb, read_parents
-from stformer_hf.training.calibration import OutOfFold
+from stformer_hf.training.calibration import OutOfFold, replace_out_of_fold
 from stformer_hf.training.starts.linear_readers import log_softmax
 
 CLASSES = ["CD4/naive", "CD4/memory", "CD8", "B cell", "monocyte"]
@@ -164,7 +164,7 @@ def test_tables_that_cannot_be_used_are_refused(classifier, adata, tmp_path):
 def test_the_command_reads_the_table(classifier, adata, tmp_path):
     classifier.save_pretrained(tmp_path / "m")
     classifier.tokenizer.save_pretrained(tmp_path / "m")
-    classifier.out_of_fold.save(tmp_path / "m")
+    replace_out_of_fold(tmp_path / "m", classifier.out_of_fold)
     adata.write_h5ad(tmp_path / "in.h5ad")
     pd.Series(PARENTS).rename_axis("child").rename("parent").to_csv(tmp_path / "parents.csv")
     where = ["--data", str(tmp_path / "in.h5ad"), "--model", str(tmp_path / "m"), "--output", str(tmp_path / "o.h5ad")]

@@ -11,7 +11,7 @@ from stformer_hf.cli import main
 from stformer_hf.evaluation.metrics import expected_calibration_error
 from stformer_hf.inference.annotate import majority
 from stformer_hf.inference.rejection import rejection_thresholds, typicality
-from stformer_hf.training.calibration import OutOfFold
+from stformer_hf.training.calibration import OutOfFold, replace_out_of_fold
 from stformer_hf.training.model_card import write_model_card
 from stformer_hf.training.starts.linear_readers import Problem, fit_temperature, log_softmax
 
@@ -145,7 +145,7 @@ def test_the_command_has_the_same_options(classifier, adata, tmp_path):
     classifier.tokenizer.save_pretrained(tmp_path / "m")
     known = log_softmax(rng.normal(size=(300, 3)) * 2).astype(np.float32)
     classifier.out_of_fold = OutOfFold(known, rng.integers(0, 3, 300), np.arange(300))
-    classifier.out_of_fold.save(tmp_path / "m")
+    replace_out_of_fold(tmp_path / "m", classifier.out_of_fold)
     adata.write_h5ad(tmp_path / "in.h5ad")
     flags = ["--reject", "0.3", "--over", "cell_type", "--top_k", "2"]
     where = ["--data", str(tmp_path / "in.h5ad"), "--model", str(tmp_path / "m"), "--output", str(tmp_path / "o.h5ad")]

@@ -20,7 +20,7 @@ from stformer_hf import (
     GeneBertForPhenotypicMLM,
     GeneTokenizer,
 )
-from stformer_hf.training import finetuning
+from stformer_hf.training import epoch_choice, finetuning
 from stformer_hf.training.calibration import load_out_of_fold
 from stformer_hf.training.finetuning import finetune, predict, prepare_classifier
 from stformer_hf.training.starts.classifier_start import _log_values_of
@@ -176,7 +176,7 @@ def test_out_of_fold_predictions_are_kept_only_of_models_trained_alike(labelled,
 def test_training_is_chosen_only_where_it_beats_the_start(labelled, monkeypatch):
     """The scores of inner folds decide; with few labels nothing is tried."""
     store_like = make_cells(180)
-    monkeypatch.setattr(finetuning, "FEW_LABELS", 40)
+    monkeypatch.setattr(epoch_choice, "FEW_LABELS", 40)
     rng = np.random.default_rng(0)
 
     def outputs(better: float):
@@ -191,16 +191,16 @@ def test_training_is_chosen_only_where_it_beats_the_start(labelled, monkeypatch)
         tried, trained = [], []
         output = outputs(better)
         monkeypatch.setattr(
-            finetuning, "_outputs_of_epochs", lambda *a, to=tried, of=output: to.append(a[3]) or of(*a)
+            epoch_choice, "_outputs_of_epochs", lambda *a, to=tried, of=output: to.append(a[3]) or of(*a)
         )
-        monkeypatch.setattr(finetuning.CellTrainer, "train", lambda self, to=trained, **_: to.append(self))
+        monkeypatch.setattr(CellTrainer, "train", lambda self, to=trained, **_: to.append(self))
         model = finetune(store_like, "type")
         n_kept = len(np.concatenate(tried)) if expected else 178
         assert len(model.out_of_fold.labels) == n_kept, "the cells of the inner folds, or all"
         assert len(tried) == 1 + expected, "a second fold only after a gain in the first"
         assert len(trained) == expected and all(t.args.num_train_epochs == 1 for t in trained)
-    monkeypatch.setattr(finetuning, "FEW_LABELS", 1000)
-    monkeypatch.setattr(finetuning, "_outputs_of_epochs", None)
+    monkeypatch.setattr(epoch_choice, "FEW_LABELS", 1000)
+    monkeypatch.setattr(epoch_choice, "_outputs_of_epochs", None)
     finetune(store_like, "type")
 
 
@@ -213,9 +213,9 @@ def test_training_is_not_chosen_by_the_fold_that_it_is_judged_on(monkeypatch):
         right = np.arange(len(held_out)) < len(held_out) * np.array(next(shares))[:, None]
         return np.eye(3)[np.where(right, labels[held_out], (labels[held_out] + 1) % 3)]
 
-    monkeypatch.setattr(finetuning, "FEW_LABELS", 40)
-    monkeypatch.setattr(finetuning, "_outputs_of_epochs", outputs)
-    monkeypatch.setattr(finetuning.CellTrainer, "train", None)
+    monkeypatch.setattr(epoch_choice, "FEW_LABELS", 40)
+    monkeypatch.setattr(epoch_choice, "_outputs_of_epochs", outputs)
+    monkeypatch.setattr(CellTrainer, "train", None)
     model = finetune(make_cells(180), "type")
     assert next(shares, None) is None and model.out_of_fold is not None
 
@@ -224,7 +224,7 @@ def test_the_gain_of_training_is_not_that_of_the_best_of_several_epochs():
     """With scores of chance the gain is 0 on average, and exceeds its standard error as often as it should."""
     rng = np.random.default_rng(0)
     draws = [[rng.random((40, 4)) for _ in range(2)] for _ in range(2000)]
-    found = np.array([finetuning._gain_over_start(*folds) for folds in draws])
+    found = np.array([epoch_choice._gain_over_start(*folds) for folds in draws])
     best = np.array(
         [(np.concatenate(folds).mean(axis=0)[1:].max() - np.concatenate(folds)[:, 0].mean()) for folds in draws]
     )
@@ -232,7 +232,7 @@ def test_the_gain_of_training_is_not_that_of_the_best_of_several_epochs():
     assert abs(found[:, 0].mean()) < 4 * standard_error < best.mean(), "the best of three epochs would flatter"
     assert 0.10 < (found[:, 0] > found[:, 1]).mean() < 0.22, "16 % by chance"
     first, second = np.array([[0, 1, 0], [0, 1, 0.0]]), np.array([[0, 0, 1], [0, 1, 1.0], [1, 1, 1]])
-    gain, error = finetuning._gain_over_start(first, second)  # epoch 2 in the first fold, and epoch 1 in the second
+    gain, error = epoch_choice._gain_over_start(first, second)  # epoch 2 in the first fold, and epoch 1 in the second
     np.testing.assert_allclose([gain, error], [1 / 5, np.std([0, 0, 0, 1, 0], ddof=1) / np.sqrt(5)])
 
 
@@ -247,8 +247,8 @@ def test_inner_outputs_are_those_of_cells_that_the_fold_has_not_seen(labelled, t
     labels = prepared.cells.obs["type"].cat.codes.to_numpy().astype(np.int64)
     before = {name: value.clone() for name, value in prepared.model.state_dict().items()}
     train, held_out = np.arange(0, 150), np.arange(150, 200)
-    outputs = finetuning._outputs_of_epochs(prepared, labels, train, held_out, arguments)
-    assert outputs.shape == (1 + finetuning.MOST_EPOCHS, 50, 3)
+    outputs = epoch_choice._outputs_of_epochs(prepared, labels, train, held_out, arguments)
+    assert outputs.shape == (1 + epoch_choice.MOST_EPOCHS, 50, 3)
     assert (outputs[0].argmax(axis=1) == labels[held_out]).mean() > 0.7
     assert all(torch.equal(value, before[name]) for name, value in prepared.model.state_dict().items())
 

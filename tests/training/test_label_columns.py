@@ -21,10 +21,11 @@ from stformer_hf import (
     initialise_from_store,
 )
 from stformer_hf.models.gene_bert.heads import IGNORE
-from stformer_hf.training import finetuning
+from stformer_hf.training import epoch_choice
 from stformer_hf.training.calibration import load_out_of_fold
 from stformer_hf.training.finetuning import prepare_classifier
 from stformer_hf.training.label_fit import fit_head_to_labels
+from stformer_hf.training.prepared_classifier import SetTemperature
 from stformer_hf.training.starts import classifier_start
 from stformer_hf.training.starts.linear_readers import ReaderTrials
 from tests.conftest import make_adata
@@ -191,7 +192,7 @@ def test_training_reads_the_labels_that_are_there(partly, cells, tmp_path):
 
 
 def test_a_fold_without_a_column_predicts_the_others(partly, tmp_path, monkeypatch):
-    monkeypatch.setattr(finetuning, "MOST_EPOCHS", 1)
+    monkeypatch.setattr(epoch_choice, "MOST_EPOCHS", 1)
     store = CellStore.build(tmp_path / "store", partly, obs=list(COLUMNS), report=False)
     arguments = TrainingArguments(str(tmp_path / "m"), use_cpu=True, report_to="none")
     prepared = prepare_classifier(store, list(COLUMNS), arguments, num_train_epochs=0)
@@ -199,7 +200,7 @@ def test_a_fold_without_a_column_predicts_the_others(partly, tmp_path, monkeypat
     labels = np.stack([np.where(of < 0, IGNORE, of) for of in codes], axis=1)
     train = np.flatnonzero(labels[:, 1] == IGNORE)
     held_out = np.setdiff1d(np.arange(len(labels)), train)
-    outputs = finetuning._outputs_of_epochs(prepared, labels, train, held_out, arguments)
+    outputs = epoch_choice._outputs_of_epochs(prepared, labels, train, held_out, arguments)
     assert outputs.shape == (2, len(held_out), 5) and np.isfinite(outputs).all()
     np.testing.assert_allclose(outputs[0, :, COLUMNS["level"]], np.log(1 / 3), atol=1e-5)
     assert np.ptp(outputs[0, :, 0]) > 0.1
@@ -219,12 +220,12 @@ def test_training_is_chosen_by_all_columns_and_calibrated_for_each(partly, monke
 
     def train(self, **_):
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, finetuning._SetTemperature):
+            if isinstance(callback, SetTemperature):
                 callback.on_train_end(self.args, self.state, self.control, model=self.model)
 
-    monkeypatch.setattr(finetuning, "FEW_LABELS", 5)
-    monkeypatch.setattr(finetuning, "_outputs_of_epochs", outputs_of_epochs)
-    monkeypatch.setattr(finetuning.CellTrainer, "train", train)
+    monkeypatch.setattr(epoch_choice, "FEW_LABELS", 5)
+    monkeypatch.setattr(epoch_choice, "_outputs_of_epochs", outputs_of_epochs)
+    monkeypatch.setattr(CellTrainer, "train", train)
     model = finetune(partly, list(COLUMNS))
     (prepared, labels, arguments, before), _ = calls
     of_type, of_level = np.array(model.config.temperature) / before
@@ -233,8 +234,8 @@ def test_training_is_chosen_by_all_columns_and_calibrated_for_each(partly, monke
         assert len(part.rows) == len(part.labels) == len(part.predictions) and (part.labels >= 0).all()
         assert (part.predictions.argmax(1) == part.labels).mean() > 0.8, name
         np.testing.assert_allclose(np.exp(part.predictions.astype(float)).sum(1), 1, atol=1e-5)
-    monkeypatch.setattr(finetuning, "FEW_LABELS", 17)  # more than a level has, and fewer than a type
-    epochs, facts, _ = finetuning.choose_epochs(prepared, labels, None, arguments)
+    monkeypatch.setattr(epoch_choice, "FEW_LABELS", 17)  # more than a level has, and fewer than a type
+    epochs, facts, _ = epoch_choice.choose_epochs(prepared, labels, None, arguments)
     assert epochs == 0 and "the median class of level has 16 cells, fewer than 17" in facts["fine_tuning"]
 
 

@@ -27,9 +27,10 @@ from stformer_hf import (
     GeneTokenizer,
     STFormerPretrainer,
 )
-from stformer_hf.training import model_card
+from stformer_hf.training import card_facts, model_card
+from stformer_hf.training.card_facts import gene_coverage, last_metrics, settings_of
 from stformer_hf.training.loading import is_hub_id
-from stformer_hf.training.model_card import gene_coverage, is_unchanged_card, write_model_card
+from stformer_hf.training.model_card import is_unchanged_card, write_model_card
 
 TINY = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
 
@@ -119,9 +120,9 @@ def test_the_precision_is_that_of_the_weights(cells, genes, tmp_path):
     trainer.model.to(torch.bfloat16)
     for autocast, precision in ((False, "bfloat16"), (True, "bf16, weights in bfloat16")):
         trainer.args.bf16 = autocast
-        assert model_card._settings(trainer)["precision"] == precision
+        assert settings_of(trainer)["precision"] == precision
     trainer.model.to(torch.float32)
-    assert model_card._settings(trainer)["precision"] == "bf16"
+    assert settings_of(trainer)["precision"] == "bf16"
 
 
 def test_the_figures_are_of_the_weights_that_are_kept(cells, genes, tmp_path):
@@ -132,11 +133,11 @@ def test_the_figures_are_of_the_weights_that_are_kept(cells, genes, tmp_path):
         {"train_loss": 3.0, "train_runtime": 1.0, "step": 2},
     ]
     trainer.state.log_history, trainer.state.best_global_step = history, 1
-    assert model_card._logged_metrics(trainer) == {"train_loss": 3.0, "eval_loss": 2.0}
+    assert last_metrics(trainer) == {"train_loss": 3.0, "eval_loss": 2.0}
     trainer.args.load_best_model_at_end = True
-    assert model_card._logged_metrics(trainer) == {"train_loss": 3.0, "eval_loss": 1.0}
+    assert last_metrics(trainer) == {"train_loss": 3.0, "eval_loss": 1.0}
     history.append({"eval_accuracy": 0.5, "step": 2})  # evaluated after training
-    assert model_card._logged_metrics(trainer)["eval_accuracy"] == 0.5
+    assert last_metrics(trainer)["eval_accuracy"] == 0.5
 
 
 def test_figures_stand_beside_their_baselines(cells, genes, tmp_path):
@@ -310,7 +311,7 @@ def plain(cells, genes, tmp_path_factory):
 
 @given(text=ODD)
 def test_no_text_from_data_makes_markdown_or_breaks_the_metadata(cells, genes, plain, text):
-    assume(text not in model_card._BASELINES)  # the metrics of such a class would be taken for those of a baseline
+    assume(text not in card_facts._BASELINES)  # the metrics of such a class would be taken for those of a baseline
     folder, model, plain = plain
     path, card = card_with(folder, cells, genes, text, model)
     assert is_unchanged_card(path)

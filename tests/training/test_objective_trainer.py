@@ -292,3 +292,22 @@ def test_what_does_not_fit_is_refused(cells, whole_cells, tmp_path):
         make_trainer(tmp_path, cells, whole_cells, baselines=True)
     with pytest.raises(ValueError, match="'donor' is not a categorical"):
         make_trainer(tmp_path, cells, whole_cells, batch_key="donor")
+
+
+def test_losses_are_not_those_of_an_attempt_that_ran_out_of_memory(cells, whole_cells, tmp_path):
+    trainer = make_trainer(tmp_path, cells, whole_cells, auto_find_batch_size=True, max_steps=4)
+    forward, means, n_calls, n_batches = trainer.model.forward, trainer._means, [], []
+
+    def limited(*args, **kwargs):
+        n_calls.append(1)
+        if len(n_calls) == 3:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return forward(*args, **kwargs)
+
+    def watch(training, prefix=""):
+        n_batches.append(trainer._sums[training]["contrast_loss"][1].item())
+        return means(training, prefix)
+
+    trainer.model.forward, trainer._means = limited, watch
+    trainer.train()
+    assert len(n_calls) == 7 and n_batches == [4]

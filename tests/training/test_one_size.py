@@ -6,7 +6,7 @@ from torch._dynamo.utils import counters
 from transformers import TrainingArguments
 
 from stformer_hf import GeneBertConfig, GeneBertForPhenotypicMLM, STFormerPretrainer
-from stformer_hf.training.eval_loss import sum_dtype
+from stformer_hf.training.loss_trainer import sum_dtype
 from stformer_hf.training.throughput import ModelFlops
 
 BUDGET = 150

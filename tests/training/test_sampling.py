@@ -22,7 +22,8 @@ from stformer_hf import (
     WeightedDraw,
 )
 from stformer_hf.store.cell_batch import REPEAT
-from stformer_hf.training.finetuning import _outputs_of_epochs, prepare_classifier
+from stformer_hf.training.epoch_choice import _outputs_of_epochs
+from stformer_hf.training.finetuning import prepare_classifier
 from tests.space.test_neighborhood_trainer import make_model, sampler
 from tests.training.test_cell_trainer import SeenCells, losses, make_trainer, tokenized
 from tests.training.test_several_processes import finished, run_script

@@ -368,17 +368,15 @@ OVERRIDDEN = {
     "_get_eval_sampler": "cells are evaluated in their order, also if training groups them by length",
     "_get_num_items_in_batch": "masked cells of neighbourhoods are the items",
     "_get_train_sampler": "the order of the cells",
-    "_init_training_state": "the order is checked after auto_find_batch_size",
     "_issue_warnings_after_load": "tied weights are not missing",
-    "_load_from_checkpoint": "the moving average is loaded too",
     "_maybe_log_save_evaluate": "the clock stops for it",
-    "_prepare_for_training": "the clock is reset",
+    "_prepare_for_training": "the clock and all sums start again, and the average starts or is loaded; the order is "
+    "checked once more, since auto_find_batch_size may lower the batch size again",
     "_prepare_inputs": "DeepSpeed must not cast counts",
     "_run_epoch": "a finished run makes no step",
     "_save": "out-of-fold predictions, and cards that PEFT would overwrite",
     "_save_checkpoint": "an unfinished checkpoint is marked, and the order is saved",
     "_save_rng_state": "the first process waits for the others",
-    "_update_auto_batch_size": "statistics of the failed attempt are dropped",
 }
 
 

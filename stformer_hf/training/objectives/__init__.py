@@ -9,17 +9,7 @@ OBJECTIVES = ("mlm", "contrast", "decode", "cross_correlation")
 
 
 def check_objectives(objectives: Mapping[str, float] | None) -> dict[str, float]:
-    """Check objectives and their weights.
-
-    Parameters
-    ----------
-    objectives : mapping of str to float, optional
-        Weights by name; {"mlm": 1.0} by default.
-
-    Returns
-    -------
-    dict of str to float
-        Objectives with a weight above 0, in the order of `OBJECTIVES`.
+    """Check objectives and their weights, {"mlm": 1.0} by default; return those above 0, in the order of `OBJECTIVES`.
 
     Raises
     ------

@@ -8,22 +8,15 @@ from torch import nn
 TEMPERATURE = 0.1
 
 
-def contrast_loss(states: torch.Tensor, comparable: torch.Tensor, temperature: float = TEMPERATURE) -> torch.Tensor:
-    r"""Compute InfoNCE between two views of cells.
+def contrast_loss(states: torch.Tensor, comparable: torch.Tensor) -> torch.Tensor:
+    """Compute InfoNCE between two views of cells: float32 Tensor (), in nats.
 
     Parameters
     ----------
     states : Tensor (2n, hidden)
-        `[CLS]` of the first views of n cells, then of the second views.
+        `[CLS]` of the first views of n cells, then of the second views; their cosines are divided by `TEMPERATURE`.
     comparable : bool Tensor (n, n)
         See `comparable_cells`.
-    temperature : float, default: 0.1
-        Divisor of the cosines.
-
-    Returns
-    -------
-    float32 Tensor ()
-        Loss in nats, see `info_nce`.
 
     Notes
     -----
@@ -31,23 +24,14 @@ def contrast_loss(states: torch.Tensor, comparable: torch.Tensor, temperature: f
     the batch of one process, so that the loss depends only on the batch, not on the number of processes.
     """
     first, second = nn.functional.normalize(states.float(), dim=-1).chunk(2)
-    return info_nce(first @ second.T / temperature, comparable)
+    return info_nce(first @ second.T / TEMPERATURE, comparable)
 
 
 def comparable_cells(twins: torch.Tensor, sources: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
-    """Return which cells are negatives of which: cells of the same source, except cells with equal counts.
+    """Return which cells are negatives of which, and on the diagonal which are usable: bool Tensor (n, n).
 
-    Parameters
-    ----------
-    twins, sources : LongTensor (n,)
-        Equal numbers mark cells with equal counts, and cells of one source.
-    usable : bool Tensor (n,)
-        Cells with counts in both views.
-
-    Returns
-    -------
-    bool Tensor (n, n)
-        The diagonal is True for usable cells.
+    Negatives are cells of the same source (equal numbers in `sources`, (n,)), except cells with equal counts (equal
+    numbers in `twins`, (n,)). `usable`, bool (n,), are the cells with counts in both views.
     """
     others = (sources[:, None] == sources) & (twins[:, None] != twins)
     own = torch.eye(len(twins), dtype=torch.bool, device=twins.device)
@@ -60,19 +44,10 @@ def cells_with_negatives(comparable: torch.Tensor) -> torch.Tensor:
 
 
 def info_nce(logits: torch.Tensor, comparable: torch.Tensor) -> torch.Tensor:
-    r"""Compute the cross entropy of each cell among the cells it is compared with, in both directions.
+    """Compute the cross entropy of each cell among those it is compared with, in both directions: float32 Tensor ().
 
-    Parameters
-    ----------
-    logits : Tensor (n, n)
-        How well the second view of cell k fits the first view of cell j.
-    comparable : bool Tensor (n, n)
-        Symmetric; the diagonal is True for cells that count.
-
-    Returns
-    -------
-    float32 Tensor ()
-        Mean over cells with at least one negative; 0 without any.
+    `logits` (n, n) say how well the second view of cell k fits the first view of cell j. The mean is over the cells on
+    the diagonal of `comparable`, which is symmetric, with at least one negative; 0 without any.
     """
     counting = cells_with_negatives(comparable)
     logits = logits.float().masked_fill(~comparable, -torch.inf)[counting][:, counting]
@@ -84,23 +59,11 @@ def info_nce(logits: torch.Tensor, comparable: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def contrast_of_totals(totals: torch.Tensor, comparable: torch.Tensor) -> torch.Tensor:
-    r"""Compute the loss of a reader that knows only the totals of the views, as a baseline for `contrast_loss`.
+    """Compute the loss, in nats, of a reader that knows only the totals of the views: a baseline for `contrast_loss`.
 
     The log totals of the two views of a cell are taken to differ by a normal variable with the mean and variance
     observed in the batch. The reader takes these two numbers from the pairs themselves, so its loss is slightly
-    optimistic.
-
-    Parameters
-    ----------
-    totals : Tensor (2n,)
-        Totals of the first views, then of the second.
-    comparable : bool Tensor (n, n)
-        See `comparable_cells`.
-
-    Returns
-    -------
-    float32 Tensor ()
-        Loss in nats.
+    optimistic. `totals` (2n,) are those of the first views, then of the second.
     """
     first, second = totals.float().clamp(min=1).log().chunk(2)
     usable = comparable.diagonal()

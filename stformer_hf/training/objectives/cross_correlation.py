@@ -8,10 +8,13 @@ OFF_DIAGONAL = 0.01
 _EPSILON = 1e-4
 
 
-def cross_correlation_loss(
-    states: torch.Tensor, usable: torch.Tensor, off_diagonal: float = OFF_DIAGONAL
-) -> torch.Tensor:
-    r"""Compute the distance of the cross-correlation of two views from the identity.
+def cross_correlation_loss(states: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
+    r"""Compute the distance of the cross-correlation of two views from the identity: float32 Tensor ().
+
+    .. math:: \frac{1}{d} \sum_i (1 - C_{ii})^2 + \frac{\lambda}{d} \sum_{i \ne j} C_{ij}^2
+
+    with the correlations :math:`C` over the cells of the batch, and :math:`\lambda` = `OFF_DIAGONAL`; 0 for fewer than
+    two cells. A dimension that does not vary has correlations of 0.
 
     Parameters
     ----------
@@ -19,16 +22,6 @@ def cross_correlation_loss(
         `[CLS]` of the first views of n cells, then of the second views.
     usable : bool Tensor (n,)
         Cells with counts in both views.
-    off_diagonal : float, default: 0.01
-        Weight :math:`\lambda` of the correlations of different dimensions.
-
-    Returns
-    -------
-    float32 Tensor ()
-        .. math:: \frac{1}{d} \sum_i (1 - C_{ii})^2 + \frac{\lambda}{d} \sum_{i \ne j} C_{ij}^2
-
-        with the correlations :math:`C` over the cells of the batch; 0 for fewer than two cells. A dimension that does
-        not vary has correlations of 0.
 
     Notes
     -----
@@ -42,7 +35,7 @@ def cross_correlation_loss(
     correlations = first.T @ second / len(first)
     diagonal = correlations.diagonal()
     others = correlations.square().sum() - diagonal.square().sum()
-    return ((1 - diagonal).square().sum() + off_diagonal * others) / len(diagonal)
+    return ((1 - diagonal).square().sum() + OFF_DIAGONAL * others) / len(diagonal)
 
 
 def _standardised(values: torch.Tensor) -> torch.Tensor:

@@ -38,21 +38,11 @@ def first_panel(seed: int, epoch: int, n_genes: int) -> np.ndarray:
 def thin(
     counts: np.ndarray, genes: np.ndarray, cells: np.ndarray, cell_ids: np.ndarray, seed: int, epoch: int
 ) -> np.ndarray:
-    """Draw Binomial(count, 1/2) for each entry, as a function of (seed, epoch, cell, gene).
+    """Draw Binomial(count, 1/2) for each entry, as a function of (seed, epoch, cell, gene): an array like `counts`.
 
-    Parameters
-    ----------
-    counts : array (nnz,)
-        Whole numbers.
-    genes, cells : int64 array (nnz,)
-        Gene of each entry, and the position of its cell in `cell_ids`.
-    cell_ids : int64 array (n,)
-    seed, epoch : int
-
-    Returns
-    -------
-    array (nnz,) of the dtype of `counts`
-        The smallest k with P(at most k) >= u, for the uniform number u of the entry.
+    `counts` (nnz,) are whole numbers; `genes` and `cells`, int64 (nnz,), are the gene of each entry, and the position
+    of its cell in `cell_ids`, int64 (n,). The result is the smallest k with P(at most k) >= u, for the uniform number
+    u of the entry.
 
     Raises
     ------
@@ -153,17 +143,18 @@ class ViewCollator:
                 "Two views of a cell are made from its counts: train and evaluate on a CellStore, not on tokens or a "
                 "stream of them."
             )
-        cells = self._known(cells)
-        views, panels = self._views(cells)
+        genes = self._gene_of_column(cells)[cells.genes]
+        if (genes < 0).any():  # of columns that the tokenizer does not know
+            indptr, (genes, columns, counts) = keep(genes >= 0, cells.indptr, genes, cells.genes, cells.counts)
+            cells = replace(cells, indptr=indptr, genes=columns, counts=counts)
+        views, panels = self._views(cells, genes)
         parts = [self.collator.masked(of, panel) for of, panel in zip(views, panels, strict=True)]
         first, second = (part.tokens for part in parts)
         shift = first.indptr[-1]
-        tokens = join([first, second])
-        positions, labels = (np.concatenate(each) for each in zip(*(part.labels for part in parts), strict=True))
-        positions[len(parts[0].labels[0]) :] += shift
-        nothing = np.empty(0, np.int64)
-        left_out = [nothing if part.left_out is None else part.left_out for part in parts]
-        batch = self.collator._batch(tokens, (positions, labels), np.concatenate([left_out[0], left_out[1] + shift]))
+        (places, labels), (more_places, more_labels) = (part.labels for part in parts)
+        masked = np.concatenate([places, more_places + shift]), np.concatenate([labels, more_labels])
+        of_first, of_second = (np.empty(0, np.int64) if of.left_out is None else of.left_out for of in parts)
+        batch = self.collator._batch(join([first, second]), masked, np.concatenate([of_first, of_second + shift]))
         if first.measured is not None:
             panels = [first.measured if panel is None else panel & first.measured for panel in panels]
         measured = [panel for panel in panels if panel is not None]
@@ -174,24 +165,15 @@ class ViewCollator:
         batch["sources"] = torch.from_numpy(sources_of(cells, self.batch_key))
         return batch
 
-    def _known(self, cells: CellBatch) -> CellBatch:
-        """Drop the columns that the tokenizer does not know."""
-        known = self._gene_of_column(cells)[cells.genes] >= 0
-        if known.all():
-            return cells
-        indptr, (genes, counts) = keep(known, cells.indptr, cells.genes, cells.counts)
-        return replace(cells, indptr=indptr, genes=genes, counts=counts)
-
     def _gene_of_column(self, cells: CellBatch) -> np.ndarray:
         """Return the gene of each column of the store: int64 array, -1 for unknown genes."""
         if self._genes is None or self._genes[0] is not cells.gene_ids:  # all batches of a store share one array
             self._genes = cells.gene_ids, self.collator.tokenizer.find_genes(cells.gene_ids, cells.symbols)
         return self._genes[1]
 
-    def _views(self, cells: CellBatch) -> tuple[list[CellBatch], list[np.ndarray | None]]:
+    def _views(self, cells: CellBatch, genes: np.ndarray) -> tuple[list[CellBatch], list[np.ndarray | None]]:
         """Divide the counts of cells; return the views, and the genes that each measures (None: as the store)."""
         seed, epoch = self.collator.seed, self.epoch
-        genes = self._gene_of_column(cells)[cells.genes]
         panels: list[np.ndarray | None] = [None, None]
         if self.view == "disjoint":
             panel = first_panel(seed, epoch, len(self.collator.tokenizer.genes))
@@ -226,17 +208,13 @@ def _checksums(cells: CellBatch) -> np.ndarray:
 
 
 def sources_of(cells: CellBatch | CellStore, batch_key: str | None) -> np.ndarray:
-    """Return the source of each cell.
+    """Return the source of each cell: int64 array (n,).
 
     Parameters
     ----------
     cells : CellBatch or CellStore
     batch_key : str, optional
         Categorical obs column; by default, the file that the cell comes from.
-
-    Returns
-    -------
-    int64 array (n,)
 
     Raises
     ------

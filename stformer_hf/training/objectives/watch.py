@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from ..eval_loss import sum_dtype
+from ..loss_trainer import sum_dtype
 
 _PENALTIES = (1.0, 10.0, 100.0, 1e3, 1e4)
 
 
 @torch.no_grad()
 def effective_rank(states: torch.Tensor) -> float:
-    r"""Compute the exponential of the entropy of the singular values, scaled to sum to 1.
+    """Compute the exponential of the entropy of the singular values, scaled to sum to 1: from 1 to min(n, hidden).
 
-    Parameters
-    ----------
-    states : Tensor (n, hidden)
-        Embedding of n cells, not centred: a constant embedding has rank 1.
-
-    Returns
-    -------
-    float
-        1 to min(n, hidden).
+    `states` (n, hidden), the embedding of n cells, are not centred: a constant embedding has rank 1.
 
     Notes
     -----
@@ -34,20 +26,10 @@ def effective_rank(states: torch.Tensor) -> float:
 
 @torch.no_grad()
 def total_r2(states: torch.Tensor, totals: torch.Tensor) -> float:
-    r"""Compute how well a linear reader of an embedding predicts the log total of left-out cells.
+    """Compute how well a linear reader of an embedding predicts the log total of left-out cells, as :math:`R^2`.
 
-    Parameters
-    ----------
-    states : Tensor (n, hidden)
-        Embedding of n cells.
-    totals : Tensor (n,)
-        Counts of the cells, above 0.
-
-    Returns
-    -------
-    float
-        :math:`R^2` of the left-out cells: 1 is perfect, 0 is as good as the mean of the other cells, negative is
-        worse. NaN for fewer than 3 cells or equal totals.
+    1 is perfect, 0 is as good as the mean of the other cells, negative is worse; NaN for fewer than 3 cells or equal
+    totals. `states` (n, hidden) are the embedding of n cells, and `totals` (n,) their counts, above 0.
 
     Notes
     -----

@@ -41,7 +41,6 @@ MOST_CELLS_TO_FIT = 10_000
 _OF_CLASSES = "single_label_classification"
 _ROTATED = 3000  # up to this many cells, genes are rotated before a fit
 
-
 Rotated = tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]
 
 
@@ -113,7 +112,7 @@ def start_classifier(
     balanced : bool, default: False
         Whether all classes have the same weight, whatever their number of cells.
     choices : mapping of str to ReaderChoice, optional
-        Earlier choices by label column (None if there are not several); by default they are made here.
+        Earlier choices by label column; by default they are made here.
     rotated : mapping of str to (features, callable), optional
         Output of `rotate_genes` for the cells of each label column, or these and others; computed here by default. A
         rotation carries no information from the other cells: the fitted readers are the same.
@@ -162,9 +161,10 @@ def start_classifier(
         counts, values = read(rows)
         parts[name] = part = _Part(counts, values, rotate_genes(values) if rotated is None else rotated[name])
         if views is None:
-            part.features = _StatesOfFolds(states[np.searchsorted(in_states, rows)])
+            of_rows = states[np.searchsorted(in_states, rows)]
+            part.features = lambda train, held_out, of=of_rows: lambda n: (of[train], of[held_out])
         elif choices is None:
-            part.features = _ViewsOfFolds(counts, values, views, half)
+            part.features = _features_of_views(counts, values, views, half)
 
     if choices is None:
         trials = {}
@@ -208,7 +208,7 @@ def start_classifier(
         means = centroids(of_cells, of).astype(np.float32) if problem.kind == _OF_CLASSES else None
         starts[name] = ClassifierStart(choice, rows, column.labels_of(rows), part.rotated, means)
     heads, wides, weights, temperatures = zip(*readers, strict=True)
-    _write(model, _beside(heads), _beside(wides))
+    _write(model, heads, wides)
     config.reader_weights = [float(weight) for pair in weights for weight in pair]
     config.temperature = [float(of) for of in temperatures] if config.label_columns else float(temperatures[0])
     return starts
@@ -251,14 +251,6 @@ def _constant_readers(column: LabelledCells, model: GeneBertForClassification) -
     return Linear(np.zeros((width, n_outputs)), bias), Linear(np.zeros((n_genes, n_outputs)), np.zeros(n_outputs))
 
 
-def _beside(readers: Sequence[Linear]) -> Linear:
-    """Put the outputs of linear readers of the same features side by side."""
-    return Linear(
-        np.concatenate([reader.weight for reader in readers], axis=1),
-        np.concatenate([reader.bias for reader in readers]),
-    )
-
-
 def _log_values_of(
     model: GeneBertForClassification, tokenizer: GeneTokenizer, cells: CellStore, counts: sparse.csr_array
 ) -> sparse.csr_array:
@@ -283,8 +275,7 @@ def _subset(problem: Problem, labels: np.ndarray, most: int, seed: int) -> np.nd
     """Choose a subset of cells, stratified if each class has at least two: int64 array, ascending."""
     if len(labels) <= most:
         return np.arange(len(labels))
-    single = problem.kind == "single_label_classification"
-    stratify = labels if single and np.bincount(labels)[np.unique(labels)].min() > 1 else None
+    stratify = labels if problem.kind == _OF_CLASSES and np.bincount(labels)[np.unique(labels)].min() > 1 else None
     return np.sort(train_test_split(np.arange(len(labels)), train_size=most, random_state=seed, stratify=stratify)[0])
 
 
@@ -297,51 +288,34 @@ def scaled(views: list[np.ndarray], half: int) -> np.ndarray:
     return states
 
 
-class _ViewsOfFolds:
-    """States of cells with axes fitted to training folds, computed from dot products of cells.
+def _features_of_views(
+    counts: sparse.csr_array, values: sparse.csr_array, views: SpectralViews, half: int
+) -> FoldFeatures:
+    """Return the states of cells with axes fitted to training folds, computed from dot products of cells.
 
     Only the choice of genes of the views, and the shares of the genes, come from all cells given.
     """
+    genes = [np.flatnonzero(loadings.any(axis=1)) for loadings in views.loadings]
+    matrices = (
+        values[:, genes[0]].toarray(),
+        pearson_residuals(counts, views.shares, views.n_cells, genes[1]).astype(np.float64),
+    )
+    products, most = [matrix @ matrix.T for matrix in matrices], views.loadings[0].shape[1]
 
-    def __init__(self, counts: sparse.csr_array, values: sparse.csr_array, views: SpectralViews, half: int):
-        self.half = half
-        genes = [np.flatnonzero(loadings.any(axis=1)) for loadings in views.loadings]
-        matrices = (
-            values[:, genes[0]].toarray(),
-            pearson_residuals(counts, views.shares, views.n_cells, genes[1]).astype(np.float64),
-        )
-        self._products = [matrix @ matrix.T for matrix in matrices]
-        self._most = views.loadings[0].shape[1]
+    def of_fold(train: np.ndarray, held_out: np.ndarray) -> Callable[[int], tuple[np.ndarray, ...]]:
+        of_views = [_principal_scores(of, train, held_out, most) for of in products]
+        return lambda n: tuple(scaled([scores[part][:, :n] for scores in of_views], half) for part in (0, 1))
 
-    def __call__(self, train: np.ndarray, held_out: np.ndarray) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
-        of_views = [_principal_scores(products, train, held_out, self._most) for products in self._products]
-
-        def features(n_components: int) -> tuple[np.ndarray, np.ndarray]:
-            of_train, of_held_out = (
-                scaled([scores[part][:, :n_components] for scores in of_views], self.half) for part in (0, 1)
-            )
-            return of_train, of_held_out
-
-        return features
+    return of_fold
 
 
 def _principal_scores(
     products: np.ndarray, train: np.ndarray, held_out: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the principal component scores of training and other cells from dot products of cells.
+    """Compute k principal component scores of training and other cells from their dot products (n, n), not centred.
 
-    Parameters
-    ----------
-    products : float64 array (n, n)
-        Dot products of all cells, not centred.
-    train, held_out : int64 array
-        Rows; the mean and the axes are fitted to the training rows.
-    k : int
-        Number of components, at most that of the training cells - 1.
-
-    Returns
-    -------
-    of_train (n_train, k), of_held_out (n_held_out, k)
+    The mean and the axes are fitted to the training rows; there are at most as many components as these - 1. Return
+    arrays (n_train, k) and (n_held_out, k).
     """
     inner = products[np.ix_(train, train)]
     means, mean = inner.mean(axis=0), inner.mean()
@@ -356,16 +330,6 @@ def _principal_scores(
     order = np.argsort(-spread)[:k]
     scale, vectors = np.sqrt(np.maximum(spread[order], 1e-9)), vectors[:, order]
     return vectors * scale, outer @ vectors / scale
-
-
-class _StatesOfFolds:
-    """States of cells by a model that was not fitted to them, as `_ViewsOfFolds`."""
-
-    def __init__(self, states: np.ndarray):
-        self._states = states
-
-    def __call__(self, train: np.ndarray, held_out: np.ndarray) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
-        return lambda n_components: (self._states[train], self._states[held_out])
 
 
 def cell_states(model: nn.Module, tokenizer: GeneTokenizer, cells: CellStore) -> np.ndarray:
@@ -394,17 +358,20 @@ def run_cells(
 
 
 @torch.no_grad()
-def _write(model: GeneBertForClassification, head, wide) -> None:
-    """Write linear readers into the heads of a model."""
-    for layer, reader in ((model.classifier, head), (model.wide_head, wide)):
-        bias = layer.bias
-        if layer is model.classifier:
-            layer.weight.copy_(torch.from_numpy(reader.weight.T.copy()))
-            bias.copy_(torch.from_numpy(reader.bias))
-        else:
-            means = cell_embedding_of(model).statistics.means[0].cpu().double().numpy()
-            layer.genes.weight.copy_(torch.from_numpy(reader.weight))
-            bias.copy_(torch.from_numpy(reader.bias + means @ reader.weight))  # the wide head reads centred values
+def _write(model: GeneBertForClassification, heads: Sequence[Linear], wides: Sequence[Linear]) -> None:
+    """Write linear readers, those of each label column beside those of the others, into the heads of a model."""
+    (weight, bias), (wide, wide_bias) = (
+        (np.concatenate([of.weight for of in readers], axis=1), np.concatenate([of.bias for of in readers]))
+        for readers in (heads, wides)
+    )
+    means = cell_embedding_of(model).statistics.means[0].cpu().double().numpy()
+    for parameter, values in (
+        (model.classifier.weight, weight.T.copy()),
+        (model.classifier.bias, bias),
+        (model.wide_head.genes.weight, wide),
+        (model.wide_head.bias, wide_bias + means @ wide),  # the wide head reads centred values
+    ):
+        parameter.copy_(torch.from_numpy(values))
 
 
 __all__ = ["ClassifierStart", "cell_states", "run_cells", "scaled", "start_classifier"]

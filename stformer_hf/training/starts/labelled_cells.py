@@ -43,16 +43,9 @@ class LabelledCells:
 
 
 def labelled_cells(config: PreTrainedConfig, labels: np.ndarray, balanced: bool = False) -> list[LabelledCells]:
-    """Split the labels of cells by label column.
+    """Split the labels of cells, array (n, …), by the label columns of a configuration.
 
-    Parameters
-    ----------
-    config : GeneBertConfig
-        `problem_type` and `label_columns` are read.
-    labels : array (n, …)
-        Labels of the cells; with `label_columns`, int64 (n, n_columns), -100 where there is none.
-    balanced : bool, default: False
-        As for `Problem`.
+    With `config.label_columns`, the labels are int64 (n, n_columns), -100 where there is none.
     """
     if config.label_columns is None:
         problem = Problem(config.problem_type, config.num_labels, balanced)

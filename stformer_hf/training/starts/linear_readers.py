@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 # (training rows, validation rows) -> (number of components -> features of both), fitted to the training rows.
-FoldFeatures = Callable[[np.ndarray, np.ndarray], Callable[[int], tuple[np.ndarray, np.ndarray]]]
+FoldFeatures = Callable[[np.ndarray, np.ndarray], Callable[[int], tuple[np.ndarray, ...]]]
 
 
 class _Settings(TypedDict):
@@ -126,10 +126,7 @@ class Problem:
             found = Ridge(alpha=1 / penalty).fit(features, labels.reshape(len(labels), -1))
             return Linear(found.coef_.reshape(-1, n_features).T, np.atleast_1d(found.intercept_))
         if self.kind == "multi_label_classification":
-            columns = [
-                self._logistic(features, labels[:, i].astype(np.int64), 2, penalty, purpose)
-                for i in range(labels.shape[1])
-            ]
+            columns = [self._logistic(features, of, 2, penalty, purpose) for of in labels.T.astype(np.int64)]
             weight = np.stack([one.weight[:, 1] - one.weight[:, 0] for one in columns], axis=1)
             return Linear(weight, np.array([one.bias[1] - one.bias[0] for one in columns]))
         return self._logistic(features, labels, self.n_outputs, penalty, purpose)
@@ -140,12 +137,10 @@ class Problem:
         if len(present) < 2:
             bias[present] = 0.0
             return Linear(weight, bias)
-        found = LogisticRegression(
-            C=penalty,
-            max_iter=500,
-            tol=_TOLERANCES[purpose],
-            class_weight="balanced" if self.balanced else None,
-        ).fit(features, labels)
+        class_weight = "balanced" if self.balanced else None
+        found = LogisticRegression(C=penalty, max_iter=500, tol=_TOLERANCES[purpose], class_weight=class_weight).fit(
+            features, labels
+        )
         if len(present) == 2:
             weight[:, present] = found.coef_.T * [-0.5, 0.5]
             bias[present] = found.intercept_ * [-0.5, 0.5]
@@ -256,20 +251,10 @@ def centroids(states: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.stack([states[labels == label].mean(axis=0) for label in np.unique(labels)])
 
 
-def nearest_centroid(states: np.ndarray, means: np.ndarray) -> np.ndarray:
-    """Compute the Euclidean distance of each cell to the nearest centroid: float64 array (n,)."""
-    return cdist(states, means).min(axis=1)
-
-
 def fit_temperature(problem: Problem, outputs: np.ndarray, labels: np.ndarray) -> float:
     """Fit the temperature with the lowest mean loss of out-of-fold outputs, between 0.5 and 2.8; 1 for regression.
 
-    Parameters
-    ----------
-    problem : Problem
-    outputs : float array (n, n_outputs)
-        Outputs at a temperature of 1.
-    labels : array (n, …)
+    `outputs`, float (n, n_outputs), are those at a temperature of 1.
     """
     if problem.kind == "regression":
         return 1.0
@@ -329,7 +314,7 @@ class ReaderTrials:
                 outputs[repeat, held_out] = reader(of_held_out)
             for n, distances in self._distances.items():
                 of_train, of_held_out = views(n)
-                distances[repeat, held_out] = nearest_centroid(of_held_out, centroids(of_train, labels[train]))
+                distances[repeat, held_out] = cdist(of_held_out, centroids(of_train, labels[train])).min(axis=1)
 
         with quick_fits(), ThreadPoolExecutor(min(torch.get_num_threads(), len(folds))) as pool:
             list(tqdm(pool.map(fit_fold, folds), "choose linear models", len(folds), unit="fold", disable=None))
@@ -381,16 +366,12 @@ class ReaderTrials:
         temperature = fit_temperature(problem, both, every)
         outputs = both / temperature
         loss = float(problem.loss(outputs, every).mean())
-        if problem.kind == "single_label_classification":
-            outputs = log_softmax(outputs)
+        of_classes = problem.kind == "single_label_classification"
+        outputs = log_softmax(outputs) if of_classes else outputs
         score, outputs = problem.score(outputs, every), outputs.reshape(self._shape).mean(axis=0)
-        if problem.kind == "single_label_classification":
-            outputs = log_softmax(outputs)  # means of log probabilities are not normalised
+        outputs = log_softmax(outputs) if of_classes else outputs  # means of log probabilities are not normalised
         return ReaderChoice(
-            n_components=n,
-            head=head,
-            wide=wide,
-            weights=weights,
+            **chosen,
             temperature=temperature,
             loss=loss,
             score=score,
@@ -409,6 +390,5 @@ __all__ = [
     "fit_temperature",
     "inner_folds",
     "log_softmax",
-    "nearest_centroid",
     "quick_fits",
 ]

@@ -160,8 +160,7 @@ def _set_bias(model: PreTrainedModel, tokenizer: GeneTokenizer, n: np.ndarray) -
 
 def _set_rank_prior(model: PreTrainedModel, tokenizer: GeneTokenizer, statistics: _Statistics, seed: int) -> None:
     """Estimate the shares of each gene's counts, and the axes, and set them in the head."""
-    tokens, counts = statistics.pairs // (_MOST_COUNT + 1), statistics.pairs % (_MOST_COUNT + 1)
-    n_of_count = np.bincount(counts, statistics.n_pairs, _MOST_COUNT + 1)
+    n_of_count = np.bincount(statistics.pairs % (_MOST_COUNT + 1), statistics.n_pairs, _MOST_COUNT + 1)
     usual = _PRIOR * n_of_count[_PRIOR_COUNTS] / max(n_of_count.sum(), 1)
     known = tokenizer.gene_token_ids[~np.isnan(tokenizer.medians)]
     pairs = (known[:, None] * (_MOST_COUNT + 1) + _PRIOR_COUNTS).ravel()
@@ -170,12 +169,10 @@ def _set_rank_prior(model: PreTrainedModel, tokenizer: GeneTokenizer, statistics
     tokens, counts = pairs // (_MOST_COUNT + 1), pairs % (_MOST_COUNT + 1)
     share = n / (statistics.tokens[tokens] + _PRIOR)
 
-    kept = (share >= _LEAST_SHARE) & (counts < _MOST_COUNT)
-    tokens, counts, share = tokens[kept], counts[kept], share[kept]
     order = np.lexsort((-share, tokens))
+    order = order[((share >= _LEAST_SHARE) & (counts < _MOST_COUNT))[order]]
+    order = order[np.arange(len(order)) - np.searchsorted(tokens[order], tokens[order]) < _MOST_COUNTS]
     tokens, counts, share = tokens[order], counts[order], share[order]
-    kept = np.arange(len(tokens)) - np.searchsorted(tokens, tokens) < _MOST_COUNTS
-    tokens, counts, share = tokens[kept], counts[kept], share[kept]
 
     medians = np.full(len(tokenizer), np.nan)
     medians[tokenizer.gene_token_ids] = tokenizer.medians

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -109,17 +110,10 @@ def cell_embedding_of(model: nn.Module) -> CellEmbedding:
 
 @torch.no_grad()
 def set_views(embedding: CellEmbedding, views: SpectralViews, scale: float) -> None:
-    """Write views into a cell embedding.
+    """Write views, of which at most hidden size / 2 leading axes are used, into a cell embedding of the same genes.
 
-    Parameters
-    ----------
-    embedding : CellEmbedding
-        With the same number of genes.
-    views : SpectralViews
-        Views, of which at most hidden size / 2 leading axes are used.
-    scale : float
-        Root mean square of the embeddings of the chosen genes. `[CLS]` does not depend on it, since its halves are
-        scaled, but the steps of an optimiser do.
+    `scale` is the root mean square of the embeddings of the chosen genes. `[CLS]` does not depend on it, since its
+    halves are scaled, but the steps of an optimiser do.
     """
     statistics, weight = embedding.statistics, embedding.genes.weight
     statistics.shares.copy_(torch.from_numpy(views.shares))
@@ -138,36 +132,12 @@ def set_views(embedding: CellEmbedding, views: SpectralViews, scale: float) -> N
 def count_blocks(
     cells: CellStore | AnnData, tokenizer: GeneTokenizer, progress: bool = True
 ) -> Callable[[], Iterator[sparse.csr_array]]:
-    """Return a function that reads cells over a tokenizer's genes, in blocks of some thousands.
+    """Return a function that reads cells over a tokenizer's genes, in blocks of thousands: csr_arrays (n, n_genes).
 
-    Parameters
-    ----------
-    cells : CellStore or AnnData
-    tokenizer : GeneTokenizer
-        Maps columns to genes; columns of one gene are summed, unknown ones left out.
-    progress : bool, default: True
-        Show a progress bar for each pass.
-
-    Returns
-    -------
-    callable
-        Returns an iterator over csr_array (n, n_genes).
+    Columns of one gene are summed, unknown ones left out. Each pass shows a progress bar, unless `progress` is False.
     """
-    if isinstance(cells, CellStore):
-        n_cells, genes = len(cells), cells.genes
-
-        def read() -> Iterator[sparse.csr_array]:
-            for start in range(0, n_cells, _ROWS_PER_BLOCK):
-                yield cells.rows(slice(start, start + _ROWS_PER_BLOCK))
-
-    else:
-        source = open_source(cells)
-        n_cells = source.shape[0]
-        genes = source.genes
-
-        def read() -> Iterator[sparse.csr_array]:
-            yield from source.blocks(_ROWS_PER_BLOCK)
-
+    source = cells if isinstance(cells, CellStore) else open_source(cells)
+    n_cells, genes = len(cells), source.genes
     found = tokenizer.find_genes(genes.gene_ids, genes.symbols)
     known = np.flatnonzero(found >= 0)
     if not len(known):
@@ -178,8 +148,13 @@ def count_blocks(
     same = np.array_equal(found, np.arange(len(tokenizer.genes)))
 
     def blocks() -> Iterator[sparse.csr_array]:
+        if isinstance(source, CellStore):
+            starts = range(0, n_cells, _ROWS_PER_BLOCK)
+            read: Iterator[Any] = (source.rows(slice(start, start + _ROWS_PER_BLOCK)) for start in starts)
+        else:
+            read = source.blocks(_ROWS_PER_BLOCK)
         with tqdm(total=n_cells, desc="spectral start", unit="cell", disable=None if progress else True) as bar:
-            for rows in read():
+            for rows in read:
                 rows = sparse.csr_array(rows, dtype=np.float64)
                 yield rows if same else rows @ to_genes
                 bar.update(rows.shape[0])
@@ -188,13 +163,7 @@ def count_blocks(
 
 
 def _batches(cells: CellStore | AnnData, key: str) -> np.ndarray:
-    """Return the batch of each cell: int array (n_cells,), numbered from 0.
-
-    Raises
-    ------
-    ValueError
-        The column is missing, or cells have no batch.
-    """
+    """Return the batch of each cell, int array (n_cells,) numbered from 0; each cell must have one."""
     obs = cells.obs
     must_have(obs, "obs", key)
     codes, _ = pd.factorize(obs[key])

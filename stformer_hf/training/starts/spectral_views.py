@@ -49,19 +49,12 @@ class SpectralViews:
         The values equal those of `CellEmbedding.view_sums` for a model that starts at these views, if all genes are
         measured and none is hidden.
         """
+        used = [np.flatnonzero(loadings.any(axis=1)) for loadings in self.loadings]
         scores: list[list[np.ndarray]] = [[], []]
         for block in _cut(counts):
-            for view, values in enumerate(self._values(block)):
-                used = np.flatnonzero(self.loadings[view].any(axis=1))
-                centred = values(used) - self.means[view, used]
-                scores[view].append(centred @ self.loadings[view][used])
+            for view, values in enumerate(_dense_views(block, self.shares, self.n_cells, used)):
+                scores[view].append((values - self.means[view, used[view]]) @ self.loadings[view][used[view]])
         return [np.concatenate(some) for some in scores]
-
-    def _values(self, block: sparse.csr_array) -> list[Callable[[np.ndarray], np.ndarray]]:
-        return [
-            lambda genes: log_values(block, genes).toarray(),
-            lambda genes: pearson_residuals(block, self.shares, self.n_cells, genes),
-        ]
 
 
 def fit_spectral_views(
@@ -140,22 +133,10 @@ def log_values(counts: sparse.csr_array, genes: np.ndarray | None = None) -> spa
 def pearson_residuals(
     counts: sparse.csr_array, shares: np.ndarray, n_cells: int, genes: np.ndarray | None = None
 ) -> np.ndarray:
-    """Compute (x - mu) / sqrt(mu + mu^2 / 100), mu = total x share, clipped at +- sqrt(n_cells): float32, dense.
+    """Compute (x - mu) / sqrt(mu + mu^2 / 100), mu = total x share, clipped at +- sqrt(n_cells): float32 array (n, k).
 
-    Parameters
-    ----------
-    counts : csr_array (n, n_genes)
-        Counts of all genes, from which the totals are computed.
-    shares : float array (n_genes,)
-        Share of each gene in all counts.
-    n_cells : int
-        Number of cells from which the shares were computed.
-    genes : int array (k,), optional
-        Compute the residuals of these genes only.
-
-    Returns
-    -------
-    float32 array (n, k)
+    `counts` (n, n_genes) of all genes give the totals; `shares` (n_genes,) are those of the genes in the counts of the
+    `n_cells` cells. With `genes`, int (k,), only their residuals are computed.
     """
     totals = counts.sum(axis=1, dtype=np.float64)
     if genes is not None:
@@ -180,6 +161,13 @@ def _cut(counts: sparse.csr_array) -> Iterator[sparse.csr_array]:
     step = max(_ENTRIES // max(counts.shape[1], 1), 1)
     for start in range(0, counts.shape[0], step):
         yield counts[start : start + step]
+
+
+def _dense_views(
+    block: sparse.csr_array, shares: np.ndarray, n_cells: int, genes: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the log values (float64) and the residuals (float32) of some genes each: arrays (n, k)."""
+    return log_values(block, genes[0]).toarray(), pearson_residuals(block, shares, n_cells, genes[1])
 
 
 def _sum_genes(blocks: Iterable[sparse.csr_array]) -> dict[str, Any]:
@@ -258,11 +246,8 @@ def _covariances(
             start += block.shape[0]
             member = sparse.csr_array((np.ones(len(of)), (of, np.arange(len(of)))), shape=(n_batches, len(of)))
             sizes += member.sum(axis=1)
-            views = (
-                log_values(block, chosen[0]).toarray().astype(np.float32),
-                pearson_residuals(block, shares, n_cells, chosen[1]),
-            )
-            for view, values in enumerate(views):
+            for view, values in enumerate(_dense_views(block, shares, n_cells, chosen)):
+                values = values.astype(np.float32, copy=False)
                 products[view] += values.T @ values
                 sums[view] += member @ values.astype(np.float64)
     sizes = np.maximum(sizes, 1)[:, None]

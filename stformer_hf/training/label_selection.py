@@ -1,0 +1,107 @@
+"""Select the cells that can train a classifier: those with counts and labels."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..genes.wrong_names import must_have
+from ..models.gene_bert.heads import IGNORE
+from ..store.cell_store import CellStore
+
+logger = logging.getLogger(__name__)
+
+
+def select_labelled(
+    cells: CellStore, label_key: str | Sequence[str], problem_type: str | None
+) -> tuple[CellStore, np.ndarray, str | list[str], dict[str, list[str]] | None, str]:
+    """Select the cells with counts and labels; arguments as for `finetune`.
+
+    Returns
+    -------
+    cells : CellStore
+    labels : int64 array of classes, or float32 array of labels or numbers, (n,), or (n, n_columns) for several columns
+    key : the column, or the columns, those of classes in alphabetical order
+    classes : the classes of each column, or None
+    problem_type : str
+
+    Raises
+    ------
+    ValueError
+        A column is missing, or does not fit the problem; no cell has counts and a label.
+    """
+    columns = [label_key] if isinstance(label_key, str) else list(label_key)
+    several = not isinstance(label_key, str)
+    if not columns:
+        raise ValueError("label_key is empty: pass at least one column.")
+    for name in columns:
+        must_have(cells.obs, "obs", name)
+    categorical = [name for name in columns if name in cells.categories]
+    if problem_type is None and several and 0 < len(categorical) < len(columns):
+        raise ValueError(
+            f"{', '.join(map(repr, categorical))} of the label columns hold categories, and "
+            f"{', '.join(repr(name) for name in columns if name not in categorical)} numbers. Classes cannot be "
+            "combined with columns of 0 and 1: make all of them categorical, or for whole numbers and booleans pass "
+            "problem_type='single_label_classification' with an AnnData."
+        )
+    if problem_type is None:
+        problem_type = "multi_label_classification" if several and not categorical else "single_label_classification"
+    usable = cells.lengths > 0
+    classes: dict[str, list[str]] | None = None
+    if problem_type == "single_label_classification":
+        columns = sorted(set(columns))
+        several = len(columns) > 1
+        found = {name: _class_codes(cells, name, usable) for name in columns}
+        classes = {name: of_column for name, (_, of_column) in found.items()}
+        labels = np.stack([codes for codes, _ in found.values()], axis=1)
+        usable &= (labels != IGNORE).any(axis=1)
+        if several:
+            for name, n in zip(columns, (labels[usable] == IGNORE).sum(axis=0), strict=True):
+                logger.info(f"{n} of {usable.sum()} cells have no {name!r}: they train the other columns only.")
+    else:
+        if categorical:
+            raise ValueError(f"{problem_type} needs columns of numbers, but not all of {columns} are.")
+        labels = cells.obs[columns].to_numpy(np.float32)
+        usable &= np.isfinite(labels).all(axis=1)
+    key = columns if several else columns[0]
+    n_without = int((~usable & (cells.lengths > 0)).sum())
+    if n_without:
+        logger.warning(f"{n_without} of {len(cells)} cells have no label {key!r}: they are left out.")
+    if not usable.any():
+        raise ValueError(f"None of the {len(cells)} cells has counts and a {key!r}.")
+    labels = (labels if several else labels[:, 0])[usable]
+    return (cells if usable.all() else cells.select(usable)), labels, key, classes, problem_type
+
+
+def _class_codes(cells: CellStore, name: str, usable: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Return the class of each cell in a column, int64 (n,) with -100 for none, and the classes of usable cells."""
+    if name not in cells.categories:
+        kinds = {"b": "booleans", "i": "whole numbers", "u": "whole numbers", "f": "numbers"}
+        raise ValueError(
+            f"{name!r} is not one categorical column (it holds {kinds.get(cells.obs[name].dtype.kind, 'other values')}"
+            f"); categorical columns are {', '.join(cells.categories) or 'none'}. For numbers pass "
+            "problem_type='regression'. For classes stored as integers or booleans pass "
+            "problem_type='single_label_classification' with an AnnData, build the store with classes=[…] "
+            "(stformer-hf build --classes), or make them categorical, adata.obs[key].astype('category')."
+        )
+    names, codes = cells.categories[name], cells.obs[name].cat.codes.to_numpy().astype(np.int64)
+    used = np.unique(codes[usable & (codes >= 0)])  # classes that only held-out cells have are left out
+    classes = [names[i] for i in used]
+    if not classes:
+        raise ValueError(f"None of the {len(cells)} cells has counts and a {name!r}.")
+    if len(classes) == 1:
+        raise ValueError(
+            f"{name!r} has only one class among the training cells, {classes[0]!r}: at least two are needed."
+        )
+    unused = [of for i, of in enumerate(names) if i not in set(used.tolist())]
+    if unused:
+        logger.warning(
+            f"{len(unused)} classes of {name!r} have no training cell with counts, and the model does not "
+            f"know them: {', '.join(unused[:10])}{', …' if len(unused) > 10 else ''}."
+        )
+    return np.where(codes < 0, IGNORE, np.searchsorted(used, codes)), classes
+
+
+__all__ = ["select_labelled"]
