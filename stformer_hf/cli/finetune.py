@@ -12,7 +12,6 @@ further only if that helps in the cross-validation; OUTPUT/fine_tuning.json reco
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,11 +189,8 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
             if held_out_cells.obs[column].notna().any():
                 found = classification_baselines(prepared.cells, held_out_cells, column, seed=arguments.seed)
                 baselines |= {f"{prefix}_{name}": value for name, value in found.items()}
-    card = {"store": store, "base_model": args.model, "metrics": baselines, "settings": prepared.facts}
-    if trainer.is_world_process_zero():
-        output.mkdir(parents=True, exist_ok=True)
-        chosen = {**prepared.facts, "num_train_epochs": prepared.num_train_epochs}
-        (output / "fine_tuning.json").write_text(json.dumps(chosen, indent=1), encoding="utf-8")
+    card = {"store": store, "base_model": args.model, "metrics": baselines}
+    prepared.save_choice(trainer)
     metrics = {**finish(trainer, card=card), **baselines}
     predicted = None if held_out_cells is None or of_numbers else trainer.predict(held_out_cells)
     if predicted is not None and trainer.is_world_process_zero():

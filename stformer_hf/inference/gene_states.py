@@ -439,7 +439,7 @@ def gene_network(
         raise ValueError(
             "No gene has an effect on the state of another in this model: the outputs of its attention are 0, as in a "
             "whole-cell model at its start, before the first step (and after finetune, if cross-validation chose no "
-            "training). Train it first, or pass a pretrained model."
+            "training). Train it first (num_train_epochs), or pass a pretrained model."
         )
     source = open_source(adata, layer, fractional)
     group_of = _groups(source, groups)

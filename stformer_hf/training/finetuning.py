@@ -91,7 +91,8 @@ def finetune(
     tokenizer : GeneTokenizer, optional
         Tokenizer of a model object; by default `model.tokenizer`, or the checkpoint's.
     output : str or Path, optional
-        Folder to save the model, its tokenizer and `out_of_fold.safetensors` in.
+        Folder to save the model, its tokenizer, `out_of_fold.safetensors`, the model card and `fine_tuning.json` in,
+        which says what was chosen and why.
     eval_cells : CellStore or path of one, optional
         Held-out cells, evaluated at the end of each epoch; nothing is chosen on them. Cells of classes that no
         training cell has are left out, with a warning.
@@ -192,6 +193,8 @@ def finetune(
             trainer.train()
         if output is not None:
             trainer.save_model(str(output))
+            prepared.save_choice(trainer)
+            trainer.create_model_card()
         prepared.model.out_of_fold = prepared.out_of_fold
         return prepared.model.eval()
 
@@ -334,6 +337,7 @@ def _start(
         new_embedding=prepared.new_embedding,
         seed=arguments.seed,
         balanced=prepared.balanced,
+        to_train=prepared.num_train_epochs > 0,
     )
     logger.info(f"The start took {time.monotonic() - began:.0f} s.")
     started = [column for column in columns if column.column in start]

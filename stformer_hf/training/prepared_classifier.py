@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,7 +128,17 @@ class Finetuning:
             **kwargs,
         )
         trainer.out_of_fold = self.out_of_fold
+        trainer.card_facts["settings"] = self.facts
         return trainer
+
+    def save_choice(self, trainer: CellTrainer) -> None:
+        """Write what was chosen, and why, to `fine_tuning.json` in the output folder of its trainer."""
+        if trainer.is_world_process_zero():
+            assert trainer.args.output_dir is not None  # TrainingArguments set it
+            folder = Path(trainer.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            chosen = {**self.facts, "num_train_epochs": self.num_train_epochs}
+            (folder / "fine_tuning.json").write_text(json.dumps(chosen, indent=1), encoding="utf-8")
 
 
 class SetTemperature(TrainerCallback):

@@ -1,5 +1,7 @@
 """Classifiers that start at linear models, and train on only where that helps."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -144,6 +146,30 @@ def test_training_goes_on_for_the_epochs_asked_for_and_is_saved(labelled, unseen
         assert torch.equal(loaded(**batch).logits, model(**batch).logits)
     sf.annotate(unseen, str(tmp_path / "m"))
     assert (unseen.obs["stformer_label"].astype(str) == unseen.obs["type"].astype(str)).mean() > 0.85
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_the_folder_says_what_was_chosen(labelled, tmp_path, epochs):
+    finetune(labelled, "type", num_train_epochs=epochs, output=tmp_path / "m")
+    chosen = json.loads((tmp_path / "m" / "fine_tuning.json").read_text())
+    assert (chosen["num_train_epochs"], chosen["label"]) == (epochs, "type") and "reader_weights" in chosen
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert "inner_score_of_the_start" in card and "T1" in card
+
+
+def test_training_reaches_the_encoder_although_the_genes_alone_are_better():
+    """The class shows in many genes, all of them weakly, and in no component among the noise that genes share."""
+    rng = np.random.default_rng(0)
+    is_on = np.arange(200) % 2
+    shared = np.exp(rng.normal(0, 1.2, (200, 30)) @ rng.normal(0, 0.5, (30, 400)))
+    rates = shared * np.exp(np.outer(is_on - 0.5, rng.choice([-0.6, 0.6], 400)))
+    obs = pd.DataFrame({"kind": pd.Categorical(np.take(["off", "on"], is_on))}).set_axis([f"c{i}" for i in range(200)])
+    var = pd.DataFrame(index=[f"ENSG{i:011d}" for i in range(400)])
+    cells = AnnData(sparse.csr_matrix(rng.poisson(rates).astype(np.float32)), obs=obs, var=var)
+    assert finetune(cells, "kind", num_train_epochs=0).config.reader_weights == [0.0, 1.0]
+    model = finetune(cells, "kind", num_train_epochs=1, max_length=32)
+    assert model.config.reader_weights[0] > 0
+    assert all(layer.attention.out_lin.weight.any() for layer in model.gene_bert.layers)
 
 
 def test_out_of_fold_predictions_are_kept_only_of_models_trained_alike(labelled, unseen, tmp_path):

@@ -79,6 +79,7 @@ def start_classifier(
     new_embedding: bool = True,
     seed: int = 0,
     balanced: bool = False,
+    to_train: bool = False,
     choices: Mapping[str | None, ReaderChoice] | None = None,
     rotated: Mapping[str | None, Rotated] | None = None,
 ) -> dict[str | None, ClassifierStart]:
@@ -111,6 +112,9 @@ def start_classifier(
         Seed of the folds, and of the subsets of many cells.
     balanced : bool, default: False
         Whether all classes have the same weight, whatever their number of cells.
+    to_train : bool, default: False
+        Whether the model is trained beyond this start: then the head has a weight above 0, without which the encoder
+        would have no gradient.
     choices : mapping of str to ReaderChoice, optional
         Earlier choices by label column; by default they are made here.
     rotated : mapping of str to (features, callable), optional
@@ -173,7 +177,9 @@ def start_classifier(
             of = column.labels_of(rows)
             folds = inner_folds(problem, of, None if groups is None else groups[rows], seed)
             assert part.features is not None  # set above, where the choice is to be made
-            trials[name] = ReaderTrials(problem, of, folds, part.features, part.rotated[0], components)
+            trials[name] = ReaderTrials(
+                problem, of, folds, part.features, part.rotated[0], components, needs_head=to_train
+            )
         choices = _choose_together(trials)
     if views is not None:
         kept = min([components[-1], *(choice.n_components for choice in choices.values())])

@@ -281,6 +281,8 @@ class ReaderTrials:
         Features of the wide reader, from `rotate_genes`.
     n_components : sequence of int
         Numbers to choose from.
+    needs_head : bool, default: False
+        Whether the weight of the head must be above 0.
     """
 
     def __init__(
@@ -291,8 +293,10 @@ class ReaderTrials:
         head_features: FoldFeatures,
         gene_features: np.ndarray,
         n_components: Sequence[int],
+        needs_head: bool = False,
     ):
         self.problem, self.labels, self.n_components = problem, labels, n_components
+        self._weights = [weights for weights in WEIGHTS if weights[0] > 0 or not needs_head]
         gene_features = gene_features.astype(np.float32)  # twice as fast, and the last digits do not change a choice
         self._n_repeats = 1 + max(repeat for _, _, repeat in folds)
         self._shape = (self._n_repeats, len(labels), problem.n_outputs)
@@ -347,7 +351,7 @@ class ReaderTrials:
             return problem.combine(of_head.reshape(-1, n_outputs), of_wide.reshape(-1, n_outputs), weights)
 
         for ((n, head), of_head), (wide, of_wide), weights in itertools.product(
-            heads.items(), self._wides.items(), WEIGHTS
+            heads.items(), self._wides.items(), self._weights
         ):
             both = combined(of_head, of_wide, weights)
             loss = min(float(problem.loss(both / t, every).mean()) for t in temperatures)
