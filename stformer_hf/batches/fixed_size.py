@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-IGNORE = -100
+from ..models.gene_bert.configuration_gene_bert import IGNORE
+
 _MULTIPLE = 64  # of a row's length, and of the number of label positions
 
 

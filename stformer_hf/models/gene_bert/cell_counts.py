@@ -200,9 +200,13 @@ def keep(mask: np.ndarray, indptr: np.ndarray, *arrays: np.ndarray) -> tuple[np.
 def checksums(rows: CountRows) -> np.ndarray:
     """Compute a checksum of the non-zero counts of each cell, int64 array (n,), independent of their types."""
     indptr, (genes, counts) = keep(rows.counts != 0, rows.indptr, rows.columns, rows.counts)
-    both = np.stack([genes.astype(np.float64), counts.astype(np.float64)], axis=1)
-    cuts = indptr.tolist()
-    return np.array([zlib.crc32(both[a:b].tobytes()) for a, b in itertools.pairwise(cuts)], np.int64)
+    return row_checksums(np.stack([genes.astype(np.float64), counts.astype(np.float64)], axis=1), indptr)
+
+
+def row_checksums(values: np.ndarray, indptr: np.ndarray) -> np.ndarray:
+    """Compute a checksum of the values of each cell, `values[indptr[i]:indptr[i + 1]]`: int64 array (n,)."""
+    cuts = itertools.pairwise(indptr.tolist())
+    return np.array([zlib.crc32(values[start:stop].tobytes()) for start, stop in cuts], np.int64)
 
 
 def hide(rows: CountRows, cells: np.ndarray, genes: np.ndarray, n_genes: int) -> CountRows:
@@ -471,6 +475,7 @@ __all__ = [
     "map_genes",
     "pad_ragged",
     "read_cells",
+    "row_checksums",
     "row_sums",
     "split_features",
     "sum_of_neighbors",

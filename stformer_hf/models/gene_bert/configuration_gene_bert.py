@@ -6,6 +6,8 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+IGNORE = -100  # label of what is not predicted, as in torch's cross entropy
+
 # layers, heads, hidden size, feed-forward size, attention dropout. base and large are PerturbGene's; tiny and small
 # are for a laptop: on a CPU, attention dropout disables sdpa's fast kernel, and a step takes three times as long.
 SIZES = {

@@ -8,12 +8,10 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .configuration_gene_bert import GeneBertConfig, output_name
+from .configuration_gene_bert import IGNORE, GeneBertConfig, output_name
 from .encoder_layers import make_norm
 from .packed_attention import segments_of
 from .rank_prior import RankPrior
-
-IGNORE = -100
 
 
 class GeneBertMLMHead(nn.Module):

@@ -38,6 +38,13 @@ class TokenizedCells(NamedTuple):
     cells: CountRows | None = None
     measured: np.ndarray | None = None
 
+    def measured_genes(self) -> dict[str, np.ndarray]:
+        """Return `measured_genes`, bool array (n, n_genes), one row per cell; an empty dict if all are measured."""
+        if self.measured is None:
+            return {}
+        shape = len(self.indptr) - 1, self.measured.shape[1]
+        return {"measured_genes": np.broadcast_to(self.measured, shape).copy()}
+
 
 class CellLayout(NamedTuple):
     """Tokens around the genes of n cells: `[CLS]`, phenotypes, genes (separator, genes of the neighbourhood), `[EOS]`.
