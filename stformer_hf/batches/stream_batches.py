@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
-from .length_sampler import batches_of_rank, check_rank, check_settings, even_out
-from .token_budget import batch_of_longest, check_sizes, cut_batches, put_first, reorder, too_long_message
+from .length_sampler import batches_of_rank, check_rank, check_settings, check_sizes, even_out, values_of
+from .token_budget import batch_of_longest, cut_batches, put_first, reorder, too_long_message
 
+_SETTINGS = ("max_tokens_per_batch", "packing", "max_cells", "buffer_size", "seed", "world_size")
 _MOST_MARKS = 256  # number of last windows from which a stream can be resumed
 
 
@@ -174,14 +175,7 @@ class TokenBudgetBuffer(IterableDataset):
         self._read_by_workers.fill_(False)
 
     def _settings(self) -> dict[str, Any]:
-        return {
-            "max_tokens_per_batch": self.max_tokens_per_batch,
-            "packing": self.packing,
-            "max_cells": self.max_cells,
-            "buffer_size": self.buffer_size,
-            "seed": self.seed,
-            "world_size": self.world_size,
-        }
+        return values_of(self, *_SETTINGS)
 
     @property
     def _step(self) -> int:
