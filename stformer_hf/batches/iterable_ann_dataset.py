@@ -461,16 +461,12 @@ class IterableAnnDataset(IterableDataset):
         obs = {name: as_objects(values[cell_ids]) for name, values in self._obs.items()}
         for name in set(obs) & set(self.categories):
             obs[name] = [ClassCode(code, self.categories[name]) for code in obs[name]]
+        flat = {name: getattr(tokens, name) for name in ("input_ids", "token_type_ids", "expression_values")}
+        flat = {name: values for name, values in flat.items() if values is not None}
         for i, cell_id in enumerate(cell_ids.tolist()):
             own = slice(*tokens.indptr[i : i + 2])
             yield {
-                "input_ids": tokens.input_ids[own].copy(),
-                "token_type_ids": tokens.token_type_ids[own].copy(),
-                **(
-                    {}
-                    if tokens.expression_values is None
-                    else {"expression_values": tokens.expression_values[own].copy()}
-                ),
+                **{name: values[own].copy() for name, values in flat.items()},
                 **_whole_cell(tokens, i),
                 "cell_id": cell_id,
                 **{name: values[i] for name, values in obs.items()},

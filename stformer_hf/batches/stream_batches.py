@@ -6,7 +6,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any, Protocol, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ class TokenBudgetBuffer(IterableDataset):
                 f"A {type(stream).__name__} can be read only once: pass an iterable such as a dataset or a list."
             )
         check_sizes(max_tokens_per_batch=max_tokens_per_batch, max_cells=max_cells, buffer_size=buffer_size)
-        self.stream = stream
+        self.stream: Any = stream
         self.max_tokens_per_batch, self.packing, self.max_cells = max_tokens_per_batch, packing, max_cells
         self.buffer_size, self.n_tokens, self.seed = buffer_size, n_tokens, seed
         self.rank, self.world_size = rank, world_size
@@ -365,13 +365,7 @@ def only(batches: list[Any]) -> Any:
     return batch
 
 
-class _Stateful(Protocol):
-    def __iter__(self) -> Iterator: ...
-
-    def load_state_dict(self, state: Any) -> None: ...
-
-
-def _has_exact_state(stream: Any) -> TypeGuard[_Stateful]:
+def _has_exact_state(stream: Any) -> bool:
     """Return whether a stream can resume exactly from its own state."""
     return hasattr(stream, "state_dict") and not _has_shuffle_buffer(getattr(stream, "_ex_iterable", None))
 

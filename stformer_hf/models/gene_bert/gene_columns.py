@@ -142,8 +142,9 @@ def resolve_genes(
             with_other_ids.append(values.names)
         elif "symbol" in kinds and values.names.any() and not values.mostly_ids and _holds_text(columns[name]):
             with_symbols.append(values.names)
-    if _are_row_numbers(own.names, bool(with_ids or with_other_ids or with_symbols)):
-        if not (with_ids or with_other_ids or with_symbols):
+    others_have_names = bool(with_ids or with_other_ids or with_symbols)
+    if _are_row_numbers(own.names, others_have_names):
+        if not others_have_names:
             there = ", ".join(map(str, columns)) or "none"
             raise ValueError(
                 f"The genes are named {', '.join(own.names[:3])}, …: these are row numbers. Put gene names into "
@@ -308,14 +309,15 @@ def _plain(name: Any) -> str:
     return re.sub(r"[^a-z]", "", re.sub(r"-\d+$", "", str(name).lower()))
 
 
-def _all_digits(names: np.ndarray) -> bool:
-    return bool((names != "").any()) and all(name.isdecimal() for name in names if name)
+def _all_digits(names: Iterable[str]) -> bool:
+    named = list(filter(None, names))
+    return bool(named) and all(map(str.isdecimal, named))
 
 
 def _holds_text(values: Sequence[Any]) -> bool:
     """Return whether a column holds names; numbers, also as text, and booleans are not names."""
     values = [value for value in _listed(values) if isinstance(value, (str, bytes))]
-    return bool(values) and not _all_digits(np.array([*map(_text, values), None], object)[:-1])
+    return bool(values) and not _all_digits(map(_text, values))
 
 
 def _are_row_numbers(names: np.ndarray, others: bool) -> bool:

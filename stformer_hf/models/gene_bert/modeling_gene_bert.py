@@ -455,6 +455,7 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
         token_type_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput | tuple[torch.Tensor, ...]:
         """Classify cells.
@@ -465,14 +466,14 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
             As in `GeneBertModel.forward`.
         labels : Tensor (batch,), optional
             Class of each cell; for multiple labels per cell and for regression, see `classification_loss`.
+        num_items_in_batch : int or Tensor, optional
+            As in `GeneBertForPhenotypicMLM.forward`.
 
         Returns
         -------
         SequenceClassifierOutput
             `loss` for `config.problem_type` (cross entropy in nats by default); `logits` (batch, num_labels).
         """
-        # Trainer's count of labels is for the loss alone; the encoder would pass it on to the attention backend.
-        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         outputs = self.gene_bert(
             input_ids=input_ids,
             attention_mask=attention_mask,

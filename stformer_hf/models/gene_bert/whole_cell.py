@@ -176,15 +176,11 @@ class CellEmbedding(nn.Module):
     def forward(self, cells: CellValues) -> torch.Tensor:
         """Embed cells: float32 Tensor (n, hidden)."""
         with torch.autocast(cells.genes.device.type, enabled=False):
-            sums = self._sum(cells)
+            sums = self.view_sums(cells)
         return (sums / sums.square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()).flatten(1)
 
     def view_sums(self, cells: CellValues) -> torch.Tensor:
         """Return the sums of both views before scaling, float32 Tensor (n, 2, hidden / 2)."""
-        with torch.autocast(cells.genes.device.type, enabled=False):
-            return self._sum(cells)
-
-    def _sum(self, cells: CellValues) -> torch.Tensor:
         statistics = self.statistics
         with torch.no_grad():
             means, measured = statistics.means, statistics.measured(cells)
