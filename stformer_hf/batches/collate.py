@@ -124,12 +124,8 @@ class CellCollator(ABC):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Mask a share of the phenotypes, in place; one in ten of them is left out instead.
 
-        Returns
-        -------
-        masked, labels : int64 array (k,)
-            Positions, ascending, and the original ids.
-        left_out : int64 array
-            Positions of the phenotypes that are left out.
+        Returns the positions of the masked, ascending, and their original ids, int64 arrays (k,), and the positions of
+        those left out.
         """
         ids = tokens.input_ids
         at = np.flatnonzero(self.tokenizer.get_phenotypic_tokens_mask(ids))

@@ -28,21 +28,11 @@ _TRUTH = {"0": 0, "1": 1, "false": 0, "true": 1}
 
 
 class MaskedCells(NamedTuple):
-    """Masked tokens of a batch, before padding or packing.
+    """Masked tokens of a batch, before padding or packing."""
 
-    Attributes
-    ----------
-    tokens : TokenizedCells
-        Tokens, with masked ones replaced by `[MASK]`.
-    labels : (positions, labels), int64 arrays (k,)
-        Positions to predict, and their original ids.
-    left_out : int64 array, or None
-        Positions of tokens that are not attended to.
-    """
-
-    tokens: TokenizedCells
-    labels: tuple[np.ndarray, np.ndarray]
-    left_out: np.ndarray | None
+    tokens: TokenizedCells  # masked ones are `[MASK]`
+    labels: tuple[np.ndarray, np.ndarray]  # positions to predict and their original ids, int64 (k,)
+    left_out: np.ndarray | None  # positions of tokens that are not attended to, int64
 
 
 def collate_fn_wrapper(
@@ -189,18 +179,9 @@ class DataCollatorForPhenotypicMLM(CellCollator):
         return self._batch(*self.masked(examples))
 
     def masked(self, examples: Any, panel: np.ndarray | None = None) -> MaskedCells:
-        """Mask cells, and hide masked genes from their counts.
+        """Mask cells as `__call__` does, and hide masked genes from their counts.
 
-        Parameters
-        ----------
-        examples : CellBatch, or list of dict
-            As in `__call__`.
-        panel : bool array (n_genes,), optional
-            Genes that may be swapped in; by default all that the store measures.
-
-        Returns
-        -------
-        MaskedCells
+        `panel`, bool array (n_genes,), are the genes that may be swapped in; by default all that the store measures.
         """
         examples = as_cell_batch(examples)
         tokens, cell_ids = self._tokens(examples)

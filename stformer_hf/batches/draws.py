@@ -224,13 +224,7 @@ class WeightedDraw(Draw):
 
 
 def draw_of(draw: Draw | None, n_rows: int) -> Draw:
-    """Return the draw of a sampler: the given one, or a permutation.
-
-    Raises
-    ------
-    ValueError
-        It has another number of rows.
-    """
+    """Return the given draw, or else a permutation; raise ValueError if it has another number of rows."""
     if draw is None:
         return Permutation(n_rows)
     if draw.n_rows != n_rows:
@@ -294,13 +288,7 @@ def group_weights(
 
 
 def check_sampling(sampling: Mapping[str, Any] | None) -> None:
-    """Refuse unknown names in the `sampling` of a trainer.
-
-    Raises
-    ------
-    ValueError
-        A name is unknown.
-    """
+    """Raise ValueError for an unknown name in the `sampling` of a trainer."""
     for name in sampling or {}:
         if name not in SAMPLING:
             raise ValueError(

@@ -340,25 +340,10 @@ def check_settings(settings: Mapping[str, Any], state: Mapping[str, Any], of_wha
 def even_out(
     rows: np.ndarray, cuts: np.ndarray, world_size: int, n_before: int = 0, *, first: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Make the number of batches a multiple of the number of ranks, by splitting the last ones.
+    """Make the number of batches, `rows[cuts[i]:cuts[i + 1]]`, a multiple of `world_size` by splitting the last ones.
 
-    Parameters
-    ----------
-    rows : int array (n,)
-        Rows of all batches.
-    cuts : int array (n_batches + 1,)
-        Batch i is `rows[cuts[i]:cuts[i + 1]]`; none is empty.
-    world_size : int
-        Number of ranks.
-    n_before : int, default: 0
-        Number of earlier batches, which count but can no longer be split.
-    first : int array, optional
-        Rows to repeat if there are too few, by default the first of `rows`.
-
-    Returns
-    -------
-    rows, cuts : int array
-        Rows are repeated only if there are fewer rows than batches; this is logged.
+    `n_before` earlier batches count, but can no longer be split. If there are fewer rows than batches, the `first`
+    rows, by default those of `rows`, are repeated, which is logged. Returns new rows and cuts.
     """
     n_batches = len(cuts) - 1
     wanted = -(-(n_before + n_batches) // world_size) * world_size - n_before

@@ -336,13 +336,7 @@ class StreamBatches(Dataset):
 
 
 class StreamOrder(Sampler[list[int]]):
-    """The numbers of the batches of an epoch, for `StreamBatches`: a batch sampler.
-
-    Parameters
-    ----------
-    n_batches : int
-        Number of batches in an epoch, over all ranks.
-    """
+    """The numbers of the `n_batches` of an epoch, over all ranks, for `StreamBatches`: a batch sampler."""
 
     def __init__(self, n_batches: int):
         self.n_batches, self.epoch = n_batches, 0

@@ -218,18 +218,9 @@ class CountHead(nn.Module):
 
 
 def check_counts(counts: torch.Tensor, name: str) -> None:
-    """Check that values are counts. Skipped on a GPU, since it would have to synchronise.
+    """Raise ValueError if a tensor holds NaN, infinite, negative or fractional values; `name` is for the message.
 
-    Parameters
-    ----------
-    counts : Tensor
-    name : str
-        Name of the tensor in the error.
-
-    Raises
-    ------
-    ValueError
-        Values are NaN, infinite, negative or fractional.
+    Nothing is checked on a GPU, which would have to synchronise.
     """
     if (
         counts.device.type != "cpu"

@@ -140,13 +140,7 @@ def _block_of(mask: torch.Tensor) -> Block:
 def routes_of_masks(
     encoder_mask: torch.Tensor, pooling_mask: torch.Tensor, decoder_mask: torch.Tensor, n_cells: int
 ) -> Routes:
-    """Convert the masks of a batch to routes; see `CellNeighborhoodModel.forward`.
-
-    Raises
-    ------
-    ValueError
-        Masks are not bool, or have other shapes.
-    """
+    """Convert the masks of a batch to routes; raise ValueError for other types or shapes than the model documents."""
     n_neighborhoods = len(pooling_mask)
     tokens = n_cells + n_neighborhoods
     shapes = {
@@ -166,18 +160,8 @@ def routes_of_masks(
 def routes_of_packing(cu_seq_lens: torch.Tensor, lengths: Sequence[int] | None, n_cells: int) -> Routes:
     """Group neighbourhoods by length, so that attention takes one call per length and needs no mask.
 
-    Parameters
-    ----------
-    cu_seq_lens : int32 Tensor (B + 1,)
-        Neighbourhood i has the cells `cu_seq_lens[i]:cu_seq_lens[i + 1]`.
-    lengths : sequence of int (B,), optional
-        The same as lengths, on the host; avoids a synchronisation with the GPU.
-    n_cells : int
-
-    Raises
-    ------
-    ValueError
-        Lengths do not match each other, or the number of cells.
+    Neighbourhood i has the cells `cu_seq_lens[i]:cu_seq_lens[i + 1]`. The same as `lengths` (B,) on the host avoids a
+    synchronisation with the GPU. Raises a ValueError if they do not match each other, or the number of cells.
     """
     if lengths is None:
         lengths = cu_seq_lens.diff().tolist()

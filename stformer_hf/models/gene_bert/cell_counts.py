@@ -134,19 +134,10 @@ def read_cells(
 
 
 def sum_of_neighbors(graph, matrix):
-    """Sum the counts of each cell's neighbours.
+    """Sum the counts of each cell's neighbours, sparse or dense (n, n_columns) as `matrix`, in a 64-bit type.
 
-    Parameters
-    ----------
-    graph : sparse matrix (n, n)
-        Every stored entry is a neighbour, whatever its weight; a cell is not its own neighbour.
-    matrix : sparse or dense matrix (n, n_columns)
-        Counts.
-
-    Returns
-    -------
-    sparse or dense matrix (n, n_columns)
-        Sums, in a 64-bit type.
+    Every stored entry of `graph`, a sparse matrix (n, n), is a neighbour, whatever its weight; a cell is not its own
+    neighbour.
     """
     if not hasattr(graph, "tocoo"):
         raise ValueError(f"The graph of the cells must be a sparse matrix, got {type(graph).__name__}.")
@@ -210,20 +201,10 @@ def row_checksums(values: np.ndarray, indptr: np.ndarray) -> np.ndarray:
 
 
 def hide(rows: CountRows, cells: np.ndarray, genes: np.ndarray, n_genes: int) -> CountRows:
-    """Hide genes of cells from the model: their counts become -1, and those not expressed get an entry of -1.
+    """Return counts in which pairs of cell and gene, int64 arrays (k,), are hidden from the model.
 
-    Parameters
-    ----------
-    rows : CountRows
-        Counts over genes, ascending in each cell; not modified.
-    cells, genes : int64 array (k,)
-        Pairs of cell and gene to hide, in any order.
-    n_genes : int
-        Number of all genes.
-
-    Returns
-    -------
-    CountRows
+    Their counts are -1, and those not expressed get an entry of -1. The genes of `rows`, of `n_genes` in all, are
+    ascending in each cell, and stay so.
     """
     n_cells = len(rows.indptr) - 1
     keys = np.repeat(np.arange(n_cells), np.diff(rows.indptr)) * n_genes + rows.columns
@@ -242,24 +223,9 @@ def hide(rows: CountRows, cells: np.ndarray, genes: np.ndarray, n_genes: int) ->
 
 
 def pad_ragged(flat: np.ndarray, indptr: np.ndarray, length: int, value: float, side: str = "right") -> np.ndarray:
-    """Write ragged rows into a padded matrix.
+    """Write ragged rows, `flat[indptr[i]:indptr[i + 1]]`, into a matrix (n, length) of their dtype.
 
-    Parameters
-    ----------
-    flat : array (T,)
-        The rows, concatenated.
-    indptr : int array (n + 1,)
-        Row i is `flat[indptr[i]:indptr[i + 1]]`.
-    length : int
-        Number of columns; no row may be longer.
-    value : float
-        Padding value.
-    side : {"right", "left"}, default: "right"
-        Where the padding goes.
-
-    Returns
-    -------
-    array (n, length) of the dtype of `flat`
+    No row may be longer. It is padded with `value` on the "right" or "left" side.
     """
     n_rows = len(indptr) - 1
     padded = np.full((n_rows, length), value, flat.dtype)
@@ -386,13 +352,9 @@ def choose_counts(
 
 
 def check_counts(values: np.ndarray, fractional: bool) -> tuple[np.ndarray, str | None]:
-    """Check that values are counts; return them (whole floats as narrow integers) and what is wrong, or None.
+    """Check that values, array (nnz,), are counts; return them (whole floats as narrow integers) and what is wrong.
 
-    Parameters
-    ----------
-    values : array (nnz,)
-    fractional : bool
-        Whether fractions are allowed (estimates of alevin, RSEM, SoupX, CellBender).
+    This is None if nothing is. Fractions can be allowed (estimates of alevin, RSEM, SoupX, CellBender).
     """
     kind = values.dtype.kind
     if kind in "ub" or not len(values):
@@ -426,18 +388,9 @@ def _in_memory(matrix):
 
 
 def map_genes(rows: CountRows, column_genes: np.ndarray | None) -> CountRows:
-    """Map columns to genes: drop unknown ones, sort genes in ascending order, sum duplicates.
+    """Return counts over genes instead of columns: unknown ones are dropped, duplicates summed, genes ascending.
 
-    Parameters
-    ----------
-    rows : CountRows
-    column_genes : int array (n_columns,) or None
-        Gene of each column, -1 if unknown; None if column j is gene j.
-
-    Returns
-    -------
-    CountRows
-        Counts over the genes.
+    `column_genes` is the gene of each column, int array (n_columns,), -1 if unknown; None if column j is gene j.
     """
     if column_genes is None:
         return rows

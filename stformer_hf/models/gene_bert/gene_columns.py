@@ -247,13 +247,7 @@ def _texts(values: Sequence[Any] | np.ndarray) -> list[str]:
 
 
 def _listed(values: Sequence[Any] | np.ndarray) -> list:
-    """Return the names of a column unchanged, as a list.
-
-    Raises
-    ------
-    ValueError
-        Two columns have one name, or there are arrays instead of names.
-    """
+    """Return the names of a column, unchanged; raise ValueError for two columns, or arrays instead of names."""
     names = np.asarray(values, dtype=object)
     if names.ndim != 1:
         raise ValueError(f"Gene names must be one column of text, got shape {names.shape}: is a column name repeated?")
@@ -460,19 +454,9 @@ def feature_types(columns: Mapping[str, Sequence[Any]] | None) -> np.ndarray | N
 
 
 def are_genes(modality: str, columns: Mapping[str, Sequence[Any]] | None) -> bool | None:
-    """Return whether genes are among the features of a modality: by their feature types, else by its name.
+    """Return whether genes are among the features of a modality, None if that is unknown.
 
-    Parameters
-    ----------
-    modality : str
-        Its name, such as `rna`, `prot` or `atac`.
-    columns : mapping of str to sequence (n,), or None
-        Columns of its `var`.
-
-    Returns
-    -------
-    bool or None
-        None if neither shows it.
+    The feature types in the columns of its `var` show it, else its name, such as `rna`, `prot` or `atac`.
     """
     found = _read_types(columns)
     if found is not None:

@@ -65,23 +65,10 @@ class GeneMatcher:
         return self._symbols.get(name, -1) if found is None else found
 
     def find_columns(self, gene_ids: GeneNames, symbols: GeneNames, match: str = "id") -> np.ndarray:
-        """Find the gene of each column: by its id, else by its symbol, unless another column has that gene's id.
+        """Find the gene of each column, int32 array (n_columns,), -1 if unknown.
 
-        Parameters
-        ----------
-        gene_ids, symbols : sequence of str (n_columns,)
-        match : {"id", "symbol"}, default: "id"
-            "symbol" uses symbols alone, as for cells of another species.
-
-        Returns
-        -------
-        int32 array (n_columns,)
-            Gene of each column, -1 if unknown.
-
-        Raises
-        ------
-        ValueError
-            The ids are of another species than the vocabulary's, with `match="id"`.
+        A gene is found by its id, else by its symbol, unless another column has that gene's id. `match="symbol"` uses
+        symbols alone, as for cells of another species than the vocabulary's, whose ids raise a ValueError otherwise.
         """
         if match == "symbol":
             return self.find(symbols)
@@ -193,21 +180,10 @@ def _same_names(one: tuple[Any, tuple], other: tuple[Any, tuple]) -> bool:
 
 
 def coverage_of(found: np.ndarray, n_genes: int, weights: np.ndarray | None = None) -> dict[str, float]:
-    """Return the share of a vocabulary that an input has.
+    """Return the share of a vocabulary that an input has: `vocabulary`, of its genes, and `weight`, of their weights.
 
-    Parameters
-    ----------
-    found : int array (n_found,)
-        Genes of the vocabulary that the input has, without duplicates.
-    n_genes : int
-        Size of the vocabulary.
-    weights : float array (n_genes,), optional
-        Weight of each gene; equal by default.
-
-    Returns
-    -------
-    dict of str to float
-        `vocabulary`, the share of the genes, and `weight`, the share of the weights.
+    `found`, int array (n_found,), are the genes of the vocabulary that the input has, without duplicates. The weights
+    (n_genes,) are equal by default.
     """
     share = len(found) / n_genes
     return {"vocabulary": share, "weight": share if weights is None else float(weights[found].sum() / weights.sum())}

@@ -109,22 +109,11 @@ def problem_of(config: GeneBertConfig) -> str:
 
 
 class LabelColumn(NamedTuple):
-    """One of the label columns of a head of classes, each of which has a softmax of its own.
+    """One of the label columns of a head of classes, each of which has a softmax of its own."""
 
-    Attributes
-    ----------
-    name : str or None
-        None if the head has one column.
-    outputs : slice
-        Its outputs.
-    reader_weights : tuple of float
-        Weights of the head and of the wide head.
-    temperature : float
-    """
-
-    name: str | None
+    name: str | None  # None if the head has one column
     outputs: slice
-    reader_weights: tuple[float, float]
+    reader_weights: tuple[float, float]  # of the head and of the wide head
     temperature: float
 
 
@@ -151,13 +140,7 @@ def output_names(config: PreTrainedConfig, column: LabelColumn) -> list[str]:
 
 
 def fields_of_columns(classes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Return `label_columns`, `id2label` and `label2id` of a configuration for the classes of each label column.
-
-    Raises
-    ------
-    ValueError
-        The name of a column contains "/".
-    """
+    """Return `label_columns`, `id2label` and `label2id` of a configuration for the classes of each label column."""
     wrong = [column for column in classes if "/" in column]
     if wrong:
         raise ValueError(f'Rename the label column {wrong[0]!r}: files of predictions cannot hold names with "/".')
@@ -247,19 +230,9 @@ def classification_loss(
 
 
 def combine_readers(logits: torch.Tensor, wide: torch.Tensor, config: GeneBertConfig) -> torch.Tensor:
-    """Combine the outputs of the head and the wide head for each cell; see `config.wide_head`.
+    """Combine the outputs of the head and the wide head for each cell, (n, num_labels); see `config.wide_head`.
 
-    Parameters
-    ----------
-    logits, wide : Tensor (n, num_labels)
-        Outputs of the head, and of the wide head.
-    config : GeneBertConfig
-        `problem_type`, `label_columns`, `reader_weights` and `temperature` are read.
-
-    Returns
-    -------
-    float32 Tensor (n, num_labels)
-        Logits; for classes, weighted log probabilities.
+    Returns float32 logits of the same shape; for classes, weighted log probabilities.
     """
     problem, found = problem_of(config), []
     for column in label_columns_of(config):

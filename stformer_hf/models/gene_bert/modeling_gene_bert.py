@@ -115,13 +115,7 @@ class GeneBertPreTrainedModel(PreTrainedModel):
             init.zeros_(module.weight)
 
     def get_position_embeddings(self) -> nn.Embedding:
-        """Return the embedding of the positions of tokens in their cell.
-
-        Raises
-        ------
-        ValueError
-            The model has no position embeddings.
-        """
+        """Return the embedding of the positions of tokens in their cell; raise ValueError if the model has none."""
         embeddings = self.base_model.embeddings
         if not hasattr(embeddings, "position_embeddings"):
             raise ValueError(
@@ -200,13 +194,7 @@ class GeneBertModel(GeneBertPreTrainedModel):
         cell_indptr: torch.LongTensor | None = None,
         measured_genes: torch.Tensor | None = None,
     ) -> CellValues:
-        """Read the counts of whole cells; parameters as in `GeneStatistics.forward`.
-
-        Raises
-        ------
-        ValueError
-            The counts are missing.
-        """
+        """Read the counts of whole cells; parameters as in `GeneStatistics.forward`."""
         if cell_genes is None or cell_counts is None:
             raise ValueError(
                 "A model with cell_embedding=True needs cell_genes and cell_counts: tokenize with whole_cell=True."

@@ -70,20 +70,9 @@ class CellLayout(NamedTuple):
         return max_length - n_special - (self.phenotypes >= 0).sum(axis=1)
 
     def allocate(self, n_genes: Sequence[np.ndarray]) -> tuple:
-        """Allocate the arrays of the tokens.
+        """Allocate ids and types, int64 arrays (T,), for these numbers of genes of the cells and their neighbourhoods.
 
-        Parameters
-        ----------
-        n_genes : sequence of int64 array (n,)
-            Numbers of genes of the cells, and of their neighbourhoods.
-
-        Returns
-        -------
-        ids, types : int64 array (T,)
-        indptr : int64 array (n + 1,)
-            Cell i has the tokens `indptr[i]:indptr[i + 1]`.
-        starts : list of int64 array (n,)
-            Start of the genes of each cell, and of its neighbourhood.
+        Also returns their indptr, and the start of the genes of each cell and of its neighbourhood: int64 arrays (n,).
         """
         n_front = (self.phenotypes >= 0).sum(axis=1) + (self.cls is not None)
         n_between = int(self.separator is not None)

@@ -208,18 +208,8 @@ class CellEmbedding(nn.Module):
 def sum_by_cell(weight: torch.Tensor, cells: CellValues, factors: torch.Tensor) -> torch.Tensor:
     """Sum factor x row of a table over the entries of each cell, with a separate factor per part of the row.
 
-    Parameters
-    ----------
-    weight : Tensor (n_genes, v * d)
-        Table whose rows have v parts.
-    cells : CellValues
-        Values of n cells with E entries.
-    factors : Tensor (v, E)
-        Factor of each part and entry.
-
-    Returns
-    -------
-    Tensor (n, v, d)
+    The rows of the table (n_genes, v * d) have v parts; `factors` (v, E) are those of each part and of the E entries
+    of n cells. Returns a Tensor (n, v, d).
     """
     n_parts, n_cells = len(factors), len(cells.offsets)
     # Part i of row g is row g * v + i of the same memory, viewed as a table of narrower rows.
