@@ -92,10 +92,9 @@ class BinEncoder(CellVocabulary):
         """
         settings, rows = self.settings, map_genes(cells.rows, column_genes)
         cell_ids = truncation.cell_ids(cells.ids, rows)
-        totals = None
+        measured = rows.counts
         if settings.normalize is not None:
-            totals = row_sums(cells.rows if settings.totals == "columns" else rows)
-        measured = rows.counts if totals is None else _log1p_cp10k(rows, totals)
+            measured = _log1p_cp10k(rows, row_sums(cells.rows if settings.totals == "columns" else rows))
         bins = self._binner(rows.columns, measured)
         indptr, genes, counts = rows
         if len(bins) and not bins.min():
@@ -103,18 +102,14 @@ class BinEncoder(CellVocabulary):
         lengths, room = np.diff(indptr), layout.room(truncation.max_length)
         ids, types, token_indptr, starts = layout.allocate([np.minimum(lengths, room)])
         values = np.zeros(len(ids), np.float32) if settings.values else None
-        if settings.values and totals is None:
+        if settings.values and settings.normalize is None:
             measured = np.log1p(measured, dtype=np.float32)
         dropped, n_dropped = [np.empty(0, np.int64)], np.maximum(lengths - room, 0)
         cuts = zip(indptr.tolist(), indptr[1:].tolist(), starts[0].tolist(), room.tolist(), strict=False)
         for cell, (start, stop, to, most) in enumerate(cuts):
             of, at = bins[start:stop], genes[start:stop]
             chosen: slice | np.ndarray = slice(None)
-            if stop - start > most and truncation.how == "head":
-                chosen = slice(most)
-                dropped.append(at[most:])
-                of, at = of[:most], at[:most]
-            elif stop - start > most:
+            if stop - start > most:
                 kept = truncation.choose(most, counts[start:stop], at, cell_ids[cell])
                 dropped.append(at.take(np.flatnonzero(~kept)))
                 chosen = np.flatnonzero(kept)

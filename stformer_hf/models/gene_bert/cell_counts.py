@@ -17,45 +17,21 @@ NO_COUNTS = "only zeros in the part that was checked"
 
 
 class CountRows(NamedTuple):
-    """Counts of n cells.
+    """Counts of n cells: cell i has the entries `indptr[i]:indptr[i + 1]`."""
 
-    Attributes
-    ----------
-    indptr : int64 array (n + 1,)
-        Cell i has the entries `indptr[i]:indptr[i + 1]`.
-    columns : int array (nnz,)
-        Columns, ascending in each cell, without duplicates.
-    counts : array (nnz,)
-        Counts; zeros are allowed.
-    """
-
-    indptr: np.ndarray
-    columns: np.ndarray
-    counts: np.ndarray
+    indptr: np.ndarray  # int64 (n + 1,)
+    columns: np.ndarray  # int (nnz,), ascending in each cell, without duplicates
+    counts: np.ndarray  # (nnz,); zeros are allowed
 
 
 class Cells(NamedTuple):
-    """Cells to tokenize.
-
-    Attributes
-    ----------
-    rows : CountRows
-        Their counts.
-    names : ColumnNames, or gene ids and symbols (n_columns,)
-        Names of the columns.
-    obs : DataFrame, CellBatch, dict or None
-        Source of the phenotypes.
-    ids : int64 array (n,) or None
-        Ids of a store's cells, from which random choices are drawn; None to draw them from a checksum of the counts.
-    neighborhood : CountRows or None
-        Summed counts of each cell's neighbours, over the same columns.
-    """
+    """Cells to tokenize."""
 
     rows: CountRows
-    names: ColumnNames | tuple[GeneNames, GeneNames]
-    obs: Any
-    ids: np.ndarray | None
-    neighborhood: CountRows | None
+    names: ColumnNames | tuple[GeneNames, GeneNames]  # of the columns; gene ids and symbols (n_columns,), if known
+    obs: Any  # a DataFrame, CellBatch, dict or None, with the phenotypes
+    ids: np.ndarray | None  # int64 (n,), from which random choices are drawn, else from checksums of the counts
+    neighborhood: CountRows | None  # summed counts of each cell's neighbours, over the same columns
 
 
 def is_cell_batch(cells) -> bool:
@@ -65,7 +41,7 @@ def is_cell_batch(cells) -> bool:
 
 def read_cells(
     cells,
-    genes: Sequence[str] | tuple[Sequence[str] | np.ndarray, Sequence[str] | np.ndarray] | None,
+    genes: Sequence[str] | tuple[GeneNames, GeneNames] | None,
     obs,
     layer: str | None,
     neighborhood,

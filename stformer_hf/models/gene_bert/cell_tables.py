@@ -12,24 +12,12 @@ logger = logging.get_logger(__name__)
 
 
 class CellTable(NamedTuple):
-    """The table that holds the cells.
+    """The table that holds the cells."""
 
-    Attributes
-    ----------
-    table : AnnData
-        The AnnData itself, a modality of a MuData or a table of a SpatialData; not a copy.
-    obs : DataFrame
-        Its obs; for a modality, joined with those columns of the MuData's obs that it lacks.
-    layer : str or None
-        Rest of `layer`: the name of a layer of the table.
-    name : str
-        Name for errors, such as `MuData, modality 'rna'`.
-    """
-
-    table: Any
-    obs: Any
-    layer: str | None
-    name: str
+    table: Any  # the AnnData itself, a modality of a MuData or a table of a SpatialData; not a copy
+    obs: Any  # its obs, DataFrame; for a modality, joined with those columns of the MuData's obs that it lacks
+    layer: str | None  # rest of `layer`: the name of a layer of the table
+    name: str  # for errors, such as "MuData, modality 'rna'"
 
 
 def is_mudata(cells) -> bool:

@@ -69,21 +69,11 @@ _LARGEST_ROW_NUMBER = 200_000  # no reference has so many genes; ascending Entre
 
 
 class GeneColumns(NamedTuple):
-    """Genes of n columns.
+    """Genes of n columns, object arrays of str (n,)."""
 
-    Attributes
-    ----------
-    gene_ids : object array of str (n,)
-        Id without version; the symbol for a gene without an id, "" for a column without any name.
-    symbols : object array of str (n,)
-        Symbol; the id for a gene without a symbol.
-    genomes : object array of str (n,) or None
-        Reference in the prefix of each name, "" for names without one; None if no name has one.
-    """
-
-    gene_ids: np.ndarray
-    symbols: np.ndarray
-    genomes: np.ndarray | None
+    gene_ids: np.ndarray  # without version; the symbol for a gene without an id, "" for a column without any name
+    symbols: np.ndarray  # the id for a gene without a symbol
+    genomes: np.ndarray | None  # reference in the prefix of each name, "" for names without one; None if all are
 
 
 def resolve_genes(
@@ -493,18 +483,11 @@ def _read_types(columns: Mapping[str, Sequence[Any]] | None) -> tuple[list, dict
 
 
 class ColumnNames:
-    """The names of the columns of a file, resolved at first use.
-
-    Parameters
-    ----------
-    index : sequence (n,)
-        `var_names`.
-    columns : mapping of str to sequence (n,), optional
-        Columns of `var`.
+    """The `var_names` of a file, sequence (n,), and the columns of its `var`, resolved when they are needed.
 
     Attributes
     ----------
-    key : hashable
+    key : int
         Equal for equal names.
     """
 

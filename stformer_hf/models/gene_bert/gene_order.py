@@ -100,17 +100,11 @@ def strongest(values: np.ndarray, room: int) -> np.ndarray:
 class Truncation(NamedTuple):
     """How cells are cut that have more genes than there is room for.
 
-    Attributes
-    ----------
-    max_length : int
-        Maximum number of tokens per cell.
-    how : {"top", "head", "random"}
-        The largest counts (ties in the order of the genes), the first genes, or a random subset.
-    seed, epoch : int
-        The random subset is a function of these and of the cell.
+    The largest counts are kept (`how="top"`, ties in the order of the genes), the first genes ("head"), or a random
+    subset, a function of (seed, epoch, cell) ("random").
     """
 
-    max_length: int
+    max_length: int  # in tokens
     how: str
     seed: int
     epoch: int
@@ -122,7 +116,9 @@ class Truncation(NamedTuple):
         return ids
 
     def choose(self, room: int, counts: np.ndarray, genes: np.ndarray, cell_id: int) -> np.ndarray:
-        """Choose `room` of the genes of a cell that has more, the strongest or a random subset: bool array (n,)."""
+        """Choose `room` of the genes of a cell that has more: bool array (n,)."""
+        if self.how == "head":
+            return np.arange(len(genes)) < room
         if self.how == "top":
             return strongest(counts, room)
         numbers = uniforms(self.seed, self.epoch, _TRUNCATE, np.array([cell_id]), genes, np.zeros(len(genes), int))

@@ -49,20 +49,14 @@ class TokenizedCells(NamedTuple):
 class CellLayout(NamedTuple):
     """Tokens around the genes of n cells: `[CLS]`, phenotypes, genes (separator, genes of the neighbourhood), `[EOS]`.
 
-    Attributes
-    ----------
-    cls, separator, eos : int or None
-        Ids of the tokens, None for those that cells do not have.
-    phenotypes : int64 array (n, n_included)
-        Ids of the phenotypes, -1 for those that a cell does not have.
-    phenotype_types : int64 array (n_included,)
+    The ids are None for tokens that cells do not have.
     """
 
     cls: int | None
     separator: int | None
     eos: int | None
-    phenotypes: np.ndarray
-    phenotype_types: np.ndarray
+    phenotypes: np.ndarray  # ids, int64 (n, n_included), -1 for those that a cell does not have
+    phenotype_types: np.ndarray  # int64 (n_included,)
 
     def room(self, max_length: int) -> np.ndarray:
         """Return how many genes each cell may have, int64 array (n,)."""
