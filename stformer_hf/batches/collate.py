@@ -234,14 +234,14 @@ def _flat_column(examples: Any, name: str, dtype: type) -> tuple[np.ndarray, np.
 
 def _measured_column(examples: Any, n_cells: int, n_genes: int) -> np.ndarray | None:
     """Return which genes are measured in each cell's file, bool array (n_cells, n_genes); None for all."""
-    name, rows = "measured_genes", None
+    name, rows = "measured_genes", []
     if isinstance(examples, pa.Table):
         if name in examples.column_names:
             lists = [row.values for row in examples.column(name)]
             rows = [None if row is None else row.to_numpy(zero_copy_only=False) for row in lists]
     else:
         rows = [example.get(name) for example in examples]
-    if rows is None or all(row is None for row in rows):
+    if all(row is None for row in rows):
         return None
     measured = np.ones((n_cells, n_genes), bool)
     for row, of in zip(measured, rows, strict=True):
@@ -368,12 +368,8 @@ def pack(
 
     Parameters
     ----------
-    tokens : TokenizedCells
-        T tokens of n cells.
-    tokenizer : GeneTokenizer
-        Defines the model inputs.
-    labels : (positions, labels), int64 arrays (k,), optional
-        Labels of some tokens; -100 for the others.
+    tokens, tokenizer, labels
+        As in `pad`.
     left_out : int64 array, optional
         Positions of tokens to leave out of the row.
 

@@ -409,10 +409,10 @@ class IterableAnnDataset(IterableDataset):
     def _examples(self, pieces: list[tuple[int, int, int]], order: np.ndarray) -> Iterator[dict[str, Any]]:
         """Read a window and yield its cells in the given order."""
         counts, cell_ids = self._read(pieces), self._cell_ids(pieces)
-        give = self._cells if self.tokenizer is None else self._tokens
+        examples_of = self._cells if self.tokenizer is None else self._tokens
         for first in range(0, len(order), _ROWS_PER_BLOCK):
             rows = order[first : first + _ROWS_PER_BLOCK]
-            yield from give(counts[rows], cell_ids[rows])
+            yield from examples_of(counts[rows], cell_ids[rows])
 
     def _read(self, pieces: list[tuple[int, int, int]]) -> sparse.csr_matrix:
         blocks = []

@@ -104,7 +104,7 @@ class TokenBudgetBuffer(IterableDataset):
         # In shared memory: persistent workers see the next epoch, and this process sees that they read.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._read_by_workers = torch.zeros((), dtype=torch.bool).share_memory_()
-        self._set_out(_BEGINNING, 0)
+        self._start_at(_BEGINNING, 0)
         self._loaded = False
 
     @property
@@ -115,7 +115,7 @@ class TokenBudgetBuffer(IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, also of the stream if it has epochs; call it before the epoch's first batch."""
         if epoch != self.epoch:
-            self._set_out(_BEGINNING, 0)
+            self._start_at(_BEGINNING, 0)
             self._loaded = False
             self._read_by_workers.fill_(False)
         self._epoch.fill_(epoch)
@@ -170,7 +170,7 @@ class TokenBudgetBuffer(IterableDataset):
         """
         check_settings(self._settings(), state, "buffer")
         self.set_epoch(state["epoch"])
-        self._set_out({name: state[name] for name in _BEGINNING}, (state["n_before"] + state["taken"]) // self._step)
+        self._start_at({name: state[name] for name in _BEGINNING}, (state["n_before"] + state["taken"]) // self._step)
         self._loaded = True
         self._read_by_workers.fill_(False)
 
@@ -182,7 +182,7 @@ class TokenBudgetBuffer(IterableDataset):
         """Number of batches over all ranks per returned batch."""
         return 1 if self.rank is None else self.world_size
 
-    def _set_out(self, mark: Mapping[str, Any], n_given: int) -> None:
+    def _start_at(self, mark: Mapping[str, Any], n_given: int) -> None:
         """Start at a window, after `n_given` returned batches."""
         self._marks = deque([dict(mark)], maxlen=_MOST_MARKS)
         self._n_given = n_given
@@ -195,7 +195,7 @@ class TokenBudgetBuffer(IterableDataset):
         if self._loaded and info is not None and info.num_workers > 1:
             raise RuntimeError("Multiple workers cannot resume from a loaded state: use num_workers=0 or 1.")
         if not self._loaded:
-            self._set_out(_BEGINNING, 0)
+            self._start_at(_BEGINNING, 0)
         self._loaded = False
         mark, n_given = self._marks[-1], self._n_given
         stream, cells = self._open(mark)
@@ -298,10 +298,9 @@ class StreamBatches(Dataset):
         if info is not None and info.num_workers > 1:
             raise RuntimeError("Each worker would read the whole stream: use num_workers=0 or 1.")
         if self._reading is None:
-            self._set_out(number)
+            self._start_at(number)
         if number < self._next:
             raise RuntimeError(f"Batch {number} of the stream was skipped already: make a new DataLoader.")
-        cells = self._draw()
         while self._next <= number:
             cells = self._draw()
         if hasattr(self.collator, "set_epoch"):
@@ -309,7 +308,7 @@ class StreamBatches(Dataset):
         mark = {"next": self._next, "state": self.batches.state_after(self._n_of_epoch)}
         return {**self.collator(cells), "stream_mark": json.dumps(mark)}
 
-    def _set_out(self, number: int) -> None:
+    def _start_at(self, number: int) -> None:
         mark = self.mark
         if mark is not None and mark["next"] <= number:
             self._next, state = mark["next"], mark["state"]
@@ -322,7 +321,7 @@ class StreamBatches(Dataset):
 
     def _draw(self) -> list[Any]:
         """Return the next batch, from the next epoch if this one has ended."""
-        assert self._reading is not None  # `_set_out` was called
+        assert self._reading is not None  # `_start_at` was called
         cells = next(self._reading, None)
         if cells is None:
             if not self._n_of_epoch:

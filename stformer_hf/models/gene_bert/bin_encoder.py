@@ -16,17 +16,7 @@ _BELOW_ANY_COUNT = 1e-9  # cells that the edges were not fitted on may have smal
 
 
 class BinEncoder(CellVocabulary):
-    """Bins the counts of cells.
-
-    Attributes
-    ----------
-    n_bins : int
-        Number of bins including `bin_0`: one more than the number of edges (the largest over genes).
-    first_bin_id : int
-        Token id of `bin_0`.
-    gene_types : list of str
-        Name of each token type of genes.
-    """
+    """Bins the counts of cells; `n_bins` and `first_bin_id` are those of the tokenizer."""
 
     required_roles = frozenset(SPECIAL_TOKENS)
 

@@ -38,9 +38,12 @@ class CellVocabulary:
         Id of each word.
     gene_type : int
         Token type of the first gene.
+    gene_types : list of str
+        Name of each token type of genes; set by the encoder of a scheme.
     """
 
     required_roles = frozenset(("mask_token", "pad_token"))  # of the special tokens
+    gene_types: list[str]
     words_first = False  # whether the ids of the words come before those of the phenotypes
 
     def __init__(self, settings: TokenizerSettings, words: list[str]):

@@ -421,18 +421,11 @@ def sample(names: Iterable[str], n: int = 3) -> str:
 
 
 def feature_types(columns: Mapping[str, Sequence[Any]] | None) -> np.ndarray | None:
-    """Read the feature type of each column of a matrix, as in 10x files.
+    """Return the feature type of each column of a matrix, as in 10x files: object array of str (n,).
 
-    Parameters
-    ----------
-    columns : mapping of str to sequence (n,), or None
-        Columns of `var`; `feature_types`, `feature_type` or `modality` is read.
-
-    Returns
-    -------
-    object array of str (n,) or None
-        `Gene Expression`, or another type as written; None if all are genes, also if the column holds no known type
-        (but biotypes, or blanks). A blank among known types is a gene.
+    This is `Gene Expression`, or another type as written, from the column `feature_types`, `feature_type` or
+    `modality` of `var`. A blank among known types is a gene. None if all are genes, also if no type is known (but
+    biotypes, or blanks).
     """
     found = _read_types(columns)
     if found is None:

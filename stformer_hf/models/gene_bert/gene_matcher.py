@@ -109,26 +109,18 @@ class GeneMatcher:
         names : ColumnNames, or gene ids and symbols (n_columns,)
             Arrays are shared by the batches of a store, which are matched once: their coverage is that of all batches
             so far.
-        columns : int array (nnz,)
-            Column of each count.
-        counts : array (nnz,)
-            Counts, for the share of known counts.
-        min_coverage : float
-            Smallest share of the vocabulary's weight.
+        columns, counts : array (nnz,)
+            The counts and the column of each, for the share of known counts.
+        min_coverage, warn_coverage : float
+            Shares of the vocabulary's weight below which a ValueError is raised, or a warning is logged, once per gene
+            table.
         match : {"id", "symbol"}, default: "id"
-            As for `find_columns`.
-        warn_coverage : float, default: 0.0
-            Share of the vocabulary's weight below which a warning is logged, once per gene table.
+            As for `find_columns`, whose errors are raised too.
 
         Returns
         -------
         int32 array (n_columns,) or None
             Gene of each column, -1 if unknown; None if column j is gene j.
-
-        Raises
-        ------
-        ValueError
-            The input has less than `min_coverage` of the vocabulary's weight, or genes of another species.
         """
         shared = not isinstance(names, ColumnNames)
         own = (names.key if isinstance(names, ColumnNames) else names[0], (match, min_coverage, warn_coverage))
@@ -145,11 +137,11 @@ class GeneMatcher:
             mapped = None if np.array_equal(mapped, np.arange(len(mapped))) else mapped
         if last is None or not shared:
             self._known_counts = self._all_counts = 0.0
-        self._measure(mapped, names, columns, counts, (min_coverage, warn_coverage), tell=last is None)
+        self._measure(mapped, names, columns, counts, (min_coverage, warn_coverage), is_new=last is None)
         self._last = (own, mapped)
         return mapped
 
-    def _measure(self, mapped, names, columns, counts, limits: tuple[float, float], tell: bool) -> None:
+    def _measure(self, mapped, names, columns, counts, limits: tuple[float, float], is_new: bool) -> None:
         n_columns = len(names) if isinstance(names, ColumnNames) else len(names[0])
         known = np.ones(n_columns, bool) if mapped is None else mapped >= 0
         self._all_counts += float(counts.sum(dtype=np.float64))
@@ -157,7 +149,7 @@ class GeneMatcher:
         known_columns = float(known.mean()) if n_columns else 0.0
         share = self._known_counts / self._all_counts if self._all_counts else known_columns
         coverage = {"genes": known_columns, "counts": float(share)}
-        if not tell and self.last_coverage is not None:  # same genes as in the last call
+        if not is_new and self.last_coverage is not None:  # same genes as in the last call
             self.last_coverage = {**self.last_coverage, **coverage}
             return
         found = np.arange(n_columns) if mapped is None else np.unique(mapped[known])
@@ -198,25 +190,10 @@ def check_coverage(
     warn_coverage: float,
     has_symbols: bool = False,
 ) -> None:
-    """Refuse an input that lacks nearly all genes of a model, and warn if it lacks many.
+    """Raise ValueError for an input that lacks nearly all genes of a model, and warn if it lacks many.
 
-    Parameters
-    ----------
-    coverage : dict
-        `weight` and `vocabulary` from `coverage_of`, and `counts`, the known share of the input's counts.
-    n_found : int
-        Number of the model's genes that the input has.
-    genes, input_genes : sequence of str
-        Genes of the model, and of the input.
-    min_coverage, warn_coverage : float
-        Shares of `weight` below which the input is refused, or a warning is logged.
-    has_symbols : bool, default: False
-        Whether the model knows symbols of its genes.
-
-    Raises
-    ------
-    ValueError
-        The coverage is below `min_coverage`.
+    `coverage` has `weight`, which decides, and `vocabulary` from `coverage_of`, and `counts`, the known share of the
+    input's counts. The input has `n_found` of the model's genes, whose symbols the model may know (`has_symbols`).
     """
     weight = coverage["weight"]
     if weight >= max(min_coverage, warn_coverage):

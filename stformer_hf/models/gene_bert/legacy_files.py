@@ -117,18 +117,7 @@ def _plain(value: Any) -> Any:
 def load_pickle(path: str | os.PathLike) -> Any:
     """Load a pickle of plain containers, numbers and strings, including numpy scalars and arrays of numbers.
 
-    Parameters
-    ----------
-    path : str or Path
-
-    Returns
-    -------
-    object
-
-    Raises
-    ------
-    ValueError
-        The pickle refers to anything else (nothing of it was run), or is damaged.
+    Raises a ValueError if it refers to anything else, of which nothing is run, or is damaged.
     """
     try:
         with open(path, "rb") as file:

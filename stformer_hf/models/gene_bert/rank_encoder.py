@@ -22,14 +22,7 @@ _SCALE = (1e-100, 1e100)  # medians and target sums whose scores neither overflo
 
 
 class RankEncoder(CellVocabulary):
-    """Ranks the genes of cells.
-
-    Attributes
-    ----------
-    gene_token_ids : int64 array (n_genes,)
-    gene_types : list of str
-        Name of each token type of genes.
-    """
+    """Ranks the genes of cells."""
 
     words_first = True
 
