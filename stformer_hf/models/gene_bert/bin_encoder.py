@@ -99,7 +99,11 @@ class BinEncoder(CellVocabulary):
         for cell, (start, stop, to, most) in enumerate(cuts):
             of, at = bins[start:stop], genes[start:stop]
             chosen: slice | np.ndarray = slice(None)
-            if stop - start > most:
+            if stop - start > most and truncation.how == "head":
+                chosen = slice(most)
+                dropped.append(at[most:])
+                of, at = of[:most], at[:most]
+            elif stop - start > most:
                 kept = truncation.choose(most, counts[start:stop], at, cell_ids[cell])
                 dropped.append(at.take(np.flatnonzero(~kept)))
                 chosen = np.flatnonzero(kept)

@@ -116,9 +116,7 @@ class Truncation(NamedTuple):
         return ids
 
     def choose(self, room: int, counts: np.ndarray, genes: np.ndarray, cell_id: int) -> np.ndarray:
-        """Choose `room` of the genes of a cell that has more: bool array (n,)."""
-        if self.how == "head":
-            return np.arange(len(genes)) < room
+        """Choose `room` of the genes of a cell that has more, the strongest or a random subset: bool array (n,)."""
         if self.how == "top":
             return strongest(counts, room)
         numbers = uniforms(self.seed, self.epoch, _TRUNCATE, np.array([cell_id]), genes, np.zeros(len(genes), int))
