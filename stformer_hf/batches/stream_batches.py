@@ -282,10 +282,8 @@ class StreamBatches(Dataset):
 
     Raises
     ------
-    RuntimeError
-        While reading: a requested batch was skipped already, or there are multiple workers.
-    ValueError
-        While reading: the stream has no cells.
+    RuntimeError, ValueError
+        While reading: a requested batch was skipped already, or there are multiple workers; the stream has no cells.
     """
 
     def __init__(self, batches: TokenBudgetBuffer, collator: Callable, mark: Mapping[str, Any] | None = None):

@@ -143,19 +143,11 @@ def zinb_log_likelihood(
 
 
 class CountDistribution(NamedTuple):
-    """Distributions of the counts of B cells in G genes.
-
-    Attributes
-    ----------
-    log_mean, log_dispersion : float32 Tensor (B, G)
-        Parameters of the negative binomials.
-    gate_logits : float32 Tensor (B, G) or None
-        Log odds of an excess zero; None for negative binomials without zero inflation.
-    """
+    """Negative binomials of the counts of B cells in G genes: float32 Tensors (B, G)."""
 
     log_mean: torch.Tensor
     log_dispersion: torch.Tensor
-    gate_logits: torch.Tensor | None
+    gate_logits: torch.Tensor | None  # log odds of an excess zero; None without zero inflation
 
     def log_likelihood(self, counts: torch.Tensor) -> torch.Tensor:
         """Return the log likelihood (B, G) of counts (B, G), in nats."""

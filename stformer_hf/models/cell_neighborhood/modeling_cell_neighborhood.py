@@ -218,21 +218,10 @@ class CellNeighborhoodAttention(nn.Module):
     def forward(
         self, queries: torch.Tensor, keys: torch.Tensor, blocks: list[Block]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend from queries to keys within each block.
+        """Attend from queries (n_queries, hidden) to keys (n_keys, hidden) within consecutive blocks of both.
 
-        Parameters
-        ----------
-        queries : Tensor (n_queries, hidden)
-        keys : Tensor (n_keys, hidden)
-        blocks : list of Block
-            Consecutive blocks of both.
-
-        Returns
-        -------
-        Tensor (n_queries, hidden)
-            Output; the bias of the last layer for a query that may attend to nothing.
-        Tensor (heads, n_queries, n_keys) or None
-            Attention weights, only on the eager backend, for a single block with a mask.
+        Returns the output (n_queries, hidden), which is the bias of the last layer for a query that may attend to
+        nothing, and on the eager backend, for a single block with a mask, the weights (heads, n_queries, n_keys).
         """
         heads = (self.config.num_attention_heads, self.head_dim)
         query = self.q_lin(queries).view(-1, *heads)

@@ -68,18 +68,7 @@ class BinEncoder(CellVocabulary):
     def encode(
         self, cells: Cells, column_genes: np.ndarray | None, layout: CellLayout, truncation: Truncation
     ) -> TokenizedCells:
-        """Return the tokens of cells.
-
-        Parameters
-        ----------
-        cells : Cells
-        column_genes : int array (n_columns,) or None
-            Gene of each column, -1 if unknown; None if column j is gene j.
-        layout : CellLayout
-            Tokens around the genes.
-        truncation : Truncation
-            How longer cells are cut.
-        """
+        """Return the tokens of cells; `column_genes` are those of `map_genes`."""
         settings, rows = self.settings, map_genes(cells.rows, column_genes)
         cell_ids = truncation.cell_ids(cells.ids, rows)
         measured = rows.counts
@@ -126,10 +115,7 @@ class BinEncoder(CellVocabulary):
 class Binner:
     """Assigns values to bins: x is in bin i if `edges[i - 1] <= x < edges[i]`.
 
-    Parameters
-    ----------
-    edges : float64 array (n_edges,) or (n_genes, n_edges)
-        Ascending edges for all genes, or one row per gene, padded with infinity.
+    The edges, float64, are those of all genes (n_edges,), or one row per gene, padded with infinity.
     """
 
     def __init__(self, edges: np.ndarray):

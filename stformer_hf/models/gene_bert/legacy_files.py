@@ -131,21 +131,8 @@ def load_pickle(path: str | os.PathLike) -> Any:
 def load_mapping(source: Mapping | str | os.PathLike) -> dict:
     """Read a mapping from memory, a .json or .pkl file, or a text file whose line numbers are the values.
 
-    Text and JSON may be compressed with gzip.
-
-    Parameters
-    ----------
-    source : mapping, str or Path
-
-    Returns
-    -------
-    dict
-        Keys are strings.
-
-    Raises
-    ------
-    ValueError
-        The file has another format, or holds something else.
+    Text and JSON may be compressed with gzip. Keys become strings. Raises a ValueError for another format, or if a
+    file holds something else.
     """
     if isinstance(source, Mapping):
         found = source

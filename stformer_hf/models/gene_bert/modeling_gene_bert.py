@@ -264,10 +264,9 @@ class GeneBertModel(GeneBertPreTrainedModel):
         )
         if hasattr(self, "cell_embedding"):
             n_cells = shape[0] if cu_seq_lens_q is None else len(cu_seq_lens_q) - 1
+            n_counted = n_cells if cell_genes is None else len(cell_genes)
             if cell_indptr is not None:
                 n_counted = len(cell_indptr) - 1
-            else:
-                n_counted = n_cells if cell_genes is None else len(cell_genes)
             if n_counted != n_cells:
                 raise ValueError(
                     f"There are counts of {n_counted} cells, but tokens of {n_cells}. A packed batch needs "

@@ -113,7 +113,7 @@ class RankEncoder(CellVocabulary):
     def encode(
         self, cells: Cells, column_genes: np.ndarray | None, layout: CellLayout, truncation: Truncation
     ) -> TokenizedCells:
-        """Return the tokens of cells; the parameters are those of `BinEncoder.encode`."""
+        """Return the tokens of cells; `column_genes` are those of `map_genes`."""
         settings, parts, room = self.settings, [cells.rows], layout.room(truncation.max_length)
         assert settings.target_sum is not None  # completed by this encoder
         if settings.neighborhood:

@@ -10,32 +10,21 @@ from .gene_columns import ColumnNames
 
 
 class TokenizedCells(NamedTuple):
-    """Ragged tokens of n cells, as flat arrays.
+    """Ragged tokens of n cells, as flat arrays: cell i has the tokens `indptr[i]:indptr[i + 1]`."""
 
-    Attributes
-    ----------
-    input_ids, token_type_ids : int64 array (T,)
-        Tokens of all cells, concatenated.
-    indptr : int64 array (n + 1,)
-        Cell i has the tokens `indptr[i]:indptr[i + 1]`.
-    dropped_type_ids, dropped_cells : int64 array (D,)
-        Binned scheme: token types of the expressed genes that truncation dropped, and the cell of each.
-    expression_values : float32 array (T,), optional
-        With `values=True`: ln(1 + count) of each gene, or its normalised value; 0 for other tokens.
-    cells : CountRows, optional
-        With `whole_cell=True`: the non-zero counts of all known genes of the n cells, including those that truncation
-        dropped; -1 for a gene that is hidden from the model (see `hide`).
-    measured : bool array (1 or n, n_genes), optional
-        With `whole_cell=True`: which of the tokenizer's genes the input has, for all cells or per cell; None for all.
-    """
-
-    input_ids: np.ndarray
-    token_type_ids: np.ndarray
-    indptr: np.ndarray
+    input_ids: np.ndarray  # int64 (T,)
+    token_type_ids: np.ndarray  # int64 (T,)
+    indptr: np.ndarray  # int64 (n + 1,)
+    # Binned scheme: token types of the expressed genes that truncation dropped, and the cell of each, int64 (D,).
     dropped_type_ids: np.ndarray
     dropped_cells: np.ndarray
+    # With `values=True`: ln(1 + count) of each gene, or its normalised value; 0 for other tokens. float32 (T,).
     expression_values: np.ndarray | None = None
+    # With `whole_cell=True`: the non-zero counts of all known genes of the n cells, including those that truncation
+    # dropped; -1 for a gene that is hidden from the model (see `hide`).
     cells: CountRows | None = None
+    # With `whole_cell=True`: which of the tokenizer's genes the input has, for all cells or per cell, bool (1 or n,
+    # n_genes); None for all.
     measured: np.ndarray | None = None
 
     def measured_genes(self) -> dict[str, np.ndarray]:

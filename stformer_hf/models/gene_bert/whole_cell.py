@@ -12,40 +12,21 @@ _TARGET_SUM = 1e4
 
 
 class CellValues(NamedTuple):
-    """Values of n cells, computed without absent genes.
+    """Values of n cells with E entries, computed without absent genes.
 
     A gene is absent from a cell if it is hidden (masked, outside the view, dropped) or not measured. Neither its count
     nor its share enters a sum. A cell's depth, the total of its present genes divided by their share of the training
     cells' counts, estimates its total over all genes.
-
-    Attributes
-    ----------
-    genes : LongTensor (E,)
-        Gene of each entry; entries of padding have gene 0.
-    offsets : LongTensor (n,)
-        Start of the entries of each cell.
-    hidden : bool Tensor (E,)
-        True for entries of hidden genes.
-    measured : bool Tensor (n or 1, n_genes), or None
-        Genes that are measured in the cells' files; None for all.
-    log_values : float32 Tensor (E,)
-        ln(1 + 10,000 count / depth), 0 for hidden genes and padding.
-    counts : float32 Tensor (E,)
-        Count of each entry, 0 for hidden genes and padding.
-    mu : float32 Tensor (E,)
-        Expected count, depth * share; 0 for genes that the training cells lacked or the cell's file does not measure.
-    depth : float32 Tensor (n,)
-        Depth of each cell.
     """
 
-    genes: torch.Tensor
-    offsets: torch.Tensor
-    hidden: torch.Tensor
-    measured: torch.Tensor | None
-    log_values: torch.Tensor
-    counts: torch.Tensor
-    mu: torch.Tensor
-    depth: torch.Tensor
+    genes: torch.Tensor  # LongTensor (E,), the gene of each entry; entries of padding have gene 0
+    offsets: torch.Tensor  # LongTensor (n,), the start of the entries of each cell
+    hidden: torch.Tensor  # bool (E,), True for entries of hidden genes
+    measured: torch.Tensor | None  # bool (n or 1, n_genes), genes measured in the cells' files; None for all
+    log_values: torch.Tensor  # float32 (E,), ln(1 + 10,000 count / depth), 0 for hidden genes and padding
+    counts: torch.Tensor  # float32 (E,), 0 for hidden genes and padding
+    mu: torch.Tensor  # float32 (E,), expected count, depth * share; 0 for genes never seen in training or not measured
+    depth: torch.Tensor  # float32 (n,)
 
 
 class GeneStatistics(nn.Module):
