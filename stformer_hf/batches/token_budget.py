@@ -231,21 +231,10 @@ def cut_batches(
 
 
 def _first_fit(costs: np.ndarray, sizes: np.ndarray, budget: int, max_cells: int | None) -> np.ndarray:
-    """Put each cell into the first bin of its window that has room for it.
+    """Put each cell into the first bin of its window that has room for it; return the bin's number, int array (n,).
 
-    Parameters
-    ----------
-    costs : int array (n,)
-        Number of tokens, window after window, descending in each; 1 to the budget.
-    sizes : int array (n_windows,)
-        Number of cells of each window; they differ by at most one.
-    budget, max_cells
-        Limits of a bin.
-
-    Returns
-    -------
-    int array (n,)
-        Number of the bin in its window.
+    `costs` (n,) are the tokens of the cells, window after window, descending in each, 1 to the budget; `sizes`
+    (n_windows,) the numbers of cells of the windows, which differ by at most one.
     """
     windows = np.arange(len(sizes))
     starts = np.cumsum(sizes) - sizes

@@ -17,21 +17,8 @@ MIN_COVERAGE, WARN_COVERAGE = 0.1, 0.5
 class GeneMatcher:
     """Finds the genes of a vocabulary among the columns of an input, and measures the coverage.
 
-    Parameters
-    ----------
-    genes : sequence of str
-        The vocabulary.
-    symbols : dict of symbol to gene
-        Other names of the genes.
-    weights : float array (n_genes,), optional
-        Weight of each gene in the coverage of the vocabulary, such as the number of training cells that express it;
-        equal by default.
-
-    Attributes
-    ----------
-    last_coverage : dict or None
-        Coverage of the last input: `genes` and `counts`, the known shares of its genes and counts; `vocabulary` and
-        `weight`, the shares of the vocabulary's genes, and of their weights, that it has.
+    The parameters, and the attribute `last_coverage`, are `genes`, `symbols`, `gene_weights` and `last_coverage` of
+    `GeneTokenizer`.
     """
 
     def __init__(self, genes: Sequence[str], symbols: Mapping[str, str], weights: np.ndarray | None = None):
