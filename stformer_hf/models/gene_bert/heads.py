@@ -121,12 +121,12 @@ def label_columns_of(config: PreTrainedConfig) -> list[LabelColumn]:
     """Return the label columns of a head; a single one with all outputs if `config.label_columns` is not set."""
     columns = getattr(config, "label_columns", None)
     weights, temperature = getattr(config, "reader_weights", None), getattr(config, "temperature", 1.0)
+    weights = weights or [1.0, 1.0] * len(columns or [None])
     if columns is None:
-        of_head, of_wide = weights or (1.0, 1.0)
-        return [LabelColumn(None, slice(None), (of_head, of_wide), temperature)]
+        return [LabelColumn(None, slice(None), (weights[0], weights[1]), temperature)]
     found, first = [], 0
     for i, (name, n_classes) in enumerate(columns.items()):
-        of_head, of_wide = (1.0, 1.0) if weights is None else weights[2 * i : 2 * i + 2]
+        of_head, of_wide = weights[2 * i : 2 * i + 2]
         own = temperature[i] if isinstance(temperature, list) else temperature
         found.append(LabelColumn(name, slice(first, first + n_classes), (of_head, of_wide), own))
         first += n_classes
