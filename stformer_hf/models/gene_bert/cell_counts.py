@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .cell_tables import find_table, is_mudata, is_spatialdata
-from .gene_columns import GENES, ColumnNames, GeneNames, feature_types
+from .gene_columns import GENES, ColumnNames, GeneNames, SharedNames, feature_types
 
 NEIGHBORS = "spatial_connectivities"  # where squidpy keeps the graph of the cells
 NO_COUNTS = "only zeros in the part that was checked"
@@ -28,7 +28,7 @@ class Cells(NamedTuple):
     """Cells to tokenize."""
 
     rows: CountRows
-    names: ColumnNames | tuple[GeneNames, GeneNames]  # of the columns; gene ids and symbols (n_columns,), if known
+    names: ColumnNames | SharedNames  # of the columns
     obs: Any  # a DataFrame, CellBatch, dict or None, with the phenotypes
     ids: np.ndarray | None  # int64 (n,), from which random choices are drawn, else from checksums of the counts
     neighborhood: CountRows | None  # summed counts of each cell's neighbours, over the same columns
@@ -63,7 +63,7 @@ def read_cells(
             )
         return Cells(
             CountRows(cells.indptr, cells.genes, cells.counts),
-            (cells.gene_ids, cells.symbols),
+            SharedNames(cells.gene_ids, cells.symbols),
             cells,
             cells.cell_id,
             CountRows(*around) if with_neighborhood and around is not None else None,
@@ -72,7 +72,7 @@ def read_cells(
     if has_tables or (hasattr(cells, "obs") and hasattr(cells, "var_names")):
         adata, obs, layer, name = find_table(cells, layer)
         matrix, rows, var = _find_counts(adata, layer, fractional, name)
-        names: ColumnNames | tuple[GeneNames, GeneNames] = ColumnNames(var.index, var)
+        names: ColumnNames | SharedNames = ColumnNames(var.index, var)
         if with_neighborhood:
             if NEIGHBORS not in adata.obsp:
                 raise ValueError(
@@ -92,11 +92,10 @@ def read_cells(
         if genes is None:
             genes = getattr(cells, "columns", None)  # a DataFrame names its genes
         genes = (own_genes, own_genes) if genes is None else genes
-        names = genes if isinstance(genes, tuple) else ColumnNames(genes)
-        n_names = len(names[0]) if isinstance(names, tuple) else len(names)
-        if n_names != cells.shape[1]:
+        names = SharedNames(*genes) if isinstance(genes, tuple) else ColumnNames(genes)
+        if len(names) != cells.shape[1]:
             raise ValueError(
-                f"The matrix has {cells.shape[1]} columns, but there are {n_names} gene ids for them."
+                f"The matrix has {cells.shape[1]} columns, but there are {len(names)} gene ids for them."
                 " Pass genes=[…], the gene ids of its columns."
             )
         _require_counts(rows.counts, "the matrix", fractional)

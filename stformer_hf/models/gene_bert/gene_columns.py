@@ -476,13 +476,7 @@ def _read_types(columns: Mapping[str, Sequence[Any]] | None) -> tuple[list, dict
 
 
 class ColumnNames:
-    """The `var_names` of a file, sequence (n,), and the columns of its `var`, resolved when they are needed.
-
-    Attributes
-    ----------
-    key : int
-        Equal for equal names.
-    """
+    """The `var_names` of a file, sequence (n,), and the columns of its `var`, resolved when they are needed."""
 
     def __init__(self, index: Sequence[Any], columns: Mapping[str, Sequence[Any]] | None = None):
         columns = {} if columns is None else columns
@@ -494,15 +488,38 @@ class ColumnNames:
     def __len__(self) -> int:
         return len(self._index)
 
-    def resolve(self) -> tuple[np.ndarray, np.ndarray]:
+    def are_of(self, key: Any) -> bool:
+        """Return whether a key is that of equal names."""
+        return isinstance(key, int) and key == self.key
+
+    def resolve(self) -> tuple[GeneNames, GeneNames]:
         """Return gene ids and symbols, object arrays of str (n,)."""
         return resolve_genes(self._index, self._columns, copies=True)[:2]
+
+
+class SharedNames:
+    """Gene ids and symbols (n,) that are resolved, in arrays that all batches of a store share."""
+
+    def __init__(self, gene_ids: GeneNames, symbols: GeneNames):
+        self.key, self._symbols = gene_ids, symbols
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    def are_of(self, key: Any) -> bool:
+        """Return whether a key is that of the same array."""
+        return key is self.key
+
+    def resolve(self) -> tuple[GeneNames, GeneNames]:
+        """Return gene ids and symbols."""
+        return self.key, self._symbols
 
 
 __all__ = [
     "GENES",
     "ColumnNames",
     "GeneColumns",
+    "SharedNames",
     "are_genes",
     "describe",
     "feature_types",

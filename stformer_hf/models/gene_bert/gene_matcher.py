@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from .gene_columns import ColumnNames, GeneNames, describe, guess_species, is_id, strip_version
+from .gene_columns import ColumnNames, GeneNames, SharedNames, describe, guess_species, is_id, strip_version
 
 logger = logging.get_logger(__name__)
 
@@ -31,7 +31,7 @@ class GeneMatcher:
 
     def forget(self) -> None:
         """Forget the last input."""
-        self._last: tuple[Any, np.ndarray | None] | None = None
+        self._last: tuple[Any, tuple, np.ndarray | None] | None = None  # key of the names, settings, result
         self.last_coverage: dict[str, float] | None = None
         self._known_counts = self._all_counts = 0.0
 
@@ -78,12 +78,12 @@ class GeneMatcher:
 
     def match(
         self,
-        names: ColumnNames | tuple[GeneNames, GeneNames],
+        names: ColumnNames | SharedNames,
         columns: np.ndarray,
         counts: np.ndarray,
         min_coverage: float,
-        match: str = "id",
-        warn_coverage: float = 0.0,
+        match: str,
+        warn_coverage: float,
     ) -> np.ndarray | None:
         """Find the gene of each column, and measure the coverage of the vocabulary and of the input.
 
@@ -93,15 +93,14 @@ class GeneMatcher:
 
         Parameters
         ----------
-        names : ColumnNames, or gene ids and symbols (n_columns,)
-            Arrays are shared by the batches of a store, which are matched once: their coverage is that of all batches
-            so far.
+        names : ColumnNames or SharedNames (n_columns,)
+            The batches of a store are matched once: their coverage is that of all batches so far.
         columns, counts : array (nnz,)
             The counts and the column of each, for the share of known counts.
         min_coverage, warn_coverage : float
             Shares of the vocabulary's weight below which a ValueError is raised, or a warning is logged, once per gene
             table.
-        match : {"id", "symbol"}, default: "id"
+        match : {"id", "symbol"}
             As for `find_columns`, whose errors are raised too.
 
         Returns
@@ -109,27 +108,25 @@ class GeneMatcher:
         int32 array (n_columns,) or None
             Gene of each column, -1 if unknown; None if column j is gene j.
         """
-        shared = not isinstance(names, ColumnNames)
-        own = (names.key if isinstance(names, ColumnNames) else names[0], (match, min_coverage, warn_coverage))
+        shared, how = isinstance(names, SharedNames), (match, min_coverage, warn_coverage)
         last = self._last
-        if last is not None and not _same_names(last[0], own):
+        if last is not None and not (last[1] == how and names.are_of(last[0])):
             last = None
         if last is not None:
-            mapped = last[1]
+            mapped = last[2]
             if mapped is None and shared:
                 return None  # all columns are known
         else:
-            gene_ids, symbols = names.resolve() if isinstance(names, ColumnNames) else names
-            mapped = self.find_columns(gene_ids, symbols, match)
+            mapped = self.find_columns(*names.resolve(), match)
             mapped = None if np.array_equal(mapped, np.arange(len(mapped))) else mapped
         if last is None or not shared:
             self._known_counts = self._all_counts = 0.0
         self._measure(mapped, names, columns, counts, (min_coverage, warn_coverage), is_new=last is None)
-        self._last = (own, mapped)
+        self._last = (names.key, how, mapped)
         return mapped
 
     def _measure(self, mapped, names, columns, counts, limits: tuple[float, float], is_new: bool) -> None:
-        n_columns = len(names) if isinstance(names, ColumnNames) else len(names[0])
+        n_columns = len(names)
         known = np.ones(n_columns, bool) if mapped is None else mapped >= 0
         self._all_counts += float(counts.sum(dtype=np.float64))
         self._known_counts += float(counts[known.take(columns)].sum(dtype=np.float64))
@@ -141,21 +138,13 @@ class GeneMatcher:
             return
         found = np.arange(n_columns) if mapped is None else np.unique(mapped[known])
         self.last_coverage = coverage | coverage_of(found, len(self._genes), self._weights)
-        input_names = names.resolve()[0] if isinstance(names, ColumnNames) else names[0]
-        check_coverage(self.last_coverage, len(found), self._genes, input_names, *limits, bool(self._symbols))
+        input_genes = names.resolve()[0]
+        check_coverage(self.last_coverage, len(found), self._genes, input_genes, *limits, bool(self._symbols))
         if known_columns < 1:
             logger.warning(
                 f"The tokenizer knows {known.sum()} of {n_columns} genes of the input ({share:.1%} of its counts), "
                 f"{len(found)} of its own {len(self._genes)}; the others are left out."
             )
-
-
-def _same_names(one: tuple[Any, tuple], other: tuple[Any, tuple]) -> bool:
-    """Return whether two inputs are matched alike, and have names of equal hash, or the same array of names."""
-    (names, how), (other_names, other_how) = one, other
-    if type(names) is not type(other_names) or how != other_how:
-        return False
-    return names == other_names if isinstance(names, int) else names is other_names
 
 
 def coverage_of(found: np.ndarray, n_genes: int, weights: np.ndarray | None = None) -> dict[str, float]:

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 
 from .cell_counts import Cells, CountRows, keep, map_genes
-from .gene_columns import ColumnNames
 
 
 class TokenizedCells(NamedTuple):
@@ -88,7 +87,7 @@ def with_whole_cells(
         indptr, (genes, counts) = keep(counts > 0, indptr, genes, counts)
     measured = np.zeros((1, n_genes), bool)
     if column_genes is None:
-        measured[:, : len(cells.names if isinstance(cells.names, ColumnNames) else cells.names[0])] = True
+        measured[:, : len(cells.names)] = True
     else:
         measured[:, column_genes[column_genes >= 0]] = True
     return tokens._replace(
