@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..models.gene_bert.cell_counts import CountRows, hide, is_cell_batch, pad_ragged
+from ..models.gene_bert.cell_counts import CountRows, hide, is_cell_batch, pad_ragged, row_checksums
+from ..models.gene_bert.configuration_gene_bert import IGNORE
 from ..models.gene_bert.randomness import happens, uniforms
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
 from ..store.worker_slots import CollatedBatch
-from .fixed_size import IGNORE, FixedSize, to_fixed_size
+from .fixed_size import FixedSize, to_fixed_size
 
 _MASK_PHENOTYPE, _DROP_PHENOTYPE, _DROP_GENE = 4, 5, 6  # streams of `uniforms`; collators.py has 0 to 3, and 7 on
 _PHENOTYPE_DROP_PROB = 0.1
@@ -24,6 +24,8 @@ _PHENOTYPE_DROP_PROB = 0.1
 
 class CellCollator(ABC):
     """Base class of the collators: seed, epoch, gene dropout, padding or packing."""
+
+    mlm_probability = phenotype_mask_prob = 0.0  # shares of genes and phenotypes that are masked
 
     def __init__(
         self,
@@ -122,12 +124,8 @@ class CellCollator(ABC):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Mask a share of the phenotypes, in place; one in ten of them is left out instead.
 
-        Returns
-        -------
-        masked, labels : int64 array (k,)
-            Positions, ascending, and the original ids.
-        left_out : int64 array
-            Positions of the phenotypes that are left out.
+        Returns the positions of the masked, ascending, and their original ids, int64 arrays (k,), and the positions of
+        those left out.
         """
         ids = tokens.input_ids
         at = np.flatnonzero(self.tokenizer.get_phenotypic_tokens_mask(ids))
@@ -167,8 +165,8 @@ class CellCollator(ABC):
     def _fixed_size(self, n_tokens: int, n_cells: int) -> FixedSize:
         """Return the size of a full batch, with the labels that masking is expected to make."""
         tokenizer = self.tokenizer
-        n_phenotypes = n_cells * len(tokenizer.included_phenotypes) * getattr(self, "phenotype_mask_prob", 0.0)
-        n_labels = n_tokens * getattr(self, "mlm_probability", 0.0) + n_phenotypes
+        n_phenotypes = n_cells * len(tokenizer.included_phenotypes)
+        n_labels = n_tokens * self.mlm_probability + n_phenotypes * self.phenotype_mask_prob
         return FixedSize(n_tokens, n_cells, tokenizer.max_length, n_labels, tokenizer.pad_token_id)
 
 
@@ -236,14 +234,14 @@ def _flat_column(examples: Any, name: str, dtype: type) -> tuple[np.ndarray, np.
 
 def _measured_column(examples: Any, n_cells: int, n_genes: int) -> np.ndarray | None:
     """Return which genes are measured in each cell's file, bool array (n_cells, n_genes); None for all."""
-    name, rows = "measured_genes", None
+    name, rows = "measured_genes", []
     if isinstance(examples, pa.Table):
         if name in examples.column_names:
             lists = [row.values for row in examples.column(name)]
             rows = [None if row is None else row.to_numpy(zero_copy_only=False) for row in lists]
     else:
         rows = [example.get(name) for example in examples]
-    if rows is None or all(row is None for row in rows):
+    if all(row is None for row in rows):
         return None
     measured = np.ones((n_cells, n_genes), bool)
     for row, of in zip(measured, rows, strict=True):
@@ -269,9 +267,7 @@ def _cell_ids(examples: Any, tokens: TokenizedCells) -> np.ndarray:
         return examples.cell_id
     if "cell_id" in (examples.column_names if isinstance(examples, pa.Table) else examples[0]):
         return labels_per_cell(examples, "cell_id").astype(np.int64)
-    both = np.stack([tokens.input_ids, tokens.token_type_ids], axis=1)
-    cuts = tokens.indptr.tolist()
-    return np.array([zlib.crc32(both[a:b].tobytes()) for a, b in zip(cuts, cuts[1:], strict=False)], np.int64)
+    return row_checksums(np.stack([tokens.input_ids, tokens.token_type_ids], axis=1), tokens.indptr)
 
 
 def select(tokens: TokenizedCells, kept: np.ndarray) -> TokenizedCells:
@@ -338,43 +334,28 @@ def pad(
     dict of str to Tensor (n, length)
         The inputs in `tokenizer.model_input_names`, and `labels`.
     """
-    indptr, side = tokens.indptr, tokenizer.padding_side
-    lengths = np.diff(indptr)
-    length = int(lengths.max(initial=1))  # models do not read batches without a column
+    length = int(np.diff(tokens.indptr).max(initial=1))  # models do not read batches without a column
     if multiple:
         length = -(-length // multiple) * multiple
-    batch = {
-        name: pad_ragged(flat, indptr, length, value, side)
-        for name, (flat, value) in tokenizer.columns(tokens).items()
-    }
-    rows = np.arange(len(lengths))
-    # Token t of row r is at t + shifts[r] of the flat matrix.
-    shifts = rows * length - indptr[:-1] if side == "right" else (rows + 1) * length - indptr[1:]
-
-    def places(at: np.ndarray) -> np.ndarray:
-        return at + shifts[np.searchsorted(indptr, at, side="right") - 1]
-
-    if "attention_mask" in tokenizer.model_input_names:
-        column, of = np.arange(length), lengths[:, None]
-        attended = (column < of if side == "right" else column >= length - of).astype(np.int64)
-        if left_out is not None and len(left_out):
-            attended.reshape(-1)[places(left_out)] = 0
-        batch["attention_mask"] = attended
+    columns = tokenizer.columns(tokens, with_attention_mask=True)
+    if left_out is not None and "attention_mask" in columns:
+        columns["attention_mask"][0][left_out] = 0
     if labels is not None:
-        batch["labels"] = np.full((len(lengths), length), IGNORE, np.int64)
-        batch["labels"].reshape(-1)[places(labels[0])] = labels[1]
+        columns["labels"] = _of_all_tokens(labels, tokens), IGNORE
+    batch = {
+        name: pad_ragged(flat, tokens.indptr, length, value, tokenizer.padding_side)
+        for name, (flat, value) in columns.items()
+    }
     if tokens.cells is not None:
         batch.update(tokenizer.pad_cells(tokens))
-    batch = {name: torch.from_numpy(array) for name, array in batch.items()}
-    return {**batch, **_measured(tokens)}
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def _measured(tokens: TokenizedCells) -> dict[str, torch.Tensor]:
-    """Return `measured_genes`, bool Tensor (n, n_genes), if the cells' file lacks some genes; else an empty dict."""
-    if tokens.cells is None or tokens.measured is None:
-        return {}
-    shape = len(tokens.indptr) - 1, tokens.measured.shape[1]
-    return {"measured_genes": torch.from_numpy(np.broadcast_to(tokens.measured, shape).copy())}
+def _of_all_tokens(labels: tuple[np.ndarray, np.ndarray], tokens: TokenizedCells) -> np.ndarray:
+    """Return the label of each token, int64 array (T,), from positions and their labels; -100 for the others."""
+    of_all = np.full(len(tokens.input_ids), IGNORE, np.int64)
+    of_all[labels[0]] = labels[1]
+    return of_all
 
 
 def pack(
@@ -387,12 +368,8 @@ def pack(
 
     Parameters
     ----------
-    tokens : TokenizedCells
-        T tokens of n cells.
-    tokenizer : GeneTokenizer
-        Defines the model inputs.
-    labels : (positions, labels), int64 arrays (k,), optional
-        Labels of some tokens; -100 for the others.
+    tokens, tokenizer, labels
+        As in `pad`.
     left_out : int64 array, optional
         Positions of tokens to leave out of the row.
 
@@ -403,18 +380,15 @@ def pack(
         (n + 1,). `max_length_q`, `max_length_k`: int. `seq_idx`: int32 Tensor (1, T), the cell of each token. These
         are the names that transformers' flash attention reads.
     """
-    all_labels = None
-    if labels is not None:
-        all_labels = np.full(len(tokens.input_ids), IGNORE, np.int64)
-        all_labels[labels[0]] = labels[1]
+    of_all = None if labels is None else _of_all_tokens(labels, tokens)
     if left_out is not None and len(left_out):
         kept = np.ones(len(tokens.input_ids), bool)
         kept[left_out] = False
         tokens = select(tokens, kept)
-        all_labels = None if all_labels is None else all_labels[kept]
+        of_all = None if of_all is None else of_all[kept]
     columns = {name: flat for name, (flat, _) in tokenizer.columns(tokens).items()}
-    if all_labels is not None:
-        columns["labels"] = all_labels
+    if of_all is not None:
+        columns["labels"] = of_all
     if tokens.cells is not None:
         columns.update({name: flat for name, (flat, _) in tokenizer.cell_columns(tokens).items()})
     lengths = np.diff(tokens.indptr)
@@ -428,7 +402,7 @@ def pack(
         "max_length_k": longest,
         "seq_idx": torch.from_numpy(cells)[None],
         **({} if tokens.cells is None else {"cell_indptr": torch.from_numpy(tokens.cells.indptr)}),
-        **_measured(tokens),
+        **{name: torch.from_numpy(of) for name, of in tokens.measured_genes().items()},
     }
 
 

@@ -11,12 +11,13 @@ import pyarrow as pa
 import torch
 
 from ..models.gene_bert.cell_counts import is_cell_batch
+from ..models.gene_bert.configuration_gene_bert import IGNORE
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer, TokenizedCells
 from ..sources.obs_columns import ClassCode
 from ..store.cell_batch import CellBatch, as_cell_batch
 from ..store.worker_slots import CollatedBatch
 from .collate import CellCollator, check_probability, labels_per_cell, pack, pad, read_tokens
-from .fixed_size import IGNORE, fill_labels
+from .fixed_size import fill_labels
 from .gene_swaps import unexpressed_genes
 from .token_rows import CLASS_NAMES
 
@@ -27,21 +28,11 @@ _TRUTH = {"0": 0, "1": 1, "false": 0, "true": 1}
 
 
 class MaskedCells(NamedTuple):
-    """Masked tokens of a batch, before padding or packing.
+    """Masked tokens of a batch, before padding or packing."""
 
-    Attributes
-    ----------
-    tokens : TokenizedCells
-        Tokens, with masked ones replaced by `[MASK]`.
-    labels : (positions, labels), int64 arrays (k,)
-        Positions to predict, and their original ids.
-    left_out : int64 array, or None
-        Positions of tokens that are not attended to.
-    """
-
-    tokens: TokenizedCells
-    labels: tuple[np.ndarray, np.ndarray]
-    left_out: np.ndarray | None
+    tokens: TokenizedCells  # masked ones are `[MASK]`
+    labels: tuple[np.ndarray, np.ndarray]  # positions to predict and their original ids, int64 (k,)
+    left_out: np.ndarray | None  # positions of tokens that are not attended to, int64
 
 
 def collate_fn_wrapper(
@@ -188,18 +179,9 @@ class DataCollatorForPhenotypicMLM(CellCollator):
         return self._batch(*self.masked(examples))
 
     def masked(self, examples: Any, panel: np.ndarray | None = None) -> MaskedCells:
-        """Mask cells, and hide masked genes from their counts.
+        """Mask cells as `__call__` does, and hide masked genes from their counts.
 
-        Parameters
-        ----------
-        examples : CellBatch, or list of dict
-            As in `__call__`.
-        panel : bool array (n_genes,), optional
-            Genes that may be swapped in; by default all that the store measures.
-
-        Returns
-        -------
-        MaskedCells
+        `panel`, bool array (n_genes,), are the genes that may be swapped in; by default all that the store measures.
         """
         examples = as_cell_batch(examples)
         tokens, cell_ids = self._tokens(examples)
@@ -373,22 +355,10 @@ class DataCollatorForCellClassification(CellCollator):
         dataset); by default their own order, which `CellTrainer` replaces by the model's. With a list of columns, the
         index of each column in the labels; for a class in each, a dict of such dicts, one per column, in the order of
         the labels. A cell without a class in a column, or with one that has no index, then has the label -100 there.
-    pad_to_multiple_of : int, optional
-        Round the padded length up to a multiple of this.
     seed : int, default: 0
         Seed of the gene dropout.
-    gene_dropout : float, default: 0.0
-        Fraction of a cell's genes to leave out, other genes in each epoch. It regularises training on few cells, and
-        makes steps cheaper.
-    packing : bool, default: False
-        Return one row of tokens without padding, with the boundaries of its cells, instead of a padded matrix; see
-        `pack`.
-    max_tokens : int, optional
-        Maximum number of tokens per batch, including padding; a larger batch raises an error.
-    pad_packed_to : (n_tokens, n_cells), optional
-        With `packing`, fill every batch up to one size with tokens that no cell reads and no loss counts, so that a
-        compiled model is compiled once; see `to_fixed_size`. The batch has `predicted_positions`, so that the model
-        does not wait for the GPU. More tokens or cells raise an error.
+    pad_to_multiple_of, gene_dropout, packing, max_tokens, pad_packed_to
+        As in `DataCollatorForPhenotypicMLM`.
 
     Raises
     ------

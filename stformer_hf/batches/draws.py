@@ -6,7 +6,7 @@ import hashlib
 import logging
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from itertools import count
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from torch.utils.data import IterableDataset
 
-from ..genes.wrong_names import closest
+from ..genes.wrong_names import closest, some_of
 from ..store.cell_store import CellStore
 from .parts import bases, gather
 from .token_rows import class_names
@@ -224,13 +224,7 @@ class WeightedDraw(Draw):
 
 
 def draw_of(draw: Draw | None, n_rows: int) -> Draw:
-    """Return the draw of a sampler: the given one, or a permutation.
-
-    Raises
-    ------
-    ValueError
-        It has another number of rows.
-    """
+    """Return the given draw, or else a permutation; raise ValueError if it has another number of rows."""
     if draw is None:
         return Permutation(n_rows)
     if draw.n_rows != n_rows:
@@ -294,13 +288,7 @@ def group_weights(
 
 
 def check_sampling(sampling: Mapping[str, Any] | None) -> None:
-    """Refuse unknown names in the `sampling` of a trainer.
-
-    Raises
-    ------
-    ValueError
-        A name is unknown.
-    """
+    """Raise ValueError for an unknown name in the `sampling` of a trainer."""
     for name in sampling or {}:
         if name not in SAMPLING:
             raise ValueError(
@@ -336,19 +324,18 @@ def _shares(names: list[str], sizes: np.ndarray, shares: Mapping[str, float]) ->
     shares = {str(name): float(share) for name, share in shares.items()}
     without = [f"{name} ({size} rows)" for name, size in zip(names, sizes, strict=True) if name not in shares]
     if without:
-        raise ValueError(f"shares: none for {_listed(without)}. Name every group; a share of 0 leaves it out.")
+        raise ValueError(
+            f"shares: none for {some_of(without, _MOST_NAMES)}. Name every group; a share of 0 leaves it out."
+        )
     unknown = [name for name in shares if name not in names]
     if unknown:
-        raise ValueError(f"shares: no row belongs to {_listed(unknown)}; groups are {_listed(names)}.")
+        raise ValueError(
+            f"shares: no row belongs to {some_of(unknown, _MOST_NAMES)}; groups are {some_of(names, _MOST_NAMES)}."
+        )
     values = np.array([shares[name] for name in names])
     if not (np.isfinite(values) & (values >= 0)).all() or not values.any():
         raise ValueError(f"shares must be finite, at least 0, and not all 0, got {shares}.")
     return values
-
-
-def _listed(names: Iterable[Any]) -> str:
-    names = [str(name) for name in names]
-    return ", ".join(names[:_MOST_NAMES]) + (", …" if len(names) > _MOST_NAMES else "")
 
 
 def _column(dataset: Any, name: str) -> np.ndarray:
@@ -367,7 +354,7 @@ def _column(dataset: Any, name: str) -> np.ndarray:
             return np.array([*names, None], object)[values.fillna(-1).astype(np.int64)]
     else:
         raise ValueError(f"{type(dataset).__name__} has no columns to read {name!r} from: pass weights as an array.")
-    raise ValueError(f"The cells have no column {name!r}; columns are {_listed(columns) or 'none'}.")
+    raise ValueError(f"The cells have no column {name!r}; columns are {some_of(columns, _MOST_NAMES) or 'none'}.")
 
 
 def _objects(values: pd.Series) -> np.ndarray:

@@ -12,16 +12,9 @@ from .parts import as_selection, bases, gather
 
 
 def without_empty_cells(dataset: Any) -> Any:
-    """Return the dataset without cells that have no counts, for stores and Subsets and ConcatDatasets of them.
+    """Return a dataset without the cells of stores that have no counts; other rows are all kept.
 
-    Parameters
-    ----------
-    dataset : any dataset
-        Dataset to train on. Rows that are not cells of a store are all kept.
-
-    Returns
-    -------
-    The dataset, as a selection of the store if it is a Subset (see `as_selection`).
+    A Subset of a store becomes a selection of it; see `as_selection`.
     """
     dataset = as_selection(dataset)
     if not any(isinstance(base, CellStore) for base in bases(dataset)):

@@ -11,20 +11,10 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module, device: str | torch.device | None = None) -> Iterator[nn.Module]:
-    """Put a model into evaluation mode and on a device; restore both afterwards.
+    """Put a model into evaluation mode, and on a device if one is given; restore both afterwards.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The model. The mode of each of its modules is restored separately, so a part that is kept in evaluation mode
-        while the rest is trained stays in it.
-    device : str or torch.device, optional
-        Device to run on; by default the model is not moved. A model on multiple devices is never moved.
-
-    Yields
-    ------
-    nn.Module
-        The model itself.
+    The mode of each module is restored separately, so that a part that is kept in evaluation mode while the rest is
+    trained stays in it. A model on multiple devices is never moved. Yields the model.
     """
     training = {module: module.training for module in model.modules()}
     before = {parameter.device for parameter in model.parameters()}

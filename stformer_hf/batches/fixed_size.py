@@ -8,30 +8,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-IGNORE = -100
+from ..models.gene_bert.configuration_gene_bert import IGNORE
+
 _MULTIPLE = 64  # of a row's length, and of the number of label positions
 
 
 class FixedSize(NamedTuple):
-    """Size of a packed batch.
+    """Size of a packed batch."""
 
-    Attributes
-    ----------
-    n_tokens, n_cells : int
-        Maximum number of tokens and of cells.
-    longest : int
-        Maximum number of tokens of a cell.
-    n_labels : float
-        Expected number of labels in a full batch.
-    pad_token_id : int
-        Id of a dead token.
-    """
-
-    n_tokens: int
-    n_cells: int
-    longest: int
-    n_labels: float
-    pad_token_id: int
+    n_tokens: int  # at most
+    n_cells: int  # at most
+    longest: int  # maximum number of tokens of a cell
+    n_labels: float  # expected in a full batch
+    pad_token_id: int  # of a dead token
 
 
 def to_fixed_size(batch: dict[str, Any], size: FixedSize) -> dict[str, Any]:

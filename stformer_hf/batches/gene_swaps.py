@@ -18,7 +18,7 @@ def unexpressed_genes(
     uniforms: Callable[[np.ndarray, np.ndarray], np.ndarray],
     measured: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw for each token to swap the type of a gene that its cell does not express, distinct within a cell.
+    """Draw, for each token to swap, the type of a gene that its cell does not express; distinct within a cell.
 
     Parameters
     ----------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,7 +23,7 @@ from ..sources.open_source import Source, checked_blocks, open_source
 from ..sources.same_cells import check_names
 from ..store.cell_batch import CellBatch
 from ..store.shards import align, count_type_of, gene_type
-from .length_sampler import check_rank
+from .length_sampler import check_rank, check_settings, check_sizes, checksum, values_of
 
 if TYPE_CHECKING:
     from ..store.cell_store import CellStore
@@ -148,8 +147,7 @@ class IterableAnnDataset(IterableDataset):
         allow_duplicates: bool = False,
     ):
         check_rank(rank, world_size, seed)
-        if buffer_size < 1:
-            raise ValueError(f"buffer_size={buffer_size}: must be at least 1.")
+        check_sizes(buffer_size=buffer_size)
         found = expand(filenames)
         if not allow_duplicates:
             check_names(found)
@@ -317,11 +315,7 @@ class IterableAnnDataset(IterableDataset):
             The state belongs to other files (by their numbers of cells) or settings. While reading: the number of
             workers differs.
         """
-        settings, saved = self._settings(), state.get("settings", {})
-        other = [name for name in settings if saved.get(name) != settings[name]]
-        if other:
-            found = ", ".join(f"{name} {saved.get(name)!r} instead of {settings[name]!r}" for name in other)
-            raise ValueError(f"The state belongs to another dataset: {found}. Open the same files and settings.")
+        check_settings(self._settings(), state, "dataset")
         self._epoch.fill_(state["epoch"])
         self._progress = {"epoch": state["epoch"], "taken": list(state["taken"]), "turn": state["turn"]}
         self._resumed_by = torch.full((len(state["taken"]),), -1, dtype=torch.int64).share_memory_()
@@ -329,13 +323,7 @@ class IterableAnnDataset(IterableDataset):
 
     def _settings(self) -> dict[str, Any]:
         """Return what the order depends on, except the epoch; `files` stands for their numbers of cells."""
-        return {
-            "files": hashlib.sha256(self._n_cells.astype("<i8").tobytes()).hexdigest()[:16],
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-            "buffer_size": self.buffer_size,
-            "world_size": self.world_size,
-        }
+        return {"files": checksum(self._n_cells), **values_of(self, "seed", "shuffle", "buffer_size", "world_size")}
 
     def _beginning(self, n_workers: int) -> dict[str, Any]:
         """Return the position at the beginning of an epoch.
@@ -421,10 +409,10 @@ class IterableAnnDataset(IterableDataset):
     def _examples(self, pieces: list[tuple[int, int, int]], order: np.ndarray) -> Iterator[dict[str, Any]]:
         """Read a window and yield its cells in the given order."""
         counts, cell_ids = self._read(pieces), self._cell_ids(pieces)
-        give = self._cells if self.tokenizer is None else self._tokens
+        examples_of = self._cells if self.tokenizer is None else self._tokens
         for first in range(0, len(order), _ROWS_PER_BLOCK):
             rows = order[first : first + _ROWS_PER_BLOCK]
-            yield from give(counts[rows], cell_ids[rows])
+            yield from examples_of(counts[rows], cell_ids[rows])
 
     def _read(self, pieces: list[tuple[int, int, int]]) -> sparse.csr_matrix:
         blocks = []
@@ -473,16 +461,12 @@ class IterableAnnDataset(IterableDataset):
         obs = {name: as_objects(values[cell_ids]) for name, values in self._obs.items()}
         for name in set(obs) & set(self.categories):
             obs[name] = [ClassCode(code, self.categories[name]) for code in obs[name]]
+        flat = {name: getattr(tokens, name) for name in ("input_ids", "token_type_ids", "expression_values")}
+        flat = {name: values for name, values in flat.items() if values is not None}
         for i, cell_id in enumerate(cell_ids.tolist()):
             own = slice(*tokens.indptr[i : i + 2])
             yield {
-                "input_ids": tokens.input_ids[own].copy(),
-                "token_type_ids": tokens.token_type_ids[own].copy(),
-                **(
-                    {}
-                    if tokens.expression_values is None
-                    else {"expression_values": tokens.expression_values[own].copy()}
-                ),
+                **{name: values[own].copy() for name, values in flat.items()},
                 **_whole_cell(tokens, i),
                 "cell_id": cell_id,
                 **{name: values[i] for name, values in obs.items()},

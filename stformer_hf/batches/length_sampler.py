@@ -6,15 +6,14 @@ import hashlib
 import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
-from torch.utils.data import ConcatDataset, Sampler, Subset
+from torch.utils.data import Sampler
 
 from .draws import Draw, draw_of
-from .parts import gather
+from .lengths import known_lengths
 
 logger = logging.getLogger(__name__)
 Drawn = TypeVar("Drawn", int, list[int])
@@ -26,6 +25,18 @@ def check_rank(rank: int | None, world_size: int, seed: int = 0) -> None:
         raise ValueError(f"rank={rank} of world_size={world_size}: ranks must be 0 to world_size - 1.")
     if seed < 0:
         raise ValueError(f"seed={seed}: must be at least 0.")
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Raise ValueError for a size below 1; None stands for a default."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name}={size}: must be at least 1.")
+
+
+def values_of(sampler: Any, *names: str) -> dict[str, Any]:
+    """Return some attributes of a sampler, for its settings."""
+    return {name: getattr(sampler, name) for name in names}
 
 
 class ResumableSampler(Sampler[Drawn]):
@@ -163,14 +174,13 @@ class LengthGroupedSampler(ResumableSampler[int]):
         draw: Draw | None = None,
     ):
         super().__init__(seed, rank, world_size)
-        if batch_size < 1 or mega_batch < 1:
-            raise ValueError(f"batch_size={batch_size}, mega_batch={mega_batch}: both must be at least 1.")
+        check_sizes(batch_size=batch_size, mega_batch=mega_batch)
         self.lengths = known_lengths(lengths)
         self.draw = draw_of(draw, len(self.lengths))
         self.batch_size, self.mega_batch, self.drop_last = batch_size, mega_batch, drop_last
         n_left = len(self.draw) % (batch_size * world_size)
         if 0 < n_left < world_size and not drop_last:
-            _tell_repeats(world_size - n_left, world_size)
+            _warn_of_repeats(world_size - n_left, world_size)
 
     def __len__(self) -> int:
         """Return the number of rows of this rank in an epoch."""
@@ -211,11 +221,7 @@ class LengthGroupedSampler(ResumableSampler[int]):
     def _settings(self) -> dict[str, Any]:
         return {
             "lengths": checksum(self.lengths),
-            "batch_size": self.batch_size,
-            "mega_batch": self.mega_batch,
-            "seed": self.seed,
-            "world_size": self.world_size,
-            "drop_last": self.drop_last,
+            **values_of(self, "batch_size", "mega_batch", "seed", "world_size", "drop_last"),
             **self.draw.settings(),
         }
 
@@ -257,8 +263,7 @@ class EvenBatchSampler(Sampler[list[int]]):
         drop_last: bool = False,
     ):
         check_rank(rank, world_size)
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: a batch needs at least one row.")
+        check_sizes(batch_size=batch_size)
         # Not named batch_size and drop_last: with these names accelerate would assume batches of equal size.
         self.sampler, self._n_rows, self._drop_last = sampler, batch_size, drop_last
         self.rank, self.world_size = rank, world_size
@@ -318,102 +323,33 @@ def padding_share(lengths: Any, batches: Iterable[Sequence[int]]) -> float:
     return 1 - n_tokens / n_positions if n_positions else 0.0
 
 
-def known_lengths(lengths: Any, column: str = "length") -> np.ndarray:
-    """Return the lengths of rows without reading tokens.
-
-    Parameters
-    ----------
-    lengths : sequence of int, int array (n,), CellStore, datasets.Dataset, or a Subset or ConcatDataset of such
-        Lengths, or an object that has them: an attribute `lengths` (for a store, the number of expressed genes per
-        cell), a column of lengths, or a dataset made of such.
-    column : str, default: "length"
-        Name of the column.
-
-    Returns
-    -------
-    int64 array (n,)
-
-    Raises
-    ------
-    ValueError
-        The dataset has no lengths, or they are not non-negative integers.
-    """
-    if isinstance(lengths, (Subset, ConcatDataset)):
-        return gather(lengths, partial(known_lengths, column=column))
-    if hasattr(lengths, "lengths"):
-        lengths = lengths.lengths
-    elif hasattr(lengths, "column_names"):
-        if not hasattr(lengths, "__len__"):
-            raise ValueError("The lengths of a stream are not known before it is read: use TokenBudgetBuffer.")
-        if column not in lengths.column_names:
-            raise ValueError(
-                f"The dataset has no column `{column}`; it has {', '.join(lengths.column_names)}. Add one "
-                "(CellStore.tokenize writes it), or pass a list of lengths (load_example_lengths reads one)."
-            )
-        lengths = lengths.with_format("arrow")[column][:].to_numpy()
-    try:
-        values = np.asarray(lengths)
-    except (TypeError, ValueError):  # ragged
-        values = np.asarray(None)
-    if values.shape == (0,):
-        return np.empty(0, np.int64)
-    if values.ndim != 1 or values.dtype.kind not in "iu" or values.min() < 0:
-        raise ValueError(
-            f"Lengths must be non-negative integers, one per row; got {type(lengths).__name__} "
-            f"{np.array2string(values, threshold=5, edgeitems=2)}. Pass a list of them, a CellStore, or a dataset "
-            "with a column `length`."
-        )
-    return values.astype(np.int64)
-
-
 def checksum(lengths: np.ndarray) -> str:
-    """Return a checksum of lengths."""
+    """Return a checksum of lengths, or of other integers."""
     return hashlib.sha256(lengths.astype("<i8").tobytes()).hexdigest()[:16]
 
 
 def check_settings(settings: Mapping[str, Any], state: Mapping[str, Any], of_what: str) -> None:
-    """Check that the settings in a state equal those of the object that resumes from it.
-
-    Raises
-    ------
-    ValueError
-        They differ; the message names the differences.
-    """
+    """Raise ValueError if the settings in a state differ from those of the object that resumes from it."""
     saved = state.get("settings", {})
     other = [name for name in {**settings, **saved} if saved.get(name) != settings.get(name)]
     if other:
         found = ", ".join(f"{name} {saved.get(name)!r} instead of {settings.get(name)!r}" for name in other)
-        raise ValueError(f"The state belongs to another {of_what}: {found}.")
+        raise ValueError(f"The state belongs to another {of_what}: {found}. Resume with the same data and settings.")
 
 
 def even_out(
     rows: np.ndarray, cuts: np.ndarray, world_size: int, n_before: int = 0, *, first: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Make the number of batches a multiple of the number of ranks, by splitting the last ones.
+    """Make the number of batches, `rows[cuts[i]:cuts[i + 1]]`, a multiple of `world_size` by splitting the last ones.
 
-    Parameters
-    ----------
-    rows : int array (n,)
-        Rows of all batches.
-    cuts : int array (n_batches + 1,)
-        Batch i is `rows[cuts[i]:cuts[i + 1]]`; none is empty.
-    world_size : int
-        Number of ranks.
-    n_before : int, default: 0
-        Number of earlier batches, which count but can no longer be split.
-    first : int array, optional
-        Rows to repeat if there are too few, by default the first of `rows`.
-
-    Returns
-    -------
-    rows, cuts : int array
-        Rows are repeated only if there are fewer rows than batches; this is logged.
+    `n_before` earlier batches count, but can no longer be split. If there are fewer rows than batches, the `first`
+    rows, by default those of `rows`, are repeated, which is logged. Returns new rows and cuts.
     """
     n_batches = len(cuts) - 1
     wanted = -(-(n_before + n_batches) // world_size) * world_size - n_before
     n_repeats = wanted - len(rows)
     if n_repeats > 0:
-        _tell_repeats(n_repeats, world_size)
+        _warn_of_repeats(n_repeats, world_size)
         cuts = np.concatenate([cuts, len(rows) + 1 + np.arange(n_repeats)])
         rows = np.concatenate([rows, np.resize(rows if first is None else first, n_repeats)])
     begin = max(wanted - world_size, 0)  # first batch of the last step
@@ -442,7 +378,7 @@ def batches_of_rank(
         yield rows[cuts[i] : cuts[i + 1]].tolist()
 
 
-def _tell_repeats(n_rows: int, world_size: int) -> None:
+def _warn_of_repeats(n_rows: int, world_size: int) -> None:
     logger.warning(
         f"{n_rows} rows come twice in an epoch: too few are left for one batch on each of {world_size} ranks. Use "
         "fewer ranks or smaller batches, or drop_last=True."

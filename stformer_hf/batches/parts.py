@@ -13,17 +13,10 @@ from .token_rows import TokenRows
 
 
 def as_selection(dataset: Any) -> Any:
-    """Return the rows of a dataset, in their order, with every Subset that can be one as a selection of its base.
+    """Return a dataset in which every Subset whose base has `select` is `base.select(indices)`, with the same rows.
 
-    Parameters
-    ----------
-    dataset : any dataset
-        A Subset of a CellStore, a `datasets.Dataset` or a CenterMaskSampler becomes `base.select(indices)`, in a
-        ConcatDataset too.
-
-    Returns
-    -------
-    The dataset itself if it contains no such Subset.
+    Such bases are a CellStore, a `datasets.Dataset` and a CenterMaskSampler. A dataset without such Subsets is
+    returned as it is.
     """
     if isinstance(dataset, ConcatDataset):
         parts = [as_selection(part) for part in dataset.datasets]
@@ -61,19 +54,7 @@ def bases(dataset: Any) -> list[Any]:
 
 
 def gather(dataset: Any, read: Callable[[Any], np.ndarray]) -> np.ndarray:
-    """Read an array with a value per row of each base, and return that of the rows of the dataset.
-
-    Parameters
-    ----------
-    dataset : any dataset
-        n rows.
-    read : callable
-        Base -> array (n_rows_of_base, …).
-
-    Returns
-    -------
-    array (n, …)
-    """
+    """Return a value per row of a dataset, array (n, …), from those that `read` returns for the rows of each base."""
     if isinstance(dataset, ConcatDataset):
         return np.concatenate([gather(part, read) for part in dataset.datasets])
     if isinstance(dataset, Subset):

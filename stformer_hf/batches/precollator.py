@@ -11,10 +11,11 @@ import numpy as np
 from transformers import BatchEncoding
 
 from ..models.gene_bert.cell_counts import pad_ragged
+from ..models.gene_bert.configuration_gene_bert import IGNORE
 from ..models.gene_bert.legacy_files import read_token_dictionary
 from ..models.gene_bert.tokenization_gene_bert import TokenizedCells
 
-_PADDED_WITH = {"token_type_ids": 0, "attention_mask": 0, "special_tokens_mask": 1, "labels": -100}
+_PADDED_WITH = {"token_type_ids": 0, "attention_mask": 0, "special_tokens_mask": 1, "labels": IGNORE}
 
 
 class STFormerPreCollator:
@@ -75,9 +76,10 @@ class STFormerPreCollator:
         """Return a mask of all False, since there are no phenotypes."""
         return np.zeros(np.shape(input_ids), bool)
 
-    def columns(self, tokens: TokenizedCells) -> dict[str, tuple[np.ndarray, int]]:
+    def columns(self, tokens: TokenizedCells, with_attention_mask: bool = False) -> dict[str, tuple[np.ndarray, int]]:
         """Return the model inputs as flat arrays, each with its padding value."""
-        return {"input_ids": (tokens.input_ids, self.pad_token_id)}
+        columns = {"input_ids": (tokens.input_ids, self.pad_token_id)}
+        return {**columns, "attention_mask": (np.ones_like(tokens.input_ids), 0)} if with_attention_mask else columns
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | None | list[int | None]:
         """Return the ids of tokens; None for unknown tokens."""

@@ -16,12 +16,7 @@ from ..store.cell_batch import REPEAT, Cell, CellBatch
 class NumberedRepeats(Sampler[list[int]]):
     """Batches whose row numbers say how often a row was drawn before: row + k * n_rows after k times in the epoch.
 
-    Parameters
-    ----------
-    batches : sampler of lists of int
-        The batches of all ranks in turn, so that all processes count the same.
-    n_rows : int
-        Number of rows of the dataset.
+    They are the batches of all ranks in turn, so that all processes count the same.
     """
 
     def __init__(self, batches: Any, n_rows: int):
@@ -46,13 +41,7 @@ class RepeatedRows(Dataset):
     """A dataset whose rows are read by the numbers of `NumberedRepeats`.
 
     A cell that comes again has another `cell_id`, by a multiple of 2**40, from which the collators draw other masks.
-    Rows without a `cell_id` are the same every time.
-
-    Parameters
-    ----------
-    dataset : map-style dataset
-    n_drawn : int
-        Number of rows of an epoch, which is its length.
+    Rows without a `cell_id` are the same every time. The length is the number of rows of an epoch, `n_drawn`.
     """
 
     def __init__(self, dataset: Any, n_drawn: int):

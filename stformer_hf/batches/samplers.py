@@ -8,7 +8,7 @@ import numpy as np
 
 from ..store.block_order import ORDER, block_order
 from .draws import Draw, Permutation, draw_of
-from .length_sampler import ResumableSampler, as_ints, checksum
+from .length_sampler import ResumableSampler, as_ints, check_sizes, checksum, values_of
 
 _AT_ONCE = 1 << 16  # rows whose order is computed at once
 _ASKED = 64  # rows that are asked for at once
@@ -50,12 +50,7 @@ class RowSampler(ResumableSampler[int]):
         yield from as_ints(self.draw(np.random.default_rng([self.seed, self.epoch]))[first + start : stop])
 
     def _settings(self) -> dict[str, object]:
-        return {
-            "n_rows": self.draw.n_rows,
-            "seed": self.seed,
-            "world_size": self.world_size,
-            **self.draw.settings(),
-        }
+        return {"n_rows": self.draw.n_rows, **values_of(self, "seed", "world_size"), **self.draw.settings()}
 
     def _range(self) -> tuple[int, int]:
         n_rows = len(self.draw)
@@ -80,8 +75,7 @@ class BlockShuffleSampler(RowSampler):
         does, and are read from the disk as blocks: while a window is read, the blocks of the next one are asked for
         (`CellStore.read_ahead`). Two windows should fit into the memory.
     rank, world_size : int, default: 0, 1
-        Which of how many equal parts of the order to return; their sizes differ by at most one row. Keep the defaults
-        if accelerate or Trainer prepares the loader, which divides the batches itself.
+        As for `RowSampler`.
 
     Raises
     ------
@@ -101,10 +95,9 @@ class BlockShuffleSampler(RowSampler):
     ):
         super().__init__(Permutation(len(store)), seed, rank=rank, world_size=world_size)
         self.store, self.block_size, self.window = store, block_size, window
-        self._order(0, 0)  # which checks both numbers
+        self._order(0, 0, window)  # which checks both numbers
 
-    def _order(self, start: int, stop: int, window: int | None = None) -> np.ndarray:
-        window = self.window if window is None else window
+    def _order(self, start: int, stop: int, window: int) -> np.ndarray:
         return block_order(len(self.draw), self.block_size, self.seed, self.epoch, start, stop, window=window)
 
     def _sequence(self, start: int) -> Iterator[int]:
@@ -114,17 +107,17 @@ class BlockShuffleSampler(RowSampler):
             yield from self._in_windows(first + start, stop, read_ahead)
             return
         for begin in range(first + start, stop, _AT_ONCE):  # the whole order is never in memory
-            yield from self._order(begin, min(begin + _AT_ONCE, stop)).tolist()
+            yield from self._order(begin, min(begin + _AT_ONCE, stop), self.window).tolist()
 
     def _in_windows(self, start: int, stop: int, read_ahead: Callable[[np.ndarray], None]) -> Iterator[int]:
         """Yield the rows from start to stop, and ask for those of the next window a few at a time."""
         size = self.window * self.block_size
         first = start // size * size
-        read_ahead(self._order(first, first + size, window=1))
+        read_ahead(self._order(first, first + size, 1))
         for begin in range(first, stop, size):
             end = begin + size
-            rows = self._order(max(begin, start), min(end, stop))
-            following = self._order(end, end + size if end < stop else end, window=1)
+            rows = self._order(max(begin, start), min(end, stop), self.window)
+            following = self._order(end, end + size if end < stop else end, 1)
             for at in range(0, max(len(rows), len(following)), _ASKED):
                 read_ahead(following[at : at + _ASKED])
                 yield from rows[at : at + _ASKED].tolist()
@@ -160,8 +153,7 @@ class SameSourceSampler(ResumableSampler[int]):
 
     def __init__(self, sources: np.ndarray, batch_size: int, seed: int = 0, *, draw: Draw | None = None):
         super().__init__(seed, 0, 1)
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: a batch needs at least one row.")
+        check_sizes(batch_size=batch_size)
         self.sources, self.batch_size = np.asarray(sources, np.int64), batch_size
         self.draw = draw_of(draw, len(self.sources))
 
@@ -180,12 +172,8 @@ class SameSourceSampler(ResumableSampler[int]):
         yield from as_ints(np.concatenate([full, rows[~in_full]])[start:])
 
     def _settings(self) -> dict[str, object]:
-        return {
-            "sources": checksum(self.sources),
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            **self.draw.settings(),
-        }
+        own = {"sources": checksum(self.sources), **values_of(self, "batch_size", "seed")}
+        return {**own, **self.draw.settings()}
 
 
 __all__ = ["BlockShuffleSampler", "RowSampler", "SameSourceSampler"]

@@ -6,15 +6,16 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any, Protocol, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
-from .length_sampler import batches_of_rank, check_rank, check_settings, even_out
-from .token_budget import batch_of_longest, check_sizes, cut_batches, put_first, reorder, too_long_message
+from .length_sampler import batches_of_rank, check_rank, check_settings, check_sizes, even_out, values_of
+from .token_budget import batch_of_longest, cut_batches, put_first, reorder, too_long_message
 
+_SETTINGS = ("max_tokens_per_batch", "packing", "max_cells", "buffer_size", "seed", "world_size")
 _MOST_MARKS = 256  # number of last windows from which a stream can be resumed
 
 
@@ -96,14 +97,14 @@ class TokenBudgetBuffer(IterableDataset):
                 f"A {type(stream).__name__} can be read only once: pass an iterable such as a dataset or a list."
             )
         check_sizes(max_tokens_per_batch=max_tokens_per_batch, max_cells=max_cells, buffer_size=buffer_size)
-        self.stream = stream
+        self.stream: Any = stream
         self.max_tokens_per_batch, self.packing, self.max_cells = max_tokens_per_batch, packing, max_cells
         self.buffer_size, self.n_tokens, self.seed = buffer_size, n_tokens, seed
         self.rank, self.world_size = rank, world_size
         # In shared memory: persistent workers see the next epoch, and this process sees that they read.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._read_by_workers = torch.zeros((), dtype=torch.bool).share_memory_()
-        self._set_out(_BEGINNING, 0)
+        self._start_at(_BEGINNING, 0)
         self._loaded = False
 
     @property
@@ -114,7 +115,7 @@ class TokenBudgetBuffer(IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, also of the stream if it has epochs; call it before the epoch's first batch."""
         if epoch != self.epoch:
-            self._set_out(_BEGINNING, 0)
+            self._start_at(_BEGINNING, 0)
             self._loaded = False
             self._read_by_workers.fill_(False)
         self._epoch.fill_(epoch)
@@ -169,26 +170,19 @@ class TokenBudgetBuffer(IterableDataset):
         """
         check_settings(self._settings(), state, "buffer")
         self.set_epoch(state["epoch"])
-        self._set_out({name: state[name] for name in _BEGINNING}, (state["n_before"] + state["taken"]) // self._step)
+        self._start_at({name: state[name] for name in _BEGINNING}, (state["n_before"] + state["taken"]) // self._step)
         self._loaded = True
         self._read_by_workers.fill_(False)
 
     def _settings(self) -> dict[str, Any]:
-        return {
-            "max_tokens_per_batch": self.max_tokens_per_batch,
-            "packing": self.packing,
-            "max_cells": self.max_cells,
-            "buffer_size": self.buffer_size,
-            "seed": self.seed,
-            "world_size": self.world_size,
-        }
+        return values_of(self, *_SETTINGS)
 
     @property
     def _step(self) -> int:
         """Number of batches over all ranks per returned batch."""
         return 1 if self.rank is None else self.world_size
 
-    def _set_out(self, mark: Mapping[str, Any], n_given: int) -> None:
+    def _start_at(self, mark: Mapping[str, Any], n_given: int) -> None:
         """Start at a window, after `n_given` returned batches."""
         self._marks = deque([dict(mark)], maxlen=_MOST_MARKS)
         self._n_given = n_given
@@ -201,7 +195,7 @@ class TokenBudgetBuffer(IterableDataset):
         if self._loaded and info is not None and info.num_workers > 1:
             raise RuntimeError("Multiple workers cannot resume from a loaded state: use num_workers=0 or 1.")
         if not self._loaded:
-            self._set_out(_BEGINNING, 0)
+            self._start_at(_BEGINNING, 0)
         self._loaded = False
         mark, n_given = self._marks[-1], self._n_given
         stream, cells = self._open(mark)
@@ -288,10 +282,8 @@ class StreamBatches(Dataset):
 
     Raises
     ------
-    RuntimeError
-        While reading: a requested batch was skipped already, or there are multiple workers.
-    ValueError
-        While reading: the stream has no cells.
+    RuntimeError, ValueError
+        While reading: a requested batch was skipped already, or there are multiple workers; the stream has no cells.
     """
 
     def __init__(self, batches: TokenBudgetBuffer, collator: Callable, mark: Mapping[str, Any] | None = None):
@@ -304,10 +296,9 @@ class StreamBatches(Dataset):
         if info is not None and info.num_workers > 1:
             raise RuntimeError("Each worker would read the whole stream: use num_workers=0 or 1.")
         if self._reading is None:
-            self._set_out(number)
+            self._start_at(number)
         if number < self._next:
             raise RuntimeError(f"Batch {number} of the stream was skipped already: make a new DataLoader.")
-        cells = self._draw()
         while self._next <= number:
             cells = self._draw()
         if hasattr(self.collator, "set_epoch"):
@@ -315,7 +306,7 @@ class StreamBatches(Dataset):
         mark = {"next": self._next, "state": self.batches.state_after(self._n_of_epoch)}
         return {**self.collator(cells), "stream_mark": json.dumps(mark)}
 
-    def _set_out(self, number: int) -> None:
+    def _start_at(self, number: int) -> None:
         mark = self.mark
         if mark is not None and mark["next"] <= number:
             self._next, state = mark["next"], mark["state"]
@@ -328,7 +319,7 @@ class StreamBatches(Dataset):
 
     def _draw(self) -> list[Any]:
         """Return the next batch, from the next epoch if this one has ended."""
-        assert self._reading is not None  # `_set_out` was called
+        assert self._reading is not None  # `_start_at` was called
         cells = next(self._reading, None)
         if cells is None:
             if not self._n_of_epoch:
@@ -342,13 +333,7 @@ class StreamBatches(Dataset):
 
 
 class StreamOrder(Sampler[list[int]]):
-    """The numbers of the batches of an epoch, for `StreamBatches`: a batch sampler.
-
-    Parameters
-    ----------
-    n_batches : int
-        Number of batches in an epoch, over all ranks.
-    """
+    """The numbers of the `n_batches` of an epoch, over all ranks, for `StreamBatches`: a batch sampler."""
 
     def __init__(self, n_batches: int):
         self.n_batches, self.epoch = n_batches, 0
@@ -371,13 +356,7 @@ def only(batches: list[Any]) -> Any:
     return batch
 
 
-class _Stateful(Protocol):
-    def __iter__(self) -> Iterator: ...
-
-    def load_state_dict(self, state: Any) -> None: ...
-
-
-def _has_exact_state(stream: Any) -> TypeGuard[_Stateful]:
+def _has_exact_state(stream: Any) -> bool:
     """Return whether a stream can resume exactly from its own state."""
     return hasattr(stream, "state_dict") and not _has_shuffle_buffer(getattr(stream, "_ex_iterable", None))
 

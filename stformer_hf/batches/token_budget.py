@@ -10,14 +10,8 @@ from typing import Any
 import numpy as np
 
 from .draws import Draw, draw_of
-from .length_sampler import (
-    ResumableSampler,
-    batches_of_rank,
-    checksum,
-    even_out,
-    known_lengths,
-    split,
-)
+from .length_sampler import ResumableSampler, batches_of_rank, check_sizes, checksum, even_out, split, values_of
+from .lengths import known_lengths
 
 _MEGA_BATCH = {False: 50, True: 200}  # if packed, any cells can share a batch, so larger windows fill batches better
 _MOST_DRAWS = 20  # permutations tried per epoch, until one has few enough batches
@@ -176,12 +170,7 @@ class TokenBudgetBatchSampler(ResumableSampler[list[int]]):
     def _settings(self) -> dict[str, Any]:
         return {
             "lengths": checksum(self.lengths),
-            "max_tokens_per_batch": self.max_tokens_per_batch,
-            "packing": self.packing,
-            "max_cells": self.max_cells,
-            "mega_batch": self.mega_batch,
-            "seed": self.seed,
-            "world_size": self.world_size,
+            **values_of(self, "max_tokens_per_batch", "packing", "max_cells", "mega_batch", "seed", "world_size"),
             "all_ranks": self.rank is None,
             "drop_last": self.drop_last,
             **self.draw.settings(),
@@ -242,21 +231,10 @@ def cut_batches(
 
 
 def _first_fit(costs: np.ndarray, sizes: np.ndarray, budget: int, max_cells: int | None) -> np.ndarray:
-    """Put each cell into the first bin of its window that has room for it.
+    """Put each cell into the first bin of its window that has room for it; return the bin's number, int array (n,).
 
-    Parameters
-    ----------
-    costs : int array (n,)
-        Number of tokens, window after window, descending in each; 1 to the budget.
-    sizes : int array (n_windows,)
-        Number of cells of each window; they differ by at most one.
-    budget, max_cells
-        Limits of a bin.
-
-    Returns
-    -------
-    int array (n,)
-        Number of the bin in its window.
+    `costs` (n,) are the tokens of the cells, window after window, descending in each, 1 to the budget; `sizes`
+    (n_windows,) the numbers of cells of the windows, which differ by at most one.
     """
     windows = np.arange(len(sizes))
     starts = np.cumsum(sizes) - sizes
@@ -296,12 +274,6 @@ def reorder(rows: np.ndarray, cuts: np.ndarray, order: np.ndarray) -> tuple[np.n
     sizes = np.diff(cuts)[order]
     new_cuts = np.concatenate([[0], np.cumsum(sizes)])
     return rows[np.repeat(cuts[:-1][order] - new_cuts[:-1], sizes) + np.arange(len(rows))], new_cuts
-
-
-def check_sizes(**sizes: int | None) -> None:
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ValueError(f"{name}={size}: must be at least 1.")
 
 
 def too_long_message(name: str, length: int, budget: int) -> str:

@@ -17,13 +17,7 @@ CLASS_NAMES = b"class_names"
 
 
 class TokenRows(Dataset):
-    """A tokenized dataset whose batches reach the collators of this package as Arrow tables.
-
-    Parameters
-    ----------
-    dataset : datasets.Dataset
-        Dataset with a column `input_ids`.
-    """
+    """A tokenized dataset, with a column `input_ids`, whose batches reach the collators as Arrow tables."""
 
     def __init__(self, dataset: HuggingFaceDataset):
         self.dataset = dataset

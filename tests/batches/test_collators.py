@@ -42,7 +42,7 @@ def examples_of(tokenizer, cells, **columns) -> list[dict]:
 
 def within(hits: int, trials: int, rate: float) -> bool:
     """Whether a count fits a rate, at a level that one test in ten thousand misses."""
-    return stats.binomtest(hits, trials, rate).pvalue > 1e-4
+    return stats.binomtest(int(hits), int(trials), rate).pvalue > 1e-4
 
 
 @pytest.fixture(scope="module")

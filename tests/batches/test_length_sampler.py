@@ -252,7 +252,7 @@ def test_even_batches_follow_the_epoch_of_their_sampler():
     batches.set_epoch(1)
     assert sampler.epoch == 1 and list(batches) != before
     EvenBatchSampler(range(5), 2).set_epoch(1)  # has no epochs
-    with pytest.raises(ValueError, match="at least one row"):
+    with pytest.raises(ValueError, match="batch_size=0: must be at least 1"):
         EvenBatchSampler(range(5), 0)
     with pytest.raises(ValueError, match="rank=2 of world_size=2"):
         EvenBatchSampler(range(5), 2, rank=2, world_size=2)

@@ -116,12 +116,12 @@ def test_bad_lengths_raise(tmp_path):
     assert not (tmp_path / "harm").exists()
     for wrong in ([1.5], [-1], [[], []], {"a": 1}, "123", [[1], [2]], 5):
         (tmp_path / "x.json").write_text(json.dumps(wrong))
-        with pytest.raises(ValueError, match=r"x.json: must be a list of non-negative integers"):
+        with pytest.raises(ValueError, match=r"x.json: Lengths must be non-negative integers"):
             load_example_lengths(tmp_path / "x.json")
     (tmp_path / "x.json").write_bytes(pickle.dumps([1]))
     with pytest.raises(ValueError, match="not JSON.*end in .pkl"):
         load_example_lengths(tmp_path / "x.json")
     with pytest.raises(ValueError, match="as .json"):
         write_example_lengths([1], tmp_path / "x.pkl")
-    with pytest.raises(ValueError, match="neither length nor input_ids"):
+    with pytest.raises(ValueError, match="no column `length`; it has x"):
         write_example_lengths(Dataset.from_dict({"x": [1]}), tmp_path / "x.json")

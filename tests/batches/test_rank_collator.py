@@ -17,11 +17,7 @@ from stformer_hf import (
     GeneTokenizer,
     collate_fn_wrapper,
 )
-
-
-def within(hits: int, trials: int, rate: float) -> bool:
-    """Whether a count fits a rate, at a level that one test in ten thousand misses."""
-    return stats.binomtest(int(hits), int(trials), rate).pvalue > 1e-4
+from tests.batches.test_collators import within
 
 
 def tokenizer_of(store, **kwargs):

@@ -127,11 +127,10 @@ class CellNeighborhoodConfig(PreTrainedConfig):
                 "A cell's token must read its expression (use_expression=True), an embedding of the cell "
                 f"(cell_embedding_size, got {self.cell_embedding_size}), or both."
             )
-        for name, size in (("gene_ids", self.n_genes), ("cell_types", self.n_cell_types)):
+        for name, least, most in (("gene_ids", self.n_genes, self.n_genes), ("cell_types", 1, self.n_cell_types)):
             given = getattr(self, name)
-            has_room = name == "cell_types" and given is not None and 0 < len(given) < size
-            if given is not None and len(given) != size and not has_room:
-                raise ValueError(f"There are {len(given)} {name}, but the model has {size}.")
+            if given is not None and not least <= len(given) <= most:
+                raise ValueError(f"There are {len(given)} {name}, but the model has {most}.")
         on_init = type(self).on_init
         if on_init is not None:
             on_init()

@@ -143,19 +143,11 @@ def zinb_log_likelihood(
 
 
 class CountDistribution(NamedTuple):
-    """Distributions of the counts of B cells in G genes.
-
-    Attributes
-    ----------
-    log_mean, log_dispersion : float32 Tensor (B, G)
-        Parameters of the negative binomials.
-    gate_logits : float32 Tensor (B, G) or None
-        Log odds of an excess zero; None for negative binomials without zero inflation.
-    """
+    """Negative binomials of the counts of B cells in G genes: float32 Tensors (B, G)."""
 
     log_mean: torch.Tensor
     log_dispersion: torch.Tensor
-    gate_logits: torch.Tensor | None
+    gate_logits: torch.Tensor | None  # log odds of an excess zero; None without zero inflation
 
     def log_likelihood(self, counts: torch.Tensor) -> torch.Tensor:
         """Return the log likelihood (B, G) of counts (B, G), in nats."""
@@ -218,18 +210,9 @@ class CountHead(nn.Module):
 
 
 def check_counts(counts: torch.Tensor, name: str) -> None:
-    """Check that values are counts. Skipped on a GPU, since it would have to synchronise.
+    """Raise ValueError if a tensor holds NaN, infinite, negative or fractional values; `name` is for the message.
 
-    Parameters
-    ----------
-    counts : Tensor
-    name : str
-        Name of the tensor in the error.
-
-    Raises
-    ------
-    ValueError
-        Values are NaN, infinite, negative or fractional.
+    Nothing is checked on a GPU, which would have to synchronise.
     """
     if (
         counts.device.type != "cpu"

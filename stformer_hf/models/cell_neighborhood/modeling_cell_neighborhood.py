@@ -83,51 +83,29 @@ class CellNeighborhoodForMaskedCellOutput(ModelOutput):
 
 
 class Block(NamedTuple):
-    """Sequences of one length, side by side in a row of tokens; each attends only to itself.
-
-    Attributes
-    ----------
-    n_sequences, queries, keys : int
-        Number of sequences, and of queries and keys in each.
-    mask : bool Tensor (1, 1, queries, keys) or None
-        True = may attend; every row has at least one True. None if everything may attend.
-    closed : bool Tensor (queries, 1) or None
-        Queries that may attend to nothing; their output is 0.
-    """
+    """Sequences of one length, side by side in a row of tokens; each attends only to itself."""
 
     n_sequences: int
-    queries: int
-    keys: int
-    mask: torch.Tensor | None = None
-    closed: torch.Tensor | None = None
+    queries: int  # of each sequence
+    keys: int  # of each sequence
+    mask: torch.Tensor | None = None  # bool (1, 1, queries, keys), True = may attend, at least once in every row
+    closed: torch.Tensor | None = None  # bool (queries, 1): queries that may attend to nothing; their output is 0
 
 
 class Routes(NamedTuple):
     """Which token attends to which, with the tokens in the order that makes attention cheapest.
 
-    Attributes
-    ----------
-    encoder, pooling, decoder : list of Block
-    order : LongTensor (N + B,) or None
-        Token (cells, then cls) at each position of the encoder; None if the order is unchanged.
-    place : LongTensor (N + B,) or None
-        Position of each token, the inverse of `order`.
-    pooled_cells : LongTensor (N,) or None
-        Cells to pool, block after block; None for all tokens in their order.
-    pooled_place : LongTensor (B,) or None
-        Position of each neighbourhood among the pooled ones.
-    partners : LongTensor (2 * B,) or None
-        Token that each decoder token attends to; None if the decoder's block defines it.
+    The LongTensors are None if tokens keep their order, and the decoder's block says what attends to what.
     """
 
     encoder: list[Block]
     pooling: list[Block]
     decoder: list[Block]
-    order: torch.Tensor | None = None
-    place: torch.Tensor | None = None
-    pooled_cells: torch.Tensor | None = None
-    pooled_place: torch.Tensor | None = None
-    partners: torch.Tensor | None = None
+    order: torch.Tensor | None = None  # (N + B,), the token (cells, then cls) at each position of the encoder
+    place: torch.Tensor | None = None  # (N + B,), the position of each token: the inverse of `order`
+    pooled_cells: torch.Tensor | None = None  # (N,), the cells to pool, block after block
+    pooled_place: torch.Tensor | None = None  # (B,), the position of each neighbourhood among the pooled ones
+    partners: torch.Tensor | None = None  # (2 * B,), the token that each decoder token attends to
 
 
 def _block_of(mask: torch.Tensor) -> Block:
@@ -140,13 +118,7 @@ def _block_of(mask: torch.Tensor) -> Block:
 def routes_of_masks(
     encoder_mask: torch.Tensor, pooling_mask: torch.Tensor, decoder_mask: torch.Tensor, n_cells: int
 ) -> Routes:
-    """Convert the masks of a batch to routes; see `CellNeighborhoodModel.forward`.
-
-    Raises
-    ------
-    ValueError
-        Masks are not bool, or have other shapes.
-    """
+    """Convert the masks of a batch to routes; raise ValueError for other types or shapes than the model documents."""
     n_neighborhoods = len(pooling_mask)
     tokens = n_cells + n_neighborhoods
     shapes = {
@@ -166,18 +138,8 @@ def routes_of_masks(
 def routes_of_packing(cu_seq_lens: torch.Tensor, lengths: Sequence[int] | None, n_cells: int) -> Routes:
     """Group neighbourhoods by length, so that attention takes one call per length and needs no mask.
 
-    Parameters
-    ----------
-    cu_seq_lens : int32 Tensor (B + 1,)
-        Neighbourhood i has the cells `cu_seq_lens[i]:cu_seq_lens[i + 1]`.
-    lengths : sequence of int (B,), optional
-        The same as lengths, on the host; avoids a synchronisation with the GPU.
-    n_cells : int
-
-    Raises
-    ------
-    ValueError
-        Lengths do not match each other, or the number of cells.
+    Neighbourhood i has the cells `cu_seq_lens[i]:cu_seq_lens[i + 1]`. The same as `lengths` (B,) on the host avoids a
+    synchronisation with the GPU. Raises a ValueError if they do not match each other, or the number of cells.
     """
     if lengths is None:
         lengths = cu_seq_lens.diff().tolist()
@@ -256,21 +218,10 @@ class CellNeighborhoodAttention(nn.Module):
     def forward(
         self, queries: torch.Tensor, keys: torch.Tensor, blocks: list[Block]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend from queries to keys within each block.
+        """Attend from queries (n_queries, hidden) to keys (n_keys, hidden) within consecutive blocks of both.
 
-        Parameters
-        ----------
-        queries : Tensor (n_queries, hidden)
-        keys : Tensor (n_keys, hidden)
-        blocks : list of Block
-            Consecutive blocks of both.
-
-        Returns
-        -------
-        Tensor (n_queries, hidden)
-            Output; the bias of the last layer for a query that may attend to nothing.
-        Tensor (heads, n_queries, n_keys) or None
-            Attention weights, only on the eager backend, for a single block with a mask.
+        Returns the output (n_queries, hidden), which is the bias of the last layer for a query that may attend to
+        nothing, and on the eager backend, for a single block with a mask, the weights (heads, n_queries, n_keys).
         """
         heads = (self.config.num_attention_heads, self.head_dim)
         query = self.q_lin(queries).view(-1, *heads)
@@ -331,20 +282,11 @@ class CellNeighborhoodLayer(GradientCheckpointingLayer):
 
 
 class SparseRows(NamedTuple):
-    """Expression of N cells without its zeros, as in a CSR matrix (N, G).
+    """Expression of N cells without its zeros, as in a CSR matrix (N, G)."""
 
-    Attributes
-    ----------
-    indptr : int32 Tensor (N + 1,)
-        Cell i has the values `indptr[i]:indptr[i + 1]`.
-    genes : int32 Tensor (E,)
-        Gene of each value; each gene is at most once in a cell.
-    values : float32 Tensor (E,)
-    """
-
-    indptr: torch.Tensor
-    genes: torch.Tensor
-    values: torch.Tensor
+    indptr: torch.Tensor  # int32 (N + 1,): cell i has the values `indptr[i]:indptr[i + 1]`
+    genes: torch.Tensor  # int32 (E,), each gene at most once in a cell
+    values: torch.Tensor  # float32 (E,)
 
     def log1p(self) -> "SparseRows":
         """Return log1p of all values; that of the zeros is 0."""

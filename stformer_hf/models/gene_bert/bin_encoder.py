@@ -16,17 +16,7 @@ _BELOW_ANY_COUNT = 1e-9  # cells that the edges were not fitted on may have smal
 
 
 class BinEncoder(CellVocabulary):
-    """Bins the counts of cells.
-
-    Attributes
-    ----------
-    n_bins : int
-        Number of bins including `bin_0`: one more than the number of edges (the largest over genes).
-    first_bin_id : int
-        Token id of `bin_0`.
-    gene_types : list of str
-        Name of each token type of genes.
-    """
+    """Bins the counts of cells; `n_bins` and `first_bin_id` are those of the tokenizer."""
 
     required_roles = frozenset(SPECIAL_TOKENS)
 
@@ -78,24 +68,12 @@ class BinEncoder(CellVocabulary):
     def encode(
         self, cells: Cells, column_genes: np.ndarray | None, layout: CellLayout, truncation: Truncation
     ) -> TokenizedCells:
-        """Return the tokens of cells.
-
-        Parameters
-        ----------
-        cells : Cells
-        column_genes : int array (n_columns,) or None
-            Gene of each column, -1 if unknown; None if column j is gene j.
-        layout : CellLayout
-            Tokens around the genes.
-        truncation : Truncation
-            How longer cells are cut.
-        """
+        """Return the tokens of cells; `column_genes` are those of `map_genes`."""
         settings, rows = self.settings, map_genes(cells.rows, column_genes)
         cell_ids = truncation.cell_ids(cells.ids, rows)
-        totals = None
+        measured = rows.counts
         if settings.normalize is not None:
-            totals = row_sums(cells.rows if settings.totals == "columns" else rows)
-        measured = rows.counts if totals is None else _log1p_cp10k(rows, totals)
+            measured = _log1p_cp10k(rows, row_sums(cells.rows if settings.totals == "columns" else rows))
         bins = self._binner(rows.columns, measured)
         indptr, genes, counts = rows
         if len(bins) and not bins.min():
@@ -103,7 +81,7 @@ class BinEncoder(CellVocabulary):
         lengths, room = np.diff(indptr), layout.room(truncation.max_length)
         ids, types, token_indptr, starts = layout.allocate([np.minimum(lengths, room)])
         values = np.zeros(len(ids), np.float32) if settings.values else None
-        if settings.values and totals is None:
+        if settings.values and settings.normalize is None:
             measured = np.log1p(measured, dtype=np.float32)
         dropped, n_dropped = [np.empty(0, np.int64)], np.maximum(lengths - room, 0)
         cuts = zip(indptr.tolist(), indptr[1:].tolist(), starts[0].tolist(), room.tolist(), strict=False)
@@ -137,10 +115,7 @@ class BinEncoder(CellVocabulary):
 class Binner:
     """Assigns values to bins: x is in bin i if `edges[i - 1] <= x < edges[i]`.
 
-    Parameters
-    ----------
-    edges : float64 array (n_edges,) or (n_genes, n_edges)
-        Ascending edges for all genes, or one row per gene, padded with infinity.
+    The edges, float64, are those of all genes (n_edges,), or one row per gene, padded with infinity.
     """
 
     def __init__(self, edges: np.ndarray):

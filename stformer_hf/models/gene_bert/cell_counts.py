@@ -10,52 +10,28 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .cell_tables import find_table, is_mudata, is_spatialdata
-from .gene_columns import GENES, ColumnNames, GeneNames, feature_types
+from .gene_columns import GENES, ColumnNames, GeneNames, SharedNames, feature_types
 
 NEIGHBORS = "spatial_connectivities"  # where squidpy keeps the graph of the cells
 NO_COUNTS = "only zeros in the part that was checked"
 
 
 class CountRows(NamedTuple):
-    """Counts of n cells.
+    """Counts of n cells: cell i has the entries `indptr[i]:indptr[i + 1]`."""
 
-    Attributes
-    ----------
-    indptr : int64 array (n + 1,)
-        Cell i has the entries `indptr[i]:indptr[i + 1]`.
-    columns : int array (nnz,)
-        Columns, ascending in each cell, without duplicates.
-    counts : array (nnz,)
-        Counts; zeros are allowed.
-    """
-
-    indptr: np.ndarray
-    columns: np.ndarray
-    counts: np.ndarray
+    indptr: np.ndarray  # int64 (n + 1,)
+    columns: np.ndarray  # int (nnz,), ascending in each cell, without duplicates
+    counts: np.ndarray  # (nnz,); zeros are allowed
 
 
 class Cells(NamedTuple):
-    """Cells to tokenize.
-
-    Attributes
-    ----------
-    rows : CountRows
-        Their counts.
-    names : ColumnNames, or gene ids and symbols (n_columns,)
-        Names of the columns.
-    obs : DataFrame, CellBatch, dict or None
-        Source of the phenotypes.
-    ids : int64 array (n,) or None
-        Ids of a store's cells, from which random choices are drawn; None to draw them from a checksum of the counts.
-    neighborhood : CountRows or None
-        Summed counts of each cell's neighbours, over the same columns.
-    """
+    """Cells to tokenize."""
 
     rows: CountRows
-    names: ColumnNames | tuple[GeneNames, GeneNames]
-    obs: Any
-    ids: np.ndarray | None
-    neighborhood: CountRows | None
+    names: ColumnNames | SharedNames  # of the columns
+    obs: Any  # a DataFrame, CellBatch, dict or None, with the phenotypes
+    ids: np.ndarray | None  # int64 (n,), from which random choices are drawn, else from checksums of the counts
+    neighborhood: CountRows | None  # summed counts of each cell's neighbours, over the same columns
 
 
 def is_cell_batch(cells) -> bool:
@@ -65,7 +41,7 @@ def is_cell_batch(cells) -> bool:
 
 def read_cells(
     cells,
-    genes: Sequence[str] | tuple[Sequence[str] | np.ndarray, Sequence[str] | np.ndarray] | None,
+    genes: Sequence[str] | tuple[GeneNames, GeneNames] | None,
     obs,
     layer: str | None,
     neighborhood,
@@ -87,7 +63,7 @@ def read_cells(
             )
         return Cells(
             CountRows(cells.indptr, cells.genes, cells.counts),
-            (cells.gene_ids, cells.symbols),
+            SharedNames(cells.gene_ids, cells.symbols),
             cells,
             cells.cell_id,
             CountRows(*around) if with_neighborhood and around is not None else None,
@@ -96,7 +72,7 @@ def read_cells(
     if has_tables or (hasattr(cells, "obs") and hasattr(cells, "var_names")):
         adata, obs, layer, name = find_table(cells, layer)
         matrix, rows, var = _find_counts(adata, layer, fractional, name)
-        names: ColumnNames | tuple[GeneNames, GeneNames] = ColumnNames(var.index, var)
+        names: ColumnNames | SharedNames = ColumnNames(var.index, var)
         if with_neighborhood:
             if NEIGHBORS not in adata.obsp:
                 raise ValueError(
@@ -116,11 +92,10 @@ def read_cells(
         if genes is None:
             genes = getattr(cells, "columns", None)  # a DataFrame names its genes
         genes = (own_genes, own_genes) if genes is None else genes
-        names = genes if isinstance(genes, tuple) else ColumnNames(genes)
-        n_names = len(names[0]) if isinstance(names, tuple) else len(names)
-        if n_names != cells.shape[1]:
+        names = SharedNames(*genes) if isinstance(genes, tuple) else ColumnNames(genes)
+        if len(names) != cells.shape[1]:
             raise ValueError(
-                f"The matrix has {cells.shape[1]} columns, but there are {n_names} gene ids for them."
+                f"The matrix has {cells.shape[1]} columns, but there are {len(names)} gene ids for them."
                 " Pass genes=[…], the gene ids of its columns."
             )
         _require_counts(rows.counts, "the matrix", fractional)
@@ -134,19 +109,10 @@ def read_cells(
 
 
 def sum_of_neighbors(graph, matrix):
-    """Sum the counts of each cell's neighbours.
+    """Sum the counts of each cell's neighbours, sparse or dense (n, n_columns) as `matrix`, in a 64-bit type.
 
-    Parameters
-    ----------
-    graph : sparse matrix (n, n)
-        Every stored entry is a neighbour, whatever its weight; a cell is not its own neighbour.
-    matrix : sparse or dense matrix (n, n_columns)
-        Counts.
-
-    Returns
-    -------
-    sparse or dense matrix (n, n_columns)
-        Sums, in a 64-bit type.
+    Every stored entry of `graph`, a sparse matrix (n, n), is a neighbour, whatever its weight; a cell is not its own
+    neighbour.
     """
     if not hasattr(graph, "tocoo"):
         raise ValueError(f"The graph of the cells must be a sparse matrix, got {type(graph).__name__}.")
@@ -200,26 +166,20 @@ def keep(mask: np.ndarray, indptr: np.ndarray, *arrays: np.ndarray) -> tuple[np.
 def checksums(rows: CountRows) -> np.ndarray:
     """Compute a checksum of the non-zero counts of each cell, int64 array (n,), independent of their types."""
     indptr, (genes, counts) = keep(rows.counts != 0, rows.indptr, rows.columns, rows.counts)
-    both = np.stack([genes.astype(np.float64), counts.astype(np.float64)], axis=1)
-    cuts = indptr.tolist()
-    return np.array([zlib.crc32(both[a:b].tobytes()) for a, b in itertools.pairwise(cuts)], np.int64)
+    return row_checksums(np.stack([genes.astype(np.float64), counts.astype(np.float64)], axis=1), indptr)
+
+
+def row_checksums(values: np.ndarray, indptr: np.ndarray) -> np.ndarray:
+    """Compute a checksum of the values of each cell, `values[indptr[i]:indptr[i + 1]]`: int64 array (n,)."""
+    cuts = itertools.pairwise(indptr.tolist())
+    return np.array([zlib.crc32(values[start:stop].tobytes()) for start, stop in cuts], np.int64)
 
 
 def hide(rows: CountRows, cells: np.ndarray, genes: np.ndarray, n_genes: int) -> CountRows:
-    """Hide genes of cells from the model: their counts become -1, and those not expressed get an entry of -1.
+    """Return counts in which pairs of cell and gene, int64 arrays (k,), are hidden from the model.
 
-    Parameters
-    ----------
-    rows : CountRows
-        Counts over genes, ascending in each cell; not modified.
-    cells, genes : int64 array (k,)
-        Pairs of cell and gene to hide, in any order.
-    n_genes : int
-        Number of all genes.
-
-    Returns
-    -------
-    CountRows
+    Their counts are -1, and those not expressed get an entry of -1. The genes of `rows`, of `n_genes` in all, are
+    ascending in each cell, and stay so.
     """
     n_cells = len(rows.indptr) - 1
     keys = np.repeat(np.arange(n_cells), np.diff(rows.indptr)) * n_genes + rows.columns
@@ -238,24 +198,9 @@ def hide(rows: CountRows, cells: np.ndarray, genes: np.ndarray, n_genes: int) ->
 
 
 def pad_ragged(flat: np.ndarray, indptr: np.ndarray, length: int, value: float, side: str = "right") -> np.ndarray:
-    """Write ragged rows into a padded matrix.
+    """Write ragged rows, `flat[indptr[i]:indptr[i + 1]]`, into a matrix (n, length) of their dtype.
 
-    Parameters
-    ----------
-    flat : array (T,)
-        The rows, concatenated.
-    indptr : int array (n + 1,)
-        Row i is `flat[indptr[i]:indptr[i + 1]]`.
-    length : int
-        Number of columns; no row may be longer.
-    value : float
-        Padding value.
-    side : {"right", "left"}, default: "right"
-        Where the padding goes.
-
-    Returns
-    -------
-    array (n, length) of the dtype of `flat`
+    No row may be longer. It is padded with `value` on the "right" or "left" side.
     """
     n_rows = len(indptr) - 1
     padded = np.full((n_rows, length), value, flat.dtype)
@@ -382,13 +327,9 @@ def choose_counts(
 
 
 def check_counts(values: np.ndarray, fractional: bool) -> tuple[np.ndarray, str | None]:
-    """Check that values are counts; return them (whole floats as narrow integers) and what is wrong, or None.
+    """Check that values, array (nnz,), are counts; return them (whole floats as narrow integers) and what is wrong.
 
-    Parameters
-    ----------
-    values : array (nnz,)
-    fractional : bool
-        Whether fractions are allowed (estimates of alevin, RSEM, SoupX, CellBender).
+    This is None if nothing is. Fractions can be allowed (estimates of alevin, RSEM, SoupX, CellBender).
     """
     kind = values.dtype.kind
     if kind in "ub" or not len(values):
@@ -422,18 +363,9 @@ def _in_memory(matrix):
 
 
 def map_genes(rows: CountRows, column_genes: np.ndarray | None) -> CountRows:
-    """Map columns to genes: drop unknown ones, sort genes in ascending order, sum duplicates.
+    """Return counts over genes instead of columns: unknown ones are dropped, duplicates summed, genes ascending.
 
-    Parameters
-    ----------
-    rows : CountRows
-    column_genes : int array (n_columns,) or None
-        Gene of each column, -1 if unknown; None if column j is gene j.
-
-    Returns
-    -------
-    CountRows
-        Counts over the genes.
+    `column_genes` is the gene of each column, int array (n_columns,), -1 if unknown; None if column j is gene j.
     """
     if column_genes is None:
         return rows
@@ -471,6 +403,7 @@ __all__ = [
     "map_genes",
     "pad_ragged",
     "read_cells",
+    "row_checksums",
     "row_sums",
     "split_features",
     "sum_of_neighbors",

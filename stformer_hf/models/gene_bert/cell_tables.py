@@ -12,24 +12,12 @@ logger = logging.get_logger(__name__)
 
 
 class CellTable(NamedTuple):
-    """The table that holds the cells.
+    """The table that holds the cells."""
 
-    Attributes
-    ----------
-    table : AnnData
-        The AnnData itself, a modality of a MuData or a table of a SpatialData; not a copy.
-    obs : DataFrame
-        Its obs; for a modality, joined with those columns of the MuData's obs that it lacks.
-    layer : str or None
-        Rest of `layer`: the name of a layer of the table.
-    name : str
-        Name for errors, such as `MuData, modality 'rna'`.
-    """
-
-    table: Any
-    obs: Any
-    layer: str | None
-    name: str
+    table: Any  # the AnnData itself, a modality of a MuData or a table of a SpatialData; not a copy
+    obs: Any  # its obs, DataFrame; for a modality, joined with those columns of the MuData's obs that it lacks
+    layer: str | None  # rest of `layer`: the name of a layer of the table
+    name: str  # for errors, such as "MuData, modality 'rna'"
 
 
 def is_mudata(cells) -> bool:
@@ -43,22 +31,9 @@ def is_spatialdata(cells) -> bool:
 
 
 def find_table(cells, layer: str | None = None) -> CellTable:
-    """Find the table that holds the cells by the rule of `choose_table`; an AnnData is its own table.
+    """Find the table of an AnnData, MuData or SpatialData that holds the cells; an AnnData is its own table.
 
-    Parameters
-    ----------
-    cells : AnnData, MuData or SpatialData
-    layer : str, optional
-        See `choose_table`.
-
-    Returns
-    -------
-    CellTable
-
-    Raises
-    ------
-    ValueError
-        There is no table, or the choice is ambiguous; see `choose_table`.
+    The rule, `layer` and the errors are those of `choose_table`.
     """
     if is_mudata(cells):
         kind, tables = "modality", cells.mod
@@ -138,20 +113,10 @@ def choose_table(
 
 
 def join_obs(obs, shared, modality: str):
-    """Add the columns of a MuData's obs to those of a modality, by cell name.
+    """Add the columns of a MuData's obs (`shared`) to those of a modality, DataFrame (n,), by cell name.
 
-    Parameters
-    ----------
-    obs : DataFrame (n,)
-        Obs of the modality. Its own columns win over the MuData's copies of them (`rna:n_counts`).
-    shared : DataFrame
-        Obs of the MuData.
-    modality : str
-
-    Returns
-    -------
-    DataFrame (n,)
-        `obs` itself if there is nothing to add. Cells that are not in the MuData's obs get missing values.
+    The modality's own columns win over the MuData's copies of them (`rna:n_counts`). Cells that are not in the
+    MuData's obs get missing values. `obs` itself is returned if there is nothing to add.
     """
     new = [name for name in shared.columns if str(name).removeprefix(f"{modality}:") not in obs.columns]
     if not new:

@@ -16,29 +16,18 @@ SPECIAL_TOKENS = {"cls_token": "[CLS]", "eos_token": "[EOS]", "mask_token": "[MA
 class CellVocabulary:
     """What the vocabularies of the two schemes share.
 
-    Parameters
-    ----------
-    settings : TokenizerSettings
-        Those of the special tokens are checked and completed here.
-    words : list of str
-        Tokens of the expression: bins or genes.
-
-    Attributes
-    ----------
-    settings : TokenizerSettings
-    tokens : list of str
-        Token of each id.
-    ids : dict of str to int
-        Id of each token.
-    special_ids, all_phenotype_ids : int64 array
-        In ascending order.
-    phenotype_ids : dict of str to dict of str to int
-        Category -> token of a value -> id.
-    expression_ids : int64 array (n_words,)
-        Id of each word.
-    gene_type : int
-        Token type of the first gene.
+    The settings of the special tokens are checked and completed here. `words` are the tokens of the expression: bins
+    or genes.
     """
+
+    tokens: list[str]  # the token of each id
+    ids: dict[str, int]  # the id of each token
+    special_ids: np.ndarray  # int64, ascending
+    all_phenotype_ids: np.ndarray  # int64, ascending
+    phenotype_ids: dict[str, dict[str, int]]  # category -> token of a value -> id
+    expression_ids: np.ndarray  # int64 (n_words,), the id of each word
+    gene_type: int  # token type of the first gene
+    gene_types: list[str]  # the name of each token type of genes; set by the encoder of a scheme
 
     required_roles = frozenset(("mask_token", "pad_token"))  # of the special tokens
     words_first = False  # whether the ids of the words come before those of the phenotypes

@@ -6,6 +6,8 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+IGNORE = -100  # label of what is not predicted, as in torch's cross entropy
+
 # layers, heads, hidden size, feed-forward size, attention dropout. base and large are PerturbGene's; tiny and small
 # are for a laptop: on a CPU, attention dropout disables sdpa's fast kernel, and a step takes three times as long.
 SIZES = {
@@ -39,6 +41,7 @@ AUTO_MAP = {
 _CHOICES = {
     "classifier_head": ("mlp", "linear"),
     "classifier_pooling": ("cls", "mean"),
+    "pooling": (None, "cls", "mean"),
     "residual_init": ("normal", "zero"),
     "norm_type": ("layer_norm", "rms_norm"),
     "position_embedding_type": ("none", "learned", "rotary"),
@@ -218,12 +221,9 @@ class GeneBertConfig(PreTrainedConfig):
             raise ValueError(
                 f"cell_embedding needs num_genes and an even hidden_size, got {self.num_genes} and {self.hidden_size}."
             )
-        if self.wide_head and not self.cell_embedding:
-            raise ValueError("wide_head reads the whole cell: it needs cell_embedding=True.")
-        if self.cell_decoder and not self.cell_embedding:
-            raise ValueError("cell_decoder decodes the whole cell: it needs cell_embedding=True.")
-        if self.pooling not in (None, "cls", "mean"):
-            raise ValueError(f"pooling must be None, 'cls' or 'mean', got {self.pooling!r}.")
+        for name in ("wide_head", "cell_decoder"):
+            if getattr(self, name) and not self.cell_embedding:
+                raise ValueError(f"{name} reads the whole cell: it needs cell_embedding=True.")
         if self.label_columns is not None:
             self.label_columns = dict(sorted(self.label_columns.items()))  # config.json has sorted keys
             self._check_label_columns(self.label_columns)

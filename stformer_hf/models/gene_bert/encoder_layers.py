@@ -135,22 +135,10 @@ def put_first(
     attention_mask: torch.Tensor | None,
     cu_seq_lens: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Replace the first token of each cell by a vector.
+    """Replace the first token of each cell in (batch, length, hidden) by its vector in `cells` (n_cells, hidden).
 
-    Parameters
-    ----------
-    hidden : Tensor (batch, length, hidden)
-        Embeddings of the tokens.
-    cells : Tensor (n_cells, hidden)
-        One vector per cell.
-    attention_mask : Tensor (batch, length), optional
-        1 for tokens, 0 for padding, on either side.
-    cu_seq_lens : int32 Tensor (n_cells + 1,), optional
-        Boundaries of the cells of a packed batch. If its last cells are empty, no cell may have the last token.
-
-    Returns
-    -------
-    Tensor (batch, length, hidden)
+    A padded batch may have its padding on either side. If the last cells of a packed batch are empty, no cell may have
+    its last token.
     """
     cells = cells.to(hidden.dtype)
     if cu_seq_lens is not None:

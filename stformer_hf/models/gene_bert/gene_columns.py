@@ -69,21 +69,11 @@ _LARGEST_ROW_NUMBER = 200_000  # no reference has so many genes; ascending Entre
 
 
 class GeneColumns(NamedTuple):
-    """Genes of n columns.
+    """Genes of n columns, object arrays of str (n,)."""
 
-    Attributes
-    ----------
-    gene_ids : object array of str (n,)
-        Id without version; the symbol for a gene without an id, "" for a column without any name.
-    symbols : object array of str (n,)
-        Symbol; the id for a gene without a symbol.
-    genomes : object array of str (n,) or None
-        Reference in the prefix of each name, "" for names without one; None if no name has one.
-    """
-
-    gene_ids: np.ndarray
-    symbols: np.ndarray
-    genomes: np.ndarray | None
+    gene_ids: np.ndarray  # without version; the symbol for a gene without an id, "" for a column without any name
+    symbols: np.ndarray  # the id for a gene without a symbol
+    genomes: np.ndarray | None  # reference in the prefix of each name, "" for names without one; None if all are
 
 
 def resolve_genes(
@@ -142,8 +132,9 @@ def resolve_genes(
             with_other_ids.append(values.names)
         elif "symbol" in kinds and values.names.any() and not values.mostly_ids and _holds_text(columns[name]):
             with_symbols.append(values.names)
-    if _are_row_numbers(own.names, bool(with_ids or with_other_ids or with_symbols)):
-        if not (with_ids or with_other_ids or with_symbols):
+    others_have_names = bool(with_ids or with_other_ids or with_symbols)
+    if _are_row_numbers(own.names, others_have_names):
+        if not others_have_names:
             there = ", ".join(map(str, columns)) or "none"
             raise ValueError(
                 f"The genes are named {', '.join(own.names[:3])}, …: these are row numbers. Put gene names into "
@@ -246,13 +237,7 @@ def _texts(values: Sequence[Any] | np.ndarray) -> list[str]:
 
 
 def _listed(values: Sequence[Any] | np.ndarray) -> list:
-    """Return the names of a column unchanged, as a list.
-
-    Raises
-    ------
-    ValueError
-        Two columns have one name, or there are arrays instead of names.
-    """
+    """Return the names of a column, unchanged; raise ValueError for two columns, or arrays instead of names."""
     names = np.asarray(values, dtype=object)
     if names.ndim != 1:
         raise ValueError(f"Gene names must be one column of text, got shape {names.shape}: is a column name repeated?")
@@ -308,14 +293,15 @@ def _plain(name: Any) -> str:
     return re.sub(r"[^a-z]", "", re.sub(r"-\d+$", "", str(name).lower()))
 
 
-def _all_digits(names: np.ndarray) -> bool:
-    return bool((names != "").any()) and all(name.isdecimal() for name in names if name)
+def _all_digits(names: Iterable[str]) -> bool:
+    named = list(filter(None, names))
+    return bool(named) and all(map(str.isdecimal, named))
 
 
 def _holds_text(values: Sequence[Any]) -> bool:
     """Return whether a column holds names; numbers, also as text, and booleans are not names."""
     values = [value for value in _listed(values) if isinstance(value, (str, bytes))]
-    return bool(values) and not _all_digits(np.array([*map(_text, values), None], object)[:-1])
+    return bool(values) and not _all_digits(map(_text, values))
 
 
 def _are_row_numbers(names: np.ndarray, others: bool) -> bool:
@@ -435,18 +421,11 @@ def sample(names: Iterable[str], n: int = 3) -> str:
 
 
 def feature_types(columns: Mapping[str, Sequence[Any]] | None) -> np.ndarray | None:
-    """Read the feature type of each column of a matrix, as in 10x files.
+    """Return the feature type of each column of a matrix, as in 10x files: object array of str (n,).
 
-    Parameters
-    ----------
-    columns : mapping of str to sequence (n,), or None
-        Columns of `var`; `feature_types`, `feature_type` or `modality` is read.
-
-    Returns
-    -------
-    object array of str (n,) or None
-        `Gene Expression`, or another type as written; None if all are genes, also if the column holds no known type
-        (but biotypes, or blanks). A blank among known types is a gene.
+    This is `Gene Expression`, or another type as written, from the column `feature_types`, `feature_type` or
+    `modality` of `var`. A blank among known types is a gene. None if all are genes, also if no type is known (but
+    biotypes, or blanks).
     """
     found = _read_types(columns)
     if found is None:
@@ -458,19 +437,9 @@ def feature_types(columns: Mapping[str, Sequence[Any]] | None) -> np.ndarray | N
 
 
 def are_genes(modality: str, columns: Mapping[str, Sequence[Any]] | None) -> bool | None:
-    """Return whether genes are among the features of a modality: by their feature types, else by its name.
+    """Return whether genes are among the features of a modality, None if that is unknown.
 
-    Parameters
-    ----------
-    modality : str
-        Its name, such as `rna`, `prot` or `atac`.
-    columns : mapping of str to sequence (n,), or None
-        Columns of its `var`.
-
-    Returns
-    -------
-    bool or None
-        None if neither shows it.
+    The feature types in the columns of its `var` show it, else its name, such as `rna`, `prot` or `atac`.
     """
     found = _read_types(columns)
     if found is not None:
@@ -507,20 +476,7 @@ def _read_types(columns: Mapping[str, Sequence[Any]] | None) -> tuple[list, dict
 
 
 class ColumnNames:
-    """The names of the columns of a file, resolved at first use.
-
-    Parameters
-    ----------
-    index : sequence (n,)
-        `var_names`.
-    columns : mapping of str to sequence (n,), optional
-        Columns of `var`.
-
-    Attributes
-    ----------
-    key : hashable
-        Equal for equal names.
-    """
+    """The `var_names` of a file, sequence (n,), and the columns of its `var`, resolved when they are needed."""
 
     def __init__(self, index: Sequence[Any], columns: Mapping[str, Sequence[Any]] | None = None):
         columns = {} if columns is None else columns
@@ -532,15 +488,38 @@ class ColumnNames:
     def __len__(self) -> int:
         return len(self._index)
 
-    def resolve(self) -> tuple[np.ndarray, np.ndarray]:
+    def are_of(self, key: Any) -> bool:
+        """Return whether a key is that of equal names."""
+        return isinstance(key, int) and key == self.key
+
+    def resolve(self) -> tuple[GeneNames, GeneNames]:
         """Return gene ids and symbols, object arrays of str (n,)."""
         return resolve_genes(self._index, self._columns, copies=True)[:2]
+
+
+class SharedNames:
+    """Gene ids and symbols (n,) that are resolved, in arrays that all batches of a store share."""
+
+    def __init__(self, gene_ids: GeneNames, symbols: GeneNames):
+        self.key, self._symbols = gene_ids, symbols
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    def are_of(self, key: Any) -> bool:
+        """Return whether a key is that of the same array."""
+        return key is self.key
+
+    def resolve(self) -> tuple[GeneNames, GeneNames]:
+        """Return gene ids and symbols."""
+        return self.key, self._symbols
 
 
 __all__ = [
     "GENES",
     "ColumnNames",
     "GeneColumns",
+    "SharedNames",
     "are_genes",
     "describe",
     "feature_types",

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from .gene_columns import ColumnNames, GeneNames, describe, guess_species, is_id, strip_version
+from .gene_columns import ColumnNames, GeneNames, SharedNames, describe, guess_species, is_id, strip_version
 
 logger = logging.get_logger(__name__)
 
@@ -17,21 +17,8 @@ MIN_COVERAGE, WARN_COVERAGE = 0.1, 0.5
 class GeneMatcher:
     """Finds the genes of a vocabulary among the columns of an input, and measures the coverage.
 
-    Parameters
-    ----------
-    genes : sequence of str
-        The vocabulary.
-    symbols : dict of symbol to gene
-        Other names of the genes.
-    weights : float array (n_genes,), optional
-        Weight of each gene in the coverage of the vocabulary, such as the number of training cells that express it;
-        equal by default.
-
-    Attributes
-    ----------
-    last_coverage : dict or None
-        Coverage of the last input: `genes` and `counts`, the known shares of its genes and counts; `vocabulary` and
-        `weight`, the shares of the vocabulary's genes, and of their weights, that it has.
+    The parameters, and the attribute `last_coverage`, are `genes`, `symbols`, `gene_weights` and `last_coverage` of
+    `GeneTokenizer`.
     """
 
     def __init__(self, genes: Sequence[str], symbols: Mapping[str, str], weights: np.ndarray | None = None):
@@ -44,7 +31,7 @@ class GeneMatcher:
 
     def forget(self) -> None:
         """Forget the last input."""
-        self._last: tuple[Any, np.ndarray | None] | None = None
+        self._last: tuple[Any, tuple, np.ndarray | None] | None = None  # key of the names, settings, result
         self.last_coverage: dict[str, float] | None = None
         self._known_counts = self._all_counts = 0.0
 
@@ -65,23 +52,10 @@ class GeneMatcher:
         return self._symbols.get(name, -1) if found is None else found
 
     def find_columns(self, gene_ids: GeneNames, symbols: GeneNames, match: str = "id") -> np.ndarray:
-        """Find the gene of each column: by its id, else by its symbol, unless another column has that gene's id.
+        """Find the gene of each column, int32 array (n_columns,), -1 if unknown.
 
-        Parameters
-        ----------
-        gene_ids, symbols : sequence of str (n_columns,)
-        match : {"id", "symbol"}, default: "id"
-            "symbol" uses symbols alone, as for cells of another species.
-
-        Returns
-        -------
-        int32 array (n_columns,)
-            Gene of each column, -1 if unknown.
-
-        Raises
-        ------
-        ValueError
-            The ids are of another species than the vocabulary's, with `match="id"`.
+        A gene is found by its id, else by its symbol, unless another column has that gene's id. `match="symbol"` uses
+        symbols alone, as for cells of another species than the vocabulary's, whose ids raise a ValueError otherwise.
         """
         if match == "symbol":
             return self.find(symbols)
@@ -104,12 +78,12 @@ class GeneMatcher:
 
     def match(
         self,
-        names: ColumnNames | tuple[GeneNames, GeneNames],
+        names: ColumnNames | SharedNames,
         columns: np.ndarray,
         counts: np.ndarray,
         min_coverage: float,
-        match: str = "id",
-        warn_coverage: float = 0.0,
+        match: str,
+        warn_coverage: float,
     ) -> np.ndarray | None:
         """Find the gene of each column, and measure the coverage of the vocabulary and of the input.
 
@@ -119,64 +93,53 @@ class GeneMatcher:
 
         Parameters
         ----------
-        names : ColumnNames, or gene ids and symbols (n_columns,)
-            Arrays are shared by the batches of a store, which are matched once: their coverage is that of all batches
-            so far.
-        columns : int array (nnz,)
-            Column of each count.
-        counts : array (nnz,)
-            Counts, for the share of known counts.
-        min_coverage : float
-            Smallest share of the vocabulary's weight.
-        match : {"id", "symbol"}, default: "id"
-            As for `find_columns`.
-        warn_coverage : float, default: 0.0
-            Share of the vocabulary's weight below which a warning is logged, once per gene table.
+        names : ColumnNames or SharedNames (n_columns,)
+            The batches of a store are matched once: their coverage is that of all batches so far.
+        columns, counts : array (nnz,)
+            The counts and the column of each, for the share of known counts.
+        min_coverage, warn_coverage : float
+            Shares of the vocabulary's weight below which a ValueError is raised, or a warning is logged, once per gene
+            table.
+        match : {"id", "symbol"}
+            As for `find_columns`, whose errors are raised too.
 
         Returns
         -------
         int32 array (n_columns,) or None
             Gene of each column, -1 if unknown; None if column j is gene j.
-
-        Raises
-        ------
-        ValueError
-            The input has less than `min_coverage` of the vocabulary's weight, or genes of another species.
         """
-        shared = not isinstance(names, ColumnNames)
-        own = (names.key if isinstance(names, ColumnNames) else names[0], (match, min_coverage, warn_coverage))
+        shared, how = isinstance(names, SharedNames), (match, min_coverage, warn_coverage)
         last = self._last
-        if last is not None and not _same_names(last[0], own):
+        if last is not None and not (last[1] == how and names.are_of(last[0])):
             last = None
         if last is not None:
-            mapped = last[1]
+            mapped = last[2]
             if mapped is None and shared:
                 return None  # all columns are known
         else:
-            gene_ids, symbols = names.resolve() if isinstance(names, ColumnNames) else names
-            mapped = self.find_columns(gene_ids, symbols, match)
+            mapped = self.find_columns(*names.resolve(), match)
             mapped = None if np.array_equal(mapped, np.arange(len(mapped))) else mapped
         if last is None or not shared:
             self._known_counts = self._all_counts = 0.0
-        self._measure(mapped, names, columns, counts, (min_coverage, warn_coverage), tell=last is None)
-        self._last = (own, mapped)
+        self._measure(mapped, names, columns, counts, (min_coverage, warn_coverage), is_new=last is None)
+        self._last = (names.key, how, mapped)
         return mapped
 
-    def _measure(self, mapped, names, columns, counts, limits: tuple[float, float], tell: bool) -> None:
-        n_columns = len(names) if isinstance(names, ColumnNames) else len(names[0])
+    def _measure(self, mapped, names, columns, counts, limits: tuple[float, float], is_new: bool) -> None:
+        n_columns = len(names)
         known = np.ones(n_columns, bool) if mapped is None else mapped >= 0
         self._all_counts += float(counts.sum(dtype=np.float64))
         self._known_counts += float(counts[known.take(columns)].sum(dtype=np.float64))
         known_columns = float(known.mean()) if n_columns else 0.0
         share = self._known_counts / self._all_counts if self._all_counts else known_columns
         coverage = {"genes": known_columns, "counts": float(share)}
-        if not tell and self.last_coverage is not None:  # same genes as in the last call
+        if not is_new and self.last_coverage is not None:  # same genes as in the last call
             self.last_coverage = {**self.last_coverage, **coverage}
             return
         found = np.arange(n_columns) if mapped is None else np.unique(mapped[known])
         self.last_coverage = coverage | coverage_of(found, len(self._genes), self._weights)
-        input_names = names.resolve()[0] if isinstance(names, ColumnNames) else names[0]
-        check_coverage(self.last_coverage, len(found), self._genes, input_names, *limits, bool(self._symbols))
+        input_genes = names.resolve()[0]
+        check_coverage(self.last_coverage, len(found), self._genes, input_genes, *limits, bool(self._symbols))
         if known_columns < 1:
             logger.warning(
                 f"The tokenizer knows {known.sum()} of {n_columns} genes of the input ({share:.1%} of its counts), "
@@ -184,30 +147,11 @@ class GeneMatcher:
             )
 
 
-def _same_names(one: tuple[Any, tuple], other: tuple[Any, tuple]) -> bool:
-    """Return whether two inputs are matched alike, and have names of equal hash, or the same array of names."""
-    (names, how), (other_names, other_how) = one, other
-    if type(names) is not type(other_names) or how != other_how:
-        return False
-    return names == other_names if isinstance(names, int) else names is other_names
-
-
 def coverage_of(found: np.ndarray, n_genes: int, weights: np.ndarray | None = None) -> dict[str, float]:
-    """Return the share of a vocabulary that an input has.
+    """Return the share of a vocabulary that an input has: `vocabulary`, of its genes, and `weight`, of their weights.
 
-    Parameters
-    ----------
-    found : int array (n_found,)
-        Genes of the vocabulary that the input has, without duplicates.
-    n_genes : int
-        Size of the vocabulary.
-    weights : float array (n_genes,), optional
-        Weight of each gene; equal by default.
-
-    Returns
-    -------
-    dict of str to float
-        `vocabulary`, the share of the genes, and `weight`, the share of the weights.
+    `found`, int array (n_found,), are the genes of the vocabulary that the input has, without duplicates. The weights
+    (n_genes,) are equal by default.
     """
     share = len(found) / n_genes
     return {"vocabulary": share, "weight": share if weights is None else float(weights[found].sum() / weights.sum())}
@@ -222,25 +166,10 @@ def check_coverage(
     warn_coverage: float,
     has_symbols: bool = False,
 ) -> None:
-    """Refuse an input that lacks nearly all genes of a model, and warn if it lacks many.
+    """Raise ValueError for an input that lacks nearly all genes of a model, and warn if it lacks many.
 
-    Parameters
-    ----------
-    coverage : dict
-        `weight` and `vocabulary` from `coverage_of`, and `counts`, the known share of the input's counts.
-    n_found : int
-        Number of the model's genes that the input has.
-    genes, input_genes : sequence of str
-        Genes of the model, and of the input.
-    min_coverage, warn_coverage : float
-        Shares of `weight` below which the input is refused, or a warning is logged.
-    has_symbols : bool, default: False
-        Whether the model knows symbols of its genes.
-
-    Raises
-    ------
-    ValueError
-        The coverage is below `min_coverage`.
+    `coverage` has `weight`, which decides, and `vocabulary` from `coverage_of`, and `counts`, the known share of the
+    input's counts. The input has `n_found` of the model's genes, whose symbols the model may know (`has_symbols`).
     """
     weight = coverage["weight"]
     if weight >= max(min_coverage, warn_coverage):

@@ -100,17 +100,11 @@ def strongest(values: np.ndarray, room: int) -> np.ndarray:
 class Truncation(NamedTuple):
     """How cells are cut that have more genes than there is room for.
 
-    Attributes
-    ----------
-    max_length : int
-        Maximum number of tokens per cell.
-    how : {"top", "head", "random"}
-        The largest counts (ties in the order of the genes), the first genes, or a random subset.
-    seed, epoch : int
-        The random subset is a function of these and of the cell.
+    The largest counts are kept (`how="top"`, ties in the order of the genes), the first genes ("head"), or a random
+    subset, a function of (seed, epoch, cell) ("random").
     """
 
-    max_length: int
+    max_length: int  # in tokens
     how: str
     seed: int
     epoch: int

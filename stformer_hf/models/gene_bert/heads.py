@@ -8,12 +8,10 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .configuration_gene_bert import GeneBertConfig, output_name
+from .configuration_gene_bert import IGNORE, GeneBertConfig, output_name
 from .encoder_layers import make_norm
 from .packed_attention import segments_of
 from .rank_prior import RankPrior
-
-IGNORE = -100
 
 
 class GeneBertMLMHead(nn.Module):
@@ -111,22 +109,11 @@ def problem_of(config: GeneBertConfig) -> str:
 
 
 class LabelColumn(NamedTuple):
-    """One of the label columns of a head of classes, each of which has a softmax of its own.
+    """One of the label columns of a head of classes, each of which has a softmax of its own."""
 
-    Attributes
-    ----------
-    name : str or None
-        None if the head has one column.
-    outputs : slice
-        Its outputs.
-    reader_weights : tuple of float
-        Weights of the head and of the wide head.
-    temperature : float
-    """
-
-    name: str | None
+    name: str | None  # None if the head has one column
     outputs: slice
-    reader_weights: tuple[float, float]
+    reader_weights: tuple[float, float]  # of the head and of the wide head
     temperature: float
 
 
@@ -134,12 +121,12 @@ def label_columns_of(config: PreTrainedConfig) -> list[LabelColumn]:
     """Return the label columns of a head; a single one with all outputs if `config.label_columns` is not set."""
     columns = getattr(config, "label_columns", None)
     weights, temperature = getattr(config, "reader_weights", None), getattr(config, "temperature", 1.0)
+    weights = weights or [1.0, 1.0] * len(columns or [None])
     if columns is None:
-        of_head, of_wide = weights or (1.0, 1.0)
-        return [LabelColumn(None, slice(None), (of_head, of_wide), temperature)]
+        return [LabelColumn(None, slice(None), (weights[0], weights[1]), temperature)]
     found, first = [], 0
     for i, (name, n_classes) in enumerate(columns.items()):
-        of_head, of_wide = (1.0, 1.0) if weights is None else weights[2 * i : 2 * i + 2]
+        of_head, of_wide = weights[2 * i : 2 * i + 2]
         own = temperature[i] if isinstance(temperature, list) else temperature
         found.append(LabelColumn(name, slice(first, first + n_classes), (of_head, of_wide), own))
         first += n_classes
@@ -153,13 +140,7 @@ def output_names(config: PreTrainedConfig, column: LabelColumn) -> list[str]:
 
 
 def fields_of_columns(classes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Return `label_columns`, `id2label` and `label2id` of a configuration for the classes of each label column.
-
-    Raises
-    ------
-    ValueError
-        The name of a column contains "/".
-    """
+    """Return `label_columns`, `id2label` and `label2id` of a configuration for the classes of each label column."""
     wrong = [column for column in classes if "/" in column]
     if wrong:
         raise ValueError(f'Rename the label column {wrong[0]!r}: files of predictions cannot hold names with "/".')
@@ -249,19 +230,9 @@ def classification_loss(
 
 
 def combine_readers(logits: torch.Tensor, wide: torch.Tensor, config: GeneBertConfig) -> torch.Tensor:
-    """Combine the outputs of the head and the wide head for each cell; see `config.wide_head`.
+    """Combine the outputs of the head and the wide head for each cell, (n, num_labels); see `config.wide_head`.
 
-    Parameters
-    ----------
-    logits, wide : Tensor (n, num_labels)
-        Outputs of the head, and of the wide head.
-    config : GeneBertConfig
-        `problem_type`, `label_columns`, `reader_weights` and `temperature` are read.
-
-    Returns
-    -------
-    float32 Tensor (n, num_labels)
-        Logits; for classes, weighted log probabilities.
+    Returns float32 logits of the same shape; for classes, weighted log probabilities.
     """
     problem, found = problem_of(config), []
     for column in label_columns_of(config):

@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,49 +53,9 @@ class _Array:
         self.numpy = _from_bytes(data, dtype, shape, "F" if by_columns else "C")
 
 
-class _Scalar:
-    """Stands in for numpy's constructor of scalars."""
-
-    __slots__ = ()
-
-    def __call__(self, dtype, data):
-        return _from_bytes(data, dtype, (1,), "C")[0]
-
-
-class _Reconstruct:
-    """Stands in for numpy's constructor of arrays."""
-
-    __slots__ = ()
-
-    def __call__(self, *_) -> _Array:
-        return _Array()
-
-
-class _FromBuffer:
-    """Stands in for numpy's constructor of arrays from buffers."""
-
-    __slots__ = ()
-
-    def __call__(self, data, dtype, shape, order, *_) -> np.ndarray:
-        return _from_bytes(data, dtype, shape, order)
-
-
-class _Encode:
-    """Stands in for codecs.encode, with which pickles of protocol 2 write bytes."""
-
-    __slots__ = ()
-
-    def __call__(self, text, encoding) -> bytes:
-        return text.encode("latin1")
-
-
-class _DefaultDict:
-    """Stands in for defaultdict."""
-
-    __slots__ = ()
-
-    def __call__(self, *_) -> dict:
-        return {}
+def _stand_in(function: Callable) -> Any:
+    """Return an object that calls a function: a pickle could give attributes to the function itself."""
+    return type("_StandIn", (), {"__slots__": (), "__call__": staticmethod(function)})()
 
 
 def _from_bytes(data, dtype, shape, order: Literal["C", "F"]) -> np.ndarray:
@@ -105,7 +65,7 @@ def _from_bytes(data, dtype, shape, order: Literal["C", "F"]) -> np.ndarray:
 
 
 # Names that a pickle may refer to: containers, numbers, and stand-ins for the names in numpy's pickles. Numpy's own
-# objects would read flags and addresses from the file, and a function attributes. Everything else could run code.
+# objects would read flags and addresses from the file. Everything else could run code.
 _PLAIN_TYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c(8|16)|[SU]\d+)")
 _ALLOWED: dict[tuple[str, str], Any] = {
     **{
@@ -114,17 +74,18 @@ _ALLOWED: dict[tuple[str, str], Any] = {
         for name in ("dict", "list", "tuple", "set", "frozenset", "int", "float", "complex", "bool", "str", "bytes")
     },
     ("collections", "OrderedDict"): dict,
-    ("collections", "defaultdict"): _DefaultDict(),
-    ("_codecs", "encode"): _Encode(),
+    ("collections", "defaultdict"): _stand_in(lambda *_: {}),
+    # Pickles of protocol 2 write bytes with it.
+    ("_codecs", "encode"): _stand_in(lambda text, encoding: text.encode("latin1")),
     ("numpy", "dtype"): _Dtype,
     ("numpy", "ndarray"): _Array,
     **{
         (f"numpy.{core}.{module}", name): stand_in
         for core in ("core", "_core")
         for module, name, stand_in in (
-            ("multiarray", "scalar", _Scalar()),
-            ("multiarray", "_reconstruct", _Reconstruct()),
-            ("numeric", "_frombuffer", _FromBuffer()),
+            ("multiarray", "scalar", _stand_in(lambda dtype, data: _from_bytes(data, dtype, (1,), "C")[0])),
+            ("multiarray", "_reconstruct", _stand_in(lambda *_: _Array())),
+            ("numeric", "_frombuffer", _stand_in(lambda *given: _from_bytes(*given[:4]))),
         )
     },
 }
@@ -156,18 +117,7 @@ def _plain(value: Any) -> Any:
 def load_pickle(path: str | os.PathLike) -> Any:
     """Load a pickle of plain containers, numbers and strings, including numpy scalars and arrays of numbers.
 
-    Parameters
-    ----------
-    path : str or Path
-
-    Returns
-    -------
-    object
-
-    Raises
-    ------
-    ValueError
-        The pickle refers to anything else (nothing of it was run), or is damaged.
+    Raises a ValueError if it refers to anything else, of which nothing is run, or is damaged.
     """
     try:
         with open(path, "rb") as file:
@@ -181,21 +131,8 @@ def load_pickle(path: str | os.PathLike) -> Any:
 def load_mapping(source: Mapping | str | os.PathLike) -> dict:
     """Read a mapping from memory, a .json or .pkl file, or a text file whose line numbers are the values.
 
-    Text and JSON may be compressed with gzip.
-
-    Parameters
-    ----------
-    source : mapping, str or Path
-
-    Returns
-    -------
-    dict
-        Keys are strings.
-
-    Raises
-    ------
-    ValueError
-        The file has another format, or holds something else.
+    Text and JSON may be compressed with gzip. Keys become strings. Raises a ValueError for another format, or if a
+    file holds something else.
     """
     if isinstance(source, Mapping):
         found = source

@@ -115,13 +115,7 @@ class GeneBertPreTrainedModel(PreTrainedModel):
             init.zeros_(module.weight)
 
     def get_position_embeddings(self) -> nn.Embedding:
-        """Return the embedding of the positions of tokens in their cell.
-
-        Raises
-        ------
-        ValueError
-            The model has no position embeddings.
-        """
+        """Return the embedding of the positions of tokens in their cell; raise ValueError if the model has none."""
         embeddings = self.base_model.embeddings
         if not hasattr(embeddings, "position_embeddings"):
             raise ValueError(
@@ -200,13 +194,7 @@ class GeneBertModel(GeneBertPreTrainedModel):
         cell_indptr: torch.LongTensor | None = None,
         measured_genes: torch.Tensor | None = None,
     ) -> CellValues:
-        """Read the counts of whole cells; parameters as in `GeneStatistics.forward`.
-
-        Raises
-        ------
-        ValueError
-            The counts are missing.
-        """
+        """Read the counts of whole cells; parameters as in `GeneStatistics.forward`."""
         if cell_genes is None or cell_counts is None:
             raise ValueError(
                 "A model with cell_embedding=True needs cell_genes and cell_counts: tokenize with whole_cell=True."
@@ -276,10 +264,9 @@ class GeneBertModel(GeneBertPreTrainedModel):
         )
         if hasattr(self, "cell_embedding"):
             n_cells = shape[0] if cu_seq_lens_q is None else len(cu_seq_lens_q) - 1
+            n_counted = n_cells if cell_genes is None else len(cell_genes)
             if cell_indptr is not None:
                 n_counted = len(cell_indptr) - 1
-            else:
-                n_counted = n_cells if cell_genes is None else len(cell_genes)
             if n_counted != n_cells:
                 raise ValueError(
                     f"There are counts of {n_counted} cells, but tokens of {n_cells}. A packed batch needs "
@@ -455,6 +442,7 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
         token_type_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput | tuple[torch.Tensor, ...]:
         """Classify cells.
@@ -465,14 +453,14 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
             As in `GeneBertModel.forward`.
         labels : Tensor (batch,), optional
             Class of each cell; for multiple labels per cell and for regression, see `classification_loss`.
+        num_items_in_batch : int or Tensor, optional
+            As in `GeneBertForPhenotypicMLM.forward`.
 
         Returns
         -------
         SequenceClassifierOutput
             `loss` for `config.problem_type` (cross entropy in nats by default); `logits` (batch, num_labels).
         """
-        # Trainer's count of labels is for the loss alone; the encoder would pass it on to the attention backend.
-        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         outputs = self.gene_bert(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -21,23 +21,10 @@ def segments_of(cu_seq_lens: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def check_packing(shape: torch.Size, attention_mask, cu_seq_lens: torch.Tensor | None, kwargs: Mapping) -> None:
-    """Check the packing arguments of a forward pass.
+    """Raise ValueError for packing arguments of a forward pass that do not fit its tokens, of this shape.
 
-    Parameters
-    ----------
-    shape : (batch, length)
-        Shape of the tokens.
-    attention_mask : Tensor or None
-    cu_seq_lens : int32 Tensor (n_cells + 1,) or None
-        Cell i has the tokens `cu_seq_lens[i]:cu_seq_lens[i + 1]`; None for a padded batch.
-    kwargs : mapping
-        Other arguments of the pass.
-
-    Raises
-    ------
-    ValueError
-        There is more than one row, or only a part of the packing arguments; on a CPU, lengths do not add up to that of
-        the row, or positions show multiple cells in a row without packing arguments.
+    There must be one row, without an attention mask, and all of the packing arguments. On a CPU, lengths must add up
+    to that of the row, and positions must not show multiple cells in a row without packing arguments.
     """
     if cu_seq_lens is None:
         half = [name for name in ("seq_idx", "cu_seq_lens_k", "max_length_q") if kwargs.get(name) is not None]
@@ -94,10 +81,7 @@ def lengths_for(config, states: torch.Tensor, cu_seq_lens: torch.Tensor, trainin
 def packed_mask(config, hidden_states: torch.Tensor, cu_seq_lens: torch.Tensor):
     """Return the mask that separates the cells; None for backends that take the boundaries of cells.
 
-    Raises
-    ------
-    ValueError
-        The backend would mix the cells.
+    Raises a ValueError if the backend would mix the cells.
     """
     backend = config._attn_implementation
     # A compiled step cannot loop over cells: it uses a mask where torch's varlen attention is not available.
@@ -138,20 +122,9 @@ def packed_sdpa_attention_forward(
     """Attend within each cell of a packed row.
 
     Uses `torch.nn.attention.varlen` on a GPU in half precision, else one call of scaled_dot_product_attention per
-    cell, whose cost is that of the cells: a mask would cost the square of the row.
-
-    Parameters
-    ----------
-    query, key, value : Tensor (1, heads, length, head_dim)
-    attention_mask : None
-    scaling, dropout : float
-    cu_seq_lens_q : int32 Tensor (n_cells + 1,)
-    cell_lengths : list of int, optional
-        Number of tokens of each cell, if it is known.
-
-    Returns
-    -------
-    Tensor (1, length, heads, head_dim), None
+    cell, whose cost is that of the cells: a mask would cost the square of the row. Query, key and value are Tensors
+    (1, heads, length, head_dim), the result is (1, length, heads, head_dim). `kwargs` have `cu_seq_lens_q`, int32
+    (n_cells + 1,), and maybe `cell_lengths`, a list of the numbers of tokens.
     """
     cu_seq_lens = kwargs["cu_seq_lens_q"]
     if dropout and _varlen_serves(query, 0.0):

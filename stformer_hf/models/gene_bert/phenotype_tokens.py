@@ -36,13 +36,7 @@ def name_phenotypes(phenotypes: Mapping[str, Sequence[str]], taken: Iterable[str
 
 
 def values_in_store(store, categories: Sequence[str]) -> dict[str, list[str]]:
-    """Return the values of obs columns of a store, in order; for a selection those of its cells only.
-
-    Raises
-    ------
-    ValueError
-        A column is not a categorical one of the store.
-    """
+    """Return the values of categorical obs columns of a store, in order; for a selection those of its cells only."""
     missing = [name for name in categories if name not in store.categories]
     if missing:
         raise ValueError(

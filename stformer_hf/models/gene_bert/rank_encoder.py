@@ -22,14 +22,7 @@ _SCALE = (1e-100, 1e100)  # medians and target sums whose scores neither overflo
 
 
 class RankEncoder(CellVocabulary):
-    """Ranks the genes of cells.
-
-    Attributes
-    ----------
-    gene_token_ids : int64 array (n_genes,)
-    gene_types : list of str
-        Name of each token type of genes.
-    """
+    """Ranks the genes of cells."""
 
     words_first = True
 
@@ -120,7 +113,7 @@ class RankEncoder(CellVocabulary):
     def encode(
         self, cells: Cells, column_genes: np.ndarray | None, layout: CellLayout, truncation: Truncation
     ) -> TokenizedCells:
-        """Return the tokens of cells; the parameters are those of `BinEncoder.encode`."""
+        """Return the tokens of cells; `column_genes` are those of `map_genes`."""
         settings, parts, room = self.settings, [cells.rows], layout.room(truncation.max_length)
         assert settings.target_sum is not None  # completed by this encoder
         if settings.neighborhood:

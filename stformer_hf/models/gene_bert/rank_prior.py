@@ -148,18 +148,11 @@ class RankPrior(nn.Module):
         starts: torch.Tensor,
         rest: torch.Tensor,
     ) -> torch.Tensor:
-        """Compute the odds of every token from the order of the genes, float32 Tensor (k, vocab_size).
+        """Compute the odds of every token at `places` (k,) from the order of the genes: float32 (k, vocab_size).
 
-        Parameters
-        ----------
-        ids, groups : LongTensor (n_tokens,)
-            Tokens of all cells, `vocab_size` where not attended to; and the group (cell and type) of each.
-        places : LongTensor (k,)
-            Positions to predict.
-        starts : LongTensor (vocab_size + 2,)
-            Start of the levels of each token.
-        rest : float32 Tensor (vocab_size,)
-            1 - the sum of the shares of each token's counts.
+        `ids` and `groups` (n_tokens,) are the tokens of all cells, `vocab_size` where not attended to, and the group
+        (cell and type) of each; `starts` (vocab_size + 2,) the start of the levels of each token; `rest` (vocab_size,)
+        1 - the sum of the shares of its counts.
         """
         likely = self._beside(ids, groups, places, starts, -1) * self._beside(ids, groups, places, starts, 1)
         likely *= (1 - _FLOOR) / likely.mean(1, keepdim=True)  # before there are k x vocab_size numbers

@@ -424,15 +424,17 @@ class GeneTokenizer(VocabularyTokenizer):
 
     def _ragged(self, tokens: TokenizedCells, with_attention_mask: bool) -> BatchEncoding:
         """Return the model inputs as one list per cell."""
-        both = [(self._masked_columns(tokens, with_attention_mask), tokens.indptr)]
+        of_cells = self.cell_columns(tokens)
+        both = [(self.columns(tokens, with_attention_mask), tokens.indptr)]
         if tokens.cells is not None:
-            both.append((self.cell_columns(tokens), tokens.cells.indptr))
+            both.append((of_cells, tokens.cells.indptr))
         ragged = {
             name: [flat[start:stop].tolist() for start, stop in itertools.pairwise(indptr.tolist())]
             for some, indptr in both
             for name, (flat, _) in some.items()
         }
-        return BatchEncoding({**ragged, **{name: array.tolist() for name, array in self._measured(tokens).items()}})
+        measured = tokens.measured_genes() if of_cells else {}
+        return BatchEncoding({**ragged, **{name: array.tolist() for name, array in measured.items()}})
 
     def pad_tokens(
         self, tokens: TokenizedCells, length: int | None = None, with_attention_mask: bool = True
@@ -441,25 +443,14 @@ class GeneTokenizer(VocabularyTokenizer):
         length = int(np.diff(tokens.indptr).max(initial=1)) if length is None else length
         padded = {
             name: pad_ragged(flat, tokens.indptr, length, value, self.padding_side)
-            for name, (flat, value) in self._masked_columns(tokens, with_attention_mask).items()
+            for name, (flat, value) in self.columns(tokens, with_attention_mask).items()
         }
-        return {**padded, **self.pad_cells(tokens), **self._measured(tokens)}
+        return {**padded, **self.pad_cells(tokens)}
 
-    def _masked_columns(self, tokens: TokenizedCells, with_attention_mask: bool) -> dict[str, tuple]:
-        columns = self.columns(tokens)
-        if with_attention_mask and "attention_mask" in self.model_input_names:
-            columns["attention_mask"] = (np.ones(len(tokens.input_ids), np.int64), 0)
-        return columns
-
-    def _measured(self, tokens: TokenizedCells) -> dict[str, np.ndarray]:
-        if not self.cell_columns(tokens) or tokens.measured is None:
-            return {}
-        return {"measured_genes": np.repeat(tokens.measured, len(tokens.indptr) - 1, axis=0)}
-
-    def columns(self, tokens: TokenizedCells) -> dict[str, tuple[np.ndarray, int | float]]:
+    def columns(
+        self, tokens: TokenizedCells, with_attention_mask: bool = False
+    ) -> dict[str, tuple[np.ndarray, int | float]]:
         """Return the model inputs in `model_input_names` as flat arrays, each with its padding value.
-
-        The attention mask is not included, since it follows from the padding.
 
         Raises
         ------
@@ -474,6 +465,8 @@ class GeneTokenizer(VocabularyTokenizer):
                     "tokenizer, or train on the store."
                 )
             columns["expression_values"] = (tokens.expression_values, 0.0)
+        if with_attention_mask:
+            columns["attention_mask"] = (np.ones(len(tokens.input_ids), np.int64), 0)
         return {name: column for name, column in columns.items() if name in self.model_input_names}
 
     def cell_columns(self, tokens: TokenizedCells) -> dict[str, tuple[np.ndarray, int | float]]:
@@ -484,13 +477,14 @@ class GeneTokenizer(VocabularyTokenizer):
         return {name: column for name, column in columns.items() if name in self.model_input_names}
 
     def pad_cells(self, tokens: TokenizedCells) -> dict[str, np.ndarray]:
-        """Return `cell_columns` as matrices (n, largest number of genes), padded on the right."""
+        """Return `cell_columns` as matrices, padded on the right to the largest cell, and `measured_genes`."""
         columns = self.cell_columns(tokens)
         if tokens.cells is None or not columns:
             return {}
         indptr = tokens.cells.indptr
         most = max(int(np.diff(indptr).max(initial=0)), 1)
-        return {name: pad_ragged(flat, indptr, most, value) for name, (flat, value) in columns.items()}
+        padded = {name: pad_ragged(flat, indptr, most, value) for name, (flat, value) in columns.items()}
+        return {**padded, **tokens.measured_genes()}
 
     def encode_cells(
         self,

@@ -6,56 +6,45 @@ from typing import NamedTuple
 import numpy as np
 
 from .cell_counts import Cells, CountRows, keep, map_genes
-from .gene_columns import ColumnNames
 
 
 class TokenizedCells(NamedTuple):
-    """Ragged tokens of n cells, as flat arrays.
+    """Ragged tokens of n cells, as flat arrays: cell i has the tokens `indptr[i]:indptr[i + 1]`."""
 
-    Attributes
-    ----------
-    input_ids, token_type_ids : int64 array (T,)
-        Tokens of all cells, concatenated.
-    indptr : int64 array (n + 1,)
-        Cell i has the tokens `indptr[i]:indptr[i + 1]`.
-    dropped_type_ids, dropped_cells : int64 array (D,)
-        Binned scheme: token types of the expressed genes that truncation dropped, and the cell of each.
-    expression_values : float32 array (T,), optional
-        With `values=True`: ln(1 + count) of each gene, or its normalised value; 0 for other tokens.
-    cells : CountRows, optional
-        With `whole_cell=True`: the non-zero counts of all known genes of the n cells, including those that truncation
-        dropped; -1 for a gene that is hidden from the model (see `hide`).
-    measured : bool array (1 or n, n_genes), optional
-        With `whole_cell=True`: which of the tokenizer's genes the input has, for all cells or per cell; None for all.
-    """
-
-    input_ids: np.ndarray
-    token_type_ids: np.ndarray
-    indptr: np.ndarray
+    input_ids: np.ndarray  # int64 (T,)
+    token_type_ids: np.ndarray  # int64 (T,)
+    indptr: np.ndarray  # int64 (n + 1,)
+    # Binned scheme: token types of the expressed genes that truncation dropped, and the cell of each, int64 (D,).
     dropped_type_ids: np.ndarray
     dropped_cells: np.ndarray
+    # With `values=True`: ln(1 + count) of each gene, or its normalised value; 0 for other tokens. float32 (T,).
     expression_values: np.ndarray | None = None
+    # With `whole_cell=True`: the non-zero counts of all known genes of the n cells, including those that truncation
+    # dropped; -1 for a gene that is hidden from the model (see `hide`).
     cells: CountRows | None = None
+    # With `whole_cell=True`: which of the tokenizer's genes the input has, for all cells or per cell, bool (1 or n,
+    # n_genes); None for all.
     measured: np.ndarray | None = None
+
+    def measured_genes(self) -> dict[str, np.ndarray]:
+        """Return `measured_genes`, bool array (n, n_genes), one row per cell; an empty dict if all are measured."""
+        if self.measured is None:
+            return {}
+        shape = len(self.indptr) - 1, self.measured.shape[1]
+        return {"measured_genes": np.broadcast_to(self.measured, shape).copy()}
 
 
 class CellLayout(NamedTuple):
     """Tokens around the genes of n cells: `[CLS]`, phenotypes, genes (separator, genes of the neighbourhood), `[EOS]`.
 
-    Attributes
-    ----------
-    cls, separator, eos : int or None
-        Ids of the tokens, None for those that cells do not have.
-    phenotypes : int64 array (n, n_included)
-        Ids of the phenotypes, -1 for those that a cell does not have.
-    phenotype_types : int64 array (n_included,)
+    The ids are None for tokens that cells do not have.
     """
 
     cls: int | None
     separator: int | None
     eos: int | None
-    phenotypes: np.ndarray
-    phenotype_types: np.ndarray
+    phenotypes: np.ndarray  # ids, int64 (n, n_included), -1 for those that a cell does not have
+    phenotype_types: np.ndarray  # int64 (n_included,)
 
     def room(self, max_length: int) -> np.ndarray:
         """Return how many genes each cell may have, int64 array (n,)."""
@@ -63,20 +52,9 @@ class CellLayout(NamedTuple):
         return max_length - n_special - (self.phenotypes >= 0).sum(axis=1)
 
     def allocate(self, n_genes: Sequence[np.ndarray]) -> tuple:
-        """Allocate the arrays of the tokens.
+        """Allocate ids and types, int64 arrays (T,), for these numbers of genes of the cells and their neighbourhoods.
 
-        Parameters
-        ----------
-        n_genes : sequence of int64 array (n,)
-            Numbers of genes of the cells, and of their neighbourhoods.
-
-        Returns
-        -------
-        ids, types : int64 array (T,)
-        indptr : int64 array (n + 1,)
-            Cell i has the tokens `indptr[i]:indptr[i + 1]`.
-        starts : list of int64 array (n,)
-            Start of the genes of each cell, and of its neighbourhood.
+        Also returns their indptr, and the start of the genes of each cell and of its neighbourhood: int64 arrays (n,).
         """
         n_front = (self.phenotypes >= 0).sum(axis=1) + (self.cls is not None)
         n_between = int(self.separator is not None)
@@ -109,7 +87,7 @@ def with_whole_cells(
         indptr, (genes, counts) = keep(counts > 0, indptr, genes, counts)
     measured = np.zeros((1, n_genes), bool)
     if column_genes is None:
-        measured[:, : len(cells.names if isinstance(cells.names, ColumnNames) else cells.names[0])] = True
+        measured[:, : len(cells.names)] = True
     else:
         measured[:, column_genes[column_genes >= 0]] = True
     return tokens._replace(

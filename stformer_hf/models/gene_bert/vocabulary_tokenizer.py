@@ -130,10 +130,6 @@ class VocabularyTokenizer(PreTrainedTokenizer):
     def _convert_id_to_token(self, index: int) -> str:
         return self.encoder.tokens[index]
 
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Join tokens with spaces."""
-        return " ".join(tokens)
-
     def convert_token_types_to_names(self, token_type_ids: Iterable[int]) -> list[str | None]:
         """Return the name of each token type: gene, category, `cell` or `neighborhood` (ranks); None for type 0."""
         names = [None, *self.phenotypes, *self.encoder.gene_types]

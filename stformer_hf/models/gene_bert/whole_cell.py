@@ -12,40 +12,21 @@ _TARGET_SUM = 1e4
 
 
 class CellValues(NamedTuple):
-    """Values of n cells, computed without absent genes.
+    """Values of n cells with E entries, computed without absent genes.
 
     A gene is absent from a cell if it is hidden (masked, outside the view, dropped) or not measured. Neither its count
     nor its share enters a sum. A cell's depth, the total of its present genes divided by their share of the training
     cells' counts, estimates its total over all genes.
-
-    Attributes
-    ----------
-    genes : LongTensor (E,)
-        Gene of each entry; entries of padding have gene 0.
-    offsets : LongTensor (n,)
-        Start of the entries of each cell.
-    hidden : bool Tensor (E,)
-        True for entries of hidden genes.
-    measured : bool Tensor (n or 1, n_genes), or None
-        Genes that are measured in the cells' files; None for all.
-    log_values : float32 Tensor (E,)
-        ln(1 + 10,000 count / depth), 0 for hidden genes and padding.
-    counts : float32 Tensor (E,)
-        Count of each entry, 0 for hidden genes and padding.
-    mu : float32 Tensor (E,)
-        Expected count, depth * share; 0 for genes that the training cells lacked or the cell's file does not measure.
-    depth : float32 Tensor (n,)
-        Depth of each cell.
     """
 
-    genes: torch.Tensor
-    offsets: torch.Tensor
-    hidden: torch.Tensor
-    measured: torch.Tensor | None
-    log_values: torch.Tensor
-    counts: torch.Tensor
-    mu: torch.Tensor
-    depth: torch.Tensor
+    genes: torch.Tensor  # LongTensor (E,), the gene of each entry; entries of padding have gene 0
+    offsets: torch.Tensor  # LongTensor (n,), the start of the entries of each cell
+    hidden: torch.Tensor  # bool (E,), True for entries of hidden genes
+    measured: torch.Tensor | None  # bool (n or 1, n_genes), genes measured in the cells' files; None for all
+    log_values: torch.Tensor  # float32 (E,), ln(1 + 10,000 count / depth), 0 for hidden genes and padding
+    counts: torch.Tensor  # float32 (E,), 0 for hidden genes and padding
+    mu: torch.Tensor  # float32 (E,), expected count, depth * share; 0 for genes never seen in training or not measured
+    depth: torch.Tensor  # float32 (n,)
 
 
 class GeneStatistics(nn.Module):
@@ -176,15 +157,11 @@ class CellEmbedding(nn.Module):
     def forward(self, cells: CellValues) -> torch.Tensor:
         """Embed cells: float32 Tensor (n, hidden)."""
         with torch.autocast(cells.genes.device.type, enabled=False):
-            sums = self._sum(cells)
+            sums = self.view_sums(cells)
         return (sums / sums.square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()).flatten(1)
 
     def view_sums(self, cells: CellValues) -> torch.Tensor:
         """Return the sums of both views before scaling, float32 Tensor (n, 2, hidden / 2)."""
-        with torch.autocast(cells.genes.device.type, enabled=False):
-            return self._sum(cells)
-
-    def _sum(self, cells: CellValues) -> torch.Tensor:
         statistics = self.statistics
         with torch.no_grad():
             means, measured = statistics.means, statistics.measured(cells)
@@ -212,18 +189,8 @@ class CellEmbedding(nn.Module):
 def sum_by_cell(weight: torch.Tensor, cells: CellValues, factors: torch.Tensor) -> torch.Tensor:
     """Sum factor x row of a table over the entries of each cell, with a separate factor per part of the row.
 
-    Parameters
-    ----------
-    weight : Tensor (n_genes, v * d)
-        Table whose rows have v parts.
-    cells : CellValues
-        Values of n cells with E entries.
-    factors : Tensor (v, E)
-        Factor of each part and entry.
-
-    Returns
-    -------
-    Tensor (n, v, d)
+    The rows of the table (n_genes, v * d) have v parts; `factors` (v, E) are those of each part and of the E entries
+    of n cells. Returns a Tensor (n, v, d).
     """
     n_parts, n_cells = len(factors), len(cells.offsets)
     # Part i of row g is row g * v + i of the same memory, viewed as a table of narrower rows.
