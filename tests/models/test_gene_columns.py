@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stformer_hf import GeneTokenizer
 from stformer_hf.models.gene_bert.gene_columns import (
     GENES,
     ColumnNames,
@@ -280,3 +281,23 @@ def test_species():
         matcher.find_columns([f"FBgn{i:07d}" for i in range(4)], SYMBOLS)
     with pytest.raises(ValueError, match="genes of mouse"):  # over half, with a few that are known
         matcher.find_columns([IDS[0], *mouse * 3], ["CD4", *SYMBOLS * 3])
+
+
+def test_symbols_in_a_column_of_their_own_are_preferred_to_names_made_unique():
+    """But not descriptions, nor what a column of a loose name holds."""
+    index, own = ["MALAT1--1", "MT.ND1", "ACTB", "X"], ["MALAT1", "MT-ND1", "", "X"]
+    expected = ["MALAT1", "MT-ND1", "ACTB", "X"]
+    for name in ("gene_symbol", "feature_name", "Symbol"):
+        found = resolve_genes(index, {name: own})
+        assert (found.gene_ids.tolist(), found.symbols.tolist()) == (index, expected)
+    ids = [f"ENSG{i:011d}" for i in range(4)]
+    found = resolve_genes(index, {"gene_symbol": own, "ensembl_id": ids})
+    assert (found.gene_ids.tolist(), found.symbols.tolist()) == (ids, expected)
+    for name, values in (("gene_name", ["a long text", "another one", "actin beta", "X"]), ("name", own)):
+        assert resolve_genes(index, {name: values}).symbols.tolist() == index
+
+
+def test_a_gene_is_found_by_its_symbol_under_any_name_in_the_index():
+    tokenizer = GeneTokenizer(["ENSG00000251562", "ENSG00000198888"], symbols={"MALAT1": "ENSG00000251562"})
+    found = resolve_genes(["g1x", "MT.ND1"], {"gene_symbol": ["MALAT1", "MT-ND1"]})
+    assert tokenizer.find_genes(found.gene_ids, found.symbols).tolist() == [0, -1]

@@ -49,9 +49,11 @@ _ID_COLUMNS = (
 )
 _SYMBOL_COLUMNS = (
     *("genesymbol", "genesymbols", "genename", "genenames", "featurename", "featurenames", "symbol", "symbols"),
-    *("hgncsymbol", "mgisymbol", "geneshortname", "externalgenename", "features", "feature", "genes", "gene"),
-    *("names", "name"),
+    *("hgncsymbol", "mgisymbol", "geneshortname", "externalgenename"),
 )
+_LOOSE_COLUMNS = ("features", "feature", "genes", "gene", "names", "name")  # may hold anything
+_USUAL_COLUMNS = {"id": _ID_COLUMNS, "symbol": _SYMBOL_COLUMNS, "name": _LOOSE_COLUMNS}
+_PHRASE = re.compile(r".*\S\s+\S")  # a description
 _FEATURE_COLUMNS = ("featuretypes", "featuretype", "modality")
 GENES = "Gene Expression"  # the feature type of genes in 10x files
 _GENE_TYPES = frozenset(("gene expression", "gene", "genes", "gex", "rna", "mrna", "expression"))
@@ -95,10 +97,11 @@ def resolve_genes(
        there are none, they are taken from a column whose names end in five digits (such as Zm00001d027230): one with a
        usual name, or the index if a column holds symbols. Versions and `_PAR_Y` are cut: the copies of a gene on X and
        Y are one gene.
-    4. Symbols are the names of an index that holds no ids, else of columns with a usual name (`gene_symbols`,
-       `feature_name`, `features`, …) that hold text.
-    5. A gene without an id gets its name in an index of ids as id, else its symbol; a gene without a symbol gets its
-       id as symbol.
+    4. Symbols are taken from columns with a usual name (`gene_symbols`, `feature_name`, …) that hold text, but not
+       descriptions: an index may have made them unique (`MALAT1--1`) or safe (`MT.ND1`). Else they are the names of
+       an index that holds no ids, else those of columns such as `features` or `name`.
+    5. A gene without an id gets its name in the index as id, else its symbol; a gene without a symbol gets its id as
+       symbol.
 
     Parameters
     ----------
@@ -124,15 +127,18 @@ def resolve_genes(
     references: set[str] = set().union(*map(_references, texts))
     genomes = np.full(len(index), "", object)
     own, *others = (_Names.of(_cut(text, references, genomes)) for text in texts)
-    with_ids, with_other_ids, with_symbols = [], [], []
+    with_ids, with_other_ids, with_symbols, with_names = [], [], [], []
     for (name, kinds), values in zip(usual, others, strict=True):
         if "id" in kinds and values.mostly_ids:
             with_ids.append(values)
         elif "id" in kinds and _mostly(_OTHER_ID, values.names):
             with_other_ids.append(values.names)
-        elif "symbol" in kinds and values.names.any() and not values.mostly_ids and _holds_text(columns[name]):
-            with_symbols.append(values.names)
-    others_have_names = bool(with_ids or with_other_ids or with_symbols)
+        elif (
+            kinds & {"symbol", "name"} and values.names.any() and not values.mostly_ids and _holds_text(columns[name])
+        ):
+            is_loose = "name" in kinds or _mostly(_PHRASE, values.names)
+            (with_names if is_loose else with_symbols).append(values.names)
+    others_have_names = bool(with_ids or with_other_ids or with_symbols or with_names)
     if _are_row_numbers(own.names, others_have_names):
         if not others_have_names:
             there = ", ".join(map(str, columns)) or "none"
@@ -148,10 +154,13 @@ def resolve_genes(
         ids = _ids_of_one_species([own, *with_ids] if own_are_ids else [*with_ids, own])
     elif with_other_ids:
         ids = with_other_ids[0]
-    elif _all_digits(own.names) or (with_symbols and _mostly(_OTHER_ID, own.names)):  # Entrez, RefSeq, maize, …
+    elif _all_digits(own.names) or (
+        (with_symbols or with_names) and _mostly(_OTHER_ID, own.names)
+    ):  # Entrez, RefSeq, maize, …
         ids, own_are_ids = own.names, True
-    symbols = _first([*with_symbols, own.names] if own_are_ids else [own.names, *with_symbols])
-    ids = strip_versions(_first([ids, own.names, symbols] if own_are_ids else [ids, symbols]))
+    at_last = [*with_names, own.names] if own_are_ids else [own.names, *with_names]
+    symbols = _first([*with_symbols, *at_last])
+    ids = strip_versions(_first([ids, own.names, symbols]))
     if not copies:
         ids, n_copies = _of_x(ids)
         if n_copies:
@@ -282,9 +291,9 @@ def _usual_columns(columns: Mapping[str, Any]) -> list[tuple[str, set[str]]]:
     found = []
     for name in columns:
         plain = _plain(name)
-        kinds = {kind for kind, usual in (("id", _ID_COLUMNS), ("symbol", _SYMBOL_COLUMNS)) if plain in usual}
+        kinds = {kind for kind, usual in _USUAL_COLUMNS.items() if plain in usual}
         if kinds:
-            found.append((name, kinds, (*_ID_COLUMNS, *_SYMBOL_COLUMNS).index(plain)))
+            found.append((name, kinds, [*itertools.chain(*_USUAL_COLUMNS.values())].index(plain)))
     return [(name, kinds) for name, kinds, _ in sorted(found, key=lambda one: one[2])]
 
 
