@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import DistributedDataParallelKwargs
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
+from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
 from ..batches.collate import CellCollator
@@ -87,22 +88,25 @@ class CellTrainer(ResumableTrainer):
         {"by": "cell_type"} for balanced types, {"by": "batch", "temperature": 2}, or {"shares": {"a": 0.7, "b": 0.3}}
         for the stores of a ConcatDataset. A cell that is drawn several times in an epoch is masked anew each time, if
         it has a `cell_id`. Not for a stream.
-    **kwargs
-        All other arguments of Trainer.
+    model, args, data_collator, **kwargs
+        All other arguments of Trainer, in its order.
 
     Raises
     ------
     ValueError
         The tokenizer (`processing_class`) does not fit the model; batches are packed, but the model cannot keep cells
         apart, or one process uses multiple GPUs; the lengths or `sampling` do not fit the dataset; the labels do not
-        fit the head of a classifier.
+        fit the head of a classifier; a store is passed without a collator.
     """
 
     def __init__(
         self,
-        *,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
+        *,
         lengths: Any = None,
         max_tokens_per_batch: int | None = None,
         sampling: Mapping[str, Any] | None = None,
@@ -118,9 +122,14 @@ class CellTrainer(ResumableTrainer):
         self.max_tokens_per_batch = max_tokens_per_batch
         self.sampling = _sampling_of(sampling, train_dataset)
         self._drawn: tuple[Any, WeightedDraw] | None = None  # the dataset, and the draw of its rows
-        if isinstance(kwargs.get("model"), torch.nn.DataParallel):
-            kwargs["model"] = kwargs["model"].module  # which is checked; Trainer wraps it itself for several GPUs
-        super().__init__(train_dataset=without_empty_cells(train_dataset), eval_dataset=eval_dataset, **kwargs)
+        if isinstance(model, torch.nn.DataParallel):
+            model = model.module  # which is checked; Trainer wraps it itself for several GPUs
+        if data_collator is None and isinstance(as_selection(train_dataset), CellStore):
+            raise ValueError(
+                "A store needs a data_collator: DataCollatorForPhenotypicMLM, DataCollatorForGeneRankMLM or "
+                "DataCollatorForCellClassification, with the tokenizer."
+            )
+        super().__init__(model, args, data_collator, without_empty_cells(train_dataset), eval_dataset, **kwargs)
         self.data_collator = self._check_identities(self.model)
         collator = self.data_collator
         self._eval_collator = collator.for_evaluation() if hasattr(collator, "for_evaluation") else collator

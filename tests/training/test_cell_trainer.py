@@ -11,6 +11,7 @@ import transformers
 from datasets import Dataset
 from transformers import BertConfig, BertForMaskedLM, TrainerCallback, TrainingArguments
 
+import stformer_hf as sf
 from stformer_hf import (
     GeneBertConfig,
     GeneBertForPhenotypicMLM,
@@ -461,3 +462,13 @@ def test_sigterm_saves_and_ends_the_run(store, tokenizer, tmp_path):
     again = make_trainer(tmp_path, store, tokenizer)
     again.train(resume_from_checkpoint=True)
     assert losses(again) == losses(whole)
+
+
+def test_arguments_are_those_of_trainer_in_its_order(config, tokenizer, store, tmp_path):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    collator, model = sf.DataCollatorForPhenotypicMLM(tokenizer), sf.GeneBertForPhenotypicMLM(config)
+    trainer = sf.CellTrainer(model, arguments, collator, store, store.select(range(9)), processing_class=tokenizer)
+    assert trainer.model is model and trainer.args is arguments
+    assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (59, 8)
+    with pytest.raises(ValueError, match="A store needs a data_collator: DataCollatorForPhenotypicMLM"):
+        sf.CellTrainer(model, arguments, train_dataset=store, processing_class=tokenizer)
