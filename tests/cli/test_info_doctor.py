@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -59,6 +61,14 @@ def test_a_file_and_its_store(adata, tmp_path, capsys):
     assert store["what"] == "cells (CellStore)"
     for name in ("cells", "species", "per cell"):
         assert store[name] == found[name]
+
+
+def test_a_store_in_a_new_process(store):
+    """Nothing else that this process has imported makes stores known."""
+    words = [sys.executable, "-m", "stformer_hf.cli", "info", str(store.path)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "cells (CellStore)" in done.stdout and "cell_type (2 categories)" in done.stdout
 
 
 def test_a_file_without_counts_says_why(adata, tmp_path, capsys):
