@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from .arguments import OnCells, flag, parse
 
+_SUFFIXES = (".h5ad", ".zarr", ".csv")
+
 
 @dataclass(kw_only=True)
 class AnnotateArguments(OnCells):
@@ -16,8 +18,8 @@ class AnnotateArguments(OnCells):
 
     model: str = flag("checkpoint or adapter of a classifier or regression model")
     output: str = flag(
-        'h5ad file to write, with obs["stformer_label"] and obs["stformer_score"], or obs["stformer_NAME"] for '
-        "multiple labels and for numbers"
+        'file to write (.h5ad or .zarr), with obs["stformer_label"] and obs["stformer_score"], or obs["stformer_NAME"] '
+        "for multiple labels and for numbers; or .csv, with these columns alone"
     )
     top_k: int = flag("classes: number of most probable classes to write", 1)
     reject: float | None = flag(
@@ -48,8 +50,8 @@ def run(args: AnnotateArguments):
     from ..inference.annotate import annotate
     from .files import read, several_processes, write
 
-    adata, layer = read(args.data, args.output, args.overwrite, args.layer, blockwise=True)
+    adata, layer = read(args.data, args.output, args.overwrite, args.layer, blockwise=True, suffixes=_SUFFIXES)
     found = annotate(adata, args.model, layer=layer, distributed=several_processes(), **args.options())
     adata = adata if found is None else found
-    write(adata, args.output)
+    write(adata, args.output, adata.uns["stformer_annotation"]["columns"])
     return adata

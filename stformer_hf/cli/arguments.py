@@ -61,7 +61,7 @@ class OnCells:
 
     data: str = flag("file of cells (h5ad, h5mu, zarr, 10x, loom, …), or a store (path or address)")
     model: str = flag("checkpoint")
-    output: str = flag("h5ad file to write")
+    output: str = flag("file to write, .h5ad or .zarr")
     layer: str | None = None
     fractional: bool = False
     batch_size: int = flag("cells per batch", 64)
