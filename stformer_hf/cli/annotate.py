@@ -18,8 +18,8 @@ class AnnotateArguments(OnCells):
 
     model: str = flag("checkpoint or adapter of a classifier or regression model")
     output: str = flag(
-        'file to write (.h5ad or .zarr), with obs["stformer_label"] and obs["stformer_score"], or obs["stformer_NAME"] '
-        "for multiple labels and for numbers; or .csv, with these columns alone"
+        'file to write (.h5ad or .zarr), with obs["stformer_label"] and obs["stformer_score"], or '
+        'obs["stformer_NAME"] for multiple labels and for numbers; or .csv, with these columns alone'
     )
     top_k: int = flag("classes: number of most probable classes to write", 1)
     reject: float | None = flag(
