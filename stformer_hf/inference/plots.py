@@ -94,7 +94,7 @@ def confusion(
     """
     unknown = {*true, *predicted} - set(labels)
     if unknown:
-        raise ValueError(f"{len(unknown)} classes are not in labels, such as {min(map(str, unknown))}: add them.")
+        raise ValueError(f"Not all classes are in labels, such as {min(map(str, unknown))}: add them.")
     counts = confusion_matrix(true, predicted, labels=list(labels))
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     size = 2.5 + 0.45 * len(labels)

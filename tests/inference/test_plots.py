@@ -28,7 +28,7 @@ def test_confusion_has_true_classes_in_rows(tmp_path):
 
 
 def test_confusion_refuses_classes_that_have_no_row():
-    with pytest.raises(ValueError, match="1 classes are not in labels, such as c"):
+    with pytest.raises(ValueError, match="Not all classes are in labels, such as c"):
         plots.confusion(["a", "c"], ["a", "b"], ["a", "b"])
 
 

@@ -126,6 +126,7 @@ def test_options_are_checked_before_the_cells_are_read(classifier, adata, tmp_pa
         ({"over": "leiden"}, r"no obs\['leiden'\]; obs has 'cell_type', 'age'"),
         ({"top_k": 0}, "top_k=0: must be at least 1"),
         ({"reject": 5}, "reject=5: must be a share"),
+        ({"reject": "0.1"}, "reject='0.1': must be a share"),
         ({"reject": 0.05}, "no out-of-fold predictions"),
     ):
         with pytest.raises(ValueError, match=message):
