@@ -43,7 +43,7 @@ def test_from_files_to_labels_and_embeddings(file, tmp_path, capsys):
     out = run(
         "finetune", "--data", file, "--label_key", "cell_type", "--model", pretrained, "--output", classifier, *SHORT
     )
-    assert "eval_macro_f1" in out
+    assert "eval_macro_f1" in out and "53 cells for training, 6 held out (--held_out 0 trains on all)." in out
     # The label was a phenotype of the pretraining; the classifier does not read it.
     assert GeneTokenizer.from_pretrained(classifier).included_phenotypes == []
     assert GeneBertConfig.from_pretrained(classifier).id2label == {0: "B cell", 1: "T cell"}
@@ -222,6 +222,9 @@ def test_every_flag_has_help(verb, monkeypatch):
         main([verb, "--help"])
     assert [action.dest for parser in made for action in parser._actions if not action.help] == []
     assert len(made) == 1
+    if verb == "finetune":
+        helps = {action.dest: action.help for action in made[0]._actions}
+        assert helps["held_out"].endswith("0 trains on all of them (default: %(default)s)")
 
 
 def test_help_and_version(capsys):
