@@ -6,8 +6,12 @@ stformer-hf annotate --data cells.h5ad --model classifier --output labelled.h5ad
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .arguments import OnCells, flag, parse
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 _SUFFIXES = (".h5ad", ".zarr", ".csv")
 
@@ -39,10 +43,27 @@ def main(argv: list[str]) -> None:
     adata = run(args)
     if not is_first_process():
         return
-    for column in adata.uns["stformer_annotation"]["columns"]:
-        values = adata.obs[column]
-        summary = values.value_counts() if hasattr(values, "cat") else values.describe().rename_axis(column)
-        print(summary.to_string())
+    for line in summary(adata):
+        print(f"{args.output}: {line}")
+
+
+def summary(adata: AnnData) -> list[str]:
+    """Return a line per label column, or one for numbers: how many cells were labelled, and rejected."""
+    from ..inference.rejection import UNKNOWN
+
+    facts = adata.uns["stformer_annotation"]
+    columns = [str(name) for name in facts["columns"]]
+    labels = [name for name in columns if name.endswith("_label")]
+    if facts["problem_type"] != "single_label_classification" or not labels:
+        return [f"{adata.n_obs:,} cells, obs: {', '.join(columns)}"]
+    lines = []
+    for name in labels:
+        n_empty = adata.obs[name].isna().sum()
+        n_rejected = (adata.obs[name] == UNKNOWN).sum() if "reject" in facts else 0
+        line = f"obs[{name!r}]: {adata.n_obs - n_empty - n_rejected:,} of {adata.n_obs:,} cells labelled"
+        line += f", {n_rejected:,} {UNKNOWN}" if "reject" in facts else ""
+        lines.append(line + (f", {n_empty:,} without a known gene" if n_empty else ""))
+    return lines
 
 
 def run(args: AnnotateArguments):

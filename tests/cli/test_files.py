@@ -14,6 +14,7 @@ from transformers import set_seed
 
 from stformer_hf import GeneBertForClassification, annotate, embed
 from stformer_hf.cli import files, main
+from stformer_hf.cli.annotate import summary
 
 
 @pytest.fixture
@@ -98,6 +99,23 @@ def test_the_suffix_says_what_is_written(file, store, model, tmp_path):
             other = tmp_path / f"{'store' if data != file else 'file'}_{name}"
             (tmp_path / name).rename(other)
     assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_what_annotate_prints(adata):
+    labels = np.array(["a"] * 50 + ["unknown"] * 6 + [None] * 4, dtype=object)
+    adata.obs["stformer_label"], adata.obs["stformer_kind_label"] = pd.Categorical(labels), pd.Categorical(["b"] * 60)
+    facts = {"problem_type": "single_label_classification", "columns": ["stformer_label", "stformer_score"]}
+    adata.uns["stformer_annotation"] = facts
+    of_all = "obs['stformer_label']: 56 of 60 cells labelled, 4 without a known gene"
+    assert summary(adata) == [of_all]  # "unknown" is a class
+    facts["reject"] = 0.05
+    facts["columns"] = np.array(["stformer_label", "stformer_kind_label", "stformer_kind_score"])
+    assert summary(adata) == [
+        "obs['stformer_label']: 50 of 60 cells labelled, 6 unknown, 4 without a known gene",
+        "obs['stformer_kind_label']: 60 of 60 cells labelled, 0 unknown",
+    ]
+    adata.uns["stformer_annotation"] = {"problem_type": "regression", "columns": ["stformer_label"]}
+    assert summary(adata) == ["60 cells, obs: stformer_label"]
 
 
 def test_other_suffixes_are_refused_before_any_work(file, tmp_path, capsys):
