@@ -155,6 +155,7 @@ def test_every_public_name_is_there():
     for name in {*stformer_hf.__all__, *stformer_hf._MODULE_OF}:
         assert getattr(stformer_hf, name) is not None
     assert len(stformer_hf.__all__) < 30
+    assert {*stformer_hf.__all__, *stformer_hf._MODULE_OF} == set(dir(stformer_hf))
     assert all(f"`{name}`" in stformer_hf.__doc__ for name in stformer_hf.__all__ if name != "__version__")
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = stformer_hf.Nothing

@@ -147,7 +147,7 @@ def annotate(
                 found.append(distances.amin(dim=1, keepdim=True).float())
         return torch.cat(found, dim=1)
 
-    predictions, n_genes, _ = run(
+    predictions, n_genes, source = run(
         adata,
         classifier,
         tokenizer,
@@ -196,6 +196,7 @@ def annotate(
         **({} if parents is None else {"parents": {"child": [*parents], "parent": [*parents.values()]}}),
         **({} if over is None else {"over": over}),
         "version": __version__,
+        "counts_in": source.counts_in,
         "vocabulary_fingerprint": tokenizer.fingerprint,
     }
     return table if isinstance(adata, CellStore) else None
