@@ -6,7 +6,7 @@ stformer-hf annotate --data cells.h5ad --model classifier --output labelled.h5ad
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from .arguments import OnCells, flag, parse
 
@@ -73,6 +73,6 @@ def run(args: AnnotateArguments):
 
     adata, layer = read(args.data, args.output, args.overwrite, args.layer, blockwise=True, suffixes=_SUFFIXES)
     found = annotate(adata, args.model, layer=layer, distributed=several_processes(), **args.options())
-    adata = adata if found is None else found
-    write(adata, args.output, adata.uns["stformer_annotation"]["columns"])
-    return adata
+    labelled = cast("AnnData", adata if found is None else found)  # of a store, another one is returned
+    write(labelled, args.output, labelled.uns["stformer_annotation"]["columns"])
+    return labelled

@@ -92,13 +92,13 @@ def cell_facts(path: str, layer: str | None = None) -> tuple[dict[str, Any], Any
     layers = find_layers(path, layer).layers
     if not layers:  # an AnnData may have none
         adata, _ = read_anndata(path, backed=True)
-        facts = {
+        return {
             "what": "cells (AnnData)",
             "cells": f"{adata.n_obs:,}",
             "genes": _genes(GeneTable.from_var(adata.var)),
-        }
-        facts["counts"] = "none: there is no matrix, neither X nor raw nor a layer"
-        return facts | {"obs": _columns(adata.obs)}, None
+            "counts": "none: there is no matrix, neither X nor raw nor a layer",
+            "obs": _columns(adata.obs),
+        }, None
     try:
         source = open_source(path, layer)
     except ValueError as error:

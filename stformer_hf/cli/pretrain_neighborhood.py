@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from .arguments import PRETRAINING, check_names, flag, parse
 
@@ -256,12 +256,12 @@ def _add_types(model: CellNeighborhoodForMaskedCell, names: Sequence[str]) -> No
     """Add types that no training cell has to a new model; no other weight depends on them."""
     import torch
 
-    table = model.get_input_embeddings()
+    table = cast("torch.nn.Embedding", model.get_input_embeddings())
     known = table.weight.detach()
     table.weight = torch.nn.Parameter(torch.cat([known, known.mean(dim=0).expand(len(names), -1)]))
     table.num_embeddings += len(names)
     model.config.n_cell_types += len(names)
-    model.config.cell_types = [*model.config.cell_types, *names]
+    model.config.cell_types = [*(model.config.cell_types or ()), *names]
 
 
 def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], str | None]:

@@ -151,8 +151,8 @@ class SameCells:
     def _n_shared(self, i: int, j: int) -> int:
         """Return the number of cells of a source that are in another, or 0 if they may be by chance."""
         (contents, keys), (others, other_keys) = self._keys(i), self._keys(j)
-        there = [self._barcodes[source][self._cells[source][:, 1] > 0] for source in (i, j)]
-        n, n_alike = int(np.isin(keys, other_keys).sum()), int(np.isin(*there).sum())
+        first, second = (self._barcodes[source][self._cells[source][:, 1] > 0] for source in (i, j))
+        n, n_alike = int(np.isin(keys, other_keys).sum()), int(np.isin(first, second).sum())
         if not n:
             return 0
         chance = _chance(contents, others)
