@@ -505,8 +505,8 @@ def test_errors_name_flags(message, printed):
 
 
 def test_the_command_line_names_its_own_flags(adata, tmp_path, capsys):
-    adata.layers["spliced"] = adata.X.copy()
+    adata.layers["raw_counts"] = adata.X.copy()
     adata.X = adata.X * 0.3
     adata.write_h5ad(tmp_path / "cells.h5ad")
     assert main(["build", "--data", str(tmp_path / "cells.h5ad"), "--output", str(tmp_path / "store")]) == 1
-    assert "pass --layer spliced" in capsys.readouterr().err
+    assert "pass --layer raw_counts" in capsys.readouterr().err
