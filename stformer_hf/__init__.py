@@ -110,4 +110,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted({*__all__, *_MODULE_OF})  # what the documentation uses can be completed, also beyond the first week

@@ -1,4 +1,4 @@
-"""Registration of the classes of this package with transformers and PEFT, as soon as those are imported.
+"""Registration of the classes of this package with transformers, PEFT and `sources`, as soon as those are imported.
 
 `import stformer_hf` has to make `AutoConfig`, `AutoTokenizer` and the `AutoModel` family know the models, and
 importing transformers takes seconds. So each registration waits until the module that it writes to has been imported.
@@ -13,7 +13,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .sources.registry import Layer
 
 # Layers of both models, by their names in BERT.
 _LAYERS_OF_BERT = {"query": ["q_lin"], "key": ["k_lin"], "value": ["v_lin"], "output.dense": ["out_lin", "lin2"]}
@@ -91,6 +96,21 @@ def _register_layers() -> None:
                 layers.setdefault(model_type, [own for layer in of_bert for own in _LAYERS_OF_BERT[layer]])
 
 
+def _register_stores() -> None:
+    """Make stores a format of `sources`, which stands above `store` and cannot import it."""
+    from .sources.registry import reads
+    from .sources.stored_cells import store_layers
+
+    def is_store(path: Path) -> bool:
+        return (path / "manifest.json").exists() and (path / "dataset_info.json").exists()
+
+    @reads("CellStore", is_store, remote=True)
+    def read_store(path: Path | str) -> list[Layer]:
+        from .store.cell_store import CellStore
+
+        return store_layers(CellStore(path))
+
+
 _CONFIGS = {
     f"{__package__}.models.gene_bert.configuration_gene_bert": ("GeneBertConfig", _register_gene_bert),
     f"{__package__}.models.cell_neighborhood.configuration_cell_neighborhood": (
@@ -109,6 +129,7 @@ _AFTER: dict[str, Callable[[], None]] = {
     "transformers.models.auto.tokenization_auto": _register_tokenizers,
     "transformers.pipelines": _register_pipelines,
     "peft.utils.constants": _register_layers,
+    f"{__package__}.sources.formats": _register_stores,
     **{module: partial(_at_the_first_configuration, module) for module in _CONFIGS},
 }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 
 from .. import __version__
@@ -51,13 +53,21 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"stformer-hf: error: unknown command {verb!r}{closest(verb, VERBS)}", file=sys.stderr)
         return 2
-    return guarded(f"stformer-hf {verb}", lambda: import_module(f".{verb}", __name__).main(rest), "--debug" in rest)
+    module = f"{__name__}.{verb}"
+    return guarded(f"stformer-hf {verb}", lambda: import_module(module).main(rest), "--debug" in rest, module=module)
 
 
-def guarded(name: str, run: Callable[[], object], debug: bool = False, interrupted: str = "interrupted") -> int:
+def guarded(
+    name: str,
+    run: Callable[[], object],
+    debug: bool = False,
+    interrupted: str = "interrupted",
+    module: str = "",
+) -> int:
     """Run a command, and print an error in one line, or `interrupted` on Ctrl-C; with `debug`, errors are raised.
 
-    Return the exit status: 0, 1 for an error, 130 if interrupted.
+    Functions name their arguments in errors, as in `layer='counts'`; if such a name is a flag of the command's
+    `module`, the flag is printed. Return the exit status: 0, 1 for an error, 130 if interrupted.
     """
     try:
         run()
@@ -69,10 +79,35 @@ def guarded(name: str, run: Callable[[], object], debug: bool = False, interrupt
         if debug:
             raise
         kind = "" if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: "
-        print(f"{name}: error: {kind}{error}", file=sys.stderr)
+        print(f"{name}: error: {kind}{as_flags(str(error), _flags_of(module))}", file=sys.stderr)
         print("(--debug shows the traceback)", file=sys.stderr)
         return 1
     return 0
+
+
+def _flags_of(module: str) -> set[str]:
+    """Return the names of the flags that the dataclasses of a command's module define; none if it is not imported."""
+    kinds = vars(sys.modules[module]).values() if module in sys.modules else ()
+    return {field.name for kind in kinds if is_dataclass(kind) for field in fields(kind)}
+
+
+def as_flags(message: str, flags: Collection[str]) -> str:
+    """Return a message with arguments such as `layer='counts'` as flags, `--layer counts`; calls stay as they are."""
+
+    def replaced(found: re.Match) -> str:
+        name, value = found["name"], found["value"]
+        if name not in flags:
+            return found[0]
+        bare = value[1:-1] if value[:1] in "'\"" else value
+        return f"--{name}" + ("" if bare == "True" else f" {value if ' ' in bare else bare}")
+
+    return _ARGUMENT.sub(replaced, message)
+
+
+# A call, which is left alone, or a name and its value.
+_ARGUMENT = re.compile(
+    r"""[\w.]+\([^()]*=[^()]*\)|\b(?P<name>[a-z]\w*)=(?P<value>'[^']*'|"[^"]*"|\[[^\]]*\]|[^\s,;:.)'"=]+(?:\.\d+)?)"""
+)
 
 
 def _leave_process_group() -> None:

@@ -6,8 +6,14 @@ stformer-hf annotate --data cells.h5ad --model classifier --output labelled.h5ad
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 from .arguments import OnCells, flag, parse
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+_SUFFIXES = (".h5ad", ".zarr", ".csv")
 
 
 @dataclass(kw_only=True)
@@ -16,8 +22,8 @@ class AnnotateArguments(OnCells):
 
     model: str = flag("checkpoint or adapter of a classifier or regression model")
     output: str = flag(
-        'h5ad file to write, with obs["stformer_label"] and obs["stformer_score"], or obs["stformer_NAME"] for '
-        "multiple labels and for numbers"
+        'file to write (.h5ad or .zarr), with obs["stformer_label"] and obs["stformer_score"], or '
+        'obs["stformer_NAME"] for multiple labels and for numbers; or .csv, with these columns alone'
     )
     top_k: int = flag("classes: number of most probable classes to write", 1)
     reject: float | None = flag(
@@ -37,10 +43,27 @@ def main(argv: list[str]) -> None:
     adata = run(args)
     if not is_first_process():
         return
-    for column in adata.uns["stformer_annotation"]["columns"]:
-        values = adata.obs[column]
-        summary = values.value_counts() if hasattr(values, "cat") else values.describe().rename_axis(column)
-        print(summary.to_string())
+    for line in summary(adata):
+        print(f"{args.output}: {line}")
+
+
+def summary(adata: AnnData) -> list[str]:
+    """Return a line per label column, or one for numbers: how many cells were labelled, and rejected."""
+    from ..inference.rejection import UNKNOWN
+
+    facts = adata.uns["stformer_annotation"]
+    columns = [str(name) for name in facts["columns"]]
+    labels = [name for name in columns if name.endswith("_label")]
+    if facts["problem_type"] != "single_label_classification" or not labels:
+        return [f"{adata.n_obs:,} cells, obs: {', '.join(columns)}"]
+    lines = []
+    for name in labels:
+        n_empty = adata.obs[name].isna().sum()
+        n_rejected = (adata.obs[name] == UNKNOWN).sum() if "reject" in facts else 0
+        line = f"obs[{name!r}]: {adata.n_obs - n_empty - n_rejected:,} of {adata.n_obs:,} cells labelled"
+        line += f", {n_rejected:,} {UNKNOWN}" if "reject" in facts else ""
+        lines.append(line + (f", {n_empty:,} without a known gene" if n_empty else ""))
+    return lines
 
 
 def run(args: AnnotateArguments):
@@ -48,8 +71,8 @@ def run(args: AnnotateArguments):
     from ..inference.annotate import annotate
     from .files import read, several_processes, write
 
-    adata, layer = read(args.data, args.output, args.overwrite, args.layer, blockwise=True)
+    adata, layer = read(args.data, args.output, args.overwrite, args.layer, blockwise=True, suffixes=_SUFFIXES)
     found = annotate(adata, args.model, layer=layer, distributed=several_processes(), **args.options())
-    adata = adata if found is None else found
-    write(adata, args.output)
-    return adata
+    labelled = cast("AnnData", adata if found is None else found)  # of a store, another one is returned
+    write(labelled, args.output, labelled.uns["stformer_annotation"]["columns"])
+    return labelled

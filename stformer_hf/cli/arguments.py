@@ -30,7 +30,7 @@ _SHARED_HELP = {
     "max_tokens_per_batch": "fill batches up to this many tokens, instead of a number of cells",
     "sampling": "cells of an epoch: '{by: cell_type}' balances types, '{by: batch, temperature: 2}' less so, "
     "'{shares: {a.h5ad: 0.7, b.h5ad: 0.3}}' mixes files; also weights, n_draws, replacement",
-    "held_out": "share of the cells held out for evaluation",
+    "held_out": "share of the cells held out for evaluation; 0 trains on all of them",
     "eval_data": "files or stores to evaluate on, instead of held-out cells of the data",
     "engine": "where workers run: local, or ray (on a cluster)",
 }
@@ -61,7 +61,7 @@ class OnCells:
 
     data: str = flag("file of cells (h5ad, h5mu, zarr, 10x, loom, …), or a store (path or address)")
     model: str = flag("checkpoint")
-    output: str = flag("h5ad file to write")
+    output: str = flag("file to write, .h5ad or .zarr")
     layer: str | None = None
     fractional: bool = False
     batch_size: int = flag("cells per batch", 64)
@@ -191,6 +191,9 @@ def _parser(arguments: type, verb: str, description: str, training: dict[str, An
     mappings = _mappings(arguments)
     for action in parser._actions:
         action.help = action.help or _SHARED_HELP.get(action.dest)
+        shown = isinstance(action.default, (int, float, str)) and not isinstance(action.default, bool)
+        if shown and action.help and "default" not in action.help and action.default != argparse.SUPPRESS:
+            action.help += " (default: %(default)s)"
         if action.dest in mappings:
             action.type, action.metavar = _mapping, "{NAME: VALUE, ...}"
     parser.add_argument(

@@ -31,7 +31,7 @@ _OWN = {  # flags of each kind
 class EmbedArguments(OnCells):
     """Flags of `embed`."""
 
-    output: str = flag('h5ad file to write, with obsm["X_stformer"] or obsm["X_neighborhood"]')
+    output: str = flag('file to write (.h5ad or .zarr), with obsm["X_stformer"] or obsm["X_neighborhood"]')
     kind: Literal["cells", "neighborhood"] = flag("embed each cell, or the cells around it in its section", "cells")
     dtype: Literal["float32", "bfloat16", "float16"] | None = flag(
         "cells: precision of the computation (default: that of the weights)", None

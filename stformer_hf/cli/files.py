@@ -1,9 +1,10 @@
-"""Read the cells that commands take, and write h5ad files."""
+"""Read the cells that commands take, and write what they found."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import h5py
@@ -24,9 +25,14 @@ def holds_store(path: str | Path) -> bool:
 
 
 def read(
-    data: str, output: str | None = None, overwrite: bool = False, layer: str | None = None, blockwise: bool = False
+    data: str,
+    output: str | None = None,
+    overwrite: bool = False,
+    layer: str | None = None,
+    blockwise: bool = False,
+    suffixes: Sequence[str] = (".h5ad", ".zarr"),
 ) -> tuple[AnnData | CellStore, str | None]:
-    """Read the input, after checking the path of the output file; see `read_anndata`.
+    """Read the input, after checking the path of the output, which has one of the suffixes; see `read_anndata`.
 
     With `blockwise`, the input may be larger than memory: a store is opened, and the matrices of an h5ad file stay on
     disk.
@@ -36,12 +42,13 @@ def read(
     FileExistsError
         The output exists, and `overwrite` is False.
     ValueError
-        The input holds no AnnData; output and input are the same file; the output is a folder.
+        The input holds no AnnData; output and input are the same; the output has another suffix, or is a folder that
+        is not a zarr.
     """
     if remote_folder(data) is None and not local_path(data).exists():
         raise FileNotFoundError(f"No such file: {data}")
     if output is not None:
-        _check_output(data, Path(output), overwrite)
+        _check_output(data, Path(output), overwrite, suffixes)
     if blockwise and holds_store(data):
         if layer is not None:
             raise ValueError(f"--layer {layer}: {data} is a store, which holds the counts of one layer.")
@@ -52,13 +59,19 @@ def read(
     return adata, layer
 
 
-def _check_output(data: str, output: Path, overwrite: bool) -> None:
-    if output.is_dir():
-        raise ValueError(f"--output {output} is a folder; pass a file in it.")
-    if output.exists():
-        if remote_folder(data) is None and output.samefile(data):
-            raise ValueError(f"--output is the input, {data}; choose another file.")
-        check_free(output, overwrite)
+def _check_output(data: str, output: Path, overwrite: bool, suffixes: Sequence[str]) -> None:
+    if output.suffix.lower() not in suffixes:
+        raise ValueError(f"--output {output}: pass a name that ends in {', '.join(suffixes[:-1])} or {suffixes[-1]}.")
+    if not output.exists():
+        return
+    if remote_folder(data) is None and output.samefile(data):
+        raise ValueError(f"--output is the input, {data}; choose another file.")
+    of_zarr = output.suffix.lower() == ".zarr"
+    if output.is_dir() and not (of_zarr and any((output / name).exists() for name in (".zgroup", "zarr.json"))):
+        raise ValueError(f"--output {output} is a folder{' that is not a zarr' * of_zarr}; choose another name.")
+    if of_zarr and output.is_file():
+        raise ValueError(f"--output {output} is a file, and a zarr is a folder; choose another name.")
+    check_free(output, overwrite)
 
 
 def several_processes() -> bool:
@@ -71,17 +84,22 @@ def is_first_process() -> bool:
     return not several_processes() or PartialState().is_main_process
 
 
-def write(adata: AnnData, output: str) -> None:
-    """Write the file atomically; for an AnnData on disk, a copy of its file with the new obs, obsm and uns.
+def write(adata: AnnData, output: str, columns: Sequence[str] = ()) -> None:
+    """Write an h5ad file, a zarr folder, or a csv file with some columns of obs, whole or not at all.
 
-    With several processes, only the first one writes.
+    An h5ad of an AnnData on disk is a copy of its file with the new obs, obsm and uns. With several processes, only
+    the first one writes.
     """
     if not is_first_process():
         return
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as part:
-        if adata.isbacked:
+        if path.suffix.lower() == ".csv":
+            adata.obs[list(columns)].to_csv(part)
+        elif path.suffix.lower() == ".zarr":
+            (adata.to_memory() if adata.isbacked else adata).write_zarr(part)
+        elif adata.isbacked:
             source = adata.filename
             adata.file.close()
             shutil.copyfile(source, part)

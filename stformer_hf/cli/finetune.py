@@ -167,6 +167,7 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         )
         heads = read_heads(prepared.model)
         if arguments.process_index == 0:
+            print(_what_is_read(len(prepared.cells), 0 if held_out_cells is None else len(held_out_cells), args))
             for head in heads:
                 print(_what_is_learnt(head.column or ", ".join(labels), head))
         compute_metrics: Callable = compute_regression_metrics if of_numbers else compute_classification_metrics
@@ -196,6 +197,13 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     if predicted is not None and trainer.is_world_process_zero():
         _draw_confusion(output, predicted, heads)
     return metrics
+
+
+def _what_is_read(n_training: int, n_held_out: int, args: FinetuneArguments) -> str:
+    if args.eval_data:
+        return f"{n_training:,} cells for training, {n_held_out:,} of --eval_data for evaluation."
+    all_of_them = " (--held_out 0 trains on all)" if n_held_out else ""
+    return f"{n_training:,} cells for training, {n_held_out:,} held out{all_of_them}."
 
 
 def _what_is_learnt(label: str, head) -> str:

@@ -12,12 +12,17 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..genes.wrong_names import some_of
 from .arguments import flag, parse
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ..genes.gene_table import GeneTable
 
 _N_SAMPLE = 1_000  # cells whose counts are summarised
 _N_TIMED = 64  # cells that are embedded to estimate the time for all of them
@@ -78,12 +83,22 @@ def run(args: InfoArguments) -> dict[str, Any]:
 
 def cell_facts(path: str, layer: str | None = None) -> tuple[dict[str, Any], Any]:
     """Return the facts about cells, and their `Source` (None if there are no counts)."""
-    from ..models.gene_bert.gene_columns import describe
+    from ..genes.gene_table import GeneTable
     from ..sources.formats import find_layers, local_path, remote_folder
     from ..sources.open_source import open_source
+    from ..sources.read_anndata import read_anndata
     from ..sources.registry import find_format
 
     layers = find_layers(path, layer).layers
+    if not layers:  # an AnnData may have none
+        adata, _ = read_anndata(path, backed=True)
+        return {
+            "what": "cells (AnnData)",
+            "cells": f"{adata.n_obs:,}",
+            "genes": _genes(GeneTable.from_var(adata.var)),
+            "counts": "none: there is no matrix, neither X nor raw nor a layer",
+            "obs": _columns(adata.obs),
+        }, None
     try:
         source = open_source(path, layer)
     except ValueError as error:
@@ -94,7 +109,7 @@ def cell_facts(path: str, layer: str | None = None) -> tuple[dict[str, Any], Any
     facts: dict[str, Any] = {
         "what": f"cells ({known.name})",
         "cells": f"{len(obs):,}",
-        "genes": f"{len(genes):,}, such as {describe(genes.gene_ids)}",
+        "genes": _genes(genes),
         "species": genes.species or "not shown by the ids",
         "matrices": ", ".join(f"{one.name} ({_dtype(one.matrix)})" for one in layers),
     }
@@ -103,10 +118,20 @@ def cell_facts(path: str, layer: str | None = None) -> tuple[dict[str, Any], Any
     else:
         facts["counts"] = f"in {source.counts_in}"
         facts |= _count_facts(source)
-    facts["obs"] = "; ".join(_column(obs[name]) for name in obs) or "no columns"
+    facts["obs"] = _columns(obs)
     for one in layers:
         one.matrix.close()
     return facts, source
+
+
+def _genes(genes: GeneTable) -> str:
+    from ..models.gene_bert.gene_columns import describe
+
+    return f"{len(genes):,}, such as {describe(genes.gene_ids)}"
+
+
+def _columns(obs: pd.DataFrame) -> str:
+    return "; ".join(_column(obs[name]) for name in obs) or "no columns"
 
 
 def _dtype(matrix: Any) -> np.dtype:
@@ -150,6 +175,8 @@ def model_facts(name: str) -> dict[str, Any]:
     n_weights = _n_weights(Path(name))
     if n_weights is not None:
         facts["weights"] = f"{n_weights:,} numbers in the folder"
+    if config.model_type == "cell_neighborhood":
+        return facts | _neighborhood_facts(config)
     if config.model_type != "gene_bert":
         return facts
     facts["size"] = f"{config.num_hidden_layers} layers of {config.hidden_size}"
@@ -167,6 +194,23 @@ def model_facts(name: str) -> dict[str, Any]:
     if tokenizer.whole_cell:
         facts["tokens"] += "; [CLS] reads all genes"
     facts["phenotypes"] = ", ".join(tokenizer.included_phenotypes) or "none"
+    return facts
+
+
+def _neighborhood_facts(config: Any) -> dict[str, str]:
+    from ..models.gene_bert.gene_columns import describe, guess_species
+
+    facts = {"size": f"{config.encoder_layers} + {config.decoder_layers} layers of {config.hidden_size}"}
+    facts["genes"] = f"{config.n_genes:,}"
+    if config.gene_ids is not None:
+        facts["genes"] += f", such as {describe(config.gene_ids)}"
+        facts["species"] = guess_species(config.gene_ids) or "not shown by the ids"
+    facts["cell types"] = f"{config.n_cell_types}"
+    if config.cell_types is not None:
+        facts["cell types"] += f": {some_of(config.cell_types, 8)}"
+    facts["neighbours"] = ", ".join(f"{name} {value}" for name, value in (config.neighborhood or {}).items())
+    facts["neighbours"] = facts["neighbours"] or "not recorded"
+    facts["sections"] = "none" if config.section_key is None else f"by obs[{config.section_key!r}]"
     return facts
 
 

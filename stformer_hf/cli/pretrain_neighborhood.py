@@ -8,9 +8,10 @@ accelerate launch -m stformer_hf.cli pretrain_neighborhood --data a.h5ad b.h5ad 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from .arguments import PRETRAINING, check_names, flag, parse
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from transformers import TrainingArguments
 
+    from ..models.cell_neighborhood.modeling_cell_neighborhood import CellNeighborhoodForMaskedCell
     from ..store.cell_store import CellStore
 
 logger = logging.getLogger(__name__)
@@ -138,6 +140,7 @@ def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]
     )
     set_seed(arguments.seed)
     model = CellNeighborhoodForMaskedCell(config)
+    _add_types(model, cells.unseen_types)
     model.count_head.start_at(*gene_moments(train, seed=arguments.seed))
     trainer = NeighborhoodTrainer(
         arguments, train, model=model, eval_dataset=evaluated, baselines=args.baselines and evaluated is not None
@@ -157,10 +160,12 @@ class Sections(NamedTuple):
     store: CellStore
     metadata: pd.DataFrame  # of cells with a type: `cell_label`, `x`, `y` (and `z`), `section`, `cell_type` (codes)
     cell_types: list[str]  # names of the codes
+    unseen_types: tuple[str, ...] = ()  # types of these sections that no training cell has
 
 
 def open_sections(args: PretrainNeighborhoodArguments, arguments: TrainingArguments) -> Sections:
     """Open the store of the cells, or build one with their coordinates."""
+    import numpy as np
     import pandas as pd
 
     from .runs import is_store, open_cells
@@ -198,6 +203,14 @@ def open_sections(args: PretrainNeighborhoodArguments, arguments: TrainingArgume
     typed = (types.codes >= 0) & (store.lengths > 0)
     if not typed.any():
         raise ValueError(f"No cell has counts and a type in obs[{args.cell_type_key!r}].")
+    where = [axis for axis in _AXES if axis in metadata]
+    lost = typed & ~np.isfinite(metadata[where].to_numpy(np.float64)).all(axis=1)
+    if lost.any():
+        raise ValueError(
+            f"{lost.sum()} of {len(lost)} cells have no finite coordinates (obsm[{args.spatial_key!r}] of files, "
+            f"{' and '.join(where)} in obs of a store), such as {metadata['cell_label'][lost.argmax()]}: remove them "
+            "first."
+        )
     if not typed.all():
         logger.warning(f"{(~typed).sum()} of {len(typed)} cells have no counts or no type and are left out.")
     return Sections(store, metadata[typed].reset_index(drop=True), [str(name) for name in types.categories])
@@ -221,22 +234,34 @@ def _without_twins(cells: Sections, held_out: np.ndarray) -> tuple[Sections, np.
 
 
 def _without_unseen_types(cells: Sections, held_out: np.ndarray) -> tuple[Sections, np.ndarray]:
-    """Leave out held-out cells of types that no training cell has, which the model does not know."""
+    """Leave out held-out cells of types that no training cell has, which cannot be evaluated."""
     import numpy as np
 
     types = cells.metadata["cell_type"].to_numpy()
     seen = np.unique(types[~held_out])
     known = np.isin(types, seen)
-    if known.all():
-        return cells, held_out
-    unseen = [cells.cell_types[code] for code in np.unique(types[~known])]
-    logger.warning(
-        f"{(~known).sum()} held-out cells are left out: they have {len(unseen)} types that no training cell has, such "
-        f"as {', '.join(unseen[:3])}."
-    )
+    unseen = tuple(name for code, name in enumerate(cells.cell_types) if code not in seen)
+    if not known.all():
+        logger.warning(
+            f"{(~known).sum()} held-out cells are not evaluated: no training cell has their types, such as "
+            f"{', '.join(cells.cell_types[code] for code in np.unique(types[~known])[:3])}. To embed cells, the model "
+            "takes such a type for the mean of the others, as it was before training."
+        )
     metadata = cells.metadata[known].reset_index(drop=True)
     metadata["cell_type"] = np.searchsorted(seen, types[known])
-    return Sections(cells.store, metadata, [cells.cell_types[code] for code in seen]), held_out[known]
+    return Sections(cells.store, metadata, [cells.cell_types[code] for code in seen], unseen), held_out[known]
+
+
+def _add_types(model: CellNeighborhoodForMaskedCell, names: Sequence[str]) -> None:
+    """Add types that no training cell has to a new model; no other weight depends on them."""
+    import torch
+
+    table = cast("torch.nn.Embedding", model.get_input_embeddings())
+    known = table.weight.detach()
+    table.weight = torch.nn.Parameter(torch.cat([known, known.mean(dim=0).expand(len(names), -1)]))
+    table.num_embeddings += len(names)
+    model.config.n_cell_types += len(names)
+    model.config.cell_types = [*(model.config.cell_types or ()), *names]
 
 
 def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], str | None]:

@@ -257,8 +257,8 @@ def split(
         if len(alone):
             names = [_names_of(store, labels, classes[i]) for i in alone]
             logger.warning(
-                f"{len(alone)} classes of {label} have only one cell, which is used for training, so they are not "
-                f"evaluated: {some_of(names, 10)}."
+                f"Classes of {label} with only one cell, which is used for training, are not evaluated: "
+                f"{some_of(names, 10)}."
             )
         kinds = kinds[n_like > 1]  # a class of one cell cannot be on both sides
         strata = _like_shares(strata[kinds], min(n_test, max(len(kinds) - n_test, 1)), label)

@@ -1,4 +1,4 @@
-"""Estimate the best score that noise allows, by predicting one half of each cell's counts from the other."""
+"""Estimate the score that noise allows at half the depth: one half of each cell's counts predicts the other."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def _count(true: Sequence | np.ndarray, predicted: Sequence | np.ndarray, classe
         str(value) for value in np.asarray(predicted)[columns < 0]
     })  # fmt: skip
     if unknown:
-        raise ValueError(f"{len(unknown)} classes are not in classes, such as {unknown[0]}: add them.")
+        raise ValueError(f"Not all labels are in classes, such as {unknown[0]}: add them.")
     n = len(index)
     return np.bincount(rows * n + columns, minlength=n * n).reshape(n, n)
 

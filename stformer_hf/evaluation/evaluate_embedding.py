@@ -308,7 +308,9 @@ def _choose_cells(labels: np.ndarray, twins: np.ndarray, least: int, notes: list
     kept = there & np.isin(labels, sizes.index[sizes >= least])
     n_classes = (sizes >= least).sum()
     if n_classes < 2:
-        raise ValueError(f"{n_classes} classes have at least {least} cells; the evaluation needs two.")
+        raise ValueError(
+            f"The evaluation needs two classes with at least {least} cells; there is {'one' if n_classes else 'none'}."
+        )
     return kept
 
 

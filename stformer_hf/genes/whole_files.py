@@ -1,9 +1,10 @@
-"""Write files whole or not at all."""
+"""Write files and folders whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,13 +21,22 @@ def part_of(path: Path) -> Path:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to, which is renamed to `path` at the end; after an error it is removed."""
+    """Yield a path to write a file or folder to, which is renamed to `path` at the end; after an error it is removed.
+
+    What was at `path` is replaced; a folder there has another name for a moment.
+    """
     part = part_of(path)
+    old = part.with_suffix(".old")
     try:
         yield part
+        if path.is_dir():
+            path.rename(old)
         part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        for left in (part, old):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 __all__ = ["part_of", "whole_file"]

@@ -1,9 +1,12 @@
-"""Parts of messages about names: the closest known one, some of them, or all of them."""
+"""Messages about names: the closest known one, some of them, all of them, or those that stand for missing values."""
 
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Collection, Iterable
+
+logger = logging.getLogger(__name__)
 
 
 def closest(name: str, known: Iterable[str], prefix: str = "") -> str:
@@ -26,4 +29,16 @@ def must_have(known: Collection[str], where: str, key: str | None, remedy: str =
         raise ValueError(f"There is no {where}[{key!r}]; {where} has {has}.{remedy}")
 
 
-__all__ = ["closest", "must_have", "some_of"]
+def warn_of_missing(classes: Iterable[object], where: str) -> None:
+    """Log a warning if classes have names that stand for missing values in text, such as "" or "nan"."""
+    found = [repr(str(name)) for name in classes if str(name).strip().lower() in _MISSING]
+    if found:
+        logger.warning(
+            f"{where} has the class{'es' * (len(found) > 1)} {', '.join(found)}, as other classes: if these cells "
+            "have no label, make it missing, adata.obs[key].replace(name, None)."
+        )
+
+
+_MISSING = {"", "nan", "na", "n/a", "none", "null", "<na>"}
+
+__all__ = ["closest", "must_have", "some_of", "warn_of_missing"]

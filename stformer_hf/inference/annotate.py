@@ -13,7 +13,7 @@ from anndata import AnnData
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from .. import __version__
-from ..genes.wrong_names import must_have
+from ..genes.wrong_names import must_have, warn_of_missing
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
 from ..training.calibration import OutOfFold, load_out_of_fold
@@ -22,6 +22,11 @@ from ..training.loading import is_model, name_of, unwrap
 from .ancestors import ancestors_of, climb, read_parents
 from .batches import load, run, table_of
 from .rejection import UNKNOWN, check_reject, rejection_thresholds, typicality
+
+_HOW_TO_CLUSTER = (
+    " Clusters are made by embed(adata, model), scanpy.pp.neighbors(adata, use_rep='X_stformer') and "
+    "scanpy.tl.leiden(adata), which writes obs['leiden']."
+)
 
 
 def annotate(
@@ -105,7 +110,7 @@ def annotate(
     rejects that share of them; with too few of these it labels no cell. An ancestor of all classes is not used.
     """
     table = table_of(adata, layer)
-    must_have(table.obs, "obs", over)
+    must_have(table.obs, "obs", over, _HOW_TO_CLUSTER)
     if top_k < 1:
         raise ValueError(f"top_k={top_k}: must be at least 1.")
     if is_model(model):
@@ -118,6 +123,8 @@ def annotate(
         raise ValueError(
             f"top_k, reject, parents and over are for classes, and the model is for {kind}: leave them out."
         )
+    for head in heads if of_classes else ():
+        warn_of_missing(head.names, "The model" if head.column is None else f"{head.column!r} of the model")
     check_reject(reject, [name for head in heads for name in head.names])
     if parents is not None and reject is None:
         raise ValueError("parents are for rejected cells: pass reject too, such as reject=0.05.")
@@ -147,7 +154,7 @@ def annotate(
                 found.append(distances.amin(dim=1, keepdim=True).float())
         return torch.cat(found, dim=1)
 
-    predictions, n_genes, _ = run(
+    predictions, n_genes, source = run(
         adata,
         classifier,
         tokenizer,
@@ -196,6 +203,7 @@ def annotate(
         **({} if parents is None else {"parents": {"child": [*parents], "parent": [*parents.values()]}}),
         **({} if over is None else {"over": over}),
         "version": __version__,
+        "counts_in": source.counts_in,
         "vocabulary_fingerprint": tokenizer.fingerprint,
     }
     return table if isinstance(adata, CellStore) else None

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from ..evaluation.cell_baselines import log_normalise
-from ..genes.wrong_names import must_have
+from ..genes.wrong_names import must_have, some_of
 from ..models.gene_bert.encoder_layers import GeneBertAttention
 from ..models.gene_bert.gene_columns import are_ids
 from ..models.gene_bert.randomness import uniforms
@@ -248,6 +248,9 @@ class GeneNetwork:
     n_cells: dict[str, np.ndarray]
     coexpression: dict[str, np.ndarray]
     method: str
+
+    def __repr__(self) -> str:
+        return f"GeneNetwork({len(self.genes):,} genes, method {self.method}, groups: {some_of(self.scores, 10)})"
 
     def edges(self, n_edges: int = 1_000) -> pd.DataFrame:
         """Return the pairs with the largest scores in each group.

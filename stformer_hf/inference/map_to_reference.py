@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +18,15 @@ from sklearn.neighbors import NearestNeighbors
 from transformers import AutoModel, PreTrainedModel
 
 from .. import __version__
+from ..genes.wrong_names import warn_of_missing
 from ..models.gene_bert.heads import default_pooling
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
 from .batches import load, table_of
 from .embed import embed_and_count
 from .rejection import UNKNOWN, check_reject, rejection_thresholds
+
+logger = logging.getLogger(__name__)
 
 N_NEIGHBORS = 15
 REFERENCE_FILE, _ARRAYS = "reference.json", "reference.safetensors"
@@ -126,6 +130,12 @@ def map_to_reference(
     found, n_genes = embed_and_count(query, encoder, tokenizer, layer=layer, **settings)
     table = table if found is None else found
 
+    n_shared = _n_shared(table, known, n_genes > 0)
+    if n_shared:
+        logger.warning(
+            f"{n_shared} of {table.n_obs} cells are in the reference too (same name and embedding). They find "
+            "themselves and get their own label, which does not show how well other cells are mapped."
+        )
     n_neighbors = min(n_neighbors, len(known.embedding) - 1)  # of the reference too, each cell without itself
     index = NearestNeighbors(n_neighbors=n_neighbors).fit(known.embedding.astype(np.float64))
     distances, rows = index.kneighbors(table.obsm["X_stformer"].astype(np.float64))
@@ -238,6 +248,7 @@ def _embed_reference(
     kept = labels.codes >= 0
     if kept.sum() < 2:
         raise ValueError(f"{kept.sum()} cells of the reference have a {label_key!r}: at least two are needed.")
+    warn_of_missing(labels.categories, f"{label_key!r} of the reference")
     found, n_genes = embed_and_count(reference, encoder, tokenizer, **settings)
     table = table if found is None else found
     kept &= n_genes > 0
@@ -249,6 +260,16 @@ def _embed_reference(
     names = table.obs_names.to_numpy(dtype=object)[kept]
     labels = labels[kept].remove_unused_categories()
     return Reference(table.obsm["X_stformer"][kept], labels, names, fingerprint_of(encoder, tokenizer))
+
+
+def _n_shared(query: AnnData, known: Reference, there: np.ndarray) -> int:
+    """Return the number of cells, bool (n,), that have the name and the embedding of a cell of the reference."""
+    names = pd.Index(known.names).astype(str)
+    first = np.flatnonzero(~names.duplicated())
+    at = names[first].get_indexer(query.obs_names.astype(str))
+    rows = np.flatnonzero((at >= 0) & there)
+    own, other = query.obsm["X_stformer"][rows], known.embedding[first[at[rows]]]
+    return int(np.isclose(own, other, rtol=1e-3, atol=1e-4).all(axis=1).sum())
 
 
 def vote(distances: np.ndarray, codes: np.ndarray, n_classes: int) -> np.ndarray:

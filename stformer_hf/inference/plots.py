@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from networkx import DiGraph
 
     from .gene_states import GeneNetwork
 
@@ -27,6 +28,7 @@ _MISSING = "lightgray"
 _OWN_UMAP = "stformer_umap"  # in uns: checksum of the obsm["X_umap"] that `umap` wrote
 _MOST_COLUMNS = 4
 _LEGEND_ROWS = 20
+_INCHES_PER_EDGE = 1.1  # so that arrows are seen between the names of genes
 
 
 def loss_curves(
@@ -69,7 +71,7 @@ def loss_curves(
 def confusion(
     true: Sequence | np.ndarray,
     predicted: Sequence | np.ndarray,
-    labels: Sequence[str],
+    labels: Sequence[str] | None = None,
     *,
     title: str = "",
     save: str | Path | None = None,
@@ -81,9 +83,9 @@ def confusion(
     Parameters
     ----------
     true, predicted : sequence (n,)
-        Classes.
-    labels : sequence of str
-        Order of rows and columns, for example from `order_classes`.
+        Classes. Cells that lack one of them are left out.
+    labels : sequence of str, optional
+        Order of rows and columns, for example from `order_classes`; by default all classes, sorted.
     title, save
         As for `loss_curves`.
 
@@ -92,9 +94,14 @@ def confusion(
     ValueError
         A class of some cells is not in `labels`.
     """
+    true, predicted = (np.asarray(of, dtype=object) for of in (true, predicted))
+    there = ~(pd.isna(true) | pd.isna(predicted))
+    true, predicted = true[there], predicted[there]
+    if labels is None:
+        labels = sorted({*true, *predicted})
     unknown = {*true, *predicted} - set(labels)
     if unknown:
-        raise ValueError(f"{len(unknown)} classes are not in labels, such as {min(map(str, unknown))}: add them.")
+        raise ValueError(f"Not all classes are in labels, such as {min(map(str, unknown))}: add them.")
     counts = confusion_matrix(true, predicted, labels=list(labels))
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     size = 2.5 + 0.45 * len(labels)
@@ -152,8 +159,15 @@ def umap(
     if own:
         adata.obsm["X_umap"], adata.uns[_OWN_UMAP] = places, _checksum(places)
     ax = _axes(8, 5)
-    sc.pl.embedding(adata, f"{use_rep}_umap", color=color, ax=ax, show=False, title=title or color, frameon=False)
+    sc.pl.embedding(adata, f"{use_rep}_umap", color=color, ax=ax, show=False, title=title or color)
+    _name_axes(ax)
     return _save(ax, save)
+
+
+def _name_axes(ax: Axes) -> None:
+    """Name the axes of a UMAP, whose numbers mean nothing."""
+    ax.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
+    ax.spines[:].set_color("lightgray")  # separates distant clusters from the next panel
 
 
 def _checksum(places: np.ndarray) -> int:
@@ -228,11 +242,11 @@ def umaps(
         places = _write_umap(adata, key, random_state)
         for cells, edge in ((order[~edged[order]], "none"), (order[edged[order]], "black")):
             panel.scatter(*places[cells].T, c=colours[cells], s=size, linewidths=0.7, edgecolors=edge, rasterized=True)
-        panel.set(xticks=[], yticks=[], title=name)
-        panel.spines[:].set_color("lightgray")  # separates distant clusters from the next panel
+        panel.set_title(name)
+        _name_axes(panel)
     if isinstance(legend, list) and edged.any():
         legend.append(Line2D([], [], color="none", marker="o", markeredgecolor="black", markersize=8, label=outlined))
-    _add_legend(figure, panels, legend, color, title)
+    _add_legend(figure, panels, legend, _name_of(adata, color), title)
     _save(panels[0], save)
     return panels
 
@@ -292,8 +306,8 @@ def mapping(
     for panel, column in zip(panels, ("cells", color), strict=True):
         colours, _, legend = _colours(joint, column)
         panel.scatter(*places.T, c=colours, s=size, linewidths=0, rasterized=True)  # the query is on top
-        panel.set(xticks=[], yticks=[], title=column)
-        panel.spines[:].set_color("lightgray")
+        panel.set_title(column)
+        _name_axes(panel)
         assert isinstance(legend, list)  # both columns hold categories
         columns = -(-len(legend) // _LEGEND_ROWS)
         panel.legend(handles=legend, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, ncols=columns)
@@ -349,7 +363,8 @@ def sections(
 ) -> Axes | np.ndarray:
     """Plot the cells of tissue sections at their coordinates, one panel per section, coloured by a column or a gene.
 
-    As in the spatial plots of scanpy and squidpy, y points down, and x and y have the same scale.
+    As in the spatial plots of scanpy and squidpy, y points down, and x and y have the same scale. A bar below each
+    panel shows it, in the units of the coordinates.
 
     Parameters
     ----------
@@ -414,11 +429,25 @@ def sections(
         panel.scatter(*points[cells].T, c=colours[cells], s=size, linewidths=0, rasterized=True)
         panel.set(xticks=[], yticks=[], aspect="equal")
         panel.invert_yaxis()
+        _add_scale(panel, np.ptp(points[cells, 0]))
         if section_key is not None:
             panel.set_title(str(names[number]))
-    _add_legend(figure, panels, legend, color, title)
+    figure.supxlabel(f"bars: units of obsm[{spatial_key!r}]", fontsize="small")
+    _add_legend(figure, panels, legend, _name_of(adata, color), title)
     _save(panels[0], save)
     return panels[0] if section_key is None else panels
+
+
+def _add_scale(panel: Axes, width: float) -> None:
+    """Add a bar below a panel whose length is 1, 2 or 5 times a power of ten, at most half the width of its cells."""
+    from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
+
+    if not width > 0:  # one cell
+        return
+    power = 10.0 ** np.floor(np.log10(width / 2))
+    length = power * max(times for times in (1, 2, 5) if times == 1 or times * power <= width / 2)
+    below = {"bbox_to_anchor": (0.5, 0), "bbox_transform": panel.transAxes, "borderpad": 0.3, "sep": 4}
+    panel.add_artist(AnchoredSizeBar(panel.transData, length, f"{length:g}", "upper center", frameon=False, **below))
 
 
 def _sections_of(adata: AnnData, section_key: str | None) -> pd.Categorical:
@@ -504,6 +533,16 @@ def _values_of(adata: AnnData, color: str) -> np.ndarray | pd.Categorical:
         f"There is no column or gene {color!r}; obs has {', '.join(map(repr, adata.obs)) or 'no columns'}, and genes "
         f"have names like {', '.join(adata.var_names[:3])}."
     )
+
+
+def _name_of(adata: AnnData, color: str) -> str:
+    """Return what the colours show: a column of obs, or the counts or other values of a gene."""
+    if color in adata.obs:
+        return color
+    values = _values_of(adata, color)
+    assert isinstance(values, np.ndarray)  # of a gene
+    whole = np.isfinite(values).all() and (values >= 0).all() and (values == np.floor(values)).all()
+    return f"{color} ({'counts' if whole else 'values'} in X)"
 
 
 def _default_colours(n: int) -> list[str]:
@@ -612,25 +651,56 @@ def network(
     )
     scale = ScalarMappable(Normalize(-1, 1), "coolwarm")
     colours = [scale.to_rgba(r) if np.isfinite(r) else _MISSING for r in coexpression]
-    places = networkx.spring_layout(graph.to_undirected(), seed=0)
+    places = _places_of(graph)
     names = {node: symbol or node for node, symbol in graph.nodes(data="symbol")}
-    ax = _axes(8, 7)
+    width, height = np.clip(np.ptp([*places.values()], axis=0) * _INCHES_PER_EDGE, 4, 14)
+    ax = _axes(width + 2, height + 1)
     networkx.draw_networkx_edges(graph, places, ax=ax, edge_color=colours, width=(3 * score / score.max()).tolist())
     networkx.draw_networkx_labels(graph, places, names, ax=ax, font_size=8)
     ax.figure.colorbar(scale, ax=ax, label="co-expression (Pearson's r)", shrink=0.6)
-    ax.set(title=title or f"{len(score)} edges by {genes.method}")
+    group = group if group is not None else next(iter(genes.scores))
+    ax.figure.suptitle(title or f"{group}: {len(score)} edges by {genes.method}")
     ax.margins(0.1)
     ax.axis("off")
     return _save(ax, save)
 
 
-def _add_legend(figure: Figure, panels: np.ndarray, legend: list[Line2D] | ScalarMappable, color: str, title: str):
-    """Add the legend of all panels, see `_colours`, and the title."""
+def _places_of(graph: DiGraph) -> dict[Any, np.ndarray]:
+    """Return the place of each node, float64 (2,): the median edge of each connected part has the length 1.
+
+    Parts are laid out on their own (Kamada and Kawai 1989), and put in rows, the largest first.
+    """
+    import networkx
+
+    parts = []
+    for nodes in sorted(networkx.connected_components(graph.to_undirected()), key=len, reverse=True):
+        part = graph.subgraph(node for node in graph if node in nodes).to_undirected()  # in the order of the edges
+        around = networkx.circular_layout(part)
+        found = networkx.kamada_kawai_layout(part, pos=around, weight=None)
+        lengths = [np.linalg.norm(found[one] - found[other]) for one, other in part.edges if one != other]
+        scale = np.median(lengths) if lengths else 1.0
+        parts.append({node: place / scale for node, place in found.items()})
+    sizes = [np.ptp([*part.values()], axis=0) + 1 for part in parts]  # with a margin
+    row_width = max(np.sqrt(sum(size.prod() for size in sizes)) * 1.2, max(size[0] for size in sizes))
+    places: dict[Any, np.ndarray] = {}
+    corner, row_height = np.zeros(2), 0.0
+    for part, size in zip(parts, sizes, strict=True):
+        if corner[0] + size[0] > row_width and corner[0]:
+            corner, row_height = np.array([0.0, corner[1] - row_height]), 0.0
+        lowest, highest = np.min([*part.values()], axis=0), np.max([*part.values()], axis=0)
+        shift = corner - np.array([lowest[0], highest[1]])
+        places |= {node: place + shift for node, place in part.items()}
+        corner, row_height = corner + np.array([size[0], 0]), max(row_height, size[1])
+    return places
+
+
+def _add_legend(figure: Figure, panels: np.ndarray, legend: list[Line2D] | ScalarMappable, name: str, title: str):
+    """Add the legend of all panels, see `_colours`, its name, and the title."""
     if isinstance(legend, list):
         columns = -(-len(legend) // _LEGEND_ROWS)
-        figure.legend(handles=legend, loc="outside right center", frameon=False, title=color, ncols=columns)
+        figure.legend(handles=legend, loc="outside right center", frameon=False, title=name, ncols=columns)
     else:
-        figure.colorbar(legend, ax=list(panels), label=color, shrink=0.6)
+        figure.colorbar(legend, ax=list(panels), label=name, shrink=0.6)
     if title:
         figure.suptitle(title)
 

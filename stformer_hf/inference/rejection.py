@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import numpy as np
 
 UNKNOWN = "unknown"  # label of a rejected cell
@@ -11,8 +13,8 @@ def check_reject(reject: float | None, classes: list[str]) -> None:
     """Raise a ValueError for a share that is not between 0 and 1, and for a class called "unknown"."""
     if reject is None:
         return
-    if not 0 < reject < 1:
-        raise ValueError(f"reject={reject}: must be a share of the known cells between 0 and 1, such as 0.05.")
+    if isinstance(reject, bool) or not isinstance(reject, Real) or not 0 < reject < 1:
+        raise ValueError(f"reject={reject!r}: must be a share of the known cells between 0 and 1, such as 0.05.")
     if UNKNOWN in classes:
         raise ValueError(f"One of the classes is {UNKNOWN!r}, as rejected cells are: rename it, or leave out reject=…")
 

@@ -12,9 +12,11 @@ import pandas as pd
 import pyarrow as pa
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
+from scipy.stats import binom
 from xxhash import xxh3_128_digest
 
 SHARE = 0.9  # share of a source's cells that match cells of another, from which it holds the same cells
+PART = 0.05  # share of a source's barcodes that are in another, from which its cells are compared with those there
 _KAPPA = 0.5
 _LEAST_SHARED = 50  # smallest number of cells for a correlation of their totals
 _CORRELATION = 0.95  # of log totals; it is far lower for sections and lanes that share barcodes
@@ -90,6 +92,9 @@ class SameCells:
     chance. A source also holds the same cells if at least 90 % have the barcode of a cell there, and the logarithms of
     their totals correlate by over 0.95, as for a matrix with and without ambient counts.
 
+    The cells that other sources share are counted (`shared`): of sources of which at least 5 % have the barcode of a
+    cell in the other, if kappa among these cells is over 0.5, and chance does not explain it.
+
     References
     ----------
     .. [1] Cohen, A coefficient of agreement for nominal scales, Educational and Psychological Measurement 20, 1960.
@@ -103,21 +108,21 @@ class SameCells:
     ----------
     pairs : list of (int, int)
         The barcodes of at least 90 % of the cells of the first source are in the second.
+    alike : list of (int, int)
+        Those of at least 5 %.
     """
 
     def __init__(self, names: Sequence[pa.Array | pa.ChunkedArray]):
         self._barcodes = [_hash_barcodes(of) for of in names] if len(names) > 1 else []
         shared = _count_shared(self._barcodes).tocoo()
-        self.pairs = [
-            (int(i), int(j))
-            for i, j, n in zip(*shared.coords, shared.data, strict=True)
-            if i != j and n >= SHARE * len(names[i])
-        ]
+        counted = [(int(i), int(j), n) for i, j, n in zip(*shared.coords, shared.data, strict=True) if i != j]
+        self.pairs = [(i, j) for i, j, n in counted if n >= SHARE * len(names[i])]
+        self.alike = [(i, j) for i, j, n in counted if n >= PART * len(names[i])]
         self._cells: dict[int, np.ndarray] = {}
 
     def __contains__(self, source: int) -> bool:
         """Return whether the cells of a source must be described."""
-        return any(source in pair for pair in self.pairs)
+        return any(source in pair for pair in self.alike)
 
     def add(self, source: int, cells: np.ndarray) -> tuple[float, int, int] | None:
         """Add the output of `describe` for all cells of a source.
@@ -137,20 +142,36 @@ class SameCells:
         """Return which cells of a source have the barcode of a cell of other sources, bool array (n_cells,)."""
         return np.isin(self._barcodes[source], np.concatenate([self._barcodes[other] for other in others]))
 
+    def shared(self) -> list[tuple[int, int, int]]:
+        """Return how many cells of a first source are in a second, and both sources, the most first."""
+        pairs = sorted({(min(pair), max(pair)) for pair in self.alike if self._cells.keys() >= set(pair)})
+        found = [(self._n_shared(i, j), i, j) for i, j in pairs]
+        return sorted((of for of in found if of[0]), key=lambda of: -of[0])
+
+    def _n_shared(self, i: int, j: int) -> int:
+        """Return the number of cells of a source that are in another, or 0 if they may be by chance."""
+        (contents, keys), (others, other_keys) = self._keys(i), self._keys(j)
+        first, second = (self._barcodes[source][self._cells[source][:, 1] > 0] for source in (i, j))
+        n, n_alike = int(np.isin(keys, other_keys).sum()), int(np.isin(first, second).sum())
+        if not n:
+            return 0
+        chance = _chance(contents, others)
+        beyond_chance = n / n_alike - chance > _KAPPA * (1 - chance)
+        return n if beyond_chance and len(self.alike) * binom.sf(n - 1, n_alike, chance) < _EXPECTED else 0
+
+    def _keys(self, source: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return what tells the cells of a source with counts apart, without and with their barcodes: uint64 (n,)."""
+        there = self._cells[source][:, 1] > 0
+        contents = np.ascontiguousarray(self._cells[source][there]).view(np.uint64).ravel()
+        return contents, pd.util.hash_array(contents) ^ self._barcodes[source][there]
+
     def _share(self, i: int, j: int) -> float | None:
-        contents, keys = [], []
-        for source in (i, j):
-            there = self._cells[source][:, 1] > 0
-            contents.append(np.ascontiguousarray(self._cells[source][there]).view(np.uint64).ravel())
-            keys.append(pd.util.hash_array(contents[-1]) ^ self._barcodes[source][there])
-        if not len(keys[0]) or not len(keys[1]):
+        (contents, keys), (others, other_keys) = self._keys(i), self._keys(j)
+        if not len(keys) or not len(other_keys):
             return None
-        share = np.isin(*keys).mean()
-        kinds, inverse = np.unique(np.concatenate(contents), return_inverse=True)
-        n = len(contents[0])
-        first, second = (np.bincount(of, minlength=len(kinds)) for of in (inverse[:n], inverse[n:]))
-        chance = (first / first.sum()) @ (second / second.sum())
-        beyond_chance = share - chance > _KAPPA * (1 - chance) and len(self.pairs) * chance ** (share * n) < _EXPECTED
+        share, chance = np.isin(keys, other_keys).mean(), _chance(contents, others)
+        n_same = share * len(keys)
+        beyond_chance = share - chance > _KAPPA * (1 - chance) and len(self.pairs) * chance**n_same < _EXPECTED
         if share >= SHARE and beyond_chance:
             return float(share)
         return self._share_of_like_totals(i, j)
@@ -170,6 +191,14 @@ class SameCells:
             return None
         correlation = np.corrcoef(first[shared], second[shared])[0, 1]
         return len(shared) / len(first) if correlation > _CORRELATION else None
+
+
+def _chance(contents: np.ndarray, others: np.ndarray) -> float:
+    """Return the probability that a cell of another source has the total and number of genes of a cell of one."""
+    kinds, inverse = np.unique(np.concatenate([contents, others]), return_inverse=True)
+    n = len(contents)
+    first, second = (np.bincount(of, minlength=len(kinds)) for of in (inverse[:n], inverse[n:]))
+    return float((first / first.sum()) @ (second / second.sum()))
 
 
 def _hash_barcodes(names: pa.Array | pa.ChunkedArray) -> np.ndarray:
@@ -280,6 +309,7 @@ def join_groups(groups: np.ndarray, twins: np.ndarray) -> np.ndarray:
 
 
 __all__ = [
+    "PART",
     "SHARE",
     "SameCells",
     "check_names",

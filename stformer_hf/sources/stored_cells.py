@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class StoredCells(Protocol):
-    """The part of `CellStore`'s interface that other modules use. The store registers its own format."""
+    """The part of `CellStore`'s interface that other modules use."""
 
     path: Any  # Path, or RemoteFolder
     manifest: dict[str, Any]

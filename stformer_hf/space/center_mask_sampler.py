@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..genes.wrong_names import must_have
 from ..models.gene_bert.gene_columns import resolve_genes
-from ..sources.read_anndata import as_anndata, find_placed_table, section_of
+from ..sources.read_anndata import as_anndata, coordinates_of, find_placed_table, section_of
 from ..store.cell_expression import CellExpression
 from ..store.cell_store import CellStore
 from ..training.cell_checksum import checksum, spread_rows
@@ -326,13 +326,8 @@ class CenterMaskSampler(Dataset):
         """
         adata = as_anndata(find_placed_table(adata))
         section_key = section_key or section_of(adata)
-        for key in (spatial_key, cell_embedding_key):
-            must_have(adata.obsm, "obsm", key)
-        coordinates = np.asarray(adata.obsm[spatial_key])
-        if coordinates.ndim != 2 or coordinates.shape[1] not in (2, 3):
-            raise ValueError(
-                f"obsm[{spatial_key!r}] has the shape {coordinates.shape}; coordinates have 2 or 3 columns."
-            )
+        must_have(adata.obsm, "obsm", cell_embedding_key)
+        coordinates = coordinates_of(adata, spatial_key)
         axes = list("xyz"[: coordinates.shape[1]])
         metadata = {"cell_label": adata.obs_names.to_numpy(), **dict(zip(axes, coordinates.T, strict=True))}
         for key in (section_key, cell_type_key):
@@ -340,12 +335,18 @@ class CenterMaskSampler(Dataset):
         if section_key is None:
             warn_of_sections(adata.obs)
         else:
+            missing = adata.obs[section_key].isna()
+            if missing.any():
+                raise ValueError(
+                    f"{missing.sum()} of {len(missing)} cells have no section in obs[{section_key!r}], such as "
+                    f"{missing.idxmax()}: remove them first."
+                )
             metadata["section"] = adata.obs[section_key].to_numpy()
         types = pd.Categorical(np.full(adata.n_obs, "cell") if cell_type_key is None else adata.obs[cell_type_key])
         if (types.codes < 0).any():
             raise ValueError(
-                f"{(types.codes < 0).sum()} of {len(types)} cells have no type in obs[{cell_type_key!r}]: fill it in, "
-                "for example with 'unknown', or remove them."
+                f"{(types.codes < 0).sum()} of {len(types)} cells have no type in obs[{cell_type_key!r}]: remove "
+                "them, or fill it in, for example with 'unknown', which a new model then learns as a type."
             )
         metadata["cell_type"] = types.codes.astype(np.int64)
         sampler = cls(

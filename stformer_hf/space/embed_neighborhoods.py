@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import __version__
-from ..genes.wrong_names import closest
+from ..genes.wrong_names import closest, some_of
 from ..inference.batches import at_work, check_cells
 from ..models.gene_bert.gene_columns import strip_versions
 from ..models.gene_bert.gene_matcher import MIN_COVERAGE, WARN_COVERAGE, GeneMatcher, check_coverage, coverage_of
@@ -249,14 +249,13 @@ def _section_key(adata: AnnData, config: PreTrainedConfig) -> str | None:
 def _types(adata: AnnData, key: str | None, config: PreTrainedConfig) -> np.ndarray:
     """Return the model's number of each type, in the order of `CenterMaskSampler.from_anndata`: int64 array.
 
-    Unused types may be -1. Missing types and a missing column are left to the sampler.
+    Unused types may be -1. A missing column is left to the sampler.
     """
     if key is None:
         if config.n_cell_types > 1:
-            some = f", such as {', '.join(config.cell_types[:3])}" if config.cell_types else ""
             raise ValueError(
-                f"The model knows {config.n_cell_types} cell types{some}: pass the column of obs that holds them as "
-                "cell_type_key."
+                f"The model knows {config.n_cell_types} cell types{_known_types(config)}: pass the column of obs "
+                "that holds them as cell_type_key."
             )
         return np.zeros(1, np.int64)
     if key not in adata.obs:
@@ -264,14 +263,19 @@ def _types(adata: AnnData, key: str | None, config: PreTrainedConfig) -> np.ndar
     column = adata.obs[key]
     found = pd.Categorical(column)
     used = np.unique(found.codes[found.codes >= 0])
+    n_missing = int((found.codes < 0).sum())
+    if n_missing:
+        raise ValueError(
+            f"{n_missing} of {len(column)} cells have no type in obs[{key!r}]: fill in one that the model knows"
+            f"{_known_types(config)}, or remove them."
+        )
     if config.cell_types is not None:
         numbers = pd.Index(config.cell_types).get_indexer([str(name) for name in found.categories])
         unknown = [str(found.categories[i]) for i in used if numbers[i] < 0]
         if unknown:
             raise ValueError(
-                f"obs[{key!r}] holds {len(unknown)} types that the model does not know, such as "
-                f"{', '.join(unknown[:3])}. It knows {len(config.cell_types)}: {', '.join(config.cell_types[:10])}"
-                f"{', …' if len(config.cell_types) > 10 else ''}. Rename them, or remove their cells."
+                f"obs[{key!r}] holds types that the model does not know, such as {', '.join(unknown[:3])}. Rename "
+                f"them to types that it knows{_known_types(config)}, or remove their cells."
             )
         return numbers.astype(np.int64)
     if pd.api.types.is_integer_dtype(column.dtype):  # codes, such as those of prepare_metadata
@@ -285,6 +289,11 @@ def _types(adata: AnnData, key: str | None, config: PreTrainedConfig) -> np.ndar
             "numbered from 0 without names: pass the types of its training, as a categorical with the same categories."
         )
     return numbers
+
+
+def _known_types(config: PreTrainedConfig) -> str:
+    """Return the names of the types that a model knows, in brackets."""
+    return f" ({some_of(config.cell_types, 10)})" if config.cell_types else ""
 
 
 # ---------------------------------------------------------------------- genes

@@ -72,7 +72,7 @@ def read_points(metadata: Any, axes: Sequence[str], names: np.ndarray) -> np.nda
     if len(wrong):
         raise ValueError(
             f"{len(wrong)} of {len(points)} cells have no finite coordinates in {', '.join(map(repr, axes))}, such as "
-            f"{names[wrong[0]]}: remove them from metadata first."
+            f"{names[wrong[0]]}: remove them first."
         )
     return points
 
@@ -105,7 +105,7 @@ def read_sections(metadata: Any, name: str | None, names: np.ndarray) -> np.ndar
     if len(wrong):
         raise ValueError(
             f"{len(wrong)} of {len(codes)} cells have no section in {name!r}, such as {names[wrong[0]]}: remove them "
-            "from metadata first."
+            "first."
         )
     return codes.astype(np.int64)
 

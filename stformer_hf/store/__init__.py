@@ -3,5 +3,3 @@
 `cell_store.py` is the public class. The file format: `shards.py` defines the rows, `compact_rows.py` their compact
 form, `writer.py` the manifest.
 """
-
-from . import cell_store as _cell_store  # noqa: F401  (registers stores as a format of `sources`)

@@ -23,9 +23,7 @@ from tqdm.auto import tqdm
 from ..genes.gene_table import GeneTable
 from ..genes.wrong_names import must_have
 from ..sources.formats import local_path, remote_folder
-from ..sources.registry import Layer, reads
 from ..sources.same_cells import find_twins_of_store, join_groups
-from ..sources.stored_cells import store_layers
 from .arrow_rows import ArrowRows
 from .block_order import block_order
 from .cell_batch import Cell, CellBatch, names_key
@@ -968,15 +966,6 @@ def _local_manifest(path: Path) -> bytes:
             )
         raise FileNotFoundError(f"There is no CellStore at {path}; create one with CellStore.build.")
     return file.read_bytes()
-
-
-@reads(
-    "CellStore",
-    lambda path: (path / "manifest.json").exists() and (path / "dataset_info.json").exists(),
-    remote=True,
-)
-def _read_store(path: Path | str) -> list[Layer]:
-    return store_layers(CellStore(path))
 
 
 __all__ = ["CellStore"]

@@ -145,6 +145,8 @@ def write_store(
         pieces = list(_pieces(building, opened, settings, united, obs, row_format, same))
         written = _watch(same, pieces, opened, path, base)
         records = _base_records(building, base) + _write_pieces(pieces, opened, settings, written)
+        if same is not None:
+            _warn_of_shared(same, opened, path)
         _finish(building, opened, settings, united, row_format, records, base)
 
 
@@ -190,7 +192,7 @@ def _same_cells(
             "cannot show whether they hold the same cells."
         )
         return None
-    return same if same.pairs else None
+    return same if same.alike and settings.part is None else None
 
 
 def _called(sources: list[Source], number: int, path: Path) -> str:
@@ -225,9 +227,21 @@ def _watch(
             )
 
     if base is not None and len(sources) in same:
-        others = [source for pair in same.pairs for source in pair if source < len(sources)]
+        others = [source for pair in same.alike for source in pair if source < len(sources)]
         same.add(len(sources), _describe_rows(base, same.in_another(len(sources), others)))
     return written
+
+
+def _warn_of_shared(same: SameCells, sources: list[Source], path: Path) -> None:
+    shared = same.shared()
+    if shared:
+        n, i, j = shared[0]
+        more = f" {len(shared) - 1} more pairs of sources share cells." if len(shared) > 1 else ""
+        logger.warning(
+            f"{n} cells of {_called(sources, i, path)} have the barcode, the total and the number of genes of a cell "
+            f"of {_called(sources, j, path)}: they are in the store twice.{more} train_test_split and held_out keep "
+            "such cells on one side."
+        )
 
 
 def _describe_rows(store: StoredCells, which: np.ndarray) -> np.ndarray:

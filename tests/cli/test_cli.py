@@ -14,7 +14,7 @@ from conftest import make_adata
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from stformer_hf import CellStore, GeneBertConfig, GeneTokenizer
-from stformer_hf.cli import VERBS, arguments, guarded, main
+from stformer_hf.cli import VERBS, arguments, as_flags, guarded, main
 
 pytestmark = pytest.mark.usefixtures("two_folds")
 
@@ -43,12 +43,12 @@ def test_from_files_to_labels_and_embeddings(file, tmp_path, capsys):
     out = run(
         "finetune", "--data", file, "--label_key", "cell_type", "--model", pretrained, "--output", classifier, *SHORT
     )
-    assert "eval_macro_f1" in out
+    assert "eval_macro_f1" in out and "53 cells for training, 6 held out (--held_out 0 trains on all)." in out
     # The label was a phenotype of the pretraining; the classifier does not read it.
     assert GeneTokenizer.from_pretrained(classifier).included_phenotypes == []
     assert GeneBertConfig.from_pretrained(classifier).id2label == {0: "B cell", 1: "T cell"}
     out = run("annotate", "--data", file, "--model", classifier, "--output", tmp_path / "labelled.h5ad")
-    assert "B cell" in out and "T cell" in out
+    assert f"{tmp_path / 'labelled.h5ad'}: obs['stformer_label']: 59 of 60 cells labelled, 1 without a known" in out
     labelled = read_h5ad(tmp_path / "labelled.h5ad")
     assert labelled.obs["stformer_label"].notna().sum() == 59
     assert labelled.obs_names.tolist() == make_adata().obs_names.tolist()
@@ -222,6 +222,9 @@ def test_every_flag_has_help(verb, monkeypatch):
         main([verb, "--help"])
     assert [action.dest for parser in made for action in parser._actions if not action.help] == []
     assert len(made) == 1
+    if verb == "finetune":
+        helps = {action.dest: action.help for action in made[0]._actions}
+        assert helps["held_out"].endswith("0 trains on all of them (default: %(default)s)")
 
 
 def test_help_and_version(capsys):
@@ -275,7 +278,7 @@ def test_a_rare_class_does_not_end_the_shares_of_the_others(adata, tmp_path, cap
         assert (train.obs["x"] == "rare").sum() == 1
     assert "3 of 60 cells have no label 'x': they are left out" in caplog.text
     assert (
-        "1 classes of 'x' have only one cell, which is used for training" in caplog.text
+        "Classes of 'x' with only one cell, which is used for training, are not evaluated: " in caplog.text
         and "stratified as one" not in caplog.text
     )
     few = [split(store, 0.03, seed, ["x"])[1].obs["x"].value_counts() for seed in range(5)]
@@ -481,3 +484,29 @@ def test_a_command_leaves_the_group_of_its_processes(tmp_path):
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("message", "printed"),
+    [
+        ("'a' holds counts: pass layer='a'.", "'a' holds counts: pass --layer a."),
+        (
+            "name it with layer=…; estimates need fractional=True.",
+            "name it with --layer …; estimates need --fractional.",
+        ),
+        ("pass layer='my counts', or reject=0.05: so", "pass --layer 'my counts', or --reject 0.05: so"),
+        ("pass tokenizer='a' or distributed=True", "pass tokenizer='a' or distributed=True"),
+        ("call embed(adata, layer='a') first", "call embed(adata, layer='a') first"),
+        ("a no_layer='a', layer==b", "a no_layer='a', layer==b"),
+    ],
+)
+def test_errors_name_flags(message, printed):
+    assert as_flags(message, {"layer", "fractional", "reject"}) == printed
+
+
+def test_the_command_line_names_its_own_flags(adata, tmp_path, capsys):
+    adata.layers["raw_counts"] = adata.X.copy()
+    adata.X = adata.X * 0.3
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    assert main(["build", "--data", str(tmp_path / "cells.h5ad"), "--output", str(tmp_path / "store")]) == 1
+    assert "pass --layer raw_counts" in capsys.readouterr().err

@@ -5,14 +5,16 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
-from anndata import read_h5ad
+from anndata import read_h5ad, read_zarr
 from scipy import sparse
 from scipy.io import mmwrite
 from transformers import set_seed
 
 from stformer_hf import GeneBertForClassification, annotate, embed
 from stformer_hf.cli import files, main
+from stformer_hf.cli.annotate import summary
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def run(verb: str, *argv) -> None:
 def test_the_matrices_of_a_file_stay_on_disk_and_are_copied(verb, file, model, adata, tmp_path, monkeypatch):
     """The file that is written is the input with the results, as if it had been read whole."""
     seen, write = [], files.write
-    monkeypatch.setattr(files, "write", lambda found, output: seen.append(found) or write(found, output))
+    monkeypatch.setattr(files, "write", lambda found, *of: seen.append(found) or write(found, *of))
     before, output = read_h5ad(file), tmp_path / "out.h5ad"
     run(verb, "--data", file, "--model", model, "--output", output)
     assert seen[0].isbacked
@@ -74,6 +76,86 @@ def test_a_store_becomes_a_file_of_its_obs_and_the_results(store, model, tmp_pat
     words = ["--data", str(store.path), "--model", model, "--output", str(tmp_path / "c.h5ad")]
     assert main(["embed", *words, "--layer", "raw"]) == 1
     assert "is a store, which holds the counts of one layer" in capsys.readouterr().err
+
+
+def test_the_suffix_says_what_is_written(file, store, model, tmp_path):
+    """A zarr is a zarr, a csv has the columns that annotate added, and both replace their former selves."""
+    labelled = read_h5ad(file)
+    annotate(labelled, model)
+    for data in (file, store.path):
+        for flags in ([], ["--overwrite"]):
+            run("annotate", "--data", data, "--model", model, "--output", tmp_path / "out.zarr", *flags)
+            run("annotate", "--data", data, "--model", model, "--output", tmp_path / "out.csv", *flags)
+        found, table = read_zarr(tmp_path / "out.zarr"), pd.read_csv(tmp_path / "out.csv", index_col=0)
+        assert list(table.columns) == ["stformer_label", "stformer_score", "stformer_margin"]
+        for obs in (found.obs, table):
+            assert list(obs.index) == list(labelled.obs_names)
+            assert list(obs["stformer_label"].astype(object).fillna("")) == [
+                "" if label is np.nan else label for label in labelled.obs["stformer_label"].astype(object)
+            ]
+            np.testing.assert_allclose(obs["stformer_score"], labelled.obs["stformer_score"], rtol=1e-5)
+        assert (found.X is None) == (data != file)
+        for name in ("out.zarr", "out.csv"):
+            other = tmp_path / f"{'store' if data != file else 'file'}_{name}"
+            (tmp_path / name).rename(other)
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_what_annotate_prints(adata):
+    labels = np.array(["a"] * 50 + ["unknown"] * 6 + [None] * 4, dtype=object)
+    adata.obs["stformer_label"], adata.obs["stformer_kind_label"] = pd.Categorical(labels), pd.Categorical(["b"] * 60)
+    facts = {"problem_type": "single_label_classification", "columns": ["stformer_label", "stformer_score"]}
+    adata.uns["stformer_annotation"] = facts
+    of_all = "obs['stformer_label']: 56 of 60 cells labelled, 4 without a known gene"
+    assert summary(adata) == [of_all]  # "unknown" is a class
+    facts["reject"] = 0.05
+    facts["columns"] = np.array(["stformer_label", "stformer_kind_label", "stformer_kind_score"])
+    assert summary(adata) == [
+        "obs['stformer_label']: 50 of 60 cells labelled, 6 unknown, 4 without a known gene",
+        "obs['stformer_kind_label']: 60 of 60 cells labelled, 0 unknown",
+    ]
+    adata.uns["stformer_annotation"] = {"problem_type": "regression", "columns": ["stformer_label"]}
+    assert summary(adata) == ["60 cells, obs: stformer_label"]
+
+
+def test_other_suffixes_are_refused_before_any_work(file, tmp_path, capsys):
+    """The model does not exist, which would be noticed next."""
+    lists = {"annotate": ".h5ad, .zarr or .csv", "embed": ".h5ad or .zarr", "map": ".h5ad or .zarr"}
+    for verb, suffixes in lists.items():
+        for name in ("out.h5", "out", "out.txt", *(["out.csv"] if verb != "annotate" else [])):
+            words = ["--data", file, "--model", "none", "--output", str(tmp_path / name)]
+            assert main([verb, *words, *(["--reference", file] if verb == "map" else [])]) == 1
+            assert f"pass a name that ends in {suffixes}." in capsys.readouterr().err
+    words = ["annotate", "--data", file, "--model", "none", "--overwrite", "--output"]
+    for name, why in (("a.zarr", "is a folder that is not a zarr"), ("a.csv", "a.csv is a folder; choose")):
+        (tmp_path / name).mkdir()
+        assert main([*words, str(tmp_path / name)]) == 1
+        assert why in capsys.readouterr().err
+    (tmp_path / "b.zarr").write_text("")
+    assert main([*words, str(tmp_path / "b.zarr")]) == 1
+    assert "is a file, and a zarr is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr", ".csv"])
+def test_nothing_is_left_of_a_file_that_cannot_be_written(adata, tmp_path, monkeypatch, suffix):
+    """What was there before stays."""
+    output = tmp_path / f"out{suffix}"
+    files.write(adata, str(output), ["cell_type"])
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+
+    def fail(self, path, *args, **kwargs):
+        if suffix == ".zarr":
+            path.mkdir()
+            path /= "X"
+        path.write_text("half")
+        raise OSError("No space left on device")
+
+    for name in ("write_h5ad", "write_zarr"):
+        monkeypatch.setattr(type(adata), name, fail)
+    monkeypatch.setattr(pd.DataFrame, "to_csv", fail)
+    with pytest.raises(OSError, match="No space left"):
+        files.write(adata, str(output), ["cell_type"])
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
 
 
 @pytest.mark.slow

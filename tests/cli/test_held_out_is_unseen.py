@@ -181,9 +181,9 @@ def test_neighbourhoods(tmp_path, caplog):
     held_out = np.zeros(120, bool)
     held_out[np.flatnonzero(with_counts)[np.argsort(along)[-20:]]] = True
     poisoned = fit(poison(clean, held_out), "poisoned")
-    assert poisoned.config.cell_types == model.config.cell_types == ["B cell", "T cell"]
+    assert model.config.cell_types == ["B cell", "T cell"]
+    assert poisoned.config.cell_types == ["B cell", "T cell", "A poisoned type"]  # a name, so that it can embed them
+    table = poisoned.get_input_embeddings()
+    table.weight = torch.nn.Parameter(table.weight[:2])
     are_equal(weights_of(model), weights_of(poisoned))
-    assert (
-        "20 held-out cells are left out: they have 1 types that no training cell has, such as A poisoned type"
-        in caplog.text
-    )
+    assert "20 held-out cells are not evaluated: no training cell has their types, such as A poisoned" in caplog.text

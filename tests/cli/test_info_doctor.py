@@ -3,15 +3,18 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from anndata import AnnData
 from transformers import AutoModelForSequenceClassification
 
-from stformer_hf import CellStore, GeneBertForClassification
+from stformer_hf import CellNeighborhoodConfig, CellStore, GeneBertForClassification
 from stformer_hf.cli import main
 from stformer_hf.cli.doctor import EXTRAS, _version
 from stformer_hf.training.calibration import OutOfFold, load_out_of_fold, replace_out_of_fold
@@ -61,12 +64,47 @@ def test_a_file_and_its_store(adata, tmp_path, capsys):
         assert store[name] == found[name]
 
 
+def test_a_store_in_a_new_process(store):
+    """Nothing else that this process has imported makes stores known."""
+    words = [sys.executable, "-m", "stformer_hf.cli", "info", str(store.path)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "cells (CellStore)" in done.stdout and "cell_type (2 categories)" in done.stdout
+
+
 def test_a_file_without_counts_says_why(adata, tmp_path, capsys):
     adata.X = (adata.X * 0.5 - 1e-3 * (adata.X > 0)).astype(np.float32)
     adata.write_h5ad(tmp_path / "cells.h5ad")
     found = facts(capsys, tmp_path / "cells.h5ad")
     assert found["cells"] == "60" and found["counts"].startswith("none: ")
     assert "fraction" in found["counts"]
+
+
+def test_a_file_without_a_matrix(adata, tmp_path, capsys):
+    AnnData(obs=adata.obs, var=adata.var).write_h5ad(tmp_path / "cells.h5ad")
+    found = facts(capsys, tmp_path / "cells.h5ad")
+    assert (found["cells"], found["counts"]) == ("60", "none: there is no matrix, neither X nor raw nor a layer")
+    assert found["genes"].startswith("40, such as") and found["obs"] == "cell_type (2 categories); age (int64)"
+    assert main(["info", str(tmp_path / "cells.h5ad"), "--model", "x"]) == 1
+    assert "has no counts, so --model cannot be compared with it" in capsys.readouterr().err
+
+
+def test_a_model_of_neighbourhoods(tmp_path, capsys):
+    fields = {"n_genes": 3, "n_cell_types": 2, "hidden_size": 16, "encoder_layers": 2, "decoder_layers": 1}
+    names = {"gene_ids": [f"ENSG{i:011d}" for i in range(3)], "cell_types": ["A", "B"], "section_key": "slice"}
+    around = {"k_nearest": 20, "patch_size": None}
+    for config in (CellNeighborhoodConfig(**fields), CellNeighborhoodConfig(**fields, **names, neighborhood=around)):
+        config.architectures = ["CellNeighborhoodForMaskedCell"]
+        config.save_pretrained(tmp_path)
+        found = facts(capsys, tmp_path)
+        assert found["size"] == "2 + 1 layers of 16"
+        if config.gene_ids is None:
+            told = ("3", "2", "not recorded", "none")
+        else:
+            told = ("3, such as ENSG00000000000", "2: A, B", "k_nearest 20, patch_size None", "by obs['slice']")
+        found["genes"] = found["genes"].partition(" and")[0].partition(", ENSG")[0]
+        assert tuple(found[name] for name in ("genes", "cell types", "neighbours", "sections")) == told
+    assert main(["models", str(tmp_path)]) == 0 and "3, such as ENSG" in capsys.readouterr().out
 
 
 def test_a_model_and_how_it_fits(model, adata, tmp_path, capsys):

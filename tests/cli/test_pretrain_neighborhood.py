@@ -212,7 +212,7 @@ def test_what_cannot_be_judged_is_told(tmp_path, caplog):
     along = np.random.default_rng(0).random((60, 2))[:, 1]
     kinds = np.where(along > 0.97, "rare", "common")
     pretrain("--data", section(tmp_path, kind=kinds), "--output", tmp_path / "a", "--cell_type_key", "kind")
-    assert "have 1 types that no training cell has, such as rare" in caplog.text
+    assert "no training cell has their types, such as rare" in caplog.text
     alone = section(tmp_path, "alone", section=np.arange(60))
     pretrain("--data", alone, "--output", tmp_path / "b")
     assert "No cell is held out" in caplog.text
@@ -249,6 +249,33 @@ def test_cells_without_a_type_are_left_out(tmp_path, caplog):
     pretrain("--data", section(tmp_path, kind=types), "--output", tmp_path / "model", "--cell_type_key", "kind")
     assert "21 of 60 cells have no counts or no type" in caplog.text
     assert AutoModel.from_pretrained(tmp_path / "model").config.cell_types == ["a", "b"]
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_the_model_embeds_all_types_of_its_section(tmp_path, place, caplog):
+    """Also one whose cells are all held out; it comes first or last among the names."""
+    along = np.random.default_rng(0).random((60, 2))[:, 1]
+    rare = "a rare one" if place == "first" else "rare"
+    file = section(tmp_path, kind=pd.Categorical(np.where(along > 0.97, rare, np.where(along > 0.5, "b", "c"))))
+    flags = ["--data", file, "--cell_type_key", "kind", "--debug"]
+    assert main(["pretrain_neighborhood", "--output", str(tmp_path / "m"), *flags, *SMALL]) == 0
+    model = AutoModel.from_pretrained(tmp_path / "m")
+    assert model.config.cell_types == ["b", "c", rare]
+    _, _, of_rare = weights = model.get_input_embeddings().weight
+    assert len(weights) == 3 and of_rare.abs().max() > 0
+    output = str(tmp_path / "out.h5ad")
+    assert main(["embed", "--kind", "neighborhood", "--model", str(tmp_path / "m"), "--output", output, *flags]) == 0
+    assert np.isfinite(read_h5ad(output).obsm["X_neighborhood"]).all()
+
+
+def test_cells_without_a_place_are_named(tmp_path):
+    adata = read_h5ad(section(tmp_path))
+    adata.obsm["spatial"][[3, 5], 1] = np.nan  # cell 3 has no counts, and is left out
+    adata.write_h5ad(tmp_path / "section.h5ad")
+    with pytest.raises(
+        ValueError, match=r"1 of 60 cells have no finite coordinates \(obsm\['spatial'\].*section-cell5: "
+    ):
+        pretrain("--data", tmp_path / "section.h5ad", "--output", tmp_path / "model")
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_all_rows_are_scored_over_the_same_classes():
     table = score_classes(["a", "b"], ["a", "a"], ["a", "b", "c"])
     assert table["n_cells"].tolist() == [1, 1, 0]
     assert np.isnan(table.loc["c", "recall"]) and np.isnan(table.loc["b", "precision"])
-    with pytest.raises(ValueError, match="1 classes are not in classes, such as b"):
+    with pytest.raises(ValueError, match="Not all labels are in classes, such as b"):
         score_predictions(["a"], ["b"], ["a"])
     with pytest.raises(ValueError, match="no cells"):
         score_predictions([], [], ["a"])

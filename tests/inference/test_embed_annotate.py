@@ -160,6 +160,7 @@ def test_labels_are_the_most_probable_classes(checkpoints, adata):
             assert labels.iloc[i] == labels.cat.categories[int(probabilities.argmax())]
             assert scores.iloc[i] == pytest.approx(float(probabilities.max()), abs=1e-5)
     assert adata.uns["stformer_annotation"]["model"] == checkpoints["cls"]
+    assert adata.uns["stformer_annotation"]["counts_in"] == "X"
 
 
 def test_a_cell_without_counts_gets_an_embedding_and_no_label(checkpoints, adata, caplog):

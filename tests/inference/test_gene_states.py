@@ -209,6 +209,7 @@ def test_coexpression_is_the_correlation_of_log_counts(model, adata):
 
 def test_edges_agreement_and_files(model, adata, tmp_path):
     network = gene_network(model, adata, groups="cell_type", min_cells=1)
+    assert repr(network) == "GeneNetwork(16 genes, method attention, groups: B cell, T cell)"
     edges = network.edges(5)
     assert edges.groupby("group").size().to_dict() == {"B cell": 5, "T cell": 5}
     scores = network.scores["B cell"]

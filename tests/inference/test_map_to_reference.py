@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from anndata import read_h5ad
+from anndata import concat, read_h5ad
 from scipy import sparse
 
 import stformer_hf as sf
@@ -63,6 +63,26 @@ def test_labels_are_those_of_weighted_neighbours(model, cells, tmp_path):
     assert query.obs["mapped_label"].nunique() > 1 and not {"cell5", "cell6", "cell30"} & set(names.to_numpy().ravel())
     query.write_h5ad(tmp_path / "q.h5ad")
     pd.testing.assert_frame_equal(read_h5ad(tmp_path / "q.h5ad").obsm["mapped_neighbors"], names)
+
+
+def test_cells_of_the_reference_are_counted(model, cells, caplog):
+    """By name and embedding: other cells may have the names of some."""
+    reference, query = cells
+    map_to_reference(query, reference, model, label_key="type")
+    named = query.copy()
+    named.obs_names = reference.obs_names[:20]
+    map_to_reference(named, reference, model, label_key="type")
+    assert "in the reference too" not in caplog.text
+    both = concat([query, reference[[7, 20, 39, 5]]])  # cell 5 has no label
+    map_to_reference(both, reference, model, label_key="type")
+    assert "3 of 24 cells are in the reference too" in caplog.text
+
+
+def test_classes_that_look_like_missing_labels_are_named(model, cells, caplog):
+    reference, query = cells
+    reference.obs["type"] = np.where(np.arange(40) % 4 == 0, "", np.where(np.arange(40) % 4 == 1, "NaN", "T"))
+    map_to_reference(query, reference, model, label_key="type")
+    assert caplog.text.count("has the classes '', 'NaN', as other classes") == 1
 
 
 def test_a_cell_does_not_depend_on_the_others(model, cells):

@@ -2,15 +2,20 @@
 
 import sys
 
+import networkx
 import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stformer_hf.inference.gene_states import GeneNetwork
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("agg")
+
+from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar  # noqa: E402
 
 from stformer_hf.inference import plots  # noqa: E402
 
@@ -28,7 +33,7 @@ def test_confusion_has_true_classes_in_rows(tmp_path):
 
 
 def test_confusion_refuses_classes_that_have_no_row():
-    with pytest.raises(ValueError, match="1 classes are not in labels, such as c"):
+    with pytest.raises(ValueError, match="Not all classes are in labels, such as c"):
         plots.confusion(["a", "c"], ["a", "b"], ["a", "b"])
 
 
@@ -209,6 +214,7 @@ def test_umaps_are_panels_of_one_legend_with_edges_of_some_cells(tmp_path):
     adata.obsm["X_two"] = rng.normal(size=(40, 3))
     panels = plots.umaps(adata, "g", {"one": "X_one", "two": "X_two"}, outlined="held out", save=tmp_path / "u.png")
     assert [panel.get_title() for panel in panels] == ["one", "two"]
+    assert {(panel.get_xlabel(), panel.get_ylabel()) for panel in panels} == {("UMAP 1", "UMAP 2")}
     for panel, key in zip(panels, ("X_one", "X_two"), strict=True):
         plain, edged = panel.collections
         places = adata.obsm[f"{key}_umap"]
@@ -245,7 +251,8 @@ def test_a_umap_is_that_of_the_embedding_drawn_and_leaves_the_users_own(tmp_path
     assert "neighbors" not in adata.uns and not adata.obsp
     adata.obsm["X_umap"] = own = rng.normal(size=(40, 2))
     adata.uns["neighbors"] = {"params": {"use_rep": "X_stformer"}}
-    plots.umap(adata, "g", save=tmp_path / "u.png")
+    ax = plots.umap(adata, "g", save=tmp_path / "u.png")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("UMAP 1", "UMAP 2")
     assert np.array_equal(adata.obsm["X_umap"], own)
     with pytest.raises(ValueError, match="no obsm\\['X_none'\\]"):
         plots.umap(adata, "g", use_rep="X_none")
@@ -260,7 +267,7 @@ def test_a_network_has_an_arrow_per_edge_with_its_score_and_coexpression(tmp_pat
     found = GeneNetwork(genes, both, n_cells, correlations, "attention")
     ax = plots.network(found, "T", n_edges=3, save=tmp_path / "n.png")
     assert sorted(text.get_text() for text in ax.texts) == ["A", "C", "ENSG2"]
-    assert (tmp_path / "n.png").stat().st_size > 1000 and ax.get_title() == "3 edges by attention"
+    assert (tmp_path / "n.png").stat().st_size > 1000 and ax.figure._suptitle.get_text() == "T: 3 edges by attention"
     colours = matplotlib.colormaps["coolwarm"]
     # From ENSG2 to A, ENSG2 to C and C to A; the fourth pair is not among the three strongest.
     expected = {3.0: colours(0.75), 2.25: colours(0.0), 1.5: matplotlib.colors.to_rgba("lightgray")}
@@ -272,3 +279,42 @@ def test_a_network_has_an_arrow_per_edge_with_its_score_and_coexpression(tmp_pat
         plots.network(found)
     with pytest.raises(ValueError, match="No pair of genes was scored in this group: lower min_cells"):
         plots.network(found, "none")
+
+
+def test_classes_are_all_of_them_by_default():
+    """Sorted; cells without a class are left out."""
+    true, predicted = pd.Series(["b", "a", None, "c"], dtype="category"), ["c", "a", "b", np.nan]
+    ax = plots.confusion(true, predicted)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b", "c"]
+    assert ax.get_title() == "accuracy 0.500 (1 of 2)"
+
+
+@pytest.mark.parametrize("width", [0.7, 3.0, 40.0, 2000.0])
+def test_sections_have_a_scale_and_say_what_a_gene_shows(width):
+    rng = np.random.default_rng(0)
+    adata = AnnData(rng.poisson(2, (30, 1)).astype(np.float32), var=pd.DataFrame(index=["GENE"]))
+    adata.obsm["spatial"] = rng.random((30, 2)) * width
+    adata.obs["score"] = rng.random(30)
+    ax = plots.sections(adata, "GENE")
+    (bar,) = [artist for artist in ax.artists if isinstance(artist, AnchoredSizeBar)]
+    extent = np.ptp(adata.obsm["spatial"][:, 0])
+    assert extent / 5 < bar.size_bar.get_children()[0].get_width() <= extent / 2
+    assert ax.figure._supxlabel.get_text() == "bars: units of obsm['spatial']"
+    assert ax.figure.axes[-1].get_ylabel() == "GENE (counts in X)"
+    adata.X = np.log1p(adata.X)
+    assert plots.sections(adata, "GENE").figure.axes[-1].get_ylabel() == "GENE (values in X)"
+    assert plots.sections(adata, "score").figure.axes[-1].get_ylabel() == "score"
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=40))
+@settings(max_examples=25, deadline=None)
+def test_edges_of_a_network_are_long_enough_to_be_seen(edges):
+    graph = networkx.DiGraph(edges)
+    places = plots._places_of(graph)
+    assert set(places) == set(graph) and np.isfinite([*places.values()]).all()
+    for nodes in networkx.connected_components(graph.to_undirected()):
+        lengths = [np.linalg.norm(places[a] - places[b]) for a, b in graph.edges if a != b and a in nodes]
+        assert not lengths or np.median(lengths) > 0.5
+        others = [places[node] for node in graph if node not in nodes]
+        for node in nodes:
+            assert not others or np.linalg.norm(np.array(others) - places[node], axis=1).min() > 0.9

@@ -120,16 +120,20 @@ def test_the_label_of_a_cluster_is_its_most_frequent_one():
     assert majority(labels, pd.Series([None] * 7)).isna().all()
 
 
-def test_options_are_checked_before_the_cells_are_read(classifier, adata, tmp_path):
+def test_options_are_checked_before_the_cells_are_read(classifier, adata, tmp_path, caplog):
     before = list(adata.obs)
     for options, message in (
-        ({"over": "leiden"}, r"no obs\['leiden'\]; obs has 'cell_type', 'age'"),
+        ({"over": "leiden"}, r"no obs\['leiden'\]; obs has 'cell_type', 'age'.* scanpy.tl.leiden"),
         ({"top_k": 0}, "top_k=0: must be at least 1"),
         ({"reject": 5}, "reject=5: must be a share"),
+        ({"reject": "0.1"}, "reject='0.1': must be a share"),
         ({"reject": 0.05}, "no out-of-fold predictions"),
     ):
         with pytest.raises(ValueError, match=message):
             annotate(adata, classifier, **options)
+    classifier.config.id2label[2] = "Nan"
+    annotate(adata.copy(), classifier)
+    assert "The model has the class 'Nan', as other classes" in caplog.text
     classifier.config.id2label[2] = "unknown"
     with pytest.raises(ValueError, match="One of the classes is 'unknown'"):
         annotate(adata, classifier, reject=0.05)

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from anndata import AnnData
+from anndata import AnnData, concat
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
@@ -163,6 +163,30 @@ def test_nine_in_ten_cells_that_agree_are_the_same(n_same, swap):
             refused = False
     first, second = (np.stack([of.X.sum(axis=1).A1, of.X.getnnz(axis=1)]) for of in (a, b[:100]))
     assert refused == ((first == second).all(axis=0).mean() >= 0.9)
+
+
+@pytest.mark.parametrize("n_same", [0, 3, 30])
+def test_cells_that_two_sources_share_are_counted(tmp_path, caplog, n_same):
+    """Once per build, also when they come to a store later; lanes whose barcodes collide are not counted."""
+    names = barcodes(170)
+    first = lane(60, 1, names[:60], mean=9.0)
+    own = lane(60 - n_same, 2, names[60 - n_same : 120 - 2 * n_same], mean=9.0)
+    second = concat([first[60 - n_same :], own]) if n_same else own
+    second.obs_names = names[60 - n_same : 120 - n_same]
+    others = [lane(60, 3, [*names[:10], *names[120:]], mean=9.0)]  # ten barcodes of `first` by chance
+    message = f"{n_same} cells of AnnData (source 1) have the barcode, the total and the number of genes of a cell"
+    if n_same == 0:
+        second.obs_names = names[60:120]
+    CellStore.build(tmp_path / "s", [first, second, *others], report=False)
+    assert (message in caplog.text) == (n_same > 0) and caplog.text.count("in the store twice") == (n_same > 0)
+    caplog.clear()
+    store = CellStore.build(tmp_path / "t", [first, *others], report=False)
+    assert "in the store twice" not in caplog.text
+    store.append(second)
+    assert (f"{n_same} cells of " in caplog.text) == (n_same > 0)
+    caplog.clear()
+    CellStore.build(tmp_path / "u", [first, second], allow_duplicates=True, report=False)
+    assert "in the store twice" not in caplog.text
 
 
 def test_a_matrix_without_its_ambient_counts_is_the_same_cells(tmp_path):

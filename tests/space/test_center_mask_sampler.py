@@ -498,7 +498,9 @@ def test_from_anndata():
     with pytest.raises(ValueError, match=r"no obs\['section'\]; obs has 'kind', 'slide'"):
         CenterMaskSampler.from_anndata(adata, 9, section_key="section")
     adata.obs["kind"] = adata.obs["kind"].where(np.arange(200) > 2).astype("category")
-    with pytest.raises(ValueError, match=r"3 of 200 cells have no type in obs\['kind'\]"):
+    with pytest.raises(
+        ValueError, match=r"3 of 200 cells have no type in obs\['kind'\]: remove them, or fill it in, .*'unknown'"
+    ):
         CenterMaskSampler.from_anndata(adata, 9, cell_type_key="kind")
     adata.obsm["spatial"] = np.zeros((200, 5))
     with pytest.raises(ValueError, match=r"has the shape \(200, 5\)"):

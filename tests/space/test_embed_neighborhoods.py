@@ -355,7 +355,7 @@ def test_bad_input_is_refused_and_nothing_is_written(section, config):
     refuses("cell_embedding_key='spatial', but the model reads .* size 0", cell_embedding_key="spatial")
     refuses("no obsm\\['X_y'\\]", model=make_model(section, cell_embedding_size=4), cell_embedding_key="X_y")
     refuses("'new_option' .* a newer version", model=make_model(section, neighborhood={"new_option": 1}))
-    refuses("knows 2 cell types, such as T cell, B cell: pass the column", cell_type_key=None)
+    refuses(r"knows 2 cell types \(T cell, B cell\): pass the column", cell_type_key=None)
     refuses(r"no obs\['fate'\]", cell_type_key="fate")
     refuses(r"no obs\['slices'\]", section_key="slices")
     refuses(r"no obsm\['places'\]; obsm has 'spatial'", spatial_key="places")
@@ -363,14 +363,19 @@ def test_bad_input_is_refused_and_nothing_is_written(section, config):
     refuses("no cells", adata=section[:0].copy())
     odd = section.copy()
     odd.obs["cell_type"] = odd.obs["cell_type"].cat.rename_categories({"B cell": "Plasma"})
-    refuses("1 types that the model does not know, such as Plasma. It knows 2: T cell, B cell", adata=odd)
+    refuses(r"not know, such as Plasma\. Rename them to types that it knows \(T cell, B cell\), or", adata=odd)
     odd.obs["cell_type"] = section.obs["cell_type"].cat.add_categories("Plasma")  # of no cell
     embed_neighborhoods(odd, model, **KEYS)
     odd.obs.loc[odd.obs_names[:3], "cell_type"] = np.nan
-    refuses("3 of 60 cells have no type", adata=odd)
+    refuses(
+        r"3 of 60 cells have no type .*: fill in one that the model knows \(T cell, B cell\), or remove", adata=odd
+    )
     odd = section.copy()
     odd.obsm["spatial"][2, 0] = np.nan
-    refuses("no finite coordinates", adata=odd)
+    refuses(r"1 of 60 cells have no finite coordinates in obsm\['spatial'\], such as c", adata=odd)
+    odd = section.copy()
+    odd.obs.loc[odd.obs_names[2], "slice"] = None
+    refuses(r"1 of 60 cells have no section in obs\['slice'\], such as c", adata=odd)
     odd = section.copy()
     odd.obs_names = ["a"] * 60
     refuses("obs_names_make_unique", adata=odd)
