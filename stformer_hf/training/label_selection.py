@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..genes.wrong_names import must_have
+from ..genes.wrong_names import must_have, warn_of_missing
 from ..models.gene_bert.heads import IGNORE
 from ..store.cell_store import CellStore
 
@@ -78,6 +78,9 @@ def select_labelled(
 def _class_codes(cells: CellStore, name: str, usable: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Return the class of each cell in a column, int64 (n,) with -100 for none, and the classes of usable cells."""
     if name not in cells.categories:
+        column = cells.obs[name]
+        if column.dtype.kind not in "biuf" and column.nunique() == len(cells) > 1:
+            raise ValueError(f"{name!r} is text with a different value for each cell: it names cells, not classes.")
         kinds = {"b": "booleans", "i": "whole numbers", "u": "whole numbers", "f": "numbers"}
         raise ValueError(
             f"{name!r} is not one categorical column (it holds {kinds.get(cells.obs[name].dtype.kind, 'other values')}"
@@ -95,6 +98,7 @@ def _class_codes(cells: CellStore, name: str, usable: np.ndarray) -> tuple[np.nd
         raise ValueError(
             f"{name!r} has only one class among the training cells, {classes[0]!r}: at least two are needed."
         )
+    warn_of_missing(classes, repr(name))
     unused = [of for i, of in enumerate(names) if i not in set(used.tolist())]
     if unused:
         logger.warning(

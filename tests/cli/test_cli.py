@@ -489,7 +489,7 @@ def test_a_command_leaves_the_group_of_its_processes(tmp_path):
 @pytest.mark.parametrize(
     ("message", "printed"),
     [
-        ("'a' holds counts: pass layer='a'.", "'a' holds counts: pass --layer a."),
+        ("Counts are in 'a': pass layer='a'.", "Counts are in 'a': pass --layer a."),
         (
             "name it with layer=…; estimates need fractional=True.",
             "name it with --layer …; estimates need --fractional.",

@@ -169,7 +169,7 @@ def test_counts_that_become_an_anndata_are_in_memory_once(tmp_path, monkeypatch)
 def test_several_genomes_are_named(tmp_path):
     adata = make_adata()
     write_tenx_h5(tmp_path / "a.h5", adata, genomes=["hg19", "mm10"])
-    with pytest.raises(ValueError, match="'hg19', 'mm10' holds counts: pass layer='hg19'"):
+    with pytest.raises(ValueError, match="Counts are in 'hg19', 'mm10': pass layer='hg19'"):
         open_source(tmp_path / "a.h5")
     np.testing.assert_array_equal(read(open_source(tmp_path / "a.h5", layer="mm10")), adata.X.toarray())
 
@@ -403,7 +403,7 @@ TENX = {
     "1K_pbmc_citeseq.h5": "X",
     "seurat_visium_filtered_feature_bc_matrix.h5": "X",
     "v2_filtered_gene_bc_matrices_h5.h5": "X",
-    "v2_multiple_genomes.h5": "'another_genome', 'hg19_chr21' holds counts: pass layer='another_genome'",
+    "v2_multiple_genomes.h5": "Counts are in 'another_genome', 'hg19_chr21': pass layer='another_genome'",
     "v3_filtered_feature_bc_matrix.h5": "X",
     "visium_1.0.0_filtered_feature_bc_matrix.h5": "X",
     "v2_mtx": "X",

@@ -1,11 +1,13 @@
 """Labels that do not fit the head are refused before the first step, and a head says what it predicts."""
 
+import numpy as np
 import pytest
 from datasets import ClassLabel
 from datasets import Dataset as HuggingFaceDataset
 from torch.utils.data import Subset
 from transformers import TrainingArguments
 
+import stformer_hf as sf
 from stformer_hf import (
     CellStore,
     CellTrainer,
@@ -181,3 +183,12 @@ def test_a_draw_may_leave_unlabelled_cells_out(adata, cells, tmp_path):
     adata.obs.loc[adata.obs_names[:2], "cell_type"] = None
     some = CellStore.build(tmp_path / "some", adata, obs=["cell_type"], report=False)
     trainer_of(some, "cell_type", tmp_path, sampling={"by": "cell_type"}, num_labels=2).train()
+
+
+def test_text_that_names_cells_is_not_a_label(adata, caplog):
+    adata.obs["barcode"] = [f"barcode {i}" for i in range(60)]
+    with pytest.raises(ValueError, match="'barcode' is text with a different value for each cell"):
+        sf.finetune(adata, "barcode", num_train_epochs=0)
+    adata.obs["mixed"] = np.where(np.arange(60) % 3 == 0, "nan", adata.obs["cell_type"].astype(str))
+    sf.finetune(adata, "mixed", num_train_epochs=0, init="random")
+    assert "'mixed' has the class 'nan', as other classes" in caplog.text

@@ -276,6 +276,7 @@ def _find_counts(adata, layer: str | None, fractional: bool, name: str) -> tuple
     return *read[chosen], found[chosen][1]
 
 
+_PARTS = {"spliced", "unspliced", "ambiguous", "mature", "nascent"}  # layers of velocity, which sum to the counts
 _REMEDY = "Put the raw counts into X, raw or a layer, and name it with layer=…; estimated counts need fractional=True."
 
 
@@ -322,7 +323,15 @@ def choose_counts(
         return next(name for name, problem in found.items() if problem == NO_COUNTS)
     holders = [name for name, problem in problems.items() if name not in found and problem(fractional) is None]
     said = "; ".join(f"{where} holds {problem}" for where, problem in found.items()) or "it has no X"
-    remedy = f"{', '.join(map(repr, holders))} holds counts: pass layer={holders[0]!r}." if holders else _REMEDY
+    whole, parts = ([name for name in holders if (name.lower() in _PARTS) == part] for part in (False, True))
+    remedy = _REMEDY
+    if whole:
+        remedy = f"Counts are in {', '.join(map(repr, whole))}: pass layer={whole[0]!r}."
+    elif parts:
+        remedy = (
+            f"{', '.join(map(repr, parts))}: each is a part of the counts, as for RNA velocity. Put their sum into X, "
+            "or name one of them with layer=…"
+        )
     raise ValueError(f"{source}: no counts found: {said}. {remedy}")
 
 
@@ -345,7 +354,7 @@ def check_counts(values: np.ndarray, fractional: bool) -> tuple[np.ndarray, str 
         return values, None
     whole = values.astype(np.uint8 if most < 256 else np.uint16 if most < 65_536 else np.uint64)
     if not np.array_equal(whole, values):
-        return values, f"fractional values (such as {values[whole != values][0]:g})"
+        return values, f"fractional values (such as {values[whole != values][0]!s})"
     return whole, None
 
 

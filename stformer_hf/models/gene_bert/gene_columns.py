@@ -127,7 +127,9 @@ def resolve_genes(
     references: set[str] = set().union(*map(_references, texts))
     genomes = np.full(len(index), "", object)
     own, *others = (_Names.of(_cut(text, references, genomes)) for text in texts)
-    with_ids, with_other_ids, with_symbols, with_names = [], [], [], []
+    with_ids, with_other_ids = [], []
+    with_symbols: list[np.ndarray] = []
+    with_names: list[np.ndarray] = []
     for (name, kinds), values in zip(usual, others, strict=True):
         if "id" in kinds and values.mostly_ids:
             with_ids.append(values)
