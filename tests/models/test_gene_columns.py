@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from anndata import AnnData
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -301,3 +302,14 @@ def test_a_gene_is_found_by_its_symbol_under_any_name_in_the_index():
     tokenizer = GeneTokenizer(["ENSG00000251562", "ENSG00000198888"], symbols={"MALAT1": "ENSG00000251562"})
     found = resolve_genes(["g1x", "MT.ND1"], {"gene_symbol": ["MALAT1", "MT-ND1"]})
     assert tokenizer.find_genes(found.gene_ids, found.symbols).tolist() == [0, -1]
+
+
+def test_an_input_that_differs_by_case_is_told_so():
+    genes = [f"ENSG{i:011d}" for i in range(20)]
+    tokenizer = GeneTokenizer(genes, symbols={f"MT-RNR{i}": gene for i, gene in enumerate(genes)}, bin_edges=[0.5])
+    for names in ([gene.lower() for gene in genes], [f"mt-rnr{i}" for i in range(20)]):
+        with pytest.raises(ValueError, match="has 0 of the model's 20 .*If upper and lower case were the same, .* 20"):
+            tokenizer(AnnData(np.ones((2, 20), np.float32), var=pd.DataFrame(index=names)))
+    with pytest.raises(ValueError, match="has 0 of the model's 20 ") as error:
+        tokenizer(AnnData(np.ones((2, 20), np.float32), var=pd.DataFrame(index=[f"G{i}x" for i in range(20)])))
+    assert "case" not in str(error.value)

@@ -114,7 +114,9 @@ def test_alevin_fry_in_usa_mode_lets_one_choose(tmp_path, cells):
     counts = cells.X.toarray()
     names = [f"{gene}{end}" for end in ("", "-U", "-A") for gene in cells.var_names]
     write_alevin_fry(tmp_path / "alevin", np.hstack([counts, 10 * counts, 100 * counts]), names, cells)
-    with pytest.raises(ValueError, match=r"no counts found: it has no X\. Counts are in 'spliced\+ambiguous', 'spliced\+unspliced"):
+    with pytest.raises(
+        ValueError, match=r"no counts found: it has no X\. Counts are in 'spliced\+ambiguous', 'spliced\+unspliced"
+    ):
         open_source(tmp_path / "alevin")
     factors = {"spliced": 1, "unspliced": 10, "ambiguous": 100, "spliced+ambiguous": 101}
     for layer, factor in {**factors, "spliced+unspliced+ambiguous": 111}.items():

@@ -1,6 +1,6 @@
 """Find the genes of a vocabulary among the columns of an input, and refuse an input that lacks too many."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -139,7 +139,7 @@ class GeneMatcher:
         found = np.arange(n_columns) if mapped is None else np.unique(mapped[known])
         self.last_coverage = coverage | coverage_of(found, len(self._genes), self._weights)
         input_genes = names.resolve()[0]
-        check_coverage(self.last_coverage, len(found), self._genes, input_genes, *limits, bool(self._symbols))
+        check_coverage(self.last_coverage, len(found), self._genes, input_genes, *limits, self._symbols or None)
         if known_columns < 1:
             logger.warning(
                 f"The tokenizer knows {known.sum()} of {n_columns} genes of the input ({share:.1%} of its counts), "
@@ -164,12 +164,13 @@ def check_coverage(
     input_genes: Iterable[str],
     min_coverage: float,
     warn_coverage: float,
-    has_symbols: bool = False,
+    symbols: Collection[str] | None = (),
 ) -> None:
     """Raise ValueError for an input that lacks nearly all genes of a model, and warn if it lacks many.
 
     `coverage` has `weight`, which decides, and `vocabulary` from `coverage_of`, and `counts`, the known share of the
-    input's counts. The input has `n_found` of the model's genes, whose symbols the model may know (`has_symbols`).
+    input's counts. The input has `n_found` of the model's genes, whose `symbols` the model knows; None if it
+    could be given them.
     """
     weight = coverage["weight"]
     if weight >= max(min_coverage, warn_coverage):
@@ -183,9 +184,12 @@ def check_coverage(
     if weight >= min_coverage:
         logger.warning(f"{both} are recommended); {counts}. The results are based on these genes alone.")
         return
-    more = "" if has_symbols else ", or the genes' symbols (symbols=GeneTable.from_table(…))"
+    more = "" if symbols is not None else ", or the genes' symbols (symbols=GeneTable.from_table(…))"
+    input_genes = list(input_genes)
+    n_alike = len({name.lower() for name in input_genes} & {name.lower() for name in (*genes, *(symbols or ()))})
+    case = f" If upper and lower case were the same, it would have {n_alike}." if n_alike > 2 * n_found else ""
     raise ValueError(
-        f"{both} are needed); {counts}. The input has genes like {describe(input_genes)}. The model needs genes "
+        f"{both} are needed); {counts}.{case} The input has genes like {describe(input_genes)}. The model needs genes "
         f"like {describe(genes)}. Pass ids of the same kind, species and release{more}; or, if these genes are "
         "enough, lower min_coverage (tokenizer.min_coverage, --min_coverage)."
     )
