@@ -294,6 +294,8 @@ def test_symbols_in_a_column_of_their_own_are_preferred_to_names_made_unique():
     ids = [f"ENSG{i:011d}" for i in range(4)]
     found = resolve_genes(index, {"gene_symbol": own, "ensembl_id": ids})
     assert (found.gene_ids.tolist(), found.symbols.tolist()) == (ids, expected)
+    shared = resolve_genes(["PSMA2", "PSMA2.1", "MT.ND1", "X"], {"gene_symbol": ["PSMA2", "PSMA2", "MT-ND1", ""]})
+    assert shared.symbols.tolist() == ["PSMA2", "PSMA2.1", "MT-ND1", "X"]
     for name, values in (("gene_name", ["a long text", "another one", "actin beta", "X"]), ("name", own)):
         assert resolve_genes(index, {name: values}).symbols.tolist() == index
 

@@ -306,12 +306,11 @@ def test_a_collator_that_numbers_classes_otherwise_is_refused(cell_store, tmp_pa
 def test_a_model_in_data_parallel_is_checked_as_the_model_inside(cell_store, tmp_path):
     settings = {"args": arguments(tmp_path), "train_dataset": cell_store}
     model = torch.nn.DataParallel(classifier(["B", "A"]))
-    trainer = CellTrainer(
-        model=model, data_collator=DataCollatorForCellClassification(make_tokenizer(), "type"), **settings
-    )
+    collator = DataCollatorForCellClassification(make_tokenizer(), "type")
+    trainer = CellTrainer(model=model, data_collator=collator, **settings)
     assert trainer.data_collator.label2id == {"B": 0, "A": 1}
     with pytest.raises(ValueError, match="does not fit the model"):
-        CellTrainer(model=model, processing_class=make_tokenizer("other order"), **settings)
+        CellTrainer(model=model, data_collator=collator, processing_class=make_tokenizer("other order"), **settings)
 
 
 def test_several_labels_are_in_the_models_order(cells, tmp_path):

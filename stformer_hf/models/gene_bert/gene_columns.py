@@ -98,8 +98,9 @@ def resolve_genes(
        usual name, or the index if a column holds symbols. Versions and `_PAR_Y` are cut: the copies of a gene on X and
        Y are one gene.
     4. Symbols are taken from columns with a usual name (`gene_symbols`, `feature_name`, …) that hold text, but not
-       descriptions: an index may have made them unique (`MALAT1--1`) or safe (`MT.ND1`). Else they are the names of
-       an index that holds no ids, else those of columns such as `features` or `name`.
+       descriptions: an index may have made them safe (`MT.ND1`), or unique among others (`MALAT1--1`). Else, and if
+       several genes share a symbol, they are the names of an index that holds no ids, else those of columns such as
+       `features` or `name`.
     5. A gene without an id gets its name in the index as id, else its symbol; a gene without a symbol gets its id as
        symbol.
 
@@ -160,8 +161,10 @@ def resolve_genes(
         (with_symbols or with_names) and _mostly(_OTHER_ID, own.names)
     ):  # Entrez, RefSeq, maize, …
         ids, own_are_ids = own.names, True
-    at_last = [*with_names, own.names] if own_are_ids else [own.names, *with_names]
-    symbols = _first([*with_symbols, *at_last])
+    if own_are_ids:
+        symbols = _first([*with_symbols, *with_names, own.names])
+    else:
+        symbols = _first([*map(_unrepeated, with_symbols), own.names, *with_symbols, *with_names])
     ids = strip_versions(_first([ids, own.names, symbols]))
     if not copies:
         ids, n_copies = _of_x(ids)
@@ -181,6 +184,14 @@ def _first(kinds: list[np.ndarray]) -> np.ndarray:
     for names in kinds[1:]:
         blank = found == ""
         found[blank] = names[blank]
+    return found
+
+
+def _unrepeated(names: np.ndarray) -> np.ndarray:
+    """Return names, "" where several columns have the same one."""
+    times = Counter(names)
+    found = np.full(len(names), "", object)
+    found[:] = [name if times[name] == 1 else "" for name in names]
     return found
 
 
