@@ -91,7 +91,9 @@ class DataCollatorForPhenotypicMLM(CellCollator):
     phenotype is chosen with `phenotype_mask_prob`: it becomes `[MASK]`, and its id is the label; one in ten of the
     chosen is dropped instead (`[PAD]`, type 0, no label, not attended to).
 
-    The masks are a function of (seed, epoch, `cell_id`), independent of batch, worker and rank.
+    The masks are a function of (seed, epoch, `cell_id`), independent of batch, worker and rank, once `set_epoch` was
+    called, as `CellTrainer` does. Before, they change from batch to batch, as those of transformers' collators: each
+    batch draws them from torch's global generator.
 
     Parameters
     ----------
@@ -109,7 +111,8 @@ class DataCollatorForPhenotypicMLM(CellCollator):
         Seed of the masks.
     gene_dropout : float, default: 0.0
         Fraction of a cell's genes to leave out, other genes in each epoch. It regularises training on few cells, and
-        makes steps cheaper.
+        makes steps cheaper. `CellTrainer` evaluates without it; transformers' Trainer has one collator for training
+        and evaluation, and evaluates with it.
     packing : bool, default: False
         Return one row of tokens without padding, with the boundaries of its cells, instead of a padded matrix; see
         `pack`.
@@ -260,7 +263,8 @@ class DataCollatorForGeneRankMLM(CellCollator):
     as in `DataCollatorForPhenotypicMLM`: each is chosen with `phenotype_mask_prob` and becomes `[MASK]`; one in ten of
     the chosen is left out instead.
 
-    The masks are a function of (seed, epoch, `cell_id`), independent of batch, worker and rank.
+    The masks are drawn as those of `DataCollatorForPhenotypicMLM`: a function of (seed, epoch, `cell_id`) once
+    `set_epoch` was called.
 
     Parameters
     ----------

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import of_epoch
 from plain_gene_bert import plain_encoder
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 
@@ -96,7 +97,7 @@ def test_loss_and_gradients_are_those_of_the_packed_batch_and_survive_saving(opt
     examples = [dict(zip(tokens, one, strict=True)) for one in zip(*tokens.values(), strict=True)]
     results = []
     for packing in (False, True):
-        collator = DataCollatorForPhenotypicMLM(tokenizer, packing=packing, mlm_probability=0.5)
+        collator = of_epoch(DataCollatorForPhenotypicMLM(tokenizer, packing=packing, mlm_probability=0.5))
         model.zero_grad()
         output = model(**collator(examples))
         output.loss.backward()
@@ -107,7 +108,7 @@ def test_loss_and_gradients_are_those_of_the_packed_batch_and_survive_saving(opt
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     again = GeneBertForPhenotypicMLM.from_pretrained(tmp_path)
-    collator = DataCollatorForPhenotypicMLM(GeneTokenizer.from_pretrained(tmp_path), mlm_probability=0.5)
+    collator = of_epoch(DataCollatorForPhenotypicMLM(GeneTokenizer.from_pretrained(tmp_path), mlm_probability=0.5))
     torch.testing.assert_close(again(**collator(examples)).loss, results[0][0])
 
 

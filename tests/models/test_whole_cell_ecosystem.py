@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import of_epoch
 from scipy import sparse
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -56,7 +57,7 @@ def make_model(tokenizer, model_class=GeneBertForClassification, backend="sdpa",
 
 def collator_of(model_class, tokenizer, packing=False):
     if model_class is GeneBertForPhenotypicMLM:
-        return DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4, packing=packing)
+        return of_epoch(DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4, packing=packing))
     return DataCollatorForCellClassification(tokenizer, "cell_type", packing=packing)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import of_epoch
 from datasets import Dataset
 from torch.utils.data import ConcatDataset, random_split
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
@@ -20,6 +21,7 @@ from stformer_hf import (
     GeneBertForPhenotypicMLM,
     GeneTokenizer,
 )
+from stformer_hf.training.callbacks import SetEpoch
 
 
 def arguments(folder, **changes) -> TrainingArguments:
@@ -72,6 +74,23 @@ class Watch:
     def __call__(self, examples):
         self.batches.append(self.collator(examples))
         return dict(self.batches[-1])
+
+
+def test_masks_of_stock_trainer_are_other_ones_in_each_epoch(store, tokenizer, config, tmp_path):
+    """At random, as those of transformers' own collators; with SetEpoch, those of CellTrainer."""
+    collator, batches = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.5), {}
+    for name, callbacks in (("plain", []), ("set", [SetEpoch(collator)])):
+        watch = Watch(collator)
+        one_batch = {"per_device_train_batch_size": 60, "train_sampling_strategy": "sequential"}
+        args = arguments(tmp_path / name, max_steps=-1, num_train_epochs=3, **one_batch)
+        model = GeneBertForPhenotypicMLM(config)
+        Trainer(model, args, train_dataset=store, data_collator=watch, callbacks=callbacks).train()
+        batches[name] = [batch["labels"] for batch in watch.batches]
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        same = (batches["plain"][first] == batches["plain"][second]).all(1)
+        assert same.sum() <= 3  # cells of few genes
+    for epoch, labels in enumerate(batches["set"]):
+        assert torch.equal(labels, of_epoch(collator, epoch)(store.__getitems__(range(60)))["labels"])
 
 
 def halves(adata, folder):
