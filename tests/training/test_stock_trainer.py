@@ -21,6 +21,7 @@ from stformer_hf import (
     GeneBertForPhenotypicMLM,
     GeneTokenizer,
 )
+from stformer_hf.batches.token_rows import TokenRows
 from stformer_hf.training.callbacks import SetEpoch
 
 
@@ -154,6 +155,42 @@ def test_chains_of_stores_that_differ_are_refused(adata, tmp_path):
     for other, words in ((fewer, "differ in their genes"), (without, "differ in their obs columns")):
         with pytest.raises(ValueError, match=f"{words}: merge them"):
             DataCollatorForPhenotypicMLM(tokenizer)([first[0], other[0]])
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+@pytest.mark.parametrize("kind", ["store", "tokens"])
+def test_a_store_of_other_classes_is_not_numbered_by_its_own_codes(adata, tmp_path, kind, n_workers):
+    adata.obs["cell_type"] = pd.Categorical(["B cell", "NK cell", "T cell"] * 20)
+    fewer = adata[adata.obs["cell_type"] != "B cell"].copy()
+    stores = [
+        CellStore.build(tmp_path / name, of, obs=["cell_type"], report=False)
+        for name, of in (("all", adata), ("fewer", fewer))
+    ]
+    tokenizer = GeneTokenizer.from_store(stores[0])
+    rows = stores
+    if kind == "tokens":
+        rows = [TokenRows(of.tokenize(tokenizer, tmp_path / f"{i}", obs=["cell_type"])) for i, of in enumerate(stores)]
+    label2id = {"B cell": 0, "NK cell": 1, "T cell": 2}
+    model = GeneBertForClassification(
+        GeneBertConfig.from_tokenizer(tokenizer, size="tiny", label2id=label2id, id2label=dict(enumerate(label2id)))
+    )
+    args = arguments(tmp_path / "run", max_steps=1, dataloader_num_workers=n_workers, remove_unused_columns=False)
+
+    def trainer(**settings):
+        collate = DataCollatorForCellClassification(tokenizer, "cell_type", **settings)
+        return Trainer(model=model, args=args, train_dataset=rows[0], eval_dataset=rows[1], data_collator=collate)
+
+    plain = trainer()
+    plain.train()
+    assert len(plain.predict(rows[0]).label_ids) == len(rows[0])
+    with pytest.raises(ValueError, match=r"'NK cell', 'T cell'; those.*label2id=model.config.label2id"):
+        plain.evaluate()
+    with pytest.raises(ValueError, match="an earlier batch"):
+        plain.data_collator.for_evaluation()(stores[1].__getitems__([0, 1]))
+    numbered = trainer(label2id=model.config.label2id)
+    numbered.train()
+    expected = [label2id[name] for name in fewer.obs["cell_type"]]
+    assert numbered.predict(rows[1]).label_ids.tolist() == expected
 
 
 def test_a_cell_reads_as_a_dictionary_and_travels(store):
