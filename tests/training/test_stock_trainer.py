@@ -200,6 +200,26 @@ def test_a_cell_reads_as_a_dictionary_and_travels(store):
     assert cell.batch.gene_ids.tolist() == store.gene_ids.tolist()
 
 
+@pytest.mark.parametrize("kind", ["masks", "classes"])
+def test_stock_trainer_keeps_the_columns_of_whole_cells_and_values(adata, store, tmp_path, kind):
+    """They are named in the signatures of the models: it removes all others by default."""
+    some = CellStore.build(tmp_path / "some", adata[:, 3:].copy(), obs=["cell_type"], report=False)
+    tokenizer = GeneTokenizer.from_store(store, whole_cell=True, values=True, bin_edges=[0.5, 1.5, 3.5])
+    rows = some.tokenize(tokenizer, tmp_path / "t", obs=["cell_type"]).rename_column("cell_type", "labels")
+    config = GeneBertConfig.from_tokenizer(tokenizer, size="tiny", num_labels=2, wide_head=kind == "classes")
+    if kind == "masks":
+        model, collator = GeneBertForPhenotypicMLM(config), DataCollatorForPhenotypicMLM(tokenizer, mlm=False)
+    else:
+        model, collator = GeneBertForClassification(config), DataCollatorForCellClassification(tokenizer)
+    watch = Watch(collator)
+    one_batch = {"per_device_train_batch_size": 60, "train_sampling_strategy": "sequential", "max_steps": 1}
+    Trainer(model, arguments(tmp_path / "run", **one_batch), train_dataset=rows, data_collator=watch).train()
+    names = {"expression_values", "cell_genes", "cell_counts", "measured_genes"}
+    assert names < watch.batches[0].keys()
+    for name, expected in collator(list(rows)).items():
+        assert torch.equal(watch.batches[0][name], expected), name
+
+
 def test_a_column_that_stock_trainer_took_away_is_named(adata, store, tmp_path):
     tokenizer = GeneTokenizer.from_store(store)
     rows = store.tokenize(tokenizer, tmp_path / "t", obs=["cell_type"])
