@@ -263,10 +263,10 @@ class GeneBertModel(GeneBertPreTrainedModel):
             input_ids, token_type_ids, inputs_embeds, position_ids, expression_values, kwargs.get("max_length_q")
         )
         if hasattr(self, "cell_embedding"):
-            n_cells = shape[0] if cu_seq_lens_q is None else len(cu_seq_lens_q) - 1
-            n_counted = n_cells if cell_genes is None else len(cell_genes)
+            n_cells = shape[0] if cu_seq_lens_q is None else cu_seq_lens_q.shape[0] - 1
+            n_counted = n_cells if cell_genes is None else cell_genes.shape[0]
             if cell_indptr is not None:
-                n_counted = len(cell_indptr) - 1
+                n_counted = cell_indptr.shape[0] - 1
             if n_counted != n_cells:
                 raise ValueError(
                     f"There are counts of {n_counted} cells, but tokens of {n_cells}. A packed batch needs "
