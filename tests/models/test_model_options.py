@@ -17,6 +17,7 @@ from stformer_hf import (
     GeneTokenizer,
     collate_fn_wrapper,
 )
+from stformer_hf.models.gene_bert.encoder_layers import make_norm
 
 OPTIONS = {
     "pre_norm": {"pre_norm": True},
@@ -278,3 +279,21 @@ def test_a_label_a_gene(packing, tmp_path):
     labels = torch.tensor(sum((one["labels"] for one in examples), []))
     known = labels != -100
     assert outputs.loss.item() == pytest.approx(-log_p[known, labels[known]].mean().item(), rel=1e-5)
+
+
+def test_rms_norm_in_autocast_is_that_of_float32_within_rounding(recwarn):
+    """Without a warning that torch leaves its fused kernel; in float32, without the change of a bit."""
+    norm, plain = make_norm(GeneBertConfig(hidden_size=36, norm_type="rms_norm")), torch.nn.RMSNorm(36, eps=1e-12)
+    with torch.no_grad():
+        norm.weight.normal_()
+    plain.load_state_dict(norm.state_dict())
+    states = torch.randn(50, 36) * 3
+    assert torch.equal(norm(states), plain(states))
+    torch.set_warn_always(True)  # not once per process
+    with torch.autocast("cpu", torch.bfloat16):
+        found = norm(states.bfloat16())
+    torch.set_warn_always(False)
+    assert found.dtype == torch.bfloat16 and not recwarn.list
+    torch.testing.assert_close(found.float(), plain(states.bfloat16().float()), atol=1e-6, rtol=2**-6)
+    found.float().sum().backward()
+    assert norm.weight.grad.dtype == torch.float32
