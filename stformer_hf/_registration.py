@@ -48,6 +48,7 @@ def _register_gene_bert() -> None:
     from transformers import (
         AutoModel,
         AutoModelForMaskedLM,
+        AutoModelForPreTraining,
         AutoModelForSequenceClassification,
         AutoModelForTokenClassification,
     )
@@ -58,6 +59,7 @@ def _register_gene_bert() -> None:
     GeneBertConfig.on_init = None
     AutoModel.register(GeneBertConfig, models.GeneBertModel)
     AutoModelForMaskedLM.register(GeneBertConfig, models.GeneBertForPhenotypicMLM)
+    AutoModelForPreTraining.register(GeneBertConfig, models.GeneBertForPhenotypicMLM)
     AutoModelForSequenceClassification.register(GeneBertConfig, models.GeneBertForClassification)
     AutoModelForTokenClassification.register(GeneBertConfig, models.GeneBertForTokenClassification)
 

@@ -33,6 +33,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_gene_bert.GeneBertConfig",
     "AutoModel": "modeling_gene_bert.GeneBertModel",
     "AutoModelForMaskedLM": "modeling_gene_bert.GeneBertForPhenotypicMLM",
+    "AutoModelForPreTraining": "modeling_gene_bert.GeneBertForPhenotypicMLM",
     "AutoModelForSequenceClassification": "modeling_gene_bert.GeneBertForClassification",
     "AutoModelForTokenClassification": "modeling_gene_bert.GeneBertForTokenClassification",
 }
