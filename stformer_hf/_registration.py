@@ -2,7 +2,8 @@
 
 `import stformer_hf` has to make `AutoConfig`, `AutoTokenizer` and the `AutoModel` family know the models, and
 importing transformers takes seconds. So each registration waits until the module that it writes to has been imported.
-The model classes are registered when the first configuration is made, since importing them costs another second.
+The model classes are registered when the first configuration is made or unpickled, since importing them costs another
+second.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def _register_gene_bert() -> None:
     from transformers import (
         AutoModel,
         AutoModelForMaskedLM,
+        AutoModelForPreTraining,
         AutoModelForSequenceClassification,
         AutoModelForTokenClassification,
     )
@@ -57,6 +59,7 @@ def _register_gene_bert() -> None:
     GeneBertConfig.on_init = None
     AutoModel.register(GeneBertConfig, models.GeneBertModel)
     AutoModelForMaskedLM.register(GeneBertConfig, models.GeneBertForPhenotypicMLM)
+    AutoModelForPreTraining.register(GeneBertConfig, models.GeneBertForPhenotypicMLM)
     AutoModelForSequenceClassification.register(GeneBertConfig, models.GeneBertForClassification)
     AutoModelForTokenClassification.register(GeneBertConfig, models.GeneBertForTokenClassification)
 
@@ -144,14 +147,18 @@ class _AfterImport(MetaPathFinder):
         function = self._functions.pop(name, None)
         if function is None:
             return None
-        spec = importlib.util.find_spec(name)
+        try:
+            spec = importlib.util.find_spec(name)  # of the other finders
+        finally:
+            self._functions[name] = function  # until an import of the module succeeds
         if spec is None or spec.loader is None:
             return None
         run = spec.loader.exec_module
 
         def run_and_register(module: ModuleType) -> None:
             run(module)
-            function()
+            if self._functions.pop(name, None) is not None:
+                function()
 
         spec.loader.exec_module = run_and_register  # type: ignore[method-assign]  # of this module's loader alone
         return spec

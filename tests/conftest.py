@@ -36,6 +36,12 @@ def frozen() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Collators whose epoch was never set draw from torch's generator: let no test depend on those before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def two_folds():
     """Let classifiers choose their readers in 2 folds, not 5: the fits of readers take most of the time."""
@@ -106,6 +112,12 @@ def store(built_store, tmp_path) -> CellStore:
 @pytest.fixture
 def tokenizer(store) -> GeneTokenizer:
     return GeneTokenizer.from_store(store, phenotypes=["cell_type"], bin_edges=[0.5, 1.5, 3.5])
+
+
+def of_epoch(collator, epoch: int = 0):
+    """Set the epoch of a collator, so that every call draws the same masks; return it."""
+    collator.set_epoch(epoch)
+    return collator
 
 
 @pytest.fixture

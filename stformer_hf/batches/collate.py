@@ -23,7 +23,12 @@ _PHENOTYPE_DROP_PROB = 0.1
 
 
 class CellCollator(ABC):
-    """Base class of the collators: seed, epoch, gene dropout, padding or packing."""
+    """Base class of the collators: seed, epoch, gene dropout, padding or packing.
+
+    Random numbers are a function of (seed, epoch, `cell_id`) once `set_epoch` was called, as `CellTrainer` does.
+    Before, each batch draws a number from torch's global generator in place of the epoch, so that masks change from
+    epoch to epoch in loops that do not know of `set_epoch`.
+    """
 
     mlm_probability = phenotype_mask_prob = 0.0  # shares of genes and phenotypes that are masked
 
@@ -50,7 +55,7 @@ class CellCollator(ABC):
         self.max_tokens = max_tokens
         self.pad_packed_to = pad_packed_to
         # In shared memory, so that persistent workers see the next epoch.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.full((), -1, dtype=torch.int64).share_memory_()
 
     @abstractmethod
     def __call__(self, examples: Any) -> dict[str, torch.Tensor]:
@@ -58,12 +63,17 @@ class CellCollator(ABC):
 
     @property
     def epoch(self) -> int:
-        """Epoch for which random numbers are drawn."""
+        """Epoch for which random numbers are drawn; -1 if it was never set."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch; call it before the first batch of the epoch."""
         self._epoch.fill_(epoch)
+
+    def epoch_of_batch(self) -> int:
+        """Return the epoch; if it was never set, a new number from torch's global generator."""
+        epoch = self.epoch
+        return int(torch.randint(2**62, ())) if epoch < 0 else epoch
 
     def for_evaluation(self) -> CellCollator:
         """Return a collator that draws the same masks at every evaluation, those of epoch 0, and drops no genes.
@@ -84,9 +94,12 @@ class CellCollator(ABC):
         return happens(share, self.seed, self.epoch, stream, cell_ids, counters, cells)
 
     def _tokens(self, examples: Any) -> tuple[TokenizedCells, np.ndarray]:
-        """Return tokens and ids of the cells, after gene dropout, as writable arrays."""
-        tokens = read_tokens(examples, self.tokenizer, self.epoch)
+        """Return tokens, after gene dropout, and the ids for which masks are drawn, as writable arrays."""
+        epoch = self.epoch_of_batch()
+        tokens = read_tokens(examples, self.tokenizer, epoch)
         cell_ids = _cell_ids(examples, tokens)
+        if self.epoch < 0:
+            cell_ids = cell_ids ^ epoch  # which is of this batch alone
         if not self.gene_dropout:
             return tokens, cell_ids
         ids, types = tokens.input_ids, tokens.token_type_ids

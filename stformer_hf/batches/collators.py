@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -91,7 +92,9 @@ class DataCollatorForPhenotypicMLM(CellCollator):
     phenotype is chosen with `phenotype_mask_prob`: it becomes `[MASK]`, and its id is the label; one in ten of the
     chosen is dropped instead (`[PAD]`, type 0, no label, not attended to).
 
-    The masks are a function of (seed, epoch, `cell_id`), independent of batch, worker and rank.
+    The masks are a function of (seed, epoch, `cell_id`), independent of batch, worker and rank, once `set_epoch` was
+    called, as `CellTrainer` does. Before, they change from batch to batch, as those of transformers' collators: each
+    batch draws them from torch's global generator.
 
     Parameters
     ----------
@@ -109,7 +112,8 @@ class DataCollatorForPhenotypicMLM(CellCollator):
         Seed of the masks.
     gene_dropout : float, default: 0.0
         Fraction of a cell's genes to leave out, other genes in each epoch. It regularises training on few cells, and
-        makes steps cheaper.
+        makes steps cheaper. `CellTrainer` evaluates without it; transformers' Trainer has one collator for training
+        and evaluation, and evaluates with it.
     packing : bool, default: False
         Return one row of tokens without padding, with the boundaries of its cells, instead of a padded matrix; see
         `pack`.
@@ -260,7 +264,8 @@ class DataCollatorForGeneRankMLM(CellCollator):
     as in `DataCollatorForPhenotypicMLM`: each is chosen with `phenotype_mask_prob` and becomes `[MASK]`; one in ten of
     the chosen is left out instead.
 
-    The masks are a function of (seed, epoch, `cell_id`), independent of batch, worker and rank.
+    The masks are drawn as those of `DataCollatorForPhenotypicMLM`: a function of (seed, epoch, `cell_id`) once
+    `set_epoch` was called.
 
     Parameters
     ----------
@@ -352,7 +357,8 @@ class DataCollatorForCellClassification(CellCollator):
         labels per cell; of categorical columns, for a class in each of them (`config.label_columns`).
     label2id : dict of str to int, optional
         Index of each class by name, for cells that know the names of their codes (from a store, a stream, a tokenized
-        dataset); by default their own order, which `CellTrainer` replaces by the model's. With a list of columns, the
+        dataset); by default their own order, which `CellTrainer` replaces by the model's. Without `CellTrainer`, pass
+        `model.config.label2id` if several datasets are read, such as one for evaluation. With a list of columns, the
         index of each column in the labels; for a class in each, a dict of such dicts, one per column, in the order of
         the labels. A cell without a class in a column, or with one that has no index, then has the label -100 there.
     seed : int, default: 0
@@ -364,7 +370,8 @@ class DataCollatorForCellClassification(CellCollator):
     ------
     ValueError
         The label is one of the tokenizer's included phenotypes; `label2id` lacks a label column; a batch
-        has cells without a label, or values other than 0 and 1 in one of the label columns.
+        has cells without a label, or values other than 0 and 1 in one of the label columns; without `label2id`, the
+        classes of a batch are not those of the first one.
     """
 
     def __init__(
@@ -389,6 +396,8 @@ class DataCollatorForCellClassification(CellCollator):
             )
         self.label = label
         self.label2id = label2id
+        # A checksum of the classes of the first batch, in shared memory for the workers of all loaders; 0 before it.
+        self._classes = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __call__(self, examples: Any) -> dict[str, torch.Tensor]:
         """Return a batch with labels from a `CellBatch` or from examples.
@@ -470,6 +479,8 @@ class DataCollatorForCellClassification(CellCollator):
             labels, names, classes = np.array([label2id.get(of, -1) for of in labels]), list(label2id), True
         elif names is not None and label2id is not None:
             labels = np.array([*(label2id.get(of, -1) for of in names), -1])[labels]
+        elif names is not None:
+            self._check_classes(name, names)
         if not np.issubdtype(labels.dtype, np.number) and labels.dtype != bool:
             raise ValueError(f"{name!r} must hold categories or numbers, got {labels[0]!r}.")
         if self._of_columns and classes:
@@ -481,6 +492,18 @@ class DataCollatorForCellClassification(CellCollator):
         if not isinstance(self.label, str) and classes and labels.max(initial=0) > 1:
             raise ValueError(f"{name!r} has more than two classes: with several labels per cell, each must be 0 or 1.")
         return labels.astype(np.int64 if classes else np.float32)
+
+    def _check_classes(self, name: str, names: Sequence[str]) -> None:
+        """Refuse classes that are not those of the first batch, whose numbers would mean others."""
+        found = 1 + zlib.crc32("\0".join(map(str, names)).encode())
+        if not self._classes:
+            self._classes.fill_(found)
+        if self._classes != found:
+            raise ValueError(
+                f"The classes of {name!r} are {', '.join(map(repr, names[:5]))}{', …' * (len(names) > 5)}; those of "
+                "an earlier batch were others, so that equal numbers would mean different classes: pass "
+                "label2id=model.config.label2id, or use CellTrainer."
+            )
 
 
 def _united(name: str, codes: Sequence[ClassCode], may_differ: bool) -> tuple[np.ndarray, list[str]]:

@@ -32,6 +32,11 @@ class NumberedRepeats(Sampler[list[int]]):
             yield (rows + self.n_rows * (n_times[rows] + _times_before(rows))).tolist()
             np.add.at(n_times, rows, 1)
 
+    @property
+    def sampler(self) -> NumberedRepeats:
+        """Itself, as of `TokenBudgetBatchSampler`."""
+        return self
+
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the batches; call it before the epoch begins."""
         self.batches.set_epoch(epoch)

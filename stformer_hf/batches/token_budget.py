@@ -107,6 +107,11 @@ class TokenBudgetBatchSampler(ResumableSampler[list[int]]):
             n_steps += 1
         return n_steps * (self.world_size if self.rank is None else 1)
 
+    @property
+    def sampler(self) -> TokenBudgetBatchSampler:
+        """Itself: in multiple processes, accelerate sets the epoch of a batch sampler's `sampler`, and of no other."""
+        return self
+
     def _sequence(self, start: int) -> Iterator[list[int]]:
         rows, cuts = self._batches()
         yield from batches_of_rank(rows, cuts, self.rank, self.world_size, start)

@@ -71,7 +71,6 @@ def guarded(
     """
     try:
         run()
-        _leave_process_group()
     except KeyboardInterrupt:
         print(f"{name}: {interrupted}", file=sys.stderr)
         return 130
@@ -82,6 +81,8 @@ def guarded(
         print(f"{name}: error: {kind}{as_flags(str(error), _flags_of(module))}", file=sys.stderr)
         print("(--debug shows the traceback)", file=sys.stderr)
         return 1
+    finally:
+        _leave_process_group()
     return 0
 
 

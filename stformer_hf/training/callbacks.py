@@ -1,4 +1,4 @@
-"""Callbacks of CellTrainer in Trainer's loop."""
+"""Callbacks of CellTrainer in Trainer's loop; `SetEpoch` is for transformers' Trainer too."""
 
 from __future__ import annotations
 
@@ -18,14 +18,22 @@ logger = logging.getLogger(__name__)
 
 
 class SetEpoch(TrainerCallback):
-    """Set the epoch of the trainer before its batches are read."""
+    """Set the epoch of a trainer or a collator before the batches of the epoch are read.
 
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
+    With transformers' Trainer, `callbacks=[SetEpoch(collator)]` makes masks and gene dropout a function of (seed,
+    epoch, `cell_id`), as `CellTrainer` does, independent of batches, workers, processes and resumption.
+
+    Parameters
+    ----------
+    of : CellTrainer, CellCollator, or another object with `set_epoch`
+    """
+
+    def __init__(self, of: Any):
+        self.of = of
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         """Set the epoch; after a resumption `state.epoch` is a fraction within the current epoch."""
-        self.trainer.set_epoch(math.floor(state.epoch + 1e-9))
+        self.of.set_epoch(math.floor(state.epoch + 1e-9))
 
 
 class SaveOnSignal(TrainerCallback):

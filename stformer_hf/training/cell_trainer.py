@@ -137,6 +137,8 @@ class CellTrainer(ResumableTrainer):
         self._draw(self.train_dataset)  # refused here if it does not fit
         self.card_facts: dict[str, Any] = {}
         self.add_callback(SetEpoch(self))
+        if hasattr(collator, "set_epoch"):
+            collator.set_epoch(0)  # for batches that are read before training
 
     def _check_identities(self, model: Any) -> Any:
         """Check that model, tokenizer, collator and datasets agree, and copy what one of them lacks from the others.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from anndata import AnnData
-from conftest import make_adata
+from conftest import make_adata, of_epoch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse, stats
@@ -184,6 +184,28 @@ def test_masks_are_a_function_of_seed_epoch_and_cell(store, tokenizer, n_workers
     assert by_cell(other_seed, store, range(60), 60) != reference
 
 
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_without_an_epoch_each_pass_draws_other_masks(store, tokenizer, n_workers):
+    """As in loops that do not know set_epoch; set_seed repeats them."""
+    collator = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.5, gene_dropout=0.2)
+    first, second = (by_cell(collator, store, range(60), 20, n_workers) for _ in range(2))
+    assert sum(first[cell] == second[cell] for cell in range(60)) == 1  # the cell without counts
+    torch.manual_seed(0)
+    assert by_cell(collator, store, range(60), 20, n_workers) == first
+    again = collator(store.__getitems__([7, 7, 8]))  # one number for a batch
+    assert all(torch.equal(again[name][0], again[name][1]) for name in again)
+    evaluating = collator.for_evaluation()
+    assert by_cell(evaluating, store, range(60), 20) == by_cell(evaluating, store, range(60), 7, n_workers)
+    assert collator.epoch == -1 and evaluating.epoch == 0
+
+
+def test_random_truncation_changes_with_the_masks(store):
+    tokenizer = GeneTokenizer.from_store(store, max_length=8, truncation="random")
+    collator = DataCollatorForPhenotypicMLM(tokenizer, mlm=False)
+    first, second = (collator(store.__getitems__(range(60)))["token_type_ids"] for _ in range(2))
+    assert not torch.equal(first, second)
+
+
 def test_workers_that_outlive_an_epoch_see_the_next(store, tokenizer):
     collator = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4)
     loader = DataLoader(store, batch_size=20, collate_fn=collator, num_workers=1, persistent_workers=True)
@@ -197,8 +219,8 @@ def test_workers_that_outlive_an_epoch_see_the_next(store, tokenizer):
 def test_batches_of_a_worker_come_through_few_slots_of_shared_memory(store, tokenizer, kind):
     tokenizer.included_phenotypes = []
     collator = {
-        "padded": lambda: DataCollatorForPhenotypicMLM(tokenizer),
-        "packed": lambda: DataCollatorForPhenotypicMLM(tokenizer, packing=True),
+        "padded": lambda: of_epoch(DataCollatorForPhenotypicMLM(tokenizer)),
+        "packed": lambda: of_epoch(DataCollatorForPhenotypicMLM(tokenizer, packing=True)),
         "classes": lambda: DataCollatorForCellClassification(tokenizer, label="cell_type"),
         "plain": lambda: collate_fn_wrapper(tokenizer),
     }[kind]()
@@ -229,7 +251,7 @@ class CopyingCollator:
 
 
 def test_a_worker_may_copy_and_pickle_its_batches(store, tokenizer):
-    collator = CopyingCollator(DataCollatorForPhenotypicMLM(tokenizer))
+    collator = CopyingCollator(of_epoch(DataCollatorForPhenotypicMLM(tokenizer)))
     expected = collator(store.__getitems__(range(6)))
     assert type(copy.deepcopy(expected)) is type(expected)
     loader = DataLoader(store, 6, collate_fn=collator, num_workers=1, persistent_workers=True)
@@ -241,7 +263,7 @@ def test_a_worker_may_copy_and_pickle_its_batches(store, tokenizer):
 
 
 def test_a_tokenized_example_is_masked_as_its_cell_in_the_store(store, adata, tokenizer):
-    collator = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4)
+    collator = of_epoch(DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4))
     from_store = collator(store.__getitems__(range(60)))
     from_examples = collator(examples_of(tokenizer, adata))
     for name, tensor in from_store.items():
@@ -250,7 +272,7 @@ def test_a_tokenized_example_is_masked_as_its_cell_in_the_store(store, adata, to
 
 def test_examples_without_cell_id_are_masked_the_same_in_any_batch(adata, tokenizer):
     examples = [{k: v for k, v in example.items() if k != "cell_id"} for example in examples_of(tokenizer, adata)]
-    collator = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4)
+    collator = of_epoch(DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4))
     together, alone = collator(examples), collator(examples[4:5])
     length = alone["labels"].shape[1]
     assert torch.equal(together["labels"][4, :length], alone["labels"][0])

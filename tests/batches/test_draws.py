@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_adata
+from conftest import make_adata, of_epoch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -429,7 +429,7 @@ def test_repeats_are_numbered_in_the_order_of_the_batches(batches):
 
 
 def masks_of(dataset, tokenizer, numbers):
-    collator = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.5)
+    collator = of_epoch(DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.5))
     return collator(RepeatedRows(dataset, 9).__getitems__(numbers))["labels"]
 
 
@@ -449,7 +449,7 @@ def test_a_cell_that_comes_again_is_masked_anew(store, tokenizer, tmp_path, kind
     assert torch.equal(again[0], again[3])
     assert len({tuple(row.tolist()) for row in again}) == 3
     # The first time a cell comes, it has the masks that it has without sampling.
-    plain = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.5)
+    plain = of_epoch(DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.5))
     examples = dataset.__getitems__([7, 8]) if hasattr(dataset, "__getitems__") else [dataset[7], dataset[8]]
     assert torch.equal(masks_of(dataset, tokenizer, [7, 8]), plain(examples)["labels"])
     assert torch.equal(masks_of(dataset, tokenizer, [7 + 60, 8])[1], plain(examples)["labels"][1])

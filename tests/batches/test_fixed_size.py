@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import of_epoch
 
 from stformer_hf import (
     DataCollatorForCellClassification,
@@ -33,7 +34,7 @@ def tokenizers(store):
 
 def collators(tokenizer, **settings):
     kind = DataCollatorForGeneRankMLM if tokenizer.scheme == "rank" else DataCollatorForPhenotypicMLM
-    return [kind(tokenizer, packing=True, pad_packed_to=size, **settings) for size in (None, SIZE)]
+    return [of_epoch(kind(tokenizer, packing=True, pad_packed_to=size, **settings)) for size in (None, SIZE)]
 
 
 def model_of(model_class, tokenizer, **settings):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_adata
+from conftest import make_adata, of_epoch
 from scipy import stats
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling
@@ -82,7 +82,7 @@ def by_cell(batches):
 @pytest.mark.parametrize("n_workers", [0, 1, 3])
 def test_masks_are_a_function_of_seed_epoch_and_cell(store, n_workers):
     tokenizer = tokenizer_of(store)
-    collator = DataCollatorForGeneRankMLM(tokenizer, seed=5, gene_dropout=0.1)
+    collator = of_epoch(DataCollatorForGeneRankMLM(tokenizer, seed=5, gene_dropout=0.1))
     expected = by_cell([collator(store.__getitems__([i])) for i in range(len(store))])
     loader = DataLoader(store, 7, collate_fn=collator, num_workers=n_workers)
     assert by_cell(loader) == expected
@@ -91,15 +91,15 @@ def test_masks_are_a_function_of_seed_epoch_and_cell(store, n_workers):
         assert by_cell(loader) != expected
         evaluated = by_cell(DataLoader(store, 7, collate_fn=collator.for_evaluation()))
         assert sum(len(ids) for ids, _ in evaluated) > sum(len(ids) for ids, _ in expected)  # no gene is left out
-        other = DataCollatorForGeneRankMLM(tokenizer, seed=6, gene_dropout=0.1)
+        other = of_epoch(DataCollatorForGeneRankMLM(tokenizer, seed=6, gene_dropout=0.1))
         assert by_cell(DataLoader(store, 7, collate_fn=other)) != expected
 
 
 def test_a_packed_row_holds_the_attended_tokens(store):
     tokenizer = tokenizer_of(store)
     settings = {"phenotype_mask_prob": 1.0, "seed": 1, "mlm_probability": 0.4}
-    padded = DataCollatorForGeneRankMLM(tokenizer, **settings)(store.__getitems__(range(30)))
-    packed = DataCollatorForGeneRankMLM(tokenizer, packing=True, **settings)(store.__getitems__(range(30)))
+    padded = of_epoch(DataCollatorForGeneRankMLM(tokenizer, **settings))(store.__getitems__(range(30)))
+    packed = of_epoch(DataCollatorForGeneRankMLM(tokenizer, packing=True, **settings))(store.__getitems__(range(30)))
     attended = padded["attention_mask"].bool()
     assert (padded["input_ids"] == tokenizer.pad_token_id)[:, 1].any()
     for name in ("input_ids", "token_type_ids", "labels"):

@@ -6,14 +6,15 @@ import logging
 import h5py
 import numpy as np
 import pytest
-from accelerate.data_loader import BatchSamplerShard
+from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from stformer_hf import IterableAnnDataset
-from stformer_hf.batches.length_sampler import LengthGroupedSampler, padding_share
+from stformer_hf.batches.length_sampler import EvenBatchSampler, LengthGroupedSampler, padding_share
+from stformer_hf.batches.repeats import NumberedRepeats
 from stformer_hf.batches.samplers import BlockShuffleSampler
 from stformer_hf.batches.stream_batches import TokenBudgetBuffer
 from stformer_hf.batches.token_budget import TokenBudgetBatchSampler, cut_batches
@@ -516,3 +517,34 @@ def test_streams_that_cannot_be_batched_raise(adata):
         buffer.state_after(2)
     with pytest.raises(ValueError, match="another buffer: buffer_size 2048 instead of 9"):
         TokenBudgetBuffer(Cells([10] * 9), BUDGET, buffer_size=9).load_state_dict(buffer.state_dict())
+
+
+@pytest.mark.parametrize("n_processes", [1, 2])
+@pytest.mark.parametrize("kind", ["budget", "even", "repeats"])
+def test_accelerate_sets_the_epoch(kind, n_processes):
+    lengths = np.random.default_rng(0).integers(5, 40, 80)
+    batches = {
+        "budget": lambda: TokenBudgetBatchSampler(lengths, 200),
+        "even": lambda: EvenBatchSampler(LengthGroupedSampler(lengths, 8), 8),
+        "repeats": lambda: NumberedRepeats(TokenBudgetBatchSampler(lengths, 200), len(lengths)),
+    }[kind]
+    plain = batches()
+    loaders = [
+        prepare_data_loader(
+            DataLoader(range(80), batch_sampler=batches(), collate_fn=list),
+            num_processes=n_processes,
+            process_index=i,
+            put_on_device=False,
+        )
+        for i in range(n_processes)
+    ]
+    epochs = []
+    for epoch in range(3):
+        plain.set_epoch(epoch)
+        for loader in loaders:
+            loader.set_epoch(epoch)
+        of_processes = [list(loader) for loader in loaders]
+        found = [batch for step in zip(*of_processes, strict=True) for batch in step]
+        epochs.append(list(plain))
+        assert found[: len(epochs[-1])] == epochs[-1]  # the first again, so that all processes have as many
+    assert epochs[0] != epochs[1] != epochs[2]

@@ -476,10 +476,15 @@ def test_a_folder_is_no_output_file(file, tmp_path, capsys):
     assert "is a folder" in capsys.readouterr().err
 
 
-def test_a_command_leaves_the_group_of_its_processes(tmp_path):
+@pytest.mark.parametrize("error", [None, ValueError("no cells"), KeyboardInterrupt()])
+def test_a_command_leaves_the_group_of_its_processes(tmp_path, error):
+    def run():
+        if error is not None:
+            raise error
+
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
-        assert guarded("a command", lambda: None) == 0
+        assert guarded("a command", run) == {type(None): 0, ValueError: 1, KeyboardInterrupt: 130}[type(error)]
         assert not torch.distributed.is_initialized()
     finally:
         if torch.distributed.is_initialized():

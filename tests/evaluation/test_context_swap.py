@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from anndata import AnnData
+from conftest import of_epoch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -78,7 +79,7 @@ def plain_ranks(batch, cells, tokenizer):
 )
 def test_swapped_ranks_equal_a_plain_loop(sizes, neighborhood, seed):
     tokenizer = rank_tokenizer(12, neighborhood=neighborhood)
-    collator = DataCollatorForGeneRankMLM(tokenizer, mlm_probability=0.4, seed=seed)
+    collator = of_epoch(DataCollatorForGeneRankMLM(tokenizer, mlm_probability=0.4, seed=seed))
     rng, cells = np.random.default_rng(seed), []
     for own, around in sizes:
         draw = [rng.permutation(tokenizer.gene_token_ids)[:size].tolist() for size in (own, around)]
@@ -100,7 +101,7 @@ def test_swapped_ranks_equal_a_plain_loop(sizes, neighborhood, seed):
 @pytest.mark.parametrize("values", [False, True])
 def test_swapped_bins_equal_a_plain_loop(store, values):
     tokenizer = GeneTokenizer.from_store(store, phenotypes=["cell_type"], bin_edges=[0.5, 1.5, 3.5], values=values)
-    collator = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.3)
+    collator = of_epoch(DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.3))
     cells = store.__getitems__([i for i in range(24) if i != 3])  # an odd number
     before, plain = collator(cells), tokenizer(cells)
     own, swapped = swaps._own_and_swapped(cells, collator, swaps._swap_bins)

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import of_epoch
 from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,7 +98,7 @@ def plain_rank_baselines(train_tokens, masked_train, masked_held_out, tokenizer)
 
 def test_ranks_equal_a_plain_loop_for_store_subset_and_dataset(store):
     tokenizer = rank_tokenizer(store.gene_ids, phenotypes={"cell_type": ["B cell", "T cell"]})
-    collator = DataCollatorForGeneRankMLM(tokenizer, mlm_probability=0.3, seed=5)
+    collator = of_epoch(DataCollatorForGeneRankMLM(tokenizer, mlm_probability=0.3, seed=5))
     filled = np.flatnonzero(store.lengths > 0)
     train, held_out = filled[:40], filled[40:]
     tokens = tokenizer.encode_cells(store.__getitems__(train))
@@ -126,7 +127,7 @@ def test_ranks_equal_a_plain_loop_for_store_subset_and_dataset(store):
 )
 def test_ranks_with_neighbourhoods_equal_a_plain_loop(sizes, share, seed):
     tokenizer = rank_tokenizer([f"g{i}" for i in range(14)], neighborhood=True)
-    collator = DataCollatorForGeneRankMLM(tokenizer, mlm_probability=share, seed=seed)
+    collator = of_epoch(DataCollatorForGeneRankMLM(tokenizer, mlm_probability=share, seed=seed))
     rng, cells = np.random.default_rng(seed), []
     for own, around in sizes:
         draw = [rng.permutation(tokenizer.gene_token_ids)[:size].tolist() for size in (own, around)]
@@ -153,7 +154,7 @@ def test_a_vocabulary_without_medians_has_no_b3():
 
 def test_whole_cells_show_the_genes_that_are_cut_off(store):
     tokenizer = rank_tokenizer(store.gene_ids, max_length=9)
-    collator = DataCollatorForGeneRankMLM(tokenizer, mlm_probability=0.4)
+    collator = of_epoch(DataCollatorForGeneRankMLM(tokenizer, mlm_probability=0.4))
     filled = np.flatnonzero(store.lengths > 0)
     train, held_out = store.select(filled[:40]), store.select(filled[40:])
 

@@ -7,9 +7,18 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import pipeline
+from transformers import AutoModelForSequenceClassification, pipeline
 
-from stformer_hf import GeneBertConfig, GeneBertForClassification, GeneTokenizer, annotate, embed
+from stformer_hf import (
+    GeneBertConfig,
+    GeneBertForClassification,
+    GeneBertForPhenotypicMLM,
+    GeneTokenizer,
+    annotate,
+    embed,
+    finetune,
+)
+from stformer_hf.training.loading import load_model, load_tokenizer
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
 WITHOUT_PLUGIN = """
@@ -93,6 +102,32 @@ def test_other_heads_return_all_outputs(classifier, adata, problem):
     for i, name in enumerate(("B cell", "T cell", "NK")):
         assert {of[i]["label"] for of in found} == {name}
         np.testing.assert_allclose([of[i]["score"] for of in found], adata.obs[f"stformer_{name}"], atol=1e-5)
+
+
+def test_adapters_and_heads_without_names_are_refused(classifier, store, adata, tmp_path):
+    path = classifier(id2label=None)
+    with pytest.raises(ValueError, match="no names, but LABEL_0.*finetune"):
+        pipeline("cell-classification", model=path)
+    tokenizer = GeneTokenizer.from_pretrained(path)
+    masked = GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(tokenizer, **SMALL))
+    masked.save_pretrained(tmp_path / "masked")
+    tokenizer.save_pretrained(tmp_path / "masked")
+    with pytest.raises(ValueError, match="a head that was not trained"):
+        pipeline("cell-classification", model=str(tmp_path / "masked"))
+
+    folder = str(tmp_path / "adapter")
+    other = classifier(id2label={0: "healthy", 1: "ill"})
+    finetune(store, "cell_type", model=other, lora=2, output=folder, num_train_epochs=0)
+    with pytest.raises(ValueError, match="adapter.*annotate"):
+        pipeline("cell-classification", model=folder)
+    annotate(adata, folder)
+    classify = pipeline(
+        "cell-classification",
+        model=load_model(folder, AutoModelForSequenceClassification),
+        tokenizer=load_tokenizer(folder),
+    )
+    labels = adata.obs["stformer_label"].astype(object)
+    assert [of["label"] for of in classify(adata)] == labels.where(labels.notna(), None).tolist()
 
 
 @pytest.mark.slow  # several seconds

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import of_epoch
 from plain_gene_bert import plain_encoder
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 
@@ -16,6 +17,7 @@ from stformer_hf import (
     GeneTokenizer,
     collate_fn_wrapper,
 )
+from stformer_hf.models.gene_bert.encoder_layers import make_norm
 
 OPTIONS = {
     "pre_norm": {"pre_norm": True},
@@ -96,7 +98,7 @@ def test_loss_and_gradients_are_those_of_the_packed_batch_and_survive_saving(opt
     examples = [dict(zip(tokens, one, strict=True)) for one in zip(*tokens.values(), strict=True)]
     results = []
     for packing in (False, True):
-        collator = DataCollatorForPhenotypicMLM(tokenizer, packing=packing, mlm_probability=0.5)
+        collator = of_epoch(DataCollatorForPhenotypicMLM(tokenizer, packing=packing, mlm_probability=0.5))
         model.zero_grad()
         output = model(**collator(examples))
         output.loss.backward()
@@ -107,7 +109,7 @@ def test_loss_and_gradients_are_those_of_the_packed_batch_and_survive_saving(opt
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     again = GeneBertForPhenotypicMLM.from_pretrained(tmp_path)
-    collator = DataCollatorForPhenotypicMLM(GeneTokenizer.from_pretrained(tmp_path), mlm_probability=0.5)
+    collator = of_epoch(DataCollatorForPhenotypicMLM(GeneTokenizer.from_pretrained(tmp_path), mlm_probability=0.5))
     torch.testing.assert_close(again(**collator(examples)).loss, results[0][0])
 
 
@@ -277,3 +279,21 @@ def test_a_label_a_gene(packing, tmp_path):
     labels = torch.tensor(sum((one["labels"] for one in examples), []))
     known = labels != -100
     assert outputs.loss.item() == pytest.approx(-log_p[known, labels[known]].mean().item(), rel=1e-5)
+
+
+def test_rms_norm_in_autocast_is_that_of_float32_within_rounding(recwarn):
+    """Without a warning that torch leaves its fused kernel; in float32, without the change of a bit."""
+    norm, plain = make_norm(GeneBertConfig(hidden_size=36, norm_type="rms_norm")), torch.nn.RMSNorm(36, eps=1e-12)
+    with torch.no_grad():
+        norm.weight.normal_()
+    plain.load_state_dict(norm.state_dict())
+    states = torch.randn(50, 36) * 3
+    assert torch.equal(norm(states), plain(states))
+    torch.set_warn_always(True)  # not once per process
+    with torch.autocast("cpu", torch.bfloat16):
+        found = norm(states.bfloat16())
+    torch.set_warn_always(False)
+    assert found.dtype == torch.bfloat16 and not recwarn.list
+    torch.testing.assert_close(found.float(), plain(states.bfloat16().float()), atol=1e-6, rtol=2**-6)
+    found.float().sum().backward()
+    assert norm.weight.grad.dtype == torch.float32

@@ -6,7 +6,13 @@ from conftest import checkpoint_activations
 from plain_gene_bert import plain_encoder
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+)
 
 from stformer_hf import (
     GeneBertConfig,
@@ -141,7 +147,7 @@ def test_auto_classes_load_what_was_saved(config, tokenizer, batch, tmp_path):
     assert type(AutoConfig.from_pretrained(tmp_path)) is GeneBertConfig
     assert AutoConfig.from_pretrained(tmp_path).vocabulary_fingerprint == tokenizer.fingerprint
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
-    assert type(loaded) is GeneBertForPhenotypicMLM
+    assert type(loaded) is type(AutoModelForPreTraining.from_pretrained(tmp_path)) is GeneBertForPhenotypicMLM
     encoder = AutoModel.from_pretrained(tmp_path).eval()
     assert type(encoder) is GeneBertModel
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=4).eval()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import of_epoch
 
 from stformer_hf import (
     DataCollatorForCellClassification,
@@ -49,7 +50,7 @@ def model_of(model_class, tokenizer, backend):
 def test_loss_logits_and_gradients_are_those_of_the_padded_batch(tokenizer, examples, backend):
     results = []
     for packing in (False, True):
-        batch = DataCollatorForPhenotypicMLM(tokenizer, packing=packing, mlm_probability=0.4)(examples)
+        batch = of_epoch(DataCollatorForPhenotypicMLM(tokenizer, packing=packing, mlm_probability=0.4))(examples)
         model = model_of(GeneBertForPhenotypicMLM, tokenizer, "eager" if not packing else backend)
         if backend == "flex_attention" and packing:  # has no backward on a CPU
             with torch.no_grad():
@@ -95,7 +96,9 @@ def test_classes_are_those_of_the_padded_batch(tokenizer, examples, pooling):
 
 def test_dropped_phenotypes_are_no_tokens_of_a_packed_row(tokenizer, examples):
     padded, packed = (
-        DataCollatorForPhenotypicMLM(tokenizer, phenotype_mask_prob=1.0, seed=seed, packing=packing)(examples * 9)
+        of_epoch(DataCollatorForPhenotypicMLM(tokenizer, phenotype_mask_prob=1.0, seed=seed, packing=packing))(
+            examples * 9
+        )
         for seed in [5]
         for packing in (False, True)
     )
@@ -129,10 +132,10 @@ def test_what_would_mix_cells_raises(tokenizer, examples):
 def test_half_precision_agrees_padded_and_packed(tokenizer, examples, backend):
     exact = model_of(GeneBertForPhenotypicMLM, tokenizer, "eager")
     model = model_of(GeneBertForPhenotypicMLM, tokenizer, backend).bfloat16()
-    wanted = exact(**DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4)(examples)).loss
+    wanted = exact(**of_epoch(DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4))(examples)).loss
     hidden = []
     for packing in (False, True):
-        batch = DataCollatorForPhenotypicMLM(tokenizer, packing=packing, mlm_probability=0.4)(examples)
+        batch = of_epoch(DataCollatorForPhenotypicMLM(tokenizer, packing=packing, mlm_probability=0.4))(examples)
         labels = batch.pop("labels")
         with torch.no_grad():
             states = model.gene_bert(**batch).last_hidden_state.float()
@@ -149,7 +152,7 @@ def test_the_order_of_the_cells_changes_nothing(tokenizer, examples):
     states = {}
     for packing in (False, True):
         for cells in (examples, examples[::-1], examples[3:] + examples[:3]):
-            batch = DataCollatorForPhenotypicMLM(tokenizer, packing=packing, mlm_probability=0.4)(cells)
+            batch = of_epoch(DataCollatorForPhenotypicMLM(tokenizer, packing=packing, mlm_probability=0.4))(cells)
             batch.pop("labels")
             with torch.no_grad():
                 hidden = model.gene_bert(**batch).last_hidden_state
@@ -164,7 +167,9 @@ def test_the_order_of_the_cells_changes_nothing(tokenizer, examples):
 def test_packed_and_padded_agree_on_a_gpu(tokenizer, examples, backend):
     """In half precision sdpa runs `torch.nn.attention.varlen` on packed batches."""
     exact = model_of(GeneBertForPhenotypicMLM, tokenizer, "eager")
-    expected = exact(**DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4)(examples), sparse_prediction=True)
+    expected = exact(
+        **of_epoch(DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4))(examples), sparse_prediction=True
+    )
     expected.loss.backward()
     try:
         model = model_of(GeneBertForPhenotypicMLM, tokenizer, backend)
@@ -172,7 +177,7 @@ def test_packed_and_padded_agree_on_a_gpu(tokenizer, examples, backend):
         pytest.skip(str(error))
     model = model.to("cuda", torch.bfloat16)
     for packing in (False, True):
-        batch = DataCollatorForPhenotypicMLM(tokenizer, packing=packing, mlm_probability=0.4)(examples)
+        batch = of_epoch(DataCollatorForPhenotypicMLM(tokenizer, packing=packing, mlm_probability=0.4))(examples)
         model.zero_grad()
         sparse = {"sparse_prediction": True}
         found = model(**sparse, **{k: v.to("cuda") if isinstance(v, torch.Tensor) else v for k, v in batch.items()})

@@ -405,3 +405,14 @@ def test_settings_that_would_have_no_effect_are_refused(tokenizer, adata, tmp_pa
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="do not pass them too"):
         GeneTokenizer.from_pretrained(tmp_path, bin_edges=[5.0])
+
+
+def test_cells_are_truncated_with_and_without_the_argument_of_transformers(store):
+    tokenizer = GeneTokenizer.from_store(store)
+    cells = store.__getitems__(range(9))
+    expected = tokenizer(cells, max_length=6)["input_ids"]
+    for truncation in (True, "longest_first"):
+        assert tokenizer(cells, truncation=truncation, max_length=6)["input_ids"] == expected
+    for truncation in (False, "do_not_truncate", "random"):  # random is a setting of the tokenizer
+        with pytest.raises(ValueError, match="always truncated.*'top'"):
+            tokenizer(cells, truncation=truncation, max_length=6)

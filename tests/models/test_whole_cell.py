@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import of_epoch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
@@ -347,7 +348,7 @@ def test_other_counts_of_what_the_tokens_do_not_show_change_no_bit(tmp_path, sch
         tokenizer = GeneTokenizer(GENES, scheme="rank", medians=medians, whole_cell=True, phenotypes=phenotypes)
         collator_class = DataCollatorForGeneRankMLM
     model = make_model(tokenizer, GeneBertForPhenotypicMLM, sparse_prediction=False)
-    collator = collator_class(tokenizer, mlm_probability=0.4, gene_dropout=gene_dropout, packing=packing)
+    collator = of_epoch(collator_class(tokenizer, mlm_probability=0.4, gene_dropout=gene_dropout, packing=packing))
     counts = distinct_counts()
     cells = store_of(counts, tmp_path / "store").__getitems__(range(len(counts)))
     batch = collator(cells)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import of_epoch
 from scipy import sparse
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -56,7 +57,7 @@ def make_model(tokenizer, model_class=GeneBertForClassification, backend="sdpa",
 
 def collator_of(model_class, tokenizer, packing=False):
     if model_class is GeneBertForPhenotypicMLM:
-        return DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4, packing=packing)
+        return of_epoch(DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4, packing=packing))
     return DataCollatorForCellClassification(tokenizer, "cell_type", packing=packing)
 
 
@@ -337,6 +338,37 @@ def test_runs_as_onnx_on_other_batches(tokenizer, store, tmp_path, model_class, 
             attended = batch["attention_mask"].bool().numpy()
             found, expected = found[attended], expected[attended]
         np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("model_class", [GeneBertForPhenotypicMLM, GeneBertForClassification])
+@pytest.mark.parametrize("n_labels", [0, 1])
+def test_torch_export_takes_any_number_of_cells_tokens_and_genes(tokenizer, store, model_class, n_labels):
+    """In its default mode, where the length of a tensor by `len` is a constant; with labels, the loss too."""
+    model = make_model(tokenizer, model_class).eval()
+
+    class Exported(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch):
+            return self.model(**batch)[0]
+
+    def batch_of(rows):
+        batch = dict(collator_of(model_class, tokenizer)(store.__getitems__(rows)))
+        return batch if n_labels else {name: value for name, value in batch.items() if name != "labels"}
+
+    first = batch_of(range(5))
+    any_size = torch.export.Dim.DYNAMIC
+    sizes = {
+        name: dict.fromkeys(range(1 if name == "measured_genes" else value.ndim), any_size)
+        for name, value in first.items()
+    }
+    program = torch.export.export(Exported(), (first,), dynamic_shapes=(sizes,))
+    for rows in (range(5), range(10, 30), range(2, 4)):
+        batch = batch_of(rows)
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(batch), model(**batch)[0], atol=1e-5, rtol=1e-5)
 
 
 # ---------------------------------------------------------------------- PEFT

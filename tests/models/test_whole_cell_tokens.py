@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import of_epoch
 from datasets import concatenate_datasets, load_from_disk
 from scipy import sparse
 from transformers import AutoTokenizer, TrainingArguments
@@ -217,7 +218,7 @@ def pad_of(table, tokenizer):
 def test_masks_hide_the_same_genes_of_a_tokenized_dataset(store, tmp_path):
     tokenizer = whole_cell_tokenizer(store, 2, max_length=100)
     dataset = TokenRows(store.tokenize(tokenizer, tmp_path / "tokens"))
-    collate = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.5, gene_dropout=0.2)
+    collate = of_epoch(DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.5, gene_dropout=0.2))
     one, two = collate(store.__getitems__(range(20))), collate(dataset.__getitems__(range(20)))
     same(one, two)
     labelled = one["labels"] != -100

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from anndata import AnnData
+from conftest import of_epoch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, DataLoader, Subset
@@ -222,7 +223,7 @@ def test_torch_ways_to_read_stores_work_or_say_what_to_give(tmp_path):
                 next(iter(DataLoader(store, 2, collate_fn=collate, num_workers=n_workers)))
     both = ConcatDataset([store, other])
     joined = CellStore.join(tmp_path / "joined", [store.path, other.path])
-    for collate in (collate_cells, DataCollatorForPhenotypicMLM(tokenizer), collate_fn_wrapper(tokenizer)):
+    for collate in (collate_cells, of_epoch(DataCollatorForPhenotypicMLM(tokenizer)), collate_fn_wrapper(tokenizer)):
         for n_workers in (0, 1):
             batches = list(DataLoader(both, 4, collate_fn=collate, num_workers=n_workers))
             parts = [collate(one.__getitems__(range(4))) for one in (store, other)]

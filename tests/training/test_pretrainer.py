@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import of_epoch
 from datasets import Dataset
 from torch.utils.data import Subset
 from transformers import TrainerCallback, TrainingArguments
@@ -238,7 +239,7 @@ def test_packed_training_equals_padded_training_and_reports_each_class_of_tokens
             if "loss" in name or "accuracy" in name:
                 assert packed[name] == pytest.approx(padded[name], abs=2e-4), name
     # The evaluation's figures are those of the model's logits.
-    collator = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4, seed=42)
+    collator = of_epoch(DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.4, seed=42))
     cells = np.flatnonzero(store.lengths > 0)
     batch = collator(store.__getitems__(cells))
     labels = batch.pop("labels")

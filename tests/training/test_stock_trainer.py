@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import of_epoch
 from datasets import Dataset
 from torch.utils.data import ConcatDataset, random_split
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
@@ -20,6 +21,8 @@ from stformer_hf import (
     GeneBertForPhenotypicMLM,
     GeneTokenizer,
 )
+from stformer_hf.batches.token_rows import TokenRows
+from stformer_hf.training.callbacks import SetEpoch
 
 
 def arguments(folder, **changes) -> TrainingArguments:
@@ -72,6 +75,23 @@ class Watch:
     def __call__(self, examples):
         self.batches.append(self.collator(examples))
         return dict(self.batches[-1])
+
+
+def test_masks_of_stock_trainer_are_other_ones_in_each_epoch(store, tokenizer, config, tmp_path):
+    """At random, as those of transformers' own collators; with SetEpoch, those of CellTrainer."""
+    collator, batches = DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.5), {}
+    for name, callbacks in (("plain", []), ("set", [SetEpoch(collator)])):
+        watch = Watch(collator)
+        one_batch = {"per_device_train_batch_size": 60, "train_sampling_strategy": "sequential"}
+        args = arguments(tmp_path / name, max_steps=-1, num_train_epochs=3, **one_batch)
+        model = GeneBertForPhenotypicMLM(config)
+        Trainer(model, args, train_dataset=store, data_collator=watch, callbacks=callbacks).train()
+        batches[name] = [batch["labels"] for batch in watch.batches]
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        same = (batches["plain"][first] == batches["plain"][second]).all(1)
+        assert same.sum() <= 3  # cells of few genes
+    for epoch, labels in enumerate(batches["set"]):
+        assert torch.equal(labels, of_epoch(collator, epoch)(store.__getitems__(range(60)))["labels"])
 
 
 def halves(adata, folder):
@@ -137,11 +157,67 @@ def test_chains_of_stores_that_differ_are_refused(adata, tmp_path):
             DataCollatorForPhenotypicMLM(tokenizer)([first[0], other[0]])
 
 
+@pytest.mark.parametrize("n_workers", [0, 1])
+@pytest.mark.parametrize("kind", ["store", "tokens"])
+def test_a_store_of_other_classes_is_not_numbered_by_its_own_codes(adata, tmp_path, kind, n_workers):
+    adata.obs["cell_type"] = pd.Categorical(["B cell", "NK cell", "T cell"] * 20)
+    fewer = adata[adata.obs["cell_type"] != "B cell"].copy()
+    stores = [
+        CellStore.build(tmp_path / name, of, obs=["cell_type"], report=False)
+        for name, of in (("all", adata), ("fewer", fewer))
+    ]
+    tokenizer = GeneTokenizer.from_store(stores[0])
+    rows = stores
+    if kind == "tokens":
+        rows = [TokenRows(of.tokenize(tokenizer, tmp_path / f"{i}", obs=["cell_type"])) for i, of in enumerate(stores)]
+    label2id = {"B cell": 0, "NK cell": 1, "T cell": 2}
+    model = GeneBertForClassification(
+        GeneBertConfig.from_tokenizer(tokenizer, size="tiny", label2id=label2id, id2label=dict(enumerate(label2id)))
+    )
+    args = arguments(tmp_path / "run", max_steps=1, dataloader_num_workers=n_workers, remove_unused_columns=False)
+
+    def trainer(**settings):
+        collate = DataCollatorForCellClassification(tokenizer, "cell_type", **settings)
+        return Trainer(model=model, args=args, train_dataset=rows[0], eval_dataset=rows[1], data_collator=collate)
+
+    plain = trainer()
+    plain.train()
+    assert len(plain.predict(rows[0]).label_ids) == len(rows[0])
+    with pytest.raises(ValueError, match=r"'NK cell', 'T cell'; those.*label2id=model.config.label2id"):
+        plain.evaluate()
+    with pytest.raises(ValueError, match="an earlier batch"):
+        plain.data_collator.for_evaluation()(stores[1].__getitems__([0, 1]))
+    numbered = trainer(label2id=model.config.label2id)
+    numbered.train()
+    expected = [label2id[name] for name in fewer.obs["cell_type"]]
+    assert numbered.predict(rows[1]).label_ids.tolist() == expected
+
+
 def test_a_cell_reads_as_a_dictionary_and_travels(store):
     cell = pickle.loads(pickle.dumps(store[7]))
     assert set(cell) >= {"genes", "counts", "cell_id", "obs_name", "cell_type"} and len(cell) == len(dict(cell))
     assert cell["cell_id"] == 7 and cell["genes"].tolist() == store.rows(7).indices.tolist()
     assert cell.batch.gene_ids.tolist() == store.gene_ids.tolist()
+
+
+@pytest.mark.parametrize("kind", ["masks", "classes"])
+def test_stock_trainer_keeps_the_columns_of_whole_cells_and_values(adata, store, tmp_path, kind):
+    """They are named in the signatures of the models: it removes all others by default."""
+    some = CellStore.build(tmp_path / "some", adata[:, 3:].copy(), obs=["cell_type"], report=False)
+    tokenizer = GeneTokenizer.from_store(store, whole_cell=True, values=True, bin_edges=[0.5, 1.5, 3.5])
+    rows = some.tokenize(tokenizer, tmp_path / "t", obs=["cell_type"]).rename_column("cell_type", "labels")
+    config = GeneBertConfig.from_tokenizer(tokenizer, size="tiny", num_labels=2, wide_head=kind == "classes")
+    if kind == "masks":
+        model, collator = GeneBertForPhenotypicMLM(config), DataCollatorForPhenotypicMLM(tokenizer, mlm=False)
+    else:
+        model, collator = GeneBertForClassification(config), DataCollatorForCellClassification(tokenizer)
+    watch = Watch(collator)
+    one_batch = {"per_device_train_batch_size": 60, "train_sampling_strategy": "sequential", "max_steps": 1}
+    Trainer(model, arguments(tmp_path / "run", **one_batch), train_dataset=rows, data_collator=watch).train()
+    names = {"expression_values", "cell_genes", "cell_counts", "measured_genes"}
+    assert names < watch.batches[0].keys()
+    for name, expected in collator(list(rows)).items():
+        assert torch.equal(watch.batches[0][name], expected), name
 
 
 def test_a_column_that_stock_trainer_took_away_is_named(adata, store, tmp_path):

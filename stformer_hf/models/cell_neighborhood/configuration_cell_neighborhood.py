@@ -84,7 +84,7 @@ class CellNeighborhoodConfig(PreTrainedConfig):
         "hidden_states",
         "attentions",
     ]
-    # Called after a configuration is created; see `GeneBertConfig.on_init`.
+    # Called after a configuration is created or unpickled; see `GeneBertConfig.on_init`.
     on_init: ClassVar[Callable[[], None] | None] = None
 
     n_genes: int = 1
@@ -131,6 +131,13 @@ class CellNeighborhoodConfig(PreTrainedConfig):
             given = getattr(self, name)
             if given is not None and not least <= len(given) <= most:
                 raise ValueError(f"There are {len(given)} {name}, but the model has {most}.")
+        self._call_on_init()
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._call_on_init()  # in a process that has only unpickled configurations
+
+    def _call_on_init(self) -> None:
         on_init = type(self).on_init
         if on_init is not None:
             on_init()

@@ -33,6 +33,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_gene_bert.GeneBertConfig",
     "AutoModel": "modeling_gene_bert.GeneBertModel",
     "AutoModelForMaskedLM": "modeling_gene_bert.GeneBertForPhenotypicMLM",
+    "AutoModelForPreTraining": "modeling_gene_bert.GeneBertForPhenotypicMLM",
     "AutoModelForSequenceClassification": "modeling_gene_bert.GeneBertForClassification",
     "AutoModelForTokenClassification": "modeling_gene_bert.GeneBertForTokenClassification",
 }
@@ -155,8 +156,8 @@ class GeneBertConfig(PreTrainedConfig):
 
     model_type = "gene_bert"
     _auto_class = "AutoConfig"
-    # Called after a configuration is created. The plugin registers the model classes here, so that `import
-    # stformer_hf` need not import them; a checkpoint loaded from the Hub without the plugin leaves it unset.
+    # Called after a configuration is created or unpickled. The plugin registers the model classes here, so that
+    # `import stformer_hf` need not import them; a checkpoint loaded from the Hub without the plugin leaves it unset.
     on_init: ClassVar[Callable[[], None] | None] = None
     # Trainer gathers all other outputs as predictions.
     keys_to_ignore_at_inference = ["class_statistics", "gene_logits", "log_dispersion"]
@@ -236,6 +237,13 @@ class GeneBertConfig(PreTrainedConfig):
             )
         if self.class_weights is not None and len(self.class_weights) != self.num_labels:
             raise ValueError(f"There are {len(self.class_weights)} class_weights for {self.num_labels} labels.")
+        self._call_on_init()
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._call_on_init()  # in a process that has only unpickled configurations
+
+    def _call_on_init(self) -> None:
         on_init = type(self).on_init
         if on_init is not None:
             on_init()

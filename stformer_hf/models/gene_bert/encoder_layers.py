@@ -14,9 +14,17 @@ from .configuration_gene_bert import GeneBertConfig
 from .packed_attention import PACKED_SDPA, segments_of
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm (Zhang and Sennrich 2019) with its weight in the dtype of the input, as torch's fused kernel needs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise the last dimension."""
+        return nn.functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def make_norm(config: GeneBertConfig) -> nn.Module:
-    """Return a LayerNorm, or RMSNorm (Zhang and Sennrich 2019), over the hidden dimension."""
-    norm = nn.RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
+    """Return a LayerNorm, or RMSNorm, over the hidden dimension."""
+    norm = RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
     return norm(config.hidden_size, eps=config.layer_norm_eps)
 
 

@@ -194,7 +194,7 @@ def classification_loss(
             f"Labels of shape {tuple(labels.shape)} do not fit a {problem} head with {config.num_labels} outputs per "
             "cell; see config.problem_type and config.num_labels."
         )
-    if config.label_columns and labels.shape != (len(logits), len(config.label_columns)):
+    if config.label_columns and labels.shape != (logits.shape[0], len(config.label_columns)):
         raise ValueError(
             f"Labels of shape {tuple(labels.shape)} do not fit a head of {len(config.label_columns)} label columns "
             f"({', '.join(config.label_columns)}): pass one class per cell and column, -100 where there is none."
@@ -213,7 +213,7 @@ def classification_loss(
                 ignore_index=IGNORE,
                 label_smoothing=config.classifier_label_smoothing,
             )
-            for column, of_column in zip(columns, labels.reshape(len(logits), -1).unbind(1), strict=True)
+            for column, of_column in zip(columns, labels.reshape(logits.shape[0], -1).unbind(1), strict=True)
         )
     else:
         labels = labels.float().view_as(logits)
@@ -308,7 +308,7 @@ def pool(
         total, n_tokens = values.sum(1), content.sum(1)
     else:
         cell = segments_of(cu_seq_lens.to(hidden.device), hidden.shape[1])[0]
-        n_cells = len(cu_seq_lens) - 1
+        n_cells = cu_seq_lens.shape[0] - 1
         total = values.new_zeros(n_cells, values.shape[-1]).index_add(0, cell, values[0])
         n_tokens = values.new_zeros(n_cells, 1).index_add(0, cell, content[0])
     return (total / n_tokens.clamp(min=1)).to(hidden.dtype)

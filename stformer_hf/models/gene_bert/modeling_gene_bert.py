@@ -263,10 +263,10 @@ class GeneBertModel(GeneBertPreTrainedModel):
             input_ids, token_type_ids, inputs_embeds, position_ids, expression_values, kwargs.get("max_length_q")
         )
         if hasattr(self, "cell_embedding"):
-            n_cells = shape[0] if cu_seq_lens_q is None else len(cu_seq_lens_q) - 1
-            n_counted = n_cells if cell_genes is None else len(cell_genes)
+            n_cells = shape[0] if cu_seq_lens_q is None else cu_seq_lens_q.shape[0] - 1
+            n_counted = n_cells if cell_genes is None else cell_genes.shape[0]
             if cell_indptr is not None:
-                n_counted = len(cell_indptr) - 1
+                n_counted = cell_indptr.shape[0] - 1
             if n_counted != n_cells:
                 raise ValueError(
                     f"There are counts of {n_counted} cells, but tokens of {n_cells}. A packed batch needs "
@@ -330,6 +330,10 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         num_items_in_batch: torch.Tensor | int | None = None,
         sparse_prediction: bool | None = None,
         predicted_positions: torch.LongTensor | None = None,
+        expression_values: torch.Tensor | None = None,
+        cell_genes: torch.LongTensor | None = None,
+        cell_counts: torch.Tensor | None = None,
+        measured_genes: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> GeneBertMaskedLMOutput | tuple[torch.Tensor, ...]:
         """Predict masked tokens.
@@ -338,6 +342,8 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         ----------
         input_ids, attention_mask, token_type_ids, inputs_embeds
             As in `GeneBertModel.forward`.
+        expression_values, cell_genes, cell_counts, measured_genes
+            As in `GeneBertModel.forward`; named, since Trainer removes the columns of a dataset that are not.
         labels : LongTensor (batch, length), optional
             Ids to predict; -100 where there is nothing to predict.
         num_items_in_batch : int or Tensor, optional
@@ -365,6 +371,10 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
             token_type_ids=token_type_ids,
             inputs_embeds=inputs_embeds,
             return_dict=True,
+            expression_values=expression_values,
+            cell_genes=cell_genes,
+            cell_counts=cell_counts,
+            measured_genes=measured_genes,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -443,6 +453,10 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        expression_values: torch.Tensor | None = None,
+        cell_genes: torch.LongTensor | None = None,
+        cell_counts: torch.Tensor | None = None,
+        measured_genes: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput | tuple[torch.Tensor, ...]:
         """Classify cells.
@@ -451,6 +465,8 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
         ----------
         input_ids, attention_mask, token_type_ids, inputs_embeds
             As in `GeneBertModel.forward`.
+        expression_values, cell_genes, cell_counts, measured_genes
+            As in `GeneBertModel.forward`; named, since Trainer removes the columns of a dataset that are not.
         labels : Tensor (batch,), optional
             Class of each cell; for multiple labels per cell and for regression, see `classification_loss`.
         num_items_in_batch : int or Tensor, optional
@@ -467,6 +483,10 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
             token_type_ids=token_type_ids,
             inputs_embeds=inputs_embeds,
             return_dict=True,
+            expression_values=expression_values,
+            cell_genes=cell_genes,
+            cell_counts=cell_counts,
+            measured_genes=measured_genes,
             **kwargs,
         )
         pooled = self.pool(outputs.last_hidden_state, token_type_ids, attention_mask, kwargs.get("cu_seq_lens_q"))
@@ -474,8 +494,8 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
             pooled = nn.functional.relu(self.pre_classifier(pooled))
         logits = self.classifier(self.dropout(pooled))
         if self.config.wide_head:
-            counts = [kwargs.get(name) for name in ("cell_genes", "cell_counts", "cell_indptr", "measured_genes")]
-            wide = self.wide_head(self.gene_bert.read_cells(*counts), self.gene_bert.cell_embedding.statistics)
+            cells = self.gene_bert.read_cells(cell_genes, cell_counts, kwargs.get("cell_indptr"), measured_genes)
+            wide = self.wide_head(cells, self.gene_bert.cell_embedding.statistics)
             logits = combine_readers(logits, wide, self.config)
 
         loss = None
@@ -518,6 +538,10 @@ class GeneBertForTokenClassification(GeneBertPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        expression_values: torch.Tensor | None = None,
+        cell_genes: torch.LongTensor | None = None,
+        cell_counts: torch.Tensor | None = None,
+        measured_genes: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput | tuple[torch.Tensor, ...]:
         """Classify genes.
@@ -526,6 +550,8 @@ class GeneBertForTokenClassification(GeneBertPreTrainedModel):
         ----------
         input_ids, attention_mask, token_type_ids, inputs_embeds
             As in `GeneBertModel.forward`.
+        expression_values, cell_genes, cell_counts, measured_genes
+            As in `GeneBertModel.forward`; named, since Trainer removes the columns of a dataset that are not.
         labels : LongTensor (batch, length), optional
             Class of each token; -100 for those without one.
         num_items_in_batch : int or Tensor, optional
@@ -542,6 +568,10 @@ class GeneBertForTokenClassification(GeneBertPreTrainedModel):
             token_type_ids=token_type_ids,
             inputs_embeds=inputs_embeds,
             return_dict=True,
+            expression_values=expression_values,
+            cell_genes=cell_genes,
+            cell_counts=cell_counts,
+            measured_genes=measured_genes,
             **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))

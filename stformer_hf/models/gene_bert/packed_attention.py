@@ -54,7 +54,7 @@ def packing_of(cu_seq_lens: torch.Tensor, kwargs: Mapping) -> dict:
     if len(given) < 2:
         if torch.compiler.is_compiling():
             return {"cu_seq_lens_q": cu_seq_lens}
-        longest = int(cu_seq_lens.diff().max()) if len(cu_seq_lens) > 1 else 0
+        longest = int(cu_seq_lens.diff().max()) if cu_seq_lens.shape[0] > 1 else 0
         given = {"max_length_q": longest, "max_length_k": longest}
     other = kwargs.get("cu_seq_lens_k")
     return {**given, "cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens if other is None else other}

@@ -93,9 +93,26 @@ class CellClassificationPipeline(_CellPipeline):
     gene that the model knows. With `top_k`, there is a list of that many classes per cell instead; for several labels
     per cell, and for numbers, always a list of all outputs. For several label columns, there is one dict per cell with
     the results of each column. Phenotypes are read if the model was trained with them.
+
+    Raises a ValueError for a PEFT adapter, which transformers loads without the names and readers of its classes, and
+    for classes without names, which a head has that was not trained.
     """
 
     _reads_phenotypes = True
+
+    def __init__(self, model: Any, *args, **kwargs):
+        names = [str(name) for name in model.config.id2label.values()]
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "transformers loads a PEFT adapter without the names of its classes: pass the folder to annotate, or "
+                "a model and tokenizer from load_model and load_tokenizer of stformer_hf.training.loading."
+            )
+        if problem_of(model.config) != "regression" and names == [f"LABEL_{i}" for i in range(len(names))]:
+            raise ValueError(
+                f"The outputs of {type(model).__name__} have no names, but {', '.join(names[:3])}, as those of a head "
+                "that was not trained: train one first (stformer-hf finetune), or name them (model.config.id2label)."
+            )
+        super().__init__(model, *args, **kwargs)
 
     def _sanitize_parameters(self, top_k: int | None = None, **of_cells) -> tuple:
         return super()._sanitize_parameters(**of_cells)[0], {}, {} if top_k is None else {"top_k": top_k}

@@ -112,7 +112,7 @@ class RankPrior(nn.Module):
         if cu_seq_lens is None:
             n_cells, cells = n_rows, torch.arange(n_rows, device=device)[:, None].expand(n_rows, length)
         else:
-            n_cells, cells = len(cu_seq_lens) - 1, segments_of(cu_seq_lens.to(device), length).long()
+            n_cells, cells = cu_seq_lens.shape[0] - 1, segments_of(cu_seq_lens.to(device), length).long()
         if attention_mask is not None:
             ids = ids.masked_fill(attention_mask.to(device) == 0, vocab_size)
         ids, groups = ids.flatten(), (cells * self.n_types + types).flatten()
@@ -167,17 +167,17 @@ class RankPrior(nn.Module):
         """Compute the likelihood of the tokens on one side, for a gene in each bin, float32 Tensor (k, N_BINS)."""
         steps = torch.arange(_WINDOW, 0, -1, device=ids.device) * side  # from the farthest to the nearest
         around = places[:, None] + steps
-        inside = (around >= 0) & (around < len(ids))
-        around = around.clamp(0, len(ids) - 1)
+        inside = (around >= 0) & (around < ids.shape[0])
+        around = around.clamp(0, ids.shape[0] - 1)
         inside &= groups[around] == groups[places][:, None]
-        tokens = torch.where(inside, ids[around], len(starts) - 2)
+        tokens = torch.where(inside, ids[around], starts.shape[0] - 2)
         entries = starts[tokens].unsqueeze(-1) + torch.arange(_COUNTS, device=ids.device)
         known = entries < starts[tokens + 1].unsqueeze(-1)
         entries = entries.clamp(max=len(self.level) - 1)
         share = self.share.float()[entries] * known
         level = self.level[entries] * -side  # descends from the farthest to the nearest
         older = 1 - share.sum(-1) + _STRAY
-        weight, none = torch.zeros_like(share), share.new_ones(len(places))
+        weight, none = torch.zeros_like(share), share.new_ones(places.shape[0])
         for step in range(_WINDOW):
             above = level[:, :step].flatten(1)[:, None] >= level[:, step].unsqueeze(-1) - _TIE
             before = torch.einsum("kce,ke->kc", above.float(), weight[:, :step].flatten(1))
@@ -187,7 +187,7 @@ class RankPrior(nn.Module):
             weight[:, :step] *= (stays / total)[:, None, None]
             weight[:, step] = new / total[:, None]
             none = none * stays / total
-        bins = weight.new_zeros(len(places), N_BINS)
+        bins = weight.new_zeros(places.shape[0], N_BINS)
         bins.scatter_add_(1, self.bin[entries].long().flatten(1), weight.flatten(1))
         bins = bins.cumsum(1) if side < 0 else bins.flip(1).cumsum(1).flip(1)
         return bins + none[:, None] + 1e-12  # tokens without any order: no information

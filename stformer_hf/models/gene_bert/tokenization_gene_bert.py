@@ -344,6 +344,7 @@ class GeneTokenizer(VocabularyTokenizer):
         fractional: bool = False,
         neighborhood=None,
         padding: bool | str = False,
+        truncation: bool | str = True,
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
         return_tensors: str | None = None,
@@ -369,6 +370,9 @@ class GeneTokenizer(VocabularyTokenizer):
             Summed counts of each row's neighbours, if cells are a matrix and the tokenizer adds neighbourhoods.
         padding : bool, "longest" or "max_length", default: False
             Pad to the longest cell (True, "longest") or to `max_length`.
+        truncation : bool or str, default: True
+            True, or "longest_first", as other tokenizers of transformers take it: cells are always truncated to
+            `max_length`, in the way of the tokenizer's own setting.
         max_length : int, optional
             Overrides the tokenizer's own.
         pad_to_multiple_of : int, optional
@@ -390,10 +394,15 @@ class GeneTokenizer(VocabularyTokenizer):
         ValueError
             Values are not counts; the columns cover less than `min_coverage` of the tokenizer's genes, by weight;
             genes are of another species, or named by row numbers; shapes do not match; tensors of cells of different
-            lengths are requested without padding.
+            lengths are requested without padding; `truncation` is not True.
         TypeError
             The input is not cells, but for example text.
         """
+        if truncation not in (True, "longest_first", "only_first"):
+            raise ValueError(
+                f"truncation={truncation!r}: cells are always truncated to max_length, as the tokenizer's own "
+                f"setting ({self.truncation!r}) says. Pass a larger max_length to keep more genes."
+            )
         tokens = self.encode_cells(
             cells,
             genes=genes,

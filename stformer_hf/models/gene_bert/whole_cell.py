@@ -97,7 +97,7 @@ class GeneStatistics(nn.Module):
             On a CPU: `cell_indptr` does not end where the entries do.
         """
         genes, shares = cell_genes.reshape(-1), self.shares
-        at = torch.arange(len(genes), device=genes.device)
+        at = torch.arange(genes.shape[0], device=genes.device)
         if cell_indptr is None:
             n_cells, length = cell_genes.shape
             offsets = torch.arange(n_cells, device=genes.device) * length
@@ -108,7 +108,7 @@ class GeneStatistics(nn.Module):
                     f"cell_indptr ends at {int(cell_indptr[-1])}, but there are {len(genes)} counts. A packed batch "
                     "cannot be split along the first dimension: pad it."
                 )
-            offsets, n_cells = cell_indptr[:-1].long(), len(cell_indptr) - 1
+            offsets, n_cells = cell_indptr[:-1].long(), cell_indptr.shape[0] - 1
             cells = torch.searchsorted(cell_indptr[1:].long().contiguous(), at, right=True)
         shares_of = shares[genes]
         if measured_genes is not None:
@@ -192,15 +192,15 @@ def sum_by_cell(weight: torch.Tensor, cells: CellValues, factors: torch.Tensor) 
     The rows of the table (n_genes, v * d) have v parts; `factors` (v, E) are those of each part and of the E entries
     of n cells. Returns a Tensor (n, v, d).
     """
-    n_parts, n_cells = len(factors), len(cells.offsets)
+    n_parts, n_cells = factors.shape[0], cells.offsets.shape[0]
     # Part i of row g is row g * v + i of the same memory, viewed as a table of narrower rows.
-    table = weight.reshape(len(weight) * n_parts, -1)
+    table = weight.reshape(weight.shape[0] * n_parts, -1)
     parts = torch.arange(n_parts, device=weight.device)
     rows = cells.genes * n_parts + parts[:, None]
     if torch.compiler.is_exporting():  # a padded batch, with operations that every runtime has
         picked = (table[rows] * factors[..., None]).view(n_parts, n_cells, -1, table.shape[1])
         return picked.sum(2).transpose(0, 1)
-    offsets = (cells.offsets + parts[:, None] * len(cells.genes)).reshape(-1)
+    offsets = (cells.offsets + parts[:, None] * cells.genes.shape[0]).reshape(-1)
     sums = nn.functional.embedding_bag(
         rows.reshape(-1), table, offsets, per_sample_weights=factors.reshape(-1), mode="sum"
     )

@@ -173,7 +173,7 @@ class ViewCollator:
 
     def _views(self, cells: CellBatch, genes: np.ndarray) -> tuple[list[CellBatch], list[np.ndarray | None]]:
         """Divide the counts of cells; return the views, and the genes that each measures (None: as the store)."""
-        seed, epoch = self.collator.seed, self.epoch
+        seed, epoch = self.collator.seed, self.collator.epoch_of_batch()
         panels: list[np.ndarray | None] = [None, None]
         if self.view == "disjoint":
             panel = first_panel(seed, epoch, len(self.collator.tokenizer.genes))

@@ -105,6 +105,15 @@ def test_views_depend_on_seed_epoch_and_cell_and_on_nothing_else(store, whole_ce
     np.testing.assert_array_equal(dense(collator.for_evaluation()(store.__getitems__(np.array([4, 9]))), 40), both)
 
 
+@pytest.mark.parametrize("view", ["disjoint", "thinning"])
+def test_without_an_epoch_each_batch_has_other_views(store, whole_cells, view):
+    collator = make_collator(whole_cells, view, epoch=-1)
+    one, two = (dense(collator(store.__getitems__(np.arange(60))), 40) for _ in range(2))
+    for views in (one, two):
+        np.testing.assert_array_equal(views[:60] + views[60:], store.rows(range(60)).toarray())
+    assert (one != two).any()
+
+
 def test_masks_of_the_two_views_are_independent(store, whole_cells):
     batch = make_collator(whole_cells, "thinning", mlm_probability=0.5)(store.__getitems__(np.arange(60)))
     hidden = dense(batch, 40) == -1

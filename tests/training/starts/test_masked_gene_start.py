@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from anndata import read_h5ad
-from conftest import make_adata
+from conftest import make_adata, of_epoch
 from datasets import Dataset
 
 from stformer_hf import (
@@ -172,10 +172,10 @@ def test_padded_packed_and_all_positions_give_the_same(cells, rows_at_a_time, mo
     start_rank_model(model, tokenizer, cells)
     torch.nn.init.ones_(model.mlm_head.layer_norm.weight)
     examples = cells.__getitems__(range(10, 18))
-    padded = DataCollatorForGeneRankMLM(tokenizer, phenotype_mask_prob=1.0)(examples)
-    packed = DataCollatorForGeneRankMLM(tokenizer, phenotype_mask_prob=1.0, packing=True)(examples)
+    padded = of_epoch(DataCollatorForGeneRankMLM(tokenizer, phenotype_mask_prob=1.0))(examples)
+    packed = of_epoch(DataCollatorForGeneRankMLM(tokenizer, phenotype_mask_prob=1.0, packing=True))(examples)
     tokenizer.padding_side = "left"
-    left = DataCollatorForGeneRankMLM(tokenizer, phenotype_mask_prob=1.0)(examples)
+    left = of_epoch(DataCollatorForGeneRankMLM(tokenizer, phenotype_mask_prob=1.0))(examples)
     with torch.no_grad():
         expected = model(**padded, sparse_prediction=True).logits
         assert expected.isfinite().all()
