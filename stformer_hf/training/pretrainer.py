@@ -208,7 +208,7 @@ def _check_baselines(train_dataset: Any, eval_datasets: Sequence[Any], collator:
                 f"baselines=True needs {which} cells that can be read by number, but a {type(cells).__name__} is a "
                 "stream."
             )
-    if not hasattr(collator, "for_evaluation") or not hasattr(collator, "mlm_probability"):
+    if not isinstance(collator, (DataCollatorForGeneRankMLM, DataCollatorForPhenotypicMLM)):
         raise ValueError(
             f"baselines=True needs DataCollatorForGeneRankMLM or DataCollatorForPhenotypicMLM, got "
             f"{type(collator).__name__}."
