@@ -95,10 +95,12 @@ class CellCollator(ABC):
 
     def _tokens(self, examples: Any) -> tuple[TokenizedCells, np.ndarray]:
         """Return tokens, after gene dropout, and the ids for which masks are drawn, as writable arrays."""
-        epoch = self.epoch_of_batch()
+        draws = self.mlm_probability or self.phenotype_mask_prob or self.gene_dropout
+        is_new = self.epoch < 0 and bool(draws or getattr(self.tokenizer, "truncation", None) == "random")
+        epoch = self.epoch_of_batch() if is_new else max(self.epoch, 0)
         tokens = read_tokens(examples, self.tokenizer, epoch)
         cell_ids = _cell_ids(examples, tokens)
-        if self.epoch < 0:
+        if is_new:
             cell_ids = cell_ids ^ epoch  # which is of this batch alone
         if not self.gene_dropout:
             return tokens, cell_ids

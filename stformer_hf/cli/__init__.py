@@ -107,7 +107,7 @@ def as_flags(message: str, flags: Collection[str]) -> str:
 
 # A call, which is left alone, or a name and its value.
 _ARGUMENT = re.compile(
-    r"""[\w.]+\([^()]*=[^()]*\)|\b(?P<name>[a-z]\w*)=(?P<value>'[^']*'|"[^"]*"|\[[^\]]*\]|[^\s,;:.)'"=]+(?:\.\d+)?)"""
+    r"""[\w.]+\([^()]*=[^()]*\)|(?<![\w./?&,=-])(?P<name>[a-z]\w*)=(?P<value>'[^']*'|"[^"]*"|\[[^\]]*\]|[^\s,;:.)'"=/&]+(?:\.\d+)?)"""
 )
 
 

@@ -34,10 +34,11 @@ class Panel:
 
     `gene_ids` and `symbols` (object arrays of str) name all columns, of which `merge` keeps some. The attributes of
     the same names are those of the kept columns, and so are `names`: symbols, or ids where the symbol is missing or
-    repeated. `known`, an int64 array, are the kept columns of genes that the model knows.
+    repeated. `known`, an int64 array, are the kept columns of genes that the model knows. `index` has further names of
+    all columns, by which genes are found last.
     """
 
-    def __init__(self, gene_ids: np.ndarray, symbols: np.ndarray, tokenizer: GeneTokenizer):
+    def __init__(self, gene_ids: np.ndarray, symbols: np.ndarray, tokenizer: GeneTokenizer, index: Sequence[str] = ()):
         genes = tokenizer.find_genes(gene_ids, symbols)
         # The first column of each gene, and every column that the model does not know: it counts in totals.
         keys = np.where(genes >= 0, genes, -1 - np.arange(len(genes)))
@@ -53,6 +54,10 @@ class Panel:
         self.names = np.array([i if str(s) in repeated else s for i, s in pairs], object)
         self._column_of_gene = {int(genes[kept][column]): int(column) for column in self.known}
         self._column_of_name = {str(self.names[column]): int(column) for column in self.known}
+        known = set(self.known.tolist())
+        self._column_of_index = {
+            str(name): column for name, column in zip(index, self._kept_of.tolist(), strict=False) if column in known
+        }
         self._tokenizer = tokenizer
 
     def merge(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
@@ -80,6 +85,8 @@ class Panel:
         gene = int(self._tokenizer.find_genes([name])[0])
         if gene in self._column_of_gene:
             return self._column_of_gene[gene]
+        if name in self._column_of_index:
+            return self._column_of_index[name]
         if gene >= 0:
             raise ValueError(f"The model knows the gene {name!r}, but the cells have no column for it.")
         known = [*self._column_of_name, *self._tokenizer.genes]

@@ -166,7 +166,9 @@ def perturb(
         raise ValueError("Several processes share their results through a folder: pass output=…")
     reader = _Reader(model, tokenizer, hidden_layer, pooling, max_tokens, fractional, min_coverage)
     source = open_source(adata, layer, fractional)
-    panel = Panel(np.asarray(source.genes.gene_ids), np.asarray(source.genes.symbols), reader.tokenizer)
+    genes_of = np.asarray(source.genes.gene_ids), np.asarray(source.genes.symbols)
+    has_index = isinstance(adata, AnnData) and adata.n_vars == len(genes_of[0])
+    panel = Panel(*genes_of, reader.tokenizer, adata.var_names if has_index else ())
     reader.names = panel.gene_ids, panel.symbols
     counts = sparse.vstack([panel.merge(block) for block in source.blocks(_ROWS_PER_BLOCK)], format="csr")
     cells = _choose_cells(source.obs, counts[:, panel.known], goal_key, goal, start, donor_key)
@@ -208,11 +210,14 @@ def perturb(
         if output is not None and (state is None or state.is_main_process):
             _write(folder / "null.csv", table[table["null"]].drop(columns="null").to_csv())
             _write(folder / "table.csv", asked.to_csv())
-    n_alone = int(asked["p_matched"].isna().sum())
-    if n_alone and n_null:
+    n_alone = int(asked["p"].isna().sum())
+    if goal is not None and cells.donors is None and min(len(cells.perturbed), len(cells.goal)) < 2:
+        logger.warning("There is no p-value: the group of the goal, or of the start, is a single cell.")
+    elif n_alone and n_null:
         logger.warning(
-            f"{n_alone} perturbations have no p-value: they change fewer than 3 cells, or fewer than 10 genes of "
-            "similar expression were perturbed, or most of these move no cell. Raise n_null, or perturb more genes."
+            f"{n_alone} perturbations have no p-value: they change fewer than 3 cells, or fewer than 10 other genes "
+            "of similar expression were perturbed, or most of these move no cell. Raise n_null, or with many genes "
+            "pass n_null=0, which compares them with one another."
         )
     asked.attrs["settings"] = {**settings, "tested": grid.score_names[0], "n_cells": len(cells.perturbed)}
     return asked

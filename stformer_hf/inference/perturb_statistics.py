@@ -40,7 +40,8 @@ class CellGroups(NamedTuple):
 
 def cell_statistics(states: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
     """Return the number n of states (n, d), their mean (d,), and their covariance (d, d)."""
-    return len(states), states.mean(axis=0), np.cov(states, rowvar=False, ddof=1)
+    spread = np.cov(states, rowvar=False, ddof=1) if len(states) > 1 else np.zeros((states.shape[1],) * 2)
+    return len(states), states.mean(axis=0), spread
 
 
 class DonorGroups(NamedTuple):
@@ -160,8 +161,9 @@ def compare(effects: np.ndarray, matched: np.ndarray, is_null: np.ndarray) -> tu
     Notes
     -----
     The effects of random genes have far heavier tails than a normal distribution, since a few move a cell much further
-    than others, in any direction. The first p holds for any distribution, as long as a gene without a particular
-    effect is one of many like those that were drawn. The second is too small for genes that move cells far.
+    than others, in any direction. The first p holds for any distribution of effects that, but for centre and spread,
+    is the same for all values of `matched`: since their null is pooled, it is too small for the genes of a value with
+    heavier tails, if most genes asked for have this value. The second is too small for genes that move cells far.
 
     References
     ----------

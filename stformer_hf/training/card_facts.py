@@ -57,6 +57,8 @@ def settings_of(trainer: Any) -> dict[str, Any]:
         "packed": "packing",
     }
     settings = {key: getattr(collator, name) for key, name in names.items() if hasattr(collator, name)}
+    if not (settings.get("masked genes") or settings.get("masked phenotypes")):  # it masks nothing
+        settings = {key: value for key, value in settings.items() if not key.startswith("masked ")}
     if getattr(trainer, "objectives", {"mlm": 1.0}) != {"mlm": 1.0}:
         settings["objectives"] = ", ".join(f"{name} {weight:g}" for name, weight in trainer.objectives.items())
     if trainer.sampling is not None:

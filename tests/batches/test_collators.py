@@ -427,3 +427,12 @@ def test_values_are_for_our_collators(store):
             collate_fn_wrapper(tokenizer, packing=packing)(without)
     with pytest.raises(ValueError, match="must be integers, got float64"):
         collate_fn_wrapper(tokenizer)([{"input_ids": [0], "token_type_ids": [0], "labels": [0.7]}])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_collator_that_draws_nothing_leaves_the_generator_of_torch(store, dropout):
+    tokenizer = GeneTokenizer.from_store(store, bin_edges=[0.5])
+    collator = DataCollatorForCellClassification(tokenizer, "cell_type", gene_dropout=dropout)
+    before = torch.get_rng_state()
+    collator(store.__getitems__(range(4)))
+    assert torch.equal(torch.get_rng_state(), before) == (dropout == 0)

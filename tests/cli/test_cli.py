@@ -495,6 +495,8 @@ def test_a_command_leaves_the_group_of_its_processes(tmp_path, error):
     ("message", "printed"),
     [
         ("Counts are in 'a': pass layer='a'.", "Counts are in 'a': pass --layer a."),
+        ("No such file: parts/layer=2/c.h5ad", "No such file: parts/layer=2/c.h5ad"),
+        ("https://x.y?layer=raw&layer=2", "https://x.y?layer=raw&layer=2"),
         (
             "name it with layer=…; estimates need fractional=True.",
             "name it with --layer …; estimates need --fractional.",

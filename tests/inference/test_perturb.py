@@ -487,3 +487,22 @@ def test_two_processes_write_the_table_of_one(cells, tmp_path):
 
 def test_it_is_a_public_name():
     assert "perturb" in sf.__all__ and sf.perturb is perturb
+
+
+def test_genes_are_found_by_the_names_of_the_index_too(cells):
+    cells.var["gene_id"], cells.var["gene_symbol"] = cells.var_names, [f"S{i}" for i in range(30)]
+    cells.var_names = [f"S{i}.1" for i in range(30)]
+    tokenizer = GeneTokenizer(cells.var["gene_id"].tolist(), bin_edges=[0.5], max_length=12)
+    model = make_model(tokenizer)
+    names = ("S7", "S7.1", cells.var["gene_id"].iloc[7])
+    found = [perturb(cells, model, [name], tokenizer=tokenizer, n_null=0)["shift"].iloc[0] for name in names]
+    assert found[0] > 0 and len(set(found)) == 1
+
+
+def test_a_goal_of_one_cell_has_no_p_value(cells, caplog):
+    cells.obs["cell_type"] = np.where(np.arange(N) == 5, "B cell", "T cell")
+    tokenizer = make_tokenizer(cells, "binned")
+    settings = {"tokenizer": tokenizer, "goal_key": "cell_type", "goal": "B cell"}
+    table = perturb(cells, make_model(tokenizer), cells.var_names[1:4].tolist(), **settings)
+    assert table["p_matched"].notna().all() and table[["p_cells", "p", "fdr"]].isna().all(axis=None)
+    assert "There is no p-value: the group of the goal, or of the start, is a single cell" in caplog.text

@@ -469,6 +469,7 @@ def test_arguments_are_those_of_trainer_in_its_order(config, tokenizer, store, t
     collator, model = sf.DataCollatorForPhenotypicMLM(tokenizer), sf.GeneBertForPhenotypicMLM(config)
     trainer = sf.CellTrainer(model, arguments, collator, store, store.select(range(9)), processing_class=tokenizer)
     assert trainer.model is model and trainer.args is arguments
+    assert trainer.data_collator.epoch == 0, "of batches that are read before training"
     assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (59, 8)
     with pytest.raises(ValueError, match="A store needs a data_collator: DataCollatorForPhenotypicMLM"):
         sf.CellTrainer(model, arguments, train_dataset=store, processing_class=tokenizer)

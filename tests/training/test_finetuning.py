@@ -154,7 +154,7 @@ def test_the_folder_says_what_was_chosen(labelled, tmp_path, epochs):
     chosen = json.loads((tmp_path / "m" / "fine_tuning.json").read_text())
     assert (chosen["num_train_epochs"], chosen["label"]) == (epochs, "type") and "reader_weights" in chosen
     card = (tmp_path / "m" / "README.md").read_text()
-    assert "inner_score_of_the_start" in card and "T1" in card
+    assert "inner_score_of_the_start" in card and "T1" in card and "masked genes" not in card
 
 
 def test_training_reaches_the_encoder_although_the_genes_alone_are_better():

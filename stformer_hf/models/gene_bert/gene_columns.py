@@ -49,9 +49,10 @@ _ID_COLUMNS = (
 )
 _SYMBOL_COLUMNS = (
     *("genesymbol", "genesymbols", "genename", "genenames", "featurename", "featurenames", "symbol", "symbols"),
-    *("hgncsymbol", "mgisymbol", "geneshortname", "externalgenename"),
+    *("geneshortname", "externalgenename"),
 )
-_LOOSE_COLUMNS = ("features", "feature", "genes", "gene", "names", "name")  # may hold anything
+# They may hold anything, or symbols of orthologs.
+_LOOSE_COLUMNS = ("hgncsymbol", "mgisymbol", "features", "feature", "genes", "gene", "names", "name")
 _USUAL_COLUMNS = {"id": _ID_COLUMNS, "symbol": _SYMBOL_COLUMNS, "name": _LOOSE_COLUMNS}
 _PHRASE = re.compile(r".*\S\s+\S")  # a description
 _FEATURE_COLUMNS = ("featuretypes", "featuretype", "modality")
