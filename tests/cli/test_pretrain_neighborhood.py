@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from anndata import read_h5ad
 from conftest import make_adata
 from transformers import AutoModel, AutoModelForPreTraining
 
-from stformer_hf import CellStore, CenterMaskSampler
+from stformer_hf import CellNeighborhoodConfig, CellNeighborhoodForMaskedCell, CellStore, CenterMaskSampler
 from stformer_hf.cli import main
-from stformer_hf.cli.pretrain_neighborhood import PretrainNeighborhoodArguments, choose_held_out
+from stformer_hf.cli.pretrain_neighborhood import PretrainNeighborhoodArguments, _add_types, choose_held_out
 from stformer_hf.models.cell_neighborhood.count_likelihoods import CountHead
 
 SMALL = [
@@ -296,3 +297,14 @@ def test_what_does_not_fit_is_told(tmp_path, message, argv):
         main([*command, *SMALL, "--data", "x.csv"])
     with pytest.raises(ValueError, match="Pass patch_size, or k_nearest"):
         main([*command, "--debug", "--use_cpu", "true", "--overwrite"])
+
+
+def test_types_without_training_cells_begin_at_the_mean_of_the_others():
+    config = CellNeighborhoodConfig.from_size("tiny", n_genes=5, n_cell_types=2, cell_types=["a", "b"])
+    model = CellNeighborhoodForMaskedCell(config)
+    known = model.get_input_embeddings().weight.detach().clone()
+    _add_types(model, ["c", "d"])
+    table = model.get_input_embeddings().weight
+    torch.testing.assert_close(table[: len(known)], known)
+    torch.testing.assert_close(table[len(known) :], known.mean(dim=0).repeat(2, 1))
+    assert (config.n_cell_types, config.cell_types) == (4, ["a", "b", "c", "d"])
