@@ -117,7 +117,7 @@ def _plain(value: Any) -> Any:
 def load_pickle(path: str | os.PathLike) -> Any:
     """Load a pickle of plain containers, numbers and strings, including numpy scalars and arrays of numbers.
 
-    Raises a ValueError if it refers to anything else, of which nothing is run, or is damaged.
+    Raises a ValueError if the file is damaged, or refers to anything else; no code of the file is run.
     """
     try:
         with open(path, "rb") as file:
