@@ -321,7 +321,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "scale_2026-11-28": scale_sizes,
     "scale_cold_2026-11-29": scale_memory,
     "scale_workers_2026-11-29": scale_workers,
-    "scale_2026-11-28 codecs": scale_codecs,
+    "scale_codecs_2026-11-29": scale_codecs,
     "quality_2026-11-28": quality_all_labels,
     "quality_2026-11-28 few": quality_few_labels,
     "quality_2026-11-28 embeddings": quality_embeddings,
