@@ -96,7 +96,7 @@ def cell_facts(path: str, layer: str | None = None) -> tuple[dict[str, Any], Any
             "what": "cells (AnnData)",
             "cells": f"{adata.n_obs:,}",
             "genes": _genes(GeneTable.from_var(adata.var)),
-            "counts": "none: there is no matrix, neither X nor raw nor a layer",
+            "counts": "none: the file has no matrix in X, raw or a layer",
             "obs": _columns(adata.obs),
         }, None
     try:

@@ -212,7 +212,7 @@ def perturb(
             _write(folder / "table.csv", asked.to_csv())
     n_alone = int(asked["p"].isna().sum())
     if goal is not None and cells.donors is None and min(len(cells.perturbed), len(cells.goal)) < 2:
-        logger.warning("There is no p-value: the group of the goal, or of the start, is a single cell.")
+        logger.warning("No p-values: the goal group or the start group is a single cell.")
     elif n_alone and n_null:
         logger.warning(
             f"{n_alone} perturbations have no p-value: they change fewer than 3 cells, or fewer than 10 other genes "

@@ -83,7 +83,7 @@ def test_a_file_without_counts_says_why(adata, tmp_path, capsys):
 def test_a_file_without_a_matrix(adata, tmp_path, capsys):
     AnnData(obs=adata.obs, var=adata.var).write_h5ad(tmp_path / "cells.h5ad")
     found = facts(capsys, tmp_path / "cells.h5ad")
-    assert (found["cells"], found["counts"]) == ("60", "none: there is no matrix, neither X nor raw nor a layer")
+    assert (found["cells"], found["counts"]) == ("60", "none: the file has no matrix in X, raw or a layer")
     assert found["genes"].startswith("40, such as") and found["obs"] == "cell_type (2 categories); age (int64)"
     assert main(["info", str(tmp_path / "cells.h5ad"), "--model", "x"]) == 1
     assert "has no counts, so --model cannot be compared with it" in capsys.readouterr().err

@@ -505,4 +505,4 @@ def test_a_goal_of_one_cell_has_no_p_value(cells, caplog):
     settings = {"tokenizer": tokenizer, "goal_key": "cell_type", "goal": "B cell"}
     table = perturb(cells, make_model(tokenizer), cells.var_names[1:4].tolist(), **settings)
     assert table["p_matched"].notna().all() and table[["p_cells", "p", "fdr"]].isna().all(axis=None)
-    assert "There is no p-value: the group of the goal, or of the start, is a single cell" in caplog.text
+    assert "No p-values: the goal group or the start group is a single cell" in caplog.text
