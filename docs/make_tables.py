@@ -63,16 +63,24 @@ SETS = {
     "geact_plates": "fetal tissues, whole plates held out",
 }
 BASELINES = ("lr", "pca50_lr")
+TRIALS = ("trial_k30", "trial_k50")
 
 
 def quality_all_labels(results: dict) -> str:
-    """Return mean accuracy / macro F1 with all labels, and the paired difference to the better baseline."""
-    names = {"lr": "LR", "pca50_lr": "PCA50 + LR", "start": "GeneBert, start", "finetuned": "GeneBert, fine-tuned"}
+    """Return mean accuracy / macro F1 with all labels, and the paired differences to the better baseline and trial."""
+    names = {
+        "lr": "LR",
+        "pca50_lr": "PCA50 + LR",
+        "trial": "two views + LR",
+        "start": "GeneBert, start",
+        "finetuned": "GeneBert, fine-tuned",
+    }
     lines = [
-        f"| cells, classes | {' | '.join(names.values())} | accuracy, difference |",
-        "|---" * (len(names) + 2) + "|",
+        f"| cells, classes | {' | '.join(names.values())} | to LR or PCA50 + LR | to two views + LR |",
+        "|---" * (len(names) + 3) + "|",
     ]
     for name, rows in _quality(results, "full"):
+        rows["trial"] = rows[_best(rows, TRIALS)]
         best = max(np.mean(rows[row]["accuracy"]) for row in names)
         shown = []
         for row in names:
@@ -80,7 +88,10 @@ def quality_all_labels(results: dict) -> str:
             shown.append(_bold(f"{_short(accuracy)} / {_short(f1)}", accuracy > best - 5e-4))
         n_test, n_train = (np.mean(rows["lr"][key]) for key in ("n_test", "n_train"))
         about = f"{SETS[name]}: {max(rows['lr']['n_cells']):,}, {max(rows['lr']['n_classes'])}"
-        lines.append(f"| {about} | {' | '.join(shown)} | {_difference(rows, 'finetuned', n_test / n_train)} |")
+        differences = " | ".join(
+            _difference(rows, "finetuned", others, n_test / n_train) for others in (BASELINES, TRIALS)
+        )
+        lines.append(f"| {about} | {' | '.join(shown)} | {differences} |")
     return "\n".join(lines)
 
 
@@ -91,7 +102,8 @@ def quality_few_labels(results: dict) -> str:
         shown = []
         for labels in (5, 20, 50):
             for _, rows in _quality(results, "few", name, labels):
-                shown.append(f"{_short(np.mean(rows['start']['accuracy']))}, {_difference(rows, 'start', 0, -0.01)}")
+                to_baseline = _difference(rows, "start", BASELINES, bold_below=-0.01)
+                shown.append(f"{_short(np.mean(rows['start']['accuracy']))}, {to_baseline}")
         if shown:
             lines.append(f"| {SETS[name]} | {' | '.join(shown)} |")
     return "\n".join(lines)
@@ -126,12 +138,19 @@ def _quality(results: dict, table: str, only: str | None = None, labels: int = 0
             yield name, rows
 
 
-def _difference(rows: dict, row: str, test_to_train: float, bold_below: float = -np.inf) -> str:
-    """Return the paired difference in accuracy to the better baseline, with its 95 % interval."""
+def _best(rows: dict, names: tuple[str, ...]) -> str:
+    """Return which of some rows has the highest mean accuracy."""
+    return max(names, key=lambda name: np.mean(rows[name]["accuracy"]))
+
+
+def _difference(
+    rows: dict, row: str, others: tuple[str, ...], test_to_train: float = 0, bold_below: float = -np.inf
+) -> str:
+    """Return the paired difference in accuracy to the best of other rows by its mean, with its 95 % interval."""
     sys.path.insert(0, str(ROOT))
     from benchmarks.quality_statistics import interval
 
-    best = max((rows[name]["accuracy"] for name in BASELINES), key=np.mean)
+    best = rows[_best(rows, others)]["accuracy"]
     mean, low, high = interval(np.subtract(rows[row]["accuracy"], best), test_to_train)
     text = " ".join((_short(mean, "+"), f"[{_short(low, '+')}, {_short(high, '+')}]"))
     return _bold(text, low < bold_below)
