@@ -38,9 +38,10 @@ class AnnotateArguments(OnCells):
 def main(argv: list[str]) -> None:
     """Parse and run."""
     args, _ = parse(argv, AnnotateArguments, verb="annotate", description=__doc__)
-    from .files import is_first_process
+    from .files import is_first_process, writing
 
-    adata = run(args)
+    with writing(args.output):
+        adata = run(args)
     if not is_first_process():
         return
     for line in summary(adata):

@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -137,7 +137,7 @@ def parse(
     if rest:
         known = [*own, *training_names, *_OWN_KEYS]
         parser.error(f"unknown argument {rest[0]}{closest(rest[0].lstrip('-').replace('-', '_'), known, '--')}")
-    values = {name: getattr(given, name) for name in own}
+    values = {name: None if getattr(given, name) == [None] else getattr(given, name) for name in own}
     for name, of_file in mappings.items():
         values[name] = {**of_file, **(values[name] or {})} or None
     return arguments(**values), set_training
@@ -196,12 +196,25 @@ def _parser(arguments: type, verb: str, description: str, training: dict[str, An
             action.help += " (default: %(default)s)"
         if action.dest in mappings:
             action.type, action.metavar = _mapping, "{NAME: VALUE, ...}"
+        if action.default is None and action.type is not None and not action.required:
+            action.type = _or_null(action.type)
     parser.add_argument(
         "--config",
-        help="YAML file of flags and their values, or the name of a recipe; flags on the command line override it",
+        help="YAML file of flags and their values, or the name of a recipe; flags on the command line override it "
+        "(null unsets one)",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _or_null(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a type of argparse that reads "null" as None, as YAML does."""
+
+    def read(text: str) -> Any:
+        return None if text == "null" else kind(text)
+
+    read.__name__ = getattr(kind, "__name__", "value")  # which argparse names in errors
+    return read
 
 
 def _mappings(arguments: type) -> list[str]:

@@ -119,7 +119,6 @@ def run(args: DemoArguments) -> dict[str, dict[str, float]]:
     with _step(4, "finetune: start at linear models of the cells, and train further if that helps"):
         classifiers = _finetune(folder, args.seed)
         print(f"inner accuracy of the start {classifiers.facts['inner_score_of_the_start']:.3f}")
-        print(f"fine-tuning: {classifiers.facts['fine_tuning']}")
     with _step(5, f"few labels: {', '.join(map(str, N_LABELS))} cells per class"):
         from ..evaluation.cell_baselines import log_normalise
         from ..evaluation.readers import fit_pca

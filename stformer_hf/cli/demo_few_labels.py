@@ -67,7 +67,7 @@ def label_few(
                 draw_labelled(labels, np.arange(len(labels)), classes, n, np.random.default_rng([seed, n, draw]))
             )
             classifier = finetune(
-                store.select(drawn), LABEL, model=model, tokenizer=tokenizer, num_train_epochs=0, seed=seed
+                train[drawn].copy(), LABEL, model=model, tokenizer=tokenizer, num_train_epochs=0, seed=seed
             )
             annotate(test, classifier, tokenizer=classifier.tokenizer)
             found = {

@@ -65,9 +65,10 @@ class EmbedArguments(OnCells):
 def main(argv: list[str]) -> None:
     """Parse and run."""
     args, _ = parse(argv, EmbedArguments, verb="embed", description=__doc__)
-    from .files import is_first_process
+    from .files import is_first_process, writing
 
-    adata = run(args)
+    with writing(args.output):
+        adata = run(args)
     if not is_first_process():
         return
     key = _KEYS[args.kind]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import h5py
 from accelerate import PartialState
+from accelerate.utils import get_int_from_env
 from anndata import AnnData
 from anndata.io import write_elem
 
@@ -16,6 +18,7 @@ from ..genes.whole_files import whole_file
 from ..sources.formats import local_path, remote_folder
 from ..sources.read_anndata import read_anndata
 from ..store.cell_store import CellStore
+from ..store.replacing import locked
 from .arguments import check_free
 
 
@@ -72,6 +75,20 @@ def _check_output(data: str, output: Path, overwrite: bool, suffixes: Sequence[s
     if of_zarr and output.is_file():
         raise ValueError(f"--output {output} is a file, and a zarr is a folder; choose another name.")
     check_free(output, overwrite)
+
+
+@contextmanager
+def writing(output: str | Path) -> Iterator[None]:
+    """Let only one command at a time write to a path; the processes of one command share it.
+
+    Raises
+    ------
+    BlockingIOError
+        Another command is writing there.
+    """
+    first = get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0
+    with locked(Path(output).resolve()) if first else nullcontext():
+        yield
 
 
 def several_processes() -> bool:

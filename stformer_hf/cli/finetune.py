@@ -12,6 +12,7 @@ further only if that helps in the cross-validation; OUTPUT/fine_tuning.json reco
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..training.defaults import FINETUNING, FINETUNING_REFERENCE, MAX_LENGTH
 from .arguments import flag, parse, refuse_flags_of_new
 
 _OF_A_NEW_MODEL = ("size", "bin_edges", "max_length", "whole_cell")
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
 
 @dataclass
@@ -81,9 +83,11 @@ class FinetuneArguments:
 def main(argv: list[str]) -> None:
     """Parse and run."""
     args, training = parse(argv, FinetuneArguments, verb="finetune", description=__doc__, training=FINETUNING)
+    from .files import writing
     from .runs import print_figures
 
-    print_figures(args.output, run(args, training))
+    with writing(args.output):
+        print_figures(args.output, run(args, training))
 
 
 def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
@@ -192,6 +196,9 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
                 baselines |= {f"{prefix}_{name}": value for name, value in found.items()}
     card = {"store": store, "base_model": args.model, "metrics": baselines}
     prepared.save_choice(trainer)
+    if arguments.process_index == 0 and "fine_tuning" in prepared.facts:
+        chosen, _, why = prepared.facts["fine_tuning"].partition(": ")
+        print(f"Training beyond the start: {chosen} ({why}).")
     metrics = {**finish(trainer, card=card), **baselines}
     predicted = None if held_out_cells is None or of_numbers else trainer.predict(held_out_cells)
     if predicted is not None and trainer.is_world_process_zero():
@@ -209,8 +216,10 @@ def _what_is_read(n_training: int, n_held_out: int, args: FinetuneArguments) -> 
 def _what_is_learnt(label: str, head) -> str:
     if head.kind == "regression":
         return f"{label!r} is predicted as a number (--problem_type regression)."
-    classes = f"{len(head.names)} classes: {some_of(head.names)}"
-    return f"{label!r} is learnt as {classes}. For numbers: --problem_type regression."
+    numbers = all(_NUMBER.fullmatch(name) for name in head.names)
+    return f"{label!r} is learnt as {len(head.names)} classes: {some_of(head.names)}." + (
+        " To predict numbers: --problem_type regression." if numbers else ""
+    )
 
 
 def _draw_confusion(output: Path, found, heads: list) -> None:

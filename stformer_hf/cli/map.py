@@ -33,11 +33,12 @@ class MapArguments(OnCells):
 def main(argv: list[str]) -> None:
     """Parse and run."""
     args, _ = parse(argv, MapArguments, verb="map", description=__doc__)
-    from .files import is_first_process
+    from .files import is_first_process, writing
 
-    mapped = run(args).obs["mapped_label"]
+    with writing(args.output):
+        mapped = run(args).obs["mapped_label"]
     if is_first_process():
-        print(mapped.value_counts().to_string())
+        print(mapped.cat.remove_unused_categories().value_counts().to_string())
 
 
 def run(args: MapArguments):

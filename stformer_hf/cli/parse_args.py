@@ -488,11 +488,13 @@ def _one_against_rest(config: TrainConfig, files: list[str], folder: str) -> Non
 def main(argv: list[str] | None = None) -> int:
     """Parse PerturbGene's command line, train, and print the metrics; return the exit status."""
     from . import guarded
+    from .files import writing
     from .runs import print_figures
 
     def train() -> None:
         config = parse_args(argv)
-        print_figures(config.output_dir, run(config))
+        with writing(config.output_dir):
+            print_figures(config.output_dir, run(config))
 
     return guarded("stformer_hf.cli.parse_args", train)
 

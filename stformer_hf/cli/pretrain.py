@@ -109,9 +109,11 @@ def main(argv: list[str]) -> None:
 
         return pretrain_neighborhood.main(argv)
     args, training = parse(argv, PretrainArguments, verb="pretrain", description=__doc__, training=TRAINING_DEFAULTS)
+    from .files import writing
     from .runs import print_figures
 
-    print_figures(args.output, run(args, training))
+    with writing(args.output):
+        print_figures(args.output, run(args, training))
 
 
 def split_kind(argv: list[str]) -> tuple[str, list[str]]:

@@ -84,9 +84,11 @@ def main(argv: list[str]) -> None:
         description=__doc__,
         training=TRAINING_DEFAULTS,
     )
+    from .files import writing
     from .runs import print_figures
 
-    print_figures(args.output, run(args, training))
+    with writing(args.output):
+        print_figures(args.output, run(args, training))
 
 
 def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]:
@@ -290,7 +292,7 @@ def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], st
         with naming(path):
             must_have(adata.obsm, "obsm", args.spatial_key)
             must_have(adata.obs, "obs", args.section_key)
-            must_have(adata.obs, "obs", args.cell_type_key)
+            must_have(adata.obs, "obs", args.cell_type_key, " If the cells have no types: --cell_type_key null.")
         places = np.asarray(adata.obsm[args.spatial_key], np.float64)  # of cells that are left out, they may be NaN
         if places.ndim != 2 or places.shape[1] not in (2, 3):
             raise ValueError(f"{path}: obsm[{args.spatial_key!r}] has the shape {places.shape}, not 2 or 3 columns.")

@@ -322,9 +322,12 @@ def finish(trainer: CellTrainer, card: dict | None = None) -> dict[str, float]:
     trainer.save_state()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     no_step = not result.metrics["train_steps_per_second"]  # the resumed run was finished
-    metrics = {
+    of_training = {
         "train_loss": float(np.mean(losses)) if no_step and losses else result.training_loss,
         "steps_per_second": result.metrics["train_steps_per_second"],
+    }
+    metrics = {
+        **(of_training if trainer.state.global_step else {}),  # a classifier may be left at its start
         **{name: result.metrics[f"train_{name}"] for name in _SPEED if f"train_{name}" in result.metrics},
         "peak_memory_mb": peak_resident_memory() / 2**20,
     }

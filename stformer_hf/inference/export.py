@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -162,15 +165,16 @@ def _export(module: nn.Module, example: tuple, names: list[str], output_name: st
     cells, length, entries = (torch.export.Dim(name, min=2) for name in ("cells", "length", "entries"))
     second = {"cell_genes": {1: entries}, "cell_counts": {1: entries}, "measured_genes": {}}
     shapes = tuple({0: cells, **second.get(name, {1: length})} for name in names)
-    program = torch.onnx.export(
-        module,
-        example,
-        dynamo=True,
-        dynamic_shapes=(shapes,),
-        input_names=names,
-        output_names=[output_name],
-        verbose=False,
-    )
+    with _errors_only():
+        program = torch.onnx.export(
+            module,
+            example,
+            dynamo=True,
+            dynamic_shapes=(shapes,),
+            input_names=names,
+            output_names=[output_name],
+            verbose=False,
+        )
     program.save(path)
 
 
@@ -190,7 +194,21 @@ def _quantise(path: Path, to: Path) -> None:
     ]
     if not of_layers:
         raise ValueError(f"{path} has no linear layers of an encoder to quantise: leave out int8.")
-    quantize_dynamic(path, to, nodes_to_quantize=of_layers, weight_type=QuantType.QInt8, per_channel=True)
+    with _errors_only():
+        quantize_dynamic(path, to, nodes_to_quantize=of_layers, weight_type=QuantType.QInt8, per_channel=True)
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Leave out the warnings of the exporters: none is about the model, and what they write is compared with torch."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _describe(heads: list[CellHead]) -> dict[str, Any]:

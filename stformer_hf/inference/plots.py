@@ -150,10 +150,13 @@ def umap(
     Raises
     ------
     ValueError
-        The key is missing.
+        The key, or the column or gene, is missing.
     """
     import scanpy as sc
 
+    genes = adata.var_names if adata.raw is None else adata.raw.var_names  # where scanpy looks
+    if color not in adata.obs and color not in genes:
+        raise _unknown_color(adata, color)
     own = "X_umap" not in adata.obsm or adata.uns.get(_OWN_UMAP) == _checksum(adata.obsm["X_umap"])
     places = _write_umap(adata, use_rep, random_state)
     if own:
@@ -529,7 +532,11 @@ def _values_of(adata: AnnData, color: str) -> np.ndarray | pd.Categorical:
     if n_genes:
         values = adata[:, adata.var_names == color].X
         return np.asarray(values.todense() if sparse.issparse(values) else values, np.float64).ravel()
-    raise ValueError(
+    raise _unknown_color(adata, color)
+
+
+def _unknown_color(adata: AnnData, color: str) -> ValueError:
+    return ValueError(
         f"There is no column or gene {color!r}; obs has {', '.join(map(repr, adata.obs)) or 'no columns'}, and genes "
         f"have names like {', '.join(adata.var_names[:3])}."
     )

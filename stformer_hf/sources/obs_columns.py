@@ -197,7 +197,10 @@ def _add_values(united: ObsColumns, name: str, series: Sequence[pd.Series | None
             "Convert them, for example to strings."
         )
     if str(kind) not in _STORED:
-        raise ValueError(f"obs column {name!r} has type {kind}, which cannot be stored. Convert it.")
+        raise ValueError(
+            f"obs column {name!r} has type {kind}, which cannot be stored. Convert it (bytes: "
+            f"obs[{name!r}].str.decode('utf-8'))."
+        )
     stored = iter(there)
     for column, array in zip(united.values, arrays, strict=True):
         column[name] = None if array is None else next(stored)

@@ -351,6 +351,13 @@ class CellStore:
 
     def _row_numbers(self, index) -> np.ndarray:
         """Convert an index, as `rows` takes it, to row numbers of the whole store."""
+        if isinstance(index, pd.Series) and pd.api.types.is_bool_dtype(index) and len(index) == len(self):
+            numbered = index.index.equals(pd.RangeIndex(len(self)))
+            if not numbered and not np.array_equal(index.index, self.obs_names):  # it would select other cells
+                raise IndexError(
+                    "The mask is a Series with another index than obs: pass mask.loc[store.obs.index], or "
+                    "mask.to_numpy() if it is in the order of the cells."
+                )
         rows = row_numbers(index, len(self), "store")
         return rows if self._index is None else self._index[rows]
 
@@ -365,7 +372,7 @@ class CellStore:
         Parameters
         ----------
         index : slice, sequence of int, or boolean mask (n,)
-            Row numbers, as for `rows`.
+            Row numbers, as for `rows`. A mask that is a Series must have the index of `obs`.
 
         Returns
         -------

@@ -101,7 +101,7 @@ def locked(path: Path) -> Iterator[None]:
     file = path.with_name(f".{path.name}.lock")
     lock = take_lock(file)
     if lock is None:
-        raise BlockingIOError(f"Another process is building {path}. Wait for it, or choose another path.")
+        raise BlockingIOError(f"Another process is writing {path}. Wait for it, or choose another path.")
     try:
         yield
     finally:

@@ -53,7 +53,7 @@ def finetune(
     model: str | PreTrainedModel | None = None,
     tokenizer: GeneTokenizer | None = None,
     output: str | Path | None = None,
-    eval_cells: CellStore | str | Path | None = None,
+    eval_cells: CellStore | AnnData | str | Path | Sequence[AnnData | str | Path] | None = None,
     num_train_epochs: float | None = None,
     init: Literal["spectral", "random"] = "spectral",
     split_by: str | None = None,
@@ -93,7 +93,7 @@ def finetune(
     output : str or Path, optional
         Folder to save the model, its tokenizer, `out_of_fold.safetensors`, the model card and `fine_tuning.json` in,
         which says what was chosen and why.
-    eval_cells : CellStore or path of one, optional
+    eval_cells : as `cells`, optional
         Held-out cells, evaluated at the end of each epoch; nothing is chosen on them. Cells of classes that no
         training cell has are left out, with a warning.
     num_train_epochs : float, optional
@@ -149,15 +149,12 @@ def finetune(
     """
     if isinstance(cells, IterableDataset):
         raise ValueError("finetune reads the cells several times: pass the files of the stream, or a store of them.")
-    cells = as_selection(cells)
-    if isinstance(cells, (str, Path)) and is_format(cells, "CellStore"):
-        cells = CellStore(cells)
-    if isinstance(eval_cells, (str, Path)):
-        eval_cells = CellStore(eval_cells)
+    others = [*([] if split_by is None else [split_by]), *phenotypes, *sampling_columns(sampling)]
     with tempfile.TemporaryDirectory() as folder:
-        if not isinstance(cells, CellStore):
-            others = [*([] if split_by is None else [split_by]), *phenotypes, *sampling_columns(sampling)]
-            cells = _build_store(Path(folder) / "store", cells, label_key, others, problem_type, layer, fractional)
+        rules = (label_key, problem_type, layer, fractional)
+        cells = _store_of(cells, Path(folder) / "store", others, *rules)
+        if eval_cells is not None:
+            eval_cells = _store_of(eval_cells, Path(folder) / "eval_store", phenotypes, *rules)
         arguments = TrainingArguments(
             output_dir=str(output or folder),
             **{
@@ -199,16 +196,21 @@ def finetune(
         return prepared.model.eval()
 
 
-def _build_store(
-    path: Path,
+def _store_of(
     cells: Any,
-    label_key: str | Sequence[str],
+    path: Path,
     others: Sequence[str],
+    label_key: str | Sequence[str],
     problem_type: str | None,
     layer: str | None,
     fractional: bool,
 ) -> CellStore:
-    """Build a store of files or AnnData objects with the label columns and others."""
+    """Return cells that are a store; build one at `path` of others, with the label columns and `others`."""
+    cells = as_selection(cells)
+    if isinstance(cells, (str, Path)) and is_format(cells, "CellStore"):
+        return CellStore(cells)
+    if isinstance(cells, CellStore):
+        return cells
     keys = [label_key] if isinstance(label_key, str) else list(label_key)
     columns = list(dict.fromkeys([*keys, *others]))
     sources = [open_source(source, layer, fractional) for source in expand(cells)]

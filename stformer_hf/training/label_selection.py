@@ -42,9 +42,9 @@ def select_labelled(
     if problem_type is None and several and 0 < len(categorical) < len(columns):
         raise ValueError(
             f"{', '.join(map(repr, categorical))} of the label columns hold categories, and "
-            f"{', '.join(repr(name) for name in columns if name not in categorical)} numbers. Classes cannot be "
-            "combined with columns of 0 and 1: make all of them categorical, or for whole numbers and booleans pass "
-            "problem_type='single_label_classification' with an AnnData."
+            f"{', '.join(repr(name) for name in columns if name not in categorical)} numbers. Classes and numbers "
+            "cannot be learnt together: leave some out or, if the numbers stand for classes, make them categorical, "
+            "adata.obs[key].astype('category')."
         )
     if problem_type is None:
         problem_type = "multi_label_classification" if several and not categorical else "single_label_classification"
@@ -79,15 +79,15 @@ def _class_codes(cells: CellStore, name: str, usable: np.ndarray) -> tuple[np.nd
     """Return the class of each cell in a column, int64 (n,) with -100 for none, and the classes of usable cells."""
     if name not in cells.categories:
         column = cells.obs[name]
+        if column.isna().all():
+            raise ValueError(f"None of the {len(cells)} cells has a {name!r}.")
         if column.dtype.kind not in "biuf" and column.nunique() == len(cells) > 1:
             raise ValueError(f"{name!r} is text with a different value for each cell: it names cells, not classes.")
         kinds = {"b": "booleans", "i": "whole numbers", "u": "whole numbers", "f": "numbers"}
         raise ValueError(
-            f"{name!r} is not one categorical column (it holds {kinds.get(cells.obs[name].dtype.kind, 'other values')}"
-            f"); categorical columns are {', '.join(cells.categories) or 'none'}. For numbers pass "
-            "problem_type='regression'. For classes stored as integers or booleans pass "
-            "problem_type='single_label_classification' with an AnnData, build the store with classes=[…] "
-            "(stformer-hf build --classes), or make them categorical, adata.obs[key].astype('category')."
+            f"{name!r} holds {kinds.get(column.dtype.kind, f'values of type {column.dtype}')}, not categories. To "
+            "predict numbers, pass problem_type='regression'. If the values stand for classes, make them categorical, "
+            "adata.obs[key].astype('category'), or build the store with classes=[…] (stformer-hf build --classes)."
         )
     names, codes = cells.categories[name], cells.obs[name].cat.codes.to_numpy().astype(np.int64)
     used = np.unique(codes[usable & (codes >= 0)])  # classes that only held-out cells have are left out

@@ -39,8 +39,8 @@ class LogLines(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Write a line."""
-        if not state.is_world_process_zero or not logs:
-            return
+        if not state.is_world_process_zero or not logs or ("train_loss" in logs and not state.global_step):
+            return  # no step was taken
         parts = [f"step {state.global_step}/{state.max_steps}" if state.max_steps else "", *describe_logs(logs)]
         n_steps = state.global_step - self._first_step if hasattr(self, "_first_step") else 0
         if n_steps > 0 and state.global_step < state.max_steps:

@@ -1,6 +1,7 @@
 """The commands, as a user types them."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from transformers import AutoModel, AutoModelForMaskedLM
 
 from stformer_hf import CellStore, GeneBertConfig, GeneTokenizer
 from stformer_hf.cli import VERBS, arguments, as_flags, guarded, main
+from stformer_hf.cli.files import writing
+from stformer_hf.cli.pretrain import PretrainArguments
+from stformer_hf.store import replacing
 
 pytestmark = pytest.mark.usefixtures("two_folds")
 
@@ -63,6 +67,15 @@ def test_from_files_to_labels_and_embeddings(file, tmp_path, capsys):
     assert json.loads((pretrained / "trainer_state.json").read_text())["global_step"] == 2
 
 
+def test_a_classifier_that_is_not_trained_has_no_figures_of_training(file, tmp_path, capsys):
+    argv = ["finetune", "--data", file, "--label_key", "cell_type", "--output", str(tmp_path / "m")]
+    assert main([*argv, "--use_cpu", "true", "--disable_tqdm", "true"]) == 0
+    out = capsys.readouterr().out
+    assert "'cell_type' is learnt as 2 classes: B cell, T cell.\n" in out
+    assert "Training beyond the start: none (the median class has 26 cells, fewer than 50).\n" in out
+    assert "eval_accuracy" in out and not re.search("train.loss|steps_per_second", out)
+
+
 def test_a_new_classifier_needs_no_pretrained_model(file, tmp_path):
     assert main(["finetune", "--data", file, "--label_key", "cell_type", "--output", str(tmp_path / "m"), *SHORT]) == 0
     assert (tmp_path / "m" / "store" / "manifest.json").exists()
@@ -100,6 +113,45 @@ def test_a_flag_overrides_names_of_a_mapping_in_the_file(tmp_path):
         read("model_config: 5")
     with pytest.raises(SystemExit):
         read("", "--model_config", "relu")
+
+
+def test_null_unsets_a_key_of_the_file(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("section_key: slide\nphenotypes: [a, b]\nema: 0.9\nmodel_config: {n: 1}")
+
+    def read(*flags):
+        argv = ["--config", str(tmp_path / "c.yaml"), "--data", "x", "--output", "y", *flags]
+        return arguments.parse(argv, PretrainArguments, verb="x", description="")[0]
+
+    args = read("--section_key", "null", "--phenotypes", "null", "--ema", "null")
+    assert (args.section_key, args.phenotypes, args.ema, args.model_config) == (None, None, None, {"n": 1})
+    assert (read().section_key, read().phenotypes, read().ema) == ("slide", ["a", "b"], 0.9)
+    with pytest.raises(SystemExit):
+        read("--ema", "much")
+    assert "argument --ema: invalid float value: 'much'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "finetune", "annotate", "embed", "map"])
+def test_two_commands_do_not_write_to_one_path(verb, file, tmp_path, capsys):
+    output = tmp_path / "out.h5ad"
+    flags = {
+        "finetune": ["--label_key", "cell_type"],
+        "annotate": ["--model", "m"],
+        "embed": ["--model", "m"],
+        "map": ["--model", "m", "--reference", file, "--label_key", "cell_type"],
+    }
+    with writing(output):
+        assert main([verb, "--data", file, "--output", str(output), *flags.get(verb, [])]) == 1
+    assert f"Another process is writing {output}. Wait for it, or choose another path." in capsys.readouterr().err
+    assert not output.exists()
+    with writing(output):  # the other has ended
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["cells.h5ad"]
+
+
+def test_the_processes_of_one_command_share_a_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with replacing.locked(tmp_path / "out"), writing(tmp_path / "out"):
+        pass
 
 
 def test_older_names_of_flags_and_keys_are_read(tmp_path):

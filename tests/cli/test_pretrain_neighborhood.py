@@ -282,7 +282,7 @@ def test_cells_without_a_place_are_named(tmp_path):
 @pytest.mark.parametrize(
     "message, argv",
     {
-        "section.h5ad: There is no obs\\['kind'\\]": ["--cell_type_key", "kind"],
+        "section.h5ad: There is no obs\\['kind'\\].* no types: --cell_type_key null": ["--cell_type_key", "kind"],
         "There is no obs\\['slice'\\]": ["--section_key", "slice"],
         "no obsm\\['places'\\]; obsm has 'spatial'": ["--spatial_key", "places"],
         "unknown name 'likelyhood'; the closest known one is likelihood": ["--model_config", "{likelyhood: nb}"],

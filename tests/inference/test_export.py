@@ -1,6 +1,7 @@
 """Models exported to ONNX, run by onnxruntime on other numbers of cells than at the export."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -36,11 +37,14 @@ def run_file(folder, name, adata):
 
 
 @pytest.mark.slow
-def test_a_classifier_labels_as_torch_does(store, adata, tmp_path, capsys):
+def test_a_classifier_labels_as_torch_does(store, adata, tmp_path, capsys, caplog):
     labels = {"id2label": {0: "B cell", 1: "T cell"}, "label2id": {"B cell": 0, "T cell": 1}}
     save(tmp_path / "m", store, GeneBertForClassification, True, wide_head=True, **labels)
     out = tmp_path / "onnx"
-    assert main(["export", "--model", str(tmp_path / "m"), "--output", str(out), "--int8"]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main(["export", "--model", str(tmp_path / "m"), "--output", str(out), "--int8"]) == 0
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
     printed = capsys.readouterr().out
     assert "model.onnx" in printed and "model_int8.onnx" in printed and "the same label" in printed
     settings = json.loads((out / "onnx_settings.json").read_text())

@@ -256,6 +256,8 @@ def test_a_umap_is_that_of_the_embedding_drawn_and_leaves_the_users_own(tmp_path
     assert np.array_equal(adata.obsm["X_umap"], own)
     with pytest.raises(ValueError, match="no obsm\\['X_none'\\]"):
         plots.umap(adata, "g", use_rep="X_none")
+    with pytest.raises(ValueError, match="There is no column or gene 'h'; obs has 'g', and genes"):
+        plots.umap(adata, "h")
 
 
 def test_a_network_has_an_arrow_per_edge_with_its_score_and_coexpression(tmp_path):

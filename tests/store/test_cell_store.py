@@ -53,6 +53,18 @@ def test_a_mask_of_another_length_and_fractional_rows_raise(store):
         store.rows([0.5])
 
 
+def test_a_mask_that_is_a_series_is_that_of_the_cells_it_names(store):
+    mask = store.obs["age"] > 50
+    expected = store.obs_names[mask.to_numpy()]
+    assert 0 < len(expected) < len(store)
+    for same in (mask, mask.to_numpy(), mask.reset_index(drop=True), mask.astype("boolean")):
+        assert store.select(same).obs_names.tolist() == expected.tolist()
+    shuffled = mask.sample(frac=1, random_state=0)
+    with pytest.raises(IndexError, match="another index than obs"):
+        store.select(shuffled)
+    assert store.select(shuffled.loc[store.obs.index]).obs_names.tolist() == expected.tolist()
+
+
 def test_rows_are_copies(store, adata):
     rows = store.rows([0])
     rows.data[:] = 9

@@ -224,7 +224,7 @@ def test_many_files_with_neighbours_need_few_descriptors(tmp_path):
 
 
 def test_one_build_at_a_time(tmp_path, adata):
-    with replacing.locked(tmp_path / "s"), pytest.raises(BlockingIOError, match="Another process is building"):
+    with replacing.locked(tmp_path / "s"), pytest.raises(BlockingIOError, match="Another process is writing"):
         CellStore.build(tmp_path / "s", adata)
     assert len(CellStore.build(tmp_path / "s", adata)) == 60
     assert [path.name for path in tmp_path.iterdir()] == ["s"]

@@ -93,6 +93,14 @@ def test_files_and_stores_are_read_by_their_path(labelled, started, unseen, tmp_
         np.testing.assert_allclose(
             unseen.obsm["by_path_probabilities"], unseen.obsm["stformer_probabilities"], atol=1e-5
         )
+    unseen.write_h5ad(tmp_path / "unseen.h5ad")
+    losses = []
+    for i, cells in enumerate((unseen, tmp_path / "unseen.h5ad", _store_of(unseen))):
+        finetune(labelled, "type", eval_cells=cells, output=tmp_path / str(i), num_train_epochs=1)
+        (state,) = (tmp_path / str(i)).glob("checkpoint-*/trainer_state.json")
+        history = json.loads(state.read_text())["log_history"]
+        losses += [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert len(losses) == 3 and len(set(losses)) == 1
     with pytest.raises(ValueError, match="no obs\\['kind'\\].*cells_1.h5ad"):
         finetune(str(tmp_path / "cells_*.h5ad"), "kind")
     with pytest.raises(ValueError, match="pass the files of the stream"):
@@ -382,8 +390,12 @@ def test_groups_stay_together_and_bad_input_is_refused(labelled, monkeypatch):
         finetune(labelled, "nothing")
     with pytest.raises(ValueError, match=r"There is no obs\['nobody'\]"):
         finetune(labelled, "type", split_by="nobody")
-    with pytest.raises(ValueError, match="not one categorical column"):
+    with pytest.raises(ValueError, match="'depth' holds numbers, not categories. To predict numbers, pass"):
         finetune(labelled, "depth")
+    nothing = labelled.copy()
+    nothing.obs["type"] = np.nan
+    with pytest.raises(ValueError, match="None of the 240 cells has a 'type'"):
+        finetune(nothing, "type")
     with pytest.raises(ValueError, match="needs its tokenizer"):
         finetune(labelled, "type", model=GeneBertForPhenotypicMLM(GeneBertConfig.from_size("tiny")))
 
