@@ -194,14 +194,16 @@ def _parser(arguments: type, verb: str, description: str, training: dict[str, An
         shown = isinstance(action.default, (int, float, str)) and not isinstance(action.default, bool)
         if shown and action.help and "default" not in action.help and action.default != argparse.SUPPRESS:
             action.help += " (default: %(default)s)"
+        if isinstance(action, argparse._StoreFalseAction):  # the twin of a flag that is on by default
+            action.help = f"the same as --{action.dest} false"
         if action.dest in mappings:
             action.type, action.metavar = _mapping, "{NAME: VALUE, ...}"
         if action.default is None and action.type is not None and not action.required:
             action.type = _or_null(action.type)
     parser.add_argument(
         "--config",
-        help="YAML file of flags and their values, or the name of a recipe; flags on the command line override it "
-        "(null unsets one)",
+        help="YAML file of flags and their values, or the name of a recipe; flags on the command line override it, "
+        "and --FLAG null unsets a value",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

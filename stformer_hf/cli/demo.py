@@ -2,7 +2,7 @@
 
 stformer-hf demo --output demo_output
 
-700 labelled cells of human blood, shipped with the scanpy package, go through the verbs build, pretrain, finetune,
+700 labelled cells of human blood, shipped with the scanpy package, go through the commands build, pretrain, finetune,
 annotate and embed. Results are compared with simple baselines. No network is used.
 """
 

@@ -30,7 +30,7 @@ _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 class FinetuneArguments:
     """Flags of `finetune`."""
 
-    data: list[str] = flag("a store (path or address), or h5ad files (built into a store in OUTPUT/store)")
+    data: list[str] = flag("a store (path or address), or files of cells (built into a store in OUTPUT/store)")
     label_key: list[str] = flag(
         "column of obs with the classes: categories, strings, integers or booleans; or numbers. With several "
         "columns, a class in each is predicted, and a cell may lack some of them",

@@ -20,7 +20,7 @@ class MapArguments(OnCells):
     """Flags of `map`."""
 
     data: str = flag("query: file of cells (h5ad, h5mu, zarr, 10x, loom, …), or a store (path or address)")
-    reference: str = flag("such cells with labels, or a folder that --save_reference wrote")
+    reference: str = flag("file or store of labelled cells, or a folder that --save_reference wrote")
     output: str = flag('file to write (.h5ad or .zarr), with obs["mapped_label"] and obs["mapped_score"]')
     label_key: str | None = flag(
         "column of the reference's obs (a saved reference has its own)", None, aliases=["--label"]

@@ -37,7 +37,7 @@ _OF_A_NEW_MODEL = (
 class PretrainArguments:
     """Flags of `pretrain`."""
 
-    data: list[str] = flag("a store (path or address), or h5ad files (built into a store in OUTPUT/store)")
+    data: list[str] = flag("a store (path or address), or files of cells (built into a store in OUTPUT/store)")
     output: str = flag("folder for the checkpoint")
     model: str | None = flag("checkpoint to continue from, with its tokenizer", None)
     size: str = flag("tiny, small, base or large", "tiny")

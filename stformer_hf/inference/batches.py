@@ -200,7 +200,7 @@ def run(
     n_genes = np.concatenate([part for _, part in parts])
     check_finite(results, n_genes > 0)
     if (n_genes == 0).any():
-        logger.warning(f"{(n_genes == 0).sum()} cells have no counts in genes that the model knows.")
+        logger.warning(f"{(n_genes == 0).sum()} of {len(n_genes)} cells have no counts in genes that the model knows.")
     return results, n_genes, source
 
 

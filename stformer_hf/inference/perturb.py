@@ -247,7 +247,9 @@ def _choose_cells(obs, known_counts, goal_key, goal, start, donor_key) -> _Cells
         in_goal = known & (groups == str(goal))
         perturbed = known & (~in_goal if start is None else groups == str(start))
         if not known.all():
-            logger.warning(f"{(~known).sum()} cells have no value in obs[{goal_key!r}]; they are left out.")
+            logger.warning(
+                f"{(~known).sum()} of {len(known)} cells have no value in obs[{goal_key!r}]; they are left out."
+            )
         for name, of in (("goal", in_goal), ("start", perturbed)):
             if not (of & full).any():
                 found = ", ".join(map(repr, sorted(set(groups[known]))))
@@ -255,7 +257,9 @@ def _choose_cells(obs, known_counts, goal_key, goal, start, donor_key) -> _Cells
     if not (perturbed & full).any():
         raise ValueError("There are no cells with counts in genes that the model knows.")
     if not full.all():
-        logger.warning(f"{(~full).sum()} cells have no counts in genes that the model knows; they are left out.")
+        logger.warning(
+            f"{(~full).sum()} of {len(full)} cells have no counts in genes that the model knows; they are left out."
+        )
     donors = None
     if donor_key is not None:
         donors, _ = pd.factorize(obs[donor_key].astype("category").cat.rename_categories(str), sort=True)

@@ -360,7 +360,8 @@ def _check_share(genes: np.ndarray, totals: np.ndarray, source: Source, config: 
     found = np.unique(genes[known])
     n_found = len(found)
     coverage = {"counts": share, **coverage_of(found, config.n_genes)}
-    check_coverage(coverage, n_found, config.gene_ids, source.genes.gene_ids, MIN_COVERAGE, WARN_COVERAGE)
+    limits = (MIN_COVERAGE, WARN_COVERAGE)
+    check_coverage(coverage, n_found, config.gene_ids, source.genes.gene_ids, *limits, adjustable=False)
     if not known.all():
         logger.warning(
             f"The model knows {known.sum()} of {len(genes)} genes of the data ({share:.1%} of the counts); the others "

@@ -86,8 +86,9 @@ def _class_codes(cells: CellStore, name: str, usable: np.ndarray) -> tuple[np.nd
         kinds = {"b": "booleans", "i": "whole numbers", "u": "whole numbers", "f": "numbers"}
         raise ValueError(
             f"{name!r} holds {kinds.get(column.dtype.kind, f'values of type {column.dtype}')}, not categories. To "
-            "predict numbers, pass problem_type='regression'. If the values stand for classes, make them categorical, "
-            "adata.obs[key].astype('category'), or build the store with classes=[…] (stformer-hf build --classes)."
+            "predict numbers, pass problem_type='regression'. To predict classes, pass "
+            "problem_type='single_label_classification' with an AnnData, build the store with classes=[…] "
+            "(stformer-hf build --classes), or make them categorical, adata.obs[key].astype('category')."
         )
     names, codes = cells.categories[name], cells.obs[name].cat.codes.to_numpy().astype(np.int64)
     used = np.unique(codes[usable & (codes >= 0)])  # classes that only held-out cells have are left out

@@ -169,7 +169,7 @@ def test_a_cell_without_counts_gets_an_embedding_and_no_label(checkpoints, adata
     annotate(adata, checkpoints["cls"])
     assert adata.obs["stformer_label"].isna().tolist() == [i == 3 for i in range(60)]
     assert adata.obs["stformer_score"].isna().tolist() == [i == 3 for i in range(60)]
-    assert "1 cells have no counts in genes that the model knows" in caplog.text
+    assert "1 of 60 cells have no counts in genes that the model knows" in caplog.text
 
 
 def test_genes_in_another_order_or_in_another_column_are_the_same_genes(checkpoints, adata):

@@ -286,7 +286,7 @@ def test_cells_without_a_group_are_left_out(cells, caplog):
     types = unknown.obs["cell_type"].astype(object).where(~np.isin(np.arange(len(unknown)), [0, 1, 8]))
     unknown.obs["cell_type"] = types.astype("category")
     found = perturb(unknown, model, [gene], **settings)
-    assert "3 cells have no value in obs['cell_type']" in caplog.text
+    assert "3 of 24 cells have no value in obs['cell_type']" in caplog.text
     pd.testing.assert_frame_equal(found, perturb(cells[unknown.obs["cell_type"].notna()], model, [gene], **settings))
     with pytest.raises(ValueError, match="No cell is in the goal group: obs\\['cell_type'\\] has 'B cell', 'T cell'"):
         perturb(unknown, model, [gene], **{**settings, "goal": "nan"})

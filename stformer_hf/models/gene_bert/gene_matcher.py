@@ -165,12 +165,13 @@ def check_coverage(
     min_coverage: float,
     warn_coverage: float,
     symbols: Collection[str] | None = (),
+    adjustable: bool = True,
 ) -> None:
     """Raise ValueError for an input that lacks nearly all genes of a model, and warn if it lacks many.
 
     `coverage` has `weight`, which decides, and `vocabulary` from `coverage_of`, and `counts`, the known share of the
     input's counts. The input has `n_found` of the model's genes, whose `symbols` the model knows; None if it
-    could be given them.
+    could be given them. `adjustable` says whether the caller can lower `min_coverage`.
     """
     weight = coverage["weight"]
     if weight >= max(min_coverage, warn_coverage):
@@ -190,8 +191,9 @@ def check_coverage(
     case = f" If upper and lower case were the same, it would have {n_alike}." if n_alike > 2 * n_found else ""
     raise ValueError(
         f"{both} are needed); {counts}.{case} The input has genes like {describe(input_genes)}. The model needs genes "
-        f"like {describe(genes)}. Pass ids of the same kind, species and release{more}; or, if these genes are "
-        "enough, lower min_coverage (tokenizer.min_coverage, --min_coverage)."
+        f"like {describe(genes)}. Pass ids of the same kind, species and release{more}"
+        + "; or, if these genes are enough, lower min_coverage (tokenizer.min_coverage, --min_coverage)" * adjustable
+        + "."
     )
 
 
