@@ -128,8 +128,13 @@ def parse(
         if key not in own and key not in training_names:
             raise ValueError(f"{file}: unknown key {key!r}{closest(key, [*own, *training_names])}.")
 
+    required = [action for action in parser._actions if action.required]
+    for action in required:  # a misspelt flag is told before the one that it leaves missing
+        action.required = False
     # The file comes first: it may hold required flags, and the last value of a repeated flag counts.
     given, rest = parser.parse_known_args([*_flags(config, own), *argv])
+    for action in required:
+        action.required = True
     set_training: dict[str, Any] = dict(training or {})
     if training_parser is not None:
         parsed, rest = training_parser.parse_known_args([*_flags(config, training_names), *rest])
@@ -137,6 +142,9 @@ def parse(
     if rest:
         known = [*own, *training_names, *_OWN_KEYS]
         parser.error(f"unknown argument {rest[0]}{closest(rest[0].lstrip('-').replace('-', '_'), known, '--')}")
+    missing = ["/".join(action.option_strings) for action in required if getattr(given, action.dest) is None]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
     values = {name: None if getattr(given, name) == [None] else getattr(given, name) for name in own}
     for name, of_file in mappings.items():
         values[name] = {**of_file, **(values[name] or {})} or None

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..genes.wrong_names import some_of
+from . import as_flags
 from .arguments import flag, parse
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def cell_facts(path: str, layer: str | None = None) -> tuple[dict[str, Any], Any
     try:
         source = open_source(path, layer)
     except ValueError as error:
-        source, why = None, str(error)
+        source, why = None, as_flags(str(error), {"layer", "fractional"}).split("no counts found: ")[-1]
     first, known = layers[0], find_format(remote_folder(path) or local_path(path))
     assert known is not None  # its layers were found
     genes, obs = (first.genes(), first.obs()) if source is None else (source.genes, source.obs)

@@ -181,6 +181,8 @@ def test_older_names_of_flags_and_keys_are_read(tmp_path):
         ),
         (["pretrain", "--data", "x", "--output", "y", "--max_steps", "many"], "invalid int value: 'many'"),
         (["build", "--output", "y"], "required: --data"),
+        (["build", "--data", "x", "--ouput", "y"], "unknown argument --ouput; the closest known one is --output"),
+        (["finetune", "--data", "x", "--output", "y"], "required: --label_key/--label-key/--label"),
         (["pretrian"], "unknown command 'pretrian'; the closest known one is pretrain"),
     ],
 )
