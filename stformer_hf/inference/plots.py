@@ -92,9 +92,11 @@ def confusion(
     Raises
     ------
     ValueError
-        A class of some cells is not in `labels`.
+        A class of some cells is not in `labels`; `true` and `predicted` differ in length.
     """
     true, predicted = (np.asarray(of, dtype=object) for of in (true, predicted))
+    if true.shape != predicted.shape:
+        raise ValueError(f"There are {len(true)} true classes and {len(predicted)} predicted ones.")
     there = ~(pd.isna(true) | pd.isna(predicted))
     true, predicted = true[there], predicted[there]
     if labels is None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from numbers import Real
 
 import numpy as np
+
+logger = logging.getLogger(__name__)
 
 UNKNOWN = "unknown"  # label of a rejected cell
 
@@ -27,9 +30,16 @@ def rejection_thresholds(scores: np.ndarray, groups: np.ndarray, n_groups: int, 
 
     The threshold is the k-th lowest of n scores, k = floor(reject (n + 1)): a further cell of the group is below it
     with a probability of at most k / (n + 1), if it is exchangeable with the n cells (Vovk et al. 2005). Groups with
-    k = 0 (fewer than 19 cells at 0.05) get the threshold of all cells together, -inf if these are too few as well.
+    k = 0 (fewer than 19 cells at 0.05) get the threshold of all cells together; if these are too few as well, it is
+    -inf, which is logged.
     """
     pooled = kth_lowest(scores, reject)
+    if pooled is None:
+        fewest = int(np.ceil(1 / reject - 1e-9)) - 1
+        logger.warning(
+            f"No cell is rejected: reject={reject:g} needs at least {fewest} known cells to compare with, and there are "
+            f"{len(scores)}."
+        )
     found = np.full(n_groups, -np.inf if pooled is None else pooled)
     for group in range(n_groups):
         own = kth_lowest(scores[groups == group], reject)

@@ -108,7 +108,7 @@ def run_of(trainer: Any) -> dict[str, str]:
     if args.device.type == "cuda":
         run["hardware"] = f"{max(args.n_gpu, 1) * args.world_size} x {torch.cuda.get_device_name(args.device)}"
     else:
-        threads = f"{args.device.type}, {torch.get_num_threads()} threads per process"
+        threads = f"{args.device.type}, threads per process: {torch.get_num_threads()}"
         run["hardware"] = f"{args.world_size} x {_cpu()} ({threads})"
     return run
 
@@ -136,7 +136,8 @@ def last_metrics(trainer: Any) -> dict[str, Any]:
     if trainer.args.load_best_model_at_end and state.best_global_step:
         during = [entry for entry in during if entry["step"] == state.best_global_step]
     found = {name: value for entry in during + after for name, value in entry.items() if name.startswith("eval_")}
-    return {"train_loss": history[end]["train_loss"], **found} if ends else found
+    trained = bool(ends and history[end]["step"])  # a classifier may be left at its start
+    return {"train_loss": history[end]["train_loss"], **found} if trained else found
 
 
 # ---------------------------------------------------------------------- figures

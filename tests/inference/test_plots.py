@@ -35,6 +35,8 @@ def test_confusion_has_true_classes_in_rows(tmp_path):
 def test_confusion_refuses_classes_that_have_no_row():
     with pytest.raises(ValueError, match="Not all classes are in labels, such as c"):
         plots.confusion(["a", "c"], ["a", "b"], ["a", "b"])
+    with pytest.raises(ValueError, match="There are 2 true classes and 1 predicted ones"):
+        plots.confusion(["a", "c"], ["a"])
 
 
 def test_loss_curves_draw_both_losses():

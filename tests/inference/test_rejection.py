@@ -50,11 +50,13 @@ def test_the_share_of_rejected_cells_is_the_nominal_one(reject):
         assert share - spread < rejected[group] / n < share + spread, (group, rejected[group] / n, share)
 
 
-def test_a_group_of_few_cells_has_the_threshold_of_all():
+def test_a_group_of_few_cells_has_the_threshold_of_all(caplog):
     scores, groups = np.arange(60.0), np.repeat([0, 1, 2], [19, 18, 23])
     first, second, third = rejection_thresholds(scores, groups, 3, 0.05)
     assert (first, second, third) == (0.0, 2.0, 37.0)  # the lowest of 19; the third of 60; the lowest of 23
+    assert not caplog.records
     assert (rejection_thresholds(scores[:18], groups[:18], 3, 0.05) == -np.inf).all()
+    assert "reject=0.05 needs at least 19 known cells to compare with, and there are 18." in caplog.text
 
 
 def test_a_cell_as_atypical_as_a_known_one_counts_that_one():

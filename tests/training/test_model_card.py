@@ -138,6 +138,9 @@ def test_the_figures_are_of_the_weights_that_are_kept(cells, genes, tmp_path):
     assert last_metrics(trainer) == {"train_loss": 3.0, "eval_loss": 1.0}
     history.append({"eval_accuracy": 0.5, "step": 2})  # evaluated after training
     assert last_metrics(trainer)["eval_accuracy"] == 0.5
+    no_step = [{"train_loss": 0.0, "train_runtime": 0.1, "step": 0}, {"eval_loss": 2.0, "step": 0}]
+    trainer.state.log_history = no_step
+    assert last_metrics(trainer) == {"eval_loss": 2.0}
 
 
 def test_figures_stand_beside_their_baselines(cells, genes, tmp_path):
