@@ -37,8 +37,8 @@ def rejection_thresholds(scores: np.ndarray, groups: np.ndarray, n_groups: int, 
     if pooled is None:
         fewest = int(np.ceil(1 / reject - 1e-9)) - 1
         logger.warning(
-            f"No cell is rejected: reject={reject:g} needs at least {fewest} known cells to compare with, and there are "
-            f"{len(scores)}."
+            f"No cell is rejected: reject={reject:g} needs at least {fewest} known cells to compare with, and there "
+            f"are {len(scores)}."
         )
     found = np.full(n_groups, -np.inf if pooled is None else pooled)
     for group in range(n_groups):

@@ -149,7 +149,7 @@ def test_a_wrong_model_is_told_with_the_closest_folder(run, tmp_path, monkeypatc
 
 
 def test_integers_of_finetune_are_classes_where_it_is_said(labelled):
-    with pytest.raises(ValueError, match=r"it holds whole numbers.*problem_type='regression'.*single_label_classif"):
+    with pytest.raises(ValueError, match=r"holds whole numbers.*problem_type='regression'.*single_label_classif"):
         finetune(labelled, "cluster")
     model = finetune(labelled, "cluster", problem_type="single_label_classification", num_train_epochs=0)
     assert list(model.config.id2label.values()) == ["7", "8", "9"]
