@@ -136,7 +136,7 @@ class ValueSketch:
         for start, stop in _ranges(lengths, _SLICE):
             entries = slice(indptr[start], indptr[stop])
             values = counts.data[entries]
-            buckets = _few_log2().take(values) if is_few else _log2(values)
+            buckets = _few_log2().take(values.astype(np.intp)) if is_few else _log2(values)
             buckets += np.repeat(shifts[start:stop], lengths[start:stop])
             buckets >>= _FRACTION_BITS
             at = buckets.astype(np.intp)
