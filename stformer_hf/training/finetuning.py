@@ -347,7 +347,6 @@ def _start(
         choice = start[column.column].choice
         prepared.facts |= {
             "start": "linear models of [CLS] and of all genes, chosen by inner cross-validation",
-            "components_per_view": choice.n_components,
             column.named("reader_weights"): list(choice.weights),
             column.named("inner_score_of_the_start"): round(choice.score, 4),
         }

@@ -1,7 +1,6 @@
 """A class in each of several label columns: one model says what one per column says, and cells may lack labels."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -26,20 +25,10 @@ from stformer_hf.training.calibration import load_out_of_fold
 from stformer_hf.training.finetuning import prepare_classifier
 from stformer_hf.training.label_fit import fit_head_to_labels
 from stformer_hf.training.prepared_classifier import SetTemperature
-from stformer_hf.training.starts import classifier_start
-from stformer_hf.training.starts.linear_readers import ReaderTrials
 from tests.conftest import make_adata
 
 COLUMNS = {"cell_type": slice(0, 2), "level": slice(2, 5)}  # and their outputs
 SHORT = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_steps": 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_size():
-    """The number of components is not chosen, so that it is the same for all columns."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classifier_start, "N_COMPONENTS", (8,))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -107,27 +96,6 @@ def test_a_column_is_learnt_from_the_cells_that_have_it(partly, cells, pretraine
         part = joint.out_of_fold[name]
         assert part.rows.tolist() == np.flatnonzero(partly.obs[name].notna().to_numpy()[kept]).tolist()
         np.testing.assert_allclose(part.predictions, own.out_of_fold.predictions, atol=1e-5)
-
-
-def test_columns_that_choose_different_numbers_of_components_share_the_better_one(cells, monkeypatch):
-    losses = {2: {5: 0.5, 8: 0.6}, 3: {5: 0.9, 8: 0.7}}  # by the number of classes, and of components
-    asked = []
-
-    class Trials(ReaderTrials):
-        def choose(self, n_components=(5, 8)):
-            own = losses[self.problem.n_outputs]
-            n = min(n_components, key=own.get)
-            asked.append((self.problem.n_outputs, *n_components))
-            return replace(super().choose([n]), loss=own[n])
-
-    monkeypatch.setattr(classifier_start, "N_COMPONENTS", (5, 8))
-    monkeypatch.setattr(classifier_start, "ReaderTrials", Trials)
-    for better in (8, 5):
-        model = finetune(cells, list(COLUMNS), num_train_epochs=0)
-        used = model.gene_bert.cell_embedding.genes.weight.detach().abs().sum(dim=0)
-        assert (used > 0).sum() == 2 * better  # of two views
-        losses[3] = {5: 0.75, 8: 0.7}
-    assert asked[:4] == [(2, 5, 8), (3, 5, 8), (3, 5), (2, 8)]
 
 
 def test_annotate_writes_each_column_as_a_model_of_its_own(cells, started):

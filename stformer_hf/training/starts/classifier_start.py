@@ -25,17 +25,16 @@ from .linear_readers import (
     Linear,
     Problem,
     ReaderChoice,
-    ReaderTrials,
     centroids,
+    choose_readers,
     inner_folds,
     quick_fits,
 )
-from .spectral_start import cell_embedding_of, count_blocks, set_views
+from .spectral_start import N_COMPONENTS, cell_embedding_of, count_blocks, set_views
 from .spectral_views import SpectralViews, fit_spectral_views, log_values, pearson_residuals
 
 logger = logging.getLogger(__name__)
 
-N_COMPONENTS = (20, 30, 50)  # per view, to choose from
 MOST_CELLS_TO_CHOOSE = 3000
 MOST_CELLS_TO_FIT = 10_000
 _OF_CLASSES = "single_label_classification"
@@ -86,11 +85,10 @@ def start_classifier(
     """Start a classifier at linear models (readers) of its training cells.
 
     The head becomes the regularised logistic (ridge) regression on `[CLS]`, the wide head the one on the log values
-    of all genes. Regularisation, components of the views, the weights of both readers and a temperature are chosen by
-    inner cross-validation, in which the axes of the views and the readers are fitted without the validation cells;
-    then everything is fitted to all cells. For several label columns, all this is done for each of them with the cells
-    that have its label, and the axes of the views are fitted to all cells. The number of components is the same for
-    all columns: if their choices differ, it is the one of these with the lowest mean loss over the columns.
+    of all genes. Regularisation, the weights of both readers and a temperature are chosen by inner cross-validation,
+    in which the axes of the views (50 each, fewer for a smaller model or fewer cells) and the readers are fitted
+    without the validation cells; then everything is fitted to all cells. For several label columns, all this is done
+    for each of them with the cells that have its label, and the axes of the views are fitted to all cells.
 
     Parameters
     ----------
@@ -137,10 +135,7 @@ def start_classifier(
     columns = labelled_cells(config, labels, balanced)
     blocks = count_blocks(cells, tokenizer)
     half = embedding.genes.weight.shape[1] // 2
-    components = sorted({min(n, half, max(len(cells) - 1, 1)) for n in N_COMPONENTS})
-    if choices is not None:
-        components = [min(next(iter(choices.values())).n_components, components[-1])]
-    views = fit_spectral_views(blocks, components[-1]) if new_embedding else None
+    views = fit_spectral_views(blocks, min(N_COMPONENTS, half)) if new_embedding else None
 
     learnt = {column.column: column for column in columns if not _is_constant(column)}
     to_choose, to_fit = (
@@ -148,7 +143,7 @@ def start_classifier(
         for most in (MOST_CELLS_TO_CHOOSE, MOST_CELLS_TO_FIT)
     )
     if views is None and learnt:
-        components, in_states = [half], np.unique(np.concatenate([*to_choose.values(), *to_fit.values()]))
+        in_states = np.unique(np.concatenate([*to_choose.values(), *to_fit.values()]))
         states = cell_states(model, tokenizer, cells.select(in_states))
 
     def read(rows: np.ndarray) -> tuple[sparse.csr_array, sparse.csr_array]:
@@ -166,24 +161,19 @@ def start_classifier(
         parts[name] = part = _Part(counts, values, rotate_genes(values) if rotated is None else rotated[name])
         if views is None:
             of_rows = states[np.searchsorted(in_states, rows)]
-            part.features = lambda train, held_out, of=of_rows: lambda n: (of[train], of[held_out])
+            part.features = lambda train, held_out, of=of_rows: (of[train], of[held_out])
         elif choices is None:
             part.features = _features_of_views(counts, values, views, half)
 
     if choices is None:
-        trials = {}
+        choices = {}
         for name, column in learnt.items():
             problem, part, rows = column.problem, parts[name], to_choose[name]
             of = column.labels_of(rows)
             folds = inner_folds(problem, of, None if groups is None else groups[rows], seed)
             assert part.features is not None  # set above, where the choice is to be made
-            trials[name] = ReaderTrials(
-                problem, of, folds, part.features, part.rotated[0], components, needs_head=to_train
-            )
-        choices = _choose_together(trials)
+            choices[name] = choose_readers(problem, of, folds, part.features, part.rotated[0], needs_head=to_train)
     if views is not None:
-        kept = min([components[-1], *(choice.n_components for choice in choices.values())])
-        views.loadings = [loadings[:, :kept] for loadings in views.loadings]
         set_views(embedding, views, config.initializer_range)
 
     starts: dict[str | None, ClassifierStart] = {}
@@ -218,20 +208,6 @@ def start_classifier(
     config.reader_weights = [float(weight) for pair in weights for weight in pair]
     config.temperature = [float(of) for of in temperatures] if config.label_columns else float(temperatures[0])
     return starts
-
-
-def _choose_together(trials: Mapping[str | None, ReaderTrials]) -> dict[str | None, ReaderChoice]:
-    """Choose the readers of each column, with the same number of components.
-
-    If the columns choose different ones, it is the one of these with the lowest mean loss over the columns; columns
-    that chose another one then choose their other settings with it.
-    """
-    alone = {name: of.choose() for name, of in trials.items()}
-    together = [
-        {name: alone[name] if alone[name].n_components == n else of.choose([n]) for name, of in trials.items()}
-        for n in sorted({choice.n_components for choice in alone.values()})
-    ]
-    return min(together, key=lambda choices: sum(choice.loss for choice in choices.values()), default={})
 
 
 @dataclass
@@ -285,7 +261,7 @@ def _subset(problem: Problem, labels: np.ndarray, most: int, seed: int) -> np.nd
     return np.sort(train_test_split(np.arange(len(labels)), train_size=most, random_state=seed, stratify=stratify)[0])
 
 
-def scaled(views: list[np.ndarray], half: int) -> np.ndarray:
+def scaled(views: Sequence[np.ndarray], half: int) -> np.ndarray:
     """Scale each view of a cell as in `[CLS]`, and concatenate them: float64 array (n, 2 half)."""
     states = np.zeros((len(views[0]), 2 * half))
     for i, scores in enumerate(views):
@@ -308,9 +284,9 @@ def _features_of_views(
     )
     products, most = [matrix @ matrix.T for matrix in matrices], views.loadings[0].shape[1]
 
-    def of_fold(train: np.ndarray, held_out: np.ndarray) -> Callable[[int], tuple[np.ndarray, ...]]:
-        of_views = [_principal_scores(of, train, held_out, most) for of in products]
-        return lambda n: tuple(scaled([scores[part][:, :n] for scores in of_views], half) for part in (0, 1))
+    def of_fold(train: np.ndarray, held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        of_train, of_held_out = zip(*(_principal_scores(of, train, held_out, most) for of in products), strict=True)
+        return scaled(of_train, half), scaled(of_held_out, half)
 
     return of_fold
 

@@ -21,25 +21,24 @@ from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, Str
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
-# (training rows, validation rows) -> (number of components -> features of both), fitted to the training rows.
-FoldFeatures = Callable[[np.ndarray, np.ndarray], Callable[[int], tuple[np.ndarray, ...]]]
+# (training rows, validation rows) -> features of both, fitted to the training rows.
+FoldFeatures = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 class _Settings(TypedDict):
-    """What `ReaderTrials.choose` chooses; see `ReaderChoice`."""
+    """What `choose_readers` chooses; see `ReaderChoice`."""
 
-    n_components: int
     head: float
     wide: float
     weights: tuple[float, float]
 
 
 N_FOLDS = 5
-PENALTIES = {"head": (0.1, 1.0, 10.0), "wide": (0.1, 1.0)}  # C of scikit-learn
+PENALTIES = {"head": (0.1, 1.0), "wide": (0.1, 1.0)}  # C of scikit-learn
 WEIGHTS = ((1.0, 1.0), (1.0, 0.5), (0.5, 1.0), (1.0, 0.0), (0.0, 1.0))  # of head and wide
-# Kept unless another choice is clearly better: both views of moderate size, and the genes at half the weight, since
-# from few labels a reader of thousands of genes learns less than one of 60 components.
-PREFERRED: _Settings = {"n_components": 30, "head": 1.0, "wide": 1.0, "weights": (1.0, 0.5)}
+# Kept unless another choice is clearly better: the genes at half the weight, since from few labels a reader of
+# thousands of genes learns less than one of 100 components.
+PREFERRED: _Settings = {"head": 1.0, "wide": 1.0, "weights": (1.0, 0.5)}
 _TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # for the choice of the other settings
 _TOLERANCES = {"choice": 1e-3, "final": 1e-4}  # of lbfgs
 _LOWEST = -15.0  # logit of a class that a training fold lacks
@@ -70,8 +69,6 @@ class ReaderChoice:
 
     Attributes
     ----------
-    n_components : int
-        Number of components of each view.
     head, wide : float
         C of the reader of `[CLS]`, and of the genes.
     weights : tuple of float
@@ -87,7 +84,6 @@ class ReaderChoice:
         the head; the mean over repeats. Only for classes.
     """
 
-    n_components: int
     head: float
     wide: float
     weights: tuple[float, float]
@@ -266,8 +262,21 @@ def fit_temperature(problem: Problem, outputs: np.ndarray, labels: np.ndarray) -
     return float(np.exp(found.x))
 
 
-class ReaderTrials:
-    """Readers with all settings, fitted in all folds, for a choice by their out-of-fold scores.
+def choose_readers(
+    problem: Problem,
+    labels: np.ndarray,
+    folds: Sequence[tuple[np.ndarray, np.ndarray, int]],
+    head_features: FoldFeatures,
+    gene_features: np.ndarray,
+    needs_head: bool = False,
+) -> ReaderChoice:
+    """Fit readers with all settings in all folds, and choose settings and a temperature by their out-of-fold loss.
+
+    `PREFERRED` is kept unless the mean loss of the best other settings is lower by more than the standard error of the
+    difference over cells (the one-standard-error rule of Breiman et al. 1984), since the best of many choices is
+    partly so by chance. The loss is log loss in nats, or for regression the squared error, at the best temperature of
+    the settings. Unlike accuracy, it differs between readers that are right about the same cells. The temperature is
+    that of `fit_temperature`.
 
     Parameters
     ----------
@@ -276,112 +285,60 @@ class ReaderTrials:
     folds : list of (training rows, validation rows, repeat)
         From `inner_folds`.
     head_features : callable
-        (training rows, validation rows) -> (number of components -> features of both), fitted to the training rows.
+        (training rows, validation rows) -> features of both, fitted to the training rows.
     gene_features : float array (n, d)
         Features of the wide reader, from `rotate_genes`.
-    n_components : sequence of int
-        Numbers to choose from.
     needs_head : bool, default: False
         Whether the weight of the head must be above 0.
     """
+    gene_features = gene_features.astype(np.float32)  # twice as fast, and the last digits do not change a choice
+    n_repeats = 1 + max(repeat for _, _, repeat in folds)
+    every = np.concatenate([labels] * n_repeats)
+    shape = (len(every), problem.n_outputs)
+    heads, wides = ({penalty: np.zeros(shape) for penalty in PENALTIES[reader]} for reader in ("head", "wide"))
+    of_classes = problem.kind == "single_label_classification"
+    distances = np.zeros((n_repeats, len(labels))) if of_classes else None
 
-    def __init__(
-        self,
-        problem: Problem,
-        labels: np.ndarray,
-        folds: Sequence[tuple[np.ndarray, np.ndarray, int]],
-        head_features: FoldFeatures,
-        gene_features: np.ndarray,
-        n_components: Sequence[int],
-        needs_head: bool = False,
-    ):
-        self.problem, self.labels, self.n_components = problem, labels, n_components
-        self._weights = [weights for weights in WEIGHTS if weights[0] > 0 or not needs_head]
-        gene_features = gene_features.astype(np.float32)  # twice as fast, and the last digits do not change a choice
-        self._n_repeats = 1 + max(repeat for _, _, repeat in folds)
-        self._shape = (self._n_repeats, len(labels), problem.n_outputs)
-        keys = itertools.product(n_components, PENALTIES["head"])
-        self._heads = heads = {key: np.zeros(self._shape) for key in keys}
-        self._wides = wides = {penalty: np.zeros(self._shape) for penalty in PENALTIES["wide"]}
-        of_classes = problem.kind == "single_label_classification"
-        self._distances = {n: np.zeros(self._shape[:2]) for n in n_components} if of_classes else {}
+    def fit_fold(fold: tuple[np.ndarray, np.ndarray, int]) -> None:
+        train, held_out, repeat = fold
+        of_train, of_held_out = head_features(train, held_out)
+        of_both = ((heads, of_train, of_held_out), (wides, gene_features[train], gene_features[held_out]))
+        for readers, known, others in of_both:
+            for penalty, outputs in readers.items():
+                outputs[repeat * len(labels) + held_out] = problem.fit(known, labels[train], penalty, "choice")(others)
+        if distances is not None:
+            distances[repeat, held_out] = cdist(of_held_out, centroids(of_train, labels[train])).min(axis=1)
 
-        def fit_fold(fold: tuple[np.ndarray, np.ndarray, int]) -> None:
-            train, held_out, repeat = fold
-            for penalty, outputs in wides.items():
-                reader = problem.fit(gene_features[train], labels[train], penalty, "choice")
-                outputs[repeat, held_out] = reader(gene_features[held_out])
-            views = head_features(train, held_out)
-            for (n, penalty), outputs in heads.items():
-                of_train, of_held_out = views(n)
-                reader = problem.fit(of_train, labels[train], penalty, "choice")
-                outputs[repeat, held_out] = reader(of_held_out)
-            for n, distances in self._distances.items():
-                of_train, of_held_out = views(n)
-                distances[repeat, held_out] = cdist(of_held_out, centroids(of_train, labels[train])).min(axis=1)
+    with quick_fits(), ThreadPoolExecutor(min(torch.get_num_threads(), len(folds))) as pool:
+        list(tqdm(pool.map(fit_fold, folds), "choose linear models", len(folds), unit="fold", disable=None))
 
-        with quick_fits(), ThreadPoolExecutor(min(torch.get_num_threads(), len(folds))) as pool:
-            list(tqdm(pool.map(fit_fold, folds), "choose linear models", len(folds), unit="fold", disable=None))
-
-    def choose(self, n_components: Sequence[int] | None = None) -> ReaderChoice:
-        """Choose components, regularisation, weights and temperature by their out-of-fold score.
-
-        `PREFERRED` is kept unless the best score (ties are broken by the loss) is higher by more than the standard
-        error of the difference over cells (the one-standard-error rule of Breiman et al. 1984), since the best of many
-        choices is partly so by chance. The score is accuracy (for multiple labels per cell, the share that is correct;
-        for regression, the negative squared error). The temperature is that with the lowest loss, see
-        `fit_temperature`.
-
-        Parameters
-        ----------
-        n_components : sequence of int, optional
-            Numbers to choose from; by default all.
-        """
-        problem, n_repeats = self.problem, self._n_repeats
-        n_components = self.n_components if n_components is None else n_components
-        every = np.concatenate([self.labels] * n_repeats)
-        n = PREFERRED["n_components"] if PREFERRED["n_components"] in n_components else max(n_components)
-        preferred: _Settings = {**PREFERRED, "n_components": n}
-        temperatures = (1.0,) if problem.kind == "regression" else _TEMPERATURES
-        heads = {key: outputs for key, outputs in self._heads.items() if key[0] in n_components}
-        tried: list[tuple[np.ndarray, float, _Settings]] = []
-
-        def combined(of_head: np.ndarray, of_wide: np.ndarray, weights: tuple[float, float]) -> np.ndarray:
-            n_outputs = problem.n_outputs
-            return problem.combine(of_head.reshape(-1, n_outputs), of_wide.reshape(-1, n_outputs), weights)
-
-        for ((n, head), of_head), (wide, of_wide), weights in itertools.product(
-            heads.items(), self._wides.items(), self._weights
-        ):
-            both = combined(of_head, of_wide, weights)
-            loss = min(float(problem.loss(both / t, every).mean()) for t in temperatures)
+    temperatures = (1.0,) if problem.kind == "regression" else _TEMPERATURES
+    tried: list[tuple[np.ndarray, _Settings]] = []
+    for head, wide, weights in itertools.product(heads, wides, WEIGHTS):
+        if weights[0] > 0 or not needs_head:
+            both = problem.combine(heads[head], wides[wide], weights)
             # The mean of each cell over the repeats, which are not independent.
-            scores = problem.cell_scores(both, every).reshape(n_repeats, -1).mean(axis=0)
-            setting: _Settings = {"n_components": n, "head": head, "wide": wide, "weights": weights}
-            tried.append((scores, -loss, setting))
-        best = max(tried, key=lambda one: (round(float(one[0].mean()), 9), one[1]))
-        usual = next(one for one in tried if one[2] == preferred)
-        gain = best[0] - usual[0]
-        if gain.mean() <= gain.std(ddof=1) / np.sqrt(len(gain)):
-            best = usual
-        chosen = best[-1]
-        n, head, wide, weights = chosen["n_components"], chosen["head"], chosen["wide"], chosen["weights"]
-        both = combined(heads[n, head], self._wides[wide], weights)
-        temperature = fit_temperature(problem, both, every)
-        outputs = both / temperature
-        loss = float(problem.loss(outputs, every).mean())
-        of_classes = problem.kind == "single_label_classification"
-        outputs = log_softmax(outputs) if of_classes else outputs
-        score, outputs = problem.score(outputs, every), outputs.reshape(self._shape).mean(axis=0)
-        outputs = log_softmax(outputs) if of_classes else outputs  # means of log probabilities are not normalised
-        return ReaderChoice(
-            **chosen,
-            temperature=temperature,
-            loss=loss,
-            score=score,
-            out_of_fold=outputs.astype(np.float32),
-            distances=self._distances[n].mean(axis=0).astype(np.float32) if self._distances else None,
-        )
+            losses = [problem.loss(both / t, every).reshape(n_repeats, -1).mean(axis=0) for t in temperatures]
+            tried.append((min(losses, key=np.mean), {"head": head, "wide": wide, "weights": weights}))
+    best = min(tried, key=lambda one: one[0].mean())
+    usual = next(one for one in tried if one[1] == PREFERRED)
+    gain = usual[0] - best[0]
+    chosen = best[1] if gain.mean() > gain.std(ddof=1) / np.sqrt(len(gain)) else PREFERRED
+    both = problem.combine(heads[chosen["head"]], wides[chosen["wide"]], chosen["weights"])
+    temperature = fit_temperature(problem, both, every)
+    outputs = both / temperature
+    loss = float(problem.loss(outputs, every).mean())
+    outputs = log_softmax(outputs) if of_classes else outputs
+    score, outputs = problem.score(outputs, every), outputs.reshape(n_repeats, -1, shape[1]).mean(axis=0)
+    outputs = log_softmax(outputs) if of_classes else outputs  # means of log probabilities are not normalised
+    return ReaderChoice(
+        **chosen,
+        temperature=temperature,
+        loss=loss,
+        score=score,
+        out_of_fold=outputs.astype(np.float32),
+        distances=None if distances is None else distances.mean(axis=0).astype(np.float32),
+    )
 
 
 __all__ = [
@@ -389,8 +346,8 @@ __all__ = [
     "Linear",
     "Problem",
     "ReaderChoice",
-    "ReaderTrials",
     "centroids",
+    "choose_readers",
     "fit_temperature",
     "inner_folds",
     "log_softmax",

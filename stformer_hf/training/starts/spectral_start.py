@@ -21,7 +21,7 @@ from ...sources.open_source import open_source
 from ...store.cell_store import CellStore
 from .spectral_views import SpectralViews, fit_spectral_views
 
-N_COMPONENTS = 50  # per view, the usual number of PCA; with labels, inner validation chooses
+N_COMPONENTS = 50  # per view, the usual number of PCA
 _ROWS_PER_BLOCK = 4096
 
 
