@@ -1,6 +1,7 @@
 """Classifiers that start at linear models, and train on only where that helps."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ import torch
 from anndata import AnnData
 from safetensors.numpy import load_file
 from scipy import sparse
+from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 import stformer_hf as sf
@@ -22,9 +24,11 @@ from stformer_hf import (
     GeneBertForPhenotypicMLM,
     GeneTokenizer,
 )
-from stformer_hf.training import epoch_choice, finetuning
+from stformer_hf.evaluation import cell_baselines
+from stformer_hf.training import epoch_choice, finetuning, log_lines
 from stformer_hf.training.calibration import load_out_of_fold
 from stformer_hf.training.finetuning import finetune, predict, prepare_classifier
+from stformer_hf.training.starts import classifier_start
 from stformer_hf.training.starts.classifier_start import _log_values_of
 from stformer_hf.training.starts.linear_readers import log_softmax
 from stformer_hf.training.starts.spectral_start import count_blocks
@@ -111,6 +115,43 @@ def test_the_wide_head_is_the_logistic_regression_that_was_fitted(labelled, star
     expected = log_values(sparse.csr_array(labelled[:20].X.astype(float))) @ weight + bias
     full = labelled[:20].X.sum(axis=1).A1 > 0
     np.testing.assert_allclose(found[full], expected[full], atol=1e-4)
+
+
+def test_readers_are_fitted_to_all_cells_that_memory_allows(labelled, monkeypatch, caplog, tmp_path):
+    """The choice is made with some cells, the fit with all; with less memory with a subset, and that is said."""
+    monkeypatch.setattr(classifier_start, "MOST_CELLS_TO_CHOOSE", 60)
+    arguments = TrainingArguments(tmp_path, report_to="none")
+    cells = CellStore.build(tmp_path / "store", labelled, obs=["type"])
+    found = prepare_classifier(cells, "type", arguments, num_train_epochs=0)
+    assert "fitted to" not in caplog.text
+    assert len(found.start[None].rows) == 60 and len(found.cells) == 238
+    has = labelled.obs["type"].notna().to_numpy() & (labelled.X.sum(axis=1).A1 > 0)
+    values = log_values(sparse.csr_array(labelled.X[has].astype(float)))
+    expected = LogisticRegression(C=found.start[None].choice.wide, tol=1e-6, max_iter=5000)
+    expected.fit(values, labelled.obs["type"][has].cat.codes)
+    weight = found.model.wide_head.genes.weight.detach().double().numpy()
+    np.testing.assert_allclose(weight, expected.coef_.T, atol=0.01)
+    monkeypatch.setattr(cell_baselines, "_FEW_CELLS", 50)
+    for name, most in (("_MOST_VALUES", 100.5), ("_MOST_PRODUCTS", 301.5)):
+        with monkeypatch.context() as patch:
+            patch.setattr(cell_baselines, name, most * found.cells.lengths.mean())
+            caplog.clear()
+            prepare_classifier(cells, "type", arguments, num_train_epochs=0)
+            assert "of genes is fitted to 100 of 238" in caplog.text
+            assert "of [CLS] is fitted to 100 of 238" in caplog.text
+
+
+def test_long_waits_are_announced(labelled, monkeypatch, caplog, tmp_path):
+    """Before the linear models are chosen, and before training is tried."""
+    monkeypatch.setattr(log_lines, "_SHORT", 0)
+    monkeypatch.setattr(epoch_choice, "FEW_LABELS", 10)
+    monkeypatch.setattr(epoch_choice, "_STEPS_TIMED", 2)
+    arguments = TrainingArguments(tmp_path, report_to="none", per_device_train_batch_size=32)
+    cells = CellStore.build(tmp_path / "store", labelled, obs=["type"])
+    with caplog.at_level("INFO", "stformer_hf"):
+        prepare_classifier(cells, "type", arguments)
+    assert re.search(r"Choosing linear models for 238 cells takes about \d+ s\.", caplog.text)
+    assert re.search(r"Trying 3 epochs in one of 2 folds .* takes about \d+ s\.", caplog.text)
 
 
 def test_the_model_says_what_its_readers_say_together(labelled, started):

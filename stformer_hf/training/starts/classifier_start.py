@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import nn
 
 from ...batches.collate import pad, read_tokens
 from ...batches.evaluating import evaluating
+from ...evaluation.cell_baselines import most_cells_to_fit
 from ...evaluation.readers import rotate_genes
 from ...models.gene_bert.modeling_gene_bert import GeneBertForClassification
 from ...models.gene_bert.tokenization_gene_bert import GeneTokenizer
@@ -36,7 +37,7 @@ from .spectral_views import SpectralViews, fit_spectral_views, log_values, pears
 logger = logging.getLogger(__name__)
 
 MOST_CELLS_TO_CHOOSE = 3000
-MOST_CELLS_TO_FIT = 10_000
+MOST_CELLS_TO_RUN = 10_000  # through the layers of a trained encoder
 _OF_CLASSES = "single_label_classification"
 _ROTATED = 3000  # up to this many cells, genes are rotated before a fit
 
@@ -128,8 +129,9 @@ def start_classifier(
     Notes
     -----
     Starting the head at the linear solution: Kumar et al. 2022 (LP-FT). With more than 3,000 cells, a stratified
-    subset is used for the choice, and with more than 10,000 one for fitting the readers; the views are always fitted
-    to all cells.
+    subset is used for the choice. The readers are fitted to all cells, or to as many as `most_cells_to_fit` allows
+    (about 47,000 with 850 expressed genes each); the head of a trained encoder to at most 10,000, since the encoder
+    must run on each. The views are always fitted to all cells.
     """
     config, embedding = model.config, cell_embedding_of(model)
     columns = labelled_cells(config, labels, balanced)
@@ -138,18 +140,22 @@ def start_classifier(
     views = fit_spectral_views(blocks, min(N_COMPONENTS, half)) if new_embedding else None
 
     learnt = {column.column: column for column in columns if not _is_constant(column)}
-    to_choose, to_fit = (
-        {name: column.rows[_subset(column.problem, column.labels, most, seed)] for name, column in learnt.items()}
-        for most in (MOST_CELLS_TO_CHOOSE, MOST_CELLS_TO_FIT)
-    )
+    to_choose, to_fit, to_fit_head = {}, {}, {}
+    for name, column in learnt.items():
+        most = most_cells_to_fit(cells.lengths[column.rows], column.problem.n_outputs)
+        most_of_head = most if views is not None else min(most, MOST_CELLS_TO_RUN)
+        for rows_of, n in ((to_choose, MOST_CELLS_TO_CHOOSE), (to_fit, most)):
+            rows_of[name] = column.rows[_subset(column.problem, column.labels, n, seed)]
+        of = column.labels_of(to_fit[name])
+        to_fit_head[name] = to_fit[name][_subset(column.problem, of, most_of_head, seed)]
     if views is None and learnt:
-        in_states = np.unique(np.concatenate([*to_choose.values(), *to_fit.values()]))
+        in_states = np.unique(np.concatenate([*to_choose.values(), *to_fit_head.values()]))
         states = cell_states(model, tokenizer, cells.select(in_states))
 
-    def read(rows: np.ndarray) -> tuple[sparse.csr_array, sparse.csr_array]:
-        found = cells.select(rows)
-        counts = sparse.csr_array(sparse.vstack(list(count_blocks(found, tokenizer, progress=False)())))
-        return counts, log_values(counts) if views is not None else _log_values_of(model, tokenizer, cells, counts)
+    def read(rows: np.ndarray) -> Iterator[tuple[sparse.csr_array, sparse.csr_array]]:
+        for counts in count_blocks(cells.select(rows), tokenizer, progress=False)():
+            known = views is not None
+            yield counts, log_values(counts) if known else _log_values_of(model, tokenizer, cells, counts)
 
     parts: dict[str | None, _Part] = {}
     for name, rows in to_choose.items():
@@ -157,7 +163,7 @@ def start_classifier(
         if alike != name:
             parts[name] = parts[alike]
             continue
-        counts, values = read(rows)
+        counts, values = map(_stack, zip(*read(rows), strict=True))
         parts[name] = part = _Part(counts, values, rotate_genes(values) if rotated is None else rotated[name])
         if views is None:
             of_rows = states[np.searchsorted(in_states, rows)]
@@ -184,16 +190,22 @@ def start_classifier(
             readers.append((*_constant_readers(column, model), (1.0, 0.0), 1.0))
             continue
         rows, fitted, part, choice = to_choose[name], to_fit[name], parts[name], choices[name]
-        if len(fitted) < len(column.rows):
-            logger.warning(f"The linear models are fitted to {len(fitted):,} of {len(column.rows):,} training cells.")
-        is_read, of = np.array_equal(fitted, rows), column.labels_of(fitted)
-        counts, values = (part.counts, part.values) if is_read else read(fitted)
+        for what, of in (("genes", fitted), ("[CLS]", to_fit_head[name])):
+            if len(of) < len(column.rows):
+                n_cells = f"{len(of):,} of {len(column.rows):,} training cells"
+                logger.warning(f"The linear model of {what} is fitted to {n_cells}.")
+        is_read, of, of_head = np.array_equal(fitted, rows), *map(column.labels_of, (fitted, to_fit_head[name]))
+        values_of_blocks, states_of_blocks = [], []
+        for counts, values in [(part.counts, part.values)] if is_read else read(fitted):
+            values_of_blocks.append(values)
+            if views is not None:
+                states_of_blocks.append(scaled(views.transform(counts), half))
+        values = _stack(values_of_blocks)
         if views is None:
-            of_cells = states[np.searchsorted(in_states, fitted)]
-        else:
-            of_cells = scaled(views.transform(counts), half)
+            states_of_blocks = [states[np.searchsorted(in_states, to_fit_head[name])]]
+        of_cells = np.concatenate(states_of_blocks)
         with quick_fits():
-            head = problem.fit(of_cells, of, choice.head)
+            head = problem.fit(of_cells, of_head, choice.head)
             if is_read and len(rows) <= _ROTATED:
                 features, to_genes = part.rotated
                 wide = problem.fit(features, of, choice.wide)
@@ -201,7 +213,7 @@ def start_classifier(
             else:
                 wide = problem.fit(values, of, choice.wide)
         readers.append((head, wide, choice.weights, choice.temperature))
-        means = centroids(of_cells, of).astype(np.float32) if problem.kind == _OF_CLASSES else None
+        means = centroids(of_cells, of_head).astype(np.float32) if problem.kind == _OF_CLASSES else None
         starts[name] = ClassifierStart(choice, rows, column.labels_of(rows), part.rotated, means)
     heads, wides, weights, temperatures = zip(*readers, strict=True)
     _write(model, heads, wides)
@@ -218,6 +230,10 @@ class _Part:
     values: sparse.csr_array
     rotated: Rotated
     features: FoldFeatures | None = None
+
+
+def _stack(blocks: Sequence[sparse.csr_array]) -> sparse.csr_array:
+    return blocks[0] if len(blocks) == 1 else sparse.csr_array(sparse.vstack(blocks))
 
 
 def _is_constant(column: LabelledCells) -> bool:
