@@ -29,7 +29,7 @@ from stformer_hf.training import epoch_choice, finetuning, log_lines
 from stformer_hf.training.calibration import load_out_of_fold
 from stformer_hf.training.finetuning import finetune, predict, prepare_classifier
 from stformer_hf.training.starts import classifier_start
-from stformer_hf.training.starts.classifier_start import _log_values_of
+from stformer_hf.training.starts.classifier_start import _log_values_of, cell_states
 from stformer_hf.training.starts.linear_readers import log_softmax
 from stformer_hf.training.starts.spectral_start import count_blocks
 from stformer_hf.training.starts.spectral_views import log_values
@@ -117,28 +117,78 @@ def test_the_wide_head_is_the_logistic_regression_that_was_fitted(labelled, star
     np.testing.assert_allclose(found[full], expected[full], atol=1e-4)
 
 
-def test_readers_are_fitted_to_all_cells_that_memory_allows(labelled, monkeypatch, caplog, tmp_path):
-    """The choice is made with some cells, the fit with all; with less memory with a subset, and that is said."""
-    monkeypatch.setattr(classifier_start, "MOST_CELLS_TO_CHOOSE", 60)
-    arguments = TrainingArguments(tmp_path, report_to="none")
-    cells = CellStore.build(tmp_path / "store", labelled, obs=["type"])
-    found = prepare_classifier(cells, "type", arguments, num_train_epochs=0)
-    assert "fitted to" not in caplog.text
-    assert len(found.start[None].rows) == 60 and len(found.cells) == 238
+@pytest.fixture(scope="module")
+def of_many(labelled, tmp_path_factory):
+    """The start of 238 cells, of which 40 choose the regularisation."""
+    folder = tmp_path_factory.mktemp("many")
+    cells = CellStore.build(folder / "store", labelled, obs=["type", "donor"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier_start, "MOST_CELLS_TO_CHOOSE", 40)
+        arguments = TrainingArguments(folder / "model", report_to="none")
+        return prepare_classifier(cells, "type", arguments, num_train_epochs=0)
+
+
+def log_values_and_types(labelled):
+    """Of the cells that have counts and a type, as `finetune` selects them."""
     has = labelled.obs["type"].notna().to_numpy() & (labelled.X.sum(axis=1).A1 > 0)
-    values = log_values(sparse.csr_array(labelled.X[has].astype(float)))
-    expected = LogisticRegression(C=found.start[None].choice.wide, tol=1e-6, max_iter=5000)
-    expected.fit(values, labelled.obs["type"][has].cat.codes)
-    weight = found.model.wide_head.genes.weight.detach().double().numpy()
+    return log_values(sparse.csr_array(labelled.X[has].astype(float))), labelled.obs["type"][has].cat.codes.to_numpy()
+
+
+def test_readers_are_fitted_to_all_cells_that_memory_allows(labelled, of_many, monkeypatch, caplog, tmp_path):
+    """A few cells choose the regularisation, and all are fitted; with less memory a subset, and that is said."""
+    expected = LogisticRegression(C=of_many.start[None].choice.wide, tol=1e-6, max_iter=5000)
+    expected.fit(*log_values_and_types(labelled))
+    weight = of_many.model.wide_head.genes.weight.detach().double().numpy()
     np.testing.assert_allclose(weight, expected.coef_.T, atol=0.01)
+    arguments = TrainingArguments(tmp_path, report_to="none")
+    monkeypatch.setattr(classifier_start, "MOST_CELLS_TO_CHOOSE", 40)
     monkeypatch.setattr(cell_baselines, "_FEW_CELLS", 50)
     for name, most in (("_MOST_VALUES", 100.5), ("_MOST_PRODUCTS", 301.5)):
         with monkeypatch.context() as patch:
-            patch.setattr(cell_baselines, name, most * found.cells.lengths.mean())
+            patch.setattr(cell_baselines, name, most * of_many.cells.lengths.mean())
             caplog.clear()
-            prepare_classifier(cells, "type", arguments, num_train_epochs=0)
+            prepare_classifier(of_many.cells, "type", arguments, num_train_epochs=0)
             assert "of genes is fitted to 100 of 238" in caplog.text
             assert "of [CLS] is fitted to 100 of 238" in caplog.text
+
+
+def test_out_of_fold_predictions_are_of_readers_of_most_cells(labelled, of_many):
+    """Not of readers of the few cells that choose the regularisation, whose temperature would be too low."""
+    start = of_many.start[None]
+    choice, tested = start.choice, start.rows
+    assert 40 < len(tested) < 238  # one of the two folds
+    values, types = log_values_and_types(labelled)
+    states = cell_states(of_many.model, of_many.tokenizer, of_many.cells)
+    others = np.setdiff1d(np.arange(238), tested)
+    outputs = sum(
+        weight
+        * LogisticRegression(C=c, tol=1e-6, max_iter=5000).fit(x[others], types[others]).predict_log_proba(x[tested])
+        for x, c, weight in ((states, choice.head, choice.weights[0]), (values, choice.wide, choice.weights[1]))
+    )
+    expected = np.exp(log_softmax(outputs / choice.temperature))
+    np.testing.assert_allclose(np.exp(choice.out_of_fold), expected, atol=0.05)
+    np.testing.assert_array_equal(start.labels, types[tested])
+    known = of_many.out_of_fold
+    assert known.predictions.shape == (len(tested), 3) and known.distances.shape == (len(tested),)
+    assert of_many.model.config.temperature == choice.temperature
+
+
+def test_groups_stay_whole_in_the_choice_by_many_cells(labelled, of_many, monkeypatch, tmp_path):
+    """And all groups are predicted."""
+    monkeypatch.setattr(classifier_start, "MOST_CELLS_TO_CHOOSE", 40)
+    arguments, folds = TrainingArguments(tmp_path, report_to="none"), []
+    choose = classifier_start.choose_readers
+
+    def kept(problem, labels, its_folds, *args, **kwargs):
+        folds.append(its_folds)
+        return choose(problem, labels, its_folds, *args, **kwargs)
+
+    monkeypatch.setattr(classifier_start, "choose_readers", kept)
+    found = prepare_classifier(of_many.cells, "type", arguments, num_train_epochs=0, split_by="donor")
+    donors = found.cells.obs["donor"].to_numpy()
+    assert len(folds) == 2 and len(found.start[None].rows) == 238
+    for train, held_out, _ in folds[1]:
+        assert not set(donors[train]) & set(donors[held_out])
 
 
 def test_long_waits_are_announced(labelled, monkeypatch, caplog, tmp_path):

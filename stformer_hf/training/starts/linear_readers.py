@@ -37,7 +37,7 @@ class _Settings(TypedDict):
 
 
 N_FOLDS = 5
-PENALTIES = {"head": (0.1, 1.0), "wide": (0.1, 1.0)}  # C of scikit-learn
+PENALTIES: dict[str, tuple[float, ...]] = {"head": (0.1, 1.0), "wide": (0.1, 1.0)}  # C of scikit-learn
 WEIGHTS = ((1.0, 1.0), (1.0, 0.5), (0.5, 1.0), (1.0, 0.0), (0.0, 1.0))  # of head and wide
 # Kept unless another choice is clearly better: the genes at half the weight, since from few labels a reader of
 # thousands of genes learns less than one of 100 components.
@@ -276,11 +276,11 @@ def choose_readers(
 ) -> ReaderChoice:
     """Fit readers with all settings in all folds, and choose settings and a temperature by their out-of-fold loss.
 
-    The preferred settings (`PREFERRED`, or those of an earlier choice) are kept unless the mean loss of the best other settings is lower by more than the standard error of the
-    difference over cells (the one-standard-error rule of Breiman et al. 1984), since the best of many choices is
-    partly so by chance. The loss is log loss in nats, or for regression the squared error, at the best temperature of
-    the settings. Unlike accuracy, it differs between readers that are right about the same cells. The temperature is
-    that of `fit_temperature`.
+    The preferred settings (`PREFERRED`, or those of an earlier choice) are kept unless the mean loss of the best other
+    settings is lower by more than the standard error of the difference over cells (the one-standard-error rule of
+    Breiman et al. 1984), since the best of many choices is partly so by chance. The loss is log loss in nats, or for
+    regression the squared error, at the best temperature of the settings. Unlike accuracy, it differs between readers
+    that are right about the same cells. The temperature is that of `fit_temperature`.
 
     Parameters
     ----------
