@@ -7,7 +7,8 @@ cells of types absent from training are counted apart. "few": 5, 20 and 50 label
 rows; half of the other cells are test cells, and components are fitted on all cells of the training side. "zero":
 embeddings that saw no label, made of all cells of a set, by 15 neighbours and a linear probe in five folds, and the
 adjusted Rand index of Leiden clusters (mean of five seeds; resolution 1, and the best of five), with scVI beside them
-if it is installed. `--simulated` times `stformer-hf finetune` on made cells instead.
+if it is installed. `--simulated` times `stformer-hf finetune` on made cells instead, 2,100 or as many as it says, and
+scores it on others.
 
 Nothing that is fitted with labels, and with full and few labels nothing that is fitted at all, sees a test cell. The
 macro F1 is over the classes of the test cells, for all rows alike. Differences are paired by split and against the
@@ -40,12 +41,13 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
+from stformer_hf import annotate
 from stformer_hf.evaluation.evaluate_embedding import scvi_embedding
 
 from . import quality_baselines, quality_models
 from .data import _n_cores
 from .harness import private_mb
-from .quality_baselines import Baselines, LogView, ResidualView
+from .quality_baselines import Baselines, LogView, ResidualView, log_normalise, logistic
 from .quality_data import GROUP, LABEL, LABELS_PER_CLASS, SETS, Split, few_splits, full_splits, load, simulate
 from .quality_statistics import interval, scores
 
@@ -60,6 +62,7 @@ KEYS = ["table", "set", "labels", "split", "row"]
 NOT_WORSE_THAN = -0.01  # what an interval is to exclude with few labels
 RESOLUTIONS = (0.1, 0.25, 0.5, 1.0, 2.0)
 N_CLUSTERINGS = 5
+N_SIMULATED_TEST = 2_000
 SIMULATED_SECONDS = 60  # what `stformer-hf finetune` may take on simulated cells and 2 cores
 
 
@@ -76,7 +79,12 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--full", action="store_true", help="all cells of ifnb, instead of 3,000")
     parser.add_argument("--overwrite", action="store_true", help="compute again what the output file holds")
     parser.add_argument(
-        "--simulated", action="store_true", help="time `stformer-hf finetune` on simulated cells instead"
+        "--simulated",
+        nargs="?",
+        type=int,
+        const=2_100,
+        metavar="CELLS",
+        help="time `stformer-hf finetune` on so many simulated cells instead (2,100 without a number)",
     )
     parser.add_argument(
         "--output", type=Path, default="benchmark_quality.json", help="JSON file to write, or to resume"
@@ -84,7 +92,7 @@ def run(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     results = Results(args.output, args.overwrite)
     if args.simulated:
-        results.about["simulated"] = time_simulated()
+        results.about["simulated"] = time_simulated(n_cells=args.simulated)
         results.write()
         print(simulated_table(results.about["simulated"]))
         return
@@ -433,22 +441,27 @@ def _zero_rows(part: pd.DataFrame) -> list[dict[str, str]]:
 # ---------------------------------------------------------------------- simulated cells
 
 
-def time_simulated(flags: Sequence[str] = (), **settings: Any) -> dict[str, Any]:
+def time_simulated(flags: Sequence[str] = (), *, n_cells: int = 2_100, **settings: Any) -> dict[str, Any]:
     """Time `stformer-hf finetune` on simulated cells as a process, and logistic regression beside it.
+
+    Both are scored on 2,000 cells more.
 
     Parameters
     ----------
     flags : sequence of str
         Further ones of the command, which has its defaults otherwise.
+    n_cells : int, default: 2100
+        Training cells; `finetune` holds a tenth of them out, logistic regression reads the others.
     **settings
-        Arguments of `simulate`.
+        Other arguments of `simulate`.
     """
-    cells = simulate(**settings)
+    cells = simulate(n_cells + N_SIMULATED_TEST, **settings)
+    cells, test = cells[:n_cells].copy(), cells[n_cells:].copy()
     with tempfile.TemporaryDirectory() as folder:
-        data = f"{folder}/cells.h5ad"
+        data, model = f"{folder}/cells.h5ad", f"{folder}/model"
         cells.write_h5ad(data)
         command = [sys.executable, "-m", "stformer_hf.cli", "finetune", "--data", data, "--label_key", LABEL]
-        command += ["--output", f"{folder}/model", *flags]
+        command += ["--output", model, *flags]
         with open(f"{folder}/log", "w+") as log:
             began, peak = time.perf_counter(), 0.0
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
@@ -459,32 +472,41 @@ def time_simulated(flags: Sequence[str] = (), **settings: Any) -> dict[str, Any]
             if process.returncode:
                 log.seek(0)
                 raise RuntimeError(f"stformer-hf finetune failed:\n{log.read()[-3000:]}")
+        annotate(test, model)
+    true = test.obs[LABEL].astype(str).to_numpy()
+    trained = np.random.default_rng(0).permutation(n_cells)[: round(0.9 * n_cells)]
     began = time.perf_counter()
-    Baselines(cells.X, cells.obs[LABEL].astype(str).to_numpy(), cells.X[:0]).predict("lr", cells.X[:1])
+    values, labels = log_normalise(cells.X[trained]), cells.obs[LABEL].astype(str).to_numpy()[trained]
+    predicted = logistic().fit(values, labels).predict(log_normalise(test.X))
     return {
-        "cells": cells.n_obs,
-        "expressed genes": round(cells.X.nnz / cells.n_obs),
+        "cells": n_cells,
+        "expressed genes": round(cells.X.nnz / n_cells),
         "types": int(cells.obs[LABEL].nunique()),
         "finetune seconds": round(seconds, 1),
         "finetune peak MB": round(peak),
+        "finetune accuracy": float((test.obs["stformer_label"].astype(str) == true).mean()),
         "logistic regression seconds": round(time.perf_counter() - began, 1),
+        "logistic regression accuracy": float((predicted == true).mean()),
         "cores": _n_cores(),
     }
 
 
 def simulated_table(found: dict[str, Any]) -> str:
     """Return the times as markdown."""
+    wanted = f" (at most {SIMULATED_SECONDS} s wanted on 2)" if found["cells"] <= 2_100 else ""
     title = (
         f"### Simulated cells: {found['cells']:,} cells, {found['expressed genes']} expressed genes, {found['types']} "
-        f"types, {found['cores']} cores (at most {SIMULATED_SECONDS} s wanted on 2)\n\n"
+        f"types, {found['cores']} cores{wanted}\n\n"
     )
+    rows = {"finetune": "stformer-hf finetune", "logistic regression": "logistic regression"}
     return title + _markdown(
         [
             {
-                "": "stformer-hf finetune",
-                "seconds": str(found["finetune seconds"]),
-                "peak MB": str(found["finetune peak MB"]),
-            },
-            {"": "logistic regression", "seconds": str(found["logistic regression seconds"]), "peak MB": ""},
+                "": name,
+                "seconds": str(found[f"{row} seconds"]),
+                "peak MB": str(found.get(f"{row} peak MB", "")),
+                "accuracy": f"{found[f'{row} accuracy']:.4f}",
+            }
+            for row, name in rows.items()
         ]
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Callable, Collection
@@ -69,6 +70,7 @@ def guarded(
     Functions name their arguments in errors, as in `layer='counts'`; if such a name is a flag of the command's
     `module`, the flag is printed. Return the exit status: 0, 1 for an error, 130 if interrupted.
     """
+    _show_messages()
     try:
         run()
     except KeyboardInterrupt:
@@ -84,6 +86,13 @@ def guarded(
     finally:
         _leave_process_group()
     return 0
+
+
+def _show_messages() -> None:
+    """Print what the package logs, also where it is not a warning: about data that were left out, and long waits."""
+    logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)
+    if logging.lastResort is not None:  # prints messages to stderr, by default from warnings on
+        logging.lastResort.setLevel(logging.INFO)
 
 
 def _flags_of(module: str) -> set[str]:

@@ -16,15 +16,28 @@ from .metrics import classification_metrics
 logger = logging.getLogger(__name__)
 
 _ROWS_PER_BLOCK = 4096
+# Of a linear model of all genes: values to read (about 1 GB), and times its outputs (about a minute).
+_MOST_VALUES, _MOST_PRODUCTS = 40_000_000, 2_000_000_000
+_FEW_CELLS = 10_000  # are always read
+
+
+def most_cells_to_fit(lengths: np.ndarray, n_outputs: int) -> int:
+    """Return the number of cells that a linear model of all genes is fitted to, so that memory and time are bounded.
+
+    `lengths` (n,) are the numbers of expressed genes of the cells that there are.
+    """
+    values = min(_MOST_VALUES, _MOST_PRODUCTS / max(n_outputs, 1))
+    return max(_FEW_CELLS, int(values / max(lengths.mean(), 1)))
 
 
 def classification_baselines(
-    train: CellStore, held_out: CellStore, label: str, *, max_train_cells: int = 10_000, seed: int = 0
+    train: CellStore, held_out: CellStore, label: str, *, max_train_cells: int | None = None, seed: int = 0
 ) -> dict[str, float]:
     """Score simple classifiers of cells, for comparison with a model on the same cells.
 
     Both stores have the same genes, and the categorical column `label`; cells without a label are left out. If there
-    are more than `max_train_cells` training cells, a random subset of `seed` is used, and a warning is logged.
+    are more than `max_train_cells` training cells (default: `most_cells_to_fit`), a random subset of `seed` is used,
+    and a warning is logged.
 
     Returns
     -------
@@ -51,6 +64,8 @@ def classification_baselines(
         cells.obs[label].astype(str).to_numpy()[of] for cells, of in ((train, rows), (held_out, test_rows))
     )
     predicted = {"majority": predict_majority(labels, len(true))}
+    if max_train_cells is None:
+        max_train_cells = most_cells_to_fit(train.lengths[rows], len(np.unique(labels)))
     if len(rows) > max_train_cells:
         logger.warning(f"The baselines are fitted to {max_train_cells:,} of {len(rows):,} training cells.")
         chosen = np.sort(np.random.default_rng(seed).choice(len(rows), max_train_cells, replace=False))
@@ -113,4 +128,10 @@ def log_normalise(counts: sparse.sparray | np.ndarray, totals: np.ndarray | None
     return sparse.csr_array(scaled).log1p()
 
 
-__all__ = ["classification_baselines", "log_normalise", "predict_logistic_regression", "predict_majority"]
+__all__ = [
+    "classification_baselines",
+    "log_normalise",
+    "most_cells_to_fit",
+    "predict_logistic_regression",
+    "predict_majority",
+]

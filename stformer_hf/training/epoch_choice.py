@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from .calibration import OutOfFold
+from .log_lines import log_wait
 from .prepared_classifier import Finetuning, predict
 from .starts.classifier_start import start_classifier
 from .starts.labelled_cells import labelled_cells
@@ -19,6 +21,7 @@ from .starts.linear_readers import inner_folds
 
 MOST_EPOCHS = 3
 N_FOLDS = 2
+_STEPS_TIMED = 10
 FEW_LABELS = 50  # cells of the median class: with fewer, fine-tuning lowers the start more often than not
 
 
@@ -128,7 +131,7 @@ def _outputs_of_epochs(
     assert start  # without one, choose_epochs tries nothing
     cells, others = prepared.cells.select(train), prepared.cells.select(held_out)
     fold = replace(prepared, model=model, cells=cells, num_train_epochs=MOST_EPOCHS)
-    of_all = all(len(start[of.column].rows) == len(of.rows) for of in labelled_cells(model.config, labels))
+    of_all = all(len(start[of.column].rotated[0]) == len(of.rows) for of in labelled_cells(model.config, labels))
     rotated = {name: (of.rotated[0][np.isin(of.rows, train)], of.rotated[1]) for name, of in start.items()}
     start_classifier(
         model,
@@ -146,8 +149,14 @@ def _outputs_of_epochs(
         def on_train_begin(self, args, state, *_, **__) -> None:
             self.bar = tqdm(total=state.max_steps, desc="try fine-tuning", unit="step", disable=None)
 
-        def on_step_end(self, *_, **__) -> None:
+        def on_step_end(self, args, state, *_, **__) -> None:
             self.bar.update()
+            if state.global_step == 1:
+                self.began = time.monotonic()  # the first step takes longer
+            elif state.global_step == 1 + _STEPS_TIMED:
+                seconds = (time.monotonic() - self.began) / _STEPS_TIMED * state.max_steps
+                what = f"Trying {MOST_EPOCHS} epochs in one of {N_FOLDS} folds (num_train_epochs=0 skips this)"
+                log_wait(what, seconds)
 
         def on_epoch_end(self, *_, **__) -> None:
             outputs.append(predict(fold.model, fold.tokenizer, others))

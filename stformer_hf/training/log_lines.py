@@ -1,16 +1,20 @@
-"""LogLines: one readable line per log of a trainer, beside the progress bar."""
+"""LogLines: one readable line per log of a trainer, beside the progress bar; and lines about the time that is left."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from transformers.trainer_callback import ProgressCallback
 
+logger = logging.getLogger(__name__)
+
 _SHARES = ("share", "accuracy", "f1", "mfu")
 # Numbers that nobody looks at while a run is going on; they stay in trainer_state.json and the reports.
 _LEFT_OUT = ("total_flos", "grad_norm", "epoch", "peak_memory_gb")
+_SHORT = 20  # seconds: a shorter wait needs no line
 _LEFT_OUT_ENDS = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
 
 
@@ -71,10 +75,16 @@ def describe_logs(logs: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def log_wait(what: str, seconds: float) -> None:
+    """Log about how long something takes, if it takes long: where there is no terminal, no progress bar shows it."""
+    if seconds > _SHORT:
+        logger.info(f"{what} takes about {_duration(seconds)}.")
+
+
 def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-__all__ = ["LogLines", "describe_logs"]
+__all__ = ["LogLines", "describe_logs", "log_wait"]

@@ -1,6 +1,7 @@
 """Classifiers that start at linear models, and train on only where that helps."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ import torch
 from anndata import AnnData
 from safetensors.numpy import load_file
 from scipy import sparse
+from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 import stformer_hf as sf
@@ -22,10 +24,12 @@ from stformer_hf import (
     GeneBertForPhenotypicMLM,
     GeneTokenizer,
 )
-from stformer_hf.training import epoch_choice, finetuning
+from stformer_hf.evaluation import cell_baselines
+from stformer_hf.training import epoch_choice, finetuning, log_lines
 from stformer_hf.training.calibration import load_out_of_fold
 from stformer_hf.training.finetuning import finetune, predict, prepare_classifier
-from stformer_hf.training.starts.classifier_start import _log_values_of
+from stformer_hf.training.starts import classifier_start
+from stformer_hf.training.starts.classifier_start import _log_values_of, cell_states
 from stformer_hf.training.starts.linear_readers import log_softmax
 from stformer_hf.training.starts.spectral_start import count_blocks
 from stformer_hf.training.starts.spectral_views import log_values
@@ -119,6 +123,93 @@ def test_the_wide_head_is_the_logistic_regression_that_was_fitted(labelled, star
     expected = log_values(sparse.csr_array(labelled[:20].X.astype(float))) @ weight + bias
     full = labelled[:20].X.sum(axis=1).A1 > 0
     np.testing.assert_allclose(found[full], expected[full], atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def of_many(labelled, tmp_path_factory):
+    """The start of 238 cells, of which 40 choose the regularisation."""
+    folder = tmp_path_factory.mktemp("many")
+    cells = CellStore.build(folder / "store", labelled, obs=["type", "donor"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier_start, "MOST_CELLS_TO_CHOOSE", 40)
+        arguments = TrainingArguments(folder / "model", report_to="none")
+        return prepare_classifier(cells, "type", arguments, num_train_epochs=0)
+
+
+def log_values_and_types(labelled):
+    """Of the cells that have counts and a type, as `finetune` selects them."""
+    has = labelled.obs["type"].notna().to_numpy() & (labelled.X.sum(axis=1).A1 > 0)
+    return log_values(sparse.csr_array(labelled.X[has].astype(float))), labelled.obs["type"][has].cat.codes.to_numpy()
+
+
+def test_readers_are_fitted_to_all_cells_that_memory_allows(labelled, of_many, monkeypatch, caplog, tmp_path):
+    """A few cells choose the regularisation, and all are fitted; with less memory a subset, and that is said."""
+    expected = LogisticRegression(C=of_many.start[None].choice.wide, tol=1e-6, max_iter=5000)
+    expected.fit(*log_values_and_types(labelled))
+    weight = of_many.model.wide_head.genes.weight.detach().double().numpy()
+    np.testing.assert_allclose(weight, expected.coef_.T, atol=0.01)
+    arguments = TrainingArguments(tmp_path, report_to="none")
+    monkeypatch.setattr(classifier_start, "MOST_CELLS_TO_CHOOSE", 40)
+    monkeypatch.setattr(cell_baselines, "_FEW_CELLS", 50)
+    for name, most in (("_MOST_VALUES", 100.5), ("_MOST_PRODUCTS", 301.5)):
+        with monkeypatch.context() as patch:
+            patch.setattr(cell_baselines, name, most * of_many.cells.lengths.mean())
+            caplog.clear()
+            prepare_classifier(of_many.cells, "type", arguments, num_train_epochs=0)
+            assert "of genes is fitted to 100 of 238" in caplog.text
+            assert "of [CLS] is fitted to 100 of 238" in caplog.text
+
+
+def test_out_of_fold_predictions_are_of_readers_of_most_cells(labelled, of_many):
+    """Not of readers of the few cells that choose the regularisation, whose temperature would be too low."""
+    start = of_many.start[None]
+    choice, tested = start.choice, start.rows
+    assert 40 < len(tested) < 238  # one of the two folds
+    values, types = log_values_and_types(labelled)
+    states = cell_states(of_many.model, of_many.tokenizer, of_many.cells)
+    others = np.setdiff1d(np.arange(238), tested)
+    outputs = sum(
+        weight
+        * LogisticRegression(C=c, tol=1e-6, max_iter=5000).fit(x[others], types[others]).predict_log_proba(x[tested])
+        for x, c, weight in ((states, choice.head, choice.weights[0]), (values, choice.wide, choice.weights[1]))
+    )
+    expected = np.exp(log_softmax(outputs / choice.temperature))
+    np.testing.assert_allclose(np.exp(choice.out_of_fold), expected, atol=0.05)
+    np.testing.assert_array_equal(start.labels, types[tested])
+    known = of_many.out_of_fold
+    assert known.predictions.shape == (len(tested), 3) and known.distances.shape == (len(tested),)
+    assert of_many.model.config.temperature == choice.temperature
+
+
+def test_groups_stay_whole_in_the_choice_by_many_cells(labelled, of_many, monkeypatch, tmp_path):
+    """And all groups are predicted."""
+    monkeypatch.setattr(classifier_start, "MOST_CELLS_TO_CHOOSE", 40)
+    arguments, folds = TrainingArguments(tmp_path, report_to="none"), []
+    choose = classifier_start.choose_readers
+
+    def kept(problem, labels, its_folds, *args, **kwargs):
+        folds.append(its_folds)
+        return choose(problem, labels, its_folds, *args, **kwargs)
+
+    monkeypatch.setattr(classifier_start, "choose_readers", kept)
+    found = prepare_classifier(of_many.cells, "type", arguments, num_train_epochs=0, split_by="donor")
+    donors = found.cells.obs["donor"].to_numpy()
+    assert len(folds) == 2 and len(found.start[None].rows) == 238
+    for train, held_out, _ in folds[1]:
+        assert not set(donors[train]) & set(donors[held_out])
+
+
+def test_long_waits_are_announced(labelled, monkeypatch, caplog, tmp_path):
+    """Before the linear models are chosen, and before training is tried."""
+    monkeypatch.setattr(log_lines, "_SHORT", 0)
+    monkeypatch.setattr(epoch_choice, "FEW_LABELS", 10)
+    monkeypatch.setattr(epoch_choice, "_STEPS_TIMED", 2)
+    arguments = TrainingArguments(tmp_path, report_to="none", per_device_train_batch_size=32)
+    cells = CellStore.build(tmp_path / "store", labelled, obs=["type"])
+    with caplog.at_level("INFO", "stformer_hf"):
+        prepare_classifier(cells, "type", arguments)
+    assert re.search(r"Choosing linear models for 238 cells takes about \d+ s\.", caplog.text)
+    assert re.search(r"Trying 3 epochs in one of 2 folds .* takes about \d+ s\.", caplog.text)
 
 
 def test_the_model_says_what_its_readers_say_together(labelled, started):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import nn
 
 from ...batches.collate import pad, read_tokens
 from ...batches.evaluating import evaluating
+from ...evaluation.cell_baselines import most_cells_to_fit
 from ...evaluation.readers import rotate_genes
 from ...models.gene_bert.modeling_gene_bert import GeneBertForClassification
 from ...models.gene_bert.tokenization_gene_bert import GeneTokenizer
@@ -36,7 +38,7 @@ from .spectral_views import SpectralViews, fit_spectral_views, log_values, pears
 logger = logging.getLogger(__name__)
 
 MOST_CELLS_TO_CHOOSE = 3000
-MOST_CELLS_TO_FIT = 10_000
+MOST_CELLS_TO_RUN = 10_000  # through the layers of a trained encoder
 _OF_CLASSES = "single_label_classification"
 _ROTATED = 3000  # up to this many cells, genes are rotated before a fit
 
@@ -128,8 +130,10 @@ def start_classifier(
     Notes
     -----
     Starting the head at the linear solution: Kumar et al. 2022 (LP-FT). With more than 3,000 cells, a stratified
-    subset is used for the choice, and with more than 10,000 one for fitting the readers; the views are always fitted
-    to all cells.
+    subset is used for the choice of the regularisation, and then for the other choices the readers are fitted to four
+    fifths of more cells. The readers are fitted to all cells, or to as many as `most_cells_to_fit` allows
+    (about 47,000 with 850 expressed genes each); the head of a trained encoder to at most 10,000, since the encoder
+    must run on each. The views are always fitted to all cells.
     """
     config, embedding = model.config, cell_embedding_of(model)
     columns = labelled_cells(config, labels, balanced)
@@ -138,18 +142,31 @@ def start_classifier(
     views = fit_spectral_views(blocks, min(N_COMPONENTS, half)) if new_embedding else None
 
     learnt = {column.column: column for column in columns if not _is_constant(column)}
-    to_choose, to_fit = (
-        {name: column.rows[_subset(column.problem, column.labels, most, seed)] for name, column in learnt.items()}
-        for most in (MOST_CELLS_TO_CHOOSE, MOST_CELLS_TO_FIT)
-    )
+    to_choose: dict[str | None, np.ndarray] = {}
+    to_fit, to_fit_head = dict(to_choose), dict(to_choose)
+    for name, column in learnt.items():
+        most = most_cells_to_fit(cells.lengths[column.rows], column.problem.n_outputs)
+        most_of_head = most if views is not None else min(most, MOST_CELLS_TO_RUN)
+        for rows_of, n in ((to_choose, MOST_CELLS_TO_CHOOSE), (to_fit, most)):
+            rows_of[name] = column.rows[_subset(column.problem, column.labels, n, seed)]
+        of = column.labels_of(to_fit[name])
+        to_fit_head[name] = to_fit[name][_subset(column.problem, of, most_of_head, seed)]
     if views is None and learnt:
-        in_states = np.unique(np.concatenate([*to_choose.values(), *to_fit.values()]))
+        in_states = np.unique(np.concatenate([*to_choose.values(), *to_fit_head.values()]))
         states = cell_states(model, tokenizer, cells.select(in_states))
 
-    def read(rows: np.ndarray) -> tuple[sparse.csr_array, sparse.csr_array]:
-        found = cells.select(rows)
-        counts = sparse.csr_array(sparse.vstack(list(count_blocks(found, tokenizer, progress=False)())))
-        return counts, log_values(counts) if views is not None else _log_values_of(model, tokenizer, cells, counts)
+    def read(rows: np.ndarray) -> Iterator[tuple[sparse.csr_array, sparse.csr_array]]:
+        for counts in count_blocks(cells.select(rows), tokenizer, progress=False)():
+            known = views is not None
+            yield counts, log_values(counts) if known else _log_values_of(model, tokenizer, cells, counts)
+
+    def read_all(blocks: Iterable[tuple[sparse.csr_array, sparse.csr_array]]) -> tuple[sparse.csr_array, np.ndarray]:
+        values, of_cells = [], [np.zeros((0, 2 * half))]
+        for counts, of_block in blocks:
+            values.append(of_block)
+            if views is not None:
+                of_cells.append(scaled(views.transform(counts), half))
+        return _stack(values), np.concatenate(of_cells)
 
     parts: dict[str | None, _Part] = {}
     for name, rows in to_choose.items():
@@ -157,7 +174,7 @@ def start_classifier(
         if alike != name:
             parts[name] = parts[alike]
             continue
-        counts, values = read(rows)
+        counts, values = map(_stack, zip(*read(rows), strict=True))
         parts[name] = part = _Part(counts, values, rotate_genes(values) if rotated is None else rotated[name])
         if views is None:
             of_rows = states[np.searchsorted(in_states, rows)]
@@ -165,14 +182,17 @@ def start_classifier(
         elif choices is None:
             part.features = _features_of_views(counts, values, views, half)
 
-    if choices is None:
-        choices = {}
+    chooses = choices is None
+    choices = dict(choices or {})
+    if chooses:
         for name, column in learnt.items():
             problem, part, rows = column.problem, parts[name], to_choose[name]
             of = column.labels_of(rows)
             folds = inner_folds(problem, of, None if groups is None else groups[rows], seed)
             assert part.features is not None  # set above, where the choice is to be made
             choices[name] = choose_readers(problem, of, folds, part.features, part.rotated[0], needs_head=to_train)
+        for part in parts.values():
+            part.features = None  # it holds matrices
     if views is not None:
         set_views(embedding, views, config.initializer_range)
 
@@ -183,31 +203,67 @@ def start_classifier(
         if name not in learnt:
             readers.append((*_constant_readers(column, model), (1.0, 0.0), 1.0))
             continue
-        rows, fitted, part, choice = to_choose[name], to_fit[name], parts[name], choices[name]
-        if len(fitted) < len(column.rows):
-            logger.warning(f"The linear models are fitted to {len(fitted):,} of {len(column.rows):,} training cells.")
-        is_read, of = np.array_equal(fitted, rows), column.labels_of(fitted)
-        counts, values = (part.counts, part.values) if is_read else read(fitted)
+        rows, fitted, of_head, part = to_choose[name], to_fit[name], to_fit_head[name], parts[name]
+        for what, fewer in (("genes", fitted), ("[CLS]", of_head)):
+            if len(fewer) < len(column.rows):
+                n_cells = f"{len(fewer):,} of {len(column.rows):,} training cells"
+                logger.warning(f"The linear model of {what} is fitted to {n_cells}.")
+        is_read = np.array_equal(fitted, rows)
+        values, of_cells = read_all([(part.counts, part.values)] if is_read else read(fitted))
         if views is None:
-            of_cells = states[np.searchsorted(in_states, fitted)]
-        else:
-            of_cells = scaled(views.transform(counts), half)
+            of_cells = states[in_states.searchsorted(of_head)]
+        if chooses and len(of_head) > len(rows):
+            rows, choices[name] = _choose_again(
+                *(column, of_head, of_cells, values[fitted.searchsorted(of_head)]),
+                *(groups, seed, to_train, choices[name]),
+            )
+        choice = choices[name]
         with quick_fits():
-            head = problem.fit(of_cells, of, choice.head)
-            if is_read and len(rows) <= _ROTATED:
+            head = problem.fit(of_cells, column.labels_of(of_head), choice.head)
+            if is_read and len(fitted) <= _ROTATED:
                 features, to_genes = part.rotated
-                wide = problem.fit(features, of, choice.wide)
+                wide = problem.fit(features, column.labels_of(fitted), choice.wide)
                 wide.weight = to_genes(wide.weight)
             else:
-                wide = problem.fit(values, of, choice.wide)
+                wide = problem.fit(values, column.labels_of(fitted), choice.wide)
         readers.append((head, wide, choice.weights, choice.temperature))
-        means = centroids(of_cells, of).astype(np.float32) if problem.kind == _OF_CLASSES else None
-        starts[name] = ClassifierStart(choice, rows, column.labels_of(rows), part.rotated, means)
+        means = centroids(of_cells, column.labels_of(of_head)) if problem.kind == _OF_CLASSES else None
+        starts[name] = ClassifierStart(
+            choice, rows, column.labels_of(rows), part.rotated, None if means is None else means.astype(np.float32)
+        )
     heads, wides, weights, temperatures = zip(*readers, strict=True)
     _write(model, heads, wides)
     config.reader_weights = [float(weight) for pair in weights for weight in pair]
     config.temperature = [float(of) for of in temperatures] if config.label_columns else float(temperatures[0])
     return starts
+
+
+def _choose_again(
+    column: LabelledCells,
+    rows: np.ndarray,
+    of_cells: np.ndarray,
+    values: sparse.csr_array,
+    groups: np.ndarray | None,
+    seed: int,
+    needs_head: bool,
+    earlier: ReaderChoice,
+) -> tuple[np.ndarray, ReaderChoice]:
+    """Choose the weights of the readers and the temperature for readers that are fitted to more cells.
+
+    They are fitted to four fifths of the cells, and predict the others, of which 3,000 are enough; by groups, all five
+    fifths are predicted. The earlier choice, from fewer cells, has a temperature that is too low. Return the rows that
+    were predicted, and the choice.
+    """
+    labels = column.labels_of(rows)
+    folds = inner_folds(column.problem, labels, None if groups is None else groups[rows], seed)
+    if groups is None:
+        folds = folds[: math.ceil(len(folds) * MOST_CELLS_TO_CHOOSE / len(rows))]
+    choice = choose_readers(
+        *(column.problem, labels, folds, lambda train, held_out: (of_cells[train], of_cells[held_out]), values),
+        needs_head=needs_head,
+        earlier=earlier,
+    )
+    return rows[np.unique(np.concatenate([held_out for _, held_out, _ in folds]))], choice
 
 
 @dataclass
@@ -218,6 +274,10 @@ class _Part:
     values: sparse.csr_array
     rotated: Rotated
     features: FoldFeatures | None = None
+
+
+def _stack(blocks: Sequence[sparse.csr_array]) -> sparse.csr_array:
+    return blocks[0] if len(blocks) == 1 else sparse.csr_array(sparse.vstack(blocks))
 
 
 def _is_constant(column: LabelledCells) -> bool:

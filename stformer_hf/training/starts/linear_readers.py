@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,8 @@ from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, Str
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
+from ..log_lines import log_wait
+
 # (training rows, validation rows) -> features of both, fitted to the training rows.
 FoldFeatures = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -34,7 +37,7 @@ class _Settings(TypedDict):
 
 
 N_FOLDS = 5
-PENALTIES = {"head": (0.1, 1.0), "wide": (0.1, 1.0)}  # C of scikit-learn
+PENALTIES: dict[str, tuple[float, ...]] = {"head": (0.1, 1.0), "wide": (0.1, 1.0)}  # C of scikit-learn
 WEIGHTS = ((1.0, 1.0), (1.0, 0.5), (0.5, 1.0), (1.0, 0.0), (0.0, 1.0))  # of head and wide
 # Kept unless another choice is clearly better: the genes at half the weight, since from few labels a reader of
 # thousands of genes learns less than one of 100 components.
@@ -267,16 +270,17 @@ def choose_readers(
     labels: np.ndarray,
     folds: Sequence[tuple[np.ndarray, np.ndarray, int]],
     head_features: FoldFeatures,
-    gene_features: np.ndarray,
+    gene_features: np.ndarray | sparse.csr_array,
     needs_head: bool = False,
+    earlier: ReaderChoice | None = None,
 ) -> ReaderChoice:
     """Fit readers with all settings in all folds, and choose settings and a temperature by their out-of-fold loss.
 
-    `PREFERRED` is kept unless the mean loss of the best other settings is lower by more than the standard error of the
-    difference over cells (the one-standard-error rule of Breiman et al. 1984), since the best of many choices is
-    partly so by chance. The loss is log loss in nats, or for regression the squared error, at the best temperature of
-    the settings. Unlike accuracy, it differs between readers that are right about the same cells. The temperature is
-    that of `fit_temperature`.
+    The preferred settings (`PREFERRED`, or those of an earlier choice) are kept unless the mean loss of the best other
+    settings is lower by more than the standard error of the difference over cells (the one-standard-error rule of
+    Breiman et al. 1984), since the best of many choices is partly so by chance. The loss is log loss in nats, or for
+    regression the squared error, at the best temperature of the settings. Unlike accuracy, it differs between readers
+    that are right about the same cells. The temperature is that of `fit_temperature`.
 
     Parameters
     ----------
@@ -286,31 +290,49 @@ def choose_readers(
         From `inner_folds`.
     head_features : callable
         (training rows, validation rows) -> features of both, fitted to the training rows.
-    gene_features : float array (n, d)
-        Features of the wide reader, from `rotate_genes`.
+    gene_features : float array or csr_array (n, d)
+        Features of the wide reader: from `rotate_genes`, or the log values of the genes.
     needs_head : bool, default: False
         Whether the weight of the head must be above 0.
+    earlier : ReaderChoice, optional
+        Choice from fewer cells: its regularisation is kept.
+
+    Returns
+    -------
+    ReaderChoice
+        Its `out_of_fold` and `distances` are those of the cells that are in a validation fold, by ascending row.
     """
+    preferred, penalties = PREFERRED, PENALTIES
+    if earlier is not None:
+        preferred = {"head": earlier.head, "wide": earlier.wide, "weights": earlier.weights}
+        penalties = {"head": (earlier.head,), "wide": (earlier.wide,)}
     gene_features = gene_features.astype(np.float32)  # twice as fast, and the last digits do not change a choice
     n_repeats = 1 + max(repeat for _, _, repeat in folds)
-    every = np.concatenate([labels] * n_repeats)
+    tested = np.unique(np.concatenate([held_out for _, held_out, _ in folds]))
+    every = np.concatenate([labels[tested]] * n_repeats)
     shape = (len(every), problem.n_outputs)
-    heads, wides = ({penalty: np.zeros(shape) for penalty in PENALTIES[reader]} for reader in ("head", "wide"))
+    heads, wides = ({penalty: np.zeros(shape) for penalty in penalties[reader]} for reader in ("head", "wide"))
     of_classes = problem.kind == "single_label_classification"
-    distances = np.zeros((n_repeats, len(labels))) if of_classes else None
+    distances = np.zeros(len(every)) if of_classes else None
 
     def fit_fold(fold: tuple[np.ndarray, np.ndarray, int]) -> None:
         train, held_out, repeat = fold
         of_train, of_held_out = head_features(train, held_out)
+        at = repeat * len(tested) + tested.searchsorted(held_out)
         of_both = ((heads, of_train, of_held_out), (wides, gene_features[train], gene_features[held_out]))
         for readers, known, others in of_both:
             for penalty, outputs in readers.items():
-                outputs[repeat * len(labels) + held_out] = problem.fit(known, labels[train], penalty, "choice")(others)
+                outputs[at] = problem.fit(known, labels[train], penalty, "choice")(others)
         if distances is not None:
-            distances[repeat, held_out] = cdist(of_held_out, centroids(of_train, labels[train])).min(axis=1)
+            distances[at] = cdist(of_held_out, centroids(of_train, labels[train])).min(axis=1)
 
-    with quick_fits(), ThreadPoolExecutor(min(torch.get_num_threads(), len(folds))) as pool:
-        list(tqdm(pool.map(fit_fold, folds), "choose linear models", len(folds), unit="fold", disable=None))
+    n_threads, began = min(torch.get_num_threads(), len(folds)), time.monotonic()
+    with quick_fits(), ThreadPoolExecutor(n_threads) as pool:
+        fits = pool.map(fit_fold, folds)
+        for i, _ in enumerate(tqdm(fits, "choose linear models", len(folds), unit="fold", disable=None)):
+            if i == 0:
+                seconds = (time.monotonic() - began) * len(folds) / n_threads
+                log_wait(f"Choosing linear models for {len(labels):,} cells", seconds)
 
     temperatures = (1.0,) if problem.kind == "regression" else _TEMPERATURES
     tried: list[tuple[np.ndarray, _Settings]] = []
@@ -321,9 +343,9 @@ def choose_readers(
             losses = [problem.loss(both / t, every).reshape(n_repeats, -1).mean(axis=0) for t in temperatures]
             tried.append((min(losses, key=np.mean), {"head": head, "wide": wide, "weights": weights}))
     best = min(tried, key=lambda one: one[0].mean())
-    usual = next(one for one in tried if one[1] == PREFERRED)
+    usual = next(one for one in tried if one[1] == preferred)
     gain = usual[0] - best[0]
-    chosen = best[1] if gain.mean() > gain.std(ddof=1) / np.sqrt(len(gain)) else PREFERRED
+    chosen = best[1] if gain.mean() > gain.std(ddof=1) / np.sqrt(len(gain)) else preferred
     both = problem.combine(heads[chosen["head"]], wides[chosen["wide"]], chosen["weights"])
     temperature = fit_temperature(problem, both, every)
     outputs = both / temperature
@@ -337,7 +359,7 @@ def choose_readers(
         loss=loss,
         score=score,
         out_of_fold=outputs.astype(np.float32),
-        distances=None if distances is None else distances.mean(axis=0).astype(np.float32),
+        distances=None if distances is None else distances.reshape(n_repeats, -1).mean(axis=0).astype(np.float32),
     )
 
 
