@@ -109,6 +109,7 @@ def spectral_start(cells: AnnData, seed: int):
 
     symbols = dict(zip(cells.var["gene_symbol"], cells.var_names, strict=True)) if "gene_symbol" in cells.var else None
     tokenizer = GeneTokenizer(cells.var_names.tolist(), symbols=symbols, whole_cell=True, max_length=8)
+    tokenizer.min_coverage = 0.05  # the demo's cells have 765 genes
     torch.manual_seed(seed)
     model = GeneBertModel(GeneBertConfig.from_tokenizer(tokenizer, size="tiny"))
     initialise_from_store(model, tokenizer, cells)
