@@ -27,7 +27,7 @@ from ..genes.unite import FATES
 from ..genes.whole_files import part_of, whole_file
 from ..sources.matrices import Matrix
 from ..sources.obs_columns import as_arrow
-from ..sources.open_source import checked_blocks
+from ..sources.open_source import AlignedCounts
 from ..sources.same_cells import describe, row_totals
 from . import compact_rows
 
@@ -143,62 +143,23 @@ def count_type_of(counts: np.ndarray, name: str) -> str:
 
 
 @dataclass
-class Piece:
-    """A range of cells of one source, and all that any process needs to write it.
+class Piece(AlignedCounts):
+    """A range of cells of one source, and all that any process needs to write it."""
 
-    Attributes
-    ----------
-    record : Path
-        File that exists once the piece is written; the names of its shards begin with its stem.
-    source : int
-        Number of the source.
-    name, counts_in : str
-        Name of the source, and of the layer with its counts, for messages.
-    matrix : Matrix
-        Counts of the source.
-    start, stop : int
-        Range of cells of the source.
-    genes, fates : int array (n_columns,)
-        Row of the gene table, and fate (`genes.unite`), of each column.
-    n_genes : int
-        Length of the gene table.
-    obs_names : Arrow string array (stop - start,)
-        Names of the cells.
-    obs : dict of str to Arrow array (stop - start,) or None
-        Obs columns.
-    neighbors : Matrix or None
-        Graph of the source's cells.
-    first_row : int
-        Row in the store of the source's first cell; added to the numbers of its neighbours.
-    format : RowFormat
-        Columns; writing starts with its count type.
-    fractional : bool
-        Whether counts may be fractions.
-    rows_per_batch, rows_per_shard : int
-        Cells per record batch, and per file.
-    describe : bool
-        Whether to write descriptions of the cells, too, by which duplicates are found (`same_cells.describe`).
-    """
-
-    record: Path
+    record: Path  # exists once the piece is written; the names of its shards begin with its stem
     source: int
-    name: str
-    counts_in: str
-    matrix: Matrix
     start: int
     stop: int
-    genes: np.ndarray
-    fates: np.ndarray
-    n_genes: int
+    fates: np.ndarray  # of each column, see `genes.unite`
+    n_genes: int  # length of the gene table
     obs_names: pa.Array | pa.ChunkedArray
     obs: dict[str, pa.Array | pa.ChunkedArray | None]
-    neighbors: Matrix | None
-    first_row: int
-    format: RowFormat
-    fractional: bool
+    neighbors: Matrix | None  # graph of the source's cells
+    first_row: int  # of the source in the store; added to the numbers of its neighbours
+    format: RowFormat  # writing starts with its count type
     rows_per_batch: int
     rows_per_shard: int
-    describe: bool = False
+    describe: bool = False  # write descriptions of the cells, too, which find duplicates (`same_cells.describe`)
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -227,18 +188,9 @@ def write_piece(piece: Piece, progress: Callable[[int], object] = lambda n_cells
             name: as_arrow(piece.obs[name], kind, piece.stop - piece.start)
             for name, kind in _obs_types(piece.format).items()
         }
-        blocks = checked_blocks(
-            piece.matrix,
-            piece.name,
-            piece.counts_in,
-            piece.fractional,
-            piece.rows_per_batch,
-            piece.start,
-            piece.stop,
-        )
         at, described = 0, [np.empty((0, 2), np.float32)]
         try:
-            for block in blocks:
+            for block in piece.blocks(piece.rows_per_batch, piece.start, piece.stop):
                 totals = row_totals(block) if piece.describe else block.data
                 per_fate += _sums(block, piece.fates, totals)
                 block = align(block, piece.genes, piece.n_genes)
