@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
 import tempfile
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,38 +18,28 @@ from anndata import AnnData
 from scipy import sparse
 from tqdm.auto import tqdm
 
-from ..genes.gene_table import GeneTable
 from ..genes.wrong_names import must_have
 from ..sources.formats import local_path, remote_folder
-from ..sources.same_cells import find_twins_of_store, join_groups
-from .arrow_rows import ArrowRows
+from ..sources.same_cells import find_twins_of_store
 from .block_order import block_order
 from .cell_batch import Cell, CellBatch, names_key
+from .coverage import coverage, print_coverage
 from .hub import push_files
 from .join import join_stores
 from .neighborhoods import sum_groups
+from .opening import open_files, read_manifest
 from .remote_files import RemoteFolder
-from .replacing import building_of, recover
 from .row_numbers import row_numbers
 from .shards import checksum
+from .splits import split_cells, split_groups
 from .token_writer import ROWS_PER_SHARD as TOKEN_ROWS_PER_SHARD
 from .token_writer import write_tokens
-from .writer import (
-    COMPACT_FORMAT_VERSION,
-    FORMAT_VERSION,
-    ROWS_PER_BATCH,
-    ROWS_PER_SHARD,
-    BuildSettings,
-    coverage,
-    write_store,
-)
+from .writer import ROWS_PER_BATCH, ROWS_PER_SHARD, BuildSettings, write_store
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 logger = logging.getLogger(__name__)
-
-_MOST_SOURCES_PRINTED = 20
 
 
 class CellStore:
@@ -94,38 +82,14 @@ class CellStore:
     """
 
     def __init__(self, path: str | Path | RemoteFolder):
-        address = None if isinstance(path, RemoteFolder) else remote_folder(path)
-        if address is not None:
-            path = RemoteFolder(address)
-        self.path: Any = path if isinstance(path, RemoteFolder) else Path(os.path.abspath(local_path(path)))
-        self.manifest: dict[str, Any] = _read_manifest(self.path)
+        if not isinstance(path, RemoteFolder):
+            address = remote_folder(path)
+            path = Path(os.path.abspath(local_path(path))) if address is None else RemoteFolder(address)
+        self.path: Any = path
+        self.manifest: dict[str, Any] = read_manifest(self.path)
         self._index: np.ndarray | None = None  # for a selection: its rows in the whole store
         self._gives_neighborhoods = False
-        self._open()
-
-    def _open(self) -> None:
-        files, shards = [self.manifest["gene_table"], *self.manifest["shards"]], self.manifest["shards"]
-        if self.is_remote:
-            self.path.pin(files)
-        for shard in files:
-            file = self.path / shard["file"]
-            size = file.size if self.is_remote else file.stat().st_size if file.exists() else 0
-            if size != shard["bytes"]:
-                raise ValueError(
-                    f"{file} has {size} bytes instead of {shard['bytes']}: it was truncated or replaced. "
-                    "Copy the store again, or rebuild it."
-                )
-        # Read now: if the store were replaced while it is open, its old rows would get the new names.
-        table = (self.path / "genes.parquet").read_bytes()
-        try:
-            self.genes = GeneTable.from_parquet(io.BytesIO(table))
-        except (OSError, ValueError) as error:  # Arrow's errors are subclasses of these
-            raise ValueError(f"{self.path / 'genes.parquet'} is damaged: {error}. Copy the store again.") from error
-        self._rows = ArrowRows(
-            [self.path / shard["file"] for shard in shards],
-            [shard["neighbor_shift"] for shard in shards],
-            self.is_compact,
-        )
+        self.genes, self._rows = open_files(self.path, self.manifest)
 
     def __getstate__(self) -> dict:
         kept = ("path", "manifest", "_index", "_gives_neighborhoods")
@@ -138,7 +102,7 @@ class CellStore:
             self.path.versions = versions
         else:
             self.must_be_unchanged()  # else cells of another store could be read in place of the selected ones
-        self._open()
+        self.genes, self._rows = open_files(self.path, self.manifest)
 
     def __len__(self) -> int:
         return len(self._rows) if self._index is None else len(self._index)
@@ -236,10 +200,9 @@ class CellStore:
     @cached_property
     def _columns(self) -> dict[str, np.ndarray]:
         """Obs columns of the whole store; categorical ones as codes of few bytes, -1 where missing."""
+        n_classes = {name: len(classes) for name, classes in self.categories.items()}
         return {
-            name: self._rows.codes(name, len(self.categories[name]))
-            if name in self.categories
-            else self._rows.column(name)
+            name: self._rows.codes(name, n_classes[name]) if name in n_classes else self._rows.column(name)
             for name in self.manifest["obs"]
         }
 
@@ -263,9 +226,7 @@ class CellStore:
         IndexError
             A row number is outside the store, or a mask has another length.
         """
-        rows = self._row_numbers(index)
-        indptr, genes, counts = self._gather(rows)
-        return _csr(indptr, genes, counts, len(self.genes))
+        return _csr(*self._gather(self._row_numbers(index)), len(self.genes))
 
     def neighbors(self, index) -> sparse.csr_array:
         """Read the neighbours of cells.
@@ -316,22 +277,20 @@ class CellStore:
         row = int(row)
         batch = self.__getitems__([row])
         cell = {"genes": batch.genes, "counts": batch.counts, "cell_id": int(batch.cell_id[0])}
-        cell["obs_name"] = self.obs.index[row]
-        return Cell({**cell, **{name: self.obs[name].iat[row] for name in self.obs}}, batch)
+        obs = {name: self.obs[name].iat[row] for name in self.obs}
+        return Cell({**cell, "obs_name": self.obs.index[row], **obs}, batch)
 
     def __getitems__(self, index: Sequence[int] | np.ndarray) -> CellBatch:
         """Return a batch of cells for a collator (torch's `DataLoader` calls this with the row numbers of a batch)."""
         rows = self._row_numbers(index)
         indptr, genes, counts = self._gather(rows)
+        obs = {name: values[rows] for name, values in self._columns.items()}
         return CellBatch(
             indptr=indptr,
             genes=genes,
             counts=counts,
             cell_id=rows,
-            obs={
-                name: values[rows].astype(np.int64) if name in self.categories else values[rows]
-                for name, values in self._columns.items()
-            },
+            obs={name: of.astype(np.int64) if name in self.categories else of for name, of in obs.items()},
             categories=self.categories,
             gene_ids=self.gene_ids,
             symbols=self.genes.symbols,
@@ -432,31 +391,13 @@ class CellStore:
         ValueError
             The column does not exist, cells have no value in it, or it has fewer than two groups.
         """
-        from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit  # a second of imports
-
         twins = self.twins()
         if by is None:
-            firsts, of_cell = np.unique(twins, return_index=True, return_inverse=True)[1:]
-            _, chosen = next(ShuffleSplit(1, test_size=test_size, random_state=seed).split(firsts))
-            held_out = np.isin(of_cell, chosen)
-            train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+            train, test = split_cells(twins, test_size, seed)
         else:
             must_have(self.obs, "obs", by)
-            groups = self.obs[by]
-            if groups.isna().any():
-                raise ValueError(f"{int(groups.isna().sum())} cells have no {by!r}: remove them with select first.")
-            if groups.nunique() < 2:
-                raise ValueError(f"All cells have the same {by!r}: nothing to hold out.")
-            groups = groups.astype(str).to_numpy()
-            if len(np.unique(twins)) < len(twins):
-                groups = join_groups(groups, twins)
-                if len(np.unique(groups)) < 2:
-                    raise ValueError(
-                        f"All groups of {by!r} share cells (same barcode and counts): remove the duplicates first."
-                    )
-            splitter = GroupShuffleSplit(1, test_size=test_size, random_state=seed)
-            train, test = next(splitter.split(np.arange(len(self)), groups=groups))
-        return {"train": self.select(np.sort(train)), "test": self.select(np.sort(test))}
+            train, test = split_groups(twins, self.obs[by], test_size, seed)
+        return {"train": self.select(train), "test": self.select(test)}
 
     def twins(self) -> np.ndarray:
         """Find duplicated cells: those with equal barcode and equal counts.
@@ -652,7 +593,7 @@ class CellStore:
         write_store(local_path(path), sources, settings, overwrite=overwrite)
         store = cls(path)
         if report:
-            store._report(store.manifest["sources"])
+            print_coverage(store.manifest["sources"], len(store))
         return store
 
     def append(
@@ -700,7 +641,7 @@ class CellStore:
         write_store(self.path, sources, settings, base=self)
         n_sources = len(self.manifest["sources"])
         self.__dict__ = {**CellStore(self.path).__dict__, "_gives_neighborhoods": self._gives_neighborhoods}
-        self._report(self.manifest["sources"][n_sources:])
+        print_coverage(self.manifest["sources"][n_sources:], len(self))
 
     @classmethod
     def join(cls, path: str | Path, paths: Sequence[str | Path], *, overwrite: bool = False) -> CellStore:
@@ -882,12 +823,11 @@ class CellStore:
 
     def must_be_unchanged(self) -> None:
         """Raise ValueError if the store at the path is no longer the one that was opened."""
-        if _read_manifest(self.path.now() if self.is_remote else self.path) != self.manifest:
+        if read_manifest(self.path.now() if self.is_remote else self.path) != self.manifest:
             raise ValueError(f"{self.path} was replaced after this object opened it: open it again.")
 
     @cached_property
     def _names_key(self) -> str:
-        """Checksum of the names of genes and categories, to detect that another store took this one's place."""
         return names_key(self.manifest)
 
     def _must_be_local(self, to_be: str) -> None:
@@ -898,8 +838,7 @@ class CellStore:
             )
 
     @property
-    def _is_joined(self) -> bool:
-        """Whether shards are in other folders."""
+    def _is_joined(self) -> bool:  # with shards in other folders
         return any(os.path.dirname(shard["file"]) for shard in self.manifest["shards"])
 
     def _must_be_whole(self, to_do: str) -> None:
@@ -908,71 +847,11 @@ class CellStore:
         if self._is_joined:
             raise ValueError(f"{self.path} is joined from others: {to_do} a saved copy of it (store.save).")
 
-    def _report(self, sources: Sequence[Mapping[str, Any]]) -> None:
-        """Print how the genes of the sources were matched, and log how many cells are empty."""
-        table = coverage(sources)
-        for row in table.head(_MOST_SOURCES_PRINTED).reset_index().to_dict("records"):
-            print(f"{row['source']}: {row['cells']:,} cells, {row['genes']:,} genes, {_in_words(row)}")
-        if len(table) > _MOST_SOURCES_PRINTED:
-            print(f"… and {len(table) - _MOST_SOURCES_PRINTED} more sources: see store.coverage")
-        repeated = sum(source["n_columns"] - source["n_genes"] for source in sources)
-        if repeated:
-            logger.warning(f"{repeated} columns repeat the gene id of another; their counts are summed.")
-        n_empty = sum(source["n_empty"] for source in sources)
-        if n_empty:
-            logger.warning(f"{n_empty} of {len(self)} cells have no counts; they are kept, and training skips them.")
-
-
-def _in_words(row: Mapping[str, Any]) -> str:
-    """Return how the columns of a source were matched to genes; `row` is one of `coverage`."""
-    ways = {
-        "kept": "by Ensembl id",
-        "mapped": "mapped to the ids of other sources or of aliases",
-        "unmapped": "kept under their names: no Ensembl id in the file",
-    }
-    found = [fate for fate in ways if row[fate]]
-    if len(found) < 2:
-        return ways[found[0]] if found else "no columns"
-    return "; ".join(f"{row[fate]:,} ({row[f'counts {fate}']:.1%} of the counts) {ways[fate]}" for fate in found)
-
 
 def _csr(indptr: np.ndarray, columns: np.ndarray, values: np.ndarray, n_columns: int) -> sparse.csr_array:
     index_type = np.int64 if max(len(columns), n_columns) > np.iinfo(np.int32).max else np.int32
     indices = (values, columns.astype(index_type), indptr.astype(index_type))
     return sparse.csr_array(indices, shape=(len(indptr) - 1, n_columns))
-
-
-def _read_manifest(path: Path | RemoteFolder) -> dict:
-    manifest = json.loads(_remote_manifest(path) if isinstance(path, RemoteFolder) else _local_manifest(path))
-    readable = (FORMAT_VERSION, COMPACT_FORMAT_VERSION)
-    if manifest["format_version"] not in readable:
-        remedy = "Update stformer_hf." if manifest["format_version"] > max(readable) else "Rebuild it."
-        raise ValueError(
-            f"{path} has store format {manifest['format_version']}; this version reads {FORMAT_VERSION} and "
-            f"{COMPACT_FORMAT_VERSION}. {remedy}"
-        )
-    return manifest
-
-
-def _remote_manifest(path: RemoteFolder) -> bytes:
-    try:
-        return (path / "manifest.json").read_bytes()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"There is no CellStore at {path}: it has no manifest.json.") from error
-
-
-def _local_manifest(path: Path) -> bytes:
-    file = path / "manifest.json"
-    if not path.exists() and path.with_name(f".{path.name}.old").exists():
-        time.sleep(0.2)  # another process may be replacing it just now
-        recover(path)
-    if not file.exists():
-        if building_of(path).exists():
-            raise FileNotFoundError(
-                f"{path} is incomplete: its build was interrupted. Call CellStore.build again to resume it."
-            )
-        raise FileNotFoundError(f"There is no CellStore at {path}; create one with CellStore.build.")
-    return file.read_bytes()
 
 
 __all__ = ["CellStore"]

@@ -23,9 +23,10 @@ from ..genes.whole_files import whole_file
 from ..genes.wrong_names import must_have
 from ..sources.stored_cells import StoredCells
 from .engines import check_engine, run_tasks, runs_here
+from .manifest import write_dataset_files
 from .replacing import Contents, check_free, recover, written_at
 from .shards import checksum, gene_type, read_batches, told_when_full, write_json
-from .writer import prepare, write_dataset_files
+from .writer import prepare
 
 if TYPE_CHECKING:
     from datasets import Features
