@@ -29,7 +29,7 @@ def write_manifest(
         folder / "manifest.json",
         {
             "format_version": COMPACT_FORMAT_VERSION if row_format.compact else FORMAT_VERSION,
-            "written_by": f"stformer_hf {version('stformer_hf')}",
+            "written_by": written_by(),
             **facts,
             "n_genes": len(genes),
             "n_counts": sum(source["n_counts"] for source in facts["sources"]),
@@ -66,4 +66,9 @@ def write_dataset_files(folder: Path, features: Features, shards: list[dict]) ->
     )
 
 
-__all__ = ["COMPACT_FORMAT_VERSION", "FORMAT_VERSION", "write_dataset_files", "write_manifest"]
+def written_by() -> str:
+    """Return name and version of this package."""
+    return f"stformer_hf {version('stformer_hf')}"
+
+
+__all__ = ["COMPACT_FORMAT_VERSION", "FORMAT_VERSION", "write_dataset_files", "write_manifest", "written_by"]
