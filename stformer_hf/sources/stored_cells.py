@@ -73,7 +73,7 @@ class StoredCells(Protocol):
         """Return the weights of the neighbours of cells, (n_cells, len(self))."""
 
     def must_be_unchanged(self) -> None:
-        """Raise a RuntimeError if the store was replaced since it was opened."""
+        """Raise ValueError if the store was replaced since it was opened."""
 
 
 def store_layers(store: StoredCells) -> list[Layer]:

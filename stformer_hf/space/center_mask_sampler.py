@@ -31,6 +31,8 @@ from .spatial_metadata import (
     as_names,
     column_of,
     match_cells,
+    read_embeds,
+    read_indices,
     read_points,
     read_sections,
     read_types,
@@ -176,11 +178,11 @@ class CenterMaskSampler(Dataset):
         self._expression = CellExpression(adata, normalize)
         self._keys = pd.util.hash_array(as_names(names).to_numpy(), categorize=False)
         self._rows = match_cells(names, self._expression.names, cell_id_colname)
-        self._cell_embeds = None if cell_embeds is None else _checked_embeds(cell_embeds, len(names))
+        self._cell_embeds = None if cell_embeds is None else read_embeds(cell_embeds, len(names))
         self.n_genes = self._expression.n_genes
         self.gene_ids = _gene_ids(adata)
         self.n_cell_types = int(self._types.max(initial=-1)) + 1
-        self.indices = _chosen(indices, len(points))
+        self.indices = read_indices(indices, len(points))
         candidates = np.unique(self.indices) if neighbors_from == "indices" else None
         self._index = NeighborIndex(
             points,
@@ -474,27 +476,6 @@ class CenterMaskSampler(Dataset):
         self.indices = self.indices[kept]
 
 
-def _chosen(indices: Sequence[int] | np.ndarray | None, n: int) -> np.ndarray:
-    """Convert `indices` to rows of metadata: int64 array."""
-    if indices is None:
-        return np.arange(n)
-    rows = np.asarray(indices)
-    if rows.ndim != 1:
-        raise IndexError(f"indices must be one list of rows of metadata, got the shape {rows.shape}.")
-    if rows.dtype == bool:
-        if len(rows) != n:
-            raise IndexError(f"The mask indices has {len(rows)} values; metadata has {n} rows.")
-        return np.flatnonzero(rows)
-    if not len(rows):
-        return np.empty(0, np.int64)
-    if rows.dtype.kind not in "iu":
-        raise IndexError(f"indices must be rows of metadata or a boolean mask, got {rows.dtype}.")
-    outside = rows[(rows < -n) | (rows >= n)]
-    if len(outside):
-        raise IndexError(f"indices contain row {outside[0]}, but metadata has {n} rows.")
-    return rows.astype(np.int64) % n
-
-
 def _gene_ids(adata: AnnData | CellStore) -> list[str] | None:
     """Return the gene of each column; None if columns are only numbered."""
     if isinstance(adata, CellStore):
@@ -503,19 +484,6 @@ def _gene_ids(adata: AnnData | CellStore) -> list[str] | None:
         return resolve_genes(adata.var_names, adata.var).gene_ids.tolist()
     except ValueError:  # row numbers
         return None
-
-
-def _checked_embeds(embeds: np.ndarray, n: int) -> np.ndarray:
-    """Check embeddings: float32 array (n, d)."""
-    embeds = np.asarray(embeds, np.float32)
-    if embeds.ndim != 2 or len(embeds) != n:
-        raise ValueError(
-            f"cell_embeds has the shape {embeds.shape}, but one row is needed for each of the {n} rows of metadata."
-        )
-    wrong = ~np.isfinite(embeds).all(axis=1)
-    if wrong.any():
-        raise ValueError(f"cell_embeds: {wrong.sum()} of {n} cells have NaN or infinite values.")
-    return embeds
 
 
 __all__ = ["CenterMaskSampler", "NeighborhoodBatch", "NeighborhoodMetadata"]

@@ -13,7 +13,7 @@ from ..models.gene_bert.gene_columns import strip_versions
 logger = logging.getLogger(__name__)
 
 # Options of neighbourhoods, which differ from others only if they do.
-_DEFAULTS = {"patch_size": None, "shape": "box", "k_nearest": None, "max_num_cells": None, "discretize": False}
+DEFAULTS = {"patch_size": None, "shape": "box", "k_nearest": None, "max_num_cells": None, "discretize": False}
 
 
 def fit_sampler(model: PreTrainedModel, sampler: Any, name: str, learn: bool) -> None:
@@ -77,8 +77,8 @@ def check_sampler_fits(model: PreTrainedModel, sampler: Any, name: str = "sample
                 "adata.obs[key].cat.set_categories(model.config.cell_types)."
             )
     if config.neighborhood is not None:
-        found, learnt = ({**_DEFAULTS, **options} for options in (sampler.neighborhood, config.neighborhood))
-        other = [f"{key}={found[key]!r} instead of {learnt[key]!r}" for key in _DEFAULTS if found[key] != learnt[key]]
+        found, learnt = ({**DEFAULTS, **options} for options in (sampler.neighborhood, config.neighborhood))
+        other = [f"{key}={found[key]!r} instead of {learnt[key]!r}" for key in DEFAULTS if found[key] != learnt[key]]
         if other:
             raise ValueError(
                 f"{name} has other neighbourhoods than the model was trained with: {', '.join(other)}. Make it with "
@@ -96,4 +96,4 @@ def check_sampler_fits(model: PreTrainedModel, sampler: Any, name: str = "sample
         )
 
 
-__all__ = ["check_sampler_fits", "fit_sampler"]
+__all__ = ["DEFAULTS", "check_sampler_fits", "fit_sampler"]
