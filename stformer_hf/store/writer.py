@@ -315,14 +315,11 @@ def _pieces(
             piece_stop = min(piece_start + step, stop)
             cells = slice(piece_start, piece_stop)
             yield Piece(
+                **vars(source.align(united.rows[i])),
                 record=building / f"source-{i:05d}-{piece_start:09d}.json",
                 source=i,
-                name=source.name,
-                counts_in=source.counts_in,
-                matrix=source.matrix,
                 start=piece_start,
                 stop=piece_stop,
-                genes=united.rows[i],
                 fates=united.fates[i],
                 n_genes=len(united.genes),
                 obs_names=source.obs_names[cells],
@@ -330,7 +327,6 @@ def _pieces(
                 neighbors=graph,
                 first_row=start_of_source,
                 format=row_format,
-                fractional=settings.fractional,
                 rows_per_batch=settings.rows_per_batch,
                 rows_per_shard=settings.rows_per_shard,
                 describe=i in duplicates,
