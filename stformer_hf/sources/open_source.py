@@ -171,8 +171,8 @@ def open_source(
 
     Parameters
     ----------
-    source : AnnData, MuData, SpatialData, CellStore, str or Path
-        An AnnData in memory or backed, a MuData, a SpatialData, a store, or a file of one of the `registry.FORMATS`.
+    source : AnnData, MuData, SpatialData, CellStore, Experiment or ExperimentAxisQuery of TileDB-SOMA, str or Path
+        An AnnData in memory or backed, or another object; or a file of one of the `registry.FORMATS`.
     layer : str, optional
         Where the counts are: `X`, `raw`, or the name of a layer; for 10x files also a feature type (such as
         `Antibody Capture`) or, if there are multiple, a genome; for MuData and SpatialData also the modality or

@@ -22,18 +22,12 @@ BASELINES = ("overall_mean", "type_mean", "neighbor_mean")
 
 
 class MaskedCells(NamedTuple):
-    """Masked cells, and the sums of the counts around them; n cells, G genes.
+    """Masked cells, and the sums of the counts around them; n cells, G genes."""
 
-    Attributes
-    ----------
-    counts, sums : csr_array (n, G)
-    n_neighbors, types : int64 array (n,)
-    """
-
-    counts: sparse.csr_array
-    sums: sparse.csr_array
-    n_neighbors: np.ndarray
-    types: np.ndarray
+    counts: sparse.csr_array  # (n, G)
+    sums: sparse.csr_array  # (n, G)
+    n_neighbors: np.ndarray  # int64 (n,)
+    types: np.ndarray  # int64 (n,)
 
 
 class CountBaseline:
