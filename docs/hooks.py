@@ -61,7 +61,8 @@ def api_page() -> str:
         if room in rooms:
             lines += ["", f"## {title}", ""]
             for name in sorted(rooms.pop(room), key=lambda name: name.rsplit(".")[-1].lower()):
-                lines += [f"::: stformer_hf.{name}", "    options:", "      heading_level: 3", ""]
+                lines += [f"::: stformer_hf.{name}", "    options:", "      heading_level: 3"]
+                lines += ["      inherited_members: true", ""] if name.endswith(".CellStore") else [""]
     if rooms:
         raise ValueError(f"docs/hooks.py names no title for the rooms {sorted(rooms)}.")
     return "\n".join(lines) + "\n"

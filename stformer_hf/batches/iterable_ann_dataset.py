@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,9 +17,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ..genes.gene_table import GeneTable
 from ..genes.unite import unite
 from ..sources.formats import expand
-from ..sources.matrices import Matrix
 from ..sources.obs_columns import ClassCode, as_array, as_arrow, as_objects, unite_obs
-from ..sources.open_source import Source, checked_blocks, open_source
+from ..sources.open_source import Source, open_source
 from ..sources.same_cells import check_names
 from ..store.cell_batch import CellBatch
 from ..store.shards import align, count_type_of, gene_type
@@ -31,15 +30,6 @@ if TYPE_CHECKING:
 _OWN_COLUMNS = {"cell_id", "input_ids", "token_type_ids", "expression_values"}
 _OWN_COLUMNS |= {"cell_genes", "cell_counts", "measured_genes"}
 _ROWS_PER_BLOCK = 512  # cells read, and tokenized, at once
-
-
-class _File(NamedTuple):
-    """The picklable part of a source that is needed to read it."""
-
-    name: str
-    counts_in: str
-    matrix: Matrix
-    genes: np.ndarray  # row of the gene table for each column
 
 
 class IterableAnnDataset(IterableDataset):
@@ -163,10 +153,7 @@ class IterableAnnDataset(IterableDataset):
         self.genes: GeneTable = united.genes
         shared: dict[bytes, np.ndarray] = {}  # most files have the same genes: share one array
         rows = [shared.setdefault(genes.tobytes(), genes) for genes in united.rows]
-        self._files = [
-            _File(source.name, source.counts_in, source.matrix, genes)
-            for source, genes in zip(sources, rows, strict=True)
-        ]
+        self._files = [source.align(genes) for source, genes in zip(sources, rows, strict=True)]
         self._n_cells = np.array([source.shape[0] for source in sources])
         self._first_cell = np.cumsum(self._n_cells) - self._n_cells
 
@@ -418,9 +405,7 @@ class IterableAnnDataset(IterableDataset):
         blocks = []
         for number, start, stop in pieces:
             file = self._files[number]
-            for block in checked_blocks(
-                file.matrix, file.name, file.counts_in, self.fractional, _ROWS_PER_BLOCK, start, stop
-            ):
+            for block in file.blocks(_ROWS_PER_BLOCK, start, stop):
                 block = align(block, file.genes, len(self.genes))
                 count_type_of(block.data, file.name)  # raises if they do not fit into 32 bits
                 blocks.append(block.astype(np.float32 if self.fractional else np.uint32))

@@ -46,20 +46,11 @@ def _read_table(handle: FileHandle, key: str) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Tables:
-    """The modalities of a MuData file, or the tables of a SpatialData file; one of them is read.
+    """The modalities of a MuData file, or the tables of a SpatialData file; one of them is read."""
 
-    Attributes
-    ----------
-    kind : {"modality", "table"}
-    places : dict of str to FileHandle
-        Location of the AnnData of each.
-    obs : callable () -> DataFrame, optional
-        Reads the obs of the MuData.
-    """
-
-    kind: str
-    places: dict[str, FileHandle]
-    obs: Callable[[], pd.DataFrame] | None = None
+    kind: str  # "modality" or "table"
+    places: dict[str, FileHandle]  # of the AnnData of each
+    obs: Callable[[], pd.DataFrame] | None = None  # reads the obs of the MuData
 
     def choose(self, layer: str | None, source: str) -> tuple[str, str | None]:
         """Choose a modality or table, and the layer in it; see `choose_table`."""
@@ -125,20 +116,12 @@ def by_feature_type(
     if columns is None:
         return [Layer(name, matrix, lambda: GeneTable.from_var(var), obs, neighbors)]
 
-    def genes_of(some: np.ndarray) -> GeneTable:
-        return GeneTable.from_var(var.iloc[some])
+    def part(kind: str, some: np.ndarray) -> Layer:
+        own = Selection(matrix, None, some)
+        return Layer(kind, own, lambda: GeneTable.from_var(var.iloc[some]), obs, neighbors, matrix)
 
     return [
-        Layer(
-            name if kind == GENES else kind,
-            Selection(matrix, None, some),
-            partial(genes_of, some),
-            obs,
-            neighbors,
-            matrix,
-        )
-        for kind, some in columns.items()
-        if kind == GENES or name == "X"
+        part(name if kind == GENES else kind, some) for kind, some in columns.items() if kind == GENES or name == "X"
     ]
 
 
@@ -181,21 +164,8 @@ def _has_tables(path: Path) -> bool:
     return (path / "obs").exists() and (path / "var").exists()  # the tables of a SpatialData may have one such name
 
 
-@reads("h5ad", lambda path: path.suffix.lower() == ".h5ad" and path.is_file())
-def _read_h5ad(path: Path) -> list[Layer] | Tables:
-    return read_anndata_file(path)
-
-
 @reads("h5mu", lambda path: path.suffix.lower() == ".h5mu" and path.is_file())
-def _read_h5mu(path: Path) -> list[Layer] | Tables:
-    return read_anndata_file(path)
-
-
-@reads("zarr", _is_zarr)
-def _read_zarr(path: Path) -> list[Layer] | Tables:
-    return read_anndata_file(path, _open_zarr)
-
-
+@reads("h5ad", lambda path: path.suffix.lower() == ".h5ad" and path.is_file())
 def read_anndata_file(path: Path, opener: Callable[[Path], Any] = open_hdf5) -> list[Layer] | Tables:
     """Return the matrices of an AnnData on disk (HDF5 or zarr, any version), or the tables of a MuData or SpatialData.
 
@@ -214,6 +184,11 @@ def read_anndata_file(path: Path, opener: Callable[[Path], Any] = open_hdf5) -> 
     return anndata_layers_at(handle)
 
 
+@reads("zarr", _is_zarr)
+def _read_zarr(path: Path) -> list[Layer] | Tables:
+    return read_anndata_file(path, _open_zarr)
+
+
 def _places(handle: FileHandle, group: str) -> dict[str, FileHandle]:
     places = {name: handle.inside(f"{group}{name}/") for name in sorted(handle[group.rstrip("/")])}
     handle.close()
@@ -227,20 +202,16 @@ def anndata_layers_at(
     if hasattr(handle["obs"], "dtype"):  # one compound array: anndata < 0.7
         return _legacy_layers(handle)
 
-    def table(key: str) -> pd.DataFrame:
-        return join(_read_obs(handle)) if key == "obs" else read_elem(handle[key])
+    def obs() -> pd.DataFrame:
+        return join(_read_obs(handle))
 
     def neighbors(key: str) -> Matrix:
         return _on_disk(handle, f"obsp/{key}")
 
-    found, vars_read = [], {"var": table("var")}
+    found, var = [], read_elem(handle["var"])
     for name, key in _matrices(handle):
-        where = "raw/var" if name == "raw" else "var"
-        if where not in vars_read:
-            vars_read[where] = table(where)
-        found += by_feature_type(
-            name, _on_disk(handle, key), vars_read[where], lambda: table("obs"), neighbors, vars_read["var"]
-        )
+        own = read_elem(handle["raw/var"]) if name == "raw" else var
+        found += by_feature_type(name, _on_disk(handle, key), own, obs, neighbors, var)
     return found
 
 
@@ -282,9 +253,8 @@ def _legacy_layers(handle: FileHandle) -> list[Layer]:
 
     found = []
     for name, key in _matrices(handle):
-        found += by_feature_type(
-            name, _on_disk(handle, key), raw_var if name == "raw" else var, lambda: obs, None, var
-        )
+        own = raw_var if name == "raw" else var
+        found += by_feature_type(name, _on_disk(handle, key), own, lambda: obs, None, var)
     return found
 
 

@@ -27,23 +27,12 @@ _NO_STORE = re.compile(r"\.(h5ad|h5mu|h5|loom|zarr|mtx|csv|tsv|txt|zip|tar|gz|pa
 
 
 class Found(NamedTuple):
-    """The matrices of a source.
+    """The matrices of a source."""
 
-    Attributes
-    ----------
-    name : str
-        Name of the source, for errors.
-    table : str
-        Name of the chosen modality or table, for errors; empty if there is no choice.
-    layers : list of Layer
-    layer : str or None
-        The requested layer.
-    """
-
-    name: str
-    table: str
+    name: str  # of the source, for errors
+    table: str  # the chosen modality or table, for errors; empty if there is no choice
     layers: list[Layer]
-    layer: str | None
+    layer: str | None  # the requested one
 
 
 def is_source(value: Any) -> bool:
@@ -58,22 +47,7 @@ def is_source(value: Any) -> bool:
 
 
 def find_layers(source: Any, layer: str | None = None) -> Found:
-    """Open a source of any kind and return its matrices.
-
-    Parameters
-    ----------
-    source : AnnData, MuData, SpatialData, Experiment or ExperimentAxisQuery of TileDB-SOMA, CellStore, str or Path
-    layer : str, optional
-        The requested layer; for MuData, SpatialData and experiments also the modality, table or measurement, see
-        `choose_table`.
-
-    Raises
-    ------
-    FileNotFoundError
-        The file does not exist.
-    ValueError
-        The file format is not supported; the file is damaged; no table of a MuData or SpatialData can be chosen.
-    """
+    """Open a source of any kind, as `open_source` takes it and with its errors, and return its matrices."""
     if isinstance(source, (str, Path)) or is_soma(source):
         name, found = (str(source), read_layers(source)) if isinstance(source, (str, Path)) else find_soma(source)
         if isinstance(found, list):
@@ -96,15 +70,7 @@ def find_layers(source: Any, layer: str | None = None) -> Found:
 
 
 def read_layers(path: str | Path) -> list[Layer] | Tables | Measurements:
-    """Open a file or folder and return its matrices, or its tables if it can hold multiple.
-
-    Raises
-    ------
-    FileNotFoundError
-        The file does not exist.
-    ValueError
-        The file format is not supported, or the file is damaged.
-    """
+    """Open a file or folder and return its matrices, or its tables if it can hold multiple."""
     place = remote_folder(path) or local_path(path)
     if isinstance(place, Path) and not place.exists():
         raise FileNotFoundError(f"No such file: {place}")
@@ -137,13 +103,7 @@ def _address(path: str | Path, remote: re.Match) -> str:
 
 
 def local_path(path: str | Path) -> Path:
-    """Return the path of a local file; refuse remote addresses.
-
-    Raises
-    ------
-    ValueError
-        The path is an address such as `s3://…` or `https://…`.
-    """
+    """Return the path of a local file; raise ValueError for an address such as `s3://…` or `https://…`."""
     remote = _REMOTE.match(str(path))
     if remote is None or Path(path).exists():
         return Path(path)
@@ -205,9 +165,8 @@ def expand(sources: Any) -> list[Any]:
             found.append(address)
             continue
         path = local_path(source)
-        paths = (
-            [path] if path.exists() else sorted(Path().glob(str(source)) if not path.is_absolute() else _glob(path))
-        )
+        pattern = str(path.relative_to(path.anchor)) if path.is_absolute() else str(source)
+        paths = [path] if path.exists() else sorted(Path(path.anchor).glob(pattern))
         if not paths:
             raise FileNotFoundError(f"No such file: {path}")
         for path in paths:
@@ -216,10 +175,6 @@ def expand(sources: Any) -> list[Any]:
                 raise _unknown(path)
             found += inside
     return found
-
-
-def _glob(pattern: Path) -> Iterator[Path]:
-    return Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))
 
 
 def _walk(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:

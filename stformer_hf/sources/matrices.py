@@ -18,26 +18,41 @@ _ENTRIES_AT_ONCE = 1 << 21
 _SAMPLE = 100_000  # values checked at the beginning, the middle and the end of a matrix
 
 
-class FileHandle:
-    """A file that is opened at first use in each process, and reopened after it was closed.
+class PerProcess:
+    """What is opened at first use in each process, and reopened after it was closed; `path` is its place.
 
-    HDF5 handles must not cross a fork and cannot be pickled; this object can do both.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-    opener : callable (Path) -> mapping
-        Picklable function that opens it.
-    root : str, default: ""
-        Prefix of all keys, such as `mod/rna/`: the location of an AnnData in the file.
+    Open files must not cross a fork and cannot be pickled; this object can do both. `opener` is picklable.
     """
 
-    def __init__(self, path: Path, opener: Callable[[Path], Any], root: str = ""):
-        self.path, self.root = Path(os.path.abspath(path)), root
-        self._opener = opener
+    def __init__(self, path: Any, opener: Callable[[Any], Any]):
+        self.path, self._opener = path, opener
         self._file: Any = None
         self._process: int | None = None
+
+    @property
+    def file(self) -> Any:
+        """What is open in this process."""
+        if self._file is None or self._process != os.getpid():
+            self._file, self._process = self._opener(self.path), os.getpid()
+        return self._file
+
+    def close(self) -> None:
+        """Close it, if this process opened it."""
+        if self._file is not None and self._process == os.getpid():
+            closing = self._file if hasattr(self._file, "close") else self._file.store  # zarr groups have no close
+            closing.close()
+        self._file = None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_file": None, "_process": None}
+
+
+class FileHandle(PerProcess):
+    """A file whose keys all begin with `root`, such as `mod/rna/`: the location of an AnnData in the file."""
+
+    def __init__(self, path: Path, opener: Callable[[Path], Any], root: str = ""):
+        super().__init__(Path(os.path.abspath(path)), opener)
+        self.root = root
 
     def __getitem__(self, key: str) -> Any:
         return self.file[self.root + key]
@@ -48,23 +63,6 @@ class FileHandle:
     def inside(self, root: str) -> FileHandle:
         """Return a separate handle to a location in the file."""
         return FileHandle(self.path, self._opener, self.root + root)
-
-    @property
-    def file(self) -> Any:
-        """The open file of this process."""
-        if self._file is None or self._process != os.getpid():
-            self._file, self._process = self._opener(self.path), os.getpid()
-        return self._file
-
-    def close(self) -> None:
-        """Close the file, if this process opened it."""
-        if self._file is not None and self._process == os.getpid():
-            closing = self._file if hasattr(self._file, "close") else self._file.store  # zarr groups have no close
-            closing.close()
-        self._file = None
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_file": None, "_process": None}
 
 
 class Matrix(ABC):
@@ -97,9 +95,8 @@ class Matrix(ABC):
         if not len(wanted):
             return self.rows(0, 0)
         edges = np.flatnonzero(np.diff(wanted) > 1) + 1
-        found = self._runs(
-            list(zip(wanted[[0, *edges]].tolist(), (wanted[[*(edges - 1), -1]] + 1).tolist(), strict=True))
-        )
+        starts, stops = wanted[[0, *edges]], wanted[[*(edges - 1), -1]] + 1
+        found = self._runs(list(zip(starts.tolist(), stops.tolist(), strict=True)))
         return found if np.array_equal(back, np.arange(len(wanted))) else found[back]
 
     def _runs(self, runs: list[tuple[int, int]]) -> sparse.csr_matrix:
@@ -115,12 +112,7 @@ class Matrix(ABC):
 
 
 class MemoryMatrix(Matrix):
-    """A matrix in memory.
-
-    Parameters
-    ----------
-    values : array or sparse matrix (n, m)
-    """
+    """A matrix in memory, dense or sparse."""
 
     def __init__(self, values):
         self.shape = tuple(values.shape)
@@ -135,16 +127,7 @@ class MemoryMatrix(Matrix):
 
 
 class DenseMatrix(Matrix):
-    """A dense matrix in a file.
-
-    Parameters
-    ----------
-    handle : FileHandle
-    key : str
-        Key of the dataset in the file.
-    transposed : bool, default: False
-        Whether it is stored as genes by cells (loom).
-    """
+    """A dense matrix in a file; `transposed` if it is stored as genes by cells, as in loom files."""
 
     def __init__(self, handle: FileHandle, key: str, transposed: bool = False):
         self._handle, self._key, self._transposed = handle, key, transposed
@@ -167,21 +150,7 @@ class DenseMatrix(Matrix):
 
 
 class CompressedMatrix(Matrix):
-    """A matrix stored by rows (CSR) in a file: `data`, `indices`, `indptr`.
-
-    Parameters
-    ----------
-    handle : FileHandle
-    key : str
-        Group that holds the three arrays.
-    shape : (int, int)
-        Rows, columns.
-
-    Raises
-    ------
-    ValueError
-        The arrays do not match each other, or there are columns outside the matrix.
-    """
+    """A matrix stored by rows (CSR) in a file: `data`, `indices`, `indptr` in the group `key`; they are checked."""
 
     def __init__(self, handle: FileHandle, key: str, shape: Iterable[int]):
         self._handle, self._key = handle, key
@@ -269,7 +238,7 @@ class ScatteredMatrix(Matrix):
 
 
 class ColumnMatrix(ScatteredMatrix):
-    """A matrix stored by columns (CSC) in a file; parameters and errors as for `CompressedMatrix`."""
+    """A matrix stored by columns (CSC) in a file, otherwise as `CompressedMatrix`."""
 
     def __init__(self, handle: FileHandle, key: str, shape: Iterable[int]):
         super().__init__()
@@ -304,14 +273,7 @@ class ColumnMatrix(ScatteredMatrix):
 
 
 class Selection(Matrix):
-    """Some rows and columns of another matrix, such as a view of a backed AnnData.
-
-    Parameters
-    ----------
-    matrix : Matrix
-    rows, columns : int array, optional
-        Indices of the selection; all by default.
-    """
+    """Some rows and columns of another matrix, given by indices, such as a view of a backed AnnData."""
 
     def __init__(self, matrix: Matrix, rows: np.ndarray | None = None, columns: np.ndarray | None = None):
         self._matrix, self._rows, self._columns = matrix, rows, columns
@@ -369,6 +331,7 @@ __all__ = [
     "FileHandle",
     "Matrix",
     "MemoryMatrix",
+    "PerProcess",
     "ScatteredMatrix",
     "Selection",
 ]

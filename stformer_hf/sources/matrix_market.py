@@ -27,20 +27,10 @@ _BLOCK = 1 << 23  # bytes
 
 
 class MtxMatrix(ScatteredMatrix):
-    """A matrix of coordinates, one entry per line: row, column and value.
+    """A matrix of coordinates, one entry per line: row, column and value; all that the header says is checked.
 
-    Parameters
-    ----------
-    file : Path
-        Plain or gzipped file, regardless of its name.
-    cells_in_rows : bool, default: False
-        Whether it is cells by genes, as written by kallisto and alevin; Cell Ranger and STARsolo write genes by cells.
-
-    Raises
-    ------
-    ValueError
-        The format is not supported; lines do not have the number and kinds of values in the header; the number of
-        entries differs from the header; entries are outside the matrix.
+    The file is plain or gzipped, regardless of its name. It is cells by genes (`cells_in_rows`), as written by
+    kallisto and alevin, or genes by cells, as written by Cell Ranger and STARsolo.
     """
 
     def __init__(self, file: Path, cells_in_rows: bool = False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,22 +27,13 @@ OF_COMPACT_ROWS = ("cell_codes", "large_counts", "n_expressed")  # own columns o
 
 @dataclass
 class ObsColumns:
-    """Obs columns of a store to be built.
+    """Obs columns of a store to be built."""
 
-    Attributes
-    ----------
-    values : list of dict of str to Arrow array (n_cells,) or None
-        Values per source, in any type that Arrow can cast to the column's; codes for categorical columns. None if the
-        source lacks the column.
-    categories : dict of str to list of str
-        Categories of the categorical columns, in the order of their codes.
-    types : dict of str to str
-        Arrow type of every column, in the order of the columns.
-    """
-
+    # Per source, (n_cells,), in any type that Arrow can cast to the column's: codes for categorical columns. None if
+    # the source lacks the column.
     values: list[dict[str, pa.Array | pa.ChunkedArray | None]]
-    categories: dict[str, list[str]]
-    types: dict[str, str]
+    categories: dict[str, list[str]]  # of the categorical columns, in the order of their codes
+    types: dict[str, str]  # Arrow type of every column, in the order of the columns
 
 
 def unite_obs(
@@ -57,22 +49,15 @@ def unite_obs(
     Parameters
     ----------
     sources : sequence of Source
-        Sources of the columns.
     names : sequence of str, `"all"` or None
         Columns that every source must have; or all columns of any source, with missing values where a source lacks
         them.
-    known : mapping of str to list of str, optional
-        Categories that keep their codes, for a store to append to.
-    types : mapping of str to str, optional
-        Arrow types that columns should have, if their values allow it.
+    known, types : mapping, optional
+        Categories that keep their codes, and Arrow types that columns should have if their values allow it.
     classes : sequence of str
         Columns that become class labels although their values are integers or booleans; they are kept as well.
     compact : bool, default: False
         Whether the store has compact rows, which use other names themselves.
-
-    Returns
-    -------
-    ObsColumns
 
     Raises
     ------
@@ -146,22 +131,19 @@ def _check_classes(name: str, series: Sequence[pd.Series | None]) -> None:
 
 
 def _add_labels(united: ObsColumns, name: str, series: Sequence[pd.Series | None], known: Sequence[str]) -> None:
-    labels = [None if values is None else values.astype("category") for values in series]
-    for i, label in enumerate(labels):
-        names = [] if label is None else _printed(label.cat.categories)
-        if len(set(names)) < len(names):
-            raise ValueError(f"obs column {name!r} has different labels with the same text, such as 1 and '1'.")
-        labels[i] = None if label is None else label.cat.rename_categories(names)
-    named = [value for label in labels if label is not None for value in label.cat.categories]
-    united.categories[name] = list(dict.fromkeys([*known, *named]))
+    labels = [None if values is None else pd.Categorical(values) for values in series]
+    printed = [[] if label is None else _printed(label.categories) for label in labels]
+    if any(len(set(names)) < len(names) for names in printed):
+        raise ValueError(f"obs column {name!r} has different labels with the same text, such as 1 and '1'.")
+    united.categories[name] = list(dict.fromkeys([*known, *itertools.chain.from_iterable(printed)]))
     united.types[name] = "int64"
     index = pd.Index(united.categories[name], dtype=object)
     kind = np.min_scalar_type(len(index))
-    for column, label in zip(united.values, labels, strict=True):
+    for column, label, names in zip(united.values, labels, printed, strict=True):
         if label is None:
             column[name] = None
         else:
-            codes = np.append(index.get_indexer(label.cat.categories), -1)[label.cat.codes.to_numpy()]
+            codes = np.append(index.get_indexer(names), -1)[label.codes]
             column[name] = pa.array(codes.clip(0).astype(kind), mask=codes < 0)
 
 
@@ -266,13 +248,7 @@ def as_objects(values: np.ndarray) -> list:
 
 
 class ClassCode(int):
-    """Class code of a single cell, with the names of the codes; -1 if the class is missing.
-
-    Attributes
-    ----------
-    names : list of str
-        Names of the classes, in the order of the codes.
-    """
+    """Class code of a single cell, -1 if the class is missing, with the names of all codes in their order."""
 
     names: list[str]
 

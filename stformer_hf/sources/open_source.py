@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Source:
-    """Counts of one file, AnnData or store.
+class Counts:
+    """Counts of a source, and all that any process needs to read and check them.
 
     Attributes
     ----------
@@ -38,25 +38,79 @@ class Source:
         Path of the file, or `AnnData`.
     counts_in : str
         Where the counts are: `X`, `raw`, or the name of a layer.
+    matrix : Matrix
+        The counts, unchecked; `blocks` checks them.
+    fractional : bool
+        Whether counts may be fractional.
+    """
+
+    name: str
+    counts_in: str
+    matrix: Matrix
+    fractional: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of cells and columns."""
+        return self.matrix.shape
+
+    def blocks(self, rows: int, start: int = 0, stop: int | None = None) -> Iterator[sparse.csr_matrix]:
+        """Read the counts in order, `rows` cells at a time, from cell `start` to before `stop`; all by default.
+
+        Yields
+        ------
+        csr_matrix (at most rows, n_columns)
+            Counts without explicit zeros; whole numbers that were stored as floats are unsigned integers.
+
+        Raises
+        ------
+        ValueError
+            Values are not counts.
+        """
+        stop = self.shape[0] if stop is None else stop
+        for first in range(start, stop, rows):
+            with naming(self.name):
+                block = self.matrix.rows(first, min(first + rows, stop))
+            values, problem = check_counts(block.data, self.fractional)
+            if problem:
+                raise ValueError(
+                    f"{self.name}: counts are needed, but {self.counts_in} holds {problem} in cells {first} to "
+                    f"{first + block.shape[0] - 1}. Name the layer that holds raw counts, as in layer='counts'."
+                )
+            if values is not block.data:
+                block = sparse.csr_matrix((values, block.indices, block.indptr), shape=block.shape)
+            if not values.all():
+                block = block.copy()  # it may be a view of the user's matrix
+                block.eliminate_zeros()
+            yield block
+
+
+@dataclass
+class AlignedCounts(Counts):
+    """Counts whose columns are rows of a gene table: `genes`, int array (n_columns,)."""
+
+    genes: np.ndarray
+
+
+@dataclass
+class Source(Counts):
+    """Counts of one file, AnnData or store, its genes, and its obs.
+
+    Attributes
+    ----------
     genes : GeneTable
         One row per column of the matrix; ids may repeat.
     key : dict or None
         Path, size and time of the file, path and checksums of a store, or address, time and cells of an experiment of
         TileDB-SOMA, and the modality or measurement if there may be several, by which an interrupted build recognises
         it; None for an AnnData.
-    matrix : Matrix
-        The counts, unchecked; `blocks` checks them.
     is_part : bool
         Whether the matrix holds one of multiple feature types.
     """
 
-    name: str
-    counts_in: str
     genes: GeneTable
     key: dict | None
-    matrix: Matrix
     is_part: bool
-    _fractional: bool
     _read_obs: Callable[[], pd.DataFrame]
     _open_neighbors: Callable[[str], Matrix] | None
 
@@ -74,13 +128,7 @@ class Source:
         return pa.array(self.obs.index.astype(str), pa.string())
 
     def obs_column(self, name: str) -> pd.Series:
-        """Return a column of obs.
-
-        Raises
-        ------
-        ValueError
-            There is none, or there are two.
-        """
+        """Return a column of obs, of which there must be one."""
         if name not in self.obs:
             columns = ", ".join(map(str, self.obs.columns))
             raise ValueError(f"{self.name} has no obs column {name!r}; it has {columns}.")
@@ -89,35 +137,17 @@ class Source:
         return self.obs[name]
 
     def keep_obs(self, columns: Sequence[str]) -> None:
-        """Forget all of obs but `obs_names` and some columns, so that many sources can be open at once.
-
-        Raises
-        ------
-        ValueError
-            As for `obs_column`.
-        """
+        """Forget all of obs but `obs_names` and some columns, so that many sources can be open at once."""
         kept = {name: self.obs_column(name).reset_index(drop=True) for name in columns}
         self.obs_names  # noqa: B018  (read before the index is forgotten)
         self.obs = pd.DataFrame(kept, index=pd.RangeIndex(self.shape[0]))
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Numbers of cells and columns."""
-        return self.matrix.shape
-
-    @property
-    def fractional(self) -> bool:
-        """Whether counts may be fractional."""
-        return self._fractional
+    def align(self, genes: np.ndarray) -> AlignedCounts:
+        """Return the counts alone, with the row of a gene table for each column, int array (n_columns,)."""
+        return AlignedCounts(self.name, self.counts_in, self.matrix, self.fractional, genes)
 
     def neighbors(self, key: str) -> Matrix:
-        """Open a graph of the cells (`obsp[key]`), a matrix (n_cells, n_cells) of weights.
-
-        Raises
-        ------
-        ValueError
-            The graph does not exist, or has another shape.
-        """
+        """Open a graph of the cells (`obsp[key]`), a matrix (n_cells, n_cells) of weights; it must exist."""
         try:
             if self._open_neighbors is None:
                 raise KeyError(key)
@@ -131,57 +161,6 @@ class Source:
             )
         return graph
 
-    def blocks(self, rows: int, start: int = 0, stop: int | None = None) -> Iterator[sparse.csr_matrix]:
-        """Read the counts in order, `rows` cells at a time.
-
-        Parameters
-        ----------
-        rows : int
-            Cells per block.
-        start, stop : int, optional
-            Range of cells; all by default.
-
-        Yields
-        ------
-        csr_matrix (at most rows, n_columns)
-            Counts without explicit zeros; whole numbers that were stored as floats are unsigned integers.
-
-        Raises
-        ------
-        ValueError
-            Values are not counts.
-        """
-        yield from checked_blocks(
-            self.matrix,
-            self.name,
-            self.counts_in,
-            self._fractional,
-            rows,
-            start,
-            self.shape[0] if stop is None else stop,
-        )
-
-
-def checked_blocks(
-    matrix: Matrix, name: str, counts_in: str, fractional: bool, rows: int, start: int, stop: int
-) -> Iterator[sparse.csr_matrix]:
-    """Read the counts of a matrix block by block, and check them; see `Source.blocks`."""
-    for first in range(start, stop, rows):
-        with naming(name):
-            block = matrix.rows(first, min(first + rows, stop))
-        values, problem = check_counts(block.data, fractional)
-        if problem:
-            raise ValueError(
-                f"{name}: counts are needed, but {counts_in} holds {problem} in cells {first} to "
-                f"{first + block.shape[0] - 1}. Name the layer that holds raw counts, as in layer='counts'."
-            )
-        if values is not block.data:
-            block = sparse.csr_matrix((values, block.indices, block.indptr), shape=block.shape)
-        if not values.all():
-            block = block.copy()  # it may be a view of the user's matrix
-            block.eliminate_zeros()
-        yield block
-
 
 def open_source(
     source: AnnData | MuData | SpatialData | StoredCells | str | Path,
@@ -192,8 +171,8 @@ def open_source(
 
     Parameters
     ----------
-    source : AnnData, MuData, SpatialData, CellStore, str or Path
-        An AnnData in memory or backed, a MuData, a SpatialData, a store, or a file of one of the `registry.FORMATS`.
+    source : AnnData, MuData, SpatialData, CellStore, Experiment or ExperimentAxisQuery of TileDB-SOMA, str or Path
+        An AnnData in memory or backed, or another object; or a file of one of the `registry.FORMATS`.
     layer : str, optional
         Where the counts are: `X`, `raw`, or the name of a layer; for 10x files also a feature type (such as
         `Antibody Capture`) or, if there are multiple, a genome; for MuData and SpatialData also the modality or
@@ -234,16 +213,16 @@ def open_source(
             genes=found.genes(),
             key=key,
             matrix=found.matrix,
+            fractional=fractional,
             is_part=found.whole is not None,
-            _fractional=fractional,
             _read_obs=found.obs,  # not the whole layer, which holds var: many sources may be open
             _open_neighbors=found.neighbors,
         )
         # The names of the cells of a store may take more memory than all that is computed from their counts.
         n_cells = opened.shape[0] if isinstance(found.matrix, StoreMatrix) else len(opened.obs)
         found.matrix.close()
-    if (opened.genes.gene_ids == "").any():
-        n_nameless = int((opened.genes.gene_ids == "").sum())
+    n_nameless = int((opened.genes.gene_ids == "").sum())
+    if n_nameless:
         raise ValueError(f"{name}: {n_nameless} columns have no gene name; remove them, or name them.")
     if opened.shape != (n_cells, len(opened.genes)):
         raise ValueError(
@@ -273,4 +252,4 @@ def _probe(layer: Layer, fractional: bool) -> str | None:
     return None if n_values else NO_COUNTS
 
 
-__all__ = ["Source", "open_source"]
+__all__ = ["AlignedCounts", "Counts", "Source", "open_source"]

@@ -109,13 +109,7 @@ def _read_counts(path: Path, layer: str | None) -> tuple[AnnData, str | None]:
 
 
 def find_placed_table(cells: AnnData | MuData | SpatialData, layer: str | None = None) -> CellTable:
-    """Find the table that holds the cells, as `find_table` does; add coordinates to that of a SpatialData.
-
-    Raises
-    ------
-    ValueError
-        See `find_table` and `add_coordinates`.
-    """
+    """Find the table that holds the cells, as `find_table` does; add coordinates to that of a SpatialData."""
     found = find_table(cells, layer)
     if is_spatialdata(cells):
         add_coordinates(found.table, lambda: cells, found.name)
@@ -141,13 +135,7 @@ def section_of(adata: AnnData) -> str | None:
 
 
 def coordinates_of(adata: AnnData, key: str, n_axes: int = 3) -> np.ndarray:
-    """Read coordinates from obsm: float64 array (n_cells, at most n_axes).
-
-    Raises
-    ------
-    ValueError
-        There are none; they have neither 2 nor 3 columns; they are not numbers, or not finite.
-    """
+    """Read coordinates from obsm, which has 2 or 3 columns of finite numbers: float64 (n_cells, at most n_axes)."""
     must_have(adata.obsm, "obsm", key)
     coordinates = np.asarray(adata.obsm[key])
     if coordinates.ndim != 2 or coordinates.shape[1] not in (2, 3):

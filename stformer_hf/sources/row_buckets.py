@@ -19,18 +19,8 @@ _ENTRIES_AT_ONCE = 1 << 21
 class RowBuckets:
     """Entries of a matrix, written to one file per range of rows, and read back as rows.
 
-    Only a buffer is in memory, whatever the size of the matrix. The files are deleted with the object.
-
-    Parameters
-    ----------
-    shape : (int, int)
-        Rows, columns.
-    n_entries : int
-        Expected number of entries, which sets the number of files.
-    value_type : dtype
-        Type of the values.
-    scratch : str or Path, optional
-        Folder for the files; the system's temporary folder (`TMPDIR`) by default.
+    Only a buffer is in memory, whatever the size of the matrix. The expected `n_entries` set the number of files,
+    which are deleted with the object. They are in the folder `scratch`, by default the system's (`TMPDIR`).
     """
 
     def __init__(

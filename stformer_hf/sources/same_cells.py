@@ -125,13 +125,10 @@ class SameCells:
         return any(source in pair for pair in self.alike)
 
     def add(self, source: int, cells: np.ndarray) -> tuple[float, int, int] | None:
-        """Add the output of `describe` for all cells of a source.
+        """Add the output of `describe` for all cells of a source; return None, or what earlier one has the same cells.
 
-        Returns
-        -------
-        (float, int, int) or None
-            Share of the cells of a first source that are in a second, and both sources, if this source has the same
-            cells as an earlier one; the largest share if there are several.
+        This is the share of the cells of a first source that are in a second, and both sources; the largest share if
+        there are several.
         """
         self._cells[source] = cells
         known = [(i, j) for i, j in self.pairs if source in (i, j) and i in self._cells and j in self._cells]
@@ -235,22 +232,11 @@ def _count_shared(keys: Sequence[np.ndarray]) -> sparse.csr_array:
 
 
 def find_twins(names: Iterable[str], counts: sparse.csr_array) -> np.ndarray:
-    """Find cells with equal barcode and equal counts, such as a cell that is in two files.
+    """Find cells with equal barcode and equal counts, such as a cell that is in two files: int64 array (n_cells,).
 
-    The barcode consists of the name's runs of eight or more nucleotide letters; for a name without them, it is the
-    name up to a trailing "-1", "-1-2", …
-
-    Parameters
-    ----------
-    names : sequence of str (n_cells,)
-        Names of the cells.
-    counts : csr_array (n_cells, n_genes)
-        Counts with sorted indices and without explicit zeros.
-
-    Returns
-    -------
-    int64 array (n_cells,)
-        One number per cell; cells with the same number are twins.
+    Cells with the same number are twins. The barcode consists of the name's runs of eight or more nucleotide letters;
+    for a name without them, it is the name up to a trailing "-1", "-1-2", … `counts`, csr_array (n_cells, n_genes),
+    have sorted indices and no explicit zeros.
     """
     barcodes = [_barcode(str(name)) for name in names]
     keys: list = list(range(len(barcodes)))
@@ -270,18 +256,8 @@ def _repeated(keys: Sequence[Any]) -> np.ndarray:
 def find_twins_of_store(names: Iterable[str], n_genes: np.ndarray, read: Callable) -> np.ndarray:
     """Find twins as `find_twins` does, reading only cells that share barcode and number of genes with others.
 
-    Parameters
-    ----------
-    names : sequence of str (n_cells,)
-    n_genes : int array (n_cells,)
-        Number of expressed genes.
-    read : callable
-        Function of rows, int64 array, that returns their counts, csr_array.
-
-    Returns
-    -------
-    int64 array (n_cells,)
-        One number per cell; cells with the same number are twins. Without twins it is 0, 1, 2, …
+    Cells have `n_genes` expressed genes, int array (n_cells,); those without counts are not twins. `read` returns the
+    counts of rows, int64 array, as csr_array.
     """
     barcodes = [_barcode(str(name)) for name in names]
     rows = np.flatnonzero(_repeated(list(zip(barcodes, n_genes.tolist(), strict=True))))
@@ -290,7 +266,7 @@ def find_twins_of_store(names: Iterable[str], n_genes: np.ndarray, read: Callabl
         some = rows[start : start + _ROWS_AT_A_TIME]
         counts = read(some)
         for row, begin, end in zip(some, counts.indptr[:-1], counts.indptr[1:], strict=True):
-            if end > begin:  # cells without counts are not twins
+            if end > begin:
                 keys[row] = (barcodes[row], _digest(counts, begin, end))
     return np.asarray(pd.factorize(pd.Series(keys, dtype=object))[0], np.int64)
 

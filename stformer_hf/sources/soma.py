@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +15,7 @@ from scipy import sparse
 
 from ..models.gene_bert.cell_tables import choose_table
 from .anndata_files import by_feature_type
-from .matrices import Matrix
+from .matrices import Matrix, PerProcess
 from .registry import Layer, reads
 
 _ID = "soma_joinid"
@@ -27,21 +26,11 @@ _REMEDY = "Name a sparse one with layer=…, or write this one again with tiledb
 
 @dataclass(frozen=True)
 class SomaPlace:
-    """The address of an experiment, from which each process opens it; open handles cannot be passed on.
+    """The address of an experiment, from which each process opens it; open handles cannot be passed on."""
 
-    Attributes
-    ----------
-    uri : str
-        Path or address.
-    config : dict
-        TileDB's settings, such as the region of a bucket.
-    timestamp : int, optional
-        The experiment as it was then, in milliseconds since 1970.
-    """
-
-    uri: str
-    config: dict[str, Any] = field(repr=False)  # it may hold passwords
-    timestamp: int | None
+    uri: str  # path or address
+    config: dict[str, Any] = field(repr=False)  # TileDB's settings, such as the region of a bucket, or passwords
+    timestamp: int | None  # the experiment as it was then, in milliseconds since 1970
 
     @classmethod
     def of(cls, experiment: Any) -> SomaPlace:
@@ -56,22 +45,15 @@ class SomaPlace:
 
 
 class SomaMatrix(Matrix):
-    """A matrix of an experiment, read by its rows.
+    """A matrix at a location in an experiment, such as `("ms", "RNA", "X", "raw")`, read by its rows.
 
-    Parameters
-    ----------
-    place : SomaPlace
-    key : tuple of str
-        Location in the experiment, such as `("ms", "RNA", "X", "raw")`.
-    rows, columns : int64 array
-        Ids (`soma_joinid`) of the rows and columns, ascending.
+    `rows` and `columns` are their ids (`soma_joinid`), int64 arrays, ascending.
     """
 
     def __init__(self, place: SomaPlace, key: tuple[str, ...], rows: np.ndarray, columns: np.ndarray):
         self.shape = (len(rows), len(columns))
-        self._place, self._key, self._row_ids, self._column_ids = place, key, rows, columns
-        self._experiment: Any = None
-        self._process: int | None = None
+        self._experiment = PerProcess(place, SomaPlace.open)
+        self._key, self._row_ids, self._column_ids = key, rows, columns
 
     def rows(self, start: int, stop: int) -> sparse.csr_matrix:
         """Return a range of rows, csr_matrix (stop - start, n_columns)."""
@@ -84,16 +66,8 @@ class SomaMatrix(Matrix):
         return sparse.csr_matrix((values, places), shape=(len(ids), self.shape[1]))
 
     def _array(self) -> Any:
-        """Return the open array.
-
-        Raises
-        ------
-        ValueError
-            It is dense.
-        """
-        if self._process != os.getpid():  # handles must not cross a fork
-            self._experiment, self._process = self._place.open(), os.getpid()
-        found = self._experiment
+        """Return the open array, which must be sparse."""
+        found = self._experiment.file
         for name in self._key:
             found = found[name]
         if not found.is_sparse:
@@ -102,12 +76,7 @@ class SomaMatrix(Matrix):
 
     def close(self) -> None:
         """Close the experiment; reading reopens it."""
-        if self._experiment is not None and self._process == os.getpid():
-            self._experiment.close()
-        self._experiment = self._process = None
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_experiment": None, "_process": None}
+        self._experiment.close()
 
 
 def _as_slice(ids: np.ndarray) -> Any:
@@ -117,12 +86,7 @@ def _as_slice(ids: np.ndarray) -> Any:
 
 @dataclass(frozen=True)
 class Measurements:
-    """The measurements of an experiment. One of them is read, as one modality of a MuData is.
-
-    Attributes
-    ----------
-    place : SomaPlace
-    """
+    """The measurements of an experiment. One of them is read, as one modality of a MuData is."""
 
     place: SomaPlace
     kind = "measurement"

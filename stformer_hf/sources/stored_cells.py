@@ -73,20 +73,21 @@ class StoredCells(Protocol):
         """Return the weights of the neighbours of cells, (n_cells, len(self))."""
 
     def must_be_unchanged(self) -> None:
-        """Raise a RuntimeError if the store was replaced since it was opened."""
+        """Raise ValueError if the store was replaced since it was opened."""
 
 
 def store_layers(store: StoredCells) -> list[Layer]:
     """Return the layers of a `CellStore`, or of a selection of one."""
-    return [Layer("X", StoreMatrix(store), lambda: store.genes, lambda: store.obs, lambda key: NeighborMatrix(store))]
+    counts = StoreMatrix(store)
+    return [Layer("X", counts, lambda: store.genes, lambda: store.obs, lambda key: StoreMatrix(store, True))]
 
 
 class StoreMatrix(Matrix):
-    """The counts of a `CellStore`."""
+    """The counts of a `CellStore`, or the weights of the neighbours of its cells."""
 
-    def __init__(self, store: StoredCells):
-        self._store = store
-        self.shape = (len(store), len(store.genes))
+    def __init__(self, store: StoredCells, of_neighbors: bool = False):
+        self._store, self._read = store, store.neighbors if of_neighbors else store.rows
+        self.shape = (len(store), len(store) if of_neighbors else len(store.genes))
 
     @property
     def key(self) -> dict[str, Any]:
@@ -104,23 +105,11 @@ class StoreMatrix(Matrix):
 
     def rows(self, start: int, stop: int) -> sparse.csr_matrix:
         """Read a range of rows."""
-        return sparse.csr_matrix(self._store.rows(slice(start, stop)))
+        return sparse.csr_matrix(self._read(slice(start, stop)))
 
     def sample(self) -> Iterator[np.ndarray]:
         """Return nothing, since the counts of a store were checked when it was built."""
         yield np.ones(1, np.uint8)
 
 
-class NeighborMatrix(StoreMatrix):
-    """The neighbours of the cells of a `CellStore`."""
-
-    def __init__(self, store: StoredCells):
-        super().__init__(store)
-        self.shape = (len(store), len(store))
-
-    def rows(self, start: int, stop: int) -> sparse.csr_matrix:
-        """Read a range of rows."""
-        return sparse.csr_matrix(self._store.neighbors(slice(start, stop)))
-
-
-__all__ = ["NeighborMatrix", "StoreMatrix", "StoredCells", "store_layers"]
+__all__ = ["StoreMatrix", "StoredCells", "store_layers"]

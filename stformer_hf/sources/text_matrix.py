@@ -17,20 +17,8 @@ _VALUES_AT_ONCE = 1 << 22
 class TextMatrix(ScatteredMatrix):
     """A csv file with gene names in the first line and cell names in the first column.
 
-    Parameters
-    ----------
-    file : Path
-        Plain or gzipped file. Leading lines that begin with `#` are comments.
-
-    Attributes
-    ----------
-    index, columns : object array of str
-        Names of the cells and of the genes.
-
-    Raises
-    ------
-    ValueError
-        The file has no lines; a line has more or fewer values than there are genes; a value is not a number.
+    These are its `columns` and its `index`, object arrays. The file is plain or gzipped; leading lines that begin with
+    `#` are comments.
     """
 
     def __init__(self, file: Path):

@@ -7,8 +7,7 @@ import logging
 import operator
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,100 +19,32 @@ from transformers import PreTrainedModel
 
 from ..genes.wrong_names import must_have
 from ..models.gene_bert.gene_columns import resolve_genes
+from ..models.gene_bert.randomness import uniforms
 from ..sources.read_anndata import as_anndata, coordinates_of, find_placed_table, section_of
 from ..store.cell_expression import CellExpression
 from ..store.cell_store import CellStore
 from ..training.cell_checksum import checksum, spread_rows
 from .neighbor_index import NeighborIndex, first_of_each
+from .neighborhood_batch import NeighborhoodBatch, NeighborhoodMetadata
 from .sampler_fit import fit_sampler
 from .spatial_metadata import (
     as_names,
     column_of,
     match_cells,
+    read_embeds,
+    read_indices,
     read_points,
     read_sections,
     read_types,
     warn_of_sections,
+    warn_of_units,
 )
 
 logger = logging.getLogger(__name__)
 
 _CELLS_AT_ONCE = 1024  # to count neighbours
-_CELLS_LOOKED_AT = 256  # to check units
-_FEWEST_CELLS = 20  # per section, to check units
-_NEARLY_ALL = 0.95
+_CELLS_CHECKED = 256  # whose expression is read at once
 _SUBSET = 0x5AB  # stream of the random numbers that choose neighbours
-
-
-class NeighborhoodMetadata(NamedTuple):
-    """A masked cell, and the n observed cells around it; G genes.
-
-    Attributes
-    ----------
-    observed_expression : float32 array (n, G)
-    masked_expression : float32 array (1, G)
-    observed_cell_type : int64 array (n,)
-    masked_cell_type : int64 array (1,)
-    num_cells_obs : int
-        n, which may be 0.
-    """
-
-    observed_expression: np.ndarray
-    masked_expression: np.ndarray
-    observed_cell_type: np.ndarray
-    masked_cell_type: np.ndarray
-    num_cells_obs: int
-
-
-@dataclass
-class NeighborhoodBatch(Sequence):
-    """Neighbourhoods as flat arrays, with expression as stored: the input of a collate function in a `DataLoader`.
-
-    As a sequence, its items are the `NeighborhoodMetadata` of each.
-
-    Attributes
-    ----------
-    indptr : int64 array (B + 1,)
-        The neighbours of item i are the rows `indptr[i]:indptr[i + 1]` of the N observed cells.
-    expression : csr_matrix, csr_array or array (N + B, G) float32
-        Rows of the observed cells, followed by those of the masked cells; sparse ones have no duplicate entries.
-    observed_cell_type : int64 array (N,)
-    masked_cell_type : int64 array (B,)
-    cell_embeds : float32 array (N, d), optional
-        Embeddings of the observed cells; single items do not include them.
-    """
-
-    indptr: np.ndarray
-    expression: sparse.csr_matrix | sparse.csr_array | np.ndarray
-    observed_cell_type: np.ndarray
-    masked_cell_type: np.ndarray
-    cell_embeds: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.masked_cell_type)
-
-    def __getitem__(self, item: int) -> NeighborhoodMetadata:  # type: ignore[override]  # slices are not needed
-        item = range(len(self))[item]
-        start, stop = self.indptr[item : item + 2].tolist()
-        masked = self.indptr[-1] + item
-        return NeighborhoodMetadata(
-            observed_expression=self._dense(start, stop),
-            masked_expression=self._dense(masked, masked + 1),
-            observed_cell_type=self.observed_cell_type[start:stop],
-            masked_cell_type=self.masked_cell_type[item : item + 1],
-            num_cells_obs=stop - start,
-        )
-
-    def _dense(self, start: int, stop: int) -> np.ndarray:
-        if isinstance(self.expression, np.ndarray):
-            return self.expression[start:stop].copy()
-        ends = self.expression.indptr[start : stop + 1]
-        own = slice(ends[0], ends[-1])
-        rows = np.zeros((stop - start, self.expression.shape[1]), np.float32)
-        rows[np.repeat(np.arange(stop - start), np.diff(ends)), self.expression.indices[own]] = self.expression.data[
-            own
-        ]
-        return rows
 
 
 class CenterMaskSampler(Dataset):
@@ -247,11 +178,11 @@ class CenterMaskSampler(Dataset):
         self._expression = CellExpression(adata, normalize)
         self._keys = pd.util.hash_array(as_names(names).to_numpy(), categorize=False)
         self._rows = match_cells(names, self._expression.names, cell_id_colname)
-        self._cell_embeds = None if cell_embeds is None else _checked_embeds(cell_embeds, len(names))
+        self._cell_embeds = None if cell_embeds is None else read_embeds(cell_embeds, len(names))
         self.n_genes = self._expression.n_genes
         self.gene_ids = _gene_ids(adata)
         self.n_cell_types = int(self._types.max(initial=-1)) + 1
-        self.indices = _chosen(indices, len(points))
+        self.indices = read_indices(indices, len(points))
         candidates = np.unique(self.indices) if neighbors_from == "indices" else None
         self._index = NeighborIndex(
             points,
@@ -263,18 +194,12 @@ class CenterMaskSampler(Dataset):
             candidates=candidates,
             keys=self._keys,
         )
-        self._options = {
-            "patch_size": patch_size,
-            "shape": shape,
-            "k_nearest": k_nearest,
-            "max_num_cells": max_num_cells,
-            "discretize": discretize,
-            "neighbors_from": neighbors_from,
-            "seed": self.seed,
-        }
+        self._options = {"patch_size": patch_size, "shape": shape, "k_nearest": k_nearest}
+        self._options |= {"max_num_cells": max_num_cells, "discretize": discretize}
+        self._options |= {"neighbors_from": neighbors_from, "seed": self.seed}
         # In shared memory, so that persistent workers see the next epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._expression.read(self._rows[:: max(1, len(self._rows) // _CELLS_LOOKED_AT)])  # check some at once
+        self._expression.read(self._rows[:: max(1, len(self._rows) // _CELLS_CHECKED)])  # check some at once
         if patch_size is not None:
             warn_of_units(self._index, self.indices, patch_size)
         if min_neighbors:
@@ -505,7 +430,8 @@ class CenterMaskSampler(Dataset):
         owners = np.repeat(np.arange(len(cells)), sizes)
         kept = np.ones(len(found), bool)
         crowded = (sizes > self.max_num_cells)[owners]
-        draws = _uniforms(self.seed, self.epoch, self._keys[cells[owners[crowded]]], self._keys[found[crowded]])
+        own, others = self._keys[cells[owners[crowded]]], self._keys[found[crowded]]
+        draws = uniforms(self.seed, self.epoch, _SUBSET, own, others)
         kept[crowded] = first_of_each(owners[crowded], draws, len(cells), self.max_num_cells)
         return np.concatenate([[0], np.cumsum(kept)])[indptr], found[kept]
 
@@ -550,27 +476,6 @@ class CenterMaskSampler(Dataset):
         self.indices = self.indices[kept]
 
 
-def _chosen(indices: Sequence[int] | np.ndarray | None, n: int) -> np.ndarray:
-    """Convert `indices` to rows of metadata: int64 array."""
-    if indices is None:
-        return np.arange(n)
-    rows = np.asarray(indices)
-    if rows.ndim != 1:
-        raise IndexError(f"indices must be one list of rows of metadata, got the shape {rows.shape}.")
-    if rows.dtype == bool:
-        if len(rows) != n:
-            raise IndexError(f"The mask indices has {len(rows)} values; metadata has {n} rows.")
-        return np.flatnonzero(rows)
-    if not len(rows):
-        return np.empty(0, np.int64)
-    if rows.dtype.kind not in "iu":
-        raise IndexError(f"indices must be rows of metadata or a boolean mask, got {rows.dtype}.")
-    outside = rows[(rows < -n) | (rows >= n)]
-    if len(outside):
-        raise IndexError(f"indices contain row {outside[0]}, but metadata has {n} rows.")
-    return rows.astype(np.int64) % n
-
-
 def _gene_ids(adata: AnnData | CellStore) -> list[str] | None:
     """Return the gene of each column; None if columns are only numbered."""
     if isinstance(adata, CellStore):
@@ -579,70 +484,6 @@ def _gene_ids(adata: AnnData | CellStore) -> list[str] | None:
         return resolve_genes(adata.var_names, adata.var).gene_ids.tolist()
     except ValueError:  # row numbers
         return None
-
-
-def _checked_embeds(embeds: np.ndarray, n: int) -> np.ndarray:
-    """Check embeddings: float32 array (n, d)."""
-    embeds = np.asarray(embeds, np.float32)
-    if embeds.ndim != 2 or len(embeds) != n:
-        raise ValueError(
-            f"cell_embeds has the shape {embeds.shape}, but one row is needed for each of the {n} rows of metadata."
-        )
-    wrong = ~np.isfinite(embeds).all(axis=1)
-    if wrong.any():
-        raise ValueError(f"cell_embeds: {wrong.sum()} of {n} cells have NaN or infinite values.")
-    return embeds
-
-
-def warn_of_units(index: NeighborIndex, cells: np.ndarray, patch_size: Any) -> None:
-    """Warn if nearly no cell has a neighbour in its box, or if boxes hold nearly all cells of their sections.
-
-    Parameters
-    ----------
-    index : NeighborIndex
-    cells : int64 array
-        Cells that become items; a part of them is checked.
-    patch_size : float or sequence of float
-        For the message.
-    """
-    cells = cells[:: max(1, len(cells) // _CELLS_LOOKED_AT)]
-    n_inside, n_others = index.count(cells)
-    judged = n_others + 1 >= _FEWEST_CELLS
-    if judged.sum() < _FEWEST_CELLS:
-        return
-    cells, n_inside, n_others = cells[judged], n_inside[judged], n_others[judged]
-    alone = (n_inside == 0).mean()
-    if alone >= _NEARLY_ALL:
-        nearest = np.median(index.nearest_distances(cells))
-        logger.warning(
-            f"{alone:.0%} of the checked cells have no neighbour with patch_size={patch_size}; the nearest cell is "
-            f"{nearest:.3g} away (median): patch_size and the coordinates may be in different units."
-        )
-    elif (n_inside >= _NEARLY_ALL * n_others).mean() >= _NEARLY_ALL:
-        logger.warning(
-            f"Neighbourhoods with patch_size={patch_size} hold nearly all cells of their section (median "
-            f"{np.median(n_inside):.0f} of {np.median(n_others):.0f}): patch_size and the coordinates may be in "
-            "different units."
-        )
-
-
-# ---------------------------------------------------------------------- random subsets
-
-
-def _uniforms(seed: int, epoch: int, cells: np.ndarray, counters: np.ndarray) -> np.ndarray:
-    """Draw one uniform number per element, as `randomness.uniforms` does, which this room may not import."""
-    key = np.array([0x9E3779B97F4A7C15], np.uint64)
-    for part in (seed, epoch, _SUBSET):
-        key = _mix(key ^ np.uint64(part & 0xFFFFFFFFFFFFFFFF))
-    key = _mix(_mix(key ^ cells.astype(np.uint64)) ^ counters.astype(np.uint64))
-    return (key >> np.uint64(11)) * 2.0**-53
-
-
-def _mix(z: np.ndarray) -> np.ndarray:
-    z = z + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 __all__ = ["CenterMaskSampler", "NeighborhoodBatch", "NeighborhoodMetadata"]

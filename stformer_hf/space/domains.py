@@ -99,15 +99,7 @@ def spatial_domains(
 
 
 def check_domains(method: str, n_domains: int | None) -> None:
-    """Check the arguments and requirements of `spatial_domains`, before long work.
-
-    Raises
-    ------
-    ValueError
-        The method is unknown; the number of domains is invalid, or given for leiden.
-    ImportError
-        Leiden is requested without scanpy and igraph.
-    """
+    """Check the arguments and requirements of `spatial_domains`, before long work; its errors are the same."""
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {' and '.join(METHODS)}.")
     if n_domains is not None and (n_domains != int(n_domains) or n_domains < 1):

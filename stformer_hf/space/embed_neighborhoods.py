@@ -24,10 +24,11 @@ from ..training.cell_heads import check_finite
 from ..training.loading import is_model, load_config, load_model, name_of, unwrap
 from .center_mask_sampler import CenterMaskSampler
 from .neighborhood_collator import collate_neighborhoods
+from .sampler_fit import DEFAULTS
 
 logger = logging.getLogger(__name__)
 
-_OPTIONS = ("patch_size", "shape", "k_nearest", "max_num_cells", "discretize", "seed")  # options of neighbourhoods
+_OPTIONS = (*DEFAULTS, "seed")  # options of neighbourhoods
 _ROWS_PER_BLOCK = 4096
 
 
@@ -155,15 +156,14 @@ def _embed(
     batch_size: int,
     device: str | None,
 ) -> np.ndarray:
-    """Run the model over all cells, and return one of its outputs: float32 (n_cells, hidden).
+    """Return one of the model's outputs for all cells: float32 (n_cells, hidden).
 
     `types` maps the sampler's types to the model's.
     """
     embedding = np.empty((len(sampler), encoder.config.hidden_size), np.float32)
     read = ["observed_expression", "observed_indptr", "observed_genes", "observed_values"]
     read += ["observed_cell_type", "cell_embeds", "cu_seq_lens"]
-    if result == "typed_neighborhood_embedding":
-        read.append("masked_cell_type")
+    read += ["masked_cell_type"] if result == "typed_neighborhood_embedding" else []
     lengths = sampler.lengths
     with (
         at_work(encoder, device),
@@ -317,10 +317,10 @@ def _in_genes_of(
             parts.append(block if genes is None else block @ _renaming(genes, config.n_genes))
     if genes is not None:
         _check_share(genes, totals, source, config)
+    if not copied and source.counts_in == "X":
+        return adata, source
     if copied:
         matrix = sparse.vstack(parts, format="csr")
-    elif source.counts_in == "X":
-        return adata, source
     else:
         matrix = adata.raw.X if source.counts_in == "raw" else adata.layers[source.counts_in]
     return AnnData(matrix, obs=adata.obs, obsm=dict(adata.obsm)), source

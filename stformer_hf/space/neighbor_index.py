@@ -24,22 +24,12 @@ class NeighborIndex:
         Finite coordinates.
     sections : int64 array (n,)
         Section of each cell, from 0.
-    patch_size : float, sequence of float (n_dimensions,), or None
-        Sides of the box, or the diameter of the disc; one number for all sides. None, with `k_nearest`: no bounds.
-    shape : {"box", "disc"}
-    k_nearest : int, optional
-        Number of nearest neighbours to use, by Euclidean distance; ties are broken by the lowest keys.
-    discretize : bool
-        Truncate the sides of the box to integers, and round its borders to integers, halves to even.
+    patch_size, shape, k_nearest, discretize
+        As for `CenterMaskSampler`; rounded borders are halves to even.
     candidates : int64 array (n_candidates,), optional
         Cells that may be neighbours, ascending; all by default. `query` accepts only these cells.
     keys : array (n,), optional
-        Break ties between equally distant cells; their numbers by default.
-
-    Raises
-    ------
-    ValueError
-        Sizes are not positive, or do not fit the coordinates or the shape.
+        Break ties between equally distant cells, the lowest first; their numbers by default.
 
     Notes
     -----
@@ -100,11 +90,7 @@ class NeighborIndex:
         return centred / (self._half + 0.5 if self._discretize else self._half)
 
     def query(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Find the neighbours of cells.
-
-        Parameters
-        ----------
-        cells : int64 array (n_cells,)
+        """Find the neighbours of cells, int64 array (n_cells,).
 
         Returns
         -------
@@ -184,20 +170,9 @@ class NeighborIndex:
 def first_of_each(
     owners: np.ndarray, values: np.ndarray, n_owners: int, most: int, keys: np.ndarray | None = None
 ) -> np.ndarray:
-    """Choose the elements with the lowest values of each owner; ties are broken by keys, or by order.
+    """Choose the elements with the lowest values of each owner, at most `most`: bool array (n,).
 
-    Parameters
-    ----------
-    owners : int64 array (n,)
-        Ascending.
-    values : array (n,)
-    n_owners, most : int
-    keys : array (n,), optional
-
-    Returns
-    -------
-    bool array (n,)
-        At most `most` per owner.
+    `owners` are ascending; ties are broken by `keys`, or by order.
     """
     order = np.lexsort((values, owners) if keys is None else (keys, values, owners))
     starts = np.searchsorted(owners, np.arange(n_owners))

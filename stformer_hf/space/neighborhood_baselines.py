@@ -22,18 +22,12 @@ BASELINES = ("overall_mean", "type_mean", "neighbor_mean")
 
 
 class MaskedCells(NamedTuple):
-    """Masked cells, and the sums of the counts around them; n cells, G genes.
+    """Masked cells, and the sums of the counts around them; n cells, G genes."""
 
-    Attributes
-    ----------
-    counts, sums : csr_array (n, G)
-    n_neighbors, types : int64 array (n,)
-    """
-
-    counts: sparse.csr_array
-    sums: sparse.csr_array
-    n_neighbors: np.ndarray
-    types: np.ndarray
+    counts: sparse.csr_array  # (n, G)
+    sums: sparse.csr_array  # (n, G)
+    n_neighbors: np.ndarray  # int64 (n,)
+    types: np.ndarray  # int64 (n,)
 
 
 class CountBaseline:
@@ -51,8 +45,8 @@ class CountBaseline:
     """
 
     def __init__(self, train: MaskedCells, kind: str):
-        self._kind, n_cells = kind, len(train.types)
-        self._n_cells = n_cells
+        self._kind, self._n_cells = kind, len(train.types)
+        n_cells = self._n_cells
         # Half a count is added, so that no count is impossible.
         self._total = np.asarray(train.counts.sum(axis=0)).ravel() + 0.5
         n_types = int(train.types.max()) + 1
@@ -195,16 +189,11 @@ def _blocks(sampler: CenterMaskSampler, items: np.ndarray, desc: str) -> Iterato
         batch = sampler.__getitems__(items[start : start + _CELLS_AT_ONCE])
         expression = sparse.csr_array(batch.expression).astype(np.float64)
         n_observed = len(batch.observed_cell_type)
+        shape = len(batch), n_observed
         # Row i has a 1 for each of its neighbours, which are adjacent.
-        around = sparse.csr_array(
-            (np.ones(n_observed), np.arange(n_observed), batch.indptr), shape=(len(batch), n_observed)
-        )
-        yield (
-            expression[n_observed:],
-            around @ expression[:n_observed],
-            np.diff(batch.indptr),
-            batch.masked_cell_type,
-        )
+        around = sparse.csr_array((np.ones(n_observed), np.arange(n_observed), batch.indptr), shape=shape)
+        sums = around @ expression[:n_observed]
+        yield expression[n_observed:], sums, np.diff(batch.indptr), batch.masked_cell_type
 
 
 def _log_likelihood(counts: np.ndarray, log_mean: np.ndarray, log_dispersion: np.ndarray) -> np.ndarray:

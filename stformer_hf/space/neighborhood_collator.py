@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..store.worker_slots import CollatedBatch
-from .center_mask_sampler import NeighborhoodBatch, NeighborhoodMetadata
+from .neighborhood_batch import NeighborhoodBatch, NeighborhoodMetadata
 
 
 def collate_neighborhoods(

@@ -12,9 +12,8 @@ from anndata import AnnData
 from sklearn.preprocessing import LabelEncoder
 
 from ..store.cell_store import CellStore
-from .center_mask_sampler import warn_of_units
 from .neighbor_index import NeighborIndex
-from .spatial_metadata import as_names, column_of, read_points, read_sections, rows_of
+from .spatial_metadata import as_names, column_of, read_points, read_sections, rows_of, warn_of_units
 
 logger = logging.getLogger(__name__)
 

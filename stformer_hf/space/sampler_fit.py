@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..genes.wrong_names import some_of
 from ..models.gene_bert.gene_columns import strip_versions
 
 logger = logging.getLogger(__name__)
+
+# Options of neighbourhoods, which differ from others only if they do.
+DEFAULTS = {"patch_size": None, "shape": "box", "k_nearest": None, "max_num_cells": None, "discretize": False}
 
 
 def fit_sampler(model: PreTrainedModel, sampler: Any, name: str, learn: bool) -> None:
     """Check a sampler against a model, and complete the model's configuration.
 
-    A warning is logged if the model was trained with sections, and the sampler has none.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        Only models with a `CellNeighborhoodConfig` are checked.
-    sampler : CenterMaskSampler
-    name : str
-        Name of the sampler in errors.
-    learn : bool
-        Whether to set `gene_ids`, `cell_types`, `neighborhood` and `section_key` if they are None.
-
-    Raises
-    ------
-    ValueError
-        See `check_sampler_fits`.
+    A warning is logged if the model was trained with sections, and the sampler has none. Parameters are those of
+    `CenterMaskSampler.fit_model`; with `learn`, gene ids, types, neighbourhood and section key are set if None.
     """
     config = getattr(model, "config", None)
     if config is None or getattr(config, "model_type", None) != "cell_neighborhood":
@@ -57,14 +46,7 @@ def fit_sampler(model: PreTrainedModel, sampler: Any, name: str, learn: bool) ->
 def check_sampler_fits(model: PreTrainedModel, sampler: Any, name: str = "sampler") -> None:
     """Compare the genes, types, neighbourhoods and values of a sampler with those of a model.
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-        Model with a `CellNeighborhoodConfig`.
-    sampler : CenterMaskSampler
-        Anything unknown to it, or to the configuration, is not compared.
-    name : str, default: "sampler"
-        Name of the sampler in errors.
+    Anything unknown to one of the two is not compared; `name` is that of the sampler in errors.
 
     Raises
     ------
@@ -90,22 +72,17 @@ def check_sampler_fits(model: PreTrainedModel, sampler: Any, name: str = "sample
     if config.cell_types is not None and sampler.cell_types is not None:
         if sampler.cell_types != config.cell_types[: len(sampler.cell_types)]:
             raise ValueError(
-                f"{name} numbers the cell types {_few(sampler.cell_types)}, but the model {_few(config.cell_types)}: "
-                "set the model's categories, in their order, adata.obs[key].cat.set_categories("
-                "model.config.cell_types)."
+                f"{name} numbers the cell types {some_of(map(repr, sampler.cell_types))}, but the model "
+                f"{some_of(map(repr, config.cell_types))}: set the model's categories, in their order, "
+                "adata.obs[key].cat.set_categories(model.config.cell_types)."
             )
     if config.neighborhood is not None:
-        other = {
-            option: value
-            for option, value in _complete(sampler.neighborhood).items()
-            if _complete(config.neighborhood)[option] != value
-        }
+        found, learnt = ({**DEFAULTS, **options} for options in (sampler.neighborhood, config.neighborhood))
+        other = [f"{key}={found[key]!r} instead of {learnt[key]!r}" for key in DEFAULTS if found[key] != learnt[key]]
         if other:
-            learnt = _complete(config.neighborhood)
-            found = ", ".join(f"{option}={value!r} instead of {learnt[option]!r}" for option, value in other.items())
             raise ValueError(
-                f"{name} has other neighbourhoods than the model was trained with: {found}. Make it with the options "
-                "of model.config.neighborhood; to train the model with others, set that to None."
+                f"{name} has other neighbourhoods than the model was trained with: {', '.join(other)}. Make it with "
+                "the options of model.config.neighborhood; to train the model with others, set that to None."
             )
     if sampler.normalize is not None and config.apply_log1p:
         raise ValueError(
@@ -119,15 +96,4 @@ def check_sampler_fits(model: PreTrainedModel, sampler: Any, name: str = "sample
         )
 
 
-_OF_NEIGHBORHOODS = {"patch_size": None, "shape": "box", "k_nearest": None, "max_num_cells": None, "discretize": False}
-
-
-def _complete(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: options.get(name, default) for name, default in _OF_NEIGHBORHOODS.items()}
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (", …" if len(names) > 5 else "")
-
-
-__all__ = ["check_sampler_fits", "fit_sampler"]
+__all__ = ["DEFAULTS", "check_sampler_fits", "fit_sampler"]

@@ -1,4 +1,4 @@
-"""Read and check coordinates, sections, types and names in tables of cells."""
+"""Read and check coordinates, sections, types, names and all else that a sampler is made of."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .neighbor_index import NeighborIndex
+
 logger = logging.getLogger(__name__)
 
 # Usual names of section columns in obs: in squidpy, brainformr, the Allen atlases, and so on.
 _SECTION_NAMES = {"section", "section_id", "tissue_section", "brain_section_label", "slice", "slice_id"}
 _SECTION_NAMES |= {"slide", "slide_id", "library_id"}
+_CELLS_LOOKED_AT = 256  # to check units
+_FEWEST_CELLS = 20  # per section, to check units
+_NEARLY_ALL = 0.95
 
 
 def warn_of_sections(obs: pd.DataFrame) -> None:
-    """Log a warning if obs has a column of sections but none was chosen: cells of all sections would be neighbours.
-
-    Parameters
-    ----------
-    obs : DataFrame
-        One row per cell.
-    """
+    """Log a warning if obs has a column of sections but none was chosen: cells of all sections would be neighbours."""
     for name in obs:
         if str(name).lower() in _SECTION_NAMES and (n_sections := obs[name].nunique()) > 1:
             logger.warning(
@@ -34,35 +33,41 @@ def warn_of_sections(obs: pd.DataFrame) -> None:
             return
 
 
-def column_of(metadata: Any, name: str) -> np.ndarray:
-    """Return a column of a pandas or polars DataFrame: array (n_cells,).
+def warn_of_units(index: NeighborIndex, cells: np.ndarray, patch_size: Any) -> None:
+    """Warn if nearly no cell has a neighbour in its box, or if boxes hold nearly all cells of their sections.
 
-    Raises
-    ------
-    ValueError
-        The column is missing.
+    A part of `cells`, int64 array, is checked; `patch_size` is for the message.
     """
+    cells = cells[:: max(1, len(cells) // _CELLS_LOOKED_AT)]
+    n_inside, n_others = index.count(cells)
+    judged = n_others + 1 >= _FEWEST_CELLS
+    if judged.sum() < _FEWEST_CELLS:
+        return
+    cells, n_inside, n_others = cells[judged], n_inside[judged], n_others[judged]
+    alone = (n_inside == 0).mean()
+    if alone >= _NEARLY_ALL:
+        nearest = np.median(index.nearest_distances(cells))
+        logger.warning(
+            f"{alone:.0%} of the checked cells have no neighbour with patch_size={patch_size}; the nearest cell is "
+            f"{nearest:.3g} away (median): patch_size and the coordinates may be in different units."
+        )
+    elif (n_inside >= _NEARLY_ALL * n_others).mean() >= _NEARLY_ALL:
+        logger.warning(
+            f"Neighbourhoods with patch_size={patch_size} hold nearly all cells of their section (median "
+            f"{np.median(n_inside):.0f} of {np.median(n_others):.0f}): patch_size and the coordinates may be in "
+            "different units."
+        )
+
+
+def column_of(metadata: Any, name: str) -> np.ndarray:
+    """Return a column of a pandas or polars DataFrame, array (n_cells,); it must exist."""
     if name not in metadata.columns:
         raise ValueError(f"metadata has no column {name!r}; it has {', '.join(map(repr, metadata.columns))}.")
     return np.asarray(metadata[name])
 
 
 def read_points(metadata: Any, axes: Sequence[str], names: np.ndarray) -> np.ndarray:
-    """Read coordinates: float64 array (n_cells, n_axes).
-
-    Parameters
-    ----------
-    metadata : DataFrame
-    axes : sequence of str
-        Columns.
-    names : array (n_cells,)
-        Names of the cells, for errors.
-
-    Raises
-    ------
-    ValueError
-        A column is missing; coordinates are not numbers, or are missing or infinite.
-    """
+    """Read coordinates, float64 array (n_cells, n_axes), which must be finite; `names` of cells are for errors."""
     columns = [column_of(metadata, axis) for axis in axes]
     try:
         points = np.column_stack([column.astype(np.float64) for column in columns])
@@ -78,20 +83,9 @@ def read_points(metadata: Any, axes: Sequence[str], names: np.ndarray) -> np.nda
 
 
 def read_sections(metadata: Any, name: str | None, names: np.ndarray) -> np.ndarray:
-    """Read the section of each cell as a number: int64 array (n_cells,); zeros if `name` is None.
+    """Read the section of each cell as a number, int64 array (n_cells,); zeros if `name` is None.
 
-    Parameters
-    ----------
-    metadata : DataFrame
-    name : str or None
-        Column.
-    names : array (n_cells,)
-        Names of the cells, for errors.
-
-    Raises
-    ------
-    ValueError
-        The column is missing; a cell has no section.
+    All cells must have a section; their `names` are for errors.
     """
     if name is None:
         return np.zeros(len(names), np.int64)
@@ -111,13 +105,7 @@ def read_sections(metadata: Any, name: str | None, names: np.ndarray) -> np.ndar
 
 
 def read_types(metadata: Any, name: str) -> np.ndarray:
-    """Read cell types: int64 array (n_cells,).
-
-    Raises
-    ------
-    ValueError
-        The column is missing, or does not hold integers from 0.
-    """
+    """Read cell types, int64 array (n_cells,), which must be integers from 0."""
     types = column_of(metadata, name)
     if types.dtype.kind == "O" and pd.api.types.infer_dtype(types, skipna=False) == "integer":
         types = types.astype(np.int64)
@@ -132,6 +120,40 @@ def read_types(metadata: Any, name: str) -> np.ndarray:
     return types.astype(np.int64)
 
 
+def read_indices(indices: Sequence[int] | np.ndarray | None, n: int) -> np.ndarray:
+    """Convert `indices` of a sampler to rows of n rows of metadata: int64 array."""
+    if indices is None:
+        return np.arange(n)
+    rows = np.asarray(indices)
+    if rows.ndim != 1:
+        raise IndexError(f"indices must be one list of rows of metadata, got the shape {rows.shape}.")
+    if rows.dtype == bool:
+        if len(rows) != n:
+            raise IndexError(f"The mask indices has {len(rows)} values; metadata has {n} rows.")
+        return np.flatnonzero(rows)
+    if not len(rows):
+        return np.empty(0, np.int64)
+    if rows.dtype.kind not in "iu":
+        raise IndexError(f"indices must be rows of metadata or a boolean mask, got {rows.dtype}.")
+    outside = rows[(rows < -n) | (rows >= n)]
+    if len(outside):
+        raise IndexError(f"indices contain row {outside[0]}, but metadata has {n} rows.")
+    return rows.astype(np.int64) % n
+
+
+def read_embeds(embeds: np.ndarray, n: int) -> np.ndarray:
+    """Check the embeddings of n cells: float32 array (n, d)."""
+    embeds = np.asarray(embeds, np.float32)
+    if embeds.ndim != 2 or len(embeds) != n:
+        raise ValueError(
+            f"cell_embeds has the shape {embeds.shape}, but one row is needed for each of the {n} rows of metadata."
+        )
+    wrong = ~np.isfinite(embeds).all(axis=1)
+    if wrong.any():
+        raise ValueError(f"cell_embeds: {wrong.sum()} of {n} cells have NaN or infinite values.")
+    return embeds
+
+
 def as_names(names: Any) -> pd.Index:
     """Return names of cells as strings."""
     return pd.Index([str(name) for name in np.asarray(names)], dtype=object)
@@ -140,17 +162,8 @@ def as_names(names: Any) -> pd.Index:
 def rows_of(names: Any, known: Any, cell_id_colname: str) -> np.ndarray:
     """Return the row of expression of each cell of metadata: int64 array (n_cells,), -1 if it has none.
 
-    Parameters
-    ----------
-    names, known : array
-        Names in metadata, and names with expression; compared as strings.
-    cell_id_colname : str
-        For errors.
-
-    Raises
-    ------
-    ValueError
-        A name occurs twice in metadata, or in two rows of expression.
+    `names` (in metadata) and `known` (with expression) are compared as strings. A name must not occur twice in
+    metadata, nor in two rows of expression.
     """
     names, known = as_names(names), as_names(known)
     if not names.is_unique:
@@ -167,13 +180,7 @@ def rows_of(names: Any, known: Any, cell_id_colname: str) -> np.ndarray:
 
 
 def match_cells(names: Any, known: Any, cell_id_colname: str) -> np.ndarray:
-    """Return the row of expression of each cell of metadata, as `rows_of`; all must have one.
-
-    Raises
-    ------
-    ValueError
-        As for `rows_of`; a cell has no expression.
-    """
+    """Return the row of expression of each cell of metadata, as `rows_of`; all must have one."""
     rows = rows_of(names, known, cell_id_colname)
     missing = np.flatnonzero(rows < 0)
     if len(missing):
@@ -189,9 +196,12 @@ __all__ = [
     "as_names",
     "column_of",
     "match_cells",
+    "read_embeds",
+    "read_indices",
     "read_points",
     "read_sections",
     "read_types",
     "rows_of",
     "warn_of_sections",
+    "warn_of_units",
 ]

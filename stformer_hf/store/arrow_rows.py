@@ -23,22 +23,7 @@ Slice = memoryview | Range
 
 
 class ArrowRows:
-    """Rows of shards.
-
-    Parameters
-    ----------
-    files : sequence of Path, or of RemoteFile
-        Arrow stream files, in the order of the rows.
-    neighbor_shifts : sequence of int
-        Offset per file, added to the row numbers in its `neighbors`.
-    compact : bool
-        Whether the rows are compact.
-
-    Raises
-    ------
-    ValueError
-        A file is damaged.
-    """
+    """Rows of shards, Arrow stream files in the order of the rows; an offset per file is added to its `neighbors`."""
 
     def __init__(self, files: Sequence[Path | RemoteFile], neighbor_shifts: Sequence[int], compact: bool):
         self._batches: list[pa.RecordBatch | RemoteBatch] = []
@@ -81,14 +66,7 @@ class ArrowRows:
         return np.concatenate([np.empty(0, np.int64), *chunks])
 
     def gather(self, rows: np.ndarray, gene_type: str, count_type: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return a copy of rows.
-
-        Parameters
-        ----------
-        rows : int64 array (n,)
-            Row numbers, in any order.
-        gene_type, count_type : str
-            Types of the results, which are those of the shards.
+        """Return a copy of rows, int64 array (n,), in any order, in the types of the shards.
 
         Returns
         -------
@@ -156,23 +134,13 @@ class ArrowRows:
 
 
 class _List:
-    """List columns of a record batch; in every row they are equally long.
-
-    Attributes
-    ----------
-    bounds : int32 array (n_rows + 1,), or the Range that holds it
-    values : list of memoryview or RemoteValues
-        Values of each column.
-    file : MappedFile or None
-    places : list of (int, int)
-        Where they begin in the file, if it is local, and the bytes of one value.
-    """
+    """List columns of a record batch; in every row they are equally long."""
 
     def __init__(self, file: MappedFile | None, batch: pa.RecordBatch | RemoteBatch, names: Sequence[str]):
         self.file = file
-        self.places: list[tuple[int, int]] = []
-        self.bounds: np.ndarray | Range
-        self.values: list[memoryview | RemoteValues]
+        self.places: list[tuple[int, int]] = []  # in a local file: where values begin, and the bytes of one
+        self.bounds: np.ndarray | Range  # int32 array (n_rows + 1,), or where it is
+        self.values: list[memoryview | RemoteValues]  # of each column
         if isinstance(batch, RemoteBatch):
             self.bounds, self.values = batch.offsets(names[0]), [batch.values(name) for name in names]
         else:

@@ -31,12 +31,8 @@ class BlockCache:
     memory and removed as a whole. Any number of threads and processes may share a folder. A segment that another
     process removes stays readable for those that have mapped it.
 
-    Parameters
-    ----------
-    folder : Path
-        Created when the first block is added. Files of others in it do not count, and are left alone.
-    limit : int
-        Bytes of all blocks. Each of several processes may exceed it by 5 % for a moment.
+    The folder is created when the first block is added; files of others in it do not count, and are left alone. Each
+    of several processes may exceed the limit, in bytes, by 5 % for a moment.
 
     Notes
     -----
@@ -55,18 +51,9 @@ class BlockCache:
         return BlockCache, (self.folder, self.limit)
 
     def read(self, key: str, start: int, stop: int) -> bytes | memoryview | None:
-        """Return a range of bytes of a file, without copying it.
+        """Return a range of bytes of a version of a file, `key`, 32 hexadecimal digits, without copying it.
 
-        Parameters
-        ----------
-        key : str
-            Version of a file: 32 hexadecimal digits.
-        start, stop : int
-
-        Returns
-        -------
-        bytes, memoryview or None
-            None if a block of the range is missing, or if it lies in two segments: then ask block by block.
+        None is returned if a block is missing, or if the range lies in two segments: then ask block by block.
         """
         if start >= stop:
             return b""
@@ -78,13 +65,7 @@ class BlockCache:
         return None if segment is None else segment.read(start - number * size, stop - number * size)
 
     def add(self, key: str, block: int, content: bytes | memoryview) -> None:
-        """Add a block, which is shorter at the end of a file; remove others if all are larger than the limit.
-
-        Raises
-        ------
-        OSError
-            The disk is full.
-        """
+        """Add a block, which is shorter at the end of a file; remove others if all are larger than the limit."""
         number, place = divmod(block, SEGMENT_BLOCKS)
         self.folder.mkdir(parents=True, exist_ok=True)
         try:

@@ -15,29 +15,11 @@ _STREAM = 0xB10C
 def block_order(
     n: int, block_size: int, seed: int, epoch: int, start: int = 0, stop: int | None = None, *, window: int = 1
 ) -> np.ndarray:
-    """Return n rows in a random order of blocks; see `CellStore.block_shuffle`.
-
-    Parameters
-    ----------
-    n : int
-        Number of rows.
-    block_size : int
-        Rows per block; the last block of the store may have fewer.
-    seed, epoch : int
-        What the order depends on.
-    start, stop : int
-        Part of the order to return; by default all of it.
-    window : int, default: 1
-        Number of consecutive blocks whose rows are shuffled together.
+    """Return part `start:stop` of n rows in a random order of blocks; other parameters: `CellStore.block_shuffle`.
 
     Returns
     -------
     int64 array (stop - start,)
-
-    Raises
-    ------
-    ValueError
-        The block size or the window is below 1.
 
     Notes
     -----

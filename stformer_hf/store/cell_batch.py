@@ -25,6 +25,7 @@ REPEAT = 1 << 40
 
 
 _Rows = tuple[np.ndarray, np.ndarray, np.ndarray]  # indptr, genes, counts
+_Cells = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]  # rows, cell_id, obs
 
 
 @dataclass
@@ -107,18 +108,14 @@ class CellBatch:
         # Names of genes and categories are the same in every batch, and larger than the cells: the process that
         # receives a worker's batches reads them once.
         cells = (self.indptr, self.genes, self.counts, self.cell_id, self.obs)
-        return _batch_of, (self.path, self.names_key, self.neighborhood, *cells)
+        return _batch_of, (self.path, self.names_key, self.neighborhood, cells)
 
 
 class Cell(Mapping):
     """A cell of a store, as `store[row]` returns it: a mapping that collators can tokenize.
 
-    It is not a `dict`, because stock Trainer would remove all keys that the model's forward does not name.
-
-    Attributes
-    ----------
-    batch : CellBatch
-        The cell as a batch of one, which has the names of its genes.
+    It is not a `dict`, because stock Trainer would remove all keys that the model's forward does not name. `batch` is
+    the cell as a batch of one, which has the names of its genes.
     """
 
     def __init__(self, values: dict[str, Any], batch: CellBatch):
@@ -140,20 +137,8 @@ class Cell(Mapping):
 def as_cell_batch(examples: Any) -> Any:
     """Join single cells of stores into a `CellBatch`; return anything else unchanged.
 
-    Parameters
-    ----------
-    examples : list of Cell or of CellBatch, or anything else
-        Cells that came one by one: from a `ConcatDataset` of stores, or through stock Trainer's removal of columns.
-
-    Returns
-    -------
-    CellBatch
-        Categorical columns whose categories differ between the stores hold names, not codes.
-
-    Raises
-    ------
-    ValueError
-        The stores of the cells differ in genes or obs columns; only some cells have neighbourhoods.
+    Cells come one by one from a `ConcatDataset` of stores, or through stock Trainer's removal of columns. Their stores
+    must have the same genes and obs columns; where categories differ, columns hold names, not codes.
     """
     if isinstance(examples, CellBatch) or not isinstance(examples, (list, tuple)) or not len(examples):
         return examples
@@ -171,22 +156,8 @@ def as_cell_batch(examples: Any) -> Any:
     neighborhoods = [part.neighborhood for part in parts if part.neighborhood is not None]
     if len(neighborhoods) not in (0, len(parts)):
         raise ValueError("Only some cells of the batch have neighbourhoods: see CellStore.with_neighborhoods.")
-
-    def joined(rows: list[_Rows]) -> _Rows:
-        indptrs, genes, counts = zip(*rows, strict=True)
-        lengths = np.concatenate([np.diff(indptr) for indptr in indptrs])
-        return np.concatenate([[0], np.cumsum(lengths)]), np.concatenate(genes), np.concatenate(counts)
-
-    obs, categories = {}, {}
-    for name in first.obs:
-        named = [part.categories.get(name) for part in parts]
-        if all(of == named[0] for of in named):
-            obs[name] = np.concatenate([part.obs[name] for part in parts])
-            if named[0] is not None:
-                categories[name] = named[0]
-        else:
-            obs[name] = np.concatenate([_names_of(part, name) for part in parts])
-    indptr, genes, counts = joined([(part.indptr, part.genes, part.counts) for part in parts])
+    obs, categories = _joined_obs(parts)
+    indptr, genes, counts = _joined_rows([(part.indptr, part.genes, part.counts) for part in parts])
     return replace(
         first,
         indptr=indptr,
@@ -196,8 +167,26 @@ def as_cell_batch(examples: Any) -> Any:
         obs=obs,
         categories=categories,
         path=first.path if len({part.names_key for part in parts}) == 1 else None,
-        neighborhood=joined(neighborhoods) if neighborhoods else None,
+        neighborhood=_joined_rows(neighborhoods) if neighborhoods else None,
     )
+
+
+def _joined_rows(rows: list[_Rows]) -> _Rows:
+    indptrs, genes, counts = zip(*rows, strict=True)
+    lengths = np.concatenate([np.diff(indptr) for indptr in indptrs])
+    return np.concatenate([[0], np.cumsum(lengths)]), np.concatenate(genes), np.concatenate(counts)
+
+
+def _joined_obs(parts: list[CellBatch]) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+    """Return the obs columns of batches, and the categories of those that have the same everywhere."""
+    obs, categories = {}, {}
+    for name in parts[0].obs:
+        named = [part.categories.get(name) for part in parts]
+        same = all(of == named[0] for of in named)
+        obs[name] = np.concatenate([part.obs[name] if same else _names_of(part, name) for part in parts])
+        if same and named[0] is not None:
+            categories[name] = named[0]
+    return obs, categories
 
 
 def _names_of(cells: CellBatch, column: str) -> np.ndarray:
@@ -207,18 +196,8 @@ def _names_of(cells: CellBatch, column: str) -> np.ndarray:
     return np.array([*cells.categories[column], None], object)[cells.obs[column]]
 
 
-def _batch_of(
-    path: Path | RemoteFolder,
-    names_key: str,
-    neighborhood: _Rows | None,
-    indptr: np.ndarray,
-    genes: np.ndarray,
-    counts: np.ndarray,
-    cell_id: np.ndarray,
-    obs: dict[str, np.ndarray],
-) -> CellBatch:
-    names = _names(path, names_key)
-    return CellBatch(indptr, genes, counts, cell_id, obs, *names, path, names_key, neighborhood)
+def _batch_of(path: Path | RemoteFolder, names_key: str, neighborhood: _Rows | None, cells: _Cells) -> CellBatch:
+    return CellBatch(*cells, *_names(path, names_key), path, names_key, neighborhood)
 
 
 @lru_cache(maxsize=8)

@@ -16,29 +16,8 @@ from .cell_store import CellStore
 class CellExpression:
     """Reads rows of expression, sparse if they are stored sparse, and checks the values.
 
-    Parameters
-    ----------
-    adata : AnnData or CellStore
-        X of an AnnData is read.
-    normalize : {"log1p", None}
-        "log1p" returns ln(1 + count), None the values unchanged.
-
-    Attributes
-    ----------
-    names : array (n_cells,)
-        Names of the rows.
-    n_genes : int
-
-    Raises
-    ------
-    TypeError
-        The input is neither an AnnData nor a store.
-    ValueError
-        There is no X, or the normalization is unknown.
-
-    Notes
-    -----
-    Each process opens the file for itself.
+    X of an AnnData is read; each process opens its file for itself. With `normalize="log1p"` the values are
+    ln(1 + count), with None they are unchanged. `names` are those of the rows.
     """
 
     def __init__(self, adata: AnnData | CellStore, normalize: str | None):
@@ -53,22 +32,9 @@ class CellExpression:
             raise TypeError(f"Expression is read from an AnnData or a CellStore, got {type(adata).__name__}.")
 
     def read(self, rows: np.ndarray) -> sparse.csr_matrix | sparse.csr_array | np.ndarray:
-        """Read rows.
+        """Return a copy of rows, int64 array (n,) in any order, as float32 (n, n_genes).
 
-        Parameters
-        ----------
-        rows : int64 array (n,)
-            Row numbers, in any order, with repeats.
-
-        Returns
-        -------
-        csr_matrix, csr_array or array (n, n_genes) of float32
-            A copy; sparse matrices have no duplicate entries.
-
-        Raises
-        ------
-        ValueError
-            Values are not finite, or are to be normalized and are not counts.
+        Sparse matrices have no duplicate entries. Values must be finite, and counts if they are to be normalized.
         """
         if isinstance(self._matrix, CellStore):
             block = self._matrix.rows(rows)

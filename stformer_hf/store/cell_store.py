@@ -2,59 +2,37 @@
 
 from __future__ import annotations
 
-import io
-import json
 import logging
 import os
 import tempfile
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 from anndata import AnnData
-from scipy import sparse
-from tqdm.auto import tqdm
 
-from ..genes.gene_table import GeneTable
 from ..genes.wrong_names import must_have
-from ..sources.formats import local_path, remote_folder
-from ..sources.same_cells import find_twins_of_store, join_groups
-from .arrow_rows import ArrowRows
+from ..sources.formats import local_path
+from ..sources.same_cells import find_twins_of_store
 from .block_order import block_order
-from .cell_batch import Cell, CellBatch, names_key
+from .coverage import print_coverage
 from .hub import push_files
 from .join import join_stores
-from .neighborhoods import sum_groups
-from .remote_files import RemoteFolder
-from .replacing import building_of, recover
-from .row_numbers import row_numbers
-from .shards import checksum
+from .reader import StoreReader
+from .splits import split_cells, split_groups
 from .token_writer import ROWS_PER_SHARD as TOKEN_ROWS_PER_SHARD
 from .token_writer import write_tokens
-from .writer import (
-    COMPACT_FORMAT_VERSION,
-    FORMAT_VERSION,
-    ROWS_PER_BATCH,
-    ROWS_PER_SHARD,
-    BuildSettings,
-    coverage,
-    write_store,
-)
+from .writer import ROWS_PER_BATCH, ROWS_PER_SHARD, BuildSettings, write_store
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
-_MOST_SOURCES_PRINTED = 20
 
-
-class CellStore:
+class CellStore(StoreReader):
     """Cells on disk: a saved Hugging Face dataset with one row per cell, a gene table and a manifest.
 
     `datasets.load_from_disk(path)` opens it without this package. Its columns are `genes` (row of the gene table,
@@ -93,318 +71,6 @@ class CellStore:
     unpickling raises a ValueError.
     """
 
-    def __init__(self, path: str | Path | RemoteFolder):
-        address = None if isinstance(path, RemoteFolder) else remote_folder(path)
-        if address is not None:
-            path = RemoteFolder(address)
-        self.path: Any = path if isinstance(path, RemoteFolder) else Path(os.path.abspath(local_path(path)))
-        self.manifest: dict[str, Any] = _read_manifest(self.path)
-        self._index: np.ndarray | None = None  # for a selection: its rows in the whole store
-        self._gives_neighborhoods = False
-        self._open()
-
-    def _open(self) -> None:
-        files, shards = [self.manifest["gene_table"], *self.manifest["shards"]], self.manifest["shards"]
-        if self.is_remote:
-            self.path.pin(files)
-        for shard in files:
-            file = self.path / shard["file"]
-            size = file.size if self.is_remote else file.stat().st_size if file.exists() else 0
-            if size != shard["bytes"]:
-                raise ValueError(
-                    f"{file} has {size} bytes instead of {shard['bytes']}: it was truncated or replaced. "
-                    "Copy the store again, or rebuild it."
-                )
-        # Read now: if the store were replaced while it is open, its old rows would get the new names.
-        table = (self.path / "genes.parquet").read_bytes()
-        try:
-            self.genes = GeneTable.from_parquet(io.BytesIO(table))
-        except (OSError, ValueError) as error:  # Arrow's errors are subclasses of these
-            raise ValueError(f"{self.path / 'genes.parquet'} is damaged: {error}. Copy the store again.") from error
-        self._rows = ArrowRows(
-            [self.path / shard["file"] for shard in shards],
-            [shard["neighbor_shift"] for shard in shards],
-            self.is_compact,
-        )
-
-    def __getstate__(self) -> dict:
-        kept = ("path", "manifest", "_index", "_gives_neighborhoods")
-        return {**{name: getattr(self, name) for name in kept}, "versions": getattr(self.path, "versions", None)}
-
-    def __setstate__(self, state: dict) -> None:
-        versions = state.pop("versions")
-        self.__dict__.update(state)
-        if versions is not None:
-            self.path.versions = versions
-        else:
-            self.must_be_unchanged()  # else cells of another store could be read in place of the selected ones
-        self._open()
-
-    def __len__(self) -> int:
-        return len(self._rows) if self._index is None else len(self._index)
-
-    def __repr__(self) -> str:
-        columns = ", ".join(self.manifest["obs"]) or "none"
-        cells = f"{len(self):,} cells" if self._index is None else f"{len(self):,} of {len(self._rows):,} cells"
-        return f"CellStore({str(self.path)!r}: {cells}, {len(self.genes):,} genes, obs: {columns})"
-
-    # ------------------------------------------------------------------ contents
-
-    @property
-    def gene_ids(self) -> np.ndarray:
-        """Gene ids of the gene table, object array (n_genes,)."""
-        return self.genes.gene_ids
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether its files are on a server."""
-        return isinstance(self.path, RemoteFolder)
-
-    @property
-    def is_selection(self) -> bool:
-        """Whether it holds a selection of the cells of the store at its path."""
-        return self._index is not None
-
-    @property
-    def is_compact(self) -> bool:
-        """Whether its rows are compact, as `build(compact=True)` writes them."""
-        return self.manifest.get("compact", False)
-
-    @property
-    def cell_ids(self) -> np.ndarray:
-        """Row number of each cell in the whole store, int64 array (n,); batches hold it as `cell_id`."""
-        return self._row_numbers(slice(None))
-
-    @property
-    def categories(self) -> dict[str, list[str]]:
-        """Categories of each categorical obs column, in the order of their codes."""
-        return self.manifest["categories"]
-
-    @property
-    def coverage(self) -> pd.DataFrame:
-        """How the columns of each source were matched to genes, and which share of the counts they hold."""
-        return coverage(self.manifest["sources"])
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Number of expressed genes per cell, int64 array (n,); read from the list offsets alone."""
-        lengths = self._rows.lengths()
-        return lengths if self._index is None else lengths[self._index]
-
-    @property
-    def obs_names(self) -> np.ndarray:
-        """Names of the cells, object array (n,)."""
-        names = self._rows.column("obs_name")
-        return names if self._index is None else names[self._index]
-
-    @cached_property
-    def obs(self) -> pd.DataFrame:
-        """The chosen obs columns, one row per cell, indexed by cell name."""
-        columns = {}
-        for name, values in self._columns.items():
-            if name in self.categories:
-                values = pd.Categorical.from_codes(values, self.categories[name])
-            columns[name] = values
-        obs = pd.DataFrame(columns, index=pd.Index(self._rows.column("obs_name"), dtype=object))
-        return obs if self._index is None else obs.iloc[self._index]
-
-    @cached_property
-    def dataset(self):
-        """The store as a `datasets.Dataset`, memory-mapped."""
-        from datasets import load_from_disk
-
-        self._must_be_local("opened as a datasets.Dataset")
-        self.must_be_unchanged()
-        dataset = load_from_disk(str(self.path))
-        return dataset if self._index is None else dataset.select(self._index)
-
-    @cached_property
-    def features(self) -> Features:
-        """Columns of the rows as `datasets.Features`."""
-        from datasets import DatasetInfo
-
-        features = DatasetInfo.from_dict(json.loads((self.path / "dataset_info.json").read_bytes())).features
-        assert features is not None  # the writer states them
-        return features
-
-    def obs_table(self, names: Sequence[str]) -> pa.Table:
-        """Return obs columns as they are stored, one row per cell: categorical ones as codes."""
-        chunks = {name: self._rows.chunks(name) for name in names}
-        table = pa.table({name: pa.chunked_array(of, self.features[name].pa_type) for name, of in chunks.items()})
-        return table if self._index is None else table.take(pa.array(self._index))
-
-    @cached_property
-    def _columns(self) -> dict[str, np.ndarray]:
-        """Obs columns of the whole store; categorical ones as codes of few bytes, -1 where missing."""
-        return {
-            name: self._rows.codes(name, len(self.categories[name]))
-            if name in self.categories
-            else self._rows.column(name)
-            for name in self.manifest["obs"]
-        }
-
-    # ------------------------------------------------------------------ reading
-
-    def rows(self, index) -> sparse.csr_array:
-        """Read the counts of cells.
-
-        Parameters
-        ----------
-        index : int, slice, sequence of int, or boolean mask (n,)
-            Row numbers, in any order, with repeats; negative ones count from the end.
-
-        Returns
-        -------
-        csr_array (n_rows, n_genes)
-            Counts in the requested order and in the store's count type; a copy.
-
-        Raises
-        ------
-        IndexError
-            A row number is outside the store, or a mask has another length.
-        """
-        rows = self._row_numbers(index)
-        indptr, genes, counts = self._gather(rows)
-        return _csr(indptr, genes, counts, len(self.genes))
-
-    def neighbors(self, index) -> sparse.csr_array:
-        """Read the neighbours of cells.
-
-        Parameters
-        ----------
-        index : int, slice, sequence of int, or boolean mask (n,)
-            Row numbers, as for `rows`.
-
-        Returns
-        -------
-        csr_array (n_rows, n_cells)
-            Weights, float32; a stored weight of 0 is a neighbour too. Neighbours outside the selection, or outside a
-            part that has not been joined yet, are left out.
-
-        Raises
-        ------
-        ValueError
-            The store was built without neighbours.
-        """
-        self._must_have_neighbors()
-        indptr, numbers, weights = self._rows.neighbors(self._row_numbers(index))
-        inside = self._holds(numbers)
-        indptr, numbers = np.concatenate([[0], np.cumsum(inside)])[indptr], numbers[inside]
-        if self._index is not None:
-            position = np.empty(len(self._rows), np.int64)
-            position[self._index] = np.arange(len(self._index))
-            numbers = position[numbers]
-        return _csr(indptr, numbers, weights[inside], len(self))
-
-    def _holds(self, numbers: np.ndarray) -> np.ndarray:
-        """Return which row numbers of the whole store belong to cells held here, bool array (n,)."""
-        inside = (numbers >= 0) & (numbers < len(self._rows))
-        if self._index is not None:
-            inside[inside] = self._selected[numbers[inside]]
-        return inside
-
-    @cached_property
-    def _selected(self) -> np.ndarray:
-        selected = np.zeros(len(self._rows), bool)
-        selected[self._index] = True
-        return selected
-
-    def __getitem__(self, row: int) -> Cell:
-        """Return one cell as a mapping of `genes`, `counts`, `cell_id`, `obs_name` and its obs values."""
-        if not isinstance(row, (int, np.integer)):
-            raise TypeError(f"A store is indexed by a row number, got {type(row).__name__}; use rows(index) for many.")
-        row = int(row)
-        batch = self.__getitems__([row])
-        cell = {"genes": batch.genes, "counts": batch.counts, "cell_id": int(batch.cell_id[0])}
-        cell["obs_name"] = self.obs.index[row]
-        return Cell({**cell, **{name: self.obs[name].iat[row] for name in self.obs}}, batch)
-
-    def __getitems__(self, index: Sequence[int] | np.ndarray) -> CellBatch:
-        """Return a batch of cells for a collator (torch's `DataLoader` calls this with the row numbers of a batch)."""
-        rows = self._row_numbers(index)
-        indptr, genes, counts = self._gather(rows)
-        return CellBatch(
-            indptr=indptr,
-            genes=genes,
-            counts=counts,
-            cell_id=rows,
-            obs={
-                name: values[rows].astype(np.int64) if name in self.categories else values[rows]
-                for name, values in self._columns.items()
-            },
-            categories=self.categories,
-            gene_ids=self.gene_ids,
-            symbols=self.genes.symbols,
-            path=self.path,
-            names_key=self._names_key,
-            neighborhood=self._neighborhoods(rows) if self._gives_neighborhoods else None,
-        )
-
-    def _neighborhoods(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sum the counts of the neighbours of each row of the whole store; see `CellBatch.neighborhood`."""
-        indptr, numbers, _ = self._rows.neighbors(rows)
-        cells = np.repeat(np.arange(len(rows)), np.diff(indptr))
-        others = self._holds(numbers) & (numbers != rows[cells])
-        pairs = np.unique(cells[others] * len(self._rows) + numbers[others])  # each neighbour once
-        cells, numbers = np.divmod(pairs, max(len(self._rows), 1))
-        return sum_groups(self._gather, cells.searchsorted(np.arange(len(rows) + 1)), numbers, len(self.genes))
-
-    def _row_numbers(self, index) -> np.ndarray:
-        """Convert an index, as `rows` takes it, to row numbers of the whole store."""
-        if isinstance(index, pd.Series) and pd.api.types.is_bool_dtype(index) and len(index) == len(self):
-            numbered = index.index.equals(pd.RangeIndex(len(self)))
-            if not numbered and not np.array_equal(index.index, self.obs_names):  # it would select other cells
-                raise IndexError(
-                    "The mask is a Series with another index than obs: pass mask.loc[store.obs.index], or "
-                    "mask.to_numpy() if it is in the order of the cells."
-                )
-        rows = row_numbers(index, len(self), "store")
-        return rows if self._index is None else self._index[rows]
-
-    def _gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self._rows.gather(rows, self.manifest["gene_type"], self.manifest["count_type"])
-
-    # ------------------------------------------------------------------ selections
-
-    def select(self, index) -> CellStore:
-        """Return a selection of cells, without copying them.
-
-        Parameters
-        ----------
-        index : slice, sequence of int, or boolean mask (n,)
-            Row numbers, as for `rows`. A mask that is a Series must have the index of `obs`.
-
-        Returns
-        -------
-        CellStore
-            These cells, in this order. They keep their `cell_id` of the whole store, from which masks are drawn.
-        """
-        return self._like(self._row_numbers(index), self._gives_neighborhoods)
-
-    def with_neighborhoods(self) -> CellStore:
-        """Return the store with each cell's neighbourhood: the summed counts of its neighbours.
-
-        Returns
-        -------
-        CellStore
-            The same cells. Its batches (`__getitems__`, a `DataLoader`), and those of its selections, have
-            `CellBatch.neighborhood`, which `GeneTokenizer(neighborhood=True)` needs. Neighbours outside a selection
-            are left out, so held-out cells are not seen.
-
-        Raises
-        ------
-        ValueError
-            The store was built without neighbours.
-        """
-        self._must_have_neighbors()
-        return self._like(self._index, True)
-
-    def _like(self, rows: np.ndarray | None, gives_neighborhoods: bool) -> CellStore:
-        other = object.__new__(CellStore)
-        other.path, other.manifest, other.genes, other._rows = self.path, self.manifest, self.genes, self._rows
-        other._index, other._gives_neighborhoods = rows, gives_neighborhoods
-        return other
-
     def train_test_split(
         self, test_size: float = 0.1, *, by: str | None = None, seed: int = 0
     ) -> dict[str, CellStore]:
@@ -432,31 +98,13 @@ class CellStore:
         ValueError
             The column does not exist, cells have no value in it, or it has fewer than two groups.
         """
-        from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit  # a second of imports
-
         twins = self.twins()
         if by is None:
-            firsts, of_cell = np.unique(twins, return_index=True, return_inverse=True)[1:]
-            _, chosen = next(ShuffleSplit(1, test_size=test_size, random_state=seed).split(firsts))
-            held_out = np.isin(of_cell, chosen)
-            train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+            train, test = split_cells(twins, test_size, seed)
         else:
             must_have(self.obs, "obs", by)
-            groups = self.obs[by]
-            if groups.isna().any():
-                raise ValueError(f"{int(groups.isna().sum())} cells have no {by!r}: remove them with select first.")
-            if groups.nunique() < 2:
-                raise ValueError(f"All cells have the same {by!r}: nothing to hold out.")
-            groups = groups.astype(str).to_numpy()
-            if len(np.unique(twins)) < len(twins):
-                groups = join_groups(groups, twins)
-                if len(np.unique(groups)) < 2:
-                    raise ValueError(
-                        f"All groups of {by!r} share cells (same barcode and counts): remove the duplicates first."
-                    )
-            splitter = GroupShuffleSplit(1, test_size=test_size, random_state=seed)
-            train, test = next(splitter.split(np.arange(len(self)), groups=groups))
-        return {"train": self.select(np.sort(train)), "test": self.select(np.sort(test))}
+            train, test = split_groups(twins, self.obs[by], test_size, seed)
+        return {"train": self.select(train), "test": self.select(test)}
 
     def twins(self) -> np.ndarray:
         """Find duplicated cells: those with equal barcode and equal counts.
@@ -477,16 +125,6 @@ class CellStore:
             )
         return twins
 
-    def read_ahead(self, index) -> None:
-        """Ask the system to read rows from the disk, and return at once; does nothing for a remote store.
-
-        Parameters
-        ----------
-        index : slice, or array of int or bool
-            Rows that will be read soon.
-        """
-        self._rows.read_ahead(self._row_numbers(index))
-
     def block_shuffle(self, block_size: int = 16, *, seed: int = 0, epoch: int = 0, window: int = 1) -> np.ndarray:
         """Return a random order of blocks of rows; the rows of a block stay together and are read at once.
 
@@ -506,21 +144,6 @@ class CellStore:
             Every row once.
         """
         return block_order(len(self), block_size, seed, epoch, window=window)
-
-    def verify(self) -> None:
-        """Check every shard and the gene table against their checksums; remote files are downloaded for this.
-
-        Raises
-        ------
-        ValueError
-            A shard or the gene table is damaged; the message names it.
-        """
-        files = [self.manifest["gene_table"], *self.manifest["shards"]]
-        for shard in tqdm(files, desc="verify", unit="file", disable=None):
-            file = self.path / shard["file"]
-            found = self.path.checksum(shard["file"]) if self.is_remote else checksum(file)
-            if found != shard["checksum"]:
-                raise ValueError(f"{file} is damaged: its checksum does not match.")
 
     # ------------------------------------------------------------------ building
 
@@ -652,7 +275,7 @@ class CellStore:
         write_store(local_path(path), sources, settings, overwrite=overwrite)
         store = cls(path)
         if report:
-            store._report(store.manifest["sources"])
+            print_coverage(store.manifest["sources"], len(store))
         return store
 
     def append(
@@ -700,7 +323,7 @@ class CellStore:
         write_store(self.path, sources, settings, base=self)
         n_sources = len(self.manifest["sources"])
         self.__dict__ = {**CellStore(self.path).__dict__, "_gives_neighborhoods": self._gives_neighborhoods}
-        self._report(self.manifest["sources"][n_sources:])
+        print_coverage(self.manifest["sources"][n_sources:], len(self))
 
     @classmethod
     def join(cls, path: str | Path, paths: Sequence[str | Path], *, overwrite: bool = False) -> CellStore:
@@ -873,33 +496,8 @@ class CellStore:
         names = [shard["file"] for shard in self.manifest["shards"]]
         return push_files(self.path, names, repo_id, private, token, revision, commit_message)
 
-    def _must_have_neighbors(self) -> None:
-        if not self.manifest["neighbors"]:
-            raise ValueError(
-                f"{self.path} was built without neighbours: call spatial_neighbors(adata), then "
-                "CellStore.build(…, neighbors='spatial_connectivities')."
-            )
-
-    def must_be_unchanged(self) -> None:
-        """Raise ValueError if the store at the path is no longer the one that was opened."""
-        if _read_manifest(self.path.now() if self.is_remote else self.path) != self.manifest:
-            raise ValueError(f"{self.path} was replaced after this object opened it: open it again.")
-
-    @cached_property
-    def _names_key(self) -> str:
-        """Checksum of the names of genes and categories, to detect that another store took this one's place."""
-        return names_key(self.manifest)
-
-    def _must_be_local(self, to_be: str) -> None:
-        if self.is_remote:
-            raise ValueError(
-                f"{self.path} is on a server and cannot be {to_be}: copy it first, "
-                f"CellStore({str(self.path)!r}).save('copy')."
-            )
-
     @property
-    def _is_joined(self) -> bool:
-        """Whether shards are in other folders."""
+    def _is_joined(self) -> bool:  # with shards in other folders
         return any(os.path.dirname(shard["file"]) for shard in self.manifest["shards"])
 
     def _must_be_whole(self, to_do: str) -> None:
@@ -907,72 +505,6 @@ class CellStore:
             raise ValueError(f"This is a selection of {self.path}: {to_do} the whole store, or save the selection.")
         if self._is_joined:
             raise ValueError(f"{self.path} is joined from others: {to_do} a saved copy of it (store.save).")
-
-    def _report(self, sources: Sequence[Mapping[str, Any]]) -> None:
-        """Print how the genes of the sources were matched, and log how many cells are empty."""
-        table = coverage(sources)
-        for row in table.head(_MOST_SOURCES_PRINTED).reset_index().to_dict("records"):
-            print(f"{row['source']}: {row['cells']:,} cells, {row['genes']:,} genes, {_in_words(row)}")
-        if len(table) > _MOST_SOURCES_PRINTED:
-            print(f"… and {len(table) - _MOST_SOURCES_PRINTED} more sources: see store.coverage")
-        repeated = sum(source["n_columns"] - source["n_genes"] for source in sources)
-        if repeated:
-            logger.warning(f"{repeated} columns repeat the gene id of another; their counts are summed.")
-        n_empty = sum(source["n_empty"] for source in sources)
-        if n_empty:
-            logger.warning(f"{n_empty} of {len(self)} cells have no counts; they are kept, and training skips them.")
-
-
-def _in_words(row: Mapping[str, Any]) -> str:
-    """Return how the columns of a source were matched to genes; `row` is one of `coverage`."""
-    ways = {
-        "kept": "by Ensembl id",
-        "mapped": "mapped to the ids of other sources or of aliases",
-        "unmapped": "kept under their names: no Ensembl id in the file",
-    }
-    found = [fate for fate in ways if row[fate]]
-    if len(found) < 2:
-        return ways[found[0]] if found else "no columns"
-    return "; ".join(f"{row[fate]:,} ({row[f'counts {fate}']:.1%} of the counts) {ways[fate]}" for fate in found)
-
-
-def _csr(indptr: np.ndarray, columns: np.ndarray, values: np.ndarray, n_columns: int) -> sparse.csr_array:
-    index_type = np.int64 if max(len(columns), n_columns) > np.iinfo(np.int32).max else np.int32
-    indices = (values, columns.astype(index_type), indptr.astype(index_type))
-    return sparse.csr_array(indices, shape=(len(indptr) - 1, n_columns))
-
-
-def _read_manifest(path: Path | RemoteFolder) -> dict:
-    manifest = json.loads(_remote_manifest(path) if isinstance(path, RemoteFolder) else _local_manifest(path))
-    readable = (FORMAT_VERSION, COMPACT_FORMAT_VERSION)
-    if manifest["format_version"] not in readable:
-        remedy = "Update stformer_hf." if manifest["format_version"] > max(readable) else "Rebuild it."
-        raise ValueError(
-            f"{path} has store format {manifest['format_version']}; this version reads {FORMAT_VERSION} and "
-            f"{COMPACT_FORMAT_VERSION}. {remedy}"
-        )
-    return manifest
-
-
-def _remote_manifest(path: RemoteFolder) -> bytes:
-    try:
-        return (path / "manifest.json").read_bytes()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"There is no CellStore at {path}: it has no manifest.json.") from error
-
-
-def _local_manifest(path: Path) -> bytes:
-    file = path / "manifest.json"
-    if not path.exists() and path.with_name(f".{path.name}.old").exists():
-        time.sleep(0.2)  # another process may be replacing it just now
-        recover(path)
-    if not file.exists():
-        if building_of(path).exists():
-            raise FileNotFoundError(
-                f"{path} is incomplete: its build was interrupted. Call CellStore.build again to resume it."
-            )
-        raise FileNotFoundError(f"There is no CellStore at {path}; create one with CellStore.build.")
-    return file.read_bytes()
 
 
 __all__ = ["CellStore"]

@@ -20,16 +20,7 @@ _LARGE = 3  # kind of the counts that are listed
 def encode(
     indptr: np.ndarray, genes: np.ndarray, counts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Encode cells.
-
-    Parameters
-    ----------
-    indptr : int array (n + 1,)
-        Bounds of the cells.
-    genes : unsigned int array (nnz,)
-        Row of the gene table, ascending within a cell.
-    counts : array (nnz,)
-        Whole numbers of at least 1.
+    """Encode cells: their bounds (n + 1,), genes (nnz,), unsigned and ascending in a cell, and whole counts above 0.
 
     Returns
     -------
@@ -57,23 +48,13 @@ def encode(
 def decode(
     bounds: np.ndarray, codes: np.ndarray, large: np.ndarray, gene_type: str, count_type: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Decode cells.
-
-    Parameters
-    ----------
-    bounds : int64 array (n + 1,)
-        Bounds of the codes of each cell.
-    codes : uint8 array (n_codes,)
-    large : array (n_large,)
-        Counts of at least 4.
-    gene_type, count_type : str
-        Types of the results.
+    """Decode cells: the bounds of their codes, int64 (n + 1,), the codes, uint8, and the counts of at least 4.
 
     Returns
     -------
     indptr : int64 array (n + 1,)
         Bounds of the cells.
-    genes, counts : arrays (nnz,)
+    genes, counts : arrays (nnz,), of the given types
     """
     is_skip = codes == _SKIP
     steps = (codes >> 2) + np.uint8(1) - is_skip.view(np.uint8)

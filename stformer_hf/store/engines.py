@@ -27,15 +27,7 @@ _Submit = Callable[[Any], Future]
 
 
 def check_engine(engine: str, workers: int) -> None:
-    """Raise if tasks cannot run like this.
-
-    Raises
-    ------
-    ValueError
-        The engine is unknown, or there are no workers.
-    ImportError
-        Ray is not installed.
-    """
+    """Raise ValueError if the engine is unknown or there are no workers, ImportError if Ray is not installed."""
     if engine not in ENGINES:
         raise ValueError(f'engine={engine!r}: must be "local" or "ray".')
     if workers < 1:
@@ -114,6 +106,16 @@ def _finished(running: dict[Future, int]) -> Iterator[tuple[int, Any]]:
         yield running.pop(future), future.result()
 
 
+def _call(task: Callable[[Any, Any], Any], shared: Path | bytes, argument: Any) -> Any:
+    """Run a task in a worker; `shared` is pickled, and loaded once."""
+    return task(_load(shared), argument)
+
+
+@lru_cache(1)
+def _load(pickled: Path | bytes) -> Any:
+    return pickle.loads(pickled if isinstance(pickled, bytes) else pickled.read_bytes())
+
+
 # ---------------------------------------------------------------------- processes of this machine
 
 
@@ -127,7 +129,7 @@ def _in_processes(task: Callable[[Any, Any], Any], shared: Any, workers: int) ->
         # Not forked: threads of Arrow and torch do not survive a fork.
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
         try:
-            yield lambda argument: pool.submit(_call_with_file, task, file, argument)
+            yield lambda argument: pool.submit(_call, task, file, argument)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -144,15 +146,6 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _call_with_file(task: Callable[[Any, Any], Any], file: Path, argument: Any) -> Any:
-    return task(_read(file), argument)
-
-
-@lru_cache(1)
-def _read(file: Path) -> Any:
-    return pickle.loads(file.read_bytes())
-
-
 # ---------------------------------------------------------------------- Ray
 
 
@@ -161,7 +154,7 @@ def _on_ray(task: Callable[[Any, Any], Any], shared: Any, workers: int, gpus: fl
     import ray
 
     started = _connect(workers)
-    remote = ray.remote(_call_with_bytes).options(max_retries=_RETRIES, num_gpus=gpus)
+    remote = ray.remote(_call).options(max_retries=_RETRIES, num_gpus=gpus)
     pickled = ray.put(pickle.dumps(shared))
     running: dict[Future, Any] = {}
 
@@ -197,15 +190,6 @@ def _connect(workers: int) -> bool:
     except ConnectionError:  # there is none
         ray.init(address="local", num_cpus=workers, include_dashboard=False)
     return True
-
-
-def _call_with_bytes(task: Callable[[Any, Any], Any], pickled: bytes, argument: Any) -> Any:
-    return task(_loaded(pickled), argument)
-
-
-@lru_cache(1)
-def _loaded(pickled: bytes) -> Any:
-    return pickle.loads(pickled)
 
 
 __all__ = ["ENGINES", "check_engine", "run_tasks", "runs_here"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from scipy import sparse
 from tqdm.auto import tqdm
 
 from ..genes.statistics import MAX_MEMORY, GeneStatistics
 from ..genes.unite import unite
 from ..sources.formats import expand
-from ..sources.matrices import Matrix, MemoryMatrix
-from ..sources.open_source import checked_blocks, open_source
+from ..sources.matrices import MemoryMatrix
+from ..sources.open_source import open_source
 from ..sources.stored_cells import StoredCells
 from .engines import check_engine, run_tasks, runs_here
 
@@ -98,15 +97,8 @@ def estimate_gene_medians(
         raise ValueError("No sources: pass at least one AnnData, store or file.")
     united = unite([found.genes for found in sources], [found.name for found in sources], aliases=aliases, unify=unify)
     settings = {"target_sum": target_sum, "method": method, "max_memory": max_memory}
-    work = _Work(
-        united.genes.gene_ids,
-        united.genes.symbols,
-        settings,
-        [
-            _Counts(found.matrix, found.name, found.counts_in, found.fractional, genes)
-            for found, genes in zip(sources, united.rows, strict=True)
-        ],
-    )
+    counts = [found.align(genes) for found, genes in zip(sources, united.rows, strict=True)]
+    work = _Work(united.genes.gene_ids, united.genes.symbols, settings, counts)
     n_cells = sum(found.shape[0] for found in sources)
     with tqdm(total=n_cells, desc="gene medians", unit="cell", disable=None) as bar:
         if runs_here(engine, workers):
@@ -134,20 +126,6 @@ class _Part(NamedTuple):
     stop: int
 
 
-class _Counts(NamedTuple):
-    """What any process needs to read a source."""
-
-    matrix: Matrix
-    name: str
-    counts_in: str
-    fractional: bool
-    genes: np.ndarray  # row of the gene table for each column
-
-    def blocks(self, start: int, stop: int) -> Iterator[sparse.csr_matrix]:
-        """Read a range of cells, in blocks."""
-        yield from checked_blocks(self.matrix, self.name, self.counts_in, self.fractional, _CELLS_AT_ONCE, start, stop)
-
-
 @dataclass
 class _Work:
     """Sources, and the statistics to compute of them."""
@@ -155,7 +133,7 @@ class _Work:
     gene_ids: np.ndarray
     symbols: np.ndarray
     settings: dict[str, Any]
-    sources: list[Any]  # of _Counts; None where another process reads
+    sources: list[Any]  # of AlignedCounts; None where another process reads
 
     def begin(self) -> GeneStatistics:
         """Return statistics of no cells."""
@@ -176,7 +154,7 @@ class _Work:
         """Add the cells of a part to statistics."""
         source = self.sources[part.source]
         try:
-            for block in source.blocks(part.start, part.stop):
+            for block in source.blocks(_CELLS_AT_ONCE, part.start, part.stop):
                 statistics.add(block, source.genes)
                 progress(block.shape[0])
         finally:

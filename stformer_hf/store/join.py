@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..sources.stored_cells import StoredCells
+from .manifest import write_manifest
 from .replacing import STORE, check_free, recover, written_at
-from .shards import RowFormat, checksum, has_types, rewrite, widest
-from .writer import write_manifest
+from .shards import RowFormat, checksum, rewrite, widest
 
 
 def join_stores(path: Path, stores: Sequence[StoredCells], overwrite: bool) -> None:
@@ -51,7 +51,7 @@ def _write(path: Path, building: Path, stores: Sequence[StoredCells], row_format
             file = (store.path / shard["file"]).resolve()
             shard = {**shard, "neighbor_shift": shard["neighbor_shift"] + n_cells}
             own = building / f"joined-{len(shards):05d}.arrow"
-            if has_types(shard, row_format):
+            if row_format.fits(shard):
                 shard["file"] = own.name
                 try:
                     os.link(file, own)

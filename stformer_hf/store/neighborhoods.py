@@ -15,18 +15,9 @@ def sum_groups(
     cells: np.ndarray,
     n_genes: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sum the counts of groups of cells.
+    """Sum the counts of groups of cells: group i consists of `cells[bounds[i]:bounds[i + 1]]`.
 
-    Parameters
-    ----------
-    gather : callable
-        Function that reads cells by number and returns indptr, genes and counts, flat; counts are positive.
-    bounds : int array (n_groups + 1,)
-        Group i consists of `cells[bounds[i]:bounds[i + 1]]`.
-    cells : int64 array (bounds[-1],)
-        Numbers of the cells, group by group.
-    n_genes : int
-        Number of genes.
+    `gather` reads cells by number and returns indptr, genes and counts, flat; counts are positive.
 
     Returns
     -------

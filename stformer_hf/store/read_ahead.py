@@ -24,22 +24,7 @@ _BATCHES = 128  # after a batch that waited for the disk, so many batches are as
 
 
 class MappedFile:
-    """A memory-mapped file.
-
-    Parameters
-    ----------
-    file : Path
-
-    Attributes
-    ----------
-    buffer : pyarrow.Buffer
-        Its bytes.
-
-    Raises
-    ------
-    OSError
-        The file cannot be read.
-    """
+    """A memory-mapped file; `buffer` has its bytes."""
 
     def __init__(self, file: Path):
         # Unlike Python's mmap, it needs no open file: a store may have more files than a process may have open.

@@ -16,13 +16,7 @@ _HEADER_BYTES = 4096  # more than most headers have; they lie in one block anywa
 
 
 def read_headers(files: Sequence[RemoteFile]) -> Iterator[list[RemoteBatch]]:
-    """Read the headers of the record batches of files, several files at once.
-
-    Raises
-    ------
-    ArrowException, OSError
-        A file is damaged, when its turn comes.
-    """
+    """Read the headers of the record batches of files, several files at once; a damaged one raises in its turn."""
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
         yield from pool.map(_headers_of, files)
 
@@ -80,14 +74,7 @@ class _Column:
 
 @dataclass(frozen=True)
 class RemoteBatch:
-    """A record batch in a file on a server.
-
-    Attributes
-    ----------
-    file : RemoteFile
-    num_rows : int
-    columns : dict of str to _Column
-    """
+    """A record batch in a file on a server."""
 
     file: RemoteFile
     num_rows: int

@@ -128,8 +128,8 @@ class RemoteFolder:
         except ValueError as error:
             raise ValueError(f"{self.address} cannot be read: {error}.") from error
 
-    def __reduce__(self):
-        return _reopen, (self.address, self._options, self.cache, self._root, self._is_pinned)
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_opened": None, "versions": {}}
 
     def __str__(self) -> str:
         return self.address
@@ -160,10 +160,7 @@ class RemoteFolder:
     def pin(self, files: Sequence[Mapping[str, Any]]) -> None:
         """Note the versions of files, which are read from then on; those noted before are kept.
 
-        Parameters
-        ----------
-        files : sequence of dict
-            `file` (name), `bytes` and `checksum` of each, as a manifest lists them.
+        Each has `file` (name), `bytes` and `checksum`, as a manifest lists them.
         """
         new = [file for file in files if file["file"] not in self.versions]
         all_stated = self._pool.map(lambda file: self.retry(self._stated, file["file"]), new)
@@ -176,7 +173,6 @@ class RemoteFolder:
         """Return what the server states about the version of a file; nothing for one of a commit."""
         if self._is_pinned:
             return {}
-
         self._fs.invalidate_cache(self._path(name))
         stated = self._fs.info(self._path(name))
         return {
@@ -195,16 +191,7 @@ class RemoteFolder:
     # ------------------------------------------------------------------ reading
 
     def read(self, ranges: Sequence[Range]) -> list[Any]:
-        """Read ranges of pinned files.
-
-        Parameters
-        ----------
-        ranges : sequence of Range
-            In any order; they may overlap.
-
-        Returns
-        -------
-        list of bytes or memoryview
+        """Read ranges of pinned files, in any order, which may overlap: list of bytes or memoryview.
 
         Raises
         ------
@@ -320,22 +307,9 @@ class RemoteFolder:
         return self._opened[1:]
 
     def retry(self, call: Callable[[str], T], name: str) -> T:
-        """Call a function with the name of a file, again after failures of the network.
+        """Call a function with the name of a file, or "" for the folder, again after failures of the network.
 
-        Parameters
-        ----------
-        call : callable (str) -> value
-        name : str
-            Name of a file, or empty for the folder.
-
-        Raises
-        ------
-        ConnectionError
-            All attempts failed.
-        FileNotFoundError
-            There is no such file.
-        PermissionError
-            The server refuses access.
+        ConnectionError is raised if all attempts failed; FileNotFoundError and PermissionError at once.
         """
         what = f"{self.address}/{name}".rstrip("/")
         for wait in (*WAITS, None):
@@ -378,15 +352,6 @@ def _status(error: BaseException) -> int | None:
     return getattr(cause, "status", getattr(answer, "status_code", None))
 
 
-def _reopen(address: str, options: dict, cache: BlockCache, root: str, is_pinned: bool) -> RemoteFolder:
-    """Return a pickled folder, without connecting to the server."""
-    folder = object.__new__(RemoteFolder)
-    folder.address, folder._options, folder.cache = address, options, cache
-    folder._root, folder._is_pinned = root, is_pinned
-    folder._opened, folder.versions = None, {}
-    return folder
-
-
 class Version(NamedTuple):
     """Version of a file: its size, the key of its blocks in the cache, and what the server states."""
 
@@ -419,10 +384,6 @@ class RemoteFile:
     def read_bytes(self) -> bytes:
         """Read the file; see `RemoteFolder.whole`."""
         return self.folder.whole(self.name)
-
-    def read_text(self) -> str:
-        """Read the file as text in UTF-8."""
-        return self.read_bytes().decode()
 
 
 class Range(NamedTuple):

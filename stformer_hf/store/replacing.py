@@ -25,21 +25,11 @@ _NOT_OURS = (".*", "cache-*.arrow")  # hidden files, and the cache files of `dat
 
 @dataclass(frozen=True)
 class Contents:
-    """Kind of contents of a folder with shards and a manifest.
+    """Kind of contents of a folder with shards and a manifest."""
 
-    Attributes
-    ----------
-    what : str
-        Name for messages, such as `a store`.
-    opened_by : str
-        The function that opens it.
-    other_files : tuple of str
-        Files beside the shards.
-    """
-
-    what: str
-    opened_by: str
-    other_files: tuple[str, ...]
+    what: str  # name for messages, such as `a store`
+    opened_by: str  # the function that opens it
+    other_files: tuple[str, ...]  # beside the shards
 
 
 STORE = Contents("a store", "CellStore", ("genes.parquet", "manifest.json", "dataset_info.json", "state.json"))
@@ -58,27 +48,9 @@ def _old_of(path: Path) -> Path:
 def written_at(path: Path, contents: Contents, overwrite: bool) -> Iterator[Path]:
     """Lock a path and check it again; rename the folder that the body fills to it at the end.
 
-    Callers call `check_free` first, before they open sources, which takes time in which another process may finish.
-
-    Parameters
-    ----------
-    path : Path
-        Resolved path of the folder.
-    contents : Contents
-    overwrite : bool
-        Whether the folder at the path may be replaced.
-
-    Yields
-    ------
-    Path
-        The folder to fill; it may not exist yet, or hold the files of an interrupted call.
-
-    Raises
-    ------
-    BlockingIOError
-        Another process is writing there.
-    FileExistsError
-        The path exists and may not be replaced.
+    The folder to fill, which is yielded, may not exist yet, or hold the files of an interrupted call. `path` is
+    resolved. Callers call `check_free` first, before they open sources, which takes time in which another process may
+    finish.
     """
     with locked(path):
         _give_name_back(path)
@@ -90,13 +62,7 @@ def written_at(path: Path, contents: Contents, overwrite: bool) -> Iterator[Path
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Let only one process at a time write at a path.
-
-    Raises
-    ------
-    BlockingIOError
-        Another process is writing there.
-    """
+    """Let only one process at a time write at a path; raise BlockingIOError in others."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.with_name(f".{path.name}.lock")
     lock = take_lock(file)

@@ -6,21 +6,10 @@ import numpy as np
 
 
 def row_numbers(index, n_rows: int, of: str) -> np.ndarray:
-    """Convert an index to row numbers, int64 array (n,).
+    """Convert an index to row numbers, int64 array (n,), or raise IndexError.
 
-    Parameters
-    ----------
-    index : int, slice, sequence of int, or boolean mask (n_rows,)
-        Rows in any order, with repeats; negative ones count from the end.
-    n_rows : int
-        Number of rows.
-    of : str
-        What has the rows, for messages.
-
-    Raises
-    ------
-    IndexError
-        A row number is outside, or a mask has another length; the index holds something else.
+    It is an int, a slice, a sequence of int in any order, with repeats and negative ones, or a boolean mask; `of` is
+    what has the rows, for messages.
     """
     if isinstance(index, slice):
         return np.arange(*index.indices(n_rows), dtype=np.int64)

@@ -27,7 +27,7 @@ from ..genes.unite import FATES
 from ..genes.whole_files import part_of, whole_file
 from ..sources.matrices import Matrix
 from ..sources.obs_columns import as_arrow
-from ..sources.open_source import checked_blocks
+from ..sources.open_source import AlignedCounts
 from ..sources.same_cells import describe, row_totals
 from . import compact_rows
 
@@ -39,34 +39,27 @@ _NO_COMMON_TYPE = (
     "There are fractions, and whole numbers elsewhere that float32 cannot hold exactly: build two stores, or round "
     "the fractions."
 )
-_MAX_BUCKETS = 512  # files that a shuffle has open at once
-_ROWS_PER_BUCKET = 16_384
 
 
 @dataclass
 class RowFormat:
-    """Columns of a store's rows, from which the Arrow schema and the Hugging Face features are made.
+    """Columns of a store's rows, from which the Arrow schema and the Hugging Face features are made."""
 
-    Attributes
-    ----------
-    gene_type, count_type : str
-        Types of `genes` and `counts`.
-    neighbors : bool
-        Whether there are `neighbors` and `neighbor_weights`.
-    obs : dict of str to str
-        Arrow types of the obs columns.
-    categories : dict of str to list of str
-        Categories of the categorical columns, in the order of their codes.
-    compact : bool
-        Whether genes and counts are encoded; see `compact_rows`.
-    """
+    gene_type: str  # of `genes`
+    count_type: str  # of `counts`
+    neighbors: bool  # whether there are `neighbors` and `neighbor_weights`
+    obs: dict[str, str]  # Arrow types of the obs columns
+    categories: dict[str, list[str]]  # of the categorical columns, in the order of their codes
+    compact: bool = False  # whether genes and counts are encoded, see `compact_rows`
 
-    gene_type: str
-    count_type: str
-    neighbors: bool
-    obs: dict[str, str]
-    categories: dict[str, list[str]]
-    compact: bool = False
+    @property
+    def types(self) -> dict[str, str]:
+        """Types of genes and counts, as the records of shards hold them."""
+        return {"gene_type": self.gene_type, "count_type": self.count_type}
+
+    def fits(self, shard: dict) -> bool:
+        """Return whether a shard, by its record, has these types."""
+        return self.types.items() <= shard.items()
 
     def features(self):
         """Hugging Face features of the rows."""
@@ -89,10 +82,6 @@ class RowFormat:
     def schema(self) -> pa.Schema:
         """Arrow schema of the rows."""
         return self.features().arrow_schema
-
-    def with_count_type(self, count_type: str) -> RowFormat:
-        """Return the format with another count type."""
-        return replace(self, count_type=count_type)
 
     def columns_of(self, block: sparse.csr_matrix) -> dict[str, pa.Array]:
         """Return the columns that hold the counts of cells, (n_cells, n_genes), genes ascending."""
@@ -120,10 +109,7 @@ def widest(count_types: Sequence[str]) -> str:
 def count_type_of(counts: np.ndarray, name: str) -> str:
     """Return the narrowest type that holds counts (whole numbers exactly, fractions to float32's precision).
 
-    Raises
-    ------
-    ValueError
-        A count does not fit into 32 bits.
+    They must fit into 32 bits; `name` is that of their source.
     """
     largest = counts.max(initial=0)
     if counts.dtype.kind == "f" and (counts != np.rint(counts)).any():
@@ -143,62 +129,23 @@ def count_type_of(counts: np.ndarray, name: str) -> str:
 
 
 @dataclass
-class Piece:
-    """A range of cells of one source, and all that any process needs to write it.
+class Piece(AlignedCounts):
+    """A range of cells of one source, and all that any process needs to write it."""
 
-    Attributes
-    ----------
-    record : Path
-        File that exists once the piece is written; the names of its shards begin with its stem.
-    source : int
-        Number of the source.
-    name, counts_in : str
-        Name of the source, and of the layer with its counts, for messages.
-    matrix : Matrix
-        Counts of the source.
-    start, stop : int
-        Range of cells of the source.
-    genes, fates : int array (n_columns,)
-        Row of the gene table, and fate (`genes.unite`), of each column.
-    n_genes : int
-        Length of the gene table.
-    obs_names : Arrow string array (stop - start,)
-        Names of the cells.
-    obs : dict of str to Arrow array (stop - start,) or None
-        Obs columns.
-    neighbors : Matrix or None
-        Graph of the source's cells.
-    first_row : int
-        Row in the store of the source's first cell; added to the numbers of its neighbours.
-    format : RowFormat
-        Columns; writing starts with its count type.
-    fractional : bool
-        Whether counts may be fractions.
-    rows_per_batch, rows_per_shard : int
-        Cells per record batch, and per file.
-    describe : bool
-        Whether to write descriptions of the cells, too, by which duplicates are found (`same_cells.describe`).
-    """
-
-    record: Path
+    record: Path  # exists once the piece is written; the names of its shards begin with its stem
     source: int
-    name: str
-    counts_in: str
-    matrix: Matrix
     start: int
     stop: int
-    genes: np.ndarray
-    fates: np.ndarray
-    n_genes: int
+    fates: np.ndarray  # of each column, see `genes.unite`
+    n_genes: int  # length of the gene table
     obs_names: pa.Array | pa.ChunkedArray
     obs: dict[str, pa.Array | pa.ChunkedArray | None]
-    neighbors: Matrix | None
-    first_row: int
-    format: RowFormat
-    fractional: bool
+    neighbors: Matrix | None  # graph of the source's cells
+    first_row: int  # of the source in the store; added to the numbers of its neighbours
+    format: RowFormat  # writing starts with its count type
     rows_per_batch: int
     rows_per_shard: int
-    describe: bool = False
+    describe: bool = False  # write descriptions of the cells, too, which find duplicates (`same_cells.describe`)
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -220,48 +167,21 @@ def write_piece(piece: Piece, progress: Callable[[int], object] = lambda n_cells
         with naming(piece.name):
             piece.matrix.prepare(piece.record.parent)
         writer = ShardWriter(piece.record.parent, piece.record.stem, piece.format, piece.rows_per_shard)
-        per_fate = np.zeros(len(FATES))
-        n_counts = n_empty = 0
-        names = as_arrow(piece.obs_names, pa.string(), len(piece))
-        obs = {
-            name: as_arrow(piece.obs[name], kind, piece.stop - piece.start)
-            for name, kind in _obs_types(piece.format).items()
-        }
-        blocks = checked_blocks(
-            piece.matrix,
-            piece.name,
-            piece.counts_in,
-            piece.fractional,
-            piece.rows_per_batch,
-            piece.start,
-            piece.stop,
-        )
+        columns = _columns_of(piece)
+        per_fate, n_counts, n_empty = np.zeros(len(FATES)), 0, 0
         at, described = 0, [np.empty((0, 2), np.float32)]
         try:
-            for block in blocks:
+            for block in piece.blocks(piece.rows_per_batch, piece.start, piece.stop):
                 totals = row_totals(block) if piece.describe else block.data
                 per_fate += _sums(block, piece.fates, totals)
                 block = align(block, piece.genes, piece.n_genes)
                 if piece.describe:
                     described.append(describe(totals, block.indptr))
                 n = block.shape[0]
-                columns = {
-                    "obs_name": names[at : at + n],
-                    **{name: values[at : at + n] for name, values in obs.items()},
-                }
+                own = {name: values[at : at + n] for name, values in columns.items()}
                 if piece.neighbors is not None:
-                    graph = piece.neighbors.rows(piece.start + at, piece.start + at + n)
-                    graph.sort_indices()
-                    numbers = (graph.indices.astype(np.int64) + piece.first_row).astype(np.uint32)
-                    columns["neighbors"] = _lists(graph.indptr, numbers)
-                    columns["neighbor_weights"] = _lists(graph.indptr, graph.data.astype(np.float32))
-                count_type = count_type_of(block.data, piece.name)
-                if piece.format.compact and count_type == "float32":
-                    raise ValueError(
-                        f"{piece.name}: {piece.counts_in} holds fractions, which compact rows cannot hold. Round the "
-                        "counts, or use a store without compact rows."
-                    )
-                writer.write(block, columns, count_type)
+                    own |= _neighbors_of(piece, piece.neighbors, at, at + n)
+                writer.write(block, own, _count_type_of(piece, block))
                 n_counts += block.nnz
                 n_empty += int((np.diff(block.indptr) == 0).sum())
                 at += n
@@ -284,6 +204,34 @@ def write_piece(piece: Piece, progress: Callable[[int], object] = lambda n_cells
     return record
 
 
+def _columns_of(piece: Piece) -> dict[str, pa.Array]:
+    """Return names and obs of the cells, as they are stored."""
+    schema, values = piece.format.schema(), {"obs_name": piece.obs_names, **piece.obs}
+    return {
+        name: as_arrow(values[name], schema.field(name).type, len(piece)) for name in ("obs_name", *piece.format.obs)
+    }
+
+
+def _neighbors_of(piece: Piece, graph: Matrix, start: int, stop: int) -> dict[str, pa.Array]:
+    """Return the neighbours of cells of a piece, by their rows in the store."""
+    rows = graph.rows(piece.start + start, piece.start + stop)
+    rows.sort_indices()
+    numbers = (rows.indices.astype(np.int64) + piece.first_row).astype(np.uint32)
+    weights = rows.data.astype(np.float32)
+    return {"neighbors": _lists(rows.indptr, numbers), "neighbor_weights": _lists(rows.indptr, weights)}
+
+
+def _count_type_of(piece: Piece, block: sparse.csr_matrix) -> str:
+    """Return `count_type_of` the counts of a block; compact rows hold no fractions."""
+    count_type = count_type_of(block.data, piece.name)
+    if piece.format.compact and count_type == "float32":
+        raise ValueError(
+            f"{piece.name}: {piece.counts_in} holds fractions, which compact rows cannot hold. Round the "
+            "counts, or use a store without compact rows."
+        )
+    return count_type
+
+
 def _sums(block: sparse.csr_matrix, fates: np.ndarray, totals: np.ndarray) -> np.ndarray:
     """Sum the counts of the columns of each fate; `totals` adds up to the sum of the block."""
     if len(fates) and (fates == fates[0]).all():  # most sources; sums per column cost as much as all else together
@@ -291,22 +239,8 @@ def _sums(block: sparse.csr_matrix, fates: np.ndarray, totals: np.ndarray) -> np
     return np.bincount(fates[block.indices], block.data, len(FATES))
 
 
-def _obs_types(row_format: RowFormat) -> dict[str, pa.DataType]:
-    schema = row_format.schema()
-    return {name: schema.field(name).type for name in row_format.obs}
-
-
 class ShardWriter:
-    """Writes rows to shards, in the narrowest count type that holds the counts so far.
-
-    Parameters
-    ----------
-    folder : Path
-    stem : str
-        Beginning of the file names.
-    row_format : RowFormat
-    rows_per_shard : int
-    """
+    """Writes rows to shards, in the narrowest count type that holds the counts so far; `stem` begins their names."""
 
     def __init__(self, folder: Path, stem: str, row_format: RowFormat, rows_per_shard: int):
         self.shards: list[dict] = []
@@ -319,7 +253,7 @@ class ShardWriter:
         """Write cells: their counts, of any type that `count_type` can hold, and their other columns."""
         wider = widest([count_type, self._format.count_type]) != self._format.count_type
         if wider:
-            self._format = self._format.with_count_type(count_type)
+            self._format = replace(self._format, count_type=count_type)
             self._schema = self._format.schema()
         if wider or not self.shards or self.shards[-1]["rows"] >= self._rows_per_shard:
             self.open()
@@ -336,7 +270,7 @@ class ShardWriter:
         """Start a new file."""
         self.close()
         file = f"{self._stem}-{len(self.shards):05d}.arrow"
-        self.shards.append({"file": file, "rows": 0, **_types(self._format)})
+        self.shards.append({"file": file, "rows": 0, **self._format.types})
         self._part = part_of(self._folder / file)
         self._file = open(self._part, "wb")
         self._writer = pa.ipc.new_stream(self._file, self._schema)
@@ -356,15 +290,6 @@ def _lists(bounds: np.ndarray, values: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(bounds.astype(np.int32)), values)
 
 
-def _types(row_format: RowFormat) -> dict[str, str]:
-    return {"gene_type": row_format.gene_type, "count_type": row_format.count_type}
-
-
-def has_types(shard: dict, row_format: RowFormat) -> bool:
-    """Return whether a shard has the types of a format."""
-    return {name: shard[name] for name in ("gene_type", "count_type")} == _types(row_format)
-
-
 def read_batches(file: Path) -> Iterator[pa.RecordBatch]:
     """Read the record batches of a shard from a memory map."""
     with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as reader:
@@ -380,91 +305,6 @@ def rewrite(file: Path, target: Path, row_format: RowFormat) -> None:
                 writer.write_batch(pa.record_batch(batch.columns, batch.schema.remove_metadata()).cast(schema))
             except pa.ArrowInvalid as error:
                 raise ValueError(_NO_COMMON_TYPE) from error
-
-
-def shuffle(
-    folder: Path,
-    shards: list[dict],
-    row_format: RowFormat,
-    order: np.ndarray,
-    rows_per_batch: int,
-    rows_per_shard: int,
-) -> list[dict]:
-    """Rewrite all rows in another order, out of core.
-
-    Each row is first written to a bucket file that covers a range of the new order; each bucket is then sorted in
-    memory.
-
-    Parameters
-    ----------
-    folder : Path
-        Folder of the shards.
-    shards : list of dict
-        Their records, in the order of the rows.
-    row_format : RowFormat
-        Format of the new shards.
-    order : int array (n_rows,)
-        Old number of each new row.
-    rows_per_batch, rows_per_shard : int
-        Cells per record batch, and per file.
-
-    Returns
-    -------
-    list of dict
-        Records of the new shards.
-    """
-    n_rows = len(order)
-    new_number = np.empty(n_rows, np.int64)
-    new_number[order] = np.arange(n_rows)
-    n_buckets = min(max(1, -(-n_rows // _ROWS_PER_BUCKET)), _MAX_BUCKETS)
-    rows_per_bucket = max(1, -(-n_rows // n_buckets))
-    schema = row_format.schema()
-    numbered = schema.append(pa.field("row", pa.int64()))
-    files = [folder / f"bucket-{bucket:05d}" for bucket in range(n_buckets)]
-    with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(pa.ipc.new_stream(str(file), numbered)) for file in files]
-        first = 0
-        for shard in shards:
-            for batch in read_batches(folder / shard["file"]):
-                batch = pa.record_batch(batch.columns, batch.schema.remove_metadata()).cast(schema)
-                numbers = new_number[first : first + batch.num_rows]
-                first += batch.num_rows
-                if row_format.neighbors:
-                    batch = _renumber(batch, new_number)
-                batch = pa.record_batch([*batch.columns, pa.array(numbers)], schema=numbered)
-                bucket = numbers // rows_per_bucket
-                by_bucket = np.argsort(bucket, kind="stable")
-                ends = np.cumsum(np.bincount(bucket, minlength=n_buckets))
-                for writer, start, stop in zip(writers, [0, *ends[:-1]], ends, strict=True):
-                    if stop > start:
-                        writer.write_batch(batch.take(pa.array(by_bucket[start:stop])))
-    shuffled: list[dict[str, Any]] = []
-    writer = None
-    for file in files:
-        rows = pa.Table.from_batches(read_batches(file), numbered)
-        rows = rows.take(pa.array(np.argsort(rows["row"].to_numpy()))).drop_columns("row").combine_chunks()
-        for batch in rows.to_batches(max_chunksize=rows_per_batch):
-            if writer is None or shuffled[-1]["rows"] >= rows_per_shard:
-                if writer is not None:
-                    writer.close()
-                shuffled.append({"file": f"shuffled-{len(shuffled):05d}.arrow", "rows": 0, **_types(row_format)})
-                writer = pa.ipc.new_stream(str(folder / shuffled[-1]["file"]), schema)
-            writer.write_batch(batch)
-            shuffled[-1]["rows"] += batch.num_rows
-        file.unlink()
-    if writer is not None:
-        writer.close()
-    return shuffled
-
-
-def _renumber(batch: pa.RecordBatch, new_number: np.ndarray) -> pa.RecordBatch:
-    at = batch.schema.get_field_index("neighbors")
-    lists = batch.column(at)
-    numbers = pa.array(new_number[lists.flatten().to_numpy()].astype(np.uint32))
-    offsets = lists.offsets.to_numpy()
-    return batch.set_column(
-        at, batch.schema.field(at), pa.ListArray.from_arrays(pa.array(offsets - offsets[0]), numbers)
-    )
 
 
 def align(block: sparse.csr_matrix, genes: np.ndarray, n_genes: int) -> sparse.csr_matrix:

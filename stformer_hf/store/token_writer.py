@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +22,10 @@ from ..genes.whole_files import whole_file
 from ..genes.wrong_names import must_have
 from ..sources.stored_cells import StoredCells
 from .engines import check_engine, run_tasks, runs_here
+from .manifest import write_dataset_files, written_by
 from .replacing import Contents, check_free, recover, written_at
 from .shards import checksum, gene_type, read_batches, told_when_full, write_json
-from .writer import prepare, write_dataset_files
+from .writer import prepare
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -103,26 +103,20 @@ def _features(store: StoredCells, tokenizer: Any, obs: Sequence[str]) -> Feature
     from datasets import Features, List, Value
 
     n_types = tokenizer.type_vocab_size
+    of_cells = {
+        "cell_genes": List(Value(gene_type(len(tokenizer.genes)))),
+        "cell_counts": List(Value("float32")),
+        "measured_genes": List(Value("bool")),  # null if the store measures all genes of the tokenizer
+    }
     features = {
         "input_ids": List(Value(gene_type(tokenizer.vocab_size))),
         "token_type_ids": List(Value("uint8" if n_types <= 1 << 8 else gene_type(n_types))),
         **({"expression_values": List(Value("float32"))} if tokenizer.values else {}),
-        **(_cell_features(tokenizer) if tokenizer.whole_cell else {}),
+        **(of_cells if tokenizer.whole_cell else {}),
         "length": Value("int32"),
         "cell_id": Value("int64"),
     }
     return Features({**features, **{name: store.features[name] for name in obs}})
-
-
-def _cell_features(tokenizer: Any) -> dict[str, Any]:
-    """Return the columns of whole cells; `measured_genes` is null if the store measures all genes of the tokenizer."""
-    from datasets import List, Value
-
-    return {
-        "cell_genes": List(Value(gene_type(len(tokenizer.genes)))),
-        "cell_counts": List(Value("float32")),
-        "measured_genes": List(Value("bool")),
-    }
 
 
 def _plan(
@@ -134,7 +128,7 @@ def _plan(
         settings = {file.name: checksum(file) for file in vocabulary}
     return {
         "format_version": FORMAT_VERSION,
-        "written_by": _written_by(),
+        "written_by": written_by(),
         "tokenizer": {"fingerprint": tokenizer.fingerprint, **settings},
         # Checksums of the shards and of the gene table, and the names of the categories.
         "store": hashlib.sha256(json.dumps(store.manifest, sort_keys=True).encode()).hexdigest(),
@@ -145,36 +139,17 @@ def _plan(
     }
 
 
-def _written_by() -> str:
-    return f"stformer_hf {version('stformer_hf')}"
-
-
 # ---------------------------------------------------------------------- shards
 
 
 @dataclass
 class TokenShards:
-    """Shards of a tokenized dataset, and all that any process needs to write them.
+    """Shards of a tokenized dataset, and all that any process needs to write them."""
 
-    Attributes
-    ----------
-    store : CellStore
-        The cells, in the order of the rows.
-    tokenizer : GeneTokenizer
-    folder : Path
-        Where the shards are written.
-    obs : list of str
-        Obs columns that are copied.
-    schema : pa.Schema
-        Columns of the rows.
-    rows_per_shard : int
-        Cells per file.
-    """
-
-    store: StoredCells
-    tokenizer: Any
+    store: StoredCells  # the cells, in the order of the rows
+    tokenizer: Any  # GeneTokenizer
     folder: Path
-    obs: list[str]
+    obs: list[str]  # columns that are copied
     schema: pa.Schema
     rows_per_shard: int
 
@@ -275,7 +250,7 @@ def _finish(building: Path, shards: TokenShards, records: list[dict], features: 
         building / "manifest.json",
         {
             "format_version": FORMAT_VERSION,
-            "written_by": _written_by(),
+            "written_by": written_by(),
             "store": shards.store.path.name,
             "n_cells": len(shards.store),
             "n_tokens": n_tokens,

@@ -4,56 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import pandas as pd
 from tqdm.auto import tqdm
 
-from ..genes.gene_table import GeneTable
 from ..genes.unite import FATES, UnitedGenes, unite
 from ..genes.whole_files import whole_file
 from ..sources.formats import expand
 from ..sources.matrices import MemoryMatrix
 from ..sources.obs_columns import ObsColumns, as_arrow, as_names, unite_obs
 from ..sources.open_source import Source, open_source
-from ..sources.same_cells import SameCells, check_names, describe, row_totals
+from ..sources.same_cells import check_names
 from ..sources.stored_cells import StoredCells
+from .duplicates import DuplicateCheck
 from .engines import check_engine, run_tasks, runs_here
+from .manifest import FORMAT_VERSION, write_manifest
 from .replacing import STORE, check_free, recover, written_at
 from .shards import (
-    COUNT_TYPES,
     Piece,
     RowFormat,
     ShardWriter,
     checksum,
     count_type_of,
     gene_type,
-    has_types,
     rewrite,
-    shuffle,
     told_when_full,
     widest,
     write_json,
     write_piece,
 )
+from .shuffle import shuffle
 
-if TYPE_CHECKING:
-    from datasets import Features
-
-
-logger = logging.getLogger(__name__)
-
-FORMAT_VERSION = 2
-COMPACT_FORMAT_VERSION = 3  # of stores with compact rows, so that versions that cannot read them say so
 ROWS_PER_BATCH = 2048  # rows of an Arrow record batch, and of a block read from a source
 ROWS_PER_SHARD = 65_536
 _OF_SOURCE = ("matrix", "genes", "fates", "neighbors")  # what all pieces of a source share; sent to a process once
@@ -107,28 +94,9 @@ def write_store(
     opened = list(_open(found, settings))
     if not opened:
         raise ValueError("No sources: pass at least one AnnData, store or file.")
-    same = _same_cells(opened, settings, path, base)
-    tables, names = [source.genes for source in opened], [source.name for source in opened]
-    if base is not None:
-        tables, names = [base.genes, *tables], [str(path), *names]
-    united = unite(tables, names, aliases=settings.aliases, unify=settings.unify, species=settings.species)
-    if not len(united.genes):
-        raise ValueError(f"{opened[0].name} has no genes.")
-    if base is not None:
-        if united.genes.gene_ids[: len(base.genes)].tolist() != base.gene_ids.tolist():
-            raise ValueError(
-                f"aliases or unify would rename genes of {path}. Reverse the aliases (new id -> the store's id), or "
-                "build a new store from this one and the sources."
-            )
-        united.rows, united.fates = united.rows[1:], united.fates[1:]
-    categories, known = (None, None) if base is None else (base.categories, base.manifest["obs"])
-    obs = unite_obs(opened, settings.obs, categories, known, settings.classes, settings.compact)
-    for source in opened:
-        source.keep_obs([])
-    if known is not None and obs.types != known:
-        new = obs.types
-        changed = [f"{name!r} ({known[name]} there, {new[name]} here)" for name in new if new[name] != known[name]]
-        raise ValueError(f"obs column {', '.join(changed)} has another type than in {path}. Convert it first.")
+    duplicates = DuplicateCheck(opened, path, base, settings.allow_duplicates, settings.part is not None)
+    united = _unite_genes(opened, settings, path, base)
+    obs = _unite_obs(opened, settings, path, base)
     row_format = RowFormat(
         gene_type=gene_type(len(united.genes)),
         count_type=widest([_likely_count_type(source) for source in opened]),
@@ -142,11 +110,10 @@ def write_store(
             base.must_be_unchanged()  # else cells appended in the meantime would be lost
         plan = _plan(opened, settings, united, row_format, base)
         prepare(building, plan, stale=_may_be_stale(building, plan))
-        pieces = list(_pieces(building, opened, settings, united, obs, row_format, same))
-        written = _watch(same, pieces, opened, path, base)
-        records = _base_records(building, base) + _write_pieces(pieces, opened, settings, written)
-        if same is not None:
-            _warn_of_shared(same, opened, path)
+        pieces = list(_pieces(building, opened, settings, united, obs, row_format, duplicates))
+        duplicates.begin(pieces)
+        records = _base_records(building, base) + _write_pieces(pieces, opened, settings, duplicates)
+        duplicates.warn_of_shared()
         _finish(building, opened, settings, united, row_format, records, base)
 
 
@@ -174,85 +141,35 @@ def _open(found: list[Any], settings: BuildSettings) -> Iterator[Source]:
         yield source
 
 
-def _same_cells(
-    sources: list[Source], settings: BuildSettings, path: Path, base: StoredCells | None
-) -> SameCells | None:
-    """Find the sources whose cells must be compared, including those of the base store; see `SameCells`.
-
-    Return None if there are none, or if duplicates are allowed.
-    """
-    if settings.allow_duplicates:
-        return None
-    names = [source.obs_names for source in sources]
-    same = SameCells(names if base is None else [*names, base.obs_table(["obs_name"])["obs_name"]])
-    if same.pairs and settings.part is not None:  # the cells to compare may lie in different parts
-        i, j = same.pairs[0]
-        logger.warning(
-            f"{_called(sources, i, path)} and {_called(sources, j, path)} have the same barcodes, and one part alone "
-            "cannot show whether they hold the same cells."
-        )
-        return None
-    return same if same.alike and settings.part is None else None
-
-
-def _called(sources: list[Source], number: int, path: Path) -> str:
-    """Return the name of a source for a message; the base store comes after all sources."""
-    if number == len(sources):
-        return str(path)
-    name = sources[number].name
-    return name if sum(source.name == name for source in sources) == 1 else f"{name} (source {number + 1})"
-
-
-def _watch(
-    same: SameCells | None, pieces: list[Piece], sources: list[Source], path: Path, base: StoredCells | None
-) -> Callable[[Piece], None]:
-    """Return a function to call with each written piece, which raises once two sources hold the same cells."""
-    if same is None:
-        return lambda piece: None
-    left = Counter(piece.source for piece in pieces)
-
-    def written(piece: Piece) -> None:
-        left[piece.source] -= 1
-        if left[piece.source] or not piece.describe:
-            return
-        parts = [np.load(other.description) for other in pieces if other.source == piece.source]
-        found = same.add(piece.source, np.concatenate(parts))
-        if found:
-            share, i, j = found
-            first, second = _called(sources, i, path), _called(sources, j, path)
+def _unite_genes(sources: list[Source], settings: BuildSettings, path: Path, base: StoredCells | None) -> UnitedGenes:
+    """Merge the genes of the sources; those of the base store keep their numbers."""
+    tables, names = [source.genes for source in sources], [source.name for source in sources]
+    if base is not None:
+        tables, names = [base.genes, *tables], [str(path), *names]
+    united = unite(tables, names, aliases=settings.aliases, unify=settings.unify, species=settings.species)
+    if not len(united.genes):
+        raise ValueError(f"{sources[0].name} has no genes.")
+    if base is not None:
+        if united.genes.gene_ids[: len(base.genes)].tolist() != base.gene_ids.tolist():
             raise ValueError(
-                f"{first} holds the same cells as {second}: {share:.0%} of its cells have the barcode and (nearly) "
-                "the counts of a cell there. Pass only one of the two (the filtered rather than the raw matrix), or "
-                "pass allow_duplicates=True."
+                f"aliases or unify would rename genes of {path}. Reverse the aliases (new id -> the store's id), or "
+                "build a new store from this one and the sources."
             )
-
-    if base is not None and len(sources) in same:
-        others = [source for pair in same.alike for source in pair if source < len(sources)]
-        same.add(len(sources), _describe_rows(base, same.in_another(len(sources), others)))
-    return written
+        united.rows, united.fates = united.rows[1:], united.fates[1:]
+    return united
 
 
-def _warn_of_shared(same: SameCells, sources: list[Source], path: Path) -> None:
-    shared = same.shared()
-    if shared:
-        n, i, j = shared[0]
-        more = f" {len(shared) - 1} more pairs of sources share cells." if len(shared) > 1 else ""
-        logger.warning(
-            f"{n} cells of {_called(sources, i, path)} have the barcode, the total and the number of genes of a cell "
-            f"of {_called(sources, j, path)}: they are in the store twice.{more} train_test_split and held_out keep "
-            "such cells on one side."
-        )
-
-
-def _describe_rows(store: StoredCells, which: np.ndarray) -> np.ndarray:
-    """Describe the cells of a store where `which`, bool (n,), is True: float32 array (n, 2), else zeros."""
-    described = np.zeros((len(store), 2), np.float32)
-    rows = np.flatnonzero(which)
-    for start in range(0, len(rows), ROWS_PER_BATCH):
-        numbers = rows[start : start + ROWS_PER_BATCH]
-        block = store.rows(numbers)
-        described[numbers] = describe(row_totals(block), block.indptr)
-    return described
+def _unite_obs(sources: list[Source], settings: BuildSettings, path: Path, base: StoredCells | None) -> ObsColumns:
+    """Merge the obs columns of the sources, which then forget them; those of the base store keep their types."""
+    categories, known = (None, None) if base is None else (base.categories, base.manifest["obs"])
+    obs = unite_obs(sources, settings.obs, categories, known, settings.classes, settings.compact)
+    for source in sources:
+        source.keep_obs([])
+    if known is not None and obs.types != known:
+        new = obs.types
+        changed = [f"{name!r} ({known[name]} there, {new[name]} here)" for name in new if new[name] != known[name]]
+        raise ValueError(f"obs column {', '.join(changed)} has another type than in {path}. Convert it first.")
+    return obs
 
 
 def _likely_count_type(source: Source) -> str:
@@ -330,7 +247,7 @@ def _base_records(building: Path, base: StoredCells | None) -> list[dict]:
 
 
 def _write_pieces(
-    pieces: list[Piece], sources: list[Source], settings: BuildSettings, written: Callable[[Piece], None]
+    pieces: list[Piece], sources: list[Source], settings: BuildSettings, duplicates: DuplicateCheck
 ) -> list[dict]:
     """Write the missing pieces; return the records of all pieces, in the order of the cells."""
     here = runs_here(settings.engine, settings.workers)
@@ -347,7 +264,7 @@ def _write_pieces(
             else:
                 elsewhere.append(piece)
                 continue
-            written(piece)
+            duplicates.add(piece)
         if elsewhere:
             of_sources = {piece.source: {name: getattr(piece, name) for name in _OF_SOURCE} for piece in elsewhere}
             with run_tasks(
@@ -357,7 +274,7 @@ def _write_pieces(
                     piece = elsewhere[number]
                     records[piece.record] = record
                     bar.update(len(piece))
-                    written(piece)
+                    duplicates.add(piece)
     return [records[piece.record] for piece in pieces]
 
 
@@ -381,7 +298,7 @@ def _pieces(
     united: UnitedGenes,
     obs: ObsColumns,
     row_format: RowFormat,
-    same: SameCells | None,
+    duplicates: DuplicateCheck,
 ) -> Iterator[Piece]:
     """Cut the sources into pieces: one shard each if rows can be read at any position, else one source each."""
     n_cells = sum(source.shape[0] for source in sources)
@@ -398,14 +315,11 @@ def _pieces(
             piece_stop = min(piece_start + step, stop)
             cells = slice(piece_start, piece_stop)
             yield Piece(
+                **vars(source.align(united.rows[i])),
                 record=building / f"source-{i:05d}-{piece_start:09d}.json",
                 source=i,
-                name=source.name,
-                counts_in=source.counts_in,
-                matrix=source.matrix,
                 start=piece_start,
                 stop=piece_stop,
-                genes=united.rows[i],
                 fates=united.fates[i],
                 n_genes=len(united.genes),
                 obs_names=source.obs_names[cells],
@@ -413,10 +327,9 @@ def _pieces(
                 neighbors=graph,
                 first_row=start_of_source,
                 format=row_format,
-                fractional=settings.fractional,
                 rows_per_batch=settings.rows_per_batch,
                 rows_per_shard=settings.rows_per_shard,
-                describe=same is not None and i in same,
+                describe=i in duplicates,
             )
         start_of_source += source.shape[0]
 
@@ -444,7 +357,7 @@ def _finish(
 ) -> None:
     """Convert all shards to one type, rename them, and write the files that make the folder a store."""
     shards = [shard for record in records for shard in record["shards"]]
-    row_format = row_format.with_count_type(widest([shard["count_type"] for shard in shards]))
+    row_format = replace(row_format, count_type=widest([shard["count_type"] for shard in shards]))
     if settings.shuffle:
         shards = _shuffled(building, shards, row_format, settings)
     if not shards:  # no cells: a Hugging Face dataset still needs one file
@@ -452,32 +365,14 @@ def _finish(
         writer.open()
         writer.close()
         shards = writer.shards
-    n_rows = 0
     for i, shard in enumerate(shards):
-        final = building / f"data-{i:05d}-of-{len(shards):05d}.arrow"
-        # A build interrupted here resumes here: a shard with its final name is done.
-        if not final.exists():
-            if has_types(shard, row_format):
-                (building / shard["file"]).rename(final)
-            else:
-                rewrite(building / shard["file"], final, row_format)
-                (building / shard["file"]).unlink()
-        known = shard.get("checksum") if has_types(shard, row_format) else None
-        shard.update(
-            file=final.name,
-            bytes=final.stat().st_size,
-            checksum=known or checksum(final),
-            gene_type=row_format.gene_type,
-            count_type=row_format.count_type,
-            neighbor_shift=shard.get("neighbor_shift", 0),
-        )
-        n_rows += shard["rows"]
+        _give_final_name(building, shard, f"data-{i:05d}-of-{len(shards):05d}.arrow", row_format)
     first, _ = _range_of_part(settings.part, sum(source.shape[0] for source in sources))
     for shard in shards[0 if base is None else len(base.manifest["shards"]) :]:
         shard["neighbor_shift"] = 0 if settings.shuffle else len(base) if base is not None else -first
 
     manifest = {
-        "n_cells": n_rows,
+        "n_cells": sum(shard["rows"] for shard in shards),
         "part": None if settings.part is None else list(settings.part),
         "build": None if settings.part is None else _build_id(building, sources),
         "shuffled": settings.shuffle,
@@ -488,6 +383,26 @@ def _finish(
     for leftover in building.iterdir():
         if leftover.name.startswith(("source-", "base-", "shuffled", "plan", "by-row-")) or leftover.suffix == ".part":
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _give_final_name(building: Path, shard: dict, name: str, row_format: RowFormat) -> None:
+    """Rename a shard, or rewrite it if it has other types, and complete its record."""
+    final = building / name
+    # A build interrupted here resumes here: a shard with its final name is done.
+    if not final.exists():
+        if row_format.fits(shard):
+            (building / shard["file"]).rename(final)
+        else:
+            rewrite(building / shard["file"], final, row_format)
+            (building / shard["file"]).unlink()
+    known = shard.get("checksum") if row_format.fits(shard) else None
+    shard.update(
+        file=name,
+        bytes=final.stat().st_size,
+        checksum=known or checksum(final),
+        neighbor_shift=shard.get("neighbor_shift", 0),
+        **row_format.types,
+    )
 
 
 def _build_id(building: Path, sources: list[Source]) -> str:
@@ -531,74 +446,4 @@ def _describe(source: Source, number: int, united: UnitedGenes, records: list[di
     }
 
 
-def write_manifest(
-    folder: Path, facts: Mapping[str, Any], genes: GeneTable, row_format: RowFormat, shards: list[dict]
-) -> None:
-    """Write the files that make a folder of shards a store, the manifest last."""
-    table = folder / "genes.parquet"
-    genes.to_parquet(table)
-    write_dataset_files(folder, row_format.features(), shards)
-    write_json(
-        folder / "manifest.json",
-        {
-            "format_version": COMPACT_FORMAT_VERSION if row_format.compact else FORMAT_VERSION,
-            "written_by": f"stformer_hf {version('stformer_hf')}",
-            **facts,
-            "n_genes": len(genes),
-            "n_counts": sum(source["n_counts"] for source in facts["sources"]),
-            "gene_type": row_format.gene_type,
-            "count_type": row_format.count_type,
-            "compact": row_format.compact,
-            "neighbors": row_format.neighbors,
-            "obs": row_format.obs,
-            "categories": row_format.categories,
-            "shards": shards,
-            "gene_table": {"file": table.name, "bytes": table.stat().st_size, "checksum": checksum(table)},
-            "complete": True,
-        },
-    )
-
-
-def write_dataset_files(folder: Path, features: Features, shards: list[dict]) -> None:
-    """Write the files that make a folder of shards a saved Hugging Face dataset."""
-    from datasets import DatasetInfo
-
-    DatasetInfo(features=features).write_to_directory(str(folder))
-    fingerprint = hashlib.sha256("".join(shard["checksum"] for shard in shards).encode()).hexdigest()[:16]
-    write_json(
-        folder / "state.json",
-        {
-            "_data_files": [{"filename": shard["file"]} for shard in shards],
-            "_fingerprint": fingerprint,
-            "_format_columns": None,
-            "_format_kwargs": {},
-            "_format_type": None,
-            "_output_all_columns": False,
-            "_split": None,
-        },
-    )
-
-
-def coverage(sources: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Tabulate how the columns of each source, and the counts in them, were matched to genes.
-
-    Returns
-    -------
-    DataFrame
-        One row per source: `cells`, `columns`, `genes` (rows of the gene table), then for each fate the number of
-        columns and their share of all counts: `kept` (its own Ensembl id), `mapped` (by `aliases` or symbol),
-        `unmapped` (no Ensembl id; kept under its name).
-    """
-    rows = []
-    for source in sources:
-        total = sum(source["total_counts"].values()) or 1.0
-        row = {"source": source["name"], "cells": source["n_cells"], "columns": source["n_columns"]}
-        row["genes"] = source["n_genes"]
-        for fate in FATES:
-            row[fate] = source["columns"][fate]
-            row[f"counts {fate}"] = source["total_counts"][fate] / total
-        rows.append(row)
-    return pd.DataFrame(rows).set_index("source")
-
-
-__all__ = ["COUNT_TYPES", "FORMAT_VERSION", "BuildSettings", "coverage", "write_manifest", "write_store"]
+__all__ = ["BuildSettings", "write_store"]

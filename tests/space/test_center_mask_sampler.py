@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 
 from stformer_hf import CellStore
 from stformer_hf.models.gene_bert.randomness import uniforms
-from stformer_hf.space.center_mask_sampler import CenterMaskSampler, NeighborhoodMetadata, _uniforms
+from stformer_hf.space.center_mask_sampler import CenterMaskSampler, NeighborhoodMetadata
 from stformer_hf.space.neighbor_index import NeighborIndex
 from stformer_hf.space.neighborhood_collator import collate
 
@@ -419,13 +419,6 @@ def test_subsets_are_uniform():
     for row, counts in enumerate(seen):
         assert stats.chisquare(np.delete(counts, row)).pvalue > 1e-4
     assert (CenterMaskSampler(metadata, adata, 100, max_num_cells=0)[3].observed_expression.shape) == (0, 1)
-
-
-def test_the_draws_are_those_of_the_package():
-    cells, counters = np.array([3, 3, 2**40, 0]), np.array([0, 1, 5, 7])
-    expected = uniforms(7, 2, 0x5AB, cells, counters)
-    np.testing.assert_array_equal(_uniforms(7, 2, cells, counters), expected)
-    np.testing.assert_array_equal(_uniforms(-1, 0, cells, counters), uniforms(-1, 0, 0x5AB, cells, counters))
 
 
 # ---------------------------------------------------------------------- loaders

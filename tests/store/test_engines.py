@@ -121,7 +121,7 @@ def workers_of_ray() -> list[int]:
         try:
             parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
             of_us = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1] == str(os.getpid())
-            if of_us and (folder / "cmdline").read_bytes().startswith(b"ray::_call_with_bytes"):
+            if of_us and (folder / "cmdline").read_bytes().startswith(b"ray::_call"):
                 found.append(int(folder.name))
         except OSError:  # a process that has ended
             continue

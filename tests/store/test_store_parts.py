@@ -19,7 +19,7 @@ from scipy.stats import chisquare, kstest
 from torch.utils.data import DataLoader
 
 from stformer_hf import BlockShuffleSampler, CellStore, collate_cells, small_batches
-from stformer_hf.store import shards, worker_slots
+from stformer_hf.store import shuffle, worker_slots
 from stformer_hf.store.block_order import block_order
 
 SMALL = {"obs": "all", "neighbors": "spatial_connectivities", "rows_per_batch": 16, "rows_per_shard": 32}
@@ -77,7 +77,7 @@ def test_a_store_without_neighbours_says_so(store, tmp_path):
 
 def test_a_shuffle_is_a_permutation_of_everything(whole, sections, tmp_path, monkeypatch):
     files, counts, graph = sections
-    monkeypatch.setattr(shards, "_ROWS_PER_BUCKET", 50)  # several files
+    monkeypatch.setattr(shuffle, "_ROWS_PER_BUCKET", 50)  # several files
     shuffled = CellStore.build(tmp_path / "s", files, shuffle=True, seed=3, **SMALL)
     # Every cell is known by its age, its counts and its neighbours; find the permutation by the counts.
     order = [int(np.flatnonzero((counts == row).all(1))[0]) for row in dense(shuffled) if row.any()]

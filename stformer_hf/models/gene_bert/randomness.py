@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -63,13 +64,18 @@ def happens(
 
 def _draw(seed, epoch, stream, sample_ids, counters, samples) -> np.ndarray:
     """Return 64 random bits per element."""
-    key = np.array([_GOLDEN], np.uint64)
-    for part in (seed, epoch, stream):
-        key = mix(key ^ np.uint64(int(part) & _MASK))
-    key = mix(key ^ np.asarray(sample_ids).astype(np.uint64))
+    key = mix(_key_of(int(seed), int(epoch), int(stream)) ^ np.asarray(sample_ids).astype(np.uint64))
     if samples is not None:
         key = key.take(samples)
     return mix(key ^ np.asarray(counters).astype(np.uint64))
+
+
+@lru_cache(64)  # for a few cells, this takes longer than all else
+def _key_of(*parts: int) -> np.ndarray:
+    key = np.array([_GOLDEN], np.uint64)
+    for part in parts:
+        key = mix(key ^ np.uint64(part & _MASK))
+    return key
 
 
 def mix(z: np.ndarray) -> np.ndarray:
