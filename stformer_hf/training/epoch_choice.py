@@ -131,8 +131,9 @@ def _outputs_of_epochs(
     assert start  # without one, choose_epochs tries nothing
     cells, others = prepared.cells.select(train), prepared.cells.select(held_out)
     fold = replace(prepared, model=model, cells=cells, num_train_epochs=MOST_EPOCHS)
-    of_all = all(len(start[of.column].rotated[0]) == len(of.rows) for of in labelled_cells(model.config, labels))
-    rotated = {name: (of.rotated[0][np.isin(of.rows, train)], of.rotated[1]) for name, of in start.items()}
+    rotated = None
+    if all(len(start[of.column].rotated[0]) == len(of.rows) for of in labelled_cells(model.config, labels)):
+        rotated = {name: (of.rotated[0][np.isin(of.rows, train)], of.rotated[1]) for name, of in start.items()}
     start_classifier(
         model,
         prepared.tokenizer,
@@ -142,7 +143,7 @@ def _outputs_of_epochs(
         seed=arguments.seed,
         balanced=prepared.balanced,
         choices={name: of.choice for name, of in start.items()},
-        rotated=rotated if of_all else None,
+        rotated=rotated,
     )
 
     class PredictEpochs(TrainerCallback):

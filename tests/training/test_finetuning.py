@@ -199,8 +199,10 @@ def test_groups_stay_whole_in_the_choice_by_many_cells(labelled, of_many, monkey
         assert not set(donors[train]) & set(donors[held_out])
 
 
-def test_long_waits_are_announced(labelled, monkeypatch, caplog, tmp_path):
-    """Before the linear models are chosen, and before training is tried."""
+@pytest.mark.parametrize("most", [40, 3000])
+def test_long_waits_are_announced(labelled, monkeypatch, caplog, tmp_path, most):
+    """Before the linear models are chosen, and before training is tried; also where few cells choose."""
+    monkeypatch.setattr(classifier_start, "MOST_CELLS_TO_CHOOSE", most)
     monkeypatch.setattr(log_lines, "_SHORT", 0)
     monkeypatch.setattr(epoch_choice, "FEW_LABELS", 10)
     monkeypatch.setattr(epoch_choice, "_STEPS_TIMED", 2)
@@ -208,7 +210,7 @@ def test_long_waits_are_announced(labelled, monkeypatch, caplog, tmp_path):
     cells = CellStore.build(tmp_path / "store", labelled, obs=["type"])
     with caplog.at_level("INFO", "stformer_hf"):
         prepare_classifier(cells, "type", arguments)
-    assert re.search(r"Choosing linear models for 238 cells takes about \d+ s\.", caplog.text)
+    assert re.search(rf"Choosing linear models for {min(most, 238)} cells takes about \d+ s\.", caplog.text)
     assert re.search(r"Trying 3 epochs in one of 2 folds .* takes about \d+ s\.", caplog.text)
 
 
