@@ -131,9 +131,12 @@ def _outputs_of_epochs(
     assert start  # without one, choose_epochs tries nothing
     cells, others = prepared.cells.select(train), prepared.cells.select(held_out)
     fold = replace(prepared, model=model, cells=cells, num_train_epochs=MOST_EPOCHS)
-    rotated = None
-    if all(len(start[of.column].rotated[0]) == len(of.rows) for of in labelled_cells(model.config, labels)):
-        rotated = {name: (of.rotated[0][np.isin(of.rows, train)], of.rotated[1]) for name, of in start.items()}
+    n_labelled = {of.column: len(of.rows) for of in labelled_cells(model.config, labels)}
+    rotated = {
+        name: (of.rotated[0][np.isin(of.rows, train)], of.rotated[1])
+        for name, of in start.items()
+        if of.rotated is not None and len(of.rotated[0]) == n_labelled[name]
+    }
     start_classifier(
         model,
         prepared.tokenizer,
@@ -143,7 +146,7 @@ def _outputs_of_epochs(
         seed=arguments.seed,
         balanced=prepared.balanced,
         choices={name: of.choice for name, of in start.items()},
-        rotated=rotated,
+        rotated=rotated if len(rotated) == len(start) else None,
     )
 
     class PredictEpochs(TrainerCallback):

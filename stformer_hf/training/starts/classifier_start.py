@@ -57,8 +57,9 @@ class ClassifierStart:
         Rows in the store of the cells used for the choice.
     labels : array (n, …)
         Labels of these cells.
-    rotated : (features, callable)
-        Output of `rotate_genes` for these cells.
+    rotated : (features, callable), optional
+        Output of `rotate_genes` for the cells that chose the regularisation; None for an earlier choice from some of
+        the cells.
     centroids : float32 array (n_classes, d), optional
         Mean state of the training cells of each class: inputs of the head. Only for classes.
     """
@@ -66,7 +67,7 @@ class ClassifierStart:
     choice: ReaderChoice
     rows: np.ndarray
     labels: np.ndarray
-    rotated: Rotated
+    rotated: Rotated | None = None
     centroids: np.ndarray | None = None
 
 
@@ -170,6 +171,8 @@ def start_classifier(
 
     parts: dict[str | None, _Part] = {}
     for name, rows in to_choose.items():
+        if choices is not None and len(to_fit[name]) > len(rows):
+            continue  # nothing is chosen, and other cells are fitted
         alike = next((of for of in parts if np.array_equal(to_choose[of], rows)), name)
         if alike != name:
             parts[name] = parts[alike]
@@ -203,33 +206,34 @@ def start_classifier(
         if name not in learnt:
             readers.append((*_constant_readers(column, model), (1.0, 0.0), 1.0))
             continue
-        rows, fitted, of_head, part = to_choose[name], to_fit[name], to_fit_head[name], parts[name]
+        rows, fitted, of_head, known = to_choose[name], to_fit[name], to_fit_head[name], parts.get(name)
         for what, fewer in (("genes", fitted), ("[CLS]", of_head)):
             if len(fewer) < len(column.rows):
                 n_cells = f"{len(fewer):,} of {len(column.rows):,} training cells"
                 logger.warning(f"The linear model of {what} is fitted to {n_cells}.")
-        is_read = np.array_equal(fitted, rows)
-        values, of_cells = read_all([(part.counts, part.values)] if is_read else read(fitted))
+        all_read = known if len(fitted) == len(rows) else None
+        values, of_cells = read_all(read(fitted) if all_read is None else [(all_read.counts, all_read.values)])
         if views is None:
             of_cells = states[in_states.searchsorted(of_head)]
         if chooses and len(of_head) > len(rows):
+            of_both = values if len(of_head) == len(fitted) else values[fitted.searchsorted(of_head)]
             rows, choices[name] = _choose_again(
-                *(column, of_head, of_cells, values[fitted.searchsorted(of_head)]),
-                *(groups, seed, to_train, choices[name]),
+                column, of_head, of_cells, of_both, groups, seed, to_train, choices[name]
             )
         choice = choices[name]
         with quick_fits():
             head = problem.fit(of_cells, column.labels_of(of_head), choice.head)
-            if is_read and len(fitted) <= _ROTATED:
-                features, to_genes = part.rotated
+            if all_read is not None and len(fitted) <= _ROTATED:
+                features, to_genes = all_read.rotated
                 wide = problem.fit(features, column.labels_of(fitted), choice.wide)
                 wide.weight = to_genes(wide.weight)
             else:
                 wide = problem.fit(values, column.labels_of(fitted), choice.wide)
         readers.append((head, wide, choice.weights, choice.temperature))
         means = centroids(of_cells, column.labels_of(of_head)) if problem.kind == _OF_CLASSES else None
+        means = None if means is None else means.astype(np.float32)
         starts[name] = ClassifierStart(
-            choice, rows, column.labels_of(rows), part.rotated, None if means is None else means.astype(np.float32)
+            choice, rows, column.labels_of(rows), None if known is None else known.rotated, means
         )
     heads, wides, weights, temperatures = zip(*readers, strict=True)
     _write(model, heads, wides)
