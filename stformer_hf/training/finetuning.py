@@ -6,7 +6,6 @@ import copy
 import itertools
 import logging
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -327,7 +326,7 @@ def _start(
     split_by: str | None,
 ) -> None:
     """Start a classifier at linear models, choose the number of epochs, and keep the out-of-fold predictions."""
-    config, began = prepared.model.config, time.monotonic()
+    config = prepared.model.config
     columns = labelled_cells(config, labels)
     groups = None if split_by is None else _groups(prepared.cells, split_by, columns)
     prepared.start = start = start_classifier(
@@ -341,7 +340,6 @@ def _start(
         balanced=prepared.balanced,
         to_train=prepared.num_train_epochs > 0,
     )
-    logger.info(f"The start took {time.monotonic() - began:.0f} s.")
     started = [column for column in columns if column.column in start]
     for column in started:
         choice = start[column.column].choice
