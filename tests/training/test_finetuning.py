@@ -199,6 +199,12 @@ def test_groups_stay_whole_in_the_choice_by_many_cells(labelled, of_many, monkey
         assert not set(donors[train]) & set(donors[held_out])
 
 
+def test_a_few_more_cells_than_choose(labelled, monkeypatch):
+    """Fewer cells than classes are left out of the choice."""
+    monkeypatch.setattr(classifier_start, "MOST_CELLS_TO_CHOOSE", 236)
+    assert finetune(labelled, "type", num_train_epochs=0).out_of_fold.predictions.shape[1] == 3
+
+
 @pytest.mark.parametrize("most", [40, 3000])
 def test_long_waits_are_announced(labelled, monkeypatch, caplog, tmp_path, most):
     """Before the linear models are chosen, and before training is tried; also where few cells choose."""

@@ -318,10 +318,17 @@ def _log_values_of(
 
 
 def _subset(problem: Problem, labels: np.ndarray, most: int, seed: int) -> np.ndarray:
-    """Choose a subset of cells, stratified if each class has at least two: int64 array, ascending."""
+    """Choose a subset of cells, int64 array, ascending.
+
+    It is stratified if each class has at least two cells, and there are as many cells inside and outside as classes.
+    """
     if len(labels) <= most:
         return np.arange(len(labels))
-    stratify = labels if problem.kind == _OF_CLASSES and np.bincount(labels)[np.unique(labels)].min() > 1 else None
+    stratify = None
+    if problem.kind == _OF_CLASSES:
+        counts = np.unique(labels, return_counts=True)[1]
+        if counts.min() > 1 and len(counts) <= min(most, len(labels) - most):
+            stratify = labels
     return np.sort(train_test_split(np.arange(len(labels)), train_size=most, random_state=seed, stratify=stratify)[0])
 
 
