@@ -1,6 +1,7 @@
 """The commands, as a user types them."""
 
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -150,9 +151,24 @@ def test_two_commands_do_not_write_to_one_path(verb, file, tmp_path, capsys):
         assert main([verb, "--data", file, "--output", str(output), *flags.get(verb, [])]) == 1
     assert f"Another process is writing {output}. Wait for it, or choose another path." in capsys.readouterr().err
     assert not output.exists()
-    with writing(output):  # the other has ended
+    (tmp_path / "link").symlink_to(output)
+    with writing(output), pytest.raises(BlockingIOError), writing(tmp_path / "link"):
         pass
+    (tmp_path / "link").unlink()  # the other has ended
     assert [path.name for path in tmp_path.iterdir()] == ["cells.h5ad"]
+
+
+def test_messages_of_the_package_are_printed(monkeypatch, capsys):
+    """Those of other packages only from warnings on."""
+    monkeypatch.setattr(logging, "lastResort", logging._StderrHandler(logging.WARNING))
+    monkeypatch.setattr(logging.root, "handlers", [])  # of pytest
+
+    def run():
+        logging.getLogger("stformer_hf.training").info("This takes long.")
+        logging.getLogger("another.package").info("not for users")
+
+    assert guarded("stformer_hf.cli.info", run) == 0
+    assert capsys.readouterr().err == "This takes long.\n"
 
 
 def test_the_lock_of_a_mounted_folder_is_inside(tmp_path, monkeypatch):

@@ -205,6 +205,27 @@ def test_a_few_more_cells_than_choose(labelled, monkeypatch):
     assert finetune(labelled, "type", num_train_epochs=0).out_of_fold.predictions.shape[1] == 3
 
 
+def test_the_encoder_of_a_pretrained_model_runs_on_some_of_many_cells(labelled, started, monkeypatch, caplog):
+    """The head is fitted to these, the genes to all; both choices leave the head a weight, as training needs it."""
+    monkeypatch.setattr(classifier_start, "MOST_CELLS_TO_CHOOSE", 40)
+    monkeypatch.setattr(classifier_start, "MOST_CELLS_TO_RUN", 100)
+    states, choose, ran, needed = classifier_start.cell_states, classifier_start.choose_readers, [], []
+
+    def counted(model, tokenizer, cells):
+        ran.append(len(cells))
+        return states(model, tokenizer, cells)
+
+    def kept(*args, needs_head, **kwargs):
+        needed.append(needs_head)
+        return choose(*args, needs_head=needs_head, **kwargs)
+
+    monkeypatch.setattr(classifier_start, "cell_states", counted)
+    monkeypatch.setattr(classifier_start, "choose_readers", kept)
+    finetune(labelled, "type", model=started, num_train_epochs=1, training={"max_steps": 1})
+    assert "[CLS] is fitted to 100 of 238" in caplog.text and "of genes is fitted" not in caplog.text
+    assert 100 <= ran[0] <= 140 and needed == [True, True]
+
+
 @pytest.mark.parametrize("most", [40, 3000])
 def test_long_waits_are_announced(labelled, monkeypatch, caplog, tmp_path, most):
     """Before the linear models are chosen, and before training is tried; also where few cells choose."""
