@@ -29,10 +29,10 @@ from stformer_hf.training import epoch_choice, finetuning, log_lines
 from stformer_hf.training.calibration import load_out_of_fold
 from stformer_hf.training.finetuning import finetune, predict, prepare_classifier
 from stformer_hf.training.starts import classifier_start
-from stformer_hf.training.starts.classifier_start import _log_values_of, cell_states
+from stformer_hf.training.starts.classifier_start import _log_values_of, cell_states, scaled
 from stformer_hf.training.starts.linear_readers import log_softmax
 from stformer_hf.training.starts.spectral_start import count_blocks
-from stformer_hf.training.starts.spectral_views import log_values
+from stformer_hf.training.starts.spectral_views import fit_spectral_views, log_values
 
 pytestmark = pytest.mark.usefixtures("two_folds")
 
@@ -182,13 +182,14 @@ def test_out_of_fold_predictions_are_of_readers_of_most_cells(labelled, of_many)
 
 
 def test_groups_stay_whole_in_the_choice_by_many_cells(labelled, of_many, monkeypatch, tmp_path):
-    """And all groups are predicted."""
+    """And all groups are predicted, with axes that are fitted without them."""
     monkeypatch.setattr(classifier_start, "MOST_CELLS_TO_CHOOSE", 40)
-    arguments, folds = TrainingArguments(tmp_path, report_to="none"), []
+    arguments, folds, features = TrainingArguments(tmp_path, report_to="none"), [], []
     choose = classifier_start.choose_readers
 
     def kept(problem, labels, its_folds, *args, **kwargs):
         folds.append(its_folds)
+        features.append(args[0])
         return choose(problem, labels, its_folds, *args, **kwargs)
 
     monkeypatch.setattr(classifier_start, "choose_readers", kept)
@@ -197,6 +198,11 @@ def test_groups_stay_whole_in_the_choice_by_many_cells(labelled, of_many, monkey
     assert len(folds) == 2 and len(found.start[None].rows) == 238
     for train, held_out, _ in folds[1]:
         assert not set(donors[train]) & set(donors[held_out])
+    train, held_out, _ = folds[1][0]
+    known, others = (count_blocks(found.cells.select(rows), found.tokenizer) for rows in (train, held_out))
+    axes = fit_spectral_views(known, 50)
+    for of, blocks in zip(features[1](train, held_out), (known, others), strict=True):
+        np.testing.assert_allclose(of, scaled(axes.transform(next(blocks())), of.shape[1] // 2), atol=1e-6)
 
 
 def test_a_few_more_cells_than_choose(labelled, monkeypatch):
