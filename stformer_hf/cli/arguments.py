@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -128,6 +128,10 @@ def parse(
         if key not in own and key not in training_names:
             raise ValueError(f"{file}: unknown key {key!r}{closest(key, [*own, *training_names])}.")
 
+    argv, unset = _without_null(argv, parser, *([] if training_parser is None else [training_parser]))
+    for name in unset:
+        config.pop(name, None)
+        mappings.pop(name, None)
     required = [action for action in parser._actions if action.required]
     for action in required:  # a misspelt flag is told before the one that it leaves missing
         action.required = False
@@ -145,7 +149,7 @@ def parse(
     missing = ["/".join(action.option_strings) for action in required if getattr(given, action.dest) is None]
     if missing:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
-    values = {name: None if getattr(given, name) == [None] else getattr(given, name) for name in own}
+    values = {name: getattr(given, name) for name in own}
     for name, of_file in mappings.items():
         values[name] = {**of_file, **(values[name] or {})} or None
     return arguments(**values), set_training
@@ -206,25 +210,27 @@ def _parser(arguments: type, verb: str, description: str, training: dict[str, An
             action.help = f"the same as --{action.dest} false"
         if action.dest in mappings:
             action.type, action.metavar = _mapping, "{NAME: VALUE, ...}"
-        if action.default is None and action.type is not None and not action.required:
-            action.type = _or_null(action.type)
     parser.add_argument(
         "--config",
         help="YAML file of flags and their values, or the name of a recipe; flags on the command line override it, "
-        "and --FLAG null unsets a value",
+        "and --FLAG null leaves out what it sets",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
-def _or_null(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a type of argparse that reads "null" as None, as YAML does."""
-
-    def read(text: str) -> Any:
-        return None if text == "null" else kind(text)
-
-    read.__name__ = getattr(kind, "__name__", "value")  # which argparse names in errors
-    return read
+def _without_null(argv: list[str], *parsers: argparse.ArgumentParser) -> tuple[list[str], set[str]]:
+    """Return a command line without `--FLAG null`, and the names of the flags that were given so."""
+    names = {flag: action.dest for parser in parsers for flag, action in parser._option_string_actions.items()}
+    kept, unset = list(argv), set()
+    for i in reversed(range(len(argv))):
+        flag, _, value = argv[i].partition("=")
+        n = 1 if value else 2  # --FLAG=null, or two words, after which comes the next flag
+        alone = value == "null" or (argv[i + 1 : i + 2] == ["null"] and "".join(argv[i + 2 : i + 3])[:2] in ("", "--"))
+        if flag in names and alone:
+            del kept[i : i + n]
+            unset.add(names[flag])
+    return kept, unset
 
 
 def _mappings(arguments: type) -> list[str]:

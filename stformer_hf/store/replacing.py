@@ -64,7 +64,8 @@ def written_at(path: Path, contents: Contents, overwrite: bool) -> Iterator[Path
 def locked(path: Path) -> Iterator[None]:
     """Let only one process at a time write at a path; raise BlockingIOError in others."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.with_name(f".{path.name}.lock")
+    inside = path.is_dir() and not os.access(path.parent, os.W_OK)  # such as a folder that is mounted
+    file = path / ".lock" if inside else path.with_name(f".{path.name}.lock")
     lock = take_lock(file)
     if lock is None:
         raise BlockingIOError(f"Another process is writing {path}. Wait for it, or choose another path.")

@@ -1,6 +1,7 @@
 """The commands, as a user types them."""
 
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -115,19 +116,26 @@ def test_a_flag_overrides_names_of_a_mapping_in_the_file(tmp_path):
         read("", "--model_config", "relu")
 
 
-def test_null_unsets_a_key_of_the_file(tmp_path, capsys):
-    (tmp_path / "c.yaml").write_text("section_key: slide\nphenotypes: [a, b]\nema: 0.9\nmodel_config: {n: 1}")
+def test_null_unsets_a_key_of_the_file(tmp_path):
+    """Whatever its type; the default then holds. Elsewhere null is a word."""
+    (tmp_path / "c.yaml").write_text(
+        "section_key: slide\nphenotypes: [a, b]\nema: 0.9\nmodel_config: {n: 1}\nheld_out: 0.5\nmax_steps: 7\n"
+        "layer: 'null'"
+    )
 
     def read(*flags):
         argv = ["--config", str(tmp_path / "c.yaml"), "--data", "x", "--output", "y", *flags]
-        return arguments.parse(argv, PretrainArguments, verb="x", description="")[0]
+        return arguments.parse(argv, PretrainArguments, verb="x", description="", training={"max_steps": 3})
 
-    args = read("--section_key", "null", "--phenotypes", "null", "--ema", "null")
-    assert (args.section_key, args.phenotypes, args.ema, args.model_config) == (None, None, None, {"n": 1})
-    assert (read().section_key, read().phenotypes, read().ema) == ("slide", ["a", "b"], 0.9)
+    keys = ["section_key", "phenotypes", "ema", "model_config", "held_out"]
+    args, training = read(*(word for key in keys for word in (f"--{key}", "null")), "--max-steps=null")
+    assert [getattr(args, key) for key in keys] == [None, None, None, None, 0.05] and training == {"max_steps": 3}
+    assert args.layer == "null"
+    args, training = read("--phenotypes", "null", "c")
+    assert [getattr(args, key) for key in keys] == ["slide", ["null", "c"], 0.9, {"n": 1}, 0.5]
+    assert training == {"max_steps": 7}
     with pytest.raises(SystemExit):
-        read("--ema", "much")
-    assert "argument --ema: invalid float value: 'much'" in capsys.readouterr().err
+        read("--emma", "null")
 
 
 @pytest.mark.parametrize("verb", ["pretrain", "finetune", "annotate", "embed", "map"])
@@ -143,9 +151,35 @@ def test_two_commands_do_not_write_to_one_path(verb, file, tmp_path, capsys):
         assert main([verb, "--data", file, "--output", str(output), *flags.get(verb, [])]) == 1
     assert f"Another process is writing {output}. Wait for it, or choose another path." in capsys.readouterr().err
     assert not output.exists()
-    with writing(output):  # the other has ended
+    (tmp_path / "link").symlink_to(output)
+    with writing(output), pytest.raises(BlockingIOError), writing(tmp_path / "link"):
         pass
+    (tmp_path / "link").unlink()  # the other has ended
     assert [path.name for path in tmp_path.iterdir()] == ["cells.h5ad"]
+
+
+def test_messages_of_the_package_are_printed(monkeypatch, capsys):
+    """Those of other packages only from warnings on."""
+    monkeypatch.setattr(logging, "lastResort", logging._StderrHandler(logging.WARNING))
+    monkeypatch.setattr(logging.root, "handlers", [])  # of pytest
+
+    def run():
+        logging.getLogger("stformer_hf.training").info("This takes long.")
+        logging.getLogger("another.package").info("not for users")
+
+    assert guarded("stformer_hf.cli.info", run) == 0
+    assert capsys.readouterr().err == "This takes long.\n"
+
+
+def test_the_lock_of_a_mounted_folder_is_inside(tmp_path, monkeypatch):
+    """Whose parent cannot be written to."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(replacing.os, "access", lambda path, _: path != tmp_path)
+    with writing(tmp_path / "out"):
+        assert not list(tmp_path.glob(".*")) and list((tmp_path / "out").iterdir())
+        with pytest.raises(BlockingIOError), writing(tmp_path / "out"):
+            pass
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_the_processes_of_one_command_share_a_path(tmp_path, monkeypatch):

@@ -29,10 +29,10 @@ from stformer_hf.training import epoch_choice, finetuning, log_lines
 from stformer_hf.training.calibration import load_out_of_fold
 from stformer_hf.training.finetuning import finetune, predict, prepare_classifier
 from stformer_hf.training.starts import classifier_start
-from stformer_hf.training.starts.classifier_start import _log_values_of, cell_states
+from stformer_hf.training.starts.classifier_start import _log_values_of, cell_states, scaled
 from stformer_hf.training.starts.linear_readers import log_softmax
 from stformer_hf.training.starts.spectral_start import count_blocks
-from stformer_hf.training.starts.spectral_views import log_values
+from stformer_hf.training.starts.spectral_views import fit_spectral_views, log_values
 
 pytestmark = pytest.mark.usefixtures("two_folds")
 
@@ -182,13 +182,14 @@ def test_out_of_fold_predictions_are_of_readers_of_most_cells(labelled, of_many)
 
 
 def test_groups_stay_whole_in_the_choice_by_many_cells(labelled, of_many, monkeypatch, tmp_path):
-    """And all groups are predicted."""
+    """And all groups are predicted, with axes that are fitted without them."""
     monkeypatch.setattr(classifier_start, "MOST_CELLS_TO_CHOOSE", 40)
-    arguments, folds = TrainingArguments(tmp_path, report_to="none"), []
+    arguments, folds, features = TrainingArguments(tmp_path, report_to="none"), [], []
     choose = classifier_start.choose_readers
 
     def kept(problem, labels, its_folds, *args, **kwargs):
         folds.append(its_folds)
+        features.append(args[0])
         return choose(problem, labels, its_folds, *args, **kwargs)
 
     monkeypatch.setattr(classifier_start, "choose_readers", kept)
@@ -197,6 +198,38 @@ def test_groups_stay_whole_in_the_choice_by_many_cells(labelled, of_many, monkey
     assert len(folds) == 2 and len(found.start[None].rows) == 238
     for train, held_out, _ in folds[1]:
         assert not set(donors[train]) & set(donors[held_out])
+    train, held_out, _ = folds[1][0]
+    known, others = (count_blocks(found.cells.select(rows), found.tokenizer) for rows in (train, held_out))
+    axes = fit_spectral_views(known, 50)
+    for of, blocks in zip(features[1](train, held_out), (known, others), strict=True):
+        np.testing.assert_allclose(of, scaled(axes.transform(next(blocks())), of.shape[1] // 2), atol=1e-6)
+
+
+def test_a_few_more_cells_than_choose(labelled, monkeypatch):
+    """Fewer cells than classes are left out of the choice."""
+    monkeypatch.setattr(classifier_start, "MOST_CELLS_TO_CHOOSE", 236)
+    assert finetune(labelled, "type", num_train_epochs=0).out_of_fold.predictions.shape[1] == 3
+
+
+def test_the_encoder_of_a_pretrained_model_runs_on_some_of_many_cells(labelled, started, monkeypatch, caplog):
+    """The head is fitted to these, the genes to all; both choices leave the head a weight, as training needs it."""
+    monkeypatch.setattr(classifier_start, "MOST_CELLS_TO_CHOOSE", 40)
+    monkeypatch.setattr(classifier_start, "MOST_CELLS_TO_RUN", 100)
+    states, choose, ran, needed = classifier_start.cell_states, classifier_start.choose_readers, [], []
+
+    def counted(model, tokenizer, cells):
+        ran.append(len(cells))
+        return states(model, tokenizer, cells)
+
+    def kept(*args, needs_head, **kwargs):
+        needed.append(needs_head)
+        return choose(*args, needs_head=needs_head, **kwargs)
+
+    monkeypatch.setattr(classifier_start, "cell_states", counted)
+    monkeypatch.setattr(classifier_start, "choose_readers", kept)
+    finetune(labelled, "type", model=started, num_train_epochs=1, training={"max_steps": 1})
+    assert "[CLS] is fitted to 100 of 238" in caplog.text and "of genes is fitted" not in caplog.text
+    assert 100 <= ran[0] <= 140 and needed == [True, True]
 
 
 @pytest.mark.parametrize("most", [40, 3000])

@@ -132,9 +132,11 @@ def start_classifier(
     -----
     Starting the head at the linear solution: Kumar et al. 2022 (LP-FT). With more than 3,000 cells, a stratified
     subset is used for the choice of the regularisation, and then for the other choices the readers are fitted to four
-    fifths of more cells. The readers are fitted to all cells, or to as many as `most_cells_to_fit` allows
-    (about 47,000 with 850 expressed genes each); the head of a trained encoder to at most 10,000, since the encoder
-    must run on each. The views are always fitted to all cells.
+    fifths of more cells. The axes of the views are then those of all cells, but by groups those of the other groups:
+    axes that know a group put its cells farther from the centroids than those of a new group would be. The readers
+    are fitted to all cells, or to as many as `most_cells_to_fit` allows (about 47,000 with 850 expressed genes each);
+    the head of a trained encoder to at most 10,000, since the encoder must run on each. The views are always fitted
+    to all cells.
     """
     config, embedding = model.config, cell_embedding_of(model)
     columns = labelled_cells(config, labels, balanced)
@@ -168,6 +170,24 @@ def start_classifier(
             if views is not None:
                 of_cells.append(scaled(views.transform(counts), half))
         return _stack(values), np.concatenate(of_cells)
+
+    def states_by(rows: np.ndarray, of_rows: np.ndarray) -> FoldFeatures:
+        """Return the states of rows; by groups with axes of the other groups, as those of a new group are."""
+        if groups is None or views is None:
+            return lambda train, held_out: (of_rows[train], of_rows[held_out])
+
+        def of_fold(train: np.ndarray, held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            of_train, of_held_out = (
+                count_blocks(cells.select(rows[of]), tokenizer, progress=False) for of in (train, held_out)
+            )
+            axes = fit_spectral_views(of_train, min(N_COMPONENTS, half))
+            first, second = (
+                np.concatenate([scaled(axes.transform(counts), half) for counts in blocks()])
+                for blocks in (of_train, of_held_out)
+            )
+            return first, second
+
+        return of_fold
 
     parts: dict[str | None, _Part] = {}
     for name, rows in to_choose.items():
@@ -218,7 +238,7 @@ def start_classifier(
         if chooses and len(of_head) > len(rows):
             of_both = values if len(of_head) == len(fitted) else values[fitted.searchsorted(of_head)]
             rows, choices[name] = _choose_again(
-                column, of_head, of_cells, of_both, groups, seed, to_train, choices[name]
+                column, of_head, states_by(of_head, of_cells), of_both, groups, seed, to_train, choices[name]
             )
         choice = choices[name]
         with quick_fits():
@@ -245,7 +265,7 @@ def start_classifier(
 def _choose_again(
     column: LabelledCells,
     rows: np.ndarray,
-    of_cells: np.ndarray,
+    features: FoldFeatures,
     values: sparse.csr_array,
     groups: np.ndarray | None,
     seed: int,
@@ -262,11 +282,7 @@ def _choose_again(
     folds = inner_folds(column.problem, labels, None if groups is None else groups[rows], seed)
     if groups is None:
         folds = folds[: math.ceil(len(folds) * MOST_CELLS_TO_CHOOSE / len(rows))]
-    choice = choose_readers(
-        *(column.problem, labels, folds, lambda train, held_out: (of_cells[train], of_cells[held_out]), values),
-        needs_head=needs_head,
-        earlier=earlier,
-    )
+    choice = choose_readers(column.problem, labels, folds, features, values, needs_head=needs_head, earlier=earlier)
     return rows[np.unique(np.concatenate([held_out for _, held_out, _ in folds]))], choice
 
 
@@ -318,10 +334,17 @@ def _log_values_of(
 
 
 def _subset(problem: Problem, labels: np.ndarray, most: int, seed: int) -> np.ndarray:
-    """Choose a subset of cells, stratified if each class has at least two: int64 array, ascending."""
+    """Choose a subset of cells, int64 array, ascending.
+
+    It is stratified if each class has at least two cells, and there are as many cells inside and outside as classes.
+    """
     if len(labels) <= most:
         return np.arange(len(labels))
-    stratify = labels if problem.kind == _OF_CLASSES and np.bincount(labels)[np.unique(labels)].min() > 1 else None
+    stratify = None
+    if problem.kind == _OF_CLASSES:
+        counts = np.unique(labels, return_counts=True)[1]
+        if counts.min() > 1 and len(counts) <= min(most, len(labels) - most):
+            stratify = labels
     return np.sort(train_test_split(np.arange(len(labels)), train_size=most, random_state=seed, stratify=stratify)[0])
 
 

@@ -20,7 +20,9 @@ from stformer_hf.training.starts.linear_readers import (
     PREFERRED,
     WEIGHTS,
     Problem,
+    ReaderChoice,
     choose_readers,
+    fit_temperature,
     inner_folds,
     log_softmax,
 )
@@ -110,6 +112,27 @@ def test_a_reader_that_knows_nothing_is_left_out():
     for head, genes, knows in ((noise, good, 1), (good, noise, 0)):
         choice = choose_readers(problem, labels, folds, lambda t, h, of=head: (of[t], of[h]), genes)
         assert choice.weights[knows] > choice.weights[1 - knows] and choice.score > 0.5
+
+
+def test_an_earlier_choice_is_kept():
+    """Its regularisation always, its weights unless others are clearly better."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(300) % 3
+    both, noise = (size * np.eye(3)[labels] + rng.normal(size=(300, 3)) for size in (1, 0))
+    problem = Problem(CLASSES, 3)
+    folds = inner_folds(problem, labels, None, 0)
+    for head, weights, kept in ((both, (0.0, 1.0), True), (both, (1.0, 0.0), True), (noise, (1.0, 0.0), False)):
+        earlier = ReaderChoice(0.3, 0.2, weights, 1.0, 0.0, 0.0, np.zeros((0, 3)))
+        found = choose_readers(problem, labels, folds, lambda t, h, of=head: (of[t], of[h]), both, earlier=earlier)
+        assert (found.head, found.wide, found.weights == weights) == (0.3, 0.2, kept)
+
+
+@given(st.integers(0, 10_000), st.floats(0.3, 7))
+def test_the_temperature_undoes_a_scale(seed, scale):
+    rng = np.random.default_rng(seed)
+    logits = 2 * rng.normal(size=(2000, 3))
+    labels = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
+    assert abs(np.log(fit_temperature(Problem(CLASSES, 3), scale * logits, labels) / scale)) < 0.3
 
 
 def test_out_of_fold_predictions_do_not_know_the_cell():
