@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Collection
@@ -89,7 +90,12 @@ def guarded(
 
 
 def _show_messages() -> None:
-    """Print what the package logs, also where it is not a warning: about data that were left out, and long waits."""
+    """Print what the package logs, also where it is not a warning: about data that were left out, and long waits.
+
+    Of several processes, only the first prints what is not a warning.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
     logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)
     if logging.lastResort is not None:  # prints messages to stderr, by default from warnings on
         logging.lastResort.setLevel(logging.INFO)
