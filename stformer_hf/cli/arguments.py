@@ -133,7 +133,7 @@ def parse(
         config.pop(name, None)
         mappings.pop(name, None)
     required = [action for action in parser._actions if action.required]
-    for action in required:  # a misspelt flag is told before the one that it leaves missing
+    for action in required:  # a misspelt flag is reported before the one that it leaves missing
         action.required = False
     # The file comes first: it may hold required flags, and the last value of a repeated flag counts.
     given, rest = parser.parse_known_args([*_flags(config, own), *argv])
