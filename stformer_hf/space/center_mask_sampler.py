@@ -23,6 +23,7 @@ from ..models.gene_bert.randomness import uniforms
 from ..sources.read_anndata import as_anndata, coordinates_of, find_placed_table, section_of
 from ..store.cell_expression import CellExpression
 from ..store.cell_store import CellStore
+from ..store.row_numbers import check_mask
 from ..training.cell_checksum import checksum, spread_rows
 from .neighbor_index import NeighborIndex, first_of_each
 from .neighborhood_batch import NeighborhoodBatch, NeighborhoodMetadata
@@ -182,6 +183,7 @@ class CenterMaskSampler(Dataset):
         self.n_genes = self._expression.n_genes
         self.gene_ids = _gene_ids(adata)
         self.n_cell_types = int(self._types.max(initial=-1)) + 1
+        check_mask(indices, len(points), lambda: getattr(metadata, "index", names), "metadata")
         self.indices = read_indices(indices, len(points))
         candidates = np.unique(self.indices) if neighbors_from == "indices" else None
         self._index = NeighborIndex(

@@ -21,7 +21,7 @@ from .coverage import coverage
 from .neighborhoods import sum_groups
 from .opening import open_files, read_manifest
 from .remote_files import RemoteFolder
-from .row_numbers import row_numbers
+from .row_numbers import check_mask, row_numbers
 from .shards import checksum
 
 if TYPE_CHECKING:
@@ -263,13 +263,7 @@ class StoreReader:
 
     def _row_numbers(self, index) -> np.ndarray:
         """Convert an index, as `rows` takes it, to row numbers of the whole store."""
-        if isinstance(index, pd.Series) and pd.api.types.is_bool_dtype(index) and len(index) == len(self):
-            numbered = index.index.equals(pd.RangeIndex(len(self)))
-            if not numbered and not np.array_equal(index.index, self.obs_names):  # it would select other cells
-                raise IndexError(
-                    "The mask is a Series with another index than obs: pass mask.loc[store.obs.index], or "
-                    "mask.to_numpy() if it is in the order of the cells."
-                )
+        check_mask(index, len(self), lambda: self.obs_names, "store.obs")
         rows = row_numbers(index, len(self), "store")
         return rows if self._index is None else self._index[rows]
 

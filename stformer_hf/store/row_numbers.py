@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
+import pandas as pd
+
+
+def check_mask(index: Any, n_rows: int, names: Callable[[], Any], table: str) -> None:
+    """Raise IndexError for a boolean Series in another order than the rows, which would select other ones.
+
+    `names` returns the index of `table`, and is called only if needed; 0 to n_rows - 1 is an order, too. Anything else
+    passes.
+    """
+    if not isinstance(index, pd.Series) or not pd.api.types.is_bool_dtype(index) or len(index) != n_rows:
+        return
+    if not index.index.equals(pd.RangeIndex(n_rows)) and not np.array_equal(index.index, names()):
+        raise IndexError(
+            f"The mask is a Series with another index than {table.rpartition('.')[2]}: pass mask.loc[{table}.index], "
+            "or mask.to_numpy() if it is in the order of the cells."
+        )
 
 
 def row_numbers(index, n_rows: int, of: str) -> np.ndarray:
@@ -35,4 +54,4 @@ def row_numbers(index, n_rows: int, of: str) -> np.ndarray:
     return rows
 
 
-__all__ = ["row_numbers"]
+__all__ = ["check_mask", "row_numbers"]

@@ -661,6 +661,16 @@ def test_indices_that_do_not_fit():
             CenterMaskSampler(metadata, adata, 9, indices=indices)
 
 
+def test_a_mask_in_another_order_than_metadata_is_refused():
+    metadata, adata = make_section(20)
+    metadata.index = [f"row{i}" for i in range(20)]
+    mask = pd.Series(np.arange(20) < 5, metadata.index)
+    for fits in (mask, mask.reset_index(drop=True), mask.to_numpy()):
+        np.testing.assert_array_equal(CenterMaskSampler(metadata, adata, 9, indices=fits).indices, range(5))
+    with pytest.raises(IndexError, match=r"another index than metadata: pass mask.loc\[metadata.index\]"):
+        CenterMaskSampler(metadata, adata, 9, indices=mask[::-1])
+
+
 @given(data=st.data(), exponent=st.sampled_from([-1060, -700, -565, 0, 520, 700, 1015]))
 def test_neighbours_at_scales_whose_squares_are_no_numbers(data, exponent):
     """Of exact numbers, so that there are ties and borders; 2.0**±700 is about 1e±211."""
