@@ -80,6 +80,9 @@ class IterableAnnDataset(IterableDataset):
         Every gene of the files once.
     categories : dict of str to list of str
         Categories of the categorical columns in `obs`, in the order of their codes.
+    sources, source_settings : list, dict
+        What is read and how, so that `CellStore.build(path, stream.sources, **stream.source_settings)` holds the same
+        cells in the order of the files. Workers have no `sources`.
 
     Yields
     ------
@@ -141,6 +144,11 @@ class IterableAnnDataset(IterableDataset):
         found = expand(filenames)
         if not allow_duplicates:
             check_names(found)
+        self.sources: list[Any] | None = found
+        self.source_settings: dict[str, Any] = {
+            **{"layer": layer, "fractional": fractional, "aliases": aliases, "unify": unify},
+            "allow_duplicates": allow_duplicates,
+        }
         sources = [open_source(source, layer, fractional) for source in found]
         if not sources:
             raise ValueError("No files: pass at least one file, folder, pattern, AnnData or store.")
@@ -192,6 +200,9 @@ class IterableAnnDataset(IterableDataset):
     def first_cells(self, file: int, n: int) -> sparse.csr_matrix:
         """Return the counts of the first cells of a file, (at most n, n_genes)."""
         return self._read([(file, 0, int(min(n, self._n_cells[file])))])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "sources": None}  # workers read from `_files`, and open files cannot be sent
 
     def __len__(self) -> int:
         """Return the number of cells of this rank in an epoch, over all of its workers."""

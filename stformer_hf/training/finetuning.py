@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainingArguments, set_seed
 
 from ..batches.draws import sampling_columns
+from ..batches.iterable_ann_dataset import IterableAnnDataset
 from ..batches.parts import as_selection
 from ..evaluation.metrics import balanced_class_weights
 from ..genes.wrong_names import must_have
@@ -46,13 +47,13 @@ _PROBLEMS = ("single_label_classification", "multi_label_classification", "regre
 
 
 def finetune(
-    cells: CellStore | AnnData | str | Path | Sequence[AnnData | str | Path],
+    cells: CellStore | AnnData | str | Path | Sequence[AnnData | str | Path] | IterableAnnDataset,
     label_key: str | Sequence[str],
     *,
     model: str | PreTrainedModel | None = None,
     tokenizer: GeneTokenizer | None = None,
     output: str | Path | None = None,
-    eval_cells: CellStore | AnnData | str | Path | Sequence[AnnData | str | Path] | None = None,
+    eval_cells: CellStore | AnnData | str | Path | Sequence[AnnData | str | Path] | IterableAnnDataset | None = None,
     num_train_epochs: float | None = None,
     init: Literal["spectral", "random"] = "spectral",
     split_by: str | None = None,
@@ -77,9 +78,10 @@ def finetune(
 
     Parameters
     ----------
-    cells : CellStore (or Subset of one), AnnData, MuData, SpatialData, path, or list of them
+    cells : CellStore (or Subset of one), AnnData, MuData, SpatialData, path, list of them, or IterableAnnDataset
         Labelled cells; those without a label or without counts are left out. A path is that of a store, or of files
-        as in `CellStore.build`, which are first built into a temporary store.
+        as in `CellStore.build`, which are first built into a temporary store, because the cells are read several
+        times. So are the files of a stream, whose tokenizer and order are not used.
     label_key : str, or list of str
         Column of obs: classes, or numbers with `problem_type="regression"`. A list of columns of categories: the model
         predicts a class in each, and learns the columns in which a cell has a label. A list of columns of 0 and 1 for
@@ -146,8 +148,6 @@ def finetune(
     ValueError
         A column is missing; no cell is labelled; the labels do not fit the problem; the tokenizer does not fit.
     """
-    if isinstance(cells, IterableDataset):
-        raise ValueError("finetune reads the cells several times: pass the files of the stream, or a store of them.")
     others = [*([] if split_by is None else [split_by]), *phenotypes, *sampling_columns(sampling)]
     with tempfile.TemporaryDirectory() as folder:
         rules = (label_key, problem_type, layer, fractional)
@@ -205,14 +205,24 @@ def _store_of(
     fractional: bool,
 ) -> CellStore:
     """Return cells that are a store; build one at `path` of others, with the label columns and `others`."""
+    if isinstance(cells, IterableDataset) and not isinstance(cells, IterableAnnDataset):
+        raise TypeError(
+            f"finetune cannot read the counts of a {type(cells).__name__}: pass its files, a store of them, or an "
+            "IterableAnnDataset."
+        )
     cells = as_selection(cells)
     if isinstance(cells, (str, Path)) and is_format(cells, "CellStore"):
         return CellStore(cells)
     if isinstance(cells, CellStore):
         return cells
+    settings: dict[str, Any] = {"layer": layer, "fractional": fractional}
+    if isinstance(cells, IterableAnnDataset):
+        if layer is not None or fractional:
+            raise ValueError("layer and fractional are those of the stream: pass them to IterableAnnDataset.")
+        cells, settings = cells.sources, cells.source_settings
     keys = [label_key] if isinstance(label_key, str) else list(label_key)
     columns = list(dict.fromkeys([*keys, *others]))
-    sources = [open_source(source, layer, fractional) for source in expand(cells)]
+    sources = [open_source(source, settings["layer"], settings["fractional"]) for source in expand(cells)]
     for source, name in itertools.product(sources, columns):
         must_have(source.obs, "obs", name, f" ({source.name})")
     of_classes = problem_type == "single_label_classification" or (
@@ -220,8 +230,7 @@ def _store_of(
         and isinstance(label_key, str)
         and all(pd.api.types.is_bool_dtype(source.obs[label_key].dtype) for source in sources)
     )
-    classes = keys if of_classes else []
-    return CellStore.build(path, cells, obs=columns, classes=classes, layer=layer, fractional=fractional, report=False)
+    return CellStore.build(path, cells, obs=columns, classes=keys if of_classes else [], report=False, **settings)
 
 
 def prepare_classifier(

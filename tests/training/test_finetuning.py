@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from anndata import AnnData
+from datasets import Dataset
 from safetensors.numpy import load_file
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression
@@ -107,8 +108,29 @@ def test_files_and_stores_are_read_by_their_path(labelled, started, unseen, tmp_
     assert len(losses) == 3 and len(set(losses)) == 1
     with pytest.raises(ValueError, match="no obs\\['kind'\\].*cells_1.h5ad"):
         finetune(str(tmp_path / "cells_*.h5ad"), "kind")
-    with pytest.raises(ValueError, match="pass the files of the stream"):
-        finetune(sf.IterableAnnDataset(labelled), "type")
+
+
+def test_cells_of_a_stream_are_read_as_the_stream_reads_them(labelled, unseen, started, tmp_path):
+    """Files with counts in a layer, logarithms in X, and other ids: only the settings of the stream read them."""
+    for i, part in enumerate((labelled[:100].copy(), labelled[100:].copy())):
+        part.layers["raw_counts"], part.X = part.X, part.X.log1p()
+        part.var_names = [f"old{name}" for name in part.var_names]
+        part.write_h5ad(tmp_path / f"cells_{i}.h5ad")
+    aliases = {f"old{name}": name for name in labelled.var_names}
+    files = str(tmp_path / "cells_*.h5ad")
+    stream = sf.IterableAnnDataset(
+        *(files, started.tokenizer), layer="raw_counts", aliases=aliases, shuffle=True, rank=1, world_size=3
+    )
+    found = finetune(stream, "type", num_train_epochs=0)
+    for name, model in (("stream", found), ("memory", started)):
+        sf.annotate(unseen, model, key_added=name)
+    np.testing.assert_allclose(unseen.obsm["stream_probabilities"], unseen.obsm["memory_probabilities"], atol=1e-5)
+    with pytest.raises(ValueError, match="those of the stream"):
+        finetune(stream, "type", layer="raw_counts")
+    with pytest.raises(ValueError, match=r"no obs\['kind'\].*cells_0.h5ad"):
+        finetune(stream, "kind")
+    with pytest.raises(TypeError, match="pass its files"):
+        finetune(Dataset.from_dict({"input_ids": [[1]]}).to_iterable_dataset(), "type")
 
 
 def test_the_wide_head_is_the_logistic_regression_that_was_fitted(labelled, started):
