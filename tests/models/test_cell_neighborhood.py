@@ -19,9 +19,8 @@ from stformer_hf.models.cell_neighborhood.count_likelihoods import pearson_r
 from stformer_hf.models.cell_neighborhood.modeling_cell_neighborhood import (
     CellNeighborhoodForMaskedCell,
     CellNeighborhoodModel,
-    SparseRows,
-    _SparseProduct,
 )
+from stformer_hf.models.cell_neighborhood.sparse_expression import SparseRows, _SparseProduct
 
 G, TYPES, EMBEDDING = 7, 5, 6
 LENGTHS = [3, 0, 5, 3, 1, 0, 8]
@@ -652,6 +651,7 @@ def test_auto_classes_load_what_was_saved(tmp_path):
     model = make_model(gene_ids=[f"g{i}" for i in range(G)], cell_types=[f"t{i}" for i in range(TYPES)])
     model.save_pretrained(tmp_path)
     names = {"configuration_cell_neighborhood.py", "modeling_cell_neighborhood.py", "count_likelihoods.py"}
+    names |= {"neighborhood_attention.py", "sparse_expression.py"}
     assert {path.name for path in tmp_path.glob("*.py")} == names
     config = AutoConfig.from_pretrained(tmp_path)
     assert type(config) is CellNeighborhoodConfig
