@@ -1,6 +1,7 @@
 """GeneBert in the hands of others: torch.compile, PEFT, ONNX, device maps, autocast, activation checkpointing."""
 
 import inspect
+import re
 
 import numpy as np
 import pytest
@@ -99,7 +100,27 @@ def test_attention_chosen_by_itself(plain_config, batches, tmp_path, caplog):
 @pytest.mark.gpu
 def test_attention_chosen_by_itself_on_a_gpu(plain_config):
     model = GeneBertModel._from_config(plain_config, attn_implementation="auto", dtype=torch.bfloat16)
-    assert model.config._attn_implementation in ("flash_attention_3", "flash_attention_2", "sdpa")
+    assert re.fullmatch(r"sdpa|flash_attention_[234]", model.config._attn_implementation)
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "expected"),
+    [
+        ((8, 0), (2, 3, 4), "flash_attention_3"),
+        ((9, 0), (2, 4), "flash_attention_2"),
+        ((10, 0), (2, 3, 4), "flash_attention_4"),
+        ((12, 0), (2, 3), "flash_attention_2"),
+        ((10, 0), (3,), "sdpa"),
+        ((9, 0), (), "sdpa"),
+    ],
+)
+def test_version_of_flash_attention_by_card(capability, installed, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    for number in (2, 3, 4):
+        monkeypatch.setattr(modeling_gene_bert, f"is_flash_attn_{number}_available", lambda n=number: n in installed)
+    assert modeling_gene_bert.best_attention(torch.bfloat16) == expected
+    assert modeling_gene_bert.best_attention(torch.float32) == "sdpa"
 
 
 # ---------------------------------------------------------------------- precision, placement, memory

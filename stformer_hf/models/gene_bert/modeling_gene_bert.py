@@ -18,6 +18,7 @@ from transformers.utils import (
     TransformersKwargs,
     is_flash_attn_2_available,
     is_flash_attn_3_available,
+    is_flash_attn_4_available,
     logging,
 )
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -72,9 +73,9 @@ class GeneBertMaskedLMOutput(MaskedLMOutput):
 class GeneBertPreTrainedModel(PreTrainedModel):
     """Base class of the GeneBert models: configuration, initialisation, supported backends.
 
-    `attn_implementation` is eager, sdpa, flex_attention, flash_attention_2 or _3, or "auto": flash attention if there
-    are a GPU, the package and weights in half precision, else sdpa, which also separates the cells of a packed batch
-    (under autocast too, which leaves the weights in float32).
+    `attn_implementation` is eager, sdpa, flex_attention, flash_attention_2, _3 or _4, or "auto": flash attention if
+    there are a GPU, the package and weights in half precision, else sdpa, which also separates the cells of a packed
+    batch (under autocast too, which leaves the weights in float32).
     """
 
     config: GeneBertConfig
@@ -157,10 +158,11 @@ class GeneBertPreTrainedModel(PreTrainedModel):
 def best_attention(dtype: torch.dtype) -> str:
     """Return the backend that `attn_implementation="auto"` selects for weights of a dtype on this machine."""
     if torch.cuda.is_available() and dtype in (torch.float16, torch.bfloat16):
-        if is_flash_attn_3_available():
-            return "flash_attention_3"
-        if is_flash_attn_2_available():
-            return "flash_attention_2"
+        installed = {2: is_flash_attn_2_available(), 3: is_flash_attn_3_available(), 4: is_flash_attn_4_available()}
+        is_blackwell = torch.cuda.get_device_capability() >= (10, 0)  # which version 3 does not run on
+        for number in (4, 2) if is_blackwell else (3, 2, 4):
+            if installed[number]:
+                return f"flash_attention_{number}"
     return "sdpa"
 
 
