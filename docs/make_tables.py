@@ -1,6 +1,10 @@
-"""Write the tables of docs/benchmarks.md whose figures are in benchmarks/results; `--check` only compares.
+"""Write the tables and figures of the documentation that are in benchmarks/results; `--check` only compares.
 
 python docs/make_tables.py
+
+A table is between `<!-- table: quality_2026-11-29 few -->` and `<!-- end of table -->`. A figure in a sentence is
+followed by `<!-- quality_2026-11-29 full demo 0 start accuracy -->`: the file of results, then the table in it, the
+set of cells, the labels per class (0 for all), the row, and a column, or `difference` to the better baseline.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGES = [ROOT / "README.md", ROOT / "docs" / "choosing.md", ROOT / "docs" / "benchmarks.md"]
 WAYS = {
     "packed, flex": "packed, flex attention",
     "BERT, padded": "`BertForMaskedLM`, padded",
@@ -93,6 +97,27 @@ def quality_all_labels(results: dict) -> str:
         )
         lines.append(f"| {about} | {' | '.join(shown)} | {differences} |")
     return "\n".join(lines)
+
+
+def quality_short(results: dict) -> str:
+    """Return mean accuracies with all labels."""
+    names = {"lr": "logistic regression", "pca50_lr": "PCA50 + LR"}
+    names |= {"start": "GeneBert, start", "finetuned": "GeneBert, fine-tuned"}
+    lines = [f"| cells, classes | {' | '.join(names.values())} |", "|---" * (len(names) + 1) + "|"]
+    for name, rows in _quality(results, "full"):
+        means = [np.mean(rows[row]["accuracy"]) for row in names]
+        shown = " | ".join(_bold(_short(mean), mean > max(means) - 5e-4) for mean in means)
+        lines.append(f"| {SETS[name]}: {max(rows['lr']['n_cells']):,}, {max(rows['lr']['n_classes'])} | {shown} |")
+    return "\n".join(lines)
+
+
+def quality_figure(results: dict, table: str, name: str, labels: str, row: str, key: str) -> str:
+    """Return the mean of a column over the splits, or the difference to the better baseline with few labels."""
+    ((_, rows),) = _quality(results, table, name, int(labels))
+    if key == "difference":
+        best = rows[_best(rows, BASELINES)]["accuracy"]
+        return _short(np.mean(rows[row]["accuracy"]) - np.mean(best), "+")
+    return _short(np.mean(rows[row][key]))
 
 
 def quality_few_labels(results: dict) -> str:
@@ -342,6 +367,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "scale_workers_2026-11-29": scale_workers,
     "scale_codecs_2026-11-29": scale_codecs,
     "quality_2026-11-29": quality_all_labels,
+    "quality_2026-11-29 short": quality_short,
     "quality_2026-11-29 few": quality_few_labels,
     "quality_2026-11-29 embeddings": quality_embeddings,
     "perturb_2026-11-28": perturb_speed,
@@ -355,24 +381,34 @@ TABLES: dict[str, Callable[[dict], str]] = {
 
 
 def fill(text: str) -> str:
-    """Return the page with its machine-written tables replaced."""
+    """Return a page with its machine-written tables and figures replaced."""
 
-    def make(match: re.Match) -> str:
+    def results_of(file: str) -> dict:
+        return json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text())
+
+    def table(match: re.Match) -> str:
         name = match["name"]
-        results = json.loads((ROOT / "benchmarks" / "results" / f"{name.split()[0]}.json").read_text())
-        return f"<!-- table: {name} -->\n\n{TABLES[name](results)}\n\n<!-- end of table -->"
+        return f"<!-- table: {name} -->\n\n{TABLES[name](results_of(name.split()[0]))}\n\n<!-- end of table -->"
 
-    return re.sub(r"<!-- table: (?P<name>.+?) -->.*?<!-- end of table -->", make, text, flags=re.DOTALL)
+    def figure(match: re.Match) -> str:
+        return (
+            f"{quality_figure(results_of(match['file']), *match['of'].split())}<!-- {match['file']} {match['of']} -->"
+        )
+
+    text = re.sub(r"<!-- table: (?P<name>.+?) -->.*?<!-- end of table -->", table, text, flags=re.DOTALL)
+    return re.sub(r"[+-]?\.\d+<!-- (?P<file>quality_\S+) (?P<of>.+?) -->", figure, text)
 
 
 def main() -> int:
-    """Write the page, or with `--check` return 1 where it is not what would be written."""
-    text = PAGE.read_text(encoding="utf-8")
-    made = fill(text)
-    if "--check" in sys.argv[1:]:
-        return int(made != text)
-    PAGE.write_text(made, encoding="utf-8")
-    return 0
+    """Write the pages, or with `--check` return 1 where one is not what would be written."""
+    changed = 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        made = fill(text)
+        changed |= made != text
+        if "--check" not in sys.argv[1:]:
+            page.write_text(made, encoding="utf-8")
+    return changed if "--check" in sys.argv[1:] else 0
 
 
 if __name__ == "__main__":
