@@ -85,7 +85,10 @@ def guarded(
         print("(--debug shows the traceback)", file=sys.stderr)
         return 1
     finally:
-        _leave_process_group()
+        if "torch" in sys.modules:  # else there is no group, and importing it takes seconds
+            from ..training.process_group import leave_process_group
+
+            leave_process_group()
     return 0
 
 
@@ -124,10 +127,3 @@ def as_flags(message: str, flags: Collection[str]) -> str:
 _ARGUMENT = re.compile(
     r"""[\w.]+\([^()]*=[^()]*\)|(?<![\w./?&,=-])(?P<name>[a-z]\w*)=(?P<value>'[^']*'|"[^"]*"|\[[^\]]*\]|[^\s,;:.)'"=/&]+(?:\.\d+)?)"""
 )
-
-
-def _leave_process_group() -> None:
-    """Leave the group of processes that torchrun started: a process that ends in it may be aborted."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

@@ -17,6 +17,7 @@ from .checkpoints import check_complete, check_same_meaning, checkpoint_to_resum
 from .float_weights import keep_in_float32
 from .loading import MODEL_CONFIG
 from .loss_trainer import LossTrainer
+from .process_group import leave_gloo_at_exit
 
 _STREAM_MARK = "stream_mark.json"  # in a checkpoint
 _ORDER = "CellOrder"  # among the states of callbacks in trainer_state.json
@@ -29,6 +30,7 @@ class ResumableTrainer(LossTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        leave_gloo_at_exit()
         self.interrupted: signal.Signals | None = None
         self.out_of_fold: OutOfFold | dict[str, OutOfFold] | None = None  # of the trained model; saved beside it
         self._stream_mark: dict[str, Any] | None = None  # where the next batch of a stream is read from

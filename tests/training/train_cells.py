@@ -155,8 +155,6 @@ def write(folder: Path, arguments: TrainingArguments, batches: list, trainer: Ce
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
     (folder / f"seen-{arguments.process_index}.json").write_text(json.dumps(seen))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # a process that ends in it may be aborted
 
 
 if __name__ == "__main__":
