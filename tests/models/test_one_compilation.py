@@ -21,6 +21,7 @@ from stformer_hf import (
 from stformer_hf.models.gene_bert import packed_attention
 
 SIZE = (300, 20)
+needs_varlen = pytest.mark.skipif(not packed_attention._HAS_VARLEN, reason="varlen attention came with torch 2.10")
 
 
 @pytest.fixture
@@ -77,6 +78,7 @@ def test_one_compilation_serves_fifty_packed_batches(store, collators, kind):
 
 
 @pytest.mark.parametrize("kind", ["ranks", "bins", "whole cells"])
+@needs_varlen
 def test_a_packed_step_never_asks_for_a_value(store, collators, kind, monkeypatch):
     """Tensors on the meta device have no values: what would wait for a GPU raises.
 
@@ -101,6 +103,7 @@ def test_a_packed_step_never_asks_for_a_value(store, collators, kind, monkeypatc
         model(**batch)
 
 
+@needs_varlen
 def test_neither_does_a_classifier_of_numbers(store, monkeypatch):
     monkeypatch.setattr(packed_attention, "_varlen_serves", lambda *_: True)
     tokenizer = GeneTokenizer.from_store(store, bin_edges=[0.5, 1.5], max_length=40)

@@ -340,6 +340,7 @@ def test_runs_as_onnx_on_other_batches(tokenizer, store, tmp_path, model_class, 
         np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="exporting whole cells needs torch 2.7")
 @pytest.mark.parametrize("model_class", [GeneBertForPhenotypicMLM, GeneBertForClassification])
 @pytest.mark.parametrize("n_labels", [0, 1])
 def test_torch_export_takes_any_number_of_cells_tokens_and_genes(tokenizer, store, model_class, n_labels):

@@ -15,7 +15,7 @@ class SparseRows(NamedTuple):
 
     def log1p(self) -> "SparseRows":
         """Return log1p of all values; that of the zeros is 0."""
-        return self._replace(values=self.values.log1p())
+        return SparseRows(self.indptr, self.genes, self.values.log1p())  # torch 2.6 cannot compile `_replace`
 
     def to_dense(self, n_genes: int) -> torch.Tensor:
         """Return the values as a float32 Tensor (N, n_genes)."""
