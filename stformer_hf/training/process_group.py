@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import atexit
 import functools
-import gc
+import time
 
 from torch import distributed
 
+_SECONDS = 0.3  # for threads that need microseconds, on a machine that may be busy
+
 
 def leave_process_group() -> None:
-    """Destroy the default group of processes, if there is one, and wait until the threads of gloo have ended.
+    """Destroy the default group of processes, if there is one, once the threads of gloo have freed their tensors.
 
-    A thread of gloo frees the tensors of an operation after this process has its result. If Python ends meanwhile, the
-    thread aborts the process ("terminate called without an active exception"). Freeing the group joins its threads;
-    models that hold it, wrapped by DDP, are in reference cycles of their trainers.
+    A thread of gloo frees the tensors of an operation after this process has its result, for which it needs Python's
+    lock. If Python ends meanwhile, that aborts the process ("terminate called without an active exception"); if this
+    thread frees the group meanwhile, both wait for each other. So they are given the lock for a moment.
     """
     if distributed.is_available() and distributed.is_initialized():
+        time.sleep(_SECONDS)
         distributed.destroy_process_group()
-        gc.collect()
 
 
 @functools.cache
