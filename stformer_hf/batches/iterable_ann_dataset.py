@@ -68,9 +68,11 @@ class IterableAnnDataset(IterableDataset):
     seed : int, default: 0
         Seed of the order.
     rank, world_size : int, default: 0, 1
-        Which of how many equal parts this process reads. They are not taken from `torch.distributed`: accelerate, and
-        so Trainer, lets the main process read an iterable dataset for all processes, which needs 0 and 1. Pass them if
-        each process has its own loader that is not prepared by accelerate.
+        Which of how many equal parts this process reads. They are not taken from `torch.distributed`: by default,
+        `CellTrainer` reads the whole stream in each process, and trains on the same cells in each step, however many
+        processes there are. With the numbers of this process and of all, each process reads only its part, with
+        `CellTrainer` and in a loop of your own. If accelerate prepares your loader, or transformers' Trainer, its main
+        process reads for all of them, which needs 0 and 1.
     allow_duplicates : bool, default: False
         Accept files that hold the same cells by name, such as the raw and filtered files of one run.
 
