@@ -68,11 +68,11 @@ class IterableAnnDataset(IterableDataset):
     seed : int, default: 0
         Seed of the order.
     rank, world_size : int, default: 0, 1
-        Which of how many equal parts this process reads. They are not taken from `torch.distributed`: by default,
-        `CellTrainer` reads the whole stream in each process, and trains on the same cells in each step, however many
-        processes there are. With the numbers of this process and of all, each process reads only its part, with
-        `CellTrainer` and in a loop of your own. If accelerate prepares your loader, or transformers' Trainer, its main
-        process reads for all of them, which needs 0 and 1.
+        Which of how many equal parts this process reads; not taken from `torch.distributed`. By default `CellTrainer`
+        reads the whole stream in each process, so that a step has the same cells on any number of processes. Pass the
+        numbers of this process and of all of them if each process should read only its part, with `CellTrainer` or in
+        a loop of your own. transformers' Trainer, and a loader that accelerate prepares, need 0 and 1: their main
+        process reads for all.
     allow_duplicates : bool, default: False
         Accept files that hold the same cells by name, such as the raw and filtered files of one run.
 

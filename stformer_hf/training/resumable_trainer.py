@@ -69,7 +69,7 @@ class ResumableTrainer(LossTrainer):
                 self._train_batch_size = state.get("train_batch_size") or self._train_batch_size
             self._check_order(checkpoint, state.get("stateful_callbacks", {}))
             mark = checkpoint / self._stream_mark_file
-            if mark.exists() and not self.args.ignore_data_skip:
+            if mark.exists():
                 self._stream_mark = json.loads(mark.read_text())
         if self.model_init is None:  # else call_model_init does it
             self._keep_in_float32(self.model)
