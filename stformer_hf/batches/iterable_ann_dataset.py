@@ -68,9 +68,11 @@ class IterableAnnDataset(IterableDataset):
     seed : int, default: 0
         Seed of the order.
     rank, world_size : int, default: 0, 1
-        Which of how many equal parts this process reads. They are not taken from `torch.distributed`: accelerate, and
-        so Trainer, lets the main process read an iterable dataset for all processes, which needs 0 and 1. Pass them if
-        each process has its own loader that is not prepared by accelerate.
+        Which of how many equal parts this process reads; not taken from `torch.distributed`. By default `CellTrainer`
+        reads the whole stream in each process, so that a step has the same cells on any number of processes. Pass the
+        numbers of this process and of all of them if each process should read only its part, with `CellTrainer` or in
+        a loop of your own. transformers' Trainer, and a loader that accelerate prepares, need 0 and 1: their main
+        process reads for all.
     allow_duplicates : bool, default: False
         Accept files that hold the same cells by name, such as the raw and filtered files of one run.
 

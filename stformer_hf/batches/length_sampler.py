@@ -180,7 +180,7 @@ class LengthGroupedSampler(ResumableSampler[int]):
         self.batch_size, self.mega_batch, self.drop_last = batch_size, mega_batch, drop_last
         n_left = len(self.draw) % (batch_size * world_size)
         if 0 < n_left < world_size and not drop_last:
-            _warn_of_repeats(world_size - n_left, world_size)
+            _warn_of_repeats(world_size - n_left)
 
     def __len__(self) -> int:
         """Return the number of rows of this rank in an epoch."""
@@ -349,7 +349,7 @@ def even_out(
     wanted = -(-(n_before + n_batches) // world_size) * world_size - n_before
     n_repeats = wanted - len(rows)
     if n_repeats > 0:
-        _warn_of_repeats(n_repeats, world_size)
+        _warn_of_repeats(n_repeats)
         cuts = np.concatenate([cuts, len(rows) + 1 + np.arange(n_repeats)])
         rows = np.concatenate([rows, np.resize(rows if first is None else first, n_repeats)])
     begin = max(wanted - world_size, 0)  # first batch of the last step
@@ -378,10 +378,10 @@ def batches_of_rank(
         yield rows[cuts[i] : cuts[i + 1]].tolist()
 
 
-def _warn_of_repeats(n_rows: int, world_size: int) -> None:
+def _warn_of_repeats(n_rows: int) -> None:
     logger.warning(
-        f"{n_rows} rows come twice in an epoch: too few are left for one batch on each of {world_size} ranks. Use "
-        "fewer ranks or smaller batches, or drop_last=True."
+        f"{n_rows} rows come twice in an epoch: too few are left for one batch on each rank. Use fewer ranks "
+        "or smaller batches, or drop_last=True."
     )
 
 

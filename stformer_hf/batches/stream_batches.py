@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
+from .iterable_ann_dataset import IterableAnnDataset
 from .length_sampler import batches_of_rank, check_rank, check_settings, check_sizes, even_out, values_of
 from .token_budget import batch_of_longest, cut_batches, put_first, reorder, too_long_message
 
-_SETTINGS = ("max_tokens_per_batch", "packing", "max_cells", "buffer_size", "seed", "world_size")
+_SETTINGS = ("max_tokens_per_batch", "packing", "max_cells", "buffer_size", "seed", "world_size", "n_batches")
 _MOST_MARKS = 256  # number of last windows from which a stream can be resumed
 
 
@@ -49,6 +50,9 @@ class TokenBudgetBuffer(IterableDataset):
     world_size : int, default: 1
         Number of ranks. The number of batches is a multiple of it, for which the last batches of the last window are
         split. A cell comes twice only if these have too few cells, which is logged.
+    n_batches : int, optional
+        Number of batches of the rank with the most cells, if each rank reads its own part of the stream and parts
+        differ by one cell: if this part has one batch less, one of its last batches is split.
 
     Yields
     ------
@@ -90,6 +94,7 @@ class TokenBudgetBuffer(IterableDataset):
         seed: int = 0,
         rank: int | None = None,
         world_size: int = 1,
+        n_batches: int | None = None,
     ):
         check_rank(rank, world_size, seed)
         if isinstance(stream, Iterator):
@@ -100,7 +105,7 @@ class TokenBudgetBuffer(IterableDataset):
         self.stream: Any = stream
         self.max_tokens_per_batch, self.packing, self.max_cells = max_tokens_per_batch, packing, max_cells
         self.buffer_size, self.n_tokens, self.seed = buffer_size, n_tokens, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.n_batches = rank, world_size, n_batches
         # In shared memory: persistent workers see the next epoch, and this process sees that they read.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._read_by_workers = torch.zeros((), dtype=torch.bool).share_memory_()
@@ -245,7 +250,9 @@ class TokenBudgetBuffer(IterableDataset):
             put_first(order, batch_of_longest(lengths[cells], cuts))
         cells, cuts = reorder(cells, cuts, order)
         if is_last:
-            cells, cuts = even_out(cells, cuts, self.world_size, n_before)
+            one_more = n_before + len(cuts)
+            multiple_of = one_more if one_more == self.n_batches else self.world_size
+            cells, cuts = even_out(cells, cuts, multiple_of, n_before)
         return [[window[cell] for cell in batch] for batch in batches_of_rank(cells, cuts, None, 1)]
 
     def _length(self, cell: Mapping[str, Any]) -> int | None:
@@ -274,7 +281,7 @@ class StreamBatches(Dataset):
     Parameters
     ----------
     batches : TokenBudgetBuffer
-        Batches of all ranks (`rank=None`).
+        Batches of all ranks (`rank=None`), or those of a part that only this process reads.
     collator : callable
         Collates the cells of a batch. Its epoch is set.
     mark : dict, optional
@@ -333,17 +340,27 @@ class StreamBatches(Dataset):
 
 
 class StreamOrder(Sampler[list[int]]):
-    """The numbers of the `n_batches` of an epoch, over all ranks, for `StreamBatches`: a batch sampler."""
+    """The numbers of the batches of an epoch, over all ranks, for `StreamBatches`: a batch sampler.
 
-    def __init__(self, n_batches: int):
-        self.n_batches, self.epoch = n_batches, 0
+    Parameters
+    ----------
+    n_batches : int
+        Batches of an epoch; with parts, those of each part.
+    n_parts : int, default: 1
+        Number of processes that each read a part of the stream, and number its batches from 0: each number comes once
+        for each process.
+    """
+
+    def __init__(self, n_batches: int, n_parts: int = 1):
+        self.n_batches, self.n_parts, self.epoch = n_batches, n_parts, 0
 
     def __len__(self) -> int:
-        return self.n_batches
+        return self.n_batches * self.n_parts
 
     def __iter__(self) -> Iterator[list[int]]:
         first = self.epoch * self.n_batches
-        yield from ([number] for number in range(first, first + self.n_batches))
+        for number in range(first, first + self.n_batches):
+            yield from ([number] for _ in range(self.n_parts))
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch."""
@@ -354,6 +371,24 @@ def only(batches: list[Any]) -> Any:
     """Return the only element of a list: a collate function for ready-made batches."""
     (batch,) = batches
     return batch
+
+
+def part_of(dataset: Any) -> tuple[int, int]:
+    """Return which of how many parts of a stream a dataset reads, as its user has split it: (0, 1) if not.
+
+    An `IterableAnnDataset` is split by `rank` and `world_size`; one of `datasets` by `split_dataset_by_node`.
+    """
+    if not isinstance(dataset, IterableDataset):
+        return 0, 1
+    split = getattr(dataset, "_distributed", None) or dataset
+    return getattr(split, "rank", 0), getattr(split, "world_size", 1)
+
+
+def cells_of_largest_part(stream: IterableDataset) -> int | None:
+    """Return the number of cells of the largest part of a stream, or of a stream that is not split, if it is known."""
+    if isinstance(stream, IterableAnnDataset):
+        return -(-int(stream.n_cells_of_files.sum()) // stream.world_size)
+    return len(stream) if hasattr(stream, "__len__") and part_of(stream)[1] == 1 else None
 
 
 def _has_exact_state(stream: Any) -> bool:
@@ -369,4 +404,4 @@ def _has_shuffle_buffer(examples: Any) -> bool:
     return type(examples).__name__ == "BufferShuffledExamplesIterable" or any(map(_has_shuffle_buffer, within))
 
 
-__all__ = ["StreamBatches", "StreamOrder", "TokenBudgetBuffer", "only"]
+__all__ = ["StreamBatches", "StreamOrder", "TokenBudgetBuffer", "cells_of_largest_part", "only", "part_of"]

@@ -25,7 +25,14 @@ from ..batches.lengths import load_example_lengths
 from ..batches.parts import as_selection, as_token_rows, bases, gather
 from ..batches.repeats import NumberedRepeats, RepeatedRows
 from ..batches.samplers import BlockShuffleSampler, RowSampler
-from ..batches.stream_batches import StreamBatches, StreamOrder, TokenBudgetBuffer, only
+from ..batches.stream_batches import (
+    StreamBatches,
+    StreamOrder,
+    TokenBudgetBuffer,
+    cells_of_largest_part,
+    only,
+    part_of,
+)
 from ..batches.token_budget import TokenBudgetBatchSampler
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.block_order import ORDER
@@ -71,9 +78,10 @@ class CellTrainer(ResumableTrainer):
         Cells; or rows with `input_ids` and `token_type_ids` (and preferably `cell_id`); or a Subset (`random_split`)
         or ConcatDataset of such, whose stores have the same genes. Masks depend on the number of a cell in its own
         store, so cells with equal numbers in two stores get equal masks. Each process reads a whole stream and trains
-        on its part of it; on resumption, the stream continues where the checkpoint stopped. A stream with an unknown
-        number of batches needs `max_steps`, and its epochs differ from those in the log (as they do if cells without
-        counts are left out).
+        on its part of it, so that a step has the same cells on any number of processes. If the stream is split, with
+        `rank=args.process_index` and `world_size=args.world_size`, each process reads only its own part. On
+        resumption, the stream continues where the checkpoint stopped. A stream with an unknown number of batches needs
+        `max_steps`, and its epochs differ from those in the log (as they do if cells without counts are left out).
     lengths : sequence of int, or path of a .json or .pkl, optional
         Number of tokens of each training row, for `train_sampling_strategy="group_by_length"` and
         `max_tokens_per_batch`; not needed for a store, or a dataset with a column `length`.
@@ -349,20 +357,29 @@ class CellTrainer(ResumableTrainer):
     def _read_stream(self, stream: IterableDataset, batch_size: int) -> tuple[StreamBatches, StreamOrder]:
         """Return the batches of a stream, indexed by number, and the batch numbers of an epoch.
 
-        If the number of batches is unknown, Trainer takes `max_steps` steps as one epoch.
+        The processes take turns at the batches of the whole stream, or, if it is split, each has those of its part. If
+        the number of batches is unknown, Trainer takes `max_steps` steps as one epoch.
         """
         args = self.args
-        if getattr(stream, "world_size", 1) != 1:
+        rank, n_parts = part_of(stream)
+        if n_parts > 1 and (rank, n_parts) != (args.process_index, args.world_size):
             raise ValueError(
-                "The stream is already split between ranks, and the trainer would split it again: leave rank and "
-                "world_size out."
+                f"The stream is part {rank} of {n_parts}, but this is process {args.process_index} of "
+                f"{args.world_size}: split it with rank=args.process_index and world_size=args.world_size, so that "
+                "each process reads its own part, or not at all."
+            )
+        if n_parts > 1 and args.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "accelerator_config: with dispatch_batches=True only the first process reads, and the stream is "
+                "split: leave one out."
             )
         if getattr(stream, "tokenizer", self) is None:
             raise ValueError("The stream yields counts: pass it the tokenizer, IterableAnnDataset(files, tokenizer).")
         if args.dataloader_drop_last:
             raise ValueError("dataloader_drop_last is not supported for a stream.")
-        budget, in_a_step = self._token_budget, args.world_size * args.gradient_accumulation_steps
-        n_cells = len(stream) if hasattr(stream, "__len__") and budget is None else None
+        in_turn = args.world_size // n_parts  # number of processes that share what one of them reads
+        budget, in_a_step = self._token_budget, in_turn * args.gradient_accumulation_steps
+        n_cells = cells_of_largest_part(stream) if budget is None else None
         window: dict[str, Any]
         if budget is not None:
             most = self.data_collator.pad_packed_to[1] if self._has_fixed_size else None
@@ -372,23 +389,24 @@ class CellTrainer(ResumableTrainer):
             by_length = args.train_sampling_strategy == "group_by_length"
             size = cells * max(1, 2048 // cells) if by_length else batch_size
             window = {"max_tokens_per_batch": _NO_BUDGET, "max_cells": batch_size, "buffer_size": size}
+        if n_cells is not None:
+            n_batches = math.ceil(n_cells / (batch_size * in_turn)) * in_turn
+        elif args.max_steps > 0:
+            n_batches = args.max_steps * in_a_step
+        else:
+            raise ValueError("The number of batches of a stream is unknown until it has been read: pass max_steps.")
         batches = TokenBudgetBuffer(
             stream,
             n_tokens=partial(_tokens_of, self.processing_class),
             seed=self.seed_of_order,
             # Trainer takes a stream of unknown length as one epoch, so a step could span two passes over the files.
             # With a whole number of steps per pass, the order is the same on any number of processes.
-            world_size=args.world_size if n_cells is not None else in_a_step,
+            world_size=in_turn if n_cells is not None else in_a_step,
+            n_batches=n_batches if n_parts > 1 and n_cells is not None else None,
             **window,
         )
-        if n_cells is not None:
-            n_batches = math.ceil(n_cells / (batch_size * args.world_size)) * args.world_size
-        elif args.max_steps > 0:
-            n_batches = args.max_steps * in_a_step
-        else:
-            raise ValueError("The number of batches of a stream is unknown until it has been read: pass max_steps.")
         self._stream = StreamBatches(batches, self.data_collator, self._stream_mark)
-        return self._stream, StreamOrder(n_batches)
+        return self._stream, StreamOrder(n_batches, n_parts)
 
     def _prepare_inputs(self, inputs):
         """Prepare inputs as Trainer does; counts keep their dtype even if DeepSpeed casts to half precision."""
@@ -476,6 +494,7 @@ class CellTrainer(ResumableTrainer):
             # Their number of cells is limited; absent from the checkpoints of earlier versions.
             "filled up to one size": self._has_fixed_size or None,
             "sampling": sampling,
+            "parts of the stream": None if (n_parts := part_of(self.train_dataset)[1]) == 1 else n_parts,
         }
         if self._cells is not None:
             order["train_dataset"] = self._cells

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..batches.stream_batches import part_of
 from .calibration import OutOfFold, replace_out_of_fold
 from .callbacks import FillHubFolder, SaveOnSignal, take_back_signals
 from .checkpoints import check_complete, check_same_meaning, checkpoint_to_resume, mark_unfinished
@@ -19,7 +20,6 @@ from .loading import MODEL_CONFIG
 from .loss_trainer import LossTrainer
 from .process_group import leave_gloo_at_exit
 
-_STREAM_MARK = "stream_mark.json"  # in a checkpoint
 _ORDER = "CellOrder"  # among the states of callbacks in trainer_state.json
 
 
@@ -64,12 +64,13 @@ class ResumableTrainer(LossTrainer):
             checkpoint = Path(resume_from_checkpoint)
             check_complete(checkpoint)
             check_same_meaning(checkpoint, getattr(self.model, "config", None))
-            if (checkpoint / _STREAM_MARK).exists():
-                self._stream_mark = json.loads((checkpoint / _STREAM_MARK).read_text())
             state = json.loads((checkpoint / "trainer_state.json").read_text())
             if self.args.auto_find_batch_size:  # as Trainer restores it
                 self._train_batch_size = state.get("train_batch_size") or self._train_batch_size
             self._check_order(checkpoint, state.get("stateful_callbacks", {}))
+            mark = checkpoint / self._stream_mark_file
+            if mark.exists():
+                self._stream_mark = json.loads(mark.read_text())
         if self.model_init is None:  # else call_model_init does it
             self._keep_in_float32(self.model)
         if self.args.world_size > 1 and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
@@ -122,15 +123,21 @@ class ResumableTrainer(LossTrainer):
                 "or pass ignore_data_skip=True to restart the epoch."
             )
 
+    @property
+    def _stream_mark_file(self) -> str:
+        """File of the position in a stream, in a checkpoint: one for each process that reads a part of its own."""
+        rank, n_parts = part_of(self.train_dataset)
+        return "stream_mark.json" if n_parts == 1 else f"stream_mark_{rank}.json"
+
     def _save_checkpoint(self, model, trial):
+        checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             self.state.stateful_callbacks[_ORDER] = self._order()
             mark_unfinished(checkpoint)
-            if self._stream_mark is not None:
-                checkpoint.mkdir(parents=True, exist_ok=True)
-                (checkpoint / _STREAM_MARK).write_text(json.dumps(self._stream_mark))
         self.accelerator.wait_for_everyone()
+        if self._stream_mark is not None and (self.args.should_save or part_of(self.train_dataset)[1] > 1):
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            (checkpoint / self._stream_mark_file).write_text(json.dumps(self._stream_mark))
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir=None, state_dict=None):

@@ -260,7 +260,7 @@ def test_streams_that_cannot_be_divided_are_refused(store, adata, tokenizer, tmp
     with pytest.raises(ValueError, match="pass it the tokenizer"):
         make_trainer(tmp_path, IterableAnnDataset(adata), tokenizer).train()
     part = IterableAnnDataset(adata, tokenizer, rank=0, world_size=2)
-    with pytest.raises(ValueError, match="leave rank and world_size"):
+    with pytest.raises(ValueError, match="part 0 of 2, but this is process 0 of 1"):
         make_trainer(tmp_path, part, tokenizer).train()
 
 

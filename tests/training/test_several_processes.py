@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def run_forks(store, folder, n_processes, **settings) -> list[multiprocessing.Pr
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = [str(SCRIPT), str(store.path), str(folder), json.dumps(settings)]
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     processes = []
     for rank in map(str, range(n_processes)):
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(n_processes), "HF_HUB_OFFLINE": "1"}
@@ -161,6 +162,55 @@ def test_two_processes_learn_of_label_columns_what_one_does(adata, tmp_path, mon
     np.testing.assert_allclose(two["losses"], one["losses"], atol=1e-5, rtol=0)
     for name in ("eval_loss", "eval_cell_type_accuracy", "eval_level_accuracy"):
         assert two["evaluated"][name] == pytest.approx(one["evaluated"][name], rel=1e-5)
+
+
+def run_two(store, folder, launched, **settings) -> list[dict]:
+    if launched:
+        finished(run_script(store, folder, 2, **settings))
+    else:
+        for process in run_forks(store, folder, 2, **settings):
+            process.join(300)
+            process.kill()
+            assert process.exitcode == 0
+    return [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("order", "workers"),
+    [
+        ("stream", 0),
+        ("packed stream", 0),
+        pytest.param("grouped stream", 0, marks=_slow),
+        pytest.param("labels stream", 1, marks=_slow),
+    ],
+)
+def test_two_processes_read_a_split_stream_and_resume_it(adata, tmp_path, order, workers):
+    """One has 16 cells and the other 17, of 8 per batch; a run resumed within the second epoch ends bit-equal."""
+    adata.obs["level"] = pd.Categorical(np.take(["high", "low", "mid"], np.arange(60) % 3))
+    store = CellStore.build(tmp_path / "store", adata[:33], obs=["cell_type", "level"], report=False)
+    settings = {"order": order, "split": True, "epochs": 3, "steps": 8 if order == "packed stream" else -1}
+    settings |= {"accumulation": 2, "save": True, "keep": 10, "arguments": {"dataloader_num_workers": workers}}
+    whole = run_two(store, tmp_path / "run", workers > 0, **settings)
+    assert [rank["world_size"] for rank in whole] == [2, 2]
+    n_steps = len(whole[0]["losses"])
+    assert n_steps == (8 if order == "packed stream" else 6) and whole[0]["weights"] == whole[1]["weights"]
+    parts = [0, 1, 2, *range(4, 16)], [*range(16, 33)]  # the cell without counts is left out
+    if order in ("stream", "grouped stream"):
+        assert [rank["n_read"] for rank in whole] == [3 * 16 + 8, 3 * 17]  # 8 for the checksum of the cells
+        for rank, part in zip(whole, parts, strict=True):
+            epochs = [sum(rank["batches"][first : first + 3], []) for first in (0, 3, 6)]
+            assert len(rank["batches"]) == 9 and [sorted(epoch) for epoch in epochs] == [part] * 3
+    checkpoint = tmp_path / "run" / "checkpoint-3"  # after two batches of the second epoch
+    assert {file.name for file in checkpoint.glob("stream_*")} == {"stream_mark_0.json", "stream_mark_1.json"}
+    (tmp_path / "resumed").mkdir()
+    shutil.copytree(checkpoint, tmp_path / "resumed" / checkpoint.name)
+    resumed = run_two(store, tmp_path / "resumed", workers > 0, **settings, resume=3)
+    assert [rank["weights"] for rank in resumed] == [rank["weights"] for rank in whole]
+    assert resumed[0]["losses"] == whole[0]["losses"]
+    if order in ("stream", "grouped stream"):
+        for rank, again in zip(whole, resumed, strict=True):
+            assert again["batches"] == rank["batches"][5:]
+        assert [rank["n_read"] <= 8 + 2 * n for rank, n in zip(resumed, (16, 17), strict=True)] == [True, True]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A run in a process: python train_cells.py STORE FOLDER SETTINGS; writes what it saw to FOLDER/seen-RANK.json."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -45,8 +46,19 @@ ORDERS = {
             "ema": 0.9,
         },
     ),
+    "grouped stream": ({"train_sampling_strategy": "group_by_length"}, {}),
     "packed stream": ({}, {"max_tokens_per_batch": 200, "packing": True}),
 }
+
+
+class CountedCells(IterableAnnDataset):
+    """Counts the cells that this process reads, also before they are tokenized."""
+
+    n_read = 0
+
+    def _read(self, pieces):
+        self.n_read += sum(stop - start for _, start, stop in pieces)
+        return super()._read(pieces)
 
 
 def main() -> None:
@@ -79,7 +91,7 @@ def main() -> None:
         logging_steps=1,
         save_strategy="steps" if settings.get("save") else "no",
         save_steps=1,
-        save_total_limit=2,
+        save_total_limit=settings.get("keep", 2),
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
@@ -93,11 +105,12 @@ def main() -> None:
         trainer.train()
         return write(folder, arguments, [], trainer, evaluated)
     if settings["order"].startswith("labels"):
-        trainer = trainer_of_labels(store, sizes, arguments, settings["order"] == "labels stream")
-        trainer.train()
-        return write(folder, arguments, [], trainer, trainer.evaluate(store.select(range(30, 51))))
+        stream = stream_of(store, settings, arguments, obs=list(LABELS)) if "stream" in settings["order"] else None
+        trainer = trainer_of_labels(store, sizes, arguments, stream)
+        trainer.train(resume_from_checkpoint=checkpoint_of(settings, folder))
+        return write(folder, arguments, [], trainer, trainer.evaluate(store.select(np.arange(len(store))[30:51])))
     stream = settings["order"].endswith("stream")
-    cells = IterableAnnDataset(store, tokenizer, shuffle=True, buffer_size=16) if stream else store
+    cells = stream_of(store, settings, arguments, tokenizer) if stream else store
     trainer = STFormerPretrainer(
         arguments, cells, model=GeneBertForPhenotypicMLM(config), processing_class=tokenizer, **own
     )
@@ -113,11 +126,23 @@ def main() -> None:
         return tokens, cell_ids
 
     collator._tokens = watch
-    trainer.train(resume_from_checkpoint=bool(settings.get("save")))
+    trainer.train(resume_from_checkpoint=checkpoint_of(settings, folder))
     write(folder, arguments, batches, trainer, evaluated)
 
 
-def trainer_of_labels(store: CellStore, sizes: dict, arguments: TrainingArguments, stream: bool) -> CellTrainer:
+def stream_of(store: CellStore, settings: dict, arguments: TrainingArguments, tokenizer=None, **others):
+    tokenizer = tokenizer or GeneTokenizer.from_store(store, bin_edges=[0.5, 1.5, 3.5])
+    if settings.get("split"):
+        others |= {"rank": arguments.process_index, "world_size": arguments.world_size}
+    return CountedCells(store, tokenizer, shuffle=True, buffer_size=16, **others)
+
+
+def checkpoint_of(settings: dict, folder: Path) -> str | bool:
+    """Return the checkpoint of a step that is asked for; else whether to resume from the last one."""
+    return str(folder / f"checkpoint-{settings['resume']}") if "resume" in settings else bool(settings.get("save"))
+
+
+def trainer_of_labels(store: CellStore, sizes: dict, arguments: TrainingArguments, stream) -> CellTrainer:
     """Make the trainer of a classifier with two label columns, of which a cell may have one or none."""
     tokenizer = GeneTokenizer.from_store(store, bin_edges=[0.5, 1.5, 3.5])
     fields = fields_of_columns({name: store.categories[name] for name in LABELS})
@@ -126,9 +151,7 @@ def trainer_of_labels(store: CellStore, sizes: dict, arguments: TrainingArgument
         model=model,
         args=arguments,
         data_collator=DataCollatorForCellClassification(tokenizer, list(LABELS)),
-        train_dataset=IterableAnnDataset(store, tokenizer, obs=list(LABELS), shuffle=True, buffer_size=16)
-        if stream
-        else store,
+        train_dataset=store if stream is None else stream,
         processing_class=tokenizer,
         compute_metrics=compute_column_metrics(LABELS),
     )
@@ -148,11 +171,16 @@ def model_of_neighborhoods(store: CellStore) -> CellNeighborhoodForMaskedCell:
 
 
 def write(folder: Path, arguments: TrainingArguments, batches: list, trainer: CellTrainer, evaluated: dict) -> None:
+    weights = hashlib.sha256()
+    for values in trainer.accelerator.unwrap_model(trainer.model).state_dict().values():
+        weights.update(values.numpy().tobytes())
     seen = {
         "evaluated": evaluated,
         "world_size": arguments.world_size,
         "batches": batches,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "n_read": getattr(trainer.train_dataset, "n_read", None),
+        "weights": weights.hexdigest(),
     }
     (folder / f"seen-{arguments.process_index}.json").write_text(json.dumps(seen))
 
