@@ -22,7 +22,8 @@ from .calibration import OutOfFold
 from .cell_heads import read_heads
 from .cell_trainer import CellTrainer
 from .loading import unwrap
-from .starts.classifier_start import ClassifierStart, run_cells
+from .starts.cell_features import run_cells
+from .starts.classifier_start import ClassifierStart
 
 logger = logging.getLogger(__name__)
 
