@@ -102,7 +102,7 @@ def masked_gene_baselines(
     """
     collator = collator.for_evaluation()
     train, held_out = open_rows(train), open_rows(held_out)
-    rows = _evenly(len(train), max_train_cells)
+    rows = spread_rows(len(train), max_train_cells)
     if len(rows) < len(train):
         logger.warning(f"Baselines are estimated from {len(rows):,} of {len(train):,} training cells.")
     kind = _RankBaselines if collator.tokenizer.scheme == "rank" else _BinBaselines
@@ -177,9 +177,9 @@ def _masked(examples: Any, collator: CellCollator, whole_cells: bool) -> dict[st
     return {name: np.concatenate([batch[name], array], axis=1) for name, array in more.items() if name in batch}
 
 
-def _evenly(n: int, most: int | None) -> np.ndarray:
-    """Choose at most `most` of n rows, evenly spaced, ascending."""
-    return np.unique(np.linspace(0, n - 1, n if most is None else min(n, most)).astype(np.int64))
+def spread_rows(n: int, most: int | None = None) -> np.ndarray:
+    """Choose at most `most` of n rows, evenly spaced: int64 array, ascending."""
+    return np.unique(np.linspace(0, max(n - 1, 0), n if most is None else min(n, most)).astype(np.int64))
 
 
 # ---------------------------------------------------------------------- ranks
@@ -199,7 +199,7 @@ class _RankBaselines:
         self.medians, self.settings = getattr(self.tokenizer, "medians", None), {}
         if self.medians is None:
             return
-        some = rows[_evenly(len(rows), _CELLS_FOR_WIDTH)]
+        some = rows[spread_rows(len(rows), _CELLS_FOR_WIDTH)]
         kernels = [_Kernel(self.medians, self.frequency, width) for width in WIDTHS]
         totals = np.zeros(len(WIDTHS))
         for examples in read_rows(train, some, batch_size):
@@ -372,4 +372,4 @@ class _BinBaselines:
         }
 
 
-__all__ = ["WIDTHS", "MaskedGenes", "masked_gene_baselines", "masked_genes", "open_rows", "read_rows"]
+__all__ = ["WIDTHS", "MaskedGenes", "masked_gene_baselines", "masked_genes", "open_rows", "read_rows", "spread_rows"]

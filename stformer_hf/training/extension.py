@@ -144,10 +144,10 @@ def _extend_tokenizer(
     known = tokenizer._matcher.find(genes) >= 0
     new_genes = [gene for gene, is_known in zip(genes, known, strict=True) if not is_known]
     all_phenotypes = _merge_phenotypes(tokenizer, phenotypes)
-    wrong = {"bin_edges": bin_edges} if tokenizer.scheme == "rank" else {"medians": medians}
-    for name, value in wrong.items():
-        if value is not None:
-            raise ValueError(f'{name} are settings of the other scheme; this tokenizer is "{tokenizer.scheme}".')
+    of_rank = tokenizer.scheme == "rank"
+    if (bin_edges if of_rank else medians) is not None:
+        name = "bin_edges" if of_rank else "medians"
+        raise ValueError(f'{name} are settings of the other scheme; this tokenizer is "{tokenizer.scheme}".')
     if not new_genes and all_phenotypes == tokenizer.phenotypes:
         return tokenizer
 
@@ -167,9 +167,7 @@ def _extend_tokenizer(
     if weights is not None:  # a new gene has the mean weight of the old ones
         settings["gene_weights"] = np.concatenate([weights, np.full(len(new_genes), weights.mean())])
     extended = type(tokenizer)(
-        **settings,
-        padding_side=tokenizer.padding_side,
-        model_input_names=tokenizer.model_input_names,
+        **settings, padding_side=tokenizer.padding_side, model_input_names=tokenizer.model_input_names
     )
     if new_genes and tokenizer.scheme == "rank" and np.isnan(extended.medians[len(tokenizer.genes) :]).all():
         raise ValueError(f"None of the new genes has a median: {sample(new_genes)}.")

@@ -40,22 +40,11 @@ _OF_TASK = {"SEQ_CLS": AutoModelForSequenceClassification, "TOKEN_CLS": AutoMode
 
 
 def unwrap(model: Any, merge: bool = False) -> PreTrainedModel:
-    """Return the model inside its wrappers; the adapters of a PEFT model stay active in it.
+    """Return the model inside wrappers of PEFT, `torch.compile`, and data parallelism or averaging, in any order.
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-        Or one wrapped by PEFT, `torch.compile`, `DataParallel`, `DistributedDataParallel` or `AveragedModel`, in any
-        order.
-    merge : bool, default: False
-        Merge the adapters into the weights, in a copy of the model. Otherwise the weights are shared, not copied.
-
-    Raises
-    ------
-    TypeError
-        There is no PreTrainedModel inside.
-    ValueError
-        It is a PEFT model with prompts, which are not part of the model.
+    The adapters of a PEFT model stay active in it; with `merge`, they are merged into the weights of a copy. Otherwise
+    the weights are shared. Raise a TypeError if there is no PreTrainedModel inside, and a ValueError for PEFT's
+    prompts, which are not part of the model.
     """
     inner = model
     while not isinstance(inner, PreTrainedModel):
@@ -128,10 +117,7 @@ def find_installed(name: str) -> str | None:
 def load_config(model: str | os.PathLike) -> PreTrainedConfig:
     """Load the configuration of a checkpoint; for an adapter, that of the model that it was trained in.
 
-    Raises
-    ------
-    FileNotFoundError
-        The folder does not exist (the message names the closest one), or holds no checkpoint.
+    Raise a FileNotFoundError if the folder does not exist (naming the closest one), or holds no checkpoint.
     """
     name = _checked(model)
     adapter = _read_adapter(name)
@@ -144,13 +130,7 @@ def load_config(model: str | os.PathLike) -> PreTrainedConfig:
 
 
 def tokenizer_of(model: Any, tokenizer: Any | None) -> Any:
-    """Return a tokenizer that was given, else that of a model object or of a checkpoint.
-
-    Raises
-    ------
-    ValueError
-        A model object has none.
-    """
+    """Return the tokenizer given, else that of a checkpoint or of a model object; a ValueError if that has none."""
     if tokenizer is None:
         tokenizer = getattr(model, "tokenizer", None) if is_model(model) else load_tokenizer(model)
     if tokenizer is None:
@@ -161,10 +141,7 @@ def tokenizer_of(model: Any, tokenizer: Any | None) -> Any:
 def load_tokenizer(model: str | os.PathLike) -> Any:
     """Load the tokenizer of a checkpoint; for an adapter without its own, that of its base.
 
-    Raises
-    ------
-    FileNotFoundError
-        As for `load_config`; the folder has no tokenizer.
+    Raise a FileNotFoundError as `load_config` does, and if the folder has no tokenizer.
     """
     name = _checked(model, tokenizer=True)
     if os.path.isdir(name) and not (Path(name) / _TOKENIZER).exists():

@@ -11,7 +11,7 @@ from sklearn.utils.extmath import randomized_svd
 from transformers import PreTrainedModel
 
 from ...batches.collate import read_tokens
-from ...evaluation.gene_baselines import open_rows, read_rows
+from ...evaluation.gene_baselines import open_rows, read_rows, spread_rows
 from ...models.gene_bert.cell_counts import CountRows, is_cell_batch, map_genes
 from ...models.gene_bert.rank_prior import LEVEL_UNIT, N_BINS, RankPrior
 from ...models.gene_bert.tokenization_gene_bert import GeneTokenizer
@@ -98,7 +98,7 @@ class _Statistics:
 
     def __init__(self, tokenizer: GeneTokenizer, train_cells: Any, with_counts: bool = False):
         cells = open_rows(train_cells)
-        rows = np.unique(np.linspace(0, len(cells) - 1, min(len(cells), _MOST_CELLS)).astype(np.int64))
+        rows = spread_rows(len(cells), _MOST_CELLS)
         self.tokens = np.zeros(len(tokenizer), np.int64)
         self.pairs = self.n_pairs = np.empty(0, np.int64)
         found, lengths = [], []
