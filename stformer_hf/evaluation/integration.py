@@ -28,11 +28,7 @@ def integration_scores(embedding: np.ndarray, labels: np.ndarray, batches: np.nd
     A high score is not a merit if batches differ in biology: constant or random embeddings mix perfectly. The values
     equal those of scib-metrics, but do not need jax.
 
-    Parameters
-    ----------
-    embedding : float array (n_cells, d)
-    labels, batches : array (n_cells,)
-        Class, and batch, of each cell; at least two batches.
+    `embedding` (n_cells, d) is that of cells with `labels` and `batches` (n_cells,), of which there are at least two.
 
     Returns
     -------
@@ -52,13 +48,7 @@ def integration_scores(embedding: np.ndarray, labels: np.ndarray, batches: np.nd
 
 
 def batch_kbet(embedding: np.ndarray, labels: np.ndarray, batches: np.ndarray) -> float:
-    """Compute the acceptance rate of kBET within classes (Buettner et al. 2019) with scib-metrics; takes a minute.
-
-    Raises
-    ------
-    ImportError
-        scib-metrics is not installed.
-    """
+    """Compute the acceptance rate of kBET within classes (Buettner et al. 2019) with scib-metrics; takes a minute."""
     try:
         import scib_metrics
         from scib_metrics.nearest_neighbors import NeighborsResults

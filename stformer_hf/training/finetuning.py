@@ -259,10 +259,6 @@ def prepare_classifier(
 
     Parameters are those of `finetune`; `arguments` hold the seed and the settings of training, `model_config` fields
     of `GeneBertConfig`, and `tokenizer_config` settings of `GeneTokenizer` for a new model.
-
-    Returns
-    -------
-    Finetuning
     """
     check_adapts(model, lora, freeze, layer_decay)
     for name, value, known in (
@@ -366,11 +362,8 @@ def _start(
     out_of_fold: dict[Any, OutOfFold] = {}
     temperatures = {column.name: column.temperature for column in label_columns_of(config)}
     for column in started:
-        if trained is None:
-            of = start[column.column]
-            found = OutOfFold(of.choice.out_of_fold, of.labels, of.rows, of.choice.distances, of.centroids)
-        else:
-            found = trained[column.column]
+        found = start[column.column].out_of_fold if trained is None else trained[column.column]
+        if trained is not None:
             scale = fit_temperature(column.problem, found.predictions, found.labels)
             temperatures[column.column] = float(temperatures[column.column] * scale)
             found.predictions = (found.predictions / scale).astype(np.float32)

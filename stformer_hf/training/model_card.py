@@ -189,7 +189,7 @@ def _template() -> Any:
     """Return the template; it is compiled once."""
     import jinja2
 
-    blocks = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    blocks: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     environment = jinja2.Environment(**blocks, undefined=jinja2.StrictUndefined, finalize=_escape)
     environment.filters |= {
         "python": lambda text: _Markdown(repr(_plain(text))),

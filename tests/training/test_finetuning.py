@@ -185,7 +185,7 @@ def test_readers_are_fitted_to_all_cells_that_memory_allows(labelled, of_many, m
 def test_out_of_fold_predictions_are_of_readers_of_most_cells(labelled, of_many):
     """Not of readers of the few cells that choose the regularisation, whose temperature would be too low."""
     start = of_many.start[None]
-    choice, tested = start.choice, start.rows
+    choice, tested = start.choice, start.out_of_fold.rows
     assert 40 < len(tested) < 238  # one of the two folds
     values, types = log_values_and_types(labelled)
     states = cell_states(of_many.model, of_many.tokenizer, of_many.cells)
@@ -197,7 +197,7 @@ def test_out_of_fold_predictions_are_of_readers_of_most_cells(labelled, of_many)
     )
     expected = np.exp(log_softmax(outputs / choice.temperature))
     np.testing.assert_allclose(np.exp(choice.out_of_fold), expected, atol=0.05)
-    np.testing.assert_array_equal(start.labels, types[tested])
+    np.testing.assert_array_equal(start.out_of_fold.labels, types[tested])
     known = of_many.out_of_fold
     assert known.predictions.shape == (len(tested), 3) and known.distances.shape == (len(tested),)
     assert of_many.model.config.temperature == choice.temperature
@@ -217,7 +217,7 @@ def test_groups_stay_whole_in_the_choice_by_many_cells(labelled, of_many, monkey
     monkeypatch.setattr(classifier_start, "choose_readers", kept)
     found = prepare_classifier(of_many.cells, "type", arguments, num_train_epochs=0, split_by="donor")
     donors = found.cells.obs["donor"].to_numpy()
-    assert len(folds) == 2 and len(found.start[None].rows) == 238
+    assert len(folds) == 2 and len(found.start[None].out_of_fold.rows) == 238
     for train, held_out, _ in folds[1]:
         assert not set(donors[train]) & set(donors[held_out])
     train, held_out, _ = folds[1][0]

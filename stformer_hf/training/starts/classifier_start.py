@@ -17,6 +17,7 @@ from ...evaluation.readers import rotate_genes
 from ...models.gene_bert.modeling_gene_bert import GeneBertForClassification
 from ...models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ...store.cell_store import CellStore
+from ..calibration import OutOfFold
 from .cell_features import CellFeatures, ViewFeatures, stack, unfitted
 from .labelled_cells import LabelledCells, labelled_cells
 from .linear_readers import (
@@ -48,22 +49,16 @@ class ClassifierStart:
     ----------
     choice : ReaderChoice
         Choice of inner cross-validation on training cells.
-    rows : int64 array (n,)
-        Rows in the store of the cells used for the choice.
-    labels : array (n, …)
-        Labels of these cells.
+    out_of_fold : OutOfFold
+        Predictions of the cells used for the choice.
     rotated : (features, callable), optional
         Output of `rotate_genes` for the cells that chose the regularisation; None for an earlier choice from some of
         the cells.
-    centroids : float32 array (n_classes, d), optional
-        Mean state of the training cells of each class: inputs of the head. Only for classes.
     """
 
     choice: ReaderChoice
-    rows: np.ndarray
-    labels: np.ndarray
+    out_of_fold: OutOfFold
     rotated: Rotated | None = None
-    centroids: np.ndarray | None = None
 
 
 def start_classifier(
@@ -268,8 +263,9 @@ class _Column:
         means = None
         if self.problem.kind == _OF_CLASSES:
             means = centroids(states, self.labels_of(self.head)).astype(np.float32)
-        rotated = None if self.known is None else self.known.rotated
-        return ClassifierStart(self.choice, self.tested, self.labels_of(self.tested), rotated, means)
+        choice, labels = self.choice, self.labels_of(self.tested)
+        out_of_fold = OutOfFold(choice.out_of_fold, labels, self.tested, choice.distances, means)
+        return ClassifierStart(choice, out_of_fold, None if self.known is None else self.known.rotated)
 
 
 class _Known:

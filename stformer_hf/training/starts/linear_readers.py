@@ -137,9 +137,8 @@ class Problem:
             bias[present] = 0.0
             return Linear(weight, bias)
         class_weight = "balanced" if self.balanced else None
-        found = LogisticRegression(C=penalty, max_iter=500, tol=_TOLERANCES[purpose], class_weight=class_weight).fit(
-            features, labels
-        )
+        found = LogisticRegression(C=penalty, max_iter=500, tol=_TOLERANCES[purpose], class_weight=class_weight)
+        found.fit(features, labels)
         if len(present) == 2:
             weight[:, present] = found.coef_.T * [-0.5, 0.5]
             bias[present] = found.intercept_ * [-0.5, 0.5]
@@ -201,16 +200,10 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def inner_folds(
     problem: Problem, labels: np.ndarray, groups: np.ndarray | None, seed: int
 ) -> list[tuple[np.ndarray, np.ndarray, int]]:
-    """Split cells into folds with similar shares of each class, and each group in one fold only.
+    """Split cells with `labels` (n, …) into folds with similar shares of each class, and each group in one fold only.
 
-    Parameters
-    ----------
-    problem : Problem
-    labels : array (n, …)
-        Classes, labels or numbers of the cells. Classes in several columns, (n, n_columns), are not stratified.
-    groups : array (n,), optional
-        Cells of one group, such as a donor, stay together.
-    seed : int
+    `groups` (n,) are those of the cells, such as donors. Classes in several columns, (n, n_columns), are not
+    stratified.
 
     Returns
     -------
@@ -284,10 +277,8 @@ def choose_readers(
 
     Parameters
     ----------
-    problem : Problem
-    labels : array (n, …)
-    folds : list of (training rows, validation rows, repeat)
-        From `inner_folds`.
+    problem, labels, folds
+        As for `inner_folds`, and its result.
     head_features : callable
         (training rows, validation rows) -> features of both, fitted to the training rows.
     gene_features : float array or csr_array (n, d)
