@@ -54,11 +54,6 @@ def leiden(graph: sparse.csr_array, resolution: float, seed: int) -> np.ndarray:
 
     `graph` (n_cells, n_cells) has symmetric weights; a higher resolution gives more clusters. Return the cluster of
     each cell, int64 array (n_cells,).
-
-    Raises
-    ------
-    ImportError
-        igraph is not installed.
     """
     try:
         import igraph

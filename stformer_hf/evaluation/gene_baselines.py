@@ -216,10 +216,8 @@ class _RankBaselines:
         for examples in read_rows(train, rows, batch_size, "frequencies of genes"):
             tokens = read_tokens(examples, self.tokenizer)
             gene = self.tokenizer.get_gene_tokens_mask(tokens.input_ids)
-            segments = self._segments(tokens.token_type_ids[gene])
-            counts += np.bincount(
-                segments * n_genes + self.gene_of_token[tokens.input_ids[gene]], minlength=len(counts)
-            )
+            segments, genes = self._segments(tokens.token_type_ids[gene]), self.gene_of_token[tokens.input_ids[gene]]
+            counts += np.bincount(segments * n_genes + genes, minlength=len(counts))
         of_segment = counts.reshape(self.n_segments, n_genes) + 1
         return of_segment / of_segment.sum(axis=1, keepdims=True)
 
@@ -261,10 +259,8 @@ class _RankBaselines:
         seen_frequency = self.frequency[seen_groups % self.n_segments, seen]
         frequency = self.frequency[groups % self.n_segments, genes]
         shown = np.bincount(seen_groups, seen_frequency, minlength=n_groups)
-        return _Places(
-            genes, groups, frequency, frequency / (1 - shown)[groups], seen, seen_groups, seen_frequency,
-            _nearest(at, groups, seen_at, seen_groups),
-        )  # fmt: skip
+        unseen, nearest = frequency / (1 - shown)[groups], _nearest(at, groups, seen_at, seen_groups)
+        return _Places(genes, groups, frequency, unseen, seen, seen_groups, seen_frequency, nearest)
 
     def _near(self, places: _Places, kernel: _Kernel) -> np.ndarray:
         """Return the probabilities of the scored genes under B3: float64 array (k,)."""

@@ -30,10 +30,7 @@ def last_whole_checkpoint(folder: str | Path) -> Path | None:
 def checkpoint_to_resume(folder: str | Path) -> Path | None:
     """Find the checkpoint from which a run resumes: its newest complete one, or None if the run has to start.
 
-    Raises
-    ------
-    FileExistsError
-        The folder holds a finished model but no checkpoint: a new run would replace the model.
+    Raise a FileExistsError if the folder holds a model but no checkpoint, since a new run would replace the model.
     """
     found = last_whole_checkpoint(folder)
     if found is None and holds_model(folder):

@@ -39,16 +39,8 @@ def choose_epochs(
     trying. For several label columns, the score of a cell is the mean over its labels, and the median class of each
     column must have 50 cells.
 
-    Parameters
-    ----------
-    prepared : Finetuning
-        Classifier with its start.
-    labels : array (n, …)
-        Labels of its cells.
-    groups : array (n,), optional
-        As in `inner_folds`.
-    arguments : TrainingArguments
-        Settings of training.
+    `prepared` is the classifier with its start, `labels` (n, …) are those of its cells; `groups` (n,) are as in
+    `inner_folds`.
 
     Returns
     -------

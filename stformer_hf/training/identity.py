@@ -144,9 +144,7 @@ def fit_classes(model: PreTrainedModel, collator: Any, dataset: Any) -> Any:
     `config.id2label` and `config.label2id` are set if the outputs have no names, the collator or the training cells
     (`dataset`) know them, and the head has room for them.
 
-    Returns
-    -------
-    A copy of a `DataCollatorForCellClassification` with `label2id`, if it had none; any other collator itself.
+    Return a copy of a `DataCollatorForCellClassification` with `label2id`, if it had none; any other collator itself.
 
     Raises
     ------

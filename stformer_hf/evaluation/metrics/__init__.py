@@ -167,10 +167,7 @@ def _put(values: torch.Tensor, labels: torch.Tensor, elsewhere: float) -> torch.
 def compute_phenotype_metrics(tokenizer: Any) -> Callable[[EvalPrediction], dict[str, float]]:
     """Make `compute_metrics` for masked phenotypes and genes, to go with `preprocess_logits_for_metrics`.
 
-    Parameters
-    ----------
-    tokenizer : GeneTokenizer
-        Defines the categories, and the tokens of each.
+    The `tokenizer`, a `GeneTokenizer`, defines the categories, and the tokens of each.
 
     Returns
     -------

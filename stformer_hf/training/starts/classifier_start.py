@@ -85,10 +85,8 @@ def start_classifier(
 
     Parameters
     ----------
-    model : GeneBertForClassification
-        Model with `cell_embedding`, a linear head and `wide_head`; changed in place.
-    tokenizer : GeneTokenizer
-        Tokenizer of the model.
+    model, tokenizer : GeneBertForClassification, GeneTokenizer
+        Model with `cell_embedding`, a linear head and `wide_head`, changed in place, and its tokenizer.
     cells : CellStore
         Training cells, all with counts.
     labels : array
@@ -137,9 +135,9 @@ def start_classifier(
         features = CellFeatures(model, tokenizer, cells, head_rows)
     for i, column in enumerate(learnt):
         if choices is None or column.chosen_by_all:
-            alike = [of.known for of in learnt[:i] if np.array_equal(of.to_choose, column.to_choose)]
-            known = None if rotated is None else rotated[column.name]
-            column.known = alike[0] if alike else _Known(features, column.to_choose, known, choose=choices is None)
+            alike = (of.known for of in learnt[:i] if of.known and np.array_equal(of.to_choose, column.to_choose))
+            its_rotated = None if rotated is None else rotated[column.name]
+            column.known = next(alike, None) or _Known(features, column.to_choose, its_rotated, choices is None)
     for column in learnt:
         column.choice = column.choose(groups, seed, to_train) if choices is None else choices[column.name]
     for column in learnt:

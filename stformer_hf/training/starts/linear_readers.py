@@ -100,14 +100,8 @@ class ReaderChoice:
 class Problem:
     """A prediction problem (classes, multiple labels per cell, or numbers), and the fit of a linear reader for it.
 
-    Parameters
-    ----------
-    kind : {"single_label_classification", "multi_label_classification", "regression"}
-        As `config.problem_type`.
-    n_outputs : int
-        Number of classes, labels or numbers per cell.
-    balanced : bool, default: False
-        Whether all classes have the same weight in a fit, whatever their number of cells.
+    `kind` is that of `config.problem_type`, `n_outputs` the number of classes, labels or numbers per cell; with
+    `balanced`, all classes have the same weight in a fit, whatever their number of cells.
     """
 
     def __init__(self, kind: str, n_outputs: int, balanced: bool = False):
