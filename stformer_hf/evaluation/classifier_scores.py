@@ -23,12 +23,7 @@ def score_predictions(
     """Score the predicted classes (n,) of cells: `accuracy` and `macro_f1`, each with `…_low` and `…_high`, 95 %.
 
     The macro F1 averages over `classes`; use the same for all classifiers to compare. `n_draws` and `seed` are those
-    of a bootstrap.
-
-    Raises
-    ------
-    ValueError
-        There are no cells; a class is not among `classes`.
+    of a bootstrap. Raise a ValueError if there are no cells, or a class is not among `classes`.
 
     Notes
     -----

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -166,21 +167,21 @@ def evaluate_embedding(
     found = find_table(adata, layer)
     adata, layer = as_anndata(found), found.layer
     embeddings = {key: _read_embedding(adata, key) for key in keys}
-    labels = _column(adata, label_key)
-    batches = None if batch_key is None else _column(adata, batch_key)
-    groups = None if split_by is None else _column(adata, split_by)
-    for key, column in ((batch_key, batches), (split_by, groups)):
-        if column is not None and (column[labels != None] == None).any():  # noqa: E711  (arrays of objects)
+    given = [key for key in (label_key, batch_key, split_by) if key is not None]
+    columns: dict[str | None, np.ndarray] = {key: _column(adata, key) for key in given}
+    labels = columns[label_key]
+    for key, column in columns.items():
+        if (column[labels != None] == None).any():  # noqa: E711  (arrays of objects)
             raise ValueError(f"Labelled cells have no value in obs[{key!r}]: remove them first.")
     counts = _read_counts(adata, layer)
     twins = find_twins(adata.obs_names, counts)
     notes: list[str] = []
     kept = _choose_cells(labels, twins, min_cells or n_splits, notes)
     cells = np.flatnonzero(kept)
-    labels, twins, counts = labels[cells].astype(str), twins[cells], counts[cells]
+    twins, counts = twins[cells], counts[cells]
     embeddings = {key: values[cells] for key, values in embeddings.items()}
-    groups = None if groups is None else groups[cells].astype(str)
-    batches = None if batches is None else batches[cells].astype(str)
+    columns = {key: column[cells].astype(str) for key, column in columns.items()}
+    labels, batches, groups = columns[label_key], columns.get(batch_key), columns.get(split_by)
     if batches is not None and len(np.unique(batches)) < 2:
         raise ValueError(f"obs[{batch_key!r}] has only one batch among the evaluated cells: leave batch_key out.")
     folds = make_folds(labels, twins, n_splits=n_splits, n_repeats=n_repeats, seed=seed, groups=groups)
@@ -303,9 +304,8 @@ def _choose_cells(labels: np.ndarray, twins: np.ndarray, least: int, notes: list
     kept = there & np.isin(labels, sizes.index[sizes >= least])
     n_classes = (sizes >= least).sum()
     if n_classes < 2:
-        raise ValueError(
-            f"The evaluation needs two classes with at least {least} cells; there is {'one' if n_classes else 'none'}."
-        )
+        found = "one" if n_classes else "none"
+        raise ValueError(f"The evaluation needs two classes with at least {least} cells; there is {found}.")
     return kept
 
 
@@ -395,8 +395,6 @@ def _subset(n_cells: int, seed: int, notes: list[str]) -> np.ndarray:
 
 
 def _can_cluster(notes: list[str]) -> bool:
-    from importlib.util import find_spec
-
     if find_spec("igraph") is not None:
         return True
     notes.append("No Leiden clusters: they need igraph, pip install 'stformer_hf[plots]'.")

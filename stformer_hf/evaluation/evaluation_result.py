@@ -244,10 +244,7 @@ class EmbeddingEvaluation:
     def plot(self, *, save: str | Path | None = None) -> Figure:
         """Plot each metric in its own panel: values with their 95 % intervals, the ceiling as a dashed line.
 
-        Parameters
-        ----------
-        save : str or Path, optional
-            PNG to write.
+        `save` is the path of a PNG to write.
         """
         import matplotlib.pyplot as plt
 

@@ -44,7 +44,6 @@ def adapt(model: PreTrainedModel, lora: int | None, freeze: int) -> nn.Module:
     Parameters
     ----------
     model : PreTrainedModel
-        Classifier with an encoder at `base_model`.
     lora : int or None
         Rank. Query and value projections (the layers that PEFT knows for the model) get adapters, whose outputs are
         scaled by 2; the encoder is frozen, and the heads are trained in full. The result is then a

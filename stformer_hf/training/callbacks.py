@@ -21,11 +21,8 @@ class SetEpoch(TrainerCallback):
     """Set the epoch of a trainer or a collator before the batches of the epoch are read.
 
     With transformers' Trainer, `callbacks=[SetEpoch(collator)]` makes masks and gene dropout a function of (seed,
-    epoch, `cell_id`), as `CellTrainer` does, independent of batches, workers, processes and resumption.
-
-    Parameters
-    ----------
-    of : CellTrainer, CellCollator, or another object with `set_epoch`
+    epoch, `cell_id`), as `CellTrainer` does, independent of batches, workers, processes and resumption. `of` is any
+    object with `set_epoch`.
     """
 
     def __init__(self, of: Any):

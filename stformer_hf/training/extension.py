@@ -85,7 +85,10 @@ def extend_vocabulary(
     phenotypes = phenotypes or {}
     if not len(genes) and not phenotypes:
         raise ValueError("There is nothing to add: pass genes, phenotypes, or both.")
-    for what, names in [("genes", genes), *((f"phenotypes[{name!r}]", values) for name, values in phenotypes.items())]:
+    for what, names in {
+        "genes": genes,
+        **{f"phenotypes[{of!r}]": values for of, values in phenotypes.items()},
+    }.items():
         if isinstance(names, str):
             raise ValueError(f"{what} must be a list of names, got {names!r}.")
     if not isinstance(model, PreTrainedModel):
@@ -113,12 +116,12 @@ def _check_fits(model: PreTrainedModel, tokenizer: GeneTokenizer) -> None:
     config = model.config
     check_tokenizer_fits(model, tokenizer)
     n_types = config.type_vocab_size if _reads_types(model, tokenizer) else tokenizer.type_vocab_size
-    reads_cells, fits = getattr(config, "cell_embedding", False), (len(tokenizer), tokenizer.type_vocab_size)
-    if (config.vocab_size, n_types) != fits or reads_cells != tokenizer.whole_cell:  # of a model of transformers
+    of_model = config.vocab_size, n_types, getattr(config, "cell_embedding", False)
+    found = len(tokenizer), tokenizer.type_vocab_size, tokenizer.whole_cell
+    if of_model != found:  # a model of transformers
         raise ValueError(
-            f"The tokenizer does not fit the model: {fits[0]} ids, {fits[1]} types and whole_cell="
-            f"{tokenizer.whole_cell}, where the model has {config.vocab_size}, {n_types} and {reads_cells}. Load both "
-            "from one checkpoint."
+            "The tokenizer does not fit the model: {} ids, {} types and whole_cell={}, where the model has {}, {} and "
+            "{}. Load both from one checkpoint.".format(*found, *of_model)
         )
     added = tokenizer.get_vocab().keys() - tokenizer.encoder.ids.keys()
     if added:

@@ -35,13 +35,10 @@ def check_tokenizer_fits(model: PreTrainedModel, tokenizer: GeneTokenizer, name:
     config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", None) != "gene_bert" or not isinstance(tokenizer, GeneTokenizer):
         return
-    sizes = (config.vocab_size, config.type_vocab_size)
-    if sizes != (len(tokenizer), tokenizer.type_vocab_size):
-        raise ValueError(
-            f"The {name} does not fit the model: {len(tokenizer)} ids and {tokenizer.type_vocab_size} types, where "
-            f"the model has {sizes[0]} and {sizes[1]}. {_REMEDY}"
-        )
-    if config.cell_embedding != tokenizer.whole_cell:
+    ids, types, n_genes = len(tokenizer), tokenizer.type_vocab_size, len(tokenizer.genes)
+    if (config.vocab_size, config.type_vocab_size) != (ids, types):
+        found = f"{ids} ids and {types} types, where the model has {config.vocab_size} and {config.type_vocab_size}"
+    elif config.cell_embedding != tokenizer.whole_cell:
         raise ValueError(
             f"The model reads whole cells (cell_embedding=True), but the {name} does not return them: make it with "
             "whole_cell=True."
@@ -49,16 +46,13 @@ def check_tokenizer_fits(model: PreTrainedModel, tokenizer: GeneTokenizer, name:
             else f"The {name} returns whole cells (whole_cell=True), but the model does not read them: make the model "
             "with GeneBertConfig.from_tokenizer(tokenizer), or the tokenizer without whole_cell."
         )
-    n_genes = len(tokenizer.genes)
-    if config.cell_embedding and config.num_genes != n_genes:
-        raise ValueError(
-            f"The {name} does not fit the model: {n_genes} genes, where the model has {config.num_genes}. {_REMEDY}"
-        )
-    if config.vocabulary_fingerprint not in (None, tokenizer.fingerprint):
-        raise ValueError(
-            f"The {name} does not fit the model: the same number of ids and types, but other genes, bins or "
-            f"phenotypes, or another order. {_REMEDY}"
-        )
+    elif config.cell_embedding and config.num_genes != n_genes:
+        found = f"{n_genes} genes, where the model has {config.num_genes}"
+    elif config.vocabulary_fingerprint not in (None, tokenizer.fingerprint):
+        found = "the same number of ids and types, but other genes, bins or phenotypes, or another order"
+    else:
+        return
+    raise ValueError(f"The {name} does not fit the model: {found}. {_REMEDY}")
 
 
 def check_tokenizers(model: PreTrainedModel, processing_class: Any, collator: Any) -> None:

@@ -20,6 +20,8 @@ def select_labelled(
 ) -> tuple[CellStore, np.ndarray, str | list[str], dict[str, list[str]] | None, str]:
     """Select the cells with counts and labels; arguments as for `finetune`.
 
+    Raise a ValueError if a column is missing or does not fit the problem, or if no cell has counts and a label.
+
     Returns
     -------
     cells : CellStore
@@ -27,11 +29,6 @@ def select_labelled(
     key : the column, or the columns, those of classes in alphabetical order
     classes : the classes of each column, or None
     problem_type : str
-
-    Raises
-    ------
-    ValueError
-        A column is missing, or does not fit the problem; no cell has counts and a label.
     """
     columns = [label_key] if isinstance(label_key, str) else list(label_key)
     several = not isinstance(label_key, str)

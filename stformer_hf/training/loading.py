@@ -163,8 +163,8 @@ def load_model(
     Parameters
     ----------
     model : str or Path
-        Folder of a checkpoint, or of a PEFT adapter, whose base is loaded too; or the name of one that an installed
-        package brings, or of one on the Hub.
+        Folder of a checkpoint, or of a PEFT adapter, whose base is loaded and whose weights are merged into it; or the
+        name of one that an installed package brings, or of one on the Hub.
     auto_class : class, default: AutoModel
         Auto class to load it with. An adapter is loaded in the class of the model that it was trained in.
     new_head : bool, default: False
@@ -172,19 +172,12 @@ def load_model(
     **settings
         As for `from_pretrained`.
 
-    Returns
-    -------
-    PreTrainedModel
-        With the weights of an adapter merged into its own.
-
     Raises
     ------
-    FileNotFoundError
-        As for `load_config`.
     ValueError
         The checkpoint lacks weights, such as those of a head that it was not trained with.
-    ImportError
-        It is an adapter, and PEFT is not installed.
+    FileNotFoundError, ImportError
+        As for `load_config`; it is an adapter, and PEFT is not installed.
     """
     name = _checked(model)
     adapter = _read_adapter(name)
@@ -235,8 +228,7 @@ def _load_adapter(name: str, adapter: dict[str, Any]) -> PreTrainedModel:
             "peft.PeftModel.from_pretrained(base, folder), and pass the object."
         )
     config = load_config(name)
-    genes_of_base = getattr(load_config(base), "vocabulary_fingerprint", None)
-    genes = getattr(config, "vocabulary_fingerprint", None)
+    genes, genes_of_base = (getattr(of, "vocabulary_fingerprint", None) for of in (config, load_config(base)))
     if None not in (genes, genes_of_base) and genes != genes_of_base:
         raise ValueError(
             f"The adapter {name} was trained on a model with other genes, bins or phenotypes (fingerprint {genes}) "
@@ -300,8 +292,8 @@ def _checked(model: str | os.PathLike, tokenizer: bool = False) -> str:
         raise FileNotFoundError(f"The folder {name} holds no checkpoint (no {_CONFIG}).{hint}")
     if os.path.exists(name):
         raise FileNotFoundError(f"{name} is a file; pass the folder of a checkpoint.")
-    parts = Path(name).parts
-    if not is_hub_id(name) or (len(parts) > 1 and os.path.isdir(parts[0])):  # the latter is a local folder
+    is_local = len(Path(name).parts) > 1 and os.path.isdir(Path(name).parts[0])
+    if is_local or not is_hub_id(name):
         raise FileNotFoundError(f"There is no folder {name!r}{_closest(name)}.")
     return name
 

@@ -52,18 +52,14 @@ def write_model_card(
     intended_use: str | None = None,
     limits: str | None = None,
 ) -> Path:
-    """Write `README.md` of a checkpoint, with metadata for the Hub.
+    """Write `README.md` of a checkpoint, with metadata for the Hub, and return its path.
 
     A card that was edited, or written by another program, is kept; the new one is then `README.new.md`.
 
     Parameters
     ----------
-    folder : str or Path
-        Folder of the checkpoint.
-    model : PreTrainedModel
-        Model in the checkpoint.
-    tokenizer : GeneTokenizer, optional
-        Its tokenizer.
+    folder, model, tokenizer
+        Folder of the checkpoint, its PreTrainedModel, and its GeneTokenizer, if it has one.
     store : CellStore, optional
         Training cells.
     settings : dict, optional
@@ -80,11 +76,6 @@ def write_model_card(
         Metadata that the program cannot know; licence and datasets are ids of the Hub.
     intended_use, limits : str, optional
         Paragraphs to add.
-
-    Returns
-    -------
-    Path
-        The card.
     """
     path = Path(folder) / "README.md"
     settings = {**({} if trainer is None else settings_of(trainer)), **(settings or {})}

@@ -57,12 +57,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
     """One optimizer of two: Muon for some of the parameters, the `matrices`, fused AdamW for all others.
 
     Groups of parameters may set `weight_decay`. Other arguments are those of `torch.optim.AdamW` and
-    `torch.optim.Muon`.
-
-    Raises
-    ------
-    ValueError
-        Some of the matrices are not among the parameters, as after sharding or in another model.
+    `torch.optim.Muon`. The matrices must be among the parameters, which they are not after sharding.
     """
 
     def __init__(

@@ -135,8 +135,7 @@ class Finetuning:
     def save_choice(self, trainer: CellTrainer) -> None:
         """Write what was chosen, and why, to `fine_tuning.json` in the output folder of its trainer."""
         if trainer.is_world_process_zero():
-            assert trainer.args.output_dir is not None  # TrainingArguments set it
-            folder = Path(trainer.args.output_dir)
+            folder = Path(str(trainer.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             chosen = {**self.facts, "num_train_epochs": self.num_train_epochs}
             (folder / "fine_tuning.json").write_text(json.dumps(chosen, indent=1), encoding="utf-8")

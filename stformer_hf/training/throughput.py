@@ -48,12 +48,8 @@ class ModelFlops:
 
     For T tokens in cells of lengths s, with P predicted tokens (or cells): 6 N T + 12 L d sum(s ** 2) + 6 H P. N is
     the number of the encoder's parameters without embeddings, H that of the head, with the output embedding; there are
-    L layers of width d. Padding and recomputed activations do not count.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        An encoder with `config.num_hidden_layers` layers of `config.hidden_size`, with or without a head.
+    L layers of width d, `config.num_hidden_layers` and `config.hidden_size` of the model. Padding and recomputed
+    activations do not count.
 
     Notes
     -----

@@ -50,16 +50,10 @@ _SMALL = 1000  # with fewer cells, cross-validation is repeated
 
 @dataclass
 class Linear:
-    """A linear map from features to classes: `features @ weight + bias`.
+    """A linear map from features to classes: `features @ weight + bias`."""
 
-    Attributes
-    ----------
-    weight : float64 array (n_features, n_outputs)
-    bias : float64 array (n_outputs,)
-    """
-
-    weight: np.ndarray
-    bias: np.ndarray
+    weight: np.ndarray  # float64 (n_features, n_outputs)
+    bias: np.ndarray  # float64 (n_outputs,)
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Map features (n, n_features) to (n, n_outputs)."""
