@@ -8,10 +8,9 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
-from .clusters import nearest_others, silhouettes
+from .clusters import find_by_bisection, nearest_others, silhouettes
 
 _N_CONNECTED, _N_KBET, _N_LISI = 15, 50, 90  # neighbours including the cell itself, as in scib-metrics
-_STEPS = 60  # of the bisection
 
 
 def scib_version() -> str | None:
@@ -83,15 +82,14 @@ def batch_ilisi(embedding: np.ndarray, batches: np.ndarray) -> float:
     n_counted = min(_N_LISI, len(embedding))
     distances, cells = nearest_others(embedding, n_counted - 1)
     wanted = np.log(n_counted // 3)
-    n = len(embedding)
-    low, high, beta = np.zeros(n), np.full(n, np.inf), np.ones(n)
     beyond = distances - distances[:, :1]  # the same shares, and no underflow
-    for _ in range(_STEPS):
+
+    def is_narrow(beta: np.ndarray) -> np.ndarray:
         shares = np.exp(-beyond * beta[:, None])
         totals = shares.sum(axis=1)
-        entropy = np.log(totals) + beta * (beyond * shares).sum(axis=1) / totals
-        low, high = np.where(entropy > wanted, beta, low), np.where(entropy > wanted, high, beta)
-        beta = np.where(np.isinf(high), beta * 2, (low + high) / 2)
+        return ~(np.log(totals) + beta * (beyond * shares).sum(axis=1) / totals > wanted)  # the entropy
+
+    beta = find_by_bisection(is_narrow, len(embedding), 60)
     shares = np.exp(-beyond * beta[:, None])
     of_batch = np.stack([(shares * (codes[cells] == code)).sum(axis=1) for code in range(len(names))])
     simpson = ((of_batch / of_batch.sum(axis=0)) ** 2).sum(axis=0)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import zlib
 from dataclasses import replace
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from scipy import stats
 
 from ...batches.collate import join
 from ...batches.collators import DataCollatorForGeneRankMLM, DataCollatorForPhenotypicMLM
-from ...models.gene_bert.cell_counts import is_cell_batch, keep
+from ...models.gene_bert.cell_counts import is_cell_batch, keep, row_checksums
 from ...models.gene_bert.randomness import happens, uniforms
 from ...store.cell_batch import REPEAT, CellBatch, as_cell_batch
 from ...store.cell_store import CellStore
@@ -193,13 +191,7 @@ def _totals(cells: CellBatch) -> np.ndarray:
 
 def _checksums(cells: CellBatch) -> np.ndarray:
     """Compute a checksum of the counts of each cell: int64 array (n,)."""
-    return np.array(
-        [
-            zlib.crc32(cells.genes[a:b].tobytes()) << 31 | zlib.crc32(cells.counts[a:b].tobytes()) >> 1
-            for a, b in pairwise(cells.indptr.tolist())
-        ],
-        np.int64,
-    )
+    return row_checksums(cells.genes, cells.indptr) << 31 | row_checksums(cells.counts, cells.indptr) >> 1
 
 
 def sources_of(cells: CellBatch | CellStore, batch_key: str | None) -> np.ndarray:
