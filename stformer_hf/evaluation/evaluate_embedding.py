@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -395,7 +395,7 @@ def _subset(n_cells: int, seed: int, notes: list[str]) -> np.ndarray:
 
 
 def _can_cluster(notes: list[str]) -> bool:
-    if find_spec("igraph") is not None:
+    if importlib.util.find_spec("igraph") is not None:
         return True
     notes.append("No Leiden clusters: they need igraph, pip install 'stformer_hf[plots]'.")
     logger.warning(notes[-1])
