@@ -37,7 +37,7 @@ class CellFeatures:
         head_rows: Sequence[np.ndarray],
     ):
         self.model, self.tokenizer, self.cells = model, tokenizer, cells
-        self.all_blocks = count_blocks(cells, tokenizer)
+        self.all_blocks = count_blocks(cells, tokenizer)  # a ValueError if the tokenizer knows none of the genes
         self._head_rows = np.unique(np.concatenate([np.empty(0, np.int64), *head_rows]))
 
     @cached_property
