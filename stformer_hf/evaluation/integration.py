@@ -104,9 +104,8 @@ def batch_pcr(embedding: np.ndarray, batches: np.ndarray) -> float:
     """
     centred = embedding - embedding.mean(axis=0)
     total = (centred**2).sum()
-    between = sum(
-        (batches == name).sum() * (centred[batches == name].mean(axis=0) ** 2).sum() for name in set(batches)
-    )
+    parts = (centred[batches == name] for name in np.unique(batches))  # in an order that no hash seed changes
+    between = sum(len(part) * (part.mean(axis=0) ** 2).sum() for part in parts)
     return float(1 - between / total) if total > 0 else float("nan")
 
 
