@@ -22,9 +22,9 @@ _FEW_CELLS = 10_000  # are always read
 
 
 def most_cells_to_fit(lengths: np.ndarray, n_outputs: int) -> int:
-    """Return the number of cells that a linear model of all genes is fitted to, so that memory and time are bounded.
+    """Return how many cells a linear model of all genes is fitted to, so that memory and time are bounded.
 
-    `lengths` (n,) are the numbers of expressed genes of the cells that there are.
+    `lengths` (n,) are the numbers of expressed genes of all cells.
     """
     values = min(_MOST_VALUES, _MOST_PRODUCTS / max(n_outputs, 1))
     return max(_FEW_CELLS, int(values / max(lengths.mean(), 1)))

@@ -23,12 +23,7 @@ def score_predictions(
     """Score the predicted classes (n,) of cells: `accuracy` and `macro_f1`, each with `…_low` and `…_high`, 95 %.
 
     The macro F1 averages over `classes`; use the same for all classifiers to compare. `n_draws` and `seed` are those
-    of a bootstrap.
-
-    Raises
-    ------
-    ValueError
-        There are no cells; a class is not among `classes`.
+    of a bootstrap. Raise a ValueError if there are no cells, or a class is not among `classes`.
 
     Notes
     -----
@@ -38,8 +33,7 @@ def score_predictions(
     """
     counts = _count(true, predicted, classes)
     low, high = share_interval(int(np.trace(counts)), int(counts.sum()))
-    draws = _f1(_resample(counts, n_draws, seed)).mean(axis=-1)
-    f1_low, f1_high = _percentiles(draws)
+    f1_low, f1_high = _percentiles(_f1(_resample(counts, n_draws, seed)).mean(axis=-1))
     return {
         "accuracy": float(np.trace(counts) / counts.sum()),
         "accuracy_low": low,
@@ -117,11 +111,9 @@ def _count(true: Sequence | np.ndarray, predicted: Sequence | np.ndarray, classe
         raise ValueError("There are no cells to score.")
     if len(rows) != len(columns):
         raise ValueError(f"{len(rows)} true classes, but {len(columns)} predicted ones.")
-    unknown = sorted({str(value) for value in np.asarray(true)[rows < 0]} | {
-        str(value) for value in np.asarray(predicted)[columns < 0]
-    })  # fmt: skip
+    unknown = [*map(str, np.asarray(true)[rows < 0]), *map(str, np.asarray(predicted)[columns < 0])]
     if unknown:
-        raise ValueError(f"Not all labels are in classes, such as {unknown[0]}: add them.")
+        raise ValueError(f"Not all labels are in classes, such as {min(unknown)}: add them.")
     n = len(index)
     return np.bincount(rows * n + columns, minlength=n * n).reshape(n, n)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 from scipy import sparse
@@ -12,7 +13,6 @@ from sklearn.neighbors import NearestNeighbors
 
 RESOLUTIONS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.4, 2.0)  # the grid of all rows
 _N_NEIGHBORS = 15  # including the cell itself, as scanpy counts
-_STEPS = 64  # of the bisection
 _DISTANCES_MB = 64
 
 
@@ -30,11 +30,7 @@ def neighbor_graph(embedding: np.ndarray) -> sparse.csr_array:
     nearest = np.where(np.isfinite(apart), apart, 0.0)  # among distances above 0
     beyond = np.maximum(distances - nearest[:, None], 0)
     wanted = np.log2(n_others + 1)
-    low, high, sigma = np.zeros(n), np.full(n, np.inf), np.ones(n)
-    for _ in range(_STEPS):
-        too_many = np.exp(-beyond / sigma[:, None]).sum(axis=1) > wanted
-        high, low = np.where(too_many, sigma, high), np.where(too_many, low, sigma)
-        sigma = np.where(np.isinf(high), sigma * 2, (low + high) / 2)
+    sigma = find_by_bisection(lambda sigma: np.exp(-beyond / sigma[:, None]).sum(axis=1) > wanted, n, 64)
     # The mean includes the cell itself, at distance 0.
     mean = distances.sum(axis=1) / (n_others + 1)
     sigma = np.maximum(sigma, 1e-3 * np.where(nearest > 0, mean, mean.mean()))
@@ -42,6 +38,16 @@ def neighbor_graph(embedding: np.ndarray) -> sparse.csr_array:
     rows = np.repeat(np.arange(n), n_others)
     graph = sparse.csr_array((weights.ravel(), (rows, others.ravel())), shape=(n, n))
     return sparse.csr_array(graph + graph.T - graph * graph.T)
+
+
+def find_by_bisection(is_above: Callable[[np.ndarray], np.ndarray], n: int, n_steps: int) -> np.ndarray:
+    """Find n positive numbers, float64 (n,), by bisection; `is_above` says which of them are too large, bool (n,)."""
+    low, high, found = np.zeros(n), np.full(n, np.inf), np.ones(n)
+    for _ in range(n_steps):
+        above = is_above(found)
+        low, high = np.where(above, low, found), np.where(above, found, high)
+        found = np.where(np.isinf(high), found * 2, (low + high) / 2)
+    return found
 
 
 def nearest_others(embedding: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -54,11 +60,6 @@ def leiden(graph: sparse.csr_array, resolution: float, seed: int) -> np.ndarray:
 
     `graph` (n_cells, n_cells) has symmetric weights; a higher resolution gives more clusters. Return the cluster of
     each cell, int64 array (n_cells,).
-
-    Raises
-    ------
-    ImportError
-        igraph is not installed.
     """
     try:
         import igraph
@@ -106,6 +107,6 @@ def silhouettes(embedding: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 __all__ = [
-    *("RESOLUTIONS", "agreement", "cluster_scores", "leiden", "nearest_others", "neighbor_graph"),
+    *("RESOLUTIONS", "agreement", "find_by_bisection", "cluster_scores", "leiden", "nearest_others", "neighbor_graph"),
     *("silhouette", "silhouettes"),
 ]

@@ -134,8 +134,7 @@ def _swap_ranks(own: dict, found, tokens, partner: np.ndarray, tokenizer: Any):
     n_tokens = tokenizer.vocab_size
 
     def segments(cells: np.ndarray, types: np.ndarray) -> np.ndarray:
-        offset = tokenizer.gene_token_type_offset if n_segments > 1 else 0
-        return cells * n_segments + (types - offset if n_segments > 1 else 0)
+        return cells * n_segments + (types - tokenizer.gene_token_type_offset if n_segments > 1 else 0)
 
     # Rank of each gene of the batch in its segment. Genes chosen for masking keep their rank.
     gene = tokenizer.get_gene_tokens_mask(ids) | found.scored

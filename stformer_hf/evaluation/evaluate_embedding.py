@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,14 +36,6 @@ _MOST_CELLS = 10_000  # for metrics that compare all cells with one another
 _ROWS_PER_BLOCK = 4096
 
 
-class _Task(NamedTuple):
-    """What is scored at once: a row's readers of labels in a fold, a row's cells, or the ceiling."""
-
-    row: int | None  # None: the ceiling
-    fold: int | None  # None: all cells are compared with one another
-    reads_labels: bool
-
-
 class Row(NamedTuple):
     """One row of the table."""
 
@@ -69,14 +63,16 @@ class _Evaluation(NamedTuple):
     n_draws: int
     seed: int
 
-    def tasks(self) -> list[_Task]:
-        """Return what is to be scored, in the order of the results."""
+    def tasks(self) -> list[Callable[[_Evaluation], list[dict[str, Any]]]]:
+        """Return functions that each score a part, in the order of the results."""
         folds = range(len(self.folds))
-        tasks = []
+        tasks: list[Callable] = []
         for row, of in enumerate(self.rows):
-            tasks += [_Task(row, fold, True) for fold in folds]
-            tasks += [_Task(row, fold, False) for fold in [None, *folds] if of.embedding is not None]
-        return [*tasks, _Task(None, None, False)]
+            tasks += [partial(_score_readers, row=row, number=fold) for fold in folds]
+            tasks += [
+                partial(_score_cells, row=row, number=fold) for fold in [None, *folds] if of.embedding is not None
+            ]
+        return [*tasks, _score_ceiling]
 
 
 def evaluate_embedding(
@@ -171,21 +167,21 @@ def evaluate_embedding(
     found = find_table(adata, layer)
     adata, layer = as_anndata(found), found.layer
     embeddings = {key: _read_embedding(adata, key) for key in keys}
-    labels = _column(adata, label_key)
-    batches = None if batch_key is None else _column(adata, batch_key)
-    groups = None if split_by is None else _column(adata, split_by)
-    for key, column in ((batch_key, batches), (split_by, groups)):
-        if column is not None and (column[labels != None] == None).any():  # noqa: E711  (arrays of objects)
+    given = [key for key in (label_key, batch_key, split_by) if key is not None]
+    columns: dict[str | None, np.ndarray] = {key: _column(adata, key) for key in given}
+    labels = columns[label_key]
+    for key, column in columns.items():
+        if (column[labels != None] == None).any():  # noqa: E711  (arrays of objects)
             raise ValueError(f"Labelled cells have no value in obs[{key!r}]: remove them first.")
     counts = _read_counts(adata, layer)
     twins = find_twins(adata.obs_names, counts)
     notes: list[str] = []
     kept = _choose_cells(labels, twins, min_cells or n_splits, notes)
     cells = np.flatnonzero(kept)
-    labels, twins, counts = labels[cells].astype(str), twins[cells], counts[cells]
+    twins, counts = twins[cells], counts[cells]
     embeddings = {key: values[cells] for key, values in embeddings.items()}
-    groups = None if groups is None else groups[cells].astype(str)
-    batches = None if batches is None else batches[cells].astype(str)
+    columns = {key: column[cells].astype(str) for key, column in columns.items()}
+    labels, batches, groups = columns[label_key], columns.get(batch_key), columns.get(split_by)
     if batches is not None and len(np.unique(batches)) < 2:
         raise ValueError(f"obs[{batch_key!r}] has only one batch among the evaluated cells: leave batch_key out.")
     folds = make_folds(labels, twins, n_splits=n_splits, n_repeats=n_repeats, seed=seed, groups=groups)
@@ -308,9 +304,8 @@ def _choose_cells(labels: np.ndarray, twins: np.ndarray, least: int, notes: list
     kept = there & np.isin(labels, sizes.index[sizes >= least])
     n_classes = (sizes >= least).sum()
     if n_classes < 2:
-        raise ValueError(
-            f"The evaluation needs two classes with at least {least} cells; there is {'one' if n_classes else 'none'}."
-        )
+        found = "one" if n_classes else "none"
+        raise ValueError(f"The evaluation needs two classes with at least {least} cells; there is {found}.")
     return kept
 
 
@@ -400,9 +395,7 @@ def _subset(n_cells: int, seed: int, notes: list[str]) -> np.ndarray:
 
 
 def _can_cluster(notes: list[str]) -> bool:
-    from importlib.util import find_spec
-
-    if find_spec("igraph") is not None:
+    if importlib.util.find_spec("igraph") is not None:
         return True
     notes.append("No Leiden clusters: they need igraph, pip install 'stformer_hf[plots]'.")
     logger.warning(notes[-1])
@@ -419,35 +412,39 @@ def _score_all(evaluation: _Evaluation, workers: int, engine: str) -> list[dict[
     with tqdm(total=len(tasks), desc="evaluate", unit="fit", disable=None) as bar:
         if runs_here(engine, workers):
             for number, task in enumerate(tasks):
-                found[number] = _score(evaluation, task)
+                found[number] = task(evaluation)
                 bar.update()
         else:
-            with run_tasks(_score, tasks, shared=evaluation, workers=workers, engine=engine) as finished:
+            with run_tasks(_run, tasks, shared=evaluation, workers=workers, engine=engine) as finished:
                 for number, figures in finished:
                     found[number] = figures
                     bar.update()
     return [figure for number in range(len(tasks)) for figure in found[number]]
 
 
-def _score(evaluation: _Evaluation, task: _Task) -> list[dict[str, Any]]:
-    """Compute the figures of one task: dicts of row, metric, repeat, fold (-1 for all cells) and value."""
-    if task.row is None:
-        return _score_ceiling(evaluation)
-    row = evaluation.rows[task.row]
-    fold = None if task.fold is None else evaluation.folds[task.fold]
-    if task.reads_labels:
-        assert fold is not None and task.fold is not None
-        few = {n: classes[task.fold] for n, classes in evaluation.few.items()}
-        seeds = [evaluation.seed, task.fold]
-        return _figures(row.name, fold, _read_labels(row, evaluation.labels, fold, few, evaluation.n_draws, seeds))
-    assert row.embedding is not None
+def _run(evaluation: _Evaluation, task: Callable[[_Evaluation], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return task(evaluation)
+
+
+def _score_readers(evaluation: _Evaluation, row: int, number: int) -> list[dict[str, Any]]:
+    """Score a row's readers of labels in a fold."""
+    of, fold = evaluation.rows[row], evaluation.folds[number]
+    few = {n: classes[number] for n, classes in evaluation.few.items()}
+    scores = _read_labels(of, evaluation.labels, fold, few, evaluation.n_draws, [evaluation.seed, number])
+    return _figures(of.name, fold, scores)
+
+
+def _score_cells(evaluation: _Evaluation, row: int, number: int | None) -> list[dict[str, Any]]:
+    """Compare all cells with one another in a row, or those outside a fold."""
+    of, fold = evaluation.rows[row], None if number is None else evaluation.folds[number]
     here = _cells_to_compare(evaluation, fold)
-    embedding, labels = row.embedding[here], evaluation.labels[here]
+    assert of.embedding is not None  # else it has no such task
+    embedding, labels = of.embedding[here], evaluation.labels[here]
     batches = None if evaluation.batches is None else evaluation.batches[here]
     scores = _compare_cells(embedding, labels, batches, evaluation.clusters, evaluation.seed)
     if batches is not None and fold is None and scib_version():
         scores["batch_kbet"] = batch_kbet(embedding, labels, batches)
-    return _figures(row.name, fold, scores)
+    return _figures(of.name, fold, scores)
 
 
 def _score_ceiling(evaluation: _Evaluation) -> list[dict[str, Any]]:
@@ -467,6 +464,7 @@ def _cells_to_compare(evaluation: _Evaluation, fold: Fold | None) -> np.ndarray:
 
 
 def _figures(name: str, fold: Fold | None, scores: dict[str, float]) -> list[dict[str, Any]]:
+    """Return dicts of row, metric, repeat, fold (-1 for all cells) and value."""
     place = {"repeat": -1, "fold": -1} if fold is None else {"repeat": fold.repeat, "fold": fold.number}
     return [{"row": name, "metric": metric, **place, "value": value} for metric, value in scores.items()]
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations, zip_longest
+from itertools import combinations, product, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,9 +85,8 @@ class EmbeddingEvaluation:
         for kBET, which has none (NaN), since it takes too long.
         """
         lines = []
-        for row, metric in self._scored:
-            found = self._interval(self._values_of(row, metric))
-            folds = self._values_of(row, metric)[1]
+        for (row, metric), (whole, folds) in self._scores.items():
+            found = self._interval(whole, folds)
             sd = np.std(folds, ddof=1) if len(folds) else math.nan
             lines.append((row, metric, found.estimate, sd, found.se, found.low, found.high))
         return pd.DataFrame(lines, columns=["row", "metric", "value", "sd", "se", "low", "high"])
@@ -103,10 +102,10 @@ class EmbeddingEvaluation:
         rows = [row for row in self._rows if row != CEILING]
         for row, other in combinations(rows, 2):
             for metric in METRICS:
-                if (row, metric) in self._scored and (other, metric) in self._scored:
-                    (whole, folds), (whole_2, folds_2) = (self._values_of(name, metric) for name in (row, other))
+                if (row, metric) in self._scores and (other, metric) in self._scores:
+                    (whole, folds), (whole_2, folds_2) = self._scores[row, metric], self._scores[other, metric]
                     difference = None if whole is None or whole_2 is None else whole - whole_2
-                    found = self._interval((difference, folds - folds_2))
+                    found = self._interval(difference, folds - folds_2)
                     lines.append((row, other, metric, found.estimate, found.low, found.high, found.p))
         return pd.DataFrame(lines, columns=["row", "other", "metric", "difference", "low", "high", "p"])
 
@@ -115,23 +114,18 @@ class EmbeddingEvaluation:
         return list(dict.fromkeys(self.values["row"]))
 
     @cached_property
-    def _by_name(self) -> dict[tuple[str, str], pd.DataFrame]:
-        return dict(list(self.values.groupby(["row", "metric"], sort=False)))
+    def _scores(self) -> dict[tuple[str, str], tuple[float | None, np.ndarray]]:
+        """(row, metric) -> value over all cells (None for a metric of folds), and those of the folds in order."""
+        ordered = self.values.sort_values(["repeat", "fold"], kind="stable")
+        by_name = dict(list(ordered.groupby(["row", "metric"])))
+        scores = {}
+        for name in product(self._rows, METRICS):
+            if name in by_name:
+                is_fold, values = (by_name[name]["fold"] >= 0).to_numpy(), by_name[name]["value"].to_numpy()
+                scores[name] = (None if is_fold.all() else float(values[~is_fold][0])), values[is_fold]
+        return scores
 
-    @cached_property
-    def _scored(self) -> dict[tuple[str, str], None]:
-        return dict.fromkeys(
-            (row, metric) for row in self._rows for metric in METRICS if (row, metric) in self._by_name
-        )
-
-    def _values_of(self, row: str, metric: str) -> tuple[float | None, np.ndarray]:
-        """Return the value over all cells (None for a metric of folds), and those of the folds in their order."""
-        found = self._by_name[row, metric].sort_values(["repeat", "fold"], kind="stable")
-        whole = found.loc[found["fold"] < 0, "value"]
-        return (None if whole.empty else float(whole.iloc[0])), found.loc[found["fold"] >= 0, "value"].to_numpy()
-
-    def _interval(self, values: tuple[float | None, np.ndarray]) -> Interval:
-        whole, folds = values
+    def _interval(self, whole: float | None, folds: np.ndarray) -> Interval:
         if whole is None:
             return of_folds(folds, self.settings["test_to_train"])
         return of_all_cells(whole, folds, self.settings["n_splits"])
@@ -212,7 +206,7 @@ class EmbeddingEvaluation:
         return self.table.drop(index=CEILING, errors="ignore").round(3).max().to_dict()
 
     def _cell(self, row: str, metric: str, best: str) -> str:
-        if (row, metric) not in self._scored:
+        if (row, metric) not in self._scores:
             return "-"
         line = self._lines.loc[(row, metric)]
         if math.isnan(line["value"]):
@@ -228,18 +222,12 @@ class EmbeddingEvaluation:
         found = found[~found["row"].isin(baselines) & found["other"].isin(baselines)]
         metrics = [metric for metric in _COMPARED if metric in set(found["metric"])]
         names = _SECTIONS["Labels of held-out cells"]
-        lines = [["", *(names[metric] for metric in metrics)]]
-        for (row, other), pair in found.groupby(["row", "other"], sort=False):
-            by_metric = pair.set_index("metric")
-            cells = []
-            for metric in metrics:
-                if metric not in by_metric.index:
-                    cells.append("-")
-                    continue
-                line = by_metric.loc[metric]
-                cells.append(_with_half(f"{line['difference']:+.3f}", line["difference"], line["high"]))
-            lines.append([f"{row} - {other}", *cells])
-        return lines if len(lines) > 1 else []
+        cells: dict[str, dict[str, str]] = {}
+        for line in found.to_dict("records"):
+            text = _with_half(f"{line['difference']:+.3f}", line["difference"], line["high"])
+            cells.setdefault(f"{line['row']} - {line['other']}", {})[line["metric"]] = text
+        lines = [[pair, *(of.get(metric, "-") for metric in metrics)] for pair, of in cells.items()]
+        return [["", *(names[metric] for metric in metrics)], *lines] if lines else []
 
     # ------------------------------------------------------------------ files
 
@@ -256,10 +244,7 @@ class EmbeddingEvaluation:
     def plot(self, *, save: str | Path | None = None) -> Figure:
         """Plot each metric in its own panel: values with their 95 % intervals, the ceiling as a dashed line.
 
-        Parameters
-        ----------
-        save : str or Path, optional
-            PNG to write.
+        `save` is the path of a PNG to write.
         """
         import matplotlib.pyplot as plt
 
@@ -271,11 +256,11 @@ class EmbeddingEvaluation:
         figure, axes = plt.subplots(n_lines, n_columns, figsize=size, layout="constrained", sharey=True, squeeze=False)
         for ax, (metric, name) in zip(axes.flat, columns, strict=False):
             for place, row in enumerate(rows):
-                if (row, metric) in self._scored:
+                if (row, metric) in self._scores:
                     line = self._lines.loc[(row, metric)]
                     ax.plot(line["value"], place, "o", color=f"C{place}", markersize=5)
                     ax.plot([line["low"], line["high"]], [place, place], color=f"C{place}")
-            if (CEILING, metric) in self._scored:
+            if (CEILING, metric) in self._scores:
                 ax.axvline(self._lines.loc[(CEILING, metric), "value"], color="gray", linestyle="--", linewidth=1)
             ax.set_title(name, fontsize=9)
             ax.spines[["top", "right"]].set_visible(False)

@@ -102,7 +102,7 @@ def masked_gene_baselines(
     """
     collator = collator.for_evaluation()
     train, held_out = open_rows(train), open_rows(held_out)
-    rows = _evenly(len(train), max_train_cells)
+    rows = spread_rows(len(train), max_train_cells)
     if len(rows) < len(train):
         logger.warning(f"Baselines are estimated from {len(rows):,} of {len(train):,} training cells.")
     kind = _RankBaselines if collator.tokenizer.scheme == "rank" else _BinBaselines
@@ -177,9 +177,9 @@ def _masked(examples: Any, collator: CellCollator, whole_cells: bool) -> dict[st
     return {name: np.concatenate([batch[name], array], axis=1) for name, array in more.items() if name in batch}
 
 
-def _evenly(n: int, most: int | None) -> np.ndarray:
-    """Choose at most `most` of n rows, evenly spaced, ascending."""
-    return np.unique(np.linspace(0, n - 1, n if most is None else min(n, most)).astype(np.int64))
+def spread_rows(n: int, most: int | None = None) -> np.ndarray:
+    """Choose at most `most` of n rows, evenly spaced: int64 array, ascending."""
+    return np.unique(np.linspace(0, max(n - 1, 0), n if most is None else min(n, most)).astype(np.int64))
 
 
 # ---------------------------------------------------------------------- ranks
@@ -199,7 +199,7 @@ class _RankBaselines:
         self.medians, self.settings = getattr(self.tokenizer, "medians", None), {}
         if self.medians is None:
             return
-        some = rows[_evenly(len(rows), _CELLS_FOR_WIDTH)]
+        some = rows[spread_rows(len(rows), _CELLS_FOR_WIDTH)]
         kernels = [_Kernel(self.medians, self.frequency, width) for width in WIDTHS]
         totals = np.zeros(len(WIDTHS))
         for examples in read_rows(train, some, batch_size):
@@ -216,10 +216,8 @@ class _RankBaselines:
         for examples in read_rows(train, rows, batch_size, "frequencies of genes"):
             tokens = read_tokens(examples, self.tokenizer)
             gene = self.tokenizer.get_gene_tokens_mask(tokens.input_ids)
-            segments = self._segments(tokens.token_type_ids[gene])
-            counts += np.bincount(
-                segments * n_genes + self.gene_of_token[tokens.input_ids[gene]], minlength=len(counts)
-            )
+            segments, genes = self._segments(tokens.token_type_ids[gene]), self.gene_of_token[tokens.input_ids[gene]]
+            counts += np.bincount(segments * n_genes + genes, minlength=len(counts))
         of_segment = counts.reshape(self.n_segments, n_genes) + 1
         return of_segment / of_segment.sum(axis=1, keepdims=True)
 
@@ -261,10 +259,8 @@ class _RankBaselines:
         seen_frequency = self.frequency[seen_groups % self.n_segments, seen]
         frequency = self.frequency[groups % self.n_segments, genes]
         shown = np.bincount(seen_groups, seen_frequency, minlength=n_groups)
-        return _Places(
-            genes, groups, frequency, frequency / (1 - shown)[groups], seen, seen_groups, seen_frequency,
-            _nearest(at, groups, seen_at, seen_groups),
-        )  # fmt: skip
+        unseen, nearest = frequency / (1 - shown)[groups], _nearest(at, groups, seen_at, seen_groups)
+        return _Places(genes, groups, frequency, unseen, seen, seen_groups, seen_frequency, nearest)
 
     def _near(self, places: _Places, kernel: _Kernel) -> np.ndarray:
         """Return the probabilities of the scored genes under B3: float64 array (k,)."""
@@ -372,4 +368,4 @@ class _BinBaselines:
         }
 
 
-__all__ = ["WIDTHS", "MaskedGenes", "masked_gene_baselines", "masked_genes", "open_rows", "read_rows"]
+__all__ = ["WIDTHS", "MaskedGenes", "masked_gene_baselines", "masked_genes", "open_rows", "read_rows", "spread_rows"]

@@ -8,10 +8,9 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
-from .clusters import nearest_others, silhouettes
+from .clusters import find_by_bisection, nearest_others, silhouettes
 
 _N_CONNECTED, _N_KBET, _N_LISI = 15, 50, 90  # neighbours including the cell itself, as in scib-metrics
-_STEPS = 60  # of the bisection
 
 
 def scib_version() -> str | None:
@@ -28,11 +27,7 @@ def integration_scores(embedding: np.ndarray, labels: np.ndarray, batches: np.nd
     A high score is not a merit if batches differ in biology: constant or random embeddings mix perfectly. The values
     equal those of scib-metrics, but do not need jax.
 
-    Parameters
-    ----------
-    embedding : float array (n_cells, d)
-    labels, batches : array (n_cells,)
-        Class, and batch, of each cell; at least two batches.
+    `embedding` (n_cells, d) is that of cells with `labels` and `batches` (n_cells,), of which there are at least two.
 
     Returns
     -------
@@ -52,13 +47,7 @@ def integration_scores(embedding: np.ndarray, labels: np.ndarray, batches: np.nd
 
 
 def batch_kbet(embedding: np.ndarray, labels: np.ndarray, batches: np.ndarray) -> float:
-    """Compute the acceptance rate of kBET within classes (Buettner et al. 2019) with scib-metrics; takes a minute.
-
-    Raises
-    ------
-    ImportError
-        scib-metrics is not installed.
-    """
+    """Compute the acceptance rate of kBET within classes (Buettner et al. 2019) with scib-metrics; takes a minute."""
     try:
         import scib_metrics
         from scib_metrics.nearest_neighbors import NeighborsResults
@@ -93,15 +82,14 @@ def batch_ilisi(embedding: np.ndarray, batches: np.ndarray) -> float:
     n_counted = min(_N_LISI, len(embedding))
     distances, cells = nearest_others(embedding, n_counted - 1)
     wanted = np.log(n_counted // 3)
-    n = len(embedding)
-    low, high, beta = np.zeros(n), np.full(n, np.inf), np.ones(n)
     beyond = distances - distances[:, :1]  # the same shares, and no underflow
-    for _ in range(_STEPS):
+
+    def is_narrow(beta: np.ndarray) -> np.ndarray:
         shares = np.exp(-beyond * beta[:, None])
         totals = shares.sum(axis=1)
-        entropy = np.log(totals) + beta * (beyond * shares).sum(axis=1) / totals
-        low, high = np.where(entropy > wanted, beta, low), np.where(entropy > wanted, high, beta)
-        beta = np.where(np.isinf(high), beta * 2, (low + high) / 2)
+        return ~(np.log(totals) + beta * (beyond * shares).sum(axis=1) / totals > wanted)  # the entropy
+
+    beta = find_by_bisection(is_narrow, len(embedding), 60)
     shares = np.exp(-beyond * beta[:, None])
     of_batch = np.stack([(shares * (codes[cells] == code)).sum(axis=1) for code in range(len(names))])
     simpson = ((of_batch / of_batch.sum(axis=0)) ** 2).sum(axis=0)
@@ -116,9 +104,8 @@ def batch_pcr(embedding: np.ndarray, batches: np.ndarray) -> float:
     """
     centred = embedding - embedding.mean(axis=0)
     total = (centred**2).sum()
-    between = sum(
-        (batches == name).sum() * (centred[batches == name].mean(axis=0) ** 2).sum() for name in set(batches)
-    )
+    parts = (centred[batches == name] for name in np.unique(batches))  # in an order that no hash seed changes
+    between = sum(len(part) * (part.mean(axis=0) ** 2).sum() for part in parts)
     return float(1 - between / total) if total > 0 else float("nan")
 
 

@@ -89,19 +89,11 @@ def rotate_genes(values: sparse.csr_array) -> tuple[np.ndarray, Callable[[np.nda
     A reader with an L2 penalty has the same predictions and loss on these features as on the values, since its weights
     are a linear combination of cells; and it is fitted much faster if there are more genes than cells.
 
-    Parameters
-    ----------
-    values : csr_array (n, n_genes)
-
-    Returns
-    -------
-    features : float64 array (n, at most n)
-    to_genes : callable
-        Weights (d, k) of a reader of the features -> its weights (n_genes, k).
+    Return the features of `values` (n, n_genes), float64 (n, at most n), and a function from the weights (d, k) of a
+    reader of the features to its weights (n_genes, k) of genes.
     """
-    with threadpool_limits(
-        1, "blas"
-    ):  # else the basis, and what is fitted to few digits in it, depends on the threads
+    # With more threads the basis, and what is fitted to few digits in it, would depend on their number.
+    with threadpool_limits(1, "blas"):
         spread, vectors = linalg.eigh(_dot_products(values), overwrite_a=True)
     kept = spread > spread[-1] * 1e-10
     scale, vectors = np.sqrt(spread[kept]), vectors[:, kept]
@@ -137,13 +129,6 @@ def fit_knn(cells: np.ndarray, labels: np.ndarray) -> KNeighborsClassifier:
 
 
 __all__ = [
-    "N_NEIGHBORS",
-    "GenePca",
-    "Scaler",
-    "fit_knn",
-    "fit_pca",
-    "fit_probe",
-    "fit_scaler",
-    "rotate_genes",
+    *("N_NEIGHBORS", "GenePca", "Scaler", "fit_knn", "fit_pca", "fit_probe", "fit_scaler", "rotate_genes"),
     "variable_genes",
 ]

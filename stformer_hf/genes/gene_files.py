@@ -98,7 +98,7 @@ def _read_frame(frame: pd.DataFrame, name: str, gene_id: str | None, symbol: str
         raise ValueError(f"{name} has repeated column names. {seen}.")
     if len(frame) == 0:
         raise ValueError(f"{name} has no rows. {seen}.")
-    for argument, column in (("gene_id", gene_id), ("symbol", symbol)):
+    for argument, column in {"gene_id": gene_id, "symbol": symbol}.items():
         if column is not None and column not in frame:
             raise ValueError(f"{name} has no column {column!r} ({argument}=…). {seen}.")
     gene_id = _find_ids(frame, name, seen) if gene_id is None else gene_id

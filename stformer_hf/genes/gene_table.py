@@ -30,11 +30,9 @@ class GeneTable:
     """
 
     def __init__(self, frame: pd.DataFrame):
-        missing = {"gene_id", "symbol"} - set(frame.columns)
+        missing = sorted({"gene_id", "symbol"} - set(frame.columns))
         if missing:
-            raise ValueError(
-                f"A gene table needs the columns gene_id and symbol; missing: {', '.join(sorted(missing))}."
-            )
+            raise ValueError(f"A gene table needs the columns gene_id and symbol; missing: {', '.join(missing)}.")
         self.frame = frame.reset_index(drop=True)
         self.gene_ids: np.ndarray = self.frame["gene_id"].to_numpy(dtype=object)
         self.symbols: np.ndarray = self.frame["symbol"].to_numpy(dtype=object)
@@ -162,11 +160,6 @@ class GeneTable:
         ----------
         tables : sequence of GeneTable
             At least one.
-
-        Returns
-        -------
-        GeneTable
-            Every id once.
         """
         frame = pd.concat([table.frame for table in tables], ignore_index=True)
         return cls(frame.drop_duplicates("gene_id", keep="first"))

@@ -144,12 +144,7 @@ class GeneStatistics:
         Parameters
         ----------
         other : GeneStatistics
-            Statistics of other cells. Genes that are only in `other` are appended.
-
-        Returns
-        -------
-        GeneStatistics
-            A new object; the two are not changed.
+            Statistics of other cells, which are not changed. Genes that are only in `other` are appended.
 
         Raises
         ------
@@ -161,16 +156,15 @@ class GeneStatistics:
                 f"The target sums are {self.target_sum:g} and {other.target_sum:g}: estimate both with the same one."
             )
         parts = (self, other)
-        values = [part._whole_values() for part in parts]
         genes = pd.Index(self.gene_ids, dtype=object).append(pd.Index(other.gene_ids, dtype=object)).unique()
         merged = GeneStatistics(genes, _united_symbols(genes, parts), target_sum=self.target_sum)
         merged._limit = max(part._limit for part in parts)
         merged.n_cells = sum(part.n_cells for part in parts)
         placed = []
-        for part, part_values in zip(parts, values, strict=True):
+        for part in parts:
             at = genes.get_indexer(part.gene_ids)
             merged._sums[at] += part._sums
-            placed.append(part_values.placed(at, len(genes)))
+            placed.append(part._whole_values().placed(at, len(genes)))
         first, second = placed
         if isinstance(first, AllValues) and isinstance(second, AllValues):
             merged._values = first.plus(second)
@@ -267,12 +261,7 @@ class GeneStatistics:
         Parameters
         ----------
         path : str or Path
-            `.json` or `.npz`.
-
-        Returns
-        -------
-        GeneStatistics
-            The statistics; from a `.json` only the results, to which nothing can be added.
+            `.json`, which has only the results, so that nothing can be added to them; or `.npz`.
 
         Raises
         ------
@@ -282,12 +271,12 @@ class GeneStatistics:
             The file has another suffix or format version, or is damaged.
         """
         path = _checked_path(path)
-        read, make = (_read_json, cls._from_json) if path.suffix == ".json" else (_read_arrays, cls._from_arrays)
+        of_json = path.suffix == ".json"
         try:
-            found = read(path)
+            found = json.loads(path.read_text(encoding="utf-8")) if of_json else _read_arrays(path)
             version = int(found["format_version"])
             if version == FORMAT_VERSION:
-                return make(found)
+                return cls._from_json(found) if of_json else cls._from_arrays(found)
         except (ValueError, TypeError, LookupError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{path} does not hold gene statistics, or is damaged: {error}.") from error
         remedy = "Update stformer_hf." if version > FORMAT_VERSION else "Estimate the statistics again."
@@ -391,10 +380,6 @@ def _checked_path(path: str | Path) -> Path:
     if path.suffix not in (".json", ".npz"):
         raise ValueError(f"{path}: gene statistics must be .json (results only) or .npz (everything, for merging).")
     return path
-
-
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:

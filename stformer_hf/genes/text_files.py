@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import gzip
 from collections.abc import Iterator
@@ -11,25 +12,16 @@ from pathlib import Path
 
 import pandas as pd
 
+_UNCHANGED = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}  # for `read_csv`
 _OF_THE_SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE}  # errors that no file causes
 
 
 @contextmanager
 def naming(path: str | Path, wanted: str = "") -> Iterator[None]:
-    """Make every error in reading a file name the file.
+    """Make every error in reading a file name the file, and its expected contents, such as `a table`.
 
-    Parameters
-    ----------
-    path : str or Path
-        The file.
-    wanted : str, optional
-        Expected contents, such as `a table`.
-
-    Raises
-    ------
-    ValueError
-        Replaces any error that does not name the file, such as a missing key or bytes that are not text, but not
-        errors of memory, missing packages or the network.
+    A ValueError replaces any error that does not name the file, such as a missing key or bytes that are not text, but
+    not errors of memory, missing packages or the network.
     """
     try:
         yield
@@ -79,9 +71,7 @@ def read_text_table(path: str | Path, header: bool = True) -> pd.DataFrame:
         first = file.readline()
     separator = next((mark for mark in "\t,;" if mark.encode() in first), ",")
     with open_text(path) as file:
-        return pd.read_csv(
-            file, sep=separator, dtype=str, keep_default_na=False, header=0 if header else None, encoding="utf-8-sig"
-        )
+        return pd.read_csv(file, sep=separator, header=0 if header else None, **_UNCHANGED)
 
 
 def read_columns(path: str | Path, n: int = 1) -> pd.DataFrame:
@@ -95,15 +85,7 @@ def read_columns(path: str | Path, n: int = 1) -> pd.DataFrame:
             n = min(n, 1 + max((line.count(b"\t") for line in file), default=0))
     with open_text(path) as file:
         return pd.read_csv(
-            file,
-            sep="\t",
-            header=None,
-            names=range(n),
-            usecols=range(n),
-            dtype=str,
-            keep_default_na=False,
-            quoting=3,
-            encoding="utf-8-sig",
+            file, sep="\t", header=None, names=range(n), usecols=range(n), quoting=csv.QUOTE_NONE, **_UNCHANGED
         )
 
 

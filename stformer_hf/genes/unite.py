@@ -83,17 +83,13 @@ def unite(
             f"{len(same_symbol)} genes have one symbol under different ids in different sources, such as {old} and "
             f"{new}; they are kept separate. Merge them with unify='symbol', or with aliases={{old: new}}."
         )
-    frames = [
-        table.frame.assign(gene_id=source).astype({"gene_id": object})
-        for table, source in zip(tables, ids, strict=True)
-    ]
+    frames, fates = [], []
+    for table, source in zip(tables, ids, strict=True):
+        frames.append(table.frame.assign(gene_id=source).astype({"gene_id": object}))
+        fates.append(np.where(are_ids(source), KEPT, UNMAPPED).astype(np.uint8))
+        fates[-1][source != table.gene_ids] = MAPPED
     genes = GeneTable.union([GeneTable(frame) for frame in _distinct(frames)])
     index = pd.Index(genes.gene_ids)
-    fates = []
-    for table, source in zip(tables, ids, strict=True):
-        fate = np.where(are_ids(source), KEPT, UNMAPPED).astype(np.uint8)
-        fate[source != table.gene_ids] = MAPPED
-        fates.append(fate)
     return UnitedGenes(genes, [index.get_indexer(source) for source in ids], fates)
 
 
@@ -134,10 +130,8 @@ def _distinct(frames: list[pd.DataFrame]) -> list[pd.DataFrame]:
 
 def _same_symbol(ids: list[np.ndarray], symbols: list[np.ndarray]) -> dict[str, str]:
     """Find genes with one symbol under different ids in different sources: id -> id to merge it with."""
-    frames = [
-        pd.DataFrame({"gene_id": source, "symbol": names}, dtype=object)
-        for source, names in zip(ids, symbols, strict=True)
-    ]
+    pairs_of = zip(ids, symbols, strict=True)
+    frames = [pd.DataFrame({"gene_id": source, "symbol": names}, dtype=object) for source, names in pairs_of]
     frames = [frame.drop_duplicates() for frame in _distinct(frames)]
     if len(frames) < 2:
         return {}

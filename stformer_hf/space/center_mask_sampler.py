@@ -17,6 +17,7 @@ from scipy import sparse
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from ..evaluation.gene_baselines import spread_rows
 from ..genes.wrong_names import must_have
 from ..models.gene_bert.gene_columns import resolve_genes
 from ..models.gene_bert.randomness import uniforms
@@ -24,7 +25,7 @@ from ..sources.read_anndata import as_anndata, coordinates_of, find_placed_table
 from ..store.cell_expression import CellExpression
 from ..store.cell_store import CellStore
 from ..store.row_numbers import check_mask
-from ..training.cell_checksum import checksum, spread_rows
+from ..training.cell_checksum import MOST, checksum
 from .neighbor_index import NeighborIndex, first_of_each
 from .neighborhood_batch import NeighborhoodBatch, NeighborhoodMetadata
 from .sampler_fit import fit_sampler
@@ -309,7 +310,7 @@ class CenterMaskSampler(Dataset):
 
     def describe_cells(self) -> str:
         """Return the number of cells, and a checksum of their names and of the counts of up to 64 of them."""
-        some = sparse.csr_array(self.expression_of(spread_rows(len(self))))
+        some = sparse.csr_array(self.expression_of(spread_rows(len(self), MOST)))
         values = [self.gene_ids, self._keys[self.indices], some.indptr, some.indices, some.data]
         return f"{len(self)} cells (checksum {checksum(*values)})"
 

@@ -15,15 +15,7 @@ _HEADS = ("classifier", "pre_classifier", "wide_head")  # trained in full, and s
 
 
 def check_adapts(model: Any, lora: int | None, freeze: int, layer_decay: float = 1.0) -> None:
-    """Refuse settings of `adapt` and `layer_rates` that are out of range, or that need a checkpoint as `model`.
-
-    Raises
-    ------
-    ValueError
-        The setting needs a checkpoint, and none was passed; a number is out of range.
-    ImportError
-        PEFT is not installed.
-    """
+    """Raise a ValueError for settings that are out of range, or need a checkpoint, or an ImportError without PEFT."""
     if (lora is not None and lora < 1) or freeze < 0:
         raise ValueError(f"lora={lora}, freeze={freeze}: lora must be a rank of at least 1, and freeze at least 0.")
     if not 0 < layer_decay <= 1:
@@ -52,18 +44,13 @@ def adapt(model: PreTrainedModel, lora: int | None, freeze: int) -> nn.Module:
     Parameters
     ----------
     model : PreTrainedModel
-        Classifier with an encoder at `base_model`.
     lora : int or None
         Rank. Query and value projections (the layers that PEFT knows for the model) get adapters, whose outputs are
         scaled by 2; the encoder is frozen, and the heads are trained in full. The result is then a
         `peft.PeftModel` around the model; None returns the model itself.
     freeze : int
-        Number of first layers to freeze, with the embeddings; 0 freezes nothing.
-
-    Raises
-    ------
-    ValueError
-        The model has fewer layers.
+        Number of first layers to freeze, with the embeddings; 0 freezes nothing. Raise a ValueError if the model has
+        fewer.
     """
     n_layers = model.config.num_hidden_layers
     if freeze > n_layers or (lora is not None and freeze == n_layers):
@@ -99,12 +86,7 @@ def layer_rates(
 
     What is above all layers, such as the heads, has the learning rate of `args`; each layer has `layer_decay` times
     the rate of the one above it, and the embeddings that of the first layer times `layer_decay`. As in Trainer, biases
-    and norms have no weight decay.
-
-    Raises
-    ------
-    ValueError
-        `args.optim` is not AdamW.
+    and norms have no weight decay. Raise a ValueError if `args.optim` is not AdamW.
 
     Notes
     -----
@@ -121,22 +103,13 @@ def layer_rates(
         number = numbers[name]
         below = n_layers - int(number[1]) if number else (n_layers + 1 if "embedding" in name else 0)
         groups.setdefault((below, weight.ndim > 1), []).append(weight)
-    settings = [
-        {
-            "params": weights,
-            "lr": args.learning_rate * layer_decay**below,
-            "weight_decay": args.weight_decay if decays else 0.0,
-        }
+    rate, decay = args.learning_rate, args.weight_decay
+    params = [
+        {"params": weights, "lr": rate * layer_decay**below, "weight_decay": decay if decays else 0.0}
         for (below, decays), weights in groups.items()
     ]
     betas = args.adam_beta1, args.adam_beta2
-    return torch.optim.AdamW, {
-        "params": settings,
-        "lr": args.learning_rate,
-        "betas": betas,
-        "eps": args.adam_epsilon,
-        "fused": True,
-    }
+    return torch.optim.AdamW, {"params": params, "lr": rate, "betas": betas, "eps": args.adam_epsilon, "fused": True}
 
 
 __all__ = ["adapt", "check_adapts", "layer_rates"]

@@ -12,13 +12,7 @@ _OURS = ("gene_bert", "cell_neighborhood")
 
 
 def check_arguments(trainer: Trainer) -> None:
-    """Refuse arguments that would have no effect, or an effect other than documented.
-
-    Raises
-    ------
-    ValueError
-        An argument is not supported; the message names it and says what to do.
-    """
+    """Raise a ValueError for arguments that would have no effect, or an effect other than documented."""
     args, config = trainer.args, getattr(trainer.model, "config", None)
     model_type = getattr(config, "model_type", None)
     if getattr(trainer.data_collator, "packing", False) and model_type != "gene_bert":

@@ -68,11 +68,7 @@ def replace_out_of_fold(folder: str | Path, found: OutOfFold | Mapping[str, OutO
     arrays: dict[str, np.ndarray] = {}
     for column, of in ({"": found} if isinstance(found, OutOfFold) else found).items():
         prefix = f"{column}/" if column else ""
-        fields: dict[str, Any] = {
-            "predictions": of.predictions,
-            "labels": of.labels,
-            "cell_id": of.rows.astype(np.int64),
-        }
+        fields: dict[str, Any] = dict(predictions=of.predictions, labels=of.labels, cell_id=of.rows.astype(np.int64))
         fields |= {} if of.distances is None else {"distances": of.distances, "centroids": of.centroids}
         arrays |= {prefix + name: np.ascontiguousarray(array) for name, array in fields.items()}
     save_file(arrays, str(path))

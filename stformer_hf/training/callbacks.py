@@ -21,11 +21,8 @@ class SetEpoch(TrainerCallback):
     """Set the epoch of a trainer or a collator before the batches of the epoch are read.
 
     With transformers' Trainer, `callbacks=[SetEpoch(collator)]` makes masks and gene dropout a function of (seed,
-    epoch, `cell_id`), as `CellTrainer` does, independent of batches, workers, processes and resumption.
-
-    Parameters
-    ----------
-    of : CellTrainer, CellCollator, or another object with `set_epoch`
+    epoch, `cell_id`), as `CellTrainer` does, independent of batches, workers, processes and resumption. `of` is any
+    object with `set_epoch`.
     """
 
     def __init__(self, of: Any):
@@ -70,22 +67,24 @@ class SaveOnSignal(TrainerCallback):
         """
         came = int(self._came or 0)
         if args.world_size > 1:
-            of_all = self.trainer.accelerator.gather(torch.full((1,), came, device=args.device)).max()
-            came = 0
-            if self._sent is not None:
-                sent, arrived = self._sent
-                if arrived is not None:
-                    arrived.synchronize()
-                came = int(sent)
-            arrived = None
-            sent = of_all.to("cpu", non_blocking=True)
-            if of_all.device.type == "cuda":
-                arrived = torch.cuda.Event()
-                arrived.record()
-            self._sent = sent, arrived
+            came = self._exchange(came, args.device)
         if came:
             self.trainer.interrupted = signal.Signals(came)
             control.should_save = control.should_training_stop = True
+
+    def _exchange(self, came: int, device: torch.device) -> int:
+        """Send a signal to all processes, and return the one that they sent in the step before; 0 is none."""
+        of_all = self.trainer.accelerator.gather(torch.full((1,), came, device=device)).max()
+        before, event = self._sent, torch.cuda.Event() if of_all.device.type == "cuda" else None
+        self._sent = of_all.to("cpu", non_blocking=True), event
+        if event is not None:
+            event.record()
+        if before is None:
+            return 0
+        sent, arrived = before
+        if arrived is not None:
+            arrived.synchronize()
+        return int(sent)
 
     def stop_listening(self) -> None:
         """Restore the previous handlers; called after training, however it ended."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..evaluation.gene_baselines import spread_rows
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
 
@@ -97,9 +98,8 @@ def run_of(trainer: Any) -> dict[str, str]:
         run["training time"] = _duration(totals["seconds"])
         run["tokens per second"] = f"{totals['tokens'] / totals['seconds']:,.0f}"
         run["cells per second"] = f"{totals['cells'] / totals['seconds']:,.1f}"
-    last: dict[str, Any] = next(
-        (entry for entry in reversed(trainer.state.log_history) if "train_runtime" in entry), {}
-    )
+    ends = [entry for entry in trainer.state.log_history if "train_runtime" in entry]
+    last: dict[str, Any] = ends[-1] if ends else {}
     for key, name in (("padding_share", "share of padding"), ("mfu", "model FLOPs utilisation, of dense bf16")):
         if f"train_{key}" in last:
             run[name] = f"{last[f'train_{key}']:.1%}"
@@ -159,15 +159,10 @@ def is_of_baseline(name: str) -> bool:
 
 
 def compare(metrics: Mapping[str, Any]) -> tuple[list[dict[str, Any]], set[str]]:
-    """Pair each figure of the model with those of its baselines.
+    """Pair each figure of the model with those of its baselines; return also the names of the metrics used.
 
-    Returns
-    -------
-    list of dict
-        `figure`, `better` ("lower" or "higher"), `model` (value), `baselines` (name -> value), and those of them that
-        the model does not beat, `unbeaten`.
-    set of str
-        Names of the metrics used in the list.
+    A dict has `figure`, `better` ("lower" or "higher"), `model` (value), `baselines` (name -> value), and those of
+    them that the model does not beat, `unbeaten`.
     """
     figures = figures_of(metrics)
     found: dict[str, dict[str, Any]] = {}
@@ -189,19 +184,12 @@ def compare(metrics: Mapping[str, Any]) -> tuple[list[dict[str, Any]], set[str]]
             what = "counts of masked cells, per gene"
         elif figure == "nll" and subject in (None, "genes"):
             what = "masked genes"
-        entry = found.setdefault(
-            key,
-            {
-                "figure": ": ".join(filter(None, [what, _FIGURES.get(figure, figure.replace("_", " "))])),
-                "better": "lower" if figure in ("nll", "loss") else "higher",
-                "model": figures[key],
-                "baselines": {},
-                "unbeaten": {},
-            },
-        )
-        baseline, own_value = _BASELINES[of["baseline"]], figures[key]
+        title = ": ".join(filter(None, [what, _FIGURES.get(figure, figure.replace("_", " "))]))
+        better = "lower" if figure in ("nll", "loss") else "higher"
+        entry = {"figure": title, "better": better, "model": figures[key], "baselines": {}, "unbeaten": {}}
+        entry, baseline = found.setdefault(key, entry), _BASELINES[of["baseline"]]
         entry["baselines"][baseline] = value
-        if not (own_value < value if entry["better"] == "lower" else own_value > value):
+        if not (figures[key] < value if entry["better"] == "lower" else figures[key] > value):
             entry["unbeaten"][baseline] = value
         used |= {name, key}
     return list(found.values()), used
@@ -210,14 +198,11 @@ def compare(metrics: Mapping[str, Any]) -> tuple[list[dict[str, Any]], set[str]]
 def gene_coverage(store: CellStore, tokenizer: GeneTokenizer) -> dict[str, float]:
     """Compute how many of the genes of a store a tokenizer knows.
 
-    Returns
-    -------
-    dict of str to float
-        `genes`: share of the store's genes; `vocabulary`: share of the tokenizer's genes; `counts`: share of the
-        counts, in at most 1,000 evenly spaced cells.
+    Return the shares of the store's `genes`, of the tokenizer's (`vocabulary`), and of the `counts` in at most 1,000
+    evenly spaced cells.
     """
     found = tokenizer.find_genes(store.gene_ids, store.genes.symbols)
-    rows = np.unique(np.linspace(0, len(store) - 1, min(len(store), _CELLS_FOR_COVERAGE), dtype=np.int64))
+    rows = spread_rows(len(store), _CELLS_FOR_COVERAGE)
     counts = np.asarray(store.rows(rows).sum(axis=0), np.float64).ravel()
     return {
         "genes": float((found >= 0).mean()),
@@ -226,12 +211,4 @@ def gene_coverage(store: CellStore, tokenizer: GeneTokenizer) -> dict[str, float
     }
 
 
-__all__ = [
-    "compare",
-    "figures_of",
-    "gene_coverage",
-    "is_of_baseline",
-    "last_metrics",
-    "run_of",
-    "settings_of",
-]
+__all__ = ["compare", "figures_of", "gene_coverage", "is_of_baseline", "last_metrics", "run_of", "settings_of"]

@@ -10,9 +10,10 @@ from datasets import Dataset as HuggingFaceDataset
 from torch.utils.data import ConcatDataset, Subset
 
 from ..batches.iterable_ann_dataset import IterableAnnDataset
+from ..evaluation.gene_baselines import spread_rows
 from ..store.cell_store import CellStore
 
-_MOST = 64  # cells, or files, whose values are read
+MOST = 64  # cells, or files, whose values are read
 
 
 def describe_cells(dataset: Any) -> str | None:
@@ -25,18 +26,18 @@ def describe_cells(dataset: Any) -> str | None:
     describes itself. Other datasets have a number of rows; None if even that is unknown.
     """
     if isinstance(dataset, CellStore):
-        rows = dataset.rows(spread_rows(len(dataset)))
+        rows = dataset.rows(spread_rows(len(dataset), MOST))
         values = [dataset.gene_ids.tolist(), dataset.cell_ids, dataset.lengths, rows.indices, rows.data]
         return f"{len(dataset)} cells (checksum {checksum(*values)})"
     if isinstance(dataset, IterableAnnDataset):
         n_cells = dataset.n_cells_of_files
-        heads = [dataset.first_cells(int(file), 8) for file in spread_rows(len(n_cells))]
+        heads = [dataset.first_cells(int(file), 8) for file in spread_rows(len(n_cells), MOST)]
         values = [n_cells, dataset.gene_ids.tolist(), *(part for head in heads for part in (head.indices, head.data))]
         return f"{n_cells.sum()} cells of {len(n_cells)} files (checksum {checksum(*values)})"
     if isinstance(dataset, HuggingFaceDataset):
         plain = dataset.with_format(None)
         columns = [plain[name][:] for name in ("cell_id", "length") if name in plain.column_names]
-        rows = [plain[int(row)] for row in spread_rows(len(plain))]
+        rows = [plain[int(row)] for row in spread_rows(len(plain), MOST)]
         return f"{len(plain)} cells (checksum {checksum(columns, rows)})"
     if hasattr(dataset, "describe_cells"):
         return dataset.describe_cells()
@@ -46,11 +47,6 @@ def describe_cells(dataset: Any) -> str | None:
     if isinstance(dataset, ConcatDataset):
         return "; ".join(map(str, map(describe_cells, dataset.datasets)))
     return f"{len(dataset)} rows" if hasattr(dataset, "__len__") else None
-
-
-def spread_rows(n: int) -> np.ndarray:
-    """Return up to 64 row numbers of n, evenly spread: int64 array."""
-    return np.unique(np.linspace(0, n - 1, min(n, _MOST)).astype(np.int64)) if n else np.empty(0, np.int64)
 
 
 def checksum(*values: Any) -> str:
@@ -65,4 +61,4 @@ def checksum(*values: Any) -> str:
     return f"{found:08x}"
 
 
-__all__ = ["checksum", "describe_cells", "spread_rows"]
+__all__ = ["MOST", "checksum", "describe_cells"]

@@ -44,10 +44,7 @@ class CellHead:
     def predictions(self, logits: torch.Tensor) -> torch.Tensor:
         """Convert logits (n, num_labels) to probabilities of classes or labels, or to numbers: float32 (n, n_outputs).
 
-        Raises
-        ------
-        ValueError
-            The logits have another shape.
+        Raise a ValueError if the logits have another shape.
         """
         logits = logits[:, self.outputs] if logits.ndim == 2 else logits
         if logits.ndim != 2 or logits.shape[1] != len(self.names):
@@ -63,16 +60,8 @@ class CellHead:
     def columns(self, predictions: np.ndarray, known: np.ndarray, prefix: str, top_k: int = 1) -> dict[str, Any]:
         """Convert predictions to columns of obs.
 
-        Parameters
-        ----------
-        predictions : float array (n, n_outputs)
-            As returned by `predictions`.
-        known : bool array (n,)
-            Whether the model could read each cell; the values of the others are missing.
-        prefix : str
-            Prefix of the column names.
-        top_k : int, default: 1
-            Number of most probable classes; at most all of them.
+        `predictions` (n, n_outputs) are those of the method; cells that the model could not read, by `known`, bool
+        (n,), have missing values.
 
         Returns
         -------
@@ -101,10 +90,7 @@ class CellHead:
 def read_heads(model: PreTrainedModel) -> list[CellHead]:
     """Read the heads of a model that predicts cells: one for each of its label columns, else one.
 
-    Raises
-    ------
-    ValueError
-        The model does not predict cells: it is a classifier of genes, a masked model or an encoder.
+    Raise a ValueError for other models: classifiers of genes, masked models and encoders.
     """
     check_predicts_cells([type(model).__name__], "The model")
     config = model.config
@@ -152,13 +138,7 @@ def predicts_cells(architectures: list[str]) -> bool:
 
 
 def check_predicts_cells(architectures: list[str], what: str) -> None:
-    """Refuse models that do not predict cells, by the names of their classes.
-
-    Raises
-    ------
-    ValueError
-        None of the names is that of a classifier of cells.
-    """
+    """Raise a ValueError if none of these model classes, given by name, predicts cells."""
     if predicts_cells(architectures):
         return
     found = ", ".join(architectures) or "no model"
@@ -174,13 +154,7 @@ def check_predicts_cells(architectures: list[str], what: str) -> None:
 
 
 def check_finite(outputs: np.ndarray, known: np.ndarray) -> None:
-    """Refuse outputs, float (n, d), that are NaN or infinite for cells that the model could read, `known`, bool (n,).
-
-    Raises
-    ------
-    ValueError
-        There are such cells; the message says how many.
-    """
+    """Raise a ValueError if outputs (n, d) of cells that the model could read, `known`, bool (n,), are not finite."""
     n_wrong = int((~np.isfinite(outputs).all(axis=1) & known).sum())
     if n_wrong:
         raise ValueError(

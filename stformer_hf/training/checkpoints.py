@@ -30,10 +30,7 @@ def last_whole_checkpoint(folder: str | Path) -> Path | None:
 def checkpoint_to_resume(folder: str | Path) -> Path | None:
     """Find the checkpoint from which a run resumes: its newest complete one, or None if the run has to start.
 
-    Raises
-    ------
-    FileExistsError
-        The folder holds a finished model but no checkpoint: a new run would replace the model.
+    Raise a FileExistsError if the folder holds a model but no checkpoint, since a new run would replace the model.
     """
     found = last_whole_checkpoint(folder)
     if found is None and holds_model(folder):
@@ -45,12 +42,9 @@ def checkpoint_to_resume(folder: str | Path) -> Path | None:
 
 
 def check_complete(checkpoint: str | Path) -> None:
-    """Refuse a checkpoint that lacks part of the state of its run, which Trainer would silently reset.
+    """Raise a ValueError for a checkpoint that lacks part of the state of its run, which Trainer would silently reset.
 
-    Raises
-    ------
-    ValueError
-        It is not a folder; the state of the trainer, the optimizer or the schedule is missing.
+    That is the state of the trainer, the optimizer or the schedule.
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
@@ -72,14 +66,9 @@ def check_complete(checkpoint: str | Path) -> None:
 
 
 def check_same_meaning(checkpoint: str | Path, config: PreTrainedConfig | None) -> None:
-    """Refuse a checkpoint whose weights mean other genes, classes or neighbourhoods than the model to continue.
+    """Raise a ValueError if the weights of a checkpoint mean other genes, classes or neighbourhoods than the model's.
 
     Only what the configurations of both know is compared; default names of outputs (LABEL_0, …) are unknown.
-
-    Raises
-    ------
-    ValueError
-        They differ; the message names how.
     """
     files = [Path(checkpoint) / name for name in (MODEL_CONFIG, "config.json")]  # the first is that of an adapter
     file = next((file for file in files if file.exists()), None)
@@ -95,8 +84,8 @@ def check_same_meaning(checkpoint: str | Path, config: PreTrainedConfig | None) 
 
 
 def _meaning(config: Any) -> dict[str, Any]:
-    fields = {name: getattr(config, name, None) for name in (*_MEANING, "id2label", "label2id")}
-    return {**{name: fields[name] for name in _MEANING}, "label2id": read_numbers(SimpleNamespace(**fields))}
+    names = SimpleNamespace(**{name: getattr(config, name, None) for name in ("id2label", "label2id")})
+    return {**{name: getattr(config, name, None) for name in _MEANING}, "label2id": read_numbers(names)}
 
 
 def _short(value: Any) -> str:

@@ -39,16 +39,8 @@ def choose_epochs(
     trying. For several label columns, the score of a cell is the mean over its labels, and the median class of each
     column must have 50 cells.
 
-    Parameters
-    ----------
-    prepared : Finetuning
-        Classifier with its start.
-    labels : array (n, …)
-        Labels of its cells.
-    groups : array (n,), optional
-        As in `inner_folds`.
-    arguments : TrainingArguments
-        Settings of training.
+    `prepared` is the classifier with its start, `labels` (n, …) are those of its cells; `groups` (n,) are as in
+    `inner_folds`.
 
     Returns
     -------
@@ -77,7 +69,7 @@ def choose_epochs(
             return 0, {"fine_tuning": why}, None
 
     def cell_scores(outputs: np.ndarray, cells: np.ndarray) -> np.ndarray:
-        total, n_labels = np.zeros(len(cells)), np.zeros(len(cells))
+        total, n_labels = np.zeros((2, len(cells)))
         for column in columns:
             has = np.isin(cells, column.rows)
             total[has] += column.problem.cell_scores(outputs[has, column.outputs], column.labels_of(cells[has]))
@@ -85,12 +77,9 @@ def choose_epochs(
         return total / n_labels
 
     folds = inner_folds(columns[0].problem, labels, groups, arguments.seed)[:N_FOLDS]
-    outputs: list[np.ndarray] = []
-    scores: list[np.ndarray] = []
-    rows: list[np.ndarray] = []
+    outputs, scores = [], []
     for train, held_out, _ in folds:
         outputs.append(_outputs_of_epochs(prepared, labels, train, held_out, arguments))
-        rows.append(held_out)
         scores.append(np.stack([cell_scores(of, held_out) for of in outputs[-1]], axis=1))
         if (scores[0].mean(axis=0)[1:] <= scores[0][:, 0].mean()).all():
             break
@@ -101,7 +90,8 @@ def choose_epochs(
     if gain <= error:
         return 0, {**facts, "fine_tuning": "none: it did not beat the start by more than its standard error"}, None
     facts["fine_tuning"] = f"{best} epochs: {gain:+.4f} over the start (standard error {error:.4f})"
-    tried, predictions = np.concatenate(rows), np.concatenate([of[best] for of in outputs])
+    tried = np.concatenate([held_out for _, held_out, _ in folds])
+    predictions = np.concatenate([of[best] for of in outputs])
     found: dict[str | None, OutOfFold] = {}
     for column in columns:
         has = np.isin(tried, column.rows)
@@ -133,7 +123,7 @@ def _outputs_of_epochs(
     fold = replace(prepared, model=model, cells=cells, num_train_epochs=MOST_EPOCHS)
     n_labelled = {of.column: len(of.rows) for of in labelled_cells(model.config, labels)}
     rotated = {
-        name: (of.rotated[0][np.isin(of.rows, train)], of.rotated[1])
+        name: (of.rotated[0][np.isin(of.out_of_fold.rows, train)], of.rotated[1])
         for name, of in start.items()
         if of.rotated is not None and len(of.rotated[0]) == n_labelled[name]
     }

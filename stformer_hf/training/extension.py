@@ -85,7 +85,10 @@ def extend_vocabulary(
     phenotypes = phenotypes or {}
     if not len(genes) and not phenotypes:
         raise ValueError("There is nothing to add: pass genes, phenotypes, or both.")
-    for what, names in [("genes", genes), *((f"phenotypes[{name!r}]", values) for name, values in phenotypes.items())]:
+    for what, names in {
+        "genes": genes,
+        **{f"phenotypes[{of!r}]": values for of, values in phenotypes.items()},
+    }.items():
         if isinstance(names, str):
             raise ValueError(f"{what} must be a list of names, got {names!r}.")
     if not isinstance(model, PreTrainedModel):
@@ -113,12 +116,12 @@ def _check_fits(model: PreTrainedModel, tokenizer: GeneTokenizer) -> None:
     config = model.config
     check_tokenizer_fits(model, tokenizer)
     n_types = config.type_vocab_size if _reads_types(model, tokenizer) else tokenizer.type_vocab_size
-    reads_cells, fits = getattr(config, "cell_embedding", False), (len(tokenizer), tokenizer.type_vocab_size)
-    if (config.vocab_size, n_types) != fits or reads_cells != tokenizer.whole_cell:  # of a model of transformers
+    of_model = config.vocab_size, n_types, getattr(config, "cell_embedding", False)
+    found = len(tokenizer), tokenizer.type_vocab_size, tokenizer.whole_cell
+    if of_model != found:  # a model of transformers
         raise ValueError(
-            f"The tokenizer does not fit the model: {fits[0]} ids, {fits[1]} types and whole_cell="
-            f"{tokenizer.whole_cell}, where the model has {config.vocab_size}, {n_types} and {reads_cells}. Load both "
-            "from one checkpoint."
+            "The tokenizer does not fit the model: {} ids, {} types and whole_cell={}, where the model has {}, {} and "
+            "{}. Load both from one checkpoint.".format(*found, *of_model)
         )
     added = tokenizer.get_vocab().keys() - tokenizer.encoder.ids.keys()
     if added:
@@ -144,10 +147,10 @@ def _extend_tokenizer(
     known = tokenizer._matcher.find(genes) >= 0
     new_genes = [gene for gene, is_known in zip(genes, known, strict=True) if not is_known]
     all_phenotypes = _merge_phenotypes(tokenizer, phenotypes)
-    wrong = {"bin_edges": bin_edges} if tokenizer.scheme == "rank" else {"medians": medians}
-    for name, value in wrong.items():
-        if value is not None:
-            raise ValueError(f'{name} are settings of the other scheme; this tokenizer is "{tokenizer.scheme}".')
+    of_rank = tokenizer.scheme == "rank"
+    if (bin_edges if of_rank else medians) is not None:
+        name = "bin_edges" if of_rank else "medians"
+        raise ValueError(f'{name} are settings of the other scheme; this tokenizer is "{tokenizer.scheme}".')
     if not new_genes and all_phenotypes == tokenizer.phenotypes:
         return tokenizer
 
@@ -167,9 +170,7 @@ def _extend_tokenizer(
     if weights is not None:  # a new gene has the mean weight of the old ones
         settings["gene_weights"] = np.concatenate([weights, np.full(len(new_genes), weights.mean())])
     extended = type(tokenizer)(
-        **settings,
-        padding_side=tokenizer.padding_side,
-        model_input_names=tokenizer.model_input_names,
+        **settings, padding_side=tokenizer.padding_side, model_input_names=tokenizer.model_input_names
     )
     if new_genes and tokenizer.scheme == "rank" and np.isnan(extended.medians[len(tokenizer.genes) :]).all():
         raise ValueError(f"None of the new genes has a median: {sample(new_genes)}.")

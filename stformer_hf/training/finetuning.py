@@ -259,10 +259,6 @@ def prepare_classifier(
 
     Parameters are those of `finetune`; `arguments` hold the seed and the settings of training, `model_config` fields
     of `GeneBertConfig`, and `tokenizer_config` settings of `GeneTokenizer` for a new model.
-
-    Returns
-    -------
-    Finetuning
     """
     check_adapts(model, lora, freeze, layer_decay)
     for name, value, known in (
@@ -276,17 +272,7 @@ def prepare_classifier(
     balanced = class_weights == "balanced"
     if balanced and problem_type != "single_label_classification":
         raise ValueError(f"class_weights={class_weights!r} is for classes, and the problem is {problem_type}.")
-    head: dict[str, Any] = {
-        "problem_type": problem_type,
-        **{"class_weights": None, "reader_weights": None, "temperature": 1.0, "label_columns": None},
-        **(model_config or {}),
-    }
-    if classes and not isinstance(key, str):
-        head |= fields_of_columns(classes)
-    else:
-        columns = [key] if isinstance(key, str) else key
-        names = classes[columns[0]] if classes else columns
-        head |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    head = _fields_of_head(key, classes, problem_type, model_config or {})
     set_seed(arguments.seed)
     if model is None:
         settings = {"whole_cell": True, "max_length": max_length, **(tokenizer_config or {})}
@@ -295,15 +281,8 @@ def prepare_classifier(
         classifier = GeneBertForClassification(GeneBertConfig.from_tokenizer(tokenizer, size=size, **wide, **head))
     else:
         classifier, tokenizer = _load(model, tokenizer, head)
-    config = classifier.config
-    left_out = [name for name in tokenizer.included_phenotypes if name not in phenotypes]
-    if left_out:
-        logger.warning(
-            f"The phenotype tokens of {', '.join(left_out)} are left out: one of them may be the label under another "
-            "name. List those that the model may read: phenotypes=[…], or --phenotypes."
-        )
-    tokenizer.included_phenotypes = list(phenotypes)
-    classifier.tokenizer = tokenizer
+    config, classifier.tokenizer = classifier.config, tokenizer
+    _leave_out_phenotypes(tokenizer, phenotypes)
     if config.classifier_pooling == "cls" and not tokenizer.add_cls:
         raise ValueError("The tokenizer adds no [CLS]: use --pooling mean.")
     if balanced and classes:
@@ -325,6 +304,30 @@ def prepare_classifier(
     elif num_train_epochs is None:
         prepared.num_train_epochs = _EPOCHS_WITHOUT_START
     return prepared
+
+
+def _fields_of_head(
+    key: str | list[str], classes: dict[str, list[str]] | None, problem_type: str, others: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the fields of the configuration that describe the head; those of a checkpoint's head are reset."""
+    head: dict[str, Any] = {"class_weights": None, "reader_weights": None, "temperature": 1.0, "label_columns": None}
+    head |= {"problem_type": problem_type, **others}
+    if classes and not isinstance(key, str):
+        return head | fields_of_columns(classes)
+    columns = [key] if isinstance(key, str) else key
+    names = classes[columns[0]] if classes else columns
+    return head | {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
+
+def _leave_out_phenotypes(tokenizer: GeneTokenizer, phenotypes: Sequence[str]) -> None:
+    """Let a tokenizer include only these phenotypes in the tokens of a cell; others are left out with a warning."""
+    left_out = [name for name in tokenizer.included_phenotypes if name not in phenotypes]
+    if left_out:
+        logger.warning(
+            f"The phenotype tokens of {', '.join(left_out)} are left out: one of them may be the label under another "
+            "name. List those that the model may read: phenotypes=[…], or --phenotypes."
+        )
+    tokenizer.included_phenotypes = list(phenotypes)
 
 
 def _start(
@@ -366,11 +369,8 @@ def _start(
     out_of_fold: dict[Any, OutOfFold] = {}
     temperatures = {column.name: column.temperature for column in label_columns_of(config)}
     for column in started:
-        if trained is None:
-            of = start[column.column]
-            found = OutOfFold(of.choice.out_of_fold, of.labels, of.rows, of.choice.distances, of.centroids)
-        else:
-            found = trained[column.column]
+        found = start[column.column].out_of_fold if trained is None else trained[column.column]
+        if trained is not None:
             scale = fit_temperature(column.problem, found.predictions, found.labels)
             temperatures[column.column] = float(temperatures[column.column] * scale)
             found.predictions = (found.predictions / scale).astype(np.float32)

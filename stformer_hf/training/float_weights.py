@@ -16,12 +16,7 @@ def keep_in_float32(model: nn.Module, autocast: bool) -> None:
     A bfloat16 number has 8 significant bits: an update below 1/512 of a weight does not change it, and at usual
     learning rates most updates are smaller. transformers loads a checkpoint in the precision in which it was saved.
     Frozen and quantized weights beside an adapter are not converted. `autocast` says whether the training computes in
-    half precision (`bf16` or `fp16` of TrainingArguments).
-
-    Raises
-    ------
-    ValueError
-        The attention needs half precision, but training does not compute in it.
+    half precision (`bf16`, `fp16` of TrainingArguments); raise a ValueError if it does not, but the attention has to.
     """
     half = (torch.bfloat16, torch.float16)
     weights = list(model.parameters())
@@ -40,9 +35,8 @@ def keep_in_float32(model: nn.Module, autocast: bool) -> None:
         f"The weights are {name}, in which small updates are rounded away: they are trained and saved in float32. "
         f"Load them with dtype=torch.float32 to avoid this warning.{speed}"
     )
-    if all(weight.requires_grad or not weight.is_floating_point() for weight in weights) or not hasattr(
-        model, "peft_config"
-    ):
+    has_frozen = any(weight.is_floating_point() and not weight.requires_grad for weight in weights)
+    if not has_frozen or not hasattr(model, "peft_config"):
         model.float()
     else:
         for weight in weights:

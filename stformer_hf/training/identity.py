@@ -28,23 +28,17 @@ _REMEDY = "Load all of them from one checkpoint, or make the model with GeneBert
 
 
 def check_tokenizer_fits(model: PreTrainedModel, tokenizer: GeneTokenizer, name: str = "tokenizer") -> None:
-    """Check that a tokenizer, which errors call `name`, has the vocabulary of a model.
+    """Raise a ValueError if a tokenizer, which errors call `name`, has another vocabulary than a model.
 
-    Raises
-    ------
-    ValueError
-        The sizes, or the genes, bins or phenotypes themselves, differ; only one of the two is for whole cells.
+    The sizes, or the genes, bins or phenotypes themselves, differ, or only one of the two is for whole cells.
     """
     config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", None) != "gene_bert" or not isinstance(tokenizer, GeneTokenizer):
         return
-    sizes = (config.vocab_size, config.type_vocab_size)
-    if sizes != (len(tokenizer), tokenizer.type_vocab_size):
-        raise ValueError(
-            f"The {name} does not fit the model: {len(tokenizer)} ids and {tokenizer.type_vocab_size} types, where "
-            f"the model has {sizes[0]} and {sizes[1]}. {_REMEDY}"
-        )
-    if config.cell_embedding != tokenizer.whole_cell:
+    ids, types, n_genes = len(tokenizer), tokenizer.type_vocab_size, len(tokenizer.genes)
+    if (config.vocab_size, config.type_vocab_size) != (ids, types):
+        found = f"{ids} ids and {types} types, where the model has {config.vocab_size} and {config.type_vocab_size}"
+    elif config.cell_embedding != tokenizer.whole_cell:
         raise ValueError(
             f"The model reads whole cells (cell_embedding=True), but the {name} does not return them: make it with "
             "whole_cell=True."
@@ -52,26 +46,17 @@ def check_tokenizer_fits(model: PreTrainedModel, tokenizer: GeneTokenizer, name:
             else f"The {name} returns whole cells (whole_cell=True), but the model does not read them: make the model "
             "with GeneBertConfig.from_tokenizer(tokenizer), or the tokenizer without whole_cell."
         )
-    n_genes = len(tokenizer.genes)
-    if config.cell_embedding and config.num_genes != n_genes:
-        raise ValueError(
-            f"The {name} does not fit the model: {n_genes} genes, where the model has {config.num_genes}. {_REMEDY}"
-        )
-    if config.vocabulary_fingerprint not in (None, tokenizer.fingerprint):
-        raise ValueError(
-            f"The {name} does not fit the model: the same number of ids and types, but other genes, bins or "
-            f"phenotypes, or another order. {_REMEDY}"
-        )
+    elif config.cell_embedding and config.num_genes != n_genes:
+        found = f"{n_genes} genes, where the model has {config.num_genes}"
+    elif config.vocabulary_fingerprint not in (None, tokenizer.fingerprint):
+        found = "the same number of ids and types, but other genes, bins or phenotypes, or another order"
+    else:
+        return
+    raise ValueError(f"The {name} does not fit the model: {found}. {_REMEDY}")
 
 
 def check_tokenizers(model: PreTrainedModel, processing_class: Any, collator: Any) -> None:
-    """Check that a model, its tokenizer and the tokenizer of its collator have the same vocabulary.
-
-    Raises
-    ------
-    ValueError
-        Two of them differ; see `check_tokenizer_fits`.
-    """
+    """Raise a ValueError if a model, its tokenizer and the tokenizer of its collator differ in their vocabulary."""
     of_collator = getattr(collator, "tokenizer", None)
     for name, tokenizer in (("processing_class", processing_class), ("tokenizer of the data_collator", of_collator)):
         if tokenizer is not None:
@@ -95,21 +80,14 @@ def _vocabulary(tokenizer: Any) -> Any:
 
 
 def check_tokens(dataset: Any, model: PreTrainedModel, tokenizer: Any) -> None:
-    """Check that the tokens of a dataset were made with the tokenizer of the collator, or of the model.
+    """Raise a ValueError if tokens of a dataset were made with another tokenizer than the collator's, or the model's.
 
     A stream has its tokenizer, and a tokenized dataset the manifest that `CellStore.tokenize` wrote. The tokens of
     other datasets cannot be checked.
-
-    Raises
-    ------
-    ValueError
-        The tokens mean other genes, bins or phenotypes.
     """
-    wanted = (
-        tokenizer.fingerprint
-        if isinstance(tokenizer, GeneTokenizer)
-        else getattr(getattr(model, "config", None), "vocabulary_fingerprint", None)
-    )
+    wanted = getattr(getattr(model, "config", None), "vocabulary_fingerprint", None)
+    if isinstance(tokenizer, GeneTokenizer):
+        wanted = tokenizer.fingerprint
     for part in bases(dataset):
         found = _fingerprint_of(part)
         if wanted is not None and found is not None and found != wanted:
@@ -121,24 +99,15 @@ def check_tokens(dataset: Any, model: PreTrainedModel, tokenizer: Any) -> None:
 
 
 def check_stores_together(dataset: Any) -> None:
-    """Compare the stores of a ConcatDataset, whose cells come in one batch.
-
-    Raises
-    ------
-    ValueError
-        Other genes, or other obs columns.
-    """
+    """Raise a ValueError if the stores of a ConcatDataset, whose cells come in one batch, differ in genes or obs."""
     stores = [base for base in bases(dataset) if isinstance(base, CellStore)]
     for other in stores[1:]:
-        first, differ = stores[0], ""
-        if first.gene_ids.tolist() != other.gene_ids.tolist():
-            differ = "genes"
-        elif list(first.obs.columns) != list(other.obs.columns):
-            differ = "obs columns"
-        if differ:
+        first = stores[0]
+        same_genes = first.gene_ids.tolist() == other.gene_ids.tolist()
+        if not same_genes or list(first.obs.columns) != list(other.obs.columns):
             raise ValueError(
-                f"The stores {first.path} and {other.path} are combined, but differ in their {differ}: merge them "
-                "with CellStore.build(path, stores)."
+                f"The stores {first.path} and {other.path} are combined, but differ in their "
+                f"{'obs columns' if same_genes else 'genes'}: merge them with CellStore.build(path, stores)."
             )
 
 
@@ -169,9 +138,7 @@ def fit_classes(model: PreTrainedModel, collator: Any, dataset: Any) -> Any:
     `config.id2label` and `config.label2id` are set if the outputs have no names, the collator or the training cells
     (`dataset`) know them, and the head has room for them.
 
-    Returns
-    -------
-    A copy of a `DataCollatorForCellClassification` with `label2id`, if it had none; any other collator itself.
+    Return a copy of a `DataCollatorForCellClassification` with `label2id`, if it had none; any other collator itself.
 
     Raises
     ------
@@ -243,18 +210,13 @@ def fit_datasets(model: PreTrainedModel, train: Any, others: Iterable[Any]) -> N
 
     This is the hook for datasets whose rows are not tokens. If a dataset, or one inside a Subset or ConcatDataset, has
     a method `fit_model(model, name, learn)`, it is called with the model, the name of the argument for errors, and
-    whether it may add to `model.config` what is missing there. `CenterMaskSampler` has such a method.
-
-    Raises
-    ------
-    ValueError
-        A dataset does not fit the model.
+    whether it may add to `model.config` what is missing there; it raises a ValueError if the dataset does not fit.
+    `CenterMaskSampler` has such a method.
     """
-    for name, learn, datasets in (("train_dataset", True, [train]), ("eval_dataset", False, others)):
-        for dataset in datasets:
-            for part in bases(dataset):
-                if hasattr(part, "fit_model"):
-                    part.fit_model(model, name, learn)
+    for name, datasets in (("train_dataset", [train]), ("eval_dataset", others)):
+        for part in (part for dataset in datasets for part in bases(dataset)):
+            if hasattr(part, "fit_model"):
+                part.fit_model(model, name, name == "train_dataset")
 
 
 __all__ = [

@@ -17,6 +17,7 @@ from ..genes.wrong_names import some_of
 from ..models.gene_bert.heads import IGNORE, label_columns_of, output_names, problem_of
 from ..store.cell_store import CellStore
 from .cell_heads import predicts_cells, read_numbers
+from .label_selection import kind_of_values
 from .loading import unwrap
 
 
@@ -38,24 +39,16 @@ class _Labels:
 
     @property
     def what(self) -> str:
-        if self.names is not None:
-            return f"classes ({_some(self.names)})"
-        kinds = {"b": "booleans", "i": "whole numbers", "u": "whole numbers", "f": "numbers"}
-        return kinds.get(self.values.dtype.kind, f"values of type {self.values.dtype}")
+        return kind_of_values(self.values.dtype) if self.names is None else f"classes ({_some(self.names)})"
 
 
 def fit_head_to_labels(model: Any, collator: Any, dataset: Any, all_read: bool = True) -> None:
-    """Check that the labels of cells fit a head, and set `problem_type` of its configuration if it is missing.
+    """Raise a ValueError if labels of cells do not fit a head, or are missing; set a missing `config.problem_type`.
 
     `fit_classes` names the outputs. Nothing is checked of models that are not classifiers of cells, or with a collator
     that is not a `DataCollatorForCellClassification`; labels can be read from a store, a stream, a `datasets.Dataset`,
     and a Subset or ConcatDataset of such. `all_read` says whether all cells are read, so that each needs a label; a
     draw may leave some out.
-
-    Raises
-    ------
-    ValueError
-        The labels do not fit the head; the message names both. Cells have no label.
     """
     if not isinstance(collator, DataCollatorForCellClassification):
         return
@@ -175,10 +168,7 @@ def _check_numbers(found: dict[str, _Labels | None], config: Any, kind: str) -> 
 def _read(dataset: Any, name: str) -> _Labels | None:
     """Read a column of labels; None if the dataset lacks it, or its columns cannot be read as a whole.
 
-    Raises
-    ------
-    ValueError
-        A store or a stream lacks the column; a column holds classes in one part and numbers in another.
+    Raise a ValueError if a store or a stream lacks it, or if it holds classes in one part and numbers in another.
     """
     if isinstance(dataset, Subset):
         labels = _read(dataset.dataset, name)
@@ -194,11 +184,10 @@ def _read(dataset: Any, name: str) -> _Labels | None:
                 f"{', '.join(dataset.obs) or 'none'}. Name it where it is made, obs=[{name!r}]."
             )
         values: Any = dataset.obs[name]
-        if name in dataset.categories:
-            return _Labels(
-                values.cat.codes.to_numpy() if of_store else values, list(dataset.categories[name]), of_store
-            )
-        return _Labels(np.asarray(values), None, of_store)
+        if name not in dataset.categories:
+            return _Labels(np.asarray(values), None, of_store)
+        codes = values.cat.codes.to_numpy() if of_store else values
+        return _Labels(codes, list(dataset.categories[name]), of_store)
     if isinstance(dataset, HuggingFaceDataset) and name in dataset.column_names:
         feature = dataset.features[name]
         if getattr(feature, "dtype", None) is None or feature.dtype == "string":
@@ -215,8 +204,9 @@ def _joined(name: str, parts: list[_Labels]) -> _Labels:
     if not orders:
         return _Labels(np.concatenate([part.values for part in parts]), None, of_store)
     if len(orders) < len(parts):
-        classes = next(part.what for part in parts if part.names is not None)
-        numbers = next(part.what for part in parts if part.names is None)
+        classes, numbers = (
+            next(of.what for of in parts if (of.names is None) == numeric) for numeric in (False, True)
+        )
         raise ValueError(
             f"{name!r} holds {classes} in one of the combined datasets, and {numbers} in another: merge them with "
             "CellStore.build(path, stores)."

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from ..genes.wrong_names import must_have, warn_of_missing
+from ..genes.wrong_names import must_have, some_of, warn_of_missing
 from ..models.gene_bert.heads import IGNORE
 from ..store.cell_store import CellStore
 
@@ -19,6 +20,8 @@ def select_labelled(
 ) -> tuple[CellStore, np.ndarray, str | list[str], dict[str, list[str]] | None, str]:
     """Select the cells with counts and labels; arguments as for `finetune`.
 
+    Raise a ValueError if a column is missing or does not fit the problem, or if no cell has counts and a label.
+
     Returns
     -------
     cells : CellStore
@@ -26,11 +29,6 @@ def select_labelled(
     key : the column, or the columns, those of classes in alphabetical order
     classes : the classes of each column, or None
     problem_type : str
-
-    Raises
-    ------
-    ValueError
-        A column is missing, or does not fit the problem; no cell has counts and a label.
     """
     columns = [label_key] if isinstance(label_key, str) else list(label_key)
     several = not isinstance(label_key, str)
@@ -40,9 +38,10 @@ def select_labelled(
         must_have(cells.obs, "obs", name)
     categorical = [name for name in columns if name in cells.categories]
     if problem_type is None and several and 0 < len(categorical) < len(columns):
+        numeric = [name for name in columns if name not in categorical]
         raise ValueError(
             f"{', '.join(map(repr, categorical))} of the label columns hold categories, and "
-            f"{', '.join(repr(name) for name in columns if name not in categorical)} numbers. Classes and numbers "
+            f"{', '.join(map(repr, numeric))} numbers. Classes and numbers "
             "cannot be learnt together: leave some out or, if the numbers stand for classes, make them categorical, "
             "adata.obs[key].astype('category')."
         )
@@ -83,12 +82,11 @@ def _class_codes(cells: CellStore, name: str, usable: np.ndarray) -> tuple[np.nd
             raise ValueError(f"None of the {len(cells)} cells has a {name!r}.")
         if column.dtype.kind not in "biuf" and column.nunique() == len(cells) > 1:
             raise ValueError(f"{name!r} is text with a different value for each cell: it names cells, not classes.")
-        kinds = {"b": "booleans", "i": "whole numbers", "u": "whole numbers", "f": "numbers"}
         raise ValueError(
-            f"{name!r} holds {kinds.get(column.dtype.kind, f'values of type {column.dtype}')}, not categories. To "
-            "predict numbers, pass problem_type='regression'. To predict classes, pass "
-            "problem_type='single_label_classification' with an AnnData, build the store with classes=[…] "
-            "(stformer-hf build --classes), or make them categorical, adata.obs[key].astype('category')."
+            f"{name!r} holds {kind_of_values(column.dtype)}, not categories. To predict numbers, pass "
+            "problem_type='regression'. To predict classes, pass problem_type='single_label_classification' with an "
+            "AnnData, build the store with classes=[…] (stformer-hf build --classes), or make them categorical, "
+            "adata.obs[key].astype('category')."
         )
     names, codes = cells.categories[name], cells.obs[name].cat.codes.to_numpy().astype(np.int64)
     used = np.unique(codes[usable & (codes >= 0)])  # classes that only held-out cells have are left out
@@ -100,13 +98,19 @@ def _class_codes(cells: CellStore, name: str, usable: np.ndarray) -> tuple[np.nd
             f"{name!r} has only one class among the training cells, {classes[0]!r}: at least two are needed."
         )
     warn_of_missing(classes, repr(name))
-    unused = [of for i, of in enumerate(names) if i not in set(used.tolist())]
+    unused = [of for of in names if of not in classes]
     if unused:
         logger.warning(
             f"{len(unused)} classes of {name!r} have no training cell with counts, and the model does not "
-            f"know them: {', '.join(unused[:10])}{', …' if len(unused) > 10 else ''}."
+            f"know them: {some_of(unused, 10)}."
         )
     return np.where(codes < 0, IGNORE, np.searchsorted(used, codes)), classes
 
 
-__all__ = ["select_labelled"]
+def kind_of_values(dtype: Any) -> str:
+    """Return what values of a numpy or pandas dtype are, for messages."""
+    kinds = {"b": "booleans", "i": "whole numbers", "u": "whole numbers", "f": "numbers"}
+    return kinds.get(dtype.kind, f"values of type {dtype}")
+
+
+__all__ = ["kind_of_values", "select_labelled"]

@@ -40,22 +40,11 @@ _OF_TASK = {"SEQ_CLS": AutoModelForSequenceClassification, "TOKEN_CLS": AutoMode
 
 
 def unwrap(model: Any, merge: bool = False) -> PreTrainedModel:
-    """Return the model inside its wrappers; the adapters of a PEFT model stay active in it.
+    """Return the model inside wrappers of PEFT, `torch.compile`, and data parallelism or averaging, in any order.
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-        Or one wrapped by PEFT, `torch.compile`, `DataParallel`, `DistributedDataParallel` or `AveragedModel`, in any
-        order.
-    merge : bool, default: False
-        Merge the adapters into the weights, in a copy of the model. Otherwise the weights are shared, not copied.
-
-    Raises
-    ------
-    TypeError
-        There is no PreTrainedModel inside.
-    ValueError
-        It is a PEFT model with prompts, which are not part of the model.
+    The adapters of a PEFT model stay active in it; with `merge`, they are merged into the weights of a copy. Otherwise
+    the weights are shared. Raise a TypeError if there is no PreTrainedModel inside, and a ValueError for PEFT's
+    prompts, which are not part of the model.
     """
     inner = model
     while not isinstance(inner, PreTrainedModel):
@@ -128,10 +117,7 @@ def find_installed(name: str) -> str | None:
 def load_config(model: str | os.PathLike) -> PreTrainedConfig:
     """Load the configuration of a checkpoint; for an adapter, that of the model that it was trained in.
 
-    Raises
-    ------
-    FileNotFoundError
-        The folder does not exist (the message names the closest one), or holds no checkpoint.
+    Raise a FileNotFoundError if the folder does not exist (naming the closest one), or holds no checkpoint.
     """
     name = _checked(model)
     adapter = _read_adapter(name)
@@ -144,13 +130,7 @@ def load_config(model: str | os.PathLike) -> PreTrainedConfig:
 
 
 def tokenizer_of(model: Any, tokenizer: Any | None) -> Any:
-    """Return a tokenizer that was given, else that of a model object or of a checkpoint.
-
-    Raises
-    ------
-    ValueError
-        A model object has none.
-    """
+    """Return the tokenizer given, else that of a checkpoint or of a model object; a ValueError if that has none."""
     if tokenizer is None:
         tokenizer = getattr(model, "tokenizer", None) if is_model(model) else load_tokenizer(model)
     if tokenizer is None:
@@ -161,10 +141,7 @@ def tokenizer_of(model: Any, tokenizer: Any | None) -> Any:
 def load_tokenizer(model: str | os.PathLike) -> Any:
     """Load the tokenizer of a checkpoint; for an adapter without its own, that of its base.
 
-    Raises
-    ------
-    FileNotFoundError
-        As for `load_config`; the folder has no tokenizer.
+    Raise a FileNotFoundError as `load_config` does, and if the folder has no tokenizer.
     """
     name = _checked(model, tokenizer=True)
     if os.path.isdir(name) and not (Path(name) / _TOKENIZER).exists():
@@ -186,8 +163,8 @@ def load_model(
     Parameters
     ----------
     model : str or Path
-        Folder of a checkpoint, or of a PEFT adapter, whose base is loaded too; or the name of one that an installed
-        package brings, or of one on the Hub.
+        Folder of a checkpoint, or of a PEFT adapter, whose base is loaded and whose weights are merged into it; or the
+        name of one that an installed package brings, or of one on the Hub.
     auto_class : class, default: AutoModel
         Auto class to load it with. An adapter is loaded in the class of the model that it was trained in.
     new_head : bool, default: False
@@ -195,19 +172,12 @@ def load_model(
     **settings
         As for `from_pretrained`.
 
-    Returns
-    -------
-    PreTrainedModel
-        With the weights of an adapter merged into its own.
-
     Raises
     ------
-    FileNotFoundError
-        As for `load_config`.
     ValueError
         The checkpoint lacks weights, such as those of a head that it was not trained with.
-    ImportError
-        It is an adapter, and PEFT is not installed.
+    FileNotFoundError, ImportError
+        As for `load_config`; it is an adapter, and PEFT is not installed.
     """
     name = _checked(model)
     adapter = _read_adapter(name)
@@ -258,8 +228,7 @@ def _load_adapter(name: str, adapter: dict[str, Any]) -> PreTrainedModel:
             "peft.PeftModel.from_pretrained(base, folder), and pass the object."
         )
     config = load_config(name)
-    genes_of_base = getattr(load_config(base), "vocabulary_fingerprint", None)
-    genes = getattr(config, "vocabulary_fingerprint", None)
+    genes, genes_of_base = (getattr(of, "vocabulary_fingerprint", None) for of in (config, load_config(base)))
     if None not in (genes, genes_of_base) and genes != genes_of_base:
         raise ValueError(
             f"The adapter {name} was trained on a model with other genes, bins or phenotypes (fingerprint {genes}) "
@@ -323,8 +292,8 @@ def _checked(model: str | os.PathLike, tokenizer: bool = False) -> str:
         raise FileNotFoundError(f"The folder {name} holds no checkpoint (no {_CONFIG}).{hint}")
     if os.path.exists(name):
         raise FileNotFoundError(f"{name} is a file; pass the folder of a checkpoint.")
-    parts = Path(name).parts
-    if not is_hub_id(name) or (len(parts) > 1 and os.path.isdir(parts[0])):  # the latter is a local folder
+    is_local = len(Path(name).parts) > 1 and os.path.isdir(Path(name).parts[0])
+    if is_local or not is_hub_id(name):
         raise FileNotFoundError(f"There is no folder {name!r}{_closest(name)}.")
     return name
 

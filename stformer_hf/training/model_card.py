@@ -52,18 +52,14 @@ def write_model_card(
     intended_use: str | None = None,
     limits: str | None = None,
 ) -> Path:
-    """Write `README.md` of a checkpoint, with metadata for the Hub.
+    """Write `README.md` of a checkpoint, with metadata for the Hub, and return its path.
 
     A card that was edited, or written by another program, is kept; the new one is then `README.new.md`.
 
     Parameters
     ----------
-    folder : str or Path
-        Folder of the checkpoint.
-    model : PreTrainedModel
-        Model in the checkpoint.
-    tokenizer : GeneTokenizer, optional
-        Its tokenizer.
+    folder, model, tokenizer
+        Folder of the checkpoint, its PreTrainedModel, and its GeneTokenizer, if it has one.
     store : CellStore, optional
         Training cells.
     settings : dict, optional
@@ -80,39 +76,22 @@ def write_model_card(
         Metadata that the program cannot know; licence and datasets are ids of the Hub.
     intended_use, limits : str, optional
         Paragraphs to add.
-
-    Returns
-    -------
-    Path
-        The card.
     """
     path = Path(folder) / "README.md"
-    if trainer is not None:
-        settings = {**settings_of(trainer), **(settings or {})}
-        metrics = {**last_metrics(trainer), **(metrics or {})}
+    settings = {**({} if trainer is None else settings_of(trainer)), **(settings or {})}
+    metrics = {**({} if trainer is None else last_metrics(trainer)), **(metrics or {})}
     adapter, model = _adapter(model), unwrap(model)
     config, kind = model.config, _kind(model)
     heads = read_heads(model) if kind == "cells" else []
     head = heads[0] if heads else None
-    comparisons, compared = compare(metrics or {})
-    figures = figures_of(metrics or {})
+    (comparisons, compared), figures = compare(metrics), figures_of(metrics)
     name = _plain(name or path.parent.resolve().name) or "unnamed"
     datasets = [of for of in ([datasets] if isinstance(datasets, str) else datasets) if is_hub_id(of)]
     sources = [] if store is None else [source["name"] for source in store.manifest["sources"]]
     of_cells = "tabular-regression" if head is not None and head.kind == "regression" else "tabular-classification"
-    task = {"masked": "fill-mask", "cells": of_cells, "genes": "token-classification"}
-    results = [
-        EvalResult(
-            task_type=task.get(kind, "feature-extraction"),
-            dataset_type=datasets[0] if datasets else "cells",
-            dataset_name=_plain("held-out cells of " + (", ".join(sources) or "the training data")),
-            metric_type=_METRIC_TYPES.get(key, _plain(key)),
-            metric_name=_plain(key.replace("_", " ")),
-            metric_value=round(float(value), 6),
-        )
-        for key, value in ((key.removeprefix("eval_"), of) for key, of in figures.items() if key.startswith("eval_"))
-        if math.isfinite(value) and not is_of_baseline(key)
-    ]
+    task = {"masked": "fill-mask", "cells": of_cells, "genes": "token-classification"}.get(kind, "feature-extraction")
+    data = "held-out cells of " + (", ".join(sources) or "the training data")
+    results = _results(figures, task, datasets[0] if datasets else "cells", data)
     spatial = ["spatial-transcriptomics"] if kind == "neighborhoods" else []
     own_tags = [_plain(tag) for tag in (config.model_type, *([tags] if isinstance(tags, str) else tags))]
     metadata = ModelCardData(
@@ -140,17 +119,11 @@ def write_model_card(
         head=head,
         heads=heads,
         classes=head.names if head is not None else list(config.id2label.values()) if kind == "genes" else [],
-        is_calibrated=any(key.endswith("calibration_error") for key in settings or {}),
+        is_calibrated=any(key.endswith("calibration_error") for key in settings),
         tokenizer=tokenizer,
         store=store,
-        coverage=gene_coverage(store, tokenizer)
-        if tokenizer is not None and store is not None and len(store)
-        else None,
-        settings={
-            key: value
-            for key, value in (settings or {}).items()
-            if value is not None and not isinstance(value, Mapping)
-        },
+        coverage=gene_coverage(store, tokenizer) if tokenizer is not None and store else None,
+        settings={key: of for key, of in settings.items() if of is not None and not isinstance(of, Mapping)},
         run={} if trainer is None else run_of(trainer),
         comparisons=comparisons,
         others={key: value for key, value in figures.items() if key not in compared},
@@ -174,6 +147,23 @@ def write_model_card(
     return path
 
 
+def _results(figures: Mapping[str, Any], task: str, dataset: str, data: str) -> list[EvalResult]:
+    """Return the figures of evaluations for the metadata, without those of baselines."""
+    evaluated = {key.removeprefix("eval_"): value for key, value in figures.items() if key.startswith("eval_")}
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset,
+            dataset_name=_plain(data),
+            metric_type=_METRIC_TYPES.get(key, _plain(key)),
+            metric_name=_plain(key.replace("_", " ")),
+            metric_value=round(float(value), 6),
+        )
+        for key, value in evaluated.items()
+        if math.isfinite(value) and not is_of_baseline(key)
+    ]
+
+
 def is_unchanged_card(path: str | Path) -> bool:
     """Return whether a file was written by `write_model_card` and not edited since."""
     text = Path(path).read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n")
@@ -190,13 +180,8 @@ def _template() -> Any:
     """Return the template; it is compiled once."""
     import jinja2
 
-    environment = jinja2.Environment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_escape,
-    )
+    blocks: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    environment = jinja2.Environment(**blocks, undefined=jinja2.StrictUndefined, finalize=_escape)
     environment.filters |= {
         "python": lambda text: _Markdown(repr(_plain(text))),
         "shell": lambda text: _Markdown(shlex.quote(_plain(text))),

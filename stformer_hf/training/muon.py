@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainingArguments
 def muon_for_matrices(
     model: PreTrainedModel, args: TrainingArguments, momentum: float = 0.95
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """Return Muon for the weights of the linear layers of an encoder, and AdamW for the rest, for Trainer.
+    """Return Trainer's `optimizer_cls_and_kwargs`: Muon for the linear layers of an encoder, AdamW for the rest.
 
     Parameters
     ----------
@@ -24,11 +24,6 @@ def muon_for_matrices(
         the size of AdamW's, so that one learning rate and one weight decay serve both.
     momentum : float, default: 0.95
         Momentum of Muon.
-
-    Returns
-    -------
-    (type, dict)
-        Trainer's `optimizer_cls_and_kwargs`.
 
     Raises
     ------
@@ -62,12 +57,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
     """One optimizer of two: Muon for some of the parameters, the `matrices`, fused AdamW for all others.
 
     Groups of parameters may set `weight_decay`. Other arguments are those of `torch.optim.AdamW` and
-    `torch.optim.Muon`.
-
-    Raises
-    ------
-    ValueError
-        Some of the matrices are not among the parameters, as after sharding or in another model.
+    `torch.optim.Muon`. The matrices must be among the parameters, which they are not after sharding.
     """
 
     def __init__(

@@ -22,7 +22,8 @@ from .calibration import OutOfFold
 from .cell_heads import read_heads
 from .cell_trainer import CellTrainer
 from .loading import unwrap
-from .starts.classifier_start import ClassifierStart, run_cells
+from .starts.cell_features import run_cells
+from .starts.classifier_start import ClassifierStart
 
 logger = logging.getLogger(__name__)
 
@@ -134,8 +135,7 @@ class Finetuning:
     def save_choice(self, trainer: CellTrainer) -> None:
         """Write what was chosen, and why, to `fine_tuning.json` in the output folder of its trainer."""
         if trainer.is_world_process_zero():
-            assert trainer.args.output_dir is not None  # TrainingArguments set it
-            folder = Path(trainer.args.output_dir)
+            folder = Path(str(trainer.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             chosen = {**self.facts, "num_train_epochs": self.num_train_epochs}
             (folder / "fine_tuning.json").write_text(json.dumps(chosen, indent=1), encoding="utf-8")

@@ -105,7 +105,8 @@ class STFormerPretrainer(ObjectiveTrainer):
             # It has what the rank collator, the baselines and Trainer read of a tokenizer.
             processing_class = cast(GeneTokenizer, STFormerPreCollator(token_dictionary))
         train_dataset = as_selection(train_dataset)
-        eval_datasets = [as_selection(each) for each in _each(kwargs.get("eval_dataset"))]
+        held_out = kwargs.get("eval_dataset")
+        eval_datasets = list(map(as_selection, held_out.values() if isinstance(held_out, dict) else [held_out]))
         if data_collator is None:
             if processing_class is None:
                 raise ValueError(
@@ -193,10 +194,6 @@ class STFormerPretrainer(ObjectiveTrainer):
                 max_cells=_CELLS_TO_SWAP,
                 seed=self.args.seed,
             )
-
-
-def _each(datasets: Any) -> list[Any]:
-    return list(datasets.values()) if isinstance(datasets, dict) else [datasets]
 
 
 def _check_baselines(train_dataset: Any, eval_datasets: Sequence[Any], collator: Callable) -> None:

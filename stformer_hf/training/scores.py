@@ -8,13 +8,7 @@ from ..genes.wrong_names import closest
 
 
 def score_of(metrics: Mapping[str, float], metric: str) -> float:
-    """Return the value of a metric.
-
-    Raises
-    ------
-    ValueError
-        It is not among the metrics.
-    """
+    """Return the value of a metric; raise a ValueError if it is not among them."""
     if metric not in metrics:
         hint = closest(metric, metrics)
         raise ValueError(f"The evaluation has no metric {metric!r}{hint}; it has {', '.join(sorted(metrics))}.")

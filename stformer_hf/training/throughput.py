@@ -48,12 +48,8 @@ class ModelFlops:
 
     For T tokens in cells of lengths s, with P predicted tokens (or cells): 6 N T + 12 L d sum(s ** 2) + 6 H P. N is
     the number of the encoder's parameters without embeddings, H that of the head, with the output embedding; there are
-    L layers of width d. Padding and recomputed activations do not count.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        An encoder with `config.num_hidden_layers` layers of `config.hidden_size`, with or without a head.
+    L layers of width d, `config.num_hidden_layers` and `config.hidden_size` of the model. Padding and recomputed
+    activations do not count.
 
     Notes
     -----
@@ -79,12 +75,8 @@ class ModelFlops:
 class Throughput:
     """Number of tokens and cells seen in training, and its time without evaluation and saving.
 
-    Sums of tensors stay on their device until they are logged, so that steps never wait for the GPU.
-
-    Parameters
-    ----------
-    trainer : Trainer
-        Its accelerator gathers the counts of all processes.
+    Sums of tensors stay on their device until they are logged, so that steps never wait for the GPU. The accelerator
+    of the trainer gathers the counts of all processes.
 
     Attributes
     ----------
@@ -138,18 +130,15 @@ class Throughput:
 
         In a resumed run the clock starts at its first batch: those before it are read and skipped.
         """
-        while True:
-            began = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
+        began = time.perf_counter()
+        for batch in batches:
             now = time.perf_counter()
             if self._resumed:
                 self._resumed, self._since = False, now
             else:
                 self._wait += now - began
             yield batch
+            began = time.perf_counter()
 
     # ------------------------------------------------------------------ counts
 
@@ -178,10 +167,7 @@ class Throughput:
             n_cells = batch["seq_idx"].max().long() + 1  # dead and empty segments follow them
             lengths = lengths * (torch.arange(len(lengths), device=lengths.device) < n_cells)
         labels = batch.get("labels")
-        if labels is not None and labels.shape == ids.shape:
-            predictions = (labels != IGNORE).sum()
-        else:
-            predictions = n_cells
+        predictions = n_cells if labels is None or labels.shape != ids.shape else (labels != IGNORE).sum()
         self._add(torch.stack([lengths.sum(), lengths.square().sum(), predictions, n_cells]), ids.numel())
 
     def _add(self, counts: torch.Tensor, n_positions: int) -> None:

@@ -17,17 +17,8 @@ FILE = "weight_average.safetensors"  # in a checkpoint
 class WeightAverage:
     r"""Exponential moving average of a model's parameters.
 
-    After each step :math:`a \leftarrow d a + (1 - d) w`; it starts at the weights before the first step.
-
-    Parameters
-    ----------
-    decay : float
-        :math:`d`, above 0 and below 1: the average is over about :math:`1 / (1 - d)` steps.
-
-    Raises
-    ------
-    ValueError
-        The decay is out of range.
+    After each step :math:`a \leftarrow d a + (1 - d) w`; it starts at the weights before the first step. With the
+    decay :math:`d`, above 0 and below 1, the average is over about :math:`1 / (1 - d)` steps.
 
     Notes
     -----
@@ -75,13 +66,7 @@ class WeightAverage:
         save_file({name: values.cpu().contiguous() for name, values in self._average.items()}, folder / FILE)
 
     def load(self, folder: Path, model: nn.Module) -> None:
-        """Read the average of a checkpoint.
-
-        Raises
-        ------
-        ValueError
-            It has no average, or that of another model.
-        """
+        """Read the average of a checkpoint; raise a ValueError if it has none, or that of another model."""
         if not (folder / FILE).exists():
             raise ValueError(f"{folder} has no {FILE}: resume without ema, or start a new run.")
         found = load_file(folder / FILE)

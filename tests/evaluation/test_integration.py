@@ -33,6 +33,24 @@ def test_variance_of_batches_is_that_of_a_regression():
     assert np.isnan(batch_pcr(np.ones((4, 2)), np.array(["p", "q"] * 2)))
 
 
+def test_the_order_of_hashes_changes_no_digit():
+    """Python draws the hashes of strings anew in each process."""
+
+    class Name(str):
+        turn = 0
+
+        def __hash__(self):
+            return (int(self) + Name.turn) % 8
+
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        embedding, batches = rng.normal(size=(60, 3)), np.array([Name(i) for i in rng.integers(0, 8, 60)], object)
+        found = set()
+        for Name.turn in range(8):
+            found.add(batch_pcr(embedding, batches))
+        assert len(found) == 1
+
+
 def test_a_constant_embedding_mixes_perfectly_however_many_batches():
     batches = np.array(["p", "q", "r"] * 40)
     assert batch_ilisi(np.zeros((120, 2)), batches) == pytest.approx(1, abs=0.05)

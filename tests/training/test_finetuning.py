@@ -29,8 +29,8 @@ from stformer_hf.evaluation import cell_baselines
 from stformer_hf.training import epoch_choice, finetuning, log_lines
 from stformer_hf.training.calibration import load_out_of_fold
 from stformer_hf.training.finetuning import finetune, predict, prepare_classifier
-from stformer_hf.training.starts import classifier_start
-from stformer_hf.training.starts.classifier_start import _log_values_of, cell_states, scaled
+from stformer_hf.training.starts import cell_features, classifier_start
+from stformer_hf.training.starts.cell_features import CellFeatures, cell_states, scaled
 from stformer_hf.training.starts.linear_readers import log_softmax
 from stformer_hf.training.starts.spectral_start import count_blocks
 from stformer_hf.training.starts.spectral_views import fit_spectral_views, log_values
@@ -185,7 +185,7 @@ def test_readers_are_fitted_to_all_cells_that_memory_allows(labelled, of_many, m
 def test_out_of_fold_predictions_are_of_readers_of_most_cells(labelled, of_many):
     """Not of readers of the few cells that choose the regularisation, whose temperature would be too low."""
     start = of_many.start[None]
-    choice, tested = start.choice, start.rows
+    choice, tested = start.choice, start.out_of_fold.rows
     assert 40 < len(tested) < 238  # one of the two folds
     values, types = log_values_and_types(labelled)
     states = cell_states(of_many.model, of_many.tokenizer, of_many.cells)
@@ -197,7 +197,7 @@ def test_out_of_fold_predictions_are_of_readers_of_most_cells(labelled, of_many)
     )
     expected = np.exp(log_softmax(outputs / choice.temperature))
     np.testing.assert_allclose(np.exp(choice.out_of_fold), expected, atol=0.05)
-    np.testing.assert_array_equal(start.labels, types[tested])
+    np.testing.assert_array_equal(start.out_of_fold.labels, types[tested])
     known = of_many.out_of_fold
     assert known.predictions.shape == (len(tested), 3) and known.distances.shape == (len(tested),)
     assert of_many.model.config.temperature == choice.temperature
@@ -217,7 +217,7 @@ def test_groups_stay_whole_in_the_choice_by_many_cells(labelled, of_many, monkey
     monkeypatch.setattr(classifier_start, "choose_readers", kept)
     found = prepare_classifier(of_many.cells, "type", arguments, num_train_epochs=0, split_by="donor")
     donors = found.cells.obs["donor"].to_numpy()
-    assert len(folds) == 2 and len(found.start[None].rows) == 238
+    assert len(folds) == 2 and len(found.start[None].out_of_fold.rows) == 238
     for train, held_out, _ in folds[1]:
         assert not set(donors[train]) & set(donors[held_out])
     train, held_out, _ = folds[1][0]
@@ -237,7 +237,7 @@ def test_the_encoder_of_a_pretrained_model_runs_on_some_of_many_cells(labelled, 
     """The head is fitted to these, the genes to all; both choices leave the head a weight, as training needs it."""
     monkeypatch.setattr(classifier_start, "MOST_CELLS_TO_CHOOSE", 40)
     monkeypatch.setattr(classifier_start, "MOST_CELLS_TO_RUN", 100)
-    states, choose, ran, needed = classifier_start.cell_states, classifier_start.choose_readers, [], []
+    states, choose, ran, needed = cell_features.cell_states, classifier_start.choose_readers, [], []
 
     def counted(model, tokenizer, cells):
         ran.append(len(cells))
@@ -247,7 +247,7 @@ def test_the_encoder_of_a_pretrained_model_runs_on_some_of_many_cells(labelled, 
         needed.append(needs_head)
         return choose(*args, needs_head=needs_head, **kwargs)
 
-    monkeypatch.setattr(classifier_start, "cell_states", counted)
+    monkeypatch.setattr(cell_features, "cell_states", counted)
     monkeypatch.setattr(classifier_start, "choose_readers", kept)
     finetune(labelled, "type", model=started, num_train_epochs=1, training={"max_steps": 1})
     assert "[CLS] is fitted to 100 of 238" in caplog.text and "of genes is fitted" not in caplog.text
@@ -505,7 +505,7 @@ def test_the_wide_head_of_a_pretrained_model_reads_a_panel_as_the_model_does(lab
         np.add.at(values, (np.arange(20)[:, None], batch["cell_genes"].numpy()), cells.log_values.view(20, -1).numpy())
     store = _store_of(panel)
     rows = store.select(np.arange(20 - (panel.X[:20].sum(axis=1).A1 == 0).sum()))
-    expected = _log_values_of(found, tokenizer, store, sparse.csr_array(next(count_blocks(rows, tokenizer, False)())))
+    expected = CellFeatures(found, tokenizer, store, []).log_values(next(count_blocks(rows, tokenizer, False)()))
     full = panel.X[:20].sum(axis=1).A1 > 0
     np.testing.assert_allclose(values[full], expected.toarray(), atol=1e-4)
     other = make_cells(90, seed=3)[:, :30].copy()

@@ -167,10 +167,7 @@ def _put(values: torch.Tensor, labels: torch.Tensor, elsewhere: float) -> torch.
 def compute_phenotype_metrics(tokenizer: Any) -> Callable[[EvalPrediction], dict[str, float]]:
     """Make `compute_metrics` for masked phenotypes and genes, to go with `preprocess_logits_for_metrics`.
 
-    Parameters
-    ----------
-    tokenizer : GeneTokenizer
-        Defines the categories, and the tokens of each.
+    The `tokenizer`, a `GeneTokenizer`, defines the categories, and the tokens of each.
 
     Returns
     -------
@@ -237,21 +234,8 @@ def _macro(true: np.ndarray, predicted: np.ndarray, ids: np.ndarray, prefix: str
 def load_metric(name: str, **kwargs) -> EvaluationModule:
     """Load a metric of this package for the evaluate library, without network.
 
-    Parameters
-    ----------
-    name : {"masked_genes", "cell_classification"}
-        Name of its folder; `evaluate.load` also takes the path of the folder.
-    **kwargs
-        As for `evaluate.load`, such as `keep_in_memory`.
-
-    Returns
-    -------
-    evaluate.Metric
-
-    Raises
-    ------
-    ValueError
-        The name is unknown.
+    `name` is "masked_genes" or "cell_classification", that of its folder (`evaluate.load` also takes the path of the
+    folder); the other arguments are those of `evaluate.load`, such as `keep_in_memory`.
     """
     import evaluate
 

@@ -11,10 +11,7 @@ OBJECTIVES = ("mlm", "contrast", "decode", "cross_correlation")
 def check_objectives(objectives: Mapping[str, float] | None) -> dict[str, float]:
     """Check objectives and their weights, {"mlm": 1.0} by default; return those above 0, in the order of `OBJECTIVES`.
 
-    Raises
-    ------
-    ValueError
-        A name is unknown; a weight is negative or not a number; there is no objective.
+    Raise a ValueError if a name is unknown, a weight is negative or not a number, or there is no objective.
     """
     given = dict({"mlm": 1.0} if objectives is None else objectives)
     unknown = [name for name in given if name not in OBJECTIVES]

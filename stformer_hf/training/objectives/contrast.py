@@ -74,11 +74,4 @@ def contrast_of_totals(totals: torch.Tensor, comparable: torch.Tensor) -> torch.
     return info_nce(-residuals.square() / (2 * differences.var(correction=0).clamp(min=1e-6)), comparable)
 
 
-__all__ = [
-    "TEMPERATURE",
-    "cells_with_negatives",
-    "comparable_cells",
-    "contrast_loss",
-    "contrast_of_totals",
-    "info_nce",
-]
+__all__ = ["cells_with_negatives", "comparable_cells", "contrast_loss", "contrast_of_totals", "info_nce"]

@@ -15,13 +15,7 @@ from ..starts.spectral_start import cell_embedding_of
 
 @torch.no_grad()
 def add_decoder(model: PreTrainedModel) -> None:
-    """Add to a `GeneBertForPhenotypicMLM` a decoder that starts at the shares of the genes, unless it has one.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        Model with a cell embedding; changed in place.
-    """
+    """Add a decoder that starts at the shares of the genes to a model with a cell embedding, unless it has one."""
     if model.config.cell_decoder:
         return
     model.config.cell_decoder = True

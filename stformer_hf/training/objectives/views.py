@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +14,7 @@ from scipy import stats
 
 from ...batches.collate import join
 from ...batches.collators import DataCollatorForGeneRankMLM, DataCollatorForPhenotypicMLM
-from ...models.gene_bert.cell_counts import is_cell_batch, keep
+from ...models.gene_bert.cell_counts import is_cell_batch, keep, row_checksums
 from ...models.gene_bert.randomness import happens, uniforms
 from ...store.cell_batch import REPEAT, CellBatch, as_cell_batch
 from ...store.cell_store import CellStore
@@ -42,12 +41,7 @@ def thin(
 
     `counts` (nnz,) are whole numbers; `genes` and `cells`, int64 (nnz,), are the gene of each entry, and the position
     of its cell in `cell_ids`, int64 (n,). The result is the smallest k with P(at most k) >= u, for the uniform number
-    u of the entry.
-
-    Raises
-    ------
-    ValueError
-        Counts are fractional.
+    u of the entry. Raise a ValueError if counts are fractional.
     """
     drawn = uniforms(seed, epoch, _THIN, cell_ids, genes, cells)
     thinned = np.empty_like(counts)
@@ -197,24 +191,11 @@ def _totals(cells: CellBatch) -> np.ndarray:
 
 def _checksums(cells: CellBatch) -> np.ndarray:
     """Compute a checksum of the counts of each cell: int64 array (n,)."""
-    cuts = cells.indptr.tolist()
-    return np.array(
-        [
-            zlib.crc32(cells.genes[a:b].tobytes()) << 31 | zlib.crc32(cells.counts[a:b].tobytes()) >> 1
-            for a, b in zip(cuts, cuts[1:], strict=False)
-        ],
-        np.int64,
-    )
+    return row_checksums(cells.genes, cells.indptr) << 31 | row_checksums(cells.counts, cells.indptr) >> 1
 
 
 def sources_of(cells: CellBatch | CellStore, batch_key: str | None) -> np.ndarray:
-    """Return the source of each cell: int64 array (n,).
-
-    Parameters
-    ----------
-    cells : CellBatch or CellStore
-    batch_key : str, optional
-        Categorical obs column; by default, the file that the cell comes from.
+    """Return the source of each cell, int64 array (n,): its category in an obs column, or the file that it comes from.
 
     Raises
     ------
@@ -224,9 +205,8 @@ def sources_of(cells: CellBatch | CellStore, batch_key: str | None) -> np.ndarra
     """
     if batch_key is None:
         ids = cells.cell_ids if isinstance(cells, CellStore) else cells.cell_id % REPEAT
-        return (
-            np.zeros(len(ids), np.int64) if cells.path is None else _file_starts(cells.path).searchsorted(ids, "right")
-        )
+        starts = np.empty(0, np.int64) if cells.path is None else _file_starts(cells.path)
+        return starts.searchsorted(ids, "right")
     if batch_key not in cells.categories:
         raise ValueError(
             f"batch_key={batch_key!r} is not a categorical obs column of the store; those are "

@@ -82,13 +82,9 @@ def load_gene_embeddings(
 
 
 def embedding_of_genes(model: PreTrainedModel, tokenizer: GeneTokenizer) -> tuple[torch.Tensor, np.ndarray]:
-    """Return the table that holds the embedding of each gene's token, and the row of each gene in it.
+    """Return the embedding of genes, Tensor (n_rows, hidden), and the row of each gene in it, int64 (n_genes,).
 
-    Returns
-    -------
-    weight : Tensor (n_rows, hidden)
-        Embedding of token types (binned scheme) or of tokens (rank scheme).
-    rows : int64 array (n_genes,)
+    It is that of token types in the binned scheme, of tokens in the rank scheme.
     """
     if tokenizer.scheme == "rank":
         return model.get_input_embeddings().weight, tokenizer.gene_token_ids
@@ -101,10 +97,9 @@ def _read(embeddings) -> tuple[list[str], np.ndarray]:
     """Return the names of the genes, and their vectors: float64 array (n, d)."""
     what = "the table"
     if isinstance(embeddings, (str, os.PathLike)):
-        path = Path(embeddings)
-        what = str(path)
-        with naming(path, "gene embeddings"):
-            embeddings = _read_file(path)
+        what = str(embeddings)
+        with naming(what, "gene embeddings"):
+            embeddings = _read_file(Path(what))
     if isinstance(embeddings, Mapping):
         lengths = {np.size(vector) for vector in embeddings.values()}
         if len(lengths) != 1:

@@ -50,16 +50,10 @@ _SMALL = 1000  # with fewer cells, cross-validation is repeated
 
 @dataclass
 class Linear:
-    """A linear map from features to classes: `features @ weight + bias`.
+    """A linear map from features to classes: `features @ weight + bias`."""
 
-    Attributes
-    ----------
-    weight : float64 array (n_features, n_outputs)
-    bias : float64 array (n_outputs,)
-    """
-
-    weight: np.ndarray
-    bias: np.ndarray
+    weight: np.ndarray  # float64 (n_features, n_outputs)
+    bias: np.ndarray  # float64 (n_outputs,)
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Map features (n, n_features) to (n, n_outputs)."""
@@ -100,14 +94,8 @@ class ReaderChoice:
 class Problem:
     """A prediction problem (classes, multiple labels per cell, or numbers), and the fit of a linear reader for it.
 
-    Parameters
-    ----------
-    kind : {"single_label_classification", "multi_label_classification", "regression"}
-        As `config.problem_type`.
-    n_outputs : int
-        Number of classes, labels or numbers per cell.
-    balanced : bool, default: False
-        Whether all classes have the same weight in a fit, whatever their number of cells.
+    `kind` is that of `config.problem_type`, `n_outputs` the number of classes, labels or numbers per cell; with
+    `balanced`, all classes have the same weight in a fit, whatever their number of cells.
     """
 
     def __init__(self, kind: str, n_outputs: int, balanced: bool = False):
@@ -137,9 +125,8 @@ class Problem:
             bias[present] = 0.0
             return Linear(weight, bias)
         class_weight = "balanced" if self.balanced else None
-        found = LogisticRegression(C=penalty, max_iter=500, tol=_TOLERANCES[purpose], class_weight=class_weight).fit(
-            features, labels
-        )
+        found = LogisticRegression(C=penalty, max_iter=500, tol=_TOLERANCES[purpose], class_weight=class_weight)
+        found.fit(features, labels)
         if len(present) == 2:
             weight[:, present] = found.coef_.T * [-0.5, 0.5]
             bias[present] = found.intercept_ * [-0.5, 0.5]
@@ -201,16 +188,10 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def inner_folds(
     problem: Problem, labels: np.ndarray, groups: np.ndarray | None, seed: int
 ) -> list[tuple[np.ndarray, np.ndarray, int]]:
-    """Split cells into folds with similar shares of each class, and each group in one fold only.
+    """Split cells with `labels` (n, …) into folds with similar shares of each class, and each group in one fold only.
 
-    Parameters
-    ----------
-    problem : Problem
-    labels : array (n, …)
-        Classes, labels or numbers of the cells. Classes in several columns, (n, n_columns), are not stratified.
-    groups : array (n,), optional
-        Cells of one group, such as a donor, stay together.
-    seed : int
+    `groups` (n,) are those of the cells, such as donors. Classes in several columns, (n, n_columns), are not
+    stratified.
 
     Returns
     -------
@@ -284,10 +265,8 @@ def choose_readers(
 
     Parameters
     ----------
-    problem : Problem
-    labels : array (n, …)
-    folds : list of (training rows, validation rows, repeat)
-        From `inner_folds`.
+    problem, labels, folds
+        As for `inner_folds`, and its result.
     head_features : callable
         (training rows, validation rows) -> features of both, fitted to the training rows.
     gene_features : float array or csr_array (n, d)

@@ -11,7 +11,7 @@ from sklearn.utils.extmath import randomized_svd
 from transformers import PreTrainedModel
 
 from ...batches.collate import read_tokens
-from ...evaluation.gene_baselines import open_rows, read_rows
+from ...evaluation.gene_baselines import open_rows, read_rows, spread_rows
 from ...models.gene_bert.cell_counts import CountRows, is_cell_batch, map_genes
 from ...models.gene_bert.rank_prior import LEVEL_UNIT, N_BINS, RankPrior
 from ...models.gene_bert.tokenization_gene_bert import GeneTokenizer
@@ -39,9 +39,8 @@ def start_mlm_bias(model: PreTrainedModel, tokenizer: GeneTokenizer, train_cells
     model : GeneBertForPhenotypicMLM
         Changed in place.
     tokenizer : GeneTokenizer
-        Tokenizer of either scheme.
     train_cells : CellStore, datasets.Dataset with `input_ids`, or Subset of one
-        Training cells; at most 20,000, evenly spaced, are read.
+        At most 20,000, evenly spaced, are read.
 
     Notes
     -----
@@ -66,7 +65,7 @@ def start_rank_model(model: PreTrainedModel, tokenizer: GeneTokenizer, train_cel
     tokenizer : GeneTokenizer
         Tokenizer of the rank scheme, without neighbourhoods.
     train_cells : CellStore
-        Training cells, with their counts; at most 20,000, evenly spaced, are read.
+        At most 20,000, evenly spaced, are read.
     seed : int, default: 0
         Seed of the random projections.
 
@@ -98,7 +97,7 @@ class _Statistics:
 
     def __init__(self, tokenizer: GeneTokenizer, train_cells: Any, with_counts: bool = False):
         cells = open_rows(train_cells)
-        rows = np.unique(np.linspace(0, len(cells) - 1, min(len(cells), _MOST_CELLS)).astype(np.int64))
+        rows = spread_rows(len(cells), _MOST_CELLS)
         self.tokens = np.zeros(len(tokenizer), np.int64)
         self.pairs = self.n_pairs = np.empty(0, np.int64)
         found, lengths = [], []
@@ -117,9 +116,8 @@ class _Statistics:
         if with_counts:
             indptr = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
             columns = np.concatenate(found)
-            self.cells = sparse.csr_matrix(
-                (np.ones(len(columns), np.float32), columns, indptr), (len(rows), len(self.tokens))
-            )
+            has_gene = np.ones(len(columns), np.float32)
+            self.cells = sparse.csr_matrix((has_gene, columns, indptr), (len(rows), len(self.tokens)))
 
 
 def _token_counts(examples: Any, tokens: Any, tokenizer: GeneTokenizer) -> np.ndarray:

@@ -93,13 +93,7 @@ def fit_views(
 
 
 def cell_embedding_of(model: nn.Module) -> CellEmbedding:
-    """Return the cell embedding of a model.
-
-    Raises
-    ------
-    ValueError
-        It has none.
-    """
+    """Return the cell embedding of a model; raise a ValueError if it has none."""
     found = getattr(getattr(model, "base_model", model), "cell_embedding", None)
     if found is None:
         raise ValueError(
@@ -144,7 +138,6 @@ def count_blocks(
         sample = ", ".join(genes.gene_ids[:3])
         raise ValueError(f"The tokenizer knows none of the genes of the cells, such as {sample}.")
     to_genes = sparse.csr_array((np.ones(len(known)), (known, found[known])), shape=(len(found), len(tokenizer.genes)))
-
     same = np.array_equal(found, np.arange(len(tokenizer.genes)))
 
     def blocks() -> Iterator[sparse.csr_array]:

@@ -77,10 +77,6 @@ def fit_spectral_views(
     n_variable : int, default: 2000
         Number of genes of each view.
 
-    Returns
-    -------
-    SpectralViews
-
     Raises
     ------
     ValueError
@@ -105,11 +101,8 @@ def fit_spectral_views(
     often = sums["expressed"] >= min(_MIN_CELLS, n_cells)
     means = np.zeros((2, len(shares)))
     means[0] = sums["log"] / n_cells
-    means[1], variances = _residual_moments(blocks(), shares, n_cells, often)
-    chosen = [
-        _largest(_dispersion(sums, n_cells, often), often, n_variable),
-        _largest(variances, often, n_variable),
-    ]
+    means[1], variances = _residual_moments(blocks(), shares, n_cells)
+    chosen = [_largest(of, often, n_variable) for of in (_dispersion(sums, n_cells, often), variances)]
     covariances = _covariances(blocks(), shares, n_cells, chosen, batches)
     loadings, spread = [], []
     for genes, covariance in zip(chosen, covariances, strict=True):
@@ -195,11 +188,9 @@ def _dispersion(sums: dict[str, np.ndarray], n_cells: int, often: np.ndarray) ->
     found = np.full(len(mean), -np.inf)
     for i in range(_N_BINS):
         inside = often & (bins == i)
-        if np.count_nonzero(inside) > 1:
-            of = dispersion[inside]
-            found[inside] = (of - of.mean()) / max(of.std(ddof=1), 1e-12)
-        else:
-            found[inside] = 1.0  # a gene alone in its bin ranks one standard deviation above the mean
+        of = dispersion[inside]
+        # A gene alone in its bin ranks one standard deviation above the mean.
+        found[inside] = (of - of.mean()) / max(of.std(ddof=1), 1e-12) if len(of) > 1 else 1.0
     return found
 
 
@@ -210,10 +201,10 @@ def _largest(values: np.ndarray, often: np.ndarray, n: int) -> np.ndarray:
 
 
 def _residual_moments(
-    blocks: Iterable[sparse.csr_array], shares: np.ndarray, n_cells: int, often: np.ndarray
+    blocks: Iterable[sparse.csr_array], shares: np.ndarray, n_cells: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute mean and variance of the residuals of each gene over cells with counts: float64 arrays (n_genes,)."""
-    total, squares = np.zeros(len(shares)), np.zeros(len(shares))
+    total, squares = np.zeros((2, len(shares)))
     genes = np.flatnonzero(shares > 0)
     for whole in blocks:
         for block in _cut(_with_counts(whole)):

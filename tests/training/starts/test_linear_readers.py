@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from stformer_hf.evaluation import readers
 from stformer_hf.evaluation.readers import rotate_genes
-from stformer_hf.training.starts.classifier_start import _principal_scores
+from stformer_hf.training.starts.cell_features import _principal_scores
 from stformer_hf.training.starts.linear_readers import (
     _TEMPERATURES,
     PENALTIES,

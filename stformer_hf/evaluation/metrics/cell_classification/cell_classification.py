@@ -35,16 +35,11 @@ class CellClassification(evaluate.Metric):
 
     def _compute(self, predictions, references, labels=None):
         references, predictions = np.asarray(references), np.asarray(predictions)
-        labelled = references != -100
+        names, labelled = ("accuracy", "macro_precision", "macro_recall", "macro_f1"), references != -100
         if not labelled.any():
-            return dict.fromkeys(("accuracy", "macro_precision", "macro_recall", "macro_f1"), float("nan"))
+            return dict.fromkeys(names, float("nan"))
         references, predictions = references[labelled], predictions[labelled]
-        precision, recall, f1, _ = precision_recall_fscore_support(
+        *macro, _ = precision_recall_fscore_support(
             references, predictions, labels=labels, average="macro", zero_division=0
         )
-        return {
-            "accuracy": float(accuracy_score(references, predictions)),
-            "macro_precision": float(precision),
-            "macro_recall": float(recall),
-            "macro_f1": float(f1),
-        }
+        return dict(zip(names, map(float, (accuracy_score(references, predictions), *macro)), strict=True))
