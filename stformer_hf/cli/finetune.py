@@ -20,7 +20,7 @@ from typing import Literal
 
 from ..genes.wrong_names import some_of
 from ..training.defaults import FINETUNING, FINETUNING_REFERENCE, MAX_LENGTH
-from .arguments import flag, parse, refuse_flags_of_new
+from .arguments import flag, parse_training, refuse_flags_of_new, some_flags
 
 _OF_A_NEW_MODEL = ("size", "bin_edges", "max_length", "whole_cell")
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
@@ -82,12 +82,10 @@ class FinetuneArguments:
 
 def main(argv: list[str]) -> None:
     """Parse and run."""
-    args, training = parse(argv, FinetuneArguments, verb="finetune", description=__doc__, training=FINETUNING)
-    from .files import writing
-    from .runs import print_figures
+    args, training = parse_training(argv, FinetuneArguments, FINETUNING)
+    from .runs import run_and_print
 
-    with writing(args.output):
-        print_figures(args.output, run(args, training))
+    run_and_print(args.output, lambda: run(args, training))
 
 
 def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
@@ -149,11 +147,6 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
             arguments,
             model=args.model,
             num_train_epochs=arguments.num_train_epochs if given else None,
-            split_by=args.split_by,
-            phenotypes=args.phenotypes,
-            class_weights=args.class_weights,
-            problem_type=args.problem_type,
-            size=args.size,
             max_length=args.max_length or (MAX_LENGTH if whole_cell else 2048),
             model_config={
                 "classifier_label_smoothing": args.label_smoothing,
@@ -164,10 +157,8 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
                 "bin_edges": args.bin_edges,
                 "genes": genes_of_training(store, args.eval_data),
             },
-            lora=args.lora,
-            freeze=args.freeze,
-            layer_decay=args.layer_decay,
-            sampling=args.sampling,
+            **some_flags(args, "split_by", "phenotypes", "class_weights", "problem_type", "size"),
+            **some_flags(args, "lora", "freeze", "layer_decay", "sampling"),
         )
         heads = read_heads(prepared.model)
         if arguments.process_index == 0:
@@ -182,10 +173,8 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         trainer = prepared.trainer(
             arguments,
             held_out_cells,
-            gene_dropout=args.gene_dropout,
-            packing=args.packing,
-            max_tokens_per_batch=args.max_tokens_per_batch,
             compute_metrics=compute_metrics,
+            **some_flags(args, "gene_dropout", "packing", "max_tokens_per_batch"),
         )
     baselines: dict[str, float] = {}
     if held_out_cells is not None and not of_numbers:  # before training, so that a pushed card includes them

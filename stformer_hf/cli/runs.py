@@ -6,7 +6,7 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,19 +27,13 @@ from ..store.cell_store import CellStore
 from ..training.cell_trainer import CellTrainer
 from ..training.checkpoints import checkpoint_to_resume, last_whole_checkpoint
 from ..training.loading import holds_model
-from .files import holds_store
+from .files import holds_store, writing
 
 logger = logging.getLogger(__name__)
 
 
 def training_arguments(output: Path, settings: dict, overwrite: bool) -> TrainingArguments:
-    """Make the arguments of a run, and refuse to replace an existing model unless asked to or resuming.
-
-    Raises
-    ------
-    FileExistsError
-        The output folder holds a model, or checkpoints of an interrupted run.
-    """
+    """Make the arguments of a run, and refuse to replace a model or checkpoints unless asked to or resuming."""
     disable_progress_bar()  # of each file of weights; that of the steps stays
     settings = {"dataloader_pin_memory": torch.cuda.is_available(), **settings}
     arguments = TrainingArguments(output_dir=str(output), **settings)
@@ -349,7 +343,9 @@ def _is_figure(name: str, value: object) -> bool:
     return name.startswith("eval_") and isinstance(value, (int, float)) and not of_speed
 
 
-def print_figures(output: str, figures: dict[str, float]) -> None:
-    """Print the metrics of a run, in the main process only."""
+def run_and_print(output: str, run: Callable[[], dict[str, float]]) -> None:
+    """Train, with no other command at work in the output folder, and print the metrics in the main process."""
+    with writing(output):
+        figures = run()
     if PartialState().is_main_process:
         print(f"{output}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))

@@ -143,7 +143,13 @@ class AnnDataset(Dataset):
             found = numbers[cells]
             values[key] = torch.from_numpy(found).unbind() if labels is None else labels[found].tolist()
         items = [dict(zip(values, cell, strict=True)) for cell in zip(*values.values(), strict=True)]
-        return items if self.transform is None else [_transformed(item, self.transform) for item in items]
+        if self.transform is None:
+            return items
+        changed = [self.transform(item) for item in items]
+        for item in changed:
+            if not isinstance(item, dict):
+                raise TypeError(f"{self.transform!r} returned {type(item).__name__} instead of the dictionary.")
+        return changed
 
     def _position(self, index: int) -> int:
         try:
@@ -200,13 +206,6 @@ class AnnDataset(Dataset):
                 raise ValueError("Pass a seed or a generator, not both: the generator has its own seed.")
             kwargs["generator"] = torch.Generator().manual_seed(seed)
         return DataLoader(self, **{"collate_fn": self.get_collate_fn(), **kwargs})
-
-
-def _transformed(item: dict[str, Any], transform: Transform) -> dict[str, Any]:
-    changed = transform(item)
-    if not isinstance(changed, dict):
-        raise TypeError(f"{transform!r} returned {type(changed).__name__} instead of the dictionary.")
-    return changed
 
 
 def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
