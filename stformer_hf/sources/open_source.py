@@ -77,7 +77,7 @@ class Counts:
                     f"{self.name}: counts are needed, but {self.counts_in} holds {problem} in cells {first} to "
                     f"{first + block.shape[0] - 1}. Name the layer that holds raw counts, as in layer='counts'."
                 )
-            if not first:
+            if self.fractional and not first:
                 warn_of_logarithms(block.indptr, values, f"{self.name}: {self.counts_in}")
             if values is not block.data:
                 block = sparse.csr_matrix((values, block.indices, block.indptr), shape=block.shape)

@@ -276,7 +276,8 @@ def _find_counts(adata, layer: str | None, fractional: bool, name: str) -> tuple
     problem = problem_in(chosen, fractional)
     if problem not in (None, NO_COUNTS):
         raise ValueError(f"{name}: counts are needed, but {chosen} holds {problem}. {_REMEDY}")
-    warn_of_logarithms(read[chosen][1].indptr, read[chosen][1].counts, f"{name}: {chosen}")
+    if fractional:
+        warn_of_logarithms(read[chosen][1].indptr, read[chosen][1].counts, f"{name}: {chosen}")
     return *read[chosen], found[chosen][1]
 
 
