@@ -95,14 +95,7 @@ def parse_training(argv: list[str], arguments: type, training: dict[str, Any] | 
 
     With `training`, the command's defaults for `transformers.TrainingArguments`, its fields are flags as well; return
     those that the defaults, the file and the command line set. The module of the dataclass names the command, and its
-    docstring describes it.
-
-    Raises
-    ------
-    ValueError
-        A key of the file is not a flag; the file is not a mapping.
-    SystemExit
-        The command line is invalid, or asks for `--help`.
+    docstring describes it. A wrong file raises a ValueError, a wrong command line and `--help` raise SystemExit.
     """
     parser = _parser(arguments, training)
     if any(flag in argv for flag in ("-h", "--help")):

@@ -171,11 +171,6 @@ def load_cells() -> tuple[Any, float]:
 
     The package ships ln(1 + 10,000 count / total), which is inverted and rounded. Return the AnnData (700, 765), CSR
     float32 with ten cell types in `obs["bulk_labels"]`, and the largest distance of a recovered count to an integer.
-
-    Raises
-    ------
-    ValueError
-        The data of the installed scanpy do not yield integers.
     """
     import numpy as np
     import pandas as pd

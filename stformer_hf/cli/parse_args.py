@@ -50,15 +50,7 @@ class BaseConfig(argparse.Namespace):
     eval_data_paths: list[str]
 
     def check(self) -> None:
-        """Check the arguments against each other, and expand the paths.
-
-        Raises
-        ------
-        ValueError
-            Arguments contradict each other or the vocabulary.
-        FileNotFoundError
-            A file does not exist.
-        """
+        """Check the arguments against each other, the vocabulary and the files, and expand the paths."""
         if (self.bin_edges is None) == (self.bin_edges_path is None):
             raise ValueError("Pass one of --bin_edges and --bin_edges_path.")
         if (self.pretrained_model_path is None) == (self.model_arch is None):
@@ -279,14 +271,8 @@ def _check_known(flag: str, name: str, known, where: str) -> None:
 def run(config: BaseConfig) -> dict[str, float]:
     """Train with PerturbGene's arguments; return the metrics of the run.
 
-    The checkpoint is saved in `config.output_dir`, the initial model in its folder `initial`, the cells in `store`.
-
-    Raises
-    ------
-    ValueError
-        The subcommand is neither `mlm` nor `cls`; the weights do not fit.
-    FileExistsError
-        The folder already holds a model.
+    The checkpoint is saved in `config.output_dir`, the initial model in its folder `initial`, the cells in `store`. A
+    folder that already holds a model raises a FileExistsError.
     """
     from accelerate import PartialState
 
@@ -358,12 +344,8 @@ def make_initial_model(config: TrainConfig) -> Path:
     """Make the checkpoint, with tokenizer, that training starts from, OUTPUT_DIR/initial; return its path.
 
     `pretrained_model_path` may be a JSON file of an architecture (DistilBERT's or GeneBert's names), a folder of
-    PerturbGene's weights, or a checkpoint of this package with its tokenizer.
-
-    Raises
-    ------
-    ValueError
-        The weights do not fit the vocabulary, the genes or the size.
+    PerturbGene's weights, or a checkpoint of this package with its tokenizer. Weights must fit the vocabulary, the
+    genes and the size.
     """
     import torch
     from transformers import AutoConfig, AutoModel, AutoTokenizer, set_seed

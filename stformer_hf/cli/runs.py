@@ -103,13 +103,6 @@ def open_cells(
 
     With `neighbors`, a key of obsp, cells are returned with their neighbourhoods. For h5ad files without that graph,
     it is built from the coordinates obsm["spatial"], within the sections of the obs column `section`.
-
-    Raises
-    ------
-    FileExistsError
-        The output folder already holds a store.
-    ValueError
-        Neighbours are requested, but the store was built without them, or a file has neither graph nor coordinates.
     """
     if not eval_data and is_store(data):
         store = CellStore(data[0])
@@ -194,11 +187,6 @@ def split(
     held out than there are classes, the smallest classes are stratified as one. With `split_by`, a column of obs,
     whole groups are held out. With `eval_data`, the last sources of the store, their cells are held out instead of a
     share, and their copies are left out of training. Cells that are left out are logged.
-
-    Raises
-    ------
-    ValueError
-        The share is outside [0, 1); no cells are left to train on, or none in `eval_data`.
     """
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out must be a share of the cells, at least 0 and below 1; got {held_out}.")

@@ -40,20 +40,7 @@ class SingleCellCollection:
         self.datasets: dict[Path, SingleCellMemMapDataset] = {}
 
     def load_h5ad(self, h5ad_path: str | Path, **options: Any) -> None:
-        """Convert a file and add it.
-
-        Parameters
-        ----------
-        h5ad_path : str or Path
-            Path of the file.
-        **options
-            Options of `SingleCellMemMapDataset`, such as `load_neighbors` or `data_dtype`.
-
-        Raises
-        ------
-        FileNotFoundError, ValueError
-            As for `SingleCellMemMapDataset`.
-        """
+        """Convert a file and add it; options and errors are those of `SingleCellMemMapDataset`."""
         file = Path(h5ad_path)
         self.datasets[file] = _convert(file, self._place(file, options), options)
 

@@ -252,12 +252,7 @@ class GeneNetwork:
         return f"GeneNetwork({len(self.genes):,} genes, method {self.method}, groups: {some_of(self.scores, 10)})"
 
     def edges(self, n_edges: int = 1_000) -> pd.DataFrame:
-        """Return the pairs with the largest scores in each group.
-
-        Parameters
-        ----------
-        n_edges : int, default: 1,000
-            Edges per group.
+        """Return the `n_edges` pairs with the largest scores in each group.
 
         Returns
         -------
