@@ -21,7 +21,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from stformer_hf import CellStore
 from stformer_hf.cli import finetune
-from stformer_hf.cli.arguments import parse
+from stformer_hf.cli.arguments import parse_training
 from stformer_hf.training.defaults import FINETUNING
 
 RECIPE = Path(__file__).with_name("finetune_cell_type.yaml")
@@ -85,13 +85,7 @@ def run(data: str, model: str, output: Path, flags: list[str], folds: int, seed:
         for start, checkpoint in starts.items():  # flags
             argv = ["--config", str(RECIPE), "--data", files["train"], "--eval_data", files["test"], "--overwrite"]
             argv += [*checkpoint, "--output", str(output / f"{start}-{fold}"), *EVALUATE_ONCE]
-            args, training = parse(
-                [*argv, *flags],
-                finetune.FinetuneArguments,
-                verb="finetune",
-                description=__doc__,
-                training=FINETUNING,
-            )
+            args, training = parse_training([*argv, *flags], finetune.FinetuneArguments, FINETUNING)
             figures = finetune.run(args, training)
             rows.append({"start": start, "fold": fold, **{name: figures[name] for name in FIGURES}})
             print(pd.DataFrame(rows[-1:]).to_string(index=False, header=len(rows) == 1), flush=True)

@@ -37,7 +37,7 @@ class AnnotateArguments(OnCells):
 
 def main(argv: list[str]) -> None:
     """Parse and run."""
-    args, _ = parse(argv, AnnotateArguments, verb="annotate", description=__doc__)
+    args = parse(argv, AnnotateArguments)
     from .files import is_first_process, writing
 
     with writing(args.output):

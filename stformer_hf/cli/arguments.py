@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 import textwrap
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
@@ -79,22 +80,24 @@ def options_of(args: Any, *own: str) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in own}
 
 
-def parse(
-    argv: list[str], arguments: type, *, verb: str, description: str, training: dict[str, Any] | None = None
-) -> tuple:
-    """Parse the command line of a verb into its dataclass of flags.
+def some_flags(args: Any, *names: str) -> dict[str, Any]:
+    """Return some flags of a command as options of a function, without those that are None."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
-    With `training`, the verb's defaults for `transformers.TrainingArguments`, its fields are flags as well; return
-    also a dict of those that the defaults, the file and the command line set.
 
-    Raises
-    ------
-    ValueError
-        A key of the file is not a flag; the file is not a mapping.
-    SystemExit
-        The command line is invalid, or asks for `--help`.
+def parse(argv: list[str], arguments: type) -> Any:
+    """Parse the command line of a command into its dataclass of flags; errors are those of `parse_training`."""
+    return parse_training(argv, arguments, None)[0]
+
+
+def parse_training(argv: list[str], arguments: type, training: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+    """Parse the command line of a command that trains into its dataclass of flags, and settings of the training.
+
+    With `training`, the command's defaults for `transformers.TrainingArguments`, its fields are flags as well; return
+    those that the defaults, the file and the command line set. The module of the dataclass names the command, and its
+    docstring describes it. A wrong file raises a ValueError, a wrong command line and `--help` raise SystemExit.
     """
-    parser = _parser(arguments, verb, description, training)
+    parser = _parser(arguments, training)
     if any(flag in argv for flag in ("-h", "--help")):
         parser.parse_args(["--help"])
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -184,7 +187,7 @@ def check_names(flag: str, settings: dict[str, Any] | None, known: Iterable[str]
             raise ValueError(f"{flag}: unknown name {name!r}{closest(name, sorted(known))}.")
 
 
-def _parser(arguments: type, verb: str, description: str, training: dict[str, Any] | None) -> HfArgumentParser:
+def _parser(arguments: type, training: dict[str, Any] | None) -> HfArgumentParser:
     epilog = None
     if training is not None:
         defaults = ", ".join(f"{key} {value}" for key, value in training.items())
@@ -194,8 +197,8 @@ def _parser(arguments: type, verb: str, description: str, training: dict[str, An
         )
     parser = HfArgumentParser(
         arguments,
-        prog=f"stformer-hf {verb}",
-        description=description,
+        prog=f"stformer-hf {arguments.__module__.rpartition('.')[2]}",
+        description=sys.modules[arguments.__module__].__doc__,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

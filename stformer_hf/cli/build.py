@@ -37,7 +37,7 @@ class BuildArguments:
 
 def main(argv: list[str]) -> None:
     """Parse and run."""
-    args, _ = parse(argv, BuildArguments, verb="build", description=__doc__)
+    args = parse(argv, BuildArguments)
     print(run(args))
 
 

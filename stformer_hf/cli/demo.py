@@ -82,7 +82,7 @@ class Classifiers(NamedTuple):
 
 def main(argv: list[str]) -> None:
     """Parse and run."""
-    args, _ = parse(argv, DemoArguments, verb="demo", description=__doc__)
+    args = parse(argv, DemoArguments)
     run(args)
 
 
@@ -143,12 +143,14 @@ def run(args: DemoArguments) -> dict[str, dict[str, float]]:
 
         true = held_out.obs[LABEL].astype(str).tolist()
         per_class = score_classes(true, predictions[chosen], order, seed=args.seed).drop(columns="precision")
+        own = {name: "its own choice" if name == chosen else "not its choice" for name in (START, TRAINED)}
+        own[TRAINED] = f"{classifiers.epochs:g} epochs, {own[TRAINED]}"
         report = _write_report(
             folder,
             table=table,
             best=max(table, key=lambda name: (table[name]["accuracy"], table[name]["macro_f1"])),
             chosen=chosen,
-            notes=_notes(table, chosen, classifiers),
+            notes={name: own.get(name, "") for name in table},
             per_class=[{"name": name, **row} for name, row in per_class.to_dict("index").items()],
             pictures=pictures,
             few=summarise(few),
@@ -169,11 +171,6 @@ def load_cells() -> tuple[Any, float]:
 
     The package ships ln(1 + 10,000 count / total), which is inverted and rounded. Return the AnnData (700, 765), CSR
     float32 with ten cell types in `obs["bulk_labels"]`, and the largest distance of a recovered count to an integer.
-
-    Raises
-    ------
-    ValueError
-        The data of the installed scanpy do not yield integers.
     """
     import numpy as np
     import pandas as pd
@@ -319,9 +316,8 @@ def _draw(
 
     plot_folder = folder / "plots"
     plot_folder.mkdir()
-    pictures = {
-        name: plot_folder / f"{name}.png" for name in ("pretraining", "fine_tuning", "confusion", "few_labels", "umap")
-    }
+    names = ("pretraining", "fine_tuning", "confusion", "few_labels", "umap")
+    pictures = {name: plot_folder / f"{name}.png" for name in names}
 
     def history(name: str) -> list[dict]:
         return json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
@@ -368,13 +364,6 @@ def _draw(
         )
     torch.set_num_threads(n_threads)  # umap sets torch's threads to one
     return pictures
-
-
-def _notes(table: dict[str, Any], chosen: str, classifiers: Classifiers) -> dict[str, str]:
-    """Return a note for each row of the table."""
-    own = {name: "its own choice" if name == chosen else "not its choice" for name in (START, TRAINED)}
-    own[TRAINED] = f"{classifiers.epochs:g} epochs, {own[TRAINED]}"
-    return {name: own.get(name, "") for name in table}
 
 
 def _write_report(folder: Path, *, pictures: dict[str, Path], **facts) -> Path:

@@ -39,7 +39,7 @@ class DoctorArguments:
 
 def main(argv: list[str]) -> None:
     """Parse and run."""
-    parse(argv, DoctorArguments, verb="doctor", description=__doc__)
+    parse(argv, DoctorArguments)
     print_facts(run())
 
 

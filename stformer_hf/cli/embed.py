@@ -64,7 +64,7 @@ class EmbedArguments(OnCells):
 
 def main(argv: list[str]) -> None:
     """Parse and run."""
-    args, _ = parse(argv, EmbedArguments, verb="embed", description=__doc__)
+    args = parse(argv, EmbedArguments)
     from .files import is_first_process, writing
 
     with writing(args.output):

@@ -48,7 +48,7 @@ class EvaluateArguments:
 
 def main(argv: list[str]) -> None:
     """Parse and run."""
-    args, _ = parse(argv, EvaluateArguments, verb="evaluate", description=__doc__)
+    args = parse(argv, EvaluateArguments)
     print(run(args))
     print(f"\nWritten to {args.output}")
 

@@ -28,7 +28,7 @@ class ExportArguments:
 
 def main(argv: list[str]) -> None:
     """Parse and run."""
-    args, _ = parse(argv, ExportArguments, verb="export", description=__doc__)
+    args = parse(argv, ExportArguments)
     for file, compared in run(args)["comparison"].items():
         labels = f", {compared['same_labels']:.1%} the same label" if "same_labels" in compared else ""
         size = (Path(args.output) / file).stat().st_size / 2**20

@@ -39,14 +39,6 @@ def read(
 
     With `blockwise`, the input may be larger than memory: a store is opened, and the matrices of an h5ad file stay on
     disk.
-
-    Raises
-    ------
-    FileExistsError
-        The output exists, and `overwrite` is False.
-    ValueError
-        The input holds no AnnData; output and input are the same; the output has another suffix, or is a folder that
-        is not a zarr.
     """
     if remote_folder(data) is None and not local_path(data).exists():
         raise FileNotFoundError(f"No such file: {data}")
@@ -79,13 +71,7 @@ def _check_output(data: str, output: Path, overwrite: bool, suffixes: Sequence[s
 
 @contextmanager
 def writing(output: str | Path) -> Iterator[None]:
-    """Let only one command at a time write to a path; the processes of one command share it.
-
-    Raises
-    ------
-    BlockingIOError
-        Another command is writing there.
-    """
+    """Let only one command at a time write to a path (see `locked`); the processes of one command share it."""
     first = get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0
     with locked(Path(output).resolve()) if first else nullcontext():
         yield

@@ -20,7 +20,7 @@ from typing import Literal
 
 from ..genes.wrong_names import some_of
 from ..training.defaults import FINETUNING, FINETUNING_REFERENCE, MAX_LENGTH
-from .arguments import flag, parse, refuse_flags_of_new
+from .arguments import flag, parse_training, refuse_flags_of_new, some_flags
 
 _OF_A_NEW_MODEL = ("size", "bin_edges", "max_length", "whole_cell")
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
@@ -82,23 +82,20 @@ class FinetuneArguments:
 
 def main(argv: list[str]) -> None:
     """Parse and run."""
-    args, training = parse(argv, FinetuneArguments, verb="finetune", description=__doc__, training=FINETUNING)
-    from .files import writing
-    from .runs import print_figures
+    args, training = parse_training(argv, FinetuneArguments, FINETUNING)
+    from .runs import run_and_print
 
-    with writing(args.output):
-        print_figures(args.output, run(args, training))
+    run_and_print(args.output, lambda: run(args, training))
 
 
 def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     """Fine-tune and save; return the metrics of the run."""
-    from ..batches.draws import check_sampling, sampling_columns
-    from ..evaluation.cell_baselines import classification_baselines
+    from ..batches.draws import check_sampling
     from ..evaluation.metrics import compute_classification_metrics, compute_column_metrics, compute_regression_metrics
     from ..training.cell_heads import read_heads
     from ..training.finetuning import prepare_classifier
     from ..training.loading import load_tokenizer
-    from .runs import finish, genes_of_training, open_cells, removing_store, split, training_arguments
+    from .runs import finish, genes_of_training, removing_store, split, training_arguments
 
     output = Path(args.output)
     of_numbers = args.problem_type == "regression"
@@ -107,7 +104,6 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         raise ValueError("--class_weights and --label_smoothing apply to classes: leave them out for a regression.")
     refuse_flags_of_new("model", args, _OF_A_NEW_MODEL)
     check_sampling(args.sampling)
-    split_by = [args.split_by] if args.split_by else []
     tokenizer = load_tokenizer(args.model) if args.model else None
     whole_cell = args.whole_cell if tokenizer is None else getattr(tokenizer, "whole_cell", False)
     reference = {} if whole_cell else FINETUNING_REFERENCE
@@ -118,27 +114,10 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     }
     arguments = training_arguments(output, settings, args.overwrite)
     with removing_store(arguments):
-        store = open_cells(
-            args.data,
-            arguments,
-            list(dict.fromkeys([*labels, *args.phenotypes, *split_by, *sampling_columns(args.sampling)])),
-            args.layer,
-            args.overwrite,
-            fractional=args.fractional,
-            neighbors="spatial_connectivities" if tokenizer is not None and tokenizer.neighborhood else None,
-            eval_data=args.eval_data,
-            classes=() if of_numbers else tuple(labels),
-        )
-        others = [] if of_numbers else [name for name in labels if name not in store.categories]
-        if others:
-            there = ", ".join(store.categories) or "none"
-            raise ValueError(
-                f"The store has no categorical column {others[0]!r}; those are {there}. To use integers or "
-                f"booleans as classes, build the store with stformer-hf build --classes {others[0]}, or pass the "
-                "files as --data. To predict numbers: --problem_type regression."
-            )
+        classes = () if of_numbers else tuple(labels)
+        store = _open_store(args, arguments, labels, classes, tokenizer)
         train_cells, held_out_cells = split(
-            store, args.held_out, arguments.seed, () if of_numbers else labels, args.eval_data, args.split_by
+            store, args.held_out, arguments.seed, classes, args.eval_data, args.split_by
         )
         if held_out_cells is None:
             arguments.eval_strategy = "no"
@@ -149,11 +128,6 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
             arguments,
             model=args.model,
             num_train_epochs=arguments.num_train_epochs if given else None,
-            split_by=args.split_by,
-            phenotypes=args.phenotypes,
-            class_weights=args.class_weights,
-            problem_type=args.problem_type,
-            size=args.size,
             max_length=args.max_length or (MAX_LENGTH if whole_cell else 2048),
             model_config={
                 "classifier_label_smoothing": args.label_smoothing,
@@ -164,10 +138,8 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
                 "bin_edges": args.bin_edges,
                 "genes": genes_of_training(store, args.eval_data),
             },
-            lora=args.lora,
-            freeze=args.freeze,
-            layer_decay=args.layer_decay,
-            sampling=args.sampling,
+            **some_flags(args, "split_by", "phenotypes", "class_weights", "problem_type", "size"),
+            **some_flags(args, "lora", "freeze", "layer_decay", "sampling"),
         )
         heads = read_heads(prepared.model)
         if arguments.process_index == 0:
@@ -182,18 +154,12 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
         trainer = prepared.trainer(
             arguments,
             held_out_cells,
-            gene_dropout=args.gene_dropout,
-            packing=args.packing,
-            max_tokens_per_batch=args.max_tokens_per_batch,
             compute_metrics=compute_metrics,
+            **some_flags(args, "gene_dropout", "packing", "max_tokens_per_batch"),
         )
     baselines: dict[str, float] = {}
     if held_out_cells is not None and not of_numbers:  # before training, so that a pushed card includes them
-        for head in heads:
-            column, prefix = head.column or labels[0], head.named("eval")
-            if held_out_cells.obs[column].notna().any():
-                found = classification_baselines(prepared.cells, held_out_cells, column, seed=arguments.seed)
-                baselines |= {f"{prefix}_{name}": value for name, value in found.items()}
+        baselines = _baselines(prepared.cells, held_out_cells, heads, labels[0], arguments.seed)
     card = {"store": store, "base_model": args.model, "metrics": baselines}
     prepared.save_choice(trainer)
     if arguments.process_index == 0 and "fine_tuning" in prepared.facts:
@@ -204,6 +170,47 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     if predicted is not None and trainer.is_world_process_zero():
         _draw_confusion(output, predicted, heads)
     return metrics
+
+
+def _open_store(args: FinetuneArguments, arguments, labels: list[str], classes: tuple[str, ...], tokenizer):
+    """Open or build the store; the columns in `classes` must be categorical."""
+    from ..batches.draws import sampling_columns
+    from .runs import open_cells
+
+    split_by = [args.split_by] if args.split_by else []
+    store = open_cells(
+        args.data,
+        arguments,
+        list(dict.fromkeys([*labels, *args.phenotypes, *split_by, *sampling_columns(args.sampling)])),
+        args.layer,
+        args.overwrite,
+        fractional=args.fractional,
+        neighbors="spatial_connectivities" if tokenizer is not None and tokenizer.neighborhood else None,
+        eval_data=args.eval_data,
+        classes=classes,
+    )
+    others = [name for name in classes if name not in store.categories]
+    if others:
+        there = ", ".join(store.categories) or "none"
+        raise ValueError(
+            f"The store has no categorical column {others[0]!r}; those are {there}. To use integers or "
+            f"booleans as classes, build the store with stformer-hf build --classes {others[0]}, or pass the "
+            "files as --data. To predict numbers: --problem_type regression."
+        )
+    return store
+
+
+def _baselines(cells, held_out_cells, heads: list, label: str, seed: int) -> dict[str, float]:
+    """Compute the baselines of each head; `label` is the column of a single one."""
+    from ..evaluation.cell_baselines import classification_baselines
+
+    baselines: dict[str, float] = {}
+    for head in heads:
+        column, prefix = head.column or label, head.named("eval")
+        if held_out_cells.obs[column].notna().any():
+            found = classification_baselines(cells, held_out_cells, column, seed=seed)
+            baselines |= {f"{prefix}_{name}": value for name, value in found.items()}
+    return baselines
 
 
 def _what_is_read(n_training: int, n_held_out: int, args: FinetuneArguments) -> str:

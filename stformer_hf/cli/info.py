@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     """Parse and run."""
     if argv and not argv[0].startswith("-"):
         argv = ["--path", *argv]
-    args, _ = parse(argv, InfoArguments, verb="info", description=__doc__)
+    args = parse(argv, InfoArguments)
     print_facts(run(args))
 
 
@@ -54,15 +54,7 @@ def print_facts(facts: dict[str, Any]) -> None:
 
 
 def run(args: InfoArguments) -> dict[str, Any]:
-    """Return the facts about a path, by name.
-
-    Raises
-    ------
-    FileNotFoundError
-        There is no such file or model.
-    ValueError
-        `--model` or `--layer` is passed with a model; the file's format is not supported.
-    """
+    """Return the facts about a path, by name."""
     from ..sources.formats import remote_folder
     from ..training.loading import find_installed, is_adapter
 
@@ -132,7 +124,11 @@ def _genes(genes: GeneTable) -> str:
 
 
 def _columns(obs: pd.DataFrame) -> str:
-    return "; ".join(_column(obs[name]) for name in obs) or "no columns"
+    kinds = {
+        name: f"{len(column.cat.categories)} categories" if hasattr(column, "cat") else column.dtype
+        for name, column in obs.items()
+    }
+    return "; ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "no columns"
 
 
 def _dtype(matrix: Any) -> np.dtype:
@@ -149,12 +145,6 @@ def _count_facts(source: Any) -> dict[str, str]:
         "per cell": f"{np.median(np.diff(block.indptr)):,.0f} genes and {np.median(totals):,.0f} counts "
         f"(median of {of} cells), {(totals == 0).sum()} without counts"
     }
-
-
-def _column(column: Any) -> str:
-    if hasattr(column, "cat"):
-        return f"{column.name} ({len(column.cat.categories)} categories)"
-    return f"{column.name} ({column.dtype})"
 
 
 # ---------------------------------------------------------------------- models

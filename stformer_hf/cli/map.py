@@ -32,7 +32,7 @@ class MapArguments(OnCells):
 
 def main(argv: list[str]) -> None:
     """Parse and run."""
-    args, _ = parse(argv, MapArguments, verb="map", description=__doc__)
+    args = parse(argv, MapArguments)
     from .files import is_first_process, writing
 
     with writing(args.output):

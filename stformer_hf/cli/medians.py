@@ -8,6 +8,7 @@ stformer-hf medians --data a.npz b.npz --output gene_medians.json
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 from .arguments import changed_flags, check_free, flag, options_of, parse
@@ -33,14 +34,17 @@ class MediansArguments:
 
 def main(argv: list[str]) -> None:
     """Parse and run."""
-    args, _ = parse(argv, MediansArguments, verb="medians", description=__doc__)
+    args = parse(argv, MediansArguments)
     statistics = run(args)
     print(f"{args.output}: {len(statistics.medians):,} medians; {statistics}")
 
 
 def run(args: MediansArguments):
     """Estimate or merge medians, and write them; return the GeneStatistics."""
-    output = Path(args.output)
+    from ..genes.statistics import GeneStatistics
+    from ..store.gene_medians import estimate_gene_medians
+
+    output, options = Path(args.output), options_of(args, "data", "output", "overwrite")
     if output.suffix not in (".json", ".npz"):
         raise ValueError(f"--output {output}: pass a .json file for the results, or a .npz file for a part.")
     check_free(output, args.overwrite)
@@ -48,27 +52,16 @@ def run(args: MediansArguments):
     if parts and len(parts) < len(args.data):
         raise ValueError("--data takes parts (.npz) or cells, not both: make a part from the cells first.")
     if parts:
-        changed = changed_flags(args, options_of(args, "data", "output", "overwrite"))
+        changed = changed_flags(args, options)
         if changed:
             raise ValueError(f"{', '.join(changed)}: not allowed when merging parts.")
         if len({Path(part).resolve() for part in parts}) < len(parts):
             raise ValueError("--data contains a part twice: its cells would count twice.")
-    statistics = _merged(parts) if parts else _estimated(args)
+    if parts:
+        statistics = reduce(GeneStatistics.merge, map(GeneStatistics.load, parts))
+    else:
+        options["max_memory"] = int(args.max_memory * 1e9)
+        statistics = estimate_gene_medians(args.data, **options)
     output.parent.mkdir(parents=True, exist_ok=True)
     statistics.save(output)
     return statistics
-
-
-def _merged(parts: list[str]):
-    from functools import reduce
-
-    from ..genes.statistics import GeneStatistics
-
-    return reduce(GeneStatistics.merge, map(GeneStatistics.load, parts))
-
-
-def _estimated(args: MediansArguments):
-    from ..store.gene_medians import estimate_gene_medians
-
-    options = options_of(args, "data", "output", "overwrite") | {"max_memory": int(args.max_memory * 1e9)}
-    return estimate_gene_medians(args.data, **options)

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     """Parse and run."""
     if argv and not argv[0].startswith("-"):
         argv = ["--folders", *argv]
-    args, _ = parse(argv, ModelsArguments, verb="models", description=__doc__)
+    args = parse(argv, ModelsArguments)
     found = run(args)
     if not found:
         where = ", ".join(args.folders or ["this folder", "the installed packages", "the Hub's cache"])
@@ -45,13 +45,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(args: ModelsArguments) -> list[dict[str, str]]:
-    """Return the facts of each model, sorted by name.
-
-    Raises
-    ------
-    FileNotFoundError
-        A folder does not exist.
-    """
+    """Return the facts of each model, sorted by name."""
     for folder in args.folders or []:
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"There is no folder {folder}.")

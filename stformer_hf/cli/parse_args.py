@@ -50,15 +50,7 @@ class BaseConfig(argparse.Namespace):
     eval_data_paths: list[str]
 
     def check(self) -> None:
-        """Check the arguments against each other, and expand the paths.
-
-        Raises
-        ------
-        ValueError
-            Arguments contradict each other or the vocabulary.
-        FileNotFoundError
-            A file does not exist.
-        """
+        """Check the arguments against each other, the vocabulary and the files, and expand the paths."""
         if (self.bin_edges is None) == (self.bin_edges_path is None):
             raise ValueError("Pass one of --bin_edges and --bin_edges_path.")
         if (self.pretrained_model_path is None) == (self.model_arch is None):
@@ -93,9 +85,8 @@ class TrainConfig(BaseConfig):
         """See `BaseConfig.check`; no file may be used for both training and evaluation."""
         super().check()
         self.train_data_paths = _files("train_data_paths", self.train_data_paths)
-        both = {Path(path).resolve() for path in self.train_data_paths} & {
-            Path(path).resolve() for path in self.eval_data_paths
-        }
+        evaluated = {Path(path).resolve() for path in self.eval_data_paths}
+        both = evaluated.intersection(Path(path).resolve() for path in self.train_data_paths)
         if both:
             raise ValueError(f"{sorted(both)[0]} is in both --train_data_paths and --eval_data_paths.")
         if not 0 <= self.warmup_ratio < 1:
@@ -209,13 +200,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def expand_braces(text: str) -> list[str]:
-    """Expand braces as a shell does: `a_{0..2}.h5ad`, `{00..10..5}`, `{train,test}`, also nested.
-
-    Raises
-    ------
-    ValueError
-        A brace is not matched.
-    """
+    """Expand braces, also nested, as a shell does: `a_{0..2}.h5ad`, `{00..10..5}`, `{train,test}`; all must match."""
     start = text.find("{")
     if start < 0:
         if "}" in text:
@@ -286,14 +271,8 @@ def _check_known(flag: str, name: str, known, where: str) -> None:
 def run(config: BaseConfig) -> dict[str, float]:
     """Train with PerturbGene's arguments; return the metrics of the run.
 
-    The checkpoint is saved in `config.output_dir`, the initial model in its folder `initial`, the cells in `store`.
-
-    Raises
-    ------
-    ValueError
-        The subcommand is neither `mlm` nor `cls`; the weights do not fit.
-    FileExistsError
-        The folder already holds a model.
+    The checkpoint is saved in `config.output_dir`, the initial model in its folder `initial`, the cells in `store`. A
+    folder that already holds a model raises a FileExistsError.
     """
     from accelerate import PartialState
 
@@ -316,12 +295,7 @@ def run(config: BaseConfig) -> dict[str, float]:
 def to_verb(config: BaseConfig) -> tuple[PretrainArguments | FinetuneArguments, dict[str, Any]]:
     """Return the arguments of `stformer-hf pretrain` (for `mlm`) or `finetune` (for `cls`), and of training.
 
-    Their model is OUTPUT_DIR/initial, made by `make_initial_model`.
-
-    Raises
-    ------
-    ValueError
-        The subcommand is neither `mlm` nor `cls`.
+    Their model is OUTPUT_DIR/initial, made by `make_initial_model`. Any other subcommand is refused.
     """
     from ..training.defaults import FINETUNING
     from . import finetune, pretrain
@@ -370,15 +344,11 @@ def make_initial_model(config: TrainConfig) -> Path:
     """Make the checkpoint, with tokenizer, that training starts from, OUTPUT_DIR/initial; return its path.
 
     `pretrained_model_path` may be a JSON file of an architecture (DistilBERT's or GeneBert's names), a folder of
-    PerturbGene's weights, or a checkpoint of this package with its tokenizer.
-
-    Raises
-    ------
-    ValueError
-        The weights do not fit the vocabulary, the genes or the size.
+    PerturbGene's weights, or a checkpoint of this package with its tokenizer. Weights must fit the vocabulary, the
+    genes and the size.
     """
     import torch
-    from transformers import AutoModel, AutoTokenizer, set_seed
+    from transformers import AutoConfig, AutoModel, AutoTokenizer, set_seed
 
     from ..compat.legacy_weights import convert_perturbgene_checkpoint
     from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
@@ -392,7 +362,10 @@ def make_initial_model(config: TrainConfig) -> Path:
     set_seed(42)
     if pretrained is not None and (pretrained / "gene_vocabulary.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(pretrained)
-        _check_size(AutoModel.from_pretrained(pretrained).config, size, pretrained)
+        found = AutoConfig.from_pretrained(pretrained)
+        for name, value in size.items():
+            if getattr(found, name) != value:
+                raise ValueError(f"--{name} {value}: the weights at {pretrained} have {getattr(found, name)}.")
         tokenizer.included_phenotypes = config.included_phenotypes
         of_task = GeneBertForPhenotypicMLM if config.subcommand == "mlm" else AutoModel
         model = of_task.from_pretrained(pretrained, dtype=torch.float32)
@@ -412,12 +385,6 @@ def make_initial_model(config: TrainConfig) -> Path:
     return folder
 
 
-def _check_size(found, wanted: dict[str, int], path: Path) -> None:
-    for name, value in wanted.items():
-        if getattr(found, name) != value:
-            raise ValueError(f"--{name} {value}: the weights at {path} have {getattr(found, name)}.")
-
-
 def _make_tokenizer(config: TrainConfig):
     """Make a tokenizer from the vocabulary and the first `num_top_genes` genes of the training files."""
     from ..genes.unite import unite
@@ -428,11 +395,10 @@ def _make_tokenizer(config: TrainConfig):
     genes = unite([source.genes for source in sources], [source.name for source in sources]).genes
     for source in sources:
         source.matrix.close()
-    gene_ids = list(genes.gene_ids)
     return GeneTokenizer.from_perturbgene(
         config.vocab_path,
         config.bin_edges,
-        gene_ids[: config.num_top_genes],
+        list(genes.gene_ids)[: config.num_top_genes],
         included_phenotypes=config.included_phenotypes,
         symbols=genes,
         max_length=config.max_length,
@@ -488,13 +454,11 @@ def _one_against_rest(config: TrainConfig, files: list[str], folder: str) -> Non
 def main(argv: list[str] | None = None) -> int:
     """Parse PerturbGene's command line, train, and print the metrics; return the exit status."""
     from . import guarded
-    from .files import writing
-    from .runs import print_figures
+    from .runs import run_and_print
 
     def train() -> None:
         config = parse_args(argv)
-        with writing(config.output_dir):
-            print_figures(config.output_dir, run(config))
+        run_and_print(config.output_dir, lambda: run(config))
 
     return guarded("stformer_hf.cli.parse_args", train)
 

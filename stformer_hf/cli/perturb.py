@@ -48,7 +48,7 @@ class PerturbArguments:
 
 def main(argv: list[str]) -> None:
     """Parse and run."""
-    args, _ = parse(argv, PerturbArguments, verb="perturb", description=__doc__)
+    args = parse(argv, PerturbArguments)
     table = run(args)
     from .files import is_first_process
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from .arguments import PRETRAINING, check_names, flag, parse, refuse_flags_of_new
+from .arguments import PRETRAINING, check_names, flag, parse_training, refuse_flags_of_new, some_flags
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -108,12 +108,10 @@ def main(argv: list[str]) -> None:
         from . import pretrain_neighborhood
 
         return pretrain_neighborhood.main(argv)
-    args, training = parse(argv, PretrainArguments, verb="pretrain", description=__doc__, training=TRAINING_DEFAULTS)
-    from .files import writing
-    from .runs import print_figures
+    args, training = parse_training(argv, PretrainArguments, TRAINING_DEFAULTS)
+    from .runs import run_and_print
 
-    with writing(args.output):
-        print_figures(args.output, run(args, training))
+    run_and_print(args.output, lambda: run(args, training))
 
 
 def split_kind(argv: list[str]) -> tuple[str, list[str]]:
@@ -152,11 +150,6 @@ def prepare(args: PretrainArguments, arguments: TrainingArguments) -> PretrainRu
     """Open (or build) the store, make (or load) the tokenizer, split the cells.
 
     If no cells are held out, `arguments.eval_strategy` is set to "no".
-
-    Raises
-    ------
-    ValueError
-        Flags of a new model are combined with `--model`; see also `open_cells`, `GeneTokenizer` and `split`.
     """
     from ..batches.draws import sampling_columns
     from ..training.loading import load_tokenizer
@@ -291,24 +284,15 @@ def make_trainer(
     """Make the trainer of a prepared run, for `model` or `model_init`; `kwargs` are passed to `STFormerPretrainer`."""
     from ..training.pretrainer import STFormerPretrainer
 
-    if args.baselines:
-        kwargs["baselines"] = True
+    names = ("mlm_probability", "phenotype_mask_prob", "gene_dropout", "objectives", "view", "ema", "baselines")
     return STFormerPretrainer(
         arguments,
         run.train_cells,
         model=model,
         model_init=model_init,
         processing_class=run.tokenizer,
-        mlm_probability=args.mlm_probability,
-        phenotype_mask_prob=args.phenotype_mask_prob,
-        gene_dropout=args.gene_dropout,
-        objectives=args.objectives,
-        view=args.view,
         batch_key=args.batch_key if set(args.objectives or {}) - {"mlm"} else None,
-        ema=args.ema,
-        packing=args.packing,
-        max_tokens_per_batch=args.max_tokens_per_batch,
-        sampling=args.sampling,
         eval_dataset=run.held_out_cells,
+        **some_flags(args, *names, "packing", "max_tokens_per_batch", "sampling"),
         **kwargs,
     )

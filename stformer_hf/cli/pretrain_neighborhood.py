@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
-from .arguments import PRETRAINING, check_names, flag, parse
+from .arguments import PRETRAINING, check_names, flag, parse_training, some_flags
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,18 +77,10 @@ class PretrainNeighborhoodArguments:
 
 def main(argv: list[str]) -> None:
     """Parse and run."""
-    args, training = parse(
-        argv,
-        PretrainNeighborhoodArguments,
-        verb="pretrain_neighborhood",
-        description=__doc__,
-        training=TRAINING_DEFAULTS,
-    )
-    from .files import writing
-    from .runs import print_figures
+    args, training = parse_training(argv, PretrainNeighborhoodArguments, TRAINING_DEFAULTS)
+    from .runs import run_and_print
 
-    with writing(args.output):
-        print_figures(args.output, run(args, training))
+    run_and_print(args.output, lambda: run(args, training))
 
 
 def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]:
@@ -103,11 +95,7 @@ def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]
     from .runs import finish, removing_store, training_arguments
 
     check_names("model_config", args.model_config, [option.name for option in fields(CellNeighborhoodConfig)])
-    neighborhood = {
-        name: getattr(args, name)
-        for name in ("patch_size", "shape", "k_nearest", "max_num_cells")
-        if getattr(args, name) is not None
-    }
+    neighborhood = some_flags(args, "patch_size", "shape", "k_nearest", "max_num_cells")
     arguments = training_arguments(Path(args.output), training, args.overwrite)
     with removing_store(arguments):
         cells = open_sections(args, arguments)

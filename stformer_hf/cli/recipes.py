@@ -27,7 +27,7 @@ class RecipesArguments:
 
 def main(argv: list[str]) -> None:
     """Parse and run."""
-    args, _ = parse(argv, RecipesArguments, verb="recipes", description=__doc__)
+    args = parse(argv, RecipesArguments)
     if args.copy is not None:
         print(copy_recipe(args.copy, args.output, args.overwrite))
         return
@@ -46,15 +46,7 @@ def first_sentence(recipe: Path) -> str:
 
 
 def copy_recipe(name: str, output: str | None = None, overwrite: bool = False) -> Path:
-    """Copy a recipe to a file, and return its path.
-
-    Raises
-    ------
-    ValueError
-        There is no recipe of this name.
-    FileExistsError
-        The file exists, and `overwrite` is False.
-    """
+    """Copy a recipe to a file, and return its path."""
     recipes = recipe_files()
     if name not in recipes:
         raise ValueError(f"There is no recipe {name!r}{closest(name, recipes)}. `stformer-hf recipes` lists them.")

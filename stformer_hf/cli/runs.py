@@ -6,7 +6,7 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,19 +27,13 @@ from ..store.cell_store import CellStore
 from ..training.cell_trainer import CellTrainer
 from ..training.checkpoints import checkpoint_to_resume, last_whole_checkpoint
 from ..training.loading import holds_model
-from .files import holds_store
+from .files import holds_store, writing
 
 logger = logging.getLogger(__name__)
 
 
 def training_arguments(output: Path, settings: dict, overwrite: bool) -> TrainingArguments:
-    """Make the arguments of a run, and refuse to replace an existing model unless asked to or resuming.
-
-    Raises
-    ------
-    FileExistsError
-        The output folder holds a model, or checkpoints of an interrupted run.
-    """
+    """Make the arguments of a run, and refuse to replace a model or checkpoints unless asked to or resuming."""
     disable_progress_bar()  # of each file of weights; that of the steps stays
     settings = {"dataloader_pin_memory": torch.cuda.is_available(), **settings}
     arguments = TrainingArguments(output_dir=str(output), **settings)
@@ -109,13 +103,6 @@ def open_cells(
 
     With `neighbors`, a key of obsp, cells are returned with their neighbourhoods. For h5ad files without that graph,
     it is built from the coordinates obsm["spatial"], within the sections of the obs column `section`.
-
-    Raises
-    ------
-    FileExistsError
-        The output folder already holds a store.
-    ValueError
-        Neighbours are requested, but the store was built without them, or a file has neither graph nor coordinates.
     """
     if not eval_data and is_store(data):
         store = CellStore(data[0])
@@ -200,34 +187,28 @@ def split(
     held out than there are classes, the smallest classes are stratified as one. With `split_by`, a column of obs,
     whole groups are held out. With `eval_data`, the last sources of the store, their cells are held out instead of a
     share, and their copies are left out of training. Cells that are left out are logged.
-
-    Raises
-    ------
-    ValueError
-        The share is outside [0, 1); no cells are left to train on, or none in `eval_data`.
     """
-    from sklearn.model_selection import GroupShuffleSplit, train_test_split
-
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out must be a share of the cells, at least 0 and below 1; got {held_out}.")
     usable = store.lengths > 0
-    codes, label = None, " and ".join(map(repr, labels))
+    codes = None
     if labels:
         codes = np.stack([store.obs[name].cat.codes.to_numpy() for name in labels], axis=1)
         labelled = (codes >= 0).any(axis=1)
         n_without = int((usable & ~labelled).sum())
         if n_without:
+            label = " and ".join(map(repr, labels))
             logger.warning(f"{n_without} of {len(store)} cells have no label {label}: they are left out.")
         usable &= labelled
     cells = np.flatnonzero(usable)
     if eval_data:
-        n_last = sum(source["n_cells"] for source in store.manifest["sources"][-len(expand(eval_data)) :])
-        train, test = cells[cells < len(store) - n_last], cells[cells >= len(store) - n_last]
         twins = store.select(cells).twins()
-        in_both = np.isin(twins[: len(train)], twins[len(train) :])
+        n_last = sum(source["n_cells"] for source in store.manifest["sources"][-len(expand(eval_data)) :])
+        held = cells >= len(store) - n_last
+        in_both = ~held & np.isin(twins, twins[held])
         if in_both.any():
             logger.warning(f"{in_both.sum()} training cells are also in eval_data, and are left out of training.")
-            train = train[~in_both]
+        train, test = cells[~held & ~in_both], cells[held]
         if not (len(train) and len(test)):
             raise ValueError(f"{len(train)} usable cells to train on, and {len(test)} in eval_data: both are needed.")
         return store.select(train), store.select(test)
@@ -238,19 +219,43 @@ def split(
         return store.select(cells), None
     twins = store.select(cells).twins()
     if split_by is not None:
-        must_have(store.obs, "obs", split_by)
-        groups = store.obs[split_by].astype(object).map(str).to_numpy()[cells]
-        if len(np.unique(twins)) < len(twins):
-            groups = join_groups(groups, twins)
-        if len(np.unique(groups)) < 2:
-            raise ValueError(f"{split_by!r} has only one group among the usable cells: none can be held out.")
-        train, test = next(GroupShuffleSplit(1, test_size=held_out, random_state=seed).split(cells, groups=groups))
-        return store.select(cells[train]), store.select(cells[test])
+        held = _hold_out_groups(store, cells, split_by, twins, held_out, seed)
+    else:
+        held = _hold_out_cells(store, labels, None if codes is None else codes[cells], twins, held_out, seed)
+    return store.select(cells[~held]), store.select(cells[held])
+
+
+def _hold_out_groups(
+    store: CellStore, cells: np.ndarray, split_by: str, twins: np.ndarray, held_out: float, seed: int
+) -> np.ndarray:
+    """Choose whole groups of cells to hold out; those that share twins count as one: bool array (n_cells,)."""
+    from sklearn.model_selection import GroupShuffleSplit
+
+    must_have(store.obs, "obs", split_by)
+    groups = store.obs[split_by].astype(object).map(str).to_numpy()[cells]
+    if len(np.unique(twins)) < len(twins):
+        groups = join_groups(groups, twins)
+    if len(np.unique(groups)) < 2:
+        raise ValueError(f"{split_by!r} has only one group among the usable cells: none can be held out.")
+    _, test = next(GroupShuffleSplit(1, test_size=held_out, random_state=seed).split(cells, groups=groups))
+    return np.isin(np.arange(len(cells)), test)
+
+
+def _hold_out_cells(
+    store: CellStore, labels: Sequence[str], codes: np.ndarray | None, twins: np.ndarray, held_out: float, seed: int
+) -> np.ndarray:
+    """Choose cells to hold out, all twins of each, stratified by class: bool array (n_cells,).
+
+    `codes` (n_cells, n_columns) are those of the classes in the label columns, -1 for none.
+    """
+    from sklearn.model_selection import train_test_split
+
     firsts, of_cell = np.unique(twins, return_index=True, return_inverse=True)[1:]
     kinds, n_test = np.arange(len(firsts)), math.ceil(held_out * len(firsts))  # of cells, each once
     strata = None
     if codes is not None:
-        classes, strata = np.unique(codes[cells[firsts]], axis=0, return_inverse=True)
+        label = " and ".join(map(repr, labels))
+        classes, strata = np.unique(codes[firsts], axis=0, return_inverse=True)
         strata = strata.reshape(-1)  # numpy 2.0 returns a column
         n_like = np.bincount(strata)[strata]
         alone = np.unique(strata[n_like < 2])
@@ -267,8 +272,7 @@ def split(
             f"Only {len(kinds)} cells are in classes with at least two: none is left beside {n_test} held out."
         )
     _, test = train_test_split(kinds, test_size=n_test, random_state=seed, stratify=strata)
-    held = np.isin(of_cell, test)
-    return store.select(cells[~held]), store.select(cells[held])
+    return np.isin(of_cell, test)
 
 
 def _names_of(store: CellStore, labels: Sequence[str], codes: np.ndarray) -> str:
@@ -349,7 +353,9 @@ def _is_figure(name: str, value: object) -> bool:
     return name.startswith("eval_") and isinstance(value, (int, float)) and not of_speed
 
 
-def print_figures(output: str, figures: dict[str, float]) -> None:
-    """Print the metrics of a run, in the main process only."""
+def run_and_print(output: str, run: Callable[[], dict[str, float]]) -> None:
+    """Train, with no other command at work in the output folder, and print the metrics in the main process."""
+    with writing(output):
+        figures = run()
     if PartialState().is_main_process:
         print(f"{output}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))

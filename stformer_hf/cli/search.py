@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import flag, parse
+from .arguments import flag, parse_training, some_flags
 from .pretrain import TRAINING_DEFAULTS, PretrainArguments
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class SearchArguments(PretrainArguments):
 
 def main(argv: list[str]) -> None:
     """Parse and run."""
-    args, training = parse(argv, SearchArguments, verb="search", description=__doc__, training=TRAINING_DEFAULTS)
+    args, training = parse_training(argv, SearchArguments, TRAINING_DEFAULTS)
     best = run(args, training)
     print(
         f"{args.output}: trial {best['trial']} is the best, with {args.metric} {best['score']:.4f}. Pretrain with it:"
@@ -76,13 +76,13 @@ def run(args: SearchArguments, training: dict[str, Any]) -> pd.Series:
 
     output = Path(args.output)
     given = _settings(args, training)
-    # The store built by an interrupted search.
-    store, goes_on = output / "store", (output / "study.db").exists() and not args.overwrite
-    if goes_on and (store / "manifest.json").exists():
+    store = output / "store"
+    is_built = (store / "manifest.json").exists
+    if is_built() and (output / "study.db").exists() and not args.overwrite:  # by an interrupted search
         args.data = [str(store)]
     arguments = training_arguments(output, training, args.overwrite)
     prepared = prepare(args, arguments)
-    if (store / "manifest.json").exists():
+    if is_built():
         args.data = [str(store)]
     model_init = TrialModel(space, lambda **values: make_model(args, prepared, **values))
     trainer = make_trainer(args, arguments, prepared, model_init=model_init)
@@ -91,14 +91,8 @@ def run(args: SearchArguments, training: dict[str, Any]) -> pd.Series:
             trainer,
             space,
             output,
-            trials=args.trials,
-            metric=args.metric,
-            direction=args.direction,
-            backend=args.backend,
-            pruner=args.pruner,
-            sampler_seed=args.sampler_seed,
             settings=given,
-            overwrite=args.overwrite,
+            **some_flags(args, "trials", "metric", "direction", "backend", "pruner", "sampler_seed", "overwrite"),
         )
     except KeyboardInterrupt:
         if args.backend == "optuna":

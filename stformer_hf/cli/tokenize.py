@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .arguments import flag, parse, refuse_flags_of_new
+from .arguments import flag, parse, refuse_flags_of_new, some_flags
 
 # Flags of a new tokenizer, made from the store.
 _OF_A_NEW_TOKENIZER = ("scheme", "medians", "bin_edges", "phenotypes", "max_length", "truncation")
@@ -37,7 +37,7 @@ class TokenizeArguments:
 
 def main(argv: list[str]) -> None:
     """Parse and run."""
-    args, _ = parse(argv, TokenizeArguments, verb="tokenize", description=__doc__)
+    args = parse(argv, TokenizeArguments)
     dataset = run(args)
     print(f"{args.output}: {len(dataset):,} cells, columns: {', '.join(dataset.column_names)}")
 
@@ -45,31 +45,21 @@ def main(argv: list[str]) -> None:
 def run(args: TokenizeArguments):
     """Tokenize the store; return the dataset."""
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+    from ..store.cell_store import CellStore
     from ..training.loading import load_tokenizer
 
     refuse_flags_of_new("tokenizer", args, _OF_A_NEW_TOKENIZER)
-    store = _open(args.data)
+    if Path(args.data).is_file():
+        raise ValueError(
+            f"{args.data} is a file, but tokenize needs a store. Build one first: stformer-hf build --data "
+            f"{args.data} --output STORE."
+        )
+    store = CellStore(args.data)
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer)
     else:
-        settings = {name: getattr(args, name) for name in _OF_A_NEW_TOKENIZER if getattr(args, name) is not None}
-        tokenizer = GeneTokenizer.from_store(store, **settings)
+        tokenizer = GeneTokenizer.from_store(store, **some_flags(args, *_OF_A_NEW_TOKENIZER))
     if tokenizer.neighborhood:
         store = store.with_neighborhoods()
-    shards = {} if args.rows_per_shard is None else {"rows_per_shard": args.rows_per_shard}
-    obs = "all" if args.obs == ["all"] else args.obs
-    return store.tokenize(
-        tokenizer, args.output, obs=obs, workers=args.workers, engine=args.engine, overwrite=args.overwrite, **shards
-    )
-
-
-def _open(path: str):
-    """Open the store, and refuse a file of cells."""
-    from ..store.cell_store import CellStore
-
-    if Path(path).is_file():
-        raise ValueError(
-            f"{path} is a file, but tokenize needs a store. Build one first: stformer-hf build --data {path} "
-            "--output STORE."
-        )
-    return CellStore(path)
+    options = some_flags(args, "workers", "engine", "overwrite", "rows_per_shard")
+    return store.tokenize(tokenizer, args.output, obs="all" if args.obs == ["all"] else args.obs, **options)

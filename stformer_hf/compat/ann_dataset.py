@@ -44,13 +44,6 @@ class AnnDataset(Dataset):
     chunk_size : int, default: 6000
         Number of rows read and made dense at a time; larger requests are read in pieces.
 
-    Attributes
-    ----------
-    shape : (int, int)
-        Cells of the dataset, genes.
-    chunk_size : int
-    transform : Transform or None
-
     Raises
     ------
     TypeError
@@ -120,22 +113,8 @@ class AnnDataset(Dataset):
     def __getitems__(self, index: Sequence[int]) -> list[dict[str, Any]]:
         """Read many cells (torch's `DataLoader` calls this with the indices of a batch).
 
-        Parameters
-        ----------
-        index : sequence of int
-            Cells, in any order, repeats allowed; negative ones count from the end.
-
-        Returns
-        -------
-        list of dict
-            The items, in the order asked for.
-
-        Raises
-        ------
-        TypeError
-            An index is not an integer.
-        IndexError
-            An index is outside the dataset.
+        Cells may come in any order, with repeats, and negative numbers count from the end; items are returned in this
+        order. An index that is not an integer raises a TypeError, one outside the dataset an IndexError.
         """
         cells = np.array([self._position(number) for number in index], np.int64)
         values = {"X": self._read_x(self._rows[cells])}
@@ -143,7 +122,13 @@ class AnnDataset(Dataset):
             found = numbers[cells]
             values[key] = torch.from_numpy(found).unbind() if labels is None else labels[found].tolist()
         items = [dict(zip(values, cell, strict=True)) for cell in zip(*values.values(), strict=True)]
-        return items if self.transform is None else [_transformed(item, self.transform) for item in items]
+        if self.transform is None:
+            return items
+        changed = [self.transform(item) for item in items]
+        for item in changed:
+            if not isinstance(item, dict):
+                raise TypeError(f"{self.transform!r} returned {type(item).__name__} instead of the dictionary.")
+        return changed
 
     def _position(self, index: int) -> int:
         try:
@@ -170,13 +155,9 @@ class AnnDataset(Dataset):
         return found
 
     def get_collate_fn(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """Return the collate function, for a custom `DataLoader`.
+        """Return the collate function, for a custom `DataLoader`; it can be pickled.
 
-        Returns
-        -------
-        callable (list of dict) -> dict
-            Stacks tensors to (n, …) and lists strings. Raises a ValueError if the items differ in their keys. It can
-            be pickled.
+        It stacks tensors to (n, …) and lists strings, and raises a ValueError if items differ in their keys.
         """
         return _collate
 
@@ -200,13 +181,6 @@ class AnnDataset(Dataset):
                 raise ValueError("Pass a seed or a generator, not both: the generator has its own seed.")
             kwargs["generator"] = torch.Generator().manual_seed(seed)
         return DataLoader(self, **{"collate_fn": self.get_collate_fn(), **kwargs})
-
-
-def _transformed(item: dict[str, Any], transform: Transform) -> dict[str, Any]:
-    changed = transform(item)
-    if not isinstance(changed, dict):
-        raise TypeError(f"{transform!r} returned {type(changed).__name__} instead of the dictionary.")
-    return changed
 
 
 def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:

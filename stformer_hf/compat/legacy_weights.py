@@ -165,18 +165,15 @@ def _check_weights(
         for field, (name, axis) in _SIZES.items()
         if name in weights and weights[name].dim() > axis
     }
-    layers = {found[1] for name in weights if (found := _LAYER.match(name))}
-    sizes["num_hidden_layers"] = len(layers)
+    sizes["num_hidden_layers"] = len({found[1] for name in weights if (found := _LAYER.match(name))})
     wrong = [
         f"{field} is {getattr(config, field)} ({size} in the checkpoint)"
         for field, size in sizes.items()
         if getattr(config, field) != size
     ]
-    # Fields that no weight determines.
-    plain = {
-        "position_embedding_type": "none",
-        **({"classifier_pooling": "cls"} if "classifier.weight" in weights else {}),
-    }
+    plain = {"position_embedding_type": "none"}  # fields that no weight determines
+    if "classifier.weight" in weights:
+        plain["classifier_pooling"] = "cls"
     wrong += [
         f"{field} is {getattr(config, field)!r} ({theirs!r} in PerturbGene)"
         for field, theirs in plain.items()

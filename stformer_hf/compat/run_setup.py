@@ -16,12 +16,8 @@ def setup_environment(seed: int) -> None:
     Parameters
     ----------
     seed : int
-        From 0 to 2**32 - 1. Child processes get it as `PYTHONHASHSEED`; string hashes of this process do not change.
-
-    Raises
-    ------
-    ValueError
-        The seed is outside this range.
+        From 0 to 2**32 - 1 (else a ValueError is raised). Child processes get it as `PYTHONHASHSEED`; string hashes of
+        this process do not change.
 
     Notes
     -----
@@ -44,18 +40,13 @@ def make_output_dirs(output_dir: str | Path, run_name: str) -> dict[str, Path]:
     output_dir : str or Path
         Folder of all runs.
     run_name : str
-        Name of this run.
+        Name of this run. An empty name, or one that leads out of the folder, raises a ValueError.
 
     Returns
     -------
     dict of str to Path
         `training`, for checkpoints: OUTPUT_DIR/models/RUN_NAME. `logging`: OUTPUT_DIR/runs/RUN_NAME. `model`, for the
         final model: OUTPUT_DIR/models/RUN_NAME/final.
-
-    Raises
-    ------
-    ValueError
-        The name is empty, or leads out of the folder.
     """
     if not run_name or Path(run_name).is_absolute() or ".." in Path(run_name).parts or Path(run_name) == Path("."):
         raise ValueError(f"run_name must be the name of a folder, got {run_name!r}.")

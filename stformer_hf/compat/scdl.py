@@ -78,7 +78,6 @@ class SingleCellMemMapDataset(Dataset):
     ----------
     store : CellStore
         The cells.
-    data_path : Path
 
     Raises
     ------
@@ -146,12 +145,9 @@ class SingleCellMemMapDataset(Dataset):
             self.load_h5ad(h5ad_path)
 
     def load(self, stored_path: str | Path) -> None:
-        """Open the dataset at a path, which replaces the current one.
+        """Open the dataset at a path, in place of the current one.
 
-        Raises
-        ------
-        FileNotFoundError
-            The dataset does not exist, or is incomplete.
+        A dataset that does not exist, or is incomplete, raises a FileNotFoundError.
         """
         try:
             store = CellStore(stored_path)
@@ -179,10 +175,7 @@ class SingleCellMemMapDataset(Dataset):
     def save(self, output_path: str | Path | None = None) -> None:
         """Write a copy; without a path do nothing, since the data on disk are always valid.
 
-        Raises
-        ------
-        FileExistsError
-            The path exists.
+        A path that exists raises a FileExistsError.
         """
         if output_path is not None:
             check_free(Path(output_path), "Choose another path, or delete it.")
@@ -412,17 +405,10 @@ class SingleCellMemMapDataset(Dataset):
         return {**cells, **padded}
 
     def get_neighbor_indices_for_cell(self, cell_index: int) -> np.ndarray:
-        """Return the row numbers of the neighbours of a cell.
+        """Return the row numbers of the neighbours of a cell, int array (n_neighbors,), ascending.
 
-        Returns
-        -------
-        int array (n_neighbors,)
-            Ascending; empty if there are none, or if neighbours are not loaded.
-
-        Raises
-        ------
-        ValueError
-            The dataset was opened with `load_neighbors`, but made without.
+        It is empty if there are none, or if neighbours are not loaded. A dataset that was opened with
+        `load_neighbors`, but made without, raises a ValueError.
         """
         return self._neighbors(cell_index)[0]
 
@@ -438,18 +424,11 @@ class SingleCellMemMapDataset(Dataset):
         return found.indices, found.data
 
     def sample_neighbor_index(self, cell_index: int) -> int:
-        """Choose a neighbour of a cell by `neighbor_sampling_strategy`; weights are ignored.
+        """Choose a neighbour of a cell by `neighbor_sampling_strategy`, whatever the weights; return its row number.
 
-        Returns
-        -------
-        int
-            Its row number; that of the cell itself if neighbours are not loaded, or if it has none and
-            `fallback_to_identity` is True.
-
-        Raises
-        ------
-        ValueError
-            The cell has no neighbours, and `fallback_to_identity` is False; or as for `get_neighbor_indices_for_cell`.
+        This is that of the cell itself if neighbours are not loaded, or if it has none and `fallback_to_identity` is
+        True; if this is False, a cell without neighbours raises a ValueError. See also
+        `get_neighbor_indices_for_cell`.
         """
         neighbors = self.get_neighbor_indices_for_cell(cell_index)
         if len(neighbors):
@@ -541,10 +520,7 @@ class SingleCellMemMapDataset(Dataset):
     def cast_data_to_dtype(self, dtype: str | np.dtype) -> None:
         """Change the dtype of the values of rows; the data on disk, which hold them exactly, are not changed.
 
-        Raises
-        ------
-        ValueError
-            The dtype is not numeric; values do not fit it.
+        A dtype that is not numeric, or that values do not fit, raises a ValueError.
         """
         wanted = value_type(dtype)
         check_values(self.store, wanted, self.data_dtype_tolerance)

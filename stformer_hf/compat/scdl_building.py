@@ -49,15 +49,7 @@ def convert(
 
 
 def unite(path: Path, stores: Sequence[CellStore]) -> CellStore:
-    """Concatenate stores, in their order, with the genes and obs columns of all.
-
-    Raises
-    ------
-    FileExistsError
-        The path exists.
-    ValueError
-        Only some of the stores have neighbours.
-    """
+    """Concatenate stores, in their order, with the genes and obs columns of all; all or none have neighbours."""
     check_free(path, "Choose another path, or delete it.")
     return CellStore.build(
         path,
@@ -70,13 +62,7 @@ def unite(path: Path, stores: Sequence[CellStore]) -> CellStore:
 
 
 def append(store: CellStore, others: Sequence[CellStore]) -> None:
-    """Append the cells of other stores to a store, which keeps its obs columns.
-
-    Raises
-    ------
-    ValueError
-        Another store lacks an obs column; only some of the stores have neighbours.
-    """
+    """Append the cells of other stores to a store, which keeps its obs columns; all or none have neighbours."""
     for other in others:
         lacking = [name for name in store.manifest["obs"] if name not in other.manifest["obs"]]
         if lacking:

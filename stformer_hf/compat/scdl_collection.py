@@ -6,9 +6,7 @@ import itertools
 import json
 import multiprocessing
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,20 +40,7 @@ class SingleCellCollection:
         self.datasets: dict[Path, SingleCellMemMapDataset] = {}
 
     def load_h5ad(self, h5ad_path: str | Path, **options: Any) -> None:
-        """Convert a file and add it.
-
-        Parameters
-        ----------
-        h5ad_path : str or Path
-            Path of the file.
-        **options
-            Options of `SingleCellMemMapDataset`, such as `load_neighbors` or `data_dtype`.
-
-        Raises
-        ------
-        FileNotFoundError, ValueError
-            As for `SingleCellMemMapDataset`.
-        """
+        """Convert a file and add it; options and errors are those of `SingleCellMemMapDataset`."""
         file = Path(h5ad_path)
         self.datasets[file] = _convert(file, self._place(file, options), options)
 
@@ -84,12 +69,17 @@ class SingleCellCollection:
             A file could not be converted; the message names it and the reason. No file is then added; converted files
             are not converted again in the next call.
         """
-        files = sorted(_h5ad_files(Path(directory_path)))
+        folder = Path(directory_path)
+        found = [file for file in folder.rglob("*.h5ad") if file.is_file()]
+        files = sorted(file for file in found if "/." not in f"/{file.relative_to(folder).as_posix()}")  # not hidden
         if not files:
             raise FileNotFoundError(f"There are no h5ad files in {directory_path}.")
-        places = [self._place(file, options) for file in files]
-        datasets = {}
-        with _pool(max_workers, use_processes) as pool:
+        datasets, places = {}, [self._place(file, options) for file in files]
+        if use_processes:  # not forked, which threads of Arrow and torch do not survive
+            pool: Executor = ProcessPoolExecutor(max_workers, mp_context=multiprocessing.get_context("spawn"))
+        else:
+            pool = ThreadPoolExecutor(max_workers)
+        try:
             running = [pool.submit(_convert, file, place, options) for file, place in zip(files, places, strict=True)]
             for file, done in zip(files, running, strict=True):
                 try:
@@ -97,6 +87,8 @@ class SingleCellCollection:
                 except Exception as error:
                     kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
                     raise RuntimeError(f"{file} could not be converted: {kind}{error}") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
         self.datasets.update(datasets)
 
     def _place(self, file: Path, options: dict[str, Any]) -> Path:
@@ -186,28 +178,9 @@ class SingleCellCollection:
             self.datasets = {}
 
 
-def _h5ad_files(folder: Path) -> Iterator[Path]:
-    for file in folder.rglob("*.h5ad"):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if file.is_file() and not hidden:
-            yield file
-
-
 def _convert(file: Path, place: Path, options: dict[str, Any]) -> SingleCellMemMapDataset:
     # An existing dataset is complete, and belongs to this file.
     return SingleCellMemMapDataset(place, None if place.exists() else file, **options)
-
-
-@contextmanager
-def _pool(max_workers: int, use_processes: bool) -> Iterator[Executor]:
-    if use_processes:  # not forked, which threads of Arrow and torch do not survive
-        pool: Executor = ProcessPoolExecutor(max_workers, mp_context=multiprocessing.get_context("spawn"))
-    else:
-        pool = ThreadPoolExecutor(max_workers)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 __all__ = ["SingleCellCollection"]

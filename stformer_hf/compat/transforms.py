@@ -44,14 +44,7 @@ class Compose(Transform):
     Parameters
     ----------
     transforms : iterable of Transform
-        Transforms in the order of application.
-
-    Raises
-    ------
-    ValueError
-        There are no transforms.
-    TypeError
-        One of them is not a `Transform`.
+        In the order of application. No transform raises a ValueError, anything else than a `Transform` a TypeError.
     """
 
     def __init__(self, transforms: Iterable[Transform]):
@@ -79,12 +72,7 @@ class NormalizeRowSum(Transform):
     Parameters
     ----------
     target_sum : float, default: 1e4
-        Sum of each scaled cell, above 0.
-
-    Raises
-    ------
-    ValueError
-        `target_sum` is not above 0.
+        Sum of each scaled cell, above 0 (else a ValueError is raised).
     """
 
     def __init__(self, target_sum: float = 1e4):
@@ -134,13 +122,7 @@ class EncodeLabels(Transform):
         self.label_encoder = label_encoder
 
     def __call__(self, data_dict: dict[str, Any]) -> dict[str, Any]:
-        """Add the number of the label: int64 tensor ().
-
-        Raises
-        ------
-        ValueError
-            The encoder does not know the label.
-        """
+        """Add the number of the label: int64 tensor (). One that the encoder does not know raises a ValueError."""
         label = data_dict.get(f"obs_{self.obs_key}")
         if label is None or self.label_encoder is None:
             return data_dict

@@ -14,15 +14,7 @@ from .rejection import UNKNOWN, kth_lowest, typicality
 
 
 def read_parents(parents: Mapping[str, str] | str | Path) -> dict[str, str]:
-    """Return the parent of each label; see `annotate`. A label at the top may have a missing or empty parent.
-
-    Raises
-    ------
-    ValueError
-        The file lacks a column; a child has two parents, or is its own ancestor; a label is called "unknown".
-    FileNotFoundError
-        The file does not exist.
-    """
+    """Return the parent of each label; see `annotate`. A label at the top may have a missing or empty parent."""
     if isinstance(parents, Mapping):
         pairs = [(str(child), "" if pd.isna(parent) else str(parent)) for child, parent in parents.items()]
     else:
@@ -48,10 +40,7 @@ def read_parents(parents: Mapping[str, str] | str | Path) -> dict[str, str]:
 def ancestors_of(classes: list[str], parents: Mapping[str, str]) -> list[list[str]]:
     """Return the ancestors of each class, the nearest first, without those that all classes share, which say nothing.
 
-    Raises
-    ------
-    ValueError
-        No class has a parent.
+    One of the classes must have a parent.
     """
     chains = [_chain(name, parents) for name in classes]
     if not any(chains):

@@ -133,14 +133,7 @@ def annotate(
     if parents is not None:
         with_parents = [head for head in heads if any(name in parents for name in head.names)]
         ancestors |= {head.column: ancestors_of(head.names, parents) for head in with_parents or heads}
-    out_of_fold = load_out_of_fold(model) if reject is not None else None
-    if reject is not None and out_of_fold is None:
-        raise ValueError(
-            "The model has no out-of-fold predictions to reject cells by. finetune keeps them (in the folder of the "
-            "checkpoint, or at model.out_of_fold), unless the number of epochs is given: leave it out, or pass 0."
-        )
-
-    of_heads = _of_heads(out_of_fold, heads)
+    of_heads = [] if reject is None else _load_out_of_fold(model, heads)
     centroids = [of.centroids for of in of_heads if of.centroids is not None]  # of all label columns, or of none
 
     def forward(model: PreTrainedModel, batch: dict[str, torch.Tensor], types: torch.Tensor) -> torch.Tensor:
@@ -184,16 +177,7 @@ def annotate(
             )
         if over is not None:
             columns[f"{prefix}_majority"] = majority(columns[label], table.obs[over])
-    former = table.uns.get(f"{key_added}_annotation", {})
-    stale = set(former.get("columns", ())) - set(columns)
-    table.obs = table.obs.drop(columns=[column for column in stale if column in table.obs])
-    for key in set(former.get("obsm", ())) - set(matrices):
-        table.obsm.pop(key, None)
-    for column, values in columns.items():
-        table.obs[column] = values
-    for key, matrix in matrices.items():
-        table.obsm[key] = matrix
-    table.uns[f"{key_added}_annotation"] = {
+    settings = {
         "model": model_name,
         "problem_type": kind,
         "columns": list(columns),
@@ -206,6 +190,7 @@ def annotate(
         "counts_in": source.counts_in,
         "vocabulary_fingerprint": tokenizer.fingerprint,
     }
+    _write(table, f"{key_added}_annotation", columns, matrices, settings)
     return table if isinstance(adata, CellStore) else None
 
 
@@ -214,11 +199,31 @@ def _classes(heads: list[CellHead]) -> list[str] | dict[str, list[str]]:
     return {head.column: head.names for head in heads if head.column is not None} or heads[0].names
 
 
-def _of_heads(out_of_fold: OutOfFold | dict[str, OutOfFold] | None, heads: list[CellHead]) -> list[OutOfFold]:
-    """Return the out-of-fold predictions of each head; none of None."""
-    if isinstance(out_of_fold, dict):
-        return [out_of_fold[head.column] for head in heads if head.column is not None]
-    return [] if out_of_fold is None else [out_of_fold]
+def _load_out_of_fold(model: str | PreTrainedModel, heads: list[CellHead]) -> list[OutOfFold]:
+    """Return the out-of-fold predictions of each head of a model, which must have some."""
+    found = load_out_of_fold(model)
+    if found is None:
+        raise ValueError(
+            "The model has no out-of-fold predictions to reject cells by. finetune keeps them (in the folder of the "
+            "checkpoint, or at model.out_of_fold), unless the number of epochs is given: leave it out, or pass 0."
+        )
+    if isinstance(found, dict):
+        return [found[head.column] for head in heads if head.column is not None]
+    return [found]
+
+
+def _write(table: AnnData, key: str, columns: Mapping, matrices: Mapping[str, np.ndarray], settings: dict) -> None:
+    """Write results to obs, obsm and `uns[key]`, and remove those of an earlier call that this one does not write."""
+    former = table.uns.get(key, {})
+    stale = set(former.get("columns", ())) - set(columns)
+    table.obs = table.obs.drop(columns=[column for column in stale if column in table.obs])
+    for name in set(former.get("obsm", ())) - set(matrices):
+        table.obsm.pop(name, None)
+    for column, values in columns.items():
+        table.obs[column] = values
+    for name, matrix in matrices.items():
+        table.obsm[name] = matrix
+    table.uns[key] = settings
 
 
 def _reject(

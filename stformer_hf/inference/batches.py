@@ -41,19 +41,9 @@ _BLOCKS_PER_TASK = 4
 
 
 def load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_class, min_coverage: float | None = None):
-    """Load a checkpoint, or unwrap a model object; return model and tokenizer.
+    """Load a checkpoint, or unwrap a model object; return model and tokenizer. Errors are those of `embed`.
 
     With `min_coverage`, the tokenizer is a copy with that setting.
-
-    Raises
-    ------
-    ValueError
-        A model object has no tokenizer; the tokenizer does not fit; the model reads neighbourhoods; the checkpoint
-        lacks weights.
-    FileNotFoundError
-        The checkpoint does not exist.
-    TypeError
-        `model` is not a model.
     """
     of_object = is_model(model)
     config = unwrap(model).config if of_object else load_config(model)
@@ -107,11 +97,6 @@ def at_work(
 
     Without `gradients`, torch is in inference mode. With `dtype`, "bfloat16" or "float16", torch computes in it where
     that is safe (autocast), and the weights stay as they are.
-
-    Raises
-    ------
-    ValueError
-        The dtype is not supported.
     """
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f'dtype must be "float32", "bfloat16" or "float16", got {dtype!r}.')
@@ -169,12 +154,6 @@ def run(
         Number of genes of each cell that the model read.
     source : Source
         Source of the counts.
-
-    Raises
-    ------
-    ValueError
-        The batch size is below 1; there are no cells; outputs are NaN or infinite; `workers` or `engine` is set for
-        cells that are not in a store, or under accelerate, which divides the cells itself.
     """
     check_engine(engine, workers)
     here = runs_here(engine, workers)
@@ -335,11 +314,6 @@ def read_batches(
     ------
     TokenBatch
         Each cell once; within a block, the longest cells come first.
-
-    Raises
-    ------
-    ValueError
-        The batch size is below 1; there are no cells.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be at least 1.")
@@ -400,13 +374,6 @@ def table_of(cells, layer: str | None) -> AnnData:
     """Return the AnnData that results are written to: that of the cells (see `find_table`), or a new one for a store.
 
     The new one has the obs and the genes of the store, and no counts, so that the store may be larger than memory.
-
-    Raises
-    ------
-    TypeError
-        `cells` does not hold cells.
-    ValueError
-        The AnnData is a view of one on disk; see `find_table`.
     """
     if isinstance(cells, CellStore):
         return AnnData(obs=cells.obs.copy(), var=cells.genes.frame.set_index("gene_id"))

@@ -121,7 +121,8 @@ def export_onnx(
         random = next(read_batches(open_source(_random_cells(tokenizer)), tokenizer, _BATCHES[1], desc="trace"))
         names = _input_names(random, tokenizer)
         exported = _ForOnnx(model, names, pooling).eval()
-        expected = [exported(*_tensors(batch, names, tokenizer)).numpy() for batch in batches]
+        tensors = [_tensors(batch, names, tokenizer) for batch in batches]
+        expected, inputs = [exported(*of).numpy() for of in tensors], [[one.numpy() for one in of] for of in tensors]
     with torch.no_grad():
         # Random cells: those to compare on may be too few, or have too few genes, for lengths that vary.
         example = tuple(tensor.clone() for tensor in _tensors(random, names, tokenizer))
@@ -139,7 +140,7 @@ def export_onnx(
         "comparison": {},
     }
     for file in (MODEL, MODEL_INT8) if int8 else (MODEL,):
-        found = [run_onnx(output / file, _arrays(batch, names, tokenizer)) for batch in batches]
+        found = [run_onnx(output / file, dict(zip(names, arrays, strict=True))) for arrays in inputs]
         settings["comparison"][file] = _compare(expected, found, heads)
     scale = max(1.0, *(float(np.abs(of).max()) for of in expected))
     difference = settings["comparison"][MODEL]["max_abs_difference"]
@@ -244,10 +245,6 @@ def _tensors(batch: TokenBatch, names: list[str], tokenizer: GeneTokenizer) -> t
     """Return the inputs in order; a file with all genes has all of them measured."""
     every = torch.ones(len(batch.rows), len(tokenizer.genes), dtype=torch.bool)
     return tuple(batch.inputs.get(name, every) for name in names)
-
-
-def _arrays(batch: TokenBatch, names: list[str], tokenizer: GeneTokenizer) -> dict[str, np.ndarray]:
-    return {name: one.numpy() for name, one in zip(names, _tensors(batch, names, tokenizer), strict=True)}
 
 
 def _random_cells(tokenizer: GeneTokenizer, n_cells: int = 32, n_genes: int = 200) -> AnnData:

@@ -73,13 +73,7 @@ class Panel:
         return counts
 
     def column(self, name: str) -> int:
-        """Return the column of a gene.
-
-        Raises
-        ------
-        ValueError
-            The model does not know the gene, or the cells do not measure it.
-        """
+        """Return the column of a gene, which the model must know and the cells measure."""
         if name in self._column_of_name:
             return self._column_of_name[name]
         gene = int(self._tokenizer.find_genes([name])[0])
@@ -212,12 +206,6 @@ def choose_perturbations(
     -------
     list of Perturbation
         Those asked for, in their order, then those of the null.
-
-    Raises
-    ------
-    ValueError
-        A gene is unknown to the model, or not measured; a name is repeated, or two perturbations edit the same genes;
-        there are no genes.
     """
     expressed = panel.known[expression[panel.known] > 0]
     named: list[tuple[str, tuple[int, ...]]]

@@ -148,8 +148,7 @@ def _contextual(
 ) -> AnnData:
     """Average the states of genes within types."""
     n_types, n_genes = len(types.categories), len(chosen)
-    places = np.full(len(tokenizer.genes) + 1, -1)  # the last one is of tokens that are not genes
-    places[chosen] = np.arange(n_genes)
+    places = _places_of(chosen, tokenizer)
     sums = np.zeros((n_types * n_genes, encoder.config.hidden_size))
     n_cells = np.zeros(n_types * n_genes, np.int64)
     for batch in batches:
@@ -253,12 +252,7 @@ class GeneNetwork:
         return f"GeneNetwork({len(self.genes):,} genes, method {self.method}, groups: {some_of(self.scores, 10)})"
 
     def edges(self, n_edges: int = 1_000) -> pd.DataFrame:
-        """Return the pairs with the largest scores in each group.
-
-        Parameters
-        ----------
-        n_edges : int, default: 1,000
-            Edges per group.
+        """Return the `n_edges` pairs with the largest scores in each group.
 
         Returns
         -------
@@ -434,16 +428,7 @@ def gene_network(
     encoder, tokenizer = load(model, tokenizer, AutoModel)
     _refuse_neighborhoods(tokenizer)
     encoder = encoder.base_model
-    attentions = [module for module in encoder.modules() if isinstance(module, GeneBertAttention)]
-    if not attentions:
-        raise ValueError(f"gene_network reads the attention of GeneBert models, got {type(encoder).__name__}.")
-    unit = torch.eye(encoder.config.hidden_size, device=encoder.device, dtype=encoder.dtype)
-    if not any(_has_effect(module, unit) for module in attentions):
-        raise ValueError(
-            "No gene has an effect on the state of another in this model: the outputs of its attention are 0, as in a "
-            "whole-cell model at its start, before the first step (and after finetune, if cross-validation chose no "
-            "training). Train it first (num_train_epochs), or pass a pretrained model."
-        )
+    attentions = _attentions_of(encoder)
     source = open_source(adata, layer, fractional)
     group_of = _groups(source, groups)
     n_genes = genes if isinstance(genes, int) else len(genes)
@@ -458,21 +443,19 @@ def gene_network(
         )
     columns = tokenizer.find_genes(source.genes.gene_ids, source.genes.symbols)
     chosen = _most_expressed(source, columns, genes) if isinstance(genes, int) else _indices(genes, tokenizer)
-    places = np.full(len(tokenizer.genes) + 1, -1)
-    places[chosen] = np.arange(len(chosen))
+    places = _places_of(chosen, tokenizer)
     sums = np.zeros((n_groups, len(chosen), len(chosen)), np.float32)
     n_cells = np.zeros(sums.shape, np.int32)
     batches = read_batches(source, tokenizer, batch_size, desc=f"gene network ({method})", max_padded=_PAIRS_OF_TOKENS)
-    scored = _gradients if method == "gradient" else _attention
     by_gradient = method == "gradient"
+    scored = _gradients if by_gradient else _attention
     with at_work(encoder, device, by_gradient), _backend(encoder, None if by_gradient else "eager"):
         for batch in batches:
             group, of_token = group_of.codes[batch.rows], places[batch.genes]
             if not ((of_token >= 0).any(axis=1) & (group >= 0)).any():
                 continue
-            for cell, targets, rows in scored(
-                encoder, attentions, batch.to(encoder.device), of_token, n_targets, seed
-            ):
+            batch = batch.to(encoder.device)
+            for cell, targets, rows in scored(encoder, attentions, batch, of_token, n_targets, seed):
                 if group[cell] < 0:
                     continue
                 read = np.flatnonzero(of_token[cell] >= 0)
@@ -488,9 +471,8 @@ def gene_network(
     without = [name for name, of_group in zip(names, enough, strict=True) if not of_group.any()]
     if without:
         logger.warning(f"No pair of genes was scored in {min_cells} cells of {', '.join(without)}: lower min_cells.")
-    found = _gene_frame(tokenizer, chosen).reset_index(drop=True)
     return GeneNetwork(
-        found,
+        _gene_frame(tokenizer, chosen).reset_index(drop=True),
         dict(zip(names, sums, strict=True)),
         dict(zip(names, n_cells, strict=True)),
         dict(zip(names, _coexpression(source, columns, places, group_of, len(chosen)), strict=True)),
@@ -499,9 +481,19 @@ def gene_network(
 
 
 @torch.no_grad()
-def _has_effect(attention: GeneBertAttention, unit: torch.Tensor) -> bool:
-    """Return whether any input changes the output of an attention, its adapters included."""
-    return bool((attention.out_lin(unit) != attention.out_lin(torch.zeros_like(unit))).any())
+def _attentions_of(encoder: PreTrainedModel) -> list[GeneBertAttention]:
+    """Return the attention modules of a GeneBert; any input must change the output of one, its adapters included."""
+    found = [module for module in encoder.modules() if isinstance(module, GeneBertAttention)]
+    if not found:
+        raise ValueError(f"gene_network reads the attention of GeneBert models, got {type(encoder).__name__}.")
+    unit = torch.eye(encoder.config.hidden_size, device=encoder.device, dtype=encoder.dtype)
+    if all(torch.equal(module.out_lin(unit), module.out_lin(torch.zeros_like(unit))) for module in found):
+        raise ValueError(
+            "No gene has an effect on the state of another in this model: the outputs of its attention are 0, as in a "
+            "whole-cell model at its start, before the first step (and after finetune, if cross-validation chose no "
+            "training). Train it first (num_train_epochs), or pass a pretrained model."
+        )
+    return found
 
 
 def _attention(
@@ -577,24 +569,22 @@ def _backend(encoder: PreTrainedModel, name: str | None) -> Iterator[None]:
 # ---------------------------------------------------------------------- parts
 
 
-def _log_normalised(source: Source, columns: np.ndarray, places: np.ndarray, n: int) -> Iterator[sparse.csr_array]:
-    """Read ln(1 + 10,000 x / total) of the genes of a network, block by block; totals are over known genes."""
-    target = np.where(columns >= 0, places[columns], -1)
-    at = np.flatnonzero(target >= 0)
-    to_genes = sparse.csr_array((np.ones(len(at)), (at, target[at])), shape=(len(columns), n))
-    for block in source.blocks(_ROWS_PER_BLOCK):
-        block = sparse.csr_array(block, dtype=np.float64)
-        yield log_normalise(block @ to_genes, block @ (columns >= 0).astype(np.float64))
-
-
 def _coexpression(
     source: Source, columns: np.ndarray, places: np.ndarray, group_of: pd.Categorical, n: int
 ) -> Iterator[np.ndarray]:
-    """Yield the Pearson correlations of each group, float32 array (n, n)."""
+    """Yield the Pearson correlations of each group, float32 array (n, n).
+
+    They are of ln(1 + 10,000 x / total) of the genes of a network; totals are over known genes.
+    """
+    target = np.where(columns >= 0, places[columns], -1)
+    at = np.flatnonzero(target >= 0)
+    to_genes = sparse.csr_array((np.ones(len(at)), (at, target[at])), shape=(len(columns), n))
     n_groups = len(group_of.categories)
     products = np.zeros((n_groups, n, n))
     sums, n_cells, start = np.zeros((n_groups, n)), np.bincount(group_of.codes[group_of.codes >= 0]), 0
-    for values in _log_normalised(source, columns, places, n):
+    for block in source.blocks(_ROWS_PER_BLOCK):
+        block = sparse.csr_array(block, dtype=np.float64)
+        values = log_normalise(block @ to_genes, block @ (columns >= 0).astype(np.float64))
         codes = group_of.codes[start : start + values.shape[0]]
         start += values.shape[0]
         for group in np.unique(codes[codes >= 0]):
@@ -627,6 +617,13 @@ def _groups(source: Source, key: str | None) -> pd.Categorical:
     if not len(found.categories):
         raise ValueError(f"No cell has a value in obs[{key!r}].")
     return found
+
+
+def _places_of(chosen: np.ndarray, tokenizer: GeneTokenizer) -> np.ndarray:
+    """Return the place of each gene among the chosen ones, -1 for others, and last for tokens that are not genes."""
+    places = np.full(len(tokenizer.genes) + 1, -1)
+    places[chosen] = np.arange(len(chosen))
+    return places
 
 
 def _indices(genes: Sequence[str] | None, tokenizer: GeneTokenizer) -> np.ndarray:

@@ -104,8 +104,9 @@ def perturb(
     n_null : int, default: 25
         Number of other genes that are perturbed too, for comparison, per bin of mean counts in which `genes` has
         genes (ten bins, fewer for fewer than 300 genes); for each group of genes, number of random groups from the
-        same bins. They multiply the work for few genes; 0 for none. No p-value is below 1 / (1 + their number). If
-        all genes are perturbed, they are compared with one another.
+        same bins. They multiply the work for few genes. No p-value is below 1 / (1 + their number). With 0, and if
+        all genes are perturbed, `genes` are compared with one another; p-values are NaN where fewer than ten of them
+        have similar expression.
     output : str or Path, optional
         Folder for the scores, written shard by shard, and the tables. Called again with the same arguments, the
         function resumes from the shards that are there. Needed with several processes (`accelerate launch`), which
@@ -213,11 +214,11 @@ def perturb(
     n_alone = int(asked["p"].isna().sum())
     if goal is not None and cells.donors is None and min(len(cells.perturbed), len(cells.goal)) < 2:
         logger.warning("No p-values: the goal group or the start group is a single cell.")
-    elif n_alone and n_null:
+    elif n_alone:
+        with_many = ", or with many genes pass n_null=0, which compares them with one another" if n_null else ""
         logger.warning(
             f"{n_alone} perturbations have no p-value: they change fewer than 3 cells, or fewer than 10 other genes "
-            "of similar expression were perturbed, or most of these move no cell. Raise n_null, or with many genes "
-            "pass n_null=0, which compares them with one another."
+            f"of similar expression were perturbed, or most of these move no cell. Raise n_null{with_many}."
         )
     asked.attrs["settings"] = {**settings, "tested": grid.score_names[0], "n_cells": len(cells.perturbed)}
     return asked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -164,7 +164,10 @@ def umap(
     if own:
         adata.obsm["X_umap"], adata.uns[_OWN_UMAP] = places, _checksum(places)
     ax = _axes(8, 5)
-    sc.pl.embedding(adata, f"{use_rep}_umap", color=color, ax=ax, show=False, title=title or color)
+    # scanpy calls missing values "NA" in the legend, and refuses them beside a category of this name.
+    named = color in adata.obs and (adata.obs[color].astype(object) == "NA").any()
+    how = {"color": color, "title": title or color, "na_in_legend": not named}
+    sc.pl.embedding(adata, f"{use_rep}_umap", ax=ax, show=False, **how)
     _name_axes(ax)
     return _save(ax, save)
 
@@ -237,7 +240,7 @@ def umaps(
         must_have(adata.obsm, "obsm", key)
     must_have(adata.obs, "obs", outlined)
     edged = np.zeros(adata.n_obs, bool) if outlined is None else adata.obs[outlined].to_numpy(bool)
-    colours, order, legend = _colours(adata, color)
+    name_of_colours, colours, order, legend = _colours(adata, color)
     figure, panels = plt.subplots(
         1, len(use_reps), figsize=(4.5 * len(use_reps) + 3, 4.8), layout="constrained", squeeze=False
     )
@@ -251,7 +254,7 @@ def umaps(
         _name_axes(panel)
     if isinstance(legend, list) and edged.any():
         legend.append(Line2D([], [], color="none", marker="o", markeredgecolor="black", markersize=8, label=outlined))
-    _add_legend(figure, panels, legend, _name_of(adata, color), title)
+    _add_legend(figure, panels, legend, name_of_colours, title)
     _save(panels[0], save)
     return panels
 
@@ -309,7 +312,7 @@ def mapping(
     size = float(np.clip(20_000 / joint.n_obs, 1, 40))
     figure, panels = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
     for panel, column in zip(panels, ("cells", color), strict=True):
-        colours, _, legend = _colours(joint, column)
+        _, colours, _, legend = _colours(joint, column)
         panel.scatter(*places.T, c=colours, s=size, linewidths=0, rasterized=True)  # the query is on top
         panel.set_title(column)
         _name_axes(panel)
@@ -411,7 +414,7 @@ def sections(
     section_of_cell = _sections_of(adata, section_key)
     if n_columns is not None and n_columns < 1:
         raise ValueError(f"n_columns={n_columns}: must be at least 1.")
-    colours, order, legend = _colours(adata, color)
+    name, colours, order, legend = _colours(adata, color)
 
     import matplotlib.pyplot as plt
 
@@ -438,7 +441,7 @@ def sections(
         if section_key is not None:
             panel.set_title(str(names[number]))
     figure.supxlabel(f"bars: units of obsm[{spatial_key!r}]", fontsize="small")
-    _add_legend(figure, panels, legend, _name_of(adata, color), title)
+    _add_legend(figure, panels, legend, name, title)
     _save(panels[0], save)
     return panels[0] if section_key is None else panels
 
@@ -466,30 +469,29 @@ def _sections_of(adata: AnnData, section_key: str | None) -> pd.Categorical:
     return found
 
 
-def _colours(adata: AnnData, color: str) -> tuple[np.ndarray, np.ndarray, list[Line2D] | ScalarMappable]:
-    """Choose the colours, order and legend of cells.
+class _Colours(NamedTuple):
+    """What cells are coloured by."""
 
-    Returns
-    -------
-    colours : float array (n_cells, 4)
-        RGBA.
-    order : int array (n_cells,)
-        Order in which to draw the cells: missing values first, the largest numbers last.
-    legend : list of Line2D, or ScalarMappable
-        A list for categories, a mappable for numbers.
-    """
+    name: str  # of the column, or of the gene with what X holds
+    colours: np.ndarray  # RGBA: float (n_cells, 4)
+    order: np.ndarray  # in which to draw the cells, missing values first, the largest numbers last: int (n_cells,)
+    legend: list[Line2D] | ScalarMappable  # a list for categories, a mappable for numbers
+
+
+def _colours(adata: AnnData, color: str) -> _Colours:
+    """Choose the colours of cells by a column or a gene."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize, to_rgba, to_rgba_array
     from matplotlib.lines import Line2D
 
-    values = _values_of(adata, color)
+    name, values = _values_of(adata, color)
     if not isinstance(values, pd.Categorical):
         there = np.isfinite(values)
         limits = (values[there].min(), values[there].max()) if there.any() else (0, 1)
         scale = ScalarMappable(Normalize(*limits), "viridis")
         colours = scale.to_rgba(np.where(there, values, limits[0]))
         colours[~there] = to_rgba(_MISSING)
-        return colours, np.argsort(np.where(there, values, -np.inf), kind="stable"), scale
+        return _Colours(name, colours, np.argsort(np.where(there, values, -np.inf), kind="stable"), scale)
     # Missing values have the code -1.
     palette = to_rgba_array([*_palette(adata, f"{color}_colors", values), _MISSING])
 
@@ -500,7 +502,7 @@ def _colours(adata: AnnData, color: str) -> tuple[np.ndarray, np.ndarray, list[L
     legend = [entry(str(values.categories[code]), palette[code]) for code in used if code >= 0]
     if used[0] < 0:
         legend.append(entry("missing", palette[-1]))
-    return palette[values.codes], np.argsort(values.codes >= 0, kind="stable"), legend
+    return _Colours(name, palette[values.codes], np.argsort(values.codes >= 0, kind="stable"), legend)
 
 
 def _palette(adata: AnnData, key: str, values: pd.Categorical) -> Sequence:
@@ -521,20 +523,22 @@ def _palette(adata: AnnData, key: str, values: pd.Categorical) -> Sequence:
     return [_MISSING if colour is None else colour for colour in colours]
 
 
-def _values_of(adata: AnnData, color: str) -> np.ndarray | pd.Categorical:
-    """Return the numbers or the categories of a column of obs, or the numbers of a gene."""
+def _values_of(adata: AnnData, color: str) -> tuple[str, np.ndarray | pd.Categorical]:
+    """Return a name, and the numbers or the categories of a column of obs, or the numbers of a gene."""
     if color in adata.obs:
         column = adata.obs[color]
         if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
-            return column.to_numpy(np.float64, na_value=np.nan)
-        return pd.Categorical(column)
+            return color, column.to_numpy(np.float64, na_value=np.nan)
+        return color, pd.Categorical(column)
     n_genes = (adata.var_names == color).sum()
     if n_genes > 1:
         raise ValueError(f"{n_genes} genes are named {color!r}: call adata.var_names_make_unique().")
-    if n_genes:
-        values = adata[:, adata.var_names == color].X
-        return np.asarray(values.todense() if sparse.issparse(values) else values, np.float64).ravel()
-    raise _unknown_color(adata, color)
+    if not n_genes:
+        raise _unknown_color(adata, color)
+    values = adata[:, adata.var_names == color].X
+    values = np.asarray(values.todense() if sparse.issparse(values) else values, np.float64).ravel()
+    whole = np.isfinite(values).all() and (values >= 0).all() and (values == np.floor(values)).all()
+    return f"{color} ({'counts' if whole else 'values'} in X)", values
 
 
 def _unknown_color(adata: AnnData, color: str) -> ValueError:
@@ -542,16 +546,6 @@ def _unknown_color(adata: AnnData, color: str) -> ValueError:
         f"There is no column or gene {color!r}; obs has {', '.join(map(repr, adata.obs)) or 'no columns'}, and genes "
         f"have names like {', '.join(adata.var_names[:3])}."
     )
-
-
-def _name_of(adata: AnnData, color: str) -> str:
-    """Return what the colours show: a column of obs, or the counts or other values of a gene."""
-    if color in adata.obs:
-        return color
-    values = _values_of(adata, color)
-    assert isinstance(values, np.ndarray)  # of a gene
-    whole = np.isfinite(values).all() and (values >= 0).all() and (values == np.floor(values)).all()
-    return f"{color} ({'counts' if whole else 'values'} in X)"
 
 
 def _default_colours(n: int) -> list[str]:

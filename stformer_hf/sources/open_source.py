@@ -16,7 +16,7 @@ from scipy import sparse
 
 from ..genes.gene_table import GeneTable
 from ..genes.text_files import naming
-from ..models.gene_bert.cell_counts import NO_COUNTS, check_counts, choose_counts
+from ..models.gene_bert.cell_counts import NO_COUNTS, check_counts, choose_counts, warn_of_logarithms
 from .formats import find_layers
 from .matrices import Matrix
 from .registry import Layer
@@ -77,6 +77,8 @@ class Counts:
                     f"{self.name}: counts are needed, but {self.counts_in} holds {problem} in cells {first} to "
                     f"{first + block.shape[0] - 1}. Name the layer that holds raw counts, as in layer='counts'."
                 )
+            if self.fractional and not first:
+                warn_of_logarithms(block.indptr, values, f"{self.name}: {self.counts_in}")
             if values is not block.data:
                 block = sparse.csr_matrix((values, block.indices, block.indptr), shape=block.shape)
             if not values.all():

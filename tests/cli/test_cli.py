@@ -103,7 +103,7 @@ def test_a_flag_overrides_names_of_a_mapping_in_the_file(tmp_path):
     def read(text, *flags):
         (tmp_path / "c.yaml").write_text(text)
         argv = ["--config", str(tmp_path / "c.yaml"), "--data", "x", "--output", "y", *flags]
-        return parse(argv, PretrainArguments, verb="x", description="")[0].model_config
+        return parse(argv, PretrainArguments).model_config
 
     file = "model_config:\n  hidden_act: relu\n  hidden_size: 32"
     assert read(file) == {"hidden_act": "relu", "hidden_size": 32}
@@ -125,7 +125,7 @@ def test_null_unsets_a_key_of_the_file(tmp_path):
 
     def read(*flags):
         argv = ["--config", str(tmp_path / "c.yaml"), "--data", "x", "--output", "y", *flags]
-        return arguments.parse(argv, PretrainArguments, verb="x", description="", training={"max_steps": 3})
+        return arguments.parse_training(argv, PretrainArguments, {"max_steps": 3})
 
     keys = ["section_key", "phenotypes", "ema", "model_config", "held_out"]
     args, training = read(*(word for key in keys for word in (f"--{key}", "null")), "--max-steps=null")
@@ -195,7 +195,7 @@ def test_older_names_of_flags_and_keys_are_read(tmp_path):
 
     def read(*flags):
         argv = ["--data", "x", "--output", "y", *flags]
-        return parse(argv, FinetuneArguments, verb="x", description="")[0].label_key[0]
+        return parse(argv, FinetuneArguments).label_key[0]
 
     (tmp_path / "c.yaml").write_text("label: c")
     assert [read(flag, "c") for flag in ("--label_key", "--label-key", "--label")] == ["c", "c", "c"]

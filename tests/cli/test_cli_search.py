@@ -13,7 +13,7 @@ import yaml
 
 from stformer_hf import GeneBertConfig
 from stformer_hf.cli import main
-from stformer_hf.cli.arguments import parse
+from stformer_hf.cli.arguments import parse_training
 from stformer_hf.cli.pretrain import TRAINING_DEFAULTS
 from stformer_hf.cli.search import SearchArguments
 from stformer_hf.search.search_space import SearchSpace
@@ -106,12 +106,7 @@ def test_wrong_spaces_are_errors_before_any_data_are_read(line, tmp_path, capfd)
 
 def test_the_recipe_is_one():
     recipe = Path(__file__).parents[2] / "recipes" / "search_tiny.yaml"
-    args, training = parse(
-        ["--config", str(recipe), "--data", "x", "--output", "y"],
-        SearchArguments,
-        verb="search",
-        description="",
-        training=TRAINING_DEFAULTS,
-    )
+    argv = ["--config", str(recipe), "--data", "x", "--output", "y"]
+    args, training = parse_training(argv, SearchArguments, TRAINING_DEFAULTS)
     assert args.trials == 8 and training["eval_steps"] < training["max_steps"]
     assert SearchSpace(args.space).model == ["hidden_size", "num_hidden_layers"]

@@ -14,7 +14,7 @@ from conftest import make_adata
 
 from stformer_hf import CellNeighborhoodConfig, GeneBertConfig, GeneTokenizer
 from stformer_hf.cli import finetune, main, pretrain, pretrain_neighborhood
-from stformer_hf.cli.arguments import parse
+from stformer_hf.cli.arguments import parse_training
 from stformer_hf.training.defaults import FINETUNING
 
 pytestmark = pytest.mark.usefixtures("two_folds")
@@ -57,7 +57,7 @@ def parsed(recipe: str, *flags: str):
         "finetune": (finetune.FinetuneArguments, FINETUNING),
     }[verb_of(recipe)]
     argv = ["--config", str(FOLDER / recipe), "--data", "x", "--output", "y", *flags]
-    return parse(argv, arguments, verb="x", description="", training=defaults)
+    return parse_training(argv, arguments, defaults)
 
 
 @pytest.mark.parametrize("recipe", OF_SPACE)
@@ -210,12 +210,12 @@ def test_recipes_are_listed_found_by_name_and_copied(tmp_path, monkeypatch, caps
     listed = [line.split()[0] for line in capsys.readouterr().out.split("\n\n")[0].splitlines()]
     assert listed == sorted(path.stem for path in FOLDER.glob("*.yaml"))
     argv = ["--data", "x", "--output", "y", "--seed", "3"]
-    read = {"verb": "pretrain", "description": "", "training": pretrain.TRAINING_DEFAULTS}
-    by_name = parse(["--config", "cell_tiny_cpu", *argv], pretrain.PretrainArguments, **read)
-    by_path = parse(["--config", str(FOLDER / "cell_tiny_cpu.yaml"), *argv], pretrain.PretrainArguments, **read)
+    kind = pretrain.PretrainArguments, pretrain.TRAINING_DEFAULTS
+    by_name = parse_training(["--config", "cell_tiny_cpu", *argv], *kind)
+    by_path = parse_training(["--config", str(FOLDER / "cell_tiny_cpu.yaml"), *argv], *kind)
     assert by_name == by_path
     with pytest.raises(FileNotFoundError, match="no file and no recipe cell_tiny; the closest .* cell_tiny_cpu"):
-        parse(["--config", "cell_tiny", *argv], pretrain.PretrainArguments, **read)
+        parse_training(["--config", "cell_tiny", *argv], *kind)
 
     assert main(["recipes", "--copy", "cell_tiny_cpu"]) == 0
     assert Path("cell_tiny_cpu.yaml").read_bytes() == (FOLDER / "cell_tiny_cpu.yaml").read_bytes()

@@ -132,6 +132,14 @@ def test_shifts_are_those_of_edited_counts_read_one_by_one(cells, scheme, kind):
     assert np.abs(table["goal_shift"]).max() > 1e-4
 
 
+@pytest.mark.parametrize("n_null", [0, 1])
+def test_missing_p_values_are_explained(cells, n_null, caplog):
+    tokenizer = make_tokenizer(cells, "binned")
+    table = perturb(cells, make_model(tokenizer), cells.var_names[1:3].tolist(), tokenizer=tokenizer, n_null=n_null)
+    assert table["p"].isna().all()
+    assert "2 perturbations have no p-value" in caplog.text and ("n_null=0" in caplog.text) == (n_null > 0)
+
+
 def test_the_probability_is_that_of_annotate(cells):
     cells = cells[np.arange(N) != 3].copy()
     tokenizer = make_tokenizer(cells, "binned")

@@ -262,6 +262,21 @@ def test_a_umap_is_that_of_the_embedding_drawn_and_leaves_the_users_own(tmp_path
         plots.umap(adata, "h")
 
 
+@pytest.mark.usefixtures("compiled_umap")
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_category_may_be_called_na(missing):
+    pytest.importorskip("scanpy")
+    names = pd.Series(["NA", "b"] * 20)
+    names[:5] = None if missing else "b"
+    adata = AnnData(obs=pd.DataFrame({"g": pd.Categorical(names)}, [f"c{i}" for i in range(40)]))
+    adata.obsm["X_stformer"] = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
+    ax = plots.umap(adata, "g")
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["NA", "b"]
+    grey = matplotlib.colors.to_hex("lightgray")
+    colours = [matplotlib.colors.to_hex(colour) for colour in ax.collections[0].get_facecolors()]
+    assert colours.count(grey) == 5 * missing
+
+
 def test_a_network_has_an_arrow_per_edge_with_its_score_and_coexpression(tmp_path):
     scores = np.array([[np.nan, 4, 2], [1, np.nan, np.nan], [np.nan, 3, np.nan]], np.float32)
     coexpression = np.array([[1, 0.5, np.nan], [0.5, 1, -1], [np.nan, -1, 1]], np.float32)

@@ -272,6 +272,24 @@ def test_logarithms_are_not_taken_for_estimated_counts(tokenizer, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("values", ["logarithms", "estimates", "scaled", "logarithms of some genes"])
+def test_logarithms_that_are_read_as_counts_are_named(values, tokenizer, model, tmp_path, caplog):
+    counts = np.random.default_rng(0).poisson(3, (40, 5)) + [1.0, 0, 0, 0, 0]
+    scaled = 1e4 * counts / counts.sum(axis=1, keepdims=True)
+    of = {"logarithms": np.log1p(scaled), "estimates": counts + 0.25, "scaled": scaled}
+    X = of.get(values, np.log1p(scaled) * [1, 1, 1, 1, 0]).astype(np.float32)
+    words = "X holds logarithms, not counts: exp(x) - 1 sums to 10,000 in every cell"
+    for door in (
+        lambda adata: tokenizer(adata, fractional=True),
+        lambda adata: embed(adata, model, tokenizer=tokenizer, fractional=True),
+        lambda adata: CellStore.build(tmp_path / "s", adata, fractional=True, report=False),
+    ):
+        caplog.clear()
+        door(cells(IDS, counts=X))
+        assert [words in record.getMessage() for record in caplog.records].count(True) == (values == "logarithms")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_other_feature_types_are_layers_of_their_own(tokenizer, tmp_path):
     adata = with_antibodies()
     store = CellStore.build(tmp_path / "s", adata, layer="Antibody Capture", report=False)

@@ -8,9 +8,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+from transformers.utils import logging
 
 from .cell_tables import find_table, is_mudata, is_spatialdata
 from .gene_columns import GENES, ColumnNames, GeneNames, SharedNames, feature_types
+
+logger = logging.get_logger(__name__)
 
 NEIGHBORS = "spatial_connectivities"  # where squidpy keeps the graph of the cells
 NO_COUNTS = "only zeros in the part that was checked"
@@ -273,6 +276,8 @@ def _find_counts(adata, layer: str | None, fractional: bool, name: str) -> tuple
     problem = problem_in(chosen, fractional)
     if problem not in (None, NO_COUNTS):
         raise ValueError(f"{name}: counts are needed, but {chosen} holds {problem}. {_REMEDY}")
+    if fractional:
+        warn_of_logarithms(read[chosen][1].indptr, read[chosen][1].counts, f"{name}: {chosen}")
     return *read[chosen], found[chosen][1]
 
 
@@ -358,6 +363,27 @@ def check_counts(values: np.ndarray, fractional: bool) -> tuple[np.ndarray, str 
     return whole, None
 
 
+def warn_of_logarithms(indptr: np.ndarray, values: np.ndarray, where: str) -> None:
+    """Log a warning if the values of cells, CSR rows, are ln(1 + x) of counts scaled to one total.
+
+    They are if exp(value) - 1 sums to the same total in every cell, to within 0.1 %, and the values themselves do not.
+    The first 32 cells with several values are looked at; three are needed.
+    """
+    cells = np.flatnonzero(np.diff(indptr) > 1)[:32]
+    if values.dtype.kind != "f" or len(cells) < 3:
+        return
+    of_cells = [values[indptr[i] : indptr[i + 1]].astype(np.float64) for i in cells]
+    with np.errstate(over="ignore", invalid="ignore"):
+        exact = np.array([np.expm1(of).sum() for of in of_cells])
+        sums = np.array([of.sum() for of in of_cells])
+        alike = [np.ptp(totals) <= 1e-3 * totals.max() for totals in (exact, sums)]
+    if alike == [True, False]:
+        logger.warning(
+            f"{where} holds logarithms, not counts: exp(x) - 1 sums to {exact[0]:,.0f} in every cell. They are read "
+            "as if they were counts, which is wrong for models of counts: name the layer that holds the raw counts."
+        )
+
+
 def _require_counts(values: np.ndarray, where: str, fractional: bool) -> None:
     problem = check_counts(values, fractional)[1]
     if problem:
@@ -416,4 +442,5 @@ __all__ = [
     "row_sums",
     "split_features",
     "sum_of_neighbors",
+    "warn_of_logarithms",
 ]
