@@ -186,6 +186,7 @@ def _template() -> Any:
         "python": lambda text: _Markdown(repr(_plain(text))),
         "shell": lambda text: _Markdown(shlex.quote(_plain(text))),
         "number": _number,
+        "listed": _listed,
     }
     text = files("stformer_hf.training").joinpath("model_card_template.md").read_text(encoding="utf-8")
     return environment.from_string(text)
@@ -255,6 +256,12 @@ def _escape(value: Any) -> str:
     text = re.sub(r"[\\|<>&]", lambda found: f"&#{ord(found[0])};", _one_line(value))
     # An underscore within a word does not mark emphasis.
     return re.sub(r"[*`\[\]~$@]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9])", r"\\\g<0>", text)
+
+
+def _listed(names: Sequence[object]) -> str:
+    """Return the first 50 names, those that hold a comma in quotes."""
+    shown = [f'"{name}"' if "," in str(name) else str(name) for name in names[:50]]
+    return ", ".join([*shown, "…"] if len(names) > 50 else shown)
 
 
 def _number(value: Any) -> Any:

@@ -340,6 +340,13 @@ def test_an_odd_text_is_shown_as_it_is(cells, genes, tmp_path):
     assert f"from_pretrained({text!r})" in path.read_text()
 
 
+def test_a_class_with_a_comma_is_in_quotes(genes, tmp_path):
+    model = make_model(genes, GeneBertForClassification)
+    model.config.id2label = {0: "CD4, naive", 1: "B cell"}
+    text = write_model_card(tmp_path, model=model, tokenizer=genes).read_text(encoding="utf-8")
+    assert 'one of 2 classes: "CD4, naive", B cell.' in text
+
+
 # ---------------------------------------------------------------------- files
 
 
