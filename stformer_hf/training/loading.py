@@ -293,7 +293,7 @@ def _checked(model: str | os.PathLike, tokenizer: bool = False) -> str:
     if os.path.exists(name):
         raise FileNotFoundError(f"{name} is a file; pass the folder of a checkpoint.")
     is_local = len(Path(name).parts) > 1 and os.path.isdir(Path(name).parts[0])
-    if is_local or not is_hub_id(name):
+    if is_local or "/" not in name or not is_hub_id(name):  # those of the Hub are owner/name
         raise FileNotFoundError(f"There is no folder {name!r}{_closest(name)}.")
     return name
 

@@ -193,6 +193,8 @@ def test_a_wrong_name_is_told_with_the_closest_folder(base, load, monkeypatch, t
         "runs/checkpoint-11": "There is no folder 'runs/checkpoint-11'; the closest is runs/checkpoint-10.",
         "base/x/y": "There is no folder 'base/x/y'.",
         "a b": "There is no folder 'a b'.",
+        "bese": "There is no folder 'bese'; the closest is base.",
+        "pretrained": "There is no folder 'pretrained'.",
         "file": "file is a file; pass the folder of a checkpoint.",
         "empty": "The folder empty holds no checkpoint",
         "runs": "The folder runs holds no checkpoint .* It contains: runs/checkpoint-10.",
@@ -211,9 +213,9 @@ def test_a_name_that_the_hub_does_not_know_may_be_that_of_a_folder(base, monkeyp
     monkeypatch.setattr(AutoConfig, "from_pretrained", not_there)
     with pytest.raises(
         FileNotFoundError,
-        match="no folder 'bose'; the closest is base. It was not found on the Hub either: .* identifier$",
+        match="no folder 'bases/bose'; the closest is base. It was not found on the Hub either: .* identifier$",
     ):
-        load_config("bose")
+        load_config("bases/bose")
 
 
 def test_a_folder_without_a_tokenizer_is_told(base, adata):
