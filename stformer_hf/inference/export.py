@@ -90,7 +90,7 @@ def export_onnx(
     ValueError
         As for `embed`; `model.onnx` does not agree with torch.
     ImportError
-        onnx, onnxscript or onnxruntime is missing.
+        onnx, onnxscript or onnxruntime is missing, or torch is older than 2.7.
     FileExistsError
         The folder holds an exported model, and `overwrite` is False.
     """
@@ -106,6 +106,8 @@ def export_onnx(
         raise ImportError(
             "Exporting needs onnx, onnxscript and onnxruntime: pip install 'stformer_hf[onnx]'"
         ) from error
+    if not hasattr(torch.compiler, "is_exporting"):
+        raise ImportError(f"Exporting needs torch 2.7 or later; this is {torch.__version__}.")
     of_cells = is_classifier(model)
     name = name_of(model)
     model, tokenizer = load(model, tokenizer, AutoModelForSequenceClassification if of_cells else AutoModel)
