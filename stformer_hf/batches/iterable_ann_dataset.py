@@ -84,7 +84,7 @@ class IterableAnnDataset(IterableDataset):
         Categories of the categorical columns in `obs`, in the order of their codes.
     sources, source_settings : list, dict
         What is read and how, so that `CellStore.build(path, stream.sources, **stream.source_settings)` holds the same
-        cells in the order of the files. Workers have no `sources`.
+        cells in the order of the files. Copies, such as those of workers, have no `sources` (None).
 
     Yields
     ------

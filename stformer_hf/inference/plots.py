@@ -165,7 +165,7 @@ def umap(
         adata.obsm["X_umap"], adata.uns[_OWN_UMAP] = places, _checksum(places)
     ax = _axes(8, 5)
     # scanpy calls missing values "NA" in the legend, and refuses them beside a category of this name.
-    named = color in adata.obs and (adata.obs[color].astype(object) == "NA").any()
+    named = color in adata.obs and "NA" in pd.Categorical(adata.obs[color]).categories
     how = {"color": color, "title": title or color, "na_in_legend": not named}
     sc.pl.embedding(adata, f"{use_rep}_umap", ax=ax, show=False, **how)
     _name_axes(ax)

@@ -118,7 +118,7 @@ def finetune(
     max_length : int, default: 8
         Maximum number of tokens per cell, for a new model. `[CLS]` reads all genes in any case.
     layer : str, optional
-        Layer of the AnnData that holds the counts.
+        Layer of the AnnData that holds the counts. Streams have their own `layer` and `fractional`.
     fractional : bool, default: False
         Accept fractional counts, such as estimates.
     seed : int, default: 0
@@ -148,6 +148,10 @@ def finetune(
     ValueError
         A column is missing; no cell is labelled; the labels do not fit the problem; the tokenizer does not fit.
     """
+    if (layer is not None or fractional) and all(
+        isinstance(of, IterableAnnDataset) for of in (cells, eval_cells) if of is not None
+    ):
+        raise ValueError("layer and fractional are those of the stream: pass them to IterableAnnDataset.")
     others = [*([] if split_by is None else [split_by]), *phenotypes, *sampling_columns(sampling)]
     with tempfile.TemporaryDirectory() as folder:
         rules = (label_key, problem_type, layer, fractional)
@@ -217,8 +221,8 @@ def _store_of(
         return cells
     settings: dict[str, Any] = {"layer": layer, "fractional": fractional}
     if isinstance(cells, IterableAnnDataset):
-        if layer is not None or fractional:
-            raise ValueError("layer and fractional are those of the stream: pass them to IterableAnnDataset.")
+        if cells.sources is None:
+            raise ValueError("The stream is a copy, which has no sources: pass the stream itself, or its files.")
         cells, settings = cells.sources, cells.source_settings
     keys = [label_key] if isinstance(label_key, str) else list(label_key)
     columns = list(dict.fromkeys([*keys, *others]))

@@ -263,15 +263,16 @@ def test_a_umap_is_that_of_the_embedding_drawn_and_leaves_the_users_own(tmp_path
 
 
 @pytest.mark.usefixtures("compiled_umap")
-@pytest.mark.parametrize("missing", [False, True])
-def test_a_category_may_be_called_na(missing):
+@pytest.mark.parametrize(("missing", "used"), [(False, True), (True, True), (True, False)])
+def test_a_category_may_be_called_na(missing, used):
     pytest.importorskip("scanpy")
-    names = pd.Series(["NA", "b"] * 20)
+    names = pd.Series(["NA" if used else "a", "b"] * 20)
     names[:5] = None if missing else "b"
-    adata = AnnData(obs=pd.DataFrame({"g": pd.Categorical(names)}, [f"c{i}" for i in range(40)]))
+    groups = pd.Categorical(names, ["NA" if used else "a", "b"]).add_categories([] if used else ["NA"])
+    adata = AnnData(obs=pd.DataFrame({"g": groups}, [f"c{i}" for i in range(40)]))
     adata.obsm["X_stformer"] = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
     ax = plots.umap(adata, "g")
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["NA", "b"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == (["NA", "b"] if used else ["a", "b", "NA"])
     grey = matplotlib.colors.to_hex("lightgray")
     colours = [matplotlib.colors.to_hex(colour) for colour in ax.collections[0].get_facecolors()]
     assert colours.count(grey) == 5 * missing

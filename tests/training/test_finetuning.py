@@ -1,5 +1,6 @@
 """Classifiers that start at linear models, and train on only where that helps."""
 
+import copy
 import json
 import re
 
@@ -131,6 +132,27 @@ def test_cells_of_a_stream_are_read_as_the_stream_reads_them(labelled, unseen, s
         finetune(stream, "kind")
     with pytest.raises(TypeError, match="pass its files"):
         finetune(Dataset.from_dict({"input_ids": [[1]]}).to_iterable_dataset(), "type")
+
+
+def test_all_settings_of_a_stream_hold(labelled, unseen, tmp_path):
+    """Estimates in two files whose genes have other ids, and one of the files twice; another layer for the others."""
+    files = [tmp_path / "a.h5ad", tmp_path / "b.h5ad"]
+    for i, file in enumerate(files):
+        part = labelled[i::2].copy()
+        part.X, part.var["gene_name"] = part.X / 2, [f"G{name}" for name in part.var_names]
+        part.var_names = [f"ENSG{i + 1}{name[5:]}" for name in part.var_names]
+        part.write_h5ad(file)
+    settings = {"fractional": True, "unify": "symbol", "allow_duplicates": True}
+    stream = sf.IterableAnnDataset([*files, files[0]], **settings)
+    assert len(finetune(stream, "type", num_train_epochs=0).tokenizer.genes) == 60
+    with pytest.raises(ValueError, match="The stream is a copy.*pass the stream itself, or its files"):
+        finetune(copy.deepcopy(stream), "type")
+    unseen = unseen.copy()
+    unseen.layers["own"], unseen.X = unseen.X, unseen.X.log1p()
+    held_out = sf.IterableAnnDataset(unseen, layer="own")
+    finetune(unseen, "type", layer="own", eval_cells=held_out, num_train_epochs=0)
+    with pytest.raises(ValueError, match="those of the stream"):
+        finetune(held_out, "type", layer="own", eval_cells=held_out)
 
 
 def test_the_wide_head_is_the_logistic_regression_that_was_fitted(labelled, started):

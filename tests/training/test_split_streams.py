@@ -240,11 +240,15 @@ def test_a_run_is_not_resumed_by_another_number_of_processes(trainer, tmp_path):
 
 
 def test_a_part_with_one_cell_less_has_as_many_batches():
-    def sizes(n_batches, max_cells=4):
+    def part(n_batches, max_cells=4):
         cells = [{"cell_id": i, "length": 1} for i in range(8)]
-        buffer = TokenBudgetBuffer(cells, 9, max_cells=max_cells, buffer_size=max_cells, n_batches=n_batches)
-        return [len(batch) for batch in buffer]
+        return TokenBudgetBuffer(cells, 9, max_cells=max_cells, buffer_size=max_cells, n_batches=n_batches)
+
+    def sizes(*args, **settings):
+        return [len(batch) for batch in part(*args, **settings)]
 
     assert sizes(None) == sizes(2) == sizes(4) == [4, 4]  # more than one batch less is not made up for
     assert sizes(3) == [4, 2, 2]
     assert sizes(9, max_cells=1) == [1] * 9  # one cell comes twice
+    with pytest.raises(ValueError, match="n_batches 3 instead of 2"):
+        part(2).load_state_dict(part(3).state_dict())

@@ -366,8 +366,9 @@ def check_counts(values: np.ndarray, fractional: bool) -> tuple[np.ndarray, str 
 def warn_of_logarithms(indptr: np.ndarray, values: np.ndarray, where: str) -> None:
     """Log a warning if the values of cells, CSR rows, are ln(1 + x) of counts scaled to one total.
 
-    They are if exp(value) - 1 sums to the same total in every cell, to within 0.1 %, and the values themselves do not.
-    The first 32 cells with several values are looked at; three are needed.
+    They are if exp(value) - 1 sums to the same total in every cell, to within 0.1 %, but neither the values themselves
+    nor the largest ones, which alone can make up that total, are the same. The first 32 cells with several values are
+    looked at; three are needed.
     """
     cells = np.flatnonzero(np.diff(indptr) > 1)[:32]
     if values.dtype.kind != "f" or len(cells) < 3:
@@ -375,9 +376,9 @@ def warn_of_logarithms(indptr: np.ndarray, values: np.ndarray, where: str) -> No
     of_cells = [values[indptr[i] : indptr[i + 1]].astype(np.float64) for i in cells]
     with np.errstate(over="ignore", invalid="ignore"):
         exact = np.array([np.expm1(of).sum() for of in of_cells])
-        sums = np.array([of.sum() for of in of_cells])
-        alike = [np.ptp(totals) <= 1e-3 * totals.max() for totals in (exact, sums)]
-    if alike == [True, False]:
+        others = [np.array([of.sum() for of in of_cells]), np.array([of.max() for of in of_cells])]
+        alike = [np.ptp(found) <= 1e-3 * found.max() for found in (exact, *others)]
+    if alike == [True, False, False]:
         logger.warning(
             f"{where} holds logarithms, not counts: exp(x) - 1 sums to {exact[0]:,.0f} in every cell. They are read "
             "as if they were counts, which is wrong for models of counts: name the layer that holds the raw counts."
