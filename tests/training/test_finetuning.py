@@ -155,6 +155,16 @@ def test_all_settings_of_a_stream_hold(labelled, unseen, tmp_path):
         finetune(held_out, "type", layer="own", eval_cells=held_out)
 
 
+def test_the_readers_choose_by_the_states_of_their_own_cells(labelled, started):
+    """Of a pretrained model, whose encoder runs once on the cells of all label columns."""
+    store = _store_of(labelled)
+    features = CellFeatures(started, started.tokenizer, store, [np.arange(40, 60), np.arange(10, 30)])
+    rows = np.array([12, 45, 20, 59])
+    found = features.in_folds(rows, (None, None))(np.array([0, 2]), np.array([3, 1]))
+    expected = cell_states(started, started.tokenizer, store.select(rows[[0, 2, 3, 1]]))
+    np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-5)
+
+
 def test_the_wide_head_is_the_logistic_regression_that_was_fitted(labelled, started):
     """The model's logits, against the log values of the genes times the weights of the wide head, uncentred."""
     tokenizer = started.tokenizer

@@ -3,9 +3,10 @@
 import subprocess
 import sys
 
-from torch import nn
+from torch import distributed, nn
 from transformers import TrainingArguments
 
+from stformer_hf.training import process_group
 from stformer_hf.training.process_group import leave_gloo_at_exit
 from stformer_hf.training.resumable_trainer import ResumableTrainer
 
@@ -14,6 +15,15 @@ def test_trainers_leave_the_group_at_the_end(tmp_path):
     leave_gloo_at_exit.cache_clear()
     ResumableTrainer(nn.Linear(2, 2), TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
     assert leave_gloo_at_exit.cache_info().currsize == 1
+
+
+def test_threads_of_gloo_get_a_moment_before_the_group_is_destroyed(monkeypatch):
+    done = []
+    monkeypatch.setattr(process_group.time, "sleep", lambda seconds: done.append(seconds > 0.1))
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: done.append("destroyed"))
+    process_group.leave_process_group()
+    assert done == [True, "destroyed"]
 
 
 def test_a_script_leaves_its_group_at_the_end(tmp_path):

@@ -235,7 +235,8 @@ def load_metric(name: str, **kwargs) -> EvaluationModule:
     """Load a metric of this package for the evaluate library, without network.
 
     `name` is "masked_genes" or "cell_classification", that of its folder (`evaluate.load` also takes the path of the
-    folder); the other arguments are those of `evaluate.load`, such as `keep_in_memory`.
+    folder), and another name raises a ValueError. The other arguments are those of `evaluate.load`, such as
+    `keep_in_memory`.
     """
     import evaluate
 
