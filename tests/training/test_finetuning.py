@@ -147,6 +147,7 @@ def test_all_settings_of_a_stream_hold(labelled, unseen, tmp_path):
     assert len(finetune(stream, "type", num_train_epochs=0).tokenizer.genes) == 60
     with pytest.raises(ValueError, match="The stream is a copy.*pass the stream itself, or its files"):
         finetune(copy.deepcopy(stream), "type")
+    assert len(finetune(files[0], "type", fractional=True, num_train_epochs=0).tokenizer.genes) == 60
     unseen = unseen.copy()
     unseen.layers["own"], unseen.X = unseen.X, unseen.X.log1p()
     held_out = sf.IterableAnnDataset(unseen, layer="own")
