@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import ChainDataset, Dataset, IterableDataset, Sampler, get_worker_info
 
 from .iterable_ann_dataset import IterableAnnDataset
 from .length_sampler import batches_of_rank, check_rank, check_settings, check_sizes, even_out, values_of
@@ -376,18 +376,30 @@ def only(batches: list[Any]) -> Any:
 def part_of(dataset: Any) -> tuple[int, int]:
     """Return which of how many parts of a stream a dataset reads, as its user has split it: (0, 1) if not.
 
-    An `IterableAnnDataset` is split by `rank` and `world_size`; one of `datasets` by `split_dataset_by_node`.
+    An `IterableAnnDataset` is split by `rank` and `world_size`; one of `datasets` by `split_dataset_by_node`. Raise a
+    ValueError if streams in a chain are split in different ways.
     """
     if not isinstance(dataset, IterableDataset):
         return 0, 1
+    if isinstance(dataset, ChainDataset):
+        parts = {part_of(stream) for stream in dataset.datasets}
+        if len(parts) > 1:
+            raise ValueError("The streams of a ChainDataset are split in different ways: split all of them, or none.")
+        return parts.pop() if parts else (0, 1)
     split = getattr(dataset, "_distributed", None) or dataset
     return getattr(split, "rank", 0), getattr(split, "world_size", 1)
 
 
 def cells_of_largest_part(stream: IterableDataset) -> int | None:
-    """Return the number of cells of the largest part of a stream, or of a stream that is not split, if it is known."""
+    """Return the number of cells of the largest part of a stream, or of a stream that is not split, if it is known.
+
+    Raise a ValueError if there are fewer cells than parts.
+    """
     if isinstance(stream, IterableAnnDataset):
-        return -(-int(stream.n_cells_of_files.sum()) // stream.world_size)
+        n_cells = int(stream.n_cells_of_files.sum())
+        if n_cells < stream.world_size:
+            raise ValueError(f"The stream has {n_cells} cells for {stream.world_size} processes: use fewer processes.")
+        return -(-n_cells // stream.world_size)
     return len(stream) if hasattr(stream, "__len__") and part_of(stream)[1] == 1 else None
 
 

@@ -12,6 +12,7 @@ from datasets import Dataset
 from datasets.distributed import split_dataset_by_node
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import ChainDataset
 from transformers import TrainingArguments
 
 from stformer_hf import CellTrainer, GeneBertConfig, GeneBertForPhenotypicMLM, GeneTokenizer, IterableAnnDataset
@@ -217,6 +218,13 @@ def test_parts_that_do_not_fit_the_processes_are_refused(trainer):
     rows = split_dataset_by_node(Dataset.from_dict({"input_ids": [[1]]}).to_iterable_dataset(), 0, 2)
     with pytest.raises(ValueError, match="part 0 of 2"):  # of which half of the cells would never be seen
         batches_of(trainer, rows, (1, 2), max_steps=1)
+    with pytest.raises(ValueError, match="part 1 of 2, .* process 0 of 2"):  # which only a chain's parts know
+        batches_of(trainer, ChainDataset([part, part]), (0, 2), max_steps=1)
+    with pytest.raises(ValueError, match="split in different ways"):
+        batches_of(trainer, ChainDataset([part, rows]), (1, 2), max_steps=1)
+    few = IterableAnnDataset(ADATA[:2].copy(), TOKENIZER, rank=2, world_size=3)
+    with pytest.raises(ValueError, match="has 2 cells for 3 processes"):
+        batches_of(trainer, few, (2, 3))
     trainer.args.accelerator_config.dispatch_batches = True
     with pytest.raises(ValueError, match="only the first process reads"):
         batches_of(trainer, part, (1, 2))
