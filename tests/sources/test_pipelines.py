@@ -177,6 +177,7 @@ def test_addresses_say_what_is_possible(door, make):
         door(make("file:///data/a.h5ad"))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # older fsspec leaves its file open
 def test_what_is_said_of_addresses_works(tmp_path, cells):
     cells.write_h5ad(tmp_path / "a.h5ad")
     cells.write_zarr(tmp_path / "a.zarr")

@@ -7,6 +7,8 @@ from transformers import TrainingArguments
 from stformer_hf import GeneBertForPhenotypicMLM, STFormerPretrainer
 from stformer_hf.training.muon import MuonAndAdamW, muon_for_matrices
 
+pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="Muon came with torch 2.9")
+
 
 def make_trainer(folder, store, tokenizer, config, max_steps=4):
     torch.manual_seed(0)
