@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,6 +41,14 @@ def frozen() -> None:
 def seeded() -> None:
     """Collators whose epoch was never set draw from torch's generator: let no test depend on those before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    """Close the figures of a test: matplotlib warns of many, in whichever test comes then."""
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,6 @@ def test_loss_curves_draw_both_losses():
     ax = plots.loss_curves({"run": history})
     assert [line.get_ydata().tolist() for line in ax.lines] == [[3.0, 2.0], [2.5]]
     assert matplotlib.pyplot.get_fignums()
-    matplotlib.pyplot.close("all")
 
 
 @pytest.fixture
@@ -56,8 +55,7 @@ def tissue() -> AnnData:
     adata.obs["slice"] = pd.Categorical(["b", "b", "b", "a", "a", "a"], ["b", "a", "unused"])
     adata.obs["domain"] = pd.Categorical(["1", "0", None, "1", "1", "0"], ["0", "1", "2"])
     adata.obs["score"] = [1.0, 5.0, np.nan, 2.0, 3.0, 4.0]
-    yield adata
-    matplotlib.pyplot.close("all")
+    return adata
 
 
 def drawn(ax) -> dict[tuple[float, float], str]:
@@ -129,7 +127,6 @@ def test_new_colours_are_scanpys(n):
     plots.sections(ours, "g")
     sc.pl.embedding(theirs, "spatial", color="g", show=False)
     assert ours.uns["g_colors"] == [matplotlib.colors.to_hex(colour) for colour in theirs.uns["g_colors"]]
-    matplotlib.pyplot.close("all")
 
 
 def test_without_scanpy_there_are_colours(monkeypatch):
