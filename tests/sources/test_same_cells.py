@@ -170,7 +170,7 @@ def test_cells_that_two_sources_share_are_counted(tmp_path, caplog, n_same):
     """Once per build, also when they come to a store later; lanes whose barcodes collide are not counted."""
     names = barcodes(170)
     first = lane(60, 1, names[:60], mean=9.0)
-    own = lane(60 - n_same, 2, names[60 - n_same : 120 - 2 * n_same], mean=9.0)
+    own = lane(60 - n_same, 2, names[110:][: 60 - n_same], mean=9.0)
     second = concat([first[60 - n_same :], own]) if n_same else own
     second.obs_names = names[60 - n_same : 120 - n_same]
     others = [lane(60, 3, [*names[:10], *names[120:]], mean=9.0)]  # ten barcodes of `first` by chance
