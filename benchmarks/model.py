@@ -11,7 +11,8 @@ GPU in bfloat16 (autocast).
 
 MFU, on a GPU, is the share of the device's peak that the useful work makes up, counted alike for all: a token's
 forward pass is 2 FLOP a weight of the encoder, 4 * layers * hidden * length of its cell for attention, and at a masked
-position 2 FLOP a weight of the head; a training step is three forward passes.
+position 2 FLOP a weight of the head and of what follows the attention of the last layer; a training step is three
+forward passes. (Until 2026-11-29 that part of the last layer counted for all tokens.)
 """
 
 from __future__ import annotations
@@ -338,9 +339,12 @@ def useful_flops(lengths: np.ndarray, vocab_size: int, size: str | tuple, train:
     """Count the work that cells are worth; see the head of this file."""
     layers, _, hidden, intermediate, _ = _shape(size)
     weights = layers * (4 * hidden**2 + 2 * hidden * intermediate)
-    encoder = 2 * weights * lengths.sum() + 4 * layers * hidden * (lengths.astype(float) ** 2).sum()
-    head = 2 * (hidden**2 + hidden * vocab_size) * MASKED * lengths.sum()
-    return 3 * (encoder + head) if train else encoder
+    head = hidden**2 + hidden * vocab_size
+    attention = 4 * layers * hidden * (lengths.astype(float) ** 2).sum()
+    if not train:
+        return 2 * weights * lengths.sum() + attention
+    last = hidden**2 + 2 * hidden * intermediate  # what follows the attention of the last layer: at masked tokens
+    return 3 * (2 * (weights - last + MASKED * (head + last)) * lengths.sum() + attention)
 
 
 def _shape(size: str | tuple) -> tuple:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 
 import numpy as np
@@ -10,6 +11,7 @@ from anndata import AnnData
 from transformers import AutoModel, PreTrainedModel
 
 from .. import __version__
+from ..models.gene_bert.encoder_layers import first_tokens
 from ..models.gene_bert.heads import pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
@@ -141,7 +143,7 @@ def embed_and_count(
         adata,
         encoder,
         tokenizer,
-        partial(_pooled, hidden_layer=hidden_layer, pooling=pooling),
+        partial(pooled_states, hidden_layer=hidden_layer, pooling=pooling),
         layer=layer,
         desc="embed",
         with_phenotypes=with_phenotypes,
@@ -160,12 +162,17 @@ def embed_and_count(
     return (table if isinstance(adata, CellStore) else None), n_genes
 
 
-def _pooled(
+def pooled_states(
     encoder: PreTrainedModel, batch: dict[str, torch.Tensor], types: torch.Tensor, *, hidden_layer: int, pooling: str
 ) -> torch.Tensor:
     """Return the pooled hidden states of a batch, Tensor (n, hidden size)."""
+    mask, boundaries = batch.get("attention_mask"), batch.get("cu_seq_lens_q")
+    last_cls = hidden_layer == -1 and pooling == "cls"
+    if last_cls and "tokens_to_keep" in inspect.signature(encoder.forward).parameters:
+        first = first_tokens(types.shape, mask, boundaries, types.device)
+        return encoder(**batch, tokens_to_keep=first).last_hidden_state[0]
     hidden = encoder(**batch, output_hidden_states=True).hidden_states[hidden_layer]
-    return pool(hidden, types, batch.get("attention_mask"), pooling, batch.get("cu_seq_lens_q"))
+    return pool(hidden, types, mask, pooling, boundaries)
 
 
-__all__ = ["embed", "embed_and_count"]
+__all__ = ["embed", "embed_and_count", "pooled_states"]

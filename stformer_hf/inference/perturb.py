@@ -34,6 +34,7 @@ from ..training.cell_checksum import checksum
 from ..training.cell_heads import check_finite, read_heads
 from ..training.loading import name_of
 from .batches import at_work, check_cells, check_hidden_layer, choose_pooling, is_classifier, load, make_batch, packs
+from .embed import pooled_states
 from .gene_edits import QUANTILES, GeneEdits, Panel, choose_perturbations
 from .perturb_statistics import CellGroups, DonorGroups, ShardScores, cell_statistics, make_table
 
@@ -356,14 +357,18 @@ class _Reader:
 
     def _forward(self, tokens: TokenizedCells, packed: bool) -> tuple[np.ndarray, np.ndarray | None]:
         batch = make_batch(tokens, np.arange(len(tokens.indptr) - 1), self.tokenizer, packed).to(self.model.device)
-        inputs = batch.inputs
+        inputs, types = batch.inputs, batch.types
+        settings = {"hidden_layer": self.hidden_layer, "pooling": self.pooling}
+        if not self.heads:
+            return _unit_length(pooled_states(self.model, inputs, types, **settings)), None
         outputs = self.model(**inputs, output_hidden_states=True)
         hidden, boundaries = outputs.hidden_states[self.hidden_layer], inputs.get("cu_seq_lens_q")
-        pooled = pool(hidden, batch.types, inputs.get("attention_mask"), self.pooling, boundaries)
-        states = torch.nn.functional.normalize(pooled.float(), dim=-1).cpu().numpy()
-        if not self.heads:
-            return states, None
+        states = _unit_length(pool(hidden, types, inputs.get("attention_mask"), self.pooling, boundaries))
         return states, torch.cat([head.predictions(outputs.logits) for head in self.heads], dim=1).cpu().numpy()
+
+
+def _unit_length(states: torch.Tensor) -> np.ndarray:
+    return torch.nn.functional.normalize(states.float(), dim=-1).cpu().numpy()
 
 
 def _cut(order: np.ndarray, lengths: np.ndarray, max_tokens: int, packed: bool) -> Iterator[np.ndarray]:

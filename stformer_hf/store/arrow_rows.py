@@ -167,7 +167,8 @@ class _Lists:
         """Count the entries of every row: int64 array (n,)."""
         lengths = np.empty(self._starts[-1], np.int64)
         for batch, (start, stop) in enumerate(zip(self._starts[:-1], self._starts[1:], strict=True)):
-            lengths[start:stop] = np.diff(self._bounds[start + batch : stop + batch + 1])
+            bounds = self._bounds[start + batch : stop + batch + 1]
+            np.subtract(bounds[1:], bounds[:-1], out=lengths[start:stop])
         return lengths
 
     def find(self, rows: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, int]]]:

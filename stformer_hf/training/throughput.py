@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer
 
 from ..batches.collate import IGNORE
+from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification, GeneBertForPhenotypicMLM
 
 # Dense bf16 peaks of matrix units with float32 sums, FLOP/s, by the name that torch.cuda.get_device_name returns. From
 # NVIDIA's data sheets (A100, A30, A40, A10, L4, L40, L40S, H100, H200, GH200) and white papers (GA102: RTX 3090,
@@ -48,8 +49,9 @@ class ModelFlops:
 
     For T tokens in cells of lengths s, with P predicted tokens (or cells): 6 N T + 12 L d sum(s ** 2) + 6 H P. N is
     the number of the encoder's parameters without embeddings, H that of the head, with the output embedding; there are
-    L layers of width d, `config.num_hidden_layers` and `config.hidden_size` of the model. Padding and recomputed
-    activations do not count.
+    L layers of width d, `config.num_hidden_layers` and `config.hidden_size` of the model. What follows the attention
+    of the last layer belongs to H where GeneBert computes it for predicted tokens, or `[CLS]`, alone. Padding and
+    recomputed activations do not count.
 
     Notes
     -----
@@ -65,6 +67,11 @@ class ModelFlops:
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if output is not None and id(output.weight) in own:
             self.head += _numel(output.weight)
+        if _reads_few_states(model):
+            last = base.layers[-1]
+            parts = (last.attention.out_lin, last.ffn, last.output_layer_norm)
+            moved = sum(_numel(of) for part in parts for of in part.parameters())
+            self.encoder, self.head = self.encoder - moved, self.head + moved
         self.attention = config.num_hidden_layers * config.hidden_size
 
     def __call__(self, tokens: int, squares: int, predictions: int) -> int:
@@ -276,6 +283,16 @@ class MeasuredTrainer(Trainer):
             # In place, since `train` returns them.
             logs.update({f"train_{name}": value for name, value in self.throughput.figures(of_run=True).items()})
         super().log(logs, *args, **kwargs)
+
+
+def _reads_few_states(model: nn.Module) -> bool:
+    """Return whether a step computes the last states of predicted tokens, or of `[CLS]`, alone."""
+    if isinstance(model, GeneBertForClassification):
+        few = model.config.classifier_pooling == "cls"
+    else:
+        few = isinstance(model, GeneBertForPhenotypicMLM) and model.config.sparse_prediction
+        few = few and not model.config.cell_decoder
+    return few and model.config.num_hidden_layers > 0
 
 
 def _numel(parameter: nn.Parameter) -> int:

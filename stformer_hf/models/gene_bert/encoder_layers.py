@@ -157,6 +157,21 @@ def put_first(
     return torch.where((at == first).unsqueeze(-1), cells.unsqueeze(1), hidden)
 
 
+def first_tokens(
+    shape: tuple[int, int], attention_mask: torch.Tensor | None, cu_seq_lens: torch.Tensor | None, device
+) -> torch.LongTensor:
+    """Return the position of each cell's first token in the flattened batch, LongTensor (n_cells,)."""
+    if cu_seq_lens is not None:
+        return cu_seq_lens[:-1].long().clamp(max=shape[1] - 1)  # last segments may be empty
+    rows = torch.arange(shape[0], device=device) * shape[1]
+    return rows if attention_mask is None else rows + attention_mask.to(device).long().argmax(1)
+
+
+def keep(states: torch.Tensor, tokens: torch.LongTensor | None) -> torch.Tensor:
+    """Select tokens of (batch, length, hidden) by their positions in the flattened batch, (1, k, hidden)."""
+    return states if tokens is None else states.flatten(0, 1)[tokens.to(states.device)][None]
+
+
 def rotary_angles(
     position_ids: torch.LongTensor, head_dim: int, base: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,9 +229,10 @@ class GeneBertAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        tokens_to_keep: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend; return the output (batch, length, hidden) and, on the eager backend, the weights."""
+        """Attend; return the output, (batch, length, hidden) or (1, k, hidden), and the weights if eager."""
         batch_and_length = hidden_states.shape[:-1]
         heads = (*batch_and_length, -1, self.head_dim)
         query = self.q_lin(hidden_states).view(heads).transpose(1, 2)
@@ -239,7 +255,7 @@ class GeneBertAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.out_lin(attended.reshape(*batch_and_length, -1)), weights
+        return self.out_lin(keep(attended.reshape(*batch_and_length, -1), tokens_to_keep)), weights
 
 
 class GeneBertFeedForward(nn.Module):
@@ -278,15 +294,23 @@ class GeneBertLayer(GradientCheckpointingLayer):
         self.output_layer_norm = make_norm(config)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        tokens_to_keep: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """Apply the layer to hidden states (batch, length, hidden)."""
+        """Apply the layer to hidden states (batch, length, hidden).
+
+        With `tokens_to_keep`, positions (k,) in the flattened batch, all tokens are attended to, but what follows is
+        computed for these alone: the result is (1, k, hidden).
+        """
+        normed = self.sa_layer_norm(hidden_states) if self.pre_norm else hidden_states
+        attended, _ = self.attention(normed, attention_mask, tokens_to_keep=tokens_to_keep, **kwargs)
+        hidden_states = attended + keep(hidden_states, tokens_to_keep)
         if self.pre_norm:
-            attended, _ = self.attention(self.sa_layer_norm(hidden_states), attention_mask, **kwargs)
-            hidden_states = attended + hidden_states
             return self.ffn(self.output_layer_norm(hidden_states)) + hidden_states
-        attended, _ = self.attention(hidden_states, attention_mask, **kwargs)
-        hidden_states = self.sa_layer_norm(attended + hidden_states)
+        hidden_states = self.sa_layer_norm(hidden_states)
         return self.output_layer_norm(self.ffn(hidden_states) + hidden_states)
 
 
@@ -294,6 +318,8 @@ __all__ = [
     "GeneBertAttention",
     "GeneBertLayer",
     "PositionlessEmbeddings",
+    "first_tokens",
+    "keep",
     "make_norm",
     "places_in_cells",
     "put_first",

@@ -1,5 +1,6 @@
 """GeneBert models: hidden states, masked-token logits and class logits from expression bins and phenotypes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,8 @@ from .encoder_layers import (
     GeneBertAttention,
     GeneBertLayer,
     PositionlessEmbeddings,
+    first_tokens,
+    keep,
     make_norm,
     places_in_cells,
     put_first,
@@ -45,7 +48,7 @@ from .heads import (
     pool,
 )
 from .packed_attention import check_packing, lengths_for, packed_mask, packing_of
-from .whole_cell import CellEmbedding, CellValues, GeneStatistics, WideHead
+from .whole_cell import CellEmbedding, CellValues, GeneStatistics, WideHead, is_exporting
 
 logger = logging.get_logger(__name__)
 
@@ -166,6 +169,12 @@ def best_attention(dtype: torch.dtype) -> str:
     return "sdpa"
 
 
+def _returns_states(config: GeneBertConfig, kwargs: Mapping) -> bool:
+    """Return whether a forward pass with these arguments returns all hidden states."""
+    asked = kwargs.get("output_hidden_states")
+    return config.output_hidden_states if asked is None else asked
+
+
 class GeneBertModel(GeneBertPreTrainedModel):
     """The encoder: embeddings and transformer layers without a head."""
 
@@ -218,6 +227,7 @@ class GeneBertModel(GeneBertPreTrainedModel):
         cell_counts: torch.Tensor | None = None,
         cell_indptr: torch.LongTensor | None = None,
         measured_genes: torch.Tensor | None = None,
+        tokens_to_keep: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput | tuple[torch.Tensor, ...]:
         """Encode cells.
@@ -240,11 +250,15 @@ class GeneBertModel(GeneBertPreTrainedModel):
             `max_length_q`, `max_length_k`) are derived from it if the batch does not have them.
         cell_genes, cell_counts, cell_indptr, measured_genes : Tensor, optional
             Counts of the whole cells, for a model with `cell_embedding`; see `GeneStatistics.forward`.
+        tokens_to_keep : LongTensor (k,), optional
+            Positions in the flattened batch of the tokens whose last states are needed. What follows the attention of
+            the last layer is computed for these alone, which saves most of that layer.
 
         Returns
         -------
         BaseModelOutput
-            `last_hidden_state` (batch, length, hidden); `hidden_states` and `attentions` on request.
+            `last_hidden_state` (batch, length, hidden), or (1, k, hidden) with `tokens_to_keep`; `hidden_states` and
+            `attentions` on request.
 
         Raises
         ------
@@ -290,8 +304,11 @@ class GeneBertModel(GeneBertPreTrainedModel):
             attention_mask = packed_mask(self.config, hidden_states, cu_seq_lens_q)
             kwargs.update(packing_of(cu_seq_lens_q, kwargs))
             kwargs.update(lengths_for(self.config, hidden_states, cu_seq_lens_q, self.training))
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        for number, layer in enumerate(self.layers, start=1):
+            kept = tokens_to_keep if number == len(self.layers) else None
+            hidden_states = layer(hidden_states, attention_mask, tokens_to_keep=kept, **kwargs)
+        if not self.layers:
+            hidden_states = keep(hidden_states, tokens_to_keep)
         if self.config.pre_norm:
             hidden_states = self.final_norm(hidden_states)
         return BaseModelOutput(last_hidden_state=hidden_states)
@@ -367,6 +384,10 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
             vocabulary is larger than `config.intermediate_size`). `class_statistics`, `gene_logits` and
             `log_dispersion`: see the class.
         """
+        labelled, sparse = None, False
+        if labels is not None:
+            labelled, sparse = self._where_to_predict(labels, predicted_positions, sparse_prediction)
+        alone = sparse and not self.config.cell_decoder and not _returns_states(self.config, kwargs)
         outputs = self.gene_bert(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -377,6 +398,7 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
             cell_genes=cell_genes,
             cell_counts=cell_counts,
             measured_genes=measured_genes,
+            tokens_to_keep=labelled if alone else None,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -386,30 +408,17 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
             gene_logits, log_dispersion = self.cell_decoder(states)
         loss = statistics = None
         order = (input_ids, token_type_ids, attention_mask, kwargs.get("cu_seq_lens_q"))
-        if labels is None:
-            logits = self._predict(hidden_states, order)
+        if sparse:
+            states = hidden_states if alone else keep(hidden_states, labelled)
+            logits = self._predict(states[0], order, labelled)
         else:
+            logits = self._predict(hidden_states, order)
+        if labels is not None:
             assert token_type_ids is not None  # the embeddings need them
-            labels = labels.to(hidden_states.device)
-            # The number of labels is known only after a GPU has counted them, which breaks a compiled graph. There,
-            # with a small vocabulary, logits of all positions cost little.
-            small = self.config.vocab_size <= self.config.intermediate_size
-            everywhere = predicted_positions is None and torch.compiler.is_compiling() and small
-            if predicted_positions is not None:
-                labelled = predicted_positions.to(hidden_states.device)
-            else:
-                labelled = slice(None) if everywhere else (labels != IGNORE).flatten().nonzero().squeeze(1)
-            if sparse_prediction is None:
-                sparse_prediction = self.training and self.config.sparse_prediction
-            if sparse_prediction and not everywhere:
-                logits = at_labels = self._predict(hidden_states.flatten(0, 1)[labelled], order, labelled)
-            else:
-                logits = self._predict(hidden_states, order)
-                at_labels = logits.flatten(0, 1)[labelled]
             loss, statistics = masked_lm_loss(
-                at_labels,
-                labels.flatten()[labelled],
-                token_type_ids.to(labels.device).flatten()[labelled],
+                logits if sparse else keep(logits, labelled).flatten(0, 1),
+                keep(labels, labelled).flatten(),
+                keep(token_type_ids, labelled).flatten(),
                 self.config,
                 num_items_in_batch,
             )
@@ -422,6 +431,23 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _where_to_predict(
+        self,
+        labels: torch.LongTensor,
+        predicted_positions: torch.LongTensor | None,
+        sparse_prediction: bool | None,
+    ) -> tuple[torch.LongTensor | None, bool]:
+        """Return the labelled positions, None for all, and whether logits are computed there alone."""
+        if sparse_prediction is None:
+            sparse_prediction = self.training and self.config.sparse_prediction
+        if predicted_positions is not None:
+            return predicted_positions, sparse_prediction
+        # The number of labels is known only after a GPU has counted them, which breaks a compiled graph. There, with
+        # a small vocabulary, logits of all positions cost little.
+        if torch.compiler.is_compiling() and self.config.vocab_size <= self.config.intermediate_size:
+            return None, False
+        return (labels != IGNORE).flatten().nonzero().squeeze(1), sparse_prediction
 
     def _predict(self, states: torch.Tensor, order: tuple, labelled: torch.Tensor | None = None) -> torch.Tensor:
         """Compute logits of states, with the prior from the order of the genes, if the head has one."""
@@ -479,6 +505,10 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
         SequenceClassifierOutput
             `loss` for `config.problem_type` (cross entropy in nats by default); `logits` (batch, num_labels).
         """
+        boundaries, first = kwargs.get("cu_seq_lens_q"), None
+        reads_cls = self.config.classifier_pooling == "cls" and not is_exporting()
+        if reads_cls and token_type_ids is not None and not _returns_states(self.config, kwargs):
+            first = first_tokens(token_type_ids.shape, attention_mask, boundaries, token_type_ids.device)
         outputs = self.gene_bert(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -489,9 +519,14 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
             cell_genes=cell_genes,
             cell_counts=cell_counts,
             measured_genes=measured_genes,
+            tokens_to_keep=first,
             **kwargs,
         )
-        pooled = self.pool(outputs.last_hidden_state, token_type_ids, attention_mask, kwargs.get("cu_seq_lens_q"))
+        hidden_states = outputs.last_hidden_state
+        if first is None:
+            pooled = self.pool(hidden_states, token_type_ids, attention_mask, boundaries)
+        else:
+            pooled = hidden_states[0]
         if self.config.classifier_head == "mlp":
             pooled = nn.functional.relu(self.pre_classifier(pooled))
         logits = self.classifier(self.dropout(pooled))
