@@ -23,6 +23,8 @@ EXTRAS = {
     "search": (("optuna",), "stformer-hf search"),
     "ray": (("ray",), "search, and preparation of data, on several machines"),
     "flash": (("flash_attn",), "flash attention on a GPU"),
+    "kernels": (("kernels",), "flash attention from the Hub, without compiling it"),
+    "liger": (("liger_kernel",), "use_liger_kernel on a GPU"),
     "lora": (("peft",), "finetune --lora, and adapters instead of checkpoints"),
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "stformer-hf export"),
     "scib": (("scib_metrics",), "integration metrics of stformer-hf evaluate"),
@@ -60,8 +62,15 @@ def run() -> dict[str, Any]:
     facts["GPU"] = _gpus() or "none: models run on the CPU"
     if torch.cuda.is_available():
         facts["bfloat16"] = "yes" if torch.cuda.is_bf16_supported() else "no: use float16 or float32"
-    chosen = {str(dtype).removeprefix("torch."): best_attention(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    facts["attention"] = '"auto" takes ' + ", ".join(f"{name} for {dtype}" for dtype, name in chosen.items())
+    chosen = []
+    for weights, dtype, dropout in (
+        ("float32", torch.float32, 0.0),
+        ("bfloat16", torch.bfloat16, 0.0),
+        ("bfloat16 with attention dropout", torch.bfloat16, 0.1),
+    ):
+        name, reason = best_attention(dtype, dropout)
+        chosen.append(f"{name} for {weights} ({reason})")
+    facts["attention"] = '"auto" takes ' + ", ".join(chosen)
     for extra, (modules, purpose) in EXTRAS.items():
         missing = [name for name in modules if find_spec(name) is None]
         if missing:

@@ -25,7 +25,7 @@ def keep_in_float32(model: nn.Module, autocast: bool) -> None:
         return
     name = str(found.pop()).removeprefix("torch.")
     attention = str(getattr(getattr(model, "config", None), "_attn_implementation", None))
-    if attention.startswith("flash_attention") and not autocast:
+    if "flash" in attention and not autocast:
         raise ValueError(
             f"The {name} weights are trained in float32, which {attention} does not support: pass bf16=True to "
             "TrainingArguments."

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from stformer_hf import CellNeighborhoodConfig, CellStore, GeneBertForClassification
 from stformer_hf.cli import main
 from stformer_hf.cli.doctor import EXTRAS, _version
+from stformer_hf.models.gene_bert.modeling_gene_bert import best_attention
 from stformer_hf.training.calibration import OutOfFold, load_out_of_fold, replace_out_of_fold
 from stformer_hf.training.loading import is_adapter, load_config, load_model, load_tokenizer
 
@@ -132,7 +133,9 @@ def test_the_doctor_reads_what_is_there(capsys, monkeypatch):
     assert main(["doctor"]) == 0
     found = dict(re.split(r"  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert found["torch"] == torch.__version__
-    assert found["attention"].startswith('"auto" takes sdpa for float32')
+    assert found["attention"].startswith('"auto" takes sdpa for float32 (')
+    backend, reason = best_attention(torch.bfloat16, 0.1)
+    assert found["attention"].endswith(f"{backend} for bfloat16 with attention dropout ({reason})")
     assert [name for name in found if name.startswith("extra")] == ["extra lora"]
     assert found["extra lora"].startswith("missing peft: for finetune --lora")
     assert found["torch threads"].startswith(f"{torch.get_num_threads()} (")

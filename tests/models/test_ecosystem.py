@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import checkpoint_activations
 from torch import nn
-from transformers import AutoModel, AutoModelForMaskedLM
+from transformers import AutoModel, AutoModelForMaskedLM, modeling_utils
+from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK
 
 from stformer_hf import (
     CellNeighborhoodConfig,
@@ -100,7 +101,7 @@ def test_attention_chosen_by_itself(plain_config, batches, tmp_path, caplog):
 @pytest.mark.gpu
 def test_attention_chosen_by_itself_on_a_gpu(plain_config):
     model = GeneBertModel._from_config(plain_config, attn_implementation="auto", dtype=torch.bfloat16)
-    assert re.fullmatch(r"sdpa|flash_attention_[234]", model.config._attn_implementation)
+    assert re.fullmatch(r"sdpa|flash_attention_[234]|[\w-]+/[\w-]+", model.config._attn_implementation)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +120,54 @@ def test_version_of_flash_attention_by_card(capability, installed, expected, mon
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     for number in (2, 3, 4):
         monkeypatch.setattr(modeling_gene_bert, f"is_flash_attn_{number}_available", lambda n=number: n in installed)
-    assert modeling_gene_bert.best_attention(torch.bfloat16) == expected
-    assert modeling_gene_bert.best_attention(torch.float32) == "sdpa"
+    monkeypatch.setattr(modeling_gene_bert, "HAS_VARLEN", True)
+    assert modeling_gene_bert.best_attention(torch.bfloat16)[0] == expected
+    assert modeling_gene_bert.best_attention(torch.float32)[0] == "sdpa"
+    # The others ignore attention dropout.
+    assert (modeling_gene_bert.best_attention(torch.bfloat16, 0.1)[0] == "flash_attention_2") == (2 in installed)
+
+
+@pytest.mark.parametrize("failure", [None, ValueError("no build for this torch"), "no kernels"])
+@pytest.mark.parametrize(("has_varlen", "dropout"), [(True, 0.1), (False, 0.0), (True, 0.0)])
+def test_the_kernel_of_the_hub_serves_where_torch_does_not(
+    plain_config, has_varlen, dropout, failure, monkeypatch, caplog
+):
+    """`kernels` and the Hub are replaced here: the kernel computes the attention of sdpa."""
+    kernel, asked = FLASH_ATTN_KERNEL_FALLBACK["flash_attention_2"], []
+
+    def load(name, *args, **kwargs):
+        asked.append(name)
+        if isinstance(failure, Exception):
+            raise failure
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for number in (2, 3, 4):
+        monkeypatch.setattr(modeling_gene_bert, f"is_flash_attn_{number}_available", lambda: False)
+    monkeypatch.setattr(modeling_gene_bert, "is_kernels_available", lambda: failure != "no kernels")
+    monkeypatch.setattr(modeling_gene_bert, "HAS_VARLEN", has_varlen)
+    monkeypatch.setattr(modeling_gene_bert, "load_and_register_attn_kernel", load)
+    monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda *args, **kwargs: None)
+    modeling_gene_bert.logger.warning_once.cache_clear()
+    modeling_gene_bert._load_from_hub.cache_clear()
+    plain_config.attention_probs_dropout_prob = dropout
+    model = GeneBertModel._from_config(plain_config, attn_implementation="auto", dtype=torch.bfloat16)
+    if has_varlen and not dropout:
+        assert (model.config._attn_implementation, asked) == ("sdpa", [])
+        assert "torch has varlen attention" in caplog.text
+    elif failure == "no kernels":
+        assert (model.config._attn_implementation, asked) == ("sdpa", [])
+        assert "neither flash-attn nor kernels is installed" in caplog.text
+    elif failure:
+        assert (model.config._attn_implementation, asked) == ("sdpa", [kernel])
+        assert f"'sdpa' here: {kernel} cannot be loaded (no build for this torch)" in caplog.text
+    else:
+        assert model.config._attn_implementation == kernel and asked == [kernel]
+        assert f"{kernel!r} here: flash-attn is not installed" in caplog.text
+    assert ("HF_HUB_OFFLINE=1" in caplog.text) == bool(asked)
+    again = modeling_gene_bert.best_attention(torch.bfloat16, dropout)[0]
+    assert again == model.config._attn_implementation and len(asked) < 2
+    modeling_gene_bert._load_from_hub.cache_clear()
 
 
 # ---------------------------------------------------------------------- precision, placement, memory

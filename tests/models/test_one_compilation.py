@@ -21,7 +21,7 @@ from stformer_hf import (
 from stformer_hf.models.gene_bert import packed_attention
 
 SIZE = (300, 20)
-needs_varlen = pytest.mark.skipif(not packed_attention._HAS_VARLEN, reason="varlen attention came with torch 2.10")
+needs_varlen = pytest.mark.skipif(not packed_attention.HAS_VARLEN, reason="varlen attention came with torch 2.10")
 
 
 @pytest.fixture

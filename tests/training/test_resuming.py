@@ -265,12 +265,13 @@ def test_weights_in_half_precision_are_trained_in_float32(store, tokenizer, conf
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "trained").dtype == torch.float32
 
 
-def test_attention_that_needs_half_precision_is_refused(config):
+@pytest.mark.parametrize("attention", ["flash_attention_2", "kernels-community/flash-attn2"])
+def test_attention_that_needs_half_precision_is_refused(config, attention):
     from stformer_hf.training.float_weights import keep_in_float32
 
     model = GeneBertForPhenotypicMLM(config).to(torch.bfloat16)
-    model.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(ValueError, match="flash_attention_2 does not support: pass bf16=True"):
+    model.config._attn_implementation_internal = attention
+    with pytest.raises(ValueError, match=f"{attention} does not support: pass bf16=True"):
         keep_in_float32(model, autocast=False)
     model.requires_grad_(False)
     keep_in_float32(model, autocast=False)

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.integrations.hub_kernels import load_and_register_attn_kernel
 from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK
 from transformers.modeling_outputs import (
     BaseModelOutput,
     MaskedLMOutput,
@@ -20,6 +23,7 @@ from transformers.utils import (
     is_flash_attn_2_available,
     is_flash_attn_3_available,
     is_flash_attn_4_available,
+    is_kernels_available,
     logging,
 )
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -47,7 +51,7 @@ from .heads import (
     masked_lm_loss,
     pool,
 )
-from .packed_attention import check_packing, lengths_for, packed_mask, packing_of
+from .packed_attention import HAS_VARLEN, check_packing, lengths_for, packed_mask, packing_of
 from .whole_cell import CellEmbedding, CellValues, GeneStatistics, WideHead, is_exporting
 
 logger = logging.get_logger(__name__)
@@ -76,9 +80,9 @@ class GeneBertMaskedLMOutput(MaskedLMOutput):
 class GeneBertPreTrainedModel(PreTrainedModel):
     """Base class of the GeneBert models: configuration, initialisation, supported backends.
 
-    `attn_implementation` is eager, sdpa, flex_attention, flash_attention_2, _3 or _4, or "auto": flash attention if
-    there are a GPU, the package and weights in half precision, else sdpa, which also separates the cells of a packed
-    batch (under autocast too, which leaves the weights in float32).
+    `attn_implementation` is eager, sdpa, flex_attention, flash_attention_2, _3 or _4, a kernel of the Hub, or "auto"
+    (see `best_attention`): flash attention if there are a GPU, the package and weights in half precision, else sdpa,
+    which also separates the cells of a packed batch (under autocast too, which leaves the weights in float32).
     """
 
     config: GeneBertConfig
@@ -153,20 +157,59 @@ class GeneBertPreTrainedModel(PreTrainedModel):
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         if attn_implementation == "auto":
-            attn_implementation = best_attention(self.config.dtype or torch.get_default_dtype())
-            logger.warning_once(f'attn_implementation="auto" selects {attn_implementation!r} here.')
+            dtype, dropout = self.config.dtype or torch.get_default_dtype(), self.config.attention_probs_dropout_prob
+            attn_implementation, reason = best_attention(dtype, dropout)
+            logger.warning_once(f'attn_implementation="auto" selects {attn_implementation!r} here: {reason}.')
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
 
-def best_attention(dtype: torch.dtype) -> str:
-    """Return the backend that `attn_implementation="auto"` selects for weights of a dtype on this machine."""
-    if torch.cuda.is_available() and dtype in (torch.float16, torch.bfloat16):
-        installed = {2: is_flash_attn_2_available(), 3: is_flash_attn_3_available(), 4: is_flash_attn_4_available()}
-        is_blackwell = torch.cuda.get_device_capability() >= (10, 0)  # which version 3 does not run on
-        for number in (4, 2) if is_blackwell else (3, 2, 4):
-            if installed[number]:
-                return f"flash_attention_{number}"
-    return "sdpa"
+def best_attention(dtype: torch.dtype, dropout: float = 0.0) -> tuple[str, str]:
+    """Choose the backend for `attn_implementation="auto"` on this machine.
+
+    On a GPU and in half precision, it is an installed version of flash attention; else sdpa, if torch has varlen
+    attention, which then serves packed batches; else the kernel of the Hub that transformers takes in place of
+    flash-attn, if the package `kernels` can load it, which downloads it the first time; else sdpa. With attention
+    dropout, only version 2 of flash attention and the kernel of the Hub serve: other versions ignore it, and torch's
+    varlen attention refuses it.
+
+    Parameters
+    ----------
+    dtype : torch.dtype
+        Dtype of the weights.
+    dropout : float
+        Attention dropout of the model.
+
+    Returns
+    -------
+    name, reason : str
+        The backend, and why it is the best here.
+    """
+    if not torch.cuda.is_available():
+        return "sdpa", "there is no GPU"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "sdpa", "flash attention needs weights in half precision"
+    installed = {2: is_flash_attn_2_available(), 3: is_flash_attn_3_available(), 4: is_flash_attn_4_available()}
+    is_blackwell = torch.cuda.get_device_capability() >= (10, 0)  # which version 3 does not run on
+    for number in (2,) if dropout else (4, 2) if is_blackwell else (3, 2, 4):
+        if installed[number]:
+            return f"flash_attention_{number}", "it is installed"
+    if HAS_VARLEN and not dropout:
+        return "sdpa", "torch has varlen attention"
+    return _load_from_hub()
+
+
+@cache  # the Hub is asked once: it may answer late, or never
+def _load_from_hub() -> tuple[str, str]:
+    """Load the kernel of the Hub for flash attention; return its name, or sdpa, and the reason."""
+    kernel = FLASH_ATTN_KERNEL_FALLBACK["flash_attention_2"]
+    if not is_kernels_available():
+        return "sdpa", "neither flash-attn nor kernels is installed, in a version that transformers takes"
+    logger.warning_once(f"Loading {kernel} from the Hub, or from the cache with HF_HUB_OFFLINE=1.")
+    try:
+        load_and_register_attn_kernel(kernel)
+    except Exception as error:  # of the Hub, the kernel or its binary
+        return "sdpa", f"{kernel} cannot be loaded ({str(error).rstrip('.')})"
+    return kernel, "flash-attn is not installed, and kernels is"
 
 
 def _returns_states(config: GeneBertConfig, kwargs: Mapping) -> bool:

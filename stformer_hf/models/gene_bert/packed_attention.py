@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-_HAS_VARLEN = find_spec("torch.nn.attention.varlen") is not None  # torch 2.10
+HAS_VARLEN = find_spec("torch.nn.attention.varlen") is not None  # torch 2.10
 
 
 def segments_of(cu_seq_lens: torch.Tensor, length: int) -> torch.Tensor:
@@ -106,7 +106,7 @@ def _varlen_serves(states: torch.Tensor, dropout: float) -> bool:
     """Return whether `torch.nn.attention.varlen` works: on a GPU, in half precision, without attention dropout."""
     autocast = states.is_cuda and torch.is_autocast_enabled("cuda")
     dtype = torch.get_autocast_dtype("cuda") if autocast else states.dtype
-    return _HAS_VARLEN and states.is_cuda and dtype in (torch.float16, torch.bfloat16) and not dropout
+    return HAS_VARLEN and states.is_cuda and dtype in (torch.float16, torch.bfloat16) and not dropout
 
 
 def packed_sdpa_attention_forward(
@@ -162,6 +162,7 @@ PACKED_SDPA = "sdpa_packed"
 AttentionInterface.register(PACKED_SDPA, packed_sdpa_attention_forward)
 
 __all__ = [
+    "HAS_VARLEN",
     "PACKED_SDPA",
     "check_packing",
     "lengths_for",
