@@ -8,6 +8,8 @@ from torch import nn
 from transformers import Trainer
 from transformers.debug_utils import DebugOption
 
+from .liger import prepare_liger
+
 _OURS = ("gene_bert", "cell_neighborhood")
 
 
@@ -34,7 +36,7 @@ def check_arguments(trainer: Trainer) -> None:
             'train_sampling_strategy="sequential" reads the cells as they are, and sampling draws them: leave one out.'
         )
     if args.use_liger_kernel and model_type in _OURS:
-        raise ValueError(f"use_liger_kernel: Liger has no kernels for {model_type}. Leave it out.")
+        prepare_liger(trainer)
     backend = getattr(config, "_attn_implementation", "eager")
     if DebugOption.UNDERFLOW_OVERFLOW in args.debug and model_type in _OURS and backend != "eager":
         raise ValueError(

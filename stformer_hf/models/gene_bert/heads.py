@@ -1,6 +1,6 @@
 """Heads of the GeneBert models: the MLM head, pooling of cells, and the losses of all heads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,14 @@ from .rank_prior import RankPrior
 
 
 class GeneBertMLMHead(nn.Module):
-    """Head for masked tokens: Linear, activation, LayerNorm, and a Linear layer to the vocabulary."""
+    """Head for masked tokens: Linear, activation, LayerNorm, and a Linear layer to the vocabulary.
+
+    `fused_cross_entropy`, which Trainer's `use_liger_kernel` sets, computes the last layer and the cross entropy at
+    once: from states (k, hidden), weight, labels (k,) and bias, the cross entropies in nats, float32 (k,), and the
+    predictions (k,).
+    """
+
+    fused_cross_entropy: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def __init__(self, config: GeneBertConfig):
         super().__init__()
@@ -28,7 +35,20 @@ class GeneBertMLMHead(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return logits (…, vocab_size) of hidden states (…, hidden)."""
-        return self.decoder(self.layer_norm(self.activation(self.transform(hidden_states))))
+        return self.decoder(self.before_decoder(hidden_states))
+
+    def before_decoder(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the input of the last layer (…, hidden)."""
+        return self.layer_norm(self.activation(self.transform(hidden_states)))
+
+    def fused_loss(
+        self, hidden_states: torch.Tensor, labels: torch.LongTensor, token_types: torch.LongTensor, *args
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `masked_lm_loss` does, for hidden states (k, hidden) in place of their logits."""
+        assert self.fused_cross_entropy is not None
+        states, decoder, labels = self.before_decoder(hidden_states), self.decoder, labels.to(hidden_states.device)
+        nll, predicted = self.fused_cross_entropy(states, decoder.weight, labels, decoder.bias)
+        return weighted_loss(nll, nll, predicted, labels, token_types, *args)
 
 
 class PreClassifier(nn.Module):
@@ -78,14 +98,32 @@ def masked_lm_loss(
     """
     logits = logits.float()
     labels = labels.to(logits.device)
-    labelled = (labels != IGNORE).float()
     nll = nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)
     losses, smoothing = nll, config.label_smoothing
     if smoothing:
-        losses = (1 - smoothing) * nll + smoothing * labelled * (logits.logsumexp(-1) - logits.mean(-1))
+        spread = logits.logsumexp(-1) - logits.mean(-1)
+        losses = (1 - smoothing) * nll + smoothing * (labels != IGNORE) * spread
+    return weighted_loss(losses, nll, logits.argmax(-1), labels, token_types, config, num_items_in_batch)
+
+
+def weighted_loss(
+    losses: torch.Tensor,
+    nll: torch.Tensor,
+    predicted: torch.Tensor,
+    labels: torch.LongTensor,
+    token_types: torch.LongTensor,
+    config: GeneBertConfig,
+    num_items_in_batch: torch.Tensor | int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss and the statistics of `masked_lm_loss`.
+
+    They are computed from the smoothed and the plain cross entropy, the prediction and the label of each position, and
+    its token type, (k,).
+    """
+    labelled = (labels != IGNORE).float()
     names = config.token_classes or ["genes"]
     # Categories have the types 1, 2, …; all types after them are genes.
-    classes = token_types.to(logits.device).clamp(1, len(names)) - 1
+    classes = token_types.to(losses.device).clamp(1, len(names)) - 1
     if config.loss_weights:
         # Filled on the device: copying a list to a GPU waits for it.
         weights = torch.stack([losses.new_full((), config.loss_weights.get(name, 1.0)) for name in names])
@@ -93,9 +131,9 @@ def masked_lm_loss(
     if num_items_in_batch is None:
         num_items_in_batch = labelled.sum()
     # A batch of cells without counts has no label, and its loss is 0, not NaN.
-    loss = losses.sum() / torch.as_tensor(num_items_in_batch, device=logits.device).clamp(min=1)
+    loss = losses.sum() / torch.as_tensor(num_items_in_batch, device=losses.device).clamp(min=1)
     with torch.no_grad():
-        columns = torch.stack([nll.detach(), (logits.argmax(-1) == labels).float(), labelled], dim=1)
+        columns = torch.stack([nll.detach(), (predicted == labels).float(), labelled], dim=1)
         statistics = columns.new_zeros(len(names), 3).index_add(0, classes, columns)
     return loss, statistics
 

@@ -391,6 +391,7 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         sparse_prediction: bool | None = None,
+        skip_logits: bool | None = None,
         predicted_positions: torch.LongTensor | None = None,
         expression_values: torch.Tensor | None = None,
         cell_genes: torch.LongTensor | None = None,
@@ -413,6 +414,9 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         sparse_prediction : bool, optional
             With labels, compute logits at the labelled positions only. By default `config.sparse_prediction` in
             training mode, and False in evaluation mode, where logits are gathered and compared with the labels.
+        skip_logits : bool, optional
+            With labels and `use_liger_kernel` of Trainer, compute the loss without logits, and return none; by default
+            in training mode. Without Liger it has no effect.
         predicted_positions : LongTensor (k,), optional
             All positions with a label in the flattened batch, ascending, and any without one; by default they are
             found from the labels, which waits for a GPU. (Trainer takes every argument with "label" in its name for
@@ -427,9 +431,11 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
             vocabulary is larger than `config.intermediate_size`). `class_statistics`, `gene_logits` and
             `log_dispersion`: see the class.
         """
-        labelled, sparse = None, False
+        labelled, sparse, fused = None, False, False
         if labels is not None:
             labelled, sparse = self._where_to_predict(labels, predicted_positions, sparse_prediction)
+            fused = self._is_fused(labelled, skip_logits)
+        sparse = sparse or fused
         alone = sparse and not self.config.cell_decoder and not _returns_states(self.config, kwargs)
         outputs = self.gene_bert(
             input_ids=input_ids,
@@ -449,22 +455,20 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         if self.config.cell_decoder:
             states = pool(hidden_states, token_type_ids, attention_mask, "cls", kwargs.get("cu_seq_lens_q"))
             gene_logits, log_dispersion = self.cell_decoder(states)
-        loss = statistics = None
+        logits = loss = statistics = None
         order = (input_ids, token_type_ids, attention_mask, kwargs.get("cu_seq_lens_q"))
         if sparse:
-            states = hidden_states if alone else keep(hidden_states, labelled)
-            logits = self._predict(states[0], order, labelled)
-        else:
-            logits = self._predict(hidden_states, order)
+            hidden_states = (hidden_states if alone else keep(hidden_states, labelled))[0]
+        if not fused:
+            logits = self._predict(hidden_states, order, labelled if sparse else None)
         if labels is not None:
             assert token_type_ids is not None  # the embeddings need them
-            loss, statistics = masked_lm_loss(
-                logits if sparse else keep(logits, labelled).flatten(0, 1),
-                keep(labels, labelled).flatten(),
-                keep(token_type_ids, labelled).flatten(),
-                self.config,
-                num_items_in_batch,
-            )
+            targets = keep(labels, labelled).flatten(), keep(token_type_ids, labelled).flatten(), self.config
+            if logits is None:
+                loss, statistics = self.mlm_head.fused_loss(hidden_states, *targets, num_items_in_batch)
+            else:
+                at_labels = logits if sparse else keep(logits, labelled).flatten(0, 1)
+                loss, statistics = masked_lm_loss(at_labels, *targets, num_items_in_batch)
         return GeneBertMaskedLMOutput(
             loss=loss,
             logits=logits,
@@ -491,6 +495,12 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         if torch.compiler.is_compiling() and self.config.vocab_size <= self.config.intermediate_size:
             return None, False
         return (labels != IGNORE).flatten().nonzero().squeeze(1), sparse_prediction
+
+    def _is_fused(self, labelled: torch.LongTensor | None, skip_logits: bool | None) -> bool:
+        """Return whether Liger computes the loss, without logits; it does not take a batch without labels."""
+        if self.mlm_head.fused_cross_entropy is None or labelled is None:
+            return False
+        return (self.training if skip_logits is None else skip_logits) and labelled.shape[0] > 0
 
     def _predict(self, states: torch.Tensor, order: tuple, labelled: torch.Tensor | None = None) -> torch.Tensor:
         """Compute logits of states, with the prior from the order of the genes, if the head has one."""
