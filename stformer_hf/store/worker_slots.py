@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from functools import cache
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -36,9 +37,40 @@ class CollatedBatch(dict):
     def __copy__(self) -> CollatedBatch:
         return CollatedBatch(self)
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> CollatedBatch:
+        """Return the batch with its tensors on a device; accelerate calls it for each batch of a loader.
+
+        Pinned tensors (`pin_memory` of the loader) are copied to a GPU beside what it computes: on a stream of their
+        own, for which the current stream waits, but not the CPU, whatever `non_blocking` says.
+        """
+        from accelerate.utils import send_to_device
+
+        device = torch.device(device)
+        pinned = {name: value for name, value in self.items() if device.type == "cuda" and _is_pinned(value)}
+        others = {name: value for name, value in self.items() if name not in pinned}
+        moved = {name: send_to_device(value, device, non_blocking) for name, value in others.items()}
+        if pinned:
+            current = torch.cuda.current_stream(device)
+            copying = _stream_to(current.device)
+            with torch.cuda.stream(copying):
+                moved |= {name: value.to(current.device, non_blocking=True) for name, value in pinned.items()}
+            current.wait_stream(copying)
+            for name in pinned:
+                moved[name].record_stream(current)  # whose work must end before its memory is used again
+        return CollatedBatch({name: moved[name] for name in self})
+
     def __reduce__(self) -> tuple:
         arrays = {name: value.numpy() for name, value in self.items() if _fits(value)}  # torch cannot pickle uint16
         return _of_arrays, (arrays, {name: value for name, value in self.items() if name not in arrays})
+
+
+def _is_pinned(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and value.is_pinned()
+
+
+@cache
+def _stream_to(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _of_arrays(arrays: dict[str, np.ndarray], others: dict[str, Any]) -> CollatedBatch:

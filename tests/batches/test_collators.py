@@ -3,10 +3,14 @@
 import copy
 import io
 import pickle
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import skip_first_batches
+from accelerate.data_loader import prepare_data_loader
 from anndata import AnnData
 from conftest import make_adata, of_epoch
 from hypothesis import given
@@ -24,6 +28,7 @@ from stformer_hf import (
 )
 from stformer_hf.batches.token_rows import TokenRows
 from stformer_hf.store import worker_slots
+from stformer_hf.store.worker_slots import CollatedBatch
 
 
 def examples_of(tokenizer, cells, **columns) -> list[dict]:
@@ -260,6 +265,69 @@ def test_a_worker_may_copy_and_pickle_its_batches(store, tokenizer):
     assert all(torch.equal(*(torch.as_tensor(of[name]).to_dense() for of in (first, expected))) for name in expected)
     worker = loader._iterator._workers[0].pid
     assert {number for process, number in worker_slots._received if process == worker} == set(range(10))  # no other
+
+
+def test_a_loader_moves_every_batch_once_and_in_order(store, tokenizer, monkeypatch):
+    """accelerate calls `CollatedBatch.to`, from the first batch of an epoch on, and where a run resumes."""
+    collator = of_epoch(DataCollatorForPhenotypicMLM(tokenizer, packing=True))
+    loader, moved, move = DataLoader(store, 7, collate_fn=collator), [], CollatedBatch.to
+    expected = list(loader)
+    monkeypatch.setattr(
+        CollatedBatch, "to", lambda self, *args, **kwargs: moved.append(self) or move(self, *args, **kwargs)
+    )
+    prepared = prepare_data_loader(loader, torch.device("cpu"), put_on_device=True)
+    for skipped, batches in ((0, prepared), (3, skip_first_batches(prepared, 3))):
+        moved.clear()
+        found = list(batches)
+        assert len(found) == len(moved) == len(expected) - skipped
+        for batch, other in zip(found, expected[skipped:], strict=True):
+            assert type(batch) is CollatedBatch and batch.keys() == other.keys()
+            assert all(torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(other[name])) for name in other)
+
+
+def test_pinned_tensors_are_copied_on_a_stream_that_the_current_one_waits_for(monkeypatch):
+    """A GPU is replaced here: the order of the calls is what counts."""
+    calls, device = [], torch.device("cuda", 0)
+    current = SimpleNamespace(device=device, wait_stream=lambda stream: calls.append(f"wait for {stream}"))
+    pinned, plain = torch.ones(2), torch.ones(3)
+
+    @contextmanager
+    def on(stream):
+        calls.append(f"on {stream}")
+        yield
+        calls.append("off")
+
+    def to(value, where, non_blocking):
+        assert where == device
+        calls.append(f"copy {len(value)}" + " without waiting" * non_blocking)
+        return value
+
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda value: value is pinned)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda value, stream: calls.append(f"{len(value)} is in use"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda of: current)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(worker_slots, "_stream_to", lambda of: "copies")
+    batch = CollatedBatch(pinned=pinned, nested=[plain], number=4)
+    assert batch.to("cuda:0") == batch
+    copies = ["on copies", "copy 2 without waiting", "off", "wait for copies", "2 is in use"]
+    assert calls == ["copy 3", *copies]
+
+
+@pytest.mark.gpu
+def test_copies_do_not_wait_for_what_the_gpu_computes():
+    batch = CollatedBatch({"ids": torch.arange(2**20).pin_memory(), "n": 3})
+    batch.to("cuda")["ids"].sum().item()  # loads the kernels, which may wait
+    torch.cuda._sleep(10**9)  # about half a second
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moved = batch.to("cuda")
+        total = moved["ids"].sum()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    worker_slots._stream_to(moved["ids"].device).synchronize()
+    assert not torch.cuda.current_stream().query()  # it still sleeps, and the copy is done
+    assert (total.item(), moved["n"]) == (2**19 * (2**20 - 1), 3)
 
 
 def test_a_tokenized_example_is_masked_as_its_cell_in_the_store(store, adata, tokenizer):

@@ -103,7 +103,8 @@ def test_loss_statistics_and_gradients(liger, store, tokenizer, tmp_path, packin
     plain, fused = model_of(tokenizer), model_of(tokenizer)
     trainer_of(tmp_path, store, tokenizer, fused, use_liger_kernel=True, max_steps=1, learning_rate=0.0).train()
     unlabelled = {**batch, "labels": torch.full_like(batch["labels"], -100)}
-    for inputs in (batch, {**batch, "num_items_in_batch": torch.tensor(7)}, unlabelled):
+    others = {"num_items_in_batch": torch.tensor(7), "output_hidden_states": True}
+    for inputs in (batch, {**batch, **others}, unlabelled):
         outputs = []
         for model in (plain.train(), fused.train()):
             model.zero_grad()
