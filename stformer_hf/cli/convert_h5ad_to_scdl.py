@@ -29,23 +29,25 @@ def run(args: argparse.Namespace):
     from ..compat.scdl import SingleCellMemMapDataset
     from ..compat.scdl_building import check_free
     from ..compat.scdl_collection import SingleCellCollection
+    from .files import writing
 
     save_path = Path(args.save_path)
     check_free(save_path, "Choose another --save-path, or delete it.")
     # Kept if a file cannot be converted, so that the others need not be converted again.
     parts = save_path.with_name(f".{save_path.name}.parts")
-    collection = SingleCellCollection(parts)
-    collection.load_h5ad_multi(
-        args.data_path,
-        max_workers=args.num_workers,
-        use_processes=args.use_mp or args.num_workers > 1,
-        paginated_load_cutoff=args.paginated_load_cutoff,
-        load_block_row_size=args.load_block_row_size,
-        data_dtype=args.data_dtype,
-        use_X_not_raw=args.use_X_not_raw,
-    )
-    collection.flatten(save_path)
-    shutil.rmtree(parts)
+    with writing(parts):
+        collection = SingleCellCollection(parts)
+        collection.load_h5ad_multi(
+            args.data_path,
+            max_workers=args.num_workers,
+            use_processes=args.use_mp or args.num_workers > 1,
+            paginated_load_cutoff=args.paginated_load_cutoff,
+            load_block_row_size=args.load_block_row_size,
+            data_dtype=args.data_dtype,
+            use_X_not_raw=args.use_X_not_raw,
+        )
+        collection.flatten(save_path)
+        shutil.rmtree(parts)
     return SingleCellMemMapDataset(save_path, data_dtype=args.data_dtype)
 
 

@@ -83,7 +83,10 @@ class Classifiers(NamedTuple):
 def main(argv: list[str]) -> None:
     """Parse and run."""
     args = parse(argv, DemoArguments)
-    run(args)
+    from .files import writing
+
+    with writing(args.output):
+        run(args)
 
 
 def run(args: DemoArguments) -> dict[str, dict[str, float]]:

@@ -7,7 +7,6 @@ stformer-hf embed --kind neighborhood --data section.h5ad --model model --domain
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .arguments import OnCells, changed_flags, check_free, flag, parse
@@ -101,6 +100,7 @@ def _embed_neighborhoods(adata: AnnData, args: EmbedArguments) -> None:
     from ..sources.read_anndata import section_of
     from ..space.domains import check_domains, spatial_domains
     from ..space.embed_neighborhoods import embed_neighborhoods
+    from .files import writing
 
     method, n_domains = args.domain_method or "kmeans", args.domains or None
     check_domains(method, n_domains)  # before the work
@@ -116,8 +116,8 @@ def _embed_neighborhoods(adata: AnnData, args: EmbedArguments) -> None:
     if _wants_domains(args):
         spatial_domains(adata, n_domains, method=method, resolution=args.resolution)
     if args.plot:
-        Path(args.plot).parent.mkdir(parents=True, exist_ok=True)
-        sections(adata, "domain", spatial_key=args.spatial_key, section_key=section, save=args.plot)
+        with writing(args.plot):
+            sections(adata, "domain", spatial_key=args.spatial_key, section_key=section, save=args.plot)
 
 
 def _wants_domains(args: EmbedArguments) -> bool:

@@ -49,7 +49,10 @@ class EvaluateArguments:
 def main(argv: list[str]) -> None:
     """Parse and run."""
     args = parse(argv, EvaluateArguments)
-    print(run(args))
+    from .files import writing
+
+    with writing(args.output):
+        print(run(args))
     print(f"\nWritten to {args.output}")
 
 

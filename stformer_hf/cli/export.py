@@ -29,7 +29,11 @@ class ExportArguments:
 def main(argv: list[str]) -> None:
     """Parse and run."""
     args = parse(argv, ExportArguments)
-    for file, compared in run(args)["comparison"].items():
+    from .files import writing
+
+    with writing(args.output):
+        settings = run(args)
+    for file, compared in settings["comparison"].items():
         labels = f", {compared['same_labels']:.1%} the same label" if "same_labels" in compared else ""
         size = (Path(args.output) / file).stat().st_size / 2**20
         print(

@@ -71,7 +71,10 @@ def _check_output(data: str, output: Path, overwrite: bool, suffixes: Sequence[s
 
 @contextmanager
 def writing(output: str | Path) -> Iterator[None]:
-    """Let only one command at a time write to a path (see `locked`); the processes of one command share it."""
+    """Let only one command at a time write to a path, and leave no empty folder after an error (see `locked`).
+
+    The processes of one command share the path.
+    """
     first = get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0
     with locked(Path(output).resolve()) if first else nullcontext():
         yield

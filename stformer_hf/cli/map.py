@@ -46,7 +46,7 @@ def run(args: MapArguments):
     from accelerate import PartialState
 
     from ..inference.map_to_reference import REFERENCE_FILE, map_to_reference, save_reference
-    from .files import is_first_process, read, several_processes, write
+    from .files import is_first_process, read, several_processes, write, writing
 
     is_folder = (Path(args.reference) / REFERENCE_FILE).is_file()
     if is_folder and args.save_reference:
@@ -59,7 +59,8 @@ def run(args: MapArguments):
         shared: dict[str, Any] = {"fractional": args.fractional, "batch_size": args.batch_size, "device": args.device}
         shared["overwrite"] = args.overwrite
         if is_first_process():
-            save_reference(reference, args.model, args.save_reference, args.label_key, **shared)
+            with writing(args.save_reference):
+                save_reference(reference, args.model, args.save_reference, args.label_key, **shared)
         if several_processes():
             PartialState().wait_for_everyone()
         reference = args.save_reference

@@ -35,7 +35,10 @@ class MediansArguments:
 def main(argv: list[str]) -> None:
     """Parse and run."""
     args = parse(argv, MediansArguments)
-    statistics = run(args)
+    from .files import writing
+
+    with writing(args.output):
+        statistics = run(args)
     print(f"{args.output}: {len(statistics.medians):,} medians; {statistics}")
 
 

@@ -49,9 +49,10 @@ class PerturbArguments:
 def main(argv: list[str]) -> None:
     """Parse and run."""
     args = parse(argv, PerturbArguments)
-    table = run(args)
-    from .files import is_first_process
+    from .files import is_first_process, writing
 
+    with writing(args.output):
+        table = run(args)
     if is_first_process():
         shown = table.reindex(table.iloc[:, 1].abs().sort_values(ascending=False).index)
         print(shown[[*table.columns[:4], "z", "fdr"]].head(10).to_string())
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> None:
 def run(args: PerturbArguments):
     """Perturb the cells, write the tables and the plot; return the table."""
     from ..inference.perturb import perturb
-    from .files import is_first_process, read
+    from .files import is_first_process, read, writing
 
     if args.pairs and not args.genes:
         raise ValueError("--pairs needs --genes: all pairs of a panel are too many.")
@@ -78,9 +79,9 @@ def run(args: PerturbArguments):
     if args.plot and is_first_process():
         from ..inference.plots import volcano
 
-        Path(args.plot).parent.mkdir(parents=True, exist_ok=True)
         try:
-            volcano(table, save=args.plot)
+            with writing(args.plot):
+                volcano(table, save=args.plot)
         except ValueError as error:
             raise ValueError(f"The tables in {args.output} were written, but the plot was not: {error}") from error
     return table

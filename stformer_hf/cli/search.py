@@ -45,7 +45,10 @@ class SearchArguments(PretrainArguments):
 def main(argv: list[str]) -> None:
     """Parse and run."""
     args, training = parse_training(argv, SearchArguments, TRAINING_DEFAULTS)
-    best = run(args, training)
+    from .files import writing
+
+    with writing(args.output):
+        best = run(args, training)
     print(
         f"{args.output}: trial {best['trial']} is the best, with {args.metric} {best['score']:.4f}. Pretrain with it:"
     )

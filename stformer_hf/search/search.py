@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from tqdm import tqdm
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..store.replacing import take_lock
+from ..store.replacing import locked
 from ..training.cell_trainer import CellTrainer
 from ..training.log_lines import LogLines
 from ..training.scores import score_of
@@ -83,8 +82,10 @@ def search(
     ValueError
         A setting is invalid; the study has another space, metric or setting; no trial has a score; the evaluation
         does not compute the metric.
+    BlockingIOError
+        Another process searches in the folder.
     FileExistsError
-        Another process searches in the folder; with ray, the folder holds a search.
+        With ray: the folder holds a search.
     """
     for name, value, known in (
         ("direction", direction, ("minimize", "maximize")),
@@ -116,7 +117,7 @@ def search(
     trainer.remove_callback(ProgressCallback)
     if backend == "optuna":
         trainer.add_callback(_StepBar())
-    with _only_here(output):
+    with locked(output / "study.db"):
         if overwrite:
             (output / "study.db").unlink(missing_ok=True)
             shutil.rmtree(output / "ray", ignore_errors=True)
@@ -145,16 +146,6 @@ class _StepBar(LogLines):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Write nothing."""
-
-
-@contextmanager
-def _only_here(output: Path) -> Iterator[None]:
-    """Lock the folder against other processes; the lock is released when the process ends in any way."""
-    lock = take_lock(output / ".lock")
-    if lock is None:
-        raise FileExistsError(f"Another process is searching in {output}: wait for it, or stop it.")
-    with lock:
-        yield
 
 
 def _tell(

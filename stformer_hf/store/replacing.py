@@ -6,17 +6,18 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO
 
-try:
+if sys.platform == "win32":
+    import msvcrt
+else:
     import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]  # a module elsewhere
 
 logger = logging.getLogger(__name__)
 
@@ -62,34 +63,62 @@ def written_at(path: Path, contents: Contents, overwrite: bool) -> Iterator[Path
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Let only one process at a time write at a path; raise BlockingIOError in others."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    inside = path.is_dir() and not os.access(path.parent, os.W_OK)  # such as a folder that is mounted
-    file = path / ".lock" if inside else path.with_name(f".{path.name}.lock")
-    lock = take_lock(file)
+    """Let only one process at a time write at a path; raise BlockingIOError in others.
+
+    Missing folders above the path are made. After an error, folders that were not there before, the path and those
+    above it, are removed if they are empty.
+    """
+    missing = [folder for folder in path.parents if not folder.exists()]
+    is_new = not path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        inside = path.is_dir() and not os.access(path.parent, os.W_OK)  # such as a folder that is mounted
+        with _lock(path / ".lock" if inside else path.with_name(f".{path.name}.lock"), path):
+            try:
+                yield
+            except BaseException:
+                if is_new:
+                    _remove_empty(path)  # before the next process may make it
+                raise
+    except BaseException:
+        for folder in missing:
+            _remove_empty(folder)
+        raise
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # it is not empty, or not there
+        folder.rmdir()
+
+
+@contextmanager
+def _lock(file: Path, path: Path) -> Iterator[None]:
+    """Lock a file, and remove it at the end. The lock ends with the process, in whichever way."""
+    lock = _open_locked(file)
     if lock is None:
         raise BlockingIOError(f"Another process is writing {path}. Wait for it, or choose another path.")
     try:
         yield
     finally:
-        if fcntl is None:  # Windows removes no open files
+        if sys.platform == "win32":  # removes no open files, also not those that the next process has opened
             lock.close()
-        file.unlink(missing_ok=True)
-        lock.close()
+            with suppress(PermissionError):
+                file.unlink(missing_ok=True)
+        else:
+            file.unlink(missing_ok=True)
+            lock.close()
 
 
-def take_lock(file: Path) -> IO | None:
-    """Open and lock a file; return None if another process holds the lock. On Windows nothing is locked.
-
-    The lock is released when the file is closed, or when the process ends in any way.
-    """
+def _open_locked(file: Path) -> IO | None:
+    """Open and lock a file; return None if another process holds the lock."""
     while True:
-        lock = open(file, "w")
-        if fcntl is None:
-            return lock
+        lock = open(file, "a")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if sys.platform == "win32":
+                msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # the latter on Windows
             lock.close()
             return None
         except OSError:  # a file system without locks, as some clusters have
@@ -194,4 +223,4 @@ def _give_name_back(path: Path) -> None:
         old.rename(path)
 
 
-__all__ = ["STORE", "Contents", "building_of", "check_free", "locked", "recover", "take_lock", "written_at"]
+__all__ = ["STORE", "Contents", "building_of", "check_free", "locked", "recover", "written_at"]

@@ -138,24 +138,69 @@ def test_null_unsets_a_key_of_the_file(tmp_path):
         read("--emma", "null")
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "finetune", "annotate", "embed", "map"])
-def test_two_commands_do_not_write_to_one_path(verb, file, tmp_path, capsys):
-    output = tmp_path / "out.h5ad"
+WRITERS = sorted(set(VERBS) - {"recipes", "info", "models", "doctor"})  # which write nothing, or copy one file
+
+
+@pytest.fixture
+def command_line(file, tmp_path):
+    """Return the command line of a command that fails for want of a layer, a column or a model."""
+    label, model, layer = ["--label_key", "nothing"], ["--model", "nothing"], ["--layer", "nothing"]
     flags = {
-        "finetune": ["--label_key", "cell_type"],
-        "annotate": ["--model", "m"],
-        "embed": ["--model", "m"],
-        "map": ["--model", "m", "--reference", file, "--label_key", "cell_type"],
+        "finetune": label,
+        "annotate": model,
+        "embed": model,
+        "map": [*model, *label, "--reference", file],
+        "evaluate": label,
+        "perturb": model,
+        "export": model,
+        "search": [*layer, "--space", "{learning_rate: {low: 0.1, high: 1.0}}"],
+        "tokenize": ["--tokenizer", "nothing"],
+        "demo": ["--seed", "-1"],
     }
+
+    def make(verb, output):
+        source = str(CellStore.build(tmp_path / "store", file).path) if verb == "tokenize" else file
+        data = [] if verb in ("demo", "export") else ["--data", source]
+        return [verb, *data, "--output", str(output), *flags.get(verb, layer)]
+
+    return make
+
+
+def suffixed(verb, path):
+    return path.with_suffix({"medians": ".json"}.get(verb, ".h5ad"))
+
+
+@pytest.mark.parametrize("verb", WRITERS)
+def test_an_error_leaves_no_empty_folder(verb, command_line, tmp_path, capsys, monkeypatch):
+    line = command_line(verb, suffixed(verb, tmp_path / "new" / "runs" / "out"))
+    there = sorted(tmp_path.rglob("*"))
+    if verb == "demo":
+        monkeypatch.setattr("stformer_hf.cli.demo._make_folder", lambda folder, overwrite: folder.mkdir() or 1 / 0)
+    assert main(line) == 1
+    assert "nothing" in capsys.readouterr().err or verb == "demo"
+    assert sorted(tmp_path.rglob("*")) == there
+
+
+@pytest.mark.parametrize("verb", WRITERS)
+def test_two_commands_do_not_write_to_one_path(verb, command_line, tmp_path, capsys):
+    output = suffixed(verb, tmp_path / "out")
+    line = command_line(verb, output)
+    there = sorted(tmp_path.rglob("*"))
+    if verb in ("build", "tokenize"):  # which open their sources before
+        del line[-2:]
     with writing(output):
-        assert main([verb, "--data", file, "--output", str(output), *flags.get(verb, [])]) == 1
+        assert main(line) == 1
     assert f"Another process is writing {output}. Wait for it, or choose another path." in capsys.readouterr().err
-    assert not output.exists()
+    assert sorted(tmp_path.rglob("*")) == there
+
+
+def test_a_path_is_the_same_through_a_link(tmp_path):
+    output = tmp_path / "out.h5ad"
     (tmp_path / "link").symlink_to(output)
     with writing(output), pytest.raises(BlockingIOError), writing(tmp_path / "link"):
         pass
     (tmp_path / "link").unlink()  # the other has ended
-    assert [path.name for path in tmp_path.iterdir()] == ["cells.h5ad"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_messages_of_the_package_are_printed(monkeypatch, capsys):

@@ -204,7 +204,7 @@ def test_size_arguments_and_masks_follow_the_trial_and_evaluation_does_not(make_
     assert table["trial"].tolist() == [1, 2, 3]
     # The score is of the last step, also where eval_steps=2 does not divide it; no checkpoint is written.
     assert load_study(output).trials[0].last_step == 3
-    assert {path.name for path in output.iterdir()} == {".lock", "study.db"}
+    assert {path.name for path in output.iterdir()} == {"study.db"}
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("trial ")]
     assert len(lines) == 3
     assert f"(best {table['score'].min():.4f})" in lines[-1] and f"{table['score'][2]:.4f}" in lines[-1]
@@ -376,11 +376,10 @@ def test_wrong_settings_are_errors_at_the_door(make_trainer):
 
 
 def test_only_one_process_searches_in_a_folder(make_trainer):
-    from stformer_hf.search.search import _only_here
+    from stformer_hf.store.replacing import locked
 
     trainer, space, output = make_trainer()
-    output.mkdir(exist_ok=True)
-    with _only_here(output), pytest.raises(FileExistsError, match="Another process is searching"):
+    with locked(output / "study.db"), pytest.raises(BlockingIOError, match="Another process is writing"):
         search(trainer, space, output, trials=1)
 
 

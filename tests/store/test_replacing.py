@@ -1,10 +1,13 @@
 """Two writers at one path: one folder, the first that is whole, or an error; nothing that was there is lost."""
 
 import contextlib
+import errno
+import os
 import sys
 import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import make_adata
@@ -228,8 +231,59 @@ def test_a_lock_on_a_file_that_its_holder_removed_is_no_lock(tmp_path):
     assert not lock.exists()
 
 
+def test_locks_of_windows(tmp_path, monkeypatch):
+    """As `msvcrt` makes them: another process that holds the lock is a PermissionError, and open files stay."""
+
+    def locking(number, mode, n_bytes):
+        assert (mode, n_bytes) == (2, 1)
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PermissionError(13, "Permission denied") from error
+
+    def unlink(file, missing_ok=False):
+        if os.path.realpath(file) in (os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")):
+            raise PermissionError(13, "Permission denied")
+        os.unlink(file)
+
+    fcntl = pytest.importorskip("fcntl")
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc")
+    monkeypatch.setattr(replacing.sys, "platform", "win32")
+    monkeypatch.setattr(replacing, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=locking), raising=False)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with replacing.locked(tmp_path / "s"), pytest.raises(BlockingIOError), replacing.locked(tmp_path / "s"):
+        pass
+    assert not list(tmp_path.iterdir())
+    with replacing.locked(tmp_path / "s"):
+        waiting = open(tmp_path / ".s.lock")  # the next process
+    assert [path.name for path in tmp_path.iterdir()] == [".s.lock"]
+    waiting.close()
+
+
+def test_empty_folders_are_removed_after_an_error(tmp_path):
+    """Those that were not there before; whatever the error, Ctrl-C too."""
+
+    def fail(*made, error=ValueError):
+        with pytest.raises(error), replacing.locked(tmp_path / "a" / "b" / "out"):
+            for path in made:
+                (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / path).touch() if path.endswith(".txt") else (tmp_path / path).mkdir()
+            raise error
+        return sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+
+    assert fail() == fail("a/b/out") == fail("a/b/out", error=KeyboardInterrupt) == []
+    assert fail("a/note.txt", "a/b/out") == ["a", "a/note.txt"]
+    assert fail("a/b/out/model.txt") == ["a", "a/b", "a/b/out", "a/b/out/model.txt", "a/note.txt"]
+    (tmp_path / "a/b/out/model.txt").unlink()
+    assert fail() == ["a", "a/b", "a/b/out", "a/note.txt"]  # an empty folder that was there stays
+
+
 def test_a_folder_without_locks_is_not_replaced_either(tmp_path, monkeypatch):
-    monkeypatch.setattr(replacing, "fcntl", None)
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
     path = tmp_path / "s"
     with (
         pytest.raises(FileExistsError, match="in the meantime"),
