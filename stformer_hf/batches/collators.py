@@ -370,8 +370,8 @@ class DataCollatorForCellClassification(CellCollator):
     ------
     ValueError
         The label is one of the tokenizer's included phenotypes; `label2id` lacks a label column; a batch
-        has cells without a label, or values other than 0 and 1 in one of the label columns; without `label2id`, the
-        classes of a batch are not those of the first one.
+        has cells without a label, numbers that are -100, or values other than 0 and 1 in one of the label columns;
+        without `label2id`, the classes of a batch are not those of the first one.
     """
 
     def __init__(
@@ -489,6 +489,8 @@ class DataCollatorForCellClassification(CellCollator):
         if unknown.any():
             hint = "" if names is not None else " (integers are classes; numbers to predict must be floats)"
             raise ValueError(f"{unknown.sum()} cells of the batch have no known {name!r}{hint}; leave them out.")
+        if not classes:
+            refuse_minus_100(name, labels)
         if not isinstance(self.label, str) and classes and labels.max(initial=0) > 1:
             raise ValueError(f"{name!r} has more than two classes: with several labels per cell, each must be 0 or 1.")
         return labels.astype(np.int64 if classes else np.float32)
@@ -504,6 +506,16 @@ class DataCollatorForCellClassification(CellCollator):
                 "an earlier batch were others, so that equal numbers would mean different classes: pass "
                 "label2id=model.config.label2id, or use CellTrainer."
             )
+
+
+def refuse_minus_100(name: str, numbers: np.ndarray) -> None:
+    """Raise a ValueError if a number to predict is -100, by which `transformers.Trainer` counts and skips labels."""
+    n_cells = int((numbers == IGNORE).sum())
+    if n_cells:
+        raise ValueError(
+            f"{name!r} is {IGNORE} for {n_cells} cells. This value means that there is no label, so these cells would "
+            "be ignored: leave them out, or rescale the numbers."
+        )
 
 
 def _united(name: str, codes: Sequence[ClassCode], may_differ: bool) -> tuple[np.ndarray, list[str]]:
@@ -541,4 +553,5 @@ __all__ = [
     "DataCollatorForPhenotypicMLM",
     "MaskedCells",
     "collate_fn_wrapper",
+    "refuse_minus_100",
 ]

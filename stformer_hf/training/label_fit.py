@@ -11,10 +11,10 @@ from datasets import ClassLabel
 from datasets import Dataset as HuggingFaceDataset
 from torch.utils.data import ConcatDataset, Subset
 
-from ..batches.collators import DataCollatorForCellClassification
+from ..batches.collators import DataCollatorForCellClassification, refuse_minus_100
 from ..batches.iterable_ann_dataset import IterableAnnDataset
 from ..genes.wrong_names import some_of
-from ..models.gene_bert.heads import IGNORE, label_columns_of, output_names, problem_of
+from ..models.gene_bert.heads import label_columns_of, output_names, problem_of
 from ..store.cell_store import CellStore
 from .cell_heads import predicts_cells, read_numbers
 from .label_selection import kind_of_values
@@ -152,11 +152,8 @@ def _check_numbers(found: dict[str, _Labels | None], config: Any, kind: str) -> 
             )
         if labels.values.dtype.kind not in "biuf":
             raise ValueError(f"{name!r} holds {labels.what}, but {head}.")
-        if of_numbers and (labels.values == IGNORE).any():
-            raise ValueError(
-                f"{name!r} is {IGNORE} for {(labels.values == IGNORE).sum()} cells. This value means that there is no "
-                "label, so these cells would be ignored: leave them out, or rescale the numbers."
-            )
+        if of_numbers:
+            refuse_minus_100(name, labels.values)
         if not of_numbers:
             there = labels.values[~labels.missing]
             if len(there) and (there.min() < 0 or there.max() > 1):

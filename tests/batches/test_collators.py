@@ -24,6 +24,7 @@ from stformer_hf import (
     DataCollatorForCellClassification,
     DataCollatorForPhenotypicMLM,
     GeneTokenizer,
+    IterableAnnDataset,
     collate_fn_wrapper,
 )
 from stformer_hf.batches.token_rows import TokenRows
@@ -401,6 +402,18 @@ def test_classification_refuses_leaks_and_missing_labels(store, tokenizer):
     collator = DataCollatorForCellClassification(tokenizer, "cell_type", label2id={"B cell": 0})
     with pytest.raises(ValueError, match="have no known 'cell_type'"):
         collator(store.__getitems__(range(10)))
+
+
+@pytest.mark.parametrize("label", ["degrees", ["degrees", "age"]])
+def test_minus_100_is_no_number_to_predict(label, adata, tokenizer):
+    """Whatever the trainer and the data: transformers counts labels by it."""
+    adata.obs["degrees"] = np.where(np.arange(len(adata)) < 3, -100.0, 20.0)
+    adata.obs["age"] = 1.5
+    collator = DataCollatorForCellClassification(tokenizer, label)
+    stream = list(IterableAnnDataset(adata, tokenizer, obs=["degrees", "age"]))
+    assert collator(stream[5:9])["labels"].ravel()[0] == 20
+    with pytest.raises(ValueError, match="'degrees' is -100 for 1 cells"):
+        collator(stream[2:5])
 
 
 @pytest.mark.parametrize("name", ["mlm_probability", "phenotype_mask_prob"])
