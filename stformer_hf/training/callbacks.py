@@ -23,6 +23,10 @@ class SetEpoch(TrainerCallback):
     With transformers' Trainer, `callbacks=[SetEpoch(collator)]` makes masks and gene dropout a function of (seed,
     epoch, `cell_id`), as `CellTrainer` does, independent of batches, workers, processes and resumption. `of` is any
     object with `set_epoch`.
+
+    Trainer removes the column `cell_id` of tokenized cells, unless `TrainingArguments(remove_unused_columns=False)`
+    keeps it. Without it, masks are drawn for a checksum of the tokens: as reproducible, but others than those of
+    `CellTrainer`, and the same ones for cells with the same tokens. Cells of a store keep their `cell_id`.
     """
 
     def __init__(self, of: Any):

@@ -20,6 +20,7 @@ from stformer_hf import (
     GeneBertForClassification,
     GeneBertForPhenotypicMLM,
     GeneTokenizer,
+    IterableAnnDataset,
 )
 from stformer_hf.batches.token_rows import TokenRows
 from stformer_hf.training.callbacks import SetEpoch
@@ -92,6 +93,23 @@ def test_masks_of_stock_trainer_are_other_ones_in_each_epoch(store, tokenizer, c
         assert same.sum() <= 3  # cells of few genes
     for epoch, labels in enumerate(batches["set"]):
         assert torch.equal(labels, of_epoch(collator, epoch)(store.__getitems__(range(60)))["labels"])
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("kind", ["tokens", "stream"])
+def test_stock_trainer_takes_cell_ids_of_tokens_away(adata, store, tokenizer, config, tmp_path, kind, keeps):
+    """Unless remove_unused_columns=False; the masks are then those of a checksum of the tokens."""
+    rows = store.tokenize(tokenizer, tmp_path / "t") if kind == "tokens" else IterableAnnDataset(adata, tokenizer)
+    watch = Watch(DataCollatorForPhenotypicMLM(tokenizer, mlm_probability=0.5))
+    settings = {"per_device_train_batch_size": 60, "train_sampling_strategy": "sequential", "max_steps": 1}
+    args = arguments(tmp_path / "run", remove_unused_columns=not keeps, **settings)
+    model, epochs = GeneBertForPhenotypicMLM(config), [SetEpoch(watch.collator)]
+    Trainer(model, args, train_dataset=rows, data_collator=watch, callbacks=epochs).train()
+    cells, collator = list(rows), of_epoch(watch.collator, 0)
+    of_cells = collator(cells)["labels"]
+    of_tokens = collator([{name: cell[name] for name in cell if name != "cell_id"} for cell in cells])["labels"]
+    assert torch.equal(watch.batches[0]["labels"], of_cells if keeps else of_tokens)
+    assert not torch.equal(of_cells, of_tokens)
 
 
 def halves(adata, folder):
