@@ -146,8 +146,12 @@ def finetune(
     Raises
     ------
     ValueError
-        A column is missing; no cell is labelled; the labels do not fit the problem; the tokenizer does not fit.
+        A column is missing; no cell is labelled; the labels do not fit the problem; the tokenizer does not fit;
+        `training` holds `output_dir` or `num_train_epochs`, which are parameters of this function.
     """
+    for name, parameter in {"output_dir": "output", "num_train_epochs": "num_train_epochs"}.items():
+        if name in (training or {}):
+            raise ValueError(f"training: {name!r} is a parameter of finetune itself: pass {parameter}=… instead.")
     if (layer is not None or fractional) and all(
         isinstance(of, IterableAnnDataset) for of in (cells, eval_cells) if of is not None
     ):

@@ -327,6 +327,12 @@ def test_nothing_that_is_fitted_sees_other_cells(labelled, tmp_path):
         assert torch.equal(one, two), name
 
 
+@pytest.mark.parametrize(("name", "parameter"), [("output_dir", "output"), ("num_train_epochs", "num_train_epochs")])
+def test_settings_that_are_parameters_of_finetune_are_refused(name, parameter, labelled):
+    with pytest.raises(ValueError, match=f"training: '{name}' is a parameter of finetune itself: pass {parameter}=…"):
+        finetune(labelled, "type", training={name: 1})
+
+
 def test_training_goes_on_for_the_epochs_asked_for_and_is_saved(labelled, unseen, tmp_path):
     model = finetune(labelled, "type", num_train_epochs=1, output=tmp_path / "m", training={"logging_steps": 5})
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").eval()
