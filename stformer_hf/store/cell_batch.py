@@ -271,9 +271,9 @@ def small_batches(batches: Iterable[dict[str, Any]], batch_size: int) -> Iterato
     batch_size : int
         Cells per small batch. If it does not divide the size of the large ones, the last part of each is smaller.
 
-    Yields
-    ------
-    dict
+    Returns
+    -------
+    iterator of dict
         See `collate_cells`.
 
     Raises
@@ -289,6 +289,10 @@ def small_batches(batches: Iterable[dict[str, Any]], batch_size: int) -> Iterato
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    return _split(batches, batch_size)  # a generator, which runs only when it is read
+
+
+def _split(batches: Iterable[dict[str, Any]], batch_size: int) -> Iterator[dict[str, Any]]:
     for batch in batches:
         prefixes = [name.removesuffix("indptr") for name in batch if name in ("indptr", "neighborhood_indptr")]
         n_cells = len(batch["cell_id"])
