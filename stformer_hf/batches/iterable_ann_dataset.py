@@ -186,6 +186,7 @@ class IterableAnnDataset(IterableDataset):
         # In shared memory: persistent workers see the next epoch, and this process sees that they read.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._read_by_workers = torch.zeros((), dtype=torch.bool).share_memory_()
+        self._is_known = torch.zeros(len(sources), dtype=torch.bool).share_memory_()  # files of which cell 0 was read
         self._progress: dict[str, Any] | None = None
         self._resumed_by: torch.Tensor | None = None
 
@@ -418,7 +419,9 @@ class IterableAnnDataset(IterableDataset):
         blocks = []
         for number, start, stop in pieces:
             file = self._files[number]
-            for block in file.blocks(_ROWS_PER_BLOCK, start, stop):
+            is_known = bool(self._is_known[number])
+            self._is_known[number] |= start == 0
+            for block in file.blocks(_ROWS_PER_BLOCK, start, stop, is_known):
                 block = align(block, file.genes, len(self.genes))
                 count_type_of(block.data, file.name)  # raises if they do not fit into 32 bits
                 blocks.append(block.astype(np.float32 if self.fractional else np.uint32))

@@ -54,8 +54,12 @@ class Counts:
         """Numbers of cells and columns."""
         return self.matrix.shape
 
-    def blocks(self, rows: int, start: int = 0, stop: int | None = None) -> Iterator[sparse.csr_matrix]:
+    def blocks(
+        self, rows: int, start: int = 0, stop: int | None = None, is_known: bool = False
+    ) -> Iterator[sparse.csr_matrix]:
         """Read the counts in order, `rows` cells at a time, from cell `start` to before `stop`; all by default.
+
+        If the first cells hold logarithms, a warning is logged, unless the values `is_known` from an earlier reading.
 
         Yields
         ------
@@ -77,7 +81,7 @@ class Counts:
                     f"{self.name}: counts are needed, but {self.counts_in} holds {problem} in cells {first} to "
                     f"{first + block.shape[0] - 1}. Name the layer that holds raw counts, as in layer='counts'."
                 )
-            if self.fractional and not first:
+            if self.fractional and not first and not is_known:
                 warn_of_logarithms(block.indptr, values, f"{self.name}: {self.counts_in}")
             if values is not block.data:
                 block = sparse.csr_matrix((values, block.indices, block.indptr), shape=block.shape)

@@ -1,11 +1,14 @@
 """The same cells through every door: store, tokenizer, embed, stream and SCDL take the same genes, or refuse alike."""
 
+import logging
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from anndata import AnnData
 from scipy import sparse
+from torch.utils.data import DataLoader
 
 from stformer_hf import (
     CellStore,
@@ -292,6 +295,28 @@ def test_logarithms_that_are_read_as_counts_are_named(values, tokenizer, model, 
         caplog.clear()
         door(cells(IDS, counts=X))
         assert [words in record.getMessage() for record in caplog.records].count(True) == (values == "logarithms")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_a_stream_names_logarithms_once(n_workers, tmp_path):
+    """Per file, whatever the number of epochs and of workers, which read again in each."""
+    for name in ("a", "b"):
+        counts = np.random.default_rng(0).poisson(3, (40, 5)) + [1.0, 0, 0, 0, 0]
+        logarithms = np.log1p(1e4 * counts / counts.sum(axis=1, keepdims=True)).astype(np.float32)
+        cells(IDS, counts=logarithms).write_h5ad(tmp_path / f"{name}.h5ad")
+    stream = IterableAnnDataset(
+        tmp_path / "*.h5ad", fractional=True, shuffle=True, buffer_size=16, allow_duplicates=True
+    )
+    handler = logging.FileHandler(tmp_path / "log")  # to which workers write too
+    logging.getLogger("stformer_hf").addHandler(handler)
+    how = {"num_workers": n_workers, "multiprocessing_context": "fork" if n_workers else None}
+    for epoch in range(3):
+        stream.set_epoch(epoch)
+        assert sum(map(len, DataLoader(stream, 8, collate_fn=list, **how))) == 80
+    logging.getLogger("stformer_hf").removeHandler(handler)
+    said = (tmp_path / "log").read_text()
+    assert said.count("holds logarithms") == 2 and "a.h5ad: X" in said and "b.h5ad: X" in said
 
 
 @pytest.mark.filterwarnings("ignore")
