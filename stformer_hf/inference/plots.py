@@ -155,6 +155,7 @@ def umap(
         The key, or the column or gene, is missing.
     """
     import scanpy as sc
+    from anndata import AnnData
 
     genes = adata.var_names if adata.raw is None else adata.raw.var_names  # where scanpy looks
     if color not in adata.obs and color not in genes:
@@ -167,7 +168,15 @@ def umap(
     # scanpy calls missing values "NA" in the legend, and refuses them beside a category of this name.
     named = color in adata.obs and "NA" in pd.Categorical(adata.obs[color]).categories
     how = {"color": color, "title": title or color, "na_in_legend": not named}
-    sc.pl.embedding(adata, f"{use_rep}_umap", ax=ax, show=False, **how)
+    shown, key = adata, f"{use_rep}_umap"
+    if color in adata.obs and pd.api.types.infer_dtype(adata.obs[color], skipna=True) == "boolean":
+        # scanpy takes booleans that may be missing for numbers.
+        labels = pd.DataFrame({color: adata.obs[color].map(str, na_action="ignore").astype("category")})
+        colours = {name: of for name, of in adata.uns.items() if name == f"{color}_colors"}
+        shown = AnnData(obs=labels, obsm={key: places}, uns=colours)
+    sc.pl.embedding(shown, key, ax=ax, show=False, **how)
+    if shown is not adata:
+        adata.uns.update(shown.uns)
     _name_axes(ax)
     return _save(ax, save)
 
@@ -218,7 +227,7 @@ def umaps(
     use_reps : dict of str to str
         Title of a panel -> key of obsm.
     outlined : str, optional
-        Boolean column of obs: these cells get a black edge, and are drawn last.
+        Boolean column of obs: these cells get a black edge, and are drawn last; missing values are False.
     random_state : int, default: 0
         Seed of the UMAPs.
     title, save
@@ -239,7 +248,7 @@ def umaps(
     for key in use_reps.values():
         must_have(adata.obsm, "obsm", key)
     must_have(adata.obs, "obs", outlined)
-    edged = np.zeros(adata.n_obs, bool) if outlined is None else adata.obs[outlined].to_numpy(bool)
+    edged = np.zeros(adata.n_obs, bool) if outlined is None else adata.obs[outlined].to_numpy(bool, na_value=False)
     name_of_colours, colours, order, legend = _colours(adata, color)
     figure, panels = plt.subplots(
         1, len(use_reps), figsize=(4.5 * len(use_reps) + 3, 4.8), layout="constrained", squeeze=False

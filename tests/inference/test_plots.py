@@ -275,6 +275,31 @@ def test_a_category_may_be_called_na(missing, used):
     assert colours.count(grey) == 5 * missing
 
 
+@pytest.mark.parametrize("dtype", ["boolean", object, bool])
+@pytest.mark.parametrize("missing", [0, 5])
+def test_a_umap_of_booleans_has_a_legend(dtype, missing, monkeypatch):
+    """Nullable ones too, and those among objects; the column stays as it is, and its colours are the user's."""
+    pytest.importorskip("scanpy")
+    monkeypatch.setattr(plots, "_write_umap", lambda adata, key, seed: adata.obsm[key])
+    infected = pd.Series([True, False] * 20, [f"c{i}" for i in range(40)], dtype=bool if dtype is bool else object)
+    if missing and dtype is bool:
+        pytest.skip("numpy's booleans are never missing")
+    infected[:missing] = None if missing else infected[:missing]
+    adata = AnnData(obs=pd.DataFrame({"infected": infected.astype(dtype)}))
+    adata.uns["infected_colors"] = ["#0000ff", "#ff0000"]
+    adata.obsm["X_stformer"] = adata.obsm["X_stformer_umap"] = np.random.default_rng(0).normal(size=(40, 2))
+    ax = plots.umap(adata, "infected")
+    shown = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert shown == ["False", "True", "NA"][: 3 if missing else 2]
+    colours = [matplotlib.colors.to_hex(colour) for colour in ax.collections[0].get_facecolors()]
+    assert colours.count("#0000ff") == (infected == False).sum()  # noqa: E712
+    assert colours.count("#ff0000") == (infected == True).sum()  # noqa: E712
+    assert adata.obs["infected"].dtype == dtype and list(adata.uns["infected_colors"]) == ["#0000ff", "#ff0000"]
+    panels = plots.umaps(adata, "infected", {"one": "X_stformer"}, outlined="infected")
+    plain, edged = panels[0].collections
+    assert len(edged.get_offsets()) == (infected == True).sum()  # noqa: E712
+
+
 def test_a_network_has_an_arrow_per_edge_with_its_score_and_coexpression(tmp_path):
     scores = np.array([[np.nan, 4, 2], [1, np.nan, np.nan], [np.nan, 3, np.nan]], np.float32)
     coexpression = np.array([[1, 0.5, np.nan], [0.5, 1, -1], [np.nan, -1, 1]], np.float32)
