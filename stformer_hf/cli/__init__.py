@@ -72,6 +72,7 @@ def guarded(
     `module`, the flag is printed. Return the exit status: 0, 1 for an error, 130 if interrupted.
     """
     _show_messages()
+    _spin_briefly()
     try:
         run()
     except KeyboardInterrupt:
@@ -102,6 +103,16 @@ def _show_messages() -> None:
     logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)
     if logging.lastResort is not None:  # prints messages to stderr, by default from warnings on
         logging.lastResort.setLevel(logging.INFO)
+
+
+def _spin_briefly() -> None:
+    """Let threads of OpenMP that wait for one another give up their core after a thirtieth of the default time.
+
+    Where other processes want the cores, a thread that spins keeps the one that it waits for from running. libgomp,
+    the OpenMP of torch's wheels for Linux, reads the setting when torch is imported. What the user has set holds.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _flags_of(module: str) -> set[str]:

@@ -454,9 +454,10 @@ def _one_against_rest(config: TrainConfig, files: list[str], folder: str) -> Non
 def main(argv: list[str] | None = None) -> int:
     """Parse PerturbGene's command line, train, and print the metrics; return the exit status."""
     from . import guarded
-    from .runs import run_and_print
 
     def train() -> None:
+        from .runs import run_and_print
+
         config = parse_args(argv)
         run_and_print(config.output_dir, lambda: run(config))
 

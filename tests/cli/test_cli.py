@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -214,6 +215,28 @@ def test_messages_of_the_package_are_printed(monkeypatch, capsys):
 
     assert guarded("stformer_hf.cli.info", run) == 0
     assert capsys.readouterr().err == "This takes long.\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_threads_of_commands_spin_briefly(given, expected):
+    """Unless the user has set it; and before torch is imported, which reads it then."""
+    code = (
+        "import os, sys; from stformer_hf import cli; from stformer_hf.cli import convert_h5ad_to_scdl, parse_args\n"
+        "guarded = cli.guarded\n"
+        "def look(*_, **__): guarded('', lambda: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules))\n"
+        "cli.guarded = convert_h5ad_to_scdl.guarded = look\n"
+        "cli.main(['demo'])\n"
+        "parse_args.main([])\n"
+        "convert_h5ad_to_scdl.main(['--data-path', 'a', '--save-path', 'b'])"
+    )
+    own = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**own, **given}
+    )
+    assert out.stdout.splitlines() == [f"{expected} False"] * 3
 
 
 def test_the_lock_of_a_mounted_folder_is_inside(tmp_path, monkeypatch):
