@@ -58,7 +58,9 @@ def _check(model: nn.Module) -> None:
 
 def _fuse(model: nn.Module) -> None:
     _check(model)
-    model.mlm_head.fused_cross_entropy = _cross_entropies
+    for module in model.mlm_head.modules():
+        if hasattr(module, "fused_cross_entropy"):  # the head, or PEFT's wrapper and copies of it (modules_to_save)
+            module.fused_cross_entropy = _cross_entropies
 
 
 @torch.compiler.disable  # it counts the labels

@@ -127,6 +127,18 @@ def test_a_training_step_on_classes_is_that_of_all_tokens(tokenizer, examples, p
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_cells_may_share_one_row_of_types(tokenizer):
+    model = make_model(GeneBertForClassification, tokenizer, classifier_pooling="cls").eval()
+    ids, types = torch.randint(5, 7, (4, 9)), torch.arange(9)[None]
+    mask = torch.ones(4, 9, dtype=torch.long)
+    mask[2, :3] = 0
+    for inputs in ({"input_ids": ids}, {"inputs_embeds": torch.rand(4, 9, model.config.hidden_size)}):
+        for masks in ({}, {"attention_mask": mask}):
+            found = model(**inputs, **masks, token_type_ids=types).logits
+            expected = model(**inputs, **masks, token_type_ids=types.expand(4, 9), output_hidden_states=True).logits
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_configuration_that_asks_for_states_gets_all(tokenizer, examples):
     batch = DataCollatorForCellClassification(tokenizer)(examples)
     model = make_model(GeneBertForClassification, tokenizer, classifier_pooling="cls").eval()

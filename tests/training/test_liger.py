@@ -118,6 +118,19 @@ def test_loss_statistics_and_gradients(liger, store, tokenizer, tmp_path, packin
     assert fused(**batch, skip_logits=True).logits is None
 
 
+def test_a_head_that_an_adapter_trains_in_full(liger, store, tokenizer, tmp_path):
+    """PEFT wraps the head, and trains a copy of it (modules_to_save)."""
+    peft = pytest.importorskip("peft")
+    runs = {}
+    for uses in (False, True):
+        settings = peft.LoraConfig(r=2, target_modules=["q_lin"], modules_to_save=["mlm_head"])
+        model = peft.get_peft_model(model_of(tokenizer), settings)
+        trainer_of(tmp_path, store, tokenizer, model, use_liger_kernel=uses).train()
+        runs[uses] = {name: of.detach() for name, of in model.named_parameters() if "mlm_head.modules" in name}
+    assert len(runs[True]) == 6
+    torch.testing.assert_close(runs[True], runs[False], **EXACT)
+
+
 def test_what_liger_would_compute_wrongly_is_refused(liger, store, tokenizer, tmp_path, monkeypatch):
     def refused(words, model=None, collator=None, **arguments):
         with pytest.raises(ValueError, match=f"use_liger_kernel: .*{words}.* Leave it out"):

@@ -560,8 +560,9 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
         """
         boundaries, first = kwargs.get("cu_seq_lens_q"), None
         reads_cls = self.config.classifier_pooling == "cls" and not is_exporting()
-        if reads_cls and token_type_ids is not None and not _returns_states(self.config, kwargs):
-            first = first_tokens(token_type_ids.shape, attention_mask, boundaries, token_type_ids.device)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if reads_cls and given is not None and not _returns_states(self.config, kwargs):
+            first = first_tokens(given.shape[:2], attention_mask, boundaries, given.device)
         outputs = self.gene_bert(
             input_ids=input_ids,
             attention_mask=attention_mask,
