@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..genes.gene_table import GeneTable
 from ..genes.unite import unite
+from ..models.gene_bert.cell_counts import telling_cells
 from ..sources.formats import expand
 from ..sources.obs_columns import ClassCode, as_array, as_arrow, as_objects, unite_obs
 from ..sources.open_source import Source, open_source
@@ -186,7 +187,7 @@ class IterableAnnDataset(IterableDataset):
         # In shared memory: persistent workers see the next epoch, and this process sees that they read.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._read_by_workers = torch.zeros((), dtype=torch.bool).share_memory_()
-        self._is_known = torch.zeros(len(sources), dtype=torch.bool).share_memory_()  # files of which cell 0 was read
+        self._is_known = torch.zeros(len(sources), dtype=torch.bool).share_memory_()  # files whose first cells told
         self._progress: dict[str, Any] | None = None
         self._resumed_by: torch.Tensor | None = None
 
@@ -420,8 +421,9 @@ class IterableAnnDataset(IterableDataset):
         for number, start, stop in pieces:
             file = self._files[number]
             is_known = bool(self._is_known[number])
-            self._is_known[number] |= start == 0
-            for block in file.blocks(_ROWS_PER_BLOCK, start, stop, is_known):
+            for first, block in enumerate(file.blocks(_ROWS_PER_BLOCK, start, stop, is_known), start):
+                if first == 0:
+                    self._is_known[number] |= len(telling_cells(block.indptr)) > 0
                 block = align(block, file.genes, len(self.genes))
                 count_type_of(block.data, file.name)  # raises if they do not fit into 32 bits
                 blocks.append(block.astype(np.float32 if self.fractional else np.uint32))

@@ -320,6 +320,19 @@ def test_a_stream_names_logarithms_once(n_workers, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_cells_that_cannot_tell_logarithms_leave_the_question_open(caplog):
+    """As the first ones, which a trainer reads beforehand, if they are empty."""
+    counts = np.random.default_rng(0).poisson(3, (40, 5)) + [1.0, 0, 0, 0, 0]
+    logarithms = np.log1p(1e4 * counts / counts.sum(axis=1, keepdims=True)).astype(np.float32)
+    logarithms[:8] = 0
+    stream = IterableAnnDataset(cells(IDS, counts=logarithms), fractional=True)
+    stream.first_cells(0, 8)
+    assert "holds logarithms" not in caplog.text
+    assert len(list(stream)) == len(list(stream)) == 40
+    assert caplog.text.count("holds logarithms") == 1
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_other_feature_types_are_layers_of_their_own(tokenizer, tmp_path):
     adata = with_antibodies()
     store = CellStore.build(tmp_path / "s", adata, layer="Antibody Capture", report=False)

@@ -367,11 +367,10 @@ def warn_of_logarithms(indptr: np.ndarray, values: np.ndarray, where: str) -> No
     """Log a warning if the values of cells, CSR rows, are ln(1 + x) of counts scaled to one total.
 
     They are if exp(value) - 1 sums to the same total in every cell, to within 0.1 %, but neither the values themselves
-    nor the largest ones, which alone can make up that total, are the same. The first 32 cells with several values are
-    looked at; three are needed.
+    nor the largest ones, which alone can make up that total, are the same. See `telling_cells` for those looked at.
     """
-    cells = np.flatnonzero(np.diff(indptr) > 1)[:32]
-    if values.dtype.kind != "f" or len(cells) < 3:
+    cells = telling_cells(indptr)
+    if values.dtype.kind != "f" or not len(cells):
         return
     of_cells = [values[indptr[i] : indptr[i + 1]].astype(np.float64) for i in cells]
     with np.errstate(over="ignore", invalid="ignore"):
@@ -383,6 +382,12 @@ def warn_of_logarithms(indptr: np.ndarray, values: np.ndarray, where: str) -> No
             f"{where} holds logarithms, not counts: exp(x) - 1 sums to {exact[0]:,.0f} in every cell. They are read "
             "as if they were counts, which is wrong for models of counts: name the layer that holds the raw counts."
         )
+
+
+def telling_cells(indptr: np.ndarray) -> np.ndarray:
+    """Return the first 32 cells with several values, which tell logarithms from counts; none if there are under 3."""
+    cells = np.flatnonzero(np.diff(indptr) > 1)[:32]
+    return cells if len(cells) > 2 else cells[:0]
 
 
 def _require_counts(values: np.ndarray, where: str, fractional: bool) -> None:
@@ -443,5 +448,6 @@ __all__ = [
     "row_sums",
     "split_features",
     "sum_of_neighbors",
+    "telling_cells",
     "warn_of_logarithms",
 ]
