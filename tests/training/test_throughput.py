@@ -18,6 +18,7 @@ from stformer_hf import (
     CellNeighborhoodModel,
     CellTrainer,
     GeneBertConfig,
+    GeneBertForClassification,
     GeneBertForPhenotypicMLM,
     STFormerPretrainer,
 )
@@ -252,6 +253,31 @@ def test_operations_are_those_that_torch_counts(tokenizer):
     by_hand = 2 * (4 * 64 * 64 + 4 * 64 + 2 * 64 * 256 + 256 + 64 + 4 * 64) - last
     assert flops.encoder - by_hand in (0, 2 * 64)  # with or without a norm after the embeddings
     assert flops.attention == 2 * 64
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_operations_of_a_classifier_are_those_that_torch_counts(tokenizer, pooling):
+    """What follows the attention of the last layer is computed for [CLS] alone, or for all tokens."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 64, "intermediate_size": 256}
+    config = GeneBertConfig.from_tokenizer(tokenizer, num_labels=3, classifier_pooling=pooling, **sizes)
+    config._attn_implementation = "eager"
+    model = GeneBertForClassification(config)
+    ids = torch.full((2, 200), 5)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, token_type_ids=ids, labels=torch.tensor([0, 1])).loss.backward()
+    assert ModelFlops(model)(400, 2 * 200**2, 2) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_a_decoder_of_cells_reads_all_states(tokenizer):
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 64, "intermediate_size": 256}
+    fields = {"cell_embedding": True, "pooling": "cls", "num_genes": 9}
+    plain, decodes = (
+        ModelFlops(GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(tokenizer, **sizes, **fields, **more)))
+        for more in ({}, {"cell_decoder": True})
+    )
+    assert decodes.encoder - plain.encoder == 64 * 64 + 64 + 2 * 64 * 256 + 256 + 64 + 2 * 64
 
 
 def test_known_gpus_have_a_share_of_their_peak_and_others_none(store, tokenizer, tmp_path, monkeypatch):
