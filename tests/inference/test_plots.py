@@ -295,6 +295,9 @@ def test_a_umap_of_booleans_has_a_legend(dtype, missing, monkeypatch):
     assert colours.count("#0000ff") == (infected == False).sum()  # noqa: E712
     assert colours.count("#ff0000") == (infected == True).sum()  # noqa: E712
     assert adata.obs["infected"].dtype == dtype and list(adata.uns["infected_colors"]) == ["#0000ff", "#ff0000"]
+    del adata.uns["infected_colors"]
+    plots.umap(adata, "infected")
+    assert len(adata.uns["infected_colors"]) == 2  # which the next plot takes, as scanpy's own do
     panels = plots.umaps(adata, "infected", {"one": "X_stformer"}, outlined="infected")
     plain, edged = panels[0].collections
     assert len(edged.get_offsets()) == (infected == True).sum()  # noqa: E712
