@@ -99,6 +99,23 @@ def quality_all_labels(results: dict) -> str:
     return "\n".join(lines)
 
 
+def quality_other_models(results: dict) -> str:
+    """Return mean accuracy / macro F1 of random weights and of the reference configuration, beside the start."""
+    names = {"random_start": "random weights", "reference": "reference configuration", "start": "GeneBert, start"}
+    lines = [f"| cells | {' | '.join(names.values())} |", "|---" * (len(names) + 1) + "|"]
+    for name, rows in _quality(results, "full"):
+        n_folds, shown = len(rows["lr"]["accuracy"]), []
+        for row in names:
+            if row not in rows:
+                shown.append("not run")
+                continue
+            accuracies, scores = rows[row]["accuracy"], rows[row]["macro_f1"]
+            part = "" if len(accuracies) == n_folds else f" ({len(accuracies)} of {n_folds} folds)"
+            shown.append(f"{_short(np.mean(accuracies))} / {_short(np.mean(scores))}{part}")
+        lines.append(f"| {SETS[name]} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
 def quality_short(results: dict) -> str:
     """Return mean accuracies with all labels."""
     names = {"lr": "logistic regression", "pca50_lr": "PCA50 + LR"}
@@ -369,8 +386,9 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "quality_2026-11-29": quality_all_labels,
     "quality_2026-11-29 short": quality_short,
     "quality_2026-11-29 few": quality_few_labels,
+    "quality_2026-11-29 others": quality_other_models,
     "quality_2026-11-29 embeddings": quality_embeddings,
-    "perturb_2026-11-28": perturb_speed,
+    "perturb_2026-11-29 speed": perturb_speed,
     "perturb_2026-11-29 simulation": perturb_simulation,
     "perturb_2026-11-29 interferon": perturb_interferon,
     "perturb_2026-11-29 no_effect": perturb_no_effect,

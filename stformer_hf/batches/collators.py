@@ -510,7 +510,7 @@ class DataCollatorForCellClassification(CellCollator):
 
 def refuse_minus_100(name: str, numbers: np.ndarray) -> None:
     """Raise a ValueError if a number to predict is -100, by which `transformers.Trainer` counts and skips labels."""
-    n_cells = int((numbers == IGNORE).sum())
+    n_cells = int((numbers.astype(np.float32) == IGNORE).sum())  # the dtype that the model gets
     if n_cells:
         raise ValueError(
             f"{name!r} is {IGNORE} for {n_cells} cells. This value means that there is no label, so these cells would "

@@ -39,7 +39,7 @@ class PerturbArguments:
     fractional: bool = False
     hidden_layer: int = flag("hidden state; 0 is the input embeddings, -1 the last layer", -1)
     pooling: Literal["cls", "mean"] | None = flag("cls or mean (default: as the model was trained)", None)
-    max_tokens: int = flag("tokens per batch", 4096)
+    max_tokens: int | None = flag("tokens per batch; by default 1,024 on a CPU, and 4,096 elsewhere", None)
     shard_size: int = flag("edited cells per shard; a killed run loses at most one shard", 20_000)
     min_coverage: float | None = None
     seed: int = flag("seed of the genes to compare with, and of permutations", 0)

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 _ROWS_PER_BLOCK = 4096
 _CELLS_AT_ONCE = 512  # edited and tokenized together
+_TOKENS, _TOKENS_ON_CPU = 4096, 1024  # per batch; the caches of a CPU hold the states of few tokens
 
 
 def perturb(
@@ -63,7 +64,7 @@ def perturb(
     pooling: str | None = None,
     layer: str | None = None,
     fractional: bool = False,
-    max_tokens: int = 4096,
+    max_tokens: int | None = None,
     shard_size: int = 20_000,
     device: str | None = None,
     min_coverage: float | None = None,
@@ -114,8 +115,8 @@ def perturb(
         share the shards. By default a temporary folder.
     tokenizer, hidden_layer, pooling, layer, fractional, device, min_coverage
         As for `embed`. The phenotypes of cells are masked, also for classifiers.
-    max_tokens : int, default: 4096
-        Tokens per batch; more are faster on a GPU.
+    max_tokens : int, optional
+        Tokens per batch; more are faster on a GPU. By default 1,024 on a CPU, and 4,096 elsewhere.
     shard_size : int, default: 20,000
         Number of edited cells per shard; a killed run loses at most one shard.
     seed : int, default: 0
@@ -345,7 +346,9 @@ class _Reader:
         of_cells, of_classes = [], []
         order = np.argsort(-lengths, kind="stable")
         packed = packs(self.model)
-        for cells in _cut(order, lengths, self.max_tokens, packed):
+        on_cpu = self.model.device.type == "cpu"
+        most = self.max_tokens or (_TOKENS_ON_CPU if on_cpu else _TOKENS)
+        for cells in _cut(order, lengths, most, packed):
             some, probabilities = self._forward(take(tokens, cells), packed)
             of_cells.append(some)
             if probabilities is not None:
@@ -565,7 +568,7 @@ def _check_settings(kind, quantile, n_null, max_tokens, shard_size, goal_key, go
     if quantile is not None and (kind == "delete" or not 0 <= quantile <= 1):
         raise ValueError(f"quantile={quantile}: must be a number from 0 to 1, and is not for kind='delete'.")
     for name, value, least in (("n_null", n_null, 0), ("max_tokens", max_tokens, 1), ("shard_size", shard_size, 1)):
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"{name}={value}: must be at least {least}.")
     if (goal_key is None) != (goal is None):
         raise ValueError("goal_key and goal belong together: the column of obs, and its value in the goal's cells.")

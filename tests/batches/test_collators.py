@@ -407,7 +407,7 @@ def test_classification_refuses_leaks_and_missing_labels(store, tokenizer):
 @pytest.mark.parametrize("label", ["degrees", ["degrees", "age"]])
 def test_minus_100_is_no_number_to_predict(label, adata, tokenizer):
     """Whatever the trainer and the data: transformers counts labels by it."""
-    adata.obs["degrees"] = np.where(np.arange(len(adata)) < 3, -100.0, 20.0)
+    adata.obs["degrees"] = np.where(np.arange(len(adata)) < 3, -100.0000001, 20.0)  # -100 in float32
     adata.obs["age"] = 1.5
     collator = DataCollatorForCellClassification(tokenizer, label)
     stream = list(IterableAnnDataset(adata, tokenizer, obs=["degrees", "age"]))

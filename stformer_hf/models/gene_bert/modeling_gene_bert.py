@@ -52,7 +52,7 @@ from .heads import (
     pool,
 )
 from .packed_attention import HAS_VARLEN, check_packing, lengths_for, packed_mask, packing_of
-from .whole_cell import CellEmbedding, CellValues, GeneStatistics, WideHead, is_exporting
+from .whole_cell import CellEmbedding, CellValues, GeneStatistics, WideHead
 
 logger = logging.get_logger(__name__)
 
@@ -300,8 +300,8 @@ class GeneBertModel(GeneBertPreTrainedModel):
         Returns
         -------
         BaseModelOutput
-            `last_hidden_state` (batch, length, hidden), or (1, k, hidden) with `tokens_to_keep`; `hidden_states` and
-            `attentions` on request.
+            `last_hidden_state` (batch, length, hidden), or (1, k, hidden) with `tokens_to_keep`; on request
+            `attentions` and `hidden_states`, the last of which has that shape, too.
 
         Raises
         ------
@@ -559,7 +559,7 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
             `loss` for `config.problem_type` (cross entropy in nats by default); `logits` (batch, num_labels).
         """
         boundaries, first = kwargs.get("cu_seq_lens_q"), None
-        reads_cls = self.config.classifier_pooling == "cls" and not is_exporting()
+        reads_cls = self.config.classifier_pooling == "cls"
         given = input_ids if inputs_embeds is None else inputs_embeds
         if reads_cls and given is not None and not _returns_states(self.config, kwargs):
             first = first_tokens(given.shape[:2], attention_mask, boundaries, given.device)

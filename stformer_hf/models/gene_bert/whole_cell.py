@@ -9,7 +9,7 @@ from .configuration_gene_bert import GeneBertConfig
 
 OVERDISPERSION = 100.0  # theta of the negative binomial of Lause, Berens and Kobak 2021
 _TARGET_SUM = 1e4
-is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7, which export needs
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7, which export needs
 
 
 class CellValues(NamedTuple):
@@ -198,7 +198,7 @@ def sum_by_cell(weight: torch.Tensor, cells: CellValues, factors: torch.Tensor) 
     table = weight.reshape(weight.shape[0] * n_parts, -1)
     parts = torch.arange(n_parts, device=weight.device)
     rows = cells.genes * n_parts + parts[:, None]
-    if is_exporting():  # a padded batch, with operations that every runtime has
+    if _is_exporting():  # a padded batch, with operations that every runtime has
         picked = (table[rows] * factors[..., None]).view(n_parts, n_cells, -1, table.shape[1])
         return picked.sum(2).transpose(0, 1)
     offsets = (cells.offsets + parts[:, None] * cells.genes.shape[0]).reshape(-1)
@@ -230,12 +230,4 @@ class WideHead(nn.Module):
             return sums - (means * statistics.measured(cells)) @ weight + self.bias.float()
 
 
-__all__ = [
-    "OVERDISPERSION",
-    "CellEmbedding",
-    "CellValues",
-    "GeneStatistics",
-    "WideHead",
-    "is_exporting",
-    "sum_by_cell",
-]
+__all__ = ["OVERDISPERSION", "CellEmbedding", "CellValues", "GeneStatistics", "WideHead", "sum_by_cell"]
