@@ -140,6 +140,21 @@ def test_missing_p_values_are_explained(cells, n_null, caplog):
     assert "2 perturbations have no p-value" in caplog.text and ("n_null=0" in caplog.text) == (n_null > 0)
 
 
+@pytest.mark.parametrize(("given", "most"), [(None, 1024), (40, 40)])
+def test_batches_are_of_max_tokens(cells, given, most, monkeypatch):
+    """And on a CPU of 1,024 by default."""
+    sizes, make_batch = [], grid.make_batch
+
+    def watch(tokens, *args):
+        sizes.append(len(tokens.input_ids))
+        return make_batch(tokens, *args)
+
+    monkeypatch.setattr(grid, "make_batch", watch)
+    tokenizer = make_tokenizer(cells, "binned")
+    perturb(cells, make_model(tokenizer), tokenizer=tokenizer, n_null=0, max_tokens=given)
+    assert most - 12 <= max(sizes) <= most
+
+
 def test_the_probability_is_that_of_annotate(cells):
     cells = cells[np.arange(N) != 3].copy()
     tokenizer = make_tokenizer(cells, "binned")
