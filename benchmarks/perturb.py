@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData, read_h5ad
 from scipy import sparse
+from scipy.stats import spearmanr
 
 from .data import _n_cores
 from .harness import clock, print_table, take_turns
@@ -73,7 +74,12 @@ def _speed(quick: bool, turns: int) -> dict:
     size = {"n_genes": n_genes, "n_cells": n_cells}
     contenders = {
         "grid, packed": ("benchmarks.perturb:grid", {**size, "start": "random"}),
+        "grid, packed, bfloat16": ("benchmarks.perturb:grid", {**size, "start": "random", "dtype": "bfloat16"}),
         "one at a time": ("benchmarks.perturb:one_at_a_time", {**size, "start": "random"}),
+        "one at a time, bfloat16": (
+            "benchmarks.perturb:one_at_a_time",
+            {**size, "start": "random", "dtype": "bfloat16"},
+        ),
         "grid, [CLS] alone": ("benchmarks.perturb:grid", {**size, "start": "zero"}),
         f"grid, [CLS] alone, {fewer} genes": ("benchmarks.perturb:grid", {**size, "n_genes": fewer, "start": "zero"}),
         f"grid, [CLS] alone, {most} genes": ("benchmarks.perturb:grid", {**size, "n_genes": most, "start": "zero"}),
@@ -81,13 +87,21 @@ def _speed(quick: bool, turns: int) -> dict:
     try:
         _prepare(folder)
         results = take_turns(contenders, folder, turns)
-        shifts = [np.load(folder / f"{way}_random_{n_genes}.npy") for way in ("grid", "one")]
+        exact, half, one = (
+            np.load(folder / f"{way}_random_{n_genes}.npy") for way in ("grid_float32", "grid_bfloat16", "one_float32")
+        )
     finally:
         shutil.rmtree(folder)
     print_table(f"{n_genes} genes x {n_cells} cells: edited cells a second", results, "grid, packed")
-    difference = float(np.abs(shifts[0] - shifts[1]).max())
-    print(f"largest difference of a mean shift: {difference:.1e} (shifts up to {max(shifts[0]):.1e})")
-    return {"rows": results, "largest_difference": difference, "largest_shift": float(max(shifts[0]))}
+    found = {
+        "largest_difference": float(np.abs(exact - one).max()),
+        "largest_difference_bfloat16": float(np.abs(half - exact).max()),
+        "rank_correlation_bfloat16": float(spearmanr(half, exact).statistic),
+        "largest_shift": float(exact.max()),
+        "smallest_shift": float(exact.min()),
+    }
+    print("mean shifts of the genes: " + ", ".join(f"{name} {value:.2g}" for name, value in found.items()))
+    return {"rows": results, **found}
 
 
 def _prepare(folder: Path) -> None:
@@ -122,7 +136,7 @@ def _cells_and_genes(folder: Path, n_genes: int, n_cells: int) -> tuple[AnnData,
     return cells, cells.var_names[often[:n_genes]].tolist()
 
 
-def grid(folder: Path, n_genes: int, n_cells: int, start: str) -> float:
+def grid(folder: Path, n_genes: int, n_cells: int, start: str, dtype: str = "float32") -> float:
     """Perturb with the grid; return the number of edited cells."""
     from stformer_hf import GeneTokenizer, perturb
     from stformer_hf.training.loading import load_model
@@ -130,12 +144,12 @@ def grid(folder: Path, n_genes: int, n_cells: int, start: str) -> float:
     cells, genes = _cells_and_genes(folder, n_genes, n_cells)
     model, tokenizer = load_model(folder / start), GeneTokenizer.from_pretrained(folder / start)
     with clock():
-        table = perturb(cells, model, genes, tokenizer=tokenizer, n_null=0)
-    np.save(folder / f"grid_{start}_{n_genes}.npy", table["shift"].to_numpy())
+        table = perturb(cells, model, genes, tokenizer=tokenizer, n_null=0, dtype=dtype)
+    np.save(folder / f"grid_{dtype}_{start}_{n_genes}.npy", table["shift"].to_numpy())
     return float(table["n_changed"].sum())
 
 
-def one_at_a_time(folder: Path, n_genes: int, n_cells: int, start: str) -> float:
+def one_at_a_time(folder: Path, n_genes: int, n_cells: int, start: str, dtype: str = "float32") -> float:
     """Edit and embed one cell after the other, with the same outputs; return the number of edited cells."""
     from stformer_hf import GeneTokenizer, embed
     from stformer_hf.training.loading import load_model
@@ -145,7 +159,7 @@ def one_at_a_time(folder: Path, n_genes: int, n_cells: int, start: str) -> float
     shifts, n_edited = np.zeros((len(genes), n_cells)), 0
 
     def state(cell: AnnData) -> np.ndarray:
-        embed(cell, model, tokenizer=tokenizer)
+        embed(cell, model, tokenizer=tokenizer, dtype=dtype)
         found = cell.obsm["X_stformer"][0].astype(np.float64)
         return found / np.linalg.norm(found)
 
@@ -161,7 +175,7 @@ def one_at_a_time(folder: Path, n_genes: int, n_cells: int, start: str) -> float
                     cell.X = sparse.csr_matrix(counts)
                     shifts[i, j] = 1 - state(cell) @ before[j]
                     n_edited += 1
-    np.save(folder / f"one_{start}_{n_genes}.npy", shifts.mean(axis=1))
+    np.save(folder / f"one_{dtype}_{start}_{n_genes}.npy", shifts.mean(axis=1))
     return float(n_edited)
 
 

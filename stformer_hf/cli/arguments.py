@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -24,6 +24,8 @@ _SHARED_HELP = {
     "layer": "location of the counts: X, raw or a layer",
     "fractional": "allow fractional counts, such as estimates (RSEM, SoupX)",
     "min_coverage": "minimum share of the model's genes in the cells (default: the model's)",
+    "device": "cuda, cuda:1, mps or cpu (default: a GPU if there is one)",
+    "dtype": "precision of the computation (default: that of the weights)",
     "aliases": "csv, tsv, json or parquet file of old and new gene ids",
     "unify": "symbol: merge genes with the same symbol but different ids",
     "gene_dropout": "share of a cell's genes to drop, drawn again in each epoch",
@@ -67,7 +69,8 @@ class OnCells:
     fractional: bool = False
     batch_size: int = flag("cells per batch", 64)
     min_coverage: float | None = None
-    device: str | None = flag("cuda, cuda:1, mps or cpu (default: a GPU if there is one)", None)
+    device: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     overwrite: bool = flag("replace an existing file", False)
 
     def options(self, *own: str) -> dict[str, Any]:

@@ -32,9 +32,6 @@ class EmbedArguments(OnCells):
 
     output: str = flag('file to write (.h5ad or .zarr), with obsm["X_stformer"] or obsm["X_neighborhood"]')
     kind: Literal["cells", "neighborhood"] = flag("embed each cell, or the cells around it in its section", "cells")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = flag(
-        "cells: precision of the computation (default: that of the weights)", None
-    )
     hidden_layer: int = flag("cells: hidden state; 0 is the input embeddings, -1 the last layer", -1)
     pooling: Literal["cls", "mean"] | None = flag("cells: cls or mean (default: as the model was trained)", None)
     with_phenotypes: bool = flag("cells: let the model read their phenotypes, which are masked by default", False)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .arguments import OnCells, flag, parse
 
@@ -56,8 +55,7 @@ def run(args: MapArguments):
     if args.save_reference:
         if args.label_key is None:
             raise ValueError("--save_reference needs --label_key.")
-        shared: dict[str, Any] = {"fractional": args.fractional, "batch_size": args.batch_size, "device": args.device}
-        shared["overwrite"] = args.overwrite
+        shared = {name: getattr(args, name) for name in ("fractional", "batch_size", "device", "dtype", "overwrite")}
         if is_first_process():
             with writing(args.save_reference):
                 save_reference(reference, args.model, args.save_reference, args.label_key, **shared)

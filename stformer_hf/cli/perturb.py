@@ -35,12 +35,15 @@ class PerturbArguments:
     donor_key: str | None = flag("column of obs with the donor: tests are over donors", None)
     predicted: str | None = flag("class whose probability is measured (default: the goal, or each cell's own)", None)
     n_null: int = flag("genes of similar expression to compare with, per bin; 0: none", 25)
+    gene_shifts: int = flag("genes per perturbation, those it moves most, to write to gene_shifts.csv", 0)
     layer: str | None = None
     fractional: bool = False
     hidden_layer: int = flag("hidden state; 0 is the input embeddings, -1 the last layer", -1)
     pooling: Literal["cls", "mean"] | None = flag("cls or mean (default: as the model was trained)", None)
     max_tokens: int | None = flag("tokens per batch; by default 1,024 on a CPU, and 4,096 elsewhere", None)
     shard_size: int = flag("edited cells per shard; a killed run loses at most one shard", 20_000)
+    device: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     min_coverage: float | None = None
     seed: int = flag("seed of the genes to compare with, and of permutations", 0)
     plot: str | None = flag("PNG to write, a volcano plot", None)

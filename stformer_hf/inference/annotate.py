@@ -43,6 +43,7 @@ def annotate(
     fractional: bool = False,
     batch_size: int = 64,
     device: str | None = None,
+    dtype: str | None = None,
     min_coverage: float | None = None,
     distributed: bool = False,
 ) -> AnnData | None:
@@ -83,7 +84,7 @@ def annotate(
         number (`_value` if the model does not name it). The names of the columns and of the classes, and the kind of
         head are written to `uns[key_added + "_annotation"]`. What an earlier call with the same prefix wrote to obs
         and obsm, and this one does not, is removed.
-    layer, fractional, batch_size, device, min_coverage, distributed
+    layer, fractional, batch_size, device, dtype, min_coverage, distributed
         As for `embed`.
 
     Returns
@@ -156,6 +157,7 @@ def annotate(
         fractional=fractional,
         batch_size=batch_size,
         device=device,
+        dtype=dtype,
         desc="annotate",
         with_phenotypes=True,  # as in training
         distributed=distributed,

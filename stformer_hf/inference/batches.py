@@ -89,6 +89,12 @@ def check_hidden_layer(model: PreTrainedModel, hidden_layer: int) -> None:
         )
 
 
+def check_dtype(dtype: str | None) -> None:
+    """Raise a ValueError if inference cannot compute in `dtype`."""
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f'dtype must be "float32", "bfloat16" or "float16", got {dtype!r}.')
+
+
 @contextmanager
 def at_work(
     model: PreTrainedModel, device: str | None, gradients: bool = False, dtype: str | None = None
@@ -98,8 +104,7 @@ def at_work(
     Without `gradients`, torch is in inference mode. With `dtype`, "bfloat16" or "float16", torch computes in it where
     that is safe (autocast), and the weights stay as they are.
     """
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise ValueError(f'dtype must be "float32", "bfloat16" or "float16", got {dtype!r}.')
+    check_dtype(dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     half = None if dtype in (None, "float32") else getattr(torch, dtype)
     autocast = torch.autocast(torch.device(device).type, half, enabled=half is not None)

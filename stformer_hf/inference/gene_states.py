@@ -127,7 +127,7 @@ def gene_embeddings(
 
 def _static(encoder: PreTrainedModel, tokenizer: GeneTokenizer, chosen: np.ndarray) -> AnnData:
     weight, rows = embedding_of_genes(encoder, tokenizer)
-    found = AnnData(_array(weight)[rows[chosen]], obs=_gene_frame(tokenizer, chosen))
+    found = AnnData(_array(weight)[rows[chosen]], obs=gene_frame(tokenizer, chosen))
     if hasattr(encoder, "cell_embedding"):
         found.obsm["X_cell"] = _array(encoder.cell_embedding.genes.weight)[chosen]
     return found
@@ -167,7 +167,7 @@ def _contextual(
     kept = np.flatnonzero(n_cells >= max(min_cells, 1))
     if not len(kept):
         raise ValueError(f"No gene is a token of {max(min_cells, 1)} cells of a type: lower min_cells.")
-    frame = _gene_frame(tokenizer, chosen[kept % n_genes])
+    frame = gene_frame(tokenizer, chosen[kept % n_genes])
     frame["cell_type"] = pd.Categorical.from_codes(kept // n_genes, types.categories)
     frame["n_cells"] = n_cells[kept]
     if n_types > 1:
@@ -472,7 +472,7 @@ def gene_network(
     if without:
         logger.warning(f"No pair of genes was scored in {min_cells} cells of {', '.join(without)}: lower min_cells.")
     return GeneNetwork(
-        _gene_frame(tokenizer, chosen).reset_index(drop=True),
+        gene_frame(tokenizer, chosen).reset_index(drop=True),
         dict(zip(names, sums, strict=True)),
         dict(zip(names, n_cells, strict=True)),
         dict(zip(names, _coexpression(source, columns, places, group_of, len(chosen)), strict=True)),
@@ -641,7 +641,7 @@ def _indices(genes: Sequence[str] | None, tokenizer: GeneTokenizer) -> np.ndarra
     return pd.unique(found)
 
 
-def _gene_frame(tokenizer: GeneTokenizer, chosen: np.ndarray) -> pd.DataFrame:
+def gene_frame(tokenizer: GeneTokenizer, chosen: np.ndarray) -> pd.DataFrame:
     ids = [tokenizer.genes[i] for i in chosen]
     symbol = {gene: name for name, gene in reversed(tokenizer.symbols.items())}  # the first one stays
     symbols = [symbol.get(gene, "" if is_id else gene) for gene, is_id in zip(ids, are_ids(ids), strict=True)]

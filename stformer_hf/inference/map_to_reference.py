@@ -55,6 +55,7 @@ def map_to_reference(
     fractional: bool = False,
     batch_size: int = 64,
     device: str | None = None,
+    dtype: str | None = None,
     min_coverage: float | None = None,
     distributed: bool = False,
 ) -> AnnData | None:
@@ -85,7 +86,7 @@ def map_to_reference(
         float32). In `query.obsm`: `mapped_neighbors`, a DataFrame (n_obs, n_neighbors) of the names of the
         neighbours, the nearest first, and `mapped_neighbor_distances`, float32. They are missing (names: "") for a
         cell without a known gene. Settings go to `query.uns["mapped"]`.
-    layer, fractional, batch_size, device, min_coverage, distributed
+    layer, fractional, batch_size, device, dtype, min_coverage, distributed
         As for `embed`. `layer` is that of the query.
 
     Returns
@@ -117,6 +118,7 @@ def map_to_reference(
         "fractional": fractional,
         "batch_size": batch_size,
         "device": device,
+        "dtype": dtype,
         "distributed": distributed,
     }
     if isinstance(reference, (str, os.PathLike)):
@@ -178,6 +180,7 @@ def save_reference(
     fractional: bool = False,
     batch_size: int = 64,
     device: str | None = None,
+    dtype: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Embed a labelled reference, and write it to a folder for `map_to_reference`.
@@ -194,7 +197,7 @@ def save_reference(
     if (folder / REFERENCE_FILE).exists() and not overwrite:
         raise FileExistsError(f"{folder} holds a reference: choose another folder, or pass overwrite (--overwrite).")
     encoder, tokenizer = load(model, tokenizer, AutoModel)
-    settings = {"fractional": fractional, "batch_size": batch_size, "device": device}
+    settings = {"fractional": fractional, "batch_size": batch_size, "device": device, "dtype": dtype}
     found = _embed_reference(reference, encoder, tokenizer, label_key, settings)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REFERENCE_FILE).unlink(missing_ok=True)  # written last: without it the folder is not a reference

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,20 +28,34 @@ from ..genes.wrong_names import must_have
 from ..models.gene_bert.configuration_gene_bert import output_name
 from ..models.gene_bert.heads import pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
-from ..models.gene_bert.tokenized_cells import TokenizedCells, take
+from ..models.gene_bert.tokenized_cells import take
 from ..sources.open_source import open_source
 from ..training.cell_checksum import checksum
 from ..training.cell_heads import check_finite, read_heads
 from ..training.loading import name_of
-from .batches import at_work, check_cells, check_hidden_layer, choose_pooling, is_classifier, load, make_batch, packs
+from .batches import (
+    TokenBatch,
+    at_work,
+    check_cells,
+    check_dtype,
+    check_hidden_layer,
+    choose_pooling,
+    is_classifier,
+    load,
+    make_batch,
+    packs,
+)
 from .embed import pooled_states
 from .gene_edits import QUANTILES, GeneEdits, Panel, choose_perturbations
+from .gene_shifts import GeneStates, ShardGenes, ShiftSums, make_gene_table
+from .gene_states import gene_frame
 from .perturb_statistics import CellGroups, DonorGroups, ShardScores, cell_statistics, make_table
 
 logger = logging.getLogger(__name__)
 
 _ROWS_PER_BLOCK = 4096
 _CELLS_AT_ONCE = 512  # edited and tokenized together
+_CELLS_AT_ONCE_WITH_GENES = 64  # whose states of all tokens are in memory together
 _TOKENS, _TOKENS_ON_CPU = 4096, 1024  # per batch; the caches of a CPU hold the states of few tokens
 
 
@@ -58,6 +72,7 @@ def perturb(
     donor_key: str | None = None,
     predicted: str | None = None,
     n_null: int = 25,
+    gene_shifts: int = 0,
     output: str | Path | None = None,
     tokenizer: GeneTokenizer | None = None,
     hidden_layer: int = -1,
@@ -67,6 +82,7 @@ def perturb(
     max_tokens: int | None = None,
     shard_size: int = 20_000,
     device: str | None = None,
+    dtype: str | None = None,
     min_coverage: float | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -109,12 +125,17 @@ def perturb(
         same bins. They multiply the work for few genes. No p-value is below 1 / (1 + their number). With 0, and if
         all genes are perturbed, `genes` are compared with one another; p-values are NaN where fewer than ten of them
         have similar expression.
+    gene_shifts : int, default: 0
+        Number of genes per perturbation, those that it moves most, to write to `output`, as `gene_shifts.csv`; see
+        `gene_shifts.make_gene_table`. The shift of a gene is the cosine distance of its state (its token's, in
+        `hidden_layer`) to that in the unperturbed cell. The genes that are edited are left out.
     output : str or Path, optional
         Folder for the scores, written shard by shard, and the tables. Called again with the same arguments, the
         function resumes from the shards that are there. Needed with several processes (`accelerate launch`), which
         share the shards. By default a temporary folder.
-    tokenizer, hidden_layer, pooling, layer, fractional, device, min_coverage
-        As for `embed`. The phenotypes of cells are masked, also for classifiers.
+    tokenizer, hidden_layer, pooling, layer, fractional, device, dtype, min_coverage
+        As for `embed`. The phenotypes of cells are masked, also for classifiers. Rounding in half precision adds to
+        the shift of every perturbation, about 2e-5 for bfloat16.
     max_tokens : int, optional
         Tokens per batch; more are faster on a GPU. By default 1,024 on a CPU, and 4,096 elsewhere.
     shard_size : int, default: 20,000
@@ -162,12 +183,27 @@ def perturb(
     ----------
     Theodoris et al. 2023, Nature 618:616, for perturbation in silico by deletion and overexpression.
     """
-    quantile = _check_settings(kind, quantile, n_null, max_tokens, shard_size, goal_key, goal, start)
+    quantile = _check_settings(
+        kind,
+        quantile,
+        goal_key,
+        goal,
+        start,
+        n_null=n_null,
+        gene_shifts=gene_shifts,
+        max_tokens=max_tokens,
+        shard_size=shard_size,
+    )
+    check_dtype(dtype)
     check_cells(adata)
     state = PartialState() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
     if state is not None and output is None:
         raise ValueError("Several processes share their results through a folder: pass output=…")
+    if gene_shifts and output is None:
+        raise ValueError("The shifts of genes are written to a folder: pass output=…")
     reader = _Reader(model, tokenizer, hidden_layer, pooling, max_tokens, fractional, min_coverage)
+    if gene_shifts:
+        reader.check_genes()
     source = open_source(adata, layer, fractional)
     genes_of = np.asarray(source.genes.gene_ids), np.asarray(source.genes.symbols)
     has_index = isinstance(adata, AnnData) and adata.n_vars == len(genes_of[0])
@@ -189,10 +225,12 @@ def perturb(
         "donor_key": donor_key,
         "predicted": reader.class_name,
         "n_null": n_null,
+        "gene_shifts": gene_shifts or None,
         "hidden_layer": hidden_layer,
         "pooling": reader.pooling,
         "shard_size": shard_size,
         "max_tokens": max_tokens,
+        "dtype": dtype,
         "seed": seed,
         "counts_in": source.counts_in,
         "vocabulary_fingerprint": reader.tokenizer.fingerprint,
@@ -205,12 +243,17 @@ def perturb(
     with tempfile.TemporaryDirectory(prefix="perturb-") as temporary:
         folder = Path(temporary if output is None else output)
         _open_folder(folder, settings, state)
-        with at_work(reader.model, device or (None if state is None else str(state.device))):
-            grid = _Grid(folder, reader, edits, counts, cells, perturbations, panel, shard_size)
+        with at_work(reader.model, device or (None if state is None else str(state.device)), dtype=dtype):
+            grid = _Grid(folder, reader, edits, counts, cells, perturbations, panel, shard_size, gene_shifts > 0)
             grid.run(state)
         table = make_table(perturbations, grid.shards, grid.score_names, cells.donors_of(0), grid.groups, seed)
         asked = table[~table["null"]].drop(columns=["null", "matched"])
         if output is not None and (state is None or state.is_main_process):
+            if gene_shifts:
+                frame = gene_frame(reader.tokenizer, np.arange(len(reader.tokenizer.genes)))
+                gene_ids, symbols = (frame[name].to_numpy(object) for name in ("gene_id", "symbol"))
+                found = make_gene_table(perturbations, grid.gene_shards, gene_ids, symbols, gene_shifts)
+                _write(folder / "gene_shifts.csv", found.to_csv(index=False))
             _write(folder / "null.csv", table[table["null"]].drop(columns="null").to_csv())
             _write(folder / "table.csv", asked.to_csv())
     n_alone = int(asked["p"].isna().sum())
@@ -306,13 +349,22 @@ class _Reader:
         With residual branches of 0, as at the spectral start, no token reads another: the state of `[CLS]` is a
         function of the sum over all genes. Its tokens need not be read.
         """
-        config, pooled = self.model.config, {self.pooling}
-        if self.heads:
-            pooled.add(config.classifier_pooling)
-        if not getattr(config, "cell_embedding", False) or pooled != {"cls"}:
+        pooled = {self.pooling, *[self.model.config.classifier_pooling] * bool(self.heads)}
+        return pooled == {"cls"} and self._layers_are_zero()
+
+    def _layers_are_zero(self) -> bool:
+        if not getattr(self.model.config, "cell_embedding", False):
             return False
         last = [linear for layer in self.encoder.layers for linear in (layer.attention.out_lin, layer.ffn.lin2)]
         return not any(bool(parameter.any()) for linear in last for parameter in linear.parameters())
+
+    def check_genes(self) -> None:
+        """Raise a ValueError if the states of genes do not depend on other genes."""
+        if self._layers_are_zero():
+            raise ValueError(
+                "The layers of this model add nothing yet (a spectral start that was not trained), so the state of a "
+                "gene does not depend on other genes: train the model, or leave out gene_shifts."
+            )
 
     def _shortest(self) -> int:
         """Return the smallest length that the tokenizer accepts: one gene."""
@@ -337,8 +389,14 @@ class _Reader:
         """Return a checksum of all weights."""
         return checksum(*(tensor.detach().float().cpu().numpy() for tensor in self.model.state_dict().values()))
 
-    def __call__(self, counts: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the states of cells, float32 (n, d) of length 1, and the probabilities (n, n_classes), or None."""
+    def __call__(
+        self, counts: sparse.csr_matrix, of_genes: _OfGenes | None = None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the states of cells, float32 (n, d) of length 1, and the probabilities (n, n_classes), or None.
+
+        The states of genes are given to `of_genes`, batch by batch: cells and genes, int64 arrays (k,), and states,
+        Tensor (k, d).
+        """
         tokens = self.tokenizer.encode_cells(
             counts, genes=self.names, fractional=self.fractional, for_inference=True, max_length=self.length
         )
@@ -349,7 +407,8 @@ class _Reader:
         on_cpu = self.model.device.type == "cpu"
         most = self.max_tokens or (_TOKENS_ON_CPU if on_cpu else _TOKENS)
         for cells in _cut(order, lengths, most, packed):
-            some, probabilities = self._forward(take(tokens, cells), packed)
+            batch = make_batch(take(tokens, cells), cells, self.tokenizer, packed).to(self.model.device)
+            some, probabilities = self._forward(batch, of_genes)
             of_cells.append(some)
             if probabilities is not None:
                 of_classes.append(probabilities)
@@ -358,16 +417,24 @@ class _Reader:
         check_finite(states, np.ones(len(states), bool))
         return states, np.concatenate(of_classes)[back] if of_classes else None
 
-    def _forward(self, tokens: TokenizedCells, packed: bool) -> tuple[np.ndarray, np.ndarray | None]:
-        batch = make_batch(tokens, np.arange(len(tokens.indptr) - 1), self.tokenizer, packed).to(self.model.device)
+    def _forward(self, batch: TokenBatch, of_genes: _OfGenes | None) -> tuple[np.ndarray, np.ndarray | None]:
         inputs, types = batch.inputs, batch.types
-        settings = {"hidden_layer": self.hidden_layer, "pooling": self.pooling}
-        if not self.heads:
+        if not self.heads and of_genes is None:
+            settings = {"hidden_layer": self.hidden_layer, "pooling": self.pooling}
             return _unit_length(pooled_states(self.model, inputs, types, **settings)), None
         outputs = self.model(**inputs, output_hidden_states=True)
         hidden, boundaries = outputs.hidden_states[self.hidden_layer], inputs.get("cu_seq_lens_q")
         states = _unit_length(pool(hidden, types, inputs.get("attention_mask"), self.pooling, boundaries))
+        if of_genes is not None:
+            is_gene = batch.genes >= 0
+            cells = np.repeat(batch.rows, batch.n_genes)
+            of_genes(cells, batch.genes[is_gene], hidden[torch.from_numpy(is_gene).to(hidden.device)])
+        if not self.heads:
+            return states, None
         return states, torch.cat([head.predictions(outputs.logits) for head in self.heads], dim=1).cpu().numpy()
+
+
+_OfGenes = Callable[[np.ndarray, np.ndarray, torch.Tensor], None]
 
 
 def _unit_length(states: torch.Tensor) -> np.ndarray:
@@ -429,11 +496,12 @@ class _Unperturbed(NamedTuple):
 class _Grid:
     """All perturbations in all cells, shard by shard."""
 
-    def __init__(self, folder, reader, edits, counts, cells, perturbations, panel, shard_size):
+    def __init__(self, folder, reader, edits, counts, cells, perturbations, panel, shard_size, with_genes):
         self.folder, self.reader, self.edits, self.cells = folder, reader, edits, cells
         self.counts, self.perturbations = counts, perturbations
         self._linear = _Linear(counts, panel.known, cells)
         self._shard_size = shard_size
+        self._gene_of = reader.tokenizer.find_genes(panel.gene_ids, panel.symbols) if with_genes else None
         self._base: list[_Unperturbed] = []
         self.groups: CellGroups | DonorGroups | None = None  # with a goal
         with_goal, with_classes = len(cells.goal) > 0, bool(reader.heads)
@@ -466,6 +534,12 @@ class _Grid:
         for file in self._files:
             with np.load(file) as found:
                 yield ShardScores(**{name: found[name] for name in ShardScores._fields})
+
+    def gene_shards(self) -> Iterator[ShardGenes]:
+        """Read the shifts of genes in the shards."""
+        for file in self._files:
+            with np.load(file) as found:
+                yield ShardGenes(**{name: found[name] for name in ShardGenes._fields})
 
     def _cuts(self, sizes: np.ndarray) -> list[tuple[int, int]]:
         """Cut the perturbations into shards of at most `shard_size` edited cells, or of one perturbation."""
@@ -522,24 +596,26 @@ class _Grid:
         cells = np.concatenate([of for of, *_ in found])
         rows = np.concatenate([of + shift for (_, of, *_), shift in zip(found, before[:-1], strict=True)])
         columns, values = (np.concatenate([each[i] for each in found]) for i in (2, 3))
+        by_cell = np.argsort(cells, kind="stable")  # the edits of a cell together
+        cells, of_pair = cells[by_cell], np.repeat(np.arange(len(numbers)), n_changed)[by_cell]
+        rows = np.argsort(by_cell)[rows]
         order = np.argsort(rows, kind="stable")
         rows, columns, values = rows[order], columns[order], values[order]
-        of_pair = np.repeat(np.arange(len(numbers)), n_changed)
 
         n_cells = len(self.cells.perturbed)
         scores = np.zeros((len(numbers), len(self._names), n_cells), np.float32)
         directions = np.zeros((len(numbers), self._base[0].states.shape[1]))
-        for first in range(0, len(cells), _CELLS_AT_ONCE):
-            some = cells[first : first + _CELLS_AT_ONCE]
+        gene_sums = self._gene_sums(numbers)
+        step = _CELLS_AT_ONCE if gene_sums is None else _CELLS_AT_ONCE_WITH_GENES
+        for first in range(0, len(cells), step):
+            some, of = cells[first : first + step], of_pair[first : first + step]
             part = slice(*np.searchsorted(rows, [first, first + len(some)]))
             edited = self.edits.edited(some, rows[part] - first, columns[part], values[part])
-            of_scores = []
-            for reader, base in zip((self.reader, self._linear), self._base, strict=True):
-                states, probabilities = reader(edited)
-                of_scores += base.scores(some, states, probabilities)
-                if reader is self.reader:
-                    moved = states.astype(np.float64) - base.states[some]
-            of = of_pair[first : first + len(some)]
+            of_genes = None if gene_sums is None else self._add_gene_shifts(gene_sums, some, of)
+            states, probabilities = self.reader(edited, of_genes)
+            of_scores = self._base[0].scores(some, states, probabilities)
+            of_scores += self._base[1].scores(some, *self._linear(edited))
+            moved = states.astype(np.float64) - self._base[0].states[some]
             for i, score in enumerate(of_scores):
                 scores[of, i, some] = score
             np.add.at(directions, of, moved)
@@ -549,8 +625,28 @@ class _Grid:
         shard = ShardScores(
             np.array(numbers, np.int64), n_changed, scores[:, self._order], changed, directions / n_cells
         )
+        arrays = shard._asdict() | ({} if gene_sums is None else gene_sums.means()._asdict())
         with whole_file(file) as unfinished, open(unfinished, "wb") as to:
-            np.savez(to, **shard._asdict())
+            np.savez(to, **arrays)
+
+    def _gene_sums(self, numbers: range) -> ShiftSums | None:
+        if self._gene_of is None:
+            return None
+        edited = [self._gene_of[list(self.perturbations[number].columns)] for number in numbers]
+        return ShiftSums(numbers, len(self.reader.tokenizer.genes), edited)
+
+    def _add_gene_shifts(self, sums: ShiftSums, cells: np.ndarray, of_pair: np.ndarray) -> _OfGenes:
+        """Read unperturbed cells; return a function that adds the shifts of the genes of the edited cells to sums."""
+        own, at = np.unique(cells, return_inverse=True)
+        before = GeneStates(len(self.reader.tokenizer.genes))
+        self.reader(self.edits.counts[own], before.add)
+        before.sort()
+
+        def add(rows: np.ndarray, genes: np.ndarray, states: torch.Tensor) -> None:
+            here, shifts = before.shifts(at[rows], genes, states)
+            sums.add(of_pair[rows[here]], genes[here], shifts)
+
+        return add
 
 
 def _mean_states(states: np.ndarray, donors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -561,13 +657,14 @@ def _mean_states(states: np.ndarray, donors: np.ndarray) -> tuple[np.ndarray, np
     return sums / np.bincount(codes)[:, None], found
 
 
-def _check_settings(kind, quantile, n_null, max_tokens, shard_size, goal_key, goal, start) -> float | None:
+def _check_settings(kind, quantile, goal_key, goal, start, **numbers: int | None) -> float | None:
     """Refuse invalid settings; return the quantile."""
     if kind not in QUANTILES:
         raise ValueError(f"kind must be one of {', '.join(QUANTILES)}, got {kind!r}.")
     if quantile is not None and (kind == "delete" or not 0 <= quantile <= 1):
         raise ValueError(f"quantile={quantile}: must be a number from 0 to 1, and is not for kind='delete'.")
-    for name, value, least in (("n_null", n_null, 0), ("max_tokens", max_tokens, 1), ("shard_size", shard_size, 1)):
+    for name, value in numbers.items():
+        least = 0 if name in ("n_null", "gene_shifts") else 1
         if value is not None and value < least:
             raise ValueError(f"{name}={value}: must be at least {least}.")
     if (goal_key is None) != (goal is None):

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from anndata import read_h5ad
+from safetensors.numpy import load_file
 
-from stformer_hf import GeneBertModel, embed
+from stformer_hf import GeneBertForClassification, GeneBertModel, annotate, embed, map_to_reference, perturb
 from stformer_hf.cli import main
+from stformer_hf.inference.map_to_reference import save_reference
 
 
 def test_half_precision_is_near_and_leaves_the_weights(config, tokenizer, adata, tmp_path, capsys):
@@ -30,3 +32,33 @@ def test_half_precision_is_near_and_leaves_the_weights(config, tokenizer, adata,
     files = ["--data", str(tmp_path / "cells.h5ad"), "--output", str(tmp_path / "out.h5ad")]
     assert main(["embed", *files, "--model", str(tmp_path / "model"), "--dtype", "bfloat16", "--device", "cpu"]) == 0
     np.testing.assert_allclose(read_h5ad(tmp_path / "out.h5ad").obsm["X_stformer"], near, atol=1e-6)
+
+
+def test_other_functions_compute_in_half_precision_too(config, tokenizer, adata, tmp_path):
+    """And the shifts of a perturbation are near."""
+    torch.manual_seed(0)
+    tokenizer.included_phenotypes = []
+    config.initializer_range, config.num_labels = 0.3, 3
+    classifier, encoder = GeneBertForClassification(config), GeneBertModel(config)
+    found = {}
+    for dtype in (None, "bfloat16"):
+        cells = adata.copy()
+        annotate(cells, classifier, tokenizer=tokenizer, dtype=dtype)
+        save_reference(
+            cells[::2].copy(), encoder, tmp_path / str(dtype), "cell_type", tokenizer=tokenizer, dtype=dtype
+        )
+        map_to_reference(cells, tmp_path / str(dtype), encoder, tokenizer=tokenizer, dtype=dtype)
+        table = perturb(cells, encoder, cells.var_names[:4].tolist(), tokenizer=tokenizer, n_null=0, dtype=dtype)
+        found[dtype] = (
+            cells.obsm["stformer_probabilities"],
+            cells.obsm["X_stformer"],
+            cells.obs["mapped_distance"],
+            table["shift"],
+        )
+    for exact, near in zip(*found.values(), strict=True):
+        assert 1e-7 < np.nanmax(np.abs(near - exact)) < 0.1
+    embedding = [load_file(tmp_path / name / "reference.safetensors")["embedding"] for name in ("None", "bfloat16")]
+    assert 1e-4 < np.abs(embedding[0] - embedding[1]).max() < 0.1
+    with pytest.raises(ValueError, match='dtype must be "float32"'):
+        perturb(adata, encoder, tokenizer=tokenizer, output=tmp_path / "p", dtype="int8")
+    assert not (tmp_path / "p").exists()

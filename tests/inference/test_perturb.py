@@ -10,15 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_adata
+from edited_cells import N, edit, make_cells, make_model, make_tokenizer
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
 import stformer_hf as sf
 from stformer_hf import (
-    GeneBertConfig,
     GeneBertForClassification,
-    GeneBertModel,
     GeneTokenizer,
     embed,
     initialise_from_store,
@@ -31,56 +29,10 @@ from stformer_hf.inference import perturb as grid
 from stformer_hf.inference.gene_edits import GeneEdits, Panel
 from stformer_hf.models.gene_bert.heads import fields_of_columns
 
-QUANTILES = {"inhibit": 0.25, "activate": 0.75, "overexpress": 0.99}
-N = 24
-
 
 @pytest.fixture
 def cells():
-    """Cells of two types; the third has one gene, the fourth none."""
-    cells = make_adata(N, 30, seed=2)
-    counts = cells.X.toarray()
-    counts[2] = 0
-    counts[2, 5] = 4
-    cells.X = sparse.csr_matrix(counts)
-    cells.obs["donor"] = np.tile(["d1", "d2", "d3"], N // 3)
-    return cells
-
-
-def make_tokenizer(cells, scheme: str, **settings) -> GeneTokenizer:
-    genes = cells.var_names.tolist()
-    if scheme == "rank":
-        return GeneTokenizer(genes, scheme="rank", medians=dict.fromkeys(genes, 1.0), max_length=12, **settings)
-    own = {"whole_cell": True} if scheme == "whole" else {}
-    return GeneTokenizer(genes, bin_edges=[0.5, 1.5, 3.5], max_length=12, **own, **settings)
-
-
-def make_model(tokenizer, kind=GeneBertModel, **fields):
-    torch.manual_seed(0)
-    small = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
-    whole = {"cell_embedding": True} if tokenizer.whole_cell else {}
-    config = GeneBertConfig.from_tokenizer(tokenizer, **small, **whole, **fields)
-    return kind(config).eval()
-
-
-def edit(cells, genes: list[int], kind: str) -> sparse.csr_matrix:
-    """Edit a dense copy of the counts, as the documentation of `perturb` says."""
-    counts = cells.X.toarray()
-    totals, edited = counts.sum(1), cells.X.toarray()
-    for gene in genes:
-        for cell in range(len(cells)):
-            count = counts[cell, gene]
-            if kind == "delete":
-                edited[cell, gene] = 0
-                continue
-            expressing = counts[:, gene] > 0
-            level = np.quantile(counts[expressing, gene] / totals[expressing], QUANTILES[kind])
-            target = max(np.rint(level * totals[cell]), 1) if totals[cell] else 0
-            if kind == "inhibit":
-                edited[cell, gene] = min(count, target)
-            else:
-                edited[cell, gene] = max(count, target)
-    return sparse.csr_matrix(edited)
+    return make_cells()
 
 
 def unit(states: np.ndarray) -> np.ndarray:
@@ -489,7 +441,7 @@ def test_two_processes_write_the_table_of_one(cells, tmp_path):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     cells.write_h5ad(tmp_path / "cells.h5ad")
-    flags = "--goal_key cell_type --goal B_cell --donor_key donor --n_null 3 --shard_size 5"
+    flags = "--goal_key cell_type --goal B_cell --donor_key donor --n_null 3 --shard_size 5 --gene_shifts 4"
     genes = cells.var_names[1:7].tolist()
     tables = []
     for n in (1, 2):
@@ -504,6 +456,8 @@ def test_two_processes_write_the_table_of_one(cells, tmp_path):
         assert done.stdout.count("table.csv") == 1
         tables.append(pd.read_csv(tmp_path / str(n) / "table.csv", index_col=0))
     pd.testing.assert_frame_equal(*tables, check_exact=True)
+    of_genes = [pd.read_csv(tmp_path / str(n) / "gene_shifts.csv") for n in (1, 2)]
+    pd.testing.assert_frame_equal(*of_genes, check_exact=True)
     assert tables[0].index.tolist() == genes
     assert json.loads((tmp_path / "2" / "perturb.json").read_text())["kind"] == "delete"
 
