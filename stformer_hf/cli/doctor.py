@@ -25,6 +25,7 @@ EXTRAS = {
     "flash": (("flash_attn",), "flash attention on a GPU"),
     "kernels": (("kernels",), "flash attention from the Hub, without compiling it"),
     "liger": (("liger_kernel",), "use_liger_kernel on a GPU"),
+    "faiss": (("faiss",), "map --approximate"),
     "lora": (("peft",), "finetune --lora, and adapters instead of checkpoints"),
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "stformer-hf export"),
     "scib": (("scib_metrics",), "integration metrics of stformer-hf evaluate"),

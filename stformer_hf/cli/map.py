@@ -26,6 +26,7 @@ class MapArguments(OnCells):
     )
     save_reference: str | None = flag("folder for the reference", None)
     n_neighbors: int = flag("neighbours of each cell", 15)
+    approximate: bool = flag("find neighbours with faiss (extra `faiss`), faster for many cells, and not exact", False)
     reject: float | None = flag('nominal share of known cells to label "unknown", such as 0.05 (default: none)', None)
 
 

@@ -98,7 +98,7 @@ def _score(model: nn.Module, own: dict, swapped: dict, device: torch.device) -> 
         options["sparse_prediction"] = True  # only logits of the labelled positions are needed
     for batch in (own, swapped):
         batch = {name: torch.from_numpy(values).to(device) for name, values in batch.items()}
-        sums.append(masked_nll(model(**batch, **options).logits, batch["labels"]).double().sum().item())
+        sums.append(masked_nll(model(**batch, **options).logits, batch["labels"]).cpu().double().sum().item())
     return np.array([*sums, np.count_nonzero(own["labels"] != IGNORE)])
 
 

@@ -142,10 +142,10 @@ def annotate(
         found = [head.predictions(outputs.logits) for head in heads]
         if centroids:
             hidden, boundaries = outputs.hidden_states[-1], batch.get("cu_seq_lens_q")
-            states = model.pool(hidden, types, batch.get("attention_mask"), boundaries).double()
+            states = model.pool(hidden, types, batch.get("attention_mask"), boundaries).cpu().double()
             for of in centroids:
                 distances = torch.cdist(states, torch.from_numpy(of).to(states))
-                found.append(distances.amin(dim=1, keepdim=True).float())
+                found.append(distances.amin(dim=1, keepdim=True).to(found[0]))
         return torch.cat(found, dim=1)
 
     predictions, n_genes, source = run(

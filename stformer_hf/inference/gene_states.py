@@ -158,7 +158,7 @@ def _contextual(
         if not wanted.any():
             continue
         hidden = encoder(**batch.inputs, output_hidden_states=True).hidden_states[hidden_layer]
-        states = hidden[torch.from_numpy(wanted).to(hidden.device)].double().cpu().numpy()
+        states = hidden[torch.from_numpy(wanted).to(hidden.device)].cpu().double().numpy()  # MPS has no float64
         keys = (of_cell[:, None] * n_genes + of_token)[wanted]
         members = sparse.csr_array((np.ones(len(keys)), (keys, np.arange(len(keys)))), shape=(len(sums), len(keys)))
         rows = np.unique(keys)

@@ -14,7 +14,6 @@ import pandas as pd
 import torch
 from anndata import AnnData
 from safetensors.numpy import load_file, save_file
-from sklearn.neighbors import NearestNeighbors
 from transformers import AutoModel, PreTrainedModel
 
 from .. import __version__
@@ -24,6 +23,7 @@ from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
 from .batches import load, table_of
 from .embed import embed_and_count
+from .nearest_cells import NearestCells, import_faiss
 from .rejection import UNKNOWN, check_reject, rejection_thresholds
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ def map_to_reference(
     label_key: str | None = None,
     tokenizer: GeneTokenizer | None = None,
     n_neighbors: int = N_NEIGHBORS,
+    approximate: bool = False,
     reject: float | None = None,
     key_added: str = "mapped",
     layer: str | None = None,
@@ -76,6 +77,9 @@ def map_to_reference(
         The checkpoint's own by default.
     n_neighbors : int, default: 15
         Neighbours of each cell, at most the number of cells of the reference - 1.
+    approximate : bool, default: False
+        Search for neighbours in the nearest clusters of the reference alone, by faiss (extra `faiss`), which is faster
+        for many cells; see `NearestCells`. By default neighbours are exact.
     reject : float, optional
         Nominal share of the known cells to label "unknown", such as 0.05: those further from their neighbours than
         this share of the reference's own cells with the same label (each without itself). By default no cell is
@@ -101,18 +105,22 @@ def map_to_reference(
         the reference have a label and a known gene; as for `embed`.
     FileNotFoundError
         The checkpoint, or the folder of the reference, does not exist.
+    ImportError
+        `approximate`, and faiss is not installed.
     TypeError
         `query` or `reference` does not hold cells, or `model` is not a model.
 
     Notes
     -----
-    Both embeddings are written to `obsm["X_stformer"]`. Neighbours are exact, by Euclidean distance, and are weighted
-    by 1 / distance; at distance 0, only the neighbours at distance 0 count. The share of rejected cells holds for
+    Both embeddings are written to `obsm["X_stformer"]`. Neighbours are those by Euclidean distance, weighted by
+    1 / distance; at distance 0, only the neighbours at distance 0 count. The share of rejected cells holds for
     cells that are exchangeable with the reference, which those of another donor, plate or protocol are not.
     """
     table = table_of(query, layer)
     if n_neighbors < 1:
         raise ValueError(f"n_neighbors={n_neighbors}: must be at least 1.")
+    if approximate:
+        import_faiss()  # before the cells are read
     encoder, tokenizer = load(model, tokenizer, AutoModel, min_coverage)
     settings: dict[str, Any] = {
         "fractional": fractional,
@@ -139,13 +147,13 @@ def map_to_reference(
             "themselves and get their own label, which does not show how well other cells are mapped."
         )
     n_neighbors = min(n_neighbors, len(known.embedding) - 1)  # of the reference too, each cell without itself
-    index = NearestNeighbors(n_neighbors=n_neighbors).fit(known.embedding.astype(np.float64))
-    distances, rows = index.kneighbors(table.obsm["X_stformer"].astype(np.float64))
+    index = NearestCells(known.embedding, n_neighbors, approximate)
+    distances, rows = index.nearest(table.obsm["X_stformer"])
     shares = vote(distances, known.labels.codes[rows], len(classes))
     codes, spread = shares.argmax(axis=1), distances.mean(axis=1)
     categories = classes
     if reject is not None:
-        own, own_rows = index.kneighbors()  # of each cell of the reference, without itself
+        own, own_rows = index.nearest_others()
         own_codes = vote(own, known.labels.codes[own_rows], len(classes)).argmax(axis=1)
         thresholds = rejection_thresholds(-own.mean(axis=1), own_codes, len(classes), reject)
         categories = [*classes, UNKNOWN]
@@ -164,6 +172,7 @@ def map_to_reference(
         "model_fingerprint": known.fingerprint,
         "n_reference": len(known.names),
         "n_neighbors": n_neighbors,
+        "approximate": approximate,
         **({} if reject is None else {"reject": reject}),
         "version": __version__,
     }
