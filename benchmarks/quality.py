@@ -8,7 +8,8 @@ rows; half of the other cells are test cells, and components are fitted on all c
 embeddings that saw no label, made of all cells of a set, by 15 neighbours and a linear probe in five folds, and the
 adjusted Rand index of Leiden clusters (mean of five seeds; resolution 1, and the best of five), with scVI beside them
 if it is installed. `--simulated` times `stformer-hf finetune` on made cells instead, 2,100 or as many as it says, and
-scores it on others.
+scores it on others; `--start` times the spectral start of 100,000 made cells, or as many as it says, beside that of a
+tenth of them.
 
 Nothing that is fitted with labels, and with full and few labels nothing that is fitted at all, sees a test cell. The
 macro F1 is over the classes of the test cells, for all rows alike. Differences are paired by split and against the
@@ -46,7 +47,7 @@ from stformer_hf.evaluation.evaluate_embedding import scvi_embedding
 
 from . import quality_baselines, quality_models
 from .data import _n_cores
-from .harness import private_mb
+from .harness import clock, print_table, private_mb, take_turns
 from .quality_baselines import Baselines, LogView, ResidualView, log_normalise, logistic
 from .quality_data import GROUP, LABEL, LABELS_PER_CLASS, SETS, Split, few_splits, full_splits, load, simulate
 from .quality_statistics import interval, scores
@@ -87,6 +88,14 @@ def run(arguments: list[str]) -> None:
         help="time `stformer-hf finetune` on so many simulated cells instead (2,100 without a number)",
     )
     parser.add_argument(
+        "--start",
+        nargs="?",
+        type=int,
+        const=100_000,
+        metavar="CELLS",
+        help="time the spectral start of so many simulated cells instead (100,000 without a number)",
+    )
+    parser.add_argument(
         "--output", type=Path, default="benchmark_quality.json", help="JSON file to write, or to resume"
     )
     args = parser.parse_args(arguments)
@@ -95,6 +104,11 @@ def run(arguments: list[str]) -> None:
         results.about["simulated"] = time_simulated(n_cells=args.simulated)
         results.write()
         print(simulated_table(results.about["simulated"]))
+        return
+    if args.start:
+        results.about["start"] = time_start(args.start)
+        results.write()
+        print_table("Spectral start of simulated cells", results.about["start"], f"{args.start:,} cells")
         return
     for name in args.sets:
         try:
@@ -489,6 +503,37 @@ def time_simulated(flags: Sequence[str] = (), *, n_cells: int = 2_100, **setting
         "logistic regression accuracy": float((predicted == true).mean()),
         "cores": _n_cores(),
     }
+
+
+def time_start(n_cells: int, n_genes: int = 12_000) -> dict[str, dict]:
+    """Time the spectral start of so many simulated cells, and of a tenth of them: rows of `take_turns`."""
+    contenders = {
+        f"{n:,} cells": ("benchmarks.quality:cells_started", {"n_cells": n, "n_genes": n_genes})
+        for n in (n_cells // 10, n_cells)
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        return take_turns(contenders, Path(folder), 1)
+
+
+def cells_started(folder: Path, n_cells: int, n_genes: int) -> int:
+    """Fit the spectral views of cells that are made block by block, in each of three passes; this is timed as well.
+
+    A block has the cells of `simulate`, of whose counts another tenth is removed at random in each block.
+    """
+    from stformer_hf.training.starts.spectral_start import N_COMPONENTS
+    from stformer_hf.training.starts.spectral_views import fit_spectral_views
+
+    cells = sparse.csr_array(simulate(min(n_cells, 4_000), n_genes=n_genes).X)
+
+    def blocks() -> Iterable[sparse.csr_array]:
+        for start in range(0, n_cells, cells.shape[0]):
+            block = cells[: n_cells - start].copy()
+            block.data = np.random.default_rng(start).binomial(block.data.astype(np.int64), 0.9).astype(np.float64)
+            block.eliminate_zeros()
+            yield block
+
+    with clock():
+        return fit_spectral_views(blocks, N_COMPONENTS).n_cells
 
 
 def simulated_table(found: dict[str, Any]) -> str:

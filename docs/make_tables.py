@@ -71,7 +71,7 @@ TRIALS = ("trial_k30", "trial_k50")
 
 
 def quality_all_labels(results: dict) -> str:
-    """Return mean accuracy / macro F1 with all labels, and the paired differences to the better baseline and trial."""
+    """Return accuracy / macro F1 with all labels (mean ± sd), and differences to the better baseline and trial."""
     names = {
         "lr": "LR",
         "pca50_lr": "PCA50 + LR",
@@ -88,8 +88,8 @@ def quality_all_labels(results: dict) -> str:
         best = max(np.mean(rows[row]["accuracy"]) for row in names)
         shown = []
         for row in names:
-            accuracy, f1 = np.mean(rows[row]["accuracy"]), np.mean(rows[row]["macro_f1"])
-            shown.append(_bold(f"{_short(accuracy)} / {_short(f1)}", accuracy > best - 5e-4))
+            figures = f"{_mean_sd(rows[row]['accuracy'])} / {_mean_sd(rows[row]['macro_f1'])}"
+            shown.append(_bold(figures, np.mean(rows[row]["accuracy"]) > best - 5e-4))
         n_test, n_train = (np.mean(rows["lr"][key]) for key in ("n_test", "n_train"))
         about = f"{SETS[name]}: {max(rows['lr']['n_cells']):,}, {max(rows['lr']['n_classes'])}"
         differences = " | ".join(
@@ -100,7 +100,7 @@ def quality_all_labels(results: dict) -> str:
 
 
 def quality_other_models(results: dict) -> str:
-    """Return mean accuracy / macro F1 of random weights and of the reference configuration, beside the start."""
+    """Return accuracy / macro F1 of random weights and of the reference configuration (mean ± sd), and the start."""
     names = {"random_start": "random weights", "reference": "reference configuration", "start": "GeneBert, start"}
     lines = [f"| cells | {' | '.join(names.values())} |", "|---" * (len(names) + 1) + "|"]
     for name, rows in _quality(results, "full"):
@@ -111,19 +111,20 @@ def quality_other_models(results: dict) -> str:
                 continue
             accuracies, scores = rows[row]["accuracy"], rows[row]["macro_f1"]
             part = "" if len(accuracies) == n_folds else f" ({len(accuracies)} of {n_folds} folds)"
-            shown.append(f"{_short(np.mean(accuracies))} / {_short(np.mean(scores))}{part}")
+            shown.append(f"{_mean_sd(accuracies)} / {_mean_sd(scores)}{part}")
         lines.append(f"| {SETS[name]} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
 def quality_short(results: dict) -> str:
-    """Return mean accuracies with all labels."""
+    """Return accuracies with all labels, mean ± standard deviation over the splits."""
     names = {"lr": "logistic regression", "pca50_lr": "PCA50 + LR"}
     names |= {"start": "GeneBert, start", "finetuned": "GeneBert, fine-tuned"}
     lines = [f"| cells, classes | {' | '.join(names.values())} |", "|---" * (len(names) + 1) + "|"]
     for name, rows in _quality(results, "full"):
-        means = [np.mean(rows[row]["accuracy"]) for row in names]
-        shown = " | ".join(_bold(_short(mean), mean > max(means) - 5e-4) for mean in means)
+        best = max(np.mean(rows[row]["accuracy"]) for row in names)
+        accuracies = [rows[row]["accuracy"] for row in names]
+        shown = " | ".join(_bold(_mean_sd(of), np.mean(of) > best - 5e-4) for of in accuracies)
         lines.append(f"| {SETS[name]}: {max(rows['lr']['n_cells']):,}, {max(rows['lr']['n_classes'])} | {shown} |")
     return "\n".join(lines)
 
@@ -138,14 +139,15 @@ def quality_figure(results: dict, table: str, name: str, labels: str, row: str, 
 
 
 def quality_few_labels(results: dict) -> str:
-    """Return accuracy with few labels, and the paired difference to the better baseline."""
+    """Return accuracy with few labels (mean ± sd), the paired difference to the better baseline, and the classes."""
     lines = ["| labels per class | 5 | 20 | 50 |", "|---|---|---|---|"]
     for name in SETS:
         shown = []
         for labels in (5, 20, 50):
             for _, rows in _quality(results, "few", name, labels):
                 to_baseline = _difference(rows, "start", BASELINES, bold_below=-0.01)
-                shown.append(f"{_short(np.mean(rows['start']['accuracy']))}, {to_baseline}")
+                n_classes = max(rows["start"]["n_classes"])
+                shown.append(f"{_mean_sd(rows['start']['accuracy'])}, {to_baseline}, {n_classes} classes")
         if shown:
             lines.append(f"| {SETS[name]} | {' | '.join(shown)} |")
     return "\n".join(lines)
@@ -165,6 +167,43 @@ def quality_embeddings(results: dict) -> str:
             for row in shown
         ]
         lines.append(f"| {SETS[name]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def quality_embedding_differences(results: dict) -> str:
+    """Return the paired differences of GeneBert's start to PCA50 and scVI, with their 95 % intervals."""
+    figures = {"knn": "15-NN", "probe": "probe", "ari": "ARI"}
+    others = {"pca50": "PCA50", "scvi": "scVI"}
+    titles = [f"{figure}, to {other}" for other in others.values() for figure in figures.values()]
+    lines = [f"| cells | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
+    for name, rows in _quality(results, "zero"):
+        # Clusters are made of all cells, so that the folds have no training cells.
+        ratio = np.mean(np.divide(rows["start"]["n_test"], rows["start"]["n_train"]))
+        ratios = {"knn": ratio, "probe": ratio, "ari": 0.0}
+        shown = [
+            _interval(np.subtract(rows["start"][figure], rows[other][figure]), ratios[figure], bold_apart=True)
+            if other in rows
+            else "not run"
+            for other in others
+            for figure in figures
+        ]
+        lines.append(f"| {SETS[name]} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def quality_starts(results: dict) -> str:
+    """Return accuracy with few labels (mean ± sd) of a start on other cells, of random weights, and of the start."""
+    names = {
+        "start": "start on the same set",
+        "start_elsewhere": "start on other cells",
+        "random_start": "random weights",
+    }
+    lines = [f"| cells, labels per class | {' | '.join(names.values())} |", "|---" * (1 + len(names)) + "|"]
+    for name in ("demo", "citeseq"):
+        for labels in (5, 20, 50):
+            for _, rows in _quality(results, "few", name, labels):
+                shown = [_mean_sd(rows[row]["accuracy"]) if row in rows else "not run" for row in names]
+                lines.append(f"| {SETS[name]}, {labels} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
@@ -189,17 +228,29 @@ def _difference(
     rows: dict, row: str, others: tuple[str, ...], test_to_train: float = 0, bold_below: float = -np.inf
 ) -> str:
     """Return the paired difference in accuracy to the best of other rows by its mean, with its 95 % interval."""
+    best = rows[_best(rows, others)]["accuracy"]
+    return _interval(np.subtract(rows[row]["accuracy"], best), test_to_train, bold_below)
+
+
+def _interval(
+    differences: np.ndarray, test_to_train: float, bold_below: float = -np.inf, bold_apart: bool = False
+) -> str:
+    """Return the mean of paired differences with its 95 % interval; bold if it is low, or if it excludes 0."""
     sys.path.insert(0, str(ROOT))
     from benchmarks.quality_statistics import interval
 
-    best = rows[_best(rows, others)]["accuracy"]
-    mean, low, high = interval(np.subtract(rows[row]["accuracy"], best), test_to_train)
+    mean, low, high = interval(differences, test_to_train)
     text = " ".join((_short(mean, "+"), f"[{_short(low, '+')}, {_short(high, '+')}]"))
-    return _bold(text, low < bold_below)
+    return _bold(text, low < bold_below or (bold_apart and low * high > 0))
 
 
 def _short(value: float, sign: str = "") -> str:
     return f"{value:{sign}.3f}".replace("0.", ".", 1)
+
+
+def _mean_sd(values: list[float]) -> str:
+    """Return mean ± standard deviation over splits."""
+    return f"{_short(float(np.mean(values)))} ± {_short(float(np.std(values, ddof=1)))}"
 
 
 def _bold(text: str, is_bold: bool) -> str:
@@ -388,6 +439,8 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "quality_2026-11-29 few": quality_few_labels,
     "quality_2026-11-29 others": quality_other_models,
     "quality_2026-11-29 embeddings": quality_embeddings,
+    "quality_2026-11-29 embedding_differences": quality_embedding_differences,
+    "quality_2026-11-29 starts": quality_starts,
     "perturb_2026-11-29 speed": perturb_speed,
     "perturb_2026-11-29 simulation": perturb_simulation,
     "perturb_2026-11-29 interferon": perturb_interferon,

@@ -54,6 +54,11 @@ class FinetuneArguments:
     )
     size: str = flag("new model: tiny, small, base or large", "tiny")
     whole_cell: bool = flag("new model: [CLS] reads the whole cell; false: PerturbGene's reference model", True)
+    init: Literal["spectral", "random"] = flag(
+        "start of a classifier that reads whole cells: spectral, at linear models of the cells (for a new model, of "
+        "their principal components); or random weights, which are trained for 10 epochs by default",
+        "spectral",
+    )
     bin_edges: list[float] = flag("new model: bin edges", [0.1])
     max_length: int | None = flag(
         "new model: maximum number of tokens per cell (default: 8; 2048 without whole_cell)", None
@@ -138,7 +143,7 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
                 "bin_edges": args.bin_edges,
                 "genes": genes_of_training(store, args.eval_data),
             },
-            **some_flags(args, "split_by", "phenotypes", "class_weights", "problem_type", "size"),
+            **some_flags(args, "split_by", "phenotypes", "class_weights", "problem_type", "size", "init"),
             **some_flags(args, "lora", "freeze", "layer_decay", "sampling"),
         )
         heads = read_heads(prepared.model)

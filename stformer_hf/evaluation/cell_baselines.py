@@ -44,8 +44,8 @@ def classification_baselines(
     dict of str to float
         `majority_accuracy` and `majority_macro_f1`, of the most frequent training class;
         `logistic_regression_accuracy` and `logistic_regression_macro_f1`, see `predict_logistic_regression`. The macro
-        F1 is the mean over the classes that occur among true or predicted ones; with one training class, the logistic
-        regression is the majority.
+        F1 is the mean over the classes of the held-out cells, the same for all classifiers; with one training class,
+        the logistic regression is the majority.
 
     Raises
     ------
@@ -81,7 +81,7 @@ def classification_baselines(
     return {
         f"{name}_{figure}": value
         for name, classes in predicted.items()
-        for figure, value in classification_metrics(true, classes).items()
+        for figure, value in classification_metrics(true, classes, np.unique(true)).items()
     }
 
 

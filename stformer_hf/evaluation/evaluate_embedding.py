@@ -178,6 +178,9 @@ def evaluate_embedding(
     notes: list[str] = []
     kept = _choose_cells(labels, twins, min_cells or n_splits, notes)
     cells = np.flatnonzero(kept)
+    n_empty = int((np.diff(counts.indptr)[cells] == 0).sum())
+    if n_empty:
+        notes.append(f"{n_empty:,} cells have no counts: they are scored, but the baselines know nothing of them.")
     twins, counts = twins[cells], counts[cells]
     embeddings = {key: values[cells] for key, values in embeddings.items()}
     columns = {key: column[cells].astype(str) for key, column in columns.items()}

@@ -76,7 +76,7 @@ def choose_epochs(
             n_labels += has
         return total / n_labels
 
-    folds = inner_folds(columns[0].problem, labels, groups, arguments.seed)[:N_FOLDS]
+    folds = inner_folds(columns[0].problem, labels, groups, arguments.seed, prepared.twins)[:N_FOLDS]
     outputs, scores = [], []
     for train, held_out, _ in folds:
         outputs.append(_outputs_of_epochs(prepared, labels, train, held_out, arguments))

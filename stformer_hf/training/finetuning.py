@@ -28,6 +28,7 @@ from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..sources.formats import expand, is_format
 from ..sources.open_source import open_source
+from ..sources.same_cells import join_groups
 from ..store.cell_store import CellStore
 from .adapting import check_adapts
 from .calibration import OutOfFold
@@ -104,7 +105,8 @@ def finetune(
         Whether the classifier starts at linear models (for a new model, of the spectral views of the cells), or at
         random weights.
     split_by : str, optional
-        Obs column, such as the donor; cells of one group are never in both training and validation of a choice.
+        Obs column, such as the donor; cells of one group are never in both training and validation of a choice, nor
+        are copies of a cell (`CellStore.twins`), whatever their group.
     phenotypes : sequence of str, optional
         Phenotype tokens that the model may read; none by default, since a phenotype may be the label by another name.
     class_weights : {"none", "balanced"}, default: "none"
@@ -348,13 +350,18 @@ def _start(
     """Start a classifier at linear models, choose the number of epochs, and keep the out-of-fold predictions."""
     config = prepared.model.config
     columns = labelled_cells(config, labels)
+    twins = prepared.cells.twins()
+    prepared.twins = twins if len(np.unique(twins)) < len(twins) else None
     groups = None if split_by is None else _groups(prepared.cells, split_by, columns)
+    if groups is not None and prepared.twins is not None:
+        groups = join_groups(groups, twins)
     prepared.start = start = start_classifier(
         prepared.model,
         prepared.tokenizer,
         prepared.cells,
         labels,
         groups=groups,
+        twins=prepared.twins,
         new_embedding=prepared.new_embedding,
         seed=arguments.seed,
         balanced=prepared.balanced,

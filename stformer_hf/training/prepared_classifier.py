@@ -42,7 +42,7 @@ class Finetuning:
         As chosen, or as given.
     start : dict of str to ClassifierStart, optional
         Start of a model that reads whole cells, by label column (None if there are not several).
-    new_embedding, balanced
+    new_embedding, balanced, twins
         As for `start_classifier`.
     label_key, lora, freeze, layer_decay, sampling
         As for `finetune`.
@@ -63,6 +63,7 @@ class Finetuning:
     start: dict[str | None, ClassifierStart] | None = None
     new_embedding: bool = True
     balanced: bool = False
+    twins: np.ndarray | None = None
     lora: int | None = None
     freeze: int = 0
     layer_decay: float = 1.0

@@ -317,6 +317,15 @@ def test_the_fine_tuning_of_simulated_cells_is_a_process_that_is_timed():
     assert "stformer-hf finetune" in quality.simulated_table(found)
 
 
+@pytest.mark.slow  # starts processes
+def test_the_start_of_simulated_cells_is_timed_beside_that_of_fewer(tmp_path, capsys):
+    quality.run(["--start", "3000", "--output", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())["start"]
+    assert [row["runs"][0]["cells"] for row in found.values()] == [300, 3000]
+    assert all(row["cells_per_second"] > 0 and row["peak_mb"] > 50 for row in found.values())
+    assert "3,000 cells" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_fine_tuning_that_fails_shows_its_output():
     with pytest.raises(RuntimeError, match="no_such_flag"):

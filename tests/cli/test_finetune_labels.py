@@ -157,3 +157,14 @@ def test_integers_of_finetune_are_classes_where_it_is_said(labelled):
     assert list(model.config.id2label.values()) == ["False", "True"]
     model = finetune(labelled, "cluster", problem_type="regression", num_train_epochs=0)
     assert (model.config.problem_type, model.config.id2label) == ("regression", {0: "cluster"})
+
+
+def test_a_classifier_from_random_weights(run):
+    code, err, output = run("cell_type", "--init", "random", "--held_out", "0")
+    assert code == 0, err
+    facts = json.loads((output / "fine_tuning.json").read_text())
+    assert "start" not in facts and not (output / "out_of_fold.safetensors").exists()
+    assert GeneBertConfig.from_pretrained(output).reader_weights is None
+    code, err, output = run("cell_type", "--held_out", "0", output=output.parent / "started")
+    assert code == 0, err
+    assert "start" in json.loads((output / "fine_tuning.json").read_text())

@@ -5,6 +5,7 @@ import pytest
 from conftest import make_adata
 from scipy import sparse
 from sklearn.metrics import accuracy_score, f1_score
+from transformers import EvalPrediction
 
 from stformer_hf import CellStore
 from stformer_hf.evaluation.cell_baselines import (
@@ -13,7 +14,7 @@ from stformer_hf.evaluation.cell_baselines import (
     predict_logistic_regression,
     predict_majority,
 )
-from stformer_hf.evaluation.metrics import classification_metrics
+from stformer_hf.evaluation.metrics import classification_metrics, compute_classification_metrics
 
 pytestmark = pytest.mark.usefixtures("two_folds")
 
@@ -68,6 +69,24 @@ def test_baselines_of_a_store_are_those_of_its_matrix(tmp_path, caplog, monkeypa
         classification_baselines(train, held_out, "age")
     with pytest.raises(ValueError, match="1 training and 0 held-out cells"):
         classification_baselines(store.select([0]), store.select([150]), "cell_type")
+
+
+def test_macro_f1_of_all_classifiers_is_over_the_classes_of_the_held_out_cells(tmp_path):
+    """Whatever other classes a classifier predicts: else those of two classifiers are means over other classes."""
+    adata = make_adata(200, 30, seed=2)
+    store = CellStore.build(tmp_path / "store", adata, obs=["cell_type"])
+    labels = adata.obs["cell_type"].astype(str).to_numpy()
+    rest = 120 + np.flatnonzero(labels[120:] != "T cell")
+    found = classification_baselines(store.select(range(120)), store.select(rest), "cell_type")
+    classes = np.unique(labels[rest])
+    predicted = predict_logistic_regression(adata.X[:120], labels[:120], adata.X[rest])
+    assert set(predicted) - set(classes)  # else this shows nothing
+    expected = f1_score(labels[rest], predicted, labels=classes, average="macro")
+    assert found["logistic_regression_macro_f1"] == pytest.approx(expected)
+    names = np.unique(labels)
+    logits = (predicted[:, None] == names).astype(float)  # a model that predicts the same
+    of_model = compute_classification_metrics(EvalPrediction(logits, np.searchsorted(names, labels[rest])))
+    assert of_model["macro_f1"] == pytest.approx(expected)
 
 
 def test_fine_tuning_reports_baselines_and_draws_a_confusion_matrix(tmp_path):

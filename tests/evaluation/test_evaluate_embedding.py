@@ -276,6 +276,16 @@ def test_cells_without_labels_and_rare_classes_are_left_out(cells):
     assert more.settings["n_classes"] == 2
 
 
+def test_cells_without_counts_are_noted(cells):
+    empty = cells.copy()
+    counts = empty.X.toarray()
+    counts[:7] = 0
+    empty.X = sparse.csr_matrix(counts)
+    found = evaluate_embedding(empty, [], label_key="type", baselines=["pca"], n_splits=2, n_draws=1)
+    assert any("7 cells have no counts" in note for note in found.notes)
+    assert "7 cells have no counts" in str(found)
+
+
 def test_paired_differences_are_of_the_same_folds(found):
     pairs = found.comparisons.set_index(["row", "other", "metric"])
     values = found.values.set_index(["row", "metric"]).sort_index()["value"]

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -234,6 +235,32 @@ def test_out_of_fold_predictions_are_of_readers_of_most_cells(labelled, of_many)
     known = of_many.out_of_fold
     assert known.predictions.shape == (len(tested), 3) and known.distances.shape == (len(tested),)
     assert of_many.model.config.temperature == choice.temperature
+
+
+@pytest.mark.parametrize("split_by", [None, "donor"])
+def test_copies_of_a_cell_are_in_one_fold_of_every_choice(labelled, monkeypatch, split_by):
+    """Else out-of-fold predictions know the cell, and temperature and rejection are those of a model that is sure."""
+    kept = labelled[_full(labelled) & labelled.obs["type"].notna().to_numpy()].copy()
+    cells = anndata.concat([kept, kept[:150]])  # with the same names
+    cells.obs["donor"] = pd.Categorical(np.repeat([f"d{i}" for i in range(8)], [40, 40, 40, 40, 40, 38, 75, 75]))
+    folds = []
+    for module in (classifier_start, epoch_choice):
+
+        def seen(*args, of=module.inner_folds):
+            folds.append(of(*args))
+            return folds[-1]
+
+        monkeypatch.setattr(module, "inner_folds", seen)
+    model = finetune(cells, "type", split_by=split_by)
+    assert len(folds) == 2  # of the linear models, and of the number of epochs
+    names = cells.obs_names.to_numpy()
+    for train, held_out, _ in [fold for of_choice in folds for fold in of_choice]:
+        assert not set(names[train]) & set(names[held_out]) and len(train) + len(held_out) == len(cells)
+    once = finetune(kept, "type", num_train_epochs=0)
+    accuracy, of_once = (
+        (of.predictions.argmax(1) == of.labels).mean() for of in (model.out_of_fold, once.out_of_fold)
+    )
+    assert abs(accuracy - of_once) < 0.1
 
 
 def test_groups_stay_whole_in_the_choice_by_many_cells(labelled, of_many, monkeypatch, tmp_path):

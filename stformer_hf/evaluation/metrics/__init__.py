@@ -46,7 +46,8 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, n_
 def compute_classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Compute accuracy and macro F1 of the highest logit, as `compute_metrics` of a Trainer for classification.
 
-    For cells or tokens; those with the label -100 are left out, and without any label both metrics are NaN.
+    For cells or tokens; those with the label -100 are left out, and without any label both metrics are NaN. The macro
+    F1 is over the classes that occur among the labels, so that it can be compared with that of other predictions.
     """
     return _scores_of_labelled(_first(prediction.predictions), np.asarray(prediction.label_ids))
 
@@ -60,7 +61,8 @@ def _scores_of_labelled(logits: np.ndarray, labels: np.ndarray) -> dict[str, flo
     labelled = labels != IGNORE
     if not labelled.any():
         return {"accuracy": float("nan"), "macro_f1": float("nan")}
-    return classification_metrics(labels[labelled], np.argmax(logits, axis=-1)[labelled])
+    true = labels[labelled]
+    return classification_metrics(true, np.argmax(logits, axis=-1)[labelled], np.unique(true))
 
 
 def compute_column_metrics(columns: Mapping[str, slice]) -> Callable[[EvalPrediction], dict[str, float]]:

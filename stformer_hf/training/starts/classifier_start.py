@@ -68,6 +68,7 @@ def start_classifier(
     labels: np.ndarray,
     *,
     groups: np.ndarray | None = None,
+    twins: np.ndarray | None = None,
     new_embedding: bool = True,
     seed: int = 0,
     balanced: bool = False,
@@ -94,6 +95,8 @@ def start_classifier(
         with `config.label_columns`, int64 (n, n_columns) classes, -100 where there is none.
     groups : array (n,), optional
         Cells of one group, such as a donor, are never in both training and validation.
+    twins : int array (n,), optional
+        Copies of a cell have equal numbers, see `CellStore.twins`; without groups, they are never in both either.
     new_embedding : bool, default: True
         Also fit the spectral views to these cells. False keeps the embedding, of a pretrained model or one that was
         started on more cells.
@@ -127,7 +130,7 @@ def start_classifier(
     to all cells.
     """
     columns = labelled_cells(model.config, labels, balanced)
-    learnt = [_Column(of, cells, new_embedding, seed) for of in columns if not _is_constant(of)]
+    learnt = [_Column(of, cells, new_embedding, seed, twins) for of in columns if not _is_constant(of)]
     if new_embedding:
         features: CellFeatures = ViewFeatures(model, tokenizer, cells)
     else:
@@ -166,7 +169,10 @@ class _Column:
 
     choice: ReaderChoice
 
-    def __init__(self, labelled: LabelledCells, cells: CellStore, new_embedding: bool, seed: int):
+    def __init__(
+        self, labelled: LabelledCells, cells: CellStore, new_embedding: bool, seed: int, twins: np.ndarray | None
+    ):
+        self.twins = twins
         self.name, self.problem, self.labels_of = labelled.column, labelled.problem, labelled.labels_of
         self.n_cells = len(labelled.rows)
         most = most_cells_to_fit(cells.lengths[labelled.rows], self.problem.n_outputs)
@@ -232,7 +238,8 @@ class _Column:
         self.tested = self.head[np.unique(np.concatenate([held_out for _, held_out, _ in folds]))]
 
     def _folds(self, rows: np.ndarray, groups: np.ndarray | None, seed: int) -> list:
-        return inner_folds(self.problem, self.labels_of(rows), None if groups is None else groups[rows], seed)
+        groups, twins = (None if of is None else of[rows] for of in (groups, self.twins))
+        return inner_folds(self.problem, self.labels_of(rows), groups, seed, twins)
 
     def read(self, features: CellFeatures) -> tuple[sparse.csr_array, np.ndarray]:
         """Return the log values of the cells `genes`, and the states of the cells `head`."""

@@ -186,12 +186,17 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def inner_folds(
-    problem: Problem, labels: np.ndarray, groups: np.ndarray | None, seed: int
+    problem: Problem,
+    labels: np.ndarray,
+    groups: np.ndarray | None,
+    seed: int,
+    twins: np.ndarray | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray, int]]:
     """Split cells with `labels` (n, …) into folds with similar shares of each class, and each group in one fold only.
 
     `groups` (n,) are those of the cells, such as donors. Classes in several columns, (n, n_columns), are not
-    stratified.
+    stratified. Without groups, copies of a cell (equal numbers in `twins`, (n,)) are in one fold; groups with a copy
+    in common must be joined before.
 
     Returns
     -------
@@ -204,6 +209,14 @@ def inner_folds(
     ValueError
         There are fewer than two groups.
     """
+    if twins is not None and groups is None:
+        firsts, of_cell = np.unique(twins, return_index=True, return_inverse=True)[1:]
+        folds = inner_folds(problem, labels[firsts], None, seed)
+
+        def rows(part: np.ndarray) -> np.ndarray:
+            return np.flatnonzero(np.isin(of_cell, part))
+
+        return [(rows(train), rows(held_out), repeat) for train, held_out, repeat in folds]
     n, single = len(labels), problem.kind == "single_label_classification" and labels.ndim == 1
     most = int(np.bincount(labels).max()) if single else n
     single = single and most > 1  # nothing to stratify

@@ -58,7 +58,7 @@ def initialise_from_store(
     ------
     ValueError
         The model has no `cell_embedding`; the tokenizer does not fit; there are too many components, or fewer than two
-        cells; the column is missing, or cells have no batch.
+        cells; the column is missing, cells have no batch, or each cell is the only one of its batch.
 
     Notes
     -----

@@ -71,7 +71,8 @@ def fit_spectral_views(
     blocks : callable
         Returns an iterator over CSR arrays (n, n_genes) of counts, the same at each of three calls.
     n_components : int
-        Maximum number of components per view; limited by the variable genes and by the number of cells - 1.
+        Maximum number of components per view; limited by the variable genes, and by the number of cells minus that of
+        batches (1 without `batches`).
     batches : int array (n_cells,), optional
         Batch of each cell, 0 to n_batches - 1: the components are those of the variance within batches.
     n_variable : int, default: 2000
@@ -80,7 +81,7 @@ def fit_spectral_views(
     Raises
     ------
     ValueError
-        There are fewer than two cells with counts.
+        There are fewer than two cells with counts, or no batch has two.
 
     Notes
     -----
@@ -103,10 +104,14 @@ def fit_spectral_views(
     means[0] = sums["log"] / n_cells
     means[1], variances = _residual_moments(blocks(), shares, n_cells)
     chosen = [_largest(of, often, n_variable) for of in (_dispersion(sums, n_cells, often), variances)]
-    covariances = _covariances(blocks(), shares, n_cells, chosen, batches)
+    covariances, n_batches = _covariances(blocks(), shares, n_cells, chosen, batches)
+    if n_batches == n_cells:
+        raise ValueError(
+            f"Each of the {n_cells} cells with counts is the only one of its batch: nothing varies within batches."
+        )
     loadings, spread = [], []
     for genes, covariance in zip(chosen, covariances, strict=True):
-        values, vectors = _leading(covariance, min(n_components, len(genes), n_cells - 1))
+        values, vectors = _leading(covariance, min(n_components, len(genes), n_cells - n_batches))
         loadings.append(np.zeros((len(shares), len(values))))
         loadings[-1][genes] = vectors
         spread.append(values)
@@ -221,8 +226,11 @@ def _covariances(
     n_cells: int,
     chosen: list[np.ndarray],
     batches: np.ndarray | None,
-) -> list[np.ndarray]:
-    """Compute the covariances of the chosen genes of both views, within batches: a float64 (k, k) for each."""
+) -> tuple[list[np.ndarray], int]:
+    """Compute the covariances of the chosen genes of both views, within batches: a float64 (k, k) for each.
+
+    Return them, and the number of batches with counts.
+    """
     n_batches = 1 if batches is None else int(batches.max()) + 1
     products = [np.zeros((len(genes), len(genes))) for genes in chosen]
     sums = [np.zeros((n_batches, len(genes))) for genes in chosen]
@@ -241,8 +249,8 @@ def _covariances(
                 values = values.astype(np.float32, copy=False)
                 products[view] += values.T @ values
                 sums[view] += member @ values.astype(np.float64)
-    sizes = np.maximum(sizes, 1)[:, None]
-    return [(product - of.T @ (of / sizes)) / n_cells for product, of in zip(products, sums, strict=True)]
+    n_full, sizes = int(np.count_nonzero(sizes)), np.maximum(sizes, 1)[:, None]
+    return [(product - of.T @ (of / sizes)) / n_cells for product, of in zip(products, sums, strict=True)], n_full
 
 
 def _with_counts(block: sparse.csr_array) -> sparse.csr_array:

@@ -180,6 +180,19 @@ def test_a_store_an_anndata_and_other_columns_give_the_same_start(cells):
             torch.testing.assert_close(other[name], tensor, atol=1e-6, rtol=1e-4)
 
 
+def test_components_are_no_more_than_what_varies_within_batches():
+    """Others are axes of rounding errors, which cells are then scaled to."""
+    counts = make_counts()[:40]
+    counts = counts[counts.sum(1) > 0]
+    n = len(counts)
+    pairs = fit_spectral_views(blocks_of(counts, 7), 50, batches=np.arange(n) // 2)
+    for loadings, variances in zip(pairs.loadings, pairs.variances, strict=True):
+        assert loadings.shape[1] == n // 2
+        assert variances[-1] > 1e-6 * variances[0]
+    with pytest.raises(ValueError, match=f"Each of the {n} cells with counts is the only one of its batch"):
+        fit_spectral_views(blocks_of(counts, 7), 50, batches=np.arange(n))
+
+
 def test_what_cannot_be_raises(cells):
     _, store = cells
     tokenizer = GeneTokenizer.from_store(store, whole_cell=True)
