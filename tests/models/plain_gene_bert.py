@@ -51,10 +51,17 @@ def plain_encoder(model, input_ids, token_type_ids, values=None) -> torch.Tensor
         return linear(f"{name}.out_lin", torch.cat(heads, -1))
 
     x = weights["embeddings.word_embeddings.weight"][input_ids]
+    if config.value_embedding == "soft_bins":
+        for i, value in enumerate(values):
+            if value:
+                slope, offset, bins = (
+                    weights[f"embeddings.value_embeddings.{name}"] for name in ("slope", "offset", "bins.weight")
+                )
+                x[i] = torch.softmax(slope * value + offset, -1) @ bins
     x = x + weights["embeddings.token_type_embeddings.weight"][token_type_ids]
     if config.position_embedding_type == "learned":
         x = x + weights["embeddings.position_embeddings.weight"][: len(x)]
-    if config.value_embedding:
+    if config.value_embedding is True:
         for i, value in enumerate(values):
             if value:
                 inner = activation(linear("embeddings.value_embeddings.lin1", torch.tensor([value]).double()))

@@ -27,6 +27,7 @@ OPTIONS = {
     "learned": {"position_embedding_type": "learned", "max_position_embeddings": 70},
     "rotary": {"position_embedding_type": "rotary"},
     "values": {"value_embedding": True},
+    "soft bins": {"value_embedding": "soft_bins"},
     "all": {
         "pre_norm": True,
         "norm_type": "rms_norm",
@@ -51,7 +52,7 @@ def cells():
 def make(option, **kwargs):
     options = OPTIONS[option]
     tokenizer = GeneTokenizer(
-        GENES, bin_edges=[1, 2], phenotypes={"t": ["x", "y"]}, values=options.get("value_embedding", False)
+        GENES, bin_edges=[1, 2], phenotypes={"t": ["x", "y"]}, values=bool(options.get("value_embedding"))
     )
     torch.manual_seed(0)
     config = GeneBertConfig.from_tokenizer(
@@ -77,7 +78,7 @@ def test_padded_left_padded_and_packed_cells_are_those_of_the_plain_model(option
         parameter.data += 0.1 * torch.randn_like(parameter)
     counts, obs = cells()
     tokens = tokenizer(counts, obs=obs)
-    columns = ["input_ids", "token_type_ids"] + ["expression_values"] * config.value_embedding
+    columns = ["input_ids", "token_type_ids"] + ["expression_values"] * bool(config.value_embedding)
     plain = [plain_encoder(model, *one) for one in zip(*(tokens[name] for name in columns), strict=True)]
     examples = [dict(zip(columns, one, strict=True)) for one in zip(*(tokens[name] for name in columns), strict=True)]
     for side in ("right", "left", "packed"):
@@ -132,6 +133,28 @@ def test_values_are_log_counts_hidden_where_masked_and_cut_with_their_genes():
     assert batch["expression_values"].dtype == torch.float32
 
 
+def test_soft_bins_begin_as_normal_densities_in_place_of_the_bin():
+    tokenizer, config = make("soft bins")
+    model = GeneBertModel(config).eval()
+    soft = model.embeddings.value_embeddings
+    values = torch.tensor([[0.0, np.log(2), 1.7, 6.0, 9.0]])
+    centres = np.linspace(np.log(2), np.log(1000), 16)
+    density = np.exp(-((values.numpy()[..., None] - centres) ** 2) / (2 * (centres[1] - centres[0]) ** 2))
+    expected = torch.tensor(density / density.sum(axis=-1, keepdims=True)).float() @ soft.bins.weight
+    torch.testing.assert_close(soft(values), expected, atol=1e-5, rtol=1e-4)
+    inputs = {"token_type_ids": torch.full((1, 5), 3), "expression_values": values}
+    with torch.no_grad():
+        one, other = (model(input_ids=torch.full((1, 5), token), **inputs) for token in (5, 6))
+        masked = model(input_ids=torch.tensor([[tokenizer.mask_token_id, 6, 6, 6, 6]]), **inputs)
+    first = model.embeddings.word_embeddings.weight[5:7]
+    assert not torch.equal(*first)
+    embedded = [model.embeddings(torch.full((1, 5), token), **inputs) for token in (5, 6)]
+    assert torch.equal(embedded[0][:, 1:], embedded[1][:, 1:])  # the value, not the bin
+    assert not torch.equal(embedded[0][:, 0], embedded[1][:, 0])  # a token without a value, such as a masked one
+    assert not torch.equal(masked.last_hidden_state, other.last_hidden_state)
+    assert one.last_hidden_state.isfinite().all()
+
+
 def test_what_a_model_cannot_read_is_told():
     tokenizer, config = make("values")
     counts, obs = cells()
@@ -148,6 +171,7 @@ def test_what_a_model_cannot_read_is_told():
     with pytest.raises(ValueError, match="A cell has .* tokens, but the model has 20 positions"):
         GeneBertModel(config)(**batch)
     for wrong, said in (
+        ({"value_embedding": "hard_bins"}, "value_embedding must be False or True or 'soft_bins'"),
         ({"norm_type": "batch_norm"}, "norm_type must be 'layer_norm' or 'rms_norm'"),
         ({"position_embedding_type": "absolute"}, "'none' or 'learned' or 'rotary'"),
         ({"position_embedding_type": "rotary", "hidden_size": 6, "num_attention_heads": 2}, "even size"),

@@ -258,6 +258,10 @@ class TestGeneBertOfValues(OfGeneBert, unittest.TestCase):
     }
 
 
+class TestGeneBertOfSoftBins(OfGeneBert, unittest.TestCase):
+    fields = {"value_embedding": "soft_bins"}
+
+
 class TestGeneBertOfWholeCells(OfGeneBert, unittest.TestCase):
     fields = {"num_genes": 10, **WHOLE_CELL, "cell_decoder": True, "wide_head": True}
     test_all_params_have_gradient = False  # the loss of the cell decoder is the trainer's

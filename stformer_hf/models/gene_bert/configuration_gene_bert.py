@@ -44,6 +44,7 @@ _CHOICES = {
     "classifier_pooling": ("cls", "mean"),
     "pooling": (None, "cls", "mean"),
     "residual_init": ("normal", "zero"),
+    "value_embedding": (False, True, "soft_bins"),
     "norm_type": ("layer_norm", "rms_norm"),
     "position_embedding_type": ("none", "learned", "rotary"),
 }
@@ -84,8 +85,9 @@ class GeneBertConfig(PreTrainedConfig):
         Maximum number of tokens per cell, with learned positions.
     rotary_base : float, default: 10,000
         Base of the rotary wavelengths.
-    value_embedding : bool, default: False
-        Whether the value of each gene is embedded in addition to its bin; needs a tokenizer with `values=True`.
+    value_embedding : bool or "soft_bins", default: False
+        Whether the value of each gene is embedded: in addition to its bin (True, see `ValueEmbedding`), or in place of
+        it, as a mixture of learned bins (see `SoftBins`). Needs a tokenizer with `values=True`.
     cell_embedding : bool, default: False
         Whether `[CLS]` starts as the whole cell, regardless of which genes are tokens: see `CellEmbedding`. Needs a
         tokenizer with `whole_cell=True`, which returns the cells' counts.
@@ -175,7 +177,7 @@ class GeneBertConfig(PreTrainedConfig):
     position_embedding_type: str = "none"
     max_position_embeddings: int = 2048
     rotary_base: float | int = 10_000.0
-    value_embedding: bool = False
+    value_embedding: bool | str = False
     cell_embedding: bool = False
     cell_decoder: bool = False
     num_genes: int = 0

@@ -1,9 +1,11 @@
 """Layers of the GeneBert encoder: embeddings, attention, feed-forward block, transformer layer."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -41,8 +43,9 @@ class PositionlessEmbeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         if config.position_embedding_type == "learned":
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.soft_bins = config.value_embedding == "soft_bins"
         if config.value_embedding:
-            self.value_embeddings = ValueEmbedding(config)
+            self.value_embeddings = (SoftBins if self.soft_bins else ValueEmbedding)(config)
         self.LayerNorm = make_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -84,6 +87,18 @@ class PositionlessEmbeddings(nn.Module):
             raise ValueError("GeneBert needs token_type_ids: they are the genes of the expression bins.")
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
+        if hasattr(self, "value_embeddings") != (expression_values is not None):
+            raise ValueError(
+                "A model with value_embedding needs expression_values: tokenize with values=True."
+                if expression_values is None
+                else "The model does not read expression_values: create it with value_embedding=True."
+            )
+        if expression_values is not None:
+            of_values = self.value_embeddings(expression_values)
+            if self.soft_bins:
+                inputs_embeds = torch.where((expression_values != 0)[..., None], of_values, inputs_embeds)
+            else:
+                inputs_embeds = inputs_embeds + of_values
         embedded = inputs_embeds + self.token_type_embeddings(token_type_ids)
         if hasattr(self, "position_embeddings"):
             assert position_ids is not None
@@ -95,14 +110,6 @@ class PositionlessEmbeddings(nn.Module):
                     "cells (tokenizer.model_max_length), or create the model with more max_position_embeddings."
                 )
             embedded = embedded + self.position_embeddings(position_ids)
-        if hasattr(self, "value_embeddings") != (expression_values is not None):
-            raise ValueError(
-                "A model with value_embedding=True needs expression_values: tokenize with values=True."
-                if expression_values is None
-                else "The model does not read expression_values: create it with value_embedding=True."
-            )
-        if expression_values is not None:
-            embedded = embedded + self.value_embeddings(expression_values)
         return self.dropout(self.LayerNorm(embedded))
 
 
@@ -119,6 +126,34 @@ class ValueEmbedding(nn.Module):
         """Embed values (batch, length) into (batch, length, hidden)."""
         values = values.to(self.lin1.weight.dtype).unsqueeze(-1)
         return self.lin2(self.activation(self.lin1(values))) * (values != 0)
+
+
+class SoftBins(nn.Module):
+    """Mixture of the embeddings of 16 bins, whose weights are a softmax over linear functions of the value.
+
+    It begins as normal densities around centres from ln 2 (a count of 1) to ln 1000, as wide as their distance: the
+    softmax of (c v - c ** 2 / 2) / width ** 2 over the centres c. So neighbouring values share bins, and both the
+    centres and the widths are learned (after the soft bins of xTrimoGene, Gong et al. 2023, which scFoundation uses).
+    """
+
+    n_bins = 16
+
+    def __init__(self, config: GeneBertConfig):
+        super().__init__()
+        self.slope, self.offset = nn.Parameter(torch.empty(self.n_bins)), nn.Parameter(torch.empty(self.n_bins))
+        self.bins = nn.Embedding(self.n_bins, config.hidden_size)
+
+    def reset_weights(self) -> None:
+        """Start the weights at normal densities."""
+        centres = torch.linspace(math.log(2), math.log(1000), self.n_bins, device=self.slope.device)
+        width = math.log(500) / (self.n_bins - 1)
+        init.copy_(self.slope, centres / width**2)
+        init.copy_(self.offset, -(centres**2) / (2 * width**2))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """Embed values (batch, length) into (batch, length, hidden)."""
+        logits = values.to(self.slope.dtype).unsqueeze(-1) * self.slope + self.offset
+        return logits.softmax(dim=-1) @ self.bins.weight
 
 
 def places_in_cells(

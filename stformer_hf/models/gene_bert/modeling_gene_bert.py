@@ -35,6 +35,7 @@ from .encoder_layers import (
     GeneBertAttention,
     GeneBertLayer,
     PositionlessEmbeddings,
+    SoftBins,
     first_tokens,
     keep,
     make_norm,
@@ -115,6 +116,8 @@ class GeneBertPreTrainedModel(PreTrainedModel):
         elif isinstance(module, PreClassifier):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             init.zeros_(module.bias)
+        elif isinstance(module, SoftBins):
+            module.reset_weights()
         elif isinstance(module, WideHead):
             init.zeros_(module.bias)
         elif isinstance(module, CellDecoder):
