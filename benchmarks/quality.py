@@ -120,7 +120,7 @@ def run(arguments: list[str]) -> None:
         for table in args.tables:
             rows = [row for row in ROWS[table] if row in args.rows]
             if not (SETS[name].transfer and args.data_folder):
-                rows = [row for row in rows if row != "start_elsewhere"]
+                rows = [row for row in rows if not row.endswith("elsewhere")]
             if "scvi" in rows and find_spec("scvi") is None:
                 print("skipped scvi: it is not installed, pip install 'stformer_hf[scvi]'", file=sys.stderr)
                 rows.remove("scvi")

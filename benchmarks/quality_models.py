@@ -17,7 +17,7 @@ from anndata import AnnData
 from .quality_data import GROUP, LABEL, load_others
 
 ROWS = ("start", "finetuned", "random_start", "reference")
-FEW_ROWS = ("start", "random_start", "start_elsewhere")
+FEW_ROWS = ("start", "random_start", "start_elsewhere", "pretrained_elsewhere")
 # Settings of `finetune`. "start" is step 0 of "finetuned", whose number of epochs an inner cross-validation chooses.
 SETTINGS: dict[str, dict[str, Any]] = {
     "start": {"num_train_epochs": 0},
@@ -71,7 +71,8 @@ def classify_few(
     """As `classify`, from few labelled cells.
 
     "start" has its spectral start on these and on the cells without labels; "start_elsewhere" on cells of other data
-    sets (see `load_others`) in `folder`.
+    sets (see `load_others`) in `folder`, and "pretrained_elsewhere" goes on from there as in
+    `recipes/cell_tiny_cpu.yaml`.
     """
     import anndata
 
@@ -80,8 +81,9 @@ def classify_few(
     if row == "start":
         cells = anndata.concat([AnnData(labelled.X, obs=labelled.obs[[]], var=labelled.var), unlabelled])
         model = stformer_hf.finetune(labelled, LABEL, seed=seed, model=spectral_start(cells, seed), num_train_epochs=0)
-    elif row == "start_elsewhere":
-        model = stformer_hf.finetune(labelled, LABEL, seed=seed, model=_started_elsewhere(folder), num_train_epochs=0)
+    elif row.endswith("elsewhere"):
+        encoder = (_started_elsewhere if row == "start_elsewhere" else _pretrained_elsewhere)(folder)
+        model = stformer_hf.finetune(labelled, LABEL, seed=seed, model=encoder, num_train_epochs=0)
     else:
         model = stformer_hf.finetune(labelled, LABEL, seed=seed, **SETTINGS[row])
     return _annotate(test, model)
@@ -99,6 +101,23 @@ def embed(cells: AnnData, seed: int) -> np.ndarray:
 @functools.cache
 def _started_elsewhere(folder: Path):
     return spectral_start(load_others(folder), seed=0)
+
+
+@functools.cache
+def _pretrained_elsewhere(folder: Path):
+    """Pretrain by the recipe, whose start is that of `_started_elsewhere`."""
+    from stformer_hf import GeneBertModel, GeneTokenizer
+    from stformer_hf.cli import main
+
+    with tempfile.TemporaryDirectory() as temporary:
+        data, output = f"{temporary}/others.h5ad", f"{temporary}/model"
+        load_others(folder).write_h5ad(data)
+        coverage = ["--tokenizer_config", "{min_coverage: 0.05}"]  # the demo's cells have 765 genes
+        if main(["pretrain", "--config", "cell_tiny_cpu", "--data", data, "--output", output, *coverage]):
+            raise RuntimeError("Pretraining failed.")
+        model = GeneBertModel.from_pretrained(output)
+        model.tokenizer = GeneTokenizer.from_pretrained(output)
+    return model
 
 
 def spectral_start(cells: AnnData, seed: int):

@@ -56,6 +56,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--h5ad", help="file of counts whose cells to take, instead of made ones")
     parser.add_argument("--size", help="of the model: tiny, small, base, large; tiny, or base on a GPU, by default")
     parser.add_argument("--turns", type=int, default=3, help="how often each is run")
+    parser.add_argument("--parts", nargs="+", choices=("orders", "whole_cells"), default=["orders", "whole_cells"])
     parser.add_argument("--output", default="benchmark_training.json", help="JSON file to write")
     args = parser.parse_args(arguments)
     turns = 1 if args.quick else args.turns
@@ -68,37 +69,9 @@ def run(arguments: list[str]) -> None:
     try:
         _prepare(folder, args.h5ad, 1_024 if args.quick else 100_000)
         shares = _useful_shares(_lengths(folder, "rank"))
-        contenders = {f"CellTrainer, {order}": ("cells_of_trainer", order) for order in ORDERS}
-        contenders["Trainer of transformers, random"] = ("cells_of_stock_trainer", "random")
-        contenders |= {f"bare loop, {order}": ("cells_of_bare_loop", order) for order in ("random", "packed")}
-        results = take_turns(
-            {
-                label: (f"benchmarks.training:{name}", {**settings, "order": order, "note": str(folder / label)})
-                for label, (name, order) in contenders.items()
-            },
-            folder,
-            turns,
-        )
-        for label, result in results.items():
-            note = json.loads((folder / label).read_text())
-            a_cell = note["tokens"] / note["cells"]
-            result["tokens/s"] = f"{result['cells_per_second'] * a_cell:,.0f}"
-            result["useful"] = f"{note['tokens'] / note['positions']:.3f}"
         mix = _mix(_lengths(folder, "rank"))
-        whole_cells = {
-            work: take_turns(
-                {
-                    label: (
-                        f"benchmarks.training:cells_{work}",
-                        {**settings, "whole_cell": whole_cell, "max_length": max_length},
-                    )
-                    for label, (whole_cell, max_length) in WHOLE_CELLS.items()
-                },
-                folder,
-                turns,
-            )
-            for work in ("trained", "embedded")
-        }
+        results = _compare_orders(folder, settings, turns) if "orders" in args.parts else {}
+        whole_cells = _compare_whole_cells(folder, settings, turns) if "whole_cells" in args.parts else {}
     finally:
         shutil.rmtree(folder)
     about = {
@@ -113,16 +86,56 @@ def run(arguments: list[str]) -> None:
     print(f"\nShare of useful tokens, an epoch of all cells, {BATCH} a batch (or as many tokens as those have)")
     for order, share in shares.items():
         print(f"  {order:<30}{share:.3f}")
-    title = f"Training, {settings['size']} model, {settings['n_cells']} cells"
-    print_table(title, results, "CellTrainer, packed", ["tokens/s", "useful"])
-    for order in ("random", "packed"):
-        ours, bare = (results[f"{by}, {order}"]["cells_per_second"] for by in ("CellTrainer", "bare loop"))
-        print(f"CellTrainer takes {bare / ours:.3f} times as long as the bare loop ({order}).")
+    if results:
+        title = f"Training, {settings['size']} model, {settings['n_cells']} cells"
+        print_table(title, results, "CellTrainer, packed", ["tokens/s", "useful"])
+        for order in ("random", "packed"):
+            ours, bare = (results[f"{by}, {order}"]["cells_per_second"] for by in ("CellTrainer", "bare loop"))
+            print(f"CellTrainer takes {bare / ours:.3f} times as long as the bare loop ({order}).")
     for work, table in whole_cells.items():
         print_table(f"Whole cells {work}, {settings['size']} model", table, "[CLS] is the whole cell, 512 tokens")
     tables = {"training": results, **{f"whole cells {work}": table for work, table in whole_cells.items()}}
     Path(args.output).write_text(json.dumps({**about, "useful": shares, "tables": tables}, indent=1))
     print(f"\nwritten to {args.output}")
+
+
+def _compare_orders(folder: Path, settings: dict, turns: int) -> dict[str, dict]:
+    """Train by each order, by transformers' own trainer and by a bare loop."""
+    contenders = {f"CellTrainer, {order}": ("cells_of_trainer", order) for order in ORDERS}
+    contenders["Trainer of transformers, random"] = ("cells_of_stock_trainer", "random")
+    contenders |= {f"bare loop, {order}": ("cells_of_bare_loop", order) for order in ("random", "packed")}
+    results = take_turns(
+        {
+            label: (f"benchmarks.training:{name}", {**settings, "order": order, "note": str(folder / label)})
+            for label, (name, order) in contenders.items()
+        },
+        folder,
+        turns,
+    )
+    for label, result in results.items():
+        note = json.loads((folder / label).read_text())
+        a_cell = note["tokens"] / note["cells"]
+        result["tokens/s"] = f"{result['cells_per_second'] * a_cell:,.0f}"
+        result["useful"] = f"{note['tokens'] / note['positions']:.3f}"
+    return results
+
+
+def _compare_whole_cells(folder: Path, settings: dict, turns: int) -> dict[str, dict]:
+    """Train models whose `[CLS]` is the whole cell, and one whose `[CLS]` is a token, and embed cells with them."""
+    return {
+        work: take_turns(
+            {
+                label: (
+                    f"benchmarks.training:cells_{work}",
+                    {**settings, "whole_cell": whole_cell, "max_length": max_length},
+                )
+                for label, (whole_cell, max_length) in WHOLE_CELLS.items()
+            },
+            folder,
+            turns,
+        )
+        for work in ("trained", "embedded")
+    }
 
 
 def _useful_shares(lengths: np.ndarray) -> dict[str, float]:

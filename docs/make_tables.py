@@ -196,6 +196,7 @@ def quality_starts(results: dict) -> str:
     names = {
         "start": "start on the same set",
         "start_elsewhere": "start on other cells",
+        "pretrained_elsewhere": "pretrained on other cells",
         "random_start": "random weights",
     }
     lines = [f"| cells, labels per class | {' | '.join(names.values())} |", "|---" * (1 + len(names)) + "|"]
@@ -425,6 +426,16 @@ def network(results: dict) -> str:
     return "\n".join([*lines, f"| peak memory, MB | {' | '.join(f'{peak:,.0f}' for peak in peaks.values())} |"])
 
 
+def training_whole_cells(results: dict) -> str:
+    """Return cells per second and memory of training and `embed` with and without `cell_embedding`."""
+    trained, embedded = (results["tables"][f"whole cells {work}"] for work in ("trained", "embedded"))
+    lines = ["| model | training, cells/s | peak MB | `embed`, cells/s | peak MB |", "|---" * 5 + "|"]
+    for name, row in trained.items():
+        both = (f"{of['cells_per_second']:,.1f} | {of['peak_mb']:,.0f}" for of in (row, embedded[name]))
+        lines.append(f"| {name} | {' | '.join(both)} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[dict], str]] = {
     "annotate_2026-11-29": annotate_rejection,
     "annotate_2026-11-29 mapping": annotate_mapping,
@@ -445,6 +456,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "perturb_2026-11-29 simulation": perturb_simulation,
     "perturb_2026-11-29 interferon": perturb_interferon,
     "perturb_2026-11-29 no_effect": perturb_no_effect,
+    "training_2026-11-29": training_whole_cells,
     "gpu_h200_2026-11-28": gpu,
     "gpu_h200_2026-11-28 loader": gpu_loader,
     "objectives_h200_2026-11-28": objectives,
