@@ -252,14 +252,19 @@ def make_model(args: PretrainArguments, run: PretrainRun, **settings) -> PreTrai
 
     from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
     from ..models.gene_bert.modeling_gene_bert import GeneBertForPhenotypicMLM
-    from ..training.loading import load_model
+    from ..training.loading import let_cls_learn, load_config, load_model
     from ..training.starts.gene_embeddings import load_gene_embeddings
     from ..training.starts.masked_gene_start import start_mlm_bias, start_rank_model
     from ..training.starts.spectral_start import cell_embedding_of, set_views
 
     settings = {**(args.model_config or {}), **settings}
+    trains_cls = bool(set(args.objectives or {}) - {"mlm"})
     if args.model:
+        if trains_cls:
+            settings = {**let_cls_learn(load_config(args.model)), **settings}
         return load_model(args.model, AutoModelForMaskedLM, new_head=True, dtype=torch.float32, **settings)
+    if run.tokenizer.whole_cell and not trains_cls:
+        settings = {"cls_state": "fixed", **settings}
     settings = {"size": args.size, "label_smoothing": args.label_smoothing, **settings}
     model = GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(run.tokenizer, **settings))
     if run.views is not None:

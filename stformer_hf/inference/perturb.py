@@ -346,11 +346,17 @@ class _Reader:
     def _reads_cls_alone(self) -> bool:
         """Return whether states and logits depend on the whole-cell `[CLS]` alone, whatever the other tokens are.
 
-        With residual branches of 0, as at the spectral start, no token reads another: the state of `[CLS]` is a
-        function of the sum over all genes. Its tokens need not be read.
+        With residual branches of 0, as at the spectral start, no token reads another, and a model may keep `[CLS]`
+        fixed: its state is then a function of the sum over all genes. Its tokens need not be read.
         """
         pooled = {self.pooling, *[self.model.config.classifier_pooling] * bool(self.heads)}
-        return pooled == {"cls"} and self._layers_are_zero()
+        return pooled == {"cls"} and (self._cls_is_fixed() or self._layers_are_zero())
+
+    def _cls_is_fixed(self) -> bool:
+        state = getattr(self.model.config, "cls_state", "layers")
+        return state == "fixed" or (
+            state == "gated" and not any(bool(of.cls_gate.any()) for of in self.encoder.layers)
+        )
 
     def _layers_are_zero(self) -> bool:
         if not getattr(self.model.config, "cell_embedding", False):

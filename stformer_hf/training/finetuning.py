@@ -35,7 +35,7 @@ from .calibration import OutOfFold
 from .defaults import FINETUNING, MAX_LENGTH
 from .epoch_choice import choose_epochs
 from .label_selection import select_labelled
-from .loading import is_adapter, is_model, load_model, tokenizer_of, unwrap
+from .loading import is_adapter, is_model, let_cls_learn, load_config, load_model, tokenizer_of, unwrap
 from .prepared_classifier import Finetuning, predict
 from .starts.classifier_start import start_classifier
 from .starts.labelled_cells import LabelledCells, labelled_cells
@@ -290,7 +290,7 @@ def prepare_classifier(
         wide = {"wide_head": True} if tokenizer.whole_cell else {}
         classifier = GeneBertForClassification(GeneBertConfig.from_tokenizer(tokenizer, size=size, **wide, **head))
     else:
-        classifier, tokenizer = _load(model, tokenizer, head)
+        classifier, tokenizer = _load(model, tokenizer, head, gated=lora is None)
     config, classifier.tokenizer = classifier.config, tokenizer
     _leave_out_phenotypes(tokenizer, phenotypes)
     if config.classifier_pooling == "cls" and not tokenizer.add_cls:
@@ -418,9 +418,12 @@ def _groups(cells: CellStore, split_by: str, columns: Sequence[LabelledCells]) -
 
 
 def _load(
-    model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, head: dict[str, Any]
+    model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, head: dict[str, Any], gated: bool
 ) -> tuple[PreTrainedModel, GeneTokenizer]:
-    """Return a checkpoint or a model object as a classifier with new heads, and its tokenizer."""
+    """Return a checkpoint or a model object as a classifier with new heads, and its tokenizer.
+
+    With `gated`, one that kept `[CLS]` fixed begins there.
+    """
     of_object = is_model(model)
     model = unwrap(model, merge=True) if of_object else model
     tokenizer = copy.deepcopy(tokenizer_of(model, tokenizer))
@@ -430,12 +433,14 @@ def _load(
             raise ValueError(f"finetune needs a GeneBert, but the model is a {type(trained).__name__}.")
         config = copy.deepcopy(trained.config)
         config.update({**head, **({"wide_head": True} if getattr(config, "cell_embedding", False) else {})})
+        config.update(let_cls_learn(config, gated))
         config.num_labels = len(head["id2label"])
         classifier = GeneBertForClassification(config)
-        classifier.gene_bert.load_state_dict(trained.base_model.state_dict())
+        gates = {name: gate for name, gate in classifier.gene_bert.state_dict().items() if name.endswith(".cls_gate")}
+        classifier.gene_bert.load_state_dict({**gates, **trained.base_model.state_dict()})
         return classifier, tokenizer
     if getattr(tokenizer, "whole_cell", False):
-        head = {"wide_head": True, **head}
+        head = {"wide_head": True, **let_cls_learn(load_config(model), gated), **head}
     classifier = load_model(model, AutoModelForSequenceClassification, new_head=True, dtype=torch.float32, **head)
     return classifier, tokenizer
 

@@ -195,9 +195,19 @@ def load_model(
     found.config._name_or_path = os.fspath(model)  # for adapters and cards: the path of a package is of one machine
     missing = loaded["missing_keys"]
     if new_head:
-        missing = [key for key in missing if key.startswith(f"{found.base_model_prefix}.")]
+        of_encoder = f"{found.base_model_prefix}."
+        missing = [key for key in missing if key.startswith(of_encoder) and not key.endswith(".cls_gate")]
     _check_whole(name, missing)
     return found
+
+
+def let_cls_learn(config: PreTrainedConfig, gated: bool = True) -> dict[str, str]:
+    """Return the fields of a configuration with which a loss trains `[CLS]`, where a checkpoint keeps it fixed.
+
+    `gated=False` is for adapters, which train no gates.
+    """
+    fixed = getattr(config, "cls_state", "layers") == "fixed"
+    return {"cls_state": "gated" if gated else "layers"} if fixed else {}
 
 
 def _check_whole(name: str, missing: Any) -> None:
@@ -347,6 +357,7 @@ __all__ = [
     "is_hub_id",
     "is_model",
     "load_config",
+    "let_cls_learn",
     "load_model",
     "load_tokenizer",
     "name_of",

@@ -109,6 +109,11 @@ class ObjectiveTrainer(CellTrainer):
                 "whole cell, but the model has no cell_embedding. Make it for a tokenizer with whole_cell=True "
                 "(GeneBertConfig.from_tokenizer)."
             )
+        if model.config.cls_state == "fixed":
+            raise ValueError(
+                'The model keeps [CLS] fixed, and objectives would not train it: create it with cls_state="layers", '
+                'or load it with from_pretrained(…, cls_state="gated").'
+            )
         model.config.pooling = "cls"
         if "decode" in self.objectives:
             add_decoder(model)

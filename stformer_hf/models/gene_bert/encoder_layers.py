@@ -322,7 +322,9 @@ class GeneBertLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: GeneBertConfig):
         super().__init__()
-        self.pre_norm = config.pre_norm
+        self.pre_norm, self.cls_state = config.pre_norm, config.cls_state
+        if self.cls_state == "gated":
+            self.cls_gate = nn.Parameter(torch.zeros(config.hidden_size))
         self.attention = GeneBertAttention(config)
         self.sa_layer_norm = make_norm(config)
         self.ffn = GeneBertFeedForward(config)
@@ -333,20 +335,28 @@ class GeneBertLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         tokens_to_keep: torch.LongTensor | None = None,
+        is_cls: torch.BoolTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """Apply the layer to hidden states (batch, length, hidden).
 
         With `tokens_to_keep`, positions (k,) in the flattened batch, all tokens are attended to, but what follows is
-        computed for these alone: the result is (1, k, hidden).
+        computed for these alone: the result is (1, k, hidden). `is_cls` (batch, length) are the tokens that
+        `config.cls_state` is for.
         """
         normed = self.sa_layer_norm(hidden_states) if self.pre_norm else hidden_states
         attended, _ = self.attention(normed, attention_mask, tokens_to_keep=tokens_to_keep, **kwargs)
-        hidden_states = attended + keep(hidden_states, tokens_to_keep)
+        before = keep(hidden_states, tokens_to_keep)
+        after = attended + before
         if self.pre_norm:
-            return self.ffn(self.output_layer_norm(hidden_states)) + hidden_states
-        hidden_states = self.sa_layer_norm(hidden_states)
-        return self.output_layer_norm(self.ffn(hidden_states) + hidden_states)
+            after = self.ffn(self.output_layer_norm(after)) + after
+        else:
+            after = self.sa_layer_norm(after)
+            after = self.output_layer_norm(self.ffn(after) + after)
+        if is_cls is None:
+            return after
+        of_cls = before if self.cls_state == "fixed" else before + self.cls_gate * (after - before)
+        return torch.where(keep(is_cls.unsqueeze(-1), tokens_to_keep), of_cls, after)
 
 
 __all__ = [

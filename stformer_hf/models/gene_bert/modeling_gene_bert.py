@@ -116,6 +116,8 @@ class GeneBertPreTrainedModel(PreTrainedModel):
         elif isinstance(module, PreClassifier):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             init.zeros_(module.bias)
+        elif isinstance(module, GeneBertLayer) and module.cls_state == "gated":
+            init.zeros_(module.cls_gate)
         elif isinstance(module, SoftBins):
             module.reset_weights()
         elif isinstance(module, WideHead):
@@ -231,6 +233,7 @@ class GeneBertModel(GeneBertPreTrainedModel):
         self.embeddings = PositionlessEmbeddings(config)
         if config.cell_embedding:
             self.cell_embedding = CellEmbedding(config)
+            self.cell_embedding.requires_grad_(config.cls_state != "fixed")
         self.layers = nn.ModuleList([GeneBertLayer(config) for _ in range(config.num_hidden_layers)])
         if config.pre_norm:
             self.final_norm = make_norm(config)
@@ -339,6 +342,11 @@ class GeneBertModel(GeneBertPreTrainedModel):
             hidden_states = put_first(hidden_states, self.cell_embedding(cells), attention_mask, cu_seq_lens_q)
         elif cell_genes is not None:
             raise ValueError("The model does not read whole cells: create it with cell_embedding=True.")
+        is_cls = None
+        if self.config.cls_state != "layers":
+            firsts = first_tokens(shape, attention_mask, cu_seq_lens_q, given.device)
+            is_cls = torch.zeros(shape[0] * shape[1], dtype=torch.bool, device=given.device).scatter(0, firsts, True)
+            is_cls = is_cls.view(shape)
         if positions == "rotary":
             head_dim = self.config.hidden_size // self.config.num_attention_heads
             kwargs["rotary"] = rotary_angles(position_ids, head_dim, self.config.rotary_base, hidden_states.dtype)
@@ -352,7 +360,7 @@ class GeneBertModel(GeneBertPreTrainedModel):
             kwargs.update(lengths_for(self.config, hidden_states, cu_seq_lens_q, self.training))
         for number, layer in enumerate(self.layers, start=1):
             kept = tokens_to_keep if number == len(self.layers) else None
-            hidden_states = layer(hidden_states, attention_mask, tokens_to_keep=kept, **kwargs)
+            hidden_states = layer(hidden_states, attention_mask, tokens_to_keep=kept, is_cls=is_cls, **kwargs)
         if not self.layers:
             hidden_states = keep(hidden_states, tokens_to_keep)
         if self.config.pre_norm:
