@@ -73,8 +73,11 @@ def _check_output(data: str, output: Path, overwrite: bool, suffixes: Sequence[s
 def writing(output: str | Path) -> Iterator[None]:
     """Let only one command at a time write to a path, and leave no empty folder after an error (see `locked`).
 
-    The processes of one command share the path.
+    The processes of one command share the path. Raise a ValueError if it is empty, as that of a variable that is not
+    set: it would be the current folder.
     """
+    if not os.fspath(output):
+        raise ValueError("The path to write to is empty: pass a name.")
     first = get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0
     with locked(Path(output).resolve()) if first else nullcontext():
         yield

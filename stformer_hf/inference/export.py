@@ -97,7 +97,7 @@ def export_onnx(
     output = Path(output)
     if (output / MODEL).exists() and not overwrite:
         raise FileExistsError(
-            f"{output} holds an exported model. Choose another output, or replace it: overwrite=True (--overwrite)."
+            f"{output} holds an exported model. Choose another output, or replace it with overwrite=True."
         )
     try:
         import onnxruntime  # noqa: F401

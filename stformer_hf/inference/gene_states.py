@@ -431,7 +431,12 @@ def gene_network(
     attentions = _attentions_of(encoder)
     source = open_source(adata, layer, fractional)
     group_of = _groups(source, groups)
-    n_genes = genes if isinstance(genes, int) else len(genes)
+    named, n_genes = None, 0
+    if isinstance(genes, (int, np.integer)):
+        n_genes = int(genes)
+    else:
+        named = _indices(genes, tokenizer)
+        n_genes = len(named)
     n_groups = len(group_of.categories)
     if n_genes < 2:
         raise ValueError(f"A network needs at least two genes, got {n_genes}.")
@@ -442,7 +447,7 @@ def gene_network(
             f"{MOST_GENES**2:,}: choose at most {most:,} genes, or fewer groups."
         )
     columns = tokenizer.find_genes(source.genes.gene_ids, source.genes.symbols)
-    chosen = _most_expressed(source, columns, genes) if isinstance(genes, int) else _indices(genes, tokenizer)
+    chosen = _most_expressed(source, columns, n_genes) if named is None else named
     places = _places_of(chosen, tokenizer)
     sums = np.zeros((n_groups, len(chosen), len(chosen)), np.float32)
     n_cells = np.zeros(sums.shape, np.int32)
@@ -630,6 +635,8 @@ def _indices(genes: Sequence[str] | None, tokenizer: GeneTokenizer) -> np.ndarra
     """Return the indices of genes, by id or symbol, each once: int64 array."""
     if genes is None:
         return np.arange(len(tokenizer.genes))
+    if isinstance(genes, str):
+        raise ValueError(f"genes must be a list, got the string {genes!r}: pass [{genes!r}].")
     names = list(genes)
     found = tokenizer.find_genes(names)
     unknown = [name for name, gene in zip(names, found, strict=True) if gene < 0]

@@ -22,7 +22,7 @@ class NearestCells:
         At most n_cells - 1.
     approximate : bool, default: False
         Search only the nearest of 4 * sqrt(n_cells) clusters with an inverted file of faiss (extra `faiss`): 1 in 32,
-        and at least 16.
+        and at least 16. Cells that make no more clusters (fewer than 663) are searched exactly.
 
     Raises
     ------
@@ -58,7 +58,9 @@ def _exact(embedding: np.ndarray) -> _Search:
 def _inverted_file(embedding: np.ndarray) -> _Search:
     faiss = import_faiss()
     n_cells, d = embedding.shape
-    n_clusters = max(min(int(4 * n_cells**0.5), n_cells // _LEAST_PER_CLUSTER), 1)
+    n_clusters = min(int(4 * n_cells**0.5), n_cells // _LEAST_PER_CLUSTER)
+    if n_clusters <= _LEAST_SEARCHED:  # all would be searched
+        return _exact(embedding)
     index = faiss.IndexIVFFlat(faiss.IndexFlatL2(d), d, n_clusters)
     index.train(np.ascontiguousarray(embedding, np.float32))
     index.add(np.ascontiguousarray(embedding, np.float32))

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from io import UnsupportedOperation
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -252,7 +253,7 @@ class RemoteFolder:
                     self._must_be_unchanged(name)
                 raise
             if len(content) > stop - start:
-                raise ValueError(
+                raise UnsupportedOperation(
                     f"{self / name}: the server sends {len(content)} bytes for a range of {stop - start}, so it does "
                     "not support range requests. Download the store, or choose another server."
                 )

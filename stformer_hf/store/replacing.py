@@ -66,8 +66,14 @@ def locked(path: Path) -> Iterator[None]:
     """Let only one process at a time write at a path; raise BlockingIOError in others.
 
     Missing folders above the path are made. After an error, folders that were not there before, the path and those
-    above it, are removed if they are empty.
+    above it, are removed if they are empty. A path that cannot be written is an OSError: the root of a file system, or
+    one below a file.
     """
+    if not path.name:
+        raise IsADirectoryError(f"{path} cannot be replaced: pass the path of a file or folder in it.")
+    for above in path.parents:
+        if above.exists() and not above.is_dir():
+            raise NotADirectoryError(f"{path} cannot be written, since {above} is a file: choose another path.")
     missing = [folder for folder in path.parents if not folder.exists()]
     is_new = not path.exists()
     try:

@@ -197,3 +197,10 @@ def test_cells_of_any_format_are_embedded_as_those_of_an_h5ad(fractional, model,
     np.testing.assert_allclose(found.obsm["X_stformer"], adata.obsm["X_stformer"], atol=1e-5)
     assert list(found.obs_names) == list(adata.obs_names) and list(found.var_names) == list(adata.var_names)
     assert (found.X != counts.astype(np.float32)).nnz == 0
+
+
+def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is empty"), files.writing(""):
+        pass
+    assert not list(tmp_path.iterdir())

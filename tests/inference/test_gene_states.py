@@ -266,6 +266,12 @@ def test_what_is_refused(model, adata, caplog):
         gene_network(model, adata, genes=4_000, groups="cell_type")
     with pytest.raises(ValueError, match="does not know 1 of 2 genes, such as TP53"):
         gene_network(model, adata, genes=["TP53", adata.var_names[0]])
+    with pytest.raises(ValueError, match="must be a list, got the string 'SYM1'"):
+        gene_network(model, adata, genes="SYM1")
+    with pytest.raises(ValueError, match="must be a list, got the string 'SYM1'"):
+        gene_embeddings(model, genes="SYM1")
+    with pytest.raises(ValueError, match="at least two genes, got 1"):
+        gene_network(model, adata, genes=["SYM1", "SYM1"])
     with pytest.raises(ValueError, match="no obs\\['donor'\\]"):
         gene_embeddings(model, adata=adata, cell_type_key="donor")
     with pytest.raises(ValueError, match="needs cells"):
@@ -275,5 +281,5 @@ def test_what_is_refused(model, adata, caplog):
     for numbers in ({"n_targets": 0}, {"min_cells": 0}):
         with pytest.raises(ValueError, match="must be at least 1"):
             gene_network(model, adata, **numbers)
-    assert gene_network(model, adata, genes=4, groups="cell_type", min_cells=99).edges().empty
+    assert gene_network(model, adata, genes=np.int64(4), groups="cell_type", min_cells=99).edges().empty
     assert "No pair of genes was scored in 99 cells of B cell, T cell: lower min_cells" in caplog.text

@@ -379,7 +379,7 @@ def test_without_etags_the_manifest_tells_versions_apart(server, tmp_path):
 
 def test_a_server_that_reads_no_ranges_is_refused(server, tmp_path):
     server.ranges = False
-    with pytest.raises(ValueError, match="does not support range requests"):
+    with pytest.raises(ValueError, match="^(?!.*damaged).*does not support range requests"):
         CellStore(RemoteFolder(f"{server.address}/store", cache_dir=tmp_path / "cache"))
 
 

@@ -279,6 +279,16 @@ def test_empty_folders_are_removed_after_an_error(tmp_path):
     assert fail() == ["a", "a/b", "a/b/out", "a/note.txt"]  # an empty folder that was there stays
 
 
+def test_paths_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    for path in ("file/out", "file/a/out"):
+        with pytest.raises(NotADirectoryError, match="file is a file: choose"), replacing.locked(tmp_path / path):
+            pass
+    with pytest.raises(IsADirectoryError, match="pass the path of"), replacing.locked(Path(tmp_path.anchor)):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_folder_without_locks_is_not_replaced_either(tmp_path, monkeypatch):
     def flock(file, operation):
         raise OSError(errno.ENOLCK, "No locks available")
