@@ -439,7 +439,7 @@ class CellTrainer(ResumableTrainer):
         if getattr(self, "_eval_collator", None) is not None:  # not yet set when the trainer is made
             self._check_identities(model)
         if getattr(self, "is_in_train", False):
-            self._keep_in_float32(model)
+            self._prepare_weights(model)
         return model
 
     def hyperparameter_search(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..batches.stream_batches import part_of
+from ..models.gene_bert.modeling_gene_bert import GeneBertModel
 from .calibration import OutOfFold, replace_out_of_fold
 from .callbacks import FillHubFolder, SaveOnSignal, take_back_signals
 from .checkpoints import check_complete, check_same_meaning, checkpoint_to_resume, mark_unfinished
@@ -72,7 +73,7 @@ class ResumableTrainer(LossTrainer):
             if mark.exists():
                 self._stream_mark = json.loads(mark.read_text())
         if self.model_init is None:  # else call_model_init does it
-            self._keep_in_float32(self.model)
+            self._prepare_weights(self.model)
         if self.args.world_size > 1 and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             # An evaluation before marks the bare model, which accelerate then takes for one that is wrapped already:
             # each process would learn alone.
@@ -87,7 +88,11 @@ class ResumableTrainer(LossTrainer):
             self._check_order(resume_from_checkpoint, self.state.stateful_callbacks)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
-    def _keep_in_float32(self, model: PreTrainedModel) -> None:
+    def _prepare_weights(self, model: PreTrainedModel) -> None:
+        """Keep float32 weights; do not train the embedding of a `[CLS]` that is fixed, so that DDP does not wait."""
+        for module in model.modules():
+            if isinstance(module, GeneBertModel) and module.config.cls_state == "fixed":
+                module.cell_embedding.requires_grad_(False)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # which keep float32 weights of their own
             keep_in_float32(model, autocast=self.args.bf16 or self.args.fp16)
 

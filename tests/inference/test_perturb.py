@@ -165,18 +165,20 @@ def test_the_probability_of_one_of_several_label_columns(cells):
     np.testing.assert_allclose(table["probability"], [change[of_t, 0].mean()], atol=1e-6)
 
 
-@pytest.fixture
-def started(cells):
-    """A spectral start: residual branches are 0."""
+@pytest.fixture(params=["zero", "fixed", "gated"])
+def started(cells, request):
+    """A spectral start: residual branches are 0, or `[CLS]` is fixed, or its gates are 0."""
     tokenizer = make_tokenizer(cells, "whole")
-    model = make_model(tokenizer, pre_norm=True, norm_type="rms_norm", residual_init="zero", pooling="cls")
+    state = {"residual_init": "zero"} if request.param == "zero" else {"cls_state": request.param}
+    state = {"residual_init": "normal", "initializer_range": 0.5, **state}
+    model = make_model(tokenizer, pre_norm=True, norm_type="rms_norm", pooling="cls", **state)
     initialise_from_store(model, tokenizer, cells, n_components=8)
     return model, tokenizer
 
 
 @pytest.mark.parametrize("kind", ["delete", "overexpress"])
 def test_only_cls_is_read_where_no_token_reads_another(cells, started, kind, monkeypatch):
-    """The fast path equals the path of all tokens, and is left once a residual branch is not 0."""
+    """The fast path equals the path of all tokens, and is left once a residual branch, or a gate, is not 0."""
     model, tokenizer = started
     lengths = []
     forward = model.forward
@@ -198,7 +200,10 @@ def test_only_cls_is_read_where_no_token_reads_another(cells, started, kind, mon
     monkeypatch.undo()
     with torch.no_grad():
         model.layers[1].ffn.lin2.bias += 1e-3
-    assert not grid._Reader(model, tokenizer, -1, None, 100, False, None)._reads_cls_alone()
+        if model.config.cls_state == "gated":
+            model.layers[1].cls_gate[3] = 1e-3
+    reader = grid._Reader(model, tokenizer, -1, None, 100, False, None)
+    assert reader._reads_cls_alone() == (model.config.cls_state == "fixed")
     assert not grid._Reader(model, tokenizer, -1, "mean", 100, False, None)._reads_cls_alone()
 
 

@@ -233,7 +233,6 @@ class GeneBertModel(GeneBertPreTrainedModel):
         self.embeddings = PositionlessEmbeddings(config)
         if config.cell_embedding:
             self.cell_embedding = CellEmbedding(config)
-            self.cell_embedding.requires_grad_(config.cls_state != "fixed")
         self.layers = nn.ModuleList([GeneBertLayer(config) for _ in range(config.num_hidden_layers)])
         if config.pre_norm:
             self.final_norm = make_norm(config)
@@ -339,7 +338,9 @@ class GeneBertModel(GeneBertPreTrainedModel):
                     "dispatch_batches and split_batches do: pad it."
                 )
             cells = self.read_cells(cell_genes, cell_counts, cell_indptr, measured_genes)
-            hidden_states = put_first(hidden_states, self.cell_embedding(cells), attention_mask, cu_seq_lens_q)
+            whole = self.cell_embedding(cells)
+            whole = whole.detach() if self.config.cls_state == "fixed" else whole
+            hidden_states = put_first(hidden_states, whole, attention_mask, cu_seq_lens_q)
         elif cell_genes is not None:
             raise ValueError("The model does not read whole cells: create it with cell_embedding=True.")
         is_cls = None

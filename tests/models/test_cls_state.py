@@ -1,0 +1,153 @@
+"""`[CLS]` that the layers leave as it is, or change by learned factors, against layers that are applied one by one."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_adata
+from torch import nn
+
+from stformer_hf import (
+    CellStore,
+    GeneBertConfig,
+    GeneBertForClassification,
+    GeneBertForPhenotypicMLM,
+    GeneBertModel,
+    GeneTokenizer,
+    collate_fn_wrapper,
+    embed,
+    finetune,
+)
+from stformer_hf.cli import main
+
+
+@pytest.fixture
+def cells():
+    return make_adata(40, 30, seed=3)
+
+
+@pytest.fixture
+def tokenizer(cells):
+    return GeneTokenizer(cells.var_names.tolist(), bin_edges=[0.5, 1.5], whole_cell=True, max_length=12)
+
+
+def make(tokenizer, kind=GeneBertModel, **fields):
+    torch.manual_seed(0)
+    settings = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 24}
+    settings |= {"residual_init": "normal", "initializer_range": 0.5, "hidden_dropout_prob": 0.0, "pooling": "cls"}
+    return kind(GeneBertConfig.from_tokenizer(tokenizer, **{**settings, **fields})).eval()
+
+
+def batch_of(cells, tokenizer, side: str):
+    tokenizer.padding_side = "left" if side == "left" else "right"
+    tokens = tokenizer(cells.X.toarray())
+    examples = [dict(zip(tokens, one, strict=True)) for one in zip(*tokens.values(), strict=True)]
+    return collate_fn_wrapper(tokenizer, packing=side == "packed")(examples)
+
+
+@pytest.mark.parametrize("side", ["right", "left", "packed"])
+@pytest.mark.parametrize("state", ["fixed", "gated"])
+def test_states_are_those_of_layers_applied_one_by_one(cells, tokenizer, state, side):
+    model, plain = make(tokenizer, cls_state=state), make(tokenizer)
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if "cls_gate" not in name})
+    gates = [torch.zeros(16), torch.zeros(16)]
+    if state == "gated":
+        assert not any(layer.cls_gate.any() for layer in model.layers)  # begins as "fixed"
+        for layer, gate in zip(model.layers, gates, strict=True):
+            nn.init.normal_(gate)
+            layer.cls_gate.data.copy_(gate)
+    with torch.no_grad():
+        found = model(**batch_of(cells, tokenizer, side), output_hidden_states=True)
+        for i in range(0, len(cells), 7):
+            alone = batch_of(cells[i : i + 1], tokenizer, "right")
+            x = plain(**alone, output_hidden_states=True).hidden_states[0]
+            for layer, gate in zip(plain.layers, gates, strict=True):
+                after = layer(x, None)
+                after[:, 0] = x[:, 0] + gate * (after[:, 0] - x[:, 0])
+                x = after
+            expected = plain.final_norm(x)[0]
+            if side == "packed":
+                boundaries = batch_of(cells, tokenizer, side)["cu_seq_lens_q"].tolist()
+                got = found.last_hidden_state[0, boundaries[i] : boundaries[i + 1]]
+            else:
+                mask = batch_of(cells, tokenizer, side)["attention_mask"][i].bool()
+                got = found.last_hidden_state[i][mask]
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    kept = torch.tensor([0, 3, 13])
+    with torch.no_grad():
+        some = model(**batch_of(cells, tokenizer, side), tokens_to_keep=kept).last_hidden_state[0]
+    torch.testing.assert_close(some, found.last_hidden_state.flatten(0, 1)[kept], atol=1e-5, rtol=1e-4)
+
+
+def test_masked_genes_train_all_but_a_fixed_cls(cells, tokenizer):
+    model = make(tokenizer, GeneBertForPhenotypicMLM, cls_state="fixed").train()
+    batch = batch_of(cells, tokenizer, "right")
+    labels = torch.where(torch.rand(batch["input_ids"].shape) < 0.3, batch["input_ids"], -100)
+    model(**batch, labels=labels).loss.backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert without and all(name.startswith("gene_bert.cell_embedding.") for name in without)
+    with pytest.raises(ValueError, match='cls_state="fixed" needs cell_embedding=True'):
+        GeneBertConfig(cls_state="fixed")
+
+
+@pytest.mark.parametrize("as_path", [True, False])
+def test_fine_tuning_begins_at_the_fixed_cls_and_opens_the_gates(cells, tokenizer, as_path, tmp_path):
+    pretrained = make(tokenizer, GeneBertForPhenotypicMLM, cls_state="fixed")
+    pretrained.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    pretrained.tokenizer = tokenizer
+    model = str(tmp_path) if as_path else pretrained
+    started = finetune(cells, "cell_type", model=model, num_train_epochs=0)
+    assert isinstance(started, GeneBertForClassification) and started.config.cls_state == "gated"
+    assert not any(layer.cls_gate.any() for layer in started.gene_bert.layers)
+    states = []
+    for of in (pretrained, started):
+        embed(cells, of.base_model, tokenizer=tokenizer)
+        states.append(cells.obsm["X_stformer"].copy())
+    np.testing.assert_allclose(*states, atol=1e-6)
+    trained = finetune(cells, "cell_type", model=model, num_train_epochs=2)
+    assert all(layer.cls_gate.any() for layer in trained.gene_bert.layers)
+    again = finetune(cells, "cell_type", model=trained, num_train_epochs=0)
+    assert again.config.cls_state == "gated"
+    assert torch.equal(again.gene_bert.layers[0].cls_gate, trained.gene_bert.layers[0].cls_gate)
+
+
+def test_adapters_train_the_layers_of_a_fixed_cls(cells, tokenizer, tmp_path):
+    pytest.importorskip("peft")
+    pretrained = make(tokenizer, GeneBertForPhenotypicMLM, cls_state="fixed")
+    pretrained.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = finetune(cells, "cell_type", model=str(tmp_path / "model"), num_train_epochs=1, lora=2)
+    assert model.config.cls_state == "layers"
+
+
+def test_pretraining_fixes_cls_unless_an_objective_trains_it(cells, tmp_path):
+    CellStore.build(tmp_path / "store", cells, report=False)
+    fields = "{num_hidden_layers: 2, hidden_size: 16, num_attention_heads: 2, intermediate_size: 24}"
+    command = ["pretrain", "--data", str(tmp_path / "store"), "--max_steps", "2", "--held_out", "0"]
+    command += ["--per_device_train_batch_size", "8", "--learning_rate", "0.1"]
+    contrast = ["--objectives", "{mlm: 1, contrast: 1}"]
+    runs = {
+        "masked": ["--model_config", fields],
+        "contrast": ["--model_config", fields, *contrast],
+        "on": ["--model", str(tmp_path / "masked"), *contrast],
+        "still": ["--model", str(tmp_path / "masked")],
+    }
+    states = {"masked": "fixed", "contrast": "layers", "on": "gated", "still": "fixed"}
+    for name, flags in runs.items():
+        assert main([*command, *flags, "--output", str(tmp_path / name)]) == 0
+        assert GeneBertConfig.from_pretrained(tmp_path / name).cls_state == states[name]
+    embeddings = {name: GeneBertModel.from_pretrained(tmp_path / name).cell_embedding.genes.weight for name in runs}
+    assert torch.equal(embeddings["masked"], embeddings["still"])
+    assert not torch.equal(embeddings["masked"], embeddings["on"])
+
+
+def test_objectives_refuse_a_fixed_cls(cells, tokenizer, tmp_path):
+    from transformers import TrainingArguments
+
+    from stformer_hf import STFormerPretrainer
+
+    store = CellStore.build(tmp_path / "store", cells, report=False)
+    model = make(tokenizer, GeneBertForPhenotypicMLM, cls_state="fixed")
+    arguments = TrainingArguments(str(tmp_path / "run"), report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match=r'from_pretrained\(…, cls_state="gated"\)'):
+        STFormerPretrainer(arguments, store, model=model, processing_class=tokenizer, objectives={"decode": 1.0})
