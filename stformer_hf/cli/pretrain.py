@@ -258,13 +258,10 @@ def make_model(args: PretrainArguments, run: PretrainRun, **settings) -> PreTrai
     from ..training.starts.spectral_start import cell_embedding_of, set_views
 
     settings = {**(args.model_config or {}), **settings}
-    trains_cls = bool(set(args.objectives or {}) - {"mlm"})
     if args.model:
-        if trains_cls:
+        if set(args.objectives or {}) - {"mlm"}:
             settings = {**let_cls_learn(load_config(args.model)), **settings}
         return load_model(args.model, AutoModelForMaskedLM, new_head=True, dtype=torch.float32, **settings)
-    if run.tokenizer.whole_cell and not trains_cls:
-        settings = {"cls_state": "fixed", **settings}
     settings = {"size": args.size, "label_smoothing": args.label_smoothing, **settings}
     model = GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(run.tokenizer, **settings))
     if run.views is not None:

@@ -353,16 +353,13 @@ class _Reader:
         return pooled == {"cls"} and (self._cls_is_fixed() or self._layers_are_zero())
 
     def _cls_is_fixed(self) -> bool:
-        state = getattr(self.model.config, "cls_state", "layers")
+        state = getattr(self.model.config, "cls_state", None)
         return state == "fixed" or (
             state == "gated" and not any(bool(of.cls_gate.any()) for of in self.encoder.layers)
         )
 
     def _layers_are_zero(self) -> bool:
-        if not getattr(self.model.config, "cell_embedding", False):
-            return False
-        last = [linear for layer in self.encoder.layers for linear in (layer.attention.out_lin, layer.ffn.lin2)]
-        return not any(bool(parameter.any()) for linear in last for parameter in linear.parameters())
+        return getattr(self.model.config, "cell_embedding", False) and self.encoder.adds_nothing()
 
     def check_genes(self) -> None:
         """Raise a ValueError if the states of genes do not depend on other genes."""

@@ -206,7 +206,7 @@ def let_cls_learn(config: PreTrainedConfig, gated: bool = True) -> dict[str, str
 
     `gated=False` is for adapters, which train no gates.
     """
-    fixed = getattr(config, "cls_state", "layers") == "fixed"
+    fixed = getattr(config, "cls_state", None) == "fixed"
     return {"cls_state": "gated" if gated else "layers"} if fixed else {}
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..batches.stream_batches import part_of
-from ..models.gene_bert.modeling_gene_bert import GeneBertModel
+from ..models.gene_bert.modeling_gene_bert import GeneBertForPhenotypicMLM
 from .calibration import OutOfFold, replace_out_of_fold
 from .callbacks import FillHubFolder, SaveOnSignal, take_back_signals
 from .checkpoints import check_complete, check_same_meaning, checkpoint_to_resume, mark_unfinished
@@ -28,6 +28,8 @@ class ResumableTrainer(LossTrainer):
     """Trainer that resumes from complete checkpoints, and saves one when a signal stops it; see `CellTrainer`."""
 
     _train_batch_size: int  # set by Trainer
+
+    _trains_cls = False  # whether an objective reads `[CLS]`
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -69,6 +71,7 @@ class ResumableTrainer(LossTrainer):
             if self.args.auto_find_batch_size:  # as Trainer restores it
                 self._train_batch_size = state.get("train_batch_size") or self._train_batch_size
             self._check_order(checkpoint, state.get("stateful_callbacks", {}))
+            self._resume_cls_state(checkpoint)
             mark = checkpoint / self._stream_mark_file
             if mark.exists():
                 self._stream_mark = json.loads(mark.read_text())
@@ -88,11 +91,20 @@ class ResumableTrainer(LossTrainer):
             self._check_order(resume_from_checkpoint, self.state.stateful_callbacks)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
+    def _resume_cls_state(self, checkpoint: Path) -> None:
+        """Let the layers change `[CLS]` in a run whose checkpoint does not say that it is fixed."""
+        config, file = getattr(self.model, "config", None), checkpoint / "config.json"
+        if config is not None and getattr(config, "cls_state", "layers") is None and file.exists():
+            config.cls_state = json.loads(file.read_text()).get("cls_state") or "layers"
+
     def _prepare_weights(self, model: PreTrainedModel) -> None:
-        """Keep float32 weights; do not train the embedding of a `[CLS]` that is fixed, so that DDP does not wait."""
-        for module in model.modules():
-            if isinstance(module, GeneBertModel) and module.config.cls_state == "fixed":
-                module.cell_embedding.requires_grad_(False)
+        """Keep float32 weights, and a `[CLS]` that no loss reads."""
+        if isinstance(model, GeneBertForPhenotypicMLM) and model.config.cell_embedding:
+            config, encoder = model.config, model.gene_bert
+            if config.cls_state is None and not self._trains_cls and encoder.adds_nothing():
+                config.cls_state = "fixed"
+            if config.cls_state == "fixed":
+                encoder.cell_embedding.requires_grad_(False)  # or DDP would wait for its gradients
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # which keep float32 weights of their own
             keep_in_float32(model, autocast=self.args.bf16 or self.args.fp16)
 

@@ -1,5 +1,7 @@
 """`[CLS]` that the layers leave as it is, or change by learned factors, against layers that are applied one by one."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -132,13 +134,36 @@ def test_pretraining_fixes_cls_unless_an_objective_trains_it(cells, tmp_path):
         "on": ["--model", str(tmp_path / "masked"), *contrast],
         "still": ["--model", str(tmp_path / "masked")],
     }
-    states = {"masked": "fixed", "contrast": "layers", "on": "gated", "still": "fixed"}
+    states = {"masked": "fixed", "contrast": None, "on": "gated", "still": "fixed"}
     for name, flags in runs.items():
         assert main([*command, *flags, "--output", str(tmp_path / name)]) == 0
         assert GeneBertConfig.from_pretrained(tmp_path / name).cls_state == states[name]
     embeddings = {name: GeneBertModel.from_pretrained(tmp_path / name).cell_embedding.genes.weight for name in runs}
     assert torch.equal(embeddings["masked"], embeddings["still"])
     assert not torch.equal(embeddings["masked"], embeddings["on"])
+
+
+def test_a_run_that_moved_cls_is_resumed_as_it_was(cells, tmp_path):
+    """So is one with layers that are not 0 at its start, and one whose `[CLS]` was fixed."""
+    CellStore.build(tmp_path / "store", cells, report=False)
+    fields = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    command = ["pretrain", "--data", str(tmp_path / "store"), "--held_out", "0", "--per_device_train_batch_size", "8"]
+    command += ["--save_steps", "2", "--overwrite"]
+
+    def state_after(steps: int, name: str, **more) -> str | None:
+        of_model = json.dumps({**fields, **more})
+        flags = ["--model_config", of_model, "--max_steps", str(steps), "--output", str(tmp_path / name)]
+        assert main([*command, *flags, *["--resume_from_checkpoint", "True"] * (steps > 2)]) == 0
+        return GeneBertConfig.from_pretrained(tmp_path / name).cls_state
+
+    assert state_after(2, "new") == state_after(4, "new") == "fixed"
+    assert state_after(2, "old", cls_state="layers") == "layers"
+    file = tmp_path / "old" / "checkpoint-2" / "config.json"
+    config = json.loads(file.read_text())
+    del config["cls_state"]  # as it was before there was a choice
+    file.write_text(json.dumps(config))
+    assert state_after(4, "old") == "layers"
+    assert state_after(2, "random", residual_init="normal") is None
 
 
 def test_objectives_refuse_a_fixed_cls(cells, tokenizer, tmp_path):

@@ -44,7 +44,7 @@ _CHOICES = {
     "classifier_pooling": ("cls", "mean"),
     "pooling": (None, "cls", "mean"),
     "residual_init": ("normal", "zero"),
-    "cls_state": ("layers", "fixed", "gated"),
+    "cls_state": (None, "layers", "fixed", "gated"),
     "value_embedding": (False, True, "soft_bins"),
     "norm_type": ("layer_norm", "rms_norm"),
     "position_embedding_type": ("none", "learned", "rotary"),
@@ -92,11 +92,12 @@ class GeneBertConfig(PreTrainedConfig):
     cell_embedding : bool, default: False
         Whether `[CLS]` starts as the whole cell, regardless of which genes are tokens: see `CellEmbedding`. Needs a
         tokenizer with `whole_cell=True`, which returns the cells' counts.
-    cls_state : {"layers", "fixed", "gated"}, default: "layers"
-        With `cell_embedding`: whether the layers change `[CLS]` as any token; or not at all, nor is its embedding
-        trained ("fixed", for losses that do not read `[CLS]`, such as that of masked genes, which would only blur it);
-        or by a learned factor per layer and dimension that begins at 0 ("gated", to fine-tune such a model; ReZero,
-        Bachlechner et al. 2020).
+    cls_state : {"layers", "fixed", "gated"}, optional
+        With `cell_embedding`: whether the layers change `[CLS]` as any token ("layers", and by default); or not at
+        all, nor is its embedding trained ("fixed"); or by a learned factor per layer and dimension that begins at 0
+        ("gated"; ReZero, Bachlechner et al. 2020). CellTrainer and STFormerPretrainer set "fixed" where masked genes
+        alone are trained from the start: their loss does not read `[CLS]`, and would only blur it. `finetune` sets
+        "gated" for such a model.
     cell_decoder : bool, default: False
         Whether `GeneBertForPhenotypicMLM` also decodes the counts of all genes from `[CLS]`: see `CellDecoder`; needs
         `cell_embedding`.
@@ -185,7 +186,7 @@ class GeneBertConfig(PreTrainedConfig):
     rotary_base: float | int = 10_000.0
     value_embedding: bool | str = False
     cell_embedding: bool = False
-    cls_state: str = "layers"
+    cls_state: str | None = None
     cell_decoder: bool = False
     num_genes: int = 0
     residual_init: str = "normal"
@@ -231,7 +232,7 @@ class GeneBertConfig(PreTrainedConfig):
             raise ValueError(
                 f"cell_embedding needs num_genes and an even hidden_size, got {self.num_genes} and {self.hidden_size}."
             )
-        if self.cls_state != "layers" and not self.cell_embedding:
+        if self.cls_state in ("fixed", "gated") and not self.cell_embedding:
             raise ValueError(f'cls_state="{self.cls_state}" needs cell_embedding=True: no loss would train [CLS].')
         for name in ("wide_head", "cell_decoder"):
             if getattr(self, name) and not self.cell_embedding:

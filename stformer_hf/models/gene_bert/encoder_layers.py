@@ -322,8 +322,8 @@ class GeneBertLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: GeneBertConfig):
         super().__init__()
-        self.pre_norm, self.cls_state = config.pre_norm, config.cls_state
-        if self.cls_state == "gated":
+        self.config, self.pre_norm = config, config.pre_norm
+        if config.cls_state == "gated":
             self.cls_gate = nn.Parameter(torch.zeros(config.hidden_size))
         self.attention = GeneBertAttention(config)
         self.sa_layer_norm = make_norm(config)
@@ -355,7 +355,7 @@ class GeneBertLayer(GradientCheckpointingLayer):
             after = self.output_layer_norm(self.ffn(after) + after)
         if is_cls is None:
             return after
-        of_cls = before if self.cls_state == "fixed" else before + self.cls_gate * (after - before)
+        of_cls = before if self.config.cls_state == "fixed" else before + self.cls_gate * (after - before)
         return torch.where(keep(is_cls.unsqueeze(-1), tokens_to_keep), of_cls, after)
 
 

@@ -116,7 +116,7 @@ class GeneBertPreTrainedModel(PreTrainedModel):
         elif isinstance(module, PreClassifier):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             init.zeros_(module.bias)
-        elif isinstance(module, GeneBertLayer) and module.cls_state == "gated":
+        elif isinstance(module, GeneBertLayer) and hasattr(module, "cls_gate"):
             init.zeros_(module.cls_gate)
         elif isinstance(module, SoftBins):
             module.reset_weights()
@@ -246,6 +246,11 @@ class GeneBertModel(GeneBertPreTrainedModel):
         """Replace the embedding of the token ids."""
         self.embeddings.word_embeddings = value
 
+    def adds_nothing(self) -> bool:
+        """Return whether the residual branches of all layers are 0, as at a start that was not trained."""
+        last = [linear for layer in self.layers for linear in (layer.attention.out_lin, layer.ffn.lin2)]
+        return not any(bool(parameter.any()) for linear in last for parameter in linear.parameters())
+
     def read_cells(
         self,
         cell_genes: torch.LongTensor | None,
@@ -344,7 +349,7 @@ class GeneBertModel(GeneBertPreTrainedModel):
         elif cell_genes is not None:
             raise ValueError("The model does not read whole cells: create it with cell_embedding=True.")
         is_cls = None
-        if self.config.cls_state != "layers":
+        if self.config.cls_state in ("fixed", "gated"):
             firsts = first_tokens(shape, attention_mask, cu_seq_lens_q, given.device)
             is_cls = torch.zeros(shape[0] * shape[1], dtype=torch.bool, device=given.device).scatter(0, firsts, True)
             is_cls = is_cls.view(shape)
