@@ -20,7 +20,7 @@ from ..training.calibration import OutOfFold, load_out_of_fold
 from ..training.cell_heads import CellHead, read_heads
 from ..training.loading import is_model, name_of, unwrap
 from .ancestors import ancestors_of, climb, read_parents
-from .batches import load, run, table_of
+from .batches import length_to_read, load, run, table_of
 from .rejection import UNKNOWN, check_reject, rejection_thresholds, typicality
 
 _HOW_TO_CLUSTER = (
@@ -160,6 +160,7 @@ def annotate(
         dtype=dtype,
         desc="annotate",
         with_phenotypes=True,  # as in training
+        max_length=length_to_read(classifier.base_model, tokenizer, classifier.config.classifier_pooling),
         distributed=distributed,
     )
     columns: dict[str, Any] = {}

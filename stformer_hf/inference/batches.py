@@ -24,6 +24,7 @@ from ..batches.evaluating import evaluating
 from ..models.gene_bert.cell_counts import NEIGHBORS, pad_ragged, sum_of_neighbors
 from ..models.gene_bert.cell_tables import find_table, is_mudata, is_spatialdata
 from ..models.gene_bert.heads import default_pooling
+from ..models.gene_bert.modeling_gene_bert import GeneBertModel
 from ..models.gene_bert.packed_attention import takes_boundaries
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..models.gene_bert.tokenized_cells import TokenizedCells, take
@@ -112,6 +113,16 @@ def at_work(
         yield
 
 
+def length_to_read(encoder: PreTrainedModel, tokenizer: GeneTokenizer, *poolings: str) -> int | None:
+    """Return how many tokens of a cell to read: all (None), or as few as possible where `[CLS]` alone counts.
+
+    It does if it is the only state to pool, and a function of the whole cell (`GeneBertModel.reads_cls_alone`).
+    """
+    if set(poolings) != {"cls"} or not isinstance(encoder, GeneBertModel) or not encoder.reads_cls_alone():
+        return None
+    return int(tokenizer.add_cls) + int(tokenizer.add_eos) + len(tokenizer.included_phenotypes) + 1
+
+
 def packs(model: PreTrainedModel) -> bool:
     """Return whether inference packs the cells of a batch into one row, with the model's device and precision.
 
@@ -136,6 +147,7 @@ def run(
     device: str | None,
     desc: str,
     with_phenotypes: bool,
+    max_length: int | None = None,
     dtype: str | None = None,
     distributed: bool = False,
     workers: int = 1,
@@ -150,13 +162,15 @@ def run(
         With more than one worker, it must be picklable.
     desc : str
         Text of the progress bar.
+    max_length : int, optional
+        Number of tokens to read of each cell, see `length_to_read`.
 
     Returns
     -------
     results : float32 array (n_cells, d)
         In the order of the cells, whatever the processes, as far as torch computes the same with as many threads.
     n_genes : int64 array (n_cells,)
-        Number of genes of each cell that the model read.
+        Number of genes of each cell among its tokens.
     source : Source
         Source of the counts.
     """
@@ -170,7 +184,7 @@ def run(
     own = range(rank * n_cells // world, (rank + 1) * n_cells // world)
     if state is not None and device is None:
         device = str(state.device)
-    work = _Work(model, tokenizer, forward, batch_size, device, dtype, with_phenotypes)
+    work = _Work(model, tokenizer, forward, batch_size, device, dtype, with_phenotypes, max_length)
     if here:
         parts = [work.run(source, own, desc)]
     else:
@@ -199,6 +213,7 @@ class _Work:
     device: str | None
     dtype: str | None
     with_phenotypes: bool
+    max_length: int | None
 
     def __getstate__(self) -> dict[str, Any]:
         """Hold the model as its weights: a model that ran has hooks of Transformers, which cannot be pickled."""
@@ -234,6 +249,7 @@ class _Work:
                 with_phenotypes=self.with_phenotypes,
                 cells=cells,
                 packed=packs(self.model),
+                max_length=self.max_length,
             )
             for batch in batches:
                 batch = batch.to(self.model.device)
@@ -297,6 +313,7 @@ def read_batches(
     max_padded: int | None = None,
     cells: range | None = None,
     packed: bool = False,
+    max_length: int | None = None,
 ) -> Iterator[TokenBatch]:
     """Tokenize the cells of a source, and yield them in batches of similar length.
 
@@ -314,6 +331,8 @@ def read_batches(
         Rows of the cells to read; all by default.
     packed : bool, default: False
         Whether to pack the batches instead of padding them, see `make_batch`.
+    max_length : int, optional
+        Maximum number of tokens per cell, by default the tokenizer's.
 
     Yields
     ------
@@ -340,6 +359,7 @@ def read_batches(
                 fractional=source.fractional,
                 neighborhood=None if around is None else around[start:stop],
                 for_inference=not with_phenotypes,
+                max_length=max_length,
             )
             lengths = np.diff(tokens.indptr)
             order = np.argsort(-lengths, kind="stable")

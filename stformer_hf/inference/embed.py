@@ -16,7 +16,7 @@ from ..models.gene_bert.heads import pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
 from ..training.loading import name_of
-from .batches import check_hidden_layer, choose_pooling, load, run, table_of
+from .batches import check_hidden_layer, choose_pooling, length_to_read, load, run, table_of
 
 
 def embed(
@@ -132,7 +132,7 @@ def embed_and_count(
     layer: str | None = None,
     **settings,
 ) -> tuple[AnnData | None, np.ndarray]:
-    """Do as `embed`, and return also the number of genes of each cell that the model read: int64 array (n_cells,)."""
+    """Do as `embed`, and return also the number of genes of each cell among its tokens: int64 array (n_cells,)."""
     table = table_of(adata, layer)
     name = name_of(model)
     encoder, tokenizer = load(model, tokenizer, AutoModel, min_coverage)
@@ -147,6 +147,7 @@ def embed_and_count(
         layer=layer,
         desc="embed",
         with_phenotypes=with_phenotypes,
+        max_length=length_to_read(encoder, tokenizer, pooling),
         **settings,
     )
     table.obsm[key_added] = embedding

@@ -27,6 +27,7 @@ from ..genes.whole_files import whole_file
 from ..genes.wrong_names import must_have
 from ..models.gene_bert.configuration_gene_bert import output_name
 from ..models.gene_bert.heads import pool
+from ..models.gene_bert.modeling_gene_bert import GeneBertModel
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..models.gene_bert.tokenized_cells import take
 from ..sources.open_source import open_source
@@ -41,6 +42,7 @@ from .batches import (
     check_hidden_layer,
     choose_pooling,
     is_classifier,
+    length_to_read,
     load,
     make_batch,
     packs,
@@ -341,38 +343,16 @@ class _Reader:
         self.hidden_layer, self.max_tokens, self.fractional = hidden_layer, max_tokens, fractional
         self.names: tuple[np.ndarray, np.ndarray] | None = None
         self.class_name: str | None = None
-        self.length = self._shortest() if self._reads_cls_alone() else None
-
-    def _reads_cls_alone(self) -> bool:
-        """Return whether states and logits depend on the whole-cell `[CLS]` alone, whatever the other tokens are.
-
-        With residual branches of 0, as at the spectral start, no token reads another, and a model may keep `[CLS]`
-        fixed: its state is then a function of the sum over all genes. Its tokens need not be read.
-        """
         pooled = {self.pooling, *[self.model.config.classifier_pooling] * bool(self.heads)}
-        return pooled == {"cls"} and (self._cls_is_fixed() or self._layers_are_zero())
-
-    def _cls_is_fixed(self) -> bool:
-        state = getattr(self.model.config, "cls_state", None)
-        return state == "fixed" or (
-            state == "gated" and not any(bool(of.cls_gate.any()) for of in self.encoder.layers)
-        )
-
-    def _layers_are_zero(self) -> bool:
-        return getattr(self.model.config, "cell_embedding", False) and self.encoder.adds_nothing()
+        self.length = length_to_read(self.encoder, self.tokenizer, *pooled)
 
     def check_genes(self) -> None:
         """Raise a ValueError if the states of genes do not depend on other genes."""
-        if self._layers_are_zero():
+        if isinstance(self.encoder, GeneBertModel) and self.encoder.adds_nothing():
             raise ValueError(
                 "The layers of this model add nothing yet (a spectral start that was not trained), so the state of a "
                 "gene does not depend on other genes: train the model, or leave out gene_shifts."
             )
-
-    def _shortest(self) -> int:
-        """Return the smallest length that the tokenizer accepts: one gene."""
-        tokenizer = self.tokenizer
-        return int(tokenizer.add_cls) + int(tokenizer.add_eos) + len(tokenizer.included_phenotypes) + 1
 
     def choose_class(self, predicted: str | None, goal: str | None, goal_key: str | None) -> None:
         """Choose the class whose probability is measured; with several label columns, one must be named."""

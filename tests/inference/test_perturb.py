@@ -192,7 +192,7 @@ def test_only_cls_is_read_where_no_token_reads_another(cells, started, kind, mon
     genes = cells.var_names[1:7].tolist()
     fast = perturb(cells, model, genes, **settings)
     assert max(lengths) == 3  # [CLS], one gene, [EOS]
-    monkeypatch.setattr(grid._Reader, "_reads_cls_alone", lambda self: False)
+    monkeypatch.setattr(grid, "length_to_read", lambda *_: None)
     plain = perturb(cells, model, genes, **settings)
     assert max(lengths) == 12
     pd.testing.assert_frame_equal(fast, plain, rtol=1e-4, atol=1e-7)
@@ -203,8 +203,8 @@ def test_only_cls_is_read_where_no_token_reads_another(cells, started, kind, mon
         if model.config.cls_state == "gated":
             model.layers[1].cls_gate[3] = 1e-3
     reader = grid._Reader(model, tokenizer, -1, None, 100, False, None)
-    assert reader._reads_cls_alone() == (model.config.cls_state == "fixed")
-    assert not grid._Reader(model, tokenizer, -1, "mean", 100, False, None)._reads_cls_alone()
+    assert (reader.length == 3) == (model.config.cls_state == "fixed")
+    assert grid._Reader(model, tokenizer, -1, "mean", 100, False, None).length is None
 
 
 def settings_of(cells):

@@ -15,11 +15,14 @@ from stformer_hf import (
     GeneBertForPhenotypicMLM,
     GeneBertModel,
     GeneTokenizer,
+    annotate,
     collate_fn_wrapper,
     embed,
     finetune,
 )
 from stformer_hf.cli import main
+from stformer_hf.inference import annotate as annotate_module
+from stformer_hf.inference import embed as embed_module
 
 
 @pytest.fixture
@@ -111,6 +114,30 @@ def test_fine_tuning_begins_at_the_fixed_cls_and_opens_the_gates(cells, tokenize
     again = finetune(cells, "cell_type", model=trained, num_train_epochs=0)
     assert again.config.cls_state == "gated"
     assert torch.equal(again.gene_bert.layers[0].cls_gate, trained.gene_bert.layers[0].cls_gate)
+
+
+@pytest.mark.parametrize("state", ["fixed", "gated", "layers"])
+def test_few_tokens_are_read_where_cls_alone_counts(cells, tokenizer, state, monkeypatch):
+    model = make(tokenizer, GeneBertForClassification, cls_state=state, num_labels=3)
+    lengths: list[int] = []
+    of_layer = model.gene_bert.layers[0].forward
+
+    def watch(hidden, *args, **kwargs):
+        lengths.append(int(kwargs.get("max_length_q") or hidden.shape[1]))  # packed, or of one length
+        return of_layer(hidden, *args, **kwargs)
+
+    monkeypatch.setattr(model.gene_bert.layers[0], "forward", watch)
+    found = []
+    for _ in range(2):
+        embed(cells, model, tokenizer=tokenizer)
+        annotate(cells, model, tokenizer=tokenizer)
+        found.append((cells.obsm["X_stformer"].copy(), cells.obsm["stformer_probabilities"].copy(), max(lengths)))
+        lengths.clear()
+        for module in (embed_module, annotate_module):
+            monkeypatch.setattr(module, "length_to_read", lambda *_: None)
+    for few, every in zip(found[0][:2], found[1][:2], strict=True):
+        np.testing.assert_allclose(few, every, atol=1e-6)
+    assert [length for *_, length in found] == [12 if state == "layers" else 3, 12]
 
 
 def test_adapters_train_the_layers_of_a_fixed_cls(cells, tokenizer, tmp_path):

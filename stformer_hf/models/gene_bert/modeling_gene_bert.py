@@ -251,6 +251,17 @@ class GeneBertModel(GeneBertPreTrainedModel):
         last = [linear for layer in self.layers for linear in (layer.attention.out_lin, layer.ffn.lin2)]
         return not any(bool(parameter.any()) for linear in last for parameter in linear.parameters())
 
+    def reads_cls_alone(self) -> bool:
+        """Return whether the states of `[CLS]` are functions of the whole cell alone, whatever the other tokens are.
+
+        They are if `[CLS]` is fixed (or its gates are 0), and if no layer adds anything.
+        """
+        if not self.config.cell_embedding:
+            return False
+        gates = [layer.cls_gate for layer in self.layers if hasattr(layer, "cls_gate")]
+        closed = bool(gates) and not any(bool(gate.any()) for gate in gates)
+        return self.config.cls_state == "fixed" or closed or self.adds_nothing()
+
     def read_cells(
         self,
         cell_genes: torch.LongTensor | None,
