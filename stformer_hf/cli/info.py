@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ..genes.gene_table import GeneTable
+    from ..sources.open_source import Source
 
 _N_SAMPLE = 1_000  # cells whose counts are summarised
-_N_TIMED = 64  # cells that are embedded to estimate the time for all of them
+_N_TIMED = 64  # cells that are embedded, and trained on, to estimate the time for all of them
+_BATCH = 32  # cells of a training step
 _WIDTH = 17
 
 
@@ -35,7 +38,9 @@ class InfoArguments:
     """Flags of `info`."""
 
     path: str = flag("file of cells, store (path or address), or model; the flag's name may be left out")
-    model: str | None = flag("compare cells with this model: genes they share, time to embed them", None)
+    model: str | None = flag(
+        "compare cells with this model: genes they share; time and memory to embed them, and to train on them", None
+    )
     layer: str | None = None
 
 
@@ -220,7 +225,7 @@ def _n_weights(folder: Path) -> int | None:
 
 
 def _fit_facts(source: Any, counts: str | None, args: InfoArguments) -> dict[str, str]:
-    """Compare cells with a model: the genes they share, and the time to embed them, measured on a few."""
+    """Compare cells with a model: the genes they share, and what it takes to embed and to train, measured on a few."""
     from ..models.gene_bert.gene_matcher import coverage_of
     from ..training.loading import load_tokenizer
 
@@ -237,29 +242,63 @@ def _fit_facts(source: Any, counts: str | None, args: InfoArguments) -> dict[str
         "file's genes": f"{(found >= 0).mean():.1%} are known to the model",
     }
     if share["weight"] >= tokenizer.min_coverage and not tokenizer.neighborhood:
-        seconds, n = _time_embedding(source, args)
-        if n:
-            total = seconds / n * source.shape[0]
-            facts["time to embed"] = (
-                f"about {total:,.1f} s for {source.shape[0]:,} cells: {n} of them took {seconds:.2f} s on this machine"
-            )
+        rows = np.unique(np.linspace(0, source.shape[0] - 1, min(_N_TIMED, source.shape[0])).astype(np.int64))
+        for name, work in (("embed", _embedding), ("train an epoch", _training)) if len(rows) else ():
+            facts[f"to {name}"] = _cost(work(source, rows, args.model), len(rows), source.shape[0])
     return facts
 
 
-def _time_embedding(source: Any, args: InfoArguments) -> tuple[float, int]:
-    """Embed some cells twice, and return the seconds of the second time and the number of cells."""
+def _cost(work: Callable[[], None], n: int, n_cells: int) -> str:
+    """Do some work on n cells twice; describe what the second time says about all cells, and the memory it took."""
+    from ..training.throughput import peak_resident_memory
+
+    seconds = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - began
+    total, peak = seconds / n * n_cells, peak_resident_memory() / 2**20
+    memory = f", with {peak:,.0f} MB of memory" if peak else ""
+    return f"about {total:,.1f} s for {n_cells:,} cells: {n} of them took {seconds:.2f} s on this machine{memory}"
+
+
+def _embedding(source: Source, rows: np.ndarray, name: str) -> Callable[[], None]:
+    """Return a function that embeds some cells."""
     from anndata import AnnData
     from transformers import AutoModel
 
     from ..inference.batches import load
     from ..inference.embed import embed
 
-    model, tokenizer = load(args.model, None, AutoModel)
-    rows = np.unique(np.linspace(0, source.shape[0] - 1, min(_N_TIMED, source.shape[0])).astype(np.int64))
+    model, tokenizer = load(name, None, AutoModel)
     cells = AnnData(source.matrix.take(rows), obs=source.obs.iloc[rows], var=source.genes.frame.set_index("gene_id"))
-    seconds = 0.0
-    for _ in range(2):
-        began = time.perf_counter()
-        embed(cells, model, tokenizer=tokenizer, layer="X", fractional=True)
-        seconds = time.perf_counter() - began
-    return seconds, len(rows)
+    return lambda: embed(cells, model, tokenizer=tokenizer, layer="X", fractional=True)
+
+
+def _training(source: Source, rows: np.ndarray, name: str) -> Callable[[], None]:
+    """Return a function that makes training steps on masked genes of some cells, without their phenotypes."""
+    import torch
+    from transformers import AutoModelForMaskedLM
+
+    from ..batches.collators import DataCollatorForPhenotypicMLM
+    from ..training.loading import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(name)
+    tokenizer.included_phenotypes = []
+    model = load_model(name, AutoModelForMaskedLM, new_head=True, dtype=torch.float32).train()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    optimizer = torch.optim.AdamW(model.parameters())
+    counts, names = source.matrix.take(rows), (source.genes.gene_ids, source.genes.symbols)
+    collator = DataCollatorForPhenotypicMLM(tokenizer)
+
+    def steps() -> None:
+        for first in range(0, len(rows), _BATCH):
+            tokens = tokenizer(counts[first : first + _BATCH], genes=names, fractional=True)
+            examples = [dict(zip(tokens, one, strict=True)) for one in zip(*tokens.values(), strict=True)]
+            batch = collator([{**example, "cell_id": first + i} for i, example in enumerate(examples)])
+            batch = {key: of if isinstance(of, int) else of.to(model.device) for key, of in batch.items()}
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return steps

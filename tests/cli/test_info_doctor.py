@@ -118,7 +118,8 @@ def test_a_model_and_how_it_fits(model, adata, tmp_path, capsys):
     fit = facts(capsys, tmp_path / "cells.h5ad", "--model", tmp_path / "model")
     assert fit["model's genes"].startswith("30 of 40 are in the file (75.0%;")
     assert fit["file's genes"] == "75.0% are known to the model"
-    assert "for 60 cells: 60 of them took" in fit["time to embed"]
+    for work in ("to embed", "to train an epoch"):
+        assert re.search(r"^about [\d.]+ s for 60 cells: 60 of them took .* with [\d,]+ MB of memory$", fit[work])
     assert main(["info", str(tmp_path / "model"), "--model", "x"]) == 1
     assert "is a model" in capsys.readouterr().err
 
