@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -104,7 +105,8 @@ class ResumableTrainer(LossTrainer):
             if config.cls_state is None and not self._trains_cls and encoder.adds_nothing():
                 config.cls_state = "fixed"
             if config.cls_state == "fixed":
-                encoder.cell_embedding.requires_grad_(False)  # or DDP would wait for its gradients
+                for name in ("cell_embedding", "final_norm"):  # or DDP would wait for their gradients
+                    getattr(encoder, name, nn.Module()).requires_grad_(False)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # which keep float32 weights of their own
             keep_in_float32(model, autocast=self.args.bf16 or self.args.fp16)
 

@@ -94,10 +94,10 @@ class GeneBertConfig(PreTrainedConfig):
         tokenizer with `whole_cell=True`, which returns the cells' counts.
     cls_state : {"layers", "fixed", "gated"}, optional
         With `cell_embedding`: whether the layers change `[CLS]` as any token ("layers", and by default); or not at
-        all, nor is its embedding trained ("fixed"); or by a learned factor per layer and dimension that begins at 0
-        ("gated"; ReZero, Bachlechner et al. 2020). CellTrainer and STFormerPretrainer set "fixed" where masked genes
-        alone are trained from the start: their loss does not read `[CLS]`, and would only blur it. `finetune` sets
-        "gated" for such a model.
+        all, nor are its embedding and the last norm trained ("fixed"); or by a learned factor per layer and dimension
+        that begins at 0 ("gated"; ReZero, Bachlechner et al. 2020). CellTrainer and STFormerPretrainer set "fixed"
+        where masked genes alone are trained from the start: their loss does not read `[CLS]`, and would only blur it.
+        `finetune` sets "gated" for such a model.
     cell_decoder : bool, default: False
         Whether `GeneBertForPhenotypicMLM` also decodes the counts of all genes from `[CLS]`: see `CellDecoder`; needs
         `cell_embedding`.

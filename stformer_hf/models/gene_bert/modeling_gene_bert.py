@@ -262,6 +262,14 @@ class GeneBertModel(GeneBertPreTrainedModel):
         closed = bool(gates) and not any(bool(gate.any()) for gate in gates)
         return self.config.cls_state == "fixed" or closed or self.adds_nothing()
 
+    def _apply_final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Apply the last norm; that of a fixed `[CLS]` is not trained, and the head can scale the other tokens."""
+        norm = self.final_norm
+        if self.config.cls_state == "fixed" and self.training and norm.weight.requires_grad:
+            weights = {name: weight.detach() for name, weight in norm.named_parameters()}
+            return torch.func.functional_call(norm, weights, hidden_states)
+        return norm(hidden_states)
+
     def read_cells(
         self,
         cell_genes: torch.LongTensor | None,
@@ -381,7 +389,7 @@ class GeneBertModel(GeneBertPreTrainedModel):
         if not self.layers:
             hidden_states = keep(hidden_states, tokens_to_keep)
         if self.config.pre_norm:
-            hidden_states = self.final_norm(hidden_states)
+            hidden_states = self._apply_final_norm(hidden_states)
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
