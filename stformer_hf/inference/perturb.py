@@ -205,7 +205,7 @@ def perturb(
         raise ValueError("The shifts of genes are written to a folder: pass output=…")
     reader = _Reader(model, tokenizer, hidden_layer, pooling, max_tokens, fractional, min_coverage)
     if gene_shifts:
-        reader.check_genes()
+        reader.read_genes()
     source = open_source(adata, layer, fractional)
     genes_of = np.asarray(source.genes.gene_ids), np.asarray(source.genes.symbols)
     has_index = isinstance(adata, AnnData) and adata.n_vars == len(genes_of[0])
@@ -346,13 +346,19 @@ class _Reader:
         pooled = {self.pooling, *[self.model.config.classifier_pooling] * bool(self.heads)}
         self.length = length_to_read(self.encoder, self.tokenizer, *pooled)
 
-    def check_genes(self) -> None:
-        """Raise a ValueError if the states of genes do not depend on other genes."""
+    def read_genes(self) -> None:
+        """Read all tokens, for the states of genes; raise a ValueError if these do not depend on other genes."""
+        if self.hidden_layer in (0, -self.model.config.num_hidden_layers - 1):
+            raise ValueError(
+                f"hidden_layer={self.hidden_layer} is before the first layer, where the state of a gene does not "
+                "depend on other genes: choose another, or leave out gene_shifts."
+            )
         if isinstance(self.encoder, GeneBertModel) and self.encoder.adds_nothing():
             raise ValueError(
                 "The layers of this model add nothing yet (a spectral start that was not trained), so the state of a "
                 "gene does not depend on other genes: train the model, or leave out gene_shifts."
             )
+        self.length = None
 
     def choose_class(self, predicted: str | None, goal: str | None, goal_key: str | None) -> None:
         """Choose the class whose probability is measured; with several label columns, one must be named."""

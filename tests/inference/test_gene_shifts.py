@@ -43,11 +43,16 @@ def states_of_genes(counts, names, model, tokenizer) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize(("scheme", "kind"), [("binned", "delete"), ("rank", "overexpress"), ("whole", "activate")])
+@pytest.mark.parametrize(
+    ("scheme", "kind"),
+    [("binned", "delete"), ("rank", "overexpress"), ("whole", "activate"), ("fixed", "activate")],
+)
 def test_shifts_are_those_of_cells_read_one_by_one(cells, scheme, kind, tmp_path):
-    tokenizer = make_tokenizer(cells, scheme)
+    """`fixed`: where the state of the cell is that of the whole-cell `[CLS]` alone."""
+    tokenizer = make_tokenizer(cells, "whole" if scheme == "fixed" else scheme)
     kind_of_model = GeneBertForClassification if scheme == "binned" else GeneBertModel
-    fields = {"residual_init": "normal"} if scheme == "whole" else {}
+    fields = {"residual_init": "normal"} if tokenizer.whole_cell else {}
+    fields |= {"cls_state": "fixed", "pooling": "cls"} if scheme == "fixed" else {}
     model = make_model(tokenizer, kind_of_model, initializer_range=0.5, **fields)
     groups = [[1], [5], [10, 13]]
     genes = [cells.var_names[of].tolist() for of in groups]
@@ -106,6 +111,8 @@ def test_errors_at_the_door(cells, tmp_path):
     initialise_from_store(started, tokenizer, cells)
     with pytest.raises(ValueError, match="does not depend on other genes"):
         perturb(cells, started, genes, tokenizer=tokenizer, gene_shifts=3, output=tmp_path / "p")
+    with pytest.raises(ValueError, match="hidden_layer=0 is before the first layer"):
+        perturb(cells, model, genes, tokenizer=tokenizer, gene_shifts=3, hidden_layer=0, output=tmp_path / "p")
     assert not (tmp_path / "p").exists()
 
 
