@@ -355,6 +355,10 @@ def _start(
     groups = None if split_by is None else _groups(prepared.cells, split_by, columns)
     if groups is not None and prepared.twins is not None:
         groups = join_groups(groups, twins)
+        if len(np.unique(groups)) < 2:
+            raise ValueError(
+                f"All groups of {split_by!r} share cells (same barcode and counts): remove the duplicates first."
+            )
     prepared.start = start = start_classifier(
         prepared.model,
         prepared.tokenizer,

@@ -263,6 +263,14 @@ def test_copies_of_a_cell_are_in_one_fold_of_every_choice(labelled, monkeypatch,
     assert abs(accuracy - of_once) < 0.1
 
 
+def test_groups_that_all_share_a_cell_are_refused(labelled):
+    kept = labelled[_full(labelled) & labelled.obs["type"].notna().to_numpy()].copy()
+    cells = anndata.concat([kept, kept[:1]])
+    cells.obs["donor"] = pd.Categorical(np.repeat(["d0", "d1"], [100, len(cells) - 100]))
+    with pytest.raises(ValueError, match="All groups of 'donor' share cells"):
+        finetune(cells, "type", split_by="donor")
+
+
 def test_groups_stay_whole_in_the_choice_by_many_cells(labelled, of_many, monkeypatch, tmp_path):
     """And all groups are predicted, with axes that are fitted without them."""
     monkeypatch.setattr(classifier_start, "MOST_CELLS_TO_CHOOSE", 40)
