@@ -23,6 +23,7 @@ from stformer_hf import (
 from stformer_hf.cli import main
 from stformer_hf.inference import annotate as annotate_module
 from stformer_hf.inference import embed as embed_module
+from stformer_hf.models.gene_bert import modeling_gene_bert
 
 
 @pytest.fixture
@@ -138,6 +139,17 @@ def test_few_tokens_are_read_where_cls_alone_counts(cells, tokenizer, state, mon
     for few, every in zip(found[0][:2], found[1][:2], strict=True):
         np.testing.assert_allclose(few, every, atol=1e-6)
     assert [length for *_, length in found] == [12 if state == "layers" else 3, 12]
+
+
+def test_a_classifier_by_hand_is_told_that_its_layers_are_not_trained(cells, tokenizer, caplog):
+    modeling_gene_bert.logger.warning_once.cache_clear()
+    batch, labels = batch_of(cells, tokenizer, "right"), torch.zeros(len(cells), dtype=torch.long)
+    for state in ("gated", "fixed"):
+        model = make(tokenizer, GeneBertForClassification, cls_state=state)
+        model(**batch, labels=labels)  # an evaluation
+        assert "[CLS]" not in caplog.text
+        model.train()(**batch, labels=labels)
+    assert 'load it with cls_state="gated"' in caplog.text
 
 
 def test_adapters_train_the_layers_of_a_fixed_cls(cells, tokenizer, tmp_path):

@@ -627,6 +627,11 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
 
         loss = None
         if labels is not None:
+            if reads_cls and self.training and self.config.cls_state == "fixed" and not torch.compiler.is_compiling():
+                logger.warning_once(
+                    'The model keeps [CLS] fixed, so that its heads alone are trained: load it with cls_state="gated" '
+                    "(as finetune does) to train its layers too."
+                )
             loss = classification_loss(logits, labels, self.config, num_items_in_batch)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
