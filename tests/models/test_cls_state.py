@@ -210,6 +210,25 @@ def test_a_run_that_moved_cls_is_resumed_as_it_was(cells, tmp_path):
     assert state_after(2, "random", residual_init="normal") is None
 
 
+@pytest.mark.parametrize("of_trial", [False, True])
+def test_a_trainer_fixes_cls_and_trains_nothing_that_it_is_made_of(cells, tokenizer, of_trial, tmp_path):
+    from transformers import TrainingArguments
+
+    from stformer_hf import STFormerPretrainer
+
+    def make_model():
+        return make(tokenizer, GeneBertForPhenotypicMLM, residual_init="zero")
+
+    store = CellStore.build(tmp_path / "store", cells, report=False)
+    arguments = TrainingArguments(str(tmp_path / "run"), report_to="none", use_cpu=True, max_steps=1)
+    model = {"model_init": make_model} if of_trial else {"model": make_model()}
+    trainer = STFormerPretrainer(arguments, store, processing_class=tokenizer, **model)
+    trainer.train()
+    assert trainer.model.config.cls_state == "fixed"
+    kept = [name for name, weight in trainer.model.named_parameters() if not weight.requires_grad]
+    assert kept == ["gene_bert.cell_embedding.genes.weight", "gene_bert.final_norm.weight"]
+
+
 def test_objectives_refuse_a_fixed_cls(cells, tokenizer, tmp_path):
     from transformers import TrainingArguments
 
