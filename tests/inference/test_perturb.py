@@ -248,6 +248,9 @@ def test_a_folder_of_another_tokenizer_or_of_other_genes_is_not_resumed(cells, t
     model, genes = make_model(tokenizer), cells.var_names[1:3].tolist()
     settings = {"n_null": 0, "output": tmp_path / "p"}
     perturb(cells, model, genes, tokenizer=tokenizer, **settings)
+    for name, value in (("dtype", "bfloat16"), ("gene_shifts", 2)):
+        with pytest.raises(ValueError, match=f"holds results of other settings: {name} was None"):
+            perturb(cells, model, genes, tokenizer=tokenizer, **settings, **{name: value})
     shorter = make_tokenizer(cells, "binned")
     shorter.max_length = 9
     with pytest.raises(ValueError, match="holds results of other settings: tokenizer was"):
