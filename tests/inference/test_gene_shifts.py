@@ -169,3 +169,14 @@ def test_the_table_is_that_of_plain_loops(data):
     assert found[["perturbation", "gene_id"]].to_numpy().tolist() == [list(row[:2]) for row in expected]
     values = np.array([row[2:] for row in expected]).reshape(-1, 3)
     np.testing.assert_allclose(found[["shift", "matched_shift", "z"]].to_numpy(float), values, rtol=1e-6, atol=1e-9)
+
+
+def test_equal_shifts_have_no_z():
+    """Their standard deviation is a rounding error."""
+    perturbations = [Perturbation(f"p{i}", (i,), "a", False) for i in range(12)]
+    rows = np.arange(12)
+    shard = ShardGenes(rows, np.zeros(12, np.int64), np.full(12, 3), np.where(rows, 0.1, 0.1 + 1e-12))
+    names = np.array(["g0"], object)
+    found = make_gene_table(perturbations, lambda: iter([shard]), names, names, 1)
+    np.testing.assert_allclose(found["matched_shift"], 0.1)
+    assert len(found) == 12 and found["z"].isna().all()
