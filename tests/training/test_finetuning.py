@@ -237,6 +237,7 @@ def test_out_of_fold_predictions_are_of_readers_of_most_cells(labelled, of_many)
     assert of_many.model.config.temperature == choice.temperature
 
 
+@pytest.mark.filterwarnings("ignore:Observation names are not unique")
 @pytest.mark.parametrize("split_by", [None, "donor"])
 def test_copies_of_a_cell_are_in_one_fold_of_every_choice(labelled, monkeypatch, split_by):
     """Else out-of-fold predictions know the cell, and temperature and rejection are those of a model that is sure."""
@@ -263,6 +264,7 @@ def test_copies_of_a_cell_are_in_one_fold_of_every_choice(labelled, monkeypatch,
     assert abs(accuracy - of_once) < 0.1
 
 
+@pytest.mark.filterwarnings("ignore:Observation names are not unique")
 def test_groups_that_all_share_a_cell_are_refused(labelled):
     kept = labelled[_full(labelled) & labelled.obs["type"].notna().to_numpy()].copy()
     cells = anndata.concat([kept, kept[:1]])
