@@ -71,7 +71,7 @@ def classify_few(
     """As `classify`, from few labelled cells.
 
     "start" has its spectral start on these and on the cells without labels; "start_elsewhere" on cells of other data
-    sets (see `load_others`) in `folder`, and "pretrained_elsewhere" goes on from there as in
+    sets (see `load_others`) in `folder`, and "pretrained_elsewhere" continues from there as in
     `recipes/cell_tiny_cpu.yaml`.
     """
     import anndata
