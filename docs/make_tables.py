@@ -440,7 +440,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "annotate_2026-11-29": annotate_rejection,
     "annotate_2026-11-29 mapping": annotate_mapping,
     "annotate_2026-11-29 across": partial(annotate_mapping, across=True),
-    "network_2026-11-28": network,
+    "network_2026-11-29": network,
     "scale_2026-11-29": scale_sizes,
     "scale_cold_2026-11-29": scale_memory,
     "scale_workers_2026-11-29": scale_workers,
