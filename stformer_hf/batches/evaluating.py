@@ -1,4 +1,4 @@
-"""Context manager for a model in evaluation mode, on a device."""
+"""A model in evaluation mode, and the tokens that it needs to read then."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from ..models.gene_bert.modeling_gene_bert import GeneBertModel
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 
 
 @contextmanager
@@ -31,4 +34,14 @@ def evaluating(model: nn.Module, device: str | torch.device | None = None) -> It
             model.to(before.pop())
 
 
-__all__ = ["evaluating"]
+def length_to_read(encoder: nn.Module, tokenizer: GeneTokenizer, *poolings: str) -> int | None:
+    """Return how many tokens of a cell to read: all (None), or as few as possible where `[CLS]` alone counts.
+
+    It does if it is the only state to pool, and a function of the whole cell (`GeneBertModel.reads_cls_alone`).
+    """
+    if set(poolings) != {"cls"} or not isinstance(encoder, GeneBertModel) or not encoder.reads_cls_alone():
+        return None
+    return int(tokenizer.add_cls) + int(tokenizer.add_eos) + len(tokenizer.included_phenotypes) + 1
+
+
+__all__ = ["evaluating", "length_to_read"]

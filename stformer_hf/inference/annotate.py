@@ -13,6 +13,7 @@ from anndata import AnnData
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from .. import __version__
+from ..batches.evaluating import length_to_read
 from ..genes.wrong_names import must_have, warn_of_missing
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
@@ -20,7 +21,7 @@ from ..training.calibration import OutOfFold, load_out_of_fold
 from ..training.cell_heads import CellHead, read_heads
 from ..training.loading import is_model, name_of, unwrap
 from .ancestors import ancestors_of, climb, read_parents
-from .batches import length_to_read, load, run, table_of
+from .batches import load, run, table_of
 from .rejection import UNKNOWN, check_reject, rejection_thresholds, typicality
 
 _HOW_TO_CLUSTER = (

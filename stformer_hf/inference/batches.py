@@ -24,7 +24,6 @@ from ..batches.evaluating import evaluating
 from ..models.gene_bert.cell_counts import NEIGHBORS, pad_ragged, sum_of_neighbors
 from ..models.gene_bert.cell_tables import find_table, is_mudata, is_spatialdata
 from ..models.gene_bert.heads import default_pooling
-from ..models.gene_bert.modeling_gene_bert import GeneBertModel
 from ..models.gene_bert.packed_attention import takes_boundaries
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..models.gene_bert.tokenized_cells import TokenizedCells, take
@@ -113,16 +112,6 @@ def at_work(
         yield
 
 
-def length_to_read(encoder: PreTrainedModel, tokenizer: GeneTokenizer, *poolings: str) -> int | None:
-    """Return how many tokens of a cell to read: all (None), or as few as possible where `[CLS]` alone counts.
-
-    It does if it is the only state to pool, and a function of the whole cell (`GeneBertModel.reads_cls_alone`).
-    """
-    if set(poolings) != {"cls"} or not isinstance(encoder, GeneBertModel) or not encoder.reads_cls_alone():
-        return None
-    return int(tokenizer.add_cls) + int(tokenizer.add_eos) + len(tokenizer.included_phenotypes) + 1
-
-
 def packs(model: PreTrainedModel) -> bool:
     """Return whether inference packs the cells of a batch into one row, with the model's device and precision.
 
@@ -163,7 +152,7 @@ def run(
     desc : str
         Text of the progress bar.
     max_length : int, optional
-        Number of tokens to read of each cell, see `length_to_read`.
+        Number of tokens to read of each cell, see `batches.evaluating.length_to_read`.
 
     Returns
     -------

@@ -11,12 +11,13 @@ from anndata import AnnData
 from transformers import AutoModel, PreTrainedModel
 
 from .. import __version__
+from ..batches.evaluating import length_to_read
 from ..models.gene_bert.encoder_layers import first_tokens
 from ..models.gene_bert.heads import pool
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
 from ..training.loading import name_of
-from .batches import check_hidden_layer, choose_pooling, length_to_read, load, run, table_of
+from .batches import check_hidden_layer, choose_pooling, load, run, table_of
 
 
 def embed(

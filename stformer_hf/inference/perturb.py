@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 from .. import __version__
+from ..batches.evaluating import length_to_read
 from ..evaluation.cell_baselines import log_normalise
 from ..evaluation.readers import fit_pca
 from ..genes.whole_files import whole_file
@@ -42,7 +43,6 @@ from .batches import (
     check_hidden_layer,
     choose_pooling,
     is_classifier,
-    length_to_read,
     load,
     make_batch,
     packs,

@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -83,6 +84,8 @@ def run_tasks(
     ------
     Exception
         While iterating: what a task raised.
+    RuntimeError
+        While iterating: a local worker was killed.
     """
     started = _on_ray(task, shared, workers, gpus) if engine == "ray" else _in_processes(task, shared, workers)
     with started as submit:
@@ -93,12 +96,15 @@ def run_tasks(
 
 def _as_completed(submit: _Submit, arguments: Iterable[Any], most: int, ahead: float) -> Iterator[tuple[int, Any]]:
     running: dict[Future, int] = {}
-    for number, argument in enumerate(arguments):
-        while len(running) >= most or (running and number - min(running.values()) >= ahead):
+    try:
+        for number, argument in enumerate(arguments):
+            while len(running) >= most or (running and number - min(running.values()) >= ahead):
+                yield from _finished(running)
+            running[submit(argument)] = number
+        while running:
             yield from _finished(running)
-        running[submit(argument)] = number
-    while running:
-        yield from _finished(running)
+    except BrokenProcessPool as error:
+        raise RuntimeError("A worker was killed, probably because memory ran out: use fewer workers.") from error
 
 
 def _finished(running: dict[Future, int]) -> Iterator[tuple[int, Any]]:

@@ -192,8 +192,9 @@ class Throughput:
             `tokens_per_second`, `cells_per_second`: over all processes. `padding_share`: share of positions without a
             token. `data_wait_share`: share of the time spent waiting for batches. `peak_memory_gb`: peak memory in
             10 ** 9 bytes allocated by torch on a GPU, or used by the process on a CPU; the maximum over processes.
-            `mfu`: share of the dense bf16 peak of the GPUs, see `ModelFlops`; only for token encoders on GPUs that
-            `BF16_PEAKS` lists. Empty if nothing was counted.
+            `mfu`: share of the dense bf16 peak of the GPUs, see `ModelFlops`; only for token encoders that are trained
+            as a whole (not LoRA, nor with frozen layers), on GPUs that `BF16_PEAKS` lists. Empty if nothing was
+            counted.
         """
         sums, memory = self._gather()
         since = sums if of_run else {name: sums[name] - self._at_last_log[name] for name in sums}
@@ -221,11 +222,13 @@ class Throughput:
         self._trainer.state.stateful_callbacks[_STATE] = dict(self.totals)
 
     def look_at(self, model: nn.Module) -> None:
-        """Set the operations per token, if the model is an encoder of tokens, and the peak of the GPU is known."""
+        """Set the operations per token of an encoder of tokens that is trained as a whole, on a GPU of known peak."""
         device, config = self._trainer.args.device, getattr(model, "config", None)
         is_encoder = hasattr(config, "num_hidden_layers") and hasattr(config, "hidden_size")
         of_tokens = is_encoder and getattr(model, "main_input_name", None) == "input_ids"
-        if device.type == "cuda" and of_tokens and torch.cuda.get_device_name(device) in BF16_PEAKS:
+        parts = [part for part in getattr(model, "base_model", model).modules() if not isinstance(part, nn.Embedding)]
+        whole = all(of.requires_grad or of.ndim < 2 for part in parts for of in part.parameters(recurse=False))
+        if device.type == "cuda" and of_tokens and whole and torch.cuda.get_device_name(device) in BF16_PEAKS:
             self._flops = ModelFlops(model)
 
     def _gather(self) -> tuple[dict[str, int], int]:

@@ -24,6 +24,8 @@ from stformer_hf.cli import main
 from stformer_hf.inference import annotate as annotate_module
 from stformer_hf.inference import embed as embed_module
 from stformer_hf.models.gene_bert import modeling_gene_bert
+from stformer_hf.training.starts import cell_features
+from stformer_hf.training.starts.cell_features import cell_states
 
 
 @pytest.fixture
@@ -118,7 +120,8 @@ def test_fine_tuning_begins_at_the_fixed_cls_and_opens_the_gates(cells, tokenize
 
 
 @pytest.mark.parametrize("state", ["fixed", "gated", "layers"])
-def test_few_tokens_are_read_where_cls_alone_counts(cells, tokenizer, state, monkeypatch):
+def test_few_tokens_are_read_where_cls_alone_counts(cells, tokenizer, state, monkeypatch, tmp_path):
+    store = CellStore.build(tmp_path / "store", cells)
     model = make(tokenizer, GeneBertForClassification, cls_state=state, num_labels=3)
     lengths: list[int] = []
     of_layer = model.gene_bert.layers[0].forward
@@ -132,13 +135,14 @@ def test_few_tokens_are_read_where_cls_alone_counts(cells, tokenizer, state, mon
     for _ in range(2):
         embed(cells, model, tokenizer=tokenizer)
         annotate(cells, model, tokenizer=tokenizer)
-        found.append((cells.obsm["X_stformer"].copy(), cells.obsm["stformer_probabilities"].copy(), max(lengths)))
+        states = cell_states(model, tokenizer, store)
+        found.append((cells.obsm["X_stformer"], cells.obsm["stformer_probabilities"], states, set(lengths)))
         lengths.clear()
-        for module in (embed_module, annotate_module):
+        for module in (embed_module, annotate_module, cell_features):
             monkeypatch.setattr(module, "length_to_read", lambda *_: None)
-    for few, every in zip(found[0][:2], found[1][:2], strict=True):
+    for few, every in zip(found[0][:3], found[1][:3], strict=True):
         np.testing.assert_allclose(few, every, atol=1e-6)
-    assert [length for *_, length in found] == [12 if state == "layers" else 3, 12]
+    assert [read for *_, read in found] == [{12} if state == "layers" else {3}, {12}]
 
 
 def test_a_classifier_by_hand_is_told_that_its_layers_are_not_trained(cells, tokenizer, caplog):

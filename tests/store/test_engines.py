@@ -165,6 +165,14 @@ def test_stores_medians_tokens_and_embeddings_are_those_of_one_process(files, en
     np.testing.assert_array_equal(*found)
 
 
+def test_a_killed_local_worker_is_an_error_that_says_what_to_do(tmp_path):
+    with (
+        pytest.raises(RuntimeError, match="killed, probably because memory ran out: use fewer workers"),
+        run_tasks(tasks.die_once, range(20), shared=tmp_path, workers=2) as results,
+    ):
+        list(results)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="the workers are found in /proc")
 def test_a_killed_worker_of_ray_is_replaced_and_the_result_is_the_same(ray, files, tmp_path):

@@ -280,21 +280,29 @@ def test_a_decoder_of_cells_reads_all_states(tokenizer):
     assert decodes.encoder - plain.encoder == 64 * 64 + 64 + 2 * 64 * 256 + 256 + 64 + 2 * 64
 
 
-def test_known_gpus_have_a_share_of_their_peak_and_others_none(store, tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["NVIDIA H200", "NVIDIA GeForce RTX 4090 Laptop GPU", "AMD"])
+@pytest.mark.parametrize("trained", ["all", "no embeddings", "no first layer", "no norms"])
+def test_share_of_the_peak_of_known_gpus_if_the_whole_encoder_is_trained(
+    store, tokenizer, tmp_path, monkeypatch, name, trained
+):
     trainer = make_trainer(tmp_path, store, tokenizer)
+    encoder = trainer.model.base_model
+    encoder.get_input_embeddings().requires_grad_(trained != "no embeddings")
+    encoder.layers[0].requires_grad_(trained != "no first layer")
+    for part in encoder.modules():  # as of a fixed [CLS]
+        if isinstance(part, torch.nn.LayerNorm):
+            part.requires_grad_(trained not in ("no norms", "no first layer"))
     meter = trainer.throughput
-    for name, known in (("NVIDIA H200", True), ("NVIDIA GeForce RTX 4090 Laptop GPU", False), ("AMD", False)):
-        meter.begin()
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        with monkeypatch.context() as patch:  # a GPU there is not; what it is asked is
-            patch.setattr(type(trainer.args), "device", torch.device("cuda"))
-            meter.look_at(trainer.model)
-        meter.count({"input_ids": torch.ones(2, 6), "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])})
-        meter._elapsed = 2.0
-        figures = meter.figures()
-        assert ("mfu" in figures) == known
-        if known:
-            assert figures["mfu"] == pytest.approx(ModelFlops(trainer.model)(10, 36 + 16, 2) / 2 / BF16_PEAKS[name])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    with monkeypatch.context() as patch:  # a GPU there is not; what it is asked is
+        patch.setattr(type(trainer.args), "device", torch.device("cuda"))
+        meter.look_at(trainer.model)
+    meter.count({"input_ids": torch.ones(2, 6), "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])})
+    meter._elapsed = 2.0
+    figures = meter.figures()
+    assert ("mfu" in figures) == (name == "NVIDIA H200" and trained != "no first layer")
+    if "mfu" in figures:
+        assert figures["mfu"] == pytest.approx(ModelFlops(trainer.model)(10, 36 + 16, 2) / 2 / BF16_PEAKS[name])
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ from scipy import sparse
 from scipy.sparse.linalg import eigsh
 from torch import nn
 
-from ...batches.collate import pad, read_tokens
-from ...batches.evaluating import evaluating
+from ...batches.collate import pad
+from ...batches.evaluating import evaluating, length_to_read
 from ...models.gene_bert.modeling_gene_bert import GeneBertForClassification
 from ...models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ...store.cell_store import CellStore
@@ -196,12 +196,16 @@ def cell_states(model: nn.Module, tokenizer: GeneTokenizer, cells: CellStore) ->
 def run_cells(
     model: nn.Module, tokenizer: GeneTokenizer, cells: CellStore, forward: Callable, batch_size: int
 ) -> np.ndarray:
-    """Apply a function of a batch to cells, in batches: float64 array (n, d), in the order of the cells."""
+    """Apply a function of a batch to cells, in batches: float64 array (n, d), in the order of the cells.
+
+    `model` is a classifier, of which as few tokens are read as its pooled state needs.
+    """
     device, found = next(model.parameters()).device, []
+    max_length = length_to_read(model.base_model, tokenizer, model.config.classifier_pooling)
     with evaluating(model):
         for start in range(0, len(cells), batch_size):
             examples = cells.__getitems__(range(start, min(start + batch_size, len(cells))))
-            batch = pad(read_tokens(examples, tokenizer), tokenizer)
+            batch = pad(tokenizer.encode_cells(examples, max_length=max_length), tokenizer)
             states = forward({name: value.to(device) for name, value in batch.items()})
             found.append(states.cpu().double().numpy())
     return np.concatenate(found)
