@@ -145,6 +145,29 @@ def test_few_tokens_are_read_where_cls_alone_counts(cells, tokenizer, state, mon
     assert [read for *_, read in found] == [{12} if state == "layers" else {3}, {12}]
 
 
+class Quantised(torch.Tensor):
+    """A weight that has products alone, as those of torchao."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.any:
+            raise NotImplementedError(func.__name__)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_quantised_layers_read_all_tokens(cells, tokenizer):
+    model = make(tokenizer, initializer_range=0.1, residual_init="zero")
+    assert model.reads_cls_alone()
+    embed(cells, model, tokenizer=tokenizer)
+    expected = cells.obsm["X_stformer"].copy()
+    for layer in model.layers:
+        for linear in (layer.attention.out_lin, layer.ffn.lin2):
+            linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Quantised), requires_grad=False)
+    assert not model.reads_cls_alone()
+    embed(cells, model, tokenizer=tokenizer)
+    np.testing.assert_allclose(cells.obsm["X_stformer"], expected, atol=1e-6)
+
+
 def test_a_classifier_by_hand_is_told_that_its_layers_are_not_trained(cells, tokenizer, caplog):
     modeling_gene_bert.logger.warning_once.cache_clear()
     batch, labels = batch_of(cells, tokenizer, "right"), torch.zeros(len(cells), dtype=torch.long)

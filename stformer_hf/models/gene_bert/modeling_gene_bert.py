@@ -247,9 +247,13 @@ class GeneBertModel(GeneBertPreTrainedModel):
         self.embeddings.word_embeddings = value
 
     def adds_nothing(self) -> bool:
-        """Return whether the residual branches of all layers are 0, as at a start that was not trained."""
+        """Return whether the residual branches of all layers are 0, as at a start that was not trained.
+
+        Weights that are no plain tensors, such as quantised ones, are taken to differ from 0.
+        """
         last = [linear for layer in self.layers for linear in (layer.attention.out_lin, layer.ffn.lin2)]
-        return not any(bool(parameter.any()) for linear in last for parameter in linear.parameters())
+        weights = [parameter.data for linear in last for parameter in linear.parameters()]
+        return not any(type(weight) is not torch.Tensor or bool(weight.any()) for weight in weights)
 
     def reads_cls_alone(self) -> bool:
         """Return whether the states of `[CLS]` are functions of the whole cell alone, whatever the other tokens are.
