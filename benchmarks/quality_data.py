@@ -120,6 +120,7 @@ SETS = {
     "ifnb": DataSet(_load_h5ad, "condition", "pbmc_ifnb.h5ad", subset=IFNB_CELLS),
     "starmap": DataSet(_load_h5ad, "cell_type", "starmap_cortex.h5ad", min_cells=20),
     "sympathetic": DataSet(_load_sympathetic, "Cell_cluster", "odd/sympathetic.loom"),
+    "interaction": DataSet(lambda _: simulate_interaction(), LABEL, few=False),
 }
 
 
@@ -249,3 +250,23 @@ def simulate(n_cells: int = 2_100, n_types: int = 9, n_genes: int = 12_000, seed
     )
     var = pd.DataFrame(index=[f"ENSG{i:011d}" for i in range(n_genes)])
     return AnnData(sparse.vstack(blocks, format="csr"), obs=obs, var=var)
+
+
+def simulate_interaction(n_cells: int = 2_000, n_genes: int = 1_000, seed: int = 0) -> AnnData:
+    """Simulate cells with a label that no sum over genes tells: "one" of two programmes is on, or "both or none".
+
+    Shares of genes are log-normal; each programme multiplies those of 60 genes by 3, in half of the cells; counts are
+    Poisson with log-normal totals around 2,000.
+    """
+    rng = np.random.default_rng(seed)
+    shares = np.exp(rng.normal(0, 1.5, n_genes))
+    on = rng.integers(0, 2, (2, n_cells)).astype(bool)
+    expected = np.tile(shares, (n_cells, 1))
+    for cells in on:
+        expected[np.ix_(cells, rng.choice(n_genes, 60, replace=False))] *= 3
+    totals = rng.lognormal(np.log(2_000), 0.3, n_cells)
+    counts = rng.poisson(expected / expected.sum(axis=1, keepdims=True) * totals[:, None])
+    labels = np.where(on[0] ^ on[1], "one", "both or none")
+    obs = pd.DataFrame({LABEL: pd.Categorical(labels)}, index=[f"cell{i}" for i in range(n_cells)])
+    var = pd.DataFrame(index=[f"ENSG{i:011d}" for i in range(n_genes)])
+    return AnnData(sparse.csr_matrix(counts, dtype=np.float32), obs=obs, var=var)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import platform
@@ -183,7 +184,7 @@ def _template() -> Any:
     blocks: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     environment = jinja2.Environment(**blocks, undefined=jinja2.StrictUndefined, finalize=_escape)
     environment.filters |= {
-        "python": lambda text: _Markdown(repr(_plain(text))),
+        "python": lambda text: _Markdown(json.dumps(_plain(text), ensure_ascii=False)),
         "shell": lambda text: _Markdown(shlex.quote(_plain(text))),
         "number": _number,
         "listed": _listed,

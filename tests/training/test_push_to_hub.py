@@ -74,7 +74,7 @@ def test_the_end_of_training_is_pushed_with_our_card(pushed, tmp_path):
     card = ModelCard.load(copy / "README.md")
     assert (card.data.license, card.data.library_name) == ("cc-by-4.0", "transformers")
     assert {"stformer_hf", "gene_bert", "blood"} <= set(card.data.tags)
-    assert "from_pretrained('someone/end')" in card.text and "| steps | 2 |" in card.text
+    assert 'from_pretrained("someone/end")' in card.text and "| steps | 2 |" in card.text
     assert files["README.md"].decode() in pushed.cards  # the Hub was asked to check it
     tokenizer = AutoTokenizer.from_pretrained(copy)
     assert len(AutoModelForMaskedLM.from_pretrained(copy).get_input_embeddings().weight) == len(tokenizer)
