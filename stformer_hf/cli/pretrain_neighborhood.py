@@ -1,7 +1,7 @@
 """Pretrain a CellNeighborhood model to predict the counts of a cell from its type and the cells around it.
 
 stformer-hf pretrain_neighborhood --data section.h5ad --cell_type_key cell_type --patch_size 50 --output model
-stformer-hf pretrain_neighborhood --config recipes/cell_neighborhood_tiny_cpu.yaml --data section.h5ad --output model
+stformer-hf pretrain_neighborhood --config cell_neighborhood_tiny_cpu --data section.h5ad --output model
 accelerate launch -m stformer_hf.cli pretrain_neighborhood --data a.h5ad b.h5ad --patch_size 50 --output model
 """
 
