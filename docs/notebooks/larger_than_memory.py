@@ -8,8 +8,8 @@
 # %% [markdown]
 # # Larger than memory, and several processes
 #
-# Nothing in this notebook holds all cells in memory, so it works for millions of cells. Files are written block by block
-# into a store, which is read through memory maps, or they are streamed.
+# Nothing in this notebook holds all cells in memory, so it works for millions of cells. Files are written block by
+# block into a store, which is read through memory maps, or they are streamed.
 
 # %%
 import subprocess
@@ -44,7 +44,8 @@ for i in range(4):
 # %% [markdown]
 # ## One store, built in parts
 #
-# On a cluster, each machine builds its part. `join` combines the parts without copying. Genes are matched by identifier.
+# On a cluster, each machine builds its part. `join` combines the parts without copying. Genes are matched by
+# identifier.
 
 # %%
 files = sorted(map(str, Path(".").glob("donor*.h5ad")))

@@ -8,8 +8,8 @@
 # %% [markdown]
 # # Rank tokens and Geneformer's checkpoints
 #
-# In the rank scheme a cell is a list of its genes, those highest above their median first. This notebook makes such tokens,
-# shows why some of them are easy to predict, and loads a checkpoint in Geneformer's format.
+# In the rank scheme a cell is a list of its genes, those highest above their median first. This notebook makes such
+# tokens, shows why some of them are easy to predict, and loads a checkpoint in Geneformer's format.
 
 # %%
 import pickle
@@ -97,8 +97,8 @@ Path("geneformer/token_dictionary.pkl").write_bytes(pickle.dumps(ids))
 Path("geneformer/gene_median_dictionary.pkl").write_bytes(pickle.dumps(known))
 
 # %% [markdown]
-# `load_geneformer` finds the dictionaries beside the weights, and returns a `BertForMaskedLM` and its tokenizer, with the
-# token ids of the checkpoint.
+# `load_geneformer` finds the dictionaries beside the weights, and returns a `BertForMaskedLM` and its tokenizer, with
+# the token ids of the checkpoint.
 
 # %%
 bert, geneformer_tokenizer = sf.load_geneformer("geneformer")

@@ -8,8 +8,8 @@
 # %% [markdown]
 # # From 10x to annotated cells
 #
-# This notebook reads an output folder of Cell Ranger, and adds a label and an embedding to each cell. It uses 700 blood
-# cells that scanpy ships, so that it runs offline; replace them with your own folder.
+# This notebook reads an output folder of Cell Ranger, and adds a label and an embedding to each cell. It uses 700
+# blood cells that scanpy ships, so that it runs offline; replace them with your own folder.
 
 # %%
 import gzip

@@ -18,7 +18,7 @@ VERBS = {
     "medians": "estimate the gene medians that order rank tokens",
     "tokenize": "write the tokens of a store as a Hugging Face dataset",
     "pretrain": "train a GeneBert to predict masked genes and phenotypes",
-    "pretrain_neighborhood": "the same as pretrain --kind neighborhood: predict cells in tissue from those around them",
+    "pretrain_neighborhood": "the same as pretrain --kind neighborhood: predict cells of tissue from their neighbours",
     "recipes": "list or copy the recipes, which are configurations for pretraining, fine-tuning and search",
     "search": "search hyperparameters of pretraining",
     "finetune": "train a classifier of cells",
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         width = max(len(verb) for verb in VERBS)  # `map` is the module of a command once it has run
         print("usage: stformer-hf COMMAND [options]      (stformer-hf COMMAND --help lists the options)\n")
         print("\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items()))
-        print("\nEach command takes --config, a YAML file or the name of a recipe, which flags override, and --debug for tracebacks.")
+        print("\nEach command takes --config (a YAML file or a recipe; flags override it) and --debug (tracebacks).")
         return 0
     if argv[0] == "--version":
         print(__version__)

@@ -32,7 +32,9 @@ class AnnotateArguments(OnCells):
     parents: str | None = flag(
         "classifiers: CSV of child and parent labels; rejected cells get a parent (with --reject)", None
     )
-    over: str | None = flag("classifiers: column of obs with clusters, whose most frequent label is also written", None)
+    over: str | None = flag(
+        "classifiers: column of obs with clusters; also writes the most frequent label of each", None
+    )
 
 
 def main(argv: list[str]) -> None:

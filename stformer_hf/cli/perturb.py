@@ -33,7 +33,7 @@ class PerturbArguments:
     goal: str | None = flag("value of goal_key in the goal's cells", None)
     start: str | None = flag("value of goal_key in the cells to perturb (default: all but the goal's)", None)
     donor_key: str | None = flag("column of obs with the donor: tests are over donors", None)
-    predicted: str | None = flag("class whose probability is measured (default: the goal, or that predicted for each cell)", None)
+    predicted: str | None = flag("class whose probability is measured (default: the goal, or that of each cell)", None)
     n_null: int = flag("genes of similar expression to compare with, per bin; 0: none", 25)
     gene_shifts: int = flag("for each perturbation, write this many genes that it moves most to gene_shifts.csv", 0)
     layer: str | None = None
