@@ -82,7 +82,7 @@ class CellTrainer(ResumableTrainer):
         (`random_split`) or ConcatDataset of these, whose stores have the same genes. Masks depend on the row of a cell
         in its store, so cells with the same row in two stores get the same masks.
 
-        Of a stream, each process reads all cells and trains on its part, so that a step has the same cells on any
+        Each process reads all cells of a stream and trains on its part, so that a step has the same cells on any
         number of processes; if it is split (`rank=args.process_index`, `world_size=args.world_size`), each process
         reads only its part. On resumption, it continues where the checkpoint stopped. A stream with an unknown number
         of batches needs `max_steps`, and its epochs differ from those in the log (as they do if cells without counts
