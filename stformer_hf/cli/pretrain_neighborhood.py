@@ -234,8 +234,8 @@ def _without_unseen_types(cells: Sections, held_out: np.ndarray) -> tuple[Sectio
     if not known.all():
         logger.warning(
             f"{(~known).sum()} held-out cells are not evaluated: no training cell has their types, such as "
-            f"{', '.join(cells.cell_types[code] for code in np.unique(types[~known])[:3])}. When the model embeds cells, "
-            "it treats these types like the mean of the others."
+            f"{', '.join(cells.cell_types[code] for code in np.unique(types[~known])[:3])}. To embed cells, the model "
+            "treats these types like the mean of the others."
         )
     metadata = cells.metadata[known].reset_index(drop=True)
     metadata["cell_type"] = np.searchsorted(seen, types[known])
