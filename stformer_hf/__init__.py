@@ -1,4 +1,4 @@
-"""Single-cell and spatial transcriptomics encoders on stock Hugging Face objects.
+"""Encoders for single-cell and spatial transcriptomics, trained and used with Hugging Face Transformers.
 
 Importing the package registers its classes with `AutoConfig`, `AutoTokenizer` and the `AutoModel` family. The public
 names are imported on first use:
@@ -11,7 +11,8 @@ training   `STFormerPretrainer`, `CellTrainer`, `NeighborhoodTrainer`, `finetune
 use        `embed`, `annotate`, `map_to_reference`, `perturb`, `embed_neighborhoods`, `evaluate_embedding`, and
            `pl` with the plots
 
-The names that PerturbGene, STFormer, brainformr, AnnDataset and BioNeMo-SCDL use can be imported from here too.
+The classes and functions of PerturbGene, STFormer, brainformr, AnnDataset and BioNeMo-SCDL can also be imported from
+here.
 """
 
 from importlib import import_module

@@ -8,8 +8,8 @@
 # %% [markdown]
 # # Larger than memory, and several processes
 #
-# Files are read block by block into a store, which is read through memory maps; or they are streamed. Nothing here
-# holds all cells in memory, so the same lines work for millions of cells.
+# Nothing in this notebook holds all cells in memory, so it works for millions of cells. Files are written block by
+# block into a store, which is read through memory maps, or they are streamed.
 
 # %%
 import subprocess
@@ -44,7 +44,8 @@ for i in range(4):
 # %% [markdown]
 # ## One store, built in parts
 #
-# On a cluster each machine builds its part. `join` links the parts without copying. Genes are united by identifier.
+# On a cluster, each machine builds its part. `join` combines the parts without copying. Genes are matched by
+# identifier.
 
 # %%
 files = sorted(map(str, Path(".").glob("donor*.h5ad")))
@@ -56,7 +57,7 @@ print(len(atlas), "cells,", len(atlas.genes), "genes")
 # %% [markdown]
 # ## Read it
 #
-# Batches come from the memory map. Blocks of neighbouring rows are faster on slow disks.
+# `BlockShuffleSampler` reads blocks of neighbouring rows, which is faster on slow disks.
 
 # %%
 loader = DataLoader(atlas, batch_size=64, sampler=sf.BlockShuffleSampler(atlas), collate_fn=sf.collate_cells)

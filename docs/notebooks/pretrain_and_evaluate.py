@@ -8,8 +8,8 @@
 # %% [markdown]
 # # Pretrain and evaluate honestly
 #
-# A loss that falls is not yet a good model. This notebook pretrains a tiny model for a minute, and puts every figure
-# beside what a simple method reaches on the same held-out cells.
+# A falling loss does not make a good model. This notebook pretrains a tiny model for a minute, and compares every
+# result with that of a simple method on the same held-out cells.
 
 # %%
 from transformers import TrainingArguments
@@ -24,8 +24,8 @@ parts = store.train_test_split(0.25)  # copies of a cell stay on one side
 # %% [markdown]
 # ## The model at step 0
 #
-# Everything that is fitted is fitted to training cells alone: the bins, the tokenizer, the components. `[CLS]` starts
-# at the principal components of the training cells, so the model before training is a baseline itself.
+# Everything is fitted to training cells alone: the bins, the tokenizer, the components. `[CLS]` starts at the
+# principal components of the training cells, so the model before training is a baseline itself.
 
 # %%
 tokenizer = sf.GeneTokenizer.from_store(
@@ -37,8 +37,8 @@ views = sf.initialise_from_store(model, tokenizer, parts["train"])
 # %% [markdown]
 # ## Pretrain
 #
-# `baselines=True` evaluates, on the same masked genes, the marginals of the gene and of the cell, and the model with
-# another cell's context.
+# With `baselines=True`, the same masked genes are also predicted from the frequencies of the gene's bins (its
+# marginal), from the frequencies of the bins in the cell, and by the model with the context of another cell.
 
 # %%
 arguments = TrainingArguments(
@@ -63,10 +63,10 @@ for name in sorted(after):
         print(f"{name:<40} {before[name]:.3f} -> {after[name]:.3f}")
 
 # %% [markdown]
-# Compare the loss with the marginal of the gene: only what is below it comes from the context of the cell. In our run
-# the loss fell from 2.39 to 1.34 and was still above that marginal, 1.23: after 40 steps, a table of frequencies is
-# better than this model. `stformer-hf pretrain` starts the head of masked genes at these frequencies. With another
-# cell's context the loss must rise, or else the model does not read the context; it rose by 0.11.
+# Compare the loss with the marginal of the gene: a model that uses the context of the cell is below it. In our run the
+# loss fell from 2.39 to 1.34 and was still above the marginal, 1.23: after 40 steps, a table of frequencies is better
+# than this model. (`stformer-hf pretrain` starts from these frequencies.) With the context of another cell the loss
+# should rise; it rose by 0.11, so the model uses the context.
 #
 # ## Embeddings
 #
@@ -80,5 +80,5 @@ sf.embed(held_out, "model")
 print(sf.evaluate_embedding(held_out, ["X_stformer"], label_key="bulk_labels"))
 
 # %% [markdown]
-# Look at the last table, the paired differences. A difference whose interval contains 0 is not a result, and with 40
-# steps on 500 cells none is to be expected. `stformer-hf evaluate` prints the same for any file and checkpoint.
+# Look at the last table, the paired differences. A difference whose interval contains 0 is not significant, and after
+# 40 steps on 500 cells none should be expected. `stformer-hf evaluate` prints the same for any file and checkpoint.

@@ -8,8 +8,8 @@
 # %% [markdown]
 # # Rank tokens and Geneformer's checkpoints
 #
-# In the rank scheme a cell is a list of its genes, the most unusual first. This notebook makes such tokens, shows why
-# some of them are easy to predict, and reads a checkpoint in Geneformer's format.
+# In the rank scheme a cell is a list of its genes, those highest above their median first. This notebook makes such
+# tokens, shows why some of them are easy to predict, and loads a checkpoint in Geneformer's format.
 
 # %%
 import pickle
@@ -71,8 +71,8 @@ for name, value in sorted(trainer.evaluate().items()):
         print(f"{name:<40} {value:.3f}")
 
 # %% [markdown]
-# In our run the model had 6.45 nats after 30 steps, and B1 6.31: so far it has learned less than how frequent each
-# gene is, and it does not read the context (the loss with another cell's context is the same).
+# In our run the model reached 6.45 nats after 30 steps, and B1 6.31: it has not yet learned how frequent each gene is,
+# and it does not use the context (the loss with another cell's context is the same).
 #
 # ## A checkpoint of Geneformer
 #
@@ -97,8 +97,8 @@ Path("geneformer/token_dictionary.pkl").write_bytes(pickle.dumps(ids))
 Path("geneformer/gene_median_dictionary.pkl").write_bytes(pickle.dumps(known))
 
 # %% [markdown]
-# `load_geneformer` finds the dictionaries beside the weights, and returns a stock BERT and its tokenizer. Pickles may
-# hold only plain data. The ids are those of the checkpoint.
+# `load_geneformer` finds the dictionaries beside the weights, and returns a `BertForMaskedLM` and its tokenizer, with
+# the token ids of the checkpoint.
 
 # %%
 bert, geneformer_tokenizer = sf.load_geneformer("geneformer")
@@ -107,7 +107,7 @@ print(type(bert).__name__, tuple(bert(**batch).logits.shape))
 print(geneformer_tokenizer.last_coverage)
 
 # %% [markdown]
-# From here it is a model of transformers like any other. Its states embed cells:
+# It works like any other model of transformers. Embed cells with it:
 
 # %%
 sf.embed(held_out, bert, tokenizer=geneformer_tokenizer, pooling="mean")

@@ -8,8 +8,8 @@
 # %% [markdown]
 # # From 10x to annotated cells
 #
-# This notebook reads a folder of Cell Ranger and adds a label and an embedding to each cell. The cells are 700
-# blood cells that scanpy ships, so that this runs without a network; put your own folder in their place.
+# This notebook reads an output folder of Cell Ranger, and adds a label and an embedding to each cell. It uses 700
+# blood cells that scanpy ships, so that it runs offline; replace them with your own folder.
 
 # %%
 import gzip
@@ -44,8 +44,8 @@ with gzip.open(folder / "barcodes.tsv.gz", "wt") as file:
 # %% [markdown]
 # ## Train a classifier
 #
-# The classifier starts at linear models of the cells. Whether it is trained further is decided by cross-validation
-# within the labelled cells; `num_train_epochs=0` skips this and keeps the start, to be quick here.
+# The classifier starts from linear models of the cells. By default, cross-validation within the labelled cells decides
+# whether it is trained further; `num_train_epochs=0` skips this, to be quick here.
 
 # %%
 classifier = sf.finetune(labelled, "bulk_labels", output="classifier", num_train_epochs=0)
@@ -66,7 +66,7 @@ adata
 adata.obs["stformer_label"].value_counts()
 
 # %% [markdown]
-# Labels have a score: the probability of the label. Look at uncertain cells before you use them.
+# `stformer_score` is the probability of the label. Look at uncertain cells before you use the labels.
 
 # %%
 certain = adata.obs["stformer_score"] > 0.8
@@ -89,7 +89,7 @@ print(f"logistic regression {(linear == true).mean():.3f}")
 axes = plots.umap(adata, "stformer_label", save="annotated.png")
 
 # %% [markdown]
-# The store reads the same folder directly, if you have many of them:
+# If you have many such folders, build a store from them directly:
 
 # %%
 store = sf.CellStore.build("cells", folder)

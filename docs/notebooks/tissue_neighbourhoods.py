@@ -8,8 +8,8 @@
 # %% [markdown]
 # # Tissue neighbourhoods
 #
-# What do the cells around a cell reveal about it? We simulate a section in which they matter, train a model, and
-# compare it with the plain mean of the neighbours.
+# What do the cells around a cell reveal about it? We simulate a section in which the neighbours matter, train a model,
+# and compare it with the plain mean of the neighbours.
 
 # %%
 import numpy as np

@@ -271,7 +271,7 @@ def labels_per_cell(examples: Any, name: str, missing: int | None = None) -> np.
         return (column if missing is None else column.fill_null(missing)).to_numpy()
     if name not in examples[0]:
         raise ValueError(
-            f"The examples have no {name!r}; they have {', '.join(examples[0])}. Stock Trainer removes columns that "
+            f"The examples have no {name!r}; they have {', '.join(examples[0])}. Trainer removes columns that "
             "the model does not read: TrainingArguments(remove_unused_columns=False) keeps them."
         )
     return np.array([missing if example[name] is None else example[name] for example in examples])

@@ -93,8 +93,8 @@ class DataCollatorForPhenotypicMLM(CellCollator):
     chosen is dropped instead (`[PAD]`, type 0, no label, not attended to).
 
     The masks are a function of (seed, epoch, `cell_id`), independent of batch, worker and rank, once `set_epoch` was
-    called, as `CellTrainer` does. Before, they change from batch to batch, as those of transformers' collators: each
-    batch draws them from torch's global generator.
+    called, as `CellTrainer` does. Until then, each batch draws them from torch's global generator, as transformers'
+    collators do.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ class DataCollatorForPhenotypicMLM(CellCollator):
     seed : int, default: 0
         Seed of the masks.
     gene_dropout : float, default: 0.0
-        Fraction of a cell's genes to leave out, other genes in each epoch. It regularises training on few cells, and
+        Fraction of a cell's genes to leave out, drawn anew in each epoch. It regularises training on few cells, and
         makes steps cheaper. `CellTrainer` evaluates without it; transformers' Trainer has one collator for training
         and evaluation, and evaluates with it.
     packing : bool, default: False

@@ -18,18 +18,18 @@ VERBS = {
     "medians": "estimate the gene medians that order rank tokens",
     "tokenize": "write the tokens of a store as a Hugging Face dataset",
     "pretrain": "train a GeneBert to predict masked genes and phenotypes",
-    "pretrain_neighborhood": "train a CellNeighborhood model to predict cells from their neighbours",
-    "recipes": "list or copy the recipes of pretraining, fine-tuning and search",
-    "search": "search the hyperparameters of a pretraining",
+    "pretrain_neighborhood": "the same as pretrain --kind neighborhood: predict cells of tissue from their neighbours",
+    "recipes": "list or copy the recipes, which are configurations for pretraining, fine-tuning and search",
+    "search": "search hyperparameters of pretraining",
     "finetune": "train a classifier of cells",
     "annotate": "label the cells of a file with a classifier",
     "map": "label the cells of a file by their nearest neighbours in a labelled reference",
     "embed": "embed the cells of a file, or their neighbourhoods",
     "export": "export a classifier or an encoder to ONNX",
-    "info": "print what a file, a store or a model is, and how well they fit",
+    "info": "describe a file, a store or a model, and how well cells and a model fit",
     "models": "list the models in folders and in the cache of the Hub",
     "doctor": "print versions, devices, threads, the attention backend and missing extras",
-    "perturb": "change the counts of genes, and measure how far a model moves the cells",
+    "perturb": "change the counts of genes, and measure how far the cells move in the embedding of a model",
     "evaluate": "compare embeddings with one another and with simple baselines",
 }
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         width = max(len(verb) for verb in VERBS)  # `map` is the module of a command once it has run
         print("usage: stformer-hf COMMAND [options]      (stformer-hf COMMAND --help lists the options)\n")
         print("\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items()))
-        print("\nEach command takes --config FILE.yaml, which flags override, and --debug for tracebacks.")
+        print("\nEach command takes --config (a YAML file or a recipe; flags override it) and --debug (tracebacks).")
         return 0
     if argv[0] == "--version":
         print(__version__)

@@ -25,14 +25,16 @@ class AnnotateArguments(OnCells):
         'file to write (.h5ad or .zarr), with obs["stformer_label"] and obs["stformer_score"], or '
         'obs["stformer_NAME"] for multiple labels and for numbers; or .csv, with these columns alone'
     )
-    top_k: int = flag("classes: number of most probable classes to write", 1)
+    top_k: int = flag("classifiers: number of most probable classes to write", 1)
     reject: float | None = flag(
-        'classes: nominal share of known cells to label "unknown", such as 0.05 (default: none)', None
+        'classifiers: nominal share of known cells to label "unknown", such as 0.05 (default: none)', None
     )
     parents: str | None = flag(
-        "classes: CSV of child and parent labels; rejected cells get a parent (with --reject)", None
+        "classifiers: CSV of child and parent labels; rejected cells get a parent (with --reject)", None
     )
-    over: str | None = flag("classes: column of obs with clusters, whose most frequent label is also written", None)
+    over: str | None = flag(
+        "classifiers: column of obs with clusters; also writes the most frequent label of each", None
+    )
 
 
 def main(argv: list[str]) -> None:

@@ -219,7 +219,7 @@ def _parser(arguments: type, training: dict[str, Any] | None) -> HfArgumentParse
     parser.add_argument(
         "--config",
         help="YAML file of flags and their values, or the name of a recipe; flags on the command line override it, "
-        "and --FLAG null leaves out what it sets",
+        "and --FLAG null unsets a key of it",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

@@ -21,7 +21,7 @@ class ExportArguments:
     output: str = flag("folder for the exported model and its tokenizer")
     format: Literal["onnx"] = flag("format", "onnx")
     int8: bool = flag("also write a file whose matrix products are in int8", False)
-    data: str | None = flag("cells to compare it on (default: random ones)", None)
+    data: str | None = flag("cells on which to compare it with torch (default: random ones)", None)
     layer: str | None = flag("location of the counts in --data: X, raw or a layer", None)
     overwrite: bool = flag("replace files in the folder", False)
 

@@ -1,4 +1,4 @@
-"""Print what a file of cells, a store or a model is, and how well they fit.
+"""Describe a file of cells, a store or a model, and say how well cells and a model fit.
 
 stformer-hf info cells.h5ad
 stformer-hf info cells.h5ad --model classifier

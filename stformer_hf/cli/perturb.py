@@ -1,4 +1,4 @@
-"""Change the counts of genes in cells, and measure how far a model moves the cells.
+"""Change the counts of genes in cells, and measure how far the cells move in the embedding of a model.
 
 stformer-hf perturb --data cells.h5ad --model model --goal_key condition --goal healthy --output folder
 stformer-hf perturb --data cells.h5ad --model model --genes ISG15 IFI6 STAT1+STAT2 --kind overexpress --output folder
@@ -33,9 +33,9 @@ class PerturbArguments:
     goal: str | None = flag("value of goal_key in the goal's cells", None)
     start: str | None = flag("value of goal_key in the cells to perturb (default: all but the goal's)", None)
     donor_key: str | None = flag("column of obs with the donor: tests are over donors", None)
-    predicted: str | None = flag("class whose probability is measured (default: the goal, or each cell's own)", None)
+    predicted: str | None = flag("class whose probability is measured (default: the goal, or that of each cell)", None)
     n_null: int = flag("genes of similar expression to compare with, per bin; 0: none", 25)
-    gene_shifts: int = flag("genes per perturbation, those it moves most, to write to gene_shifts.csv", 0)
+    gene_shifts: int = flag("for each perturbation, write this many genes that it moves most to gene_shifts.csv", 0)
     layer: str | None = None
     fractional: bool = False
     hidden_layer: int = flag("hidden state; 0 is the input embeddings, -1 the last layer", -1)

@@ -1,7 +1,7 @@
 """Pretrain a GeneBert to predict masked genes (and phenotypes) of cells.
 
 stformer-hf pretrain --data atlas --output model --size tiny --max_steps 200
-stformer-hf pretrain --config recipes/gene_bert_tiny_cpu.yaml --data a.h5ad --output model
+stformer-hf pretrain --config cell_tiny_cpu --data a.h5ad --output model
 stformer-hf pretrain --data a.h5ad --output model --scheme rank --model_config '{position_embedding_type: rotary}'
 accelerate launch -m stformer_hf.cli pretrain --data atlas --output model
 stformer-hf pretrain --kind neighborhood --help    # models of cells among their neighbours

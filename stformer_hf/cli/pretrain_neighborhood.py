@@ -1,7 +1,7 @@
 """Pretrain a CellNeighborhood model to predict the counts of a cell from its type and the cells around it.
 
 stformer-hf pretrain_neighborhood --data section.h5ad --cell_type_key cell_type --patch_size 50 --output model
-stformer-hf pretrain_neighborhood --config recipes/cell_neighborhood_tiny_cpu.yaml --data section.h5ad --output model
+stformer-hf pretrain_neighborhood --config cell_neighborhood_tiny_cpu --data section.h5ad --output model
 accelerate launch -m stformer_hf.cli pretrain_neighborhood --data a.h5ad b.h5ad --patch_size 50 --output model
 """
 
@@ -235,7 +235,7 @@ def _without_unseen_types(cells: Sections, held_out: np.ndarray) -> tuple[Sectio
         logger.warning(
             f"{(~known).sum()} held-out cells are not evaluated: no training cell has their types, such as "
             f"{', '.join(cells.cell_types[code] for code in np.unique(types[~known])[:3])}. To embed cells, the model "
-            "takes such a type for the mean of the others, as it was before training."
+            "treats these types like the mean of the others."
         )
     metadata = cells.metadata[known].reset_index(drop=True)
     metadata["cell_type"] = np.searchsorted(seen, types[known])

@@ -1,6 +1,6 @@
-"""Search the hyperparameters of a pretraining: sizes of the model, training arguments, mask rates.
+"""Search hyperparameters of pretraining: sizes of the model, training arguments, mask rates.
 
-stformer-hf search --config recipes/search_tiny.yaml --data cells.h5ad --output search
+stformer-hf search --config search_tiny --data cells.h5ad --output search
 stformer-hf pretrain --config search/best.yaml --output model
 
 Keys are those of pretrain, fixed in all trials, and `space`: a mapping of names to {low: 1, high: 4}, to

@@ -59,7 +59,9 @@ def classification_baselines(
         raise ValueError("The stores have different genes: build one store from both, and select the cells.")
     rows, test_rows = (np.flatnonzero(cells.obs[label].cat.codes.to_numpy() >= 0) for cells in (train, held_out))
     if not len(rows) or not len(test_rows):
-        raise ValueError(f"{len(rows)} training and {len(test_rows)} held-out cells have a {label!r}.")
+        raise ValueError(
+            f"{len(rows)} training and {len(test_rows)} held-out cells have a {label!r}: both are needed."
+        )
     labels, true = (
         cells.obs[label].astype(str).to_numpy()[of] for cells, of in ((train, rows), (held_out, test_rows))
     )

@@ -149,8 +149,8 @@ def evaluate_embedding(
         `silhouette` of the classes: over all cells, or 10,000 random ones. With `batch_key` also
         `batch_silhouette`, `batch_ilisi`, `batch_pcr`, `connectivity`; with scib-metrics (extra `scib`) `batch_kbet`.
 
-        The row "ceiling (half depth)" shows how well one half of a cell's counts predicts the other, see
-        `ceiling.measure_ceiling`.
+        The row "ceiling (half depth)" shows how well one half of a cell's counts predicts the label of the other half,
+        see `ceiling.measure_ceiling`.
 
     Raises
     ------

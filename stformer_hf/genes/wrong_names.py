@@ -34,8 +34,8 @@ def warn_of_missing(classes: Iterable[object], where: str) -> None:
     found = [repr(str(name)) for name in classes if str(name).strip().lower() in _MISSING]
     if found:
         logger.warning(
-            f"{where} has the class{'es' * (len(found) > 1)} {', '.join(found)}, as other classes: if these cells "
-            "have no label, make it missing, adata.obs[key].replace(name, None)."
+            f"{where} has the class{'es' * (len(found) > 1)} {', '.join(found)}, like any other class. If "
+            "these cells have no label, make it missing: adata.obs[key].replace(name, None)."
         )
 
 

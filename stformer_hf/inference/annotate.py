@@ -63,28 +63,30 @@ def annotate(
     top_k : int, default: 1
         Number of most probable classes to write to obs.
     reject : float, optional
-        Nominal share of the known cells to label "unknown", such as 0.05: those whose score is below that of this
-        share of the training cells with the same predicted label, each predicted by a model that had not seen it. By
-        default no cell is rejected.
+        Nominal share of the known cells to label "unknown", such as 0.05. A cell is rejected if it is less typical
+        than all but this share of the training cells with the same predicted label, each predicted by a model that had
+        not seen it. By default no cell is rejected.
     parents : mapping, str or Path, optional
-        Parent of each class, and of each parent that has one, such as {"CD4 T cell": "T cell"}; or a CSV file with the
-        columns `child` and `parent`. A rejected cell gets the nearest ancestor of its most probable class that does
-        not reject it, by the sum of the probabilities of the ancestor's classes. Needs `reject`.
+        Coarser label of each class, such as {"CD4 T cell": "T cell"}, and of each coarser label that has one itself;
+        or a CSV file with the columns `child` and `parent`. A rejected cell gets the nearest ancestor of its most
+        probable class that does not reject it, by the sum of the probabilities of the ancestor's classes. Needs
+        `reject`.
     over : str, optional
         Column of obs with clusters, such as "leiden": the most frequent label of each cluster, "unknown" included, is
         also written.
     key_added : str, default: "stformer"
-        Prefix of the results. For one class per cell, `obs[key_added + "_label"]` is the most probable one
-        (categorical; missing for a cell without a known gene), `obs[key_added + "_score"]` its probability and
-        `obs[key_added + "_margin"]` the distance to the next probability (float32; NaN for such a cell); with `top_k`,
-        `_label_2`, `_score_2` and so on follow. `obsm[key_added + "_probabilities"]` has the probabilities of all
-        classes (float32, n_obs x n_classes), whose names are in `uns`; a rejected cell keeps its score and
-        probabilities. With `over`, `obs[key_added + "_majority"]` is the label of the cluster. A model of several
-        label columns has all of these for each column, with its name after `key_added`. For multiple labels per cell,
-        `obs[key_added + "_" + label]` is the probability of each. For numbers, `obs[key_added + "_" + name]` is the
-        number (`_value` if the model does not name it). The names of the columns and of the classes, and the kind of
-        head are written to `uns[key_added + "_annotation"]`. What an earlier call with the same prefix wrote to obs
-        and obsm, and this one does not, is removed.
+        Prefix of the results, which depend on the model. Results of an earlier call with the same prefix are removed.
+
+        - One class per cell: `obs[key_added + "_label"]` is the most probable class (categorical; missing for a cell
+          without a known gene), `_score` its probability and `_margin` the difference to the next probability
+          (float32; NaN for such a cell). With `top_k`, `_label_2`, `_score_2` and so on follow; with `over`,
+          `_majority` is the label of the cluster. `obsm[key_added + "_probabilities"]` has the probabilities of all
+          classes (float32, n_obs x n_classes). A rejected cell keeps its score and probabilities.
+        - Several label columns: all of these for each column, with its name after `key_added`.
+        - Multiple labels per cell: `obs[key_added + "_" + label]` is the probability of each.
+        - Numbers: `obs[key_added + "_" + name]` is the number (`_value` if the model does not name it).
+
+        The names of the columns and classes, and the kind of model, are written to `uns[key_added + "_annotation"]`.
     layer, fractional, batch_size, device, dtype, min_coverage, distributed
         As for `embed`.
 
@@ -104,9 +106,9 @@ def annotate(
 
     Notes
     -----
-    The share of rejected known cells is that of cross-conformal prediction (Vovk 2015), for each label with enough
-    cells (19 for 0.05), and for the others together. It holds for cells that are exchangeable with the training cells.
-    Those of another donor, plate or protocol are not: more of them are rejected.
+    Cells are rejected by cross-conformal prediction (Vovk 2015): for each label with enough training cells (19 for
+    0.05), and for the other labels together. The share holds for cells that are exchangeable with the training cells.
+    Cells of another donor, plate or protocol are not: more of them are rejected.
 
     The threshold of an ancestor comes from the training cells whose predicted label is one of its classes, so it too
     rejects that share of them; with too few of these it labels no cell. An ancestor of all classes is not used.

@@ -81,9 +81,9 @@ def map_to_reference(
         Search for neighbours in the nearest clusters of the reference alone, by faiss (extra `faiss`), which is faster
         for many cells; see `NearestCells`. By default neighbours are exact.
     reject : float, optional
-        Nominal share of the known cells to label "unknown", such as 0.05: those further from their neighbours than
-        this share of the reference's own cells with the same label (each without itself). By default no cell is
-        rejected.
+        Nominal share of the known cells to label "unknown", such as 0.05. A cell is rejected if it is further from its
+        neighbours than all but this share of the reference's own cells with the same label (from theirs, without
+        themselves). By default no cell is rejected.
     key_added : str, default: "mapped"
         Prefix of the results. In `query.obs`: `mapped_label` (categorical), `mapped_score`, the share of the
         neighbours' weights that have this label, and `mapped_distance`, the mean distance to the neighbours (both

@@ -90,9 +90,9 @@ def perturb(
 ) -> pd.DataFrame:
     """Change the counts of genes in cells, and measure how far a model moves the cells.
 
-    Every perturbation is made in every cell, and the edited counts are tokenized and read as those of a new cell, so
-    that all schemes and models work alike. Cells that an edit leaves as they are (to delete or inhibit a gene that a
-    cell does not express) are not read again; their scores are 0.
+    Each perturbation is made in each cell: its counts are edited, and tokenized and embedded like those of a new cell.
+    So perturbations work alike for all tokenizers and models. Cells that an edit does not change (such as deleting a
+    gene that a cell does not express) have scores of 0.
 
     Parameters
     ----------
@@ -122,15 +122,15 @@ def perturb(
         it predicts for each unperturbed cell. For several label columns, "COLUMN: CLASS"; by default `goal` if
         `goal_key` is one of the columns.
     n_null : int, default: 25
-        Number of other genes that are perturbed too, for comparison, per bin of mean counts in which `genes` has
-        genes (ten bins, fewer for fewer than 300 genes); for each group of genes, number of random groups from the
-        same bins. They multiply the work for few genes. No p-value is below 1 / (1 + their number). With 0, and if
-        all genes are perturbed, `genes` are compared with one another; p-values are NaN where fewer than ten of them
-        have similar expression.
+        Number of matched genes, which are perturbed too, for comparison: this many random genes from each bin of mean
+        counts that has a gene of `genes` (ten bins, fewer for fewer than 300 genes). For a group of genes, number of
+        random groups from the same bins. They multiply the work for few genes. No p-value is below 1 / (1 + their
+        number). With 0, and if all genes are perturbed, `genes` are compared with one another; p-values are NaN where
+        fewer than ten of them have similar expression.
     gene_shifts : int, default: 0
-        Number of genes per perturbation, those that it moves most, to write to `output`, as `gene_shifts.csv`; see
-        `gene_shifts.make_gene_table`. The shift of a gene is the cosine distance of its state (its token's, in
-        `hidden_layer`) to that in the unperturbed cell. The genes that are edited are left out.
+        For each perturbation, write this many genes that it moves most to `gene_shifts.csv` in `output`; see
+        `gene_shifts.make_gene_table`. The shift of a gene is the cosine distance between the hidden states of its
+        token in the edited and in the unperturbed cell. The edited genes are left out.
     output : str or Path, optional
         Folder for the scores, written shard by shard, and the tables. Called again with the same arguments, the
         function resumes from the shards that are there. Needed with several processes (`accelerate launch`), which
@@ -143,30 +143,30 @@ def perturb(
     shard_size : int, default: 20,000
         Number of edited cells per shard; a killed run loses at most one shard.
     seed : int, default: 0
-        Seed of the genes of the null, and of permutations.
+        Seed of the matched genes, and of permutations.
 
     Returns
     -------
     DataFrame
         One row per perturbation, in the order of `genes`:
 
-        `n_changed`             cells that it changes, of all that are perturbed; the others count as 0 in all means
+        `n_changed`             number of cells that it changes; the others count as 0 in all means
         `shift`                 mean cosine distance of the state of a cell to its unperturbed state
         `goal_shift`            mean change of the cosine to the goal state; positive towards it, negative away
         `probability`           mean change of the probability of the class
         `pca_shift`, `pca_goal_shift`   the same shifts in 50 principal components of log-normalised genes
         `linear_probability`    change of the goal's probability in a logistic regression on log-normalised genes
         `…_low`, `…_high`       95 % interval, over donors with `donor_key`, else over cells
-        `z`, `p_matched`        comparison with the genes of the null, see `perturb_statistics.compare`
+        `z`, `p_matched`        comparison with the matched genes, see `perturb_statistics.compare`
         `p_donors`              permutation of the groups across donors, see `perturb_statistics.permute_donors`
-        `p_cells`               without donors: do cells of the groups differ along the shift, see `compare_groups`
+        `p_cells`               without donors: whether the groups' cells differ along the shift, see `compare_groups`
         `p_wilcoxon`            signed-rank test against the matched genes, over donors or (dependent) cells
         `p`, `fdr`              the larger of `p_matched` and `p_donors` or `p_cells`, and its Benjamini-Hochberg
                                 correction
         `…_z`, `…_fdr`          the same comparison with matched genes for the other scores
 
         The tested score is `goal_shift` if there is a goal, else `probability` for a classifier, else `shift`.
-        `attrs["settings"]` has the settings. `output` also has the table of the null, `null.csv`.
+        `attrs["settings"]` has the settings. `output` also has the table of the matched genes, `null.csv`.
 
     Raises
     ------

@@ -61,35 +61,40 @@ _MORE_CELLS = 1.5  # in a batch of one size, than fit on average
 class CellTrainer(ResumableTrainer):
     """Trainer for stores of cells and the collators of this package.
 
-    It differs from Trainer as follows. Every column and the number of the epoch reach the collator. The order of the
-    cells is a function of (seed, epoch), whatever the number of processes; each cell is seen once per epoch, unless
-    `sampling` says otherwise. Evaluation and prediction keep the order of the dataset and use the collator's
-    `for_evaluation()`, so that losses are comparable. Cells without counts are left out.
-    `resume_from_checkpoint=True` resumes from the last complete checkpoint. SIGTERM and Ctrl-C save a checkpoint after
-    the current step and end `train`, with the signal in `trainer.interrupted`; a second Ctrl-C interrupts at once. The
-    evaluation loss is the mean over all labels, whatever the size of the batches. Half-precision weights are trained
-    in float32. For masked models, `<class>_loss` and `<class>_accuracy` are logged for each class of tokens (genes,
-    and each phenotype category): mean cross entropy in nats, without smoothing and weights, and share of correct
-    predictions.
+    It differs from Trainer as follows:
+
+    - The order of the cells is a function of (seed, epoch), whatever the number of processes. Each cell is seen once
+      per epoch, unless `sampling` says otherwise. Cells without counts are left out.
+    - The collator gets all columns, and the number of the epoch.
+    - Evaluation and prediction keep the order of the dataset and use the collator's `for_evaluation()`, so that losses
+      are comparable. The evaluation loss is the mean over all labels, whatever the size of the batches.
+    - `resume_from_checkpoint=True` resumes from the last complete checkpoint.
+    - SIGTERM and Ctrl-C save a checkpoint after the current step and end `train`, with the signal in
+      `trainer.interrupted`; a second Ctrl-C interrupts at once.
+    - Half-precision weights are trained in float32.
+    - For masked models, `<class>_loss` and `<class>_accuracy` are logged for each class of tokens (genes, and each
+      phenotype category): mean cross entropy in nats, without smoothing and weights, and share of correct predictions.
 
     Parameters
     ----------
     train_dataset, eval_dataset : CellStore, datasets.Dataset, IterableAnnDataset, or another dataset
-        Cells; or rows with `input_ids` and `token_type_ids` (and preferably `cell_id`); or a Subset (`random_split`)
-        or ConcatDataset of such, whose stores have the same genes. Masks depend on the number of a cell in its own
-        store, so cells with equal numbers in two stores get equal masks. Each process reads a whole stream and trains
-        on its part of it, so that a step has the same cells on any number of processes. If the stream is split, with
-        `rank=args.process_index` and `world_size=args.world_size`, each process reads only its own part. On
-        resumption, the stream continues where the checkpoint stopped. A stream with an unknown number of batches needs
-        `max_steps`, and its epochs differ from those in the log (as they do if cells without counts are left out).
+        Cells; or tokenized cells, rows with `input_ids` and `token_type_ids` (and preferably `cell_id`); or a Subset
+        (`random_split`) or ConcatDataset of these, whose stores have the same genes. Masks depend on the row of a cell
+        in its store, so cells with the same row in two stores get the same masks.
+
+        Each process reads all cells of a stream and trains on its part, so that a step has the same cells on any
+        number of processes; if it is split (`rank=args.process_index`, `world_size=args.world_size`), each process
+        reads only its part. On resumption, it continues where the checkpoint stopped. A stream with an unknown number
+        of batches needs `max_steps`, and its epochs differ from those in the log (as they do if cells without counts
+        are left out).
     lengths : sequence of int, or path of a .json or .pkl, optional
         Number of tokens of each training row, for `train_sampling_strategy="group_by_length"` and
         `max_tokens_per_batch`; not needed for a store, or a dataset with a column `length`.
     max_tokens_per_batch : int, optional
         Fill batches up to this many tokens, padding included, instead of a number of cells
         (`per_device_train_batch_size`). With packing and `args.torch_compile`, batches have at most 1.5 times as many
-        cells as fit on average, and are filled up to one size, so that the model is compiled once; a collator of
-        `pad_packed_to` does it without `torch_compile`, and must set it for a stream.
+        cells as fit on average, and are filled up to one size, so that the model is compiled once. For a stream, or
+        without `torch_compile`, pass a collator with `pad_packed_to` to do so.
     sampling : mapping, optional
         Which cells an epoch reads, with any order of batches: the arguments of `WeightedDraw.from_dataset`, `by` (a
         column of obs), `temperature`, `shares`, `weights`, `n_draws` and `replacement`. For example

@@ -93,14 +93,14 @@ def finetune(
     tokenizer : GeneTokenizer, optional
         Tokenizer of a model object; by default `model.tokenizer`, or the checkpoint's.
     output : str or Path, optional
-        Folder to save the model, its tokenizer, `out_of_fold.safetensors`, the model card and `fine_tuning.json` in,
-        which says what was chosen and why.
+        Folder in which to save the model, its tokenizer, `out_of_fold.safetensors`, the model card and
+        `fine_tuning.json`, which says what was chosen and why.
     eval_cells : as `cells`, optional
         Held-out cells, evaluated at the end of each epoch; nothing is chosen on them. Cells of classes that no
         training cell has are left out, with a warning.
     num_train_epochs : float, optional
-        Epochs of training; 0 keeps the start as it is. By default chosen by cross-validation; 10 from random weights,
-        and for a model that does not read whole cells.
+        Epochs of training; 0 keeps the start as it is. By default, the number is chosen by cross-validation; from
+        random weights, and for a model that does not read whole cells, it is 10.
     init : {"spectral", "random"}, default: "spectral"
         Whether the classifier starts at linear models (for a new model, of the spectral views of the cells), or at
         random weights.
@@ -108,7 +108,8 @@ def finetune(
         Obs column, such as the donor; cells of one group are never in both training and validation of a choice, nor
         are copies of a cell (`CellStore.twins`), whatever their group.
     phenotypes : sequence of str, optional
-        Phenotype tokens that the model may read; none by default, since a phenotype may be the label by another name.
+        Phenotype tokens that the model may read; none by default, since a phenotype may be the label under another
+        name.
     class_weights : {"none", "balanced"}, default: "none"
         "balanced" gives all classes of a column the same weight, whatever their number of cells.
     problem_type : str, optional
@@ -120,7 +121,7 @@ def finetune(
     max_length : int, default: 8
         Maximum number of tokens per cell, for a new model. `[CLS]` reads all genes in any case.
     layer : str, optional
-        Layer of the AnnData that holds the counts. Streams have their own `layer` and `fractional`.
+        Where the counts of an AnnData or file are: X, raw or a layer. Streams have their own `layer` and `fractional`.
     fractional : bool, default: False
         Accept fractional counts, such as estimates.
     seed : int, default: 0

@@ -135,7 +135,7 @@ def test_options_are_checked_before_the_cells_are_read(classifier, adata, tmp_pa
             annotate(adata, classifier, **options)
     classifier.config.id2label[2] = "Nan"
     annotate(adata.copy(), classifier)
-    assert "The model has the class 'Nan', as other classes" in caplog.text
+    assert "The model has the class 'Nan', like any other class" in caplog.text
     classifier.config.id2label[2] = "unknown"
     with pytest.raises(ValueError, match="One of the classes is 'unknown'"):
         annotate(adata, classifier, reject=0.05)

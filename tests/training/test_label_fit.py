@@ -191,4 +191,4 @@ def test_text_that_names_cells_is_not_a_label(adata, caplog):
         sf.finetune(adata, "barcode", num_train_epochs=0)
     adata.obs["mixed"] = np.where(np.arange(60) % 3 == 0, "nan", adata.obs["cell_type"].astype(str))
     sf.finetune(adata, "mixed", num_train_epochs=0, init="random")
-    assert "'mixed' has the class 'nan', as other classes" in caplog.text
+    assert "'mixed' has the class 'nan', like any other class" in caplog.text

@@ -142,8 +142,8 @@ class GeneMatcher:
         check_coverage(self.last_coverage, len(found), self._genes, input_genes, *limits, self._symbols or None)
         if known_columns < 1:
             logger.warning(
-                f"The tokenizer knows {known.sum()} of {n_columns} genes of the input ({share:.1%} of its counts), "
-                f"{len(found)} of its own {len(self._genes)}; the others are left out."
+                f"The tokenizer knows {known.sum()} of {n_columns} genes of the input ({share:.1%} of its counts); "
+                f"the others are left out. The input has {len(found)} of the tokenizer's {len(self._genes)} genes."
             )
 
 
