@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterable
@@ -203,7 +204,7 @@ def _parser(arguments: type, training: dict[str, Any] | None) -> HfArgumentParse
         prog=f"stformer-hf {arguments.__module__.rpartition('.')[2]}",
         description=sys.modules[arguments.__module__].__doc__,
         epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     mappings = _mappings(arguments)
@@ -212,8 +213,10 @@ def _parser(arguments: type, training: dict[str, Any] | None) -> HfArgumentParse
         shown = isinstance(action.default, (int, float, str)) and not isinstance(action.default, bool)
         if shown and action.help and "default" not in action.help and action.default != argparse.SUPPRESS:
             action.help += " (default: %(default)s)"
-        if isinstance(action, argparse._StoreFalseAction):  # the twin of a flag that is on by default
-            action.help = f"the same as --{action.dest} false"
+        if isinstance(action, argparse._StoreFalseAction):  # --no_FLAG, the twin of a flag that is on by default
+            action.help = argparse.SUPPRESS
+        if action.const is True and action.nargs == "?":
+            action.metavar = "true|false"
         if action.dest in mappings:
             action.type, action.metavar = _mapping, "{NAME: VALUE, ...}"
     parser.add_argument(
@@ -222,7 +225,25 @@ def _parser(arguments: type, training: dict[str, Any] | None) -> HfArgumentParse
         "and --FLAG null unsets a key of it",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    values = _Help(parser.prog).values
+    needed = [f"{action.option_strings[0]}{values(action)}" for action in parser._actions if action.required]
+    parser.usage = " ".join(["%(prog)s", *needed, "[options]"])
     return parser
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help that shows each flag with its values once, without its twin with hyphens."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28, width=min(shutil.get_terminal_size().columns - 2, 110))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        twins = {flag.replace("_", "-") for flag in action.option_strings if "_" in flag}
+        return ", ".join(flag for flag in action.option_strings if flag not in twins) + self.values(action)
+
+    def values(self, action: argparse.Action) -> str:
+        """Return the values of a flag, after a space, if it has some."""
+        return "" if action.nargs == 0 else " " + self._format_args(action, action.dest.upper())
 
 
 def _without_null(argv: list[str], *parsers: argparse.ArgumentParser) -> tuple[list[str], set[str]]:
