@@ -16,7 +16,7 @@ from .calibration import OutOfFold
 from .log_lines import log_wait
 from .prepared_classifier import Finetuning, predict
 from .starts.classifier_start import start_classifier
-from .starts.labelled_cells import labelled_cells
+from .starts.labelled_cells import LabelledCells, labelled_cells
 from .starts.linear_readers import inner_folds
 
 MOST_EPOCHS = 3
@@ -94,10 +94,17 @@ def choose_epochs(
     predictions = np.concatenate([of[best] for of in outputs])
     found: dict[str | None, OutOfFold] = {}
     for column in columns:
-        has = np.isin(tried, column.rows)
+        # Cells whose class the fold could not learn say nothing about calibration; see `choose_readers`.
+        has = np.isin(tried, np.concatenate([_learnt(column, train, held_out) for train, held_out, _ in folds]))
         own = tried[has]
         found[column.column] = OutOfFold(predictions[has, column.outputs], column.labels_of(own), own)
     return best, facts, found
+
+
+def _learnt(column: LabelledCells, train: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    """Return the rows of the held-out cells with a label whose class some training cell has."""
+    known, rows = (of[np.isin(of, column.rows)] for of in (train, held_out))
+    return rows[column.problem.can_learn(column.labels_of(known), column.labels_of(rows))]
 
 
 def _gain_over_start(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
@@ -121,11 +128,11 @@ def _outputs_of_epochs(
     assert start  # without one, choose_epochs tries nothing
     cells, others = prepared.cells.select(train), prepared.cells.select(held_out)
     fold = replace(prepared, model=model, cells=cells, num_train_epochs=MOST_EPOCHS)
-    n_labelled = {of.column: len(of.rows) for of in labelled_cells(model.config, labels)}
+    labelled = {of.column: of.rows for of in labelled_cells(model.config, labels)}
     rotated = {
-        name: (of.rotated[0][np.isin(of.out_of_fold.rows, train)], of.rotated[1])
+        name: (of.rotated[0][np.isin(labelled[name], train)], of.rotated[1])
         for name, of in start.items()
-        if of.rotated is not None and len(of.rotated[0]) == n_labelled[name]
+        if of.rotated is not None and len(of.rotated[0]) == len(labelled[name])
     }
     start_classifier(
         model,

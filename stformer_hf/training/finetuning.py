@@ -378,8 +378,9 @@ def _start(
         prepared.facts |= {
             "start": "linear models of [CLS] and of all genes, chosen by inner cross-validation",
             column.named("reader_weights"): list(choice.weights),
-            column.named("inner_score_of_the_start"): round(choice.score, 4),
         }
+        if len(choice.rows):
+            prepared.facts[column.named("inner_score_of_the_start")] = round(choice.score, 4)
     trained: dict[str | None, OutOfFold] | None = None
     if chooses_epochs:
         prepared.num_train_epochs, reasons, trained = choose_epochs(prepared, labels, groups, arguments)
@@ -397,7 +398,7 @@ def _start(
             if config.problem_type == "single_label_classification":
                 found.predictions = log_softmax(found.predictions)
         out_of_fold[column.column] = found
-        if config.problem_type == "single_label_classification":
+        if config.problem_type == "single_label_classification" and len(found.rows):
             calibration = found.facts(temperatures[column.column])
             prepared.facts |= {column.named(name): value for name, value in calibration.items()}
     prepared.out_of_fold = out_of_fold[None] if None in out_of_fold else out_of_fold or None
@@ -419,7 +420,27 @@ def _groups(cells: CellStore, split_by: str, columns: Sequence[LabelledCells]) -
                 f"All cells with a {column.column!r} have the same {split_by!r}, {has[0]!r}, but validation "
                 "needs another. Leave out split_by, or the column."
             )
+        if len(has) > 1 and column.problem.kind == "single_label_classification":
+            _check_classes_of_groups(column, groups[column.rows], split_by)
     return groups
+
+
+def _check_classes_of_groups(column: LabelledCells, groups: np.ndarray, split_by: str) -> None:
+    """Warn of classes that have cells in one group alone, which no fold can test; refuse them if all are such."""
+    table = pd.crosstab(column.labels, groups)
+    alone = (table > 0).sum(axis=1) == 1
+    which = "classes" if column.column is None else f"classes of {column.column!r}"
+    if len(alone) > 1 and alone.all():
+        raise ValueError(
+            f"Each of the {len(alone)} {which} has cells of one {split_by!r} alone, so a cross-validation by "
+            f"{split_by!r} cannot test any: leave out split_by."
+        )
+    if alone.any():
+        n_cells = int(table[alone].to_numpy().sum())
+        logger.warning(
+            f"{alone.sum()} of {len(alone)} {which} have cells of one {split_by!r} alone: no model that has not seen "
+            f"these {n_cells} cells knows their class, so they take no part in the cross-validation."
+        )
 
 
 def _load(

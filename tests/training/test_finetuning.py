@@ -600,6 +600,19 @@ def _store_of(adata: AnnData) -> CellStore:
     return store.select(store.lengths > 0)
 
 
+def test_classes_of_one_group_leave_the_others_calibrated(labelled, caplog):
+    """Of the cells of the first donor, half have a type that no other donor has, and no fold by donors can learn."""
+    cells = labelled.copy()
+    own = (cells.obs["donor"] == "d0").to_numpy() & (np.arange(cells.n_obs) % 2 == 0)
+    cells.obs["type"] = cells.obs["type"].astype(object).mask(own, "of d0")
+    model = finetune(cells, "type", split_by="donor", num_train_epochs=0)
+    assert re.search(r"1 of 4 classes have cells of one 'donor' alone: .* these 20 cells", caplog.text)
+    labels = model.out_of_fold.labels
+    assert set(labels) == {0, 1, 2} and len(labels) == 238 - 20
+    without = finetune(cells[~own].copy(), "type", split_by="donor", num_train_epochs=0)
+    assert abs(np.log(model.config.temperature / without.config.temperature)) < 0.5
+
+
 def test_groups_stay_together_and_bad_input_is_refused(labelled, monkeypatch):
     seen = []
     original = finetuning.start_classifier
@@ -612,6 +625,8 @@ def test_groups_stay_together_and_bad_input_is_refused(labelled, monkeypatch):
     assert len(set(seen[0])) == 6
     with pytest.raises(ValueError, match=r"There is no obs\['nothing'\]"):
         finetune(labelled, "nothing")
+    with pytest.raises(ValueError, match="Each of the 3 classes has cells of one 'copy' alone.*: leave out split_by"):
+        finetune(labelled, "type", split_by="copy")
     with pytest.raises(ValueError, match=r"There is no obs\['nobody'\]"):
         finetune(labelled, "type", split_by="nobody")
     with pytest.raises(ValueError, match="'depth' holds numbers, not categories. To predict numbers, pass"):

@@ -173,7 +173,7 @@ def _principal_scores(
     outer = products[np.ix_(held_out, train)]
     outer = outer - outer.mean(axis=1, keepdims=True) - means + mean
     k = min(k, len(train) - 1)
-    if max(k, 1) > len(train) // 4:
+    if max(k, 1) > len(train) // 4 or not inner.any():  # ARPACK fails if nothing varies
         spread, vectors = np.linalg.eigh(inner)
     else:
         spread, vectors = eigsh(inner, k, v0=np.ones(len(train)) + np.arange(len(train)) / len(train))

@@ -177,9 +177,9 @@ class _Column:
         self.n_cells = len(labelled.rows)
         most = most_cells_to_fit(cells.lengths[labelled.rows], self.problem.n_outputs)
         self.to_choose = self._subset(labelled.rows, MOST_CELLS_TO_CHOOSE, seed)
+        self.tested = self.to_choose  # rows of the out-of-fold predictions
         self.genes = self._subset(labelled.rows, most, seed)
         self.head = self._subset(self.genes, most if new_embedding else min(most, MOST_CELLS_TO_RUN), seed)
-        self.tested = self.to_choose  # rows of the out-of-fold predictions
         self.known: _Known | None = None  # what was read of the cells `to_choose`
 
     @property
@@ -208,9 +208,11 @@ class _Column:
         assert self.known is not None and self.known.states is not None  # read before a choice
         folds = self._folds(self.to_choose, groups, seed)
         labels = self.labels_of(self.to_choose)
-        return choose_readers(
+        choice = choose_readers(
             self.problem, labels, folds, self.known.states, self.known.rotated[0], needs_head=needs_head
         )
+        self.tested = self.to_choose[choice.rows]
+        return choice
 
     def choose_again(
         self,
@@ -235,7 +237,7 @@ class _Column:
             needs_head=needs_head,
             earlier=self.choice,
         )
-        self.tested = self.head[np.unique(np.concatenate([held_out for _, held_out, _ in folds]))]
+        self.tested = self.head[self.choice.rows]
 
     def _folds(self, rows: np.ndarray, groups: np.ndarray | None, seed: int) -> list:
         groups, twins = (None if of is None else of[rows] for of in (groups, self.twins))

@@ -72,10 +72,12 @@ class ReaderChoice:
         Weights of both readers.
     temperature : float
     loss, score : float
-        Mean out-of-fold log loss in nats (squared error for regression), and accuracy (R^2).
+        Mean out-of-fold log loss in nats (squared error for regression), and accuracy (R^2); NaN without predictions.
     out_of_fold : float32 array (n_cells, n_outputs)
         Out-of-fold predictions, the mean over repeats: log probabilities of classes, logits of multiple labels per
         cell, or numbers for regression.
+    rows : int64 array (n_cells,)
+        Rows of these cells among those that the choice was made by, ascending.
     distances : float32 array (n_cells,), optional
         Distance of each cell to the nearest of the centroids of the classes in its training folds, in the features of
         the head; the mean over repeats. Only for classes.
@@ -88,6 +90,7 @@ class ReaderChoice:
     loss: float
     score: float
     out_of_fold: np.ndarray
+    rows: np.ndarray
     distances: np.ndarray | None = None
 
 
@@ -161,6 +164,13 @@ class Problem:
         if self.kind == "multi_label_classification":
             return ((outputs > 0) == (labels > 0.5)).mean(axis=1)
         return (outputs.argmax(axis=1) == labels).astype(np.float64)
+
+    def can_learn(self, known: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Return for which of some labels (n, …) a class, or each value, is among known ones: bool array (n,)."""
+        if self.kind == "regression":
+            return np.ones(len(labels), bool)
+        columns = zip(known.reshape(len(known), -1).T, labels.reshape(len(labels), -1).T, strict=True)
+        return np.all([np.isin(of, of_known) for of_known, of in columns], axis=0)
 
     def score(self, outputs: np.ndarray, labels: np.ndarray) -> float:
         """Compute the accuracy, for multiple labels the mean over labels, or R^2 for regression."""
@@ -276,6 +286,10 @@ def choose_readers(
     regression the squared error, at the best temperature of the settings. Unlike accuracy, it differs between readers
     that are right about the same cells. The temperature is that of `fit_temperature`.
 
+    A cell whose class its training fold lacks, such as one of a class of a single cell or donor, counts in none of
+    this: all readers are wrong about it, and the loss would favour those, and a temperature, that are never sure. If
+    no cell counts, the preferred settings are kept, at the temperature of a mean of both readers.
+
     Parameters
     ----------
     problem, labels, folds
@@ -292,7 +306,7 @@ def choose_readers(
     Returns
     -------
     ReaderChoice
-        Its `out_of_fold` and `distances` are those of the cells that are in a validation fold, by ascending row.
+        Its `out_of_fold` and `distances` are those of the cells in a validation fold that count.
     """
     preferred, penalties = PREFERRED, PENALTIES
     if earlier is not None:
@@ -306,11 +320,13 @@ def choose_readers(
     heads, wides = ({penalty: np.zeros(shape) for penalty in penalties[reader]} for reader in ("head", "wide"))
     of_classes = problem.kind == "single_label_classification"
     distances = np.zeros(len(every)) if of_classes else None
+    counts = np.zeros(len(every), bool)
 
     def fit_fold(fold: tuple[np.ndarray, np.ndarray, int]) -> None:
         train, held_out, repeat = fold
         of_train, of_held_out = head_features(train, held_out)
         at = repeat * len(tested) + tested.searchsorted(held_out)
+        counts[at] = problem.can_learn(labels[train], labels[held_out])
         of_both = ((heads, of_train, of_held_out), (wides, gene_features[train], gene_features[held_out]))
         for readers, known, others in of_both:
             for penalty, outputs in readers.items():
@@ -326,24 +342,36 @@ def choose_readers(
                 seconds = (time.monotonic() - began) * len(folds) / n_threads
                 log_wait(f"Choosing linear models for {len(labels):,} cells", seconds)
 
+    every, heads, wides = every[counts], *({of: out[counts] for of, out in some.items()} for some in (heads, wides))
+    rows, of_row, n_repeated = np.unique(
+        np.tile(tested, n_repeats)[counts], return_inverse=True, return_counts=True
+    )  # the repeats of a cell are not independent: what is compared is its mean over them
+
+    def mean_of_cells(values: np.ndarray) -> np.ndarray:
+        sums = np.zeros((len(rows), *values.shape[1:]))
+        np.add.at(sums, of_row, values)
+        return (sums.T / n_repeated).T
+
     temperatures = (1.0,) if problem.kind == "regression" else _TEMPERATURES
-    tried: list[tuple[np.ndarray, _Settings]] = []
-    for head, wide, weights in itertools.product(heads, wides, WEIGHTS):
-        if weights[0] > 0 or not needs_head:
-            both = problem.combine(heads[head], wides[wide], weights)
-            # The mean of each cell over the repeats, which are not independent.
-            losses = [problem.loss(both / t, every).reshape(n_repeats, -1).mean(axis=0) for t in temperatures]
-            tried.append((min(losses, key=np.mean), {"head": head, "wide": wide, "weights": weights}))
-    best = min(tried, key=lambda one: one[0].mean())
-    usual = next(one for one in tried if one[1] == preferred)
-    gain = usual[0] - best[0]
-    chosen = best[1] if gain.mean() > gain.std(ddof=1) / np.sqrt(len(gain)) else preferred
+    chosen = preferred
+    if len(rows):
+        tried: list[tuple[np.ndarray, _Settings]] = []
+        for head, wide, weights in itertools.product(heads, wides, WEIGHTS):
+            if weights[0] > 0 or not needs_head:
+                both = problem.combine(heads[head], wides[wide], weights)
+                losses = [mean_of_cells(problem.loss(both / t, every)) for t in temperatures]
+                tried.append((min(losses, key=np.mean), {"head": head, "wide": wide, "weights": weights}))
+        best = min(tried, key=lambda one: one[0].mean())
+        usual = next(one for one in tried if one[1] == preferred)
+        gain = usual[0] - best[0]
+        if gain.mean() > gain.std(ddof=1) / np.sqrt(len(gain)):
+            chosen = best[1]
     both = problem.combine(heads[chosen["head"]], wides[chosen["wide"]], chosen["weights"])
-    temperature = fit_temperature(problem, both, every)
+    temperature = fit_temperature(problem, both, every) if len(rows) else float(sum(chosen["weights"]))
     outputs = both / temperature
-    loss = float(problem.loss(outputs, every).mean())
+    loss = float(problem.loss(outputs, every).mean()) if len(rows) else np.nan
     outputs = log_softmax(outputs) if of_classes else outputs
-    score, outputs = problem.score(outputs, every), outputs.reshape(n_repeats, -1, shape[1]).mean(axis=0)
+    score, outputs = problem.score(outputs, every) if len(rows) else np.nan, mean_of_cells(outputs)
     outputs = log_softmax(outputs) if of_classes else outputs  # means of log probabilities are not normalised
     return ReaderChoice(
         **chosen,
@@ -351,7 +379,8 @@ def choose_readers(
         loss=loss,
         score=score,
         out_of_fold=outputs.astype(np.float32),
-        distances=None if distances is None else distances.reshape(n_repeats, -1).mean(axis=0).astype(np.float32),
+        rows=rows,
+        distances=None if distances is None else mean_of_cells(distances[counts]).astype(np.float32),
     )
 
 

@@ -261,7 +261,7 @@ def _with_counts(block: sparse.csr_array) -> sparse.csr_array:
 def _leading(covariance: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Compute the k largest eigenvalues, descending, and eigenvectors, whose largest entries are positive."""
     n = len(covariance)
-    if n <= _DENSE_EIGH or k > n // 4:
+    if n <= _DENSE_EIGH or k > n // 4 or not covariance.any():  # ARPACK fails if nothing varies
         values, vectors = linalg.eigh(covariance, subset_by_index=[n - k, n - 1])
     else:
         values, vectors = eigsh(covariance, k, v0=np.ones(n) / np.sqrt(n))

@@ -122,7 +122,7 @@ def test_an_earlier_choice_is_kept():
     problem = Problem(CLASSES, 3)
     folds = inner_folds(problem, labels, None, 0)
     for head, weights, kept in ((both, (0.0, 1.0), True), (both, (1.0, 0.0), True), (noise, (1.0, 0.0), False)):
-        earlier = ReaderChoice(0.3, 0.2, weights, 1.0, 0.0, 0.0, np.zeros((0, 3)))
+        earlier = ReaderChoice(0.3, 0.2, weights, 1.0, 0.0, 0.0, np.zeros((0, 3)), np.arange(0))
         found = choose_readers(problem, labels, folds, lambda t, h, of=head: (of[t], of[h]), both, earlier=earlier)
         assert (found.head, found.wide, found.weights == weights) == (0.3, 0.2, kept)
 
@@ -239,6 +239,43 @@ def test_classes_that_a_fold_lacks_and_a_single_class():
     reader = problem.fit(np.eye(6), np.array([0, 0, 2, 2, 2, 0]), 1.0)
     assert set(reader(np.eye(6)).argmax(1)) == {0, 2} and (log_softmax(reader(np.eye(6)))[:, [1, 3]] < -10).all()
     assert (problem.fit(np.eye(3), np.array([1, 1, 1]), 1.0)(np.eye(3)).argmax(1) == 1).all()
+
+
+def test_cells_of_classes_that_a_fold_lacks_do_not_count():
+    """A class of one group, and one of one cell: they change neither what is chosen nor how sure it is."""
+    rng = np.random.default_rng(0)
+    features = np.concatenate([np.eye(4)[np.arange(300) % 3], np.tile(np.eye(4)[3], (60, 1))])
+    features += rng.normal(size=features.shape) * 0.6
+    labels, groups = np.append(np.arange(300) % 3, np.full(60, 3)), np.append(np.arange(300) % 5, np.zeros(60, int))
+
+    def choose(n: int, groups: np.ndarray | None) -> ReaderChoice:
+        problem = Problem(CLASSES, 4)
+        folds = inner_folds(problem, labels[:n], groups, 0)
+        return choose_readers(problem, labels[:n], folds, lambda t, h: (features[t], features[h]), features[:n])
+
+    few, every = choose(300, groups[:300]), choose(360, groups)
+    np.testing.assert_array_equal(every.rows, np.arange(300))
+    assert every.out_of_fold.shape == (300, 4) and every.distances.shape == (300,)
+    assert abs(every.temperature - few.temperature) < 0.3 and abs(every.loss - few.loss) < 0.1
+    alone, without = choose(301, None), choose(300, None)
+    np.testing.assert_array_equal(alone.rows, np.arange(300))
+    assert abs(alone.temperature - without.temperature) < 0.3 and abs(alone.loss - without.loss) < 0.1
+
+
+def test_without_cells_that_count_the_usual_settings_are_kept():
+    problem, labels, features = Problem(CLASSES, 4), np.arange(4), np.eye(4)
+    folds = inner_folds(problem, labels, None, 0)
+    found = choose_readers(problem, labels, folds, lambda t, h: (features[t], features[h]), features)
+    assert {"head": found.head, "wide": found.wide, "weights": found.weights} == PREFERRED
+    assert found.temperature == 1.5 and np.isnan([found.loss, found.score]).all()
+    assert found.out_of_fold.shape == (0, 4) and found.distances.shape == found.rows.shape == (0,)
+
+
+def test_numbers_of_multiple_labels_that_a_fold_lacks():
+    known, labels = np.array([[0, 1], [1, 1]]), np.array([[0, 1], [1, 0], [1, 1]])
+    assert Problem("multi_label_classification", 2).can_learn(known, labels).tolist() == [True, False, True]
+    assert Problem("regression", 2).can_learn(known, labels).all()
+    assert Problem(CLASSES, 3).can_learn(np.array([0, 2]), np.array([0, 1, 2])).tolist() == [True, False, True]
 
 
 def test_a_rotation_of_more_cells_gives_the_same_reader():

@@ -12,6 +12,7 @@ from scipy import sparse
 from stformer_hf import CellStore, GeneBertConfig, GeneBertForPhenotypicMLM, GeneBertModel, GeneTokenizer
 from stformer_hf.batches.collate import pad
 from stformer_hf.training.starts import spectral_views
+from stformer_hf.training.starts.cell_features import _principal_scores
 from stformer_hf.training.starts.spectral_start import initialise_from_store
 from stformer_hf.training.starts.spectral_views import fit_spectral_views, pearson_residuals
 
@@ -191,6 +192,15 @@ def test_components_are_no_more_than_what_varies_within_batches():
         assert variances[-1] > 1e-6 * variances[0]
     with pytest.raises(ValueError, match=f"Each of the {n} cells with counts is the only one of its batch"):
         fit_spectral_views(blocks_of(counts, 7), 50, batches=np.arange(n))
+
+
+def test_cells_that_do_not_differ_have_a_start():
+    """ARPACK fails on a matrix of zeros, whose eigenvectors are any."""
+    views = fit_spectral_views(lambda: iter([sparse.csr_array(np.ones((40, 800)))]), 10)
+    assert [of.shape for of in views.loadings] == [(800, 10)] * 2
+    np.testing.assert_allclose(views.variances, 0, atol=1e-3)
+    for scores in _principal_scores(np.ones((40, 40)), np.arange(32), np.arange(32, 40), 4):
+        np.testing.assert_allclose(scores, 0, atol=1e-4)
 
 
 def test_what_cannot_be_raises(cells):
