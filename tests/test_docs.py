@@ -40,10 +40,10 @@ NOT_RUN = {
         "--config recipes/gene_bert_base.yaml --data atlas --output model",
         "ray start --head                                   # on the first machine",
         "cat > build.sbatch <<'END'",
-        "cat > train.sbatch <<'END'",
         "accelerate launch --config_file recipes/accelerate/fsdp2.yaml --num_machines 2 --num_processes 16 "
         "--machine_rank $RANK --main_process_ip FIRST_MACHINE --main_process_port 29500 -m stformer_hf.cli pretrain "
         "--config recipes/gene_bert_base.yaml --data store --output model",
+        "cat > train.sbatch <<'END'",
     ],
     "docs/training.md": [
         "accelerate launch --config_file recipes/accelerate/ddp.yaml -m stformer_hf.cli pretrain "
