@@ -308,6 +308,18 @@ def test_simulated_cells_are_of_the_size_that_is_promised():
     assert (found.X != simulate().X).nnz == 0
 
 
+@pytest.mark.slow
+def test_training_is_chosen_where_no_linear_model_tells_the_classes():
+    found = quality_data.simulate_interaction()
+    assert abs(found.obs[LABEL].value_counts(normalize=True)["one"] - 0.5) < 0.05
+    train, test = found[:1_600].copy(), found[1_600:].copy()
+    predicted = {row: quality_models.classify(row, train, test, seed=0) for row in ("start", "finetuned")}
+    baseline = Baselines(train.X, train.obs[LABEL].to_numpy(), found.X[:0]).predict("lr", test.X)
+    true = test.obs[LABEL].astype(str).to_numpy()
+    right = {row: (of == true).mean() for row, of in {**predicted, "lr": baseline}.items()}
+    assert right["lr"] < 0.6 and right["start"] < 0.75 and right["finetuned"] > 0.95
+
+
 @pytest.mark.slow  # starts the command with all that it imports
 def test_the_fine_tuning_of_simulated_cells_is_a_process_that_is_timed():
     flags = ["--max_steps", "1", "--size", "tiny", "--held_out", "0"]
