@@ -68,9 +68,7 @@ def run(args: SearchArguments, training: dict[str, Any]) -> pd.Series:
         raise ValueError("search needs a space of names and their possible values, as in recipes/search_tiny.yaml.")
     space = SearchSpace(args.space)
     if args.model and space.model:
-        raise ValueError(
-            f"space: {', '.join(space.model)}: only for a new model; the one at {args.model} has its own."
-        )
+        raise ValueError(f"space: {', '.join(space.model)}: only for a new model; that at {args.model} has its own.")
     space.check_models(lambda **values: _config(args, values))
 
     from ..search.search import best_of, search

@@ -96,16 +96,12 @@ def export_onnx(
     """
     output = Path(output)
     if (output / MODEL).exists() and not overwrite:
-        raise FileExistsError(
-            f"{output} holds an exported model. Choose another output, or replace it with overwrite=True."
-        )
+        raise FileExistsError(f"{output} holds an exported model. Choose another output, or pass overwrite=True.")
     try:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            "Exporting needs onnx, onnxscript and onnxruntime: pip install 'stformer_hf[onnx]'"
-        ) from error
+        raise ImportError("Exporting needs onnx, onnxscript, onnxruntime: pip install 'stformer_hf[onnx]'") from error
     if not hasattr(torch.compiler, "is_exporting"):
         raise ImportError(f"Exporting needs torch 2.7 or later; this is {torch.__version__}.")
     of_cells = is_classifier(model)

@@ -78,9 +78,7 @@ def _in_order(stores: Sequence[StoredCells]) -> list[StoredCells]:
     other = next((store for store in stores if store.manifest["build"] != stores[0].manifest["build"]), None)
     if None in parts or other is not None:
         other = other or stores[parts.index(None)]
-        raise ValueError(
-            f"{stores[0].path} and {other.path} are not parts of one build: their sources or settings differ."
-        )
+        raise ValueError(f"{stores[0].path} and {other.path} are not parts of one build: sources or settings differ.")
     n_parts = {n for _, n in parts}
     found = sorted(i for i, _ in parts)
     if len(n_parts) > 1 or found != list(range(parts[0][1])):

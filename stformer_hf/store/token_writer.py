@@ -92,9 +92,7 @@ def _chosen_obs(store: StoredCells, obs: Sequence[str] | str | None) -> list[str
     for name in names:
         must_have(known, "obs", name)
         if name in _OWN_COLUMNS:
-            raise ValueError(
-                f"obs column {name!r}: the tokens use this name. Leave it out, and look it up in the store by cell_id."
-            )
+            raise ValueError(f"obs column {name!r}: the tokens use this name. Look it up in the store by cell_id.")
     return names
 
 

@@ -357,9 +357,7 @@ def _start(
     if groups is not None and prepared.twins is not None:
         groups = join_groups(groups, twins)
         if len(np.unique(groups)) < 2:
-            raise ValueError(
-                f"All groups of {split_by!r} share cells (same barcode and counts): remove the duplicates first."
-            )
+            raise ValueError(f"All groups of {split_by!r} share cells (same barcode and counts): remove duplicates.")
     prepared.start = start = start_classifier(
         prepared.model,
         prepared.tokenizer,
