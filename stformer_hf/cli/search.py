@@ -11,6 +11,7 @@ It writes best.yaml, trials.csv, trials.png and study.db to OUTPUT; trials leave
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +58,6 @@ def main(argv: list[str]) -> None:
 
 def run(args: SearchArguments, training: dict[str, Any]) -> pd.Series:
     """Search and write the results; return the row of the best trial."""
-    from importlib.util import find_spec
-
     from ..search.search_space import SearchSpace, TrialModel
 
     for module, extra in (("optuna", "search"), ("ray", "ray")):
