@@ -124,7 +124,9 @@ def annotate(
     heads = read_heads(classifier)
     kind, of_classes = heads[0].kind, heads[0].kind == "single_label_classification"
     if not of_classes and (top_k > 1 or any(option is not None for option in (reject, parents, over))):
-        raise ValueError(f"top_k, reject, parents and over are for classes; the model is for {kind}: leave them out.")
+        raise ValueError(
+            f"top_k, reject, parents and over are for classes, and the model is for {kind}: leave them out."
+        )
     for head in heads if of_classes else ():
         warn_of_missing(head.names, "The model" if head.column is None else f"{head.column!r} of the model")
     check_reject(reject, [name for head in heads for name in head.names])
