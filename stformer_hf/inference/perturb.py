@@ -50,7 +50,7 @@ from .batches import (
 )
 from .embed import pooled_states
 from .gene_edits import QUANTILES, GeneEdits, Panel, choose_perturbations
-from .gene_shifts import GeneStates, ShardGenes, ShiftSums, make_gene_table
+from .gene_shifts import GeneStates, ShardGenes, ShiftSums, make_gene_table, unit_length
 from .gene_states import gene_frame
 from .perturb_statistics import CellGroups, DonorGroups, ShardScores, cell_statistics, make_table
 
@@ -413,10 +413,11 @@ class _Reader:
         inputs, types = batch.inputs, batch.types
         if not self.heads and of_genes is None:
             settings = {"hidden_layer": self.hidden_layer, "pooling": self.pooling}
-            return _unit_length(pooled_states(self.model, inputs, types, **settings)), None
+            return unit_length(pooled_states(self.model, inputs, types, **settings)).cpu().numpy(), None
         outputs = self.model(**inputs, output_hidden_states=True)
         hidden, boundaries = outputs.hidden_states[self.hidden_layer], inputs.get("cu_seq_lens_q")
-        states = _unit_length(pool(hidden, types, inputs.get("attention_mask"), self.pooling, boundaries))
+        pooled = pool(hidden, types, inputs.get("attention_mask"), self.pooling, boundaries)
+        states = unit_length(pooled).cpu().numpy()
         if of_genes is not None:
             is_gene = batch.genes >= 0
             cells = np.repeat(batch.rows, batch.n_genes)
@@ -427,10 +428,6 @@ class _Reader:
 
 
 _OfGenes = Callable[[np.ndarray, np.ndarray, torch.Tensor], None]
-
-
-def _unit_length(states: torch.Tensor) -> np.ndarray:
-    return torch.nn.functional.normalize(states.float(), dim=-1).cpu().numpy()
 
 
 def _cut(order: np.ndarray, lengths: np.ndarray, max_tokens: int, packed: bool) -> Iterator[np.ndarray]:
