@@ -44,35 +44,18 @@ def _register_tokenizers() -> None:
     AutoTokenizer.register(GeneBertConfig, GeneTokenizer)
 
 
-def _register_gene_bert() -> None:
-    from transformers import (
-        AutoModel,
-        AutoModelForMaskedLM,
-        AutoModelForPreTraining,
-        AutoModelForSequenceClassification,
-        AutoModelForTokenClassification,
-    )
+def _register_models(module: str) -> None:
+    """Register the models of a configuration with the Auto classes that its `AUTO_MAP` names."""
+    import transformers
 
-    from .models.gene_bert import modeling_gene_bert as models
-    from .models.gene_bert.configuration_gene_bert import GeneBertConfig
-
-    GeneBertConfig.on_init = None
-    AutoModel.register(GeneBertConfig, models.GeneBertModel)
-    AutoModelForMaskedLM.register(GeneBertConfig, models.GeneBertForPhenotypicMLM)
-    AutoModelForPreTraining.register(GeneBertConfig, models.GeneBertForPhenotypicMLM)
-    AutoModelForSequenceClassification.register(GeneBertConfig, models.GeneBertForClassification)
-    AutoModelForTokenClassification.register(GeneBertConfig, models.GeneBertForTokenClassification)
-
-
-def _register_cell_neighborhood() -> None:
-    from transformers import AutoModel, AutoModelForPreTraining
-
-    from .models.cell_neighborhood import modeling_cell_neighborhood as models
-    from .models.cell_neighborhood.configuration_cell_neighborhood import CellNeighborhoodConfig
-
-    CellNeighborhoodConfig.on_init = None
-    AutoModel.register(CellNeighborhoodConfig, models.CellNeighborhoodModel)
-    AutoModelForPreTraining.register(CellNeighborhoodConfig, models.CellNeighborhoodForMaskedCell)
+    configuration = sys.modules[module]
+    config = getattr(configuration, _CONFIGS[module])
+    config.on_init = None
+    for auto_class, path in configuration.AUTO_MAP.items():
+        file, _, name = path.partition(".")
+        if auto_class != "AutoConfig":
+            models = importlib.import_module(f".{file}", configuration.__package__)
+            getattr(transformers, auto_class).register(config, getattr(models, name))
 
 
 def _register_pipelines() -> None:
@@ -115,16 +98,13 @@ def _register_stores() -> None:
 
 
 _CONFIGS = {
-    f"{__package__}.models.gene_bert.configuration_gene_bert": ("GeneBertConfig", _register_gene_bert),
-    f"{__package__}.models.cell_neighborhood.configuration_cell_neighborhood": (
-        *("CellNeighborhoodConfig", _register_cell_neighborhood),
-    ),
+    f"{__package__}.models.gene_bert.configuration_gene_bert": "GeneBertConfig",
+    f"{__package__}.models.cell_neighborhood.configuration_cell_neighborhood": "CellNeighborhoodConfig",
 }
 
 
 def _at_the_first_configuration(module: str) -> None:
-    name, function = _CONFIGS[module]
-    getattr(sys.modules[module], name).on_init = function
+    getattr(sys.modules[module], _CONFIGS[module]).on_init = partial(_register_models, module)
 
 
 _AFTER: dict[str, Callable[[], None]] = {

@@ -242,9 +242,7 @@ def _flat_column(examples: Any, name: str, dtype: type) -> tuple[np.ndarray, np.
         offsets = lists.offsets.to_numpy().astype(np.int64)
         return lists.values.to_numpy()[offsets[0] : offsets[-1]].astype(dtype), offsets - offsets[0]
     rows: list[np.ndarray] = [np.asarray(example[name], dtype) for example in examples]
-    indptr = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum([len(row) for row in rows], out=indptr[1:])
-    return np.concatenate(rows), indptr
+    return np.concatenate(rows), np.cumsum([0, *map(len, rows)])
 
 
 def _measured_column(examples: Any, n_cells: int, n_genes: int) -> np.ndarray | None:

@@ -324,9 +324,7 @@ def _shares(names: list[str], sizes: np.ndarray, shares: Mapping[str, float]) ->
     shares = {str(name): float(share) for name, share in shares.items()}
     without = [f"{name} ({size} rows)" for name, size in zip(names, sizes, strict=True) if name not in shares]
     if without:
-        raise ValueError(
-            f"shares: none for {some_of(without, _MOST_NAMES)}. Name every group; a share of 0 leaves it out."
-        )
+        raise ValueError(f"shares: none for {some_of(without, _MOST_NAMES)}. Name every group; 0 leaves it out.")
     unknown = [name for name in shares if name not in names]
     if unknown:
         raise ValueError(

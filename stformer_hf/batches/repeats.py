@@ -92,9 +92,9 @@ def _one(example: Any, k: int) -> Any:
 def _times_before(rows: np.ndarray) -> np.ndarray:
     """Count how often each row comes earlier in the array: int64 array (n,)."""
     order = np.argsort(rows, kind="stable")
-    _, first, sizes = np.unique(rows[order], return_index=True, return_counts=True)
+    ranked = rows[order]
     times = np.empty(len(rows), np.int64)
-    times[order] = np.arange(len(rows)) - np.repeat(first, sizes)
+    times[order] = np.arange(len(rows)) - ranked.searchsorted(ranked)
     return times
 
 

@@ -22,11 +22,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from .arguments import check_free, flag, parse
 from .demo_rows import GENES, LABEL, MAJORITY, PCA, START, TRAINED
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
     from anndata import AnnData
 
@@ -175,7 +176,6 @@ def load_cells() -> tuple[Any, float]:
     The package ships ln(1 + 10,000 count / total), which is inverted and rounded. Return the AnnData (700, 765), CSR
     float32 with ten cell types in `obs["bulk_labels"]`, and the largest distance of a recovered count to an integer.
     """
-    import numpy as np
     import pandas as pd
     import scanpy as sc
     from anndata import AnnData
@@ -200,7 +200,6 @@ def load_cells() -> tuple[Any, float]:
 
 def split_cells(cells, seed: int):
     """Split cells into a training and a held-out part, stratified by type and determined by the seed."""
-    import numpy as np
     from sklearn.model_selection import train_test_split
 
     train, held_out = train_test_split(

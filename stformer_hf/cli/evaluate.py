@@ -7,6 +7,7 @@ stformer-hf evaluate --data cells.h5ad --model pretrained --label_key cell_type 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,8 +59,6 @@ def main(argv: list[str]) -> None:
 
 def run(args: EvaluateArguments) -> EmbeddingEvaluation:
     """Embed if there is a model, evaluate, and write the results; return the evaluation."""
-    from importlib.util import find_spec
-
     from ..evaluation.evaluate_embedding import evaluate_embedding
     from .files import read
 

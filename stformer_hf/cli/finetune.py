@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -239,8 +240,6 @@ def _draw_confusion(output: Path, found, heads: list) -> None:
 
     Those of several label columns are plotted to `confusion_COLUMN.png`.
     """
-    from importlib.util import find_spec
-
     if find_spec("matplotlib") is None:
         return
     from ..inference import plots

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -189,8 +190,6 @@ def prepare(args: PretrainArguments, arguments: TrainingArguments) -> PretrainRu
 
 def _check_settings(args: PretrainArguments) -> None:
     """Refuse unknown settings of tokenizer, model and sampling, before any data are read."""
-    from inspect import signature
-
     from ..batches.draws import check_sampling
     from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer

@@ -8,15 +8,17 @@ accelerate launch -m stformer_hf.cli pretrain_neighborhood --data a.h5ad b.h5ad 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
+import numpy as np
+
 from .arguments import PRETRAINING, check_names, flag, parse_training, some_flags
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
     from anndata import AnnData
     from transformers import TrainingArguments
@@ -155,7 +157,6 @@ class Sections(NamedTuple):
 
 def open_sections(args: PretrainNeighborhoodArguments, arguments: TrainingArguments) -> Sections:
     """Open the store of the cells, or build one with their coordinates."""
-    import numpy as np
     import pandas as pd
 
     from .runs import is_store, open_cells
@@ -208,8 +209,6 @@ def open_sections(args: PretrainNeighborhoodArguments, arguments: TrainingArgume
 
 def _without_twins(cells: Sections, held_out: np.ndarray) -> tuple[Sections, np.ndarray]:
     """Leave out the training cells that are held out too: of equal barcode and counts (see `CellStore.twins`)."""
-    import numpy as np
-
     from ..space.spatial_metadata import match_cells
 
     rows = match_cells(cells.metadata["cell_label"], cells.store.obs_names, "cell_label")
@@ -225,8 +224,6 @@ def _without_twins(cells: Sections, held_out: np.ndarray) -> tuple[Sections, np.
 
 def _without_unseen_types(cells: Sections, held_out: np.ndarray) -> tuple[Sections, np.ndarray]:
     """Leave out held-out cells of types that no training cell has, which cannot be evaluated."""
-    import numpy as np
-
     types = cells.metadata["cell_type"].to_numpy()
     seen = np.unique(types[~held_out])
     known = np.isin(types, seen)
@@ -256,7 +253,6 @@ def _add_types(model: CellNeighborhoodForMaskedCell, names: Sequence[str]) -> No
 
 def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], str | None]:
     """Open files with the coordinates and section of each cell in obs; return them and the layer to read."""
-    import numpy as np
     import pandas as pd
 
     from ..genes.text_files import naming
@@ -308,10 +304,6 @@ def _with_places(args: PretrainNeighborhoodArguments) -> tuple[list[AnnData], st
 
 def choose_held_out(args: PretrainNeighborhoodArguments, metadata: pd.DataFrame, seed: int) -> np.ndarray:
     """Choose the held-out cells: bool array (n_cells,)."""
-    import math
-
-    import numpy as np
-
     if not 0 <= args.held_out < 1:
         raise ValueError(f"held_out must be a share of the cells, at least 0 and below 1; got {args.held_out}.")
     sections = metadata["section"].astype(str).to_numpy()

@@ -11,6 +11,7 @@ It writes best.yaml, trials.csv, trials.png and study.db to OUTPUT; trials leave
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +58,6 @@ def main(argv: list[str]) -> None:
 
 def run(args: SearchArguments, training: dict[str, Any]) -> pd.Series:
     """Search and write the results; return the row of the best trial."""
-    from importlib.util import find_spec
-
     from ..search.search_space import SearchSpace, TrialModel
 
     for module, extra in (("optuna", "search"), ("ray", "ray")):
@@ -68,9 +67,7 @@ def run(args: SearchArguments, training: dict[str, Any]) -> pd.Series:
         raise ValueError("search needs a space of names and their possible values, as in recipes/search_tiny.yaml.")
     space = SearchSpace(args.space)
     if args.model and space.model:
-        raise ValueError(
-            f"space: {', '.join(space.model)}: only for a new model; the one at {args.model} has its own."
-        )
+        raise ValueError(f"space: {', '.join(space.model)}: only for a new model; that at {args.model} has its own.")
     space.check_models(lambda **values: _config(args, values))
 
     from ..search.search import best_of, search

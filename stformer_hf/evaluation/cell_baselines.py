@@ -124,10 +124,10 @@ def log_normalise(counts: sparse.sparray | np.ndarray, totals: np.ndarray | None
 
     The totals (n,) are the sums of the counts by default.
     """
-    counts = sparse.csr_array(counts).astype(np.float64)
-    totals = counts.sum(axis=1) if totals is None else totals
-    scaled = sparse.diags_array(1e4 / np.where(totals > 0, totals, 1)) @ counts
-    return sparse.csr_array(scaled).log1p()
+    values = sparse.csr_array(counts, dtype=np.float64, copy=True)
+    totals = values.sum(axis=1) if totals is None else totals
+    values.data = np.log1p(1e4 * values.data / np.repeat(np.where(totals > 0, totals, 1), np.diff(values.indptr)))
+    return values
 
 
 __all__ = [

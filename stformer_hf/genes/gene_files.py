@@ -118,9 +118,7 @@ def read_json(path: str | Path) -> pd.DataFrame:
     if isinstance(content, list) and content and all(isinstance(record, tuple) for record in content):
         return _read_frame(pd.DataFrame([dict(record) for record in content]), str(path), None, None)
     if not isinstance(content, tuple) or not all(isinstance(value, str | None) for _, value in content):
-        raise ValueError(
-            f"{path} must be {{symbol: id}}, {{id: symbol}}, or a list of records with an id and a symbol."
-        )
+        raise ValueError(f"{path} must be {{symbol: id}}, {{id: symbol}}, or a list of records with id and symbol.")
     if not content:
         raise ValueError(f"{path} has no genes.")
     left, right = (_names(pd.Series(names, dtype=object)) for names in zip(*content, strict=True))

@@ -96,16 +96,12 @@ def export_onnx(
     """
     output = Path(output)
     if (output / MODEL).exists() and not overwrite:
-        raise FileExistsError(
-            f"{output} holds an exported model. Choose another output, or replace it with overwrite=True."
-        )
+        raise FileExistsError(f"{output} holds an exported model. Choose another output, or pass overwrite=True.")
     try:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            "Exporting needs onnx, onnxscript and onnxruntime: pip install 'stformer_hf[onnx]'"
-        ) from error
+        raise ImportError("Exporting needs onnx, onnxscript, onnxruntime: pip install 'stformer_hf[onnx]'") from error
     if not hasattr(torch.compiler, "is_exporting"):
         raise ImportError(f"Exporting needs torch 2.7 or later; this is {torch.__version__}.")
     of_cells = is_classifier(model)
@@ -121,7 +117,9 @@ def export_onnx(
     with at_work(model, "cpu"):
         batches = [next(read_batches(source, tokenizer, size, desc="compare")) for size in _BATCHES]
         random = next(read_batches(open_source(_random_cells(tokenizer)), tokenizer, _BATCHES[1], desc="trace"))
-        names = _input_names(random, tokenizer)
+        names = list(random.inputs)
+        if tokenizer.whole_cell and "measured_genes" not in names:
+            names.append("measured_genes")
         exported = _ForOnnx(model, names, pooling).eval()
         tensors = [_tensors(batch, names, tokenizer) for batch in batches]
         expected, inputs = [exported(*of).numpy() for of in tensors], [[one.numpy() for one in of] for of in tensors]
@@ -234,13 +232,6 @@ def _compare(expected: list[np.ndarray], found: list[np.ndarray], heads: list[Ce
     if same:
         compared["same_labels"] = float(np.concatenate(same).mean())
     return compared
-
-
-def _input_names(batch: TokenBatch, tokenizer: GeneTokenizer) -> list[str]:
-    return [
-        *batch.inputs,
-        *(["measured_genes"] if tokenizer.whole_cell and "measured_genes" not in batch.inputs else []),
-    ]
 
 
 def _tensors(batch: TokenBatch, names: list[str], tokenizer: GeneTokenizer) -> tuple[torch.Tensor, ...]:

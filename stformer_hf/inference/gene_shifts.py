@@ -32,7 +32,7 @@ class GeneStates:
 
     def add(self, cells: np.ndarray, genes: np.ndarray, states: torch.Tensor) -> None:
         """Add the states (k, d) of genes, int64 (k,), in cells, int64 (k,)."""
-        self._read.append((cells * self._n_genes + genes, _unit_length(states)))
+        self._read.append((cells * self._n_genes + genes, unit_length(states)))
 
     def sort(self) -> GeneStates:
         """Return itself, complete."""
@@ -51,11 +51,12 @@ class GeneStates:
         here = self.keys[at] == wanted
         device = self.states.device
         before = self.states[torch.from_numpy(at[here]).to(device)]
-        after = _unit_length(states[torch.from_numpy(here).to(device)])
+        after = unit_length(states[torch.from_numpy(here).to(device)])
         return here, 0.5 * (after - before).square().sum(dim=1).cpu().numpy().astype(np.float64)
 
 
-def _unit_length(states: torch.Tensor) -> torch.Tensor:
+def unit_length(states: torch.Tensor) -> torch.Tensor:
+    """Scale states (n, d) to length 1, in float32."""
     return torch.nn.functional.normalize(states.float(), dim=-1)
 
 
@@ -181,4 +182,4 @@ def make_gene_table(
     return pd.concat(parts, ignore_index=True)
 
 
-__all__ = ["GeneStates", "ShardGenes", "ShiftSums", "make_gene_table"]
+__all__ = ["GeneStates", "ShardGenes", "ShiftSums", "make_gene_table", "unit_length"]

@@ -7,8 +7,9 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -49,7 +50,7 @@ from .batches import (
 )
 from .embed import pooled_states
 from .gene_edits import QUANTILES, GeneEdits, Panel, choose_perturbations
-from .gene_shifts import GeneStates, ShardGenes, ShiftSums, make_gene_table
+from .gene_shifts import GeneStates, ShardGenes, ShiftSums, make_gene_table, unit_length
 from .gene_states import gene_frame
 from .perturb_statistics import CellGroups, DonorGroups, ShardScores, cell_statistics, make_table
 
@@ -248,13 +249,15 @@ def perturb(
         with at_work(reader.model, device or (None if state is None else str(state.device)), dtype=dtype):
             grid = _Grid(folder, reader, edits, counts, cells, perturbations, panel, shard_size, gene_shifts > 0)
             grid.run(state)
-        table = make_table(perturbations, grid.shards, grid.score_names, cells.donors_of(0), grid.groups, seed)
+        shards = partial(grid.shards, ShardScores)
+        table = make_table(perturbations, shards, grid.score_names, cells.donors_of(0), grid.groups, seed)
         asked = table[~table["null"]].drop(columns=["null", "matched"])
         if output is not None and (state is None or state.is_main_process):
             if gene_shifts:
                 frame = gene_frame(reader.tokenizer, np.arange(len(reader.tokenizer.genes)))
                 gene_ids, symbols = (frame[name].to_numpy(object) for name in ("gene_id", "symbol"))
-                found = make_gene_table(perturbations, grid.gene_shards, gene_ids, symbols, gene_shifts)
+                shards = partial(grid.shards, ShardGenes)
+                found = make_gene_table(perturbations, shards, gene_ids, symbols, gene_shifts)
                 _write(folder / "gene_shifts.csv", found.to_csv(index=False))
             _write(folder / "null.csv", table[table["null"]].drop(columns="null").to_csv())
             _write(folder / "table.csv", asked.to_csv())
@@ -410,10 +413,11 @@ class _Reader:
         inputs, types = batch.inputs, batch.types
         if not self.heads and of_genes is None:
             settings = {"hidden_layer": self.hidden_layer, "pooling": self.pooling}
-            return _unit_length(pooled_states(self.model, inputs, types, **settings)), None
+            return unit_length(pooled_states(self.model, inputs, types, **settings)).cpu().numpy(), None
         outputs = self.model(**inputs, output_hidden_states=True)
         hidden, boundaries = outputs.hidden_states[self.hidden_layer], inputs.get("cu_seq_lens_q")
-        states = _unit_length(pool(hidden, types, inputs.get("attention_mask"), self.pooling, boundaries))
+        pooled = pool(hidden, types, inputs.get("attention_mask"), self.pooling, boundaries)
+        states = unit_length(pooled).cpu().numpy()
         if of_genes is not None:
             is_gene = batch.genes >= 0
             cells = np.repeat(batch.rows, batch.n_genes)
@@ -424,10 +428,6 @@ class _Reader:
 
 
 _OfGenes = Callable[[np.ndarray, np.ndarray, torch.Tensor], None]
-
-
-def _unit_length(states: torch.Tensor) -> np.ndarray:
-    return torch.nn.functional.normalize(states.float(), dim=-1).cpu().numpy()
 
 
 def _cut(order: np.ndarray, lengths: np.ndarray, max_tokens: int, packed: bool) -> Iterator[np.ndarray]:
@@ -518,17 +518,11 @@ class _Grid:
         if state is not None:
             state.wait_for_everyone()
 
-    def shards(self) -> Iterator[ShardScores]:
-        """Read the shards."""
+    def shards(self, kind: Any) -> Iterator[Any]:
+        """Read the shards: their `ShardScores`, or their `ShardGenes`."""
         for file in self._files:
             with np.load(file) as found:
-                yield ShardScores(**{name: found[name] for name in ShardScores._fields})
-
-    def gene_shards(self) -> Iterator[ShardGenes]:
-        """Read the shifts of genes in the shards."""
-        for file in self._files:
-            with np.load(file) as found:
-                yield ShardGenes(**{name: found[name] for name in ShardGenes._fields})
+                yield kind(**{name: found[name] for name in kind._fields})
 
     def _cuts(self, sizes: np.ndarray) -> list[tuple[int, int]]:
         """Cut the perturbations into shards of at most `shard_size` edited cells, or of one perturbation."""

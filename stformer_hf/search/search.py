@@ -158,16 +158,14 @@ def _tell(
 # ---------------------------------------------------------------------- optuna
 
 
-def _with_optuna(trainer, space, output, trials, metric, direction, pruner, sampler_seed, settings) -> pd.DataFrame:
+def _with_optuna(trainer, space, output, *settings) -> pd.DataFrame:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # trials are printed here
     path = output / "study.db"
     storage = _storage(path)
     try:
-        return _continue_study(
-            trainer, space, path, storage, trials, metric, direction, pruner, sampler_seed, settings
-        )
+        return _continue_study(trainer, space, path, storage, *settings)
     finally:
         storage.remove_session()
         storage.engine.dispose()  # closes the file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -15,28 +15,17 @@ from ..genes.gene_table import GeneTable
 from .matrices import Matrix
 from .registry import Layer
 
-if TYPE_CHECKING:
-    from datasets import Features
-
 
 class StoredCells(Protocol):
-    """The part of `CellStore`'s interface that other modules use."""
+    """The part of `CellStore`'s interface by which it is read as a source."""
 
     path: Any  # Path, or RemoteFolder
     manifest: dict[str, Any]
     genes: GeneTable
 
     @property
-    def gene_ids(self) -> np.ndarray:
-        """Gene ids of the columns, object array (n_genes,)."""
-
-    @property
     def obs(self) -> pd.DataFrame:
         """Obs columns of the cells."""
-
-    @property
-    def obs_names(self) -> np.ndarray:
-        """Names of the cells, object array (n_cells,)."""
 
     @property
     def cell_ids(self) -> np.ndarray:
@@ -46,34 +35,16 @@ class StoredCells(Protocol):
     def is_selection(self) -> bool:
         """Whether it holds a selection of the cells of the store at its path."""
 
-    @property
-    def is_compact(self) -> bool:
-        """Whether the rows are compact."""
-
-    @property
-    def categories(self) -> dict[str, list[str]]:
-        """Categories of the categorical obs columns, in the order of their codes."""
-
-    @property
-    def features(self) -> Features:
-        """Hugging Face features of the columns."""
-
     def obs_table(self, names: Sequence[str]) -> pa.Table:
         """Return obs columns as they are stored."""
 
     def __len__(self) -> int: ...
-
-    def __getitems__(self, index: Sequence[int] | np.ndarray) -> Any:
-        """Return a `CellBatch` of cells."""
 
     def rows(self, index: Any) -> sparse.csr_array:
         """Return the counts of cells, (n_cells, n_genes)."""
 
     def neighbors(self, index: Any) -> sparse.csr_array:
         """Return the weights of the neighbours of cells, (n_cells, len(self))."""
-
-    def must_be_unchanged(self) -> None:
-        """Raise ValueError if the store was replaced since it was opened."""
 
 
 def store_layers(store: StoredCells) -> list[Layer]:

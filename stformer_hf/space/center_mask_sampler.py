@@ -24,7 +24,7 @@ from ..models.gene_bert.randomness import uniforms
 from ..sources.read_anndata import as_anndata, coordinates_of, find_placed_table, section_of
 from ..store.cell_expression import CellExpression
 from ..store.cell_store import CellStore
-from ..store.row_numbers import check_mask
+from ..store.row_numbers import check_mask, row_numbers
 from ..training.cell_checksum import MOST, checksum
 from .neighbor_index import NeighborIndex, first_of_each
 from .neighborhood_batch import NeighborhoodBatch, NeighborhoodMetadata
@@ -34,7 +34,6 @@ from .spatial_metadata import (
     column_of,
     match_cells,
     read_embeds,
-    read_indices,
     read_points,
     read_sections,
     read_types,
@@ -185,7 +184,7 @@ class CenterMaskSampler(Dataset):
         self.gene_ids = _gene_ids(adata)
         self.n_cell_types = int(self._types.max(initial=-1)) + 1
         check_mask(indices, len(points), lambda: getattr(metadata, "index", names), "metadata")
-        self.indices = read_indices(indices, len(points))
+        self.indices = row_numbers(slice(None) if indices is None else indices, len(points), "metadata")
         candidates = np.unique(self.indices) if neighbors_from == "indices" else None
         self._index = NeighborIndex(
             points,

@@ -114,9 +114,7 @@ class NeighborIndex:
             away = ((self._even[found] - self._even[cells[owners]]) ** 2).sum(axis=1)
             kept = first_of_each(owners, away, len(cells), self._k, self._keys[found])
             owners, found = owners[kept], found[kept]
-        indptr = np.zeros(len(cells) + 1, np.int64)
-        np.cumsum(np.bincount(owners, minlength=len(cells)), out=indptr[1:])
-        return indptr, found
+        return np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=len(cells)))]), found
 
     def _is_inside(self, cells: np.ndarray, sizes: np.ndarray, near: np.ndarray) -> np.ndarray:
         """Return which candidates of the tree, `sizes` for each of `cells`, are in its box or disc."""

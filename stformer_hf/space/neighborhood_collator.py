@@ -59,9 +59,7 @@ def collate_neighborhoods(
     lengths = batch.pop("lengths")
     batch["observed_neighboorhood_lens"] = lengths.tolist()
     if packed:
-        cuts = np.zeros(len(lengths) + 1, np.int32)
-        np.cumsum(lengths, out=cuts[1:])
-        batch["cu_seq_lens"] = torch.from_numpy(cuts)
+        batch["cu_seq_lens"] = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
         batch["segment_ids"] = torch.from_numpy(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths))
         batch["max_length"] = int(lengths.max())
         return CollatedBatch({**batch, "bs": len(lengths)})

@@ -144,9 +144,7 @@ def _check_colnames(of_ids: str, of_types: str, of_sections: str | None, axes: s
             )
     if of_ids in (of_types, of_sections):
         other = "cell_type" if of_ids == of_types else "tissue_section"
-        raise ValueError(
-            f"cell_id_colname and {other}_colname are both {of_ids!r}: the column of names needs to be separate."
-        )
+        raise ValueError(f"cell_id_colname and {other}_colname are both {of_ids!r}: they need separate columns.")
 
 
 def _example(names: Any) -> str:

@@ -120,27 +120,6 @@ def read_types(metadata: Any, name: str) -> np.ndarray:
     return types.astype(np.int64)
 
 
-def read_indices(indices: Sequence[int] | np.ndarray | None, n: int) -> np.ndarray:
-    """Convert `indices` of a sampler to rows of n rows of metadata: int64 array."""
-    if indices is None:
-        return np.arange(n)
-    rows = np.asarray(indices)
-    if rows.ndim != 1:
-        raise IndexError(f"indices must be one list of rows of metadata, got the shape {rows.shape}.")
-    if rows.dtype == bool:
-        if len(rows) != n:
-            raise IndexError(f"The mask indices has {len(rows)} values; metadata has {n} rows.")
-        return np.flatnonzero(rows)
-    if not len(rows):
-        return np.empty(0, np.int64)
-    if rows.dtype.kind not in "iu":
-        raise IndexError(f"indices must be rows of metadata or a boolean mask, got {rows.dtype}.")
-    outside = rows[(rows < -n) | (rows >= n)]
-    if len(outside):
-        raise IndexError(f"indices contain row {outside[0]}, but metadata has {n} rows.")
-    return rows.astype(np.int64) % n
-
-
 def read_embeds(embeds: np.ndarray, n: int) -> np.ndarray:
     """Check the embeddings of n cells: float32 array (n, d)."""
     embeds = np.asarray(embeds, np.float32)
@@ -197,7 +176,6 @@ __all__ = [
     "column_of",
     "match_cells",
     "read_embeds",
-    "read_indices",
     "read_points",
     "read_sections",
     "read_types",

@@ -176,8 +176,7 @@ class _Lists:
         batches = self._starts.searchsorted(rows, side="right") - 1
         at = rows + batches
         starts, stops = self._bounds[at], self._bounds[at + 1]
-        indptr = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum(stops - starts, out=indptr[1:])
+        indptr = np.concatenate([[0], np.cumsum(stops - starts)])
         follows = np.diff(at) == 1  # the next row of the same batch continues the run
         if follows.any():
             begins, ends = np.flatnonzero(np.r_[True, ~follows]), np.flatnonzero(np.r_[~follows, True])

@@ -52,9 +52,7 @@ class CellExpression:
         with np.errstate(all="ignore"):
             may_be_infinite = values.dtype.kind == "f" and not np.isfinite(values.sum())  # or their sum overflows
         if may_be_infinite and not np.isfinite(values).all():
-            raise ValueError(
-                f"X holds {(~np.isfinite(values)).sum()} NaN or infinite values in the rows that were read."
-            )
+            raise ValueError(f"X holds {(~np.isfinite(values)).sum()} NaN or infinite values in the rows read.")
         if self._normalize is None:
             return values.astype(np.float32, copy=False)
         if values.dtype.kind not in "ub":

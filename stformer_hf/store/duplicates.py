@@ -10,7 +10,7 @@ import numpy as np
 
 from ..sources.open_source import Source
 from ..sources.same_cells import SameCells, describe, row_totals
-from ..sources.stored_cells import StoredCells
+from .reader import StoreReader
 from .shards import Piece
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class DuplicateCheck:
         Whether this is one of several parts, which alone does not hold all cells to compare.
     """
 
-    def __init__(self, sources: list[Source], path: Path, base: StoredCells | None, allowed: bool, is_part: bool):
+    def __init__(self, sources: list[Source], path: Path, base: StoreReader | None, allowed: bool, is_part: bool):
         self._sources, self._path, self._base = sources, path, base
         names = [] if allowed else [source.obs_names for source in sources]
         if names and base is not None:
@@ -101,7 +101,7 @@ class DuplicateCheck:
         return name if is_unique else f"{name} (source {number + 1})"
 
 
-def _describe_rows(store: StoredCells, which: np.ndarray) -> np.ndarray:
+def _describe_rows(store: StoreReader, which: np.ndarray) -> np.ndarray:
     """Describe the cells of a store where `which`, bool (n,), is True: float32 array (n, 2), else zeros."""
     described = np.zeros((len(store), 2), np.float32)
     rows = np.flatnonzero(which)

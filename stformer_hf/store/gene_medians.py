@@ -18,8 +18,8 @@ from ..genes.unite import unite
 from ..sources.formats import expand
 from ..sources.matrices import MemoryMatrix
 from ..sources.open_source import open_source
-from ..sources.stored_cells import StoredCells
 from .engines import check_engine, run_tasks, runs_here
+from .reader import StoreReader
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ _CELLS_OF_PART = 65_536  # sums are of parts, then of their sums: the same numbe
 
 
 def estimate_gene_medians(
-    source: AnnData | StoredCells | str | Path | Iterable[AnnData | StoredCells | str | Path],
+    source: AnnData | StoreReader | str | Path | Iterable[AnnData | StoreReader | str | Path],
     target_sum: float = 1e4,
     *,
     method: str = "auto",

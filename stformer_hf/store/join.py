@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..sources.stored_cells import StoredCells
 from .manifest import write_manifest
+from .reader import StoreReader
 from .replacing import STORE, check_free, recover, written_at
 from .shards import RowFormat, checksum, rewrite, widest
 
 
-def join_stores(path: Path, stores: Sequence[StoredCells], overwrite: bool) -> None:
+def join_stores(path: Path, stores: Sequence[StoreReader], overwrite: bool) -> None:
     """Write the joined store; parameters and errors are those of `CellStore.join`.
 
     Shards are linked (by hard links, or by path across file systems). Only those with a narrower count type than
@@ -41,7 +41,7 @@ def join_stores(path: Path, stores: Sequence[StoredCells], overwrite: bool) -> N
             store.must_be_unchanged()  # else the links would point to the shards of a store that took its place
 
 
-def _write(path: Path, building: Path, stores: Sequence[StoredCells], row_format: RowFormat) -> None:
+def _write(path: Path, building: Path, stores: Sequence[StoreReader], row_format: RowFormat) -> None:
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     shards: list[dict[str, Any]] = []
@@ -68,7 +68,7 @@ def _write(path: Path, building: Path, stores: Sequence[StoredCells], row_format
     write_manifest(building, facts, stores[0].genes, row_format, shards)
 
 
-def _in_order(stores: Sequence[StoredCells]) -> list[StoredCells]:
+def _in_order(stores: Sequence[StoreReader]) -> list[StoreReader]:
     """Sort parts of one build; other stores keep their order."""
     parts = [store.manifest["part"] for store in stores]
     if not parts:
@@ -78,9 +78,7 @@ def _in_order(stores: Sequence[StoredCells]) -> list[StoredCells]:
     other = next((store for store in stores if store.manifest["build"] != stores[0].manifest["build"]), None)
     if None in parts or other is not None:
         other = other or stores[parts.index(None)]
-        raise ValueError(
-            f"{stores[0].path} and {other.path} are not parts of one build: their sources or settings differ."
-        )
+        raise ValueError(f"{stores[0].path} and {other.path} are not parts of one build: sources or settings differ.")
     n_parts = {n for _, n in parts}
     found = sorted(i for i, _ in parts)
     if len(n_parts) > 1 or found != list(range(parts[0][1])):
@@ -92,7 +90,7 @@ def _in_order(stores: Sequence[StoredCells]) -> list[StoredCells]:
     return sorted(stores, key=lambda store: store.manifest["part"][0])
 
 
-def _check_alike(first: StoredCells, other: StoredCells) -> None:
+def _check_alike(first: StoreReader, other: StoreReader) -> None:
     if list(first.gene_ids) != list(other.gene_ids):
         raise ValueError(
             f"{other.path} has other genes than {first.path}, or another gene order. Parts of one build, "
@@ -110,7 +108,7 @@ def _check_alike(first: StoredCells, other: StoredCells) -> None:
             )
 
 
-def _sources(stores: Sequence[StoredCells]) -> list[dict]:
+def _sources(stores: Sequence[StoreReader]) -> list[dict]:
     """Return the sources listed in the manifests; for parts, which share their sources, with the numbers summed."""
     if stores[0].manifest["part"] is None:
         return [source for store in stores for source in store.manifest["sources"]]

@@ -46,8 +46,7 @@ def sum_groups(
     if not all_genes:
         _, genes, counts = gather(cells[:0])
         return np.zeros(1, np.int64), genes, counts.astype(np.float64 if counts.dtype.kind == "f" else np.int64)
-    indptr = np.zeros(len(bounds), np.int64)
-    np.cumsum([len(genes) for genes in all_genes], out=indptr[1:])
+    indptr = np.cumsum([0, *map(len, all_genes)])
     return indptr, np.concatenate(all_genes), np.concatenate(all_counts)
 
 

@@ -34,9 +34,7 @@ def split_groups(twins: np.ndarray, column: pd.Series, test_size: float, seed: i
     if len(np.unique(twins)) < len(twins):
         groups = join_groups(groups, twins)
         if len(np.unique(groups)) < 2:
-            raise ValueError(
-                f"All groups of {by!r} share cells (same barcode and counts): remove the duplicates first."
-            )
+            raise ValueError(f"All groups of {by!r} share cells (same barcode and counts): remove duplicates first.")
     splitter = GroupShuffleSplit(1, test_size=test_size, random_state=seed)
     train, test = next(splitter.split(np.arange(len(twins)), groups=groups))
     return np.sort(train), np.sort(test)

@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 
 from ..genes.whole_files import whole_file
 from ..genes.wrong_names import must_have
-from ..sources.stored_cells import StoredCells
 from .engines import check_engine, run_tasks, runs_here
 from .manifest import write_dataset_files, written_by
+from .reader import StoreReader
 from .replacing import Contents, check_free, recover, written_at
 from .shards import checksum, gene_type, read_batches, told_when_full, write_json
 from .writer import prepare
@@ -48,7 +48,7 @@ _TOKENS = Contents(
 
 
 def write_tokens(
-    store: StoredCells,
+    store: StoreReader,
     selection: np.ndarray | None,
     tokenizer: Any,
     path: Path,
@@ -80,7 +80,7 @@ def write_tokens(
     (path / "plan.json").unlink(missing_ok=True)  # only now: without it, an interrupted call starts over
 
 
-def _chosen_obs(store: StoredCells, obs: Sequence[str] | str | None) -> list[str]:
+def _chosen_obs(store: StoreReader, obs: Sequence[str] | str | None) -> list[str]:
     """Return the names of the obs columns to copy."""
     known = list(store.manifest["obs"])
     if obs == "all":
@@ -92,13 +92,11 @@ def _chosen_obs(store: StoredCells, obs: Sequence[str] | str | None) -> list[str
     for name in names:
         must_have(known, "obs", name)
         if name in _OWN_COLUMNS:
-            raise ValueError(
-                f"obs column {name!r}: the tokens use this name. Leave it out, and look it up in the store by cell_id."
-            )
+            raise ValueError(f"obs column {name!r}: the tokens use this name. Look it up in the store by cell_id.")
     return names
 
 
-def _features(store: StoredCells, tokenizer: Any, obs: Sequence[str]) -> Features:
+def _features(store: StoreReader, tokenizer: Any, obs: Sequence[str]) -> Features:
     """Return the columns of the dataset, in the narrowest types that hold the tokenizer's ids."""
     from datasets import Features, List, Value
 
@@ -120,7 +118,7 @@ def _features(store: StoredCells, tokenizer: Any, obs: Sequence[str]) -> Feature
 
 
 def _plan(
-    store: StoredCells, selection: np.ndarray | None, tokenizer: Any, obs: Sequence[str], rows_per_shard: int
+    store: StoreReader, selection: np.ndarray | None, tokenizer: Any, obs: Sequence[str], rows_per_shard: int
 ) -> dict:
     """Describe a call, to resume an interrupted one only if the descriptions are equal."""
     with tempfile.TemporaryDirectory() as folder:  # the vocabulary files hold all settings
@@ -146,7 +144,7 @@ def _plan(
 class TokenShards:
     """Shards of a tokenized dataset, and all that any process needs to write them."""
 
-    store: StoredCells  # the cells, in the order of the rows
+    store: StoreReader  # the cells, in the order of the rows
     tokenizer: Any  # GeneTokenizer
     folder: Path
     obs: list[str]  # columns that are copied

@@ -21,10 +21,10 @@ from ..sources.matrices import MemoryMatrix
 from ..sources.obs_columns import ObsColumns, as_arrow, as_names, unite_obs
 from ..sources.open_source import Source, open_source
 from ..sources.same_cells import check_names
-from ..sources.stored_cells import StoredCells
 from .duplicates import DuplicateCheck
 from .engines import check_engine, run_tasks, runs_here
 from .manifest import FORMAT_VERSION, write_manifest
+from .reader import StoreReader
 from .replacing import STORE, check_free, recover, written_at
 from .shards import (
     Piece,
@@ -75,7 +75,7 @@ def write_store(
     settings: BuildSettings,
     *,
     overwrite: bool = False,
-    base: StoredCells | None = None,
+    base: StoreReader | None = None,
 ) -> None:
     """Write a store; parameters and errors are those of `CellStore.build`.
 
@@ -141,7 +141,7 @@ def _open(found: list[Any], settings: BuildSettings) -> Iterator[Source]:
         yield source
 
 
-def _unite_genes(sources: list[Source], settings: BuildSettings, path: Path, base: StoredCells | None) -> UnitedGenes:
+def _unite_genes(sources: list[Source], settings: BuildSettings, path: Path, base: StoreReader | None) -> UnitedGenes:
     """Merge the genes of the sources; those of the base store keep their numbers."""
     tables, names = [source.genes for source in sources], [source.name for source in sources]
     if base is not None:
@@ -159,7 +159,7 @@ def _unite_genes(sources: list[Source], settings: BuildSettings, path: Path, bas
     return united
 
 
-def _unite_obs(sources: list[Source], settings: BuildSettings, path: Path, base: StoredCells | None) -> ObsColumns:
+def _unite_obs(sources: list[Source], settings: BuildSettings, path: Path, base: StoreReader | None) -> ObsColumns:
     """Merge the obs columns of the sources, which then forget them; those of the base store keep their types."""
     categories, known = (None, None) if base is None else (base.categories, base.manifest["obs"])
     obs = unite_obs(sources, settings.obs, categories, known, settings.classes, settings.compact)
@@ -184,7 +184,7 @@ def _plan(
     settings: BuildSettings,
     united: UnitedGenes,
     row_format: RowFormat,
-    base: StoredCells | None,
+    base: StoreReader | None,
 ) -> dict:
     """Describe a build, to resume an interrupted one only if the descriptions are equal."""
     genes = hashlib.sha256("\n".join(united.genes.gene_ids).encode())
@@ -225,7 +225,7 @@ def _may_be_stale(building: Path, plan: dict) -> bool:
     return None in plan["sources"] and any([*building.glob("data-*"), *building.glob("shuffled.json")])
 
 
-def _base_records(building: Path, base: StoredCells | None) -> list[dict]:
+def _base_records(building: Path, base: StoreReader | None) -> list[dict]:
     """Link the shards of the base store; they count as a finished piece."""
     if base is None:
         return []
@@ -353,7 +353,7 @@ def _finish(
     united: UnitedGenes,
     row_format: RowFormat,
     records: list[dict],
-    base: StoredCells | None,
+    base: StoreReader | None,
 ) -> None:
     """Convert all shards to one type, rename them, and write the files that make the folder a store."""
     shards = [shard for record in records for shard in record["shards"]]
@@ -424,7 +424,7 @@ def _shuffled(building: Path, shards: list[dict], row_format: RowFormat, setting
     return json.loads(record.read_text())
 
 
-def _describe(source: Source, number: int, united: UnitedGenes, records: list[dict], base: StoredCells | None) -> dict:
+def _describe(source: Source, number: int, united: UnitedGenes, records: list[dict], base: StoreReader | None) -> dict:
     """Describe a source for the manifest: where its counts were, and how its columns were matched."""
     own = [record for record in records if record["source"] == number]
     rows = united.rows[number]

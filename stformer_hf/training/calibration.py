@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
+from scipy.special import log_softmax
 from transformers.utils import cached_file
 
 from ..evaluation.metrics import expected_calibration_error
 from .loading import find_installed
-from .starts.linear_readers import log_softmax
 
 CALIBRATION_FILE = "out_of_fold.safetensors"
 
@@ -45,8 +45,9 @@ class OutOfFold:
 
     def facts(self, temperature: float) -> dict[str, float]:
         """Return the temperature of a classifier of classes, and its calibration error without and with it."""
+        outputs = self.predictions.astype(np.float64)
         errors = [
-            expected_calibration_error(np.exp(log_softmax(self.predictions.astype(np.float64) * scale)), self.labels)
+            expected_calibration_error(np.exp(log_softmax(outputs * scale, axis=1)), self.labels)
             for scale in (temperature, 1.0)
         ]
         return {

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
+from scipy.special import log_softmax
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainingArguments, set_seed
 
@@ -39,7 +40,7 @@ from .loading import is_adapter, is_model, let_cls_learn, load_config, load_mode
 from .prepared_classifier import Finetuning, predict
 from .starts.classifier_start import start_classifier
 from .starts.labelled_cells import LabelledCells, labelled_cells
-from .starts.linear_readers import fit_temperature, log_softmax
+from .starts.linear_readers import fit_temperature
 
 logger = logging.getLogger(__name__)
 
@@ -357,9 +358,7 @@ def _start(
     if groups is not None and prepared.twins is not None:
         groups = join_groups(groups, twins)
         if len(np.unique(groups)) < 2:
-            raise ValueError(
-                f"All groups of {split_by!r} share cells (same barcode and counts): remove the duplicates first."
-            )
+            raise ValueError(f"All groups of {split_by!r} share cells (same barcode and counts): remove duplicates.")
     prepared.start = start = start_classifier(
         prepared.model,
         prepared.tokenizer,
@@ -396,7 +395,7 @@ def _start(
             temperatures[column.column] = float(temperatures[column.column] * scale)
             found.predictions = (found.predictions / scale).astype(np.float32)
             if config.problem_type == "single_label_classification":
-                found.predictions = log_softmax(found.predictions)
+                found.predictions = log_softmax(found.predictions, axis=1)
         out_of_fold[column.column] = found
         if config.problem_type == "single_label_classification" and len(found.rows):
             calibration = found.facts(temperatures[column.column])

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from anndata import read_h5ad
+from scipy.special import log_softmax
 
 from stformer_hf import GeneBertConfig, GeneBertForClassification, GeneTokenizer, annotate
 from stformer_hf.cli import main
@@ -13,7 +14,7 @@ from stformer_hf.inference.annotate import majority
 from stformer_hf.inference.rejection import rejection_thresholds, typicality
 from stformer_hf.training.calibration import OutOfFold, replace_out_of_fold
 from stformer_hf.training.model_card import write_model_card
-from stformer_hf.training.starts.linear_readers import Problem, fit_temperature, log_softmax
+from stformer_hf.training.starts.linear_readers import Problem, fit_temperature
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def p_values(known, cells):
 @pytest.mark.parametrize("with_distances", [False, True])
 def test_rejected_cells_are_those_below_the_threshold_of_their_label(classifier, adata, tmp_path, with_distances):
     rng = np.random.default_rng(0)
-    known = log_softmax(rng.normal(size=(300, 3)) * 2).astype(np.float32)
+    known = log_softmax(rng.normal(size=(300, 3)) * 2, axis=1).astype(np.float32)
     classifier.out_of_fold = OutOfFold(known, rng.integers(0, 3, 300), np.arange(300))
     plain = adata.copy()
     annotate(plain, classifier)
@@ -149,7 +150,7 @@ def test_the_command_has_the_same_options(classifier, adata, tmp_path):
     rng = np.random.default_rng(0)
     classifier.save_pretrained(tmp_path / "m")
     classifier.tokenizer.save_pretrained(tmp_path / "m")
-    known = log_softmax(rng.normal(size=(300, 3)) * 2).astype(np.float32)
+    known = log_softmax(rng.normal(size=(300, 3)) * 2, axis=1).astype(np.float32)
     classifier.out_of_fold = OutOfFold(known, rng.integers(0, 3, 300), np.arange(300))
     replace_out_of_fold(tmp_path / "m", classifier.out_of_fold)
     adata.write_h5ad(tmp_path / "in.h5ad")
@@ -182,10 +183,10 @@ def test_the_temperature_undoes_that_of_the_outputs():
     """Labels drawn from probabilities whose logits were multiplied: the temperature is that factor."""
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(20_000, 3)) * 2
-    labels = (np.exp(log_softmax(logits)).cumsum(axis=1) > rng.random((20_000, 1))).argmax(axis=1)
+    labels = (np.exp(log_softmax(logits, axis=1)).cumsum(axis=1) > rng.random((20_000, 1))).argmax(axis=1)
     problem = Problem("single_label_classification", 3)
     assert fit_temperature(problem, logits * 1.7, labels) == pytest.approx(1.7, rel=0.05)
-    facts = OutOfFold(log_softmax(logits).astype(np.float32), labels, np.arange(20_000)).facts(1.7)
+    facts = OutOfFold(log_softmax(logits, axis=1).astype(np.float32), labels, np.arange(20_000)).facts(1.7)
     assert facts["calibration_error"] < 0.015 < 0.05 < facts["calibration_error_without_temperature"]
 
 

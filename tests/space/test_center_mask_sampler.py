@@ -652,9 +652,9 @@ def test_options_that_do_not_fit(message, options):
 def test_indices_that_do_not_fit():
     metadata, adata = make_section(20)
     for message, indices in [
-        ("indices contain row 20, but metadata has 20", [0, 20]),
-        ("mask indices has 3 values; metadata has 20", np.ones(3, bool)),
-        ("boolean mask, got float64", [0.5]),
+        ("Row 20 is outside the metadata of 20 cells", [0, 20]),
+        ("mask has 3 values, but the metadata has 20 cells", np.ones(3, bool)),
+        ("must be integers, got float64", [0.5]),
         (r"shape \(1, 2\)", [[0, 1]]),
     ]:
         with pytest.raises(IndexError, match=message):

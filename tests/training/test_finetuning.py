@@ -13,6 +13,7 @@ from anndata import AnnData
 from datasets import Dataset
 from safetensors.numpy import load_file
 from scipy import sparse
+from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
@@ -28,14 +29,14 @@ from stformer_hf import (
     GeneTokenizer,
 )
 from stformer_hf.evaluation import cell_baselines
+from stformer_hf.evaluation.cell_baselines import log_normalise
 from stformer_hf.training import epoch_choice, finetuning, log_lines
 from stformer_hf.training.calibration import load_out_of_fold
 from stformer_hf.training.finetuning import finetune, predict, prepare_classifier
 from stformer_hf.training.starts import cell_features, classifier_start
 from stformer_hf.training.starts.cell_features import CellFeatures, cell_states, scaled
-from stformer_hf.training.starts.linear_readers import log_softmax
 from stformer_hf.training.starts.spectral_start import count_blocks
-from stformer_hf.training.starts.spectral_views import fit_spectral_views, log_values
+from stformer_hf.training.starts.spectral_views import fit_spectral_views
 
 pytestmark = pytest.mark.usefixtures("two_folds")
 
@@ -176,7 +177,7 @@ def test_the_wide_head_is_the_logistic_regression_that_was_fitted(labelled, star
         found = head(started.gene_bert.read_cells(batch["cell_genes"], batch["cell_counts"]), statistics).numpy()
         weight = head.genes.weight.double().numpy()
         bias = (head.bias - statistics.means[0] @ head.genes.weight).double().numpy()
-    expected = log_values(sparse.csr_array(labelled[:20].X.astype(float))) @ weight + bias
+    expected = log_normalise(sparse.csr_array(labelled[:20].X.astype(float))) @ weight + bias
     full = labelled[:20].X.sum(axis=1).A1 > 0
     np.testing.assert_allclose(found[full], expected[full], atol=1e-4)
 
@@ -195,7 +196,9 @@ def of_many(labelled, tmp_path_factory):
 def log_values_and_types(labelled):
     """Of the cells that have counts and a type, as `finetune` selects them."""
     has = labelled.obs["type"].notna().to_numpy() & (labelled.X.sum(axis=1).A1 > 0)
-    return log_values(sparse.csr_array(labelled.X[has].astype(float))), labelled.obs["type"][has].cat.codes.to_numpy()
+    return log_normalise(sparse.csr_array(labelled.X[has].astype(float))), labelled.obs["type"][
+        has
+    ].cat.codes.to_numpy()
 
 
 def test_readers_are_fitted_to_all_cells_that_memory_allows(labelled, of_many, monkeypatch, caplog, tmp_path):
@@ -229,7 +232,7 @@ def test_out_of_fold_predictions_are_of_readers_of_most_cells(labelled, of_many)
         * LogisticRegression(C=c, tol=1e-6, max_iter=5000).fit(x[others], types[others]).predict_log_proba(x[tested])
         for x, c, weight in ((states, choice.head, choice.weights[0]), (values, choice.wide, choice.weights[1]))
     )
-    expected = np.exp(log_softmax(outputs / choice.temperature))
+    expected = np.exp(log_softmax(outputs / choice.temperature, axis=1))
     np.testing.assert_allclose(np.exp(choice.out_of_fold), expected, atol=0.05)
     np.testing.assert_array_equal(start.out_of_fold.labels, types[tested])
     known = of_many.out_of_fold
@@ -348,7 +351,9 @@ def test_the_model_says_what_its_readers_say_together(labelled, started):
         cells = started.gene_bert.read_cells(batch["cell_genes"], batch["cell_counts"])
         wide = started.wide_head(cells, started.gene_bert.cell_embedding.statistics).double().numpy()
     (a, b), temperature = started.config.reader_weights, started.config.temperature
-    np.testing.assert_allclose(logits, (a * log_softmax(head) + b * log_softmax(wide)) / temperature, atol=1e-5)
+    np.testing.assert_allclose(
+        logits, (a * log_softmax(head, axis=1) + b * log_softmax(wide, axis=1)) / temperature, atol=1e-5
+    )
 
 
 def test_nothing_that_is_fitted_sees_other_cells(labelled, tmp_path):

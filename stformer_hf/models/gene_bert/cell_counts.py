@@ -141,8 +141,7 @@ def csr_rows(matrix) -> CountRows:
         return CountRows(csr.indptr.astype(np.int64), csr.indices, csr.data)
     dense = np.asarray(matrix)
     rows, columns = np.nonzero(dense)
-    indptr = np.zeros(dense.shape[0] + 1, np.int64)
-    np.cumsum(np.bincount(rows, minlength=dense.shape[0]), out=indptr[1:])
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=dense.shape[0]))])
     return CountRows(indptr, columns, dense[rows, columns])
 
 

@@ -191,9 +191,7 @@ def _first(kinds: list[np.ndarray]) -> np.ndarray:
 def _unrepeated(names: np.ndarray) -> np.ndarray:
     """Return names, "" where several columns have the same one."""
     times = Counter(names)
-    found = np.full(len(names), "", object)
-    found[:] = [name if times[name] == 1 else "" for name in names]
-    return found
+    return np.array([name if times[name] == 1 else "" for name in names], object)
 
 
 class _Names(NamedTuple):
@@ -288,8 +286,7 @@ def _references(names: list[str]) -> set[str]:
 
 def _cut(names: list[str], references: set[str], genomes: np.ndarray) -> np.ndarray:
     """Return names without their references, object array of str (n,), and write the references to `genomes`."""
-    found = np.empty(len(names), object)
-    found[:] = names
+    found = np.array(names, object)
     longest_first = sorted(references, key=len, reverse=True)
     for i in [i for i, name in enumerate(names) if "_" in name or "-" in name]:
         name, match = names[i], _REFERENCE.match(names[i])
@@ -388,9 +385,7 @@ def strip_version(name: str) -> str:
 
 def strip_versions(names: Collection[str]) -> np.ndarray:
     """Cut the versions of Ensembl ids among names; return an object array of str (n,)."""
-    found = np.empty(len(names), object)
-    found[:] = [strip_version(name) if "." in name else name for name in names]
-    return found
+    return np.array([strip_version(name) if "." in name else name for name in names], object)
 
 
 @lru_cache(maxsize=1 << 17)  # most files have the same genes, and each is read more than once

@@ -283,9 +283,7 @@ class GeneBertModel(GeneBertPreTrainedModel):
     ) -> CellValues:
         """Read the counts of whole cells; parameters as in `GeneStatistics.forward`."""
         if cell_genes is None or cell_counts is None:
-            raise ValueError(
-                "A model with cell_embedding=True needs cell_genes and cell_counts: tokenize with whole_cell=True."
-            )
+            raise ValueError("The model needs cell_genes and cell_counts: tokenize with whole_cell=True.")
         return self.cell_embedding.statistics(cell_genes, cell_counts, cell_indptr, measured_genes)
 
     @merge_with_config_defaults

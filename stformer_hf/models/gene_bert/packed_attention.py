@@ -33,9 +33,7 @@ def check_packing(shape: torch.Size, attention_mask, cu_seq_lens: torch.Tensor |
         places = kwargs.get("position_ids")
         if places is not None and attention_mask is None and places.device.type == "cpu":
             if not torch.compiler.is_compiling() and (places[:, 1:] < places[:, :-1]).any():
-                raise ValueError(
-                    "position_ids restart within a row: pack cells with cu_seq_lens_q, or pass an attention_mask."
-                )
+                raise ValueError("position_ids restart within a row: pass cu_seq_lens_q, or an attention_mask.")
         return
     if shape[0] != 1:
         raise ValueError(f"A packed batch must be one row of tokens, got {shape[0]} rows.")

@@ -58,8 +58,8 @@ class CellLayout(NamedTuple):
         """
         n_front = (self.phenotypes >= 0).sum(axis=1) + (self.cls is not None)
         n_between = int(self.separator is not None)
-        indptr = np.zeros(len(n_front) + 1, np.int64)
-        np.cumsum(sum(n_genes) + n_front + n_between + (self.eos is not None), out=indptr[1:])
+        lengths = sum(n_genes) + n_front + n_between + (self.eos is not None)
+        indptr = np.concatenate([[0], np.cumsum(lengths)])
         starts = [indptr[:-1] + n_front]
         if len(n_genes) > 1:
             starts.append(starts[0] + n_genes[0] + n_between)

@@ -13,12 +13,13 @@ from torch import nn
 
 from ...batches.collate import pad
 from ...batches.evaluating import evaluating, length_to_read
+from ...evaluation.cell_baselines import log_normalise
 from ...models.gene_bert.modeling_gene_bert import GeneBertForClassification
 from ...models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ...store.cell_store import CellStore
 from .linear_readers import FoldFeatures
 from .spectral_start import N_COMPONENTS, cell_embedding_of, count_blocks, set_views
-from .spectral_views import SpectralViews, fit_spectral_views, log_values, pearson_residuals
+from .spectral_views import SpectralViews, fit_spectral_views, pearson_residuals
 
 Block = tuple[sparse.csr_array, sparse.csr_array]  # counts and log values of cells: (n, n_genes) each
 
@@ -67,8 +68,7 @@ class CellFeatures:
         seen = sparse.csr_array(counts @ sparse.diags_array(known.astype(np.float64)))
         seen.eliminate_zeros()
         depths = np.maximum(seen.sum(axis=1), 1e-12) / max(shares[known].sum(), 1e-6)
-        seen.data = np.log1p(1e4 * seen.data / np.repeat(depths, np.diff(seen.indptr)))
-        return seen
+        return log_normalise(seen, depths)
 
     def of_both(self, blocks: Iterable[Block], head_rows: np.ndarray) -> tuple[sparse.csr_array, np.ndarray]:
         """Return the log values of blocks, and the states of `head_rows` among their cells, float64 (n, hidden)."""
@@ -102,7 +102,7 @@ class ViewFeatures(CellFeatures):
 
     def log_values(self, counts: sparse.csr_array) -> sparse.csr_array:
         """Compute ln(1 + 10,000 x / total) over all genes."""
-        return log_values(counts)
+        return log_normalise(counts)
 
     def of_both(self, blocks: Iterable[Block], head_rows: np.ndarray) -> tuple[sparse.csr_array, np.ndarray]:
         """Return the features of blocks, whose cells are `head_rows`."""

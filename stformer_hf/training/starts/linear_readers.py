@@ -13,7 +13,7 @@ from typing import TypedDict
 
 import numpy as np
 import torch
-from scipy import sparse
+from scipy import sparse, special
 from scipy.optimize import minimize_scalar
 from scipy.spatial.distance import cdist
 from sklearn.exceptions import ConvergenceWarning
@@ -142,7 +142,7 @@ class Problem:
         if self.kind == "regression":
             return (weights[0] * head + weights[1] * wide) / sum(weights)
         if self.kind == "single_label_classification":
-            head, wide = log_softmax(head), log_softmax(wide)
+            head, wide = special.log_softmax(head, axis=1), special.log_softmax(wide, axis=1)
         return weights[0] * head + weights[1] * wide
 
     def loss(self, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -151,7 +151,7 @@ class Problem:
             return ((outputs - labels.reshape(outputs.shape)) ** 2).mean(axis=1)
         if self.kind == "multi_label_classification":
             return (np.logaddexp(0, outputs) - labels * outputs).mean(axis=1)
-        return -log_softmax(outputs)[np.arange(len(labels)), labels]
+        return -special.log_softmax(outputs, axis=1)[np.arange(len(labels)), labels]
 
     def cell_scores(self, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Compute the score of each cell, higher is better: float64 array (n,).
@@ -187,12 +187,6 @@ def quick_fits() -> Iterator[None]:
         # The last digits of a fit that stops at max_iter do not change predictions.
         warnings.simplefilter("ignore", ConvergenceWarning)
         yield
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Compute the log probabilities of logits: array (n, n_classes)."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def inner_folds(
@@ -370,9 +364,10 @@ def choose_readers(
     temperature = fit_temperature(problem, both, every) if len(rows) else float(sum(chosen["weights"]))
     outputs = both / temperature
     loss = float(problem.loss(outputs, every).mean()) if len(rows) else np.nan
-    outputs = log_softmax(outputs) if of_classes else outputs
+    outputs = special.log_softmax(outputs, axis=1) if of_classes else outputs
     score, outputs = problem.score(outputs, every) if len(rows) else np.nan, mean_of_cells(outputs)
-    outputs = log_softmax(outputs) if of_classes else outputs  # means of log probabilities are not normalised
+    # Means of log probabilities are not normalised.
+    outputs = special.log_softmax(outputs, axis=1) if of_classes else outputs
     return ReaderChoice(
         **chosen,
         temperature=temperature,
@@ -393,6 +388,5 @@ __all__ = [
     "choose_readers",
     "fit_temperature",
     "inner_folds",
-    "log_softmax",
     "quick_fits",
 ]

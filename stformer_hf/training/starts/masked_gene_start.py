@@ -123,9 +123,7 @@ class _Statistics:
 def _token_counts(examples: Any, tokens: Any, tokenizer: GeneTokenizer) -> np.ndarray:
     """Find the counts of the gene tokens of cells: int64 array (n,) of token x 1,001 + count."""
     if not is_cell_batch(examples):
-        raise ValueError(
-            "The order of genes is estimated from their counts, which tokenized cells do not have: pass a CellStore."
-        )
+        raise ValueError("The order of genes is estimated from counts, which tokens do not have: pass a CellStore.")
     column_genes = tokenizer.find_genes(examples.gene_ids, examples.symbols)
     rows = map_genes(CountRows(examples.indptr, examples.genes, examples.counts), column_genes)
     if rows.counts.dtype.kind == "f" and (rows.counts != np.rint(rows.counts)).any():

@@ -10,6 +10,7 @@ import numpy as np
 from scipy import linalg, sparse
 from scipy.sparse.linalg import eigsh
 
+from ...evaluation.cell_baselines import log_normalise
 from ...models.gene_bert.whole_cell import OVERDISPERSION
 
 N_VARIABLE_GENES = 2000
@@ -118,16 +119,6 @@ def fit_spectral_views(
     return SpectralViews(shares, means, n_cells, loadings, spread)
 
 
-def log_values(counts: sparse.csr_array, genes: np.ndarray | None = None) -> sparse.csr_array:
-    """Compute ln(1 + 10,000 x / total of the cell): float64 (n, n_genes), or (n, k) for some genes only."""
-    totals = np.maximum(counts.sum(axis=1), 1e-12)
-    if genes is not None:
-        counts = counts[:, genes]
-    scaled = sparse.csr_array(counts, dtype=np.float64, copy=True)
-    scaled.data = np.log1p(1e4 * scaled.data / np.repeat(totals, np.diff(scaled.indptr)))
-    return scaled
-
-
 def pearson_residuals(
     counts: sparse.csr_array, shares: np.ndarray, n_cells: int, genes: np.ndarray | None = None
 ) -> np.ndarray:
@@ -165,7 +156,8 @@ def _dense_views(
     block: sparse.csr_array, shares: np.ndarray, n_cells: int, genes: list[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute the log values (float64) and the residuals (float32) of some genes each: arrays (n, k)."""
-    return log_values(block, genes[0]).toarray(), pearson_residuals(block, shares, n_cells, genes[1])
+    values = log_normalise(block[:, genes[0]], block.sum(axis=1))
+    return values.toarray(), pearson_residuals(block, shares, n_cells, genes[1])
 
 
 def _sum_genes(blocks: Iterable[sparse.csr_array]) -> dict[str, Any]:
@@ -271,4 +263,4 @@ def _leading(covariance: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return np.maximum(values, 0), vectors * np.where(signs == 0, 1, signs)
 
 
-__all__ = ["SpectralViews", "fit_spectral_views", "log_values", "pearson_residuals"]
+__all__ = ["SpectralViews", "fit_spectral_views", "pearson_residuals"]

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
+from scipy.special import log_softmax
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_info, threadpool_limits
@@ -24,7 +25,6 @@ from stformer_hf.training.starts.linear_readers import (
     choose_readers,
     fit_temperature,
     inner_folds,
-    log_softmax,
 )
 
 CLASSES = "single_label_classification"
@@ -44,8 +44,8 @@ def test_a_reader_of_rotated_genes_is_the_reader_of_the_genes():
     reader = Problem(CLASSES, 3).fit(features, labels, 1.0)
     slow = LogisticRegression(C=1.0, max_iter=5000, tol=1e-8).fit(values.toarray(), labels)
     weight = to_genes(reader.weight)
-    expected = log_softmax(values @ slow.coef_.T + slow.intercept_)
-    np.testing.assert_allclose(log_softmax(values @ weight + reader.bias), expected, atol=0.02)
+    expected = log_softmax(values @ slow.coef_.T + slow.intercept_, axis=1)
+    np.testing.assert_allclose(log_softmax(values @ weight + reader.bias, axis=1), expected, atol=0.02)
 
 
 def test_a_rotation_uses_one_thread(monkeypatch):
@@ -196,7 +196,9 @@ def choose(features: np.ndarray, labels: np.ndarray, folds: list):
 def slow_choice(features: np.ndarray, labels: np.ndarray, folds: list) -> dict:
     def log_probabilities(columns: np.ndarray, penalty: float) -> list[np.ndarray]:
         return [
-            log_softmax(Problem(CLASSES, 3).fit(columns[train], labels[train], penalty, "choice")(columns[held_out]))
+            log_softmax(
+                Problem(CLASSES, 3).fit(columns[train], labels[train], penalty, "choice")(columns[held_out]), axis=1
+            )
             for train, held_out, _ in folds
         ]
 
@@ -237,7 +239,9 @@ def test_numbers_and_several_labels(kind):
 def test_classes_that_a_fold_lacks_and_a_single_class():
     problem = Problem(CLASSES, 4)
     reader = problem.fit(np.eye(6), np.array([0, 0, 2, 2, 2, 0]), 1.0)
-    assert set(reader(np.eye(6)).argmax(1)) == {0, 2} and (log_softmax(reader(np.eye(6)))[:, [1, 3]] < -10).all()
+    assert (
+        set(reader(np.eye(6)).argmax(1)) == {0, 2} and (log_softmax(reader(np.eye(6)), axis=1)[:, [1, 3]] < -10).all()
+    )
     assert (problem.fit(np.eye(3), np.array([1, 1, 1]), 1.0)(np.eye(3)).argmax(1) == 1).all()
 
 
@@ -284,6 +288,6 @@ def test_a_rotation_of_more_cells_gives_the_same_reader():
     found = []
     for features, to_genes in (rotate_genes(values[few]), rotate_genes(values)):
         reader = Problem(CLASSES, 3).fit(features[few], labels[few], 1.0)
-        found.append(log_softmax(values @ to_genes(reader.weight) + reader.bias))
+        found.append(log_softmax(values @ to_genes(reader.weight) + reader.bias, axis=1))
     assert found[0].shape == (n, 3)
     np.testing.assert_allclose(*found, atol=0.02)
